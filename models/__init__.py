@@ -1,0 +1,1 @@
+"""timm: swapped attention, and the backbones of the papers."""

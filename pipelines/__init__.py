@@ -1,0 +1,1 @@
+"""Adapters for diffusers pipelines and models."""

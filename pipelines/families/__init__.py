@@ -1,0 +1,1 @@
+"""One data record per diffusers model family."""

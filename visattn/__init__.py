@@ -1,0 +1,63 @@
+"""visattn: one call makes vision and diffusion models fast by changing their attention.
+
+The public names resolve on first use (PEP 562), so `import visattn` and the command line do not wait
+for torch, diffusers or timm until they need them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from visattn.version import __version__
+
+if TYPE_CHECKING:
+    from visattn import patterns
+    from visattn.attend import attention, backends, explain
+    from visattn.handle import Handle, apply
+    from visattn.layout import Layout
+    from visattn.patterns import dense_mask, parse
+    from visattn.plans import TilePlan, plan
+
+__all__ = [
+    "Handle",
+    "Layout",
+    "TilePlan",
+    "__version__",
+    "apply",
+    "attention",
+    "backends",
+    "dense_mask",
+    "explain",
+    "parse",
+    "patterns",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve a public name from the module that defines it, on first use."""
+    # No submodule carries the name of a public function: importing it would replace the function here.
+    homes = {
+        "Handle": "visattn.handle",
+        "Layout": "visattn.layout",
+        "TilePlan": "visattn.plans",
+        "apply": "visattn.handle",
+        "attention": "visattn.attend",
+        "backends": "visattn.attend",
+        "dense_mask": "visattn.patterns",
+        "explain": "visattn.attend",
+        "parse": "visattn.patterns",
+        "plan": "visattn.plans",
+    }
+    if name == "patterns":
+        return importlib.import_module("visattn.patterns")
+    if name not in homes:
+        raise AttributeError(f"module 'visattn' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(homes[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,163 @@
+"""`attention()`: check the call, choose a backend, run it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+
+from visattn import ops
+from visattn.backends import NAMES, Call, Candidate, Problem, Support, candidates, choose, load, run_call
+from visattn.checks import check_call
+from visattn.layout import Layout
+from visattn.patterns import Pattern, parse
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | str,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    rpb: torch.Tensor | None = None,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | str,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    rpb: torch.Tensor | None = None,
+    backend: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | str,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    rpb: torch.Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention in which each query sees the keys that the pattern shows it.
+
+    The numbers are those of `torch.nn.functional.scaled_dot_product_attention` with the mask
+    `dense_mask(pattern, layout)`, without ever building that mask on large grids.
+
+    Args:
+        q: Queries [B, S, H, D] with S = layout.length.
+        k: Keys [B, S, Hkv, D], H a multiple of Hkv.
+        v: Values [B, S, Hkv, D].
+        pattern: A pattern or its text, like "na(window=7x7)".
+        layout: Where the tokens sit: prefix, grid, suffix.
+        scale: Factor on the logits, D**-0.5 if None.
+        key_mask: bool [B, S], True where a key may be attended (padded prompts); None means all.
+        rpb: Relative position bias of a neighborhood pattern: [H, 2 * window - 1 per axis], indexed by key
+            position minus query position plus window - 1, in steps of the dilation.
+        backend: "auto" for the cheapest that supports the call, or a name of `backends()`.
+        return_lse: Whether to return the natural log-sum-exp of each query's logits too.
+
+    Returns:
+        Output [B, S, H, D] in q's dtype; with `return_lse` also the log-sum-exp [B, S, H] (float32, or float64
+        for float64 inputs). A query without any visible key gives zeros and -inf.
+
+    Raises:
+        ValueError: If the tensors, the layout and the pattern do not fit together, or the named backend cannot
+            run the call.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if torch.compiler.is_compiling():
+        # The tracer cannot follow planning: one operator, which checks the call when it is traced.
+        out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, backend, return_lse)
+    else:
+        pattern = parse(pattern)
+        check_call(q, k, v, pattern, layout, key_mask, rpb)
+        out, lse = run_call(q, k, v, Call(pattern, layout, scale, key_mask, rpb, return_lse), backend)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Who would run a call, and why not the others.
+
+    Attributes:
+        problem: The call without its tensors.
+        choice: Name of the backend that "auto" takes.
+        candidates: Every backend with its Support and cost, in order of preference.
+    """
+
+    problem: Problem
+    choice: str
+    candidates: tuple[Candidate, ...]
+
+    def __str__(self) -> str:
+        problem = self.problem
+        shape = f"batch {problem.batch}, {problem.heads} heads x {problem.head_dim}, {problem.dtype}, {problem.device}"
+        lines = [f"{problem.pattern} on {problem.layout} ({shape}): {self.choice}"]
+        for backend, support, cost in self.candidates:
+            verdict = (
+                f"{cost / problem.dense_pairs:.2f} of dense SDPA's time (estimate)" if support.ok else support.reason
+            )
+            lines.append(f"  {backend.name:<10} {verdict}")
+        return "\n".join(lines)
+
+
+def explain(
+    pattern: Pattern | str,
+    layout: Layout,
+    q: torch.Tensor,
+    *,
+    kv_heads: int | None = None,
+    key_mask: bool = False,
+    rpb: bool = False,
+    return_lse: bool = False,
+) -> Explanation:
+    """Say which backend `attention` would choose for queries like `q`, and why.
+
+    Args:
+        pattern: A pattern or its text.
+        layout: Where the tokens sit.
+        q: Queries [B, S, H, D]; only shape, dtype, device and requires_grad are used.
+        kv_heads: Heads of k and v, H if None.
+        key_mask: Whether a key mask will be passed.
+        rpb: Whether a relative position bias will be passed.
+        return_lse: Whether the log-sum-exp will be asked for.
+
+    Raises:
+        ValueError: If layout, pattern and q do not fit together.
+    """
+    pattern = parse(pattern)
+    k = q if kv_heads is None else q[:, :, :1].expand(-1, -1, kv_heads, -1)
+    check_call(q, k, k, pattern, layout, None, None)
+    problem = Problem.of(q, k, k, Call(pattern, layout, 1.0, lse=return_lse))
+    problem = dataclasses.replace(problem, key_mask=key_mask, rpb=rpb)
+    return Explanation(problem, choose(problem).name, tuple(candidates(problem)))
+
+
+def backends() -> dict[str, Support]:
+    """Every backend, and whether this machine has what it needs (the reason if not)."""
+    return {name: load(name).available() for name in NAMES}

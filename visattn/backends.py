@@ -1,0 +1,202 @@
+"""What a backend is, which ones there are, and which one runs a call."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+from visattn.plans import plan
+
+# Order of preference where two backends cost the same. Each module has a `backend` object.
+NAMES = ("sdpa", "reference")
+
+
+class Support(NamedTuple):
+    """Whether a backend can run a call, and if not, why."""
+
+    ok: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of a checked call besides q, k and v.
+
+    Attributes:
+        pattern: The pattern.
+        layout: The tokens.
+        scale: Factor on the logits.
+        key_mask: bool [B, S], True where a key may be attended, or None.
+        rpb: Relative position bias [H, 2 * window - 1 per axis], or None.
+        lse: Whether the log-sum-exp is wanted.
+    """
+
+    pattern: Pattern
+    layout: Layout
+    scale: float
+    key_mask: torch.Tensor | None = None
+    rpb: torch.Tensor | None = None
+    lse: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything about a call that decides who can run it, without its tensors.
+
+    Attributes:
+        pattern: The pattern.
+        layout: The tokens.
+        batch: Batch size.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Channels per head.
+        dtype: Of q, k and v.
+        device: Device type: "cpu", "cuda".
+        key_mask: Whether some keys are masked out per sample.
+        rpb: Whether a relative position bias is added.
+        grad: Whether gradients will be asked for.
+        lse: Whether the log-sum-exp is asked for.
+    """
+
+    pattern: Pattern
+    layout: Layout
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: str
+    key_mask: bool = False
+    rpb: bool = False
+    grad: bool = False
+    lse: bool = False
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Problem:
+        """The problem that a checked call poses."""
+        tensors = [t for t in (q, k, v, call.rpb) if t is not None]
+        return cls(
+            pattern=call.pattern,
+            layout=call.layout,
+            batch=q.shape[0],
+            heads=q.shape[2],
+            kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            dtype=q.dtype,
+            device=q.device.type,
+            key_mask=call.key_mask is not None,
+            rpb=call.rpb is not None,
+            grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+            lse=call.lse,
+        )
+
+    @property
+    def dense_pairs(self) -> float:
+        """Pairs of tokens that dense attention computes, all samples and heads together."""
+        return float(self.batch * self.heads) * self.layout.length**2
+
+
+class Backend(ABC):
+    """Runs attention calls it supports.
+
+    Attributes:
+        name: What users call it.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def available(self) -> Support:
+        """Whether this machine has what the backend needs."""
+
+    @abstractmethod
+    def supports(self, problem: Problem) -> Support:
+        """Whether it can run the call. The reason completes the sentence "NAME cannot run this call: ..."."""
+
+    @abstractmethod
+    def cost(self, problem: Problem) -> float:
+        """Estimated time, in pairs of tokens that dense unmasked SDPA computes in the same time."""
+
+    @abstractmethod
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of a supported call, differentiable in q, k, v and rpb.
+
+        Args:
+            q: Queries [B, S, H, D].
+            k: Keys [B, S, Hkv, D].
+            v: Values [B, S, Hkv, D].
+            call: Everything else.
+
+        Returns:
+            Output [B, S, H, D], and the natural log-sum-exp [B, S, H] if `call.lse`, else None or that anyway.
+            A query without any visible key gives zeros and -inf.
+        """
+
+
+class Candidate(NamedTuple):
+    """A backend's verdict on one call."""
+
+    backend: Backend
+    support: Support
+    cost: float
+
+
+def load(name: str) -> Backend:
+    """The backend called `name`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; backends: auto, {', '.join(NAMES)}")
+    return importlib.import_module(f"visattn.kernels.{name}").backend
+
+
+def candidates(problem: Problem) -> Iterator[Candidate]:
+    """Every backend's verdict on a call, in order of preference."""
+    for name in NAMES:
+        backend = load(name)
+        support = backend.available()
+        if support.ok:
+            support = backend.supports(problem)
+        yield Candidate(backend, support, backend.cost(problem) if support.ok else float("inf"))
+
+
+@lru_cache(maxsize=1024)
+def choose(problem: Problem, name: str = "auto") -> Backend:
+    """The backend that runs a call: the named one, or with "auto" the cheapest that supports it.
+
+    Raises:
+        ValueError: If the name is unknown, or the named backend (or all of them) cannot run the call.
+    """
+    if name != "auto":
+        backend = load(name)
+        support = backend.available()
+        support = backend.supports(problem) if support.ok else support
+        if not support.ok:
+            raise ValueError(f"backend {name!r} cannot run this call: {support.reason}; pass backend='auto'")
+        return backend
+    able = [c for c in candidates(problem) if c.support.ok]
+    return min(able, key=lambda c: c.cost).backend
+
+
+def run_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Choose a backend for a checked call and run it; see `Backend.run`."""
+    return choose(Problem.of(q, k, v, call), backend).run(q, k, v, call)
+
+
+def visited_pairs(problem: Problem) -> float:
+    """Pairs of token slots that a tile engine computes, all samples and heads together."""
+    return problem.dense_pairs / plan(problem.pattern, problem.layout).tile_bound

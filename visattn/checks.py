@@ -1,0 +1,49 @@
+"""Whether the arguments of `attention` fit together."""
+
+from __future__ import annotations
+
+import torch
+
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+
+
+def check_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    layout: Layout,
+    key_mask: torch.Tensor | None,
+    rpb: torch.Tensor | None,
+) -> None:
+    """Raise a ValueError that names the first argument of `attention` that does not fit the others."""
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"{shapes} must all be [batch, tokens, heads, head_dim]")
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{shapes} must agree in batch, tokens and head_dim, and k and v also in heads")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} heads of k and v")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(f"q {q.dtype}, k {k.dtype} and v {v.dtype} must be one floating-point dtype: cast them first")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q on {q.device}, k on {k.device} and v on {v.device} must be on one device")
+    layout.check_length(q.shape[1])
+    pattern.check(layout.grid)
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != q.shape[:2]):
+        given = f"{key_mask.dtype} {list(key_mask.shape)}"
+        raise ValueError(
+            f"key_mask is {given} but must be torch.bool {list(q.shape[:2])}: True where a key may be attended"
+        )
+    for name, tensor in (("key_mask", key_mask), ("rpb", rpb)):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} but q on {q.device}: move it there")
+    if rpb is not None:
+        sides = pattern.rpb_shape(layout.grid)
+        if sides is None:
+            raise ValueError(f"rpb is given but {pattern} has no relative position bias: only na(...) has")
+        if tuple(rpb.shape) != (q.shape[2], *sides):
+            raise ValueError(
+                f"rpb is {list(rpb.shape)} but {pattern} with {q.shape[2]} heads takes {[q.shape[2], *sides]}"
+            )

@@ -1,0 +1,89 @@
+"""Where the tokens of a sequence sit: a grid, with dense tokens before and after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A token sequence: `prefix` dense tokens, a row-major grid, `suffix` dense tokens.
+
+    Dense tokens (class token, registers, text) attend to everything and are attended by everything;
+    a pattern shapes attention inside the grid only.
+
+    Attributes:
+        grid: Tokens per axis: an int or (L,), (H, W) or (T, H, W).
+        prefix: Dense tokens before the grid.
+        suffix: Dense tokens after the grid.
+
+    Raises:
+        ValueError: If an axis is below 1, a count is negative, or there are not 1 to 3 axes.
+    """
+
+    grid: tuple[int, ...]
+    prefix: int = 0
+    suffix: int = 0
+
+    def __init__(self, grid: int | Sequence[int], prefix: int = 0, suffix: int = 0) -> None:
+        axes = (grid,) if isinstance(grid, int) else tuple(grid)
+        if not 1 <= len(axes) <= 3 or any(int(n) != n or n < 1 for n in axes):
+            raise ValueError(
+                f"grid {grid!r} must be 1 to 3 whole numbers of at least 1, like 4096, (64, 64) or (8, 32, 32)"
+            )
+        if int(prefix) != prefix or int(suffix) != suffix or prefix < 0 or suffix < 0:
+            raise ValueError(f"prefix {prefix!r} and suffix {suffix!r} must be whole numbers of at least 0")
+        object.__setattr__(self, "grid", tuple(int(n) for n in axes))
+        object.__setattr__(self, "prefix", int(prefix))
+        object.__setattr__(self, "suffix", int(suffix))
+
+    @property
+    def dims(self) -> int:
+        """Number of grid axes."""
+        return len(self.grid)
+
+    @property
+    def tokens(self) -> int:
+        """Number of grid tokens."""
+        return math.prod(self.grid)
+
+    @property
+    def length(self) -> int:
+        """Number of all tokens: prefix + grid + suffix."""
+        return self.prefix + self.tokens + self.suffix
+
+    def __str__(self) -> str:
+        text = f", prefix {self.prefix}" * bool(self.prefix) + f", suffix {self.suffix}" * bool(self.suffix)
+        return "x".join(map(str, self.grid)) + text
+
+    def check_length(self, length: int) -> None:
+        """Raise a ValueError that says what would fit if a sequence of `length` tokens does not."""
+        if length == self.length:
+            return
+        have = " + ".join(
+            [f"prefix {self.prefix}"] * bool(self.prefix)
+            + ["grid " + "x".join(map(str, self.grid))]
+            + [f"suffix {self.suffix}"] * bool(self.suffix)
+        )
+        raise ValueError(f"{have} has {self.length} tokens but q has {length}: pass {self._that_fits(length)}")
+
+    def _that_fits(self, length: int) -> str:
+        """The call that would build a layout of `length` tokens, nearest to this one."""
+        inner = length - self.prefix - self.suffix
+        rows = math.prod(self.grid[:-1])
+        if inner > self.tokens and inner - self.tokens <= 1024 and not self.prefix and not self.suffix:
+            extra = inner - self.tokens
+            return (
+                f"Layout({self.grid}, prefix={extra}) or suffix={extra} if the {extra} others are text or class tokens"
+            )
+        side = math.isqrt(max(inner, 0))
+        if self.dims == 2 and side * side == inner:
+            fit: tuple[int, ...] = (side, side)
+        elif inner > 0 and inner % rows == 0:
+            fit = (*self.grid[:-1], inner // rows)
+        else:
+            return f"a grid whose sides multiply to {inner}" if inner > 0 else "a shorter prefix and suffix"
+        text = f", prefix={self.prefix}" * bool(self.prefix) + f", suffix={self.suffix}" * bool(self.suffix)
+        return f"layout=Layout({fit}{text})"

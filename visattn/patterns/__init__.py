@@ -1,0 +1,45 @@
+"""Attention patterns: which keys each query of a grid sees. One file a pattern."""
+
+from __future__ import annotations
+
+import torch
+
+from visattn.layout import Layout
+from visattn.patterns.base import Pattern
+from visattn.patterns.dense import Dense
+from visattn.patterns.neighborhood import Neighborhood
+from visattn.patterns.text import parse_pattern
+
+__all__ = ["PATTERNS", "Dense", "Neighborhood", "Pattern", "dense_mask", "parse"]
+
+PATTERNS: tuple[type[Pattern], ...] = (Dense, Neighborhood)
+
+
+def parse(text: str | Pattern) -> Pattern:
+    """Build the pattern that a text like `na(window=7x7)` names; a pattern passes through.
+
+    Raises:
+        ValueError: If the text names an unknown pattern or parameter, or a value is out of range.
+    """
+    if isinstance(text, Pattern):
+        return text
+    if not isinstance(text, str):
+        raise ValueError(f"pattern {text!r} is a {type(text).__name__}: pass a Pattern or a text like 'na(window=7x7)'")
+    return parse_pattern(text, {kind.name: kind for kind in PATTERNS})
+
+
+def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
+    """The truth of a pattern as a mask over all tokens, for small grids.
+
+    Returns:
+        bool [S, S] with S = layout.length; entry (i, j) says whether query i sees key j.
+
+    Raises:
+        ValueError: If the pattern is not defined on the grid.
+    """
+    pattern = parse(pattern)
+    pattern.check(layout.grid)
+    mask = torch.ones(layout.length, layout.length, dtype=torch.bool)
+    inner = slice(layout.prefix, layout.prefix + layout.tokens)
+    mask[inner, inner] = torch.from_numpy(pattern.grid_mask(layout.grid))
+    return mask

@@ -1,0 +1,223 @@
+"""Pattern + layout -> tile plan: the list of key tiles of each query tile, cached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+
+from visattn.layout import Layout
+from visattn.patterns import Pattern, parse
+from visattn.patterns.geometry import Bools, TilePairs
+from visattn.tiling import Ints, Tiling
+
+Tile = int | tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TileLists:
+    """For each row tile a list of column tiles, as compressed rows.
+
+    Attributes:
+        start: Where the list of a row starts in `tile` and `mask`; the last value is their length: [rows + 1].
+        tile: Column tiles: [entries].
+        mask: Index into the plan's masks of each entry, -1 where the pair of tiles is fully visible: [entries].
+    """
+
+    start: Ints
+    tile: Ints
+    mask: Ints
+
+    @property
+    def counts(self) -> Ints:
+        """Entries per row: [rows]."""
+        return np.diff(self.start)
+
+    @property
+    def rows(self) -> Ints:
+        """Row tile of each entry: [entries]."""
+        return np.repeat(np.arange(len(self.start) - 1), self.counts)
+
+    def where(self, partial: bool) -> TileLists:
+        """Only the entries that need a mask (`partial`), or only those that do not."""
+        keep = (self.mask >= 0) == partial
+        counts = np.bincount(self.rows[keep], minlength=len(self.start) - 1)
+        return TileLists(np.concatenate([[0], np.cumsum(counts)]), self.tile[keep], self.mask[keep])
+
+
+@dataclass(frozen=True, eq=False)
+class PlanTensors:
+    """The arrays of a plan as int32 and bool tensors on one device, names as in the plan."""
+
+    query_tokens: torch.Tensor
+    key_tokens: torch.Tensor
+    start: torch.Tensor
+    tile: torch.Tensor
+    mask: torch.Tensor
+    masks: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TilePlan:
+    """What a pattern visits on a layout, tile by tile; any backend can run it.
+
+    Attributes:
+        pattern: The pattern.
+        layout: The tokens.
+        queries: The query side cut in tiles.
+        keys: The key side cut in tiles.
+        lists: The key tiles of each query tile, fully visible ones first.
+        masks: The distinct partial masks: bool [masks, query slots, key slots]. Rows of empty query slots are
+            arbitrary; columns of empty key slots are False.
+        visible: Visible (query, key) pairs of tokens.
+    """
+
+    pattern: Pattern
+    layout: Layout
+    queries: Tiling
+    keys: Tiling
+    lists: TileLists
+    masks: Bools
+    visible: int
+
+    @cached_property
+    def transposed(self) -> TileLists:
+        """The query tiles of each key tile, fully visible ones first (for the backward over keys)."""
+        return _lists(self.lists.tile, self.lists.rows, self.lists.mask, self.keys.tiles)
+
+    @property
+    def entries(self) -> int:
+        """Visited pairs of tiles."""
+        return len(self.lists.tile)
+
+    @property
+    def density(self) -> float:
+        """Visible share of all (query, key) pairs."""
+        return self.visible / (self.queries.length * self.keys.length)
+
+    @property
+    def flop_bound(self) -> float:
+        """How many times fewer operations than dense attention the visible pairs need."""
+        return 1 / self.density
+
+    @property
+    def tile_bound(self) -> float:
+        """How many times fewer operations than dense attention the visited tiles need."""
+        slots = self.entries * self.queries.capacity * self.keys.capacity
+        return self.queries.length * self.keys.length / slots
+
+    @property
+    def full_share(self) -> float:
+        """Share of the visited tile pairs that need no mask."""
+        return float((self.lists.mask < 0).mean()) if self.entries else 1.0
+
+    def tensors(self, device: torch.device | str) -> PlanTensors:
+        """The plan's arrays on a device, copied there once."""
+        device = torch.device(device)
+        if device not in self._tensors:
+            arrays = (self.queries.tokens, self.keys.tokens, self.lists.start, self.lists.tile, self.lists.mask)
+            self._tensors[device] = PlanTensors(
+                *(torch.from_numpy(a.astype(np.int32)).to(device) for a in arrays),
+                masks=torch.from_numpy(self.masks).to(device),
+            )
+        return self._tensors[device]
+
+    @cached_property
+    def _tensors(self) -> dict[torch.device, PlanTensors]:
+        return {}
+
+
+def plan(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Tile] | None = None) -> TilePlan:
+    """Cut a layout in tiles and list which key tiles each query tile visits.
+
+    Plans are cached by everything they depend on: pattern, layout and tile.
+
+    Args:
+        pattern: A pattern or its text.
+        layout: The tokens.
+        tile: Box of grid tokens per tile, e.g. (8, 8), a pair of such boxes for queries and keys, or None for
+            the pattern's choice.
+
+    Raises:
+        ValueError: If the pattern is not defined on the grid or the tile does not fit it.
+    """
+    pattern = parse(pattern)
+    pattern.check(layout.grid)
+    grid = pattern.tiled_layout(layout).grid
+    pair = tile if isinstance(tile, tuple) and len(tile) == 2 and isinstance(tile[0], tuple) else (tile, tile)
+    boxes = tuple(pattern.tile(grid) if box is None else _box(box, grid) for box in pair)
+    return _plan(pattern, layout, boxes[0], boxes[1])
+
+
+def _box(tile: object, grid: tuple[int, ...]) -> tuple[int, ...]:
+    box = (tile,) if isinstance(tile, int) else tile
+    if not isinstance(box, tuple) or len(box) != len(grid) or any(not isinstance(n, int) or n < 1 for n in box):
+        raise ValueError(f"tile {tile!r} does not fit grid {grid}: pass {len(grid)} whole numbers of at least 1")
+    return box
+
+
+@lru_cache(maxsize=128)
+def _plan(pattern: Pattern, layout: Layout, query_box: tuple[int, ...], key_box: tuple[int, ...]) -> TilePlan:
+    tiled = pattern.tiled_layout(layout)
+    step = pattern.step(tiled.grid)
+    queries = Tiling(tiled, query_box, step)
+    keys = Tiling(tiled, key_box, step, extra=pattern.extra_keys(layout.grid))
+    pairs = pattern.tile_pairs(queries, keys)
+    query, key, mask, masks = _with_dense_tokens(pairs, queries, keys)
+    visible = pairs.visible + _dense_token_pairs(layout, keys.extra)
+    return TilePlan(pattern, layout, queries, keys, _lists(query, key, mask, queries.tiles), masks, visible)
+
+
+def _dense_token_pairs(layout: Layout, extra: int) -> int:
+    """Visible pairs that involve a prefix, suffix or extra token."""
+    dense = layout.prefix + layout.suffix
+    return dense * layout.length + layout.tokens * (dense + extra)
+
+
+def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling) -> tuple[Ints, Ints, Ints, Bools]:
+    """Add the visits of dense tokens to the grid's: query tile, key tile, mask per visit, and all masks.
+
+    Grid tiles also visit every dense and extra tile; dense tiles visit everything but the extra tiles.
+    """
+    short, validity = _validity(keys)
+    mask_of_key = np.where(short >= 0, short + len(pairs.masks), -1)
+    key_index, query_index = np.arange(keys.tiles), np.arange(queries.tiles)
+    grid_keys, grid_queries = key_index[keys.grid_tiles], query_index[queries.grid_tiles]
+    dense_keys = np.setdiff1d(key_index, grid_keys)
+    dense_queries = np.setdiff1d(query_index, grid_queries)
+    plain_keys = key_index[: keys.tiles - keys.runs[3]]
+
+    query = [
+        grid_queries[pairs.query],
+        np.repeat(grid_queries, len(dense_keys)),
+        np.repeat(dense_queries, len(plain_keys)),
+    ]
+    key = [grid_keys[pairs.key], np.tile(dense_keys, len(grid_queries)), np.tile(plain_keys, len(dense_queries))]
+    mask = [pairs.mask, mask_of_key[key[1]], mask_of_key[key[2]]]
+    # A row of a validity mask is the same for every query slot.
+    more = np.broadcast_to(validity[:, None], (len(validity), queries.capacity, keys.capacity))
+    used = np.unique(np.concatenate(mask))
+    masks = np.concatenate([pairs.masks, more])
+    used = used[used >= 0]
+    renumber = np.full(len(masks) + 1, -1)
+    renumber[used] = np.arange(len(used))
+    return np.concatenate(query), np.concatenate(key), renumber[np.concatenate(mask)], masks[used]
+
+
+def _validity(keys: Tiling) -> tuple[Ints, Bools]:
+    """Which key tiles are short: index into the distinct slot masks or -1: [tiles]; slot masks [m, capacity]."""
+    valid = keys.tokens >= 0
+    index = np.full(keys.tiles, -1)
+    rest = np.flatnonzero(~valid.all(1))
+    masks, which = np.unique(valid[rest], axis=0, return_inverse=True)
+    index[rest] = which.ravel()
+    return index, masks.reshape(-1, keys.capacity)
+
+
+def _lists(row: Ints, tile: Ints, mask: Ints, rows: int) -> TileLists:
+    """Sort visits by row, fully visible first, then by tile."""
+    order = np.lexsort((tile, mask >= 0, row))
+    start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
+    return TileLists(start, tile[order], mask[order])
