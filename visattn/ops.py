@@ -150,9 +150,7 @@ def _(
     grad_out: torch.Tensor, grad_lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, ...]:
     rpb = args[1]
-    return tuple(t.new_empty(t.shape) for t in (q, k, v)) + (
-        q.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape),
-    )
+    return *(t.new_empty(t.shape) for t in (q, k, v)), q.new_empty(0 if rpb is None else rpb.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

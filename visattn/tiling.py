@@ -75,7 +75,9 @@ class Tiling:
         extra: Key-only tokens behind the suffix (pooled keys), cut in runs.
     """
 
-    def __init__(self, layout: Layout, shape: tuple[int, ...], step: tuple[int, ...] | None = None, extra: int = 0):
+    def __init__(
+        self, layout: Layout, shape: tuple[int, ...], step: tuple[int, ...] | None = None, extra: int = 0
+    ) -> None:
         if len(shape) != layout.dims or min(shape) < 1:
             raise ValueError(f"tile {shape} does not fit grid {layout.grid}: pass {layout.dims} sizes of at least 1")
         self.layout, self.shape, self.extra = layout, tuple(shape), extra

@@ -52,7 +52,8 @@ class Neighborhood(Pattern):
         for window, stride in self._zipped("window", "stride"):
             if window != -1 and stride > window:
                 raise ValueError(
-                    f"stride {stride} is larger than window {window}: queries that share a window would not see themselves; use stride <= window"
+                    f"stride {stride} is larger than window {window}, so some queries would not see themselves: "
+                    f"use a stride of at most {window}"
                 )
         for window, dilation in self._zipped("window", "dilation"):
             if window == -1 and dilation > 1:
@@ -73,7 +74,8 @@ class Neighborhood(Pattern):
             if dilation > 1 and window * dilation > length:
                 raise ValueError(
                     f"window {window} * dilation {dilation} = {window * dilation} is larger than axis {i} of grid "
-                    f"{'x'.join(map(str, grid))} ({length}): use dilation <= {max(1, length // window)} or a smaller window"
+                    f"{'x'.join(map(str, grid))} ({length}): "
+                    f"use a dilation of at most {max(1, length // window)} or a smaller window"
                 )
 
     def axes(self, grid: tuple[int, ...]) -> list[tuple[int, int, int, bool]]:
