@@ -22,6 +22,10 @@ class Pattern(ABC):
     """
 
     name: ClassVar[str]
+    # A composed pattern is not a list of key tiles: only the backend written for it runs it.
+    composed: ClassVar[bool] = False
+    # A routed pattern computes the grid part of its tile lists from q and k at run time.
+    routed: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, grid: tuple[int, ...]) -> None:
