@@ -1,0 +1,46 @@
+"""The package as a whole: what importing it costs and installs."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+
+import visattn
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_visattn_loads_no_heavy_package():
+    loaded = json.loads(python("import sys, json, visattn; print(json.dumps(sorted(sys.modules)))"))
+    assert not {"torch", "diffusers", "timm", "triton", "transformers", "numpy"} & set(loaded)
+
+
+def test_importing_the_core_loads_neither_diffusers_nor_timm_nor_triton_nor_natten():
+    code = (
+        "import sys, json, torch; before = set(sys.modules); import visattn; visattn.attention; visattn.apply;"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    roots = {name.partition(".")[0] for name in json.loads(python(code))}
+    assert not {"diffusers", "timm", "triton", "transformers", "natten", "xformers"} & roots
+
+
+def test_every_public_name_resolves_and_is_no_module():
+    for name in visattn.__all__:
+        value = getattr(visattn, name)
+        assert name == "patterns" or not type(value).__name__ == "module", name
+    assert set(visattn.__all__) == set(dir(visattn))
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(AttributeError, match=r"no attribute 'attend_all'; it has .*attention"):
+        visattn.attend_all
+
+
+def test_only_the_package_itself_is_installed():
+    top = importlib.metadata.distribution("visattn").read_text("top_level.txt")
+    assert (top or "visattn").split() == ["visattn"]
+    assert importlib.metadata.version("visattn") == visattn.__version__
