@@ -109,19 +109,20 @@ class PixelDiTPipeline(DiffusionPipeline):
         height, width = self._check_size(height, width)
         self._check_options(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         self._guidance_scale = float(guidance_scale)
-        latents = self._prepare_latents(len(labels), height, width, generator, latents)
+        sample = self._prepare_latents(len(labels), height, width, generator, latents)
         timesteps = self._prepare_timesteps(num_inference_steps, height, width)
 
-        with self.progress_bar(total=len(timesteps)) as progress:
+        progress_bar: Any = self.progress_bar
+        with progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
-                velocity = self._predict_velocity(latents, t, labels)
-                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+                velocity = self._predict_velocity(sample, t, labels)
+                sample = self.scheduler.step(velocity, t, sample, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
+                    sample = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", sample)
                 progress.update()
 
-        images = self.image_processor.postprocess(latents.float(), output_type=output_type)
+        images: Any = self.image_processor.postprocess(sample.float(), output_type=output_type)
         self.maybe_free_model_hooks()
         return PixelDiTOutput(images=images) if return_dict else (images,)
 
@@ -180,16 +181,16 @@ class PixelDiTPipeline(DiffusionPipeline):
         return labels.long()
 
     def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        own = self.transformer.config.sample_size
-        height, width, patch = own if height is None else height, own if width is None else width, self.patch_size
-        for name, value in (("height", height), ("width", width)):
+        own, patch = self.transformer.config.sample_size, self.patch_size
+        tall, wide = own if height is None else height, own if width is None else width
+        for name, value in (("height", tall), ("width", wide)):
             if value < patch or value % patch:
                 near = max(patch, round(value / patch) * patch)
                 raise ValueError(f"{name} {value} is not a multiple of the patch size {patch}: pass e.g. {near}")
-        if height != width:
+        if tall != wide:
             # diffusers' DiT puts its tokens back together as a square.
-            raise ValueError(f"{height}x{width} is not square: this model needs equal height and width")
-        return height, width
+            raise ValueError(f"{tall}x{wide} is not square: this model needs equal height and width")
+        return tall, wide
 
     def _check_options(self, steps: int, output_type: str, tensor_inputs: Sequence[str]) -> None:
         if steps < 1:

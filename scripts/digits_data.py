@@ -4,6 +4,7 @@ scikit-learn's `load_digits`: 1797 handwritten digits, 8x8 pixels with values 0 
 """
 
 import math
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -15,7 +16,7 @@ SOURCE_MAX = 16.0
 
 def real_digits() -> tuple[torch.Tensor, torch.Tensor]:
     """Images [1797, 1, 8, 8] with values 0 to 1, and labels [1797] from 0 to 9."""
-    data = load_digits()
+    data: Any = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / SOURCE_MAX
     return images, torch.tensor(data.target, dtype=torch.long)
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -15,6 +16,7 @@ from torch import nn
 from visattn.pipelines.pixel_dit import PixelDiTPipeline
 
 NULL_LABEL_DROPOUT = 0.1
+CLASSES = 10  # and the index of the null class
 FULL_SIZE = 64
 PATCH = 2
 FINISH_ATTENTIONS = ("dense", "mixed")
@@ -134,7 +136,7 @@ def build_model(layers: int = 6) -> DiTTransformer2DModel:
         num_layers=layers,
         sample_size=FULL_SIZE,
         patch_size=PATCH,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=CLASSES,
         norm_type="ada_norm_zero",
     )
     for module in model.modules():
@@ -143,7 +145,8 @@ def build_model(layers: int = 6) -> DiTTransformer2DModel:
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-    for linear in [*(block.norm1.linear for block in model.transformer_blocks), model.proj_out_1, model.proj_out_2]:
+    blocks: Any = model.transformer_blocks
+    for linear in (*(block.norm1.linear for block in blocks), model.proj_out_1, model.proj_out_2):
         nn.init.zeros_(linear.weight)
     # Dropping labels is the loop's work: the model's own dropout draws anew in every block.
     return model.eval()
@@ -224,7 +227,7 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 def export(model: DiTTransformer2DModel, folder: Path) -> int:
     """Writes the model as a float16 pipeline in diffusers' folder format; returns its size in bytes."""
-    half = build_model(model.config.num_layers)
+    half = build_model(len(model.transformer_blocks))
     half.load_state_dict(model.state_dict())
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

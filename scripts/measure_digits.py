@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from digits_data import downscale, real_digits, upscale
 from sklearn.svm import SVC
 from visattn.pipelines.embedded import load_embedded
@@ -57,7 +56,7 @@ def train_reader(size: int, seed: int = 0) -> Reader:
     return Reader(classifier, float(plain), float((classifier.predict(round_trip) == truth).mean()))
 
 
-def make_digits(pipeline: DiffusionPipeline, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, str]:
+def make_digits(pipeline: PixelDiTPipeline, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Images [10 N, 1, H, W] with values -1 to 1, their labels [10 N], and visattn's report ("" if dense)."""
     labels = torch.arange(CLASSES).repeat_interleave(options.per_class)
     noise_shape = (len(labels), 1, options.size, options.size)
@@ -79,7 +78,7 @@ def make_digits(pipeline: DiffusionPipeline, options: argparse.Namespace) -> tup
     return torch.cat(made), labels, report
 
 
-def pattern_of(pipeline: DiffusionPipeline, pattern: str, dense_steps: int) -> Any:
+def pattern_of(pipeline: PixelDiTPipeline, pattern: str, dense_steps: int) -> Any:
     """Context in which the pipeline runs with the pattern; "dense" is the model's own attention."""
     if pattern == "dense":
         return nullcontext()
@@ -101,8 +100,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Generates, reads and counts; returns settings and figures for the JSON file."""
     torch.set_num_threads(options.threads)
     reader = train_reader(options.size)
-    pipeline = PixelDiTPipeline.from_pretrained(options.model) if options.model else load_embedded("digits")
-    pipeline = pipeline.to(options.device)
+    loaded: Any = PixelDiTPipeline.from_pretrained(options.model) if options.model else load_embedded("digits")
+    pipeline = loaded.to(options.device)
     start = time.perf_counter()
     images, labels, report = make_digits(pipeline, options)
     seconds = time.perf_counter() - start

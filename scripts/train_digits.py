@@ -24,6 +24,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from digits_data import DigitBatches
 from digits_training import (
+    CLASSES,
     FULL_SIZE,
     NULL_LABEL_DROPOUT,
     Config,
@@ -56,7 +57,8 @@ class Training:
     def __init__(self, config: Config, out: Path, device: str = "cpu", resume: bool = True) -> None:
         torch.manual_seed(config.seed)
         self.config, self.out, self.device = config, out, torch.device(device)
-        self.model = build_model(config.layers).to(self.device)
+        model: Any = build_model(config.layers)
+        self.model: DiTTransformer2DModel = model.to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
         self.batches = DigitBatches(self.device, config.augment)
@@ -134,7 +136,7 @@ def flow_matching_loss(
     shift = time_shift(size)
     t = (shift * t / (1 + (shift - 1) * t)).to(images.device)
     dropped = (torch.rand(batch, generator=generator) < NULL_LABEL_DROPOUT).to(images.device)
-    labels = torch.where(dropped, model.config.num_embeds_ada_norm, labels)
+    labels = torch.where(dropped, CLASSES, labels)
     mixed = torch.lerp(images, noise, t[:, None, None, None])
     velocity = model(mixed, timestep=t * 1000, class_labels=labels).sample
     return F.mse_loss(velocity, noise - images)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
+pytest.importorskip("sklearn")
 
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from visattn.pipelines.embedded import EMBEDDED, embedded_models, load_embedded
