@@ -1,0 +1,161 @@
+"""The command line as a user meets it: subprocesses for start-up and streams, `main()` in process for the rest."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+import visattn
+from visattn import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `visattn ARGS`: exit status, stdout, stderr."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["visattn", *map(str, args)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def process(*args, **env):
+    command = [sys.executable, "-c", "from visattn.cli import main; main()", *args]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = process("--help")
+        times.append(time.perf_counter() - start)
+    assert done.returncode == 0
+    for command in ("doctor", "show", "simulate"):
+        assert command in done.stdout
+    assert min(times) < 0.7
+    heavy = "('torch', 'numpy', 'rich', 'PIL', 'diffusers')"
+    code = f"import sys, visattn.cli; print([m for m in {heavy} if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert loaded.stdout.strip() == "[]", loaded.stderr
+
+
+def test_version_and_no_arguments(run):
+    assert run("--version") == (0, f"visattn {visattn.__version__}\n", "")
+    assert "Usage: visattn" in "".join(run()[1:])
+
+
+def test_an_error_is_one_line_on_stderr_and_status_2():
+    done = process("simulate", "neighbor(3x3)", "--grid", "8x8")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("visattn: unknown pattern 'neighbor'")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("args", "env"), [(["--debug"], {}), ([], {"VISATTN_DEBUG": "1"})])
+def test_debug_shows_the_traceback(args, env):
+    done = process("simulate", "neighbor(3x3)", "--grid", "8x8", *args, **env)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ValueError: unknown pattern" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("simulate", "dense", "--grid", "8x-8"), "--grid '8x-8' must be 1 to 3 whole numbers of at least 1, like"),
+        (("simulate", "dense", "--grid", "8x8x8x8"), "--grid '8x8x8x8' must be 1 to 3 whole numbers"),
+        (("simulate", "dense", "--grid", "8x8", "--tile", "4y4"), "--tile '4y4' must be 1 to 3 whole numbers"),
+        (("simulate", "dense", "--grid", "8x8", "--tile", "4x4x4"), "does not fit grid (8, 8): pass 2 whole numbers"),
+        (("simulate", "na(window=3x3x3)", "--grid", "8x8"), "has 3 values but the grid has 2 axes"),
+        (("simulate", "dense", "--grid", "8x8", "--prefix", "-1"), "must be whole numbers of at least 0"),
+        (("simulate", "dense", "--grid", "8x8", "--advise"), "only na(...) has a stride to advise on"),
+        (("show", "dense", "--grid", "8x8", "--query", "a,b"), "--query 'a,b' must be one index per axis with commas"),
+        (
+            ("show", "dense", "--grid", "8x8", "--query", "8,0"),
+            "query 8,0 is not on grid 8x8: pass 2 indices up to 7,7",
+        ),
+        (("show", "dense", "--grid", "8x8", "--out", "mask.jpg"), "mask.jpg must end in .png"),
+        (("show", "dense", "--grid", "8x8", "--out", "no/mask.png"), "folder no does not exist: make it first"),
+        (("show", "dense", "--grid", "8x8", "--out", "there.png"), "there.png is a folder: name a file in it"),
+    ],
+)
+def test_bad_input(run, monkeypatch, tmp_path, args, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.png").mkdir()
+    status, out, err = run(*args)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("visattn: ")
+    assert text in err
+    assert not (tmp_path / "mask.png").exists()
+
+
+def test_doctor_names_versions_devices_and_backends(run):
+    status, out, _ = run("doctor")
+    assert status == 0
+    import torch
+
+    for text in ("python", torch.__version__, "backend sdpa", "cpu"):
+        assert text in out
+    status, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert found["versions"]["torch"]
+    assert found["devices"][0]["threads"] == torch.get_num_threads()
+    assert set(found["backends"]) == set(visattn.backends())
+    assert all(b["available"] or b["reason"] for b in found["backends"].values())
+
+
+def test_simulate_prints_text_or_pure_json(run):
+    args = ("simulate", "na(window=15x15)", "--grid", "64x64", "--suffix", "7")
+    status, out, _ = run(*args)
+    assert status == 0
+    result = visattn.plan("na(window=15x15)", visattn.Layout((64, 64), suffix=7))
+    for text in (f"{result.density:.2%}", f"{result.flop_bound:.2f}x", f"{result.tile_bound:.2f}x", "suffix 7", "8x8"):
+        assert text in out
+    found = json.loads(run(*args, "--json")[1])
+    assert found["density"] == result.density
+    assert found["masks"] == len(result.masks)
+    found = json.loads(run(*args, "--tile", "8x8:4x4", "--json")[1])
+    assert (found["query_tile"], found["key_tile"]) == ([8, 8], [4, 4])
+
+
+def test_simulate_advises(run):
+    args = ("simulate", "na(window=16x16)", "--grid", "64x64", "--advise")
+    out = run(*args)[1]
+    assert "now" in out
+    assert "100.0%" in out
+    found = json.loads(run(*args, "--json")[1])
+    assert found["better"][0]["full_share"] == 1
+    assert "no tile fits this window" in run("simulate", "na(window=15x15)", "--grid", "64x64", "--advise")[1]
+
+
+def test_show_writes_a_picture_and_overwrites_only_when_told(run, tmp_path):
+    out = tmp_path / "mask.png"
+    args = ("show", "na(window=5x5)", "--grid", "16x16", "--prefix", "1", "--out", out)
+    status, printed, _ = run(*args)
+    assert status == 0
+    assert str(out) in printed
+    assert Image.open(out).width > 500
+    assert [p.name for p in tmp_path.iterdir()] == ["mask.png"]
+    assert stat.S_IMODE(out.stat().st_mode) & 0o400
+    out.write_bytes(b"precious")
+    status, _, err = run(*args)
+    assert status == 2
+    assert f"{out} exists: pass --force to overwrite it" in err
+    assert out.read_bytes() == b"precious"
+    assert run(*args, "--force")[0] == 0
+    assert Image.open(out).width > 500

@@ -1,0 +1,79 @@
+"""The pictures are drawn from states that equal the dense mask; the drawing is checked pixel by pixel in places."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visattn import Layout, dense_mask, plan
+from visattn.canvas import column, row, text
+from visattn.show import COLORS, FULL, PARTIAL, QUERY, SKIPPED, WASTED, draw, query_view, tile_map
+
+CASES = [
+    ("na(window=5x7)", Layout((12, 9)), None),
+    ("na(window=6x6, stride=3x2)", Layout((13, 10), prefix=2, suffix=5), (4, 4)),
+    ("na(window=3x3, dilation=2)", Layout((9, 8), suffix=3), None),
+    ("na(window=3x5x5)", Layout((4, 6, 7)), ((2, 2, 2), (1, 4, 4))),
+    ("na(window=7, causal=true)", Layout(50), (8,)),
+    ("dense", Layout((5, 6), prefix=1), None),
+]
+
+
+@pytest.mark.parametrize(("pattern", "layout", "tile"), CASES)
+def test_query_view_is_a_row_of_the_mask(pattern, layout, tile):
+    truth = dense_mask(pattern, layout).numpy()
+    made = plan(pattern, layout, tile)
+    for token in range(layout.length):
+        state = query_view(made, token)
+        assert (np.isin(state, (PARTIAL, FULL)) == truth[token]).all()
+        assert set(np.unique(state)) <= {SKIPPED, WASTED, PARTIAL, FULL}
+
+
+@pytest.mark.parametrize(("pattern", "layout", "tile"), CASES)
+@pytest.mark.parametrize("shrink", [1, 2, 3])
+def test_tile_map_counts_every_pair_of_tiles_once(pattern, layout, tile, shrink):
+    made = plan(pattern, layout, tile)
+    fine = tile_map(made)
+    lists = made.lists
+    assert fine[..., 2].sum() == (lists.mask < 0).sum()
+    assert fine[..., 1].sum() == (lists.mask >= 0).sum()
+    assert (fine[lists.rows, lists.tile, 0] == 0).all()
+    coarse = tile_map(made, shrink)
+    block = fine[:shrink, :shrink].mean((0, 1))
+    np.testing.assert_allclose(coarse[0, 0], block, atol=1e-12)
+    block = fine[(len(coarse) - 1) * shrink :, (coarse.shape[1] - 1) * shrink :].mean((0, 1))
+    np.testing.assert_allclose(coarse[-1, -1], block, atol=1e-12)
+
+
+@pytest.mark.parametrize(("pattern", "layout", "tile"), CASES)
+def test_picture_has_the_query_and_the_colours_of_its_states(pattern, layout, tile):
+    picture = np.asarray(draw(pattern, layout, tile=tile))
+    for state in (QUERY, FULL, PARTIAL):
+        used = state == QUERY or (query_view(plan(pattern, layout, tile), layout.prefix) == state).any()
+        assert not used or (picture == COLORS[state]).all(-1).any()
+
+
+def test_the_query_stands_where_it_was_asked_for():
+    grid = (16, 16)
+    left, right = (np.asarray(draw("na(window=3x3)", Layout(grid), query=q)) for q in ((8, 1), (8, 14)))
+    columns = [np.nonzero((p == COLORS[QUERY]).all(-1)[: p.shape[0] // 2 + 40])[1].max() for p in (left, right)]
+    assert columns[1] - columns[0] == 13 * 28
+
+
+def test_a_small_cell_still_shows_the_query():
+    picture = np.asarray(draw("na(window=18x24x24, stride=16x8x8)", Layout((30, 48, 80))))
+    legend = 16 * 16
+    assert (picture == COLORS[QUERY]).all(-1).sum() >= legend + 25
+
+
+@pytest.mark.parametrize("query", [(16, 0), (0,), (0, 0, 0)])
+def test_a_query_off_the_grid_is_refused(query):
+    with pytest.raises(ValueError, match=r"is not on grid 16x16: pass 2 indices up to 15,15"):
+        draw("dense", Layout((16, 16)), query=query)
+
+
+def test_canvas_puts_pictures_side_by_side_and_wraps():
+    square = Image.new("RGB", (10, 10))
+    assert row([square, square], gap=2).size == (22, 10)
+    assert row([square] * 5, gap=2, wrap=36).size == (34, 22)
+    assert column([square, square], gap=3, margin=1).size == (12, 25)
+    assert text("one\ntwo").height == 2 * text("one").height

@@ -1,0 +1,57 @@
+"""The command line: one file a command. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from visattn.cli.doctor import doctor
+from visattn.cli.show import show
+from visattn.cli.simulate import simulate
+from visattn.version import __version__
+
+# rich_markup_mode None: plain help text, because importing rich would cost a quarter of the time that --help takes.
+app = typer.Typer(
+    name="visattn",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (doctor, show, simulate):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"visattn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="VISATTN_DEBUG", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Make vision and diffusion models fast by changing their attention."""
+
+
+def main() -> None:
+    """Run the command line; what a user can fix is one line on stderr and exit status 2."""
+    # --debug may stand anywhere, also behind the command, where typer would not look for it.
+    args = [arg for arg in sys.argv[1:] if arg != "--debug"]
+    debug = len(args) < len(sys.argv) - 1 or os.environ.get("VISATTN_DEBUG", "") not in ("", "0")
+    try:
+        app(args)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        typer.echo(f"visattn: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)

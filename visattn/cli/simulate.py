@@ -1,0 +1,101 @@
+"""`visattn simulate`: what a pattern costs before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from visattn.cli.options import (
+    GridOption,
+    JsonOption,
+    PatternArgument,
+    PrefixOption,
+    SuffixOption,
+    TileOption,
+    print_json,
+    sizes,
+    tiles,
+)
+
+if TYPE_CHECKING:
+    from visattn.simulate import Advice, Simulation
+
+
+def simulate(
+    pattern: PatternArgument,
+    grid: GridOption,
+    tile: TileOption = None,
+    prefix: PrefixOption = 0,
+    suffix: SuffixOption = 0,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Propose strides and tiles that need no mask at the same window.")
+    ] = False,
+    volume: Annotated[int, typer.Option(min=1, help="With --advise: tokens per tile that suit the hardware.")] = 64,
+    json: JsonOption = False,
+) -> None:
+    """Count what a pattern visits: density, bounds on the gain over dense attention, masks, planning time."""
+    from visattn.layout import Layout
+    from visattn.simulate import advise as search
+    from visattn.simulate import simulate as count
+
+    layout = Layout(sizes(grid, "--grid"), prefix, suffix)
+    box = tiles(tile)
+    if advise:
+        advice = search(pattern, layout, box, volume=volume)
+        print_json(advice.to_dict()) if json else _print_advice(advice)
+    else:
+        result = count(pattern, layout, box)
+        print_json(result.to_dict()) if json else _print(result)
+
+
+def text(box: tuple[int, ...]) -> str:
+    """A box as 8x8."""
+    return "x".join(map(str, box))
+
+
+def tile_text(result: Simulation) -> str:
+    """Query and key tile, once where they are the same."""
+    query, key = text(result.query_tile), text(result.key_tile)
+    return query if query == key else f"{query} : {key}"
+
+
+def _print(result: Simulation) -> None:
+    dense = f", prefix {result.prefix}" * bool(result.prefix) + f", suffix {result.suffix}" * bool(result.suffix)
+    tile = (
+        f"{tile_text(result)} tokens" if result.query_tile == result.key_tile else f"{tile_text(result)} (query : key)"
+    )
+    visited = result.visited / (result.query_tiles * result.key_tiles)
+    rows = (
+        ("pattern", f"{result.pattern} on {text(result.grid)}{dense}"),
+        ("density", f"{result.density:.2%} of all query-key pairs are visible"),
+        ("FLOP bound", f"{result.flop_bound:.2f}x fewer operations than dense attention"),
+        ("tile bound", f"{result.tile_bound:.2f}x, counting everything in the visited tiles"),
+        ("tile", tile),
+        (
+            "tiles",
+            f"{result.query_tiles} query x {result.key_tiles} key tiles, {result.visited} visited ({visited:.2%})",
+        ),
+        ("full share", f"{result.full_share:.1%} of the visited tile pairs need no mask"),
+        ("masks", f"{result.masks} distinct partial masks"),
+        ("planning", f"{result.planning_seconds * 1000:.1f} ms, once per pattern, layout and tile"),
+    )
+    for name, value in rows:
+        typer.echo(f"{name:<12}{value}")
+
+
+def _print_advice(advice: Advice) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for name in ("", "pattern", "tile (query : key)"):
+        table.add_column(name, no_wrap=True)
+    for name in ("full", "tile bound", "FLOP bound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, result in [("now", advice.now), *((f"{i}", r) for i, r in enumerate(advice.better, 1))]:
+        bounds = f"{result.tile_bound:.2f}x", f"{result.flop_bound:.2f}x"
+        table.add_row(label, result.pattern, tile_text(result), f"{result.full_share:.1%}", *bounds)
+    Console(highlight=False, width=160).print(table)
+    if advice.reason:
+        typer.echo(f"\n{advice.reason}")

@@ -1,0 +1,92 @@
+"""What this machine has: versions, devices, threads, backends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "diffusers",
+    "transformers",
+    "peft",
+    "timm",
+    "natten",
+    "xformers",
+    "matplotlib",
+    "scikit-image",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Version of Python, of visattn and of every package it may use; None where one is not installed."""
+    from visattn.version import __version__
+
+    found: dict[str, str | None] = {"python": platform.python_version(), "visattn": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def devices() -> list[dict[str, Any]]:
+    """The CPU, then every CUDA device: name, memory in bytes, and what decides which kernels it runs."""
+    import torch
+
+    cpu = {
+        "device": "cpu",
+        "name": _cpu_name(),
+        "memory": _cpu_memory(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    found = [cpu]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "memory": properties.total_memory,
+                "capability": capability,
+            }
+        )
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cpu_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and backends, as `visattn doctor --json` prints them."""
+    from visattn import backends
+
+    return {
+        "system": platform.platform(),
+        "versions": versions(),
+        "devices": devices(),
+        "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends().items()},
+    }

@@ -1,0 +1,72 @@
+"""Files that are never half written and never overwritten by accident."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_writable_file(path: Path, suffixes: tuple[str, ...], force: bool = False) -> Path:
+    """Check, before any computing, that a file can be written.
+
+    Raises:
+        ValueError: If the ending is not one of `suffixes`, the file exists without `force`, or its folder is
+            missing or not writable.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path} must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    if path.exists() and not force:
+        raise ValueError(f"{path} exists: pass --force to overwrite it, or another name")
+    if not path.parent.is_dir():
+        raise ValueError(f"folder {path.parent} does not exist: make it first")
+    _try_writing(path.parent)
+    return path
+
+
+def prepare_folder(folder: Path, force: bool = False) -> Path:
+    """Make an output folder, before any computing.
+
+    Raises:
+        ValueError: If it is a file, cannot be made or written, or holds anything without `force`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise ValueError(f"{folder} is not empty: pass --force to overwrite what is there, or another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make folder {folder} ({error.strerror}): name one that you can write") from error
+    _try_writing(folder)
+    return folder
+
+
+def _try_writing(folder: Path) -> None:
+    # Permission bits do not tell the truth for root or on network file systems: try it.
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): name a folder that you can write") from error
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, else disappears."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; give the result the permissions that open() would.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
