@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from visattn.backends import Backend, Call, Problem, Support
-from visattn.patterns import dense_mask
+from visattn.kernels.masks import position_bias, visible
 
 # A float32 score matrix of this many entries is 1 GiB.
 LARGEST = 2**28
@@ -23,7 +23,9 @@ class Reference(Backend):
         return Support(True)
 
     def supports(self, problem: Problem) -> Support:
-        """Anything whose score matrix fits in memory."""
+        """Anything that is a mask and whose score matrix fits in memory."""
+        if problem.pattern.composed:
+            return Support(False, f"{problem.pattern.name} is not attention under one mask")
         if problem.dense_pairs > LARGEST:
             return Support(False, f"its score matrix of {problem.dense_pairs:.3g} entries is over {LARGEST}")
         return Support(True)
@@ -40,18 +42,16 @@ class Reference(Backend):
         group = q.shape[2] // k.shape[2]
         keys, values = (t.to(wide).repeat_interleave(group, dim=2) for t in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), keys) * call.scale
-        scores = scores.masked_fill(~visible(call, q.device), float("-inf"))
-        lse = scores.logsumexp(-1)
-        # A row without visible keys has lse -inf: 0 instead keeps exp(-inf - 0) = 0 and its gradient finite.
-        weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0)[..., None])
+        if call.rpb is not None:
+            scores = scores + position_bias(call).to(wide)
+        seen = visible(call, q, k)
+        # A row without visible keys: finite logits keep its gradient finite, and its weights become zero.
+        empty = ~seen.any(-1, keepdim=True)
+        scores = scores.masked_fill(~seen, float("-inf")).masked_fill(empty, 0.0)
+        weights = scores.softmax(-1).masked_fill(empty, 0.0)
+        lse = scores.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
         out = torch.einsum("bhqk,bkhd->bqhd", weights, values)
         return out.to(q.dtype), lse.transpose(1, 2)
-
-
-def visible(call: Call, device: torch.device) -> torch.Tensor:
-    """Which keys each query sees, the key mask included: bool [1 or B, 1, S, S]."""
-    mask = dense_mask(call.pattern, call.layout).to(device)[None, None]
-    return mask if call.key_mask is None else mask & call.key_mask[:, None, None, :]
 
 
 backend = Reference()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.backends import Backend, Call, Problem, Support
-from visattn.layout import Layout
-from visattn.patterns import Pattern, dense_mask
+from visattn.kernels.masks import visible
 
 # A bool mask of this many entries is 256 MiB.
 LARGEST_MASK = 2**28
@@ -27,12 +25,15 @@ class Sdpa(Backend):
 
     def supports(self, problem: Problem) -> Support:
         """Anything without relative position bias or log-sum-exp whose mask fits in memory."""
+        if problem.pattern.composed:
+            return Support(False, f"{problem.pattern.name} is not attention under one mask")
         if problem.rpb:
             return Support(False, "it adds no relative position bias")
         if problem.lse:
             return Support(False, "it does not return the log-sum-exp")
         if not problem.pattern.covers(problem.layout.grid):
-            entries = problem.layout.length**2 * (problem.batch if problem.key_mask else 1)
+            per_sample = problem.key_mask or problem.pattern.routed
+            entries = problem.layout.length**2 * (problem.batch if per_sample else 1)
             if entries > LARGEST_MASK:
                 return Support(False, f"its dense mask of {entries:.3g} entries is over {LARGEST_MASK}")
         return Support(True)
@@ -48,17 +49,11 @@ class Sdpa(Backend):
         """See `Backend.run`."""
         mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
         if not call.pattern.covers(call.layout.grid):
-            truth = _mask(call.pattern, call.layout, q.device)
-            mask = truth if mask is None else mask & truth
+            mask = visible(call, q, k)
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
         grouped = q.shape[2] != k.shape[2]
         out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
         return out.transpose(1, 2), None
-
-
-@lru_cache(maxsize=4)
-def _mask(pattern: Pattern, layout: Layout, device: torch.device) -> torch.Tensor:
-    return dense_mask(pattern, layout).to(device)
 
 
 backend = Sdpa()

@@ -40,16 +40,9 @@ def neighborhoods(draw, grid):
 def test_neighborhood_mask_and_plan(data):
     layout = data.draw(layouts())
     pattern = data.draw(neighborhoods(layout.grid))
+    axes = list(zip(pattern.window, pattern.stride, pattern.dilation, pattern.causal, strict=True))
     truth = mask_of(
-        lambda q, k: all(
-            neighborhood(i, j, n, *axis)
-            for i, j, n, axis in zip(
-                q,
-                k,
-                layout.grid,
-                zip(pattern.window, pattern.stride, pattern.dilation, pattern.causal),  # noqa: B905
-            )
-        ),
+        lambda q, k: all(neighborhood(i, j, n, *axis) for i, j, n, axis in zip(q, k, layout.grid, axes, strict=True)),
         layout,
     )
     assert torch.equal(dense_mask(pattern, layout), truth)

@@ -26,6 +26,7 @@ def attention(
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     rpb: torch.Tensor | None = None,
+    pool_weight: torch.Tensor | None = None,
     backend: str = "auto",
     return_lse: Literal[False] = False,
 ) -> torch.Tensor: ...
@@ -42,6 +43,7 @@ def attention(
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     rpb: torch.Tensor | None = None,
+    pool_weight: torch.Tensor | None = None,
     backend: str = "auto",
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -57,6 +59,7 @@ def attention(
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     rpb: torch.Tensor | None = None,
+    pool_weight: torch.Tensor | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +78,8 @@ def attention(
         key_mask: bool [B, S], True where a key may be attended (padded prompts); None means all.
         rpb: Relative position bias of a neighborhood pattern: [H, 2 * window - 1 per axis], indexed by key
             position minus query position plus window - 1, in steps of the dilation.
+        pool_weight: Weights of the tokens in a pooled key or value of a clear pattern with pool: [pool per axis],
+            the same for keys, values and heads; None means their mean.
         backend: "auto" for the cheapest that supports the call, or a name of `backends()`.
         return_lse: Whether to return the natural log-sum-exp of each query's logits too.
 
@@ -89,11 +94,12 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if torch.compiler.is_compiling():
         # The tracer cannot follow planning: one operator, which checks the call when it is traced.
-        out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, backend, return_lse)
+        out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, pool_weight, backend, return_lse)
     else:
         pattern = parse(pattern)
-        check_call(q, k, v, pattern, layout, key_mask, rpb)
-        out, lse = run_call(q, k, v, Call(pattern, layout, scale, key_mask, rpb, return_lse), backend)
+        check_call(q, k, v, pattern, layout, key_mask, rpb, pool_weight)
+        call = Call(pattern, layout, scale, key_mask, rpb, return_lse, pool_weight)
+        out, lse = run_call(q, k, v, call, backend)
     if not return_lse:
         return out
     assert lse is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
@@ -37,6 +37,7 @@ class Call:
         key_mask: bool [B, S], True where a key may be attended, or None.
         rpb: Relative position bias [H, 2 * window - 1 per axis], or None.
         lse: Whether the log-sum-exp is wanted.
+        pool_weight: Weights of the tokens in a pooled key [cell per axis], or None for their mean.
     """
 
     pattern: Pattern
@@ -45,6 +46,7 @@ class Call:
     key_mask: torch.Tensor | None = None
     rpb: torch.Tensor | None = None
     lse: bool = False
+    pool_weight: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Problem:
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Problem:
         """The problem that a checked call poses."""
-        tensors = [t for t in (q, k, v, call.rpb) if t is not None]
+        tensors = [t for t in (q, k, v, call.rpb, call.pool_weight) if t is not None]
         return cls(
             pattern=call.pattern,
             layout=call.layout,
@@ -133,9 +135,9 @@ class Backend(ABC):
 
         Args:
             q: Queries [B, S, H, D].
-            k: Keys [B, S, Hkv, D].
-            v: Values [B, S, Hkv, D].
-            call: Everything else.
+            k: Keys [B, S + extra, Hkv, D]; extra keys are those that the pattern appends.
+            v: Values [B, S + extra, Hkv, D].
+            call: Everything else; its key mask is [B, S + extra].
 
         Returns:
             Output [B, S, H, D], and the natural log-sum-exp [B, S, H] if `call.lse`, else None or that anyway.
@@ -186,7 +188,11 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
         if not support.ok:
             raise ValueError(f"backend {name!r} cannot run this call: {support.reason}; pass backend='auto'")
         return backend
-    able = [c for c in candidates(problem) if c.support.ok]
+    verdicts = tuple(candidates(problem))
+    able = [c for c in verdicts if c.support.ok]
+    if not able:
+        reasons = "; ".join(f"{c.backend.name}: {c.support.reason}" for c in verdicts)
+        raise ValueError(f"no backend can run {problem.pattern} on {problem.layout} ({reasons})")
     return min(able, key=lambda c: c.cost).backend
 
 
@@ -194,7 +200,9 @@ def run_call(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Choose a backend for a checked call and run it; see `Backend.run`."""
-    return choose(Problem.of(q, k, v, call), backend).run(q, k, v, call)
+    chosen = choose(Problem.of(q, k, v, call), backend)
+    k, v, key_mask = call.pattern.append_keys(k, v, call.key_mask, call.layout, call.pool_weight)
+    return chosen.run(q, k, v, replace(call, key_mask=key_mask))
 
 
 def visited_pairs(problem: Problem) -> float:

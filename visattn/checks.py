@@ -16,6 +16,7 @@ def check_call(
     layout: Layout,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
+    pool_weight: torch.Tensor | None = None,
 ) -> None:
     """Raise a ValueError that names the first argument of `attention` that does not fit the others."""
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
@@ -36,7 +37,7 @@ def check_call(
         raise ValueError(
             f"key_mask is {given} but must be torch.bool {list(q.shape[:2])}: True where a key may be attended"
         )
-    for name, tensor in (("key_mask", key_mask), ("rpb", rpb)):
+    for name, tensor in (("key_mask", key_mask), ("rpb", rpb), ("pool_weight", pool_weight)):
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device} but q on {q.device}: move it there")
     if rpb is not None:
@@ -47,3 +48,9 @@ def check_call(
             raise ValueError(
                 f"rpb is {list(rpb.shape)} but {pattern} with {q.shape[2]} heads takes {[q.shape[2], *sides]}"
             )
+    if pool_weight is not None:
+        sides = pattern.pool_shape(layout.grid)
+        if sides is None:
+            raise ValueError(f"pool_weight is given but {pattern} pools no keys: only clear(radius=..., pool=...) does")
+        if tuple(pool_weight.shape) != sides:
+            raise ValueError(f"pool_weight is {list(pool_weight.shape)} but {pattern} takes {list(sides)}")

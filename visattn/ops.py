@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,12 +24,13 @@ def attend(
     scale: float,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
+    pool_weight: torch.Tensor | None,
     backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The traceable form of `attention`; the log-sum-exp is empty unless `lse`."""
     where = _text(pattern), list(layout.grid), layout.prefix, layout.suffix
-    return _attend(q, k, v, key_mask, rpb, *where, scale, backend, lse)
+    return _attend(q, k, v, key_mask, rpb, pool_weight, *where, scale, backend, lse)
 
 
 @torch.compiler.assume_constant_result
@@ -43,6 +45,7 @@ def _attend(
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
+    pool_weight: torch.Tensor | None,
     pattern: str,
     grid: list[int],
     prefix: int,
@@ -51,7 +54,7 @@ def _attend(
     backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    call = Call(parse(pattern), Layout(grid, prefix, suffix), scale, key_mask, rpb, lse)
+    call = Call(parse(pattern), Layout(grid, prefix, suffix), scale, key_mask, rpb, lse, pool_weight)
     return detached(*run_call(q, k, v, call, backend), call)
 
 
@@ -75,6 +78,7 @@ def _(
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
+    pool_weight: torch.Tensor | None,
     pattern: str,
     grid: list[int],
     prefix: int,
@@ -83,7 +87,7 @@ def _(
     backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_call(q, k, v, parse(pattern), Layout(grid, prefix, suffix), key_mask, rpb)
+    check_call(q, k, v, parse(pattern), Layout(grid, prefix, suffix), key_mask, rpb, pool_weight)
     return empty_results(q, lse)
 
 
@@ -96,6 +100,7 @@ def _attend_backward(
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
+    pool_weight: torch.Tensor | None,
     pattern: str,
     grid: list[int],
     prefix: int,
@@ -103,9 +108,10 @@ def _attend_backward(
     scale: float,
     backend: str,
     lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    call = Call(parse(pattern), Layout(grid, prefix, suffix), scale, key_mask, rpb, lse)
-    return recompute_gradients(grad_out, grad_lse, q, k, v, call, backend)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    call = Call(parse(pattern), Layout(grid, prefix, suffix), scale, key_mask, rpb, lse, pool_weight)
+    dq, dk, dv, *optional = recompute_gradients(grad_out, grad_lse, q, k, v, call, backend)
+    return dq, dk, dv, optional[0], optional[1]
 
 
 @contextmanager
@@ -127,42 +133,40 @@ def recompute_gradients(
     v: torch.Tensor,
     call: Call,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the call again with gradients; returns those of q, k, v and rpb (empty without one)."""
+) -> list[torch.Tensor]:
+    """Run the call again with gradients; returns those of q, k, v, rpb and pool_weight (empty without one)."""
     with _autograd_inside_operator(), torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        rpb = None if call.rpb is None else call.rpb.detach().requires_grad_()
-        again = Call(call.pattern, call.layout, call.scale, call.key_mask, rpb, call.lse)
+        given = [None if t is None else t.detach().requires_grad_() for t in (call.rpb, call.pool_weight)]
+        again = replace(call, rpb=given[0], pool_weight=given[1])
         out, lse = run_call(*leaves, again, backend)
         outputs, grads = [out], [grad_out]
         if call.lse and lse is not None:
             outputs.append(lse)
             grads.append(grad_lse)
-        inputs = leaves if rpb is None else [*leaves, rpb]
-        found = [g.contiguous() for g in torch.autograd.grad(outputs, inputs, grads)]
-    if rpb is None:
-        found.append(q.new_empty(0))
-    return found[0], found[1], found[2], found[3]
+        inputs = [*leaves, *(t for t in given if t is not None)]
+        found = iter([g.contiguous() for g in torch.autograd.grad(outputs, inputs, grads)])
+        return [q.new_empty(0) if t is None else next(found) for t in (*leaves, *given)]
 
 
 @_attend_backward.register_fake
 def _(
     grad_out: torch.Tensor, grad_lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, ...]:
-    rpb = args[1]
-    return *(t.new_empty(t.shape) for t in (q, k, v)), q.new_empty(0 if rpb is None else rpb.shape)
+    optional = (q.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[1:3])
+    return *(t.new_empty(t.shape) for t in (q, k, v)), *optional
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.rest = inputs[5:]
+    ctx.save_for_backward(*inputs[:6])
+    ctx.rest = inputs[6:]
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dq, dk, dv, drpb = _attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)
-    has_rpb = ctx.saved_tensors[4] is not None
-    return dq, dk, dv, None, drpb if has_rpb else None, *(None for _ in ctx.rest)
+    dq, dk, dv, *optional = _attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)
+    given = [None if t is None else g for t, g in zip(ctx.saved_tensors[4:], optional, strict=True)]
+    return dq, dk, dv, None, *given, *(None for _ in ctx.rest)
 
 
 _attend.register_autograd(_backward, setup_context=_setup_context)

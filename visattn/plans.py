@@ -68,10 +68,12 @@ class TilePlan:
         layout: The tokens.
         queries: The query side cut in tiles.
         keys: The key side cut in tiles.
-        lists: The key tiles of each query tile, fully visible ones first.
+        lists: The key tiles of each query tile, fully visible ones first. Those of a routed pattern lack the grid
+            key tiles of the grid query tiles, which `pattern.route` finds at run time.
         masks: The distinct partial masks: bool [masks, query slots, key slots]. Rows of empty query slots are
             arbitrary; columns of empty key slots are False.
-        visible: Visible (query, key) pairs of tokens.
+        visible: Visible (query, key) pairs of tokens; of a routed pattern those of regions of average size.
+        routed_tiles: Key tiles that `pattern.route` adds for each grid query tile.
     """
 
     pattern: Pattern
@@ -81,6 +83,7 @@ class TilePlan:
     lists: TileLists
     masks: Bools
     visible: int
+    routed_tiles: int = 0
 
     @cached_property
     def transposed(self) -> TileLists:
@@ -89,13 +92,13 @@ class TilePlan:
 
     @property
     def entries(self) -> int:
-        """Visited pairs of tiles."""
-        return len(self.lists.tile)
+        """Visited pairs of tiles, routed ones included."""
+        return len(self.lists.tile) + self.queries.runs[1] * self.routed_tiles
 
     @property
     def density(self) -> float:
-        """Visible share of all (query, key) pairs."""
-        return self.visible / (self.queries.length * self.keys.length)
+        """Visible pairs over the pairs of dense attention, which has no extra keys."""
+        return self.visible / self.layout.length**2
 
     @property
     def flop_bound(self) -> float:
@@ -106,12 +109,15 @@ class TilePlan:
     def tile_bound(self) -> float:
         """How many times fewer operations than dense attention the visited tiles need."""
         slots = self.entries * self.queries.capacity * self.keys.capacity
-        return self.queries.length * self.keys.length / slots
+        return self.layout.length**2 / slots
 
     @property
     def full_share(self) -> float:
         """Share of the visited tile pairs that need no mask."""
-        return float((self.lists.mask < 0).mean()) if self.entries else 1.0
+        listed = int((self.lists.mask < 0).sum())
+        whole = float((self.keys.sizes[self.keys.grid_tiles] == self.keys.capacity).mean())
+        routed = whole * self.queries.runs[1] * self.routed_tiles
+        return (listed + routed) / self.entries if self.entries else 1.0
 
     def tensors(self, device: torch.device | str) -> PlanTensors:
         """The plan's arrays on a device, copied there once."""
@@ -161,13 +167,15 @@ def _box(tile: object, grid: tuple[int, ...]) -> tuple[int, ...]:
 @lru_cache(maxsize=128)
 def _plan(pattern: Pattern, layout: Layout, query_box: tuple[int, ...], key_box: tuple[int, ...]) -> TilePlan:
     tiled = pattern.tiled_layout(layout)
-    step = pattern.step(tiled.grid)
-    queries = Tiling(tiled, query_box, step)
-    keys = Tiling(tiled, key_box, step, extra=pattern.extra_keys(layout.grid))
-    pairs = pattern.tile_pairs(queries, keys)
+    step, parts = pattern.step(tiled.grid), pattern.parts(tiled.grid)
+    queries = Tiling(tiled, query_box, step, parts=parts)
+    keys = Tiling(tiled, key_box, step, pattern.extra_keys(layout.grid), parts)
+    pairs = pattern.tile_pairs(layout.grid, queries, keys)
     query, key, mask, masks = _with_dense_tokens(pairs, queries, keys)
     visible = pairs.visible + _dense_token_pairs(layout, keys.extra)
-    return TilePlan(pattern, layout, queries, keys, _lists(query, key, mask, queries.tiles), masks, visible)
+    lists = _lists(query, key, mask, queries.tiles)
+    routed = pattern.routed_tiles(layout.grid, keys)
+    return TilePlan(pattern, layout, queries, keys, lists, masks, visible, routed)
 
 
 def _dense_token_pairs(layout: Layout, extra: int) -> int:

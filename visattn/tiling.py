@@ -63,6 +63,51 @@ class AxisTiles:
         return np.where(slot < self.count[:, None], index, -1)
 
 
+@dataclass(frozen=True, eq=False)
+class PartedAxis(AxisTiles):
+    """An axis cut in `parts` contiguous parts whose lengths differ by at most one, and those in tiles.
+
+    Every part has equally many tiles, and its tokens are spread evenly over them: none is empty unless tiles of
+    one token cut parts of unequal length.
+    """
+
+    parts: int = 1
+
+    @property
+    def tiles_per_part(self) -> int:
+        """Tiles of each part."""
+        longest = -(-self.length // self.parts)
+        return -(-longest // self.size)
+
+    @cached_property
+    def group_start(self) -> Ints:
+        """First tile of each part, and the number of tiles last: [parts + 1]."""
+        return np.arange(self.parts + 1) * self.tiles_per_part
+
+    @cached_property
+    def _bounds(self) -> Ints:
+        return np.arange(self.parts + 1) * self.length // self.parts
+
+    @cached_property
+    def first(self) -> Ints:
+        """Position in its part of each tile's first token: [tiles]."""
+        slot = np.arange(self.tiles) % self.tiles_per_part
+        return slot * np.diff(self._bounds)[self.group] // self.tiles_per_part
+
+    @cached_property
+    def count(self) -> Ints:
+        """Tokens of each tile: [tiles]."""
+        begin = self._bounds[self.group] + self.first
+        return np.diff(np.append(begin, self.length))
+
+    @cached_property
+    def tokens(self) -> Ints:
+        """Axis index of each slot, -1 where a short tile has none: [tiles, size]."""
+        slot = np.arange(self.size)
+        index = (self._bounds[self.group] + self.first)[:, None] + slot
+        return np.where(slot < self.count[:, None], index, -1)
+
+
 class Tiling:
     """A layout cut in tiles: prefix runs, then row-major boxes of the grid, suffix runs, extra runs.
 
@@ -73,17 +118,28 @@ class Tiling:
         shape: Slots of a box per axis; a run of dense tokens has prod(shape) slots.
         step: Distance of neighbouring tokens in a box per axis (the dilation).
         extra: Key-only tokens behind the suffix (pooled keys), cut in runs.
+        parts: Contiguous parts of the grid per axis whose borders no box crosses.
     """
 
     def __init__(
-        self, layout: Layout, shape: tuple[int, ...], step: tuple[int, ...] | None = None, extra: int = 0
+        self,
+        layout: Layout,
+        shape: tuple[int, ...],
+        step: tuple[int, ...] | None = None,
+        extra: int = 0,
+        parts: tuple[int, ...] | None = None,
     ) -> None:
         if len(shape) != layout.dims or min(shape) < 1:
             raise ValueError(f"tile {shape} does not fit grid {layout.grid}: pass {layout.dims} sizes of at least 1")
         self.layout, self.shape, self.extra = layout, tuple(shape), extra
         self.step = step or (1,) * layout.dims
         self.capacity = math.prod(shape)
-        self.axes = tuple(AxisTiles(*args) for args in zip(layout.grid, self.shape, self.step, strict=True))
+        self.parts = parts or (1,) * layout.dims
+        assert all(d == 1 or p == 1 for d, p in zip(self.step, self.parts, strict=True)), "parts are not dilated"
+        self.axes = tuple(
+            AxisTiles(n, size, step) if parts == 1 else PartedAxis(n, size, step, parts)
+            for n, size, step, parts in zip(layout.grid, self.shape, self.step, self.parts, strict=True)
+        )
 
     @cached_property
     def grid_shape(self) -> tuple[int, ...]:

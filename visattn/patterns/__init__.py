@@ -6,13 +6,27 @@ import torch
 
 from visattn.layout import Layout
 from visattn.patterns.base import Pattern
+from visattn.patterns.clear import Clear
 from visattn.patterns.dense import Dense
+from visattn.patterns.halo import Halo
 from visattn.patterns.neighborhood import Neighborhood
+from visattn.patterns.routing import Routing, routed_mask
 from visattn.patterns.text import parse_pattern
 
-__all__ = ["PATTERNS", "Dense", "Neighborhood", "Pattern", "dense_mask", "parse"]
+__all__ = [
+    "PATTERNS",
+    "Clear",
+    "Dense",
+    "Halo",
+    "Neighborhood",
+    "Pattern",
+    "Routing",
+    "dense_mask",
+    "parse",
+    "routed_mask",
+]
 
-PATTERNS: tuple[type[Pattern], ...] = (Dense, Neighborhood)
+PATTERNS: tuple[type[Pattern], ...] = (Dense, Neighborhood, Halo, Clear, Routing)
 
 
 def parse(text: str | Pattern) -> Pattern:
@@ -32,14 +46,17 @@ def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
     """The truth of a pattern as a mask over all tokens, for small grids.
 
     Returns:
-        bool [S, S] with S = layout.length; entry (i, j) says whether query i sees key j.
+        bool [S, S + extra] with S = layout.length; entry (i, j) says whether query i sees key j. The extra keys
+        are those that the pattern appends (the pooled keys of clear), which dense tokens do not see.
 
     Raises:
         ValueError: If the pattern is not defined on the grid.
     """
     pattern = parse(pattern)
     pattern.check(layout.grid)
-    mask = torch.ones(layout.length, layout.length, dtype=torch.bool)
+    mask = torch.ones(layout.length, layout.length + pattern.extra_keys(layout.grid), dtype=torch.bool)
+    mask[:, layout.length :] = False
     inner = slice(layout.prefix, layout.prefix + layout.tokens)
+    mask[inner, layout.length :] = True
     mask[inner, inner] = torch.from_numpy(pattern.grid_mask(layout.grid))
     return mask

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from visattn.layout import Layout
 from visattn.patterns.geometry import Bools, TilePairs
 from visattn.tiling import Tiling, box_shape
+
+if TYPE_CHECKING:
+    import torch
+
+    from visattn.plans import TilePlan
 
 PerAxis = int | tuple[int, ...]
 
@@ -36,8 +41,14 @@ class Pattern(ABC):
         """The pattern's truth: visibility of grid token j to grid token i, bool [tokens, tokens]."""
 
     @abstractmethod
-    def tile_pairs(self, queries: Tiling, keys: Tiling) -> TilePairs:
-        """The tile pairs with at least one visible pair of tokens, each exactly once."""
+    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
+        """The tile pairs with at least one visible pair of tokens, each exactly once.
+
+        Args:
+            grid: The grid of the layout; that of the tilings where `tiled_layout` changes nothing.
+            queries: The query side cut in tiles.
+            keys: The key side cut in tiles.
+        """
 
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Whether every token of this grid sees every other, so that dense attention is the same."""
@@ -55,6 +66,21 @@ class Pattern(ABC):
         """Key-only tokens (pooled keys) that the pattern appends; every grid token sees them."""
         return 0
 
+    def append_keys(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        layout: Layout,
+        weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Put the extra keys behind the others: k, v [B, S + extra, Hkv, D] and the key mask [B, S + extra]."""
+        return k, v, key_mask
+
+    def pool_shape(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Sides of the pooling weight, None if the pattern pools no keys."""
+        return None
+
     def rpb_shape(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
         """Sides of the relative position bias per head, None if the pattern takes none."""
         return None
@@ -62,6 +88,18 @@ class Pattern(ABC):
     def step(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Distance of neighbouring tokens in a tile per axis (the dilation)."""
         return (1,) * len(grid)
+
+    def parts(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Contiguous parts per axis whose borders no tile crosses (the regions of a routed pattern)."""
+        return (1,) * len(grid)
+
+    def routed_tiles(self, grid: tuple[int, ...], keys: Tiling) -> int:
+        """Key tiles that a routed pattern adds to the list of each grid query tile at run time."""
+        return 0
+
+    def route(self, q: torch.Tensor, k: torch.Tensor, plan: TilePlan) -> torch.Tensor:
+        """The key tiles that a routed pattern adds: int64 [B, grid query tiles, n], see `Routing.route`."""
+        raise NotImplementedError(f"{self} is not routed")
 
     def __str__(self) -> str:
         parts = []

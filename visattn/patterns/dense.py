@@ -34,6 +34,6 @@ class Dense(Pattern):
         """All True."""
         return product_mask([full_span(n) for n in grid])
 
-    def tile_pairs(self, queries: Tiling, keys: Tiling) -> TilePairs:
+    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
         """Every pair of tiles."""
-        return product_pairs([full_span(n) for n in queries.layout.grid], queries, keys)
+        return product_pairs([full_span(n) for n in grid], queries, keys)

@@ -106,9 +106,9 @@ class Neighborhood(Pattern):
         """AND over the axes of one interval each."""
         return product_mask(self.spans(grid))
 
-    def tile_pairs(self, queries: Tiling, keys: Tiling) -> TilePairs:
+    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
         """Tiles that the windows of a query tile touch."""
-        return product_pairs(self.spans(queries.layout.grid), queries, keys)
+        return product_pairs(self.spans(grid), queries, keys)
 
     def rpb_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """2 * window - 1 per axis, for the window as given (-1 is the axis)."""

@@ -1,0 +1,93 @@
+"""Circular windows (CLEAR), with pooled keys for what lies outside, in one to three dimensions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from visattn.layout import Layout
+from visattn.patterns.base import Pattern, PerAxis, per_axis, whole_numbers
+from visattn.patterns.geometry import Bools, TilePairs
+from visattn.patterns.offsets import cells, offset_mask, offset_pairs, squared
+from visattn.tiling import Tiling
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Clear(Pattern):
+    """Each query sees the keys nearer than `radius`, and the mean of every cell of the grid if `pool` is given.
+
+    Source: Liu et al., "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up" (2024),
+    section 3.3 (circular window) and section 3.5 with the released code (pooled keys, one learnable weight per
+    token of a cell: the `pool_weight` of `attention`).
+
+    Where a cell is cut by the border, its weights are scaled up by slots over tokens, so the mean stays a mean.
+
+    Attributes:
+        radius: Euclidean distance in tokens that a key must stay below; 1 is the query itself.
+        pool: Tokens of a pooled cell per axis (-1 is the whole axis), None for no pooled keys.
+
+    Raises:
+        ValueError: If a parameter is out of range, here or on the grid it is used with.
+    """
+
+    radius: int
+    pool: PerAxis | None = None
+
+    name: ClassVar[str] = "clear"
+
+    def __post_init__(self) -> None:
+        radius = whole_numbers(self.radius, "radius", 1)
+        if isinstance(radius, tuple):
+            raise ValueError(f"radius={self.radius!r} must be one whole number: the window is a circle")
+        object.__setattr__(self, "radius", radius)
+        if self.pool is not None:
+            object.__setattr__(self, "pool", whole_numbers(self.pool, "pool", 1, also=(-1,)))
+
+    def check(self, grid: tuple[int, ...]) -> None:
+        """Raise a ValueError if the number of axes differs."""
+        self.pool_shape(grid)
+
+    def pool_shape(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Tokens of a pooled cell per axis."""
+        if self.pool is None:
+            return None
+        return tuple(n if c == -1 else c for n, c in zip(grid, per_axis(self.pool, len(grid), "pool"), strict=True))
+
+    def extra_keys(self, grid: tuple[int, ...]) -> int:
+        """One per cell."""
+        cell = self.pool_shape(grid)
+        return 0 if cell is None else cells(grid, cell)
+
+    def append_keys(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        layout: Layout,
+        weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Append the pooled keys and values, see `pooling.append_pooled`."""
+        from visattn.patterns.pooling import append_pooled
+
+        cell = self.pool_shape(layout.grid)
+        if cell is None:
+            return k, v, key_mask
+        if weight is None:
+            # A mean does not change where a cell is cut to the axis, and needs no padding there.
+            cell = tuple(min(c, n) for c, n in zip(cell, layout.grid, strict=True))
+        return append_pooled(k, v, key_mask, layout, cell, weight)
+
+    def covers(self, grid: tuple[int, ...]) -> bool:
+        """Whether the farthest corner is inside the circle, and nothing is pooled."""
+        return self.pool is None and sum((n - 1) ** 2 for n in grid) < self.radius**2
+
+    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
+        """Squared distance below the squared radius."""
+        return offset_mask(squared(grid), self.radius**2)
+
+    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
+        """Tiles that the circles of a query tile touch."""
+        return offset_pairs(squared(grid), self.radius**2, queries, keys)

@@ -1,0 +1,182 @@
+"""Bi-level routing (BiFormer): each region attends to the regions that resemble it most."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+
+from visattn.layout import Layout
+from visattn.patterns.base import Pattern, PerAxis, per_axis, whole_numbers
+from visattn.patterns.geometry import Bools, TilePairs
+from visattn.tiling import Ints, Tiling, box_shape
+
+if TYPE_CHECKING:
+    from visattn.plans import TilePlan
+
+
+@dataclass(frozen=True)
+class Routing(Pattern):
+    """Queries of a region see the `topk` regions whose mean key has the largest product with their mean query.
+
+    Source: Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention" (CVPR 2023), section 3.2.
+    All heads together choose (the means have heads * head_dim channels), the choice is not differentiated, and
+    dense tokens neither take part in it nor are left out by it. A positive scale of the products would not
+    change the choice; the scale of the attention is that of `attention` (BiFormer's is channels ** -0.5).
+
+    Where the regions do not divide an axis their sides differ by at most one token, so that none is empty. The
+    means are over real tokens. (BiFormer pads with zeros instead: pad the input to have that.)
+
+    Attributes:
+        regions: Regions per axis; more than an axis has tokens is one per token.
+        topk: Regions that a region sees; more than there are is all of them.
+
+    Raises:
+        ValueError: If a parameter is out of range, here or on the grid it is used with.
+    """
+
+    regions: PerAxis
+    topk: int
+
+    name: ClassVar[str] = "routing"
+    routed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regions", whole_numbers(self.regions, "regions", 1))
+        topk = whole_numbers(self.topk, "topk", 1)
+        if isinstance(topk, tuple):
+            raise ValueError(f"topk={self.topk!r} must be one whole number: a region sees that many regions")
+        object.__setattr__(self, "topk", topk)
+
+    def check(self, grid: tuple[int, ...]) -> None:
+        """Raise a ValueError if the number of axes differs."""
+        self.parts(grid)
+
+    def parts(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Regions per axis, at most the axis."""
+        return tuple(min(r, n) for r, n in zip(per_axis(self.regions, len(grid), "regions"), grid, strict=True))
+
+    def chosen(self, grid: tuple[int, ...]) -> int:
+        """Regions that each region sees."""
+        return min(self.topk, math.prod(self.parts(grid)))
+
+    def covers(self, grid: tuple[int, ...]) -> bool:
+        """Whether every region sees all regions."""
+        return self.topk >= math.prod(self.parts(grid))
+
+    def tile(self, grid: tuple[int, ...], volume: int = 64) -> tuple[int, ...]:
+        """A region where it is small enough, else a box of which regions hold few short ones."""
+        region = tuple(-(-n // r) for n, r in zip(grid, self.parts(grid), strict=True))
+        if math.prod(region) <= 2 * volume:
+            return region
+        box = box_shape(region, volume)
+        return tuple(-(-side // -(-side // b)) for side, b in zip(region, box, strict=True))
+
+    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
+        """Undefined without q and k."""
+        raise ValueError(f"the mask of {self} depends on q and k: call routed_mask(pattern, layout, q, k)")
+
+    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
+        """None, as `route` lists them; `visible` is what regions of average size see."""
+        none = np.empty(0, np.int64)
+        masks = np.empty((0, queries.capacity, keys.capacity), bool)
+        visible = math.prod(grid) ** 2 * self.chosen(grid) / math.prod(self.parts(grid))
+        return TilePairs(none, none, none, masks, round(visible))
+
+    def routed_tiles(self, grid: tuple[int, ...], keys: Tiling) -> int:
+        """Key tiles that `route` lists for each grid query tile."""
+        return self.chosen(grid) * (keys.runs[1] // math.prod(self.parts(grid)))
+
+    def route(self, q: torch.Tensor, k: torch.Tensor, plan: TilePlan) -> torch.Tensor:
+        """The grid key tiles of each grid query tile.
+
+        Args:
+            q: Queries [B, S, H, D].
+            k: Keys [B, S, Hkv, D].
+            plan: A plan of this pattern.
+
+        Returns:
+            int64 [B, grid query tiles, n]: indices over all tiles of plan.keys, without duplicates, the same
+            number for every query tile. Short key tiles are not fully visible: their empty slots must be masked.
+        """
+        region, tiles = _tables(plan, q.device)
+        choice = self.choose(q, k, plan.layout)
+        return tiles[choice].flatten(2)[:, region]
+
+    def choose(self, q: torch.Tensor, k: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """The regions that each region sees, best first: int64 [B, regions, chosen]."""
+        with torch.no_grad():
+            mean_q, mean_k = (self._means(t, layout) for t in (q, k))
+            mean_k = mean_k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+            affinity = mean_q.flatten(2) @ mean_k.flatten(2).transpose(1, 2)
+            return affinity.topk(self.chosen(layout.grid), -1).indices
+
+    def _means(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Mean of each region: [B, S, H, D] -> [B, regions, H, D], in float32 at least."""
+        x = x[:, layout.prefix : layout.prefix + layout.tokens].to(torch.promote_types(x.dtype, torch.float32))
+        shape = x.shape
+        x = x.flatten(2).unflatten(1, layout.grid)
+        for i, (n, parts) in enumerate(zip(layout.grid, self.parts(layout.grid), strict=True)):
+            # One small product per axis: deterministic on every device, whatever the sides.
+            part = part_of(n, parts)
+            rows = torch.zeros(parts, n, dtype=x.dtype)
+            rows[torch.from_numpy(part), torch.arange(n)] = torch.from_numpy(1 / np.bincount(part)[part]).to(x.dtype)
+            x = torch.tensordot(rows.to(x.device), x, dims=([1], [1 + i])).movedim(0, 1 + i)
+        return x.reshape(shape[0], -1, *shape[2:])
+
+
+def part_of(length: int, parts: int) -> Ints:
+    """Which of `parts` contiguous parts, whose lengths differ by at most one, each token is in: [length]."""
+    return np.searchsorted(np.arange(1, parts + 1) * length // parts, np.arange(length), side="right")
+
+
+@lru_cache(maxsize=64)
+def _tables(plan: TilePlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Region of each grid query tile [tiles]; key tiles of each region [regions, tiles per region]."""
+    pattern = plan.pattern
+    assert isinstance(pattern, Routing)
+    parts = pattern.parts(plan.layout.grid)
+
+    def region_of(tiling: Tiling) -> Ints:
+        region = np.zeros(1, np.int64)
+        for tiles, number in zip(tiling.grid_shape, parts, strict=True):
+            region = (region[:, None] * number + np.arange(tiles) // (tiles // number)).ravel()
+        return region
+
+    order = np.argsort(region_of(plan.keys), kind="stable") + plan.keys.grid_tiles.start
+    tables = region_of(plan.queries), order.reshape(math.prod(parts), -1)
+    return torch.from_numpy(tables[0]).to(device), torch.from_numpy(tables[1]).to(device)
+
+
+def routed_mask(pattern: Pattern, layout: Layout, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The truth of a routed pattern as a mask over all tokens, for small grids.
+
+    Args:
+        pattern: A routed pattern.
+        layout: The tokens.
+        q: Queries [B, S, H, D].
+        k: Keys [B, S, Hkv, D].
+
+    Returns:
+        bool [B, S, S]; entry (b, i, j) says whether query i of sample b sees key j.
+
+    Raises:
+        ValueError: If the pattern is not routed.
+    """
+    if not isinstance(pattern, Routing):
+        raise ValueError(f"{pattern} is not routed: call dense_mask(pattern, layout)")
+    region = np.zeros(1, np.int64)
+    for n, parts in zip(layout.grid, pattern.parts(layout.grid), strict=True):
+        region = (region[:, None] * parts + part_of(n, parts)).ravel()
+    token_region = torch.from_numpy(region).to(q.device)
+    choice = pattern.choose(q, k, layout)
+    sees = torch.zeros(*choice.shape[:2], choice.shape[1], dtype=torch.bool, device=q.device)
+    sees.scatter_(2, choice, True)
+    mask = torch.ones(len(q), layout.length, layout.length, dtype=torch.bool, device=q.device)
+    inner = slice(layout.prefix, layout.prefix + layout.tokens)
+    mask[:, inner, inner] = sees[:, token_region][:, :, token_region]
+    return mask
