@@ -13,10 +13,10 @@ import torch
 
 from visattn.layout import Layout
 from visattn.patterns import Pattern
-from visattn.plans import plan
+from visattn.plans import TilePlan, plan
 
 # Order of preference where two backends cost the same. Each module has a `backend` object.
-NAMES = ("sdpa", "reference")
+NAMES = ("sdpa", "flex", "reference")
 
 
 class Support(NamedTuple):
@@ -205,6 +205,34 @@ def run_call(
     return chosen.run(q, k, v, replace(call, key_mask=key_mask))
 
 
-def visited_pairs(problem: Problem) -> float:
-    """Pairs of token slots that a tile engine computes, all samples and heads together."""
-    return problem.dense_pairs / plan(problem.pattern, problem.layout).tile_bound
+def visited_pairs(problem: Problem, tiles: TilePlan | None = None) -> float:
+    """Pairs of token slots that a tile engine computes, all samples and heads together.
+
+    Args:
+        problem: The call.
+        tiles: The plan the engine runs, the pattern's own choice of tiles if None.
+    """
+    return problem.dense_pairs / (tiles or plan(problem.pattern, problem.layout)).tile_bound
+
+
+def unlisted(problem: Problem) -> str:
+    """Why a pattern is not a list of tiles of the call's own tokens, empty if it is."""
+    pattern = problem.pattern
+    if pattern.composed:
+        return f"{pattern.name} is not a list of key tiles"
+    if pattern.routed:
+        return f"{pattern.name} computes its lists from q and k"
+    if pattern.extra_keys(problem.layout.grid):
+        return f"{pattern} appends pooled keys"
+    return ""
+
+
+# Floating-point operations per second of dense SDPA at full load (2 CPU cores in float32, an H100 in bfloat16):
+# they only turn a fixed time per call into pairs, so that small calls are not sent to a backend that starts slowly.
+DENSE_RATE = {"cpu": 1e11, "cuda": 4e14}
+
+
+def overhead(problem: Problem, cpu_ms: float, cuda_us: float) -> float:
+    """A fixed time per call in pairs of tokens that dense SDPA computes in that time."""
+    seconds = cuda_us * 1e-6 if problem.device == "cuda" else cpu_ms * 1e-3
+    return seconds * DENSE_RATE.get(problem.device, DENSE_RATE["cpu"]) / (4 * problem.head_dim)
