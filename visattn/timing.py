@@ -1,0 +1,97 @@
+"""Fair timing: the runs that are compared take turns, so that a slow minute of the machine hits all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one run, measured several times.
+
+    Attributes:
+        seconds: Every measurement, in the order they were taken.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Middle measurement."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """First and third quartile; the extremes where there are fewer than four measurements."""
+        if len(self.seconds) < 4:
+            return min(self.seconds), max(self.seconds)
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        low, high = self.spread
+        return {"median": self.median, "low": low, "high": high, "seconds": list(self.seconds)}
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 5,
+    warmup: int = 1,
+    at_least: float = 0.0,
+    synchronize: Callable[[], None] | None = None,
+) -> dict[str, Timing]:
+    """Time functions in turns: a, b, c, c, b, a, a, b, c, ...
+
+    Args:
+        runs: Functions by name.
+        repeats: Measurements of each.
+        warmup: Calls of each before the first measurement (plans, compilation, caches, first touch of memory).
+        at_least: Seconds a measurement should last: shorter functions are called several times in a row.
+        synchronize: Waits for the device; None waits for all work on CUDA devices where there are any.
+
+    Returns:
+        Seconds per call, by name.
+
+    Raises:
+        ValueError: If `repeats` is below 1 or `warmup` below 0.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats {repeats} must be at least 1 and warmup {warmup} at least 0")
+    wait = synchronize or (torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+    calls = {name: _warm_up(run, warmup, at_least, wait) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats):
+        # Every other turn runs backward: what a run leaves in the caches is not always left to the same one.
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            seconds[name].append(_measure(runs[name], calls[name], wait))
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _warm_up(run: Callable[[], object], warmup: int, at_least: float, wait: Callable[[], None]) -> int:
+    """Call a function before it is measured; returns how many calls last `at_least` seconds."""
+    for _ in range(warmup):
+        run()
+    wait()
+    if not at_least:
+        return 1
+    calls = 1
+    while (took := _measure(run, calls, wait) * calls) < at_least / 2:
+        calls *= 2
+    return max(1, round(calls * at_least / took))
+
+
+def _measure(run: Callable[[], object], calls: int, wait: Callable[[], None]) -> float:
+    wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    wait()
+    return (time.perf_counter() - start) / calls
