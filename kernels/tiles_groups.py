@@ -1,0 +1,149 @@
+"""Query tiles whose key lists are equally long, as batches of small attention problems: where each token sits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from visattn.plans import TilePlan
+from visattn.tiling import Ints
+
+
+@dataclass(eq=False)
+class Group:
+    """Problems of one shape: n query tiles of T tokens that each see L keys.
+
+    The keys are the first `whole` tokens in order, or a box around each tile (`base` + `offsets`), or a list of key
+    tiles (`key_tiles` into `tile_tokens`). Token indices count within one sample; -1 is an empty slot of a short tile.
+
+    Attributes:
+        queries: Query tokens: [n, T].
+        whole: Number of leading tokens that are the keys, 0 for one of the other two forms.
+        base: First key of each tile's box: [n, 1].
+        offsets: Keys of a box, relative to its first: [1, keys].
+        key_tiles: Key tiles of each query tile [n, m], or of each sample's tiles if `routed` [B * n, m].
+        tile_tokens: Tokens of all key tiles: [tiles, slots].
+        fixed: Key tokens that every tile sees behind those (dense and pooled ones): [E].
+        shared: Visibility for all tiles alike, bool [T, L], or None where every key is visible.
+        mask: Index into `masks` of each key tile: [n, m].
+        masks: Distinct masks of a key tile, the last one all True: bool [masks, T, slots].
+        rpb_index: Where the bias of each pair sits in the flattened rpb (one past its end means 0): [T, L].
+        short_queries: Whether `queries` has empty slots.
+        short_keys: Whether empty key slots must be hidden beyond what the masks say.
+        routed: Whether `key_tiles` differ from sample to sample.
+    """
+
+    queries: torch.Tensor
+    whole: int = 0
+    base: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+    key_tiles: torch.Tensor | None = None
+    tile_tokens: torch.Tensor | None = None
+    fixed: torch.Tensor | None = None
+    shared: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+    rpb_index: torch.Tensor | None = None
+    short_queries: bool = False
+    short_keys: bool = False
+    routed: bool = False
+
+    @property
+    def length(self) -> int:
+        """Keys per problem."""
+        own = self.whole
+        if self.offsets is not None:
+            own = self.offsets.shape[1]
+        elif self.key_tiles is not None and self.tile_tokens is not None:
+            own = self.key_tiles.shape[1] * self.tile_tokens.shape[1]
+        return own + (0 if self.fixed is None else len(self.fixed))
+
+    def keys(self, sample: torch.Tensor, tile: torch.Tensor) -> torch.Tensor | None:
+        """Key tokens of some problems: [problems, L]; None where they are the leading ones."""
+        if self.offsets is not None and self.base is not None:
+            keys = self.base[tile] + self.offsets
+        elif self.key_tiles is not None and self.tile_tokens is not None:
+            row = sample * len(self.queries) + tile if self.routed else tile
+            keys = self.tile_tokens[self.key_tiles[row]].flatten(1)
+        else:
+            return None
+        return keys if self.fixed is None else torch.cat([keys, self.fixed.expand(len(tile), -1)], 1)
+
+    def visible(self, tile: torch.Tensor) -> torch.Tensor | None:
+        """Visibility of the keys of some tiles: bool [1 or problems, T, L]; None where all are visible."""
+        if self.mask is None or self.masks is None:
+            return None if self.shared is None else self.shared[None]
+        return self.masks[self.mask[tile]].transpose(1, 2).flatten(2)
+
+
+def whole_sequence(queries: Ints, keys: int, device: torch.device) -> Group:
+    """One problem: these query tokens see the first `keys` tokens."""
+    return Group(torch.from_numpy(queries[None]).to(device), whole=keys)
+
+
+def list_groups(plan: TilePlan, device: torch.device) -> Iterator[Group]:
+    """The problems of the grid's query tiles of any plan, by number of key tiles and by their masks.
+
+    Tiles that share all masks make a group of their own, where the mask is stored once; the rest looks its
+    masks up tile by tile.
+    """
+    grid = np.arange(plan.queries.tiles)[plan.queries.grid_tiles]
+    counts = plan.lists.counts[grid]
+    masks = torch.from_numpy(np.concatenate([plan.masks, np.ones_like(plan.masks[:1])])).to(device)
+    tokens = torch.from_numpy(plan.keys.tokens).to(device)
+    for count in np.unique(counts[counts > 0]):
+        tiles = grid[counts == count]
+        entry = plan.lists.start[tiles][:, None] + np.arange(count)
+        for members in _by_masks(plan.lists.mask[entry]):
+            yield _list_group(plan, tiles[members], entry[members], tokens, masks)
+
+
+def _by_masks(mask: Ints, least: int = 4) -> Iterator[Ints]:
+    """Rows of `mask` by equal content where at least `least` agree, then the others together."""
+    _, which, size = np.unique(mask, axis=0, return_inverse=True, return_counts=True)
+    which = which.ravel()
+    for i in np.flatnonzero(size >= least):
+        yield np.flatnonzero(which == i)
+    rest = np.flatnonzero(size[which] < least)
+    if len(rest):
+        yield rest
+
+
+def _list_group(plan: TilePlan, tiles: Ints, entry: Ints, tokens: torch.Tensor, masks: torch.Tensor) -> Group:
+    queries, mask, device = plan.queries.tokens[tiles], plan.lists.mask[entry], tokens.device
+    group = Group(
+        queries=torch.from_numpy(queries).to(device),
+        key_tiles=torch.from_numpy(plan.lists.tile[entry]).to(device),
+        tile_tokens=tokens,
+        short_queries=bool((queries < 0).any()),
+    )
+    if (mask >= 0).any():
+        index = torch.from_numpy(mask).to(device)
+        if (mask == mask[0]).all():
+            group.shared = masks[index[0]].transpose(0, 1).flatten(1)
+        else:
+            group.mask, group.masks = index, masks
+    return group
+
+
+def routed_group(plan: TilePlan, route: torch.Tensor, fixed: torch.Tensor | None) -> Group:
+    """The problems of a routed pattern's grid query tiles.
+
+    Args:
+        plan: A plan of the pattern.
+        route: Key tiles that the pattern chose: [B, grid query tiles, m].
+        fixed: Dense and pooled key tokens, or None.
+    """
+    queries = plan.queries.tokens[plan.queries.grid_tiles]
+    return Group(
+        queries=torch.from_numpy(queries).to(route.device),
+        key_tiles=route.flatten(0, 1),
+        tile_tokens=torch.from_numpy(plan.keys.tokens).to(route.device),
+        fixed=fixed,
+        short_queries=bool((queries < 0).any()),
+        short_keys=bool((plan.keys.tokens[plan.keys.grid_tiles] < 0).any()),
+        routed=True,
+    )
