@@ -1,0 +1,103 @@
+"""The hooks that tell a run what its model is doing.
+
+Under torch.compile the hooks are traced: the one of the model becomes an operator, the others do nothing. Copies
+and pickles of a patched model have hooks that do nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from visattn.pipelines import operators
+from visattn.pipelines.run import Run
+
+
+def unpatched(*args: Any, **kwargs: Any) -> None:
+    """What a hook becomes in a copy of a patched model."""
+
+
+class _Hook:
+    """Refers to a run by number: what compiled code sees of it is one constant."""
+
+    def __init__(self, run: Run) -> None:
+        self.number = run.number
+
+    def run(self) -> Run | None:
+        return operators.look_up(self.number)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _unpatched, ()
+
+
+def _unpatched() -> Callable[..., None]:
+    return unpatched
+
+
+class Begin(_Hook):
+    """Before a forward of the model: where do its tokens sit?"""
+
+    def __init__(self, run: Run, names: tuple[str, ...]) -> None:
+        super().__init__(run)
+        # Hooks keep the run alive: a handle may be dropped without undoing anything.
+        self.keep = run
+        self.names, self.config, self.family = names, run.config, run.family
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        seen = self.family.seen(self.config, given)
+        if not torch.compiler.is_compiling():
+            self.keep.begin(seen)
+            return None
+        name = self.family.anchor
+        latents = operators.begin_forward(given[name], seen.ids, list(seen.grid), seen.prefix, seen.suffix, self.number)
+        if name in kwargs:
+            return args, {**kwargs, name: latents}
+        at = self.names.index(name)
+        return (*args[:at], latents, *args[at + 1 :]), kwargs
+
+
+class Finish(_Hook):
+    """After a forward of the model."""
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            run = self.run()
+            if run is not None:
+                run.finish()
+
+
+class Enter(_Hook):
+    """Before a forward of an attention module: which one is it?"""
+
+    def __init__(self, run: Run, paths: dict[int, str]) -> None:
+        super().__init__(run)
+        self.paths = paths
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            run = self.run()
+            if run is not None:
+                run.enter(self.paths[id(module)])
+
+
+class Hooks:
+    """All hooks of a patched model."""
+
+    def __init__(self, model: torch.nn.Module, run: Run, sites: Sequence[tuple[torch.nn.Module, str]]) -> None:
+        names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        enter = Enter(run, {id(module): path for module, path in sites})
+        self._handles = [
+            model.register_forward_pre_hook(Begin(run, names), with_kwargs=True, prepend=True),
+            model.register_forward_hook(Finish(run)),
+            *(module.register_forward_pre_hook(enter) for module, _ in sites),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

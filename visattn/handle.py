@@ -1,0 +1,142 @@
+"""`apply()`: patch the attention of a model or pipeline, and the handle that undoes it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+from visattn.backends import load
+from visattn.layout import Layout
+from visattn.report import Report, SiteReport
+from visattn.schedule import PatternLike, Schedule, Selector
+
+# The adapter of each package: a module with `install(target, request) -> list of Patch`.
+ADAPTERS = {"diffusers": "visattn.pipelines.install", "timm": "visattn.models.swap"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `apply` asks of an adapter.
+
+    Attributes:
+        schedule: Pattern of each layer, dense layers and steps.
+        backend: "auto" or the name of a backend.
+        layout: Where the tokens sit, for models of unknown classes; None to find out.
+        strict: Whether a forward that misses a selected module raises.
+    """
+
+    schedule: Schedule
+    backend: str = "auto"
+    layout: Layout | None = None
+    strict: bool = False
+
+
+class Patch(Protocol):
+    """One patched model."""
+
+    def remove(self) -> None:
+        """Put the original attention back; a second call does nothing."""
+        ...
+
+    def set_step(self, step: int | None, total: int | None) -> None:
+        """Say which denoising step (from 0) of how many comes next; None for "find out"."""
+        ...
+
+    def report(self) -> Sequence[SiteReport]:
+        """What happened at each patched module, in the order of the layers."""
+        ...
+
+
+class Handle:
+    """A patched model or pipeline: says what happened, and undoes the patch.
+
+    Also a context manager that undoes the patch at its end.
+    """
+
+    def __init__(self, patches: Sequence[Patch], request: Request) -> None:
+        self._patches = tuple(patches)
+        self._request = request
+
+    def report(self) -> Report:
+        """What happened at each patched attention module so far. Waits for the GPU."""
+        sites = [site for patch in self._patches for site in patch.report()]
+        return Report(tuple(sites), self._request.schedule.dense_steps)
+
+    def remove(self) -> None:
+        """Put the original attention back, by identity; a second call does nothing."""
+        for patch in self._patches:
+            patch.remove()
+
+    def set_step(self, step: int | None, total: int | None = None) -> None:
+        """Say which denoising step comes next, for `dense_steps` on a model without its pipeline.
+
+        Args:
+            step: Index of the step, from 0. None returns to what the pipeline says.
+            total: Number of steps, needed when `dense_steps` is a fraction.
+
+        Raises:
+            ValueError: If the step is negative or not below the total.
+        """
+        if step is not None and (step < 0 or (total is not None and step >= total)):
+            raise ValueError(f"step {step} of {total} must be at least 0 and below the number of steps")
+        for patch in self._patches:
+            patch.set_step(step, total)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def apply(
+    target: Any,
+    pattern: PatternLike,
+    *,
+    layers: Selector | Iterable[Selector] | None = None,
+    dense_layers: int = 0,
+    dense_steps: int | float = 0,
+    backend: str = "auto",
+    layout: Layout | None = None,
+    strict: bool = False,
+) -> Handle:
+    """Make the self-attention of a model sparse, until the handle removes it.
+
+    Args:
+        target: A diffusers pipeline or model, or a timm model.
+        pattern: A pattern or its text like "na(window=7x7)"; a mapping from layers to patterns like
+            {"0-3": "dense", "4-": "na(window=7x7)"}; or the path of a JSON or YAML file with such a mapping.
+        layers: Layers to patch: indices, slices, ranges like "4-9", or names; None for all.
+        dense_layers: The first so many selected layers stay dense.
+        dense_steps: The first so many denoising steps stay dense: a count, or a fraction like 0.25.
+        backend: "auto" for the cheapest that can run a call, or a name of `backends()`.
+        layout: Where the tokens sit, for a model of a class that visattn does not know.
+        strict: Raise if a forward misses a selected attention module.
+
+    Raises:
+        ValueError: If the target is unknown or already patched, the pattern does not fit it, or nothing is
+            selected.
+    """
+    if backend != "auto":
+        load(backend)
+    adapter = importlib.import_module(ADAPTERS[_package(target)])
+    request = Request(Schedule.of(pattern, layers, dense_layers, dense_steps), backend, layout, strict)
+    return Handle(adapter.install(target, request), request)
+
+
+def _package(target: Any) -> str:
+    """The package whose adapter patches the target, from the modules of its classes."""
+    kinds = type(getattr(target, "_orig_mod", target)).__mro__
+    for kind in kinds:
+        package = kind.__module__.partition(".")[0]
+        if package in ADAPTERS:
+            return package
+    raise ValueError(
+        f"cannot apply to a {kinds[0].__module__}.{kinds[0].__qualname__}: pass a diffusers pipeline or model, or a "
+        "timm model; inside a model of your own call visattn.attention(q, k, v, pattern, layout)"
+    )

@@ -1,0 +1,222 @@
+"""Which layers and which denoising steps get which pattern."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from visattn.patterns import Dense, Pattern, parse
+
+Selector = int | slice | str
+PatternLike = Pattern | str | Path | Mapping[Any, "Pattern | str"]
+_FILES = (".json", ".yaml", ".yml")
+
+
+class SiteName(NamedTuple):
+    """An attention module: its path in the model, and the path of the layer it belongs to."""
+
+    path: str
+    layer: str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The pattern of each layer, and how many layers and steps at the start stay dense.
+
+    Attributes:
+        rules: Pairs of layer selectors and pattern; None selects every layer.
+        dense_layers: The first so many selected layers stay dense.
+        dense_steps: The first so many denoising steps stay dense: a count, or a fraction between 0 and 1.
+    """
+
+    rules: tuple[tuple[tuple[Selector, ...] | None, Pattern], ...]
+    dense_layers: int = 0
+    dense_steps: int | float = 0
+
+    @classmethod
+    def of(
+        cls,
+        pattern: PatternLike,
+        layers: Selector | Iterable[Selector] | None = None,
+        dense_layers: int = 0,
+        dense_steps: int | float = 0,
+    ) -> Schedule:
+        """The schedule that the arguments of `apply` describe.
+
+        Args:
+            pattern: A pattern, its text, a mapping from layers to patterns, or the path of a JSON or YAML file
+                with such a mapping.
+            layers: Indices, slices, ranges like "0-3" or "4-", or names (globs) of layers.
+            dense_layers: Count of selected layers.
+            dense_steps: Count or fraction of steps.
+
+        Raises:
+            ValueError: If a value is out of range, or both `layers` and a mapping are given.
+        """
+        if isinstance(pattern, Path) or (isinstance(pattern, str) and pattern.lower().endswith(_FILES)):
+            pattern = _read(Path(pattern))
+        if isinstance(pattern, Mapping):
+            if layers is not None:
+                raise ValueError(f"layers={layers!r} and a pattern per layer both choose layers: pass one of them")
+            if not pattern:
+                raise ValueError("pattern={} names no layer: pass e.g. {'0-3': 'dense', '4-': 'na(window=7x7)'}")
+            rules = [(_selectors(key), parse(value)) for key, value in pattern.items()]
+        else:
+            rules = [(None if layers is None else _selectors(layers), parse(pattern))]
+        if isinstance(dense_layers, bool) or not isinstance(dense_layers, int) or dense_layers < 0:
+            raise ValueError(f"dense_layers={dense_layers!r} must be a count of layers, 0 or more")
+        whole = isinstance(dense_steps, int) and not isinstance(dense_steps, bool) and dense_steps >= 0
+        if not whole and not (isinstance(dense_steps, float) and 0 <= dense_steps < 1):
+            raise ValueError(f"dense_steps={dense_steps!r} must be a count of steps like 12 or a fraction like 0.25")
+        return cls(tuple(rules), dense_layers, dense_steps)
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """The patterns of the rules."""
+        return tuple(pattern for _, pattern in self.rules)
+
+    def assign(self, sites: Sequence[SiteName], model: str) -> list[Pattern | None]:
+        """The pattern of each site, None where no rule selects it.
+
+        Args:
+            sites: The attention modules in the order of the layers.
+            model: What errors call the model.
+
+        Raises:
+            ValueError: If a rule selects nothing or two rules select the same layer.
+        """
+        layers = list(dict.fromkeys(site.layer for site in sites))
+        found: list[Pattern | None] = [None] * len(sites)
+        for selectors, pattern in self.rules:
+            picked = set(range(len(sites))) if selectors is None else _pick(selectors, sites, layers, model)
+            for i in sorted(picked):
+                if found[i] is not None:
+                    raise ValueError(f"layer {sites[i].layer!r} is given twice: {found[i]} and {pattern}")
+                found[i] = pattern
+        selected = list(dict.fromkeys(s.layer for s, p in zip(sites, found, strict=True) if p is not None))
+        if self.dense_layers and self.dense_layers >= len(selected):
+            raise ValueError(
+                f"dense_layers={self.dense_layers} leaves nothing of the {len(selected)} selected layers of {model}"
+            )
+        dense = set(selected[: self.dense_layers])
+        pairs = zip(sites, found, strict=True)
+        return [Dense() if p is not None and s.layer in dense else p for s, p in pairs]
+
+    def is_dense(self, step: int | None, total: int | None) -> bool:
+        """Whether a denoising step (from 0) of so many stays dense.
+
+        Raises:
+            ValueError: If that depends on a step or a number of steps that is unknown.
+        """
+        if not self.dense_steps:
+            return False
+        if step is None or (total is None and isinstance(self.dense_steps, float)):
+            missing = "the step" if step is None else "the number of steps"
+            raise ValueError(
+                f"dense_steps={self.dense_steps} needs {missing}, and nothing tells it: apply to the pipeline instead "
+                "of the model, or call handle.set_step(i, n) before each forward"
+            )
+        count = self.dense_steps if isinstance(self.dense_steps, int) else round(self.dense_steps * (total or 0))
+        return step < count
+
+
+def check_dims(pattern: Pattern, dims: int, model: str) -> None:
+    """Raise a ValueError that shows the right form if a pattern has another number of axes than a model's grid."""
+    values = {f.name: getattr(pattern, f.name) for f in dataclasses.fields(pattern)}  # type: ignore[arg-type]
+    given = {len(v) for v in values.values() if isinstance(v, tuple)}
+    if given <= {dims}:
+        return
+    grid = {1: "(tokens,)", 2: "(height, width)", 3: "(frames, height, width)"}[dims]
+    message = f"{pattern} has {min(given - {dims})} axes but the tokens of {model} are a {grid} grid"
+    if dims == 3 and given == {2}:
+        spatial = {name: _more(v, 1) for name, v in values.items()}
+        every = {name: _more(v, -1 if name == "window" else 1) for name, v in values.items()}
+        forms = [f"{dataclasses.replace(pattern, **every)} (every frame)"] if every != spatial else []  # type: ignore[type-var]
+        forms.append(f"{dataclasses.replace(pattern, **spatial)} (each frame alone)")  # type: ignore[type-var]
+        message += f": use {' or '.join(forms)}"
+    elif dims == 2 and given == {3}:
+        flat = {name: v[1:] if isinstance(v, tuple) else v for name, v in values.items()}
+        message += f": use {dataclasses.replace(pattern, **flat)}"  # type: ignore[type-var]
+    else:
+        message += f": give {dims} values or 1"
+    raise ValueError(message)
+
+
+def _more(value: Any, first: int) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    return (False if isinstance(value[0], bool) else first, *value)
+
+
+def _read(path: Path) -> Mapping[Any, str]:
+    if not path.is_file():
+        raise ValueError(f"pattern file {str(path)!r} does not exist")
+    text = path.read_text()
+    if path.suffix.lower() == ".json":
+        found = json.loads(text)
+    else:
+        try:
+            import yaml
+        except ModuleNotFoundError:
+            raise ValueError(f"reading {path.name} needs PyYAML: pip install pyyaml, or write it as JSON") from None
+        found = yaml.safe_load(text)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path.name} must map layers to patterns, like {{'0-3': 'dense', '4-': 'na(window=7x7)'}}")
+    return found
+
+
+def _selectors(value: Any) -> tuple[Selector, ...]:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    values = (value,) if isinstance(value, int | slice) else tuple(value)
+    for part in values:
+        if isinstance(part, bool) or not isinstance(part, int | slice | str):
+            raise ValueError(f"layers: {part!r} is not an index, a slice, a range like '0-3' or a name")
+    return values
+
+
+def _pick(selectors: tuple[Selector, ...], sites: Sequence[SiteName], layers: list[str], model: str) -> set[int]:
+    """Indices of the sites that the selectors name."""
+    chosen: set[int] = set()
+    for selector in selectors:
+        picked = _pick_layers(selector, layers)
+        if picked is None:
+            names = str(selector)
+            found = {
+                i
+                for i, site in enumerate(sites)
+                if fnmatch.fnmatchcase(site.path, names) or fnmatch.fnmatchcase(site.layer, names)
+            }
+        else:
+            found = {i for i, site in enumerate(sites) if site.layer in picked}
+        if not found:
+            raise ValueError(
+                f"layers: {selector!r} selects nothing in {model}; its {len(layers)} layers: {_listed(layers)}"
+            )
+        chosen |= found
+    return chosen
+
+
+def _pick_layers(selector: Selector, layers: list[str]) -> set[str] | None:
+    """The layers that an index, slice or range selects; None if the selector is a name."""
+    if isinstance(selector, slice):
+        return set(layers[selector])
+    if isinstance(selector, int):
+        return {layers[selector]} if -len(layers) <= selector < len(layers) else set()
+    match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", selector)
+    if not match:
+        return None
+    first = int(match[1])
+    last = first if not match[2] else int(match[3]) if match[3] else len(layers)
+    return set(layers[first : last + 1])
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [f"{i} {name}" for i, name in enumerate(names)]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:6], "...", shown[-1]])
