@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 from visattn.plans import TileLists, TilePlan, plan
-from visattn.tiling import Ints, Tiling
+from visattn.tiling import Tiling
 
 Mod = Callable[..., torch.Tensor]
 

@@ -6,12 +6,15 @@ from typing import ClassVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
-from visattn.backends import Backend, Call, Problem, Support
+from visattn.backends import Backend, Call, Problem, Support, overhead
 from visattn.kernels.masks import visible
 
 # A bool mask of this many entries is 256 MiB.
 LARGEST_MASK = 2**28
+# Entries of a block of scores that the log-sum-exp is taken over at a time.
+SCORES = 2**22
 
 
 class Sdpa(Backend):
@@ -24,36 +27,93 @@ class Sdpa(Backend):
         return Support(True)
 
     def supports(self, problem: Problem) -> Support:
-        """Anything without relative position bias or log-sum-exp whose mask fits in memory."""
+        """Anything without relative position bias whose mask fits in memory."""
         if problem.pattern.composed:
             return Support(False, f"{problem.pattern.name} is not attention under one mask")
         if problem.rpb:
             return Support(False, "it adds no relative position bias")
-        if problem.lse:
-            return Support(False, "it does not return the log-sum-exp")
-        if not problem.pattern.covers(problem.layout.grid):
-            per_sample = problem.key_mask or problem.pattern.routed
-            entries = problem.layout.length**2 * (problem.batch if per_sample else 1)
+        if not _covers(problem):
+            own = problem.key_mask or problem.pattern.routed
+            entries = problem.layout.length**2 * (problem.batch if own else 1)
             if entries > LARGEST_MASK:
                 return Support(False, f"its dense mask of {entries:.3g} entries is over {LARGEST_MASK}")
         return Support(True)
 
     def cost(self, problem: Problem) -> float:
-        """All pairs; a mask of its own costs about as much again."""
-        masked = problem.key_mask or not problem.pattern.covers(problem.layout.grid)
-        return problem.dense_pairs * (1.5 if masked else 1.0)
+        """All pairs, more of them with a mask; the log-sum-exp needs a second product of queries and keys."""
+        rate = MASKED if not _covers(problem) else KEY_MASKED if problem.key_mask else 1.0
+        return problem.dense_pairs * (rate + LSE * problem.lse) + overhead(problem, cpu_ms=0.05, cuda_us=15)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
-        mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
-        if not call.pattern.covers(call.layout.grid):
-            mask = visible(call, q, k)
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        covers = call.pattern.covers(call.layout.grid)
+        mask = None if covers and call.key_mask is None else _visible(q, k, call, covers)
+        blind = None
+        if mask is not None and call.key_mask is not None:
+            # Kernels differ in what a row without visible keys gives, some NaN: let it see all, then zero it.
+            blind = ~mask.any(-1, keepdim=True)
+            mask = mask | blind
+        heads_first = [t.transpose(1, 2) for t in (q, k, v)]
         grouped = q.shape[2] != k.shape[2]
         out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
-        return out.transpose(1, 2), None
+        lse = _log_sum_exp(heads_first[0], heads_first[1], mask, call.scale) if call.lse else None
+        if blind is not None:
+            out = out.masked_fill(blind, 0)
+            lse = None if lse is None else lse.masked_fill(blind[..., 0], float("-inf"))
+        return out.transpose(1, 2), None if lse is None else lse.transpose(1, 2)
+
+
+# Time over plain SDPA's with a full mask, with a key mask alone, and of the log-sum-exp on its own
+# (measured: scripts/bench_backends.py).
+MASKED, KEY_MASKED, LSE = 1.6, 1.1, 2.5
+
+
+def _covers(problem: Problem) -> bool:
+    return problem.pattern.covers(problem.layout.grid)
+
+
+def _visible(q: torch.Tensor, k: torch.Tensor, call: Call, covers: bool) -> torch.Tensor:
+    """Visibility [1 or B, 1, S or 1, keys]; one row where all queries see the same keys."""
+    if not covers:
+        return visible(call, q, k)
+    assert call.key_mask is not None
+    return call.key_mask[:, None, None, :]
+
+
+def _log_sum_exp(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """Log-sum-exp of the visible logits, a few queries at a time so that no S x S scores exist.
+
+    Args:
+        q: Queries [B, H, S, D].
+        k: Keys [B, Hkv, S, D].
+        mask: Visibility [1 or B, 1, S or 1, keys], or None.
+        scale: Factor on the logits.
+
+    Returns:
+        [B, H, S] in float32, or float64 for float64 inputs.
+    """
+    batch, heads, length, _ = q.shape
+    step = max(1, SCORES // (batch * heads * length))
+    parts = []
+    for start in range(0, length, step):
+        rows = slice(start, start + step)
+        part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        # Recomputed in the backward, which would else keep every block of scores.
+        parts.append(checkpoint(_block_lse, q[:, :, rows], k, part, scale, use_reentrant=False))
+    return torch.cat(parts, dim=2)
+
+
+def _block_lse(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    batch, heads, rows, head_dim = q.shape
+    # The heads that share a key head are rows of one product: no copy of the keys per head.
+    grouped = q.reshape(batch, k.shape[1], -1, head_dim).to(wide) * scale
+    scores = (grouped @ k.to(wide).transpose(-1, -2)).view(batch, heads, rows, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.logsumexp(-1)
 
 
 backend = Sdpa()

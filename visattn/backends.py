@@ -216,14 +216,12 @@ def visited_pairs(problem: Problem, tiles: TilePlan | None = None) -> float:
 
 
 def unlisted(problem: Problem) -> str:
-    """Why a pattern is not a list of tiles of the call's own tokens, empty if it is."""
+    """Why a pattern is no list of tiles known before q and k, empty if it is."""
     pattern = problem.pattern
     if pattern.composed:
         return f"{pattern.name} is not a list of key tiles"
     if pattern.routed:
         return f"{pattern.name} computes its lists from q and k"
-    if pattern.extra_keys(problem.layout.grid):
-        return f"{pattern} appends pooled keys"
     return ""
 
 
