@@ -58,7 +58,7 @@ class Sdpa(Backend):
         heads_first = [t.transpose(1, 2) for t in (q, k, v)]
         grouped = q.shape[2] != k.shape[2]
         out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
-        lse = _log_sum_exp(heads_first[0], heads_first[1], mask, call.scale) if call.lse else None
+        lse = log_sum_exp(heads_first[0], heads_first[1], mask, call.scale) if call.lse else None
         if blind is not None:
             out = out.masked_fill(blind, 0)
             lse = None if lse is None else lse.masked_fill(blind[..., 0], float("-inf"))
@@ -82,7 +82,7 @@ def _visible(q: torch.Tensor, k: torch.Tensor, call: Call, covers: bool) -> torc
     return call.key_mask[:, None, None, :]
 
 
-def _log_sum_exp(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def log_sum_exp(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Log-sum-exp of the visible logits, a few queries at a time so that no S x S scores exist.
 
     Args:

@@ -16,7 +16,7 @@ from visattn.patterns import Pattern
 from visattn.plans import TilePlan, plan
 
 # Order of preference where two backends cost the same. Each module has a `backend` object.
-NAMES = ("sdpa", "tiles", "flex", "reference")
+NAMES = ("sdpa", "flex", "natten", "xformers", "reference")
 
 
 class Support(NamedTuple):
