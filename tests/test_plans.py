@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from cases import layouts, tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import mask_of, neighborhood, visited
@@ -8,19 +9,6 @@ from oracles import mask_of, neighborhood, visited
 from visattn import plan
 from visattn.layout import Layout
 from visattn.patterns import Dense, Neighborhood, dense_mask
-
-
-@st.composite
-def layouts(draw, sides=(9, 6, 4)):
-    dims = draw(st.integers(1, 3))
-    grid = [draw(st.integers(1, sides[dims - 1])) for _ in range(dims)]
-    return Layout(grid, draw(st.integers(0, 5)), draw(st.integers(0, 5)))
-
-
-@st.composite
-def tiles(draw, dims):
-    box = st.tuples(*[st.integers(1, 4)] * dims)
-    return draw(st.one_of(st.none(), box, st.tuples(box, box)))
 
 
 @st.composite
@@ -35,7 +23,7 @@ def neighborhoods(draw, grid):
     return Neighborhood(*zip(*axes, strict=True))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(data=st.data())
 def test_neighborhood_mask_and_plan(data):
     layout = data.draw(layouts())

@@ -196,13 +196,16 @@ def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling) -> tuple
     dense_keys = np.setdiff1d(key_index, grid_keys)
     dense_queries = np.setdiff1d(query_index, grid_queries)
     plain_keys = key_index[: keys.tiles - keys.runs[3]]
+    # Tiles of one token leave tiles of the shorter regions empty.
+    plain_keys = plain_keys[keys.sizes[plain_keys] > 0]
+    filled_queries = grid_queries[queries.sizes[grid_queries] > 0]
 
     query = [
         grid_queries[pairs.query],
-        np.repeat(grid_queries, len(dense_keys)),
+        np.repeat(filled_queries, len(dense_keys)),
         np.repeat(dense_queries, len(plain_keys)),
     ]
-    key = [grid_keys[pairs.key], np.tile(dense_keys, len(grid_queries)), np.tile(plain_keys, len(dense_queries))]
+    key = [grid_keys[pairs.key], np.tile(dense_keys, len(filled_queries)), np.tile(plain_keys, len(dense_queries))]
     mask = [pairs.mask, mask_of_key[key[1]], mask_of_key[key[2]]]
     # A row of a validity mask is the same for every query slot.
     more = np.broadcast_to(validity[:, None], (len(validity), queries.capacity, keys.capacity))
