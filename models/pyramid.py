@@ -1,0 +1,233 @@
+"""What every pyramid backbone here shares: the surface that timm expects around four stages of blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices  # timm exports it nowhere else
+from torch import nn
+
+
+class Blocks(nn.Sequential):
+    """The blocks of a stage, recomputed in the backward pass if `grad_checkpointing`."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run every block."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self, x)
+        else:
+            for block in self:
+                x = block(x)
+        return x
+
+
+class Pyramid(nn.Module):
+    """A classifier on the last of several stages, with the features of each.
+
+    A subclass builds its stages under the official names, calls `_finish`, and implements `forward_stages` and
+    `keep_stages`. Its maps are NHWC unless it says otherwise.
+
+    Attributes:
+        num_classes: Classes of the head, 0 for none.
+        num_features: Channels of the last stage.
+        head_hidden_size: Channels that enter the head.
+        feature_info: Channels, reduction and module of each stage.
+        output_fmt: Order of the axes of stage maps.
+    """
+
+    output_fmt = "NHWC"
+
+    def _finish(
+        self,
+        dims: tuple[int, ...],
+        modules: tuple[str, ...],
+        num_classes: int,
+        in_chans: int,
+        global_pool: str,
+        drop_rate: float,
+        norm: nn.Module,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        """Add the last norm, the pooling and the head, then initialise the weights."""
+        self.in_chans = in_chans
+        self.num_stages = len(dims)
+        self.num_classes = num_classes
+        self.num_features = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": module}
+            for i, (dim, module) in enumerate(zip(dims, modules, strict=True))
+        ]
+        self.norm = norm
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt=self.output_fmt)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = _linear(self.head_hidden_size, num_classes, device, dtype)
+        self.apply(init_weights)
+
+    def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
+        """Maps of the stages listed in `take` (ascending), in `output_fmt`; later stages do not run."""
+        raise NotImplementedError
+
+    def keep_stages(self, count: int) -> None:
+        """Drop every stage but the first `count`."""
+        raise NotImplementedError
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Image [B, C, H, W] to the normed map of the last stage, in `output_fmt`."""
+        return self.norm(self.forward_stages(x, [self.num_stages - 1])[0])
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Map to logits [B, num_classes], or to the pooled features with `pre_logits`."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Image [B, C, H, W] to logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Maps of several stages, and the features.
+
+        Args:
+            x: Images [B, C, H, W].
+            indices: Stages to take: the last n for a number n, all for None.
+            norm: Whether the last stage's map passes the last norm.
+            stop_early: Whether stages after the last one taken are skipped.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: Whether only the maps are returned.
+
+        Raises:
+            ValueError: If `output_fmt` is neither.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NHWC'")
+        wanted, last = feature_take_indices(self.num_stages, indices)
+        stop = last if stop_early else self.num_stages - 1
+        maps = self.forward_stages(x, sorted({*wanted, stop}))
+        features = self.norm(maps[-1]) if stop == len(self.feature_info) - 1 else maps[-1]
+        by_stage = dict(zip(sorted({*wanted, stop}), maps, strict=True))
+        if norm:
+            by_stage[stop] = features
+        found = [by_stage[i] if self.output_fmt == output_fmt else _swap(by_stage[i], output_fmt) for i in wanted]
+        return found if intermediates_only else (features, found)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps of some stages do not need; returns the stages taken.
+
+        Args:
+            indices: Stages to take, as in `forward_intermediates`.
+            prune_norm: Whether to remove the last norm.
+            prune_head: Whether to remove the head.
+        """
+        wanted, last = feature_take_indices(self.num_stages, indices)
+        cut = last < self.num_stages - 1
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if cut:
+            self.keep_stages(last + 1)
+            self.num_stages = last + 1
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return wanted
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head; 0 classes removes it. `global_pool` "" removes the pooling, None keeps it."""
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt=self.output_fmt)
+            self.global_pool.train(self.training)
+        self.num_classes = num_classes
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.head = _linear(self.head_hidden_size, num_classes, **get_device_dtype(self)).train(self.training)
+        init_weights(self.head)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that should not decay: position biases and embeddings."""
+        words = ("rpb", "_bias", "bias_table", "pos_embed", "query_embedding", "cpb", "temperature")
+        names = (name for name, parameter in self.named_parameters() if parameter.ndim > 1 or "cpb" in name)
+        return {n for n in names if any(w in n for w in words) and not n.endswith(("pos_embed.weight",))}
+
+
+def _linear(channels: int, classes: int, device: Any = None, dtype: Any = None) -> nn.Module:
+    return nn.Linear(channels, classes, device=device, dtype=dtype) if classes > 0 else nn.Identity()
+
+
+def _swap(x: torch.Tensor, output_fmt: str) -> torch.Tensor:
+    return (x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x.permute(0, 2, 3, 1)).contiguous()
+
+
+def init_weights(module: nn.Module) -> None:
+    """Normal weights cut at two deviations of 0.02 in linear layers, no bias."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def drop_paths(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Drop-path rates that grow block by block from 0 to `rate`, one list per stage."""
+    flat = calculate_drop_path_rates(rate, sum(depths))
+    ends = [sum(depths[: i + 1]) for i in range(len(depths))]
+    return [flat[end - depth : end] for end, depth in zip(ends, depths, strict=True)]
+
+
+def cfg(license: str, paper: str, origin: str, first_conv: str, url: str = "", **more: Any) -> dict[str, Any]:
+    """A timm pretrained config of an ImageNet model at 224 pixels, for `generate_default_cfgs`."""
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": first_conv,
+        "classifier": "head",
+        "license": license,
+        "paper_ids": paper,
+        "origin_url": origin,
+        **more,
+    }
+
+
+def official(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The weights inside an official checkpoint file; their names are this model's names already."""
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(state_dict.get(key), dict):
+            return state_dict[key]
+    return state_dict
