@@ -1,0 +1,5 @@
+"""Block-sparse attention in Triton: any tile plan, forward and backward, from Ampere to Blackwell."""
+
+from visattn.kernels.triton.backend import backend
+
+__all__ = ["backend"]

@@ -1,0 +1,109 @@
+"""The GPU backend: any tile plan in one block-sparse kernel, forward and backward."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from visattn.backends import Backend, Call, Problem, Support, overhead, unlisted
+from visattn.kernels.triton.boxes import PARTIAL, tiled
+from visattn.kernels.triton.config import DIRECTIONS, Config, config
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Share of cuDNN's dense rate that the kernel's visited pairs run at; assumed from published figures of Triton
+# attention on an H100, see docs/gpu-notes.md for what was measured.
+RATE = 0.75
+# Triton runs kernels for Ampere and later.
+OLDEST = 80
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU; it decides so when it is first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@lru_cache(maxsize=1)
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=16)
+def _architecture(device: torch.device | None) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def architecture(device: torch.device | None = None) -> int:
+    """Compute capability times ten of a CUDA device (the current one if None), 0 for the interpreter."""
+    return 0 if interpreted() else _architecture(device)
+
+
+class Triton(Backend):
+    """One kernel a direction walks the tile lists; tokens are read where they lie."""
+
+    name: ClassVar[str] = "triton"
+
+    def available(self) -> Support:
+        """Triton, and a GPU or the interpreter."""
+        if not _installed():
+            return Support(False, "the triton package is not installed")
+        if not interpreted() and not torch.cuda.is_available():
+            return Support(False, "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)")
+        return Support(True)
+
+    def supports(self, problem: Problem) -> Support:
+        """Any list of key tiles in half or single precision on Ampere or later, head dims up to 256."""
+        if interpreted() != (problem.device == "cpu"):
+            return Support(False, f"q is on {problem.device}, and TRITON_INTERPRET=1 is for the CPU only")
+        if problem.device not in ("cpu", "cuda"):
+            return Support(False, f"q is on {problem.device}, not on a CUDA device")
+        if problem.dtype not in DTYPES:
+            return Support(False, f"{problem.dtype} is none of float16, bfloat16 and float32")
+        if problem.head_dim > 256 or problem.head_dim % 8:
+            return Support(False, f"head_dim {problem.head_dim} is not a multiple of 8 up to 256")
+        if why := unlisted(problem):
+            return Support(False, why)
+        if problem.device == "cuda" and architecture() < OLDEST:
+            return Support(False, f"compute capability {architecture() / 10} is below {OLDEST / 10}")
+        return Support(True)
+
+    def cost(self, problem: Problem) -> float:
+        """Visited tiles, those with a mask a bit more, at a share of the dense rate; never the interpreter."""
+        if interpreted():
+            return 1e6 * problem.dense_pairs
+        tiles = config(architecture(), problem.dtype, problem.head_dim, "forward")
+        plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.columns)
+        partial = 1 - plan.full_share
+        pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
+        return pairs / RATE + overhead(problem, 0, 40)
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.run`."""
+        # Only here, so that listing backends does not import triton.
+        from visattn.kernels.triton.arguments import Work
+        from visattn.kernels.triton.launch import TileAttention
+
+        q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
+        scale = call.scale
+        if scale < 0:
+            q, scale = -q, -scale
+        key_mask = None if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)
+        rpb = None if call.rpb is None else call.rpb.to(torch.float32).flatten(1).contiguous()
+        configs = configurations(q.dtype, q.shape[3], q.device)
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        work = Work(call.pattern, call.layout, scale, key_mask, tf32, configs)
+        return TileAttention.apply(q, k, v, rpb, work, call.lse)
+
+
+def configurations(dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, Config]:
+    """The launch configuration of each direction."""
+    return {d: config(architecture(device), dtype, head_dim, d) for d in DIRECTIONS}
+
+
+backend = Triton()

@@ -1,0 +1,111 @@
+"""Tile sizes, warps and pipeline stages of each kernel: a table by architecture, dtype, head dim and direction."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Kernels in the order in which a training step runs them.
+DIRECTIONS = ("forward", "key_grad", "query_grad")
+# Bytes of shared memory that one program can have (CUDA C programming guide, "Technical specifications").
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# Padded head dims; others take the next larger one.
+BLOCK_DIMS = (16, 32, 64, 128, 256)
+
+
+class Config(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+        rows: Tokens of a row tile (queries, or keys in the dK/dV kernel).
+        columns: Tokens of a column tile.
+        warps: Warps per program.
+        stages: Column tiles in flight.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# By family of architectures, then direction, then bytes per element and padded head dim. A head dim that is not
+# listed takes the next larger one.
+_TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
+    # 163 KiB of shared memory: A100.
+    "ampere": {
+        "forward": {
+            2: {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 4, 2)},
+            4: {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(16, 32, 4, 2)},
+        },
+        "key_grad": {
+            2: {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+            4: {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+        },
+        "query_grad": {
+            2: {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+            4: {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+        },
+    },
+    # 99 KiB: A10, RTX 30, 40 and 50.
+    "small": {
+        "forward": {
+            2: {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 4, 2)},
+            4: {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(16, 32, 4, 1)},
+        },
+        "key_grad": {
+            2: {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
+            4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 8, 1)},
+        },
+        "query_grad": {
+            2: {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 8, 1)},
+            4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 8, 1)},
+        },
+    },
+    # 227 KiB: H100, H200, B200.
+    "large": {
+        "forward": {
+            2: {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 4, 3)},
+            4: {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(16, 32, 4, 2)},
+        },
+        "key_grad": {
+            2: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+            4: {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+        },
+        "query_grad": {
+            2: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+            4: {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+        },
+    },
+    # The interpreter: small tiles, so that small grids have many.
+    "interpreter": {
+        direction: {size: {256: Config(32, 16, 4, 1)} for size in (2, 4)} for direction in DIRECTIONS
+    },
+}  # fmt: skip
+
+
+def family(architecture: int) -> str:
+    """The table's family of a compute capability (90 for 9.0; 0 is the interpreter)."""
+    if architecture == 0:
+        return "interpreter"
+    limit = SHARED_MEMORY.get(architecture, 99 * 1024)
+    return "large" if limit >= 227 * 1024 else "ampere" if limit >= 163 * 1024 else "small"
+
+
+def block_dim(head_dim: int) -> int:
+    """The head dim that a kernel computes with: a power of two, the rest is zeros."""
+    return next(d for d in BLOCK_DIMS if d >= head_dim)
+
+
+def config(architecture: int, dtype: torch.dtype, head_dim: int, direction: str) -> Config:
+    """The launch configuration of a kernel.
+
+    Args:
+        architecture: Compute capability times ten, 0 for the interpreter.
+        dtype: Of q, k and v.
+        head_dim: Channels per head, at most 256.
+        direction: One of `DIRECTIONS`.
+    """
+    rows = _TABLE[family(architecture)][direction][dtype.itemsize]
+    return rows[min(d for d in rows if d >= head_dim)]

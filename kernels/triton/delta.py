@@ -1,0 +1,29 @@
+"""Backward pre-pass: what the softmax gradient subtracts from each row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["length", "grad_lse_batch", "grad_lse_token", "grad_lse_head"])
+def deltas(
+    out, grad_out, grad_lse, delta,
+    grad_batch, grad_token, grad_head, grad_lse_batch, grad_lse_token, grad_lse_head, length, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(out * grad_out) - grad_lse, float32 [B, H, S] (FlashAttention-2, algorithm 2, line 4)."""
+    sample, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_DIM)
+    is_token = token < length
+    here = is_token[:, None] & (d < HEAD_DIM)[None, :]
+    row = (sample * length + token) * heads + head
+    o = tl.load(out + row[:, None] * HEAD_DIM + d[None, :], mask=here, other=0.0).to(tl.float32)
+    grad_row = (sample * grad_batch + token * grad_token + head * grad_head) * UNIT
+    grad = tl.load(grad_out + grad_row[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
+    value = tl.sum(o * grad, 1)
+    if LSE:
+        lse_row = sample * grad_lse_batch + token * grad_lse_token + head * grad_lse_head
+        value -= tl.load(grad_lse + lse_row, mask=is_token, other=0.0)
+    tl.store(delta + (sample * heads + head) * length + token, value, mask=is_token)

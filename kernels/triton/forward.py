@@ -1,0 +1,130 @@
+"""Forward kernel: one query tile per program, online softmax over its key tiles."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from visattn.kernels.triton.parts import bias_of, dense_run, place, see
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _scores(q, k, scale, PRECISION: tl.constexpr):
+    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+
+
+@triton.jit
+def _absorb(acc, total, top, scores, v, PRECISION: tl.constexpr, GUARD: tl.constexpr):
+    """One step of the online softmax (Milakov and Gimelshein 2018; FlashAttention-2, algorithm 1), base 2."""
+    new = tl.maximum(top, tl.max(scores, 1))
+    # A row that has seen no key yet has new = -inf: 0 instead keeps exp2 free of nan.
+    base = tl.where(new == float("-inf"), 0.0, new) if GUARD else new
+    p = tl.exp2(scores - base[:, None])
+    alpha = tl.exp2(top - base)
+    total = total * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, total, new
+
+
+@triton.jit(do_not_specialize=["dense_rows", "grid_rows", "pairs", "prefix_tiles", "suffix_tiles", "prefix",
+                               "suffix_start", "suffix", "extra", "length", "key_length", "centre", "rpb_entries",
+                               "list_batch", "bounds_batch"])
+def attend(
+    q, k, v, out, lse, key_mask, rpb,
+    tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, bounds_batch, list_batch,
+    scale, heads, group, length, key_length,
+    dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
+    centre, rpb_entries,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
+    KEY_MASK: tl.constexpr, RPB: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of one query tile; see `program.Program` for the lists and `launch` for the arguments.
+
+    Strides are in units of UNIT elements, so that the compiler knows how far loads are aligned.
+    """
+    row, pair = place(tl.program_id(0), dense_rows, grid_rows, pairs)
+    sample, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    kv_head = head // group
+    row_slots, column_slots, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, BLOCK_DIM)
+    has_d = d < HEAD_DIM
+    token = tl.load(tokens + row * ROWS + row_slots)
+    is_token = token >= 0
+    q += (sample * q_batch + head * q_head) * UNIT
+    k += (sample * k_batch + kv_head * k_head) * UNIT
+    v += (sample * v_batch + kv_head * v_head) * UNIT
+    query = tl.load(
+        q + token.to(tl.int64)[:, None] * (q_token * UNIT) + d[None, :],
+        mask=is_token[:, None] & has_d[None, :], other=0.0,
+    )  # fmt: skip
+
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    bound = bounds + sample * bounds_batch + row * 4
+    start, split, stop, dense = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2), tl.load(bound + 3)
+    bases += sample * list_batch
+    mask_ids += sample * list_batch
+    key_mask += sample * key_length
+    offset = tl.load(offsets + column_slots)
+    k_box = k + offset.to(tl.int64)[:, None] * (k_token * UNIT) + d[None, :]
+    v_box = v + offset.to(tl.int64)[:, None] * (v_token * UNIT) + d[None, :]
+    if RPB:
+        rpb += head * rpb_entries
+        row_position = tl.load(positions + token, mask=is_token, other=0)
+        box_position = tl.load(position_offsets + column_slots)
+
+    if FULL:
+        for i in range(start, split):
+            base = tl.load(bases + i).to(tl.int64)
+            key = tl.load(k_box + base * (k_token * UNIT), mask=has_d[None, :], other=0.0)
+            scores = _scores(query, key, scale, PRECISION)
+            if RPB:
+                position = tl.load(positions + base) + box_position
+                scores += bias_of(rpb, position[None, :], row_position[:, None], centre, rpb_entries) * LOG2E
+            if KEY_MASK:
+                scores = tl.where(tl.load(key_mask + base + offset)[None, :] != 0, scores, float("-inf"))
+            value = tl.load(v_box + base * (v_token * UNIT), mask=has_d[None, :], other=0.0)
+            acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, KEY_MASK)
+    if PARTIAL:
+        for i in range(split, stop):
+            base = tl.load(bases + i).to(tl.int64)
+            # A short tile's empty slots may lie behind the last token.
+            inside = base + offset < key_length
+            key = tl.load(k_box + base * (k_token * UNIT), mask=inside[:, None] & has_d[None, :], other=0.0)
+            scores = _scores(query, key, scale, PRECISION)
+            if RPB:
+                position = tl.load(positions + base) + box_position
+                scores += bias_of(rpb, position[None, :], row_position[:, None], centre, rpb_entries) * LOG2E
+            visible = see(masks, tl.load(mask_ids + i), row_slots, column_slots, ROWS, (COLUMNS + 31) // 32)
+            if KEY_MASK:
+                visible &= tl.load(key_mask + base + offset, mask=inside, other=0)[None, :] != 0
+            scores = tl.where(visible, scores, float("-inf"))
+            value = tl.load(v_box + base * (v_token * UNIT), mask=inside[:, None] & has_d[None, :], other=0.0)
+            acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, True)
+    if DENSE:
+        for i in range(0, dense):
+            first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
+            column = (first + column_slots).to(tl.int64)
+            inside = column < end
+            here = inside[:, None] & has_d[None, :]
+            key = tl.load(k + column[:, None] * (k_token * UNIT) + d[None, :], mask=here, other=0.0)
+            scores = _scores(query, key, scale, PRECISION)
+            visible = inside
+            if KEY_MASK:
+                visible &= tl.load(key_mask + column, mask=inside, other=0) != 0
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+            value = tl.load(v + column[:, None] * (v_token * UNIT) + d[None, :], mask=here, other=0.0)
+            acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, True)
+
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    row_of = (sample * length + token) * heads + head
+    tl.store(out + row_of[:, None] * HEAD_DIM + d[None, :], acc.to(out.dtype.element_ty),
+             mask=is_token[:, None] & has_d[None, :])  # fmt: skip
+    if LSE:
+        # total = 0 gives log2 -inf, as it should be.
+        tl.store(lse + (sample * heads + head) * length + token, (top + tl.log2(total)) * LN2, mask=is_token)

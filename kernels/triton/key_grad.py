@@ -1,0 +1,137 @@
+"""Backward kernel for keys and values: one key tile per program, over the query tiles that visit it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from visattn.kernels.triton.parts import bias_of, dense_run, place, see
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_rows(pointer, tokens, mask):
+    """Softmax statistics of query slots: 0 where a slot is empty."""
+    return tl.load(pointer + tokens, mask=mask, other=0.0)
+
+
+@triton.jit
+def _weights(scores, row_lse):
+    # A query that saw no key has lse -inf and weight 0 everywhere.
+    return tl.exp2(scores - tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)[None, :])
+
+
+@triton.jit
+def _accumulate(acc_k, acc_v, q, grad, v, weights, delta, PRECISION: tl.constexpr):
+    """Add weights^T @ grad to dV and grad_scores^T @ q to dK; everything is transposed: [keys, queries]."""
+    acc_v = tl.dot(weights.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
+    grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    grad_scores = weights * (grad_weights - delta[None, :])
+    acc_k = tl.dot(grad_scores.to(q.dtype), q, acc_k, input_precision=PRECISION)
+    return acc_k, acc_v
+
+
+@triton.jit(do_not_specialize=["dense_rows", "grid_rows", "pairs", "prefix_tiles", "suffix_tiles", "prefix",
+                               "suffix_start", "suffix", "extra", "length", "key_length", "centre", "rpb_entries",
+                               "list_batch", "bounds_batch"])
+def key_gradients(
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, key_mask, rpb,
+    tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    grad_batch, grad_token, grad_head, bounds_batch, list_batch,
+    scale, score_scale, heads, group, length, key_length,
+    dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
+    centre, rpb_entries,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
+    KEY_MASK: tl.constexpr, RPB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one key tile and KV head, summed over the query heads that share it.
+
+    Rows are keys, columns are queries; `pairs` counts (sample, KV head).
+    """
+    row, pair = place(tl.program_id(0), dense_rows, grid_rows, pairs)
+    kv_heads = heads // group
+    sample, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    row_slots, column_slots, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, BLOCK_DIM)
+    has_d = d < HEAD_DIM
+    token = tl.load(tokens + row * ROWS + row_slots)
+    is_token = token >= 0
+    row_mask = is_token[:, None] & has_d[None, :]
+    k += (sample * k_batch + kv_head * k_head) * UNIT
+    v += (sample * v_batch + kv_head * v_head) * UNIT
+    wide = token.to(tl.int64)
+    key = tl.load(k + wide[:, None] * (k_token * UNIT) + d[None, :], mask=row_mask, other=0.0)
+    value = tl.load(v + wide[:, None] * (v_token * UNIT) + d[None, :], mask=row_mask, other=0.0)
+
+    acc_k = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    acc_v = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    bound = bounds + sample * bounds_batch + row * 4
+    start, split, stop, dense = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2), tl.load(bound + 3)
+    bases += sample * list_batch
+    mask_ids += sample * list_batch
+    offset = tl.load(offsets + column_slots)
+    q_box = offset.to(tl.int64)[:, None] * (q_token * UNIT) + d[None, :]
+    grad_box = offset.to(tl.int64)[:, None] * (grad_token * UNIT) + d[None, :]
+    if RPB:
+        row_position = tl.load(positions + token, mask=is_token, other=0)
+        box_position = tl.load(position_offsets + column_slots)
+
+    for member in range(0, group):
+        head = kv_head * group + member
+        q_of = q + (sample * q_batch + head * q_head) * UNIT
+        grad_of = grad_out + (sample * grad_batch + head * grad_head) * UNIT
+        lse_of = lse + (sample * heads + head) * length
+        delta_of = delta + (sample * heads + head) * length
+        rpb_of = rpb + head * rpb_entries
+        if FULL:
+            for i in range(start, split):
+                base = tl.load(bases + i).to(tl.int64)
+                query = tl.load(q_of + base * (q_token * UNIT) + q_box, mask=has_d[None, :], other=0.0)
+                scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * score_scale
+                if RPB:
+                    position = tl.load(positions + base) + box_position
+                    scores += bias_of(rpb_of, row_position[:, None], position[None, :], centre, rpb_entries) * LOG2E
+                weights = _weights(scores, tl.load(lse_of + base + offset))
+                grad = tl.load(grad_of + base * (grad_token * UNIT) + grad_box, mask=has_d[None, :], other=0.0)
+                delta_now = tl.load(delta_of + base + offset)
+                acc_k, acc_v = _accumulate(acc_k, acc_v, query, grad, value, weights, delta_now, PRECISION)
+        if PARTIAL:
+            for i in range(split, stop):
+                base = tl.load(bases + i).to(tl.int64)
+                # A short tile's empty slots may lie behind the last token.
+                inside = base + offset < length
+                here = inside[:, None] & has_d[None, :]
+                query = tl.load(q_of + base * (q_token * UNIT) + q_box, mask=here, other=0.0)
+                scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * score_scale
+                if RPB:
+                    position = tl.load(positions + base) + box_position
+                    scores += bias_of(rpb_of, row_position[:, None], position[None, :], centre, rpb_entries) * LOG2E
+                visible = see(masks, tl.load(mask_ids + i), row_slots, column_slots, ROWS, (COLUMNS + 31) // 32)
+                weights = tl.where(visible, _weights(scores, _load_rows(lse_of, base + offset, inside)), 0.0)
+                grad = tl.load(grad_of + base * (grad_token * UNIT) + grad_box, mask=here, other=0.0)
+                delta_now = _load_rows(delta_of, base + offset, inside)
+                acc_k, acc_v = _accumulate(acc_k, acc_v, query, grad, value, weights, delta_now, PRECISION)
+        if DENSE:
+            for i in range(0, dense):
+                first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
+                column = (first + column_slots).to(tl.int64)
+                inside = column < end
+                here = inside[:, None] & has_d[None, :]
+                query = tl.load(q_of + column[:, None] * (q_token * UNIT) + d[None, :], mask=here, other=0.0)
+                scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * score_scale
+                row_lse = _load_rows(lse_of, column, inside)
+                weights = tl.where(inside[None, :], _weights(scores, row_lse), 0.0)
+                grad = tl.load(grad_of + column[:, None] * (grad_token * UNIT) + d[None, :], mask=here, other=0.0)
+                delta_now = _load_rows(delta_of, column, inside)
+                acc_k, acc_v = _accumulate(acc_k, acc_v, query, grad, value, weights, delta_now, PRECISION)
+
+    if KEY_MASK:
+        # Rows do not mix, so masked keys are dropped only here.
+        kept = tl.load(key_mask + sample * key_length + token, mask=is_token, other=0) != 0
+        acc_k = tl.where(kept[:, None], acc_k, 0.0)
+        acc_v = tl.where(kept[:, None], acc_v, 0.0)
+    out_row = ((sample * key_length + token) * kv_heads + kv_head)[:, None] * HEAD_DIM + d[None, :]
+    tl.store(grad_k + out_row, (acc_k * scale).to(grad_k.dtype.element_ty), mask=row_mask)
+    tl.store(grad_v + out_row, acc_v.to(grad_v.dtype.element_ty), mask=row_mask)

@@ -1,0 +1,58 @@
+"""Pieces that several kernels share: where a program works, visibility bits, addresses.
+
+Every kernel handles one *row tile* per program and walks the *column tiles* of its list: query tiles by key
+tiles in the forward and dQ kernels, key tiles by query tiles in the dK/dV kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place(pid, dense_rows, grid_rows, pairs):
+    """Row tile and (sample, head) pair of a program.
+
+    Rows of dense tokens visit everything, so those of all pairs start first; then the grid rows, pair by pair,
+    so that the programs in flight share their columns in the L2 cache.
+    """
+    rest = pid - dense_rows * pairs
+    is_dense = rest < 0
+    row = tl.where(is_dense, pid // pairs, dense_rows + rest % grid_rows)
+    pair = tl.where(is_dense, pid % pairs, rest // grid_rows)
+    return row, pair
+
+
+@triton.jit
+def see(masks, mask_id, row_slots, column_slots, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """Visibility bits of one mask as a bool [row slots, column slots]; a row is WORDS words of 32 columns."""
+    word_of = masks + (mask_id.to(tl.int64) * ROWS + row_slots) * WORDS
+    words = tl.load(word_of)[:, None]
+    # Which word a column is in is known when the kernel is compiled, so these selects cost nothing.
+    for w in tl.static_range(1, WORDS):
+        words = tl.where(column_slots[None, :] // 32 == w, tl.load(word_of + w)[:, None], words)
+    return ((words >> (column_slots[None, :] % 32)) & 1) != 0
+
+
+@triton.jit
+def dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS: tl.constexpr):
+    """First token and end of the i-th column tile of dense tokens: prefix runs, suffix runs, extra runs."""
+    in_prefix = i < prefix_tiles
+    in_suffix = i < prefix_tiles + suffix_tiles
+    suffix_end = suffix_start + suffix
+    late = tl.where(
+        in_suffix,
+        suffix_start + (i - prefix_tiles) * COLUMNS,
+        suffix_end + (i - prefix_tiles - suffix_tiles) * COLUMNS,
+    )
+    start = tl.where(in_prefix, i * COLUMNS, late)
+    end = tl.where(in_prefix, prefix, tl.where(in_suffix, suffix_end, suffix_end + extra))
+    return start, end
+
+
+@triton.jit
+def bias_of(rpb, key_position, query_position, centre, entries):
+    """Relative position bias of [., .] positions, 0 where a token has no place in the grid."""
+    index = key_position - query_position + centre
+    return tl.load(rpb + index, mask=(index >= 0) & (index < entries), other=0.0)

@@ -1,0 +1,202 @@
+"""What a kernel reads of a tile plan: lists in launch order, packed masks, box offsets, on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from visattn.patterns.geometry import Bools
+from visattn.plans import TileLists, TilePlan
+from visattn.tiling import Ints, Tiling
+
+# A mask word has 32 columns.
+WORD = 32
+# No bias index comes near: tokens without a place in the grid get no bias.
+NOWHERE = -(2**29)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A plan from the side of its row tiles (queries, or keys in the dK/dV kernel).
+
+    Row tiles are in launch order: dense tokens first, then the grid's, longest list first. `rows` and `columns`
+    are the slots per tile in the kernel: powers of two, so tiles of other sizes leave some empty.
+
+    Attributes:
+        rows: Slots of a row tile.
+        columns: Slots of a column tile.
+        tokens: Token of each slot of a row tile, -1 if empty: int32 [row tiles, rows].
+        bounds: Where the list of a row tile starts, turns partial and stops, and how many tiles of dense columns
+            it visits: int32 [row tiles, 4].
+        bases: First token of each listed column tile: int32 [entries].
+        mask_ids: Mask of each listed column tile (0 where it needs none): int32 [entries].
+        offsets: Token of each slot of a column box, minus the token of slot 0: int32 [columns].
+        masks: Visible columns of each row slot, a bit each: int32 [masks, rows, words].
+        dense_rows: Row tiles of dense tokens.
+        dense_columns: Prefix and suffix column tiles.
+        extra: Column tokens behind the layout's.
+        full: Whether there is any list entry without mask.
+        partial: Whether there is any list entry with mask.
+        column_tiling: How the columns are cut.
+        bounds_batch: Distance of the bounds of two samples, 0 where all share one list.
+        list_batch: Distance of the lists of two samples.
+    """
+
+    rows: int
+    columns: int
+    tokens: torch.Tensor
+    bounds: torch.Tensor
+    bases: torch.Tensor
+    mask_ids: torch.Tensor
+    offsets: torch.Tensor
+    masks: torch.Tensor
+    dense_rows: int
+    dense_columns: tuple[int, int]
+    extra: int
+    full: bool
+    partial: bool
+    column_tiling: Tiling
+    bounds_batch: int = 0
+    list_batch: int = 0
+
+    @property
+    def row_tiles(self) -> int:
+        """Number of row tiles."""
+        return len(self.tokens)
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether any row visits dense columns."""
+        return sum(self.dense_columns) + self.extra > 0
+
+
+@lru_cache(maxsize=128)
+def program(plan: TilePlan, by_keys: bool, device: torch.device) -> Program:
+    """Prepare a plan for the kernels, once per plan, side and device.
+
+    Args:
+        plan: The plan.
+        by_keys: Whether key tiles are the rows (dK/dV kernel) instead of query tiles.
+        device: Where the tensors go.
+    """
+    if by_keys:
+        rows, columns, lists, masks = plan.keys, plan.queries, plan.transposed, plan.masks.transpose(0, 2, 1)
+    else:
+        rows, columns, lists, masks = plan.queries, plan.keys, plan.lists, plan.masks
+    row, column, mask_id, distinct = _entries(rows, columns, lists, masks)
+    partial = mask_id >= 0
+    order = np.lexsort((column, partial, row))
+    row, column, mask_id, partial = row[order], column[order], mask_id[order], partial[order]
+
+    counts = np.bincount(row, minlength=rows.tiles)
+    full = np.bincount(row[~partial], minlength=rows.tiles)
+    start = np.cumsum(counts) - counts
+    bounds = np.stack([start, start + full, start + counts, _dense_visits(rows, columns)], 1)
+    launch = _launch_order(rows, counts)
+    row_slots, column_slots = _slots(rows.capacity), _slots(columns.capacity)
+    tokens = np.full((rows.tiles, row_slots), -1)
+    tokens[:, : rows.capacity] = rows.tokens[launch]
+    return Program(
+        rows=row_slots,
+        columns=column_slots,
+        tokens=_tensor(tokens, device),
+        bounds=_tensor(bounds[launch], device),
+        bases=_tensor(_first_tokens(columns)[column] if len(column) else np.zeros(1), device),
+        mask_ids=_tensor(np.maximum(mask_id, 0) if len(mask_id) else np.zeros(1), device),
+        offsets=_tensor(box_offsets(columns), device),
+        masks=_tensor(pack(distinct, row_slots, column_slots), device),
+        dense_rows=rows.tiles - rows.runs[1],
+        dense_columns=(columns.runs[0], columns.runs[2]),
+        extra=columns.extra,
+        full=bool((~partial).any()),
+        partial=bool(partial.any()),
+        column_tiling=columns,
+    )
+
+
+def _slots(capacity: int) -> int:
+    """Slots of a tile in a kernel: a power of two of at least 16, the smallest side of a matrix product."""
+    return max(16, 1 << (capacity - 1).bit_length())
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)
+
+
+def _entries(rows: Tiling, columns: Tiling, lists: TileLists, masks: Bools) -> tuple[Ints, Ints, Ints, Bools]:
+    """The visits of grid columns: row, column, mask per visit (-1 for none), and the distinct masks.
+
+    Dense columns are left out: the kernels walk them without a list. A mask is False in empty column slots and
+    does not care about empty row slots, whose results are never stored.
+    """
+    row, column, mask = lists.rows, lists.tile, lists.mask
+    grid = (column >= columns.grid_tiles.start) & (column < columns.grid_tiles.stop)
+    row, column, mask = row[grid], column[grid], mask[grid]
+    row_kind, row_slots = _fill_kinds(rows)
+    column_kind, column_slots = _fill_kinds(columns)
+    code = ((mask + 1) * len(row_slots) + row_kind[row]) * len(column_slots) + column_kind[column]
+    kinds, which = np.unique(code, return_inverse=True)
+    rest, of_column = np.divmod(kinds, len(column_slots))
+    of_mask, of_row = np.divmod(rest, len(row_slots))
+    everything = np.ones((1, rows.capacity, columns.capacity), bool)
+    seen = np.concatenate([everything, masks])[of_mask] & column_slots[of_column][:, None, :]
+    is_full = (seen | ~row_slots[of_row][:, :, None]).all((1, 2))
+    if columns.capacity != _slots(columns.capacity):
+        is_full[:] = False
+    index = np.where(is_full, -1, np.cumsum(~is_full) - 1)
+    return row, column, index[which.ravel()], seen[~is_full]
+
+
+def _fill_kinds(tiling: Tiling) -> tuple[Ints, Bools]:
+    """Which slots hold tokens: a kind per tile, and the slots of each kind."""
+    filled, kind = np.unique(tiling.tokens >= 0, axis=0, return_inverse=True)
+    return kind.ravel(), filled
+
+
+def _dense_visits(rows: Tiling, columns: Tiling) -> Ints:
+    """Dense column tiles of each row tile: prefix and suffix; extra ones too if the row tile is of the grid."""
+    visits = np.full(rows.tiles, columns.runs[0] + columns.runs[2])
+    visits[rows.grid_tiles] += columns.runs[3]
+    # Extra keys (as rows) are seen by the grid only.
+    visits[rows.tiles - rows.runs[3] :] = 0
+    return visits
+
+
+def _launch_order(rows: Tiling, counts: Ints) -> Ints:
+    """Dense row tiles first; a stable sort keeps neighbours together among rows of equal length."""
+    grid = np.arange(rows.grid_tiles.start, rows.grid_tiles.stop)
+    dense = np.setdiff1d(np.arange(rows.tiles), grid)
+    return np.concatenate([dense, grid[np.argsort(-counts[grid], kind="stable")]])
+
+
+def slot_sums(tiling: Tiling, weights: tuple[int, ...]) -> Ints:
+    """Weighted sum of the slot coordinates of a box: [slots], 0 in slots that pad it to a power of two."""
+    total = np.zeros(1, np.int64)
+    for size, weight in zip(tiling.shape, weights, strict=True):
+        total = (total[:, None] + np.arange(size) * weight).ravel()
+    return np.concatenate([total, np.zeros(_slots(tiling.capacity) - tiling.capacity, np.int64)])
+
+
+def _first_tokens(tiling: Tiling) -> Ints:
+    """First token of each tile; of a tile without any, token 0, which its mask hides."""
+    return np.maximum(tiling.tokens[:, 0], 0)
+
+
+def box_offsets(tiling: Tiling) -> Ints:
+    """Token of each slot of a whole box, relative to its first token."""
+    grid = tiling.layout.grid
+    strides = [int(np.prod(grid[i + 1 :])) for i in range(len(grid))]
+    return slot_sums(tiling, tuple(s * step for s, step in zip(strides, tiling.step, strict=True)))
+
+
+def pack(masks: Bools, rows: int, columns: int) -> NDArray[np.int32]:
+    """Masks as bits: int32 [max(1, masks), rows, words]; bit j of word w is column 32 * w + j."""
+    words = -(-columns // WORD)
+    padded = np.zeros((max(1, len(masks)), rows, words * WORD), bool)
+    padded[: len(masks), : masks.shape[1], : masks.shape[2]] = masks
+    return np.packbits(padded, axis=-1, bitorder="little").view("<i4")
+

@@ -1,0 +1,117 @@
+"""Backward kernel for queries: one query tile per program, over its key tiles."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from visattn.kernels.triton.parts import bias_of, dense_run, place, see
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _accumulate(acc, grad, k, v, weights, delta, PRECISION: tl.constexpr):
+    """Add grad_scores @ k, with grad_scores = weights * (grad @ v^T - delta)."""
+    grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    grad_scores = weights * (grad_weights - delta[:, None])
+    return tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["dense_rows", "grid_rows", "pairs", "prefix_tiles", "suffix_tiles", "prefix",
+                               "suffix_start", "suffix", "extra", "length", "key_length", "centre", "rpb_entries",
+                               "list_batch", "bounds_batch"])
+def query_gradients(
+    q, k, v, grad_out, lse, delta, grad_q, key_mask, rpb,
+    tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    grad_batch, grad_token, grad_head, bounds_batch, list_batch,
+    scale, score_scale, heads, group, length, key_length,
+    dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
+    centre, rpb_entries,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
+    KEY_MASK: tl.constexpr, RPB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of one query tile; arguments as in `forward.attend`, score_scale gives logits in base 2."""
+    row, pair = place(tl.program_id(0), dense_rows, grid_rows, pairs)
+    sample, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    kv_head = head // group
+    row_slots, column_slots, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, BLOCK_DIM)
+    has_d = d < HEAD_DIM
+    token = tl.load(tokens + row * ROWS + row_slots)
+    is_token = token >= 0
+    row_mask = is_token[:, None] & has_d[None, :]
+    q += (sample * q_batch + head * q_head) * UNIT
+    k += (sample * k_batch + kv_head * k_head) * UNIT
+    v += (sample * v_batch + kv_head * v_head) * UNIT
+    grad_out += (sample * grad_batch + head * grad_head) * UNIT
+    wide = token.to(tl.int64)
+    query = tl.load(q + wide[:, None] * (q_token * UNIT) + d[None, :], mask=row_mask, other=0.0)
+    grad = tl.load(grad_out + wide[:, None] * (grad_token * UNIT) + d[None, :], mask=row_mask, other=0.0)
+    row_of = (sample * heads + head) * length + token
+    row_lse = tl.load(lse + row_of, mask=is_token, other=0.0)
+    # A row that saw no key has weight 0 everywhere.
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
+    row_delta = tl.load(delta + row_of, mask=is_token, other=0.0)
+
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    bound = bounds + sample * bounds_batch + row * 4
+    start, split, stop, dense = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2), tl.load(bound + 3)
+    bases += sample * list_batch
+    mask_ids += sample * list_batch
+    key_mask += sample * key_length
+    offset = tl.load(offsets + column_slots)
+    k_box = k + offset.to(tl.int64)[:, None] * (k_token * UNIT) + d[None, :]
+    v_box = v + offset.to(tl.int64)[:, None] * (v_token * UNIT) + d[None, :]
+    if RPB:
+        rpb += head * rpb_entries
+        row_position = tl.load(positions + token, mask=is_token, other=0)
+        box_position = tl.load(position_offsets + column_slots)
+
+    if FULL:
+        for i in range(start, split):
+            base = tl.load(bases + i).to(tl.int64)
+            key = tl.load(k_box + base * (k_token * UNIT), mask=has_d[None, :], other=0.0)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * score_scale
+            if RPB:
+                position = tl.load(positions + base) + box_position
+                scores += bias_of(rpb, position[None, :], row_position[:, None], centre, rpb_entries) * LOG2E
+            weights = tl.exp2(scores - row_lse[:, None])
+            if KEY_MASK:
+                weights = tl.where(tl.load(key_mask + base + offset)[None, :] != 0, weights, 0.0)
+            value = tl.load(v_box + base * (v_token * UNIT), mask=has_d[None, :], other=0.0)
+            acc = _accumulate(acc, grad, key, value, weights, row_delta, PRECISION)
+    if PARTIAL:
+        for i in range(split, stop):
+            base = tl.load(bases + i).to(tl.int64)
+            inside = base + offset < key_length
+            key = tl.load(k_box + base * (k_token * UNIT), mask=inside[:, None] & has_d[None, :], other=0.0)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * score_scale
+            if RPB:
+                position = tl.load(positions + base) + box_position
+                scores += bias_of(rpb, position[None, :], row_position[:, None], centre, rpb_entries) * LOG2E
+            visible = see(masks, tl.load(mask_ids + i), row_slots, column_slots, ROWS, (COLUMNS + 31) // 32)
+            if KEY_MASK:
+                visible &= tl.load(key_mask + base + offset, mask=inside, other=0)[None, :] != 0
+            weights = tl.where(visible, tl.exp2(scores - row_lse[:, None]), 0.0)
+            value = tl.load(v_box + base * (v_token * UNIT), mask=inside[:, None] & has_d[None, :], other=0.0)
+            acc = _accumulate(acc, grad, key, value, weights, row_delta, PRECISION)
+    if DENSE:
+        for i in range(0, dense):
+            first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
+            column = (first + column_slots).to(tl.int64)
+            inside = column < end
+            here = inside[:, None] & has_d[None, :]
+            key = tl.load(k + column[:, None] * (k_token * UNIT) + d[None, :], mask=here, other=0.0)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * score_scale
+            visible = inside
+            if KEY_MASK:
+                visible &= tl.load(key_mask + column, mask=inside, other=0) != 0
+            weights = tl.where(visible[None, :], tl.exp2(scores - row_lse[:, None]), 0.0)
+            value = tl.load(v + column[:, None] * (v_token * UNIT) + d[None, :], mask=here, other=0.0)
+            acc = _accumulate(acc, grad, key, value, weights, row_delta, PRECISION)
+
+    out_row = (sample * length + token) * heads + head
+    tl.store(grad_q + out_row[:, None] * HEAD_DIM + d[None, :], (acc * scale).to(grad_q.dtype.element_ty),
+             mask=row_mask)  # fmt: skip
