@@ -96,18 +96,16 @@ def blocks(pattern: Pattern, layout: Layout, volume: int, device: torch.device) 
     slot_of_token[slots[slots >= 0]] = np.flatnonzero(slots >= 0)
     partial, full = (_ordered(lists.where(partial=p), keys.tiles) for p in (True, False))
     every = _ordered(lists, keys.tiles)
-    shape = {
-        "BLOCK_SIZE": (queries.capacity, keys.capacity),
-        "seq_lengths": (queries.tiles * queries.capacity, keys.tiles * keys.capacity),
-    }
+    size = (queries.capacity, keys.capacity)
+    lengths = (queries.tiles * queries.capacity, keys.tiles * keys.capacity)
     return Blocks(
         Slots.of(queries, device),
         Slots.of(keys, device),
         torch.from_numpy(slot_of_token).to(device),
         torch.from_numpy(pair).to(device),
         torch.from_numpy(masks).to(device),
-        BlockMask.from_kv_blocks(*partial, *full, **shape).to(device),
-        BlockMask.from_kv_blocks(*every, **shape).to(device),
+        BlockMask.from_kv_blocks(partial[0], partial[1], full[0], full[1], size, seq_lengths=lengths).to(device),
+        BlockMask.from_kv_blocks(every[0], every[1], BLOCK_SIZE=size, seq_lengths=lengths).to(device),
     )
 
 

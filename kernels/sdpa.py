@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from visattn.backends import Backend, Call, Problem, Support, overhead
+from visattn.backends import Backend, Call, Problem, Support, overhead, sees_all
 from visattn.kernels.masks import visible
 
 # A bool mask of this many entries is 256 MiB.
@@ -32,7 +32,7 @@ class Sdpa(Backend):
             return Support(False, f"{problem.pattern.name} is not attention under one mask")
         if problem.rpb:
             return Support(False, "it adds no relative position bias")
-        if not _covers(problem):
+        if not problem.is_dense:
             own = problem.key_mask or problem.pattern.routed
             entries = problem.layout.length**2 * (problem.batch if own else 1)
             if entries > LARGEST_MASK:
@@ -41,15 +41,15 @@ class Sdpa(Backend):
 
     def cost(self, problem: Problem) -> float:
         """All pairs, more of them with a mask; the log-sum-exp needs a second product of queries and keys."""
-        rate = MASKED if not _covers(problem) else KEY_MASKED if problem.key_mask else 1.0
+        rate = MASKED if not problem.is_dense else KEY_MASKED if problem.key_mask else 1.0
         return problem.dense_pairs * (rate + LSE * problem.lse) + overhead(problem, cpu_ms=0.05, cuda_us=15)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
-        covers = call.pattern.covers(call.layout.grid)
-        mask = None if covers and call.key_mask is None else _visible(q, k, call, covers)
+        dense = sees_all(call.pattern, call.layout)
+        mask = None if dense and call.key_mask is None else _visible(q, k, call, dense)
         blind = None
         if mask is not None and call.key_mask is not None:
             # Kernels differ in what a row without visible keys gives, some NaN: let it see all, then zero it.
@@ -70,13 +70,9 @@ class Sdpa(Backend):
 MASKED, KEY_MASKED, LSE = 1.6, 1.1, 2.5
 
 
-def _covers(problem: Problem) -> bool:
-    return problem.pattern.covers(problem.layout.grid)
-
-
-def _visible(q: torch.Tensor, k: torch.Tensor, call: Call, covers: bool) -> torch.Tensor:
+def _visible(q: torch.Tensor, k: torch.Tensor, call: Call, dense: bool) -> torch.Tensor:
     """Visibility [1 or B, 1, S or 1, keys]; one row where all queries see the same keys."""
-    if not covers:
+    if not dense:
         return visible(call, q, k)
     assert call.key_mask is not None
     return call.key_mask[:, None, None, :]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from visattn.backends import Backend, Call, Problem, Support, overhead
+from visattn.backends import Backend, Call, Problem, Support, overhead, sees_all
 from visattn.kernels.masks import visible
 from visattn.patterns import Neighborhood
 
@@ -27,12 +27,10 @@ class Xformers(Backend):
 
     def available(self) -> Support:
         """Whether xformers imports and its kernels can run on a device here."""
-        module, reason = _ops()
-        if module is None:
-            return Support(False, reason)
         if not torch.cuda.is_available():
             return Support(False, "xFormers has no operator for a CPU, and there is no CUDA device")
-        return Support(True)
+        module, reason = _ops()
+        return Support(module is not None, reason)
 
     def supports(self, problem: Problem) -> Support:
         """What its biases state."""
@@ -45,7 +43,7 @@ class Xformers(Backend):
         if block is not None:
             pairs = problem.dense_pairs * math.prod(block) / problem.layout.tokens
         else:
-            pairs = problem.dense_pairs * (1.0 if _covers(problem) else BIASED)
+            pairs = problem.dense_pairs * (1.0 if problem.is_dense else BIASED)
         return pairs * RATE + overhead(problem, cpu_ms=0.1, cuda_us=80)
 
     def run(
@@ -56,11 +54,10 @@ class Xformers(Backend):
         assert ops is not None, reason
         block = block_of(Problem.of(q, k, v, call))
         if block is not None:
-            cut = [to_blocks(t, call.layout.grid, block) for t in (q, k, v)]
-            out = _attend(ops, *cut, None, call.scale)
+            queries, keys, values = (to_blocks(t, call.layout.grid, block) for t in (q, k, v))
+            out = _attend(ops, queries, keys, values, None, call.scale)
             return from_blocks(out, call.layout.grid, block), None
-        covers = call.pattern.covers(call.layout.grid) and call.key_mask is None
-        bias = None if covers else _bias(visible(call, q, k), q)
+        bias = None if sees_all(call.pattern, call.layout) else _bias(visible(call, q, k), q)
         return _attend(ops, q, k, v, bias, call.scale), None
 
 
@@ -77,10 +74,6 @@ def _ops() -> tuple[ModuleType | None, str]:
         return importlib.import_module("xformers.ops"), ""
     except Exception as error:  # A build for another torch fails in many ways.
         return None, f"xformers does not import: {type(error).__name__}: {error}"
-
-
-def _covers(problem: Problem) -> bool:
-    return problem.pattern.covers(problem.layout.grid) and not problem.key_mask
 
 
 def _refusal(problem: Problem) -> str:
@@ -100,7 +93,7 @@ def _refusal(problem: Problem) -> str:
         return f"it computes in float32, bfloat16 and float16, not in {problem.dtype}"
     if problem.head_dim % 8:
         return f"head_dim {problem.head_dim} is not a multiple of 8"
-    if _covers(problem) or block_of(problem) is not None:
+    if problem.is_dense or block_of(problem) is not None:
         return ""
     entries = problem.layout.length**2 * problem.heads * problem.batch
     if entries > LARGEST_BIAS:
@@ -111,7 +104,7 @@ def _refusal(problem: Problem) -> str:
 def block_of(problem: Problem) -> tuple[int, ...] | None:
     """The block per axis if the pattern is blocked attention that tiles the grid and nothing else, else None."""
     pattern, layout = problem.pattern, problem.layout
-    if not isinstance(pattern, Neighborhood) or layout.prefix or layout.suffix or problem.key_mask:
+    if not isinstance(pattern, Neighborhood) or layout.prefix or layout.suffix:
         return None
     axes = pattern.axes(layout.grid)
     blocked = all(

@@ -13,6 +13,7 @@ from visattn.backends import NAMES, Call, Candidate, Problem, Support, candidate
 from visattn.checks import check_call
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
+from visattn.plans import plan
 
 
 @overload
@@ -91,7 +92,7 @@ def attention(
         ValueError: If the tensors, the layout and the pattern do not fit together, or the named backend cannot
             run the call.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if torch.compiler.is_compiling():
         # The tracer cannot follow planning: one operator, which checks the call when it is traced.
         out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, pool_weight, backend, return_lse)
@@ -120,10 +121,34 @@ class Explanation:
     choice: str
     candidates: tuple[Candidate, ...]
 
+    @property
+    def reason(self) -> str:
+        """Why the choice is the cheapest, in words."""
+        problem = self.problem
+        cost = {c.backend.name: c.cost for c in self.candidates if c.support.ok}
+        if problem.is_dense:
+            return "the pattern shows every query all keys, so it is dense attention"
+        if problem.pattern.composed:
+            return f"{problem.pattern.name} is a composition with an engine of its own"
+        tiles = plan(problem.pattern, problem.layout)
+        part = tiles.entries / (tiles.queries.tiles * tiles.keys.tiles)
+        share = f"the plan visits {part:.0%} of all pairs of tiles"
+        sparse = {name: time for name, time in cost.items() if name not in ("sdpa", "reference")}
+        if self.choice in sparse:
+            return f"{share}, an estimated {cost[self.choice] / problem.dense_pairs:.2f} of dense SDPA's time"
+        if not sparse:
+            return f"{share}, but no sparse backend runs this call"
+        best = min(sparse, key=sparse.__getitem__)
+        times = sparse[best] / cost[self.choice]
+        few = f" and {problem.layout.length} tokens are few" if part < 0.5 else ""
+        return (
+            f"{share}{few}, so {best} would take an estimated {times:.1f} times as long as dense attention with a mask"
+        )
+
     def __str__(self) -> str:
         problem = self.problem
         shape = f"batch {problem.batch}, {problem.heads} heads x {problem.head_dim}, {problem.dtype}, {problem.device}"
-        lines = [f"{problem.pattern} on {problem.layout} ({shape}): {self.choice}"]
+        lines = [f"{problem.pattern} on {problem.layout} ({shape}): {self.choice}", f"  {self.reason}"]
         for backend, support, cost in self.candidates:
             verdict = (
                 f"{cost / problem.dense_pairs:.2f} of dense SDPA's time (estimate)" if support.ok else support.reason

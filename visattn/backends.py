@@ -16,7 +16,7 @@ from visattn.patterns import Pattern
 from visattn.plans import TilePlan, plan
 
 # Order of preference where two backends cost the same. Each module has a `backend` object.
-NAMES = ("sdpa", "flex", "natten", "xformers", "reference")
+NAMES = ("triton", "sdpa", "tiles", "flex", "natten", "xformers", "reference")
 
 
 class Support(NamedTuple):
@@ -101,9 +101,19 @@ class Problem:
         )
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every query sees every key but for the key mask."""
+        return sees_all(self.pattern, self.layout)
+
+    @property
     def dense_pairs(self) -> float:
         """Pairs of tokens that dense attention computes, all samples and heads together."""
         return float(self.batch * self.heads) * self.layout.length**2
+
+
+def sees_all(pattern: Pattern, layout: Layout) -> bool:
+    """Whether a pattern shows every token all tokens and nothing else, so that it is dense attention."""
+    return not pattern.composed and pattern.covers(layout.grid) and not pattern.extra_keys(layout.grid)
 
 
 class Backend(ABC):
@@ -121,7 +131,7 @@ class Backend(ABC):
 
     @abstractmethod
     def supports(self, problem: Problem) -> Support:
-        """Whether it can run the call. The reason completes the sentence "NAME cannot run this call: ..."."""
+        """Whether it can run the call where it is available; the reason completes "NAME cannot run this call: ..."."""
 
     @abstractmethod
     def cost(self, problem: Problem) -> float:
@@ -166,12 +176,15 @@ def load(name: str) -> Backend:
 
 def candidates(problem: Problem) -> Iterator[Candidate]:
     """Every backend's verdict on a call, in order of preference."""
-    for name in NAMES:
-        backend = load(name)
-        support = backend.available()
-        if support.ok:
-            support = backend.supports(problem)
+    for backend in map(load, NAMES):
+        support = verdict(backend, problem)
         yield Candidate(backend, support, backend.cost(problem) if support.ok else float("inf"))
+
+
+def verdict(backend: Backend, problem: Problem) -> Support:
+    """Whether a backend is here and runs a call."""
+    support = backend.available()
+    return backend.supports(problem) if support.ok else support
 
 
 @lru_cache(maxsize=1024)
@@ -183,17 +196,20 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
     """
     if name != "auto":
         backend = load(name)
-        support = backend.available()
-        support = backend.supports(problem) if support.ok else support
+        support = verdict(backend, problem)
         if not support.ok:
             raise ValueError(f"backend {name!r} cannot run this call: {support.reason}; pass backend='auto'")
         return backend
-    verdicts = tuple(candidates(problem))
-    able = [c for c in verdicts if c.support.ok]
-    if not able:
-        reasons = "; ".join(f"{c.backend.name}: {c.support.reason}" for c in verdicts)
-        raise ValueError(f"no backend can run {problem.pattern} on {problem.layout} ({reasons})")
-    return min(able, key=lambda c: c.cost).backend
+    able = []
+    for backend in map(load, NAMES):
+        if backend.supports(problem).ok:
+            able.append((backend.cost(problem), backend))
+    # `available` comes last: it may import a large package, for a backend that is not the cheapest anyway.
+    for _, backend in sorted(able, key=lambda pair: pair[0]):
+        if backend.available().ok:
+            return backend
+    reasons = "; ".join(f"{c.backend.name}: {c.support.reason}" for c in candidates(problem))
+    raise ValueError(f"no backend can run {problem.pattern} on {problem.layout}: {reasons}")
 
 
 def run_call(
