@@ -98,8 +98,9 @@ class Training:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Moves the averaged weights; early steps weigh more, so that the start is soon forgotten."""
-        decay = min(self.config.ema, (1 + self.progress.step) / (10 + self.progress.step))
+        """Moves the averaged weights; a stage starts with short averages, to forget the weights before it soon."""
+        done = self.progress.step - max(self.progress.finish_step, 0)
+        decay = min(self.config.ema, (1 + done) / (10 + done))
         for average, value in zip(self.ema.parameters(), self.model.parameters(), strict=True):
             average.lerp_(value, 1 - decay)
 
