@@ -10,6 +10,7 @@ from visattn.patterns.clear import Clear
 from visattn.patterns.dense import Dense
 from visattn.patterns.halo import Halo
 from visattn.patterns.neighborhood import Neighborhood
+from visattn.patterns.radial import Radial
 from visattn.patterns.routing import Routing, routed_mask
 from visattn.patterns.text import parse_pattern
 
@@ -20,13 +21,14 @@ __all__ = [
     "Halo",
     "Neighborhood",
     "Pattern",
+    "Radial",
     "Routing",
     "dense_mask",
     "parse",
     "routed_mask",
 ]
 
-PATTERNS: tuple[type[Pattern], ...] = (Dense, Neighborhood, Halo, Clear, Routing)
+PATTERNS: tuple[type[Pattern], ...] = (Dense, Neighborhood, Halo, Clear, Radial, Routing)
 
 
 def parse(text: str | Pattern) -> Pattern:

@@ -1,0 +1,101 @@
+"""The block mask of radial attention, block row by block row: never tokens x tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from visattn.patterns.geometry import Bools
+
+# A frame at a distance is dropped where its share of a window is narrower than this many tokens.
+SPLIT_BELOW = 128
+
+
+def window_width(distance: int, tokens: int, decay: float, block: int) -> float | None:
+    """How far apart in their frames two tokens that are `distance` frames apart may be; None where none may.
+
+    Args:
+        distance: Frames between query and key.
+        tokens: Tokens of a frame.
+        decay: Factor on the width.
+        block: Least width beyond neighbouring frames.
+    """
+    share = 2 ** tokens.bit_length() / 2 ** distance.bit_length()
+    if share < SPLIT_BELOW and distance % int(SPLIT_BELOW / share):
+        return None
+    return float(tokens) if distance <= 1 else max(decay * share, float(block))
+
+
+@lru_cache(maxsize=32)
+def block_mask(frames: int, tokens: int, decay: float, sink: bool, block: int) -> Bools:
+    """Which key blocks each query block of a video sees: [blocks, blocks].
+
+    A block is kept where, of the key tokens that any of its queries may see, more than 60 % are seen by more
+    than a third of a block's queries. As in the original this is decided for each pair of frames that meets in
+    the block. Frames shorter than half a block could never reach the third that way: there it is decided for
+    all tokens of the block together, and blocks always see themselves.
+    A last block that the video does not fill is dense: the original fills it up with text.
+
+    Args:
+        frames: Frames of the video.
+        tokens: Tokens of a frame.
+        decay: Factor on the widths.
+        sink: Whether every query sees the first frame.
+        block: Tokens of a block.
+    """
+    length = frames * tokens
+    blocks = -(-length // block)
+    mask = np.zeros((blocks, blocks), bool)
+    widths = [window_width(r, tokens, decay, block) for r in range(frames)]
+    by_frame = 2 * tokens >= block
+    # Where a key block begins and, if frames are judged apart, also where a frame begins in one.
+    edges = np.arange(0, length, block)
+    if by_frame:
+        edges = np.union1d(edges, np.arange(0, length, tokens))
+    for row in range(blocks):
+        together = np.zeros(length, np.int64)
+        for frame, first, last in _pieces(row * block, min((row + 1) * block, length), tokens):
+            hits = together if not by_frame else np.zeros(length, np.int64)
+            _count(hits, frame, first, last, widths, sink, tokens)
+            if by_frame:
+                np.logical_or.at(mask[row], edges // block, _kept(hits, edges, block))
+        if not by_frame:
+            mask[row] = _kept(together, edges, block)
+    np.fill_diagonal(mask, True)
+    if length % block:
+        mask[-1] = mask[:, -1] = True
+    mask.setflags(write=False)
+    return mask
+
+
+def _pieces(start: int, stop: int, tokens: int) -> Iterator[tuple[int, int, int]]:
+    """The frames that tokens [start, stop) belong to: frame, first and last token in that frame."""
+    while start < stop:
+        frame, first = divmod(start, tokens)
+        last = min(tokens, first + stop - start) - 1
+        yield frame, first, last
+        start += last - first + 1
+
+
+def _count(
+    hits: np.ndarray, frame: int, first: int, last: int, widths: list[float | None], sink: bool, tokens: int
+) -> None:
+    """Add to each key token how many of the queries `first` to `last` of a frame may see it."""
+    for other in range(len(widths)):
+        width = tokens if sink and other == 0 else widths[abs(frame - other)]
+        if width is None:
+            continue
+        reach = int(min(width, tokens))
+        low, high = max(0, first - reach), min(tokens - 1, last + reach)
+        index = np.arange(low, high + 1)
+        seen = np.minimum(index + reach, last) - np.maximum(index - reach, first) + 1
+        hits[other * tokens + low : other * tokens + high + 1] += seen
+
+
+def _kept(hits: np.ndarray, edges: np.ndarray, block: int) -> Bools:
+    """The rule of the original, for each stretch of key tokens between edges."""
+    some = np.add.reduceat((hits > 0).astype(np.int64), edges)
+    many = np.add.reduceat((3 * hits > block).astype(np.int64), edges)
+    return many > 0.6 * some
