@@ -41,7 +41,7 @@ def devices() -> list[dict[str, Any]]:
 
     cpu = {
         "device": "cpu",
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "memory": _cpu_memory(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -62,7 +62,8 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:

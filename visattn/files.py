@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,3 +71,30 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_folder(folder: Path, force: bool = False, replaces: Sequence[str] = ()) -> Iterator[Path]:
+    """A temporary folder whose files move to `folder` when the block ends well, else everything disappears.
+
+    Args:
+        folder: Made if it is missing, and removed again if the block fails.
+        force: Whether it may hold other files.
+        replaces: Globs of older output there that would contradict the new: removed when the block ends well.
+
+    Raises:
+        ValueError: Before the block, as `prepare_folder` does.
+    """
+    made = not folder.exists()
+    prepare_folder(folder, force)
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
+    try:
+        yield temporary
+        for path in [old for glob in replaces for old in folder.glob(glob)]:
+            path.unlink()
+        for path in sorted(temporary.iterdir()):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()

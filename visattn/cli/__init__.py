@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from visattn.cli.doctor import doctor
+from visattn.cli.generate import generate
 from visattn.cli.show import show
 from visattn.cli.simulate import simulate
 from visattn.version import __version__
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for command in (doctor, show, simulate):
     app.command()(command)
+app.add_typer(generate, name="generate")
 
 
 def _print_version(wanted: bool) -> None:

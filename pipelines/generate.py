@@ -1,0 +1,193 @@
+"""Run a pipeline with a pattern, and beside it the dense twin from the same noise, with the time of each."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from visattn.handle import apply
+from visattn.report import Report
+
+SPARSE, DENSE = "sparse", "dense"
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to generate.
+
+    Attributes:
+        pattern: A pattern's text, or the path of a JSON or YAML file with one per layer.
+        prompt: Text, for models that take one.
+        labels: Class labels, for class-conditional models; image i gets label i, in a circle.
+        seed: Of the first image; image i gets seed + i.
+        count: Number of images.
+        steps: Denoising steps, the pipeline's default if None.
+        guidance: Guidance scale, the pipeline's default if None.
+        size: (height, width) in pixels, the model's own if None.
+        layers: As in `visattn.apply`.
+        dense_layers: As in `visattn.apply`.
+        dense_steps: As in `visattn.apply`.
+        backend: As in `visattn.apply`.
+        compare: Whether the dense twin is generated too.
+        repeats: How often each image is generated; times are medians.
+    """
+
+    pattern: str
+    prompt: str | None = None
+    labels: tuple[int, ...] = ()
+    seed: int = 0
+    count: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    layers: str | None = None
+    dense_layers: int = 0
+    dense_steps: int | float = 0
+    backend: str = "auto"
+    compare: bool = False
+    repeats: int = 1
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seed of each image."""
+        return tuple(range(self.seed, self.seed + self.count))
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One image, generated once.
+
+    Attributes:
+        kind: SPARSE or DENSE.
+        image: Index of the image.
+        repeat: Index of the repeat.
+        pixels: [height, width, channels], values 0 to 1.
+        seconds: Wall time of the pipeline call.
+        report: What happened in its attention modules.
+    """
+
+    kind: str
+    image: int
+    repeat: int
+    pixels: NDArray[np.float32]
+    seconds: float
+    report: Report
+
+    @property
+    def attention_seconds(self) -> float:
+        """Time inside the attention operations of the selected modules, whether sparse or dense."""
+        return self.report.sparse_seconds + self.report.dense_seconds
+
+
+def check(pipe: Any, settings: Settings) -> None:
+    """Check that a pipeline takes these settings, before anything runs.
+
+    Raises:
+        ValueError: If it does not; the text says what would work.
+    """
+    name, takes = type(pipe).__name__, _parameters(pipe)
+    if settings.count < 1 or settings.repeats < 1:
+        raise ValueError(f"count {settings.count} and repeats {settings.repeats} must be at least 1")
+    if settings.steps is not None and settings.steps < 1:
+        raise ValueError(f"steps {settings.steps} must be at least 1")
+    if "class_labels" in takes:
+        if settings.prompt is not None:
+            raise ValueError(f"{name} takes class labels and no prompt: pass --label 3 instead of --prompt")
+    elif "prompt" in takes:
+        if settings.labels:
+            raise ValueError(f"{name} takes a prompt and no class labels: pass --prompt TEXT instead of --label")
+        if settings.prompt is None:
+            raise ValueError(f"{name} needs a prompt: pass --prompt TEXT")
+    else:
+        raise ValueError(f"{name} takes neither a prompt nor class labels: call visattn.apply on it in Python")
+    for value, parameter, option in (
+        (settings.guidance, "guidance_scale", "--guidance"),
+        (settings.size, "height", "--size"),
+        (settings.steps, "num_inference_steps", "--steps"),
+    ):
+        if value is not None and parameter not in takes:
+            raise ValueError(f"{name} has no {parameter}: leave {option} away")
+
+
+def run_all(pipe: Any, settings: Settings, *, progress: bool = True) -> Iterator[Run]:
+    """Generate every image, with its dense twin next to it where `settings.compare` asks for it.
+
+    With a twin, both kinds first run a few steps unmeasured (plans, compilation, first touch of memory), then take
+    turns in changing order. The twin has the pattern "dense" at the same modules: its attention is the model's
+    own, bit by bit, and is timed in the same way.
+
+    Raises:
+        ValueError: If the pipeline does not take the settings.
+    """
+    check(pipe, settings)
+    kinds = (SPARSE, DENSE) if settings.compare else (SPARSE,)
+    if settings.compare:
+        for kind in kinds:
+            _run(pipe, settings, kind, 0, 0, f"warm-up, {kind}" if progress else None, warm_up=True)
+    for repeat in range(settings.repeats):
+        for image in range(settings.count):
+            for kind in kinds[:: -1 if (repeat + image) % 2 else 1]:
+                again = f", {repeat + 1} of {settings.repeats}" if settings.repeats > 1 else ""
+                text = f"image {image + 1} of {settings.count}, {kind}{again}"
+                yield _run(pipe, settings, kind, image, repeat, text if progress else None)
+
+
+def _run(
+    pipe: Any, settings: Settings, kind: str, image: int, repeat: int, text: str | None, *, warm_up: bool = False
+) -> Run:
+    pipe.set_progress_bar_config(desc=text, disable=text is None, leave=False, dynamic_ncols=True)
+    arguments = call_arguments(pipe, settings, image)
+    schedule: dict[str, Any] = {"layers": settings.layers}
+    if kind == SPARSE:
+        schedule |= {"dense_layers": settings.dense_layers, "backend": settings.backend}
+        schedule["dense_steps"] = 0 if warm_up else settings.dense_steps
+    if warm_up and "num_inference_steps" in _parameters(pipe):
+        arguments["num_inference_steps"] = WARM_UP_STEPS
+    with apply(pipe, settings.pattern if kind == SPARSE else DENSE, **schedule) as handle:
+        _wait(pipe)
+        start = time.perf_counter()
+        images = pipe(**arguments).images
+        _wait(pipe)
+        seconds = time.perf_counter() - start
+        report = handle.report()
+    pixels = np.asarray(images[0], np.float32)
+    return Run(kind, image, repeat, pixels, seconds, report)
+
+
+def call_arguments(pipe: Any, settings: Settings, image: int) -> dict[str, Any]:
+    """Keyword arguments of the pipeline call for one image; what the user left open stays the pipeline's default."""
+    arguments: dict[str, Any] = {"output_type": "np"}
+    # Noise from the CPU is the same for every device, and for the twin.
+    arguments["generator"] = torch.Generator("cpu").manual_seed(settings.seeds[image])
+    if settings.prompt is not None:
+        arguments["prompt"] = settings.prompt
+    else:
+        arguments["class_labels"] = [label_of(settings, image)]
+    if settings.size is not None:
+        arguments["height"], arguments["width"] = settings.size
+    for name, value in (("num_inference_steps", settings.steps), ("guidance_scale", settings.guidance)):
+        if value is not None:
+            arguments[name] = value
+    return arguments
+
+
+def label_of(settings: Settings, image: int) -> int:
+    """Class label of an image: the given ones in a circle, or 0, 1, 2, ..."""
+    return settings.labels[image % len(settings.labels)] if settings.labels else image
+
+
+def _parameters(pipe: Any) -> Sequence[str]:
+    return list(inspect.signature(pipe.__call__).parameters)
+
+
+def _wait(pipe: Any) -> None:
+    if torch.device(pipe.device).type == "cuda":
+        torch.cuda.synchronize(pipe.device)

@@ -1,0 +1,100 @@
+"""Load a pipeline by the name a user types: an embedded model, a folder, or an id on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from visattn.pipelines.embedded import EMBEDDED, load_embedded
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_pipeline(model: str, device: str = "cpu", dtype: str | None = None) -> DiffusionPipeline:
+    """Load a diffusers pipeline; only safetensors are read.
+
+    Args:
+        model: Name of an embedded model, a folder in diffusers' format, or an id on the hub.
+        device: Where it goes, like "cpu" or "cuda:0".
+        dtype: Name of a dtype of `DTYPES`; float32 on a CPU, bfloat16 elsewhere if None.
+
+    Raises:
+        ValueError: If the model cannot be found or read, or device or dtype do not exist.
+    """
+    target = check_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} does not exist here: pass one of {', '.join(DTYPES)}")
+    kind = DTYPES[dtype or ("float32" if target.type == "cpu" else "bfloat16")]
+    with warnings.catch_warnings():
+        # Newer diffusers call it dtype; older ones would ignore that name.
+        warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+        pipe = load_embedded(model, torch_dtype=kind) if model in EMBEDDED else _from_pretrained(model, kind)
+    return pipe.to(target)
+
+
+def check_device(device: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: If it does not exist on this machine.
+    """
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used on this machine ({reason}): see `visattn doctor`") from None
+    return target
+
+
+def _from_pretrained(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+    from diffusers import DiffusionPipeline
+
+    kind, folder = DiffusionPipeline, Path(model)
+    if folder.is_dir():
+        kind = _class_of(folder)
+    elif folder.suffix or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        names = ", ".join(EMBEDDED)
+        raise ValueError(
+            f"model {model!r} is not an embedded model ({names}), a folder here, or a hub id like owner/name"
+        )
+    try:
+        return kind.from_pretrained(
+            model, torch_dtype=dtype, use_safetensors=True, **({"local_files_only": True} if folder.is_dir() else {})
+        )
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            raise ValueError(f"cannot load the pipeline in {model}: {error}") from error
+        raise ValueError(
+            f"cannot get {model!r} from the hub ({_first_sentence(error)}). Without network, download it elsewhere and "
+            "pass the path of its folder: --model path/to/folder"
+        ) from error
+
+
+def _class_of(folder: Path) -> type[DiffusionPipeline]:
+    """The class that can load a folder: one of ours where its index names it, which diffusers would not find."""
+    from diffusers import DiffusionPipeline
+
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"folder {folder} has no model_index.json, so it is not a diffusers pipeline")
+    name = json.loads(index.read_text()).get("_class_name")
+    for known in EMBEDDED.values():
+        module, cls = known.pipeline.split(":")
+        if name == cls:
+            return getattr(importlib.import_module(module), cls)
+    return DiffusionPipeline
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.split(r"\. | \(", text)[0].rstrip(".")
