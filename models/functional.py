@@ -64,3 +64,45 @@ def routed(
     if q.is_meta:
         return torch.empty_like(q)
     return attention(q, k, v, Routing(regions, topk), Layout((height, width)), scale=scale)
+
+
+@register_notrace_function
+def resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Maps [N, C, H0, W0] resampled bilinearly to [N, C, height, width]; x itself if it has that size."""
+    if x.shape[2] == height and x.shape[3] == width:
+        return x
+    return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+
+
+@register_notrace_function
+@torch.jit.ignore
+def shift_mask(like: torch.Tensor, height: int, width: int, window: int, shift: int) -> torch.Tensor:
+    """The mask of Swin's shifted windows: 0 inside a region of the unshifted map, -100 across regions.
+
+    Args:
+        like: Tensor whose dtype and device the mask gets.
+        height: Of the map, a multiple of the window.
+        width: Of the map, a multiple of the window.
+        window: Side of a window.
+        shift: Tokens that the map was rolled by.
+
+    Returns:
+        [windows, window**2, window**2].
+    """
+    rows, columns = (torch.arange(n, device=like.device) for n in (height, width))
+    bands = [(t >= n - window).int() + (t >= n - shift).int() for t, n in ((rows, height), (columns, width))]
+    region = 3 * bands[0][:, None] + bands[1][None, :]
+    region = region.view(height // window, window, width // window, window).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    return ((region[:, :, None] != region[:, None, :]) * -100.0).to(like.dtype)
+
+
+@register_notrace_function
+def window_mask(
+    x: torch.Tensor, known: torch.Tensor | None, side: int, height: int, width: int, window: int, shift: int
+) -> torch.Tensor | None:
+    """The mask of a shifted map x [B, height, width, C]: `known` if it was made for this size; None without shift."""
+    if known is None:
+        return None
+    if height == side and width == side:
+        return known
+    return shift_mask(x, height, width, window, shift)
