@@ -1,1 +1,8 @@
-"""timm: swapped attention, and the backbones of the papers."""
+"""timm: swapped attention, and the backbones of the papers.
+
+Importing this registers the backbones with timm: `timm.create_model("nat_tiny")` and so on.
+"""
+
+from visattn.models import agent_deit, agent_pvt, agent_swin, biformer, dinat_s, moh_vit, nat
+
+__all__ = ["agent_deit", "agent_pvt", "agent_swin", "biformer", "dinat_s", "moh_vit", "nat"]

@@ -7,6 +7,7 @@ names used here inside {"model": ...}: load them with `checkpoint_path=`.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -176,7 +177,7 @@ class BiFormer(Pyramid):
         dd = {"device": device, "dtype": dtype}
         dims = tuple(embed_dim)
         steps = [self._stem(in_chans, dims[0], **dd)]
-        steps += [self._step(a, b, **dd) for a, b in zip(dims[:-1], dims[1:], strict=True)]
+        steps += [self._step(a, b, **dd) for a, b in itertools.pairwise(dims)]
         self.downsample_layers = nn.ModuleList(steps)
         self.stages = nn.ModuleList()
         for i, rates in enumerate(drop_paths(drop_path_rate, depth)):

@@ -254,9 +254,7 @@ _DEEP = (3, 4, 18, 5)
 
 def _dilations(depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """1 and the stage's dilation in turn; the largest whose window of 7 fits the stage's map at 224 pixels."""
-    return tuple(
-        tuple(d if j % 2 else 1 for j in range(depth)) for depth, d in zip(depths, (8, 4, 2, 1), strict=True)
-    )
+    return tuple(tuple(d if j % 2 else 1 for j in range(depth)) for depth, d in zip(depths, (8, 4, 2, 1), strict=True))
 
 
 _MINI: dict[str, Any] = {"embed_dim": 64, "depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3}

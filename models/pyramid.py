@@ -66,11 +66,14 @@ class Pyramid(nn.Module):
             for i, (dim, module) in enumerate(zip(dims, modules, strict=True))
         ]
         self.norm = norm
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt=self.output_fmt)
+        self.global_pool = self._pool(global_pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = _linear(self.head_hidden_size, num_classes, device, dtype)
         self.apply(init_weights)
+
+    def _pool(self, kind: str) -> SelectAdaptivePool2d:
+        return SelectAdaptivePool2d(pool_type=kind, flatten=bool(kind), input_fmt=self.output_fmt)
 
     def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
         """Maps of the stages listed in `take` (ascending), in `output_fmt`; later stages do not run."""
@@ -167,7 +170,7 @@ class Pyramid(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head; 0 classes removes it. `global_pool` "" removes the pooling, None keeps it."""
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt=self.output_fmt)
+            self.global_pool = self._pool(global_pool)
             self.global_pool.train(self.training)
         self.num_classes = num_classes
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -179,7 +182,9 @@ class Pyramid(nn.Module):
         """Parameters that should not decay: position biases and embeddings."""
         words = ("rpb", "_bias", "bias_table", "pos_embed", "query_embedding", "cpb", "temperature")
         names = (name for name, parameter in self.named_parameters() if parameter.ndim > 1 or "cpb" in name)
-        return {n for n in names if any(w in n for w in words) and not n.endswith(("pos_embed.weight",))}
+        return {
+            n for n in names if any(w in n for w in words) and not n.endswith(("pos_embed.weight", "learnable_bias"))
+        }
 
 
 def _linear(channels: int, classes: int, device: Any = None, dtype: Any = None) -> nn.Module:
