@@ -8,14 +8,20 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from visattn.backends import Backend, Call, Problem, Support, visited_pairs
-from visattn.kernels.tiles_boxes import axis_classes, box_groups
-from visattn.kernels.tiles_engine import TileAttention, Work
+from visattn.backends import Backend, Call, Problem, Support, overhead
+from visattn.kernels.tiles_batches import Work, batch_size
+from visattn.kernels.tiles_boxes import box_groups
+from visattn.kernels.tiles_engine import TileAttention
 from visattn.kernels.tiles_groups import Group, list_groups, routed_group, whole_sequence
+from visattn.kernels.tiles_rule import BATCH_MS, choose_axes, groups_cost, problem_cost
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 from visattn.patterns.geometry import Spans
-from visattn.plans import plan
+from visattn.plans import TilePlan, plan
+
+# Key tiles of a list with fewer fully visible tiles than this are cut smaller, to visit fewer hidden pairs.
+MOSTLY_FULL = 0.9
+SMALL_KEY_TILE = 8
 
 
 class Tiles(Backend):
@@ -34,8 +40,11 @@ class Tiles(Backend):
         return Support(True)
 
     def cost(self, problem: Problem) -> float:
-        """Visited pairs."""
-        return 1.6 * visited_pairs(problem) + 3e6
+        """The measured rule of `tiles_rule`: pairs, gathered keys, moved queries, and a fixed time per batch."""
+        per_head, batches = _estimate(problem)
+        return problem.batch * problem.heads * per_head + overhead(
+            problem, BATCH_MS * batches, 1000.0 * BATCH_MS * batches
+        )
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
@@ -45,9 +54,34 @@ class Tiles(Backend):
         return TileAttention.apply(q, k, v, call.rpb, work)
 
 
+def _estimate(problem: Problem) -> tuple[float, int]:
+    """Pairs per sample and head, and number of batches."""
+    pattern, layout = problem.pattern, problem.layout
+    device = torch.device("cpu")
+    if _is_routed(pattern, layout):
+        tiles = plan(pattern, layout)
+        dense, fixed = _dense(pattern, layout, device)
+        keys = tiles.routed_tiles * tiles.keys.capacity + (0 if fixed is None else len(fixed))
+        pairs = tiles.queries.runs[1] * problem_cost(tiles.queries.capacity, keys)
+        number, groups = 1, dense
+    else:
+        groups = _static_groups(pattern, layout, device, problem.rpb)
+        pairs, number = 0.0, 0
+    row = 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
+    for group in groups:
+        size = batch_size(group, row, device)
+        number += -(-problem.batch * len(group.queries) // size)
+    return pairs + groups_cost(groups), number
+
+
+def _is_routed(pattern: Pattern, layout: Layout) -> bool:
+    """Whether the lists depend on q and k; a routed pattern that chooses everything has nothing to choose."""
+    return pattern.routed and not pattern.covers(layout.grid)
+
+
 def _groups(q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[Group, ...]:
     pattern, layout = call.pattern, call.layout
-    if pattern.routed and not pattern.covers(layout.grid):
+    if _is_routed(pattern, layout):
         tiles = plan(pattern, layout)
         dense, fixed = _dense(pattern, layout, q.device)
         return routed_group(tiles, pattern.route(q, k, tiles), fixed), *dense
@@ -74,12 +108,20 @@ def _static_groups(pattern: Pattern, layout: Layout, device: torch.device, rpb: 
     dense, fixed = _dense(pattern, layout, device)
     spans = axis_spans(pattern, layout.grid)
     if spans is None:
-        return *list_groups(plan(pattern, layout), device), *dense
+        return *list_groups(_fine_plan(pattern, layout), device), *dense
     sides = pattern.rpb_shape(layout.grid) if rpb else None
     windows = None if sides is None else tuple(side // 2 + 1 for side in sides)
-    box = pattern.tile(layout.grid)
-    axes = [axis_classes(s, size) for s, size in zip(spans, box, strict=True)]
+    axes = choose_axes(spans, 0 if fixed is None else len(fixed))
     return *box_groups(layout, axes, windows, fixed, device), *dense
+
+
+def _fine_plan(pattern: Pattern, layout: Layout) -> TilePlan:
+    """The pattern's own tiles, with smaller key tiles where many visits see only a part of a tile."""
+    tiles = plan(pattern, layout)
+    grid = pattern.tiled_layout(layout).grid
+    if tiles.full_share > MOSTLY_FULL:
+        return tiles
+    return plan(pattern, layout, (tiles.queries.shape, pattern.tile(grid, SMALL_KEY_TILE)))
 
 
 def axis_spans(pattern: Pattern, grid: tuple[int, ...]) -> list[Spans] | None:

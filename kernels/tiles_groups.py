@@ -72,8 +72,11 @@ class Group:
             return None
         return keys if self.fixed is None else torch.cat([keys, self.fixed.expand(len(tile), -1)], 1)
 
-    def visible(self, tile: torch.Tensor) -> torch.Tensor | None:
-        """Visibility of the keys of some tiles: bool [1 or problems, T, L]; None where all are visible."""
+    def visible(self, tile: torch.Tensor | None) -> torch.Tensor | None:
+        """Visibility of the keys of some tiles: bool [1 or problems, T, L]; None where all are visible.
+
+        Without `tile` it is that of all tiles, if they are alike.
+        """
         if self.mask is None or self.masks is None:
             return None if self.shared is None else self.shared[None]
         return self.masks[self.mask[tile]].transpose(1, 2).flatten(2)
