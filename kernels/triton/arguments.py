@@ -111,9 +111,11 @@ def constants(q: torch.Tensor, work: Work, unit: int) -> dict[str, Any]:
     }
 
 
-def list_constants(run: Program) -> dict[str, Any]:
-    """Which loops a kernel has, and its tile sizes."""
+def list_constants(run: Program, *columns: torch.Tensor) -> dict[str, Any]:
+    """Which loops a kernel has, its tile sizes, and whether a box of these column tensors spans 2^31 elements."""
+    reach = max(run.columns, run.reach) * max(abs(t.stride(1)) for t in columns) + columns[0].shape[3]
     return {
+        "WIDE": reach >= 2**31,
         "ROWS": run.rows,
         "COLUMNS": run.columns,
         "FULL": run.full,
@@ -144,7 +146,7 @@ def forward_arguments(
         **strides("q", q, step), **strides("k", k, step), **strides("v", v, step),
         **head_arguments(q, k),
         **list_arguments(run, work, rpb is not None, q.shape[0] * q.shape[2]),
-        **constants(q, work, step), **list_constants(run),
+        **constants(q, work, step), **list_constants(run, k, v),
         "RPB": rpb is not None,
         "LSE": lse is not None,
     }  # fmt: skip
@@ -164,7 +166,8 @@ def gradient_arguments(
     """Arguments of `key_grad.key_gradients` or `query_grad.query_gradients` without their results."""
     run = work.program(direction, q.device)
     step = unit(q, k, v, grad_out)
-    heads = k.shape[2] if direction == "key_grad" else q.shape[2]
+    by_keys = direction == "key_grad"
+    heads, columns = (k.shape[2], (q, grad_out)) if by_keys else (q.shape[2], (k, v))
     return {
         "q": q, "k": k, "v": v, "grad_out": grad_out, "lse": lse, "delta": delta,
         "key_mask": q if work.key_mask is None else work.key_mask,
@@ -176,7 +179,7 @@ def gradient_arguments(
         **strides("grad", grad_out, step),
         **head_arguments(q, k),
         **list_arguments(run, work, rpb is not None, q.shape[0] * heads),
-        **constants(q, work, step), **list_constants(run),
+        **constants(q, work, step), **list_constants(run, *columns),
         "RPB": rpb is not None,
     }  # fmt: skip
 

@@ -90,7 +90,10 @@ class Triton(Backend):
         from visattn.kernels.triton.launch import TileAttention
 
         q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
-        scale = call.scale
+        dtype, scale = q.dtype, call.scale
+        if interpreted() and dtype == torch.bfloat16:
+            # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+            q, k, v = (t.float() for t in (q, k, v))
         if scale < 0:
             q, scale = -q, -scale
         key_mask = None if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)
@@ -98,7 +101,8 @@ class Triton(Backend):
         configs = configurations(q.dtype, q.shape[3], q.device)
         tf32 = torch.backends.cuda.matmul.allow_tf32
         work = Work(call.pattern, call.layout, scale, key_mask, tf32, configs)
-        return TileAttention.apply(q, k, v, rpb, work, call.lse)
+        out, lse = TileAttention.apply(q, k, v, rpb, work, call.lse)
+        return out.to(dtype), lse
 
 
 def configurations(dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, Config]:

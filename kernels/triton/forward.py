@@ -1,5 +1,8 @@
 """Forward kernel: one query tile per program, online softmax over its key tiles."""
 
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
+# ruff: noqa: ANN001, ANN201, ANN202
+
 from __future__ import annotations
 
 import triton
@@ -29,9 +32,25 @@ def _absorb(acc, total, top, scores, v, PRECISION: tl.constexpr, GUARD: tl.const
     return acc, total, new
 
 
-@triton.jit(do_not_specialize=["dense_rows", "grid_rows", "pairs", "prefix_tiles", "suffix_tiles", "prefix",
-                               "suffix_start", "suffix", "extra", "length", "key_length", "centre", "rpb_entries",
-                               "list_batch", "bounds_batch"])
+@triton.jit(
+    do_not_specialize=[
+        "dense_rows",
+        "grid_rows",
+        "pairs",
+        "prefix_tiles",
+        "suffix_tiles",
+        "prefix",
+        "suffix_start",
+        "suffix",
+        "extra",
+        "length",
+        "key_length",
+        "centre",
+        "rpb_entries",
+        "list_batch",
+        "bounds_batch",
+    ]
+)
 def attend(
     q, k, v, out, lse, key_mask, rpb,
     tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,
@@ -40,7 +59,7 @@ def attend(
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     centre, rpb_entries,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    UNIT: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
     KEY_MASK: tl.constexpr, RPB: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile; see `program.Program` for the lists and `launch` for the arguments.
@@ -71,8 +90,9 @@ def attend(
     mask_ids += sample * list_batch
     key_mask += sample * key_length
     offset = tl.load(offsets + column_slots)
-    k_box = k + offset.to(tl.int64)[:, None] * (k_token * UNIT) + d[None, :]
-    v_box = v + offset.to(tl.int64)[:, None] * (v_token * UNIT) + d[None, :]
+    reach = offset.to(tl.int64) if WIDE else offset
+    k_box = reach[:, None] * (k_token * UNIT) + d[None, :]
+    v_box = reach[:, None] * (v_token * UNIT) + d[None, :]
     if RPB:
         rpb += head * rpb_entries
         row_position = tl.load(positions + token, mask=is_token, other=0)
@@ -81,21 +101,21 @@ def attend(
     if FULL:
         for i in range(start, split):
             base = tl.load(bases + i).to(tl.int64)
-            key = tl.load(k_box + base * (k_token * UNIT), mask=has_d[None, :], other=0.0)
+            key = tl.load(k + base * (k_token * UNIT) + k_box, mask=has_d[None, :], other=0.0)
             scores = _scores(query, key, scale, PRECISION)
             if RPB:
                 position = tl.load(positions + base) + box_position
                 scores += bias_of(rpb, position[None, :], row_position[:, None], centre, rpb_entries) * LOG2E
             if KEY_MASK:
                 scores = tl.where(tl.load(key_mask + base + offset)[None, :] != 0, scores, float("-inf"))
-            value = tl.load(v_box + base * (v_token * UNIT), mask=has_d[None, :], other=0.0)
+            value = tl.load(v + base * (v_token * UNIT) + v_box, mask=has_d[None, :], other=0.0)
             acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, KEY_MASK)
     if PARTIAL:
         for i in range(split, stop):
             base = tl.load(bases + i).to(tl.int64)
             # A short tile's empty slots may lie behind the last token.
             inside = base + offset < key_length
-            key = tl.load(k_box + base * (k_token * UNIT), mask=inside[:, None] & has_d[None, :], other=0.0)
+            key = tl.load(k + base * (k_token * UNIT) + k_box, mask=inside[:, None] & has_d[None, :], other=0.0)
             scores = _scores(query, key, scale, PRECISION)
             if RPB:
                 position = tl.load(positions + base) + box_position
@@ -104,21 +124,24 @@ def attend(
             if KEY_MASK:
                 visible &= tl.load(key_mask + base + offset, mask=inside, other=0)[None, :] != 0
             scores = tl.where(visible, scores, float("-inf"))
-            value = tl.load(v_box + base * (v_token * UNIT), mask=inside[:, None] & has_d[None, :], other=0.0)
+            value = tl.load(v + base * (v_token * UNIT) + v_box, mask=inside[:, None] & has_d[None, :], other=0.0)
             acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, True)
     if DENSE:
+        reach = column_slots.to(tl.int64) if WIDE else column_slots
+        k_run = reach[:, None] * (k_token * UNIT) + d[None, :]
+        v_run = reach[:, None] * (v_token * UNIT) + d[None, :]
         for i in range(0, dense):
             first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
-            column = (first + column_slots).to(tl.int64)
-            inside = column < end
+            inside = first + column_slots < end
             here = inside[:, None] & has_d[None, :]
-            key = tl.load(k + column[:, None] * (k_token * UNIT) + d[None, :], mask=here, other=0.0)
+            base = first.to(tl.int64)
+            key = tl.load(k + base * (k_token * UNIT) + k_run, mask=here, other=0.0)
             scores = _scores(query, key, scale, PRECISION)
             visible = inside
             if KEY_MASK:
-                visible &= tl.load(key_mask + column, mask=inside, other=0) != 0
+                visible &= tl.load(key_mask + base + column_slots, mask=inside, other=0) != 0
             scores = tl.where(visible[None, :], scores, float("-inf"))
-            value = tl.load(v + column[:, None] * (v_token * UNIT) + d[None, :], mask=here, other=0.0)
+            value = tl.load(v + base * (v_token * UNIT) + v_run, mask=here, other=0.0)
             acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, True)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -1,5 +1,8 @@
 """Backward kernel for keys and values: one key tile per program, over the query tiles that visit it."""
 
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
+# ruff: noqa: ANN001, ANN201, ANN202
+
 from __future__ import annotations
 
 import triton
@@ -32,9 +35,25 @@ def _accumulate(acc_k, acc_v, q, grad, v, weights, delta, PRECISION: tl.constexp
     return acc_k, acc_v
 
 
-@triton.jit(do_not_specialize=["dense_rows", "grid_rows", "pairs", "prefix_tiles", "suffix_tiles", "prefix",
-                               "suffix_start", "suffix", "extra", "length", "key_length", "centre", "rpb_entries",
-                               "list_batch", "bounds_batch"])
+@triton.jit(
+    do_not_specialize=[
+        "dense_rows",
+        "grid_rows",
+        "pairs",
+        "prefix_tiles",
+        "suffix_tiles",
+        "prefix",
+        "suffix_start",
+        "suffix",
+        "extra",
+        "length",
+        "key_length",
+        "centre",
+        "rpb_entries",
+        "list_batch",
+        "bounds_batch",
+    ]
+)
 def key_gradients(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, key_mask, rpb,
     tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,
@@ -44,10 +63,10 @@ def key_gradients(
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     centre, rpb_entries,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    UNIT: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
     KEY_MASK: tl.constexpr, RPB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one key tile and KV head, summed over the query heads that share it.
+    """Compute dK and dV of one key tile and KV head, summed over the query heads that share it.
 
     Rows are keys, columns are queries; `pairs` counts (sample, KV head).
     """
@@ -72,8 +91,9 @@ def key_gradients(
     bases += sample * list_batch
     mask_ids += sample * list_batch
     offset = tl.load(offsets + column_slots)
-    q_box = offset.to(tl.int64)[:, None] * (q_token * UNIT) + d[None, :]
-    grad_box = offset.to(tl.int64)[:, None] * (grad_token * UNIT) + d[None, :]
+    reach = offset.to(tl.int64) if WIDE else offset
+    q_box = reach[:, None] * (q_token * UNIT) + d[None, :]
+    grad_box = reach[:, None] * (grad_token * UNIT) + d[None, :]
     if RPB:
         row_position = tl.load(positions + token, mask=is_token, other=0)
         box_position = tl.load(position_offsets + column_slots)
@@ -114,17 +134,20 @@ def key_gradients(
                 delta_now = _load_rows(delta_of, base + offset, inside)
                 acc_k, acc_v = _accumulate(acc_k, acc_v, query, grad, value, weights, delta_now, PRECISION)
         if DENSE:
+            reach = column_slots.to(tl.int64) if WIDE else column_slots
+            q_run = reach[:, None] * (q_token * UNIT) + d[None, :]
+            grad_run = reach[:, None] * (grad_token * UNIT) + d[None, :]
             for i in range(0, dense):
                 first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
-                column = (first + column_slots).to(tl.int64)
-                inside = column < end
+                inside = first + column_slots < end
                 here = inside[:, None] & has_d[None, :]
-                query = tl.load(q_of + column[:, None] * (q_token * UNIT) + d[None, :], mask=here, other=0.0)
+                base = first.to(tl.int64)
+                query = tl.load(q_of + base * (q_token * UNIT) + q_run, mask=here, other=0.0)
                 scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * score_scale
-                row_lse = _load_rows(lse_of, column, inside)
+                row_lse = _load_rows(lse_of, base + column_slots, inside)
                 weights = tl.where(inside[None, :], _weights(scores, row_lse), 0.0)
-                grad = tl.load(grad_of + column[:, None] * (grad_token * UNIT) + d[None, :], mask=here, other=0.0)
-                delta_now = _load_rows(delta_of, column, inside)
+                grad = tl.load(grad_of + base * (grad_token * UNIT) + grad_run, mask=here, other=0.0)
+                delta_now = _load_rows(delta_of, base + column_slots, inside)
                 acc_k, acc_v = _accumulate(acc_k, acc_v, query, grad, value, weights, delta_now, PRECISION)
 
     if KEY_MASK:

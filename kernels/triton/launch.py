@@ -79,9 +79,7 @@ class TileAttention(torch.autograd.Function):
         q, k, v, rpb, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         want_q, want_k, want_v, want_rpb = ctx.needs_input_grad[:4]
-        grads = gradients(
-            (q, k, v, rpb), out, lse, grad_out, grad_lse, ctx.work, (want_q, want_k or want_v, want_rpb)
-        )
+        grads = gradients((q, k, v, rpb), out, lse, grad_out, grad_lse, ctx.work, (want_q, want_k or want_v, want_rpb))
         return *grads, None, None
 
 

@@ -4,6 +4,9 @@ Every kernel handles one *row tile* per program and walks the *column tiles* of 
 tiles in the forward and dQ kernels, key tiles by query tiles in the dK/dV kernel.
 """
 
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
+# ruff: noqa: ANN001, ANN201, ANN202
+
 from __future__ import annotations
 
 import triton

@@ -42,6 +42,7 @@ class Program:
         full: Whether there is any list entry without mask.
         partial: Whether there is any list entry with mask.
         column_tiling: How the columns are cut.
+        reach: Tokens between the first and the last slot of a whole box.
         bounds_batch: Distance of the bounds of two samples, 0 where all share one list.
         list_batch: Distance of the lists of two samples.
     """
@@ -60,6 +61,7 @@ class Program:
     full: bool
     partial: bool
     column_tiling: Tiling
+    reach: int
     bounds_batch: int = 0
     list_batch: int = 0
 
@@ -115,6 +117,7 @@ def program(plan: TilePlan, by_keys: bool, device: torch.device) -> Program:
         full=bool((~partial).any()),
         partial=bool(partial.any()),
         column_tiling=columns,
+        reach=int(box_offsets(columns).max()),
     )
 
 
@@ -199,4 +202,3 @@ def pack(masks: Bools, rows: int, columns: int) -> NDArray[np.int32]:
     padded = np.zeros((max(1, len(masks)), rows, words * WORD), bool)
     padded[: len(masks), : masks.shape[1], : masks.shape[2]] = masks
     return np.packbits(padded, axis=-1, bitorder="little").view("<i4")
-

@@ -1,5 +1,8 @@
 """Backward kernel for queries: one query tile per program, over its key tiles."""
 
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
+# ruff: noqa: ANN001, ANN201, ANN202
+
 from __future__ import annotations
 
 import triton
@@ -18,9 +21,25 @@ def _accumulate(acc, grad, k, v, weights, delta, PRECISION: tl.constexpr):
     return tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["dense_rows", "grid_rows", "pairs", "prefix_tiles", "suffix_tiles", "prefix",
-                               "suffix_start", "suffix", "extra", "length", "key_length", "centre", "rpb_entries",
-                               "list_batch", "bounds_batch"])
+@triton.jit(
+    do_not_specialize=[
+        "dense_rows",
+        "grid_rows",
+        "pairs",
+        "prefix_tiles",
+        "suffix_tiles",
+        "prefix",
+        "suffix_start",
+        "suffix",
+        "extra",
+        "length",
+        "key_length",
+        "centre",
+        "rpb_entries",
+        "list_batch",
+        "bounds_batch",
+    ]
+)
 def query_gradients(
     q, k, v, grad_out, lse, delta, grad_q, key_mask, rpb,
     tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,
@@ -30,10 +49,10 @@ def query_gradients(
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     centre, rpb_entries,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    UNIT: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
     KEY_MASK: tl.constexpr, RPB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one query tile; arguments as in `forward.attend`, score_scale gives logits in base 2."""
+    """Compute dQ of one query tile; arguments as in `forward.attend`, score_scale gives logits in base 2."""
     row, pair = place(tl.program_id(0), dense_rows, grid_rows, pairs)
     sample, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     kv_head = head // group
@@ -62,8 +81,9 @@ def query_gradients(
     mask_ids += sample * list_batch
     key_mask += sample * key_length
     offset = tl.load(offsets + column_slots)
-    k_box = k + offset.to(tl.int64)[:, None] * (k_token * UNIT) + d[None, :]
-    v_box = v + offset.to(tl.int64)[:, None] * (v_token * UNIT) + d[None, :]
+    reach = offset.to(tl.int64) if WIDE else offset
+    k_box = reach[:, None] * (k_token * UNIT) + d[None, :]
+    v_box = reach[:, None] * (v_token * UNIT) + d[None, :]
     if RPB:
         rpb += head * rpb_entries
         row_position = tl.load(positions + token, mask=is_token, other=0)
@@ -72,7 +92,7 @@ def query_gradients(
     if FULL:
         for i in range(start, split):
             base = tl.load(bases + i).to(tl.int64)
-            key = tl.load(k_box + base * (k_token * UNIT), mask=has_d[None, :], other=0.0)
+            key = tl.load(k + base * (k_token * UNIT) + k_box, mask=has_d[None, :], other=0.0)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * score_scale
             if RPB:
                 position = tl.load(positions + base) + box_position
@@ -80,13 +100,13 @@ def query_gradients(
             weights = tl.exp2(scores - row_lse[:, None])
             if KEY_MASK:
                 weights = tl.where(tl.load(key_mask + base + offset)[None, :] != 0, weights, 0.0)
-            value = tl.load(v_box + base * (v_token * UNIT), mask=has_d[None, :], other=0.0)
+            value = tl.load(v + base * (v_token * UNIT) + v_box, mask=has_d[None, :], other=0.0)
             acc = _accumulate(acc, grad, key, value, weights, row_delta, PRECISION)
     if PARTIAL:
         for i in range(split, stop):
             base = tl.load(bases + i).to(tl.int64)
             inside = base + offset < key_length
-            key = tl.load(k_box + base * (k_token * UNIT), mask=inside[:, None] & has_d[None, :], other=0.0)
+            key = tl.load(k + base * (k_token * UNIT) + k_box, mask=inside[:, None] & has_d[None, :], other=0.0)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * score_scale
             if RPB:
                 position = tl.load(positions + base) + box_position
@@ -95,21 +115,24 @@ def query_gradients(
             if KEY_MASK:
                 visible &= tl.load(key_mask + base + offset, mask=inside, other=0)[None, :] != 0
             weights = tl.where(visible, tl.exp2(scores - row_lse[:, None]), 0.0)
-            value = tl.load(v_box + base * (v_token * UNIT), mask=inside[:, None] & has_d[None, :], other=0.0)
+            value = tl.load(v + base * (v_token * UNIT) + v_box, mask=inside[:, None] & has_d[None, :], other=0.0)
             acc = _accumulate(acc, grad, key, value, weights, row_delta, PRECISION)
     if DENSE:
+        reach = column_slots.to(tl.int64) if WIDE else column_slots
+        k_run = reach[:, None] * (k_token * UNIT) + d[None, :]
+        v_run = reach[:, None] * (v_token * UNIT) + d[None, :]
         for i in range(0, dense):
             first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
-            column = (first + column_slots).to(tl.int64)
-            inside = column < end
+            inside = first + column_slots < end
             here = inside[:, None] & has_d[None, :]
-            key = tl.load(k + column[:, None] * (k_token * UNIT) + d[None, :], mask=here, other=0.0)
+            base = first.to(tl.int64)
+            key = tl.load(k + base * (k_token * UNIT) + k_run, mask=here, other=0.0)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * score_scale
             visible = inside
             if KEY_MASK:
-                visible &= tl.load(key_mask + column, mask=inside, other=0) != 0
+                visible &= tl.load(key_mask + base + column_slots, mask=inside, other=0) != 0
             weights = tl.where(visible[None, :], tl.exp2(scores - row_lse[:, None]), 0.0)
-            value = tl.load(v + column[:, None] * (v_token * UNIT) + d[None, :], mask=here, other=0.0)
+            value = tl.load(v + base * (v_token * UNIT) + v_run, mask=here, other=0.0)
             acc = _accumulate(acc, grad, key, value, weights, row_delta, PRECISION)
 
     out_row = (sample * length + token) * heads + head

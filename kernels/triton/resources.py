@@ -1,0 +1,198 @@
+"""Compile every shipped configuration for every architecture, without a GPU, and print what it needs.
+
+    python -m visattn.kernels.triton.resources [--arch 80 90] [--dtype bfloat16] [--head-dim 64 128] [--hip]
+
+A row per architecture, dtype, head dim and direction: registers per thread, spilled bytes per thread, shared
+memory per program. Exit status 1 if one spills, needs more shared memory than the architecture has, or does not
+compile. `--bias` compiles the variants with key mask and relative position bias. AMD is compiled as far as
+the compiler goes and never changes the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visattn.kernels.triton.config import DIRECTIONS, SHARED_MEMORY, Config, config
+from visattn.layout import Layout
+from visattn.patterns import parse
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+HEAD_DIMS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel needs.
+
+    Attributes:
+        registers: Per thread.
+        spills: Bytes of stack per thread, where spilled registers go.
+        shared: Bytes of shared memory per program.
+        error: Why it did not compile, empty if it did.
+    """
+
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    error: str = ""
+
+    def fits(self, limit: int) -> bool:
+        """Whether it compiled, spills nothing and fits in `limit` bytes of shared memory."""
+        return not self.error and self.spills == 0 and self.shared <= limit
+
+
+def kernel_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Config, bias: bool) -> Any:
+    """A kernel and its arguments for a small joint text and image problem."""
+    from visattn.kernels.triton import arguments
+    from visattn.kernels.triton.forward import attend
+    from visattn.kernels.triton.key_grad import key_gradients
+    from visattn.kernels.triton.query_grad import query_gradients
+
+    pattern, layout = parse("na(window=24x24)"), Layout((48, 48), prefix=16)
+    # A 24-head model: strides and offsets are as well aligned as they are in practice.
+    q, k, v = (torch.empty(1, layout.length, 24, head_dim, dtype=dtype, device="meta") for _ in range(3))
+    sides = pattern.rpb_shape(layout.grid)
+    assert sides is not None
+    rpb = torch.empty(24, sides[0] * sides[1], device="meta") if bias else None
+    mask = torch.empty(1, layout.length, dtype=torch.uint8, device="meta") if bias else None
+    work = arguments.Work(pattern, layout, 0.125, mask, False, dict.fromkeys(DIRECTIONS, launch))
+    lse = torch.empty(1, 24, layout.length, device="meta")
+    if direction == "forward":
+        return attend, arguments.forward_arguments(q, k, v, rpb, torch.empty_like(q), lse, work)
+    given = arguments.gradient_arguments(direction, q, k, v, rpb, torch.empty_like(q), lse, lse, work)
+    if direction == "key_grad":
+        return key_gradients, given | {"grad_k": q, "grad_v": q}
+    return query_gradients, given | {"grad_q": q}
+
+
+def source(kernel: Any, given: dict[str, Any]) -> Any:
+    """What triton.compile takes, specialised as a launch with these arguments would be."""
+    from triton.compiler import ASTSource
+
+    names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    names |= {torch.int32: "*i32", torch.uint8: "*u8"}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value, index = given[parameter.name], (i,)
+        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[index] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = names[value.dtype]
+            attributes[index] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[index] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compiled(
+    target: str | int, direction: str, dtype: torch.dtype, head_dim: int, launch: Config, bias: bool = False
+) -> Resources:
+    """Compile one kernel for an architecture: compute capability times ten, or a name of AMD's."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    kernel, given = kernel_arguments(direction, dtype, head_dim, launch, bias)
+    cuda = isinstance(target, int)
+    gpu = GPUTarget("cuda", target, 32) if cuda else GPUTarget("hip", target, 64)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    try:
+        binary = triton.compile(source(kernel, given), target=gpu, options=options)
+    except Exception as error:
+        return Resources(error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    if cuda:
+        return Resources(*_usage(binary.asm["cubin"]), shared=binary.metadata.shared)
+    text = binary.asm["amdgcn"]
+    registers, spills = (_field(text, name) for name in (".vgpr_count", ".vgpr_spill_count"))
+    return Resources(registers, 4 * spills, binary.metadata.shared)
+
+
+def _field(text: str, name: str) -> int:
+    found = re.search(re.escape(name) + r":\s*(\d+)", text)
+    return int(found.group(1)) if found else 0
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes per thread of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run([_cuobjdump(), "-res-usage", str(path)], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
+    assert found, text.stdout
+    return int(found.group(1)), int(found.group(2))
+
+
+@lru_cache(maxsize=1)
+def _cuobjdump() -> str:
+    from triton import knobs
+
+    return knobs.nvidia.cuobjdump.path
+
+
+def rows(
+    architectures: list[int], dtypes: list[str], head_dims: list[int], bias: bool
+) -> Iterator[tuple[int, str, int, str, Config, Resources]]:
+    """Compile and yield the table."""
+    for arch, dtype, head_dim, direction in product(architectures, dtypes, head_dims, DIRECTIONS):
+        launch = config(arch, DTYPES[dtype], head_dim, direction)
+        yield arch, dtype, head_dim, direction, launch, compiled(arch, direction, DTYPES[dtype], head_dim, launch, bias)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m visattn.kernels.triton.resources", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_MEMORY), choices=list(SHARED_MEMORY))
+    parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--head-dim", type=int, nargs="*", default=list(HEAD_DIMS), choices=list(HEAD_DIMS))
+    parser.add_argument("--bias", action="store_true", help="the variants with key mask and relative position bias")
+    parser.add_argument("--hip", nargs="?", const="gfx942", help="also compile for AMD (informative)")
+    chosen = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("TRITON_INTERPRET is set, which compiles nothing: unset it", file=sys.stderr)
+        return 2
+    print(f"{'arch':<7}{'dtype':<10}{'D':>4} {'direction':<11}{'tile':>8}{'warps':>6}{'stages':>7}"
+          f"{'regs':>6}{'spill':>7}{'shared':>9}{'limit':>9}  verdict")  # fmt: skip
+    bad = 0
+    for arch, dtype, head_dim, direction, launch, used in rows(chosen.arch, chosen.dtype, chosen.head_dim, chosen.bias):
+        limit = SHARED_MEMORY[arch]
+        bad += not used.fits(limit)
+        _print(f"sm_{arch}", dtype, head_dim, direction, launch, used, str(limit), used.fits(limit))
+    if chosen.hip:
+        for dtype, head_dim, direction in product(chosen.dtype, chosen.head_dim, DIRECTIONS):
+            launch = config(86, DTYPES[dtype], head_dim, direction)._replace(stages=2)
+            used = compiled(chosen.hip, direction, DTYPES[dtype], head_dim, launch, chosen.bias)
+            _print(chosen.hip, dtype, head_dim, direction, launch, used, "65536", used.fits(65536))
+    print(f"{bad} of the CUDA configurations do not fit" if bad else "every CUDA configuration fits")
+    return int(bad > 0)
+
+
+def _print(
+    arch: str, dtype: str, head_dim: int, direction: str, launch: Config, used: Resources, limit: str, ok: bool
+) -> None:
+    tile = f"{launch.rows}x{launch.columns}"
+    verdict = used.error or ("ok" if ok else "does not fit")
+    print(f"{arch:<7}{dtype:<10}{head_dim:>4} {direction:<11}{tile:>8}{launch.warps:>6}{launch.stages:>7}"
+          f"{used.registers:>6}{used.spills:>7}{used.shared:>9}{limit:>9}  {verdict}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

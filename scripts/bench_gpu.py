@@ -1,0 +1,192 @@
+"""Time of the Triton kernels against cuDNN, flash and FlexAttention.
+
+    python3 scripts/bench_gpu.py [--quick] [--only NAME ...] [--out FILE]
+
+Each case is checked first, then timed: median of CUDA events, all in one run. Prints a table, writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpu_common import sampled_error, use_checkout, versions
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+use_checkout()
+
+from visattn import Layout, attention, parse, plan  # noqa: E402
+from visattn.kernels.triton.backend import configurations  # noqa: E402
+from visattn.kernels.triton.boxes import tiled  # noqa: E402
+
+HEADS, DIM = 24, 128
+FLUX, HUNYUAN = Layout((256, 256)), Layout((30, 48, 80))
+CASES: dict[str, tuple[str, Layout]] = {
+    "flux-s1": ("na(window=80x80)", FLUX),
+    "flux-s16": ("na(window=80x80,stride=16x16)", FLUX),
+    "hunyuan-s1": ("na(window=18x24x24)", HUNYUAN),
+    "hunyuan-s16": ("na(window=18x24x24,stride=16x8x8)", HUNYUAN),
+    "clear8-128": ("clear(radius=8)", Layout((128, 128), prefix=512)),
+    "clear16-128": ("clear(radius=16)", Layout((128, 128), prefix=512)),
+    "clear32-128": ("clear(radius=32)", Layout((128, 128), prefix=512)),
+    "clear8-256": ("clear(radius=8)", FLUX),
+    "clear16-256": ("clear(radius=16)", FLUX),
+    "clear16-256-text": ("clear(radius=16)", Layout((256, 256), prefix=512)),
+    "clear32-256": ("clear(radius=32)", FLUX),
+    "clear16-512": ("clear(radius=16)", Layout((512, 512), prefix=512)),
+    "radial-wan": ("radial(decay=0.2)", Layout((21, 45, 80))),
+    "radial-hunyuan": ("radial(decay=0.2)", Layout((30, 48, 80), suffix=256)),
+    "routing-128": ("routing(regions=16x16,topk=16)", Layout((128, 128))),
+    "dense-16k": ("dense", Layout((128, 128))),
+    "dense-64k": ("dense", FLUX),
+}
+# What is compared in a quick run.
+MAIN = ("flux-s1", "flux-s16", "hunyuan-s1", "hunyuan-s16", "clear16-256", "radial-wan", "dense-16k")
+
+
+def median_ms(run: Callable[[], Any], budget: float = 1.0) -> float:
+    """Median of CUDA-event times in milliseconds, over about `budget` seconds."""
+    run()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    once = time.perf_counter() - begin
+    times = []
+    for _ in range(max(3, min(30, int(budget / once)))):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def forward_and_backward(make: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> dict[str, float]:
+    """Milliseconds of the forward without gradients, and of the backward alone."""
+    with torch.no_grad():
+        forward = median_ms(lambda: make(*inputs))
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = make(*leaves)
+    grad = torch.randn_like(out)
+    backward = median_ms(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
+    return {"forward_ms": forward, "backward_ms": backward}
+
+
+def rates() -> dict[str, float]:
+    """The two ceilings of this GPU: bf16 products in TFLOP/s, device copies in TB/s (bytes read and written)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = 2 * 8192**3 / median_ms(lambda: a @ b) / 1e9
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    return {"matmul_tflops": product, "copy_tbs": 8 * 2**30 / median_ms(lambda: target.copy_(source)) / 1e9}
+
+
+def dense_peers(inputs: list[torch.Tensor], only: list[str]) -> dict[str, Any]:
+    """Time cuDNN and flash SDPA on contiguous [B, H, S, D]."""
+    heads_first = [t.transpose(1, 2).contiguous() for t in inputs]
+    found: dict[str, Any] = {}
+    for name, kind in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+        if name not in only:
+            continue
+        try:
+            with sdpa_kernel(kind):
+                found[name] = forward_and_backward(scaled_dot_product_attention, heads_first)
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+    return found
+
+
+def case_of(name: str, dense: dict[int, dict[str, Any]], peers: list[str], top: dict[str, float]) -> dict[str, Any]:
+    """Check and time one case."""
+    pattern, layout = CASES[name]
+    made = torch.Generator("cuda").manual_seed(0)
+    shape = (1, layout.length, HEADS, DIM)
+    inputs = [torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    parsed = parse(pattern)
+    launch = configurations(torch.bfloat16, DIM, inputs[0].device)
+    tiles = plan(pattern, layout) if parsed.routed else tiled(parsed, layout, *launch["forward"][:2])
+    result: dict[str, Any] = {
+        "pattern": pattern, "layout": str(layout), "config": {d: list(c) for d, c in launch.items()},
+        "query_box": tiles.queries.shape, "key_box": tiles.keys.shape,
+        "flop_bound": tiles.flop_bound, "tile_bound": tiles.tile_bound, "full_share": tiles.full_share,
+    }  # fmt: skip
+    ours = lambda q, k, v: attention(q, k, v, pattern, layout, backend="triton")  # noqa: E731
+    if not parsed.routed:
+        k, v, _ = parsed.append_keys(inputs[1], inputs[2], None, layout, None)
+        result["error"] = sampled_error(inputs[0], k, v, ours(*inputs), pattern, layout)
+        assert result["error"] < 1e-2, f"{name} is off by {result['error']}"
+    result["triton"] = forward_and_backward(ours, inputs)
+    flops = 4 * DIM * HEADS * layout.length**2
+    result["tflops_visited"] = flops / tiles.tile_bound / result["triton"]["forward_ms"] / 1e9
+    result["floor_ms"] = {
+        "arithmetic": flops / tiles.flop_bound / top["matmul_tflops"] / 1e9,
+        "bytes": 4 * inputs[0].numel() * 2 / top["copy_tbs"] / 1e9,
+    }
+    if "flex" in peers:
+        try:
+            flex = lambda q, k, v: attention(q, k, v, pattern, layout, backend="flex")  # noqa: E731
+            result["flex"] = forward_and_backward(flex, inputs)
+        except Exception as error:
+            result["flex"] = {"error": f"{type(error).__name__}: {error}"[:300]}
+    if layout.length not in dense:
+        dense[layout.length] = dense_peers(inputs, peers)
+    return result | dense[layout.length]
+
+
+def line(name: str, result: dict[str, Any]) -> str:
+    """One row of the table."""
+
+    def ms(who: str, way: str) -> float:
+        return result.get(who, {}).get(f"{way}_ms", float("nan"))
+
+    ways = [
+        f"{ms('triton', w):>9.3f}{ms('cudnn', w):>9.2f}{ms('cudnn', w) / ms('triton', w):>7.2f}x"
+        f"{ms('flex', w) / ms('triton', w):>7.2f}x" for w in ("forward", "backward")
+    ]  # fmt: skip
+    return (
+        f"{name:<18}{result['tile_bound']:>7.2f}x{result['full_share']:>6.0%}{result['tflops_visited']:>7.0f}"
+        + "".join(ways)
+    )
+
+
+def main() -> int:
+    """Run the chosen cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help=f"names out of {', '.join(CASES)}; default all")
+    parser.add_argument("--quick", action="store_true", help="the main cases only")
+    parser.add_argument("--peers", nargs="*", default=["cudnn", "flash", "flex"])
+    parser.add_argument("--out", default="", help="JSON file")
+    chosen = parser.parse_args()
+    names = chosen.only or (MAIN if chosen.quick else list(CASES))
+    report: dict[str, Any] = {"versions": versions(), "ceilings": rates(), "heads": HEADS, "dim": DIM, "cases": {}}
+    print(report["versions"], report["ceilings"], flush=True)
+    dense: dict[int, dict[str, Any]] = {}
+    for name in names:
+        begin = time.perf_counter()
+        try:
+            report["cases"][name] = case_of(name, dense, chosen.peers, report["ceilings"])
+        except Exception as error:
+            report["cases"][name] = {"failed": f"{type(error).__name__}: {error}"[:600]}
+        report["cases"][name]["wall_s"] = time.perf_counter() - begin
+        print(name, json.dumps(report["cases"][name]), flush=True)
+        if chosen.out:
+            with open(chosen.out, "w") as file:
+                json.dump(report, file, indent=1)
+    print(f"{'case':<18}{'bound':>8}{'full':>6}{'TF/s':>7}{'fwd ms':>9}{'cudnn':>9}{'ratio':>8}{'/flex':>8}"
+          f"{'bwd ms':>9}{'cudnn':>9}{'ratio':>8}{'/flex':>8}")  # fmt: skip
+    for name, result in report["cases"].items():
+        print(f"{name:<18}FAILED {result['failed']}" if "failed" in result else line(name, result))
+    return int(any("failed" in r for r in report["cases"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

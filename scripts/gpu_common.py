@@ -1,0 +1,71 @@
+"""What the GPU scripts share: the package from a plain checkout, and the truth of sampled queries."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def use_checkout() -> None:
+    """Make `visattn` importable from a checkout where it is not installed."""
+    if importlib.util.find_spec("visattn") is None:
+        sys.path.insert(0, str(ROOT))
+    import visattn
+
+    # The top-level folders are sub-packages: kernels/ is visattn.kernels.
+    if importlib.util.find_spec("visattn.kernels") is None:
+        visattn.__path__.append(str(ROOT))
+
+
+def versions() -> dict[str, str]:
+    """The GPU and the libraries that a measurement depends on."""
+    import triton
+
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": f"{major}.{minor}",
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "triton": triton.__version__,
+    }
+
+
+def sampled_error(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, pattern: str, layout) -> float:
+    """Relative error of some rows of `out` against float64, over the keys that the pattern's own plan shows them.
+
+    Args:
+        q: Queries [1, S, H, D].
+        k: Keys [1, S, H, D], extra keys appended.
+        v: Values likewise.
+        out: What is checked, [1, S, H, D].
+        pattern: Text of a static pattern.
+        layout: The tokens.
+    """
+    from visattn import plan
+
+    tiles = plan(pattern, layout)
+    rng = np.random.default_rng(0)
+    wrong = right = 0.0
+    for tile in rng.choice(tiles.queries.tiles, min(12, tiles.queries.tiles), replace=False):
+        slots = np.flatnonzero(tiles.queries.tokens[tile] >= 0)
+        slot = rng.choice(slots)
+        token = int(tiles.queries.tokens[tile, slot])
+        keys = []
+        for entry in range(tiles.lists.start[tile], tiles.lists.start[tile + 1]):
+            tokens, mask = tiles.keys.tokens[tiles.lists.tile[entry]], tiles.lists.mask[entry]
+            keys.append(tokens if mask < 0 else tokens[tiles.masks[mask, slot]])
+        index = torch.from_numpy(np.concatenate(keys)).to(q.device)
+        one_q, some_k, some_v = q[0, token].double(), k[0, index].double(), v[0, index].double()
+        weights = torch.einsum("hd,khd->hk", one_q, some_k).mul(q.shape[-1] ** -0.5).softmax(-1)
+        truth = torch.einsum("hk,khd->hd", weights, some_v)
+        wrong += float((out[0, token].double() - truth).square().sum())
+        right += float(truth.square().sum())
+    return (wrong / right) ** 0.5
