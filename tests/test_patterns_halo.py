@@ -1,11 +1,13 @@
 import pytest
 import torch
-from cases import layouts, tiles
+from cases import layouts, qkv, tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import halo, mask_of, visited
 
+import visattn
 from visattn import dense_mask, parse, plan
+from visattn.kernels.halo_padded import halo_padded
 from visattn.layout import Layout
 from visattn.patterns import Halo
 
@@ -48,3 +50,56 @@ def test_queries_of_a_block_share_a_tile():
 def test_errors(text, grid, message):
     with pytest.raises(ValueError, match=message):
         plan(text, Layout(grid))
+
+
+@pytest.mark.parametrize(
+    ("options", "grid"),
+    [
+        ({"block_size": 4, "halo_size": 1}, (8, 12)),
+        ({"block_size": 8, "halo_size": 3, "num_heads": 4}, (16, 8)),
+        ({"block_size": 4, "halo_size": 2, "stride": 2}, (8, 8)),
+        ({"block_size": 4, "halo_size": 0, "scale_pos_embed": True}, (8, 4)),
+        ({"block_size": 2, "halo_size": 3, "dim_head": 8, "qkv_bias": True}, (4, 4)),
+    ],
+)
+def test_unmasked_padding_equals_timm(options, grid):
+    layers = pytest.importorskip("timm.layers.halo_attn")
+    torch.manual_seed(0)
+    module = layers.HaloAttn(16, 32, **{"num_heads": 2, **options}).double()
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    x = torch.randn(2, 16, *grid, dtype=torch.float64)
+    expected = module(x)
+    heads, stride = module.num_heads, options.get("stride", 1)
+    q, kv = module.q(x), module.kv(x)
+    dims = [module.dim_head_qk, module.dim_head_v]
+    q = q.flatten(2).transpose(1, 2).unflatten(2, (heads, dims[0]))
+    # timm orders the channels of k and v as heads first, then key and value channels of each.
+    k, v = kv.flatten(2).transpose(1, 2).unflatten(2, (heads, sum(dims))).split(dims, -1)
+    relative = module.pos_embed.height_rel, module.pos_embed.width_rel
+    if module.scale_pos_embed:
+        relative = tuple(r * module.scale for r in relative)
+    # A convolution's bias makes padding keys zero all the same: it is applied before the padding.
+    out = halo_padded(
+        q, k, v, grid, module.block_size, module.halo_size, stride=stride, scale=module.scale, relative=relative
+    )
+    out = out.flatten(2).transpose(1, 2).unflatten(2, [n // stride for n in grid])
+    assert out.shape == expected.shape and (out - expected).abs().max() < 1e-10
+
+
+def test_padding_changes_only_blocks_at_the_border():
+    layout = Layout((12, 12))
+    q, k, v = qkv(layout)
+    masked = visattn.attention(q, k, v, Halo(4, 2), layout).unflatten(1, (12, 12))
+    padded = halo_padded(q, k, v, (12, 12), 4, 2).unflatten(1, (12, 12))
+    inner = (slice(None), slice(4, 8), slice(4, 8))
+    assert (masked - padded)[inner].abs().max() < 1e-10 < (masked - padded).abs().max()
+
+
+@pytest.mark.parametrize(("grid", "block", "stride"), [((12, 13), 4, 1), ((12, 12), 3, 2)])
+def test_padding_needs_whole_blocks(grid, block, stride):
+    q, k, v = qkv(Layout(grid))
+    with pytest.raises(
+        ValueError, match=r"HaloNet's padding is defined where the block divides the grid and the stride"
+    ):
+        halo_padded(q, k, v, grid, block, 1, stride=stride)

@@ -16,7 +16,7 @@ from visattn.patterns import Pattern
 from visattn.plans import TilePlan, plan
 
 # Order of preference where two backends cost the same. Each module has a `backend` object.
-NAMES = ("triton", "sdpa", "tiles", "flex", "natten", "xformers", "reference")
+NAMES = ("triton", "agent", "sdpa", "tiles", "flex", "natten", "xformers", "reference")
 
 
 class Support(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from visattn.layout import Layout
+from visattn.patterns.agent import Agent
 from visattn.patterns.base import Pattern
 from visattn.patterns.clear import Clear
 from visattn.patterns.dense import Dense
@@ -16,6 +17,7 @@ from visattn.patterns.text import parse_pattern
 
 __all__ = [
     "PATTERNS",
+    "Agent",
     "Clear",
     "Dense",
     "Halo",
@@ -28,7 +30,7 @@ __all__ = [
     "routed_mask",
 ]
 
-PATTERNS: tuple[type[Pattern], ...] = (Dense, Neighborhood, Halo, Clear, Radial, Routing)
+PATTERNS: tuple[type[Pattern], ...] = (Dense, Neighborhood, Halo, Clear, Radial, Routing, Agent)
 
 
 def parse(text: str | Pattern) -> Pattern:

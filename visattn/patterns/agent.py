@@ -1,0 +1,56 @@
+"""Agent attention: a few pooled queries gather from all keys, and all queries read from those few."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NoReturn
+
+from visattn.patterns.base import Pattern, PerAxis, per_axis, whole_numbers
+from visattn.patterns.geometry import TilePairs
+from visattn.tiling import Tiling
+
+
+@dataclass(frozen=True)
+class Agent(Pattern):
+    """Two softmax attentions through agents, which are the queries of the grid pooled to a small grid.
+
+    Source: Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention" (ECCV 2024),
+    section 3.2, equation 4. No token sees a token directly, so there is no mask and no tile plan; the backend
+    "agent" runs it. Dense tokens are queries and keys of both attentions and no agents (as the class token of
+    Agent-DeiT). `visattn.kernels.agent.agent_attention` adds the biases and the convolution of the backbones.
+
+    Attributes:
+        agents: Agents per axis (adaptive average pooling); -1 is one per token.
+
+    Raises:
+        ValueError: If a parameter is out of range, here or on the grid it is used with.
+    """
+
+    agents: PerAxis
+
+    name: ClassVar[str] = "agent"
+    composed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "agents", whole_numbers(self.agents, "agents", 1, also=(-1,)))
+
+    def check(self, grid: tuple[int, ...]) -> None:
+        """Raise a ValueError if the number of axes differs."""
+        self.shape(grid)
+
+    def shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Agents per axis."""
+        return tuple(n if a == -1 else a for a, n in zip(per_axis(self.agents, len(grid), "agents"), grid, strict=True))
+
+    def count(self, grid: tuple[int, ...]) -> int:
+        """Number of agents."""
+        return math.prod(self.shape(grid))
+
+    def grid_mask(self, grid: tuple[int, ...]) -> NoReturn:
+        """Undefined."""
+        raise ValueError(f"{self} has no mask: every token reads every other through its agents")
+
+    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
+        """Undefined."""
+        raise ValueError(f"{self} has no tile plan: it is two dense attentions through {self.count(grid)} agents")
