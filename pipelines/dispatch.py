@@ -18,6 +18,7 @@ from visattn.pipelines import operators
 from visattn.pipelines.operators import Stock
 
 _MEMBER = "visattn:"
+_BLOCK = 64
 
 
 def is_dispatching(processor: Any) -> bool:
@@ -62,18 +63,27 @@ def backend_named(name: str | None) -> Any:
 
 
 def register_member(number: int) -> None:
-    """Make diffusers call a group wherever a processor holds its member."""
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+    """Make diffusers call a group wherever a processor holds its member.
 
-    _AttentionBackendRegistry.register(member(number))(_dispatched(number))
-
-
-def unregister_member(number: int) -> None:
-    """Leave diffusers' registry as it was."""
+    Members are registered by the block: compiled code is valid for one size of diffusers' table, so that a table
+    that grew with each patched model would recompile all others.
+    """
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
-    for table in (registry._backends, registry._constraints, registry._supported_arg_names):
-        table.pop(member(number), None)
+    for other in range(number // _BLOCK * _BLOCK, (number // _BLOCK + 1) * _BLOCK):
+        if member(other) not in registry._backends:
+            registry.register(member(other))(_dispatched(other))
+
+
+def unregister_members() -> None:
+    """Leave diffusers' table as it was, unless some group still needs it."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    if any(getattr(item, "stock", Stock(False)).dispatched for item in operators.living()):
+        return
+    for ours in [m for m in registry._backends if str(m.value).startswith(_MEMBER)]:
+        for table in (registry._backends, registry._constraints, registry._supported_arg_names):
+            table.pop(ours, None)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,7 +1,8 @@
 """The hooks that tell a run what its model is doing.
 
-Under torch.compile the hooks are traced: the one of the model becomes an operator, the others do nothing. Copies
-and pickles of a patched model have hooks that do nothing.
+`torch.compile(model)` calls the hooks of the model outside of its graph. `model.compile()` and compiled code around
+the model trace them: the one before the forward becomes an operator, the others do nothing. Copies and pickles of
+a patched model have hooks that do nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.eval_frame import skip_code
 
 from visattn.pipelines import operators
 from visattn.pipelines.run import Run
+
+
+def _own_frame(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the compiler from making a graph of its own of a hook that is called outside of graphs."""
+    skip_code(hook.__code__)
+    return hook
 
 
 def unpatched(*args: Any, **kwargs: Any) -> None:
@@ -46,12 +54,13 @@ class Begin(_Hook):
         self.keep = run
         self.names, self.config, self.family = names, run.config, run.family
 
+    @_own_frame
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The hook."""
+        if not torch.compiler.is_compiling():
+            return self._begin(args, kwargs)
         given = dict(zip(self.names, args, strict=False)) | kwargs
         seen = self.family.seen(self.config, given)
-        if not torch.compiler.is_compiling():
-            self.keep.begin(seen)
-            return None
         name = self.family.anchor
         latents = operators.begin_forward(given[name], seen.ids, list(seen.grid), seen.prefix, seen.suffix, self.number)
         if name in kwargs:
@@ -59,15 +68,25 @@ class Begin(_Hook):
         at = self.names.index(name)
         return (*args[:at], latents, *args[at + 1 :]), kwargs
 
+    @torch.compiler.disable
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.keep.begin(self.family.seen(self.config, dict(zip(self.names, args, strict=False)) | kwargs))
+
 
 class Finish(_Hook):
     """After a forward of the model."""
 
+    @_own_frame
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The hook."""
         if not torch.compiler.is_compiling():
-            run = self.run()
-            if run is not None:
-                run.finish()
+            self._finish()
+
+    @torch.compiler.disable
+    def _finish(self) -> None:
+        run = self.run()
+        if run is not None:
+            run.finish()
 
 
 class Enter(_Hook):
@@ -77,11 +96,17 @@ class Enter(_Hook):
         super().__init__(run)
         self.paths = paths
 
+    @_own_frame
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """The hook."""
         if not torch.compiler.is_compiling():
-            run = self.run()
-            if run is not None:
-                run.enter(self.paths[id(module)])
+            self._enter(module)
+
+    @torch.compiler.disable
+    def _enter(self, module: torch.nn.Module) -> None:
+        run = self.run()
+        if run is not None:
+            run.enter(self.paths[id(module)])
 
 
 class Hooks:

@@ -163,10 +163,9 @@ class PatchedModel:
                 site.module.processor = site.original
             site.group = None
         for group in self._groups.values():
-            if group.stock.dispatched:
-                dispatch.unregister_member(group.number)
             operators.release(group.number, group)
         self._groups.clear()
+        dispatch.unregister_members()
         operators.release(self._run.number, self._run)
         for source in (self._context, self._scheduler):
             if source is not None:

@@ -49,6 +49,12 @@ def look_up(number: int) -> Any:
     return _objects.get(number)
 
 
+def living() -> list[Any]:
+    """Every object that has a number."""
+    with _lock:
+        return list(_objects.values())
+
+
 class Stock(NamedTuple):
     """The attention that a processor would run without visattn.
 

@@ -231,8 +231,6 @@ class Group:
 def site_reports(run: Run, sites: Mapping[str, Pattern], backend: str) -> list[SiteReport]:
     """The report of every patched module by its path, and of compiled code, which does not tell its module."""
     rows = run.tally.rows()
-    compiled = {name: run.compiled_patterns[name] for name in rows if name in run.compiled_patterns}
-    return [
-        SiteReport.of(run.name, name, pattern, backend, rows.get(name, Row()))
-        for name, pattern in {**sites, **compiled}.items()
-    ]
+    found = [SiteReport.of(run.name, path, pattern, backend, rows.get(path, Row())) for path, pattern in sites.items()]
+    compiled = [(name, pattern) for name, pattern in run.compiled_patterns.items() if name in rows]
+    return [*found, *(SiteReport.of(run.name, name, p, backend, rows[name], compiled=True) for name, p in compiled)]

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import tiny_models
+
 import visattn
 
 

@@ -52,14 +52,14 @@ def flux_ids(height, width, image=0):
     return ids.reshape(-1, 3)
 
 
-def flux(height=6, width=8, text=5, batch=2, head_dim=16, reference=None):
+def flux(height=6, width=8, text=5, batch=2, head_dim=16, reference=None, single=2):
     axes = {16: [4, 4, 8], 32: [8, 12, 12]}[head_dim]
     model = seeded(
         diffusers.FluxTransformer2DModel,
         patch_size=1,
         in_channels=4,
         num_layers=1,
-        num_single_layers=2,
+        num_single_layers=single,
         attention_head_dim=head_dim,
         num_attention_heads=2,
         joint_attention_dim=32,
@@ -133,7 +133,7 @@ def sdxl(height=16, width=14, batch=1):
     return model, inputs
 
 
-def wan(frames=3, height=12, width=8, batch=1, head_dim=12):
+def wan(frames=3, height=12, width=8, batch=1, head_dim=12, layers=2):
     model = seeded(
         diffusers.WanTransformer3DModel,
         patch_size=(1, 2, 2),
@@ -144,7 +144,7 @@ def wan(frames=3, height=12, width=8, batch=1, head_dim=12):
         text_dim=16,
         freq_dim=256,
         ffn_dim=32,
-        num_layers=2,
+        num_layers=layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
@@ -174,3 +174,23 @@ def run(model, inputs, **options):
     """The sample that a model predicts."""
     with torch.no_grad():
         return model(**{**inputs, **options}, return_dict=False)[0]
+
+
+def prior_transformer():
+    """A model of a class that visattn does not know: 11 tokens with self-attention."""
+    model = seeded(
+        diffusers.PriorTransformer,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_layers=2,
+        embedding_dim=8,
+        num_embeddings=7,
+        additional_embeddings=4,
+    )
+    inputs = {
+        "hidden_states": noise(1, 8),
+        "timestep": torch.tensor(5),
+        "proj_embedding": noise(1, 8, seed=2),
+        "encoder_hidden_states": noise(1, 7, 8, seed=3),
+    }
+    return model, inputs

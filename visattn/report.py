@@ -199,13 +199,14 @@ class SiteReport:
 
     Attributes:
         model: Name of the model in its pipeline, or its class.
-        site: Path of the module, or a text for calls inside compiled code, which do not tell their module.
+        site: Path of the module, or a text for all calls inside compiled code, which do not tell their module.
         pattern: What the module was given.
         calls: Calls that ran the pattern, one entry per problem.
         dense: Calls that a schedule kept dense.
         fallbacks: Calls that could not run the pattern, by reason.
         sparse_seconds: Time of calls that ran the pattern.
         dense_seconds: Time of the other calls.
+        compiled: Whether this is not one module but compiled code.
     """
 
     model: str
@@ -216,13 +217,14 @@ class SiteReport:
     fallbacks: dict[str, int]
     sparse_seconds: float
     dense_seconds: float
+    compiled: bool = False
 
     @classmethod
-    def of(cls, model: str, site: str, pattern: Pattern, backend: str, row: Row) -> SiteReport:
+    def of(cls, model: str, site: str, pattern: Pattern, backend: str, row: Row, compiled: bool = False) -> SiteReport:
         """The report of one row of a tally."""
         calls = tuple(CallReport.of(problem, hits, backend) for problem, hits in row.hits.most_common())
         seconds = row.seconds["sparse"], row.seconds["dense"]
-        return cls(model, site, pattern, calls, row.dense, dict(row.fallbacks), *seconds)
+        return cls(model, site, pattern, calls, row.dense, dict(row.fallbacks), *seconds, compiled)
 
     @property
     def hits(self) -> int:
@@ -241,6 +243,7 @@ class SiteReport:
         return {
             "model": self.model,
             "site": self.site,
+            "compiled": self.compiled,
             "pattern": str(self.pattern),
             "backend": most.get("backend"),
             "reason": most.get("reason"),
@@ -273,9 +276,14 @@ class Report:
         return sum(site.hits for site in self.sites)
 
     @property
+    def modules(self) -> tuple[SiteReport, ...]:
+        """The patched modules, without what stands for compiled code."""
+        return tuple(site for site in self.sites if not site.compiled)
+
+    @property
     def sites_hit(self) -> int:
-        """Modules at which a pattern ran at least once."""
-        return sum(site.hits > 0 for site in self.sites)
+        """Modules at which a pattern ran at least once; calls in compiled code do not tell their module."""
+        return sum(site.hits > 0 for site in self.modules)
 
     @property
     def dense(self) -> int:
@@ -309,7 +317,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, texts, lists and dicts: ready for JSON."""
         return {
-            "sites_patched": len(self.sites),
+            "sites_patched": len(self.modules),
             "sites_hit": self.sites_hit,
             "hits": self.hits,
             "dense": self.dense,
@@ -324,7 +332,7 @@ class Report:
     def __str__(self) -> str:
         share = "" if self.density is None else f", density {self.density:.3f}"
         lines = [
-            f"{self.sites_hit} of {len(self.sites)} attention modules ran a pattern: {self.hits} calls{share}, "
+            f"{self.sites_hit} of {len(self.modules)} attention modules ran a pattern: {self.hits} calls{share}, "
             f"{self.sparse_seconds:.3f} s; {self.dense} dense and {sum(self.fallbacks.values())} fallback calls, "
             f"{self.dense_seconds:.3f} s"
         ]
