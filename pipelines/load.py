@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from visattn.environment import check_device
 from visattn.pipelines.embedded import EMBEDDED, load_embedded
 
 if TYPE_CHECKING:
@@ -39,21 +40,6 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str | None = None) -> 
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         pipe = load_embedded(model, torch_dtype=kind) if model in EMBEDDED else _from_pretrained(model, kind)
     return pipe.to(target)
-
-
-def check_device(device: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: If it does not exist on this machine.
-    """
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used on this machine ({reason}): see `visattn doctor`") from None
-    return target
 
 
 def _from_pretrained(model: str, dtype: torch.dtype) -> DiffusionPipeline:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: subprocesses for start-up and streams, `main()` in process for the rest."""
 
+import importlib.metadata
 import json
 import os
 import stat
@@ -43,7 +44,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         done = process("--help")
         times.append(time.perf_counter() - start)
     assert done.returncode == 0
-    for command in ("doctor", "show", "simulate"):
+    for command in ("generate", "doctor", "show", "simulate", "bench"):
         assert command in done.stdout
     assert min(times) < 0.7
     heavy = "('torch', 'numpy', 'rich', 'PIL', 'diffusers')"
@@ -109,7 +110,7 @@ def test_doctor_names_versions_devices_and_backends(run):
     assert status == 0
     import torch
 
-    for text in ("python", torch.__version__, "backend sdpa", "cpu"):
+    for text in ("python", importlib.metadata.version("torch"), "backend sdpa", "cpu"):
         assert text in out
     status, out, _ = run("doctor", "--json")
     found = json.loads(out)

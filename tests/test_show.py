@@ -77,3 +77,17 @@ def test_canvas_puts_pictures_side_by_side_and_wraps():
     assert row([square] * 5, gap=2, wrap=36).size == (34, 22)
     assert column([square, square], gap=3, margin=1).size == (12, 25)
     assert text("one\ntwo").height == 2 * text("one").height
+
+
+def test_patterns_without_a_fixed_mask_are_refused():
+    with pytest.raises(ValueError, match="chooses its tiles from q and k at run time: there is no fixed mask to show"):
+        draw("routing(regions=4x4, topk=2)", Layout((16, 16)))
+
+
+def test_pooled_keys_have_a_bar_of_their_own():
+    pattern, layout = "clear(radius=3, pool=4)", Layout((16, 16))
+    truth = dense_mask(pattern, layout).numpy()
+    state = query_view(plan(pattern, layout), 40)
+    assert (np.isin(state, (PARTIAL, FULL)) == truth[40]).all()
+    assert (state[layout.length :] == FULL).any() or (state[layout.length :] == PARTIAL).any()
+    assert not np.array_equal(np.asarray(draw(pattern, layout)), np.asarray(draw("clear(radius=3)", layout)))

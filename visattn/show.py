@@ -12,7 +12,7 @@ from visattn.canvas import GAP, Picture, Swatch, column, legend, row, text
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
 from visattn.plans import Tile, TilePlan, plan
-from visattn.simulate import check_plannable
+from visattn.simulate import check_listed
 
 SKIPPED, WASTED, PARTIAL, FULL, QUERY = range(5)
 COLORS = np.array([(233, 235, 238), (250, 213, 165), (104, 165, 222), (27, 82, 150), (214, 39, 40)], np.uint8)
@@ -75,7 +75,9 @@ def draw(
         ValueError: If pattern, layout, query and tile do not fit together, or the pattern has no fixed tiles.
     """
     pattern = parse(pattern)
-    check_plannable(pattern)
+    check_listed(pattern)
+    if pattern.routed:
+        raise ValueError(f"{pattern} chooses its tiles from q and k at run time: there is no fixed mask to show")
     where = _check_query(query, layout.grid)
     made = plan(pattern, layout, tile)
     token = layout.prefix + int(np.ravel_multi_index(where, layout.grid))

@@ -64,14 +64,10 @@ class Simulation:
         return dataclasses.asdict(self)
 
 
-def check_plannable(pattern: Pattern) -> None:
-    """Raise a ValueError for patterns that are not a fixed list of tiles."""
+def check_listed(pattern: Pattern) -> None:
+    """Raise a ValueError for a pattern that is not a list of tiles."""
     if pattern.composed:
-        raise ValueError(f"{pattern} is not a list of visible tiles, so there is no mask to show or to simulate")
-    if pattern.routed:
-        raise ValueError(
-            f"{pattern} chooses its tiles from q and k at run time, so it has no fixed mask to show or to simulate"
-        )
+        raise ValueError(f"{pattern} is a composition and no list of visible tiles: it has no mask to show or simulate")
 
 
 def simulate(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Tile] | None = None) -> Simulation:
@@ -83,10 +79,10 @@ def simulate(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Ti
         tile: As in `plan`.
 
     Raises:
-        ValueError: If pattern, layout and tile do not fit together, or the pattern has no fixed tiles.
+        ValueError: If pattern, layout and tile do not fit together, or the pattern is no list of tiles.
     """
     pattern = parse(pattern)
-    check_plannable(pattern)
+    check_listed(pattern)
     start = time.perf_counter()
     made = plan(pattern, layout, tile)
     return _simulation(made, time.perf_counter() - start)

@@ -65,7 +65,7 @@ def interleave(
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats {repeats} must be at least 1 and warmup {warmup} at least 0")
-    wait = synchronize or (torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+    wait = synchronize or _wait
     calls = {name: _warm_up(run, warmup, at_least, wait) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats):
@@ -73,6 +73,16 @@ def interleave(
         for name in list(runs)[:: -1 if turn % 2 else 1]:
             seconds[name].append(_measure(runs[name], calls[name], wait))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def time_once(run: Callable[[], object]) -> float:
+    """Seconds of one call; waits for CUDA devices before and after."""
+    return _measure(run, 1, _wait)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _warm_up(run: Callable[[], object], warmup: int, at_least: float, wait: Callable[[], None]) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from visattn.cli.bench import bench
 from visattn.cli.doctor import doctor
 from visattn.cli.generate import generate
 from visattn.cli.show import show
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (doctor, show, simulate):
+for command in (doctor, show, simulate, bench):
     app.command()(command)
 app.add_typer(generate, name="generate")
 

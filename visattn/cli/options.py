@@ -28,9 +28,9 @@ def sizes(text: str, what: str) -> tuple[int, ...]:
     Raises:
         ValueError: If it is anything but 1 to 3 whole numbers of at least 1.
     """
-    if not re.fullmatch(r"0*[1-9]\d*([x,]0*[1-9]\d*){0,2}", text.strip().lower()):
+    if not re.fullmatch(r"0*[1-9]\d*(x0*[1-9]\d*){0,2}", text.strip().lower()):
         raise ValueError(f"{what} {text!r} must be 1 to 3 whole numbers of at least 1, like 4096, 64x64 or 8x32x32")
-    return tuple(int(part) for part in re.split("[x,]", text.strip().lower()))
+    return tuple(int(part) for part in text.strip().lower().split("x"))
 
 
 def tiles(text: str | None) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

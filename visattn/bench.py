@@ -1,0 +1,262 @@
+"""Time the backends on a pattern, with dense SDPA in the same turns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from visattn.attend import attention, explain
+from visattn.backends import NAMES, Problem, load
+from visattn.layout import Layout
+from visattn.patterns import parse
+from visattn.plans import plan
+from visattn.timing import Timing, interleave, time_once
+
+DENSE = "dense"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One problem to time.
+
+    Attributes:
+        pattern: A pattern's text.
+        layout: The tokens.
+        batch: Batch size.
+        heads: Heads.
+        dim: Channels per head.
+        dtype: Name of a dtype.
+        device: Like "cpu" or "cuda".
+        backward: Whether the gradients of q, k and v are computed too.
+    """
+
+    pattern: str
+    layout: Layout
+    batch: int = 1
+    heads: int = 4
+    dim: int = 64
+    dtype: str = "float32"
+    device: str = "cpu"
+    backward: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.pattern} on {self.layout}"
+
+
+# Patterns and grids by name; the other options of a case come from the command line.
+SUITES: MappingProxyType[str, tuple[tuple[str, tuple[int, ...]], ...]] = MappingProxyType(
+    {
+        "small": (("na(window=7x7)", (32, 32)), ("na(window=9x9)", (32, 32)), ("na(window=5x5x5)", (8, 16, 16))),
+        "image": (
+            ("na(window=15x15)", (64, 64)),
+            ("na(window=16x16, stride=8x8)", (64, 64)),
+            ("clear(radius=16)", (64, 64)),
+            ("routing(regions=8x8, topk=4)", (64, 64)),
+        ),
+        "video": (("na(window=6x12x12)", (12, 32, 32)), ("radial(decay=0.5)", (12, 32, 32))),
+        "growth": tuple(("na(window=15x15)", (side, side)) for side in (32, 45, 64, 91, 128)),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """The result of one backend on one case.
+
+    Attributes:
+        backend: Its name, or "dense" for plain SDPA without the pattern.
+        timing: Seconds per call, None if it cannot run the case.
+        reason: Why it cannot run, or why it was measured only once.
+        speedup: Median time of dense SDPA divided by its own.
+        chosen: Whether "auto" takes it.
+        error: Largest absolute difference of its output from that of the first backend that runs the case; None
+            for that one and for "dense".
+    """
+
+    backend: str
+    timing: Timing | None
+    reason: str = ""
+    speedup: float | None = None
+    chosen: bool = False
+    error: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        timing = None if self.timing is None else self.timing.to_dict()
+        return {**dataclasses.asdict(self), "timing": timing}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured on one case.
+
+    Attributes:
+        case: The problem.
+        lines: One per backend, dense SDPA first.
+        density: Visible share of all pairs, None for a pattern that is no list of pairs.
+        flop_bound: Bound on the gain over dense attention by visible pairs.
+        tile_bound: The same by visited tiles.
+    """
+
+    case: Case
+    lines: tuple[Line, ...] = field(default=())
+    density: float | None = None
+    flop_bound: float | None = None
+    tile_bound: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        case = dataclasses.asdict(self.case)
+        case["layout"]["tokens"] = self.case.layout.length
+        bounds = {name: getattr(self, name) for name in ("density", "flop_bound", "tile_bound")}
+        return {"case": case, **bounds, "lines": [line.to_dict() for line in self.lines]}
+
+
+def backend_names(text: str) -> tuple[str, ...]:
+    """`all` (every one but the slow reference) or names with commas.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    if text == "all":
+        return tuple(name for name in NAMES if name != "reference")
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        load(name)
+    return names
+
+
+def check_case(case: Case) -> None:
+    """Raise a ValueError if a case cannot be, before any is timed."""
+    parse(case.pattern).check(case.layout.grid)
+    if min(case.batch, case.heads, case.dim) < 1:
+        raise ValueError(f"batch {case.batch}, heads {case.heads} and dim {case.dim} must be at least 1")
+    if case.dtype not in DTYPES:
+        raise ValueError(f"dtype {case.dtype!r} does not exist here: pass one of {', '.join(DTYPES)}")
+
+
+def run_case(case: Case, backends: Sequence[str], *, repeats: int = 5, patience: float = 10.0) -> Result:
+    """Time dense SDPA and backends on one case, in turns.
+
+    Every backend runs at least once before it is timed (plans, compilation, first touch of memory). One whose
+    second call takes longer than `patience` is not repeated.
+
+    Args:
+        case: The problem.
+        backends: Names of backends.
+        repeats: Measurements of each.
+        patience: Seconds.
+
+    Raises:
+        ValueError: If the case cannot be.
+    """
+    check_case(case)
+    q, k, v, grad = _tensors(case)
+    runs: dict[str, Callable[[], object]] = {DENSE: _dense_run(q, k, v, grad)}
+    reasons: dict[str, str] = {}
+    problem = explain(case.pattern, case.layout, q)
+    for name in backends:
+        able = load(name).available()
+        able = load(name).supports(problem.problem) if able.ok else able
+        if able.ok:
+            runs[name] = _run(case, name, q, k, v, grad)
+        else:
+            reasons[name] = able.reason
+    errors = _errors(case, [name for name in runs if name != DENSE], q, k, v)
+    timings = _time(runs, reasons, repeats, patience, case.device)
+    dense = timings[DENSE].median
+    lines = []
+    for name in (DENSE, *backends):
+        timing = timings.get(name)
+        speedup = None if timing is None else dense / timing.median
+        lines.append(Line(name, timing, reasons.get(name, ""), speedup, name == problem.choice, errors.get(name)))
+    return Result(case, tuple(lines), *_bounds(problem.problem))
+
+
+def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch, case.layout.length, case.heads, case.dim)
+    q, k, v, grad = (torch.randn(shape, generator=generator).to(case.device, DTYPES[case.dtype]) for _ in range(4))
+    if not case.backward:
+        return q, k, v, None
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
+
+
+def _run(
+    case: Case, name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor | None
+) -> Callable[[], object]:
+    def call() -> torch.Tensor:
+        return attention(q, k, v, case.pattern, case.layout, backend=name)
+
+    return _with_gradients(call, (q, k, v), grad)
+
+
+def _dense_run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor | None) -> Callable[[], object]:
+    """Plain SDPA in the memory order that it likes best: heads before tokens."""
+    q, k, v = (t.detach().transpose(1, 2).contiguous().requires_grad_(grad is not None) for t in (q, k, v))
+
+    def call() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    return _with_gradients(call, (q, k, v), None if grad is None else grad.transpose(1, 2).contiguous())
+
+
+def _with_gradients(
+    call: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], grad: torch.Tensor | None
+) -> Callable[[], object]:
+    return call if grad is None else lambda: torch.autograd.grad(call(), leaves, grad)
+
+
+def _errors(case: Case, names: Sequence[str], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
+    """Largest difference of each backend's output from the first one's."""
+    with torch.no_grad():
+        outputs = {n: attention(q, k, v, case.pattern, case.layout, backend=n).float() for n in names}
+    return {name: (outputs[name] - outputs[names[0]]).abs().max().item() for name in names[1:]}
+
+
+def _time(
+    runs: dict[str, Callable[[], object]], reasons: dict[str, str], repeats: int, patience: float, device: str
+) -> dict[str, Timing]:
+    """Seconds of each run; `reasons` gets a note for those that are measured only once."""
+    timings: dict[str, Timing] = {}
+    for name, run in runs.items():
+        run()
+        seconds = time_once(run)
+        if seconds > patience:
+            timings[name], reasons[name] = Timing((seconds,)), f"over {patience:g} s, so measured once"
+    quick = {name: run for name, run in runs.items() if name not in timings}
+    at_least = 0.01 if torch.device(device).type == "cuda" else 0.0
+    return timings | interleave(quick, repeats=repeats, warmup=0, at_least=at_least)
+
+
+def _bounds(problem: Problem) -> tuple[float | None, float | None, float | None]:
+    if problem.pattern.composed:
+        return None, None, None
+    made = plan(problem.pattern, problem.layout)
+    return made.density, made.flop_bound, made.tile_bound
+
+
+def cases(patterns: Sequence[str], grids: Sequence[tuple[int, ...]], prefix: int, suffix: int) -> Iterator[Case]:
+    """Patterns on grids; a suite stands for its own patterns and grids.
+
+    Raises:
+        ValueError: If a suite is given a grid, or a pattern none.
+    """
+    for text in patterns:
+        if text in SUITES:
+            if grids:
+                raise ValueError(f"suite {text!r} has its own grids: leave --grid away")
+            pairs = SUITES[text]
+        else:
+            parse(text)
+            if not grids:
+                raise ValueError(f"{text} needs --grid, like --grid 64x64; suites have their own: {', '.join(SUITES)}")
+            pairs = tuple((text, grid) for grid in grids)
+        for pattern, grid in pairs:
+            yield Case(pattern=pattern, layout=Layout(grid, prefix, suffix))

@@ -1,0 +1,169 @@
+"""`visattn bench`: time the backends on a pattern."""
+
+from __future__ import annotations
+
+import json as json_text
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from visattn.cli.options import ForceOption, JsonOption, PrefixOption, SuffixOption, output_file, print_json, sizes
+
+if TYPE_CHECKING:
+    from visattn.bench import Result
+
+
+def bench(
+    patterns: Annotated[list[str], typer.Argument(help="Patterns, or names of suites: small, image, video, growth.")],
+    grid: Annotated[str, typer.Option(help="Tokens per axis, several with commas: 32x32,64x64,128x128.")] = "",
+    prefix: PrefixOption = 0,
+    suffix: SuffixOption = 0,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
+    heads: Annotated[int, typer.Option(help="Heads.")] = 4,
+    dim: Annotated[int, typer.Option(help="Channels per head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Like cpu or cuda:1; auto takes a GPU if there is one.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Names with commas; all is every one but the reference.")] = "all",
+    backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward together.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; times are medians.")] = 5,
+    patience: Annotated[float, typer.Option(help="Measure only once what takes more seconds than this.")] = 10.0,
+    save: Annotated[Path | None, typer.Option(help="Write the results to this .json file too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time against tokens to this .png file.")] = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Time the backends on patterns, with dense SDPA in the same turns: medians and quartiles."""
+    grids = [sizes(part, "--grid") for part in grid.split(",")] if grid else []
+    for path, suffixes in ((save, (".json",)), (plot, (".png",))):
+        if path is not None:
+            output_file(path, suffixes, force)
+    results = _run(
+        patterns,
+        grids,
+        (prefix, suffix),
+        backend,
+        device,
+        repeats,
+        patience,
+        json,
+        batch=batch,
+        heads=heads,
+        dim=dim,
+        dtype=dtype,
+        backward=backward,
+    )
+    found = _report(results)
+    _write(found, results, save, plot)
+    print_json(found) if json else _print(results)
+
+
+def _run(
+    patterns: Sequence[str],
+    grids: Sequence[tuple[int, ...]],
+    dense: tuple[int, int],
+    backend: str,
+    device: str,
+    repeats: int,
+    patience: float,
+    quiet: bool,
+    **options: Any,
+) -> list[Result]:
+    """Check every case, then time them one after the other."""
+    import dataclasses
+
+    import torch
+
+    from visattn.bench import backend_names, cases, check_case, run_case
+    from visattn.environment import check_device
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    names = backend_names(backend)
+    todo = [dataclasses.replace(case, device=device, **options) for case in cases(patterns, grids, *dense)]
+    for case in todo:
+        check_case(case)
+    results = []
+    for i, case in enumerate(todo, 1):
+        if not quiet:
+            typer.echo(f"[{i}/{len(todo)}] {case}", err=True)
+        with warnings.catch_warnings():
+            # Libraries warn about their own fallbacks; the times show what those cost.
+            warnings.simplefilter("ignore")
+            results.append(run_case(case, names, repeats=repeats, patience=patience))
+    return results
+
+
+def _report(results: Sequence[Result]) -> dict[str, Any]:
+    from visattn.environment import devices, versions
+
+    return {"versions": versions(), "devices": devices(), "results": [result.to_dict() for result in results]}
+
+
+def _write(found: dict[str, Any], results: Sequence[Result], save: Path | None, plot: Path | None) -> None:
+    from visattn.files import written_whole
+
+    if save is not None:
+        with written_whole(save) as temporary:
+            temporary.write_text(json_text.dumps(found, indent=2) + "\n")
+    if plot is not None:
+        from visattn.canvas import column
+
+        picture = column([_chart(pattern, results) for pattern in dict.fromkeys(r.case.pattern for r in results)])
+        with written_whole(plot) as temporary:
+            picture.save(temporary)
+
+
+def _chart(pattern: str, results: Sequence[Result]) -> Any:
+    from visattn.chart import Point, chart
+
+    mine = [result for result in results if result.case.pattern == pattern]
+    series: dict[str, list[Point]] = {}
+    for result in mine:
+        for line in result.lines:
+            if line.timing is not None:
+                point = Point(result.case.layout.length, line.timing.median, *line.timing.spread)
+                series.setdefault(line.backend, []).append(point)
+    return chart(f"{pattern}, {_shape(mine[0])}", series)
+
+
+def _shape(result: Result) -> str:
+    case = result.case
+    way = "forward and backward" if case.backward else "forward"
+    return f"batch {case.batch}, {case.heads} heads x {case.dim}, {case.dtype}, {case.device}, {way}"
+
+
+def _print(results: Sequence[Result]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for result in results:
+        typer.echo(f"{result.case}, {result.case.layout.length} tokens\n{_shape(result)}")
+        if result.density is not None:
+            bounds = f"{result.flop_bound:.1f}x by visible pairs, {result.tile_bound:.1f}x by visited tiles"
+            typer.echo(f"density {result.density:.2%}, bounds on the gain: {bounds}")
+        console.print(_table(result))
+        for line in result.lines:
+            if line.timing is None:
+                typer.echo(f"{line.backend} cannot run it: {line.reason}")
+        typer.echo()
+
+
+def _table(result: Result) -> Any:
+    from rich.table import Table
+
+    from visattn.chart import duration
+
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for name in ("", "median", "quartiles", "against dense", "note"):
+        table.add_column(name, justify="left" if name in ("", "note") else "right", no_wrap=True)
+    for line in result.lines:
+        if line.timing is not None:
+            low, high = map(duration, line.timing.spread)
+            note = ", ".join(["taken by auto"] * line.chosen + [line.reason] * bool(line.reason))
+            cells = duration(line.timing.median), f"{low} .. {high}", f"{line.speedup:.2f}x", note
+            table.add_row(line.backend, *cells)
+    return table
