@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -83,6 +84,9 @@ def attention(
             the same for keys, values and heads; None means their mean.
         backend: "auto" for the cheapest that supports the call, or a name of `backends()`.
         return_lse: Whether to return the natural log-sum-exp of each query's logits too.
+
+    Inside torch.compile the call is one operator without graph breaks; pattern, layout and scale are constants of
+    the compiled code, so each of their values is traced once (a change of k, v, key_mask or rpb never is).
 
     Returns:
         Output [B, S, H, D] in q's dtype; with `return_lse` also the log-sum-exp [B, S, H] (float32, or float64
@@ -192,3 +196,7 @@ def explain(
 def backends() -> dict[str, Support]:
     """Every backend, and whether this machine has what it needs (the reason if not)."""
     return {name: load(name).available() for name in NAMES}
+
+
+# Importing the submodule `visattn.backends` has put it on the package under the name of the public function.
+sys.modules["visattn"].backends = backends  # type: ignore[attr-defined]
