@@ -10,6 +10,7 @@ from oracles import dense_attention
 
 import visattn
 from visattn import dense_mask, parse, plan
+from visattn.attend import backends
 from visattn.kernels.agent import Convolution, agent_attention, pool_queries
 from visattn.kernels.agent_sd import agent_sd, agents_pay, match
 from visattn.layout import Layout
@@ -147,8 +148,8 @@ def test_refusals():
         ValueError, match=r"no backend can run agent\(agents=2\) on 8x8: .*agent: two attentions in a row"
     ):
         visattn.attention(q, k, v, "agent(agents=2)", layout, return_lse=True)
-    for name in visattn.backends():
-        if name != "agent" and visattn.backends()[name].ok:
+    for name in backends():
+        if name != "agent" and backends()[name].ok:
             with pytest.raises(ValueError, match=rf"backend '{name}' cannot run this call: .*agent"):
                 visattn.attention(q, k, v, "agent(agents=2)", layout, backend=name)
 

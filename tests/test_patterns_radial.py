@@ -156,7 +156,7 @@ def test_long_videos_are_planned_in_seconds(frames):
         (
             "radial",
             (36,),
-            r"radial needs frames but the grid has one axis \(36\): pass a grid \(frames, height, width\)",
+            r"radial needs frames but grid \(36,\) has one axis: pass a grid \(frames, height, width\)",
         ),
     ],
 )

@@ -139,7 +139,7 @@ def recompute_gradients(
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         given = [None if t is None else t.detach().requires_grad_() for t in (call.rpb, call.pool_weight)]
         again = replace(call, rpb=given[0], pool_weight=given[1])
-        out, lse = run_call(*leaves, again, backend)
+        out, lse = run_call(leaves[0], leaves[1], leaves[2], again, backend)
         outputs, grads = [out], [grad_out]
         if call.lse and lse is not None:
             outputs.append(lse)

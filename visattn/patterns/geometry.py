@@ -119,7 +119,8 @@ def _axis_pairs(spans: Spans, q: AxisTiles, k: AxisTiles) -> tuple[Ints, Ints, I
     slot = np.arange(k.size)
     masks = (slot >= edges[:, 0, :, None]) & (slot < edges[:, 1, :, None])
     empty = np.zeros(len(mask), bool)
-    empty[rest] = ~masks.any((1, 2))[mask[rest]]
+    nothing = np.all(edges[:, 0] >= edges[:, 1], axis=1)
+    empty[rest] = nothing[mask[rest]]
     return query[~empty], key[~empty], mask[~empty], masks
 
 

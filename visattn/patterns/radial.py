@@ -62,7 +62,7 @@ class Radial(Pattern):
         """Raise a ValueError if the grid has no frame axis."""
         if len(grid) < 2:
             raise ValueError(
-                f"{self} needs frames but the grid has one axis ({grid[0]}): pass a grid (frames, height, width) "
+                f"{self} needs frames but grid {grid} has one axis: pass a grid (frames, height, width) "
                 "or (frames, tokens)"
             )
 

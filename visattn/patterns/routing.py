@@ -125,7 +125,7 @@ class Routing(Pattern):
             part = part_of(n, parts)
             rows = torch.zeros(parts, n, dtype=x.dtype)
             rows[torch.from_numpy(part), torch.arange(n)] = torch.from_numpy(1 / np.bincount(part)[part]).to(x.dtype)
-            x = torch.tensordot(rows.to(x.device), x, dims=([1], [1 + i])).movedim(0, 1 + i)
+            x = (rows.to(x.device) @ x.movedim(1 + i, -2)).movedim(-2, 1 + i)
         return x.reshape(shape[0], -1, *shape[2:])
 
 
