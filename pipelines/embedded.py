@@ -83,6 +83,6 @@ def load_embedded(name: str, *, torch_dtype: torch.dtype | None = None) -> Diffu
 
     module, cls = model.pipeline.split(":")
     pipeline_class = getattr(import_module(module), cls)
-    return pipeline_class.from_pretrained(
-        model.folder, torch_dtype=torch_dtype or torch.float32, local_files_only=True, use_safetensors=True
-    )
+    pipeline = pipeline_class.from_pretrained(model.folder, local_files_only=True, use_safetensors=True)
+    # Not through from_pretrained: its argument for the type has another name in each diffusers generation.
+    return pipeline.to(torch_dtype or torch.float32)

@@ -13,6 +13,7 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+
 from visattn.pipelines.pixel_dit import PixelDiTPipeline
 
 NULL_LABEL_DROPOUT = 0.1

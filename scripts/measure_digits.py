@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from digits_data import downscale, real_digits, upscale
 from sklearn.svm import SVC
+
 from visattn.pipelines.embedded import load_embedded
 from visattn.pipelines.pixel_dit import PixelDiTPipeline
 

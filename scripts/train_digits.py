@@ -39,6 +39,7 @@ from digits_training import (
 )
 from torch import nn
 from torch.nn import functional as F
+
 from visattn.pipelines.pixel_dit import PixelDiTPipeline
 
 LOG_EVERY = 20
