@@ -13,7 +13,7 @@ from visattn.kernels.tiles_batches import Work, batch_size
 from visattn.kernels.tiles_boxes import box_groups
 from visattn.kernels.tiles_engine import TileAttention
 from visattn.kernels.tiles_groups import Group, list_groups, routed_group, whole_sequence
-from visattn.kernels.tiles_rule import BATCH_MS, choose_axes, groups_cost, problem_cost
+from visattn.kernels.tiles_rule import BATCH_MS, choose_axes, problem_cost
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 from visattn.patterns.geometry import Spans
@@ -40,11 +40,12 @@ class Tiles(Backend):
         return Support(True)
 
     def cost(self, problem: Problem) -> float:
-        """The measured rule of `tiles_rule`: pairs, gathered keys, moved queries, and a fixed time per batch."""
-        per_head, batches = _estimate(problem)
-        return problem.batch * problem.heads * per_head + overhead(
-            problem, BATCH_MS * batches, 1000.0 * BATCH_MS * batches
-        )
+        """The measured rule of `tiles_rule`: pairs, moved keys and queries, and a fixed time per batch."""
+        problems = _problems(problem.pattern, problem.layout, problem.rpb)
+        row = 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
+        batches = sum(-(-problem.batch * n // batch_size(keys, row, problem.device)) for n, _, keys in problems)
+        pairs = sum(n * problem_cost(queries, keys) for n, queries, keys in problems)
+        return problem.batch * problem.heads * pairs + overhead(problem, BATCH_MS * batches, 1e3 * BATCH_MS * batches)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
@@ -54,24 +55,23 @@ class Tiles(Backend):
         return TileAttention.apply(q, k, v, call.rpb, work)
 
 
-def _estimate(problem: Problem) -> tuple[float, int]:
-    """Pairs per sample and head, and number of batches."""
-    pattern, layout = problem.pattern, problem.layout
-    device = torch.device("cpu")
-    if _is_routed(pattern, layout):
-        tiles = plan(pattern, layout)
-        dense, fixed = _dense(pattern, layout, device)
-        keys = tiles.routed_tiles * tiles.keys.capacity + (0 if fixed is None else len(fixed))
-        pairs = tiles.queries.runs[1] * problem_cost(tiles.queries.capacity, keys)
-        number, groups = 1, dense
+def visited_pairs(pattern: Pattern, layout: Layout, rpb: bool = False) -> int:
+    """Pairs of query and key slots that the engine computes, per sample and head."""
+    problems = _problems(pattern, layout, rpb)
+    return sum(number * queries * keys for number, queries, keys in problems)
+
+
+def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, int, int]]:
+    """Number, queries and keys of the problems of each group, for one sample."""
+    cpu = torch.device("cpu")
+    if not _is_routed(pattern, layout):
+        groups, routed = _static_groups(pattern, layout, cpu, rpb), []
     else:
-        groups = _static_groups(pattern, layout, device, problem.rpb)
-        pairs, number = 0.0, 0
-    row = 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
-    for group in groups:
-        size = batch_size(group, row, device)
-        number += -(-problem.batch * len(group.queries) // size)
-    return pairs + groups_cost(groups), number
+        tiles = plan(pattern, layout)
+        groups, fixed = _dense(pattern, layout, cpu)
+        keys = tiles.routed_tiles * tiles.keys.capacity + (0 if fixed is None else len(fixed))
+        routed = [(tiles.queries.runs[1], tiles.queries.capacity, keys)]
+    return [*routed, *((*group.queries.shape, group.length) for group in groups)]
 
 
 def _is_routed(pattern: Pattern, layout: Layout) -> bool:

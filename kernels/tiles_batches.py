@@ -52,9 +52,9 @@ class Batch:
     hidden: torch.Tensor | None
 
 
-def batch_size(group: Group, row: int, device: torch.device) -> int:
-    """Problems of a group that run together, where a key and its value have `row` bytes."""
-    return max(1, BATCH_BYTES.get(device.type, BATCH_BYTES_ELSEWHERE) // (max(1, group.length) * row))
+def batch_size(keys: int, row: int, device: str) -> int:
+    """Problems of so many keys that run together, where a key and its value have `row` bytes."""
+    return max(1, BATCH_BYTES.get(device, BATCH_BYTES_ELSEWHERE) // (max(1, keys) * row))
 
 
 def batches(work: Work, q: torch.Tensor, k: torch.Tensor, rpb: torch.Tensor | None, shapes: Shapes) -> Iterator[Batch]:
@@ -69,7 +69,7 @@ def batches(work: Work, q: torch.Tensor, k: torch.Tensor, rpb: torch.Tensor | No
     """
     for group in work.groups:
         problems = q.shape[0] * len(group.queries)
-        size = batch_size(group, 2 * k.shape[2] * k.shape[3] * k.element_size(), q.device)
+        size = batch_size(group.length, 2 * k.shape[2] * k.shape[3] * k.element_size(), q.device.type)
         bias = hidden = None
         alike = work.key_mask is None and group.mask is None and not group.short_keys
         if alike:

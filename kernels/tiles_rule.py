@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from visattn.kernels.tiles_boxes import AxisClass, axis_classes
-from visattn.kernels.tiles_groups import Group
 from visattn.patterns.geometry import Spans
 
 # In pairs of tokens that dense SDPA computes in the same time, per head (docs/cpu-engine.md has the measurement).
@@ -26,11 +24,6 @@ LARGEST_TILE = 1024
 def problem_cost(queries: float, keys: float) -> float:
     """Pairs that one problem of so many queries and keys costs, per head."""
     return keys * (PAIR * queries + PER_TILE + KEY) + QUERY * queries
-
-
-def groups_cost(groups: Iterable[Group]) -> float:
-    """Pairs that all problems of one sample cost, per head, without the time per batch."""
-    return sum(len(g.queries) * problem_cost(g.queries.shape[1], g.length) for g in groups)
 
 
 def choose_axes(spans: list[Spans], dense: int) -> list[list[AxisClass]]:
