@@ -39,10 +39,10 @@ class Work:
 
     def program(self, direction: str, device: torch.device) -> Program:
         """The lists that a kernel walks."""
-        rows, columns = self.configs[direction][:2]
+        launch = self.configs[direction]
         by_keys = direction == "key_grad"
-        slots = (columns, rows) if by_keys else (rows, columns)
-        return program(tiled(self.pattern, self.layout, *slots), by_keys, device)
+        slots = (launch.tile, launch.rows) if by_keys else (launch.rows, launch.tile)
+        return program(tiled(self.pattern, self.layout, *slots), by_keys, launch.per_step, device)
 
 
 def unit(*tensors: torch.Tensor) -> int:
@@ -118,6 +118,7 @@ def list_constants(run: Program, *columns: torch.Tensor) -> dict[str, Any]:
         "WIDE": reach >= 2**31,
         "ROWS": run.rows,
         "COLUMNS": run.columns,
+        "TILES": run.tiles,
         "FULL": run.full,
         "PARTIAL": run.partial,
         "DENSE": run.has_dense,

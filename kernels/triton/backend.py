@@ -76,7 +76,7 @@ class Triton(Backend):
         if interpreted():
             return 1e6 * problem.dense_pairs
         tiles = config(architecture(), problem.dtype, problem.head_dim, "forward")
-        plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.columns)
+        plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)
         partial = 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
         return pairs / RATE + overhead(problem, 0, 40)

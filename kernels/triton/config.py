@@ -19,15 +19,22 @@ class Config(NamedTuple):
 
     Attributes:
         rows: Tokens of a row tile (queries, or keys in the dK/dV kernel).
-        columns: Tokens of a column tile.
+        columns: Tokens of the column tiles of one step.
         warps: Warps per program.
-        stages: Column tiles in flight.
+        stages: Steps in flight.
+        per_step: Column tiles of one step; more than one need tiles of whole mask words (32 tokens).
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    per_step: int = 1
+
+    @property
+    def tile(self) -> int:
+        """Tokens of a column tile."""
+        return self.columns // self.per_step
 
 
 # By family of architectures, then direction, then bytes per element and padded head dim. A head dim that is not
@@ -80,7 +87,9 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
     },
     # The interpreter: small tiles, so that small grids have many.
     "interpreter": {
-        direction: {size: {256: Config(32, 16, 4, 1)} for size in (2, 4)} for direction in DIRECTIONS
+        "forward": {size: {256: Config(32, 64, 4, 1, 2)} for size in (2, 4)},
+        "key_grad": {size: {256: Config(32, 16, 4, 1)} for size in (2, 4)},
+        "query_grad": {size: {256: Config(16, 64, 4, 1, 2)} for size in (2, 4)},
     },
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from visattn.kernels.triton.parts import bias_of, dense_run, place, see
+from visattn.kernels.triton.parts import bases_at, bias_of, dense_run, place, rows_at, see
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -62,7 +62,7 @@ def key_gradients(
     scale, score_scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     centre, rpb_entries,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
     KEY_MASK: tl.constexpr, RPB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,13 +90,13 @@ def key_gradients(
     start, split, stop, dense = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2), tl.load(bound + 3)
     bases += sample * list_batch
     mask_ids += sample * list_batch
-    offset = tl.load(offsets + column_slots)
+    offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
     reach = offset.to(tl.int64) if WIDE else offset
     q_box = reach[:, None] * (q_token * UNIT) + d[None, :]
     grad_box = reach[:, None] * (grad_token * UNIT) + d[None, :]
     if RPB:
         row_position = tl.load(positions + token, mask=is_token, other=0)
-        box_position = tl.load(position_offsets + column_slots)
+        box_position = tl.load(position_offsets + column_slots % (COLUMNS // TILES))
 
     for member in range(0, group):
         head = kv_head * group + member
@@ -106,31 +106,31 @@ def key_gradients(
         delta_of = delta + (sample * heads + head) * length
         rpb_of = rpb + head * rpb_entries
         if FULL:
-            for i in range(start, split):
-                base = tl.load(bases + i).to(tl.int64)
-                query = tl.load(q_of + base * (q_token * UNIT) + q_box, mask=has_d[None, :], other=0.0)
+            for i in range(start, split, TILES):
+                base = bases_at(bases, i, column_slots, COLUMNS, TILES)
+                query = tl.load(rows_at(q_of, base, q_token * UNIT, q_box, TILES), mask=has_d[None, :], other=0.0)
                 scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * score_scale
                 if RPB:
                     position = tl.load(positions + base) + box_position
                     scores += bias_of(rpb_of, row_position[:, None], position[None, :], centre, rpb_entries) * LOG2E
                 weights = _weights(scores, tl.load(lse_of + base + offset))
-                grad = tl.load(grad_of + base * (grad_token * UNIT) + grad_box, mask=has_d[None, :], other=0.0)
+                grad = tl.load(rows_at(grad_of, base, grad_token * UNIT, grad_box, TILES), mask=has_d[None, :], other=0.0)
                 delta_now = tl.load(delta_of + base + offset)
                 acc_k, acc_v = _accumulate(acc_k, acc_v, query, grad, value, weights, delta_now, PRECISION)
         if PARTIAL:
-            for i in range(split, stop):
-                base = tl.load(bases + i).to(tl.int64)
+            for i in range(split, stop, TILES):
+                base = bases_at(bases, i, column_slots, COLUMNS, TILES)
                 # A short tile's empty slots may lie behind the last token.
                 inside = base + offset < length
                 here = inside[:, None] & has_d[None, :]
-                query = tl.load(q_of + base * (q_token * UNIT) + q_box, mask=here, other=0.0)
+                query = tl.load(rows_at(q_of, base, q_token * UNIT, q_box, TILES), mask=here, other=0.0)
                 scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * score_scale
                 if RPB:
                     position = tl.load(positions + base) + box_position
                     scores += bias_of(rpb_of, row_position[:, None], position[None, :], centre, rpb_entries) * LOG2E
-                visible = see(masks, tl.load(mask_ids + i), row_slots, column_slots, ROWS, (COLUMNS + 31) // 32)
+                visible = see(masks, mask_ids, i, row_slots, column_slots, ROWS, COLUMNS, TILES)
                 weights = tl.where(visible, _weights(scores, _load_rows(lse_of, base + offset, inside)), 0.0)
-                grad = tl.load(grad_of + base * (grad_token * UNIT) + grad_box, mask=here, other=0.0)
+                grad = tl.load(rows_at(grad_of, base, grad_token * UNIT, grad_box, TILES), mask=here, other=0.0)
                 delta_now = _load_rows(delta_of, base + offset, inside)
                 acc_k, acc_v = _accumulate(acc_k, acc_v, query, grad, value, weights, delta_now, PRECISION)
         if DENSE:

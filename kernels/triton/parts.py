@@ -28,13 +28,36 @@ def place(pid, dense_rows, grid_rows, pairs):
 
 
 @triton.jit
-def see(masks, mask_id, row_slots, column_slots, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Visibility bits of one mask as a bool [row slots, column slots]; a row is WORDS words of 32 columns."""
-    word_of = masks + (mask_id.to(tl.int64) * ROWS + row_slots) * WORDS
-    words = tl.load(word_of)[:, None]
-    # Which word a column is in is known when the kernel is compiled, so these selects cost nothing.
-    for w in tl.static_range(1, WORDS):
-        words = tl.where(column_slots[None, :] // 32 == w, tl.load(word_of + w)[:, None], words)
+def bases_at(bases, i, column_slots, COLUMNS: tl.constexpr, TILES: tl.constexpr):
+    """First tokens of the TILES listed column tiles from entry i: int64, a scalar for one, else per column slot."""
+    base = tl.load(bases + i).to(tl.int64)
+    for t in tl.static_range(1, TILES):
+        base = tl.where(column_slots // (COLUMNS // TILES) == t, tl.load(bases + i + t).to(tl.int64), base)
+    return base
+
+
+@triton.jit
+def rows_at(pointer, base, stride, box, TILES: tl.constexpr):
+    """Addresses of the columns at `base`, which is what `bases_at` gives; `box` are offsets [columns, head dim]."""
+    if TILES == 1:
+        return pointer + base * stride + box
+    else:
+        return pointer + (base * stride)[:, None] + box
+
+
+@triton.jit
+def see(masks, mask_ids, i, row_slots, column_slots, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr):
+    """Visibility bits of the TILES column tiles from entry i as a bool [row slots, column slots].
+
+    A row of a mask is a bit per slot of one column tile, in words of 32.
+    """
+    WORDS: tl.constexpr = (COLUMNS // TILES + 31) // 32
+    words = tl.zeros_like(row_slots)[:, None]
+    for t in tl.static_range(0, TILES):
+        word_of = masks + (tl.load(mask_ids + i + t).to(tl.int64) * ROWS + row_slots) * WORDS
+        for w in tl.static_range(0, WORDS):
+            # Which word a column is in is known when the kernel is compiled, so these selects cost little.
+            words = tl.where(column_slots[None, :] // 32 == t * WORDS + w, tl.load(word_of + w)[:, None], words)
     return ((words >> (column_slots[None, :] % 32)) & 1) != 0
 
 

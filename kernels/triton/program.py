@@ -24,11 +24,12 @@ class Program:
     """A plan from the side of its row tiles (queries, or keys in the dK/dV kernel).
 
     Row tiles are in launch order: dense tokens first, then the grid's, longest list first. `rows` and `columns`
-    are the slots per tile in the kernel: powers of two, so tiles of other sizes leave some empty.
+    are powers of two, so tiles of other sizes leave some slots empty.
 
     Attributes:
         rows: Slots of a row tile.
-        columns: Slots of a column tile.
+        columns: Slots of the column tiles of one step.
+        tiles: Column tiles of one step.
         tokens: Token of each slot of a row tile, -1 if empty: int32 [row tiles, rows].
         bounds: Where the list of a row tile starts, turns partial and stops, and how many tiles of dense columns
             it visits: int32 [row tiles, 4].
@@ -49,6 +50,7 @@ class Program:
 
     rows: int
     columns: int
+    tiles: int
     tokens: torch.Tensor
     bounds: torch.Tensor
     bases: torch.Tensor
@@ -77,12 +79,13 @@ class Program:
 
 
 @lru_cache(maxsize=128)
-def program(plan: TilePlan, by_keys: bool, device: torch.device) -> Program:
+def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device) -> Program:
     """Prepare a plan for the kernels, once per plan, side and device.
 
     Args:
         plan: The plan.
         by_keys: Whether key tiles are the rows (dK/dV kernel) instead of query tiles.
+        per_step: Column tiles that the kernel takes at once; full and partial lists are multiples of it.
         device: Where the tensors go.
     """
     if by_keys:
@@ -90,6 +93,8 @@ def program(plan: TilePlan, by_keys: bool, device: torch.device) -> Program:
     else:
         rows, columns, lists, masks = plan.queries, plan.keys, plan.lists, plan.masks
     row, column, mask_id, distinct = _entries(rows, columns, lists, masks)
+    if per_step > 1:
+        row, column, mask_id, distinct = _whole_steps(row, column, mask_id, distinct, per_step)
     partial = mask_id >= 0
     order = np.lexsort((column, partial, row))
     row, column, mask_id, partial = row[order], column[order], mask_id[order], partial[order]
@@ -97,14 +102,15 @@ def program(plan: TilePlan, by_keys: bool, device: torch.device) -> Program:
     counts = np.bincount(row, minlength=rows.tiles)
     full = np.bincount(row[~partial], minlength=rows.tiles)
     start = np.cumsum(counts) - counts
-    bounds = np.stack([start, start + full, start + counts, _dense_visits(rows, columns)], 1)
+    bounds = np.stack([start, start + full, start + counts, _dense_visits(rows, columns, per_step)], 1)
     launch = _launch_order(rows, counts)
     row_slots, column_slots = _slots(rows.capacity), _slots(columns.capacity)
     tokens = np.full((rows.tiles, row_slots), -1)
     tokens[:, : rows.capacity] = rows.tokens[launch]
     return Program(
         rows=row_slots,
-        columns=column_slots,
+        columns=per_step * column_slots,
+        tiles=per_step,
         tokens=_tensor(tokens, device),
         bounds=_tensor(bounds[launch], device),
         bases=_tensor(_first_tokens(columns)[column] if len(column) else np.zeros(1), device),
@@ -112,7 +118,7 @@ def program(plan: TilePlan, by_keys: bool, device: torch.device) -> Program:
         offsets=_tensor(box_offsets(columns), device),
         masks=_tensor(pack(distinct, row_slots, column_slots), device),
         dense_rows=rows.tiles - rows.runs[1],
-        dense_columns=(columns.runs[0], columns.runs[2]),
+        dense_columns=_dense_steps(columns, per_step)[:2],
         extra=columns.extra,
         full=bool((~partial).any()),
         partial=bool(partial.any()),
@@ -160,10 +166,43 @@ def _fill_kinds(tiling: Tiling) -> tuple[Ints, Bools]:
     return kind.ravel(), filled
 
 
-def _dense_visits(rows: Tiling, columns: Tiling) -> Ints:
-    """Dense column tiles of each row tile: prefix and suffix; extra ones too if the row tile is of the grid."""
-    visits = np.full(rows.tiles, columns.runs[0] + columns.runs[2])
-    visits[rows.grid_tiles] += columns.runs[3]
+def _whole_steps(row: Ints, column: Ints, mask: Ints, masks: Bools, per_step: int) -> tuple[Ints, Ints, Ints, Bools]:
+    """Lists in which the full and the partial visits of each row are multiples of `per_step`.
+
+    What is left over of the full visits becomes partial, with a mask that shows everything; the partial visits
+    are filled up with repeated ones under a mask that shows nothing.
+    """
+    everything, nothing = np.ones((1, *masks.shape[1:]), bool), np.zeros((1, *masks.shape[1:]), bool)
+    order = np.lexsort((column, mask >= 0, row))
+    row, column, mask = row[order], column[order], mask[order]
+    number = int(row.max(initial=-1)) + 1
+    counts, full = np.bincount(row, minlength=number), np.bincount(row[mask < 0], minlength=number)
+    place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    whole = full - full % per_step
+    mask = np.where((mask < 0) & (place >= whole[row]), len(masks), mask)
+    missing = -(counts - whole) % per_step
+    filler = np.repeat(np.arange(number), missing)
+    last = np.cumsum(counts) - 1
+    return (
+        np.concatenate([row, filler]),
+        np.concatenate([column, column[last[filler]]]),
+        np.concatenate([mask, np.full(len(filler), len(masks) + 1)]),
+        np.concatenate([masks, everything, nothing]),
+    )
+
+
+def _dense_steps(columns: Tiling, per_step: int) -> tuple[int, int, int]:
+    """Steps over the prefix, suffix and extra columns; a run of dense tokens has no box, so a step is one run."""
+    slots = per_step * _slots(columns.capacity)
+    prefix, suffix, extra = (-(-n // slots) for n in (columns.layout.prefix, columns.layout.suffix, columns.extra))
+    return prefix, suffix, extra
+
+
+def _dense_visits(rows: Tiling, columns: Tiling, per_step: int) -> Ints:
+    """Dense steps of each row tile: prefix and suffix; extra ones too if the row tile is of the grid."""
+    prefix, suffix, extra = _dense_steps(columns, per_step)
+    visits = np.full(rows.tiles, prefix + suffix)
+    visits[rows.grid_tiles] += extra
     # Extra keys (as rows) are seen by the grid only.
     visits[rows.tiles - rows.runs[3] :] = 0
     return visits

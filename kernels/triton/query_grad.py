@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from visattn.kernels.triton.parts import bias_of, dense_run, place, see
+from visattn.kernels.triton.parts import bases_at, bias_of, dense_run, place, rows_at, see
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -48,7 +48,7 @@ def query_gradients(
     scale, score_scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     centre, rpb_entries,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
     KEY_MASK: tl.constexpr, RPB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -80,19 +80,19 @@ def query_gradients(
     bases += sample * list_batch
     mask_ids += sample * list_batch
     key_mask += sample * key_length
-    offset = tl.load(offsets + column_slots)
+    offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
     reach = offset.to(tl.int64) if WIDE else offset
     k_box = reach[:, None] * (k_token * UNIT) + d[None, :]
     v_box = reach[:, None] * (v_token * UNIT) + d[None, :]
     if RPB:
         rpb += head * rpb_entries
         row_position = tl.load(positions + token, mask=is_token, other=0)
-        box_position = tl.load(position_offsets + column_slots)
+        box_position = tl.load(position_offsets + column_slots % (COLUMNS // TILES))
 
     if FULL:
-        for i in range(start, split):
-            base = tl.load(bases + i).to(tl.int64)
-            key = tl.load(k + base * (k_token * UNIT) + k_box, mask=has_d[None, :], other=0.0)
+        for i in range(start, split, TILES):
+            base = bases_at(bases, i, column_slots, COLUMNS, TILES)
+            key = tl.load(rows_at(k, base, k_token * UNIT, k_box, TILES), mask=has_d[None, :], other=0.0)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * score_scale
             if RPB:
                 position = tl.load(positions + base) + box_position
@@ -100,22 +100,22 @@ def query_gradients(
             weights = tl.exp2(scores - row_lse[:, None])
             if KEY_MASK:
                 weights = tl.where(tl.load(key_mask + base + offset)[None, :] != 0, weights, 0.0)
-            value = tl.load(v + base * (v_token * UNIT) + v_box, mask=has_d[None, :], other=0.0)
+            value = tl.load(rows_at(v, base, v_token * UNIT, v_box, TILES), mask=has_d[None, :], other=0.0)
             acc = _accumulate(acc, grad, key, value, weights, row_delta, PRECISION)
     if PARTIAL:
-        for i in range(split, stop):
-            base = tl.load(bases + i).to(tl.int64)
+        for i in range(split, stop, TILES):
+            base = bases_at(bases, i, column_slots, COLUMNS, TILES)
             inside = base + offset < key_length
-            key = tl.load(k + base * (k_token * UNIT) + k_box, mask=inside[:, None] & has_d[None, :], other=0.0)
+            key = tl.load(rows_at(k, base, k_token * UNIT, k_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * score_scale
             if RPB:
                 position = tl.load(positions + base) + box_position
                 scores += bias_of(rpb, position[None, :], row_position[:, None], centre, rpb_entries) * LOG2E
-            visible = see(masks, tl.load(mask_ids + i), row_slots, column_slots, ROWS, (COLUMNS + 31) // 32)
+            visible = see(masks, mask_ids, i, row_slots, column_slots, ROWS, COLUMNS, TILES)
             if KEY_MASK:
                 visible &= tl.load(key_mask + base + offset, mask=inside, other=0)[None, :] != 0
             weights = tl.where(visible, tl.exp2(scores - row_lse[:, None]), 0.0)
-            value = tl.load(v + base * (v_token * UNIT) + v_box, mask=inside[:, None] & has_d[None, :], other=0.0)
+            value = tl.load(rows_at(v, base, v_token * UNIT, v_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0)
             acc = _accumulate(acc, grad, key, value, weights, row_delta, PRECISION)
     if DENSE:
         reach = column_slots.to(tl.int64) if WIDE else column_slots
