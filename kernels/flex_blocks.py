@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,8 +78,11 @@ class Blocks:
 
 
 def tile_plan(pattern: Pattern, layout: Layout, volume: int) -> TilePlan:
-    """The plan with tiles of `volume` slots."""
-    return plan(pattern, layout, tile=pattern.tile(pattern.tiled_layout(layout).grid, volume))
+    """The plan with tiles of `volume` slots, or the next multiple where the pattern insists on tiles of its own."""
+    box = pattern.tile(pattern.tiled_layout(layout).grid, volume)
+    slots = math.prod(box)
+    # The CUDA kernel's own blocks must divide a tile.
+    return plan(pattern, layout, tile=(*box[:-1], box[-1] * math.lcm(slots, volume) // slots))
 
 
 @lru_cache(maxsize=16)

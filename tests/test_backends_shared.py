@@ -8,11 +8,13 @@ import torch
 from cases import layouts, qkv
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from oracles import visited
 
 from visattn.attend import attention
 from visattn.backends import NAMES, Call, Problem, load, verdict
+from visattn.kernels.flex_blocks import tile_plan
 from visattn.layout import Layout
-from visattn.patterns import parse
+from visattn.patterns import dense_mask, parse
 
 # An eager backend runs every case; flex compiles a kernel for each, so it has a list of its own.
 EAGER = [name for name in NAMES if name not in ("reference", "flex")]
@@ -213,3 +215,14 @@ def test_writes_all_of_its_outputs(name, text):
         compare(name, q, k, v, call, True, 1e-10)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("volume", [64, 128])
+@pytest.mark.parametrize("case", CASES)
+def test_flex_tiles_are_multiples_of_its_kernel_blocks_and_show_the_same(case, volume):
+    text, layout = CASES[case]
+    if parse(text).routed:
+        pytest.skip("routed lists depend on q and k")
+    tiles = tile_plan(parse(text), layout, volume)
+    assert tiles.queries.capacity % volume == tiles.keys.capacity % volume == 0
+    assert torch.equal(visited(tiles), dense_mask(text, layout))
