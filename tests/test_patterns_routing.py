@@ -42,8 +42,9 @@ def slow_mask(layout, regions, topk, q, k):
         mean_q, mean_k = (
             torch.stack([t[b, inner].detach()[region == r].mean(0).flatten() for r in range(number)]) for t in (q, k)
         )
+        affinity = (mean_q @ mean_k.T).tolist()
         for r in range(number):
-            order = sorted(range(number), key=lambda other: -float(mean_q[r] @ mean_k[other]))
+            order = sorted(range(number), key=lambda other: -affinity[r][other])
             sees = torch.isin(region, torch.tensor(order[:topk]))
             for i in torch.nonzero(region == r)[:, 0]:
                 mask[b, layout.prefix + i, inner] = sees
