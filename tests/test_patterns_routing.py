@@ -1,5 +1,7 @@
 import itertools
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,3 +173,28 @@ def test_masks_that_need_q_and_k():
     with pytest.raises(ValueError, match=r"na\(window=3\) is not routed: call dense_mask\(pattern, layout\)"):
         routed_mask(parse("na(window=3)"), layout, q, k)
     assert math.isclose(float(routed_mask(Routing(2, 1), layout, q, k).float().mean()), 0.25)
+
+
+MEMORY = """
+import resource, sys, torch, visattn
+from visattn.layout import Layout
+height, width, regions = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def call(layout, regions):
+    q, k, v = (torch.randn(1, layout.length, 1, 16) for _ in range(3))
+    before = peak()
+    out = visattn.attention(q, k, v, f"routing(regions={regions}, topk=16)", layout, backend="tiles")
+    return peak() - before, 4 * out.numel() * out.element_size()
+call(Layout((40, 40)), "5x5")
+print(*call(Layout((height, width)), regions))
+"""
+
+
+@pytest.mark.parametrize(
+    "case", [("300", "250", "30x25"), pytest.param(("600", "500", "60x50"), marks=pytest.mark.slow)], ids="x".join
+)
+def test_memory_is_linear_and_nothing_is_gathered_topk_fold(case):
+    """A gather of k and v for every region would take 8 times q, k, v and out together; a dense mask gigabytes."""
+    found = subprocess.run([sys.executable, "-c", MEMORY, *case], capture_output=True, text=True, check=True)
+    extra, tensors = map(int, found.stdout.split())
+    assert extra < 3 * tensors + 2**24
