@@ -37,7 +37,7 @@ def summarize(pipe: Any, settings: Settings, runs: Sequence[Run], model: str) ->
 
     A PSNR of equal pictures is infinite, which JSON cannot say: it is null there, and `equal` is true.
     """
-    from visattn.environment import cpu_name, versions
+    from visattn.environment import busy, cpu_name, versions
 
     first = _first(runs, SPARSE)
     device = torch.device(pipe.device)
@@ -50,6 +50,7 @@ def summarize(pipe: Any, settings: Settings, runs: Sequence[Run], model: str) ->
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
+        "busy": busy(),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": versions(),
         "density": first[0].report.density,

@@ -160,3 +160,13 @@ def test_show_writes_a_picture_and_overwrites_only_when_told(run, tmp_path):
     assert out.read_bytes() == b"precious"
     assert run(*args, "--force")[0] == 0
     assert Image.open(out).width > 500
+
+
+def test_a_busy_machine_is_named(monkeypatch):
+    from visattn.environment import busy
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (4.0, 9.0, 9.0), raising=False)
+    assert busy() == ""
+    monkeypatch.setattr(os, "getloadavg", lambda: (16.38, 1.0, 1.0), raising=False)
+    assert busy().startswith("the machine was busy (load 16.4 on 2 cores)")

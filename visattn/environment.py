@@ -77,6 +77,16 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def busy() -> str:
+    """Why CPU times measured just now mean little, empty if they do not."""
+    cores = os.cpu_count() or 1
+    # Windows has no load average.
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load <= 2 * cores:
+        return ""
+    return f"the machine was busy (load {load:.1f} on {cores} cores), so times are those of a machine under load"
+
+
 def _cpu_memory() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -57,7 +57,11 @@ def bench(
     )
     found = _report(results)
     _write(found, results, save, plot)
-    print_json(found) if json else _print(results)
+    if json:
+        print_json(found)
+    else:
+        _print(results)
+        typer.echo(found["busy"] and f"warning: {found['busy']}", nl=bool(found["busy"]))
 
 
 def _run(
@@ -98,9 +102,14 @@ def _run(
 
 
 def _report(results: Sequence[Result]) -> dict[str, Any]:
-    from visattn.environment import devices, versions
+    from visattn.environment import busy, devices, versions
 
-    return {"versions": versions(), "devices": devices(), "results": [result.to_dict() for result in results]}
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "busy": busy(),
+        "results": [result.to_dict() for result in results],
+    }
 
 
 def _write(found: dict[str, Any], results: Sequence[Result], save: Path | None, plot: Path | None) -> None:

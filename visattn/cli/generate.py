@@ -192,6 +192,8 @@ def _print(summary: dict[str, Any], out: Path) -> None:
         decibel = "pictures are equal" if mean["psnr"] is None else f"PSNR {mean['psnr']:.1f} dB"
         similar = "" if mean["ssim"] is None else f", SSIM {mean['ssim']:.3f}"
         typer.echo(f"quality {decibel}{similar} against the dense twin")
+    if summary["busy"]:
+        typer.echo(f"warning {summary['busy']}")
     files = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     shown = files if len(files) <= 4 else [files[0], f"... {len(files) - 3} more", *files[-2:]]
     typer.echo(f"written {out}: {', '.join(shown)}")
