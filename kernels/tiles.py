@@ -13,7 +13,7 @@ from visattn.kernels.tiles_batches import Work, batch_size
 from visattn.kernels.tiles_boxes import box_groups
 from visattn.kernels.tiles_engine import TileAttention
 from visattn.kernels.tiles_groups import Group, list_groups, routed_group, whole_sequence
-from visattn.kernels.tiles_rule import BATCH_MS, choose_axes, problem_cost
+from visattn.kernels.tiles_rule import BATCH_MS, ROUTE_MS, choose_axes, problem_cost
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 from visattn.patterns.geometry import Spans
@@ -45,7 +45,8 @@ class Tiles(Backend):
         row = 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
         batches = sum(-(-problem.batch * n // batch_size(keys, row, problem.device)) for n, _, keys in problems)
         pairs = sum(n * problem_cost(queries, keys) for n, queries, keys in problems)
-        return problem.batch * problem.heads * pairs + overhead(problem, BATCH_MS * batches, 1e3 * BATCH_MS * batches)
+        fixed = BATCH_MS * batches + (ROUTE_MS if _is_routed(problem.pattern, problem.layout) else 0.0)
+        return problem.batch * problem.heads * pairs + overhead(problem, fixed, 1e3 * fixed)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

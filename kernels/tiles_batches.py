@@ -10,7 +10,7 @@ import torch
 from visattn.kernels.tiles_groups import Group
 
 # Gathered keys and values of one batch of problems, in bytes: they should stay in a CPU's last-level cache.
-BATCH_BYTES = {"cpu": 8 * 2**20}
+BATCH_BYTES = {"cpu": 4 * 2**20}
 BATCH_BYTES_ELSEWHERE = 256 * 2**20
 
 

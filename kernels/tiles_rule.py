@@ -11,13 +11,15 @@ from visattn.patterns.geometry import Spans
 
 # In pairs of tokens that dense SDPA computes in the same time, per head (docs/cpu-engine.md has the measurement).
 # A tile of T queries takes PAIR + PER_TILE / T for each of its T * L pairs, ...
-PAIR, PER_TILE = 1.2, 11.0
+PAIR, PER_TILE = 1.4, 13.0
 # ... and moving one token costs KEY (key and value gathered) or QUERY (query gathered, output put back).
-KEY, QUERY = 14.0, 25.0
+KEY, QUERY = 20.0, 50.0
 # One batch of problems is a dozen operator calls, here in milliseconds.
-BATCH_MS = 0.12
-# The same as pairs per head for 4 heads of 64 channels, for choosing a tile before the heads are known.
-BATCH_PAIRS = 12000.0
+BATCH_MS = 0.25
+# What choosing the lists of a routed pattern takes besides, in milliseconds.
+ROUTE_MS = 0.8
+# A batch as pairs per head for 4 heads of 64 channels, for choosing a tile before the heads are known.
+BATCH_PAIRS = 25000.0
 LARGEST_TILE = 1024
 
 

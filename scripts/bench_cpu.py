@@ -2,6 +2,10 @@
 
     python scripts/bench_cpu.py --json bench_cpu.json
 
+Wall clock on two threads is what counts, on an idle machine. On a busy one every parallel operator waits for a thread
+that lost its core, and an engine of many small operators waits most: --cpu-time measures the processor seconds of one
+thread instead.
+
 Every ratio is a peer's median over ours; the range beside it comes from the quartiles of both. "flop bound" is what
 the visible pairs alone would allow, "tile bound" what the pairs that the engine visits allow.
 """
@@ -11,6 +15,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +30,9 @@ from visattn.files import check_writable_file, written_whole
 from visattn.kernels.tiles import visited_pairs
 from visattn.patterns import Pattern, parse
 from visattn.plans import plan
-from visattn.timing import Timing, interleave
+from visattn.timing import Timing
+
+Clock = Callable[[], float]
 
 HEADS, DIM = 4, 64
 LINEAR_GRIDS = (32, 64, 128, 256, 512)
@@ -110,15 +117,27 @@ def peer(case: Case) -> Callable[[], object]:
     return run
 
 
+def interleave(runs: dict[str, Callable[[], object]], repeats: int, clock: Clock) -> dict[str, Timing]:
+    """Seconds of each run by a clock, measured in turns after one warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(-1, repeats):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            start = clock()
+            runs[name]()
+            if turn >= 0:
+                seconds[name].append(clock() - start)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
 def tile_bound(pattern: Pattern, layout: Layout) -> float | None:
     """Dense pairs over the pairs that the engine visits."""
     return None if pattern.composed else layout.length**2 / visited_pairs(pattern, layout)
 
 
-def measure(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
+def measure(cases: list[Case], repeats: int, clock: Clock) -> list[dict[str, Any]]:
     """The rows of cases that share a peer, all of them in turns."""
     runs = {case.name: ours(case, torch.bfloat16 if case.mode == "bfloat16" else torch.float32) for case in cases}
-    timings = interleave({"peer": peer(cases[0]), **runs}, repeats=repeats)
+    timings = interleave({"peer": peer(cases[0]), **runs}, repeats, clock)
     return [row(case, timings["peer"], timings[case.name]) for case in cases]
 
 
@@ -139,10 +158,10 @@ def row(case: Case, other: Timing, own: Timing) -> dict[str, Any]:
     }
 
 
-def linearity(sides: tuple[int, ...], repeats: int) -> list[dict[str, float]]:
+def linearity(sides: tuple[int, ...], repeats: int, clock: Clock) -> list[dict[str, float]]:
     """Time per token of one window on growing grids."""
     cases = {side: Case("na(window=15x15)", (side, side), 0) for side in sides}
-    timings = interleave({str(side): ours(case) for side, case in cases.items()}, repeats=repeats)
+    timings = interleave({str(side): ours(case) for side, case in cases.items()}, repeats, clock)
     return [
         {"tokens": side**2, "ms": t.median * 1e3, "us_per_token": t.median * 1e6 / side**2}
         for side, t in zip(sides, timings.values(), strict=True)
@@ -187,6 +206,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="processor seconds of one thread, for a busy machine")
     parser.add_argument("--force", action="store_true", help="overwrite the JSON file")
     args = parser.parse_args()
     try:
@@ -194,20 +214,27 @@ def main() -> None:
             check_writable_file(args.json, (".json",), args.force)
     except ValueError as error:
         parser.error(str(error))
-    torch.set_num_threads(args.threads)
+    threads, clock = (1, time.thread_time) if args.cpu_time else (args.threads, time.perf_counter)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     cases = [c for c in CASES if args.only in c.name and (not args.quick or c.grid in QUICK)]
     print(f"{'case':58} {'flop':>6}  {'tile':>6}  reach  {'ratio':>7} {'':18} {'ms':>9} {'peer ms':>10}")
     rows: list[dict[str, Any]] = []
     for key in dict.fromkeys((c.grid, c.mode) for c in cases):
-        rows += measure([c for c in cases if (c.grid, c.mode) == key], args.repeats)
+        rows += measure([c for c in cases if (c.grid, c.mode) == key], args.repeats, clock)
         show(rows[-sum((c.grid, c.mode) == key for c in cases) :])
-    result = {"versions": versions(), "threads": args.threads, "cases": [asdict(c) for c in cases], "rows": rows}
+    result = {
+        "versions": versions(),
+        "threads": threads,
+        "clock": clock.__name__,
+        "cases": [asdict(c) for c in cases],
+        "rows": rows,
+    }
     if not args.only:
-        result["linearity"] = linearity(LINEAR_GRIDS[:2] if args.quick else LINEAR_GRIDS, args.repeats)
+        result["linearity"] = linearity(LINEAR_GRIDS[:2] if args.quick else LINEAR_GRIDS, args.repeats, clock)
         for line in result["linearity"]:
             print(f"{line['tokens']:8.0f} tokens {line['ms']:9.1f} ms {line['us_per_token']:7.2f} us per token")
-        result["memory"] = memory(args.threads)
+        result["memory"] = memory(threads)
         print(f"peak extra memory at 128x128: {result['memory']:.2f} x (q + k + v + out)")
     if args.json:
         with written_whole(args.json) as path:
