@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--natten", action="store_true", help="natten too; on a CPU it takes seconds a call")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layout = Layout((options.side, options.side))
@@ -37,7 +38,7 @@ def main() -> None:
         ("flex", "na(window=15x15)"): {},
         ("flex", "na(window=16x16,stride=16x16)"): {},
         ("flex", "clear(radius=16)"): {},
-        ("natten", "na(window=15x15)"): {},
+        **({("natten", "na(window=15x15)"): {}} if options.natten else {}),
     }
     runs = {}
     for (name, text), given in cases.items():

@@ -90,7 +90,7 @@ def main() -> None:
                     if said:
                         count[said.split(" ")[0].rstrip(":")] += 1
                     if said and not said.startswith("refused"):
-                        print(f"{name:<9} {text:<36} {str(layout):<26} {variant:<9} grad={grad} {said}", flush=True)
+                        print(f"{name:<9} {text:<36} {layout!s:<26} {variant:<9} grad={grad} {said}", flush=True)
     print(dict(count))
     sys.exit(bool(count["FAILED"]))
 

@@ -241,12 +241,12 @@ def unlisted(problem: Problem) -> str:
     return ""
 
 
-# Floating-point operations per second of dense SDPA at full load (2 CPU cores in float32, an H100 in bfloat16):
-# they only turn a fixed time per call into pairs, so that small calls are not sent to a backend that starts slowly.
-DENSE_RATE = {"cpu": 1e11, "cuda": 4e14}
+# Floating-point operations per second of dense SDPA at full load, on 2 CPU cores and on an H100 in half and single
+# precision: they only turn a fixed time per call into pairs, so that small calls avoid a backend that starts slowly.
+DENSE_RATE = {("cpu", 2): 1e11, ("cpu", 4): 1e11, ("cuda", 2): 4e14, ("cuda", 4): 3.2e13}
 
 
 def overhead(problem: Problem, cpu_ms: float, cuda_us: float) -> float:
     """A fixed time per call in pairs of tokens that dense SDPA computes in that time."""
     seconds = cuda_us * 1e-6 if problem.device == "cuda" else cpu_ms * 1e-3
-    return seconds * DENSE_RATE.get(problem.device, DENSE_RATE["cpu"]) / (4 * problem.head_dim)
+    return seconds * DENSE_RATE.get((problem.device, problem.dtype.itemsize), 1e11) / (4 * problem.head_dim)
