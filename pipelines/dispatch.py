@@ -1,8 +1,9 @@
 """How the two generations of diffusers' attention processors are made to call a group.
 
 Newer processors call `dispatch_attention_fn` with the backend they hold: they get a member of diffusers' enum of
-backends that belongs to the group. Older ones call torch's SDPA: they are replaced by a clone whose code is the
-same but whose `F` is ours. Both keep running diffusers' own code for everything around the attention.
+backends that belongs to the group. Older ones call torch's SDPA, or `dispatch_attention_fn` without a backend: they
+are replaced by a clone whose code is the same but whose `F` or `dispatch_attention_fn` is ours. All keep running
+diffusers' own code for everything around the attention.
 """
 
 from __future__ import annotations
@@ -111,6 +112,51 @@ def _dispatched(number: int) -> Callable[..., torch.Tensor]:
 
 
 @functools.lru_cache(maxsize=1024)
+def _dispatch_without_backend(number: int) -> Callable[..., torch.Tensor]:
+    """What stands for `dispatch_attention_fn` in processors that hold no backend."""
+    dispatched = _dispatched(number)
+
+    def dispatch_attention_fn(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: Any = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> torch.Tensor:
+        return dispatched(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, parallel_config)
+
+    return dispatch_attention_fn
+
+
+def stock_of(processor: Any) -> Stock:
+    """The attention that an unpatched processor runs.
+
+    Raises:
+        ValueError: If it computes attention itself.
+    """
+    if is_dispatching(processor):
+        return Stock(True, getattr(processor._attention_backend, "value", None))
+    call = type(processor).__call__
+    names = set(getattr(getattr(call, "__code__", None), "co_names", ()))
+    if "dispatch_attention_fn" in names:
+        return Stock(True)
+    if "scaled_dot_product_attention" not in names or "F" not in call.__globals__:
+        raise ValueError(
+            f"{type(processor).__name__} computes attention itself instead of calling torch's "
+            "scaled_dot_product_attention: set the processor of the same name with 2_0, or leave its layers out with "
+            "layers="
+        )
+    return Stock(False)
+
+
+@functools.lru_cache(maxsize=1024)
 def _sdpa(number: int) -> Callable[..., torch.Tensor]:
     def visattn_attention(
         query: torch.Tensor,
@@ -160,38 +206,32 @@ def call_group(
 
 
 def clone(processor: Any, number: int) -> Any:
-    """A copy of an older processor whose SDPA is that of a group; it shares weights with the original.
-
-    Raises:
-        ValueError: If the processor does not call torch's SDPA.
-    """
-    copy = object.__new__(_clone_class(type(processor), number))
+    """A copy of a processor without a backend that calls a group; it shares weights with the original."""
+    copy = object.__new__(_clone_class(type(processor), number, stock_of(processor).dispatched))
     copy.__dict__.update(processor.__dict__)
     object.__setattr__(copy, "_visattn_original", processor)
     return copy
 
 
 @functools.lru_cache(maxsize=1024)
-def _clone_class(kind: type, number: int) -> type:
-    call = kind.__call__
-    names = getattr(getattr(call, "__code__", None), "co_names", ())
-    if "scaled_dot_product_attention" not in names or "F" not in call.__globals__:
-        raise ValueError(
-            f"{kind.__name__} computes attention itself instead of calling torch's scaled_dot_product_attention: "
-            "set the processor of the same name with 2_0, or leave its layers out with layers="
-        )
-    functional = types.SimpleNamespace(**vars(torch.nn.functional))
-    functional.scaled_dot_product_attention = _sdpa(number)
+def _clone_class(kind: type, number: int, dispatched: bool) -> type:
+    call: Any = kind.__call__
+    if dispatched:
+        ours: dict[str, Any] = {"dispatch_attention_fn": _dispatch_without_backend(number)}
+    else:
+        functional = types.SimpleNamespace(**vars(torch.nn.functional))
+        functional.scaled_dot_product_attention = _sdpa(number)
+        ours = {"F": functional}
     # With the module's name, Dynamo would look globals up in the real module.
-    globals_ = {k: v for k, v in call.__globals__.items() if k not in ("__name__", "__spec__")} | {"F": functional}
-    ours = types.FunctionType(call.__code__, globals_, call.__name__, call.__defaults__, call.__closure__)
-    ours.__kwdefaults__, ours.__annotations__ = call.__kwdefaults__, call.__annotations__
-    ours.__qualname__, ours.__doc__ = call.__qualname__, call.__doc__
+    globals_ = {k: v for k, v in call.__globals__.items() if k not in ("__name__", "__spec__")} | ours
+    same = types.FunctionType(call.__code__, globals_, call.__name__, call.__defaults__, call.__closure__)
+    same.__kwdefaults__, same.__annotations__ = call.__kwdefaults__, call.__annotations__
+    same.__qualname__, same.__doc__ = call.__qualname__, call.__doc__
 
     def reduce(self: Any, protocol: int) -> Any:
         return _same, (self._visattn_original,)
 
-    body = {"__call__": ours, "_visattn_group": number, "__reduce_ex__": reduce}
+    body = {"__call__": same, "_visattn_group": number, "__reduce_ex__": reduce}
     made = type(kind.__name__, (kind,), body)
     made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
     return made

@@ -62,7 +62,12 @@ class Begin(_Hook):
         given = dict(zip(self.names, args, strict=False)) | kwargs
         seen = self.family.seen(self.config, given)
         name = self.family.anchor
-        latents = operators.begin_forward(given[name], seen.ids, list(seen.grid), seen.prefix, seen.suffix, self.number)
+        first = given[name][0] if isinstance(given[name], list) else given[name]
+        latents: Any = operators.begin_forward(
+            first, seen.ids, list(seen.grid), seen.prefix, seen.suffix, seen.why, self.number
+        )
+        if isinstance(given[name], list):
+            latents = [latents, *given[name][1:]]
         if name in kwargs:
             return args, {**kwargs, name: latents}
         at = self.names.index(name)

@@ -177,12 +177,10 @@ class PatchedModel:
         for site in sites:
             processor = site.module.processor
             site.original = processor
+            site.group = self._group(site.pattern, dispatch.stock_of(processor))
             if not dispatch.is_dispatching(processor):
-                site.group = self._group(site.pattern, Stock(False))
                 site.installed = dispatch.clone(processor, site.group.number)
             else:
-                backend = processor._attention_backend
-                site.group = self._group(site.pattern, Stock(True, getattr(backend, "value", None)))
                 # A processor that serves other modules too must stay as it is.
                 site.installed = copy.copy(processor) if users[id(processor)] > 1 else processor
                 site.installed._attention_backend = dispatch.member(site.group.number)

@@ -226,20 +226,20 @@ patched_attention.register_autograd(_attention_gradients, setup_context=_save_at
 
 @torch.library.custom_op("visattn::begin_forward", mutates_args=())
 def begin_forward(
-    latents: torch.Tensor, ids: torch.Tensor | None, grid: list[int], prefix: int, suffix: int, run: int
+    latents: torch.Tensor, ids: torch.Tensor | None, grid: list[int], prefix: int, suffix: int, why: str, run: int
 ) -> torch.Tensor:
     """Tell a run that a forward begins; returns the latents, so that everything after depends on it."""
     owner = look_up(run)
     if owner is not None:
-        owner.begin(Seen(tuple(grid), prefix, suffix, ids), compiled=True)
+        owner.begin(Seen(tuple(grid), prefix, suffix, ids, why), compiled=True)
     return latents.clone()
 
 
 @begin_forward.register_fake
 def _(
-    latents: torch.Tensor, ids: torch.Tensor | None, grid: list[int], prefix: int, suffix: int, run: int
+    latents: torch.Tensor, ids: torch.Tensor | None, grid: list[int], prefix: int, suffix: int, why: str, run: int
 ) -> torch.Tensor:
     return torch.empty_like(latents)
 
 
-begin_forward.register_autograd(lambda ctx, grad: (grad, None, None, None, None, None))
+begin_forward.register_autograd(lambda ctx, grad: (grad, None, None, None, None, None, None))

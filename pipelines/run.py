@@ -77,7 +77,7 @@ class Run:
         self.number = operators.register(self)
         self._here = _Here()
         self._latest: Forward | None = None
-        self._read: tuple[weakref.ref[torch.Tensor], int, Seen] | None = None
+        self._read: tuple[weakref.ref[torch.Tensor], int, Seen, tuple[Any, ...]] | None = None
         self._warned = False
 
     @property
@@ -140,15 +140,16 @@ class Run:
         if self.family.read is not None and seen.ids is not None:
             seen = self._reading(seen.ids, seen)
         grid = tuple(int(n) for n in seen.grid)
-        return Where(grid, int(seen.prefix), int(seen.suffix), self.family.levels)
+        return Where(grid, int(seen.prefix), int(seen.suffix), self.family.levels, seen.why)
 
     def _reading(self, ids: torch.Tensor, seen: Seen) -> Seen:
         """Read a tensor's values, which waits for the GPU, once for all steps that pass the same tensor."""
         known, version = self._read, ids._version if not ids.is_inference() else 0
-        if known is None or known[0]() is not ids or known[1] != version:
+        if known is None or known[0]() is not ids or known[1] != version or known[3] != seen[:3]:
             assert self.family.read is not None
-            self._read = known = (weakref.ref(ids), version, self.family.read(ids, seen))
-        return known[2]._replace(prefix=seen.prefix)
+            known = (weakref.ref(ids), version, self.family.read(ids, seen)._replace(ids=None), seen[:3])
+            self._read = known
+        return known[2]
 
 
 class Group:

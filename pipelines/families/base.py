@@ -28,12 +28,14 @@ class Seen(NamedTuple):
         prefix: Tokens before the grid, or REST.
         suffix: Tokens after the grid, or REST.
         ids: A tensor whose values tell the rest; `Family.read` reads it when the model runs.
+        why: Why there is no grid, if there is none.
     """
 
     grid: tuple[int, ...] = ()
     prefix: int = 0
     suffix: int = 0
     ids: torch.Tensor | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,15 +93,19 @@ class Where:
         prefix: Tokens before the grid, or REST.
         suffix: Tokens after the grid, or REST.
         levels: Whether halved grids occur too.
+        why: Why there is no grid, if there is none.
     """
 
     grid: tuple[int, ...]
     prefix: int = 0
     suffix: int = 0
     levels: bool = False
+    why: str = ""
 
     def layout(self, length: int) -> Layout | str:
         """The layout of a sequence of `length` tokens, or why there is none."""
+        if not self.grid:
+            return self.why or "its forward does not tell where its tokens sit: pass layout=Layout(grid, ...)"
         for grid in self._grids():
             inner = Layout(grid)
             rest = length - inner.tokens - max(self.prefix, 0) - max(self.suffix, 0)
@@ -107,6 +113,9 @@ class Where:
                 prefix = rest if self.prefix == REST else self.prefix
                 suffix = rest if self.suffix == REST else self.suffix
                 return Layout(grid, prefix, suffix)
+            if length == inner.tokens:
+                # Some layers of joint models attend among image tokens alone.
+                return inner
         return f"a sequence of {length} tokens is not {self}"
 
     def _grids(self) -> Iterator[tuple[int, ...]]:
