@@ -4,17 +4,14 @@ Paper: "Agent Attention: On the Integration of Softmax and Linear Attention" (EC
 https://arxiv.org/abs/2312.08874, sections 3.2 and 3.3. Written from the paper's equations.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
 from torch import nn
-from torch.nn import functional as F
 
-from visattn.models.functional import resize
+from visattn.models.functional import resize, through_agents
 
 # Side of the coarse bias maps that are resampled to the grid.
 COARSE = 7
@@ -52,8 +49,7 @@ class AgentAttention(nn.Module):
         if self.side**2 != agents:
             raise ValueError(f"agent_num {agents} must be a square, like 49: the agents are a grid of means")
         self.num_heads = num_heads
-        self.class_token = class_token
-        self.split = split
+        self.prefix = 1 if class_token else 0
         shapes: dict[str, tuple[int, ...]] = {
             "an_bias": (num_heads, agents, COARSE, COARSE),
             "na_bias": (num_heads, agents, COARSE, COARSE),
@@ -64,10 +60,13 @@ class AgentAttention(nn.Module):
         }
         if class_token:
             shapes |= {"ac_bias": (1, num_heads, agents, 1), "ca_bias": (1, num_heads, 1, agents)}
+        else:
+            self.ac_bias = self.ca_bias = None
         for name, shape in shapes.items():
             bias = nn.Parameter(torch.empty(shape, **dd))
             trunc_normal_(bias, std=0.02)
             self.register_parameter(name, bias)
+        self.q = self.kv = self.qkv = None
         if split:
             self.q = nn.Linear(dim, dim, **dd)
             self.kv = nn.Linear(dim, 2 * dim, **dd)
@@ -80,33 +79,38 @@ class AgentAttention(nn.Module):
         """Bias of every agent towards every key: [1, heads, agents, keys]."""
         axes = resize(self.ah_bias[0], height, 1) + resize(self.aw_bias[0], 1, width)
         bias = (resize(self.an_bias, height, width) + axes).flatten(2)[None]
-        return torch.cat([self.ac_bias, bias], dim=3) if self.class_token else bias
+        return bias if self.ac_bias is None else torch.cat([self.ac_bias, bias], dim=3)
 
     def query_bias(self, height: int, width: int) -> torch.Tensor:
         """Bias of every query towards every agent: [1, heads, queries, agents]."""
         rows = resize(self.ha_bias[0].permute(0, 3, 1, 2), height, 1)
         columns = resize(self.wa_bias[0].permute(0, 3, 1, 2), 1, width)
         bias = (resize(self.na_bias, height, width) + rows + columns).flatten(2).transpose(1, 2)[None]
-        return torch.cat([self.ca_bias, bias], dim=2) if self.class_token else bias
+        return bias if self.ca_bias is None else torch.cat([self.ca_bias, bias], dim=2)
 
     def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Attention of tokens [B, (1 +) height * width, dim] on a grid."""
-        batch, _, dim = x.shape
-        first = 1 if self.class_token else 0
-        if self.split:
-            q, (k, v) = self.q(x), self.kv(x).chunk(2, dim=-1)
-        else:
+        batch, tokens, dim = x.shape
+        if self.qkv is not None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
-        patches = q[:, first:].transpose(1, 2).reshape(batch, dim, height, width)
-        a = F.adaptive_avg_pool2d(patches, (self.side, self.side)).flatten(2).transpose(1, 2)
-        local = self.dwc(v[:, first:].transpose(1, 2).reshape(batch, dim, height, width)).flatten(2).transpose(1, 2)
-        q, k, v, a = self._heads(q), self._heads(k), self._heads(v), self._heads(a)
-        mixed = F.scaled_dot_product_attention(a, k, v, attn_mask=self.agent_bias(height, width).to(q.dtype))
-        x = F.scaled_dot_product_attention(q, a, mixed, attn_mask=self.query_bias(height, width).to(q.dtype))
-        x = x.transpose(1, 2).flatten(2)
-        x = torch.cat([x[:, :first], x[:, first:] + local], dim=1) if self.class_token else x + local
-        return self.proj(x)
+        else:
+            q = self.q(x)
+            k, v = self.kv(x).chunk(2, dim=-1)
+        x = through_agents(
+            self._heads(q),
+            self._heads(k),
+            self._heads(v),
+            height,
+            width,
+            self.prefix,
+            self.side,
+            self.agent_bias(height, width),
+            self.query_bias(height, width),
+            self.dwc.weight,
+            self.dwc.bias,
+        )
+        return self.proj(x.reshape(batch, tokens, dim))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         batch, tokens, dim = x.shape
-        return x.reshape(batch, tokens, self.num_heads, dim // self.num_heads).transpose(1, 2)
+        return x.reshape(batch, tokens, self.num_heads, dim // self.num_heads)

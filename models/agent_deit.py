@@ -5,8 +5,6 @@ https://arxiv.org/abs/2312.08874, section 4 and appendix. The official weights c
 their names and take them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -116,7 +114,7 @@ class AgentDeit(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], embed_dim, **dd))
         numbers = (agent_num,) if isinstance(agent_num, int) else tuple(agent_num)
-        self.blocks = nn.Sequential()
+        self.blocks = nn.ModuleList()
         for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
             if agent_layer is None or i < agent_layer:
                 agents = numbers[min(i // 2, len(numbers) - 1)]

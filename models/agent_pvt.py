@@ -5,8 +5,6 @@ https://arxiv.org/abs/2312.08874, section 4 and appendix; PVT: https://arxiv.org
 weights carry no licence; these models have their names and take them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

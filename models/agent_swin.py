@@ -5,8 +5,6 @@ https://arxiv.org/abs/2312.08874, section 4 and appendix. The official weights c
 their names and take them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -54,14 +52,41 @@ class WindowAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(count, tokens, dim))
 
 
-class Block(nn.Module):
-    """Agent or window attention and an MLP, each behind a norm.
+class AgentBlock(nn.Module):
+    """Agent attention over the whole map and an MLP, each behind a norm.
 
     Args:
         dim: Channels.
         num_heads: Heads.
-        side: Side of the map that biases and mask are made for.
-        agents: Number of agents, 0 for windows.
+        side: Side of the map that the biases are made for.
+        agents: Number of agents.
+        drop_path: Chance to skip the block in training.
+        dd: Device and dtype of the weights.
+    """
+
+    def __init__(self, dim: int, num_heads: int, side: int, agents: int, drop_path: float, **dd: Any) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = AgentAttention(dim, num_heads, (side, side), agents, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, 4 * dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [B, H, W, dim] to the same shape."""
+        batch, height, width, dim = x.shape
+        y = self.attn(self.norm1(x).reshape(batch, height * width, dim), height, width)
+        x = x + self.drop_path(y.reshape(batch, height, width, dim))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class WindowBlock(nn.Module):
+    """Window attention and an MLP, each behind a norm.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads.
+        side: Side of the map that the mask is made for.
         window: Side of a window.
         shifted: Whether the windows are shifted by half a window (never where one window is the whole map).
         drop_path: Chance to skip the block in training.
@@ -69,48 +94,30 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        side: int,
-        agents: int,
-        window: int,
-        shifted: bool,
-        drop_path: float,
-        **dd: Any,
+        self, dim: int, num_heads: int, side: int, window: int, shifted: bool, drop_path: float, **dd: Any
     ) -> None:
         super().__init__()
-        self.has_agents = agents > 0
         self.window = min(window, side)
-        self.shift = self.window // 2 if shifted and side > window and not agents else 0
+        self.shift = self.window // 2 if shifted and side > window else 0
         self.side = -(-side // self.window) * self.window
-        # Part of the official files, so it is kept in the state dict.
         mask = None
         if self.shift:
-            like = torch.empty(0, **dd)
-            mask = shift_mask(like, self.side, self.side, self.window, self.shift)
+            mask = shift_mask(torch.empty(0, **dd), self.side, self.side, self.window, self.shift)
+        # Part of the official files, so it is kept in the state dict.
         self.register_buffer("attn_mask", mask)
         self.norm1 = nn.LayerNorm(dim, **dd)
-        if agents:
-            self.attn = AgentAttention(dim, num_heads, (side, side), agents, **dd)
-        else:
-            self.attn = WindowAttention(dim, num_heads, self.window, **dd)
+        self.attn = WindowAttention(dim, num_heads, self.window, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, 4 * dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, H, W, dim] to the same shape."""
-        y = self.norm1(x)
-        if self.has_agents:
-            batch, height, width, dim = y.shape
-            y = self.attn(y.reshape(batch, height * width, dim), height, width).reshape(batch, height, width, dim)
-        else:
-            y = self._windows(y)
-        x = x + self.drop_path(y)
+        x = x + self.drop_path(self.windows(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def _windows(self, x: torch.Tensor) -> torch.Tensor:
+    def windows(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention of a map [B, H, W, dim], padded with zeros to whole windows."""
         _, height, width, dim = x.shape
         side, shift = self.window, self.shift
         if shift:
@@ -173,9 +180,11 @@ class AgentSwin(Pyramid):
         self.layers = nn.ModuleList()
         side = -(-img_size // 4)
         for i, rates in enumerate(drop_paths(drop_path_rate, depths)):
-            agents = [agent_num[i] if j < counts[i] else 0 for j in range(depths[i])]
+            window = max(7, window_size // 8)
             blocks = (
-                Block(dims[i], num_heads[i], side, agents[j], max(7, window_size // 8), j % 2 == 1, rate, **dd)
+                AgentBlock(dims[i], num_heads[i], side, agent_num[i], rate, **dd)
+                if j < counts[i]
+                else WindowBlock(dims[i], num_heads[i], side, window, j % 2 == 1, rate, **dd)
                 for j, rate in enumerate(rates)
             )
             last = i == len(dims) - 1

@@ -5,8 +5,6 @@ Official code: https://github.com/rayleizhu/BiFormer (MIT). Its weight files are
 names used here inside {"model": ...}: load them with `checkpoint_path=`.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -4,8 +4,6 @@ Paper: "Dilated Neighborhood Attention Transformer", https://arxiv.org/abs/2209.
 Official code and weights: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,14 +1,13 @@
 """The attention calls of the backbones, as functions that torch.fx and TorchScript treat as one step."""
 
-from __future__ import annotations
-
 import torch
 from timm.models import register_notrace_function
 from torch.nn import functional as F
 
 from visattn.attend import attention
+from visattn.kernels.agent import Convolution, agent_attention
 from visattn.layout import Layout
-from visattn.patterns import Neighborhood, Routing
+from visattn.patterns import Agent, Neighborhood, Routing
 
 
 @register_notrace_function
@@ -64,6 +63,29 @@ def routed(
     if q.is_meta:
         return torch.empty_like(q)
     return attention(q, k, v, Routing(regions, topk), Layout((height, width)), scale=scale)
+
+
+@register_notrace_function
+@torch.jit.ignore
+def through_agents(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    height: int,
+    width: int,
+    prefix: int,
+    side: int,
+    gather_bias: torch.Tensor,
+    read_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Agent attention of q, k, v [B, prefix + height * width, heads, head_dim] with side * side agents.
+
+    Biases are those of `agent_attention`; weight and bias are its depthwise convolution.
+    """
+    pattern, layout, local = Agent((side, side)), Layout((height, width), prefix=prefix), Convolution(weight, bias)
+    return agent_attention(q, k, v, pattern, layout, gather_bias=gather_bias, read_bias=read_bias, convolution=local)
 
 
 @register_notrace_function

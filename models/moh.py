@@ -5,8 +5,6 @@ the attention itself is TransNeXt's, https://arxiv.org/abs/2311.17132. Official 
 (Apache 2.0); it computes every head and then masks, which `skip_heads=False` does here.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from typing import Any
@@ -117,17 +115,25 @@ class HeadGates(nn.Module):
         used = torch.zeros_like(every).scatter(-1, every.topk(self.routed, dim=-1)[1], 1.0)
         self.balance(every, used)
         routed = every * used
-        routed = routed / routed.sum(-1, keepdim=True).clamp(min=torch.finfo(routed.dtype).eps) * self.routed
+        # The sum is at least routed / all routed heads: the largest of a softmax.
+        routed = routed / routed.sum(-1, keepdim=True) * self.routed
         if self.wg_0 is None:
             return routed
         both = self.wg_0(x).softmax(-1) * 2
         return torch.cat([shared * both[..., :1], routed * both[..., 1:]], dim=-1)
 
-    def bias(self, x: torch.Tensor, height: int, width: int, rows: int, columns: int) -> torch.Tensor:
-        """Position bias of a grid towards its pooled grid: [heads, height * width, rows * columns]."""
+    def bias_table(
+        self, x: torch.Tensor, height: int, width: int, rows: int, columns: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position bias of each distinct distance [heads, distances], and the distance of each query and key."""
         table, index = log_coordinates(x, height, width, rows, columns, self.pretrained)
         table = self.cpb_fc2(F.relu(self.cpb_fc1(table.to(self.cpb_fc1.weight.dtype))))
-        return table.transpose(0, 1)[:, index.flatten()].reshape(self.num_heads, index.shape[0], index.shape[1])
+        return table.transpose(0, 1).contiguous(), index
+
+    def bias(self, x: torch.Tensor, height: int, width: int, rows: int, columns: int) -> torch.Tensor:
+        """Position bias of a grid towards its pooled grid: [heads, height * width, rows * columns]."""
+        table, index = self.bias_table(x, height, width, rows, columns)
+        return table[:, index.flatten()].reshape(self.num_heads, index.shape[0], index.shape[1])
 
     def scaled(self, q: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Queries [B, heads, N, head_dim] of length 1, embedded and scaled by temperature and log key count."""
@@ -157,6 +163,7 @@ class MoHAttention(HeadGates):
     ) -> None:
         super().__init__(dim, num_heads, shared, routed, pretrained, **dd)
         self.skip_heads = skip_heads
+        self.skip_from = SKIP_FROM
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
@@ -169,10 +176,11 @@ class MoHAttention(HeadGates):
         q, k, v = F.normalize(self.heads(q), dim=-1), F.normalize(self.heads(k), dim=-1), self.heads(v)
         length = torch.full((1,), float(height * width), dtype=q.dtype, device=q.device)
         q = self.scaled(q, length).to(v.dtype)
-        bias = self.bias(x, height, width, height, width).to(v.dtype)
-        if self.skip_heads and self.routed > 0 and height * width >= SKIP_FROM and not torch.jit.is_scripting():
-            y = used_heads(q, k.to(v.dtype), v, bias, gates, self.shared)
+        if self.skip_heads and self.routed > 0 and height * width >= self.skip_from:
+            table, index = self.bias_table(x, height, width, height, width)
+            y = used_heads(q, k.to(v.dtype), v, table.to(v.dtype), index, gates)
         else:
+            bias = self.bias(x, height, width, height, width).to(v.dtype)
             y = F.scaled_dot_product_attention(q, k.to(v.dtype), v, attn_mask=bias[None], scale=1.0)
         y = (y * gates[..., None]).transpose(1, 2).reshape(batch, height, width, dim)
         return self.proj(y)
@@ -180,39 +188,43 @@ class MoHAttention(HeadGates):
 
 @torch.jit.ignore
 def used_heads(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, gates: torch.Tensor, shared: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    index: torch.Tensor,
+    gates: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention without the queries whose gate is 0: their result is 0.
+    """Attention of the queries that use a head only; the others' result is 0.
 
-    The queries that use a head are gathered to the front, and as many rows as the busiest head needs are computed.
+    Each head gathers its queries and looks up the position biases of those alone, so both the attention and the
+    biases cost as much as heads are used. (Whole tiles without a user of a head are rare: tokens choose alone.)
 
     Args:
         q: Scaled queries [B, heads, N, head_dim].
         k: Keys, like q.
         v: Values, like q.
-        bias: Position bias [heads, N, N].
-        gates: [B, heads, N].
-        shared: The first so many heads are used by every query.
+        table: Position bias of each distinct distance [heads, distances].
+        index: Which distance each query and key has [N, N].
+        gates: Factors of the heads [B, heads, N], 0 where unused.
     """
-    used = gates[:, shared:] > 0
-    rows = int(used.sum(-1).max()) if not q.is_meta else used.shape[-1]
-    order = used.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :rows]
-    wide = order[..., None].expand(-1, -1, -1, q.shape[-1])
-    biases = [
-        b[index]
-        for b, index in zip(bias[shared:].expand(len(q), -1, -1, -1).flatten(0, 1), order.flatten(0, 1), strict=True)
-    ]
-    picked = torch.stack(biases).unflatten(0, order.shape[:2])
-    part = F.scaled_dot_product_attention(
-        q[:, shared:].gather(2, wide), k[:, shared:], v[:, shared:], attn_mask=picked, scale=1.0
-    )
-    routed = torch.zeros_like(q[:, shared:]).scatter(2, wide, part)
-    if not shared:
-        return routed
-    every = F.scaled_dot_product_attention(
-        q[:, :shared], k[:, :shared], v[:, :shared], attn_mask=bias[None, :shared], scale=1.0
-    )
-    return torch.cat([every, routed], dim=1)
+    if q.is_meta:
+        return torch.empty_like(q)
+    out = torch.zeros_like(q)
+    for sample in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            users = gates[sample, head].nonzero()[:, 0]
+            if len(users):
+                bias = table[head][index[users]][None]
+                part = F.scaled_dot_product_attention(
+                    q[sample, head, users][None],
+                    k[sample, head][None],
+                    v[sample, head][None],
+                    attn_mask=bias,
+                    scale=1.0,
+                )
+                out[sample, head] = out[sample, head].index_copy(0, users, part[0])
+    return out
 
 
 @register_notrace_module  # reason: position biases depend on sizes
@@ -282,5 +294,4 @@ def neighbours(x: torch.Tensor) -> torch.Tensor:
     """The 3 x 3 neighbours of each token of a map [B, H, W, C], zero outside, row by row: [9, B, H, W, C]."""
     height, width = x.shape[1], x.shape[2]
     padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return torch.stack(shifted)
+    return torch.stack([padded[:, i // 3 : i // 3 + height, i % 3 : i % 3 + width] for i in range(9)])

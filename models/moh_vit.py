@@ -5,8 +5,6 @@ Official code: https://github.com/SkyworkAI/MoH (Apache 2.0); weights: the repos
 of Chat-UniVi on Hugging Face. They have the names used here: load them with `checkpoint_path=`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

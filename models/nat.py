@@ -6,8 +6,6 @@ Official code and weights: https://github.com/SHI-Labs/Neighborhood-Attention-Tr
 releases of NATTEN with a relative position bias, which NATTEN has dropped since 0.20.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What every pyramid backbone here shares: the surface that timm expects around four stages of blocks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
