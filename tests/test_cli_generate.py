@@ -2,7 +2,10 @@
 
 import importlib.metadata
 import json
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -158,6 +161,25 @@ def test_interruption_leaves_nothing(generate, monkeypatch, tmp_path):
     status, _, _ = generate("--label", "4")
     assert status not in (0, 2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_killed_process_leaves_nothing(model, tmp_path, number):
+    out = tmp_path / "out"
+    options = ["--model", model, "--pattern", "na(window=3x3)", "--steps", "100000", "--out", out]
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from visattn.cli import main; main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, "generate", "image", *map(str, options)])
+    deadline = time.monotonic() + 100
+    while not out.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert out.exists()
+    time.sleep(1)
+    process.send_signal(number)
+    assert process.wait(timeout=100) != 0
+    assert not out.exists()
 
 
 def test_the_folder_is_checked_before_a_model_is_loaded(run, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -51,6 +52,8 @@ def main() -> None:
     # --debug may stand anywhere, also behind the command, where typer would not look for it.
     args = [arg for arg in sys.argv[1:] if arg != "--debug"]
     debug = len(args) < len(sys.argv) - 1 or os.environ.get("VISATTN_DEBUG", "") not in ("", "0")
+    # A polite kill cleans up like Ctrl-C does; by default Python would stop where it stands.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app(args)
     except (ValueError, OSError) as error:
