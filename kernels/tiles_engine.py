@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from visattn.kernels import tiles_kernels as kernels
 from visattn.kernels.tiles_batches import Batch, Buffers, Shapes, Work, batches
@@ -139,6 +140,7 @@ class TileAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, k, v and rpb."""
         q, k, v, rpb, out, lse = ctx.saved_tensors

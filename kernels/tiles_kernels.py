@@ -36,6 +36,13 @@ def forward(
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=_expanded(bias, q, k), scale=scale
         )
+    return plain_forward(q, k, v, bias, scale)
+
+
+def plain_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` in plain operators, for devices other than CPUs."""
     scores = _scores(q, k, bias, scale)
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - finite(lse)[..., None])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from visattn import Layout, attention, explain
 from visattn.backends import Call, Problem
-from visattn.kernels import tiles_batches
+from visattn.kernels import tiles_batches, tiles_kernels
 from visattn.kernels.reference import backend as reference
 from visattn.kernels.tiles import backend as engine
 from visattn.kernels.tiles import visited_pairs
@@ -165,6 +165,44 @@ def test_gradients_are_the_same_every_time():
     inputs = qkv(layout, heads=4, dtype=torch.float32, grad=True)
     first, again = (gradients(attention(*inputs, "na(7x7)", layout, backend="tiles"), inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_plain_operators_equal_the_fused_kernel(with_bias):
+    q, k, v = (torch.randn(3, 2, n, 12, dtype=torch.float64) for n in (5, 9, 9))
+    bias = torch.zeros(1, 1, 5, 9, dtype=torch.float64).masked_fill(torch.rand(5, 9) > 0.7, -math.inf)
+    bias = bias if with_bias else None
+    out, lse = tiles_kernels.forward(q, k, v, bias, 0.3)
+    for a, b in zip(tiles_kernels.plain_forward(q, k, v, bias, 0.3), (out, lse), strict=True):
+        torch.testing.assert_close(a, b)
+    fused = tiles_kernels.backward(out, None, q, k, v, out, lse, bias, 0.3, False)
+    plain = tiles_kernels.backward(out, torch.zeros_like(lse), q, k, v, out, lse, bias, 0.3, True)
+    for a, b in zip(fused[:3], plain[:3], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_are_refused():
+    layout = Layout((4, 4))
+    q, k, v = qkv(layout, grad=True)
+    loss = attention(q, k, v, "na(3x3)", layout, backend="tiles").square().sum()
+    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "text", ["na(window=5x4, stride=2x1)", "clear(radius=4, pool=3)", "routing(regions=3, topk=2)"]
+)
+def test_runs_on_a_gpu(text):
+    pattern, layout = parse(text), Layout((13, 11), 2, 1)
+    results = []
+    for device in ("cpu", "cuda"):
+        q, k, v = (t.detach().to(device).requires_grad_() for t in qkv(layout, heads=4, kv_heads=2))
+        out = attention(q, k, v, pattern, layout, backend="tiles")
+        results.append([t.cpu() for t in (out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v)))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_composed_patterns_are_refused():
