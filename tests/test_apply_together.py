@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import tiny_models
 import torch
+
 import visattn
 from visattn.pipelines import dispatch
 
@@ -178,6 +179,7 @@ def test_dropped_handle_leaves_the_patch_and_dropped_model_leaves_nothing():
     import gc
 
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
     from visattn.pipelines import operators
 
     gc.collect()
@@ -233,7 +235,8 @@ class TestCanaries:
     """These fail when a new diffusers moves what visattn stands on."""
 
     def test_registry(self):
-        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry as registry
+        from diffusers.models.attention_dispatch import AttentionBackendName
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
         for name in ("_backends", "_constraints", "_supported_arg_names"):
             assert isinstance(getattr(registry, name), dict), f"diffusers moved _AttentionBackendRegistry.{name}"
