@@ -263,7 +263,7 @@ def _agent_deit(variant: str, pretrained: bool, **kwargs: Any) -> AgentDeit:
         variant,
         pretrained,
         pretrained_filter_fn=official,
-        feature_cfg={"out_indices": (2, 5, 8, 11), "feature_cls": "getter"},
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **kwargs,
     )
 

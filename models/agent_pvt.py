@@ -42,6 +42,16 @@ class Block(nn.Module):
         return x.reshape(batch, height, width, dim)
 
 
+class Place(nn.Module):
+    """Adds a position embedding, resampled to the map. It has no weights: their official names are the model's."""
+
+    def forward(self, x: torch.Tensor, position: torch.Tensor, side: int) -> torch.Tensor:
+        """Map [B, H, W, dim] plus a position embedding [1, side * side, dim]."""
+        _, height, width, dim = x.shape
+        position = position.transpose(1, 2).reshape(1, dim, side, side)
+        return x + resize(position, height, width).permute(0, 2, 3, 1)
+
+
 class AgentPVT(Pyramid):
     """Agent-PVT.
 
@@ -82,6 +92,7 @@ class AgentPVT(Pyramid):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.sides = [img_size // (4 * 2**i) for i in range(len(depths))]
+        self.place = Place()
         channels = in_chans
         for i, rates in enumerate(drop_paths(drop_path_rate, depths)):
             dim, side = embed_dims[i], self.sides[i]
@@ -96,32 +107,26 @@ class AgentPVT(Pyramid):
         norm = nn.Identity()
         self._finish(tuple(embed_dims), modules, num_classes, in_chans, global_pool, drop_rate, norm, **dd)
 
-    def _place(self, x: torch.Tensor, position: torch.Tensor, side: int) -> torch.Tensor:
-        """Map [B, H, W, dim] plus the position embedding [1, side * side, dim] resampled to it."""
-        _, height, width, dim = x.shape
-        position = position.transpose(1, 2).reshape(1, dim, side, side)
-        return x + resize(position, height, width).permute(0, 2, 3, 1)
-
     def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
         """See `Pyramid.forward_stages`."""
         maps: list[torch.Tensor] = []
         # The official names are not a list, and TorchScript knows no getattr of computed names.
-        x = self.block1(self._place(self.patch_embed1(x), self.pos_embed1, self.sides[0]))
+        x = self.block1(self.place(self.patch_embed1(x), self.pos_embed1, self.sides[0]))
         if 0 in take:
             maps.append(x)
         if take[-1] >= 1:
             x = self.patch_embed2(x.permute(0, 3, 1, 2))
-            x = self.block2(self._place(x, self.pos_embed2, self.sides[1]))
+            x = self.block2(self.place(x, self.pos_embed2, self.sides[1]))
             if 1 in take:
                 maps.append(x)
         if take[-1] >= 2:
             x = self.patch_embed3(x.permute(0, 3, 1, 2))
-            x = self.block3(self._place(x, self.pos_embed3, self.sides[2]))
+            x = self.block3(self.place(x, self.pos_embed3, self.sides[2]))
             if 2 in take:
                 maps.append(x)
         if take[-1] >= 3:
             x = self.patch_embed4(x.permute(0, 3, 1, 2))
-            x = self.block4(self._place(x, self.pos_embed4, self.sides[3]))
+            x = self.block4(self.place(x, self.pos_embed4, self.sides[3]))
             if 3 in take:
                 maps.append(x)
         return maps

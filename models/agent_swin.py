@@ -124,7 +124,9 @@ class WindowBlock(nn.Module):
             x = torch.roll(x, shifts=(-shift, -shift), dims=(1, 2))
         x = pad_multiple(x, side)
         batch, rows, columns, _ = x.shape
-        mask = window_mask(x, self.attn_mask, self.side, rows, columns, side, shift)
+        mask: torch.Tensor | None = None
+        if self.attn_mask is not None:
+            mask = window_mask(x, self.attn_mask, self.side, rows, columns, side, shift)
         x = x.reshape(batch, rows // side, side, columns // side, side, dim).transpose(2, 3)
         x = self.attn(x.reshape(-1, side * side, dim), mask)
         x = x.reshape(batch, rows // side, columns // side, side, side, dim).transpose(2, 3)

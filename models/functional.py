@@ -120,11 +120,9 @@ def shift_mask(like: torch.Tensor, height: int, width: int, window: int, shift: 
 
 @register_notrace_function
 def window_mask(
-    x: torch.Tensor, known: torch.Tensor | None, side: int, height: int, width: int, window: int, shift: int
-) -> torch.Tensor | None:
-    """The mask of a shifted map x [B, height, width, C]: `known` if it was made for this size; None without shift."""
-    if known is None:
-        return None
+    x: torch.Tensor, known: torch.Tensor, side: int, height: int, width: int, window: int, shift: int
+) -> torch.Tensor:
+    """The mask of a shifted map x [B, height, width, C]: `known` if x is side x side."""
     if height == side and width == side:
         return known
     return shift_mask(x, height, width, window, shift)
