@@ -42,7 +42,7 @@ def member(number: int) -> Any:
     """
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    found = str.__new__(AttentionBackendName, f"{_MEMBER}{number}")
+    found: Any = str.__new__(AttentionBackendName, f"{_MEMBER}{number}")
     found._name_ = found._value_ = f"{_MEMBER}{number}"
 
     def original() -> Any:
@@ -143,7 +143,7 @@ def stock_of(processor: Any) -> Stock:
     """
     if is_dispatching(processor):
         return Stock(True, getattr(processor._attention_backend, "value", None))
-    call = type(processor).__call__
+    call: Any = type(processor).__call__
     names = set(getattr(getattr(call, "__code__", None), "co_names", ()))
     if "dispatch_attention_fn" in names:
         return Stock(True)

@@ -24,6 +24,11 @@ def _own_frame(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the compiler out of a function and all it calls."""
+    return torch.compiler.disable(function)  # type: ignore[arg-type]
+
+
 def unpatched(*args: Any, **kwargs: Any) -> None:
     """What a hook becomes in a copy of a patched model."""
 
@@ -73,7 +78,7 @@ class Begin(_Hook):
         at = self.names.index(name)
         return (*args[:at], latents, *args[at + 1 :]), kwargs
 
-    @torch.compiler.disable
+    @_untraced
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.keep.begin(self.family.seen(self.config, dict(zip(self.names, args, strict=False)) | kwargs))
 
@@ -87,7 +92,7 @@ class Finish(_Hook):
         if not torch.compiler.is_compiling():
             self._finish()
 
-    @torch.compiler.disable
+    @_untraced
     def _finish(self) -> None:
         run = self.run()
         if run is not None:
@@ -107,7 +112,7 @@ class Enter(_Hook):
         if not torch.compiler.is_compiling():
             self._enter(module)
 
-    @torch.compiler.disable
+    @_untraced
     def _enter(self, module: torch.nn.Module) -> None:
         run = self.run()
         if run is not None:

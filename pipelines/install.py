@@ -177,13 +177,13 @@ class PatchedModel:
         for site in sites:
             processor = site.module.processor
             site.original = processor
-            site.group = self._group(site.pattern, dispatch.stock_of(processor))
+            site.group = group = self._group(site.pattern, dispatch.stock_of(processor))
             if not dispatch.is_dispatching(processor):
-                site.installed = dispatch.clone(processor, site.group.number)
+                site.installed = dispatch.clone(processor, group.number)
             else:
                 # A processor that serves other modules too must stay as it is.
                 site.installed = copy.copy(processor) if users[id(processor)] > 1 else processor
-                site.installed._attention_backend = dispatch.member(site.group.number)
+                site.installed._attention_backend = dispatch.member(group.number)
             site.module.processor = site.installed
 
     def _group(self, pattern: Pattern, stock: Stock) -> Group:

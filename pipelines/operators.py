@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from visattn.backends import Call
+from visattn.dispatch import Call
 from visattn.layout import Layout
 from visattn.ops import _autograd_inside_operator as autograd_inside_operator
 from visattn.ops import recompute_gradients
@@ -80,8 +80,8 @@ class Stock(NamedTuple):
     ) -> torch.Tensor:
         """Attention of q, k, v [B, S, H, D] as stock diffusers computes it."""
         if not self.dispatched:
-            heads_first = (t.transpose(1, 2) for t in (q, k, v))
-            out = scaled_dot_product_attention(*heads_first, mask, dropout, causal, scale=scale, enable_gqa=grouped)
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            out = scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped)
             return out.transpose(1, 2)
         from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
@@ -199,7 +199,7 @@ def _patched_attention_backward(
         return dq, dk, dv
     with autograd_inside_operator(), torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = made.stock(*leaves, mask, scale, grouped)
+        out = made.stock(leaves[0], leaves[1], leaves[2], mask, scale, grouped)
         dq, dk, dv = (g.contiguous() for g in torch.autograd.grad(out, leaves, grad))
     return dq, dk, dv
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from visattn.attend import attention
-from visattn.backends import Call, Problem
+from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
 from visattn.patterns import Dense, Pattern
 from visattn.pipelines import operators

@@ -29,13 +29,13 @@ class StepCount:
 
 def _restored(kind: type, state: dict[str, Any]) -> Any:
     """A scheduler of the original class, for copies and pickles."""
-    scheduler = kind.__new__(kind)
+    scheduler = object.__new__(kind)
     scheduler.__dict__.update(state)
     return scheduler
 
 
 @functools.lru_cache(maxsize=64)
-def _counting(kind: type) -> type:
+def _counting(kind: Any) -> type:
     """A subclass of a scheduler class that counts its steps in `_visattn_steps`."""
 
     @functools.wraps(kind.set_timesteps)
@@ -119,7 +119,7 @@ class ContextSteps:
 
             def __init__(self) -> None:
                 super().__init__()
-                self.manager = StateManager(BaseState)
+                self.manager = StateManager(BaseState)  # type: ignore[arg-type]
 
             def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
                 return module

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from visattn.backends import load
+from visattn.dispatch import load
 from visattn.layout import Layout
 from visattn.report import Report, SiteReport
 from visattn.schedule import PatternLike, Schedule, Selector

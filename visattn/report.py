@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from visattn.backends import Problem, candidates, choose
+from visattn.dispatch import Problem, candidates, choose
 from visattn.patterns import Pattern
 from visattn.plans import plan
 
@@ -110,7 +110,8 @@ class Clock:
     __slots__ = ("device", "kind", "site", "start", "tally")
 
     def __init__(self, tally: Tally, site: str, kind: Kind, device: torch.device) -> None:
-        self.tally, self.site, self.kind, self.device = tally, site, kind, device
+        self.tally, self.site, self.device = tally, site, device
+        self.kind: Kind = kind
         self.start: Any = None
 
     def __enter__(self) -> None:
@@ -121,9 +122,9 @@ class Clock:
             self.start.record()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, raised: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None or self.start is None:
+        if raised is not None or self.start is None:
             return
         if self.device.type != "cuda":
             self.tally.add_seconds(self.site, self.kind, time.perf_counter() - self.start)

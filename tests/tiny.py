@@ -1,0 +1,24 @@
+"""What tiny random models share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+
+def seeded(make, *args, **kwargs):
+    """Build a model with reproducible random weights, none of them zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make(*args, **kwargs).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Output layers that start at zero would hide every difference.
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def noise(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
