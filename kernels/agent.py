@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch.nn import functional
 
-from visattn.backends import Backend, Call, Problem, Support
+from visattn.dispatch import Backend, Call, Problem, Support
 from visattn.layout import Layout
 from visattn.patterns import Agent
 

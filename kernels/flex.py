@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.attention.flex_attention import AuxRequest
 
-from visattn.backends import Backend, Call, Problem, Support, overhead, unlisted, visited_pairs
+from visattn.dispatch import Backend, Call, Problem, Support, overhead, unlisted, visited_pairs
 from visattn.kernels.flex_blocks import blocks, compiled, score_mod, tile_plan
 
 # Slots of a tile. On CUDA every block size of torch's own configurations divides 128.

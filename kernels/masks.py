@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from visattn.backends import Call
+from visattn.dispatch import Call
 from visattn.layout import Layout
 from visattn.patterns import Neighborhood, Pattern, dense_mask, routed_mask
 from visattn.patterns.base import per_axis

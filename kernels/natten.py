@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from visattn.backends import Backend, Call, Problem, Support, overhead, visited_pairs
+from visattn.dispatch import Backend, Call, Problem, Support, overhead, visited_pairs
 from visattn.kernels.sdpa import log_sum_exp
 from visattn.patterns import Neighborhood
 

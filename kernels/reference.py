@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn.backends import Backend, Call, Problem, Support
+from visattn.dispatch import Backend, Call, Problem, Support
 from visattn.kernels.masks import position_bias, visible
 
 # A float32 score matrix of this many entries is 1 GiB.

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from visattn.backends import Backend, Call, Problem, Support, overhead, sees_all
+from visattn.dispatch import Backend, Call, Problem, Support, overhead, sees_all
 from visattn.kernels.masks import visible
 
 # A bool mask of this many entries is 256 MiB.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from visattn.backends import Backend, Call, Problem, Support, overhead, sees_all
+from visattn.dispatch import Backend, Call, Problem, Support, overhead, sees_all
 from visattn.kernels.masks import visible
 from visattn.patterns import Neighborhood
 

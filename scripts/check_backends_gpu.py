@@ -16,7 +16,7 @@ from gpu_common import use_checkout
 use_checkout()
 
 from visattn import Layout, attention, parse  # noqa: E402
-from visattn.backends import NAMES, Call, Problem, load, verdict  # noqa: E402
+from visattn.dispatch import NAMES, Call, Problem, load, verdict  # noqa: E402
 
 CASES = (
     ("dense", Layout((7, 9), 3, 2)),

@@ -10,7 +10,7 @@ from cases import qkv
 from torch.nn.functional import scaled_dot_product_attention
 
 import visattn
-from visattn.backends import NAMES, Backend, Problem, Support, choose, load, overhead
+from visattn.dispatch import NAMES, Backend, Problem, Support, choose, load, overhead
 from visattn.kernels.xformers import block_of, from_blocks, to_blocks
 from visattn.layout import Layout
 from visattn.patterns import parse
@@ -220,7 +220,7 @@ def test_auto_takes_the_cheapest_that_is_here_and_able(monkeypatch):
         "c": Fixed(True, True, 4),
         "d": Fixed(True, True, 3),
     }
-    module = importlib.import_module("visattn.backends")
+    module = importlib.import_module("visattn.dispatch")
     monkeypatch.setattr(module, "NAMES", tuple(found))
     monkeypatch.setattr(module, "load", found.__getitem__)
     assert choose.__wrapped__(problem()) is found["d"]
@@ -252,7 +252,7 @@ def test_auto_prefers_dense_where_sparse_is_slower_and_says_so():
 
 
 def test_backends_lists_all_with_a_reason_where_they_are_missing():
-    importlib.import_module("visattn.backends")
+    importlib.import_module("visattn.dispatch")
     found = visattn.backends()
     assert list(found) == list(NAMES)
     assert found["sdpa"].ok and found["reference"].ok

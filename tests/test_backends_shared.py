@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracles import visited
 
 from visattn.attend import attention
-from visattn.backends import NAMES, Call, Problem, load, verdict
+from visattn.dispatch import NAMES, Call, Problem, load, verdict
 from visattn.kernels.flex_blocks import tile_plan
 from visattn.layout import Layout
 from visattn.patterns import dense_mask, parse

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
 
 from visattn import ops
-from visattn.backends import NAMES, Call, Candidate, Problem, Support, candidates, choose, load, run_call
 from visattn.checks import check_call
+from visattn.dispatch import NAMES, Call, Candidate, Problem, Support, candidates, choose, load, run_call
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
 from visattn.plans import plan
@@ -196,7 +195,3 @@ def explain(
 def backends() -> dict[str, Support]:
     """Every backend, and whether this machine has what it needs (the reason if not)."""
     return {name: load(name).available() for name in NAMES}
-
-
-# Importing the submodule `visattn.backends` has put it on the package under the name of the public function.
-sys.modules["visattn"].backends = backends  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from visattn.attend import attention, explain
-from visattn.backends import NAMES, Problem, load
+from visattn.dispatch import NAMES, Problem, load
 from visattn.layout import Layout
 from visattn.patterns import parse
 from visattn.plans import plan

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from visattn.backends import Call, run_call
 from visattn.checks import check_call
+from visattn.dispatch import Call, run_call
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
 

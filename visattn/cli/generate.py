@@ -118,7 +118,7 @@ def _need_diffusers() -> None:
 
 def _check_pattern(settings: Settings) -> None:
     """Raise a ValueError for a pattern, a schedule or a backend that cannot be, before a model is loaded."""
-    from visattn.backends import load
+    from visattn.dispatch import load
     from visattn.schedule import Schedule
 
     Schedule.of(settings.pattern, settings.layers, settings.dense_layers, settings.dense_steps)
