@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from visattn.backends import Backend, Call, Problem, Support, overhead
+from visattn.dispatch import Backend, Call, Problem, Support, overhead
 from visattn.kernels.tiles_batches import Work, batch_size
 from visattn.kernels.tiles_boxes import box_groups
 from visattn.kernels.tiles_engine import TileAttention

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visattn import Layout, attention, explain
-from visattn.backends import Call, Problem
+from visattn.dispatch import Call, Problem
 from visattn.kernels import tiles_batches, tiles_kernels
 from visattn.kernels.reference import backend as reference
 from visattn.kernels.tiles import backend as engine
