@@ -33,9 +33,13 @@ def attend(
     return _attend(q, k, v, key_mask, rpb, pool_weight, *where, scale, backend, lse)
 
 
-@torch.compiler.assume_constant_result
 def _text(pattern: Pattern | str) -> str:
     return str(parse(pattern))
+
+
+# What `torch.compiler.assume_constant_result` does, without importing the compiler (a second) for those who do not
+# compile.
+_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("visattn::attend", mutates_args=())
