@@ -113,7 +113,7 @@ def case_of(name: str, dense: dict[int, dict[str, Any]], peers: list[str], top: 
     inputs = [torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     parsed = parse(pattern)
     launch = configurations(torch.bfloat16, DIM, inputs[0].device)
-    tiles = plan(pattern, layout) if parsed.routed else tiled(parsed, layout, *launch["forward"][:2])
+    tiles = plan(pattern, layout) if parsed.routed else tiled(parsed, layout, launch["forward"].rows, launch["forward"].tile)
     result: dict[str, Any] = {
         "pattern": pattern, "layout": str(layout), "config": {d: list(c) for d, c in launch.items()},
         "query_box": tiles.queries.shape, "key_box": tiles.keys.shape,

@@ -64,7 +64,7 @@ def head_arguments(q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
 
 def list_arguments(run: Program, work: Work, column_positions: bool, pairs: int) -> dict[str, Any]:
     """The lists of a program, and the positions if there is a bias."""
-    layout = work.layout
+    layout = run.column_tiling.layout
     arguments: dict[str, Any] = {
         "tokens": run.tokens,
         "bounds": run.bounds,
@@ -89,7 +89,7 @@ def list_arguments(run: Program, work: Work, column_positions: bool, pairs: int)
         "rpb_entries": 0,
     }
     if column_positions:
-        place = positions(work.pattern, layout, run.tokens.device)
+        place = positions(work.pattern, work.layout, run.tokens.device)
         arguments |= {
             "positions": place.tokens,
             "position_offsets": place.offsets(run.column_tiling),
@@ -101,7 +101,9 @@ def list_arguments(run: Program, work: Work, column_positions: bool, pairs: int)
 
 def constants(q: torch.Tensor, work: Work, unit: int) -> dict[str, Any]:
     """Compile-time arguments of every kernel with matrix products."""
-    precision = "tf32" if work.tf32 and q.dtype == torch.float32 else "ieee"
+    # Three products of tf32 halves give float32's accuracy on tensor cores; without them Triton keeps whole rows
+    # in registers.
+    precision = "ieee" if q.dtype != torch.float32 else "tf32" if work.tf32 else "tf32x3"
     return {
         "HEAD_DIM": q.shape[3],
         "BLOCK_DIM": block_dim(q.shape[3]),
@@ -112,10 +114,14 @@ def constants(q: torch.Tensor, work: Work, unit: int) -> dict[str, Any]:
 
 
 def list_constants(run: Program, *columns: torch.Tensor) -> dict[str, Any]:
-    """Which loops a kernel has, its tile sizes, and whether a box of these column tensors spans 2^31 elements."""
+    """Which loops a kernel has, its tile sizes, and how its two column tensors lie.
+
+    WIDE says that a box spans 2^31 elements, ALIKE that tokens are equally far apart in both.
+    """
     reach = max(run.columns, run.reach) * max(abs(t.stride(1)) for t in columns) + columns[0].shape[3]
     return {
         "WIDE": reach >= 2**31,
+        "ALIKE": columns[0].stride(1) == columns[1].stride(1),
         "ROWS": run.rows,
         "COLUMNS": run.columns,
         "TILES": run.tiles,

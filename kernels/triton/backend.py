@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from visattn.backends import Backend, Call, Problem, Support, overhead, unlisted
+from visattn.dispatch import Backend, Call, Problem, Support, overhead, unlisted
 from visattn.kernels.triton.boxes import PARTIAL, tiled
-from visattn.kernels.triton.config import DIRECTIONS, Config, config
+from visattn.kernels.triton.config import DIRECTIONS, Config, config, largest_head_dim, needed_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Share of cuDNN's dense rate that the kernel's visited pairs run at; assumed from published figures of Triton
@@ -42,6 +42,20 @@ def architecture(device: torch.device | None = None) -> int:
     return 0 if interpreted() else _architecture(device)
 
 
+@lru_cache(maxsize=1)
+def _device_support() -> Support:
+    """Whether the current GPU runs the shipped configurations."""
+    if torch.version.hip:
+        return Support(False, "its configurations are for NVIDIA GPUs: on AMD they only have been compiled")
+    number = architecture()
+    if number < OLDEST:
+        return Support(False, f"compute capability {number / 10} is below {OLDEST / 10}")
+    has, needs = torch.cuda.get_device_properties().shared_memory_per_block_optin, needed_memory(number)
+    if has < needs:
+        return Support(False, f"its kernels need {needs} bytes of shared memory per program and this GPU has {has}")
+    return Support(True)
+
+
 class Triton(Backend):
     """One kernel a direction walks the tile lists; tokens are read where they lie."""
 
@@ -57,19 +71,19 @@ class Triton(Backend):
 
     def supports(self, problem: Problem) -> Support:
         """Any list of key tiles in half or single precision on Ampere or later, head dims up to 256."""
-        if interpreted() != (problem.device == "cpu"):
-            return Support(False, f"q is on {problem.device}, and TRITON_INTERPRET=1 is for the CPU only")
-        if problem.device not in ("cpu", "cuda"):
-            return Support(False, f"q is on {problem.device}, not on a CUDA device")
+        if problem.device != ("cpu" if interpreted() else "cuda"):
+            where = "on the CPU only while TRITON_INTERPRET is set" if interpreted() else "on CUDA devices"
+            return Support(False, f"q is on {problem.device}, and it runs {where}")
         if problem.dtype not in DTYPES:
             return Support(False, f"{problem.dtype} is none of float16, bfloat16 and float32")
-        if problem.head_dim > 256 or problem.head_dim % 8:
-            return Support(False, f"head_dim {problem.head_dim} is not a multiple of 8 up to 256")
+        largest = largest_head_dim(problem.dtype)
+        if problem.head_dim > largest or problem.head_dim % 8:
+            return Support(
+                False, f"head_dim {problem.head_dim} is not a multiple of 8 up to {largest} ({problem.dtype})"
+            )
         if why := unlisted(problem):
             return Support(False, why)
-        if problem.device == "cuda" and architecture() < OLDEST:
-            return Support(False, f"compute capability {architecture() / 10} is below {OLDEST / 10}")
-        return Support(True)
+        return Support(True) if interpreted() else _device_support()
 
     def cost(self, problem: Problem) -> float:
         """Visited tiles, those with a mask a bit more, at a share of the dense rate; never the interpreter."""

@@ -1,7 +1,7 @@
 """Backward kernel for the relative position bias: one bias entry per program, over all queries."""
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
 

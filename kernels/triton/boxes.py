@@ -13,7 +13,7 @@ from visattn.layout import Layout
 from visattn.patterns import Pattern
 from visattn.patterns.geometry import Spans, product_pairs
 from visattn.plans import TilePlan, plan
-from visattn.tiling import Tiling
+from visattn.tiling import Tiling, box_shape
 
 # Time of a visit with mask over one without (NATTEN's published figures imply 1.5 to 2 on an H100).
 PARTIAL = 1.4
@@ -31,8 +31,17 @@ def tiled(pattern: Pattern, layout: Layout, query_slots: int, key_slots: int) ->
     grid = pattern.tiled_layout(layout).grid
     spans = getattr(pattern, "spans", None)
     if spans is None:
-        return plan(pattern, layout, (pattern.tile(grid, query_slots), pattern.tile(grid, key_slots)))
+        return plan(pattern, layout, (_own_box(pattern, grid, query_slots), _own_box(pattern, grid, key_slots)))
     return plan(pattern, layout, best_boxes(spans(grid), grid, query_slots, key_slots))
+
+
+def _own_box(pattern: Pattern, grid: Box, slots: int) -> Box:
+    """The pattern's choice where it has at most `slots` tokens, else a cube-like box."""
+    for volume in (slots, slots // 2):
+        box = pattern.tile(grid, volume)
+        if math.prod(box) <= slots:
+            return box
+    return box_shape(grid, slots)
 
 
 def best_boxes(spans: list[Spans], grid: Box, query_slots: int, key_slots: int) -> tuple[Box, Box]:

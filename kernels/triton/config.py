@@ -38,51 +38,51 @@ class Config(NamedTuple):
 
 
 # By family of architectures, then direction, then bytes per element and padded head dim. A head dim that is not
-# listed takes the next larger one.
+# listed takes the next larger one. None of these spills registers: `resources` checks it.
 _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
     # 163 KiB of shared memory: A100.
     "ampere": {
         "forward": {
-            2: {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 4, 2)},
-            4: {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(16, 32, 4, 2)},
+            2: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
+            4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 1)},
         },
         "key_grad": {
-            2: {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
-            4: {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+            2: {64: Config(64, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
         "query_grad": {
             2: {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
-            4: {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
     },
     # 99 KiB: A10, RTX 30, 40 and 50.
     "small": {
         "forward": {
-            2: {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 4, 2)},
-            4: {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(16, 32, 4, 1)},
+            2: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
+            4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 1)},
         },
         "key_grad": {
-            2: {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
-            4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 8, 1)},
+            2: {64: Config(64, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
+            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
         "query_grad": {
-            2: {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 8, 1)},
-            4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 8, 1)},
+            2: {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
+            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
     },
     # 227 KiB: H100, H200, B200.
     "large": {
         "forward": {
-            2: {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 4, 3)},
-            4: {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(16, 32, 4, 2)},
+            2: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 3)},
+            4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 1)},
         },
         "key_grad": {
             2: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
-            4: {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
         "query_grad": {
             2: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-            4: {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
     },
     # The interpreter: small tiles, so that small grids have many.
@@ -94,12 +94,22 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
 }  # fmt: skip
 
 
+def needed_memory(architecture: int) -> int:
+    """Bytes of shared memory that the configurations of an architecture may take; unknown ones get the least."""
+    return SHARED_MEMORY.get(architecture, min(SHARED_MEMORY.values()))
+
+
 def family(architecture: int) -> str:
     """The table's family of a compute capability (90 for 9.0; 0 is the interpreter)."""
     if architecture == 0:
         return "interpreter"
-    limit = SHARED_MEMORY.get(architecture, 99 * 1024)
+    limit = needed_memory(architecture)
     return "large" if limit >= 227 * 1024 else "ampere" if limit >= 163 * 1024 else "small"
+
+
+def largest_head_dim(dtype: torch.dtype) -> int:
+    """The largest head dim that the table has for a dtype."""
+    return 128 if dtype == torch.float32 else 256
 
 
 def block_dim(head_dim: int) -> int:

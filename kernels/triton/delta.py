@@ -1,7 +1,7 @@
 """Backward pre-pass: what the softmax gradient subtracts from each row."""
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def deltas(
     grad_batch, grad_token, grad_head, grad_lse_batch, grad_lse_token, grad_lse_head, length, heads,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * grad_out) - grad_lse, float32 [B, H, S] (FlashAttention-2, algorithm 2, line 4)."""
+    """Delta = rowsum(out * grad_out) - grad_lse, float32 [B, H, S] (FlashAttention-2, algorithm 2, line 4)."""
     sample, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_DIM)

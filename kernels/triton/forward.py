@@ -59,7 +59,8 @@ def attend(
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     centre, rpb_entries,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
+    FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
     KEY_MASK: tl.constexpr, RPB: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile; see `program.Program` for the lists and `launch` for the arguments.
@@ -76,10 +77,9 @@ def attend(
     q += (sample * q_batch + head * q_head) * UNIT
     k += (sample * k_batch + kv_head * k_head) * UNIT
     v += (sample * v_batch + kv_head * v_head) * UNIT
-    query = tl.load(
-        q + token.to(tl.int64)[:, None] * (q_token * UNIT) + d[None, :],
-        mask=is_token[:, None] & has_d[None, :], other=0.0,
-    )  # fmt: skip
+    q_rows = q + token.to(tl.int64)[:, None] * (q_token * UNIT) + d[None, :]
+    row_mask = is_token[:, None] & has_d[None, :]
+    query = tl.load(q_rows, mask=row_mask, other=0.0)
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -92,7 +92,8 @@ def attend(
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
     reach = offset.to(tl.int64) if WIDE else offset
     k_box = reach[:, None] * (k_token * UNIT) + d[None, :]
-    v_box = reach[:, None] * (v_token * UNIT) + d[None, :]
+    # One set of offsets less to keep in registers where keys and values lie alike, as they nearly always do.
+    v_box = k_box if ALIKE else reach[:, None] * (v_token * UNIT) + d[None, :]
     if RPB:
         rpb += head * rpb_entries
         row_position = tl.load(positions + token, mask=is_token, other=0)
@@ -115,7 +116,9 @@ def attend(
             base = bases_at(bases, i, column_slots, COLUMNS, TILES)
             # A short tile's empty slots may lie behind the last token.
             inside = base + offset < key_length
-            key = tl.load(rows_at(k, base, k_token * UNIT, k_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0)
+            key = tl.load(
+                rows_at(k, base, k_token * UNIT, k_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0
+            )
             scores = _scores(query, key, scale, PRECISION)
             if RPB:
                 position = tl.load(positions + base) + box_position
@@ -124,12 +127,14 @@ def attend(
             if KEY_MASK:
                 visible &= tl.load(key_mask + base + offset, mask=inside, other=0)[None, :] != 0
             scores = tl.where(visible, scores, float("-inf"))
-            value = tl.load(rows_at(v, base, v_token * UNIT, v_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0)
+            value = tl.load(
+                rows_at(v, base, v_token * UNIT, v_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0
+            )
             acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, True)
     if DENSE:
         reach = column_slots.to(tl.int64) if WIDE else column_slots
         k_run = reach[:, None] * (k_token * UNIT) + d[None, :]
-        v_run = reach[:, None] * (v_token * UNIT) + d[None, :]
+        v_run = k_run if ALIKE else reach[:, None] * (v_token * UNIT) + d[None, :]
         for i in range(0, dense):
             first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
             inside = first + column_slots < end

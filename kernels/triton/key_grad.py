@@ -63,7 +63,8 @@ def key_gradients(
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     centre, rpb_entries,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
+    FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
     KEY_MASK: tl.constexpr, RPB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV of one key tile and KV head, summed over the query heads that share it.
@@ -81,8 +82,10 @@ def key_gradients(
     k += (sample * k_batch + kv_head * k_head) * UNIT
     v += (sample * v_batch + kv_head * v_head) * UNIT
     wide = token.to(tl.int64)
-    key = tl.load(k + wide[:, None] * (k_token * UNIT) + d[None, :], mask=row_mask, other=0.0)
-    value = tl.load(v + wide[:, None] * (v_token * UNIT) + d[None, :], mask=row_mask, other=0.0)
+    k_rows = k + wide[:, None] * (k_token * UNIT) + d[None, :]
+    v_rows = v + wide[:, None] * (v_token * UNIT) + d[None, :]
+    key = tl.load(k_rows, mask=row_mask, other=0.0)
+    value = tl.load(v_rows, mask=row_mask, other=0.0)
 
     acc_k = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     acc_v = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
@@ -93,7 +96,8 @@ def key_gradients(
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
     reach = offset.to(tl.int64) if WIDE else offset
     q_box = reach[:, None] * (q_token * UNIT) + d[None, :]
-    grad_box = reach[:, None] * (grad_token * UNIT) + d[None, :]
+    # One set of offsets less to keep in registers where both lie alike.
+    grad_box = q_box if ALIKE else reach[:, None] * (grad_token * UNIT) + d[None, :]
     if RPB:
         row_position = tl.load(positions + token, mask=is_token, other=0)
         box_position = tl.load(position_offsets + column_slots % (COLUMNS // TILES))
@@ -114,7 +118,9 @@ def key_gradients(
                     position = tl.load(positions + base) + box_position
                     scores += bias_of(rpb_of, row_position[:, None], position[None, :], centre, rpb_entries) * LOG2E
                 weights = _weights(scores, tl.load(lse_of + base + offset))
-                grad = tl.load(rows_at(grad_of, base, grad_token * UNIT, grad_box, TILES), mask=has_d[None, :], other=0.0)
+                grad = tl.load(
+                    rows_at(grad_of, base, grad_token * UNIT, grad_box, TILES), mask=has_d[None, :], other=0.0
+                )
                 delta_now = tl.load(delta_of + base + offset)
                 acc_k, acc_v = _accumulate(acc_k, acc_v, query, grad, value, weights, delta_now, PRECISION)
         if PARTIAL:
@@ -136,7 +142,7 @@ def key_gradients(
         if DENSE:
             reach = column_slots.to(tl.int64) if WIDE else column_slots
             q_run = reach[:, None] * (q_token * UNIT) + d[None, :]
-            grad_run = reach[:, None] * (grad_token * UNIT) + d[None, :]
+            grad_run = q_run if ALIKE else reach[:, None] * (grad_token * UNIT) + d[None, :]
             for i in range(0, dense):
                 first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
                 inside = first + column_slots < end

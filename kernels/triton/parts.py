@@ -5,7 +5,7 @@ tiles in the forward and dQ kernels, key tiles by query tiles in the dK/dV kerne
 """
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
 

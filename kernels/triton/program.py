@@ -92,6 +92,9 @@ def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device) 
         rows, columns, lists, masks = plan.keys, plan.queries, plan.transposed, plan.masks.transpose(0, 2, 1)
     else:
         rows, columns, lists, masks = plan.queries, plan.keys, plan.lists, plan.masks
+    if _slots(columns.capacity) < WORD:
+        # The mask words of several column tiles lie one behind the other, so such tiles go alone.
+        per_step = 1
     row, column, mask_id, distinct = _entries(rows, columns, lists, masks)
     if per_step > 1:
         row, column, mask_id, distinct = _whole_steps(row, column, mask_id, distinct, per_step)

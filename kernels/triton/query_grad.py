@@ -49,7 +49,8 @@ def query_gradients(
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     centre, rpb_entries,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
+    FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
     KEY_MASK: tl.constexpr, RPB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute dQ of one query tile; arguments as in `forward.attend`, score_scale gives logits in base 2."""
@@ -66,8 +67,10 @@ def query_gradients(
     v += (sample * v_batch + kv_head * v_head) * UNIT
     grad_out += (sample * grad_batch + head * grad_head) * UNIT
     wide = token.to(tl.int64)
-    query = tl.load(q + wide[:, None] * (q_token * UNIT) + d[None, :], mask=row_mask, other=0.0)
-    grad = tl.load(grad_out + wide[:, None] * (grad_token * UNIT) + d[None, :], mask=row_mask, other=0.0)
+    q_rows = q + wide[:, None] * (q_token * UNIT) + d[None, :]
+    grad_rows = grad_out + wide[:, None] * (grad_token * UNIT) + d[None, :]
+    query = tl.load(q_rows, mask=row_mask, other=0.0)
+    grad = tl.load(grad_rows, mask=row_mask, other=0.0)
     row_of = (sample * heads + head) * length + token
     row_lse = tl.load(lse + row_of, mask=is_token, other=0.0)
     # A row that saw no key has weight 0 everywhere.
@@ -83,7 +86,8 @@ def query_gradients(
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
     reach = offset.to(tl.int64) if WIDE else offset
     k_box = reach[:, None] * (k_token * UNIT) + d[None, :]
-    v_box = reach[:, None] * (v_token * UNIT) + d[None, :]
+    # One set of offsets less to keep in registers where keys and values lie alike, as they nearly always do.
+    v_box = k_box if ALIKE else reach[:, None] * (v_token * UNIT) + d[None, :]
     if RPB:
         rpb += head * rpb_entries
         row_position = tl.load(positions + token, mask=is_token, other=0)
@@ -106,7 +110,9 @@ def query_gradients(
         for i in range(split, stop, TILES):
             base = bases_at(bases, i, column_slots, COLUMNS, TILES)
             inside = base + offset < key_length
-            key = tl.load(rows_at(k, base, k_token * UNIT, k_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0)
+            key = tl.load(
+                rows_at(k, base, k_token * UNIT, k_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0
+            )
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * score_scale
             if RPB:
                 position = tl.load(positions + base) + box_position
@@ -115,12 +121,14 @@ def query_gradients(
             if KEY_MASK:
                 visible &= tl.load(key_mask + base + offset, mask=inside, other=0)[None, :] != 0
             weights = tl.where(visible, tl.exp2(scores - row_lse[:, None]), 0.0)
-            value = tl.load(rows_at(v, base, v_token * UNIT, v_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0)
+            value = tl.load(
+                rows_at(v, base, v_token * UNIT, v_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0
+            )
             acc = _accumulate(acc, grad, key, value, weights, row_delta, PRECISION)
     if DENSE:
         reach = column_slots.to(tl.int64) if WIDE else column_slots
         k_run = reach[:, None] * (k_token * UNIT) + d[None, :]
-        v_run = reach[:, None] * (v_token * UNIT) + d[None, :]
+        v_run = k_run if ALIKE else reach[:, None] * (v_token * UNIT) + d[None, :]
         for i in range(0, dense):
             first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
             inside = first + column_slots < end

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from visattn.kernels.triton.config import DIRECTIONS, SHARED_MEMORY, Config, config
+from visattn.kernels.triton.config import DIRECTIONS, SHARED_MEMORY, Config, config, largest_head_dim
 from visattn.layout import Layout
 from visattn.patterns import parse
 
@@ -152,6 +152,8 @@ def rows(
 ) -> Iterator[tuple[int, str, int, str, Config, Resources]]:
     """Compile and yield the table."""
     for arch, dtype, head_dim, direction in product(architectures, dtypes, head_dims, DIRECTIONS):
+        if head_dim > largest_head_dim(DTYPES[dtype]):
+            continue
         launch = config(arch, DTYPES[dtype], head_dim, direction)
         yield arch, dtype, head_dim, direction, launch, compiled(arch, direction, DTYPES[dtype], head_dim, launch, bias)
 
@@ -178,6 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
         _print(f"sm_{arch}", dtype, head_dim, direction, launch, used, str(limit), used.fits(limit))
     if chosen.hip:
         for dtype, head_dim, direction in product(chosen.dtype, chosen.head_dim, DIRECTIONS):
+            if head_dim > largest_head_dim(DTYPES[dtype]):
+                continue
             launch = config(86, DTYPES[dtype], head_dim, direction)._replace(stages=2)
             used = compiled(chosen.hip, direction, DTYPES[dtype], head_dim, launch, chosen.bias)
             _print(chosen.hip, dtype, head_dim, direction, launch, used, "65536", used.fits(65536))

@@ -1,0 +1,75 @@
+"""The Triton kernels compiled ahead of time: no GPU is needed for that."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from visattn.kernels.triton import resources
+from visattn.kernels.triton.config import BLOCK_DIMS, DIRECTIONS, SHARED_MEMORY, Config, block_dim, config, family
+
+
+@pytest.mark.parametrize(("arch", "direction"), [(80, "query_grad"), (90, "forward"), (100, "key_grad")])
+def test_compiles_without_spills(arch, direction):
+    launch = config(arch, torch.bfloat16, 64, direction)
+    used = resources.compiled(arch, direction, torch.bfloat16, 64, launch)
+    assert used.fits(SHARED_MEMORY[arch]), used
+    assert used.registers > 0 and used.shared > 0
+
+
+def test_amd_compiles():
+    used = resources.compiled("gfx942", "forward", torch.float16, 64, Config(64, 32, 4, 2))
+    assert not used.error and used.registers > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_every_shipped_configuration_fits(arch, capsys):
+    dims = ["--head-dim", "64", "128", "256"]
+    status = resources.main(["--arch", str(arch), "--dtype", "bfloat16", "float32", *dims])
+    assert status == 0, capsys.readouterr().out
+
+
+def test_says_why_a_kernel_does_not_compile():
+    used = resources.compiled(90, "forward", torch.bfloat16, 64, Config(64, 64, 3, 2))
+    assert used.error and not used.fits(10**6)
+
+
+def fake(monkeypatch, **used):
+    monkeypatch.setattr(resources, "compiled", lambda *_: resources.Resources(**used))
+
+
+@pytest.mark.parametrize(
+    ("used", "status"),
+    [
+        ({"registers": 255, "shared": 1000}, 0),
+        ({"registers": 255, "shared": 1000, "spills": 8}, 1),
+        ({"registers": 255, "shared": 10**6}, 1),
+        ({"error": "CompilationError"}, 1),
+    ],
+)
+def test_exit_status(monkeypatch, capsys, used, status):
+    fake(monkeypatch, **used)
+    assert resources.main(["--arch", "90", "--dtype", "bfloat16", "--head-dim", "64", "--hip"]) == status
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 1 + len(DIRECTIONS) + len(DIRECTIONS) + 1
+    assert rows[1].startswith("sm_90")
+
+
+def test_needs_the_compiler(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resources.main([]) == 2
+    assert "unset it" in capsys.readouterr().err
+
+
+def test_every_architecture_dtype_and_head_dim_has_a_configuration():
+    for arch in (0, 75, 87, *SHARED_MEMORY, 121):
+        for dtype, largest in ((torch.float16, 256), (torch.bfloat16, 256), (torch.float32, 128)):
+            for dim in range(8, largest + 1, 8):
+                for direction in DIRECTIONS:
+                    launch = config(arch, dtype, dim, direction)
+                    assert launch.columns % launch.per_step == 0
+                    assert launch.per_step == 1 or launch.tile % 32 == 0
+    assert family(90) == "large" and family(87) == "small"
+    assert [block_dim(d) for d in (8, 16, 40, 72, 256)] == [16, 16, 64, 128, 256]
+    assert max(BLOCK_DIMS) == 256
