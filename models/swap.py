@@ -1,0 +1,258 @@
+"""Swaps the attention of timm models; the adapter of `visattn.apply`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from visattn.dispatch import choose
+from visattn.handle import Request
+from visattn.models.swap_runtime import Runtime, Swapped
+from visattn.models.swap_tokens import BeitAttention, RotaryAttention, TokenAttention
+from visattn.models.swap_windows import SwinBlock, SwinV2Block
+from visattn.patterns import Dense, Neighborhood, Pattern
+from visattn.report import CallReport, Row, SiteReport, density
+from visattn.schedule import SiteName, check_dims
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a class of timm is swapped.
+
+    Attributes:
+        mixin: What is mixed into the class.
+        bias: Whether it has a relative position bias, which only neighborhoods carry.
+        tokens: Whether it sees a sequence (and the model has to say where its tokens sit), or maps.
+        models: Which models have it, for people.
+    """
+
+    mixin: type
+    bias: bool
+    tokens: bool
+    models: str
+
+
+RECORDS = {
+    "timm.layers.attention.Attention": Record(TokenAttention, False, True, "ViT, DeiT, DeiT III, DINOv2, SigLIP, CLIP"),
+    "timm.layers.attention.AttentionRope": Record(RotaryAttention, False, True, "rope ViTs, DINOv3, PE"),
+    "timm.models.vision_transformer.Attention": Record(TokenAttention, False, True, "ViTs of older releases of timm"),
+    "timm.models.eva.EvaAttention": Record(RotaryAttention, False, True, "EVA, EVA-02, DINOv3, rope ViTs"),
+    "timm.models.beit.Attention": Record(BeitAttention, True, True, "BEiT, BEiT v2"),
+    "timm.models.swin_transformer.SwinTransformerBlock": Record(SwinBlock, True, False, "Swin, S3"),
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": Record(SwinV2Block, True, False, "Swin v2"),
+}
+
+
+def record_of(module: nn.Module) -> Record | None:
+    """The record of a module's class, None if it is no attention that visattn knows."""
+    kind = type(module)
+    return RECORDS.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+@lru_cache(maxsize=64)
+def swapped_class(kind: type, mixin: type) -> type:
+    """The class of a swapped module."""
+    return type(f"Swapped{kind.__name__}", (mixin, kind), {"__module__": __name__})
+
+
+def install(target: Any, request: Request) -> list[SwappedModel]:
+    """Swap the attention of a timm model.
+
+    Raises:
+        ValueError: If the model has no attention that visattn knows, the pattern does not fit it, or it is swapped
+            already.
+    """
+    model = getattr(target, "_orig_mod", target)
+    if request.schedule.dense_steps:
+        raise ValueError("dense_steps counts denoising steps, and a timm model has none: use dense_layers or layers")
+    return [SwappedModel(model, request)]
+
+
+class SwappedModel:
+    """One swapped model: its modules, what they were before, and the hooks that follow the image size."""
+
+    def __init__(self, model: nn.Module, request: Request) -> None:
+        self._name, self._request = type(model).__name__, request
+        found = _sites(model, self._name)
+        patterns = request.schedule.assign([name for name, _ in found], self._name)
+        chosen = [(n, m, p) for (n, m), p in zip(found, patterns, strict=True) if p is not None]
+        for _, module, pattern in chosen:
+            _check(module, pattern, self._name)
+        host = next((m for m in model.modules() if hasattr(m, "patch_embed") or hasattr(m, "embeds")), model)
+        prefix = int(getattr(host, "num_prefix_tokens", 0))
+        self.runtime = Runtime(self._name, request.backend, request.layout, prefix)
+        self._sites: list[tuple[SiteName, nn.Module, Pattern, type]] = []
+        for name, module, pattern in chosen:
+            record = record_of(module)
+            assert record is not None
+            self._sites.append((name, module, pattern, type(module)))
+            module.visattn_site = Swapped(self.runtime, name.path, pattern)  # type: ignore[assignment]
+            module.__class__ = swapped_class(type(module), record.mixin)
+        self._hooks: list[Any] = []
+        if any(record_of_class(kind).tokens for *_, kind in self._sites):
+            embed = getattr(host, "embeds", None) or getattr(host, "patch_embed", None)
+            if embed is None and request.layout is None:
+                self.remove()
+                raise ValueError(f"{self._name} has no patch_embed that tells its grid: pass layout=Layout(...)")
+            if embed is not None:
+                self._hooks.append(embed.register_forward_hook(Follow(self.runtime), with_kwargs=True))
+            self._hooks.append(host.register_forward_pre_hook(refuse_dropped_patches))
+        if request.strict:
+            self._hooks.append(model.register_forward_pre_hook(Missed(self.runtime, [s[0].path for s in self._sites])))
+            self._hooks.append(
+                model.register_forward_hook(Missed(self.runtime, [s[0].path for s in self._sites], True))
+            )
+
+    def remove(self) -> None:
+        """See `visattn.handle.Patch`. A class that someone else has set since stays."""
+        for _, module, _, kind in self._sites:
+            if type(module) is swapped_class(kind, record_of_class(kind).mixin):
+                module.__class__ = kind
+            module.__dict__.pop("visattn_site", None)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def set_step(self, step: int | None, total: int | None) -> None:
+        """See `visattn.handle.Patch`; a timm model has no steps and `dense_steps` is refused."""
+
+    def report(self) -> Sequence[SiteReport]:
+        """See `visattn.handle.Patch`. Calls inside compiled code are not counted."""
+        rows = self.runtime.tally.rows()
+        return [self._report(name.path, pattern, kind, rows) for name, _, pattern, kind in self._sites]
+
+    def _report(self, path: str, pattern: Pattern, kind: type, rows: dict[str, Row]) -> SiteReport:
+        row = rows.get(path, Row())
+        found = SiteReport.of(self._name, path, pattern, self._request.backend, row)
+        if record_of_class(kind).tokens:
+            return found
+        # A block of Swin never runs its own windows for a pattern, even where that covers the grid.
+        calls = []
+        for problem, hits in row.hits.most_common():
+            name = choose(problem, self._request.backend).name
+            calls.append(CallReport(problem, hits, name, "with the position bias", density(problem)))
+        return SiteReport(
+            found.model, path, pattern, tuple(calls), found.dense, found.fallbacks, found.sparse_seconds, 0.0
+        )
+
+
+def record_of_class(kind: type) -> Record:
+    """The record of a class that has one."""
+    return RECORDS[f"{kind.__module__}.{kind.__qualname__}"]
+
+
+class Follow:
+    """After the patch embedding: tells the runtime the grid of this image."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """A forward hook."""
+        self.runtime.place(_grid(module, args, kwargs, out))
+
+
+def _grid(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> tuple[int, int] | str:
+    """Rows and columns of patches, from what a patch embedding got and gave."""
+    if isinstance(out, tuple):  # NaFlexViT: tokens and the grid, or coordinates for batches of several grids
+        if len(out) > 1 and out[1] is not None:
+            return _pair(out[1])
+        return _flexible(args, kwargs)
+    if out.ndim == 4:
+        rows, columns = (out.shape[1], out.shape[2]) if _is_nhwc(module) else (out.shape[2], out.shape[3])
+        return int(rows), int(columns)
+    if math.prod(module.grid_size) == out.shape[1]:
+        return _pair(module.grid_size)
+    return _pair(module.dynamic_feat_size(tuple(args[0].shape[-2:])))
+
+
+def _is_nhwc(module: Any) -> bool:
+    return "NHWC" in str(getattr(module, "output_fmt", "NHWC")).upper()
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return int(size[0]), int(size[1])
+
+
+def _flexible(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | str:
+    """The grid of a batch of patches if all samples have the same one, row by row and without padding."""
+    coordinates = kwargs.get("patch_coord", args[1] if len(args) > 1 else None)
+    valid = kwargs.get("patch_valid", args[2] if len(args) > 2 else None)
+    if coordinates is None:
+        return "the batch has neither a grid nor patch coordinates"
+    rows, columns = (int(n) + 1 for n in coordinates.flatten(0, 1).amax(0))
+    index = torch.arange(rows * columns, device=coordinates.device)
+    wanted = torch.stack([index // columns, index % columns], dim=-1)
+    if coordinates.shape[1] != rows * columns or not bool((coordinates == wanted).all()):
+        return "the samples of the batch have several grids"
+    if valid is not None and not bool(valid.all()):
+        return "the samples of the batch have several grids"
+    return rows, columns
+
+
+def refuse_dropped_patches(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before a forward in training: dropped patches leave no grid."""
+    drop = getattr(module, "patch_drop", None)
+    if module.training and getattr(drop, "prob", 0.0) > 0:
+        raise ValueError(
+            f"patch_drop_rate={drop.prob} drops patches in training, and the rest is no grid that a pattern could be "
+            "applied to: create the model with patch_drop_rate=0, or remove() the handle for training"
+        )
+
+
+class Missed:
+    """With `strict`: a forward must reach every swapped module."""
+
+    def __init__(self, runtime: Runtime, paths: Iterable[str], after: bool = False) -> None:
+        self.runtime, self.paths, self.after = runtime, tuple(paths), after
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
+        """A forward hook, or a forward pre-hook that notes the counts before."""
+        if torch.compiler.is_compiling():
+            return
+        rows = self.runtime.tally.rows()
+        counts = {p: rows[p].dense + rows[p].hits.total() + rows[p].fallbacks.total() for p in self.paths if p in rows}
+        if not self.after:
+            self.runtime.before = counts  # type: ignore[attr-defined]
+            return
+        before = getattr(self.runtime, "before", {})
+        missed = [p for p in self.paths if counts.get(p, 0) == before.get(p, 0)]
+        if missed:
+            raise ValueError(f"strict: the forward of {self.runtime.name} missed {', '.join(missed[:4])}")
+
+
+def _sites(model: nn.Module, name: str) -> list[tuple[SiteName, nn.Module]]:
+    """The modules that can be swapped, in the order of the layers."""
+    found = []
+    for path, module in model.named_modules():
+        if hasattr(module, "visattn_site"):
+            raise ValueError(f"{name} is swapped already: call remove() on its handle before apply()")
+        record = record_of(module)
+        if record is not None:
+            layer = path.rpartition(".")[0] if record.tokens else path
+            found.append((SiteName(path, layer), module))
+    if not found:
+        known = ", ".join(sorted({kind.rpartition(".")[2] for kind in RECORDS}))
+        raise ValueError(f"{name} has no attention module that visattn can swap (it knows {known} of timm)")
+    return found
+
+
+def _check(module: nn.Module, pattern: Pattern, name: str) -> None:
+    record = record_of(module)
+    assert record is not None
+    check_dims(pattern, 2, name)
+    if record.bias and not isinstance(pattern, Neighborhood | Dense) and _has_bias(module):
+        raise ValueError(
+            f"{pattern} cannot carry the relative position bias of {name}: use na(window=...), which can, or 'dense'"
+        )
+
+
+def _has_bias(module: Any) -> bool:
+    holder = getattr(module, "attn", module)
+    return getattr(holder, "relative_position_bias_table", None) is not None or hasattr(holder, "cpb_mlp")

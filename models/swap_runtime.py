@@ -1,0 +1,148 @@
+"""What the swapped attention modules of one timm model share: where the tokens sit now, and what was counted."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from visattn.attend import attention
+from visattn.dispatch import Call, Problem
+from visattn.layout import Layout
+from visattn.patterns import Dense, Pattern
+from visattn.report import Tally
+
+# The key of the grid in traced code, which knows no threads.
+TRACED = 0
+
+
+class Runtime:
+    """The state of one swapped model.
+
+    Attributes:
+        name: What errors call the model.
+        backend: "auto" or the name of a backend.
+        fixed: The layout that the user gave, or None.
+        tally: What happened at each module.
+        prefix: Dense tokens before the grid.
+    """
+
+    def __init__(self, name: str, backend: str, fixed: Layout | None, prefix: int) -> None:
+        self.name, self.backend, self.fixed, self.prefix = name, backend, fixed, prefix
+        self.tally = Tally()
+        self._places: dict[int, Layout | str] = {}
+        self._last: Layout | str = "the model has not embedded an image yet"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        """A runtime of its own for a copied model; locks and counts are not copied."""
+        copied = Runtime(self.name, self.backend, self.fixed, self.prefix)
+        memo[id(self)] = copied
+        return copied
+
+    def place(self, grid: tuple[int, int] | str) -> None:
+        """Say where the tokens of this thread's forward sit, or why that is unknown."""
+        found = grid if isinstance(grid, str) else Layout(grid, prefix=self.prefix)
+        self._places[_thread()] = self._last = found
+
+    def layout(self) -> Layout | str:
+        """Where the tokens sit, or why that is unknown.
+
+        Checkpointed blocks run again in a thread of the backward pass: they get the last place there was.
+        """
+        return self.fixed if self.fixed is not None else self._places.get(_thread(), self._last)
+
+
+def _thread() -> int:
+    return TRACED if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class Swapped:
+    """What a swapped module knows.
+
+    Attributes:
+        runtime: Of its model.
+        path: Of the module in its model.
+        pattern: What it was given.
+    """
+
+    def __init__(self, runtime: Runtime, path: str, pattern: Pattern) -> None:
+        self.runtime, self.path, self.pattern = runtime, path, pattern
+
+    def stays_stock(self, refusal: str | None, tokens: int) -> Layout | None:
+        """The layout if the pattern is to run, None if the module's own attention is; counts the latter.
+
+        Args:
+            refusal: Why this call cannot run a pattern, or None.
+            tokens: Length of the sequence.
+
+        Raises:
+            ValueError: If the sequence is not what the model embedded.
+        """
+        counted = not torch.compiler.is_compiling()
+        if isinstance(self.pattern, Dense):
+            if counted:
+                self.runtime.tally.dense(self.path)
+            return None
+        layout = self.runtime.layout()
+        if isinstance(layout, str):
+            refusal = refusal or layout
+        if refusal is not None or isinstance(layout, str):
+            if counted:
+                self.runtime.tally.fallback(self.path, refusal or "")
+            return None
+        layout.check_length(tokens)
+        return layout
+
+    def covered(self, layout: Layout) -> bool:
+        """Whether the module's own dense attention is the pattern, and nobody asked for a backend."""
+        return self.runtime.backend == "auto" and self.pattern.covers(layout.grid)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: Layout,
+        scale: float,
+        key_mask: torch.Tensor | None = None,
+        rpb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The pattern on q, k, v [B, heads, S, head_dim]; the result has the same shape."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        arguments: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "backend": self.runtime.backend}
+        if torch.compiler.is_compiling():
+            return attention(q, k, v, self.pattern, layout, **arguments).transpose(1, 2)
+        tally = self.runtime.tally
+        with tally.timed(self.path, "sparse", q.device):
+            out = attention(q, k, v, self.pattern, layout, **arguments)
+        tally.hit(self.path, Problem.of(q, k, v, Call(self.pattern, layout, scale, key_mask, rpb)))
+        return out.transpose(1, 2)
+
+    def attend_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float, rpb: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `attend` with a position bias, and the log-sum-exp [B, heads, S]."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        arguments: dict[str, Any] = {"scale": scale, "rpb": rpb, "backend": self.runtime.backend, "return_lse": True}
+        if torch.compiler.is_compiling():
+            out, lse = attention(q, k, v, self.pattern, layout, **arguments)
+        else:
+            tally = self.runtime.tally
+            with tally.timed(self.path, "sparse", q.device):
+                out, lse = attention(q, k, v, self.pattern, layout, **arguments)
+            tally.hit(self.path, Problem.of(q, k, v, Call(self.pattern, layout, scale, None, rpb, True)))
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+    def count_stock(self, q_shape: tuple[int, int, int, int], like: torch.Tensor, layout: Layout) -> None:
+        """Count a call that the module's own attention ran because it is the pattern.
+
+        Args:
+            q_shape: Batch, heads, tokens and head_dim.
+            like: Tensor with the dtype and device of the call.
+            layout: Where the tokens sit.
+        """
+        if not torch.compiler.is_compiling():
+            batch, heads, _, head_dim = q_shape
+            problem = Problem(self.pattern, layout, batch, heads, heads, head_dim, like.dtype, like.device.type)
+            self.runtime.tally.hit(self.path, problem)

@@ -1,0 +1,266 @@
+"""`visattn.apply` on timm models."""
+
+import copy
+
+import pytest
+
+pytest.importorskip("timm")
+
+import timm
+import torch
+from torch.nn import functional
+
+import visattn
+from tests.golden.fill import fill_value
+from visattn import Layout
+from visattn.models.swap_tokens import offsets_of
+from visattn.patterns import Neighborhood
+
+# Two blocks each, on a grid of 6 x 6 patches or near it.
+TOKENS = {
+    "vit_tiny_patch16_224": {"img_size": 96},
+    "deit_tiny_distilled_patch16_224": {"img_size": 96},
+    "deit3_small_patch16_224": {"img_size": 96},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 98},
+    "vit_base_patch32_clip_224": {"img_size": 192},
+    "vit_base_patch16_siglip_224": {"img_size": 96},
+    "eva02_tiny_patch14_224": {"img_size": 98},
+    "eva_large_patch14_196": {"img_size": 98},
+    "vit_small_patch16_dinov3": {"img_size": 96},
+    "vit_small_patch16_rope_224": {"img_size": 96},
+    "vit_pe_core_tiny_patch16_384": {"img_size": 96},
+    "beit_base_patch16_224": {"img_size": 96},
+    "beitv2_base_patch16_224": {"img_size": 96},
+    "naflexvit_base_patch16_gap": {},
+}
+SWINS = {
+    "swin_tiny_patch4_window7_224": {"img_size": 112, "embed_dim": 32, "num_heads": (1, 2, 4, 8)},
+    "swinv2_tiny_window8_256": {"img_size": 128, "embed_dim": 32, "num_heads": (1, 2, 4, 8)},
+}
+
+
+def make(name, **kwargs):
+    """A shallow model with weights at which attention matters."""
+    model = timm.create_model(name, num_classes=10, **{"depth": 2, **TOKENS.get(name, {}), **kwargs}).eval()
+    return randomise(model)
+
+
+def make_swin(name, depths=(1, 1, 1, 1)):
+    return randomise(timm.create_model(name, num_classes=10, depths=depths, **SWINS[name]).eval())
+
+
+def randomise(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("logit_scale"):
+                parameter.copy_(fill_value(name, parameter.shape))
+    return model
+
+
+def image(name, batch=2):
+    side = TOKENS[name].get("img_size", 96)
+    return torch.randn(batch, 3, side, side)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+@torch.no_grad()
+def test_full_window_equals_stock_and_undo_is_exact(name):
+    model, x = make(name), image(name)
+    stock, keys, kinds = model(x), list(model.state_dict()), [type(m) for m in model.modules()]
+    with visattn.apply(model, "na(window=99)") as handle:
+        assert torch.equal(model(x), stock)
+        assert handle.report().sites[0].calls[0].backend == "stock"
+        assert list(model.state_dict()) == keys
+    with visattn.apply(model, "na(window=99)", backend="reference") as handle:
+        assert (model(x) - stock).abs().max() <= 1e-4 * stock.std()
+        assert handle.report().sites_hit == 2
+    assert [type(m) for m in model.modules()] == kinds
+    assert torch.equal(model(x), stock)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", TOKENS)
+@torch.no_grad()
+def test_window_equals_stock_under_its_mask(name, monkeypatch):
+    model, x = make(name), image(name)
+    with visattn.apply(model, "na(window=3)") as handle:
+        found = model(x)
+        layout = handle.report().sites[0].calls[0].problem.layout
+        if "beit" in name:  # its class token is apart
+            layout = Layout(layout.grid, prefix=1)
+    mask = visattn.dense_mask(Neighborhood(3), layout)
+    attend = functional.scaled_dot_product_attention
+
+    def masked(q, k, v, attn_mask=None, **kwargs):
+        if q.shape[2] == k.shape[2] == len(mask):
+            hidden = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+            attn_mask = hidden if attn_mask is None else attn_mask + hidden
+        return attend(q, k, v, attn_mask=attn_mask, **kwargs)
+
+    stock = model(x)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", masked)
+    wanted = model(x)
+    assert (wanted - stock).abs().max() > 1e-3 * stock.std()
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.std()
+
+
+@pytest.mark.parametrize("name", SWINS)
+@torch.no_grad()
+def test_swin_as_blocked_neighborhood_equals_stock(name):
+    model = make_swin(name)
+    window = model.layers[0].blocks[0].window_size[0]
+    x = torch.randn(2, 3, *[SWINS[name]["img_size"]] * 2)
+    stock = model(x)
+    with visattn.apply(model, f"na(window={window}, stride={window})", layers=slice(0, 2)) as handle:
+        assert (model(x) - stock).abs().max() <= 1e-4 * stock.std()
+        assert handle.report().sites_hit == 2
+    with visattn.apply(model, "na(window=3)"):
+        assert (model(x) - stock).abs().max() > 1e-3 * stock.std()
+    assert torch.equal(model(x), stock)
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_swin_trains_swapped(name):
+    model = make_swin(name).train()
+    visattn.apply(model, "na(window=5)")
+    model(torch.randn(1, 3, *[SWINS[name]["img_size"]] * 2)).sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_bias_table_becomes_rpb():
+    table = torch.arange(9.0)[:, None]  # window 2: query minus key from -1 to 1 per axis
+    rpb = offsets_of(table, (2, 2), Neighborhood(2), (4, 4))
+    assert rpb[0].tolist() == [[8, 7, 6], [5, 4, 3], [2, 1, 0]]
+    assert offsets_of(table, (2, 2), Neighborhood(1), (4, 4))[0].tolist() == [[4]]
+    wide = offsets_of(table, (2, 2), Neighborhood(3), (4, 4))[0]
+    assert wide.shape == (5, 5) and wide[0, 0] == wide[1, 1] == 8
+
+
+@torch.no_grad()
+def test_image_size_per_call():
+    model = make("vit_tiny_patch16_224", img_size=96, dynamic_img_size=True)
+    handle = visattn.apply(model, "na(window=3)")
+    for height, width in ((96, 128), (128, 96), (64, 160)):
+        model(torch.randn(1, 3, height, width))
+    grids = [call.problem.layout.grid for call in handle.report().sites[0].calls]
+    assert sorted(grids) == [(4, 10), (6, 8), (8, 6)]
+
+
+@torch.no_grad()
+def test_copies_features_and_compiled_models():
+    model, x = make("vit_tiny_patch16_224"), image("vit_tiny_patch16_224")
+    handle = visattn.apply(model, "na(window=3)")
+    swapped, copied = model(x), copy.deepcopy(model)
+    features, maps = model.forward_intermediates(x)
+    assert torch.equal(model.forward_head(features), swapped) and len(maps) == 2
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), swapped, rtol=1e-5, atol=1e-6)
+    exported = torch.export.export(model, (x,))
+    assert torch.allclose(exported.module()(x), swapped, rtol=1e-5, atol=1e-6)
+    handle.remove()
+    assert not torch.equal(model(x), swapped)
+    assert torch.equal(copied(x), swapped)
+
+
+@torch.no_grad()
+def test_features_only():
+    model = timm.create_model("vit_tiny_patch16_224", depth=4, img_size=96, features_only=True).eval()
+    x = torch.randn(1, 3, 96, 96)
+    randomise(model)
+    stock = model(x)
+    with visattn.apply(model, "na(window=3)") as handle:
+        assert any(not torch.equal(a, b) for a, b in zip(model(x), stock, strict=True))
+        assert handle.report().sites_hit == 4
+    assert all(torch.equal(a, b) for a, b in zip(model(x), stock, strict=True))
+
+
+def test_gradients_and_checkpointing():
+    model, x = make("vit_tiny_patch16_224").train(), image("vit_tiny_patch16_224")
+    visattn.apply(model, "na(window=3)")
+    grads = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        model(x).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads, strict=True))
+
+
+@torch.no_grad()
+def test_layers_and_fallbacks_are_counted():
+    model, x = make("vit_tiny_patch16_224", attn_drop_rate=0.5), image("vit_tiny_patch16_224")
+    with visattn.apply(model, {"0": "dense", "1": "na(window=3)"}, strict=True) as handle:
+        model(x)
+        first, second = handle.report().sites
+        assert (first.dense, first.hits, second.dense, second.hits) == (1, 0, 0, 1)
+        model.train()(x)
+        assert handle.report().fallbacks == {"attention dropout 0.5 is on in training": 1}
+        model.eval()
+        mask = torch.ones(37, 37, dtype=torch.bool)
+        model.blocks[1].attn(torch.randn(2, 37, 192), attn_mask=mask)
+        model.blocks[1].attn(torch.randn(2, 37, 192), is_causal=True)
+        reasons = handle.report().fallbacks
+        assert "attn_mask is torch.bool [37, 37], not a bool mask of keys [B, 1, 1, S]" in reasons
+        assert "is_causal is set" in reasons
+
+
+@torch.no_grad()
+def test_key_masks_reach_the_pattern():
+    model = make("vit_tiny_patch16_224")
+    attn, x = model.blocks[0].attn, torch.randn(2, 37, 192)
+    mask = torch.ones(2, 1, 1, 37, dtype=torch.bool)
+    mask[..., 30:] = False
+    wanted = attn(x, attn_mask=mask)
+    with visattn.apply(model, "na(window=99)", layout=Layout((6, 6), prefix=1)) as handle:
+        assert torch.allclose(attn(x, attn_mask=mask), wanted, rtol=1e-4, atol=1e-5)
+        assert handle.report().fallbacks == {}
+
+
+@torch.no_grad()
+def test_naflex_batches():
+    model = make("naflexvit_base_patch16_gap")
+    handle = visattn.apply(model, "na(window=3)")
+    coordinates = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(5), indexing="ij"), -1).reshape(1, 20, 2)
+    batch = {"patches": torch.randn(2, 20, 768), "patch_coord": coordinates.expand(2, -1, -1)}
+    batch["patch_valid"] = torch.ones(2, 20, dtype=torch.bool)
+    model(batch)
+    assert handle.report().sites[0].calls[0].problem.layout == Layout((4, 5))
+    batch["patch_coord"] = torch.stack([coordinates[0], coordinates[0].flip(0)])
+    model(batch)
+    assert handle.report().fallbacks == {"the samples of the batch have several grids": 2}
+
+
+def test_refusals():
+    model, x = make("vit_tiny_patch16_224", patch_drop_rate=0.5), image("vit_tiny_patch16_224")
+    with visattn.apply(model, "na(window=3)"):
+        model(x)
+        with pytest.raises(ValueError, match=r"patch_drop_rate=0.5 drops patches in training"):
+            model.train()(x)
+        with pytest.raises(ValueError, match="VisionTransformer is swapped already"):
+            visattn.apply(model, "na(window=3)")
+    with pytest.raises(ValueError, match="dense_steps counts denoising steps"):
+        visattn.apply(model, "na(window=3)", dense_steps=2)
+    with pytest.raises(ValueError, match="3 axes"):
+        visattn.apply(model, "na(window=3x3x3)")
+    with pytest.raises(ValueError, match="ResNet has no attention module that visattn can swap"):
+        visattn.apply(timm.create_model("resnet18", device="meta"), "na(window=3)")
+    with pytest.raises(ValueError, match=r"cannot carry the relative position bias of SwinTransformer"):
+        visattn.apply(make_swin("swin_tiny_patch4_window7_224"), "halo(block=4, halo=1)")
+    assert not hasattr(model.blocks[0].attn, "visattn_site")
+
+
+def test_strict_names_what_a_forward_missed():
+    model, x = make("vit_tiny_patch16_224"), image("vit_tiny_patch16_224")
+    visattn.apply(model, "na(window=3)", strict=True)
+    model(x)
+    model.blocks[1].forward = lambda x, **kwargs: x
+    with pytest.raises(ValueError, match=r"strict: the forward of VisionTransformer missed blocks\.1\.attn"):
+        model(x)
+
+
+@torch.no_grad()
+def test_a_wrong_layout_is_named():
+    model = make("vit_tiny_patch16_224")
+    visattn.apply(model, "na(window=3)", layout=Layout((5, 5), prefix=1))
+    with pytest.raises(ValueError, match=r"prefix 1 \+ grid 5x5 has 26 tokens but q has 37"):
+        model(image("vit_tiny_patch16_224"))
