@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from visattn import Layout, attention, backends
-from visattn.backends import load
+from visattn.dispatch import load
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ def test_says_what_is_missing():
 def test_listing_backends_does_not_import_triton():
     plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     code = (
-        "import sys; from visattn.backends import load; load('triton').available(); assert 'triton' not in sys.modules"
+        "import sys; from visattn.dispatch import load; load('triton').available(); assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], env=plain, check=True)
 

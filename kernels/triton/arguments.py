@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from visattn.kernels.triton.boxes import tiled
 from visattn.kernels.triton.config import Config, block_dim
 from visattn.kernels.triton.positions import positions
 from visattn.kernels.triton.program import Program, program
+from visattn.kernels.triton.routes import routed_program
 from visattn.layout import Layout
 from visattn.patterns import Pattern
+from visattn.plans import TilePlan
 
 LOG2E = 1.4426950408889634
 
@@ -28,6 +30,7 @@ class Work:
         key_mask: uint8 [B, S + extra], or None.
         tf32: Whether float32 products may round their factors to tf32.
         configs: Launch configuration of each direction.
+        routes: What a routed pattern chose, by plan: int64 [B, grid query tiles, n].
     """
 
     pattern: Pattern
@@ -36,13 +39,20 @@ class Work:
     key_mask: torch.Tensor | None
     tf32: bool
     configs: dict[str, Config]
+    routes: dict[TilePlan, torch.Tensor] = field(default_factory=dict)
+
+    def plan(self, direction: str) -> TilePlan:
+        """The tiles of a kernel."""
+        launch = self.configs[direction]
+        slots = (launch.tile, launch.rows) if direction == "key_grad" else (launch.rows, launch.tile)
+        return tiled(self.pattern, self.layout, *slots)
 
     def program(self, direction: str, device: torch.device) -> Program:
         """The lists that a kernel walks."""
-        launch = self.configs[direction]
-        by_keys = direction == "key_grad"
-        slots = (launch.tile, launch.rows) if by_keys else (launch.rows, launch.tile)
-        return program(tiled(self.pattern, self.layout, *slots), by_keys, launch.per_step, device)
+        plan, by_keys = self.plan(direction), direction == "key_grad"
+        if self.pattern.routed:
+            return routed_program(plan, by_keys, self.routes[plan])
+        return program(plan, by_keys, self.configs[direction].per_step, device)
 
 
 def unit(*tensors: torch.Tensor) -> int:

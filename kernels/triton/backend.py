@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead, unlisted
+from visattn.dispatch import Backend, Call, Problem, Support, overhead
 from visattn.kernels.triton.boxes import PARTIAL, tiled
 from visattn.kernels.triton.config import DIRECTIONS, Config, config, largest_head_dim, needed_memory
 
@@ -81,8 +81,8 @@ class Triton(Backend):
             return Support(
                 False, f"head_dim {problem.head_dim} is not a multiple of 8 up to {largest} ({problem.dtype})"
             )
-        if why := unlisted(problem):
-            return Support(False, why)
+        if problem.pattern.composed:
+            return Support(False, f"{problem.pattern.name} is not a list of key tiles")
         return Support(True) if interpreted() else _device_support()
 
     def cost(self, problem: Problem) -> float:
@@ -104,7 +104,7 @@ class Triton(Backend):
         from visattn.kernels.triton.launch import TileAttention
 
         q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
-        dtype, scale = q.dtype, call.scale
+        dtype, scale, given_q = q.dtype, call.scale, q
         if interpreted() and dtype == torch.bfloat16:
             # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
             q, k, v = (t.float() for t in (q, k, v))
@@ -115,6 +115,10 @@ class Triton(Backend):
         configs = configurations(q.dtype, q.shape[3], q.device)
         tf32 = torch.backends.cuda.matmul.allow_tf32
         work = Work(call.pattern, call.layout, scale, key_mask, tf32, configs)
+        if call.pattern.routed:
+            wanted = DIRECTIONS if torch.is_grad_enabled() else ("forward",)
+            for plan in {work.plan(direction) for direction in wanted}:
+                work.routes[plan] = call.pattern.route(given_q, k, plan)
         out, lse = TileAttention.apply(q, k, v, rpb, work, call.lse)
         return out.to(dtype), lse
 

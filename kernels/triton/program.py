@@ -116,7 +116,7 @@ def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device) 
         tiles=per_step,
         tokens=_tensor(tokens, device),
         bounds=_tensor(bounds[launch], device),
-        bases=_tensor(_first_tokens(columns)[column] if len(column) else np.zeros(1), device),
+        bases=_tensor(first_tokens(columns)[column] if len(column) else np.zeros(1), device),
         mask_ids=_tensor(np.maximum(mask_id, 0) if len(mask_id) else np.zeros(1), device),
         offsets=_tensor(box_offsets(columns), device),
         masks=_tensor(pack(distinct, row_slots, column_slots), device),
@@ -148,8 +148,8 @@ def _entries(rows: Tiling, columns: Tiling, lists: TileLists, masks: Bools) -> t
     row, column, mask = lists.rows, lists.tile, lists.mask
     grid = (column >= columns.grid_tiles.start) & (column < columns.grid_tiles.stop)
     row, column, mask = row[grid], column[grid], mask[grid]
-    row_kind, row_slots = _fill_kinds(rows)
-    column_kind, column_slots = _fill_kinds(columns)
+    row_kind, row_slots = fill_kinds(rows)
+    column_kind, column_slots = fill_kinds(columns)
     code = ((mask + 1) * len(row_slots) + row_kind[row]) * len(column_slots) + column_kind[column]
     kinds, which = np.unique(code, return_inverse=True)
     rest, of_column = np.divmod(kinds, len(column_slots))
@@ -163,7 +163,7 @@ def _entries(rows: Tiling, columns: Tiling, lists: TileLists, masks: Bools) -> t
     return row, column, index[which.ravel()], seen[~is_full]
 
 
-def _fill_kinds(tiling: Tiling) -> tuple[Ints, Bools]:
+def fill_kinds(tiling: Tiling) -> tuple[Ints, Bools]:
     """Which slots hold tokens: a kind per tile, and the slots of each kind."""
     filled, kind = np.unique(tiling.tokens >= 0, axis=0, return_inverse=True)
     return kind.ravel(), filled
@@ -226,7 +226,7 @@ def slot_sums(tiling: Tiling, weights: tuple[int, ...]) -> Ints:
     return np.concatenate([total, np.zeros(_slots(tiling.capacity) - tiling.capacity, np.int64)])
 
 
-def _first_tokens(tiling: Tiling) -> Ints:
+def first_tokens(tiling: Tiling) -> Ints:
     """First token of each tile; of a tile without any, token 0, which its mask hides."""
     return np.maximum(tiling.tokens[:, 0], 0)
 

@@ -25,6 +25,9 @@ PROBLEMS = {
     "circle": ("clear(radius=4)", Layout((11, 9)), {}),
     "halo of odd blocks": ("halo(block=7x7,halo=2)", Layout((10, 9), 1), {}),
     "radial": ("radial(decay=0.3,block=16)", Layout((4, 3, 5), 2), {}),
+    "routed": ("routing(regions=3x2,topk=2)", Layout((9, 8)), {"batch": 2}),
+    "routed, short regions, text": ("routing(regions=2x2,topk=3)", Layout((7, 9), 2, 3), {"batch": 2, "masked": True}),
+    "routed to everything": ("routing(regions=2x2,topk=4)", Layout((6, 7), 1), {"heads": 2, "kv_heads": 1}),
     "head dim 40": ("na(window=3x3)", Layout((5, 8)), {"dim": 40}),
     "head dim 8": ("na(window=3x3)", Layout((5, 8)), {"dim": 8}),
 }
@@ -60,6 +63,12 @@ def test_any_scale(scale):
     layout = Layout((5, 6), 2)
     inputs, mask = tensors(layout, masked=True)
     compare(inputs, "na(window=3x3)", layout, mask, scale=scale)
+
+
+def test_routes_of_a_negative_scale_are_those_of_the_given_queries():
+    layout = Layout((6, 8), 1)
+    inputs, _ = tensors(layout)
+    compare(inputs, "routing(regions=3x2,topk=1)", layout, scale=-0.5)
 
 
 def strided(inputs, how):
