@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 use_checkout()
 
 from visattn import Layout, attention, parse, plan  # noqa: E402
-from visattn.kernels.triton.backend import configurations  # noqa: E402
+from visattn.kernels.triton.engine import configurations  # noqa: E402
 from visattn.kernels.triton.boxes import tiled  # noqa: E402
 
 HEADS, DIM = 24, 128
@@ -113,7 +113,11 @@ def case_of(name: str, dense: dict[int, dict[str, Any]], peers: list[str], top: 
     inputs = [torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     parsed = parse(pattern)
     launch = configurations(torch.bfloat16, DIM, inputs[0].device)
-    tiles = plan(pattern, layout) if parsed.routed else tiled(parsed, layout, launch["forward"].rows, launch["forward"].tile)
+    tiles = (
+        plan(pattern, layout)
+        if parsed.routed
+        else tiled(parsed, layout, launch["forward"].rows, launch["forward"].tile)
+    )
     result: dict[str, Any] = {
         "pattern": pattern, "layout": str(layout), "config": {d: list(c) for d, c in launch.items()},
         "query_box": tiles.queries.shape, "key_box": tiles.keys.shape,

@@ -60,7 +60,8 @@ class Case:
 def cases() -> list[Case]:
     """Every head dim and dtype on one joint problem, every pattern and feature in two dtypes."""
     joint = Layout((30, 37), prefix=7, suffix=77)
-    found = [Case("na(window=13x13)", joint, t, d, kv_heads=2, mask=True) for d in HEAD_DIMS for t in DTYPES if d <= 128 or t != "fp32"]
+    pairs = [(dim, dtype) for dim in HEAD_DIMS for dtype in DTYPES if dim <= 128 or dtype != "fp32"]
+    found = [Case("na(window=13x13)", joint, dtype, dim, kv_heads=2, mask=True) for dim, dtype in pairs]
     for dtype, dim in (("bf16", 128), ("fp32", 64)):
         found += [
             Case("dense", Layout(1500, prefix=5), dtype, dim),

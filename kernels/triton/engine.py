@@ -10,8 +10,11 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead
+from visattn.kernels.triton import tune
 from visattn.kernels.triton.boxes import PARTIAL, tiled
 from visattn.kernels.triton.config import DIRECTIONS, Config, config, largest_head_dim, needed_memory
+from visattn.layout import Layout
+from visattn.patterns import Pattern
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Share of cuDNN's dense rate that the kernel's visited pairs run at; assumed from published figures of Triton
@@ -40,6 +43,13 @@ def _architecture(device: torch.device | None) -> int:
 def architecture(device: torch.device | None = None) -> int:
     """Compute capability times ten of a CUDA device (the current one if None), 0 for the interpreter."""
     return 0 if interpreted() else _architecture(device)
+
+
+@lru_cache(maxsize=256)
+def _tuned(
+    pattern: Pattern, layout: Layout, dtype: torch.dtype, head_dim: int, device: torch.device
+) -> dict[str, Config]:
+    return tune.tuned(pattern, layout, dtype, head_dim, device)
 
 
 @lru_cache(maxsize=1)
@@ -113,6 +123,8 @@ class Triton(Backend):
         key_mask = None if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)
         rpb = None if call.rpb is None else call.rpb.to(torch.float32).flatten(1).contiguous()
         configs = configurations(q.dtype, q.shape[3], q.device)
+        if tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing():
+            configs = _tuned(call.pattern, call.layout, q.dtype, q.shape[3], q.device)
         tf32 = torch.backends.cuda.matmul.allow_tf32
         work = Work(call.pattern, call.layout, scale, key_mask, tf32, configs)
         if call.pattern.routed:

@@ -1,0 +1,166 @@
+"""Opt-in tuning: VISATTN_AUTOTUNE=1 times a few configurations once and remembers the fastest on disk.
+
+The file is $VISATTN_CACHE/triton.json, by default in the user's cache folder. Its keys name everything that a choice
+depends on: GPU, triton, dtype, head dim, direction, pattern and layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visattn.kernels.triton.config import DIRECTIONS, Config, config
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+
+# Heads of the problem that is timed: enough programs to fill a GPU on any layout worth tuning.
+HEADS = 4
+REPEATS = 5
+
+
+def enabled() -> bool:
+    """Whether the user asked for tuning."""
+    return os.environ.get("VISATTN_AUTOTUNE", "0") not in ("", "0")
+
+
+def cache_file() -> Path:
+    """Where choices are remembered."""
+    base = os.environ.get("VISATTN_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache"), "visattn"
+    )
+    return Path(base) / "triton.json"
+
+
+def candidates(architecture: int, dtype: torch.dtype, head_dim: int, direction: str) -> list[Config]:
+    """Configurations worth timing: the table's, and its neighbours in tile size, warps and stages."""
+    first = config(architecture, dtype, head_dim, direction)
+    found = [first]
+    for rows in (first.rows // 2, first.rows, first.rows * 2):
+        for columns, per_step in ((first.columns, first.per_step), (2 * first.columns, 1), (2 * first.columns, 2)):
+            for warps, stages in ((first.warps, first.stages), (first.warps, 2), (4, 2), (8, 3)):
+                near = Config(rows, columns, warps, stages, per_step)
+                whole_words = per_step == 1 or near.tile % 32 == 0
+                if near not in found and 16 <= rows <= 128 and columns <= 128 and whole_words:
+                    found.append(near)
+    return found
+
+
+def tuned(
+    pattern: Pattern, layout: Layout, dtype: torch.dtype, head_dim: int, device: torch.device
+) -> dict[str, Config]:
+    """The fastest configuration of each direction, from the file or by timing it now."""
+    from visattn.kernels.triton.engine import architecture
+
+    number, path = architecture(device), cache_file()
+    known = _read(path)
+    chosen = {d: config(number, dtype, head_dim, d) for d in DIRECTIONS}
+    for direction in DIRECTIONS:
+        key = _key(pattern, layout, dtype, head_dim, device, direction)
+        if key not in known:
+            clock = timer(pattern, layout, dtype, head_dim, device, direction, dict(chosen))
+            best = fastest(candidates(number, dtype, head_dim, direction), clock)
+            known[key] = list(best)
+            _write(path, {key: list(best)})
+        chosen[direction] = Config(*known[key])
+    return chosen
+
+
+def fastest(choices: list[Config], time: Callable[[Config], float]) -> Config:
+    """The configuration that takes least time; those that the GPU cannot launch do not count.
+
+    Raises:
+        RuntimeError: If none can be launched.
+    """
+    times: dict[Config, float] = {}
+    failed = ""
+    for choice in choices:
+        try:
+            times[choice] = time(choice)
+        except Exception as error:  # out of shared memory or registers, whatever the driver calls it
+            failed = f"{type(error).__name__}: {error}"
+    if not times:
+        raise RuntimeError(f"no Triton configuration could be launched; the last one failed with {failed}")
+    return min(times, key=lambda c: times[c])
+
+
+def _key(
+    pattern: Pattern, layout: Layout, dtype: torch.dtype, head_dim: int, device: torch.device, direction: str
+) -> str:
+    import triton
+
+    name = torch.cuda.get_device_name(device)
+    return " | ".join([name, triton.__version__, str(dtype), str(head_dim), direction, str(pattern), str(layout)])
+
+
+def timer(
+    pattern: Pattern,
+    layout: Layout,
+    dtype: torch.dtype,
+    head_dim: int,
+    device: torch.device,
+    direction: str,
+    configs: dict[str, Config],
+) -> Callable[[Config], float]:
+    """A function that times one direction under a configuration, in milliseconds."""
+    from visattn.kernels.triton.arguments import Work
+    from visattn.kernels.triton.launch import TileAttention, gradients
+
+    shape = (1, layout.length, HEADS, head_dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    k, v, _ = pattern.append_keys(k, v, None, layout, None)
+
+    def work(choice: Config) -> Any:
+        made = Work(pattern, layout, head_dim**-0.5, None, False, configs | {direction: choice})
+        if pattern.routed:
+            for tiles in {made.plan(d) for d in DIRECTIONS}:
+                made.routes[tiles] = pattern.route(q, k, tiles)
+        return made
+
+    def time(choice: Config) -> float:
+        made = work(choice)
+        out, lse = TileAttention.apply(q, k, v, None, made, True)
+        wanted = (direction == "query_grad", direction == "key_grad", False)
+
+        def run() -> None:
+            if direction == "forward":
+                TileAttention.apply(q, k, v, None, made, False)
+            else:
+                gradients((q, k, v, None), out, lse.transpose(1, 2), out, None, made, wanted)
+
+        return _median_ms(run)
+
+    return time
+
+
+def _median_ms(run: Callable[[], None]) -> float:
+    run()
+    times = []
+    for _ in range(REPEATS):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def _read(path: Path) -> dict[str, list[int]]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(path: Path, more: dict[str, list[int]]) -> None:
+    """Add choices to the file; whole, so that another process never reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(_read(path) | more, indent=1))
+    part.replace(path)
