@@ -155,15 +155,17 @@ class Follow:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A forward hook."""
-        self.runtime.place(_grid(module, args, kwargs, out))
+        if isinstance(out, tuple) and out[1] is None:
+            grid = _flexible(args, kwargs)
+            self.runtime.place(grid, masks=not isinstance(grid, str))
+        else:
+            self.runtime.place(_grid(module, args, out))
 
 
-def _grid(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> tuple[int, int] | str:
+def _grid(module: Any, args: tuple[Any, ...], out: Any) -> tuple[int, int]:
     """Rows and columns of patches, from what a patch embedding got and gave."""
-    if isinstance(out, tuple):  # NaFlexViT: tokens and the grid, or coordinates for batches of several grids
-        if len(out) > 1 and out[1] is not None:
-            return _pair(out[1])
-        return _flexible(args, kwargs)
+    if isinstance(out, tuple):  # NaFlexViT: tokens and grid
+        return _pair(out[1])
     if out.ndim == 4:
         rows, columns = (out.shape[1], out.shape[2]) if _is_nhwc(module) else (out.shape[2], out.shape[3])
         return int(rows), int(columns)
@@ -181,7 +183,10 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _flexible(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | str:
-    """The grid of a batch of patches if all samples have the same one, row by row and without padding."""
+    """NaFlexViT's batches of patches: their grid if all have the same one, row by row and without padding.
+
+    Its masks, which it makes whenever it is told which patches are valid, then leave everything visible.
+    """
     coordinates = kwargs.get("patch_coord", args[1] if len(args) > 1 else None)
     valid = kwargs.get("patch_valid", args[2] if len(args) > 2 else None)
     if coordinates is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,8 +31,8 @@ class Runtime:
     def __init__(self, name: str, backend: str, fixed: Layout | None, prefix: int) -> None:
         self.name, self.backend, self.fixed, self.prefix = name, backend, fixed, prefix
         self.tally = Tally()
-        self._places: dict[int, Layout | str] = {}
-        self._last: Layout | str = "the model has not embedded an image yet"
+        self._places: dict[int, Place] = {}
+        self._last = Place("the model has not embedded an image yet", False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """A runtime of its own for a copied model; locks and counts are not copied."""
@@ -40,17 +40,36 @@ class Runtime:
         memo[id(self)] = copied
         return copied
 
-    def place(self, grid: tuple[int, int] | str) -> None:
-        """Say where the tokens of this thread's forward sit, or why that is unknown."""
-        found = grid if isinstance(grid, str) else Layout(grid, prefix=self.prefix)
-        self._places[_thread()] = self._last = found
+    def place(self, grid: tuple[int, int] | str, masks: bool = False) -> None:
+        """Say where the tokens of this thread's forward sit, or why that is unknown.
 
-    def layout(self) -> Layout | str:
-        """Where the tokens sit, or why that is unknown.
+        Args:
+            grid: Rows and columns, or the reason.
+            masks: Whether the model will pass masks in which everything is visible.
+        """
+        found = grid if isinstance(grid, str) else Layout(grid, prefix=self.prefix)
+        self._places[_thread()] = self._last = Place(found, masks)
+
+    @property
+    def here(self) -> Place:
+        """Where the tokens sit.
 
         Checkpointed blocks run again in a thread of the backward pass: they get the last place there was.
         """
-        return self.fixed if self.fixed is not None else self._places.get(_thread(), self._last)
+        found = self._places.get(_thread(), self._last)
+        return found if self.fixed is None else Place(self.fixed, found.masks)
+
+
+class Place(NamedTuple):
+    """Where the tokens of a forward sit.
+
+    Attributes:
+        layout: That, or why it is unknown.
+        masks: Whether the masks of this forward leave everything visible.
+    """
+
+    layout: Layout | str
+    masks: bool
 
 
 def _thread() -> int:
@@ -84,7 +103,7 @@ class Swapped:
             if counted:
                 self.runtime.tally.dense(self.path)
             return None
-        layout = self.runtime.layout()
+        layout = self.runtime.here.layout
         if isinstance(layout, str):
             refusal = refusal or layout
         if refusal is not None or isinstance(layout, str):

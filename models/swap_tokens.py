@@ -84,7 +84,7 @@ def _key_mask(
         return None, "is_causal is set"
     if dropout > 0:
         return None, f"attention dropout {dropout} is on in training"
-    if attn_mask is None:
+    if attn_mask is None or module.visattn_site.runtime.here.masks:
         return None, None
     if attn_mask.dtype == torch.bool and attn_mask.ndim == 4 and attn_mask.shape[1:3] == (1, 1):
         return attn_mask[:, 0, 0].expand(x.shape[0], -1), None

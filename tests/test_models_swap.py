@@ -224,7 +224,7 @@ def test_naflex_batches():
     batch = {"patches": torch.randn(2, 20, 768), "patch_coord": coordinates.expand(2, -1, -1)}
     batch["patch_valid"] = torch.ones(2, 20, dtype=torch.bool)
     model(batch)
-    assert handle.report().sites[0].calls[0].problem.layout == Layout((4, 5))
+    assert handle.report().sites[0].calls[0].problem.layout.grid == (4, 5)
     batch["patch_coord"] = torch.stack([coordinates[0], coordinates[0].flip(0)])
     model(batch)
     assert handle.report().fallbacks == {"the samples of the batch have several grids": 2}

@@ -10,8 +10,11 @@ from typing import Annotated
 import typer
 
 from visattn.cli.bench import bench
+from visattn.cli.bench_model import bench_model
+from visattn.cli.classify import classify
 from visattn.cli.doctor import doctor
 from visattn.cli.generate import generate
+from visattn.cli.models import models
 from visattn.cli.show import show
 from visattn.cli.simulate import simulate
 from visattn.version import __version__
@@ -24,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (doctor, show, simulate, bench):
+for command in (doctor, show, simulate, bench, models, classify, bench_model):
     app.command()(command)
 app.add_typer(generate, name="generate")
 

@@ -1,0 +1,192 @@
+"""Time, memory and operations of a timm model, stock against swapped."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import visattn.models  # noqa: F401  registers the backbones
+from visattn.attend import attention
+from visattn.dispatch import Problem
+from visattn.handle import apply
+from visattn.timing import Timing, interleave
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared.
+
+    Attributes:
+        seconds: Of a forward.
+        memory: Bytes that a forward needs at its peak beyond what was there before it; None if unknown.
+        flops: Operations of a forward; of the swapped model those of visible pairs.
+        attention: Seconds of one attention call alone, on random inputs.
+    """
+
+    seconds: Timing
+    memory: int | None
+    flops: float
+    attention: Timing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model at one image size.
+
+    Attributes:
+        name: Of the model.
+        size: Side of the image in pixels.
+        tokens: Length of the longest sequence.
+        pattern: The pattern's text.
+        backend: Who ran most calls.
+        density: Mean visible share of all pairs.
+        stock: The model as it is.
+        swapped: The model with the pattern.
+    """
+
+    name: str
+    size: int
+    tokens: int
+    pattern: str
+    backend: str
+    density: float | None
+    stock: Side
+    swapped: Side
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and texts."""
+        found = {key: getattr(self, key) for key in ("name", "size", "tokens", "pattern", "backend", "density")}
+        for key in ("stock", "swapped"):
+            side: Side = getattr(self, key)
+            times = {"seconds": side.seconds.to_dict(), "attention": side.attention.to_dict()}
+            found[key] = {**times, "memory": side.memory, "flops": side.flops}
+        return found
+
+
+def create(name: str, size: int, **kwargs: Any) -> torch.nn.Module:
+    """A model for images of `size` pixels per side, with random weights.
+
+    Raises:
+        ValueError: If timm does not know the name, or the model does not take the size.
+    """
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.partition('_')[0]}*")[:8]
+        raise ValueError(f"timm knows no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    try:
+        return timm.create_model(name, img_size=size, **kwargs).eval()
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(name, **kwargs).eval()
+
+
+@torch.inference_mode()
+def compare(
+    name: str, size: int, pattern: str, *, batch: int = 1, repeats: int = 3, device: str = "cpu", backend: str = "auto"
+) -> Comparison:
+    """Measure a model stock and swapped, in turns.
+
+    Args:
+        name: A model of timm.
+        size: Side of the image in pixels.
+        pattern: A pattern's text.
+        batch: Images per forward.
+        repeats: Measurements of each.
+        device: Where.
+        backend: Of the swapped attention.
+
+    Raises:
+        ValueError: If the model is unknown, cannot be swapped, or does not take the pattern or the size.
+    """
+    torch.manual_seed(0)
+    model = create(name, size).to(device)
+    x = torch.randn(batch, 3, size, size, device=device)
+
+    swapped = copy.deepcopy(model)
+    handle = apply(swapped, pattern, backend=backend)
+    swapped(x)
+    report = handle.report()
+    calls = [call for site in report.sites for call in site.calls]
+    if not calls:
+        raise ValueError(
+            f"{pattern} ran nowhere in {name} at {size} pixels: {report.fallbacks or 'all calls are dense'}"
+        )
+    longest = max(calls, key=lambda call: call.problem.layout.length)
+    times = interleave({"stock": lambda: model(x), "swapped": lambda: swapped(x)}, repeats=repeats)
+    alone = _attention_alone(longest.problem, repeats, device, backend)
+    saved = sum(call.hits * _dense_flops(call.problem) * (1 - (call.density or 0)) for call in calls)
+    flops = _flops(name, size, batch)
+    return Comparison(
+        name=name,
+        size=size,
+        tokens=longest.problem.layout.length,
+        pattern=pattern,
+        backend=longest.backend,
+        density=report.density,
+        stock=Side(times["stock"], peak_memory(lambda: model(x), device), flops, alone["stock"]),
+        swapped=Side(times["swapped"], peak_memory(lambda: swapped(x), device), flops - saved, alone["swapped"]),
+    )
+
+
+def _attention_alone(problem: Problem, repeats: int, device: str, backend: str) -> dict[str, Timing]:
+    """One call of SDPA and one of the pattern, on random inputs of a problem's shape."""
+    shape = problem.batch, problem.layout.length, problem.heads, problem.head_dim
+    q, k, v = (torch.randn(shape, dtype=problem.dtype, device=device) for _ in range(3))
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    runs: dict[str, Callable[[], object]] = {
+        "stock": lambda: F.scaled_dot_product_attention(*heads_first),
+        "swapped": lambda: attention(q, k, v, problem.pattern, problem.layout, backend=backend),
+    }
+    return interleave(runs, repeats=repeats)
+
+
+def _dense_flops(problem: Problem) -> float:
+    """Operations of dense attention: two products of queries and keys or values."""
+    return 4.0 * problem.dense_pairs * problem.head_dim
+
+
+def _flops(name: str, size: int, batch: int) -> float:
+    """Operations of a stock forward, counted without computing."""
+    model = create(name, size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(batch, 3, size, size, device="meta"))
+    return float(counter.get_total_flops())
+
+
+def peak_memory(run: Callable[[], object], device: str) -> int | None:
+    """Bytes that a call needs beyond what was there before; None where the system does not tell.
+
+    On CUDA what torch allocated; on Linux the high-water mark of the process, which is set back first.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that was freed but not given back would hide growth
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmHWM")
+        run()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, AttributeError, LookupError):
+        return None
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(key)]
+    return found[0]

@@ -1,0 +1,120 @@
+"""The commands for timm models, and the way to run timm's scripts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("timm")
+
+import timm
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import visattn.models
+from visattn.cli import app
+from visattn.models.load import create_with_weights, open_image, read_weights
+from visattn.models.measure import compare, create, peak_memory
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_models_lists_backbones_and_swappable_classes():
+    found = json.loads(call("models", "--filter", "dinat_s_*", "--json").stdout)
+    assert found["backbones"] == {"dinat_s": ["dinat_s_base", "dinat_s_large", "dinat_s_small", "dinat_s_tiny"]}
+    assert "timm.models.beit.Attention" in found["swappable"]
+    assert "biformer_stl" in call("models").stdout
+    assert "no backbone matches 'gpt*'" in str(call("models", "--filter", "gpt*").exception)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    model = timm.create_model("test_vit", num_classes=7)
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.png")
+    return tmp_path
+
+
+def test_classify(weights):
+    given = ("classify", weights / "red.png", "--model", "test_vit", "--checkpoint", weights / "weights.pth", "--json")
+    plain = json.loads(call(*given).stdout)
+    assert len(plain["classes"]) == 5
+    assert abs(sum(entry["probability"] for entry in plain["classes"])) <= 1 + 1e-6
+    swapped = json.loads(call(*given, "--pattern", "na(window=3)", "--top", 7).stdout)
+    assert len(swapped["classes"]) == 7 and "attention modules ran a pattern" in swapped["report"]
+    assert "%" in call(*given[:-1], "--pattern", "na(window=3)").stdout
+
+
+def test_classify_says_what_is_missing(weights):
+    image = weights / "red.png"
+    assert "needs weights" in str(call("classify", image, "--model", "test_vit").exception)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_weights(weights / "none.pth")
+    (weights / "bad.pth").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="no checkpoint of tensors only"):
+        read_weights(weights / "bad.pth")
+    with pytest.raises(ValueError, match="timm knows no model 'vit_huh'"):
+        create_with_weights("vit_huh", None, False, None, None)
+    with pytest.raises(ValueError, match="does not fit test_vit2"):
+        create_with_weights("test_vit2", weights / "weights.pth", False, None, None)
+    with pytest.raises(ValueError, match="is no image that can be read"):
+        open_image(weights / "weights.pth", timm.create_model("test_vit"), None)
+
+
+def test_bench_model(tmp_path):
+    out = call(
+        *("bench-model", "test_vit", "--size", "96,160", "--pattern", "na(window=3)", "--repeats", 1),
+        *("--device", "cpu", "--save", tmp_path / "a.json", "--plot", tmp_path / "a.png"),
+    )
+    assert out.exit_code == 0 and "swapped" in out.stdout
+    found = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert [result["tokens"] for result in found] == [37, 101]
+    for result in found:
+        assert 0 < result["swapped"]["flops"] < result["stock"]["flops"]
+        assert result["density"] < 1 and result["stock"]["seconds"]["median"] > 0
+    assert Image.open(tmp_path / "a.png").size[0] > 100
+    assert "--size 'big' must be whole numbers" in str(
+        call("bench-model", "test_vit", "--pattern", "na(window=3)", "--size", "big").exception
+    )
+
+
+def test_operations_of_a_swapped_model_are_those_of_visible_pairs():
+    result = compare("test_vit", 96, "na(window=3)", repeats=1)
+    heads_times_width = 64 * 6  # of all layers together
+    hidden = (1 - result.density) * 37**2
+    assert result.stock.flops - result.swapped.flops == pytest.approx(4 * heads_times_width * hidden)
+
+
+def test_bench_model_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"timm knows no model 'vit_huh'; near: .*vit_"):
+        create("vit_huh", 224)
+    with pytest.raises(ValueError, match="dense ran nowhere in test_vit at 96 pixels"):
+        compare("test_vit", 96, "dense", repeats=1)
+
+
+def test_peak_memory():
+    megabytes = peak_memory(lambda: torch.zeros(2**24), "cpu")
+    if megabytes is None:
+        pytest.skip("this system does not tell")
+    assert 2**26 * 0.9 < megabytes < 2**26 * 1.5
+
+
+def test_run_registers_the_backbones_for_a_script(tmp_path):
+    (tmp_path / "beside.py").write_text("WORD = 'beside'")
+    (tmp_path / "script.py").write_text(
+        "import sys, timm, beside\nprint(timm.is_model('nat_tiny'), sys.argv[1:], __name__, beside.WORD)"
+    )
+    base = [sys.executable, "-m", "visattn.models.run"]
+    out = subprocess.run([*base, str(tmp_path / "script.py"), "--model", "x"], capture_output=True, text=True)
+    assert out.stdout == "True ['--model', 'x'] __main__ beside\n"
+    missing = subprocess.run([*base, "none.py"], capture_output=True, text=True)
+    assert missing.returncode and "none.py is not a file" in missing.stderr
+    assert subprocess.run(base, capture_output=True, text=True).returncode == 2
+
+
+def test_every_backbone_is_registered():
+    assert timm.is_model("nat_mini") and timm.is_model("moh_vit_small_80") and visattn.models.__all__

@@ -1,0 +1,136 @@
+"""`visattn bench-model`: a timm model stock against swapped."""
+
+from __future__ import annotations
+
+import json as json_text
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from visattn.cli.options import ForceOption, JsonOption, output_file, print_json
+
+if TYPE_CHECKING:
+    from visattn.models.measure import Comparison
+
+
+def bench_model(
+    name: Annotated[str, typer.Argument(help="A model of timm, like vit_small_patch16_224.")],
+    pattern: Annotated[str, typer.Option(help='A pattern, like "na(window=15x15)".')],
+    size: Annotated[str, typer.Option(help="Sides of the image in pixels, with commas.")] = "512,1024,2048",
+    batch: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; times are medians.")] = 3,
+    device: Annotated[str, typer.Option(help="Like cpu or cuda:1; auto takes a GPU if there is one.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Who runs the pattern.")] = "auto",
+    save: Annotated[Path | None, typer.Option(help="Write the results to this .json file too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time against tokens to this .png file.")] = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Time, peak memory and operations of a model, stock against swapped, with random weights."""
+    if not re.fullmatch(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*", size):
+        raise ValueError(f"--size {size!r} must be whole numbers of pixels with commas, like 512,1024")
+    for path, suffixes in ((save, (".json",)), (plot, (".png",))):
+        if path is not None:
+            output_file(path, suffixes, force)
+    sides = [int(part) for part in size.split(",")]
+    results = _run(name, sides, pattern, batch, repeats, device, backend, quiet=json)
+    found = _report(results)
+    _write(found, results, save, plot)
+    if json:
+        print_json(found)
+    else:
+        _print(results)
+        typer.echo(found["busy"] and f"warning: {found['busy']}", nl=bool(found["busy"]))
+
+
+def _run(
+    name: str, sides: Sequence[int], pattern: str, batch: int, repeats: int, device: str, backend: str, quiet: bool
+) -> list[Comparison]:
+    import torch
+
+    from visattn.environment import check_device
+    from visattn.models.measure import compare
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    results = []
+    for side in sides:
+        if not quiet:
+            typer.echo(f"{name} at {side} x {side} pixels", err=True)
+        results.append(compare(name, side, pattern, batch=batch, repeats=repeats, device=device, backend=backend))
+    return results
+
+
+def _report(results: Sequence[Comparison]) -> dict[str, Any]:
+    from visattn.environment import busy, devices, versions
+
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "busy": busy(),
+        "results": [result.to_dict() for result in results],
+    }
+
+
+def _write(found: dict[str, Any], results: Sequence[Comparison], save: Path | None, plot: Path | None) -> None:
+    from visattn.files import written_whole
+
+    if save is not None:
+        with written_whole(save) as temporary:
+            temporary.write_text(json_text.dumps(found, indent=2) + "\n")
+    if plot is not None:
+        from visattn.canvas import column
+        from visattn.chart import Point, chart
+
+        charts = []
+        for what in ("seconds", "attention"):
+            series: dict[str, list[Point]] = {"stock": [], "swapped": []}
+            for result in results:
+                for kind in series:
+                    timing = getattr(getattr(result, kind), what)
+                    series[kind].append(Point(result.tokens, timing.median, *timing.spread))
+            title = "a forward" if what == "seconds" else "one attention call"
+            charts.append(chart(f"{results[0].name}, {results[0].pattern}: {title}", series))
+        picture = column(charts)
+        with written_whole(plot) as temporary:
+            picture.save(temporary)
+
+
+def _print(results: Sequence[Comparison]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from visattn.chart import duration
+
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for name in ("size", "tokens", "", "forward", "gain", "peak memory", "TFLOP", "attention", "gain", "note"):
+        table.add_column(name, justify="left" if name in ("", "note") else "right", no_wrap=True)
+    for result in results:
+        stock, swapped = result.stock, result.swapped
+        for kind, side in (("stock", stock), ("swapped", swapped)):
+            gains = [""] * 2
+            if kind == "swapped":
+                whole = stock.seconds.median / side.seconds.median
+                part = stock.attention.median / side.attention.median
+                gains = [f"{whole:.2f}x", f"{part:.2f}x"]
+            note = "" if kind == "stock" else f"{result.backend}, density {result.density or 0:.2%}"
+            table.add_row(
+                f"{result.size}" if kind == "stock" else "",
+                f"{result.tokens}" if kind == "stock" else "",
+                kind,
+                duration(side.seconds.median),
+                gains[0],
+                "unknown" if side.memory is None else f"{side.memory / 2**20:.0f} MiB",
+                f"{side.flops / 1e12:.3f}",
+                duration(side.attention.median),
+                gains[1],
+                note,
+            )
+    typer.echo(f"{results[0].name}, {results[0].pattern}")
+    # Without a terminal there is no width to keep to.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
