@@ -23,8 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 use_checkout()
 
 from visattn import Layout, attention, parse, plan  # noqa: E402
-from visattn.kernels.triton.engine import configurations  # noqa: E402
 from visattn.kernels.triton.boxes import tiled  # noqa: E402
+from visattn.kernels.triton.engine import configurations  # noqa: E402
 
 HEADS, DIM = 24, 128
 FLUX, HUNYUAN = Layout((256, 256)), Layout((30, 48, 80))

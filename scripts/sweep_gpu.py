@@ -20,8 +20,8 @@ use_checkout()
 
 from visattn import parse  # noqa: E402
 from visattn.kernels.triton import tune  # noqa: E402
-from visattn.kernels.triton.engine import configurations  # noqa: E402
 from visattn.kernels.triton.config import DIRECTIONS, Config, config  # noqa: E402
+from visattn.kernels.triton.engine import configurations  # noqa: E402
 
 
 def main() -> int:

@@ -66,6 +66,11 @@ def _device_support() -> Support:
     return Support(True)
 
 
+def _architecture_or_common() -> int:
+    """The current GPU's, or a common one's where there is none: simulated problems have no device."""
+    return architecture() if interpreted() or torch.cuda.is_available() else 90
+
+
 class Triton(Backend):
     """One kernel a direction walks the tile lists; tokens are read where they lie."""
 
@@ -86,20 +91,20 @@ class Triton(Backend):
             return Support(False, f"q is on {problem.device}, and it runs {where}")
         if problem.dtype not in DTYPES:
             return Support(False, f"{problem.dtype} is none of float16, bfloat16 and float32")
-        largest = largest_head_dim(problem.dtype)
+        largest = largest_head_dim(problem.dtype, _architecture_or_common())
         if problem.head_dim > largest or problem.head_dim % 8:
             return Support(
                 False, f"head_dim {problem.head_dim} is not a multiple of 8 up to {largest} ({problem.dtype})"
             )
         if problem.pattern.composed:
             return Support(False, f"{problem.pattern.name} is not a list of key tiles")
-        return Support(True) if interpreted() else _device_support()
+        return _device_support() if torch.cuda.is_available() and not interpreted() else Support(True)
 
     def cost(self, problem: Problem) -> float:
         """Visited tiles, those with a mask a bit more, at a share of the dense rate; never the interpreter."""
         if interpreted():
             return 1e6 * problem.dense_pairs
-        tiles = config(architecture(), problem.dtype, problem.head_dim, "forward")
+        tiles = config(_architecture_or_common(), problem.dtype, problem.head_dim, "forward")
         plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)
         partial = 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)

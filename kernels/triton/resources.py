@@ -152,7 +152,7 @@ def rows(
 ) -> Iterator[tuple[int, str, int, str, Config, Resources]]:
     """Compile and yield the table."""
     for arch, dtype, head_dim, direction in product(architectures, dtypes, head_dims, DIRECTIONS):
-        if head_dim > largest_head_dim(DTYPES[dtype]):
+        if head_dim > largest_head_dim(DTYPES[dtype], arch):
             continue
         launch = config(arch, DTYPES[dtype], head_dim, direction)
         yield arch, dtype, head_dim, direction, launch, compiled(arch, direction, DTYPES[dtype], head_dim, launch, bias)
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         _print(f"sm_{arch}", dtype, head_dim, direction, launch, used, str(limit), used.fits(limit))
     if chosen.hip:
         for dtype, head_dim, direction in product(chosen.dtype, chosen.head_dim, DIRECTIONS):
-            if head_dim > largest_head_dim(DTYPES[dtype]):
+            if head_dim > largest_head_dim(DTYPES[dtype], 86):
                 continue
             launch = config(86, DTYPES[dtype], head_dim, direction)._replace(stages=2)
             used = compiled(chosen.hip, direction, DTYPES[dtype], head_dim, launch, chosen.bias)

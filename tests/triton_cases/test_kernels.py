@@ -153,3 +153,35 @@ def test_refuses_another_device():
     q = torch.randn(1, 20, 1, 16, device="meta")
     with pytest.raises(ValueError, match="q is on meta, and it runs on the CPU only while TRITON_INTERPRET is set"):
         attention(q, q, q, "na(window=3x3)", Layout((4, 5)), backend="triton")
+
+
+def test_inside_a_compiled_graph():
+    layout = Layout((4, 6), 2)
+    inputs, mask = tensors(layout, masked=True)
+
+    def step(q, k, v):
+        return attention(q * 1.5, k, v, "na(window=3x3)", layout, key_mask=mask, backend="triton").sin()
+
+    found = []
+    for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = run(*leaves)
+        found.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_bias_and_pooling_weight_inside_a_compiled_graph():
+    layout = Layout((6, 6))
+    inputs, _ = tensors(layout)
+    weight = torch.randn(3, 3, requires_grad=True)
+
+    def step(q, k, v, w):
+        return attention(q, k, v, "clear(radius=2,pool=3)", layout, pool_weight=w, backend="triton")
+
+    grads = [
+        torch.autograd.grad(run(*inputs, weight).sum(), weight)[0]
+        for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True))
+    ]
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().sum() > 0
