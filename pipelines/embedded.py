@@ -54,7 +54,17 @@ _DIGITS = EmbeddedModel(
     summary="handwritten digits 0-9, 64x64 px, 1024 tokens, 6-layer pixel DiT",
 )
 
-EMBEDDED = MappingProxyType({model.name: model for model in (_DIGITS,)})
+_MOVING_DIGITS = EmbeddedModel(
+    name="moving-digits",
+    kind="video",
+    pipeline="visattn.pipelines.pixel_wan:PixelWanPipeline",
+    classes=10,
+    size=(16, 32, 32),
+    grid=(16, 16, 16),
+    summary="moving handwritten digits 0-9, 16 frames of 32x32 px, 4096 tokens, 6-layer pixel Wan transformer",
+)
+
+EMBEDDED = MappingProxyType({model.name: model for model in (_DIGITS, _MOVING_DIGITS)})
 
 
 def embedded_models() -> tuple[str, ...]:

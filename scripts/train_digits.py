@@ -105,6 +105,10 @@ class Training:
         for average, value in zip(self.ema.parameters(), self.model.parameters(), strict=True):
             average.lerp_(value, 1 - decay)
 
+    def export(self) -> int:
+        """Writes the averaged weights as a pipeline folder; returns its size in bytes."""
+        return export(self.ema.cpu(), self.out / "digits")
+
     def picture(self) -> None:
         """Saves a row of the ten digits made by the averaged weights at the current size."""
         size = self.progress.size(self.config)
@@ -144,8 +148,8 @@ def flow_matching_loss(
     return F.mse_loss(velocity, noise - images)
 
 
-def attention_of(model: nn.Module, pattern: str | None) -> AbstractContextManager[Any]:
-    """Context in which the model runs with a pattern; None leaves its dense attention.
+def attention_of(model: nn.Module, pattern: str | None, backend: str = "auto") -> AbstractContextManager[Any]:
+    """Context in which the model runs with a pattern on a backend; None leaves its dense attention.
 
     Raises:
         RuntimeError: If visattn cannot apply the pattern.
@@ -157,7 +161,7 @@ def attention_of(model: nn.Module, pattern: str | None) -> AbstractContextManage
     except ImportError as error:
         message = f"finishing with {pattern} needs visattn.apply ({error}): pass --finish-attention dense"
         raise RuntimeError(message) from error
-    return apply(model, pattern, strict=True)
+    return apply(model, pattern, backend=backend, strict=True)
 
 
 def run(
@@ -186,7 +190,7 @@ def run(
                 training.save()
                 saved = time.monotonic()
         training.save()
-        size = export(training.ema.cpu(), training.out / "digits")
+        size = training.export()
         log.write(json.dumps({"event": "end", "progress": asdict(progress), "export_bytes": size}) + "\n")
     finally:
         log.close()

@@ -1,0 +1,125 @@
+"""What the class-conditional pipelines that work on pixels share: labels, guidance, noise, the denoising loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+
+OUTPUT_TYPES = ("pil", "pt", "np")
+Generators = torch.Generator | list[torch.Generator] | None
+StepCallback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
+
+
+class PixelPipeline(DiffusionPipeline):
+    """Class-conditional flow matching in pixel space, from -1 (black) to 1 (white).
+
+    Classifier-free guidance uses the null class, whose index is `num_classes`. A subclass registers `transformer`
+    and `scheduler` and says how many classes there are and how the transformer predicts a velocity.
+    """
+
+    model_cpu_offload_seq = "transformer"
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+
+    @property
+    def num_classes(self) -> int:
+        """Number of real classes; it is also the index of the null class."""
+        raise NotImplementedError
+
+    def _velocity(self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Velocity (noise minus sample), shaped like `latents`, at times t [B] from 0 to 1000 for labels [B]."""
+        raise NotImplementedError
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the current or last call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether each step also runs the null class."""
+        return self._guidance_scale > 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of denoising steps of the current or last call."""
+        return self._num_timesteps
+
+    def _denoise(
+        self,
+        sample: torch.Tensor,
+        labels: torch.Tensor,
+        callback: StepCallback | None,
+        tensor_inputs: Sequence[str],
+    ) -> torch.Tensor:
+        """Runs every step of the scheduler, which has been set up, from noise to a clean float32 sample."""
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        progress_bar: Any = self.progress_bar
+        with progress_bar(total=len(timesteps)) as progress:
+            for i, t in enumerate(timesteps):
+                velocity = self._predict_velocity(sample, t, labels)
+                sample = self.scheduler.step(velocity, t, sample, return_dict=False)[0]
+                if callback is not None:
+                    tensors = dict.fromkeys(tensor_inputs, sample)
+                    sample = (callback(self, i, t, tensors) or {}).get("latents", sample)
+                progress.update()
+        return sample.float()
+
+    def _predict_velocity(self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Velocity at one scheduler time t, guided if guidance is on."""
+        if not self.do_classifier_free_guidance:
+            return self._velocity(latents, t.expand(len(labels)), labels)
+        both = torch.cat([labels, torch.full_like(labels, self.num_classes)])
+        stacked = self._velocity(torch.cat([latents, latents]), t.expand(len(both)), both)
+        conditional, unconditional = stacked.chunk(2)
+        return unconditional + self._guidance_scale * (conditional - unconditional)
+
+    def _start_noise(self, shape: tuple[int, ...], generator: Generators, latents: torch.Tensor | None) -> torch.Tensor:
+        """Start noise of this shape on the pipeline's device, in the transformer's type."""
+        device, dtype = self._execution_device, self.transformer.dtype
+        if latents is None:
+            if isinstance(generator, list) and len(generator) != shape[0]:
+                raise ValueError(f"{len(generator)} generators for {shape[0]} labels: pass one, or one for each label")
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape} for these labels and size")
+        return latents.to(device=device, dtype=dtype)
+
+    def _check_labels(self, class_labels: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
+        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        if labels.numel() == 0 or labels.is_floating_point():
+            raise ValueError(f"class_labels must be one or more whole numbers, got {class_labels!r}")
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)].tolist()
+        if wrong:
+            raise ValueError(f"class label {wrong[0]} does not exist: pass labels from 0 to {self.num_classes - 1}")
+        return labels.long()
+
+    def _check_options(self, steps: int, output_type: str, tensor_inputs: Sequence[str]) -> None:
+        if steps < 1:
+            raise ValueError(f"num_inference_steps is {steps}: pass 1 or more")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r} does not exist: pass one of {', '.join(OUTPUT_TYPES)}")
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callback tensor {unknown[0]!r} does not exist: pass names from ('latents',)")
+
+
+def check_sides(patch: int, **sides: int) -> None:
+    """Checks that pixel sizes are whole numbers of patches.
+
+    Raises:
+        ValueError: If one is not; the text gives the nearest that is.
+    """
+    for name, value in sides.items():
+        if value < patch or value % patch:
+            near = max(patch, round(value / patch) * patch)
+            raise ValueError(f"{name} {value} is not a multiple of the patch size {patch}: pass e.g. {near}")

@@ -1,0 +1,191 @@
+"""Trains the embedded "moving-digits" video model: minutes on a data-centre GPU, many hours on a CPU.
+
+    python scripts/train_moving_digits.py --out runs/moving-digits --minutes 5 --device cuda
+
+Stop it at any time; the same command goes on from the last checkpoint. `--out` gets `checkpoint.safetensors`,
+`log.jsonl`, `samples/*.png` and at the end `moving-digits/`, the pipeline folder that the package ships.
+
+The coarse stage sees clips of 4 and 8 frames (1024 and 2048 tokens), where a step costs less for as many pictures;
+the finishing stage sees 16 frames (4096 tokens) and runs every other step with neighborhood attention, so that the
+weights are good for both.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from digits_training import CLASSES, NULL_LABEL_DROPOUT, load_checkpoint, save_checkpoint
+from moving_digits_data import MovingDigits
+from moving_digits_training import (
+    CLASS_TOKENS,
+    FRAMES,
+    SIZE,
+    TIME_SHIFT,
+    Config,
+    Progress,
+    build_model,
+    build_pipeline,
+    export,
+)
+from torch import nn
+from torch.nn import functional as F
+from train_digits import attention_of, run
+
+from visattn.pipelines.pixel_wan import class_words
+
+EXPORT = "moving-digits"
+
+
+class Training:
+    """One run: the model, its average, the optimizer and where it stands.
+
+    Args:
+        config: Settings.
+        out: Folder for all output; it holds the checkpoint that a resumed run starts from.
+        device: Device of the model.
+        resume: Whether to go on from a checkpoint in `out`.
+        backend: Backend of the pattern in finishing steps.
+    """
+
+    def __init__(
+        self, config: Config, out: Path, device: str = "cpu", resume: bool = True, backend: str = "auto"
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.out, self.device, self.backend = config, out, torch.device(device), backend
+        model: Any = build_model(config.layers)
+        self.model: WanTransformer3DModel = model.to(self.device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.batches = MovingDigits(self.device, config.augment)
+        self.progress = Progress()
+        self.checkpoint = out / "checkpoint.safetensors"
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and self.checkpoint.is_file():
+            done = load_checkpoint(self.checkpoint, config, self.model, self.ema, self.optimizer)
+            self.progress = Progress(**asdict(done))
+
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        save_checkpoint(self.checkpoint, self.config, self.progress, self.model, self.ema, self.optimizer)
+
+    def step(self) -> dict[str, Any]:
+        """Runs one step and returns its figures for the log."""
+        start, config, progress = time.perf_counter(), self.config, self.progress
+        frames = progress.frames(config)
+        # Every step draws from its own seed: a resumed run needs no generator state to be exact.
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + progress.step)
+        batch = max(1, config.batch * (FRAMES // 2) // frames)
+        videos, labels = self.batches.draw(batch, frames, SIZE, generator)
+        pattern = config.finish_pattern(progress.step) if progress.finishing else None
+        with attention_of(self.model, pattern, self.backend):
+            loss = flow_matching_loss(self.model, videos, labels, generator)
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        lr = progress.lr(config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        figures = {"frames": frames, "batch": batch, "pattern": pattern or "dense", "loss": loss.item()}
+        seconds = time.perf_counter() - start
+        progress.step, progress.seconds = progress.step + 1, progress.seconds + seconds
+        return figures | {"grad_norm": norm.item(), "lr": lr, "step_s": round(seconds, 3)}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Moves the averaged weights; a stage starts with short averages, to forget the weights before it soon."""
+        done = self.progress.step - max(self.progress.finish_step, 0)
+        decay = min(self.config.ema, (1 + done) / (10 + done))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def export(self) -> int:
+        """Writes the averaged weights as a pipeline folder; returns its size in bytes."""
+        return export(self.ema, self.out / EXPORT, self.config.layers)
+
+    def picture(self) -> None:
+        """Saves a sheet made by the averaged weights: a row of frames for each of the ten digits."""
+        pipeline = build_pipeline(self.ema)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        output: Any = pipeline(
+            list(range(CLASSES)),
+            num_frames=self.progress.frames(self.config),
+            num_inference_steps=16,
+            generator=generator,
+            output_type="pt",
+        )
+        sheet = output.frames.cpu().permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        folder = self.out / "samples"
+        folder.mkdir(exist_ok=True)
+        pipeline.video_processor.numpy_to_pil(sheet[None].numpy())[0].save(folder / f"{self.progress.step:06d}.png")
+
+
+def flow_matching_loss(
+    model: WanTransformer3DModel, videos: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Mean squared error of the predicted velocity (noise minus video) at a random time.
+
+    On a GPU the model runs in bfloat16 where autocast allows it.
+
+    Args:
+        model: The transformer.
+        videos: [B, 1, T, H, W], values -1 to 1.
+        labels: [B]; a tenth of them is replaced with the null class.
+        generator: CPU generator of times, noise and dropped labels.
+    """
+    batch, device = len(videos), videos.device
+    noise = torch.randn(videos.shape, generator=generator).to(device)
+    t = torch.sigmoid(torch.randn(batch, generator=generator))
+    t = (TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)).to(device)
+    dropped = (torch.rand(batch, generator=generator) < NULL_LABEL_DROPOUT).to(device)
+    words = class_words(torch.where(dropped, CLASSES, labels), CLASSES, CLASS_TOKENS)
+    mixed = torch.lerp(videos, noise, t[:, None, None, None, None])
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        velocity = model(mixed, timestep=t * 1000, encoder_hidden_states=words, return_dict=False)[0]
+    return F.mse_loss(velocity.float(), noise - videos)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line: one option for each field of `Config`, and where and how to run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Config):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    parser.add_argument("--out", type=Path, default=Path("runs/moving-digits"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="auto", help="backend of the pattern in finishing steps")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--checkpoint-minutes", type=float, default=2.0)
+    parser.add_argument("--export-only", action="store_true", help="export the checkpoint in --out as it stands")
+    parser.add_argument("--sample-every", type=int, default=500, help="steps between sample pictures, 0 for none")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None, report: Callable[[str], None] | None = None) -> None:
+    """Entry point."""
+    options = parse_arguments(arguments)
+    try:
+        config = Config(**{field.name: getattr(options, field.name) for field in fields(Config)})
+        torch.set_num_threads(options.threads)
+        training = Training(config, options.out, options.device, options.resume, options.backend)
+    except ValueError as error:
+        raise SystemExit(f"train_moving_digits: {error}") from error
+    if options.export_only:
+        size = training.export()
+    else:
+        show = report or (lambda line: print(line, flush=True))
+        size = run(training, options.checkpoint_minutes, options.sample_every, show)
+    name = torch.cuda.get_device_name() if training.device.type == "cuda" else f"CPU, {options.threads} threads"
+    seconds = training.progress.seconds
+    print(f"{training.progress.step} steps, {seconds:.0f} s of steps on {name}, {size / 1e6:.2f} MB exported")
+
+
+if __name__ == "__main__":
+    main()
