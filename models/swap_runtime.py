@@ -105,7 +105,7 @@ class Swapped:
             return None
         layout = self.runtime.here.layout
         if isinstance(layout, str):
-            refusal = refusal or layout
+            refusal = layout
         if refusal is not None or isinstance(layout, str):
             if counted:
                 self.runtime.tally.fallback(self.path, refusal or "")
