@@ -13,7 +13,7 @@ import torch
 
 from visattn.handle import Request
 from visattn.patterns import Dense, Pattern
-from visattn.pipelines import dispatch, operators
+from visattn.pipelines import dispatch, merging, operators
 from visattn.pipelines.families import find_family, known_classes
 from visattn.pipelines.families.base import Family, Seen
 from visattn.pipelines.hooks import Hooks
@@ -39,8 +39,10 @@ def install(target: Any, request: Request) -> list[PatchedModel]:
         for pattern in request.schedule.patterns:
             dims = family.dims if request.layout is None else request.layout.dims
             check_dims(pattern, dims, type(model).__name__)
+            if pattern.merges:
+                _check_merging(pattern, model, family, request)
     patched: list[PatchedModel] = []
-    scheduler = SchedulerSteps(target) if hasattr(target, "scheduler") and request.schedule.dense_steps else None
+    scheduler = SchedulerSteps(target) if hasattr(target, "scheduler") and request.schedule.needs_steps else None
     try:
         for name, model, family in chosen:
             patched.append(PatchedModel(name, model, family, request, scheduler))
@@ -80,6 +82,18 @@ def _family(model: torch.nn.Module, request: Request) -> Family:
     return family
 
 
+def _check_merging(pattern: Pattern, model: torch.nn.Module, family: Family, request: Request) -> None:
+    if not family.levels or request.layout is not None:
+        raise ValueError(
+            f"{pattern} merges tokens of a UNet (Stable Diffusion 1.5, 2.1, XL) before they are projected, and "
+            f"{type(model).__name__} {'was given a layout' if family.levels else 'is none'}: use agent(agents=...) here"
+        )
+    if request.backend != "auto":
+        raise ValueError(
+            f"{pattern.name} runs attention of its own: pass backend='auto' instead of {request.backend!r}"
+        )
+
+
 @dataclass
 class Site:
     """One attention module that is patched.
@@ -105,7 +119,7 @@ class Site:
         """Whether the module still calls its group."""
         if self.group is None or self.module.processor is not self.installed:
             return False
-        if not dispatch.is_dispatching(self.installed):
+        if self.pattern.merges or not dispatch.is_dispatching(self.installed):
             return True
         return self.installed._attention_backend is dispatch.member(self.group.number)
 
@@ -127,7 +141,7 @@ class PatchedModel:
         self._groups: dict[tuple[Pattern, Stock], Group] = {}
         steps = [scheduler.now] if scheduler is not None else []
         self._context = (
-            ContextSteps(model) if request.schedule.dense_steps and hasattr(model, "cache_context") else None
+            ContextSteps(model) if request.schedule.needs_steps and hasattr(model, "cache_context") else None
         )
         if self._context is not None:
             steps.insert(0, self._context.now)
@@ -158,7 +172,7 @@ class PatchedModel:
             self._hooks.remove()
         for site in self.sites:
             if site.group is not None and site.module.processor is site.installed:
-                if dispatch.is_dispatching(site.installed) and site.intact:
+                if dispatch.is_dispatching(site.installed) and site.intact and not site.pattern.merges:
                     site.installed._attention_backend = dispatch.backend_named(site.group.stock.backend)
                 site.module.processor = site.original
             site.group = None
@@ -178,7 +192,9 @@ class PatchedModel:
             processor = site.module.processor
             site.original = processor
             site.group = group = self._group(site.pattern, dispatch.stock_of(processor))
-            if not dispatch.is_dispatching(processor):
+            if site.pattern.merges:
+                site.installed = merging.clone(processor, group.number, self.sites.index(site))
+            elif not dispatch.is_dispatching(processor):
                 site.installed = dispatch.clone(processor, group.number)
             else:
                 # A processor that serves other modules too must stay as it is.
@@ -189,7 +205,8 @@ class PatchedModel:
     def _group(self, pattern: Pattern, stock: Stock) -> Group:
         key = pattern, stock
         if key not in self._groups:
-            self._groups[key] = group = Group(self._run, pattern, self._request.backend, stock)
+            kind = merging.MergingGroup if pattern.merges else Group
+            self._groups[key] = group = kind(self._run, pattern, self._request.backend, stock)
             if stock.dispatched:
                 dispatch.register_member(group.number)
         return self._groups[key]

@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from visattn.dispatch import Call
+from visattn.attend import attention
 from visattn.layout import Layout
-from visattn.ops import _autograd_inside_operator as autograd_inside_operator
-from visattn.ops import recompute_gradients
+from visattn.ops import autograd_inside_operator
 from visattn.patterns import Pattern, parse
 from visattn.pipelines.families.base import Seen
+from visattn.pipelines.masks import carry_bias, key_validity
 
 # Operators take numbers, not objects: this is the only way from a number to its object. It keeps nothing alive.
 _objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 # Bytes of an encoded decision; a fixed size keeps the operator's shapes free of data.
-DECISION_BYTES = 1024
+DECISION_BYTES = 4096
 
 
 def register(item: Any) -> int:
@@ -95,14 +95,14 @@ class Decision(NamedTuple):
     """What a forward ran, in a form that its backward can carry.
 
     Attributes:
-        layout: Where the tokens sat, None if the stock attention ran.
+        layouts: Where the tokens sat, of each sample where they differ; empty if the stock attention ran.
         pattern: The pattern.
         backend: What the user asked for.
         mask_row: Row of a full mask that tells which keys are valid.
         stock: The attention without visattn.
     """
 
-    layout: Layout | None
+    layouts: tuple[Layout, ...]
     pattern: Pattern
     backend: str
     mask_row: int | None
@@ -110,7 +110,7 @@ class Decision(NamedTuple):
 
     def encode(self) -> torch.Tensor:
         """As bytes on the CPU: [DECISION_BYTES]."""
-        where = None if self.layout is None else [self.layout.grid, self.layout.prefix, self.layout.suffix]
+        where = [[layout.grid, layout.prefix, layout.suffix] for layout in self.layouts]
         text = json.dumps([where, str(self.pattern), self.backend, self.mask_row, *self.stock]).encode()
         assert len(text) <= DECISION_BYTES, f"decision of {len(text)} bytes"
         return torch.frombuffer(bytearray(text.ljust(DECISION_BYTES)), dtype=torch.uint8)
@@ -119,34 +119,53 @@ class Decision(NamedTuple):
     def decode(cls, data: torch.Tensor) -> Decision:
         """The inverse of `encode`."""
         where, pattern, backend, mask_row, *stock = json.loads(bytes(data.numpy()))
-        layout = None if where is None else Layout(*where)
-        return cls(layout, parse(pattern), backend, mask_row, Stock(*stock))
+        layouts = tuple(Layout(*each) for each in where)
+        return cls(layouts, parse(pattern), backend, mask_row, Stock(*stock))
 
 
-def key_validity(mask: torch.Tensor | None, q: torch.Tensor, row: int | None) -> torch.Tensor | str | None:
-    """Which keys a mask of attention leaves valid: bool [B, S], None for all, or why a mask says more than that.
+class Sequences(NamedTuple):
+    """Queries, keys and values in the form that a pattern runs on.
 
-    Args:
-        mask: What stock attention gets: broadcasts to [B, H, S, S]; True or 0 keeps a pair.
+    Attributes:
         q: Queries [B, S, H, D].
-        row: Row of a full mask that holds the validity of the keys, None if there is no such row.
+        k: Keys [B, S, Hkv, D].
+        v: Values [B, S, Hkv, D].
+        keys: Valid keys, bool [B, S], or None for all.
+        scale: Factor on the logits.
+        channels: Channels of the output that count.
     """
-    if mask is None:
-        return None
-    shape = list(mask.shape)
-    if mask.ndim != 4 or shape[1] != 1 or shape[0] not in (1, q.shape[0]) or shape[3] != q.shape[1]:
-        return f"its mask {shape} is not a mask of keys"
-    if shape[2] != 1 and row is None:
-        return f"its mask {shape} differs from query to query"
-    keys = mask[:, 0, 0 if shape[2] == 1 or row is None else row]
-    if keys.dtype != torch.bool:
-        valid = keys == 0
-        if not bool((valid | (keys < -1e3)).all()):
-            return f"its mask {shape} is a bias, not a mask of keys"
-        keys = valid
-    if keys.device.type == "cpu" and bool(keys.all()):
-        return None
-    return keys.expand(q.shape[0], -1)
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    keys: torch.Tensor | None
+    scale: float
+    channels: int
+
+    @classmethod
+    def of(
+        cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor | None, scale: float | None
+    ) -> Sequences:
+        """From what `key_validity` found: valid keys, or a bias, which q and k then carry."""
+        channels, factor = v.shape[3], float(q.shape[3] ** -0.5 if scale is None else scale)
+        if keys is not None and keys.dtype != torch.bool:
+            q, k, v = carry_bias(q, k, v, keys, factor)
+            keys = None
+        return cls(q, k, v, keys, factor, channels)
+
+    def attend(self, pattern: Pattern, layouts: tuple[Layout, ...], backend: str) -> torch.Tensor:
+        """Run a pattern: [B, S, H, channels]; with several layouts sample by sample."""
+        if len(layouts) == 1:
+            options: dict[str, Any] = {"scale": self.scale, "key_mask": self.keys, "backend": backend}
+            return attention(self.q, self.k, self.v, pattern, layouts[0], **options)[..., : self.channels]
+        parts = [self.sample(i).attend(pattern, (layout,), backend) for i, layout in enumerate(layouts)]
+        return torch.cat(parts)
+
+    def sample(self, i: int) -> Sequences:
+        """One sample, still as a batch."""
+        at = slice(i, i + 1)
+        keys = None if self.keys is None else self.keys[at]
+        return self._replace(q=self.q[at], k=self.k[at], v=self.v[at], keys=keys)
 
 
 @torch.library.custom_op("visattn::patched_attention", mutates_args=())
@@ -191,15 +210,15 @@ def _patched_attention_backward(
     grouped: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     made = Decision.decode(decision)
-    if made.layout is not None:
-        keys = key_validity(mask, q, made.mask_row)
-        assert not isinstance(keys, str), keys
-        call = Call(made.pattern, made.layout, q.shape[-1] ** -0.5 if scale is None else scale, keys)
-        dq, dk, dv, *_ = recompute_gradients(grad, grad.new_empty(0), q, k, v, call, made.backend)
-        return dq, dk, dv
     with autograd_inside_operator(), torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = made.stock(leaves[0], leaves[1], leaves[2], mask, scale, grouped)
+        if made.layouts:
+            keys = key_validity(mask, q, made.mask_row)
+            assert not isinstance(keys, str), keys
+            sequences = Sequences.of(leaves[0], leaves[1], leaves[2], keys, scale)
+            out = sequences.attend(made.pattern, made.layouts, made.backend)
+        else:
+            out = made.stock(leaves[0], leaves[1], leaves[2], mask, scale, grouped)
         dq, dk, dv = (g.contiguous() for g in torch.autograd.grad(out, leaves, grad))
     return dq, dk, dv
 

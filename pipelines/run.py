@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from visattn.attend import attention
 from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
 from visattn.patterns import Dense, Pattern
 from visattn.pipelines import operators
 from visattn.pipelines.families.base import Family, Seen, Where
-from visattn.pipelines.operators import Decision, Stock, key_validity
+from visattn.pipelines.masks import key_validity
+from visattn.pipelines.operators import Decision, Sequences, Stock
 from visattn.report import Row, SiteReport, Tally
 from visattn.schedule import Schedule
 
@@ -29,29 +29,44 @@ class Forward:
     Attributes:
         where: Where its tokens sit.
         dense: Whether the schedule keeps its step dense.
+        step: Index of the denoising step, None where nothing depends on it.
+        total: Number of steps, None if unknown.
         hits: Modules that ran their pattern, in compiled code the same name again and again.
         reasons: Why others did not.
-        layouts: Layouts of sequence lengths, resolved once.
+        excused: Modules that a pattern leaves as they are on purpose.
+        resolved: Layouts of sequence lengths, resolved once.
     """
 
     where: Where
     dense: bool
+    step: int | None = None
+    total: int | None = None
     hits: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
-    layouts: dict[int, Layout | str] = field(default_factory=dict)
+    excused: set[str] = field(default_factory=set)
+    resolved: dict[int, tuple[Layout, ...] | str] = field(default_factory=dict)
 
-    def layout(self, length: int) -> Layout | str:
-        """The layout of a sequence of `length` tokens, or why there is none."""
-        if length not in self.layouts:
-            self.layouts[length] = self.where.layout(length)
-        return self.layouts[length]
+    def layouts(self, length: int) -> tuple[Layout, ...] | str:
+        """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""
+        if length not in self.resolved:
+            self.resolved[length] = self.where.layouts(length)
+        return self.resolved[length]
 
 
-class _Here(threading.local):
-    """The forward and the attention module that a thread is in."""
+class Here(threading.local):
+    """Where a thread is.
+
+    Attributes:
+        forward: The forward.
+        site: The attention module.
+        merged: What a merging group has made of its tokens, None where it leaves them.
+        kept: Why it leaves them, see `merging`.
+    """
 
     forward: Forward | None = None
     site: str | None = None
+    merged: Any = None
+    kept: str = ""
 
 
 class Run:
@@ -75,7 +90,7 @@ class Run:
         self.compiled_patterns: dict[str, Pattern] = {}
         self.check_sites: Callable[[], None] = lambda: None
         self.number = operators.register(self)
-        self._here = _Here()
+        self.here = Here()
         self._latest: Forward | None = None
         self._read: tuple[weakref.ref[torch.Tensor], int, Seen, tuple[Any, ...]] | None = None
         self._warned = False
@@ -83,33 +98,35 @@ class Run:
     @property
     def forward(self) -> Forward | None:
         """The forward that this thread is in. Autograd recomputes blocks in threads of its own: the latest one."""
-        return self._here.forward or self._latest
+        return self.here.forward or self._latest
 
     @property
     def site(self) -> str | None:
         """The attention module that this thread is in."""
-        return self._here.site
+        return self.here.site
 
     def enter(self, site: str) -> None:
         """This thread enters an attention module."""
-        self._here.site = site
+        self.here.site = site
 
     def begin(self, seen: Seen, compiled: bool = False) -> None:
         """A forward of the model begins; compiled code does not tell when it ends."""
-        if compiled and self._here.forward is not None:
+        if compiled and self.here.forward is not None:
             self.finish()
         self.check_sites()
-        dense = self.schedule.is_dense(*self._step())
-        self._here.forward = self._latest = Forward(self._where(seen), dense)
-        self._here.site = None
+        step, total = self._step()
+        dense = self.schedule.is_dense(step, total)
+        self.here.forward = self._latest = Forward(self._where(seen), dense, step, total)
+        self.here.site = None
 
     def finish(self) -> None:
         """A forward of the model is over: see whether it reached what was selected."""
-        forward, self._here.forward = self._here.forward, None
+        forward, self.here.forward = self.here.forward, None
         if forward is None or forward.dense or not self.sparse_sites:
             return
         anonymous = sum(site in self.compiled_patterns for site in forward.hits)
-        missed = [site for site in self.sparse_sites if site not in forward.hits]
+        done = {*forward.hits, *(forward.excused if forward.hits else ())}
+        missed = [site for site in self.sparse_sites if site not in done]
         if len(missed) <= anonymous:
             return
         why = "; ".join(sorted({forward.reasons[s] for s in missed if s in forward.reasons})) or "they were not called"
@@ -124,7 +141,7 @@ class Run:
 
     def _step(self) -> tuple[int | None, int | None]:
         """Step and number of steps from the first source that knows; what the user says comes first."""
-        if not self.schedule.dense_steps:
+        if not self.schedule.needs_steps:
             return None, None
         step, total = self.step
         for source in self.steps:
@@ -140,7 +157,7 @@ class Run:
         if self.family.read is not None and seen.ids is not None:
             seen = self._reading(seen.ids, seen)
         grid = tuple(int(n) for n in seen.grid)
-        return Where(grid, int(seen.prefix), int(seen.suffix), self.family.levels, seen.why)
+        return Where(grid, int(seen.prefix), int(seen.suffix), self.family.levels, seen.why, seen.prefixes)
 
     def _reading(self, ids: torch.Tensor, seen: Seen) -> Seen:
         """Read a tensor's values, which waits for the GPU, once for all steps that pass the same tensor."""
@@ -182,51 +199,63 @@ class Group:
             Output [B, S, H, D], and what was run.
         """
         tally, name = self.run.tally, site or self._anonymous
-        layout, keys, why = self._fits(q, k, v, mask, dropout, causal)
-        decision = Decision(layout, self.pattern, self.backend, self.run.family.mask_row, self.stock)
-        if layout is None or (self.backend == "auto" and self.pattern.covers(layout.grid)):
-            with tally.timed(name, "dense" if layout is None else "sparse", q.device):
+        layouts, keys, why = self._fits(q, k, v, mask, dropout, causal)
+        decision = Decision(layouts, self.pattern, self.backend, self.run.family.mask_row, self.stock)
+        covered = self.backend == "auto" and all(self.pattern.covers(layout.grid) for layout in layouts)
+        sequences = Sequences(q, k, v, keys, 1.0, v.shape[-1])
+        if not layouts or covered:
+            with tally.timed(name, "sparse" if layouts else "dense", q.device):
                 out = self.stock(q, k, v, mask, scale, grouped, dropout, causal)
-            decision = decision._replace(layout=None)
+            decision = decision._replace(layouts=())
         else:
             with tally.timed(name, "sparse", q.device):
-                out = attention(q, k, v, self.pattern, layout, scale=scale, key_mask=keys, backend=self.backend)
-        self._count(name, layout, why, lambda at: Problem.of(q, k, v, Call(self.pattern, at, 1.0, keys)))
+                sequences = Sequences.of(q, k, v, keys, scale)
+                out = sequences.attend(self.pattern, layouts, self.backend)
+        if layouts:
+            self._hit(name, sequences, layouts)
+        else:
+            self._miss(name, why)
         return out, decision
 
     def _fits(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, dropout: float, causal: bool
-    ) -> tuple[Layout | None, torch.Tensor | None, str]:
-        """Layout and valid keys of a call that can run the pattern; else None and why not ("" if it is to be dense)."""
+    ) -> tuple[tuple[Layout, ...], torch.Tensor | None, str]:
+        """Layouts and valid keys of a call that can run the pattern; else () and why not ("" if it is to be dense)."""
         forward = self.run.forward
         if forward is None:
-            return None, None, "called outside of the model's forward"
+            return (), None, "called outside of the model's forward"
         if forward.dense or isinstance(self.pattern, Dense):
-            return None, None, ""
+            return (), None, ""
         if q.ndim != 4 or k.shape[1] != q.shape[1] or v.shape != k.shape:
-            return None, None, f"q {list(q.shape)} and k {list(k.shape)} are not self-attention of one sequence"
-        layout = forward.layout(q.shape[1])
-        if isinstance(layout, str):
-            return None, None, layout
+            return (), None, f"q {list(q.shape)} and k {list(k.shape)} are not self-attention of one sequence"
+        layouts = forward.layouts(q.shape[1])
+        if isinstance(layouts, str):
+            return (), None, layouts
+        if len(layouts) not in (1, q.shape[0]):
+            return (), None, f"its batch of {q.shape[0]} is not that of the {len(layouts)} captions"
         if causal or dropout:
-            return None, None, "it is causal" if causal else f"it has dropout {dropout}"
+            return (), None, "it is causal" if causal else f"it has dropout {dropout}"
         if mask is not None and not isinstance(mask, torch.Tensor):
-            return None, None, f"its mask is a {type(mask).__name__}"
+            return (), None, f"its mask is a {type(mask).__name__}"
         keys = key_validity(mask, q, self.run.family.mask_row)
-        return (None, None, keys) if isinstance(keys, str) else (layout, keys, "")
+        return ((), None, keys) if isinstance(keys, str) else (layouts, keys, "")
 
-    def _count(self, name: str, layout: Layout | None, why: str, problem: Callable[[Layout], Problem]) -> None:
-        tally, forward = self.run.tally, self.run.forward
-        if layout is not None:
-            tally.hit(name, problem(layout))
-            if forward is not None:
-                forward.hits.append(name)
-        elif why:
-            tally.fallback(name, why)
-            if forward is not None:
-                forward.reasons.setdefault(name, why)
-        else:
-            tally.dense(name)
+    def _hit(self, name: str, sequences: Sequences, layouts: tuple[Layout, ...]) -> None:
+        """Count a call that ran the pattern, once for each layout."""
+        for i, layout in enumerate(layouts):
+            q, k, v, keys, scale, _ = sequences if len(layouts) == 1 else sequences.sample(i)
+            self.run.tally.hit(name, Problem.of(q, k, v, Call(self.pattern, layout, scale, keys)))
+        if self.run.forward is not None:
+            self.run.forward.hits.append(name)
+
+    def _miss(self, name: str, why: str) -> None:
+        """Count a call that did not; "" means that it was to be dense."""
+        if not why:
+            self.run.tally.dense(name)
+            return
+        self.run.tally.fallback(name, why)
+        if self.run.forward is not None:
+            self.run.forward.reasons.setdefault(name, why)
 
 
 def site_reports(run: Run, sites: Mapping[str, Pattern], backend: str) -> list[SiteReport]:

@@ -128,22 +128,88 @@ def test_sparse_equals_masked_sdpa(kind, monkeypatch):
     torch.testing.assert_close(sparse, expected, rtol=2e-4, atol=2e-5)
 
 
-def test_captions_of_different_length_fall_back_and_say_so():
+def test_captions_of_different_length_run_sample_by_sample(monkeypatch):
     model, inputs = tiny_models.lumina2(lengths=(5, 3))
-    stock = tiny_models.run(model, inputs)
-    with visattn.apply(model, "na(window=3x3)", layers="layers.*") as handle, pytest.warns(UserWarning, match="differ"):
-        assert torch.equal(tiny_models.run(model, inputs), stock)
-        (reason,) = handle.report().fallbacks
-    assert reason.startswith("the captions of a batch differ in length")
+    with visattn.apply(model, "na(window=3x3)", strict=True, backend="reference") as handle:
+        sparse = tiny_models.run(model, inputs)
+        report = handle.report()
+    layouts = {str(call.problem.layout) for site in report.modules for call in site.calls}
+    assert len(layouts) == 3 and not report.fallbacks
+    real, masked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def with_mask(query, key, value, attn_mask=None, *args, **options):
+        length = query.shape[2]
+        if length in (48, 53):
+            masked.append(length)
+            starts = (5, 3) if length == 53 else (0, 0)
+            ours = torch.stack([window_mask((6, 8), (3, 3), n, length - 48 - n) for n in starts])[:, None]
+            attn_mask = ours if attn_mask is None else ours & attn_mask.bool()
+        return real(query, key, value, attn_mask, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", with_mask)
+    expected = tiny_models.run(model, inputs)
+    assert set(masked) == {48, 53}
+    torch.testing.assert_close(sparse, expected, rtol=2e-4, atol=2e-5)
 
 
-def test_mask_that_is_a_bias_falls_back():
+def chroma_mask():
     """Chroma's pipeline passes zeros and ones as floats, which torch's SDPA adds to the logits."""
+    return torch.cat([torch.tensor([[1.0, 1, 1, 0, 0]]), torch.ones(1, 48)], 1)
+
+
+def test_mask_that_is_a_bias_is_carried(monkeypatch):
     model, inputs = tiny_models.chroma()
-    mask = torch.cat([torch.tensor([[1.0, 1, 1, 0, 0]]), torch.ones(1, 48)], 1)
-    stock = tiny_models.run(model, inputs, attention_mask=mask)
+    mask = chroma_mask()
+    plain = tiny_models.run(model, inputs, attention_mask=mask)
+    unmasked = tiny_models.run(model, inputs)
+    with visattn.apply(model, "na(window=3x3)", strict=True) as handle:
+        sparse = tiny_models.run(model, inputs, attention_mask=mask)
+        assert not handle.report().fallbacks
+        assert {call.problem.head_dim for site in handle.report().sites for call in site.calls} == {24}
+        weight = model.transformer_blocks[0].attn.to_q.weight
+        (gradient,) = torch.autograd.grad(model(**inputs, attention_mask=mask).sample.square().sum(), [weight])
+    assert not torch.allclose(plain, unmasked) and not torch.allclose(sparse, plain)
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def with_window(query, key, value, attn_mask, *args, **options):
+        outside = ~window_mask((6, 8), (3, 3), 5, 0)
+        return real(query, key, value, attn_mask.masked_fill(outside, float("-inf")), *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", with_window)
+    torch.testing.assert_close(tiny_models.run(model, inputs, attention_mask=mask), sparse, rtol=2e-4, atol=2e-5)
+    (expected,) = torch.autograd.grad(model(**inputs, attention_mask=mask).sample.square().sum(), [weight])
+    torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=1e-5)
+
+
+def test_bias_carried_in_half_precision_is_that_of_the_mask():
+    from visattn.pipelines.masks import carry_bias, key_validity
+
+    q, k, v = (tiny_models.noise(1, 9, 2, 20, seed=i).bfloat16() * 0.1 for i in range(3))
+    row = torch.tensor([[1.0] * 4 + [0.0] * 2 + [1.0] * 3])
+    mask = (row[:, :, None] * row[:, None]).bfloat16()[:, None]
+    assert torch.equal(key_validity(mask, q, -1), row.bfloat16())
+    a, b, c = (t.double() for t in carry_bias(q, k, v, row, 20**-0.5))
+    logits = torch.einsum("bqhd,bkhd->bhqk", a, b) * 20**-0.5
+    expected = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * 20**-0.5 + mask.double()
+    # 1 / scale alone would be off by 2e-3 in bfloat16.
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert torch.equal(c[..., :20], v.double()) and not c[..., 20:].any()
+
+
+def test_other_biases_fall_back():
+    from visattn.pipelines.masks import key_validity
+
+    q = torch.zeros(1, 3, 1, 4)
+    bias = torch.tensor([0.0, 1.0, 2.0])
+    why = "its mask [1, 1, 3, 3] is a bias, not a mask of keys"
+    assert key_validity((bias[:, None] * bias)[None, None], q, -1) == why
+    assert key_validity(torch.eye(3)[None, None], q, -1) == why
+    assert key_validity(torch.ones(1, 1, 3, 3), q, -1) is None
+    assert key_validity(bias[None, None, None], q, None) == "its mask [1, 1, 1, 3] is a bias, not a mask of keys"
+    model, inputs = tiny_models.chroma()
+    stock = tiny_models.run(model, inputs, attention_mask=chroma_mask() * 2)
     with visattn.apply(model, "na(window=3x3)") as handle, pytest.warns(UserWarning, match="a bias"):
-        assert torch.equal(tiny_models.run(model, inputs, attention_mask=mask), stock)
+        assert torch.equal(tiny_models.run(model, inputs, attention_mask=chroma_mask() * 2), stock)
         assert list(handle.report().fallbacks) == ["its mask [1, 1, 53, 53] is a bias, not a mask of keys"]
 
 

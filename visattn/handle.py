@@ -124,8 +124,13 @@ def apply(
     """
     if backend != "auto":
         load(backend)
-    adapter = importlib.import_module(ADAPTERS[_package(target)])
-    request = Request(Schedule.of(pattern, layers, dense_layers, dense_steps), backend, layout, strict)
+    package = _package(target)
+    schedule = Schedule.of(pattern, layers, dense_layers, dense_steps)
+    for each in schedule.patterns:
+        if each.merges and package != "diffusers":
+            raise ValueError(f"{each} merges tokens of a UNet of diffusers: use agent(agents=...) on a {package} model")
+    adapter = importlib.import_module(ADAPTERS[package])
+    request = Request(schedule, backend, layout, strict)
     return Handle(adapter.install(target, request), request)
 
 

@@ -119,7 +119,7 @@ def _attend_backward(
 
 
 @contextmanager
-def _autograd_inside_operator() -> Iterator[None]:
+def autograd_inside_operator() -> Iterator[None]:
     """An operator runs below the autograd keys of torch's dispatcher: record a graph there all the same."""
     autograd = [getattr(torch._C.DispatchKey, key) for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView")]
     excluded = torch._C._dispatch_tls_local_exclude_set()
@@ -139,7 +139,7 @@ def recompute_gradients(
     backend: str,
 ) -> list[torch.Tensor]:
     """Run the call again with gradients; returns those of q, k, v, rpb and pool_weight (empty without one)."""
-    with _autograd_inside_operator(), torch.enable_grad():
+    with autograd_inside_operator(), torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         given = [None if t is None else t.detach().requires_grad_() for t in (call.rpb, call.pool_weight)]
         again = replace(call, rpb=given[0], pool_weight=given[1])

@@ -155,6 +155,8 @@ class CallReport:
     @classmethod
     def of(cls, problem: Problem, hits: int, backend: str) -> CallReport:
         """Explain calls after the fact: the choice of a backend is a function of the problem."""
+        if problem.pattern.merges:
+            return cls(problem, hits, problem.pattern.name, "the only one that merges tokens", None)
         if backend == "auto" and problem.pattern.covers(problem.layout.grid):
             return cls(problem, hits, "stock", "the pattern covers the whole grid", 1.0)
         name = choose(problem, backend).name

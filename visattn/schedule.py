@@ -81,6 +81,11 @@ class Schedule:
         """The patterns of the rules."""
         return tuple(pattern for _, pattern in self.rules)
 
+    @property
+    def needs_steps(self) -> bool:
+        """Whether anything depends on the denoising step."""
+        return bool(self.dense_steps) or any(pattern.stepped for pattern in self.patterns)
+
     def assign(self, sites: Sequence[SiteName], model: str) -> list[Pattern | None]:
         """The pattern of each site, None where no rule selects it.
 
@@ -114,16 +119,28 @@ class Schedule:
         Raises:
             ValueError: If that depends on a step or a number of steps that is unknown.
         """
-        if not self.dense_steps:
-            return False
-        if step is None or (total is None and isinstance(self.dense_steps, float)):
-            missing = "the step" if step is None else "the number of steps"
-            raise ValueError(
-                f"dense_steps={self.dense_steps} needs {missing}, and nothing tells it: apply to the pipeline instead "
-                "of the model, or call handle.set_step(i, n) before each forward"
-            )
-        count = self.dense_steps if isinstance(self.dense_steps, int) else round(self.dense_steps * (total or 0))
-        return step < count
+        return bool(self.dense_steps) and among_first(self.dense_steps, f"dense_steps={self.dense_steps}", step, total)
+
+
+def among_first(first: int | float, what: str, step: int | None, total: int | None) -> bool:
+    """Whether a denoising step (from 0) of so many is among the first ones.
+
+    Args:
+        first: A count of steps or a fraction of them.
+        what: What errors call it.
+        step: Index of the step, None if unknown.
+        total: Number of steps, None if unknown.
+
+    Raises:
+        ValueError: If the answer depends on something unknown.
+    """
+    if step is None or (total is None and isinstance(first, float)):
+        missing = "the step" if step is None else "the number of steps"
+        raise ValueError(
+            f"{what} needs {missing}, and nothing tells it: apply to the pipeline instead of the model, or call "
+            "handle.set_step(i, n) before each forward"
+        )
+    return step < (first if isinstance(first, int) else round(first * (total or 0)))
 
 
 def check_dims(pattern: Pattern, dims: int, model: str) -> None:

@@ -29,6 +29,7 @@ class Seen(NamedTuple):
         suffix: Tokens after the grid, or REST.
         ids: A tensor whose values tell the rest; `Family.read` reads it when the model runs.
         why: Why there is no grid, if there is none.
+        prefixes: Tokens before the grid of each sample, where samples differ; the rest follows the grid.
     """
 
     grid: tuple[int, ...] = ()
@@ -36,6 +37,7 @@ class Seen(NamedTuple):
     suffix: int = 0
     ids: torch.Tensor | None = None
     why: str = ""
+    prefixes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Where:
         suffix: Tokens after the grid, or REST.
         levels: Whether halved grids occur too.
         why: Why there is no grid, if there is none.
+        prefixes: Tokens before the grid of each sample, where samples differ; the rest follows the grid.
     """
 
     grid: tuple[int, ...]
@@ -101,6 +104,19 @@ class Where:
     suffix: int = 0
     levels: bool = False
     why: str = ""
+    prefixes: tuple[int, ...] = ()
+
+    def layouts(self, length: int) -> tuple[Layout, ...] | str:
+        """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""
+        if not self.prefixes:
+            found = self.layout(length)
+            return found if isinstance(found, str) else (found,)
+        inner = Layout(self.grid)
+        if length == inner.tokens:
+            return (inner,)
+        if length < inner.tokens + max(self.prefixes):
+            return f"a sequence of {length} tokens is not {self}"
+        return tuple(Layout(self.grid, prefix, length - inner.tokens - prefix) for prefix in self.prefixes)
 
     def layout(self, length: int) -> Layout | str:
         """The layout of a sequence of `length` tokens, or why there is none."""
@@ -127,6 +143,8 @@ class Where:
 
     def __str__(self) -> str:
         parts = ["grid " + "x".join(map(str, self.grid)) + " or halves of it" * self.levels]
+        if self.prefixes:
+            parts.insert(0, f"prefixes {', '.join(map(str, self.prefixes))}")
         if self.prefix:
             parts.insert(0, "text" if self.prefix == REST else f"prefix {self.prefix}")
         if self.suffix:

@@ -71,10 +71,10 @@ def _lumina2(config: Any, args: Args) -> Seen:
 
 def _read_caption_lengths(mask: torch.Tensor, seen: Seen) -> Seen:
     """Valid caption tokens come right before the image, sample by sample."""
-    lengths = set(mask.sum(1).tolist())
-    if len(lengths) > 1:
-        return Seen(why="the captions of a batch differ in length, so that its images start at different tokens")
-    return seen._replace(prefix=int(lengths.pop()))
+    lengths = [int(n) for n in mask.sum(1).tolist()]
+    if len(set(lengths)) == 1:
+        return seen._replace(prefix=lengths[0])
+    return seen._replace(prefixes=tuple(lengths))
 
 
 def _hidream(config: Any, args: Args) -> Seen:

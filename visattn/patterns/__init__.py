@@ -6,6 +6,7 @@ import torch
 
 from visattn.layout import Layout
 from visattn.patterns.agent import Agent
+from visattn.patterns.agent_sd import AgentSD
 from visattn.patterns.base import Pattern
 from visattn.patterns.clear import Clear
 from visattn.patterns.dense import Dense
@@ -18,6 +19,7 @@ from visattn.patterns.text import parse_pattern
 __all__ = [
     "PATTERNS",
     "Agent",
+    "AgentSD",
     "Clear",
     "Dense",
     "Halo",
@@ -30,7 +32,7 @@ __all__ = [
     "routed_mask",
 ]
 
-PATTERNS: tuple[type[Pattern], ...] = (Dense, Neighborhood, Halo, Clear, Radial, Routing, Agent)
+PATTERNS: tuple[type[Pattern], ...] = (Dense, Neighborhood, Halo, Clear, Radial, Routing, Agent, AgentSD)
 
 
 def parse(text: str | Pattern) -> Pattern:

@@ -31,6 +31,13 @@ class Pattern(ABC):
     composed: ClassVar[bool] = False
     # A routed pattern computes the grid part of its tile lists from q and k at run time.
     routed: ClassVar[bool] = False
+    # A merging pattern changes the tokens that are projected to q, k and v: only `apply` to a UNet installs it.
+    merges: ClassVar[bool] = False
+
+    @property
+    def stepped(self) -> bool:
+        """Whether it differs from denoising step to step."""
+        return False
 
     @abstractmethod
     def check(self, grid: tuple[int, ...]) -> None:
