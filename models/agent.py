@@ -34,6 +34,13 @@ class AgentAttention(nn.Module):
         dd: Device and dtype of the weights.
     """
 
+    an_bias: torch.Tensor
+    na_bias: torch.Tensor
+    ah_bias: torch.Tensor
+    aw_bias: torch.Tensor
+    ha_bias: torch.Tensor
+    wa_bias: torch.Tensor
+
     def __init__(
         self,
         dim: int,
@@ -94,6 +101,7 @@ class AgentAttention(nn.Module):
         if self.qkv is not None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
+            assert self.q is not None and self.kv is not None
             q = self.q(x)
             k, v = self.kv(x).chunk(2, dim=-1)
         x = through_agents(

@@ -8,15 +8,15 @@ their names and take them.
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, Mlp, PatchEmbed, get_device_dtype, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # timm exports it nowhere else
 from torch import nn
 from torch.nn import functional as F
 
 from visattn.models.agent import AgentAttention
-from visattn.models.functional import resize
-from visattn.models.pyramid import cfg, init_weights, official
+from visattn.models.functional import resize, unscripted
+from visattn.models.pyramid import cfg, drop_paths, init_weights, official
 
 __all__ = ["AgentDeit"]
 
@@ -115,7 +115,7 @@ class AgentDeit(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], embed_dim, **dd))
         numbers = (agent_num,) if isinstance(agent_num, int) else tuple(agent_num)
         self.blocks = nn.ModuleList()
-        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+        for i, rate in enumerate(drop_paths(drop_path_rate, (depth,))[0]):
             if agent_layer is None or i < agent_layer:
                 agents = numbers[min(i // 2, len(numbers) - 1)]
                 attn = AgentAttention(embed_dim, num_heads, self.grid, agents, class_token=True, **dd)
@@ -164,7 +164,7 @@ class AgentDeit(nn.Module):
         """Image [B, C, H, W] to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
 
-    @torch.jit.ignore
+    @unscripted
     def forward_intermediates(
         self,
         x: torch.Tensor,
@@ -205,7 +205,7 @@ class AgentDeit(nn.Module):
             maps = [(y, whole[:, :1]) for y, whole in zip(maps, found, strict=True)]
         return maps if intermediates_only else (self.norm(x), maps)
 
-    @torch.jit.ignore
+    @unscripted
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -218,33 +218,34 @@ class AgentDeit(nn.Module):
             self.reset_classifier(0, "")
         return wanted
 
-    @torch.jit.ignore
+    @unscripted
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @unscripted
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
 
-    @torch.jit.ignore
+    @unscripted
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head; 0 classes removes it. `global_pool` None keeps the pooling."""
         if global_pool is not None:
             self.global_pool = _known_pool(global_pool)
         self.num_classes = num_classes
-        head = nn.Linear(self.embed_dim, num_classes, **get_device_dtype(self)) if num_classes > 0 else nn.Identity()
+        dd: dict[str, Any] = get_device_dtype(self)
+        head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head = head.train(self.training)
         init_weights(self.head)
 
-    @torch.jit.ignore
+    @unscripted
     def no_weight_decay(self) -> set[str]:
         """Parameters that should not decay: positions, the class token and the agent biases."""
         biases = {n for n, p in self.named_parameters() if n.endswith("_bias") and p.ndim > 1}
         return {"pos_embed", "cls_token", *biases}
 
-    @torch.jit.ignore
+    @unscripted
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters by depth, for layer-wise learning rates."""
         blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]

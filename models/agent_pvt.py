@@ -14,7 +14,7 @@ from torch import nn
 
 from visattn.models.agent import AgentAttention
 from visattn.models.dinat_s import PatchEmbed
-from visattn.models.functional import resize
+from visattn.models.functional import resize, unscripted
 from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
 
 __all__ = ["AgentPVT"]
@@ -137,7 +137,7 @@ class AgentPVT(Pyramid):
             for name in (f"patch_embed{i + 1}", f"pos_embed{i + 1}", f"block{i + 1}"):
                 delattr(self, name)
 
-    @torch.jit.ignore
+    @unscripted
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters by depth, for layer-wise learning rates."""
         fine = [(r"^(?:patch_embed|pos_embed)(\d+)", (0,)), (r"^block(\d+)\.(\d+)", None)]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from visattn.models.agent import AgentAttention
 from visattn.models.dinat_s import PatchEmbed
-from visattn.models.functional import pad_multiple, shift_mask, window_mask
+from visattn.models.functional import pad_multiple, shift_mask, unscripted, window_mask
 from visattn.models.nat import Level
 from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
 
@@ -25,6 +25,8 @@ __all__ = ["AgentSwin"]
 
 class WindowAttention(nn.Module):
     """Softmax attention inside windows, with Swin's relative position bias."""
+
+    relative_position_index: torch.Tensor
 
     def __init__(self, dim: int, num_heads: int, window: int, **dd: Any) -> None:
         super().__init__()
@@ -202,11 +204,11 @@ class AgentSwin(Pyramid):
         x = self.patch_embed(x)
         for i, layer in enumerate(self.layers):
             if i <= take[-1]:
-                x = layer.blocks(x)
+                x = layer.blocks(x)  # type: ignore[operator]
                 if i in take:
                     maps.append(x)
                 if i < take[-1]:
-                    x = layer.downsample(x)
+                    x = layer.downsample(x)  # type: ignore[operator]
         return maps
 
     def keep_stages(self, count: int) -> None:
@@ -214,7 +216,7 @@ class AgentSwin(Pyramid):
         self.layers = self.layers[:count]
         self.layers[-1].downsample = nn.Identity()
 
-    @torch.jit.ignore
+    @unscripted
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters by depth, for layer-wise learning rates."""
         fine = [(r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]

@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 from torch.nn import functional as F
 
-from visattn.models.functional import pad_multiple, routed
+from visattn.models.functional import pad_multiple, routed, unscripted
 from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
 
 __all__ = ["BiFormer", "BiFormerSTL"]
@@ -219,7 +219,7 @@ class BiFormer(Pyramid):
         self.downsample_layers = self.downsample_layers[:count]
         self.stages = self.stages[:count]
 
-    @torch.jit.ignore
+    @unscripted
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters by depth, for layer-wise learning rates."""
         fine = [

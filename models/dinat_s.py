@@ -11,7 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
-from visattn.models.functional import pad_multiple
+from visattn.models.functional import pad_multiple, unscripted
 from visattn.models.nat import Block, Level
 from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
 
@@ -92,11 +92,11 @@ class DiNATS(Pyramid):
         x = self.patch_embed(x)
         for i, layer in enumerate(self.layers):
             if i <= take[-1]:
-                x = layer.blocks(x)
+                x = layer.blocks(x)  # type: ignore[operator]
                 if i in take:
                     maps.append(x)
                 if i < take[-1]:
-                    x = layer.downsample(x)
+                    x = layer.downsample(x)  # type: ignore[operator]
         return maps
 
     def keep_stages(self, count: int) -> None:
@@ -104,7 +104,7 @@ class DiNATS(Pyramid):
         self.layers = self.layers[:count]
         self.layers[-1].downsample = nn.Identity()
 
-    @torch.jit.ignore
+    @unscripted
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters by depth, for layer-wise learning rates."""
         fine = [(r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]

@@ -1,5 +1,8 @@
 """The attention calls of the backbones, as functions that torch.fx and TorchScript treat as one step."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from timm.models import register_notrace_function
 from torch.nn import functional as F
@@ -8,6 +11,13 @@ from visattn.attend import attention
 from visattn.kernels.agent import Convolution, agent_attention
 from visattn.layout import Layout
 from visattn.patterns import Agent, Neighborhood, Routing
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def unscripted(function: Function) -> Function:
+    """`torch.jit.ignore` with a type: TorchScript calls the function in Python."""
+    return torch.jit.ignore(function)  # type: ignore[return-value]
 
 
 @register_notrace_function
@@ -27,7 +37,7 @@ def pad_multiple(x: torch.Tensor, step: int) -> torch.Tensor:
 
 
 @register_notrace_function
-@torch.jit.ignore
+@unscripted
 def neighborhood(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -48,7 +58,7 @@ def neighborhood(
 
 
 @register_notrace_function
-@torch.jit.ignore
+@unscripted
 def routed(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -66,7 +76,7 @@ def routed(
 
 
 @register_notrace_function
-@torch.jit.ignore
+@unscripted
 def through_agents(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -97,7 +107,7 @@ def resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 @register_notrace_function
-@torch.jit.ignore
+@unscripted
 def shift_mask(like: torch.Tensor, height: int, width: int, window: int, shift: int) -> torch.Tensor:
     """The mask of Swin's shifted windows: 0 inside a region of the unshifted map, -100 across regions.
 

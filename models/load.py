@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import timm.data
 import torch
 from PIL import Image, UnidentifiedImageError
 

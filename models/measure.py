@@ -142,9 +142,9 @@ def _attention_alone(problem: Problem, repeats: int, device: str, backend: str) 
     """One call of SDPA and one of the pattern, on random inputs of a problem's shape."""
     shape = problem.batch, problem.layout.length, problem.heads, problem.head_dim
     q, k, v = (torch.randn(shape, dtype=problem.dtype, device=device) for _ in range(3))
-    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    first, second, third = (t.transpose(1, 2) for t in (q, k, v))
     runs: dict[str, Callable[[], object]] = {
-        "stock": lambda: F.scaled_dot_product_attention(*heads_first),
+        "stock": lambda: F.scaled_dot_product_attention(first, second, third),
         "swapped": lambda: attention(q, k, v, problem.pattern, problem.layout, backend=backend),
     }
     return interleave(runs, repeats=repeats)

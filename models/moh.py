@@ -16,6 +16,8 @@ from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
+from visattn.models.functional import unscripted
+
 # From so many tokens on it pays to leave heads out. On one thread of a CPU the attention layer with 12 of 16 (8 of
 # 28) routed heads took 1.3 (1.0) times as long at 256 tokens and 0.9 (0.6) times at 1024.
 SKIP_FROM = 1024
@@ -44,7 +46,7 @@ def _log_coordinates(
         return torch.from_numpy(table).to(device), torch.from_numpy(index).to(device)
 
 
-@torch.jit.ignore
+@unscripted
 def log_coordinates(
     x: torch.Tensor, height: int, width: int, rows: int, columns: int, pretrained: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +62,7 @@ class LoadBalance(nn.Module):
         super().__init__()
         self.loss: torch.Tensor | None = None
 
-    @torch.jit.ignore
+    @unscripted
     def keep(self, gates: torch.Tensor, used: torch.Tensor) -> None:
         """Compute it from gates and their use, both [B, N, routed heads]."""
         share = gates.flatten(0, 1).mean(0) * used.to(gates.dtype).flatten(0, 1).mean(0)
@@ -192,7 +194,7 @@ def spread(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return table.index_select(1, index.flatten()).reshape(table.shape[0], index.shape[0], index.shape[1])
 
 
-@torch.jit.ignore
+@unscripted
 def used_heads(
     q: torch.Tensor,
     k: torch.Tensor,

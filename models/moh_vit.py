@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 from torch.nn import functional as F
 
+from visattn.models.functional import unscripted
 from visattn.models.moh import AggregatedAttention, HeadGates, MoHAttention
 from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
 
@@ -175,7 +176,7 @@ class MoHViT(Pyramid):
             for name in (f"patch_embed{i + 1}", f"block{i + 1}", f"norm{i + 1}"):
                 delattr(self, name)
 
-    @torch.jit.ignore
+    @unscripted
     def load_balancing_loss(self) -> torch.Tensor:
         """Mean over the routed layers of the last training forward; the paper adds 0.01 of it to the loss.
 
@@ -187,7 +188,7 @@ class MoHViT(Pyramid):
             raise ValueError("no load-balancing loss: run the model in training first; it needs routed heads")
         return torch.stack(losses).mean()
 
-    @torch.jit.ignore
+    @unscripted
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters by depth, for layer-wise learning rates."""
         fine = [(r"^patch_embed(\d+)", (0,)), (r"^block(\d+)\.(\d+)", None), (r"^norm(\d+)", (99999,))]

@@ -13,7 +13,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from visattn.models.functional import neighborhood, pad_grid
+from visattn.models.functional import neighborhood, pad_grid, unscripted
 from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
 
 __all__ = ["NAT"]
@@ -188,11 +188,11 @@ class NAT(Pyramid):
         x = self.patch_embed(x)
         for i, level in enumerate(self.levels):
             if i <= take[-1]:
-                x = level.blocks(x)
+                x = level.blocks(x)  # type: ignore[operator]
                 if i in take:
                     maps.append(x)
                 if i < take[-1]:
-                    x = level.downsample(x)
+                    x = level.downsample(x)  # type: ignore[operator]
         return maps
 
     def keep_stages(self, count: int) -> None:
@@ -200,7 +200,7 @@ class NAT(Pyramid):
         self.levels = self.levels[:count]
         self.levels[-1].downsample = nn.Identity()
 
-    @torch.jit.ignore
+    @unscripted
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters by depth, for layer-wise learning rates."""
         fine = [(r"^levels\.(\d+)\.downsample", (0,)), (r"^levels\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]

@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.layers import SelectAdaptivePool2d, get_device_dtype, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices  # timm exports it nowhere else
 from torch import nn
+
+from visattn.models.functional import unscripted
 
 
 class Blocks(nn.Sequential):
@@ -94,7 +96,7 @@ class Pyramid(nn.Module):
         """Image [B, C, H, W] to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
 
-    @torch.jit.ignore
+    @unscripted
     def forward_intermediates(
         self,
         x: torch.Tensor,
@@ -129,7 +131,7 @@ class Pyramid(nn.Module):
         found = [by_stage[i] if self.output_fmt == output_fmt else _swap(by_stage[i], output_fmt) for i in wanted]
         return found if intermediates_only else (features, found)
 
-    @torch.jit.ignore
+    @unscripted
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -152,19 +154,19 @@ class Pyramid(nn.Module):
             self.reset_classifier(0, "")
         return wanted
 
-    @torch.jit.ignore
+    @unscripted
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         for module in self.modules():
             if isinstance(module, Blocks):
                 module.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @unscripted
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
 
-    @torch.jit.ignore
+    @unscripted
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head; 0 classes removes it. `global_pool` "" removes the pooling, None keeps it."""
         if global_pool is not None:
@@ -175,7 +177,7 @@ class Pyramid(nn.Module):
         self.head = _linear(self.head_hidden_size, num_classes, **get_device_dtype(self)).train(self.training)
         init_weights(self.head)
 
-    @torch.jit.ignore
+    @unscripted
     def no_weight_decay(self) -> set[str]:
         """Parameters that should not decay: position biases and embeddings."""
         words = ("rpb", "_bias", "bias_table", "pos_embed", "query_embedding", "cpb", "temperature")
@@ -203,7 +205,7 @@ def init_weights(module: nn.Module) -> None:
 
 def drop_paths(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
     """Drop-path rates that grow block by block from 0 to `rate`, one list per stage."""
-    flat = calculate_drop_path_rates(rate, sum(depths))
+    flat = [float(r) for r in torch.linspace(0, rate, sum(depths), device="cpu")]
     ends = [sum(depths[: i + 1]) for i in range(len(depths))]
     return [flat[end - depth : end] for end, depth in zip(ends, depths, strict=True)]
 

@@ -203,10 +203,10 @@ def _flexible(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] 
 
 def refuse_dropped_patches(module: nn.Module, args: tuple[Any, ...]) -> None:
     """Before a forward in training: dropped patches leave no grid."""
-    drop = getattr(module, "patch_drop", None)
-    if module.training and getattr(drop, "prob", 0.0) > 0:
+    rate = getattr(getattr(module, "patch_drop", None), "prob", 0.0)
+    if module.training and rate > 0:
         raise ValueError(
-            f"patch_drop_rate={drop.prob} drops patches in training, and the rest is no grid that a pattern could be "
+            f"patch_drop_rate={rate} drops patches in training, and the rest is no grid that a pattern could be "
             "applied to: create the model with patch_drop_rate=0, or remove() the handle for training"
         )
 
