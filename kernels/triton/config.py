@@ -73,15 +73,15 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
     # 227 KiB: H100, H200, B200.
     "large": {
         "forward": {
-            2: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 3)},
+            2: {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 3)},
             4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 1)},
         },
         "key_grad": {
-            2: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+            2: {64: Config(64, 64, 4, 3), 128: Config(128, 32, 8, 3), 256: Config(32, 32, 8, 2)},
             4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
         "query_grad": {
-            2: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+            2: {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 2)},
             4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
     },

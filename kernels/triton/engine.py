@@ -17,9 +17,9 @@ from visattn.layout import Layout
 from visattn.patterns import Pattern
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Share of cuDNN's dense rate that the kernel's visited pairs run at; assumed from published figures of Triton
-# attention on an H100, see docs/gpu-notes.md for what was measured.
-RATE = 0.75
+# Share of cuDNN's dense rate that the kernel's visited pairs run at, tiles with a mask weighted by PARTIAL: measured
+# on an H100 (docs/gpu-notes.md).
+RATE = 0.6
 # Triton runs kernels for Ampere and later.
 OLDEST = 80
 

@@ -149,6 +149,9 @@ def attend(
             value = tl.load(v + base * (v_token * UNIT) + v_run, mask=here, other=0.0)
             acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, True)
 
+    # Loaded again (volatile: not merged with the first load) to hold fewer registers in the loops.
+    token = tl.load(tokens + row * ROWS + row_slots, volatile=True)
+    is_token = token >= 0
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     row_of = (sample * length + token) * heads + head
     tl.store(out + row_of[:, None] * HEAD_DIM + d[None, :], acc.to(out.dtype.element_ty),
