@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def sampled_error(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, pattern: str, layout) -> float:
+def sampled_error(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, pattern: str, layout: Any
+) -> float:
     """Relative error of some rows of `out` against float64, over the keys that the pattern's own plan shows them.
 
     Args:
