@@ -197,7 +197,7 @@ class TestEmbedded:
     @pytest.mark.slow
     @pytest.mark.parametrize("pattern", ["dense", "na(window=9x9)"])
     def test_digits_are_readable_with_a_pattern(self, scripts, pattern):
-        assert readable_share(samples=40, steps=12, pattern=pattern) >= 0.9
+        assert readable_share(samples=20, steps=8, pattern=pattern) >= 0.9
 
 
 def readable_share(samples, steps, pattern="dense"):
