@@ -1,4 +1,4 @@
-"""Put the runs of `generate` together: metrics, times, report, pictures side by side."""
+"""Put the runs of `generate` together: metrics, times, reports, pictures side by side, videos."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from visattn.canvas import GAP, Picture, column, row, text
 from visattn.metrics import SSIM_SIDE, psnr, ssim
-from visattn.pipelines.generate import DENSE, SPARSE, Run, Settings, label_of
-
-# Pictures smaller than this are shown enlarged, so that one can see their pixels.
-READABLE = 256
+from visattn.pipelines.generate import DENSE, SPARSE, VIDEO, Run, Settings, label_of
+from visattn.pipelines.lpips import find_lpips
+from visattn.pipelines.report_html import page
+from visattn.pipelines.video_files import READABLE, contact_sheet, to_picture, write_mp4
 
 MEASURED = {
     "seconds": "wall time of one pipeline call, the wrapper included",
@@ -29,7 +28,11 @@ MEASURED = {
     "order": "sparse and dense take turns; the one that goes first changes with every image and repeat",
     "warm_up": "both run 2 unmeasured steps first",
     "attention": "sites, hits and seconds are those of the first image's first run",
+    "divergence": "L2 distance of sparse and dense latents after each step, as a share of the dense latents' norm",
+    "psnr": "over all pixels, values 0 to 1, before any file is encoded; of a video over all frames",
+    "ssim": "of a video the mean over frames",
 }
+COMPARED = ("psnr", "ssim", "lpips")
 
 
 def summarize(pipe: Any, settings: Settings, runs: Sequence[Run], model: str) -> dict[str, Any]:
@@ -64,14 +67,25 @@ def summarize(pipe: Any, settings: Settings, runs: Sequence[Run], model: str) ->
             for key in ("seconds", "attention_seconds")
         }
         pairs = list(zip(first, _first(runs, DENSE), strict=True))
-        summary["images"] = [_distance(settings, i, *pair) for i, pair in enumerate(pairs)]
-        summary["mean"] = {name: _mean([image[name] for image in summary["images"]]) for name in ("psnr", "ssim")}
+        lpips, summary["lpips"] = find_lpips()
+        found = [_distance(settings, i, *pair, lpips) for i, pair in enumerate(pairs)]
+        summary["mean"] = {name: _mean([one[name] for one in found]) for name in COMPARED}
     else:
         summary["measured"] = {k: MEASURED[k] for k in ("seconds", "attention_seconds", "attention")} | {
             "warm_up": "none: plans, compilation and first touch of memory are included"
         }
-        summary["images"] = [_image(settings, i) for i in range(settings.count)]
-    return summary
+        found = [_image(settings, i) for i in range(settings.count)]
+    return summary | {f"{settings.output}s": found}
+
+
+def made(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a summary says of each image or video."""
+    return summary[f"{summary['settings']['output']}s"]
+
+
+def frame_rate(pipe: Any) -> int:
+    """Frames per second of a pipeline's videos: what its config says, or Wan's 16."""
+    return int(getattr(pipe.config, "fps", None) or 16)
 
 
 def _first(runs: Sequence[Run], kind: str) -> list[Run]:
@@ -96,15 +110,26 @@ def _image(settings: Settings, index: int) -> dict[str, Any]:
     return {"index": index, "seed": settings.seeds[index], **condition}
 
 
-def _distance(settings: Settings, index: int, sparse: Run, dense: Run) -> dict[str, Any]:
-    a, b = (torch.from_numpy(r.pixels).permute(2, 0, 1)[None] for r in (sparse, dense))
-    decibel = psnr(a, b).item()
+def _distance(
+    settings: Settings, index: int, sparse: Run, dense: Run, lpips: Callable[..., torch.Tensor] | None
+) -> dict[str, Any]:
+    a, b = (_frames(r) for r in (sparse, dense))
+    # All frames below each other: the error of a video is that of all its pixels.
+    decibel = psnr(*(x.transpose(0, 1).flatten(1, 2)[None] for x in (a, b))).item()
     return {
         **_image(settings, index),
         "equal": bool((a == b).all()),
         "psnr": decibel if math.isfinite(decibel) else None,
-        "ssim": ssim(a, b).item() if min(a.shape[2:]) >= SSIM_SIDE else None,
+        "ssim": ssim(a, b).mean().item() if min(a.shape[2:]) >= SSIM_SIDE else None,
+        "lpips": None if lpips is None else lpips(a, b).mean().item(),
+        "divergence": list(sparse.divergence),
     }
+
+
+def _frames(run: Run) -> torch.Tensor:
+    """Pixels as pictures [frames or 1, channels, height, width]."""
+    pixels = torch.from_numpy(run.pixels)
+    return (pixels if pixels.ndim == 4 else pixels[None]).permute(0, 3, 1, 2)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -112,20 +137,32 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def write(folder: Path, summary: dict[str, Any], runs: Sequence[Run]) -> None:
-    """Write every picture, with a twin also the side-by-side picture, and report.json."""
-    for kind in (SPARSE, DENSE):
-        for run in _first(runs, kind):
-            to_picture(run.pixels).save(folder / f"{kind}-{run.image:03}.png")
+def write(folder: Path, summary: dict[str, Any], runs: Sequence[Run], fps: int = 8) -> None:
+    """Write every picture or video, with a twin also what compares them and report.html, and report.json.
+
+    Args:
+        folder: Where to.
+        summary: From `summarize`.
+        runs: The runs behind it.
+        fps: Frames per second of videos.
+    """
+    dense, sparse = _first(runs, DENSE), _first(runs, SPARSE)
+    video = summary["settings"]["output"] == VIDEO
+    for run in (*sparse, *dense):
+        path = folder / f"{run.kind}-{run.image:03}"
+        if video:
+            write_mp4(path.with_suffix(".mp4"), run.pixels, fps)
+        else:
+            to_picture(run.pixels).save(path.with_suffix(".png"))
+    if video:
+        for i, run in enumerate(sparse):
+            shown = {DENSE: dense[i].pixels} if dense else {}
+            contact_sheet(shown | {SPARSE: run.pixels}).save(folder / f"sheet-{i:03}.png")
     if summary["settings"]["compare"]:
-        comparison(summary, _first(runs, DENSE), _first(runs, SPARSE)).save(folder / "comparison.png")
+        if not video:
+            comparison(summary, dense, sparse).save(folder / "comparison.png")
+        (folder / "report.html").write_text(page(summary, folder), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
-
-
-def to_picture(pixels: NDArray[np.float32]) -> Picture:
-    """Values 0 to 1 [height, width, 1 or 3] as a picture."""
-    whole = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(whole[..., 0] if whole.shape[-1] == 1 else whole)
 
 
 def comparison(summary: dict[str, Any], dense: Sequence[Run], sparse: Sequence[Run]) -> Picture:
@@ -140,7 +177,7 @@ def comparison(summary: dict[str, Any], dense: Sequence[Run], sparse: Sequence[R
             f"({summary['device_name']}, {summary['dtype']})"
         ),
     ]
-    rows = [_comparison_row(image, d, s) for image, d, s in zip(summary["images"], dense, sparse, strict=True)]
+    rows = [_comparison_row(image, d, s) for image, d, s in zip(made(summary), dense, sparse, strict=True)]
     return column([*head, *rows], margin=2 * GAP)
 
 

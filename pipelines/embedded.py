@@ -89,10 +89,16 @@ def load_embedded(name: str, *, torch_dtype: torch.dtype | None = None) -> Diffu
     if not (model.folder / "model_index.json").is_file():
         raise FileNotFoundError(f"no weights for {name!r} in {model.folder}: reinstall visattn with its package data")
 
+    import warnings
+
     import torch
 
     module, cls = model.pipeline.split(":")
     pipeline_class = getattr(import_module(module), cls)
-    pipeline = pipeline_class.from_pretrained(model.folder, local_files_only=True, use_safetensors=True)
-    # Not through from_pretrained: its argument for the type has another name in each diffusers generation.
-    return pipeline.to(torch_dtype or torch.float32)
+    with warnings.catch_warnings():
+        # Newer diffusers call it dtype; older ones would ignore that name.
+        warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+        # In from_pretrained, not by to(): layers that the model keeps in float32 stay so.
+        return pipeline_class.from_pretrained(
+            model.folder, torch_dtype=torch_dtype or torch.float32, local_files_only=True, use_safetensors=True
+        )

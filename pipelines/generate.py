@@ -1,11 +1,11 @@
-"""Run a pipeline with a pattern, and beside it the dense twin from the same noise, with the time of each."""
+"""Run a pipeline with a pattern, and beside it the dense twin from the same noise: time and distance of each."""
 
 from __future__ import annotations
 
 import inspect
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from visattn.handle import apply
 from visattn.report import Report
 
+IMAGE, VIDEO = "image", "video"
 SPARSE, DENSE = "sparse", "dense"
 WARM_UP_STEPS = 2
 
@@ -25,6 +26,7 @@ class Settings:
 
     Attributes:
         pattern: A pattern's text, or the path of a JSON or YAML file with one per layer.
+        output: IMAGE or VIDEO; below, "image" means either.
         prompt: Text, for models that take one.
         labels: Class labels, for class-conditional models; image i gets label i, in a circle.
         seed: Of the first image; image i gets seed + i.
@@ -32,6 +34,7 @@ class Settings:
         steps: Denoising steps, the pipeline's default if None.
         guidance: Guidance scale, the pipeline's default if None.
         size: (height, width) in pixels, the model's own if None.
+        frames: Frames of a video, the model's own if None.
         layers: As in `visattn.apply`.
         dense_layers: As in `visattn.apply`.
         dense_steps: As in `visattn.apply`.
@@ -41,6 +44,7 @@ class Settings:
     """
 
     pattern: str
+    output: str = IMAGE
     prompt: str | None = None
     labels: tuple[int, ...] = ()
     seed: int = 0
@@ -48,6 +52,7 @@ class Settings:
     steps: int | None = None
     guidance: float | None = None
     size: tuple[int, int] | None = None
+    frames: int | None = None
     layers: str | None = None
     dense_layers: int = 0
     dense_steps: int | float = 0
@@ -69,9 +74,11 @@ class Run:
         kind: SPARSE or DENSE.
         image: Index of the image.
         repeat: Index of the repeat.
-        pixels: [height, width, channels], values 0 to 1.
+        pixels: [height, width, channels], or [frames, height, width, channels] of a video, values 0 to 1.
         seconds: Wall time of the pipeline call.
         report: What happened in its attention modules.
+        divergence: Of a sparse run with a twin: distance of its latents from the twin's after each step, as a share
+            of the twin's norm (L2); empty if the pipeline does not show its latents.
     """
 
     kind: str
@@ -80,6 +87,7 @@ class Run:
     pixels: NDArray[np.float32]
     seconds: float
     report: Report
+    divergence: tuple[float, ...] = ()
 
     @property
     def attention_seconds(self) -> float:
@@ -96,8 +104,12 @@ def check(pipe: Any, settings: Settings) -> None:
     name, takes = type(pipe).__name__, _parameters(pipe)
     if settings.count < 1 or settings.repeats < 1:
         raise ValueError(f"count {settings.count} and repeats {settings.repeats} must be at least 1")
-    if settings.steps is not None and settings.steps < 1:
-        raise ValueError(f"steps {settings.steps} must be at least 1")
+    for option, number in (("steps", settings.steps), ("frames", settings.frames)):
+        if number is not None and number < 1:
+            raise ValueError(f"{option} {number} must be at least 1")
+    makes = VIDEO if "num_frames" in takes else IMAGE
+    if makes != settings.output:
+        raise ValueError(f"{name} makes {makes}s: use visattn generate {makes}")
     if "class_labels" in takes:
         if settings.prompt is not None:
             raise ValueError(f"{name} takes class labels and no prompt: pass --label 3 instead of --prompt")
@@ -134,15 +146,21 @@ def run_all(pipe: Any, settings: Settings, *, progress: bool = True) -> Iterator
             _run(pipe, settings, kind, 0, 0, f"warm-up, {kind}" if progress else None, warm_up=True)
     for repeat in range(settings.repeats):
         for image in range(settings.count):
+            pair = []
             for kind in kinds[:: -1 if (repeat + image) % 2 else 1]:
                 again = f", {repeat + 1} of {settings.repeats}" if settings.repeats > 1 else ""
-                text = f"image {image + 1} of {settings.count}, {kind}{again}"
-                yield _run(pipe, settings, kind, image, repeat, text if progress else None)
+                text = f"{settings.output} {image + 1} of {settings.count}, {kind}{again}"
+                pair.append(_run(pipe, settings, kind, image, repeat, text if progress else None))
+            yield from _with_divergence(pair)
+
+
+# What one run leaves: its result, and the latents after every step on the model's device.
+Trail = list[torch.Tensor]
 
 
 def _run(
     pipe: Any, settings: Settings, kind: str, image: int, repeat: int, text: str | None, *, warm_up: bool = False
-) -> Run:
+) -> tuple[Run, Trail]:
     pipe.set_progress_bar_config(desc=text, disable=text is None, leave=False, dynamic_ncols=True)
     arguments = call_arguments(pipe, settings, image)
     schedule: dict[str, Any] = {"layers": settings.layers}
@@ -151,15 +169,42 @@ def _run(
         schedule["dense_steps"] = 0 if warm_up else settings.dense_steps
     if warm_up and "num_inference_steps" in _parameters(pipe):
         arguments["num_inference_steps"] = WARM_UP_STEPS
+    trail: Trail = []
+    if settings.compare and repeat == 0 and not warm_up:
+        arguments |= _record(pipe, trail)
     with apply(pipe, settings.pattern if kind == SPARSE else DENSE, **schedule) as handle:
         _wait(pipe)
         start = time.perf_counter()
-        images = pipe(**arguments).images
+        output = pipe(**arguments)
         _wait(pipe)
         seconds = time.perf_counter() - start
         report = handle.report()
-    pixels = np.asarray(images[0], np.float32)
-    return Run(kind, image, repeat, pixels, seconds, report)
+    pixels = np.asarray((output.frames if settings.output == VIDEO else output.images)[0], np.float32)
+    return Run(kind, image, repeat, pixels, seconds, report), trail
+
+
+def _record(pipe: Any, trail: Trail) -> dict[str, Any]:
+    """Arguments that make a pipeline put its latents on the trail after every step; none if it cannot."""
+    if "callback_on_step_end" not in _parameters(pipe) or "latents" not in pipe._callback_tensor_inputs:
+        return {}
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        # A copy on the device: waiting for the CPU here would be in the time of the run.
+        trail.append(tensors["latents"].detach().clone())
+        return {}
+
+    return {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["latents"]}
+
+
+def _with_divergence(pair: Sequence[tuple[Run, Trail]]) -> Iterator[Run]:
+    """The runs of one image; the sparse one learns how far it went from its twin, and the trails are let go."""
+    trails = {run.kind: trail for run, trail in pair}
+    found = tuple(
+        ((sparse.double() - dense.double()).norm() / dense.double().norm()).item()
+        for sparse, dense in zip(trails[SPARSE], trails.get(DENSE, []), strict=False)
+    )
+    for run, _ in pair:
+        yield replace(run, divergence=found) if run.kind == SPARSE else run
 
 
 def call_arguments(pipe: Any, settings: Settings, image: int) -> dict[str, Any]:
@@ -173,7 +218,11 @@ def call_arguments(pipe: Any, settings: Settings, image: int) -> dict[str, Any]:
         arguments["class_labels"] = [label_of(settings, image)]
     if settings.size is not None:
         arguments["height"], arguments["width"] = settings.size
-    for name, value in (("num_inference_steps", settings.steps), ("guidance_scale", settings.guidance)):
+    for name, value in (
+        ("num_inference_steps", settings.steps),
+        ("guidance_scale", settings.guidance),
+        ("num_frames", settings.frames),
+    ):
         if value is not None:
             arguments[name] = value
     return arguments

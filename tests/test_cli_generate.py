@@ -75,8 +75,8 @@ def test_compare_writes_pictures_and_a_true_report(generate, tmp_path):
     out = tmp_path / "out"
     status, printed, err = generate("--label", "3,5", "--compare", "--repeats", 2, "--seed", 7)
     assert status == 0, err
-    names = {"sparse-000.png", "sparse-001.png", "dense-000.png", "dense-001.png", "comparison.png", "report.json"}
-    assert {p.name for p in out.iterdir()} == names
+    names = {"sparse-000.png", "sparse-001.png", "dense-000.png", "dense-001.png", "comparison.png"}
+    assert {p.name for p in out.iterdir()} == names | {"report.json", "report.html"}
     report = json.loads((out / "report.json").read_text())
 
     assert report["seeds"] == [7, 8]

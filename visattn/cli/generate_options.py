@@ -1,0 +1,82 @@
+"""The options of `visattn generate image` and `visattn generate video`, and how their texts are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from visattn.cli.options import sizes
+
+PatternOption = Annotated[
+    str, typer.Option(help='A pattern like "na(window=9x9)", or a .json or .yaml file with one per layer.')
+]
+OutOption = Annotated[Path, typer.Option(help="Folder for what is generated and report.json.")]
+PromptOption = Annotated[str | None, typer.Option(help="Text, for models that take one.")]
+LabelOption = Annotated[
+    str | None, typer.Option(help="Class labels like 3 or 0,3,7 or 0-9, for class-conditional models; 0,1,2,...")
+]
+CountOption = Annotated[int | None, typer.Option(help="How many; one per label, or 1.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the first; the next has the next seed.")]
+StepsOption = Annotated[int | None, typer.Option(help="Denoising steps; the pipeline's default.")]
+GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default.")]
+SizeOption = Annotated[str | None, typer.Option(help="Pixels, like 64 or 512x768 (H x W); the model's own.")]
+LayersOption = Annotated[str | None, typer.Option(help="Layers that get the pattern, like 0-3,7 or a name; all.")]
+DenseLayersOption = Annotated[int, typer.Option(help="So many of the first selected layers stay dense.")]
+DenseStepsOption = Annotated[str, typer.Option(help="First steps that stay dense: a count or a fraction like 0.25.")]
+BackendOption = Annotated[str, typer.Option(help="Backend of the pattern, see `visattn doctor`.")]
+CompareOption = Annotated[
+    bool, typer.Option("--compare", help="Also make the dense twin, compare, and write report.html.")
+]
+RepeatsOption = Annotated[int, typer.Option(help="Generate each so many times; times are medians.")]
+DeviceOption = Annotated[str, typer.Option(help="Like cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32 (the CPU's default), bfloat16 (elsewhere), float16.")]
+
+
+def parse_labels(text: str | None) -> tuple[int, ...]:
+    """`0,3,7` and `0-9` as whole numbers.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if text is None:
+        return ()
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise ValueError(f"--label {text!r} must be whole numbers like 3 or 0,3,7 or 0-9")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(found)
+
+
+def parse_steps(text: str) -> int | float:
+    """A count of steps, or a fraction of them.
+
+    Raises:
+        ValueError: If it is no number.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--dense-steps {text!r} must be a count like 12 or a fraction like 0.25") from None
+
+
+def pixels(text: str | None) -> tuple[int, int] | None:
+    """`512x768` as (512, 768), `64` as (64, 64).
+
+    Raises:
+        ValueError: If it has more than two sides.
+    """
+    if text is None:
+        return None
+    height, *others = sizes(text, "--size")
+    if len(others) > 1:
+        raise ValueError(f"--size {text!r} must be a side like 64, or height x width like 512x768")
+    return height, others[0] if others else height
