@@ -72,7 +72,8 @@ def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, in
         groups, fixed = _dense(pattern, layout, cpu)
         keys = tiles.routed_tiles * tiles.keys.capacity + (0 if fixed is None else len(fixed))
         routed = [(tiles.queries.runs[1], tiles.queries.capacity, keys)]
-    return [*routed, *((*group.queries.shape, group.length) for group in groups)]
+    listed = [(len(group.queries), group.queries.shape[1], group.length) for group in groups]
+    return [*routed, *listed]
 
 
 def _is_routed(pattern: Pattern, layout: Layout) -> bool:

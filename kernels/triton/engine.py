@@ -130,7 +130,7 @@ class Triton(Backend):
         configs = configurations(q.dtype, q.shape[3], q.device)
         if tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing():
             configs = _tuned(call.pattern, call.layout, q.dtype, q.shape[3], q.device)
-        tf32 = torch.backends.cuda.matmul.allow_tf32
+        tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
         work = Work(call.pattern, call.layout, scale, key_mask, tf32, configs)
         if call.pattern.routed:
             wanted = DIRECTIONS if torch.is_grad_enabled() else ("forward",)

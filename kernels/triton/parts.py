@@ -7,6 +7,8 @@ tiles in the forward and dQ kernels, key tiles by query tiles in the dK/dV kerne
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
 # ruff: noqa: ANN001, ANN201
 
+# The language of Triton kernels is not quite Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

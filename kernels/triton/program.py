@@ -156,9 +156,8 @@ def _entries(rows: Tiling, columns: Tiling, lists: TileLists, masks: Bools) -> t
     of_mask, of_row = np.divmod(rest, len(row_slots))
     everything = np.ones((1, rows.capacity, columns.capacity), bool)
     seen = np.concatenate([everything, masks])[of_mask] & column_slots[of_column][:, None, :]
-    is_full = (seen | ~row_slots[of_row][:, :, None]).all((1, 2))
-    if columns.capacity != _slots(columns.capacity):
-        is_full[:] = False
+    padded = columns.capacity != _slots(columns.capacity)
+    is_full = (seen | ~row_slots[of_row][:, :, None]).all((1, 2)) & (not padded)
     index = np.where(is_full, -1, np.cumsum(~is_full) - 1)
     return row, column, index[which.ravel()], seen[~is_full]
 

@@ -34,8 +34,8 @@ def _mochi(config: Any, args: Args) -> Seen:
 
 def _sizes_given(config: Any, args: Args) -> Seen:
     """LTX: latents come packed, with the sizes beside them."""
-    sizes = tuple(args.get(name) for name in ("num_frames", "height", "width"))
-    if None in sizes:
+    sizes = tuple(args[name] for name in ("num_frames", "height", "width") if args.get(name) is not None)
+    if len(sizes) < 3:
         return Seen(why="num_frames, height and width are not among the arguments of its forward")
     return Seen(sizes)
 
