@@ -138,7 +138,8 @@ class ContextSteps:
 
     def now(self) -> tuple[int | None, int | None]:
         """Index of the current step and the number of steps, None where unknown."""
-        context = self._listener.manager._context
+        # Up to diffusers 0.40 a context is only a name.
+        context = getattr(self._listener.manager, "_context", None)
         return getattr(context, "step_index", None), getattr(context, "num_inference_steps", None)
 
     def remove(self) -> None:

@@ -93,21 +93,39 @@ def test_grid_shapes_recompile_no_more_than_stock():
     assert graphs(patched=True) == graphs(patched=False)
 
 
-@pytest.mark.parametrize("name", ["flux", "wan"])
-def test_repeated_blocks_share_graphs(name):
-    def graphs(patched):
-        torch._dynamo.reset()
-        model, inputs = BUILDERS[name]()
-        counter = CompileCounter()
-        handle = visattn.apply(model, PATTERNS[name], strict=True) if patched else None
-        expected = tiny_models.run(model, inputs)
-        model.compile_repeated_blocks(backend=counter, fullgraph=True)
-        torch.testing.assert_close(tiny_models.run(model, inputs), expected)
-        if handle is not None:
-            assert handle.report().hits == 2 * len(handle.report().modules)
-        return counter.frame_count
+def graphs_of_repeated_blocks(build, pattern, patched):
+    """Graphs that a model's repeated blocks compile to, after checking that they compute the same."""
+    torch._dynamo.reset()
+    model, inputs = build()
+    counter = CompileCounter()
+    handle = visattn.apply(model, pattern, strict=True) if patched else None
+    expected = tiny_models.run(model, inputs)
+    model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    torch.testing.assert_close(tiny_models.run(model, inputs), expected)
+    if handle is not None:
+        report = handle.report()
+        assert report.hits == 2 * len(report.modules) and not report.fallbacks
+    return counter.frame_count
 
-    assert graphs(patched=True) == graphs(patched=False)
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flux",
+        "wan",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in [
+                *("sd15", "flux2", "chroma", "qwen", "z_image", "wan_vace", "wan_animate", "hunyuan_video"),
+                *("hunyuan_video15", "ltx", "ltx2", "kandinsky5"),
+            ]
+        ),
+    ],
+)
+def test_repeated_blocks_share_graphs(name):
+    build, _, pattern = tiny_models.FAMILIES[name]
+    build = BUILDERS.get(name, build)
+    assert graphs_of_repeated_blocks(build, pattern, True) == graphs_of_repeated_blocks(build, pattern, False) > 0
 
 
 def test_patching_another_model_recompiles_nothing():

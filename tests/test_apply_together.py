@@ -147,20 +147,6 @@ def test_shared_processor_is_not_touched():
     assert all(b.attn1.processor is one and b.attn2.processor is one for b in model.blocks)
 
 
-def test_first_block_cache():
-    from diffusers import FirstBlockCacheConfig
-
-    model, inputs = tiny_models.flux()
-    with visattn.apply(model, PATTERN) as handle:
-        model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
-        with model.cache_context("cond"):
-            first, second = (tiny_models.run(model, inputs) for _ in range(2))
-        # The second forward is served from the cache after its first block.
-        assert handle.report().hits == 3 + 1 and torch.isfinite(second).all()
-        model.disable_cache()
-        torch.testing.assert_close(tiny_models.run(model, inputs), first)
-
-
 def test_gradient_checkpointing_recomputes_the_same():
     model, inputs = tiny_models.flux()
     weight = model.single_transformer_blocks[1].attn.to_q.weight

@@ -31,6 +31,7 @@ from tiny_videos import (
     ltx2,
     mochi,
     wan,
+    wan_animate,
     wan_inputs,
     wan_vace,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "sdxl",
     "seeded",
     "wan",
+    "wan_animate",
     "wan_inputs",
     "wan_vace",
     "z_image",
@@ -86,6 +88,7 @@ FAMILIES = {
     "lumina2": (lumina2, 3, "na(window=3x3)"),
     "hidream": (hidream, 2, "na(window=3x3)"),
     "wan": (wan, 2, "na(window=3x3x3)"),
+    "wan_animate": (wan_animate, 2, "na(window=3x3x3)"),
     "wan_vace": (wan_vace, 3, "na(window=3x3x3)"),
     "hunyuan_video": (hunyuan_video, 3, "na(window=3x3x3)"),
     "hunyuan_video15": (hunyuan_video15, 2, "na(window=3x3x3)"),

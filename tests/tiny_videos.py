@@ -269,3 +269,37 @@ def wan_vace():
         "control_hidden_states_scale": torch.ones(1),
     }
     return model, inputs
+
+
+def wan_animate():
+    model = seeded(
+        diffusers.WanAnimateTransformer3DModel,
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=12,
+        latent_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=256,
+        ffn_dim=32,
+        num_layers=2,
+        image_dim=8,
+        rope_max_seq_len=32,
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=8,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
+    inputs = {
+        **wan_inputs(),
+        "hidden_states": noise(1, 12, 3, 12, 8),
+        "encoder_hidden_states_image": noise(1, 5, 8, seed=3),
+        "pose_hidden_states": noise(1, 4, 2, 12, 8, seed=4),
+        "face_pixel_values": noise(1, 3, 5, 16, 16, seed=5),
+    }
+    return model, inputs
