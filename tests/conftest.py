@@ -24,5 +24,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _repeatable():
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # Workers of pytest-xdist share the cores: more threads than cores make small operations wait.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
     torch.manual_seed(0)
