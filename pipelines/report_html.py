@@ -38,7 +38,8 @@ img.wide { max-width: 100%; border: 1px solid var(--line); border-radius: 6px; d
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; width: 100%; }
 th, td { text-align: left; padding: 6px 20px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; } td:last-child, th:last-child { padding-right: 4px; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+th { color: var(--soft); font-weight: 500; } td:last-child, th:last-child { padding-right: 4px; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 svg { display: block; max-width: 100%; height: auto; margin: 8px 0; }
 details { margin-top: 8px; } summary { cursor: pointer; color: var(--soft); }
 """
