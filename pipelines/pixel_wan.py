@@ -59,7 +59,12 @@ class PixelWanPipeline(PixelPipeline):
     @property
     def num_classes(self) -> int:
         """Number of real classes; it is also the index of the null class."""
-        return self.transformer.config.text_dim // self.config.class_tokens - 1
+        return self.transformer.config.text_dim // self._own.class_tokens - 1
+
+    @property
+    def _own(self) -> Any:
+        """The pipeline's own config, which diffusers calls a dict but which also has attributes."""
+        return self.config
 
     @torch.no_grad()
     def __call__(
@@ -110,11 +115,11 @@ class PixelWanPipeline(PixelPipeline):
         return PixelWanOutput(frames=frames) if return_dict else (frames,)
 
     def _velocity(self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        words = class_words(labels, self.num_classes, self.config.class_tokens).to(latents.dtype)
+        words = class_words(labels, self.num_classes, self._own.class_tokens).to(latents.dtype)
         return self.transformer(latents, timestep=t, encoder_hidden_states=words, return_dict=False)[0]
 
     def _check_size(self, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
-        own, (patch_frames, patch, _) = self.config, self.transformer.config.patch_size
+        own, (patch_frames, patch, _) = self._own, self.transformer.config.patch_size
         long = own.num_frames if frames is None else frames
         tall, wide = own.sample_size if height is None else height, own.sample_size if width is None else width
         check_sides(patch_frames, num_frames=long)

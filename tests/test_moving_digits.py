@@ -193,12 +193,17 @@ class TestData:
 
 
 class TestTraining:
-    def test_resumed_equals_uninterrupted(self, scripts, tmp_path):
+    def test_resumed_equals_uninterrupted(self, scripts, monkeypatch, tmp_path):
+        import moving_digits_training
+        import train_moving_digits
         from moving_digits_training import Config
         from train_digits import run
         from train_moving_digits import Training
 
-        config = Config(steps=2, finish_steps=1, batch=1, layers=1, tiny_share=0.5, finish_attention="dense")
+        for module in (moving_digits_training, train_moving_digits):
+            monkeypatch.setattr(module, "FRAMES", 4)
+            monkeypatch.setattr(module, "SIZE", 16)
+        config = Config(steps=2, finish_steps=2, batch=1, layers=1, tiny_share=0.5, pattern="na(window=1x3x3)")
         whole = Training(config, tmp_path / "whole")
         assert run(whole, sample_every=0, report=lambda _: None) > 0
         killed = Training(config, tmp_path / "killed")
@@ -206,13 +211,13 @@ class TestTraining:
         killed.save()
         killed.step()
         resumed = Training(config, tmp_path / "killed")
-        assert resumed.progress.step == 1 and resumed.progress.frames(config) == 8
+        assert resumed.progress.step == 1 and resumed.progress.frames(config) == 2
         run(resumed, sample_every=0, report=lambda _: None)
         for one, other in ((whole.model, resumed.model), (whole.ema, resumed.ema)):
             for a, b in zip(one.parameters(), other.parameters(), strict=True):
                 assert torch.equal(a, b)
         loaded = PixelWanPipeline.from_pretrained(tmp_path / "whole" / "moving-digits")
-        assert loaded.transformer.config.num_layers == 1 and loaded.config.num_frames == 16
+        assert loaded.transformer.config.num_layers == 1 and loaded.config.num_frames == 4
         assert not list(tmp_path.rglob("*.tmp"))
 
     def test_stages_lengthen_the_clips(self, scripts):

@@ -233,7 +233,7 @@ def site_table(sites: list[dict[str, Any]]) -> list[str]:
     Args:
         sites: `sites` of a report as a dict.
     """
-    rows = [("modules", "pattern", "backend", "density", "hits", "dense", "fallbacks", "time")]
+    rows: list[tuple[str, ...]] = [("modules", "pattern", "backend", "density", "hits", "dense", "fallbacks", "time")]
     same: list[dict[str, Any]] = []
     for i, site in enumerate(sites):
         same.append(site)
