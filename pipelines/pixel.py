@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -63,7 +63,7 @@ class PixelPipeline(DiffusionPipeline):
         """Runs every step of the scheduler, which has been set up, from noise to a clean float32 sample."""
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        progress_bar: Any = self.progress_bar
+        progress_bar = cast(Any, self).progress_bar
         with progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
                 velocity = self._predict_velocity(sample, t, labels)
