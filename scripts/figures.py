@@ -22,12 +22,12 @@ README = ROOT / "README.md"
 
 # What measures each result. {out} is its JSON file, {folder} a scratch folder that holds report.json.
 COMMANDS = {
-    "digits-dense": "python scripts/measure_digits.py --out {out}",
-    "digits-sparse": 'python scripts/measure_digits.py --pattern "na(window=9x9)" --out {out}',
-    "generate-1024": 'visattn generate image --model digits --pattern "na(window=9x9)" --label 0-9 --compare '
+    "digits-dense": "python scripts/measure_digits.py --steps 8 --threads 1 --out {out}",
+    "digits-sparse": 'python scripts/measure_digits.py --pattern "na(window=9x9)" --steps 8 --threads 1 --out {out}',
+    "generate-1024": 'visattn generate image --model digits --pattern "na(window=9x9)" --label 2,3,5,8 --compare '
     "--out {folder} --force",
     "generate-4096": 'visattn generate image --model digits --pattern "na(window=9x9)" --size 128 --label 3 '
-    "--compare --repeats 3 --out {folder} --force",
+    "--compare --repeats 2 --out {folder} --force",
     "cpu": "python scripts/bench_cpu.py --json {out} --force",
 }
 
@@ -93,7 +93,18 @@ def cpu_table() -> str:
     return table(["case", "FLOP bound", "tile bound", "faster than the peer", "time", "peer's time"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"digits": digits_table, "cpu": cpu_table}
+def gpu_table() -> str:
+    """The Triton engine against cuDNN, measured by scripts/bench_gpu.py."""
+    rows = []
+    for case in result("h100")["cases"].values():
+        own, peer = case["triton"], case["cudnn"]
+        ratios = [f"{peer[key] / own[key]:.1f}x" for key in ("forward_ms", "backward_ms")]
+        times = f"{own['forward_ms']:.1f} ms, {peer['forward_ms']:.1f} ms"
+        rows.append([f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", *ratios, times])
+    return table(["case", "tile bound", "forward", "backward", "forward time, cuDNN's"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"digits": digits_table, "cpu": cpu_table, "gpu": gpu_table}
 
 
 def rendered(text: str) -> str:

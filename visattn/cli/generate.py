@@ -210,13 +210,8 @@ def _print(summary: dict[str, Any], out: Path) -> None:
         typer.echo(
             f"sparse  is {gain(speedup['seconds'])} per {what}, {gain(speedup['attention_seconds'])} in attention"
         )
-        decibel = (
-            "pictures are equal"
-            if what == "image"
-            else "videos are equal"
-            if mean["psnr"] is None
-            else f"PSNR {mean['psnr']:.1f} dB"
-        )
+        equal = f"{'pictures' if what == 'image' else 'videos'} are equal"
+        decibel = equal if mean["psnr"] is None else f"PSNR {mean['psnr']:.1f} dB"
         similar = "" if mean["ssim"] is None else f", SSIM {mean['ssim']:.3f}"
         far = "" if mean["lpips"] is None else f", LPIPS {mean['lpips']:.3f}"
         typer.echo(f"quality {decibel}{similar}{far} against the dense twin")
