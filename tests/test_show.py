@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from visattn import Layout, dense_mask, plan
+from visattn import Layout, dense_mask, parse, plan
 from visattn.canvas import column, row, text
+from visattn.patterns import routed_mask
+from visattn.plans import with_routes
 from visattn.show import COLORS, FULL, PARTIAL, QUERY, SKIPPED, WASTED, draw, query_view, tile_map
 
 CASES = [
@@ -79,9 +82,27 @@ def test_canvas_puts_pictures_side_by_side_and_wraps():
     assert text("one\ntwo").height == 2 * text("one").height
 
 
-def test_patterns_without_a_fixed_mask_are_refused():
-    with pytest.raises(ValueError, match="chooses its tiles from q and k at run time: there is no fixed mask to show"):
-        draw("routing(regions=4x4, topk=2)", Layout((16, 16)))
+def test_routed_patterns_show_the_tiles_that_some_q_and_k_choose():
+    pattern, layout = parse("routing(regions=3x4, topk=2)"), Layout((14, 13), prefix=3, suffix=2)
+    q, k = torch.randn(2, 1, layout.length, 2, 8)
+    made = plan(pattern, layout)
+    fixed = with_routes(made, pattern.route(q, k, made)[0].numpy())
+    truth = routed_mask(pattern, layout, q, k)[0].numpy()
+    for token in range(layout.length):
+        assert (np.isin(query_view(fixed, token), (PARTIAL, FULL)) == truth[token]).all()
+    assert fixed.entries == made.entries
+    assert draw(pattern, layout).width > 512
+
+
+def test_agents_are_drawn_as_the_cells_they_pool():
+    picture = np.asarray(draw("agent(agents=4x2)", Layout((16, 16), prefix=1)))
+    blue = (picture == np.array(COLORS[FULL])).all(-1)
+    assert 0.2 < blue.mean() < 0.5
+
+
+def test_a_pattern_that_is_no_list_of_tiles_is_refused():
+    with pytest.raises(ValueError, match="agentsd"):
+        draw("agentsd", Layout((16, 16)))
 
 
 def test_pooled_keys_have_a_bar_of_their_own():

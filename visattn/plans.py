@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -215,6 +215,24 @@ def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling) -> tuple
     renumber = np.full(len(masks) + 1, -1)
     renumber[used] = np.arange(len(used))
     return np.concatenate(query), np.concatenate(key), renumber[np.concatenate(mask)], masks[used]
+
+
+def with_routes(made: TilePlan, routes: Ints) -> TilePlan:
+    """A routed pattern's plan with the lists that some q and k would give it, as a plan of a fixed pattern.
+
+    Args:
+        made: A plan of a routed pattern.
+        routes: Key tiles of each grid query tile, as `pattern.route` finds them for one sample: [tiles, n].
+    """
+    short, validity = _validity(made.keys)
+    tile = routes.ravel()
+    row = np.repeat(np.arange(made.queries.tiles)[made.queries.grid_tiles], routes.shape[1])
+    mask = np.where(short[tile] >= 0, short[tile] + len(made.masks), -1)
+    more = np.broadcast_to(validity[:, None], (len(validity), made.queries.capacity, made.keys.capacity))
+    old = made.lists
+    joined = [np.concatenate(pair) for pair in ((old.rows, row), (old.tile, tile), (old.mask, mask))]
+    lists = _lists(joined[0], joined[1], joined[2], made.queries.tiles)
+    return replace(made, lists=lists, masks=np.concatenate([made.masks, more]), routed_tiles=0)
 
 
 def _validity(keys: Tiling) -> tuple[Ints, Bools]:

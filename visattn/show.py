@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from visattn.canvas import GAP, Picture, Swatch, column, legend, row, text
 from visattn.layout import Layout
-from visattn.patterns import Pattern, parse
-from visattn.plans import Tile, TilePlan, plan
+from visattn.patterns import Agent, Dense, Pattern, Routing, parse
+from visattn.plans import Tile, TilePlan, plan, with_routes
 from visattn.simulate import check_listed
 
 SKIPPED, WASTED, PARTIAL, FULL, QUERY = range(5)
@@ -72,22 +73,64 @@ def draw(
         tile: As in `plan`.
 
     Raises:
-        ValueError: If pattern, layout, query and tile do not fit together, or the pattern has no fixed tiles.
+        ValueError: If pattern, layout, query and tile do not fit together, or the pattern is neither a list of
+            tiles nor agent.
     """
     pattern = parse(pattern)
+    if isinstance(pattern, Agent):
+        return _draw_agents(pattern, layout)
     check_listed(pattern)
-    if pattern.routed:
-        raise ValueError(f"{pattern} chooses its tiles from q and k at run time: there is no fixed mask to show")
     where = _check_query(query, layout.grid)
     made = plan(pattern, layout, tile)
+    note = ""
+    if isinstance(pattern, Routing):
+        made = with_routes(made, _example_routes(pattern, made))
+        note = "\nwhich regions are seen depends on q and k: these are those of smooth random ones (seed 0)"
     token = layout.prefix + int(np.ravel_multi_index(where, layout.grid))
     return column(
         [
             text(f"{pattern} on {layout}", size=22),
-            text(_caption(made)),
+            text(_caption(made) + note),
             row([_query_panel(made, token, where), _map_panel(made)], gap=3 * GAP),
         ],
         margin=2 * GAP,
+    )
+
+
+def _example_routes(pattern: Routing, made: TilePlan) -> NDArray[np.int64]:
+    """Key tiles of each grid query tile for a random field that varies smoothly, as features of an image do."""
+    layout = made.layout
+    generator = torch.Generator().manual_seed(0)
+    axes = [torch.linspace(-1, 1, n, dtype=torch.float64) for n in layout.grid]
+    where = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+    waves = 3 * torch.randn(layout.dims, 16, generator=generator, dtype=torch.float64)
+    features = torch.zeros(1, layout.length, 1, 16, dtype=torch.float64)
+    phase = 6 * torch.rand(16, generator=generator, dtype=torch.float64)
+    features[0, layout.prefix : layout.prefix + layout.tokens, 0] = torch.cos(where @ waves + phase)
+    return pattern.route(features, features, made)[0].numpy()
+
+
+def _draw_agents(pattern: Agent, layout: Layout) -> Image.Image:
+    """The cells of the grid that are pooled into one agent each, in two colours by turns."""
+    pattern.check(layout.grid)
+    index = np.indices(layout.grid)
+    parity = sum(
+        index[i] * a // n for i, (n, a) in enumerate(zip(layout.grid, pattern.shape(layout.grid), strict=True))
+    )
+    state = np.where(np.asarray(parity).ravel() % 2, PARTIAL, FULL).astype(np.uint8)
+    count = pattern.count(layout.grid)
+    caption = (
+        f"every token reads every other through {count} agents: "
+        f"{layout.length / (2 * count):.1f}x fewer operations than dense attention"
+    )
+    shared = any(n % a for n, a in zip(layout.grid, pattern.shape(layout.grid), strict=True))
+    note = ", with the next token beyond a border that falls between two" * shared
+    cells = legend(
+        [Swatch(tuple(COLORS[FULL]), f"cells, dark and light by turns: the mean query of each is one agent{note}")]
+    )
+    whole = plan(Dense(), layout, layout.grid)
+    return column(
+        [text(f"{pattern} on {layout}", size=22), text(caption), _grid_view(whole, state), cells], margin=2 * GAP
     )
 
 
