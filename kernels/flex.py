@@ -78,7 +78,8 @@ class Flex(Backend):
         return out, aux.lse.transpose(1, 2).index_select(1, found.slot_of_token) if call.lse else None
 
 
-# Time per visited pair over dense SDPA's, in tiles without and with a mask (measured: scripts/bench_backends.py).
+# Time per visited pair over dense SDPA's, in tiles without and with a mask: estimates, to be
+# compared with scripts/bench_backends.py.
 RATES = {"cpu": (1.5, 3.0), "cuda": (1.3, 1.7)}
 # Per call, in milliseconds on a CPU and microseconds on CUDA. It carries a share of the compilation, which takes
 # seconds for each shape, as if a shape were called a hundred times on a CPU and a few thousand times on CUDA.

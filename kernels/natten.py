@@ -80,7 +80,7 @@ class Natten(Backend):
 
 
 # Time per visited pair of NATTEN's CUDA kernels (65 to 79 % of the tile bound in its paper), and per pair of eager
-# FlexAttention on a CPU, over that of dense SDPA (measured: scripts/bench_backends.py).
+# FlexAttention on a CPU, over that of dense SDPA: estimates.
 KERNEL, EAGER = 1.4, 15.0
 
 

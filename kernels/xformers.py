@@ -61,7 +61,7 @@ class Xformers(Backend):
         return _attend(ops, q, k, v, bias, call.scale), None
 
 
-# Time over torch's SDPA per pair (Flash kernels behind both), and under a tensor bias.
+# Time over torch's SDPA per pair (Flash kernels behind both), and under a tensor bias: estimates.
 RATE, BIASED = 1.1, 2.0
 
 
