@@ -30,7 +30,7 @@ from visattn.files import check_writable_file, written_whole
 from visattn.kernels.tiles import visited_pairs
 from visattn.patterns import Pattern, parse
 from visattn.plans import plan
-from visattn.timing import Timing
+from visattn.timing import Timing, interleave
 
 Clock = Callable[[], float]
 
@@ -117,18 +117,6 @@ def peer(case: Case) -> Callable[[], object]:
     return run
 
 
-def interleave(runs: dict[str, Callable[[], object]], repeats: int, clock: Clock) -> dict[str, Timing]:
-    """Seconds of each run by a clock, measured in turns after one warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-1, repeats):
-        for name in list(runs)[:: -1 if turn % 2 else 1]:
-            start = clock()
-            runs[name]()
-            if turn >= 0:
-                seconds[name].append(clock() - start)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
-
-
 def tile_bound(pattern: Pattern, layout: Layout) -> float | None:
     """Dense pairs over the pairs that the engine visits."""
     return None if pattern.composed else layout.length**2 / visited_pairs(pattern, layout)
@@ -137,7 +125,7 @@ def tile_bound(pattern: Pattern, layout: Layout) -> float | None:
 def measure(cases: list[Case], repeats: int, clock: Clock) -> list[dict[str, Any]]:
     """The rows of cases that share a peer, all of them in turns."""
     runs = {case.name: ours(case, torch.bfloat16 if case.mode == "bfloat16" else torch.float32) for case in cases}
-    timings = interleave({"peer": peer(cases[0]), **runs}, repeats, clock)
+    timings = interleave({"peer": peer(cases[0]), **runs}, repeats=repeats, clock=clock)
     return [row(case, timings["peer"], timings[case.name]) for case in cases]
 
 
@@ -161,7 +149,7 @@ def row(case: Case, other: Timing, own: Timing) -> dict[str, Any]:
 def linearity(sides: tuple[int, ...], repeats: int, clock: Clock) -> list[dict[str, float]]:
     """Time per token of one window on growing grids."""
     cases = {side: Case("na(window=15x15)", (side, side), 0) for side in sides}
-    timings = interleave({str(side): ours(case) for side, case in cases.items()}, repeats, clock)
+    timings = interleave({str(side): ours(case) for side, case in cases.items()}, repeats=repeats, clock=clock)
     return [
         {"tokens": side**2, "ms": t.median * 1e3, "us_per_token": t.median * 1e6 / side**2}
         for side, t in zip(sides, timings.values(), strict=True)

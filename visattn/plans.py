@@ -189,7 +189,7 @@ def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling) -> tuple
 
     Grid tiles also visit every dense and extra tile; dense tiles visit everything but the extra tiles.
     """
-    short, validity = _validity(keys)
+    short, more = _validity(queries, keys)
     mask_of_key = np.where(short >= 0, short + len(pairs.masks), -1)
     key_index, query_index = np.arange(keys.tiles), np.arange(queries.tiles)
     grid_keys, grid_queries = key_index[keys.grid_tiles], query_index[queries.grid_tiles]
@@ -207,8 +207,6 @@ def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling) -> tuple
     ]
     key = [grid_keys[pairs.key], np.tile(dense_keys, len(filled_queries)), np.tile(plain_keys, len(dense_queries))]
     mask = [pairs.mask, mask_of_key[key[1]], mask_of_key[key[2]]]
-    # A row of a validity mask is the same for every query slot.
-    more = np.broadcast_to(validity[:, None], (len(validity), queries.capacity, keys.capacity))
     used = np.unique(np.concatenate(mask))
     masks = np.concatenate([pairs.masks, more])
     used = used[used >= 0]
@@ -224,25 +222,25 @@ def with_routes(made: TilePlan, routes: Ints) -> TilePlan:
         made: A plan of a routed pattern.
         routes: Key tiles of each grid query tile, as `pattern.route` finds them for one sample: [tiles, n].
     """
-    short, validity = _validity(made.keys)
+    short, more = _validity(made.queries, made.keys)
     tile = routes.ravel()
     row = np.repeat(np.arange(made.queries.tiles)[made.queries.grid_tiles], routes.shape[1])
     mask = np.where(short[tile] >= 0, short[tile] + len(made.masks), -1)
-    more = np.broadcast_to(validity[:, None], (len(validity), made.queries.capacity, made.keys.capacity))
     old = made.lists
     joined = [np.concatenate(pair) for pair in ((old.rows, row), (old.tile, tile), (old.mask, mask))]
     lists = _lists(joined[0], joined[1], joined[2], made.queries.tiles)
     return replace(made, lists=lists, masks=np.concatenate([made.masks, more]), routed_tiles=0)
 
 
-def _validity(keys: Tiling) -> tuple[Ints, Bools]:
-    """Which key tiles are short: index into the distinct slot masks or -1: [tiles]; slot masks [m, capacity]."""
+def _validity(queries: Tiling, keys: Tiling) -> tuple[Ints, Bools]:
+    """Which key tiles are short: index into the masks of filled slots or -1: [tiles]; those masks [m, slots, slots]."""
     valid = keys.tokens >= 0
     index = np.full(keys.tiles, -1)
     rest = np.flatnonzero(~valid.all(1))
     masks, which = np.unique(valid[rest], axis=0, return_inverse=True)
     index[rest] = which.ravel()
-    return index, masks.reshape(-1, keys.capacity)
+    # A row is the same for every query slot.
+    return index, np.broadcast_to(masks.reshape(-1, 1, keys.capacity), (len(masks), queries.capacity, keys.capacity))
 
 
 def _lists(row: Ints, tile: Ints, mask: Ints, rows: int) -> TileLists:

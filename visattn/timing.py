@@ -47,6 +47,7 @@ def interleave(
     warmup: int = 1,
     at_least: float = 0.0,
     synchronize: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time functions in turns: a, b, c, c, b, a, a, b, c, ...
 
@@ -56,6 +57,7 @@ def interleave(
         warmup: Calls of each before the first measurement (plans, compilation, caches, first touch of memory).
         at_least: Seconds a measurement should last: shorter functions are called several times in a row.
         synchronize: Waits for the device; None waits for all work on CUDA devices where there are any.
+        clock: What is read before and after, in seconds.
 
     Returns:
         Seconds per call, by name.
@@ -66,18 +68,18 @@ def interleave(
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats {repeats} must be at least 1 and warmup {warmup} at least 0")
     wait = synchronize or _wait
-    calls = {name: _warm_up(run, warmup, at_least, wait) for name, run in runs.items()}
+    calls = {name: _warm_up(run, warmup, at_least, wait, clock) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats):
         # Every other turn runs backward: what a run leaves in the caches is not always left to the same one.
         for name in list(runs)[:: -1 if turn % 2 else 1]:
-            seconds[name].append(_measure(runs[name], calls[name], wait))
+            seconds[name].append(_measure(runs[name], calls[name], wait, clock))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
 def time_once(run: Callable[[], object]) -> float:
     """Seconds of one call; waits for CUDA devices before and after."""
-    return _measure(run, 1, _wait)
+    return _measure(run, 1, _wait, time.perf_counter)
 
 
 def _wait() -> None:
@@ -85,7 +87,9 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _warm_up(run: Callable[[], object], warmup: int, at_least: float, wait: Callable[[], None]) -> int:
+def _warm_up(
+    run: Callable[[], object], warmup: int, at_least: float, wait: Callable[[], None], clock: Callable[[], float]
+) -> int:
     """Call a function before it is measured; returns how many calls last `at_least` seconds."""
     for _ in range(warmup):
         run()
@@ -93,15 +97,15 @@ def _warm_up(run: Callable[[], object], warmup: int, at_least: float, wait: Call
     if not at_least:
         return 1
     calls = 1
-    while (took := _measure(run, calls, wait) * calls) < at_least / 2:
+    while (took := _measure(run, calls, wait, clock) * calls) < at_least / 2:
         calls *= 2
     return max(1, round(calls * at_least / took))
 
 
-def _measure(run: Callable[[], object], calls: int, wait: Callable[[], None]) -> float:
+def _measure(run: Callable[[], object], calls: int, wait: Callable[[], None], clock: Callable[[], float]) -> float:
     wait()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         run()
     wait()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls

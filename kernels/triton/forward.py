@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from visattn.kernels.triton.parts import bases_at, bias_of, dense_run, place, rows_at, see
+from visattn.kernels.triton.parts import RUNTIME_SIZES, bases_at, bias_of, dense_run, place, rows_at, see
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,25 +34,7 @@ def _absorb(acc, total, top, scores, v, PRECISION: tl.constexpr, GUARD: tl.const
     return acc, total, new
 
 
-@triton.jit(
-    do_not_specialize=[
-        "dense_rows",
-        "grid_rows",
-        "pairs",
-        "prefix_tiles",
-        "suffix_tiles",
-        "prefix",
-        "suffix_start",
-        "suffix",
-        "extra",
-        "length",
-        "key_length",
-        "centre",
-        "rpb_entries",
-        "list_batch",
-        "bounds_batch",
-    ]
-)
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def attend(
     q, k, v, out, lse, key_mask, rpb,
     tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from visattn.kernels.triton.parts import bases_at, bias_of, dense_run, place, rows_at, see
+from visattn.kernels.triton.parts import RUNTIME_SIZES, bases_at, bias_of, dense_run, place, rows_at, see
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -35,25 +35,7 @@ def _accumulate(acc_k, acc_v, q, grad, v, weights, delta, PRECISION: tl.constexp
     return acc_k, acc_v
 
 
-@triton.jit(
-    do_not_specialize=[
-        "dense_rows",
-        "grid_rows",
-        "pairs",
-        "prefix_tiles",
-        "suffix_tiles",
-        "prefix",
-        "suffix_start",
-        "suffix",
-        "extra",
-        "length",
-        "key_length",
-        "centre",
-        "rpb_entries",
-        "list_batch",
-        "bounds_batch",
-    ]
-)
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def key_gradients(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, key_mask, rpb,
     tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,

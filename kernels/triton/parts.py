@@ -14,6 +14,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Sizes that differ from call to call: kernels are not compiled again for their values.
+RUNTIME_SIZES = (
+    "dense_rows",
+    "grid_rows",
+    "pairs",
+    "prefix_tiles",
+    "suffix_tiles",
+    "prefix",
+    "suffix_start",
+    "suffix",
+    "extra",
+    "length",
+    "key_length",
+    "centre",
+    "rpb_entries",
+    "list_batch",
+    "bounds_batch",
+)
+
 
 @triton.jit
 def place(pid, dense_rows, grid_rows, pairs):

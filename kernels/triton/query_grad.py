@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from visattn.kernels.triton.parts import bases_at, bias_of, dense_run, place, rows_at, see
+from visattn.kernels.triton.parts import RUNTIME_SIZES, bases_at, bias_of, dense_run, place, rows_at, see
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -21,25 +21,7 @@ def _accumulate(acc, grad, k, v, weights, delta, PRECISION: tl.constexpr):
     return tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "dense_rows",
-        "grid_rows",
-        "pairs",
-        "prefix_tiles",
-        "suffix_tiles",
-        "prefix",
-        "suffix_start",
-        "suffix",
-        "extra",
-        "length",
-        "key_length",
-        "centre",
-        "rpb_entries",
-        "list_batch",
-        "bounds_batch",
-    ]
-)
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def query_gradients(
     q, k, v, grad_out, lse, delta, grad_q, key_mask, rpb,
     tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,
