@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from visattn.kernels.triton import arguments
+from visattn.kernels.triton import arguments, start
 from visattn.kernels.triton.arguments import Work
 from visattn.kernels.triton.bias_grad import bias_gradients
 from visattn.kernels.triton.config import Config
@@ -18,26 +16,14 @@ from visattn.kernels.triton.key_grad import key_gradients
 from visattn.kernels.triton.positions import partners
 from visattn.kernels.triton.query_grad import query_gradients
 
-# Triton's default of this option changes between releases: what is fused is part of the numbers.
-FUSION = {"enable_fp_fusion": True}
 # Launch configuration of the kernels without matrix products.
 SMALL = Config(32, 1, 4, 1)
 
 Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]
 
 
-@contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """Triton launches on the current device."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            yield
-    else:
-        yield
-
-
 def _launch(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], config: Config) -> None:
-    kernel[grid](**given, num_warps=config.warps, num_stages=config.stages, **FUSION)
+    start.launch(kernel, grid, given, config.warps, config.stages)
 
 
 def _programs(given: dict[str, Any]) -> tuple[int]:
@@ -65,7 +51,7 @@ class TileAttention(torch.autograd.Function):
             lse = q.new_empty((batch, heads, length), dtype=torch.float32)
         if q.numel():
             given = arguments.forward_arguments(q, k, v, rpb, out, lse, work)
-            with _on(q.device):
+            with start.on(q.device):
                 _launch(attend, _programs(given), given, work.configs["forward"])
         ctx.save_for_backward(q, k, v, rpb, out, lse)
         ctx.work = work
@@ -110,7 +96,7 @@ def gradients(
         return [None if t is None else torch.zeros_like(t) for t in inputs]
     delta = torch.empty_like(lse)
     grads: list[torch.Tensor | None] = [None, None, None, None]
-    with _on(q.device):
+    with start.on(q.device):
         given = arguments.delta_arguments(out, grad_out, grad_lse, delta)
         _launch(deltas, (-(-q.shape[1] // given["ROWS"]), q.shape[2], q.shape[0]), given, SMALL)
         rest = (q, k, v, rpb, grad_out, lse, delta)

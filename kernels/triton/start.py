@@ -1,0 +1,27 @@
+"""Starting a kernel: on the right device, with every option that Triton's releases disagree on set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# Triton's default of this option changes between releases: what is fused is part of the numbers.
+FUSION = {"enable_fp_fusion": True}
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+    else:
+        yield
+
+
+def launch(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], warps: int, stages: int) -> None:
+    """Start a kernel on the current device."""
+    kernel[grid](**given, num_warps=warps, num_stages=stages, **FUSION)
