@@ -16,8 +16,10 @@ def flow_attention(
 
     With q, k their sigmoids, e = 1e-6, and sums over all tokens:
 
-        in_i = 1 / ((q_i + e) . (sum_j k_j + e) + e)          out_j = 1 / ((k_j + e) . (sum_i q_i + e) + e)
-        sink_i = (q_i + e) . (sum_j k_j out_j + e) + e        source_j = clamp((k_j + e) . (sum_i q_i in_i + e) + e, -1, 1)
+        in_i = 1 / ((q_i + e) . (sum_j k_j + e) + e)
+        out_j = 1 / ((k_j + e) . (sum_i q_i + e) + e)
+        sink_i = (q_i + e) . (sum_j k_j out_j + e) + e
+        source_j = clamp((k_j + e) . (sum_i q_i in_i + e) + e, -1, 1)
         result_i = in_i sigmoid(sink_i) q_i . sum_j k_j softmax_j(source) S v_j
 
     This is the vision copy of the official code, which adds e after each sum too.

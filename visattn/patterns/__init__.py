@@ -10,10 +10,15 @@ from visattn.patterns.agent_sd import AgentSD
 from visattn.patterns.base import Pattern
 from visattn.patterns.clear import Clear
 from visattn.patterns.dense import Dense
+from visattn.patterns.flow import Flow
 from visattn.patterns.halo import Halo
+from visattn.patterns.linear import Linear
+from visattn.patterns.mala import Mala
 from visattn.patterns.neighborhood import Neighborhood
 from visattn.patterns.radial import Radial
 from visattn.patterns.routing import Routing, routed_mask
+from visattn.patterns.sigmoid import Sigmoid
+from visattn.patterns.sparse_linear import SparseLinear
 from visattn.patterns.text import parse_pattern
 
 __all__ = [
@@ -22,17 +27,36 @@ __all__ = [
     "AgentSD",
     "Clear",
     "Dense",
+    "Flow",
     "Halo",
+    "Linear",
+    "Mala",
     "Neighborhood",
     "Pattern",
     "Radial",
     "Routing",
+    "Sigmoid",
+    "SparseLinear",
     "dense_mask",
     "parse",
     "routed_mask",
 ]
 
-PATTERNS: tuple[type[Pattern], ...] = (Dense, Neighborhood, Halo, Clear, Radial, Routing, Agent, AgentSD)
+PATTERNS: tuple[type[Pattern], ...] = (
+    Dense,
+    Neighborhood,
+    Halo,
+    Clear,
+    Radial,
+    Routing,
+    Agent,
+    AgentSD,
+    Linear,
+    Flow,
+    Mala,
+    SparseLinear,
+    Sigmoid,
+)
 
 
 def parse(text: str | Pattern) -> Pattern:

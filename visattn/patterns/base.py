@@ -33,11 +33,38 @@ class Pattern(ABC):
     routed: ClassVar[bool] = False
     # A merging pattern changes the tokens that are projected to q, k and v: only `apply` to a UNet installs it.
     merges: ClassVar[bool] = False
+    # Whether its weights are a function of the products q . k, so that extra channels of both can carry a bias.
+    of_products: ClassVar[bool] = True
 
     @property
     def stepped(self) -> bool:
         """Whether it differs from denoising step to step."""
         return False
+
+    @property
+    def listed(self) -> Pattern | None:
+        """The pattern whose key tiles it visits: itself, the sparse part of a composition, or None."""
+        return None if self.composed else self
+
+    @property
+    def learnable(self) -> bool:
+        """Whether it has parameters to train."""
+        return False
+
+    def parameter_shapes(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of its learnable parameters by name.
+
+        Args:
+            heads: Query heads.
+            head_dim: Channels per head.
+            grid: Tokens per axis; -1 for an axis whose length is not known yet. A parameter whose shape would
+                depend on such an axis is left out.
+        """
+        return {}
+
+    def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """The values that missing parameters stand for, in float32; arguments as in `parameter_shapes`."""
+        return {}
 
     @abstractmethod
     def check(self, grid: tuple[int, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -55,6 +56,24 @@ class Clear(Pattern):
         if self.pool is None:
             return None
         return tuple(n if c == -1 else c for n, c in zip(grid, per_axis(self.pool, len(grid), "pool"), strict=True))
+
+    @property
+    def learnable(self) -> bool:
+        """Whether it pools, in cells of a known size."""
+        sides = self.pool if isinstance(self.pool, tuple) else (self.pool,)
+        return self.pool is not None and -1 not in sides
+
+    def parameter_shapes(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """`pool_weight`: one weight per token of a cell [pool per axis]."""
+        shape = self.pool_shape(grid)
+        return {} if shape is None or min(shape) < 1 else {"pool_weight": shape}
+
+    def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """Equal weights: the mean."""
+        import torch
+
+        shapes = self.parameter_shapes(heads, head_dim, grid)
+        return {name: torch.full(shape, 1 / math.prod(shape)) for name, shape in shapes.items()}
 
     def extra_keys(self, grid: tuple[int, ...]) -> int:
         """One per cell."""
