@@ -11,9 +11,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
-from visattn.models.functional import pad_multiple, unscripted
-from visattn.models.nat import Block, Level
-from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
+from visattn.models.functional import pad_multiple
+from visattn.models.nat import NAT, alternating
+from visattn.models.pyramid import cfg, official
 
 __all__ = ["DiNATS"]
 
@@ -33,24 +33,10 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
-class DiNATS(Pyramid):
-    """DiNAT_s.
+class DiNATS(NAT):
+    """DiNAT_s: the blocks and arguments of `NAT` between Swin's patch embedding and merging."""
 
-    Args:
-        embed_dim: Channels of the first stage; they double at each stage.
-        depths: Blocks per stage.
-        num_heads: Heads per stage.
-        mlp_ratio: Hidden channels of the MLP over channels.
-        kernel_size: Window per axis.
-        dilations: Dilation of each block of each stage, 1 everywhere if None.
-        drop_path_rate: Chance to skip the last block in training; earlier blocks have less.
-        in_chans: Channels of the image.
-        num_classes: Classes of the head, 0 for none.
-        global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none.
-        drop_rate: Dropout before the head.
-        device: Where the weights are made.
-        dtype: Of the weights.
-    """
+    stages_name = "layers"
 
     def __init__(
         self,
@@ -58,71 +44,30 @@ class DiNATS(Pyramid):
         depths: tuple[int, ...] = (2, 2, 6, 2),
         num_heads: tuple[int, ...] = (3, 6, 12, 24),
         mlp_ratio: float = 4.0,
-        kernel_size: int = 7,
-        dilations: tuple[tuple[int, ...], ...] | None = None,
-        drop_path_rate: float = 0.2,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        dims = tuple(embed_dim * 2**i for i in range(len(depths)))
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, **dd)
-        self.layers = nn.ModuleList()
-        for i, rates in enumerate(drop_paths(drop_path_rate, depths)):
-            steps = dilations[i] if dilations else (1,) * depths[i]
-            blocks = Blocks(
-                *(
-                    Block(dims[i], num_heads[i], kernel_size, step, mlp_ratio, rate, None, **dd)
-                    for step, rate in zip(steps, rates, strict=True)
-                )
-            )
-            self.layers.append(Level(blocks, nn.Identity() if i == len(dims) - 1 else PatchMerging(dims[i], **dd)))
-        modules = tuple(f"layers.{i}.blocks" for i in range(len(dims)))
-        norm = nn.LayerNorm(dims[-1], **dd)
-        self._finish(dims, modules, num_classes, in_chans, global_pool, drop_rate, norm, **dd)
+        super().__init__(embed_dim, depths, num_heads, mlp_ratio, **kwargs)
+
+    def _stem(self, in_chans: int, dim: int, **dd: Any) -> nn.Module:
+        return PatchEmbed(in_chans, dim, **dd)
+
+    def _step(self, dim: int, **dd: Any) -> nn.Module:
+        return PatchMerging(dim, **dd)
 
     def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
         """See `Pyramid.forward_stages`."""
-        maps: list[torch.Tensor] = []
-        x = self.patch_embed(x)
-        for i, layer in enumerate(self.layers):
-            if i <= take[-1]:
-                x = layer.blocks(x)  # type: ignore[operator]
-                if i in take:
-                    maps.append(x)
-                if i < take[-1]:
-                    x = layer.downsample(x)  # type: ignore[operator]
-        return maps
-
-    def keep_stages(self, count: int) -> None:
-        """See `Pyramid.keep_stages`."""
-        self.layers = self.layers[:count]
-        self.layers[-1].downsample = nn.Identity()
-
-    @unscripted
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters by depth, for layer-wise learning rates."""
-        fine = [(r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
+        return self.layers(self.patch_embed(x), take)
 
 
 def _dinat_s(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> DiNATS:
     depths = (2, 2, depth, 2)
-    dilations = tuple(
-        tuple(d if j % 2 else 1 for j in range(blocks)) for blocks, d in zip(depths, (8, 4, 2, 1), strict=True)
-    )
     return build_model_with_cfg(
         DiNATS,
         variant,
         pretrained,
         pretrained_filter_fn=official,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{"depths": depths, "dilations": dilations, **kwargs},
+        **{"depths": depths, "dilations": alternating(depths), **kwargs},
     )
 
 

@@ -127,6 +127,22 @@ class Level(nn.Module):
         return self.downsample(self.blocks(x))
 
 
+class Levels(nn.Sequential):
+    """The stages, a module of its own so that models with another name for it share its loop."""
+
+    def forward(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
+        """Maps of the stages listed in `take` (ascending); later stages do not run."""
+        maps: list[torch.Tensor] = []
+        for i, level in enumerate(self):
+            if i <= take[-1]:
+                x = level.blocks(x)  # type: ignore[operator]
+                if i in take:
+                    maps.append(x)
+                if i < take[-1]:
+                    x = level.downsample(x)  # type: ignore[operator]
+        return maps
+
+
 class NAT(Pyramid):
     """NAT, and DiNAT if dilations are given.
 
@@ -146,6 +162,9 @@ class NAT(Pyramid):
         device: Where the weights are made.
         dtype: Of the weights.
     """
+
+    # The official name of the stages.
+    stages_name = "levels"
 
     def __init__(
         self,
@@ -167,8 +186,8 @@ class NAT(Pyramid):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         dims = tuple(embed_dim * 2**i for i in range(len(depths)))
-        self.patch_embed = Stem(in_chans, embed_dim, **dd)
-        self.levels = nn.ModuleList()
+        self.patch_embed = self._stem(in_chans, embed_dim, **dd)
+        levels = Levels()
         for i, rates in enumerate(drop_paths(drop_path_rate, depths)):
             steps = dilations[i] if dilations else (1,) * depths[i]
             blocks = Blocks(
@@ -177,34 +196,34 @@ class NAT(Pyramid):
                     for step, rate in zip(steps, rates, strict=True)
                 )
             )
-            self.levels.append(Level(blocks, nn.Identity() if i == len(dims) - 1 else Downsample(dims[i], **dd)))
-        modules = tuple(f"levels.{i}.blocks" for i in range(len(dims)))
+            levels.append(Level(blocks, nn.Identity() if i == len(dims) - 1 else self._step(dims[i], **dd)))
+        self.add_module(self.stages_name, levels)
+        modules = tuple(f"{self.stages_name}.{i}.blocks" for i in range(len(dims)))
         norm = nn.LayerNorm(dims[-1], **dd)
         self._finish(dims, modules, num_classes, in_chans, global_pool, drop_rate, norm, **dd)
 
+    def _stem(self, in_chans: int, dim: int, **dd: Any) -> nn.Module:
+        return Stem(in_chans, dim, **dd)
+
+    def _step(self, dim: int, **dd: Any) -> nn.Module:
+        return Downsample(dim, **dd)
+
     def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
         """See `Pyramid.forward_stages`."""
-        maps: list[torch.Tensor] = []
-        x = self.patch_embed(x)
-        for i, level in enumerate(self.levels):
-            if i <= take[-1]:
-                x = level.blocks(x)  # type: ignore[operator]
-                if i in take:
-                    maps.append(x)
-                if i < take[-1]:
-                    x = level.downsample(x)  # type: ignore[operator]
-        return maps
+        return self.levels(self.patch_embed(x), take)
 
     def keep_stages(self, count: int) -> None:
         """See `Pyramid.keep_stages`."""
-        self.levels = self.levels[:count]
-        self.levels[-1].downsample = nn.Identity()
+        levels = getattr(self, self.stages_name)[:count]
+        levels[-1].downsample = nn.Identity()
+        setattr(self, self.stages_name, levels)
 
     @unscripted
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters by depth, for layer-wise learning rates."""
-        fine = [(r"^levels\.(\d+)\.downsample", (0,)), (r"^levels\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return {"stem": r"^patch_embed", "blocks": r"^levels\.(\d+)" if coarse else fine}
+        stage = rf"^{self.stages_name}\.(\d+)"
+        fine = [(rf"{stage}\.downsample", (0,)), (rf"{stage}\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^patch_embed", "blocks": stage if coarse else fine}
 
 
 def _nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
@@ -250,7 +269,7 @@ default_cfgs = generate_default_cfgs(
 _DEEP = (3, 4, 18, 5)
 
 
-def _dilations(depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def alternating(depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """1 and the stage's dilation in turn; the largest whose window of 7 fits the stage's map at 224 pixels."""
     return tuple(tuple(d if j % 2 else 1 for j in range(depth)) for depth, d in zip(depths, (8, 4, 2, 1), strict=True))
 
@@ -307,28 +326,28 @@ def nat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
 @register_model
 def dinat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Mini, 20 M parameters."""
-    return _nat("dinat_mini", pretrained, **{**_MINI, "dilations": _dilations(_MINI["depths"]), **kwargs})
+    return _nat("dinat_mini", pretrained, **{**_MINI, "dilations": alternating(_MINI["depths"]), **kwargs})
 
 
 @register_model
 def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Tiny, 28 M parameters."""
-    return _nat("dinat_tiny", pretrained, **{**_TINY, "dilations": _dilations(_DEEP), **kwargs})
+    return _nat("dinat_tiny", pretrained, **{**_TINY, "dilations": alternating(_DEEP), **kwargs})
 
 
 @register_model
 def dinat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Small, 51 M parameters."""
-    return _nat("dinat_small", pretrained, **{**_SMALL, "dilations": _dilations(_DEEP), **kwargs})
+    return _nat("dinat_small", pretrained, **{**_SMALL, "dilations": alternating(_DEEP), **kwargs})
 
 
 @register_model
 def dinat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Base, 90 M parameters."""
-    return _nat("dinat_base", pretrained, **{**_BASE, "layer_scale": 1e-5, "dilations": _dilations(_DEEP), **kwargs})
+    return _nat("dinat_base", pretrained, **{**_BASE, "layer_scale": 1e-5, "dilations": alternating(_DEEP), **kwargs})
 
 
 @register_model
 def dinat_large(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Large, 200 M parameters."""
-    return _nat("dinat_large", pretrained, **{**_LARGE, "dilations": _dilations(_DEEP), **kwargs})
+    return _nat("dinat_large", pretrained, **{**_LARGE, "dilations": alternating(_DEEP), **kwargs})
