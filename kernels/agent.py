@@ -7,7 +7,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch.nn import functional
 
-from visattn.dispatch import Backend, Call, Problem, Support
+from visattn.dispatch import Backend, Call, Problem, Support, load
+from visattn.kernels.triton.engine import fits
 from visattn.layout import Layout
 from visattn.patterns import Agent
 
@@ -89,6 +90,38 @@ def agent_attention(
         [B, S, H, D]. A sample without any visible key gives zeros (and the convolution).
     """
     agents = pool_queries(q, pattern, layout)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if gather_bias is None and read_bias is None and fused(q).ok:
+        from visattn.kernels.triton.agent import agent_attention as fused_attention
+
+        out = fused_attention(q, agents, k, v, key_mask, scale, through_agents)
+    else:
+        out = through_agents(q, agents, k, v, key_mask, scale, gather_bias, read_bias)
+    if convolution is None:
+        return out
+    return out + _local(v, layout, convolution)
+
+
+def fused(q: torch.Tensor) -> Support:
+    """Whether the Triton kernels run for queries like these."""
+    if not q.is_cuda:
+        return Support(False, "they are for GPUs")
+    triton = load("triton")
+    support = triton.available()
+    return fits(q.device.type, q.dtype, q.shape[3]) if support.ok else support
+
+
+def through_agents(
+    q: torch.Tensor,
+    agents: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    gather_bias: torch.Tensor | None = None,
+    read_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Two dense attentions: agents [B, n, H, D] gather from all keys, queries read from the agents."""
     heads_first = [t.transpose(1, 2) for t in (q, k, v, agents)]
     mask, alive = gather_bias, None
     if key_mask is not None:
@@ -100,10 +133,7 @@ def agent_attention(
     gathered = _attend(heads_first[3], heads_first[1], heads_first[2], mask, scale)
     if alive is not None:
         gathered = gathered.masked_fill(~alive, 0.0)
-    out = _attend(heads_first[0], heads_first[3], gathered, read_bias, scale).transpose(1, 2)
-    if convolution is None:
-        return out
-    return out + _local(v, layout, convolution)
+    return _attend(heads_first[0], heads_first[3], gathered, read_bias, scale).transpose(1, 2)
 
 
 def pool_queries(q: torch.Tensor, pattern: Agent, layout: Layout) -> torch.Tensor:
@@ -122,9 +152,7 @@ def _channels_first(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     return inner.unflatten(1, layout.grid).movedim(-1, 1)
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
-) -> torch.Tensor:
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Dense attention, heads before tokens, with a bool mask or a bias."""
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)

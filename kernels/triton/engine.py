@@ -71,6 +71,19 @@ def _architecture_or_common() -> int:
     return architecture() if interpreted() or torch.cuda.is_available() else 90
 
 
+def fits(device: str, dtype: torch.dtype, head_dim: int) -> Support:
+    """Whether the kernels run for tensors of this device type, dtype and head dim."""
+    if device != ("cpu" if interpreted() else "cuda"):
+        where = "on the CPU only while TRITON_INTERPRET is set" if interpreted() else "on CUDA devices"
+        return Support(False, f"q is on {device}, and it runs {where}")
+    if dtype not in DTYPES:
+        return Support(False, f"{dtype} is none of float16, bfloat16 and float32")
+    largest = largest_head_dim(dtype, _architecture_or_common())
+    if head_dim > largest or head_dim % 8:
+        return Support(False, f"head_dim {head_dim} is not a multiple of 8 up to {largest} ({dtype})")
+    return _device_support() if torch.cuda.is_available() and not interpreted() else Support(True)
+
+
 class Triton(Backend):
     """One kernel a direction walks the tile lists; tokens are read where they lie."""
 
@@ -86,19 +99,10 @@ class Triton(Backend):
 
     def supports(self, problem: Problem) -> Support:
         """Any list of key tiles in half or single precision on Ampere or later, head dims up to 256."""
-        if problem.device != ("cpu" if interpreted() else "cuda"):
-            where = "on the CPU only while TRITON_INTERPRET is set" if interpreted() else "on CUDA devices"
-            return Support(False, f"q is on {problem.device}, and it runs {where}")
-        if problem.dtype not in DTYPES:
-            return Support(False, f"{problem.dtype} is none of float16, bfloat16 and float32")
-        largest = largest_head_dim(problem.dtype, _architecture_or_common())
-        if problem.head_dim > largest or problem.head_dim % 8:
-            return Support(
-                False, f"head_dim {problem.head_dim} is not a multiple of 8 up to {largest} ({problem.dtype})"
-            )
-        if problem.pattern.composed:
+        support = fits(problem.device, problem.dtype, problem.head_dim)
+        if support.ok and problem.pattern.composed:
             return Support(False, f"{problem.pattern.name} is not a list of key tiles")
-        return _device_support() if torch.cuda.is_available() and not interpreted() else Support(True)
+        return support
 
     def cost(self, problem: Problem) -> float:
         """Visited tiles, those with a mask a bit more, at a share of the dense rate; never the interpreter."""

@@ -157,7 +157,7 @@ def gather_arguments(
         **strides("k", k, step), **strides("v", v, step),
         "chunk": chunk, "splits": splits, "blocks": blocks, "feature_blocks": feature_blocks,
         **common(k, setting, launch, features, channels, step),
-        "KEY_MASK": key_mask is not None, "WEIGHTED": weights is not None, "HALF": k.dtype != torch.float32,
+        "KEY_MASK": key_mask is not None, "WEIGHTED": weights is not None, "HALF": k.dtype == torch.bfloat16,
     }  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def read_arguments(
         "out": q.new_empty((*q.shape[:3], channels)), "den": den,
         **strides("q", q, step), "group": q.shape[2] // state.shape[1],
         **common(q, setting, launch, features, channels, step),
-        "KEY_MASK": key_mask is not None, "NORMALISE": normalise,
+        "KEY_MASK": key_mask is not None, "NORMALISE": normalise, "HALF": q.dtype == torch.bfloat16,
     }  # fmt: skip
 
 

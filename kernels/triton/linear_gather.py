@@ -20,8 +20,7 @@ def gather(
     heads, length, chunk, splits, blocks, feature_blocks,
     FEATURES: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr,
-    FEATURE: tl.constexpr, KEY_MASK: tl.constexpr, WEIGHTED: tl.constexpr,
-    HALF: tl.constexpr, PRECISION: tl.constexpr,
+    FEATURE: tl.constexpr, KEY_MASK: tl.constexpr, WEIGHTED: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute one block of the state of one split, sample and head.
 
@@ -41,7 +40,7 @@ def gather(
         splits: Number of splits.
         blocks: Blocks of a state.
         feature_blocks: Blocks of BLOCK_F features.
-        HALF: Whether products are of the inputs' half precision dtype instead of float32.
+        HALF: Whether weights are rounded to the inputs' dtype and multiplied in it: bfloat16, of float32's range.
     """
     split, rest = tl.program_id(0) % splits, tl.program_id(0) // splits
     block, pair = rest % blocks, (rest // blocks).to(tl.int64)
@@ -65,8 +64,10 @@ def gather(
         counts = is_token
         if KEY_MASK:
             counts &= tl.load(key_mask + sample * length + token, mask=is_token, other=0) != 0
-        # Rounded as the product takes it, so that state and sums are of the same weights.
-        phi = featured(x, counts[:, None] & has_f[None, :], FEATURE).to(x.dtype)
+        phi = featured(x, counts[:, None] & has_f[None, :], FEATURE)
+        if HALF:
+            # Rounded as the product takes it, so that state and sums are of the same weights.
+            phi = phi.to(x.dtype)
         if WEIGHTED:
             scale = inverse(tl.load(den + row_of + token, mask=is_token, other=0.0), EPSILON)
             minus = tl.load(delta + row_of + token, mask=is_token, other=0.0) * scale
@@ -79,7 +80,7 @@ def gather(
             if HALF:
                 state = tl.dot(tl.trans(phi), value, state)
             else:
-                state = tl.dot(tl.trans(phi), value, state, input_precision=PRECISION)
+                state = tl.dot(tl.trans(phi), value.to(tl.float32), state, input_precision=PRECISION)
 
     part = pair * splits + split
     where = states + (part * FEATURES + f[:, None]) * CHANNELS + d[None, :]

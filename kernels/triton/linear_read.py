@@ -19,7 +19,8 @@ def read(
     q_batch, q_token, q_head, heads, group, length,
     FEATURES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr,
-    FEATURE: tl.constexpr, KEY_MASK: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
+    FEATURE: tl.constexpr, KEY_MASK: tl.constexpr, NORMALISE: tl.constexpr,
+    HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute ROWS tokens of one head: phi(q) state, divided by phi(q) sums if NORMALISE.
 
@@ -53,7 +54,9 @@ def read(
         has_f = f < FEATURES
         here = is_token[:, None] & has_f[None, :]
         x = tl.load(rows + f[None, :], mask=here, other=0.0)
-        phi = featured(x, here, FEATURE).to(x.dtype).to(tl.float32)
+        phi = featured(x, here, FEATURE)
+        if HALF:
+            phi = phi.to(x.dtype).to(tl.float32)
         # float32 also beside half precision inputs: sums over many tokens leave the range of float16.
         part = tl.load(state + f[:, None] * CHANNELS + d[None, :], mask=has_f[:, None] & has_d[None, :], other=0.0)
         acc = tl.dot(phi, part, acc, input_precision=PRECISION)
