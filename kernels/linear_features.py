@@ -27,40 +27,59 @@ def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def features(
-    q: torch.Tensor, k: torch.Tensor, feature: str, parameters: Mapping[str, torch.Tensor]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    feature: str,
+    parameters: Mapping[str, torch.Tensor],
+    key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of queries and keys, in float32 at least.
 
-    Their scale is free, as attention divides by their sums: those of "exp" are divided by the largest of a query,
-    and by the largest of all keys of a head, so that nothing overflows.
+    Attention divides by their sums, so factors per query and per head, and those that cancel in the product, are
+    free: they are chosen so that the largest product is about 1 and nothing over- or underflows.
 
     Args:
         q: Queries [B, S, H, D].
         k: Keys [B, S, Hkv, D].
         feature: One of `visattn.patterns.linear.FEATURES`.
         parameters: `query_map` and `key_map` [H, D, D] of the learnable ones; missing ones are the identity.
+        key_mask: bool [B, S]; features of hidden keys are zero.
 
     Returns:
         Features [B, S, H, F] and [B, S, Hkv or H, F]; F is D, or 2 D for the learnable ones.
     """
-    if feature == "elu":
-        return elu_plus_one(q), elu_plus_one(k)
-    if feature == "relu":
-        return widened(q).relu(), widened(k).relu()
+    if feature in ("elu", "relu"):
+        q, k = (elu_plus_one(x) if feature == "elu" else widened(x).relu() for x in (q, k))
+        k = _shown(k, key_mask)
+        return q / _peak(q, (3,)), k / _peak(k, (1, 3))
     maps = parameters.get("query_map"), parameters.get("key_map")
     if maps[1] is not None:
         k = repeated(k, q.shape[2])
-    found = [_mapped(x, weight) for x, weight in zip((q, k), maps, strict=True)]
+    q, k = (_mapped(x, weight) for x, weight in zip((q, k), maps, strict=True))
     if feature == "hedgehog":
-        return _softmax_pair(found[0]), _softmax_pair(found[1])
+        return _softmax_pair(q), _shown(_softmax_pair(k), key_mask)
     assert feature == "exp", feature
-    q, k = (torch.cat([x, -x], -1) for x in found)
-    q = (q - q.detach().amax(-1, keepdim=True)).exp()
-    return q, (k - k.detach().amax((1, 3), keepdim=True)).exp()
+    q, k = torch.cat([q, -q], -1), torch.cat([k, -k], -1)
+    seen = k.detach() if key_mask is None else k.detach().masked_fill(~key_mask[:, :, None, None], float("-inf"))
+    top = seen.amax(1, keepdim=True)
+    top = top.masked_fill(top == float("-inf"), 0)
+    q = q + repeated(top, q.shape[2])
+    # Hidden keys may be larger than the largest visible one.
+    return (q - q.detach().amax(-1, keepdim=True)).exp(), _shown((k - top).clamp(max=0).exp(), key_mask)
+
+
+def _peak(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """The largest value over some axes, 1 where all are zero."""
+    top = x.detach().amax(dims, keepdim=True)
+    return top.masked_fill(top == 0, 1)
+
+
+def _shown(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    return x if key_mask is None else x * key_mask[:, :, None, None].to(x.dtype)
 
 
 def _mapped(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """X [B, S, H, D] times a matrix [H, D, D] per head."""
+    """Tokens [B, S, H, D] times a matrix [H, D, D] per head."""
     x = widened(x)
     return x if weight is None else torch.einsum("bshd,hde->bshe", x, weight.to(x.dtype))
 

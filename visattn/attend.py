@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
 
 from visattn import ops
-from visattn.checks import check_call
+from visattn.checks import check_call, merged
 from visattn.dispatch import NAMES, Call, Candidate, Problem, Support, candidates, choose, load, run_call
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
@@ -28,6 +29,7 @@ def attention(
     key_mask: torch.Tensor | None = None,
     rpb: torch.Tensor | None = None,
     pool_weight: torch.Tensor | None = None,
+    parameters: Mapping[str, torch.Tensor] | None = None,
     backend: str = "auto",
     return_lse: Literal[False] = False,
 ) -> torch.Tensor: ...
@@ -45,6 +47,7 @@ def attention(
     key_mask: torch.Tensor | None = None,
     rpb: torch.Tensor | None = None,
     pool_weight: torch.Tensor | None = None,
+    parameters: Mapping[str, torch.Tensor] | None = None,
     backend: str = "auto",
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -61,13 +64,15 @@ def attention(
     key_mask: torch.Tensor | None = None,
     rpb: torch.Tensor | None = None,
     pool_weight: torch.Tensor | None = None,
+    parameters: Mapping[str, torch.Tensor] | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention in which each query sees the keys that the pattern shows it.
+    """Attention in which each query sees the keys that the pattern shows it.
 
     The numbers are those of `torch.nn.functional.scaled_dot_product_attention` with the mask
-    `dense_mask(pattern, layout)`, without ever building that mask on large grids.
+    `dense_mask(pattern, layout)`, without ever building that mask on large grids. Composed patterns (agent, linear,
+    flow, mala, sparselinear, sigmoid) replace the softmax; each says by what.
 
     Args:
         q: Queries [B, S, H, D] with S = layout.length.
@@ -80,12 +85,14 @@ def attention(
         rpb: Relative position bias of a neighborhood pattern: [H, 2 * window - 1 per axis], indexed by key
             position minus query position plus window - 1, in steps of the dilation.
         pool_weight: Weights of the tokens in a pooled key or value of a clear pattern with pool: [pool per axis],
-            the same for keys, values and heads; None means their mean.
+            the same for keys, values and heads; None means their mean. Short for an entry of `parameters`.
+        parameters: Learnable parameters of the pattern by name, in the shapes of `pattern.parameter_shapes`; missing
+            ones have their initial values. They may have another floating-point dtype than q.
         backend: "auto" for the cheapest that supports the call, or a name of `backends()`.
         return_lse: Whether to return the natural log-sum-exp of each query's logits too.
 
     Inside torch.compile the call is one operator without graph breaks; pattern, layout and scale are constants of
-    the compiled code, so each of their values is traced once (a change of k, v, key_mask or rpb never is).
+    the compiled code, so each of their values is traced once (a change of k, v, key_mask, rpb or a parameter never is).
 
     Returns:
         Output [B, S, H, D] in q's dtype; with `return_lse` also the log-sum-exp [B, S, H] (float32, or float64
@@ -96,13 +103,14 @@ def attention(
             run the call.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    given = merged(parameters, pool_weight)
     if torch.compiler.is_compiling():
         # The tracer cannot follow planning: one operator, which checks the call when it is traced.
-        out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, pool_weight, backend, return_lse)
+        out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, given, backend, return_lse)
     else:
         pattern = parse(pattern)
-        check_call(q, k, v, pattern, layout, key_mask, rpb, pool_weight)
-        call = Call(pattern, layout, scale, key_mask, rpb, return_lse, pool_weight)
+        check_call(q, k, v, pattern, layout, key_mask, rpb, given)
+        call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
         out, lse = run_call(q, k, v, call, backend)
     if not return_lse:
         return out

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 
 from visattn.layout import Layout
@@ -16,7 +19,7 @@ def check_call(
     layout: Layout,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
-    pool_weight: torch.Tensor | None = None,
+    parameters: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
     """Raise a ValueError that names the first argument of `attention` that does not fit the others."""
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
@@ -37,7 +40,7 @@ def check_call(
         raise ValueError(
             f"key_mask is {given} but must be torch.bool {list(q.shape[:2])}: True where a key may be attended"
         )
-    for name, tensor in (("key_mask", key_mask), ("rpb", rpb), ("pool_weight", pool_weight)):
+    for name, tensor in (("key_mask", key_mask), ("rpb", rpb), *parameters.items()):
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device} but q on {q.device}: move it there")
     if rpb is not None:
@@ -48,9 +51,36 @@ def check_call(
             raise ValueError(
                 f"rpb is {list(rpb.shape)} but {pattern} with {q.shape[2]} heads takes {[q.shape[2], *sides]}"
             )
-    if pool_weight is not None:
-        sides = pattern.pool_shape(layout.grid)
-        if sides is None:
+    check_parameters(parameters, pattern, q.shape[2], q.shape[3], layout.grid)
+
+
+def check_parameters(
+    parameters: Mapping[str, torch.Tensor], pattern: Pattern, heads: int, head_dim: int, grid: tuple[int, ...]
+) -> None:
+    """Raise a ValueError that names a parameter which the pattern does not have, or not in this shape."""
+    # Cells over a whole axis have a weight per token too, but none that other grids could use.
+    cell = pattern.pool_shape(grid)
+    known = ({} if cell is None else {"pool_weight": cell}) | pattern.parameter_shapes(heads, head_dim, grid)
+    for name, tensor in parameters.items():
+        if name == "pool_weight" and name not in known:
             raise ValueError(f"pool_weight is given but {pattern} pools no keys: only clear(radius=..., pool=...) does")
-        if tuple(pool_weight.shape) != sides:
-            raise ValueError(f"pool_weight is {list(pool_weight.shape)} but {pattern} takes {list(sides)}")
+        if name not in known:
+            names = ", ".join(known) or "none"
+            raise ValueError(f"{pattern} has no parameter {name!r}; parameters: {names}")
+        if tuple(tensor.shape) != known[name]:
+            raise ValueError(f"{name} is {list(tensor.shape)} but {pattern} takes {list(known[name])}")
+
+
+def merged(
+    parameters: Mapping[str, torch.Tensor] | None, pool_weight: torch.Tensor | None
+) -> Mapping[str, torch.Tensor]:
+    """The parameters with `pool_weight`, which also has an argument of its own.
+
+    Raises:
+        ValueError: If it is given twice.
+    """
+    if pool_weight is None:
+        return parameters or {}
+    if parameters and "pool_weight" in parameters:
+        raise ValueError("pool_weight is given twice: as an argument and in parameters")
+    return {**(parameters or {}), "pool_weight": pool_weight}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
@@ -16,7 +16,19 @@ from visattn.patterns import Pattern
 from visattn.plans import TilePlan, plan
 
 # Order of preference where two backends cost the same. Each module has a `backend` object.
-NAMES = ("triton", "agent", "sdpa", "tiles", "flex", "natten", "xformers", "reference")
+NAMES = (
+    "triton",
+    "agent",
+    "linear",
+    "sparse_linear",
+    "sigmoid",
+    "sdpa",
+    "tiles",
+    "flex",
+    "natten",
+    "xformers",
+    "reference",
+)
 
 
 class Support(NamedTuple):
@@ -37,7 +49,7 @@ class Call:
         key_mask: bool [B, S], True where a key may be attended, or None.
         rpb: Relative position bias [H, 2 * window - 1 per axis], or None.
         lse: Whether the log-sum-exp is wanted.
-        pool_weight: Weights of the tokens in a pooled key [cell per axis], or None for their mean.
+        parameters: Learnable parameters of the pattern by name; missing ones have their initial values.
     """
 
     pattern: Pattern
@@ -46,7 +58,7 @@ class Call:
     key_mask: torch.Tensor | None = None
     rpb: torch.Tensor | None = None
     lse: bool = False
-    pool_weight: torch.Tensor | None = None
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ class Problem:
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Problem:
         """The problem that a checked call poses."""
-        tensors = [t for t in (q, k, v, call.rpb, call.pool_weight) if t is not None]
+        tensors = [t for t in (q, k, v, call.rpb, *call.parameters.values()) if t is not None]
         return cls(
             pattern=call.pattern,
             layout=call.layout,
@@ -217,7 +229,7 @@ def run_call(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Choose a backend for a checked call and run it; see `Backend.run`."""
     chosen = choose(Problem.of(q, k, v, call), backend)
-    k, v, key_mask = call.pattern.append_keys(k, v, call.key_mask, call.layout, call.pool_weight)
+    k, v, key_mask = call.pattern.append_keys(k, v, call.key_mask, call.layout, call.parameters.get("pool_weight"))
     return chosen.run(q, k, v, replace(call, key_mask=key_mask))
 
 

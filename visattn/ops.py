@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,17 +24,24 @@ def attend(
     scale: float,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
-    pool_weight: torch.Tensor | None,
+    parameters: Mapping[str, torch.Tensor],
     backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The traceable form of `attention`; the log-sum-exp is empty unless `lse`."""
     where = _text(pattern), list(layout.grid), layout.prefix, layout.suffix
-    return _attend(q, k, v, key_mask, rpb, pool_weight, *where, scale, backend, lse)
+    # In the order of their names: a compiled graph does not depend on who filled the mapping in which order.
+    names = sorted(parameters)
+    return _attend(q, k, v, key_mask, rpb, [parameters[n] for n in names], ",".join(names), *where, scale, backend, lse)
 
 
 def _text(pattern: Pattern | str) -> str:
     return str(parse(pattern))
+
+
+def _named(names: str, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters by name, from names with commas: operators take no lists of texts."""
+    return dict(zip(names.split(","), parameters, strict=True)) if names else {}
 
 
 # What `torch.compiler.assume_constant_result` does, without importing the compiler (a second) for those who do not
@@ -49,7 +56,8 @@ def _attend(
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
-    pool_weight: torch.Tensor | None,
+    parameters: list[torch.Tensor],
+    names: str,
     pattern: str,
     grid: list[int],
     prefix: int,
@@ -58,7 +66,7 @@ def _attend(
     backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    call = Call(parse(pattern), Layout(grid, prefix, suffix), scale, key_mask, rpb, lse, pool_weight)
+    call = Call(parse(pattern), Layout(grid, prefix, suffix), scale, key_mask, rpb, lse, _named(names, parameters))
     return detached(*run_call(q, k, v, call, backend), call)
 
 
@@ -82,7 +90,8 @@ def _(
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
-    pool_weight: torch.Tensor | None,
+    parameters: list[torch.Tensor],
+    names: str,
     pattern: str,
     grid: list[int],
     prefix: int,
@@ -91,7 +100,7 @@ def _(
     backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_call(q, k, v, parse(pattern), Layout(grid, prefix, suffix), key_mask, rpb, pool_weight)
+    check_call(q, k, v, parse(pattern), Layout(grid, prefix, suffix), key_mask, rpb, _named(names, parameters))
     return empty_results(q, lse)
 
 
@@ -104,7 +113,8 @@ def _attend_backward(
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
-    pool_weight: torch.Tensor | None,
+    parameters: list[torch.Tensor],
+    names: str,
     pattern: str,
     grid: list[int],
     prefix: int,
@@ -112,10 +122,9 @@ def _attend_backward(
     scale: float,
     backend: str,
     lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    call = Call(parse(pattern), Layout(grid, prefix, suffix), scale, key_mask, rpb, lse, pool_weight)
-    dq, dk, dv, *optional = recompute_gradients(grad_out, grad_lse, q, k, v, call, backend)
-    return dq, dk, dv, optional[0], optional[1]
+) -> list[torch.Tensor]:
+    call = Call(parse(pattern), Layout(grid, prefix, suffix), scale, key_mask, rpb, lse, _named(names, parameters))
+    return recompute_gradients(grad_out, grad_lse, q, k, v, call, backend)
 
 
 @contextmanager
@@ -138,39 +147,50 @@ def recompute_gradients(
     call: Call,
     backend: str,
 ) -> list[torch.Tensor]:
-    """Run the call again with gradients; returns those of q, k, v, rpb and pool_weight (empty without one)."""
+    """Run the call again with gradients; returns those of q, k, v, rpb (empty without one) and the parameters."""
     with autograd_inside_operator(), torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        given = [None if t is None else t.detach().requires_grad_() for t in (call.rpb, call.pool_weight)]
-        again = replace(call, rpb=given[0], pool_weight=given[1])
+        rpb = None if call.rpb is None else call.rpb.detach().requires_grad_()
+        parameters = {name: t.detach().requires_grad_() for name, t in call.parameters.items()}
+        again = replace(call, rpb=rpb, parameters=parameters)
         out, lse = run_call(leaves[0], leaves[1], leaves[2], again, backend)
         outputs, grads = [out], [grad_out]
         if call.lse and lse is not None:
             outputs.append(lse)
             grads.append(grad_lse)
-        inputs = [*leaves, *(t for t in given if t is not None)]
-        found = iter([g.contiguous() for g in torch.autograd.grad(outputs, inputs, grads)])
-        return [q.new_empty(0) if t is None else next(found) for t in (*leaves, *given)]
+        inputs = [*leaves, *([] if rpb is None else [rpb]), *parameters.values()]
+        # A pattern that covers the grid may not use all of its parameters.
+        found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True)
+        made = [g.contiguous() for g in found]
+        return made if rpb is not None else [*made[:3], q.new_empty(0), *made[3:]]
 
 
 @_attend_backward.register_fake
 def _(
-    grad_out: torch.Tensor, grad_lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any
-) -> tuple[torch.Tensor, ...]:
-    optional = (q.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[1:3])
-    return *(t.new_empty(t.shape) for t in (q, k, v)), *optional
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    rpb: torch.Tensor | None,
+    parameters: list[torch.Tensor],
+    *args: Any,
+) -> list[torch.Tensor]:
+    bias = q.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape)
+    return [*(t.new_empty(t.shape) for t in (q, k, v)), bias, *(t.new_empty(t.shape) for t in parameters)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6])
+    ctx.save_for_backward(*inputs[:5], *inputs[5])
     ctx.rest = inputs[6:]
     ctx.set_materialize_grads(True)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dq, dk, dv, *optional = _attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)
-    given = [None if t is None else g for t, g in zip(ctx.saved_tensors[4:], optional, strict=True)]
-    return dq, dk, dv, None, *given, *(None for _ in ctx.rest)
+def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    found = _attend_backward(grad_out, grad_lse, *saved[:5], list(saved[5:]), *ctx.rest)
+    return *found[:3], None, None if saved[4] is None else found[3], found[4:], *(None for _ in ctx.rest)
 
 
 _attend.register_autograd(_backward, setup_context=_setup_context)

@@ -117,16 +117,28 @@ class Routing(Pattern):
 
     def _means(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Mean of each region: [B, S, H, D] -> [B, regions, H, D], in float32 at least."""
-        x = x[:, layout.prefix : layout.prefix + layout.tokens].to(torch.promote_types(x.dtype, torch.float32))
-        shape = x.shape
+        x = x[:, layout.prefix : layout.prefix + layout.tokens]
+        wide, shape, regions = torch.promote_types(x.dtype, torch.float32), x.shape, self.parts(layout.grid)
         x = x.flatten(2).unflatten(1, layout.grid)
-        for i, (n, parts) in enumerate(zip(layout.grid, self.parts(layout.grid), strict=True)):
+        if all(n % parts == 0 for n, parts in zip(layout.grid, regions, strict=True)):
+            for i, parts in enumerate(regions):
+                x = x.unflatten(1 + 2 * i, (parts, -1))
+            x = x.mean([2 + 2 * i for i in range(layout.dims)], dtype=wide)
+            return x.reshape(shape[0], -1, *shape[2:])
+        x = x.to(wide)
+        for i, (n, parts) in enumerate(zip(layout.grid, regions, strict=True)):
             # One small product per axis: deterministic on every device, whatever the sides.
-            part = part_of(n, parts)
-            rows = torch.zeros(parts, n, dtype=x.dtype)
-            rows[torch.from_numpy(part), torch.arange(n)] = torch.from_numpy(1 / np.bincount(part)[part]).to(x.dtype)
-            x = (rows.to(x.device) @ x.movedim(1 + i, -2)).movedim(-2, 1 + i)
+            x = (_averages(n, parts, wide, x.device) @ x.movedim(1 + i, -2)).movedim(-2, 1 + i)
         return x.reshape(shape[0], -1, *shape[2:])
+
+
+@lru_cache(maxsize=256)
+def _averages(length: int, parts: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The matrix that averages each part of an axis, [parts, length]; copied to a device once, not in every call."""
+    part = part_of(length, parts)
+    rows = np.zeros((parts, length))
+    rows[part, np.arange(length)] = 1 / np.bincount(part)[part]
+    return torch.from_numpy(rows).to(device, dtype)
 
 
 def part_of(length: int, parts: int) -> Ints:

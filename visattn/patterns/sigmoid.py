@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import TYPE_CHECKING, ClassVar
 
 from visattn.layout import Layout
 from visattn.patterns.base import Pattern
@@ -96,7 +96,7 @@ class Sigmoid(Pattern):
         """That of the sparse pattern."""
         return self.sparse.grid_mask(grid)
 
-    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> NoReturn | TilePairs:
+    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
         """Undefined."""
         raise ValueError(f"{self} has no tile plan of its own: plan its sparse pattern, {self.sparse}")
 
