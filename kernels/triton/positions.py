@@ -34,8 +34,13 @@ class Positions:
 
     def offsets(self, tiling: Tiling) -> torch.Tensor:
         """The number of each slot of a box, minus that of slot 0: int32 [slots]."""
-        array = slot_sums(tiling, self.weights).astype(np.int32)
-        return torch.from_numpy(array).to(self.tokens.device)
+        return _offsets(tiling, self.weights, self.tokens.device)
+
+
+@lru_cache(maxsize=64)
+def _offsets(tiling: Tiling, weights: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Copied to the device once: a copy in every call would wait for the device, and no CUDA graph could hold it."""
+    return torch.from_numpy(slot_sums(tiling, weights).astype(np.int32)).to(device)
 
 
 @lru_cache(maxsize=64)
