@@ -16,6 +16,7 @@ from visattn.handle import Request
 from visattn.models.swap_runtime import Runtime, Swapped
 from visattn.models.swap_tokens import BeitAttention, RotaryAttention, TokenAttention
 from visattn.models.swap_windows import SwinBlock, SwinV2Block
+from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense, Neighborhood, Pattern
 from visattn.report import CallReport, Row, SiteReport, density
 from visattn.schedule import SiteName, check_dims
@@ -88,11 +89,15 @@ class SwappedModel:
         prefix = int(getattr(host, "num_prefix_tokens", 0))
         self.runtime = Runtime(self._name, request.backend, request.layout, prefix)
         self._sites: list[tuple[SiteName, nn.Module, Pattern, type]] = []
+        self._learnables: list[Learnable] = []
         for name, module, pattern in chosen:
             record = record_of(module)
             assert record is not None
             self._sites.append((name, module, pattern, type(module)))
-            module.visattn_site = Swapped(self.runtime, name.path, pattern)  # type: ignore[assignment]
+            own = make_parameters(module, module, pattern, 2) if pattern.learnable else None
+            if own is not None:
+                self._learnables.append(Learnable(self._name, name.path, pattern, own))
+            module.visattn_site = Swapped(self.runtime, name.path, pattern, own)  # type: ignore[assignment]
             module.__class__ = swapped_class(type(module), record.mixin)
         self._hooks: list[Any] = []
         if any(record_of_class(kind).tokens for *_, kind in self._sites):
@@ -118,6 +123,10 @@ class SwappedModel:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def learnables(self) -> Sequence[Learnable]:
+        """See `visattn.handle.Patch`."""
+        return self._learnables
 
     def set_step(self, step: int | None, total: int | None) -> None:
         """See `visattn.handle.Patch`; a timm model has no steps and `dense_steps` is refused."""

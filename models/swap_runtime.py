@@ -6,10 +6,12 @@ import threading
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from visattn.attend import attention
 from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
+from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.report import Tally
 
@@ -83,10 +85,21 @@ class Swapped:
         runtime: Of its model.
         path: Of the module in its model.
         pattern: What it was given.
+        parameters: Learnable parameters of the pattern by name.
     """
 
-    def __init__(self, runtime: Runtime, path: str, pattern: Pattern) -> None:
+    def __init__(
+        self, runtime: Runtime, path: str, pattern: Pattern, parameters: nn.ParameterDict | None = None
+    ) -> None:
         self.runtime, self.path, self.pattern = runtime, path, pattern
+        # A plain dict: torch.compile follows it, and the model's state dict does not.
+        self.parameters: dict[str, torch.Tensor] = {} if parameters is None else dict(parameters.items())
+
+    def _parameters(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The parameters on the device of a call."""
+        if torch.compiler.is_compiling():
+            return {name: value.to(device) for name, value in self.parameters.items()}
+        return following(self.parameters, device)
 
     def stays_stock(self, refusal: str | None, tokens: int) -> Layout | None:
         """The layout if the pattern is to run, None if the module's own attention is; counts the latter.
@@ -130,12 +143,13 @@ class Swapped:
         """The pattern on q, k, v [B, heads, S, head_dim]; the result has the same shape."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         arguments: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "backend": self.runtime.backend}
+        arguments["parameters"] = own = self._parameters(q.device)
         if torch.compiler.is_compiling():
             return attention(q, k, v, self.pattern, layout, **arguments).transpose(1, 2)
         tally = self.runtime.tally
         with tally.timed(self.path, "sparse", q.device):
             out = attention(q, k, v, self.pattern, layout, **arguments)
-        tally.hit(self.path, Problem.of(q, k, v, Call(self.pattern, layout, scale, key_mask, rpb)))
+        tally.hit(self.path, Problem.of(q, k, v, Call(self.pattern, layout, scale, key_mask, rpb, parameters=own)))
         return out.transpose(1, 2)
 
     def attend_lse(
@@ -144,6 +158,7 @@ class Swapped:
         """As `attend` with a position bias, and the log-sum-exp [B, heads, S]."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         arguments: dict[str, Any] = {"scale": scale, "rpb": rpb, "backend": self.runtime.backend, "return_lse": True}
+        arguments["parameters"] = self._parameters(q.device)
         if torch.compiler.is_compiling():
             out, lse = attention(q, k, v, self.pattern, layout, **arguments)
         else:

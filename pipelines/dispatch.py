@@ -202,7 +202,7 @@ def call_group(
         return out
     if dropout or causal or not (mask is None or isinstance(mask, torch.Tensor)):
         return Stock(dispatched)(q, k, v, mask, scale, grouped, dropout, causal)
-    return operators.patched_attention(q, k, v, mask, scale, grouped, number)[0]
+    return operators.patched_attention(q, k, v, mask, scale, grouped, number, operators.tensors_of(number))[0]
 
 
 def clone(processor: Any, number: int) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from visattn.handle import Request
+from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense, Pattern
 from visattn.pipelines import dispatch, merging, operators
 from visattn.pipelines.families import find_family, known_classes
@@ -105,6 +106,7 @@ class Site:
         original: The processor found there.
         installed: The processor there now.
         group: The group it calls.
+        parameters: Learnable parameters of the pattern, None if it has none.
     """
 
     name: SiteName
@@ -113,6 +115,7 @@ class Site:
     original: Any = None
     installed: Any = None
     group: Group | None = None
+    parameters: torch.nn.ParameterDict | None = None
 
     @property
     def intact(self) -> bool:
@@ -137,8 +140,12 @@ class PatchedModel:
         for site in self.sites:
             if dispatch.is_patched(site.module.processor):
                 raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")
+        dims = family.dims if request.layout is None else request.layout.dims
+        for site in self.sites:
+            if site.pattern.learnable:
+                site.parameters = make_parameters(model, site.module, site.pattern, dims)
         self._model, self._request, self._scheduler = model, request, scheduler
-        self._groups: dict[tuple[Pattern, Stock], Group] = {}
+        self._groups: dict[tuple[Pattern, Stock, str], Group] = {}
         steps = [scheduler.now] if scheduler is not None else []
         self._context = (
             ContextSteps(model) if request.schedule.needs_steps and hasattr(model, "cache_context") else None
@@ -161,6 +168,11 @@ class PatchedModel:
         """See `visattn.handle.Patch`."""
         patterns = {site.name.path: site.pattern for site in self.sites}
         return site_reports(self._run, patterns, self._request.backend)
+
+    def learnables(self) -> Sequence[Learnable]:
+        """See `visattn.handle.Patch`."""
+        found = [(site.name.path, site.pattern, site.parameters) for site in self.sites]
+        return [Learnable(self._run.name, path, pattern, p) for path, pattern, p in found if p is not None]
 
     def set_step(self, step: int | None, total: int | None) -> None:
         """See `visattn.handle.Patch`."""
@@ -191,7 +203,7 @@ class PatchedModel:
         for site in sites:
             processor = site.module.processor
             site.original = processor
-            site.group = group = self._group(site.pattern, dispatch.stock_of(processor))
+            site.group = group = self._group(site, dispatch.stock_of(processor))
             if site.pattern.merges:
                 site.installed = merging.clone(processor, group.number, self.sites.index(site))
             elif not dispatch.is_dispatching(processor):
@@ -202,11 +214,13 @@ class PatchedModel:
                 site.installed._attention_backend = dispatch.member(group.number)
             site.module.processor = site.installed
 
-    def _group(self, pattern: Pattern, stock: Stock) -> Group:
-        key = pattern, stock
+    def _group(self, site: Site, stock: Stock) -> Group:
+        pattern = site.pattern
+        # Compiled code knows groups, not modules: one with parameters of its own needs a group of its own.
+        key = pattern, stock, site.name.path if site.parameters is not None else ""
         if key not in self._groups:
             kind = merging.MergingGroup if pattern.merges else Group
-            self._groups[key] = group = kind(self._run, pattern, self._request.backend, stock)
+            self._groups[key] = group = kind(self._run, pattern, self._request.backend, stock, site.parameters)
             if stock.dispatched:
                 dispatch.register_member(group.number)
         return self._groups[key]

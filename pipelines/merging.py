@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +95,7 @@ class MergingGroup(Group):
         site: str | None,
         dropout: float = 0.0,
         causal: bool = False,
+        parameters: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, Decision]:
         """Attention of the processor: of merged tokens q, k, v [B, n, H, D] with the agents behind them."""
         merged, name = self.run.here.merged, self._name()

@@ -10,6 +10,7 @@ import itertools
 import json
 import threading
 import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from visattn.pipelines.masks import carry_bias, key_validity
 
 # Operators take numbers, not objects: this is the only way from a number to its object. It keeps nothing alive.
 _objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+# Learnable parameters of the groups by number: compiled code takes them from here, as inputs of its graph.
+_tensors: dict[int, list[torch.Tensor]] = {}
 _lock = threading.Lock()
 # Bytes of an encoded decision; a fixed size keeps the operator's shapes free of data.
 DECISION_BYTES = 4096
@@ -42,6 +45,17 @@ def release(number: int, item: Any) -> None:
     with _lock:
         if _objects.get(number) is item:
             del _objects[number]
+            _tensors.pop(number, None)
+
+
+def register_tensors(number: int, tensors: Iterable[torch.Tensor]) -> None:
+    """Give the learnable parameters of a numbered group to compiled code."""
+    _tensors[number] = list(tensors)
+
+
+def tensors_of(number: int) -> list[torch.Tensor]:
+    """The learnable parameters of a group."""
+    return _tensors[number]
 
 
 def look_up(number: int) -> Any:
@@ -100,6 +114,7 @@ class Decision(NamedTuple):
         backend: What the user asked for.
         mask_row: Row of a full mask that tells which keys are valid.
         stock: The attention without visattn.
+        names: Names of the pattern's learnable parameters.
     """
 
     layouts: tuple[Layout, ...]
@@ -107,20 +122,22 @@ class Decision(NamedTuple):
     backend: str
     mask_row: int | None
     stock: Stock
+    names: tuple[str, ...] = ()
 
     def encode(self) -> torch.Tensor:
         """As bytes on the CPU: [DECISION_BYTES]."""
         where = [[layout.grid, layout.prefix, layout.suffix] for layout in self.layouts]
-        text = json.dumps([where, str(self.pattern), self.backend, self.mask_row, *self.stock]).encode()
+        data = json.dumps([where, str(self.pattern), self.backend, self.mask_row, self.names, *self.stock])
+        text = data.encode()
         assert len(text) <= DECISION_BYTES, f"decision of {len(text)} bytes"
         return torch.frombuffer(bytearray(text.ljust(DECISION_BYTES)), dtype=torch.uint8)
 
     @classmethod
     def decode(cls, data: torch.Tensor) -> Decision:
         """The inverse of `encode`."""
-        where, pattern, backend, mask_row, *stock = json.loads(bytes(data.numpy()))
+        where, pattern, backend, mask_row, names, *stock = json.loads(bytes(data.numpy()))
         layouts = tuple(Layout(*each) for each in where)
-        return cls(layouts, parse(pattern), backend, mask_row, Stock(*stock))
+        return cls(layouts, parse(pattern), backend, mask_row, Stock(*stock), tuple(names))
 
 
 class Sequences(NamedTuple):
@@ -153,12 +170,15 @@ class Sequences(NamedTuple):
             keys = None
         return cls(q, k, v, keys, factor, channels)
 
-    def attend(self, pattern: Pattern, layouts: tuple[Layout, ...], backend: str) -> torch.Tensor:
+    def attend(
+        self, pattern: Pattern, layouts: tuple[Layout, ...], backend: str, parameters: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
         """Run a pattern: [B, S, H, channels]; with several layouts sample by sample."""
         if len(layouts) == 1:
             options: dict[str, Any] = {"scale": self.scale, "key_mask": self.keys, "backend": backend}
+            options["parameters"] = parameters
             return attention(self.q, self.k, self.v, pattern, layouts[0], **options)[..., : self.channels]
-        parts = [self.sample(i).attend(pattern, (layout,), backend) for i, layout in enumerate(layouts)]
+        parts = [self.sample(i).attend(pattern, (layout,), backend, parameters) for i, layout in enumerate(layouts)]
         return torch.cat(parts)
 
     def sample(self, i: int) -> Sequences:
@@ -177,11 +197,13 @@ def patched_attention(
     scale: float | None,
     grouped: bool,
     group: int,
+    parameters: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q, k, v [B, S, H, D] at a module of a group; returns the output and the encoded decision."""
     owner = look_up(group)
     assert owner is not None, f"compiled code of group {group} outlives its patch"
-    out, decision = owner.attend(q, k, v, mask, scale, grouped, site=None)
+    given = {n: t.detach().to(q.device) for n, t in zip(owner.parameters, parameters, strict=True)}
+    out, decision = owner.attend(q, k, v, mask, scale, grouped, site=None, parameters=given)
     return out.contiguous(), decision.encode()
 
 
@@ -194,6 +216,7 @@ def _(
     scale: float | None,
     grouped: bool,
     group: int,
+    parameters: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty((*q.shape[:3], v.shape[3])), torch.empty(DECISION_BYTES, dtype=torch.uint8)
 
@@ -208,36 +231,40 @@ def _patched_attention_backward(
     decision: torch.Tensor,
     scale: float | None,
     grouped: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    parameters: list[torch.Tensor],
+) -> list[torch.Tensor]:
     made = Decision.decode(decision)
     with autograd_inside_operator(), torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        leaves = [t.detach().requires_grad_() for t in (q, k, v, *parameters)]
         if made.layouts:
             keys = key_validity(mask, q, made.mask_row)
             assert not isinstance(keys, str), keys
             sequences = Sequences.of(leaves[0], leaves[1], leaves[2], keys, scale)
-            out = sequences.attend(made.pattern, made.layouts, made.backend)
+            given = {n: t.to(q.device) for n, t in zip(made.names, leaves[3:], strict=True)}
+            out = sequences.attend(made.pattern, made.layouts, made.backend, given)
         else:
             out = made.stock(leaves[0], leaves[1], leaves[2], mask, scale, grouped)
-        dq, dk, dv = (g.contiguous() for g in torch.autograd.grad(out, leaves, grad))
-    return dq, dk, dv
+        # The stock attention uses no parameters.
+        found = torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
+    return [g.contiguous() for g in found]
 
 
 @_patched_attention_backward.register_fake
-def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
+    return [t.new_empty(t.shape) for t in (q, k, v, *rest[-1])]
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, mask, scale, grouped, _ = inputs
-    ctx.save_for_backward(q, k, v, mask, output[1])
+    q, k, v, mask, scale, grouped, _, parameters = inputs
+    ctx.save_for_backward(q, k, v, mask, output[1], *parameters)
     ctx.mark_non_differentiable(output[1])
     ctx.rest = scale, grouped
 
 
-def _attention_gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    gradients = _patched_attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return *gradients, None, None, None, None
+def _attention_gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    gradients = _patched_attention_backward(grad, *saved[:5], *ctx.rest, list(saved[5:]))
+    return *gradients[:3], None, None, None, None, gradients[3:]
 
 
 patched_attention.register_autograd(_attention_gradients, setup_context=_save_attention)

@@ -13,6 +13,7 @@ import torch
 
 from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
+from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.pipelines import operators
 from visattn.pipelines.families.base import Family, Seen, Where
@@ -175,9 +176,18 @@ class Group:
     A group is what compiled code knows: layers of one group share a graph.
     """
 
-    def __init__(self, run: Run, pattern: Pattern, backend: str, stock: Stock) -> None:
+    def __init__(
+        self,
+        run: Run,
+        pattern: Pattern,
+        backend: str,
+        stock: Stock,
+        parameters: torch.nn.ParameterDict | None = None,
+    ) -> None:
         self.run, self.pattern, self.backend, self.stock = run, pattern, backend, stock
+        self.parameters = torch.nn.ParameterDict() if parameters is None else parameters
         self.number = operators.register(self)
+        operators.register_tensors(self.number, self.parameters.values())
         self._anonymous = f"compiled code: {pattern}"
         run.compiled_patterns[self._anonymous] = pattern
 
@@ -192,15 +202,21 @@ class Group:
         site: str | None,
         dropout: float = 0.0,
         causal: bool = False,
+        parameters: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, Decision]:
         """Run the pattern on q, k, v [B, S, H, D] if it fits, else the stock attention, and count which.
+
+        Learnable parameters are the group's own; an operator passes those it got, as its gradients are theirs.
 
         Returns:
             Output [B, S, H, D], and what was run.
         """
+        if parameters is None:
+            parameters = following(self.parameters, q.device)
         tally, name = self.run.tally, site or self._anonymous
         layouts, keys, why = self._fits(q, k, v, mask, dropout, causal)
-        decision = Decision(layouts, self.pattern, self.backend, self.run.family.mask_row, self.stock)
+        names = tuple(self.parameters)
+        decision = Decision(layouts, self.pattern, self.backend, self.run.family.mask_row, self.stock, names)
         covered = self.backend == "auto" and all(self.pattern.covers(layout.grid) for layout in layouts)
         sequences = Sequences(q, k, v, keys, 1.0, v.shape[-1])
         if not layouts or covered:
@@ -210,9 +226,9 @@ class Group:
         else:
             with tally.timed(name, "sparse", q.device):
                 sequences = Sequences.of(q, k, v, keys, scale)
-                out = sequences.attend(self.pattern, layouts, self.backend)
+                out = sequences.attend(self.pattern, layouts, self.backend, parameters)
         if layouts:
-            self._hit(name, sequences, layouts)
+            self._hit(name, sequences, layouts, parameters)
         else:
             self._miss(name, why)
         return out, decision
@@ -238,13 +254,18 @@ class Group:
         if mask is not None and not isinstance(mask, torch.Tensor):
             return (), None, f"its mask is a {type(mask).__name__}"
         keys = key_validity(mask, q, self.run.family.mask_row)
+        if isinstance(keys, torch.Tensor) and keys.dtype != torch.bool and not self.pattern.of_products:
+            return (), None, f"its mask {list(mask.shape)} is a bias, which {self.pattern.name} cannot add"
         return ((), None, keys) if isinstance(keys, str) else (layouts, keys, "")
 
-    def _hit(self, name: str, sequences: Sequences, layouts: tuple[Layout, ...]) -> None:
+    def _hit(
+        self, name: str, sequences: Sequences, layouts: tuple[Layout, ...], parameters: Mapping[str, torch.Tensor]
+    ) -> None:
         """Count a call that ran the pattern, once for each layout."""
         for i, layout in enumerate(layouts):
             q, k, v, keys, scale, _ = sequences if len(layouts) == 1 else sequences.sample(i)
-            self.run.tally.hit(name, Problem.of(q, k, v, Call(self.pattern, layout, scale, keys)))
+            call = Call(self.pattern, layout, scale, keys, parameters=parameters)
+            self.run.tally.hit(name, Problem.of(q, k, v, call))
         if self.run.forward is not None:
             self.run.forward.hits.append(name)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from visattn.dispatch import load
 from visattn.layout import Layout
+from visattn.parameters import Learnable, PatternParameters, read_weights
 from visattn.report import Report, SiteReport
 from visattn.schedule import PatternLike, Schedule, Selector
 
@@ -49,16 +51,35 @@ class Patch(Protocol):
         """What happened at each patched module, in the order of the layers."""
         ...
 
+    def learnables(self) -> Sequence[Learnable]:
+        """The modules whose pattern has learnable parameters, in the order of the layers."""
+        ...
+
 
 class Handle:
     """A patched model or pipeline: says what happened, and undoes the patch.
 
     Also a context manager that undoes the patch at its end.
+
+    Attributes:
+        parameters: Learnable parameters of the patterns, `parameters[site][name]`, a module of its own: train
+            `handle.parameters.parameters()`. They are no part of the model and stay when the patch is undone.
     """
 
     def __init__(self, patches: Sequence[Patch], request: Request) -> None:
         self._patches = tuple(patches)
         self._request = request
+        self.parameters = PatternParameters([each for patch in patches for each in patch.learnables()])
+
+    def save(self, path: str | Path) -> None:
+        """Write the learnable parameters to a safetensors file, for `apply(..., weights=path)`.
+
+        An older file is replaced, but only by a whole one.
+
+        Raises:
+            ValueError: If no pattern has any, or the file cannot be written.
+        """
+        self.parameters.save(path)
 
     def report(self) -> Report:
         """What happened at each patched attention module so far. Waits for the GPU."""
@@ -104,6 +125,7 @@ def apply(
     backend: str = "auto",
     layout: Layout | None = None,
     strict: bool = False,
+    weights: str | Path | None = None,
 ) -> Handle:
     """Make the self-attention of a model sparse, until the handle removes it.
 
@@ -117,10 +139,12 @@ def apply(
         backend: "auto" for the cheapest that can run a call, or a name of `backends()`.
         layout: Where the tokens sit, for a model of a class that visattn does not know.
         strict: Raise if a forward misses a selected attention module.
+        weights: File that `Handle.save` wrote: learnable parameters of the same patterns at the same layers. None
+            starts from their initial values.
 
     Raises:
-        ValueError: If the target is unknown or already patched, the pattern does not fit it, or nothing is
-            selected.
+        ValueError: If the target is unknown or already patched, the pattern does not fit it, nothing is
+            selected, or the weights are missing or of other layers, patterns or shapes.
     """
     if backend != "auto":
         load(backend)
@@ -129,9 +153,19 @@ def apply(
     for each in schedule.patterns:
         if each.merges and package != "diffusers":
             raise ValueError(f"{each} merges tokens of a UNet of diffusers: use agent(agents=...) on a {package} model")
+    if weights is not None:
+        # Before anything is patched.
+        read_weights(Path(weights))
     adapter = importlib.import_module(ADAPTERS[package])
     request = Request(schedule, backend, layout, strict)
-    return Handle(adapter.install(target, request), request)
+    handle = Handle(adapter.install(target, request), request)
+    if weights is not None:
+        try:
+            handle.parameters.load(weights)
+        except ValueError:
+            handle.remove()
+            raise
+    return handle
 
 
 def _package(target: Any) -> str:
