@@ -7,8 +7,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch.nn import functional
 
-from visattn.dispatch import Backend, Call, Problem, Support, load
-from visattn.kernels.triton.engine import fits
+from visattn.dispatch import Backend, Call, Problem, Support
+from visattn.kernels.triton.engine import on_gpu
 from visattn.layout import Layout
 from visattn.patterns import Agent
 
@@ -91,7 +91,7 @@ def agent_attention(
     """
     agents = pool_queries(q, pattern, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if gather_bias is None and read_bias is None and fused(q).ok:
+    if gather_bias is None and read_bias is None and on_gpu(q).ok:
         from visattn.kernels.triton.agent import agent_attention as fused_attention
 
         out = fused_attention(q, agents, k, v, key_mask, scale, through_agents)
@@ -100,15 +100,6 @@ def agent_attention(
     if convolution is None:
         return out
     return out + _local(v, layout, convolution)
-
-
-def fused(q: torch.Tensor) -> Support:
-    """Whether the Triton kernels run for queries like these."""
-    if not q.is_cuda:
-        return Support(False, "they are for GPUs")
-    triton = load("triton")
-    support = triton.available()
-    return fits(q.device.type, q.dtype, q.shape[3]) if support.ok else support
 
 
 def through_agents(

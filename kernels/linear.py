@@ -10,6 +10,7 @@ from visattn.dispatch import Backend, Call, Problem, Support, overhead
 from visattn.kernels.linear_features import elu_plus_one, features, repeated, widened
 from visattn.kernels.linear_flow import flow_attention
 from visattn.kernels.linear_mala import mala_attention
+from visattn.kernels.triton.engine import on_gpu
 from visattn.patterns import Flow, Linear, Mala
 from visattn.patterns.linear import LinearForm, feature_channels
 
@@ -54,8 +55,21 @@ class LinearBackend(Backend):
             mapped = elu_plus_one(q), elu_plus_one(k)
             return mala_attention(*mapped, v, scale=call.scale, key_mask=call.key_mask), None
         assert isinstance(pattern, Linear)
+        if on_gpu(q).ok and feature_channels(pattern.feature, q.shape[3]) <= 256:
+            return _in_triton(q, k, v, pattern.feature, call), None
         mapped = features(q, k, pattern.feature, call.parameters, call.key_mask)
         return linear_attention(*mapped, v), None
+
+
+def _in_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature: str, call: Call) -> torch.Tensor:
+    """The same in Triton, which applies the feature maps without parameters itself."""
+    # Only here, so that listing backends does not import triton.
+    from visattn.kernels.triton import linear
+
+    if feature in linear.FEATURES:
+        return linear.linear_attention(q, k, v, call.key_mask, feature)
+    mapped = features(q, k, feature, call.parameters, call.key_mask)
+    return linear.linear_attention(mapped[0], mapped[1], repeated(v, mapped[1].shape[2]), None, "given")
 
 
 def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -144,6 +144,14 @@ class Triton(Backend):
         return out.to(dtype), lse
 
 
+def on_gpu(q: torch.Tensor) -> Support:
+    """Whether kernels beside the tile lists run for queries [B, S, H, D] like these; the interpreter is for tests."""
+    if not q.is_cuda:
+        return Support(False, "they are for GPUs")
+    support = backend.available()
+    return fits(q.device.type, q.dtype, q.shape[3]) if support.ok else support
+
+
 def configurations(dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, Config]:
     """The launch configuration of each direction."""
     return {d: config(architecture(device), dtype, head_dim, d) for d in DIRECTIONS}

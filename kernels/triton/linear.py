@@ -68,12 +68,10 @@ class Setting(NamedTuple):
 
     Attributes:
         feature: One of `FEATURES`.
-        epsilon: Added to the denominators.
         tf32: Whether float32 products may round their factors to tf32.
     """
 
     feature: str
-    epsilon: float
     tf32: bool
 
     def precision(self, dtype: torch.dtype) -> str:
@@ -87,23 +85,20 @@ def linear_attention(
     v: torch.Tensor,
     key_mask: torch.Tensor | None = None,
     feature: str = "elu",
-    *,
-    epsilon: float = 0.0,
 ) -> torch.Tensor:
-    """out_i = phi(q_i) sum_j phi(k_j) v_j^T / (phi(q_i) sum_j phi(k_j) + epsilon), in time linear in the tokens.
+    """out_i = phi(q_i) sum_j phi(k_j) v_j^T / (phi(q_i) sum_j phi(k_j)), in time linear in the tokens.
 
     Source: Katharopoulos et al., "Transformers are RNNs" (ICML 2020), equations 5 and 7.
 
     Args:
         q: Queries [B, S, H, F], any strides; F is D unless features are given.
-        k: Keys [B, S, Hkv, F], H a multiple of Hkv.
-        v: Values [B, S, Hkv, D].
-        key_mask: bool [B, S], True where a key counts; None means all.
+        k: Keys [B, N, Hkv, F] in q's dtype, H a multiple of Hkv.
+        v: Values [B, N, Hkv, D]; next to given features they may be of another dtype.
+        key_mask: bool [B, N], True where a key counts; None means all.
         feature: phi: "elu" (elu + 1), "relu", or "given" where q and k are features already, not negative.
-        epsilon: Added to the denominators.
 
     Returns:
-        [B, S, H, D]. A query with denominator 0 gives zeros.
+        [B, S, H, D] in v's dtype. A query with denominator 0 gives zeros.
 
     Raises:
         ValueError: If the feature is unknown, or there are more than 256 features or channels.
@@ -113,25 +108,37 @@ def linear_attention(
     if max(q.shape[-1], v.shape[-1]) > LARGEST:
         raise ValueError(f"{q.shape[-1]} features and {v.shape[-1]} channels: both must be at most {LARGEST}")
     q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
-    dtype = q.dtype
-    if q.device.type == "cpu" and dtype == torch.bfloat16:
+    dtype = v.dtype
+    if q.device.type == "cpu":
         # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-        q, k, v = (t.float() for t in (q, k, v))
+        q, k, v = (t.float() if t.dtype == torch.bfloat16 else t for t in (q, k, v))
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    setting = Setting(feature, epsilon, bool(torch.backends.cuda.matmul.allow_tf32))
+    setting = Setting(feature, bool(torch.backends.cuda.matmul.allow_tf32))
     return LinearAttention.apply(q, k, v, mask, setting).to(dtype)
 
 
+class Weights(NamedTuple):
+    """What a query's gradient is weighted by, float32 [B, H, S] each: denominators, rowsum(out * grad), peaks."""
+
+    den: torch.Tensor
+    delta: torch.Tensor
+    peak: torch.Tensor
+
+
+def weights_or(other: torch.Tensor, weights: Weights | None) -> dict[str, torch.Tensor]:
+    """The weights as arguments, `other` in place of all where there are none."""
+    return dict.fromkeys(Weights._fields, other) if weights is None else weights._asdict()
+
+
 def common(
-    x: torch.Tensor, setting: Setting, launch: Launch, features: int, channels: int, step: int
+    x: torch.Tensor, values: torch.dtype, setting: Setting, launch: Launch, sizes: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """Arguments that every kernel takes; x is [B, S, heads, ...]."""
+    """Arguments that every kernel takes; x is [B, S, heads, ...], sizes are features, channels and the unit."""
     return {
         "heads": x.shape[2], "length": x.shape[1],
-        "FEATURES": features, "CHANNELS": channels,
+        "FEATURES": sizes[0], "CHANNELS": sizes[1], "UNIT": sizes[2],
         "BLOCK_F": launch.features, "BLOCK_D": launch.channels, "ROWS": launch.rows,
-        "UNIT": step, "EPSILON": setting.epsilon, "FEATURE": setting.feature,
-        "PRECISION": setting.precision(x.dtype),
+        "FEATURE": setting.feature, "PRECISION": setting.precision(values),
     }  # fmt: skip
 
 
@@ -139,11 +146,11 @@ def gather_arguments(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
-    weights: tuple[torch.Tensor, torch.Tensor] | None,
+    weights: Weights | None,
     setting: Setting,
     launch: Launch,
 ) -> dict[str, Any]:
-    """Arguments of `gather`, and its results; `weights` are den and delta."""
+    """Arguments of `gather`, and its results."""
     batch, length, heads, features = k.shape
     channels, step = v.shape[3], unit(k, v)
     feature_blocks = -(-features // launch.features)
@@ -151,13 +158,13 @@ def gather_arguments(
     chunk, splits = splitting(length, batch * heads * blocks, launch.rows, k.device)
     return {
         "k": k, "v": v, "key_mask": k if key_mask is None else key_mask,
-        "den": k if weights is None else weights[0], "delta": k if weights is None else weights[1],
+        **weights_or(k, weights),
         "states": k.new_empty((batch, heads, splits, features, channels), dtype=torch.float32),
         "sums": k.new_empty((batch, heads, splits, features), dtype=torch.float32),
         **strides("k", k, step), **strides("v", v, step),
         "chunk": chunk, "splits": splits, "blocks": blocks, "feature_blocks": feature_blocks,
-        **common(k, setting, launch, features, channels, step),
-        "KEY_MASK": key_mask is not None, "WEIGHTED": weights is not None, "HALF": k.dtype == torch.bfloat16,
+        **common(k, v.dtype, setting, launch, (features, channels, step)),
+        "KEY_MASK": key_mask is not None, "WEIGHTED": weights is not None, "HALF": k.dtype == v.dtype == torch.bfloat16,
     }  # fmt: skip
 
 
@@ -189,19 +196,21 @@ def read_arguments(
     state: torch.Tensor,
     sums: torch.Tensor,
     key_mask: torch.Tensor | None,
+    values: torch.dtype,
     normalise: bool,
     setting: Setting,
     launch: Launch,
 ) -> dict[str, Any]:
     """Arguments of `read`, and its results."""
     features, channels, step = q.shape[3], state.shape[3], unit(q)
-    den = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32) if normalise else q
+    per_token = (q.shape[0], q.shape[2], q.shape[1])
+    den, peak = (q.new_empty(per_token, dtype=torch.float32) if normalise else q for _ in range(2))
     return {
         "q": q, "state": state, "sums": sums, "key_mask": q if key_mask is None else key_mask,
-        "out": q.new_empty((*q.shape[:3], channels)), "den": den,
+        "out": q.new_empty((*q.shape[:3], channels), dtype=values), "den": den, "peak": peak,
         **strides("q", q, step), "group": q.shape[2] // state.shape[1],
-        **common(q, setting, launch, features, channels, step),
-        "KEY_MASK": key_mask is not None, "NORMALISE": normalise, "HALF": q.dtype == torch.bfloat16,
+        **common(q, values, setting, launch, (features, channels, step)),
+        "KEY_MASK": key_mask is not None, "NORMALISE": normalise, "HALF": q.dtype == values == torch.bfloat16,
     }  # fmt: skip
 
 
@@ -211,18 +220,18 @@ def grad_arguments(
     state: torch.Tensor,
     sums: torch.Tensor,
     key_mask: torch.Tensor | None,
-    weights: tuple[torch.Tensor, torch.Tensor] | None,
+    weights: Weights | None,
     setting: Setting,
     launch: Launch,
 ) -> dict[str, Any]:
-    """Arguments of `feature_gradients`, and its result; `weights` are den and delta if x are queries."""
+    """Arguments of `feature_gradients`, and its result; x are queries if there are weights."""
     features, channels, step = x.shape[3], rows.shape[3], unit(x, rows)
     return {
         "x": x, "rows": rows, "state": state, "sums": sums, "key_mask": x if key_mask is None else key_mask,
-        "den": sums if weights is None else weights[0], "delta": sums if weights is None else weights[1],
+        **weights_or(sums, weights),
         "grad_x": x.new_empty(x.shape),
         **strides("x", x, step), **strides("rows", rows, step), "group": x.shape[2] // state.shape[1],
-        **common(x, setting, launch, features, channels, step),
+        **common(x, rows.dtype, setting, launch, (features, channels, step)),
         "KEY_MASK": key_mask is not None, "QUERIES": weights is not None,
     }  # fmt: skip
 
@@ -249,17 +258,17 @@ class LinearAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         """State and sums of all keys, then every query reads them."""
         if not q.numel() or not v.numel():
-            ctx.save_for_backward(q, k, v, None, None, None, None, None)
-            return q.new_zeros((*q.shape[:3], v.shape[3]))
+            ctx.save_for_backward(q, k, v, *(None,) * 6)
+            return v.new_zeros((*q.shape[:3], v.shape[3]))
         table = launches(q.dtype, q.shape[3], v.shape[3])
         with start.on(q.device):
             given = gather_arguments(k, v, key_mask, None, setting, table["gather"])
             _run(gather, given, table["gather"])
             state, sums = summed(given, 1)
-            given = read_arguments(q, state, sums, None, True, setting, table["read"])
+            given = read_arguments(q, state, sums, None, v.dtype, True, setting, table["read"])
             _run(read, given, table["read"])
         out = given["out"]
-        ctx.save_for_backward(q, k, v, key_mask, out, given["den"], state, sums)
+        ctx.save_for_backward(q, k, v, key_mask, out, given["den"], given["peak"], state, sums)
         ctx.setting = setting
         return out
 
@@ -267,7 +276,7 @@ class LinearAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The state's gradient is gathered from the queries as the state was from the keys."""
-        q, k, v, key_mask, out, den, state, sums = ctx.saved_tensors
+        q, k, v, key_mask, out, den, peak, state, sums = ctx.saved_tensors
         if out is None:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), None, None
         setting, table = ctx.setting, launches(q.dtype, q.shape[3], v.shape[3])
@@ -276,7 +285,7 @@ class LinearAttention(torch.autograd.Function):
         want_q, want_k, want_v = ctx.needs_input_grad[:3]
         grads: list[torch.Tensor | None] = [None, None, None]
         with start.on(q.device):
-            weights = den, _row_sums(out, grad_out)
+            weights = Weights(den, _row_sums(out, grad_out), peak)
             if want_q:
                 given = grad_arguments(q, grad_out, state, sums, None, weights, setting, table["feature_grad"])
                 _run(feature_gradients, given, table["feature_grad"])
@@ -290,7 +299,7 @@ class LinearAttention(torch.autograd.Function):
                 _run(feature_gradients, given, table["feature_grad"])
                 grads[1] = given["grad_x"]
             if want_v:
-                given = read_arguments(k, grad_state, grad_sums, key_mask, False, setting, table["read"])
+                given = read_arguments(k, grad_state, grad_sums, key_mask, v.dtype, False, setting, table["read"])
                 _run(read, given, table["read"])
                 grads[2] = given["out"]
         return *grads, None, None

@@ -15,11 +15,11 @@ from visattn.kernels.triton.linear_parts import RUNTIME_SIZES, featured, inverse
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def gather(
-    k, v, key_mask, den, delta, states, sums,
+    k, v, key_mask, den, delta, peak, states, sums,
     k_batch, k_token, k_head, v_batch, v_token, v_head,
     heads, length, chunk, splits, blocks, feature_blocks,
     FEATURES: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
     FEATURE: tl.constexpr, KEY_MASK: tl.constexpr, WEIGHTED: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute one block of the state of one split, sample and head.
@@ -32,6 +32,7 @@ def gather(
         key_mask: uint8 [B, S], read if KEY_MASK.
         den: Denominators [B, H, S]; if WEIGHTED, v is divided by them.
         delta: Row sums [B, H, S]; if WEIGHTED, phi(k) counts -delta / den times in the sums.
+        peak: Largest feature of each token [B, H, S]; if WEIGHTED, phi(k) is divided by it.
         states: Result, float32 [B, H, splits, FEATURES, CHANNELS].
         sums: Result, float32 [B, H, splits, FEATURES].
         heads: H.
@@ -69,12 +70,11 @@ def gather(
             # Rounded as the product takes it, so that state and sums are of the same weights.
             phi = phi.to(x.dtype)
         if WEIGHTED:
-            scale = inverse(tl.load(den + row_of + token, mask=is_token, other=0.0), EPSILON)
+            scale = inverse(tl.load(den + row_of + token, mask=is_token, other=0.0))
             minus = tl.load(delta + row_of + token, mask=is_token, other=0.0) * scale
-            total -= tl.sum(phi.to(tl.float32) * minus[:, None], 0)
-            state = tl.dot(
-                tl.trans(phi.to(tl.float32)), value.to(tl.float32) * scale[:, None], state, input_precision=PRECISION
-            )
+            phi = phi.to(tl.float32) * inverse(tl.load(peak + row_of + token, mask=is_token, other=0.0))[:, None]
+            total -= tl.sum(phi * minus[:, None], 0)
+            state = tl.dot(tl.trans(phi), value.to(tl.float32) * scale[:, None], state, input_precision=PRECISION)
         else:
             total += tl.sum(phi.to(tl.float32), 0)
             if HALF:

@@ -15,10 +15,10 @@ from visattn.kernels.triton.linear_parts import inverse, rows_of, slope
 
 @triton.jit(do_not_specialize=["length"])
 def feature_gradients(
-    x, rows, state, sums, key_mask, den, delta, grad_x,
+    x, rows, state, sums, key_mask, den, delta, peak, grad_x,
     x_batch, x_token, x_head, rows_batch, rows_token, rows_head, heads, group, length,
     FEATURES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr,
     FEATURE: tl.constexpr, KEY_MASK: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_F features' gradients of ROWS tokens of one head.
@@ -34,6 +34,7 @@ def feature_gradients(
         key_mask: uint8 [B, S]; if KEY_MASK, masked tokens have no gradient.
         den: Denominators, float32 [B, H, S], read if QUERIES.
         delta: float32 [B, H, S], read if QUERIES.
+        peak: What the queries' features were divided by, float32 [B, H, S], read if QUERIES.
         grad_x: Result [B, S, H, FEATURES], contiguous.
         heads: H.
         group: Heads that share a state.
@@ -62,12 +63,15 @@ def feature_gradients(
     total = tl.load(sums + shared * FEATURES + f, mask=has_f, other=0.0)
     if QUERIES:
         minus = tl.load(delta + pair * length + token, mask=is_token, other=0.0)
-        scale = inverse(tl.load(den + pair * length + token, mask=is_token, other=0.0), EPSILON)
+        scale = inverse(tl.load(den + pair * length + token, mask=is_token, other=0.0))
+        unpeak = inverse(tl.load(peak + pair * length + token, mask=is_token, other=0.0))
         grad = (grad - minus[:, None] * total[None, :]) * scale[:, None]
     else:
         grad += total[None, :]
     here = is_token[:, None] & has_f[None, :]
-    grad *= slope(tl.load(x + wide * (x_token * UNIT) + f[None, :], mask=here, other=0.0), FEATURE)
+    steep = slope(tl.load(x + wide * (x_token * UNIT) + f[None, :], mask=here, other=0.0), FEATURE)
+    # Multiplied in this order a small slope and a large factor do not leave float32's range.
+    grad *= steep * unpeak[:, None] if QUERIES else steep
     if KEY_MASK:
         kept = tl.load(key_mask + sample * length + token, mask=is_token, other=0) != 0
         grad = tl.where(kept[:, None], grad, 0.0)

@@ -45,7 +45,6 @@ def slope(x, FEATURE: tl.constexpr):
 
 
 @triton.jit
-def inverse(den, EPSILON: tl.constexpr):
-    """1 / (den + EPSILON), or 1 where that is 0: such a query has no weight on any key, and gives zeros."""
-    den += EPSILON
-    return 1.0 / tl.where(den == 0.0, 1.0, den)
+def inverse(x):
+    """1 / x, or 1 where x is 0: a query without weight on any key gives zeros."""
+    return 1.0 / tl.where(x == 0.0, 1.0, x)

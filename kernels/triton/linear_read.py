@@ -15,10 +15,10 @@ from visattn.kernels.triton.linear_parts import featured, inverse, rows_of
 
 @triton.jit(do_not_specialize=["length"])
 def read(
-    q, state, sums, key_mask, out, den,
+    q, state, sums, key_mask, out, den, peak,
     q_batch, q_token, q_head, heads, group, length,
     FEATURES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr,
     FEATURE: tl.constexpr, KEY_MASK: tl.constexpr, NORMALISE: tl.constexpr,
     HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -33,6 +33,8 @@ def read(
         key_mask: uint8 [B, S]; if KEY_MASK, masked tokens give zeros.
         out: Result [B, S, H, CHANNELS], contiguous.
         den: Result if NORMALISE: the denominators, float32 [B, H, S].
+        peak: Result if NORMALISE: each token's largest feature, float32 [B, H, S]. Features are divided by it, which
+            changes no result and keeps products of small features in float32's range.
         heads: H.
         group: Heads that share a state.
         length: S.
@@ -47,6 +49,16 @@ def read(
     state += shared * FEATURES * CHANNELS
     sums += shared * FEATURES
 
+    top = tl.zeros([ROWS], tl.float32)
+    if NORMALISE:
+        for first in range(0, FEATURES, BLOCK_F):
+            f = first + tl.arange(0, BLOCK_F)
+            here = is_token[:, None] & (f < FEATURES)[None, :]
+            x = tl.load(rows + f[None, :], mask=here, other=0.0)
+            top = tl.maximum(top, tl.max(featured(x, here, FEATURE), 1))
+        tl.store(peak + pair * length + token, top, mask=is_token)
+    unpeak = inverse(top)
+
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     for first in range(0, FEATURES, BLOCK_F):
@@ -57,13 +69,14 @@ def read(
         phi = featured(x, here, FEATURE)
         if HALF:
             phi = phi.to(x.dtype).to(tl.float32)
+        phi *= unpeak[:, None]
         # float32 also beside half precision inputs: sums over many tokens leave the range of float16.
         part = tl.load(state + f[:, None] * CHANNELS + d[None, :], mask=has_f[:, None] & has_d[None, :], other=0.0)
         acc = tl.dot(phi, part, acc, input_precision=PRECISION)
         if NORMALISE:
             weight += tl.sum(phi * tl.load(sums + f, mask=has_f, other=0.0)[None, :], 1)
     if NORMALISE:
-        acc *= inverse(weight, EPSILON)[:, None]
+        acc *= inverse(weight)[:, None]
         tl.store(den + pair * length + token, weight, mask=is_token)
     if KEY_MASK:
         kept = tl.load(key_mask + sample * length + token, mask=is_token, other=0) != 0

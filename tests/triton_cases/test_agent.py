@@ -126,6 +126,6 @@ def test_the_backend_keeps_to_torch_on_the_cpu(monkeypatch):
     q = torch.randn(1, 20, 1, 16)
     out = attention(q, q, q, "agent(agents=2x2)", Layout((4, 5)), backend="agent")
     assert out.shape == q.shape
-    monkeypatch.setattr("visattn.kernels.agent.fused", lambda _: Support(True))
+    monkeypatch.setattr("visattn.kernels.agent.on_gpu", lambda _: Support(True))
     with pytest.raises(AssertionError, match="the kernels ran"):
         attention(q, q, q, "agent(agents=2x2)", Layout((4, 5)), backend="agent")

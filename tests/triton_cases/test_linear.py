@@ -2,21 +2,23 @@
 
 import pytest
 import torch
-from torch.nn.functional import elu
 
+from visattn import Layout, attention
+from visattn.dispatch import Support
 from visattn.kernels.triton.linear import linear_attention
 
-PHI = {"elu": lambda x: elu(x) + 1, "relu": torch.relu, "given": lambda x: x}
+# Adding 1 to torch's elu would round small values away.
+PHI = {"elu": lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()), "relu": torch.relu, "given": lambda x: x}
 
 
-def formula(q, k, v, mask, feature, epsilon=0.0):
+def formula(q, k, v, mask, feature):
     """All pairs of tokens."""
     q, k = PHI[feature](q), PHI[feature](k)
     if mask is not None:
         k = k * mask[:, :, None, None]
     k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
     weights = torch.einsum("bihf,bjhf->bhij", q, k)
-    total = weights.sum(-1, keepdim=True) + epsilon
+    total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total == 0, 1.0, total)
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
@@ -31,16 +33,16 @@ def tensors(tokens, features, channels, heads=1, kv_heads=1, batch=1, masked=Fal
     return [q, k, v], mask
 
 
-def results(run, inputs, mask, feature, epsilon=0.0):
+def results(run, inputs, mask, feature):
     leaves = [t.detach().requires_grad_() for t in inputs]
-    out = run(*leaves, mask, feature, epsilon=epsilon)
+    out = run(*leaves, mask, feature)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return [out, *torch.autograd.grad((out.double() * weight).sum(), leaves)]
 
 
-def compare(inputs, mask, feature, limit=1e-5, epsilon=0.0):
-    ours = results(linear_attention, inputs, mask, feature, epsilon)
-    truth = results(formula, [t.double() for t in inputs], mask, feature, epsilon)
+def compare(inputs, mask, feature, limit=1e-5):
+    ours = results(linear_attention, inputs, mask, feature)
+    truth = results(formula, [t.double() for t in inputs], mask, feature)
     for name, a, b in zip(("out", "dq", "dk", "dv"), ours, truth, strict=True):
         assert a.shape == b.shape and a.isfinite().all(), name
         error = (a.double() - b).norm() / b.norm().clamp(min=0.1)
@@ -68,9 +70,21 @@ def test_many_features_and_channels():
     compare(*tensors(40, 256, 256, feature="given"), "given")
 
 
-def test_epsilon_is_added_to_the_denominators():
-    inputs, mask = tensors(20, 16, 16, masked=True)
-    compare(inputs, mask, "relu", epsilon=0.7)
+def test_given_features_may_be_wider_than_values():
+    (q, k, v), mask = tensors(50, 32, 16, masked=True, feature="given")
+    out = results(linear_attention, [q, k, v.half()], mask, "given")
+    truth = results(formula, [t.double() for t in (q, k, v.half())], mask, "given")
+    assert out[0].dtype == torch.float16 and out[1].dtype == torch.float32
+    for a, b in zip(out, truth, strict=True):
+        assert (a.double() - b).norm() < 2e-3 * b.norm()
+
+
+@pytest.mark.parametrize("shift", [-80.0, 60.0])
+def test_features_of_any_size(shift):
+    """All features tiny or large: their products would leave float32's range."""
+    (q, k, v), _ = tensors(30, 16, 16)
+    inputs = [q + shift, k * 20 + shift / 4, v]
+    compare(inputs, None, "elu", 1e-3)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 3e-3), (torch.bfloat16, 1.5e-2)])
@@ -144,3 +158,21 @@ def test_refusals_say_why():
         linear_attention(q, q, q)
     with pytest.raises(ValueError, match="feature 'exp' must be one of elu, relu, given"):
         linear_attention(q, q, q, None, "exp")
+
+
+@pytest.mark.parametrize("feature", ["elu", "relu", "hedgehog", "exp"])
+def test_the_backend_computes_the_same_with_and_without(monkeypatch, feature):
+    layout = Layout((5, 7), 2)
+    inputs, mask = tensors(layout.length, 16, 16, heads=4, kv_heads=2, batch=2, masked=True)
+
+    def run(*leaves):
+        return attention(*leaves, f"linear(feature={feature})", layout, key_mask=mask, backend="linear")
+
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr("visattn.kernels.linear.on_gpu", lambda _, ok=fused: Support(ok))
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = run(*leaves)
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
