@@ -16,8 +16,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from visattn.models.agent import AgentAttention
-from visattn.models.dinat_s import PatchEmbed
-from visattn.models.functional import resize, unscripted
+from visattn.models.functional import unscripted
+from visattn.models.patches import Patches, Place
 from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
 
 __all__ = ["AgentPVT"]
@@ -43,16 +43,6 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x), height, width))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x.reshape(batch, height, width, dim)
-
-
-class Place(nn.Module):
-    """Adds a position embedding, resampled to the map. It has no weights: their official names are the model's."""
-
-    def forward(self, x: torch.Tensor, position: torch.Tensor, side: int) -> torch.Tensor:
-        """Map [B, H, W, dim] plus a position embedding [1, side * side, dim]."""
-        _, height, width, dim = x.shape
-        position = position.transpose(1, 2).reshape(1, dim, side, side)
-        return x + resize(position, height, width).permute(0, 2, 3, 1)
 
 
 class AgentPVT(Pyramid):
@@ -102,7 +92,7 @@ class AgentPVT(Pyramid):
             position = nn.Parameter(torch.empty(1, side * side, dim, **dd))
             trunc_normal_(position, std=0.02)
             blocks = (Block(dim, num_heads[i], side, agent_num[i], mlp_ratios[i], rate, **dd) for rate in rates)
-            self.add_module(f"patch_embed{i + 1}", PatchEmbed(channels, dim, 2 if i else 4, **dd))
+            self.add_module(f"patch_embed{i + 1}", Patches(channels, dim, 2 if i else 4, norm=True, **dd))
             self.register_parameter(f"pos_embed{i + 1}", position)
             self.add_module(f"block{i + 1}", Blocks(*blocks))
             channels = dim
@@ -114,21 +104,21 @@ class AgentPVT(Pyramid):
         """See `Pyramid.forward_stages`."""
         maps: list[torch.Tensor] = []
         # The official names are not a list, and TorchScript knows no getattr of computed names.
-        x = self.block1(self.place(self.patch_embed1(x), self.pos_embed1, self.sides[0]))
+        x = self.block1(self.place(self.patch_embed1(x.permute(0, 2, 3, 1)), self.pos_embed1, self.sides[0]))
         if 0 in take:
             maps.append(x)
         if take[-1] >= 1:
-            x = self.patch_embed2(x.permute(0, 3, 1, 2))
+            x = self.patch_embed2(x)
             x = self.block2(self.place(x, self.pos_embed2, self.sides[1]))
             if 1 in take:
                 maps.append(x)
         if take[-1] >= 2:
-            x = self.patch_embed3(x.permute(0, 3, 1, 2))
+            x = self.patch_embed3(x)
             x = self.block3(self.place(x, self.pos_embed3, self.sides[2]))
             if 2 in take:
                 maps.append(x)
         if take[-1] >= 3:
-            x = self.patch_embed4(x.permute(0, 3, 1, 2))
+            x = self.patch_embed4(x)
             x = self.block4(self.place(x, self.pos_embed4, self.sides[3]))
             if 3 in take:
                 maps.append(x)

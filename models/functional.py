@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from visattn.attend import attention
 from visattn.kernels.agent import Convolution, agent_attention
+from visattn.kernels.linear_flow import flow_attention
+from visattn.kernels.linear_mala import mala_attention, mala_features
 from visattn.layout import Layout
 from visattn.patterns import Agent, Neighborhood, Routing
 
@@ -96,6 +98,47 @@ def through_agents(
     """
     pattern, layout, local = Agent((side, side)), Layout((height, width), prefix=prefix), Convolution(weight, bias)
     return agent_attention(q, k, v, pattern, layout, gather_bias=gather_bias, read_bias=read_bias, convolution=local)
+
+
+@register_notrace_function
+@unscripted
+def flow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Flow-Attention of q, k, v [B, tokens, heads, head_dim]."""
+    return flow_attention(q, k, v)
+
+
+@register_notrace_function
+def rotary_table(angle: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Sines and cosines of a 2-D rotary position embedding, in float32.
+
+    Args:
+        angle: [D / 2], the frequencies of a row's pairs of channels, each twice, and equally of a column's.
+        height: Of the map.
+        width: Of the map.
+
+    Returns:
+        [2, height * width, 1, D / 2], one for each pair of channels: first the row's, then the column's.
+    """
+    rows = torch.outer(torch.arange(height, device=angle.device).float(), angle[::2].float())
+    columns = torch.outer(torch.arange(width, device=angle.device).float(), angle[::2].float())
+    turns = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=2)
+    turns = turns.reshape(height * width, 1, -1)
+    return torch.stack([turns.sin(), turns.cos()])
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, S, H, D] with neighbouring pairs of channels turned by a `rotary_table`, in x's dtype."""
+    even, odd, sin, cos = x[..., 0::2], x[..., 1::2], table[0], table[1]
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+@register_notrace_function
+@unscripted
+def magnitude_aware(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Magnitude-aware linear attention of q, k, v [B, tokens, heads, head_dim], turned by a `rotary_table`."""
+    q, k = mala_features(q), mala_features(k)
+    return mala_attention(q, k, v, rotated=(rotate(q, table), rotate(k, table)))
 
 
 @register_notrace_function

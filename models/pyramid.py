@@ -55,12 +55,16 @@ class Pyramid(nn.Module):
         norm: nn.Module,
         device: Any,
         dtype: Any,
+        projection: int | None = None,
     ) -> None:
-        """Add the last norm, the pooling and the head, then initialise the weights."""
+        """Add the last norm, the pooling and the head, then initialise the weights.
+
+        `projection` is the number of channels after `forward_last`, that of the last stage if None.
+        """
         self.in_chans = in_chans
         self.num_stages = len(dims)
         self.num_classes = num_classes
-        self.num_features = dims[-1]
+        self.num_features = projection or dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": module}
             for i, (dim, module) in enumerate(zip(dims, modules, strict=True))
@@ -69,11 +73,19 @@ class Pyramid(nn.Module):
         self.global_pool = self._pool(global_pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = _linear(self.head_hidden_size, num_classes, device, dtype)
+        self.head = self._classifier(self.head_hidden_size, num_classes, device, dtype)
         self.apply(init_weights)
 
     def _pool(self, kind: str) -> SelectAdaptivePool2d:
         return SelectAdaptivePool2d(pool_type=kind, flatten=bool(kind), input_fmt=self.output_fmt)
+
+    def _classifier(self, channels: int, classes: int, device: Any = None, dtype: Any = None) -> nn.Module:
+        """A new head, or nothing for no classes."""
+        if classes == 0:
+            return nn.Identity()
+        head = nn.Linear(channels, classes, device=device, dtype=dtype)
+        init_weights(head)
+        return head
 
     def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
         """Maps of the stages listed in `take` (ascending), in `output_fmt`; later stages do not run."""
@@ -83,9 +95,17 @@ class Pyramid(nn.Module):
         """Drop every stage but the first `count`."""
         raise NotImplementedError
 
+    def forward_last(self, x: torch.Tensor) -> torch.Tensor:
+        """What follows the last stage, before the pooling: map to map, in `output_fmt`."""
+        return self.norm(x)
+
+    def drop_last(self) -> None:
+        """Drop what `forward_last` does."""
+        self.norm = nn.Identity()
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Image [B, C, H, W] to the normed map of the last stage, in `output_fmt`."""
-        return self.norm(self.forward_stages(x, [self.num_stages - 1])[0])
+        return self.forward_last(self.forward_stages(x, [self.num_stages - 1])[0])
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Map to logits [B, num_classes], or to the pooled features with `pre_logits`."""
@@ -124,7 +144,7 @@ class Pyramid(nn.Module):
         wanted, last = feature_take_indices(self.num_stages, indices)
         stop = last if stop_early else self.num_stages - 1
         maps = self.forward_stages(x, sorted({*wanted, stop}))
-        features = self.norm(maps[-1]) if stop == len(self.feature_info) - 1 else maps[-1]
+        features = self.forward_last(maps[-1]) if stop == len(self.feature_info) - 1 else maps[-1]
         by_stage = dict(zip(sorted({*wanted, stop}), maps, strict=True))
         if norm:
             by_stage[stop] = features
@@ -145,11 +165,11 @@ class Pyramid(nn.Module):
         wanted, last = feature_take_indices(self.num_stages, indices)
         cut = last < self.num_stages - 1
         if prune_norm or cut:
-            self.norm = nn.Identity()
+            self.drop_last()
+            self.num_features = self.feature_info[last]["num_chs"]
         if cut:
             self.keep_stages(last + 1)
             self.num_stages = last + 1
-            self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or cut:
             self.reset_classifier(0, "")
         return wanted
@@ -174,8 +194,7 @@ class Pyramid(nn.Module):
             self.global_pool.train(self.training)
         self.num_classes = num_classes
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.head = _linear(self.head_hidden_size, num_classes, **get_device_dtype(self)).train(self.training)
-        init_weights(self.head)
+        self.head = self._classifier(self.head_hidden_size, num_classes, **get_device_dtype(self)).train(self.training)
 
     @unscripted
     def no_weight_decay(self) -> set[str]:
@@ -185,10 +204,6 @@ class Pyramid(nn.Module):
         return {
             n for n in names if any(w in n for w in words) and not n.endswith(("pos_embed.weight", "learnable_bias"))
         }
-
-
-def _linear(channels: int, classes: int, device: Any = None, dtype: Any = None) -> nn.Module:
-    return nn.Linear(channels, classes, device=device, dtype=dtype) if classes > 0 else nn.Identity()
 
 
 def _swap(x: torch.Tensor, output_fmt: str) -> torch.Tensor:

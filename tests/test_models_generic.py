@@ -34,6 +34,14 @@ SMALL = {
     "agent_deit_base": {"embed_dim": 48, "num_heads": 3, "depth": 6, "agent_num": 9},
     "agent_swin_base": {**_SWIN, "depths": (1, 2, 3, 2)},
     "agent_pvt_tiny": {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 2, 1)},
+    "mavit_base": {
+        "embed_dims": (16, 32, 48, 64),
+        "depths": (1, 2, 2, 1),
+        "num_heads": (1, 2, 3, 4),
+        "projection": 80,
+        "layer_init_values": (1.0, 1.0, 0.1, None),
+    },
+    "flowformer_small": {"embed_dim": (16, 32, 48, 64), "depth": (1, 1, 2, 1), "num_heads": 4},
     "moh_vit_base_50": {
         "embed_dims": (16, 32, 64, 64),
         "num_heads": (4, 8, 16, 16),
@@ -195,6 +203,10 @@ def test_pools_and_positions_that_do_not_exist():
         make("agent_swin_base", attn_type="AAX")
     with pytest.raises(ValueError, match="topk 0 must be at least 1, or -2"):
         make("biformer_tiny", topks=(0, 4, 16, -2))
+    with pytest.raises(ValueError, match=r"flags \('l', 'x'\) must have 'l' \(linear\) or 'v' \(softmax\)"):
+        make("mavit_base", flags=("l", "x"))
+    with pytest.raises(ValueError, match="embed_dim 16 must be a multiple of the 12 heads"):
+        make("flowformer_small", num_heads=12)
     with pytest.raises(ValueError, match="2 shared and 0 routed heads do not fit 4 heads"):
         make("moh_vit_base_50", routed_head=(0, 4, 6, 8))
 

@@ -8,12 +8,16 @@ pytest.importorskip("timm")
 
 import timm
 import torch
+from torch import nn
 
 import visattn.models
 from tests.golden.fill import fill, make_input
 from visattn.models.agent_deit import AgentDeit
 from visattn.models.agent_swin import AgentSwin
 from visattn.models.biformer import BiFormer, BiLevelRoutingAttention
+from visattn.models.flowformer import Flowformer
+from visattn.models.mavit import Block as MALABlock
+from visattn.models.mavit import RoPE
 from visattn.models.moh_vit import MoHViT
 from visattn.models.nat import NAT
 
@@ -35,6 +39,20 @@ def _routing(config):
     )
 
 
+class _MALA(nn.Module):
+    """One block of MAViT with its positions, under the names of the golden files."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim, heads = config["embed_dim"], config["num_heads"]
+        scale = 1.0 if config["layerscale"] else None
+        self.rope = RoPE(dim, heads)
+        self.blk = MALABlock(dim, heads, config["flag"] == "l", config["ffn_dim"], 0.0, scale)
+
+    def forward(self, x):
+        return self.blk(x, self.rope(x.shape[2], x.shape[3]))
+
+
 CASES = {
     "dinat_mini": lambda config: NAT(**config),
     "biformer_micro": _biformer,
@@ -42,6 +60,9 @@ CASES = {
     "agent_deit_micro_mixed": lambda config: AgentDeit(**config),
     "agent_swin_micro_mixed": lambda config: AgentSwin(**config),
     "moh_vit_micro": _moh_vit,
+    "mala_block_l": _MALA,
+    "mala_block_v": _MALA,
+    "flowformer_micro": lambda config: Flowformer(**config),
 }
 
 
@@ -78,6 +99,8 @@ SIZES = {
     "agent_deit_tiny": 6.02, "agent_deit_small": 22.65, "agent_deit_base": 87.2,
     "agent_swin_tiny": 28.90, "agent_swin_small": 50, "agent_swin_base": 88,
     "agent_pvt_tiny": 11.57, "agent_pvt_small": 20.6, "agent_pvt_medium": 35.9, "agent_pvt_large": 48.7,
+    "mavit_tiny": 16.45, "mavit_small": 27.14, "mavit_base": 49.79, "mavit_large": 97.77,
+    "flowformer_tiny": 43.31, "flowformer_small": 49.84,
     "moh_vit_small_80": 49.91, "moh_vit_small_75": 49.91, "moh_vit_base_75": 90.02, "moh_vit_base_50": 90.02,
 }  # fmt: skip
 
