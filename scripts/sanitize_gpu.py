@@ -1,8 +1,9 @@
 """Every Triton kernel once on small inputs, for compute-sanitizer.
 
     python3 scripts/sanitize_gpu.py                     # first: compiles
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python3 scripts/sanitize_gpu.py
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 9 python3 scripts/sanitize_gpu.py
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck --error-exitcode 9 python3 scripts/sanitize_gpu.py
+    compute-sanitizer --tool racecheck --error-exitcode 9 python3 scripts/sanitize_gpu.py
 
 Without torch's memory pool every tensor is an allocation of its own, so that a read behind its end is seen.
 """
