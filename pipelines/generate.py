@@ -5,14 +5,18 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from visattn.handle import apply
+from visattn.handle import Handle, apply
+from visattn.pipelines.install import DENOISERS
+from visattn.pipelines.trained import load_own, load_trained, trained_weights
 from visattn.report import Report
 
 IMAGE, VIDEO = "image", "video"
@@ -39,7 +43,8 @@ class Settings:
         dense_layers: As in `visattn.apply`.
         dense_steps: As in `visattn.apply`.
         backend: As in `visattn.apply`.
-        compare: Whether the dense twin is generated too.
+        weights: File of a distilled student, whose tensors the sparse runs have; see `pipelines.trained`.
+        compare: Whether the dense twin is generated too; it keeps the model's own weights.
         repeats: How often each image is generated; times are medians.
     """
 
@@ -57,6 +62,7 @@ class Settings:
     dense_layers: int = 0
     dense_steps: int | float = 0
     backend: str = "auto"
+    weights: str | None = None
     compare: bool = False
     repeats: int = 1
 
@@ -172,7 +178,7 @@ def _run(
     trail: Trail = []
     if settings.compare and repeat == 0 and not warm_up:
         arguments |= _record(pipe, trail)
-    with apply(pipe, settings.pattern if kind == SPARSE else DENSE, **schedule) as handle:
+    with _patched(pipe, settings, kind, schedule) as handle:
         _wait(pipe)
         start = time.perf_counter()
         output = pipe(**arguments)
@@ -181,6 +187,31 @@ def _run(
         report = handle.report()
     pixels = np.asarray((output.frames if settings.output == VIDEO else output.images)[0], np.float32)
     return Run(kind, image, repeat, pixels, seconds, report), trail
+
+
+@contextmanager
+def _patched(pipe: Any, settings: Settings, kind: str, schedule: dict[str, Any]) -> Iterator[Handle]:
+    """The pipeline with its pattern, and with the trained weights if they are asked for."""
+    trained = load_trained(Path(settings.weights)) if settings.weights and kind == SPARSE else None
+    pattern = settings.pattern if kind == SPARSE else DENSE
+    weights = trained_weights(denoiser(pipe), trained) if trained else nullcontext()
+    with weights, apply(pipe, pattern, **schedule) as handle:
+        if trained:
+            load_own(handle, trained)
+        yield handle
+
+
+def denoiser(pipe: Any) -> torch.nn.Module:
+    """The one model of a pipeline that denoises, which trained weights are for.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    found = [getattr(pipe, name) for name in DENOISERS if isinstance(getattr(pipe, name, None), torch.nn.Module)]
+    if len(found) != 1:
+        name = type(pipe).__name__
+        raise ValueError(f"{name} has {len(found)} denoising models, and weights are for one: leave --weights away")
+    return found[0]
 
 
 def _record(pipe: Any, trail: Trail) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from visattn.cli.generate_options import (
     SeedOption,
     SizeOption,
     StepsOption,
+    WeightsOption,
     parse_labels,
     parse_steps,
     pixels,
@@ -66,6 +67,7 @@ def image(
     dense_layers: DenseLayersOption = 0,
     dense_steps: DenseStepsOption = "0",
     backend: BackendOption = "auto",
+    weights: WeightsOption = None,
     compare: CompareOption = False,
     repeats: RepeatsOption = 1,
     device: DeviceOption = "auto",
@@ -97,6 +99,7 @@ def video(
     dense_layers: DenseLayersOption = 0,
     dense_steps: DenseStepsOption = "0",
     backend: BackendOption = "auto",
+    weights: WeightsOption = None,
     compare: CompareOption = False,
     repeats: RepeatsOption = 1,
     device: DeviceOption = "auto",
@@ -117,6 +120,7 @@ def _command(
     count: int | None,
     size: str | None,
     dense_steps: str,
+    weights: Path | None,
     device: str,
     dtype: str | None,
     force: bool,
@@ -132,6 +136,7 @@ def _command(
         "count": count if count is not None else max(1, len(labels)),
         "size": pixels(size),
         "dense_steps": parse_steps(dense_steps),
+        "weights": None if weights is None else str(weights),
     }
     if fps is not None and fps < 1:
         raise ValueError(f"--fps {fps} must be at least 1")
@@ -150,10 +155,13 @@ def _generate(
     from visattn.pipelines.compare import frame_rate, summarize, write
     from visattn.pipelines.generate import VIDEO, Settings, check, run_all
     from visattn.pipelines.load import load_pipeline
+    from visattn.pipelines.trained import load_trained
     from visattn.pipelines.video_files import need_encoder
 
     settings = Settings(**options)
     _check_pattern(settings)
+    if settings.weights is not None:
+        load_trained(Path(settings.weights))
     if settings.output == VIDEO:
         need_encoder()
     if device == "auto":

@@ -1,0 +1,80 @@
+"""Distances of a student to its teacher, and the hooks that see attention outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Recorder:
+    """Keeps the attention outputs of some modules during a forward; use it as a context.
+
+    Args:
+        modules: Attention modules by path.
+        before: Whether to take what enters the output projection; a module without one (a single-stream block
+            projects outside of it) gives its output in both cases.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], before: bool) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+        self._on = False
+        for path, module in modules.items():
+            projection = getattr(module, "to_out", None)
+            if before and isinstance(projection, nn.ModuleList):
+                projection[0].register_forward_pre_hook(self._before(path))
+            else:
+                module.register_forward_hook(self._after(path))
+
+    def __enter__(self) -> Recorder:
+        self._on, self.kept = True, {}
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        # Gradient checkpointing runs blocks again in the backward: those outputs are not wanted.
+        self._on = False
+
+    def _before(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._on:
+                self.kept[path] = args[0]
+
+        return hook
+
+    def _after(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._on:
+                self.kept[path] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+
+def attention_distance(
+    student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], relative: bool
+) -> torch.Tensor:
+    """Mean over modules of the mean squared distance of attention outputs.
+
+    Args:
+        student: Outputs by path.
+        teacher: The same of the teacher.
+        relative: Divide each by the teacher's mean square: layers differ in size by orders of magnitude. False is
+            the loss of CLEAR (Liu et al. 2024, section 3.3).
+    """
+    found = []
+    for path, truth in teacher.items():
+        distance = F.mse_loss(student[path].float(), truth.float())
+        found.append(distance / truth.float().square().mean().clamp_min(1e-12) if relative else distance)
+    return torch.stack(found).mean()
+
+
+def map_distance(rows: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of attention rows to the teacher's (Zhang et al. 2024, "The Hedgehog & the Porcupine", eq. 7).
+
+    Args:
+        rows: Attention of sampled queries to all keys [B, H, rows, S], each row sums to 1.
+        truth: The teacher's.
+    """
+    return -(truth.float() * rows.float().clamp_min(1e-8).log()).sum(-1).mean()

@@ -1,0 +1,127 @@
+"""Cached samples: shards of clean latents and of what the denoiser was told about them.
+
+A folder holds `index.json`, written last, `constants.safetensors` and `shard-00000.safetensors` and so on. A shard has
+`latents` [N, ...] and every argument of the denoiser that belongs to a sample, [N, rows, ...]: a sampler with guidance
+calls the denoiser with several rows for one sample (with the condition and without it).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from visattn.files import written_whole
+
+LATENTS = "latents"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """What is known about all samples of a folder.
+
+    Attributes:
+        model: Name, folder or hub id of the pipeline.
+        denoiser: Its component that denoises.
+        anchor: Argument of the denoiser that carries the noisy latents.
+        time_scale: What the denoiser gets as `timestep` is the scheduler's time by this factor.
+        kind: "flow", "epsilon" or "v_prediction": what the denoiser predicts.
+        timesteps: Times that the sampler visited, descending, in the scheduler's units (0 to 1000).
+        plain: Further arguments of the denoiser: numbers, texts, truth values.
+        settings: What made the samples.
+        shards: Samples in each shard.
+    """
+
+    model: str
+    denoiser: str
+    anchor: str
+    time_scale: float
+    kind: str
+    timesteps: list[float]
+    plain: dict[str, Any]
+    settings: dict[str, Any]
+    shards: list[int] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Writes index.json."""
+        with written_whole(folder / "index.json") as path:
+            path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """File of a shard."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors as a whole file or not at all."""
+    with written_whole(path) as temporary:
+        save_file(
+            {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, temporary, metadata
+        )
+
+
+class SampleSet:
+    """The samples of a folder, read one by one when they are asked for.
+
+    Raises:
+        ValueError: If the folder is not whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        known = json.loads((folder / "index.json").read_text())
+        self.folder = folder
+        self.index = Index(**{entry.name: known[entry.name] for entry in fields(Index)})
+        self._places = [(s, i) for s, count in enumerate(self.index.shards) for i in range(count)]
+        missing = [s for s in range(len(self.index.shards)) if not shard_path(folder, s).is_file()]
+        if missing or not self._places:
+            raise ValueError(f"{folder} lacks {shard_path(folder, (missing or [0])[0]).name}: cache the samples again")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @cached_property
+    def constants(self) -> dict[str, torch.Tensor]:
+        """Arguments of the denoiser that are the same for every sample."""
+        return load_file(self.folder / "constants.safetensors")
+
+    @cached_property
+    def _files(self) -> list[Any]:
+        return [safe_open(shard_path(self.folder, s), framework="pt") for s in range(len(self.index.shards))]
+
+    def take(self, picks: list[int], rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Latents [B, ...] and arguments [B, ...] of some samples.
+
+        Args:
+            picks: Indices of the samples.
+            rows: Numbers from 0 to 1 [B] that choose a row of each sample's arguments.
+        """
+        found: dict[str, list[torch.Tensor]] = {}
+        for pick, row in zip(picks, rows.tolist(), strict=True):
+            shard, i = self._places[pick]
+            file = self._files[shard]
+            for name in file.keys():  # noqa: SIM118
+                value = file.get_slice(name)[i : i + 1]
+                if name != LATENTS:
+                    value = value[:, int(row * value.shape[1])]
+                found.setdefault(name, []).append(value)
+        tensors = {name: torch.cat(values) for name, values in found.items()}
+        return tensors.pop(LATENTS), tensors
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}` as `{"a": {"b": 1}}`, for arguments that are dictionaries."""
+    found: dict[str, Any] = {}
+    for name, value in flat.items():
+        *outer, last = name.split(".")
+        place = found
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return found

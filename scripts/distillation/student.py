@@ -1,0 +1,208 @@
+"""The student: a copy of the teacher with other attention, and which of its parameters learn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from distillation.config import Config
+from distillation.losses import Recorder, attention_distance
+from distillation.noise import Noise
+from distillation.samples import SampleSet, nested
+from visattn import apply
+from visattn.handle import Handle
+from visattn.patterns import Dense
+from visattn.pipelines.families import find_family
+from visattn.schedule import Schedule
+
+# Module names of each projection in diffusers' attention classes; fused ones train all three.
+MODULES = {"q": ("to_q", "to_qkv"), "k": ("to_k", "to_qkv"), "v": ("to_v", "to_qkv"), "out": ("to_out.0",)}
+LORA = "default"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the device.
+
+    Attributes:
+        noisy: What the denoiser sees [B, ...].
+        target: What it should predict [B, ...].
+        times: The denoiser's time [B].
+        arguments: Its other arguments.
+    """
+
+    noisy: torch.Tensor
+    target: torch.Tensor
+    times: torch.Tensor
+    arguments: dict[str, Any]
+
+
+class Distiller(nn.Module):
+    """Teacher and student; a forward gives the losses, so that it can be wrapped to run on many GPUs.
+
+    Args:
+        teacher: The denoiser, on the device.
+        anchor: Its argument with the noisy latents.
+        config: Settings.
+
+    Raises:
+        ValueError: If the pattern, the layers or the projections do not fit the model.
+    """
+
+    def __init__(self, teacher: nn.Module, anchor: str, config: Config) -> None:
+        super().__init__()
+        self.config, self.anchor = config, anchor
+        self.student = copy.deepcopy(teacher).float().requires_grad_(False)
+        # In a list: the teacher is no part of what is trained, moved or saved.
+        self._teacher = [teacher.requires_grad_(False)]
+        self.sites = selected_sites(self.student, config)
+        if config.checkpointing:
+            _checkpoint(self.student)
+        self.lora = add_lora(self.student, self.sites, config) if config.lora else []
+        self.handle: Handle = apply(
+            self.student,
+            config.pattern,
+            layers=config.layers,
+            dense_layers=config.dense_layers,
+            backend=config.backend,
+            strict=True,
+        )
+        self.own = own_parameters(self.handle)
+        if not config.lora:
+            unfreeze(self.sites, config)
+        if not self.trained():
+            raise ValueError(f"--train none leaves nothing to train: {config.pattern} has no parameters of its own")
+        watched = [path for path, _ in matched_sites(teacher, self.sites, config)]
+        before = config.attention_at == "before"
+        self._seen = [Recorder({p: m.get_submodule(p) for p in watched}, before) for m in (teacher, self.student)]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name: "student." and "own." before their paths."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Losses of a batch, without their weights; those of weight 0 are left out."""
+        config, losses = self.config, {}
+        needs_teacher = config.output or config.attention or config.maps
+        predicted, attended = self._predict(self.student, self._seen[1], batch)
+        if config.denoising:
+            losses["denoising"] = F.mse_loss(predicted, batch.target)
+        if needs_teacher:
+            with torch.no_grad():
+                truth, expected = self._predict(self._teacher[0], self._seen[0], batch)
+            if config.output:
+                losses["output"] = F.mse_loss(predicted, truth)
+            if config.attention:
+                losses["attention"] = attention_distance(attended, expected, config.attention_scale == "relative")
+        return losses
+
+    def _predict(
+        self, model: nn.Module, recorder: Recorder, batch: Batch
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """What a denoiser predicts, and its attention outputs."""
+        arguments = {self.anchor: batch.noisy, "timestep": batch.times, "return_dict": False} | batch.arguments
+        with recorder:
+            out = model(**arguments)[0].float()
+        # Models that also predict a variance put it behind the rest.
+        if out.shape[1] == 2 * batch.target.shape[1]:
+            out = out.chunk(2, dim=1)[0]
+        return out, recorder.kept
+
+
+def _checkpoint(model: Any) -> None:
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        raise ValueError(f"{type(model).__name__} knows no gradient checkpointing: leave --checkpointing away")
+    model.enable_gradient_checkpointing()
+
+
+def selected_sites(model: nn.Module, config: Config) -> dict[str, nn.Module]:
+    """The attention modules that get the pattern, by path."""
+    return {path: module for path, module, pattern in _assigned(model, config) if not isinstance(pattern, Dense)}
+
+
+def _assigned(model: nn.Module, config: Config) -> list[tuple[str, nn.Module, Any]]:
+    family = find_family(model)
+    if family is None:
+        raise ValueError(f"{type(model).__name__} is a model class that visattn.apply does not know")
+    found = family.find_sites(model)
+    schedule = Schedule.of(config.pattern, config.layers, config.dense_layers)
+    patterns = schedule.assign([site for site, _ in found], type(model).__name__)
+    return [(s.path, module, p) for (s, module), p in zip(found, patterns, strict=True) if p is not None]
+
+
+def matched_sites(model: nn.Module, sites: Mapping[str, nn.Module], config: Config) -> list[tuple[str, nn.Module]]:
+    """The attention modules whose outputs are matched."""
+    if config.attention_layers is None:
+        return list(sites.items())
+    family = find_family(model)
+    assert family is not None
+    found = family.find_sites(model)
+    picked = Schedule.of("dense", config.attention_layers).assign([s for s, _ in found], type(model).__name__)
+    return [(s.path, module) for (s, module), p in zip(found, picked, strict=True) if p is not None]
+
+
+def projections(sites: Mapping[str, nn.Module], config: Config) -> dict[str, nn.Module]:
+    """The projections that are trained, by path; projections of text tokens stay as they are.
+
+    Raises:
+        ValueError: If a module has none of them.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in sites.items():
+        names = dict.fromkeys(name for part in config.projections for name in MODULES[part])
+        own = {name: child for name, child in module.named_modules() if name in names}
+        if names and not own:
+            raise ValueError(f"{path} ({type(module).__name__}) has none of {', '.join(names)}: pass --train none")
+        found |= {f"{path}.{name}": child for name, child in own.items()}
+    return found
+
+
+def unfreeze(sites: Mapping[str, nn.Module], config: Config) -> None:
+    """Lets the chosen projections learn."""
+    for module in projections(sites, config).values():
+        module.requires_grad_(True)
+
+
+def add_lora(model: nn.Module, sites: Mapping[str, nn.Module], config: Config) -> list[str]:
+    """Puts LoRA on the chosen projections; returns their paths."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    paths = list(projections(sites, config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        alpha = config.lora_alpha or config.lora
+        lora = LoraConfig(r=config.lora, lora_alpha=alpha, target_modules=paths)  # type: ignore[arg-type]
+        inject_adapter_in_model(lora, model, adapter_name=LORA)
+    return paths
+
+
+def own_parameters(handle: Handle) -> nn.Module:
+    """The parameters that the pattern itself brings, as a module."""
+    found = getattr(handle, "parameters", None)
+    return found if isinstance(found, nn.Module) else nn.Module()
+
+
+def build_batch(
+    samples: SampleSet, noise: Noise, config: Config, step: int, part: slice, device: torch.device
+) -> Batch:
+    """A part of the batch of a step; it depends on seed and step alone, not on how many processes share it."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    picks = torch.randint(len(samples), (config.batch,), generator=generator)[part].tolist()
+    rows = torch.rand(config.batch, generator=generator)[part]
+    times = noise.draw(config.batch, config.times, generator)[part].to(device)
+    latents, tensors = samples.take(picks, rows)
+    dirt = torch.randn((config.batch, *latents.shape[1:]), generator=generator)[part].to(device)
+    noisy, target, told = noise.mix(latents.float().to(device), dirt, times)
+    fixed = {name: value for name, value in samples.constants.items() if not name.startswith("noise.")}
+    flat = {name: _ready(value, device) for name, value in (tensors | fixed).items()}
+    return Batch(noisy, target, told, nested(flat | samples.index.plain))
+
+
+def _ready(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return value.to(device, torch.float32 if value.is_floating_point() else None)
