@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from visattn.kernels.linear_features import repeated, widened
@@ -34,9 +36,35 @@ def flow_attention(
     Returns:
         [B, S, H, D] in v's dtype; zeros for a sample without any token. Computed in float32 at least.
     """
+    flows = _flows(q, k, key_mask)
+    values = repeated(widened(v), q.shape[2]) * flows.keys[..., None]
+    state = torch.einsum("bshf,bshd->bhfd", flows.k, values)
+    out = torch.einsum("bshf,bhfd->bshd", flows.q, state) * flows.queries[..., None]
+    return out.to(v.dtype)
+
+
+def flow_weights(
+    q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The weights that `flow_attention` gives the values for some queries [R]: [B, H, R, S]."""
+    flows = _flows(q, k, key_mask)
+    read = (flows.q * flows.queries[..., None])[:, rows]
+    return torch.einsum("brhf,bshf->bhrs", read, flows.k * flows.keys[..., None])
+
+
+class _Flows(NamedTuple):
+    """What multiplies what: sigmoid features [B, S, H, D], and a factor per query and per key [B, S, H]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+
+def _flows(q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None) -> _Flows:
     heads = q.shape[2]
     q, k = widened(q).sigmoid(), repeated(widened(k).sigmoid(), heads)
-    values, shared, shown = repeated(widened(v), heads), q, None
+    shared, shown = q, None
     count: torch.Tensor | int = k.shape[1]
     if key_mask is not None:
         shown = key_mask[:, :, None].expand(-1, -1, heads)
@@ -49,10 +77,7 @@ def flow_attention(
     if shown is not None:
         # A finite floor: a sample without any token still has a softmax, whose keys are zero.
         source = source.masked_fill(~shown, -1e30)
-    competition = source.softmax(1) * count
-    state = torch.einsum("bshf,bshd->bhfd", k, values * competition[..., None])
-    out = torch.einsum("bshf,bhfd->bshd", q, state) * (incoming * sink.sigmoid())[..., None]
-    return out.to(v.dtype)
+    return _Flows(q, k, incoming * sink.sigmoid(), source.softmax(1) * count)
 
 
 def _dot(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

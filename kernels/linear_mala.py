@@ -57,4 +57,18 @@ def mala_attention(
     return out.to(v.dtype)
 
 
+def mala_weights(q: torch.Tensor, k: torch.Tensor, scale: float, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The weights that `mala_attention` gives the values: features [B, R, H, D], [B, S, Hkv, D] -> [B, H, R, S]."""
+    k = repeated(k, q.shape[2])
+    count: torch.Tensor | int = k.shape[1]
+    shown: torch.Tensor | float = 1.0
+    if key_mask is not None:
+        k = k * key_mask[:, :, None, None].to(k.dtype)
+        count = key_mask.sum(1).clamp(min=1)[:, None, None, None].to(k.dtype)
+        shown = key_mask[:, None, None].to(k.dtype)
+    products = torch.einsum("brhd,bshd->bhrs", q, k) * scale / count
+    z = products.sum(-1, keepdim=True)
+    return products * (1 + 1 / (z + EPSILON)) - z / count * shown
+
+
 mala_features = elu_plus_one

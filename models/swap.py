@@ -20,6 +20,7 @@ from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense, Neighborhood, Pattern
 from visattn.report import CallReport, Row, SiteReport, density
 from visattn.schedule import SiteName, check_dims
+from visattn.watch import Watcher
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,10 @@ class SwappedModel:
     def learnables(self) -> Sequence[Learnable]:
         """See `visattn.handle.Patch`."""
         return self._learnables
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """See `visattn.handle.Patch`."""
+        self.runtime.watcher = watcher
 
     def set_step(self, step: int | None, total: int | None) -> None:
         """See `visattn.handle.Patch`; a timm model has no steps and `dense_steps` is refused."""

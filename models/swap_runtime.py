@@ -14,6 +14,7 @@ from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.report import Tally
+from visattn.watch import Watched, Watcher
 
 # The key of the grid in traced code, which knows no threads.
 TRACED = 0
@@ -28,11 +29,13 @@ class Runtime:
         fixed: The layout that the user gave, or None.
         tally: What happened at each module.
         prefix: Dense tokens before the grid.
+        watcher: Sees every call that ran a pattern without position bias, or None.
     """
 
     def __init__(self, name: str, backend: str, fixed: Layout | None, prefix: int) -> None:
         self.name, self.backend, self.fixed, self.prefix = name, backend, fixed, prefix
         self.tally = Tally()
+        self.watcher: Watcher | None = None
         self._places: dict[int, Place] = {}
         self._last = Place("the model has not embedded an image yet", False)
 
@@ -150,6 +153,8 @@ class Swapped:
         with tally.timed(self.path, "sparse", q.device):
             out = attention(q, k, v, self.pattern, layout, **arguments)
         tally.hit(self.path, Problem.of(q, k, v, Call(self.pattern, layout, scale, key_mask, rpb, parameters=own)))
+        if self.runtime.watcher is not None and rpb is None:
+            self.runtime.watcher(Watched(self.path, q, k, v, out, self.pattern, (layout,), scale, key_mask, own))
         return out.transpose(1, 2)
 
     def attend_lse(

@@ -23,6 +23,7 @@ from visattn.pipelines.run import Group, Run, site_reports
 from visattn.pipelines.steps import ContextSteps, SchedulerSteps
 from visattn.report import SiteReport
 from visattn.schedule import SiteName, check_dims
+from visattn.watch import Watcher
 
 # Names under which pipelines keep the models that denoise.
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
@@ -173,6 +174,10 @@ class PatchedModel:
         """See `visattn.handle.Patch`."""
         found = [(site.name.path, site.pattern, site.parameters) for site in self.sites]
         return [Learnable(self._run.name, path, pattern, p) for path, pattern, p in found if p is not None]
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """See `visattn.handle.Patch`."""
+        self._run.watcher = watcher
 
     def set_step(self, step: int | None, total: int | None) -> None:
         """See `visattn.handle.Patch`."""

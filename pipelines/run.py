@@ -17,10 +17,11 @@ from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.pipelines import operators
 from visattn.pipelines.families.base import Family, Seen, Where
-from visattn.pipelines.masks import key_validity
+from visattn.pipelines.masks import carry_bias, key_validity
 from visattn.pipelines.operators import Decision, Sequences, Stock
 from visattn.report import Row, SiteReport, Tally
 from visattn.schedule import Schedule
+from visattn.watch import Watched, Watcher
 
 
 @dataclass
@@ -90,6 +91,7 @@ class Run:
         self.sparse_sites: list[str] = []
         self.compiled_patterns: dict[str, Pattern] = {}
         self.check_sites: Callable[[], None] = lambda: None
+        self.watcher: Watcher | None = None
         self.number = operators.register(self)
         self.here = Here()
         self._latest: Forward | None = None
@@ -227,6 +229,8 @@ class Group:
             with tally.timed(name, "sparse", q.device):
                 sequences = Sequences.of(q, k, v, keys, scale)
                 out = sequences.attend(self.pattern, layouts, self.backend, parameters)
+        if self.run.watcher is not None and site is not None and not (why or causal or dropout):
+            self._show(name, q, k, v, out, mask, scale, layouts, keys, parameters)
         if layouts:
             self._hit(name, sequences, layouts, parameters)
         else:
@@ -257,6 +261,33 @@ class Group:
         if isinstance(keys, torch.Tensor) and keys.dtype != torch.bool and not self.pattern.of_products:
             return (), None, f"its mask {list(mask.shape)} is a bias, which {self.pattern.name} cannot add"
         return ((), None, keys) if isinstance(keys, str) else (layouts, keys, "")
+
+    def _show(
+        self,
+        name: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        mask: Any,
+        scale: float | None,
+        layouts: tuple[Layout, ...],
+        keys: torch.Tensor | None,
+        parameters: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Show a call that ran its pattern, or was to be dense, to the handle's watcher."""
+        pattern = self.pattern
+        if not layouts:
+            valid = key_validity(mask, q, self.run.family.mask_row)
+            if isinstance(valid, str) or k.shape[1] != q.shape[1]:
+                return
+            pattern, layouts, keys, parameters = Dense(), (Layout(q.shape[1]),), valid, {}
+        factor = float(q.shape[3] ** -0.5 if scale is None else scale)
+        if keys is not None and keys.dtype != torch.bool:
+            q, k, _ = carry_bias(q, k, v, keys, factor)
+            keys = None
+        assert self.run.watcher is not None
+        self.run.watcher(Watched(name, q, k, v, out, pattern, layouts, factor, keys, parameters))
 
     def _hit(
         self, name: str, sequences: Sequences, layouts: tuple[Layout, ...], parameters: Mapping[str, torch.Tensor]

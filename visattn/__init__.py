@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from visattn.layout import Layout
     from visattn.patterns import dense_mask, parse
     from visattn.plans import TilePlan, plan
+    from visattn.rows import attention_rows
 
 __all__ = [
     "Handle",
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "apply",
     "attention",
+    "attention_rows",
     "backends",
     "dense_mask",
     "explain",
@@ -44,6 +46,7 @@ def __getattr__(name: str) -> Any:
         "TilePlan": "visattn.plans",
         "apply": "visattn.handle",
         "attention": "visattn.attend",
+        "attention_rows": "visattn.rows",
         "backends": "visattn.attend",
         "dense_mask": "visattn.patterns",
         "explain": "visattn.attend",

@@ -14,6 +14,7 @@ from visattn.layout import Layout
 from visattn.parameters import Learnable, PatternParameters, read_weights
 from visattn.report import Report, SiteReport
 from visattn.schedule import PatternLike, Schedule, Selector
+from visattn.watch import Watcher
 
 # The adapter of each package: a module with `install(target, request) -> list of Patch`.
 ADAPTERS = {"diffusers": "visattn.pipelines.install", "timm": "visattn.models.swap"}
@@ -55,6 +56,10 @@ class Patch(Protocol):
         """The modules whose pattern has learnable parameters, in the order of the layers."""
         ...
 
+    def watch(self, watcher: Watcher | None) -> None:
+        """Call a function at every attention call, or no more."""
+        ...
+
 
 class Handle:
     """A patched model or pipeline: says what happened, and undoes the patch.
@@ -85,6 +90,16 @@ class Handle:
         """What happened at each patched attention module so far. Waits for the GPU."""
         sites = [site for patch in self._patches for site in patch.report()]
         return Report(tuple(sites), self._request.schedule.dense_steps)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Call `watcher(watched)` after every attention call of a patched module; None stops that.
+
+        It sees calls that ran a pattern and, in diffusers models, calls of modules that are dense by pattern or
+        schedule; neither fallbacks nor compiled code. `watched.rows(tokens)` gives the attention map that a loss
+        compares with a teacher's.
+        """
+        for patch in self._patches:
+            patch.watch(watcher)
 
     def remove(self) -> None:
         """Put the original attention back, by identity; a second call does nothing."""

@@ -1,0 +1,212 @@
+"""The weights with which chosen queries read all tokens, for any pattern: what attention-map losses compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from visattn.checks import check_call
+from visattn.dispatch import Call
+from visattn.kernels.agent import pool_queries
+from visattn.kernels.linear_features import elu_plus_one, features, repeated, widened
+from visattn.kernels.linear_flow import flow_weights
+from visattn.kernels.linear_mala import mala_weights
+from visattn.layout import Layout
+from visattn.patterns import Agent, Flow, Linear, Mala, Pattern, Sigmoid, SparseLinear, parse
+from visattn.plans import TilePlan, plan, with_routes
+
+
+def attention_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    pattern: Pattern | str,
+    layout: Layout,
+    rows: torch.Tensor | Sequence[int],
+    *,
+    parameters: Mapping[str, torch.Tensor] | None = None,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weight of every token in the output of chosen queries: attention(q, k, v, ...)[:, rows] = weights v.
+
+    Weights of pooled keys (clear) and of agents are passed on to the tokens they stand for. Rows of softmax, linear,
+    flow-free mixes of them and agent sum to 1; those of sigmoid and flow do not, and mala's may be negative.
+    Differentiable in q, k and the parameters. Memory is that of the result.
+
+    Args:
+        q: Queries [B, S, H, D] with S = layout.length.
+        k: Keys [B, S, Hkv, D].
+        pattern: A pattern or its text.
+        layout: Where the tokens sit.
+        rows: Tokens whose queries are asked for: whole numbers [R].
+        parameters: Learnable parameters, as for `attention`.
+        scale: Factor on the logits, D**-0.5 if None.
+        key_mask: bool [B, S], True where a key may be attended.
+
+    Returns:
+        [B, H, R, S] in float32 (float64 for float64 inputs); zeros for a query that sees nothing.
+
+    Raises:
+        ValueError: If the arguments do not fit together, a row is no token, or the pattern merges tokens.
+    """
+    pattern, index = parse(pattern), torch.as_tensor(rows, device=q.device)
+    parameters = MappingProxyType({}) if parameters is None else parameters
+    check_call(q, k, k, pattern, layout, key_mask, None, parameters)
+    if pattern.merges:
+        raise ValueError(f"{pattern} merges tokens before they become queries and keys: it has no rows of its own")
+    if (
+        index.ndim != 1
+        or index.is_floating_point()
+        or (len(index) and not 0 <= index.min() <= index.max() < q.shape[1])
+    ):
+        raise ValueError(f"rows {list(index.shape)} must be whole numbers [R] from 0 to {q.shape[1] - 1}")
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    call = Call(pattern, layout, scale, key_mask, parameters=parameters)
+    q, k = widened(q), widened(k)
+    if isinstance(pattern, Agent):
+        return _agent(q, k, call, index)
+    if isinstance(pattern, Mala):
+        return mala_weights(elu_plus_one(q)[:, index], elu_plus_one(k), scale, key_mask)
+    if isinstance(pattern, Flow):
+        return flow_weights(q, k, index, key_mask)
+    if isinstance(pattern, Linear):
+        return _linear(q, k, pattern.feature, call, index, None)
+    if isinstance(pattern, SparseLinear):
+        return _sparse_linear(q, k, pattern, call, index)
+    return _listed(q, k, call, index)
+
+
+def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """All products: [B, R, H, D] and [B, N, Hkv, D] -> [B, H, R, N]."""
+    return torch.einsum("brhd,bshd->bhrs", q, repeated(k, q.shape[2]))
+
+
+def _softmax(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Softmax over the visible keys, zeros where there are none."""
+    empty = ~seen.any(-1, keepdim=True)
+    return logits.masked_fill(~seen, float("-inf")).masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+
+
+def _shown(key_mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """The key mask as [1 or B, 1, 1, S]."""
+    if key_mask is None:
+        return torch.ones(1, 1, 1, like.shape[1], dtype=torch.bool, device=like.device)
+    return key_mask[:, None, None, :]
+
+
+def _agent(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) -> torch.Tensor:
+    assert isinstance(call.pattern, Agent)
+    agents = pool_queries(q, call.pattern, call.layout)
+    gather = _softmax(_products(agents, k) * call.scale, _shown(call.key_mask, k))
+    return (_products(q[:, rows], agents) * call.scale).softmax(-1) @ gather
+
+
+def _linear(
+    q: torch.Tensor, k: torch.Tensor, feature: str, call: Call, rows: torch.Tensor, hidden: torch.Tensor | None
+) -> torch.Tensor:
+    mapped_q, mapped_k = features(q, k, feature, call.parameters, call.key_mask)
+    weights = _products(mapped_q[:, rows], mapped_k)
+    if hidden is not None:
+        weights = weights * hidden
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total < torch.finfo(total.dtype).tiny, 1)
+
+
+def _sparse_linear(
+    q: torch.Tensor, k: torch.Tensor, pattern: SparseLinear, call: Call, rows: torch.Tensor
+) -> torch.Tensor:
+    soft = _listed(q, k, Call(pattern.sparse, call.layout, call.scale, call.key_mask, parameters=call.parameters), rows)
+    mix = call.parameters.get("mix")
+    if mix is None:
+        return soft
+    seen = visible_rows(pattern.sparse, call.layout, rows, q, k)[:, None, :, : q.shape[1]]
+    hidden = ~seen & _shown(call.key_mask, k)
+    linear = _linear(q, k, pattern.feature, call, rows, hidden)
+    return soft + mix.to(soft.dtype)[:, None, None] * hidden.any(-1, keepdim=True) * (linear - soft)
+
+
+def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) -> torch.Tensor:
+    """Softmax or sigmoid over the visible keys, those that a pattern appends included."""
+    pattern, pool = call.pattern, call.parameters.get("pool_weight")
+    listed = pattern.listed
+    assert listed is not None
+    keys, _, key_mask = pattern.append_keys(k, k, call.key_mask, call.layout, pool)
+    seen = visible_rows(listed, call.layout, rows, q, k)[:, None] & _shown(key_mask, keys)
+    logits = _products(q[:, rows], keys) * call.scale
+    if isinstance(pattern, Sigmoid):
+        offset = call.parameters.get("bias")
+        if offset is not None:
+            logits = logits + offset.to(logits.dtype)[:, None, None]
+        count = seen.sum(-1, keepdim=True).clamp(min=1).to(logits.dtype)
+        logits = logits + (-count.log() if pattern.bias is None else pattern.bias)
+        weights = logits.sigmoid() * seen
+    else:
+        weights = _softmax(logits, seen)
+    return _unpooled(weights, listed, call, pool)
+
+
+def _unpooled(weights: torch.Tensor, pattern: Pattern, call: Call, pool: torch.Tensor | None) -> torch.Tensor:
+    """Weights [.., S + extra] with those of pooled keys passed on to their tokens: [.., S]."""
+    layout, cell = call.layout, pattern.pool_shape(call.layout.grid)
+    own, pooled = weights[..., : layout.length], weights[..., layout.length :]
+    if cell is None:
+        return own
+    where = np.indices(layout.grid).reshape(layout.dims, -1)
+    sides = [-(-n // c) for n, c in zip(layout.grid, cell, strict=True)]
+    cells = torch.from_numpy(np.ravel_multi_index([w // c for w, c in zip(where, cell, strict=True)], sides))
+    slots = torch.from_numpy(np.ravel_multi_index([w % c for w, c in zip(where, cell, strict=True)], cell))
+    cells, slots = cells.to(weights.device), slots.to(weights.device)
+    inner = slice(layout.prefix, layout.prefix + layout.tokens)
+    keep = torch.ones(1, layout.tokens, device=weights.device, dtype=weights.dtype)
+    if call.key_mask is not None:
+        keep = call.key_mask[:, inner].to(weights.dtype)
+    count = keep.new_zeros(len(keep), math.prod(sides)).index_add(1, cells, keep).clamp(min=1)
+    share = keep * math.prod(cell) / count[:, cells]
+    share = share / math.prod(cell) if pool is None else share * pool.to(share.dtype).flatten()[slots]
+    added = pooled[..., cells] * share[:, None, None]
+    return own + torch.nn.functional.pad(added, (layout.prefix, layout.suffix))
+
+
+def visible_rows(
+    pattern: Pattern, layout: Layout, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+) -> torch.Tensor:
+    """Which keys chosen queries see by a pattern that is a list of key tiles.
+
+    Args:
+        pattern: The pattern.
+        layout: The tokens.
+        rows: Tokens [R].
+        q: Queries [B, S, H, D] and
+        k: keys [B, S, Hkv, D], used by routed patterns only.
+
+    Returns:
+        bool [1 or B, R, S + extra].
+    """
+    made = plan(pattern, layout)
+    plans = [made]
+    if pattern.routed and not pattern.covers(layout.grid):
+        plans = [with_routes(made, routes.cpu().numpy()) for routes in pattern.route(q, k, made)]
+    elif pattern.routed:
+        return torch.ones(1, len(rows), layout.length, dtype=torch.bool, device=q.device)
+    found = [_plan_rows(each, rows.cpu().numpy()) for each in plans]
+    return torch.from_numpy(np.stack(found)).to(q.device)
+
+
+def _plan_rows(made: TilePlan, rows: np.ndarray) -> np.ndarray:
+    """Rows of the mask that a plan stands for: bool [R, keys]."""
+    tile, slot = np.empty(made.queries.length, np.int64), np.empty(made.queries.length, np.int64)
+    where = np.nonzero(made.queries.tokens >= 0)
+    tokens = made.queries.tokens[where]
+    tile[tokens], slot[tokens] = where
+    seen = np.zeros((len(rows), made.keys.length), bool)
+    for out, row in zip(seen, rows, strict=True):
+        entries = slice(made.lists.start[tile[row]], made.lists.start[tile[row] + 1])
+        keys, mask = made.keys.tokens[made.lists.tile[entries]], made.lists.mask[entries]
+        shown = keys >= 0
+        shown[mask >= 0] &= made.masks[mask[mask >= 0], slot[row]]
+        out[keys[shown]] = True
+    return seen

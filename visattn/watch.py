@@ -1,0 +1,64 @@
+"""What a handle shows of the attention calls of its model while they run: for losses and for looking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+
+
+class Watched(NamedTuple):
+    """One attention call of a patched module, with gradients where they flow.
+
+    Attributes:
+        site: Path of the module.
+        q: Queries [B, S, H, D].
+        k: Keys [B, S, Hkv, D].
+        v: Values [B, S, Hkv, D].
+        out: What the call returned [B, S, H, D].
+        pattern: What it ran: the module's pattern, or dense where a schedule keeps it dense.
+        layouts: Where the tokens sit; one for each sample where samples differ.
+        scale: Factor on the logits.
+        key_mask: bool [B, S], True where a key may be attended, or None for all.
+        parameters: Learnable parameters of the pattern.
+    """
+
+    site: str
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    pattern: Pattern
+    layouts: tuple[Layout, ...]
+    scale: float
+    key_mask: torch.Tensor | None
+    parameters: Mapping[str, torch.Tensor]
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Weights of all tokens for the queries of some tokens [R], see `visattn.attention_rows`: [B, H, R, S]."""
+        from visattn.rows import attention_rows
+
+        alone = len(self.layouts) == 1
+        samples = [slice(None) if alone else slice(i, i + 1) for i in range(len(self.layouts))]
+        return torch.cat(
+            [
+                attention_rows(
+                    self.q[at],
+                    self.k[at],
+                    self.pattern,
+                    layout,
+                    rows,
+                    parameters=self.parameters,
+                    scale=self.scale,
+                    key_mask=None if self.key_mask is None else self.key_mask[at],
+                )
+                for at, layout in zip(samples, self.layouts, strict=True)
+            ]
+        )
+
+
+Watcher = Callable[[Watched], None]
