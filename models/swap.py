@@ -13,8 +13,11 @@ from torch import nn
 
 from visattn.dispatch import choose
 from visattn.handle import Request
+from visattn.models.swap_maps import CoAtBlock, DaVitBlock, ParallelPartition, PartitionFirst, PartitionLast
+from visattn.models.swap_relative import BeitAttention, RelPosAttention
 from visattn.models.swap_runtime import Runtime, Swapped
-from visattn.models.swap_tokens import BeitAttention, RotaryAttention, TokenAttention
+from visattn.models.swap_sam import SamBlock
+from visattn.models.swap_tokens import RotaryAttention, TokenAttention
 from visattn.models.swap_windows import SwinBlock, SwinV2Block
 from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense, Neighborhood, Pattern
@@ -32,12 +35,14 @@ class Record:
         bias: Whether it has a relative position bias, which only neighborhoods carry.
         tokens: Whether it sees a sequence (and the model has to say where its tokens sit), or maps.
         models: Which models have it, for people.
+        attention: Name of its attention module, if the class is a block around one.
     """
 
     mixin: type
     bias: bool
     tokens: bool
     models: str
+    attention: str = ""
 
 
 RECORDS = {
@@ -46,14 +51,28 @@ RECORDS = {
     "timm.models.vision_transformer.Attention": Record(TokenAttention, False, True, "ViTs of older releases of timm"),
     "timm.models.eva.EvaAttention": Record(RotaryAttention, False, True, "EVA, EVA-02, DINOv3, rope ViTs"),
     "timm.models.beit.Attention": Record(BeitAttention, True, True, "BEiT, BEiT v2"),
-    "timm.models.swin_transformer.SwinTransformerBlock": Record(SwinBlock, True, False, "Swin, S3"),
-    "timm.models.swin_transformer_v2.SwinTransformerV2Block": Record(SwinV2Block, True, False, "Swin v2"),
+    "timm.models.vision_transformer_relpos.RelPosAttention": Record(RelPosAttention, True, True, "vit_relpos"),
+    "timm.models.swin_transformer.SwinTransformerBlock": Record(SwinBlock, True, False, "Swin, S3", "attn"),
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": Record(SwinV2Block, True, False, "Swin v2", "attn"),
+    "timm.models.maxxvit.PartitionAttentionCl": Record(
+        PartitionLast, True, False, "MaxViT and MaxxViT: block attention, not grid attention", "attn"
+    ),
+    "timm.models.maxxvit.PartitionAttention2d": Record(PartitionFirst, True, False, "the same, channels first", "attn"),
+    "timm.models.maxxvit.ParallelPartitionAttention": Record(
+        ParallelPartition, True, False, "MaxViT with both at once: the block half", "attn_block"
+    ),
+    "timm.models.maxxvit.TransformerBlock2d": Record(CoAtBlock, True, False, "CoAtNet, CoAtNeXt", "attn"),
+    "timm.models.davit.SpatialBlock": Record(DaVitBlock, False, False, "DaViT: spatial, not channel attention", "attn"),
+    "timm.models.vision_transformer_sam.Block": Record(SamBlock, False, False, "SAM", "attn"),
 }
 
 
 def record_of(module: nn.Module) -> Record | None:
     """The record of a module's class, None if it is no attention that visattn knows."""
     kind = type(module)
+    # MaxViT's grid attention sees a few tokens of the whole map, each far from the next: no pattern is near to that.
+    if getattr(module, "partition_block", None) is False:
+        return None
     return RECORDS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
@@ -100,7 +119,7 @@ class SwappedModel:
                 self._learnables.append(Learnable(self._name, name.path, pattern, own))
             module.visattn_site = Swapped(self.runtime, name.path, pattern, own)  # type: ignore[assignment]
             module.__class__ = swapped_class(type(module), record.mixin)
-        self._hooks: list[Any] = []
+        self._hooks: list[Any] = [host.register_forward_pre_hook(refuse_dropped_patches)]
         if any(record_of_class(kind).tokens for *_, kind in self._sites):
             embed = getattr(host, "embeds", None) or getattr(host, "patch_embed", None)
             if embed is None and request.layout is None:
@@ -108,7 +127,6 @@ class SwappedModel:
                 raise ValueError(f"{self._name} has no patch_embed that tells its grid: pass layout=Layout(...)")
             if embed is not None:
                 self._hooks.append(embed.register_forward_hook(Follow(self.runtime), with_kwargs=True))
-            self._hooks.append(host.register_forward_pre_hook(refuse_dropped_patches))
         if request.strict:
             self._hooks.append(model.register_forward_pre_hook(Missed(self.runtime, [s[0].path for s in self._sites])))
             self._hooks.append(
@@ -258,7 +276,9 @@ def _sites(model: nn.Module, name: str) -> list[tuple[SiteName, nn.Module]]:
             found.append((SiteName(path, layer), module))
     if not found:
         known = ", ".join(sorted({kind.rpartition(".")[2] for kind in RECORDS}))
-        raise ValueError(f"{name} has no attention module that visattn can swap (it knows {known} of timm)")
+        grids = any(hasattr(module, "partition_block") for module in model.modules())
+        why = "; its grid attention sees a few tokens of the whole map already" if grids else ""
+        raise ValueError(f"{name} has no attention module that visattn can swap (it knows {known} of timm){why}")
     return found
 
 
@@ -266,12 +286,22 @@ def _check(module: nn.Module, pattern: Pattern, name: str) -> None:
     record = record_of(module)
     assert record is not None
     check_dims(pattern, 2, name)
-    if record.bias and not isinstance(pattern, Neighborhood | Dense) and _has_bias(module):
+    holder: Any = getattr(module, record.attention) if record.attention else module
+    if record.bias and not isinstance(pattern, Neighborhood | Dense) and _has_bias(holder):
         raise ValueError(
             f"{pattern} cannot carry the relative position bias of {name}: use na(window=...), which can, or 'dense'"
         )
+    if pattern.composed and getattr(holder, "use_rel_pos", False):
+        raise ValueError(
+            f"{pattern} has no pairs of tokens to which the position logits of {name} could be added: use a pattern "
+            "that has, like na(window=...), or 'dense'"
+        )
+    if record.mixin is SamBlock and getattr(module, "window_size", 0) and getattr(holder, "rope", None) is not None:
+        raise ValueError(
+            f"the rotary embedding of {name} is one of its windows, not of the map: leave them as they are"
+        )
 
 
-def _has_bias(module: Any) -> bool:
-    holder = getattr(module, "attn", module)
-    return getattr(holder, "relative_position_bias_table", None) is not None or hasattr(holder, "cpb_mlp")
+def _has_bias(holder: Any) -> bool:
+    table = getattr(holder, "relative_position_bias_table", None)
+    return table is not None or hasattr(holder, "cpb_mlp") or getattr(holder, "rel_pos", None) is not None

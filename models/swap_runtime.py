@@ -104,6 +104,17 @@ class Swapped:
             return {name: value.to(device) for name, value in self.parameters.items()}
         return following(self.parameters, device)
 
+    def keeps_stock(self, refusal: str | None) -> bool:
+        """Whether the module's own attention runs, for a schedule or the reason given; counts it if so."""
+        counted = not torch.compiler.is_compiling()
+        if isinstance(self.pattern, Dense):
+            if counted:
+                self.runtime.tally.dense(self.path)
+            return True
+        if refusal is not None and counted:
+            self.runtime.tally.fallback(self.path, refusal)
+        return refusal is not None
+
     def stays_stock(self, refusal: str | None, tokens: int) -> Layout | None:
         """The layout if the pattern is to run, None if the module's own attention is; counts the latter.
 
@@ -114,17 +125,8 @@ class Swapped:
         Raises:
             ValueError: If the sequence is not what the model embedded.
         """
-        counted = not torch.compiler.is_compiling()
-        if isinstance(self.pattern, Dense):
-            if counted:
-                self.runtime.tally.dense(self.path)
-            return None
         layout = self.runtime.here.layout
-        if isinstance(layout, str):
-            refusal = layout
-        if refusal is not None or isinstance(layout, str):
-            if counted:
-                self.runtime.tally.fallback(self.path, refusal or "")
+        if self.keeps_stock(layout if isinstance(layout, str) else refusal) or isinstance(layout, str):
             return None
         layout.check_length(tokens)
         return layout

@@ -1,4 +1,4 @@
-"""Swapped attention of timm's models on token sequences: ViT and its kin, EVA-02, DINOv3, rope ViTs, BEiT.
+"""Swapped attention of timm's models on token sequences: ViT and its kin, EVA-02, DINOv3, rope ViTs.
 
 Each class is mixed into the class of a module in place, so parameters, hooks and the names of the state dict stay.
 """
@@ -11,9 +11,7 @@ import torch
 from timm.layers import apply_rot_embed_cat
 from torch.nn import functional as F
 
-from visattn.layout import Layout
 from visattn.models.swap_runtime import Swapped
-from visattn.patterns import Neighborhood
 
 
 class TokenAttention:
@@ -39,7 +37,7 @@ class TokenAttention:
                 site.count_stock((x.shape[0], heads, x.shape[1], self.proj.in_features // heads), x, layout)
             return self._visattn_stock(x, rope, attn_mask, is_causal)
         gate = self.gate(x).sigmoid() if getattr(self, "gate", None) is not None else None
-        q, k, v = _project(self, x)
+        q, k, v = project(self, x)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (_rotate(self, t, rope).type_as(v) for t in (q, k))
@@ -91,7 +89,7 @@ def _key_mask(
     return None, f"attn_mask is {attn_mask.dtype} {list(attn_mask.shape)}, not a bool mask of keys [B, 1, 1, S]"
 
 
-def _project(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def project(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v [B, heads, S, head_dim] of any of the classes."""
     batch, tokens, _ = x.shape
     if getattr(module, "qkv", None) is None:
@@ -114,74 +112,3 @@ def _rotate(module: Any, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     first = module.num_prefix_tokens
     grid = apply_rot_embed_cat(x[:, :, first:], rope, half=getattr(module, "rotate_half", False))
     return torch.cat([x[:, :, :first], grid], dim=2)
-
-
-class BeitAttention:
-    """BEiT's `Attention`: the relative position bias goes into the window, the class token is merged by LSE."""
-
-    visattn_site: Swapped
-
-    def forward(self: Any, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None) -> torch.Tensor:
-        """As the module's own forward."""
-        site: Swapped = self.visattn_site
-        layout = site.stays_stock(_beit_refusal(self, site, shared_rel_pos_bias), x.shape[1])
-        if layout is None or site.covered(layout):
-            if layout is not None:
-                shape = (x.shape[0], self.num_heads, x.shape[1], self.proj.in_features // self.num_heads)
-                site.count_stock(shape, x, layout)
-            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)  # type: ignore[misc]
-        q, k, v = _project(self, x)
-        if self.relative_position_bias_table is None:
-            y = site.attend(q, k, v, layout, self.scale)
-        else:
-            y = _beit_with_bias(self, site, q, k, v, layout)
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
-
-
-def _beit_refusal(module: Any, site: Swapped, shared: torch.Tensor | None) -> str | None:
-    if module.training and getattr(module.attn_drop, "p", 0.0) > 0:
-        return f"attention dropout {module.attn_drop.p} is on in training"
-    if shared is not None:
-        return "the position bias is shared by all blocks and comes as one dense tensor"
-    return None
-
-
-def _beit_with_bias(
-    module: Any, site: Swapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout
-) -> torch.Tensor:
-    """Class token and grid apart: [B, heads, 1 + grid, head_dim]."""
-    table = module.relative_position_bias_table
-    to_grid, to_token, to_self = table[-3], table[-2], table[-1]
-    grid_layout = Layout(layout.grid)
-    rpb = offsets_of(table[:-3], tuple(module.window_size), site.pattern, layout.grid).to(q.dtype)
-    # The class token sees everything, with one bias for the grid and one for itself.
-    bias = torch.cat([to_self[:, None], to_grid[:, None].expand(-1, layout.tokens)], dim=1)[None, :, None]
-    token = F.scaled_dot_product_attention(q[:, :, :1], k, v, attn_mask=bias.to(q.dtype), scale=module.scale)
-    inner, lse = site.attend_lse(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], grid_layout, module.scale, rpb)
-    # One more key, the class token, enters the softmax of every grid query.
-    logit = (q[:, :, 1:] * k[:, :, :1]).sum(-1).float() * module.scale + to_token[None, :, None].float()
-    share = torch.sigmoid(logit - lse.float())[..., None].to(v.dtype)
-    return torch.cat([token, inner + share * (v[:, :, :1] - inner)], dim=2)
-
-
-def offsets_of(table: torch.Tensor, window: tuple[int, ...], pattern: Any, grid: tuple[int, ...]) -> torch.Tensor:
-    """A relative position bias table as the `rpb` of a neighborhood pattern.
-
-    Args:
-        table: [(2 * window - 1 per axis), heads], by query position minus key position plus window - 1.
-        window: Of the table.
-        pattern: The neighborhood pattern.
-        grid: Rows and columns.
-
-    Returns:
-        [heads, 2 * K - 1 per axis] for the pattern's window K, by key position minus query position. Distances
-        beyond the table get its nearest entry; none occur where K is at most the table's window.
-    """
-    assert isinstance(pattern, Neighborhood)
-    sides = pattern.rpb_shape(grid)
-    dilations = pattern.step(grid)
-    bias = table.reshape(*(2 * w - 1 for w in window), -1).permute(2, 0, 1)
-    for axis, (side, dilation, w) in enumerate(zip(sides, dilations, window, strict=True)):
-        distance = dilation * (torch.arange(side, device=table.device) - side // 2)
-        bias = bias.index_select(axis + 1, (w - 1 - distance).clamp(0, 2 * w - 2))
-    return bias

@@ -12,9 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from visattn.layout import Layout
+from visattn.models.swap_bias import log_distances, offsets_of
 from visattn.models.swap_runtime import Swapped
-from visattn.models.swap_tokens import _project, offsets_of
-from visattn.patterns import Dense, Neighborhood
+from visattn.models.swap_tokens import project
+from visattn.patterns import Neighborhood
 
 
 class SwinBlock:
@@ -28,15 +29,9 @@ class SwinBlock:
         batch, height, width, dim = x.shape
         layout = Layout((height, width))
         dropout = attn.attn_drop.p if self.training else 0.0
-        if isinstance(site.pattern, Dense) or dropout > 0:
-            if not torch.compiler.is_compiling():
-                tally = site.runtime.tally
-                if isinstance(site.pattern, Dense):
-                    tally.dense(site.path)
-                else:
-                    tally.fallback(site.path, f"attention dropout {dropout} is on in training")
+        if site.keeps_stock(f"attention dropout {dropout} is on in training" if dropout > 0 else None):
             return super()._attn(x)  # type: ignore[misc]
-        q, k, v = _project(attn, x.reshape(batch, height * width, dim))
+        q, k, v = project(attn, x.reshape(batch, height * width, dim))
         q, k, scale = self._visattn_logits(attn, q, k)
         rpb = self._visattn_bias(attn, site.pattern, layout.grid)
         y = site.attend(q.to(v.dtype), k.to(v.dtype), v, layout, scale, rpb=rpb.to(v.dtype))
@@ -64,11 +59,5 @@ class SwinV2Block(SwinBlock):
         """The `rpb` of the pattern, from the MLP."""
         weight = attn.cpb_mlp[0].weight
         known = attn.pretrained_window_size if attn.pretrained_window_size[0] > 0 else attn.window_size
-        axes = []
-        for side, dilation, window in zip(pattern.rpb_shape(grid), pattern.step(grid), known, strict=True):
-            # Distances are those from key to query, the other way round than in rpb.
-            distance = -dilation * (torch.arange(side, device=weight.device) - side // 2).float()
-            axes.append(distance * 8 / max(window - 1, 1))
-        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
-        coordinates = coordinates.sign() * torch.log2(coordinates.abs() + 1) / math.log2(8)
-        return 16 * torch.sigmoid(attn.cpb_mlp(coordinates.to(weight.dtype))).permute(2, 0, 1)
+        coordinates = log_distances(pattern, grid, tuple(known), weight)
+        return 16 * torch.sigmoid(attn.cpb_mlp(coordinates)).permute(2, 0, 1)

@@ -13,7 +13,7 @@ from torch.nn import functional
 import visattn
 from tests.golden.fill import fill_value
 from visattn import Layout
-from visattn.models.swap_tokens import offsets_of
+from visattn.models.swap_bias import offsets_of
 from visattn.patterns import Neighborhood
 
 # Two blocks each, on a grid of 6 x 6 patches or near it.
@@ -32,6 +32,9 @@ TOKENS = {
     "beit_base_patch16_224": {"img_size": 96},
     "beitv2_base_patch16_224": {"img_size": 96},
     "naflexvit_base_patch16_gap": {},
+    "vit_relpos_small_patch16_224": {"img_size": 96},
+    "vit_relpos_base_patch16_cls_224": {"img_size": 96, "embed_dim": 96, "num_heads": 3},
+    "vit_relpos_base_patch16_clsgap_224": {"img_size": 96, "embed_dim": 96, "num_heads": 3, "rel_pos_type": "bias"},
 }
 SWINS = {
     "swin_tiny_patch4_window7_224": {"img_size": 112, "embed_dim": 32, "num_heads": (1, 2, 4, 8)},
@@ -86,7 +89,7 @@ def test_window_equals_stock_under_its_mask(name, monkeypatch):
     with visattn.apply(model, "na(window=3)") as handle:
         found = model(x)
         layout = handle.report().sites[0].calls[0].problem.layout
-        if "beit" in name:  # its class token is apart
+        if "beit" in name or "cls" in name:  # their class token is apart
             layout = Layout(layout.grid, prefix=1)
     mask = visattn.dense_mask(Neighborhood(3), layout)
     attend = functional.scaled_dot_product_attention
@@ -247,6 +250,17 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"cannot carry the relative position bias of SwinTransformer"):
         visattn.apply(make_swin("swin_tiny_patch4_window7_224"), "halo(block=4, halo=1)")
     assert not hasattr(model.blocks[0].attn, "visattn_site")
+
+
+@torch.no_grad()
+def test_a_shared_bias_runs_stock_and_is_counted():
+    model = randomise(timm.create_model("vit_srelpos_small_patch16_224", img_size=96, depth=2).eval())
+    x = torch.randn(1, 3, 96, 96)
+    stock = model(x)
+    with visattn.apply(model, "na(window=3)") as handle:
+        assert torch.equal(model(x), stock)
+        reason = "the position bias is shared by all blocks and comes as one dense tensor"
+        assert handle.report().fallbacks == {reason: 2}
 
 
 def test_strict_names_what_a_forward_missed():
