@@ -1,8 +1,8 @@
-"""The figures of the README: measure them again, and write them into its tables.
+"""The figures of the README and of docs/timm.md: measure them again, and write them into the tables.
 
 python scripts/figures.py measure          # all of them on this machine, into docs/results (keep it idle)
 python scripts/figures.py measure cpu      # one of them
-python scripts/figures.py render           # README.md's tables from docs/results
+python scripts/figures.py render           # the tables from docs/results
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "timm.md")
 
 # What measures each result. {out} is its JSON file, {folder} a scratch folder that holds report.json.
 COMMANDS = {
@@ -29,6 +30,8 @@ COMMANDS = {
     "generate-4096": 'visattn generate image --model digits --pattern "na(window=9x9)" --size 128 --label 3 '
     "--compare --repeats 2 --out {folder} --force",
     "cpu": "python scripts/bench_cpu.py --json {out} --force",
+    "digits-vit": "python scripts/measure_digits_vit.py --out {out}",
+    "timm-highres": "python scripts/bench_timm.py --out {out}",
 }
 
 
@@ -104,18 +107,48 @@ def gpu_table() -> str:
     return table(["case", "tile bound", "forward", "backward", "forward time, cuDNN's"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"digits": digits_table, "cpu": cpu_table, "gpu": gpu_table}
+def digits_vit_table() -> str:
+    """What patterns cost the small ViT, before and after fine-tuning."""
+    found, rows = result("digits-vit"), []
+    steps = found["settings"]["fine_tuning"]["steps"]
+    for row in found["rows"]:
+        dense = row["pattern"] == "dense"
+        name = "dense (stock)" if dense else f"`{row['pattern']}`"
+        density = "" if row["density"] is None else "100 %" if dense else f"{row['density']:.0%}"
+        rows.append([name, density, f"{row['as_trained']:.1%}", f"{row['fine_tuned']:.1%}"])
+    return table(["attention", "density", "as trained, dense", f"after {steps} steps with it"], rows)
+
+
+def timm_table() -> str:
+    """Models of timm on large images, stock against swapped."""
+    rows = []
+    for case in result("timm-highres")["cases"].values():
+        stock, swapped = case["stock"], case["swapped"]
+        cells = [f"{case['name']}, {case['size']} px", f"{case['tokens']:,}"]
+        for key in ("seconds", "attention"):
+            first, second = (statistics.median(side[key]) for side in (stock, swapped))
+            cells.append(f"{first:.1f} s to {second:.1f} s: {first / second:.1f}x")
+        memory = " to ".join(f"{side['memory'] / 2**20:.0f} MiB" for side in (stock, swapped))
+        rows.append([*cells, memory])
+    return table(["model", "tokens", "forward, stock to swapped", "of it attention", "peak memory"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "digits": digits_table,
+    "cpu": cpu_table,
+    "gpu": gpu_table,
+    "digits-vit": digits_vit_table,
+}
 
 
 def rendered(text: str) -> str:
-    """The README with its tables made from docs/results."""
+    """A page with its tables made from docs/results."""
     for name, make in TABLES.items():
         begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"README.md has no {begin} ... {end}")
-        body = f"{begin}\n{make()}\n{end}"
-        text = pattern.sub(lambda _, body=body: body, text)
+        if begin in text:
+            pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+            body = f"{begin}\n{make()}\n{end}"
+            text = pattern.sub(lambda _, body=body: body, text)
     return text
 
 
@@ -127,7 +160,8 @@ def main() -> None:
         raise SystemExit(f"{__doc__}\nresults: {', '.join(COMMANDS)}" + f"\nunknown: {unknown}" * bool(unknown))
     if action == "measure":
         measure(names)
-    README.write_text(rendered(README.read_text()))
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))
 
 
 if __name__ == "__main__":
