@@ -2,8 +2,8 @@
 
     python scripts/train_digits_vit.py --out out/digits-vit
 
-On cores that others use too, `--threads 1` is faster. Stop it at any time; the same command goes on from the last checkpoint. `--out` gets `model.safetensors` and
-`log.jsonl`. scripts/measure_digits_vit.py then swaps its attention.
+Stop it at any time; the same command goes on from the last checkpoint. On cores that others use too, `--threads 1` is
+faster. `--out` gets `model.safetensors` and `log.jsonl`. scripts/measure_digits_vit.py then swaps its attention.
 """
 
 from __future__ import annotations
