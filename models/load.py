@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,12 @@ def read_weights(path: Path) -> dict[str, Any]:
         return load_file(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of tensors only: {str(error).splitlines()[0]}") from None
+    except Exception:
+        # torch's own message advises to execute what the file holds.
+        raise ValueError(
+            f"{path} is no checkpoint of tensors only: pass .safetensors, or a .pth that torch.load(weights_only=True) "
+            "reads"
+        ) from None
     return official(found, torch.nn.Module())
 
 
@@ -65,18 +72,49 @@ def create_with_weights(
         model = timm.create_model(name, pretrained=pretrained and weights is None, **kwargs).eval()
     if weights is not None:
         try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{checkpoint} does not fit {name}: {' '.join(str(error).split())[:400]}") from None
+            model.load_state_dict(fitted(weights, model))
+        except RuntimeError:
+            raise ValueError(f"{checkpoint} does not fit {name}: {_difference(weights, model)}") from None
     return model
+
+
+def fitted(weights: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+    """Weights with positions resampled for the model's image size, by the filter of the model's family in timm."""
+    own = model.state_dict()
+    same = own.keys() == weights.keys()
+    if same and any(weights[key].shape != value.shape for key, value in own.items() if "pos" in key):
+        family = sys.modules[type(model).__module__]
+        if hasattr(family, "checkpoint_filter_fn"):
+            return family.checkpoint_filter_fn(weights, model)
+    return weights
+
+
+def _difference(weights: dict[str, Any], model: torch.nn.Module) -> str:
+    """What keeps weights from fitting a model, in a line."""
+    own = model.state_dict()
+    missing = [key for key in own if key not in weights]
+    unknown = [key for key in weights if key not in own]
+    shapes = [
+        f"{key} is {list(weights[key].shape)} instead of {list(value.shape)}"
+        for key, value in own.items()
+        if key in weights and hasattr(weights[key], "shape") and weights[key].shape != value.shape
+    ]
+    lines = []
+    for what, found in (("it has no", missing), ("the model has no", unknown), ("other shapes:", shapes)):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            lines.append(f"{what} {', '.join(found[:3])}{more}")
+    return "; ".join(lines)
 
 
 def open_image(path: Path, model: torch.nn.Module, size: int | None) -> torch.Tensor:
     """An image as the model wants it: [1, channels, height, width].
 
     Raises:
-        ValueError: If it is no image.
+        ValueError: If there is no such file, or it is no image.
     """
+    if not path.is_file():
+        raise ValueError(f"image {path} does not exist" if not path.exists() else f"{path} is a folder, not an image")
     try:
         image = Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
@@ -89,3 +127,12 @@ def open_image(path: Path, model: torch.nn.Module, size: int | None) -> torch.Te
 def class_name(index: int, classes: int) -> str:
     """The name of a class of ImageNet, "" for other heads."""
     return timm.data.ImageNetInfo().index_to_description(index) if classes == 1000 else ""
+
+
+@contextmanager
+def said_by_timm(name: str, size: int | None) -> Iterator[None]:
+    """Turns the assertions with which timm refuses an image size into a ValueError that names model and size."""
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(f"{name} does not take images of {size or 'this'} pixels per side: {error}") from None

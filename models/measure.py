@@ -19,6 +19,7 @@ import visattn.models  # noqa: F401  registers the backbones
 from visattn.attend import attention
 from visattn.dispatch import Problem
 from visattn.handle import apply
+from visattn.models.load import said_by_timm
 from visattn.timing import Timing, interleave
 
 
@@ -114,7 +115,8 @@ def compare(
 
     swapped = copy.deepcopy(model)
     handle = apply(swapped, pattern, backend=backend)
-    swapped(x)
+    with said_by_timm(name, size):
+        swapped(x)
     report = handle.report()
     calls = [call for site in report.sites for call in site.calls]
     if not calls:

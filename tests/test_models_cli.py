@@ -61,8 +61,32 @@ def test_classify_says_what_is_missing(weights):
         create_with_weights("vit_huh", None, False, None, None)
     with pytest.raises(ValueError, match="does not fit test_vit2"):
         create_with_weights("test_vit2", weights / "weights.pth", False, None, None)
+    with pytest.raises(ValueError, match=r"it has no cls_token.*; the model has no reg_token, .* and \d+ more"):
+        create_with_weights("test_vit", weights_of("test_vit2", weights), False, None, None)
+    with pytest.raises(ValueError, match=r"other shapes: head.weight is \[7, 64\] instead of \[3, 64\]"):
+        create_with_weights("test_vit", weights / "weights.pth", False, None, 3)
+    with pytest.raises(ValueError, match=r"image .*none.png does not exist"):
+        open_image(weights / "none.png", timm.create_model("test_vit"), None)
+    with pytest.raises(ValueError, match="is a folder, not an image"):
+        open_image(weights, timm.create_model("test_vit"), None)
+    wrong = call("classify", image, "--model", "test_vit", "--checkpoint", weights / "weights.pth", "--size", 97)
+    assert "test_vit does not take images of 97 pixels per side: Input height (97)" in str(wrong.exception)
     with pytest.raises(ValueError, match="is no image that can be read"):
         open_image(weights / "weights.pth", timm.create_model("test_vit"), None)
+
+
+def weights_of(name, folder):
+    path = folder / f"{name}.pth"
+    torch.save(timm.create_model(name, num_classes=7).state_dict(), path)
+    return path
+
+
+def test_a_checkpoint_of_another_image_size_is_resampled(weights):
+    model = create_with_weights("test_vit", weights / "weights.pth", False, 96, None)
+    own = torch.load(weights / "weights.pth", weights_only=True)["model"]
+    assert model.pos_embed.shape == (1, 37, 64) and own["pos_embed"].shape == (1, 101, 64)
+    assert torch.equal(model.head.weight, own["head.weight"])
+    assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 7)
 
 
 def test_bench_model(tmp_path):
@@ -92,6 +116,8 @@ def test_operations_of_a_swapped_model_are_those_of_visible_pairs():
 def test_bench_model_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"timm knows no model 'vit_huh'; near: .*vit_"):
         create("vit_huh", 224)
+    with pytest.raises(ValueError, match="test_vit does not take images of 97 pixels per side"):
+        compare("test_vit", 97, "na(window=3)", repeats=1)
     with pytest.raises(ValueError, match="dense ran nowhere in test_vit at 96 pixels"):
         compare("test_vit", 96, "dense", repeats=1)
 

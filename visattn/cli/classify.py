@@ -49,11 +49,11 @@ def _run(
     import torch
 
     import visattn
-    from visattn.models.load import class_name, create_with_weights, open_image
+    from visattn.models.load import class_name, create_with_weights, open_image, said_by_timm
 
     model = create_with_weights(name, checkpoint, pretrained, size, classes)
     x = open_image(image, model, size)
-    with contextlib.ExitStack() as stack, torch.inference_mode():
+    with contextlib.ExitStack() as stack, torch.inference_mode(), said_by_timm(name, size):
         handle = stack.enter_context(visattn.apply(model, pattern)) if pattern else None
         probabilities = model(x).softmax(-1)[0]
         report = str(handle.report()) if handle else ""
