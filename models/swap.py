@@ -13,6 +13,7 @@ from torch import nn
 
 from visattn.dispatch import choose
 from visattn.handle import Request
+from visattn.models.swap_flexible import grids_of
 from visattn.models.swap_maps import CoAtBlock, DaVitBlock, ParallelPartition, PartitionFirst, PartitionLast
 from visattn.models.swap_relative import BeitAttention, RelPosAttention
 from visattn.models.swap_runtime import Runtime, Swapped
@@ -188,8 +189,11 @@ class Follow:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A forward hook."""
         if isinstance(out, tuple) and out[1] is None:
-            grid = _flexible(args, kwargs)
-            self.runtime.place(grid, masks=not isinstance(grid, str))
+            grids = grids_of(args, kwargs)
+            if isinstance(grids, str):
+                self.runtime.place(grids)
+            else:
+                self.runtime.place_samples(grids)
         else:
             self.runtime.place(_grid(module, args, out))
 
@@ -212,25 +216,6 @@ def _is_nhwc(module: Any) -> bool:
 
 def _pair(size: Any) -> tuple[int, int]:
     return int(size[0]), int(size[1])
-
-
-def _flexible(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | str:
-    """NaFlexViT's batches of patches: their grid if all have the same one, row by row and without padding.
-
-    Its masks, which it makes whenever it is told which patches are valid, then leave everything visible.
-    """
-    coordinates = kwargs.get("patch_coord", args[1] if len(args) > 1 else None)
-    valid = kwargs.get("patch_valid", args[2] if len(args) > 2 else None)
-    if coordinates is None:
-        return "the batch has neither a grid nor patch coordinates"
-    rows, columns = (int(n) + 1 for n in coordinates.flatten(0, 1).amax(0))
-    index = torch.arange(rows * columns, device=coordinates.device)
-    wanted = torch.stack([index // columns, index % columns], dim=-1)
-    if coordinates.shape[1] != rows * columns or not bool((coordinates == wanted).all()):
-        return "the samples of the batch have several grids"
-    if valid is not None and not bool(valid.all()):
-        return "the samples of the batch have several grids"
-    return rows, columns
 
 
 def refuse_dropped_patches(module: nn.Module, args: tuple[Any, ...]) -> None:

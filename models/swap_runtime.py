@@ -37,7 +37,7 @@ class Runtime:
         self.tally = Tally()
         self.watcher: Watcher | None = None
         self._places: dict[int, Place] = {}
-        self._last = Place("the model has not embedded an image yet", False)
+        self._last = Place("the model has not embedded an image yet")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """A runtime of its own for a copied model; locks and counts are not copied."""
@@ -45,15 +45,20 @@ class Runtime:
         memo[id(self)] = copied
         return copied
 
-    def place(self, grid: tuple[int, int] | str, masks: bool = False) -> None:
+    def place(self, grid: tuple[int, int] | str) -> None:
         """Say where the tokens of this thread's forward sit, or why that is unknown.
 
         Args:
             grid: Rows and columns, or the reason.
-            masks: Whether the model will pass masks in which everything is visible.
         """
         found = grid if isinstance(grid, str) else Layout(grid, prefix=self.prefix)
-        self._places[_thread()] = self._last = Place(found, masks)
+        self._places[_thread()] = self._last = Place(found)
+
+    def place_samples(self, grids: tuple[tuple[int, int], ...]) -> None:
+        """Say where the tokens of each sample sit; what the sequence has beyond them is padding."""
+        layouts = tuple(Layout(grid, prefix=self.prefix) for grid in grids)
+        even = layouts[0] if len(set(layouts)) == 1 else "the samples of the batch have several grids"
+        self._places[_thread()] = self._last = Place(even, layouts)
 
     @property
     def here(self) -> Place:
@@ -62,7 +67,7 @@ class Runtime:
         Checkpointed blocks run again in a thread of the backward pass: they get the last place there was.
         """
         found = self._places.get(_thread(), self._last)
-        return found if self.fixed is None else Place(self.fixed, found.masks)
+        return found if self.fixed is None else Place(self.fixed)
 
 
 class Place(NamedTuple):
@@ -70,11 +75,11 @@ class Place(NamedTuple):
 
     Attributes:
         layout: That, or why it is unknown.
-        masks: Whether the masks of this forward leave everything visible.
+        samples: Layouts of the samples of a NaFlexViT batch; the masks of that forward should hide their padding.
     """
 
     layout: Layout | str
-    masks: bool
+    samples: tuple[Layout, ...] = ()
 
 
 def _thread() -> int:
@@ -130,6 +135,12 @@ class Swapped:
             return None
         layout.check_length(tokens)
         return layout
+
+    def samples(self, tokens: int) -> tuple[Layout, ...]:
+        """The layouts of the samples where they differ or leave padding, else ()."""
+        place = self.runtime.here
+        ragged = isinstance(place.layout, str) or place.layout.length < tokens
+        return place.samples if ragged else ()
 
     def covered(self, layout: Layout) -> bool:
         """Whether the module's own dense attention is the pattern, and nobody asked for a backend."""

@@ -11,6 +11,7 @@ import torch
 from timm.layers import apply_rot_embed_cat
 from torch.nn import functional as F
 
+from visattn.models.swap_flexible import attend_samples, foreign_mask
 from visattn.models.swap_runtime import Swapped
 
 
@@ -30,8 +31,12 @@ class TokenAttention:
     ) -> torch.Tensor:
         site: Swapped = self.visattn_site
         key_mask, refusal = _key_mask(attn_mask, x, is_causal, self)
-        layout = site.stays_stock(refusal, x.shape[1])
-        if layout is None or (site.covered(layout) and key_mask is None):
+        samples = site.samples(x.shape[1])
+        if samples:
+            layout = None if site.keeps_stock(refusal) else samples[0]
+        else:
+            layout = site.stays_stock(refusal, x.shape[1])
+        if layout is None or (not samples and site.covered(layout) and key_mask is None):
             if layout is not None:
                 heads = self.num_heads
                 site.count_stock((x.shape[0], heads, x.shape[1], self.proj.in_features // heads), x, layout)
@@ -43,7 +48,11 @@ class TokenAttention:
             q, k = (_rotate(self, t, rope).type_as(v) for t in (q, k))
         # Without autocast's knowledge of SDPA a norm in float32 leaves q and k wider than v.
         q, k = q.to(v.dtype), k.to(v.dtype)
-        y = site.attend(q, k, v, layout, self.scale, key_mask).transpose(1, 2).flatten(2)
+        if samples:
+            y = attend_samples(site, q, k, v, samples, self.scale)
+        else:
+            y = site.attend(q, k, v, layout, self.scale, key_mask)
+        y = y.transpose(1, 2).flatten(2)
         y = self.norm(y) if getattr(self, "norm", None) is not None else y
         y = y if gate is None else y * gate
         return self.proj_drop(self.proj(y))
@@ -82,7 +91,10 @@ def _key_mask(
         return None, "is_causal is set"
     if dropout > 0:
         return None, f"attention dropout {dropout} is on in training"
-    if attn_mask is None or module.visattn_site.runtime.here.masks:
+    samples = module.visattn_site.runtime.here.samples
+    if samples and attn_mask is not None:
+        return None, "attn_mask hides more than padding" if foreign_mask(attn_mask, samples) else None
+    if attn_mask is None:
         return None, None
     if attn_mask.dtype == torch.bool and attn_mask.ndim == 4 and attn_mask.shape[1:3] == (1, 1):
         return attn_mask[:, 0, 0].expand(x.shape[0], -1), None

@@ -219,18 +219,61 @@ def test_key_masks_reach_the_pattern():
         assert handle.report().fallbacks == {}
 
 
+def flexible(grids, length):
+    """A NaFlexViT batch of one sample per grid, padded to a length."""
+    batch = {
+        "patches": torch.zeros(len(grids), length, 768),
+        "patch_coord": torch.zeros(len(grids), length, 2, dtype=torch.long),
+        "patch_valid": torch.zeros(len(grids), length, dtype=torch.bool),
+    }
+    for i, (rows, columns) in enumerate(grids):
+        n = rows * columns
+        batch["patches"][i, :n] = torch.randn(n, 768)
+        batch["patch_coord"][i, :n] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        batch["patch_valid"][i, :n] = True
+    return batch
+
+
+@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "naflexvit_so150m2_patch16_reg1_map"])
 @torch.no_grad()
-def test_naflex_batches():
-    model = make("naflexvit_base_patch16_gap")
+def test_every_sample_of_a_naflex_batch_has_its_own_grid(name):
+    model = make(name, embed_dim=96, num_heads=3)
+    grids = [(4, 5), (5, 4), (2, 3), (4, 5)]
+    batch = flexible(grids, 24)
+    stock = model(batch)
+    with visattn.apply(model, "na(window=99)", backend="reference"):
+        assert (model(batch) - stock).abs().max() <= 1e-4 * stock.std()
     handle = visattn.apply(model, "na(window=3)")
-    coordinates = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(5), indexing="ij"), -1).reshape(1, 20, 2)
-    batch = {"patches": torch.randn(2, 20, 768), "patch_coord": coordinates.expand(2, -1, -1)}
-    batch["patch_valid"] = torch.ones(2, 20, dtype=torch.bool)
+    found = model(batch)
+    assert (found - stock).abs().max() > 1e-3 * stock.std()
+    report = handle.report()
+    assert {call.problem.layout.grid for call in report.sites[0].calls} == set(grids) and not report.fallbacks
+    for i, (rows, columns) in enumerate(grids):  # neither padding nor neighbours in the batch change a sample
+        alone = {key: value[i : i + 1, : rows * columns] for key, value in batch.items()}
+        assert (model(alone) - found[i]).abs().max() <= 1e-4 * found.std()
+
+
+@torch.no_grad()
+def test_naflex_batches_that_are_no_grids_run_stock():
+    model = make("naflexvit_base_patch16_gap", embed_dim=96, num_heads=3)
+    handle = visattn.apply(model, "na(window=3)")
+    batch = flexible([(4, 5), (4, 5)], 20)
     model(batch)
     assert handle.report().sites[0].calls[0].problem.layout.grid == (4, 5)
-    batch["patch_coord"] = torch.stack([coordinates[0], coordinates[0].flip(0)])
+    later = torch.ones(24, 24).triu(1).bool()  # 4 registers come first
+    own = torch.zeros(2, 1, 24, 24).masked_fill(later, torch.finfo(torch.float32).min)
+    model.forward_features(**batch, attn_mask=own)
+    assert handle.report().fallbacks == {"attn_mask hides more than padding": 2}
+    batch["patch_coord"][1] = batch["patch_coord"][1].flip(0)
     model(batch)
-    assert handle.report().fallbacks == {"the samples of the batch have several grids": 2}
+    assert handle.report().fallbacks["the patches of a sample are no whole grid, row by row"] == 2
+
+
+def test_naflex_batches_train():
+    model = make("naflexvit_base_patch16_gap", embed_dim=96, num_heads=3).train()
+    visattn.apply(model, "na(window=3)")
+    model(flexible([(4, 5), (2, 3)], 20)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_refusals():
