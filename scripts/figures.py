@@ -138,6 +138,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "gpu": gpu_table,
     "digits-vit": digits_vit_table,
+    "timm": timm_table,
 }
 
 
