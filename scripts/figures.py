@@ -32,6 +32,7 @@ COMMANDS = {
     "cpu": "python scripts/bench_cpu.py --json {out} --force",
     "digits-vit": "python scripts/measure_digits_vit.py --out {out}",
     "timm-highres": "python scripts/bench_timm.py --out {out}",
+    "moh": "python scripts/bench_moh.py --out {out}",
 }
 
 
@@ -133,12 +134,27 @@ def timm_table() -> str:
     return table(["model", "tokens", "forward, stock to swapped", "of it attention", "peak memory"], rows)
 
 
+def moh_table() -> str:
+    """One MoH attention layer with every head computed, and with unused ones left out."""
+    found: dict[str, list[str]] = {}
+    sizes: list[str] = []
+    for row in result("moh")["rows"]:
+        every, used = (row[key]["median"] for key in ("every", "used"))
+        heads = f"{row['shared']} + {row['routed']} of {row['heads'] - row['shared']}"
+        cells = found.setdefault(row["name"], [row["name"], heads])
+        cells.append(f"{every * 1e3:.0f} ms to {used * 1e3:.0f} ms: {every / used:.1f}x")
+        size = f"{row['tokens']:,} tokens"
+        sizes += [size] if size not in sizes else []
+    return table(["model", "heads of a token: shared + routed", *sizes], list(found.values()))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "digits": digits_table,
     "cpu": cpu_table,
     "gpu": gpu_table,
     "digits-vit": digits_vit_table,
     "timm": timm_table,
+    "moh": moh_table,
 }
 
 

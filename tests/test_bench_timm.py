@@ -48,3 +48,12 @@ def test_seconds_of_dense_attention_are_those_of_all_its_calls(main):
 def test_an_unknown_model_is_named(main):
     with pytest.raises(SystemExit, match="bench_timm: timm knows no model 'vit_huh'"):
         main(["--names", "vit_huh", "--sizes", "96"])
+
+
+def test_moh_is_measured_with_and_without_unused_heads(main, tmp_path):
+    import bench_moh
+
+    bench_moh.main(["--names", "moh_vit_small_75", "--sides", "6", "--repeats", "1", "--out", str(tmp_path / "m.json")])
+    (row,) = json.loads((tmp_path / "m.json").read_text())["rows"]
+    assert (row["tokens"], row["heads"], row["shared"], row["routed"]) == (36, 24, 4, 12)
+    assert row["difference"] < 1e-4 and row["used"]["median"] > 0 and row["every"]["median"] > 0
