@@ -120,7 +120,11 @@ class SwappedModel:
                 self._learnables.append(Learnable(self._name, name.path, pattern, own))
             module.visattn_site = Swapped(self.runtime, name.path, pattern, own)  # type: ignore[assignment]
             module.__class__ = swapped_class(type(module), record.mixin)
-        self._hooks: list[Any] = [host.register_forward_pre_hook(refuse_dropped_patches)]
+        # On the module that drops them: forward_features and forward_intermediates pass the model's own hooks by.
+        dropping = getattr(host, "patch_drop", None)
+        self._hooks: list[Any] = []
+        if isinstance(dropping, nn.Module):
+            self._hooks.append(dropping.register_forward_pre_hook(refuse_dropped_patches))
         if any(record_of_class(kind).tokens for *_, kind in self._sites):
             embed = getattr(host, "embeds", None) or getattr(host, "patch_embed", None)
             if embed is None and request.layout is None:
@@ -219,8 +223,8 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def refuse_dropped_patches(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Before a forward in training: dropped patches leave no grid."""
-    rate = getattr(getattr(module, "patch_drop", None), "prob", 0.0)
+    """Before timm's patch dropout runs in training: what it leaves is no grid."""
+    rate = getattr(module, "prob", 0.0)
     if module.training and rate > 0:
         raise ValueError(
             f"patch_drop_rate={rate} drops patches in training, and the rest is no grid that a pattern could be "

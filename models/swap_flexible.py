@@ -66,6 +66,6 @@ def attend_samples(
     out = torch.zeros_like(q)
     for layout in dict.fromkeys(layouts):
         rows = torch.tensor([i for i, each in enumerate(layouts) if each == layout], device=q.device)
-        parts = (t[rows, :, : layout.length] for t in (q, k, v))
-        out[rows, :, : layout.length] = site.attend(*parts, layout, scale)
+        own_q, own_k, own_v = (t[rows, :, : layout.length] for t in (q, k, v))
+        out[rows, :, : layout.length] = site.attend(own_q, own_k, own_v, layout, scale)
     return out

@@ -29,7 +29,7 @@ def measure(name: str, side: int, repeats: int) -> dict[str, Any]:
     """One attention layer of a model's last stage on a map of side * side tokens."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    layer = [module for module in model.modules() if isinstance(module, MoHAttention) and module.routed][-1]
+    layer: Any = [module for module in model.modules() if isinstance(module, MoHAttention) and module.routed][-1]
     x = torch.randn(1, side, side, layer.proj.in_features)
 
     def run(skip: bool) -> torch.Tensor:

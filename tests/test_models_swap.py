@@ -234,10 +234,20 @@ def flexible(grids, length):
     return batch
 
 
-@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "naflexvit_so150m2_patch16_reg1_map"])
+GROUPED = {"rope_type": "axial", "attn_type": "rope", "qkv_fused": False, "num_heads": 4, "num_kv_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("naflexvit_base_patch16_gap", {}),
+        ("naflexvit_so150m2_patch16_reg1_map", {}),
+        ("naflexvit_base_patch16_gap", GROUPED),
+    ],
+)
 @torch.no_grad()
-def test_every_sample_of_a_naflex_batch_has_its_own_grid(name):
-    model = make(name, embed_dim=96, num_heads=3)
+def test_every_sample_of_a_naflex_batch_has_its_own_grid(name, options):
+    model = make(name, **{"embed_dim": 96, "num_heads": 3, **options})
     grids = [(4, 5), (5, 4), (2, 3), (4, 5)]
     batch = flexible(grids, 24)
     stock = model(batch)
@@ -284,6 +294,11 @@ def test_refusals():
             model.train()(x)
         with pytest.raises(ValueError, match="VisionTransformer is swapped already"):
             visattn.apply(model, "na(window=3)")
+    for name in ("naflexvit_base_patch16_gap", "samvit_base_patch16", "eva02_tiny_patch14_224"):
+        other = timm.create_model(name, depth=1, patch_drop_rate=0.5, **TOKENS.get(name, {"img_size": 96}))
+        visattn.apply(other, "na(window=3)")
+        with pytest.raises(ValueError, match=r"patch_drop_rate=0.5 drops patches in training"):
+            other.train().forward_features(x if "eva" not in name else image(name))
     with pytest.raises(ValueError, match="dense_steps counts denoising steps"):
         visattn.apply(model, "na(window=3)", dense_steps=2)
     with pytest.raises(ValueError, match="3 axes"):
