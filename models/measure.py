@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ class Side:
         seconds: Of a forward.
         memory: Bytes that a forward needs at its peak beyond what was there before it; None if unknown.
         flops: Operations of a forward; of the swapped model those of visible pairs.
-        attention: Seconds of one attention call alone, on random inputs.
+        attention: Seconds of one attention call alone, on random inputs; None for the stock side of a model whose own
+            attention is not dense over the same tokens (windows, position logits).
     """
 
     seconds: Timing
     memory: int | None
     flops: float
-    attention: Timing
+    attention: Timing | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Comparison:
         found = {key: getattr(self, key) for key in ("name", "size", "tokens", "pattern", "backend", "density")}
         for key in ("stock", "swapped"):
             side: Side = getattr(self, key)
-            times = {"seconds": side.seconds.to_dict(), "attention": side.attention.to_dict()}
+            alone = None if side.attention is None else side.attention.to_dict()
+            times = {"seconds": side.seconds.to_dict(), "attention": alone}
             found[key] = {**times, "memory": side.memory, "flops": side.flops}
         return found
 
@@ -125,9 +128,12 @@ def compare(
         )
     longest = max(calls, key=lambda call: call.problem.layout.length)
     times = interleave({"stock": lambda: model(x), "swapped": lambda: swapped(x)}, repeats=repeats)
-    alone = _attention_alone(longest.problem, repeats, device, backend)
-    saved = sum(call.hits * _dense_flops(call.problem) * (1 - (call.density or 0)) for call in calls)
-    flops = _flops(name, size, batch)
+    ran = [site for site in report.sites if site.calls]
+    flops, replaced = _flops(name, size, batch, [site.site for site in ran])
+    dense = [(call, call.hits * _dense_flops(call.problem)) for site in ran for call in site.calls]
+    visible = sum(flops * (call.density or 0) for call, flops in dense)
+    is_dense = math.isclose(replaced, sum(flops for _, flops in dense))
+    alone = _attention_alone(longest.problem, repeats, device, backend, is_dense)
     return Comparison(
         name=name,
         size=size,
@@ -135,20 +141,22 @@ def compare(
         pattern=pattern,
         backend=longest.backend,
         density=report.density,
-        stock=Side(times["stock"], peak_memory(lambda: model(x), device), flops, alone["stock"]),
-        swapped=Side(times["swapped"], peak_memory(lambda: swapped(x), device), flops - saved, alone["swapped"]),
+        stock=Side(times["stock"], peak_memory(lambda: model(x), device), flops, alone.get("stock")),
+        swapped=Side(
+            times["swapped"], peak_memory(lambda: swapped(x), device), flops - replaced + visible, alone["swapped"]
+        ),
     )
 
 
-def _attention_alone(problem: Problem, repeats: int, device: str, backend: str) -> dict[str, Timing]:
-    """One call of SDPA and one of the pattern, on random inputs of a problem's shape."""
+def _attention_alone(problem: Problem, repeats: int, device: str, backend: str, is_dense: bool) -> dict[str, Timing]:
+    """One call of the pattern, and of SDPA if that is what it replaces, on random inputs of a problem's shape."""
     shape = problem.batch, problem.layout.length, problem.heads, problem.head_dim
     q, k, v = (torch.randn(shape, dtype=problem.dtype, device=device) for _ in range(3))
     first, second, third = (t.transpose(1, 2) for t in (q, k, v))
-    runs: dict[str, Callable[[], object]] = {
-        "stock": lambda: F.scaled_dot_product_attention(first, second, third),
-        "swapped": lambda: attention(q, k, v, problem.pattern, problem.layout, backend=backend),
-    }
+    runs: dict[str, Callable[[], object]] = {}
+    if is_dense:
+        runs["stock"] = lambda: F.scaled_dot_product_attention(first, second, third)
+    runs["swapped"] = lambda: attention(q, k, v, problem.pattern, problem.layout, backend=backend)
     return interleave(runs, repeats=repeats)
 
 
@@ -157,12 +165,19 @@ def _dense_flops(problem: Problem) -> float:
     return 4.0 * problem.dense_pairs * problem.head_dim
 
 
-def _flops(name: str, size: int, batch: int) -> float:
-    """Operations of a stock forward, counted without computing."""
+def _flops(name: str, size: int, batch: int, sites: Sequence[str]) -> tuple[float, float]:
+    """Operations of a stock forward, counted without computing, and those of them that a swap of sites replaces."""
     model = create(name, size, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(batch, 3, size, size, device="meta"))
-    return float(counter.get_total_flops())
+    counts = counter.get_flop_counts()
+    replaced = 0.0
+    for site in sites:
+        # Products between activations; projections are products with weights (addmm, mm, convolutions).
+        for operator, flops in counts.get(f"{type(model).__name__}.{site}", {}).items():
+            if "bmm" in str(operator) or "scaled_dot_product" in str(operator):
+                replaced += flops
+    return float(counter.get_total_flops()), replaced
 
 
 def peak_memory(run: Callable[[], object], device: str) -> int | None:

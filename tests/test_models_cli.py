@@ -113,6 +113,28 @@ def test_operations_of_a_swapped_model_are_those_of_visible_pairs():
     assert result.stock.flops - result.swapped.flops == pytest.approx(4 * heads_times_width * hidden)
 
 
+def test_windowed_models_are_not_compared_with_dense_attention(tmp_path):
+    picture = tmp_path / "a.png"
+    given = (
+        "bench-model",
+        "test_maxvit",
+        "--size",
+        128,
+        "--pattern",
+        "na(window=3)",
+        "--repeats",
+        1,
+        "--device",
+        "cpu",
+    )
+    out = call(*given, "--save", tmp_path / "a.json", "--plot", picture)
+    assert out.exit_code == 0 and "not dense" in out.stdout and Image.open(picture).size[0] > 100
+    (found,) = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert found["stock"]["attention"] is None and found["swapped"]["attention"]["median"] > 0
+    # 9 visible keys of a query instead of 16: products of the block half shrink, the rest stays.
+    assert 0.9 * found["stock"]["flops"] < found["swapped"]["flops"] < found["stock"]["flops"]
+
+
 def test_bench_model_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"timm knows no model 'vit_huh'; near: .*vit_"):
         create("vit_huh", 224)

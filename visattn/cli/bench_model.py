@@ -93,7 +93,10 @@ def _write(found: dict[str, Any], results: Sequence[Comparison], save: Path | No
             for result in results:
                 for kind in series:
                     timing = getattr(getattr(result, kind), what)
+                    if timing is None:
+                        continue
                     series[kind].append(Point(result.tokens, timing.median, *timing.spread))
+            series = {kind: points for kind, points in series.items() if points}
             title = "a forward" if what == "seconds" else "one attention call"
             charts.append(chart(f"{results[0].name}, {results[0].pattern}: {title}", series))
         picture = column(charts)
@@ -116,8 +119,9 @@ def _print(results: Sequence[Comparison]) -> None:
             gains = [""] * 2
             if kind == "swapped":
                 whole = stock.seconds.median / side.seconds.median
-                part = stock.attention.median / side.attention.median
-                gains = [f"{whole:.2f}x", f"{part:.2f}x"]
+                gains = [f"{whole:.2f}x", ""]
+                if stock.attention is not None and side.attention is not None:
+                    gains[1] = f"{stock.attention.median / side.attention.median:.2f}x"
             note = "" if kind == "stock" else f"{result.backend}, density {result.density or 0:.2%}"
             table.add_row(
                 f"{result.size}" if kind == "stock" else "",
@@ -127,7 +131,7 @@ def _print(results: Sequence[Comparison]) -> None:
                 gains[0],
                 "unknown" if side.memory is None else f"{side.memory / 2**20:.0f} MiB",
                 f"{side.flops / 1e12:.3f}",
-                duration(side.attention.median),
+                "not dense" if side.attention is None else duration(side.attention.median),
                 gains[1],
                 note,
             )
