@@ -59,8 +59,8 @@ def create_with_weights(
         raise ValueError(f"timm knows no model {name!r}: see `visattn models` and timm.list_models()")
     weights = read_weights(checkpoint) if checkpoint is not None else None
     kwargs: dict[str, Any] = {} if size is None else {"img_size": size}
-    if weights is not None and classes is None and "head.weight" in weights:
-        classes = len(weights["head.weight"])
+    if weights is not None and classes is None:
+        classes = _classes_of(weights, name)
     if classes is not None:
         kwargs["num_classes"] = classes
     try:
@@ -76,6 +76,14 @@ def create_with_weights(
         except RuntimeError:
             raise ValueError(f"{checkpoint} does not fit {name}: {_difference(weights, model)}") from None
     return model
+
+
+def _classes_of(weights: dict[str, Any], name: str) -> int | None:
+    """How many classes the head in the weights has, None if there is none under the name that timm's model gives it."""
+    config = timm.get_pretrained_cfg(name)
+    heads = getattr(config, "classifier", None) or "head"
+    key = f"{heads if isinstance(heads, str) else heads[0]}.weight"
+    return len(weights[key]) if key in weights else None
 
 
 def fitted(weights: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:

@@ -81,6 +81,11 @@ def weights_of(name, folder):
     return path
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_maxvit", "deit_tiny_distilled_patch16_224", "nat_mini"])
+def test_the_classes_are_those_of_the_checkpoint(name, tmp_path):
+    assert create_with_weights(name, weights_of(name, tmp_path), False, None, None).num_classes == 7
+
+
 def test_a_checkpoint_of_another_image_size_is_resampled(weights):
     model = create_with_weights("test_vit", weights / "weights.pth", False, 96, None)
     own = torch.load(weights / "weights.pth", weights_only=True)["model"]
