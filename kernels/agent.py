@@ -90,7 +90,7 @@ def agent_attention(
         [B, S, H, D]. A sample without any visible key gives zeros (and the convolution).
     """
     agents = pool_queries(q, pattern, layout)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if gather_bias is None and read_bias is None and on_gpu(q).ok:
         from visattn.kernels.triton.agent import agent_attention as fused_attention
 

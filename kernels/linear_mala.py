@@ -40,7 +40,7 @@ def mala_attention(
     Returns:
         [B, S, H, D] in v's dtype; zeros for a sample without any key. Computed in float32 at least.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     q, k, values = widened(q), repeated(widened(k), q.shape[2]), repeated(widened(v), q.shape[2])
     rotated_q, rotated_k = (
         (q, k) if rotated is None else (widened(rotated[0]), repeated(widened(rotated[1]), q.shape[2]))

@@ -4,7 +4,7 @@ Paper: "Dilated Neighborhood Attention Transformer", https://arxiv.org/abs/2209.
 Official code and weights: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -12,7 +12,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
 from visattn.models.functional import pad_multiple
-from visattn.models.nat import NAT, alternating
+from visattn.models.nat import NAT, Levels, alternating
 from visattn.models.pyramid import cfg, official
 
 __all__ = ["DiNATS"]
@@ -37,6 +37,8 @@ class DiNATS(NAT):
     """DiNAT_s: the blocks and arguments of `NAT` between Swin's patch embedding and merging."""
 
     stages_name = "layers"
+    if TYPE_CHECKING:  # as in `NAT`
+        layers: Levels
 
     def __init__(
         self,

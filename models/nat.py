@@ -6,7 +6,7 @@ Official code and weights: https://github.com/SHI-Labs/Neighborhood-Attention-Tr
 releases of NATTEN with a relative position bias, which NATTEN has dropped since 0.20.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
@@ -165,6 +165,8 @@ class NAT(Pyramid):
 
     # The official name of the stages.
     stages_name = "levels"
+    if TYPE_CHECKING:  # TorchScript would take it for an attribute that is no module
+        levels: Levels
 
     def __init__(
         self,

@@ -258,7 +258,8 @@ class Group:
         if mask is not None and not isinstance(mask, torch.Tensor):
             return (), None, f"its mask is a {type(mask).__name__}"
         keys = key_validity(mask, q, self.run.family.mask_row)
-        if isinstance(keys, torch.Tensor) and keys.dtype != torch.bool and not self.pattern.of_products:
+        is_bias = isinstance(keys, torch.Tensor) and keys.dtype != torch.bool
+        if mask is not None and is_bias and not self.pattern.of_products:
             return (), None, f"its mask {list(mask.shape)} is a bias, which {self.pattern.name} cannot add"
         return ((), None, keys) if isinstance(keys, str) else (layouts, keys, "")
 
