@@ -1,7 +1,11 @@
-"""timm's own checks of its models (its tests/test_models.py), over the backbones at small size."""
+"""timm's own checks of its models (its tests/test_models.py), over the backbones at small size.
+
+Every check there that is made for all models has its like here; none is skipped for any of these.
+"""
 
 import copy
 import fnmatch
+import inspect
 import math
 
 import pytest
@@ -81,17 +85,18 @@ def test_every_parameter_has_a_gradient(name):
 
 @pytest.mark.parametrize("full", ALL)
 def test_config_and_head(full):
-    model = timm.create_model(full, device="meta").eval()
+    model = timm.create_model(full, device="meta", dtype=torch.float32).eval()
     cfg, keys = model.default_cfg, model.state_dict()
     assert f"{cfg['classifier']}.weight" in keys and f"{cfg['first_conv']}.weight" in keys
     assert model.in_chans == cfg["input_size"][0]
     with pytest.raises(TypeError):
         timm.create_model(full, device="meta", not_an_argument=1)
+    assert inspect.signature(model.reset_classifier).parameters["global_pool"].default is None
     names = [n for n, _ in model.named_parameters()]
     assert len(set(group_parameters(model, model.group_matcher(coarse=False), reverse=True).values())) > 1
     assert len(set(group_parameters(model, model.group_matcher(coarse=True), reverse=True).values())) > 1
     assert all(any(fnmatch.fnmatch(n, pattern) for n in names) for pattern in model.no_weight_decay())
-    assert {t.device.type for t in keys.values()} == {"meta"}
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
 
 
 def test_unpooled_features_and_heads(name):
@@ -111,6 +116,11 @@ def test_unpooled_features_and_heads(name):
     model = model.to(torch.float64)
     model.reset_classifier(2)
     assert {(p.device.type, p.dtype) for p in model.get_classifier().parameters()} == {("meta", torch.float64)}
+    assert not any(module.training for module in model.modules())
+    frozen = make(name, device="meta").requires_grad_(False)
+    frozen.reset_classifier(0)
+    frozen.reset_classifier(0, "")
+    assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_change_of_dtype(name):
@@ -144,6 +154,8 @@ def test_forward_intermediates(name):
         torch.testing.assert_close(last, out[:, 1:])
     with pytest.raises(ValueError, match="output_fmt 'CHWN' must be"):
         model.forward_intermediates(x, output_fmt="CHWN")
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model.forward_intermediates(x)[0], out, rtol=1e-4, atol=1e-5)
 
 
 def test_pruning(name):
@@ -158,6 +170,10 @@ def test_pruning(name):
         taken = pruned.prune_intermediate_layers([i], prune_norm=True)
         (found,) = pruned.forward_intermediates(x, indices=taken, intermediates_only=True)
         torch.testing.assert_close(found, maps[i])
+        features = pruned.forward_features(x)
+        if i < last and features.ndim == 4:
+            nchw = features if model.output_fmt == "NCHW" else features.permute(0, 3, 1, 2)
+            torch.testing.assert_close(nchw, maps[i])
         pruned.train()(x).sum().backward()
         assert [n for n, p in pruned.named_parameters() if p.grad is None] == []
 
@@ -190,8 +206,34 @@ def test_fx(name):
     with torch.inference_mode():
         (out,) = traced(x).values()
         torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
-    (out,) = trace(make(name).train())(x).values()
+    traced = trace(make(name, num_classes=42).train())
+    (out,) = traced(x).values()
     out.mean().backward()
+    assert out.shape == (2, 42)
+    assert [n for n, p in traced.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fx_torchscript(name):
+    with timm.layers.set_scriptable(True):
+        model = make(name)
+    x = torch.randn(1, 3, SIDE, SIDE)
+    with torch.inference_mode():
+        (out,) = torch.jit.script(trace(model))(x).values()
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_pretrained_weights_for_other_images_and_classes(name, tmp_path):
+    # timm downloads here; a file takes the same way.
+    torch.save(make(name).state_dict(), tmp_path / "file.pth")
+    source = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "file.pth")}}
+    for classes in (5, 0):
+        model = make(name, in_chans=1, num_classes=classes, **source)
+        assert model(torch.randn(1, 1, SIDE, SIDE)).shape == (1, classes or model.head_hidden_size)
+    features = make(name, features_only=True, **source)
+    x = torch.randn(1, 3, SIDE, SIDE)
+    for found, wanted in zip(features(x), make(name, features_only=True)(x), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_pools_and_positions_that_do_not_exist():
