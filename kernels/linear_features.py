@@ -18,7 +18,7 @@ def elu_plus_one(x: torch.Tensor) -> torch.Tensor:
     As exp(x) below 0: adding 1 to ELU would round small values away.
     """
     x = widened(x)
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    return torch.where(x > 0, x + 1, _at_most_zero(x).exp())
 
 
 def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -65,7 +65,12 @@ def features(
     top = top.masked_fill(top == float("-inf"), 0)
     q = q + repeated(top, q.shape[2])
     # Hidden keys may be larger than the largest visible one.
-    return (q - q.detach().amax(-1, keepdim=True)).exp(), _shown((k - top).clamp(max=0).exp(), key_mask)
+    return (q - q.detach().amax(-1, keepdim=True)).exp(), _shown(_at_most_zero(k - top).exp(), key_mask)
+
+
+def _at_most_zero(x: torch.Tensor) -> torch.Tensor:
+    """min(x, 0) whose gradient at 0 is 1; that of clamp is 0 or 1, depending on torch's version."""
+    return x.masked_fill(x > 0, 0)
 
 
 def _peak(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
