@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from distillation.capture import Capture, Told, find_denoiser
-from distillation.config import option, parse
 from distillation.samples import LATENTS, Index, save_tensors, shard_path
+from distillation.settings import option, parse
 
 from visattn.cli.generate_options import parse_labels, pixels
 from visattn.files import written_whole

@@ -28,7 +28,7 @@ class Config:
     """Settings of one training run; the checks run before any work.
 
     Attributes:
-        steps: Most steps of the coarse stage (16 px, then 32 px).
+        steps: Most steps of the coarse stage (16 px, then 32 px); 0 leaves it out.
         finish_steps: Most steps of the finishing stage (64 px).
         minutes: Wall-clock budget; the schedule follows whichever of steps and time is further. 0: steps only.
         batch: Images a step at 32 px; a step has the same number of tokens at every size.
@@ -52,10 +52,10 @@ class Config:
     tiny_share: float = 0.4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "layers"):
+        for name in ("batch", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: pass 1 or more")
-        for name in ("finish_steps", "minutes", "augment"):
+        for name in ("steps", "finish_steps", "minutes", "augment"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: pass 0 or more")
         for name in ("coarse_share", "tiny_share", "ema"):
@@ -94,6 +94,8 @@ class Progress:
 
     def coarse(self, config: Config) -> float:
         """Part of the coarse stage that is done, 1 and above: over."""
+        if config.steps == 0:
+            return 1.0
         budget = config.minutes * 60 * config.coarse_share
         return max(self.step / config.steps, self.seconds / budget if budget else 0.0)
 
@@ -121,7 +123,7 @@ class Progress:
 
     def lr(self, config: Config) -> float:
         """Learning rate: 100 warm-up steps, then a cosine over both stages down to 2 %."""
-        share = config.coarse_share
+        share = config.coarse_share if config.steps else 0.0
         done = share + (1 - share) * self.fine(config) if self.finishing else share * self.coarse(config)
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(done, 1.0))
         return config.lr * min(1.0, (self.step + 1) / 100) * (0.02 + 0.98 * cosine)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distillation.config import Config, parse
+from distillation.config import Config
+from distillation.settings import parse
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -21,13 +22,11 @@ def main(arguments: list[str] | None = None) -> Path:
     try:
         config = parse(Config, __doc__, arguments)
         # Only now what takes seconds to import: a wrong setting is answered at once.
-        from distillation.state import check_resume
-        from distillation.training import CHECKPOINT, Training, run
+        from distillation.loop import prepare, train
+        from distillation.training import Training
 
-        config.out.mkdir(parents=True, exist_ok=True)
-        if config.resume and (config.out / CHECKPOINT).is_file():
-            print(f"going on from step {check_resume(config.out / CHECKPOINT, config)}")
-        result = run(Training(config))
+        prepare(config)
+        result = train(Training(config))
     except ValueError as error:
         raise SystemExit(f"distill: {error}") from error
     print(f"{result}: {result.stat().st_size / 1e6:.2f} MB")

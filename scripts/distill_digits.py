@@ -26,10 +26,11 @@ from typing import Any
 import cache_samples
 import torch
 from digits_data import real_digits, upscale
-from distillation.config import option, parse
 from distillation.judge import Judge, frechet, train_judge
+from distillation.settings import option, parse
 
 from visattn import apply
+from visattn.files import written_whole
 from visattn.pipelines.embedded import load_embedded
 from visattn.pipelines.trained import load_own, load_trained, trained_weights
 
@@ -38,13 +39,13 @@ from visattn.pipelines.trained import load_own, load_trained, trained_weights
 STUDENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "clear": ("clear(radius=3)", ()),
     "na": ("na(window=7x7)", ()),
-    "hedgehog": ("linear(feature=hedgehog)", ("--precision", "no")),
+    "hedgehog": ("linear(feature=hedgehog)", ("--precision", "no", "--maps", "0.05", "--own-lr", "5e-3")),
     "mala": ("mala", ("--precision", "no")),
     "agent": ("agent(agents=8x8)", ()),
 }
 PLAIN = {"clear": "sdpa", "na": "sdpa", "hedgehog": "linear", "mala": "linear", "agent": "agent"}
 LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.05")
-CLASSES, SIZE, STEPS = 10, 64, 8
+CLASSES, SIZE, LARGE, STEPS = 10, 64, 128, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,7 @@ class Settings:
     lr: float = option(1e-3, "learning rate")
     cached: int = option(500, "samples that are learned from")
     samples: int = option(500, "samples that are measured, of each student")
+    large: int = option(50, "samples at twice the side, which no student was trained at; 0: none")
     reference: int = option(1000, "samples of the teacher that they are compared with")
     chunk: int = option(20, "samples at once")
     precision: str = option("no", "mixed precision of training (not of sampling): no or bf16", ("no", "bf16"))
@@ -72,9 +74,10 @@ class Settings:
         unknown = [name for name in self.names if name not in STUDENTS]
         if unknown:
             raise ValueError(f"--students {unknown[0]!r} does not exist: {', '.join(STUDENTS)}")
-        for name in ("samples", "reference", "cached"):
-            if getattr(self, name) < 1 or getattr(self, name) % CLASSES:
-                raise ValueError(f"--{name} {getattr(self, name)} must be a multiple of {CLASSES}")
+        for name in ("samples", "large", "reference", "cached"):
+            count = getattr(self, name)
+            if count % CLASSES or count < (0 if name == "large" else CLASSES):
+                raise ValueError(f"--{name} {count} must be a multiple of {CLASSES}")
 
     @property
     def names(self) -> list[str]:
@@ -124,10 +127,10 @@ class Measure:
         self.truth = self.sample(None, None, settings.samples, seed=0)
         self.teacher = self.figures(self.truth)
 
-    def sample(self, name: str | None, weights: Path | None, count: int, seed: int) -> torch.Tensor:
-        """Images [count, 1, SIZE, SIZE], values -1 to 1, labels in a circle; no name: the dense teacher."""
+    def sample(self, name: str | None, weights: Path | None, count: int, seed: int, size: int = SIZE) -> torch.Tensor:
+        """Images [count, 1, size, size], values -1 to 1, labels in a circle; no name: the dense teacher."""
         labels = torch.arange(count) % CLASSES
-        noise = torch.randn(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed))
         made = []
         with ExitStack() as stack:
             trained = load_trained(weights) if weights else None
@@ -138,9 +141,10 @@ class Measure:
                 handle = stack.enter_context(apply(self.pipe, STUDENTS[name][0], backend=backend, strict=True))
                 if trained:
                     load_own(handle, trained)
-            chunk = self.settings.chunk
+            chunk = max(1, self.settings.chunk * SIZE**2 // size**2)
             for some, start in zip(labels.split(chunk), noise.split(chunk), strict=True):
-                output = self.pipe(some, latents=start, num_inference_steps=STEPS, output_type="pt")
+                options: dict[str, Any] = {"height": size, "width": size, "num_inference_steps": STEPS}
+                output = self.pipe(some, latents=start, output_type="pt", **options)
                 made.append(output.images.float().cpu() * 2 - 1)
         return torch.cat(made)
 
@@ -162,6 +166,15 @@ class Measure:
         save_rows(images, self.settings.out / f"{name}-{'after' if weights else 'before'}.png")
         return self.figures(images)
 
+    def large(self, name: str | None, weights: Path | None) -> float | None:
+        """Share of samples at twice the side (four times the tokens) that are recognized; saves their picture."""
+        if not self.settings.large:
+            return None
+        images = self.sample(name, weights, self.settings.large, seed=2, size=LARGE)
+        kind = "" if name is None else "-after" if weights else "-before"
+        save_rows(images, self.settings.out / f"{name or 'teacher'}{kind}-large.png")
+        return self.judge.recognized(images, torch.arange(len(images)) % CLASSES)
+
 
 def save_rows(images: torch.Tensor, path: Path) -> None:
     """Saves the first samples, one of each class in a row."""
@@ -180,6 +193,21 @@ def recovered(before: float | None, after: float | None, teacher: float | None) 
     return (before - after) / (before - teacher)
 
 
+def entry_of(name: str, seconds: float, before: dict[str, float | None], measure: Measure) -> dict[str, Any]:
+    """Figures of a trained student."""
+    folder = measure.settings.out / name
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    after = measure.student(name, folder / "student.safetensors")
+    return {
+        "pattern": STUDENTS[name][0],
+        "steps": log[-1]["step"],
+        "seconds": round(seconds, 1),
+        "before": before,
+        "after": after | {"recognized_large": measure.large(name, folder / "student.safetensors")},
+        "recovered": {key: recovered(before[key], after[key], measure.teacher[key]) for key in after},
+    }
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Caches, trains, measures; returns the figures."""
     device = "cpu" if settings.cpu or not torch.cuda.is_available() else "cuda"
@@ -195,17 +223,21 @@ def run(settings: Settings) -> dict[str, Any]:
         measure = Measure(settings, judge)
         save_rows(measure.truth, settings.out / "teacher.png")
         figures |= {"judge_accuracy": judge.accuracy, "reader_accuracy": judge.reader.round_trip_accuracy}
-        figures |= {"teacher": measure.teacher, "students": {}}
+        figures |= {"teacher": measure.teacher | {"recognized_large": measure.large(None, None)}, "students": {}}
         before = {name: measure.student(name, None) for name in settings.names}
         for name, future in training.items():
-            seconds = future.result()
-            after = measure.student(name, settings.out / name / "student.safetensors")
-            gaps = {key: recovered(before[name][key], after[key], measure.teacher[key]) for key in after}
-            entry = {"pattern": STUDENTS[name][0], "seconds": round(seconds, 1), "before": before[name]}
-            figures["students"][name] = entry | {"after": after, "recovered": gaps}
-            print(json.dumps({name: figures["students"][name]}), flush=True)
+            try:
+                seconds = future.result()
+            except RuntimeError as error:
+                # The others are worth measuring.
+                figures["failed"] = figures.get("failed", {}) | {name: str(error)}
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+            else:
+                figures["students"][name] = entry_of(name, seconds, before[name], measure)
+                print(json.dumps({name: figures["students"][name]}), flush=True)
             result = settings.result or settings.out / "figures.json"
-            result.write_text(json.dumps(figures, indent=1) + "\n")
+            with written_whole(result) as path:
+                path.write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
 
@@ -218,9 +250,11 @@ def main(arguments: list[str] | None = None) -> None:
         # Products on tensor cores where the GPU has them; the CPU does not care.
         torch.set_float32_matmul_precision("high")
         settings.out.mkdir(parents=True, exist_ok=True)
-        run(settings)
+        figures = run(settings)
     except ValueError as error:
         raise SystemExit(f"distill_digits: {error}") from error
+    if "failed" in figures:
+        raise SystemExit(f"distill_digits: no result for {', '.join(figures['failed'])}")
 
 
 if __name__ == "__main__":

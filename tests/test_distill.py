@@ -28,8 +28,8 @@ sys.path.insert(0, str(SCRIPTS))
 
 import cache_samples  # noqa: E402
 import distill  # noqa: E402
-from distillation import config as configs  # noqa: E402
-from distillation import judge, losses, noise, samples, state, training  # noqa: E402
+from distillation import judge, loop, losses, noise, optimizers, samples, settings, state, training  # noqa: E402
+from distillation.config import Config  # noqa: E402
 
 
 def tiny_transformer(seed=0, side=8):
@@ -197,9 +197,9 @@ class TestLosses:
 
     def test_map_distance_is_least_at_the_truth(self):
         truth = torch.rand(1, 2, 3, 5).softmax(-1)
-        best = losses.map_distance(truth, truth)
+        best = losses.map_distance({"a": truth}, {"a": truth})
         assert best.item() == pytest.approx(-(truth * truth.log()).sum(-1).mean().item(), rel=1e-5)
-        assert losses.map_distance(torch.full_like(truth, 0.2), truth) > best
+        assert losses.map_distance({"a": torch.full_like(truth, 0.2)}, {"a": truth}) > best
 
     @pytest.mark.parametrize("before", [True, False])
     def test_recorder_sees_attention_before_or_after_its_projection(self, before):
@@ -239,12 +239,13 @@ class TestConfig:
             (["--model", "nowhere"], "neither an embedded model"),
             (["--model", "digits"], "were made by"),
             (["--steps", "0"], "at least 1"),
-            (["--clip", "-1"], "below 0"),
+            (["--clip", "-1"], "at least 0"),
             (["--ema", "1"], "from 0 to below 1"),
             (["--optimizer", "adam"], "adamw or prodigy"),
             (["--train", "q,z"], "'z' is none of"),
             (["--train", "none", "--lora", "4"], "--train is none"),
             (["--denoising", "0", "--output", "0", "--attention", "0"], "every loss has weight 0"),
+            (["--maps", "1"], r"linear or agent, not na\(window=3x3\)"),
             (["--micro-batch", "3"], "must be a multiple of"),
             (["--layers", "7"], "7"),
             (["--train", "none"], "leaves nothing to train"),
@@ -266,8 +267,8 @@ class TestConfig:
         ("more", "package"), [(["--optimizer", "prodigy"], "prodigyopt"), (["--tensorboard"], "tensorboard")]
     )
     def test_missing_packages_are_named(self, folder, tmp_path, more, package, monkeypatch):
-        found = configs.importlib.util.find_spec
-        monkeypatch.setattr(configs.importlib.util, "find_spec", lambda name: None if name == package else found(name))
+        found = settings.importlib.util.find_spec
+        monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None if name == package else found(name))
         with pytest.raises(SystemExit, match=f"pip install {package}"):
             distill.main(words(folder, tmp_path / "out", *more))
 
@@ -275,7 +276,7 @@ class TestConfig:
         with pytest.raises(SystemExit):
             distill.main(["--help"])
         shown = capsys.readouterr().out
-        assert all(configs.flag(entry) in shown for entry in configs.fields(configs.Config))
+        assert all(settings.flag(entry) in shown for entry in settings.fields(Config))
 
 
 class TestTraining:
@@ -301,17 +302,17 @@ class TestTraining:
     @pytest.mark.parametrize("more", [(), ("--lora", "2", "--schedule", "constant"), ("--ema", "0", "--checkpointing")])
     def test_stopped_and_resumed_is_the_same(self, folder, tmp_path, more, monkeypatch):
         whole = run(folder, tmp_path / "whole", *more)
-        step = training.Training.train_step
+        step = loop.Run.train_step
 
         def stop(self):
             if self.step == 2:
                 raise RuntimeError("stopped")
             return step(self)
 
-        monkeypatch.setattr(training.Training, "train_step", stop)
+        monkeypatch.setattr(loop.Run, "train_step", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             run(folder, tmp_path / "parts", *more)
-        monkeypatch.setattr(training.Training, "train_step", step)
+        monkeypatch.setattr(loop.Run, "train_step", step)
         assert equal(whole, run(folder, tmp_path / "parts", *more))
         lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
@@ -332,13 +333,50 @@ class TestTraining:
         with apply(model, "mala") as handle, pytest.raises(ValueError, match=r"pass --pattern 'linear"):
             load_own(handle, trained)
 
+    def test_attention_rows_come_closer_to_the_teachers(self, folder, tmp_path):
+        from visattn import apply
+
+        alone = ("--maps", "1", "--denoising", "0", "--output", "0", "--attention", "0", "--map-rows", "16")
+        more = ("--steps", "40", "--train", "none", "--lr", "0.03", "--save-every", "40", "--warmup", "0")
+        run(folder, tmp_path / "out", "--pattern", "linear(feature=hedgehog)", *alone, *more)
+        rows, trained = {}, load_trained(tmp_path / "out" / "student.safetensors")
+        x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+        for name in ("dense", "before", "after"):
+            model = PixelDiTPipeline.from_pretrained(folder / "model").transformer
+            with apply(model, "dense" if name == "dense" else "linear(feature=hedgehog)") as handle, torch.no_grad():
+                if name == "after":
+                    load_own(handle, trained)
+                found = rows.setdefault(name, {})
+                handle.watch(lambda seen, found=found: found.setdefault(seen.site, seen.rows(torch.arange(16))))
+                model(x, timestep=torch.full((4,), 500.0), class_labels=torch.tensor([0, 1, 2, 0]))
+        assert len(rows["dense"]) == 2
+        before, after = (losses.map_distance(rows[name], rows["dense"]) for name in ("before", "after"))
+        least = losses.map_distance(rows["dense"], rows["dense"])
+        assert least < after < before
+
+    def test_interrupted_between_steps(self, folder, tmp_path, monkeypatch, capsys):
+        whole = run(folder, tmp_path / "whole")
+        step = loop.Run.train_step
+
+        def interrupted(self):
+            if self.step == 1:
+                signal.raise_signal(signal.SIGINT)
+            return step(self)
+
+        monkeypatch.setattr(loop.Run, "train_step", interrupted)
+        run(folder, tmp_path / "parts")
+        assert "stopped after 2 of 4 steps" in capsys.readouterr().out
+        monkeypatch.setattr(loop.Run, "train_step", step)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert equal(whole, run(folder, tmp_path / "parts"))
+
     @pytest.mark.slow
     def test_killed_and_resumed_is_the_same(self, folder, tmp_path):
         more = ("--steps", "40", "--threads", "1")
         torch.set_num_threads(1)
         whole = run(folder, tmp_path / "whole", *more)
         command = [sys.executable, str(SCRIPTS / "distill.py"), *words(folder, tmp_path / "killed", *more)]
-        checkpoint = tmp_path / "killed" / training.CHECKPOINT
+        checkpoint = tmp_path / "killed" / loop.CHECKPOINT
         kills = 0
         while kills < 2:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
@@ -357,11 +395,11 @@ class TestTraining:
             torch.testing.assert_close(whole[name], parts[name], atol=1e-3, rtol=1e-3)
 
     def test_parts_of_processes_are_the_batch(self, folder, tmp_path):
-        config = configs.parse(configs.Config, None, words(folder, tmp_path, "--batch", "8", "--micro-batch", "2"))
-        parts = [part for rank in range(2) for part in training.micro_batches(config, rank, 2)]
+        config = settings.parse(Config, None, words(folder, tmp_path, "--batch", "8", "--micro-batch", "2"))
+        parts = [part for rank in range(2) for part in optimizers.micro_batches(config, rank, 2)]
         assert [i for part in parts for i in range(8)[part]] == list(range(8))
         with pytest.raises(ValueError, match="multiple of 3 processes"):
-            training.micro_batches(config, 0, 3)
+            optimizers.micro_batches(config, 0, 3)
 
     def test_another_runs_checkpoint_is_refused(self, folder, tmp_path):
         run(folder, tmp_path / "out")
@@ -383,8 +421,8 @@ class TestTraining:
         assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
 
     def test_rates(self, folder, tmp_path):
-        config = configs.parse(configs.Config, None, words(folder, tmp_path, "--steps", "100", "--warmup", "10"))
-        rates = [training.rate_share(step, config) for step in range(100)]
+        config = settings.parse(Config, None, words(folder, tmp_path, "--steps", "100", "--warmup", "10"))
+        rates = [optimizers.rate_share(step, config) for step in range(100)]
         assert rates[0] == pytest.approx(0.1, abs=0.01)
         assert max(rates) == rates[9] or max(rates) == rates[10]
         assert rates[-1] < 0.03
@@ -415,13 +453,13 @@ class TestTrained:
 
     def test_lora_is_the_students_forward(self, folder, tmp_path):
         more = ("--lora", "2", "--lora-alpha", "6", "--ema", "0")
-        config = configs.parse(configs.Config, None, words(folder, tmp_path / "out", *more))
+        config = settings.parse(Config, None, words(folder, tmp_path / "out", *more))
         made = training.Training(config)
         for _ in range(2):
             made.train_step()
         made.config.out.mkdir()
         trained = load_trained(made.export())
-        assert set(trained.lora) == set(made.distiller.lora) and not trained.model
+        assert set(trained.lora) == set(made.learner.lora) and not trained.model
         model = PixelDiTPipeline.from_pretrained(folder / "model").transformer
         arguments = {"timestep": torch.tensor([300.0]), "class_labels": torch.tensor([1])}
         x = torch.randn(1, 1, 8, 8)
@@ -430,7 +468,7 @@ class TestTrained:
         with torch.no_grad(), trained_weights(model, trained), apply(model, config.pattern) as handle:
             load_own(handle, trained)
             found = model(x, **arguments).sample
-            torch.testing.assert_close(found, made.distiller.student(x, **arguments).sample, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found, made.learner.student(x, **arguments).sample, atol=1e-5, rtol=1e-4)
 
     def test_wrong_files(self, tmp_path):
         with pytest.raises(ValueError, match="do not exist"):

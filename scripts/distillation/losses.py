@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from visattn.watch import Watched
 
 
 class Recorder:
@@ -52,6 +55,33 @@ class Recorder:
         return hook
 
 
+class Rows:
+    """Keeps the attention rows of sampled queries: give it to `Handle.watch`, and run a forward inside `of`."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+        self._places: torch.Tensor | None = None
+
+    @contextmanager
+    def of(self, places: torch.Tensor) -> Iterator[None]:
+        """Context in which rows are kept.
+
+        Args:
+            places: Queries [R], as shares of the tokens from 0 to below 1.
+        """
+        self._places, self.kept = places, {}
+        try:
+            yield
+        finally:
+            # Gradient checkpointing runs blocks again in the backward: those rows are not wanted.
+            self._places = None
+
+    def __call__(self, watched: Watched) -> None:
+        """Keeps the rows [B, H, R, S] of one call."""
+        if self._places is not None:
+            self.kept[watched.site] = watched.rows((self._places * watched.q.shape[1]).long())
+
+
 def attention_distance(
     student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], relative: bool
 ) -> torch.Tensor:
@@ -70,11 +100,14 @@ def attention_distance(
     return torch.stack(found).mean()
 
 
-def map_distance(rows: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of attention rows to the teacher's (Zhang et al. 2024, "The Hedgehog & the Porcupine", eq. 7).
+def map_distance(rows: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy of attention rows to the teacher's.
+
+    Source: Zhang et al., "The Hedgehog & the Porcupine" (ICLR 2024), section 4.2.
 
     Args:
-        rows: Attention of sampled queries to all keys [B, H, rows, S], each row sums to 1.
-        truth: The teacher's.
+        rows: Attention of sampled queries to all keys by module [B, H, rows, S]; each row sums to 1.
+        truth: The teacher's, of the same modules.
     """
-    return -(truth.float() * rows.float().clamp_min(1e-8).log()).sum(-1).mean()
+    found = [-(each.float() * rows[path].float().clamp_min(1e-8).log()).sum(-1).mean() for path, each in truth.items()]
+    return torch.stack(found).mean()

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from distillation.config import CHANGEABLE, Config
 from distillation.samples import save_tensors
+from distillation.settings import CHANGEABLE, RunConfig
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 def save_checkpoint(
-    path: Path, config: Config, step: int, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer
+    path: Path, config: RunConfig, step: int, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer
 ) -> None:
     """Writes all that a resumed run needs into one safetensors file; a kill leaves the older file whole."""
     state = optimizer.state_dict()
@@ -56,7 +56,7 @@ def load_checkpoint(path: Path, trained: Tensors, average: Tensors, optimizer: t
     return known["step"]
 
 
-def check_resume(path: Path, config: Config) -> int:
+def check_resume(path: Path, config: RunConfig) -> int:
     """Steps that a checkpoint has done; for a run that is about to go on, before any model is loaded.
 
     Raises:

@@ -1,8 +1,7 @@
-"""The student: a copy of the teacher with other attention, and which of its parameters learn."""
+"""A denoiser's student: where it attends otherwise, what of it learns, and its losses."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from distillation.config import Config
-from distillation.losses import Recorder, attention_distance
+from distillation.learner import Learner, add_lora
+from distillation.losses import Recorder, attention_distance, map_distance
 from distillation.noise import Noise
 from distillation.samples import SampleSet, nested
-from visattn import apply
-from visattn.handle import Handle
 from visattn.patterns import Dense
 from visattn.pipelines.families import find_family
 from visattn.schedule import Schedule
 
 # Module names of each projection in diffusers' attention classes; fused ones train all three.
 MODULES = {"q": ("to_q", "to_qkv"), "k": ("to_k", "to_qkv"), "v": ("to_v", "to_qkv"), "out": ("to_out.0",)}
-LORA = "default"
 
 
 @dataclass(frozen=True)
@@ -35,16 +32,18 @@ class Batch:
         target: What it should predict [B, ...].
         times: The denoiser's time [B].
         arguments: Its other arguments.
+        places: Queries whose attention rows are matched, as shares of the tokens [R].
     """
 
     noisy: torch.Tensor
     target: torch.Tensor
     times: torch.Tensor
     arguments: dict[str, Any]
+    places: torch.Tensor
 
 
-class Distiller(nn.Module):
-    """Teacher and student; a forward gives the losses, so that it can be wrapped to run on many GPUs.
+class Distiller(Learner):
+    """A denoiser and its student.
 
     Args:
         teacher: The denoiser, on the device.
@@ -55,51 +54,42 @@ class Distiller(nn.Module):
         ValueError: If the pattern, the layers or the projections do not fit the model.
     """
 
+    config: Config
+
     def __init__(self, teacher: nn.Module, anchor: str, config: Config) -> None:
-        super().__init__()
-        self.config, self.anchor = config, anchor
-        self.student = copy.deepcopy(teacher).float().requires_grad_(False)
-        # In a list: the teacher is no part of what is trained, moved or saved.
-        self._teacher = [teacher.requires_grad_(False)]
+        super().__init__(teacher, config)
+        self.anchor = anchor
         self.sites = selected_sites(self.student, config)
         if config.checkpointing:
             _checkpoint(self.student)
-        self.lora = add_lora(self.student, self.sites, config) if config.lora else []
-        self.handle: Handle = apply(
-            self.student,
-            config.pattern,
-            layers=config.layers,
-            dense_layers=config.dense_layers,
-            backend=config.backend,
-            strict=True,
-        )
-        self.own = own_parameters(self.handle)
-        if not config.lora:
-            unfreeze(self.sites, config)
-        if not self.trained():
-            raise ValueError(f"--train none leaves nothing to train: {config.pattern} has no parameters of its own")
+        learning = projections(self.sites, config)
+        self.lora = add_lora(self.student, list(learning), config) if config.lora else []
+        self.swap()
+        for module in () if config.lora else learning.values():
+            module.requires_grad_(True)
         watched = [path for path, _ in matched_sites(teacher, self.sites, config)]
         before = config.attention_at == "before"
         self._seen = [Recorder({p: m.get_submodule(p) for p in watched}, before) for m in (teacher, self.student)]
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name: "student." and "own." before their paths."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if config.maps:
+            self.watch_rows(list(self.sites))
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Losses of a batch, without their weights; those of weight 0 are left out."""
         config, losses = self.config, {}
         needs_teacher = config.output or config.attention or config.maps
-        predicted, attended = self._predict(self.student, self._seen[1], batch)
+        with self._rows[1].of(batch.places):
+            predicted, attended = self._predict(self.student, self._seen[1], batch)
         if config.denoising:
             losses["denoising"] = F.mse_loss(predicted, batch.target)
         if needs_teacher:
-            with torch.no_grad():
-                truth, expected = self._predict(self._teacher[0], self._seen[0], batch)
+            with torch.no_grad(), self._rows[0].of(batch.places):
+                truth, expected = self._predict(self.teacher, self._seen[0], batch)
             if config.output:
                 losses["output"] = F.mse_loss(predicted, truth)
             if config.attention:
                 losses["attention"] = attention_distance(attended, expected, config.attention_scale == "relative")
+            if config.maps:
+                losses["maps"] = map_distance(self._rows[1].kept, self._rows[0].kept)
         return losses
 
     def _predict(
@@ -163,31 +153,6 @@ def projections(sites: Mapping[str, nn.Module], config: Config) -> dict[str, nn.
     return found
 
 
-def unfreeze(sites: Mapping[str, nn.Module], config: Config) -> None:
-    """Lets the chosen projections learn."""
-    for module in projections(sites, config).values():
-        module.requires_grad_(True)
-
-
-def add_lora(model: nn.Module, sites: Mapping[str, nn.Module], config: Config) -> list[str]:
-    """Puts LoRA on the chosen projections; returns their paths."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    paths = list(projections(sites, config))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        alpha = config.lora_alpha or config.lora
-        lora = LoraConfig(r=config.lora, lora_alpha=alpha, target_modules=paths)  # type: ignore[arg-type]
-        inject_adapter_in_model(lora, model, adapter_name=LORA)
-    return paths
-
-
-def own_parameters(handle: Handle) -> nn.Module:
-    """The parameters that the pattern itself brings, as a module."""
-    found = getattr(handle, "parameters", None)
-    return found if isinstance(found, nn.Module) else nn.Module()
-
-
 def build_batch(
     samples: SampleSet, noise: Noise, config: Config, step: int, part: slice, device: torch.device
 ) -> Batch:
@@ -199,9 +164,10 @@ def build_batch(
     latents, tensors = samples.take(picks, rows)
     dirt = torch.randn((config.batch, *latents.shape[1:]), generator=generator)[part].to(device)
     noisy, target, told = noise.mix(latents.float().to(device), dirt, times)
+    places = torch.rand(config.map_rows, generator=generator).to(device)
     fixed = {name: value for name, value in samples.constants.items() if not name.startswith("noise.")}
     flat = {name: _ready(value, device) for name, value in (tensors | fixed).items()}
-    return Batch(noisy, target, told, nested(flat | samples.index.plain))
+    return Batch(noisy, target, told, nested(flat | samples.index.plain), places)
 
 
 def _ready(value: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,140 @@
+"""Settings that every distillation has, and how a command line becomes a dataclass of settings."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import types
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from visattn.patterns import Agent, Dense, Linear
+from visattn.schedule import Schedule
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field with the help that the command line shows."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Settings of one run; all that can be wrong without a model is found here, before one is loaded.
+
+    Raises:
+        ValueError: If a value is out of range, or two of them contradict each other.
+    """
+
+    pattern: str = field(metadata={"help": 'attention of the student, like "clear(radius=3)"'})
+    out: Path = field(metadata={"help": "folder for checkpoint, log, pictures and student.safetensors"})
+    layers: str | None = option(None, "layers that get the pattern, like 0-3,7; all")
+    dense_layers: int = option(0, "so many of the first selected layers stay dense")
+    backend: str = option("auto", "backend of the pattern")
+    lora: int = option(0, "rank of LoRA on what --train names; 0 trains it whole")
+    lora_alpha: float = option(0.0, "LoRA is scaled by alpha / rank; 0: alpha = rank")
+    map_rows: int = option(64, "queries per image whose attention rows are matched by --maps")
+    steps: int = option(1000, "optimizer steps")
+    batch: int = option(16, "samples of an optimizer step, over all processes")
+    micro_batch: int = option(0, "samples of one forward in one process; 0: all of its share at once")
+    optimizer: str = option("adamw", "adamw, or prodigy (package prodigyopt)", ("adamw", "prodigy"))
+    lr: float = option(0.0, "learning rate; 0: 5e-4 for adamw, 1 for prodigy")
+    own_lr: float = option(0.0, "learning rate of the pattern's own parameters; 0: the same")
+    weight_decay: float = option(0.0, "weight decay")
+    schedule: str = option("cosine", "learning rate after the warm-up", ("cosine", "constant"))
+    warmup: int = option(50, "steps of linear warm-up")
+    clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
+    ema: float = option(0.998, "decay of the averaged weights that are exported; 0: no average")
+    precision: str = option("no", "mixed precision", ("no", "bf16"))
+    cpu: bool = option(False, "run on the CPU though there is a GPU")
+    threads: int = option(0, "threads of torch on the CPU; 0: its own choice")
+    seed: int = option(0, "seed of everything random")
+    save_every: int = option(200, "steps between checkpoints")
+    log_every: int = option(10, "steps between lines of log.jsonl")
+    tensorboard: bool = option(False, "also log for TensorBoard, into OUT/tensorboard")
+    resume: bool = option(True, "go on from the checkpoint in OUT")
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        for entry in fields(self):
+            choices = entry.metadata.get("choices")
+            if choices and getattr(self, entry.name) not in choices:
+                raise ValueError(f"{flag(entry)} {getattr(self, entry.name)!r} does not exist: {' or '.join(choices)}")
+        self._check_pattern()
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file: name a folder")
+        for wanted, package, why in (
+            (self.optimizer == "prodigy", "prodigyopt", "--optimizer prodigy"),
+            (self.tensorboard, "tensorboard", "--tensorboard"),
+            (self.lora > 0, "peft", "--lora"),
+        ):
+            if wanted and importlib.util.find_spec(package) is None:
+                raise ValueError(f"{why} needs the package {package}: pip install {package}")
+
+    def _check_numbers(self) -> None:
+        least = dict.fromkeys(("steps", "batch", "save_every", "log_every", "map_rows"), 1)
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or entry.name == "seed":
+                continue
+            if value < least.get(entry.name, 0):
+                raise ValueError(f"{flag(entry)} {value} must be at least {least.get(entry.name, 0)}")
+        if self.ema >= 1:
+            raise ValueError(f"--ema {self.ema} must be from 0 to below 1")
+
+    def _check_pattern(self) -> None:
+        if not any(getattr(self, name) for name in self.losses()):
+            names = ", ".join(f"--{name}" for name in self.losses())
+            raise ValueError(f"every loss has weight 0: give one of {names} a weight")
+        patterns = Schedule.of(self.pattern, self.layers, self.dense_layers).patterns
+        if all(isinstance(pattern, Dense) for pattern in patterns):
+            raise ValueError(f"--pattern {self.pattern!r} is what the teacher has: name a sparse or linear one")
+        rowless = [str(p) for p in patterns if not isinstance(p, Dense | Linear | Agent)]
+        if getattr(self, "maps", 0) and rowless:
+            raise ValueError(f"--maps needs weights that are positive everywhere: linear or agent, not {rowless[0]}")
+
+    @classmethod
+    def losses(cls) -> tuple[str, ...]:
+        """The settings that are weights of losses."""
+        raise NotImplementedError
+
+    @property
+    def rate(self) -> float:
+        """Learning rate at its peak."""
+        return self.lr or {"adamw": 5e-4, "prodigy": 1.0}[self.optimizer]
+
+    def to_json(self) -> dict[str, Any]:
+        """Settings as plain values."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+# Settings that a resumed run may change: no weight depends on them.
+CHANGEABLE = {"out", "save_every", "log_every", "sample_every", "tensorboard", "threads", "resume"}
+
+
+def flag(entry: Field[Any]) -> str:
+    """The option of a field."""
+    return f"--{entry.name.replace('_', '-')}"
+
+
+def parse(kind: type[Any], description: str | None, arguments: list[str] | None = None) -> Any:
+    """A dataclass of settings from the command line: one option for each field.
+
+    Raises:
+        ValueError: If the settings are wrong.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = get_type_hints(kind)
+    for entry in fields(kind):
+        required = not isinstance(entry.default, (str, int, float, Path, types.NoneType))
+        settings: dict[str, Any] = {"help": entry.metadata["help"], "required": required}
+        if not required:
+            settings["default"] = entry.default
+            if entry.default not in (None, "", False):
+                settings["help"] += " (%(default)s)"
+        if hints[entry.name] is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings["type"] = next(iter(get_args(hints[entry.name])), hints[entry.name])
+        parser.add_argument(flag(entry), **settings)
+    return kind(**vars(parser.parse_args(arguments)))
