@@ -6,7 +6,16 @@ import torch
 pytest.importorskip("triton")
 
 from visattn.kernels.triton import resources
-from visattn.kernels.triton.config import BLOCK_DIMS, DIRECTIONS, SHARED_MEMORY, Config, block_dim, config, family
+from visattn.kernels.triton.config import (
+    BLOCK_DIMS,
+    DIRECTIONS,
+    HOPPER,
+    SHARED_MEMORY,
+    Config,
+    block_dim,
+    config,
+    family,
+)
 
 
 @pytest.mark.parametrize(("arch", "direction"), [(80, "query_grad"), (90, "forward"), (100, "key_grad")])
@@ -15,6 +24,12 @@ def test_compiles_without_spills(arch, direction):
     used = resources.compiled(arch, direction, torch.bfloat16, 64, launch)
     assert used.fits(SHARED_MEMORY[arch]), used
     assert used.registers > 0 and used.shared > 0
+
+
+@pytest.mark.parametrize("dim", HOPPER)
+def test_the_hopper_kernel_compiles(dim):
+    used = resources.compiled(90, "forward", torch.bfloat16, dim, HOPPER[dim])
+    assert used.fits(SHARED_MEMORY[90], resources.HOPPER_SPILLS), used
 
 
 def test_amd_compiles():
@@ -44,6 +59,7 @@ def fake(monkeypatch, **used):
     [
         ({"registers": 255, "shared": 1000}, 0),
         ({"registers": 255, "shared": 1000, "spills": 8}, 1),
+        ({"registers": 255, "shared": 1000, "spills": 16}, 1),
         ({"registers": 255, "shared": 10**6}, 1),
         ({"error": "CompilationError"}, 1),
     ],
@@ -52,8 +68,9 @@ def test_exit_status(monkeypatch, capsys, used, status):
     fake(monkeypatch, **used)
     assert resources.main(["--arch", "90", "--dtype", "bfloat16", "--head-dim", "64", "--hip"]) == status
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 1 + len(DIRECTIONS) + len(DIRECTIONS) + 1
-    assert rows[1].startswith("sm_90")
+    kernels = len(resources.kernel_names())
+    assert len(rows) == 1 + (kernels + 1) + kernels + 1
+    assert rows[1].startswith("sm_90") and " hopper " in rows[2] and rows[-2].startswith("gfx942")
 
 
 def test_needs_the_compiler(monkeypatch, capsys):

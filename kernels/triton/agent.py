@@ -41,8 +41,8 @@ def launch_of(dtype: torch.dtype, head_dim: int) -> Launch:
     """The launch for inputs of a dtype and head dim; no architecture needs another."""
     width = block_dim(head_dim)
     if dtype == torch.float32:
-        return Launch(32, 32, 4, 2) if width <= 64 else Launch(16, 32, 4, 1)
-    return Launch(64, 64, 4, 3 if width <= 64 else 2) if width <= 128 else Launch(64, 32, 8, 2)
+        return Launch(32 if width <= 64 else 16, 32, 4, 1)
+    return Launch(64, 64 if 32 < width <= 128 else 32, 4 if width <= 128 else 8, 2)
 
 
 class Setting(NamedTuple):

@@ -23,6 +23,7 @@ class Config(NamedTuple):
         warps: Warps per program.
         stages: Steps in flight.
         per_step: Column tiles of one step; more than one need tiles of whole mask words (32 tokens).
+        hopper: Whether the forward is the kernel of `hopper`, whose warps are fixed.
     """
 
     rows: int
@@ -30,6 +31,7 @@ class Config(NamedTuple):
     warps: int
     stages: int
     per_step: int = 1
+    hopper: bool = False
 
     @property
     def tile(self) -> int:
@@ -92,6 +94,10 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
         "query_grad": {size: {256: Config(16, 64, 4, 1, 2)} for size in (2, 4)},
     },
 }  # fmt: skip
+
+
+# Forward configurations of the kernel of `hopper` by head dim, for 16-bit types on sm_90.
+HOPPER = {64: Config(128, 128, 4, 3, 2, True), 128: Config(128, 128, 4, 2, 2, True)}
 
 
 def needed_memory(architecture: int) -> int:

@@ -13,13 +13,14 @@ from visattn.dispatch import Backend, Call, Problem, Support, overhead
 from visattn.kernels.triton import tune
 from visattn.kernels.triton.boxes import PARTIAL, tiled
 from visattn.kernels.triton.config import DIRECTIONS, Config, config, largest_head_dim, needed_memory
+from visattn.kernels.triton.hopper_launch import copyable, hopper_config
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Share of cuDNN's dense rate that the kernel's visited pairs run at, tiles with a mask weighted by PARTIAL: measured
-# on an H100 (docs/gpu-notes.md).
-RATE = 0.6
+# Share of cuDNN's dense rate that visited pairs run at, tiles with a mask weighted by PARTIAL: the general kernel's and
+# the Hopper kernel's, measured on an H100 (docs/gpu-notes.md).
+RATE, HOPPER_RATE = 0.6, 0.95
 # Triton runs kernels for Ampere and later.
 OLDEST = 80
 
@@ -108,11 +109,15 @@ class Triton(Backend):
         """Visited tiles, those with a mask a bit more, at a share of the dense rate; never the interpreter."""
         if interpreted():
             return 1e6 * problem.dense_pairs
-        tiles = config(_architecture_or_common(), problem.dtype, problem.head_dim, "forward")
+        number, dtype, head_dim = _architecture_or_common(), problem.dtype, problem.head_dim
+        tiles, rate = config(number, dtype, head_dim, "forward"), RATE
+        if not (problem.key_mask or problem.rpb):
+            faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
+            tiles, rate = (tiles, RATE) if faster is None else (faster, HOPPER_RATE)
         plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)
         partial = 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
-        return pairs / RATE + overhead(problem, 0, 40)
+        return pairs / rate + overhead(problem, 0, 40)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
@@ -134,6 +139,9 @@ class Triton(Backend):
         configs = configurations(q.dtype, q.shape[3], q.device)
         if tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing():
             configs = _tuned(call.pattern, call.layout, q.dtype, q.shape[3], q.device)
+        if rpb is None and key_mask is None and scale > 0 and copyable(k, v):
+            faster = hopper_config(architecture(q.device), q.dtype, q.shape[3], call.pattern, call.layout)
+            configs |= {} if faster is None else {"forward": faster}
         tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
         work = Work(call.pattern, call.layout, scale, key_mask, tf32, configs)
         if call.pattern.routed:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from visattn.kernels.triton import arguments, start
+from visattn.kernels.triton import arguments, hopper_launch, start
 from visattn.kernels.triton.arguments import Work
 from visattn.kernels.triton.bias_grad import bias_gradients
 from visattn.kernels.triton.config import Config
@@ -50,9 +50,8 @@ class TileAttention(torch.autograd.Function):
         if want_lse or any(ctx.needs_input_grad):
             lse = q.new_empty((batch, heads, length), dtype=torch.float32)
         if q.numel():
-            given = arguments.forward_arguments(q, k, v, rpb, out, lse, work)
             with start.on(q.device):
-                _launch(attend, _programs(given), given, work.configs["forward"])
+                _attend(q, k, v, rpb, out, lse, work)
         ctx.save_for_backward(q, k, v, rpb, out, lse)
         ctx.work = work
         ctx.set_materialize_grads(False)
@@ -67,6 +66,25 @@ class TileAttention(torch.autograd.Function):
         want_q, want_k, want_v, want_rpb = ctx.needs_input_grad[:4]
         grads = gradients((q, k, v, rpb), out, lse, grad_out, grad_lse, ctx.work, (want_q, want_k or want_v, want_rpb))
         return *grads, None, None
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rpb: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    work: Work,
+) -> None:
+    """Start the forward kernel that the configuration names."""
+    launch = work.configs["forward"]
+    if launch.hopper:
+        assert rpb is None and work.key_mask is None, "engine.run chooses the general kernel for these"
+        hopper_launch.launch(q, k, v, out, lse, work)
+    else:
+        given = arguments.forward_arguments(q, k, v, rpb, out, lse, work)
+        _launch(attend, _programs(given), given, launch)
 
 
 def gradients(

@@ -52,12 +52,12 @@ def launches(dtype: torch.dtype, features: int, channels: int) -> dict[str, Laun
         return {
             "gather": Launch(min(f, 64), min(d, 64), 32, 4, 2),
             "gather_grad": Launch(min(f, 64), min(d, 64), 32, 4, 2),
-            "read": Launch(min(f, 32), d, 32, 4 if d <= 128 else 8, 1),
+            "read": Launch(16, d, 32, 4 if d <= 128 else 8, 1),
             "feature_grad": Launch(min(f, 64), min(d, 32), 32, 4, 1),
         }
     return {
         "gather": Launch(min(f, 128), min(d, 128), 64, 8, 2),
-        "gather_grad": Launch(min(f, 64), min(d, 128), 32, 8, 2),
+        "gather_grad": Launch(min(f, 64), min(d, 128), 32, 4, 2),
         "read": Launch(min(f, 32), d, 64, 4 if d <= 128 else 8, 2),
         "feature_grad": Launch(min(f, 128), min(d, 32), 64, 4, 2),
     }

@@ -1,22 +1,24 @@
 """Compile every shipped configuration for every architecture, without a GPU, and print what it needs.
 
-    python -m visattn.kernels.triton.resources [--arch 80 90] [--dtype bfloat16] [--head-dim 64 128] [--hip]
+    python -m visattn.kernels.triton.resources [--arch 80 90] [--dtype bfloat16] [--head-dim 64 128] [--kernel forward]
 
-A row per architecture, dtype, head dim and direction: registers per thread, spilled bytes per thread, shared
-memory per program. Exit status 1 if one spills, needs more shared memory than the architecture has, or does not
-compile. `--bias` compiles the variants with key mask and relative position bias. AMD is compiled as far as
-the compiler goes and never changes the exit status.
+A row per architecture, dtype, head dim and kernel: registers per thread, spilled bytes per thread, shared memory per
+program. Exit status 1 if one spills, needs more shared memory than the architecture has, or does not compile. `--bias`
+compiles the variants with key mask and, where there is one, relative position bias. `--hip` adds AMD, as far as the
+compiler goes; that never changes the exit status. `--jobs` compiles in that many processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -25,12 +27,16 @@ from typing import Any
 
 import torch
 
-from visattn.kernels.triton.config import DIRECTIONS, SHARED_MEMORY, Config, config, largest_head_dim
+from visattn.kernels.triton.config import DIRECTIONS, HOPPER, SHARED_MEMORY, Config, config, largest_head_dim
 from visattn.layout import Layout
 from visattn.patterns import parse
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 128, 256)
+# Bytes that the Hopper kernel may spill: scalars written before its loops and read again after them.
+HOPPER_SPILLS = 8
+# Bytes of a work-group's local memory on CDNA 3 (AMD CDNA 3 white paper).
+AMD_MEMORY = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -49,15 +55,25 @@ class Resources:
     shared: int = 0
     error: str = ""
 
-    def fits(self, limit: int) -> bool:
-        """Whether it compiled, spills nothing and fits in `limit` bytes of shared memory."""
-        return not self.error and self.spills == 0 and self.shared <= limit
+    def fits(self, limit: int, spare: int = 0) -> bool:
+        """Whether it compiled, spills at most `spare` bytes and fits in `limit` bytes of shared memory."""
+        return not self.error and self.spills <= spare and self.shared <= limit
 
 
-def kernel_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Config, bias: bool) -> Any:
+def kernel_arguments(name: str, dtype: torch.dtype, head_dim: int, launch: Config, bias: bool) -> Any:
     """A kernel and its arguments for a small joint text and image problem."""
-    from visattn.kernels.triton import arguments
+    if name not in DIRECTIONS:
+        from visattn.kernels.triton import products
+
+        return products.cases(dtype, head_dim, bias)[name]()[:2]
+    return list_arguments(name, dtype, head_dim, launch, bias)
+
+
+def list_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Config, bias: bool) -> Any:
+    """The same of a kernel along tile lists."""
+    from visattn.kernels.triton import arguments, hopper
     from visattn.kernels.triton.forward import attend
+    from visattn.kernels.triton.hopper_launch import hopper_arguments
     from visattn.kernels.triton.key_grad import key_gradients
     from visattn.kernels.triton.query_grad import query_gradients
 
@@ -70,6 +86,8 @@ def kernel_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: 
     mask = torch.empty(1, layout.length, dtype=torch.uint8, device="meta") if bias else None
     work = arguments.Work(pattern, layout, 0.125, mask, False, dict.fromkeys(DIRECTIONS, launch))
     lse = torch.empty(1, 24, layout.length, device="meta")
+    if launch.hopper:
+        return hopper.attend, hopper_arguments(q, k, v, torch.empty_like(q), lse, work)
     if direction == "forward":
         return attend, arguments.forward_arguments(q, k, v, rpb, torch.empty_like(q), lse, work)
     given = arguments.gradient_arguments(direction, q, k, v, rpb, torch.empty_like(q), lse, lse, work)
@@ -81,13 +99,17 @@ def kernel_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: 
 def source(kernel: Any, given: dict[str, Any]) -> Any:
     """What triton.compile takes, specialised as a launch with these arguments would be."""
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     names |= {torch.int32: "*i32", torch.uint8: "*u8"}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value, index = given[parameter.name], (i,)
-        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+        if hasattr(value, "block_shape"):
+            box = ",".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{names[value.base.dtype][1:]}[{box}],{value.layout!r}>"
+        elif parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
             constants[index] = value
         elif isinstance(value, torch.Tensor):
@@ -99,7 +121,7 @@ def source(kernel: Any, given: dict[str, Any]) -> Any:
             signature[parameter.name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[index] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
+    return (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
 
 
 def compiled(
@@ -147,15 +169,64 @@ def _cuobjdump() -> str:
     return knobs.nvidia.cuobjdump.path
 
 
+@dataclass(frozen=True)
+class Row:
+    """What is compiled for one row of the table.
+
+    Attributes:
+        target: Compute capability times ten, or a name of AMD's.
+        dtype: Name of the dtype.
+        head_dim: Channels per head.
+        kernel: Name of the kernel.
+        launch: Its configuration.
+        bias: Whether it is the variant with key mask and bias.
+    """
+
+    target: int | str
+    dtype: str
+    head_dim: int
+    kernel: str
+    launch: Config
+    bias: bool
+
+    def compile(self) -> Resources:
+        """What it needs."""
+        return compiled(self.target, self.kernel, DTYPES[self.dtype], self.head_dim, self.launch, self.bias)
+
+    def fits(self, used: Resources, limit: int) -> bool:
+        """Whether what it needs is what a shipped configuration may need."""
+        return used.fits(limit, HOPPER_SPILLS if self.launch.hopper else 0)
+
+
+def launch_of(architecture: int, dtype: torch.dtype, head_dim: int, kernel: str) -> Config:
+    """The launch of a kernel on an architecture."""
+    if kernel in DIRECTIONS:
+        return config(architecture, dtype, head_dim, kernel)
+    from visattn.kernels.triton import products
+
+    return products.cases(dtype, head_dim, False)[kernel]()[2]
+
+
 def rows(
-    architectures: list[int], dtypes: list[str], head_dims: list[int], bias: bool
-) -> Iterator[tuple[int, str, int, str, Config, Resources]]:
-    """Compile and yield the table."""
-    for arch, dtype, head_dim, direction in product(architectures, dtypes, head_dims, DIRECTIONS):
-        if head_dim > largest_head_dim(DTYPES[dtype], arch):
-            continue
-        launch = config(arch, DTYPES[dtype], head_dim, direction)
-        yield arch, dtype, head_dim, direction, launch, compiled(arch, direction, DTYPES[dtype], head_dim, launch, bias)
+    targets: Iterable[int | str], dtypes: list[str], head_dims: list[int], kernels: list[str], bias: bool
+) -> Iterator[Row]:
+    """The rows of the table."""
+    for target, dtype, head_dim, kernel in product(targets, dtypes, head_dims, kernels):
+        # AMD has no configurations of its own: those of the smallest NVIDIA memory, without deep pipelines.
+        architecture = target if isinstance(target, int) else 86
+        if head_dim <= largest_head_dim(DTYPES[dtype], architecture):
+            launch = launch_of(architecture, DTYPES[dtype], head_dim, kernel)
+            launch = launch if isinstance(target, int) else launch._replace(stages=min(2, launch.stages))
+            yield Row(target, dtype, head_dim, kernel, launch, bias)
+        if target == 90 and kernel == "forward" and dtype != "float32" and head_dim in HOPPER and not bias:
+            yield Row(target, dtype, head_dim, kernel, HOPPER[head_dim], bias)
+
+
+def kernel_names() -> tuple[str, ...]:
+    """All kernels of the table."""
+    from visattn.kernels.triton.products import NAMES
+
+    return (*DIRECTIONS, *NAMES)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -165,37 +236,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_MEMORY), choices=list(SHARED_MEMORY))
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--head-dim", type=int, nargs="*", default=list(HEAD_DIMS), choices=list(HEAD_DIMS))
+    parser.add_argument("--kernel", nargs="*", default=list(kernel_names()), choices=list(kernel_names()))
     parser.add_argument("--bias", action="store_true", help="the variants with key mask and relative position bias")
     parser.add_argument("--hip", nargs="?", const="gfx942", help="also compile for AMD (informative)")
+    parser.add_argument("--jobs", type=int, default=1)
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set, which compiles nothing: unset it", file=sys.stderr)
         return 2
-    print(f"{'arch':<7}{'dtype':<10}{'D':>4} {'direction':<11}{'tile':>8}{'warps':>6}{'stages':>7}"
+    print(f"{'arch':<7}{'dtype':<10}{'D':>4} {'kernel':<13}{'tile':>8}{'warps':>6}{'stages':>7}"
           f"{'regs':>6}{'spill':>7}{'shared':>9}{'limit':>9}  verdict")  # fmt: skip
+    targets = [*chosen.arch, *([chosen.hip] if chosen.hip else [])]
+    todo = list(rows(targets, chosen.dtype, chosen.head_dim, chosen.kernel, chosen.bias))
     bad = 0
-    for arch, dtype, head_dim, direction, launch, used in rows(chosen.arch, chosen.dtype, chosen.head_dim, chosen.bias):
-        limit = SHARED_MEMORY[arch]
-        bad += not used.fits(limit)
-        _print(f"sm_{arch}", dtype, head_dim, direction, launch, used, str(limit), used.fits(limit))
-    if chosen.hip:
-        for dtype, head_dim, direction in product(chosen.dtype, chosen.head_dim, DIRECTIONS):
-            if head_dim > largest_head_dim(DTYPES[dtype], 86):
-                continue
-            launch = config(86, DTYPES[dtype], head_dim, direction)._replace(stages=2)
-            used = compiled(chosen.hip, direction, DTYPES[dtype], head_dim, launch, chosen.bias)
-            _print(chosen.hip, dtype, head_dim, direction, launch, used, "65536", used.fits(65536))
+    with multiprocessing.Pool(chosen.jobs) if chosen.jobs > 1 else nullcontext() as pool:
+        for row, used in zip(todo, (pool.imap if pool else map)(Row.compile, todo), strict=True):
+            limit = SHARED_MEMORY[row.target] if isinstance(row.target, int) else AMD_MEMORY
+            bad += isinstance(row.target, int) and not row.fits(used, limit)
+            _print(row, used, limit)
     print(f"{bad} of the CUDA configurations do not fit" if bad else "every CUDA configuration fits")
     return int(bad > 0)
 
 
-def _print(
-    arch: str, dtype: str, head_dim: int, direction: str, launch: Config, used: Resources, limit: str, ok: bool
-) -> None:
-    tile = f"{launch.rows}x{launch.columns}"
-    verdict = used.error or ("ok" if ok else "does not fit")
-    print(f"{arch:<7}{dtype:<10}{head_dim:>4} {direction:<11}{tile:>8}{launch.warps:>6}{launch.stages:>7}"
-          f"{used.registers:>6}{used.spills:>7}{used.shared:>9}{limit:>9}  {verdict}", flush=True)  # fmt: skip
+def _print(row: Row, used: Resources, limit: int) -> None:
+    tile = f"{row.launch.rows}x{row.launch.columns}"
+    arch = f"sm_{row.target}" if isinstance(row.target, int) else row.target
+    kernel = "hopper" if row.launch.hopper else row.kernel
+    verdict = used.error or ("ok" if row.fits(used, limit) else "does not fit")
+    print(f"{arch:<7}{row.dtype:<10}{row.head_dim:>4} {kernel:<13}{tile:>8}{row.launch.warps:>6}"
+          f"{row.launch.stages:>7}{used.registers:>6}{used.spills:>7}{used.shared:>9}{limit:>9}  {verdict}",
+          flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

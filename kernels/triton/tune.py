@@ -151,7 +151,7 @@ def _median_ms(run: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-def _read(path: Path) -> dict[str, list[int]]:
+def _read(path: Path) -> dict[str, list[Any]]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):

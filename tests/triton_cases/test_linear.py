@@ -45,7 +45,8 @@ def compare(inputs, mask, feature, limit=1e-5):
     truth = results(formula, [t.double() for t in inputs], mask, feature)
     for name, a, b in zip(("out", "dq", "dk", "dv"), ours, truth, strict=True):
         assert a.shape == b.shape and a.isfinite().all(), name
-        error = (a.double() - b).norm() / b.norm().clamp(min=0.1)
+        # Gradients that are 0 are differences of terms of size 1 and above.
+        error = (a.double() - b).norm() / b.norm().clamp(min=1.0)
         assert error < limit, f"{name} is off by {error:.1e}"
     return ours
 

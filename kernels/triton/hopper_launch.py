@@ -1,0 +1,136 @@
+"""Which calls the Hopper kernel takes, and its launch."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from visattn.kernels.triton.arguments import LOG2E, Work, head_arguments, list_arguments, strides, unit
+from visattn.kernels.triton.boxes import tiled
+from visattn.kernels.triton.config import HOPPER, Config
+from visattn.kernels.triton.start import FUSION
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+
+# Channels of one copy: 128 bytes, the widest swizzle of shared memory.
+PIECE = 64
+# Share of tiles without mask below which the two groups of warps take turns in the tensor cores: with masks to apply it
+# is 1 to 3 % faster, without it as much slower (docs/gpu-notes.md).
+TAKE_TURNS = 0.9
+
+
+@lru_cache(maxsize=1)
+def installed() -> bool:
+    """Whether this Triton has Gluon for Hopper."""
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def hopper_config(
+    architecture: int, dtype: torch.dtype, head_dim: int, pattern: Pattern, layout: Layout
+) -> Config | None:
+    """The configuration of the Hopper kernel, or None for problems that need the general one.
+
+    Args:
+        architecture: Compute capability times ten.
+        dtype: Of q, k and v.
+        head_dim: Channels per head.
+        pattern: The pattern.
+        layout: The tokens.
+    """
+    launch = HOPPER.get(head_dim)
+    if architecture != 90 or launch is None or dtype.itemsize != 2 or pattern.routed or not installed():
+        return None
+    plan = tiled(pattern, layout, launch.rows, launch.tile)
+    keys = plan.keys
+    # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
+    boxes = keys.capacity == launch.tile and all(side & (side - 1) == 0 for side in keys.shape)
+    fills = plan.queries.capacity > launch.rows // 2
+    return launch if boxes and fills and all(step == 1 for step in keys.step) else None
+
+
+def copyable(k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether the copies can address keys and values [B, S, H, D] with contiguous channels."""
+    return _addressable(k) and _addressable(v) and folded(k) == folded(v)
+
+
+def folded(x: torch.Tensor) -> bool:
+    """Whether a descriptor sees the heads of [B, S, H, D] in the channels; else they lie in one axis with B."""
+    batch, _, heads, _ = x.shape
+    return batch > 1 and heads > 1 and x.stride(0) != heads * x.stride(2)
+
+
+def _addressable(x: torch.Tensor) -> bool:
+    """Whether copies can address a tensor [B, S, H, D]: 16-byte steps, and heads next to batch or to channels."""
+    aligned = x.data_ptr() % 16 == 0
+    steps = all(stride > 0 and stride % 8 == 0 for stride, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1)
+    return aligned and steps and (not folded(x) or x.stride(2) == x.shape[3])
+
+
+def _descriptor(x: torch.Tensor, first: int, grid: tuple[int, ...], box: tuple[int, ...]) -> Any:
+    """Descriptor of tokens from `first`, cut as a grid of up to three axes: [outer, t, y, x, channels]."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    batch, _, heads, head_dim = x.shape
+    token = x.stride(1)
+    sides = (1,) * (3 - len(grid)) + grid
+    if folded(x):
+        outer, outer_stride, channels = batch, x.stride(0), heads * head_dim
+    else:
+        outer, channels = batch * heads, head_dim
+        outer_stride = x.stride(2) if heads > 1 else x.stride(0)
+    # The stride of an axis of length 1 means nothing, but must be a multiple of 16 bytes all the same.
+    outer_stride = outer_stride if outer > 1 else PIECE
+    steps = [outer_stride, token * sides[1] * sides[2], token * sides[2], token, 1]
+    tile = [1, *(1,) * (3 - len(box)), *box, PIECE]
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
+    return TensorDescriptor(x[:, first:], [outer, *sides, channels], steps, tile, layout)
+
+
+def launch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, work: Work
+) -> None:
+    """Run the kernel; its results are in `out` and `lse` (contiguous, [B, H, S])."""
+    from visattn.kernels.triton.hopper import attend
+
+    given = hopper_arguments(q, k, v, out, lse, work)
+    kernel: Any = attend
+    programs = (given["dense_rows"] + given["grid_rows"]) * given["pairs"]
+    kernel[(programs,)](**given, num_warps=4, **FUSION)
+
+
+def hopper_arguments(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, work: Work
+) -> dict[str, Any]:
+    """Arguments of `hopper.attend`."""
+    config = work.configs["forward"]
+    run = work.program("forward", q.device)
+    columns = run.column_tiling
+    prefix, grid, box = columns.layout.prefix, columns.layout.grid, columns.shape
+    lists = list_arguments(run, work, False, q.shape[0] * q.shape[2])
+    unused = ("offsets", "positions", "position_offsets", "centre", "rpb_entries")
+    step = unit(q)
+    return {
+        "k_grid": _descriptor(k, prefix, grid, box),
+        "v_grid": _descriptor(v, prefix, grid, box),
+        "k_runs": _descriptor(k, 0, (k.shape[1],), (run.columns,)),
+        "v_runs": _descriptor(v, 0, (v.shape[1],), (run.columns,)),
+        "q": q, "out": out, "lse": q if lse is None else lse,
+        "scale": work.scale * LOG2E,
+        "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
+        **strides("q", q, step),
+        **head_arguments(q, k),
+        **{name: value for name, value in lists.items() if name not in unused},
+        "HEAD_DIM": q.shape[3], "ROWS": run.rows, "COLUMNS": run.columns, "TILES": run.tiles,
+        "BOX": (1,) * (3 - len(box)) + box,
+        "FOLDED": folded(k),
+        "STAGES": config.stages, "UNIT": step, "LSE": lse is not None,
+        "TURNS": work.plan("forward").full_share < TAKE_TURNS,
+    }  # fmt: skip

@@ -1,0 +1,86 @@
+"""The kernels beside the tile lists (linear and agent attention) on a small problem, as `resources` compiles them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from visattn.kernels.triton import agent, linear
+from visattn.kernels.triton.config import Config
+
+# A kernel, its arguments, and its launch in the terms of the table.
+Case = tuple[Any, dict[str, Any], Config]
+
+TOKENS, HEADS, AGENTS = 4096, 24, 49
+
+
+def cases(dtype: torch.dtype, head_dim: int, mask: bool) -> dict[str, Callable[[], Case]]:
+    """Each kernel by its name, made on demand; with or without a key mask."""
+    return {
+        "gather": partial(_gather, dtype, head_dim, mask, False),
+        "gather_grad": partial(_gather, dtype, head_dim, False, True),
+        "read": partial(_read, dtype, head_dim, False),
+        "value_grad": partial(_read, dtype, head_dim, mask, True),
+        "feature_grad": partial(_feature_grad, dtype, head_dim, mask),
+        "agents_in": partial(_agent, dtype, head_dim, mask, True),
+        "agents_out": partial(_agent, dtype, head_dim, False, False),
+    }
+
+
+def _tokens(dtype: torch.dtype, head_dim: int, number: int = TOKENS) -> torch.Tensor:
+    return torch.empty(1, number, HEADS, head_dim, dtype=dtype, device="meta")
+
+
+def _key_mask(mask: bool) -> torch.Tensor | None:
+    return torch.empty(1, TOKENS, dtype=torch.uint8, device="meta") if mask else None
+
+
+def _setting() -> linear.Setting:
+    return linear.Setting("elu", False)
+
+
+def _weights() -> linear.Weights:
+    return linear.Weights(*(torch.empty(1, HEADS, TOKENS, device="meta") for _ in range(3)))
+
+
+def _state(head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (1, HEADS, head_dim)
+    return torch.empty((*shape, head_dim), device="meta"), torch.empty(shape, device="meta")
+
+
+def _linear_case(kernel: Any, given: dict[str, Any], launch: linear.Launch) -> Case:
+    return kernel, given, Config(launch.rows, max(launch.features, launch.channels), launch.warps, launch.stages)
+
+
+def _gather(dtype: torch.dtype, head_dim: int, mask: bool, weighted: bool) -> Case:
+    launch = linear.launches(dtype, head_dim, head_dim)["gather_grad" if weighted else "gather"]
+    x, weights = _tokens(dtype, head_dim), _weights() if weighted else None
+    given = linear.gather_arguments(x, x, _key_mask(mask), weights, _setting(), launch)
+    return _linear_case(linear.gather, given, launch)
+
+
+def _read(dtype: torch.dtype, head_dim: int, mask: bool, values: bool = False) -> Case:
+    launch, x = linear.launches(dtype, head_dim, head_dim)["read"], _tokens(dtype, head_dim)
+    given = linear.read_arguments(x, *_state(head_dim), _key_mask(mask), dtype, not values, _setting(), launch)
+    return _linear_case(linear.read, given, launch)
+
+
+def _feature_grad(dtype: torch.dtype, head_dim: int, mask: bool) -> Case:
+    launch, x = linear.launches(dtype, head_dim, head_dim)["feature_grad"], _tokens(dtype, head_dim)
+    # With a mask the keys' gradient, else the queries'.
+    weights = None if mask else _weights()
+    given = linear.grad_arguments(x, x, *_state(head_dim), _key_mask(mask), weights, _setting(), launch)
+    return _linear_case(linear.feature_gradients, given, launch)
+
+
+def _agent(dtype: torch.dtype, head_dim: int, mask: bool, split: bool) -> Case:
+    launch, x, few = agent.launch_of(dtype, head_dim), _tokens(dtype, head_dim), _tokens(dtype, head_dim, AGENTS)
+    q, k = (few, x) if split else (x, few)
+    given = agent.run_arguments(q, k, k, _key_mask(mask), 0.125, False, split, launch)
+    return agent.attend_run, given, Config(*launch)
+
+
+NAMES = tuple(cases(torch.float32, 16, False))

@@ -1,0 +1,67 @@
+"""Which calls the Hopper kernel takes; that it is right is checked on such a GPU by scripts/check_gpu.py."""
+
+import pytest
+import torch
+
+from visattn import Layout, parse
+
+pytest.importorskip("triton")
+
+from visattn.dispatch import Problem, load
+from visattn.kernels.triton import engine
+from visattn.kernels.triton.config import HOPPER
+from visattn.kernels.triton.hopper_launch import copyable, folded, hopper_config
+
+
+def chosen(pattern, layout, arch=90, dtype=torch.bfloat16, dim=128):
+    return hopper_config(arch, dtype, dim, parse(pattern), layout)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layout"),
+    [
+        ("na(window=9x9)", Layout((37, 45), 13, 5)),
+        ("na(window=16x16,stride=8x8)", Layout((64, 64))),
+        ("na(window=5x7x9)", Layout((9, 21, 40), suffix=77)),
+        ("clear(radius=5,pool=2)", Layout((32, 48))),
+        ("radial(decay=0.5)", Layout((9, 16, 20))),
+        ("dense", Layout(3000)),
+    ],
+)
+def test_takes_lists_of_whole_boxes(pattern, layout):
+    assert chosen(pattern, layout) == HOPPER[128]
+    assert chosen(pattern, layout, dim=64, dtype=torch.float16) == HOPPER[64]
+
+
+@pytest.mark.parametrize("other", [{"arch": 80}, {"arch": 100}, {"dtype": torch.float32}, {"dim": 72}, {"dim": 256}])
+def test_leaves_other_gpus_dtypes_and_head_dims(other):
+    assert chosen("na(window=9x9)", Layout((64, 64)), **other) is None
+
+
+@pytest.mark.parametrize("pattern", ["routing(regions=8x8,topk=4)", "na(window=9x9,dilation=2)"])
+def test_leaves_routed_and_dilated_patterns(pattern):
+    assert chosen(pattern, Layout((64, 64))) is None
+
+
+def test_what_copies_can_address():
+    x = torch.empty(2, 40, 3, 64, dtype=torch.bfloat16)
+    heads_first = torch.empty(2, 3, 40, 64, dtype=torch.bfloat16).transpose(1, 2)
+    packed = torch.empty(2, 40, 3, 3, 64, dtype=torch.bfloat16).unbind(2)
+    assert copyable(x, x) and copyable(heads_first, heads_first) and copyable(packed[1], packed[2])
+    assert folded(x) and not folded(heads_first) and not folded(x[:1])
+    assert not copyable(x, heads_first)
+    odd = torch.empty(2, 40, 3, 68, dtype=torch.bfloat16)
+    assert not copyable(odd[..., :64], odd[..., :64]), "tokens are not a multiple of 16 bytes apart"
+    shifted = torch.empty(2 * 40 * 3 * 64 + 4, dtype=torch.bfloat16)[4:].view(2, 40, 3, 64)
+    assert not copyable(x, shifted), "it does not begin at a multiple of 16 bytes"
+    assert not copyable(x[:, :, :1].expand(-1, -1, 3, -1), x), "heads share their memory"
+
+
+def test_its_rate_decides_whether_dense_attention_is_faster(monkeypatch):
+    monkeypatch.setattr(engine, "architecture", lambda device=None: 90)
+    monkeypatch.setattr(engine, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backend = load("triton")
+    given = parse("na(window=80x80)"), Layout((256, 256)), 1, 24, 24, 128, torch.bfloat16, "cuda"
+    general = backend.cost(Problem(*given, key_mask=True))
+    assert backend.cost(Problem(*given)) < 0.75 * general
