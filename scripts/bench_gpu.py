@@ -1,13 +1,15 @@
 """Time of the Triton kernels against cuDNN, flash and FlexAttention.
 
-    python3 scripts/bench_gpu.py [--quick] [--only NAME ...] [--out FILE]
+    python3 scripts/bench_gpu.py [--quick] [--only NAME ...] [--jobs 8] [--out FILE]
 
-Each case is checked first, then timed: median of CUDA events, all in one run. Prints a table, writes JSON.
+Each case is checked first, then timed: median of CUDA events, all in one run. Prints a table, writes JSON. `--jobs`
+compiles in that many processes first. FlexAttention is compiled for the cases of `--quick` only.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -16,15 +18,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_common import sampled_error, use_checkout, versions
+from gpu_common import compile_first, sampled_error, use_checkout, versions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 use_checkout()
 
 from visattn import Layout, attention, parse, plan  # noqa: E402
+from visattn.dispatch import Call  # noqa: E402
 from visattn.kernels.triton.boxes import tiled  # noqa: E402
-from visattn.kernels.triton.engine import configurations  # noqa: E402
+from visattn.kernels.triton.engine import launches  # noqa: E402
 
 HEADS, DIM = 24, 128
 FLUX, HUNYUAN = Layout((256, 256)), Layout((30, 48, 80))
@@ -51,7 +54,7 @@ CASES: dict[str, tuple[str, Layout]] = {
 MAIN = ("flux-s1", "flux-s16", "hunyuan-s1", "hunyuan-s16", "clear16-256", "radial-wan", "dense-16k")
 
 
-def median_ms(run: Callable[[], Any], budget: float = 1.0) -> float:
+def median_ms(run: Callable[[], Any], budget: float = 0.6) -> float:
     """Median of CUDA-event times in milliseconds, over about `budget` seconds."""
     run()
     torch.cuda.synchronize()
@@ -112,7 +115,7 @@ def case_of(name: str, dense: dict[int, dict[str, Any]], peers: list[str], top: 
     shape = (1, layout.length, HEADS, DIM)
     inputs = [torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     parsed = parse(pattern)
-    launch = configurations(torch.bfloat16, DIM, inputs[0].device)
+    launch = launches(*inputs, Call(parsed, layout, DIM**-0.5))
     tiles = (
         plan(pattern, layout)
         if parsed.routed
@@ -135,7 +138,7 @@ def case_of(name: str, dense: dict[int, dict[str, Any]], peers: list[str], top: 
         "arithmetic": flops / tiles.flop_bound / top["matmul_tflops"] / 1e9,
         "bytes": 4 * inputs[0].numel() * 2 / top["copy_tbs"] / 1e9,
     }
-    if "flex" in peers:
+    if "flex" in peers and name in MAIN:
         try:
             flex = lambda q, k, v: attention(q, k, v, pattern, layout, backend="flex")  # noqa: E731
             result["flex"] = forward_and_backward(flex, inputs)
@@ -144,6 +147,19 @@ def case_of(name: str, dense: dict[int, dict[str, Any]], peers: list[str], top: 
     if layout.length not in dense:
         dense[layout.length] = dense_peers(inputs, peers)
     return result | dense[layout.length]
+
+
+def once(name: str, peers: list[str]) -> None:
+    """Forward and backward of a case, which compiles what it needs."""
+    pattern, layout = CASES[name]
+    shape = (1, layout.length, HEADS, DIM)
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    for backend in ("triton", *(["flex"] if "flex" in peers and name in MAIN else [])):
+        # What does not compile is reported where it is timed.
+        with contextlib.suppress(Exception):
+            with torch.no_grad():
+                attention(*inputs, pattern, layout, backend=backend)
+            attention(*inputs, pattern, layout, backend=backend).sum().backward()
 
 
 def line(name: str, result: dict[str, Any]) -> str:
@@ -168,9 +184,18 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help=f"names out of {', '.join(CASES)}; default all")
     parser.add_argument("--quick", action="store_true", help="the main cases only")
     parser.add_argument("--peers", nargs="*", default=["cudnn", "flash", "flex"])
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", default="", help="JSON file")
+    parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     names = chosen.only or (MAIN if chosen.quick else list(CASES))
+    if chosen.compile:
+        index, of = map(int, chosen.compile.split("/"))
+        for name in names[index::of]:
+            once(name, chosen.peers)
+        return 0
+    if chosen.jobs > 1:
+        compile_first(chosen.jobs)
     report: dict[str, Any] = {"versions": versions(), "ceilings": rates(), "heads": HEADS, "dim": DIM, "cases": {}}
     print(report["versions"], report["ceilings"], flush=True)
     dense: dict[int, dict[str, Any]] = {}

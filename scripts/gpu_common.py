@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ def use_checkout() -> None:
     # The top-level folders are sub-packages: kernels/ is visattn.kernels.
     if importlib.util.find_spec("visattn.kernels") is None:
         visattn.__path__.append(str(ROOT))
+
+
+def compile_first(jobs: int) -> None:
+    """Run this script in several processes with `--compile i/jobs`, to fill the compilers' caches on disk."""
+    command = [sys.executable, *sys.argv, "--compile"]
+    for process in [subprocess.Popen([*command, f"{i}/{jobs}"]) for i in range(jobs)]:
+        process.wait()
 
 
 def versions() -> dict[str, str]:

@@ -9,19 +9,18 @@ one after the other. Prints a line each; times are of one direction with all hea
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 
 import torch
 from bench_gpu import CASES, DIM, HEADS
-from gpu_common import use_checkout
+from gpu_common import compile_first, use_checkout
 
 use_checkout()
 
 from visattn import parse  # noqa: E402
 from visattn.kernels.triton import tune  # noqa: E402
 from visattn.kernels.triton.config import DIRECTIONS, Config, config  # noqa: E402
-from visattn.kernels.triton.engine import configurations  # noqa: E402
+from visattn.kernels.triton.engine import architecture  # noqa: E402
 
 
 def main() -> int:
@@ -42,16 +41,13 @@ def main() -> int:
             for launch in listed or tune.candidates(90, torch.bfloat16, DIM, direction):
                 todo.append((name, direction, launch))
     if not chosen.compile and chosen.jobs > 1:
-        command = [sys.executable, *sys.argv]
-        running = [subprocess.Popen([*command, "--compile", f"{i}/{chosen.jobs}"]) for i in range(chosen.jobs)]
-        for process in running:
-            process.wait()
+        compile_first(chosen.jobs)
     if chosen.compile:
         index, of = map(int, chosen.compile.split("/"))
         todo = todo[index::of]
     for name, direction, launch in todo:
         pattern, layout = CASES[name]
-        base = configurations(torch.bfloat16, DIM, device)
+        base = {d: config(architecture(device), torch.bfloat16, DIM, d) for d in DIRECTIONS}
         clock = tune.timer(parse(pattern), layout, torch.bfloat16, DIM, device, direction, base)
         try:
             ms = f"{clock(launch):9.3f} ms"
@@ -59,7 +55,7 @@ def main() -> int:
             ms = f"{type(error).__name__}: {str(error)[:80]}"
         if not chosen.compile:
             mark = " (table)" if launch == config(90, torch.bfloat16, DIM, direction) else ""
-            print(f"{name:<16}{direction:<12}{'x'.join(map(str, launch)):<18}{ms}{mark}", flush=True)
+            print(f"{name:<16}{direction:<12}{'x'.join(map(str, launch[:5])):<18}{ms}{mark}", flush=True)
     return 0
 
 

@@ -136,12 +136,7 @@ class Triton(Backend):
             q, scale = -q, -scale
         key_mask = None if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)
         rpb = None if call.rpb is None else call.rpb.to(torch.float32).flatten(1).contiguous()
-        configs = configurations(q.dtype, q.shape[3], q.device)
-        if tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing():
-            configs = _tuned(call.pattern, call.layout, q.dtype, q.shape[3], q.device)
-        if rpb is None and key_mask is None and scale > 0 and copyable(k, v):
-            faster = hopper_config(architecture(q.device), q.dtype, q.shape[3], call.pattern, call.layout)
-            configs |= {} if faster is None else {"forward": faster}
+        configs = launches(q, k, v, call)
         tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
         work = Work(call.pattern, call.layout, scale, key_mask, tf32, configs)
         if call.pattern.routed:
@@ -160,9 +155,16 @@ def on_gpu(q: torch.Tensor) -> Support:
     return fits(q.device.type, q.dtype, q.shape[3]) if support.ok else support
 
 
-def configurations(dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, Config]:
-    """The launch configuration of each direction."""
-    return {d: config(architecture(device), dtype, head_dim, d) for d in DIRECTIONS}
+def launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> dict[str, Config]:
+    """The launch configuration of each direction: the table's or the tuned one, or the Hopper kernel's."""
+    number, dtype, head_dim = architecture(q.device), q.dtype, q.shape[3]
+    configs = {d: config(number, dtype, head_dim, d) for d in DIRECTIONS}
+    if tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing():
+        configs = _tuned(call.pattern, call.layout, dtype, head_dim, q.device)
+    if call.key_mask is None and call.rpb is None and call.scale and copyable(k, v):
+        faster = hopper_config(number, dtype, head_dim, call.pattern, call.layout)
+        configs |= {} if faster is None else {"forward": faster}
+    return configs
 
 
 backend = Triton()
