@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distillation.losses import Rows
+from distillation.losses import Rows, map_distance
 from distillation.settings import RunConfig
 from visattn import apply
 from visattn.handle import Handle
@@ -56,9 +56,21 @@ class Learner(nn.Module):
 
     def watch_rows(self, sites: list[str]) -> None:
         """Lets attention rows be kept, of the teacher (dense by visattn from now on) and of the student."""
-        teacher_handle = apply(self.teacher, dict.fromkeys(sites, "dense"))
+        # Not "dense", and with a backend: a timm model would run its own attention, which cannot be watched.
+        teacher_handle = apply(self.teacher, dict.fromkeys(sites, "na(window=-1)"), backend="sdpa", strict=True)
         for handle, rows in zip((teacher_handle, self.handle), self._rows, strict=True):
             handle.watch(rows)
+
+    def row_distance(self) -> torch.Tensor:
+        """Distance of the attention rows of the last forward of both.
+
+        Raises:
+            ValueError: If there were none.
+        """
+        ours, theirs = (rows.kept for rows in reversed(self._rows))
+        if not theirs or ours.keys() != theirs.keys():
+            raise ValueError("--maps cannot see the attention rows of this model (a position bias, say): leave it out")
+        return map_distance(ours, theirs)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name: "student." and "own." before their paths.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from distillation.config import Config
 from distillation.learner import Learner, add_lora
-from distillation.losses import Recorder, attention_distance, map_distance
+from distillation.losses import Recorder, attention_distance
 from distillation.noise import Noise
 from distillation.samples import SampleSet, nested
 from visattn.patterns import Dense
@@ -89,7 +89,7 @@ class Distiller(Learner):
             if config.attention:
                 losses["attention"] = attention_distance(attended, expected, config.attention_scale == "relative")
             if config.maps:
-                losses["maps"] = map_distance(self._rows[1].kept, self._rows[0].kept)
+                losses["maps"] = self.row_distance()
         return losses
 
     def _predict(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from distillation.learner import Learner, add_lora
 from distillation.loop import Run, begin
-from distillation.losses import Recorder, attention_distance, map_distance
+from distillation.losses import Recorder, attention_distance
 from distillation.optimizers import micro_batches
 from distillation.vit_config import DIGITS, VitConfig
 from distillation.vit_data import generator_of, open_pictures
@@ -77,7 +77,7 @@ class VitLearner(Learner):
         if config.attention:
             losses["attention"] = attention_distance(attended, expected, relative=True)
         if config.maps:
-            losses["maps"] = map_distance(self._rows[1].kept, self._rows[0].kept)
+            losses["maps"] = self.row_distance()
         return losses
 
     def _read(self, model: Any, which: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

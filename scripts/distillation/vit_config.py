@@ -60,7 +60,7 @@ class VitConfig(RunConfig):
 
             name = self.model.partition(".")[0]
             if not timm.is_model(name):
-                near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
+                near = timm.list_models(f"{name.split('_')[0]}*")[:3]
                 raise ValueError(
                     f"--model {self.model!r} is no model of timm: e.g. {', '.join(near) or 'see timm.list_models'}"
                 )
