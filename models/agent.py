@@ -12,6 +12,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from visattn.models.functional import resize, through_agents
+from visattn.models.pyramid import channels_of_head
 
 # Side of the coarse bias maps that are resampled to the grid.
 COARSE = 7
@@ -56,6 +57,7 @@ class AgentAttention(nn.Module):
         if self.side**2 != agents:
             raise ValueError(f"agent_num {agents} must be a square, like 49: the agents are a grid of means")
         self.num_heads = num_heads
+        self.head_dim = channels_of_head(dim, num_heads)
         self.prefix = 1 if class_token else 0
         shapes: dict[str, tuple[int, ...]] = {
             "an_bias": (num_heads, agents, COARSE, COARSE),
@@ -120,5 +122,4 @@ class AgentAttention(nn.Module):
         return self.proj(x.reshape(batch, tokens, dim))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        batch, tokens, dim = x.shape
-        return x.reshape(batch, tokens, self.num_heads, dim // self.num_heads)
+        return x.reshape(x.shape[0], x.shape[1], self.num_heads, self.head_dim)

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, PatchEmbed, get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # timm exports it nowhere else
 from torch import nn
 from torch.nn import functional as F
 
 from visattn.models.agent import AgentAttention
+from visattn.models.factory import build, cfg
 from visattn.models.functional import resize, unscripted
-from visattn.models.pyramid import cfg, drop_paths, init_weights, official
+from visattn.models.pyramid import drop_paths, init_weights
 
 __all__ = ["AgentDeit"]
 
@@ -258,17 +259,6 @@ def _known_pool(pool: str) -> str:
     return pool
 
 
-def _agent_deit(variant: str, pretrained: bool, **kwargs: Any) -> AgentDeit:
-    return build_model_with_cfg(
-        AgentDeit,
-        variant,
-        pretrained,
-        pretrained_filter_fn=official,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
 def _cfg() -> dict[str, Any]:
     origin = "https://github.com/LeapLabTHU/Agent-Attention"
     return cfg("", "arXiv:2312.08874", origin, "patch_embed.proj", pool_size=None)
@@ -277,21 +267,25 @@ def _cfg() -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({f"agent_deit_{size}.in1k": _cfg() for size in ("tiny", "small", "base")})
 
 
+# The last three blocks are the features that timm's `features_only` gives.
+_DEFAULTS: dict[str, Any] = {"drop_path_rate": 0.1, "out_indices": 3}
+
+
 @register_model
 def agent_deit_tiny(pretrained: bool = False, **kwargs: Any) -> AgentDeit:
     """Agent-DeiT-T, 6.0 M parameters."""
-    return _agent_deit("agent_deit_tiny", pretrained, **{"drop_path_rate": 0.1, **kwargs})
+    return build(AgentDeit, "agent_deit_tiny", pretrained, **{**_DEFAULTS, **kwargs})
 
 
 @register_model
 def agent_deit_small(pretrained: bool = False, **kwargs: Any) -> AgentDeit:
     """Agent-DeiT-S, 22.7 M parameters."""
-    size = {"embed_dim": 384, "num_heads": 6, "drop_path_rate": 0.1}
-    return _agent_deit("agent_deit_small", pretrained, **{**size, **kwargs})
+    size = {"embed_dim": 384, "num_heads": 6}
+    return build(AgentDeit, "agent_deit_small", pretrained, **{**_DEFAULTS, **size, **kwargs})
 
 
 @register_model
 def agent_deit_base(pretrained: bool = False, **kwargs: Any) -> AgentDeit:
     """Agent-DeiT-B, 87.2 M parameters: agents in the first four blocks."""
-    size = {"embed_dim": 768, "num_heads": 12, "agent_num": 81, "agent_layer": 4, "drop_path_rate": 0.1}
-    return _agent_deit("agent_deit_base", pretrained, **{**size, **kwargs})
+    size = {"embed_dim": 768, "num_heads": 12, "agent_num": 81, "agent_layer": 4}
+    return build(AgentDeit, "agent_deit_base", pretrained, **{**_DEFAULTS, **size, **kwargs})

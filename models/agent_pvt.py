@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from visattn.models.agent import AgentAttention
+from visattn.models.factory import build, cfg
 from visattn.models.functional import unscripted
 from visattn.models.patches import Patches, Place
-from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
+from visattn.models.pyramid import Pyramid, drop_paths
+from visattn.models.stages import Blocks
 
 __all__ = ["AgentPVT"]
 
@@ -84,7 +86,7 @@ class AgentPVT(Pyramid):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.sides = [img_size // (4 * 2**i) for i in range(len(depths))]
+        self.sides = [max(1, img_size // (4 * 2**i)) for i in range(len(depths))]
         self.place = Place()
         channels = in_chans
         for i, rates in enumerate(drop_paths(drop_path_rate, depths)):
@@ -138,17 +140,6 @@ class AgentPVT(Pyramid):
         return {"stem": r"^(?:patch_embed|pos_embed)1", "blocks": whole if coarse else fine}
 
 
-def _agent_pvt(variant: str, pretrained: bool, **kwargs: Any) -> AgentPVT:
-    return build_model_with_cfg(
-        AgentPVT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=official,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
 def _cfg() -> dict[str, Any]:
     return cfg("", "arXiv:2312.08874", "https://github.com/LeapLabTHU/Agent-Attention", "patch_embed1.proj")
 
@@ -161,22 +152,22 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def agent_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
     """Agent-PVT-T, 11.6 M parameters."""
-    return _agent_pvt("agent_pvt_tiny", pretrained, **kwargs)
+    return build(AgentPVT, "agent_pvt_tiny", pretrained, **kwargs)
 
 
 @register_model
 def agent_pvt_small(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
     """Agent-PVT-S, 20.6 M parameters."""
-    return _agent_pvt("agent_pvt_small", pretrained, **{"depths": (3, 4, 6, 3), **kwargs})
+    return build(AgentPVT, "agent_pvt_small", pretrained, **{"depths": (3, 4, 6, 3), **kwargs})
 
 
 @register_model
 def agent_pvt_medium(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
     """Agent-PVT-M, 35.9 M parameters."""
-    return _agent_pvt("agent_pvt_medium", pretrained, **{"depths": (3, 4, 18, 3), "drop_path_rate": 0.3, **kwargs})
+    return build(AgentPVT, "agent_pvt_medium", pretrained, **{"depths": (3, 4, 18, 3), "drop_path_rate": 0.3, **kwargs})
 
 
 @register_model
 def agent_pvt_large(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
     """Agent-PVT-L, 48.7 M parameters."""
-    return _agent_pvt("agent_pvt_large", pretrained, **{"depths": (3, 8, 27, 3), "drop_path_rate": 0.3, **kwargs})
+    return build(AgentPVT, "agent_pvt_large", pretrained, **{"depths": (3, 8, 27, 3), "drop_path_rate": 0.3, **kwargs})

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging, get_relative_position_index
 from torch import nn
 from torch.nn import functional as F
 
 from visattn.models.agent import AgentAttention
 from visattn.models.dinat_s import PatchEmbed
+from visattn.models.factory import build, cfg
 from visattn.models.functional import pad_multiple, shift_mask, unscripted, window_mask
-from visattn.models.nat import Level
-from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
+from visattn.models.pyramid import Pyramid, drop_paths
+from visattn.models.stages import Blocks, Level, Levels
 
 __all__ = ["AgentSwin"]
 
@@ -184,7 +185,7 @@ class AgentSwin(Pyramid):
         dims = tuple(embed_dim * 2**i for i in range(len(depths)))
         counts = agent_blocks(attn_type, depths)
         self.patch_embed = PatchEmbed(in_chans, embed_dim, **dd)
-        self.layers = nn.ModuleList()
+        self.layers = Levels()
         side = -(-img_size // 4)
         for i, rates in enumerate(drop_paths(drop_path_rate, depths)):
             window = max(7, window_size // 8)
@@ -203,21 +204,11 @@ class AgentSwin(Pyramid):
 
     def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
         """See `Pyramid.forward_stages`."""
-        maps: list[torch.Tensor] = []
-        x = self.patch_embed(x)
-        for i, layer in enumerate(self.layers):
-            if i <= take[-1]:
-                x = layer.blocks(x)  # type: ignore[operator]
-                if i in take:
-                    maps.append(x)
-                if i < take[-1]:
-                    x = layer.downsample(x)  # type: ignore[operator]
-        return maps
+        return self.layers(self.patch_embed(x), take)
 
     def keep_stages(self, count: int) -> None:
         """See `Pyramid.keep_stages`."""
-        self.layers = self.layers[:count]
-        self.layers[-1].downsample = nn.Identity()
+        self.layers = self.layers.first(count)
 
     @unscripted
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -245,17 +236,6 @@ def agent_blocks(attn_type: str, depths: tuple[int, ...]) -> list[int]:
     ]
 
 
-def _agent_swin(variant: str, pretrained: bool, **kwargs: Any) -> AgentSwin:
-    return build_model_with_cfg(
-        AgentSwin,
-        variant,
-        pretrained,
-        pretrained_filter_fn=official,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
 def _cfg() -> dict[str, Any]:
     return cfg("", "arXiv:2312.08874", "https://github.com/LeapLabTHU/Agent-Attention", "patch_embed.proj")
 
@@ -266,14 +246,14 @@ default_cfgs = generate_default_cfgs({f"agent_swin_{size}.in1k": _cfg() for size
 @register_model
 def agent_swin_tiny(pretrained: bool = False, **kwargs: Any) -> AgentSwin:
     """Agent-Swin-T, 28.9 M parameters."""
-    return _agent_swin("agent_swin_tiny", pretrained, **kwargs)
+    return build(AgentSwin, "agent_swin_tiny", pretrained, **kwargs)
 
 
 @register_model
 def agent_swin_small(pretrained: bool = False, **kwargs: Any) -> AgentSwin:
     """Agent-Swin-S, 50 M parameters."""
     size = {"depths": (2, 2, 18, 2), "attn_type": "AABB", "drop_path_rate": 0.3}
-    return _agent_swin("agent_swin_small", pretrained, **{**size, **kwargs})
+    return build(AgentSwin, "agent_swin_small", pretrained, **{**size, **kwargs})
 
 
 @register_model
@@ -286,4 +266,4 @@ def agent_swin_base(pretrained: bool = False, **kwargs: Any) -> AgentSwin:
         "attn_type": "AAMB2",
         "drop_path_rate": 0.5,
     }
-    return _agent_swin("agent_swin_base", pretrained, **{**size, **kwargs})
+    return build(AgentSwin, "agent_swin_base", pretrained, **{**size, **kwargs})

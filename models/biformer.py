@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
+from visattn.models.factory import build, cfg
 from visattn.models.functional import pad_multiple, routed, unscripted
-from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
+from visattn.models.pyramid import Pyramid, channels_of_head, drop_paths
+from visattn.models.stages import Blocks
 
 __all__ = ["BiFormer", "BiFormerSTL"]
 
@@ -70,6 +72,7 @@ class FullAttention(nn.Module):
     def __init__(self, dim: int, side: int, num_heads: int = 8, **dd: Any) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.head_dim = channels_of_head(dim, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.lepe = nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim, **dd)
@@ -78,7 +81,7 @@ class FullAttention(nn.Module):
         """Attention of a map [B, H, W, dim]."""
         batch, height, width, dim = x.shape
         local = self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, dim // self.num_heads)
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height, width, dim)
         return self.proj(y + local)
@@ -148,6 +151,9 @@ class BiFormer(Pyramid):
         drop_rate: Dropout before the head.
         device: Where the weights are made.
         dtype: Of the weights.
+
+    Raises:
+        ValueError: If a stage's channels are no multiple of a head's, or `topks` has other numbers.
     """
 
     output_fmt = "NCHW"
@@ -179,6 +185,8 @@ class BiFormer(Pyramid):
         self.downsample_layers = nn.ModuleList(steps)
         self.stages = nn.ModuleList()
         for i, rates in enumerate(drop_paths(drop_path_rate, depth)):
+            if dims[i] % head_dim:
+                raise ValueError(f"embed_dim {dims[i]} must be a multiple of head_dim {head_dim}")
             heads = dims[i] // head_dim
             blocks = (
                 Block(dims[i], heads, n_win, topks[i], mlp_ratios[i], side_dwconv, rate, self.local, **dd)
@@ -258,17 +266,6 @@ class BiFormerSTL(BiFormer):
         return Stage(blocks)
 
 
-def _biformer(variant: str, pretrained: bool, kind: type[BiFormer] = BiFormer, **kwargs: Any) -> BiFormer:
-    return build_model_with_cfg(
-        kind,
-        variant,
-        pretrained,
-        pretrained_filter_fn=official,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
 def _cfg() -> dict[str, Any]:
     origin = "https://github.com/rayleizhu/BiFormer"
     return cfg("mit", "arXiv:2303.08810", origin, "downsample_layers.0.0", min_input_size=(3, 32, 32))
@@ -280,24 +277,24 @@ default_cfgs = generate_default_cfgs({f"biformer_{size}.in1k": _cfg() for size i
 @register_model
 def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> BiFormer:
     """BiFormer-T, 13.1 M parameters."""
-    return _biformer("biformer_tiny", pretrained, **kwargs)
+    return build(BiFormer, "biformer_tiny", pretrained, **kwargs)
 
 
 @register_model
 def biformer_small(pretrained: bool = False, **kwargs: Any) -> BiFormer:
     """BiFormer-S, 25.5 M parameters."""
-    return _biformer("biformer_small", pretrained, **{"depth": (4, 4, 18, 4), **kwargs})
+    return build(BiFormer, "biformer_small", pretrained, **{"depth": (4, 4, 18, 4), **kwargs})
 
 
 @register_model
 def biformer_base(pretrained: bool = False, **kwargs: Any) -> BiFormer:
     """BiFormer-B, 56.8 M parameters."""
     size = {"depth": (4, 4, 18, 4), "embed_dim": (96, 192, 384, 768)}
-    return _biformer("biformer_base", pretrained, **{**size, **kwargs})
+    return build(BiFormer, "biformer_base", pretrained, **{**size, **kwargs})
 
 
 @register_model
 def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
     """BiFormer-STL, 28.4 M parameters: Swin-T with bi-level routing attention."""
     size = {"depth": (2, 2, 6, 2), "embed_dim": (96, 192, 384, 768), "mlp_ratios": (4, 4, 4, 4)}
-    return _biformer("biformer_stl", pretrained, BiFormerSTL, **{**size, **kwargs})
+    return build(BiFormerSTL, "biformer_stl", pretrained, **{**size, **kwargs})

@@ -7,13 +7,14 @@ Official code and weights: https://github.com/SHI-Labs/Neighborhood-Attention-Tr
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
+from visattn.models.factory import build, cfg
 from visattn.models.functional import pad_multiple
-from visattn.models.nat import NAT, Levels, alternating
-from visattn.models.pyramid import cfg, official
+from visattn.models.nat import NAT, alternating
+from visattn.models.stages import Levels
 
 __all__ = ["DiNATS"]
 
@@ -63,14 +64,7 @@ class DiNATS(NAT):
 
 def _dinat_s(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> DiNATS:
     depths = (2, 2, depth, 2)
-    return build_model_with_cfg(
-        DiNATS,
-        variant,
-        pretrained,
-        pretrained_filter_fn=official,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{"depths": depths, "dilations": alternating(depths), **kwargs},
-    )
+    return build(DiNATS, variant, pretrained, **{"depths": depths, "dilations": alternating(depths), **kwargs})
 
 
 def _cfg(file: str, **more: Any) -> dict[str, Any]:

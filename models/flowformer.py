@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from visattn.models.factory import build, cfg
 from visattn.models.functional import flow, unscripted
 from visattn.models.patches import Patches, Place
-from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
+from visattn.models.pyramid import Pyramid, channels_of_head, drop_paths
+from visattn.models.stages import Blocks
 
 __all__ = ["Flowformer"]
 
@@ -24,16 +26,15 @@ class FlowAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, **dd: Any) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"embed_dim {dim} must be a multiple of the {num_heads} heads of every stage")
         self.num_heads = num_heads
+        self.head_dim = channels_of_head(dim, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attention of a map [B, H, W, dim]."""
         batch, height, width, dim = x.shape
-        q, k, v = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, dim // self.num_heads).unbind(2)
+        q, k, v = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, self.head_dim).unbind(2)
         return self.proj(flow(q, k, v).reshape(batch, height, width, dim))
 
 
@@ -148,17 +149,6 @@ class Flowformer(Pyramid):
         }
 
 
-def _flowformer(variant: str, pretrained: bool, **kwargs: Any) -> Flowformer:
-    return build_model_with_cfg(
-        Flowformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=official,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
 def _cfg() -> dict[str, Any]:
     return cfg("mit", "arXiv:2202.06258", "https://github.com/thuml/Flowformer", "patch_embed.0.proj", crop_pct=0.9)
 
@@ -169,10 +159,10 @@ default_cfgs = generate_default_cfgs({f"flowformer_{size}.in1k": _cfg() for size
 @register_model
 def flowformer_tiny(pretrained: bool = False, **kwargs: Any) -> Flowformer:
     """The 19 blocks of the paper, 43.3 M parameters."""
-    return _flowformer("flowformer_tiny", pretrained, **kwargs)
+    return build(Flowformer, "flowformer_tiny", pretrained, **kwargs)
 
 
 @register_model
 def flowformer_small(pretrained: bool = False, **kwargs: Any) -> Flowformer:
     """The depths that are the default of the official code, 49.8 M parameters."""
-    return _flowformer("flowformer_small", pretrained, **{"depth": (2, 2, 10, 4), **kwargs})
+    return build(Flowformer, "flowformer_small", pretrained, **{"depth": (2, 2, 10, 4), **kwargs})

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 import visattn.models  # noqa: F401  registers the backbones
-from visattn.models.pyramid import official
+from visattn.models.factory import official
 
 
 def read_weights(path: Path) -> dict[str, Any]:

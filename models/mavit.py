@@ -5,155 +5,20 @@ its equations. The official weights carry no licence at the top level of their r
 names and take them.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import DropPath, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
-from torch.nn import functional as F
 
-from visattn.models.functional import magnitude_aware, rotary_table, rotate, unscripted
-from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
+from visattn.models.factory import build, cfg
+from visattn.models.functional import unscripted
+from visattn.models.mala import Block, RoPE, RotaryBlocks
+from visattn.models.pyramid import Pyramid, drop_paths
+from visattn.models.stages import Levels
 
 __all__ = ["MAViT"]
-
-
-class RoPE(nn.Module):
-    """Rotary position embedding of a map: rows turn the first half of a head's channels, columns the second."""
-
-    angle: torch.Tensor
-
-    def __init__(self, dim: int, num_heads: int, device: Any = None) -> None:
-        super().__init__()
-        # The official files have each frequency twice, once for either channel of a pair.
-        frequencies = 10000 ** -torch.linspace(0, 1, dim // num_heads // 4, device=device)
-        self.register_buffer("angle", frequencies.repeat_interleave(2))
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """Move the frequencies but never round them: in bfloat16, row 55 would be up to a tenth of a radian off."""
-        exact = self.angle
-        super()._apply(fn, recurse)
-        if not exact.is_meta:
-            self.angle = exact.to(self.angle.device)
-        return self
-
-    def forward(self, height: int, width: int) -> torch.Tensor:
-        """Sines and cosines [2, height * width, 1, channels of a head / 2], one for each pair of channels."""
-        return rotary_table(self.angle, height, width)
-
-
-class LayerNorm2d(nn.Module):
-    """Layer norm over the channels of a map [B, dim, H, W], under its official name `norm.norm`."""
-
-    def __init__(self, dim: int, **dd: Any) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Norm of a map."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class GatedAttention(nn.Module):
-    """Attention with rotary positions, plus a depthwise convolution of the values, times a gate without activation.
-
-    Paper, section 3; `linear` is equations 7 to 9, otherwise softmax attention.
-    """
-
-    def __init__(self, dim: int, num_heads: int, linear: bool, **dd: Any) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.linear = linear
-        self.qkvo = nn.Conv2d(dim, 4 * dim, 1, **dd)
-        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
-        self.proj = nn.Conv2d(dim, dim, 1, **dd)
-
-    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Attention of a map [B, dim, H, W] with the positions of `RoPE`."""
-        batch, dim, height, width = x.shape
-        q, k, v, gate = self.qkvo(x).chunk(4, dim=1)
-        local = self.lepe(v)
-        q, k, v = self._heads(q), self._heads(k), self._heads(v)
-        if self.linear:
-            y = magnitude_aware(q, k, v, table)
-        else:
-            q, k, v = rotate(q, table).transpose(1, 2), rotate(k, table).transpose(1, 2), v.transpose(1, 2)
-            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        y = y.reshape(batch, height * width, dim).transpose(1, 2).reshape(batch, dim, height, width)
-        return self.proj((y + local) * gate)
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, dim, H, W] to [B, H * W, heads, channels of a head]."""
-        batch, dim, height, width = x.shape
-        return x.reshape(batch, self.num_heads, dim // self.num_heads, height * width).permute(0, 3, 1, 2)
-
-
-class FeedForward(nn.Module):
-    """An MLP of 1 x 1 convolutions with a depthwise convolution added to its hidden channels."""
-
-    def __init__(self, dim: int, hidden: int, **dd: Any) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden, 1, **dd)
-        self.fc2 = nn.Conv2d(hidden, dim, 1, **dd)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [B, dim, H, W] to the same shape."""
-        x = F.gelu(self.fc1(x))
-        return self.fc2(x + self.dwconv(x))
-
-
-class Block(nn.Module):
-    """A depthwise convolution for positions, attention and an MLP, the last two behind a norm and scaled."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        linear: bool,
-        hidden: int,
-        drop_path: float,
-        layer_scale: float | None,
-        **dd: Any,
-    ) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm2d(dim, **dd)
-        self.attn = GatedAttention(dim, num_heads, linear, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = LayerNorm2d(dim, **dd)
-        self.ffn = FeedForward(dim, hidden, **dd)
-        self.pos = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.gamma_1 = self.gamma_2 = None
-        if layer_scale is not None:
-            self.gamma_1 = nn.Parameter(torch.full((1, dim, 1, 1), layer_scale, **dd))
-            self.gamma_2 = nn.Parameter(torch.full((1, dim, 1, 1), layer_scale, **dd))
-
-    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Map [B, dim, H, W] to the same shape."""
-        x = x + self.pos(x)
-        y = self.attn(self.norm1(x), table)
-        if self.gamma_1 is not None:
-            y = y * self.gamma_1
-        x = x + self.drop_path(y)
-        y = self.ffn(self.norm2(x))
-        if self.gamma_2 is not None:
-            y = y * self.gamma_2
-        return x + self.drop_path(y)
-
-
-class RotaryBlocks(Blocks):
-    """The blocks of a stage, with the positions of its map."""
-
-    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Run every block."""
-        for block in self:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, table)
-            else:
-                x = block(x, table)
-        return x
 
 
 class Downsample(nn.Module):
@@ -248,7 +113,7 @@ class MAViT(Pyramid):
         dd = {"device": device, "dtype": dtype}
         dims = tuple(embed_dims)
         self.patch_embed = Stem(in_chans, dims[0], **dd)
-        self.layers = nn.ModuleList()
+        self.layers = Levels()
         for i, rates in enumerate(drop_paths(drop_path_rate, depths)):
             hidden = int(mlp_ratios[i] * dims[i])
             blocks = RotaryBlocks(
@@ -276,16 +141,7 @@ class MAViT(Pyramid):
 
     def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
         """See `Pyramid.forward_stages`."""
-        maps: list[torch.Tensor] = []
-        x = self.patch_embed(x)
-        for i, layer in enumerate(self.layers):
-            if i <= take[-1]:
-                x = layer(x)
-                if i in take:
-                    maps.append(x)
-                if i < take[-1]:
-                    x = layer.downsample(x)  # type: ignore[operator]
-        return maps
+        return self.layers(self.patch_embed(x), take)
 
     def forward_last(self, x: torch.Tensor) -> torch.Tensor:
         """See `Pyramid.forward_last`: to the channels of the head."""
@@ -302,8 +158,7 @@ class MAViT(Pyramid):
 
     def keep_stages(self, count: int) -> None:
         """See `Pyramid.keep_stages`."""
-        self.layers = self.layers[:count]
-        self.layers[-1].downsample = nn.Identity()
+        self.layers = self.layers.first(count)
 
     def drop_last(self) -> None:
         """See `Pyramid.drop_last`."""
@@ -327,17 +182,6 @@ def _init_convolution(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _mavit(variant: str, pretrained: bool, **kwargs: Any) -> MAViT:
-    return build_model_with_cfg(
-        MAViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=official,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
 def _cfg() -> dict[str, Any]:
     origin = "https://github.com/qhfan/MALA"
     return cfg("", "arXiv:2507.00698", origin, "patch_embed.proj.0", min_input_size=(3, 32, 32))
@@ -349,7 +193,7 @@ default_cfgs = generate_default_cfgs({f"mavit_{size}.in1k": _cfg() for size in (
 @register_model
 def mavit_tiny(pretrained: bool = False, **kwargs: Any) -> MAViT:
     """MAViT-T, 16.5 M parameters."""
-    return _mavit("mavit_tiny", pretrained, **kwargs)
+    return build(MAViT, "mavit_tiny", pretrained, **kwargs)
 
 
 @register_model
@@ -361,7 +205,7 @@ def mavit_small(pretrained: bool = False, **kwargs: Any) -> MAViT:
         "num_heads": (1, 2, 5, 8),
         "drop_path_rate": 0.15,
     }
-    return _mavit("mavit_small", pretrained, **{**size, **kwargs})
+    return build(MAViT, "mavit_small", pretrained, **{**size, **kwargs})
 
 
 @register_model
@@ -374,7 +218,7 @@ def mavit_base(pretrained: bool = False, **kwargs: Any) -> MAViT:
         "layer_init_values": (1.0, 1.0, 1e-6, 1e-6),
         "drop_path_rate": 0.4,
     }
-    return _mavit("mavit_base", pretrained, **{**size, **kwargs})
+    return build(MAViT, "mavit_base", pretrained, **{**size, **kwargs})
 
 
 @register_model
@@ -388,4 +232,4 @@ def mavit_large(pretrained: bool = False, **kwargs: Any) -> MAViT:
         "layer_init_values": (1e-6, 1e-6, 1e-6, 1e-6),
         "drop_path_rate": 0.55,
     }
-    return _mavit("mavit_large", pretrained, **{**size, **kwargs})
+    return build(MAViT, "mavit_large", pretrained, **{**size, **kwargs})

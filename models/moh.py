@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from visattn.models.functional import unscripted
+from visattn.models.pyramid import channels_of_head
 
 # From so many tokens on it pays to leave heads out. On one thread of a CPU the attention layer with 12 of 16 (8 of
 # 28) routed heads took 1.3 (1.0) times as long at 256 tokens and 0.9 (0.6) times at 1024.
@@ -93,7 +94,7 @@ class HeadGates(nn.Module):
                 f"{shared} shared and {routed} routed heads do not fit {num_heads} heads: without routed heads every "
                 "head is shared, with them shared + routed is at most the number of heads"
             )
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.num_heads, self.head_dim = num_heads, channels_of_head(dim, num_heads)
         self.shared, self.routed = shared, routed
         self.pretrained = pretrained
         # softplus of it starts at 1 / 0.24.

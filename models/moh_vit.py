@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
+from visattn.models.factory import build, cfg
 from visattn.models.functional import unscripted
 from visattn.models.moh import AggregatedAttention, HeadGates, MoHAttention
-from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
+from visattn.models.pyramid import Pyramid, drop_paths
+from visattn.models.stages import Blocks
 
 __all__ = ["MoHViT"]
 
@@ -207,17 +209,6 @@ def _init_conv(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _moh_vit(variant: str, pretrained: bool, **kwargs: Any) -> MoHViT:
-    return build_model_with_cfg(
-        MoHViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=official,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
 def _cfg() -> dict[str, Any]:
     return cfg("apache-2.0", "arXiv:2410.11842", "https://github.com/SkyworkAI/MoH", "patch_embed1.proj")
 
@@ -232,24 +223,24 @@ _BASE: dict[str, Any] = {"embed_dims": (96, 192, 384, 768), "num_heads": (4, 8, 
 @register_model
 def moh_vit_small_80(pretrained: bool = False, **kwargs: Any) -> MoHViT:
     """MoH-ViT-S, 49.9 M parameters, 80 % of the heads used."""
-    return _moh_vit("moh_vit_small_80", pretrained, **kwargs)
+    return build(MoHViT, "moh_vit_small_80", pretrained, **kwargs)
 
 
 @register_model
 def moh_vit_small_75(pretrained: bool = False, **kwargs: Any) -> MoHViT:
     """MoH-ViT-S, 49.9 M parameters, 75 % of the heads used."""
-    return _moh_vit("moh_vit_small_75", pretrained, **{"shared_head": (3, 6, 3, 4), **kwargs})
+    return build(MoHViT, "moh_vit_small_75", pretrained, **{"shared_head": (3, 6, 3, 4), **kwargs})
 
 
 @register_model
 def moh_vit_base_75(pretrained: bool = False, **kwargs: Any) -> MoHViT:
     """MoH-ViT-B, 90.0 M parameters, 75 % of the heads used."""
     size = {**_BASE, "shared_head": (4, 8, 4, 5), "routed_head": (0, 0, 8, 16)}
-    return _moh_vit("moh_vit_base_75", pretrained, **{**size, **kwargs})
+    return build(MoHViT, "moh_vit_base_75", pretrained, **{**size, **kwargs})
 
 
 @register_model
 def moh_vit_base_50(pretrained: bool = False, **kwargs: Any) -> MoHViT:
     """MoH-ViT-B, 90.0 M parameters, half of the heads used."""
     size = {**_BASE, "shared_head": (2, 2, 2, 4), "routed_head": (2, 4, 6, 8)}
-    return _moh_vit("moh_vit_base_50", pretrained, **{**size, **kwargs})
+    return build(MoHViT, "moh_vit_base_50", pretrained, **{**size, **kwargs})

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from visattn.models.factory import build, cfg
 from visattn.models.functional import neighborhood, pad_grid, unscripted
-from visattn.models.pyramid import Blocks, Pyramid, cfg, drop_paths, official
+from visattn.models.pyramid import Pyramid, channels_of_head, drop_paths
+from visattn.models.stages import Blocks, Level, Levels
 
 __all__ = ["NAT"]
 
@@ -31,7 +33,8 @@ class NeighborhoodAttention(nn.Module):
         self.num_heads = num_heads
         self.window = window
         self.dilation = dilation
-        self.scale = (dim // num_heads) ** -0.5
+        self.head_dim = channels_of_head(dim, num_heads)
+        self.scale = self.head_dim**-0.5
         self.rpb = nn.Parameter(torch.empty(num_heads, 2 * window - 1, 2 * window - 1, **dd))
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -42,7 +45,7 @@ class NeighborhoodAttention(nn.Module):
         _, height, width, dim = x.shape
         x = pad_grid(x, self.window * self.dilation)
         batch, rows, columns, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, rows * columns, 3, self.num_heads, dim // self.num_heads)
+        qkv = self.qkv(x).reshape(batch, rows * columns, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(2)
         x = neighborhood(q, k, v, self.rpb, rows, columns, self.window, self.dilation, self.scale)
         return self.proj(x.reshape(batch, rows, columns, dim)[:, :height, :width])
@@ -114,35 +117,6 @@ class Downsample(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class Level(nn.Module):
-    """A stage: blocks, then the step down to the next stage."""
-
-    def __init__(self, blocks: Blocks, downsample: nn.Module) -> None:
-        super().__init__()
-        self.blocks = blocks
-        self.downsample = downsample
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The input of the next stage."""
-        return self.downsample(self.blocks(x))
-
-
-class Levels(nn.Sequential):
-    """The stages, a module of its own so that models with another name for it share its loop."""
-
-    def forward(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
-        """Maps of the stages listed in `take` (ascending); later stages do not run."""
-        maps: list[torch.Tensor] = []
-        for i, level in enumerate(self):
-            if i <= take[-1]:
-                x = level.blocks(x)  # type: ignore[operator]
-                if i in take:
-                    maps.append(x)
-                if i < take[-1]:
-                    x = level.downsample(x)  # type: ignore[operator]
-        return maps
-
-
 class NAT(Pyramid):
     """NAT, and DiNAT if dilations are given.
 
@@ -161,6 +135,9 @@ class NAT(Pyramid):
         drop_rate: Dropout before the head.
         device: Where the weights are made.
         dtype: Of the weights.
+
+    Raises:
+        ValueError: If the heads do not divide the channels of a stage, or a block has no dilation.
     """
 
     # The official name of the stages.
@@ -190,12 +167,14 @@ class NAT(Pyramid):
         dims = tuple(embed_dim * 2**i for i in range(len(depths)))
         self.patch_embed = self._stem(in_chans, embed_dim, **dd)
         levels = Levels()
+        dilations = dilations or tuple((1,) * depth for depth in depths)
+        if [len(steps) for steps in dilations] != list(depths):
+            raise ValueError(f"dilations {dilations} must have a number for each block of the depths {depths}")
         for i, rates in enumerate(drop_paths(drop_path_rate, depths)):
-            steps = dilations[i] if dilations else (1,) * depths[i]
             blocks = Blocks(
                 *(
                     Block(dims[i], num_heads[i], kernel_size, step, mlp_ratio, rate, layer_scale, **dd)
-                    for step, rate in zip(steps, rates, strict=True)
+                    for step, rate in zip(dilations[i], rates, strict=True)
                 )
             )
             levels.append(Level(blocks, nn.Identity() if i == len(dims) - 1 else self._step(dims[i], **dd)))
@@ -216,9 +195,7 @@ class NAT(Pyramid):
 
     def keep_stages(self, count: int) -> None:
         """See `Pyramid.keep_stages`."""
-        levels = getattr(self, self.stages_name)[:count]
-        levels[-1].downsample = nn.Identity()
-        setattr(self, self.stages_name, levels)
+        setattr(self, self.stages_name, getattr(self, self.stages_name).first(count))
 
     @unscripted
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -226,17 +203,6 @@ class NAT(Pyramid):
         stage = rf"^{self.stages_name}\.(\d+)"
         fine = [(rf"{stage}\.downsample", (0,)), (rf"{stage}\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^patch_embed", "blocks": stage if coarse else fine}
-
-
-def _nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
-    return build_model_with_cfg(
-        NAT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=official,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
 
 
 def _cfg(url: str = "", paper: str = "arXiv:2209.15001", **more: Any) -> dict[str, Any]:
@@ -304,52 +270,54 @@ _LARGE: dict[str, Any] = {
 @register_model
 def nat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Mini, 20 M parameters."""
-    return _nat("nat_mini", pretrained, **{**_MINI, **kwargs})
+    return build(NAT, "nat_mini", pretrained, **{**_MINI, **kwargs})
 
 
 @register_model
 def nat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Tiny, 28 M parameters."""
-    return _nat("nat_tiny", pretrained, **{**_TINY, **kwargs})
+    return build(NAT, "nat_tiny", pretrained, **{**_TINY, **kwargs})
 
 
 @register_model
 def nat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Small, 51 M parameters."""
-    return _nat("nat_small", pretrained, **{**_SMALL, "layer_scale": 1e-5, **kwargs})
+    return build(NAT, "nat_small", pretrained, **{**_SMALL, "layer_scale": 1e-5, **kwargs})
 
 
 @register_model
 def nat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Base, 90 M parameters."""
-    return _nat("nat_base", pretrained, **{**_BASE, "layer_scale": 1e-5, **kwargs})
+    return build(NAT, "nat_base", pretrained, **{**_BASE, "layer_scale": 1e-5, **kwargs})
 
 
 @register_model
 def dinat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Mini, 20 M parameters."""
-    return _nat("dinat_mini", pretrained, **{**_MINI, "dilations": alternating(_MINI["depths"]), **kwargs})
+    return build(NAT, "dinat_mini", pretrained, **{**_MINI, "dilations": alternating(_MINI["depths"]), **kwargs})
 
 
 @register_model
 def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Tiny, 28 M parameters."""
-    return _nat("dinat_tiny", pretrained, **{**_TINY, "dilations": alternating(_DEEP), **kwargs})
+    return build(NAT, "dinat_tiny", pretrained, **{**_TINY, "dilations": alternating(_DEEP), **kwargs})
 
 
 @register_model
 def dinat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Small, 51 M parameters."""
-    return _nat("dinat_small", pretrained, **{**_SMALL, "dilations": alternating(_DEEP), **kwargs})
+    return build(NAT, "dinat_small", pretrained, **{**_SMALL, "dilations": alternating(_DEEP), **kwargs})
 
 
 @register_model
 def dinat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Base, 90 M parameters."""
-    return _nat("dinat_base", pretrained, **{**_BASE, "layer_scale": 1e-5, "dilations": alternating(_DEEP), **kwargs})
+    return build(
+        NAT, "dinat_base", pretrained, **{**_BASE, "layer_scale": 1e-5, "dilations": alternating(_DEEP), **kwargs}
+    )
 
 
 @register_model
 def dinat_large(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Large, 200 M parameters."""
-    return _nat("dinat_large", pretrained, **{**_LARGE, "dilations": alternating(_DEEP), **kwargs})
+    return build(NAT, "dinat_large", pretrained, **{**_LARGE, "dilations": alternating(_DEEP), **kwargs})

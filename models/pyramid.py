@@ -4,28 +4,11 @@ from typing import Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d, get_device_dtype, trunc_normal_
-from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices  # timm exports it nowhere else
 from torch import nn
 
 from visattn.models.functional import unscripted
-
-
-class Blocks(nn.Sequential):
-    """The blocks of a stage, recomputed in the backward pass if `grad_checkpointing`."""
-
-    def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run every block."""
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self, x)
-        else:
-            for block in self:
-                x = block(x)
-        return x
+from visattn.models.stages import Blocks
 
 
 class Pyramid(nn.Module):
@@ -218,36 +201,19 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def channels_of_head(dim: int, num_heads: int) -> int:
+    """Channels per head.
+
+    Raises:
+        ValueError: If the heads do not divide the channels.
+    """
+    if dim % num_heads:
+        raise ValueError(f"embed_dim {dim} must be a multiple of the {num_heads} heads")
+    return dim // num_heads
+
+
 def drop_paths(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
     """Drop-path rates that grow block by block from 0 to `rate`, one list per stage."""
     flat = [float(r) for r in torch.linspace(0, rate, sum(depths), device="cpu")]
     ends = [sum(depths[: i + 1]) for i in range(len(depths))]
     return [flat[end - depth : end] for end, depth in zip(ends, depths, strict=True)]
-
-
-def cfg(license: str, paper: str, origin: str, first_conv: str, url: str = "", **more: Any) -> dict[str, Any]:
-    """A timm pretrained config of an ImageNet model at 224 pixels, for `generate_default_cfgs`."""
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": first_conv,
-        "classifier": "head",
-        "license": license,
-        "paper_ids": paper,
-        "origin_url": origin,
-        **more,
-    }
-
-
-def official(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The weights inside an official checkpoint file; their names are this model's names already."""
-    for key in ("model", "state_dict", "model_state_dict"):
-        if isinstance(state_dict.get(key), dict):
-            return state_dict[key]
-    return state_dict

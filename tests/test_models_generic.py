@@ -253,6 +253,23 @@ def test_pools_and_positions_that_do_not_exist():
         make("moh_vit_base_50", routed_head=(0, 4, 6, 8))
 
 
+def test_heads_and_dilations_that_do_not_fit():
+    for name, arguments in (
+        ("nat_small", {"num_heads": (3, 2, 4, 8)}),
+        ("agent_pvt_tiny", {"num_heads": (3, 2, 5, 8)}),
+        ("mavit_base", {"num_heads": (3, 2, 3, 4)}),
+        ("moh_vit_small_80", {"num_heads": (5, 6, 12, 24), "shared_head": (5, 6, 3, 8)}),
+    ):
+        with pytest.raises(ValueError, match=r"embed_dim \d+ must be a multiple of the \d heads"):
+            make(name, **arguments)
+    with pytest.raises(ValueError, match="embed_dim 16 must be a multiple of head_dim 5"):
+        make("biformer_tiny", head_dim=5)
+    with pytest.raises(ValueError, match="heads of 2 channels have no rotary positions"):
+        make("mavit_base", num_heads=(8, 2, 3, 4))
+    with pytest.raises(ValueError, match=r"dilations .* must have a number for each block of the depths"):
+        make("dinat_tiny", dilations=((2,), (3,), (1,), (1,)))
+
+
 def test_load_balancing_loss():
     model = make("moh_vit_base_50")
     model(torch.randn(1, 3, 64, 64))

@@ -16,8 +16,8 @@ from visattn.models.agent_deit import AgentDeit
 from visattn.models.agent_swin import AgentSwin
 from visattn.models.biformer import BiFormer, BiLevelRoutingAttention
 from visattn.models.flowformer import Flowformer
-from visattn.models.mavit import Block as MALABlock
-from visattn.models.mavit import RoPE
+from visattn.models.mala import Block as MALABlock
+from visattn.models.mala import RoPE
 from visattn.models.moh_vit import MoHViT
 from visattn.models.nat import NAT
 
