@@ -43,6 +43,13 @@ class SwappedModel:
         for _, module, pattern in chosen:
             check_fit(module, pattern, self._name)
         host = next((m for m in model.modules() if hasattr(m, "patch_embed") or hasattr(m, "embeds")), model)
+        tokens = any(record_of_class(type(module)).tokens for _, module, _ in chosen)
+        embed = _embedding(host) if tokens else None
+        if tokens and embed is None and request.layout is None:
+            raise ValueError(
+                f"{self._name} has no patch_embed that tells one grid of all its tokens: pass layout=Layout(...), and "
+                "layers=... that are on that grid"
+            )
         prefix = int(getattr(host, "num_prefix_tokens", 0))
         self.runtime = Runtime(self._name, request.backend, request.layout, prefix)
         self._sites: list[tuple[SiteName, nn.Module, Pattern, type]] = []
@@ -61,13 +68,8 @@ class SwappedModel:
         self._hooks: list[Any] = []
         if isinstance(dropping, nn.Module):
             self._hooks.append(dropping.register_forward_pre_hook(refuse_dropped_patches))
-        if any(record_of_class(kind).tokens for *_, kind in self._sites):
-            embed = getattr(host, "embeds", None) or getattr(host, "patch_embed", None)
-            if embed is None and request.layout is None:
-                self.remove()
-                raise ValueError(f"{self._name} has no patch_embed that tells its grid: pass layout=Layout(...)")
-            if embed is not None:
-                self._hooks.append(embed.register_forward_hook(Follow(self.runtime), with_kwargs=True))
+        if embed is not None:
+            self._hooks.append(embed.register_forward_hook(Follow(self.runtime), with_kwargs=True))
         if request.strict:
             self._hooks.append(model.register_forward_pre_hook(Missed(self.runtime, [s[0].path for s in self._sites])))
             self._hooks.append(
@@ -115,6 +117,16 @@ class SwappedModel:
         )
 
 
+def _embedding(host: Any) -> nn.Module | None:
+    """The patch embedding of a model whose tokens all are of one grid, None if it has none of that kind."""
+    for name in ("embeds", "patch_embed"):
+        embed = getattr(host, name, None)
+        # CrossViT has a list of two, PiT one whose grid the next stages pool.
+        if hasattr(embed, "dynamic_feat_size"):
+            return embed
+    return None
+
+
 def _sites(model: nn.Module, name: str) -> list[tuple[SiteName, nn.Module]]:
     """The modules that can be swapped, in the order of the layers."""
     found = []
@@ -129,5 +141,7 @@ def _sites(model: nn.Module, name: str) -> list[tuple[SiteName, nn.Module]]:
         known = ", ".join(sorted({kind.rpartition(".")[2] for kind in RECORDS}))
         grids = any(hasattr(module, "partition_block") for module in model.modules())
         why = "; its grid attention sees a few tokens of the whole map already" if grids else ""
+        if type(model).__module__.startswith("visattn.models."):
+            why = "; this backbone has the attention of its paper, chosen by its own arguments"
         raise ValueError(f"{name} has no attention module that visattn can swap (it knows {known} of timm){why}")
     return found

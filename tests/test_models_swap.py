@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 import visattn
+import visattn.models
 from tests.golden.fill import fill_value
 from visattn import Layout
 from visattn.models.swap_bias import offsets_of
@@ -313,7 +314,27 @@ def test_refusals():
         visattn.apply(timm.create_model("resnet18", device="meta"), "na(window=3)")
     with pytest.raises(ValueError, match=r"cannot carry the relative position bias of SwinTransformer"):
         visattn.apply(make_swin("swin_tiny_patch4_window7_224"), "halo(block=4, halo=1)")
+    with pytest.raises(ValueError, match=r"radial\(decay=0.2\) needs the frames of a video, and the tokens of Vision"):
+        visattn.apply(model, "radial(decay=0.2)")
+    with pytest.raises(ValueError, match=r"layers=\[\] names no layer"):
+        visattn.apply(model, "na(window=3)", layers=[])
+    with pytest.raises(ValueError, match=r"NAT has no attention .* this backbone has the attention of its paper"):
+        visattn.apply(timm.create_model("nat_mini", device="meta"), "na(window=3)")
     assert not hasattr(model.blocks[0].attn, "visattn_site")
+
+
+@torch.no_grad()
+def test_models_of_several_grids_need_a_layout():
+    for name in ("crossvit_tiny_240", "pit_ti_224", "mobilevit_xxs"):
+        with pytest.raises(ValueError, match=r"no patch_embed that tells one grid of all its tokens: pass layout="):
+            visattn.apply(timm.create_model(name, device="meta"), "na(window=3)")
+    model, x = randomise(timm.create_model("pit_ti_224").eval()), torch.randn(1, 3, 224, 224)
+    stock, layout = model(x), Layout((27, 27), prefix=1)
+    with visattn.apply(model, "na(window=3)", layout=layout, layers="transformers.0.*") as handle:
+        assert (model(x) - stock).abs().max() > 1e-3 * stock.std() and handle.report().sites_hit == 2
+    visattn.apply(model, "na(window=3)", layout=layout)
+    with pytest.raises(ValueError, match=r"grid 27x27 has 730 tokens but q has 197"):
+        model(x)
 
 
 @torch.no_grad()

@@ -187,6 +187,8 @@ def _package(target: Any) -> str:
     """The package whose adapter patches the target, from the modules of its classes."""
     kinds = type(getattr(target, "_orig_mod", target)).__mro__
     for kind in kinds:
+        if kind.__module__.startswith("visattn.models."):
+            return "timm"  # which has registered it
         package = kind.__module__.partition(".")[0]
         if package in ADAPTERS:
             return package

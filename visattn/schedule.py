@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from visattn.patterns import Dense, Pattern, parse
+from visattn.patterns import Dense, Pattern, Radial, parse
 
 Selector = int | slice | str
 PatternLike = Pattern | str | Path | Mapping[Any, "Pattern | str"]
@@ -147,6 +147,11 @@ def check_dims(pattern: Pattern, dims: int, model: str) -> None:
     """Raise a ValueError that shows the right form if a pattern has another number of axes than a model's grid."""
     values = {f.name: getattr(pattern, f.name) for f in dataclasses.fields(pattern)}  # type: ignore[arg-type]
     given = {len(v) for v in values.values() if isinstance(v, tuple)}
+    if isinstance(pattern, Radial) and dims == 2:
+        raise ValueError(
+            f"{pattern} needs the frames of a video, and the tokens of {model} are a (height, width) grid: use "
+            "na(window=...) or clear(radius=...)"
+        )
     if given <= {dims}:
         return
     grid = {1: "(tokens,)", 2: "(height, width)", 3: "(frames, height, width)"}[dims]
@@ -192,6 +197,8 @@ def _selectors(value: Any) -> tuple[Selector, ...]:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
     values = (value,) if isinstance(value, int | slice) else tuple(value)
+    if not values:
+        raise ValueError(f"layers={value!r} names no layer: give some, like '0-3', or None for all")
     for part in values:
         if isinstance(part, bool) or not isinstance(part, int | slice | str):
             raise ValueError(f"layers: {part!r} is not an index, a slice, a range like '0-3' or a name")
