@@ -57,7 +57,15 @@ CACHES = {
         [3, 0, 3, 0],
     ),
     "text kv": (lambda _: config("TextKVCacheConfig"), tiny_models.qwen, [2, 2, 2, 2]),
+    "sea": (lambda _: config("SeaCacheConfig", threshold=1e9, residual_order=0), tiny_models.wan, [2, 0, 0, 2]),
 }
+
+
+def context(model, name, i):
+    """What a pipeline tells a model before its forward at step i of four; only SeaCache needs more than a name."""
+    return model.cache_context(
+        "cond", **({"step_index": i, "sigma": 0.9, "num_inference_steps": 4} if name == "sea" else {})
+    )
 
 
 @pytest.mark.parametrize("after", [True, False], ids=["cache after apply", "cache before apply"])
@@ -83,7 +91,7 @@ def test_cache(name, after):
             model.enable_cache(cache)
         for i in range(4):
             before = handle.report().hits
-            with model.cache_context("cond"):
+            with context(model, name, i):
                 out = tiny_models.run(model, inputs)
             calls.append(handle.report().hits - before)
             assert torch.isfinite(out).all()
