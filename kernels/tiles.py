@@ -11,9 +11,9 @@ import torch
 from visattn.dispatch import Backend, Call, Problem, Support, overhead
 from visattn.kernels.tiles_batches import Work, batch_size
 from visattn.kernels.tiles_boxes import box_groups
-from visattn.kernels.tiles_engine import TileAttention
-from visattn.kernels.tiles_groups import Group, list_groups, routed_group, whole_sequence
-from visattn.kernels.tiles_rule import BATCH_MS, ROUTE_MS, choose_axes, problem_cost
+from visattn.kernels.tiles_engine import TileAttention, forward
+from visattn.kernels.tiles_groups import Group, Problems, list_groups, routed_group, whole_sequence
+from visattn.kernels.tiles_rule import BATCH_MS, CALL_MS, KEPT_MS, ROUTE_MS, choose_axes, problem_cost
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 from visattn.patterns.geometry import Spans
@@ -45,15 +45,19 @@ class Tiles(Backend):
         row = 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
         batches = sum(-(-problem.batch * n // batch_size(keys, row, problem.device)) for n, _, keys in problems)
         pairs = sum(n * problem_cost(queries, keys) for n, queries, keys in problems)
-        fixed = BATCH_MS * batches + (ROUTE_MS if _is_routed(problem.pattern, problem.layout) else 0.0)
+        routed = _is_routed(problem.pattern, problem.layout)
+        each = BATCH_MS if routed or problem.rpb or problem.key_mask else KEPT_MS
+        fixed = CALL_MS + each * batches + (ROUTE_MS if routed else 0.0)
         return problem.batch * problem.heads * pairs + overhead(problem, fixed, 1e3 * fixed)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
-        work = Work(_groups(q, k, call), call.scale, call.key_mask)
-        return TileAttention.apply(q, k, v, call.rpb, work)
+        inputs = [t for t in (q, k, v, call.rpb) if t is not None]
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        work = Work(_problems_of(q, k, call), call.scale, call.key_mask, call.lse or learns)
+        return TileAttention.apply(q, k, v, call.rpb, work) if learns else forward(q, k, v, call.rpb, work)
 
 
 def visited_pairs(pattern: Pattern, layout: Layout, rpb: bool = False) -> int:
@@ -66,7 +70,7 @@ def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, in
     """Number, queries and keys of the problems of each group, for one sample."""
     cpu = torch.device("cpu")
     if not _is_routed(pattern, layout):
-        groups, routed = _static_groups(pattern, layout, cpu, rpb), []
+        groups, routed = _static_problems(pattern, layout, cpu, rpb).groups, []
     else:
         tiles = plan(pattern, layout)
         groups, fixed = _dense(pattern, layout, cpu)
@@ -81,13 +85,13 @@ def _is_routed(pattern: Pattern, layout: Layout) -> bool:
     return pattern.routed and not pattern.covers(layout.grid)
 
 
-def _groups(q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[Group, ...]:
+def _problems_of(q: torch.Tensor, k: torch.Tensor, call: Call) -> Problems:
     pattern, layout = call.pattern, call.layout
     if _is_routed(pattern, layout):
         tiles = plan(pattern, layout)
         dense, fixed = _dense(pattern, layout, q.device)
-        return routed_group(tiles, pattern.route(q, k, tiles), fixed), *dense
-    return _static_groups(pattern, layout, q.device, call.rpb is not None)
+        return Problems((routed_group(tiles, pattern.route(q, k, tiles), fixed), *dense))
+    return _static_problems(pattern, layout, q.device, call.rpb is not None)
 
 
 @lru_cache(maxsize=64)
@@ -101,20 +105,20 @@ def _dense(pattern: Pattern, layout: Layout, device: torch.device) -> tuple[tupl
     return groups, torch.from_numpy(fixed).to(device) if len(fixed) else None
 
 
-@lru_cache(maxsize=64)
-def _static_groups(pattern: Pattern, layout: Layout, device: torch.device, rpb: bool) -> tuple[Group, ...]:
+@lru_cache(maxsize=32)
+def _static_problems(pattern: Pattern, layout: Layout, device: torch.device, rpb: bool) -> Problems:
     """The problems of a pattern that does not look at q and k."""
     extra = pattern.extra_keys(layout.grid)
     if pattern.covers(layout.grid) and not extra and not rpb:
-        return (whole_sequence(np.arange(layout.length), layout.length, device),)
+        return Problems((whole_sequence(np.arange(layout.length), layout.length, device),))
     dense, fixed = _dense(pattern, layout, device)
     spans = axis_spans(pattern, layout.grid)
     if spans is None:
-        return *list_groups(_fine_plan(pattern, layout), device), *dense
+        return Problems((*list_groups(_fine_plan(pattern, layout), device), *dense))
     sides = pattern.rpb_shape(layout.grid) if rpb else None
     windows = None if sides is None else tuple(side // 2 + 1 for side in sides)
     axes = choose_axes(spans, 0 if fixed is None else len(fixed))
-    return *box_groups(layout, axes, windows, fixed, device), *dense
+    return Problems((*box_groups(layout, axes, windows, fixed, device), *dense))
 
 
 def _fine_plan(pattern: Pattern, layout: Layout) -> TilePlan:

@@ -8,8 +8,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from visattn.kernels import tiles_kernels as kernels
-from visattn.kernels.tiles_batches import Batch, Buffers, Shapes, Work, batches
+from visattn.kernels.tiles_batches import Batch, Work, batches
 from visattn.kernels.tiles_groups import Group
+from visattn.kernels.tiles_moves import Buffers, Shapes
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -19,34 +20,46 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rpb: torch.Tensor | None, work: Work
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, S, H, D] and log-sum-exp [B, S, H] (float32 at least) of all groups."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output [B, S, H, D] of all problems and, if the work wants it, log-sum-exp [B, S, H] (float32 at least)."""
     shapes, buffers = Shapes(q, k), Buffers()
     q_rows, k_rows, v_rows = (_rows(t) for t in (q, k, v))
     # The last row takes what empty slots of short tiles compute.
     out = q.new_empty(len(q_rows) + 1, q_rows.shape[1])
-    lse = q.new_empty(len(q_rows) + 1, q.shape[2], dtype=shapes.wide)
-    for batch in batches(work, q, k, rpb, shapes):
-        slots = batch.group.queries.shape[1]
-        queries = shapes.queries(buffers.gather("q", q_rows, batch.queries), slots)
+    lse = q.new_empty(len(q_rows) + 1, q.shape[2], dtype=shapes.wide) if work.lse else None
+    for batch in batches(work, q, k, rpb):
+        queries = buffers.gather("q", q_rows, batch.queries).split(batch.query_rows)
         keys = _keys(batch, k, k_rows, shapes, buffers, "k")
         values = _keys(batch, v, v_rows, shapes, buffers, "v")
-        some_out, some_lse = kernels.forward(queries, keys, values, batch.bias, work.scale)
-        if batch.hidden is not None:
-            some_out = some_out.masked_fill(batch.hidden[..., None], 0)
-            some_lse = some_lse.masked_fill(batch.hidden, float("-inf"))
-        out.index_copy_(0, batch.target, shapes.query_rows(some_out, slots))
-        lse.index_copy_(0, batch.target, shapes.query_rows(some_lse[..., None], slots).to(lse.dtype))
-    return out[:-1].view(q.shape), lse[:-1].view(q.shape[:3])
+        some_out, some_lse = [], []
+        for part, part_queries, part_keys, part_values in zip(batch.parts, queries, keys, values, strict=True):
+            problems = shapes.queries(part_queries, part.slots)
+            own, own_lse = kernels.forward(problems, part_keys, part_values, part.bias, work.scale)
+            if part.hidden is not None:
+                own = own.masked_fill(part.hidden[..., None], 0)
+                own_lse = own_lse.masked_fill(part.hidden, float("-inf"))
+            some_out.append(shapes.query_rows(own, part.slots))
+            if lse is not None:
+                some_lse.append(shapes.query_rows(own_lse[..., None], part.slots))
+        out.index_copy_(0, batch.target, _joined(some_out))
+        if lse is not None:
+            lse.index_copy_(0, batch.target, _joined(some_lse).to(shapes.wide))
+    return out[:-1].view(q.shape), None if lse is None else lse[:-1].view(q.shape[:3])
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _keys(
     batch: Batch, whole: torch.Tensor, rows: torch.Tensor, shapes: Shapes, buffers: Buffers, name: str
-) -> torch.Tensor:
-    """Keys or values of a batch: [n, Hkv, L, D]."""
+) -> list[torch.Tensor]:
+    """Keys or values of each part of a batch: [n, Hkv, L, D]."""
+    lengths = [part.group.length for part in batch.parts]
     if batch.keys is None:
-        return whole[batch.samples, : batch.group.length].transpose(1, 2)
-    return shapes.keys(buffers.gather(name, rows, batch.keys), batch.group.length)
+        return [whole[batch.samples, : lengths[0]].transpose(1, 2)]
+    parts = buffers.gather(name, rows, batch.keys).split(batch.key_rows)
+    return [shapes.keys(part, length) for part, length in zip(parts, lengths, strict=True)]
 
 
 def backward(
@@ -70,46 +83,57 @@ def backward(
     dq = q.new_empty(len(per_query["q"]) + 1, per_query["q"].shape[1])
     dk, dv = (torch.zeros(*k.shape[:2], k_rows.shape[1], dtype=shapes.wide, device=k.device) for _ in range(2))
     drpb = rpb.new_zeros(rpb.shape[0], rpb[0].numel() + 1, dtype=shapes.wide) if want_rpb and rpb is not None else None
-    for batch in batches(work, q, k, rpb, shapes):
-        slots = batch.group.queries.shape[1]
-        part = {name: buffers.gather(name, rows, batch.queries) for name, rows in per_query.items()}
-        if batch.group.short_queries:
+    for batch in batches(work, q, k, rpb):
+        gathered = {name: buffers.gather(name, rows, batch.queries) for name, rows in per_query.items()}
+        if any(part.group.short_queries for part in batch.parts):
             # An empty slot repeats some token: without a gradient of its own it adds nothing to the keys'.
             empty = (batch.target == len(per_query["q"]))[:, None]
-            for name in {"grad", "grad_lse"} & set(part):
-                part[name].masked_fill_(empty, 0)
-        part = {name: shapes.queries(rows, slots) for name, rows in part.items()}
-        found = kernels.backward(
-            part["grad"],
-            part["grad_lse"][..., 0] if grad_lse is not None else None,
-            part["q"],
-            _keys(batch, k, k_rows, shapes, buffers, "k"),
-            _keys(batch, v, v_rows, shapes, buffers, "v"),
-            part["out"],
-            part["lse"][..., 0],
-            batch.bias,
-            work.scale,
-            drpb is not None and batch.group.rpb_index is not None,
-        )
-        dq.index_copy_(0, batch.target, shapes.query_rows(found.q, slots))
-        _add(dk, batch, found.k)
-        _add(dv, batch, found.v)
-        if drpb is not None and found.scores is not None:
-            _add_rpb(drpb, found.scores, batch.group)
+            for name in {"grad", "grad_lse"} & set(gathered):
+                gathered[name].masked_fill_(empty, 0)
+        split = {name: rows.split(batch.query_rows) for name, rows in gathered.items()}
+        keys = _keys(batch, k, k_rows, shapes, buffers, "k")
+        values = _keys(batch, v, v_rows, shapes, buffers, "v")
+        found = []
+        for i, part in enumerate(batch.parts):
+            mine = {name: shapes.queries(rows[i], part.slots) for name, rows in split.items()}
+            own = kernels.backward(
+                mine["grad"],
+                mine["grad_lse"][..., 0] if grad_lse is not None else None,
+                mine["q"],
+                keys[i],
+                values[i],
+                mine["out"],
+                mine["lse"][..., 0],
+                part.bias,
+                work.scale,
+                drpb is not None and part.group.rpb_index is not None,
+            )
+            found.append(own)
+            if drpb is not None and own.scores is not None:
+                _add_rpb(drpb, own.scores, part.group)
+        slots = [part.slots for part in batch.parts]
+        dq.index_copy_(0, batch.target, _joined([shapes.query_rows(f.q, n) for f, n in zip(found, slots, strict=True)]))
+        _add(dk, batch, [own.k for own in found])
+        _add(dv, batch, [own.v for own in found])
     if drpb is not None and rpb is not None:
         drpb = drpb[:, :-1].reshape(rpb.shape).to(rpb.dtype)
     return dq[:-1].view(q.shape), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), drpb
 
 
-def _add(total: torch.Tensor, batch: Batch, own: torch.Tensor) -> None:
-    """Add gradients of a batch's keys [n, Hkv, L, D] to those of all [B, N, Hkv * D], deterministic everywhere."""
-    rows = own.transpose(1, 2).flatten(2).to(total.dtype)
+def _add(total: torch.Tensor, batch: Batch, own: list[torch.Tensor]) -> None:
+    """Add gradients of the keys of a batch's parts [n, Hkv, L, D] to those of all [B, N, Hkv * D].
+
+    The order is always the same, so the result is.
+    """
+    rows = [part.transpose(1, 2).flatten(2).to(total.dtype) for part in own]
     if batch.keys is None:
-        total[batch.samples, : rows.shape[1]] += rows
-    elif total.device.type == "cpu":
-        total.flatten(0, 1).index_add_(0, batch.keys, rows.flatten(0, 1))
+        total[batch.samples, : rows[0].shape[1]] += rows[0]
+        return
+    every = _joined([part.reshape(-1, total.shape[2]) for part in rows])
+    if total.device.type == "cpu":
+        total.flatten(0, 1).index_add_(0, batch.keys, every)
     else:
-        total.flatten(0, 1).index_put_((batch.keys,), rows.flatten(0, 1), accumulate=True)
+        total.flatten(0, 1).index_put_((batch.keys,), every, accumulate=True)
 
 
 def _add_rpb(drpb: torch.Tensor, scores: torch.Tensor, group: Group) -> None:
@@ -134,6 +158,7 @@ class TileAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and log-sum-exp."""
         out, lse = forward(q, k, v, rpb, work)
+        assert lse is not None, "the backward needs the log-sum-exp"
         ctx.save_for_backward(q, k, v, rpb, out, lse)
         ctx.work = work
         ctx.set_materialize_grads(False)

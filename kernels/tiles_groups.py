@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,11 @@ class Group:
     routed: bool = False
 
     @property
+    def listed(self) -> bool:
+        """Whether the keys are listed and the same for every sample."""
+        return not self.whole and not self.routed
+
+    @property
     def length(self) -> int:
         """Keys per problem."""
         own = self.whole
@@ -80,6 +86,19 @@ class Group:
         if self.mask is None or self.masks is None:
             return None if self.shared is None else self.shared[None]
         return self.masks[self.mask[tile]].transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Problems:
+    """All problems of a call.
+
+    Attributes:
+        groups: The problems by shape.
+        kept: Batches that were cut before, by what they depend on; see `tiles_batches`.
+    """
+
+    groups: tuple[Group, ...]
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 def whole_sequence(queries: Ints, keys: int, device: torch.device) -> Group:

@@ -11,15 +11,18 @@ from visattn.patterns.geometry import Spans
 
 # In pairs of tokens that dense SDPA computes in the same time, per head (docs/cpu-engine.md has the measurement).
 # A tile of T queries takes PAIR + PER_TILE / T for each of its T * L pairs, ...
-PAIR, PER_TILE = 1.4, 13.0
+PAIR, PER_TILE = 1.3, 13.0
 # ... and moving one token costs KEY (key and value gathered) or QUERY (query gathered, output put back).
-KEY, QUERY = 20.0, 50.0
-# One batch of problems is a dozen operator calls, here in milliseconds.
-BATCH_MS = 0.25
-# What choosing the lists of a routed pattern takes besides, in milliseconds.
+KEY, QUERY = 20.0, 5.0
+# Problems of one shape in a batch are some operator calls, here in milliseconds: few where the batches were kept from
+# an earlier call, a dozen where key masks, biases or routes make them anew.
+KEPT_MS, BATCH_MS = 0.04, 0.25
+# What a call takes besides, in milliseconds, ...
+CALL_MS = 0.15
+# ... and what choosing the lists of a routed pattern takes.
 ROUTE_MS = 0.8
-# A batch as pairs per head for 4 heads of 64 channels, for choosing a tile before the heads are known.
-BATCH_PAIRS = 25000.0
+# KEPT_MS as pairs per head for 4 heads of 64 channels, for choosing a tile before the heads are known.
+CLASS_PAIRS = 3300.0
 LARGEST_TILE = 1024
 
 
@@ -86,4 +89,4 @@ def _cost(axes: list[_Sums], dense: int) -> float:
     if largest > LARGEST_TILE:
         return math.inf
     moved = (PER_TILE + KEY) * (keys + dense * tiles) + QUERY * queries
-    return PAIR * (pairs + dense * queries) + moved + BATCH_PAIRS * classes
+    return PAIR * (pairs + dense * queries) + moved + CLASS_PAIRS * classes
