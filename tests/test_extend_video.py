@@ -57,7 +57,7 @@ def equal(one, other):
         (["--ema", "1"], "from 0 to below 1"),
         (["--model", "nowhere"], "is no pipeline folder"),
         (["--model", "digits"], "pass a pipeline that makes videos"),
-        (["--pattern", "na(window=3x3)"], "na"),
+        (["--pattern", "na(window=3x3)"], "the grid has 3 axes"),
     ],
 )
 def test_wrong_settings(folder, tmp_path, more, error):
