@@ -36,7 +36,6 @@ def main(arguments: list[str] | None = None) -> Path:
         result = train(VitTraining(config))
     except ValueError as error:
         raise SystemExit(f"distill_vit: {error}") from error
-    print(f"{result}: {result.stat().st_size / 1e6:.2f} MB")
     return result
 
 

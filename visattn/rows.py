@@ -186,12 +186,12 @@ def visible_rows(
     Returns:
         bool [1 or B, R, S + extra].
     """
+    if pattern.covers(layout.grid) and not pattern.extra_keys(layout.grid):
+        return torch.ones(1, len(rows), layout.length, dtype=torch.bool, device=q.device)
     made = plan(pattern, layout)
     plans = [made]
-    if pattern.routed and not pattern.covers(layout.grid):
+    if pattern.routed:
         plans = [with_routes(made, routes.cpu().numpy()) for routes in pattern.route(q, k, made)]
-    elif pattern.routed:
-        return torch.ones(1, len(rows), layout.length, dtype=torch.bool, device=q.device)
     found = [_plan_rows(each, rows.cpu().numpy()) for each in plans]
     return torch.from_numpy(np.stack(found)).to(q.device)
 

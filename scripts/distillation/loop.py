@@ -166,9 +166,13 @@ def train(run: Run) -> Path:
             _steps(run, log, stop)
     finally:
         log.close()
-    if run.step < config.steps:
-        print(f"stopped after {run.step} of {config.steps} steps: the same command goes on", flush=True)
-    return run.export()
+    result = run.export()
+    # No process may look at the file before it is there.
+    run.accelerator.wait_for_everyone()
+    if first:
+        stopped = f"stopped after {run.step} of {config.steps} steps, the same command goes on; "
+        print(f"{stopped * (run.step < config.steps)}{result}: {result.stat().st_size / 1e6:.2f} MB", flush=True)
+    return result
 
 
 def _steps(run: Run, log: Log, stop: threading.Event) -> None:
@@ -178,11 +182,13 @@ def _steps(run: Run, log: Log, stop: threading.Event) -> None:
     every = getattr(config, "sample_every", 0)
     started, start = time.perf_counter(), run.step
     with tqdm(total=config.steps, initial=start, unit="step", disable=None if first else True) as bar:
-        while run.step < config.steps and not stop.is_set():
+        while run.step < config.steps:
             figures = run.train_step()
-            step, last = run.step, run.step == config.steps or stop.is_set()
-            if step % config.log_every == 0 or last:
-                plain = {name: float(value) for name, value in figures.items()}
+            step, noted = run.step, run.step % config.log_every == 0 or run.step == config.steps
+            stopped = _stopped(run, stop, noted)
+            last = step == config.steps or stopped
+            if noted or last:
+                plain = _means(run, figures)
                 bar.set_postfix({name: f"{plain[name]:.4f}" for name in plain if name != "lr"})
                 speed = (time.perf_counter() - started) / (step - start)
                 log.write(step, {name: round(value, 7) for name, value in plain.items()} | {"step_s": round(speed, 4)})
@@ -191,3 +197,20 @@ def _steps(run: Run, log: Log, stop: threading.Event) -> None:
                 run.picture()
             if step % config.save_every == 0 or last:
                 run.save()
+            if last:
+                break
+
+
+def _stopped(run: Run, stop: threading.Event, noted: bool) -> bool:
+    """Whether all processes stop after this step; several of them agree on it only where a line is logged."""
+    if run.accelerator.num_processes == 1:
+        return stop.is_set()
+    if not noted:
+        return False
+    return bool(run.accelerator.reduce(torch.tensor(float(stop.is_set()), device=run.accelerator.device), "sum") > 0)
+
+
+def _means(run: Run, figures: dict[str, Any]) -> dict[str, float]:
+    """Figures as numbers, means over the processes."""
+    values = torch.tensor([float(value) for value in figures.values()], device=run.accelerator.device)
+    return dict(zip(figures, run.accelerator.reduce(values, "mean").tolist(), strict=True))
