@@ -6,7 +6,8 @@ import copy
 import ctypes
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,30 @@ def create(name: str, size: int, **kwargs: Any) -> torch.nn.Module:
         return timm.create_model(name, **kwargs).eval()
 
 
+def check_size(name: str, size: int) -> None:
+    """Run a model on an image without data: says that a size does not fit before anything is measured.
+
+    Raises:
+        ValueError: If the model is unknown or does not take the size.
+        MemoryError: If the size is beyond any memory.
+    """
+    with torch.inference_mode(), said_by_timm(name, size), _said_of_memory(name, size, "any device"):
+        create(name, size, device="meta")(torch.empty(1, 3, size, size, device="meta"))
+
+
+@contextmanager
+def _said_of_memory(name: str, size: int, device: str) -> Iterator[None]:
+    """Turns torch's errors of memory that is not there into a MemoryError that names model and size."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if "memory" not in str(error) and "overflow" not in str(error):
+            raise
+        raise MemoryError(
+            f"{name} at {size} pixels needs more memory than there is on {device}: choose a smaller size or batch"
+        ) from None
+
+
 @torch.inference_mode()
 def compare(
     name: str, size: int, pattern: str, *, batch: int = 1, repeats: int = 3, device: str = "cpu", backend: str = "auto"
@@ -111,7 +136,13 @@ def compare(
 
     Raises:
         ValueError: If the model is unknown, cannot be swapped, or does not take the pattern or the size.
+        MemoryError: If there is too little memory.
     """
+    with _said_of_memory(name, size, device):
+        return _compare(name, size, pattern, batch, repeats, device, backend)
+
+
+def _compare(name: str, size: int, pattern: str, batch: int, repeats: int, device: str, backend: str) -> Comparison:
     torch.manual_seed(0)
     model = create(name, size).to(device)
     x = torch.randn(batch, 3, size, size, device=device)

@@ -149,6 +149,28 @@ def test_bench_model_says_what_is_wrong():
         compare("test_vit", 96, "dense", repeats=1)
 
 
+def test_sizes_are_checked_before_any_is_measured():
+    out = call("bench-model", "test_vit", "--size", "96,97", "--pattern", "na(window=3)", "--device", "cpu")
+    assert "test_vit does not take images of 97 pixels" in str(out.exception)
+    assert "at 96 x 96 pixels" not in out.output
+
+
+def test_too_little_memory_is_said_and_keeps_what_was_measured(tmp_path, monkeypatch):
+    def peak(run, device):
+        if len(calls) >= 2:
+            raise RuntimeError("can't allocate memory")
+        calls.append(run)
+
+    calls = []
+    monkeypatch.setattr("visattn.models.measure.peak_memory", peak)
+    given = ("bench-model", "test_vit", "--pattern", "na(window=3)", "--repeats", 1, "--device", "cpu")
+    assert "test_vit at 96000000 pixels needs more memory" in str(call(*given, "--size", 96_000_000).exception)
+    out = call(*given, "--size", "96,112", "--save", tmp_path / "a.json")
+    assert out.exit_code == 0 and "the sizes before it are reported" in out.output
+    assert [result["size"] for result in json.loads((tmp_path / "a.json").read_text())["results"]] == [96]
+    assert "test_vit at 96 pixels needs more memory than there is on cpu" in str(call(*given, "--size", 96).exception)
+
+
 def test_peak_memory():
     megabytes = peak_memory(lambda: torch.zeros(2**24), "cpu")
     if megabytes is None:

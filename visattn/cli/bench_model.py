@@ -53,16 +53,24 @@ def _run(
     import torch
 
     from visattn.environment import check_device
-    from visattn.models.measure import compare
+    from visattn.models.measure import check_size, compare
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
-    results = []
+    for side in sides:
+        check_size(name, side)
+    results: list[Comparison] = []
     for side in sides:
         if not quiet:
             typer.echo(f"{name} at {side} x {side} pixels", err=True)
-        results.append(compare(name, side, pattern, batch=batch, repeats=repeats, device=device, backend=backend))
+        try:
+            results.append(compare(name, side, pattern, batch=batch, repeats=repeats, device=device, backend=backend))
+        except MemoryError as error:
+            if not results:
+                raise
+            typer.echo(f"warning: {error}; the sizes before it are reported", err=True)
+            break
     return results
 
 
@@ -111,7 +119,7 @@ def _print(results: Sequence[Comparison]) -> None:
     from visattn.chart import duration
 
     table = Table(box=None, padding=(0, 3, 0, 0))
-    for name in ("size", "tokens", "", "forward", "gain", "peak memory", "TFLOP", "attention", "gain", "note"):
+    for name in ("size", "tokens", "", "forward", "gain", "peak memory", "GFLOP", "attention", "gain", "note"):
         table.add_column(name, justify="left" if name in ("", "note") else "right", no_wrap=True)
     for result in results:
         stock, swapped = result.stock, result.swapped
@@ -130,7 +138,7 @@ def _print(results: Sequence[Comparison]) -> None:
                 duration(side.seconds.median),
                 gains[0],
                 "unknown" if side.memory is None else f"{side.memory / 2**20:.0f} MiB",
-                f"{side.flops / 1e12:.3f}",
+                f"{side.flops / 1e9:,.2f}",
                 "not dense" if side.attention is None else duration(side.attention.median),
                 gains[1],
                 note,
