@@ -17,6 +17,8 @@ from visattn.pipelines.embedded import EMBEDDED, load_embedded
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+# Ends of names of files with weights, which are no pipeline.
+WEIGHT_FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,7 +50,7 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> DiffusionPipeline:
     kind, folder = DiffusionPipeline, Path(model)
     if folder.is_dir():
         kind = _class_of(folder)
-    elif folder.suffix or model.startswith((".", "/", "~")) or model.count("/") != 1:
+    elif folder.suffix in WEIGHT_FILES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         names = ", ".join(EMBEDDED)
         raise ValueError(
             f"model {model!r} is not an embedded model ({names}), a folder here, or a hub id like owner/name"

@@ -234,6 +234,7 @@ def test_models_that_cannot_be_found(run, monkeypatch, tmp_path):
         ("./nowhere", "a folder here, or a hub id like owner/name"),
         ("empty", "folder empty has no model_index.json, so it is not a diffusers pipeline"),
         ("owner/nothing", "Without network, download it elsewhere and pass the path of its folder: --model path/to"),
+        ("owner/FLUX.1-dev", "cannot get 'owner/FLUX.1-dev' from the hub"),
     ):
         status, _, err = run("--model", model, "--pattern", "dense", "--out", "out")
         assert status == 2
