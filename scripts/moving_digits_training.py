@@ -26,14 +26,35 @@ class Config(digits_training.Config):
 
     The coarse stage shows clips of 4, then 8 frames, the finishing stage 16. `batch` counts videos of 8 frames in a
     step; a step has the same number of tokens at every length.
+
+    Attributes:
+        pattern: Patterns that the finishing steps take turns in, with semicolons between them.
+        start: Pipeline folder whose weights the run starts from, or the name of an embedded model; "" for none.
     """
 
     steps: int = 4000
     finish_steps: int = 3000
     batch: int = 32
     ema: float = 0.999
-    pattern: str = "na(window=3x9x9)"
+    pattern: str = "na(window=7x7x7); radial(decay=0.5)"
     coarse_share: float = 0.5
+    start: str = ""
+
+    def __post_init__(self) -> None:
+        digits_training.Config.__post_init__(self)
+        if not self.patterns:
+            raise ValueError(f"pattern is {self.pattern!r}: pass one pattern or several with semicolons between them")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of the finishing steps."""
+        return tuple(text.strip() for text in self.pattern.split(";") if text.strip())
+
+    def finish_pattern(self, step: int) -> str | None:
+        """Pattern of a finishing step, None for dense attention; "mixed" has every other step dense."""
+        if self.finish_attention != "mixed":
+            return digits_training.Config.finish_pattern(self, step)
+        return self.patterns[step // 2 % len(self.patterns)] if step % 2 else None
 
 
 class Progress(digits_training.Progress):
