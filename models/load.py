@@ -12,6 +12,7 @@ import timm
 import timm.data
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors.torch import load_file
 
 import visattn.models  # noqa: F401  registers the backbones
 from visattn.models.factory import official
@@ -25,18 +26,19 @@ def read_weights(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
         # torch's own message advises to execute what the file holds.
         raise ValueError(
             f"{path} is no checkpoint of tensors only: pass .safetensors, or a .pth that torch.load(weights_only=True) "
             "reads"
         ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not the tensors of a model by name")
     return official(found, torch.nn.Module())
 
 
@@ -48,15 +50,17 @@ def create_with_weights(
     Args:
         name: A model of timm.
         checkpoint: The file, or None.
-        pretrained: Whether to download timm's weights.
+        pretrained: Whether to download timm's weights if there is no file.
         size: Side of the images in pixels, None for the model's own.
         classes: Classes of the head, None for those of the checkpoint's head.
 
     Raises:
-        ValueError: If timm does not know the name, or the weights do not fit the model.
+        ValueError: If timm does not know the name or its weights, or those of the file do not fit the model.
     """
     if not timm.is_model(name):
         raise ValueError(f"timm knows no model {name!r}: see `visattn models` and timm.list_models()")
+    if pretrained and checkpoint is None and not getattr(timm.get_pretrained_cfg(name), "has_weights", False):
+        raise ValueError(f"there are no weights of {name} to download: pass those of a file with --checkpoint")
     weights = read_weights(checkpoint) if checkpoint is not None else None
     kwargs: dict[str, Any] = {} if size is None else {"img_size": size}
     if weights is not None and classes is None:
@@ -115,8 +119,8 @@ def _difference(weights: dict[str, Any], model: torch.nn.Module) -> str:
     return "; ".join(lines)
 
 
-def open_image(path: Path, model: torch.nn.Module, size: int | None) -> torch.Tensor:
-    """An image as the model wants it: [1, channels, height, width].
+def open_image(path: Path) -> Image.Image:
+    """An image file in RGB.
 
     Raises:
         ValueError: If there is no such file, or it is no image.
@@ -124,9 +128,13 @@ def open_image(path: Path, model: torch.nn.Module, size: int | None) -> torch.Te
     if not path.is_file():
         raise ValueError(f"image {path} does not exist" if not path.exists() else f"{path} is a folder, not an image")
     try:
-        image = Image.open(path).convert("RGB")
+        return Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{path} is no image that can be read: {error}") from None
+
+
+def as_input(image: Image.Image, model: torch.nn.Module, size: int | None) -> torch.Tensor:
+    """An image as the model wants it: [1, channels, height, width], of `size` pixels per side or the model's own."""
     options = {} if size is None else {"input_size": (3, size, size)}
     config = timm.data.resolve_data_config(options, model=model)
     return timm.data.create_transform(**config, is_training=False)(image)[None]  # type: ignore[index]

@@ -57,6 +57,16 @@ def test_classify_says_what_is_missing(weights):
     (weights / "bad.pth").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="no checkpoint of tensors only"):
         read_weights(weights / "bad.pth")
+    (weights / "bad.safetensors").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"bad.safetensors is no checkpoint of tensors only"):
+        read_weights(weights / "bad.safetensors")
+    torch.save([1, 2], weights / "list.pth")
+    with pytest.raises(ValueError, match=r"list.pth holds a list, not the tensors of a model by name"):
+        read_weights(weights / "list.pth")
+    with pytest.raises(ValueError, match="there are no weights of biformer_tiny to download: pass those of a file"):
+        create_with_weights("biformer_tiny", None, True, None, None)
+    given = ("classify", image, "--model", "test_vit", "--checkpoint", weights / "weights.pth")
+    assert "both give weights" in str(call(*given, "--pretrained").exception)
     with pytest.raises(ValueError, match="timm knows no model 'vit_huh'"):
         create_with_weights("vit_huh", None, False, None, None)
     with pytest.raises(ValueError, match="does not fit test_vit2"):
@@ -66,13 +76,13 @@ def test_classify_says_what_is_missing(weights):
     with pytest.raises(ValueError, match=r"other shapes: head.weight is \[7, 64\] instead of \[3, 64\]"):
         create_with_weights("test_vit", weights / "weights.pth", False, None, 3)
     with pytest.raises(ValueError, match=r"image .*none.png does not exist"):
-        open_image(weights / "none.png", timm.create_model("test_vit"), None)
+        open_image(weights / "none.png")
     with pytest.raises(ValueError, match="is a folder, not an image"):
-        open_image(weights, timm.create_model("test_vit"), None)
+        open_image(weights)
     wrong = call("classify", image, "--model", "test_vit", "--checkpoint", weights / "weights.pth", "--size", 97)
     assert "test_vit does not take images of 97 pixels per side: Input height (97)" in str(wrong.exception)
     with pytest.raises(ValueError, match="is no image that can be read"):
-        open_image(weights / "weights.pth", timm.create_model("test_vit"), None)
+        open_image(weights / "weights.pth")
 
 
 def weights_of(name, folder):

@@ -24,6 +24,8 @@ def classify(
     """Print the most likely classes of an image."""
     if checkpoint is None and not pretrained:
         raise ValueError("classify needs weights: pass --checkpoint FILE, or --pretrained to download timm's")
+    if checkpoint is not None and pretrained:
+        raise ValueError("--checkpoint and --pretrained both give weights: pass one of them")
     found = _run(image, model, checkpoint, pretrained, pattern, size, classes, top)
     if json:
         print_json(found)
@@ -49,10 +51,13 @@ def _run(
     import torch
 
     import visattn
-    from visattn.models.load import class_name, create_with_weights, open_image, said_by_timm
+    from visattn.models.load import as_input, class_name, create_with_weights, open_image, said_by_timm
 
+    picture = open_image(image)
+    if pattern is not None:
+        visattn.parse(pattern)  # what is wrong with it is said before weights are downloaded
     model = create_with_weights(name, checkpoint, pretrained, size, classes)
-    x = open_image(image, model, size)
+    x = as_input(picture, model, size)
     with contextlib.ExitStack() as stack, torch.inference_mode(), said_by_timm(name, size):
         handle = stack.enter_context(visattn.apply(model, pattern)) if pattern else None
         probabilities = model(x).softmax(-1)[0]
