@@ -68,6 +68,7 @@ class Settings:
     jobs: int = option(1, "students trained at the same time")
     seconds: int = option(0, "stop a training after so long and take what it has; 0: never")
     cpu: bool = option(False, "stay on the CPU")
+    train_cpu: bool = option(False, "train on the CPU, and sample on the GPU")
     threads: int = option(2, "threads on the CPU")
 
     def __post_init__(self) -> None:
@@ -92,7 +93,8 @@ def train(name: str, settings: Settings) -> float:
     words = [sys.executable, str(Path(__file__).with_name("distill.py")), "--pattern", pattern]
     words += ["--samples", str(settings.out / "samples"), "--out", str(folder), "--steps", str(settings.steps)]
     words += ["--batch", str(settings.batch), "--lr", str(settings.lr), "--ema", "0.99"]
-    words += ["--threads", str(settings.threads), *["--cpu"] * settings.cpu, "--backend", backend_of(name, settings)]
+    words += ["--threads", str(settings.threads), "--backend", backend_of(name, settings)]
+    words += ["--cpu"] * (settings.cpu or settings.train_cpu)
     words += ["--precision", settings.precision, *LOSSES, *options]
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,6 +188,28 @@ def save_rows(images: torch.Tensor, path: Path) -> None:
     Image.fromarray(((rows + 1) * 127.5).round().to(torch.uint8).numpy()).save(path)
 
 
+def save_sheets(folder: Path, names: list[str]) -> None:
+    """Puts the first row of the saved pictures on sheets: the teacher and the students, at both sizes."""
+    from PIL import Image
+
+    from visattn.canvas import column, row, text
+
+    for sheet, side, kinds in (("students", SIZE, ("-before", "-after")), ("students-large", LARGE, ("-after-large",))):
+        found = []
+        for name in ("teacher", *names):
+            own = ("-large" if side == LARGE else "",) if name == "teacher" else kinds
+            files = [folder / f"{name}{kind}.png" for kind in own]
+            # Ten digits at the model's size, five at twice the side.
+            pictures = [Image.open(file).crop((0, 0, 10 * SIZE, side)) for file in files if file.is_file()]
+            if pictures:
+                words = (
+                    ", ".join([STUDENTS[name][0], *["before and after"] * (side == SIZE)]) if name in STUDENTS else ""
+                )
+                found += [text(words or "dense teacher"), row([picture.convert("RGB") for picture in pictures])]
+        if found:
+            column(found, gap=6, margin=8).convert("L").save(folder / f"{sheet}.png", optimize=True)
+
+
 def recovered(before: float | None, after: float | None, teacher: float | None) -> float | None:
     """Share of the gap to the teacher that training closed; None where there was none."""
     if before is None or after is None or teacher is None or before == teacher:
@@ -215,8 +239,10 @@ def run(settings: Settings) -> dict[str, Any]:
     words = ["--out", str(settings.out / "samples"), "--count", str(settings.cached), "--steps", str(STEPS)]
     words += ["--batch", str(batch), "--shard", str(batch * 20), "--seed", "1000000", "--device", device]
     cache_samples.main([*words, "--dtype", "float32"])
-    figures: dict[str, Any] = {"settings": {k: str(v) for k, v in asdict(settings).items()}, "torch": torch.__version__}
+    known = {key: value for key, value in asdict(settings).items() if key not in ("out", "result")}
+    figures: dict[str, Any] = {"settings": known, "torch": torch.__version__}
     figures["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    figures["trained_on"] = "cpu" if settings.train_cpu else figures["device"]
     with ThreadPoolExecutor(settings.jobs) as pool:
         training: dict[str, Future[float]] = {name: pool.submit(train, name, settings) for name in settings.names}
         judge = train_judge(SIZE)
@@ -238,6 +264,7 @@ def run(settings: Settings) -> dict[str, Any]:
             result = settings.result or settings.out / "figures.json"
             with written_whole(result) as path:
                 path.write_text(json.dumps(figures, indent=1) + "\n")
+    save_sheets(settings.out, settings.names)
     return figures
 
 

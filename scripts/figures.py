@@ -1,4 +1,4 @@
-"""The figures of the README and of docs/timm.md: measure them again, and write them into the tables.
+"""The figures of the README and of pages in docs: measure them again, and write them into the tables.
 
 python scripts/figures.py measure          # all of them on this machine, into docs/results (keep it idle)
 python scripts/figures.py measure cpu      # one of them
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "timm.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "timm.md", ROOT / "docs" / "distillation.md")
 
 # What measures each result. {out} is its JSON file, {folder} a scratch folder that holds report.json.
 COMMANDS = {
@@ -33,6 +33,7 @@ COMMANDS = {
     "digits-vit": "python scripts/measure_digits_vit.py --out {out}",
     "timm-highres": "python scripts/bench_timm.py --out {out}",
     "moh": "python scripts/bench_moh.py --out {out}",
+    "students": "python scripts/bench_students.py --out {out}",
 }
 
 
@@ -148,6 +149,63 @@ def moh_table() -> str:
     return table(["model", "heads of a token: shared + routed", *sizes], list(found.values()))
 
 
+def distilled_table() -> str:
+    """Students of the digits model before and after distillation."""
+    found = result("distill-digits")
+    teacher = found["teacher"]
+    cells = [
+        f"{teacher['recognized']:.1%}",
+        f"{teacher['frechet']:.1f}",
+        "",
+        "",
+        f"{teacher['recognized_large']:.0%}",
+        "",
+    ]
+    rows = [["dense (teacher)", *cells]]
+    for student in found["students"].values():
+        before, after, gap = student["before"], student["after"], student["recovered"]
+        shares = ["no gap" if gap[key] is None else f"{gap[key]:.0%}" for key in ("recognized", "frechet")]
+        rows.append(
+            [
+                f"`{student['pattern']}`",
+                f"{before['recognized']:.1%} to {after['recognized']:.1%}",
+                f"{before['frechet']:.0f} to {after['frechet']:.1f}",
+                ", ".join(shares),
+                f"{before['psnr']:.1f} to {after['psnr']:.1f} dB",
+                f"{after['recognized_large']:.0%}",
+                f"{student['steps']}",
+            ]
+        )
+    head = [
+        "attention",
+        "read right",
+        "Frechet distance",
+        "gap recovered",
+        "PSNR to the teacher",
+        "at 4,096 tokens",
+        "steps",
+    ]
+    return table(head, rows)
+
+
+def students_table() -> str:
+    """What the attention of each student computes, and how long an image takes."""
+    sizes = result("students")["sizes"].values()
+    rows = []
+    for name in (key for key in next(iter(sizes)) if key != "tokens"):
+        cells = ["dense" if name == "stock" else f"`{next(iter(sizes))[name]['pattern']}`"]
+        for size in sizes:
+            case, stock = size[name], size["stock"]["median"]
+            faster = "" if name == "stock" else f": {stock / case['median']:.1f}x"
+            inside = f"{case['attention']:.2f} s"
+            cells += [f"{case['computed']:.1%}", f"{case['median']:.2f} s{faster}", inside]
+        rows.append(cells)
+    head = [
+        cell for size in sizes for cell in (f"computed at {size['tokens']:,} tokens", "per image", "of it attention")
+    ]
+    return table(["attention", *head], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "digits": digits_table,
     "cpu": cpu_table,
@@ -155,6 +213,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits-vit": digits_vit_table,
     "timm": timm_table,
     "moh": moh_table,
+    "distilled": distilled_table,
 }
 
 
