@@ -23,7 +23,8 @@ def elu_plus_one(x: torch.Tensor) -> torch.Tensor:
 
 def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Keys or values [B, S, Hkv, D] for every query head: [B, S, H, D]."""
-    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+    # Not repeat_interleave, which copies its count to the device and so cannot be captured in a CUDA graph.
+    return x if x.shape[2] == heads else x[:, :, :, None].expand(-1, -1, -1, heads // x.shape[2], -1).flatten(2, 3)
 
 
 def features(

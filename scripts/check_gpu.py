@@ -67,6 +67,7 @@ def cases() -> list[Case]:
         found += [Case("na(window=13x13)", joint, dtype, dim, 2, heads_first=first) for first in (False, True)]
         found += [Case("clear(radius=9,pool=4)", Layout((38, 41), suffix=300), dtype, dim)]
         found += [Case("na(window=5x9x9,causal=true)", Layout((7, 20, 13)), dtype, dim)]
+        found += [Case("radial(decay=0.5)", Layout((8, 16, 16)), dtype, dim), Case("dense", Layout(1536), dtype, dim)]
     for dtype, dim in (("bf16", 128), ("fp32", 64)):
         found += [
             Case("dense", Layout(1500, prefix=5), dtype, dim),

@@ -3,7 +3,7 @@
     python3 scripts/check_graphs_gpu.py [--out FILE]
 
 For each pattern: a captured CUDA graph of the forward, and of a whole training step, replayed on new inputs, gives
-the bits that eager gives; the model compiled by inductor (whole graph, no breaks) gives eager's results, twice two
+what eager gives; the model compiled by inductor (whole graph, no breaks) gives eager's results, twice two
 grids are compiled twice and never again; the same with inductor's own CUDA graphs. Exit status 1 if anything is off.
 """
 
@@ -89,8 +89,8 @@ def trained(
     return [*outs, *torch.autograd.grad(loss, parameters)]
 
 
-def replayed(step: Callable[..., list[torch.Tensor]], layouts: list[Layout], masked: bool) -> list[bool]:
-    """Capture a step on some inputs, replay it on others; whether each result has eager's bits."""
+def replayed(step: Callable[..., list[torch.Tensor]], layouts: list[Layout], masked: bool) -> dict[str, Any]:
+    """Capture a step on some inputs, replay it on others; relative differences to eager, which itself must repeat."""
     held, new = inputs_of(layouts, masked, 1), inputs_of(layouts, masked, 2)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -106,7 +106,11 @@ def replayed(step: Callable[..., list[torch.Tensor]], layouts: list[Layout], mas
             a.copy_(b)
     graph.replay()
     torch.cuda.synchronize()
-    return [torch.equal(a, b) for a, b in zip(results, step(*new), strict=True)]
+    eager, again = step(*new), step(*new)
+    wrong = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(results, eager, strict=True)]
+    repeats = all(torch.equal(a, b) for a, b in zip(eager, again, strict=True))
+    # Products of torch may take other kernels in a capture: the bits are eager's up to rounding.
+    return {"right": max(wrong) < LIMIT, "errors": [round(w, 6) for w in wrong], "eager repeats": repeats}
 
 
 def compiled(model: Model, masked: bool, mode: str | None) -> dict[str, Any]:
@@ -157,10 +161,8 @@ def check(name: str) -> dict[str, Any]:
             return model(*inputs)
 
     parts: dict[str, Callable[[], Any]] = {
-        "graph, forward": lambda: {"right": all(replayed(forward, layouts, masked))},
-        "graph, step": lambda: {
-            "right": all(replayed(lambda *i: trained(model, parameters, *i), layouts, masked)),
-        },
+        "graph, forward": lambda: replayed(forward, layouts, masked),
+        "graph, step": lambda: replayed(lambda *i: trained(model, parameters, *i), layouts, masked),
         "compiled": lambda: compiled(model, masked, None),
         "compiled, CUDA graphs": lambda: compiled(model, masked, "reduce-overhead"),
         "grids": lambda: grids_compiled(pattern, layouts),

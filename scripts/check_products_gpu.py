@@ -84,7 +84,8 @@ def check(
     right = results(truth, [t.double() for t in inputs])
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(first, right, strict=True)]
     same = [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
-    good = all(e <= LIMIT[dtype] for e in errors) and all(same)
+    # The backward of agent attention is that of torch's attention, which does not promise the same bits twice.
+    good = all(e <= LIMIT[dtype] for e in errors) and all(same if name.startswith("linear") else same[:1])
     twice = "" if all(same) else f", differs between two runs: {same}"
     print(f"{'ok' if good else 'WRONG':<6}{name}: {' '.join(f'{e:.1e}' for e in errors)}{twice}", flush=True)
     return good

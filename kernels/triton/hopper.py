@@ -147,7 +147,8 @@ def _step(
 @gluon.jit
 def _consume(
     q, out, lse, shared, lists, where, sizes, runs,
-    GROUP: gl.constexpr, SIZES: gl.constexpr, UNIT: gl.constexpr, LSE: gl.constexpr,
+    GROUP: gl.constexpr, SIZES: gl.constexpr, UNIT: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
+    LSE: gl.constexpr,
 ):  # fmt: skip
     """One group of four warps: its 64 rows against every column tile, and their results."""
     queries, keys, values, k_ready, k_free, v_ready, _, _ = shared
@@ -184,11 +185,12 @@ def _consume(
         scores = warpgroup_mma(mine, keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_free.index(0), count=1)
-        if start == split:
-            if split < stop:
+        if PARTIAL:
+            if (start == split) & (split < stop):
                 words = _mask_words(lists[1], lists[2], split, first_row, s_layout, SIZES)
                 scores = _hide_masked(scores, words, s_layout)
-            else:
+        if DENSE:
+            if start == stop:
                 scores = _hide_behind(scores, 0, runs, s_layout)
         p, top, total, _alpha = _softmax(scores, top, total, scale)
         p = gl.convert_layout(p.to(dtype), p_layout)
@@ -207,17 +209,19 @@ def _consume(
             state, at = _step(
                 i, mine, shared, lists, scale, runs, first_row, state, at, more, 0, SIZES, s_layout, p_layout
             )
-        last = stop - TILES
-        for i in range(second_partial, stop, TILES):
-            more = (i < last) | (dense > 0)
-            state, at = _step(
-                i, mine, shared, lists, scale, runs, first_row, state, at, more, 1, SIZES, s_layout, p_layout
-            )
-        last = dense - 1
-        for i in range(second_run, dense):
-            state, at = _step(
-                i, mine, shared, lists, scale, runs, first_row, state, at, i < last, 2, SIZES, s_layout, p_layout
-            )
+        if PARTIAL:
+            last = stop - TILES
+            for i in range(second_partial, stop, TILES):
+                more = (i < last) | (dense > 0)
+                state, at = _step(
+                    i, mine, shared, lists, scale, runs, first_row, state, at, more, 1, SIZES, s_layout, p_layout
+                )
+        if DENSE:
+            last = dense - 1
+            for i in range(second_run, dense):
+                state, at = _step(
+                    i, mine, shared, lists, scale, runs, first_row, state, at, i < last, 2, SIZES, s_layout, p_layout
+                )
         acc, p, top, total = state
         mbarrier.wait(v_ready.index(at[2]), at[3])
         acc = warpgroup_mma(p, values.index(at[2]), acc, is_async=True)
@@ -250,7 +254,7 @@ def attend(
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, LSE: gl.constexpr,
-    TURNS: gl.constexpr,
+    PARTIAL: gl.constexpr, DENSE: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile of 128 tokens; see `forward.attend` for what the arguments share with it.
 
@@ -284,16 +288,20 @@ def attend(
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(turns.index(i), count=1)
+    # A barrier that nothing waits for would share its memory with what the warps are handed, and spoil it.
+    turns = k_free
+    if TURNS:
+        turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(GROUPS):
+            mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=GROUPS)
         mbarrier.init(v_free.index(i), count=GROUPS)
     fence_async_shared()
-    mbarrier.arrive(turns.index(0), count=1)
+    if TURNS:
+        mbarrier.arrive(turns.index(0), count=1)
 
     SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS)
     shared = (queries, keys, values, k_ready, k_free, v_ready, v_free, turns)
@@ -304,9 +312,9 @@ def attend(
     gl.warp_specialize(
         [
             (_consume, (q, out, lse, shared, lists, where, sizes, runs,
-                        gl.constexpr(0), SIZES, UNIT, LSE)),
+                        gl.constexpr(0), SIZES, UNIT, PARTIAL, DENSE, LSE)),
             (_consume, (q, out, lse, shared, lists, where, sizes, runs,
-                        gl.constexpr(1), SIZES, UNIT, LSE)),
+                        gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE, LSE)),
             (produce, (k_grid, v_grid, k_runs, v_runs, shared, bases, where,
                         (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs,
                         BOX, COLUMNS, TILES, HEAD_DIM, STAGES)),

@@ -132,5 +132,6 @@ def hopper_arguments(
         "BOX": (1,) * (3 - len(box)) + box,
         "FOLDED": folded(k),
         "STAGES": config.stages, "UNIT": step, "LSE": lse is not None,
+        "PARTIAL": run.partial, "DENSE": run.has_dense,
         "TURNS": work.plan("forward").full_share < TAKE_TURNS,
     }  # fmt: skip

@@ -111,7 +111,8 @@ class Routing(Pattern):
         """The regions that each region sees, best first: int64 [B, regions, chosen]."""
         with torch.no_grad():
             mean_q, mean_k = (self._means(t, layout) for t in (q, k))
-            mean_k = mean_k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+            # Not repeat_interleave, which copies its count to the device and so cannot be captured in a CUDA graph.
+            mean_k = mean_k[:, :, :, None].expand(-1, -1, -1, q.shape[2] // k.shape[2], -1)
             affinity = mean_q.flatten(2) @ mean_k.flatten(2).transpose(1, 2)
             return affinity.topk(self.chosen(layout.grid), -1).indices
 
