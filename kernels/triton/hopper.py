@@ -6,8 +6,9 @@ each hold half of the row tile. A group starts the scores of the next column til
 output, so that the tensor cores work while it computes the softmax of the scores that are ready.
 """
 
-# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
-# ruff: noqa: ANN001, ANN201, ANN202
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing. Conditions known to the
+# compiler stand apart from those that are not.
+# ruff: noqa: ANN001, ANN201, ANN202, SIM102
 
 # The language of Triton kernels is not quite Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
