@@ -17,6 +17,7 @@ import torch
 
 from visattn.pipelines import operators
 from visattn.pipelines.operators import Stock
+from visattn.pipelines.parallel import degree
 
 _MEMBER = "visattn:"
 _BLOCK = 64
@@ -73,7 +74,7 @@ def register_member(number: int) -> None:
 
     for other in range(number // _BLOCK * _BLOCK, (number // _BLOCK + 1) * _BLOCK):
         if member(other) not in registry._backends:
-            registry.register(member(other))(_dispatched(other))
+            registry.register(member(other), supports_context_parallel=True)(_dispatched(other))
 
 
 def unregister_members() -> None:
@@ -85,6 +86,7 @@ def unregister_members() -> None:
     for ours in [m for m in registry._backends if str(m.value).startswith(_MEMBER)]:
         for table in (registry._backends, registry._constraints, registry._supported_arg_names):
             table.pop(ours, None)
+        registry._supports_context_parallel.discard(ours.value)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -101,10 +103,12 @@ def _dispatched(number: int) -> Callable[..., torch.Tensor]:
         enable_gqa: bool = False,
         _parallel_config: Any = None,
     ) -> torch.Tensor:
-        if _parallel_config is not None:
-            raise ValueError(
-                "context parallelism splits the sequence over devices, and a pattern needs all of it: "
-                "call handle.remove() or do not enable parallelism"
+        if _parallel_config is not None and degree(_parallel_config) > 1:
+            if torch.compiler.is_compiling():
+                raise ValueError("patterns under context parallelism do not run in compiled code: leave out compile()")
+            group = operators.look_up(number)
+            return group.attend_in_parallel(
+                query, key, value, attn_mask, scale, enable_gqa, dropout_p, is_causal, _parallel_config
             )
         return call_group(number, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 import weakref
@@ -15,7 +16,7 @@ from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
-from visattn.pipelines import operators
+from visattn.pipelines import operators, parallel
 from visattn.pipelines.families.base import Family, Seen, Where
 from visattn.pipelines.masks import carry_bias, key_validity
 from visattn.pipelines.operators import Decision, Sequences, Stock
@@ -236,6 +237,38 @@ class Group:
         else:
             self._miss(name, why)
         return out, decision
+
+    def attend_in_parallel(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any,
+        scale: float | None,
+        grouped: bool,
+        dropout: float,
+        causal: bool,
+        config: Any,
+    ) -> torch.Tensor:
+        """`attend` on one of several devices that share the sequence: q, k, v [B, S / devices, H, D].
+
+        What does not run the pattern is left to diffusers, which exchanges tokens for heads by itself.
+        """
+        devices = parallel.degree(config)
+        layouts, _, why = self._fits(*(parallel.whole(t, devices) for t in (q, k, v)), None, dropout, causal)
+        if layouts and mask is not None:
+            layouts, why = (), parallel.SPLIT_MASK
+        if layouts:
+            why = parallel.uneven(layouts[0], math.gcd(q.shape[2], k.shape[2]), devices)
+        if not layouts or why or len(layouts) > 1:
+            name = self.run.site or self._anonymous
+            with self.run.tally.timed(name, "dense", q.device):
+                out = self.stock(q, k, v, mask, scale, grouped, dropout, causal, config)
+            self._miss(name, why)
+            return out
+        q, k, v = (parallel.gather(t, layouts[0], config) for t in (q, k, v))
+        out, _ = self.attend(q, k, v, None, scale, grouped, self.run.site)
+        return parallel.scatter(out, layouts[0], config)
 
     def _fits(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, dropout: float, causal: bool
