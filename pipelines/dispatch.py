@@ -202,6 +202,10 @@ def call_group(
         q, k, v = q.to(wanted), k.to(wanted), v.to(wanted)
     if not torch.compiler.is_compiling():
         group = operators.look_up(number)
+        if torch._C._len_torch_function_stack() and skips_scores():
+            return group.leave(
+                q, k, v, mask, scale, grouped, dropout, causal, "diffusers skips its scores for guidance"
+            )
         out, _ = group.attend(q, k, v, mask, scale, grouped, group.run.site, dropout, causal)
         return out
     if dropout or causal or not (mask is None or isinstance(mask, torch.Tensor)):
@@ -238,7 +242,26 @@ def _clone_class(kind: type, number: int, dispatched: bool) -> type:
     body = {"__call__": same, "_visattn_group": number, "__reduce_ex__": reduce}
     made = type(kind.__name__, (kind,), body)
     made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
+    _register_like(made, kind)
     return made
+
+
+def _register_like(made: type, kind: type) -> None:
+    """Let diffusers' hooks that skip the attention of a layer find a clone's class where they know the original."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry as registry
+
+    try:
+        registry.register(made, registry.get(kind))
+    except ValueError:
+        # They do not know the original either.
+        return
+
+
+def skips_scores() -> bool:
+    """Whether diffusers is replacing torch's SDPA by its values, which guidance with perturbed attention does."""
+    from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode as mode
+
+    return any(isinstance(each, mode) for each in torch.overrides._get_current_function_mode_stack())
 
 
 def _same(processor: Any) -> Any:

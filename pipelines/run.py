@@ -238,6 +238,26 @@ class Group:
             self._miss(name, why)
         return out, decision
 
+    def leave(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any,
+        scale: float | None,
+        grouped: bool,
+        dropout: float,
+        causal: bool,
+        why: str,
+        config: Any = None,
+    ) -> torch.Tensor:
+        """Run the stock attention and count it, with the reason ("" means that it was to be dense)."""
+        name = self.run.site or self._anonymous
+        with self.run.tally.timed(name, "dense", q.device):
+            out = self.stock(q, k, v, mask, scale, grouped, dropout, causal, config)
+        self._miss(name, why)
+        return out
+
     def attend_in_parallel(
         self,
         q: torch.Tensor,
@@ -261,11 +281,7 @@ class Group:
         if layouts:
             why = parallel.uneven(layouts[0], math.gcd(q.shape[2], k.shape[2]), devices)
         if not layouts or why or len(layouts) > 1:
-            name = self.run.site or self._anonymous
-            with self.run.tally.timed(name, "dense", q.device):
-                out = self.stock(q, k, v, mask, scale, grouped, dropout, causal, config)
-            self._miss(name, why)
-            return out
+            return self.leave(q, k, v, mask, scale, grouped, dropout, causal, why, config)
         q, k, v = (parallel.gather(t, layouts[0], config) for t in (q, k, v))
         out, _ = self.attend(q, k, v, None, scale, grouped, self.run.site)
         return parallel.scatter(out, layouts[0], config)

@@ -3,10 +3,12 @@
 import warnings
 
 import diffusers
+import diffusers.hooks
 import pytest
 import tiny_models
 import tiny_pipelines
 import torch
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 
 import visattn
 
@@ -106,6 +108,56 @@ def test_cache(name, after):
         model.disable_cache()
     assert calls == expected
     assert torch.equal(tiny_models.run(model, inputs), stock)
+
+
+def test_every_cache_of_diffusers_is_tested():
+    known = {type(make([900])).__name__ for make, _, _ in CACHES.values()}
+    found = {
+        name
+        for name in dir(diffusers.hooks)
+        if name.endswith("CacheConfig") or ("Broadcast" in name and name.endswith("Config"))
+    }
+    assert found <= known, f"diffusers has caches that no test runs next to apply(): {sorted(found - known)}"
+
+
+def skip_first_layer(model, **options):
+    name = "transformer_blocks" if hasattr(model, "transformer_blocks") else "blocks"
+    apply_layer_skip(model, LayerSkipConfig(indices=[0], fqn=name, **options))
+
+
+SCORES = {"skip_attention": False, "skip_ff": False, "skip_attention_scores": True}
+
+
+# Only what diffusers itself can skip.
+@pytest.mark.parametrize(
+    ("build", "options", "fallbacks"),
+    [
+        (tiny_models.wan, {}, 0),
+        (tiny_models.dit, {}, 0),
+        (tiny_models.dit, {"skip_ff": False}, 0),
+        (tiny_models.dit, SCORES, 1),
+        (tiny_models.qwen, SCORES, 1),
+    ],
+    ids=["blocks of wan", "blocks of dit", "attention of dit", "scores of dit", "scores of qwen"],
+)
+def test_skipped_layers(build, options, fallbacks):
+    """Guidance that skips layers skips those of a patched model in the same way."""
+    pattern = PATTERNS[3 if build is tiny_models.wan else 2]
+    model, inputs = build()
+    skip_first_layer(model, **options)
+    # The first layer does not attend, so that a pattern there makes no difference.
+    with visattn.apply(model, pattern, layers="1-"):
+        expected = tiny_models.run(model, inputs)
+    model, inputs = build()
+    with visattn.apply(model, pattern) as handle:
+        whole = tiny_models.run(model, inputs)
+        skip_first_layer(model, **options)
+        before = handle.report().hits
+        assert torch.equal(tiny_models.run(model, inputs), expected)
+        report = handle.report()
+    assert not torch.allclose(expected, whole)
+    assert report.hits - before == len(report.modules) - 1
+    assert list(report.fallbacks.values()) == [fallbacks] * bool(fallbacks)
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
