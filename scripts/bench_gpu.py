@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from gpu_common import compile_first, sampled_error, use_checkout, versions
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -53,7 +54,7 @@ CASES: dict[str, tuple[str, Layout]] = {
 # Longer sequences are not timed with flash attention, whose backward takes seconds there.
 FLASH_TOKENS = 2**16
 # Backwards are timed again and again on one graph, which compiled ones must be told.
-torch._functorch.config.donated_buffer = False
+functorch_config.donated_buffer = False
 # What is compared in a quick run.
 MAIN = ("flux-s1", "flux-s16", "hunyuan-s1", "hunyuan-s16", "clear16-256", "radial-wan", "dense-16k")
 

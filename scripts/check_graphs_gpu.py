@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -174,7 +175,11 @@ def check(name: str) -> dict[str, Any]:
             found[part] = run()
         except Exception as error:
             torch.cuda.synchronize()
-            found[part] = {"right": False, "failed": f"{type(error).__name__}: {error}"[:500]}
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            found[part] = {
+                "right": False,
+                "failed": f"{where.filename}:{where.lineno} {type(error).__name__}: {error}"[:500],
+            }
         found[part]["seconds"] = round(time.perf_counter() - begin, 1)
         print(f"{'ok' if found[part]['right'] else 'WRONG':<6}{name:<20}{part:<24}{found[part]}", flush=True)
     return found
