@@ -188,6 +188,33 @@ def distilled_table() -> str:
     return table(head, rows)
 
 
+def distilled_vit_table() -> str:
+    """Students of the ViT that reads digits before and after distillation."""
+    found, rows = result("distill-vit"), []
+    for row in found["rows"]:
+        cells = [f"{row['before'][key]:.1%} to {row['after'][key]:.1%}" for key in ("accuracy", "agreement")]
+        rows.append([f"`{row['pattern']}`", *cells])
+    return table(
+        ["attention", "read right", "read as the teacher does"],
+        [["dense (teacher)", f"{found['teacher']:.1%}", ""], *rows],
+    )
+
+
+def longer_video_table() -> str:
+    """The video model at twice its frames: dense, radial, and radial with LoRA."""
+    found = result("extend-video-32")
+    rows = [["held-out real digits", *_motion(found["real"]), "", ""]]
+    for name in ("dense", "radial(decay=0.5)", "radial(decay=0.5) + LoRA"):
+        row = found["patterns"][name]
+        density = re.search(r"density ([\d.]+)", row["report"])
+        rows.append([name, *_motion(row), f"{row['loss']:.4f}", f"{float(density[1]):.0%}" if density else "100%"])
+    return table(["attention", "frames read right", "jerk", "ink change", "loss on new clips", "density"], rows)
+
+
+def _motion(row: dict[str, float]) -> list[str]:
+    return [f"{row['frame_rate']:.1%}", f"{row['jerk']:.2f} px", f"{row['ink_change']:.1%}"]
+
+
 def students_table() -> str:
     """What the attention of each student computes, and how long an image takes."""
     sizes = result("students")["sizes"].values()
@@ -214,6 +241,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "timm": timm_table,
     "moh": moh_table,
     "distilled": distilled_table,
+    "distilled-vit": distilled_vit_table,
+    "longer-video": longer_video_table,
 }
 
 
