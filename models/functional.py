@@ -12,7 +12,7 @@ from visattn.kernels.agent import Convolution, agent_attention
 from visattn.kernels.linear_flow import flow_attention
 from visattn.kernels.linear_mala import mala_attention, mala_features
 from visattn.layout import Layout
-from visattn.patterns import Agent, Neighborhood, Routing
+from visattn.patterns import Agent
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -56,7 +56,9 @@ def neighborhood(
         return torch.empty_like(q)
     # Under autocast the projections are narrower than the parameter.
     bias = rpb.to(q.dtype)
-    return attention(q, k, v, Neighborhood(window, dilation=dilation), Layout((height, width)), scale=scale, rpb=bias)
+    # As text: torch.compile follows no pattern that is made in the code it traces.
+    pattern = f"na(window={window}, dilation={dilation})"
+    return attention(q, k, v, pattern, Layout((height, width)), scale=scale, rpb=bias)
 
 
 @register_notrace_function
@@ -74,7 +76,8 @@ def routed(
     """Bi-level routing attention of q, k, v [B, height * width, heads, head_dim]."""
     if q.is_meta:
         return torch.empty_like(q)
-    return attention(q, k, v, Routing(regions, topk), Layout((height, width)), scale=scale)
+    pattern = f"routing(regions={regions}, topk={topk})"  # as text, like that of `neighborhood`
+    return attention(q, k, v, pattern, Layout((height, width)), scale=scale)
 
 
 @register_notrace_function

@@ -223,6 +223,17 @@ def test_fx_torchscript(name):
         torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_and_exported(name):
+    model, x = make(name), torch.randn(1, 3, SIDE, SIDE)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wanted = model(x)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_pretrained_weights_for_other_images_and_classes(name, tmp_path):
     # timm downloads here; a file takes the same way.
     torch.save(make(name).state_dict(), tmp_path / "file.pth")
