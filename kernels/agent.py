@@ -91,7 +91,9 @@ def agent_attention(
     """
     agents = pool_queries(q, pattern, layout)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if gather_bias is None and read_bias is None and on_gpu(q).ok:
+    # Torch's attention is as fast or faster, but for masked keys without gradients (docs/gpu-notes.md).
+    pays = key_mask is not None and gather_bias is None and read_bias is None and not torch.is_grad_enabled()
+    if pays and on_gpu(q).ok:
         from visattn.kernels.triton.agent import agent_attention as fused_attention
 
         out = fused_attention(q, agents, k, v, key_mask, scale, through_agents)

@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 
 use_checkout()
 
-from visattn import Layout, attention  # noqa: E402
+from visattn import Layout, attention, parse  # noqa: E402
 
 HEADS, DIM = 4, 64
 # Relative difference of compiled and eager results: inductor keeps more bits between operators.
@@ -46,14 +46,17 @@ class Block(nn.Module):
     def __init__(self, pattern: str) -> None:
         """Take the text of a pattern."""
         super().__init__()
-        self.pattern = pattern
+        self.pattern, self.composed = pattern, parse(pattern).composed
         self.qkv = nn.Linear(HEADS * DIM, 3 * HEADS * DIM)
         self.out = nn.Linear(HEADS * DIM, HEADS * DIM)
 
     def forward(self, x: torch.Tensor, layout: Layout, mask: torch.Tensor | None) -> torch.Tensor:
         """Tokens [B, S, C] to tokens."""
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).unbind(2)
-        return x + self.out(attention(q, k, v, self.pattern, layout, key_mask=mask).flatten(2))
+        # Problems this small would be left to SDPA.
+        backend = "auto" if self.composed else "triton"
+        out = attention(q, k, v, self.pattern, layout, key_mask=mask, backend=backend)
+        return x + self.out(out.flatten(2))
 
 
 class Model(nn.Module):

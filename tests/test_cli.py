@@ -83,6 +83,7 @@ def test_debug_shows_the_traceback(args, env):
         (("simulate", "dense", "--grid", "8x8", "--tile", "4x4x4"), "does not fit grid (8, 8): pass 2 whole numbers"),
         (("simulate", "na(window=3x3x3)", "--grid", "8x8"), "has 3 values but the grid has 2 axes"),
         (("simulate", "dense", "--grid", "8x8", "--prefix", "-1"), "must be whole numbers of at least 0"),
+        (("simulate", "dense", "--grid", "8x8", "--gpu", "v100"), "gpu 'v100' has no record: pass one of h100, h200"),
         (("simulate", "dense", "--grid", "8x8", "--advise"), "only na(...) has a stride to advise on"),
         (("show", "dense", "--grid", "8x8", "--query", "a,b"), "--query 'a,b' must be one index per axis with commas"),
         (

@@ -19,6 +19,7 @@ from visattn.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from visattn.kernels.triton.estimate import Estimate
     from visattn.simulate import Advice, Simulation
 
 
@@ -32,6 +33,11 @@ def simulate(
         bool, typer.Option("--advise", help="Propose strides and tiles that need no mask at the same window.")
     ] = False,
     volume: Annotated[int, typer.Option(min=1, help="With --advise: tokens per tile that suit the hardware.")] = 64,
+    gpu: Annotated[
+        str | None, typer.Option(help="Estimate the time on a GPU: h100, a100, ...; says what is measured or assumed.")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="With --gpu: query heads.")] = 24,
+    head_dim: Annotated[int, typer.Option(min=1, help="With --gpu: channels per head.")] = 128,
     json: JsonOption = False,
 ) -> None:
     """Count what a pattern visits: density, bounds on the gain over dense attention, masks, planning time."""
@@ -41,7 +47,14 @@ def simulate(
 
     layout = Layout(sizes(grid, "--grid"), prefix, suffix)
     box = tiles(tile)
-    if advise:
+    if gpu is not None:
+        if advise:
+            raise ValueError("--gpu and --advise are two questions: pass one of them")
+        from visattn.kernels.triton.estimate import estimate
+
+        expected = estimate(pattern, layout, gpu.lower(), heads=heads, head_dim=head_dim)
+        print_json(expected.to_dict()) if json else _print_estimate(expected, heads, head_dim)
+    elif advise:
         advice = search(pattern, layout, box, volume=volume)
         print_json(advice.to_dict()) if json else _print_advice(advice)
     else:
@@ -79,6 +92,19 @@ def _print(result: Simulation) -> None:
         ("full share", f"{result.full_share:.1%} of the visited tile pairs need no mask"),
         ("masks", f"{result.masks} distinct partial masks"),
         ("planning", f"{result.planning_seconds * 1000:.1f} ms, once per pattern, layout and tile"),
+    )
+    for name, value in rows:
+        typer.echo(f"{name:<12}{value}")
+
+
+def _print_estimate(expected: Estimate, heads: int, head_dim: int) -> None:
+    share = f"{expected.full_share:.1%} of the visited tile pairs need no mask"
+    rows = (
+        ("time", f"{expected.milliseconds:.2f} ms forward, bfloat16, {heads} heads of {head_dim} (estimate)"),
+        ("dense", f"{expected.dense_milliseconds:.2f} ms: {expected.ratio:.1f}x"),
+        ("tile bound", f"{expected.tile_bound:.2f}x; {share}"),
+        ("tiles", f"{text(expected.query_tile)} : {text(expected.key_tile)} in the {expected.kernel} kernel"),
+        ("rates", f"{expected.gpu}: {expected.basis}"),
     )
     for name, value in rows:
         typer.echo(f"{name:<12}{value}")

@@ -165,6 +165,15 @@ def _tables(plan: TilePlan, device: torch.device) -> tuple[torch.Tensor, torch.T
     return torch.from_numpy(tables[0]).to(device), torch.from_numpy(tables[1]).to(device)
 
 
+@lru_cache(maxsize=64)
+def _token_regions(pattern: Routing, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Region of each token of a grid, [tokens]; copied to a device once, not in every call."""
+    region = np.zeros(1, np.int64)
+    for n, parts in zip(grid, pattern.parts(grid), strict=True):
+        region = (region[:, None] * parts + part_of(n, parts)).ravel()
+    return torch.from_numpy(region).to(device)
+
+
 def routed_mask(pattern: Pattern, layout: Layout, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """The truth of a routed pattern as a mask over all tokens, for small grids.
 
@@ -182,10 +191,7 @@ def routed_mask(pattern: Pattern, layout: Layout, q: torch.Tensor, k: torch.Tens
     """
     if not isinstance(pattern, Routing):
         raise ValueError(f"{pattern} is not routed: call dense_mask(pattern, layout)")
-    region = np.zeros(1, np.int64)
-    for n, parts in zip(layout.grid, pattern.parts(layout.grid), strict=True):
-        region = (region[:, None] * parts + part_of(n, parts)).ravel()
-    token_region = torch.from_numpy(region).to(q.device)
+    token_region = _token_regions(pattern, layout.grid, q.device)
     choice = pattern.choose(q, k, layout)
     sees = torch.zeros(*choice.shape[:2], choice.shape[1], dtype=torch.bool, device=q.device)
     sees.scatter_(2, choice, True)
