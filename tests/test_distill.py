@@ -389,6 +389,20 @@ class TestTraining:
         assert checkpoint.exists()
         assert equal(whole, run(folder, tmp_path / "killed", *more))
 
+    @pytest.mark.slow
+    def test_two_processes_share_a_batch(self, folder, tmp_path):
+        more = ("--attention", "0", "--clip", "0", "--threads", "1", "--lr", "0.001", "--ema", "0")
+        torch.set_num_threads(1)
+        whole = run(folder, tmp_path / "one", *more)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += [str(SCRIPTS / "distill.py"), *words(folder, tmp_path / "two", *more)]
+        subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        shared = load_file(tmp_path / "two" / "student.safetensors")
+        for name in whole:
+            torch.testing.assert_close(whole[name], shared[name], atol=1e-3, rtol=1e-3)
+        logs = [json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[0]) for n in ("one", "two")]
+        assert logs[0]["denoising"] == pytest.approx(logs[1]["denoising"], rel=1e-4)
+
     def test_micro_batches_sum_to_the_batch(self, folder, tmp_path):
         whole, parts = (run(folder, tmp_path / n, "--micro-batch", n, "--clip", "0") for n in ("4", "2"))
         for name in whole:

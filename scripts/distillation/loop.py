@@ -207,10 +207,12 @@ def _stopped(run: Run, stop: threading.Event, noted: bool) -> bool:
         return stop.is_set()
     if not noted:
         return False
-    return bool(run.accelerator.reduce(torch.tensor(float(stop.is_set()), device=run.accelerator.device), "sum") > 0)
+    asked: Any = run.accelerator.reduce(torch.tensor(float(stop.is_set()), device=run.accelerator.device), "sum")
+    return asked.item() > 0
 
 
 def _means(run: Run, figures: dict[str, Any]) -> dict[str, float]:
     """Figures as numbers, means over the processes."""
     values = torch.tensor([float(value) for value in figures.values()], device=run.accelerator.device)
-    return dict(zip(figures, run.accelerator.reduce(values, "mean").tolist(), strict=True))
+    means: Any = run.accelerator.reduce(values, "mean")
+    return dict(zip(figures, means.tolist(), strict=True))

@@ -72,13 +72,13 @@ class RunConfig:
                 raise ValueError(f"{why} needs the package {package}: pip install {package}")
 
     def _check_numbers(self) -> None:
-        least = dict.fromkeys(("steps", "batch", "save_every", "log_every", "map_rows"), 1)
+        positive = ("steps", "batch", "save_every", "log_every", "map_rows")
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or entry.name == "seed":
                 continue
-            if value < least.get(entry.name, 0):
-                raise ValueError(f"{flag(entry)} {value} must be at least {least.get(entry.name, 0)}")
+            if value < (least := int(entry.name in positive)):
+                raise ValueError(f"{flag(entry)} {value} must be at least {least}")
         if self.ema >= 1:
             raise ValueError(f"--ema {self.ema} must be from 0 to below 1")
 
