@@ -19,16 +19,34 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "timm.md", ROOT / "docs" / "distillation.md")
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", "docs/timm.md", "docs/distillation.md", "docs/generate.md", "docs/performance.md")
+)
+PEERS = ("cudnn", "flash", "flex")
+STACKS = {"flux": "FLUX size", "wan": "Wan 1.3B size"}
 
 # What measures each result. {out} is its JSON file, {folder} a scratch folder that holds report.json.
 COMMANDS = {
     "digits-dense": "python scripts/measure_digits.py --steps 8 --threads 1 --out {out}",
     "digits-sparse": 'python scripts/measure_digits.py --pattern "na(window=9x9)" --steps 8 --threads 1 --out {out}',
+    "digits-halo": 'python scripts/measure_digits.py --pattern "halo(block=8x8, halo=2)" --steps 8 --threads 1 '
+    "--out {out}",
     "generate-1024": 'visattn generate image --model digits --pattern "na(window=9x9)" --label 2,3,5,8 --compare '
     "--out {folder} --force",
+    "generate-1024-halo": 'visattn generate image --model digits --pattern "halo(block=8x8, halo=2)" --label 2,3,5,8 '
+    "--compare --out {folder} --force",
     "generate-4096": 'visattn generate image --model digits --pattern "na(window=9x9)" --size 128 --label 3 '
     "--compare --repeats 2 --out {folder} --force",
+    "generate-video-na": 'visattn generate video --model moving-digits --pattern "na(window=7x7x7)" --label 3,7 '
+    "--steps 16 --compare --out {folder} --force",
+    "generate-video-na-4": 'visattn generate video --model moving-digits --pattern "na(window=7x7x7)" --label 3,7 '
+    "--steps 16 --dense-steps 4 --compare --out {folder} --force",
+    "generate-video-radial": 'visattn generate video --model moving-digits --pattern "radial(decay=0.5)" --label 3,7 '
+    "--steps 16 --compare --out {folder} --force",
+    "moving-digits": 'python scripts/measure_moving_digits.py --pattern dense --pattern "radial(decay=0.5)" --pattern '
+    '"na(window=7x7x7)" --pattern "na(window=3x9x9)" --per-class 1 --steps 8 --batch 5 --threads 1 --loss-clips 16 '
+    "--out {out}",
     "cpu": "python scripts/bench_cpu.py --json {out} --force",
     "digits-vit": "python scripts/measure_digits_vit.py --out {out}",
     "timm-highres": "python scripts/bench_timm.py --out {out}",
@@ -63,29 +81,70 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def digits_table() -> str:
-    """The embedded model with dense and with neighborhood attention."""
-    read = {kind: result(f"digits-{kind}") for kind in ("dense", "sparse")}
+    """The embedded image model with dense and with sparse attention."""
     rows = []
-    for tokens in (1024, 4096):
-        report = result(f"generate-{tokens}")
-        times, mean = report["times"], report["mean"]
-        for kind in ("dense", "sparse"):
-            recognized = f"{read[kind]['recognized']} of {read[kind]['samples']}" if tokens == 1024 else ""
-            rows.append(
-                [
-                    f"{tokens:,}",
-                    "dense" if kind == "dense" else f"`{report['pattern']}`",
-                    "100 %" if kind == "dense" else f"{report['density']:.1%}",
-                    f"{times[kind]['seconds']:.2f} s",
-                    f"{times[kind]['attention_seconds']:.2f} s",
-                    "" if kind == "dense" else f"{mean['psnr']:.1f} dB, {mean['ssim']:.3f}",
-                    recognized,
-                ]
-            )
-    return table(
-        ["tokens", "attention", "density", "time per image", "of it attention", "PSNR, SSIM to dense", "recognised"],
-        rows,
-    )
+    for tokens, name, read in ((1024, "", "sparse"), (1024, "-halo", "halo"), (4096, "", "")):
+        report = result(f"generate-{tokens}{name}")
+        if not name:
+            recognized = _recognized("dense") if tokens == 1024 else ""
+            rows.append([f"{tokens:,}", "dense", "100 %", *_seconds(report, "dense"), "", recognized])
+        pattern, density = f"`{report['pattern']}`", f"{report['density']:.1%}"
+        rows.append(
+            [f"{tokens:,}", pattern, density, *_seconds(report, "sparse"), _likeness(report), _recognized(read)]
+        )
+    head = ["tokens", "attention", "density", "time per image", "of it attention", "PSNR, SSIM to dense", "recognised"]
+    return table(head, rows) + _under_load("generate-1024", "generate-1024-halo", "generate-4096")
+
+
+def _recognized(kind: str) -> str:
+    found = result(f"digits-{kind}") if kind else {}
+    return f"{found['recognized']} of {found['samples']}" if found else ""
+
+
+def _seconds(report: dict[str, Any], kind: str) -> list[str]:
+    """Time of one run and of its attention, and how many times faster than its dense twin's that is."""
+    whole, attention = (report["times"][kind][key] for key in ("seconds", "attention_seconds"))
+    twin = report["times"]["dense"]["attention_seconds"]
+    return [f"{whole:.2f} s", f"{attention:.2f} s" + f": {twin / attention:.1f}x faster" * (kind != "dense")]
+
+
+def _likeness(report: dict[str, Any]) -> str:
+    return f"{report['mean']['psnr']:.1f} dB, {report['mean']['ssim']:.3f}"
+
+
+def _under_load(*names: str) -> str:
+    """A remark on results whose machine was busy, empty if none was."""
+    busy = [name for name in names if result(name)["busy"]]
+    remark = "\n\nOther programs ran during {}: ratios are of twins that\ntook turns, times of different rows do not compare."
+    return remark.format(", ".join(f"`{name}`" for name in busy)) if busy else ""
+
+
+def video_table() -> str:
+    """The embedded video model with dense and with sparse attention."""
+    rows = []
+    names = [f"generate-video-{name}" for name in ("na", "na-4", "radial")]
+    for name in names:
+        report = result(name)
+        if not rows:
+            rows.append(["dense", "100 %", *_seconds(report, "dense"), ""])
+        steps = report["settings"]["dense_steps"]
+        pattern = f"`{report['pattern']}`" + f", the first {steps} steps dense" * bool(steps)
+        rows.append([pattern, f"{report['density']:.1%}", *_seconds(report, "sparse"), _likeness(report)])
+    head = ["attention", "density", "time per video", "of it attention", "PSNR, SSIM to dense"]
+    return table(head, rows) + _under_load(*names)
+
+
+def moving_digits_table() -> str:
+    """How the videos of the embedded model are read and how they move."""
+    found = result("moving-digits")
+    rows = []
+    for name, of in {"held-out real digits": found["real"], **found["patterns"]}.items():
+        cells = [f"{of['video_rate']:.1%}", f"{of['frame_rate']:.1%}", f"{of['speed']:.2f}", f"{of['jerk']:.2f}"]
+        cells += [f"{of['ink_change']:.1%}", f"{of['loss']:.4f}" if "loss" in of else ""]
+        likeness = f"{of['psnr']:.1f} dB, {of['ssim']:.3f}" if "psnr" in of else ""
+        rows.append([f"`{name}`" if "(" in name else name, *cells, likeness])
+    head = ["", "videos read right", "frames", "speed, px", "jerk, px", "ink change per frame", "loss", "to dense"]
+    return table(head, rows)
 
 
 def cpu_table() -> str:
@@ -99,14 +158,60 @@ def cpu_table() -> str:
 
 
 def gpu_table() -> str:
-    """The Triton engine against cuDNN, measured by scripts/bench_gpu.py."""
+    """The Triton engine against cuDNN, measured by scripts/bench_gpu.py: what is asked for most."""
+    names = (
+        "flux-s1",
+        "flux-s16",
+        "hunyuan-s1",
+        "hunyuan-s16",
+        "clear16-256",
+        "clear16-512",
+        "radial-wan",
+        "dense-64k",
+    )
     rows = []
-    for case in result("h100")["cases"].values():
+    for case in map(result("h100")["cases"].__getitem__, names):
         own, peer = case["triton"], case["cudnn"]
         ratios = [f"{peer[key] / own[key]:.1f}x" for key in ("forward_ms", "backward_ms")]
         times = f"{own['forward_ms']:.1f} ms, {peer['forward_ms']:.1f} ms"
         rows.append([f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", *ratios, times])
     return table(["case", "tile bound", "forward", "backward", "forward time, cuDNN's"], rows)
+
+
+def gpu_peers_table() -> str:
+    """All cases of scripts/bench_gpu.py against all peers, and the two floors."""
+    rows = []
+    for case in result("h100")["cases"].values():
+        own, floors = case["triton"], case["floor_ms"]
+        cells = [f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", f"{case['full_share']:.0%}"]
+        for key in ("forward_ms", "backward_ms"):
+            faster = [f"{case[peer][key] / own[key]:.1f}x" if key in case.get(peer, {}) else "" for peer in PEERS]
+            cells += [f"{own[key]:.2f}", *faster]
+        floor = f"{floors['arithmetic']:.2f}, {floors['bytes']:.2f}"
+        rows.append([*cells, f"{case['tflops_visited']:.0f}", floor])
+    way = [f"than {name}" for name in ("cuDNN", "flash", "flex")]
+    head = ["case", "tile bound", "no mask", "forward, ms", *way, "backward, ms", *way, "TFLOP/s", "floors, ms"]
+    return table(head, rows)
+
+
+def gpu_stack_table() -> str:
+    """Whole models of random weights, measured by scripts/bench_stack_gpu.py."""
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for case in result("h100-stack")["cases"]:
+        key = STACKS[case["model"]], f"{'x'.join(map(str, case['grid']))}"
+        way = "compiled" if case["compiled"] else "eager"
+        found.setdefault(key, {}).setdefault(case["pattern"], {}).update(
+            {way: case["model_ms"] / 1e3, f"{way} memory": case["peak_gb"]}
+        )
+    rows = []
+    for (model, grid), patterns in found.items():
+        for pattern, of in patterns.items():
+            cells = [model, grid, "dense" if pattern == "dense" else f"`{pattern}`"]
+            for way in ("eager", "compiled"):
+                faster = "" if pattern == "dense" else f": {patterns['dense'][way] / of[way]:.1f}x"
+                cells += [f"{of[way]:.2f} s{faster}", f"{of[f'{way} memory']:.1f} GB"]
+            rows.append(cells)
+    return table(["model", "grid", "attention", "a step, eager", "peak", "a step, compiled", "peak"], rows)
 
 
 def digits_vit_table() -> str:
@@ -235,8 +340,12 @@ def students_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "digits": digits_table,
+    "video": video_table,
+    "moving-digits": moving_digits_table,
     "cpu": cpu_table,
     "gpu": gpu_table,
+    "gpu-peers": gpu_peers_table,
+    "gpu-stack": gpu_stack_table,
     "digits-vit": digits_vit_table,
     "timm": timm_table,
     "moh": moh_table,
