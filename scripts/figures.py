@@ -114,9 +114,9 @@ def _likeness(report: dict[str, Any]) -> str:
 
 def _under_load(*names: str) -> str:
     """A remark on results whose machine was busy, empty if none was."""
-    busy = [name for name in names if result(name)["busy"]]
-    remark = "\n\nOther programs ran during {}: ratios are of twins that\ntook turns, times of different rows do not compare."
-    return remark.format(", ".join(f"`{name}`" for name in busy)) if busy else ""
+    busy = ", ".join(f"`{name}`" for name in names if result(name)["busy"])
+    ratios = "ratios are of twins that took\nturns, times of different rows do not compare."
+    return f"\n\nOther programs ran during {busy}: {ratios}" if busy else ""
 
 
 def video_table() -> str:
@@ -200,18 +200,16 @@ def gpu_stack_table() -> str:
     for case in result("h100-stack")["cases"]:
         key = STACKS[case["model"]], f"{'x'.join(map(str, case['grid']))}"
         way = "compiled" if case["compiled"] else "eager"
-        found.setdefault(key, {}).setdefault(case["pattern"], {}).update(
-            {way: case["model_ms"] / 1e3, f"{way} memory": case["peak_gb"]}
-        )
+        found.setdefault(key, {}).setdefault(case["pattern"], {})[way] = case["model_ms"] / 1e3
     rows = []
     for (model, grid), patterns in found.items():
         for pattern, of in patterns.items():
             cells = [model, grid, "dense" if pattern == "dense" else f"`{pattern}`"]
             for way in ("eager", "compiled"):
                 faster = "" if pattern == "dense" else f": {patterns['dense'][way] / of[way]:.1f}x"
-                cells += [f"{of[way]:.2f} s{faster}", f"{of[f'{way} memory']:.1f} GB"]
+                cells.append(f"{of[way]:.2f} s{faster}")
             rows.append(cells)
-    return table(["model", "grid", "attention", "a step, eager", "peak", "a step, compiled", "peak"], rows)
+    return table(["model", "grid", "attention", "a step, eager", "a step, compiled"], rows)
 
 
 def digits_vit_table() -> str:
