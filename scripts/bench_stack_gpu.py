@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import sys
@@ -110,6 +111,9 @@ def main() -> int:
         except Exception as error:
             case["failed"] = f"{type(error).__name__}: {error}"[:400]
             failed += 1
+        # Compiled blocks hold on to their model in cycles: the next case's peak would count it.
+        torch._dynamo.reset()
+        gc.collect()
         torch.cuda.empty_cache()
         report["cases"].append(case)
         print(json.dumps(case), flush=True)
