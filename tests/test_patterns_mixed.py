@@ -15,7 +15,7 @@ from visattn import Layout, attention, dense_mask, parse
 from visattn.patterns import Sigmoid, SparseLinear
 from visattn.patterns.linear import FEATURES
 
-SPARSE = ("na(window=3)", "na(window=3, dilation=2)", "halo(block=2, halo=1)", "clear(radius=2)", "dense")
+SPARSE = ("na(window=3)", "na(window=3, stride=2, causal=true)", "halo(block=2, halo=1)", "clear(radius=2)", "dense")
 
 
 def seen_by(pattern, layout, key_mask, batch):
