@@ -42,12 +42,19 @@ def test_listing_backends_does_not_import_triton():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu(dtype):
-    layout = Layout((20, 23), 7, 77)
-    q, k, v = (torch.randn(2, layout.length, 4, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+@pytest.mark.parametrize(
+    ("pattern", "layout"),
+    [
+        ("na(window=7x7)", Layout((20, 23), 7, 77)),
+        ("na(window=16x16,stride=8x8)", Layout((48, 48))),
+        ("radial(decay=0.5)", Layout((8, 16, 16))),
+    ],
+)
+def test_on_a_gpu(pattern, layout, dtype):
+    q, k, v = (torch.randn(2, layout.length, 3, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     found = []
     for name in ("triton", "reference"):
-        out = attention(q, k, v, "na(window=7x7)", layout, backend=name)
+        out = attention(q, k, v, pattern, layout, backend=name)
         found.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
     for a, b in zip(*found, strict=True):
         assert (a - b).float().norm() < (1e-4 if dtype == torch.float32 else 2e-2) * b.float().norm()

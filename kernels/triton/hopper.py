@@ -115,17 +115,18 @@ def _step(
     k_slot, k_phase, v_slot, v_phase, turn = at
     group: gl.constexpr = first_row // GROUP_ROWS
     STAGES: gl.constexpr = SIZES[4]
+    TURNS: gl.constexpr = SIZES[5]
     o_layout: gl.constexpr = p_layout.parent
     if KIND == 1:
         # Their loads are done by the time that the scores are.
         words = _mask_words(lists[1], lists[2], i, first_row, s_layout, SIZES)
     nothing = gl.zeros([GROUP_ROWS, SIZES[2]], gl.float32, s_layout)
-    if SIZES[5]:
+    if TURNS:
         mbarrier.wait(turns.index(group), turn)
     scores = warpgroup_mma(mine, keys.index(k_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
     mbarrier.wait(v_ready.index(v_slot), v_phase)
     acc = warpgroup_mma(p, values.index(v_slot), acc, is_async=True)
-    if SIZES[5]:
+    if TURNS:
         mbarrier.arrive(turns.index(1 - group), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_free.index(k_slot), count=1)
@@ -266,6 +267,7 @@ def attend(
         side_x: Length of its last axis.
         BOX: Tokens of a column tile per axis (t, y, x).
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
+        TURNS: Whether the two groups of warps take turns in starting their products.
     """
     row, pair = _place(gl.program_id(0), dense_rows, grid_rows, pairs)
     sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)

@@ -58,8 +58,8 @@ def launches(dtype: torch.dtype, features: int, channels: int) -> dict[str, Laun
     return {
         "gather": Launch(min(f, 128), min(d, 128), 64, 8, 2),
         "gather_grad": Launch(min(f, 64), min(d, 128), 32, 4, 2),
-        "read": Launch(min(f, 32), d, 64, 4 if d <= 128 else 8, 2),
-        "feature_grad": Launch(min(f, 128), min(d, 32), 64, 4, 2),
+        "read": Launch(min(f, 64 if d <= 64 else 32), d, 64, 4 if d <= 128 else 8, 2),
+        "feature_grad": Launch(min(f, 128), min(d, 64 if f <= 64 else 32), 64, 4, 2),
     }
 
 
