@@ -135,6 +135,12 @@ class TilePlan:
         return {}
 
 
+def check_listed(pattern: Pattern) -> None:
+    """Raise a ValueError for a pattern that is not a list of tiles."""
+    if pattern.composed:
+        raise ValueError(f"{pattern} is a composition and no list of visible tiles: it has no mask to show or simulate")
+
+
 def plan(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Tile] | None = None) -> TilePlan:
     """Cut a layout in tiles and list which key tiles each query tile visits.
 

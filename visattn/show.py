@@ -12,8 +12,7 @@ from PIL import Image
 from visattn.canvas import GAP, Picture, Swatch, column, legend, row, text
 from visattn.layout import Layout
 from visattn.patterns import Agent, Dense, Pattern, Routing, parse
-from visattn.plans import Tile, TilePlan, plan, with_routes
-from visattn.simulate import check_listed
+from visattn.plans import Tile, TilePlan, check_listed, plan, with_routes
 
 SKIPPED, WASTED, PARTIAL, FULL, QUERY = range(5)
 COLORS = np.array([(233, 235, 238), (250, 213, 165), (104, 165, 222), (27, 82, 150), (214, 39, 40)], np.uint8)

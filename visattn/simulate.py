@@ -12,7 +12,7 @@ from typing import Any
 
 from visattn.layout import Layout
 from visattn.patterns import Neighborhood, Pattern, parse
-from visattn.plans import Tile, TilePlan, plan
+from visattn.plans import Tile, TilePlan, check_listed, plan
 
 Box = tuple[int, ...]
 
@@ -62,12 +62,6 @@ class Simulation:
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return dataclasses.asdict(self)
-
-
-def check_listed(pattern: Pattern) -> None:
-    """Raise a ValueError for a pattern that is not a list of tiles."""
-    if pattern.composed:
-        raise ValueError(f"{pattern} is a composition and no list of visible tiles: it has no mask to show or simulate")
 
 
 def simulate(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Tile] | None = None) -> Simulation:

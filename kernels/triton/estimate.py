@@ -17,7 +17,7 @@ from visattn.kernels.triton.config import config
 from visattn.kernels.triton.hopper_launch import hopper_config
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
-from visattn.simulate import check_listed
+from visattn.plans import check_listed
 
 # Milliseconds of a call besides its tiles, most of them the host's: measured on calls that wait for each other.
 CALL = 0.4
