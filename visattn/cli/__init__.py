@@ -58,7 +58,7 @@ def main() -> None:
     # A polite kill cleans up like Ctrl-C does; by default Python would stop where it stands.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        app(args)
+        app(args, prog_name="visattn")
     except (ValueError, OSError, MemoryError) as error:
         if debug:
             raise
