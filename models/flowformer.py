@@ -159,7 +159,7 @@ default_cfgs = generate_default_cfgs({f"flowformer_{size}.in1k": _cfg() for size
 @register_model
 def flowformer_tiny(pretrained: bool = False, **kwargs: Any) -> Flowformer:
     """The 19 blocks of the paper, 43.3 M parameters."""
-    return build(Flowformer, "flowformer_tiny", pretrained, **kwargs)
+    return build(Flowformer, "flowformer_tiny", pretrained, **{"drop_path_rate": 0.2, **kwargs})
 
 
 @register_model
