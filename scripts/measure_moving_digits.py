@@ -1,6 +1,6 @@
 """Measures whether the moving digits that the embedded video model makes can be read, and move smoothly.
 
-    python scripts/measure_moving_digits.py --pattern dense --pattern "na(window=3x9x9)" --out moving-digits.json
+    python scripts/measure_moving_digits.py --pattern dense --pattern "na(window=7x7x7)" --out moving-digits.json
 
 A support vector machine learns frames of moving real digits, cut out around their center of ink. Its accuracy on
 moving real digits that it never saw is printed beside the result, because no generator can be read better than that;

@@ -137,7 +137,7 @@ class TestEmbedded:
         assert transformer.blocks[0].scale_shift_table.dtype == torch.float32
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("pattern", ["dense", "na(window=3x9x9)", "radial(decay=0.5)"])
+    @pytest.mark.parametrize("pattern", ["dense", "na(window=7x7x7)", "radial(decay=0.5)"])
     def test_digits_are_readable(self, scripts, pattern):
         from measure_moving_digits import figures, train_reader
 
