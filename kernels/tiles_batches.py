@@ -15,7 +15,7 @@ from visattn.kernels.tiles_moves import Shapes
 BATCH_BYTES = {"cpu": 2 * 2**20}
 BATCH_BYTES_ELSEWHERE = 256 * 2**20
 # Batches are kept for the next call if their indices and masks take no more bytes than this, for so many shapes.
-KEPT_BYTES = 4 * 2**20
+KEPT_BYTES = 8 * 2**20
 KEPT_SHAPES = 2
 
 
@@ -87,10 +87,10 @@ class Batch:
         return [part.count * part.group.length for part in self.parts]
 
     @property
-    def bytes(self) -> int:
-        """Size of its tensors."""
+    def tensors(self) -> list[torch.Tensor]:
+        """Its tensors."""
         own = [self.queries, self.target, self.keys, *(t for part in self.parts for t in (part.bias, part.hidden))]
-        return sum(t.numel() * t.element_size() for t in own if t is not None)
+        return [t for t in own if t is not None]
 
 
 def batch_size(keys: int, row: int, device: str) -> int:
@@ -125,12 +125,14 @@ def _kept(problems: Problems, q: torch.Tensor, k: torch.Tensor, row: int, shapes
     if kept is not None:
         yield from kept
         return
-    made, total = [], 0
+    made: list[Batch] = []
+    sizes: dict[int, int] = {}
     for batch in _shared(problems, q, k, budget, shapes):
-        total += batch.bytes
-        made = [*made, batch] if total <= KEPT_BYTES else []
+        # Parts of a group share their bias.
+        sizes |= {t.data_ptr(): t.numel() * t.element_size() for t in batch.tensors}
+        made = [*made, batch] if sum(sizes.values()) <= KEPT_BYTES else []
         yield batch
-    if total <= KEPT_BYTES:
+    if sum(sizes.values()) <= KEPT_BYTES:
         if len(problems.kept) >= KEPT_SHAPES:
             problems.kept.clear()
         problems.kept[shape] = made

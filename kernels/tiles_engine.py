@@ -31,19 +31,16 @@ def forward(
         queries = buffers.gather("q", q_rows, batch.queries).split(batch.query_rows)
         keys = _keys(batch, k, k_rows, shapes, buffers, "k")
         values = _keys(batch, v, v_rows, shapes, buffers, "v")
-        some_out, some_lse = [], []
-        for part, part_queries, part_keys, part_values in zip(batch.parts, queries, keys, values, strict=True):
-            problems = shapes.queries(part_queries, part.slots)
-            own, own_lse = kernels.forward(problems, part_keys, part_values, part.bias, work.scale)
+        target = batch.target.split(batch.query_rows)
+        for i, part in enumerate(batch.parts):
+            problems = shapes.queries(queries[i], part.slots)
+            own, own_lse = kernels.forward(problems, keys[i], values[i], part.bias, work.scale)
             if part.hidden is not None:
                 own = own.masked_fill(part.hidden[..., None], 0)
                 own_lse = own_lse.masked_fill(part.hidden, float("-inf"))
-            some_out.append(shapes.query_rows(own, part.slots))
+            out.index_copy_(0, target[i], shapes.query_rows(own, part.slots))
             if lse is not None:
-                some_lse.append(shapes.query_rows(own_lse[..., None], part.slots))
-        out.index_copy_(0, batch.target, _joined(some_out))
-        if lse is not None:
-            lse.index_copy_(0, batch.target, _joined(some_lse).to(shapes.wide))
+                lse.index_copy_(0, target[i], shapes.query_rows(own_lse[..., None], part.slots).to(lse.dtype))
     return out[:-1].view(q.shape), None if lse is None else lse[:-1].view(q.shape[:3])
 
 
