@@ -102,7 +102,7 @@ def run(settings: Settings) -> dict[str, Any]:
     model = load_vit(settings.checkpoint).to(device)
     truth = split(seen=False)[1]
     figures: dict[str, Any] = {
-        "settings": {name: str(value) for name, value in asdict(settings).items() if name not in ("out", "result")},
+        "settings": {name: value for name, value in asdict(settings).items() if not isinstance(value, Path | None)},
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "held_out": len(truth),
