@@ -275,7 +275,8 @@ class Group:
         What does not run the pattern is left to diffusers, which exchanges tokens for heads by itself.
         """
         devices = parallel.degree(config)
-        layouts, _, why = self._fits(*(parallel.whole(t, devices) for t in (q, k, v)), None, dropout, causal)
+        whole = [parallel.whole(t, devices) for t in (q, k, v)]
+        layouts, _, why = self._fits(whole[0], whole[1], whole[2], None, dropout, causal)
         if layouts and mask is not None:
             layouts, why = (), parallel.SPLIT_MASK
         if layouts:
