@@ -44,8 +44,11 @@ def whole(x: torch.Tensor, devices: int) -> torch.Tensor:
     return torch.empty(batch, tokens * devices, heads // devices, dim, dtype=x.dtype, device="meta")
 
 
-def uneven(layout: Layout, heads: int, devices: int) -> str:
-    """Why a sequence cannot be exchanged, empty if it can."""
+def uneven(layouts: tuple[Layout, ...], heads: int, devices: int) -> str:
+    """Why a sequence with such layouts (one of each sample where they differ) cannot be exchanged, empty if it can."""
+    layout, *others = layouts
+    if others:
+        return "its samples have text of different length"
     if layout.suffix and not layout.prefix:
         return "its text follows the grid, and how devices share that is not known"
     for name, number in (("text", layout.prefix), ("grid and references", layout.tokens + layout.suffix)):

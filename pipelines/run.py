@@ -277,11 +277,10 @@ class Group:
         devices = parallel.degree(config)
         whole = [parallel.whole(t, devices) for t in (q, k, v)]
         layouts, _, why = self._fits(whole[0], whole[1], whole[2], None, dropout, causal)
-        if layouts and mask is not None:
-            layouts, why = (), parallel.SPLIT_MASK
         if layouts:
-            why = parallel.uneven(layouts[0], math.gcd(q.shape[2], k.shape[2]), devices)
-        if not layouts or why or len(layouts) > 1:
+            heads = math.gcd(q.shape[2], k.shape[2])
+            why = parallel.SPLIT_MASK if mask is not None else parallel.uneven(layouts, heads, devices)
+        if not layouts or why:
             return self.leave(q, k, v, mask, scale, grouped, dropout, causal, why, config)
         q, k, v = (parallel.gather(t, layouts[0], config) for t in (q, k, v))
         out, _ = self.attend(q, k, v, None, scale, grouped, self.run.site)
