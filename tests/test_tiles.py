@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from visattn import Layout, attention, explain
 from visattn.dispatch import Call, Problem
-from visattn.kernels import tiles_batches, tiles_kernels
+from visattn.kernels import tiles, tiles_batches, tiles_kernels
 from visattn.kernels.reference import backend as reference
 from visattn.kernels.tiles import backend as engine
 from visattn.kernels.tiles import visited_pairs
@@ -148,6 +148,37 @@ def test_batches_of_one_problem_give_the_same(monkeypatch):
     single = run_both(pattern, layout, batch=2)[1]
     for a, b in zip([whole[0], *whole[2]], [single[0], *single[2]], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("text", ["na(window=5x4)", "halo(block=4, halo=1)", "clear(radius=3)"])
+def test_kept_batches_fit_their_call(text):
+    """Calls of other shapes, in turns: what one call keeps is not what another takes."""
+    pattern, layout = parse(text), Layout((13, 9), 1)
+    shapes = [(1, 4, 4), (3, 4, 4), (1, 4, 2), (1, 4, 4), (2, 2, 1), (3, 4, 4)]
+    for batch, heads, kv_heads in shapes:
+        for dtype, near in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+            q, k, v = qkv(layout, batch=batch, heads=heads, kv_heads=kv_heads, dtype=dtype)
+            call = Call(pattern, layout, q.shape[-1] ** -0.5)
+            out, lse = engine.run(q, k, v, call)
+            assert lse is None
+            expected, _ = reference.run(q.double(), k.double(), v.double(), call)
+            assert (out - expected).abs().max() <= near
+
+
+def test_no_more_is_kept_than_allowed(monkeypatch):
+    pattern, layout = parse("na(window=5x5)"), Layout((17, 19))
+    monkeypatch.setattr(tiles_batches, "KEPT_BYTES", 1000)
+    q, k, v = qkv(layout, dtype=torch.float32)
+    first = engine.run(q, k, v, Call(pattern, layout, 0.3))[0]
+    assert not tiles._static_problems(pattern, layout, q.device, False).kept
+    monkeypatch.undo()
+    second = engine.run(q, k, v, Call(pattern, layout, 0.3))[0]
+    kept = tiles._static_problems(pattern, layout, q.device, False).kept
+    assert len(kept) == 1 and torch.equal(first, second)
+    assert torch.equal(engine.run(q, k, v, Call(pattern, layout, 0.3))[0], second)
+    for batch in range(2, 5):
+        engine.run(*qkv(layout, batch=batch, dtype=torch.float32), Call(pattern, layout, 0.3))
+    assert len(kept) <= tiles_batches.KEPT_SHAPES
 
 
 def test_strided_inputs_are_read_in_place():
