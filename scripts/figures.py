@@ -51,7 +51,7 @@ COMMANDS = {
     "digits-vit": "python scripts/measure_digits_vit.py --out {out}",
     "timm-highres": "python scripts/bench_timm.py --out {out}",
     "moh": "python scripts/bench_moh.py --out {out}",
-    "students": "python scripts/bench_students.py --out {out}",
+    "students": "python scripts/bench_students.py --threads 1 --process-time --out {out}",
 }
 
 
@@ -346,6 +346,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distilled": distilled_table,
     "distilled-vit": distilled_vit_table,
     "longer-video": longer_video_table,
+    "students": students_table,
 }
 
 
