@@ -398,14 +398,17 @@ class TestTraining:
         command += [str(SCRIPTS / "distill.py"), *words(folder, tmp_path / "two", *more)]
         subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
         shared = load_file(tmp_path / "two" / "student.safetensors")
-        for name in whole:
+        for name in (name for name in whole if not name.endswith("to_k.bias")):
             torch.testing.assert_close(whole[name], shared[name], atol=1e-3, rtol=1e-3)
         logs = [json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[0]) for n in ("one", "two")]
         assert logs[0]["denoising"] == pytest.approx(logs[1]["denoising"], rel=1e-4)
 
     def test_micro_batches_sum_to_the_batch(self, folder, tmp_path):
-        whole, parts = (run(folder, tmp_path / n, "--micro-batch", n, "--clip", "0") for n in ("4", "2"))
-        for name in whole:
+        # Relative attention distances are of each part.
+        more = ("--clip", "0", "--attention", "0")
+        whole, parts = (run(folder, tmp_path / n, "--micro-batch", n, *more) for n in ("4", "2"))
+        # Softmax does not see the bias of keys: its gradient is rounding, which Adam makes large.
+        for name in (name for name in whole if not name.endswith("to_k.bias")):
             torch.testing.assert_close(whole[name], parts[name], atol=1e-3, rtol=1e-3)
 
     def test_parts_of_processes_are_the_batch(self, folder, tmp_path):
