@@ -41,8 +41,8 @@ def launch_of(dtype: torch.dtype, head_dim: int) -> Launch:
     """The launch for inputs of a dtype and head dim; no architecture needs another."""
     width = block_dim(head_dim)
     if dtype == torch.float32:
-        return Launch(32 if width <= 64 else 16, 32, 4, 1)
-    return Launch(64, 64 if 32 < width <= 128 else 32, 4 if width <= 128 else 8, 2)
+        return Launch(32 if width <= 64 else 16, 16 if width == 32 else 32, 4, 1)
+    return Launch(64, 64 if 32 < width <= 128 else 32, 4 if width <= 128 else 8, 1 if width == 32 else 2)
 
 
 class Setting(NamedTuple):

@@ -50,11 +50,11 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
         },
         "key_grad": {
             2: {64: Config(64, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
-            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
+            4: {16: Config(32, 32, 8, 1), 32: Config(32, 16, 8, 1), 64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
         "query_grad": {
             2: {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
-            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
+            4: {16: Config(32, 32, 4, 1), 64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
     },
     # 99 KiB: A10, RTX 30, 40 and 50.
@@ -65,11 +65,11 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
         },
         "key_grad": {
             2: {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
-            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
+            4: {16: Config(32, 32, 8, 1), 32: Config(32, 16, 8, 1), 64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
         "query_grad": {
             2: {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
-            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
+            4: {16: Config(32, 32, 4, 1), 64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
     },
     # 227 KiB: H100, H200, B200.
@@ -79,12 +79,13 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
             4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 1)},
         },
         "key_grad": {
-            2: {64: Config(64, 64, 4, 3), 128: Config(128, 32, 8, 3), 256: Config(32, 32, 8, 2)},
-            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
+            2: {32: Config(64, 32, 4, 3), 64: Config(64, 64, 4, 3), 128: Config(128, 32, 8, 3),
+                256: Config(32, 32, 8, 2)},
+            4: {16: Config(32, 32, 8, 1), 32: Config(32, 16, 8, 1), 64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
         "query_grad": {
             2: {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 2)},
-            4: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
+            4: {16: Config(32, 32, 4, 1), 64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
         },
     },
     # The interpreter: small tiles, so that small grids have many.

@@ -51,7 +51,7 @@ def launches(dtype: torch.dtype, features: int, channels: int) -> dict[str, Laun
     if dtype == torch.float32:
         return {
             "gather": Launch(min(f, 64), min(d, 64), 32, 4, 2),
-            "gather_grad": Launch(min(f, 64), min(d, 64), 32, 4, 1),
+            "gather_grad": Launch(min(f, 64), min(d, 64), 64 if f <= 16 else 32, 4, 1),
             "read": Launch(16, d, 32, 4 if d <= 128 else 8, 1),
             "feature_grad": Launch(min(f, 64), min(d, 32), 32, 4, 1),
         }
