@@ -50,7 +50,8 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
         },
         "key_grad": {
             2: {64: Config(64, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
-            4: {16: Config(32, 32, 8, 1), 32: Config(32, 16, 8, 1), 64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
+            4: {16: Config(32, 32, 8, 1), 32: Config(32, 16, 8, 1), 64: Config(32, 32, 8, 1),
+                128: Config(16, 32, 8, 1)},
         },
         "query_grad": {
             2: {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
@@ -65,7 +66,8 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
         },
         "key_grad": {
             2: {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
-            4: {16: Config(32, 32, 8, 1), 32: Config(32, 16, 8, 1), 64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
+            4: {16: Config(32, 32, 8, 1), 32: Config(32, 16, 8, 1), 64: Config(32, 32, 8, 1),
+                128: Config(16, 32, 8, 1)},
         },
         "query_grad": {
             2: {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
@@ -81,7 +83,8 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
         "key_grad": {
             2: {32: Config(64, 32, 4, 3), 64: Config(64, 64, 4, 3), 128: Config(128, 32, 8, 3),
                 256: Config(32, 32, 8, 2)},
-            4: {16: Config(32, 32, 8, 1), 32: Config(32, 16, 8, 1), 64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},
+            4: {16: Config(32, 32, 8, 1), 32: Config(32, 16, 8, 1), 64: Config(32, 32, 8, 1),
+                128: Config(16, 32, 8, 1)},
         },
         "query_grad": {
             2: {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 2)},

@@ -116,16 +116,23 @@ def test_no_samples():
     assert fused(*(t[:0] for t in inputs), None, 0.3).shape == (0, 8, 1, 16)
 
 
-def test_the_backend_keeps_to_torch_on_the_cpu(monkeypatch):
-    """The interpreter is for tests: nobody waits for it."""
+def test_the_backend_takes_the_kernels_where_they_pay(monkeypatch):
+    """Never in the interpreter, which is for tests; on a GPU for masked keys without gradients."""
 
     def refuse(*_):
         raise AssertionError("the kernels ran")
 
     monkeypatch.setattr("visattn.kernels.triton.agent.agent_attention", refuse)
-    q = torch.randn(1, 20, 1, 16)
-    out = attention(q, q, q, "agent(agents=2x2)", Layout((4, 5)), backend="agent")
-    assert out.shape == q.shape
+    q, mask = torch.randn(1, 20, 1, 16), torch.ones(1, 20, dtype=torch.bool)
+
+    def run(key_mask):
+        return attention(q, q, q, "agent(agents=2x2)", Layout((4, 5)), key_mask=key_mask, backend="agent")
+
+    with torch.no_grad():
+        assert run(mask).shape == q.shape
     monkeypatch.setattr("visattn.kernels.agent.on_gpu", lambda _: Support(True))
-    with pytest.raises(AssertionError, match="the kernels ran"):
-        attention(q, q, q, "agent(agents=2x2)", Layout((4, 5)), backend="agent")
+    assert run(mask).shape == q.shape, "with gradients torch is faster"
+    with torch.no_grad():
+        assert run(None).shape == q.shape, "and without a mask"
+        with pytest.raises(AssertionError, match="the kernels ran"):
+            run(mask)
