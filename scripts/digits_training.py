@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,21 @@ def load_checkpoint(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     saved = json.loads(metadata["progress"])
     return Progress(**{field.name: saved[field.name] for field in fields(Progress)})
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of a step, from a seed of its own: a resumed run needs no generator state to be exact."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def update(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """One step of the optimizer, its gradients clipped and then dropped; returns their norm before."""
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
 
 
 def export_checkpoint(path: Path, folder: Path) -> int:

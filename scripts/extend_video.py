@@ -20,7 +20,7 @@ from typing import Any
 
 import digits_training
 import torch
-from digits_training import load_checkpoint, save_checkpoint
+from digits_training import load_checkpoint, save_checkpoint, step_generator, update
 from moving_digits_data import MovingDigits
 from moving_digits_training import build_pipeline
 from torch import nn
@@ -134,22 +134,17 @@ class Extension:
     def step(self) -> dict[str, Any]:
         """Runs one step and returns its figures for the log."""
         start, config, progress = time.perf_counter(), self.config, self.progress
-        # Every step draws from its own seed: a resumed run needs no generator state to be exact.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + progress.step)
+        generator = step_generator(config.seed, progress.step)
         videos, labels = self.batches.draw(config.batch, config.frames, self.size, generator)
         with attention_of(self.model, None if config.pattern == "dense" else config.pattern, self.backend):
             loss = flow_matching_loss(self.model, videos, labels, generator)
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.updates.parameters(), 1.0)
         lr = progress.lr(config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = update(self.updates.parameters(), self.optimizer, lr)
         self._average()
         seconds = time.perf_counter() - start
         progress.step, progress.seconds = progress.step + 1, progress.seconds + seconds
-        return {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr, "step_s": round(seconds, 3)}
+        return {"loss": loss.item(), "grad_norm": norm, "lr": lr, "step_s": round(seconds, 3)}
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -35,7 +35,9 @@ from digits_training import (
     export_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    step_generator,
     time_shift,
+    update,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -77,25 +79,20 @@ class Training:
         """Runs one step and returns its figures for the log."""
         start, config, progress = time.perf_counter(), self.config, self.progress
         size = progress.size(config)
-        # Every step draws from its own seed: a resumed run needs no generator state to be exact.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + progress.step)
+        generator = step_generator(config.seed, progress.step)
         batch = max(1, config.batch * (FULL_SIZE // 2) ** 2 // size**2)
         images, labels = self.batches.draw(batch, size, generator)
         pattern = config.finish_pattern(progress.step) if progress.finishing else None
         with attention_of(self.model, pattern):
             loss = flow_matching_loss(self.model, images, labels, generator)
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         lr = progress.lr(config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = update(self.model.parameters(), self.optimizer, lr)
         self._average()
         seconds = time.perf_counter() - start
         progress.step, progress.seconds = progress.step + 1, progress.seconds + seconds
         figures = {"size": size, "batch": batch, "pattern": pattern or "dense", "loss": loss.item()}
-        return figures | {"grad_norm": norm.item(), "lr": lr, "step_s": round(seconds, 3)}
+        return figures | {"grad_norm": norm, "lr": lr, "step_s": round(seconds, 3)}
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from digits_training import CLASSES, NULL_LABEL_DROPOUT, load_checkpoint, save_checkpoint
+from digits_training import CLASSES, NULL_LABEL_DROPOUT, load_checkpoint, save_checkpoint, step_generator, update
 from moving_digits_data import MovingDigits
 from moving_digits_training import (
     CLASS_TOKENS,
@@ -34,7 +34,6 @@ from moving_digits_training import (
     build_pipeline,
     export,
 )
-from torch import nn
 from torch.nn import functional as F
 from train_digits import attention_of, run
 
@@ -100,25 +99,20 @@ class Training:
         """Runs one step and returns its figures for the log."""
         start, config, progress = time.perf_counter(), self.config, self.progress
         frames = progress.frames(config)
-        # Every step draws from its own seed: a resumed run needs no generator state to be exact.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + progress.step)
+        generator = step_generator(config.seed, progress.step)
         batch = max(1, config.batch * (FRAMES // 2) // frames)
         videos, labels = self.batches.draw(batch, frames, SIZE, generator)
         pattern = config.finish_pattern(progress.step) if progress.finishing else None
         with self._attention(pattern):
             loss = flow_matching_loss(self.model, videos, labels, generator)
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         lr = progress.lr(config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = update(self.model.parameters(), self.optimizer, lr)
         self._average()
         figures = {"frames": frames, "batch": batch, "pattern": pattern or "dense", "loss": loss.item()}
         seconds = time.perf_counter() - start
         progress.step, progress.seconds = progress.step + 1, progress.seconds + seconds
-        return figures | {"grad_norm": norm.item(), "lr": lr, "step_s": round(seconds, 3)}
+        return figures | {"grad_norm": norm, "lr": lr, "step_s": round(seconds, 3)}
 
     def _attention(self, pattern: str | None) -> AbstractContextManager[Any]:
         """Context in which the model runs with a pattern, None for dense attention."""
