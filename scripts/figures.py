@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +253,9 @@ def moh_table() -> str:
     return table(["model", "heads of a token: shared + routed", *sizes], list(found.values()))
 
 
-def distilled_table() -> str:
+def distilled_table(name: str = "distill-digits") -> str:
     """Students of the digits model before and after distillation."""
-    found = result("distill-digits")
+    found = result(name)
     teacher = found["teacher"]
     cells = [
         f"{teacher['recognized']:.1%}",
@@ -344,6 +345,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "timm": timm_table,
     "moh": moh_table,
     "distilled": distilled_table,
+    "distilled-cpu": partial(distilled_table, "distill-digits-cpu"),
     "distilled-vit": distilled_vit_table,
     "longer-video": longer_video_table,
     "students": students_table,
