@@ -1,5 +1,7 @@
 """Which calls the Hopper kernel takes; that it is right is checked on such a GPU by scripts/check_gpu.py."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -7,9 +9,9 @@ from visattn import Layout, parse
 
 pytest.importorskip("triton")
 
-from visattn.dispatch import Problem, load
+from visattn.dispatch import Call, Problem, load
 from visattn.kernels.triton import engine
-from visattn.kernels.triton.config import HOPPER
+from visattn.kernels.triton.config import DIRECTIONS, HOPPER, config
 from visattn.kernels.triton.hopper_launch import copyable, folded, hopper_config
 
 
@@ -55,6 +57,20 @@ def test_what_copies_can_address():
     shifted = torch.empty(2 * 40 * 3 * 64 + 4, dtype=torch.bfloat16)[4:].view(2, 40, 3, 64)
     assert not copyable(x, shifted), "it does not begin at a multiple of 16 bytes"
     assert not copyable(x[:, :, :1].expand(-1, -1, 3, -1), x), "heads share their memory"
+
+
+def test_the_tuned_configurations_stay_as_they_are(monkeypatch):
+    tuned = {direction: config(90, torch.bfloat16, 128, direction) for direction in DIRECTIONS}
+    kept = dict(tuned)
+    monkeypatch.setattr(engine, "architecture", lambda device=None: 90)
+    monkeypatch.setattr(engine.tune, "enabled", lambda: True)
+    monkeypatch.setattr(engine, "_tuned", lambda *_: tuned)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    q = Mock(wraps=torch.empty(1, 1024, 2, 128, dtype=torch.bfloat16), is_cuda=True, device=torch.device("cuda", 0))
+    q.dtype, q.shape = torch.bfloat16, torch.Size((1, 1024, 2, 128))
+    k = torch.empty(1, 1024, 2, 128, dtype=torch.bfloat16)
+    found = engine.launches(q, k, k, Call(parse("na(window=9x9)"), Layout((32, 32)), 0.1))
+    assert found["forward"] == HOPPER[128] and tuned == kept
 
 
 def test_its_rate_decides_whether_dense_attention_is_faster(monkeypatch):

@@ -111,7 +111,7 @@ class TilePlan:
         slots = self.entries * self.queries.capacity * self.keys.capacity
         return self.layout.length**2 / slots
 
-    @property
+    @cached_property
     def full_share(self) -> float:
         """Share of the visited tile pairs that need no mask."""
         listed = int((self.lists.mask < 0).sum())

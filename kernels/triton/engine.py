@@ -163,7 +163,8 @@ def launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> d
         configs = _tuned(call.pattern, call.layout, dtype, head_dim, q.device)
     if call.key_mask is None and call.rpb is None and call.scale and copyable(k, v):
         faster = hopper_config(number, dtype, head_dim, call.pattern, call.layout)
-        configs |= {} if faster is None else {"forward": faster}
+        # A new dict: the tuned one is kept for other calls, which may have a mask.
+        configs = configs if faster is None else configs | {"forward": faster}
     return configs
 
 

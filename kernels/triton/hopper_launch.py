@@ -12,7 +12,7 @@ import torch
 from visattn.kernels.triton.arguments import LOG2E, Work, head_arguments, list_arguments, strides, unit
 from visattn.kernels.triton.boxes import tiled
 from visattn.kernels.triton.config import HOPPER, Config
-from visattn.kernels.triton.start import FUSION
+from visattn.kernels.triton.start import FUSION, programs
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 
@@ -102,8 +102,7 @@ def launch(
 
     given = hopper_arguments(q, k, v, out, lse, work)
     kernel: Any = attend
-    programs = (given["dense_rows"] + given["grid_rows"]) * given["pairs"]
-    kernel[(programs,)](**given, num_warps=4, **FUSION)
+    kernel[programs(given)](**given, num_warps=4, **FUSION)
 
 
 def hopper_arguments(

@@ -26,10 +26,6 @@ def _launch(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], config: C
     start.launch(kernel, grid, given, config.warps, config.stages)
 
 
-def _programs(given: dict[str, Any]) -> tuple[int]:
-    return ((given["dense_rows"] + given["grid_rows"]) * given["pairs"],)
-
-
 class TileAttention(torch.autograd.Function):
     """Attention along tile lists: out [B, S, H, D] and the natural log-sum-exp [B, S, H] in float32."""
 
@@ -84,7 +80,7 @@ def _attend(
         hopper_launch.launch(q, k, v, out, lse, work)
     else:
         given = arguments.forward_arguments(q, k, v, rpb, out, lse, work)
-        _launch(attend, _programs(given), given, launch)
+        _launch(attend, start.programs(given), given, launch)
 
 
 def gradients(
@@ -122,11 +118,11 @@ def gradients(
             grads[1], grads[2] = k.new_empty(k.shape), v.new_empty(v.shape)
             given = arguments.gradient_arguments("key_grad", *rest, work)
             given |= {"grad_k": grads[1], "grad_v": grads[2]}
-            _launch(key_gradients, _programs(given), given, work.configs["key_grad"])
+            _launch(key_gradients, start.programs(given), given, work.configs["key_grad"])
         if wanted[0]:
             grads[0] = q.new_empty(q.shape)
             given = arguments.gradient_arguments("query_grad", *rest, work) | {"grad_q": grads[0]}
-            _launch(query_gradients, _programs(given), given, work.configs["query_grad"])
+            _launch(query_gradients, start.programs(given), given, work.configs["query_grad"])
         if wanted[2]:
             assert rpb is not None
             partner = partners(work.pattern, work.layout, q.device)

@@ -22,6 +22,11 @@ def on(device: torch.device) -> Iterator[None]:
         yield
 
 
+def programs(given: dict[str, Any]) -> tuple[int]:
+    """The launch grid of a kernel along tile lists: a program for each row tile of each (sample, head) pair."""
+    return ((given["dense_rows"] + given["grid_rows"]) * given["pairs"],)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], warps: int, stages: int) -> None:
     """Start a kernel on the current device."""
     kernel[grid](**given, num_warps=warps, num_stages=stages, **FUSION)
