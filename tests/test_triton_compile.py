@@ -26,9 +26,9 @@ def test_compiles_without_spills(arch, direction):
     assert used.registers > 0 and used.shared > 0
 
 
-@pytest.mark.parametrize("dim", HOPPER)
-def test_the_hopper_kernel_compiles(dim):
-    used = resources.compiled(90, "forward", torch.bfloat16, dim, HOPPER[dim])
+@pytest.mark.parametrize(("direction", "dim"), [(d, n) for d, configs in HOPPER.items() for n in configs])
+def test_the_hopper_kernels_compile(direction, dim):
+    used = resources.compiled(90, direction, torch.bfloat16, dim, HOPPER[direction][dim])
     assert used.fits(SHARED_MEMORY[90], resources.HOPPER_SPILLS), used
 
 

@@ -1,4 +1,4 @@
-"""Which calls the Hopper kernel takes; that it is right is checked on such a GPU by scripts/check_gpu.py."""
+"""Which calls the Hopper kernels take; that they are right is checked on such a GPU by scripts/check_gpu.py."""
 
 from unittest.mock import Mock
 
@@ -12,13 +12,14 @@ pytest.importorskip("triton")
 from visattn.dispatch import Call, Problem, load
 from visattn.kernels.triton import engine
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, config
-from visattn.kernels.triton.hopper_launch import copyable, folded, hopper_config
+from visattn.kernels.triton.hopper_launch import copyable, faster_configs, folded, hopper_config
 
 
-def chosen(pattern, layout, arch=90, dtype=torch.bfloat16, dim=128):
-    return hopper_config(arch, dtype, dim, parse(pattern), layout)
+def chosen(pattern, layout, arch=90, dtype=torch.bfloat16, dim=128, direction="forward"):
+    return hopper_config(arch, dtype, dim, parse(pattern), layout, direction)
 
 
+@pytest.mark.parametrize("direction", HOPPER)
 @pytest.mark.parametrize(
     ("pattern", "layout"),
     [
@@ -30,19 +31,37 @@ def chosen(pattern, layout, arch=90, dtype=torch.bfloat16, dim=128):
         ("dense", Layout(3000)),
     ],
 )
-def test_takes_lists_of_whole_boxes(pattern, layout):
-    assert chosen(pattern, layout) == HOPPER[128]
-    assert chosen(pattern, layout, dim=64, dtype=torch.float16) == HOPPER[64]
+def test_takes_lists_of_whole_boxes(pattern, layout, direction):
+    assert chosen(pattern, layout, direction=direction) == HOPPER[direction][128]
+    assert chosen(pattern, layout, dim=64, dtype=torch.float16, direction=direction) == HOPPER[direction][64]
 
 
+@pytest.mark.parametrize("direction", HOPPER)
 @pytest.mark.parametrize("other", [{"arch": 80}, {"arch": 100}, {"dtype": torch.float32}, {"dim": 72}, {"dim": 256}])
-def test_leaves_other_gpus_dtypes_and_head_dims(other):
-    assert chosen("na(window=9x9)", Layout((64, 64)), **other) is None
+def test_leaves_other_gpus_dtypes_and_head_dims(other, direction):
+    assert chosen("na(window=9x9)", Layout((64, 64)), direction=direction, **other) is None
 
 
+@pytest.mark.parametrize("direction", HOPPER)
 @pytest.mark.parametrize("pattern", ["routing(regions=8x8,topk=4)", "na(window=9x9,dilation=2)"])
-def test_leaves_routed_and_dilated_patterns(pattern):
-    assert chosen(pattern, Layout((64, 64))) is None
+def test_leaves_routed_and_dilated_patterns(pattern, direction):
+    assert chosen(pattern, Layout((64, 64)), direction=direction) is None
+
+
+def directions_of(q, kv, **options):
+    call = Call(parse("na(window=9x9)"), Layout((32, 32)), **({"scale": 0.1} | options))
+    return set(faster_configs(q, kv, kv, call, 90))
+
+
+def test_which_kernels_of_a_call():
+    x = torch.empty(2, 1024, 4, 128, dtype=torch.bfloat16)
+    assert directions_of(x, x) == {"forward", "key_grad"}
+    assert directions_of(x, x[:, :, :2]) == {"forward"}, "a dK/dV program has one query head"
+    odd = torch.empty(2, 1024, 4, 132, dtype=torch.bfloat16)[..., :128]
+    assert directions_of(odd, x) == {"forward"}, "copies cannot address the queries"
+    assert directions_of(x, odd) == {"key_grad"}, "copies cannot address the keys"
+    for other in ({"scale": 0.0}, {"key_mask": torch.ones(2, 1024)}, {"rpb": torch.ones(4, 17, 17)}):
+        assert directions_of(x, x, **other) == set()
 
 
 def test_what_copies_can_address():
@@ -70,7 +89,7 @@ def test_the_tuned_configurations_stay_as_they_are(monkeypatch):
     q.dtype, q.shape = torch.bfloat16, torch.Size((1, 1024, 2, 128))
     k = torch.empty(1, 1024, 2, 128, dtype=torch.bfloat16)
     found = engine.launches(q, k, k, Call(parse("na(window=9x9)"), Layout((32, 32)), 0.1))
-    assert found["forward"] == HOPPER[128] and tuned == kept
+    assert found["forward"] == HOPPER["forward"][128] and tuned == kept
 
 
 def test_its_rate_decides_whether_dense_attention_is_faster(monkeypatch):

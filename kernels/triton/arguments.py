@@ -43,9 +43,7 @@ class Work:
 
     def plan(self, direction: str) -> TilePlan:
         """The tiles of a kernel."""
-        launch = self.configs[direction]
-        slots = (launch.tile, launch.rows) if direction == "key_grad" else (launch.rows, launch.tile)
-        return tiled(self.pattern, self.layout, *slots)
+        return plan_of(self.pattern, self.layout, direction, self.configs[direction])
 
     def program(self, direction: str, device: torch.device) -> Program:
         """The lists that a kernel walks."""
@@ -53,6 +51,12 @@ class Work:
         if self.pattern.routed:
             return routed_program(plan, by_keys, self.routes[plan])
         return program(plan, by_keys, self.configs[direction].per_step, device)
+
+
+def plan_of(pattern: Pattern, layout: Layout, direction: str, launch: Config) -> TilePlan:
+    """The tiles of a kernel: its rows are queries, but for dK/dV keys."""
+    slots = (launch.tile, launch.rows) if direction == "key_grad" else (launch.rows, launch.tile)
+    return tiled(pattern, layout, *slots)
 
 
 def unit(*tensors: torch.Tensor) -> int:

@@ -23,7 +23,7 @@ class Config(NamedTuple):
         warps: Warps per program.
         stages: Steps in flight.
         per_step: Column tiles of one step; more than one need tiles of whole mask words (32 tokens).
-        hopper: Whether the forward is the kernel of `hopper`, whose warps are fixed.
+        hopper: Whether the kernel is that of `hopper` or `hopper_key_grad`, whose warps are fixed.
     """
 
     rows: int
@@ -100,8 +100,11 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
 }  # fmt: skip
 
 
-# Forward configurations of the kernel of `hopper` by head dim, for 16-bit types on sm_90.
-HOPPER = {64: Config(128, 128, 4, 3, 2, True), 128: Config(128, 128, 4, 2, 2, True)}
+# Configurations of the kernels of `hopper` and `hopper_key_grad` by head dim, for 16-bit types on sm_90.
+HOPPER = {
+    "forward": {64: Config(128, 128, 4, 3, 2, True), 128: Config(128, 128, 4, 2, 2, True)},
+    "key_grad": {64: Config(128, 64, 4, 3, 1, True), 128: Config(128, 64, 4, 3, 1, True)},
+}
 
 
 def needed_memory(architecture: int) -> int:

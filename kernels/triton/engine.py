@@ -13,7 +13,7 @@ from visattn.dispatch import Backend, Call, Problem, Support, overhead
 from visattn.kernels.triton import tune
 from visattn.kernels.triton.boxes import PARTIAL, tiled
 from visattn.kernels.triton.config import DIRECTIONS, Config, config, largest_head_dim, needed_memory
-from visattn.kernels.triton.hopper_launch import copyable, hopper_config
+from visattn.kernels.triton.hopper_launch import faster_configs, hopper_config
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 
@@ -156,16 +156,13 @@ def on_gpu(q: torch.Tensor) -> Support:
 
 
 def launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> dict[str, Config]:
-    """The launch configuration of each direction: the table's or the tuned one, or the Hopper kernel's."""
+    """The launch configuration of each direction: the table's or the tuned one, or that of a Hopper kernel."""
     number, dtype, head_dim = architecture(q.device), q.dtype, q.shape[3]
     configs = {d: config(number, dtype, head_dim, d) for d in DIRECTIONS}
     if tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing():
         configs = _tuned(call.pattern, call.layout, dtype, head_dim, q.device)
-    if call.key_mask is None and call.rpb is None and call.scale and copyable(k, v):
-        faster = hopper_config(number, dtype, head_dim, call.pattern, call.layout)
-        # A new dict: the tuned one is kept for other calls, which may have a mask.
-        configs = configs if faster is None else configs | {"forward": faster}
-    return configs
+    # A new dict: the tuned one is kept for other calls, which may have a mask.
+    return configs | faster_configs(q, k, v, call, number)
 
 
 backend = Triton()

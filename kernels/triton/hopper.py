@@ -23,29 +23,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from visattn.kernels.triton import parts
 from visattn.kernels.triton.hopper_copy import dense_run, following, produce
+from visattn.kernels.triton.hopper_parts import (
+    GROUP_ROWS,
+    GROUPS,
+    hide_masked,
+    mask_words,
+    place,
+    product_layout,
+    row_layout,
+)
 from visattn.kernels.triton.parts import RUNTIME_SIZES
 
 LN2 = gl.constexpr(0.6931471805599453)
-# Rows of one group of four warps, and groups.
-GROUP_ROWS = gl.constexpr(64)
-GROUPS = gl.constexpr(2)
-
-
-@gluon.constexpr_function
-def _product_layout(columns: int) -> gl.NVMMADistributedLayout:
-    """Where four warps keep a product [64, columns]."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, int(columns), 16])
-
-
-@gluon.constexpr_function
-def _row_layout(head_dim: int) -> gl.BlockedLayout:
-    """Four warps over [64, head dim] so that each row is read in whole lines."""
-    return gl.BlockedLayout([1, 8], [256 // int(head_dim), int(head_dim) // 8], [4, 1], [1, 0])
-
-
-_place = gluon.jit(parts.place.fn)
 
 
 @gluon.jit
@@ -56,36 +46,6 @@ def _softmax(scores, top, total, scale):
     p = gl.exp2(scores * scale - base[:, None])
     alpha = gl.exp2(top * scale - base)
     return p, new, total * alpha + gl.sum(p, 1), alpha
-
-
-@gluon.jit
-def _mask_words(masks, mask_ids, i, first_row, layout: gl.constexpr, SIZES: gl.constexpr):
-    """Visibility bits of the column tiles from list entry i, in the word that holds them: [rows, columns]."""
-    ROWS: gl.constexpr = SIZES[1]
-    COLUMNS: gl.constexpr = SIZES[2]
-    TILES: gl.constexpr = SIZES[3]
-    WORDS: gl.constexpr = COLUMNS // TILES // 32
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-    rows = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
-    words = gl.zeros([GROUP_ROWS, COLUMNS], gl.int32, layout)
-    for tile in gl.static_range(0, TILES):
-        mask = gl.load(mask_ids + i + tile).to(gl.int64)
-        for w in gl.static_range(0, WORDS):
-            word = gl.load(masks + (mask * ROWS + rows) * WORDS + w)
-            words = gl.where((column // 32 == tile * WORDS + w)[None, :], word[:, None], words)
-    return words
-
-
-@gluon.jit
-def _hide_masked(scores, words, layout: gl.constexpr):
-    """Scores with -inf where their mask bit is not set.
-
-    Bits 1 and 2 of a column differ between the threads of a row, the others are known to the compiler: so split,
-    each score takes one test of a constant bit.
-    """
-    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout))
-    bits = (words >> (column & 6)[None, :]) & (1 << (column & 25))[None, :]
-    return gl.where(bits != 0, scores, float("-inf"))
 
 
 @gluon.jit
@@ -119,7 +79,7 @@ def _step(
     o_layout: gl.constexpr = p_layout.parent
     if KIND == 1:
         # Their loads are done by the time that the scores are.
-        words = _mask_words(lists[1], lists[2], i, first_row, s_layout, SIZES)
+        words = mask_words(lists[1], lists[2], i, first_row, s_layout, SIZES)
     nothing = gl.zeros([GROUP_ROWS, SIZES[2]], gl.float32, s_layout)
     if TURNS:
         mbarrier.wait(turns.index(group), turn)
@@ -131,7 +91,7 @@ def _step(
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_free.index(k_slot), count=1)
     if KIND == 1:
-        scores = _hide_masked(scores, words, s_layout)
+        scores = hide_masked(scores, words, s_layout)
     if KIND == 2:
         scores = _hide_behind(scores, i, runs, s_layout)
     weights, top, total, alpha = _softmax(scores, top, total, scale)
@@ -161,10 +121,10 @@ def _consume(
     COLUMNS: gl.constexpr = SIZES[2]
     TILES: gl.constexpr = SIZES[3]
     STAGES: gl.constexpr = SIZES[4]
-    s_layout: gl.constexpr = _product_layout(COLUMNS)
-    o_layout: gl.constexpr = _product_layout(HEAD_DIM)
+    s_layout: gl.constexpr = product_layout(COLUMNS)
+    o_layout: gl.constexpr = product_layout(HEAD_DIM)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    io: gl.constexpr = _row_layout(HEAD_DIM)
+    io: gl.constexpr = row_layout(HEAD_DIM)
     first_row: gl.constexpr = GROUP * GROUP_ROWS
     dtype: gl.constexpr = keys.dtype
 
@@ -189,8 +149,8 @@ def _consume(
         mbarrier.arrive(k_free.index(0), count=1)
         if PARTIAL:
             if (start == split) & (split < stop):
-                words = _mask_words(lists[1], lists[2], split, first_row, s_layout, SIZES)
-                scores = _hide_masked(scores, words, s_layout)
+                words = mask_words(lists[1], lists[2], split, first_row, s_layout, SIZES)
+                scores = hide_masked(scores, words, s_layout)
         if DENSE:
             if start == stop:
                 scores = _hide_behind(scores, 0, runs, s_layout)
@@ -269,7 +229,7 @@ def attend(
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
         TURNS: Whether the two groups of warps take turns in starting their products.
     """
-    row, pair = _place(gl.program_id(0), dense_rows, grid_rows, pairs)
+    row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
     sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
     kv_head = head // group
     bound = bounds + sample * bounds_batch + row * 4

@@ -1,4 +1,4 @@
-"""Which calls the Hopper kernel takes, and its launch."""
+"""Which calls the Hopper kernels take, and their launches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from visattn.kernels.triton.arguments import LOG2E, Work, head_arguments, list_arguments, strides, unit
-from visattn.kernels.triton.boxes import tiled
+from visattn.dispatch import Call
+from visattn.kernels.triton.arguments import LOG2E, Work, head_arguments, list_arguments, plan_of, strides, unit
 from visattn.kernels.triton.config import HOPPER, Config
 from visattn.kernels.triton.start import FUSION, programs
 from visattn.layout import Layout
@@ -33,9 +33,9 @@ def installed() -> bool:
 
 
 def hopper_config(
-    architecture: int, dtype: torch.dtype, head_dim: int, pattern: Pattern, layout: Layout
+    architecture: int, dtype: torch.dtype, head_dim: int, pattern: Pattern, layout: Layout, direction: str = "forward"
 ) -> Config | None:
-    """The configuration of the Hopper kernel, or None for problems that need the general one.
+    """The configuration of a Hopper kernel, or None for problems that need the general one.
 
     Args:
         architecture: Compute capability times ten.
@@ -43,21 +43,39 @@ def hopper_config(
         head_dim: Channels per head.
         pattern: The pattern.
         layout: The tokens.
+        direction: "forward" or "key_grad".
     """
-    launch = HOPPER.get(head_dim)
+    launch = HOPPER[direction].get(head_dim)
     if architecture != 90 or launch is None or dtype.itemsize != 2 or pattern.routed or not installed():
         return None
-    plan = tiled(pattern, layout, launch.rows, launch.tile)
-    keys = plan.keys
+    plan = plan_of(pattern, layout, direction, launch)
+    rows, columns = (plan.keys, plan.queries) if direction == "key_grad" else (plan.queries, plan.keys)
     # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
-    boxes = keys.capacity == launch.tile and all(side & (side - 1) == 0 for side in keys.shape)
-    fills = plan.queries.capacity > launch.rows // 2
-    return launch if boxes and fills and all(step == 1 for step in keys.step) else None
+    boxes = columns.capacity == launch.tile and all(side & (side - 1) == 0 for side in columns.shape)
+    fills = rows.capacity > launch.rows // 2
+    return launch if boxes and fills and all(step == 1 for step in columns.step) else None
 
 
-def copyable(k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether the copies can address keys and values [B, S, H, D] with contiguous channels."""
-    return _addressable(k) and _addressable(v) and folded(k) == folded(v)
+def faster_configs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, architecture: int
+) -> dict[str, Config]:
+    """The directions of a call that a Hopper kernel takes, and its configuration there."""
+    if call.key_mask is not None or call.rpb is not None or not call.scale:
+        return {}
+    directions = []
+    if copyable(k, v):
+        directions.append("forward")
+    # A program has one query head.
+    if copyable(q, q) and q.shape[2] == k.shape[2]:
+        directions.append("key_grad")
+    problem = (architecture, q.dtype, q.shape[3], call.pattern, call.layout)
+    found = {direction: hopper_config(*problem, direction) for direction in directions}
+    return {direction: config for direction, config in found.items() if config is not None}
+
+
+def copyable(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the copies can address two tensors [B, S, H, D] with contiguous channels, both alike."""
+    return _addressable(a) and _addressable(b) and folded(a) == folded(b)
 
 
 def folded(x: torch.Tensor) -> bool:
@@ -92,6 +110,64 @@ def _descriptor(x: torch.Tensor, first: int, grid: tuple[int, ...], box: tuple[i
     tile = [1, *(1,) * (3 - len(box)), *box, PIECE]
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
     return TensorDescriptor(x[:, first:], [outer, *sides, channels], steps, tile, layout)
+
+
+def launch_key_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+    work: Work,
+) -> None:
+    """Run the backward kernel for keys and values; its results are in `grad_k` and `grad_v` (contiguous)."""
+    from visattn.kernels.triton.hopper_key_grad import key_gradients
+
+    if not copyable(q, grad_out):
+        q, grad_out = q.contiguous(), grad_out.contiguous()
+    given = key_arguments(q, k, v, grad_out, lse, delta, work) | {"grad_k": grad_k, "grad_v": grad_v}
+    kernel: Any = key_gradients
+    kernel[programs(given)](**given, num_warps=4, **FUSION)
+
+
+def key_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    work: Work,
+) -> dict[str, Any]:
+    """Arguments of `hopper_key_grad.key_gradients` without its results."""
+    config = work.configs["key_grad"]
+    run = work.program("key_grad", q.device)
+    columns = run.column_tiling
+    prefix, grid, box = columns.layout.prefix, columns.layout.grid, columns.shape
+    lists = list_arguments(run, work, False, k.shape[0] * k.shape[2])
+    unused = ("positions", "position_offsets", "centre", "rpb_entries")
+    step = unit(k, v)
+    return {
+        "q_grid": _descriptor(q, prefix, grid, box),
+        "grad_grid": _descriptor(grad_out, prefix, grid, box),
+        "q_runs": _descriptor(q, 0, (q.shape[1],), (run.columns,)),
+        "grad_runs": _descriptor(grad_out, 0, (q.shape[1],), (run.columns,)),
+        "k": k, "v": v, "lse": lse, "delta": delta,
+        "scale": work.scale,
+        "score_scale": work.scale * LOG2E,
+        "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
+        "heads": k.shape[2], "length": q.shape[1], "key_length": k.shape[1],
+        **strides("k", k, step), **strides("v", v, step),
+        **{name: value for name, value in lists.items() if name not in unused},
+        "HEAD_DIM": q.shape[3], "ROWS": run.rows, "COLUMNS": run.columns,
+        "BOX": (1,) * (3 - len(box)) + box,
+        "FOLDED": folded(q),
+        "STAGES": config.stages, "UNIT": step,
+        "PARTIAL": run.partial, "DENSE": run.has_dense,
+    }  # fmt: skip
 
 
 def launch(

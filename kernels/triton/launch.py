@@ -83,6 +83,28 @@ def _attend(
         _launch(attend, start.programs(given), given, launch)
 
 
+def _key_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rpb: torch.Tensor | None,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+    work: Work,
+) -> None:
+    """Start the dK/dV kernel that the configuration names."""
+    launch = work.configs["key_grad"]
+    if launch.hopper:
+        hopper_launch.launch_key_gradients(q, k, v, grad_out, lse, delta, grad_k, grad_v, work)
+    else:
+        given = arguments.gradient_arguments("key_grad", q, k, v, rpb, grad_out, lse, delta, work)
+        given |= {"grad_k": grad_k, "grad_v": grad_v}
+        _launch(key_gradients, start.programs(given), given, launch)
+
+
 def gradients(
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     out: torch.Tensor,
@@ -116,9 +138,7 @@ def gradients(
         rest = (q, k, v, rpb, grad_out, lse, delta)
         if wanted[1]:
             grads[1], grads[2] = k.new_empty(k.shape), v.new_empty(v.shape)
-            given = arguments.gradient_arguments("key_grad", *rest, work)
-            given |= {"grad_k": grads[1], "grad_v": grads[2]}
-            _launch(key_gradients, start.programs(given), given, work.configs["key_grad"])
+            _key_gradients(*rest, grads[1], grads[2], work)
         if wanted[0]:
             grads[0] = q.new_empty(q.shape)
             given = arguments.gradient_arguments("query_grad", *rest, work) | {"grad_q": grads[0]}

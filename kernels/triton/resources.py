@@ -33,8 +33,9 @@ from visattn.patterns import parse
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 128, 256)
-# Bytes that the Hopper kernel may spill: scalars written before its loops and read again after them.
-HOPPER_SPILLS = 8
+# Bytes that the Hopper kernels may spill: scalars that are written before all loops, and read between them or by the
+# warps that copy.
+HOPPER_SPILLS = 24
 # Bytes of a work-group's local memory on CDNA 3 (AMD CDNA 3 white paper).
 AMD_MEMORY = 64 * 1024
 
@@ -71,9 +72,9 @@ def kernel_arguments(name: str, dtype: torch.dtype, head_dim: int, launch: Confi
 
 def list_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Config, bias: bool) -> Any:
     """The same of a kernel along tile lists."""
-    from visattn.kernels.triton import arguments, hopper
+    from visattn.kernels.triton import arguments, hopper, hopper_key_grad
     from visattn.kernels.triton.forward import attend
-    from visattn.kernels.triton.hopper_launch import hopper_arguments
+    from visattn.kernels.triton.hopper_launch import hopper_arguments, key_arguments
     from visattn.kernels.triton.key_grad import key_gradients
     from visattn.kernels.triton.query_grad import query_gradients
 
@@ -86,6 +87,8 @@ def list_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Co
     mask = torch.empty(1, layout.length, dtype=torch.uint8, device="meta") if bias else None
     work = arguments.Work(pattern, layout, 0.125, mask, False, dict.fromkeys(DIRECTIONS, launch))
     lse = torch.empty(1, 24, layout.length, device="meta")
+    if launch.hopper and direction == "key_grad":
+        return hopper_key_grad.key_gradients, key_arguments(q, k, v, q, lse, lse, work) | {"grad_k": k, "grad_v": v}
     if launch.hopper:
         return hopper.attend, hopper_arguments(q, k, v, torch.empty_like(q), lse, work)
     if direction == "forward":
@@ -218,8 +221,9 @@ def rows(
             launch = launch_of(architecture, DTYPES[dtype], head_dim, kernel)
             launch = launch if isinstance(target, int) else launch._replace(stages=min(2, launch.stages))
             yield Row(target, dtype, head_dim, kernel, launch, bias)
-        if target == 90 and kernel == "forward" and dtype != "float32" and head_dim in HOPPER and not bias:
-            yield Row(target, dtype, head_dim, kernel, HOPPER[head_dim], bias)
+        special = HOPPER.get(kernel, {}).get(head_dim)
+        if target == 90 and special and dtype != "float32" and not bias:
+            yield Row(target, dtype, head_dim, kernel, special, bias)
 
 
 def kernel_names() -> tuple[str, ...]:
@@ -244,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set, which compiles nothing: unset it", file=sys.stderr)
         return 2
-    print(f"{'arch':<7}{'dtype':<10}{'D':>4} {'kernel':<13}{'tile':>8}{'warps':>6}{'stages':>7}"
+    print(f"{'arch':<7}{'dtype':<10}{'D':>4} {'kernel':<14}{'tile':>8}{'warps':>6}{'stages':>7}"
           f"{'regs':>6}{'spill':>7}{'shared':>9}{'limit':>9}  verdict")  # fmt: skip
     targets = [*chosen.arch, *([chosen.hip] if chosen.hip else [])]
     todo = list(rows(targets, chosen.dtype, chosen.head_dim, chosen.kernel, chosen.bias))
@@ -261,9 +265,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _print(row: Row, used: Resources, limit: int) -> None:
     tile = f"{row.launch.rows}x{row.launch.columns}"
     arch = f"sm_{row.target}" if isinstance(row.target, int) else row.target
-    kernel = "hopper" if row.launch.hopper else row.kernel
+    kernel = f"{row.kernel}, TMA" if row.launch.hopper else row.kernel
     verdict = used.error or ("ok" if row.fits(used, limit) else "does not fit")
-    print(f"{arch:<7}{row.dtype:<10}{row.head_dim:>4} {kernel:<13}{tile:>8}{row.launch.warps:>6}"
+    print(f"{arch:<7}{row.dtype:<10}{row.head_dim:>4} {kernel:<14}{tile:>8}{row.launch.warps:>6}"
           f"{row.launch.stages:>7}{used.registers:>6}{used.spills:>7}{used.shared:>9}{limit:>9}  {verdict}",
           flush=True)  # fmt: skip
 

@@ -1,0 +1,62 @@
+"""Pieces that the Hopper kernels share: their two groups of warps, layouts of registers, visibility bits."""
+
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
+# ruff: noqa: ANN001, ANN201
+
+# The language of Triton kernels is not quite Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from visattn.kernels.triton import parts
+
+# Rows of one group of four warps, and groups.
+GROUP_ROWS = gl.constexpr(64)
+GROUPS = gl.constexpr(2)
+
+
+@gluon.constexpr_function
+def product_layout(columns: int) -> gl.NVMMADistributedLayout:
+    """Where four warps keep a product [64, columns]."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, int(columns), 16])
+
+
+@gluon.constexpr_function
+def row_layout(head_dim: int) -> gl.BlockedLayout:
+    """Four warps over [64, head dim] so that each row is read in whole lines."""
+    return gl.BlockedLayout([1, 8], [256 // int(head_dim), int(head_dim) // 8], [4, 1], [1, 0])
+
+
+place = gluon.jit(parts.place.fn)
+
+
+@gluon.jit
+def mask_words(masks, mask_ids, i, first_row, layout: gl.constexpr, SIZES: gl.constexpr):
+    """Visibility bits of the column tiles from list entry i, in the word that holds them: [rows, columns]."""
+    ROWS: gl.constexpr = SIZES[1]
+    COLUMNS: gl.constexpr = SIZES[2]
+    TILES: gl.constexpr = SIZES[3]
+    WORDS: gl.constexpr = COLUMNS // TILES // 32
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    rows = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
+    words = gl.zeros([GROUP_ROWS, COLUMNS], gl.int32, layout)
+    for tile in gl.static_range(0, TILES):
+        mask = gl.load(mask_ids + i + tile).to(gl.int64)
+        for w in gl.static_range(0, WORDS):
+            word = gl.load(masks + (mask * ROWS + rows) * WORDS + w)
+            words = gl.where((column // 32 == tile * WORDS + w)[None, :], word[:, None], words)
+    return words
+
+
+@gluon.jit
+def hide_masked(scores, words, layout: gl.constexpr):
+    """Scores with -inf where their mask bit is not set.
+
+    Bits 1 and 2 of a column differ between the threads of a row, the others are known to the compiler: so split,
+    each score takes one test of a constant bit.
+    """
+    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout))
+    bits = (words >> (column & 6)[None, :]) & (1 << (column & 25))[None, :]
+    return gl.where(bits != 0, scores, float("-inf"))
