@@ -197,20 +197,22 @@ def gpu_peers_table() -> str:
 
 def gpu_stack_table() -> str:
     """Whole models of random weights, measured by scripts/bench_stack_gpu.py."""
-    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    found: dict[tuple[str, str], dict[str, dict[str, dict[str, float]]]] = {}
     for case in result("h100-stack")["cases"]:
         key = STACKS[case["model"]], f"{'x'.join(map(str, case['grid']))}"
         way = "compiled" if case["compiled"] else "eager"
-        found.setdefault(key, {}).setdefault(case["pattern"], {})[way] = case["model_ms"] / 1e3
+        found.setdefault(key, {}).setdefault(case["pattern"], {})[way] = case
     rows = []
     for (model, grid), patterns in found.items():
         for pattern, of in patterns.items():
             cells = [model, grid, "dense" if pattern == "dense" else f"`{pattern}`"]
             for way in ("eager", "compiled"):
-                faster = "" if pattern == "dense" else f": {patterns['dense'][way] / of[way]:.1f}x"
-                cells.append(f"{of[way]:.2f} s{faster}")
+                time = of[way]["model_ms"]
+                faster = "" if pattern == "dense" else f": {patterns['dense'][way]['model_ms'] / time:.1f}x"
+                cells.append(f"{time / 1e3:.2f} s{faster}")
+            cells += [f"{of[way]['peak_gb'] - of[way]['weights_gb']:.2f} GB" for way in ("eager", "compiled")]
             rows.append(cells)
-    return table(["model", "grid", "attention", "a step, eager", "a step, compiled"], rows)
+    return table(["model", "grid", "attention", "a step, eager", "compiled", "memory, eager", "compiled"], rows)
 
 
 def digits_vit_table() -> str:
@@ -305,14 +307,17 @@ def distilled_vit_table() -> str:
 
 
 def longer_video_table() -> str:
-    """The video model at twice its frames: dense, radial, and radial with LoRA."""
-    found = result("extend-video-32")
-    rows = [["held-out real digits", *_motion(found["real"]), "", ""]]
-    for name in ("dense", "radial(decay=0.5)", "radial(decay=0.5) + LoRA"):
-        row = found["patterns"][name]
-        density = re.search(r"density ([\d.]+)", row["report"])
-        rows.append([name, *_motion(row), f"{row['loss']:.4f}", f"{float(density[1]):.0%}" if density else "100%"])
-    return table(["attention", "frames read right", "jerk", "ink change", "loss on new clips", "density"], rows)
+    """The video model at twice and four times its frames: dense, radial, and radial with LoRA."""
+    rows = []
+    for frames in ("32", "64"):
+        found = result(f"extend-video-{frames}")
+        rows.append([frames, "held-out real digits", *_motion(found["real"]), "", ""])
+        for name in ("dense", "radial(decay=0.5)", "radial(decay=0.5) + LoRA"):
+            row = found["patterns"][name]
+            density = re.search(r"density ([\d.]+)", row["report"])
+            cells = [*_motion(row), f"{row['loss']:.4f}", f"{float(density[1]):.0%}" if density else "100%"]
+            rows.append([frames, name, *cells])
+    return table(["frames", "attention", "frames read right", "jerk", "ink change", "loss on new clips", "density"], rows)
 
 
 def _motion(row: dict[str, float]) -> list[str]:
