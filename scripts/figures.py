@@ -317,7 +317,9 @@ def longer_video_table() -> str:
             density = re.search(r"density ([\d.]+)", row["report"])
             cells = [*_motion(row), f"{row['loss']:.4f}", f"{float(density[1]):.0%}" if density else "100%"]
             rows.append([frames, name, *cells])
-    return table(["frames", "attention", "frames read right", "jerk", "ink change", "loss on new clips", "density"], rows)
+    return table(
+        ["frames", "attention", "frames read right", "jerk", "ink change", "loss on new clips", "density"], rows
+    )
 
 
 def _motion(row: dict[str, float]) -> list[str]:

@@ -69,8 +69,8 @@ def test_exit_status(monkeypatch, capsys, used, status):
     assert resources.main(["--arch", "90", "--dtype", "bfloat16", "--head-dim", "64", "--hip"]) == status
     rows = capsys.readouterr().out.splitlines()
     kernels = len(resources.kernel_names())
-    assert len(rows) == 1 + (kernels + 1) + kernels + 1
-    assert rows[1].startswith("sm_90") and " hopper " in rows[2] and rows[-2].startswith("gfx942")
+    assert len(rows) == 1 + (kernels + len(HOPPER)) + kernels + 1
+    assert rows[1].startswith("sm_90") and " forward, TMA " in rows[2] and rows[-2].startswith("gfx942")
 
 
 def test_needs_the_compiler(monkeypatch, capsys):
