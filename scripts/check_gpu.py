@@ -62,10 +62,13 @@ def cases() -> list[Case]:
     joint = Layout((30, 37), prefix=7, suffix=77)
     pairs = [(dim, dtype) for dim in HEAD_DIMS for dtype in DTYPES if dim <= 128 or dtype != "fp32"]
     found = [Case("na(window=13x13)", joint, dtype, dim, kv_heads=2, mask=True) for dim, dtype in pairs]
-    # Without a mask these run on Hopper's own kernel there.
+    # These run on Hopper's own kernels there.
     for dim, dtype in ((64, "bf16"), (64, "fp16"), (128, "bf16"), (128, "fp16")):
         found += [Case("na(window=13x13)", joint, dtype, dim, 2, heads_first=first) for first in (False, True)]
-        found += [Case("clear(radius=9,pool=4)", Layout((38, 41), suffix=300), dtype, dim)]
+        found += [
+            Case("clear(radius=9,pool=4)", Layout((38, 41), suffix=300), dtype, dim, mask=m) for m in (False, True)
+        ]
+        found += [Case("na(window=9x9)", joint, dtype, dim, mask=True, heads_first=True)]
         found += [Case("na(window=5x9x9,causal=true)", Layout((7, 20, 13)), dtype, dim)]
         found += [Case("radial(decay=0.5)", Layout((8, 16, 16)), dtype, dim), Case("dense", Layout(1536), dtype, dim)]
     for dtype, dim in (("bf16", 128), ("fp32", 64)):

@@ -111,7 +111,7 @@ class Triton(Backend):
             return 1e6 * problem.dense_pairs
         number, dtype, head_dim = _architecture_or_common(), problem.dtype, problem.head_dim
         tiles, rate = config(number, dtype, head_dim, "forward"), RATE
-        if not (problem.key_mask or problem.rpb):
+        if not problem.rpb:
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
             tiles, rate = (tiles, RATE) if faster is None else (faster, HOPPER_RATE)
         plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)

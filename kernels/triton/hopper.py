@@ -23,10 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from visattn.kernels.triton.hopper_copy import dense_run, following, produce
+from visattn.kernels.triton.hopper_copy import produce
+from visattn.kernels.triton.hopper_fill import put_masks
 from visattn.kernels.triton.hopper_parts import (
     GROUP_ROWS,
     GROUPS,
+    dense_run,
+    following,
     hide_masked,
     mask_words,
     place,
@@ -59,6 +62,19 @@ def _hide_behind(scores, i, runs, layout: gl.constexpr):
 
 
 @gluon.jit
+def _start_scores(mine, shared, slot, SIZES: gl.constexpr, s_layout: gl.constexpr):
+    """Start the product of queries and the keys of a slot; scores of masked keys begin, and so remain, at -inf."""
+    keys, visible = shared[1], shared[8]
+    KEY_MASK: gl.constexpr = SIZES[6]
+    shape: gl.constexpr = [GROUP_ROWS, SIZES[2]]
+    if KEY_MASK:
+        begin = visible.index(slot).load(gl.SliceLayout(0, s_layout))[None, :].broadcast_to(shape)
+    else:
+        begin = gl.zeros(shape, gl.float32, s_layout)
+    return warpgroup_mma(mine, keys.index(slot).permute((1, 0)), begin, use_acc=KEY_MASK, is_async=True)
+
+
+@gluon.jit
 def _step(
     i, mine, shared, lists, scale, runs, first_row, state, at, more,
     KIND: gl.constexpr, SIZES: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
@@ -70,7 +86,7 @@ def _step(
     the values of the tile before; `more` whether a tile follows. KIND: 0 for a tile without mask, 1 with one, 2 for a
     run of dense tokens.
     """
-    _, keys, values, k_ready, k_free, v_ready, v_free, turns = shared
+    _, keys, values, k_ready, k_free, v_ready, v_free, turns, _ = shared
     acc, p, top, total = state
     k_slot, k_phase, v_slot, v_phase, turn = at
     group: gl.constexpr = first_row // GROUP_ROWS
@@ -80,10 +96,9 @@ def _step(
     if KIND == 1:
         # Their loads are done by the time that the scores are.
         words = mask_words(lists[1], lists[2], i, first_row, s_layout, SIZES)
-    nothing = gl.zeros([GROUP_ROWS, SIZES[2]], gl.float32, s_layout)
     if TURNS:
         mbarrier.wait(turns.index(group), turn)
-    scores = warpgroup_mma(mine, keys.index(k_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = _start_scores(mine, shared, k_slot, SIZES, s_layout)
     mbarrier.wait(v_ready.index(v_slot), v_phase)
     acc = warpgroup_mma(p, values.index(v_slot), acc, is_async=True)
     if TURNS:
@@ -113,9 +128,9 @@ def _consume(
     LSE: gl.constexpr,
 ):  # fmt: skip
     """One group of four warps: its 64 rows against every column tile, and their results."""
-    queries, keys, values, k_ready, k_free, v_ready, _, _ = shared
-    row, pair, start, split, stop, dense = where
-    q_token, scale, heads, length = sizes
+    queries, keys, values, k_ready, k_free, v_ready, _, _, _ = shared
+    row, start, split, stop, dense = where
+    q_token, out_token, scale = sizes
     HEAD_DIM: gl.constexpr = SIZES[0]
     ROWS: gl.constexpr = SIZES[1]
     COLUMNS: gl.constexpr = SIZES[2]
@@ -142,9 +157,8 @@ def _consume(
     acc = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, o_layout)
     if stop - start + dense > 0:
         # The first tile, of whatever kind.
-        nothing = gl.zeros([GROUP_ROWS, COLUMNS], gl.float32, s_layout)
         mbarrier.wait(k_ready.index(0), 0)
-        scores = warpgroup_mma(mine, keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        scores = _start_scores(mine, shared, 0, SIZES, s_layout)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_free.index(0), count=1)
         if PARTIAL:
@@ -195,28 +209,25 @@ def _consume(
     result = mine.load(io)
     # Loaded again (volatile: not merged with the first load) to hold fewer registers in the loops.
     token = gl.load(lists[0] + row * ROWS + slots, volatile=True)
-    sample, head = pair // heads, pair % heads
-    row_of = (sample.to(gl.int64) * length + token) * heads + head
-    gl.store(out + row_of[:, None] * HEAD_DIM + d[None, :], result, mask=(token >= 0)[:, None])
+    gl.store(out + token.to(gl.int64)[:, None] * out_token + d[None, :], result, mask=(token >= 0)[:, None])
     if LSE:
         row_slots = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, s_layout))
         row_token = gl.load(lists[0] + row * ROWS + row_slots)
         # total = 0 gives log2 -inf, as it should be.
         peak = gl.where(total == 0.0, 0.0, top * scale)
-        lse_rows = lse + pair.to(gl.int64) * length + row_token
-        gl.store(lse_rows, (peak + gl.log2(total)) * LN2, mask=row_token >= 0)
+        gl.store(lse + row_token, (peak + gl.log2(total)) * LN2, mask=row_token >= 0)
 
 
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])
 def attend(
-    k_grid, v_grid, k_runs, v_runs, q, out, lse,
-    tokens, bounds, bases, mask_ids, masks,
+    k_grid, v_grid, k_runs, v_runs, q, out, lse, key_mask,
+    tokens, bounds, bases, mask_ids, offsets, masks,
     q_batch, q_token, q_head, bounds_batch, list_batch,
-    scale, heads, group, length,
+    scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, LSE: gl.constexpr,
-    PARTIAL: gl.constexpr, DENSE: gl.constexpr, TURNS: gl.constexpr,
+    PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile of 128 tokens; see `forward.attend` for what the arguments share with it.
 
@@ -241,6 +252,9 @@ def attend(
     else:
         outer, column = sample * (heads // group) + kv_head, kv_head * 0
     q += (sample * q_batch + head * q_head) * UNIT
+    key_mask += sample * key_length
+    out += (sample * length * heads + head) * HEAD_DIM
+    lse += pair.to(gl.int64) * length
 
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = q.dtype.element_ty
@@ -257,8 +271,13 @@ def attend(
         turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(GROUPS):
             mbarrier.init(turns.index(i), count=1)
+    visible = keys
+    if KEY_MASK:
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        visible = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
+        # Keys, and what their scores begin with.
+        mbarrier.init(k_ready.index(i), count=2 if KEY_MASK else 1)
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=GROUPS)
         mbarrier.init(v_free.index(i), count=GROUPS)
@@ -266,22 +285,24 @@ def attend(
     if TURNS:
         mbarrier.arrive(turns.index(0), count=1)
 
-    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS)
-    shared = (queries, keys, values, k_ready, k_free, v_ready, v_free, turns)
-    where = (row, pair, start, split, stop, dense)
+    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS, KEY_MASK)
+    shared = (queries, keys, values, k_ready, k_free, v_ready, v_free, turns, visible)
+    copied = (queries, keys, values, k_ready, k_free, v_ready, v_free, turns)
+    where = (row, start, split, stop, dense)
     runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)
     lists = (tokens, masks, mask_ids)
-    sizes = (q_token, scale, heads, length)
+    sizes = (q_token, heads * HEAD_DIM, scale)
     gl.warp_specialize(
         [
             (_consume, (q, out, lse, shared, lists, where, sizes, runs,
                         gl.constexpr(0), SIZES, UNIT, PARTIAL, DENSE, LSE)),
             (_consume, (q, out, lse, shared, lists, where, sizes, runs,
                         gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE, LSE)),
-            (produce, (k_grid, v_grid, k_runs, v_runs, shared, bases, where,
-                        (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs,
-                        BOX, COLUMNS, TILES, HEAD_DIM, STAGES)),
+            (produce, (k_grid, v_grid, k_runs, v_runs, copied, bases, where,
+                       (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs,
+                       BOX, COLUMNS, TILES, HEAD_DIM, STAGES)),
+            (put_masks, (key_mask, bases, offsets, shared, where, runs, key_length, SIZES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip

@@ -11,13 +11,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from visattn.kernels.triton import parts
+from visattn.kernels.triton.hopper_parts import dense_run, following
 
 # Older releases of Triton (3.6 the copy, up to 3.8 the view) know these under other names.
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 _copy = getattr(tma, "async_load", tma.async_copy_global_to_shared)
-
-dense_run = gluon.jit(parts.dense_run.fn)
 
 
 @gluon.jit
@@ -28,13 +26,6 @@ def _view(ring, shape: gl.constexpr):
         return ring.reinterpret(ring.dtype, shape, layout)
     else:
         return ring._reinterpret(ring.dtype, shape, layout)
-
-
-@gluon.jit
-def following(slot, phase, STAGES: gl.constexpr):
-    """The slot of a ring after this one; the phase flips when the ring starts again."""
-    last = slot + 1 == STAGES
-    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -87,7 +78,7 @@ def produce(
 ):  # fmt: skip
     """The copying warp: keys and values of the listed column tiles, then of the runs of dense tokens."""
     _, keys, values, k_ready, k_free, v_ready, v_free, _ = shared
-    _, _, start, _, stop, dense = where
+    _, start, _, stop, dense = where
     prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
     PIECES: gl.constexpr = HEAD_DIM // 64
     slot = 0

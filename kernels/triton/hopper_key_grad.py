@@ -23,10 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from visattn.kernels.triton.hopper_copy import dense_run, following, produce
+from visattn.kernels.triton.hopper_copy import produce
+from visattn.kernels.triton.hopper_fill import put_statistics
 from visattn.kernels.triton.hopper_parts import (
     GROUP_ROWS,
     GROUPS,
+    following,
     hide_masked,
     mask_words,
     place,
@@ -36,47 +38,6 @@ from visattn.kernels.triton.hopper_parts import (
 from visattn.kernels.triton.parts import RUNTIME_SIZES
 
 LN2 = gl.constexpr(0.6931471805599453)
-# Threads over the statistics of a column tile of 64 queries.
-STATISTICS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
-
-
-@gluon.jit
-def _put(lse, delta, token, inside, scale, rings, slot, phase):
-    """Fill a slot with the statistics of queries: what their scores, and the gradients of their weights, start from.
-
-    Scores start from -lse / scale, so that exp(scale * score) is the weight: 0 for slots without a query and for
-    queries that saw no key.
-    """
-    lse_ring, delta_ring, ready, free = rings
-    row_lse = gl.load(lse + token, mask=inside, other=float("inf"))
-    row_delta = gl.load(delta + token, mask=inside, other=0.0)
-    row_lse = gl.where(row_lse == float("-inf"), float("inf"), row_lse)
-    mbarrier.wait(free.index(slot), phase)
-    lse_ring.index(slot).store(-row_lse / scale)
-    delta_ring.index(slot).store(-row_delta)
-    mbarrier.arrive(ready.index(slot), count=1)
-
-
-@gluon.jit
-def _put_statistics(
-    lse, delta, bases, offsets, rings, where, runs, scale, length, COLUMNS: gl.constexpr, STAGES: gl.constexpr
-):
-    """The warp for statistics: those of the listed query tiles, then of the runs of dense tokens."""
-    _, start, _, stop, dense = where
-    prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
-    slots = gl.arange(0, COLUMNS, STATISTICS)
-    offset = gl.load(offsets + slots)
-    slot = 0
-    phase = 1
-    for i in range(start, stop):
-        token = gl.load(bases + i) + offset
-        # A short tile's empty slots may lie behind the last token.
-        _put(lse, delta, token, token < length, scale, rings, slot, phase)
-        slot, phase = following(slot, phase, STAGES)
-    for i in range(0, dense):
-        first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
-        _put(lse, delta, first + slots, first + slots < end, scale, rings, slot, phase)
-        slot, phase = following(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -127,8 +88,9 @@ def _step(
 
 @gluon.jit
 def _consume(
-    k, v, grad_k, grad_v, shared, rings, lists, where, sizes,
+    k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
     GROUP: gl.constexpr, SIZES: gl.constexpr, UNIT: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
+    KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """One group of four warps: its 64 keys and values against every query tile, and their gradients."""
     keys, values, _, _, _, _, _ = shared
@@ -171,20 +133,27 @@ def _consume(
     token = gl.load(lists[0] + row * ROWS + slots, volatile=True)
     here = (token >= 0)[:, None]
     out_row = token.to(gl.int64)[:, None] * grad_token + d[None, :]
-    gl.store(grad_k + out_row, keys.index(GROUP).load(io), mask=here)
-    gl.store(grad_v + out_row, values.index(GROUP).load(io), mask=here)
+    own_k = keys.index(GROUP).load(io)
+    own_v = values.index(GROUP).load(io)
+    if KEY_MASK:
+        # Rows do not mix, so masked keys are dropped only here.
+        kept = (gl.load(key_mask + token, mask=token >= 0, other=0) != 0)[:, None]
+        own_k = gl.where(kept, own_k, 0.0)
+        own_v = gl.where(kept, own_v, 0.0)
+    gl.store(grad_k + out_row, own_k, mask=here)
+    gl.store(grad_v + out_row, own_v, mask=here)
 
 
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])
 def key_gradients(
-    q_grid, grad_grid, q_runs, grad_runs, k, v, lse, delta, grad_k, grad_v,
+    q_grid, grad_grid, q_runs, grad_runs, k, v, lse, delta, grad_k, grad_v, key_mask,
     tokens, bounds, bases, mask_ids, offsets, masks,
     k_batch, k_token, k_head, v_batch, v_token, v_head, bounds_batch, list_batch,
     scale, score_scale, heads, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
-    PARTIAL: gl.constexpr, DENSE: gl.constexpr,
+    PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV of one key tile of 128 tokens; see `key_grad.key_gradients` for what the arguments share.
 
@@ -209,6 +178,7 @@ def key_gradients(
         outer, column = sample * heads + head, head * 0
     k += (sample * k_batch + head * k_head) * UNIT
     v += (sample * v_batch + head * v_head) * UNIT
+    key_mask += sample * key_length
     out = (sample * key_length * heads + head) * HEAD_DIM
     grad_k += out
     grad_v += out
@@ -244,14 +214,14 @@ def key_gradients(
     sizes = (k_token, v_token, heads * HEAD_DIM, score_scale)
     gl.warp_specialize(
         [
-            (_consume, (k, v, grad_k, grad_v, shared, rings, lists, where, sizes,
-                        gl.constexpr(0), SIZES, UNIT, PARTIAL, DENSE)),
-            (_consume, (k, v, grad_k, grad_v, shared, rings, lists, where, sizes,
-                        gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE)),
-            (produce, (q_grid, grad_grid, q_runs, grad_runs, copied, bases, (row, pair, start, split, stop, dense),
+            (_consume, (k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
+                        gl.constexpr(0), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK)),
+            (_consume, (k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
+                        gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK)),
+            (produce, (q_grid, grad_grid, q_runs, grad_runs, copied, bases, where,
                        (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs,
                        BOX, COLUMNS, 1, HEAD_DIM, STAGES)),
-            (_put_statistics, (lse, delta, bases, offsets, rings, where, runs, scale, length, COLUMNS, STAGES)),
+            (put_statistics, (lse, delta, bases, offsets, rings, where, runs, scale, length, COLUMNS, STAGES)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -60,7 +60,7 @@ def faster_configs(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, architecture: int
 ) -> dict[str, Config]:
     """The directions of a call that a Hopper kernel takes, and its configuration there."""
-    if call.key_mask is not None or call.rpb is not None or not call.scale:
+    if call.rpb is not None or not call.scale:
         return {}
     directions = []
     if copyable(k, v):
@@ -156,6 +156,7 @@ def key_arguments(
         "q_runs": _descriptor(q, 0, (q.shape[1],), (run.columns,)),
         "grad_runs": _descriptor(grad_out, 0, (q.shape[1],), (run.columns,)),
         "k": k, "v": v, "lse": lse, "delta": delta,
+        "key_mask": q if work.key_mask is None else work.key_mask,
         "scale": work.scale,
         "score_scale": work.scale * LOG2E,
         "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
@@ -166,7 +167,7 @@ def key_arguments(
         "BOX": (1,) * (3 - len(box)) + box,
         "FOLDED": folded(q),
         "STAGES": config.stages, "UNIT": step,
-        "PARTIAL": run.partial, "DENSE": run.has_dense,
+        "PARTIAL": run.partial, "DENSE": run.has_dense, "KEY_MASK": work.key_mask is not None,
     }  # fmt: skip
 
 
@@ -190,7 +191,7 @@ def hopper_arguments(
     columns = run.column_tiling
     prefix, grid, box = columns.layout.prefix, columns.layout.grid, columns.shape
     lists = list_arguments(run, work, False, q.shape[0] * q.shape[2])
-    unused = ("offsets", "positions", "position_offsets", "centre", "rpb_entries")
+    unused = ("positions", "position_offsets", "centre", "rpb_entries")
     step = unit(q)
     return {
         "k_grid": _descriptor(k, prefix, grid, box),
@@ -198,6 +199,8 @@ def hopper_arguments(
         "k_runs": _descriptor(k, 0, (k.shape[1],), (run.columns,)),
         "v_runs": _descriptor(v, 0, (v.shape[1],), (run.columns,)),
         "q": q, "out": out, "lse": q if lse is None else lse,
+        "key_mask": q if work.key_mask is None else work.key_mask,
+        "key_length": k.shape[1],
         "scale": work.scale * LOG2E,
         "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
         **strides("q", q, step),
@@ -207,6 +210,6 @@ def hopper_arguments(
         "BOX": (1,) * (3 - len(box)) + box,
         "FOLDED": folded(k),
         "STAGES": config.stages, "UNIT": step, "LSE": lse is not None,
-        "PARTIAL": run.partial, "DENSE": run.has_dense,
+        "PARTIAL": run.partial, "DENSE": run.has_dense, "KEY_MASK": work.key_mask is not None,
         "TURNS": work.plan("forward").full_share < TAKE_TURNS,
     }  # fmt: skip

@@ -30,6 +30,14 @@ def row_layout(head_dim: int) -> gl.BlockedLayout:
 
 
 place = gluon.jit(parts.place.fn)
+dense_run = gluon.jit(parts.dense_run.fn)
+
+
+@gluon.jit
+def following(slot, phase, STAGES: gl.constexpr):
+    """The slot of a ring after this one; the phase flips when the ring starts again."""
+    last = slot + 1 == STAGES
+    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit

@@ -76,7 +76,7 @@ def _attend(
     """Start the forward kernel that the configuration names."""
     launch = work.configs["forward"]
     if launch.hopper:
-        assert rpb is None and work.key_mask is None, "engine.run chooses the general kernel for these"
+        assert rpb is None, "engine.launches chooses the general kernel for a bias"
         hopper_launch.launch(q, k, v, out, lse, work)
     else:
         given = arguments.forward_arguments(q, k, v, rpb, out, lse, work)

@@ -35,7 +35,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 HEAD_DIMS = (16, 32, 64, 128, 256)
 # Bytes that the Hopper kernels may spill: scalars that are written before all loops, and read between them or by the
 # warps that copy.
-HOPPER_SPILLS = 24
+HOPPER_SPILLS = 32
 # Bytes of a work-group's local memory on CDNA 3 (AMD CDNA 3 white paper).
 AMD_MEMORY = 64 * 1024
 
@@ -222,7 +222,7 @@ def rows(
             launch = launch if isinstance(target, int) else launch._replace(stages=min(2, launch.stages))
             yield Row(target, dtype, head_dim, kernel, launch, bias)
         special = HOPPER.get(kernel, {}).get(head_dim)
-        if target == 90 and special and dtype != "float32" and not bias:
+        if target == 90 and special and dtype != "float32":
             yield Row(target, dtype, head_dim, kernel, special, bias)
 
 
