@@ -59,7 +59,8 @@ class Sdpa(Backend):
             blind = ~mask.any(-1, keepdim=True)
             mask = mask | blind
         heads_first = [t.transpose(1, 2) for t in (q, k, v)]
-        grouped = q.shape[2] != k.shape[2]
+        # While torch.jit.trace records, sizes are tensors.
+        grouped = bool(q.shape[2] != k.shape[2])
         out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
         lse = log_sum_exp(heads_first[0], heads_first[1], mask, call.scale) if call.lse else None
         if blind is not None:

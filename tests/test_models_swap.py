@@ -176,6 +176,18 @@ def test_copies_features_and_compiled_models(name):
     assert torch.equal(copied(x), swapped)
 
 
+@pytest.mark.parametrize("size", [96, 384])
+@torch.no_grad()
+def test_traces(size):
+    # A small grid goes to SDPA, a large one to the tile engine.
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=size).eval()
+    x = torch.randn(1, 3, size, size)
+    with visattn.apply(model, "na(window=5x5)"):
+        swapped = model(x)
+        # The first call after a start makes masks and lists, which later ones keep: the recorded graphs differ.
+        assert torch.equal(torch.jit.trace(model, x, check_trace=False)(x), swapped)
+
+
 @torch.no_grad()
 def test_features_only():
     model = timm.create_model("vit_tiny_patch16_224", depth=4, img_size=96, features_only=True).eval()
