@@ -28,6 +28,7 @@ from visattn.kernels.triton.hopper_fill import put_masks
 from visattn.kernels.triton.hopper_parts import (
     GROUP_ROWS,
     GROUPS,
+    LN2,
     dense_run,
     following,
     hide_masked,
@@ -37,8 +38,6 @@ from visattn.kernels.triton.hopper_parts import (
     row_layout,
 )
 from visattn.kernels.triton.parts import RUNTIME_SIZES
-
-LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit

@@ -28,6 +28,7 @@ from visattn.kernels.triton.hopper_fill import put_statistics
 from visattn.kernels.triton.hopper_parts import (
     GROUP_ROWS,
     GROUPS,
+    LN2,
     following,
     hide_masked,
     mask_words,
@@ -36,8 +37,6 @@ from visattn.kernels.triton.hopper_parts import (
     row_layout,
 )
 from visattn.kernels.triton.parts import RUNTIME_SIZES
-
-LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit

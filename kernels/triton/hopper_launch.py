@@ -143,31 +143,15 @@ def key_arguments(
     work: Work,
 ) -> dict[str, Any]:
     """Arguments of `hopper_key_grad.key_gradients` without its results."""
-    config = work.configs["key_grad"]
-    run = work.program("key_grad", q.device)
-    columns = run.column_tiling
-    prefix, grid, box = columns.layout.prefix, columns.layout.grid, columns.shape
-    lists = list_arguments(run, work, False, k.shape[0] * k.shape[2])
-    unused = ("positions", "position_offsets", "centre", "rpb_entries")
     step = unit(k, v)
     return {
-        "q_grid": _descriptor(q, prefix, grid, box),
-        "grad_grid": _descriptor(grad_out, prefix, grid, box),
-        "q_runs": _descriptor(q, 0, (q.shape[1],), (run.columns,)),
-        "grad_runs": _descriptor(grad_out, 0, (q.shape[1],), (run.columns,)),
+        **_common_arguments("key_grad", ("q", "grad"), (q, grad_out), k, work),
         "k": k, "v": v, "lse": lse, "delta": delta,
-        "key_mask": q if work.key_mask is None else work.key_mask,
         "scale": work.scale,
         "score_scale": work.scale * LOG2E,
-        "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
         "heads": k.shape[2], "length": q.shape[1], "key_length": k.shape[1],
         **strides("k", k, step), **strides("v", v, step),
-        **{name: value for name, value in lists.items() if name not in unused},
-        "HEAD_DIM": q.shape[3], "ROWS": run.rows, "COLUMNS": run.columns,
-        "BOX": (1,) * (3 - len(box)) + box,
-        "FOLDED": folded(q),
-        "STAGES": config.stages, "UNIT": step,
-        "PARTIAL": run.partial, "DENSE": run.has_dense, "KEY_MASK": work.key_mask is not None,
+        "UNIT": step,
     }  # fmt: skip
 
 
@@ -186,30 +170,40 @@ def hopper_arguments(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, work: Work
 ) -> dict[str, Any]:
     """Arguments of `hopper.attend`."""
-    config = work.configs["forward"]
-    run = work.program("forward", q.device)
-    columns = run.column_tiling
-    prefix, grid, box = columns.layout.prefix, columns.layout.grid, columns.shape
-    lists = list_arguments(run, work, False, q.shape[0] * q.shape[2])
-    unused = ("positions", "position_offsets", "centre", "rpb_entries")
     step = unit(q)
     return {
-        "k_grid": _descriptor(k, prefix, grid, box),
-        "v_grid": _descriptor(v, prefix, grid, box),
-        "k_runs": _descriptor(k, 0, (k.shape[1],), (run.columns,)),
-        "v_runs": _descriptor(v, 0, (v.shape[1],), (run.columns,)),
+        **_common_arguments("forward", ("k", "v"), (k, v), q, work),
         "q": q, "out": out, "lse": q if lse is None else lse,
-        "key_mask": q if work.key_mask is None else work.key_mask,
-        "key_length": k.shape[1],
         "scale": work.scale * LOG2E,
-        "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
-        **strides("q", q, step),
-        **head_arguments(q, k),
-        **{name: value for name, value in lists.items() if name not in unused},
-        "HEAD_DIM": q.shape[3], "ROWS": run.rows, "COLUMNS": run.columns, "TILES": run.tiles,
-        "BOX": (1,) * (3 - len(box)) + box,
-        "FOLDED": folded(k),
-        "STAGES": config.stages, "UNIT": step, "LSE": lse is not None,
-        "PARTIAL": run.partial, "DENSE": run.has_dense, "KEY_MASK": work.key_mask is not None,
+        "key_length": k.shape[1],
+        **strides("q", q, step), **head_arguments(q, k),
+        "UNIT": step, "LSE": lse is not None,
+        "TILES": work.program("forward", q.device).tiles,
         "TURNS": work.plan("forward").full_share < TAKE_TURNS,
+    }  # fmt: skip
+
+
+def _common_arguments(
+    direction: str, names: tuple[str, str], copied: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor, work: Work
+) -> dict[str, Any]:
+    """What both kernels take: descriptors of the two tensors that are copied, the lists, sizes."""
+    run = work.program(direction, rows.device)
+    columns = run.column_tiling
+    prefix, grid, box = columns.layout.prefix, columns.layout.grid, columns.shape
+    lists = list_arguments(run, work, False, rows.shape[0] * rows.shape[2])
+    unused = ("positions", "position_offsets", "centre", "rpb_entries")
+    descriptors = {}
+    for name, x in zip(names, copied, strict=True):
+        descriptors[f"{name}_grid"] = _descriptor(x, prefix, grid, box)
+        descriptors[f"{name}_runs"] = _descriptor(x, 0, (x.shape[1],), (run.columns,))
+    return {
+        **descriptors,
+        **{name: value for name, value in lists.items() if name not in unused},
+        "key_mask": rows if work.key_mask is None else work.key_mask,
+        "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
+        "HEAD_DIM": rows.shape[3], "ROWS": run.rows, "COLUMNS": run.columns,
+        "BOX": (1,) * (3 - len(box)) + box,
+        "FOLDED": folded(copied[0]),
+        "STAGES": work.configs[direction].stages,
+        "PARTIAL": run.partial, "DENSE": run.has_dense, "KEY_MASK": work.key_mask is not None,
     }  # fmt: skip

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from visattn.kernels.triton import parts
 
+LN2 = gl.constexpr(0.6931471805599453)
 # Rows of one group of four warps, and groups.
 GROUP_ROWS = gl.constexpr(64)
 GROUPS = gl.constexpr(2)
