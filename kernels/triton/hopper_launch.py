@@ -93,7 +93,6 @@ def _addressable(x: torch.Tensor) -> bool:
 
 def _descriptor(x: torch.Tensor, first: int, grid: tuple[int, ...], box: tuple[int, ...]) -> Any:
     """Descriptor of tokens from `first`, cut as a grid of up to three axes: [outer, t, y, x, channels]."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     batch, _, heads, head_dim = x.shape
@@ -108,8 +107,15 @@ def _descriptor(x: torch.Tensor, first: int, grid: tuple[int, ...], box: tuple[i
     outer_stride = outer_stride if outer > 1 else PIECE
     steps = [outer_stride, token * sides[1] * sides[2], token * sides[2], token, 1]
     tile = [1, *(1,) * (3 - len(box)), *box, PIECE]
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
-    return TensorDescriptor(x[:, first:], [outer, *sides, channels], steps, tile, layout)
+    return TensorDescriptor(x[:, first:], [outer, *sides, channels], steps, tile, _box_layout())
+
+
+@lru_cache(maxsize=1)
+def _box_layout() -> Any:
+    """How a copied box lies in shared memory."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
 
 
 def launch_key_gradients(

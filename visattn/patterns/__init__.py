@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from visattn.layout import Layout
@@ -69,6 +71,12 @@ def parse(text: str | Pattern) -> Pattern:
         return text
     if not isinstance(text, str):
         raise ValueError(f"pattern {text!r} is a {type(text).__name__}: pass a Pattern or a text like 'na(window=7x7)'")
+    return _parsed(text)
+
+
+# Calls with a text name the same few patterns, once per layer and step.
+@lru_cache(maxsize=512)
+def _parsed(text: str) -> Pattern:
     return parse_pattern(text, {kind.name: kind for kind in PATTERNS})
 
 
