@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,12 +56,16 @@ CASES: dict[str, tuple[str, Layout]] = {
 FLASH_TOKENS = 2**16
 # Backwards are timed again and again on one graph, which compiled ones must be told.
 functorch_config.donated_buffer = False
+# Times that each contender comes up.
+TURNS = 3
+# An attention function of q, k and v, and these.
+Contender = tuple[Callable[..., torch.Tensor], list[torch.Tensor]]
 # What is compared in a quick run.
 MAIN = ("flux-s1", "flux-s16", "hunyuan-s1", "hunyuan-s16", "clear16-256", "radial-wan", "dense-16k")
 
 
 def median_ms(run: Callable[[], Any], budget: float = 0.6) -> float:
-    """Median of CUDA-event times in milliseconds, over about `budget` seconds."""
+    """Median of CUDA-event times in milliseconds, over about `budget` seconds of calls that wait in a queue."""
     run()
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -69,24 +74,34 @@ def median_ms(run: Callable[[], Any], budget: float = 0.6) -> float:
     once = time.perf_counter() - begin
     times = []
     for _ in range(max(2, min(30, int(budget / once)))):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        times.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        times[-1][0].record()
         run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+        times[-1][1].record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in times)
 
 
-def forward_and_backward(make: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> dict[str, float]:
-    """Milliseconds of the forward without gradients, and of the backward alone."""
+def in_turns(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Medians of several contenders that take turns: a GPU at its power limit slows down for whoever comes next."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(TURNS):
+        for name, run in runs.items():
+            times[name].append(median_ms(run, 0.6 / TURNS))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def forward_and_backward(contenders: dict[str, Contender]) -> dict[str, dict[str, float]]:
+    """Milliseconds of each contender's forward without gradients, and of its backward alone."""
     with torch.no_grad():
-        forward = median_ms(lambda: make(*inputs))
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    out = make(*leaves)
-    grad = torch.randn_like(out)
-    backward = median_ms(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
-    return {"forward_ms": forward, "backward_ms": backward}
+        forward = in_turns({name: partial(make, *inputs) for name, (make, inputs) in contenders.items()})
+    backwards = {}
+    for name, (make, inputs) in contenders.items():
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = make(*leaves)
+        backwards[name] = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
+    backward = in_turns(backwards)
+    return {name: {"forward_ms": forward[name], "backward_ms": backward[name]} for name in contenders}
 
 
 def rates() -> dict[str, float]:
@@ -98,23 +113,26 @@ def rates() -> dict[str, float]:
     return {"matmul_tflops": product, "copy_tbs": 8 * 2**30 / median_ms(lambda: target.copy_(source)) / 1e9}
 
 
-def dense_peers(inputs: list[torch.Tensor], only: list[str]) -> dict[str, Any]:
-    """Time cuDNN and flash SDPA on contiguous [B, H, S, D]."""
-    heads_first = [t.transpose(1, 2).contiguous() for t in inputs]
-    found: dict[str, Any] = {}
-    for name, kind in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-        if name not in only or (name == "flash" and inputs[0].shape[1] > FLASH_TOKENS):
-            continue
-        try:
-            with sdpa_kernel(kind):
-                found[name] = forward_and_backward(scaled_dot_product_attention, heads_first)
-        except Exception as error:
-            found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
-    return found
+def dense_by(kind: SDPBackend, inputs: list[torch.Tensor]) -> Contender:
+    """SDPA of one kind on contiguous [B, H, S, D]."""
+
+    def make(*heads_first: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(kind):
+            return scaled_dot_product_attention(*heads_first)
+
+    return make, [t.transpose(1, 2).contiguous() for t in inputs]
 
 
-def case_of(name: str, dense: dict[int, dict[str, Any]], peers: list[str], top: dict[str, float]) -> dict[str, Any]:
-    """Check and time one case."""
+def peer(name: str, contender: Contender) -> dict[str, Any]:
+    """Times of a peer alone, or why it does not run."""
+    try:
+        return forward_and_backward({name: contender})
+    except Exception as error:
+        return {name: {"error": f"{type(error).__name__}: {error}"[:300]}}
+
+
+def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: dict[str, float]) -> dict[str, Any]:
+    """Check and time one case, in turns with cuDNN; `flash` keeps what does not depend on the pattern."""
     pattern, layout = CASES[name]
     made = torch.Generator("cuda").manual_seed(0)
     shape = (1, layout.length, HEADS, DIM)
@@ -136,7 +154,10 @@ def case_of(name: str, dense: dict[int, dict[str, Any]], peers: list[str], top: 
         k, v, _ = parsed.append_keys(inputs[1], inputs[2], None, layout, None)
         result["error"] = sampled_error(inputs[0], k, v, ours(*inputs), pattern, layout)
         assert result["error"] < 1e-2, f"{name} is off by {result['error']}"
-    result["triton"] = forward_and_backward(ours, inputs)
+    contenders = {"triton": (ours, inputs)}
+    if "cudnn" in peers:
+        contenders["cudnn"] = dense_by(SDPBackend.CUDNN_ATTENTION, inputs)
+    result |= forward_and_backward(contenders)
     flops = 4 * DIM * HEADS * layout.length**2
     result["tflops_visited"] = flops / tiles.tile_bound / result["triton"]["forward_ms"] / 1e9
     result["floor_ms"] = {
@@ -144,14 +165,12 @@ def case_of(name: str, dense: dict[int, dict[str, Any]], peers: list[str], top: 
         "bytes": 4 * inputs[0].numel() * 2 / top["copy_tbs"] / 1e9,
     }
     if "flex" in peers and name in MAIN:
-        try:
-            flex = lambda q, k, v: attention(q, k, v, pattern, layout, backend="flex")  # noqa: E731
-            result["flex"] = forward_and_backward(flex, inputs)
-        except Exception as error:
-            result["flex"] = {"error": f"{type(error).__name__}: {error}"[:300]}
-    if layout.length not in dense:
-        dense[layout.length] = dense_peers(inputs, peers)
-    return result | dense[layout.length]
+        result |= peer("flex", (lambda q, k, v: attention(q, k, v, pattern, layout, backend="flex"), inputs))
+    if "flash" in peers and layout.length <= FLASH_TOKENS:
+        if layout.length not in flash:
+            flash[layout.length] = peer("flash", dense_by(SDPBackend.FLASH_ATTENTION, inputs))
+        result |= flash[layout.length]
+    return result
 
 
 def once(name: str, peers: list[str]) -> None:
@@ -203,11 +222,11 @@ def main() -> int:
         compile_first(chosen.jobs)
     report: dict[str, Any] = {"versions": versions(), "ceilings": rates(), "heads": HEADS, "dim": DIM, "cases": {}}
     print(report["versions"], report["ceilings"], flush=True)
-    dense: dict[int, dict[str, Any]] = {}
+    flash: dict[int, dict[str, Any]] = {}
     for name in names:
         begin = time.perf_counter()
         try:
-            report["cases"][name] = case_of(name, dense, chosen.peers, report["ceilings"])
+            report["cases"][name] = case_of(name, flash, chosen.peers, report["ceilings"])
         except Exception as error:
             report["cases"][name] = {"failed": f"{type(error).__name__}: {error}"[:600]}
         report["cases"][name]["wall_s"] = time.perf_counter() - begin

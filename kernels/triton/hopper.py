@@ -4,6 +4,9 @@ The work of `forward.attend`, in Gluon (Triton's lower level), with the schedule
 2024, sections 3.1 and 3.2): one warp copies column tiles into a ring of shared memory, and two groups of four warps
 each hold half of the row tile. A group starts the scores of the next column tile, then adds the current one to its
 output, so that the tensor cores work while it computes the softmax of the scores that are ready.
+
+A program stays on its multiprocessor and takes one row tile (a job) after the other. Their steps are one loop: the
+scores of a job's first step run while the last step of the job before is added to its output.
 """
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing. Conditions known to the
@@ -25,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from visattn.kernels.triton.hopper_copy import produce
 from visattn.kernels.triton.hopper_fill import put_masks
+from visattn.kernels.triton.hopper_jobs import FIELDS, JOBS, deal, finish_job, next_job
 from visattn.kernels.triton.hopper_parts import (
     GROUP_ROWS,
     GROUPS,
@@ -33,7 +37,6 @@ from visattn.kernels.triton.hopper_parts import (
     following,
     hide_masked,
     mask_words,
-    place,
     product_layout,
     row_layout,
 )
@@ -51,13 +54,23 @@ def _softmax(scores, top, total, scale):
 
 
 @gluon.jit
-def _hide_behind(scores, i, runs, layout: gl.constexpr):
-    """Scores with -inf behind the end of the i-th run of dense tokens."""
-    prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
-    columns: gl.constexpr = scores.shape[1]
-    first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, columns)
-    column = gl.arange(0, columns, gl.SliceLayout(0, layout))
-    return gl.where((first + column < end)[None, :], scores, float("-inf"))
+def _hide(scores, words, masked, step, listed, runs, layout: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr):
+    """Scores of one step with -inf where a mask says so, or behind the end of a run of dense tokens.
+
+    Steps from `listed` on are runs.
+    """
+    if PARTIAL:
+        if masked:
+            scores = hide_masked(scores, words, layout)
+    if DENSE:
+        prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
+        columns: gl.constexpr = scores.shape[1]
+        run = step - listed
+        first, end = dense_run(run, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, columns)
+        if (run >= 0) & (first + columns > end):
+            column = gl.arange(0, columns, gl.SliceLayout(0, layout))
+            scores = gl.where((first + column < end)[None, :], scores, float("-inf"))
+    return scores
 
 
 @gluon.jit
@@ -75,151 +88,153 @@ def _start_scores(mine, shared, slot, SIZES: gl.constexpr, s_layout: gl.constexp
 
 @gluon.jit
 def _step(
-    i, mine, shared, lists, scale, runs, first_row, state, at, more,
-    KIND: gl.constexpr, SIZES: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
+    step, steps, mine, shared, lists, where, scale, runs, state, at,
+    first_row: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
+    s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of one column tile, while the tile before it is added to the output.
+    """Scores and softmax of one step, while the step before is added to its output, which may be another job's.
 
-    `i` is the list entry of the tile, or the number of the run; `state` the output without the tile before this one,
-    that tile's weights, and top and total of each row; `at` slot and phase of this tile's keys, which are there, and of
-    the values of the tile before; `more` whether a tile follows. KIND: 0 for a tile without mask, 1 with one, 2 for a
-    run of dense tokens.
+    `state` is the output without the step before this one, that step's weights, and top and total of each row; `at`
+    slot and phase of this step's keys, which are there, and of the values of the step before, whose turn it is,
+    whether there was a step before, and whether its job had one before it.
     """
     _, keys, values, k_ready, k_free, v_ready, v_free, turns, _ = shared
-    acc, p, top, total = state
-    k_slot, k_phase, v_slot, v_phase, turn = at
-    group: gl.constexpr = first_row // GROUP_ROWS
+    acc, weights, top, total = state
+    k_slot, k_phase, v_slot, v_phase, turn, any_before, adds = at
+    start, split, stop = where
+    TILES: gl.constexpr = SIZES[3]
     STAGES: gl.constexpr = SIZES[4]
     TURNS: gl.constexpr = SIZES[5]
-    o_layout: gl.constexpr = p_layout.parent
-    if KIND == 1:
+    group: gl.constexpr = first_row // GROUP_ROWS
+    i = start + step * TILES
+    masked = (i >= split) & (i < stop)
+    words = ()
+    if PARTIAL:
         # Their loads are done by the time that the scores are.
-        words = mask_words(lists[1], lists[2], i, first_row, s_layout, SIZES)
+        words = mask_words(lists[0], lists[1], i, first_row, masked, s_layout, SIZES)
     if TURNS:
         mbarrier.wait(turns.index(group), turn)
     scores = _start_scores(mine, shared, k_slot, SIZES, s_layout)
-    mbarrier.wait(v_ready.index(v_slot), v_phase)
-    acc = warpgroup_mma(p, values.index(v_slot), acc, is_async=True)
+    mbarrier.wait(v_ready.index(v_slot), v_phase, pred=any_before)
+    acc = warpgroup_mma(weights, values.index(v_slot), acc, use_acc=adds, is_async=True)
     if TURNS:
         mbarrier.arrive(turns.index(1 - group), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_free.index(k_slot), count=1)
-    if KIND == 1:
-        scores = hide_masked(scores, words, s_layout)
-    if KIND == 2:
-        scores = _hide_behind(scores, i, runs, s_layout)
-    weights, top, total, alpha = _softmax(scores, top, total, scale)
-    weights = gl.convert_layout(weights.to(keys.dtype), p_layout)
+    scores = _hide(scores, words, masked, step, (stop - start) // TILES, runs, s_layout, PARTIAL, DENSE)
+    fresh, top, total, alpha = _softmax(scores, top, total, scale)
+    fresh = gl.convert_layout(fresh.to(keys.dtype), p_layout)
     # Waiting here for the next keys keeps the assembler from moving the softmax behind the wait for the product.
     k_slot, k_phase = following(k_slot, k_phase, STAGES)
-    mbarrier.wait(k_ready.index(k_slot), k_phase, pred=more)
-    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-    mbarrier.arrive(v_free.index(v_slot), count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
-    v_slot, v_phase = following(v_slot, v_phase, STAGES)
-    return (acc, weights, top, total), (k_slot, k_phase, v_slot, v_phase, turn ^ 1)
+    mbarrier.wait(k_ready.index(k_slot), k_phase, pred=step + 1 < steps)
+    acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+    mbarrier.arrive(v_free.index(v_slot), count=1, pred=any_before)
+    next_slot, next_phase = following(v_slot, v_phase, STAGES)
+    v_slot, v_phase = gl.where(any_before, next_slot, v_slot), gl.where(any_before, next_phase, v_phase)
+    return (acc, fresh, top, total), alpha, (k_slot, k_phase, v_slot, v_phase, turn ^ 1, step >= 0, step > 0)
+
+
+@gluon.jit
+def _write(acc, top, total, mine, tokens, out, lse, pair, sizes, LSE: gl.constexpr, s_layout: gl.constexpr):
+    """Store the results of a group's rows, through their queries' memory to a layout whose stores are whole lines."""
+    heads, length, scale = sizes
+    o_layout: gl.constexpr = acc.type.layout
+    HEAD_DIM: gl.constexpr = acc.shape[1]
+    io: gl.constexpr = row_layout(HEAD_DIM)
+    divisor = gl.convert_layout(gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, o_layout))
+    mine.store((acc / divisor[:, None]).to(mine.dtype))
+    token = tokens.load(gl.SliceLayout(1, io))
+    sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
+    out_row = ((sample * length + token) * heads + head) * HEAD_DIM
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, io))
+    gl.store(out + out_row[:, None] + d[None, :], mine.load(io), mask=(token >= 0)[:, None])
+    if LSE:
+        row_token = tokens.load(gl.SliceLayout(1, s_layout))
+        # total = 0 gives log2 -inf, as it should be.
+        peak = gl.where(total == 0.0, 0.0, top * scale)
+        to = lse + pair.to(gl.int64) * length + row_token
+        gl.store(to, (peak + gl.log2(total)) * LN2, mask=row_token >= 0)
 
 
 @gluon.jit
 def _consume(
-    q, out, lse, shared, lists, where, sizes, runs,
-    GROUP: gl.constexpr, SIZES: gl.constexpr, UNIT: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
-    LSE: gl.constexpr,
+    out, lse, shared, jobs, lists, sizes, runs,
+    GROUP: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
-    """One group of four warps: its 64 rows against every column tile, and their results."""
-    queries, keys, values, k_ready, k_free, v_ready, _, _, _ = shared
-    row, start, split, stop, dense = where
-    q_token, out_token, scale = sizes
-    HEAD_DIM: gl.constexpr = SIZES[0]
-    ROWS: gl.constexpr = SIZES[1]
-    COLUMNS: gl.constexpr = SIZES[2]
-    TILES: gl.constexpr = SIZES[3]
-    STAGES: gl.constexpr = SIZES[4]
-    s_layout: gl.constexpr = product_layout(COLUMNS)
-    o_layout: gl.constexpr = product_layout(HEAD_DIM)
+    """One group of four warps: its 64 rows of each tile that the program takes, and their results.
+
+    A job's last step is added to its output, and the results are written, in the first step of the job after; behind
+    the last job there is one step more, whose scores are nobody's.
+    """
+    _, keys, _, k_ready, _, _, _, _, _ = shared
+    s_layout: gl.constexpr = product_layout(SIZES[2])
+    o_layout: gl.constexpr = product_layout(SIZES[0])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    io: gl.constexpr = row_layout(HEAD_DIM)
-    first_row: gl.constexpr = GROUP * GROUP_ROWS
-    dtype: gl.constexpr = keys.dtype
+    of_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, of_row)
+    total = gl.zeros([GROUP_ROWS], gl.float32, of_row)
+    acc = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
+    weights = gl.zeros([GROUP_ROWS, SIZES[2]], keys.dtype, p_layout)
+    number = 0
+    done_pair = -1
+    going = True
+    at = (0, 0, 0, 0, 0, False, False)
+    while going:
+        row, pair, start, split, stop, dense = next_job(jobs, number, 4)
+        going = row >= 0
+        mbarrier.wait(k_ready.index(at[0]), at[1], pred=going)
+        steps = gl.where(going, (stop - start) // SIZES[3] + dense, 1)
+        done_top = top
+        done_total = total
+        top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, of_row)
+        total = gl.zeros([GROUP_ROWS], gl.float32, of_row)
+        mine = jobs[2].index((number % JOBS) * GROUPS + GROUP)
+        for step in range(0, steps):
+            state = (acc, weights, top, total)
+            state, alpha, at = _step(
+                step, steps, mine, shared, lists, (start, split, stop), sizes[2], runs, state, at,
+                GROUP * GROUP_ROWS, SIZES, PARTIAL, DENSE, s_layout, p_layout,
+            )  # fmt: skip
+            acc, weights, top, total = state
+            if (step == 0) & (done_pair >= 0):
+                slot = ((number - 1) % JOBS) * GROUPS + GROUP
+                _write(acc, done_top, done_total, jobs[2].index(slot), jobs[1].index(slot), out, lse, done_pair,
+                       sizes, LSE, s_layout)  # fmt: skip
+                finish_job(jobs, number - 1)
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+        number += 1
+        done_pair = pair
 
-    slots = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, io))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, io))
-    token = gl.load(lists[0] + row * ROWS + slots)
-    q_rows = q + token.to(gl.int64)[:, None] * (q_token * UNIT) + d[None, :]
-    query = gl.load(q_rows, mask=(token >= 0)[:, None], other=0.0)
-    mine = queries.index(GROUP)
-    mine.store(query)
-    fence_async_shared()
 
-    top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    total = gl.zeros([GROUP_ROWS], gl.float32, gl.SliceLayout(1, s_layout))
-    acc = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, o_layout)
-    if stop - start + dense > 0:
-        # The first tile, of whatever kind.
-        mbarrier.wait(k_ready.index(0), 0)
-        scores = _start_scores(mine, shared, 0, SIZES, s_layout)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(k_free.index(0), count=1)
-        if PARTIAL:
-            if (start == split) & (split < stop):
-                words = mask_words(lists[1], lists[2], split, first_row, s_layout, SIZES)
-                scores = hide_masked(scores, words, s_layout)
-        if DENSE:
-            if start == stop:
-                scores = _hide_behind(scores, 0, runs, s_layout)
-        p, top, total, _alpha = _softmax(scores, top, total, scale)
-        p = gl.convert_layout(p.to(dtype), p_layout)
-        state = (acc, p, top, total)
-        steps = (stop - start) // TILES + dense
-        k_slot, k_phase = following(0, 0, STAGES)
-        mbarrier.wait(k_ready.index(k_slot), k_phase, pred=steps > 1)
-        at = (k_slot, k_phase, 0, 0, 0)
-        # What comes next in each list.
-        second_full = gl.where(start < split, start + TILES, split)
-        second_partial = gl.where((start == split) & (split < stop), split + TILES, split)
-        second_run = gl.where(start == stop, 1, 0)
-        last = split - TILES
-        for i in range(second_full, split, TILES):
-            more = (i < last) | (split < stop) | (dense > 0)
-            state, at = _step(
-                i, mine, shared, lists, scale, runs, first_row, state, at, more, 0, SIZES, s_layout, p_layout
-            )
-        if PARTIAL:
-            last = stop - TILES
-            for i in range(second_partial, stop, TILES):
-                more = (i < last) | (dense > 0)
-                state, at = _step(
-                    i, mine, shared, lists, scale, runs, first_row, state, at, more, 1, SIZES, s_layout, p_layout
-                )
-        if DENSE:
-            last = dense - 1
-            for i in range(second_run, dense):
-                state, at = _step(
-                    i, mine, shared, lists, scale, runs, first_row, state, at, i < last, 2, SIZES, s_layout, p_layout
-                )
-        acc, p, top, total = state
-        mbarrier.wait(v_ready.index(at[2]), at[3])
-        acc = warpgroup_mma(p, values.index(at[2]), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-
-    # Through the queries' memory to a layout whose stores are whole lines.
-    divisor = gl.convert_layout(gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, o_layout))
-    mine.store((acc / divisor[:, None]).to(dtype))
-    result = mine.load(io)
-    # Loaded again (volatile: not merged with the first load) to hold fewer registers in the loops.
-    token = gl.load(lists[0] + row * ROWS + slots, volatile=True)
-    gl.store(out + token.to(gl.int64)[:, None] * out_token + d[None, :], result, mask=(token >= 0)[:, None])
-    if LSE:
-        row_slots = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, s_layout))
-        row_token = gl.load(lists[0] + row * ROWS + row_slots)
-        # total = 0 gives log2 -inf, as it should be.
-        peak = gl.where(total == 0.0, 0.0, top * scale)
-        gl.store(lse + row_token, (peak + gl.log2(total)) * LN2, mask=row_token >= 0)
+@gluon.jit
+def _copy_columns(
+    k_grid, v_grid, k_runs, v_runs, copied, bases, jobs, heads, group, sides, runs,
+    BOX: gl.constexpr, FOLDED: gl.constexpr, SIZES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: keys and values of each tile that the program takes."""
+    HEAD_DIM: gl.constexpr = SIZES[0]
+    slot = 0
+    phase = 1
+    number = 0
+    row, pair, start, split, stop, dense = next_job(jobs, number, 1)
+    while row >= 0:
+        finish_job(jobs, number)
+        sample, kv_head = pair // heads, pair % heads // group
+        if FOLDED:
+            outer, column = sample, kv_head * HEAD_DIM
+        else:
+            outer, column = sample * (heads // group) + kv_head, kv_head * 0
+        slot, phase = produce(
+            k_grid, v_grid, k_runs, v_runs, copied, bases, (row, start, split, stop, dense),
+            (outer, column, sides[0], sides[1]), runs, slot, phase, BOX, SIZES[2], SIZES[3], HEAD_DIM, SIZES[4],
+        )  # fmt: skip
+        number += 1
+        row, pair, start, split, stop, dense = next_job(jobs, number, 1)
 
 
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])
 def attend(
-    k_grid, v_grid, k_runs, v_runs, q, out, lse, key_mask,
+    k_grid, v_grid, k_runs, v_runs, q, out, lse, key_mask, taken,
     tokens, bounds, bases, mask_ids, offsets, masks,
     q_batch, q_token, q_head, bounds_batch, list_batch,
     scale, heads, group, length, key_length,
@@ -228,36 +243,21 @@ def attend(
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, LSE: gl.constexpr,
     PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Attention of one query tile of 128 tokens; see `forward.attend` for what the arguments share with it.
+    """Attention of query tiles of 128 tokens; see `forward.attend` for what the arguments share with it.
 
     Args (besides those of `forward.attend`):
         k_grid: Descriptor of the grid's keys as [outer, t, y, x, channels]; `v_grid` of its values.
         k_runs: Descriptor of all keys as [outer, 1, 1, tokens, channels]; `v_runs` of all values.
+        taken: Query tiles that programs have taken behind their first ones: int32 [1], 0 at the start.
         side_y: Length of the grid's second last axis.
         side_x: Length of its last axis.
         BOX: Tokens of a column tile per axis (t, y, x).
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
         TURNS: Whether the two groups of warps take turns in starting their products.
     """
-    row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
-    sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
-    kv_head = head // group
-    bound = bounds + sample * bounds_batch + row * 4
-    start, split, stop, dense = gl.load(bound), gl.load(bound + 1), gl.load(bound + 2), gl.load(bound + 3)
-    bases += sample * list_batch
-    mask_ids += sample * list_batch
-    if FOLDED:
-        outer, column = sample, kv_head * HEAD_DIM
-    else:
-        outer, column = sample * (heads // group) + kv_head, kv_head * 0
-    q += (sample * q_batch + head * q_head) * UNIT
-    key_mask += sample * key_length
-    out += (sample * length * heads + head) * HEAD_DIM
-    lse += pair.to(gl.int64) * length
-
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = q.dtype.element_ty
-    queries = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, HEAD_DIM], layout)
+    queries = gl.allocate_shared_memory(dtype, [JOBS * GROUPS, GROUP_ROWS, HEAD_DIM], layout)
     keys = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
     values = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -270,9 +270,17 @@ def attend(
         turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(GROUPS):
             mbarrier.init(turns.index(i), count=1)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    row_tokens = gl.allocate_shared_memory(gl.int32, [JOBS * GROUPS, GROUP_ROWS], plain)
+    fields = gl.allocate_shared_memory(gl.int32, [JOBS, FIELDS], plain)
+    job_ready = gl.allocate_shared_memory(gl.int64, [JOBS, 1], mbarrier.MBarrierLayout())
+    job_free = gl.allocate_shared_memory(gl.int64, [JOBS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(JOBS):
+        mbarrier.init(job_ready.index(i), count=1)
+        # Both groups, the copying warp, and the one for the mask.
+        mbarrier.init(job_free.index(i), count=GROUPS + 2 if KEY_MASK else GROUPS + 1)
     visible = keys
     if KEY_MASK:
-        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         visible = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
     for i in gl.static_range(STAGES):
         # Keys, and what their scores begin with.
@@ -287,21 +295,20 @@ def attend(
     SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS, KEY_MASK)
     shared = (queries, keys, values, k_ready, k_free, v_ready, v_free, turns, visible)
     copied = (queries, keys, values, k_ready, k_free, v_ready, v_free, turns)
-    where = (row, start, split, stop, dense)
     runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)
-    lists = (tokens, masks, mask_ids)
-    sizes = (q_token, heads * HEAD_DIM, scale)
+    jobs = (fields, row_tokens, queries, job_ready, job_free)
+    lists = (masks, mask_ids)
+    sizes = (heads, length, scale)
     gl.warp_specialize(
         [
-            (_consume, (q, out, lse, shared, lists, where, sizes, runs,
-                        gl.constexpr(0), SIZES, UNIT, PARTIAL, DENSE, LSE)),
-            (_consume, (q, out, lse, shared, lists, where, sizes, runs,
-                        gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE, LSE)),
-            (produce, (k_grid, v_grid, k_runs, v_runs, copied, bases, where,
-                       (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs,
-                       BOX, COLUMNS, TILES, HEAD_DIM, STAGES)),
-            (put_masks, (key_mask, bases, offsets, shared, where, runs, key_length, SIZES)),
+            (_consume, (out, lse, shared, jobs, lists, sizes, runs, gl.constexpr(0), SIZES, PARTIAL, DENSE, LSE)),
+            (_consume, (out, lse, shared, jobs, lists, sizes, runs, gl.constexpr(1), SIZES, PARTIAL, DENSE, LSE)),
+            (_copy_columns, (k_grid, v_grid, k_runs, v_runs, copied, bases, jobs, heads, group, (side_y, side_x), runs,
+                             BOX, FOLDED, SIZES)),
+            (deal, (q, tokens, bounds, taken, jobs, (q_batch, q_token, q_head), heads, dense_rows, grid_rows, pairs,
+                    SIZES, UNIT)),
+            (put_masks, (key_mask, bases, offsets, shared, jobs, runs, heads, key_length, SIZES)),
         ],
-        [4, 1, 1],
-        [240, 24, 24],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
     )  # fmt: skip

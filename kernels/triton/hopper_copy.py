@@ -11,21 +11,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from visattn.kernels.triton.hopper_parts import dense_run, following
+from visattn.kernels.triton.hopper_parts import dense_run, following, view
 
-# Older releases of Triton (3.6 the copy, up to 3.8 the view) know these under other names.
-RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+# Triton 3.6 knows it under another name.
 _copy = getattr(tma, "async_load", tma.async_copy_global_to_shared)
-
-
-@gluon.jit
-def _view(ring, shape: gl.constexpr):
-    """The memory of a ring as boxes of tokens, 64 channels each."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=5)
-    if RENAMED:
-        return ring.reinterpret(ring.dtype, shape, layout)
-    else:
-        return ring._reinterpret(ring.dtype, shape, layout)
 
 
 @gluon.jit
@@ -48,7 +37,7 @@ def _fetch_tiles(
     A slot has its pieces of 64 channels one behind the other, each with its tiles one behind the other.
     """
     shape: gl.constexpr = [STAGES * PIECES * TILES, 1, BOX[0], BOX[1], BOX[2], 64]
-    boxes = _view(ring, shape)
+    boxes = view(ring, shape, gl.NVMMASharedLayout(128, 16, rank=5))
     mbarrier.wait(free.index(slot), phase)
     mbarrier.expect(ready.index(slot), TILES * BOX[0] * BOX[1] * BOX[2] * PIECES * 128)
     _fetch(source, boxes, ready.index(slot), slot * PIECES * TILES, token, place, PIECES, TILES)
@@ -63,7 +52,7 @@ def _fetch_run(
 ):  # fmt: skip
     """Fill a slot of a ring with the tokens from `first`, once it is free."""
     shape: gl.constexpr = [STAGES * PIECES, 1, 1, 1, COLUMNS, 64]
-    boxes = _view(ring, shape)
+    boxes = view(ring, shape, gl.NVMMASharedLayout(128, 16, rank=5))
     mbarrier.wait(free.index(slot), phase)
     mbarrier.expect(ready.index(slot), COLUMNS * PIECES * 128)
     for piece in gl.static_range(0, PIECES):
@@ -73,16 +62,18 @@ def _fetch_run(
 
 @gluon.jit
 def produce(
-    k_grid, v_grid, k_runs, v_runs, shared, bases, where, place, runs,
+    k_grid, v_grid, k_runs, v_runs, shared, bases, where, place, runs, slot, phase,
     BOX: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: keys and values of the listed column tiles, then of the runs of dense tokens."""
+    """Copy keys and values of the listed column tiles, then of the runs of dense tokens, from a slot of the rings on.
+
+    Returns:
+        The slot after the last one that was filled, and its phase.
+    """
     _, keys, values, k_ready, k_free, v_ready, v_free, _ = shared
     _, start, _, stop, dense = where
     prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
     PIECES: gl.constexpr = HEAD_DIM // 64
-    slot = 0
-    phase = 1
     # Indices are read a step ahead, while the warp waits for a free slot anyway.
     has_any = start < stop
     token = gl.load(bases + start, mask=has_any, other=0) - prefix
@@ -101,3 +92,4 @@ def produce(
         _fetch_run(k_runs, keys, k_ready, k_free, slot, phase, first, place, COLUMNS, PIECES, STAGES)
         _fetch_run(v_runs, values, v_ready, v_free, slot, phase, first, place, COLUMNS, PIECES, STAGES)
         slot, phase = following(slot, phase, STAGES)
+    return slot, phase

@@ -16,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from visattn.kernels.triton.hopper_jobs import finish_job, next_job
 from visattn.kernels.triton.hopper_parts import dense_run, following
 
 
@@ -29,18 +30,27 @@ def _put_mask(key_mask, token, inside, visible, ready, free, slot, phase):
 
 
 @gluon.jit
-def put_masks(key_mask, bases, offsets, shared, where, runs, key_length, SIZES: gl.constexpr):
+def put_masks(key_mask, bases, offsets, shared, jobs, runs, heads, key_length, SIZES: gl.constexpr):
     """The warp for the key mask, idle without one."""
     KEY_MASK: gl.constexpr = SIZES[6]
     if KEY_MASK:
-        _put_tile_masks(key_mask, bases, offsets, shared, where, runs, key_length, SIZES)
+        number = 0
+        slot = 0
+        phase = 1
+        where = next_job(jobs, number, 1)
+        while where[0] >= 0:
+            finish_job(jobs, number)
+            own = key_mask + (where[1] // heads).to(gl.int64) * key_length
+            slot, phase = _put_tile_masks(own, bases, offsets, shared, where, runs, key_length, slot, phase, SIZES)
+            number += 1
+            where = next_job(jobs, number, 1)
 
 
 @gluon.jit
-def _put_tile_masks(key_mask, bases, offsets, shared, where, runs, key_length, SIZES: gl.constexpr):
-    """The mask of the listed column tiles, then of the runs of dense tokens."""
+def _put_tile_masks(key_mask, bases, offsets, shared, where, runs, key_length, slot, phase, SIZES: gl.constexpr):
+    """The mask of the listed column tiles, then of the runs of dense tokens; the slot and phase that follow."""
     _, _, _, k_ready, k_free, _, _, _, visible = shared
-    _, start, _, stop, dense = where
+    _, _, start, _, stop, dense = where
     prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
     COLUMNS: gl.constexpr = SIZES[2]
     TILES: gl.constexpr = SIZES[3]
@@ -48,8 +58,6 @@ def _put_tile_masks(key_mask, bases, offsets, shared, where, runs, key_length, S
     layout: gl.constexpr = gl.BlockedLayout([COLUMNS // 32], [32], [1], [0])
     slots = gl.arange(0, COLUMNS, layout)
     offset = gl.load(offsets + slots % (COLUMNS // TILES))
-    slot = 0
-    phase = 1
     for i in range(start, stop, TILES):
         token = gl.load(bases + i + slots // (COLUMNS // TILES)) + offset
         _put_mask(key_mask, token, token < key_length, visible, k_ready, k_free, slot, phase)
@@ -58,6 +66,7 @@ def _put_tile_masks(key_mask, bases, offsets, shared, where, runs, key_length, S
         first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
         _put_mask(key_mask, first + slots, first + slots < end, visible, k_ready, k_free, slot, phase)
         slot, phase = following(slot, phase, STAGES)
+    return slot, phase
 
 
 @gluon.jit

@@ -61,7 +61,7 @@ def _step(
     shape: gl.constexpr = [GROUP_ROWS, COLUMNS]
     first_row: gl.constexpr = GROUP * GROUP_ROWS
     if MASKED:
-        words = mask_words(lists[1], lists[2], i, first_row, s_layout, SIZES)
+        words = mask_words(lists[1], lists[2], i, first_row, True, s_layout, SIZES)
     mbarrier.wait(q_ready.index(slot), phase)
     begin = rings[0].index(slot).load(of_column)[None, :].broadcast_to(shape)
     scores = warpgroup_mma(keys.index(GROUP), queries.index(slot).permute((1, 0)), begin, is_async=True)
@@ -143,6 +143,18 @@ def _consume(
     gl.store(grad_v + out_row, own_v, mask=here)
 
 
+@gluon.jit
+def _copy_columns(
+    q_grid, grad_grid, q_runs, grad_runs, copied, bases, where, place, runs,
+    BOX: gl.constexpr, SIZES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: queries and the gradients of their outputs."""
+    slot = 0
+    phase = 1
+    produce(q_grid, grad_grid, q_runs, grad_runs, copied, bases, where, place, runs, slot, phase,
+            BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4])  # fmt: skip
+
+
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])
 def key_gradients(
     q_grid, grad_grid, q_runs, grad_runs, k, v, lse, delta, grad_k, grad_v, key_mask,
@@ -217,9 +229,8 @@ def key_gradients(
                         gl.constexpr(0), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK)),
             (_consume, (k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
                         gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK)),
-            (produce, (q_grid, grad_grid, q_runs, grad_runs, copied, bases, where,
-                       (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs,
-                       BOX, COLUMNS, 1, HEAD_DIM, STAGES)),
+            (_copy_columns, (q_grid, grad_grid, q_runs, grad_runs, copied, bases, where,
+                             (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs, BOX, SIZES)),
             (put_statistics, (lse, delta, bases, offsets, rings, where, runs, scale, length, COLUMNS, STAGES)),
         ],
         [4, 1, 1],

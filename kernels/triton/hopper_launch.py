@@ -7,6 +7,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from visattn.dispatch import Call
@@ -53,7 +54,9 @@ def hopper_config(
     # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
     boxes = columns.capacity == launch.tile and all(side & (side - 1) == 0 for side in columns.shape)
     fills = rows.capacity > launch.rows // 2
-    return launch if boxes and fills and all(step == 1 for step in columns.step) else None
+    # The forward's results are written when the row tile after begins its first step.
+    begins = len(np.unique(plan.lists.rows)) == plan.queries.tiles
+    return launch if boxes and fills and begins and all(step == 1 for step in columns.step) else None
 
 
 def faster_configs(
@@ -169,7 +172,8 @@ def launch(
 
     given = hopper_arguments(q, k, v, out, lse, work)
     kernel: Any = attend
-    kernel[programs(given)](**given, num_warps=4, **FUSION)
+    units = torch.cuda.get_device_properties(q.device).multi_processor_count
+    kernel[(min(units, programs(given)[0]),)](**given, num_warps=4, **FUSION)
 
 
 def hopper_arguments(
@@ -180,6 +184,7 @@ def hopper_arguments(
     return {
         **_common_arguments("forward", ("k", "v"), (k, v), q, work),
         "q": q, "out": out, "lse": q if lse is None else lse,
+        "taken": torch.zeros(1, dtype=torch.int32, device=q.device),
         "scale": work.scale * LOG2E,
         "key_length": k.shape[1],
         **strides("q", q, step), **head_arguments(q, k),

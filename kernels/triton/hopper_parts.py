@@ -1,7 +1,8 @@
 """Pieces that the Hopper kernels share: their two groups of warps, layouts of registers, visibility bits."""
 
-# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
-# ruff: noqa: ANN001, ANN201
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing. Tuples are joined by +, which
+# is what Triton knows.
+# ruff: noqa: ANN001, ANN201, RUF005
 
 # The language of Triton kernels is not quite Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
@@ -16,6 +17,8 @@ LN2 = gl.constexpr(0.6931471805599453)
 # Rows of one group of four warps, and groups.
 GROUP_ROWS = gl.constexpr(64)
 GROUPS = gl.constexpr(2)
+# Triton up to 3.8 knows the view of shared memory under another name.
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.constexpr_function
@@ -30,6 +33,15 @@ def row_layout(head_dim: int) -> gl.BlockedLayout:
     return gl.BlockedLayout([1, 8], [256 // int(head_dim), int(head_dim) // 8], [4, 1], [1, 0])
 
 
+@gluon.jit
+def view(ring, shape: gl.constexpr, layout: gl.constexpr):
+    """Shared memory with another shape and layout."""
+    if RENAMED:
+        return ring.reinterpret(ring.dtype, shape, layout)
+    else:
+        return ring._reinterpret(ring.dtype, shape, layout)
+
+
 place = gluon.jit(parts.place.fn)
 dense_run = gluon.jit(parts.dense_run.fn)
 
@@ -42,30 +54,33 @@ def following(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def mask_words(masks, mask_ids, i, first_row, layout: gl.constexpr, SIZES: gl.constexpr):
-    """Visibility bits of the column tiles from list entry i, in the word that holds them: [rows, columns]."""
+def mask_words(masks, mask_ids, i, first_row, masked, layout: gl.constexpr, SIZES: gl.constexpr):
+    """Visibility bits of the column tiles from list entry i, 32 columns a word: a [rows] for each word of the step.
+
+    Nothing is loaded if not `masked`.
+    """
     ROWS: gl.constexpr = SIZES[1]
-    COLUMNS: gl.constexpr = SIZES[2]
     TILES: gl.constexpr = SIZES[3]
-    WORDS: gl.constexpr = COLUMNS // TILES // 32
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    WORDS: gl.constexpr = SIZES[2] // TILES // 32
     rows = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
-    words = gl.zeros([GROUP_ROWS, COLUMNS], gl.int32, layout)
+    words = ()
     for tile in gl.static_range(0, TILES):
-        mask = gl.load(mask_ids + i + tile).to(gl.int64)
+        mask = gl.load(mask_ids + i + tile, mask=masked, other=0).to(gl.int64)
         for w in gl.static_range(0, WORDS):
-            word = gl.load(masks + (mask * ROWS + rows) * WORDS + w)
-            words = gl.where((column // 32 == tile * WORDS + w)[None, :], word[:, None], words)
+            words = words + (gl.load(masks + (mask * ROWS + rows) * WORDS + w, mask=masked, other=0),)
     return words
 
 
 @gluon.jit
 def hide_masked(scores, words, layout: gl.constexpr):
-    """Scores with -inf where their mask bit is not set.
+    """Scores with -inf where their bit in the words of `mask_words` is not set.
 
     Bits 1 and 2 of a column differ between the threads of a row, the others are known to the compiler: so split,
     each score takes one test of a constant bit.
     """
     column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout))
-    bits = (words >> (column & 6)[None, :]) & (1 << (column & 25))[None, :]
+    spread = gl.zeros([scores.shape[0], scores.shape[1]], gl.int32, layout)
+    for w in gl.static_range(0, scores.shape[1] // 32):
+        spread = gl.where((column // 32 == w)[None, :], words[w][:, None], spread)
+    bits = (spread >> (column & 6)[None, :]) & (1 << (column & 25))[None, :]
     return gl.where(bits != 0, scores, float("-inf"))

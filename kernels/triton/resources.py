@@ -33,9 +33,9 @@ from visattn.patterns import parse
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 128, 256)
-# Bytes that the Hopper kernels may spill: scalars that are written before all loops, and read between them or by the
-# warps that copy.
-HOPPER_SPILLS = 32
+# Bytes that the Hopper kernels may spill: numbers that are written before the loops, and read between them, in branches
+# that a row tile takes once, or by the warps that copy and deal.
+HOPPER_SPILLS = 192
 # Bytes of a work-group's local memory on CDNA 3 (AMD CDNA 3 white paper).
 AMD_MEMORY = 64 * 1024
 
