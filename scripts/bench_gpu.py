@@ -57,7 +57,7 @@ FLASH_TOKENS = 2**16
 # Backwards are timed again and again on one graph, which compiled ones must be told.
 functorch_config.donated_buffer = False
 # Times that each contender comes up.
-TURNS = 3
+TURNS = 5
 # An attention function of q, k and v, and these.
 Contender = tuple[Callable[..., torch.Tensor], list[torch.Tensor]]
 # What is compared in a quick run.
@@ -66,14 +66,13 @@ MAIN = ("flux-s1", "flux-s16", "hunyuan-s1", "hunyuan-s16", "clear16-256", "radi
 
 def median_ms(run: Callable[[], Any], budget: float = 0.6) -> float:
     """Median of CUDA-event times in milliseconds, over about `budget` seconds of calls that wait in a queue."""
-    run()
     torch.cuda.synchronize()
     begin = time.perf_counter()
     run()
     torch.cuda.synchronize()
     once = time.perf_counter() - begin
     times = []
-    for _ in range(max(2, min(30, int(budget / once)))):
+    for _ in range(max(1, min(30, int(budget / once)))):
         times.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
         times[-1][0].record()
         run()
@@ -91,7 +90,7 @@ def in_turns(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def forward_and_backward(contenders: dict[str, Contender]) -> dict[str, dict[str, float]]:
+def compared(contenders: dict[str, Contender]) -> dict[str, dict[str, float]]:
     """Milliseconds of each contender's forward without gradients, and of its backward alone."""
     with torch.no_grad():
         forward = in_turns({name: partial(make, *inputs) for name, (make, inputs) in contenders.items()})
@@ -102,6 +101,11 @@ def forward_and_backward(contenders: dict[str, Contender]) -> dict[str, dict[str
         backwards[name] = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
     backward = in_turns(backwards)
     return {name: {"forward_ms": forward[name], "backward_ms": backward[name]} for name in contenders}
+
+
+def forward_and_backward(make: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> dict[str, float]:
+    """The same of one alone."""
+    return compared({"alone": (make, inputs)})["alone"]
 
 
 def rates() -> dict[str, float]:
@@ -123,12 +127,12 @@ def dense_by(kind: SDPBackend, inputs: list[torch.Tensor]) -> Contender:
     return make, [t.transpose(1, 2).contiguous() for t in inputs]
 
 
-def peer(name: str, contender: Contender) -> dict[str, Any]:
+def alone(contender: Contender) -> dict[str, Any]:
     """Times of a peer alone, or why it does not run."""
     try:
-        return forward_and_backward({name: contender})
+        return forward_and_backward(*contender)
     except Exception as error:
-        return {name: {"error": f"{type(error).__name__}: {error}"[:300]}}
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
 def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: dict[str, float]) -> dict[str, Any]:
@@ -157,7 +161,7 @@ def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: 
     contenders = {"triton": (ours, inputs)}
     if "cudnn" in peers:
         contenders["cudnn"] = dense_by(SDPBackend.CUDNN_ATTENTION, inputs)
-    result |= forward_and_backward(contenders)
+    result |= compared(contenders)
     flops = 4 * DIM * HEADS * layout.length**2
     result["tflops_visited"] = flops / tiles.tile_bound / result["triton"]["forward_ms"] / 1e9
     result["floor_ms"] = {
@@ -165,11 +169,11 @@ def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: 
         "bytes": 4 * inputs[0].numel() * 2 / top["copy_tbs"] / 1e9,
     }
     if "flex" in peers and name in MAIN:
-        result |= peer("flex", (lambda q, k, v: attention(q, k, v, pattern, layout, backend="flex"), inputs))
+        result["flex"] = alone((lambda q, k, v: attention(q, k, v, pattern, layout, backend="flex"), inputs))
     if "flash" in peers and layout.length <= FLASH_TOKENS:
         if layout.length not in flash:
-            flash[layout.length] = peer("flash", dense_by(SDPBackend.FLASH_ATTENTION, inputs))
-        result |= flash[layout.length]
+            flash[layout.length] = alone(dense_by(SDPBackend.FLASH_ATTENTION, inputs))
+        result["flash"] = flash[layout.length]
     return result
 
 
