@@ -14,7 +14,7 @@ scores of a job's first step run while the last step of the job before is added 
 # ruff: noqa: ANN001, ANN201, ANN202, SIM102
 
 # The language of Triton kernels is not quite Python.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false, reportOperatorIssue=false
 from __future__ import annotations
 
 from triton.experimental import gluon

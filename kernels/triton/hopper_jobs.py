@@ -9,7 +9,7 @@ everything at hand, and its keys are copied while the one before it writes its r
 # ruff: noqa: ANN001, ANN201, ANN202
 
 # The language of Triton kernels is not quite Python.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false, reportOperatorIssue=false
 from __future__ import annotations
 
 from triton.experimental import gluon
