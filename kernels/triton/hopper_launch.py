@@ -16,6 +16,7 @@ from visattn.kernels.triton.config import HOPPER, Config
 from visattn.kernels.triton.start import FUSION, programs
 from visattn.layout import Layout
 from visattn.patterns import Pattern
+from visattn.plans import TilePlan
 
 # Channels of one copy: 128 bytes, the widest swizzle of shared memory.
 PIECE = 64
@@ -54,9 +55,13 @@ def hopper_config(
     # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
     boxes = columns.capacity == launch.tile and all(side & (side - 1) == 0 for side in columns.shape)
     fills = rows.capacity > launch.rows // 2
-    # The forward's results are written when the row tile after begins its first step.
-    begins = len(np.unique(plan.lists.rows)) == plan.queries.tiles
-    return launch if boxes and fills and begins and all(step == 1 for step in columns.step) else None
+    return launch if boxes and fills and _no_list_empty(plan) and all(step == 1 for step in columns.step) else None
+
+
+@lru_cache(maxsize=128)
+def _no_list_empty(plan: TilePlan) -> bool:
+    """Whether every query tile sees a key tile: the forward writes results in the first step of the tile after."""
+    return len(np.unique(plan.lists.rows)) == plan.queries.tiles
 
 
 def faster_configs(
