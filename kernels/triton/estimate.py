@@ -19,8 +19,8 @@ from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
 from visattn.plans import check_listed
 
-# Milliseconds of a call besides its tiles, most of them the host's: measured on calls that wait for each other.
-CALL = 0.4
+# Milliseconds of a call besides its tiles: measured on calls that wait in a queue, which hides most of the host's.
+CALL = 0.1
 
 
 @dataclass(frozen=True)
