@@ -68,15 +68,17 @@ def _hide(scores, words, masked, step, listed, runs, layout: gl.constexpr, PARTI
         run = step - listed
         first, end = dense_run(run, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, columns)
         if (run >= 0) & (first + columns > end):
+            # Split as in `hide_masked`: one number a thread against constants.
             column = gl.arange(0, columns, gl.SliceLayout(0, layout))
-            scores = gl.where((first + column < end)[None, :], scores, float("-inf"))
+            inside = end - first - (column & 6) > (column & 121)
+            scores = gl.where(inside[None, :], scores, float("-inf"))
     return scores
 
 
 @gluon.jit
 def _start_scores(mine, shared, slot, SIZES: gl.constexpr, s_layout: gl.constexpr):
     """Start the product of queries and the keys of a slot; scores of masked keys begin, and so remain, at -inf."""
-    keys, visible = shared[1], shared[8]
+    keys, visible = shared[0], shared[7]
     KEY_MASK: gl.constexpr = SIZES[6]
     shape: gl.constexpr = [GROUP_ROWS, SIZES[2]]
     if KEY_MASK:
@@ -88,19 +90,19 @@ def _start_scores(mine, shared, slot, SIZES: gl.constexpr, s_layout: gl.constexp
 
 @gluon.jit
 def _step(
-    step, steps, mine, shared, lists, where, scale, runs, state, at,
+    step, steps, any_before, mine, shared, lists, where, scale, runs, state, at,
     first_row: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of one step, while the step before is added to its output, which may be another job's.
 
     `state` is the output without the step before this one, that step's weights, and top and total of each row; `at`
-    slot and phase of this step's keys, which are there, and of the values of the step before, whose turn it is,
-    whether there was a step before, and whether its job had one before it.
+    slot and phase of this step's keys, which are there, and of the values of the step before, whose turn it is, and
+    whether the job of the step before had one before that. `any_before` is False in a program's first step only.
     """
-    _, keys, values, k_ready, k_free, v_ready, v_free, turns, _ = shared
+    keys, values, k_ready, k_free, v_ready, v_free, turns, _ = shared
     acc, weights, top, total = state
-    k_slot, k_phase, v_slot, v_phase, turn, any_before, adds = at
+    k_slot, k_phase, v_slot, v_phase, turn, adds = at
     start, split, stop = where
     TILES: gl.constexpr = SIZES[3]
     STAGES: gl.constexpr = SIZES[4]
@@ -131,7 +133,7 @@ def _step(
     mbarrier.arrive(v_free.index(v_slot), count=1, pred=any_before)
     next_slot, next_phase = following(v_slot, v_phase, STAGES)
     v_slot, v_phase = gl.where(any_before, next_slot, v_slot), gl.where(any_before, next_phase, v_phase)
-    return (acc, fresh, top, total), alpha, (k_slot, k_phase, v_slot, v_phase, turn ^ 1, step >= 0, step > 0)
+    return (acc, fresh, top, total), alpha, (k_slot, k_phase, v_slot, v_phase, turn ^ 1, step > 0)
 
 
 @gluon.jit
@@ -166,7 +168,7 @@ def _consume(
     A job's last step is added to its output, and the results are written, in the first step of the job after; behind
     the last job there is one step more, whose scores are nobody's.
     """
-    _, keys, _, k_ready, _, _, _, _, _ = shared
+    keys, _, k_ready, _, _, _, _, _ = shared
     s_layout: gl.constexpr = product_layout(SIZES[2])
     o_layout: gl.constexpr = product_layout(SIZES[0])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -176,9 +178,9 @@ def _consume(
     acc = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
     weights = gl.zeros([GROUP_ROWS, SIZES[2]], keys.dtype, p_layout)
     number = 0
-    done_pair = -1
+    done_pair = 0
     going = True
-    at = (0, 0, 0, 0, 0, False, False)
+    at = (0, 0, 0, 0, 0, False)
     while going:
         row, pair, start, split, stop, dense = next_job(jobs, number, 4)
         going = row >= 0
@@ -191,12 +193,13 @@ def _consume(
         mine = jobs[2].index((number % JOBS) * GROUPS + GROUP)
         for step in range(0, steps):
             state = (acc, weights, top, total)
+            any_before = (number > 0) | (step > 0)
             state, alpha, at = _step(
-                step, steps, mine, shared, lists, (start, split, stop), sizes[2], runs, state, at,
+                step, steps, any_before, mine, shared, lists, (start, split, stop), sizes[2], runs, state, at,
                 GROUP * GROUP_ROWS, SIZES, PARTIAL, DENSE, s_layout, p_layout,
             )  # fmt: skip
             acc, weights, top, total = state
-            if (step == 0) & (done_pair >= 0):
+            if (step == 0) & (number > 0):
                 slot = ((number - 1) % JOBS) * GROUPS + GROUP
                 _write(acc, done_top, done_total, jobs[2].index(slot), jobs[1].index(slot), out, lse, done_pair,
                        sizes, LSE, s_layout)  # fmt: skip
@@ -208,7 +211,7 @@ def _consume(
 
 @gluon.jit
 def _copy_columns(
-    k_grid, v_grid, k_runs, v_runs, copied, bases, jobs, heads, group, sides, runs,
+    k_grid, v_grid, k_runs, v_runs, rings, bases, jobs, heads, group, sides, runs,
     BOX: gl.constexpr, FOLDED: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: keys and values of each tile that the program takes."""
@@ -216,7 +219,7 @@ def _copy_columns(
     slot = 0
     phase = 1
     number = 0
-    row, pair, start, split, stop, dense = next_job(jobs, number, 1)
+    row, pair, start, _split, stop, dense = next_job(jobs, number, 1)
     while row >= 0:
         finish_job(jobs, number)
         sample, kv_head = pair // heads, pair % heads // group
@@ -225,18 +228,18 @@ def _copy_columns(
         else:
             outer, column = sample * (heads // group) + kv_head, kv_head * 0
         slot, phase = produce(
-            k_grid, v_grid, k_runs, v_runs, copied, bases, (row, start, split, stop, dense),
+            k_grid, v_grid, k_runs, v_runs, rings, bases, (start, stop, dense),
             (outer, column, sides[0], sides[1]), runs, slot, phase, BOX, SIZES[2], SIZES[3], HEAD_DIM, SIZES[4],
         )  # fmt: skip
         number += 1
-        row, pair, start, split, stop, dense = next_job(jobs, number, 1)
+        row, pair, start, _split, stop, dense = next_job(jobs, number, 1)
 
 
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])
 def attend(
     k_grid, v_grid, k_runs, v_runs, q, out, lse, key_mask, taken,
     tokens, bounds, bases, mask_ids, offsets, masks,
-    q_batch, q_token, q_head, bounds_batch, list_batch,
+    q_batch, q_token, q_head,
     scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr,
@@ -293,8 +296,8 @@ def attend(
         mbarrier.arrive(turns.index(0), count=1)
 
     SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS, KEY_MASK)
-    shared = (queries, keys, values, k_ready, k_free, v_ready, v_free, turns, visible)
-    copied = (queries, keys, values, k_ready, k_free, v_ready, v_free, turns)
+    rings = (keys, values, k_ready, k_free, v_ready, v_free)
+    shared = (keys, values, k_ready, k_free, v_ready, v_free, turns, visible)
     runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)
     jobs = (fields, row_tokens, queries, job_ready, job_free)
     lists = (masks, mask_ids)
@@ -303,7 +306,7 @@ def attend(
         [
             (_consume, (out, lse, shared, jobs, lists, sizes, runs, gl.constexpr(0), SIZES, PARTIAL, DENSE, LSE)),
             (_consume, (out, lse, shared, jobs, lists, sizes, runs, gl.constexpr(1), SIZES, PARTIAL, DENSE, LSE)),
-            (_copy_columns, (k_grid, v_grid, k_runs, v_runs, copied, bases, jobs, heads, group, (side_y, side_x), runs,
+            (_copy_columns, (k_grid, v_grid, k_runs, v_runs, rings, bases, jobs, heads, group, (side_y, side_x), runs,
                              BOX, FOLDED, SIZES)),
             (deal, (q, tokens, bounds, taken, jobs, (q_batch, q_token, q_head), heads, dense_rows, grid_rows, pairs,
                     SIZES, UNIT)),

@@ -62,7 +62,7 @@ def _fetch_run(
 
 @gluon.jit
 def produce(
-    k_grid, v_grid, k_runs, v_runs, shared, bases, where, place, runs, slot, phase,
+    k_grid, v_grid, k_runs, v_runs, rings, bases, where, place, runs, slot, phase,
     BOX: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy keys and values of the listed column tiles, then of the runs of dense tokens, from a slot of the rings on.
@@ -70,8 +70,8 @@ def produce(
     Returns:
         The slot after the last one that was filled, and its phase.
     """
-    _, keys, values, k_ready, k_free, v_ready, v_free, _ = shared
-    _, start, _, stop, dense = where
+    keys, values, k_ready, k_free, v_ready, v_free = rings
+    start, stop, dense = where
     prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
     PIECES: gl.constexpr = HEAD_DIM // 64
     # Indices are read a step ahead, while the warp waits for a free slot anyway.

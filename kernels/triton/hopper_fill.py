@@ -49,7 +49,7 @@ def put_masks(key_mask, bases, offsets, shared, jobs, runs, heads, key_length, S
 @gluon.jit
 def _put_tile_masks(key_mask, bases, offsets, shared, where, runs, key_length, slot, phase, SIZES: gl.constexpr):
     """The mask of the listed column tiles, then of the runs of dense tokens; the slot and phase that follow."""
-    _, _, _, k_ready, k_free, _, _, _, visible = shared
+    _, _, k_ready, k_free, _, _, _, visible = shared
     _, _, start, _, stop, dense = where
     prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
     COLUMNS: gl.constexpr = SIZES[2]

@@ -149,9 +149,10 @@ def _copy_columns(
     BOX: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: queries and the gradients of their outputs."""
+    _, start, _, stop, dense = where
     slot = 0
     phase = 1
-    produce(q_grid, grad_grid, q_runs, grad_runs, copied, bases, where, place, runs, slot, phase,
+    produce(q_grid, grad_grid, q_runs, grad_runs, copied, bases, (start, stop, dense), place, runs, slot, phase,
             BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4])  # fmt: skip
 
 
@@ -159,7 +160,7 @@ def _copy_columns(
 def key_gradients(
     q_grid, grad_grid, q_runs, grad_runs, k, v, lse, delta, grad_k, grad_v, key_mask,
     tokens, bounds, bases, mask_ids, offsets, masks,
-    k_batch, k_token, k_head, v_batch, v_token, v_head, bounds_batch, list_batch,
+    k_batch, k_token, k_head, v_batch, v_token, v_head,
     scale, score_scale, heads, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
@@ -179,10 +180,8 @@ def key_gradients(
     """
     row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
     sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
-    bound = bounds + sample * bounds_batch + row * 4
+    bound = bounds + row * 4
     start, split, stop, dense = gl.load(bound), gl.load(bound + 1), gl.load(bound + 2), gl.load(bound + 3)
-    bases += sample * list_batch
-    mask_ids += sample * list_batch
     if FOLDED:
         outer, column = sample, head * HEAD_DIM
     else:
@@ -218,7 +217,7 @@ def key_gradients(
     SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES)
     shared = (keys, values, queries, grads, q_ready, free, grad_ready)
     rings = (lse_ring, delta_ring, q_ready, free)
-    copied = (keys, queries, grads, q_ready, free, grad_ready, free, free)
+    copied = (queries, grads, q_ready, free, grad_ready, free)
     where = (row, start, split, stop, dense)
     runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)
     lists = (tokens, masks, mask_ids)
