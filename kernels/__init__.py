@@ -1,1 +1,1 @@
-"""One backend a file; each runs any tile plan it supports."""
+"""The engines: one room or file a backend, whose `backend` object runs any tile plan or composition it supports."""

@@ -70,7 +70,7 @@ class Sdpa(Backend):
 
 
 # Time over plain SDPA's with a full mask, with a key mask alone, and of the log-sum-exp on its own
-# (measured: scripts/bench_backends.py).
+# (measured: scripts/bench/backends.py).
 MASKED, KEY_MASKED = {"cpu": 1.2, "cuda": 1.6}, 1.1
 LSE = {"cpu": 3.0, "cuda": 16.0}
 

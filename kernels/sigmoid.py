@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead
-from visattn.kernels.linear_features import widened
+from visattn.kernels.linear.features import widened
 from visattn.kernels.plan_chunks import Chunk, plan_tables, run_chunks, tiled
 from visattn.patterns import Sigmoid
 from visattn.plans import plan

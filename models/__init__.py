@@ -3,6 +3,16 @@
 Importing this registers the backbones with timm: `timm.create_model("nat_tiny")` and so on.
 """
 
-from visattn.models import agent_deit, agent_pvt, agent_swin, biformer, dinat_s, flowformer, mavit, moh_vit, nat
+from visattn.models.backbones import (
+    agent_deit,
+    agent_pvt,
+    agent_swin,
+    biformer,
+    dinat_s,
+    flowformer,
+    mavit,
+    moh_vit,
+    nat,
+)
 
 __all__ = ["agent_deit", "agent_pvt", "agent_swin", "biformer", "dinat_s", "flowformer", "mavit", "moh_vit", "nat"]

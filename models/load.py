@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file
 
 import visattn.models  # noqa: F401  registers the backbones
-from visattn.models.factory import official
+from visattn.models.backbones.factory import official
 
 
 def read_weights(path: Path) -> dict[str, Any]:

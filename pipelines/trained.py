@@ -59,7 +59,7 @@ def load_trained(path: Path) -> Trained:
         ValueError: If it is missing or something else.
     """
     if not path.is_file():
-        raise ValueError(f"weights {path} do not exist: name a student.safetensors that scripts/distill.py wrote")
+        raise ValueError(f"weights {path} do not exist: name a student.safetensors that scripts.distill.pipeline wrote")
     stat = path.stat()
     return _read(path, stat.st_mtime_ns, stat.st_size)
 
@@ -74,7 +74,9 @@ def _read(path: Path, changed: int, size: int) -> Trained:
     except SafetensorError as error:
         raise ValueError(f"weights {path} are no safetensors file ({error})") from error
     if about is None:
-        raise ValueError(f"weights {path} were not written by scripts/distill.py: their metadata has no {ABOUT!r}")
+        raise ValueError(
+            f"weights {path} were not written by scripts.distill.pipeline: their metadata has no {ABOUT!r}"
+        )
     parts = {part: _below(tensors, f"{part}.") for part in ("model", "lora", "own")}
     factors = parts["lora"]
     names = sorted(name.removesuffix(".A") for name in factors if name.endswith(".A"))

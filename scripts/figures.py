@@ -29,9 +29,9 @@ STACKS = {"flux": "FLUX size", "wan": "Wan 1.3B size"}
 
 # What measures each result. {out} is its JSON file, {folder} a scratch folder that holds report.json.
 COMMANDS = {
-    "digits-dense": "python scripts/measure_digits.py --steps 8 --threads 1 --out {out}",
-    "digits-sparse": 'python scripts/measure_digits.py --pattern "na(window=9x9)" --steps 8 --threads 1 --out {out}',
-    "digits-halo": 'python scripts/measure_digits.py --pattern "halo(block=8x8, halo=2)" --steps 8 --threads 1 '
+    "digits-dense": "python -m scripts.measure.digits --steps 8 --threads 1 --out {out}",
+    "digits-sparse": 'python -m scripts.measure.digits --pattern "na(window=9x9)" --steps 8 --threads 1 --out {out}',
+    "digits-halo": 'python -m scripts.measure.digits --pattern "halo(block=8x8, halo=2)" --steps 8 --threads 1 '
     "--out {out}",
     "generate-1024": 'visattn generate image --model digits --pattern "na(window=9x9)" --label 2,3,5,8 --compare '
     "--out {folder} --force",
@@ -45,14 +45,14 @@ COMMANDS = {
     "--steps 16 --dense-steps 4 --compare --out {folder} --force",
     "generate-video-radial": 'visattn generate video --model moving-digits --pattern "radial(decay=0.5)" --label 3,7 '
     "--steps 16 --compare --out {folder} --force",
-    "moving-digits": 'python scripts/measure_moving_digits.py --pattern dense --pattern "radial(decay=0.5)" --pattern '
+    "moving-digits": 'python -m scripts.measure.moving_digits --pattern dense --pattern "radial(decay=0.5)" --pattern '
     '"na(window=7x7x7)" --pattern "na(window=3x9x9)" --per-class 1 --steps 8 --batch 5 --threads 1 --loss-clips 16 '
     "--out {out}",
-    "cpu": "python scripts/bench_cpu.py --json {out} --force",
-    "digits-vit": "python scripts/measure_digits_vit.py --out {out}",
-    "timm-highres": "python scripts/bench_timm.py --out {out}",
-    "moh": "python scripts/bench_moh.py --out {out}",
-    "students": "python scripts/bench_students.py --threads 1 --process-time --out {out}",
+    "cpu": "python -m scripts.bench.cpu --json {out} --force",
+    "digits-vit": "python -m scripts.measure.digits_vit --out {out}",
+    "timm-highres": "python -m scripts.bench.timm_models --out {out}",
+    "moh": "python -m scripts.bench.moh --out {out}",
+    "students": "python -m scripts.bench.students --threads 1 --process-time --out {out}",
 }
 
 
@@ -159,7 +159,7 @@ def cpu_table() -> str:
 
 
 def gpu_table() -> str:
-    """The Triton engine against cuDNN, measured by scripts/bench_gpu.py: what is asked for most."""
+    """The Triton engine against cuDNN, measured by scripts/bench/gpu.py: what is asked for most."""
     names = (
         "flux-s1",
         "flux-s16",
@@ -180,7 +180,7 @@ def gpu_table() -> str:
 
 
 def gpu_peers_table() -> str:
-    """All cases of scripts/bench_gpu.py against all peers, and the two floors."""
+    """All cases of scripts/bench/gpu.py against all peers, and the two floors."""
     rows = []
     for case in result("h100")["cases"].values():
         own, floors = case["triton"], case["floor_ms"]
@@ -196,7 +196,7 @@ def gpu_peers_table() -> str:
 
 
 def gpu_stack_table() -> str:
-    """Whole models of random weights, measured by scripts/bench_stack_gpu.py."""
+    """Whole models of random weights, measured by scripts/bench/stack_gpu.py."""
     found: dict[tuple[str, str], dict[str, dict[str, dict[str, float]]]] = {}
     for case in result("h100-stack")["cases"]:
         key = STACKS[case["model"]], f"{'x'.join(map(str, case['grid']))}"
@@ -256,7 +256,7 @@ def moh_table() -> str:
 
 
 def distilled_table(name: str = "distill-digits") -> str:
-    """Students of the digits model before and after distillation."""
+    """Students of the digits model before and after scripts.distill."""
     found = result(name)
     teacher = found["teacher"]
     cells = [
@@ -295,7 +295,7 @@ def distilled_table(name: str = "distill-digits") -> str:
 
 
 def distilled_vit_table() -> str:
-    """Students of the ViT that reads digits before and after distillation."""
+    """Students of the ViT that reads digits before and after scripts.distill."""
     found, rows = result("distill-vit"), []
     for row in found["rows"]:
         cells = [f"{row['before'][key]:.1%} to {row['after'][key]:.1%}" for key in ("accuracy", "agreement")]

@@ -1,34 +1,25 @@
-"""What the GPU scripts share: the package from a plain checkout, and the truth of sampled queries."""
+"""What the GPU scripts share: starting themselves again, and the truth of sampled queries."""
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
-def use_checkout() -> None:
-    """Make `visattn` importable from a checkout where it is not installed."""
-    if importlib.util.find_spec("visattn") is None:
-        sys.path.insert(0, str(ROOT))
-    import visattn
-
-    # The top-level folders are sub-packages: kernels/ is visattn.kernels.
-    if importlib.util.find_spec("visattn.kernels") is None:
-        visattn.__path__.append(str(ROOT))
+def itself(*arguments: str) -> list[str]:
+    """The command that starts the running script, `python -m scripts.ROOM.NAME`, with these arguments."""
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "start the scripts with python -m"
+    return [sys.executable, "-m", spec.name, *arguments]
 
 
 def compile_first(jobs: int) -> None:
     """Run this script in several processes with `--compile i/jobs`, to fill the compilers' caches on disk."""
-    command = [sys.executable, *sys.argv, "--compile"]
-    for process in [subprocess.Popen([*command, f"{i}/{jobs}"]) for i in range(jobs)]:
+    for process in [subprocess.Popen(itself(*sys.argv[1:], "--compile", f"{i}/{jobs}")) for i in range(jobs)]:
         process.wait()
 
 

@@ -15,20 +15,21 @@ from visattn.layout import Layout
 from visattn.patterns import Pattern
 from visattn.plans import TilePlan, plan
 
-# Order of preference where two backends cost the same. Each module has a `backend` object.
-NAMES = (
-    "triton",
-    "agent",
-    "linear",
-    "sparse_linear",
-    "sigmoid",
-    "sdpa",
-    "tiles",
-    "flex",
-    "natten",
-    "xformers",
-    "reference",
-)
+# Modules with a `backend` object by its name, in order of preference where two backends cost the same.
+MODULES = {
+    "triton": "visattn.kernels.triton.backend",
+    "agent": "visattn.kernels.agent.backend",
+    "linear": "visattn.kernels.linear.backend",
+    "sparse_linear": "visattn.kernels.linear.sparse_linear",
+    "sigmoid": "visattn.kernels.sigmoid",
+    "sdpa": "visattn.kernels.sdpa",
+    "tiles": "visattn.kernels.tiles.backend",
+    "flex": "visattn.kernels.flex.backend",
+    "natten": "visattn.kernels.natten",
+    "xformers": "visattn.kernels.xformers",
+    "reference": "visattn.kernels.reference",
+}
+NAMES = tuple(MODULES)
 
 
 class Support(NamedTuple):
@@ -183,7 +184,7 @@ def load(name: str) -> Backend:
     """
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; backends: auto, {', '.join(NAMES)}")
-    return importlib.import_module(f"visattn.kernels.{name}").backend
+    return importlib.import_module(MODULES[name]).backend
 
 
 def candidates(problem: Problem) -> Iterator[Candidate]:

@@ -17,7 +17,7 @@ from visattn.schedule import PatternLike, Schedule, Selector
 from visattn.watch import Watcher
 
 # The adapter of each package: a module with `install(target, request) -> list of Patch`.
-ADAPTERS = {"diffusers": "visattn.pipelines.install", "timm": "visattn.models.swap"}
+ADAPTERS = {"diffusers": "visattn.pipelines.patch.install", "timm": "visattn.models.swap.install"}
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 
 from visattn.checks import check_call
 from visattn.dispatch import Call
-from visattn.kernels.agent import pool_queries
-from visattn.kernels.linear_features import elu_plus_one, features, repeated, widened
-from visattn.kernels.linear_flow import flow_weights
-from visattn.kernels.linear_mala import mala_weights
+from visattn.kernels.agent.backend import pool_queries
+from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
+from visattn.kernels.linear.flow import flow_weights
+from visattn.kernels.linear.mala import mala_weights
 from visattn.layout import Layout
 from visattn.patterns import Agent, Flow, Linear, Mala, Pattern, Sigmoid, SparseLinear, parse
 from visattn.plans import TilePlan, plan, with_routes

@@ -9,8 +9,8 @@ import torch
 
 from visattn.kernels.triton.boxes import tiled
 from visattn.kernels.triton.config import Config, block_dim
-from visattn.kernels.triton.positions import positions
-from visattn.kernels.triton.program import Program, program
+from visattn.kernels.triton.lists.positions import positions
+from visattn.kernels.triton.lists.program import Program, program
 from visattn.kernels.triton.routes import routed_program
 from visattn.layout import Layout
 from visattn.patterns import Pattern

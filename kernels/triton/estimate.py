@@ -1,7 +1,7 @@
 """How long the Triton kernels take on a GPU that is not there: tiles times a rate per tile.
 
 time = (tiles without mask + PARTIAL * tiles with one) * operations of a tile / rate + CALL. What was measured and what
-is assumed about a GPU stands in its record; scripts/bench_gpu.py measures both rates.
+is assumed about a GPU stands in its record; scripts/bench/gpu.py measures both rates.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from visattn.kernels.triton.boxes import PARTIAL, tiled
 from visattn.kernels.triton.config import config
-from visattn.kernels.triton.hopper_launch import hopper_config
+from visattn.kernels.triton.hopper.launch import hopper_config
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
 from visattn.plans import check_listed

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
-from visattn.kernels.triton import arguments, hopper_launch, start
+from visattn.kernels.triton import arguments, start
 from visattn.kernels.triton.arguments import Work
-from visattn.kernels.triton.bias_grad import bias_gradients
 from visattn.kernels.triton.config import Config
-from visattn.kernels.triton.delta import deltas
-from visattn.kernels.triton.forward import attend
-from visattn.kernels.triton.key_grad import key_gradients
-from visattn.kernels.triton.positions import partners
-from visattn.kernels.triton.query_grad import query_gradients
+from visattn.kernels.triton.hopper import launch as hopper_launch
+from visattn.kernels.triton.lists.bias_grad import bias_gradients
+from visattn.kernels.triton.lists.delta import deltas
+from visattn.kernels.triton.lists.forward import attend
+from visattn.kernels.triton.lists.key_grad import key_gradients
+from visattn.kernels.triton.lists.positions import partners
+from visattn.kernels.triton.lists.query_grad import query_gradients
 
 # Launch configuration of the kernels without matrix products.
 SMALL = Config(32, 1, 4, 1)

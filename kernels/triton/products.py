@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from visattn.kernels.triton import agent, linear
+from visattn.kernels.triton.agent import attention as agent
 from visattn.kernels.triton.config import Config
+from visattn.kernels.triton.linear import attention as linear
 
 # A kernel, its arguments, and its launch in the terms of the table.
 Case = tuple[Any, dict[str, Any], Config]

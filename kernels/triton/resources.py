@@ -72,11 +72,13 @@ def kernel_arguments(name: str, dtype: torch.dtype, head_dim: int, launch: Confi
 
 def list_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Config, bias: bool) -> Any:
     """The same of a kernel along tile lists."""
-    from visattn.kernels.triton import arguments, hopper, hopper_key_grad
-    from visattn.kernels.triton.forward import attend
-    from visattn.kernels.triton.hopper_launch import hopper_arguments, key_arguments
-    from visattn.kernels.triton.key_grad import key_gradients
-    from visattn.kernels.triton.query_grad import query_gradients
+    from visattn.kernels.triton import arguments
+    from visattn.kernels.triton.hopper import forward as hopper
+    from visattn.kernels.triton.hopper import key_grad as hopper_key_grad
+    from visattn.kernels.triton.hopper.launch import hopper_arguments, key_arguments
+    from visattn.kernels.triton.lists.forward import attend
+    from visattn.kernels.triton.lists.key_grad import key_gradients
+    from visattn.kernels.triton.lists.query_grad import query_gradients
 
     pattern, layout = parse("na(window=24x24)"), Layout((48, 48), prefix=16)
     # A 24-head model: strides and offsets are as well aligned as they are in practice.

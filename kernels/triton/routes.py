@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from visattn.kernels.triton.program import Program, fill_kinds, first_tokens, pack, program
+from visattn.kernels.triton.lists.program import Program, fill_kinds, first_tokens, pack, program
 from visattn.plans import TilePlan
 
 

@@ -55,7 +55,7 @@ def tuned(
     pattern: Pattern, layout: Layout, dtype: torch.dtype, head_dim: int, device: torch.device
 ) -> dict[str, Config]:
     """The fastest configuration of each direction, from the file or by timing it now."""
-    from visattn.kernels.triton.engine import architecture
+    from visattn.kernels.triton.backend import architecture
 
     number, path = architecture(device), cache_file()
     known = _read(path)

@@ -40,7 +40,7 @@ generate = typer.Typer(
     help="Generate with a diffusion model whose attention is a pattern.", no_args_is_help=True, rich_markup_mode=None
 )
 
-# The globs of what pipelines/compare.py writes; importing it would load torch before the folder is checked.
+# The globs of what pipelines/report/compare.py writes; importing it would load torch before the folder is checked.
 WRITTEN = ("sparse-*.png", "dense-*.png", "comparison.png", "*-???.mp4", "sheet-*.png", "report.json", "report.html")
 
 
@@ -152,11 +152,11 @@ def _generate(
     options: dict[str, Any], folder: Path, model: str, device: str, dtype: str | None, fps: int | None
 ) -> dict[str, Any]:
     """Load, run, write; everything that a user may have got wrong is checked as early as it can be."""
-    from visattn.pipelines.compare import frame_rate, summarize, write
     from visattn.pipelines.generate import VIDEO, Settings, check, run_all
     from visattn.pipelines.load import load_pipeline
+    from visattn.pipelines.report.compare import frame_rate, summarize, write
+    from visattn.pipelines.report.video_files import need_encoder
     from visattn.pipelines.trained import load_trained
-    from visattn.pipelines.video_files import need_encoder
 
     settings = Settings(**options)
     _check_pattern(settings)
@@ -199,7 +199,7 @@ def _check_pattern(settings: Settings) -> None:
 
 
 def _print(summary: dict[str, Any], out: Path) -> None:
-    from visattn.pipelines.compare import gain
+    from visattn.pipelines.report.compare import gain
 
     attention, what = summary["attention"], summary["settings"]["output"]
     density = "" if summary["density"] is None else f", density {summary['density']:.1%}"

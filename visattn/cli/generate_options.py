@@ -28,7 +28,8 @@ DenseLayersOption = Annotated[int, typer.Option(help="So many of the first selec
 DenseStepsOption = Annotated[str, typer.Option(help="First steps that stay dense: a count or a fraction like 0.25.")]
 BackendOption = Annotated[str, typer.Option(help="Backend of the pattern, see `visattn doctor`.")]
 WeightsOption = Annotated[
-    Path | None, typer.Option(help="student.safetensors of scripts/distill.py: trained weights of the pattern's model.")
+    Path | None,
+    typer.Option(help="student.safetensors of scripts.distill.pipeline: trained weights of the pattern's model."),
 ]
 CompareOption = Annotated[
     bool, typer.Option("--compare", help="Also make the dense twin, compare, and write report.html.")

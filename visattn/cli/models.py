@@ -36,7 +36,7 @@ def _found(pattern: str) -> dict[str, Any]:
     import timm
 
     import visattn.models
-    from visattn.models.swap_records import RECORDS
+    from visattn.models.swap.records import RECORDS
 
     families = {family: timm.list_models(module=family) for family in visattn.models.__all__}
     kept = {family: fnmatch.filter(names, pattern) for family, names in families.items()}

@@ -13,7 +13,7 @@ class Flow(LinearForm):
     """Linear attention of sigmoid features in which keys compete for what queries take in.
 
     Source: Wu et al., "Flowformer: Linearizing Transformers with Conservation Flows" (ICML 2022), section 3.2, in the
-    form of its vision code; the maths is with `visattn.kernels.linear_flow.flow_attention`. Dense tokens and grid are
+    form of its vision code; the maths is with `visattn.kernels.linear.flow.flow_attention`. Dense tokens and grid are
     alike; tokens that the key mask hides take part in no sum, neither as keys nor as queries. The scale of
     `attention` is not used.
 

@@ -13,7 +13,7 @@ class Mala(LinearForm):
     """Magnitude-aware linear attention of ELU + 1 features; weights of a query sum to 1 and may be negative.
 
     Source: Fan et al., "Rectifying Magnitude Neglect in Linear Attention" (ICCV 2025), section 3; the maths is with
-    `visattn.kernels.linear_mala.mala_attention`. The backbone's own extras (rotary embedding after the features,
+    `visattn.kernels.linear.mala.mala_attention`. The backbone's own extras (rotary embedding after the features,
     local enhancement, output gate) belong to `visattn.models`, not here. A model whose queries and keys are rotated
     before attention (most diffusers models) gives rotated ones: features, z and product are then all of these.
 

@@ -1,0 +1,1 @@
+"""Attention through a few agents (agent), and among merged tokens (agentsd)."""

@@ -1,0 +1,99 @@
+"""Linear attention: sums over all keys, in plain torch on any device."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from visattn.dispatch import Backend, Call, Problem, Support, overhead
+from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
+from visattn.kernels.linear.flow import flow_attention
+from visattn.kernels.linear.mala import mala_attention
+from visattn.kernels.triton.backend import on_gpu
+from visattn.patterns import Flow, Linear, Mala
+from visattn.patterns.linear import LinearForm, feature_channels
+
+# Time over that of dense attention's products, by operation count: the sums are memory-bound.
+RATE = 4.0
+
+
+class LinearBackend(Backend):
+    """Runs linear, flow and mala, and nothing else; all others leave them to it."""
+
+    name: ClassVar[str] = "linear"
+
+    def available(self) -> Support:
+        """Always: it is made of torch operators."""
+        return Support(True)
+
+    def supports(self, problem: Problem) -> Support:
+        """Linear forms without log-sum-exp."""
+        if not isinstance(problem.pattern, LinearForm):
+            return Support(False, f"it runs linear, flow and mala only, not {problem.pattern.name}")
+        if problem.lse:
+            return Support(False, "linear attention has no log-sum-exp")
+        return Support(True)
+
+    def cost(self, problem: Problem) -> float:
+        """Two products of every token with a state of feature channels x head dim."""
+        pattern = problem.pattern
+        channels = problem.head_dim
+        if isinstance(pattern, Linear):
+            channels = feature_channels(pattern.feature, problem.head_dim)
+        pairs = float(problem.batch * problem.heads) * problem.layout.length * channels
+        return RATE * pairs + overhead(problem, cpu_ms=0.3, cuda_us=100)
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.run`."""
+        pattern = call.pattern
+        if isinstance(pattern, Flow):
+            return flow_attention(q, k, v, key_mask=call.key_mask), None
+        if isinstance(pattern, Mala):
+            mapped = elu_plus_one(q), elu_plus_one(k)
+            return mala_attention(*mapped, v, scale=call.scale, key_mask=call.key_mask), None
+        assert isinstance(pattern, Linear)
+        if on_gpu(q).ok and feature_channels(pattern.feature, q.shape[3]) <= 256:
+            return _in_triton(q, k, v, pattern.feature, call), None
+        mapped = features(q, k, pattern.feature, call.parameters, call.key_mask)
+        return linear_attention(*mapped, v), None
+
+
+def _in_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature: str, call: Call) -> torch.Tensor:
+    """The same in Triton, which applies the feature maps without parameters itself."""
+    # Only here, so that listing backends does not import triton.
+    from visattn.kernels.triton.linear import attention as linear
+
+    if feature in linear.FEATURES:
+        return linear.linear_attention(q, k, v, call.key_mask, feature)
+    mapped = features(q, k, feature, call.parameters, call.key_mask)
+    return linear.linear_attention(mapped[0], mapped[1], repeated(v, mapped[1].shape[2]), None, "given")
+
+
+def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q_i . sum_j k_j v_j / (q_i . sum_j k_j) of features that are at least 0.
+
+    Args:
+        q: Features of the queries [B, S, H, F], float32 at least.
+        k: Features of the keys [B, N, Hkv or H, F]; zeros hide a key.
+        v: Values [B, N, Hkv, D].
+
+    Returns:
+        [B, S, H, D] in v's dtype; zeros for a query whose features meet no key's.
+    """
+    values = repeated(widened(v), k.shape[2])
+    state = torch.einsum("bshf,bshd->bhfd", k, values)
+    grouped = q.unflatten(2, (k.shape[2], -1))
+    total = torch.einsum("bsgef,bgf->bsge", grouped, k.sum(1))
+    product = torch.einsum("bsgef,bgfd->bsged", grouped, state)
+    return divided(product, total).flatten(2, 3).to(v.dtype)
+
+
+def divided(product: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Products [..., D] over their normaliser [...]; zeros where nothing was summed."""
+    return product / total.masked_fill(total < torch.finfo(total.dtype).tiny, 1)[..., None]
+
+
+backend = LinearBackend()

@@ -1,0 +1,1 @@
+"""The CPU engine: tile lists in plain torch, batched by shape."""

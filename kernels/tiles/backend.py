@@ -1,0 +1,139 @@
+"""The CPU engine: any tile plan as cache-sized batches of small dense attentions."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from visattn.dispatch import Backend, Call, Problem, Support, overhead
+from visattn.kernels.tiles.batches import Work, batch_size
+from visattn.kernels.tiles.boxes import box_groups
+from visattn.kernels.tiles.engine import TileAttention, forward
+from visattn.kernels.tiles.groups import Group, Problems, list_groups, routed_group, whole_sequence
+from visattn.kernels.tiles.rule import BATCH_MS, CALL_MS, KEPT_MS, ROUTE_MS, choose_axes, problem_cost
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+from visattn.patterns.geometry import Spans
+from visattn.plans import TilePlan, plan
+
+# Key tiles of a list with fewer fully visible tiles than this are cut smaller, to visit fewer hidden pairs.
+MOSTLY_FULL = 0.9
+SMALL_KEY_TILE = 8
+
+
+class Tiles(Backend):
+    """Queries in tiles, each with exactly the keys its plan lists; torch's fused CPU kernel inside."""
+
+    name: ClassVar[str] = "tiles"
+
+    def available(self) -> Support:
+        """Always: it is made of torch operators."""
+        return Support(True)
+
+    def supports(self, problem: Problem) -> Support:
+        """Any pattern that is a list of key tiles."""
+        if problem.pattern.composed:
+            return Support(False, f"{problem.pattern.name} is not a list of key tiles")
+        return Support(True)
+
+    def cost(self, problem: Problem) -> float:
+        """The measured rule of `tiles_rule`: pairs, moved keys and queries, and a fixed time per batch."""
+        problems = _problems(problem.pattern, problem.layout, problem.rpb)
+        row = 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
+        batches = sum(-(-problem.batch * n // batch_size(keys, row, problem.device)) for n, _, keys in problems)
+        pairs = sum(n * problem_cost(queries, keys) for n, queries, keys in problems)
+        routed = _is_routed(problem.pattern, problem.layout)
+        each = BATCH_MS if routed or problem.rpb or problem.key_mask else KEPT_MS
+        fixed = CALL_MS + each * batches + (ROUTE_MS if routed else 0.0)
+        return problem.batch * problem.heads * pairs + overhead(problem, fixed, 1e3 * fixed)
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.run`."""
+        inputs = [t for t in (q, k, v, call.rpb) if t is not None]
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        work = Work(_problems_of(q, k, call), call.scale, call.key_mask, call.lse or learns)
+        return TileAttention.apply(q, k, v, call.rpb, work) if learns else forward(q, k, v, call.rpb, work)
+
+
+def visited_pairs(pattern: Pattern, layout: Layout, rpb: bool = False) -> int:
+    """Pairs of query and key slots that the engine computes, per sample and head."""
+    problems = _problems(pattern, layout, rpb)
+    return sum(number * queries * keys for number, queries, keys in problems)
+
+
+def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, int, int]]:
+    """Number, queries and keys of the problems of each group, for one sample."""
+    cpu = torch.device("cpu")
+    if not _is_routed(pattern, layout):
+        groups, routed = _static_problems(pattern, layout, cpu, rpb).groups, []
+    else:
+        tiles = plan(pattern, layout)
+        groups, fixed = _dense(pattern, layout, cpu)
+        keys = tiles.routed_tiles * tiles.keys.capacity + (0 if fixed is None else len(fixed))
+        routed = [(tiles.queries.runs[1], tiles.queries.capacity, keys)]
+    listed = [(len(group.queries), group.queries.shape[1], group.length) for group in groups]
+    return [*routed, *listed]
+
+
+def _is_routed(pattern: Pattern, layout: Layout) -> bool:
+    """Whether the lists depend on q and k; a routed pattern that chooses everything has nothing to choose."""
+    return pattern.routed and not pattern.covers(layout.grid)
+
+
+def _problems_of(q: torch.Tensor, k: torch.Tensor, call: Call) -> Problems:
+    pattern, layout = call.pattern, call.layout
+    if _is_routed(pattern, layout):
+        tiles = plan(pattern, layout)
+        dense, fixed = _dense(pattern, layout, q.device)
+        return Problems((routed_group(tiles, pattern.route(q, k, tiles), fixed), *dense))
+    return _static_problems(pattern, layout, q.device, call.rpb is not None)
+
+
+@lru_cache(maxsize=64)
+def _dense(pattern: Pattern, layout: Layout, device: torch.device) -> tuple[tuple[Group, ...], torch.Tensor | None]:
+    """The problem of the dense queries, and the dense and pooled key tokens."""
+    suffix = layout.prefix + layout.tokens
+    own = np.concatenate([np.arange(layout.prefix), np.arange(suffix, layout.length)])
+    extra = pattern.extra_keys(layout.grid)
+    fixed = np.concatenate([own, np.arange(layout.length, layout.length + extra)])
+    groups = (whole_sequence(own, layout.length, device),) if len(own) else ()
+    return groups, torch.from_numpy(fixed).to(device) if len(fixed) else None
+
+
+@lru_cache(maxsize=32)
+def _static_problems(pattern: Pattern, layout: Layout, device: torch.device, rpb: bool) -> Problems:
+    """The problems of a pattern that does not look at q and k."""
+    extra = pattern.extra_keys(layout.grid)
+    if pattern.covers(layout.grid) and not extra and not rpb:
+        return Problems((whole_sequence(np.arange(layout.length), layout.length, device),))
+    dense, fixed = _dense(pattern, layout, device)
+    spans = axis_spans(pattern, layout.grid)
+    if spans is None:
+        return Problems((*list_groups(_fine_plan(pattern, layout), device), *dense))
+    sides = pattern.rpb_shape(layout.grid) if rpb else None
+    windows = None if sides is None else tuple(side // 2 + 1 for side in sides)
+    axes = choose_axes(spans, 0 if fixed is None else len(fixed))
+    return Problems((*box_groups(layout, axes, windows, fixed, device), *dense))
+
+
+def _fine_plan(pattern: Pattern, layout: Layout) -> TilePlan:
+    """The pattern's own tiles, with smaller key tiles where many visits see only a part of a tile."""
+    tiles = plan(pattern, layout)
+    grid = pattern.tiled_layout(layout).grid
+    if tiles.full_share > MOSTLY_FULL:
+        return tiles
+    return plan(pattern, layout, (tiles.queries.shape, pattern.tile(grid, SMALL_KEY_TILE)))
+
+
+def axis_spans(pattern: Pattern, grid: tuple[int, ...]) -> list[Spans] | None:
+    """The keys of each query per axis, if the pattern is one interval of keys per axis."""
+    spans = getattr(pattern, "spans", None)
+    return None if spans is None else spans(grid)
+
+
+backend = Tiles()

@@ -1,0 +1,128 @@
+"""Patterns that are one interval of keys per axis: the exact box of keys that a query tile sees."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import torch
+
+from visattn.kernels.tiles.groups import Group
+from visattn.layout import Layout
+from visattn.patterns.geometry import Bools, Spans
+from visattn.tiling import AxisTiles, Ints
+
+
+@dataclass(frozen=True, eq=False)
+class AxisClass:
+    """Tiles of one axis that look alike from their first token.
+
+    Attributes:
+        query: Axis index of the first query of each tile: [tiles].
+        key: Axis index of the first key of each tile: [tiles].
+        count: Queries of a tile.
+        mask: Visibility: bool [count, keys].
+        relative: Position of the first key minus that of the first query, in steps.
+        step: Distance of neighbouring tokens.
+    """
+
+    query: Ints
+    key: Ints
+    count: int
+    mask: Bools
+    relative: int
+    step: int
+
+
+def axis_classes(spans: Spans, size: int) -> list[AxisClass]:
+    """Cut one axis in tiles of `size` queries and sort them by what their window looks like."""
+    axis = AxisTiles(spans.length, size, spans.step)
+    valid = axis.tokens >= 0
+    start, stop = spans.start[axis.tokens], spans.stop[axis.tokens]
+    low = np.where(valid, start, spans.length).min(1)
+    high = np.where(valid, stop, 0).max(1)
+    assert (high > low).all(), "a query tile without keys"
+    edges = [np.where(valid, edge - low[:, None], 0) for edge in (start, stop)]
+    look = np.column_stack([axis.count, high - low, low - axis.first, *edges])
+    kinds, which = np.unique(look, axis=0, return_inverse=True)
+    which, out = which.ravel(), []
+    for i, (count, length, relative, *rest) in enumerate(kinds.tolist()):
+        slot, first, last = np.arange(length), np.array(rest[:count]), np.array(rest[size : size + count])
+        mask = (slot >= first[:, None]) & (slot < last[:, None])
+        tile = np.flatnonzero(which == i)
+        query, key = (axis.group[tile] + spans.step * edge[tile] for edge in (axis.first, low))
+        out.append(AxisClass(query, key, count, mask, relative, spans.step))
+    return out
+
+
+def box_groups(
+    layout: Layout,
+    axes: list[list[AxisClass]],
+    windows: tuple[int, ...] | None,
+    fixed: torch.Tensor | None,
+    device: torch.device,
+) -> Iterator[Group]:
+    """The problems of a grid: one group for each combination of the axes' classes.
+
+    Args:
+        layout: The tokens.
+        axes: Classes of each axis.
+        windows: Window per axis for the relative position bias, or None.
+        fixed: Dense and pooled key tokens, or None.
+        device: Where the index tensors go.
+    """
+    for combination in itertools.product(*axes):
+        yield _box_group(layout, combination, windows, fixed, device)
+
+
+def _outer(parts: list[Ints], grid: tuple[int, ...]) -> Ints:
+    """Row-major token index of every combination of one index per axis: [product of lengths]."""
+    strides = [math.prod(grid[i + 1 :]) for i in range(len(grid))]
+    scaled = [part * stride for part, stride in zip(parts, strides, strict=True)]
+    return reduce(lambda a, b: (a[:, None] + b).ravel(), scaled)
+
+
+def _box_group(
+    layout: Layout,
+    classes: tuple[AxisClass, ...],
+    windows: tuple[int, ...] | None,
+    fixed: torch.Tensor | None,
+    device: torch.device,
+) -> Group:
+    grid = layout.grid
+    first_query = _outer([c.query for c in classes], grid) + layout.prefix
+    first_key = _outer([c.key for c in classes], grid) + layout.prefix
+    queries = first_query[:, None] + _outer([c.step * np.arange(c.count) for c in classes], grid)
+    offsets = _outer([c.step * np.arange(c.mask.shape[1]) for c in classes], grid)
+    mask = reduce(np.kron, [c.mask for c in classes])
+    index = None
+    if windows is not None:
+        index = _rpb_index(classes, windows)
+        index = np.where(mask, index, 0)
+    if fixed is not None:
+        pad = ((0, 0), (0, len(fixed)))
+        mask = np.pad(mask, pad, constant_values=True)
+        if index is not None:
+            index = np.pad(index, pad, constant_values=math.prod(2 * w - 1 for w in windows or ()))
+    return Group(
+        queries=torch.from_numpy(queries).to(device),
+        base=torch.from_numpy(first_key[:, None]).to(device),
+        offsets=torch.from_numpy(offsets[None]).to(device),
+        fixed=fixed,
+        shared=None if mask.all() else torch.from_numpy(mask).to(device),
+        rpb_index=None if index is None else torch.from_numpy(index).to(device),
+    )
+
+
+def _rpb_index(classes: tuple[AxisClass, ...], windows: tuple[int, ...]) -> Ints:
+    """Row-major place in rpb of every pair: key position - query position + window - 1 per axis: [T, L]."""
+    index = np.zeros((1, 1), np.int64)
+    for c, window in zip(classes, windows, strict=True):
+        place = c.relative + np.arange(c.mask.shape[1]) - np.arange(c.count)[:, None] + window - 1
+        index = index[:, None, :, None] * (2 * window - 1) + place[None, :, None, :]
+        index = index.reshape(index.shape[0] * c.count, -1)
+    return index

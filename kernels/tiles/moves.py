@@ -1,0 +1,75 @@
+"""Moves between the rows of tokens and the batched problems of the tile engine."""
+
+from __future__ import annotations
+
+import torch
+
+from visattn.kernels.tiles.groups import Group
+
+
+class Shapes:
+    """Moves tokens between rows [tokens, H * D] and problems [n, Hkv, (H / Hkv) T, D]."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        self.heads, self.kv_heads, self.dim = q.shape[2], k.shape[2], q.shape[3]
+        self.each = self.heads // self.kv_heads
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+
+    def queries(self, rows: torch.Tensor, slots: int) -> torch.Tensor:
+        """Rows [n * T, H * D] or [n * T, H] as problems."""
+        x = rows.view(-1, slots, self.kv_heads, self.each, rows.shape[1] // self.heads)
+        if self.each == 1:
+            return x[:, :, :, 0].transpose(1, 2)
+        return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+    def query_rows(self, x: torch.Tensor, slots: int) -> torch.Tensor:
+        """Inverse of `queries`."""
+        return x.unflatten(2, (self.each, slots)).permute(0, 3, 1, 2, 4).reshape(-1, self.heads * x.shape[-1])
+
+    def keys(self, rows: torch.Tensor, length: int) -> torch.Tensor:
+        """Rows [n * L, Hkv * D] as problems."""
+        return rows.view(-1, length, self.kv_heads, self.dim).transpose(1, 2)
+
+    def bias(
+        self, visible: torch.Tensor | None, rpb: torch.Tensor | None, group: Group
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Additive bias and rows without any key, as in `Batch`.
+
+        Args:
+            visible: bool [1 or n, 1 or T, L], or None where all keys are visible.
+            rpb: Relative position bias [H, ...], or None.
+            group: The problems.
+        """
+        bias = None
+        if visible is not None:
+            zero = torch.zeros((), dtype=self.wide, device=visible.device)
+            bias = torch.where(visible, zero, float("-inf"))[:, None]
+        if rpb is not None and group.rpb_index is not None:
+            added = torch.nn.functional.pad(rpb.flatten(1).to(self.wide), (0, 1))[:, group.rpb_index][None]
+            bias = added if bias is None else bias + added
+        hidden = None if visible is None else ~visible.any(-1)[:, None]
+        if hidden is not None:
+            hidden = self._per_head_group(hidden[..., None])[..., 0] if hidden.any() else None
+        return None if bias is None else self._per_head_group(bias), hidden
+
+    def _per_head_group(self, x: torch.Tensor) -> torch.Tensor:
+        """[1 or n, 1 or H, 1 or T, L] for queries in problems: [1 or n, 1 or Hkv, 1 or (H / Hkv) T, L]."""
+        if self.each == 1 or (x.shape[1] == 1 and x.shape[2] == 1):
+            return x
+        if x.shape[1] == 1:
+            return x.repeat(1, 1, self.each, 1)
+        return x.reshape(x.shape[0], self.kv_heads, -1, x.shape[3])
+
+
+class Buffers:
+    """Memory for gathered rows, reused from batch to batch: fresh pages cost as much as the gather itself."""
+
+    def __init__(self) -> None:
+        self.store: dict[str, torch.Tensor] = {}
+
+    def gather(self, name: str, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """rows[index], valid until the next gather of that name."""
+        buffer = self.store.get(name)
+        if buffer is None or len(buffer) < len(index):
+            buffer = self.store[name] = rows.new_empty(len(index), rows.shape[1])
+        return torch.index_select(rows, 0, index, out=buffer[: len(index)])

@@ -1,0 +1,168 @@
+"""The GPU backend: any tile plan in one block-sparse kernel, forward and backward."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from visattn.dispatch import Backend, Call, Problem, Support, overhead
+from visattn.kernels.triton import tune
+from visattn.kernels.triton.boxes import PARTIAL, tiled
+from visattn.kernels.triton.config import DIRECTIONS, Config, config, largest_head_dim, needed_memory
+from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Share of cuDNN's dense rate that visited pairs run at, tiles with a mask weighted by PARTIAL: the general kernel's and
+# the Hopper kernel's, measured on an H100 (docs/gpu-notes.md).
+RATE, HOPPER_RATE = 0.6, 0.95
+# Triton runs kernels for Ampere and later.
+OLDEST = 80
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU; it decides so when it is first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@lru_cache(maxsize=1)
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=16)
+def _architecture(device: torch.device | None) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def architecture(device: torch.device | None = None) -> int:
+    """Compute capability times ten of a CUDA device (the current one if None), 0 for the interpreter."""
+    return 0 if interpreted() else _architecture(device)
+
+
+@lru_cache(maxsize=256)
+def _tuned(
+    pattern: Pattern, layout: Layout, dtype: torch.dtype, head_dim: int, device: torch.device
+) -> dict[str, Config]:
+    return tune.tuned(pattern, layout, dtype, head_dim, device)
+
+
+@lru_cache(maxsize=1)
+def _device_support() -> Support:
+    """Whether the current GPU runs the shipped configurations."""
+    if torch.version.hip:
+        return Support(False, "its configurations are for NVIDIA GPUs: on AMD they only have been compiled")
+    number = architecture()
+    if number < OLDEST:
+        return Support(False, f"compute capability {number / 10} is below {OLDEST / 10}")
+    has, needs = torch.cuda.get_device_properties().shared_memory_per_block_optin, needed_memory(number)
+    if has < needs:
+        return Support(False, f"its kernels need {needs} bytes of shared memory per program and this GPU has {has}")
+    return Support(True)
+
+
+def _architecture_or_common() -> int:
+    """The current GPU's, or a common one's where there is none: simulated problems have no device."""
+    return architecture() if interpreted() or torch.cuda.is_available() else 90
+
+
+def fits(device: str, dtype: torch.dtype, head_dim: int) -> Support:
+    """Whether the kernels run for tensors of this device type, dtype and head dim."""
+    if device != ("cpu" if interpreted() else "cuda"):
+        where = "on the CPU only while TRITON_INTERPRET is set" if interpreted() else "on CUDA devices"
+        return Support(False, f"q is on {device}, and it runs {where}")
+    if dtype not in DTYPES:
+        return Support(False, f"{dtype} is none of float16, bfloat16 and float32")
+    largest = largest_head_dim(dtype, _architecture_or_common())
+    if head_dim > largest or head_dim % 8:
+        return Support(False, f"head_dim {head_dim} is not a multiple of 8 up to {largest} ({dtype})")
+    return _device_support() if torch.cuda.is_available() and not interpreted() else Support(True)
+
+
+class Triton(Backend):
+    """One kernel a direction walks the tile lists; tokens are read where they lie."""
+
+    name: ClassVar[str] = "triton"
+
+    def available(self) -> Support:
+        """Triton, and a GPU or the interpreter."""
+        if not _installed():
+            return Support(False, "the triton package is not installed")
+        if not interpreted() and not torch.cuda.is_available():
+            return Support(False, "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)")
+        return Support(True)
+
+    def supports(self, problem: Problem) -> Support:
+        """Any list of key tiles in half or single precision on Ampere or later, head dims up to 256."""
+        support = fits(problem.device, problem.dtype, problem.head_dim)
+        if support.ok and problem.pattern.composed:
+            return Support(False, f"{problem.pattern.name} is not a list of key tiles")
+        return support
+
+    def cost(self, problem: Problem) -> float:
+        """Visited tiles, those with a mask a bit more, at a share of the dense rate; never the interpreter."""
+        if interpreted():
+            return 1e6 * problem.dense_pairs
+        number, dtype, head_dim = _architecture_or_common(), problem.dtype, problem.head_dim
+        tiles, rate = config(number, dtype, head_dim, "forward"), RATE
+        if not problem.rpb:
+            faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
+            tiles, rate = (tiles, RATE) if faster is None else (faster, HOPPER_RATE)
+        plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)
+        partial = 1 - plan.full_share
+        pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
+        return pairs / rate + overhead(problem, 0, 40)
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.run`."""
+        # Only here, so that listing backends does not import triton.
+        from visattn.kernels.triton.arguments import Work
+        from visattn.kernels.triton.launch import TileAttention
+
+        q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
+        dtype, scale, given_q = q.dtype, call.scale, q
+        if interpreted() and dtype == torch.bfloat16:
+            # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+            q, k, v = (t.float() for t in (q, k, v))
+        if scale < 0:
+            q, scale = -q, -scale
+        key_mask = None if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)
+        rpb = None if call.rpb is None else call.rpb.to(torch.float32).flatten(1).contiguous()
+        configs = launches(q, k, v, call)
+        tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
+        work = Work(call.pattern, call.layout, scale, key_mask, tf32, configs)
+        if call.pattern.routed:
+            wanted = DIRECTIONS if torch.is_grad_enabled() else ("forward",)
+            for plan in {work.plan(direction) for direction in wanted}:
+                work.routes[plan] = call.pattern.route(given_q, k, plan)
+        out, lse = TileAttention.apply(q, k, v, rpb, work, call.lse)
+        return out.to(dtype), lse
+
+
+def on_gpu(q: torch.Tensor) -> Support:
+    """Whether kernels beside the tile lists run for queries [B, S, H, D] like these; the interpreter is for tests."""
+    if not q.is_cuda:
+        return Support(False, "they are for GPUs")
+    support = backend.available()
+    return fits(q.device.type, q.dtype, q.shape[3]) if support.ok else support
+
+
+def launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> dict[str, Config]:
+    """The launch configuration of each direction: the table's or the tuned one, or that of a Hopper kernel."""
+    number, dtype, head_dim = architecture(q.device), q.dtype, q.shape[3]
+    configs = {d: config(number, dtype, head_dim, d) for d in DIRECTIONS}
+    if tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing():
+        configs = _tuned(call.pattern, call.layout, dtype, head_dim, q.device)
+    # A new dict: the tuned one is kept for other calls, which may have a mask.
+    return configs | faster_configs(q, k, v, call, number)
+
+
+backend = Triton()

@@ -1,0 +1,317 @@
+"""Forward kernel for Hopper: tiles come by the tensor memory accelerator, products and softmax overlap.
+
+The work of `forward.attend`, in Gluon (Triton's lower level), with the schedule of FlashAttention-3 (Shah et al.
+2024, sections 3.1 and 3.2): one warp copies column tiles into a ring of shared memory, and two groups of four warps
+each hold half of the row tile. A group starts the scores of the next column tile, then adds the current one to its
+output, so that the tensor cores work while it computes the softmax of the scores that are ready.
+
+A program stays on its multiprocessor and takes one row tile (a job) after the other. Their steps are one loop: the
+scores of a job's first step run while the last step of the job before is added to its output.
+"""
+
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing. Conditions known to the
+# compiler stand apart from those that are not.
+# ruff: noqa: ANN001, ANN201, ANN202, SIM102
+
+# The language of Triton kernels is not quite Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false, reportOperatorIssue=false
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from visattn.kernels.triton.hopper.copy import produce
+from visattn.kernels.triton.hopper.fill import put_masks
+from visattn.kernels.triton.hopper.jobs import FIELDS, JOBS, deal, finish_job, next_job
+from visattn.kernels.triton.hopper.parts import (
+    GROUP_ROWS,
+    GROUPS,
+    LN2,
+    dense_run,
+    following,
+    hide_masked,
+    mask_words,
+    product_layout,
+    row_layout,
+)
+from visattn.kernels.triton.parts import RUNTIME_SIZES
+
+
+@gluon.jit
+def _softmax(scores, top, total, scale):
+    """One step of the online softmax, base 2; a row that has seen no key yet has top = -inf."""
+    new = gl.maximum(top, gl.max(scores, 1))
+    base = gl.where(new == float("-inf"), 0.0, new * scale)
+    p = gl.exp2(scores * scale - base[:, None])
+    alpha = gl.exp2(top * scale - base)
+    return p, new, total * alpha + gl.sum(p, 1), alpha
+
+
+@gluon.jit
+def _hide(scores, words, masked, step, listed, runs, layout: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr):
+    """Scores of one step with -inf where a mask says so, or behind the end of a run of dense tokens.
+
+    Steps from `listed` on are runs.
+    """
+    if PARTIAL:
+        if masked:
+            scores = hide_masked(scores, words, layout)
+    if DENSE:
+        prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
+        columns: gl.constexpr = scores.shape[1]
+        run = step - listed
+        first, end = dense_run(run, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, columns)
+        if (run >= 0) & (first + columns > end):
+            # Split as in `hide_masked`: one number a thread against constants.
+            column = gl.arange(0, columns, gl.SliceLayout(0, layout))
+            inside = end - first - (column & 6) > (column & 121)
+            scores = gl.where(inside[None, :], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _start_scores(mine, shared, slot, SIZES: gl.constexpr, s_layout: gl.constexpr):
+    """Start the product of queries and the keys of a slot; scores of masked keys begin, and so remain, at -inf."""
+    keys, visible = shared[0], shared[7]
+    KEY_MASK: gl.constexpr = SIZES[6]
+    shape: gl.constexpr = [GROUP_ROWS, SIZES[2]]
+    if KEY_MASK:
+        begin = visible.index(slot).load(gl.SliceLayout(0, s_layout))[None, :].broadcast_to(shape)
+    else:
+        begin = gl.zeros(shape, gl.float32, s_layout)
+    return warpgroup_mma(mine, keys.index(slot).permute((1, 0)), begin, use_acc=KEY_MASK, is_async=True)
+
+
+@gluon.jit
+def _step(
+    step, steps, any_before, mine, shared, lists, where, scale, runs, state, at,
+    first_row: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
+    s_layout: gl.constexpr, p_layout: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of one step, while the step before is added to its output, which may be another job's.
+
+    `state` is the output without the step before this one, that step's weights, and top and total of each row; `at`
+    slot and phase of this step's keys, which are there, and of the values of the step before, whose turn it is, and
+    whether the job of the step before had one before that. `any_before` is False in a program's first step only.
+    """
+    keys, values, k_ready, k_free, v_ready, v_free, turns, _ = shared
+    acc, weights, top, total = state
+    k_slot, k_phase, v_slot, v_phase, turn, adds = at
+    start, split, stop = where
+    TILES: gl.constexpr = SIZES[3]
+    STAGES: gl.constexpr = SIZES[4]
+    TURNS: gl.constexpr = SIZES[5]
+    group: gl.constexpr = first_row // GROUP_ROWS
+    i = start + step * TILES
+    masked = (i >= split) & (i < stop)
+    words = ()
+    if PARTIAL:
+        # Their loads are done by the time that the scores are.
+        words = mask_words(lists[0], lists[1], i, first_row, masked, s_layout, SIZES)
+    if TURNS:
+        mbarrier.wait(turns.index(group), turn)
+    scores = _start_scores(mine, shared, k_slot, SIZES, s_layout)
+    mbarrier.wait(v_ready.index(v_slot), v_phase, pred=any_before)
+    acc = warpgroup_mma(weights, values.index(v_slot), acc, use_acc=adds, is_async=True)
+    if TURNS:
+        mbarrier.arrive(turns.index(1 - group), count=1)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(k_free.index(k_slot), count=1)
+    scores = _hide(scores, words, masked, step, (stop - start) // TILES, runs, s_layout, PARTIAL, DENSE)
+    fresh, top, total, alpha = _softmax(scores, top, total, scale)
+    fresh = gl.convert_layout(fresh.to(keys.dtype), p_layout)
+    # Waiting here for the next keys keeps the assembler from moving the softmax behind the wait for the product.
+    k_slot, k_phase = following(k_slot, k_phase, STAGES)
+    mbarrier.wait(k_ready.index(k_slot), k_phase, pred=step + 1 < steps)
+    acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+    mbarrier.arrive(v_free.index(v_slot), count=1, pred=any_before)
+    next_slot, next_phase = following(v_slot, v_phase, STAGES)
+    v_slot, v_phase = gl.where(any_before, next_slot, v_slot), gl.where(any_before, next_phase, v_phase)
+    return (acc, fresh, top, total), alpha, (k_slot, k_phase, v_slot, v_phase, turn ^ 1, step > 0)
+
+
+@gluon.jit
+def _write(acc, top, total, mine, tokens, out, lse, pair, sizes, LSE: gl.constexpr, s_layout: gl.constexpr):
+    """Store the results of a group's rows, through their queries' memory to a layout whose stores are whole lines."""
+    heads, length, scale = sizes
+    o_layout: gl.constexpr = acc.type.layout
+    HEAD_DIM: gl.constexpr = acc.shape[1]
+    io: gl.constexpr = row_layout(HEAD_DIM)
+    divisor = gl.convert_layout(gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, o_layout))
+    mine.store((acc / divisor[:, None]).to(mine.dtype))
+    token = tokens.load(gl.SliceLayout(1, io))
+    sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
+    out_row = ((sample * length + token) * heads + head) * HEAD_DIM
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, io))
+    gl.store(out + out_row[:, None] + d[None, :], mine.load(io), mask=(token >= 0)[:, None])
+    if LSE:
+        row_token = tokens.load(gl.SliceLayout(1, s_layout))
+        # total = 0 gives log2 -inf, as it should be.
+        peak = gl.where(total == 0.0, 0.0, top * scale)
+        to = lse + pair.to(gl.int64) * length + row_token
+        gl.store(to, (peak + gl.log2(total)) * LN2, mask=row_token >= 0)
+
+
+@gluon.jit
+def _consume(
+    out, lse, shared, jobs, lists, sizes, runs,
+    GROUP: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr, LSE: gl.constexpr,
+):  # fmt: skip
+    """One group of four warps: its 64 rows of each tile that the program takes, and their results.
+
+    A job's last step is added to its output, and the results are written, in the first step of the job after; behind
+    the last job there is one step more, whose scores are nobody's.
+    """
+    keys, _, k_ready, _, _, _, _, _ = shared
+    s_layout: gl.constexpr = product_layout(SIZES[2])
+    o_layout: gl.constexpr = product_layout(SIZES[0])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    of_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, of_row)
+    total = gl.zeros([GROUP_ROWS], gl.float32, of_row)
+    acc = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
+    weights = gl.zeros([GROUP_ROWS, SIZES[2]], keys.dtype, p_layout)
+    number = 0
+    done_pair = 0
+    going = True
+    at = (0, 0, 0, 0, 0, False)
+    while going:
+        row, pair, start, split, stop, dense = next_job(jobs, number, 4)
+        going = row >= 0
+        mbarrier.wait(k_ready.index(at[0]), at[1], pred=going)
+        steps = gl.where(going, (stop - start) // SIZES[3] + dense, 1)
+        done_top = top
+        done_total = total
+        top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, of_row)
+        total = gl.zeros([GROUP_ROWS], gl.float32, of_row)
+        mine = jobs[2].index((number % JOBS) * GROUPS + GROUP)
+        for step in range(0, steps):
+            state = (acc, weights, top, total)
+            any_before = (number > 0) | (step > 0)
+            state, alpha, at = _step(
+                step, steps, any_before, mine, shared, lists, (start, split, stop), sizes[2], runs, state, at,
+                GROUP * GROUP_ROWS, SIZES, PARTIAL, DENSE, s_layout, p_layout,
+            )  # fmt: skip
+            acc, weights, top, total = state
+            if (step == 0) & (number > 0):
+                slot = ((number - 1) % JOBS) * GROUPS + GROUP
+                _write(acc, done_top, done_total, jobs[2].index(slot), jobs[1].index(slot), out, lse, done_pair,
+                       sizes, LSE, s_layout)  # fmt: skip
+                finish_job(jobs, number - 1)
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+        number += 1
+        done_pair = pair
+
+
+@gluon.jit
+def _copy_columns(
+    k_grid, v_grid, k_runs, v_runs, rings, bases, jobs, heads, group, sides, runs,
+    BOX: gl.constexpr, FOLDED: gl.constexpr, SIZES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: keys and values of each tile that the program takes."""
+    HEAD_DIM: gl.constexpr = SIZES[0]
+    slot = 0
+    phase = 1
+    number = 0
+    row, pair, start, _split, stop, dense = next_job(jobs, number, 1)
+    while row >= 0:
+        finish_job(jobs, number)
+        sample, kv_head = pair // heads, pair % heads // group
+        if FOLDED:
+            outer, column = sample, kv_head * HEAD_DIM
+        else:
+            outer, column = sample * (heads // group) + kv_head, kv_head * 0
+        slot, phase = produce(
+            k_grid, v_grid, k_runs, v_runs, rings, bases, (start, stop, dense),
+            (outer, column, sides[0], sides[1]), runs, slot, phase, BOX, SIZES[2], SIZES[3], HEAD_DIM, SIZES[4],
+        )  # fmt: skip
+        number += 1
+        row, pair, start, _split, stop, dense = next_job(jobs, number, 1)
+
+
+@gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])
+def attend(
+    k_grid, v_grid, k_runs, v_runs, q, out, lse, key_mask, taken,
+    tokens, bounds, bases, mask_ids, offsets, masks,
+    q_batch, q_token, q_head,
+    scale, heads, group, length, key_length,
+    dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
+    HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr,
+    BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, LSE: gl.constexpr,
+    PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """Attention of query tiles of 128 tokens; see `forward.attend` for what the arguments share with it.
+
+    Args (besides those of `forward.attend`):
+        k_grid: Descriptor of the grid's keys as [outer, t, y, x, channels]; `v_grid` of its values.
+        k_runs: Descriptor of all keys as [outer, 1, 1, tokens, channels]; `v_runs` of all values.
+        taken: Query tiles that programs have taken behind their first ones: int32 [1], 0 at the start.
+        side_y: Length of the grid's second last axis.
+        side_x: Length of its last axis.
+        BOX: Tokens of a column tile per axis (t, y, x).
+        FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
+        TURNS: Whether the two groups of warps take turns in starting their products.
+    """
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    dtype: gl.constexpr = q.dtype.element_ty
+    queries = gl.allocate_shared_memory(dtype, [JOBS * GROUPS, GROUP_ROWS, HEAD_DIM], layout)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
+    values = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # A barrier that nothing waits for would share its memory with what the warps are handed, and spoil it.
+    turns = k_free
+    if TURNS:
+        turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(GROUPS):
+            mbarrier.init(turns.index(i), count=1)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    row_tokens = gl.allocate_shared_memory(gl.int32, [JOBS * GROUPS, GROUP_ROWS], plain)
+    fields = gl.allocate_shared_memory(gl.int32, [JOBS, FIELDS], plain)
+    job_ready = gl.allocate_shared_memory(gl.int64, [JOBS, 1], mbarrier.MBarrierLayout())
+    job_free = gl.allocate_shared_memory(gl.int64, [JOBS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(JOBS):
+        mbarrier.init(job_ready.index(i), count=1)
+        # Both groups, the copying warp, and the one for the mask.
+        mbarrier.init(job_free.index(i), count=GROUPS + 2 if KEY_MASK else GROUPS + 1)
+    visible = keys
+    if KEY_MASK:
+        visible = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
+    for i in gl.static_range(STAGES):
+        # Keys, and what their scores begin with.
+        mbarrier.init(k_ready.index(i), count=2 if KEY_MASK else 1)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=GROUPS)
+        mbarrier.init(v_free.index(i), count=GROUPS)
+    fence_async_shared()
+    if TURNS:
+        mbarrier.arrive(turns.index(0), count=1)
+
+    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS, KEY_MASK)
+    rings = (keys, values, k_ready, k_free, v_ready, v_free)
+    shared = (keys, values, k_ready, k_free, v_ready, v_free, turns, visible)
+    runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)
+    jobs = (fields, row_tokens, queries, job_ready, job_free)
+    lists = (masks, mask_ids)
+    sizes = (heads, length, scale)
+    gl.warp_specialize(
+        [
+            (_consume, (out, lse, shared, jobs, lists, sizes, runs, gl.constexpr(0), SIZES, PARTIAL, DENSE, LSE)),
+            (_consume, (out, lse, shared, jobs, lists, sizes, runs, gl.constexpr(1), SIZES, PARTIAL, DENSE, LSE)),
+            (_copy_columns, (k_grid, v_grid, k_runs, v_runs, rings, bases, jobs, heads, group, (side_y, side_x), runs,
+                             BOX, FOLDED, SIZES)),
+            (deal, (q, tokens, bounds, taken, jobs, (q_batch, q_token, q_head), heads, dense_rows, grid_rows, pairs,
+                    SIZES, UNIT)),
+            (put_masks, (key_mask, bases, offsets, shared, jobs, runs, heads, key_length, SIZES)),
+        ],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
+    )  # fmt: skip

@@ -1,0 +1,123 @@
+"""The dealing warp of the Hopper kernel: which row tile its program takes next, and the rows of that tile.
+
+A program takes one row tile after the other until none is left. While its other warps work on one, the dealing warp
+puts the next into a ring of two slots: where its list lies, its tokens, and its rows of queries. So a tile starts with
+everything at hand, and its keys are copied while the one before it writes its results.
+"""
+
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
+# ruff: noqa: ANN001, ANN201, ANN202
+
+# The language of Triton kernels is not quite Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false, reportOperatorIssue=false
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from visattn.kernels.triton.hopper.parts import GROUP_ROWS, GROUPS, place, view
+
+# Slots of the ring, and numbers that describe a job: row tile, pair, start, split, stop, dense; a power of two.
+JOBS = gl.constexpr(2)
+FIELDS = gl.constexpr(8)
+# Rows of one copy.
+PIECE_ROWS = gl.constexpr(16)
+# Older releases of Triton (3.6 both) know these under other names.
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+wait_for_threads = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def _field(values, index, i: gl.constexpr):
+    """The i-th number of a job, which every thread holds whole."""
+    return gl.sum(gl.where(index == i, values, 0), 0)
+
+
+@gluon.jit
+def next_job(jobs, number, WARPS: gl.constexpr):
+    """Wait for the number-th job of a program: (row tile, pair, start, split, stop, dense); row tile -1 ends them."""
+    fields, _, _, ready, _ = jobs
+    slot = number % JOBS
+    layout: gl.constexpr = gl.BlockedLayout([FIELDS], [32], [WARPS], [0])
+    mbarrier.wait(ready.index(slot), (number // JOBS) & 1)
+    values = fields.index(slot).load(layout)
+    index = gl.arange(0, FIELDS, layout)
+    return (
+        _field(values, index, 0), _field(values, index, 1), _field(values, index, 2),
+        _field(values, index, 3), _field(values, index, 4), _field(values, index, 5),
+    )  # fmt: skip
+
+
+@gluon.jit
+def finish_job(jobs, number):
+    """Give the slot of a job back; all threads of the caller must have read what they need."""
+    wait_for_threads()
+    mbarrier.arrive(jobs[4].index(number % JOBS), count=1)
+
+
+@gluon.jit
+def _fetch_rows(q, q_token, jobs, slot, HEAD_DIM: gl.constexpr, UNIT: gl.constexpr):
+    """Copy the rows of queries whose tokens are in a slot; those of empty row slots are token 0's.
+
+    Shared memory has the rows of a group 64 channels at a time, so pieces of that width are one behind the other.
+    """
+    _, tokens, queries, _, _ = jobs
+    HALVES: gl.constexpr = HEAD_DIM // 64
+    PIECES: gl.constexpr = GROUP_ROWS // PIECE_ROWS
+    pieces = view(queries, [JOBS * GROUPS * HALVES * PIECES, PIECE_ROWS, 64], gl.NVMMASharedLayout(128, 16, rank=2))
+    token_pieces = view(tokens, [JOBS * GROUPS * PIECES, PIECE_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    d = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    for i in range(GROUPS * PIECES):
+        token = token_pieces.index(slot * GROUPS * PIECES + i).load(gl.SliceLayout(1, layout))
+        rows = q + (gl.maximum(token, 0).to(gl.int64) * (q_token * UNIT))[:, None] + d[None, :]
+        piece = (slot * GROUPS + i // PIECES) * HALVES * PIECES + i % PIECES
+        for half in gl.static_range(HALVES):
+            _copy(pieces.index(piece + half * PIECES), rows + half * 64)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    fence_async_shared()
+
+
+@gluon.jit
+def deal(
+    q, tokens, bounds, taken, jobs, steps, heads, dense_rows, grid_rows, pairs,
+    SIZES: gl.constexpr, UNIT: gl.constexpr,
+):  # fmt: skip
+    """The dealing warp: takes tiles until none is left, and fetches their rows.
+
+    `taken` counts the tiles that programs have taken behind their first ones.
+    """
+    fields, token_ring, _, ready, free = jobs
+    q_batch, q_token, q_head = steps
+    HEAD_DIM: gl.constexpr = SIZES[0]
+    ROWS: gl.constexpr = SIZES[1]
+    wide: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    index = gl.arange(0, FIELDS, wide)
+    slots = gl.arange(0, GROUP_ROWS, wide)
+    total = (dense_rows + grid_rows) * pairs
+    tile = gl.program_id(0)
+    number = 0
+    while tile < total:
+        following = gl.num_programs(0) + gl.atomic_add(taken, 1, sem="relaxed")
+        row, pair = place(tile, dense_rows, grid_rows, pairs)
+        bound = gl.load(bounds + row * 4 + index - 2, mask=(index >= 2) & (index < 6), other=0)
+        described = gl.where(index == 0, row, gl.where(index == 1, pair, bound))
+        slot = number % JOBS
+        mbarrier.wait(free.index(slot), ((number // JOBS) & 1) ^ 1)
+        fields.index(slot).store(described)
+        for g in gl.static_range(GROUPS):
+            token_ring.index(slot * GROUPS + g).store(gl.load(tokens + row * ROWS + g * GROUP_ROWS + slots))
+        sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
+        _fetch_rows(q + (sample * q_batch + head * q_head) * UNIT, q_token, jobs, slot, HEAD_DIM, UNIT)
+        wait_for_threads()
+        mbarrier.arrive(ready.index(slot), count=1)
+        tile = following
+        number += 1
+    slot = number % JOBS
+    mbarrier.wait(free.index(slot), ((number // JOBS) & 1) ^ 1)
+    fields.index(slot).store(gl.full([FIELDS], -1, gl.int32, wide))
+    wait_for_threads()
+    mbarrier.arrive(ready.index(slot), count=1)

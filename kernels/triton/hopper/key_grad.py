@@ -1,0 +1,237 @@
+"""Backward kernel for keys and values on Hopper: query tiles come by the tensor memory accelerator.
+
+The work of `key_grad.key_gradients`, in Gluon (Triton's lower level), with warps that have roles (as in
+FlashAttention-3, Shah et al. 2024, section 3.1): one warp copies query tiles and their output gradients into a ring of
+shared memory, one puts the softmax statistics of their queries beside them, and two groups of four warps each hold 64
+keys and values, with their gradients in registers. Everything is transposed: [keys, queries].
+"""
+
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
+# ruff: noqa: ANN001, ANN201, ANN202
+
+# The language of Triton kernels is not quite Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from visattn.kernels.triton.hopper.copy import produce
+from visattn.kernels.triton.hopper.fill import put_statistics
+from visattn.kernels.triton.hopper.parts import (
+    GROUP_ROWS,
+    GROUPS,
+    LN2,
+    following,
+    hide_masked,
+    mask_words,
+    place,
+    product_layout,
+    row_layout,
+)
+from visattn.kernels.triton.parts import RUNTIME_SIZES
+
+
+@gluon.jit
+def _step(
+    i, shared, rings, lists, score_scale, state, at,
+    GROUP: gl.constexpr, SIZES: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Add one query tile to both gradients.
+
+    The products of the tile before may still run: those of this tile wait in line behind them. `state` are both
+    gradients and the factors of the running products; `at` slot and phase of this tile, and the slot before it.
+    """
+    keys, values, queries, grads, q_ready, free, grad_ready = shared
+    acc_k, acc_v, weights, grad_scores = state
+    slot, phase, last, any_before = at
+    HEAD_DIM: gl.constexpr = SIZES[0]
+    COLUMNS: gl.constexpr = SIZES[2]
+    STAGES: gl.constexpr = SIZES[4]
+    s_layout: gl.constexpr = product_layout(COLUMNS)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, product_layout(HEAD_DIM), 2)
+    of_column: gl.constexpr = gl.SliceLayout(0, s_layout)
+    shape: gl.constexpr = [GROUP_ROWS, COLUMNS]
+    first_row: gl.constexpr = GROUP * GROUP_ROWS
+    if MASKED:
+        words = mask_words(lists[1], lists[2], i, first_row, True, s_layout, SIZES)
+    mbarrier.wait(q_ready.index(slot), phase)
+    begin = rings[0].index(slot).load(of_column)[None, :].broadcast_to(shape)
+    scores = warpgroup_mma(keys.index(GROUP), queries.index(slot).permute((1, 0)), begin, is_async=True)
+    begin = rings[1].index(slot).load(of_column)[None, :].broadcast_to(shape)
+    mbarrier.wait(grad_ready.index(slot), phase)
+    grad_weights = warpgroup_mma(values.index(GROUP), grads.index(slot).permute((1, 0)), begin, is_async=True)
+    # Products end in order: with the scores those of the tile before are done.
+    scores, acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(
+        1, deps=[scores, acc_k, acc_v, weights, grad_scores]
+    )
+    mbarrier.arrive(free.index(last), count=1, pred=any_before)
+    if MASKED:
+        scores = hide_masked(scores, words, s_layout)
+    p = gl.exp2(scores * score_scale)
+    weights = gl.convert_layout(p.to(keys.dtype), p_layout)
+    acc_v = warpgroup_mma(weights, grads.index(slot), acc_v, is_async=True)
+    grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
+    grad_scores = gl.convert_layout((p * grad_weights).to(keys.dtype), p_layout)
+    acc_k = warpgroup_mma(grad_scores, queries.index(slot), acc_k, is_async=True)
+    following_slot, following_phase = following(slot, phase, STAGES)
+    return (acc_k, acc_v, weights, grad_scores), (following_slot, following_phase, slot, True)
+
+
+@gluon.jit
+def _consume(
+    k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
+    GROUP: gl.constexpr, SIZES: gl.constexpr, UNIT: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
+    KEY_MASK: gl.constexpr,
+):  # fmt: skip
+    """One group of four warps: its 64 keys and values against every query tile, and their gradients."""
+    keys, values, _, _, _, _, _ = shared
+    row, start, split, stop, dense = where
+    k_token, v_token, grad_token, score_scale = sizes
+    HEAD_DIM: gl.constexpr = SIZES[0]
+    ROWS: gl.constexpr = SIZES[1]
+    o_layout: gl.constexpr = product_layout(HEAD_DIM)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    io: gl.constexpr = row_layout(HEAD_DIM)
+    dtype: gl.constexpr = keys.dtype
+
+    slots = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, io))
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, io))
+    token = gl.load(lists[0] + row * ROWS + slots)
+    here = (token >= 0)[:, None]
+    wide = token.to(gl.int64)[:, None]
+    keys.index(GROUP).store(gl.load(k + wide * (k_token * UNIT) + d[None, :], mask=here, other=0.0))
+    values.index(GROUP).store(gl.load(v + wide * (v_token * UNIT) + d[None, :], mask=here, other=0.0))
+    fence_async_shared()
+
+    nothing = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, o_layout)
+    factors = gl.zeros([GROUP_ROWS, SIZES[2]], dtype, p_layout)
+    state = (warpgroup_mma_init(nothing), warpgroup_mma_init(nothing), factors, factors)
+    at = (0, 0, 0, False)
+    for i in range(start, split):
+        state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
+    if PARTIAL:
+        for i in range(split, stop):
+            state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, True)
+    if DENSE:
+        for i in range(0, dense):
+            state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
+    acc_k, acc_v, _, _ = warpgroup_mma_wait(0, deps=[state[0], state[1], state[2], state[3]])
+
+    # Through the memory of keys and values to a layout whose stores are whole lines.
+    keys.index(GROUP).store((acc_k * (score_scale * LN2)).to(dtype))
+    values.index(GROUP).store(acc_v.to(dtype))
+    # Loaded again (volatile: not merged with the first load) to hold fewer registers in the loops.
+    token = gl.load(lists[0] + row * ROWS + slots, volatile=True)
+    here = (token >= 0)[:, None]
+    out_row = token.to(gl.int64)[:, None] * grad_token + d[None, :]
+    own_k = keys.index(GROUP).load(io)
+    own_v = values.index(GROUP).load(io)
+    if KEY_MASK:
+        # Rows do not mix, so masked keys are dropped only here.
+        kept = (gl.load(key_mask + token, mask=token >= 0, other=0) != 0)[:, None]
+        own_k = gl.where(kept, own_k, 0.0)
+        own_v = gl.where(kept, own_v, 0.0)
+    gl.store(grad_k + out_row, own_k, mask=here)
+    gl.store(grad_v + out_row, own_v, mask=here)
+
+
+@gluon.jit
+def _copy_columns(
+    q_grid, grad_grid, q_runs, grad_runs, copied, bases, where, place, runs,
+    BOX: gl.constexpr, SIZES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: queries and the gradients of their outputs."""
+    _, start, _, stop, dense = where
+    slot = 0
+    phase = 1
+    produce(q_grid, grad_grid, q_runs, grad_runs, copied, bases, (start, stop, dense), place, runs, slot, phase,
+            BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4])  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])
+def key_gradients(
+    q_grid, grad_grid, q_runs, grad_runs, k, v, lse, delta, grad_k, grad_v, key_mask,
+    tokens, bounds, bases, mask_ids, offsets, masks,
+    k_batch, k_token, k_head, v_batch, v_token, v_head,
+    scale, score_scale, heads, length, key_length,
+    dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
+    HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+    BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
+    PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr,
+):  # fmt: skip
+    """Compute dK and dV of one key tile of 128 tokens; see `key_grad.key_gradients` for what the arguments share.
+
+    Args (besides those of `key_grad.key_gradients`):
+        q_grid: Descriptor of the grid's queries as [outer, t, y, x, channels]; `grad_grid` of the gradients of its
+            outputs.
+        q_runs: Descriptor of all queries as [outer, 1, 1, tokens, channels]; `grad_runs` of all those gradients.
+        side_y: Length of the grid's second last axis.
+        side_x: Length of its last axis.
+        BOX: Tokens of a query tile per axis (t, y, x).
+        FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
+    """
+    row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
+    sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
+    bound = bounds + row * 4
+    start, split, stop, dense = gl.load(bound), gl.load(bound + 1), gl.load(bound + 2), gl.load(bound + 3)
+    if FOLDED:
+        outer, column = sample, head * HEAD_DIM
+    else:
+        outer, column = sample * heads + head, head * 0
+    k += (sample * k_batch + head * k_head) * UNIT
+    v += (sample * v_batch + head * v_head) * UNIT
+    key_mask += sample * key_length
+    out = (sample * key_length * heads + head) * HEAD_DIM
+    grad_k += out
+    grad_v += out
+    lse += pair.to(gl.int64) * length
+    delta += pair.to(gl.int64) * length
+
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    dtype: gl.constexpr = k.dtype.element_ty
+    keys = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, HEAD_DIM], layout)
+    values = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, HEAD_DIM], layout)
+    queries = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
+    grads = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
+    lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
+    delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
+    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    grad_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        # Queries and their statistics.
+        mbarrier.init(q_ready.index(i), count=2)
+        mbarrier.init(grad_ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=GROUPS)
+    fence_async_shared()
+
+    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES)
+    shared = (keys, values, queries, grads, q_ready, free, grad_ready)
+    rings = (lse_ring, delta_ring, q_ready, free)
+    copied = (queries, grads, q_ready, free, grad_ready, free)
+    where = (row, start, split, stop, dense)
+    runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)
+    lists = (tokens, masks, mask_ids)
+    sizes = (k_token, v_token, heads * HEAD_DIM, score_scale)
+    gl.warp_specialize(
+        [
+            (_consume, (k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
+                        gl.constexpr(0), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK)),
+            (_consume, (k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
+                        gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK)),
+            (_copy_columns, (q_grid, grad_grid, q_runs, grad_runs, copied, bases, where,
+                             (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs, BOX, SIZES)),
+            (put_statistics, (lse, delta, bases, offsets, rings, where, runs, scale, length, COLUMNS, STAGES)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )  # fmt: skip

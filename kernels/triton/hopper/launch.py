@@ -1,0 +1,226 @@
+"""Which calls the Hopper kernels take, and their launches."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from visattn.dispatch import Call
+from visattn.kernels.triton.arguments import LOG2E, Work, head_arguments, list_arguments, plan_of, strides, unit
+from visattn.kernels.triton.config import HOPPER, Config
+from visattn.kernels.triton.start import FUSION, programs
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+from visattn.plans import TilePlan
+
+# Channels of one copy: 128 bytes, the widest swizzle of shared memory.
+PIECE = 64
+# Share of tiles without mask below which the two groups of warps take turns in the tensor cores: with masks to apply it
+# is 1 to 3 % faster, without it as much slower (docs/gpu-notes.md).
+TAKE_TURNS = 0.9
+
+
+@lru_cache(maxsize=1)
+def installed() -> bool:
+    """Whether this Triton has Gluon for Hopper."""
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def hopper_config(
+    architecture: int, dtype: torch.dtype, head_dim: int, pattern: Pattern, layout: Layout, direction: str = "forward"
+) -> Config | None:
+    """The configuration of a Hopper kernel, or None for problems that need the general one.
+
+    Args:
+        architecture: Compute capability times ten.
+        dtype: Of q, k and v.
+        head_dim: Channels per head.
+        pattern: The pattern.
+        layout: The tokens.
+        direction: "forward" or "key_grad".
+    """
+    launch = HOPPER[direction].get(head_dim)
+    if architecture != 90 or launch is None or dtype.itemsize != 2 or pattern.routed or not installed():
+        return None
+    plan = plan_of(pattern, layout, direction, launch)
+    rows, columns = (plan.keys, plan.queries) if direction == "key_grad" else (plan.queries, plan.keys)
+    # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
+    boxes = columns.capacity == launch.tile and all(side & (side - 1) == 0 for side in columns.shape)
+    fills = rows.capacity > launch.rows // 2
+    return launch if boxes and fills and _no_list_empty(plan) and all(step == 1 for step in columns.step) else None
+
+
+@lru_cache(maxsize=128)
+def _no_list_empty(plan: TilePlan) -> bool:
+    """Whether every query tile sees a key tile: the forward writes results in the first step of the tile after."""
+    return len(np.unique(plan.lists.rows)) == plan.queries.tiles
+
+
+def faster_configs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, architecture: int
+) -> dict[str, Config]:
+    """The directions of a call that a Hopper kernel takes, and its configuration there."""
+    if call.rpb is not None or not call.scale:
+        return {}
+    directions = []
+    if copyable(k, v):
+        directions.append("forward")
+    # A program has one query head.
+    if copyable(q, q) and q.shape[2] == k.shape[2]:
+        directions.append("key_grad")
+    problem = (architecture, q.dtype, q.shape[3], call.pattern, call.layout)
+    found = {direction: hopper_config(*problem, direction) for direction in directions}
+    return {direction: config for direction, config in found.items() if config is not None}
+
+
+def copyable(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the copies can address two tensors [B, S, H, D] with contiguous channels, both alike."""
+    return _addressable(a) and _addressable(b) and folded(a) == folded(b)
+
+
+def folded(x: torch.Tensor) -> bool:
+    """Whether a descriptor sees the heads of [B, S, H, D] in the channels; else they lie in one axis with B."""
+    batch, _, heads, _ = x.shape
+    return batch > 1 and heads > 1 and x.stride(0) != heads * x.stride(2)
+
+
+def _addressable(x: torch.Tensor) -> bool:
+    """Whether copies can address a tensor [B, S, H, D]: 16-byte steps, and heads next to batch or to channels."""
+    aligned = x.data_ptr() % 16 == 0
+    steps = all(stride > 0 and stride % 8 == 0 for stride, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1)
+    return aligned and steps and (not folded(x) or x.stride(2) == x.shape[3])
+
+
+def _descriptor(x: torch.Tensor, first: int, grid: tuple[int, ...], box: tuple[int, ...]) -> Any:
+    """Descriptor of tokens from `first`, cut as a grid of up to three axes: [outer, t, y, x, channels]."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    batch, _, heads, head_dim = x.shape
+    token = x.stride(1)
+    sides = (1,) * (3 - len(grid)) + grid
+    if folded(x):
+        outer, outer_stride, channels = batch, x.stride(0), heads * head_dim
+    else:
+        outer, channels = batch * heads, head_dim
+        outer_stride = x.stride(2) if heads > 1 else x.stride(0)
+    # The stride of an axis of length 1 means nothing, but must be a multiple of 16 bytes all the same.
+    outer_stride = outer_stride if outer > 1 else PIECE
+    steps = [outer_stride, token * sides[1] * sides[2], token * sides[2], token, 1]
+    tile = [1, *(1,) * (3 - len(box)), *box, PIECE]
+    return TensorDescriptor(x[:, first:], [outer, *sides, channels], steps, tile, _box_layout())
+
+
+@lru_cache(maxsize=1)
+def _box_layout() -> Any:
+    """How a copied box lies in shared memory."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
+
+
+def launch_key_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+    work: Work,
+) -> None:
+    """Run the backward kernel for keys and values; its results are in `grad_k` and `grad_v` (contiguous)."""
+    from visattn.kernels.triton.hopper.key_grad import key_gradients
+
+    if not copyable(q, grad_out):
+        q, grad_out = q.contiguous(), grad_out.contiguous()
+    given = key_arguments(q, k, v, grad_out, lse, delta, work) | {"grad_k": grad_k, "grad_v": grad_v}
+    kernel: Any = key_gradients
+    kernel[programs(given)](**given, num_warps=4, **FUSION)
+
+
+def key_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    work: Work,
+) -> dict[str, Any]:
+    """Arguments of `hopper_key_grad.key_gradients` without its results."""
+    step = unit(k, v)
+    return {
+        **_common_arguments("key_grad", ("q", "grad"), (q, grad_out), k, work),
+        "k": k, "v": v, "lse": lse, "delta": delta,
+        "scale": work.scale,
+        "score_scale": work.scale * LOG2E,
+        "heads": k.shape[2], "length": q.shape[1], "key_length": k.shape[1],
+        **strides("k", k, step), **strides("v", v, step),
+        "UNIT": step,
+    }  # fmt: skip
+
+
+def launch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, work: Work
+) -> None:
+    """Run the kernel; its results are in `out` and `lse` (contiguous, [B, H, S])."""
+    from visattn.kernels.triton.hopper.forward import attend
+
+    given = hopper_arguments(q, k, v, out, lse, work)
+    kernel: Any = attend
+    units = torch.cuda.get_device_properties(q.device).multi_processor_count
+    kernel[(min(units, programs(given)[0]),)](**given, num_warps=4, **FUSION)
+
+
+def hopper_arguments(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, work: Work
+) -> dict[str, Any]:
+    """Arguments of `hopper.attend`."""
+    step = unit(q)
+    return {
+        **_common_arguments("forward", ("k", "v"), (k, v), q, work),
+        "q": q, "out": out, "lse": q if lse is None else lse,
+        "taken": torch.zeros(1, dtype=torch.int32, device=q.device),
+        "scale": work.scale * LOG2E,
+        "key_length": k.shape[1],
+        **strides("q", q, step), **head_arguments(q, k),
+        "UNIT": step, "LSE": lse is not None,
+        "TILES": work.program("forward", q.device).tiles,
+        "TURNS": work.plan("forward").full_share < TAKE_TURNS,
+    }  # fmt: skip
+
+
+def _common_arguments(
+    direction: str, names: tuple[str, str], copied: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor, work: Work
+) -> dict[str, Any]:
+    """What both kernels take: descriptors of the two tensors that are copied, the lists, sizes."""
+    run = work.program(direction, rows.device)
+    columns = run.column_tiling
+    prefix, grid, box = columns.layout.prefix, columns.layout.grid, columns.shape
+    lists = list_arguments(run, work, False, rows.shape[0] * rows.shape[2])
+    # Routed patterns, whose samples have lists of their own, and biases are for the general kernels.
+    unused = ("positions", "position_offsets", "centre", "rpb_entries", "bounds_batch", "list_batch")
+    descriptors = {}
+    for name, x in zip(names, copied, strict=True):
+        descriptors[f"{name}_grid"] = _descriptor(x, prefix, grid, box)
+        descriptors[f"{name}_runs"] = _descriptor(x, 0, (x.shape[1],), (run.columns,))
+    return {
+        **descriptors,
+        **{name: value for name, value in lists.items() if name not in unused},
+        "key_mask": rows if work.key_mask is None else work.key_mask,
+        "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
+        "HEAD_DIM": rows.shape[3], "ROWS": run.rows, "COLUMNS": run.columns,
+        "BOX": (1,) * (3 - len(box)) + box,
+        "FOLDED": folded(copied[0]),
+        "STAGES": work.configs[direction].stages,
+        "PARTIAL": run.partial, "DENSE": run.has_dense, "KEY_MASK": work.key_mask is not None,
+    }  # fmt: skip

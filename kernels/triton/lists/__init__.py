@@ -1,0 +1,1 @@
+"""Kernels that walk tile lists on any GPU that Triton supports."""

@@ -1,0 +1,82 @@
+"""Grid positions as the relative position bias of a neighborhood pattern counts them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from visattn.kernels.triton.lists.program import NOWHERE, slot_sums
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+from visattn.patterns.geometry import Spans
+from visattn.tiling import Ints, Tiling
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """One number per token such that the bias entry of a pair is key's number - query's number + centre.
+
+    Attributes:
+        tokens: The number of each token, far outside for dense tokens: int32 [S + extra].
+        weights: What one step along each axis adds.
+        centre: Entry of a query's bias with itself.
+        entries: Bias entries per head.
+    """
+
+    tokens: torch.Tensor
+    weights: tuple[int, ...]
+    centre: int
+    entries: int
+
+    def offsets(self, tiling: Tiling) -> torch.Tensor:
+        """The number of each slot of a box, minus that of slot 0: int32 [slots]."""
+        return _offsets(tiling, self.weights, self.tokens.device)
+
+
+@lru_cache(maxsize=64)
+def _offsets(tiling: Tiling, weights: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Copied to the device once: a copy in every call would wait for the device, and no CUDA graph could hold it."""
+    return torch.from_numpy(slot_sums(tiling, weights).astype(np.int32)).to(device)
+
+
+@lru_cache(maxsize=64)
+def positions(pattern: Pattern, layout: Layout, device: torch.device) -> Positions:
+    """The positions of a pattern that takes a relative position bias."""
+    sides = pattern.rpb_shape(layout.grid)
+    assert sides is not None
+    weights = tuple(math.prod(sides[i + 1 :]) for i in range(len(sides)))
+    number = np.zeros(1, np.int64)
+    for n, step, weight in zip(layout.grid, pattern.step(layout.grid), weights, strict=True):
+        number = (number[:, None] + np.arange(n) // step * weight).ravel()
+    tokens = np.full(layout.length, NOWHERE)
+    tokens[layout.prefix : layout.prefix + layout.tokens] = number
+    centre = sum((side // 2) * weight for side, weight in zip(sides, weights, strict=True))
+    return Positions(torch.from_numpy(tokens.astype(np.int32)).to(device), weights, centre, math.prod(sides))
+
+
+@lru_cache(maxsize=16)
+def partners(pattern: Pattern, layout: Layout, device: torch.device) -> torch.Tensor:
+    """Key token of each grid query for each bias entry, -1 where it sees none there: int32 [entries, tokens]."""
+    sides = pattern.rpb_shape(layout.grid)
+    assert sides is not None
+    spans: list[Spans] = getattr(pattern, "spans")(layout.grid)  # noqa: B009 - only patterns with a bias have it
+    key = np.zeros((1, 1), np.int64)
+    for axis, side in zip(spans, sides, strict=True):
+        on_axis = _axis_partners(axis, side)
+        both = (key[:, None, :, None] >= 0) & (on_axis[None, :, None, :] >= 0)
+        key = np.where(both, key[:, None, :, None] * axis.length + on_axis[None, :, None, :], -1)
+        key = key.reshape(key.shape[0] * side, -1)
+    key = np.where(key >= 0, key + layout.prefix, -1)
+    return torch.from_numpy(key.astype(np.int32)).to(device)
+
+
+def _axis_partners(spans: Spans, side: int) -> Ints:
+    """Key index of each query of one axis for each relative position: [side, length], -1 where it sees none."""
+    index = np.arange(spans.length)
+    position = index // spans.step + (np.arange(side) - side // 2)[:, None]
+    key = position * spans.step + index % spans.step
+    return np.where((position >= spans.start) & (position < spans.stop) & (key < spans.length), key, -1)

@@ -1,0 +1,1 @@
+"""Backbones registered with timm, one file a paper, under their official parameter names."""

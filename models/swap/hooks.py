@@ -1,0 +1,82 @@
+"""Hooks of a swapped timm model: where the tokens of an image sit, dropped patches, modules that a forward missed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from visattn.models.swap.flexible import grids_of
+from visattn.models.swap.runtime import Runtime
+
+
+class Follow:
+    """After the patch embedding: tells the runtime the grid of this image."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """A forward hook."""
+        if isinstance(out, tuple) and out[1] is None:
+            grids = grids_of(args, kwargs)
+            if isinstance(grids, str):
+                self.runtime.place(grids)
+            else:
+                self.runtime.place_samples(grids)
+        else:
+            self.runtime.place(_grid(module, args, out))
+
+
+def _grid(module: Any, args: tuple[Any, ...], out: Any) -> tuple[int, int]:
+    """Rows and columns of patches, from what a patch embedding got and gave."""
+    if isinstance(out, tuple):  # NaFlexViT: tokens and grid
+        return _pair(out[1])
+    if out.ndim == 4:
+        rows, columns = (out.shape[1], out.shape[2]) if _is_nhwc(module) else (out.shape[2], out.shape[3])
+        return int(rows), int(columns)
+    if math.prod(module.grid_size) == out.shape[1]:
+        return _pair(module.grid_size)
+    return _pair(module.dynamic_feat_size(tuple(args[0].shape[-2:])))
+
+
+def _is_nhwc(module: Any) -> bool:
+    return "NHWC" in str(getattr(module, "output_fmt", "NHWC")).upper()
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return int(size[0]), int(size[1])
+
+
+def refuse_dropped_patches(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before timm's patch dropout runs in training: what it leaves is no grid."""
+    rate = getattr(module, "prob", 0.0)
+    if module.training and rate > 0:
+        raise ValueError(
+            f"patch_drop_rate={rate} drops patches in training, and the rest is no grid that a pattern could be "
+            "applied to: create the model with patch_drop_rate=0, or remove() the handle for training"
+        )
+
+
+class Missed:
+    """With `strict`: a forward must reach every swapped module."""
+
+    def __init__(self, runtime: Runtime, paths: Iterable[str], after: bool = False) -> None:
+        self.runtime, self.paths, self.after = runtime, tuple(paths), after
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
+        """A forward hook, or a forward pre-hook that notes the counts before."""
+        if torch.compiler.is_compiling():
+            return
+        rows = self.runtime.tally.rows()
+        counts = {p: rows[p].dense + rows[p].hits.total() + rows[p].fallbacks.total() for p in self.paths if p in rows}
+        if not self.after:
+            self.runtime.before = counts  # type: ignore[attr-defined]
+            return
+        before = getattr(self.runtime, "before", {})
+        missed = [p for p in self.paths if counts.get(p, 0) == before.get(p, 0)]
+        if missed:
+            raise ValueError(f"strict: the forward of {self.runtime.name} missed {', '.join(missed[:4])}")

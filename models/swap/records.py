@@ -1,0 +1,104 @@
+"""Which classes of timm visattn swaps, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from visattn.models.swap.maps import CoAtBlock, DaVitBlock, ParallelPartition, PartitionFirst, PartitionLast
+from visattn.models.swap.relative import BeitAttention, RelPosAttention
+from visattn.models.swap.sam import SamBlock
+from visattn.models.swap.tokens import RotaryAttention, TokenAttention
+from visattn.models.swap.windows import SwinBlock, SwinV2Block
+from visattn.patterns import Dense, Neighborhood, Pattern
+from visattn.schedule import check_dims
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a class of timm is swapped.
+
+    Attributes:
+        mixin: What is mixed into the class.
+        bias: Whether it has a relative position bias, which only neighborhoods carry.
+        tokens: Whether it sees a sequence (and the model has to say where its tokens sit), or maps.
+        models: Which models have it, for people.
+        attention: Name of its attention module, if the class is a block around one.
+    """
+
+    mixin: type
+    bias: bool
+    tokens: bool
+    models: str
+    attention: str = ""
+
+
+RECORDS = {
+    "timm.layers.attention.Attention": Record(TokenAttention, False, True, "ViT, DeiT, DeiT III, DINOv2, SigLIP, CLIP"),
+    "timm.layers.attention.AttentionRope": Record(RotaryAttention, False, True, "rope ViTs, DINOv3, PE"),
+    "timm.models.vision_transformer.Attention": Record(TokenAttention, False, True, "ViTs of older releases of timm"),
+    "timm.models.eva.EvaAttention": Record(RotaryAttention, False, True, "EVA, EVA-02, DINOv3, rope ViTs"),
+    "timm.models.beit.Attention": Record(BeitAttention, True, True, "BEiT, BEiT v2"),
+    "timm.models.vision_transformer_relpos.RelPosAttention": Record(RelPosAttention, True, True, "vit_relpos"),
+    "timm.models.swin_transformer.SwinTransformerBlock": Record(SwinBlock, True, False, "Swin, S3", "attn"),
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": Record(SwinV2Block, True, False, "Swin v2", "attn"),
+    "timm.models.maxxvit.PartitionAttentionCl": Record(
+        PartitionLast, True, False, "MaxViT and MaxxViT: block attention, not grid attention", "attn"
+    ),
+    "timm.models.maxxvit.PartitionAttention2d": Record(PartitionFirst, True, False, "the same, channels first", "attn"),
+    "timm.models.maxxvit.ParallelPartitionAttention": Record(
+        ParallelPartition, True, False, "MaxViT with both at once: the block half", "attn_block"
+    ),
+    "timm.models.maxxvit.TransformerBlock2d": Record(CoAtBlock, True, False, "CoAtNet, CoAtNeXt", "attn"),
+    "timm.models.davit.SpatialBlock": Record(DaVitBlock, False, False, "DaViT: spatial, not channel attention", "attn"),
+    "timm.models.vision_transformer_sam.Block": Record(SamBlock, False, False, "SAM", "attn"),
+}
+
+
+def record_of(module: nn.Module) -> Record | None:
+    """The record of a module's class, None if it is no attention that visattn knows."""
+    kind = type(module)
+    # MaxViT's grid attention sees a few tokens of the whole map, each far from the next: no pattern is near to that.
+    if getattr(module, "partition_block", None) is False:
+        return None
+    return RECORDS.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+@lru_cache(maxsize=64)
+def swapped_class(kind: type, mixin: type) -> type:
+    """The class of a swapped module."""
+    return type(f"Swapped{kind.__name__}", (mixin, kind), {"__module__": __name__})
+
+
+def record_of_class(kind: type) -> Record:
+    """The record of a class that has one."""
+    return RECORDS[f"{kind.__module__}.{kind.__qualname__}"]
+
+
+def check_fit(module: nn.Module, pattern: Pattern, name: str) -> None:
+    """Raise a ValueError if a module of the model `name` cannot carry a pattern."""
+    record = record_of(module)
+    assert record is not None
+    check_dims(pattern, 2, name)
+    holder: Any = getattr(module, record.attention) if record.attention else module
+    if record.bias and not isinstance(pattern, Neighborhood | Dense) and _has_bias(holder):
+        raise ValueError(
+            f"{pattern} cannot carry the relative position bias of {name}: use na(window=...), which can, or 'dense'"
+        )
+    if pattern.composed and getattr(holder, "use_rel_pos", False):
+        raise ValueError(
+            f"{pattern} has no pairs of tokens to which the position logits of {name} could be added: use a pattern "
+            "that has, like na(window=...), or 'dense'"
+        )
+    if record.mixin is SamBlock and getattr(module, "window_size", 0) and getattr(holder, "rope", None) is not None:
+        raise ValueError(
+            f"the rotary embedding of {name} is one of its windows, not of the map: leave them as they are"
+        )
+
+
+def _has_bias(holder: Any) -> bool:
+    table = getattr(holder, "relative_position_bias_table", None)
+    return table is not None or hasattr(holder, "cpb_mlp") or getattr(holder, "rel_pos", None) is not None

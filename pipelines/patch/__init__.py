@@ -1,0 +1,1 @@
+"""Patches the attention of diffusers models: installation, per-forward state, steps, undo."""

@@ -1,0 +1,138 @@
+"""The hooks that tell a run what its model is doing.
+
+`torch.compile(model)` calls the hooks of the model outside of its graph. `model.compile()` and compiled code around
+the model trace them: the one before the forward becomes an operator, the others do nothing. Copies and pickles of
+a patched model have hooks that do nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.eval_frame import skip_code
+
+from visattn.pipelines.patch import operators
+from visattn.pipelines.patch.run import Run
+
+
+def _own_frame(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the compiler from making a graph of its own of a hook that is called outside of graphs."""
+    skip_code(hook.__code__)
+    return hook
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the compiler out of a function and all it calls."""
+    return torch.compiler.disable(function)  # type: ignore[arg-type]
+
+
+def unpatched(*args: Any, **kwargs: Any) -> None:
+    """What a hook becomes in a copy of a patched model."""
+
+
+class _Hook:
+    """Refers to a run by number: what compiled code sees of it is one constant."""
+
+    def __init__(self, run: Run) -> None:
+        self.number = run.number
+
+    def run(self) -> Run | None:
+        return operators.look_up(self.number)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _unpatched, ()
+
+
+def _unpatched() -> Callable[..., None]:
+    return unpatched
+
+
+class Begin(_Hook):
+    """Before a forward of the model: where do its tokens sit?"""
+
+    def __init__(self, run: Run, names: tuple[str, ...]) -> None:
+        super().__init__(run)
+        # Hooks keep the run alive: a handle may be dropped without undoing anything.
+        self.keep = run
+        self.names, self.config, self.family = names, run.config, run.family
+
+    @_own_frame
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The hook."""
+        if not torch.compiler.is_compiling():
+            return self._begin(args, kwargs)
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        seen = self.family.seen(self.config, given)
+        name = self.family.anchor
+        first = given[name][0] if isinstance(given[name], list) else given[name]
+        latents: Any = operators.begin_forward(
+            first, seen.ids, list(seen.grid), seen.prefix, seen.suffix, seen.why, self.number
+        )
+        if isinstance(given[name], list):
+            latents = [latents, *given[name][1:]]
+        if name in kwargs:
+            return args, {**kwargs, name: latents}
+        at = self.names.index(name)
+        return (*args[:at], latents, *args[at + 1 :]), kwargs
+
+    @_untraced
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.keep.begin(self.family.seen(self.config, dict(zip(self.names, args, strict=False)) | kwargs))
+
+
+class Finish(_Hook):
+    """After a forward of the model."""
+
+    @_own_frame
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The hook."""
+        if not torch.compiler.is_compiling():
+            self._finish()
+
+    @_untraced
+    def _finish(self) -> None:
+        run = self.run()
+        if run is not None:
+            run.finish()
+
+
+class Enter(_Hook):
+    """Before a forward of an attention module: which one is it?"""
+
+    def __init__(self, run: Run, paths: dict[int, str]) -> None:
+        super().__init__(run)
+        self.paths = paths
+
+    @_own_frame
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """The hook."""
+        if not torch.compiler.is_compiling():
+            self._enter(module)
+
+    @_untraced
+    def _enter(self, module: torch.nn.Module) -> None:
+        run = self.run()
+        if run is not None:
+            run.enter(self.paths[id(module)])
+
+
+class Hooks:
+    """All hooks of a patched model."""
+
+    def __init__(self, model: torch.nn.Module, run: Run, sites: Sequence[tuple[torch.nn.Module, str]]) -> None:
+        names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        enter = Enter(run, {id(module): path for module, path in sites})
+        self._handles = [
+            model.register_forward_pre_hook(Begin(run, names), with_kwargs=True, prepend=True),
+            model.register_forward_hook(Finish(run)),
+            *(module.register_forward_pre_hook(enter) for module, _ in sites),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

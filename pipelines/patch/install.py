@@ -1,0 +1,253 @@
+"""Patches the attention of diffusers models; the adapter of `visattn.apply`."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from visattn.handle import Request
+from visattn.parameters import Learnable, make_parameters
+from visattn.patterns import Dense, Pattern
+from visattn.pipelines.families import find_family, known_classes
+from visattn.pipelines.families.base import Family, Seen
+from visattn.pipelines.patch import dispatch, merging, operators
+from visattn.pipelines.patch.hooks import Hooks
+from visattn.pipelines.patch.operators import Stock
+from visattn.pipelines.patch.run import Group, Run, site_reports
+from visattn.pipelines.patch.steps import ContextSteps, SchedulerSteps
+from visattn.report import SiteReport
+from visattn.schedule import SiteName, check_dims
+from visattn.watch import Watcher
+
+# Names under which pipelines keep the models that denoise.
+DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+
+
+def install(target: Any, request: Request) -> list[PatchedModel]:
+    """Patch a diffusers model, or every denoising model of a pipeline.
+
+    Raises:
+        ValueError: If there is nothing to patch, the pattern does not fit, or something is patched already.
+    """
+    models = _models(target, request)
+    chosen = [(name, model, _family(model, request)) for name, model in models.items()]
+    for _, model, family in chosen:
+        for pattern in request.schedule.patterns:
+            dims = family.dims if request.layout is None else request.layout.dims
+            check_dims(pattern, dims, type(model).__name__)
+            if pattern.merges:
+                _check_merging(pattern, model, family, request)
+    patched: list[PatchedModel] = []
+    scheduler = SchedulerSteps(target) if hasattr(target, "scheduler") and request.schedule.needs_steps else None
+    try:
+        for name, model, family in chosen:
+            patched.append(PatchedModel(name, model, family, request, scheduler))
+    except ValueError:
+        for done in patched:
+            done.remove()
+        if scheduler is not None:
+            scheduler.remove()
+        raise
+    return patched
+
+
+def _models(target: Any, request: Request) -> dict[str, torch.nn.Module]:
+    """The models to patch by name: the target itself, or the denoisers of a pipeline."""
+    if isinstance(target, torch.nn.Module):
+        model = getattr(target, "_orig_mod", target)
+        return {type(model).__name__: model}
+    parts = {name: getattr(target, name, None) for name in DENOISERS}
+    found = {n: getattr(m, "_orig_mod", m) for n, m in parts.items() if isinstance(m, torch.nn.Module)}
+    if not found:
+        raise ValueError(f"{type(target).__name__} has none of {', '.join(DENOISERS)}: apply to one of its models")
+    known = {n: m for n, m in found.items() if find_family(m) is not None}
+    return found if request.layout is not None else known or found
+
+
+def _family(model: torch.nn.Module, request: Request) -> Family:
+    family = find_family(model)
+    if family is None and request.layout is not None:
+        return Family(type(model).__name__, (), request.layout.dims, ("*",), lambda config, args: Seen())
+    if family is None:
+        raise ValueError(
+            f"{type(model).__name__} is a model class that visattn does not know: pass layout=Layout(grid, prefix=..., "
+            f"suffix=...) to say where its tokens sit; known classes: {known_classes()}"
+        )
+    if family.nothing:
+        raise ValueError(f"{type(model).__name__}: {family.nothing}")
+    return family
+
+
+def _check_merging(pattern: Pattern, model: torch.nn.Module, family: Family, request: Request) -> None:
+    if not family.levels or request.layout is not None:
+        raise ValueError(
+            f"{pattern} merges tokens of a UNet (Stable Diffusion 1.5, 2.1, XL) before they are projected, and "
+            f"{type(model).__name__} {'was given a layout' if family.levels else 'is none'}: use agent(agents=...) here"
+        )
+    if request.backend != "auto":
+        raise ValueError(
+            f"{pattern.name} runs attention of its own: pass backend='auto' instead of {request.backend!r}"
+        )
+
+
+@dataclass
+class Site:
+    """One attention module that is patched.
+
+    Attributes:
+        name: Its path and layer.
+        module: The module.
+        pattern: What it was given.
+        original: The processor found there.
+        installed: The processor there now.
+        group: The group it calls.
+        parameters: Learnable parameters of the pattern, None if it has none.
+    """
+
+    name: SiteName
+    module: torch.nn.Module
+    pattern: Pattern
+    original: Any = None
+    installed: Any = None
+    group: Group | None = None
+    parameters: torch.nn.ParameterDict | None = None
+
+    @property
+    def intact(self) -> bool:
+        """Whether the module still calls its group."""
+        if self.group is None or self.module.processor is not self.installed:
+            return False
+        if self.pattern.merges or not dispatch.is_dispatching(self.installed):
+            return True
+        return self.installed._attention_backend is dispatch.member(self.group.number)
+
+
+class PatchedModel:
+    """One patched model: its run, its groups and what was there before."""
+
+    def __init__(
+        self, name: str, model: torch.nn.Module, family: Family, request: Request, scheduler: SchedulerSteps | None
+    ) -> None:
+        found = _visual_sites(model, family)
+        patterns = request.schedule.assign([site for site, _ in found], type(model).__name__)
+        pairs = zip(found, patterns, strict=True)
+        self.sites = [Site(site, module, pattern) for (site, module), pattern in pairs if pattern is not None]
+        for site in self.sites:
+            if dispatch.is_patched(site.module.processor):
+                raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")
+        dims = family.dims if request.layout is None else request.layout.dims
+        for site in self.sites:
+            if site.pattern.learnable:
+                site.parameters = make_parameters(model, site.module, site.pattern, dims)
+        self._model, self._request, self._scheduler = model, request, scheduler
+        self._groups: dict[tuple[Pattern, Stock, str], Group] = {}
+        steps = [scheduler.now] if scheduler is not None else []
+        self._context = (
+            ContextSteps(model) if request.schedule.needs_steps and hasattr(model, "cache_context") else None
+        )
+        if self._context is not None:
+            steps.insert(0, self._context.now)
+        schedule, layout = request.schedule, request.layout
+        self._run = Run(name, family, model.config, schedule, layout, request.strict, steps)
+        self._run.sparse_sites = [s.name.path for s in self.sites if not isinstance(s.pattern, Dense)]
+        self._hooks: Hooks | None = None
+        try:
+            self._install(self.sites)
+        except ValueError:
+            self.remove()
+            raise
+        self._run.check_sites = self._repair
+        self._hooks = Hooks(model, self._run, [(site.module, site.name.path) for site in self.sites])
+
+    def report(self) -> Sequence[SiteReport]:
+        """See `visattn.handle.Patch`."""
+        patterns = {site.name.path: site.pattern for site in self.sites}
+        return site_reports(self._run, patterns, self._request.backend)
+
+    def learnables(self) -> Sequence[Learnable]:
+        """See `visattn.handle.Patch`."""
+        found = [(site.name.path, site.pattern, site.parameters) for site in self.sites]
+        return [Learnable(self._run.name, path, pattern, p) for path, pattern, p in found if p is not None]
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """See `visattn.handle.Patch`."""
+        self._run.watcher = watcher
+
+    def set_step(self, step: int | None, total: int | None) -> None:
+        """See `visattn.handle.Patch`."""
+        self._run.step = step, total
+
+    def remove(self) -> None:
+        """See `visattn.handle.Patch`. A processor that someone else has set since stays."""
+        if self._hooks is not None:
+            self._hooks.remove()
+        for site in self.sites:
+            if site.group is not None and site.module.processor is site.installed:
+                if dispatch.is_dispatching(site.installed) and site.intact and not site.pattern.merges:
+                    site.installed._attention_backend = dispatch.backend_named(site.group.stock.backend)
+                site.module.processor = site.original
+            site.group = None
+        for group in self._groups.values():
+            operators.release(group.number, group)
+        self._groups.clear()
+        dispatch.unregister_members()
+        operators.release(self._run.number, self._run)
+        for source in (self._context, self._scheduler):
+            if source is not None:
+                source.remove()
+
+    def _install(self, sites: Sequence[Site]) -> None:
+        """Make the modules call their groups."""
+        users = Counter(id(getattr(m, "processor", None)) for m in self._model.modules() if hasattr(m, "processor"))
+        for site in sites:
+            processor = site.module.processor
+            site.original = processor
+            site.group = group = self._group(site, dispatch.stock_of(processor))
+            if site.pattern.merges:
+                site.installed = merging.clone(processor, group.number, self.sites.index(site))
+            elif not dispatch.is_dispatching(processor):
+                site.installed = dispatch.clone(processor, group.number)
+            else:
+                # A processor that serves other modules too must stay as it is.
+                site.installed = copy.copy(processor) if users[id(processor)] > 1 else processor
+                site.installed._attention_backend = dispatch.member(group.number)
+            site.module.processor = site.installed
+
+    def _group(self, site: Site, stock: Stock) -> Group:
+        pattern = site.pattern
+        # Compiled code knows groups, not modules: one with parameters of its own needs a group of its own.
+        key = pattern, stock, site.name.path if site.parameters is not None else ""
+        if key not in self._groups:
+            kind = merging.MergingGroup if pattern.merges else Group
+            self._groups[key] = group = kind(self._run, pattern, self._request.backend, stock, site.parameters)
+            if stock.dispatched:
+                dispatch.register_member(group.number)
+        return self._groups[key]
+
+    def _repair(self) -> None:
+        """Patch modules again whose processor or backend was set by someone else after `apply`."""
+        broken = [site for site in self.sites if not site.intact]
+        if not broken:
+            return
+        warnings.warn(
+            f"{self._run.name}: the attention processor or backend of {len(broken)} patched modules was set after "
+            f"apply(): it now computes their dense calls, and the pattern is installed again",
+            stacklevel=4,
+        )
+        self._install(broken)
+
+
+def _visual_sites(model: torch.nn.Module, family: Family) -> list[tuple[SiteName, torch.nn.Module]]:
+    """The modules of a family's sites; of an unknown class every module that is not cross-attention."""
+    found = family.find_sites(model)
+    if not family.classes:
+        found = [(s, m) for s, m in found if not getattr(m, "is_cross_attention", False)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no attention modules at {', '.join(family.sites)}")
+    return found

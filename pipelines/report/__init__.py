@@ -1,0 +1,1 @@
+"""What a comparison writes: measures, pictures, charts, video files, an HTML page."""

@@ -1,0 +1,216 @@
+"""The report of `generate --compare` as one self-contained HTML page: nothing is loaded from elsewhere, no scripts."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from visattn.pipelines.report.chart import line_chart
+
+# Longer videos stay files beside the page: a data URI of this many bytes makes a page that opens slowly.
+LARGEST_VIDEO = 8_000_000
+MIME = {".png": "image/png", ".mp4": "video/mp4"}
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #202124; --soft: #5f6368; --line: #dadce0; --paper: #fff; --panel: #f6f7f9;
+  --dense: #5f6368; --sparse: #1a73e8; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #9aa0a6; --line: #3c4043; --paper: #17181a;
+  --panel: #202124; --dense: #9aa0a6; --sparse: #8ab4f8; --bad: #f2b8b5; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1180px; padding: 32px 24px 64px; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 26px; line-height: 1.25; margin: 0 0 4px; font-weight: 600; }
+h2 { font-size: 18px; margin: 40px 0 12px; font-weight: 600; }
+h3 { font-size: 15px; margin: 24px 0 8px; font-weight: 600; }
+p { margin: 4px 0; } .soft { color: var(--soft); } .bad { color: var(--bad); }
+code { font: 0.93em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 8px; }
+.card { background: var(--panel); border-radius: 10px; padding: 14px 16px; }
+.card b { display: block; font-size: 22px; line-height: 1.3; font-weight: 600; } .card span { color: var(--soft); }
+figure { margin: 0; } figcaption { color: var(--soft); font-size: 13px; margin-top: 4px; }
+.row { display: flex; flex-wrap: wrap; gap: 16px; margin: 8px 0; }
+.row img, .row video { width: 256px; border-radius: 6px; display: block; image-rendering: pixelated; background: #000; }
+img.wide { max-width: 100%; border: 1px solid var(--line); border-radius: 6px; display: block; margin: 8px 0;
+  background: #fff; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 14px; width: 100%; }
+th, td { text-align: left; padding: 6px 20px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 500; } td:last-child, th:last-child { padding-right: 4px; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+svg { display: block; max-width: 100%; height: auto; margin: 8px 0; }
+details { margin-top: 8px; } summary { cursor: pointer; color: var(--soft); }
+"""
+
+
+def page(summary: dict[str, Any], folder: Path) -> str:
+    """The page for a report whose pictures or videos lie in a folder.
+
+    Args:
+        summary: The report of a comparison, as `compare.summarize` makes it.
+        folder: Where dense-000.png, sparse-000.png and so on are, or .mp4 and sheet-000.png.
+    """
+    found = summary[f"{summary['settings']['output']}s"]
+    title = f"{summary['model']}: {summary['pattern']} against dense attention"
+    parts = [
+        f"<h1>{_text(summary['model'])}: <code>{_text(summary['pattern'])}</code> against dense attention</h1>",
+        f'<p class="soft">{_text(_where(summary))}</p>',
+        f'<p class="bad">{_text(summary["busy"])}</p>' if summary["busy"] else "",
+        _cards(summary),
+        f"<h2>{summary['settings']['output'].title()}s</h2>",
+        *(_shown(one, folder, summary) for one in found),
+        _divergence(found),
+        _times(summary),
+        _sites(summary["attention"]),
+        _settings(summary),
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(filter(None, parts)) + "\n</body></html>\n"
+    )
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.3g} ms"
+
+
+def _where(summary: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items() if version)
+    return f"{summary['pipeline']} in {summary['dtype']} on {summary['device_name']}; {versions}"
+
+
+def _ratio(speedup: float) -> str:
+    return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
+
+
+def _cards(summary: dict[str, Any]) -> str:
+    mean, speedup = summary["mean"], summary["speedup"]
+    cards = [
+        (_ratio(speedup["attention_seconds"]), "attention"),
+        (_ratio(speedup["seconds"]), f"whole {summary['settings']['output']}"),
+        (_number(summary["density"], ".1%"), "density of the attention"),
+        ("equal" if mean["psnr"] is None else f"{mean['psnr']:.1f} dB", "PSNR to dense, mean"),
+        (_number(mean["ssim"], ".3f"), "SSIM to dense, mean"),
+    ]
+    if mean["lpips"] is not None:
+        cards.append((_number(mean["lpips"], ".3f"), "LPIPS to dense, mean"))
+    return (
+        '<div class="cards">'
+        + "".join(f'<div class="card"><b>{_text(value)}</b><span>{_text(name)}</span></div>' for value, name in cards)
+        + "</div>"
+    )
+
+
+def _shown(one: dict[str, Any], folder: Path, summary: dict[str, Any]) -> str:
+    index = f"{one['index']:03}"
+    what = f"label {one['label']}" if "label" in one else one["prompt"]
+    quality = "equal to dense" if one["equal"] else f"PSNR {one['psnr']:.1f} dB"
+    quality += "" if one["ssim"] is None else f", SSIM {one['ssim']:.3f}"
+    quality += "" if one["lpips"] is None else f", LPIPS {one['lpips']:.3f}"
+    head = f"<h3>{_text(what)}, seed {one['seed']}: {quality}</h3>"
+    suffix = ".mp4" if summary["settings"]["output"] == "video" else ".png"
+    figures = "".join(
+        f"<figure>{_embedded(folder / f'{kind}-{index}{suffix}', f'{kind}, {what}')}"
+        f"<figcaption>{kind}</figcaption></figure>"
+        for kind in ("dense", "sparse")
+    )
+    sheet = folder / f"sheet-{index}.png"
+    wide = f'<img class="wide" alt="frames, {_text(what)}" src="{_data(sheet)}">' if sheet.is_file() else ""
+    return f'{head}<div class="row">{figures}</div>{wide}'
+
+
+def _embedded(path: Path, name: str) -> str:
+    if path.suffix == ".png":
+        return f'<img alt="{_text(name)}" src="{_data(path)}">'
+    source = _data(path) if path.stat().st_size <= LARGEST_VIDEO else _text(path.name)
+    return f'<video aria-label="{_text(name)}" src="{source}" autoplay loop muted playsinline controls></video>'
+
+
+def _data(path: Path) -> str:
+    return f"data:{MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _divergence(found: Sequence[dict[str, Any]]) -> str:
+    lines = {f"{_condition(one)}, seed {one['seed']}": one["divergence"] for one in found if one["divergence"]}
+    head = "<h2>Divergence from the dense run</h2>"
+    if not lines:
+        return f'{head}<p class="soft">This pipeline does not show its latents step by step.</p>'
+    note = "Distance of the latents from the dense run's after each step, as a share of their norm (L2)."
+    return f'{head}<p class="soft">{note}</p>{line_chart(lines, "denoising step", "relative distance")}'
+
+
+def _condition(one: dict[str, Any]) -> str:
+    return f"label {one['label']}" if "label" in one else one["prompt"][:40]
+
+
+def _times(summary: dict[str, Any]) -> str:
+    what = summary["settings"]["output"]
+    rows = [
+        [kind, _seconds(times["seconds"]), _seconds(times["attention_seconds"]), str(len(times["runs"]))]
+        for kind, times in summary["times"].items()
+    ]
+    table = _table(["", f"time per {what}", "of it in attention", "runs"], rows, numbers={1, 2, 3})
+    return f'<h2>Time</h2>{table}<p class="soft">Medians. {_text(summary["measured"]["order"])}.</p>'
+
+
+def _sites(attention: dict[str, Any]) -> str:
+    rows = []
+    for site in attention["sites"]:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in site["fallbacks"].items())
+        rows.append(
+            [
+                site["site"],
+                site["pattern"],
+                site["backend"] or "stock",
+                _number(site["density"], ".3f"),
+                str(site["hits"]),
+                str(site["dense"]),
+                reasons or "none",
+                _seconds(site["sparse_seconds"] + site["dense_seconds"]),
+            ]
+        )
+    names = ["module", "pattern", "backend", "density", "hits", "kept dense", "fallbacks", "time"]
+    reasons = sorted({site["reason"] for site in attention["sites"] if site["reason"]})
+    why = "".join(f'<p class="soft">Backend: {_text(reason)}</p>' for reason in reasons)
+    head = f"{attention['sites_hit']} of {attention['sites_patched']} attention modules ran a pattern"
+    return f"<h2>Attention modules</h2><p>{head}.</p>{_table(names, rows, numbers={3, 4, 5, 7})}{why}"
+
+
+def _settings(summary: dict[str, Any]) -> str:
+    rows = [[name.replace("_", " "), _value(value)] for name, value in summary["settings"].items()]
+    measured = [[name.replace("_", " "), text] for name, text in summary["measured"].items()]
+    measured.append(["lpips", summary["lpips"]])
+    return (
+        f"<h2>Settings</h2>{_table(['', ''], rows)}<details><summary>How it was measured</summary>"
+        f"{_table(['', ''], measured)}</details>"
+    )
+
+
+def _value(value: Any) -> str:
+    if value is None or value == () or value == []:
+        return "the model's own"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _table(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
+    right = set(numbers)
+
+    def cells(tag: str, texts: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag} class={'n' if i in right else 't'}>{_text(text)}</{tag}>" for i, text in enumerate(texts)
+        )
+
+    head = f"<thead><tr>{cells('th', names)}</tr></thead>" if any(names) else ""
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'

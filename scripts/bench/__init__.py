@@ -1,0 +1,1 @@
+"""How fast: CPU and GPU engines, backends, whole models."""

@@ -1,0 +1,125 @@
+"""Time and memory of whole block stacks, dense against sparse, eager and compiled, on a real GPU.
+
+    python3 -m scripts.bench.stack_gpu [--jobs 8] [--only flux] [--out FILE]
+
+Random weights of the size of FLUX (2 double and 4 single of its 19 and 38 blocks) and of Wan 1.3B (2 of its 30), in
+bf16, forward only. `step_ms` is the stack as run, `model_ms` that time scaled to all blocks of the model. Dense is
+torch's attention with cuDNN first. `--jobs` compiles in that many processes first; times are taken one by one after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import json
+import sys
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from scripts.bench.gpu import median_ms
+from scripts.bench.stack_models import Attend, Flux, Wan, dense, turns
+from scripts.gpu_common import compile_first, versions
+from visattn import Layout, attention
+
+MODELS = {"flux": Flux, "wan": Wan}
+DENSE = "dense"
+
+
+def sparse(pattern: str, layout: Layout) -> Attend:
+    """Attention along a pattern."""
+    return lambda q, k, v: attention(q, k, v, pattern, layout, backend="triton")
+
+
+def cases(only: str) -> list[tuple[str, tuple[int, ...], str, bool]]:
+    """Model, grid, pattern, and whether it is compiled."""
+    found = []
+    for name, kind in MODELS.items():
+        for grid, pattern, compiled in itertools.product(kind.grids, (DENSE, *kind.patterns), (False, True)):
+            found.append((name, grid, pattern, compiled))
+    return [case for case in found if only in case[0]]
+
+
+def stack_of(name: str, grid: tuple[int, ...], pattern: str, compiled: bool) -> tuple[Any, tuple[Any, ...]]:
+    """A model and the arguments of a step."""
+    kind = MODELS[name]
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = kind().to(torch.bfloat16).eval().requires_grad_(False)
+        joint = name == "flux"
+        layout = Layout(grid, prefix=kind.text if joint else 0)
+        x = torch.randn(1, layout.tokens, kind.hidden, dtype=torch.bfloat16)
+        text = torch.randn(1, kind.text, kind.hidden, dtype=torch.bfloat16)
+        vector = torch.randn(1, kind.hidden, dtype=torch.bfloat16)
+        turn = turns(layout.length, kind.hidden // kind.heads, "cuda")
+    if compiled:
+        torch._dynamo.reset()
+        for block in model.modules():
+            if type(block).__name__.endswith("Block"):
+                block.compile(fullgraph=True, dynamic=False)
+    return model, (x, text, vector, turn, dense if pattern == DENSE else sparse(pattern, layout))
+
+
+def measure(name: str, grid: tuple[int, ...], pattern: str, compiled: bool, once: bool) -> dict[str, float]:
+    """Milliseconds of a step and gigabytes at its peak."""
+    model, inputs = stack_of(name, grid, pattern, compiled)
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    with torch.inference_mode(), sdpa_kernel(order, set_priority=True):
+        out = model(*inputs)
+        assert out.isfinite().all()
+        if once:
+            return {}
+        torch.cuda.reset_peak_memory_stats()
+        time = median_ms(lambda: model(*inputs), 0.8)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak = torch.cuda.max_memory_allocated()
+    return {
+        "step_ms": time, "model_ms": time / MODELS[name].share,
+        "peak_gb": peak / 1e9, "weights_gb": weights / 1e9,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Compile, then time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--out")
+    parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    todo = cases(chosen.only)
+    if chosen.compile:
+        index, of = map(int, chosen.compile.split("/"))
+        for case in [c for c in todo if c[3]][index::of]:
+            # What fails is reported where it is timed.
+            with contextlib.suppress(Exception):
+                measure(*case, once=True)
+        return 0
+    if chosen.jobs > 1:
+        compile_first(chosen.jobs)
+    report: dict[str, Any] = {"versions": versions(), "dtype": "bfloat16", "batch": 1, "cases": []}
+    failed = 0
+    for name, grid, pattern, compiled in todo:
+        case: dict[str, Any] = {"model": name, "grid": grid, "pattern": pattern, "compiled": compiled}
+        try:
+            case |= measure(name, grid, pattern, compiled, once=False)
+        except Exception as error:
+            case["failed"] = f"{type(error).__name__}: {error}"[:400]
+            failed += 1
+        # Compiled blocks hold on to their model in cycles: the next case's peak would count it.
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        report["cases"].append(case)
+        print(json.dumps(case), flush=True)
+        if chosen.out:
+            with open(chosen.out, "w") as file:
+                json.dump(report, file, indent=1)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

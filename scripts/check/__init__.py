@@ -1,0 +1,1 @@
+"""Whether the GPU engines are right, on a GPU."""

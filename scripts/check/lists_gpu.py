@@ -1,0 +1,180 @@
+"""Correctness of every Triton kernel on a real GPU.
+
+    python3 -m scripts.check.lists_gpu [--jobs 8] [--only TEXT]
+
+Forward and gradients against the float64 reference on shapes with many tiles, outputs poisoned with NaN, every
+call twice (bit-equal), head dims 32 to 256, three dtypes. Exit status 1 if anything is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+
+import torch
+
+from scripts.gpu_common import itself, versions
+from visattn import Layout, attention, parse
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Relative error of forward and gradients: rounding of inputs, probabilities and outputs.
+LIMIT = {"fp32": 2e-5, "bf16": 1.5e-2, "fp16": 2e-3}
+HEAD_DIMS = (32, 40, 64, 72, 96, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem.
+
+    Attributes:
+        pattern: Text of the pattern.
+        layout: The tokens.
+        dtype: Name of the dtype.
+        dim: Head dim.
+        kv_heads: Of 4 heads.
+        mask: Whether a third of the keys is masked out.
+        rpb: Whether a relative position bias is added.
+        heads_first: Whether inputs are views of [B, H, S, D].
+    """
+
+    pattern: str
+    layout: Layout
+    dtype: str = "bf16"
+    dim: int = 64
+    kv_heads: int = 4
+    mask: bool = False
+    rpb: bool = False
+    heads_first: bool = False
+
+    def __str__(self) -> str:
+        flags = [name for name in ("mask", "rpb", "heads_first") if getattr(self, name)]
+        text = f"{self.pattern} on {self.layout}, {self.dtype}, D {self.dim}, kv {self.kv_heads}"
+        return ", ".join([text, *flags])
+
+
+def cases() -> list[Case]:
+    """Every head dim and dtype on one joint problem, every pattern and feature in two dtypes."""
+    joint = Layout((30, 37), prefix=7, suffix=77)
+    pairs = [(dim, dtype) for dim in HEAD_DIMS for dtype in DTYPES if dim <= 128 or dtype != "fp32"]
+    found = [Case("na(window=13x13)", joint, dtype, dim, kv_heads=2, mask=True) for dim, dtype in pairs]
+    # These run on Hopper's own kernels there.
+    for dim, dtype in ((64, "bf16"), (64, "fp16"), (128, "bf16"), (128, "fp16")):
+        found += [Case("na(window=13x13)", joint, dtype, dim, 2, heads_first=first) for first in (False, True)]
+        found += [
+            Case("clear(radius=9,pool=4)", Layout((38, 41), suffix=300), dtype, dim, mask=m) for m in (False, True)
+        ]
+        found += [Case("na(window=9x9)", joint, dtype, dim, mask=True, heads_first=True)]
+        found += [Case("na(window=5x9x9,causal=true)", Layout((7, 20, 13)), dtype, dim)]
+        found += [Case("radial(decay=0.5)", Layout((8, 16, 16)), dtype, dim), Case("dense", Layout(1536), dtype, dim)]
+    for dtype, dim in (("bf16", 128), ("fp32", 64)):
+        found += [
+            Case("dense", Layout(1500, prefix=5), dtype, dim),
+            Case("na(window=13x13,stride=4x4)", Layout((48, 40)), dtype, dim, heads_first=True),
+            Case("na(window=5x9x9,stride=2x4x4)", Layout((7, 20, 13), suffix=50), dtype, dim),
+            Case("na(window=7x7,dilation=2)", Layout((40, 33), prefix=1), dtype, dim, rpb=True),
+            Case("na(window=9,causal=true)", Layout(1333), dtype, dim, rpb=True, mask=True),
+            Case("clear(radius=9,pool=4)", Layout((38, 41), suffix=33), dtype, dim, mask=True),
+            Case("halo(block=7x7,halo=3)", Layout((35, 42)), dtype, dim),
+            Case("radial(decay=0.2)", Layout((6, 15, 20), prefix=20), dtype, dim),
+            Case("routing(regions=7x7,topk=4)", Layout((35, 38), prefix=3), dtype, dim, kv_heads=1),
+            Case("routing(regions=4x4,topk=3)", Layout((16, 16)), dtype, dim),
+        ]
+    return found
+
+
+def run(case: Case, inputs: list[torch.Tensor], backend: str, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Output, log-sum-exp and gradients."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    rpb = leaves[3] if case.rpb else None
+    out, lse = attention(
+        *leaves[:3], case.pattern, case.layout, key_mask=mask, rpb=rpb, backend=backend, return_lse=True
+    )
+    made = torch.Generator("cuda").manual_seed(1)
+    weight = torch.randn(out.shape, generator=made, device="cuda", dtype=torch.float64)
+    loss = (out.double() * weight).sum() + lse.double().nan_to_num(neginf=0.0).square().mean()
+    return [out, lse, *torch.autograd.grad(loss, leaves)]
+
+
+def inputs_of(case: Case) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """q, k, v and rpb, and the key mask."""
+    made = torch.Generator("cuda").manual_seed(0)
+    batch, length = 2, case.layout.length
+    tensors = []
+    for heads in (4, case.kv_heads, case.kv_heads):
+        shape = (batch, heads, length, case.dim) if case.heads_first else (batch, length, heads, case.dim)
+        x = torch.randn(shape, generator=made, device="cuda", dtype=torch.float64).to(DTYPES[case.dtype])
+        tensors.append(x.transpose(1, 2) if case.heads_first else x)
+    if case.rpb:
+        sides = parse(case.pattern).rpb_shape(case.layout.grid)
+        tensors.append(torch.randn((4, *sides), generator=made, device="cuda"))
+    mask = torch.rand((batch, length), generator=made, device="cuda") > 0.3 if case.mask else None
+    if mask is not None:
+        mask[1] = False  # a sample whose queries see nothing
+    return tensors, mask
+
+
+def check(case: Case) -> str:
+    """What is wrong with a case, empty if nothing is; prints its errors."""
+    tensors, mask = inputs_of(case)
+    ours = run(case, tensors, "triton", mask)
+    again = run(case, tensors, "triton", mask)
+    reference = attention_reference(case, tensors, mask)
+    names = ["out", "lse", "dq", "dk", "dv", "drpb"]
+    problems, errors = [], []
+    for name, a, b, truth in zip(names, ours, again, reference, strict=False):
+        if not torch.equal(a, b):
+            problems.append(f"{name} differs between two runs")
+        finite = truth.isfinite()
+        if not torch.equal(finite, a.isfinite()):
+            problems.append(f"{name} is finite elsewhere than the reference")
+        wrong = (a.double() - truth)[finite].norm() / truth[finite].norm().clamp(min=1e-30)
+        errors.append(f"{name} {wrong:.1e}")
+        if not wrong <= LIMIT[case.dtype]:
+            problems.append(f"{name} is off by {wrong:.2e}")
+    print(f"{'WRONG' if problems else 'ok':<6}{case}: {', '.join(errors)}", flush=True)
+    return f"{case}: {'; '.join(problems)}" if problems else ""
+
+
+def attention_reference(case: Case, tensors: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """The reference on the same inputs in float64."""
+    if not parse(case.pattern).routed:
+        return run(case, [t.double() for t in tensors], "reference", mask)
+    # The choice must be made from the same q and k: rounding could tip it.
+    return [t.double() for t in run(case, [t.float() for t in tensors], "reference", mask)]
+
+
+def main() -> int:
+    """Check all cases, in several processes if asked: most of the time goes into compiling."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", default="", help="cases whose text contains this")
+    parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.jobs > 1:
+        command = itself("--only", chosen.only, "--shard")
+        running = [subprocess.Popen([*command, f"{i}/{chosen.jobs}"]) for i in range(chosen.jobs)]
+        return max(abs(p.wait()) for p in running)
+    # Fills what torch.empty returns with NaN: a kernel that leaves a value unwritten is seen.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+    index, of = map(int, chosen.shard.split("/"))
+    if index == 0:
+        print(versions())
+    picked = [c for c in cases() if chosen.only in str(c)][index::of]
+    found = []
+    for case in picked:
+        try:
+            found.append(check(case))
+        except Exception as error:
+            print(f"FAILED {case}: {type(error).__name__}: {str(error)[:400]}", flush=True)
+            found.append(str(case))
+    wrong = [f for f in found if f]
+    print(f"shard {index}/{of}: {len(picked) - len(wrong)} of {len(picked)} cases right", flush=True)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

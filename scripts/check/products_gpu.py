@@ -1,0 +1,243 @@
+"""Correctness and time of the Triton kernels of linear and agent attention on a real GPU.
+
+    python3 -m scripts.check.products_gpu [--jobs 12] [--only linear] [--no-times] [--out FILE]
+
+First every dtype and several head dims against float64, outputs poisoned with NaN, twice (bit-equal); then medians of
+CUDA events next to torch's forms of the same. Exit status 1 if anything is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import elu, scaled_dot_product_attention
+
+from scripts.bench.gpu import forward_and_backward, median_ms
+from scripts.gpu_common import itself, versions
+from visattn import Layout, parse
+from visattn.kernels.agent.backend import pool_queries, through_agents
+from visattn.kernels.triton.agent.attention import agent_attention
+from visattn.kernels.triton.linear.attention import linear_attention
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LIMIT = {"fp32": 2e-5, "bf16": 1.5e-2, "fp16": 3e-3}
+PHI = {"elu": lambda x: elu(x) + 1, "relu": torch.relu, "given": lambda x: x}
+HEADS, DIM = 24, 128
+
+
+def linear_form(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, feature: str
+) -> torch.Tensor:
+    """Linear attention in torch, in the dtype given."""
+    phi_q, phi_k = PHI[feature](q), PHI[feature](k)
+    if mask is not None:
+        phi_k = phi_k * mask[:, :, None, None]
+    group = q.shape[2] // k.shape[2]
+    phi_k, v = (t.repeat_interleave(group, 2).transpose(1, 2) for t in (phi_k, v))
+    phi_q = phi_q.transpose(1, 2)
+    total = phi_q @ phi_k.sum(2)[..., None]
+    return (phi_q @ (phi_k.transpose(2, 3) @ v) / torch.where(total == 0, 1, total)).transpose(1, 2)
+
+
+def agent_form(
+    q: torch.Tensor, agents: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Agent attention in torch, in the dtype given."""
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", agents, k) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+    gathered = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1).nan_to_num(), v)
+    weights = (torch.einsum("bihd,bjhd->bhij", q, agents) * scale).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", weights, gathered)
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    made = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=made, device="cuda", dtype=torch.float64).to(dtype)
+
+
+def results(run: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Output and gradients of a random loss."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = run(*leaves)
+    weight = random(*out.shape, seed=9, dtype=torch.float64)
+    return [out, *torch.autograd.grad((out.double() * weight).sum(), leaves)]
+
+
+def check(
+    name: str, ours: Callable[..., Any], truth: Callable[..., Any], inputs: list[torch.Tensor], dtype: str
+) -> bool:
+    """Whether results are right and the same twice; prints their errors."""
+    first, second = results(ours, inputs), results(ours, inputs)
+    right = results(truth, [t.double() for t in inputs])
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(first, right, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
+    # The backward of agent attention is that of torch's attention, which does not promise the same bits twice.
+    good = all(e <= LIMIT[dtype] for e in errors) and all(same if name.startswith("linear") else same[:1])
+    twice = "" if all(same) else f", differs between two runs: {same}"
+    print(f"{'ok' if good else 'WRONG':<6}{name}: {' '.join(f'{e:.1e}' for e in errors)}{twice}", flush=True)
+    return good
+
+
+Case = Callable[[], bool]
+
+
+def linear_cases() -> Iterator[Case]:
+    """Every feature, dtype and several sizes, grouped heads and a mask."""
+    sizes = (("elu", 32, 32), ("relu", 64, 64), ("elu", 72, 72), ("elu", 128, 128), ("given", 256, 256))
+    for dtype, (feature, f, d) in itertools.product(DTYPES, sizes):
+        yield lambda dtype=dtype, feature=feature, f=f, d=d: linear_case(dtype, feature, f, d)
+
+
+def linear_case(dtype: str, feature: str, f: int, d: int) -> bool:
+    """One of them."""
+    shapes = ((4, f), (2, f), (2, d))
+    q, k, v = (random(2, 2501, *shape, seed=i, dtype=DTYPES[dtype]) for i, shape in enumerate(shapes))
+    if feature == "given":
+        q, k = q.float().softmax(-1).to(q.dtype), k.float().softmax(-1).to(k.dtype)
+    mask = some(2501)
+    ours = lambda *t: linear_attention(*t, mask, feature)  # noqa: E731
+    truth = lambda *t: linear_form(*t, mask, feature)  # noqa: E731
+    return check(f"linear {feature} {dtype} F {f} D {d}", ours, truth, [q, k, v], dtype)
+
+
+def agent_cases() -> Iterator[Case]:
+    """Every dtype and several head dims, grouped heads, few and many agents, with and without a mask."""
+    sizes = ((32, 49, True), (64, 49, False), (72, 100, True), (128, 256, False), (128, 9, True))
+    for dtype, (dim, agents, masked) in itertools.product(DTYPES, sizes):
+        yield lambda dtype=dtype, dim=dim, agents=agents, masked=masked: agent_case(dtype, dim, agents, masked)
+
+
+def agent_case(dtype: str, dim: int, agents: int, masked: bool) -> bool:
+    """One of them."""
+    shapes = ((3001, 4), (agents, 4), (3001, 2), (3001, 2))
+    inputs = [random(2, *shape, dim, seed=i, dtype=DTYPES[dtype]) for i, shape in enumerate(shapes)]
+    mask = some(3001) if masked else None
+    ours = lambda *t: agent_attention(*t, mask, dim**-0.5, through_agents)  # noqa: E731
+    truth = lambda *t: agent_form(*t, mask, dim**-0.5)  # noqa: E731
+    return check(f"agent {dtype} D {dim}, {agents} agents{', mask' * masked}", ours, truth, inputs, dtype)
+
+
+def some(tokens: int) -> torch.Tensor:
+    """A key mask of two samples."""
+    return torch.rand(2, tokens, device="cuda", generator=torch.Generator("cuda").manual_seed(5)) > 0.3
+
+
+def linear_times(side: int) -> dict[str, Any]:
+    """Forward and backward next to torch's form, compiled and not, and to dense attention."""
+    inputs = [random(1, side * side, HEADS, DIM, seed=i, dtype=torch.bfloat16) for i in range(3)]
+    forms = {
+        "triton": lambda *t: linear_attention(*t, None, "elu"),
+        "torch": lambda *t: linear_form(*t, None, "elu"),
+        "torch compiled": torch.compile(lambda *t: linear_form(*t, None, "elu")),
+    }
+    found: dict[str, Any] = {name: forward_and_backward(form, inputs) for name, form in forms.items()}
+    found["dense"] = dense_times(inputs)
+    return found
+
+
+def agent_times(side: int, agents: int) -> dict[str, Any]:
+    """Pooling, both halves and the whole by our kernels and by torch's attention."""
+    pattern, layout = parse(f"agent(agents={agents}x{agents})"), Layout((side, side))
+    q, k, v = (random(1, side * side, HEADS, DIM, seed=i, dtype=torch.bfloat16) for i in range(3))
+    pooled = pool_queries(q, pattern, layout)
+    scale = DIM**-0.5
+    found: dict[str, Any] = {"pool": forward_and_backward(lambda t: pool_queries(t, pattern, layout), [q])}
+    found["triton"] = forward_and_backward(
+        lambda *t: agent_attention(*t, None, scale, through_agents), [q, pooled, k, v]
+    )
+    mask = torch.ones(1, side * side, dtype=torch.bool, device="cuda")
+    found["triton, mask"] = forward_and_backward(
+        lambda *t: agent_attention(*t, mask, scale, through_agents), [q, pooled, k, v]
+    )
+    found["sdpa, mask"] = forward_and_backward(lambda *t: through_agents(*t, mask, scale), [q, pooled, k, v])
+    kinds = {"sdpa": None, "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    for name, kind in kinds.items():
+        try:
+            if kind is None:
+                found[name] = forward_and_backward(lambda *t: through_agents(*t, None, scale), [q, pooled, k, v])
+                continue
+            with sdpa_kernel(kind):
+                found[name] = forward_and_backward(lambda *t: through_agents(*t, None, scale), [q, pooled, k, v])
+                found[f"{name} gather"] = forward_and_backward(half, [pooled, k, v])
+                found[f"{name} read"] = forward_and_backward(half, [q, pooled, pooled])
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}"[:200]}
+    return found
+
+
+def half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One of the two attentions."""
+    return scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+def dense_times(inputs: list[torch.Tensor]) -> dict[str, float]:
+    """Forward of dense attention."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.no_grad():
+        return {"forward_ms": median_ms(lambda: half(*inputs), 0.2)}
+
+
+def main() -> int:
+    """Check in several processes if asked (most of the time goes into compiling), then time in this one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("linear", "agent"), help="one of the two")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--no-times", action="store_true")
+    parser.add_argument("--out")
+    parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.jobs > 1:
+        command = itself(
+            "--no-times",
+            *(["--only", chosen.only] if chosen.only else []),
+        )
+        running = [subprocess.Popen([*command, "--shard", f"{i}/{chosen.jobs}"]) for i in range(chosen.jobs)]
+        wrong = sum(p.wait() for p in running)
+    else:
+        wrong = checks(chosen.only, *map(int, chosen.shard.split("/")))
+    if not chosen.no_times:
+        report = {"versions": versions(), "heads": HEADS, "dim": DIM, "dtype": "bfloat16", "times": times(chosen.only)}
+        if chosen.out:
+            with open(chosen.out, "w") as file:
+                json.dump(report, file, indent=1)
+    return int(wrong > 0)
+
+
+def checks(only: str | None, shard: int, of: int) -> int:
+    """How many cases of a shard are wrong."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    cases = [*(linear_cases() if only != "agent" else ()), *(agent_cases() if only != "linear" else ())]
+    wrong = sum(not case() for case in cases[shard::of])
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(False)
+    return wrong
+
+
+def times(only: str | None) -> dict[str, Any]:
+    """All times, printed as a table."""
+    found: dict[str, Any] = {}
+    for side in (128, 256):
+        if only != "agent":
+            found[f"linear {side}x{side}"] = linear_times(side)
+        if only != "linear":
+            for agents in (7, 16):
+                found[f"agent {agents}x{agents} on {side}x{side}"] = agent_times(side, agents)
+    for name, rows in found.items():
+        for who, row in rows.items():
+            cells = (f"{key} {value:.3f}" if key != "error" else value for key, value in row.items())
+            print(f"{name:<24}{who:<16}" + "  ".join(cells))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The loop of a distillation: steps, averages, checkpoints, and how it stops."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from scripts.distill.learner import Learner, as_trained
+from scripts.distill.log import Log
+from scripts.distill.optimizers import build_optimizer, rate_share
+from scripts.distill.settings import RunConfig
+from scripts.distill.state import check_resume, load_checkpoint, save_checkpoint
+from visattn.pipelines.trained import save_trained
+
+CHECKPOINT, RESULT = "checkpoint.safetensors", "student.safetensors"
+
+
+def prepare(config: RunConfig) -> None:
+    """Makes the folder of a run, or checks that the one in it may go on.
+
+    Raises:
+        ValueError: If it was started with other settings.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    if config.resume and (config.out / CHECKPOINT).is_file():
+        print(f"going on from step {check_resume(config.out / CHECKPOINT, config)}")
+
+
+def begin(config: RunConfig) -> Accelerator:
+    """Device, mixed precision, threads and the seed of a run."""
+    accelerator = Accelerator(cpu=config.cpu, mixed_precision=config.precision)
+    torch.manual_seed(config.seed)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return accelerator
+
+
+class Run:
+    """One run: a learner, its optimizer, its average and where it stands; a subclass draws the batches.
+
+    Args:
+        config: Settings, checked.
+        accelerator: From `begin`.
+        learner: Teacher and student.
+        parts: The parts of a step's batch that this process runs.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, learner: Learner, parts: list[slice]) -> None:
+        self.config, self.accelerator, self.learner, self.parts = config, accelerator, learner, parts
+        learner.to(accelerator.device)
+        self.trained = learner.trained()
+        self.optimizer = build_optimizer(self.trained, config)
+        self.average = {name: value.detach().clone() for name, value in self.trained.items()} if config.ema else {}
+        self.step = 0
+        self.checkpoint = config.out / CHECKPOINT
+        if config.resume and self.checkpoint.is_file():
+            self.step = load_checkpoint(self.checkpoint, self.trained, self.average, self.optimizer)
+        self.wrapped = accelerator.prepare(learner)
+
+    def draw(self, part: slice) -> Any:
+        """A part of the batch of the coming step, on the device; it depends on seed, step and part alone."""
+        raise NotImplementedError
+
+    def picture(self) -> None:
+        """Saves a picture of what the averaged student does; none by default."""
+
+    def train_step(self) -> dict[str, float]:
+        """Runs one step and returns its figures for the log."""
+        config, figures = self.config, {}
+        for i, part in enumerate(self.parts):
+            batch, last = self.draw(part), i + 1 == len(self.parts)
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                losses = self.wrapped(batch)
+                total = sum(getattr(config, name) * value for name, value in losses.items()) / len(self.parts)
+                self.accelerator.backward(total)
+            for name, value in losses.items():
+                figures[name] = figures.get(name, 0.0) + value.detach() / len(self.parts)
+        norm = clip_grad_norm_(self.trained.values(), config.clip or math.inf)
+        share = rate_share(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        self.step += 1
+        return figures | {"gradient": norm, "lr": config.rate * share}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Moves the averaged weights; the first averages are short, to forget the start soon."""
+        if self.average:
+            decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+            new = [self.trained[name].detach() for name in self.average]
+            torch._foreach_lerp_(list(self.average.values()), new, 1 - decay)
+
+    @property
+    def result(self) -> dict[str, torch.Tensor]:
+        """The trained tensors that count: averaged, unless there is no average."""
+        return self.average or {name: value.detach() for name, value in self.trained.items()}
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The student with the averaged weights, for as long as the context lasts."""
+        kept = {name: value.detach().clone() for name, value in self.trained.items()}
+        _fill(self.trained, self.result)
+        try:
+            yield self.learner.student
+        finally:
+            _fill(self.trained, kept)
+
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.checkpoint, self.config, self.step, self.trained, self.average, self.optimizer)
+
+    def export(self) -> Path:
+        """Writes the result; returns its file."""
+        path = self.config.out / RESULT
+        if self.accelerator.is_main_process:
+            save_trained(path, as_trained(self.result, self.config, self.step))
+        return path
+
+
+def _fill(parameters: dict[str, Any], values: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that the step that runs is not torn apart; the second one interrupts."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(run: Run) -> Path:
+    """Trains to the end, or until Ctrl-C, and exports; returns the file of the result."""
+    config, first = run.config, run.accelerator.is_main_process
+    log = Log(config, first, run.step)
+    try:
+        with stop_request() as stop:
+            _steps(run, log, stop)
+    finally:
+        log.close()
+    result = run.export()
+    # No process may look at the file before it is there.
+    run.accelerator.wait_for_everyone()
+    if first:
+        stopped = f"stopped after {run.step} of {config.steps} steps, the same command goes on; "
+        print(f"{stopped * (run.step < config.steps)}{result}: {result.stat().st_size / 1e6:.2f} MB", flush=True)
+    return result
+
+
+def _steps(run: Run, log: Log, stop: threading.Event) -> None:
+    from tqdm import tqdm
+
+    config, first = run.config, run.accelerator.is_main_process
+    every = getattr(config, "sample_every", 0)
+    started, start = time.perf_counter(), run.step
+    with tqdm(total=config.steps, initial=start, unit="step", disable=None if first else True) as bar:
+        while run.step < config.steps:
+            figures = run.train_step()
+            step, noted = run.step, run.step % config.log_every == 0 or run.step == config.steps
+            stopped = _stopped(run, stop, noted)
+            last = step == config.steps or stopped
+            if noted or last:
+                plain = _means(run, figures)
+                bar.set_postfix({name: f"{plain[name]:.4f}" for name in plain if name != "lr"})
+                speed = (time.perf_counter() - started) / (step - start)
+                log.write(step, {name: round(value, 7) for name, value in plain.items()} | {"step_s": round(speed, 4)})
+            bar.update()
+            if first and every and step % every == 0:
+                run.picture()
+            if step % config.save_every == 0 or last:
+                run.save()
+            if last:
+                break
+
+
+def _stopped(run: Run, stop: threading.Event, noted: bool) -> bool:
+    """Whether all processes stop after this step; several of them agree on it only where a line is logged."""
+    if run.accelerator.num_processes == 1:
+        return stop.is_set()
+    if not noted:
+        return False
+    asked: Any = run.accelerator.reduce(torch.tensor(float(stop.is_set()), device=run.accelerator.device), "sum")
+    return asked.item() > 0
+
+
+def _means(run: Run, figures: dict[str, Any]) -> dict[str, float]:
+    """Figures as numbers, means over the processes."""
+    values = torch.tensor([float(value) for value in figures.values()], device=run.accelerator.device)
+    means: Any = run.accelerator.reduce(values, "mean")
+    return dict(zip(figures, means.tolist(), strict=True))

@@ -1,0 +1,78 @@
+"""Where a run stands: its checkpoint, which is whole or absent, and its result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from scripts.distill.samples import save_tensors
+from scripts.distill.settings import CHANGEABLE, RunConfig
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def save_checkpoint(
+    path: Path, config: RunConfig, step: int, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer
+) -> None:
+    """Writes all that a resumed run needs into one safetensors file; a kill leaves the older file whole."""
+    state = optimizer.state_dict()
+    tensors = {f"trained.{name}": value for name, value in trained.items()}
+    tensors |= {f"average.{name}": value for name, value in average.items()}
+    plain: dict[str, Any] = {}
+    for i, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{i}.{key}"] = value
+            else:
+                plain[f"{i}.{key}"] = value
+    groups = [{k: v.item() if isinstance(v, torch.Tensor) else v for k, v in g.items()} for g in state["param_groups"]]
+    known = {"config": config.to_json(), "step": step, "plain": plain, "groups": groups}
+    save_tensors(path, tensors, {"run": json.dumps(known)})
+
+
+def load_checkpoint(path: Path, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer) -> int:
+    """Restores what `save_checkpoint` wrote, in place; returns the steps done."""
+    with safe_open(path, framework="pt") as file:
+        known = json.loads(file.metadata()["run"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with torch.no_grad():
+        for part, own in (("trained", trained), ("average", average)):
+            for name, value in own.items():
+                value.copy_(tensors[f"{part}.{name}"])
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            i, name = key.removeprefix("optimizer.").split(".", 1)
+            state.setdefault(int(i), {})[name] = value
+    for key, value in known["plain"].items():
+        i, name = key.split(".", 1)
+        state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": known["groups"]})
+    return known["step"]
+
+
+def check_resume(path: Path, config: RunConfig) -> int:
+    """Steps that a checkpoint has done; for a run that is about to go on, before any model is loaded.
+
+    Raises:
+        ValueError: If the run was started with other settings, `CHANGEABLE` ones aside.
+    """
+    with safe_open(path, framework="pt") as file:
+        known = json.loads(file.metadata()["run"])
+    then, now = known["config"], config.to_json()
+    other = [f"{k} {then.get(k)!r} then, {now[k]!r} now" for k in now if k not in CHANGEABLE and then.get(k) != now[k]]
+    if other:
+        raise ValueError(f"{path} is from another run ({'; '.join(other)}): pass --no-resume or another --out")
+    return known["step"]
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drops the lines of steps that a resumed run does again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step))

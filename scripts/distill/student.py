@@ -1,0 +1,174 @@
+"""A denoiser's student: where it attends otherwise, what of it learns, and its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from scripts.distill.config import Config
+from scripts.distill.learner import Learner, add_lora
+from scripts.distill.losses import Recorder, attention_distance
+from scripts.distill.noise import Noise
+from scripts.distill.samples import SampleSet, nested
+from visattn.patterns import Dense
+from visattn.pipelines.families import find_family
+from visattn.schedule import Schedule
+
+# Module names of each projection in diffusers' attention classes; fused ones train all three.
+MODULES = {"q": ("to_q", "to_qkv"), "k": ("to_k", "to_qkv"), "v": ("to_v", "to_qkv"), "out": ("to_out.0",)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the device.
+
+    Attributes:
+        noisy: What the denoiser sees [B, ...].
+        target: What it should predict [B, ...].
+        times: The denoiser's time [B].
+        arguments: Its other arguments.
+        places: Queries whose attention rows are matched, as shares of the tokens [R].
+    """
+
+    noisy: torch.Tensor
+    target: torch.Tensor
+    times: torch.Tensor
+    arguments: dict[str, Any]
+    places: torch.Tensor
+
+
+class Distiller(Learner):
+    """A denoiser and its student.
+
+    Args:
+        teacher: The denoiser, on the device.
+        anchor: Its argument with the noisy latents.
+        config: Settings.
+
+    Raises:
+        ValueError: If the pattern, the layers or the projections do not fit the model.
+    """
+
+    config: Config
+
+    def __init__(self, teacher: nn.Module, anchor: str, config: Config) -> None:
+        super().__init__(teacher, config)
+        self.anchor = anchor
+        self.sites = selected_sites(self.student, config)
+        if config.checkpointing:
+            _checkpoint(self.student)
+        learning = projections(self.sites, config)
+        self.lora = add_lora(self.student, list(learning), config) if config.lora else []
+        self.swap()
+        for module in () if config.lora else learning.values():
+            module.requires_grad_(True)
+        watched = [path for path, _ in matched_sites(teacher, self.sites, config)]
+        before = config.attention_at == "before"
+        self._seen = [Recorder({p: m.get_submodule(p) for p in watched}, before) for m in (teacher, self.student)]
+        if config.maps:
+            self.watch_rows(list(self.sites))
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Losses of a batch, without their weights; those of weight 0 are left out."""
+        config, losses = self.config, {}
+        needs_teacher = config.output or config.attention or config.maps
+        with self._rows[1].of(batch.places):
+            predicted, attended = self._predict(self.student, self._seen[1], batch)
+        if config.denoising:
+            losses["denoising"] = F.mse_loss(predicted, batch.target)
+        if needs_teacher:
+            with torch.no_grad(), self._rows[0].of(batch.places):
+                truth, expected = self._predict(self.teacher, self._seen[0], batch)
+            if config.output:
+                losses["output"] = F.mse_loss(predicted, truth)
+            if config.attention:
+                losses["attention"] = attention_distance(attended, expected, config.attention_scale == "relative")
+            if config.maps:
+                losses["maps"] = self.row_distance()
+        return losses
+
+    def _predict(
+        self, model: nn.Module, recorder: Recorder, batch: Batch
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """What a denoiser predicts, and its attention outputs."""
+        arguments = {self.anchor: batch.noisy, "timestep": batch.times, "return_dict": False} | batch.arguments
+        with recorder:
+            out = model(**arguments)[0].float()
+        # Models that also predict a variance put it behind the rest.
+        if out.shape[1] == 2 * batch.target.shape[1]:
+            out = out.chunk(2, dim=1)[0]
+        return out, recorder.kept
+
+
+def _checkpoint(model: Any) -> None:
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        raise ValueError(f"{type(model).__name__} knows no gradient checkpointing: leave --checkpointing away")
+    model.enable_gradient_checkpointing()
+
+
+def selected_sites(model: nn.Module, config: Config) -> dict[str, nn.Module]:
+    """The attention modules that get the pattern, by path."""
+    return {path: module for path, module, pattern in _assigned(model, config) if not isinstance(pattern, Dense)}
+
+
+def _assigned(model: nn.Module, config: Config) -> list[tuple[str, nn.Module, Any]]:
+    family = find_family(model)
+    if family is None:
+        raise ValueError(f"{type(model).__name__} is a model class that visattn.apply does not know")
+    found = family.find_sites(model)
+    schedule = Schedule.of(config.pattern, config.layers, config.dense_layers)
+    patterns = schedule.assign([site for site, _ in found], type(model).__name__)
+    return [(s.path, module, p) for (s, module), p in zip(found, patterns, strict=True) if p is not None]
+
+
+def matched_sites(model: nn.Module, sites: Mapping[str, nn.Module], config: Config) -> list[tuple[str, nn.Module]]:
+    """The attention modules whose outputs are matched."""
+    if config.attention_layers is None:
+        return list(sites.items())
+    family = find_family(model)
+    assert family is not None
+    found = family.find_sites(model)
+    picked = Schedule.of("dense", config.attention_layers).assign([s for s, _ in found], type(model).__name__)
+    return [(s.path, module) for (s, module), p in zip(found, picked, strict=True) if p is not None]
+
+
+def projections(sites: Mapping[str, nn.Module], config: Config) -> dict[str, nn.Module]:
+    """The projections that are trained, by path; projections of text tokens stay as they are.
+
+    Raises:
+        ValueError: If a module has none of them.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in sites.items():
+        names = dict.fromkeys(name for part in config.projections for name in MODULES[part])
+        own = {name: child for name, child in module.named_modules() if name in names}
+        if names and not own:
+            raise ValueError(f"{path} ({type(module).__name__}) has none of {', '.join(names)}: pass --train none")
+        found |= {f"{path}.{name}": child for name, child in own.items()}
+    return found
+
+
+def build_batch(
+    samples: SampleSet, noise: Noise, config: Config, step: int, part: slice, device: torch.device
+) -> Batch:
+    """A part of the batch of a step; it depends on seed and step alone, not on how many processes share it."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    picks = torch.randint(len(samples), (config.batch,), generator=generator)[part].tolist()
+    rows = torch.rand(config.batch, generator=generator)[part]
+    times = noise.draw(config.batch, config.times, generator)[part].to(device)
+    latents, tensors = samples.take(picks, rows)
+    dirt = torch.randn((config.batch, *latents.shape[1:]), generator=generator)[part].to(device)
+    noisy, target, told = noise.mix(latents.float().to(device), dirt, times)
+    places = torch.rand(config.map_rows, generator=generator).to(device)
+    fixed = {name: value for name, value in samples.constants.items() if not name.startswith("noise.")}
+    flat = {name: _ready(value, device) for name, value in (tensors | fixed).items()}
+    return Batch(noisy, target, told, nested(flat | samples.index.plain), places)
+
+
+def _ready(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return value.to(device, torch.float32 if value.is_floating_point() else None)

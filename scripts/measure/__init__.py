@@ -1,0 +1,1 @@
+"""How good: what patterns and students cost in quality."""

@@ -1,0 +1,131 @@
+"""Distills the ViT that reads digits into sparse and linear students, and counts what each reads before and after.
+
+    python -m scripts.train.digits_vit --out out/digits-vit
+    python -m scripts.measure.distilled_vit --checkpoint out/digits-vit/model.safetensors --out runs/distill-vit
+
+Students learn from pictures of 1200 digits without their labels (scripts.distill.classifier); 597 others are read. Stop
+it at any time: the same command goes on. `agreement` is the share of digits that student and teacher read alike.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scripts.distill.loop import RESULT, prepare, train
+from scripts.distill.settings import option, parse
+from scripts.distill.vit import VitTraining
+from scripts.distill.vit_config import DIGITS, VitConfig
+from scripts.train.digits_data import upscale
+from scripts.train.digits_vit_model import SIZE, load_vit, split
+from visattn import apply
+from visattn.files import written_whole
+from visattn.pipelines.trained import Trained, load_own, load_trained, trained_weights
+
+PATTERNS = "na(window=3x3); na(window=5x5); clear(radius=4); linear(feature=hedgehog); mala; agent(agents=4x4)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What to run."""
+
+    checkpoint: Path = field(metadata={"help": "the teacher, from scripts/train/digits_vit.py"})
+    out: Path = field(metadata={"help": "folder for the students"})
+    result: Path | None = option(None, "file for the figures as JSON; OUT/figures.json")
+    patterns: str = option(PATTERNS, "attention of the students, with semicolons between them")
+    steps: int = option(300, "optimizer steps of each")
+    batch: int = option(32, "digits of a step")
+    lr: float = option(5e-4, "learning rate")
+    cpu: bool = option(False, "stay on the CPU")
+    threads: int = option(0, "threads of torch on the CPU; 0: its own choice")
+
+    def student(self, pattern: str) -> VitConfig:
+        """Settings of one student's training; attention rows are matched where they are positive everywhere."""
+        name = "".join(c if c.isalnum() else "-" for c in pattern).strip("-")
+        return VitConfig(
+            model=DIGITS,
+            data=DIGITS,
+            checkpoint=self.checkpoint,
+            pattern=pattern,
+            out=self.out / name,
+            steps=self.steps,
+            batch=self.batch,
+            lr=self.lr,
+            ema=0.98,
+            augment=1.5,
+            maps=0.1 if pattern.startswith("linear") else 0.0,
+            cpu=self.cpu,
+            threads=self.threads,
+        )
+
+
+@torch.no_grad()
+def read(model: nn.Module, batch: int = 199) -> torch.Tensor:
+    """What a model reads in the held-out digits [597]."""
+    device = next(model.parameters()).device
+    images, _ = split(seen=False)
+    return torch.cat([model(upscale(some, SIZE).to(device)).argmax(1).cpu() for some in images.split(batch)])
+
+
+def read_swapped(model: nn.Module, pattern: str, trained: Trained | None) -> torch.Tensor:
+    """The same with other attention, and with trained weights if there are any."""
+    if trained is None:
+        with apply(model, pattern, strict=True):
+            return read(model)
+    with trained_weights(model, trained), apply(model, pattern, strict=True) as handle:
+        load_own(handle, trained)
+        return read(model)
+
+
+def measure(model: nn.Module, config: VitConfig) -> dict[str, Any]:
+    """Trains a student and reads with it; the seconds are those since the last interruption."""
+    truth, teacher, start = split(seen=False)[1], read(model), time.monotonic()
+    prepare(config)
+    train(VitTraining(config))
+    row: dict[str, Any] = {"pattern": config.pattern, "seconds": round(time.monotonic() - start, 1)}
+    for name, trained in (("before", None), ("after", load_trained(config.out / RESULT))):
+        found = read_swapped(model, config.pattern, trained)
+        shares = {"accuracy": found == truth, "agreement": found == teacher}
+        row[name] = {key: value.float().mean().item() for key, value in shares.items()}
+    return row
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Every student; returns the figures."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not settings.cpu else "cpu")
+    model = load_vit(settings.checkpoint).to(device)
+    truth = split(seen=False)[1]
+    figures: dict[str, Any] = {
+        "settings": {name: value for name, value in asdict(settings).items() if not isinstance(value, Path | None)},
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "held_out": len(truth),
+        "teacher": (read(model) == truth).float().mean().item(),
+        "rows": [],
+    }
+    result = settings.result or settings.out / "figures.json"
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for pattern in settings.patterns.split(";"):
+        figures["rows"].append(measure(model, settings.student(pattern.strip())))
+        print(json.dumps(figures["rows"][-1]), flush=True)
+        with written_whole(result) as path:
+            path.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    try:
+        run(parse(Settings, __doc__, arguments))
+    except ValueError as error:
+        raise SystemExit(f"measure_distill_vit: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

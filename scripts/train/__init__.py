@@ -1,0 +1,1 @@
+"""Trains the embedded models and the digits classifiers."""

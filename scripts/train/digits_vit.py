@@ -1,0 +1,115 @@
+"""Trains the small ViT of `digits_vit.py` on scikit-learn's digits: some six minutes on two idle CPU cores.
+
+    python -m scripts.train.digits_vit --out out/digits-vit
+
+Stop it at any time; the same command goes on from the last checkpoint. On cores that others use too, `--threads 1` is
+faster. `--out` gets `model.safetensors` and `log.jsonl`. scripts/measure/digits_vit.py then swaps its attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from scripts.train.digits_vit_model import (
+    Batches,
+    Config,
+    build_optimizer,
+    build_vit,
+    held_out_accuracy,
+    learning_rate,
+    load_state,
+    save_state,
+    train_step,
+)
+
+LOG_EVERY = 20
+CHECKPOINT_SECONDS = 30.0
+
+
+class Training:
+    """One run: the model, the optimizer and the steps that are done.
+
+    Args:
+        config: Settings.
+        out: Folder of the checkpoint, from which a resumed run goes on, and of the log.
+        resume: Whether to go on from a checkpoint in `out`.
+    """
+
+    def __init__(self, config: Config, out: Path, resume: bool = True) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.out, self.done = config, out, 0
+        self.model, self.batches = build_vit(), Batches(config)
+        self.optimizer = build_optimizer(self.model)
+        self.checkpoint = out / "model.safetensors"
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and self.checkpoint.is_file():
+            self.done = load_state(self.checkpoint, config, self.model, self.optimizer)
+
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        save_state(self.checkpoint, self.config, self.done, self.model, self.optimizer)
+
+    def step(self) -> float:
+        """Runs one step and returns its loss."""
+        images, labels = self.batches.draw(self.done, self.config.size(self.done))
+        self.model.train()
+        lr = learning_rate(self.config.lr, self.done, self.config.steps)
+        loss = train_step(self.model, self.optimizer, images, labels, lr)
+        self.done += 1
+        return loss
+
+
+def run(training: Training, report: Callable[[str], None] = print) -> float:
+    """Trains to the last step; returns the accuracy on the held-out digits."""
+    saved, config = time.monotonic(), training.config
+    with (training.out / "log.jsonl").open("a", buffering=1) as log:
+        while training.done < config.steps:
+            start = time.monotonic()
+            loss = training.step()
+            if training.done % LOG_EVERY == 0:
+                figures = {"step": training.done, "size": config.size(training.done - 1), "loss": round(loss, 4)}
+                line = json.dumps(figures | {"step_s": round(time.monotonic() - start, 3)})
+                log.write(line + "\n")
+                report(line)
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                training.save()
+                saved = time.monotonic()
+        training.save()
+        accuracy = held_out_accuracy(training.model)
+        log.write(json.dumps({"held_out_accuracy": accuracy}) + "\n")
+    return accuracy
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line: one option for each field of `Config`, and where and how to run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Config):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    parser.add_argument("--out", type=Path, default=Path("out/digits-vit"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        config = Config(**{field.name: getattr(options, field.name) for field in fields(Config)})
+        training = Training(config, options.out, options.resume)
+    except ValueError as error:
+        raise SystemExit(f"train_digits_vit: {error}") from error
+    accuracy = run(training, lambda line: print(line, flush=True))
+    print(f"{accuracy:.1%} of the held-out digits are read right")
+
+
+if __name__ == "__main__":
+    main()

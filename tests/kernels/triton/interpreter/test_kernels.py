@@ -1,0 +1,187 @@
+"""Every kernel in Triton's interpreter against the reference, forward and gradients."""
+
+import pytest
+import torch
+
+from tests.support.cases_triton import compare, results, tensors
+from visattn import Layout, attention, backends, explain
+
+# Pattern, layout, and what is special about it.
+PROBLEMS = {
+    "one token": ("na(window=1)", Layout(1), {}),
+    "one token axes": ("na(window=1x3)", Layout((1, 7)), {}),
+    "dense with text": ("dense", Layout((5, 7), 3, 5), {}),
+    "odd grid, text both sides": ("na(window=5x5)", Layout((9, 11), 3, 40), {}),
+    "window 1": ("na(window=1x1)", Layout((5, 6)), {}),
+    "stride": ("na(window=4x5,stride=2x3)", Layout((9, 10)), {}),
+    "dilation, bias": ("na(window=3x3,dilation=2x3)", Layout((7, 10), 1), {"rpb": "na(window=3x3,dilation=2x3)"}),
+    "causal, bias, mask": ("na(window=5,causal=true)", Layout(43), {"rpb": "na(window=5,causal=true)", "masked": True}),
+    "window over axis, bias": ("na(window=7x3)", Layout((4, 9)), {"rpb": "na(window=7x3)"}),
+    "video": ("na(window=3x3x4)", Layout((3, 5, 6), 0, 2), {}),
+    "grouped heads, mask": ("na(window=3x3)", Layout((6, 7), 2, 3), {"heads": 4, "kv_heads": 2, "masked": True}),
+    "grouped heads, bias": ("na(window=3)", Layout(21), {"heads": 2, "kv_heads": 1, "rpb": "na(window=3)"}),
+    "two samples, mask": ("na(window=5)", Layout(30, 2), {"batch": 2, "masked": True}),
+    "circle, pooled keys, mask": ("clear(radius=3,pool=3)", Layout((8, 7), 2, 3), {"masked": True}),
+    "circle": ("clear(radius=4)", Layout((11, 9)), {}),
+    "halo of odd blocks": ("halo(block=7x7,halo=2)", Layout((10, 9), 1), {}),
+    "radial": ("radial(decay=0.3,block=16)", Layout((4, 3, 5), 2), {}),
+    "routed": ("routing(regions=3x2,topk=2)", Layout((9, 8)), {"batch": 2}),
+    "routed, short regions, text": ("routing(regions=2x2,topk=3)", Layout((7, 9), 2, 3), {"batch": 2, "masked": True}),
+    "routed to everything": ("routing(regions=2x2,topk=4)", Layout((6, 7), 1), {"heads": 2, "kv_heads": 1}),
+    "head dim 40": ("na(window=3x3)", Layout((5, 8)), {"dim": 40}),
+    "head dim 8": ("na(window=3x3)", Layout((5, 8)), {"dim": 8}),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_matches_reference(name):
+    pattern, layout, special = PROBLEMS[name]
+    inputs, mask = tensors(layout, **special)
+    compare(inputs, pattern, layout, mask)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
+def test_half_precision(dtype, limit):
+    layout = Layout((6, 7), 2)
+    inputs, mask = tensors(layout, dtype=dtype, masked=True)
+    out = compare(inputs, "na(window=3x3)", layout, mask, limit=limit)[0]
+    assert out.dtype == dtype
+
+
+def test_queries_that_see_no_key_are_zero():
+    layout = Layout((5, 6), 2)
+    inputs, _ = tensors(layout, batch=2)
+    mask = torch.ones(2, layout.length, dtype=torch.bool)
+    mask[1] = False
+    out, lse, *grads = compare(inputs, "na(window=3x3)", layout, mask)
+    assert (out[1] == 0).all() and (lse[1] == float("-inf")).all()
+    assert all((g[1] == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_any_scale(scale):
+    layout = Layout((5, 6), 2)
+    inputs, mask = tensors(layout, masked=True)
+    compare(inputs, "na(window=3x3)", layout, mask, scale=scale)
+
+
+def test_routes_of_a_negative_scale_are_those_of_the_given_queries():
+    layout = Layout((6, 8), 1)
+    inputs, _ = tensors(layout)
+    compare(inputs, "routing(regions=3x2,topk=1)", layout, scale=-0.5)
+
+
+def strided(inputs, how):
+    """The same values, laid out differently in memory."""
+    if how == "heads first":
+        return [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
+    if how == "one packed tensor":
+        return list(torch.stack(inputs, 2).unbind(2))
+    if how == "odd strides":
+        return [torch.cat([t, t[:, :, :1, :3].expand(-1, -1, t.shape[2], -1)], 3)[..., :-3] for t in inputs]
+    return [t.transpose(1, 3).contiguous().transpose(1, 3) for t in inputs]
+
+
+@pytest.mark.parametrize("how", ["heads first", "one packed tensor", "odd strides", "channels not contiguous"])
+def test_inputs_are_read_where_they_lie(how):
+    layout = Layout((5, 7), 1)
+    inputs, _ = tensors(layout, heads=2)
+    views = strided(inputs, how)
+    assert not any(v.is_contiguous() for v in views)
+    plain, strided_results = (results(t, "na(window=3x3)", layout, "triton") for t in (inputs, views))
+    for a, b in zip(plain, strided_results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_same_bits_twice():
+    layout = Layout((6, 7), 3)
+    inputs, mask = tensors(layout, heads=2, kv_heads=1, rpb="na(window=3x3)", masked=True)
+    first, second = (results(inputs, "na(window=3x3)", layout, "triton", mask) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradients_only_where_wanted():
+    layout = Layout((4, 5))
+    (q, k, v), _ = tensors(layout)
+    v.requires_grad_()
+    attention(q, k, v, "na(window=3x3)", layout, backend="triton").sum().backward()
+    assert v.grad is not None and q.grad is None
+
+
+def test_only_the_log_sum_exp_is_differentiated():
+    layout = Layout((4, 5))
+    inputs, _ = tensors(layout)
+    grads = []
+    for backend in ("triton", "reference"):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        lse = attention(*leaves, "na(window=3x3)", layout, backend=backend, return_lse=True)[1]
+        grads.append(torch.autograd.grad(lse.square().sum(), leaves[:2]))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_samples():
+    layout = Layout((4, 5))
+    leaves = [t[:0].requires_grad_() for t in tensors(layout)[0]]
+    attention(*leaves, "na(window=3x3)", layout, backend="triton").sum().backward()
+    assert leaves[0].grad.shape == leaves[0].shape
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "reason"),
+    [
+        (16, torch.float64, "torch.float64 is none of float16, bfloat16 and float32"),
+        (264, torch.float16, "head_dim 264 is not a multiple of 8 up to 256"),
+        (136, torch.float32, "head_dim 136 is not a multiple of 8 up to 128"),
+        (12, torch.float16, "head_dim 12 is not a multiple of 8"),
+    ],
+)
+def test_refusals_say_why(dim, dtype, reason):
+    layout = Layout((4, 5))
+    q = torch.randn(1, 20, 1, dim, dtype=dtype)
+    with pytest.raises(ValueError, match=reason):
+        attention(q, q, q, "na(window=3x3)", layout, backend="triton")
+
+
+def test_auto_never_takes_the_interpreter():
+    layout = Layout((4, 5))
+    assert backends()["triton"].ok
+    assert explain("na(window=3x3)", layout, torch.randn(1, 20, 1, 16)).choice != "triton"
+
+
+def test_refuses_another_device():
+    q = torch.randn(1, 20, 1, 16, device="meta")
+    with pytest.raises(ValueError, match="q is on meta, and it runs on the CPU only while TRITON_INTERPRET is set"):
+        attention(q, q, q, "na(window=3x3)", Layout((4, 5)), backend="triton")
+
+
+def test_inside_a_compiled_graph():
+    layout = Layout((4, 6), 2)
+    inputs, mask = tensors(layout, masked=True)
+
+    def step(q, k, v):
+        return attention(q * 1.5, k, v, "na(window=3x3)", layout, key_mask=mask, backend="triton").sin()
+
+    found = []
+    for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = run(*leaves)
+        found.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_bias_and_pooling_weight_inside_a_compiled_graph():
+    layout = Layout((6, 6))
+    inputs, _ = tensors(layout)
+    weight = torch.randn(3, 3, requires_grad=True)
+
+    def step(q, k, v, w):
+        return attention(q, k, v, "clear(radius=2,pool=3)", layout, pool_weight=w, backend="triton")
+
+    grads = [
+        torch.autograd.grad(run(*inputs, weight).sum(), weight)[0]
+        for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True))
+    ]
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().sum() > 0

@@ -1,0 +1,129 @@
+"""The backbones against outputs and key lists of the original implementations."""
+
+import pytest
+
+pytest.importorskip("timm")
+
+import timm
+import torch
+from torch import nn
+
+import visattn.models
+from tests.golden.fill import fill, make_input
+from tests.support.places import GOLDEN
+from visattn.models.backbones.agent_deit import AgentDeit
+from visattn.models.backbones.agent_swin import AgentSwin
+from visattn.models.backbones.biformer import BiFormer, BiLevelRoutingAttention
+from visattn.models.backbones.flowformer import Flowformer
+from visattn.models.backbones.mala import Block as MALABlock
+from visattn.models.backbones.mala import RoPE
+from visattn.models.backbones.moh_vit import MoHViT
+from visattn.models.backbones.nat import NAT
+
+
+def _biformer(config):
+    names = ("depth", "embed_dim", "mlp_ratios", "n_win", "topks", "head_dim", "side_dwconv", "num_classes")
+    return BiFormer(**{name: config[name] for name in names})
+
+
+def _moh_vit(config):
+    return MoHViT(**{name: value for name, value in config.items() if name != "qkv_bias"})
+
+
+def _routing(config):
+    return BiLevelRoutingAttention(
+        config["dim"], config["num_heads"], config["n_win"], config["topk"], config["side_dwconv"]
+    )
+
+
+class _MALA(nn.Module):
+    """One block of MAViT with its positions, under the names of the golden files."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim, heads = config["embed_dim"], config["num_heads"]
+        scale = 1.0 if config["layerscale"] else None
+        self.rope = RoPE(dim, heads)
+        self.blk = MALABlock(dim, heads, config["flag"] == "l", config["ffn_dim"], 0.0, scale)
+
+    def forward(self, x):
+        return self.blk(x, self.rope(x.shape[2], x.shape[3]))
+
+
+CASES = {
+    "dinat_mini": lambda config: NAT(**config),
+    "biformer_micro": _biformer,
+    "bra_op_autopad": _routing,
+    "agent_deit_micro_mixed": lambda config: AgentDeit(**config),
+    "agent_swin_micro_mixed": lambda config: AgentSwin(**config),
+    "moh_vit_micro": _moh_vit,
+    "mala_block_l": _MALA,
+    "mala_block_v": _MALA,
+    "flowformer_micro": lambda config: Flowformer(**config),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_keys_of_the_original(name):
+    golden = torch.load(GOLDEN / f"{name}.pt", weights_only=True)
+    model = fill(CASES[name](golden["config"]))
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {
+        k: tuple(v) for k, v in golden["keys"].items()
+    }
+    with torch.no_grad():
+        found = model(make_input(golden["input_shapes"][0], golden["input_seed"])).flatten()
+    wanted = golden["output"].flatten()
+    assert (found[: len(wanted)] - wanted).abs().max() <= 1e-4 * wanted.std()
+
+
+def test_moh_computes_the_same_with_and_without_unused_heads():
+    golden = torch.load(GOLDEN / "moh_vit_micro.pt", weights_only=True)
+    model = fill(_moh_vit(golden["config"]))
+    x = make_input((2, 3, 64, 96))
+    with torch.no_grad():
+        dense = model(x)
+        for block in model.block4:
+            block.attn.skip_from = 0
+        assert torch.allclose(model(x), dense, rtol=1e-4, atol=1e-5)
+
+
+# Millions of parameters in the papers' and repositories' tables (which cut dinat_large to 200 and round 22.65 up).
+SIZES = {
+    "nat_mini": 20, "nat_tiny": 28, "nat_small": 51, "nat_base": 90,
+    "dinat_mini": 20, "dinat_tiny": 28, "dinat_small": 51, "dinat_base": 90, "dinat_large": 201,
+    "dinat_s_tiny": 28, "dinat_s_small": 50, "dinat_s_base": 88, "dinat_s_large": 197,
+    "biformer_tiny": 13.14, "biformer_small": 25.54, "biformer_base": 56.80, "biformer_stl": 28.37,
+    "agent_deit_tiny": 6.02, "agent_deit_small": 22.65, "agent_deit_base": 87.2,
+    "agent_swin_tiny": 28.90, "agent_swin_small": 50, "agent_swin_base": 88,
+    "agent_pvt_tiny": 11.57, "agent_pvt_small": 20.6, "agent_pvt_medium": 35.9, "agent_pvt_large": 48.7,
+    "mavit_tiny": 16.45, "mavit_small": 27.14, "mavit_base": 49.79, "mavit_large": 97.77,
+    "flowformer_tiny": 43.31, "flowformer_small": 49.84,
+    "moh_vit_small_80": 49.91, "moh_vit_small_75": 49.91, "moh_vit_base_75": 90.02, "moh_vit_base_50": 90.02,
+}  # fmt: skip
+
+
+def test_the_table_has_every_backbone():
+    families = [
+        module.__name__.rpartition(".")[2]
+        for module in vars(visattn.models).values()
+        if hasattr(module, "default_cfgs")
+    ]
+    assert set(SIZES) == {name for family in families for name in timm.list_models(module=family)}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_number_of_parameters(name):
+    model = timm.create_model(name, device="meta")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    digits = len(str(SIZES[name]).partition(".")[2]) if isinstance(SIZES[name], float) else 0
+    assert abs(millions - SIZES[name]) <= 0.51 * 10.0**-digits
+
+
+DILATIONS = {"dinat_tiny": (8, 4, 2, 1), "nat_tiny": (1, 1, 1, 1)}
+
+
+@pytest.mark.parametrize("name", DILATIONS)
+def test_dilations(name):
+    model = timm.create_model(name, device="meta")
+    for level, step in zip(model.levels, DILATIONS[name], strict=True):
+        assert [b.attn.dilation for b in level.blocks] == [step if i % 2 else 1 for i in range(len(level.blocks))]

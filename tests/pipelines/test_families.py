@@ -1,0 +1,242 @@
+"""Every model family: dense is stock to the bit, sparse reaches every module, undo restores by identity."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import diffusers
+
+import visattn
+import visattn.pipelines.families
+from tests.support import tiny_models
+
+
+@pytest.fixture(params=tiny_models.FAMILIES)
+def family(request):
+    build, sites, pattern = tiny_models.FAMILIES[request.param]
+    model, inputs = build()
+    return model, inputs, sites, pattern
+
+
+def state(model):
+    """Everything that a patch may touch, by identity."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "processor"):
+            found[name] = module.processor, getattr(module.processor, "_attention_backend", None)
+        hooks = module._forward_pre_hooks, module._forward_hooks, module._forward_pre_hooks_with_kwargs
+        found[name, "hooks"] = [list(h.values()) for h in hooks], hasattr(module, "_diffusers_hook")
+    return found
+
+
+def same(before, after):
+    return before.keys() == after.keys() and all(
+        all(a is b if not isinstance(a, list) else a == b for a, b in zip(before[k], after[k], strict=True))
+        for k in before
+    )
+
+
+def test_dense_is_stock_sparse_is_everywhere_and_undo_restores(family):
+    model, inputs, sites, pattern = family
+    stock, before = tiny_models.run(model, inputs), state(model)
+    # Mochi attends sample by sample, and its batch here has two.
+    calls = sites * (2 if isinstance(model, diffusers.MochiTransformer3DModel) else 1)
+
+    with visattn.apply(model, "dense") as handle:
+        assert torch.equal(tiny_models.run(model, inputs), stock)
+        report = handle.report()
+    assert len(report.sites) == sites and report.dense == calls and not report.fallbacks
+
+    with visattn.apply(model, "na(window=-1)", strict=True) as handle:
+        assert torch.equal(tiny_models.run(model, inputs), stock)
+        report = handle.report()
+    assert report.sites_hit == sites and report.density == 1
+    assert {site.calls[0].backend for site in report.sites} == {"stock"}
+
+    with visattn.apply(model, pattern, strict=True) as handle:
+        sparse = tiny_models.run(model, inputs)
+        report = handle.report()
+    assert report.sites_hit == sites and report.hits == calls
+    assert not report.fallbacks and not report.dense
+    assert torch.isfinite(sparse).all() and not torch.allclose(sparse, stock)
+
+    handle.remove()
+    assert same(before, state(model))
+    assert torch.equal(tiny_models.run(model, inputs), stock)
+
+
+def window_mask(grid, window, prefix, suffix):
+    """Which keys a query sees, by the definition: a window around it per axis, shifted inward at borders."""
+    axes = []
+    for n, w in zip(grid, window, strict=True):
+        axis = torch.zeros(n, n, dtype=torch.bool)
+        for i in range(n):
+            start = min(max(i - w // 2, 0), max(n - w, 0))
+            axis[i, start : start + w] = True
+        axes.append(axis)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for axis in axes:
+        mask = torch.kron(mask, axis)
+    tokens = len(mask)
+    full = torch.ones(prefix + tokens + suffix, prefix + tokens + suffix, dtype=torch.bool)
+    full[prefix : prefix + tokens, prefix : prefix + tokens] = mask
+    return full
+
+
+# One of each kind: builder, and by length of a sequence its grid and the tokens before and after.
+KINDS = {
+    "text first": (tiny_models.flux, {53: ((6, 8), 5, 0)}),
+    "reference images": (lambda: tiny_models.flux(reference=(2, 3)), {59: ((6, 8), 5, 6)}),
+    "reference images of FLUX.2": (lambda: tiny_models.flux2(reference=(2, 3)), {59: ((6, 8), 5, 6)}),
+    "reference images of Qwen": (lambda: tiny_models.qwen(references=((1, 2, 3),)), {61: ((6, 8), 7, 6)}),
+    "text last": (tiny_models.sd3, {53: ((6, 8), 0, 5), 48: ((6, 8), 0, 0)}),
+    "video": (tiny_models.wan, {72: ((3, 6, 4), 0, 0)}),
+    "video after text": (tiny_models.cogvideox, {56: ((3, 4, 4), 8, 0)}),
+    "unet": (tiny_models.sd15, {120: ((12, 10), 0, 0), 30: ((6, 5), 0, 0)}),
+    "padded text": (lambda: tiny_models.qwen(padded=True), {55: ((6, 8), 7, 0)}),
+    "padded text after video": (tiny_models.hunyuan_video, {79: ((3, 4, 6), 0, 7)}),
+    "product mask": (tiny_models.hunyuan_video15, {87: ((3, 4, 6), 0, 15)}),
+    "text of each sample": (tiny_models.mochi, {52: ((3, 4, 4), 0, 4), 55: ((3, 4, 4), 0, 7)}),
+    "padding between": (tiny_models.z_image, {64: ((6, 8), 0, 16), 96: ((6, 8), 0, 48)}),
+    "captions": (tiny_models.lumina2, {53: ((6, 8), 5, 0), 48: ((6, 8), 0, 0)}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sparse_equals_masked_sdpa(kind, monkeypatch):
+    """The whole model, stock, with the pattern's mask given to every call of SDPA that is visual self-attention."""
+    build, layouts = KINDS[kind]
+    model, inputs = build()
+    dims = len(next(iter(layouts.values()))[0])
+    with visattn.apply(model, f"na(window={'x'.join('3' * dims)})", strict=True, backend="reference"):
+        sparse = tiny_models.run(model, inputs)
+    real, masked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def with_mask(query, key, value, attn_mask=None, *args, **options):
+        length = query.shape[2]
+        if length == key.shape[2] and length in layouts:
+            masked.append(length)
+            grid, prefix, suffix = layouts[length]
+            ours = window_mask(grid, (3,) * dims, prefix, suffix)
+            attn_mask = ours if attn_mask is None else ours & attn_mask.bool()
+        return real(query, key, value, attn_mask, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", with_mask)
+    expected = tiny_models.run(model, inputs)
+    assert set(masked) == set(layouts)
+    torch.testing.assert_close(sparse, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_captions_of_different_length_run_sample_by_sample(monkeypatch):
+    model, inputs = tiny_models.lumina2(lengths=(5, 3))
+    with visattn.apply(model, "na(window=3x3)", strict=True, backend="reference") as handle:
+        sparse = tiny_models.run(model, inputs)
+        report = handle.report()
+    layouts = {str(call.problem.layout) for site in report.modules for call in site.calls}
+    assert len(layouts) == 3 and not report.fallbacks
+    real, masked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def with_mask(query, key, value, attn_mask=None, *args, **options):
+        length = query.shape[2]
+        if length in (48, 53):
+            masked.append(length)
+            starts = (5, 3) if length == 53 else (0, 0)
+            ours = torch.stack([window_mask((6, 8), (3, 3), n, length - 48 - n) for n in starts])[:, None]
+            attn_mask = ours if attn_mask is None else ours & attn_mask.bool()
+        return real(query, key, value, attn_mask, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", with_mask)
+    expected = tiny_models.run(model, inputs)
+    assert set(masked) == {48, 53}
+    torch.testing.assert_close(sparse, expected, rtol=2e-4, atol=2e-5)
+
+
+def chroma_mask():
+    """Chroma's pipeline passes zeros and ones as floats, which torch's SDPA adds to the logits."""
+    return torch.cat([torch.tensor([[1.0, 1, 1, 0, 0]]), torch.ones(1, 48)], 1)
+
+
+def test_mask_that_is_a_bias_is_carried(monkeypatch):
+    model, inputs = tiny_models.chroma()
+    mask = chroma_mask()
+    plain = tiny_models.run(model, inputs, attention_mask=mask)
+    unmasked = tiny_models.run(model, inputs)
+    with visattn.apply(model, "na(window=3x3)", strict=True) as handle:
+        sparse = tiny_models.run(model, inputs, attention_mask=mask)
+        assert not handle.report().fallbacks
+        assert {call.problem.head_dim for site in handle.report().sites for call in site.calls} == {24}
+        weight = model.transformer_blocks[0].attn.to_q.weight
+        (gradient,) = torch.autograd.grad(model(**inputs, attention_mask=mask).sample.square().sum(), [weight])
+    assert not torch.allclose(plain, unmasked) and not torch.allclose(sparse, plain)
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def with_window(query, key, value, attn_mask, *args, **options):
+        outside = ~window_mask((6, 8), (3, 3), 5, 0)
+        return real(query, key, value, attn_mask.masked_fill(outside, float("-inf")), *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", with_window)
+    torch.testing.assert_close(tiny_models.run(model, inputs, attention_mask=mask), sparse, rtol=2e-4, atol=2e-5)
+    (expected,) = torch.autograd.grad(model(**inputs, attention_mask=mask).sample.square().sum(), [weight])
+    torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=1e-5)
+
+
+def test_bias_carried_in_half_precision_is_that_of_the_mask():
+    from visattn.pipelines.patch.masks import carry_bias, key_validity
+
+    q, k, v = (tiny_models.noise(1, 9, 2, 20, seed=i).bfloat16() * 0.1 for i in range(3))
+    row = torch.tensor([[1.0] * 4 + [0.0] * 2 + [1.0] * 3])
+    mask = (row[:, :, None] * row[:, None]).bfloat16()[:, None]
+    assert torch.equal(key_validity(mask, q, -1), row.bfloat16())
+    a, b, c = (t.double() for t in carry_bias(q, k, v, row, 20**-0.5))
+    logits = torch.einsum("bqhd,bkhd->bhqk", a, b) * 20**-0.5
+    expected = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * 20**-0.5 + mask.double()
+    # 1 / scale alone would be off by 2e-3 in bfloat16.
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert torch.equal(c[..., :20], v.double()) and not c[..., 20:].any()
+
+
+def test_other_biases_fall_back():
+    from visattn.pipelines.patch.masks import key_validity
+
+    q = torch.zeros(1, 3, 1, 4)
+    bias = torch.tensor([0.0, 1.0, 2.0])
+    why = "its mask [1, 1, 3, 3] is a bias, not a mask of keys"
+    assert key_validity((bias[:, None] * bias)[None, None], q, -1) == why
+    assert key_validity(torch.eye(3)[None, None], q, -1) == why
+    assert key_validity(torch.ones(1, 1, 3, 3), q, -1) is None
+    assert key_validity(bias[None, None, None], q, None) == "its mask [1, 1, 1, 3] is a bias, not a mask of keys"
+    model, inputs = tiny_models.chroma()
+    stock = tiny_models.run(model, inputs, attention_mask=chroma_mask() * 2)
+    with visattn.apply(model, "na(window=3x3)") as handle, pytest.warns(UserWarning, match="a bias"):
+        assert torch.equal(tiny_models.run(model, inputs, attention_mask=chroma_mask() * 2), stock)
+        assert list(handle.report().fallbacks) == ["its mask [1, 1, 53, 53] is a bias, not a mask of keys"]
+
+
+def test_kandinsky_block_mask_is_respected():
+    model, inputs = tiny_models.kandinsky5()
+    family = visattn.pipelines.families.find_family(model)
+    seen = family.seen(model.config, {**inputs, "sparse_params": {"to_fractal": True}})
+    assert not seen.grid and "fractal order" in seen.why
+
+
+def test_sana_has_nothing_to_make_sparse():
+    with pytest.raises(ValueError, match="SanaTransformer2DModel: its self-attention is linear already"):
+        visattn.apply(tiny_models.sana(), "na(window=3x3)")
+
+
+def test_ltx_without_sizes_falls_back():
+    model, inputs = tiny_models.ltx()
+    family = visattn.pipelines.families.find_family(model)
+    assert "num_frames, height and width" in family.seen(model.config, {**inputs, "height": None}).why
+
+
+@pytest.mark.parametrize("name", ["flux", "sd15", "wan", "hunyuan_video"])
+def test_reference_backend_gives_the_same(name):
+    build, _, pattern = tiny_models.FAMILIES[name]
+    model, inputs = build()
+    with visattn.apply(model, pattern):
+        auto = tiny_models.run(model, inputs)
+    with visattn.apply(model, pattern, backend="reference") as handle:
+        torch.testing.assert_close(tiny_models.run(model, inputs), auto, rtol=1e-4, atol=1e-5)
+        assert {call.backend for site in handle.report().sites for call in site.calls} == {"reference"}

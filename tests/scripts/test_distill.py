@@ -1,0 +1,437 @@
+"""Distillation: cached samples, losses, settings, runs that are killed and go on, and the weights they leave."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+
+from scripts.distill import (
+    cache_samples,
+    loop,
+    losses,
+    optimizers,
+    samples,
+    settings,
+    state,
+    training,
+)
+from scripts.distill import pipeline as distill
+from scripts.distill.config import Config
+from tests.support.places import ROOT
+from tests.support.tiny_digits import tiny_transformer
+from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
+from visattn.pipelines.trained import Trained, load_own, load_trained, save_trained, trained_weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny pipeline's folder, and samples of it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, base_image_seq_len=16)
+    PixelDiTPipeline(tiny_transformer(), scheduler).save_pretrained(folder / "model")
+    cache(folder, folder / "samples")
+    return folder
+
+
+def cache(folder, out, *more):
+    words = ["--model", str(folder / "model"), "--labels", "0-2", "--count", "10", "--steps", "3", "--batch", "2"]
+    cache_samples.main([*words, "--shard", "4", "--device", "cpu", "--out", str(out), *more])
+
+
+def words(folder, out, *more):
+    return [
+        *("--model", str(folder / "model"), "--pattern", "na(window=3x3)", "--samples", str(folder / "samples")),
+        *("--out", str(out), "--steps", "4", "--batch", "4", "--warmup", "1", "--lr", "0.01", "--cpu"),
+        *("--log-every", "1", "--save-every", "1", *more),
+    ]
+
+
+def run(folder, out, *more):
+    return load_file(distill.main(words(folder, out, *more)))
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+class TestSamples:
+    def test_are_what_the_pipeline_made_and_told(self, folder):
+        found = samples.SampleSet(folder / "samples")
+        assert len(found) == 10
+        assert found.index.kind == "flow"
+        assert found.index.anchor == "hidden_states"
+        assert found.index.time_scale == 1.0
+        pipe = PixelDiTPipeline.from_pretrained(folder / "model")
+        generator = torch.Generator().manual_seed(5)
+        image = pipe([2], num_inference_steps=3, generator=generator, output_type="pt").images
+        latents, told = found.take([5], torch.zeros(1))
+        torch.testing.assert_close((latents / 2 + 0.5).clamp(0, 1), image, atol=1e-5, rtol=1e-4)
+        assert told["class_labels"].tolist() == [2]
+
+    def test_rows_of_guidance_belong_to_the_sample(self, folder):
+        found = samples.SampleSet(folder / "samples")
+        _, told = found.take([3, 7, 7], torch.tensor([0.9, 0.2, 0.6]))
+        # Row 0 is the label (index mod 3), row 1 the null class.
+        assert told["class_labels"].tolist() == [3, 1, 3]
+
+    def test_resume_makes_the_same_shards(self, folder, tmp_path):
+        out = tmp_path / "samples"
+        shutil.copytree(folder / "samples", out)
+        (out / "index.json").unlink()
+        samples.shard_path(out, 1).unlink()
+        cache(folder, out)
+        for path in (folder / "samples").glob("*.safetensors"):
+            assert equal(load_file(path), load_file(out / path.name))
+
+    def test_other_settings_are_refused(self, folder):
+        with pytest.raises(SystemExit, match="other settings"):
+            cache(folder, folder / "samples", "--seed", "3")
+
+    def test_images_with_labels_of_their_folders(self, folder, tmp_path):
+        from PIL import Image
+
+        for label in (0, 2):
+            (tmp_path / "in" / str(label)).mkdir(parents=True)
+            pixels = np.full((12, 10), 255 * (label == 2), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "in" / str(label) / "a.png")
+        cache(folder, tmp_path / "out", "--images", str(tmp_path / "in"))
+        latents, told = samples.SampleSet(tmp_path / "out").take([0, 1], torch.zeros(2))
+        assert latents.shape == (2, 1, 8, 8)
+        assert latents.mean((1, 2, 3)).tolist() == [-1.0, 1.0]
+        assert told["class_labels"].tolist() == [0, 2]
+
+    @pytest.mark.parametrize(
+        ("more", "error"),
+        [
+            (["--shard", "3"], "multiple of --batch"),
+            (["--count", "0"], "at least 1"),
+            (["--prompts", "nothing.txt"], "one of them"),
+            (["--images", "nowhere"], "does not exist"),
+            (["--size", "1x2x3"], "height x width"),
+            (["--steps", "-1"], "below 0"),
+        ],
+    )
+    def test_wrong_settings(self, folder, tmp_path, more, error, monkeypatch):
+        monkeypatch.setattr(cache_samples, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit, match=error):
+            cache(folder, tmp_path / "out", *more)
+
+    def test_a_missing_shard_is_named(self, folder, tmp_path):
+        shutil.copytree(folder / "samples", tmp_path / "samples")
+        samples.shard_path(tmp_path / "samples", 1).unlink()
+        with pytest.raises(ValueError, match=r"shard-00001\.safetensors"):
+            samples.SampleSet(tmp_path / "samples")
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("more", "error"),
+        [
+            (["--pattern", "na(windows=3)"], "no parameter 'windows'"),
+            (["--pattern", "dense"], "what the teacher has"),
+            (["--samples", "nowhere"], r"no index\.json"),
+            (["--model", "nowhere"], "neither an embedded model"),
+            (["--model", "digits"], "were made by"),
+            (["--steps", "0"], "at least 1"),
+            (["--clip", "-1"], "at least 0"),
+            (["--ema", "1"], "from 0 to below 1"),
+            (["--optimizer", "adam"], "adamw or prodigy"),
+            (["--train", "q,z"], "'z' is none of"),
+            (["--train", "none", "--lora", "4"], "--train is none"),
+            (["--denoising", "0", "--output", "0", "--attention", "0"], "every loss has weight 0"),
+            (["--maps", "1"], r"linear or agent, not na\(window=3x3\)"),
+            (["--micro-batch", "3"], "must be a multiple of"),
+            (["--layers", "7"], "7"),
+            (["--train", "none"], "leaves nothing to train"),
+        ],
+    )
+    def test_wrong_settings(self, folder, tmp_path, more, error, monkeypatch):
+        late = ("--micro-batch", "--layers", "none")
+        if not any(word in more for word in late) or "--lora" in more:
+            monkeypatch.setattr(training, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit, match=error):
+            distill.main(words(folder, tmp_path / "out", *more))
+
+    def test_out_is_a_file(self, folder, tmp_path):
+        (tmp_path / "out").write_text("")
+        with pytest.raises(SystemExit, match="is a file"):
+            distill.main(words(folder, tmp_path / "out"))
+
+    @pytest.mark.parametrize(
+        ("more", "package"), [(["--optimizer", "prodigy"], "prodigyopt"), (["--tensorboard"], "tensorboard")]
+    )
+    def test_missing_packages_are_named(self, folder, tmp_path, more, package, monkeypatch):
+        found = settings.importlib.util.find_spec
+        monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None if name == package else found(name))
+        with pytest.raises(SystemExit, match=f"pip install {package}"):
+            distill.main(words(folder, tmp_path / "out", *more))
+
+    def test_help_has_every_setting(self, capsys):
+        with pytest.raises(SystemExit):
+            distill.main(["--help"])
+        shown = capsys.readouterr().out
+        assert all(settings.flag(entry) in shown for entry in settings.fields(Config))
+
+
+class TestTraining:
+    def test_trains_the_projections_and_nothing_else(self, folder, tmp_path):
+        found = run(folder, tmp_path / "out", "--tensorboard" if _has("tensorboard") else "--no-tensorboard")
+        own = dict(tiny_transformer().named_parameters())
+        sites = [f"transformer_blocks.{i}.attn1" for i in range(2)]
+        expected = {f"model.{s}.{p}.{w}" for s in sites for p in ("to_q", "to_k", "to_v", "to_out.0") for w in _parts}
+        assert set(found) == expected
+        moved = [(value - own[name.removeprefix("model.")]).abs().max().item() for name, value in found.items()]
+        assert min(moved) > 0
+        lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert {"denoising", "output", "attention", "gradient", "lr"} <= lines[0].keys()
+
+    def test_comes_closer_to_the_teacher(self, folder, tmp_path):
+        more = ("--steps", "60", "--denoising", "0", "--output", "1", "--save-every", "60", "--lr", "0.003")
+        run(folder, tmp_path / "out", *more)
+        lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+        first, last = ([line["output"] for line in part] for part in (lines[:10], lines[-10:]))
+        assert sum(last) < 0.7 * sum(first)
+
+    @pytest.mark.parametrize("more", [(), ("--lora", "2", "--schedule", "constant"), ("--ema", "0", "--checkpointing")])
+    def test_stopped_and_resumed_is_the_same(self, folder, tmp_path, more, monkeypatch):
+        whole = run(folder, tmp_path / "whole", *more)
+        step = loop.Run.train_step
+
+        def stop(self):
+            if self.step == 2:
+                raise RuntimeError("stopped")
+            return step(self)
+
+        monkeypatch.setattr(loop.Run, "train_step", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(folder, tmp_path / "parts", *more)
+        monkeypatch.setattr(loop.Run, "train_step", step)
+        assert equal(whole, run(folder, tmp_path / "parts", *more))
+        lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+    def test_a_patterns_own_parameters_learn_and_are_kept(self, folder, tmp_path):
+        from visattn import apply
+
+        found = run(folder, tmp_path / "out", "--pattern", "linear(feature=hedgehog)", "--own-lr", "0.1")
+        assert any(name.startswith("own.") for name in found)
+        trained = load_trained(tmp_path / "out" / "student.safetensors")
+        model = PixelDiTPipeline.from_pretrained(folder / "model").transformer
+        with apply(model, "linear(feature=hedgehog)") as handle:
+            start = {name: value.detach().clone() for name, value in handle.parameters.named_parameters()}
+            load_own(handle, trained)
+            now = dict(handle.parameters.named_parameters())
+            assert all(torch.equal(now[name], value) for name, value in trained.own.items())
+            assert not any(torch.equal(start[name], value) for name, value in trained.own.items())
+        with apply(model, "mala") as handle, pytest.raises(ValueError, match=r"pass --pattern 'linear"):
+            load_own(handle, trained)
+
+    def test_attention_rows_come_closer_to_the_teachers(self, folder, tmp_path):
+        from visattn import apply
+
+        alone = ("--maps", "1", "--denoising", "0", "--output", "0", "--attention", "0", "--map-rows", "16")
+        more = ("--steps", "40", "--train", "none", "--lr", "0.03", "--save-every", "40", "--warmup", "0")
+        run(folder, tmp_path / "out", "--pattern", "linear(feature=hedgehog)", *alone, *more)
+        rows, trained = {}, load_trained(tmp_path / "out" / "student.safetensors")
+        x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+        for name in ("dense", "before", "after"):
+            model = PixelDiTPipeline.from_pretrained(folder / "model").transformer
+            with apply(model, "dense" if name == "dense" else "linear(feature=hedgehog)") as handle, torch.no_grad():
+                if name == "after":
+                    load_own(handle, trained)
+                found = rows.setdefault(name, {})
+                handle.watch(lambda seen, found=found: found.setdefault(seen.site, seen.rows(torch.arange(16))))
+                model(x, timestep=torch.full((4,), 500.0), class_labels=torch.tensor([0, 1, 2, 0]))
+        assert len(rows["dense"]) == 2
+        before, after = (losses.map_distance(rows[name], rows["dense"]) for name in ("before", "after"))
+        least = losses.map_distance(rows["dense"], rows["dense"])
+        assert least < after < before
+
+    def test_interrupted_between_steps(self, folder, tmp_path, monkeypatch, capsys):
+        whole = run(folder, tmp_path / "whole")
+        step = loop.Run.train_step
+
+        def interrupted(self):
+            if self.step == 1:
+                signal.raise_signal(signal.SIGINT)
+            return step(self)
+
+        monkeypatch.setattr(loop.Run, "train_step", interrupted)
+        run(folder, tmp_path / "parts")
+        assert "stopped after 2 of 4 steps" in capsys.readouterr().out
+        monkeypatch.setattr(loop.Run, "train_step", step)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert equal(whole, run(folder, tmp_path / "parts"))
+
+    @pytest.mark.slow
+    def test_killed_and_resumed_is_the_same(self, folder, tmp_path):
+        more = ("--steps", "40", "--threads", "1")
+        torch.set_num_threads(1)
+        whole = run(folder, tmp_path / "whole", *more)
+        command = [sys.executable, "-m", "scripts.distill.pipeline", *words(folder, tmp_path / "killed", *more)]
+        checkpoint = tmp_path / "killed" / loop.CHECKPOINT
+        kills = 0
+        while kills < 2:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+            before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+            while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        assert checkpoint.exists()
+        assert equal(whole, run(folder, tmp_path / "killed", *more))
+
+    @pytest.mark.slow
+    def test_two_processes_share_a_batch(self, folder, tmp_path):
+        more = ("--attention", "0", "--clip", "0", "--threads", "1", "--lr", "0.001", "--ema", "0")
+        torch.set_num_threads(1)
+        whole = run(folder, tmp_path / "one", *more)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["-m", "scripts.distill.pipeline", *words(folder, tmp_path / "two", *more)]
+        subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        shared = load_file(tmp_path / "two" / "student.safetensors")
+        for name in (name for name in whole if not name.endswith("to_k.bias")):
+            torch.testing.assert_close(whole[name], shared[name], atol=1e-3, rtol=1e-3)
+        logs = [json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[0]) for n in ("one", "two")]
+        assert logs[0]["denoising"] == pytest.approx(logs[1]["denoising"], rel=1e-4)
+
+    def test_micro_batches_sum_to_the_batch(self, folder, tmp_path):
+        # Relative attention distances are of each part.
+        more = ("--clip", "0", "--attention", "0")
+        whole, parts = (run(folder, tmp_path / n, "--micro-batch", n, *more) for n in ("4", "2"))
+        # Softmax does not see the bias of keys: its gradient is rounding, which Adam makes large.
+        for name in (name for name in whole if not name.endswith("to_k.bias")):
+            torch.testing.assert_close(whole[name], parts[name], atol=1e-3, rtol=1e-3)
+
+    def test_parts_of_processes_are_the_batch(self, folder, tmp_path):
+        config = settings.parse(Config, None, words(folder, tmp_path, "--batch", "8", "--micro-batch", "2"))
+        parts = [part for rank in range(2) for part in optimizers.micro_batches(config, rank, 2)]
+        assert [i for part in parts for i in range(8)[part]] == list(range(8))
+        with pytest.raises(ValueError, match="multiple of 3 processes"):
+            optimizers.micro_batches(config, 0, 3)
+
+    def test_another_runs_checkpoint_is_refused(self, folder, tmp_path):
+        run(folder, tmp_path / "out")
+        with pytest.raises(SystemExit, match=r"seed 0 then, 1 now.*--no-resume"):
+            run(folder, tmp_path / "out", "--seed", "1")
+        run(folder, tmp_path / "out", "--seed", "1", "--no-resume")
+
+    def test_pictures(self, folder, tmp_path):
+        from PIL import Image
+
+        run(folder, tmp_path / "out", "--sample-every", "4")
+        with Image.open(tmp_path / "out" / "samples" / "000004.png") as picture:
+            assert picture.size == (3 * 8, 8)
+
+    def test_log_of_a_killed_run_is_trimmed(self, tmp_path):
+        log = tmp_path / "log.jsonl"
+        log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+        state.trim_log(log, 2)
+        assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+    def test_rates(self, folder, tmp_path):
+        config = settings.parse(Config, None, words(folder, tmp_path, "--steps", "100", "--warmup", "10"))
+        rates = [optimizers.rate_share(step, config) for step in range(100)]
+        assert rates[0] == pytest.approx(0.1, abs=0.01)
+        assert max(rates) == rates[9] or max(rates) == rates[10]
+        assert rates[-1] < 0.03
+
+
+_parts = ("weight", "bias")
+
+
+def _has(package):
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None
+
+
+class TestTrained:
+    def test_into_the_model_and_out_again(self, folder, tmp_path):
+        path = tmp_path / "out" / "student.safetensors"
+        run(folder, tmp_path / "out")
+        model = PixelDiTPipeline.from_pretrained(folder / "model").transformer
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trained = load_trained(path)
+        with trained_weights(model, trained):
+            now = model.state_dict()
+            assert all(torch.equal(now[name], value) for name, value in trained.model.items())
+            assert not equal(dict(now), before)
+        assert equal(dict(model.state_dict()), before)
+        assert trained.about["pattern"] == "na(window=3x3)"
+
+    def test_lora_is_the_students_forward(self, folder, tmp_path):
+        more = ("--lora", "2", "--lora-alpha", "6", "--ema", "0")
+        config = settings.parse(Config, None, words(folder, tmp_path / "out", *more))
+        made = training.Training(config)
+        for _ in range(2):
+            made.train_step()
+        made.config.out.mkdir()
+        trained = load_trained(made.export())
+        assert set(trained.lora) == set(made.learner.lora) and not trained.model
+        model = PixelDiTPipeline.from_pretrained(folder / "model").transformer
+        arguments = {"timestep": torch.tensor([300.0]), "class_labels": torch.tensor([1])}
+        x = torch.randn(1, 1, 8, 8)
+        from visattn import apply
+
+        with torch.no_grad(), trained_weights(model, trained), apply(model, config.pattern) as handle:
+            load_own(handle, trained)
+            found = model(x, **arguments).sample
+            torch.testing.assert_close(found, made.learner.student(x, **arguments).sample, atol=1e-5, rtol=1e-4)
+
+    def test_wrong_files(self, tmp_path):
+        with pytest.raises(ValueError, match="do not exist"):
+            load_trained(tmp_path / "nothing.safetensors")
+        (tmp_path / "text.safetensors").write_text("text")
+        with pytest.raises(ValueError, match="no safetensors file"):
+            load_trained(tmp_path / "text.safetensors")
+        samples.save_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)})
+        with pytest.raises(ValueError, match=r"not written by scripts\.distill\.pipeline"):
+            load_trained(tmp_path / "other.safetensors")
+
+    @pytest.mark.parametrize(
+        "trained",
+        [
+            Trained({"nowhere.weight": torch.zeros(2)}, {}, {}, {"model": "x"}),
+            Trained({}, {"nowhere": (torch.zeros(1, 2), torch.zeros(2, 1))}, {}, {"model": "x"}),
+        ],
+    )
+    def test_another_models_weights(self, trained, tmp_path):
+        path = tmp_path / "w.safetensors"
+        save_trained(path, trained)
+        with (
+            pytest.raises(ValueError, match="the weights are for 'x'"),
+            trained_weights(tiny_transformer(), load_trained(path)),
+        ):
+            pass
+
+    def test_generate_uses_them(self, folder, tmp_path):
+        from typer.testing import CliRunner
+
+        from visattn.cli import app
+
+        run(folder, tmp_path / "out", "--lr", "0.1")
+        command = ["generate", "image", "--model", str(folder / "model"), "--pattern", "na(window=3x3)", "--label", "1"]
+        command += ["--steps", "2", "--device", "cpu"]
+        weights = ["--weights", str(tmp_path / "out" / "student.safetensors")]
+        for name, more in (("with", weights), ("without", [])):
+            result = CliRunner().invoke(app, [*command, *more, "--out", str(tmp_path / name)])
+            assert result.exit_code == 0, result.output
+        one, other = ((tmp_path / name / "sparse-000.png").read_bytes() for name in ("with", "without"))
+        assert one != other

@@ -1,0 +1,88 @@
+"""The parts of distillation that need no run: noise, losses, the judge of its samples."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("sklearn")
+
+from scripts.distill import judge, losses, noise
+from tests.support.tiny_digits import tiny_transformer
+
+
+class TestNoise:
+    flow = noise.Noise("flow", (1000.0, 900.0, 100.0), 0.001)
+
+    def test_flow(self):
+        clean, dirt, times = torch.ones(2, 3), torch.zeros(2, 3), torch.tensor([0.0, 250.0])
+        mixed, target, told = self.flow.mix(clean, dirt, times)
+        assert mixed[:, 0].tolist() == [1.0, 0.75]
+        assert target[:, 0].tolist() == [-1.0, -1.0]
+        torch.testing.assert_close(told, torch.tensor([0.0, 0.25]))
+
+    @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+    def test_diffusion(self, kind):
+        from diffusers import DDPMScheduler
+
+        scheduler = DDPMScheduler()
+        clean, dirt, times = torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.tensor([0, 500, 999])
+        process = noise.Noise(kind, (999.0, 500.0), alphas=scheduler.alphas_cumprod)
+        mixed, target, told = process.mix(clean, dirt, times.float())
+        torch.testing.assert_close(mixed, scheduler.add_noise(clean, dirt, times))
+        truth = dirt if kind == "epsilon" else scheduler.get_velocity(clean, dirt, times)
+        torch.testing.assert_close(target, truth)
+        assert told.tolist() == [0, 500, 999]
+
+    def test_sampler_times_have_its_density(self):
+        times = self.flow.draw(30_000, "sampler", torch.Generator().manual_seed(0))
+        assert times.min() >= 0 and times.max() <= 1000
+        # A third of the draws falls between each pair of neighbouring times.
+        assert ((times > 900).float().mean() - 1 / 3).abs() < 0.02
+        assert ((times < 100).float().mean() - 1 / 3).abs() < 0.02
+
+    @pytest.mark.parametrize(("how", "low"), [("uniform", 0.1), ("logit-normal", 0.014)])
+    def test_other_times(self, how, low):
+        times = self.flow.draw(30_000, how, torch.Generator().manual_seed(0))
+        assert ((times < 100).float().mean() - low).abs() < 0.01
+
+
+class TestLosses:
+    def test_attention_distance(self):
+        truth = {"a": torch.full((2, 3), 2.0), "b": torch.ones(4)}
+        found = {"a": torch.full((2, 3), 3.0), "b": torch.zeros(4)}
+        assert losses.attention_distance(found, truth, relative=False).item() == 1.0
+        assert losses.attention_distance(found, truth, relative=True).item() == pytest.approx((0.25 + 1) / 2)
+
+    def test_map_distance_is_least_at_the_truth(self):
+        truth = torch.rand(1, 2, 3, 5).softmax(-1)
+        best = losses.map_distance({"a": truth}, {"a": truth})
+        assert best.item() == pytest.approx(-(truth * truth.log()).sum(-1).mean().item(), rel=1e-5)
+        assert losses.map_distance({"a": torch.full_like(truth, 0.2)}, {"a": truth}) > best
+
+    @pytest.mark.parametrize("before", [True, False])
+    def test_recorder_sees_attention_before_or_after_its_projection(self, before):
+        model = tiny_transformer()
+        attention = model.transformer_blocks[1].attn1
+        recorder = losses.Recorder({"it": attention}, before)
+        arguments = {"timestep": torch.tensor([5.0]), "class_labels": torch.tensor([1])}
+        with recorder, torch.no_grad():
+            model(torch.randn(1, 1, 8, 8), **arguments)
+        inside = recorder.kept["it"]
+        assert inside.shape == (1, 16, 16)
+        with torch.no_grad():
+            model(torch.randn(1, 1, 8, 8), **arguments)
+        assert recorder.kept["it"] is inside, "it records outside of its context"
+
+
+class TestJudge:
+    def test_frechet_of_gaussians(self):
+        rng = np.random.default_rng(0)
+        one, other = rng.normal(size=(4000, 3)), rng.normal(size=(4000, 3)) * [1, 2, 1] + [3, 0, 0]
+        # |m|^2 + sum (s1 - s2)^2 for independent coordinates.
+        assert judge.frechet(one, other) == pytest.approx(9 + 1, rel=0.05)
+        assert judge.frechet(one, one) == pytest.approx(0, abs=1e-9)
+
+    def test_wrong_shapes(self):
+        with pytest.raises(ValueError, match="same F"):
+            judge.frechet(np.zeros((4, 3)), np.zeros((4, 2)))

@@ -1,0 +1,183 @@
+"""Distillation of timm models: settings, pictures, losses, runs that stop and go on, and what they leave."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+
+import timm
+from safetensors.torch import load_file, save_file
+
+from scripts.distill import classifier as distill_vit
+from scripts.distill import loop, vit, vit_data
+from scripts.distill.settings import parse
+from scripts.distill.vit_config import VitConfig
+from scripts.measure import distilled_vit as measure_distill_vit
+from tests.support.places import ROOT
+from visattn import apply
+from visattn.pipelines.trained import load_own, load_trained, trained_weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Weights of timm's smallest ViT and four pictures."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), folder / "vit.safetensors")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        (folder / "pictures" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (24, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / str(i % 2) / f"{i}.png")
+    return folder
+
+
+def words(folder, out, *more):
+    return [
+        *("--model", "test_vit", "--checkpoint", str(folder / "vit.safetensors"), "--data", str(folder / "pictures")),
+        *("--pattern", "na(window=3)", "--out", str(out), "--steps", "3", "--batch", "2", "--warmup", "1", "--cpu"),
+        *("--lr", "0.01", "--log-every", "1", "--save-every", "1", *more),
+    ]
+
+
+def run(folder, out, *more):
+    return load_file(distill_vit.main(words(folder, out, *more)))
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (["--pattern", "dense"], "what the teacher has"),
+        (["--model", "vit_tiny_patch17"], "is no model of timm: e.g. vit_"),
+        (["--data", "nowhere"], "holds no .png"),
+        (["--checkpoint", "nowhere"], "does not exist"),
+        (["--temperature", "0"], "must be above 0"),
+        (["--augment", "3"], "from 0 to 2"),
+        (["--train", "qkv"], "attention or all or none"),
+        (["--lora", "2", "--train", "all"], "but --train is all"),
+        (["--data", "digits"], "digits goes with digits only"),
+        (["--logits", "0", "--features", "0", "--attention", "0"], "every loss has weight 0"),
+        (["--maps", "1"], r"linear or agent, not na\(window=3\)"),
+    ],
+)
+def test_wrong_settings_are_found_before_a_model_is_made(folder, tmp_path, more, error, monkeypatch):
+    monkeypatch.setattr(vit, "load_teacher", lambda *_: pytest.fail("a model was made"))
+    with pytest.raises(SystemExit, match=error):
+        distill_vit.main(words(folder, tmp_path / "out", *more))
+
+
+def test_weights_of_another_model_are_refused(folder, tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(SystemExit, match="cannot make --model test_vit"):
+        run(folder, tmp_path / "out", "--checkpoint", str(tmp_path / "other.safetensors"))
+
+
+def test_only_attention_learns(folder, tmp_path):
+    found = run(folder, tmp_path / "out")
+    assert found and all(name.startswith("model.blocks.") and ".attn." in name for name in found)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert {"logits", "features", "attention", "gradient", "lr"} <= lines[0].keys()
+    assert all(np.isfinite(line["logits"]) for line in lines)
+
+
+def test_comes_closer_to_the_teacher(folder, tmp_path):
+    run(folder, tmp_path / "out", "--steps", "30", "--pattern", "mala", "--lr", "0.002", "--save-every", "30")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    first, last = (sum(line["features"] for line in part) for part in (lines[:5], lines[-5:]))
+    assert last < 0.7 * first
+
+
+@pytest.mark.parametrize("more", [(), ("--lora", "2"), ("--pattern", "linear(feature=hedgehog)", "--maps", "1")])
+def test_stopped_and_resumed_is_the_same(folder, tmp_path, more, monkeypatch):
+    whole = run(folder, tmp_path / "whole", *more)
+    step = loop.Run.train_step
+
+    def stop(self):
+        if self.step == 1:
+            raise RuntimeError("stopped")
+        return step(self)
+
+    monkeypatch.setattr(loop.Run, "train_step", stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(folder, tmp_path / "parts", *more)
+    monkeypatch.setattr(loop.Run, "train_step", step)
+    assert equal(whole, run(folder, tmp_path / "parts", *more))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_the_same(folder, tmp_path):
+    more = ("--steps", "12", "--threads", "1")
+    torch.set_num_threads(1)
+    whole = run(folder, tmp_path / "whole", *more)
+    command = [sys.executable, "-m", "scripts.distill.classifier", *words(folder, tmp_path / "killed", *more)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    while process.poll() is None and not (tmp_path / "killed" / loop.CHECKPOINT).exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert equal(whole, run(folder, tmp_path / "killed", *more))
+
+
+@pytest.mark.parametrize(
+    "more", [("--lora", "2", "--ema", "0"), ("--pattern", "linear(feature=hedgehog)", "--ema", "0")]
+)
+def test_the_result_is_the_student(folder, tmp_path, more):
+    config = parse(VitConfig, None, words(folder, tmp_path / "out", *more))
+    loop.prepare(config)
+    made = vit.VitTraining(config)
+    made.train_step()
+    trained = load_trained(made.export())
+    model, x = vit.load_teacher(config), torch.randn(1, 3, 160, 160)
+    with torch.no_grad(), trained_weights(model, trained), apply(model, config.pattern) as handle:
+        load_own(handle, trained)
+        torch.testing.assert_close(model(x), made.learner.student(x), atol=1e-5, rtol=1e-4)
+
+
+def test_pictures_depend_on_seed_step_and_part_alone(folder, tmp_path):
+    config = parse(VitConfig, None, words(folder, tmp_path, "--batch", "4"))
+    pictures = vit_data.open_pictures(config, timm.create_model("test_vit"))
+    whole = pictures.draw(7, slice(0, 4))
+    assert whole.shape == (4, 3, 160, 160) and whole.isfinite().all()
+    assert torch.equal(whole[2:], pictures.draw(7, slice(2, 4)))
+    assert not torch.equal(whole, pictures.draw(8, slice(0, 4)))
+
+
+def test_logit_distance():
+    logits, truth = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    p = truth.softmax(-1)[0]
+    expected = (p * (p / 0.5).log()).sum()
+    assert vit.logit_distance(logits, truth, 1.0).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert vit.logit_distance(truth, truth, 3.0).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_figures_of_the_digits_vit(tmp_path, monkeypatch):
+    from scripts.train import digits_vit_model as digits_vit
+
+    own = digits_vit.split
+    for module in (digits_vit, measure_distill_vit):
+        monkeypatch.setattr(module, "split", lambda seen: tuple(t if seen else t[:6] for t in own(seen)))
+    config, model = digits_vit.Config(coarse_steps=0, fine_steps=1, batch=1), digits_vit.build_vit()
+    optimizer = digits_vit.build_optimizer(model)
+    digits_vit.save_state(tmp_path / "vit.safetensors", config, 1, model, optimizer)
+    given = ["--checkpoint", str(tmp_path / "vit.safetensors"), "--out", str(tmp_path / "out"), "--cpu"]
+    measure_distill_vit.main([*given, "--steps", "1", "--batch", "1", "--patterns", "na(window=3x3); mala"])
+    found = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert [row["pattern"] for row in found["rows"]] == ["na(window=3x3)", "mala"] and found["held_out"] == 6
+    for row in found["rows"]:
+        assert all(0 <= row[when][what] <= 1 for when in ("before", "after") for what in ("accuracy", "agreement"))

@@ -1,0 +1,108 @@
+"""Longer videos by LoRA under a sparse pattern: settings, what learns, runs that go on, and the exported weights."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+pytest.importorskip("sklearn")
+
+from safetensors.torch import load_file
+
+from scripts.distill import extend_video
+from scripts.train.moving_digits import LORA_FILE, load_lora, load_pipeline
+from scripts.train.moving_digits_training import CLASS_TOKENS, build_model, build_scheduler
+from visattn import apply
+from visattn.pipelines.embedded.pixel_wan import PixelWanPipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline of one layer that makes two frames of 8 x 8 pixels."""
+    torch.manual_seed(0)
+    model = build_model(1)
+    with torch.no_grad():
+        for value in model.parameters():
+            # Layers that start at zero would hide every difference.
+            value.add_(torch.randn(value.shape) * 0.03)
+    folder = tmp_path_factory.mktemp("video") / "pipeline"
+    PixelWanPipeline(model, build_scheduler(), CLASS_TOKENS, 2, 8).save_pretrained(folder)
+    return folder
+
+
+def run(folder, out, *more):
+    given = ["--model", str(folder), "--out", str(out), "--frames", "4", "--steps", "4", "--batch", "1", "--rank", "2"]
+    extend_video.main([*given, "--threads", "1", *more])
+    return load_file(out / "lora" / LORA_FILE)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (["--frames", "2"], "frames is 2, but .* makes 2 already"),
+        (["--pattern", "radiale"], "radiale"),
+        (["--rank", "0"], "rank is 0: pass 1 or more"),
+        (["--ema", "1"], "from 0 to below 1"),
+        (["--model", "nowhere"], "is no pipeline folder"),
+        (["--model", "digits"], "pass a pipeline that makes videos"),
+        (["--pattern", "na(window=3x3)"], "the grid has 3 axes"),
+    ],
+)
+def test_wrong_settings(folder, tmp_path, more, error):
+    with pytest.raises(SystemExit, match=error):
+        run(folder, tmp_path / "out", *more)
+
+
+def test_only_low_rank_updates_of_self_attention_learn(folder, tmp_path):
+    found = run(folder, tmp_path / "out", "--sample-every", "4")
+    assert len(found) == 2 * 4 and all(".attn1." in name and "lora_" in name for name in found)
+    assert all(2 in value.shape for value in found.values())
+    assert any(value.abs().max() > 0 for name, value in found.items() if "lora_B" in name)
+    assert (tmp_path / "out" / "samples" / "000004.png").is_file()
+    last = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "end" and last["progress"]["step"] == 4
+
+
+def test_stopped_and_resumed_is_the_same(folder, tmp_path, monkeypatch):
+    whole = run(folder, tmp_path / "whole")
+    step = extend_video.Extension.step
+
+    def stop(self):
+        if self.progress.step == 2:
+            raise RuntimeError("stopped")
+        return step(self)
+
+    monkeypatch.setattr(extend_video.Extension, "step", stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(folder, tmp_path / "parts", "--checkpoint-minutes", "0")
+    monkeypatch.setattr(extend_video.Extension, "step", step)
+    assert equal(whole, run(folder, tmp_path / "parts"))
+    with pytest.raises(SystemExit, match="from another run"):
+        run(folder, tmp_path / "parts", "--seed", "1")
+
+
+def test_loaded_updates_are_the_trained_model(folder, tmp_path):
+    config = extend_video.Config(model=str(folder), frames=4, steps=2, batch=1, rank=2, lr=0.05, ema=0.0)
+    made = extend_video.Extension(config, tmp_path / "out")
+    for _ in range(2):
+        made.step()
+    made.ema.load_state_dict(made.updates.state_dict())
+    made.export()
+    plain, tuned = load_pipeline(str(folder)), load_pipeline(str(folder))
+    load_lora(tuned, tmp_path / "out" / "lora")
+    x, t = torch.randn(1, 1, 4, 8, 8), torch.tensor([500.0])
+    words = torch.randn(1, CLASS_TOKENS, plain.transformer.config.text_dim)
+
+    def velocity(model):
+        with torch.no_grad(), apply(model, config.pattern):
+            return model(x, timestep=t, encoder_hidden_states=words, return_dict=False)[0]
+
+    found = velocity(tuned.transformer)
+    torch.testing.assert_close(found, velocity(made.model), atol=1e-5, rtol=1e-4)
+    assert (found - velocity(plain.transformer)).abs().max() > 1e-4

@@ -1,0 +1,28 @@
+"""The figures of the pages are those of docs/results, and the README's patterns parse."""
+
+import re
+
+import pytest
+
+from scripts import figures
+from tests.support.places import ROOT
+from visattn import parse
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_are_rendered_from_the_results():
+    pages = [page.read_text() for page in figures.PAGES]
+    assert [figures.rendered(page) for page in pages] == pages
+    for name in figures.TABLES:
+        assert sum(page.count(f"<!-- table: {name} -->") for page in pages) >= 1
+
+
+@pytest.mark.parametrize("text", re.findall(r"^\| `(\w+.*?)` \| .*\|$", README, re.MULTILINE))
+def test_every_pattern_of_the_table_parses(text):
+    assert parse(str(parse(text))) == parse(text)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(((?:docs|scripts)[^)]*)\)", README))
+def test_every_link_leads_somewhere(link):
+    assert (ROOT / link).exists()
