@@ -20,7 +20,7 @@ PATTERN = "na(window=3x3x3)"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from test_moving_digits import tiny_pipeline
+    from tests.support.tiny_moving_digits import tiny_pipeline
 
     folder = tmp_path_factory.mktemp("model")
     tiny_pipeline().save_pretrained(folder)
