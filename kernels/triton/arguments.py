@@ -12,6 +12,7 @@ from visattn.kernels.triton.config import Config, block_dim
 from visattn.kernels.triton.lists.positions import positions
 from visattn.kernels.triton.lists.program import Program, program
 from visattn.kernels.triton.routes import routed_program
+from visattn.kernels.triton.start import Starts
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 from visattn.plans import TilePlan
@@ -30,6 +31,7 @@ class Work:
         key_mask: uint8 [B, S + extra], or None.
         tf32: Whether float32 products may round their factors to tf32.
         configs: Launch configuration of each direction.
+        starts: The kernels of calls like this one.
         routes: What a routed pattern chose, by plan: int64 [B, grid query tiles, n].
     """
 
@@ -39,6 +41,7 @@ class Work:
     key_mask: torch.Tensor | None
     tf32: bool
     configs: dict[str, Config]
+    starts: Starts
     routes: dict[TilePlan, torch.Tensor] = field(default_factory=dict)
 
     def plan(self, direction: str) -> TilePlan:
@@ -51,6 +54,13 @@ class Work:
         if self.pattern.routed:
             return routed_program(plan, by_keys, self.routes[plan])
         return program(plan, by_keys, self.configs[direction].per_step, device)
+
+    def changing(self, direction: str, device: torch.device) -> dict[str, torch.Tensor]:
+        """The lists that differ from call to call: those of a routed pattern."""
+        if not self.pattern.routed:
+            return {}
+        run = self.program(direction, device)
+        return {"bounds": run.bounds, "bases": run.bases, "mask_ids": run.mask_ids}
 
 
 def plan_of(pattern: Pattern, layout: Layout, direction: str, launch: Config) -> TilePlan:

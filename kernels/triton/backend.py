@@ -11,9 +11,11 @@ import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead
 from visattn.kernels.triton import tune
+from visattn.kernels.triton.alike import Alike, Kinds, kind, recorded
 from visattn.kernels.triton.boxes import PARTIAL, tiled
 from visattn.kernels.triton.config import DIRECTIONS, Config, config, largest_head_dim, needed_memory
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
+from visattn.kernels.triton.start import Starts
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 
@@ -90,6 +92,9 @@ class Triton(Backend):
 
     name: ClassVar[str] = "triton"
 
+    def __init__(self) -> None:
+        self._kinds = Kinds()
+
     def available(self) -> Support:
         """Triton, and a GPU or the interpreter."""
         if not _installed():
@@ -125,7 +130,7 @@ class Triton(Backend):
         """See `Backend.run`."""
         # Only here, so that listing backends does not import triton.
         from visattn.kernels.triton.arguments import Work
-        from visattn.kernels.triton.launch import TileAttention
+        from visattn.kernels.triton.launch import TileAttention, by_token, forward
 
         q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
         dtype, scale, given_q = q.dtype, call.scale, q
@@ -136,15 +141,22 @@ class Triton(Backend):
             q, scale = -q, -scale
         key_mask = None if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)
         rpb = None if call.rpb is None else call.rpb.to(torch.float32).flatten(1).contiguous()
-        configs = launches(q, k, v, call)
         tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
-        work = Work(call.pattern, call.layout, scale, key_mask, tf32, configs)
+        tuning = tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing()
+        alike = self._kinds.of(
+            kind(q, k, v, call, scale, (tf32, tuning)), lambda: Alike(launches(q, k, v, call), Starts(q.device))
+        )
+        work = Work(call.pattern, call.layout, scale, key_mask, tf32, alike.configs, alike.starts)
         if call.pattern.routed:
             wanted = DIRECTIONS if torch.is_grad_enabled() else ("forward",)
             for plan in {work.plan(direction) for direction in wanted}:
                 work.routes[plan] = call.pattern.route(given_q, k, plan)
-        out, lse = TileAttention.apply(q, k, v, rpb, work, call.lse)
-        return out.to(dtype), lse
+        if recorded(q, k, v, rpb):
+            out, lse = TileAttention.apply(q, k, v, rpb, work, call.lse)
+        else:
+            out, by_head = forward(q, k, v, rpb, work, call.lse)
+            lse = by_token(by_head)
+        return out if out.dtype == dtype else out.to(dtype), lse
 
 
 def on_gpu(q: torch.Tensor) -> Support:

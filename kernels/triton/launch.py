@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from visattn.kernels.triton import arguments, start
+from visattn.kernels.triton import arguments
 from visattn.kernels.triton.arguments import Work
 from visattn.kernels.triton.config import Config
 from visattn.kernels.triton.hopper import launch as hopper_launch
@@ -16,15 +16,12 @@ from visattn.kernels.triton.lists.forward import attend
 from visattn.kernels.triton.lists.key_grad import key_gradients
 from visattn.kernels.triton.lists.positions import partners
 from visattn.kernels.triton.lists.query_grad import query_gradients
+from visattn.kernels.triton.start import Launch, launch, on, programs
 
 # Launch configuration of the kernels without matrix products.
 SMALL = Config(32, 1, 4, 1)
 
 Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], config: Config) -> None:
-    start.launch(kernel, grid, given, config.warps, config.stages)
 
 
 class TileAttention(torch.autograd.Function):
@@ -41,18 +38,11 @@ class TileAttention(torch.autograd.Function):
         want_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the forward kernel; rpb is float32 [H, entries]."""
-        batch, length, heads, _ = q.shape
-        out = q.new_empty(q.shape)
-        lse = None
-        if want_lse or any(ctx.needs_input_grad):
-            lse = q.new_empty((batch, heads, length), dtype=torch.float32)
-        if q.numel():
-            with start.on(q.device):
-                _attend(q, k, v, rpb, out, lse, work)
+        out, lse = forward(q, k, v, rpb, work, want_lse or any(ctx.needs_input_grad))
         ctx.save_for_backward(q, k, v, rpb, out, lse)
         ctx.work = work
         ctx.set_materialize_grads(False)
-        return out, None if lse is None else lse.transpose(1, 2)
+        return out, by_token(lse)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -65,23 +55,38 @@ class TileAttention(torch.autograd.Function):
         return *grads, None, None
 
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rpb: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    work: Work,
-) -> None:
-    """Start the forward kernel that the configuration names."""
-    launch = work.configs["forward"]
-    if launch.hopper:
-        assert rpb is None, "engine.launches chooses the general kernel for a bias"
+def by_token(lse: torch.Tensor | None) -> torch.Tensor | None:
+    """The log-sum-exp [B, H, S] of a kernel as [B, S, H]."""
+    return None if lse is None else lse.transpose(1, 2)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rpb: torch.Tensor | None, work: Work, want_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the forward kernel that the configuration names: out [B, S, H, D], the log-sum-exp [B, H, S] or None."""
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32) if want_lse else None
+    if not q.numel():
+        return out, lse
+    if work.configs["forward"].hopper:
+        assert rpb is None, "launches() chooses the general kernel for a bias"
         hopper_launch.launch(q, k, v, out, lse, work)
-    else:
+        return out, lse
+    tensors = {"q": q, "k": k, "v": v, "out": out, **work.changing("forward", q.device)}
+    optional = {"lse": lse, "rpb": rpb, "key_mask": work.key_mask}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+
+    def make() -> Launch:
         given = arguments.forward_arguments(q, k, v, rpb, out, lse, work)
-        _launch(attend, start.programs(given), given, launch)
+        return _along_lists(attend, given, work.configs["forward"])
+
+    work.starts.run(("forward", want_lse), tensors, make)
+    return out, lse
+
+
+def _along_lists(kernel: Any, given: dict[str, Any], config: Config) -> Launch:
+    """The launch of a kernel that walks lists."""
+    return Launch(kernel, programs(given), given, config.warps, config.stages)
 
 
 def _key_gradients(
@@ -96,14 +101,36 @@ def _key_gradients(
     grad_v: torch.Tensor,
     work: Work,
 ) -> None:
-    """Start the dK/dV kernel that the configuration names."""
-    launch = work.configs["key_grad"]
-    if launch.hopper:
+    """Run the dK/dV kernel that the configuration names."""
+    if work.configs["key_grad"].hopper:
         hopper_launch.launch_key_gradients(q, k, v, grad_out, lse, delta, grad_k, grad_v, work)
-    else:
-        given = arguments.gradient_arguments("key_grad", q, k, v, rpb, grad_out, lse, delta, work)
-        given |= {"grad_k": grad_k, "grad_v": grad_v}
-        _launch(key_gradients, start.programs(given), given, launch)
+        return
+    results = {"grad_k": grad_k, "grad_v": grad_v}
+
+    def make() -> Launch:
+        given = arguments.gradient_arguments("key_grad", q, k, v, rpb, grad_out, lse, delta, work) | results
+        return _along_lists(key_gradients, given, work.configs["key_grad"])
+
+    tensors = _changing("key_grad", q, k, v, rpb, grad_out, lse, delta, work) | results
+    work.starts.run(("key_grad", grad_out.stride()), tensors, make)
+
+
+def _changing(
+    direction: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rpb: torch.Tensor | None,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    work: Work,
+) -> dict[str, torch.Tensor]:
+    """The arguments of a gradient's kernel along lists that are other tensors in each call, without its results."""
+    tensors = {"q": q, "k": k, "v": v, "grad_out": grad_out, "lse": lse, "delta": delta}
+    optional = {"rpb": rpb, "key_mask": work.key_mask}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    return tensors | work.changing(direction, q.device)
 
 
 def gradients(
@@ -133,23 +160,71 @@ def gradients(
         return [None if t is None else torch.zeros_like(t) for t in inputs]
     delta = torch.empty_like(lse)
     grads: list[torch.Tensor | None] = [None, None, None, None]
-    with start.on(q.device):
-        given = arguments.delta_arguments(out, grad_out, grad_lse, delta)
-        _launch(deltas, (-(-q.shape[1] // given["ROWS"]), q.shape[2], q.shape[0]), given, SMALL)
-        rest = (q, k, v, rpb, grad_out, lse, delta)
-        if wanted[1]:
-            grads[1], grads[2] = k.new_empty(k.shape), v.new_empty(v.shape)
-            _key_gradients(*rest, grads[1], grads[2], work)
-        if wanted[0]:
-            grads[0] = q.new_empty(q.shape)
-            given = arguments.gradient_arguments("query_grad", *rest, work) | {"grad_q": grads[0]}
-            _launch(query_gradients, start.programs(given), given, work.configs["query_grad"])
-        if wanted[2]:
-            assert rpb is not None
-            partner = partners(work.pattern, work.layout, q.device)
-            given = arguments.bias_arguments(q, k, v, rpb, grad_out, lse, delta, partner, work)
-            parts = rpb.new_empty((q.shape[0], *rpb.shape))
-            given["grad_rpb"] = parts
-            _launch(bias_gradients, (rpb.shape[1], q.shape[2], q.shape[0]), given, SMALL)
-            grads[3] = parts.sum(0)
+    _deltas(out, grad_out, grad_lse, delta, work)
+    rest = (q, k, v, rpb, grad_out, lse, delta, work)
+    if wanted[1]:
+        grads[1], grads[2] = k.new_empty(k.shape), v.new_empty(v.shape)
+        _key_gradients(*rest[:-1], grads[1], grads[2], work)
+    if wanted[0]:
+        grads[0] = _query_gradients(*rest)
+    if wanted[2]:
+        grads[3] = _bias_gradients(*rest)
     return grads
+
+
+def _deltas(
+    out: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, delta: torch.Tensor, work: Work
+) -> None:
+    """Run the pre-pass: the sum of out times its gradient for each query and head."""
+    tensors = {"out": out, "grad_out": grad_out, "delta": delta}
+    if grad_lse is not None:
+        tensors["grad_lse"] = grad_lse
+
+    def make() -> Launch:
+        given = arguments.delta_arguments(out, grad_out, grad_lse, delta)
+        grid = (-(-out.shape[1] // given["ROWS"]), out.shape[2], out.shape[0])
+        return Launch(deltas, grid, given, SMALL.warps, SMALL.stages)
+
+    work.starts.run(("delta", grad_out.stride(), None if grad_lse is None else grad_lse.stride()), tensors, make)
+
+
+def _query_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rpb: torch.Tensor | None,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    work: Work,
+) -> torch.Tensor:
+    """Run the dQ kernel."""
+    grad_q = q.new_empty(q.shape)
+
+    def make() -> Launch:
+        given = arguments.gradient_arguments("query_grad", q, k, v, rpb, grad_out, lse, delta, work)
+        return _along_lists(query_gradients, given | {"grad_q": grad_q}, work.configs["query_grad"])
+
+    tensors = _changing("query_grad", q, k, v, rpb, grad_out, lse, delta, work) | {"grad_q": grad_q}
+    work.starts.run(("query_grad", grad_out.stride()), tensors, make)
+    return grad_q
+
+
+def _bias_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rpb: torch.Tensor | None,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    work: Work,
+) -> torch.Tensor:
+    """Run the kernel of the bias' gradient, which has a part for each sample."""
+    assert rpb is not None
+    partner = partners(work.pattern, work.layout, q.device)
+    parts = rpb.new_empty((q.shape[0], *rpb.shape))
+    given = arguments.bias_arguments(q, k, v, rpb, grad_out, lse, delta, partner, work) | {"grad_rpb": parts}
+    with on(q.device):
+        launch(bias_gradients, (rpb.shape[1], q.shape[2], q.shape[0]), given, SMALL.warps, SMALL.stages)
+    return parts.sum(0)

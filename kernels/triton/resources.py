@@ -79,6 +79,7 @@ def list_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Co
     from visattn.kernels.triton.lists.forward import attend
     from visattn.kernels.triton.lists.key_grad import key_gradients
     from visattn.kernels.triton.lists.query_grad import query_gradients
+    from visattn.kernels.triton.start import Starts
 
     pattern, layout = parse("na(window=24x24)"), Layout((48, 48), prefix=16)
     # A 24-head model: strides and offsets are as well aligned as they are in practice.
@@ -87,7 +88,7 @@ def list_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Co
     assert sides is not None
     rpb = torch.empty(24, sides[0] * sides[1], device="meta") if bias else None
     mask = torch.empty(1, layout.length, dtype=torch.uint8, device="meta") if bias else None
-    work = arguments.Work(pattern, layout, 0.125, mask, False, dict.fromkeys(DIRECTIONS, launch))
+    work = arguments.Work(pattern, layout, 0.125, mask, False, dict.fromkeys(DIRECTIONS, launch), Starts(q.device))
     lse = torch.empty(1, 24, layout.length, device="meta")
     if launch.hopper and direction == "key_grad":
         return hopper_key_grad.key_gradients, key_arguments(q, k, v, q, lse, lse, work) | {"grad_k": k, "grad_v": v}

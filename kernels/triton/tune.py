@@ -110,13 +110,14 @@ def timer(
     """A function that times one direction under a configuration, in milliseconds."""
     from visattn.kernels.triton.arguments import Work
     from visattn.kernels.triton.launch import TileAttention, gradients
+    from visattn.kernels.triton.start import Starts
 
     shape = (1, layout.length, HEADS, head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
     k, v, _ = pattern.append_keys(k, v, None, layout, None)
 
     def work(choice: Config) -> Any:
-        made = Work(pattern, layout, head_dim**-0.5, None, False, configs | {direction: choice})
+        made = Work(pattern, layout, head_dim**-0.5, None, False, configs | {direction: choice}, Starts(device))
         if pattern.routed:
             for tiles in {made.plan(d) for d in DIRECTIONS}:
                 made.routes[tiles] = pattern.route(q, k, tiles)

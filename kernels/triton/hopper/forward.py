@@ -251,7 +251,7 @@ def attend(
     Args (besides those of `forward.attend`):
         k_grid: Descriptor of the grid's keys as [outer, t, y, x, channels]; `v_grid` of its values.
         k_runs: Descriptor of all keys as [outer, 1, 1, tokens, channels]; `v_runs` of all values.
-        taken: Query tiles that programs have taken behind their first ones: int32 [1], 0 at the start.
+        taken: Counts the tiles that programs take: int32 [1], 0 before and after.
         side_y: Length of the grid's second last axis.
         side_x: Length of its last axis.
         BOX: Tokens of a column tile per axis (t, y, x).

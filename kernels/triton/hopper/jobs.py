@@ -88,7 +88,7 @@ def deal(
 ):  # fmt: skip
     """The dealing warp: takes tiles until none is left, and fetches their rows.
 
-    `taken` counts the tiles that programs have taken behind their first ones.
+    `taken` counts how often programs have looked for a tile behind their first one, which is once per tile.
     """
     fields, token_ring, _, ready, free = jobs
     q_batch, q_token, q_head = steps
@@ -101,7 +101,11 @@ def deal(
     tile = gl.program_id(0)
     number = 0
     while tile < total:
-        following = gl.num_programs(0) + gl.atomic_add(taken, 1, sem="relaxed")
+        before = gl.atomic_add(taken, 1, sem="relaxed")
+        # Every tile is taken once: whoever takes the last leaves the counter as the next launch needs it.
+        if before == total - 1:
+            gl.store(taken, 0)
+        following = gl.num_programs(0) + before
         row, pair = place(tile, dense_rows, grid_rows, pairs)
         bound = gl.load(bounds + row * 4 + index - 2, mask=(index >= 2) & (index < 6), other=0)
         described = gl.where(index == 0, row, gl.where(index == 1, pair, bound))

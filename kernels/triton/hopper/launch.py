@@ -13,11 +13,13 @@ import torch
 from visattn.dispatch import Call
 from visattn.kernels.triton.arguments import LOG2E, Work, head_arguments, list_arguments, plan_of, strides, unit
 from visattn.kernels.triton.config import HOPPER, Config
-from visattn.kernels.triton.start import FUSION, programs
+from visattn.kernels.triton.start import Launch, programs
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 from visattn.plans import TilePlan
 
+# Warps of the kernels' first role; the others are told apart inside them.
+WARPS = 4
 # Channels of one copy: 128 bytes, the widest swizzle of shared memory.
 PIECE = 64
 # Share of tiles without mask below which the two groups of warps take turns in the tensor cores: with masks to apply it
@@ -142,9 +144,17 @@ def launch_key_gradients(
 
     if not copyable(q, grad_out):
         q, grad_out = q.contiguous(), grad_out.contiguous()
-    given = key_arguments(q, k, v, grad_out, lse, delta, work) | {"grad_k": grad_k, "grad_v": grad_v}
-    kernel: Any = key_gradients
-    kernel[programs(given)](**given, num_warps=4, **FUSION)
+    results = {"grad_k": grad_k, "grad_v": grad_v}
+
+    def make() -> Launch:
+        given = key_arguments(q, k, v, grad_out, lse, delta, work) | results
+        copied = {"q_grid": "q", "q_runs": "q", "grad_grid": "grad_out", "grad_runs": "grad_out"}
+        return Launch(key_gradients, programs(given), given, WARPS, copied=copied)
+
+    tensors = {"q": q, "k": k, "v": v, "grad_out": grad_out, "lse": lse, "delta": delta, **results}
+    if work.key_mask is not None:
+        tensors["key_mask"] = work.key_mask
+    work.starts.run(("hopper key_grad", q.stride(), grad_out.stride()), tensors, make)
 
 
 def key_arguments(
@@ -175,10 +185,17 @@ def launch(
     """Run the kernel; its results are in `out` and `lse` (contiguous, [B, H, S])."""
     from visattn.kernels.triton.hopper.forward import attend
 
-    given = hopper_arguments(q, k, v, out, lse, work)
-    kernel: Any = attend
-    units = torch.cuda.get_device_properties(q.device).multi_processor_count
-    kernel[(min(units, programs(given)[0]),)](**given, num_warps=4, **FUSION)
+    tensors = {"q": q, "k": k, "v": v, "out": out, "taken": work.starts.counter()}
+    optional = {"lse": lse, "key_mask": work.key_mask}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+
+    def make() -> Launch:
+        given = hopper_arguments(q, k, v, out, lse, work)
+        units = torch.cuda.get_device_properties(q.device).multi_processor_count
+        copied = {"k_grid": "k", "k_runs": "k", "v_grid": "v", "v_runs": "v"}
+        return Launch(attend, (min(units, programs(given)[0]),), given, WARPS, copied=copied)
+
+    work.starts.run(("hopper forward", lse is not None), tensors, make)
 
 
 def hopper_arguments(
@@ -189,7 +206,7 @@ def hopper_arguments(
     return {
         **_common_arguments("forward", ("k", "v"), (k, v), q, work),
         "q": q, "out": out, "lse": q if lse is None else lse,
-        "taken": torch.zeros(1, dtype=torch.int32, device=q.device),
+        "taken": work.starts.counter(),
         "scale": work.scale * LOG2E,
         "key_length": k.shape[1],
         **strides("q", q, step), **head_arguments(q, k),
