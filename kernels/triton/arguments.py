@@ -13,7 +13,7 @@ from visattn.kernels.triton.lists.positions import positions
 from visattn.kernels.triton.lists.program import Program, program
 from visattn.kernels.triton.routes import routed_program
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import Pattern, RoutedPattern
 from visattn.plans import TilePlan
 
 LOG2E = 1.4426950408889634
@@ -48,7 +48,7 @@ class Work:
     def program(self, direction: str, device: torch.device) -> Program:
         """The lists that a kernel walks."""
         plan, by_keys = self.plan(direction), direction == "key_grad"
-        if self.pattern.routed:
+        if isinstance(self.pattern, RoutedPattern):
             return routed_program(plan, by_keys, self.routes[plan])
         return program(plan, by_keys, self.configs[direction].per_step, device)
 
