@@ -8,8 +8,8 @@ import torch
 
 from visattn.dispatch import Call
 from visattn.layout import Layout
-from visattn.patterns import Neighborhood, Pattern, dense_mask, routed_mask
-from visattn.patterns.base import per_axis
+from visattn.patterns import Neighborhood, Pattern, RoutedPattern, dense_mask, routed_mask
+from visattn.patterns.values import per_axis
 
 
 def visible(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ def visible(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     Returns:
         bool [1 or B, 1, S, S + extra].
     """
-    if call.pattern.routed:
+    if isinstance(call.pattern, RoutedPattern):
         mask = routed_mask(call.pattern, call.layout, q, k)[:, None]
     else:
         mask = _mask(call.pattern, call.layout, q.device)[None, None]

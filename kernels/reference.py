@@ -8,6 +8,7 @@ import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support
 from visattn.kernels.masks import position_bias, visible
+from visattn.patterns import ListedPattern
 
 # A float32 score matrix of this many entries is 1 GiB.
 LARGEST = 2**28
@@ -24,7 +25,7 @@ class Reference(Backend):
 
     def supports(self, problem: Problem) -> Support:
         """Anything that is a mask and whose score matrix fits in memory."""
-        if problem.pattern.composed:
+        if not isinstance(problem.pattern, ListedPattern):
             return Support(False, f"{problem.pattern.name} is not attention under one mask")
         if problem.dense_pairs > LARGEST:
             return Support(False, f"its score matrix of {problem.dense_pairs:.3g} entries is over {LARGEST}")

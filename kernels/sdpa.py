@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead, sees_all
 from visattn.kernels.masks import visible
+from visattn.patterns import ListedPattern, RoutedPattern
 
 # A bool mask of this many entries is 256 MiB.
 LARGEST_MASK = 2**28
@@ -28,12 +29,12 @@ class Sdpa(Backend):
 
     def supports(self, problem: Problem) -> Support:
         """Anything without relative position bias whose mask fits in memory."""
-        if problem.pattern.composed:
+        if not isinstance(problem.pattern, ListedPattern):
             return Support(False, f"{problem.pattern.name} is not attention under one mask")
         if problem.rpb:
             return Support(False, "it adds no relative position bias")
         if not problem.is_dense:
-            own = problem.key_mask or problem.pattern.routed
+            own = problem.key_mask or isinstance(problem.pattern, RoutedPattern)
             entries = problem.layout.length**2 * (problem.batch if own else 1)
             if entries > LARGEST_MASK:
                 return Support(False, f"its dense mask of {entries:.3g} entries is over {LARGEST_MASK}")

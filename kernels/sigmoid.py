@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from visattn.dispatch import Backend, Call, Problem, Support, overhead
 from visattn.kernels.linear.features import widened
 from visattn.kernels.plan_chunks import Chunk, plan_tables, run_chunks, tiled
 from visattn.patterns import Sigmoid
+from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import plan
 
 # Time of a visited pair over one of dense SDPA: products in float32, gathered keys, no fused kernel.
@@ -44,11 +46,13 @@ class SigmoidBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
         assert isinstance(call.pattern, Sigmoid)
-        return sigmoid_attention(q, k, v, call), None
+        weight = call.parameters.get("pool_weight")
+        k, v, key_mask = with_pooled_keys(call.pattern.sparse, k, v, call.key_mask, call.layout, weight)
+        return sigmoid_attention(q, k, v, replace(call, key_mask=key_mask)), None
 
 
 def sigmoid_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
-    """The maths of `visattn.patterns.Sigmoid`; arguments as in `Backend.run`, [B, S, H, D] in q's dtype."""
+    """The maths of `visattn.patterns.Sigmoid`; k, v and the key mask with pooled keys, [B, S, H, D] in q's dtype."""
     pattern = call.pattern
     assert isinstance(pattern, Sigmoid)
     made = plan(pattern.sparse, call.layout)

@@ -13,7 +13,7 @@ import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead, sees_all
 from visattn.kernels.masks import visible
-from visattn.patterns import Neighborhood
+from visattn.patterns import ListedPattern, Neighborhood
 
 # A bias of this many entries in 2 bytes each is 128 MiB.
 LARGEST_BIAS = 2**26
@@ -81,7 +81,7 @@ def _refusal(problem: Problem) -> str:
     pattern = problem.pattern
     if problem.device != "cuda":
         return f"xFormers has no operator for {problem.device}"
-    if pattern.composed:
+    if not isinstance(pattern, ListedPattern):
         return f"{pattern.name} is not attention under one mask"
     if problem.rpb:
         return "its biases get no gradient that a relative position bias could use"

@@ -13,7 +13,7 @@ from visattn import ops
 from visattn.checks import check_call, merged
 from visattn.dispatch import NAMES, Call, Candidate, Problem, Support, candidates, choose, load, run_call
 from visattn.layout import Layout
-from visattn.patterns import Pattern, parse
+from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.plans import plan
 
 
@@ -139,7 +139,7 @@ class Explanation:
         cost = {c.backend.name: c.cost for c in self.candidates if c.support.ok}
         if problem.is_dense:
             return "the pattern shows every query all keys, so it is dense attention"
-        if problem.pattern.composed:
+        if not isinstance(problem.pattern, ListedPattern):
             return f"{problem.pattern.name} is a composition with an engine of its own"
         tiles = plan(problem.pattern, problem.layout)
         part = tiles.entries / (tiles.queries.tiles * tiles.keys.tiles)

@@ -13,7 +13,7 @@ import torch
 from visattn.attend import attention, explain
 from visattn.dispatch import NAMES, Problem, load
 from visattn.layout import Layout
-from visattn.patterns import parse
+from visattn.patterns import ListedPattern, parse
 from visattn.plans import plan
 from visattn.timing import Timing, interleave, time_once
 
@@ -236,7 +236,7 @@ def _time(
 
 
 def _bounds(problem: Problem) -> tuple[float | None, float | None, float | None]:
-    if problem.pattern.composed:
+    if not isinstance(problem.pattern, ListedPattern):
         return None, None, None
     made = plan(problem.pattern, problem.layout)
     return made.density, made.flop_bound, made.tile_bound

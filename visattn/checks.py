@@ -8,7 +8,8 @@ from types import MappingProxyType
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import BiasedPattern, Pattern
+from visattn.patterns.kinds import pooled_part
 
 
 def check_call(
@@ -44,9 +45,9 @@ def check_call(
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device} but q on {q.device}: move it there")
     if rpb is not None:
-        sides = pattern.rpb_shape(layout.grid)
-        if sides is None:
+        if not isinstance(pattern, BiasedPattern):
             raise ValueError(f"rpb is given but {pattern} has no relative position bias: only na(...) has")
+        sides = pattern.rpb_shape(layout.grid)
         if tuple(rpb.shape) != (q.shape[2], *sides):
             raise ValueError(
                 f"rpb is {list(rpb.shape)} but {pattern} with {q.shape[2]} heads takes {[q.shape[2], *sides]}"
@@ -59,7 +60,8 @@ def check_parameters(
 ) -> None:
     """Raise a ValueError that names a parameter which the pattern does not have, or not in this shape."""
     # Cells over a whole axis have a weight per token too, but none that other grids could use.
-    cell = pattern.pool_shape(grid)
+    pooled = pooled_part(pattern)
+    cell = None if pooled is None else pooled.pool_shape(grid)
     known = ({} if cell is None else {"pool_weight": cell}) | pattern.parameter_shapes(heads, head_dim, grid)
     for name, tensor in parameters.items():
         if name == "pool_weight" and name not in known:

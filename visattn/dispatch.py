@@ -12,7 +12,8 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import ListedPattern, Pattern, RoutedPattern
+from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import TilePlan, plan
 
 # Modules with a `backend` object by its name, in order of preference where two backends cost the same.
@@ -126,7 +127,7 @@ class Problem:
 
 def sees_all(pattern: Pattern, layout: Layout) -> bool:
     """Whether a pattern shows every token all tokens and nothing else, so that it is dense attention."""
-    return not pattern.composed and pattern.covers(layout.grid) and not pattern.extra_keys(layout.grid)
+    return pattern.covers(layout.grid)
 
 
 class Backend(ABC):
@@ -230,7 +231,8 @@ def run_call(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Choose a backend for a checked call and run it; see `Backend.run`."""
     chosen = choose(Problem.of(q, k, v, call), backend)
-    k, v, key_mask = call.pattern.append_keys(k, v, call.key_mask, call.layout, call.parameters.get("pool_weight"))
+    weight = call.parameters.get("pool_weight")
+    k, v, key_mask = with_pooled_keys(call.pattern, k, v, call.key_mask, call.layout, weight)
     return chosen.run(q, k, v, replace(call, key_mask=key_mask))
 
 
@@ -247,9 +249,9 @@ def visited_pairs(problem: Problem, tiles: TilePlan | None = None) -> float:
 def unlisted(problem: Problem) -> str:
     """Why a pattern is no list of tiles known before q and k, empty if it is."""
     pattern = problem.pattern
-    if pattern.composed:
+    if not isinstance(pattern, ListedPattern):
         return f"{pattern.name} is not a list of key tiles"
-    if pattern.routed:
+    if isinstance(pattern, RoutedPattern):
         return f"{pattern.name} computes its lists from q and k"
     return ""
 

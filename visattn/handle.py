@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from visattn.dispatch import load
 from visattn.layout import Layout
 from visattn.parameters import Learnable, PatternParameters, read_weights
+from visattn.patterns import MergingPattern
 from visattn.report import Report, SiteReport
 from visattn.schedule import PatternLike, Schedule, Selector
 from visattn.watch import Watcher
@@ -166,7 +167,7 @@ def apply(
     package = _package(target)
     schedule = Schedule.of(pattern, layers, dense_layers, dense_steps)
     for each in schedule.patterns:
-        if each.merges and package != "diffusers":
+        if isinstance(each, MergingPattern) and package != "diffusers":
             raise ValueError(f"{each} merges tokens of a UNet of diffusers: use agent(agents=...) on a {package} model")
     if weights is not None:
         # Before anything is patched.

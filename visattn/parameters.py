@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from visattn.files import check_writable_file, written_whole
-from visattn.patterns import Pattern
+from visattn.patterns import Pattern, parse
 from visattn.version import __version__
 
 # Where a weights file says which pattern each site had.
@@ -152,7 +152,7 @@ class PatternParameters(nn.Module):
             parts += [f"it has {_listed(unexpected)}, which no learnable pattern uses here"] * bool(unexpected)
             raise ValueError(f"weights {path} are for other sites: {'; '.join(parts)}; apply as when they were saved")
         for site, pattern in self.patterns.items():
-            if texts[site] != str(pattern):
+            if parse(texts[site]) != pattern:
                 raise ValueError(f"weights {path} are for {texts[site]} at {site}, not for {pattern}")
             shapes = {n: list(p.shape) for n, p in self[site].items()}
             found = {n: list(tensors[f"{site}.{n}"].shape) if f"{site}.{n}" in tensors else None for n in shapes}

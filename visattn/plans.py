@@ -9,7 +9,15 @@ import numpy as np
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns import Pattern, parse
+from visattn.patterns import (
+    ComposedPattern,
+    ListedPattern,
+    Pattern,
+    PooledPattern,
+    RoutedPattern,
+    SpannedPattern,
+    parse,
+)
 from visattn.patterns.geometry import Bools, TilePairs
 from visattn.tiling import Ints, Tiling
 
@@ -76,7 +84,7 @@ class TilePlan:
         routed_tiles: Key tiles that `pattern.route` adds for each grid query tile.
     """
 
-    pattern: Pattern
+    pattern: ListedPattern
     layout: Layout
     queries: Tiling
     keys: Tiling
@@ -137,7 +145,7 @@ class TilePlan:
 
 def check_listed(pattern: Pattern) -> None:
     """Raise a ValueError for a pattern that is not a list of tiles."""
-    if pattern.composed:
+    if not isinstance(pattern, ListedPattern):
         raise ValueError(f"{pattern} is a composition and no list of visible tiles: it has no mask to show or simulate")
 
 
@@ -157,6 +165,9 @@ def plan(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Tile] 
     """
     pattern = parse(pattern)
     pattern.check(layout.grid)
+    if not isinstance(pattern, ListedPattern):
+        assert isinstance(pattern, ComposedPattern)
+        raise ValueError(f"{pattern} has no tile plan: it is {pattern.instead(layout.grid)}")
     grid = pattern.tiled_layout(layout).grid
     pair = tile if isinstance(tile, tuple) and len(tile) == 2 and isinstance(tile[0], tuple) else (tile, tile)
     boxes = tuple(pattern.tile(grid) if box is None else _box(box, grid) for box in pair)
@@ -171,16 +182,18 @@ def _box(tile: object, grid: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=128)
-def _plan(pattern: Pattern, layout: Layout, query_box: tuple[int, ...], key_box: tuple[int, ...]) -> TilePlan:
+def _plan(pattern: ListedPattern, layout: Layout, query_box: tuple[int, ...], key_box: tuple[int, ...]) -> TilePlan:
     tiled = pattern.tiled_layout(layout)
-    step, parts = pattern.step(tiled.grid), pattern.parts(tiled.grid)
+    step = pattern.step(tiled.grid) if isinstance(pattern, SpannedPattern) else None
+    parts = pattern.parts(tiled.grid) if isinstance(pattern, RoutedPattern) else None
+    extra = pattern.extra_keys(layout.grid) if isinstance(pattern, PooledPattern) else 0
     queries = Tiling(tiled, query_box, step, parts=parts)
-    keys = Tiling(tiled, key_box, step, pattern.extra_keys(layout.grid), parts)
+    keys = Tiling(tiled, key_box, step, extra, parts)
     pairs = pattern.tile_pairs(layout.grid, queries, keys)
     query, key, mask, masks = _with_dense_tokens(pairs, queries, keys)
     visible = pairs.visible + _dense_token_pairs(layout, keys.extra)
     lists = _lists(query, key, mask, queries.tiles)
-    routed = pattern.routed_tiles(layout.grid, keys)
+    routed = pattern.routed_tiles(layout.grid, keys) if isinstance(pattern, RoutedPattern) else 0
     return TilePlan(pattern, layout, queries, keys, lists, masks, visible, routed)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from visattn.dispatch import Problem, candidates, choose
-from visattn.patterns import Pattern
+from visattn.patterns import ListedPattern, MergingPattern, Pattern
 from visattn.plans import plan
 
 Kind = Literal["sparse", "dense"]
@@ -155,7 +155,7 @@ class CallReport:
     @classmethod
     def of(cls, problem: Problem, hits: int, backend: str) -> CallReport:
         """Explain calls after the fact: the choice of a backend is a function of the problem."""
-        if problem.pattern.merges:
+        if isinstance(problem.pattern, MergingPattern):
             return cls(problem, hits, problem.pattern.name, "the only one that merges tokens", None)
         if backend == "auto" and problem.pattern.covers(problem.layout.grid):
             return cls(problem, hits, "stock", "the pattern covers the whole grid", 1.0)
@@ -181,7 +181,8 @@ class CallReport:
 
 def density(problem: Problem) -> float | None:
     """Visible share of all (query, key) pairs, None for a composed pattern that is no list of pairs."""
-    return None if problem.pattern.composed else plan(problem.pattern, problem.layout).density
+    listed = isinstance(problem.pattern, ListedPattern)
+    return plan(problem.pattern, problem.layout).density if listed else None
 
 
 def _why(problem: Problem, name: str, asked: str) -> str:

@@ -16,7 +16,21 @@ from visattn.kernels.linear.features import elu_plus_one, features, repeated, wi
 from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights
 from visattn.layout import Layout
-from visattn.patterns import Agent, Flow, Linear, Mala, Pattern, Sigmoid, SparseLinear, parse
+from visattn.patterns import (
+    Agent,
+    Flow,
+    Linear,
+    ListedPattern,
+    Mala,
+    MergingPattern,
+    Pattern,
+    PooledPattern,
+    RoutedPattern,
+    Sigmoid,
+    SparseLinear,
+    parse,
+)
+from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import TilePlan, plan, with_routes
 
 
@@ -56,7 +70,7 @@ def attention_rows(
     pattern, index = parse(pattern), torch.as_tensor(rows, device=q.device)
     parameters = MappingProxyType({}) if parameters is None else parameters
     check_call(q, k, k, pattern, layout, key_mask, None, parameters)
-    if pattern.merges:
+    if isinstance(pattern, MergingPattern):
         raise ValueError(f"{pattern} merges tokens before they become queries and keys: it has no rows of its own")
     if (
         index.ndim != 1
@@ -132,9 +146,9 @@ def _sparse_linear(
 def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) -> torch.Tensor:
     """Softmax or sigmoid over the visible keys, those that a pattern appends included."""
     pattern, pool = call.pattern, call.parameters.get("pool_weight")
-    listed = pattern.listed
-    assert listed is not None
-    keys, _, key_mask = pattern.append_keys(k, k, call.key_mask, call.layout, pool)
+    listed = pattern.sparse if isinstance(pattern, Sigmoid) else pattern
+    assert isinstance(listed, ListedPattern)
+    keys, _, key_mask = with_pooled_keys(listed, k, k, call.key_mask, call.layout, pool)
     seen = visible_rows(listed, call.layout, rows, q, k)[:, None] & _shown(key_mask, keys)
     logits = _products(q[:, rows], keys) * call.scale
     if isinstance(pattern, Sigmoid):
@@ -151,7 +165,8 @@ def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) ->
 
 def _unpooled(weights: torch.Tensor, pattern: Pattern, call: Call, pool: torch.Tensor | None) -> torch.Tensor:
     """Weights [.., S + extra] with those of pooled keys passed on to their tokens: [.., S]."""
-    layout, cell = call.layout, pattern.pool_shape(call.layout.grid)
+    layout = call.layout
+    cell = pattern.pool_shape(layout.grid) if isinstance(pattern, PooledPattern) else None
     own, pooled = weights[..., : layout.length], weights[..., layout.length :]
     if cell is None:
         return own
@@ -186,11 +201,11 @@ def visible_rows(
     Returns:
         bool [1 or B, R, S + extra].
     """
-    if pattern.covers(layout.grid) and not pattern.extra_keys(layout.grid):
+    if pattern.covers(layout.grid):
         return torch.ones(1, len(rows), layout.length, dtype=torch.bool, device=q.device)
     made = plan(pattern, layout)
     plans = [made]
-    if pattern.routed:
+    if isinstance(pattern, RoutedPattern):
         plans = [with_routes(made, routes.cpu().numpy()) for routes in pattern.route(q, k, made)]
     found = [_plan_rows(each, rows.cpu().numpy()) for each in plans]
     return torch.from_numpy(np.stack(found)).to(q.device)

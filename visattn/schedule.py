@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from visattn.patterns import Dense, Pattern, Radial, parse
+from visattn.patterns import Dense, MergingPattern, Pattern, Radial, parse
+from visattn.patterns.values import axis_values, per_axis
 
 Selector = int | slice | str
 PatternLike = Pattern | str | Path | Mapping[Any, "Pattern | str"]
@@ -84,7 +85,7 @@ class Schedule:
     @property
     def needs_steps(self) -> bool:
         """Whether anything depends on the denoising step."""
-        return bool(self.dense_steps) or any(pattern.stepped for pattern in self.patterns)
+        return bool(self.dense_steps) or any(isinstance(p, MergingPattern) and p.stepped for p in self.patterns)
 
     def assign(self, sites: Sequence[SiteName], model: str) -> list[Pattern | None]:
         """The pattern of each site, None where no rule selects it.
@@ -143,9 +144,13 @@ def among_first(first: int | float, what: str, step: int | None, total: int | No
     return step < (first if isinstance(first, int) else round(first * (total or 0)))
 
 
+# What keeps a parameter to one frame, where that is not 1.
+ONE_FRAME = {"halo": 0, "causal": False}
+
+
 def check_dims(pattern: Pattern, dims: int, model: str) -> None:
     """Raise a ValueError that shows the right form if a pattern has another number of axes than a model's grid."""
-    values = {f.name: getattr(pattern, f.name) for f in dataclasses.fields(pattern)}  # type: ignore[arg-type]
+    values = axis_values(pattern)
     given = {len(v) for v in values.values() if isinstance(v, tuple)}
     if isinstance(pattern, Radial) and dims == 2:
         raise ValueError(
@@ -157,8 +162,9 @@ def check_dims(pattern: Pattern, dims: int, model: str) -> None:
     grid = {1: "(tokens,)", 2: "(height, width)", 3: "(frames, height, width)"}[dims]
     message = f"{pattern} has {min(given - {dims})} axes but the tokens of {model} are a {grid} grid"
     if dims == 3 and given == {2}:
-        spatial = {name: _more(v, 1) for name, v in values.items()}
-        every = {name: _more(v, -1 if name == "window" else 1) for name, v in values.items()}
+        each = {name: per_axis(v, 2, name) for name, v in values.items()}
+        spatial = {name: (ONE_FRAME.get(name, 1), *v) for name, v in each.items()}
+        every = spatial | {name: (-1, *each[name]) for name in each if name in ("window", "block")}
         forms = [f"{dataclasses.replace(pattern, **every)} (every frame)"] if every != spatial else []  # type: ignore[type-var]
         forms.append(f"{dataclasses.replace(pattern, **spatial)} (each frame alone)")  # type: ignore[type-var]
         message += f": use {' or '.join(forms)}"
@@ -166,14 +172,8 @@ def check_dims(pattern: Pattern, dims: int, model: str) -> None:
         flat = {name: v[1:] if isinstance(v, tuple) else v for name, v in values.items()}
         message += f": use {dataclasses.replace(pattern, **flat)}"  # type: ignore[type-var]
     else:
-        message += f": give {dims} values or 1"
+        message += f": give {dims} values or 1" if dims > 1 else ": give 1 value"
     raise ValueError(message)
-
-
-def _more(value: Any, first: int) -> Any:
-    if not isinstance(value, tuple):
-        return value
-    return (False if isinstance(value[0], bool) else first, *value)
 
 
 def _read(path: Path) -> Mapping[Any, str]:

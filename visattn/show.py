@@ -11,7 +11,7 @@ from PIL import Image
 
 from visattn.canvas import GAP, Picture, Swatch, column, legend, row, text
 from visattn.layout import Layout
-from visattn.patterns import Agent, Dense, Pattern, Routing, parse
+from visattn.patterns import Agent, Dense, Pattern, RoutedPattern, parse
 from visattn.plans import Tile, TilePlan, check_listed, plan, with_routes
 
 SKIPPED, WASTED, PARTIAL, FULL, QUERY = range(5)
@@ -82,7 +82,7 @@ def draw(
     where = _check_query(query, layout.grid)
     made = plan(pattern, layout, tile)
     note = ""
-    if isinstance(pattern, Routing):
+    if isinstance(pattern, RoutedPattern):
         made = with_routes(made, _example_routes(pattern, made))
         note = "\nwhich regions are seen depends on q and k: these are those of smooth random ones (seed 0)"
     token = layout.prefix + int(np.ravel_multi_index(where, layout.grid))
@@ -96,7 +96,7 @@ def draw(
     )
 
 
-def _example_routes(pattern: Routing, made: TilePlan) -> NDArray[np.int64]:
+def _example_routes(pattern: RoutedPattern, made: TilePlan) -> NDArray[np.int64]:
     """Key tiles of each grid query tile for a random field that varies smoothly, as features of an image do."""
     layout = made.layout
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import BiasedPattern, ListedPattern, Pattern
 from visattn.plans import TileLists, TilePlan, plan
 from visattn.tiling import Tiling
 
@@ -79,6 +79,7 @@ class Blocks:
 
 def tile_plan(pattern: Pattern, layout: Layout, volume: int) -> TilePlan:
     """The plan with tiles of `volume` slots, or the next multiple where the pattern insists on tiles of its own."""
+    assert isinstance(pattern, ListedPattern)
     box = pattern.tile(pattern.tiled_layout(layout).grid, volume)
     slots = math.prod(box)
     # The CUDA kernel's own blocks must divide a tile.
@@ -164,6 +165,7 @@ def score_mod(found: Blocks, pattern: Pattern, layout: Layout, rpb: torch.Tensor
 
 def positions(slots: Slots, pattern: Pattern, layout: Layout) -> torch.Tensor:
     """Position in its dilation group of each slot's token, -1 for dense tokens: int32 [axes, slots]."""
+    assert isinstance(pattern, BiasedPattern)
     inner = slots.token - layout.prefix
     rest = inner.clamp(0, layout.tokens - 1)
     found = []

@@ -15,7 +15,7 @@ from visattn.kernels.tiles.engine import TileAttention, forward
 from visattn.kernels.tiles.groups import Group, Problems, list_groups, routed_group, whole_sequence
 from visattn.kernels.tiles.rule import BATCH_MS, CALL_MS, KEPT_MS, ROUTE_MS, choose_axes, problem_cost
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import BiasedPattern, ListedPattern, Pattern, PooledPattern, RoutedPattern, SpannedPattern
 from visattn.patterns.geometry import Spans
 from visattn.plans import TilePlan, plan
 
@@ -35,7 +35,7 @@ class Tiles(Backend):
 
     def supports(self, problem: Problem) -> Support:
         """Any pattern that is a list of key tiles."""
-        if problem.pattern.composed:
+        if not isinstance(problem.pattern, ListedPattern):
             return Support(False, f"{problem.pattern.name} is not a list of key tiles")
         return Support(True)
 
@@ -82,12 +82,12 @@ def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, in
 
 def _is_routed(pattern: Pattern, layout: Layout) -> bool:
     """Whether the lists depend on q and k; a routed pattern that chooses everything has nothing to choose."""
-    return pattern.routed and not pattern.covers(layout.grid)
+    return isinstance(pattern, RoutedPattern) and not pattern.covers(layout.grid)
 
 
 def _problems_of(q: torch.Tensor, k: torch.Tensor, call: Call) -> Problems:
     pattern, layout = call.pattern, call.layout
-    if _is_routed(pattern, layout):
+    if isinstance(pattern, RoutedPattern) and _is_routed(pattern, layout):
         tiles = plan(pattern, layout)
         dense, fixed = _dense(pattern, layout, q.device)
         return Problems((routed_group(tiles, pattern.route(q, k, tiles), fixed), *dense))
@@ -99,7 +99,7 @@ def _dense(pattern: Pattern, layout: Layout, device: torch.device) -> tuple[tupl
     """The problem of the dense queries, and the dense and pooled key tokens."""
     suffix = layout.prefix + layout.tokens
     own = np.concatenate([np.arange(layout.prefix), np.arange(suffix, layout.length)])
-    extra = pattern.extra_keys(layout.grid)
+    extra = pattern.extra_keys(layout.grid) if isinstance(pattern, PooledPattern) else 0
     fixed = np.concatenate([own, np.arange(layout.length, layout.length + extra)])
     groups = (whole_sequence(own, layout.length, device),) if len(own) else ()
     return groups, torch.from_numpy(fixed).to(device) if len(fixed) else None
@@ -108,14 +108,13 @@ def _dense(pattern: Pattern, layout: Layout, device: torch.device) -> tuple[tupl
 @lru_cache(maxsize=32)
 def _static_problems(pattern: Pattern, layout: Layout, device: torch.device, rpb: bool) -> Problems:
     """The problems of a pattern that does not look at q and k."""
-    extra = pattern.extra_keys(layout.grid)
-    if pattern.covers(layout.grid) and not extra and not rpb:
+    if pattern.covers(layout.grid) and not rpb:
         return Problems((whole_sequence(np.arange(layout.length), layout.length, device),))
     dense, fixed = _dense(pattern, layout, device)
     spans = axis_spans(pattern, layout.grid)
     if spans is None:
         return Problems((*list_groups(_fine_plan(pattern, layout), device), *dense))
-    sides = pattern.rpb_shape(layout.grid) if rpb else None
+    sides = pattern.rpb_shape(layout.grid) if rpb and isinstance(pattern, BiasedPattern) else None
     windows = None if sides is None else tuple(side // 2 + 1 for side in sides)
     axes = choose_axes(spans, 0 if fixed is None else len(fixed))
     return Problems((*box_groups(layout, axes, windows, fixed, device), *dense))
@@ -124,16 +123,15 @@ def _static_problems(pattern: Pattern, layout: Layout, device: torch.device, rpb
 def _fine_plan(pattern: Pattern, layout: Layout) -> TilePlan:
     """The pattern's own tiles, with smaller key tiles where many visits see only a part of a tile."""
     tiles = plan(pattern, layout)
-    grid = pattern.tiled_layout(layout).grid
+    grid = tiles.pattern.tiled_layout(layout).grid
     if tiles.full_share > MOSTLY_FULL:
         return tiles
-    return plan(pattern, layout, (tiles.queries.shape, pattern.tile(grid, SMALL_KEY_TILE)))
+    return plan(pattern, layout, (tiles.queries.shape, tiles.pattern.tile(grid, SMALL_KEY_TILE)))
 
 
 def axis_spans(pattern: Pattern, grid: tuple[int, ...]) -> list[Spans] | None:
     """The keys of each query per axis, if the pattern is one interval of keys per axis."""
-    spans = getattr(pattern, "spans", None)
-    return None if spans is None else spans(grid)
+    return pattern.spans(grid) if isinstance(pattern, SpannedPattern) else None
 
 
 backend = Tiles()

@@ -14,7 +14,7 @@ from visattn.kernels.triton.lists.program import Program, program
 from visattn.kernels.triton.routes import routed_program
 from visattn.kernels.triton.start import Starts
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import Pattern, RoutedPattern
 from visattn.plans import TilePlan
 
 LOG2E = 1.4426950408889634
@@ -51,13 +51,13 @@ class Work:
     def program(self, direction: str, device: torch.device) -> Program:
         """The lists that a kernel walks."""
         plan, by_keys = self.plan(direction), direction == "key_grad"
-        if self.pattern.routed:
+        if isinstance(self.pattern, RoutedPattern):
             return routed_program(plan, by_keys, self.routes[plan])
         return program(plan, by_keys, self.configs[direction].per_step, device)
 
     def changing(self, direction: str, device: torch.device) -> dict[str, torch.Tensor]:
         """The lists that differ from call to call: those of a routed pattern."""
-        if not self.pattern.routed:
+        if not isinstance(self.pattern, RoutedPattern):
             return {}
         run = self.program(direction, device)
         return {"bounds": run.bounds, "bases": run.bases, "mask_ids": run.mask_ids}

@@ -17,7 +17,7 @@ from visattn.kernels.triton.config import DIRECTIONS, Config, config, largest_he
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
 from visattn.kernels.triton.start import Starts
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import ListedPattern, Pattern, RoutedPattern
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Share of cuDNN's dense rate that visited pairs run at, tiles with a mask weighted by PARTIAL: the general kernel's and
@@ -106,7 +106,7 @@ class Triton(Backend):
     def supports(self, problem: Problem) -> Support:
         """Any list of key tiles in half or single precision on Ampere or later, head dims up to 256."""
         support = fits(problem.device, problem.dtype, problem.head_dim)
-        if support.ok and problem.pattern.composed:
+        if support.ok and not isinstance(problem.pattern, ListedPattern):
             return Support(False, f"{problem.pattern.name} is not a list of key tiles")
         return support
 
@@ -147,7 +147,7 @@ class Triton(Backend):
             kind(q, k, v, call, scale, (tf32, tuning)), lambda: Alike(launches(q, k, v, call), Starts(q.device))
         )
         work = Work(call.pattern, call.layout, scale, key_mask, tf32, alike.configs, alike.starts)
-        if call.pattern.routed:
+        if isinstance(call.pattern, RoutedPattern):
             wanted = DIRECTIONS if torch.is_grad_enabled() else ("forward",)
             for plan in {work.plan(direction) for direction in wanted}:
                 work.routes[plan] = call.pattern.route(given_q, k, plan)

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import ListedPattern, Pattern, SpannedPattern
 from visattn.patterns.geometry import Spans, product_pairs
 from visattn.plans import TilePlan, plan
 from visattn.tiling import Tiling, box_shape
@@ -28,14 +28,14 @@ def tiled(pattern: Pattern, layout: Layout, query_slots: int, key_slots: int) ->
     For patterns that are one interval of keys per axis, the boxes with the least work; for others the pattern's
     own choice. Query and key boxes may differ.
     """
+    assert isinstance(pattern, ListedPattern)
     grid = pattern.tiled_layout(layout).grid
-    spans = getattr(pattern, "spans", None)
-    if spans is None:
+    if not isinstance(pattern, SpannedPattern):
         return plan(pattern, layout, (_own_box(pattern, grid, query_slots), _own_box(pattern, grid, key_slots)))
-    return plan(pattern, layout, best_boxes(spans(grid), grid, query_slots, key_slots))
+    return plan(pattern, layout, best_boxes(pattern.spans(grid), grid, query_slots, key_slots))
 
 
-def _own_box(pattern: Pattern, grid: Box, slots: int) -> Box:
+def _own_box(pattern: ListedPattern, grid: Box, slots: int) -> Box:
     """The pattern's choice where it has at most `slots` tokens, else a cube-like box."""
     for volume in (slots, slots // 2):
         box = pattern.tile(grid, volume)

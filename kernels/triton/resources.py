@@ -29,7 +29,7 @@ import torch
 
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, SHARED_MEMORY, Config, config, largest_head_dim
 from visattn.layout import Layout
-from visattn.patterns import parse
+from visattn.patterns import Neighborhood
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -81,11 +81,10 @@ def list_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Co
     from visattn.kernels.triton.lists.query_grad import query_gradients
     from visattn.kernels.triton.start import Starts
 
-    pattern, layout = parse("na(window=24x24)"), Layout((48, 48), prefix=16)
+    pattern, layout = Neighborhood((24, 24)), Layout((48, 48), prefix=16)
     # A 24-head model: strides and offsets are as well aligned as they are in practice.
     q, k, v = (torch.empty(1, layout.length, 24, head_dim, dtype=dtype, device="meta") for _ in range(3))
     sides = pattern.rpb_shape(layout.grid)
-    assert sides is not None
     rpb = torch.empty(24, sides[0] * sides[1], device="meta") if bias else None
     mask = torch.empty(1, layout.length, dtype=torch.uint8, device="meta") if bias else None
     work = arguments.Work(pattern, layout, 0.125, mask, False, dict.fromkeys(DIRECTIONS, launch), Starts(q.device))

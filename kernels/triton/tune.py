@@ -17,7 +17,8 @@ import torch
 
 from visattn.kernels.triton.config import DIRECTIONS, Config, config
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import Pattern, RoutedPattern
+from visattn.patterns.kinds import with_pooled_keys
 
 # Heads of the problem that is timed: enough programs to fill a GPU on any layout worth tuning.
 HEADS = 4
@@ -114,11 +115,11 @@ def timer(
 
     shape = (1, layout.length, HEADS, head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
-    k, v, _ = pattern.append_keys(k, v, None, layout, None)
+    k, v, _ = with_pooled_keys(pattern, k, v, None, layout)
 
     def work(choice: Config) -> Any:
         made = Work(pattern, layout, head_dim**-0.5, None, False, configs | {direction: choice}, Starts(device))
-        if pattern.routed:
+        if isinstance(pattern, RoutedPattern):
             for tiles in {made.plan(d) for d in DIRECTIONS}:
                 made.routes[tiles] = pattern.route(q, k, tiles)
         return made

@@ -13,7 +13,7 @@ from visattn.models.swap.relative import BeitAttention, RelPosAttention
 from visattn.models.swap.sam import SamBlock
 from visattn.models.swap.tokens import RotaryAttention, TokenAttention
 from visattn.models.swap.windows import SwinBlock, SwinV2Block
-from visattn.patterns import Dense, Neighborhood, Pattern
+from visattn.patterns import ComposedPattern, Dense, Neighborhood, Pattern
 from visattn.schedule import check_dims
 
 
@@ -88,7 +88,7 @@ def check_fit(module: nn.Module, pattern: Pattern, name: str) -> None:
         raise ValueError(
             f"{pattern} cannot carry the relative position bias of {name}: use na(window=...), which can, or 'dense'"
         )
-    if pattern.composed and getattr(holder, "use_rel_pos", False):
+    if isinstance(pattern, ComposedPattern) and getattr(holder, "use_rel_pos", False):
         raise ValueError(
             f"{pattern} has no pairs of tokens to which the position logits of {name} could be added: use a pattern "
             "that has, like na(window=...), or 'dense'"

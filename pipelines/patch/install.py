@@ -13,7 +13,7 @@ import torch
 
 from visattn.handle import Request
 from visattn.parameters import Learnable, make_parameters
-from visattn.patterns import Dense, Pattern
+from visattn.patterns import Dense, MergingPattern, Pattern
 from visattn.pipelines.families import find_family, known_classes
 from visattn.pipelines.families.base import Family, Seen
 from visattn.pipelines.patch import dispatch, merging, operators
@@ -41,7 +41,7 @@ def install(target: Any, request: Request) -> list[PatchedModel]:
         for pattern in request.schedule.patterns:
             dims = family.dims if request.layout is None else request.layout.dims
             check_dims(pattern, dims, type(model).__name__)
-            if pattern.merges:
+            if isinstance(pattern, MergingPattern):
                 _check_merging(pattern, model, family, request)
     patched: list[PatchedModel] = []
     scheduler = SchedulerSteps(target) if hasattr(target, "scheduler") and request.schedule.needs_steps else None
@@ -123,7 +123,7 @@ class Site:
         """Whether the module still calls its group."""
         if self.group is None or self.module.processor is not self.installed:
             return False
-        if self.pattern.merges or not dispatch.is_dispatching(self.installed):
+        if isinstance(self.pattern, MergingPattern) or not dispatch.is_dispatching(self.installed):
             return True
         return self.installed._attention_backend is dispatch.member(self.group.number)
 
@@ -189,7 +189,8 @@ class PatchedModel:
             self._hooks.remove()
         for site in self.sites:
             if site.group is not None and site.module.processor is site.installed:
-                if dispatch.is_dispatching(site.installed) and site.intact and not site.pattern.merges:
+                merges = isinstance(site.pattern, MergingPattern)
+                if dispatch.is_dispatching(site.installed) and site.intact and not merges:
                     site.installed._attention_backend = dispatch.backend_named(site.group.stock.backend)
                 site.module.processor = site.original
             site.group = None
@@ -209,7 +210,7 @@ class PatchedModel:
             processor = site.module.processor
             site.original = processor
             site.group = group = self._group(site, dispatch.stock_of(processor))
-            if site.pattern.merges:
+            if isinstance(site.pattern, MergingPattern):
                 site.installed = merging.clone(processor, group.number, self.sites.index(site))
             elif not dispatch.is_dispatching(processor):
                 site.installed = dispatch.clone(processor, group.number)
@@ -224,7 +225,7 @@ class PatchedModel:
         # Compiled code knows groups, not modules: one with parameters of its own needs a group of its own.
         key = pattern, stock, site.name.path if site.parameters is not None else ""
         if key not in self._groups:
-            kind = merging.MergingGroup if pattern.merges else Group
+            kind = merging.MergingGroup if isinstance(pattern, MergingPattern) else Group
             self._groups[key] = group = kind(self._run, pattern, self._request.backend, stock, site.parameters)
             if stock.dispatched:
                 dispatch.register_member(group.number)

@@ -15,7 +15,7 @@ import torch
 from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
 from visattn.parameters import following
-from visattn.patterns import Dense, Pattern
+from visattn.patterns import ComposedPattern, Dense, Pattern
 from visattn.pipelines.families.base import Family, Seen, Where
 from visattn.pipelines.patch import operators, parallel
 from visattn.pipelines.patch.masks import carry_bias, key_validity
@@ -308,7 +308,8 @@ class Group:
             return (), None, f"its mask is a {type(mask).__name__}"
         keys = key_validity(mask, q, self.run.family.mask_row)
         is_bias = isinstance(keys, torch.Tensor) and keys.dtype != torch.bool
-        if mask is not None and is_bias and not self.pattern.of_products:
+        of_products = not isinstance(self.pattern, ComposedPattern) or self.pattern.of_products
+        if mask is not None and is_bias and not of_products:
             return (), None, f"its mask {list(mask.shape)} is a bias, which {self.pattern.name} cannot add"
         return ((), None, keys) if isinstance(keys, str) else (layouts, keys, "")
 

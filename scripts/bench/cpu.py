@@ -28,7 +28,7 @@ from visattn import Layout, attention
 from visattn.environment import versions
 from visattn.files import check_writable_file, written_whole
 from visattn.kernels.tiles.backend import visited_pairs
-from visattn.patterns import Pattern, parse
+from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.plans import plan
 from visattn.timing import Timing, interleave
 
@@ -88,7 +88,7 @@ def ours(case: Case, dtype: torch.dtype = torch.float32) -> Callable[[], object]
     """One run of our attention."""
     pattern, layout, train = parse(case.pattern), Layout(case.grid), case.mode == "train"
     q, k, v = tensors(case.grid, dtype, train)
-    backend = "auto" if pattern.composed else "tiles"
+    backend = "tiles" if isinstance(pattern, ListedPattern) else "auto"
 
     def run() -> object:
         out = attention(q, k, v, pattern, layout, backend=backend)
@@ -119,7 +119,7 @@ def peer(case: Case) -> Callable[[], object]:
 
 def tile_bound(pattern: Pattern, layout: Layout) -> float | None:
     """Dense pairs over the pairs that the engine visits."""
-    return None if pattern.composed else layout.length**2 / visited_pairs(pattern, layout)
+    return layout.length**2 / visited_pairs(pattern, layout) if isinstance(pattern, ListedPattern) else None
 
 
 def measure(cases: list[Case], repeats: int, clock: Clock) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ def measure(cases: list[Case], repeats: int, clock: Clock) -> list[dict[str, Any
 def row(case: Case, other: Timing, own: Timing) -> dict[str, Any]:
     """One line of the table."""
     pattern, layout = parse(case.pattern), Layout(case.grid)
-    listed = not pattern.composed
+    listed = isinstance(pattern, ListedPattern)
     return {
         "case": case.name,
         "flop_bound": plan(pattern, layout).flop_bound if listed else None,

@@ -28,6 +28,8 @@ from visattn import Layout, attention, parse, plan
 from visattn.dispatch import Call
 from visattn.kernels.triton.backend import launches
 from visattn.kernels.triton.boxes import tiled
+from visattn.patterns import RoutedPattern
+from visattn.patterns.kinds import with_pooled_keys
 
 HEADS, DIM = 24, 128
 FLUX, HUNYUAN = Layout((256, 256)), Layout((30, 48, 80))
@@ -143,7 +145,7 @@ def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: 
     launch = launches(*inputs, Call(parsed, layout, DIM**-0.5))
     tiles = (
         plan(pattern, layout)
-        if parsed.routed
+        if isinstance(parsed, RoutedPattern)
         else tiled(parsed, layout, launch["forward"].rows, launch["forward"].tile)
     )
     result: dict[str, Any] = {
@@ -152,8 +154,8 @@ def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: 
         "flop_bound": tiles.flop_bound, "tile_bound": tiles.tile_bound, "full_share": tiles.full_share,
     }  # fmt: skip
     ours = lambda q, k, v: attention(q, k, v, pattern, layout, backend="triton")  # noqa: E731
-    if not parsed.routed:
-        k, v, _ = parsed.append_keys(inputs[1], inputs[2], None, layout, None)
+    if not isinstance(parsed, RoutedPattern):
+        k, v, _ = with_pooled_keys(parsed, inputs[1], inputs[2], None, layout, None)
         result["error"] = sampled_error(inputs[0], k, v, ours(*inputs), pattern, layout)
         assert result["error"] < 1e-2, f"{name} is off by {result['error']}"
     contenders = {"triton": (ours, inputs)}

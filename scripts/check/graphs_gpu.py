@@ -23,6 +23,7 @@ from torch._dynamo.utils import counters
 
 from scripts.gpu_common import versions
 from visattn import Layout, attention, parse
+from visattn.patterns import ListedPattern
 
 HEADS, DIM = 4, 64
 # Relative difference of compiled and eager results: inductor keeps more bits between operators.
@@ -44,7 +45,7 @@ class Block(nn.Module):
     def __init__(self, pattern: str) -> None:
         """Take the text of a pattern."""
         super().__init__()
-        self.pattern, self.composed = pattern, parse(pattern).composed
+        self.pattern, self.listed = pattern, isinstance(parse(pattern), ListedPattern)
         self.qkv = nn.Linear(HEADS * DIM, 3 * HEADS * DIM)
         self.out = nn.Linear(HEADS * DIM, HEADS * DIM)
 
@@ -52,7 +53,7 @@ class Block(nn.Module):
         """Tokens [B, S, C] to tokens."""
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).unbind(2)
         # Problems this small would be left to SDPA.
-        backend = "auto" if self.composed else "triton"
+        backend = "triton" if self.listed else "auto"
         out = attention(q, k, v, self.pattern, layout, key_mask=mask, backend=backend)
         return x + self.out(out.flatten(2))
 

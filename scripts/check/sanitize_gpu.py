@@ -16,6 +16,7 @@ import sys
 import torch
 
 from visattn import Layout, attention, parse
+from visattn.patterns import BiasedPattern, ListedPattern
 
 # Pattern, layout, head dim, whether keys are masked, whether there is a bias.
 CASES = (
@@ -44,9 +45,10 @@ def main() -> int:
                 torch.randn(2, layout.length, h, dim, device="cuda", dtype=dtype, requires_grad=True) for h in (4, 2, 2)
             )
             mask = torch.rand(2, layout.length, device="cuda") > 0.3 if masked else None
-            sides = parse(pattern).rpb_shape(layout.grid)
+            parsed = parse(pattern)
+            sides = parsed.rpb_shape(layout.grid) if isinstance(parsed, BiasedPattern) else None
             rpb = torch.randn((4, *sides), device="cuda", requires_grad=True) if biased and sides else None
-            backend = "auto" if parse(pattern).composed else "triton"
+            backend = "triton" if isinstance(parsed, ListedPattern) else "auto"
             out = attention(q, k, v, pattern, layout, key_mask=mask, rpb=rpb, backend=backend)
             out.float().square().sum().backward()
             print(pattern, dtype, float(out.float().norm()), float(q.grad.float().norm()), flush=True)

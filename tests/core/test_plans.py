@@ -28,7 +28,8 @@ def neighborhoods(draw, grid):
 def test_neighborhood_mask_and_plan(data):
     layout = data.draw(layouts())
     pattern = data.draw(neighborhoods(layout.grid))
-    axes = list(zip(pattern.window, pattern.stride, pattern.dilation, pattern.causal, strict=True))
+    values = (pattern.window, pattern.stride, pattern.dilation, pattern.causal)
+    axes = list(zip(*(v if isinstance(v, tuple) else (v,) * layout.dims for v in values), strict=True))
     truth = mask_of(
         lambda q, k: all(neighborhood(i, j, n, *axis) for i, j, n, axis in zip(q, k, layout.grid, axes, strict=True)),
         layout,
@@ -95,7 +96,7 @@ def test_plans_are_cached_and_tensors_copied_once():
             (9,),
             r"window 5 \* dilation 3 = 15 is larger than axis 0 of grid 9 \(9\).* at most 1",
         ),
-        ("na(window=3x3)", (9,), r"window=3x3 has 2 values but the grid has 1 axes: give 1 or 1"),
+        ("na(window=3x3)", (9,), r"window=3x3 has 2 values but the grid has 1 axes: give 1 value"),
     ],
 )
 def test_patterns_that_do_not_fit_a_grid(pattern, grid, message):

@@ -20,6 +20,7 @@ from visattn.kernels.tiles.backend import visited_pairs
 from visattn.kernels.tiles.boxes import axis_classes
 from visattn.kernels.tiles.rule import choose_axes, problem_cost
 from visattn.patterns import Dense, Halo, Neighborhood, dense_mask, parse
+from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import plan
 
 EPS = torch.finfo(torch.float32).eps
@@ -43,7 +44,7 @@ def run_both(pattern, layout, dtype=torch.float32, key_mask=None, rpb=None, with
     for backend, kind in ((reference, torch.float64), (engine, dtype)):
         q, k, v = qkv(layout, dtype=kind, grad=True, **shape)
         bias = None if rpb is None else rpb.to(kind).requires_grad_()
-        keys, values, mask = pattern.append_keys(k, v, key_mask, layout)
+        keys, values, mask = with_pooled_keys(pattern, k, v, key_mask, layout)
         call = Call(pattern, layout, q.shape[-1] ** -0.5, mask, bias, True)
         out, lse = backend.run(q, keys, values, call)
         seen = lse.masked_fill(lse == -math.inf, 0).double()

@@ -44,7 +44,8 @@ def test_queries_of_a_block_share_a_tile():
         ("halo(block=8, halo=-1)", (8,), r"halo=-1 must be a whole number of at least 0"),
         ("halo(block=8)", (8,), r"halo needs halo, like halo\(halo=...\)"),
         ("halo(block=8x8, halo=1)", (8,), r"block=8x8 has 2 values but the grid has 1 axes"),
-        ("halo(block=8, halo=1x1)", (8,), r"halo=1x1 has 2 values but the grid has 1 axes"),
+        ("halo(block=8, halo=1x1)", (8,), r"block=8x8 has 2 values but the grid has 1 axes: give 1 value"),
+        ("halo(block=8x8, halo=1x1x1)", (8, 8), r"block and halo must have equally many axes"),
     ],
 )
 def test_errors(text, grid, message):

@@ -207,7 +207,7 @@ def test_dims_that_do_not_fit_name_the_right_form():
         "use na(window=-1x8x8, stride=1x4x4) (every frame) or na(window=1x8x8, stride=1x4x4) (each frame alone)"
     )
     assert error("na(window=3x7x7)", 2).endswith("a (height, width) grid: use na(window=7x7)")
-    assert error("na(window=7x7)", 1).endswith("give 1 values or 1")
+    assert error("na(window=7x7)", 1).endswith("give 1 value")
     check_dims(parse("na(window=7)"), 3, "M")
     model, _ = tiny_models.wan()
     with pytest.raises(ValueError, match="WanTransformer3DModel are a"):

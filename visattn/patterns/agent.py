@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
-from visattn.patterns.base import Pattern, PerAxis, per_axis, whole_numbers
-from visattn.patterns.geometry import TilePairs
-from visattn.tiling import Tiling
+from visattn.patterns.kinds import ComposedPattern
+from visattn.patterns.values import PerAxis, per_axis, whole_numbers
 
 
 @dataclass(frozen=True)
-class Agent(Pattern):
+class Agent(ComposedPattern):
     """Two softmax attentions through agents, which are the queries of the grid pooled to a small grid.
 
     Source: Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention" (ECCV 2024),
@@ -30,7 +29,6 @@ class Agent(Pattern):
     agents: PerAxis
 
     name: ClassVar[str] = "agent"
-    composed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "agents", whole_numbers(self.agents, "agents", 1, also=(-1,)))
@@ -47,10 +45,6 @@ class Agent(Pattern):
         """Number of agents."""
         return math.prod(self.shape(grid))
 
-    def grid_mask(self, grid: tuple[int, ...]) -> NoReturn:
-        """Undefined."""
-        raise ValueError(f"{self} has no mask: every token reads every other through its agents")
-
-    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
-        """Undefined."""
-        raise ValueError(f"{self} has no tile plan: it is two dense attentions through {self.count(grid)} agents")
+    def instead(self, grid: tuple[int, ...]) -> str:
+        """Two attentions."""
+        return f"two dense attentions through {self.count(grid)} agents"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, NoReturn
 
-from visattn.patterns.base import Pattern, PerAxis, per_axis, whole_numbers
-from visattn.patterns.geometry import TilePairs
-from visattn.tiling import Tiling
+from visattn.patterns.kinds import MergingPattern
+from visattn.patterns.values import PerAxis, is_number, per_axis, real_number, uniform, whole_numbers
 
 
 class Merge(NamedTuple):
@@ -26,7 +24,7 @@ class Merge(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AgentSD(Pattern):
+class AgentSD(MergingPattern):
     """Self-attention of a UNet among merged tokens, through agents that are the same tokens merged further.
 
     Source: Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention" (ECCV 2024), section
@@ -63,16 +61,16 @@ class AgentSD(Pattern):
     seed: int = 0
 
     name: ClassVar[str] = "agentsd"
-    composed: ClassVar[bool] = True
-    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("ratio", "agent_ratio", "late_agent_ratio"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            if not is_number(value) or not 0 <= value < 1:
                 raise ValueError(f"{name}={value!r} must be a share of the tokens, at least 0 and below 1")
+            object.__setattr__(self, name, real_number(value))
         for name in ("cell", "late_cell"):
-            object.__setattr__(self, name, whole_numbers(getattr(self, name), name, 1))
+            sides = per_axis(whole_numbers(getattr(self, name), name, 1), 2, name)
+            object.__setattr__(self, name, uniform(sides))
         for name, low in (("max_downsample", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -81,10 +79,20 @@ class AgentSD(Pattern):
         whole = isinstance(early, int) and not isinstance(early, bool) and early >= 0
         if not whole and not (isinstance(early, float) and 0 <= early <= 1):
             raise ValueError(f"early={early!r} must be a count of steps like 20 or a fraction like 0.4")
+        # No step is early, as a count and as a fraction alike.
+        object.__setattr__(self, "early", (float(early) if isinstance(early, float) else int(early)) or 0)
         for name in ("read_scale", "shortcut"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_number(value):
                 raise ValueError(f"{name}={value!r} must be a finite number")
+            object.__setattr__(self, name, real_number(value))
+
+    # One step is early with early=1, every step with early=1.0: numbers that are equal, patterns that are not.
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and str(other) == str(self)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
 
     @property
     def stepped(self) -> bool:
@@ -109,11 +117,3 @@ class AgentSD(Pattern):
         """Rows and columns of a cell."""
         rows, columns = per_axis(merge.cell, 2, "cell")
         return rows, columns
-
-    def grid_mask(self, grid: tuple[int, ...]) -> NoReturn:
-        """Undefined."""
-        self.check(grid)
-
-    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
-        """Undefined."""
-        self.check(grid)

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from visattn.layout import Layout
-from visattn.patterns.base import Pattern, PerAxis, per_axis, whole_numbers
 from visattn.patterns.geometry import Bools, TilePairs
-from visattn.patterns.offsets import cells, offset_mask, offset_pairs, squared
+from visattn.patterns.kinds import PooledPattern
+from visattn.patterns.offsets import offset_mask, offset_pairs, squared
+from visattn.patterns.values import PerAxis, per_axis, whole_numbers
 from visattn.tiling import Tiling
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Clear(Pattern):
+class Clear(PooledPattern):
     """Each query sees the keys nearer than `radius`, and the mean of every cell of the grid if `pool` is given.
 
     Source: Liu et al., "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up" (2024),
@@ -74,30 +74,6 @@ class Clear(Pattern):
 
         shapes = self.parameter_shapes(heads, head_dim, grid)
         return {name: torch.full(shape, 1 / math.prod(shape)) for name, shape in shapes.items()}
-
-    def extra_keys(self, grid: tuple[int, ...]) -> int:
-        """One per cell."""
-        cell = self.pool_shape(grid)
-        return 0 if cell is None else cells(grid, cell)
-
-    def append_keys(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        layout: Layout,
-        weight: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Append the pooled keys and values, see `pooling.append_pooled`."""
-        from visattn.patterns.pooling import append_pooled
-
-        cell = self.pool_shape(layout.grid)
-        if cell is None:
-            return k, v, key_mask
-        if weight is None:
-            # A mean does not change where a cell is cut to the axis, and needs no padding there.
-            cell = tuple(min(c, n) for c, n in zip(cell, layout.grid, strict=True))
-        return append_pooled(k, v, key_mask, layout, cell, weight)
 
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Whether the farthest corner is inside the circle, and nothing is pooled."""

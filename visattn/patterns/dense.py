@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from visattn.patterns.base import Pattern
 from visattn.patterns.geometry import Bools, Spans, TilePairs, product_mask, product_pairs
+from visattn.patterns.kinds import StaticPattern
 from visattn.tiling import Tiling
 
 
@@ -18,7 +18,7 @@ def full_span(length: int) -> Spans:
 
 
 @dataclass(frozen=True)
-class Dense(Pattern):
+class Dense(StaticPattern):
     """Plain softmax attention over all tokens (Vaswani et al. 2017, section 3.2.1)."""
 
     name: ClassVar[str] = "dense"

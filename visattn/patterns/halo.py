@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from visattn.patterns.base import Pattern, PerAxis, per_axis, whole_numbers
-from visattn.patterns.geometry import Bools, Spans, TilePairs, product_mask, product_pairs
-from visattn.tiling import Tiling, box_shape
+from visattn.patterns.geometry import Spans
+from visattn.patterns.kinds import SpannedPattern
+from visattn.patterns.values import PerAxis, aligned, per_axis, whole_numbers
+from visattn.tiling import box_shape
 
 
 @dataclass(frozen=True)
-class Halo(Pattern):
+class Halo(SpannedPattern):
     """Queries of a block see the block and `halo` tokens around it; what lies outside the grid is masked.
 
     Source: Vaswani et al., "Scaling Local Self-Attention for Parameter Efficient Visual Backbones"
@@ -35,8 +36,12 @@ class Halo(Pattern):
     name: ClassVar[str] = "halo"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block", whole_numbers(self.block, "block", 1, also=(-1,)))
-        object.__setattr__(self, "halo", whole_numbers(self.halo, "halo", 0))
+        values = {
+            "block": whole_numbers(self.block, "block", 1, also=(-1,)),
+            "halo": whole_numbers(self.halo, "halo", 0),
+        }
+        for name, value in aligned(values, self).items():
+            object.__setattr__(self, name, value)
 
     def check(self, grid: tuple[int, ...]) -> None:
         """Raise a ValueError if the number of axes differs."""
@@ -58,14 +63,6 @@ class Halo(Pattern):
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Whether every block with its halo is the whole grid."""
         return all((s.start == 0).all() and (s.stop == n).all() for n, s in zip(grid, self.spans(grid), strict=True))
-
-    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
-        """AND over the axes of one interval each."""
-        return product_mask(self.spans(grid))
-
-    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
-        """Tiles that the blocks of a query tile and their halos touch."""
-        return product_pairs(self.spans(grid), queries, keys)
 
     def tile(self, grid: tuple[int, ...], volume: int = 64) -> tuple[int, ...]:
         """A box that the block fills, so that its queries share all their keys."""

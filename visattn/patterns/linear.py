@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import TYPE_CHECKING, ClassVar
 
-from visattn.patterns.base import Pattern
-from visattn.patterns.geometry import TilePairs
-from visattn.tiling import Tiling
+from visattn.patterns.kinds import ComposedPattern
 
 if TYPE_CHECKING:
     import torch
@@ -16,22 +14,17 @@ if TYPE_CHECKING:
 FEATURES = {"elu": False, "relu": False, "hedgehog": True, "exp": True}
 
 
-class LinearForm(Pattern):
+class LinearForm(ComposedPattern):
     """A pattern through sums over all keys: every token reads every other, at a cost linear in the tokens."""
 
-    composed: ClassVar[bool] = True
     of_products: ClassVar[bool] = False
 
     def check(self, grid: tuple[int, ...]) -> None:
         """Any grid is fine: only the number of tokens counts."""
 
-    def grid_mask(self, grid: tuple[int, ...]) -> NoReturn:
-        """Undefined."""
-        raise ValueError(f"{self} has no mask: every token reads every other through sums over all keys")
-
-    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
-        """Undefined."""
-        raise ValueError(f"{self} has no tile plan: it is a product with sums over all keys")
+    def instead(self, grid: tuple[int, ...]) -> str:
+        """A product."""
+        return "a product with sums over all keys"
 
 
 @dataclass(frozen=True)

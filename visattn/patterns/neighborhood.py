@@ -8,13 +8,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from visattn.patterns.base import Pattern, PerAxis, per_axis, whole_numbers
-from visattn.patterns.geometry import Bools, Spans, TilePairs, product_mask, product_pairs
-from visattn.tiling import Tiling, box_shape
+from visattn.patterns.geometry import Spans
+from visattn.patterns.kinds import BiasedPattern
+from visattn.patterns.values import PerAxis, aligned, flag, per_axis, whole_numbers
+from visattn.tiling import box_shape
 
 
 @dataclass(frozen=True)
-class Neighborhood(Pattern):
+class Neighborhood(BiasedPattern):
     """Each query sees a window around it; at a border the window is shifted inward, never cut.
 
     Sources: Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023), section 3.1; "Dilated
@@ -41,14 +42,17 @@ class Neighborhood(Pattern):
     name: ClassVar[str] = "na"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window", whole_numbers(self.window, "window", 1, also=(-1,)))
-        object.__setattr__(self, "stride", whole_numbers(self.stride, "stride", 1))
-        object.__setattr__(self, "dilation", whole_numbers(self.dilation, "dilation", 1))
         causal = self.causal
-        object.__setattr__(self, "causal", tuple(map(bool, causal)) if isinstance(causal, Sequence) else bool(causal))
-        lengths = [len(v) for v in (self.window, self.stride, self.dilation, self.causal) if isinstance(v, tuple)]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"{self}: window, stride, dilation and causal must have equally many axes (or be scalars)")
+        each = tuple(causal) if isinstance(causal, Sequence) and not isinstance(causal, str) else (causal,)
+        flags = tuple(flag(value, "causal") for value in each)
+        values = {
+            "window": whole_numbers(self.window, "window", 1, also=(-1,)),
+            "stride": whole_numbers(self.stride, "stride", 1),
+            "dilation": whole_numbers(self.dilation, "dilation", 1),
+            "causal": flags if isinstance(causal, Sequence) else flags[0],
+        }
+        for name, value in aligned(values, self).items():
+            object.__setattr__(self, name, value)
         for window, stride in self._zipped("window", "stride"):
             if window != -1 and stride > window:
                 raise ValueError(
@@ -101,14 +105,6 @@ class Neighborhood(Pattern):
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Whether the window is the whole grid."""
         return all(window == n and not causal for n, (window, _, _, causal) in zip(grid, self.axes(grid), strict=True))
-
-    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
-        """AND over the axes of one interval each."""
-        return product_mask(self.spans(grid))
-
-    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
-        """Tiles that the windows of a query tile touch."""
-        return product_pairs(self.spans(grid), queries, keys)
 
     def rpb_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """2 * window - 1 per axis, for the window as given (-1 is the axis)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,8 +123,3 @@ def _visible(costs: list[Ints], limit: int) -> int:
 def squared(grid: tuple[int, ...]) -> list[Ints]:
     """Costs whose sum is the squared Euclidean distance."""
     return [np.arange(n, dtype=np.int64) ** 2 for n in grid]
-
-
-def cells(grid: tuple[int, ...], cell: tuple[int, ...]) -> int:
-    """Number of cells that a grid falls into, short ones included."""
-    return math.prod(-(-n // c) for n, c in zip(grid, cell, strict=True))

@@ -9,14 +9,15 @@ from typing import ClassVar
 import numpy as np
 
 from visattn.layout import Layout
-from visattn.patterns.base import Pattern, whole_numbers
 from visattn.patterns.geometry import Bools, TilePairs
+from visattn.patterns.kinds import StaticPattern
 from visattn.patterns.radial_blocks import block_mask
+from visattn.patterns.values import flag, is_number, real_number, whole_numbers
 from visattn.tiling import Ints, Tiling
 
 
 @dataclass(frozen=True)
-class Radial(Pattern):
+class Radial(StaticPattern):
     """Tokens see a window around their own place in other frames, narrower by half as the distance doubles.
 
     Source: Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video
@@ -47,12 +48,10 @@ class Radial(Pattern):
 
     def __post_init__(self) -> None:
         decay = self.decay
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay < math.inf:
+        if not is_number(decay) or decay <= 0:
             raise ValueError(f"decay={decay!r} must be a number above 0: the window's width relative to the original")
-        object.__setattr__(self, "decay", float(decay))
-        if self.sink not in (0, 1):
-            raise ValueError(f"sink={self.sink!r} must be true or false")
-        object.__setattr__(self, "sink", bool(self.sink))
+        object.__setattr__(self, "decay", real_number(decay))
+        object.__setattr__(self, "sink", flag(self.sink, "sink"))
         block = whole_numbers(self.block, "block", 1)
         if isinstance(block, tuple):
             raise ValueError(f"block={self.block!r} must be one whole number: blocks are cut from the flat sequence")

@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns.base import Pattern, PerAxis, per_axis, whole_numbers
-from visattn.patterns.geometry import Bools, TilePairs
+from visattn.patterns.kinds import RoutedPattern, Tiled
+from visattn.patterns.values import PerAxis, per_axis, whole_numbers
 from visattn.tiling import Ints, Tiling, box_shape
-
-if TYPE_CHECKING:
-    from visattn.plans import TilePlan
 
 
 @dataclass(frozen=True)
-class Routing(Pattern):
+class Routing(RoutedPattern):
     """Queries of a region see the `topk` regions whose mean key has the largest product with their mean query.
 
     Source: Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention" (CVPR 2023), section 3.2.
@@ -43,7 +40,6 @@ class Routing(Pattern):
     topk: int
 
     name: ClassVar[str] = "routing"
-    routed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regions", whole_numbers(self.regions, "regions", 1))
@@ -76,36 +72,27 @@ class Routing(Pattern):
         box = box_shape(region, volume)
         return tuple(-(-side // -(-side // b)) for side, b in zip(region, box, strict=True))
 
-    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
-        """Undefined without q and k."""
-        raise ValueError(f"the mask of {self} depends on q and k: call routed_mask(pattern, layout, q, k)")
-
-    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
-        """None, as `route` lists them; `visible` is what regions of average size see."""
-        none = np.empty(0, np.int64)
-        masks = np.empty((0, queries.capacity, keys.capacity), bool)
-        visible = math.prod(grid) ** 2 * self.chosen(grid) / math.prod(self.parts(grid))
-        return TilePairs(none, none, none, masks, round(visible))
+    def visible_pairs(self, grid: tuple[int, ...]) -> int:
+        """What regions of average size see."""
+        return round(math.prod(grid) ** 2 * self.chosen(grid) / math.prod(self.parts(grid)))
 
     def routed_tiles(self, grid: tuple[int, ...], keys: Tiling) -> int:
         """Key tiles that `route` lists for each grid query tile."""
         return self.chosen(grid) * (keys.runs[1] // math.prod(self.parts(grid)))
 
-    def route(self, q: torch.Tensor, k: torch.Tensor, plan: TilePlan) -> torch.Tensor:
-        """The grid key tiles of each grid query tile.
-
-        Args:
-            q: Queries [B, S, H, D].
-            k: Keys [B, S, Hkv, D].
-            plan: A plan of this pattern.
-
-        Returns:
-            int64 [B, grid query tiles, n]: indices over all tiles of plan.keys, without duplicates, the same
-            number for every query tile. Short key tiles are not fully visible: their empty slots must be masked.
-        """
-        region, tiles = _tables(plan, q.device)
+    def route(self, q: torch.Tensor, k: torch.Tensor, plan: Tiled) -> torch.Tensor:
+        """The key tiles of the regions that each query tile's region sees, see `RoutedPattern.route`."""
+        region, tiles = _tables(self, plan, q.device)
         choice = self.choose(q, k, plan.layout)
         return tiles[choice].flatten(2)[:, region]
+
+    def routed_grid_mask(self, q: torch.Tensor, k: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Every token of a region sees every token of the regions that it chose."""
+        token_region = _token_regions(self, layout.grid, q.device)
+        choice = self.choose(q, k, layout)
+        sees = torch.zeros(*choice.shape[:2], choice.shape[1], dtype=torch.bool, device=q.device)
+        sees.scatter_(2, choice, True)
+        return sees[:, token_region][:, :, token_region]
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, layout: Layout) -> torch.Tensor:
         """The regions that each region sees, best first: int64 [B, regions, chosen]."""
@@ -148,10 +135,8 @@ def part_of(length: int, parts: int) -> Ints:
 
 
 @lru_cache(maxsize=64)
-def _tables(plan: TilePlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _tables(pattern: Routing, plan: Tiled, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Region of each grid query tile [tiles]; key tiles of each region [regions, tiles per region]."""
-    pattern = plan.pattern
-    assert isinstance(pattern, Routing)
     parts = pattern.parts(plan.layout.grid)
 
     def region_of(tiling: Tiling) -> Ints:
@@ -172,30 +157,3 @@ def _token_regions(pattern: Routing, grid: tuple[int, ...], device: torch.device
     for n, parts in zip(grid, pattern.parts(grid), strict=True):
         region = (region[:, None] * parts + part_of(n, parts)).ravel()
     return torch.from_numpy(region).to(device)
-
-
-def routed_mask(pattern: Pattern, layout: Layout, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The truth of a routed pattern as a mask over all tokens, for small grids.
-
-    Args:
-        pattern: A routed pattern.
-        layout: The tokens.
-        q: Queries [B, S, H, D].
-        k: Keys [B, S, Hkv, D].
-
-    Returns:
-        bool [B, S, S]; entry (b, i, j) says whether query i of sample b sees key j.
-
-    Raises:
-        ValueError: If the pattern is not routed.
-    """
-    if not isinstance(pattern, Routing):
-        raise ValueError(f"{pattern} is not routed: call dense_mask(pattern, layout)")
-    token_region = _token_regions(pattern, layout.grid, q.device)
-    choice = pattern.choose(q, k, layout)
-    sees = torch.zeros(*choice.shape[:2], choice.shape[1], dtype=torch.bool, device=q.device)
-    sees.scatter_(2, choice, True)
-    mask = torch.ones(len(q), layout.length, layout.length, dtype=torch.bool, device=q.device)
-    inner = slice(layout.prefix, layout.prefix + layout.tokens)
-    mask[:, inner, inner] = sees[:, token_region][:, :, token_region]
-    return mask

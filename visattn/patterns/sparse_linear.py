@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from visattn.patterns.base import Pattern
-from visattn.patterns.geometry import Bools, TilePairs
+from visattn.patterns.composition import Composition
+from visattn.patterns.kinds import StaticPattern
 from visattn.patterns.linear import check_feature, initial_maps, map_shapes
-from visattn.patterns.sigmoid import inner_pattern
-from visattn.tiling import Tiling
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class SparseLinear(Pattern):
+class SparseLinear(Composition):
     """out_i = soft_i + mix (lin_i - soft_i): two attentions over disjoint keys, mixed per head.
 
     soft_i is softmax attention over the keys that `sparse` shows query i (with its pooled keys, if it has any), lin_i
@@ -38,24 +36,18 @@ class SparseLinear(Pattern):
         ValueError: If `sparse` is no list of tiles that is known without q and k, or there is no such feature map.
     """
 
-    sparse: Pattern
+    sparse: StaticPattern
     feature: str = "elu"
 
     name: ClassVar[str] = "sparselinear"
-    composed: ClassVar[bool] = True
     of_products: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sparse", inner_pattern(self.sparse, self.name))
+        self.parse_sparse()
         check_feature(self.feature)
 
     def __str__(self) -> str:
         return f"{self.name}(sparse={self.sparse}, feature={self.feature})"
-
-    @property
-    def listed(self) -> Pattern:
-        """The sparse pattern."""
-        return self.sparse
 
     @property
     def learnable(self) -> bool:
@@ -73,19 +65,3 @@ class SparseLinear(Pattern):
 
         own = {"mix": torch.zeros(heads)} | initial_maps(self.feature, heads, head_dim)
         return own | self.sparse.initial_parameters(heads, head_dim, grid)
-
-    def check(self, grid: tuple[int, ...]) -> None:
-        """Raise a ValueError if the sparse pattern is not defined on this grid."""
-        self.sparse.check(grid)
-
-    def pool_shape(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
-        """That of the sparse pattern."""
-        return self.sparse.pool_shape(grid)
-
-    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
-        """That of the sparse pattern: the keys of the softmax part."""
-        return self.sparse.grid_mask(grid)
-
-    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
-        """Undefined."""
-        raise ValueError(f"{self} has no tile plan of its own: plan its sparse pattern, {self.sparse}")

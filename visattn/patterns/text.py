@@ -5,32 +5,41 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, get_args, get_type_hints
 
 from visattn.patterns.base import Pattern
+from visattn.patterns.registry import KINDS
 
 
-def parse_pattern(text: str, known: Mapping[str, type[Pattern]]) -> Pattern:
-    """Build the pattern that `text` names; the inverse of `str(pattern)`.
+def parse(text: str | Pattern) -> Pattern:
+    """Build the pattern that a text like `na(window=7x7)` names; a pattern passes through.
 
-    Args:
-        text: `name` or `name(parameter=value, ...)`; a value is a number, 7x7, true, false, none, a word, or a
-            pattern inside the pattern, bare or in quotes: `sigmoid(sparse=na(window=7x7))`. The first parameter may
-            go without its name: `na(7x7)`.
-        known: Pattern classes by name.
+    The inverse of `str(pattern)`. A text is `name` or `name(parameter=value, ...)`; the first parameter may go without
+    its name: `na(7x7)`. A value is a number, 7x7 or (7, 7) with a value per axis, (7,) for a single axis, true, false,
+    none, a word, or a pattern inside the pattern, bare or in quotes: `sigmoid(sparse=na(window=7x7))`.
 
     Raises:
-        ValueError: If the text does not parse or names an unknown pattern or parameter.
+        ValueError: If the text names an unknown pattern or parameter, or a value is out of range.
     """
+    if isinstance(text, Pattern):
+        return text
+    if not isinstance(text, str):
+        raise ValueError(f"pattern {text!r} is a {type(text).__name__}: pass a Pattern or a text like 'na(window=7x7)'")
+    return _parsed(text)
+
+
+# Calls with a text name the same few patterns, once per layer and step.
+@lru_cache(maxsize=512)
+def _parsed(text: str) -> Pattern:
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if not match:
         raise ValueError(f"pattern {text!r} is not of the form name(parameter=value, ...), like na(window=7x7)")
     name, inside = match.group(1).lower(), match.group(2) or ""
-    if name not in known:
-        raise ValueError(f"unknown pattern {name!r}{_nearest(name, known)}; patterns: {', '.join(sorted(known))}")
-    kind = known[name]
-    types = {f.name: str(f.type) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if name not in KINDS:
+        raise ValueError(f"unknown pattern {name!r}{_nearest(name, KINDS)}; patterns: {', '.join(sorted(KINDS))}")
+    kind = KINDS[name]
+    types = _types(kind)
     fields = list(types)
     given: dict[str, Any] = {}
     for position, part in enumerate(p for p in _split(inside) if p.strip()):
@@ -45,13 +54,15 @@ def parse_pattern(text: str, known: Mapping[str, type[Pattern]]) -> Pattern:
             )
         if key in given:
             raise ValueError(f"{key!r} is given twice in {text!r}")
-        given[key] = _value(value, types[key], f"{key}={value} in {text!r}", known)
-    try:
-        return kind(**given)
-    except TypeError:
-        required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]  # type: ignore[arg-type]
-        missing = [f for f in required if f not in given]
-        raise ValueError(f"{name} needs {' and '.join(missing)}, like {name}({missing[0]}=...)") from None
+        given[key] = _value(value, types[key], f"{key}={value} in {text!r}")
+    missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in given]  # type: ignore[arg-type]
+    if missing:
+        raise ValueError(f"{name} needs {' and '.join(missing)}, like {name}({missing[0]}=...)")
+    return kind(**given)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -77,23 +88,29 @@ def _named(part: str) -> tuple[str, str, str]:
     return part.partition("=") if match or "(" not in part else (part, "", "")
 
 
-def _value(text: str, wanted: str, where: str, known: Mapping[str, type[Pattern]]) -> Any:
-    """A value of a field whose annotation is `wanted`."""
+def _types(kind: type[Pattern]) -> dict[str, tuple[Any, ...]]:
+    """The types that each parameter of a pattern may have."""
+    hints = get_type_hints(kind)
+    return {f.name: get_args(hints[f.name]) or (hints[f.name],) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def _value(text: str, wanted: tuple[Any, ...], where: str) -> Any:
+    """A value of a parameter that has one of the `wanted` types."""
     text = re.sub(r"^([\"'])(.*)\1$", r"\2", text, flags=re.DOTALL)
     low = text.lower()
     if low in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[low]
-    if "Pattern" in wanted:
-        return parse_pattern(text, known)
-    if "str" in wanted and re.fullmatch(r"[a-z_]\w*", low):
+    if any(isinstance(kind, type) and issubclass(kind, Pattern) for kind in wanted):
+        return parse(text)
+    if str in wanted and re.fullmatch(r"[a-z_]\w*", low):
         return low
     if re.fullmatch(r"-?\d+(x-?\d+)+", low):
         return tuple(int(part) for part in low.split("x"))
-    for kind in (int, float):
+    if re.fullmatch(r"\(.+\)", low, re.DOTALL):
+        return tuple(_value(part.strip(), wanted, where) for part in low[1:-1].rstrip(", ").split(","))
+    for number in (int, float):
         try:
-            return kind(low)
+            return number(low)
         except ValueError:
             continue
-    raise ValueError(
-        f"{where} is not {'a word' if 'str' in wanted else 'a number, sizes like 7x7, true, false or none'}"
-    )
+    raise ValueError(f"{where} is not {'a word' if str in wanted else 'a number, sizes like 7x7, true, false or none'}")

@@ -15,7 +15,7 @@ from visattn.kernels.triton.arguments import LOG2E, Work, head_arguments, list_a
 from visattn.kernels.triton.config import HOPPER, Config
 from visattn.kernels.triton.start import Launch, programs
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import Pattern, RoutedPattern
 from visattn.plans import TilePlan
 
 # Warps of the kernels' first role; the others are told apart inside them.
@@ -50,7 +50,8 @@ def hopper_config(
         direction: "forward" or "key_grad".
     """
     launch = HOPPER[direction].get(head_dim)
-    if architecture != 90 or launch is None or dtype.itemsize != 2 or pattern.routed or not installed():
+    routed = isinstance(pattern, RoutedPattern)
+    if architecture != 90 or launch is None or dtype.itemsize != 2 or routed or not installed():
         return None
     plan = plan_of(pattern, layout, direction, launch)
     rows, columns = (plan.keys, plan.queries) if direction == "key_grad" else (plan.queries, plan.keys)

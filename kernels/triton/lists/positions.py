@@ -11,7 +11,7 @@ import torch
 
 from visattn.kernels.triton.lists.program import NOWHERE, slot_sums
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import BiasedPattern, Pattern
 from visattn.patterns.geometry import Spans
 from visattn.tiling import Ints, Tiling
 
@@ -46,8 +46,8 @@ def _offsets(tiling: Tiling, weights: tuple[int, ...], device: torch.device) -> 
 @lru_cache(maxsize=64)
 def positions(pattern: Pattern, layout: Layout, device: torch.device) -> Positions:
     """The positions of a pattern that takes a relative position bias."""
+    assert isinstance(pattern, BiasedPattern)
     sides = pattern.rpb_shape(layout.grid)
-    assert sides is not None
     weights = tuple(math.prod(sides[i + 1 :]) for i in range(len(sides)))
     number = np.zeros(1, np.int64)
     for n, step, weight in zip(layout.grid, pattern.step(layout.grid), weights, strict=True):
@@ -61,11 +61,10 @@ def positions(pattern: Pattern, layout: Layout, device: torch.device) -> Positio
 @lru_cache(maxsize=16)
 def partners(pattern: Pattern, layout: Layout, device: torch.device) -> torch.Tensor:
     """Key token of each grid query for each bias entry, -1 where it sees none there: int32 [entries, tokens]."""
+    assert isinstance(pattern, BiasedPattern)
     sides = pattern.rpb_shape(layout.grid)
-    assert sides is not None
-    spans: list[Spans] = getattr(pattern, "spans")(layout.grid)  # noqa: B009 - only patterns with a bias have it
     key = np.zeros((1, 1), np.int64)
-    for axis, side in zip(spans, sides, strict=True):
+    for axis, side in zip(pattern.spans(layout.grid), sides, strict=True):
         on_axis = _axis_partners(axis, side)
         both = (key[:, None, :, None] >= 0) & (on_axis[None, :, None, :] >= 0)
         key = np.where(both, key[:, None, :, None] * axis.length + on_axis[None, :, None, :], -1)

@@ -55,7 +55,7 @@ def test_visits_are_the_pattern(layout, pattern, by_keys, sizes):
     parsed = parse(pattern)
     tiles = tiled(parsed, layout, *((tile, rows) if by_keys else (rows, tile)))
     run = program(tiles, by_keys, per_step, CPU)
-    extra = parsed.extra_keys(layout.grid)
+    extra = plan(parsed, layout).keys.extra
     truth = dense_mask(parsed, layout).numpy()
     if truth.shape[1] == layout.length and extra:
         grid = np.zeros((layout.length, extra), bool)

@@ -1,0 +1,182 @@
+"""Equal patterns compare equal, print alike and round-trip through their text: every pattern, every parameter."""
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from visattn import Layout, dense_mask, parse
+from visattn.patterns import (
+    PATTERNS,
+    Agent,
+    AgentSD,
+    Clear,
+    Dense,
+    Flow,
+    Halo,
+    Linear,
+    Mala,
+    Neighborhood,
+    Radial,
+    Routing,
+    Sigmoid,
+    SparseLinear,
+)
+from visattn.patterns.linear import FEATURES
+
+REAL = st.floats(allow_nan=False, allow_infinity=False)
+SHARE = st.floats(0, 1, exclude_max=True)
+POSITIVE = st.floats(0, exclude_min=True, allow_infinity=False, allow_nan=False)
+WORDS = st.sampled_from(sorted(FEATURES))
+WHOLE = st.integers(1, 10**6)
+
+
+def sides(low=1, also=(), dims=None):
+    """One value, or one per axis."""
+    one = st.integers(low, 40) | st.sampled_from([low, *also])
+    some = st.integers(1, 3) if dims is None else st.just(dims)
+    return one | some.flatmap(lambda n: st.tuples(*[one] * n))
+
+
+@st.composite
+def neighborhoods(draw):
+    dims = draw(st.integers(1, 3))
+    values = [draw(sides(also=(-1,), dims=dims)), draw(sides(dims=dims)), draw(sides(dims=dims))]
+    values.append(draw(st.booleans() | st.tuples(*[st.booleans()] * dims)))
+    return dict(zip(("window", "stride", "dilation", "causal"), values, strict=True)) | {"kind": Neighborhood}
+
+
+@st.composite
+def halos(draw):
+    dims = draw(st.integers(1, 3))
+    return {"kind": Halo, "block": draw(sides(also=(-1,), dims=dims)), "halo": draw(sides(0, dims=dims))}
+
+
+def made(kind, **parameters):
+    return st.fixed_dictionaries({"kind": st.just(kind), **parameters})
+
+
+STATIC = {
+    Dense: made(Dense),
+    Neighborhood: neighborhoods(),
+    Halo: halos(),
+    Clear: made(Clear, radius=WHOLE, pool=st.none() | sides(also=(-1,))),
+    Radial: made(Radial, decay=POSITIVE, sink=st.booleans(), block=WHOLE),
+}
+INNER = st.one_of(*STATIC.values())
+KINDS = STATIC | {
+    Routing: made(Routing, regions=sides(), topk=WHOLE),
+    Agent: made(Agent, agents=sides(also=(-1,))),
+    AgentSD: made(
+        AgentSD,
+        ratio=SHARE,
+        agent_ratio=SHARE,
+        cell=sides(dims=2),
+        late_agent_ratio=SHARE,
+        late_cell=sides(dims=2),
+        early=st.integers(0, 3) | st.floats(0, 1) | st.sampled_from([0.0, 1.0, 0.4]),
+        max_downsample=WHOLE,
+        read_scale=REAL,
+        shortcut=REAL,
+        seed=st.integers(0, 2**63),
+    ),
+    Linear: made(Linear, feature=WORDS),
+    Flow: made(Flow),
+    Mala: made(Mala),
+    SparseLinear: made(SparseLinear, sparse=INNER, feature=WORDS),
+    Sigmoid: made(Sigmoid, sparse=INNER, bias=st.none() | REAL),
+}
+
+
+def build(parameters):
+    """The pattern of drawn parameters, inner ones included."""
+    values = {n: build(v) if isinstance(v, dict) else v for n, v in parameters.items() if n != "kind"}
+    try:
+        return parameters["kind"](**values)
+    except ValueError as error:
+        # Parameters that exclude each other.
+        assume("stride" not in str(error) and "dilation" not in str(error))
+        raise
+
+
+@pytest.mark.parametrize("kind", PATTERNS, ids=lambda kind: kind.name)
+def test_every_pattern_is_what_its_text_says(kind):
+    @settings(deadline=None, max_examples=60)
+    @given(KINDS[kind], KINDS[kind])
+    def check(parameters, others):
+        pattern, other = build(parameters), build(others)
+        again = parse(str(pattern))
+        assert type(again) is kind and again == pattern and hash(again) == hash(pattern)
+        assert str(again) == str(pattern) and repr(again) == repr(pattern)
+        assert (pattern == other) == (str(pattern) == str(other))
+        assert pickle.loads(pickle.dumps(pattern)) == pattern
+
+    check()
+
+
+@settings(deadline=None, max_examples=80)
+@given(neighborhoods() | halos(), st.lists(st.integers(0, 5), min_size=4, max_size=4))
+def test_spellings_of_one_pattern_are_one_pattern(parameters, flips):
+    """Once a parameter has a value per axis, 2 and 2x2 are the same for the others; lists, arrays, floats too."""
+    axes = {len(v) for v in parameters.values() if isinstance(v, tuple)}
+    assume(axes)
+    names = [name for name in parameters if name != "kind"]
+    pattern, other = build(parameters), dict(parameters)
+    for name, flip in zip(names, flips, strict=False):
+        value = parameters[name]
+        if not isinstance(value, tuple) and flip % 2:
+            other[name] = (value,) * min(axes)
+        elif isinstance(value, tuple) and name != "causal":
+            other[name] = [list(value), tuple(np.array(value)), tuple(map(float, value))][flip % 3]
+    several = [name for name in names if isinstance(parameters[name], tuple) and len(set(parameters[name])) == 1]
+    if len(several) > 1 and flips[0] % 2:
+        other[several[-1]] = parameters[several[-1]][0]
+    same = build(other)
+    assert same == pattern and str(same) == str(pattern) and hash(same) == hash(pattern)
+
+
+@pytest.mark.parametrize(
+    ("text", "spellings"),
+    [
+        ("na(window=(7,), causal=true)", [Neighborhood((7,), causal=(True,)), Neighborhood(7, causal=(True,))]),
+        ("na(window=7x7, stride=2)", [Neighborhood(7, (2, 2)), parse("na((7, 7), stride=(2,2))")]),
+        ("na(window=3x3)", [Neighborhood((3, 3), (1, 1), (1, 1), (False, False)), parse("na(3x3, causal=0x0)")]),
+        ("na(window=5x5, causal=1x0)", [Neighborhood(5, causal=(1, 0)), parse("na(5, causal=(true, false))")]),
+        ("halo(block=8x8, halo=3)", [Halo(8, (3, 3)), Halo([8.0, 8.0], 3)]),
+        ("agent(agents=(7,))", [Agent((7,)), Agent([np.int64(7)])]),
+        ("sigmoid(sparse=na(window=(7,)), bias=0.0)", [Sigmoid("na((7,))", -0.0), Sigmoid(Neighborhood((7,)), 0)]),
+        ("agentsd(ratio=0.0)", [AgentSD(ratio=0), AgentSD(ratio=-0.0, cell=(4, 4), read_scale=np.float64(0.3))]),
+        ("agentsd(early=0)", [AgentSD(early=0.0), AgentSD(early=0)]),
+        ("radial(decay=2.0)", [Radial(2, sink=1), Radial(np.float32(2), True, block=128.0)]),
+    ],
+)
+def test_text_of_other_spellings(text, spellings):
+    assert all(str(pattern) == text and pattern == parse(text) for pattern in spellings)
+
+
+def test_what_differs_stays_apart():
+    assert AgentSD(early=1) != AgentSD(early=1.0) and str(AgentSD(early=1)) != str(AgentSD(early=1.0))
+    assert Neighborhood((7,)) != Neighborhood(7), "the second is defined on any number of axes"
+    dense_mask(Neighborhood(7), Layout((8, 8)))
+    with pytest.raises(ValueError, match=r"window=\(7,\) has 1 values but the grid has 2 axes: give 2 or 1"):
+        dense_mask(Neighborhood((7,)), Layout((8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Neighborhood(3, causal="false"), r"causal='false' must be true or false"),
+        (lambda: Neighborhood(3, causal=(True, "no")), r"causal='no' must be true or false"),
+        (lambda: Neighborhood(3, causal=2), r"causal=2 must be true or false"),
+        (lambda: Radial(sink="yes"), r"sink='yes' must be true or false"),
+        (lambda: AgentSD(cell=(4, 4, 4)), r"cell=4x4x4 has 3 values but the grid has 2 axes"),
+        (lambda: Neighborhood(float("inf")), r"window=inf must be a whole number"),
+        (lambda: parse("na(window=(7,seven))"), r"window=\(7,seven\) in .* is not a number, sizes like 7x7"),
+        (lambda: parse("na(window=())"), r"window=\(\) in .* is not a number, sizes like 7x7"),
+    ],
+)
+def test_values_that_have_no_form_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,218 @@
+"""The kinds of patterns, each with the hooks that its backends need."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
+
+from visattn.layout import Layout
+from visattn.patterns.base import Pattern
+from visattn.patterns.geometry import Bools, Spans, TilePairs, product_mask, product_pairs
+from visattn.tiling import Tiling, box_shape
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ListedPattern(Pattern):
+    """A pattern that is a list of key tiles for each query tile: the engines for lists run it."""
+
+    @abstractmethod
+    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
+        """The tile pairs with at least one visible pair of tokens that are known without q and k, each once.
+
+        Args:
+            grid: The grid of the layout; that of the tilings where `tiled_layout` changes nothing.
+            queries: The query side cut in tiles.
+            keys: The key side cut in tiles.
+        """
+
+    def tiled_layout(self, layout: Layout) -> Layout:
+        """The layout whose grid is cut in tiles; a pattern over the flat sequence returns a 1-D one."""
+        return layout
+
+    def tile(self, grid: tuple[int, ...], volume: int = 64) -> tuple[int, ...]:
+        """A good box of about `volume` tokens for tiles of this grid (of `tiled_layout`)."""
+        return box_shape(grid, volume)
+
+
+class StaticPattern(ListedPattern):
+    """A listed pattern that the grid alone decides: `check`, `grid_mask` and `tile_pairs` are all it needs."""
+
+    @abstractmethod
+    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
+        """The pattern's truth: visibility of grid token j to grid token i, bool [tokens, tokens]."""
+
+
+class SpannedPattern(StaticPattern):
+    """A static pattern that is one interval of keys per axis; `spans` gives mask, tiles and boxes of any backend."""
+
+    @abstractmethod
+    def spans(self, grid: tuple[int, ...]) -> list[Spans]:
+        """The visible positions of each query, per axis."""
+
+    def step(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Distance of neighbouring tokens in a tile per axis (the dilation)."""
+        return (1,) * len(grid)
+
+    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
+        """AND over the axes of one interval each."""
+        return product_mask(self.spans(grid))
+
+    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
+        """Tiles that the intervals of a query tile touch."""
+        return product_pairs(self.spans(grid), queries, keys)
+
+
+class BiasedPattern(SpannedPattern):
+    """A spanned pattern that takes a relative position bias (the `rpb` of `attention`)."""
+
+    @abstractmethod
+    def rpb_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Sides of the bias per head: [H, *sides]."""
+
+
+class PooledPattern(StaticPattern):
+    """A static pattern that may append pooled keys, one per cell of the grid, which every grid token sees."""
+
+    @abstractmethod
+    def pool_shape(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Tokens of a cell per axis, the sides of the pooling weight; None if it pools no keys."""
+
+    def extra_keys(self, grid: tuple[int, ...]) -> int:
+        """Number of pooled keys."""
+        cell = self.pool_shape(grid)
+        return 0 if cell is None else math.prod(-(-n // c) for n, c in zip(grid, cell, strict=True))
+
+    def append_keys(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        layout: Layout,
+        weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Put the pooled keys and values behind the others, see `pooling.append_pooled`.
+
+        Returns:
+            k and v [B, S + extra, Hkv, D] and the key mask [B, S + extra] or None.
+        """
+        from visattn.patterns.pooling import append_pooled
+
+        cell = self.pool_shape(layout.grid)
+        if cell is None:
+            return k, v, key_mask
+        if weight is None:
+            # A mean does not change where a cell is cut to the axis, and needs no padding there.
+            cell = tuple(min(c, n) for c, n in zip(cell, layout.grid, strict=True))
+        return append_pooled(k, v, key_mask, layout, cell, weight)
+
+
+class Tiled(Protocol):
+    """A layout cut in tiles on both sides, as a `visattn.plans.TilePlan` is."""
+
+    @property
+    def layout(self) -> Layout:
+        """The tokens."""
+        ...
+
+    @property
+    def queries(self) -> Tiling:
+        """The query side."""
+        ...
+
+    @property
+    def keys(self) -> Tiling:
+        """The key side."""
+        ...
+
+
+class RoutedPattern(ListedPattern):
+    """A listed pattern that computes the grid part of its lists from q and k.
+
+    What it always visits may come from `tile_pairs`; dense tokens are listed by the plan for every pattern.
+    """
+
+    @abstractmethod
+    def visible_pairs(self, grid: tuple[int, ...]) -> int:
+        """Visible pairs of grid tokens to expect, for estimates."""
+
+    @abstractmethod
+    def routed_tiles(self, grid: tuple[int, ...], keys: Tiling) -> int:
+        """Key tiles that `route` adds to the list of each grid query tile."""
+
+    @abstractmethod
+    def route(self, q: torch.Tensor, k: torch.Tensor, plan: Tiled) -> torch.Tensor:
+        """The key tiles that are chosen for each grid query tile.
+
+        Args:
+            q: Queries [B, S, H, D].
+            k: Keys [B, S, Hkv, D].
+            plan: A plan of this pattern.
+
+        Returns:
+            int64 [B, grid query tiles, n]: indices over all tiles of plan.keys, without duplicates, the same
+            number for every query tile. Short key tiles are not fully visible: their empty slots must be masked.
+        """
+
+    @abstractmethod
+    def routed_grid_mask(self, q: torch.Tensor, k: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """The pattern's truth for these q and k: visibility of grid tokens, bool [B, tokens, tokens]."""
+
+    def parts(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Contiguous parts per axis whose borders no tile crosses (the regions)."""
+        return (1,) * len(grid)
+
+    def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
+        """None: `route` lists them all."""
+        none = np.empty(0, np.int64)
+        masks = np.empty((0, queries.capacity, keys.capacity), bool)
+        return TilePairs(none, none, none, masks, self.visible_pairs(grid))
+
+
+class ComposedPattern(Pattern):
+    """A pattern that no list of key tiles describes: only the backend written for it runs it."""
+
+    # Whether its weights are a function of the products q . k, so that extra channels of both can carry a bias.
+    of_products: ClassVar[bool] = True
+
+    @property
+    def inner(self) -> StaticPattern | None:
+        """The pattern whose key tiles it visits, if it is built around one."""
+        return None
+
+    @abstractmethod
+    def instead(self, grid: tuple[int, ...]) -> str:
+        """What it is instead of a list of key tiles, for errors: "a product with sums over all keys"."""
+
+
+class MergingPattern(Pattern):
+    """A pattern that merges the tokens that are projected to q, k and v: only `apply` to a UNet installs it."""
+
+    @property
+    def stepped(self) -> bool:
+        """Whether it differs from denoising step to step."""
+        return False
+
+
+def pooled_part(pattern: Pattern) -> PooledPattern | None:
+    """What pools keys in a pattern: itself or what it is composed around, None if neither does."""
+    part = pattern.inner if isinstance(pattern, ComposedPattern) else pattern
+    return part if isinstance(part, PooledPattern) else None
+
+
+def with_pooled_keys(
+    pattern: Pattern,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    layout: Layout,
+    weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys, values and key mask with the keys that a pattern pools, see `PooledPattern.append_keys`."""
+    if not isinstance(pattern, PooledPattern):
+        return k, v, key_mask
+    return pattern.append_keys(k, v, key_mask, layout, weight)

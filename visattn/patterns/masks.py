@@ -1,0 +1,62 @@
+"""The truth of a pattern as a mask over all tokens, for small grids."""
+
+from __future__ import annotations
+
+import torch
+
+from visattn.layout import Layout
+from visattn.patterns.base import Pattern
+from visattn.patterns.kinds import ComposedPattern, PooledPattern, RoutedPattern, StaticPattern
+from visattn.patterns.text import parse
+
+
+def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
+    """The truth of a pattern as a mask over all tokens, for small grids.
+
+    Returns:
+        bool [S, S + extra] with S = layout.length; entry (i, j) says whether query i sees key j. The extra keys
+        are those that the pattern appends (the pooled keys of clear), which dense tokens do not see. The mask of a
+        composition around another pattern is that of the other.
+
+    Raises:
+        ValueError: If the pattern is not defined on the grid, or has no mask that is known without q and k.
+    """
+    pattern = parse(pattern)
+    pattern.check(layout.grid)
+    shown = pattern.inner or pattern if isinstance(pattern, ComposedPattern) else pattern
+    if isinstance(shown, RoutedPattern):
+        raise ValueError(f"the mask of {shown} depends on q and k: call routed_mask(pattern, layout, q, k)")
+    if not isinstance(shown, StaticPattern):
+        assert isinstance(shown, ComposedPattern)
+        what = shown.instead(layout.grid)
+        raise ValueError(f"{shown} has no mask: every token reads every other, as it is {what}")
+    extra = shown.extra_keys(layout.grid) if isinstance(shown, PooledPattern) else 0
+    mask = torch.ones(layout.length, layout.length + extra, dtype=torch.bool)
+    mask[:, layout.length :] = False
+    inner = slice(layout.prefix, layout.prefix + layout.tokens)
+    mask[inner, layout.length :] = True
+    mask[inner, inner] = torch.from_numpy(shown.grid_mask(layout.grid))
+    return mask
+
+
+def routed_mask(pattern: Pattern, layout: Layout, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The truth of a routed pattern as a mask over all tokens, for small grids.
+
+    Args:
+        pattern: A routed pattern.
+        layout: The tokens.
+        q: Queries [B, S, H, D].
+        k: Keys [B, S, Hkv, D].
+
+    Returns:
+        bool [B, S, S]; entry (b, i, j) says whether query i of sample b sees key j.
+
+    Raises:
+        ValueError: If the pattern is not routed.
+    """
+    if not isinstance(pattern, RoutedPattern):
+        raise ValueError(f"{pattern} is not routed: call dense_mask(pattern, layout)")
+    mask = torch.ones(len(q), layout.length, layout.length, dtype=torch.bool, device=q.device)
+    inner = slice(layout.prefix, layout.prefix + layout.tokens)
+    mask[:, inner, inner] = pattern.routed_grid_mask(q, k, layout)
+    return mask

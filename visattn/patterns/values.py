@@ -1,0 +1,120 @@
+"""Values of pattern parameters: checked, and in the one form that equal patterns share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+PerAxis = int | tuple[int, ...]
+
+
+def whole_numbers(value: Any, name: str, low: int, also: Sequence[int] = ()) -> PerAxis:
+    """Check a parameter that is one whole number or one per axis; lists become tuples.
+
+    Args:
+        value: What the user gave.
+        name: What the error calls it.
+        low: Smallest number allowed.
+        also: Further numbers allowed (-1 for a whole axis).
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    given = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    try:
+        whole = [int(n) for n in given]
+        good = len(whole) > 0 and all(w == n and (w >= low or w in also) for w, n in zip(whole, given, strict=True))
+    except (TypeError, ValueError, OverflowError):
+        good, whole = False, []
+    if not good:
+        extra = "".join(f" or {n}" for n in also)
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}{extra}, or one per axis like 7x7")
+    return tuple(whole) if isinstance(value, Sequence) else whole[0]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite real number and no boolean."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def real_number(value: Any) -> float:
+    """A number as the float that stands for all its spellings: 1 is 1.0, and -0.0 is 0.0."""
+    return float(value) + 0.0
+
+
+def flag(value: Any, name: str) -> bool:
+    """Check a parameter that is true or false; 1 and 0 mean the same.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if not isinstance(value, numbers.Real | np.bool_) or value not in (0, 1):
+        raise ValueError(f"{name}={value!r} must be true or false")
+    return bool(value)
+
+
+def aligned(values: dict[str, Any], what: object = "") -> dict[str, Any]:
+    """Values per axis in canonical form: the first alone says how many axes there are.
+
+    Several spellings mean the same once one parameter has a value per axis: window 7x7 with stride 2 or 2x2. The
+    first parameter then gets one value per axis, and the others stay tuples only where they differ by axis.
+
+    Args:
+        values: Parameters by name, each one value or a tuple of one per axis.
+        what: What the error calls them, the pattern itself.
+
+    Raises:
+        ValueError: If two of them have different numbers of axes.
+    """
+    lengths = {len(value) for value in values.values() if isinstance(value, tuple)}
+    if not lengths:
+        return values
+    if len(lengths) > 1:
+        *others, last = values
+        raise ValueError(f"{what}: {', '.join(others)} and {last} must have equally many axes (or be scalars)")
+    first, *rest = values
+    return {first: per_axis(values[first], lengths.pop(), first)} | {name: uniform(values[name]) for name in rest}
+
+
+def axis_values(pattern: Any) -> dict[str, Any]:
+    """The parameters of a pattern that may have a value per axis, by name; those that are None are left out."""
+    hints = get_type_hints(type(pattern))
+    found = {f.name: getattr(pattern, f.name) for f in dataclasses.fields(pattern) if _has_tuples(hints[f.name])}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _has_tuples(hint: Any) -> bool:
+    return any(get_origin(kind) is tuple for kind in get_args(hint))
+
+
+def uniform(value: Any) -> Any:
+    """One value for a tuple that repeats it, anything else as it is."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+
+
+def per_axis(value: Any, dims: int, name: str) -> tuple[Any, ...]:
+    """One value per grid axis; a scalar holds for every axis.
+
+    Raises:
+        ValueError: If the number of values is not the number of axes.
+    """
+    if not isinstance(value, tuple):
+        return (value,) * dims
+    if len(value) != dims:
+        give = f"{dims} or 1" if dims > 1 else "1 value"
+        raise ValueError(f"{name}={as_text(value)} has {len(value)} values but the grid has {dims} axes: give {give}")
+    return value
+
+
+def as_text(value: Any) -> str:
+    """A value as `parse` reads it: 7x7, (7,) for the value of a single axis, true, none, 0.5."""
+    if isinstance(value, tuple):
+        return f"({as_text(value[0])},)" if len(value) == 1 else "x".join(str(int(v)) for v in value)
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return repr(value) if isinstance(value, float) else str(value)
