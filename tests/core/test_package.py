@@ -6,6 +6,7 @@ import pkgutil
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,8 @@ def test_the_changelog_speaks_of_this_version():
 
 def test_the_oldest_libraries_of_the_workflow_are_those_that_the_package_claims():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    claims = [Requirement(r) for r in project["dependencies"] + sum(project["optional-dependencies"].values(), [])]
+    extras = chain.from_iterable(project["optional-dependencies"].values())
+    claims = [Requirement(text) for text in chain(project["dependencies"], extras)]
     lowest = {claim.name: str(claim.specifier).removeprefix(">=") for claim in claims if claim.specifier}
     lines = (ROOT / ".github" / "oldest.txt").read_text().splitlines()
     installed = [Requirement(line) for line in lines if not line.startswith("#")]

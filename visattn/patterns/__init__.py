@@ -64,6 +64,12 @@ PATTERNS: tuple[type[Pattern], ...] = (
 def parse(text: str | Pattern) -> Pattern:
     """Build the pattern that a text like `na(window=7x7)` names; a pattern passes through.
 
+    Args:
+        text: The text, or a pattern.
+
+    Returns:
+        The pattern; the same object for the same text.
+
     Raises:
         ValueError: If the text names an unknown pattern or parameter, or a value is out of range.
     """
@@ -82,6 +88,10 @@ def _parsed(text: str) -> Pattern:
 
 def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
     """The truth of a pattern as a mask over all tokens, for small grids.
+
+    Args:
+        pattern: A pattern or its text.
+        layout: Where the tokens sit.
 
     Returns:
         bool [S, S + extra] with S = layout.length; entry (i, j) says whether query i sees key j. The extra keys
