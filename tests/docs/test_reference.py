@@ -8,6 +8,7 @@ import types
 import pytest
 
 import visattn
+from scripts import tree
 from scripts.pages import ROOT
 from visattn.patterns import PATTERNS
 
@@ -72,3 +73,9 @@ def check(thing):
     assert parameters == found.get("Args", set()), f"{thing.__qualname__}: Args"
     returns = inspect.signature(thing).return_annotation
     assert returns in ("None", None) or "Returns" in found, f"{thing.__qualname__}: Returns"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout: run this test in a clone")
+def test_the_tree_in_the_design_is_that_of_the_checkout():
+    page = tree.PAGE.read_text(encoding="utf-8")
+    assert tree.render(page) == page, "run `python -m scripts.tree`"
