@@ -1,6 +1,6 @@
 """What the documentation's site has beyond docs: a hook of mkdocs (see mkdocs.yml).
 
-- The README, CONTRIBUTING.md, CHANGELOG.md and SECURITY.md are pages of it.
+- The README, CONTRIBUTING.md, CHANGELOG.md and SECURITY.md are pages of it, the licence is a file.
 - Below a block of one `visattn show` command stands the picture that it draws, below one of `visattn ... --help` the
   text that it prints.
 """
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-# Pages of the top level, by their name on the site.
+# Files of the top level, by their name on the site.
 TOP = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "security.md": "SECURITY.md",
+    "license.txt": "LICENSE",
+    "notice.txt": "NOTICE",
 }
 BLOCK = re.compile(r"^```sh\n(visattn [^\n]*)\n```$", re.MULTILINE)
 
@@ -67,7 +69,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, source in TOP.items():
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
         for page, original in TOP.items():
-            text = text.replace(f"]({original}", f"]({page}")
+            text = text.replace(f"]({original})", f"]({page})")
         files.append(File.generated(config, name, content=text))
     return files
 
@@ -84,5 +86,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return "\n\n".join([block[0], *drawn])
 
     for name, source in TOP.items():
-        markdown = markdown.replace(f"](../{up}{source}", f"]({up}{name}")
+        markdown = markdown.replace(f"](../{up}{source})", f"]({up}{name})")
     return BLOCK.sub(below, markdown)

@@ -50,7 +50,7 @@ def draw(pipe: Any, chosen: argparse.Namespace) -> tuple[Image.Image, float]:
 def main(arguments: list[str] | None = None) -> None:
     """Draw twice and say what it took."""
     chosen = options(arguments)
-    pipe = diffusers.FluxPipeline.from_pretrained(chosen.model, torch_dtype=torch.bfloat16)
+    pipe: Any = diffusers.FluxPipeline.from_pretrained(chosen.model, torch_dtype=torch.bfloat16)
     if torch.cuda.is_available():
         pipe.enable_model_cpu_offload()
     # High resolutions differ most where the first steps differ: those stay dense.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import timm
 import timm.data
@@ -43,7 +44,7 @@ def loaders(model: nn.Module, chosen: argparse.Namespace) -> tuple[DataLoader, D
     config = timm.data.resolve_model_data_config(model, {"img_size": chosen.image_size})
     made = []
     for part, training in (("train", True), ("val", False)):
-        data = timm.data.create_dataset("", root=chosen.data / part, split=part)
+        data: Any = timm.data.create_dataset("", root=chosen.data / part, split=part)
         data.transform = timm.data.create_transform(**config, is_training=training)
         made.append(DataLoader(data, chosen.batch, shuffle=training, num_workers=chosen.workers))
     return made[0], made[1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -38,7 +39,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Generate the video and say what ran."""
     chosen = options(arguments)
-    pipe = diffusers.WanPipeline.from_pretrained(chosen.model, torch_dtype=torch.bfloat16)
+    pipe: Any = diffusers.WanPipeline.from_pretrained(chosen.model, torch_dtype=torch.bfloat16)
     if torch.cuda.is_available():
         pipe.enable_model_cpu_offload()
     # strict: an error instead of a quietly dense video, should the pattern not fit the model.
