@@ -36,3 +36,18 @@ install_extras() {
     "$PY" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
     echo "$stamp" >"$done_before"
 }
+
+# A browser for the tests that open the HTML report: Debian's chromium, where this may install it.
+install_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome; do
+        if command -v "$name" >/dev/null; then return; fi
+    done
+    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        echo "Installing chromium ..."
+        if apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install chromium >/dev/null; then return; fi
+    fi
+    echo "The tests of the HTML report open it in chromium or google-chrome, and neither is on the PATH. Install one" \
+        "(Debian: apt-get install chromium), or run as root where apt-get can." >&2
+    return 1
+}

@@ -1,0 +1,1 @@
+"""The specification: the rooms again, each with its oracles."""

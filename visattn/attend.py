@@ -189,6 +189,9 @@ def explain(
         rpb: Whether a relative position bias will be passed.
         return_lse: Whether the log-sum-exp will be asked for.
 
+    Returns:
+        The choice, its reason and every other backend's; print it.
+
     Raises:
         ValueError: If layout, pattern and q do not fit together.
     """
@@ -201,5 +204,9 @@ def explain(
 
 
 def backends() -> dict[str, Support]:
-    """Every backend, and whether this machine has what it needs (the reason if not)."""
+    """Every backend, and whether this machine has what it needs.
+
+    Returns:
+        Support by name, in order of preference; its `reason` says what is missing.
+    """
     return {name: load(name).available() for name in NAMES}

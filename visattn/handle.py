@@ -158,6 +158,9 @@ def apply(
         weights: File that `Handle.save` wrote: learnable parameters of the same patterns at the same layers. None
             starts from their initial values.
 
+    Returns:
+        The handle that reports and undoes; also a context manager.
+
     Raises:
         ValueError: If the target is unknown or already patched, the pattern does not fit it, nothing is
             selected, or the weights are missing or of other layers, patterns or shapes.

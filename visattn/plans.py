@@ -160,6 +160,9 @@ def plan(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Tile] 
         tile: Box of grid tokens per tile, e.g. (8, 8), a pair of such boxes for queries and keys, or None for
             the pattern's choice.
 
+    Returns:
+        The plan, the same object for equal arguments.
+
     Raises:
         ValueError: If the pattern is not defined on the grid or the tile does not fit it.
     """

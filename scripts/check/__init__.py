@@ -1,1 +1,1 @@
-"""Whether the GPU engines are right, on a GPU."""
+"""Whether the built package is whole, and the GPU engines are right on a GPU."""

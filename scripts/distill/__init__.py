@@ -1,1 +1,1 @@
-"""What the distillation scripts share: settings, cached samples, losses, the student, checkpoints and the loop."""
+"""Distillation: settings, cached samples, losses, the student, checkpoints and the loop."""

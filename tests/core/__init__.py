@@ -1,0 +1,1 @@
+"""What every backend and adapter stands on: layouts, plans, attention, files, the package."""

@@ -5,10 +5,16 @@ import json
 import pkgutil
 import subprocess
 import sys
+import tomllib
+from itertools import chain
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import visattn
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def python(code: str) -> str:
@@ -49,3 +55,31 @@ def test_only_the_package_itself_is_installed():
     top = importlib.metadata.distribution("visattn").read_text("top_level.txt")
     assert (top or "visattn").split() == ["visattn"]
     assert importlib.metadata.version("visattn") == visattn.__version__
+
+
+def test_every_folder_of_code_is_a_package_that_gets_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    places = settings["package-dir"]
+    listed = set(settings["packages"])
+    found = set()
+    for package, place in places.items():
+        folders = [file.parent.relative_to(ROOT / place) for file in (ROOT / place).rglob("*.py")]
+        found |= {".".join((package, *folder.parts)) for folder in folders}
+    # rglob follows no links, so the rooms are found under their own names only.
+    assert listed == found
+
+
+def test_the_changelog_speaks_of_this_version():
+    assert f"## [{visattn.__version__}]" in (text := (ROOT / "CHANGELOG.md").read_text()) or "## [Unreleased]" in text
+
+
+def test_the_oldest_libraries_of_the_workflow_are_those_that_the_package_claims():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = chain.from_iterable(project["optional-dependencies"].values())
+    claims = [Requirement(text) for text in chain(project["dependencies"], extras)]
+    lowest = {claim.name: str(claim.specifier).removeprefix(">=") for claim in claims if claim.specifier}
+    lines = (ROOT / ".github" / "oldest.txt").read_text().splitlines()
+    installed = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert {r.name: str(r.specifier).removeprefix("==").removesuffix(".*") for r in installed} == {
+        name: lowest[name] for name in ("torch", "diffusers", "timm")
+    }

@@ -161,7 +161,7 @@ def test_writes_all_of_its_outputs(name, text):
 
 
 @pytest.mark.parametrize("volume", [64, 128])
-@pytest.mark.parametrize("case", [case for case, (text, _) in CASES.items() if not isinstance(parse(text), RoutedPattern)])
+@pytest.mark.parametrize("case", [c for c, (text, _) in CASES.items() if not isinstance(parse(text), RoutedPattern)])
 def test_flex_tiles_are_multiples_of_its_kernel_blocks_and_show_the_same(case, volume):
     text, layout = CASES[case]
     tiles = tile_plan(parse(text), layout, volume)

@@ -1,0 +1,1 @@
+"""Swapped timm models and the backbones, against golden outputs."""

@@ -1,0 +1,1 @@
+"""Each pattern's geometry against its definition."""

@@ -1,0 +1,1 @@
+"""Patched diffusers pipelines, and what they work together with."""

@@ -1,0 +1,1 @@
+"""Training, measuring and rendering, on tiny models."""

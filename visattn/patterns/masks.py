@@ -13,6 +13,10 @@ from visattn.patterns.text import parse
 def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
     """The truth of a pattern as a mask over all tokens, for small grids.
 
+    Args:
+        pattern: A pattern or its text.
+        layout: Where the tokens sit.
+
     Returns:
         bool [S, S + extra] with S = layout.length; entry (i, j) says whether query i sees key j. The extra keys
         are those that the pattern appends (the pooled keys of clear), which dense tokens do not see. The mask of a

@@ -19,6 +19,12 @@ def parse(text: str | Pattern) -> Pattern:
     its name: `na(7x7)`. A value is a number, 7x7 or (7, 7) with a value per axis, (7,) for a single axis, true, false,
     none, a word, or a pattern inside the pattern, bare or in quotes: `sigmoid(sparse=na(window=7x7))`.
 
+    Args:
+        text: The text, or a pattern.
+
+    Returns:
+        The pattern; the same object for the same text.
+
     Raises:
         ValueError: If the text names an unknown pattern or parameter, or a value is out of range.
     """

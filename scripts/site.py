@@ -1,0 +1,90 @@
+"""What the documentation's site has beyond docs: a hook of mkdocs (see mkdocs.yml).
+
+- The README, CONTRIBUTING.md, CHANGELOG.md and SECURITY.md are pages of it, the licence is a file.
+- Below a block of one `visattn show` command stands the picture that it draws, below one of `visattn ... --help` the
+  text that it prints.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from typer.testing import CliRunner
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+# Files of the top level, by their name on the site.
+TOP = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "security.md": "SECURITY.md",
+    "license.txt": "LICENSE",
+    "notice.txt": "NOTICE",
+}
+BLOCK = re.compile(r"^```sh\n(visattn [^\n]*)\n```$", re.MULTILINE)
+
+
+def run(words: list[str]) -> str:
+    """What a visattn command prints.
+
+    Raises:
+        RuntimeError: If it fails.
+    """
+    from visattn.cli import app
+
+    result = CliRunner().invoke(app, words[1:], prog_name="visattn", env={"COLUMNS": "100"})
+    if result.exit_code:
+        raise RuntimeError(f"{shlex.join(words)} failed: {result.output} {result.exception!r}")
+    return result.output
+
+
+def shown(markdown: str) -> Iterator[tuple[list[str], str]]:
+    """The `visattn show` commands of a page that write a picture, with the picture's name."""
+    for line in BLOCK.findall(markdown):
+        words = shlex.split(line)
+        if words[1] == "show" and "--out" in words:
+            yield words, words[words.index("--out") + 1]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages of the top level, and the pictures that pages draw."""
+    from mkdocs.structure.files import File
+
+    with tempfile.TemporaryDirectory() as folder:
+        for page in list(files.documentation_pages()):
+            for words, name in shown(page.content_string):
+                drawn = Path(folder, name)
+                run([*words, "--force", "--out", str(drawn)])
+                files.append(File.generated(config, f"drawn/{name}", content=drawn.read_bytes()))
+    for name, source in TOP.items():
+        text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
+        for page, original in TOP.items():
+            text = text.replace(f"]({original})", f"]({page})")
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put pictures and outputs below their commands, and let links to the top level stay on the site."""
+    up = "../" * page.file.src_uri.count("/")
+
+    def below(block: re.Match[str]) -> str:
+        words = shlex.split(block[1])
+        if words[-1] == "--help":
+            return f"{block[0]}\n\n```text\n{run(words).strip()}\n```"
+        drawn = [f"![{words[2]}]({up}drawn/{name})" for _, name in shown(block[0])]
+        return "\n\n".join([block[0], *drawn])
+
+    for name, source in TOP.items():
+        markdown = markdown.replace(f"](../{up}{source})", f"]({up}{name})")
+    return BLOCK.sub(below, markdown)

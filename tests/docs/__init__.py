@@ -1,0 +1,1 @@
+"""What the pages say: their code runs, their commands parse, their links lead somewhere."""
