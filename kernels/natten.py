@@ -12,6 +12,7 @@ import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead, visited_pairs
 from visattn.kernels.sdpa import log_sum_exp
+from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import Neighborhood
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,37 +47,42 @@ class Natten(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
-        layout, pattern = call.layout, call.pattern
-        assert isinstance(pattern, Neighborhood)
-        module, reason = _natten()
-        assert module is not None, reason
-        if call.scale == 0:
-            # NATTEN takes a scale of 0 for none given; zero queries are the same logits.
-            q, scale = q * 0, 1.0
-        else:
-            scale = call.scale
-        inner = slice(layout.prefix, layout.prefix + layout.tokens)
-        window, stride, dilation, causal = zip(*pattern.axes(layout.grid), strict=True)
-        grid = [t[:, inner].unflatten(1, layout.grid) for t in (q, k, v)]
-        extra = [torch.cat([t[:, : inner.start], t[:, inner.stop :]], 1) for t in (k, v)]
-        given: dict[str, Any] = {}
-        if extra[0].shape[1]:
-            given = {"additional_keys": extra[0], "additional_values": extra[1]}
-        attend = (module.na1d, module.na2d, module.na3d)[layout.dims - 1]
-        out, lse = attend(
-            *grid,
-            kernel_size=window,
-            stride=tuple(map(min, stride, window)),
-            dilation=dilation,
-            is_causal=causal,
-            scale=scale,
-            return_lse=True,
-            **given,
-        )
-        out, lse = out.flatten(1, layout.dims), lse.flatten(1, layout.dims)
-        if not given:
-            return out, lse if call.lse else None
-        return _around_grid(q, k, v, out, lse, scale, inner, call.lse)
+        return lists_with_formula(attend, q, k, v, call)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention by NATTEN; arguments as in `Backend.run`."""
+    layout, pattern = call.layout, call.pattern
+    assert isinstance(pattern, Neighborhood)
+    module, reason = _natten()
+    assert module is not None, reason
+    if call.scale == 0:
+        # NATTEN takes a scale of 0 for none given; zero queries are the same logits.
+        q, scale = q * 0, 1.0
+    else:
+        scale = call.scale
+    inner = slice(layout.prefix, layout.prefix + layout.tokens)
+    window, stride, dilation, causal = zip(*pattern.axes(layout.grid), strict=True)
+    grid = [t[:, inner].unflatten(1, layout.grid) for t in (q, k, v)]
+    extra = [torch.cat([t[:, : inner.start], t[:, inner.stop :]], 1) for t in (k, v)]
+    given: dict[str, Any] = {}
+    if extra[0].shape[1]:
+        given = {"additional_keys": extra[0], "additional_values": extra[1]}
+    run = (module.na1d, module.na2d, module.na3d)[layout.dims - 1]
+    out, lse = run(
+        *grid,
+        kernel_size=window,
+        stride=tuple(map(min, stride, window)),
+        dilation=dilation,
+        is_causal=causal,
+        scale=scale,
+        return_lse=True,
+        **given,
+    )
+    out, lse = out.flatten(1, layout.dims), lse.flatten(1, layout.dims)
+    if not given:
+        return out, lse if call.lse else None
+    return _around_grid(q, k, v, out, lse, scale, inner, call.lse)
 
 
 # Time per visited pair of NATTEN's CUDA kernels (65 to 79 % of the tile bound in its paper), and per pair of eager

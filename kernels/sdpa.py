@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead, sees_all
 from visattn.kernels.masks import visible
+from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import ListedPattern, RoutedPattern
 
 # A bool mask of this many entries is 256 MiB.
@@ -52,22 +53,27 @@ class Sdpa(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
-        dense = sees_all(call.pattern, call.layout)
-        mask = None if dense and call.key_mask is None else _visible(q, k, call, dense)
-        blind = None
-        if mask is not None and call.key_mask is not None:
-            # Kernels differ in what a row without visible keys gives, some NaN: let it see all, then zero it.
-            blind = ~mask.any(-1, keepdim=True)
-            mask = mask | blind
-        heads_first = [t.transpose(1, 2) for t in (q, k, v)]
-        # While torch.jit.trace records, sizes are tensors.
-        grouped = bool(q.shape[2] != k.shape[2])
-        out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
-        lse = log_sum_exp(heads_first[0], heads_first[1], mask, call.scale) if call.lse else None
-        if blind is not None:
-            out = out.masked_fill(blind, 0)
-            lse = None if lse is None else lse.masked_fill(blind[..., 0], float("-inf"))
-        return out.transpose(1, 2), None if lse is None else lse.transpose(1, 2)
+        return lists_with_formula(attend, q, k, v, call)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention in torch's kernels, whose gradients have none; arguments as in `Backend.run`."""
+    dense = sees_all(call.pattern, call.layout)
+    mask = None if dense and call.key_mask is None else _visible(q, k, call, dense)
+    blind = None
+    if mask is not None and call.key_mask is not None:
+        # Kernels differ in what a row without visible keys gives, some NaN: let it see all, then zero it.
+        blind = ~mask.any(-1, keepdim=True)
+        mask = mask | blind
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    # While torch.jit.trace records, sizes are tensors.
+    grouped = bool(q.shape[2] != k.shape[2])
+    out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
+    lse = log_sum_exp(heads_first[0], heads_first[1], mask, call.scale) if call.lse else None
+    if blind is not None:
+        out = out.masked_fill(blind, 0)
+        lse = None if lse is None else lse.masked_fill(blind[..., 0], float("-inf"))
+    return out.transpose(1, 2), None if lse is None else lse.transpose(1, 2)
 
 
 # Time over plain SDPA's with a full mask, with a key mask alone, and of the log-sum-exp on its own

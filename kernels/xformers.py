@@ -13,6 +13,7 @@ import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead, sees_all
 from visattn.kernels.masks import visible
+from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import ListedPattern, Neighborhood
 
 # A bias of this many entries in 2 bytes each is 128 MiB.
@@ -50,15 +51,20 @@ class Xformers(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
-        ops, reason = _ops()
-        assert ops is not None, reason
-        block = block_of(Problem.of(q, k, v, call))
-        if block is not None:
-            queries, keys, values = (to_blocks(t, call.layout.grid, block) for t in (q, k, v))
-            out = _attend(ops, queries, keys, values, None, call.scale)
-            return from_blocks(out, call.layout.grid, block), None
-        bias = None if sees_all(call.pattern, call.layout) else _bias(visible(call, q, k), q)
-        return _attend(ops, q, k, v, bias, call.scale), None
+        return lists_with_formula(attend, q, k, v, call)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention by xFormers; arguments as in `Backend.run`."""
+    ops, reason = _ops()
+    assert ops is not None, reason
+    block = block_of(Problem.of(q, k, v, call))
+    if block is not None:
+        queries, keys, values = (to_blocks(t, call.layout.grid, block) for t in (q, k, v))
+        out = _attend(ops, queries, keys, values, None, call.scale)
+        return from_blocks(out, call.layout.grid, block), None
+    bias = None if sees_all(call.pattern, call.layout) else _bias(visible(call, q, k), q)
+    return _attend(ops, q, k, v, bias, call.scale), None
 
 
 # Time over torch's SDPA per pair (Flash kernels behind both), and under a tensor bias: estimates.

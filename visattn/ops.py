@@ -138,6 +138,11 @@ def autograd_inside_operator() -> Iterator[None]:
         yield
 
 
+def gradient_leaf(t: torch.Tensor, graph: bool) -> torch.Tensor:
+    """What to differentiate by instead of an input; with `graph` still connected to where the input comes from."""
+    return t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_()
+
+
 def recompute_gradients(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
@@ -146,21 +151,26 @@ def recompute_gradients(
     v: torch.Tensor,
     call: Call,
     backend: str,
+    graph: bool = False,
 ) -> list[torch.Tensor]:
-    """Run the call again with gradients; returns those of q, k, v, rpb (empty without one) and the parameters."""
+    """Run the call again with gradients; returns those of q, k, v, rpb (empty without one) and the parameters.
+
+    With `graph` they can be differentiated again.
+    """
     with autograd_inside_operator(), torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        rpb = None if call.rpb is None else call.rpb.detach().requires_grad_()
-        parameters = {name: t.detach().requires_grad_() for name, t in call.parameters.items()}
-        again = replace(call, rpb=rpb, parameters=parameters)
-        out, lse = run_call(leaves[0], leaves[1], leaves[2], again, backend)
+        leaves = [gradient_leaf(t, graph) for t in (q, k, v)]
+        rpb = None if call.rpb is None else gradient_leaf(call.rpb, graph)
+        parameters = {name: gradient_leaf(t, graph) for name, t in call.parameters.items()}
+        own = replace(call, rpb=rpb, parameters=parameters)
+        out, lse = run_call(leaves[0], leaves[1], leaves[2], own, backend)
         outputs, grads = [out], [grad_out]
         if call.lse and lse is not None:
             outputs.append(lse)
             grads.append(grad_lse)
         inputs = [*leaves, *([] if rpb is None else [rpb]), *parameters.values()]
         # A pattern that covers the grid may not use all of its parameters.
-        found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True)
+        again = {"create_graph": graph, "allow_unused": True, "materialize_grads": True}
+        found = torch.autograd.grad(outputs, inputs, grads, **again)
         made = [g.contiguous() for g in found]
         return made if rpb is not None else [*made[:3], q.new_empty(0), *made[3:]]
 
@@ -189,7 +199,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    found = _attend_backward(grad_out, grad_lse, *saved[:5], list(saved[5:]), *ctx.rest)
+    if torch.is_grad_enabled():
+        # A graph of the gradients is asked for, and what an operator returns has none.
+        names, pattern, grid, prefix, suffix, scale, backend, lse = ctx.rest
+        where = parse(pattern), Layout(grid, prefix, suffix)
+        call = Call(*where, scale, saved[3], saved[4], lse, _named(names, saved[5:]))
+        found = recompute_gradients(grad_out, grad_lse, saved[0], saved[1], saved[2], call, backend, graph=True)
+    else:
+        found = _attend_backward(grad_out, grad_lse, *saved[:5], list(saved[5:]), *ctx.rest)
     return *found[:3], None, None if saved[4] is None else found[3], found[4:], *(None for _ in ctx.rest)
 
 

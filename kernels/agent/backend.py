@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional
 
 from visattn.dispatch import Backend, Call, Problem, Support
+from visattn.kernels.linear.features import widened
+from visattn.kernels.second_order import by_autograd, with_formula
 from visattn.kernels.triton.backend import on_gpu
 from visattn.layout import Layout
 from visattn.patterns import Agent
@@ -149,8 +151,28 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     """Dense attention, heads before tokens, with a bool mask or a bias."""
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
-    grouped = q.shape[1] != k.shape[1]
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    bias = () if mask is None or mask.dtype == torch.bool else (mask,)
+
+    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grouped = q.shape[1] != k.shape[1]
+        own = bias[0] if bias else mask
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=own, scale=scale, enable_gqa=grouped), None
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+        return _plain(q, k, v, bias[0] if bias else mask, scale)
+
+    return with_formula(fused, (q, k, v, *bias), lambda: by_autograd(plain))[0]
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """The same by operators that have derivatives of all orders."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (widened(t) for t in (q, k, v))
+    k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1) @ v
 
 
 def _local(v: torch.Tensor, layout: Layout, convolution: Convolution) -> torch.Tensor:

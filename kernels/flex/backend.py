@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead, unlisted, visited_pairs
 from visattn.kernels.flex.blocks import blocks, compiled, score_mod, tile_plan
+from visattn.kernels.second_order import lists_with_formula
 
 # Slots of a tile. On CUDA every block size of torch's own configurations divides 128.
 TILE = {"cpu": 64, "cuda": 128}
@@ -56,26 +57,29 @@ class Flex(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
-        found = blocks(call.pattern, call.layout, TILE[q.device.type], q.device)
-        heads_first = [
-            side.gather(t).transpose(1, 2) for side, t in ((found.queries, q), (found.keys, k), (found.keys, v))
-        ]
-        key_mask = None if call.key_mask is None else found.keys.gather(call.key_mask)
-        bias = None if call.rpb is None else score_mod(found, call.pattern, call.layout, call.rpb)
-        attend = compiled(_signature([*heads_first, found.masks, found.pair, key_mask, call.rpb], call))
-        with torch.autocast(q.device.type, enabled=False):
-            out, aux = attend(
-                *heads_first,
-                score_mod=bias,
-                block_mask=found.masked(key_mask),
-                scale=call.scale,
-                enable_gqa=q.shape[2] != k.shape[2],
-                return_aux=AuxRequest(lse=call.lse),
-                # Without this a short sequence runs a decoding kernel with other limits.
-                kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if q.is_cuda else None,
-            )
-        out = out.transpose(1, 2).index_select(1, found.slot_of_token)
-        return out, aux.lse.transpose(1, 2).index_select(1, found.slot_of_token) if call.lse else None
+        return lists_with_formula(attend, q, k, v, call)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention by FlexAttention; arguments as in `Backend.run`."""
+    found = blocks(call.pattern, call.layout, TILE[q.device.type], q.device)
+    heads_first = [side.gather(t).transpose(1, 2) for side, t in ((found.queries, q), (found.keys, k), (found.keys, v))]
+    key_mask = None if call.key_mask is None else found.keys.gather(call.key_mask)
+    bias = None if call.rpb is None else score_mod(found, call.pattern, call.layout, call.rpb)
+    run = compiled(_signature([*heads_first, found.masks, found.pair, key_mask, call.rpb], call))
+    with torch.autocast(q.device.type, enabled=False):
+        out, aux = run(
+            *heads_first,
+            score_mod=bias,
+            block_mask=found.masked(key_mask),
+            scale=call.scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+            return_aux=AuxRequest(lse=call.lse),
+            # Without this a short sequence runs a decoding kernel with other limits.
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if q.is_cuda else None,
+        )
+    out = out.transpose(1, 2).index_select(1, found.slot_of_token)
+    return out, aux.lse.transpose(1, 2).index_select(1, found.slot_of_token) if call.lse else None
 
 
 # Time per visited pair over dense SDPA's, in tiles without and with a mask: estimates, to be

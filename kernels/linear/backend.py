@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead
-from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
+from visattn.kernels.linear.features import elu_plus_one, features, repeated
 from visattn.kernels.linear.flow import flow_attention
 from visattn.kernels.linear.mala import mala_attention
+from visattn.kernels.linear.plain import linear_attention
 from visattn.kernels.triton.backend import on_gpu
 from visattn.patterns import Flow, Linear, Mala
 from visattn.patterns.linear import LinearForm, feature_channels
@@ -70,30 +71,6 @@ def _in_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature: str, 
         return linear.linear_attention(q, k, v, call.key_mask, feature)
     mapped = features(q, k, feature, call.parameters, call.key_mask)
     return linear.linear_attention(mapped[0], mapped[1], repeated(v, mapped[1].shape[2]), None, "given")
-
-
-def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """q_i . sum_j k_j v_j / (q_i . sum_j k_j) of features that are at least 0.
-
-    Args:
-        q: Features of the queries [B, S, H, F], float32 at least.
-        k: Features of the keys [B, N, Hkv or H, F]; zeros hide a key.
-        v: Values [B, N, Hkv, D].
-
-    Returns:
-        [B, S, H, D] in v's dtype; zeros for a query whose features meet no key's.
-    """
-    values = repeated(widened(v), k.shape[2])
-    state = torch.einsum("bshf,bshd->bhfd", k, values)
-    grouped = q.unflatten(2, (k.shape[2], -1))
-    total = torch.einsum("bsgef,bgf->bsge", grouped, k.sum(1))
-    product = torch.einsum("bsgef,bgfd->bsged", grouped, state)
-    return divided(product, total).flatten(2, 3).to(v.dtype)
-
-
-def divided(product: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Products [..., D] over their normaliser [...]; zeros where nothing was summed."""
-    return product / total.masked_fill(total < torch.finfo(total.dtype).tiny, 1)[..., None]
 
 
 backend = LinearBackend()

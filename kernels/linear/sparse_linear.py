@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support, choose, overhead, run_call
-from visattn.kernels.linear.backend import divided
 from visattn.kernels.linear.features import features, repeated, widened
+from visattn.kernels.linear.plain import divided
 from visattn.kernels.plan_chunks import Chunk, plan_tables, run_chunks, tiled
 from visattn.patterns import SparseLinear
 from visattn.patterns.linear import feature_channels

@@ -56,7 +56,7 @@ class Tiles(Backend):
         """See `Backend.run`."""
         inputs = [t for t in (q, k, v, call.rpb) if t is not None]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        work = Work(_problems_of(q, k, call), call.scale, call.key_mask, call.lse or learns)
+        work = Work(problems_of(q, k, call), call.scale, call.key_mask, call.lse or learns)
         return TileAttention.apply(q, k, v, call.rpb, work) if learns else forward(q, k, v, call.rpb, work)
 
 
@@ -85,7 +85,8 @@ def _is_routed(pattern: Pattern, layout: Layout) -> bool:
     return isinstance(pattern, RoutedPattern) and not pattern.covers(layout.grid)
 
 
-def _problems_of(q: torch.Tensor, k: torch.Tensor, call: Call) -> Problems:
+def problems_of(q: torch.Tensor, k: torch.Tensor, call: Call) -> Problems:
+    """The problems of a call; of a routed pattern those that q and k choose."""
     pattern, layout = call.pattern, call.layout
     if isinstance(pattern, RoutedPattern) and _is_routed(pattern, layout):
         tiles = plan(pattern, layout)

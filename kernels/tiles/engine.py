@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from visattn.kernels.tiles import fused as kernels
 from visattn.kernels.tiles.batches import Batch, Work, batches
 from visattn.kernels.tiles.groups import Group
-from visattn.kernels.tiles.moves import Buffers, Shapes
+from visattn.kernels.tiles.moves import Buffers, Shapes, accumulate
+from visattn.kernels.tiles.plain import gradients
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -118,19 +118,12 @@ def backward(
 
 
 def _add(total: torch.Tensor, batch: Batch, own: list[torch.Tensor]) -> None:
-    """Add gradients of the keys of a batch's parts [n, Hkv, L, D] to those of all [B, N, Hkv * D].
-
-    The order is always the same, so the result is.
-    """
+    """Add gradients of the keys of a batch's parts [n, Hkv, L, D] to those of all [B, N, Hkv * D]."""
     rows = [part.transpose(1, 2).flatten(2).to(total.dtype) for part in own]
     if batch.keys is None:
         total[batch.samples, : rows[0].shape[1]] += rows[0]
         return
-    every = _joined([part.reshape(-1, total.shape[2]) for part in rows])
-    if total.device.type == "cpu":
-        total.flatten(0, 1).index_add_(0, batch.keys, every)
-    else:
-        total.flatten(0, 1).index_put_((batch.keys,), every, accumulate=True)
+    accumulate(total.flatten(0, 1), batch.keys, _joined([part.reshape(-1, total.shape[2]) for part in rows]))
 
 
 def _add_rpb(drpb: torch.Tensor, scores: torch.Tensor, group: Group) -> None:
@@ -138,11 +131,7 @@ def _add_rpb(drpb: torch.Tensor, scores: torch.Tensor, group: Group) -> None:
     assert group.rpb_index is not None
     per_pair = scores.sum(0).reshape(drpb.shape[0], -1).T.contiguous()
     total = torch.zeros_like(drpb.T, memory_format=torch.contiguous_format)
-    index = group.rpb_index.flatten()
-    if drpb.device.type == "cpu":
-        total.index_add_(0, index, per_pair)
-    else:
-        total.index_put_((index,), per_pair, accumulate=True)
+    accumulate(total, group.rpb_index.flatten(), per_pair)
     drpb += total.T
 
 
@@ -162,11 +151,12 @@ class TileAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, k, v and rpb."""
         q, k, v, rpb, out, lse = ctx.saved_tensors
         grad, grad_lse = grads
+        if torch.is_grad_enabled():
+            return *gradients(q, k, v, rpb, ctx.work, grad, grad_lse), None
         grad = torch.zeros_like(out) if grad is None else grad
         found = backward(grad, grad_lse, q, k, v, rpb, out, lse, ctx.work, ctx.needs_input_grad[3])
         return *found, None

@@ -45,12 +45,20 @@ class Shapes:
             zero = torch.zeros((), dtype=self.wide, device=visible.device)
             bias = torch.where(visible, zero, float("-inf"))[:, None]
         if rpb is not None and group.rpb_index is not None:
-            added = torch.nn.functional.pad(rpb.flatten(1).to(self.wide), (0, 1))[:, group.rpb_index][None]
+            added = self._table(rpb, group)
             bias = added if bias is None else bias + added
         hidden = None if visible is None else ~visible.any(-1)[:, None]
         if hidden is not None:
             hidden = self._per_head_group(hidden[..., None])[..., 0] if hidden.any() else None
         return None if bias is None else self._per_head_group(bias), hidden
+
+    def position_bias(self, rpb: torch.Tensor, group: Group) -> torch.Tensor:
+        """The relative position bias [H, ...] of the pairs of a group's problems: [1, Hkv, (H / Hkv) T, L]."""
+        return self._per_head_group(self._table(rpb, group))
+
+    def _table(self, rpb: torch.Tensor, group: Group) -> torch.Tensor:
+        """The same for each head: [1, H, T, L]."""
+        return torch.nn.functional.pad(rpb.flatten(1).to(self.wide), (0, 1))[:, group.rpb_index][None]
 
     def _per_head_group(self, x: torch.Tensor) -> torch.Tensor:
         """[1 or n, 1 or H, 1 or T, L] for queries in problems: [1 or n, 1 or Hkv, 1 or (H / Hkv) T, L]."""
@@ -73,3 +81,11 @@ class Buffers:
         if buffer is None or len(buffer) < len(index):
             buffer = self.store[name] = rows.new_empty(len(index), rows.shape[1])
         return torch.index_select(rows, 0, index, out=buffer[: len(index)])
+
+
+def accumulate(total: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add rows to those of `total` that `index` names; the order is always the same, so the result is."""
+    if total.device.type == "cpu":
+        total.index_add_(0, index, rows)
+    else:
+        total.index_put_((index,), rows, accumulate=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from visattn.kernels.second_order import Formula
 from visattn.kernels.triton.boxes import tiled
 from visattn.kernels.triton.config import Config, block_dim
 from visattn.kernels.triton.lists.positions import positions
@@ -33,6 +34,7 @@ class Work:
         configs: Launch configuration of each direction.
         starts: The kernels of calls like this one.
         routes: What a routed pattern chose, by plan: int64 [B, grid query tiles, n].
+        formula: Gradients that can be differentiated again, for (q, k, v[, rpb]) and (out, log-sum-exp).
     """
 
     pattern: Pattern
@@ -43,6 +45,7 @@ class Work:
     configs: dict[str, Config]
     starts: Starts
     routes: dict[TilePlan, torch.Tensor] = field(default_factory=dict)
+    formula: Formula | None = None
 
     def plan(self, direction: str) -> TilePlan:
         """The tiles of a kernel."""

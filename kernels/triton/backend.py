@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead
+from visattn.kernels.second_order import Formula, Tensors, of_lists
 from visattn.kernels.triton import tune
 from visattn.kernels.triton.alike import Alike, Kinds, kind, recorded
 from visattn.kernels.triton.boxes import PARTIAL, tiled
@@ -146,17 +147,35 @@ class Triton(Backend):
         alike = self._kinds.of(
             kind(q, k, v, call, scale, (tf32, tuning)), lambda: Alike(launches(q, k, v, call), Starts(q.device))
         )
-        work = Work(call.pattern, call.layout, scale, key_mask, tf32, alike.configs, alike.starts)
+        learns = recorded(q, k, v, rpb)
+        formula = _formula(call) if learns else None
+        work = Work(call.pattern, call.layout, scale, key_mask, tf32, alike.configs, alike.starts, formula=formula)
         if isinstance(call.pattern, RoutedPattern):
             wanted = DIRECTIONS if torch.is_grad_enabled() else ("forward",)
             for plan in {work.plan(direction) for direction in wanted}:
                 work.routes[plan] = call.pattern.route(given_q, k, plan)
-        if recorded(q, k, v, rpb):
+        if learns:
             out, lse = TileAttention.apply(q, k, v, rpb, work, call.lse)
         else:
             out, by_head = forward(q, k, v, rpb, work, call.lse)
             lse = by_token(by_head)
         return out if out.dtype == dtype else out.to(dtype), lse
+
+
+def _formula(call: Call) -> Formula:
+    """The formula of a call for queries whose sign makes the scale positive."""
+    formula = of_lists(call)
+    if call.scale >= 0:
+        return formula
+
+    def turned(inputs: Tensors, grads: Tensors) -> Tensors:
+        q, *rest = inputs
+        assert q is not None
+        grad_q, *others = formula((-q, *rest), grads)
+        assert grad_q is not None
+        return -grad_q, *others
+
+    return turned
 
 
 def on_gpu(q: torch.Tensor) -> Support:

@@ -45,10 +45,13 @@ class TileAttention(torch.autograd.Function):
         return out, by_token(lse)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
         """Delta pre-pass, then a kernel for each gradient that is wanted; no atomics, so deterministic."""
         q, k, v, rpb, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            bias = () if rpb is None else (rpb,)
+            found = ctx.work.formula((q, k, v, *bias), (grad_out, grad_lse))
+            return *found, *(None for _ in range(6 - len(found)))
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         want_q, want_k, want_v, want_rpb = ctx.needs_input_grad[:4]
         grads = gradients((q, k, v, rpb), out, lse, grad_out, grad_lse, ctx.work, (want_q, want_k or want_v, want_rpb))

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.attend import attention
 from visattn.layout import Layout
-from visattn.ops import autograd_inside_operator
+from visattn.ops import autograd_inside_operator, gradient_leaf
 from visattn.patterns import Pattern, parse
 from visattn.pipelines.families.base import Seen
 from visattn.pipelines.patch.masks import carry_bias, key_validity
@@ -233,9 +233,25 @@ def _patched_attention_backward(
     grouped: bool,
     parameters: list[torch.Tensor],
 ) -> list[torch.Tensor]:
+    return _again(grad, q, k, v, mask, decision, scale, grouped, parameters, graph=False)
+
+
+def _again(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    decision: torch.Tensor,
+    scale: float | None,
+    grouped: bool,
+    parameters: list[torch.Tensor],
+    graph: bool,
+) -> list[torch.Tensor]:
+    """Run the call again for the gradients of q, k, v and the parameters; with `graph` they have a graph themselves."""
     made = Decision.decode(decision)
     with autograd_inside_operator(), torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v, *parameters)]
+        leaves = [gradient_leaf(t, graph) for t in (q, k, v, *parameters)]
         if made.layouts:
             keys = key_validity(mask, q, made.mask_row)
             assert not isinstance(keys, str), keys
@@ -245,7 +261,7 @@ def _patched_attention_backward(
         else:
             out = made.stock(leaves[0], leaves[1], leaves[2], mask, scale, grouped)
         # The stock attention uses no parameters.
-        found = torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(out, leaves, grad, create_graph=graph, allow_unused=True, materialize_grads=True)
     return [g.contiguous() for g in found]
 
 
@@ -263,7 +279,9 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
 
 def _attention_gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    gradients = _patched_attention_backward(grad, *saved[:5], *ctx.rest, list(saved[5:]))
+    given = (grad, *saved[:5], *ctx.rest, list(saved[5:]))
+    # What an operator returns has no graph: where one is asked for, the same is done outside of it.
+    gradients = _again(*given, graph=True) if torch.is_grad_enabled() else _patched_attention_backward(*given)
     return *gradients[:3], None, None, None, None, gradients[3:]
 
 

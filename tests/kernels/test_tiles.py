@@ -215,15 +215,6 @@ def test_plain_operators_equal_the_fused_kernel(with_bias):
         torch.testing.assert_close(a, b)
 
 
-def test_second_derivatives_are_refused():
-    layout = Layout((4, 4))
-    q, k, v = qkv(layout, grad=True)
-    loss = attention(q, k, v, "na(3x3)", layout, backend="tiles").square().sum()
-    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.square().sum().backward()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "text", ["na(window=5x4, stride=2x1)", "clear(radius=4, pool=3)", "routing(regions=3, topk=2)"]

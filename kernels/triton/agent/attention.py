@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from visattn.kernels.second_order import by_autograd
 from visattn.kernels.triton import start
 from visattn.kernels.triton.agent.attend import attend_run
 from visattn.kernels.triton.agent.combine import combine
@@ -145,15 +146,11 @@ class AgentAttention(torch.autograd.Function):
             return _run(run_arguments(q, agents, merge["out"], None, scale, tf32, False, launch), launch)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, agents, k and v."""
         *inputs, key_mask = ctx.saved_tensors
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in inputs]
-            out = ctx.setting.again(*leaves, key_mask, ctx.setting.scale)
-            grads = torch.autograd.grad(out, leaves, grad_out)
-        return *grads, None, None
+        again = by_autograd(lambda *tokens: ctx.setting.again(*tokens, key_mask, ctx.setting.scale))
+        return *again(inputs, (grad_out,)), None, None
 
 
 def agent_attention(

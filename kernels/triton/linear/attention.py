@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from visattn.kernels.linear.plain import plain_attention
+from visattn.kernels.second_order import by_autograd
 from visattn.kernels.triton import start
 from visattn.kernels.triton.arguments import delta_arguments, strides, unit
 from visattn.kernels.triton.linear.gather import gather
@@ -259,6 +261,7 @@ class LinearAttention(torch.autograd.Function):
         """State and sums of all keys, then every query reads them."""
         if not q.numel() or not v.numel():
             ctx.save_for_backward(q, k, v, *(None,) * 6)
+            ctx.setting = setting
             return v.new_zeros((*q.shape[:3], v.shape[3]))
         table = launches(q.dtype, q.shape[3], v.shape[3])
         with start.on(q.device):
@@ -273,10 +276,13 @@ class LinearAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The state's gradient is gathered from the queries as the state was from the keys."""
         q, k, v, key_mask, out, den, peak, state, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            shown = None if key_mask is None else key_mask.bool()
+            plain = by_autograd(lambda q, k, v: plain_attention(q, k, v, ctx.setting.feature, shown))
+            return *plain((q, k, v), (grad_out,)), None, None
         if out is None:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), None, None
         setting, table = ctx.setting, launches(q.dtype, q.shape[3], v.shape[3])
