@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import skip_code
 
-from visattn.pipelines.patch import operators
-from visattn.pipelines.patch.run import Run
+from visattn.pipelines.patch import numbering, operators
+from visattn.pipelines.patch.run import DiffusersRun
 
 
 def _own_frame(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,11 +36,11 @@ def unpatched(*args: Any, **kwargs: Any) -> None:
 class _Hook:
     """Refers to a run by number: what compiled code sees of it is one constant."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: DiffusersRun) -> None:
         self.number = run.number
 
-    def run(self) -> Run | None:
-        return operators.look_up(self.number)
+    def run(self) -> DiffusersRun | None:
+        return numbering.look_up(self.number)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _unpatched, ()
@@ -53,7 +53,7 @@ def _unpatched() -> Callable[..., None]:
 class Begin(_Hook):
     """Before a forward of the model: where do its tokens sit?"""
 
-    def __init__(self, run: Run, names: tuple[str, ...]) -> None:
+    def __init__(self, run: DiffusersRun, names: tuple[str, ...]) -> None:
         super().__init__(run)
         # Hooks keep the run alive: a handle may be dropped without undoing anything.
         self.keep = run
@@ -102,7 +102,7 @@ class Finish(_Hook):
 class Enter(_Hook):
     """Before a forward of an attention module: which one is it?"""
 
-    def __init__(self, run: Run, paths: dict[int, str]) -> None:
+    def __init__(self, run: DiffusersRun, paths: dict[int, str]) -> None:
         super().__init__(run)
         self.paths = paths
 
@@ -122,7 +122,7 @@ class Enter(_Hook):
 class Hooks:
     """All hooks of a patched model."""
 
-    def __init__(self, model: torch.nn.Module, run: Run, sites: Sequence[tuple[torch.nn.Module, str]]) -> None:
+    def __init__(self, model: torch.nn.Module, run: DiffusersRun, sites: Sequence[tuple[torch.nn.Module, str]]) -> None:
         names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         enter = Enter(run, {id(module): path for module, path in sites})
         self._handles = [

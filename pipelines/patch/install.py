@@ -16,11 +16,12 @@ from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense, MergingPattern, Pattern
 from visattn.pipelines.families import find_family, known_classes
 from visattn.pipelines.families.base import Family, Seen
-from visattn.pipelines.patch import dispatch, merging, operators
+from visattn.pipelines.patch import clones, dispatch, members, merging, numbering
+from visattn.pipelines.patch.group import Group
 from visattn.pipelines.patch.hooks import Hooks
-from visattn.pipelines.patch.operators import Stock
-from visattn.pipelines.patch.run import Group, Run, site_reports
+from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.steps import ContextSteps, SchedulerSteps
+from visattn.pipelines.patch.stock import Stock
 from visattn.report import SiteReport
 from visattn.schedule import SiteName, check_dims
 from visattn.watch import Watcher
@@ -123,9 +124,9 @@ class Site:
         """Whether the module still calls its group."""
         if self.group is None or self.module.processor is not self.installed:
             return False
-        if isinstance(self.pattern, MergingPattern) or not dispatch.is_dispatching(self.installed):
+        if isinstance(self.pattern, MergingPattern) or not clones.is_dispatching(self.installed):
             return True
-        return self.installed._attention_backend is dispatch.member(self.group.number)
+        return self.installed._attention_backend is members.member(self.group.number)
 
 
 class PatchedModel:
@@ -139,7 +140,7 @@ class PatchedModel:
         pairs = zip(found, patterns, strict=True)
         self.sites = [Site(site, module, pattern) for (site, module), pattern in pairs if pattern is not None]
         for site in self.sites:
-            if dispatch.is_patched(site.module.processor):
+            if clones.is_patched(site.module.processor):
                 raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")
         dims = family.dims if request.layout is None else request.layout.dims
         for site in self.sites:
@@ -154,7 +155,7 @@ class PatchedModel:
         if self._context is not None:
             steps.insert(0, self._context.now)
         schedule, layout = request.schedule, request.layout
-        self._run = Run(name, family, model.config, schedule, layout, request.strict, steps)
+        self._run = DiffusersRun(name, family, model.config, schedule, layout, request.strict, steps)
         self._run.sparse_sites = [s.name.path for s in self.sites if not isinstance(s.pattern, Dense)]
         self._hooks: Hooks | None = None
         try:
@@ -168,7 +169,7 @@ class PatchedModel:
     def report(self) -> Sequence[SiteReport]:
         """See `visattn.handle.Patch`."""
         patterns = {site.name.path: site.pattern for site in self.sites}
-        return site_reports(self._run, patterns, self._request.backend)
+        return self._run.reports(patterns, self._request.backend)
 
     def learnables(self) -> Sequence[Learnable]:
         """See `visattn.handle.Patch`."""
@@ -190,15 +191,15 @@ class PatchedModel:
         for site in self.sites:
             if site.group is not None and site.module.processor is site.installed:
                 merges = isinstance(site.pattern, MergingPattern)
-                if dispatch.is_dispatching(site.installed) and site.intact and not merges:
-                    site.installed._attention_backend = dispatch.backend_named(site.group.stock.backend)
+                if clones.is_dispatching(site.installed) and site.intact and not merges:
+                    site.installed._attention_backend = members.backend_named(site.group.stock.backend)
                 site.module.processor = site.original
             site.group = None
         for group in self._groups.values():
-            operators.release(group.number, group)
+            numbering.release(group.number, group)
         self._groups.clear()
-        dispatch.unregister_members()
-        operators.release(self._run.number, self._run)
+        members.unregister_members()
+        numbering.release(self._run.number, self._run)
         for source in (self._context, self._scheduler):
             if source is not None:
                 source.remove()
@@ -209,15 +210,15 @@ class PatchedModel:
         for site in sites:
             processor = site.module.processor
             site.original = processor
-            site.group = group = self._group(site, dispatch.stock_of(processor))
+            site.group = group = self._group(site, clones.stock_of(processor))
             if isinstance(site.pattern, MergingPattern):
                 site.installed = merging.clone(processor, group.number, self.sites.index(site))
-            elif not dispatch.is_dispatching(processor):
-                site.installed = dispatch.clone(processor, group.number)
+            elif not clones.is_dispatching(processor):
+                site.installed = clones.clone(processor, group.number)
             else:
                 # A processor that serves other modules too must stay as it is.
                 site.installed = copy.copy(processor) if users[id(processor)] > 1 else processor
-                site.installed._attention_backend = dispatch.member(group.number)
+                site.installed._attention_backend = members.member(group.number)
             site.module.processor = site.installed
 
     def _group(self, site: Site, stock: Stock) -> Group:
@@ -228,7 +229,7 @@ class PatchedModel:
             kind = merging.MergingGroup if isinstance(pattern, MergingPattern) else Group
             self._groups[key] = group = kind(self._run, pattern, self._request.backend, stock, site.parameters)
             if stock.dispatched:
-                dispatch.register_member(group.number)
+                members.register_member(group.number, dispatch.dispatched)
         return self._groups[key]
 
     def _repair(self) -> None:

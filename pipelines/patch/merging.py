@@ -18,9 +18,9 @@ from visattn.dispatch import Problem
 from visattn.kernels.agent.agent_sd import Matching, agent_sd, agents_pay, match
 from visattn.layout import Layout
 from visattn.patterns import AgentSD
-from visattn.pipelines.patch import dispatch, operators
-from visattn.pipelines.patch.operators import Decision
-from visattn.pipelines.patch.run import Group
+from visattn.pipelines.patch import clones, numbering
+from visattn.pipelines.patch.group import Group
+from visattn.runtime.call import AttentionCall
 from visattn.schedule import among_first
 
 
@@ -85,44 +85,28 @@ class MergingGroup(Group):
             return matching.unmerge(out[:, :kept], away)
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: Any,
-        scale: float | None,
-        grouped: bool,
-        site: str | None,
-        dropout: float = 0.0,
-        causal: bool = False,
-        parameters: Mapping[str, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, Decision]:
+        self, call: AttentionCall, site: str | None, parameters: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, tuple[Layout, ...]]:
         """Attention of the processor: of merged tokens q, k, v [B, n, H, D] with the agents behind them."""
-        merged, name = self.run.here.merged, self._name()
-        decision = Decision((), self.pattern, self.backend, None, self.stock)
+        merged, name, (q, k, v) = self.run.here.merged, self._name(), call.tensors
         if merged is None:
-            with self.run.tally.timed(name, "dense", q.device):
-                out = self.stock(q, k, v, mask, scale, grouped, dropout, causal)
-            self._miss(name, self.run.here.kept)
-            return out, decision
+            return self.leave(call, site, self.run.here.kept), ()
         n, pattern = merged.tokens, self.pattern
         assert isinstance(pattern, AgentSD)
         with self.run.tally.timed(name, "sparse", q.device):
             if q.shape[1] == n:
-                out = self.stock(q, k, v, mask, scale, grouped, dropout, causal)
+                out = self.stock(call)
             else:
                 options = {"read_scale": pattern.read_scale, "shortcut": pattern.shortcut}
                 out = agent_sd(q[:, :n], k[:, :n], v[:, :n], q[:, n:], **options)
                 # Rows of the agents have no use, but the processor counts on them.
                 out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - n))
         shape = q.shape[0], q.shape[2], k.shape[2], q.shape[3]
-        self.run.tally.hit(name, Problem(pattern, merged.layout, *shape, q.dtype, q.device.type))
-        if self.run.forward is not None:
-            self.run.forward.hits.append(name)
-        return out, decision
+        self._count(name, Problem(pattern, merged.layout, *shape, q.dtype, q.device.type))
+        return out, ()
 
     def _name(self) -> str:
-        return self.run.site or self._anonymous
+        return self.run.site or self.unnamed
 
     def _fits_tokens(self, x: torch.Tensor, cross: bool) -> tuple[Layout | None, str]:
         """Layout of tokens that are to be merged; else why not ("" if it is to be dense)."""
@@ -171,7 +155,7 @@ class MergingGroup(Group):
 
 def clone(processor: Any, number: int, index: int) -> Any:
     """A copy of a processor that merges tokens for the group with a number; it shares weights with the original."""
-    copy = dispatch.clone(processor, number)
+    copy = clones.clone(processor, number)
     copy.__class__ = _merging(type(copy), number)
     object.__setattr__(copy, "_visattn_index", index)
     return copy
@@ -185,7 +169,7 @@ def _merging(kind: type, number: int) -> type:
     @functools.partial(torch.compiler.disable, reason="agentsd merges tokens, and how many depends on the step")
     @functools.wraps(inner)
     def call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        group = operators.look_up(number)
+        group = numbering.look_up(number)
         given = kwargs.get("encoder_hidden_states", args[0] if args else None)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         return group.around(

@@ -182,7 +182,7 @@ def test_mask_that_is_a_bias_is_carried(monkeypatch):
 
 
 def test_bias_carried_in_half_precision_is_that_of_the_mask():
-    from visattn.pipelines.patch.masks import carry_bias, key_validity
+    from visattn.runtime.masks import carry_bias, key_validity
 
     q, k, v = (tiny_models.noise(1, 9, 2, 20, seed=i).bfloat16() * 0.1 for i in range(3))
     row = torch.tensor([[1.0] * 4 + [0.0] * 2 + [1.0] * 3])
@@ -197,7 +197,7 @@ def test_bias_carried_in_half_precision_is_that_of_the_mask():
 
 
 def test_other_biases_fall_back():
-    from visattn.pipelines.patch.masks import key_validity
+    from visattn.runtime.masks import key_validity
 
     q = torch.zeros(1, 3, 1, 4)
     bias = torch.tensor([0.0, 1.0, 2.0])

@@ -10,7 +10,7 @@ import torch
 
 import visattn
 from tests.support import tiny_models
-from visattn.pipelines.patch import dispatch
+from visattn.pipelines.patch import clones, dispatch, members
 
 PATTERN = "na(window=3x3)"
 
@@ -77,7 +77,7 @@ def test_save_and_load(tmp_path):
         model.save_pretrained(tmp_path)
     loaded = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
     assert torch.equal(tiny_models.run(loaded, inputs), stock)
-    assert not any(dispatch.is_patched(p) for p in loaded.attn_processors.values())
+    assert not any(clones.is_patched(p) for p in loaded.attn_processors.values())
 
 
 @pytest.mark.parametrize("build", [tiny_models.flux, tiny_models.sd15, tiny_models.mochi])
@@ -109,8 +109,8 @@ def test_backend_set_later_computes_the_dense_calls():
         with pytest.warns(UserWarning, match="backend of 3 patched modules was set after apply"):
             assert torch.equal(tiny_models.run(model, inputs), sparse)
         processor = model.transformer_blocks[0].attn.processor
-        assert dispatch.is_patched(processor)
-        assert dispatch.stock_of(processor)
+        assert clones.is_patched(processor)
+        assert clones.stock_of(processor)
     assert processor._attention_backend.value == "_native_math"
     diffusers.models.attention_dispatch._AttentionBackendRegistry.set_active_backend(
         diffusers.models.attention_dispatch.AttentionBackendName.NATIVE
@@ -166,10 +166,10 @@ def test_dropped_handle_leaves_the_patch_and_dropped_model_leaves_nothing():
 
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
-    from visattn.pipelines.patch import operators
+    from visattn.pipelines.patch import numbering
 
     gc.collect()
-    size, living = len(registry._backends), len(operators.living())
+    size, living = len(registry._backends), len(numbering.living())
     model, inputs = tiny_models.flux()
     sparse = sparse_run(model, inputs)
     visattn.apply(model, PATTERN, strict=True)
@@ -177,7 +177,7 @@ def test_dropped_handle_leaves_the_patch_and_dropped_model_leaves_nothing():
     assert torch.equal(tiny_models.run(model, inputs), sparse)
     del model
     gc.collect()
-    assert len(operators.living()) == living
+    assert len(numbering.living()) == living
     sparse_run(*tiny_models.flux())
     assert len(registry._backends) == size
 
@@ -218,7 +218,7 @@ class TestCanaries:
         for name in ("_backends", "_constraints", "_supported_arg_names"):
             assert isinstance(getattr(registry, name), dict), f"diffusers moved _AttentionBackendRegistry.{name}"
         assert isinstance(registry._supports_context_parallel, set), "diffusers moved what supports context parallelism"
-        member = dispatch.member(0)
+        member = members.member(0)
         assert isinstance(member, AttentionBackendName), "diffusers' backends are no longer members of one enum"
         assert member.value not in AttentionBackendName.__members__
         assert member not in list(AttentionBackendName)
@@ -230,7 +230,7 @@ class TestCanaries:
 
         names = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
         assert list(inspect.signature(dispatch_attention_fn).parameters)[:8] == names
-        ours = inspect.signature(dispatch._dispatched(0)).parameters
+        ours = inspect.signature(dispatch.dispatched(0)).parameters
         assert set(names) | {"_parallel_config"} == set(ours), "diffusers passes other arguments to backends"
 
     @pytest.mark.parametrize("name", tiny_models.FAMILIES)
@@ -241,7 +241,7 @@ class TestCanaries:
         found = family.find_sites(model)
         assert len(found) == sites, f"{family.name} has moved its attention modules"
         for _, module in found:
-            dispatch.stock_of(module.processor)
+            clones.stock_of(module.processor)
 
     def test_hook_registry(self):
         from diffusers.hooks.hooks import HookRegistry

@@ -1,0 +1,50 @@
+"""What a patched forward ran, in a form that its backward can carry."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import torch
+
+from visattn.layout import Layout
+from visattn.patterns import Pattern, parse
+from visattn.pipelines.patch.stock import Stock
+
+# Bytes of an encoded decision; a fixed size keeps the operator's shapes free of data.
+DECISION_BYTES = 4096
+
+
+class Decision(NamedTuple):
+    """What a forward ran, in a form that its backward can carry.
+
+    Attributes:
+        layouts: Where the tokens sat, of each sample where they differ; empty if the stock attention ran.
+        pattern: The pattern.
+        backend: What the user asked for.
+        mask_row: Row of a full mask that tells which keys are valid.
+        stock: The attention without visattn.
+        names: Names of the pattern's learnable parameters.
+    """
+
+    layouts: tuple[Layout, ...]
+    pattern: Pattern
+    backend: str
+    mask_row: int | None
+    stock: Stock
+    names: tuple[str, ...] = ()
+
+    def encode(self) -> torch.Tensor:
+        """As bytes on the CPU: [DECISION_BYTES]."""
+        where = [[layout.grid, layout.prefix, layout.suffix] for layout in self.layouts]
+        data = json.dumps([where, str(self.pattern), self.backend, self.mask_row, self.names, *self.stock])
+        text = data.encode()
+        assert len(text) <= DECISION_BYTES, f"decision of {len(text)} bytes"
+        return torch.frombuffer(bytearray(text.ljust(DECISION_BYTES)), dtype=torch.uint8)
+
+    @classmethod
+    def decode(cls, data: torch.Tensor) -> Decision:
+        """The inverse of `encode`."""
+        where, pattern, backend, mask_row, names, *stock = json.loads(bytes(data.numpy()))
+        layouts = tuple(Layout(*each) for each in where)
+        return cls(layouts, parse(pattern), backend, mask_row, Stock(*stock), tuple(names))

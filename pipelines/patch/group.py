@@ -1,0 +1,65 @@
+"""The attention modules of a diffusers model that compiled code cannot tell apart."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+from visattn.pipelines.patch import numbering, parallel
+from visattn.pipelines.patch.decision import Decision
+from visattn.pipelines.patch.run import DiffusersRun
+from visattn.pipelines.patch.stock import Stock
+from visattn.runtime.call import AttentionCall
+from visattn.runtime.runner import Runner
+
+
+class Group(Runner):
+    """A runner that compiled code knows by a number: layers of one group share a graph.
+
+    Attributes:
+        number: That number.
+    """
+
+    run: DiffusersRun
+    stock: Stock
+
+    def __init__(
+        self,
+        run: DiffusersRun,
+        pattern: Pattern,
+        backend: str,
+        stock: Stock,
+        parameters: torch.nn.ParameterDict | None = None,
+    ) -> None:
+        super().__init__(run, pattern, backend, stock, parameters)
+        self.number = numbering.register(self)
+        numbering.register_tensors(self.number, self.parameters.values())
+        run.compiled_patterns[self.unnamed] = pattern
+
+    def decision(self, layouts: tuple[Layout, ...]) -> Decision:
+        """What the backward of a call has to know: the layouts that the pattern ran on."""
+        return Decision(
+            layouts, self.pattern, self.backend, self.run.mask_row, self.stock, tuple(self.parameters.keys())
+        )
+
+    def attend_in_parallel(self, call: AttentionCall) -> torch.Tensor:
+        """`attend` on one of several devices that share the sequence: q, k, v [B, S / devices, H, D].
+
+        What does not run the pattern is left to diffusers, which exchanges tokens for heads by itself.
+        """
+        devices, site = parallel.degree(call.parallel), self.run.site
+        fit = self.fit(replace(call.of(parallel.whole(t, devices) for t in call.tensors), mask=None))
+        why = fit.why
+        if fit.layouts:
+            heads = math.gcd(call.q.shape[2], call.k.shape[2])
+            why = parallel.SPLIT_MASK if call.mask is not None else parallel.uneven(fit.layouts, heads, devices)
+        if not fit.layouts or why:
+            return self.leave(call, site, why)
+        layout, config = fit.layouts[0], call.parallel
+        gathered = call.of(parallel.gather(t, layout, config) for t in call.tensors)
+        out, _ = self.attend(replace(gathered, parallel=None), site)
+        return parallel.scatter(out, layout, config)

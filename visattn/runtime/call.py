@@ -1,0 +1,74 @@
+"""One attention call of a model, as its own code makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """The arguments of one call of attention, built where the model's code calls and passed on from there.
+
+    Attributes:
+        q: Queries [B, S, H, D].
+        k: Keys [B, Skv, Hkv, D].
+        v: Values [B, Skv, Hkv, Dv].
+        mask: What torch's SDPA takes, [B, H, S, Skv] or what broadcasts to it, or some mask of the client's own.
+        scale: Factor on the logits, None for D ** -0.5.
+        grouped: Whether several query heads share a key head.
+        dropout: Probability.
+        causal: Whether a query sees no later key.
+        parallel: How the client splits the sequence over devices, None if it does not.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: Any = None
+    scale: float | None = None
+    grouped: bool = False
+    dropout: float = 0.0
+    causal: bool = False
+    parallel: Any = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v."""
+        return self.q, self.k, self.v
+
+    @property
+    def factor(self) -> float:
+        """The factor on the logits."""
+        return float(self.q.shape[3] ** -0.5 if self.scale is None else self.scale)
+
+    def of(self, tensors: Iterable[torch.Tensor]) -> AttentionCall:
+        """The same call of other q, k and v."""
+        q, k, v = tensors
+        return replace(self, q=q, k=k, v=v)
+
+    def swapped(self) -> AttentionCall:
+        """From [B, H, S, D], torch's order, to [B, S, H, D], or back."""
+        return self.of(t.transpose(1, 2) for t in self.tensors)
+
+    def autocast(self) -> AttentionCall:
+        """As SDPA would see it: under autocast in its dtype."""
+        device = self.q.device.type
+        if not torch.is_autocast_enabled(device):
+            return self
+        wanted = torch.get_autocast_dtype(device)
+        return self.of(t.to(wanted) for t in self.tensors)
+
+    def refusal(self) -> str:
+        """Why no pattern can stand for this call wherever its tokens sit, empty if one can."""
+        q, k, v = self.tensors
+        if q.ndim != 4 or k.shape[1] != q.shape[1] or v.shape != k.shape:
+            return f"q {list(q.shape)} and k {list(k.shape)} are not self-attention of one sequence"
+        if self.causal or self.dropout:
+            return "it is causal" if self.causal else f"it has dropout {self.dropout}"
+        if self.mask is not None and not isinstance(self.mask, torch.Tensor):
+            return f"its mask is a {type(self.mask).__name__}"
+        return ""

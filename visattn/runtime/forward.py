@@ -1,0 +1,69 @@
+"""What is known about one forward of a model, and where each thread is in it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from visattn.layout import Layout
+
+
+class Where(Protocol):
+    """Where the tokens of one forward sit."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens per axis at full resolution."""
+        ...
+
+    def layouts(self, length: int) -> tuple[Layout, ...] | str:
+        """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""
+        ...
+
+
+@dataclass
+class Forward:
+    """One forward of the model.
+
+    Attributes:
+        where: Where its tokens sit.
+        dense: Whether the schedule keeps its step dense.
+        step: Index of the denoising step, None where nothing depends on it.
+        total: Number of steps, None if unknown.
+        hits: Modules that ran their pattern, in compiled code the same name again and again.
+        reasons: Why others did not.
+        excused: Modules that a pattern leaves as they are on purpose.
+        resolved: Layouts of sequence lengths, resolved once.
+    """
+
+    where: Where
+    dense: bool
+    step: int | None = None
+    total: int | None = None
+    hits: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    excused: set[str] = field(default_factory=set)
+    resolved: dict[int, tuple[Layout, ...] | str] = field(default_factory=dict)
+
+    def layouts(self, length: int) -> tuple[Layout, ...] | str:
+        """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""
+        if length not in self.resolved:
+            self.resolved[length] = self.where.layouts(length)
+        return self.resolved[length]
+
+
+class Here(threading.local):
+    """Where a thread is.
+
+    Attributes:
+        forward: The forward.
+        site: The attention module.
+        merged: What a merging group has made of its tokens, None where it leaves them.
+        kept: Why it leaves them, see `merging`.
+    """
+
+    forward: Forward | None = None
+    site: str | None = None
+    merged: Any = None
+    kept: str = ""

@@ -1,0 +1,113 @@
+"""What one patched model knows while it runs: the forward and step it is at, who calls attention, what happened."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+from visattn.patterns import Pattern
+from visattn.report import Row, SiteReport, Tally
+from visattn.runtime.forward import Forward, Here, Where
+from visattn.schedule import Schedule
+from visattn.watch import Watcher
+
+Step = tuple[int | None, int | None]
+
+
+class Run:
+    """The state of one patched model, shared by its runners; safe to use from several threads.
+
+    Attributes:
+        name: What reports and errors call the model.
+        schedule: Which layers and steps get which pattern.
+        strict: Whether a forward that misses a selected module raises.
+        steps: Sources of the step and the number of steps, the surest first.
+        mask_row: Row of a full mask [B, 1, S, S] that tells which keys are valid, None if there is none.
+        tally: What happened at each module.
+        step: Step and number of steps that the user said, None for "find out".
+        sparse_sites: Paths of the modules that are to run a pattern.
+        compiled_patterns: Patterns of what stands for compiled code, by name.
+        watcher: Sees attention calls, or None.
+        here: Where each thread is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schedule: Schedule,
+        strict: bool = False,
+        steps: Sequence[Callable[[], Step]] = (),
+        mask_row: int | None = None,
+    ) -> None:
+        self.name, self.schedule, self.strict, self.steps, self.mask_row = name, schedule, strict, steps, mask_row
+        self.tally = Tally()
+        self.step: Step = (None, None)
+        self.sparse_sites: list[str] = []
+        self.compiled_patterns: dict[str, Pattern] = {}
+        self.watcher: Watcher | None = None
+        self.here = Here()
+        self._latest: Forward | None = None
+        self._warned = False
+
+    @property
+    def forward(self) -> Forward | None:
+        """The forward that this thread is in. Autograd recomputes blocks in threads of its own: the latest one."""
+        return self.here.forward or self._latest
+
+    @property
+    def site(self) -> str | None:
+        """The attention module that this thread is in."""
+        return self.here.site
+
+    def enter(self, site: str) -> None:
+        """This thread enters an attention module."""
+        self.here.site = site
+
+    def start(self, where: Where) -> None:
+        """A forward of the model begins, whose tokens sit there."""
+        step, total = self._step()
+        dense = self.schedule.is_dense(step, total)
+        self.here.forward = self._latest = Forward(where, dense, step, total)
+        self.here.site = None
+
+    def finish(self) -> None:
+        """A forward of the model is over: see whether it reached what was selected."""
+        forward, self.here.forward = self.here.forward, None
+        if forward is None or forward.dense or not self.sparse_sites:
+            return
+        anonymous = sum(site in self.compiled_patterns for site in forward.hits)
+        done = {*forward.hits, *(forward.excused if forward.hits else ())}
+        missed = [site for site in self.sparse_sites if site not in done]
+        if len(missed) <= anonymous:
+            return
+        why = "; ".join(sorted({forward.reasons[s] for s in missed if s in forward.reasons})) or "they were not called"
+        if self.strict:
+            raise ValueError(
+                f"strict: {len(missed)} of {len(self.sparse_sites)} selected attention modules of {self.name} did not "
+                f"run their pattern ({why}): {', '.join(missed[:4])}"
+            )
+        if not forward.hits and not self._warned:
+            self._warned = True
+            warnings.warn(f"no attention module of {self.name} ran its pattern: {why}", stacklevel=3)
+
+    def reports(self, sites: Mapping[str, Pattern], backend: str) -> list[SiteReport]:
+        """The report of every module by its path, and of compiled code, which does not tell its module."""
+        rows = self.tally.rows()
+        found = [SiteReport.of(self.name, path, p, backend, rows.get(path, Row())) for path, p in sites.items()]
+        compiled = [(name, pattern) for name, pattern in self.compiled_patterns.items() if name in rows]
+        return [
+            *found,
+            *(SiteReport.of(self.name, name, p, backend, rows[name], compiled=True) for name, p in compiled),
+        ]
+
+    def _step(self) -> Step:
+        """Step and number of steps from the first source that knows; what the user says comes first."""
+        if not self.schedule.needs_steps:
+            return None, None
+        step, total = self.step
+        for source in self.steps:
+            if step is not None and total is not None:
+                break
+            found, of = source()
+            step, total = (found if step is None else step), (of if total is None else total)
+        return step, total

@@ -1,0 +1,61 @@
+"""The tensors of a call in the form that a pattern runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from visattn.attend import attention
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+from visattn.runtime.call import AttentionCall
+from visattn.runtime.masks import carry_bias
+
+
+class Sequences(NamedTuple):
+    """Queries, keys and values in the form that a pattern runs on.
+
+    Attributes:
+        q: Queries [B, S, H, D].
+        k: Keys [B, S, Hkv, D].
+        v: Values [B, S, Hkv, D].
+        keys: Valid keys, bool [B, S], or None for all.
+        scale: Factor on the logits.
+        channels: Channels of the output that count.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    keys: torch.Tensor | None
+    scale: float
+    channels: int
+
+    @classmethod
+    def of(cls, call: AttentionCall, keys: torch.Tensor | None) -> Sequences:
+        """From a call and what `key_validity` found: valid keys, or a bias, which q and k then carry."""
+        q, k, v = call.tensors
+        channels = v.shape[3]
+        if keys is not None and keys.dtype != torch.bool:
+            q, k, v = carry_bias(q, k, v, keys, call.factor)
+            keys = None
+        return cls(q, k, v, keys, call.factor, channels)
+
+    def attend(
+        self, pattern: Pattern, layouts: tuple[Layout, ...], backend: str, parameters: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Run a pattern: [B, S, H, channels]; with several layouts sample by sample."""
+        if len(layouts) == 1:
+            options: dict[str, Any] = {"scale": self.scale, "key_mask": self.keys, "backend": backend}
+            options["parameters"] = parameters
+            return attention(self.q, self.k, self.v, pattern, layouts[0], **options)[..., : self.channels]
+        parts = [self.sample(i).attend(pattern, (layout,), backend, parameters) for i, layout in enumerate(layouts)]
+        return torch.cat(parts)
+
+    def sample(self, i: int) -> Sequences:
+        """One sample, still as a batch."""
+        at = slice(i, i + 1)
+        keys = None if self.keys is None else self.keys[at]
+        return self._replace(q=self.q[at], k=self.k[at], v=self.v[at], keys=keys)
