@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from visattn import patterns
     from visattn.attend import attention, backends, explain
     from visattn.handle import Handle, apply
+    from visattn.kernels.rows import attention_rows
     from visattn.layout import Layout
     from visattn.patterns import dense_mask, parse
     from visattn.plans import TilePlan, plan
-    from visattn.rows import attention_rows
 
 __all__ = [
     "Handle",
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
         "TilePlan": "visattn.plans",
         "apply": "visattn.handle",
         "attention": "visattn.attend",
-        "attention_rows": "visattn.rows",
+        "attention_rows": "visattn.kernels.rows",
         "backends": "visattn.attend",
         "dense_mask": "visattn.patterns",
         "explain": "visattn.attend",

@@ -40,7 +40,7 @@ class Watched(NamedTuple):
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Weights of all tokens for the queries of some tokens [R], see `visattn.attention_rows`: [B, H, R, S]."""
-        from visattn.rows import attention_rows
+        from visattn.kernels.rows import attention_rows
 
         alone = len(self.layouts) == 1
         samples = [slice(None) if alone else slice(i, i + 1) for i in range(len(self.layouts))]

@@ -1,4 +1,4 @@
-"""Distillation: cached samples, losses, settings, runs that are killed and go on, and the weights they leave."""
+"""Distillation: cached samples, losses, settings, and runs that are killed and go on."""
 
 import json
 import os
@@ -16,7 +16,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 
-from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from scripts.distill import (
@@ -33,39 +32,14 @@ from scripts.distill import pipeline as distill
 from scripts.distill.config import Config
 from tests.support.places import ROOT
 from tests.support.tiny_digits import tiny_transformer
+from tests.support.tiny_distill import cache, equal, run, tiny_pipeline_with_samples, words
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
-from visattn.pipelines.trained import Trained, load_own, load_trained, save_trained, trained_weights
+from visattn.pipelines.trained import load_own, load_trained
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny pipeline's folder, and samples of it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, base_image_seq_len=16)
-    PixelDiTPipeline(tiny_transformer(), scheduler).save_pretrained(folder / "model")
-    cache(folder, folder / "samples")
-    return folder
-
-
-def cache(folder, out, *more):
-    words = ["--model", str(folder / "model"), "--labels", "0-2", "--count", "10", "--steps", "3", "--batch", "2"]
-    cache_samples.main([*words, "--shard", "4", "--device", "cpu", "--out", str(out), *more])
-
-
-def words(folder, out, *more):
-    return [
-        *("--model", str(folder / "model"), "--pattern", "na(window=3x3)", "--samples", str(folder / "samples")),
-        *("--out", str(out), "--steps", "4", "--batch", "4", "--warmup", "1", "--lr", "0.01", "--cpu"),
-        *("--log-every", "1", "--save-every", "1", *more),
-    ]
-
-
-def run(folder, out, *more):
-    return load_file(distill.main(words(folder, out, *more)))
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    return tiny_pipeline_with_samples(tmp_path_factory.mktemp("tiny"))
 
 
 class TestSamples:
@@ -360,78 +334,3 @@ def _has(package):
     import importlib.util
 
     return importlib.util.find_spec(package) is not None
-
-
-class TestTrained:
-    def test_into_the_model_and_out_again(self, folder, tmp_path):
-        path = tmp_path / "out" / "student.safetensors"
-        run(folder, tmp_path / "out")
-        model = PixelDiTPipeline.from_pretrained(folder / "model").transformer
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        trained = load_trained(path)
-        with trained_weights(model, trained):
-            now = model.state_dict()
-            assert all(torch.equal(now[name], value) for name, value in trained.model.items())
-            assert not equal(dict(now), before)
-        assert equal(dict(model.state_dict()), before)
-        assert trained.about["pattern"] == "na(window=3x3)"
-
-    def test_lora_is_the_students_forward(self, folder, tmp_path):
-        more = ("--lora", "2", "--lora-alpha", "6", "--ema", "0")
-        config = settings.parse(Config, None, words(folder, tmp_path / "out", *more))
-        made = training.Training(config)
-        for _ in range(2):
-            made.train_step()
-        made.config.out.mkdir()
-        trained = load_trained(made.export())
-        assert set(trained.lora) == set(made.learner.lora) and not trained.model
-        model = PixelDiTPipeline.from_pretrained(folder / "model").transformer
-        arguments = {"timestep": torch.tensor([300.0]), "class_labels": torch.tensor([1])}
-        x = torch.randn(1, 1, 8, 8)
-        from visattn import apply
-
-        with torch.no_grad(), trained_weights(model, trained), apply(model, config.pattern) as handle:
-            load_own(handle, trained)
-            found = model(x, **arguments).sample
-            torch.testing.assert_close(found, made.learner.student(x, **arguments).sample, atol=1e-5, rtol=1e-4)
-
-    def test_wrong_files(self, tmp_path):
-        with pytest.raises(ValueError, match="do not exist"):
-            load_trained(tmp_path / "nothing.safetensors")
-        (tmp_path / "text.safetensors").write_text("text")
-        with pytest.raises(ValueError, match="no safetensors file"):
-            load_trained(tmp_path / "text.safetensors")
-        samples.save_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)})
-        with pytest.raises(ValueError, match=r"not written by scripts\.distill\.pipeline"):
-            load_trained(tmp_path / "other.safetensors")
-
-    @pytest.mark.parametrize(
-        "trained",
-        [
-            Trained({"nowhere.weight": torch.zeros(2)}, {}, {}, {"model": "x"}),
-            Trained({}, {"nowhere": (torch.zeros(1, 2), torch.zeros(2, 1))}, {}, {"model": "x"}),
-        ],
-    )
-    def test_another_models_weights(self, trained, tmp_path):
-        path = tmp_path / "w.safetensors"
-        save_trained(path, trained)
-        with (
-            pytest.raises(ValueError, match="the weights are for 'x'"),
-            trained_weights(tiny_transformer(), load_trained(path)),
-        ):
-            pass
-
-    def test_generate_uses_them(self, folder, tmp_path):
-        from typer.testing import CliRunner
-
-        from visattn.cli import app
-
-        run(folder, tmp_path / "out", "--lr", "0.1")
-        command = ["generate", "image", "--model", str(folder / "model"), "--pattern", "na(window=3x3)", "--label", "1"]
-        command += ["--steps", "2", "--device", "cpu"]
-        weights = ["--weights", str(tmp_path / "out" / "student.safetensors")]
-        for name, more in (("with", weights), ("without", [])):
-            result = CliRunner().invoke(app, [*command, *more, "--out", str(tmp_path / name)])
-            assert result.exit_code == 0, result.output
-        one, other = ((tmp_path / name / "sparse-000.png").read_bytes() for name in ("with", "without"))
-        assert one != other

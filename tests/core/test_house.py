@@ -1,0 +1,95 @@
+"""The order of the house: who imports whom when it is imported, and how long files and functions are."""
+
+import ast
+import statistics
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+
+from tests.support.places import ROOT
+
+PLACES = {"visattn": ROOT / "visattn", **{f"visattn.{n}": ROOT / n for n in ("kernels", "models", "pipelines")}}
+# Each room may import from itself and from rooms of lower rank. `import visattn` itself imports nothing.
+RANKS = {"core": 0, "kernels": 1, "pipelines": 2, "models": 2, "cli": 3}
+
+
+def modules():
+    """Every module of the package with its file; rglob follows no links, so each has one name."""
+    found = {}
+    for package, folder in PLACES.items():
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = file
+    return found
+
+
+MODULES = modules()
+
+
+def imports(file):
+    """The modules of the package that a module imports while it is imported itself."""
+    found = set()
+
+    def visit(nodes):
+        for node in nodes:
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                visit(node.orelse)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    found.add(inner if inner in MODULES else node.module)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                visit(ast.iter_child_nodes(node))
+
+    visit(ast.parse(file.read_text(encoding="utf-8")).body)
+    return found & set(MODULES)
+
+
+GRAPH = {name: imports(file) for name, file in MODULES.items()}
+
+
+def room(name):
+    part = name.split(".")[1:2]
+    return part[0] if part and part[0] in RANKS else "core"
+
+
+def test_rooms_import_one_way():
+    assert sum(map(len, GRAPH.values())) > 300  # the graph is there
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in GRAPH.items()
+        for other in others
+        if room(other) != room(name) and RANKS[room(other)] >= RANKS[room(name)]
+    ]
+    assert not wrong
+
+
+def test_no_modules_import_each_other():
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def lines(files):
+    return {file.relative_to(ROOT): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+
+
+def test_files_fit_a_head():
+    sizes = lines(file for file in MODULES.values() if file.read_text().strip())
+    assert statistics.median(sizes.values()) <= 125
+    everywhere = sizes | lines([*(ROOT / "scripts").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+    assert not {str(file): size for file, size in everywhere.items() if size > 400}
+
+
+def test_functions_fit_a_screen():
+    sizes = []
+    for name, file in MODULES.items():
+        if room(name) != "kernels":
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+            sizes += [(node.end_lineno - node.lineno + 1, f"{name}.{node.name}") for node in functions]
+    sizes.sort()
+    assert sizes[int(0.99 * len(sizes))][0] <= 50, sizes[-len(sizes) // 100 :]
