@@ -20,7 +20,7 @@ from visattn.attend import attention
 from visattn.layout import Layout
 from visattn.ops import autograd_inside_operator
 from visattn.patterns import Pattern, parse
-from visattn.pipelines.families.base import Seen
+from visattn.pipelines.families.base import Sample, Seen
 from visattn.pipelines.patch.masks import carry_bias, key_validity
 
 # Operators take numbers, not objects: this is the only way from a number to its object. It keeps nothing alive.
@@ -272,20 +272,40 @@ patched_attention.register_autograd(_attention_gradients, setup_context=_save_at
 
 @torch.library.custom_op("visattn::begin_forward", mutates_args=())
 def begin_forward(
-    latents: torch.Tensor, ids: torch.Tensor | None, grid: list[int], prefix: int, suffix: int, why: str, run: int
+    latents: torch.Tensor,
+    ids: torch.Tensor | None,
+    grid: list[int],
+    prefix: int,
+    suffix: int,
+    samples: list[int],
+    why: str,
+    run: int,
 ) -> torch.Tensor:
-    """Tell a run that a forward begins; returns the latents, so that everything after depends on it."""
+    """Tell a run that a forward begins; returns the latents, so that everything after depends on it.
+
+    `samples` are the numbers of each `Sample`, one after the other.
+    """
     owner = look_up(run)
     if owner is not None:
-        owner.begin(Seen(tuple(grid), prefix, suffix, ids, why), compiled=True)
+        size = owner.family.dims + 1
+        each = [samples[at : at + size] for at in range(0, len(samples), size)]
+        apart = tuple(Sample(tuple(numbers[:-1]), numbers[-1]) for numbers in each)
+        owner.begin(Seen(tuple(grid), prefix, suffix, ids, why, apart), compiled=True)
     return latents.clone()
 
 
 @begin_forward.register_fake
 def _(
-    latents: torch.Tensor, ids: torch.Tensor | None, grid: list[int], prefix: int, suffix: int, why: str, run: int
+    latents: torch.Tensor,
+    ids: torch.Tensor | None,
+    grid: list[int],
+    prefix: int,
+    suffix: int,
+    samples: list[int],
+    why: str,
+    run: int,
 ) -> torch.Tensor:
     return torch.empty_like(latents)
 
 
-begin_forward.register_autograd(lambda ctx, grad: (grad, None, None, None, None, None, None))
+begin_forward.register_autograd(lambda ctx, grad: (grad, *[None] * 7))

@@ -161,14 +161,14 @@ class Run:
         if self.family.read is not None and seen.ids is not None:
             seen = self._reading(seen.ids, seen)
         grid = tuple(int(n) for n in seen.grid)
-        return Where(grid, int(seen.prefix), int(seen.suffix), self.family.levels, seen.why, seen.prefixes)
+        return Where(grid, int(seen.prefix), int(seen.suffix), self.family.levels, seen.why, seen.samples)
 
     def _reading(self, ids: torch.Tensor, seen: Seen) -> Seen:
         """Read a tensor's values, which waits for the GPU, once for all steps that pass the same tensor."""
         known, version = self._read, ids._version if not ids.is_inference() else 0
         if known is None or known[0]() is not ids or known[1] != version or known[3] != seen[:3]:
             assert self.family.read is not None
-            known = (weakref.ref(ids), version, self.family.read(ids, seen)._replace(ids=None), seen[:3])
+            known = (weakref.ref(ids), version, self.family.read(self.config, ids, seen)._replace(ids=None), seen[:3])
             self._read = known
         return known[2]
 
@@ -301,7 +301,7 @@ class Group:
         if isinstance(layouts, str):
             return (), None, layouts
         if len(layouts) not in (1, q.shape[0]):
-            return (), None, f"its batch of {q.shape[0]} is not that of the {len(layouts)} captions"
+            return (), None, f"its batch of {q.shape[0]} is not the {len(layouts)} samples of the forward"
         if causal or dropout:
             return (), None, "it is causal" if causal else f"it has dropout {dropout}"
         if mask is not None and not isinstance(mask, torch.Tensor):
