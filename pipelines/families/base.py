@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,18 +19,30 @@ Args = Mapping[str, Any]
 REST = -1
 
 
+class Sample(NamedTuple):
+    """Where the tokens of one sample of a batch sit; what is left of the sequence follows the grid.
+
+    Attributes:
+        grid: Tokens per axis.
+        prefix: Tokens before the grid.
+    """
+
+    grid: tuple[int, ...]
+    prefix: int = 0
+
+
 class Seen(NamedTuple):
     """What the arguments of a model's forward tell about its tokens.
 
     Filled while torch.compile traces, so numbers may be symbolic and nothing may be computed from tensor values.
 
     Attributes:
-        grid: Tokens per axis, or () if `ids` tells them.
+        grid: Tokens per axis, or () if `ids` or `samples` tell them.
         prefix: Tokens before the grid, or REST.
         suffix: Tokens after the grid, or REST.
         ids: A tensor whose values tell the rest; `Family.read` reads it when the model runs.
         why: Why there is no grid, if there is none.
-        prefixes: Tokens before the grid of each sample, where samples differ; the rest follows the grid.
+        samples: Where the tokens of each sample sit, where samples differ.
     """
 
     grid: tuple[int, ...] = ()
@@ -37,7 +50,7 @@ class Seen(NamedTuple):
     suffix: int = 0
     ids: torch.Tensor | None = None
     why: str = ""
-    prefixes: tuple[int, ...] = ()
+    samples: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class Family:
         dims: Axes of the token grid.
         sites: Globs of the paths of its visual self-attention modules, in the order in which layers run.
         seen: Finds the tokens from the model's config and the arguments of its forward.
-        read: Completes that from `Seen.ids`.
+        read: Completes that from the config and the values of `Seen.ids`.
         anchor: Argument of the forward that carries the latents.
         levels: Whether the grid is halved (rounding up) from level to level, as in a UNet.
         mask_row: Row of a full mask [B, 1, S, S] that tells which keys are valid; None if such masks do not
@@ -64,7 +77,7 @@ class Family:
     dims: int
     sites: tuple[str, ...]
     seen: Callable[[Any, Args], Seen]
-    read: Callable[[torch.Tensor, Seen], Seen] | None = None
+    read: Callable[[Any, torch.Tensor, Seen], Seen] | None = None
     anchor: str = "hidden_states"
     levels: bool = False
     mask_row: int | None = None
@@ -72,11 +85,16 @@ class Family:
     tokens: str = "grid"
 
     def find_sites(self, model: torch.nn.Module) -> list[tuple[SiteName, torch.nn.Module]]:
-        """The visual self-attention modules of a model, in the order in which layers run."""
+        """The visual self-attention modules of a model, in the order in which layers run.
+
+        The same paths can hold cross-attention, as in the outer levels of the upscaler of Stable Diffusion.
+        """
         found = []
         for order, pattern in enumerate(self.sites):
             for path, module in model.named_modules():
-                if fnmatch.fnmatchcase(path, pattern) and hasattr(module, "processor"):
+                if not fnmatch.fnmatchcase(path, pattern) or not hasattr(module, "processor"):
+                    continue
+                if not getattr(module, "is_cross_attention", False):
                     found.append(((order, _natural(path)), SiteName(path, path.rpartition(".")[0]), module))
         found.sort(key=lambda entry: entry[0])
         return [(site, module) for _, site, module in found]
@@ -96,7 +114,7 @@ class Where:
         suffix: Tokens after the grid, or REST.
         levels: Whether halved grids occur too.
         why: Why there is no grid, if there is none.
-        prefixes: Tokens before the grid of each sample, where samples differ; the rest follows the grid.
+        samples: Where the tokens of each sample sit, where samples differ.
     """
 
     grid: tuple[int, ...]
@@ -104,24 +122,28 @@ class Where:
     suffix: int = 0
     levels: bool = False
     why: str = ""
-    prefixes: tuple[int, ...] = ()
+    samples: tuple[Sample, ...] = ()
 
     def layouts(self, length: int) -> tuple[Layout, ...] | str:
         """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""
-        if not self.prefixes:
+        if self.why or not self.samples:
             found = self.layout(length)
             return found if isinstance(found, str) else (found,)
-        inner = Layout(self.grid)
-        if length == inner.tokens:
-            return (inner,)
-        if length < inner.tokens + max(self.prefixes):
+        grids = {Layout(sample.grid) for sample in self.samples}
+        if len(grids) == 1 and length == next(iter(grids)).tokens:
+            # Layers before the text joins.
+            return tuple(grids)
+        rest = [length - sample.prefix - math.prod(sample.grid) for sample in self.samples]
+        if min(rest) < 0:
             return f"a sequence of {length} tokens is not {self}"
-        return tuple(Layout(self.grid, prefix, length - inner.tokens - prefix) for prefix in self.prefixes)
+        return tuple(Layout(s.grid, s.prefix, after) for s, after in zip(self.samples, rest, strict=True))
 
     def layout(self, length: int) -> Layout | str:
         """The layout of a sequence of `length` tokens, or why there is none."""
-        if not self.grid:
+        if self.why or not self.grid:
             return self.why or "its forward does not tell where its tokens sit: pass layout=Layout(grid, ...)"
+        if min(self.grid) < 1:
+            return f"its grid {_times(self.grid)} is empty"
         for grid in self._grids():
             inner = Layout(grid)
             rest = length - inner.tokens - max(self.prefix, 0) - max(self.suffix, 0)
@@ -142,14 +164,20 @@ class Where:
             yield grid
 
     def __str__(self) -> str:
-        parts = ["grid " + "x".join(map(str, self.grid)) + " or halves of it" * self.levels]
-        if self.prefixes:
-            parts.insert(0, f"prefixes {', '.join(map(str, self.prefixes))}")
+        if self.samples:
+            return " or ".join(
+                f"prefix {sample.prefix} + grid {_times(sample.grid)}" for sample in dict.fromkeys(self.samples)
+            )
+        parts = [f"grid {_times(self.grid)}" + " or halves of it" * self.levels]
         if self.prefix:
             parts.insert(0, "text" if self.prefix == REST else f"prefix {self.prefix}")
         if self.suffix:
             parts.append("text" if self.suffix == REST else f"suffix {self.suffix}")
         return " + ".join(parts)
+
+
+def _times(grid: tuple[int, ...]) -> str:
+    return "x".join(map(str, grid))
 
 
 def patches(config: Any, sizes: tuple[int, ...]) -> tuple[int, ...]:

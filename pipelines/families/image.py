@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from visattn.pipelines.families.base import REST, Args, Family, Seen, patches
+from visattn.pipelines.families import raster
+from visattn.pipelines.families.base import REST, Args, Family, Sample, Seen, patches
 
 
 def _latents(config: Any, args: Args) -> Seen:
@@ -33,19 +34,27 @@ def _flux2(config: Any, args: Args) -> Seen:
     return _position_ids(config, args)
 
 
-def _read_position_ids(ids: torch.Tensor, seen: Seen) -> Seen:
+def _read_position_ids(config: Any, ids: torch.Tensor, seen: Seen) -> Seen:
     """Rows of img_ids [tokens, (image, y, x, ...)]; reference images have another first number and follow."""
-    ids = ids[0] if ids.ndim == 3 else ids
-    target = ids[ids[:, 0] == ids[0, 0]]
-    low, high = target[:, 1:3].amin(0), target[:, 1:3].amax(0)
-    grid = (int(high[0] - low[0]) + 1, int(high[1] - low[1]) + 1)
-    return seen._replace(grid=grid, suffix=len(ids) - len(target))
+    if ids.ndim == 3:
+        if bool((ids != ids[:1]).any()):
+            return Seen(why="the position ids of its samples differ, and its model uses those of the first for all")
+        ids = ids[0]
+    ids = ids.detach().cpu()
+    others = (ids[:, 0] != ids[0, 0]).nonzero()
+    tokens = int(others[0]) if len(others) else len(ids)
+    grid = raster.whole(ids[:tokens, 1:3])
+    if grid is None or len(others) != len(ids) - tokens:
+        return Seen(why=f"the position ids of its {tokens} image tokens are not those of a grid in raster order")
+    return seen._replace(grid=grid, suffix=len(ids) - tokens)
 
 
 def _qwen(config: Any, args: Args) -> Seen:
     """img_shapes: (frames, height, width) of the image and of each reference image, per sample."""
     shapes = args["img_shapes"]
     first = shapes[0] if isinstance(shapes[0], list) else shapes
+    if isinstance(shapes[0], list) and any(shape != first for shape in shapes):
+        return Seen(why="the sizes of its samples differ, and its model uses those of the first for all")
     (frames, height, width), *references = first
     if frames != 1:
         return Seen(why=f"its image has {frames} frames")
@@ -58,31 +67,43 @@ def _z_image(config: Any, args: Args) -> Seen:
     x = args["x"]
     if isinstance(x[0], list | tuple):
         return Seen(why="omni sequences hold several images")
-    sizes = [tuple(latent.shape[1:]) for latent in x]
-    if sizes[0][0] != 1 or any(size != sizes[0] for size in sizes):
-        return Seen(why="the images of a batch differ in size or have several frames")
+    if any(latent.shape[1] != 1 for latent in x):
+        return Seen(why="its images have several frames")
     patch = args.get("patch_size", 2)
-    return Seen((sizes[0][1] // patch, sizes[0][2] // patch), 0, REST)
+    grids = [(latent.shape[2] // patch, latent.shape[3] // patch) for latent in x]
+    if any(grid != grids[0] for grid in grids):
+        return Seen(samples=tuple(Sample(grid) for grid in grids))
+    return Seen(grids[0], 0, REST)
 
 
 def _lumina2(config: Any, args: Args) -> Seen:
     return Seen(_latents(config, args).grid, 0, 0, args["encoder_attention_mask"])
 
 
-def _read_caption_lengths(mask: torch.Tensor, seen: Seen) -> Seen:
+def _read_caption_lengths(config: Any, mask: torch.Tensor, seen: Seen) -> Seen:
     """Valid caption tokens come right before the image, sample by sample."""
     lengths = [int(n) for n in mask.sum(1).tolist()]
     if len(set(lengths)) == 1:
         return seen._replace(prefix=lengths[0])
-    return seen._replace(prefixes=tuple(lengths))
+    return seen._replace(samples=tuple(Sample(seen.grid, length) for length in lengths))
 
 
 def _hidream(config: Any, args: Args) -> Seen:
     """Image tokens first (padded if not square), then text that differs from block to block."""
-    if args.get("img_sizes") is not None:
-        height, width = (int(n) for n in args["img_sizes"][0])
-        return Seen((height, width), 0, REST)
+    if args.get("hidden_states_masks") is not None:
+        return Seen((), 0, REST, args["img_ids"])
     return Seen(patches(config, tuple(args["hidden_states"].shape[-2:])), 0, REST)
+
+
+def _read_padded_ids(config: Any, ids: torch.Tensor, seen: Seen) -> Seen:
+    """Rows of img_ids [B, tokens, (0, y, x)], a grid and padding in each sample."""
+    ids = ids.detach().cpu()
+    found = [raster.largest(sample[:, 1:]) for sample in (ids if bool((ids != ids[:1]).any()) else ids[:1])]
+    if any(block.start for block in found):
+        return Seen(why="the position ids of its image tokens do not begin with those of a grid in raster order")
+    if len({block.grid for block in found}) == 1:
+        return seen._replace(grid=found[0].grid)
+    return Seen(samples=tuple(Sample(block.grid) for block in found))
 
 
 DIT = Family(
@@ -199,6 +220,7 @@ HIDREAM = Family(
     dims=2,
     sites=("double_stream_blocks.*.attn1", "single_stream_blocks.*.attn1"),
     seen=_hidream,
+    read=_read_padded_ids,
     tokens="grid, padding, text",
 )
 

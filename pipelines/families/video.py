@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from visattn.pipelines.families.base import REST, Args, Family, Seen, patches
+import torch
+
+from visattn.pipelines.families import raster
+from visattn.pipelines.families.base import REST, Args, Family, Sample, Seen, patches
 
 
 def _latents(config: Any, args: Args) -> Seen:
@@ -32,12 +36,69 @@ def _mochi(config: Any, args: Args) -> Seen:
     return Seen((frames, height // size, width // size), 0, REST)
 
 
-def _sizes_given(config: Any, args: Args) -> Seen:
-    """LTX: latents come packed, with the sizes beside them."""
-    sizes = tuple(args[name] for name in ("num_frames", "height", "width") if args.get(name) is not None)
+def _animate(config: Any, args: Args) -> Seen:
+    """Wan Animate: the first frame is the reference image."""
+    frames, *sizes = _latents(config, args).grid
+    return Seen((frames - 1, *sizes), math.prod(sizes))
+
+
+def _vace(config: Any, args: Args) -> Seen:
+    return _latents(config, args)._replace(ids=args.get("control_hidden_states"))
+
+
+def _read_references(config: Any, control: torch.Tensor, seen: Seen) -> Seen:
+    """The control channels [B, C, F, H, W] tell which frames are references; these stand before the clip.
+
+    Of a reference's channels only the first, the latents of its image, are set: the second half of the latents and the
+    mask are zero, as they are in no frame of a clip.
+    """
+    frames, *sizes = seen.grid
+    blank = (control[:, config.in_channels :] == 0).flatten(3).all(3).all(1)
+    if not frames or blank.shape[1] // config.patch_size[0] != frames:
+        return seen
+    before = [int(n) // config.patch_size[0] for n in blank.cumprod(1).sum(1).tolist()]
+    # Control that is zero from end to end is none, rather than references without a clip.
+    found = [0 if n == frames else n for n in before]
+    samples = [Sample((frames - n, *sizes), n * math.prod(sizes)) for n in found]
+    if len(set(samples)) == 1:
+        return seen._replace(grid=samples[0].grid, prefix=samples[0].prefix)
+    return seen._replace(samples=tuple(samples))
+
+
+def _coordinates(config: Any, args: Args) -> Seen:
+    """LTX: latents come packed, with coordinates or sizes beside them."""
+    given = [args.get(name) for name in ("num_frames", "height", "width")]
+    sizes = tuple(n for n in given if n is not None)
+    if args.get("video_coords") is not None:
+        # Beside coordinates, sizes are not needed: some pipelines pass 1x1x1.
+        return Seen(sizes if len(sizes) == 3 and sizes != (1, 1, 1) else (), ids=args["video_coords"])
     if len(sizes) < 3:
         return Seen(why="num_frames, height and width are not among the arguments of its forward")
     return Seen(sizes)
+
+
+def _read_coordinates(coordinates: torch.Tensor, seen: Seen, last: bool) -> Seen:
+    """video_coords: [B, (time, y, x), tokens], or with a start and an end of each token, [B, 3, tokens, 2].
+
+    Conditions and references have grids of their own, before or after the largest, which is the video.
+    """
+    if bool((coordinates != coordinates[:1]).any()):
+        return Seen(why="the coordinates of its samples differ")
+    rows = coordinates[0].detach().cpu().transpose(0, 1)
+    starts, ends = (rows, None) if rows.ndim == 2 else (rows[..., 0], rows[..., 1])
+    tokens, known = len(starts), math.prod(seen.grid)
+    if seen.grid and raster.whole(starts[:known], ends if ends is None else ends[:known]) == seen.grid:
+        return seen._replace(suffix=tokens - known)
+    video = raster.largest(starts, ends, last)
+    return seen._replace(grid=video.grid, prefix=video.start, suffix=tokens - video.start - video.tokens)
+
+
+def _read_video_last(config: Any, coordinates: torch.Tensor, seen: Seen) -> Seen:
+    return _read_coordinates(coordinates, seen, True)
+
+
+def _read_video_first(config: Any, coordinates: torch.Tensor, seen: Seen) -> Seen:
+    return _read_coordinates(coordinates, seen, False)
 
 
 def _kandinsky(config: Any, args: Args) -> Seen:
@@ -49,10 +110,29 @@ def _kandinsky(config: Any, args: Args) -> Seen:
 
 WAN = Family(
     name="Wan 2.1 and 2.2",
-    classes=("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
+    classes=("WanTransformer3DModel",),
+    dims=3,
+    sites=("blocks.*.attn1",),
+    seen=_latents,
+)
+
+WAN_VACE = Family(
+    name="Wan VACE",
+    classes=("WanVACETransformer3DModel",),
     dims=3,
     sites=("vace_blocks.*.attn1", "blocks.*.attn1"),
-    seen=_latents,
+    seen=_vace,
+    read=_read_references,
+    tokens="reference images, grid",
+)
+
+WAN_ANIMATE = Family(
+    name="Wan Animate",
+    classes=("WanAnimateTransformer3DModel",),
+    dims=3,
+    sites=("blocks.*.attn1",),
+    seen=_animate,
+    tokens="reference image, grid",
 )
 
 HUNYUAN = Family(
@@ -98,7 +178,9 @@ LTX = Family(
     classes=("LTXVideoTransformer3DModel",),
     dims=3,
     sites=("transformer_blocks.*.attn1",),
-    seen=_sizes_given,
+    seen=_coordinates,
+    read=_read_video_last,
+    tokens="conditions, grid",
 )
 
 LTX2 = Family(
@@ -106,7 +188,9 @@ LTX2 = Family(
     classes=("LTX2VideoTransformer3DModel",),
     dims=3,
     sites=("transformer_blocks.*.attn1",),
-    seen=_sizes_given,
+    seen=_coordinates,
+    read=_read_video_first,
+    tokens="grid, conditions and references",
 )
 
 COSMOS = Family(
@@ -125,4 +209,4 @@ KANDINSKY5 = Family(
     seen=_kandinsky,
 )
 
-FAMILIES = (WAN, HUNYUAN, HUNYUAN15, COGVIDEOX, MOCHI, LTX, LTX2, COSMOS, KANDINSKY5)
+FAMILIES = (WAN, WAN_VACE, WAN_ANIMATE, HUNYUAN, HUNYUAN15, COGVIDEOX, MOCHI, LTX, LTX2, COSMOS, KANDINSKY5)

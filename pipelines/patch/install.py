@@ -248,8 +248,6 @@ class PatchedModel:
 def _visual_sites(model: torch.nn.Module, family: Family) -> list[tuple[SiteName, torch.nn.Module]]:
     """The modules of a family's sites; of an unknown class every module that is not cross-attention."""
     found = family.find_sites(model)
-    if not family.classes:
-        found = [(s, m) for s, m in found if not getattr(m, "is_cross_attention", False)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention modules at {', '.join(family.sites)}")
     return found

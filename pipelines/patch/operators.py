@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from visattn.ops import autograd_inside_operator, gradient_leaf
-from visattn.pipelines.families.base import Seen
+from visattn.pipelines.families.base import Sample, Seen
 from visattn.pipelines.patch.decision import DECISION_BYTES, Decision
 from visattn.pipelines.patch.numbering import look_up
 from visattn.runtime.call import AttentionCall
@@ -121,20 +121,40 @@ patched_attention.register_autograd(_attention_gradients, setup_context=_save_at
 
 @torch.library.custom_op("visattn::begin_forward", mutates_args=())
 def begin_forward(
-    latents: torch.Tensor, ids: torch.Tensor | None, grid: list[int], prefix: int, suffix: int, why: str, run: int
+    latents: torch.Tensor,
+    ids: torch.Tensor | None,
+    grid: list[int],
+    prefix: int,
+    suffix: int,
+    samples: list[int],
+    why: str,
+    run: int,
 ) -> torch.Tensor:
-    """Tell a run that a forward begins; returns the latents, so that everything after depends on it."""
+    """Tell a run that a forward begins; returns the latents, so that everything after depends on it.
+
+    `samples` are the numbers of each `Sample`, one after the other.
+    """
     owner = look_up(run)
     if owner is not None:
-        owner.begin(Seen(tuple(grid), prefix, suffix, ids, why), compiled=True)
+        size = owner.family.dims + 1
+        each = [samples[at : at + size] for at in range(0, len(samples), size)]
+        apart = tuple(Sample(tuple(numbers[:-1]), numbers[-1]) for numbers in each)
+        owner.begin(Seen(tuple(grid), prefix, suffix, ids, why, apart), compiled=True)
     return latents.clone()
 
 
 @begin_forward.register_fake
 def _(
-    latents: torch.Tensor, ids: torch.Tensor | None, grid: list[int], prefix: int, suffix: int, why: str, run: int
+    latents: torch.Tensor,
+    ids: torch.Tensor | None,
+    grid: list[int],
+    prefix: int,
+    suffix: int,
+    samples: list[int],
+    why: str,
+    run: int,
 ) -> torch.Tensor:
     return torch.empty_like(latents)
 
 
-begin_forward.register_autograd(lambda ctx, grad: (grad, None, None, None, None, None, None))
+begin_forward.register_autograd(lambda ctx, grad: (grad, *[None] * 7))

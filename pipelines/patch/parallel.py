@@ -48,7 +48,7 @@ def uneven(layouts: tuple[Layout, ...], heads: int, devices: int) -> str:
     """Why a sequence with such layouts (one of each sample where they differ) cannot be exchanged, empty if it can."""
     layout, *others = layouts
     if others:
-        return "its samples have text of different length"
+        return "its samples have different grids or text of different length"
     if layout.suffix and not layout.prefix:
         return "its text follows the grid, and how devices share that is not known"
     for name, number in (("text", layout.prefix), ("grid and references", layout.tokens + layout.suffix)):

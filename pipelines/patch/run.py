@@ -55,13 +55,13 @@ class DiffusersRun(Run):
         if self.family.read is not None and seen.ids is not None:
             seen = self._reading(seen.ids, seen)
         grid = tuple(int(n) for n in seen.grid)
-        return Where(grid, int(seen.prefix), int(seen.suffix), self.family.levels, seen.why, seen.prefixes)
+        return Where(grid, int(seen.prefix), int(seen.suffix), self.family.levels, seen.why, seen.samples)
 
     def _reading(self, ids: torch.Tensor, seen: Seen) -> Seen:
         """Read a tensor's values, which waits for the GPU, once for all steps that pass the same tensor."""
         known, version = self._read, ids._version if not ids.is_inference() else 0
         if known is None or known[0]() is not ids or known[1] != version or known[3] != seen[:3]:
             assert self.family.read is not None
-            known = (weakref.ref(ids), version, self.family.read(ids, seen)._replace(ids=None), seen[:3])
+            known = (weakref.ref(ids), version, self.family.read(self.config, ids, seen)._replace(ids=None), seen[:3])
             self._read = known
         return known[2]

@@ -112,7 +112,7 @@ class Runner:
         if isinstance(layouts, str):
             return Fit(why=layouts)
         if len(layouts) not in (1, call.q.shape[0]):
-            return Fit(why=f"its batch of {call.q.shape[0]} is not that of the {len(layouts)} captions")
+            return Fit(why=f"its batch of {call.q.shape[0]} is not the {len(layouts)} samples of the forward")
         keys = key_validity(call.mask, call.q, self.run.mask_row)
         if isinstance(keys, str):
             return Fit(why=keys)

@@ -1,0 +1,420 @@
+"""Where the tokens are: every family's grid against the position ids, coordinates and sizes that pipelines make."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("diffusers")
+
+import diffusers
+from diffusers.models.transformers import transformer_ltx2
+from diffusers.pipelines.chroma.pipeline_chroma import ChromaPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
+
+import visattn
+from tests.support import tiny_models, tiny_pipelines
+from visattn.layout import Layout
+from visattn.pipelines import families
+from visattn.pipelines.families import raster
+from visattn.pipelines.families.base import Where
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EDGES = (1, 2, 3, 5, 16, 255, 256, 257, 258, 259, 300, 333, 512)
+
+
+def record(name):
+    return next(family for family in families.FAMILIES if name in family.classes)
+
+
+def layouts(name, config, args, length):
+    """What a record makes of the arguments of a forward, for a sequence of `length` tokens."""
+    family = record(name)
+    seen = family.seen(config, args)
+    if family.read is not None and seen.ids is not None:
+        seen = family.read(config, seen.ids, seen)
+    return Where(seen.grid, seen.prefix, seen.suffix, family.levels, seen.why, seen.samples).layouts(length)
+
+
+class Case:
+    """One forward of a family, drawn: its arguments as pipelines make them, and the layout they mean."""
+
+    def __init__(self, draw):
+        self.dtype = draw(st.sampled_from(DTYPES))
+        self.text = draw(st.integers(0, 9))
+        self.batch = draw(st.integers(1, 2))
+        self.draw = draw
+
+    def image(self):
+        sides = st.sampled_from(EDGES) | st.integers(1, 40)
+        height, width = self.draw(sides), self.draw(sides)
+        # Keep the number of tokens, and so the time, within bounds.
+        return (height, width) if height * width <= 20_000 else (height, 3)
+
+    def video(self):
+        return tuple(self.draw(st.integers(1, most)) for most in (7, 9, 9))
+
+    def references(self):
+        return [self.image() for _ in range(self.draw(st.integers(0, 2)))]
+
+    def empty(self, *shape):
+        return torch.empty(self.batch, *shape, device="meta")
+
+
+def flux_ids(case, grid, references, start=0):
+    """As the pipelines of FLUX.1, Kontext and LongCat (whose ids start behind the text)."""
+    every = []
+    for image, (height, width) in enumerate([grid, *references]):
+        ids = ChromaPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32)
+        ids = ids.reshape(-1, 3) + torch.tensor([image, start, start])
+        every.append(ids)
+    return torch.cat(every).to(case.dtype)
+
+
+def with_ids(case):
+    grid, references = case.image(), case.references()
+    ids = flux_ids(case, grid, references)
+    args = {"img_ids": ids, "encoder_hidden_states": case.empty(case.text, 8)}
+    return args, Layout(grid, case.text, len(ids) - math.prod(grid))
+
+
+def flux2(case):
+    grid, references = case.image(), case.references()
+    ids = Flux2Pipeline._prepare_latent_ids(torch.empty(case.batch, 1, *grid))
+    if references:
+        images = [torch.empty(1, 1, *size) for size in references]
+        ids = torch.cat([ids, Flux2Pipeline._prepare_image_ids(images).expand(case.batch, -1, -1)], 1)
+    args = {"img_ids": ids.to(case.dtype), "encoder_hidden_states": case.empty(case.text, 8)}
+    return args, Layout(grid, case.text, ids.shape[1] - math.prod(grid))
+
+
+def qwen(case):
+    grid, references = case.image(), case.references()
+    shapes = [[(1, *grid), *((1, *size) for size in references)]] * case.batch
+    args = {"img_shapes": shapes, "encoder_hidden_states": case.empty(case.text, 8)}
+    return args, Layout(grid, case.text, sum(map(math.prod, references)))
+
+
+def latents(case):
+    grid = case.image()
+    return {"hidden_states": case.empty(4, 2 * grid[0] + 1, 2 * grid[1])}, Layout(grid)
+
+
+def latents_then_text(case):
+    args, layout = latents(case)
+    return args | {"encoder_hidden_states": case.empty(case.text, 8)}, Layout(layout.grid, 0, case.text)
+
+
+def unet(case):
+    grid = case.image()
+    level = case.draw(st.integers(0, 2))
+    halved = tuple(math.ceil(n / 2**level) for n in grid)
+    return {"sample": case.empty(4, *grid)}, Layout(halved)
+
+
+def z_image(case):
+    grids = [case.image() for _ in range(case.batch)]
+    length = max(math.prod(grid) for grid in grids) + 32
+    found = tuple(Layout(grid, 0, length - math.prod(grid)) for grid in grids)
+    args = {"x": [torch.empty(4, 1, 2 * h, 2 * w, device="meta") for h, w in grids]}
+    return args, found[:1] if len(set(grids)) == 1 else found
+
+
+def lumina2(case):
+    args, layout = latents(case)
+    lengths = [case.draw(st.integers(0, 9)) for _ in range(case.batch)]
+    longest = max(lengths)
+    mask = torch.tensor([[True] * n + [False] * (longest - n) for n in lengths])
+    found = tuple(Layout(layout.grid, n, longest - n) for n in lengths)
+    return args | {"encoder_attention_mask": mask}, found[:1] if len(set(lengths)) == 1 else found
+
+
+def hidream(case):
+    args, layout = latents(case)
+    return args, Layout(layout.grid, 0, case.text)
+
+
+def packed_hidream(case):
+    grids = [tuple(case.draw(st.integers(1, 20)) for _ in range(2)) for _ in range(case.batch)]
+    longest = max(map(math.prod, grids)) + case.draw(st.integers(0, 50))
+    ids = torch.zeros(case.batch, longest, 3)
+    for row, (height, width) in zip(ids, grids, strict=True):
+        row[: height * width] = flux_ids(case, (height, width), [])
+    args = {"hidden_states": case.empty(longest, 8), "hidden_states_masks": case.empty(longest), "img_ids": ids}
+    found = tuple(Layout(grid, 0, longest + case.text - math.prod(grid)) for grid in grids)
+    return args, found[:1] if len(set(grids)) == 1 else found
+
+
+def video(case):
+    grid = case.video()
+    return {"hidden_states": case.empty(4, grid[0], 2 * grid[1] + 1, 2 * grid[2])}, Layout(grid)
+
+
+def vace(case):
+    args, layout = video(case)
+    found, control = [], torch.ones(case.batch, 8, *args["hidden_states"].shape[2:], dtype=case.dtype)
+    frames, *sizes = layout.grid
+    for sample in control:
+        references = case.draw(st.integers(0, frames - 1))
+        sample[4:, :references] = 0
+        found.append(Layout((frames - references, *sizes), references * math.prod(sizes)))
+    args |= {"control_hidden_states": control}
+    return args, tuple(found[:1]) if len(set(found)) == 1 else tuple(found)
+
+
+def animate(case):
+    args, layout = video(case)
+    frames, *sizes = layout.grid
+    args["hidden_states"] = case.empty(12, frames + 1, *args["hidden_states"].shape[3:])
+    return args, Layout(layout.grid, math.prod(sizes))
+
+
+def video_then_text(case):
+    args, layout = video(case)
+    return args | {"encoder_hidden_states": case.empty(case.text, 8)}, Layout(layout.grid, 0, case.text)
+
+
+def cogvideox(case):
+    grid = case.video()
+    args = {"hidden_states": case.empty(grid[0], 4, 2 * grid[1], 2 * grid[2])}
+    return args | {"encoder_hidden_states": case.empty(case.text, 8)}, Layout(grid, case.text)
+
+
+def kandinsky(case):
+    grid = case.video()
+    return {"hidden_states": case.empty(grid[0], 2 * grid[1], 2 * grid[2], 4)}, Layout(grid)
+
+
+def sizes(case):
+    grid = case.video()
+    return dict(zip(("num_frames", "height", "width"), grid, strict=True)), Layout(grid)
+
+
+def ltx_condition(case):
+    """Conditions of later frames stand before the video, as LTXConditionPipeline puts them."""
+    grid = case.video()
+
+    def ids(frames, index):
+        found = LTXConditionPipeline._prepare_video_ids(case.batch, frames, *grid[1:])
+        return LTXConditionPipeline._scale_video_ids(found, frame_index=index)
+
+    conditions = [ids(1, 8 * i + 1) for i in range(case.draw(st.integers(0, min(2, grid[0] - 1))))]
+    coordinates = torch.cat([*conditions, ids(grid[0], 0)], 2).float()
+    coordinates[:, 0] *= 1 / 25
+    return {"video_coords": coordinates.to(case.dtype)}, Layout(grid, coordinates.shape[2] - math.prod(grid))
+
+
+def ltx2_coordinates(case):
+    """Keyframes and references stand after the video, as LTX2ConditionPipeline and the DFR pipelines put them."""
+    grid = tuple(n + 1 for n in case.video())
+    rope = transformer_ltx2.LTX2AudioVideoRotaryPosEmbed(12)
+    every = [rope.prepare_video_coords(case.batch, *grid, "cpu", fps=25.0)]
+    if case.draw(st.booleans()):
+        # A keyframe at the last pixel of the video, where it could be taken for one more frame.
+        keyframe = rope.prepare_video_coords(case.batch, 1, *grid[1:], "cpu", fps=25.0)
+        keyframe[:, 0] += 8 * (grid[0] - 1) / 25
+        every.append(keyframe)
+    if case.draw(st.booleans()):
+        every.append(rope.prepare_video_coords(case.batch, *grid, "cpu", fps=25.0) * 2)
+    coordinates = torch.cat(every, 2)
+    given = sizes_of(grid) if case.draw(st.booleans()) else {}
+    return {"video_coords": coordinates, **given}, Layout(grid, 0, coordinates.shape[2] - math.prod(grid))
+
+
+def sizes_of(grid):
+    return dict(zip(("num_frames", "height", "width"), grid, strict=True))
+
+
+IMAGE, VIDEO = SimpleNamespace(patch_size=2), SimpleNamespace(patch_size=(1, 2, 2), in_channels=4)
+SPLIT = SimpleNamespace(patch_size=2, patch_size_t=1)
+# By class and kind of input: config and how to draw a forward.
+CASES = {
+    "DiTTransformer2DModel": (IMAGE, latents),
+    "PixArtTransformer2DModel": (IMAGE, latents),
+    "UNet2DConditionModel": (IMAGE, unet),
+    "SD3Transformer2DModel": (IMAGE, latents_then_text),
+    "FluxTransformer2DModel": (None, with_ids),
+    "Flux2Transformer2DModel": (None, flux2),
+    "ChromaTransformer2DModel": (None, with_ids),
+    "BriaTransformer2DModel": (None, with_ids),
+    "QwenImageTransformer2DModel": (None, qwen),
+    "ZImageTransformer2DModel": (None, z_image),
+    "Lumina2Transformer2DModel": (IMAGE, lumina2),
+    "HiDreamImageTransformer2DModel": (IMAGE, hidream),
+    "HiDreamImageTransformer2DModel, packed": (IMAGE, packed_hidream),
+    "WanTransformer3DModel": (VIDEO, video),
+    "WanVACETransformer3DModel": (VIDEO, vace),
+    "WanAnimateTransformer3DModel": (VIDEO, animate),
+    "HunyuanVideoTransformer3DModel": (SPLIT, video_then_text),
+    "HunyuanVideo15Transformer3DModel": (SPLIT, video_then_text),
+    "CogVideoXTransformer3DModel": (SPLIT, cogvideox),
+    "MochiTransformer3DModel": (SPLIT, video_then_text),
+    "LTXVideoTransformer3DModel": (None, sizes),
+    "LTXVideoTransformer3DModel, conditions": (None, ltx_condition),
+    "LTX2VideoTransformer3DModel": (None, sizes),
+    "LTX2VideoTransformer3DModel, coordinates": (None, ltx2_coordinates),
+    "CosmosTransformer3DModel": (VIDEO, video),
+    "Kandinsky5Transformer3DModel": (VIDEO, kandinsky),
+}
+
+
+def test_every_class_has_a_case():
+    named = {name.partition(",")[0] for name in CASES}
+    assert named == {name for family in families.FAMILIES if not family.nothing for name in family.classes}
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(data=st.data())
+def test_the_grid_is_that_of_the_ids_coordinates_and_sizes(name, data):
+    config, draw = CASES[name]
+    args, expected = draw(Case(data.draw))
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    assert layouts(name.partition(",")[0], config, args, expected[0].length) == expected
+    # Any other length is none of this forward, unless the rest is open or a grid of its own.
+    found = layouts(name.partition(",")[0], config, args, 1_000_003)
+    if isinstance(found, tuple):
+        assert all(layout.length == 1_000_003 for layout in found)
+
+
+@given(data=st.data())
+def test_ids_of_no_grid_leave_the_call_dense(data):
+    case = Case(data.draw)
+    height, width = data.draw(st.integers(2, 9)), data.draw(st.integers(2, 9))
+    ids = flux_ids(case, (height, width), [])
+    order = torch.tensor(data.draw(st.permutations(range(len(ids)))))
+    grid = raster.whole(ids[order][:, 1:])
+    # Two axes may change places, which is another grid; anything else is none.
+    assert grid in (None, (height, width)) or torch.equal(order, torch.arange(len(ids)))
+    if grid is not None:
+        assert torch.equal(ids[order], ids)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda ids: ids.flip(0), "not those of a grid in raster order"),
+        (lambda ids: ids[:-1], "not those of a grid in raster order"),
+        (lambda ids: torch.cat([ids, ids + torch.tensor([1, 0, 0]), ids]), "not those of a grid in raster order"),
+        (lambda ids: torch.stack([ids, ids.flip(0)]), "the position ids of its samples differ"),
+    ],
+    ids=["reversed", "a token is missing", "the image in two pieces", "samples that differ"],
+)
+def test_ids_that_are_no_raster_are_named(spoil, why):
+    args = {"img_ids": spoil(tiny_models.flux_ids(4, 9)), "encoder_hidden_states": torch.empty(2, 5, 8)}
+    found = layouts("FluxTransformer2DModel", None, args, 41)
+    assert isinstance(found, str) and why in found
+
+
+def test_samples_of_qwen_with_several_sizes_are_named():
+    args = {"img_shapes": [[(1, 4, 9)], [(1, 9, 4)]], "encoder_hidden_states": torch.empty(2, 5, 8)}
+    assert "the sizes of its samples differ" in layouts("QwenImageTransformer2DModel", None, args, 41)
+
+
+def test_scaled_and_shifted_ids_are_grids_too():
+    ids = tiny_models.flux_ids(4, 9)[:, 1:] * 1.75 + 512
+    assert raster.whole(ids) == (4, 9)
+    assert raster.whole(torch.zeros(4, 2)) is None
+    assert raster.largest(torch.cat([torch.zeros(3, 2), ids, torch.zeros(50, 2)])) == raster.Block(3, (4, 9))
+
+
+def test_wide_flux_in_bfloat16_is_sparse():
+    pipe, _ = tiny_pipelines.flux()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(torch.bfloat16)
+    with visattn.apply(pipe, "na(window=3x3)", strict=True) as handle:
+        pipe("a cat", height=4, width=600, num_inference_steps=1, max_sequence_length=8, output_type="latent")
+    assert {str(c.problem.layout) for site in handle.report().sites for c in site.calls} == {"2x300, prefix 8"}
+
+
+def same_as_with_layout(model, inputs, layout, pattern="na(window=3x3x3)"):
+    """Whether a model finds by itself what a layout given by hand says."""
+    with visattn.apply(model, pattern, strict=True) as handle:
+        found = tiny_models.run(model, inputs)
+    assert {c.problem.layout for site in handle.report().sites for c in site.calls} == {layout}
+    with visattn.apply(model, pattern, strict=True, layout=layout):
+        return torch.equal(tiny_models.run(model, inputs), found)
+
+
+def test_reference_frames_of_vace_are_a_prefix():
+    model, inputs = tiny_models.wan_vace()
+    control = tiny_models.noise(1, 8, 5, 12, 8, seed=4)
+    control[:, 4:, :2] = 0
+    inputs |= {"hidden_states": tiny_models.noise(1, 4, 5, 12, 8), "control_hidden_states": control}
+    assert same_as_with_layout(model, inputs, Layout((3, 6, 4), prefix=48))
+
+
+def test_reference_frames_as_the_pipeline_of_vace_makes_them():
+    """Of the pipeline only what prepares the control, with the VAE's latents as they come."""
+    pipe = object.__new__(diffusers.WanVACEPipeline)
+    wan, _ = tiny_pipelines.wan()
+    object.__setattr__(pipe, "vae", wan.vae)
+    object.__setattr__(pipe, "transformer", wan.transformer)
+    pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial = 4, 8
+    images = [tiny_models.noise(3, 32, 32, seed=seed) for seed in (1, 2)]
+    clip, mask = torch.zeros(1, 3, 9, 32, 32), torch.zeros(1, 3, 9, 32, 32)
+    with torch.no_grad():
+        control = pipe.prepare_video_latents(clip, mask, [images], None, torch.device("cpu"))
+    control = torch.cat([control, pipe.prepare_masks(mask, [images])], 1)
+    assert control.shape[2] == 5
+    config = SimpleNamespace(patch_size=(1, 2, 2), in_channels=wan.vae.config.z_dim)
+    args = {"hidden_states": torch.empty(1, 16, *control.shape[2:]), "control_hidden_states": control}
+    grid = (3, control.shape[3] // 2, control.shape[4] // 2)
+    prefix = 2 * math.prod(grid[1:])
+    assert layouts("WanVACETransformer3DModel", config, args, 5 * prefix // 2) == (Layout(grid, prefix),)
+
+
+def test_reference_frame_of_animate_is_a_prefix():
+    model, inputs = tiny_models.wan_animate()
+    assert same_as_with_layout(model, inputs, Layout((2, 6, 4), prefix=24))
+
+
+def test_ltx_takes_the_grid_from_coordinates():
+    model, inputs = tiny_models.ltx()
+    for name in ("num_frames", "height", "width"):
+        inputs[name] = 1
+    ids = LTXConditionPipeline._prepare_video_ids(1, 3, 4, 6)
+    keyframe = LTXConditionPipeline._prepare_video_ids(1, 1, 4, 6)
+    keyframe[:, 0] = 2
+    inputs["video_coords"] = torch.cat([keyframe, ids], 2).float()
+    inputs["hidden_states"] = tiny_models.noise(1, 4 * 4 * 6, 4)
+    assert same_as_with_layout(model, inputs, Layout((3, 4, 6), prefix=24))
+
+
+def test_ltx_samples_with_several_coordinates_are_named():
+    model, inputs = tiny_models.ltx()
+    coordinates = LTXConditionPipeline._prepare_video_ids(1, 3, 4, 6).float()
+    args = inputs | {"video_coords": torch.cat([coordinates, coordinates * 2])}
+    assert "the coordinates of its samples differ" in layouts("LTXVideoTransformer3DModel", model.config, args, 72)
+
+
+def test_images_of_several_sizes_have_a_grid_each():
+    model, inputs = tiny_models.z_image()
+    inputs |= {"x": [tiny_models.noise(4, 1, 8, 18), tiny_models.noise(4, 1, 12, 6)], "t": torch.tensor([0.5, 0.5])}
+    inputs["cap_feats"] = [tiny_models.noise(7, 16, seed=2), tiny_models.noise(9, 16, seed=3)]
+
+    def samples():
+        with torch.no_grad():
+            return model(**inputs, return_dict=False)[0]
+
+    with visattn.apply(model, "na(window=3x3)", strict=True) as handle:
+        together = samples()
+        layouts = {c.problem.layout.grid for site in handle.report().sites for c in site.calls}
+    assert layouts == {(4, 9), (6, 3)}
+    everything = dict(inputs)
+    for i, both in enumerate(together):
+        inputs = everything | {name: everything[name][i : i + 1] for name in ("x", "t", "cap_feats")}
+        with visattn.apply(model, "na(window=3x3)", strict=True):
+            torch.testing.assert_close(samples()[0], both, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_attention_at_the_paths_of_self_attention_is_left_out():
+    model, _ = tiny_models.sd15()
+    options = {**model.config, "only_cross_attention": (True, False)}
+    options = {name: value for name, value in options.items() if not name.startswith("_")}
+    upscaler = tiny_models.seeded(diffusers.UNet2DConditionModel, **options)
+    found = [site.path for site, _ in record("UNet2DConditionModel").find_sites(upscaler)]
+    assert found and not any(path.startswith("down_blocks.0") for path in found)
