@@ -14,6 +14,14 @@ from visattn.version import __version__
 if TYPE_CHECKING:
     from visattn import patterns
     from visattn.attend import attention, backends, explain
+    from visattn.doors import (
+        plugins,
+        register_adapter,
+        register_attention,
+        register_backend,
+        register_family,
+        register_pattern,
+    )
     from visattn.handle import Handle, apply
     from visattn.kernels.rows import attention_rows
     from visattn.layout import Layout
@@ -34,6 +42,12 @@ __all__ = [
     "parse",
     "patterns",
     "plan",
+    "plugins",
+    "register_adapter",
+    "register_attention",
+    "register_backend",
+    "register_family",
+    "register_pattern",
 ]
 
 
@@ -52,6 +66,12 @@ def __getattr__(name: str) -> Any:
         "explain": "visattn.attend",
         "parse": "visattn.patterns",
         "plan": "visattn.plans",
+        "plugins": "visattn.doors",
+        "register_adapter": "visattn.doors",
+        "register_attention": "visattn.doors",
+        "register_backend": "visattn.doors",
+        "register_family": "visattn.doors",
+        "register_pattern": "visattn.doors",
     }
     if name == "patterns":
         return importlib.import_module("visattn.patterns")

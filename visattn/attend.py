@@ -11,7 +11,7 @@ import torch
 
 from visattn import ops
 from visattn.checks import check_call, merged
-from visattn.dispatch import NAMES, Call, Candidate, Problem, Support, candidates, choose, load, run_call
+from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose, run_call
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.plans import plan
@@ -209,4 +209,4 @@ def backends() -> dict[str, Support]:
     Returns:
         Support by name, in order of preference; its `reason` says what is missing.
     """
-    return {name: load(name).available() for name in NAMES}
+    return {name: available(backend) for name, backend in BACKENDS.usable().items()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from visattn.attend import attention, explain
-from visattn.dispatch import NAMES, Problem, load
+from visattn.dispatch import BACKENDS, Problem, load
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, parse
 from visattn.plans import plan
@@ -125,7 +125,7 @@ def backend_names(text: str) -> tuple[str, ...]:
         ValueError: If a name is unknown.
     """
     if text == "all":
-        return tuple(name for name in NAMES if name != "reference")
+        return tuple(name for name in BACKENDS.usable() if name != "reference")
     names = tuple(part.strip() for part in text.split(","))
     for name in names:
         load(name)

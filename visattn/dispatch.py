@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -15,22 +15,7 @@ from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, RoutedPattern
 from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import TilePlan, plan
-
-# Modules with a `backend` object by its name, in order of preference where two backends cost the same.
-MODULES = {
-    "triton": "visattn.kernels.triton.backend",
-    "agent": "visattn.kernels.agent.backend",
-    "linear": "visattn.kernels.linear.backend",
-    "sparse_linear": "visattn.kernels.linear.sparse_linear",
-    "sigmoid": "visattn.kernels.sigmoid",
-    "sdpa": "visattn.kernels.sdpa",
-    "tiles": "visattn.kernels.tiles.backend",
-    "flex": "visattn.kernels.flex.backend",
-    "natten": "visattn.kernels.natten",
-    "xformers": "visattn.kernels.xformers",
-    "reference": "visattn.kernels.reference",
-}
-NAMES = tuple(MODULES)
+from visattn.registry import REGISTRY
 
 
 class Support(NamedTuple):
@@ -169,6 +154,34 @@ class Backend(ABC):
         """
 
 
+def _accept(name: str, backend: Any) -> Backend:
+    if not isinstance(backend, Backend):
+        raise ValueError(f"{backend!r} must be an object of a subclass of visattn.dispatch.Backend")
+    if getattr(backend, "name", None) != name or not name.isidentifier() or name == "auto":
+        raise ValueError(f"{backend!r} must have the name that it is registered by, a word: {name!r}")
+    return backend
+
+
+# Backends by name, in order of preference where two cost the same.
+BACKENDS = REGISTRY.declare(
+    "backend",
+    {
+        "triton": "visattn.kernels.triton.backend:backend",
+        "agent": "visattn.kernels.agent.backend:backend",
+        "linear": "visattn.kernels.linear.backend:backend",
+        "sparse_linear": "visattn.kernels.linear.sparse_linear:backend",
+        "sigmoid": "visattn.kernels.sigmoid:backend",
+        "sdpa": "visattn.kernels.sdpa:backend",
+        "tiles": "visattn.kernels.tiles.backend:backend",
+        "flex": "visattn.kernels.flex.backend:backend",
+        "natten": "visattn.kernels.natten:backend",
+        "xformers": "visattn.kernels.xformers:backend",
+        "reference": "visattn.kernels.reference:backend",
+    },
+    _accept,
+)
+
+
 class Candidate(NamedTuple):
     """A backend's verdict on one call."""
 
@@ -183,46 +196,83 @@ def load(name: str) -> Backend:
     Raises:
         ValueError: If there is none.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown backend {name!r}; backends: auto, {', '.join(NAMES)}")
-    return importlib.import_module(MODULES[name]).backend
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; backends: auto, {', '.join(BACKENDS)}")
+    return BACKENDS[name]
 
 
 def candidates(problem: Problem) -> Iterator[Candidate]:
     """Every backend's verdict on a call, in order of preference."""
-    for backend in map(load, NAMES):
-        support = verdict(backend, problem)
-        yield Candidate(backend, support, backend.cost(problem) if support.ok else float("inf"))
+    for backend in BACKENDS.usable().values():
+        support = available(backend)
+        yield _offer(backend, problem) if support.ok else Candidate(backend, support, float("inf"))
 
 
 def verdict(backend: Backend, problem: Problem) -> Support:
     """Whether a backend is here and runs a call."""
-    support = backend.available()
-    return backend.supports(problem) if support.ok else support
+    support = available(backend)
+    return _offer(backend, problem).support if support.ok else support
 
 
-@lru_cache(maxsize=1024)
+def available(backend: Backend) -> Support:
+    """Whether this machine has what a backend needs; one of another package that fails to say so is not there."""
+    try:
+        return backend.available()
+    except Exception as error:
+        return _failed(backend, error)
+
+
+def _offer(backend: Backend, problem: Problem) -> Candidate:
+    """Whether a backend runs a call where it is available, and at which cost."""
+    try:
+        support = backend.supports(problem)
+        return Candidate(backend, support, backend.cost(problem) if support.ok else float("inf"))
+    except Exception as error:
+        return Candidate(backend, _failed(backend, error), float("inf"))
+
+
+def _failed(backend: Backend, error: Exception) -> Support:
+    """What an exception of another package's backend means; those of our own are raised on."""
+    if BACKENDS.is_own(backend.name):
+        raise error
+    reason = f"it fails to say whether it can with {type(error).__name__}: {error}"
+    warnings.warn(f"backend {backend.name!r} is left out: {reason}", stacklevel=4)
+    return Support(False, reason)
+
+
 def choose(problem: Problem, name: str = "auto") -> Backend:
     """The backend that runs a call: the named one, or with "auto" the cheapest that supports it.
 
     Raises:
         ValueError: If the name is unknown, or the named backend (or all of them) cannot run the call.
     """
-    if name != "auto":
-        backend = load(name)
-        support = verdict(backend, problem)
-        if not support.ok:
-            raise ValueError(f"backend {name!r} cannot run this call: {support.reason}; pass backend='auto'")
-        return backend
-    able = []
-    for backend in map(load, NAMES):
-        if backend.supports(problem).ok:
-            able.append((backend.cost(problem), backend))
+    return _choose(problem, name, REGISTRY.version)
+
+
+# The version is part of the key: another set of backends is another choice.
+@lru_cache(maxsize=1024)
+def _choose(problem: Problem, name: str, version: int) -> Backend:
+    if name == "auto":
+        return cheapest(problem, BACKENDS.usable().values())
+    backend = load(name)
+    support = verdict(backend, problem)
+    if not support.ok:
+        raise ValueError(f"backend {name!r} cannot run this call: {support.reason}; pass backend='auto'")
+    return backend
+
+
+def cheapest(problem: Problem, backends: Iterable[Backend]) -> Backend:
+    """The backend that is here, supports a call and costs the least; of equal ones the first.
+
+    Raises:
+        ValueError: If none can run the call.
+    """
+    offers = [_offer(backend, problem) for backend in backends]
     # `available` comes last: it may import a large package, for a backend that is not the cheapest anyway.
-    for _, backend in sorted(able, key=lambda pair: pair[0]):
-        if backend.available().ok:
-            return backend
-    reasons = "; ".join(f"{c.backend.name}: {c.support.reason}" for c in candidates(problem))
+    for offer in sorted((offer for offer in offers if offer.support.ok), key=lambda offer: offer.cost):
+        if available(offer.backend).ok:
+            return offer.backend
+    reasons = "; ".join(f"{offer.backend.name}: {verdict(offer.backend, problem).reason}" for offer in offers)
     raise ValueError(f"no backend can run {problem.pattern} on {problem.layout}: {reasons}")
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,12 +12,10 @@ from visattn.dispatch import load
 from visattn.layout import Layout
 from visattn.parameters import Learnable, PatternParameters, read_weights
 from visattn.patterns import MergingPattern
+from visattn.registry import REGISTRY
 from visattn.report import Report, SiteReport
 from visattn.schedule import PatternLike, Schedule, Selector
 from visattn.watch import Watcher
-
-# The adapter of each package: a module with `install(target, request) -> list of Patch`.
-ADAPTERS = {"diffusers": "visattn.pipelines.patch.install", "timm": "visattn.models.swap.install"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,20 @@ class Patch(Protocol):
     def watch(self, watcher: Watcher | None) -> None:
         """Call a function at every attention call, or no more."""
         ...
+
+
+def _accept(package: str, install: Any) -> Callable[[Any, Request], Sequence[Patch]]:
+    if not callable(install):
+        raise ValueError(f"{install!r} must be a function install(target, request) that returns what undoes it")
+    return install
+
+
+# What patches the models of each package.
+ADAPTERS = REGISTRY.declare(
+    "adapter",
+    {"diffusers": "visattn.pipelines.patch.install:install", "timm": "visattn.models.swap.install:install"},
+    _accept,
+)
 
 
 class Handle:
@@ -175,9 +186,8 @@ def apply(
     if weights is not None:
         # Before anything is patched.
         read_weights(Path(weights))
-    adapter = importlib.import_module(ADAPTERS[package])
     request = Request(schedule, backend, layout, strict)
-    handle = Handle(adapter.install(target, request), request)
+    handle = Handle(ADAPTERS[package](target, request), request)
     if weights is not None:
         try:
             handle.parameters.load(weights)

@@ -14,6 +14,7 @@ from visattn.models.swap.sam import SamBlock
 from visattn.models.swap.tokens import RotaryAttention, TokenAttention
 from visattn.models.swap.windows import SwinBlock, SwinV2Block
 from visattn.patterns import ComposedPattern, Dense, Neighborhood, Pattern
+from visattn.registry import REGISTRY
 from visattn.schedule import check_dims
 
 
@@ -36,7 +37,7 @@ class Record:
     attention: str = ""
 
 
-RECORDS = {
+_OWN = {
     "timm.layers.attention.Attention": Record(TokenAttention, False, True, "ViT, DeiT, DeiT III, DINOv2, SigLIP, CLIP"),
     "timm.layers.attention.AttentionRope": Record(RotaryAttention, False, True, "rope ViTs, DINOv3, PE"),
     "timm.models.vision_transformer.Attention": Record(TokenAttention, False, True, "ViTs of older releases of timm"),
@@ -56,6 +57,18 @@ RECORDS = {
     "timm.models.davit.SpatialBlock": Record(DaVitBlock, False, False, "DaViT: spatial, not channel attention", "attn"),
     "timm.models.vision_transformer_sam.Block": Record(SamBlock, False, False, "SAM", "attn"),
 }
+
+
+def _accept(name: str, record: Any) -> Record:
+    if not isinstance(record, Record):
+        raise ValueError(f"{record!r} must be a visattn.models.swap.records.Record")
+    if "." not in name:
+        raise ValueError(f"{name!r} must be module and name of the class that is swapped, like timm.layers.Attention")
+    return record
+
+
+# Records by module and name of the class.
+RECORDS = REGISTRY.declare("attention", _OWN, _accept)
 
 
 def record_of(module: nn.Module) -> Record | None:

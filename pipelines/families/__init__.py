@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from visattn.pipelines.families import image, video
 from visattn.pipelines.families.base import Family
+from visattn.registry import REGISTRY
 
-FAMILIES: tuple[Family, ...] = (*image.FAMILIES, *video.FAMILIES)
+
+def _accept(name: str, family: Any) -> Family:
+    if not isinstance(family, Family):
+        raise ValueError(f"{family!r} must be a visattn.pipelines.families.base.Family")
+    if name not in family.classes:
+        raise ValueError(f"family {family.name!r} is of {', '.join(family.classes) or 'no class'}, not of {name!r}")
+    return family
+
+
+# Families by the names of their model classes.
+FAMILIES = REGISTRY.declare(
+    "family", {name: family for family in (*image.FAMILIES, *video.FAMILIES) for name in family.classes}, _accept
+)
 
 
 def find_family(model: torch.nn.Module) -> Family | None:
-    """The family of a model, by the names of its classes."""
-    names = [kind.__name__ for kind in type(model).__mro__]
-    return next((family for name in names for family in FAMILIES if name in family.classes), None)
+    """The family of a model, by the names of its classes, the most derived one first.
+
+    Raises:
+        ValueError: If it is of another package and cannot be used.
+    """
+    return next((FAMILIES[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in FAMILIES), None)
 
 
 def known_classes() -> str:
     """The model classes of all families, as a text."""
-    return ", ".join(name for family in FAMILIES for name in family.classes)
+    return ", ".join(FAMILIES)

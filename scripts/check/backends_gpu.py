@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 
 from visattn import Layout, attention, parse
-from visattn.dispatch import NAMES, Call, Problem, load, verdict
+from visattn.dispatch import BACKENDS, Call, Problem, load, verdict
 
 CASES = (
     ("dense", Layout((7, 9), 3, 2)),
@@ -73,7 +73,7 @@ def check(name: str, text: str, layout: Layout, variant: str, grad: bool, lse: b
 
 def main() -> None:
     """Check the backends named on the command line, all by default."""
-    names = sys.argv[1:] or [n for n in NAMES if n != "reference"]
+    names = sys.argv[1:] or [n for n in BACKENDS.usable() if n != "reference"]
     count: Counter[str] = Counter()
     for name in names:
         for text, layout in CASES:

@@ -9,7 +9,7 @@ from tests.support.cases import layouts, qkv
 from tests.support.oracles import visited
 from tests.support.shared import ASKED, CASES, PAIRS, Asked, Case, asks, call_of, compare, refusal
 from visattn.attend import attention
-from visattn.dispatch import NAMES, Problem, load, verdict
+from visattn.dispatch import BACKENDS, Problem, load, verdict
 from visattn.kernels.flex.blocks import tile_plan
 from visattn.layout import Layout
 from visattn.patterns import RoutedPattern, dense_mask, parse
@@ -24,7 +24,7 @@ def meant():
     """
     for device in ("cpu", "cuda"):
         marks = [pytest.mark.gpu] if device == "cuda" else []
-        for name in NAMES:
+        for name in BACKENDS.own:
             cases = [Case(*pair, device) for pair in PAIRS]
             runs = [] if name in ("reference", "flex") else [case for case in cases if asks(name, case)]
             here = load(name).available() if runs else None
@@ -44,7 +44,7 @@ def test_equals_the_reference(name, case):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "reference"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS.own if name != "reference"])
 def test_the_others_say_why_not(name, device):
     backend = load(name)
     for pair in PAIRS:

@@ -44,4 +44,4 @@ def _found(pattern: str) -> dict[str, Any]:
     if not kept:
         every = ", ".join(name for names in families.values() for name in names)
         raise ValueError(f"no backbone matches {pattern!r}; there are {every}")
-    return {"backbones": kept, "swappable": {name: record.models for name, record in RECORDS.items()}}
+    return {"backbones": kept, "swappable": {name: record.models for name, record in RECORDS.usable().items()}}

@@ -24,7 +24,6 @@ from visattn.patterns.mala import Mala
 from visattn.patterns.masks import dense_mask, routed_mask
 from visattn.patterns.neighborhood import Neighborhood
 from visattn.patterns.radial import Radial
-from visattn.patterns.registry import register
 from visattn.patterns.routing import Routing
 from visattn.patterns.sigmoid import Sigmoid
 from visattn.patterns.sparse_linear import SparseLinear
@@ -74,5 +73,3 @@ PATTERNS: tuple[type[Pattern], ...] = (
     SparseLinear,
     Sigmoid,
 )
-
-register(*PATTERNS)

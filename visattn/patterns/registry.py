@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from typing import Any
+
 from visattn.patterns.base import Pattern
-
-# Pattern classes by name; filled by `register` alone.
-KINDS: dict[str, type[Pattern]] = {}
+from visattn.registry import REGISTRY
 
 
-def register(*kinds: type[Pattern]) -> None:
-    """Let `parse` build patterns of these classes by their names.
+def _accept(name: str, kind: Any) -> type[Pattern]:
+    if not (isinstance(kind, type) and issubclass(kind, Pattern)):
+        raise ValueError(f"{kind!r} must be a class derived from visattn.patterns.Pattern")
+    if not re.fullmatch(r"[a-z_]\w*", name) or kind.__dict__.get("name") != name or name != name.lower():
+        raise ValueError(f"{kind.__qualname__} must have the name that it is registered by, a word in small letters")
+    if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise ValueError(f"{kind.__qualname__} must be a frozen dataclass: plans are kept by its parameters")
+    missing = sorted(getattr(kind, "__abstractmethods__", ()))
+    if missing:
+        raise ValueError(f"{kind.__qualname__} must define {', '.join(missing)}")
+    return kind
 
-    Raises:
-        ValueError: If another class has the name.
-    """
-    for kind in kinds:
-        other = KINDS.setdefault(kind.name, kind)
-        if other is not kind:
-            raise ValueError(f"pattern {kind.name!r} is {other.__module__}.{other.__qualname__}: take another name")
+
+# Pattern classes by name.
+KINDS = REGISTRY.declare(
+    "pattern",
+    {
+        "dense": "visattn.patterns.dense:Dense",
+        "na": "visattn.patterns.neighborhood:Neighborhood",
+        "halo": "visattn.patterns.halo:Halo",
+        "clear": "visattn.patterns.clear:Clear",
+        "radial": "visattn.patterns.radial:Radial",
+        "routing": "visattn.patterns.routing:Routing",
+        "agent": "visattn.patterns.agent:Agent",
+        "agentsd": "visattn.patterns.agent_sd:AgentSD",
+        "linear": "visattn.patterns.linear:Linear",
+        "flow": "visattn.patterns.flow:Flow",
+        "mala": "visattn.patterns.mala:Mala",
+        "sparselinear": "visattn.patterns.sparse_linear:SparseLinear",
+        "sigmoid": "visattn.patterns.sigmoid:Sigmoid",
+    },
+    _accept,
+)

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from visattn.patterns.base import Pattern
 from visattn.patterns.registry import KINDS
+from visattn.registry import REGISTRY
 
 
 def parse(text: str | Pattern) -> Pattern:
@@ -32,12 +33,13 @@ def parse(text: str | Pattern) -> Pattern:
         return text
     if not isinstance(text, str):
         raise ValueError(f"pattern {text!r} is a {type(text).__name__}: pass a Pattern or a text like 'na(window=7x7)'")
-    return _parsed(text)
+    return _parsed(text, REGISTRY.version)
 
 
-# Calls with a text name the same few patterns, once per layer and step.
+# Calls with a text name the same few patterns, once per layer and step. The version is part of the key: what a name
+# stands for may change.
 @lru_cache(maxsize=512)
-def _parsed(text: str) -> Pattern:
+def _parsed(text: str, version: int) -> Pattern:
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if not match:
         raise ValueError(f"pattern {text!r} is not of the form name(parameter=value, ...), like na(window=7x7)")
