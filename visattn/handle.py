@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from visattn.dispatch import load
 from visattn.layout import Layout
@@ -62,7 +62,7 @@ class Patch(Protocol):
 def _accept(package: str, install: Any) -> Callable[[Any, Request], Sequence[Patch]]:
     if not callable(install):
         raise ValueError(f"{install!r} must be a function install(target, request) that returns what undoes it")
-    return install
+    return cast("Callable[[Any, Request], Sequence[Patch]]", install)
 
 
 # What patches the models of each package.

@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ class Door(Mapping[str, T], Generic[T]):
             self._load(name, entry)
         if entry.problem:
             raise ValueError(f"{self.kind} {name!r} of {entry.source} cannot be used: {entry.problem}")
-        return entry.value
+        return cast("T", entry.value)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._own
@@ -277,10 +277,9 @@ class Registry:
                 for name, entry in found[kind].items():
                     old = table.get(name)
                     # What could not be imported may be repaired, all else stays as it was loaded.
-                    same = (
-                        old is not None and not old.problem and (old.target, old.source) == (entry.target, entry.source)
-                    )
-                    kept.setdefault(name, old if same else entry)
+                    if old and not old.problem and (old.target, old.source) == (entry.target, entry.source):
+                        entry = old
+                    kept.setdefault(name, entry)
                 self._replace(kind, kept)
 
     def update(self, kind: str, entries: Mapping[str, Entry]) -> None:

@@ -8,6 +8,7 @@ from threading import Lock
 from typing import NamedTuple
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from visattn.dispatch import Call
@@ -65,4 +66,4 @@ def recorded(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd, in either direction, or a transform of torch.func has to see a call on these tensors."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None

@@ -110,7 +110,7 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
 
 def _attention_gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    given = (grad, *saved[:5], *ctx.rest, list(saved[5:]))
+    given: Any = (grad, *saved[:5], *ctx.rest, list(saved[5:]))
     # What an operator returns has no graph: where one is asked for, the same is done outside of it.
     gradients = _again(*given, graph=True) if torch.is_grad_enabled() else _patched_attention_backward(*given)
     return *gradients[:3], None, None, None, None, gradients[3:]
