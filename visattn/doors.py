@@ -101,7 +101,11 @@ def register_adapter(package: str, install: Callable[[Any, Request], Sequence[Pa
 
 
 def plugins() -> tuple[Plugin, ...]:
-    """What did not come with visattn, each imported to see whether it can be used; reads the entry points again."""
+    """What did not come with visattn, each imported to see whether it can be used; reads the entry points again.
+
+    Returns:
+        Kind by kind, with the problem of each that cannot be used.
+    """
     REGISTRY.scan()
     found: list[Plugin] = []
     for kind in HOMES:
