@@ -37,9 +37,16 @@ def _read_position_ids(ids: torch.Tensor, seen: Seen) -> Seen:
     """Rows of img_ids [tokens, (image, y, x, ...)]; reference images have another first number and follow."""
     ids = ids[0] if ids.ndim == 3 else ids
     target = ids[ids[:, 0] == ids[0, 0]]
-    low, high = target[:, 1:3].amin(0), target[:, 1:3].amax(0)
-    grid = (int(high[0] - low[0]) + 1, int(high[1] - low[1]) + 1)
+    grid = (_positions(target[:, 1]), _positions(target[:, 2]))
     return seen._replace(grid=grid, suffix=len(ids) - len(target))
+
+
+def _positions(values: torch.Tensor) -> int:
+    """Number of evenly spaced positions among values that start at the lowest; the distance need not be 1."""
+    low, high = values.amin(), values.amax()
+    if low == high:
+        return 1
+    return round(float((high - low) / (values[values > low].amin() - low))) + 1
 
 
 def _qwen(config: Any, args: Args) -> Seen:
