@@ -1,0 +1,213 @@
+"""Fetches the emoji pictures and packs them small, and reads such a pack.
+
+    python -m scripts.train.emoji_data --sources out/emoji-sources --out out/emoji-data
+
+The pack is `pictures.safetensors` (WebP files end to end, every caption's tokens) and `tokenizer/`; it holds what
+training and measuring need, about 23 MB, for a machine without network. Needs npm, and resvg-py from PyPI for drawing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import zlib
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
+
+from scripts.train.emoji_captions import TOKENS, TRAIN, caption, captions, encode, split_of, train_tokenizer
+from scripts.train.emoji_sources import SIDE, STYLES, Emoji, draw_all, fetch
+from visattn.files import written_whole
+
+FILE, TOKENIZER = "pictures.safetensors", "tokenizer"
+QUALITY = 72
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is known about a packed picture.
+
+    Attributes:
+        code: The emoji's code points.
+        base: Those of the emoji without a skin tone.
+        style: One of STYLES.
+        split: One of SPLITS.
+        caption: Its plain caption.
+        weight: How often training draws it: the tones of an emoji together as often as the emoji itself.
+    """
+
+    code: str
+    base: str
+    style: str
+    split: str
+    caption: str
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """A pack in memory, on one device.
+
+    Attributes:
+        pictures: One entry for each picture.
+        pixels: [N, 3, SIDE, SIDE] uint8.
+        tokens: [N, variants, TOKENS] ids of the captions to train on, int64.
+        plain: [N, TOKENS] ids of the plain captions, int64.
+        null: [TOKENS] ids of the empty caption, int64.
+        tokenizer: Of the captions.
+    """
+
+    pictures: tuple[Picture, ...]
+    pixels: torch.Tensor
+    tokens: torch.Tensor
+    plain: torch.Tensor
+    null: torch.Tensor
+    tokenizer: PreTrainedTokenizerFast
+
+    def of(self, *splits: str) -> torch.Tensor:
+        """Indices of the pictures in these splits, on the CPU."""
+        return torch.tensor([i for i, each in enumerate(self.pictures) if each.split in splits], dtype=torch.long)
+
+    def weights(self, *splits: str) -> torch.Tensor:
+        """[N] float32 on the CPU: the pictures' weights, 0 outside these splits."""
+        return torch.tensor([each.weight if each.split in splits else 0.0 for each in self.pictures])
+
+
+def pack(sources: Path, out: Path, limit: int | None = None) -> int:
+    """Draws and packs every picture; returns their number.
+
+    Args:
+        sources: Folder with the packages.
+        out: Folder of the pack, replaced whole.
+        limit: At most so many pictures of each style, for tests.
+    """
+    drawn: list[tuple[Emoji, str, bytes]] = []
+    count: dict[str, int] = defaultdict(int)
+    for emoji, style, picture in draw_all(sources):
+        if limit is None or count[style] < limit:
+            count[style] += 1
+            drawn.append((emoji, style, encode_picture(picture, style)))
+    return write_pack(drawn, out)
+
+
+def write_pack(drawn: list[tuple[Emoji, str, bytes]], out: Path) -> int:
+    """Writes a pack of encoded pictures, trains its tokenizer; returns the number of pictures."""
+    tones: dict[tuple[str, str], int] = defaultdict(int)
+    for emoji, style, _ in drawn:
+        tones[emoji.base, style] += bool(emoji.tone)
+    pictures = [
+        Picture(
+            emoji.code,
+            emoji.base,
+            style,
+            split_of(emoji, style),
+            caption(emoji, style),
+            1.0 / tones[emoji.base, style] if emoji.tone else 1.0,
+        )
+        for emoji, style, _ in drawn
+    ]
+    texts = [captions(emoji, style) for emoji, style, _ in drawn]
+    tokenizer = train_tokenizer(text for each in texts for text in each)
+    tokens = np.array([encode(tokenizer, each) for each in texts], np.int16)
+    plain = np.array(encode(tokenizer, [each.caption for each in pictures]), np.int16)
+    files = [np.frombuffer(data, np.uint8) for _, _, data in drawn]
+    tensors = {
+        "files": torch.from_numpy(np.concatenate(files)),
+        "ends": torch.tensor(np.cumsum([len(file) for file in files])),
+        "tokens": _packed(tokens.tobytes()),
+        "plain": _packed(plain.tobytes()),
+        "pictures": _packed(json.dumps([asdict(each) for each in pictures]).encode()),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+    tokenizer.save_pretrained(out / TOKENIZER)
+    with written_whole(out / FILE) as temporary:
+        save_file(tensors, temporary)
+    return len(pictures)
+
+
+def _packed(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(zlib.compress(data, 9)), dtype=torch.uint8)
+
+
+def _unpacked(tensor: torch.Tensor) -> bytearray:
+    return bytearray(zlib.decompress(tensor.numpy().tobytes()))
+
+
+def encode_picture(picture: PIL.Image.Image, style: str) -> bytes:
+    """WebP; lossless for black on white, where that is smaller."""
+    file = io.BytesIO()
+    options = {"lossless": True} if style == STYLES[-1] else {"quality": QUALITY}
+    picture.save(file, "WEBP", method=4, **options)
+    return file.getvalue()
+
+
+def load_pack(folder: Path, device: str | torch.device = "cpu", side: int = SIDE, threads: int = 8) -> Pack:
+    """Reads a pack; `side` gives smaller pictures (averages of whole squares).
+
+    Raises:
+        ValueError: If there is no pack, or the side does not divide SIDE.
+    """
+    if SIDE % side:
+        raise ValueError(f"side {side} does not divide {SIDE}: pass 256, 128, 64 or 32")
+    path = folder / FILE
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: run python -m scripts.train.emoji_data --out {folder}")
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    pictures = tuple(Picture(**each) for each in json.loads(_unpacked(tensors["pictures"])))
+    tokens, plain = (torch.frombuffer(_unpacked(tensors[name]), dtype=torch.int16) for name in ("tokens", "plain"))
+    tokenizer = load_tokenizer(folder)
+    files, ends = tensors["files"].numpy(), tensors["ends"].tolist()
+    starts = [0, *ends[:-1]]
+    with ThreadPoolExecutor(threads) as pool:
+        decoded = list(pool.map(lambda ends: _decode(files[ends[0] : ends[1]], side), zip(starts, ends, strict=True)))
+    return Pack(
+        pictures,
+        torch.from_numpy(np.stack(decoded)).to(device).permute(0, 3, 1, 2).contiguous(),
+        tokens.reshape(len(pictures), -1, TOKENS).long().to(device),
+        plain.reshape(len(pictures), TOKENS).long().to(device),
+        torch.tensor(encode(tokenizer, [""])[0], device=device),
+        tokenizer,
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a pack."""
+    return PreTrainedTokenizerFast.from_pretrained(folder / TOKENIZER, local_files_only=True)
+
+
+def _decode(data: Any, side: int) -> np.ndarray:
+    picture = PIL.Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+    return np.asarray(picture if side == SIDE else picture.reduce(SIDE // side))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sources", type=Path, default=Path("out/emoji-sources"))
+    parser.add_argument("--out", type=Path, default=Path("out/emoji-data"))
+    options = parser.parse_args(arguments)
+    try:
+        fetch(options.sources)
+    except ValueError as error:
+        raise SystemExit(f"emoji_data: {error}") from error
+    count = pack(options.sources, options.out)
+    pictures = load_pack(options.out, side=32).pictures
+    held = sum(each.split != TRAIN for each in pictures)
+    print(f"{count} pictures, {held} of them held out, {(options.out / FILE).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
