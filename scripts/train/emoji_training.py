@@ -186,7 +186,7 @@ def loss_of(model: EmojiModel, batch: Batch) -> torch.Tensor:
 def losses_by_split(model: EmojiModel, pack: Pack, side: int, config: Config, count: int = 128) -> dict[str, float]:
     """Mean loss on fixed pictures, noise and levels of each split, with plain captions."""
     found = {}
-    chunk = max(1, config.batch(side) // 2)
+    chunk = max(EVEN, config.batch(side) // 2)
     for split in dict.fromkeys(each.split for each in pack.pictures):
         batch = draw(pack, pack.weights(split).to(pack.pixels.device), side, count, config, 12345)
         parts = -(-count // chunk)

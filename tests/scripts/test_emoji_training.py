@@ -132,7 +132,7 @@ def test_a_command_stops_when_its_seconds_are_used(pack, tmp_path):
 
 
 def test_checkpoints_in_parts_belong_together(tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.train.emoji_training.FILE_BYTES", 100)
+    monkeypatch.setattr("scripts.train.emoji_training.FILE_BYTES", 50)
     tensors = {name: torch.randn(20).half().float() for name in "abc"}
     assert len(save_parts(tmp_path / "x", tensors, {"n": 1})) == 3
     found, about = load_parts(tmp_path / "x")
