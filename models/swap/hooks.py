@@ -1,4 +1,4 @@
-"""Hooks of a swapped timm model: where the tokens of an image sit, dropped patches, modules that a forward missed."""
+"""Hooks of a swapped timm model: where the tokens of an image sit, whose they are, what a forward missed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from visattn.copies import Hook, copy_as_is
 from visattn.models.swap.flexible import grids_of
 from visattn.models.swap.runtime import Runtime
 
 
-class Follow:
+class Follow(Hook):
     """After the patch embedding: tells the runtime the grid of this image."""
 
     def __init__(self, runtime: Runtime) -> None:
@@ -22,11 +24,7 @@ class Follow:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A forward hook."""
         if isinstance(out, tuple) and out[1] is None:
-            grids = grids_of(args, kwargs)
-            if isinstance(grids, str):
-                self.runtime.place(grids)
-            else:
-                self.runtime.place_samples(grids)
+            self.runtime.place_samples(grids_of(args, kwargs), int(out[0].shape[1]))
         else:
             self.runtime.place(_grid(module, args, out))
 
@@ -51,17 +49,61 @@ def _pair(size: Any) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def refuse_dropped_patches(module: nn.Module, args: tuple[Any, ...]) -> None:
+class PassBy(Hook):
+    """Before a block, or anything between it and its attention: the forward that its tokens belong to."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.forwards = runtime.forwards
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook."""
+        if not torch.compiler.is_compiling() and args and isinstance(args[0], torch.Tensor):
+            self.forwards.pass_by(args[0])
+
+
+class Resume(Hook):
+    """After a forward of the model: blocks that are compiled one by one take its grid in its backward pass as well."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """A forward hook."""
+        place = self.runtime.forwards.value
+        if torch.compiler.is_compiling() or place is None:
+            return
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            node = getattr(tensor, "grad_fn", None)
+            if node is not None:
+                node.register_prehook(lambda grads: self.runtime.resume(place))
+
+
+class RefuseDroppedPatches(Hook):
     """Before timm's patch dropout runs in training: what it leaves is no grid."""
-    rate = getattr(module, "prob", 0.0)
-    if module.training and rate > 0:
-        raise ValueError(
-            f"patch_drop_rate={rate} drops patches in training, and the rest is no grid that a pattern could be "
-            "applied to: create the model with patch_drop_rate=0, or remove() the handle for training"
-        )
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook."""
+        rate = getattr(module, "prob", 0.0)
+        if module.training and rate > 0:
+            raise ValueError(
+                f"patch_drop_rate={rate} drops patches in training, and the rest is no grid that a pattern could be "
+                "applied to: create the model with patch_drop_rate=0, or remove() the handle for training"
+            )
 
 
-class Missed:
+class CountForeign(Hook):
+    """Before an attention module that stays as it is although a pattern was meant for it: counts the call."""
+
+    def __init__(self, runtime: Runtime, path: str, reason: str) -> None:
+        self.runtime, self.path, self.reason = runtime, path, reason
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook."""
+        if not torch.compiler.is_compiling():
+            self.runtime.tally.fallback(self.path, self.reason)
+
+
+class Missed(Hook):
     """With `strict`: a forward must reach every swapped module."""
 
     def __init__(self, runtime: Runtime, paths: Iterable[str], after: bool = False) -> None:
@@ -80,3 +122,33 @@ class Missed:
         missed = [p for p in self.paths if counts.get(p, 0) == before.get(p, 0)]
         if missed:
             raise ValueError(f"strict: the forward of {self.runtime.name} missed {', '.join(missed[:4])}")
+
+
+class Hooks:
+    """The hooks of a swapped model.
+
+    Attributes:
+        modules: Modules that have one.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []
+
+    def before(self, module: nn.Module, hook: Hook) -> None:
+        """Call a hook before a module's forward."""
+        self.modules.append(module)
+        self._handles.append(module.register_forward_pre_hook(hook))  # type: ignore[arg-type]
+
+    def after(self, module: nn.Module, hook: Hook, with_kwargs: bool = False) -> None:
+        """Call a hook after a module's forward."""
+        self.modules.append(module)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=with_kwargs))  # type: ignore[arg-type]
+
+    def remove(self) -> None:
+        """Take all hooks off; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self.modules:
+            copy_as_is(module)
+        self._handles, self.modules = [], []

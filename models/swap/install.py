@@ -7,15 +7,16 @@ from typing import Any
 
 from torch import nn
 
+from visattn.copies import copy_as_is, copy_as_stock
 from visattn.dispatch import choose
 from visattn.handle import Request
-from visattn.models.swap.hooks import Follow, Missed, refuse_dropped_patches
-from visattn.models.swap.records import RECORDS, check_fit, record_of, record_of_class, swapped_class
+from visattn.models.swap.hooks import CountForeign, Follow, Hooks, Missed, PassBy, RefuseDroppedPatches, Resume
+from visattn.models.swap.records import check_fit
 from visattn.models.swap.runtime import Runtime, Swapped
+from visattn.models.swap.sites import Site, find_sites
 from visattn.parameters import Learnable, make_parameters
-from visattn.patterns import Pattern
+from visattn.patterns import Dense
 from visattn.report import CallReport, Row, SiteReport, density
-from visattn.schedule import SiteName
 from visattn.watch import Watcher
 
 
@@ -37,54 +38,66 @@ class SwappedModel:
 
     def __init__(self, model: nn.Module, request: Request) -> None:
         self._name, self._request = type(model).__name__, request
-        found = _sites(model, self._name)
-        patterns = request.schedule.assign([name for name, _ in found], self._name)
-        chosen = [(n, m, p) for (n, m), p in zip(found, patterns, strict=True) if p is not None]
-        for _, module, pattern in chosen:
-            check_fit(module, pattern, self._name)
+        found = find_sites(model, self._name)
+        patterns = request.schedule.assign([site.name for site in found], self._name)
+        self._sites = [
+            site.given(pattern) for site, pattern in zip(found, patterns, strict=True) if pattern is not None
+        ]
+        swapped = [site for site in self._sites if not site.foreign]
+        for site in swapped:
+            check_fit(site.module, site.pattern, self._name)
         host = next((m for m in model.modules() if hasattr(m, "patch_embed") or hasattr(m, "embeds")), model)
-        tokens = any(record_of_class(type(module)).tokens for _, module, _ in chosen)
-        embed = _embedding(host) if tokens else None
-        if tokens and embed is None and request.layout is None:
+        embed = self._embedding(host, swapped)
+        prefix = int(getattr(host, "num_prefix_tokens", 0))
+        self.runtime = Runtime(self._name, request.backend, request.layout, prefix)
+        self._learnables: list[Learnable] = []
+        for site in swapped:
+            own = make_parameters(site.module, site.module, site.pattern, 2) if site.pattern.learnable else None
+            if own is not None:
+                self._learnables.append(Learnable(self._name, site.name.path, site.pattern, own))
+            site.swap(Swapped(self.runtime, site.name.path, site.pattern, own))
+        self._hooks = Hooks()
+        self._add_hooks(model, host, embed)
+
+    def _embedding(self, host: nn.Module, swapped: Sequence[Site]) -> nn.Module | None:
+        """The patch embedding that tells where the tokens sit, None where nobody has to ask it."""
+        if not any(site.record.tokens for site in swapped):
+            return None
+        embed = _embedding(host)
+        if embed is None and self._request.layout is None:
             raise ValueError(
                 f"{self._name} has no patch_embed that tells one grid of all its tokens: pass layout=Layout(...), and "
                 "layers=... that are on that grid"
             )
-        prefix = int(getattr(host, "num_prefix_tokens", 0))
-        self.runtime = Runtime(self._name, request.backend, request.layout, prefix)
-        self._sites: list[tuple[SiteName, nn.Module, Pattern, type]] = []
-        self._learnables: list[Learnable] = []
-        for name, module, pattern in chosen:
-            record = record_of(module)
-            assert record is not None
-            self._sites.append((name, module, pattern, type(module)))
-            own = make_parameters(module, module, pattern, 2) if pattern.learnable else None
-            if own is not None:
-                self._learnables.append(Learnable(self._name, name.path, pattern, own))
-            module.visattn_site = Swapped(self.runtime, name.path, pattern, own)  # type: ignore[assignment]
-            module.__class__ = swapped_class(type(module), record.mixin)
+        return embed
+
+    def _add_hooks(self, model: nn.Module, host: Any, embed: nn.Module | None) -> None:
+        hooks, runtime = self._hooks, self.runtime
         # On the module that drops them: forward_features and forward_intermediates pass the model's own hooks by.
-        dropping = getattr(host, "patch_drop", None)
-        self._hooks: list[Any] = []
-        if isinstance(dropping, nn.Module):
-            self._hooks.append(dropping.register_forward_pre_hook(refuse_dropped_patches))
+        if isinstance(getattr(host, "patch_drop", None), nn.Module):
+            hooks.before(host.patch_drop, RefuseDroppedPatches())
         if embed is not None:
-            self._hooks.append(embed.register_forward_hook(Follow(self.runtime), with_kwargs=True))
-        if request.strict:
-            self._hooks.append(model.register_forward_pre_hook(Missed(self.runtime, [s[0].path for s in self._sites])))
-            self._hooks.append(
-                model.register_forward_hook(Missed(self.runtime, [s[0].path for s in self._sites], True))
-            )
+            hooks.after(embed, Follow(runtime), with_kwargs=True)
+            for module in _on_the_way(model, embed, self._sites):
+                hooks.before(module, PassBy(runtime))
+            hooks.after(model, Resume(runtime))
+        for site in self._sites:
+            if site.foreign and not isinstance(site.pattern, Dense):
+                hooks.before(site.module, CountForeign(runtime, site.name.path, site.foreign))
+        if self._request.strict:
+            paths = [site.name.path for site in self._sites]
+            hooks.before(model, Missed(runtime, paths))
+            hooks.after(model, Missed(runtime, paths, True))
+        classes = {type(site.module): site.kind for site in self._sites if type(site.module) is not site.kind}
+        for module in [*hooks.modules, *(site.module for site in self._sites)]:
+            copy_as_stock(module, ("visattn_site",), classes)
 
     def remove(self) -> None:
-        """See `visattn.handle.Patch`. A class that someone else has set since stays."""
-        for _, module, _, kind in self._sites:
-            if type(module) is swapped_class(kind, record_of_class(kind).mixin):
-                module.__class__ = kind
-            module.__dict__.pop("visattn_site", None)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """See `visattn.handle.Patch`. A class that someone else has set since stays, and does as the stock class."""
+        for site in self._sites:
+            copy_as_is(site.module)
+            site.restore()
+        self._hooks.remove()
 
     def learnables(self) -> Sequence[Learnable]:
         """See `visattn.handle.Patch`."""
@@ -100,12 +113,12 @@ class SwappedModel:
     def report(self) -> Sequence[SiteReport]:
         """See `visattn.handle.Patch`. Calls inside compiled code are not counted."""
         rows = self.runtime.tally.rows()
-        return [self._report(name.path, pattern, kind, rows) for name, _, pattern, kind in self._sites]
+        return [self._report(site, rows.get(site.name.path, Row())) for site in self._sites]
 
-    def _report(self, path: str, pattern: Pattern, kind: type, rows: dict[str, Row]) -> SiteReport:
-        row = rows.get(path, Row())
+    def _report(self, site: Site, row: Row) -> SiteReport:
+        path, pattern = site.name.path, site.pattern
         found = SiteReport.of(self._name, path, pattern, self._request.backend, row)
-        if record_of_class(kind).tokens:
+        if site.foreign or site.record.tokens:
             return found
         # A block of Swin never runs its own windows for a pattern, even where that covers the grid.
         calls = []
@@ -127,21 +140,10 @@ def _embedding(host: Any) -> nn.Module | None:
     return None
 
 
-def _sites(model: nn.Module, name: str) -> list[tuple[SiteName, nn.Module]]:
-    """The modules that can be swapped, in the order of the layers."""
-    found = []
-    for path, module in model.named_modules():
-        if hasattr(module, "visattn_site"):
-            raise ValueError(f"{name} is swapped already: call remove() on its handle before apply()")
-        record = record_of(module)
-        if record is not None:
-            layer = path.rpartition(".")[0] if record.tokens else path
-            found.append((SiteName(path, layer), module))
-    if not found:
-        known = ", ".join(sorted({kind.rpartition(".")[2] for kind in RECORDS}))
-        grids = any(hasattr(module, "partition_block") for module in model.modules())
-        why = "; its grid attention sees a few tokens of the whole map already" if grids else ""
-        if type(model).__module__.startswith("visattn.models."):
-            why = "; this backbone has the attention of its paper, chosen by its own arguments"
-        raise ValueError(f"{name} has no attention module that visattn can swap (it knows {known} of timm){why}")
-    return found
+def _on_the_way(model: nn.Module, embed: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
+    """The modules around those that are swapped on sequences, without those around the embedding as well."""
+    named = dict(model.named_modules())
+    paths = [site.name.path.split(".") for site in sites if not site.foreign and site.record.tokens]
+    ways = {".".join(path[:end]): None for path in paths for end in range(1, len(path))}
+    around = {id(module) for module in named.values() if any(m is embed for m in module.modules())}
+    return [named[way] for way in ways if id(named[way]) not in around]

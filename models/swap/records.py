@@ -72,23 +72,61 @@ RECORDS = REGISTRY.declare("attention", _OWN, _accept)
 
 
 def record_of(module: nn.Module) -> Record | None:
-    """The record of a module's class, None if it is no attention that visattn knows."""
-    kind = type(module)
+    """The record of a module's class or the nearest class it derives from, None if it is no attention known here."""
     # MaxViT's grid attention sees a few tokens of the whole map, each far from the next: no pattern is near to that.
     if getattr(module, "partition_block", None) is False:
         return None
-    return RECORDS.get(f"{kind.__module__}.{kind.__qualname__}")
+    base = _base(type(module))
+    return None if base is None else RECORDS[_path(base)]
+
+
+def own_ways(module: nn.Module) -> str:
+    """Why a module's attention is not that of the class its record is for, empty if it is."""
+    base, record = _base(type(module)), record_of(module)
+    assert base is not None and record is not None
+    for name in _replaced(record.mixin, base):
+        if name in module.__dict__:
+            return f"{name} of the module itself was replaced"
+        definer = _definer(type(module), name)
+        if definer not in base.__mro__:
+            return f"{definer.__qualname__} has a {name} of its own"
+    if record.attention:
+        holder = getattr(module, record.attention)
+        definer = _definer(type(holder), "forward")
+        if "forward" in holder.__dict__ or not definer.__module__.startswith("timm."):
+            return f"its {record.attention} has a forward of its own"
+    return ""
+
+
+def swapped_class(kind: type, mixin: type) -> type:
+    """The class of a swapped module: the class itself if it is swapped, as one derived from a swapped class is."""
+    return kind if issubclass(kind, mixin) else _mixed(kind, mixin)
 
 
 @lru_cache(maxsize=64)
-def swapped_class(kind: type, mixin: type) -> type:
-    """The class of a swapped module."""
+def _mixed(kind: type, mixin: type) -> type:
     return type(f"Swapped{kind.__name__}", (mixin, kind), {"__module__": __name__})
 
 
-def record_of_class(kind: type) -> Record:
-    """The record of a class that has one."""
-    return RECORDS[f"{kind.__module__}.{kind.__qualname__}"]
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _base(kind: type) -> type | None:
+    """The nearest class with a record."""
+    return next((base for base in kind.__mro__ if _path(base) in RECORDS), None)
+
+
+def _replaced(mixin: type, base: type) -> list[str]:
+    """The methods of a class that a mixin replaces."""
+    ours = {name for kind in mixin.__mro__[:-1] for name in vars(kind)}
+    return sorted(name for name in ours if not name.startswith("__") and callable(getattr(base, name, None)))
+
+
+def _definer(kind: type, name: str) -> type:
+    """The class that gives a class its method, those of a patch aside."""
+    found = (base for base in kind.__mro__ if name in vars(base))
+    return next(base for base in found if not base.__module__.startswith("visattn.models.swap."))
 
 
 def check_fit(module: nn.Module, pattern: Pattern, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -13,61 +12,9 @@ from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
+from visattn.recompute import Carrier
 from visattn.report import Tally
 from visattn.watch import Watched, Watcher
-
-# The key of the grid in traced code, which knows no threads.
-TRACED = 0
-
-
-class Runtime:
-    """The state of one swapped model.
-
-    Attributes:
-        name: What errors call the model.
-        backend: "auto" or the name of a backend.
-        fixed: The layout that the user gave, or None.
-        tally: What happened at each module.
-        prefix: Dense tokens before the grid.
-        watcher: Sees every call that ran a pattern without position bias, or None.
-    """
-
-    def __init__(self, name: str, backend: str, fixed: Layout | None, prefix: int) -> None:
-        self.name, self.backend, self.fixed, self.prefix = name, backend, fixed, prefix
-        self.tally = Tally()
-        self.watcher: Watcher | None = None
-        self._places: dict[int, Place] = {}
-        self._last = Place("the model has not embedded an image yet")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
-        """A runtime of its own for a copied model; locks and counts are not copied."""
-        copied = Runtime(self.name, self.backend, self.fixed, self.prefix)
-        memo[id(self)] = copied
-        return copied
-
-    def place(self, grid: tuple[int, int] | str) -> None:
-        """Say where the tokens of this thread's forward sit, or why that is unknown.
-
-        Args:
-            grid: Rows and columns, or the reason.
-        """
-        found = grid if isinstance(grid, str) else Layout(grid, prefix=self.prefix)
-        self._places[_thread()] = self._last = Place(found)
-
-    def place_samples(self, grids: tuple[tuple[int, int], ...]) -> None:
-        """Say where the tokens of each sample sit; what the sequence has beyond them is padding."""
-        layouts = tuple(Layout(grid, prefix=self.prefix) for grid in grids)
-        even = layouts[0] if len(set(layouts)) == 1 else "the samples of the batch have several grids"
-        self._places[_thread()] = self._last = Place(even, layouts)
-
-    @property
-    def here(self) -> Place:
-        """Where the tokens sit.
-
-        Checkpointed blocks run again in a thread of the backward pass: they get the last place there was.
-        """
-        found = self._places.get(_thread(), self._last)
-        return found if self.fixed is None else Place(self.fixed)
 
 
 class Place(NamedTuple):
@@ -82,8 +29,84 @@ class Place(NamedTuple):
     samples: tuple[Layout, ...] = ()
 
 
-def _thread() -> int:
-    return TRACED if torch.compiler.is_compiling() else threading.get_ident()
+UNPLACED = Place("the model has not embedded an image yet")
+
+
+class Runtime:
+    """The state of one swapped model.
+
+    Attributes:
+        name: What errors call the model.
+        backend: "auto" or the name of a backend.
+        fixed: The layout that the user gave, or None.
+        tally: What happened at each module.
+        prefix: Dense tokens before the grid.
+        watcher: Sees every call that ran a pattern without position bias, or None.
+        forwards: The place of every forward and recomputation outside of compiled code.
+    """
+
+    def __init__(self, name: str, backend: str, fixed: Layout | None, prefix: int) -> None:
+        self.name, self.backend, self.fixed, self.prefix = name, backend, fixed, prefix
+        self.tally = Tally()
+        self.watcher: Watcher | None = None
+        self.forwards: Carrier[Place] = Carrier()
+        self._last = UNPLACED
+        # By length of the sequence, for who gets tokens that no forward is remembered with.
+        self._places: dict[int, set[Place]] = {}
+
+    def place(self, grid: tuple[int, int]) -> None:
+        """Say at which rows and columns the tokens of this thread's forward sit."""
+        layout = Layout(grid, prefix=self.prefix)
+        self._begin(Place(layout), layout.length)
+
+    def place_samples(self, grids: tuple[tuple[int, int], ...] | str, tokens: int) -> None:
+        """Say where the tokens of each sample sit; what the sequence has beyond them is padding.
+
+        Args:
+            grids: Rows and columns of each sample, or why they are unknown.
+            tokens: Length of the sequence, padding and prefix included.
+        """
+        if isinstance(grids, str):
+            self._begin(Place(grids), tokens)
+            return
+        layouts = tuple(Layout(grid, prefix=self.prefix) for grid in grids)
+        even = layouts[0] if len(set(layouts)) == 1 else "the samples of the batch have several grids"
+        self._begin(Place(even, layouts), tokens)
+
+    def _begin(self, place: Place, tokens: int) -> None:
+        self._last = place
+        if not torch.compiler.is_compiling():
+            self.forwards.begin(place)
+            known = self._places.setdefault(tokens, set())
+            # Two say as well as many that they differ.
+            if len(known) < 2:
+                known.add(place)
+
+    def resume(self, place: Place) -> None:
+        """The backward pass of a forward begins: compiled code is there again."""
+        self._last = place
+
+    def here(self, tokens: int) -> Place:
+        """Where the tokens of a sequence of that length sit.
+
+        Raises:
+            ValueError: If no forward is known that these tokens belong to, and forwards of several grids had as many.
+        """
+        if self.fixed is not None:
+            return Place(self.fixed)
+        if torch.compiler.is_compiling():
+            return self._last
+        found = self.forwards.value
+        if found is not None:
+            return found
+        known = self._places.get(tokens, set())
+        if len(known) > 1:
+            raise ValueError(
+                f"{self.name}: {tokens} tokens came without the forward that they belong to, and they may be "
+                f"{' or '.join(sorted(str(place.layout) for place in known))}: let gradient checkpointing run whole "
+                "blocks again, or pass layout=Layout(...)"
+            )
+        return next(iter(known), self._last)
 
 
 class Swapped:
@@ -103,11 +126,20 @@ class Swapped:
         # A plain dict: torch.compile follows it, and the model's state dict does not.
         self.parameters: dict[str, torch.Tensor] = {} if parameters is None else dict(parameters.items())
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Nothing in copies of the module that copy its attributes one by one; see `visattn.copies`."""
+        return type(None), ()
+
     def _parameters(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The parameters on the device of a call."""
         if torch.compiler.is_compiling():
             return {name: value.to(device) for name, value in self.parameters.items()}
         return following(self.parameters, device)
+
+    def enter(self, x: torch.Tensor) -> None:
+        """The module gets its tokens: they may say which forward they belong to."""
+        if not torch.compiler.is_compiling() and isinstance(x, torch.Tensor) and self.runtime.fixed is None:
+            self.runtime.forwards.pass_by(x)
 
     def keeps_stock(self, refusal: str | None) -> bool:
         """Whether the module's own attention runs, for a schedule or the reason given; counts it if so."""
@@ -130,7 +162,7 @@ class Swapped:
         Raises:
             ValueError: If the sequence is not what the model embedded.
         """
-        layout = self.runtime.here.layout
+        layout = self.runtime.here(tokens).layout
         if self.keeps_stock(layout if isinstance(layout, str) else refusal) or isinstance(layout, str):
             return None
         layout.check_length(tokens)
@@ -138,7 +170,7 @@ class Swapped:
 
     def samples(self, tokens: int) -> tuple[Layout, ...]:
         """The layouts of the samples where they differ or leave padding, else ()."""
-        place = self.runtime.here
+        place = self.runtime.here(tokens)
         ragged = isinstance(place.layout, str) or place.layout.length < tokens
         return place.samples if ragged else ()
 

@@ -1,0 +1,98 @@
+"""The attention modules of a timm model: those that can be swapped, and those that stay as they are with a reason."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from visattn.models.swap.records import RECORDS, Record, own_ways, record_of, swapped_class
+from visattn.models.swap.runtime import Swapped
+from visattn.patterns import Dense, Pattern
+from visattn.schedule import SiteName
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One attention module.
+
+    Attributes:
+        name: Its path and layer.
+        module: The module.
+        record: How its class is swapped, None for a class that has no record.
+        foreign: Why it stays as it is, empty if it can be swapped.
+        pattern: What it was given.
+        kind: The class it had.
+    """
+
+    name: SiteName
+    module: nn.Module
+    record_or_none: Record | None
+    foreign: str
+    pattern: Pattern = field(default_factory=Dense)
+    kind: type = nn.Module
+
+    @property
+    def record(self) -> Record:
+        """How its class is swapped."""
+        assert self.record_or_none is not None, self.name
+        return self.record_or_none
+
+    def given(self, pattern: Pattern) -> Site:
+        """The site with a pattern."""
+        return replace(self, pattern=pattern, kind=type(self.module))
+
+    def swap(self, swapped: Swapped) -> None:
+        """Let the module run its pattern."""
+        self.module.visattn_site = swapped  # type: ignore[assignment]
+        self.module.__class__ = swapped_class(self.kind, self.record.mixin)
+
+    def restore(self) -> None:
+        """Undo `swap`. A class that someone derived from the swapped one stays, and has no pattern to run."""
+        self.module.__dict__.pop("visattn_site", None)
+        if not self.foreign and type(self.module) is swapped_class(self.kind, self.record.mixin):
+            self.module.__class__ = self.kind
+
+
+def find_sites(model: nn.Module, name: str) -> list[Site]:
+    """The attention modules of the model called `name`, in the order of the layers.
+
+    Raises:
+        ValueError: If none of them can be swapped, or some are swapped already.
+    """
+    modules = dict(model.named_modules())
+    found = {path: record for path, module in modules.items() if (record := record_of(module)) is not None}
+    # Where other blocks have attention on sequences, a block may have one of a class that nobody knows.
+    places = {_place(path) for path, record in found.items() if record.tokens}
+    sites = []
+    for path, module in modules.items():
+        if getattr(module, "visattn_site", None) is not None:
+            raise ValueError(f"{name} is swapped already: call remove() on its handle before apply()")
+        record = found.get(path)
+        if record is not None:
+            layer = path.rpartition(".")[0] if record.tokens else path
+            sites.append(Site(SiteName(path, layer), module, record, own_ways(module)))
+        elif _place(path) in places and not isinstance(module, nn.Identity):
+            why = f"{type(module).__qualname__} is no attention that visattn knows"
+            sites.append(Site(SiteName(path, path.rpartition(".")[0]), module, None, why))
+    if all(site.foreign for site in sites):
+        raise ValueError(_nothing(model, name, sites))
+    return sites
+
+
+def _place(path: str) -> str:
+    """A path without its numbers."""
+    return re.sub(r"\d+", "*", path)
+
+
+def _nothing(model: nn.Module, name: str, sites: list[Site]) -> str:
+    """Why a model has nothing to swap."""
+    known = ", ".join(sorted({kind.rpartition(".")[2] for kind in RECORDS}))
+    grids = any(hasattr(module, "partition_block") for module in model.modules())
+    why = "; its grid attention sees a few tokens of the whole map already" if grids else ""
+    if type(model).__module__.startswith("visattn.models."):
+        why = "; this backbone has the attention of its paper, chosen by its own arguments"
+    if sites:
+        why = "; " + "; ".join(sorted({site.foreign for site in sites}))
+    return f"{name} has no attention module that visattn can swap (it knows {known} of timm){why}"
