@@ -69,8 +69,10 @@ class Resume(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         """A forward hook."""
+        if torch.compiler.is_compiling():
+            return
         place = self.runtime.forwards.value
-        if torch.compiler.is_compiling() or place is None:
+        if place is None:
             return
         for tensor in out if isinstance(out, tuple | list) else [out]:
             node = getattr(tensor, "grad_fn", None)

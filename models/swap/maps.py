@@ -57,10 +57,10 @@ def _attend(
 class PartitionLast:
     """MaxViT's block `PartitionAttentionCl`: maps [B, H, W, dim]."""
 
-    visattn_site: Swapped | None = None
+    visattn_site: Swapped
 
     def _partition_attn(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if self.visattn_site is None or self.visattn_site.keeps_stock(dropout_refusal(self.attn)):
+        if self.visattn_site.keeps_stock(dropout_refusal(self.attn)):
             return super()._partition_attn(x)  # type: ignore[misc]
         return attend_last(self.visattn_site, self.attn, x)
 
@@ -68,10 +68,10 @@ class PartitionLast:
 class PartitionFirst:
     """MaxViT's block `PartitionAttention2d`: maps [B, dim, H, W]."""
 
-    visattn_site: Swapped | None = None
+    visattn_site: Swapped
 
     def _partition_attn(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if self.visattn_site is None or self.visattn_site.keeps_stock(dropout_refusal(self.attn)):
+        if self.visattn_site.keeps_stock(dropout_refusal(self.attn)):
             return super()._partition_attn(x)  # type: ignore[misc]
         return attend_first(self.visattn_site, self.attn, x)
 
@@ -79,10 +79,10 @@ class PartitionFirst:
 class ParallelPartition:
     """MaxViT's `ParallelPartitionAttention`: its block half gets the pattern, its grid half stays."""
 
-    visattn_site: Swapped | None = None
+    visattn_site: Swapped
 
     def _partition_attn(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if self.visattn_site is None or self.visattn_site.keeps_stock(dropout_refusal(self.attn_block)):
+        if self.visattn_site.keeps_stock(dropout_refusal(self.attn_block)):
             return super()._partition_attn(x)  # type: ignore[misc]
         size = list(self.partition_size)
         far = self.attn_grid(grid_partition(x, size))
@@ -93,13 +93,13 @@ class ParallelPartition:
 class CoAtBlock:
     """CoAtNet's `TransformerBlock2d`, whose attention sees the whole map already."""
 
-    visattn_site: Swapped | None = None
+    visattn_site: Swapped
 
     def forward(self: Any, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
         """As the module's own forward."""
         shared = "the position bias is shared by all blocks and comes as one dense tensor"
         refusal = dropout_refusal(self.attn) if shared_rel_pos is None else shared
-        if self.visattn_site is None or self.visattn_site.keeps_stock(refusal):
+        if self.visattn_site.keeps_stock(refusal):
             return super().forward(x, shared_rel_pos=shared_rel_pos)  # type: ignore[misc]
         y = attend_first(self.visattn_site, self.attn, self.norm1(x))
         x = self.shortcut(x) + self.drop_path1(self.ls1(y))
@@ -112,12 +112,12 @@ class DaVitBlock:
     Where its window does not divide the map, its zero padding takes part in the softmax; a pattern sees no padding.
     """
 
-    visattn_site: Swapped | None = None
+    visattn_site: Swapped
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """As the module's own forward."""
-        site: Swapped | None = self.visattn_site
-        if site is None or site.keeps_stock(None):
+        site: Swapped = self.visattn_site
+        if site.keeps_stock(None):
             return super().forward(x)  # type: ignore[misc]
         grid = int(x.shape[2]), int(x.shape[3])
         tokens = self.cpe1(x).flatten(2).transpose(1, 2)

@@ -10,6 +10,7 @@ from torch import nn
 
 from visattn.models.swap.maps import CoAtBlock, DaVitBlock, ParallelPartition, PartitionFirst, PartitionLast
 from visattn.models.swap.relative import BeitAttention, RelPosAttention
+from visattn.models.swap.runtime import UNDONE
 from visattn.models.swap.sam import SamBlock
 from visattn.models.swap.tokens import RotaryAttention, TokenAttention
 from visattn.models.swap.windows import SwinBlock, SwinV2Block
@@ -87,13 +88,13 @@ def own_ways(module: nn.Module) -> str:
     for name in _replaced(record.mixin, base):
         if name in module.__dict__:
             return f"{name} of the module itself was replaced"
-        definer = _definer(type(module), name)
+        definer = _definer(type(module), name, record.mixin)
         if definer not in base.__mro__:
             return f"{definer.__qualname__} has a {name} of its own"
     if record.attention:
         holder = getattr(module, record.attention)
-        definer = _definer(type(holder), "forward")
-        if "forward" in holder.__dict__ or not definer.__module__.startswith("timm."):
+        definer = _definer(type(holder), "forward", record.mixin)
+        if "forward" in holder.__dict__ or _package(definer) != _package(base):
             return f"its {record.attention} has a forward of its own"
     return ""
 
@@ -105,7 +106,7 @@ def swapped_class(kind: type, mixin: type) -> type:
 
 @lru_cache(maxsize=64)
 def _mixed(kind: type, mixin: type) -> type:
-    return type(f"Swapped{kind.__name__}", (mixin, kind), {"__module__": __name__})
+    return type(f"Swapped{kind.__name__}", (mixin, kind), {"__module__": __name__, "visattn_site": UNDONE})
 
 
 def _path(kind: type) -> str:
@@ -123,10 +124,13 @@ def _replaced(mixin: type, base: type) -> list[str]:
     return sorted(name for name in ours if not name.startswith("__") and callable(getattr(base, name, None)))
 
 
-def _definer(kind: type, name: str) -> type:
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _definer(kind: type, name: str, mixin: type) -> type:
     """The class that gives a class its method, those of a patch aside."""
-    found = (base for base in kind.__mro__ if name in vars(base))
-    return next(base for base in found if not base.__module__.startswith("visattn.models.swap."))
+    return next(base for base in kind.__mro__ if name in vars(base) and not issubclass(mixin, base))
 
 
 def check_fit(module: nn.Module, pattern: Pattern, name: str) -> None:

@@ -28,13 +28,11 @@ class TokenBias(NamedTuple):
 class RelativeAttention:
     """What BEiT's and the relpos models' `Attention` have in common."""
 
-    visattn_site: Swapped | None = None
+    visattn_site: Swapped
 
     def _visattn_forward(self: Any, x: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor | None:
         """The pattern's result [B, S, dim], or None where the module's own attention is to run."""
-        site: Swapped | None = self.visattn_site
-        if site is None:
-            return None
+        site: Swapped = self.visattn_site
         site.enter(x)
         layout = site.stays_stock(_refusal(self, shared), x.shape[1])
         if layout is None or site.covered(layout):

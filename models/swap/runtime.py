@@ -127,8 +127,8 @@ class Swapped:
         self.parameters: dict[str, torch.Tensor] = {} if parameters is None else dict(parameters.items())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Nothing in copies of the module that copy its attributes one by one; see `visattn.copies`."""
-        return type(None), ()
+        """Copies of the module that copy its attributes one by one have no patch; see `visattn.copies`."""
+        return _undone, ()
 
     def _parameters(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The parameters on the device of a call."""
@@ -167,6 +167,10 @@ class Swapped:
             return None
         layout.check_length(tokens)
         return layout
+
+    def padded(self, tokens: int) -> tuple[Layout, ...]:
+        """The layouts of the samples of a NaFlexViT batch, whose mask should hide their padding, else ()."""
+        return self.runtime.here(tokens).samples
 
     def samples(self, tokens: int) -> tuple[Layout, ...]:
         """The layouts of the samples where they differ or leave padding, else ()."""
@@ -230,3 +234,44 @@ class Swapped:
             batch, heads, _, head_dim = q_shape
             problem = Problem(self.pattern, layout, batch, heads, heads, head_dim, like.dtype, like.device.type)
             self.runtime.tally.hit(self.path, problem)
+
+
+class Undone(Swapped):
+    """What a module knows whose patch was removed: nothing, and its own attention runs.
+
+    A class that others have derived from a swapped one has no other way back.
+    """
+
+    def __init__(self) -> None:
+        self.path = ""
+
+    def enter(self, x: torch.Tensor) -> None:
+        """Nobody asks."""
+
+    def keeps_stock(self, refusal: str | None) -> bool:
+        """Always."""
+        return True
+
+    def stays_stock(self, refusal: str | None, tokens: int) -> Layout | None:
+        """Always."""
+        return None
+
+    def padded(self, tokens: int) -> tuple[Layout, ...]:
+        """None."""
+        return ()
+
+    def samples(self, tokens: int) -> tuple[Layout, ...]:
+        """None."""
+        return ()
+
+
+UNDONE = Undone()
+
+
+def _undone() -> Undone:
+    return UNDONE
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a module has a pattern to run."""
+    return getattr(module, "visattn_site", UNDONE) is not UNDONE

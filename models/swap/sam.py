@@ -28,12 +28,12 @@ class SamBlock:
     Where its window does not divide the map, its zero padding takes part in the softmax; a pattern sees no padding.
     """
 
-    visattn_site: Swapped | None = None
+    visattn_site: Swapped
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """As the module's own forward."""
-        site: Swapped | None = self.visattn_site
-        if site is None or site.keeps_stock(dropout_refusal(self.attn)):
+        site: Swapped = self.visattn_site
+        if site.keeps_stock(dropout_refusal(self.attn)):
             return super().forward(x)  # type: ignore[misc]
         grid = int(x.shape[1]), int(x.shape[2])
         x = x + self.drop_path1(self.ls1(self._visattn_map(site, self.norm1(x), grid)))

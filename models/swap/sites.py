@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from visattn.models.swap.records import RECORDS, Record, own_ways, record_of, swapped_class
-from visattn.models.swap.runtime import Swapped
+from visattn.models.swap.runtime import Swapped, is_swapped
 from visattn.patterns import Dense, Pattern
 from visattn.schedule import SiteName
 
@@ -67,7 +67,7 @@ def find_sites(model: nn.Module, name: str) -> list[Site]:
     places = {_place(path) for path, record in found.items() if record.tokens}
     sites = []
     for path, module in modules.items():
-        if getattr(module, "visattn_site", None) is not None:
+        if is_swapped(module):
             raise ValueError(f"{name} is swapped already: call remove() on its handle before apply()")
         record = found.get(path)
         if record is not None:

@@ -18,7 +18,7 @@ from visattn.models.swap.runtime import Swapped
 class TokenAttention:
     """timm's `Attention`, `AttentionRope` and `EvaAttention` with the scaled dot product replaced."""
 
-    visattn_site: Swapped | None = None
+    visattn_site: Swapped
 
     def forward(
         self: Any, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
@@ -29,9 +29,7 @@ class TokenAttention:
     def _visattn_forward(
         self: Any, x: torch.Tensor, rope: torch.Tensor | None, attn_mask: torch.Tensor | None, is_causal: bool
     ) -> torch.Tensor:
-        site: Swapped | None = self.visattn_site
-        if site is None:
-            return self._visattn_stock(x, rope, attn_mask, is_causal)
+        site: Swapped = self.visattn_site
         site.enter(x)
         key_mask, refusal = _key_mask(attn_mask, x, is_causal, self)
         samples = site.samples(x.shape[1])
@@ -94,7 +92,7 @@ def _key_mask(
         return None, "is_causal is set"
     if dropout > 0:
         return None, f"attention dropout {dropout} is on in training"
-    samples = module.visattn_site.runtime.here(x.shape[1]).samples
+    samples = module.visattn_site.padded(x.shape[1])
     if samples and attn_mask is not None:
         return None, "attn_mask hides more than padding" if foreign_mask(attn_mask, samples) else None
     if attn_mask is None:

@@ -21,15 +21,15 @@ from visattn.patterns import Neighborhood
 class SwinBlock:
     """timm's `SwinTransformerBlock`, whose `_attn` takes and gives maps [B, H, W, dim]."""
 
-    visattn_site: Swapped | None = None
+    visattn_site: Swapped
 
     def _attn(self: Any, x: torch.Tensor) -> torch.Tensor:
-        site: Swapped | None = self.visattn_site
+        site: Swapped = self.visattn_site
         attn = self.attn
         batch, height, width, dim = x.shape
         layout = Layout((height, width))
         dropout = attn.attn_drop.p if self.training else 0.0
-        if site is None or site.keeps_stock(f"attention dropout {dropout} is on in training" if dropout > 0 else None):
+        if site.keeps_stock(f"attention dropout {dropout} is on in training" if dropout > 0 else None):
             return super()._attn(x)  # type: ignore[misc]
         q, k, v = project(attn, x.reshape(batch, height * width, dim))
         q, k, scale = self._visattn_logits(attn, q, k)
