@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 
 import visattn
 from tests.support import tiny_models
-from visattn.pipelines.patch.masks import key_validity
+from visattn.runtime.masks import key_validity
 
 BATCH, TOKENS, HEADS = 2, 5, 3
 Q = torch.zeros(BATCH, TOKENS, HEADS, 4)
