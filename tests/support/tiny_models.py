@@ -133,7 +133,7 @@ FAMILIES = {
 
 def run(model, inputs, **options):
     """The sample that a model predicts."""
-    if "return_dict" in inspect.signature(type(model).forward).parameters:
+    if "return_dict" in inspect.signature(type(getattr(model, "_orig_mod", model)).forward).parameters:
         options["return_dict"] = False
     with torch.no_grad():
         sample = model(**{**inputs, **options})
