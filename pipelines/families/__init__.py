@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from visattn.pipelines.families import image, video
+from visattn.pipelines.families import control, image, unets, video
 from visattn.pipelines.families.base import Family
 from visattn.registry import REGISTRY
 
@@ -19,10 +19,9 @@ def _accept(name: str, family: Any) -> Family:
     return family
 
 
+_OURS = (*unets.FAMILIES, *image.FAMILIES, *video.FAMILIES, *control.FAMILIES)
 # Families by the names of their model classes.
-FAMILIES = REGISTRY.declare(
-    "family", {name: family for family in (*image.FAMILIES, *video.FAMILIES) for name in family.classes}, _accept
-)
+FAMILIES = REGISTRY.declare("family", {name: family for family in _OURS for name in family.classes}, _accept)
 
 
 def find_family(model: torch.nn.Module) -> Family | None:

@@ -19,11 +19,8 @@ def _latents_then_text(config: Any, args: Args) -> Seen:
     return _latents(config, args)._replace(suffix=args["encoder_hidden_states"].shape[1])
 
 
-def _unet(config: Any, args: Args) -> Seen:
-    return Seen(tuple(args["sample"].shape[-2:]))
-
-
-def _position_ids(config: Any, args: Args) -> Seen:
+def position_ids(config: Any, args: Args) -> Seen:
+    """FLUX and what follows it: img_ids tell the grid, which stands behind the text."""
     return Seen((), args["encoder_hidden_states"].shape[1], 0, args["img_ids"])
 
 
@@ -31,7 +28,7 @@ def _flux2(config: Any, args: Args) -> Seen:
     if args.get("kv_cache_mode") == "extract":
         # Reference tokens come first there, between text and image.
         return Seen(why="FLUX.2 is filling its cache of reference images, whose tokens come before the grid")
-    return _position_ids(config, args)
+    return position_ids(config, args)
 
 
 def _read_position_ids(config: Any, ids: torch.Tensor, seen: Seen) -> Seen:
@@ -122,15 +119,12 @@ PIXART = Family(
     seen=_latents,
 )
 
-UNET = Family(
-    name="Stable Diffusion UNet (1.5, 2.1, XL)",
-    classes=("UNet2DConditionModel",),
+HUNYUAN_DIT = Family(
+    name="Hunyuan-DiT",
+    classes=("HunyuanDiT2DModel", "HunyuanDiT2DControlNetModel"),
     dims=2,
-    sites=("down_blocks.*.attn1", "mid_block.*.attn1", "up_blocks.*.attn1"),
-    seen=_unet,
-    anchor="sample",
-    levels=True,
-    tokens="grid, halved from level to level",
+    sites=("blocks.*.attn1",),
+    seen=_latents,
 )
 
 SD3 = Family(
@@ -143,11 +137,11 @@ SD3 = Family(
 )
 
 FLUX = Family(
-    name="FLUX.1",
-    classes=("FluxTransformer2DModel",),
+    name="FLUX.1, LongCat-Image, Ovis-Image",
+    classes=("FluxTransformer2DModel", "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"),
     dims=2,
     sites=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-    seen=_position_ids,
+    seen=position_ids,
     read=_read_position_ids,
     tokens="text, grid, reference images",
 )
@@ -167,7 +161,7 @@ CHROMA = Family(
     classes=("ChromaTransformer2DModel",),
     dims=2,
     sites=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-    seen=_position_ids,
+    seen=position_ids,
     read=_read_position_ids,
     # The mask is a product over queries and keys; image tokens, which come last, are always valid.
     mask_row=-1,
@@ -175,19 +169,19 @@ CHROMA = Family(
 )
 
 BRIA = Family(
-    name="Bria 3",
-    classes=("BriaTransformer2DModel",),
+    name="Bria 3, FIBO",
+    classes=("BriaTransformer2DModel", "BriaFiboTransformer2DModel"),
     dims=2,
     sites=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-    seen=_position_ids,
+    seen=position_ids,
     read=_read_position_ids,
     mask_row=-1,
-    tokens="text, grid",
+    tokens="text, grid, reference images",
 )
 
 QWEN = Family(
     name="Qwen-Image",
-    classes=("QwenImageTransformer2DModel",),
+    classes=("QwenImageTransformer2DModel", "QwenImageControlNetModel"),
     dims=2,
     sites=("transformer_blocks.*.attn",),
     seen=_qwen,
@@ -233,4 +227,4 @@ SANA = Family(
     nothing="its self-attention is linear already, and cross-attention to the prompt has nothing to make sparse",
 )
 
-FAMILIES = (DIT, PIXART, UNET, SD3, FLUX, FLUX2, CHROMA, BRIA, QWEN, Z_IMAGE, LUMINA2, HIDREAM, SANA)
+FAMILIES = (DIT, PIXART, HUNYUAN_DIT, SD3, FLUX, FLUX2, CHROMA, BRIA, QWEN, Z_IMAGE, LUMINA2, HIDREAM, SANA)

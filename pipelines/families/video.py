@@ -109,8 +109,9 @@ def _kandinsky(config: Any, args: Args) -> Seen:
 
 
 WAN = Family(
-    name="Wan 2.1 and 2.2",
-    classes=("WanTransformer3DModel",),
+    name="Wan 2.1 and 2.2, SkyReels-V2, ChronoEdit",
+    # In SkyReels' autoregressive mode the mask hides later frames, which leaves the call dense.
+    classes=("WanTransformer3DModel", "SkyReelsV2Transformer3DModel", "ChronoEditTransformer3DModel"),
     dims=3,
     sites=("blocks.*.attn1",),
     seen=_latents,
@@ -156,8 +157,8 @@ HUNYUAN15 = Family(
 )
 
 COGVIDEOX = Family(
-    name="CogVideoX",
-    classes=("CogVideoXTransformer3DModel",),
+    name="CogVideoX, ConsisID",
+    classes=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
     dims=3,
     sites=("transformer_blocks.*.attn1",),
     seen=_frames_first,

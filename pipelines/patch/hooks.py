@@ -101,23 +101,36 @@ class Finish(_Hook):
 
 
 class Enter(_Hook):
-    """Before a forward of an attention module: which one is it?"""
+    """Before a forward of an attention module, or of a block around it: which one is it, and of which forward?"""
 
     def __init__(self, run: DiffusersRun, paths: dict[int, str]) -> None:
         super().__init__(run)
         self.paths = paths
 
     @_own_frame
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook."""
         if not torch.compiler.is_compiling():
-            self._enter(module)
+            self._enter(module, args, kwargs)
 
     @_untraced
-    def _enter(self, module: torch.nn.Module) -> None:
+    def _enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run = self.run()
-        if run is not None:
+        if run is None:
+            return
+        first = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
+        if first is not None:
+            run.forwards.pass_by(first)
+        if id(module) in self.paths:
             run.enter(self.paths[id(module)])
+
+
+def _around(model: torch.nn.Module, paths: Sequence[str]) -> list[torch.nn.Module]:
+    """The modules between a model and its attention modules, any of which may be recomputed alone."""
+    inner = dict.fromkeys(
+        ".".join(parts[:n]) for parts in (path.split(".") for path in paths) for n in range(1, len(parts))
+    )
+    return [model.get_submodule(path) for path in inner]
 
 
 class Hooks:
@@ -126,10 +139,11 @@ class Hooks:
     def __init__(self, model: torch.nn.Module, run: DiffusersRun, sites: Sequence[tuple[torch.nn.Module, str]]) -> None:
         names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         enter = Enter(run, {id(module): path for module, path in sites})
+        blocks = _around(model, [path for _, path in sites])
         self._handles = [
             model.register_forward_pre_hook(Begin(run, names), with_kwargs=True, prepend=True),
             model.register_forward_hook(Finish(run)),
-            *(module.register_forward_pre_hook(enter) for module, _ in sites),
+            *(module.register_forward_pre_hook(enter, with_kwargs=True) for module in [*blocks, *dict(sites)]),
         ]
 
     def remove(self) -> None:

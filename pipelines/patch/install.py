@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,41 +14,32 @@ import torch
 from visattn.handle import Request
 from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense, MergingPattern, Pattern
-from visattn.pipelines.families import find_family, known_classes
-from visattn.pipelines.families.base import Family, Seen
-from visattn.pipelines.patch import clones, dispatch, members, merging, numbering
+from visattn.pipelines.families.base import Family
+from visattn.pipelines.patch import clones, dispatch, members, merging, numbering, targets
 from visattn.pipelines.patch.group import Group
 from visattn.pipelines.patch.hooks import Hooks
 from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.steps import ContextSteps, SchedulerSteps
 from visattn.pipelines.patch.stock import Stock
 from visattn.report import SiteReport
-from visattn.schedule import SiteName, check_dims
+from visattn.schedule import SiteName
 from visattn.watch import Watcher
-
-# Names under which pipelines keep the models that denoise.
-DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 
 
 def install(target: Any, request: Request) -> list[PatchedModel]:
-    """Patch a diffusers model, or every denoising model of a pipeline.
+    """Patch a diffusers model, or every denoising model of a pipeline with its ControlNets.
 
     Raises:
         ValueError: If there is nothing to patch, the pattern does not fit, or something is patched already.
     """
-    models = _models(target, request)
-    chosen = [(name, model, _family(model, request)) for name, model in models.items()]
-    for _, model, family in chosen:
-        for pattern in request.schedule.patterns:
-            dims = family.dims if request.layout is None else request.layout.dims
-            check_dims(pattern, dims, type(model).__name__)
-            if isinstance(pattern, MergingPattern):
-                _check_merging(pattern, model, family, request)
+    chosen = targets.find(target, request)
     patched: list[PatchedModel] = []
     scheduler = SchedulerSteps(target) if hasattr(target, "scheduler") and request.schedule.needs_steps else None
     try:
-        for name, model, family in chosen:
-            patched.append(PatchedModel(name, model, family, request, scheduler))
+        for one in chosen:
+            # A ControlNet can run layers that are its transformer's: these are patched there.
+            taken = {id(site.module) for done in patched for site in done.sites}
+            patched.append(PatchedModel(one.name, one.model, one.family, one.request, scheduler, taken))
     except ValueError:
         for done in patched:
             done.remove()
@@ -56,45 +47,6 @@ def install(target: Any, request: Request) -> list[PatchedModel]:
             scheduler.remove()
         raise
     return patched
-
-
-def _models(target: Any, request: Request) -> dict[str, torch.nn.Module]:
-    """The models to patch by name: the target itself, or the denoisers of a pipeline."""
-    if isinstance(target, torch.nn.Module):
-        model = getattr(target, "_orig_mod", target)
-        return {type(model).__name__: model}
-    parts = {name: getattr(target, name, None) for name in DENOISERS}
-    found = {n: getattr(m, "_orig_mod", m) for n, m in parts.items() if isinstance(m, torch.nn.Module)}
-    if not found:
-        raise ValueError(f"{type(target).__name__} has none of {', '.join(DENOISERS)}: apply to one of its models")
-    known = {n: m for n, m in found.items() if find_family(m) is not None}
-    return found if request.layout is not None else known or found
-
-
-def _family(model: torch.nn.Module, request: Request) -> Family:
-    family = find_family(model)
-    if family is None and request.layout is not None:
-        return Family(type(model).__name__, (), request.layout.dims, ("*",), lambda config, args: Seen())
-    if family is None:
-        raise ValueError(
-            f"{type(model).__name__} is a model class that visattn does not know: pass layout=Layout(grid, prefix=..., "
-            f"suffix=...) to say where its tokens sit; known classes: {known_classes()}"
-        )
-    if family.nothing:
-        raise ValueError(f"{type(model).__name__}: {family.nothing}")
-    return family
-
-
-def _check_merging(pattern: Pattern, model: torch.nn.Module, family: Family, request: Request) -> None:
-    if not family.levels or request.layout is not None:
-        raise ValueError(
-            f"{pattern} merges tokens of a UNet (Stable Diffusion 1.5, 2.1, XL) before they are projected, and "
-            f"{type(model).__name__} {'was given a layout' if family.levels else 'is none'}: use agent(agents=...) here"
-        )
-    if request.backend != "auto":
-        raise ValueError(
-            f"{pattern.name} runs attention of its own: pass backend='auto' instead of {request.backend!r}"
-        )
 
 
 @dataclass
@@ -133,9 +85,17 @@ class PatchedModel:
     """One patched model: its run, its groups and what was there before."""
 
     def __init__(
-        self, name: str, model: torch.nn.Module, family: Family, request: Request, scheduler: SchedulerSteps | None
+        self,
+        name: str,
+        model: torch.nn.Module,
+        family: Family,
+        request: Request,
+        scheduler: SchedulerSteps | None,
+        taken: Set[int] = frozenset(),
     ) -> None:
-        found = _visual_sites(model, family)
+        found = [(site, module) for site, module in family.find_sites(model) if id(module) not in taken]
+        if not found:
+            raise ValueError(f"{type(model).__name__} has no attention modules at {', '.join(family.sites)}")
         patterns = request.schedule.assign([site for site, _ in found], type(model).__name__)
         pairs = zip(found, patterns, strict=True)
         self.sites = [Site(site, module, pattern) for (site, module), pattern in pairs if pattern is not None]
@@ -243,11 +203,3 @@ class PatchedModel:
             stacklevel=4,
         )
         self._install(broken)
-
-
-def _visual_sites(model: torch.nn.Module, family: Family) -> list[tuple[SiteName, torch.nn.Module]]:
-    """The modules of a family's sites; of an unknown class every module that is not cross-attention."""
-    found = family.find_sites(model)
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no attention modules at {', '.join(family.sites)}")
-    return found

@@ -9,7 +9,7 @@ import diffusers
 
 import visattn
 import visattn.pipelines.families
-from tests.support import tiny_models
+from tests.support import tiny_control, tiny_models, tiny_unets
 
 
 @pytest.fixture(params=tiny_models.FAMILIES)
@@ -100,6 +100,17 @@ KINDS = {
     "text of each sample": (tiny_models.mochi, {52: ((3, 4, 4), 0, 4), 55: ((3, 4, 4), 0, 7)}),
     "padding between": (tiny_models.z_image, {64: ((6, 8), 0, 16), 96: ((6, 8), 0, 48)}),
     "captions": (tiny_models.lumina2, {53: ((6, 8), 5, 0), 48: ((6, 8), 0, 0)}),
+    "frames of a UNet": (tiny_unets.motion, {120: ((12, 10), 0, 0), 30: ((6, 5), 0, 0)}),
+    "frames of Stable Video Diffusion": (tiny_unets.svd, {120: ((12, 10), 0, 0), 30: ((6, 5), 0, 0)}),
+    "ids behind the text": (tiny_models.longcat, {59: ((6, 8), 5, 6)}),
+    "references of FIBO": (tiny_models.bria_fibo, {59: ((6, 8), 5, 6)}),
+    "identity beside video": (tiny_models.consisid, {56: ((3, 4, 4), 8, 0)}),
+    "skips between blocks": (tiny_models.hunyuan_dit, {48: ((6, 8), 0, 0)}),
+    "control of a UNet": (tiny_control.controlnet, {120: ((12, 10), 0, 0), 30: ((6, 5), 0, 0)}),
+    "control with a mode": (tiny_control.flux_control_union, {54: ((6, 8), 6, 0)}),
+    "control before text": (tiny_control.sd3_control, {53: ((6, 8), 0, 5), 48: ((6, 8), 0, 0)}),
+    "control with padding": (tiny_control.z_image_control, {64: ((6, 8), 0, 16), 96: ((6, 8), 0, 48)}),
+    "control of video": (tiny_control.cosmos_control, {72: ((3, 4, 6), 0, 0)}),
 }
 
 

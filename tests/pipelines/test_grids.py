@@ -11,24 +11,19 @@ from hypothesis import strategies as st
 pytest.importorskip("diffusers")
 
 import diffusers
-from diffusers.models.transformers import transformer_ltx2
-from diffusers.pipelines.chroma.pipeline_chroma import ChromaPipeline
-from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
 
 import visattn
 from tests.support import tiny_models, tiny_pipelines
+from tests.support.grids import CASES, Case, flux_ids
 from visattn.layout import Layout
 from visattn.pipelines import families
 from visattn.pipelines.families import raster
 from visattn.pipelines.families.base import Where
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-EDGES = (1, 2, 3, 5, 16, 255, 256, 257, 258, 259, 300, 333, 512)
-
 
 def record(name):
-    return next(family for family in families.FAMILIES if name in family.classes)
+    return families.FAMILIES[name]
 
 
 def layouts(name, config, args, length):
@@ -40,231 +35,9 @@ def layouts(name, config, args, length):
     return Where(seen.grid, seen.prefix, seen.suffix, family.levels, seen.why, seen.samples).layouts(length)
 
 
-class Case:
-    """One forward of a family, drawn: its arguments as pipelines make them, and the layout they mean."""
-
-    def __init__(self, draw):
-        self.dtype = draw(st.sampled_from(DTYPES))
-        self.text = draw(st.integers(0, 9))
-        self.batch = draw(st.integers(1, 2))
-        self.draw = draw
-
-    def image(self):
-        sides = st.sampled_from(EDGES) | st.integers(1, 40)
-        height, width = self.draw(sides), self.draw(sides)
-        # Keep the number of tokens, and so the time, within bounds.
-        return (height, width) if height * width <= 20_000 else (height, 3)
-
-    def video(self):
-        return tuple(self.draw(st.integers(1, most)) for most in (7, 9, 9))
-
-    def references(self):
-        return [self.image() for _ in range(self.draw(st.integers(0, 2)))]
-
-    def empty(self, *shape):
-        return torch.empty(self.batch, *shape, device="meta")
-
-
-def flux_ids(case, grid, references, start=0):
-    """As the pipelines of FLUX.1, Kontext and LongCat (whose ids start behind the text)."""
-    every = []
-    for image, (height, width) in enumerate([grid, *references]):
-        ids = ChromaPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32)
-        ids = ids.reshape(-1, 3) + torch.tensor([image, start, start])
-        every.append(ids)
-    return torch.cat(every).to(case.dtype)
-
-
-def with_ids(case):
-    grid, references = case.image(), case.references()
-    ids = flux_ids(case, grid, references)
-    args = {"img_ids": ids, "encoder_hidden_states": case.empty(case.text, 8)}
-    return args, Layout(grid, case.text, len(ids) - math.prod(grid))
-
-
-def flux2(case):
-    grid, references = case.image(), case.references()
-    ids = Flux2Pipeline._prepare_latent_ids(torch.empty(case.batch, 1, *grid))
-    if references:
-        images = [torch.empty(1, 1, *size) for size in references]
-        ids = torch.cat([ids, Flux2Pipeline._prepare_image_ids(images).expand(case.batch, -1, -1)], 1)
-    args = {"img_ids": ids.to(case.dtype), "encoder_hidden_states": case.empty(case.text, 8)}
-    return args, Layout(grid, case.text, ids.shape[1] - math.prod(grid))
-
-
-def qwen(case):
-    grid, references = case.image(), case.references()
-    shapes = [[(1, *grid), *((1, *size) for size in references)]] * case.batch
-    args = {"img_shapes": shapes, "encoder_hidden_states": case.empty(case.text, 8)}
-    return args, Layout(grid, case.text, sum(map(math.prod, references)))
-
-
-def latents(case):
-    grid = case.image()
-    return {"hidden_states": case.empty(4, 2 * grid[0] + 1, 2 * grid[1])}, Layout(grid)
-
-
-def latents_then_text(case):
-    args, layout = latents(case)
-    return args | {"encoder_hidden_states": case.empty(case.text, 8)}, Layout(layout.grid, 0, case.text)
-
-
-def unet(case):
-    grid = case.image()
-    level = case.draw(st.integers(0, 2))
-    halved = tuple(math.ceil(n / 2**level) for n in grid)
-    return {"sample": case.empty(4, *grid)}, Layout(halved)
-
-
-def z_image(case):
-    grids = [case.image() for _ in range(case.batch)]
-    length = max(math.prod(grid) for grid in grids) + 32
-    found = tuple(Layout(grid, 0, length - math.prod(grid)) for grid in grids)
-    args = {"x": [torch.empty(4, 1, 2 * h, 2 * w, device="meta") for h, w in grids]}
-    return args, found[:1] if len(set(grids)) == 1 else found
-
-
-def lumina2(case):
-    args, layout = latents(case)
-    lengths = [case.draw(st.integers(0, 9)) for _ in range(case.batch)]
-    longest = max(lengths)
-    mask = torch.tensor([[True] * n + [False] * (longest - n) for n in lengths])
-    found = tuple(Layout(layout.grid, n, longest - n) for n in lengths)
-    return args | {"encoder_attention_mask": mask}, found[:1] if len(set(lengths)) == 1 else found
-
-
-def hidream(case):
-    args, layout = latents(case)
-    return args, Layout(layout.grid, 0, case.text)
-
-
-def packed_hidream(case):
-    grids = [tuple(case.draw(st.integers(1, 20)) for _ in range(2)) for _ in range(case.batch)]
-    longest = max(map(math.prod, grids)) + case.draw(st.integers(0, 50))
-    ids = torch.zeros(case.batch, longest, 3)
-    for row, (height, width) in zip(ids, grids, strict=True):
-        row[: height * width] = flux_ids(case, (height, width), [])
-    args = {"hidden_states": case.empty(longest, 8), "hidden_states_masks": case.empty(longest), "img_ids": ids}
-    found = tuple(Layout(grid, 0, longest + case.text - math.prod(grid)) for grid in grids)
-    return args, found[:1] if len(set(grids)) == 1 else found
-
-
-def video(case):
-    grid = case.video()
-    return {"hidden_states": case.empty(4, grid[0], 2 * grid[1] + 1, 2 * grid[2])}, Layout(grid)
-
-
-def vace(case):
-    args, layout = video(case)
-    found, control = [], torch.ones(case.batch, 8, *args["hidden_states"].shape[2:], dtype=case.dtype)
-    frames, *sizes = layout.grid
-    for sample in control:
-        references = case.draw(st.integers(0, frames - 1))
-        sample[4:, :references] = 0
-        found.append(Layout((frames - references, *sizes), references * math.prod(sizes)))
-    args |= {"control_hidden_states": control}
-    return args, tuple(found[:1]) if len(set(found)) == 1 else tuple(found)
-
-
-def animate(case):
-    args, layout = video(case)
-    frames, *sizes = layout.grid
-    args["hidden_states"] = case.empty(12, frames + 1, *args["hidden_states"].shape[3:])
-    return args, Layout(layout.grid, math.prod(sizes))
-
-
-def video_then_text(case):
-    args, layout = video(case)
-    return args | {"encoder_hidden_states": case.empty(case.text, 8)}, Layout(layout.grid, 0, case.text)
-
-
-def cogvideox(case):
-    grid = case.video()
-    args = {"hidden_states": case.empty(grid[0], 4, 2 * grid[1], 2 * grid[2])}
-    return args | {"encoder_hidden_states": case.empty(case.text, 8)}, Layout(grid, case.text)
-
-
-def kandinsky(case):
-    grid = case.video()
-    return {"hidden_states": case.empty(grid[0], 2 * grid[1], 2 * grid[2], 4)}, Layout(grid)
-
-
-def sizes(case):
-    grid = case.video()
-    return dict(zip(("num_frames", "height", "width"), grid, strict=True)), Layout(grid)
-
-
-def ltx_condition(case):
-    """Conditions of later frames stand before the video, as LTXConditionPipeline puts them."""
-    grid = case.video()
-
-    def ids(frames, index):
-        found = LTXConditionPipeline._prepare_video_ids(case.batch, frames, *grid[1:])
-        return LTXConditionPipeline._scale_video_ids(found, frame_index=index)
-
-    conditions = [ids(1, 8 * i + 1) for i in range(case.draw(st.integers(0, min(2, grid[0] - 1))))]
-    coordinates = torch.cat([*conditions, ids(grid[0], 0)], 2).float()
-    coordinates[:, 0] *= 1 / 25
-    return {"video_coords": coordinates.to(case.dtype)}, Layout(grid, coordinates.shape[2] - math.prod(grid))
-
-
-def ltx2_coordinates(case):
-    """Keyframes and references stand after the video, as LTX2ConditionPipeline and the DFR pipelines put them."""
-    grid = tuple(n + 1 for n in case.video())
-    rope = transformer_ltx2.LTX2AudioVideoRotaryPosEmbed(12)
-    every = [rope.prepare_video_coords(case.batch, *grid, "cpu", fps=25.0)]
-    if case.draw(st.booleans()):
-        # A keyframe at the last pixel of the video, where it could be taken for one more frame.
-        keyframe = rope.prepare_video_coords(case.batch, 1, *grid[1:], "cpu", fps=25.0)
-        keyframe[:, 0] += 8 * (grid[0] - 1) / 25
-        every.append(keyframe)
-    if case.draw(st.booleans()):
-        every.append(rope.prepare_video_coords(case.batch, *grid, "cpu", fps=25.0) * 2)
-    coordinates = torch.cat(every, 2)
-    given = sizes_of(grid) if case.draw(st.booleans()) else {}
-    return {"video_coords": coordinates, **given}, Layout(grid, 0, coordinates.shape[2] - math.prod(grid))
-
-
-def sizes_of(grid):
-    return dict(zip(("num_frames", "height", "width"), grid, strict=True))
-
-
-IMAGE, VIDEO = SimpleNamespace(patch_size=2), SimpleNamespace(patch_size=(1, 2, 2), in_channels=4)
-SPLIT = SimpleNamespace(patch_size=2, patch_size_t=1)
-# By class and kind of input: config and how to draw a forward.
-CASES = {
-    "DiTTransformer2DModel": (IMAGE, latents),
-    "PixArtTransformer2DModel": (IMAGE, latents),
-    "UNet2DConditionModel": (IMAGE, unet),
-    "SD3Transformer2DModel": (IMAGE, latents_then_text),
-    "FluxTransformer2DModel": (None, with_ids),
-    "Flux2Transformer2DModel": (None, flux2),
-    "ChromaTransformer2DModel": (None, with_ids),
-    "BriaTransformer2DModel": (None, with_ids),
-    "QwenImageTransformer2DModel": (None, qwen),
-    "ZImageTransformer2DModel": (None, z_image),
-    "Lumina2Transformer2DModel": (IMAGE, lumina2),
-    "HiDreamImageTransformer2DModel": (IMAGE, hidream),
-    "HiDreamImageTransformer2DModel, packed": (IMAGE, packed_hidream),
-    "WanTransformer3DModel": (VIDEO, video),
-    "WanVACETransformer3DModel": (VIDEO, vace),
-    "WanAnimateTransformer3DModel": (VIDEO, animate),
-    "HunyuanVideoTransformer3DModel": (SPLIT, video_then_text),
-    "HunyuanVideo15Transformer3DModel": (SPLIT, video_then_text),
-    "CogVideoXTransformer3DModel": (SPLIT, cogvideox),
-    "MochiTransformer3DModel": (SPLIT, video_then_text),
-    "LTXVideoTransformer3DModel": (None, sizes),
-    "LTXVideoTransformer3DModel, conditions": (None, ltx_condition),
-    "LTX2VideoTransformer3DModel": (None, sizes),
-    "LTX2VideoTransformer3DModel, coordinates": (None, ltx2_coordinates),
-    "CosmosTransformer3DModel": (VIDEO, video),
-    "Kandinsky5Transformer3DModel": (VIDEO, kandinsky),
-}
-
-
 def test_every_class_has_a_case():
     named = {name.partition(",")[0] for name in CASES}
-    assert named == {name for family in families.FAMILIES if not family.nothing for name in family.classes}
+    assert named == {name for name, family in families.FAMILIES.items() if not family.nothing}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -27,45 +27,6 @@ def dit(height=16, width=16, batch=2):
     return model, inputs
 
 
-def flux_ids(height, width, image=0):
-    ids = torch.zeros(height, width, 3)
-    ids[..., 0] = image
-    ids[..., 1] += torch.arange(height)[:, None]
-    ids[..., 2] += torch.arange(width)
-    return ids.reshape(-1, 3)
-
-
-def flux(height=6, width=8, text=5, batch=2, head_dim=16, reference=None, single=2):
-    axes = {16: [4, 4, 8], 32: [8, 12, 12]}[head_dim]
-    model = seeded(
-        diffusers.FluxTransformer2DModel,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=single,
-        attention_head_dim=head_dim,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=axes,
-    )
-    return model, flux_inputs(height, width, text, batch, reference)
-
-
-def flux_inputs(height=6, width=8, text=5, batch=2, reference=None):
-    ids = flux_ids(height, width)
-    if reference is not None:
-        ids = torch.cat([ids, flux_ids(*reference, image=1)])
-    return {
-        "hidden_states": noise(batch, len(ids), 4),
-        "encoder_hidden_states": noise(batch, text, 32, seed=2),
-        "pooled_projections": noise(batch, 32, seed=3),
-        "timestep": torch.tensor([0.5] * batch),
-        "img_ids": ids,
-        "txt_ids": torch.zeros(text, 3),
-    }
-
-
 def sd15(height=12, width=10, batch=2):
     model = seeded(
         diffusers.UNet2DConditionModel,
@@ -167,72 +128,6 @@ def pixart(batch=2):
     return model, inputs
 
 
-def flux2(height=6, width=8, text=5, reference=None):
-    model = seeded(
-        diffusers.Flux2Transformer2DModel,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        timestep_guidance_channels=32,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
-    ids = flux_ids(height, width)
-    if reference is not None:
-        ids = torch.cat([ids, flux_ids(*reference, image=10)])
-    ids = torch.nn.functional.pad(ids, (0, 1))[None]
-    inputs = {
-        "hidden_states": noise(1, ids.shape[1], 4),
-        "encoder_hidden_states": noise(1, text, 32, seed=2),
-        "timestep": torch.tensor([0.5]),
-        "guidance": torch.tensor([1.0]),
-        "img_ids": ids,
-        "txt_ids": torch.zeros(1, text, 4),
-    }
-    return model, inputs
-
-
-def chroma(height=6, width=8, text=5):
-    model = seeded(
-        diffusers.ChromaTransformer2DModel,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 4, 8),
-        approximator_num_channels=8,
-        approximator_hidden_dim=16,
-        approximator_layers=1,
-    )
-    inputs = flux_inputs(height, width, text, batch=1)
-    del inputs["pooled_projections"]
-    return model, inputs
-
-
-def bria(height=6, width=8, text=5):
-    model = seeded(
-        diffusers.BriaTransformer2DModel,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=None,
-        axes_dims_rope=[4, 4, 8],
-    )
-    inputs = flux_inputs(height, width, text, batch=1)
-    del inputs["pooled_projections"]
-    return model, inputs
-
-
 def qwen(references=(), padded=False):
     model = seeded(
         diffusers.QwenImageTransformer2DModel,
@@ -255,6 +150,36 @@ def qwen(references=(), padded=False):
         "encoder_hidden_states_mask": mask if padded else None,
         "timestep": torch.tensor([0.5, 0.5]),
         "img_shapes": [shapes] * 2,
+    }
+    return model, inputs
+
+
+def hunyuan_dit():
+    model = seeded(
+        diffusers.HunyuanDiT2DModel,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=16,
+        num_layers=2,
+        mlp_ratio=2.0,
+        cross_attention_dim=8,
+        cross_attention_dim_t5=8,
+        pooled_projection_dim=4,
+        text_len=4,
+        text_len_t5=4,
+        use_style_cond_and_image_meta_size=False,
+    )
+    inputs = {
+        "hidden_states": noise(2, 4, 12, 16),
+        "timestep": torch.tensor([5.0, 5.0]),
+        "encoder_hidden_states": noise(2, 4, 8, seed=2),
+        "text_embedding_mask": torch.ones(2, 4),
+        "encoder_hidden_states_t5": noise(2, 4, 8, seed=3),
+        "text_embedding_mask_t5": torch.ones(2, 4),
+        "image_rotary_emb": diffusers.models.embeddings.get_2d_rotary_pos_embed(8, ((0, 0), (6, 8)), (6, 8)),
     }
     return model, inputs
 

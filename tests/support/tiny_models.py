@@ -1,17 +1,26 @@
 """Tiny random models of every diffusers family, with inputs, built from configurations: nothing is downloaded."""
 
+import inspect
+
 import torch
 
 from tests.support.tiny import noise, seeded
-from tests.support.tiny_images import (
+from tests.support.tiny_control import CONTROLNETS
+from tests.support.tiny_flux import (
     bria,
+    bria_fibo,
     chroma,
-    dit,
     flux,
     flux2,
     flux_ids,
     flux_inputs,
+    longcat,
+    ovis,
+)
+from tests.support.tiny_images import (
+    dit,
     hidream,
+    hunyuan_dit,
     lumina2,
     pixart,
     prior_transformer,
@@ -22,8 +31,11 @@ from tests.support.tiny_images import (
     sdxl,
     z_image,
 )
+from tests.support.tiny_unets import VIDEO_UNETS
 from tests.support.tiny_videos import (
+    chronoedit,
     cogvideox,
+    consisid,
     cosmos,
     hunyuan_video,
     hunyuan_video15,
@@ -31,6 +43,7 @@ from tests.support.tiny_videos import (
     ltx,
     ltx2,
     mochi,
+    skyreels,
     wan,
     wan_animate,
     wan_inputs,
@@ -40,8 +53,11 @@ from tests.support.tiny_videos import (
 __all__ = [
     "FAMILIES",
     "bria",
+    "bria_fibo",
     "chroma",
+    "chronoedit",
     "cogvideox",
+    "consisid",
     "cosmos",
     "dit",
     "flux",
@@ -49,14 +65,17 @@ __all__ = [
     "flux_ids",
     "flux_inputs",
     "hidream",
+    "hunyuan_dit",
     "hunyuan_video",
     "hunyuan_video15",
     "kandinsky5",
+    "longcat",
     "ltx",
     "ltx2",
     "lumina2",
     "mochi",
     "noise",
+    "ovis",
     "pixart",
     "prior_transformer",
     "qwen",
@@ -66,6 +85,7 @@ __all__ = [
     "sd15",
     "sdxl",
     "seeded",
+    "skyreels",
     "wan",
     "wan_animate",
     "wan_inputs",
@@ -99,11 +119,24 @@ FAMILIES = {
     "ltx2": (ltx2, 2, "na(window=3x3x3)"),
     "cosmos": (cosmos, 2, "na(window=3x3x3)"),
     "kandinsky5": (kandinsky5, 2, "na(window=3x3x3)"),
+    "hunyuan_dit": (hunyuan_dit, 2, "na(window=3x3)"),
+    "longcat": (longcat, 2, "na(window=3x3)"),
+    "ovis": (ovis, 2, "na(window=3x3)"),
+    "bria_fibo": (bria_fibo, 2, "na(window=3x3)"),
+    "skyreels": (skyreels, 2, "na(window=3x3x3)"),
+    "chronoedit": (chronoedit, 2, "na(window=3x3x3)"),
+    "consisid": (consisid, 2, "na(window=3x3x3)"),
+    **VIDEO_UNETS,
+    **CONTROLNETS,
 }
 
 
 def run(model, inputs, **options):
     """The sample that a model predicts."""
+    if "return_dict" in inspect.signature(type(getattr(model, "_orig_mod", model)).forward).parameters:
+        options["return_dict"] = False
     with torch.no_grad():
-        sample = model(**{**inputs, **options}, return_dict=False)[0]
-    return torch.stack(sample) if isinstance(sample, list) else sample
+        sample = model(**{**inputs, **options})
+    sample = list(sample.values()) if isinstance(sample, dict) else sample[0]
+    # ControlNets give one for each block, of different sizes.
+    return torch.cat([part.flatten() for part in sample]) if isinstance(sample, list | tuple) else sample

@@ -33,6 +33,26 @@ def wan_inputs(frames=3, height=12, width=8, batch=1):
     }
 
 
+def skyreels():
+    model, inputs = wan()
+    options = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return seeded(diffusers.SkyReelsV2Transformer3DModel, **options), inputs
+
+
+def chronoedit():
+    model, inputs = wan()
+    options = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return seeded(diffusers.ChronoEditTransformer3DModel, **options), inputs
+
+
+def consisid():
+    model, inputs = cogvideox()
+    names = ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "time_embed_dim")
+    names += ("text_embed_dim", "num_layers", "sample_width", "sample_height", "sample_frames", "patch_size")
+    options = {name: model.config[name] for name in (*names, "max_text_seq_length")}
+    return seeded(diffusers.ConsisIDTransformer3DModel, **options), inputs
+
+
 def hunyuan_video(valid=(4, 7)):
     model = seeded(
         diffusers.HunyuanVideoTransformer3DModel,

@@ -12,9 +12,9 @@ def key_validity(mask: torch.Tensor | None, q: torch.Tensor, row: int | None) ->
     """Which keys a mask of attention leaves valid, or a bias, or why the mask says more than that.
 
     Args:
-        mask: What stock attention gets: broadcasts to [B, H, S, S]; True or 0 keeps a pair.
+        mask: What stock attention gets: broadcasts to [B, H, S, S], or [B, S]; True or 0 keeps a pair.
         q: Queries [B, S, H, D].
-        row: Row of a full mask that holds the validity of the keys, None if there is no such row.
+        row: Row of a full mask that holds the validity of the keys, None if there is no such row: then all are equal.
 
     Returns:
         None for all keys; bool [B, S]; a float vector m [B, S] of zeros and ones if m[i] * m[j] is added to the
@@ -22,22 +22,54 @@ def key_validity(mask: torch.Tensor | None, q: torch.Tensor, row: int | None) ->
     """
     if mask is None:
         return None
-    shape = list(mask.shape)
-    if mask.ndim != 4 or shape[1] != 1 or shape[0] not in (1, q.shape[0]) or shape[3] != q.shape[1]:
-        return f"its mask {shape} is not a mask of keys"
-    if shape[2] != 1 and row is None:
-        return f"its mask {shape} differs from query to query"
-    keys = mask[:, 0, 0 if shape[2] == 1 or row is None else row]
+    shape, full = list(mask.shape), _broadcast(mask, q)
+    if isinstance(full, str):
+        return full
+    if not _is_constant(full, 1):
+        return f"its mask {shape} differs from head to head"
+    full = full[:, :1]
+    rows = full.shape[2]
+    if rows != 1 and row is None:
+        if not _is_constant(full, 2):
+            return f"its mask {shape} differs from query to query"
+        full, rows = full[:, :, :1], 1
+    keys = full[:, 0, 0 if rows == 1 or row is None else row]
     if keys.dtype != torch.bool:
         valid = keys == 0
         if not bool((valid | (keys < -1e3)).all()):
-            if shape[2] != 1 and bool((mask[:, 0] == keys[:, :, None] * keys[:, None]).all()):
+            if rows == 1 and bool((keys == keys[:, :1]).all()):
+                # The same for every key, a bias changes nothing.
+                return None
+            if rows != 1 and bool((full[:, 0] == keys[:, :, None] * keys[:, None]).all()):
                 return _bias(keys, shape, q)
             return f"its mask {shape} is a bias, not a mask of keys"
         keys = valid
     if keys.device.type == "cpu" and bool(keys.all()):
         return None
     return keys.expand(q.shape[0], -1)
+
+
+def _broadcast(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor | str:
+    """A mask with four axes, each of size 1 or that of [B, H, S, S]."""
+    batch, tokens, heads = q.shape[:3]
+    shape, text = list(mask.shape), f"its mask {list(mask.shape)} is not a mask of keys"
+    if shape == [batch, tokens] and 1 < batch == tokens:
+        return f"its mask {shape} can be one of each sample's keys or one of queries and keys"
+    if shape == [batch, tokens]:
+        # As diffusers' dispatcher reads it; torch would see a mask of queries and keys.
+        mask = mask[:, None, None]
+    if mask.ndim > 4 or mask.ndim < 1:
+        return text
+    mask = mask[(None,) * (4 - mask.ndim)]
+    fits = all(n in (1, most) for n, most in zip(mask.shape, (batch, heads, tokens), strict=False))
+    return mask if fits and mask.shape[3] == tokens else text
+
+
+def _is_constant(mask: torch.Tensor, axis: int) -> bool:
+    """Whether a mask is the same along an axis; looks at values only where memory does not tell."""
+    if mask.shape[axis] == 1 or mask.stride(axis) == 0:
+        return True
+    return bool((mask == mask.narrow(axis, 0, 1)).all())
 
 
 def _bias(keys: torch.Tensor, shape: list[int], q: torch.Tensor) -> torch.Tensor | str | None:

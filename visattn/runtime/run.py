@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
 from visattn.patterns import Pattern
+from visattn.recompute import Carrier
 from visattn.report import Row, SiteReport, Tally
 from visattn.runtime.forward import Forward, Here, Where
 from visattn.schedule import Schedule
@@ -29,6 +32,7 @@ class Run:
         compiled_patterns: Patterns of what stands for compiled code, by name.
         watcher: Sees attention calls, or None.
         here: Where each thread is.
+        forwards: Every forward, also in the recomputations of its blocks.
     """
 
     def __init__(
@@ -46,13 +50,29 @@ class Run:
         self.compiled_patterns: dict[str, Pattern] = {}
         self.watcher: Watcher | None = None
         self.here = Here()
-        self._latest: Forward | None = None
+        self.forwards: Carrier[Forward] = Carrier()
+        # Two say as well as many that they differ.
+        self._kinds: dict[object, Forward] = {}
         self._warned = False
 
     @property
     def forward(self) -> Forward | None:
-        """The forward that this thread is in. Autograd recomputes blocks in threads of its own: the latest one."""
-        return self.here.forward or self._latest
+        """The forward that this thread is in, or recomputes a block of.
+
+        Raises:
+            ValueError: If it recomputes a block and nothing tells of which forward, where several differ.
+        """
+        if torch._C._current_graph_task_id() < 0:
+            # No backward pass.
+            return self.here.forward
+        found = self.forwards.value
+        if found is None and len(self._kinds) > 1:
+            raise ValueError(
+                f"{self.name} recomputes a block of one of several forwards with other grids or steps, and neither its "
+                "inputs nor its graph tell which: run the backward pass before the next forward, or leave gradient "
+                "checkpointing of that block out"
+            )
+        return found or next(iter(self._kinds.values()), None)
 
     @property
     def site(self) -> str | None:
@@ -67,8 +87,11 @@ class Run:
         """A forward of the model begins, whose tokens sit there."""
         step, total = self._step()
         dense = self.schedule.is_dense(step, total)
-        self.here.forward = self._latest = Forward(where, dense, step, total)
+        self.here.forward = forward = Forward(where, dense, step, total)
         self.here.site = None
+        self.forwards.begin(forward)
+        if len(self._kinds) < 2:
+            self._kinds[where, dense, step, total] = forward
 
     def finish(self) -> None:
         """A forward of the model is over: see whether it reached what was selected."""

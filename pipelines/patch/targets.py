@@ -1,0 +1,123 @@
+"""Which models of a pipeline are patched, and by what record."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from visattn.handle import Request
+from visattn.patterns import MergingPattern, Pattern
+from visattn.pipelines.families import find_family, known_classes
+from visattn.pipelines.families.base import Family, Seen
+from visattn.schedule import check_dims
+
+# Names under which pipelines keep the models that denoise.
+DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+CONTROLNETS = ("controlnet",)
+
+
+class Target(NamedTuple):
+    """One model to patch.
+
+    Attributes:
+        name: What reports call it.
+        model: The model.
+        family: What is known about its class.
+        request: What is asked for it.
+    """
+
+    name: str
+    model: torch.nn.Module
+    family: Family
+    request: Request
+
+
+def find(target: Any, request: Request) -> list[Target]:
+    """The models to patch: the target itself, or the denoisers of a pipeline and its ControlNets.
+
+    Raises:
+        ValueError: If there is nothing to patch, or the pattern does not fit.
+    """
+    if isinstance(target, torch.nn.Module):
+        nets = getattr(target, "nets", None)
+        if isinstance(nets, torch.nn.ModuleList):
+            return [_target(f"nets.{i}", _unwrapped(net), request) for i, net in enumerate(nets)]
+        model = _unwrapped(target)
+        return [_target(type(model).__name__, model, request)]
+    parts = {name: getattr(target, name, None) for name in DENOISERS}
+    found = {name: _unwrapped(part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    if not found:
+        raise ValueError(f"{type(target).__name__} has none of {', '.join(DENOISERS)}: apply to one of its models")
+    known = {name: model for name, model in found.items() if find_family(model) is not None}
+    chosen = found if request.layout is not None else known or found
+    return [*(_target(name, model, request) for name, model in chosen.items()), *_control(target, request)]
+
+
+def _control(pipeline: Any, request: Request) -> Iterator[Target]:
+    """The ControlNets of a pipeline; one that cannot be patched keeps its attention, and a warning says why."""
+    # Their tokens are not where a layout for the denoiser says, and their records know.
+    request = dataclasses.replace(request, layout=None)
+    for name, model in _controlnets(pipeline):
+        if type(model).__name__ == "ControlNetXSAdapter":
+            # A part of the pipeline's UNet, which is patched.
+            continue
+        try:
+            target = _target(name, model, request)
+            request.schedule.assign([site for site, _ in target.family.find_sites(model)], type(model).__name__)
+        except ValueError as error:
+            warnings.warn(f"{name} keeps its attention: {error}", stacklevel=6)
+            continue
+        yield target
+
+
+def _controlnets(pipeline: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    for name in CONTROLNETS:
+        part = getattr(pipeline, name, None)
+        nets = part if isinstance(part, list | tuple) else getattr(part, "nets", None)
+        if nets is not None:
+            yield from ((f"{name}.nets.{i}", _unwrapped(net)) for i, net in enumerate(nets))
+        elif isinstance(part, torch.nn.Module):
+            yield name, _unwrapped(part)
+
+
+def _unwrapped(model: Any) -> torch.nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _target(name: str, model: torch.nn.Module, request: Request) -> Target:
+    family = _family(model, request)
+    for pattern in request.schedule.patterns:
+        check_dims(pattern, family.dims if request.layout is None else request.layout.dims, type(model).__name__)
+        if isinstance(pattern, MergingPattern):
+            _check_merging(pattern, model, family, request)
+    return Target(name, model, family, request)
+
+
+def _family(model: torch.nn.Module, request: Request) -> Family:
+    family = find_family(model)
+    if family is None and request.layout is not None:
+        return Family(type(model).__name__, (), request.layout.dims, ("*",), lambda config, args: Seen())
+    if family is None:
+        raise ValueError(
+            f"{type(model).__name__} is a model class that visattn does not know: pass layout=Layout(grid, prefix=..., "
+            f"suffix=...) to say where its tokens sit; known classes: {known_classes()}"
+        )
+    if family.nothing:
+        raise ValueError(f"{type(model).__name__}: {family.nothing}")
+    return family
+
+
+def _check_merging(pattern: Pattern, model: torch.nn.Module, family: Family, request: Request) -> None:
+    if not family.levels or request.layout is not None:
+        raise ValueError(
+            f"{pattern} merges tokens of a UNet (Stable Diffusion 1.5, 2.1, XL) before they are projected, and "
+            f"{type(model).__name__} {'was given a layout' if family.levels else 'is none'}: use agent(agents=...) here"
+        )
+    if request.backend != "auto":
+        raise ValueError(
+            f"{pattern.name} runs attention of its own: pass backend='auto' instead of {request.backend!r}"
+        )
