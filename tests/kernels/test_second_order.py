@@ -10,7 +10,7 @@ from tests.support.derivatives import derivatives
 from visattn import Layout, attention, parse
 from visattn.dispatch import Call
 from visattn.kernels import second_order
-from visattn.kernels.agent.backend import agent_attention
+from visattn.kernels.agent.attention import agent_attention
 from visattn.kernels.reference import backend as reference
 from visattn.patterns import Agent
 
