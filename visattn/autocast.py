@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -23,6 +24,6 @@ def as_sdpa_casts(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t.to(wanted) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def switched_off(device: torch.device) -> AbstractContextManager[None]:
+def switched_off(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off: engines choose the dtypes of their sums and products themselves."""
     return torch.autocast(device.type, enabled=False) if _enabled(device) else nullcontext()

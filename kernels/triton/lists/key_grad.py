@@ -3,6 +3,8 @@
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
 # ruff: noqa: ANN001, ANN201, ANN202
 
+# The language of Triton kernels is not quite Python.
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import triton
