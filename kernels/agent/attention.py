@@ -129,18 +129,18 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
         return _plain(q, k, v, bias[0] if bias else mask, scale)
 
-    return with_formula(fused, (q, k, v, *bias), lambda: by_autograd(plain))[0]
+    return with_formula(fused, (q, k, v, *bias), lambda: by_autograd(plain), of_operators=True)[0]
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """The same by operators that have derivatives of all orders."""
-    group = q.shape[1] // k.shape[1]
+    group, dtype = q.shape[1] // k.shape[1], q.dtype
     q, k, v = (widened(t) for t in (q, k, v))
     k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
     scores = q @ k.transpose(-1, -2) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1) @ v
+    return (scores.softmax(-1) @ v).to(dtype)
 
 
 def _local(v: torch.Tensor, layout: Layout, convolution: Convolution) -> torch.Tensor:
