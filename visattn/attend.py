@@ -95,6 +95,9 @@ def attention(
     Inside torch.compile the call is one operator without graph breaks; pattern, layout and scale are constants of
     the compiled code, so each of their values is traced once (a change of k, v, key_mask, rpb or a parameter never is).
 
+    Gradients can be differentiated again (`create_graph=True`) whatever the backend; torch refuses that for the
+    backward of code that its compiler made.
+
     Returns:
         Output [B, S, H, D] in q's dtype, or under autocast in its dtype, to which q, k and v are cast as for torch's
         own scaled_dot_product_attention; with `return_lse` also the log-sum-exp [B, S, H] (float32, or float64 for
