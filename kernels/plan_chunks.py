@@ -37,6 +37,10 @@ class Chunk:
     seen: torch.Tensor
     valid: torch.Tensor
 
+    def shown(self, seen: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+        """Pairs [c, T, m * L] without the keys that are masked out: bool [1 or B, c, T, m * L]."""
+        return seen[None] if key_mask is None else seen[None] & key_mask[:, self.keys][:, :, None]
+
 
 @dataclass(frozen=True, eq=False)
 class PlanTables:

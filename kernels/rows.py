@@ -11,7 +11,7 @@ import torch
 
 from visattn.checks import check_call
 from visattn.dispatch import Call
-from visattn.kernels.agent.backend import pool_queries
+from visattn.kernels.agent.attention import pool_queries
 from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
 from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights

@@ -53,7 +53,7 @@ class Sdpa(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
-        return lists_with_formula(attend, q, k, v, call)
+        return lists_with_formula(attend, q, k, v, call, of_operators=True)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -63,16 +63,20 @@ def lists_with_formula(
     k: torch.Tensor,
     v: torch.Tensor,
     call: Call,
+    of_operators: bool = False,
 ) -> Results:
     """`with_formula` of an engine along tile lists; arguments and results as in `Backend.run`."""
     if call.rpb is None:
-        return with_formula(lambda q, k, v: engine(q, k, v, call), (q, k, v), lambda: of_lists(call))
+        return with_formula(lambda q, k, v: engine(q, k, v, call), (q, k, v), lambda: of_lists(call), of_operators)
     run = lambda q, k, v, rpb: engine(q, k, v, replace(call, rpb=rpb))  # noqa: E731
-    return with_formula(run, (q, k, v, call.rpb), lambda: of_lists(call))
+    return with_formula(run, (q, k, v, call.rpb), lambda: of_lists(call), of_operators)
 
 
 def with_formula(
-    engine: Callable[..., Results], inputs: Sequence[torch.Tensor], formula: Callable[[], Formula]
+    engine: Callable[..., Results],
+    inputs: Sequence[torch.Tensor],
+    formula: Callable[[], Formula],
+    of_operators: bool = False,
 ) -> Results:
     """Run an engine with its own gradients, and with a formula's where their graph is asked for.
 
@@ -80,10 +84,12 @@ def with_formula(
         engine: Gives one or two outputs for the inputs.
         inputs: What it is differentiated by.
         formula: Makes the formula where there are gradients at all.
+        of_operators: Whether the engine is made of torch's own operators: their backward is nothing where no gradient
+            comes. Other people's functions may compute with zeros.
     """
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)) or _transformed():
         return engine(*inputs)
-    out, lse = engine(*_In.apply(*inputs))
+    out, lse = engine(*(inputs if of_operators else _entered(inputs)))
     if lse is None:
         return _Out.apply(formula(), 1, out, *inputs)[0], None
     return _Out.apply(formula(), 2, out, lse, *inputs)
@@ -92,6 +98,12 @@ def with_formula(
 def _transformed() -> bool:
     """Whether a tracer or function transform is at work, which has second derivatives or refuses them by itself."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def _entered(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The inputs of an engine, so that its gradients can be left out; constants stay constants."""
+    passed = iter(_In.apply(*(t for t in inputs if t.requires_grad)))
+    return [next(passed) if t.requires_grad else t for t in inputs]
 
 
 class _In(torch.autograd.Function):

@@ -63,9 +63,7 @@ def sigmoid_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: C
     offset = q.new_zeros(heads, dtype=wide[0].dtype) if offset is None else offset.to(wide[0].dtype)
 
     def compute(chunk: Chunk) -> torch.Tensor:
-        seen = chunk.seen[None]
-        if call.key_mask is not None:
-            seen = seen & call.key_mask[:, chunk.keys][:, :, None]
+        seen = chunk.shown(chunk.seen, call.key_mask)
         queries = tiled(wide[0], chunk.queries).unflatten(1, (kv_heads, -1))
         keys, values = (tiled(t, chunk.keys)[:, :, None] for t in wide[1:])
         level = pattern.bias

@@ -10,6 +10,7 @@ from typing import Literal, overload
 import torch
 
 from visattn import ops
+from visattn.autocast import as_sdpa_casts
 from visattn.checks import check_call, merged
 from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose, run_call
 from visattn.layout import Layout
@@ -94,15 +95,20 @@ def attention(
     Inside torch.compile the call is one operator without graph breaks; pattern, layout and scale are constants of
     the compiled code, so each of their values is traced once (a change of k, v, key_mask, rpb or a parameter never is).
 
+    Gradients can be differentiated again (`create_graph=True`) whatever the backend; torch refuses that for the
+    backward of code that its compiler made.
+
     Returns:
-        Output [B, S, H, D] in q's dtype; with `return_lse` also the log-sum-exp [B, S, H] (float32, or float64
-        for float64 inputs). A query without any visible key gives zeros and -inf.
+        Output [B, S, H, D] in q's dtype, or under autocast in its dtype, to which q, k and v are cast as for torch's
+        own scaled_dot_product_attention; with `return_lse` also the log-sum-exp [B, S, H] (float32, or float64 for
+        float64 inputs). A query without any visible key gives zeros and -inf.
 
     Raises:
         ValueError: If the tensors, the layout and the pattern do not fit together, or the named backend cannot
             run the call.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    q, k, v = as_sdpa_casts(q, k, v)
     given = merged(parameters, pool_weight)
     if torch.compiler.is_compiling():
         # The tracer cannot follow planning: one operator, which checks the call when it is traced.

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from visattn.autocast import switched_off
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, RoutedPattern
 from visattn.patterns.kinds import with_pooled_keys
@@ -282,8 +283,9 @@ def run_call(
     """Choose a backend for a checked call and run it; see `Backend.run`."""
     chosen = choose(Problem.of(q, k, v, call), backend)
     weight = call.parameters.get("pool_weight")
-    k, v, key_mask = with_pooled_keys(call.pattern, k, v, call.key_mask, call.layout, weight)
-    return chosen.run(q, k, v, replace(call, key_mask=key_mask))
+    with switched_off(q.device):
+        k, v, key_mask = with_pooled_keys(call.pattern, k, v, call.key_mask, call.layout, weight)
+        return chosen.run(q, k, v, replace(call, key_mask=key_mask))
 
 
 def visited_pairs(problem: Problem, tiles: TilePlan | None = None) -> float:

@@ -44,6 +44,17 @@ def forward(
     return out[:-1].view(q.shape), None if lse is None else lse[:-1].view(q.shape[:3])
 
 
+def _queries(batch: Batch, per_query: dict[str, torch.Tensor], buffers: Buffers) -> dict[str, tuple[torch.Tensor, ...]]:
+    """What the backward needs of the queries of each part of a batch."""
+    gathered = {name: buffers.gather(name, rows, batch.queries) for name, rows in per_query.items()}
+    if any(part.group.short_queries for part in batch.parts):
+        # An empty slot repeats some token: without a gradient of its own it adds nothing to the keys'.
+        empty = (batch.target == len(per_query["q"]))[:, None]
+        for name in {"grad", "grad_lse"} & set(gathered):
+            gathered[name].masked_fill_(empty, 0)
+    return {name: rows.split(batch.query_rows) for name, rows in gathered.items()}
+
+
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -81,13 +92,7 @@ def backward(
     dk, dv = (torch.zeros(*k.shape[:2], k_rows.shape[1], dtype=shapes.wide, device=k.device) for _ in range(2))
     drpb = rpb.new_zeros(rpb.shape[0], rpb[0].numel() + 1, dtype=shapes.wide) if want_rpb and rpb is not None else None
     for batch in batches(work, q, k, rpb):
-        gathered = {name: buffers.gather(name, rows, batch.queries) for name, rows in per_query.items()}
-        if any(part.group.short_queries for part in batch.parts):
-            # An empty slot repeats some token: without a gradient of its own it adds nothing to the keys'.
-            empty = (batch.target == len(per_query["q"]))[:, None]
-            for name in {"grad", "grad_lse"} & set(gathered):
-                gathered[name].masked_fill_(empty, 0)
-        split = {name: rows.split(batch.query_rows) for name, rows in gathered.items()}
+        split = _queries(batch, per_query, buffers)
         keys = _keys(batch, k, k_rows, shapes, buffers, "k")
         values = _keys(batch, v, v_rows, shapes, buffers, "v")
         found = []

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 # Sizes that differ from call to call: kernels are not compiled again for their values.
 RUNTIME_SIZES = (
     "dense_rows",
@@ -64,6 +66,51 @@ def rows_at(pointer, base, stride, box, TILES: tl.constexpr):
         return pointer + base * stride + box
     else:
         return pointer + (base * stride)[:, None] + box
+
+
+@triton.jit
+def list_of(bounds, bases, mask_ids, bounds_batch, list_batch, sample, row):
+    """A row tile's list: the entries start to split are full, those from there to stop partial, then `dense` runs.
+
+    Returns:
+        start, split, stop, dense, and the first tokens and the masks of the sample's entries.
+    """
+    bound = bounds + sample * bounds_batch + row * 4
+    start, split, stop, dense = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2), tl.load(bound + 3)
+    return start, split, stop, dense, bases + sample * list_batch, mask_ids + sample * list_batch
+
+
+@triton.jit
+def boxes_of(slots, first_step, second_step, d, WIDE: tl.constexpr, ALIKE: tl.constexpr):
+    """Offsets [columns, head dim] of column slots (their distances in tokens) in the two tensors that are walked.
+
+    One set of offsets less to keep in registers where both lie alike, as they nearly always do.
+    """
+    reach = slots.to(tl.int64) if WIDE else slots
+    box = reach[:, None] * first_step + d[None, :]
+    if ALIKE:
+        return box, box
+    else:
+        return box, reach[:, None] * second_step + d[None, :]
+
+
+@triton.jit
+def scores_of(rows, columns, scale, base, placed, RPB: tl.constexpr, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores in base 2 of a row tile and the listed column tiles at `base`, with their relative position bias if RPB.
+
+    Rows are queries, or keys if BY_KEYS. `placed` is what the bias takes: the bias of the head, positions of tokens,
+    of the slots of a box and of the rows, centre and number of entries.
+    """
+    scores = tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * scale
+    if RPB:
+        rpb, positions, box_position, row_position, centre, entries = placed
+        position = tl.load(positions + base) + box_position
+        if BY_KEYS:
+            bias = bias_of(rpb, row_position[:, None], position[None, :], centre, entries)
+        else:
+            bias = bias_of(rpb, position[None, :], row_position[:, None], centre, entries)
+        scores += bias * LOG2E
+    return scores
 
 
 @triton.jit

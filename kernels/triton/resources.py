@@ -5,7 +5,11 @@
 A row per architecture, dtype, head dim and kernel: registers per thread, spilled bytes per thread, shared memory per
 program. Exit status 1 if one spills, needs more shared memory than the architecture has, or does not compile. `--bias`
 compiles the variants with key mask and, where there is one, relative position bias. `--hip` adds AMD, as far as the
-compiler goes; that never changes the exit status. `--jobs` compiles in that many processes.
+compiler goes; that never changes the exit status.
+
+`--jobs` compiles in that many processes, `--shard 2/4` every fourth row from the second on, for machines that share the
+table. What was compiled is kept in a folder (`--cache`, `--no-cache`) by a hash of the kernel's source, its arguments,
+the target and the versions of Triton and its assembler. Progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -13,23 +17,20 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from visattn.kernels.triton.ahead import Resources, compiled
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, SHARED_MEMORY, Config, config, largest_head_dim
-from visattn.layout import Layout
-from visattn.patterns import Neighborhood
+from visattn.kernels.triton.tune import cache_folder
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -38,140 +39,6 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 HOPPER_SPILLS = 64
 # Bytes of a work-group's local memory on CDNA 3 (AMD CDNA 3 white paper).
 AMD_MEMORY = 64 * 1024
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel needs.
-
-    Attributes:
-        registers: Per thread.
-        spills: Bytes of stack per thread, where spilled registers go.
-        shared: Bytes of shared memory per program.
-        error: Why it did not compile, empty if it did.
-    """
-
-    registers: int = 0
-    spills: int = 0
-    shared: int = 0
-    error: str = ""
-
-    def fits(self, limit: int, spare: int = 0) -> bool:
-        """Whether it compiled, spills at most `spare` bytes and fits in `limit` bytes of shared memory."""
-        return not self.error and self.spills <= spare and self.shared <= limit
-
-
-def kernel_arguments(name: str, dtype: torch.dtype, head_dim: int, launch: Config, bias: bool) -> Any:
-    """A kernel and its arguments for a small joint text and image problem."""
-    if name not in DIRECTIONS:
-        from visattn.kernels.triton import products
-
-        return products.cases(dtype, head_dim, bias)[name]()[:2]
-    return list_arguments(name, dtype, head_dim, launch, bias)
-
-
-def list_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Config, bias: bool) -> Any:
-    """The same of a kernel along tile lists."""
-    from visattn.kernels.triton import arguments
-    from visattn.kernels.triton.hopper import forward as hopper
-    from visattn.kernels.triton.hopper import key_grad as hopper_key_grad
-    from visattn.kernels.triton.hopper.launch import hopper_arguments, key_arguments
-    from visattn.kernels.triton.lists.forward import attend
-    from visattn.kernels.triton.lists.key_grad import key_gradients
-    from visattn.kernels.triton.lists.query_grad import query_gradients
-    from visattn.kernels.triton.start import Starts
-
-    pattern, layout = Neighborhood((24, 24)), Layout((48, 48), prefix=16)
-    # A 24-head model: strides and offsets are as well aligned as they are in practice.
-    q, k, v = (torch.empty(1, layout.length, 24, head_dim, dtype=dtype, device="meta") for _ in range(3))
-    sides = pattern.rpb_shape(layout.grid)
-    rpb = torch.empty(24, sides[0] * sides[1], device="meta") if bias else None
-    mask = torch.empty(1, layout.length, dtype=torch.uint8, device="meta") if bias else None
-    work = arguments.Work(pattern, layout, 0.125, mask, False, dict.fromkeys(DIRECTIONS, launch), Starts(q.device))
-    lse = torch.empty(1, 24, layout.length, device="meta")
-    if launch.hopper and direction == "key_grad":
-        return hopper_key_grad.key_gradients, key_arguments(q, k, v, q, lse, lse, work) | {"grad_k": k, "grad_v": v}
-    if launch.hopper:
-        return hopper.attend, hopper_arguments(q, k, v, torch.empty_like(q), lse, work)
-    if direction == "forward":
-        return attend, arguments.forward_arguments(q, k, v, rpb, torch.empty_like(q), lse, work)
-    given = arguments.gradient_arguments(direction, q, k, v, rpb, torch.empty_like(q), lse, lse, work)
-    if direction == "key_grad":
-        return key_gradients, given | {"grad_k": q, "grad_v": q}
-    return query_gradients, given | {"grad_q": q}
-
-
-def source(kernel: Any, given: dict[str, Any]) -> Any:
-    """What triton.compile takes, specialised as a launch with these arguments would be."""
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-    names |= {torch.int32: "*i32", torch.uint8: "*u8"}
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value, index = given[parameter.name], (i,)
-        if hasattr(value, "block_shape"):
-            box = ",".join(map(str, value.block_shape))
-            signature[parameter.name] = f"tensordesc<{names[value.base.dtype][1:]}[{box}],{value.layout!r}>"
-        elif parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name] = "constexpr"
-            constants[index] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = names[value.dtype]
-            attributes[index] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[index] = [["tt.divisibility", 16]]
-    return (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
-
-
-def compiled(
-    target: str | int, direction: str, dtype: torch.dtype, head_dim: int, launch: Config, bias: bool = False
-) -> Resources:
-    """Compile one kernel for an architecture: compute capability times ten, or a name of AMD's."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    kernel, given = kernel_arguments(direction, dtype, head_dim, launch, bias)
-    cuda = isinstance(target, int)
-    gpu = GPUTarget("cuda", target, 32) if cuda else GPUTarget("hip", target, 64)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    try:
-        binary = triton.compile(source(kernel, given), target=gpu, options=options)
-    except Exception as error:
-        return Resources(error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
-    if cuda:
-        return Resources(*_usage(binary.asm["cubin"]), shared=binary.metadata.shared)
-    text = binary.asm["amdgcn"]
-    registers, spills = (_field(text, name) for name in (".vgpr_count", ".vgpr_spill_count"))
-    return Resources(registers, 4 * spills, binary.metadata.shared)
-
-
-def _field(text: str, name: str) -> int:
-    found = re.search(re.escape(name) + r":\s*(\d+)", text)
-    return int(found.group(1)) if found else 0
-
-
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes per thread of a compiled kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        text = subprocess.run([_cuobjdump(), "-res-usage", str(path)], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
-    assert found, text.stdout
-    return int(found.group(1)), int(found.group(2))
-
-
-@lru_cache(maxsize=1)
-def _cuobjdump() -> str:
-    from triton import knobs
-
-    return knobs.nvidia.cuobjdump.path
 
 
 @dataclass(frozen=True)
@@ -194,9 +61,9 @@ class Row:
     launch: Config
     bias: bool
 
-    def compile(self) -> Resources:
-        """What it needs."""
-        return compiled(self.target, self.kernel, DTYPES[self.dtype], self.head_dim, self.launch, self.bias)
+    def compile(self, folder: Path | None = None) -> Resources:
+        """What it needs; `folder` is where results are kept."""
+        return compiled(self.target, self.kernel, DTYPES[self.dtype], self.head_dim, self.launch, self.bias, folder)
 
     def fits(self, used: Resources, limit: int) -> bool:
         """Whether what it needs is what a shipped configuration may need."""
@@ -235,8 +102,7 @@ def kernel_names() -> tuple[str, ...]:
     return (*DIRECTIONS, *NAMES)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table; the exit status."""
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m visattn.kernels.triton.resources", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_MEMORY), choices=list(SHARED_MEMORY))
@@ -245,23 +111,57 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="*", default=list(kernel_names()), choices=list(kernel_names()))
     parser.add_argument("--bias", action="store_true", help="the variants with key mask and relative position bias")
     parser.add_argument("--hip", nargs="?", const="gfx942", help="also compile for AMD (informative)")
-    parser.add_argument("--jobs", type=int, default=1)
-    chosen = parser.parse_args(arguments)
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="the I-th of N parts of the table")
+    parser.add_argument("--cache", type=Path, default=cache_folder() / "resources", help="where results are kept")
+    parser.add_argument("--no-cache", dest="cache", action="store_const", const=None, help="keep nothing")
+    return parser.parse_args(arguments)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Which part of how many."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part like 1/4, 2/4, 3/4 or 4/4")
+    return int(part), int(parts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; the exit status."""
+    chosen = _arguments(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set, which compiles nothing: unset it", file=sys.stderr)
         return 2
     print(f"{'arch':<7}{'dtype':<10}{'D':>4} {'kernel':<14}{'tile':>8}{'warps':>6}{'stages':>7}"
           f"{'regs':>6}{'spill':>7}{'shared':>9}{'limit':>9}  verdict")  # fmt: skip
     targets = [*chosen.arch, *([chosen.hip] if chosen.hip else [])]
-    todo = list(rows(targets, chosen.dtype, chosen.head_dim, chosen.kernel, chosen.bias))
-    bad = 0
+    part, parts = chosen.shard
+    todo = list(rows(targets, chosen.dtype, chosen.head_dim, chosen.kernel, chosen.bias))[part - 1 :: parts]
+    bad = kept = 0
+    began = time.monotonic()
     with multiprocessing.Pool(chosen.jobs) if chosen.jobs > 1 else nullcontext() as pool:
-        for row, used in zip(todo, (pool.imap if pool else map)(Row.compile, todo), strict=True):
+        compile_row = partial(Row.compile, folder=chosen.cache)
+        results = pool.imap(compile_row, todo) if pool else map(compile_row, todo)
+        for done, (row, used) in enumerate(zip(todo, results, strict=True), 1):
             limit = SHARED_MEMORY[row.target] if isinstance(row.target, int) else AMD_MEMORY
             bad += isinstance(row.target, int) and not row.fits(used, limit)
+            kept += used.kept
             _print(row, used, limit)
+            _progress(done, len(todo), kept, time.monotonic() - began)
     print(f"{bad} of the CUDA configurations do not fit" if bad else "every CUDA configuration fits")
     return int(bad > 0)
+
+
+def _progress(done: int, total: int, kept: int, seconds: float) -> None:
+    """Say how far the table is: in place on a terminal, else every twentieth row."""
+    terminal, last = sys.stderr.isatty(), done == total
+    if not (terminal or last or done % 20 == 0):
+        return
+    # Rows that were kept take no time to speak of.
+    left = seconds / max(1, done - kept) * (total - done)
+    text = f"{done} of {total} rows, {kept} of them kept from before, {seconds:.0f} s"
+    text += "" if last else f", at most about {left:.0f} s to go"
+    print(text, end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
 
 
 def _print(row: Row, used: Resources, limit: int) -> None:

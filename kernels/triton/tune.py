@@ -30,12 +30,17 @@ def enabled() -> bool:
     return os.environ.get("VISATTN_AUTOTUNE", "0") not in ("", "0")
 
 
-def cache_file() -> Path:
-    """Where choices are remembered."""
+def cache_folder() -> Path:
+    """$VISATTN_CACHE, by default a folder of ours in the user's cache folder."""
     base = os.environ.get("VISATTN_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache"), "visattn"
     )
-    return Path(base) / "triton.json"
+    return Path(base)
+
+
+def cache_file() -> Path:
+    """Where choices are remembered."""
+    return cache_folder() / "triton.json"
 
 
 def candidates(architecture: int, dtype: torch.dtype, head_dim: int, direction: str) -> list[Config]:

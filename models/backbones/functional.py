@@ -8,7 +8,7 @@ from timm.models import register_notrace_function
 from torch.nn import functional as F
 
 from visattn.attend import attention
-from visattn.kernels.agent.backend import Convolution, agent_attention
+from visattn.kernels.agent.attention import Convolution, agent_attention
 from visattn.kernels.linear.flow import flow_attention
 from visattn.kernels.linear.mala import mala_attention, mala_features
 from visattn.layout import Layout

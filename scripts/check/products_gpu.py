@@ -23,7 +23,7 @@ from torch.nn.functional import elu, scaled_dot_product_attention
 from scripts.bench.gpu import forward_and_backward, median_ms
 from scripts.gpu_common import itself, versions
 from visattn import Layout, parse
-from visattn.kernels.agent.backend import pool_queries, through_agents
+from visattn.kernels.agent.attention import pool_queries, through_agents
 from visattn.kernels.triton.agent.attention import agent_attention
 from visattn.kernels.triton.linear.attention import linear_attention
 

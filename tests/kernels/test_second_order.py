@@ -10,7 +10,7 @@ from tests.support.derivatives import derivatives
 from visattn import Layout, attention, parse
 from visattn.dispatch import Call
 from visattn.kernels import second_order
-from visattn.kernels.agent.backend import agent_attention
+from visattn.kernels.agent.attention import agent_attention
 from visattn.kernels.reference import backend as reference
 from visattn.patterns import Agent
 
@@ -140,6 +140,19 @@ def test_agent_attention_with_biases():
     check_against_differences(run, (q, k, v, *biases))
 
 
+@pytest.mark.parametrize(
+    ("text", "backend"), [("na(window=3)", "tiles"), ("dense", "sdpa"), ("agent(agents=2)", "agent")]
+)
+def test_half_precision(text, backend):
+    layout = Layout((4, 5), 1)
+    inputs = qkv(layout, dim=8)
+    call = (text, layout, backend)
+    ours = derivatives([t.bfloat16() for t in inputs], *call, lse=False)
+    for a, b in zip(ours, derivatives(inputs, *call, lse=False), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - b).norm() < 0.03 * b.norm()
+
+
 @pytest.mark.parametrize("grid", [(6, 6), (16, 17)])
 def test_the_hessian_of_a_sum_is_not_zero(grid):
     layout = Layout(grid)
@@ -256,6 +269,21 @@ def test_engines_of_others(monkeypatch):
     ours = both(lambda *given: second_order.lists_with_formula(Kernel.apply, *given))
     compare(ours, both(reference.run))
     assert Kernel.calls == 1, "its own backward runs where no graph is asked for, and only there"
+
+
+def test_what_needs_no_gradient_is_a_constant_for_engines():
+    layout = Layout((4, 5))
+    q, k, v = qkv(layout, dim=3)
+    seen = []
+
+    def engine(q, k, v, call):
+        seen.append([t.requires_grad for t in (q, k, v)])
+        return reference.run(q, k, v, call)
+
+    call = Call(parse("na(window=3)"), layout, 0.4)
+    out, _ = second_order.lists_with_formula(engine, q, k.requires_grad_(), v, call)
+    (grad,) = torch.autograd.grad(out.sum(), k, create_graph=True)
+    assert seen == [[False, True, False]] and torch.autograd.grad(grad.square().sum(), k)[0].abs().max() > 0
 
 
 def test_a_compiled_call():

@@ -12,7 +12,7 @@ from tests.support.oracles import dense_attention
 from visattn import dense_mask, parse, plan
 from visattn.attend import backends
 from visattn.kernels.agent.agent_sd import agent_sd, agents_pay, match
-from visattn.kernels.agent.backend import Convolution, agent_attention, pool_queries
+from visattn.kernels.agent.attention import Convolution, agent_attention, pool_queries
 from visattn.layout import Layout
 from visattn.patterns import Agent
 

@@ -1,1 +1,4 @@
-"""Kernels of linear attention: gather sums over the keys, read them for each query."""
+"""Kernels of linear attention: gather sums over the keys, read them for each query.
+
+`attention` is the autograd function of `gather`, `read` and `grad`, whose feature maps are in `parts`.
+"""

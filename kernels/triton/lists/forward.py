@@ -10,15 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from visattn.kernels.triton.parts import RUNTIME_SIZES, bases_at, bias_of, dense_run, place, rows_at, see
+from visattn.kernels.triton.parts import (
+    RUNTIME_SIZES,
+    bases_at,
+    boxes_of,
+    dense_run,
+    list_of,
+    place,
+    rows_at,
+    scores_of,
+    see,
+)
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _scores(q, k, scale, PRECISION: tl.constexpr):
-    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
 
 
 @triton.jit
@@ -68,29 +72,22 @@ def attend(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    bound = bounds + sample * bounds_batch + row * 4
-    start, split, stop, dense = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2), tl.load(bound + 3)
-    bases += sample * list_batch
-    mask_ids += sample * list_batch
+    start, split, stop, dense, bases, mask_ids = list_of(bounds, bases, mask_ids, bounds_batch, list_batch, sample, row)
     key_mask += sample * key_length
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
-    reach = offset.to(tl.int64) if WIDE else offset
-    k_box = reach[:, None] * (k_token * UNIT) + d[None, :]
-    # One set of offsets less to keep in registers where keys and values lie alike, as they nearly always do.
-    v_box = k_box if ALIKE else reach[:, None] * (v_token * UNIT) + d[None, :]
+    k_box, v_box = boxes_of(offset, k_token * UNIT, v_token * UNIT, d, WIDE, ALIKE)
     if RPB:
-        rpb += head * rpb_entries
         row_position = tl.load(positions + token, mask=is_token, other=0)
         box_position = tl.load(position_offsets + column_slots % (COLUMNS // TILES))
+    else:
+        row_position, box_position = 0, 0
+    placed = (rpb + head * rpb_entries, positions, box_position, row_position, centre, rpb_entries)
 
     if FULL:
         for i in range(start, split, TILES):
             base = bases_at(bases, i, column_slots, COLUMNS, TILES)
             key = tl.load(rows_at(k, base, k_token * UNIT, k_box, TILES), mask=has_d[None, :], other=0.0)
-            scores = _scores(query, key, scale, PRECISION)
-            if RPB:
-                position = tl.load(positions + base) + box_position
-                scores += bias_of(rpb, position[None, :], row_position[:, None], centre, rpb_entries) * LOG2E
+            scores = scores_of(query, key, scale, base, placed, RPB, False, PRECISION)
             if KEY_MASK:
                 scores = tl.where(tl.load(key_mask + base + offset)[None, :] != 0, scores, float("-inf"))
             value = tl.load(rows_at(v, base, v_token * UNIT, v_box, TILES), mask=has_d[None, :], other=0.0)
@@ -103,10 +100,7 @@ def attend(
             key = tl.load(
                 rows_at(k, base, k_token * UNIT, k_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0
             )
-            scores = _scores(query, key, scale, PRECISION)
-            if RPB:
-                position = tl.load(positions + base) + box_position
-                scores += bias_of(rpb, position[None, :], row_position[:, None], centre, rpb_entries) * LOG2E
+            scores = scores_of(query, key, scale, base, placed, RPB, False, PRECISION)
             visible = see(masks, mask_ids, i, row_slots, column_slots, ROWS, COLUMNS, TILES)
             if KEY_MASK:
                 visible &= tl.load(key_mask + base + offset, mask=inside, other=0)[None, :] != 0
@@ -116,16 +110,14 @@ def attend(
             )
             acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, True)
     if DENSE:
-        reach = column_slots.to(tl.int64) if WIDE else column_slots
-        k_run = reach[:, None] * (k_token * UNIT) + d[None, :]
-        v_run = k_run if ALIKE else reach[:, None] * (v_token * UNIT) + d[None, :]
+        k_run, v_run = boxes_of(column_slots, k_token * UNIT, v_token * UNIT, d, WIDE, ALIKE)
         for i in range(0, dense):
             first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
             inside = first + column_slots < end
             here = inside[:, None] & has_d[None, :]
             base = first.to(tl.int64)
             key = tl.load(k + base * (k_token * UNIT) + k_run, mask=here, other=0.0)
-            scores = _scores(query, key, scale, PRECISION)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
             visible = inside
             if KEY_MASK:
                 visible &= tl.load(key_mask + base + column_slots, mask=inside, other=0) != 0

@@ -3,12 +3,24 @@
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
 # ruff: noqa: ANN001, ANN201, ANN202
 
+# The language of Triton kernels is not quite Python.
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from visattn.kernels.triton.parts import RUNTIME_SIZES, bases_at, bias_of, dense_run, place, rows_at, see
+from visattn.kernels.triton.parts import (
+    RUNTIME_SIZES,
+    bases_at,
+    boxes_of,
+    dense_run,
+    list_of,
+    place,
+    rows_at,
+    scores_of,
+    see,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -71,18 +83,14 @@ def key_gradients(
 
     acc_k = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     acc_v = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    bound = bounds + sample * bounds_batch + row * 4
-    start, split, stop, dense = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2), tl.load(bound + 3)
-    bases += sample * list_batch
-    mask_ids += sample * list_batch
+    start, split, stop, dense, bases, mask_ids = list_of(bounds, bases, mask_ids, bounds_batch, list_batch, sample, row)
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
-    reach = offset.to(tl.int64) if WIDE else offset
-    q_box = reach[:, None] * (q_token * UNIT) + d[None, :]
-    # One set of offsets less to keep in registers where both lie alike.
-    grad_box = q_box if ALIKE else reach[:, None] * (grad_token * UNIT) + d[None, :]
+    q_box, grad_box = boxes_of(offset, q_token * UNIT, grad_token * UNIT, d, WIDE, ALIKE)
     if RPB:
         row_position = tl.load(positions + token, mask=is_token, other=0)
         box_position = tl.load(position_offsets + column_slots % (COLUMNS // TILES))
+    else:
+        row_position, box_position = 0, 0
 
     for member in range(0, group):
         head = kv_head * group + member
@@ -90,15 +98,12 @@ def key_gradients(
         grad_of = grad_out + (sample * grad_batch + head * grad_head) * UNIT
         lse_of = lse + (sample * heads + head) * length
         delta_of = delta + (sample * heads + head) * length
-        rpb_of = rpb + head * rpb_entries
+        placed = (rpb + head * rpb_entries, positions, box_position, row_position, centre, rpb_entries)
         if FULL:
             for i in range(start, split, TILES):
                 base = bases_at(bases, i, column_slots, COLUMNS, TILES)
                 query = tl.load(rows_at(q_of, base, q_token * UNIT, q_box, TILES), mask=has_d[None, :], other=0.0)
-                scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * score_scale
-                if RPB:
-                    position = tl.load(positions + base) + box_position
-                    scores += bias_of(rpb_of, row_position[:, None], position[None, :], centre, rpb_entries) * LOG2E
+                scores = scores_of(key, query, score_scale, base, placed, RPB, True, PRECISION)
                 weights = _weights(scores, tl.load(lse_of + base + offset))
                 grad = tl.load(
                     rows_at(grad_of, base, grad_token * UNIT, grad_box, TILES), mask=has_d[None, :], other=0.0
@@ -112,19 +117,14 @@ def key_gradients(
                 inside = base + offset < length
                 here = inside[:, None] & has_d[None, :]
                 query = tl.load(rows_at(q_of, base, q_token * UNIT, q_box, TILES), mask=here, other=0.0)
-                scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * score_scale
-                if RPB:
-                    position = tl.load(positions + base) + box_position
-                    scores += bias_of(rpb_of, row_position[:, None], position[None, :], centre, rpb_entries) * LOG2E
+                scores = scores_of(key, query, score_scale, base, placed, RPB, True, PRECISION)
                 visible = see(masks, mask_ids, i, row_slots, column_slots, ROWS, COLUMNS, TILES)
                 weights = tl.where(visible, _weights(scores, _load_rows(lse_of, base + offset, inside)), 0.0)
                 grad = tl.load(rows_at(grad_of, base, grad_token * UNIT, grad_box, TILES), mask=here, other=0.0)
                 delta_now = _load_rows(delta_of, base + offset, inside)
                 acc_k, acc_v = _accumulate(acc_k, acc_v, query, grad, value, weights, delta_now, PRECISION)
         if DENSE:
-            reach = column_slots.to(tl.int64) if WIDE else column_slots
-            q_run = reach[:, None] * (q_token * UNIT) + d[None, :]
-            grad_run = q_run if ALIKE else reach[:, None] * (grad_token * UNIT) + d[None, :]
+            q_run, grad_run = boxes_of(column_slots, q_token * UNIT, grad_token * UNIT, d, WIDE, ALIKE)
             for i in range(0, dense):
                 first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
                 inside = first + column_slots < end

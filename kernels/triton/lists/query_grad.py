@@ -3,12 +3,24 @@
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
 # ruff: noqa: ANN001, ANN201, ANN202
 
+# The language of Triton kernels is not quite Python.
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from visattn.kernels.triton.parts import RUNTIME_SIZES, bases_at, bias_of, dense_run, place, rows_at, see
+from visattn.kernels.triton.parts import (
+    RUNTIME_SIZES,
+    bases_at,
+    boxes_of,
+    dense_run,
+    list_of,
+    place,
+    rows_at,
+    scores_of,
+    see,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -60,29 +72,22 @@ def query_gradients(
     row_delta = tl.load(delta + row_of, mask=is_token, other=0.0)
 
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    bound = bounds + sample * bounds_batch + row * 4
-    start, split, stop, dense = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2), tl.load(bound + 3)
-    bases += sample * list_batch
-    mask_ids += sample * list_batch
+    start, split, stop, dense, bases, mask_ids = list_of(bounds, bases, mask_ids, bounds_batch, list_batch, sample, row)
     key_mask += sample * key_length
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
-    reach = offset.to(tl.int64) if WIDE else offset
-    k_box = reach[:, None] * (k_token * UNIT) + d[None, :]
-    # One set of offsets less to keep in registers where keys and values lie alike, as they nearly always do.
-    v_box = k_box if ALIKE else reach[:, None] * (v_token * UNIT) + d[None, :]
+    k_box, v_box = boxes_of(offset, k_token * UNIT, v_token * UNIT, d, WIDE, ALIKE)
     if RPB:
-        rpb += head * rpb_entries
         row_position = tl.load(positions + token, mask=is_token, other=0)
         box_position = tl.load(position_offsets + column_slots % (COLUMNS // TILES))
+    else:
+        row_position, box_position = 0, 0
+    placed = (rpb + head * rpb_entries, positions, box_position, row_position, centre, rpb_entries)
 
     if FULL:
         for i in range(start, split, TILES):
             base = bases_at(bases, i, column_slots, COLUMNS, TILES)
             key = tl.load(rows_at(k, base, k_token * UNIT, k_box, TILES), mask=has_d[None, :], other=0.0)
-            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * score_scale
-            if RPB:
-                position = tl.load(positions + base) + box_position
-                scores += bias_of(rpb, position[None, :], row_position[:, None], centre, rpb_entries) * LOG2E
+            scores = scores_of(query, key, score_scale, base, placed, RPB, False, PRECISION)
             weights = tl.exp2(scores - row_lse[:, None])
             if KEY_MASK:
                 weights = tl.where(tl.load(key_mask + base + offset)[None, :] != 0, weights, 0.0)
@@ -95,10 +100,7 @@ def query_gradients(
             key = tl.load(
                 rows_at(k, base, k_token * UNIT, k_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0
             )
-            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * score_scale
-            if RPB:
-                position = tl.load(positions + base) + box_position
-                scores += bias_of(rpb, position[None, :], row_position[:, None], centre, rpb_entries) * LOG2E
+            scores = scores_of(query, key, score_scale, base, placed, RPB, False, PRECISION)
             visible = see(masks, mask_ids, i, row_slots, column_slots, ROWS, COLUMNS, TILES)
             if KEY_MASK:
                 visible &= tl.load(key_mask + base + offset, mask=inside, other=0)[None, :] != 0
@@ -108,9 +110,7 @@ def query_gradients(
             )
             acc = _accumulate(acc, grad, key, value, weights, row_delta, PRECISION)
     if DENSE:
-        reach = column_slots.to(tl.int64) if WIDE else column_slots
-        k_run = reach[:, None] * (k_token * UNIT) + d[None, :]
-        v_run = k_run if ALIKE else reach[:, None] * (v_token * UNIT) + d[None, :]
+        k_run, v_run = boxes_of(column_slots, k_token * UNIT, v_token * UNIT, d, WIDE, ALIKE)
         for i in range(0, dense):
             first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
             inside = first + column_slots < end

@@ -1,11 +1,13 @@
 """The Triton kernels compiled ahead of time: no GPU is needed for that."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from visattn.kernels.triton import resources
+from visattn.kernels.triton import ahead, resources
 from visattn.kernels.triton.config import (
     BLOCK_DIMS,
     DIRECTIONS,
@@ -71,6 +73,56 @@ def test_exit_status(monkeypatch, capsys, used, status):
     kernels = len(resources.kernel_names())
     assert len(rows) == 1 + (kernels + len(HOPPER)) + kernels + 1
     assert rows[1].startswith("sm_90") and " forward, TMA " in rows[2] and rows[-2].startswith("gfx942")
+
+
+TABLE = ["--arch", "80", "90", "--dtype", "bfloat16", "--head-dim", "64", "128"]
+
+
+def test_shards_are_the_table(monkeypatch, capsys):
+    fake(monkeypatch, registers=10)
+
+    def printed(*more):
+        assert resources.main([*TABLE, *more]) == 0
+        return capsys.readouterr().out.splitlines()[1:-1]
+
+    parts = [printed("--shard", f"{i}/3") for i in (1, 2, 3)]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert sorted([*parts[0], *parts[1], *parts[2]]) == sorted(printed())
+    with pytest.raises(SystemExit):
+        resources.main(["--shard", "4/3"])
+    assert "'4/3' is no part like 1/4" in capsys.readouterr().err
+
+
+def test_says_how_far_it_is(monkeypatch, capsys):
+    fake(monkeypatch, registers=10, kept=True)
+    resources.main(TABLE)
+    told = capsys.readouterr().err.splitlines()
+    rows = len(list(resources.rows([80, 90], ["bfloat16"], [64, 128], resources.kernel_names(), False)))
+    assert told[0].startswith(f"20 of {rows} rows, 20 of them kept") and told[0].endswith(" s to go")
+    assert told[-1].startswith(f"{rows} of {rows} rows, {rows} of them kept from before")
+
+
+def test_results_are_kept_until_something_changes(monkeypatch, tmp_path):
+    launch = config(80, torch.float16, 16, "forward")
+
+    def used(launch=launch, target=80):
+        return ahead.compiled(target, "forward", torch.float16, 16, launch, False, tmp_path)
+
+    first = used()
+    assert first.registers > 0 and not first.kept
+    compiled = []
+    monkeypatch.setattr("triton.compile", lambda *_, **__: compiled.append(1) or 1 / 0)
+    assert replace(used(), kept=False) == first and used().kept and not compiled
+    # Whatever the compilation depends on makes another one of it; failures are not kept.
+    for other in ({"launch": launch._replace(stages=2)}, {"target": 86}):
+        assert used(**other).error.startswith("ZeroDivisionError") and used(**other).error
+    monkeypatch.setattr("triton.__version__", "0")
+    assert used().error
+    assert len(compiled) == 5 and len(list(tmp_path.iterdir())) == 1
+    for file in tmp_path.iterdir():
+        file.write_text("[1, 2")
+    monkeypatch.undo()
+    assert used() == first
 
 
 def test_needs_the_compiler(monkeypatch, capsys):

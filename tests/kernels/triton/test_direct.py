@@ -11,14 +11,14 @@ pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
 
-from visattn.kernels.triton import direct, resources
+from visattn.kernels.triton import ahead, direct
 from visattn.kernels.triton.config import HOPPER, config
 
 
 def compiled(direction, launch):
-    kernel, given = resources.kernel_arguments(direction, torch.bfloat16, 64, launch, False)
+    kernel, given = ahead.kernel_arguments(direction, torch.bfloat16, 64, launch, False)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    binary = triton.compile(resources.source(kernel, given), target=GPUTarget("cuda", 90, 32), options=options)
+    binary = triton.compile(ahead.source(kernel, given), target=GPUTarget("cuda", 90, 32), options=options)
     return binary, given
 
 

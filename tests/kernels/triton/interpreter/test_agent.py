@@ -5,7 +5,7 @@ import torch
 
 from visattn import Layout, attention
 from visattn.dispatch import Support
-from visattn.kernels.agent.backend import through_agents
+from visattn.kernels.agent.attention import through_agents
 from visattn.kernels.triton.agent.attention import agent_attention
 
 
@@ -130,7 +130,7 @@ def test_the_backend_takes_the_kernels_where_they_pay(monkeypatch):
 
     with torch.no_grad():
         assert run(mask).shape == q.shape
-    monkeypatch.setattr("visattn.kernels.agent.backend.on_gpu", lambda _: Support(True))
+    monkeypatch.setattr("visattn.kernels.agent.attention.on_gpu", lambda _: Support(True))
     assert run(mask).shape == q.shape, "with gradients torch is faster"
     with torch.no_grad():
         assert run(None).shape == q.shape, "and without a mask"

@@ -6,7 +6,7 @@ import torch
 from tests.support.cases_triton import tensors
 from tests.support.derivatives import derivatives
 from visattn import Layout
-from visattn.kernels.agent.backend import through_agents
+from visattn.kernels.agent.attention import through_agents
 from visattn.kernels.linear.plain import plain_attention
 from visattn.kernels.triton.agent.attention import agent_attention
 from visattn.kernels.triton.linear.attention import linear_attention
