@@ -36,7 +36,11 @@ def attend(
 
 
 def _text(pattern: Pattern | str) -> str:
-    return str(parse(pattern))
+    """The text by which the operator finds the pattern again."""
+    text = str(parse(pattern))
+    if isinstance(pattern, Pattern) and type(parse(text)) is not type(pattern):
+        raise ValueError(f"{text!r} is another pattern than this {type(pattern).__qualname__}: register_pattern it")
+    return text
 
 
 def _named(names: str, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
