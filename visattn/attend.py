@@ -104,8 +104,8 @@ def attention(
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     given = merged(parameters, pool_weight)
-    if torch.compiler.is_compiling():
-        # The tracer cannot follow planning: one operator, which checks the call when it is traced.
+    if ops.without_values(q):
+        # Nothing there can be planned for: one operator, which checks the call and says what comes out.
         out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, given, backend, return_lse)
     else:
         pattern = parse(pattern)

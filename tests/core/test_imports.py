@@ -13,7 +13,7 @@ import visattn
 ROOT = Path(visattn.__file__).parent
 # From the bottom up: a room imports itself and rooms of lower rank, in functions too.
 RANKS = ("foundations", "patterns", "core", "kernels", "adapters", "cli")
-FOUNDATIONS = ("entries", "layout", "registry", "tiling", "version")
+FOUNDATIONS = ("entries", "keep", "layout", "registry", "tiling", "version")
 # What core takes from above when it is first used: public names, and the rows of a watched module.
 DOORS = {
     ("visattn", "visattn.kernels.rows"),
