@@ -9,7 +9,7 @@ from typing import Literal, overload
 
 import torch
 
-from visattn import ops
+from visattn import ops, transforms
 from visattn.checks import check_call, merged
 from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose, run_call
 from visattn.layout import Layout
@@ -93,6 +93,8 @@ def attention(
 
     Inside torch.compile the call is one operator without graph breaks; pattern, layout and scale are constants of
     the compiled code, so each of their values is traced once (a change of k, v, key_mask, rpb or a parameter never is).
+    Under torch.func, vmap runs its samples as one batch and grad, vjp and jacrev give first derivatives; forward-mode
+    and second derivatives there raise a ValueError.
 
     Returns:
         Output [B, S, H, D] in q's dtype; with `return_lse` also the log-sum-exp [B, S, H] (float32, or float64
@@ -111,7 +113,8 @@ def attention(
         pattern = parse(pattern)
         check_call(q, k, v, pattern, layout, key_mask, rpb, given)
         call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
-        out, lse = run_call(q, k, v, call, backend)
+        run = transforms.attend if transforms.active() else run_call
+        out, lse = run(q, k, v, call, backend)
     if not return_lse:
         return out
     assert lse is not None
