@@ -46,8 +46,9 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A checked call; the log-sum-exp is empty unless `call.lse`."""
-    stack = torch._C._functorch.peek_interpreter_stack()
-    if stack is not None and stack.key() == torch._C._functorch.TransformType.Functionalize:
+    library: Any = torch._C
+    stack = library._functorch.peek_interpreter_stack()
+    if stack is not None and stack.key() == library._functorch.TransformType.Functionalize:
         # The operator changes nothing in place, and functions of autograd are unknown there.
         where = call.pattern, call.layout, call.scale, call.key_mask, call.rpb
         return ops.attend(q, k, v, *where, call.parameters, backend, call.lse)
@@ -61,8 +62,9 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(asked: Asked, *tensors: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        call = asked.on(tensors)
-        return ops.detached(*run_call(*tensors[:3], call, asked.backend), call)
+        call, (q, k, v) = asked.on(tensors), tensors[:3]
+        out, lse = run_call(q, k, v, call, asked.backend)
+        return ops.detached(out, lse, call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -98,8 +100,9 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(asked: Asked, grad_out: Any, grad_lse: Any, *tensors: Any) -> tuple[torch.Tensor, ...]:
+        q, k, v = tensors[:3]
         with _saved_tensor_hooks():
-            found = ops.recompute_gradients(grad_out, grad_lse, *tensors[:3], asked.on(tensors), asked.backend)
+            found = ops.recompute_gradients(grad_out, grad_lse, q, k, v, asked.on(tensors), asked.backend)
         return tuple(found)
 
     @staticmethod
@@ -130,15 +133,16 @@ class _Gradients(torch.autograd.Function):
 @contextmanager
 def _saved_tensor_hooks() -> Iterator[None]:
     """Let engines checkpoint: torch.func forbids hooks of saved tensors, but here none of its tensors is left."""
-    reason = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    hooks: Any = torch._C
+    reason = hooks._autograd._saved_tensors_hooks_get_disabled_error_message()
     if reason is None:
         yield
         return
-    torch._C._autograd._saved_tensors_hooks_enable()
+    hooks._autograd._saved_tensors_hooks_enable()
     try:
         yield
     finally:
-        torch._C._autograd._saved_tensors_hooks_disable(reason)
+        hooks._autograd._saved_tensors_hooks_disable(reason)
 
 
 def _folded(tensor: torch.Tensor | None, dim: int | None, number: int) -> torch.Tensor | None:
