@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from visattn.dispatch import Call
+from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns import Neighborhood, Pattern, RoutedPattern, dense_mask, routed_mask
 from visattn.patterns.values import per_axis
@@ -30,7 +29,7 @@ def visible(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return mask if call.key_mask is None else mask & call.key_mask[:, None, None, :]
 
 
-@lru_cache(maxsize=4)
+@kept
 def _mask(pattern: Pattern, layout: Layout, device: torch.device) -> torch.Tensor:
     return dense_mask(pattern, layout).to(device)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from visattn.keep import kept
 from visattn.plans import TilePlan
 from visattn.tiling import Ints
 
@@ -61,7 +61,7 @@ class PlanTables:
     groups: tuple[tuple[Ints, Ints], ...]
 
 
-@lru_cache(maxsize=64)
+@kept
 def plan_tables(plan: TilePlan, device: torch.device, partial: bool = False) -> PlanTables:
     """The tables of a plan; with `partial` only the entries with a mask and real key tiles count."""
     lists = plan.lists

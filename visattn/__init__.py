@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         register_pattern,
     )
     from visattn.handle import Handle, apply
+    from visattn.keep import clear_caches
     from visattn.kernels.rows import attention_rows
     from visattn.layout import Layout
     from visattn.patterns import dense_mask, parse
@@ -37,6 +38,7 @@ __all__ = [
     "attention",
     "attention_rows",
     "backends",
+    "clear_caches",
     "dense_mask",
     "explain",
     "parse",
@@ -62,6 +64,7 @@ def __getattr__(name: str) -> Any:
         "attention": "visattn.attend",
         "attention_rows": "visattn.kernels.rows",
         "backends": "visattn.attend",
+        "clear_caches": "visattn.keep",
         "dense_mask": "visattn.patterns",
         "explain": "visattn.attend",
         "parse": "visattn.patterns",

@@ -9,7 +9,7 @@ from typing import Literal, overload
 
 import torch
 
-from visattn import ops
+from visattn import ops, transforms
 from visattn.autocast import as_sdpa_casts
 from visattn.checks import check_call, merged
 from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose, run_call
@@ -94,6 +94,8 @@ def attention(
 
     Inside torch.compile the call is one operator without graph breaks; pattern, layout and scale are constants of
     the compiled code, so each of their values is traced once (a change of k, v, key_mask, rpb or a parameter never is).
+    Under torch.func, vmap runs its samples as one batch and grad, vjp and jacrev give first derivatives; forward-mode
+    and second derivatives there raise a ValueError.
 
     Gradients can be differentiated again (`create_graph=True`) whatever the backend; torch refuses that for the
     backward of code that its compiler made.
@@ -110,14 +112,15 @@ def attention(
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     q, k, v = as_sdpa_casts(q, k, v)
     given = merged(parameters, pool_weight)
-    if torch.compiler.is_compiling():
-        # The tracer cannot follow planning: one operator, which checks the call when it is traced.
+    if ops.without_values(q):
+        # Nothing there can be planned for: one operator, which checks the call and says what comes out.
         out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, given, backend, return_lse)
     else:
         pattern = parse(pattern)
         check_call(q, k, v, pattern, layout, key_mask, rpb, given)
         call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
-        out, lse = run_call(q, k, v, call, backend)
+        run = transforms.attend if transforms.active() else run_call
+        out, lse = run(q, k, v, call, backend)
     if not return_lse:
         return out
     assert lse is not None

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from visattn.registry import HOMES, REGISTRY, Plugin, Registration
+from visattn.entries import Plugin
+from visattn.registry import HOMES, REGISTRY, Registration
 
 if TYPE_CHECKING:
     from visattn.dispatch import Backend
@@ -42,7 +43,7 @@ def register_backend(backend: Backend) -> Registration:
         backend: An instance of a subclass of `visattn.dispatch.Backend` with a `name`.
 
     Returns:
-        See `register_pattern`.
+        A registration whose `remove()`, or `with` block, takes it back.
 
     Raises:
         ValueError: If it is no such object, or another has its name.
@@ -58,7 +59,7 @@ def register_family(family: Family) -> Registration:
         family: Where the self-attention of these models is and where their tokens sit.
 
     Returns:
-        See `register_pattern`.
+        A registration whose `remove()`, or `with` block, takes it back.
 
     Raises:
         ValueError: If it is no family, or one of its classes belongs to another.
@@ -75,7 +76,7 @@ def register_attention(kind: type | str, record: Record) -> Registration:
         record: How it is swapped.
 
     Returns:
-        See `register_pattern`.
+        A registration whose `remove()`, or `with` block, takes it back.
 
     Raises:
         ValueError: If the record is none, or the class has one.
@@ -92,7 +93,7 @@ def register_adapter(package: str, install: Callable[[Any, Request], Sequence[Pa
         install: Patches a target as a request says and returns what undoes it.
 
     Returns:
-        See `register_pattern`.
+        A registration whose `remove()`, or `with` block, takes it back.
 
     Raises:
         ValueError: If `install` cannot be called, or the package has an adapter.

@@ -112,12 +112,13 @@ def check_device(device: str) -> torch.device:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and backends, as `visattn doctor --json` prints them."""
-    from visattn import backends
+    """Versions, devices, backends and plug-ins, as `visattn doctor --json` prints them."""
+    from visattn import backends, plugins
 
     return {
         "system": platform.platform(),
         "versions": versions(),
         "devices": devices(),
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends().items()},
+        "plugins": [plugin._asdict() for plugin in plugins()],
     }

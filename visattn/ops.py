@@ -11,8 +11,17 @@ import torch
 
 from visattn.checks import check_call
 from visattn.dispatch import Call, run_call
+from visattn.keep import stands_in
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
+
+
+def without_values(q: torch.Tensor) -> bool:
+    """Whether a tensor only stands in for another: in traced code, under fake and functional modes, on no device."""
+    if torch.compiler.is_compiling() or q.is_meta:
+        return True
+    # A fake tensor may have left its mode.
+    return bool(torch._C._len_torch_dispatch_stack() and stands_in()) or hasattr(q, "fake_mode")
 
 
 def attend(
@@ -36,7 +45,11 @@ def attend(
 
 
 def _text(pattern: Pattern | str) -> str:
-    return str(parse(pattern))
+    """The text by which the operator finds the pattern again."""
+    text = str(parse(pattern))
+    if isinstance(pattern, Pattern) and type(parse(text)) is not type(pattern):
+        raise ValueError(f"{text!r} is another pattern than this {type(pattern).__qualname__}: register_pattern it")
+    return text
 
 
 def _named(names: str, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns import (
     ComposedPattern,
@@ -93,10 +94,10 @@ class TilePlan:
     visible: int
     routed_tiles: int = 0
 
-    @cached_property
+    @property
     def transposed(self) -> TileLists:
         """The query tiles of each key tile, fully visible ones first (for the backward over keys)."""
-        return _lists(self.lists.tile, self.lists.rows, self.lists.mask, self.keys.tiles)
+        return _transposed(self)
 
     @property
     def entries(self) -> int:
@@ -129,18 +130,21 @@ class TilePlan:
 
     def tensors(self, device: torch.device | str) -> PlanTensors:
         """The plan's arrays on a device, copied there once."""
-        device = torch.device(device)
-        if device not in self._tensors:
-            arrays = (self.queries.tokens, self.keys.tokens, self.lists.start, self.lists.tile, self.lists.mask)
-            self._tensors[device] = PlanTensors(
-                *(torch.from_numpy(a.astype(np.int32)).to(device) for a in arrays),
-                masks=torch.from_numpy(self.masks).to(device),
-            )
-        return self._tensors[device]
+        return _tensors(self, torch.device(device))
 
-    @cached_property
-    def _tensors(self) -> dict[torch.device, PlanTensors]:
-        return {}
+
+@kept
+def _transposed(made: TilePlan) -> TileLists:
+    return _lists(made.lists.tile, made.lists.rows, made.lists.mask, made.keys.tiles)
+
+
+@kept
+def _tensors(made: TilePlan, device: torch.device) -> PlanTensors:
+    arrays = (made.queries.tokens, made.keys.tokens, made.lists.start, made.lists.tile, made.lists.mask)
+    return PlanTensors(
+        *(torch.from_numpy(a.astype(np.int32)).to(device) for a in arrays),
+        masks=torch.from_numpy(made.masks).to(device),
+    )
 
 
 def check_listed(pattern: Pattern) -> None:
@@ -184,7 +188,7 @@ def _box(tile: object, grid: tuple[int, ...]) -> tuple[int, ...]:
     return box
 
 
-@lru_cache(maxsize=128)
+@kept
 def _plan(pattern: ListedPattern, layout: Layout, query_box: tuple[int, ...], key_box: tuple[int, ...]) -> TilePlan:
     tiled = pattern.tiled_layout(layout)
     step = pattern.step(tiled.grid) if isinstance(pattern, SpannedPattern) else None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns import BiasedPattern, ListedPattern, Pattern
 from visattn.plans import TileLists, TilePlan, plan
@@ -86,7 +87,7 @@ def tile_plan(pattern: Pattern, layout: Layout, volume: int) -> TilePlan:
     return plan(pattern, layout, tile=(*box[:-1], box[-1] * math.lcm(slots, volume) // slots))
 
 
-@lru_cache(maxsize=16)
+@kept
 def blocks(pattern: Pattern, layout: Layout, volume: int, device: torch.device) -> Blocks:
     """Build a plan's blocks straight from its lists; nothing of the size S x S exists."""
     tiles = tile_plan(pattern, layout, volume)

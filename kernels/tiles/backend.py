@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead
+from visattn.keep import kept
 from visattn.kernels.tiles.batches import Work, batch_size
 from visattn.kernels.tiles.boxes import box_groups
 from visattn.kernels.tiles.engine import TileAttention, forward
@@ -95,7 +95,7 @@ def problems_of(q: torch.Tensor, k: torch.Tensor, call: Call) -> Problems:
     return _static_problems(pattern, layout, q.device, call.rpb is not None)
 
 
-@lru_cache(maxsize=64)
+@kept
 def _dense(pattern: Pattern, layout: Layout, device: torch.device) -> tuple[tuple[Group, ...], torch.Tensor | None]:
     """The problem of the dense queries, and the dense and pooled key tokens."""
     suffix = layout.prefix + layout.tokens
@@ -106,7 +106,7 @@ def _dense(pattern: Pattern, layout: Layout, device: torch.device) -> tuple[tupl
     return groups, torch.from_numpy(fixed).to(device) if len(fixed) else None
 
 
-@lru_cache(maxsize=32)
+@kept
 def _static_problems(pattern: Pattern, layout: Layout, device: torch.device, rpb: bool) -> Problems:
     """The problems of a pattern that does not look at q and k."""
     if pattern.covers(layout.grid) and not rpb:

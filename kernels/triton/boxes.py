@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, SpannedPattern
 from visattn.patterns.geometry import Spans, product_pairs
@@ -21,7 +22,7 @@ PARTIAL = 1.4
 Box = tuple[int, ...]
 
 
-@lru_cache(maxsize=256)
+@kept
 def tiled(pattern: Pattern, layout: Layout, query_slots: int, key_slots: int) -> TilePlan:
     """The plan of a pattern with tiles of at most these sizes.
 

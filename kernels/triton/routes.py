@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
 
+from visattn.keep import kept
 from visattn.kernels.triton.lists.program import Program, fill_kinds, first_tokens, pack, program
 from visattn.plans import TilePlan
 
@@ -29,7 +29,7 @@ class _Static:
     whole: bool
 
 
-@lru_cache(maxsize=64)
+@kept
 def _static(plan: TilePlan, by_keys: bool, device: torch.device) -> _Static:
     base = program(plan, by_keys, 1, device)
     columns = base.column_tiling

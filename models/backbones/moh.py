@@ -6,7 +6,6 @@ the attention itself is TransNeXt's, https://arxiv.org/abs/2311.17132. Official 
 """
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
+from visattn.keep import kept
 from visattn.models.backbones.functional import unscripted
 from visattn.models.backbones.pyramid import channels_of_head
 
@@ -34,7 +34,7 @@ def _axis(length: int, keys: int, pretrained: int) -> tuple[np.ndarray, np.ndarr
     return np.sign(values) * np.log2(np.abs(values) + 1) / math.log2(8), index.reshape(distance.shape)
 
 
-@lru_cache(maxsize=32)
+@kept
 def _log_coordinates(
     grid: tuple[int, int], pool: tuple[int, int], pretrained: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,8 +43,7 @@ def _log_coordinates(
     table = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
     index = row[:, None, :, None] * len(columns) + column[None, :, None, :]
     index = index.reshape(grid[0] * grid[1], pool[0] * pool[1])
-    with torch.inference_mode(False):  # the cache outlives the mode it is filled in
-        return torch.from_numpy(table).to(device), torch.from_numpy(index).to(device)
+    return torch.from_numpy(table).to(device), torch.from_numpy(index).to(device)
 
 
 @unscripted

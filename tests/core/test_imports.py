@@ -12,10 +12,16 @@ import visattn
 
 ROOT = Path(visattn.__file__).parent
 # From the bottom up: a room imports itself and rooms of lower rank, in functions too.
-RANKS = ("foundations", "patterns", "core", "kernels", "rows", "adapters", "cli")
-FOUNDATIONS = ("layout", "tiling", "version")
+RANKS = ("foundations", "patterns", "core", "kernels", "adapters", "cli")
+FOUNDATIONS = ("entries", "keep", "layout", "registry", "tiling", "version")
 # What core takes from above when it is first used: public names, and the rows of a watched module.
-DOORS = {("visattn", "visattn.rows"), ("visattn.watch", "visattn.rows")}
+DOORS = {
+    ("visattn", "visattn.kernels.rows"),
+    ("visattn.watch", "visattn.kernels.rows"),
+    # What others register there, in annotations.
+    ("visattn.doors", "visattn.models.swap.records"),
+    ("visattn.doors", "visattn.pipelines.families.base"),
+}
 # When an import happens: on import of the module, in a call, or never (annotations only).
 LOADED, CALLED, TYPED = "loaded", "called", "typed"
 

@@ -8,7 +8,7 @@ from visattn.cli.options import JsonOption, print_json
 
 
 def doctor(json: JsonOption = False) -> None:
-    """Say what this machine has: versions, devices, and every backend with the reason where it cannot run."""
+    """Say what this machine has: versions, devices, backends with the reason where one cannot run, plug-ins."""
     from visattn.environment import environment
 
     found = environment()
@@ -20,6 +20,7 @@ def doctor(json: JsonOption = False) -> None:
 
 def _print_tables(found: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=found["system"], title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -34,4 +35,9 @@ def _print_tables(found: dict[str, Any]) -> None:
     for name, support in found["backends"].items():
         verdict = "[green]ok[/]" if support["available"] else f"[yellow]no[/]: {support['reason']}"
         table.add_row(f"backend {name}", verdict)
+    if found["plugins"]:
+        table.add_row()
+    for plugin in found["plugins"]:
+        verdict = f"[yellow]broken[/]: {escape(plugin['problem'])}" if plugin["problem"] else "[green]ok[/]"
+        table.add_row(f"{plugin['kind']} {plugin['name']}", f"{verdict} ({escape(plugin['source'])})")
     Console(highlight=False, soft_wrap=False).print(table)

@@ -25,6 +25,7 @@ from visattn.patterns.masks import dense_mask, routed_mask
 from visattn.patterns.neighborhood import Neighborhood
 from visattn.patterns.radial import Radial
 from visattn.patterns.routing import Routing
+from visattn.patterns.ruled import RuledPattern
 from visattn.patterns.sigmoid import Sigmoid
 from visattn.patterns.sparse_linear import SparseLinear
 from visattn.patterns.text import parse
@@ -49,6 +50,7 @@ __all__ = [
     "Radial",
     "RoutedPattern",
     "Routing",
+    "RuledPattern",
     "Sigmoid",
     "SpannedPattern",
     "SparseLinear",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 
+from visattn.keep import kept
 from visattn.patterns.geometry import Bools
 
 # A frame at a distance is dropped where its share of a window is narrower than this many tokens.
@@ -28,7 +28,7 @@ def window_width(distance: int, tokens: int, decay: float, block: int) -> float 
     return float(tokens) if distance <= 1 else max(decay * share, float(block))
 
 
-@lru_cache(maxsize=32)
+@kept
 def block_mask(frames: int, tokens: int, decay: float, sink: bool, block: int) -> Bools:
     """Which key blocks each query block of a video sees: [blocks, blocks].
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 import torch
 
+from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns.kinds import RoutedPattern, Tiled
 from visattn.patterns.values import PerAxis, per_axis, whole_numbers
@@ -120,7 +120,7 @@ class Routing(RoutedPattern):
         return x.reshape(shape[0], -1, *shape[2:])
 
 
-@lru_cache(maxsize=256)
+@kept
 def _averages(length: int, parts: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The matrix that averages each part of an axis, [parts, length]; copied to a device once, not in every call."""
     part = part_of(length, parts)
@@ -134,7 +134,7 @@ def part_of(length: int, parts: int) -> Ints:
     return np.searchsorted(np.arange(1, parts + 1) * length // parts, np.arange(length), side="right")
 
 
-@lru_cache(maxsize=64)
+@kept
 def _tables(pattern: Routing, plan: Tiled, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Region of each grid query tile [tiles]; key tiles of each region [regions, tiles per region]."""
     parts = pattern.parts(plan.layout.grid)
@@ -150,7 +150,7 @@ def _tables(pattern: Routing, plan: Tiled, device: torch.device) -> tuple[torch.
     return torch.from_numpy(tables[0]).to(device), torch.from_numpy(tables[1]).to(device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def _token_regions(pattern: Routing, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Region of each token of a grid, [tokens]; copied to a device once, not in every call."""
     region = np.zeros(1, np.int64)

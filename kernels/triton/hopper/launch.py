@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from visattn.dispatch import Call
+from visattn.keep import kept
 from visattn.kernels.triton.arguments import LOG2E, Work, head_arguments, list_arguments, plan_of, strides, unit
 from visattn.kernels.triton.config import HOPPER, Config
 from visattn.kernels.triton.start import Launch, programs
@@ -61,7 +62,7 @@ def hopper_config(
     return launch if boxes and fills and _no_list_empty(plan) and all(step == 1 for step in columns.step) else None
 
 
-@lru_cache(maxsize=128)
+@kept
 def _no_list_empty(plan: TilePlan) -> bool:
     """Whether every query tile sees a key tile: the forward writes results in the first step of the tile after."""
     return len(np.unique(plan.lists.rows)) == plan.queries.tiles

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 
+from visattn.keep import kept
 from visattn.kernels.triton.lists.program import NOWHERE, slot_sums
 from visattn.layout import Layout
 from visattn.patterns import BiasedPattern, Pattern
@@ -37,13 +37,13 @@ class Positions:
         return _offsets(tiling, self.weights, self.tokens.device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def _offsets(tiling: Tiling, weights: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Copied to the device once: a copy in every call would wait for the device, and no CUDA graph could hold it."""
     return torch.from_numpy(slot_sums(tiling, weights).astype(np.int32)).to(device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def positions(pattern: Pattern, layout: Layout, device: torch.device) -> Positions:
     """The positions of a pattern that takes a relative position bias."""
     assert isinstance(pattern, BiasedPattern)
@@ -58,7 +58,7 @@ def positions(pattern: Pattern, layout: Layout, device: torch.device) -> Positio
     return Positions(torch.from_numpy(tokens.astype(np.int32)).to(device), weights, centre, math.prod(sides))
 
 
-@lru_cache(maxsize=16)
+@kept
 def partners(pattern: Pattern, layout: Layout, device: torch.device) -> torch.Tensor:
     """Key token of each grid query for each bias entry, -1 where it sees none there: int32 [entries, tokens]."""
     assert isinstance(pattern, BiasedPattern)

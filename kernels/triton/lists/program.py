@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from visattn.keep import kept
 from visattn.patterns.geometry import Bools
 from visattn.plans import TileLists, TilePlan
 from visattn.tiling import Ints, Tiling
@@ -78,7 +78,7 @@ class Program:
         return sum(self.dense_columns) + self.extra > 0
 
 
-@lru_cache(maxsize=128)
+@kept
 def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device) -> Program:
     """Prepare a plan for the kernels, once per plan, side and device.
 

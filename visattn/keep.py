@@ -1,0 +1,160 @@
+"""What is kept between calls: plans and their tables. The one place that decides what may be kept, and for how long.
+
+Values are built outside of every mode of torch (inference_mode, torch.func, default devices, modes of dispatch), so
+that they can be used in any other. Where tensors stand in for others, under fake, functional or tracing modes, nothing
+is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Bytes in memory of any device, all that is kept together.
+LIMIT = 512 * 2**20
+# So many values stay whatever they weigh: those of the call that runs.
+SPARE = 4
+
+
+class Entry:
+    """A value that is kept.
+
+    Attributes:
+        value: That.
+        leaves: Bytes of each array that it or its key holds, by identity.
+        used: When it was asked for last.
+    """
+
+    __slots__ = ("leaves", "used", "value")
+
+    def __init__(self, value: Any, leaves: dict[Hashable, int], used: int) -> None:
+        self.value, self.leaves, self.used = value, leaves, used
+
+
+class Store:
+    """Values by key, bounded by the bytes of their arrays; those not asked for longest go first.
+
+    Attributes:
+        bytes: Of all arrays that are held, each counted once.
+    """
+
+    def __init__(self, limit: int = LIMIT, spare: int = SPARE) -> None:
+        self.limit, self.spare, self.bytes = limit, spare, 0
+        self._entries: dict[Hashable, Entry] = {}
+        self._owners: dict[Hashable, int] = {}
+        self._clock = itertools.count()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, key: Hashable) -> Entry | None:
+        """The entry of a key."""
+        # Without a lock: this runs in every call of attention.
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.used = next(self._clock)
+        return entry
+
+    def put(self, key: Hashable, value: Any) -> Entry:
+        """Keep a value; the one of a thread that was faster stays."""
+        made = Entry(value, dict(_arrays((key, value), set())), next(self._clock))
+        with self._lock:
+            entry = self._entries.setdefault(key, made)
+            if entry is made:
+                for leaf, size in made.leaves.items():
+                    self._owners[leaf] = self._owners.get(leaf, 0) + 1
+                    self.bytes += size * (self._owners[leaf] == 1)
+                while self.bytes > self.limit and len(self._entries) > self.spare:
+                    self._drop(min(self._entries, key=lambda each: self._entries[each].used))
+        return entry
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries, self._owners, self.bytes = {}, {}, 0
+
+    def _drop(self, key: Hashable) -> None:
+        for leaf, size in self._entries.pop(key).leaves.items():
+            self._owners[leaf] -= 1
+            if not self._owners[leaf]:
+                del self._owners[leaf]
+                self.bytes -= size
+
+
+STORE = Store()
+
+
+def kept(build: Callable[P, T]) -> Callable[P, T]:
+    """Build a value once for each combination of arguments, which must be hashable and decide the value alone."""
+
+    @functools.wraps(build)
+    def find(*args: P.args, **options: P.kwargs) -> T:
+        if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() and stands_in()):
+            return build(*args, **options)
+        key = (build, args, tuple(options.items()))
+        entry = STORE.find(key)
+        if entry is None:
+            entry = STORE.put(key, _outside_of_modes(build, *args, **options))
+        return entry.value
+
+    return find
+
+
+def clear_caches() -> None:
+    """Free the plans and tables that are kept between calls; the next calls make them again."""
+    STORE.clear()
+
+
+def stands_in() -> bool:
+    """Whether tensors that are made here would stand in for others."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+
+
+def _outside_of_modes(build: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """Call a function as if no mode of torch were on."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._C.DisableTorchFunction())
+        if torch._C._len_torch_dispatch_stack():
+            from torch.utils._python_dispatch import _disable_current_modes
+
+            stack.enter_context(_disable_current_modes())
+        if torch._C._are_functorch_transforms_active():
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        return build(*args, **options)
+
+
+def _arrays(thing: Any, seen: set[int]) -> Iterator[tuple[Hashable, int]]:
+    """Identity and bytes of the memory of every array and tensor that a value holds."""
+    if id(thing) in seen or isinstance(thing, type | str | bytes | int | float | torch.device | torch.dtype):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        storage = thing.untyped_storage()
+        yield (storage.device, storage.data_ptr()), storage.nbytes()
+        return
+    if isinstance(thing, np.ndarray):
+        while isinstance(thing.base, np.ndarray):
+            thing = thing.base
+        yield id(thing), thing.nbytes
+        return
+    inside: Any = getattr(thing, "__dict__", {})
+    if isinstance(thing, dict):
+        inside = thing
+    for each in thing if isinstance(thing, tuple | list | set | frozenset) else list(inside.values()):
+        yield from _arrays(each, seen)
