@@ -137,7 +137,7 @@ def _sparse_linear(
     mix = call.parameters.get("mix")
     if mix is None:
         return soft
-    seen = visible_rows(pattern.sparse, call.layout, rows, q, k)[:, None, :, : q.shape[1]]
+    seen = visible_rows(pattern.sparse, call.layout, rows, q, k, call.key_mask)[:, None, :, : q.shape[1]]
     hidden = ~seen & _shown(call.key_mask, k)
     linear = _linear(q, k, pattern.feature, call, rows, hidden)
     return soft + mix.to(soft.dtype)[:, None, None] * hidden.any(-1, keepdim=True) * (linear - soft)
@@ -149,7 +149,7 @@ def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) ->
     listed = pattern.sparse if isinstance(pattern, Sigmoid) else pattern
     assert isinstance(listed, ListedPattern)
     keys, _, key_mask = with_pooled_keys(listed, k, k, call.key_mask, call.layout, pool)
-    seen = visible_rows(listed, call.layout, rows, q, k)[:, None] & _shown(key_mask, keys)
+    seen = visible_rows(listed, call.layout, rows, q, k, call.key_mask)[:, None] & _shown(key_mask, keys)
     logits = _products(q[:, rows], keys) * call.scale
     if isinstance(pattern, Sigmoid):
         offset = call.parameters.get("bias")
@@ -187,7 +187,12 @@ def _unpooled(weights: torch.Tensor, pattern: Pattern, call: Call, pool: torch.T
 
 
 def visible_rows(
-    pattern: Pattern, layout: Layout, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    pattern: ListedPattern,
+    layout: Layout,
+    rows: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Which keys chosen queries see by a pattern that is a list of key tiles.
 
@@ -196,7 +201,8 @@ def visible_rows(
         layout: The tokens.
         rows: Tokens [R].
         q: Queries [B, S, H, D] and
-        k: keys [B, S, Hkv, D], used by routed patterns only.
+        k: keys [B, S, Hkv, D] and
+        key_mask: which are valid, bool [B, S]: used by routed patterns only.
 
     Returns:
         bool [1 or B, R, S + extra].
@@ -206,7 +212,7 @@ def visible_rows(
     made = plan(pattern, layout)
     plans = [made]
     if isinstance(pattern, RoutedPattern):
-        plans = [with_routes(made, routes.cpu().numpy()) for routes in pattern.route(q, k, made)]
+        plans = [with_routes(made, routes.cpu().numpy()) for routes in pattern.route(q, k, made, key_mask)]
     found = [_plan_rows(each, rows.cpu().numpy()) for each in plans]
     return torch.from_numpy(np.stack(found)).to(q.device)
 
