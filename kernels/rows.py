@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from visattn.checks import check_call
+from visattn.checks import check_call, factor
 from visattn.dispatch import Call
 from visattn.kernels.agent.backend import pool_queries
 from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
@@ -78,7 +78,7 @@ def attention_rows(
         or (len(index) and not 0 <= index.min() <= index.max() < q.shape[1])
     ):
         raise ValueError(f"rows {list(index.shape)} must be whole numbers [R] from 0 to {q.shape[1] - 1}")
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = factor(scale, q.shape[3])
     call = Call(pattern, layout, scale, key_mask, parameters=parameters)
     q, k = widened(q), widened(k)
     if isinstance(pattern, Agent):

@@ -10,7 +10,7 @@ from typing import Literal, overload
 import torch
 
 from visattn import ops
-from visattn.checks import check_call, merged
+from visattn.checks import autocast, check_call, check_tensors, factor, merged
 from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose, run_call
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, parse
@@ -80,8 +80,9 @@ def attention(
         v: Values [B, S, Hkv, D].
         pattern: A pattern or its text, like "na(window=7x7)".
         layout: Where the tokens sit: prefix, grid, suffix.
-        scale: Factor on the logits, D**-0.5 if None.
-        key_mask: bool [B, S], True where a key may be attended (padded prompts); None means all.
+        scale: Factor on the logits, D**-0.5 if None. It gets no gradient: a learned one belongs into q.
+        key_mask: bool [B, S], True where a key may be attended (padded prompts); None means all. What it hides takes
+            no part in the choices of routed patterns either.
         rpb: Relative position bias of a neighborhood pattern: [H, 2 * window - 1 per axis], indexed by key
             position minus query position plus window - 1, in steps of the dilation.
         pool_weight: Weights of the tokens in a pooled key or value of a clear pattern with pool: [pool per axis],
@@ -95,14 +96,18 @@ def attention(
     the compiled code, so each of their values is traced once (a change of k, v, key_mask, rpb or a parameter never is).
 
     Returns:
-        Output [B, S, H, D] in q's dtype; with `return_lse` also the log-sum-exp [B, S, H] (float32, or float64
-        for float64 inputs). A query without any visible key gives zeros and -inf.
+        Output [B, S, H, D] in q's dtype, under autocast in its dtype as from torch's own attention; with `return_lse`
+        also the log-sum-exp [B, S, H] (float32, or float64 for float64 inputs). A query without any visible key gives
+        zeros and -inf.
 
     Raises:
         ValueError: If the tensors, the layout and the pattern do not fit together, or the named backend cannot
             run the call.
+        TypeError: If scale is a tensor that requires a gradient.
     """
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    check_tensors(q, k, v, layout)
+    q, k, v = autocast(q, k, v)
+    scale = factor(scale, q.shape[3])
     given = merged(parameters, pool_weight)
     if torch.compiler.is_compiling():
         # The tracer cannot follow planning: one operator, which checks the call when it is traced.
@@ -196,10 +201,12 @@ def explain(
         ValueError: If layout, pattern and q do not fit together.
     """
     pattern = parse(pattern)
+    check_call(q, q, q, pattern, layout, None, None)
     k = q if kv_heads is None else q[:, :, :1].expand(-1, -1, kv_heads, -1)
     check_call(q, k, k, pattern, layout, None, None)
     problem = Problem.of(q, k, k, Call(pattern, layout, 1.0, lse=return_lse))
-    problem = dataclasses.replace(problem, key_mask=key_mask, rpb=rpb)
+    dtype = autocast(q[:0])[0].dtype
+    problem = dataclasses.replace(problem, dtype=dtype, key_mask=key_mask, rpb=rpb)
     return Explanation(problem, choose(problem).name, tuple(candidates(problem)))
 
 

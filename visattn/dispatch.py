@@ -106,8 +106,8 @@ class Problem:
 
     @property
     def dense_pairs(self) -> float:
-        """Pairs of tokens that dense attention computes, all samples and heads together."""
-        return float(self.batch * self.heads) * self.layout.length**2
+        """Pairs of tokens that dense attention computes, all samples (of an empty batch one) and heads together."""
+        return float(max(1, self.batch) * self.heads) * self.layout.length**2
 
 
 def sees_all(pattern: Pattern, layout: Layout) -> bool:
@@ -279,11 +279,31 @@ def cheapest(problem: Problem, backends: Iterable[Backend]) -> Backend:
 def run_call(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Choose a backend for a checked call and run it; see `Backend.run`."""
+    """Choose a backend for a checked call and run it, see `Backend.run`; autocast ends here, in whose dtype q is."""
     chosen = choose(Problem.of(q, k, v, call), backend)
+    if not q.shape[0]:
+        return _of_no_samples(q, k, v, call)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _run(chosen, q, k, v, call)
+    return _run(chosen, q, k, v, call)
+
+
+def _run(
+    chosen: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight = call.parameters.get("pool_weight")
     k, v, key_mask = with_pooled_keys(call.pattern, k, v, call.key_mask, call.layout, weight)
     return chosen.run(q, k, v, replace(call, key_mask=key_mask))
+
+
+def _of_no_samples(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The empty result of an empty batch, in whose graph every input has a part: gradients are empty or zero."""
+    others = [t for t in (k, v, call.rpb, *call.parameters.values()) if t is not None]
+    nothing = sum(t.sum().to(q.dtype) for t in others)
+    out = q + 0 * nothing
+    return out, out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def visited_pairs(problem: Problem, tiles: TilePlan | None = None) -> float:

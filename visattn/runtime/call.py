@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from visattn.checks import autocast
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
@@ -56,11 +58,7 @@ class AttentionCall:
 
     def autocast(self) -> AttentionCall:
         """As SDPA would see it: under autocast in its dtype."""
-        device = self.q.device.type
-        if not torch.is_autocast_enabled(device):
-            return self
-        wanted = torch.get_autocast_dtype(device)
-        return self.of(t.to(wanted) for t in self.tensors)
+        return self.of(autocast(*self.tensors))
 
     def refusal(self) -> str:
         """Why no pattern can stand for this call wherever its tokens sit, empty if one can."""
