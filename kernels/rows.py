@@ -78,15 +78,23 @@ def attention_rows(
         or (len(index) and not 0 <= index.min() <= index.max() < q.shape[1])
     ):
         raise ValueError(f"rows {list(index.shape)} must be whole numbers [R] from 0 to {q.shape[1] - 1}")
-    scale = factor(scale, q.shape[3])
-    call = Call(pattern, layout, scale, key_mask, parameters=parameters)
-    q, k = widened(q), widened(k)
+    call = Call(pattern, layout, factor(scale, q.shape[3]), key_mask, parameters=parameters)
+    if not q.shape[0]:
+        return _products(widened(q)[:, index], widened(k))
+    # Rows are float32 at least, under autocast too.
+    with torch.autocast(q.device.type, enabled=False):
+        return _rows(widened(q), widened(k), call, index)
+
+
+def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> torch.Tensor:
+    """The rows of checked arguments."""
+    pattern = call.pattern
     if isinstance(pattern, Agent):
         return _agent(q, k, call, index)
     if isinstance(pattern, Mala):
-        return mala_weights(elu_plus_one(q)[:, index], elu_plus_one(k), scale, key_mask)
+        return mala_weights(elu_plus_one(q)[:, index], elu_plus_one(k), call.scale, call.key_mask)
     if isinstance(pattern, Flow):
-        return flow_weights(q, k, index, key_mask)
+        return flow_weights(q, k, index, call.key_mask)
     if isinstance(pattern, Linear):
         return _linear(q, k, pattern.feature, call, index, None)
     if isinstance(pattern, SparseLinear):

@@ -76,7 +76,7 @@ def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
         )
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         hint = ""
-        if k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]:
+        if q.shape[:2] == k.shape[:2] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]:
             hint = f": cut v in parts of {k.shape[3]} channels, one call each"
         elif q.shape[0] == k.shape[0] and k.shape == v.shape and q.shape[3] == k.shape[3]:
             hint = ": patterns are for self-attention, in which queries and keys are the same tokens"

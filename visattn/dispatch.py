@@ -301,8 +301,8 @@ def _run(
 def _of_no_samples(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """The empty result of an empty batch, in whose graph every input has a part: gradients are empty or zero."""
     others = [t for t in (k, v, call.rpb, *call.parameters.values()) if t is not None]
-    nothing = sum(t.sum().to(q.dtype) for t in others)
-    out = q + 0 * nothing
+    # Products, so that no gradient is another tensor under a second name.
+    out = 1 * q + sum((0 * t).sum().to(q.dtype) for t in others)
     return out, out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
