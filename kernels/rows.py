@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
+from visattn.autocast import switched_off
 from visattn.checks import check_call, factor
 from visattn.dispatch import Call
 from visattn.kernels.agent.backend import pool_queries
@@ -82,7 +83,7 @@ def attention_rows(
     if not q.shape[0]:
         return _products(widened(q)[:, index], widened(k))
     # Rows are float32 at least, under autocast too.
-    with torch.autocast(q.device.type, enabled=False):
+    with switched_off(q.device):
         return _rows(widened(q), widened(k), call, index)
 
 

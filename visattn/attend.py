@@ -10,7 +10,8 @@ from typing import Literal, overload
 import torch
 
 from visattn import ops
-from visattn.checks import autocast, check_call, check_tensors, factor, merged
+from visattn.autocast import as_sdpa_casts
+from visattn.checks import check_call, check_fit, check_tensors, factor, merged
 from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose, run_call
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, parse
@@ -96,9 +97,9 @@ def attention(
     the compiled code, so each of their values is traced once (a change of k, v, key_mask, rpb or a parameter never is).
 
     Returns:
-        Output [B, S, H, D] in q's dtype, under autocast in its dtype as from torch's own attention; with `return_lse`
-        also the log-sum-exp [B, S, H] (float32, or float64 for float64 inputs). A query without any visible key gives
-        zeros and -inf.
+        Output [B, S, H, D] in q's dtype, or under autocast in its dtype, to which q, k and v are cast as for torch's
+        own scaled_dot_product_attention; with `return_lse` also the log-sum-exp [B, S, H] (float32, or float64 for
+        float64 inputs). A query without any visible key gives zeros and -inf.
 
     Raises:
         ValueError: If the tensors, the layout and the pattern do not fit together, or the named backend cannot
@@ -106,15 +107,15 @@ def attention(
         TypeError: If scale is a tensor that requires a gradient.
     """
     check_tensors(q, k, v, layout)
-    q, k, v = autocast(q, k, v)
     scale = factor(scale, q.shape[3])
+    q, k, v = as_sdpa_casts(q, k, v)
     given = merged(parameters, pool_weight)
     if torch.compiler.is_compiling():
         # The tracer cannot follow planning: one operator, which checks the call when it is traced.
         out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, given, backend, return_lse)
     else:
         pattern = parse(pattern)
-        check_call(q, k, v, pattern, layout, key_mask, rpb, given)
+        check_fit(q, k, v, pattern, layout, key_mask, rpb, given)
         call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
         out, lse = run_call(q, k, v, call, backend)
     if not return_lse:
@@ -203,9 +204,9 @@ def explain(
     pattern = parse(pattern)
     check_call(q, q, q, pattern, layout, None, None)
     k = q if kv_heads is None else q[:, :, :1].expand(-1, -1, kv_heads, -1)
-    check_call(q, k, k, pattern, layout, None, None)
+    check_tensors(q, k, k, layout)
     problem = Problem.of(q, k, k, Call(pattern, layout, 1.0, lse=return_lse))
-    dtype = autocast(q[:0])[0].dtype
+    dtype = as_sdpa_casts(q[:0])[0].dtype
     problem = dataclasses.replace(problem, dtype=dtype, key_mask=key_mask, rpb=rpb)
     return Explanation(problem, choose(problem).name, tuple(candidates(problem)))
 

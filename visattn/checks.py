@@ -29,6 +29,20 @@ def check_call(
 ) -> None:
     """Raise a ValueError that names the first argument of `attention` that does not fit the others."""
     check_tensors(q, k, v, layout)
+    check_fit(q, k, v, pattern, layout, key_mask, rpb, parameters)
+
+
+def check_fit(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    layout: Layout,
+    key_mask: torch.Tensor | None,
+    rpb: torch.Tensor | None,
+    parameters: Mapping[str, torch.Tensor],
+) -> None:
+    """The same for what `check_tensors` leaves: dtypes and devices, layout and pattern, and the other tensors."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(
@@ -66,12 +80,11 @@ def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
         if not isinstance(given, torch.Tensor):
             kind = f"{type(given).__module__}.{type(given).__qualname__}"
             raise ValueError(f"{name} is a {kind}: pass torch tensors [batch, tokens, heads, head_dim]")
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"{shapes} must all be [batch, tokens, heads, head_dim]")
+        raise ValueError(f"{_shapes(q, k, v)} must all be [batch, tokens, heads, head_dim]")
     if all(t.shape[2] == layout.length for t in (q, k, v)) and q.shape[1] != layout.length:
         raise ValueError(
-            f"{shapes} are in torch's order [batch, heads, tokens, head_dim]: pass q.transpose(1, 2), "
+            f"{_shapes(q, k, v)} are in torch's order [batch, heads, tokens, head_dim]: pass q.transpose(1, 2), "
             "k.transpose(1, 2) and v.transpose(1, 2), and transpose the output back"
         )
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
@@ -80,11 +93,16 @@ def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
             hint = f": cut v in parts of {k.shape[3]} channels, one call each"
         elif q.shape[0] == k.shape[0] and k.shape == v.shape and q.shape[3] == k.shape[3]:
             hint = ": patterns are for self-attention, in which queries and keys are the same tokens"
+        shapes = _shapes(q, k, v)
         raise ValueError(f"{shapes} must agree in batch, tokens and head_dim, and k and v also in heads{hint}")
     if not q.shape[2] or not k.shape[2] or not q.shape[3]:
-        raise ValueError(f"{shapes} must have at least one head and one channel per head")
+        raise ValueError(f"{_shapes(q, k, v)} must have at least one head and one channel per head")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} heads of k and v")
+
+
+def _shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
 
 
 def factor(scale: Any, head_dim: int) -> float:
@@ -108,16 +126,6 @@ def factor(scale: Any, head_dim: int) -> float:
     if not math.isfinite(number):
         raise ValueError(f"scale={scale!r} must be one finite number, or None for head_dim ** -0.5")
     return number
-
-
-def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tensors in the dtype that torch's scaled_dot_product_attention would compute in: under autocast its own."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    wanted = torch.get_autocast_dtype(device)
-    # Autocast leaves float64 alone.
-    return tuple(t.to(wanted) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def check_parameters(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from visattn.autocast import switched_off
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, RoutedPattern
 from visattn.patterns.kinds import with_pooled_keys
@@ -279,23 +280,14 @@ def cheapest(problem: Problem, backends: Iterable[Backend]) -> Backend:
 def run_call(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Choose a backend for a checked call and run it, see `Backend.run`; autocast ends here, in whose dtype q is."""
+    """Choose a backend for a checked call and run it; see `Backend.run`."""
     chosen = choose(Problem.of(q, k, v, call), backend)
     if not q.shape[0]:
         return _of_no_samples(q, k, v, call)
-    device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return _run(chosen, q, k, v, call)
-    return _run(chosen, q, k, v, call)
-
-
-def _run(
-    chosen: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight = call.parameters.get("pool_weight")
-    k, v, key_mask = with_pooled_keys(call.pattern, k, v, call.key_mask, call.layout, weight)
-    return chosen.run(q, k, v, replace(call, key_mask=key_mask))
+    with switched_off(q.device):
+        k, v, key_mask = with_pooled_keys(call.pattern, k, v, call.key_mask, call.layout, weight)
+        return chosen.run(q, k, v, replace(call, key_mask=key_mask))
 
 
 def _of_no_samples(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from visattn.checks import autocast
+from visattn.autocast import as_sdpa_casts
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class AttentionCall:
 
     def autocast(self) -> AttentionCall:
         """As SDPA would see it: under autocast in its dtype."""
-        return self.of(autocast(*self.tensors))
+        return self.of(as_sdpa_casts(*self.tensors))
 
     def refusal(self) -> str:
         """Why no pattern can stand for this call wherever its tokens sit, empty if one can."""

@@ -1,0 +1,29 @@
+"""What autocast means for attention: SDPA's rule at the border, and no casts inside an engine."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+
+def _enabled(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def as_sdpa_casts(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values as scaled_dot_product_attention would see them: under autocast in its dtype.
+
+    float64 stays what it is, as it does for torch's own operators.
+    """
+    device = tensors[0].device
+    if not _enabled(device):
+        return tensors
+    wanted = torch.get_autocast_dtype(device.type)
+    return tuple(t.to(wanted) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def switched_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off: engines choose the dtypes of their sums and products themselves."""
+    return torch.autocast(device.type, enabled=False) if _enabled(device) else nullcontext()
