@@ -6,8 +6,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where folders cannot be locked.
+    fcntl = None
+
+# Begins the name of the hidden folder that a run writes to before it ends well.
+UNFINISHED = ".unfinished-"
 
 
 def check_writable_file(path: Path, suffixes: tuple[str, ...], force: bool = False) -> Path:
@@ -30,13 +38,16 @@ def check_writable_file(path: Path, suffixes: tuple[str, ...], force: bool = Fal
 
 
 def prepare_folder(folder: Path, force: bool = False) -> Path:
-    """Make an output folder, before any computing.
+    """Make an output folder, before any computing; what an interrupted run has left in it is removed.
 
     Raises:
-        ValueError: If it is a file, cannot be made or written, or holds anything without `force`.
+        ValueError: If it is a file, cannot be made or written, another run is writing to it, or it holds anything
+            without `force`.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a folder")
+    if folder.is_dir() and _remove_leftovers(folder):
+        raise ValueError(f"another run is writing to {folder}: wait until it ends, or name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise ValueError(f"{folder} is not empty: pass --force to overwrite what is there, or another folder")
     try:
@@ -45,6 +56,38 @@ def prepare_folder(folder: Path, force: bool = False) -> Path:
         raise ValueError(f"cannot make folder {folder} ({error.strerror}): name one that you can write") from error
     _try_writing(folder)
     return folder
+
+
+def _remove_leftovers(folder: Path) -> bool:
+    """Remove the hidden folders of runs that are gone; whether there is one of a run that is not."""
+    running = False
+    for left in folder.glob(f"{UNFINISHED}*"):
+        lock = _lock(left)
+        if lock is None:
+            running = True
+            continue
+        shutil.rmtree(left, ignore_errors=True)
+        os.close(lock)
+    return running
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed or the process ends, however it does; None if another holds it."""
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        # Whose it was has just ended.
+        return os.open(os.devnull, os.O_RDONLY)
+    # On a file system without locks nothing tells who is running.
+    with suppress(OSError):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+    return lock
 
 
 def _try_writing(folder: Path) -> None:
@@ -87,7 +130,8 @@ def output_folder(folder: Path, force: bool = False, replaces: Sequence[str] = (
     """
     made = not folder.exists()
     prepare_folder(folder, force)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=UNFINISHED))
+    lock = _lock(temporary)
     try:
         yield temporary
         for path in [old for glob in replaces for old in folder.glob(glob)]:
@@ -96,5 +140,7 @@ def output_folder(folder: Path, force: bool = False, replaces: Sequence[str] = (
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
         if made and not any(folder.iterdir()):
             folder.rmdir()

@@ -1,4 +1,9 @@
-"""Processors that call a group: what they ran before, and copies of those that hold no backend."""
+"""Processors that call a group, and the way back to those they stand for.
+
+A processor that holds a backend stays where it is and gets the member of a group. Of any other one a clone takes its
+place: the same code with another `F` or `dispatch_attention_fn`, or, where the code does not call them by these
+names, the same code watched while it runs.
+"""
 
 from __future__ import annotations
 
@@ -9,53 +14,115 @@ from typing import Any
 import torch
 
 from visattn.pipelines.patch import dispatch, members
-from visattn.pipelines.patch.stock import Stock
+from visattn.pipelines.patch.calling import Calling, calling_of
+from visattn.pipelines.patch.interception import intercepted
+from visattn.pipelines.patch.numbering import Lease
+
+# What a clone has beyond the attributes of its original.
+_ORIGINAL, _LEASE = "_visattn_original", "_visattn_lease"
 
 
-def is_dispatching(processor: Any) -> bool:
-    """Whether a processor calls `dispatch_attention_fn`."""
-    return hasattr(processor, "_attention_backend")
+def is_clone(processor: Any) -> bool:
+    """Whether a processor stands for another one."""
+    return _ORIGINAL in getattr(processor, "__dict__", {})
+
+
+def lease_of(processor: Any) -> Lease | None:
+    """By which a processor calls a group, None if it calls none."""
+    lease = getattr(processor, "__dict__", {}).get(_LEASE)
+    if lease is None or hasattr(type(processor), "_visattn_group"):
+        return lease
+    return lease if getattr(processor, "_attention_backend", None) is members.member(lease.number) else None
 
 
 def is_patched(processor: Any) -> bool:
-    """Whether a processor calls a group."""
-    backend = getattr(processor, "_attention_backend", None)
-    return hasattr(type(processor), "_visattn_group") or str(getattr(backend, "value", "")).startswith(members.PREFIX)
+    """Whether a processor calls a group that is there."""
+    lease = lease_of(processor)
+    return lease is not None and lease.owner is not None
 
 
-def stock_of(processor: Any) -> Stock:
-    """The attention that an unpatched processor runs.
-
-    Raises:
-        ValueError: If it computes attention itself.
-    """
-    if is_dispatching(processor):
-        return Stock(True, getattr(processor._attention_backend, "value", None))
-    call: Any = type(processor).__call__
-    names = set(getattr(getattr(call, "__code__", None), "co_names", ()))
-    if "dispatch_attention_fn" in names:
-        return Stock(True)
-    if "scaled_dot_product_attention" not in names or "F" not in call.__globals__:
-        raise ValueError(
-            f"{type(processor).__name__} computes attention itself instead of calling torch's "
-            "scaled_dot_product_attention: set the processor of the same name with 2_0, or leave its layers out with "
-            "layers="
-        )
-    return Stock(False)
+def original_of(processor: Any) -> Any:
+    """The processor that one of ours stands for, itself if it is none of ours."""
+    return processor.__dict__[_ORIGINAL] if is_clone(processor) else processor
 
 
-def clone(processor: Any, number: int) -> Any:
-    """A copy of a processor without a backend that calls a group; it shares weights with the original."""
-    copy = object.__new__(_clone_class(type(processor), number, stock_of(processor).dispatched))
-    copy.__dict__.update(processor.__dict__)
-    object.__setattr__(copy, "_visattn_original", processor)
+def give_member(processor: Any, lease: Lease, shared: bool) -> Any:
+    """Make a processor that holds a backend call a group; a copy of it if it serves other modules too."""
+    given = processor
+    if shared:
+        given = object.__new__(type(processor))
+        given.__dict__.update(processor.__dict__)
+        object.__setattr__(given, _ORIGINAL, processor)
+    object.__setattr__(given, _LEASE, lease)
+    given._attention_backend = members.member(lease.number)
+    return given
+
+
+def clone(processor: Any, lease: Lease) -> Any:
+    """A copy of a processor that calls a group; it shares weights with the original."""
+    kind, calling = type(processor), calling_of(processor)
+    if not hasattr(processor, "__dict__") or isinstance(processor, types.FunctionType | types.MethodType):
+        copy = object.__new__(_class_for_function(lease.number))
+    else:
+        copy = object.__new__(_clone_class(kind, lease.number, calling))
+        copy.__dict__.update(processor.__dict__)
+    object.__setattr__(copy, _ORIGINAL, processor)
+    object.__setattr__(copy, _LEASE, lease)
     return copy
 
 
+def make_stock(processor: Any) -> None:
+    """Turn one of ours into what it stands for, wherever it is kept: the same class, without a number."""
+    own = processor.__dict__
+    lease = own.pop(_LEASE, None)
+    if hasattr(type(processor), "_visattn_kind"):
+        kind = type(processor)._visattn_kind
+        if kind is not None:
+            object.__setattr__(processor, "__class__", kind)
+            own.pop(_ORIGINAL, None)
+            own.pop("_visattn_index", None)
+        return
+    original = own.pop(_ORIGINAL, None)
+    if lease is None or processor._attention_backend is not members.member(lease.number):
+        if original is not None:
+            # A backend that was set for one user of a shared processor is set for all.
+            original._attention_backend = processor._attention_backend
+        return
+    assert lease.stock is not None
+    backend = members.backend_named(lease.stock.backend)
+    if backend is None and original is None:
+        # As it was made: the class says that there is none.
+        del processor._attention_backend
+    if getattr(processor, "_attention_backend", None) is not backend:
+        processor._attention_backend = backend
+
+
 @functools.lru_cache(maxsize=1024)
-def _clone_class(kind: type, number: int, dispatched: bool) -> type:
+def _clone_class(kind: type, number: int, calling: Calling) -> type:
     call: Any = kind.__call__
-    if dispatched:
+    if calling is Calling.UNKNOWN:
+        ours: Any = intercepted(call, number)
+    else:
+        ours = _same_code(call, number, calling)
+
+    def reduce(self: Any, protocol: int) -> Any:
+        return _same, (self._visattn_original,)
+
+    # Loaders make new processors of the classes that they find.
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return kind(*args, **kwargs)
+
+    body: dict[str, Any] = {"__new__": new}
+    body |= {"__call__": ours, "_visattn_group": number, "_visattn_kind": kind, "__reduce_ex__": reduce}
+    made = type(kind.__name__, (kind,), body)
+    made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
+    _register_like(made, kind)
+    return made
+
+
+def _same_code(call: Any, number: int, calling: Calling) -> types.FunctionType:
+    """The code of a processor with its `F` or `dispatch_attention_fn` replaced."""
+    if calling is Calling.DISPATCH:
         ours: dict[str, Any] = {"dispatch_attention_fn": dispatch.without_backend(number)}
     else:
         functional = types.SimpleNamespace(**vars(torch.nn.functional))
@@ -66,15 +133,25 @@ def _clone_class(kind: type, number: int, dispatched: bool) -> type:
     same = types.FunctionType(call.__code__, globals_, call.__name__, call.__defaults__, call.__closure__)
     same.__kwdefaults__, same.__annotations__ = call.__kwdefaults__, call.__annotations__
     same.__qualname__, same.__doc__ = call.__qualname__, call.__doc__
+    return same
 
-    def reduce(self: Any, protocol: int) -> Any:
-        return _same, (self._visattn_original,)
 
-    body = {"__call__": same, "_visattn_group": number, "__reduce_ex__": reduce}
-    made = type(kind.__name__, (kind,), body)
-    made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
-    _register_like(made, kind)
-    return made
+@functools.lru_cache(maxsize=1024)
+def _class_for_function(number: int) -> type:
+    """A class whose objects call the function that they stand for."""
+
+    class Processor:
+        _visattn_group, _visattn_kind = number, None
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _same, (self._visattn_original,)  # type: ignore[attr-defined]
+
+        @property
+        def __call__(self) -> Any:
+            original = self._visattn_original  # type: ignore[attr-defined]
+            return intercepted(original, number, self) if is_patched(self) else original
+
+    return Processor
 
 
 def _register_like(made: type, kind: type) -> None:

@@ -107,7 +107,8 @@ def call_group(number: int, call: AttentionCall, is_dispatched: bool) -> torch.T
     if call.parallel is not None and degree(call.parallel) > 1:
         if compiling:
             raise ValueError("patterns under context parallelism do not run in compiled code: leave out compile()")
-        return numbering.look_up(number).attend_in_parallel(call)
+        group = numbering.look_up(number)
+        return Stock(is_dispatched)(call) if group is None else group.attend_in_parallel(call)
     call = replace(call, parallel=None).autocast()
     if compiling:
         if call.dropout or call.causal or not (call.mask is None or isinstance(call.mask, torch.Tensor)):
@@ -116,6 +117,9 @@ def call_group(number: int, call: AttentionCall, is_dispatched: bool) -> torch.T
         rest = call.mask, call.scale, call.grouped, number, tensors
         return operators.patched_attention(call.q, call.k, call.v, *rest)[0]
     group = numbering.look_up(number)
+    if group is None:
+        # The processor has outlived its patch.
+        return (numbering.stock_of(number) or Stock(is_dispatched))(call)
     if torch._C._len_torch_function_stack() and skips_scores():
         return group.leave(call, group.run.site, "diffusers skips its scores for guidance")
     return group.attend(call, group.run.site)[0]

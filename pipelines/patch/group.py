@@ -22,6 +22,7 @@ class Group(Runner):
 
     Attributes:
         number: That number.
+        lease: The right to it.
     """
 
     run: DiffusersRun
@@ -36,9 +37,15 @@ class Group(Runner):
         parameters: torch.nn.ParameterDict | None = None,
     ) -> None:
         super().__init__(run, pattern, backend, stock, parameters)
-        self.number = numbering.register(self)
-        numbering.register_tensors(self.number, self.parameters.values())
+        self.lease = numbering.register(self, stock)
+        self.number = self.lease.number
+        numbering.register_tensors(self.lease, self.parameters.values())
         run.compiled_patterns[self.unnamed] = pattern
+
+    def release(self) -> None:
+        """Give the number up."""
+        self.lease.end()
+        del self.lease
 
     def decision(self, layouts: tuple[Layout, ...]) -> Decision:
         """What the backward of a call has to know: the layouts that the pattern ran on."""

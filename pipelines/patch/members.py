@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from visattn.pipelines.patch import numbering
-from visattn.pipelines.patch.stock import Stock
 
 PREFIX = "visattn:"
 _BLOCK = 64
@@ -28,8 +27,8 @@ def member(number: int) -> Any:
     found._name_ = found._value_ = f"{PREFIX}{number}"
 
     def original() -> Any:
-        group = numbering.look_up(number)
-        name = None if group is None else group.stock.backend
+        stock = numbering.stock_of(number)
+        name = None if stock is None else stock.backend
         return None if name is None else AttentionBackendName(name)
 
     # A copied or pickled model gets its own backend back. Neither module looks at the class first.
@@ -63,10 +62,10 @@ def register_member(number: int, function_of: Callable[[int], Callable[..., torc
 
 
 def unregister_members() -> None:
-    """Leave diffusers' table as it was, unless some group still needs it."""
+    """Leave diffusers' table as it was, unless some processor still needs it."""
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
-    if any(getattr(item, "stock", Stock(False)).dispatched for item in numbering.living()):
+    if any(lease.stock is not None and lease.stock.dispatched for lease in numbering.leases()):
         return
     for ours in [m for m in registry._backends if str(m.value).startswith(PREFIX)]:
         for table in (registry._backends, registry._constraints, registry._supported_arg_names):

@@ -20,6 +20,7 @@ from visattn.layout import Layout
 from visattn.patterns import AgentSD
 from visattn.pipelines.patch import clones, numbering
 from visattn.pipelines.patch.group import Group
+from visattn.pipelines.patch.numbering import Lease
 from visattn.runtime.call import AttentionCall
 from visattn.schedule import among_first
 
@@ -153,10 +154,10 @@ class MergingGroup(Group):
         return torch.Generator().manual_seed((self.pattern.seed * 10_007 + (step or 0)) * 10_007 + index)
 
 
-def clone(processor: Any, number: int, index: int) -> Any:
-    """A copy of a processor that merges tokens for the group with a number; it shares weights with the original."""
-    copy = clones.clone(processor, number)
-    copy.__class__ = _merging(type(copy), number)
+def clone(processor: Any, lease: Lease, index: int) -> Any:
+    """A copy of a processor that merges tokens for a group; it shares weights with the original."""
+    copy = clones.clone(processor, lease)
+    object.__setattr__(copy, "__class__", _merging(type(copy), lease.number))
     object.__setattr__(copy, "_visattn_index", index)
     return copy
 
@@ -170,6 +171,8 @@ def _merging(kind: type, number: int) -> type:
     @functools.wraps(inner)
     def call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         group = numbering.look_up(number)
+        if group is None:
+            return inner(self, attn, hidden_states, *args, **kwargs)
         given = kwargs.get("encoder_hidden_states", args[0] if args else None)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         return group.around(

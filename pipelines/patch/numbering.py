@@ -8,37 +8,65 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-# Operators take numbers, not objects: this is the only way from a number to its object. It keeps nothing alive.
-_objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+from visattn.pipelines.patch.stock import Stock
+
+# The only way from a number to its object. It keeps nothing alive.
+_leases: weakref.WeakValueDictionary[int, Lease] = weakref.WeakValueDictionary()
 # Learnable parameters of the groups by number: compiled code takes them from here, as inputs of its graph.
 _tensors: dict[int, list[torch.Tensor]] = {}
 _lock = threading.Lock()
 
 
-def register(item: Any) -> int:
+class Lease:
+    """The right to a number: as long as anything holds this, nobody else gets the number.
+
+    Its owner holds it, and so does every processor that calls by the number: one that outlives the owner then meets
+    nobody else.
+
+    Attributes:
+        number: The number.
+        stock: The attention of a processor that has outlived the owner, None if no processor has the number.
+    """
+
+    def __init__(self, number: int, owner: Any, stock: Stock | None) -> None:
+        self.number, self.stock = number, stock
+        self._owner: Callable[[], Any] = weakref.ref(owner)
+
+    @property
+    def owner(self) -> Any:
+        """Whose number it is, None if that is gone."""
+        return self._owner()
+
+    def end(self) -> None:
+        """The owner gives the number up."""
+        self._owner = _nobody
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy of a processor is stock.
+        return _nobody, ()
+
+
+def _nobody() -> None:
+    return None
+
+
+def register(owner: Any, stock: Stock | None = None) -> Lease:
     """Give an object the smallest free number; a compiled graph that has it stays valid for the next owner."""
     with _lock:
-        number = next(i for i in itertools.count() if i not in _objects)
-        _objects[number] = item
-    return number
+        number = next(i for i in itertools.count() if i not in _leases)
+        _leases[number] = lease = Lease(number, owner, stock)
+    return lease
 
 
-def release(number: int, item: Any) -> None:
-    """Free the number of an object."""
-    with _lock:
-        if _objects.get(number) is item:
-            del _objects[number]
-            _tensors.pop(number, None)
-
-
-def register_tensors(number: int, tensors: Iterable[torch.Tensor]) -> None:
+def register_tensors(lease: Lease, tensors: Iterable[torch.Tensor]) -> None:
     """Give the learnable parameters of a numbered group to compiled code."""
-    _tensors[number] = list(tensors)
+    _tensors[lease.number] = list(tensors)
+    weakref.finalize(lease, _tensors.pop, lease.number, None)
 
 
 def tensors_of(number: int) -> list[torch.Tensor]:
@@ -48,10 +76,22 @@ def tensors_of(number: int) -> list[torch.Tensor]:
 
 def look_up(number: int) -> Any:
     """The object with a number, None if it is gone."""
-    return _objects.get(number)
+    lease = _leases.get(number)
+    return None if lease is None else lease.owner
+
+
+def stock_of(number: int) -> Stock | None:
+    """The attention of processors with a number whose group is gone, None if nobody has that number."""
+    lease = _leases.get(number)
+    return None if lease is None else lease.stock
+
+
+def leases() -> list[Lease]:
+    """Every lease that something holds."""
+    with _lock:
+        return list(_leases.values())
 
 
 def living() -> list[Any]:
     """Every object that has a number."""
-    with _lock:
-        return list(_objects.values())
+    return [lease.owner for lease in leases() if lease.owner is not None]

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from visattn.ops import autograd_inside_operator, gradient_leaf
+from visattn.patterns import Dense
 from visattn.pipelines.families.base import Sample, Seen
 from visattn.pipelines.patch.decision import DECISION_BYTES, Decision
-from visattn.pipelines.patch.numbering import look_up
+from visattn.pipelines.patch.numbering import look_up, stock_of
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import key_validity
 from visattn.runtime.sequences import Sequences
@@ -32,9 +33,14 @@ def patched_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q, k, v [B, S, H, D] at a module of a group; returns the output and the encoded decision."""
     owner = look_up(group)
-    assert owner is not None, f"compiled code of group {group} outlives its patch"
+    call = AttentionCall(q, k, v, mask, scale, grouped)
+    if owner is None:
+        # A processor that has outlived its patch.
+        stock = stock_of(group)
+        assert stock is not None, f"compiled code of group {group} outlives its processors"
+        return stock(call).contiguous(), Decision((), Dense(), "auto", None, stock).encode()
     given = {n: t.detach().to(q.device) for n, t in zip(owner.parameters, parameters, strict=True)}
-    out, layouts = owner.attend(AttentionCall(q, k, v, mask, scale, grouped), None, given)
+    out, layouts = owner.attend(call, None, given)
     return out.contiguous(), owner.decision(layouts).encode()
 
 

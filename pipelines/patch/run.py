@@ -24,6 +24,7 @@ class DiffusersRun(Run):
         layout: Where the tokens sit if the user said so, None to find out.
         check_sites: Called before each forward, to see what others have changed.
         number: By which hooks and compiled code know it.
+        lease: The right to it, None after the patch.
     """
 
     def __init__(
@@ -39,8 +40,15 @@ class DiffusersRun(Run):
         super().__init__(name, schedule, strict, steps, family.mask_row)
         self.family, self.config, self.layout = family, config, layout
         self.check_sites: Callable[[], None] = lambda: None
-        self.number = numbering.register(self)
+        self.lease: numbering.Lease | None = numbering.register(self)
+        self.number: int = self.lease.number
         self._read: tuple[weakref.ref[torch.Tensor], int, Seen, tuple[Any, ...]] | None = None
+
+    def release(self) -> None:
+        """Give the number up; a second call does nothing."""
+        if self.lease is not None:
+            self.lease.end()
+            self.lease = None
 
     def begin(self, seen: Seen, compiled: bool = False) -> None:
         """A forward of the model begins; compiled code does not tell when it ends."""

@@ -1,10 +1,13 @@
 """Files are whole or absent, and checked before anything is computed."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from visattn.files import check_writable_file, prepare_folder, written_whole
+from visattn.files import UNFINISHED, check_writable_file, output_folder, prepare_folder, written_whole
 
 
 def test_a_block_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path):
@@ -46,3 +49,52 @@ def test_a_folder_that_cannot_be_written_is_refused():
         prepare_folder(Path("/proc/self"), force=True)
     with pytest.raises(ValueError, match="cannot write to /proc/self"):
         check_writable_file(Path("/proc/self/x.png"), (".png",))
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from visattn.files import output_folder
+with output_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+class TestInterruptedRuns:
+    def test_a_killed_run_blocks_while_it_lives_and_never_after(self, tmp_path):
+        folder = tmp_path / "out"
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout.readline() == "writing\n"
+            with pytest.raises(ValueError, match="another run is writing to"):
+                prepare_folder(folder, force=True)
+            assert [p.name for p in folder.glob(f"{UNFINISHED}*/*")] == ["half"]
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        with output_folder(folder) as temporary:
+            assert list(folder.iterdir()) == [temporary]
+            (temporary / "whole").write_text("whole")
+        assert [p.name for p in folder.iterdir()] == ["whole"]
+
+    @pytest.mark.parametrize("names", [(), ("x",)])
+    def test_leftovers_are_removed_and_nothing_else_is(self, tmp_path, names):
+        for name in ("a", "b"):
+            (tmp_path / f"{UNFINISHED}{name}").mkdir()
+            (tmp_path / f"{UNFINISHED}{name}" / "half").write_text("half")
+        for name in names:
+            (tmp_path / name).write_text("old")
+        if names:
+            with pytest.raises(ValueError, match="is not empty"), output_folder(tmp_path):
+                pass
+        else:
+            with output_folder(tmp_path) as temporary:
+                (temporary / "y").write_text("new")
+        assert sorted(os.listdir(tmp_path)) == list(names or ("y",))
+
+    def test_a_block_that_fails_leaves_no_folder(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "out"):
+            raise KeyboardInterrupt
+        assert not os.listdir(tmp_path)

@@ -224,7 +224,7 @@ class TestSteps:
             pipe(inputs, steps)
             report = handle.report()
             assert pipe.scheduler.__class__.__name__ == kind.__name__
-        assert type(pipe.scheduler) is kind and "_visattn_steps" not in vars(pipe.scheduler)
+        assert type(pipe.scheduler) is kind and "_visattn_count" not in vars(pipe.scheduler)
         return report.hits, report.dense
 
     def test_scheduler_counts(self):

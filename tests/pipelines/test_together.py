@@ -10,7 +10,7 @@ import torch
 
 import visattn
 from tests.support import tiny_models
-from visattn.pipelines.patch import clones, dispatch, members
+from visattn.pipelines.patch import calling, clones, dispatch, members
 
 PATTERN = "na(window=3x3)"
 
@@ -110,7 +110,7 @@ def test_backend_set_later_computes_the_dense_calls():
             assert torch.equal(tiny_models.run(model, inputs), sparse)
         processor = model.transformer_blocks[0].attn.processor
         assert clones.is_patched(processor)
-        assert clones.stock_of(processor)
+        assert calling.stock_of(clones.original_of(processor))
     assert processor._attention_backend.value == "_native_math"
     diffusers.models.attention_dispatch._AttentionBackendRegistry.set_active_backend(
         diffusers.models.attention_dispatch.AttentionBackendName.NATIVE
@@ -241,7 +241,7 @@ class TestCanaries:
         found = family.find_sites(model)
         assert len(found) == sites, f"{family.name} has moved its attention modules"
         for _, module in found:
-            clones.stock_of(module.processor)
+            assert calling.calling_of(module.processor) is not calling.Calling.UNKNOWN
 
     def test_hook_registry(self):
         from diffusers.hooks.hooks import HookRegistry

@@ -87,6 +87,12 @@ class Run:
         """A forward of the model begins, whose tokens sit there."""
         step, total = self._step()
         dense = self.schedule.is_dense(step, total)
+        if dense and step == 0 and total and self.schedule.is_dense(total - 1, total):
+            warnings.warn(
+                f"no step of this run of {self.name} is sparse: dense_steps={self.schedule.dense_steps} covers all "
+                f"{total} steps that run",
+                stacklevel=3,
+            )
         self.here.forward = forward = Forward(where, dense, step, total)
         self.here.site = None
         self.forwards.begin(forward)

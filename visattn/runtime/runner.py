@@ -99,6 +99,10 @@ class Runner:
         self._miss(name, why)
         return out
 
+    def pass_by(self, site: str | None, why: str) -> None:
+        """Count a call of a module that attended without calling this."""
+        self._miss(site or self.unnamed, why)
+
     def fit(self, call: AttentionCall) -> Fit:
         """Whether the pattern can stand for a call."""
         forward = self.run.forward
