@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from visattn.handle import Handle, apply
-from visattn.pipelines.patch.install import DENOISERS
+from visattn.pipelines.patch.targets import DENOISERS
 from visattn.pipelines.trained import load_own, load_trained, trained_weights
 from visattn.report import Report
 
