@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import visattn
@@ -47,6 +47,7 @@ class Processors(RuleBasedStateMachine):
         self.stock = tiny_models.run(self.model, self.inputs)
         self.logical = dict(self.model.attn_processors)
         self.saved, self.handle, self.epoch = None, None, 0
+        self.apply()
 
     def names(self, data):
         return data.draw(st.lists(st.sampled_from(list(self.logical)), min_size=1, unique=True))
@@ -85,6 +86,16 @@ class Processors(RuleBasedStateMachine):
             # What was saved in a patch that is over is stock, but it is not the object that it stood for.
             over = epoch != self.epoch and found[name] is not logical[name]
             self.logical[name] = found[name] if over else logical[name]
+
+    @rule(data=st.data(), looked=st.booleans())
+    def for_one_call(self, data, looked):
+        """As guidance does."""
+        found, names = dict(self.model.attn_processors), self.names(data)
+        self.put({name: self.kinds[0]() for name in names})
+        tiny_models.run(self.model, self.inputs)
+        self.put({name: found[name] for name in names})
+        if looked:
+            tiny_models.run(self.model, self.inputs)
 
     @rule()
     def run(self):
@@ -125,7 +136,7 @@ class DispatchingProcessors(Processors):
             processor._attention_backend = None if name is None else AttentionBackendName(name)
 
 
-quick = settings(max_examples=6, stateful_step_count=10, deadline=None)
+quick = settings(max_examples=6, stateful_step_count=6, deadline=None, phases=[Phase.generate])
 Processors.TestCase.settings = quick
 DispatchingProcessors.TestCase.settings = quick
 TestProcessors = Processors.TestCase
