@@ -18,6 +18,7 @@ class Reference(Backend):
     """Scores, mask, softmax, values: every step as in the definition, O(S^2) memory."""
 
     name: ClassVar[str] = "reference"
+    portable: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Always."""

@@ -23,6 +23,7 @@ class Sdpa(Backend):
     """Dense attention in torch's own kernels."""
 
     name: ClassVar[str] = "sdpa"
+    portable: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Always: it comes with torch."""

@@ -22,6 +22,7 @@ class SigmoidBackend(Backend):
     """Runs sigmoid patterns, and nothing else; all others leave them to it."""
 
     name: ClassVar[str] = "sigmoid"
+    portable: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Always: it is made of torch operators."""

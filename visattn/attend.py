@@ -115,7 +115,12 @@ def attention(
     scale = factor(scale, q.shape[3])
     q, k, v = as_sdpa_casts(q, k, v)
     given = merged(parameters, pool_weight)
-    if ops.without_values(q):
+    if ops.written_down():
+        pattern, given = parse(pattern), ops.constants(given)
+        check_call(q, k, v, pattern, layout, key_mask, rpb, given)
+        call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
+        out, lse = run_call(q, k, v, call, portable=True)
+    elif ops.without_values(q):
         # Nothing there can be planned for: one operator, which checks the call and says what comes out.
         out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, given, backend, return_lse)
     else:

@@ -121,9 +121,12 @@ class Backend(ABC):
 
     Attributes:
         name: What users call it.
+        portable: Whether it consists of operators of torch alone, tables as constants, so that exporters and tracers
+            can write down what it does.
     """
 
     name: ClassVar[str]
+    portable: ClassVar[bool] = False
 
     @abstractmethod
     def available(self) -> Support:
@@ -250,6 +253,20 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
     return _choose(problem, name, REGISTRY.version)
 
 
+def choose_portable(problem: Problem) -> Backend:
+    """The cheapest portable backend for a call, whatever exports it.
+
+    Raises:
+        ValueError: If none supports it.
+    """
+    # Exported code runs batches of any size.
+    problem = replace(problem, batch=1)
+    try:
+        return cheapest(problem, (backend for backend in BACKENDS.usable().values() if backend.portable))
+    except ValueError as error:
+        raise ValueError(f"this call cannot be exported, for it needs kernels of its own: {error}") from None
+
+
 # The version is part of the key: another set of backends is another choice.
 @lru_cache(maxsize=1024)
 def _choose(problem: Problem, name: str, version: int) -> Backend:
@@ -278,10 +295,11 @@ def cheapest(problem: Problem, backends: Iterable[Backend]) -> Backend:
 
 
 def run_call(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str = "auto"
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str = "auto", portable: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Choose a backend for a checked call and run it; see `Backend.run`."""
-    chosen = choose(Problem.of(q, k, v, call), backend)
+    """Choose a backend for a checked call and run it; see `Backend.run`. With `portable` the name does not matter."""
+    problem = Problem.of(q, k, v, call)
+    chosen = choose_portable(problem) if portable else choose(problem, backend)
     if not q.shape[0]:
         return _of_no_samples(q, k, v, call)
     weight = call.parameters.get("pool_weight")

@@ -11,7 +11,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -100,7 +100,10 @@ def kept(build: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(build)
     def find(*args: P.args, **options: P.kwargs) -> T:
-        if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() and stands_in()):
+        # torch.export takes what is kept as constants; torch.compile and fake tensors would mix with it.
+        if torch.compiler.is_dynamo_compiling() or (
+            torch._C._len_torch_dispatch_stack() and stands_in() and not torch.compiler.is_exporting()
+        ):
             return build(*args, **options)
         key = (build, args, tuple(options.items()))
         entry = STORE.find(key)
@@ -116,6 +119,17 @@ def clear_caches() -> None:
     STORE.clear()
 
 
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Let torch.jit.trace record nothing."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
 def stands_in() -> bool:
     """Whether tensors that are made here would stand in for others."""
     keys = torch._C._TorchDispatchModeKey
@@ -128,6 +142,7 @@ def _outside_of_modes(build: Callable[P, T], *args: P.args, **options: P.kwargs)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(untraced())
         if torch._C._len_torch_dispatch_stack():
             from torch.utils._python_dispatch import _disable_current_modes
 

@@ -11,7 +11,7 @@ import torch
 
 from visattn.checks import check_call
 from visattn.dispatch import Call, run_call
-from visattn.keep import stands_in
+from visattn.keep import stands_in, untraced
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
 
@@ -22,6 +22,17 @@ def without_values(q: torch.Tensor) -> bool:
         return True
     # A fake tensor may have left its mode.
     return bool(torch._C._len_torch_dispatch_stack() and stands_in()) or hasattr(q, "fake_mode")
+
+
+def written_down() -> bool:
+    """Whether somebody records the operators of torch for programs that know no others: ONNX, torch.jit.trace."""
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+
+
+def constants(parameters: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Parameters of a pattern as a record holds them: they are no part of the model that is traced."""
+    with untraced():
+        return {name: t.detach() for name, t in parameters.items()}
 
 
 def attend(
@@ -113,6 +124,8 @@ def _(
     backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(f"ONNX has no operator visattn::attend, and {pattern} could not be written down without it")
     check_call(q, k, v, parse(pattern), Layout(grid, prefix, suffix), key_mask, rpb, _named(names, parameters))
     return empty_results(q, lse)
 

@@ -112,7 +112,8 @@ def pool_queries(q: torch.Tensor, pattern: Agent, layout: Layout) -> torch.Tenso
 def _channels_first(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The grid tokens of [B, S, H, D] as a view [B, H * D, *grid]."""
     inner = x[:, layout.prefix : layout.prefix + layout.tokens].flatten(2)
-    return inner.unflatten(1, layout.grid).movedim(-1, 1)
+    # All dimensions by number: the older ONNX exporter writes a negative one down as it is.
+    return inner.unflatten(1, layout.grid).permute(0, layout.dims + 1, *range(1, layout.dims + 1))
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -122,7 +123,8 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     bias = () if mask is None or mask.dtype == torch.bool else (mask,)
 
     def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grouped = q.shape[1] != k.shape[1]
+        # While torch.jit.trace records, sizes are tensors.
+        grouped = bool(q.shape[1] != k.shape[1])
         own = bias[0] if bias else mask
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=own, scale=scale, enable_gqa=grouped), None
 

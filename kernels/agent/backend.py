@@ -15,6 +15,7 @@ class AgentBackend(Backend):
     """Runs agent patterns, and nothing else; all others leave them to it."""
 
     name: ClassVar[str] = "agent"
+    portable: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Always: torch's own attention is all it needs."""

@@ -23,6 +23,7 @@ class LinearBackend(Backend):
     """Runs linear, flow and mala, and nothing else; all others leave them to it."""
 
     name: ClassVar[str] = "linear"
+    portable: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Always: it is made of torch operators."""

@@ -63,7 +63,7 @@ def routed_mask(
     """
     if not isinstance(pattern, RoutedPattern):
         raise ValueError(f"{pattern} is not routed: call dense_mask(pattern, layout)")
-    mask = torch.ones(len(q), layout.length, layout.length, dtype=torch.bool, device=q.device)
+    mask = torch.ones(q.shape[0], layout.length, layout.length, dtype=torch.bool, device=q.device)
     inner = slice(layout.prefix, layout.prefix + layout.tokens)
     mask[:, inner, inner] = pattern.routed_grid_mask(q, k, layout, key_mask)
     return mask

@@ -98,7 +98,8 @@ class Routing(RoutedPattern):
         token_region = _token_regions(self, layout.grid, q.device)
         choice = self.choose(q, k, layout, key_mask)
         sees = torch.zeros(*choice.shape[:2], choice.shape[1], dtype=torch.bool, device=q.device)
-        sees.scatter_(2, choice, True)
+        # With a tensor of ones: torch.jit.trace finds no operator for a bool.
+        sees = sees.scatter(2, choice, torch.ones_like(choice, dtype=torch.bool))
         return sees[:, token_region][:, :, token_region]
 
     def choose(

@@ -1,0 +1,74 @@
+"""Swapped models written down for other programs: torch.jit.trace, ONNX, torch.export."""
+
+import io
+
+import pytest
+
+pytest.importorskip("timm")
+
+import timm
+import torch
+
+import visattn
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PATTERNS = [
+    "na(window=3x3)",
+    "clear(radius=3, pool=2)",
+    "routing(regions=3x3, topk=2)",
+    "agent(agents=3x3)",
+    "linear(feature=hedgehog)",
+    "sigmoid(sparse=na(window=3x3))",
+]
+REFUSED = "this call cannot be exported, for it needs kernels of its own"
+
+
+def vit(pattern, **options):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=96, num_classes=5, **options).eval()
+    visattn.apply(model, pattern, backend="tiles" if pattern.startswith("na") else "auto")
+    return model
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_saved_trace_runs_batches_of_any_size(pattern, grad):
+    model, file = vit(pattern), io.BytesIO()
+    with torch.set_grad_enabled(grad):
+        torch.jit.save(torch.jit.trace(model, torch.randn(2, 3, 96, 96), check_trace=False), file)
+    file.seek(0)
+    images = torch.randn(3, 3, 96, 96)
+    with torch.no_grad():
+        assert (torch.jit.load(file)(images) - model(images)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("pattern", ["na(window=3x3)", "routing(regions=3x3, topk=2)"])
+def test_onnx_with_batches_of_any_size(pattern, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+    pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
+    model, file = vit(pattern), tmp_path / "model.onnx"
+    batch = {0: torch.export.Dim("batch")}
+    torch.onnx.export(
+        model, (torch.randn(2, 3, 96, 96),), file, dynamo=True, opset_version=18, verbose=False, dynamic_shapes=(batch,)
+    )
+    images = torch.randn(3, 3, 96, 96)
+    session = onnxruntime.InferenceSession(file)
+    (out,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        assert (torch.from_numpy(out) - model(images)).abs().max() < 1e-5
+
+
+def test_what_has_no_plain_form_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=REFUSED):
+        torch.jit.trace(vit("sparselinear(sparse=na(window=3x3))"), torch.randn(1, 3, 96, 96), check_trace=False)
+
+
+def test_torch_export_keeps_the_operator_and_refuses_images_of_any_size():
+    model, images = vit("na(window=3x3)", dynamic_img_size=True), torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,))
+        assert [str(node.target) for node in program.graph.nodes].count("visattn.attend.default") == 1
+        assert torch.equal(program.module()(images), model(images))
+    height, width = (16 * torch.export.Dim(name, min=4, max=12) for name in ("rows", "columns"))
+    with pytest.raises(Exception, match=r"(?s)rows|columns|[Cc]onstraint|specializ"):
+        torch.export.export(model, (images,), dynamic_shapes={"x": {2: height, 3: width}})
