@@ -23,7 +23,7 @@ def visible(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         bool [1 or B, 1, S, S + extra].
     """
     if isinstance(call.pattern, RoutedPattern):
-        mask = routed_mask(call.pattern, call.layout, q, k)[:, None]
+        mask = routed_mask(call.pattern, call.layout, q, k, call.key_mask)[:, None]
     else:
         mask = _mask(call.pattern, call.layout, q.device)[None, None]
     return mask if call.key_mask is None else mask & call.key_mask[:, None, None, :]

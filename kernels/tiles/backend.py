@@ -91,7 +91,7 @@ def problems_of(q: torch.Tensor, k: torch.Tensor, call: Call) -> Problems:
     if isinstance(pattern, RoutedPattern) and _is_routed(pattern, layout):
         tiles = plan(pattern, layout)
         dense, fixed = _dense(pattern, layout, q.device)
-        return Problems((routed_group(tiles, pattern.route(q, k, tiles), fixed), *dense))
+        return Problems((routed_group(tiles, pattern.route(q, k, tiles, call.key_mask), fixed), *dense))
     return _static_problems(pattern, layout, q.device, call.rpb is not None)
 
 

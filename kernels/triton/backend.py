@@ -153,7 +153,7 @@ class Triton(Backend):
         if isinstance(call.pattern, RoutedPattern):
             wanted = DIRECTIONS if torch.is_grad_enabled() else ("forward",)
             for plan in {work.plan(direction) for direction in wanted}:
-                work.routes[plan] = call.pattern.route(given_q, k, plan)
+                work.routes[plan] = call.pattern.route(given_q, k, plan, call.key_mask)
         if learns:
             out, lse = TileAttention.apply(q, k, v, rpb, work, call.lse)
         else:

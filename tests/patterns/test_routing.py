@@ -34,22 +34,43 @@ def regions_of(grid, regions):
     return torch.tensor(out), len(names)
 
 
-def slow_mask(layout, regions, topk, q, k):
-    """Bi-level routing token by token: bool [B, S, S]."""
+def slow_mask(layout, regions, topk, q, k, key_mask=None):
+    """Bi-level routing token by token, among the tokens that the key mask leaves: bool [B, S, S]."""
     region, number = regions_of(layout.grid, regions)
     inner = slice(layout.prefix, layout.prefix + layout.tokens)
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
     mask = torch.ones(len(q), layout.length, layout.length, dtype=torch.bool)
     for b in range(len(q)):
+        valid = torch.ones(layout.tokens, dtype=torch.bool) if key_mask is None else key_mask[b, inner]
+        hidden = [not valid[region == r].any() for r in range(number)]
+        use = [(region == r) & (valid | hidden[r]) for r in range(number)]
         mean_q, mean_k = (
-            torch.stack([t[b, inner].detach()[region == r].mean(0).flatten() for r in range(number)]) for t in (q, k)
+            torch.stack([t[b, inner].detach()[use[r]].mean(0).flatten() for r in range(number)]) for t in (q, k)
         )
         affinity = (mean_q @ mean_k.T).tolist()
         for r in range(number):
-            order = sorted(range(number), key=lambda other: -affinity[r][other])
-            sees = torch.isin(region, torch.tensor(order[:topk]))
+            order = sorted(
+                (other for other in range(number) if not hidden[other]),
+                key=lambda other: (other != r or bool(valid.all()), -affinity[r][other]),
+            )
+            chosen = [other for other in range(number) if hidden[other]] if topk > len(order) else []
+            sees = torch.isin(region, torch.tensor((order + chosen)[:topk]))
             for i in torch.nonzero(region == r)[:, 0]:
                 mask[b, layout.prefix + i, inner] = sees
+    return mask
+
+
+def drawn_key_mask(data, layout, batch=2):
+    """None, all, random tokens, or the left part of the grid as in a padded batch."""
+    kind = data.draw(st.sampled_from(["none", "all", "random", "padded"]))
+    if kind == "none":
+        return None
+    mask = torch.ones(batch, layout.length, dtype=torch.bool)
+    if kind == "random":
+        mask = torch.rand(batch, layout.length, generator=torch.Generator().manual_seed(5)) < 0.3
+    elif kind == "padded":
+        inner = mask[:, layout.prefix : layout.prefix + layout.tokens].unflatten(1, layout.grid)
+        inner[-1, ..., data.draw(st.integers(1, layout.grid[-1])) :] = False
     return mask
 
 
@@ -62,18 +83,25 @@ def test_mask_plan_and_reference(data):
     q, k, v = qkv(
         layout, 4, data.draw(st.sampled_from([2, 4])), 5, batch=2, grad=True, seed=data.draw(st.integers(0, 9))
     )
-    truth = slow_mask(layout, regions, pattern.topk, q, k)
-    assert torch.equal(routed_mask(pattern, layout, q, k), truth)
+    key_mask, shown = drawn_key_mask(data, layout), True
+    truth = slow_mask(layout, regions, pattern.topk, q, k, key_mask)
+    found = routed_mask(pattern, layout, q, k, key_mask)
+    if key_mask is not None:
+        # Among hidden regions it does not matter which are chosen.
+        shown = key_mask[:, None]
+        assert torch.equal(found & shown, truth & shown) and found[:, :, layout.prefix :].sum(2).min() > 0
+        truth = found
+    assert torch.equal(found, truth)
     assert pattern.covers(layout.grid) == bool(truth.all())
 
-    out = visattn.attention(q, k, v, pattern, layout, backend="reference")
-    expected = dense_attention(q, k, v, truth, 5**-0.5)
+    out = visattn.attention(q, k, v, pattern, layout, backend="reference", key_mask=key_mask)
+    expected = dense_attention(q, k, v, truth & shown, 5**-0.5)
     assert (out - expected).abs().max() < 1e-10
     for ours, theirs in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
         assert (ours - theirs).abs().max() < 1e-10
 
     made = plan(pattern, layout, data.draw(tiles(layout.dims)))
-    routed = pattern.route(q, k, made)
+    routed = pattern.route(q, k, made, key_mask)
     assert routed.dtype == torch.int64 and routed.shape == (2, made.queries.runs[1], made.routed_tiles)
     assert not routed.requires_grad
     for b in range(2):
@@ -100,6 +128,47 @@ def test_tiles_of_regions(data):
         assert (row >= 0).any(), "no tile is empty"
         assert len(set(region[row[row >= 0] - layout.prefix].tolist())) == 1, "no tile crosses a region's border"
     assert len(slots) % number == 0
+
+
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_padding_decides_nothing_and_valid_queries_see_their_region(data):
+    layout = data.draw(layouts(sides=(16, 7, 4)))
+    regions = tuple(data.draw(st.integers(1, n)) for n in layout.grid)
+    pattern = Routing(regions, data.draw(st.integers(1, 3)))
+    q, k, v = qkv(layout, 4, 2, 5, batch=2, grad=True)
+    key_mask = drawn_key_mask(data, layout)
+    shown = torch.ones(2, layout.length, dtype=torch.bool) if key_mask is None else key_mask
+    # Padding that would win every choice, or poison every mean.
+    loud = [t.detach().masked_fill(~shown[..., None, None], data.draw(st.sampled_from([1e6, -1e6]))) for t in (q, k)]
+    backends = ("reference", "sdpa", "tiles")
+    outs = [
+        visattn.attention(*qk, v, pattern, layout, key_mask=key_mask, backend=b)
+        for b in backends
+        for qk in ((q, k), loud)
+    ]
+    for out in outs[1:]:
+        assert torch.allclose(out[shown], outs[0][shown], atol=1e-9)
+    region, _ = regions_of(layout.grid, regions)
+    inner = slice(layout.prefix, layout.prefix + layout.tokens)
+    own = routed_mask(pattern, layout, q, k, key_mask)[:, inner, inner]
+    same = region[:, None] == region
+    for b in range(2):
+        valid = shown[b, inner]
+        if not valid.all():
+            assert own[b][valid][same[valid]].all(), "a valid query sees its own region"
+        assert (own[b] & valid)[valid].any(1).all(), "a valid query sees something"
+    if key_mask is not None and key_mask.all():
+        assert torch.equal(own, routed_mask(pattern, layout, q, k)[:, inner, inner])
+
+
+def test_text_padding_does_not_change_the_choice():
+    layout = Layout((8, 8), suffix=5)
+    q, k, _ = qkv(layout, 2, batch=2)
+    key_mask = torch.ones(2, layout.length, dtype=torch.bool)
+    key_mask[1, -3:] = False
+    pattern = Routing(4, 2)
+    assert torch.equal(routed_mask(pattern, layout, q, k, key_mask), routed_mask(pattern, layout, q, k))
 
 
 def test_figures_of_even_regions():

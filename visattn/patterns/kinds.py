@@ -145,13 +145,19 @@ class RoutedPattern(ListedPattern):
         """Key tiles that `route` adds to the list of each grid query tile."""
 
     @abstractmethod
-    def route(self, q: torch.Tensor, k: torch.Tensor, plan: Tiled) -> torch.Tensor:
+    def route(
+        self, q: torch.Tensor, k: torch.Tensor, plan: Tiled, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The key tiles that are chosen for each grid query tile.
+
+        What the key mask hides takes no part in the choice, neither as a key nor as a query: padding decides
+        nothing. In a sample with hidden grid tokens every query tile with valid tokens lists its own part of the grid.
 
         Args:
             q: Queries [B, S, H, D].
             k: Keys [B, S, Hkv, D].
             plan: A plan of this pattern.
+            key_mask: bool [B, S], True where a token is valid; None means all.
 
         Returns:
             int64 [B, grid query tiles, n]: indices over all tiles of plan.keys, without duplicates, the same
@@ -159,8 +165,13 @@ class RoutedPattern(ListedPattern):
         """
 
     @abstractmethod
-    def routed_grid_mask(self, q: torch.Tensor, k: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """The pattern's truth for these q and k: visibility of grid tokens, bool [B, tokens, tokens]."""
+    def routed_grid_mask(
+        self, q: torch.Tensor, k: torch.Tensor, layout: Layout, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The pattern's truth for these q, k and key mask: visibility of grid tokens, bool [B, tokens, tokens].
+
+        Hidden keys stay visible in it where their neighbours are: the key mask is a mask of its own.
+        """
 
     def parts(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Contiguous parts per axis whose borders no tile crosses (the regions)."""

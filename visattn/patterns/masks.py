@@ -43,7 +43,9 @@ def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
     return mask
 
 
-def routed_mask(pattern: Pattern, layout: Layout, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def routed_mask(
+    pattern: Pattern, layout: Layout, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """The truth of a routed pattern as a mask over all tokens, for small grids.
 
     Args:
@@ -51,9 +53,10 @@ def routed_mask(pattern: Pattern, layout: Layout, q: torch.Tensor, k: torch.Tens
         layout: The tokens.
         q: Queries [B, S, H, D].
         k: Keys [B, S, Hkv, D].
+        key_mask: bool [B, S], True where a token is valid: the others take no part in the choice.
 
     Returns:
-        bool [B, S, S]; entry (b, i, j) says whether query i of sample b sees key j.
+        bool [B, S, S], without the key mask itself; entry (b, i, j) says whether query i of sample b sees key j.
 
     Raises:
         ValueError: If the pattern is not routed.
@@ -62,5 +65,5 @@ def routed_mask(pattern: Pattern, layout: Layout, q: torch.Tensor, k: torch.Tens
         raise ValueError(f"{pattern} is not routed: call dense_mask(pattern, layout)")
     mask = torch.ones(len(q), layout.length, layout.length, dtype=torch.bool, device=q.device)
     inner = slice(layout.prefix, layout.prefix + layout.tokens)
-    mask[:, inner, inner] = pattern.routed_grid_mask(q, k, layout)
+    mask[:, inner, inner] = pattern.routed_grid_mask(q, k, layout, key_mask)
     return mask

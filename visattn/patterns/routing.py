@@ -25,6 +25,9 @@ class Routing(RoutedPattern):
     dense tokens neither take part in it nor are left out by it. A positive scale of the products would not
     change the choice; the scale of the attention is that of `attention` (BiFormer's is channels ** -0.5).
 
+    Tokens that a key mask hides (padding) are in no mean and their regions are chosen last; in a sample with hidden
+    grid tokens every region with valid tokens sees itself, whatever it resembles.
+
     Where the regions do not divide an axis their sides differ by at most one token, so that none is empty. The
     means are over real tokens. (BiFormer pads with zeros instead: pad the input to have that.)
 
@@ -80,32 +83,51 @@ class Routing(RoutedPattern):
         """Key tiles that `route` lists for each grid query tile."""
         return self.chosen(grid) * (keys.runs[1] // math.prod(self.parts(grid)))
 
-    def route(self, q: torch.Tensor, k: torch.Tensor, plan: Tiled) -> torch.Tensor:
+    def route(
+        self, q: torch.Tensor, k: torch.Tensor, plan: Tiled, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The key tiles of the regions that each query tile's region sees, see `RoutedPattern.route`."""
         region, tiles = _tables(self, plan, q.device)
-        choice = self.choose(q, k, plan.layout)
+        choice = self.choose(q, k, plan.layout, key_mask)
         return tiles[choice].flatten(2)[:, region]
 
-    def routed_grid_mask(self, q: torch.Tensor, k: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def routed_grid_mask(
+        self, q: torch.Tensor, k: torch.Tensor, layout: Layout, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Every token of a region sees every token of the regions that it chose."""
         token_region = _token_regions(self, layout.grid, q.device)
-        choice = self.choose(q, k, layout)
+        choice = self.choose(q, k, layout, key_mask)
         sees = torch.zeros(*choice.shape[:2], choice.shape[1], dtype=torch.bool, device=q.device)
         sees.scatter_(2, choice, True)
         return sees[:, token_region][:, :, token_region]
 
-    def choose(self, q: torch.Tensor, k: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def choose(
+        self, q: torch.Tensor, k: torch.Tensor, layout: Layout, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The regions that each region sees, best first: int64 [B, regions, chosen]."""
         with torch.no_grad():
-            mean_q, mean_k = (self._means(t, layout) for t in (q, k))
+            inner = slice(layout.prefix, layout.prefix + layout.tokens)
+            q, k = q[:, inner], k[:, inner]
+            valid = None if key_mask is None else _Valid(self, layout.grid, key_mask[:, inner])
+            mean_q, mean_k = (self._valid_means(t, layout, valid) for t in (q, k))
             # Not repeat_interleave, which copies its count to the device and so cannot be captured in a CUDA graph.
             mean_k = mean_k[:, :, :, None].expand(-1, -1, -1, q.shape[2] // k.shape[2], -1)
             affinity = mean_q.flatten(2) @ mean_k.flatten(2).transpose(1, 2)
+            if valid is not None:
+                affinity = valid.ranked(affinity)
             return affinity.topk(self.chosen(layout.grid), -1).indices
 
+    def _valid_means(self, x: torch.Tensor, layout: Layout, valid: _Valid | None) -> torch.Tensor:
+        """Mean of the tokens of each region that take part: [B, tokens, H, D] -> [B, regions, H, D]."""
+        if valid is None:
+            return self._means(x, layout)
+        mean = self._means(x.masked_fill(~valid.part[..., None, None], 0), layout)
+        # Where all take part the factor is exactly 1, and this the mean without a key mask.
+        factor = valid.tokens.to(mean.dtype) / valid.count.to(mean.dtype)
+        return mean * factor[..., None, None]
+
     def _means(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Mean of each region: [B, S, H, D] -> [B, regions, H, D], in float32 at least."""
-        x = x[:, layout.prefix : layout.prefix + layout.tokens]
+        """Mean of each region: [B, tokens, H, D] -> [B, regions, H, D], in float32 at least."""
         wide, shape, regions = torch.promote_types(x.dtype, torch.float32), x.shape, self.parts(layout.grid)
         x = x.flatten(2).unflatten(1, layout.grid)
         if all(n % parts == 0 for n, parts in zip(layout.grid, regions, strict=True)):
@@ -118,6 +140,31 @@ class Routing(RoutedPattern):
             # One small product per axis: deterministic on every device, whatever the sides.
             x = (_averages(n, parts, wide, x.device) @ x.movedim(1 + i, -2)).movedim(-2, 1 + i)
         return x.reshape(shape[0], -1, *shape[2:])
+
+
+class _Valid:
+    """What a key mask leaves of the regions of a grid.
+
+    Attributes:
+        part: Tokens that take part in the mean of their region: bool [B, tokens]. All do where none is valid, so that
+            such queries, whose keys nobody sees, choose by themselves.
+        count: How many those are: int64 [B, regions].
+        tokens: Tokens of each region: int64 [B, regions].
+    """
+
+    def __init__(self, pattern: Routing, grid: tuple[int, ...], mask: torch.Tensor) -> None:
+        region = _token_regions(pattern, grid, mask.device).expand(len(mask), -1)
+        none = torch.zeros(len(mask), math.prod(pattern.parts(grid)), dtype=torch.int64, device=mask.device)
+        self.tokens, valid = (none.scatter_add(1, region, t.long()) for t in (torch.ones_like(mask), mask))
+        self._hidden, self._padded = valid == 0, ~mask.all(1)
+        self.part = mask | self._hidden.gather(1, region)
+        self.count = torch.where(self._hidden, self.tokens, valid)
+
+    def ranked(self, affinity: torch.Tensor) -> torch.Tensor:
+        """Affinities [B, regions, regions] in which hidden regions come last, and in a padded sample the own first."""
+        own = torch.eye(affinity.shape[1], dtype=torch.bool, device=affinity.device) & self._padded[:, None, None]
+        affinity = affinity.masked_fill(own, float("inf"))
+        return affinity.masked_fill(self._hidden[:, None], float("-inf"))
 
 
 @kept
