@@ -14,6 +14,7 @@ from visattn.cli.bench_model import bench_model
 from visattn.cli.classify import classify
 from visattn.cli.doctor import doctor
 from visattn.cli.generate import generate
+from visattn.cli.messages import held_messages
 from visattn.cli.models import models
 from visattn.cli.show import show
 from visattn.cli.simulate import simulate
@@ -57,10 +58,13 @@ def main() -> None:
     debug = len(args) < len(sys.argv) - 1 or os.environ.get("VISATTN_DEBUG", "") not in ("", "0")
     # A polite kill cleans up like Ctrl-C does; by default Python would stop where it stands.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
+    if debug:
         app(args, prog_name="visattn")
-    except (ValueError, OSError, MemoryError) as error:
-        if debug:
-            raise
-        typer.echo(f"visattn: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+        return
+    with held_messages() as messages:
+        try:
+            app(args, prog_name="visattn")
+        except (ValueError, OSError, MemoryError) as error:
+            messages.drop()
+            typer.echo(f"visattn: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
