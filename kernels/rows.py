@@ -9,7 +9,8 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from visattn.checks import check_call
+from visattn.autocast import switched_off
+from visattn.checks import check_call, factor
 from visattn.dispatch import Call
 from visattn.kernels.agent.attention import pool_queries
 from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
@@ -78,15 +79,23 @@ def attention_rows(
         or (len(index) and not 0 <= index.min() <= index.max() < q.shape[1])
     ):
         raise ValueError(f"rows {list(index.shape)} must be whole numbers [R] from 0 to {q.shape[1] - 1}")
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    call = Call(pattern, layout, scale, key_mask, parameters=parameters)
-    q, k = widened(q), widened(k)
+    call = Call(pattern, layout, factor(scale, q.shape[3]), key_mask, parameters=parameters)
+    if not q.shape[0]:
+        return _products(widened(q)[:, index], widened(k))
+    # Rows are float32 at least, under autocast too.
+    with switched_off(q.device):
+        return _rows(widened(q), widened(k), call, index)
+
+
+def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> torch.Tensor:
+    """The rows of checked arguments."""
+    pattern = call.pattern
     if isinstance(pattern, Agent):
         return _agent(q, k, call, index)
     if isinstance(pattern, Mala):
-        return mala_weights(elu_plus_one(q)[:, index], elu_plus_one(k), scale, key_mask)
+        return mala_weights(elu_plus_one(q)[:, index], elu_plus_one(k), call.scale, call.key_mask)
     if isinstance(pattern, Flow):
-        return flow_weights(q, k, index, key_mask)
+        return flow_weights(q, k, index, call.key_mask)
     if isinstance(pattern, Linear):
         return _linear(q, k, pattern.feature, call, index, None)
     if isinstance(pattern, SparseLinear):
@@ -137,7 +146,7 @@ def _sparse_linear(
     mix = call.parameters.get("mix")
     if mix is None:
         return soft
-    seen = visible_rows(pattern.sparse, call.layout, rows, q, k)[:, None, :, : q.shape[1]]
+    seen = visible_rows(pattern.sparse, call.layout, rows, q, k, call.key_mask)[:, None, :, : q.shape[1]]
     hidden = ~seen & _shown(call.key_mask, k)
     linear = _linear(q, k, pattern.feature, call, rows, hidden)
     return soft + mix.to(soft.dtype)[:, None, None] * hidden.any(-1, keepdim=True) * (linear - soft)
@@ -149,7 +158,7 @@ def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) ->
     listed = pattern.sparse if isinstance(pattern, Sigmoid) else pattern
     assert isinstance(listed, ListedPattern)
     keys, _, key_mask = with_pooled_keys(listed, k, k, call.key_mask, call.layout, pool)
-    seen = visible_rows(listed, call.layout, rows, q, k)[:, None] & _shown(key_mask, keys)
+    seen = visible_rows(listed, call.layout, rows, q, k, call.key_mask)[:, None] & _shown(key_mask, keys)
     logits = _products(q[:, rows], keys) * call.scale
     if isinstance(pattern, Sigmoid):
         offset = call.parameters.get("bias")
@@ -187,7 +196,12 @@ def _unpooled(weights: torch.Tensor, pattern: Pattern, call: Call, pool: torch.T
 
 
 def visible_rows(
-    pattern: Pattern, layout: Layout, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    pattern: ListedPattern,
+    layout: Layout,
+    rows: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Which keys chosen queries see by a pattern that is a list of key tiles.
 
@@ -196,7 +210,8 @@ def visible_rows(
         layout: The tokens.
         rows: Tokens [R].
         q: Queries [B, S, H, D] and
-        k: keys [B, S, Hkv, D], used by routed patterns only.
+        k: keys [B, S, Hkv, D] and
+        key_mask: which are valid, bool [B, S]: used by routed patterns only.
 
     Returns:
         bool [1 or B, R, S + extra].
@@ -206,7 +221,7 @@ def visible_rows(
     made = plan(pattern, layout)
     plans = [made]
     if isinstance(pattern, RoutedPattern):
-        plans = [with_routes(made, routes.cpu().numpy()) for routes in pattern.route(q, k, made)]
+        plans = [with_routes(made, routes.cpu().numpy()) for routes in pattern.route(q, k, made, key_mask)]
     found = [_plan_rows(each, rows.cpu().numpy()) for each in plans]
     return torch.from_numpy(np.stack(found)).to(q.device)
 

@@ -11,7 +11,7 @@ import torch
 
 from visattn import ops, transforms
 from visattn.autocast import as_sdpa_casts
-from visattn.checks import check_call, merged
+from visattn.checks import check_call, check_fit, check_tensors, factor, merged
 from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose, run_call
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, parse
@@ -81,8 +81,9 @@ def attention(
         v: Values [B, S, Hkv, D].
         pattern: A pattern or its text, like "na(window=7x7)".
         layout: Where the tokens sit: prefix, grid, suffix.
-        scale: Factor on the logits, D**-0.5 if None.
-        key_mask: bool [B, S], True where a key may be attended (padded prompts); None means all.
+        scale: Factor on the logits, D**-0.5 if None. It gets no gradient: a learned one belongs into q.
+        key_mask: bool [B, S], True where a key may be attended (padded prompts); None means all. What it hides takes
+            no part in the choices of routed patterns either.
         rpb: Relative position bias of a neighborhood pattern: [H, 2 * window - 1 per axis], indexed by key
             position minus query position plus window - 1, in steps of the dilation.
         pool_weight: Weights of the tokens in a pooled key or value of a clear pattern with pool: [pool per axis],
@@ -108,8 +109,10 @@ def attention(
     Raises:
         ValueError: If the tensors, the layout and the pattern do not fit together, or the named backend cannot
             run the call.
+        TypeError: If scale is a tensor that requires a gradient.
     """
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    check_tensors(q, k, v, layout)
+    scale = factor(scale, q.shape[3])
     q, k, v = as_sdpa_casts(q, k, v)
     given = merged(parameters, pool_weight)
     if ops.without_values(q):
@@ -117,7 +120,7 @@ def attention(
         out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, given, backend, return_lse)
     else:
         pattern = parse(pattern)
-        check_call(q, k, v, pattern, layout, key_mask, rpb, given)
+        check_fit(q, k, v, pattern, layout, key_mask, rpb, given)
         call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
         run = transforms.attend if transforms.active() else run_call
         out, lse = run(q, k, v, call, backend)
@@ -205,10 +208,12 @@ def explain(
         ValueError: If layout, pattern and q do not fit together.
     """
     pattern = parse(pattern)
+    check_call(q, q, q, pattern, layout, None, None)
     k = q if kv_heads is None else q[:, :, :1].expand(-1, -1, kv_heads, -1)
-    check_call(q, k, k, pattern, layout, None, None)
+    check_tensors(q, k, k, layout)
     problem = Problem.of(q, k, k, Call(pattern, layout, 1.0, lse=return_lse))
-    problem = dataclasses.replace(problem, key_mask=key_mask, rpb=rpb)
+    dtype = as_sdpa_casts(q[:0])[0].dtype
+    problem = dataclasses.replace(problem, dtype=dtype, key_mask=key_mask, rpb=rpb)
     return Explanation(problem, choose(problem).name, tuple(candidates(problem)))
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from visattn.layout import Layout
 from visattn.patterns import BiasedPattern, Pattern
 from visattn.patterns.kinds import pooled_part
+
+# What backends compute in.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_call(
@@ -23,19 +28,33 @@ def check_call(
     parameters: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
     """Raise a ValueError that names the first argument of `attention` that does not fit the others."""
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"{shapes} must all be [batch, tokens, heads, head_dim]")
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"{shapes} must agree in batch, tokens and head_dim, and k and v also in heads")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} heads of k and v")
-    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        raise ValueError(f"q {q.dtype}, k {k.dtype} and v {v.dtype} must be one floating-point dtype: cast them first")
+    check_tensors(q, k, v, layout)
+    check_fit(q, k, v, pattern, layout, key_mask, rpb, parameters)
+
+
+def check_fit(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    layout: Layout,
+    key_mask: torch.Tensor | None,
+    rpb: torch.Tensor | None,
+    parameters: Mapping[str, torch.Tensor],
+) -> None:
+    """The same for what `check_tensors` leaves: dtypes and devices, layout and pattern, and the other tensors."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(
+            f"q {q.dtype}, k {k.dtype} and v {v.dtype} must be one floating-point dtype of {names}: cast them first"
+        )
     if not q.device == k.device == v.device:
         raise ValueError(f"q on {q.device}, k on {k.device} and v on {v.device} must be on one device")
     layout.check_length(q.shape[1])
     pattern.check(layout.grid)
+    for name, tensor in (("key_mask", key_mask), ("rpb", rpb), *parameters.items()):
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}: pass a torch tensor")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != q.shape[:2]):
         given = f"{key_mask.dtype} {list(key_mask.shape)}"
         raise ValueError(
@@ -53,6 +72,60 @@ def check_call(
                 f"rpb is {list(rpb.shape)} but {pattern} with {q.shape[2]} heads takes {[q.shape[2], *sides]}"
             )
     check_parameters(parameters, pattern, q.shape[2], q.shape[3], layout.grid)
+
+
+def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
+    """Raise a ValueError if q, k and v are no tensors of self-attention over one sequence."""
+    for name, given in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(given, torch.Tensor):
+            kind = f"{type(given).__module__}.{type(given).__qualname__}"
+            raise ValueError(f"{name} is a {kind}: pass torch tensors [batch, tokens, heads, head_dim]")
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"{_shapes(q, k, v)} must all be [batch, tokens, heads, head_dim]")
+    if all(t.shape[2] == layout.length for t in (q, k, v)) and q.shape[1] != layout.length:
+        raise ValueError(
+            f"{_shapes(q, k, v)} are in torch's order [batch, heads, tokens, head_dim]: pass q.transpose(1, 2), "
+            "k.transpose(1, 2) and v.transpose(1, 2), and transpose the output back"
+        )
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        hint = ""
+        if q.shape[:2] == k.shape[:2] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]:
+            hint = f": cut v in parts of {k.shape[3]} channels, one call each"
+        elif q.shape[0] == k.shape[0] and k.shape == v.shape and q.shape[3] == k.shape[3]:
+            hint = ": patterns are for self-attention, in which queries and keys are the same tokens"
+        shapes = _shapes(q, k, v)
+        raise ValueError(f"{shapes} must agree in batch, tokens and head_dim, and k and v also in heads{hint}")
+    if not q.shape[2] or not k.shape[2] or not q.shape[3]:
+        raise ValueError(f"{_shapes(q, k, v)} must have at least one head and one channel per head")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} heads of k and v")
+
+
+def _shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+
+
+def factor(scale: Any, head_dim: int) -> float:
+    """The factor on the logits that `scale` stands for.
+
+    Raises:
+        ValueError: If it is no finite number.
+        TypeError: If it is a tensor whose gradient would be lost.
+    """
+    if scale is None:
+        return max(1, head_dim) ** -0.5
+    if isinstance(scale, torch.Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            "scale is a tensor that requires a gradient, and a factor of the kernels gets none: multiply q by it and "
+            "pass scale=1.0, or pass float(scale)"
+        )
+    try:
+        number = float(scale)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"scale={scale!r} must be one finite number, or None for head_dim ** -0.5")
+    return number
 
 
 def check_parameters(

@@ -107,8 +107,8 @@ class Problem:
 
     @property
     def dense_pairs(self) -> float:
-        """Pairs of tokens that dense attention computes, all samples and heads together."""
-        return float(self.batch * self.heads) * self.layout.length**2
+        """Pairs of tokens that dense attention computes, all samples (of an empty batch one) and heads together."""
+        return float(max(1, self.batch) * self.heads) * self.layout.length**2
 
 
 def sees_all(pattern: Pattern, layout: Layout) -> bool:
@@ -282,10 +282,20 @@ def run_call(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Choose a backend for a checked call and run it; see `Backend.run`."""
     chosen = choose(Problem.of(q, k, v, call), backend)
+    if not q.shape[0]:
+        return _of_no_samples(q, k, v, call)
     weight = call.parameters.get("pool_weight")
     with switched_off(q.device):
         k, v, key_mask = with_pooled_keys(call.pattern, k, v, call.key_mask, call.layout, weight)
         return chosen.run(q, k, v, replace(call, key_mask=key_mask))
+
+
+def _of_no_samples(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The empty result of an empty batch, in whose graph every input has a part: gradients are empty or zero."""
+    others = [t for t in (k, v, call.rpb, *call.parameters.values()) if t is not None]
+    # Products, so that no gradient is another tensor under a second name.
+    out = 1 * q + sum((0 * t).sum().to(q.dtype) for t in others)
+    return out, out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def visited_pairs(problem: Problem, tiles: TilePlan | None = None) -> float:

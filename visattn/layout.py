@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Layout:
     suffix: int = 0
 
     def __init__(self, grid: int | Sequence[int], prefix: int = 0, suffix: int = 0) -> None:
-        axes = (grid,) if isinstance(grid, int) else tuple(grid)
-        if not 1 <= len(axes) <= 3 or any(int(n) != n or n < 1 for n in axes):
+        axes = tuple(grid) if isinstance(grid, Iterable) else (grid,)
+        if not 1 <= len(axes) <= 3 or not all(_is_whole(n, 1) for n in axes):
             raise ValueError(
                 f"grid {grid!r} must be 1 to 3 whole numbers of at least 1, like 4096, (64, 64) or (8, 32, 32)"
             )
-        if int(prefix) != prefix or int(suffix) != suffix or prefix < 0 or suffix < 0:
+        if not _is_whole(prefix, 0) or not _is_whole(suffix, 0):
             raise ValueError(f"prefix {prefix!r} and suffix {suffix!r} must be whole numbers of at least 0")
         object.__setattr__(self, "grid", tuple(int(n) for n in axes))
         object.__setattr__(self, "prefix", int(prefix))
@@ -87,3 +88,11 @@ class Layout:
             return f"a grid whose sides multiply to {inner}" if inner > 0 else "a shorter prefix and suffix"
         text = f", prefix={self.prefix}" * bool(self.prefix) + f", suffix={self.suffix}" * bool(self.suffix)
         return f"layout=Layout({fit}{text})"
+
+
+def _is_whole(value: Any, low: int) -> bool:
+    """Whether a value is a whole number of at least `low`, of whatever type."""
+    try:
+        return int(value) == value and value >= low and not isinstance(value, str)
+    except (TypeError, ValueError, OverflowError):
+        return False
