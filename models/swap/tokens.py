@@ -104,11 +104,10 @@ def _key_mask(
 
 def project(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v [B, heads, S, head_dim] of any of the classes."""
-    batch, tokens, _ = x.shape
     if getattr(module, "qkv", None) is None:
         heads = module.num_heads, getattr(module, "num_kv_heads", module.num_heads)
         parts = zip((module.q_proj, module.k_proj, module.v_proj), (heads[0], heads[1], heads[1]), strict=True)
-        q, k, v = (part(x).reshape(batch, tokens, n, -1).transpose(1, 2) for part, n in parts)
+        q, k, v = (part(x).unflatten(2, (n, -1)).transpose(1, 2) for part, n in parts)
         return q, k, v
     if getattr(module, "q_bias", None) is None:
         qkv = module.qkv(x)
@@ -116,7 +115,7 @@ def project(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
         bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
         separate = getattr(module, "qkv_bias_separate", False)
         qkv = module.qkv(x) + bias if separate else F.linear(x, module.qkv.weight, bias)
-    q, k, v = qkv.reshape(batch, tokens, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = qkv.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
