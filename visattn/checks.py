@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from visattn.layout import Layout
+from visattn.layout import Layout, check_layout
 from visattn.patterns import BiasedPattern, Pattern
 from visattn.patterns.kinds import pooled_part
 
@@ -55,6 +55,8 @@ def check_fit(
     for name, tensor in (("key_mask", key_mask), ("rpb", rpb), *parameters.items()):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} is a {type(tensor).__name__}: pass a torch tensor")
+        if name != "key_mask" and tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype} but must be floating-point: cast it")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != q.shape[:2]):
         given = f"{key_mask.dtype} {list(key_mask.shape)}"
         raise ValueError(
@@ -75,7 +77,8 @@ def check_fit(
 
 
 def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
-    """Raise a ValueError if q, k and v are no tensors of self-attention over one sequence."""
+    """Raise a ValueError if q, k and v are no tensors of self-attention over one sequence, or the layout is none."""
+    check_layout(layout)
     for name, given in (("q", q), ("k", k), ("v", v)):
         if not isinstance(given, torch.Tensor):
             kind = f"{type(given).__module__}.{type(given).__qualname__}"
@@ -154,6 +157,8 @@ def merged(
     Raises:
         ValueError: If it is given twice.
     """
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise ValueError(f"parameters is a {type(parameters).__name__}: pass a mapping from their names to tensors")
     if pool_weight is None:
         return parameters or {}
     if parameters and "pool_weight" in parameters:

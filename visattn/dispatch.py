@@ -250,6 +250,8 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
     Raises:
         ValueError: If the name is unknown, or the named backend (or all of them) cannot run the call.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"unknown backend {name!r}; backends: auto, {', '.join(BACKENDS)}")
     return _choose(problem, name, REGISTRY.version)
 
 

@@ -90,6 +90,13 @@ class Layout:
         return f"layout=Layout({fit}{text})"
 
 
+def check_layout(layout: object) -> None:
+    """Raise a ValueError if a layout is something else, like a grid."""
+    if not isinstance(layout, Layout):
+        kind = type(layout).__name__
+        raise ValueError(f"layout={layout!r} is a {kind}: pass a Layout, like Layout((64, 64), prefix=1)")
+
+
 def _is_whole(value: Any, low: int) -> bool:
     """Whether a value is a whole number of at least `low`, of whatever type."""
     try:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from visattn.keep import kept
-from visattn.layout import Layout
+from visattn.layout import Layout, check_layout
 from visattn.patterns import (
     ComposedPattern,
     ListedPattern,
@@ -171,6 +171,7 @@ def plan(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Tile] 
         ValueError: If the pattern is not defined on the grid or the tile does not fit it.
     """
     pattern = parse(pattern)
+    check_layout(layout)
     pattern.check(layout.grid)
     if not isinstance(pattern, ListedPattern):
         assert isinstance(pattern, ComposedPattern)

@@ -242,6 +242,28 @@ def test_further_arguments_that_are_no_tensors(name):
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layout": (6, 5)}, r"layout=\(6, 5\) is a tuple: pass a Layout, like Layout\(\(64, 64\), prefix=1\)"),
+        ({"layout": None}, r"layout=None is a NoneType: pass a Layout"),
+        ({"rpb": torch.zeros(2, 5, 5, dtype=torch.int64)}, r"rpb is torch.int64 but must be floating-point: cast it"),
+        ({"parameters": [torch.zeros(2)]}, r"parameters is a list: pass a mapping from their names to tensors"),
+        ({"pattern": None}, r"pattern None is a NoneType: pass a Pattern or a text"),
+        ({"backend": None}, r"unknown backend None"),
+        ({"backend": ["tiles"]}, r"unknown backend \['tiles'\]"),
+    ],
+)
+def test_further_arguments_of_another_kind(given, message):
+    tensors = dict.fromkeys("qkv", zeros())
+    if "layout" in given:
+        for run in (visattn.plan, visattn.dense_mask):
+            with pytest.raises(ValueError, match=message):
+                run("na(window=3)", **given)
+    with pytest.raises(ValueError, match=message):
+        visattn.attention(**(tensors | {"pattern": "na(window=3)", "layout": GRID} | given))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"grid": (8, 8), "prefix": None}, r"prefix None and suffix 0 must be whole numbers of at least 0"),

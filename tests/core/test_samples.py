@@ -19,10 +19,12 @@ PATTERNS = (
     "sparselinear(sparse=na(window=3))",
 )  # fmt: skip
 
+MODES = ("grad", "none", "inference")
+
 
 @st.composite
 def calls(draw):
-    """Pattern, layout, a backend that runs it, q, k, v, key mask, autocast's dtype or None, gradients or not."""
+    """Pattern, layout, a backend that runs it, q, k, v, key mask, autocast's dtype or None, and a mode."""
     layout, pattern = draw(layouts(sides=(20, 6, 4))), parse(draw(st.sampled_from(PATTERNS)))
     batch, kv_heads = draw(st.integers(0, 3)), draw(st.sampled_from([1, 2]))
     inputs = qkv(layout, 2, kv_heads, 8, batch=batch, dtype=draw(st.sampled_from([torch.float32, torch.float64])))
@@ -30,23 +32,26 @@ def calls(draw):
     if draw(st.booleans()):
         share = draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
         mask = torch.rand(batch, layout.length, generator=torch.Generator().manual_seed(4)) < share
-    autocast, learns = draw(st.sampled_from([None, torch.bfloat16, torch.float16])), draw(st.booleans())
+    autocast, mode = draw(st.sampled_from([None, torch.bfloat16, torch.float16])), draw(st.sampled_from(MODES))
     dtype = autocast if autocast is not None and inputs[0].dtype != torch.float64 else inputs[0].dtype
-    problem = replace(Problem.of(*inputs, Call(pattern, layout, 1.0, mask)), dtype=dtype, grad=learns)
+    problem = replace(Problem.of(*inputs, Call(pattern, layout, 1.0, mask)), dtype=dtype, grad=mode == "grad")
     able = [n for n in BACKENDS.own if n not in ("triton", "flex") and verdict(load(n), problem).ok]
-    return pattern, layout, draw(st.sampled_from(["auto", *able])), inputs, mask, autocast, learns
+    return pattern, layout, draw(st.sampled_from(["auto", *able])), inputs, mask, autocast, mode
 
 
 @settings(deadline=None, max_examples=120)
 @given(calls())
 def test_a_batch_is_its_samples(call):
-    pattern, layout, backend, inputs, mask, autocast, learns = call
+    pattern, layout, backend, inputs, mask, autocast, mode = call
+    learns = mode == "grad"
     leaves = [t.detach().requires_grad_(learns) for t in inputs]
 
     def run(tensors, key_mask):
         return visattn.attention(*tensors, pattern, layout, backend=backend, key_mask=key_mask)
 
-    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+    # What one mode leaves in caches is used by the next example's.
+    low = torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None)
+    with low, torch.inference_mode(mode == "inference"):
         out = run(leaves, mask)
     narrow = autocast is not None and inputs[0].dtype != torch.float64
     assert out.dtype == (autocast if narrow else inputs[0].dtype) and out.requires_grad == learns

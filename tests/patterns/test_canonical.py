@@ -173,6 +173,8 @@ def test_what_differs_stays_apart():
         (lambda: Radial(sink="yes"), r"sink='yes' must be true or false"),
         (lambda: AgentSD(cell=(4, 4, 4)), r"cell=4x4x4 has 3 values but the grid has 2 axes"),
         (lambda: Neighborhood(float("inf")), r"window=inf must be a whole number"),
+        (lambda: Neighborhood(True), r"window=True must be a whole number"),
+        (lambda: Halo((2, True), 1), r"block=\(2, True\) must be a whole number"),
         (lambda: parse("na(window=(7,seven))"), r"window=\(7,seven\) in .* is not a number, sizes like 7x7"),
         (lambda: parse("na(window=())"), r"window=\(\) in .* is not a number, sizes like 7x7"),
     ],

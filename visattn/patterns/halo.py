@@ -48,9 +48,9 @@ class Halo(SpannedPattern):
         self.axes(grid)
 
     def axes(self, grid: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Block, at most the axis, and halo per axis."""
+        """Block and halo per axis, each at most the axis."""
         blocks, halos = (per_axis(getattr(self, name), len(grid), name) for name in ("block", "halo"))
-        return [(n if b == -1 else min(b, n), h) for n, b, h in zip(grid, blocks, halos, strict=True)]
+        return [(n if b == -1 else min(b, n), min(h, n)) for n, b, h in zip(grid, blocks, halos, strict=True)]
 
     def spans(self, grid: tuple[int, ...]) -> list[Spans]:
         """The visible positions of each query, per axis."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from visattn.layout import Layout
+from visattn.layout import Layout, check_layout
 from visattn.patterns.base import Pattern
 from visattn.patterns.kinds import ComposedPattern, PooledPattern, RoutedPattern, StaticPattern
 from visattn.patterns.text import parse
@@ -26,6 +26,7 @@ def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
         ValueError: If the pattern is not defined on the grid, or has no mask that is known without q and k.
     """
     pattern = parse(pattern)
+    check_layout(layout)
     pattern.check(layout.grid)
     shown = pattern.inner or pattern if isinstance(pattern, ComposedPattern) else pattern
     if isinstance(shown, RoutedPattern):

@@ -28,7 +28,8 @@ def whole_numbers(value: Any, name: str, low: int, also: Sequence[int] = ()) -> 
     given = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     try:
         whole = [int(n) for n in given]
-        good = len(whole) > 0 and all(w == n and (w >= low or w in also) for w, n in zip(whole, given, strict=True))
+        good = len(whole) > 0 and not any(isinstance(n, bool | np.bool_) for n in given)
+        good = good and all(w == n and (w >= low or w in also) for w, n in zip(whole, given, strict=True))
     except (TypeError, ValueError, OverflowError):
         good, whole = False, []
     if not good:
