@@ -245,9 +245,16 @@ class TestRefusals:
         x = tiny_models.noise(2, 120, 4)
         stock = module(x, encoder_hidden_states=x[:, :7])
         with visattn.apply(model, "agentsd(cell=3, early=1.0)") as handle:
+            inside = []
+            hook = model.conv_out.register_forward_hook(
+                lambda *_: inside.append(module(x, encoder_hidden_states=x[:, :7]))
+            )
             tiny_models.run(model, inputs)
-            assert torch.equal(module(x, encoder_hidden_states=x[:, :7]), stock)
-        assert handle.report().fallbacks == {"its keys are masked or another sequence": 1}
+            hook.remove()
+            assert torch.equal(inside[0], stock)
+            assert handle.report().fallbacks == {"its keys are masked or another sequence": 1}
+            assert torch.equal(module(x), module.processor._visattn_original(module, x))
+        assert handle.report().fallbacks["called outside of the model's forward"] == 1
 
     @pytest.mark.parametrize(
         ("text", "message"),
