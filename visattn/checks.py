@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -51,7 +52,26 @@ def check_fit(
     if not q.device == k.device == v.device:
         raise ValueError(f"q on {q.device}, k on {k.device} and v on {v.device} must be on one device")
     layout.check_length(q.shape[1])
-    pattern.check(layout.grid)
+    _check_defined(pattern, layout.grid)
+    if key_mask is not None or rpb is not None or parameters:
+        _check_others(q, pattern, layout, key_mask, rpb, parameters)
+
+
+# Most calls name a pattern and a grid that have passed.
+@lru_cache(maxsize=1024)
+def _check_defined(pattern: Pattern, grid: tuple[int, ...]) -> None:
+    pattern.check(grid)
+
+
+def _check_others(
+    q: torch.Tensor,
+    pattern: Pattern,
+    layout: Layout,
+    key_mask: torch.Tensor | None,
+    rpb: torch.Tensor | None,
+    parameters: Mapping[str, torch.Tensor],
+) -> None:
+    """The tensors beside q, k and v."""
     for name, tensor in (("key_mask", key_mask), ("rpb", rpb), *parameters.items()):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} is a {type(tensor).__name__}: pass a torch tensor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 
@@ -45,12 +46,12 @@ class Layout:
         """Number of grid axes."""
         return len(self.grid)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Number of grid tokens."""
         return math.prod(self.grid)
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Number of all tokens: prefix + grid + suffix."""
         return self.prefix + self.tokens + self.suffix
