@@ -122,12 +122,13 @@ def clear_caches() -> None:
 @contextmanager
 def untraced() -> Iterator[None]:
     """Let torch.jit.trace record nothing."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+    library: Any = torch._C
+    state = library._get_tracing_state()
+    library._set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        library._set_tracing_state(state)
 
 
 def stands_in() -> bool:
