@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -144,10 +145,8 @@ def _outside_of_modes(build: Callable[P, T], *args: P.args, **options: P.kwargs)
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch._C.DisableTorchFunction())
         stack.enter_context(untraced())
-        if torch._C._len_torch_dispatch_stack():
-            from torch.utils._python_dispatch import _disable_current_modes
-
-            stack.enter_context(_disable_current_modes())
+        # Always: torch.export has a stack of modes that the length of the other does not tell of.
+        stack.enter_context(_disable_current_modes())
         if torch._C._are_functorch_transforms_active():
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
