@@ -141,12 +141,12 @@ def stands_in() -> bool:
 def _outside_of_modes(build: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
     """Call a function as if no mode of torch were on."""
     with ExitStack() as stack:
+        # These first and always: torch.export records changes of the others, in a stack of modes of its own.
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(untraced())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch._C.DisableTorchFunction())
-        stack.enter_context(untraced())
-        # Always: torch.export has a stack of modes that the length of the other does not tell of.
-        stack.enter_context(_disable_current_modes())
         if torch._C._are_functorch_transforms_active():
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
