@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -122,12 +123,13 @@ def clear_caches() -> None:
 @contextmanager
 def untraced() -> Iterator[None]:
     """Let torch.jit.trace record nothing."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+    library: Any = torch._C
+    state = library._get_tracing_state()
+    library._set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        library._set_tracing_state(state)
 
 
 def stands_in() -> bool:
@@ -139,14 +141,12 @@ def stands_in() -> bool:
 def _outside_of_modes(build: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
     """Call a function as if no mode of torch were on."""
     with ExitStack() as stack:
+        # These first and always: torch.export records changes of the others, in a stack of modes of its own.
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(untraced())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch._C.DisableTorchFunction())
-        stack.enter_context(untraced())
-        if torch._C._len_torch_dispatch_stack():
-            from torch.utils._python_dispatch import _disable_current_modes
-
-            stack.enter_context(_disable_current_modes())
         if torch._C._are_functorch_transforms_active():
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 

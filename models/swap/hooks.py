@@ -35,7 +35,7 @@ def _grid(module: Any, args: tuple[Any, ...], out: Any) -> tuple[int, int]:
         return _pair(out[1])
     if out.ndim == 4:
         rows, columns = (out.shape[1], out.shape[2]) if _is_nhwc(module) else (out.shape[2], out.shape[3])
-        return int(rows), int(columns)
+        return _pair((rows, columns))
     if math.prod(module.grid_size) == out.shape[1]:
         return _pair(module.grid_size)
     return _pair(module.dynamic_feat_size(tuple(args[0].shape[-2:])))
@@ -46,6 +46,10 @@ def _is_nhwc(module: Any) -> bool:
 
 
 def _pair(size: Any) -> tuple[int, int]:
+    if torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) and n.node.constant is None for n in size):
+        raise ValueError(
+            "the pattern of an exported program is that of one grid: export with images of a fixed size, once for each"
+        )
     return int(size[0]), int(size[1])
 
 

@@ -24,14 +24,19 @@ PATTERNS = [
 REFUSED = "this call cannot be exported, for it needs kernels of its own"
 
 
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    # What an exporter finds kept is a constant; what it makes has to be one.
+    visattn.clear_caches()
+
+
 def vit(pattern, **options):
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=96, num_classes=5, **options).eval()
     visattn.apply(model, pattern, backend="tiles" if pattern.startswith("na") else "auto")
     return model
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("pattern", "grad"), [(PATTERNS[0], True), *((pattern, False) for pattern in PATTERNS)])
 def test_a_saved_trace_runs_batches_of_any_size(pattern, grad):
     model, file = vit(pattern), io.BytesIO()
     with torch.set_grad_enabled(grad):
@@ -70,5 +75,5 @@ def test_torch_export_keeps_the_operator_and_refuses_images_of_any_size():
         assert [str(node.target) for node in program.graph.nodes].count("visattn.attend.default") == 1
         assert torch.equal(program.module()(images), model(images))
     height, width = (16 * torch.export.Dim(name, min=4, max=12) for name in ("rows", "columns"))
-    with pytest.raises(Exception, match=r"(?s)rows|columns|[Cc]onstraint|specializ"):
+    with pytest.raises(ValueError, match="the pattern of an exported program is that of one grid"):
         torch.export.export(model, (images,), dynamic_shapes={"x": {2: height, 3: width}})
