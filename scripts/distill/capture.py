@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from visattn.pipelines.families import find_family
-from visattn.pipelines.patch.install import DENOISERS
+from visattn.pipelines.patch.targets import DENOISERS
 
 TIME = "timestep"
 
