@@ -175,9 +175,7 @@ def _generate(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     progress = sys.stderr.isatty()
     if not progress:
-        from diffusers.utils import logging
-
-        logging.disable_progress_bar()
+        _no_progress_bars()
     pipe = load_pipeline(model, device, dtype)
     with _warnings_told():
         check(pipe, settings)
@@ -185,6 +183,15 @@ def _generate(
     summary = summarize(pipe, settings, runs, model)
     write(folder, summary, runs, fps or frame_rate(pipe))
     return summary
+
+
+def _no_progress_bars() -> None:
+    """Loading shows none, neither of diffusers nor of transformers, where that is installed."""
+    import importlib.util
+
+    for library in ("diffusers", "transformers"):
+        if importlib.util.find_spec(library) is not None:
+            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
 @contextmanager
