@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from visattn.handle import Handle, apply
+from visattn.pipelines.embedded.pixel import PixelPipeline
 from visattn.pipelines.patch.targets import DENOISERS
 from visattn.pipelines.trained import load_own, load_trained, trained_weights
 from visattn.report import Report
@@ -31,7 +32,7 @@ class Settings:
     Attributes:
         pattern: A pattern's text, or the path of a JSON or YAML file with one per layer.
         output: IMAGE or VIDEO; below, "image" means either.
-        prompt: Text, for models that take one.
+        prompts: Texts, for models that take one; image i gets prompt i, in a circle.
         labels: Class labels, for class-conditional models; image i gets label i, in a circle.
         seed: Of the first image; image i gets seed + i.
         count: Number of images.
@@ -50,7 +51,7 @@ class Settings:
 
     pattern: str
     output: str = IMAGE
-    prompt: str | None = None
+    prompts: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     seed: int = 0
     count: int = 1
@@ -117,12 +118,12 @@ def check(pipe: Any, settings: Settings) -> None:
     if makes != settings.output:
         raise ValueError(f"{name} makes {makes}s: use visattn generate {makes}")
     if "class_labels" in takes:
-        if settings.prompt is not None:
+        if settings.prompts:
             raise ValueError(f"{name} takes class labels and no prompt: pass --label 3 instead of --prompt")
     elif "prompt" in takes:
         if settings.labels:
             raise ValueError(f"{name} takes a prompt and no class labels: pass --prompt TEXT instead of --label")
-        if settings.prompt is None:
+        if not settings.prompts:
             raise ValueError(f"{name} needs a prompt: pass --prompt TEXT")
     else:
         raise ValueError(f"{name} takes neither a prompt nor class labels: call visattn.apply on it in Python")
@@ -133,6 +134,11 @@ def check(pipe: Any, settings: Settings) -> None:
     ):
         if value is not None and parameter not in takes:
             raise ValueError(f"{name} has no {parameter}: leave {option} away")
+    if isinstance(pipe, PixelPipeline):
+        known = inspect.signature(pipe.check_inputs).parameters
+        for image in range(settings.count):
+            arguments = call_arguments(pipe, settings, image)
+            pipe.check_inputs(**{key: value for key, value in arguments.items() if key in known})
 
 
 def run_all(pipe: Any, settings: Settings, *, progress: bool = True) -> Iterator[Run]:
@@ -243,8 +249,8 @@ def call_arguments(pipe: Any, settings: Settings, image: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {"output_type": "np"}
     # Noise from the CPU is the same for every device, and for the twin.
     arguments["generator"] = torch.Generator("cpu").manual_seed(settings.seeds[image])
-    if settings.prompt is not None:
-        arguments["prompt"] = settings.prompt
+    if settings.prompts:
+        arguments["prompt"] = prompt_of(settings, image)
     else:
         arguments["class_labels"] = [label_of(settings, image)]
     if settings.size is not None:
@@ -257,6 +263,11 @@ def call_arguments(pipe: Any, settings: Settings, image: int) -> dict[str, Any]:
         if value is not None:
             arguments[name] = value
     return arguments
+
+
+def prompt_of(settings: Settings, image: int) -> str:
+    """Prompt of an image: the given ones in a circle."""
+    return settings.prompts[image % len(settings.prompts)]
 
 
 def label_of(settings: Settings, image: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import re
 import warnings
 from pathlib import Path
@@ -47,16 +45,17 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str | None = None) -> 
 def _from_pretrained(model: str, dtype: torch.dtype) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
-    kind, folder = DiffusionPipeline, Path(model)
+    folder = Path(model)
     if folder.is_dir():
-        kind = _class_of(folder)
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"folder {folder} has no model_index.json, so it is not a diffusers pipeline")
     elif folder.suffix in WEIGHT_FILES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         names = ", ".join(EMBEDDED)
         raise ValueError(
             f"model {model!r} is not an embedded model ({names}), a folder here, or a hub id like owner/name"
         )
     try:
-        return kind.from_pretrained(
+        return DiffusionPipeline.from_pretrained(
             model, torch_dtype=dtype, use_safetensors=True, **({"local_files_only": True} if folder.is_dir() else {})
         )
     except (OSError, ValueError) as error:
@@ -66,21 +65,6 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> DiffusionPipeline:
             f"cannot get {model!r} from the hub ({_first_sentence(error)}). Without network, download it elsewhere and "
             "pass the path of its folder: --model path/to/folder"
         ) from error
-
-
-def _class_of(folder: Path) -> type[DiffusionPipeline]:
-    """The class that can load a folder: one of ours where its index names it, which diffusers would not find."""
-    from diffusers import DiffusionPipeline
-
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"folder {folder} has no model_index.json, so it is not a diffusers pipeline")
-    name = json.loads(index.read_text()).get("_class_name")
-    for known in EMBEDDED.values():
-        module, cls = known.pipeline.split(":")
-        if name == cls:
-            return getattr(importlib.import_module(module), cls)
-    return DiffusionPipeline
 
 
 def _first_sentence(error: Exception) -> str:

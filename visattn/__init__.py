@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from visattn.discovery import install as _install
 from visattn.version import __version__
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ __all__ = [
     "register_family",
     "register_pattern",
 ]
+
+
+_install()
 
 
 def __getattr__(name: str) -> Any:

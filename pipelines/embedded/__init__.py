@@ -24,7 +24,7 @@ class EmbeddedModel:
         name: The name a user types.
         kind: "image" or "video".
         pipeline: Import path of the pipeline class, "module:class".
-        classes: Number of class labels.
+        classes: Number of class labels; None of a model that takes prompts.
         size: Size it was trained at: (height, width) or (frames, height, width), in pixels.
         grid: Tokens on each axis at that size.
         summary: One line for lists.
@@ -33,7 +33,7 @@ class EmbeddedModel:
     name: str
     kind: str
     pipeline: str
-    classes: int
+    classes: int | None = None
     size: tuple[int, ...]
     grid: tuple[int, ...]
     summary: str
@@ -64,7 +64,16 @@ _MOVING_DIGITS = EmbeddedModel(
     summary="moving handwritten digits 0-9, 16 frames of 32x32 px, 4096 tokens, 6-layer pixel Wan transformer",
 )
 
-EMBEDDED = MappingProxyType({model.name: model for model in (_DIGITS, _MOVING_DIGITS)})
+_EMOJI = EmbeddedModel(
+    name="emoji",
+    kind="image",
+    pipeline="visattn.pipelines.embedded.pixel_flux:PixelFluxPipeline",
+    size=(256, 256),
+    grid=(64, 64),
+    summary="emoji from prompts, 256x256 px, 4096 tokens and 32 of text, 11-block pixel FLUX transformer",
+)
+
+EMBEDDED = MappingProxyType({model.name: model for model in (_DIGITS, _MOVING_DIGITS, _EMOJI)})
 
 
 def embedded_models() -> tuple[str, ...]:

@@ -38,6 +38,14 @@ class PixelPipeline(DiffusionPipeline):
         """Velocity (noise minus sample), shaped like `latents`, at times t [B] from 0 to 1000 for labels [B]."""
         raise NotImplementedError
 
+    def check_inputs(self, *args: Any, **arguments: Any) -> None:
+        """Checks what a call is to make, with arguments of the same names, before any work.
+
+        Raises:
+            ValueError: If the model cannot make it.
+        """
+        raise NotImplementedError
+
     @property
     def guidance_scale(self) -> float:
         """Guidance scale of the current or last call."""

@@ -95,6 +95,17 @@ class PixelDiTPipeline(PixelPipeline):
         self.maybe_free_model_hooks()
         return PixelDiTOutput(images=images) if return_dict else (images,)
 
+    def check_inputs(
+        self, class_labels: int | Sequence[int] | torch.Tensor, height: int | None = None, width: int | None = None
+    ) -> None:
+        """Checks labels and size, see `__call__`.
+
+        Raises:
+            ValueError: If one does not fit the model.
+        """
+        self._check_labels(class_labels)
+        self._check_size(height, width)
+
     def _velocity(self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.transformer(latents, timestep=t, class_labels=labels).sample
 

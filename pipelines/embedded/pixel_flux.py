@@ -118,6 +118,18 @@ class PixelFluxPipeline(PixelPipeline):
         self.maybe_free_model_hooks()
         return PixelFluxOutput(images=images) if return_dict else (images,)
 
+    def check_inputs(self, prompt: str | Sequence[str], height: int | None = None, width: int | None = None) -> None:
+        """Checks prompts and size, see `__call__`.
+
+        Warns:
+            PromptWarning: If a prompt is used, but not as it was written.
+
+        Raises:
+            ValueError: If one does not fit the model.
+        """
+        self._check_size(height, width)
+        tokenize(self.tokenizer, check_prompts(prompt))
+
     def encode_prompt(self, prompts: Sequence[str]) -> Encoded:
         """Encodes the prompts; with guidance the null prompt follows for each."""
         ids = tokenize(self.tokenizer, prompts)

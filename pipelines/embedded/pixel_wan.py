@@ -114,6 +114,21 @@ class PixelWanPipeline(PixelPipeline):
         self.maybe_free_model_hooks()
         return PixelWanOutput(frames=frames) if return_dict else (frames,)
 
+    def check_inputs(
+        self,
+        class_labels: int | Sequence[int] | torch.Tensor,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        """Checks labels and size, see `__call__`.
+
+        Raises:
+            ValueError: If one does not fit the model.
+        """
+        self._check_labels(class_labels)
+        self._check_size(num_frames, height, width)
+
     def _velocity(self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         words = class_words(labels, self.num_classes, self._own.class_tokens).to(latents.dtype)
         return self.transformer(latents, timestep=t, encoder_hidden_states=words, return_dict=False)[0]

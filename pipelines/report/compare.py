@@ -16,7 +16,7 @@ from PIL import Image
 
 from visattn.canvas import GAP, Picture, column, row, text
 from visattn.metrics import SSIM_SIDE, psnr, ssim
-from visattn.pipelines.generate import DENSE, SPARSE, VIDEO, Run, Settings, label_of
+from visattn.pipelines.generate import DENSE, SPARSE, VIDEO, Run, Settings, label_of, prompt_of
 from visattn.pipelines.report.html import page
 from visattn.pipelines.report.lpips import find_lpips
 from visattn.pipelines.report.video_files import READABLE, contact_sheet, to_picture, write_mp4
@@ -106,7 +106,8 @@ def _times(runs: Sequence[Run], kind: str) -> dict[str, Any]:
 
 
 def _image(settings: Settings, index: int) -> dict[str, Any]:
-    condition = {"prompt": settings.prompt} if settings.prompt is not None else {"label": label_of(settings, index)}
+    prompts = settings.prompts
+    condition = {"prompt": prompt_of(settings, index)} if prompts else {"label": label_of(settings, index)}
     return {"index": index, "seed": settings.seeds[index], **condition}
 
 

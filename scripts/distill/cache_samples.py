@@ -84,8 +84,8 @@ class Settings:
             if not lines:
                 raise ValueError(f"--prompts {self.prompts} has no prompt")
             return lines
-        default = range(EMBEDDED[self.model].classes) if self.model in EMBEDDED else range(1)
-        return list(parse_labels(self.labels) or default)
+        known = EMBEDDED.get(self.model)
+        return list(parse_labels(self.labels) or range(known.classes if known and known.classes else 1))
 
     def to_json(self) -> dict[str, Any]:
         """What the samples depend on."""

@@ -50,7 +50,7 @@ class Pictures:
 
         video = "num_frames" in inspect.signature(self.pipe.__call__).parameters
         wish, known = self.index.settings["conditions"][number], self.index.settings
-        asked: dict[str, Any] = {"prompt": wish} if isinstance(wish, str) else {"labels": (wish,)}
+        asked: dict[str, Any] = {"prompts": (wish,)} if isinstance(wish, str) else {"labels": (wish,)}
         settings = Settings(
             pattern="dense",
             output=VIDEO if video else IMAGE,

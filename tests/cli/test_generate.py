@@ -256,12 +256,12 @@ def test_prompts_and_labels_are_for_the_models_that_take_them():
         def __call__(self, image):
             """Takes an image."""
 
-    check(Text(), Settings(pattern="dense", prompt="a cat", steps=4))
+    check(Text(), Settings(pattern="dense", prompts=("a cat",), steps=4))
     for pipe, settings, text in (
         (Text(), {"labels": (3,)}, "Text takes a prompt and no class labels: pass --prompt TEXT instead of --label"),
         (Text(), {}, "Text needs a prompt: pass --prompt TEXT"),
-        (Text(), {"prompt": "a", "guidance": 2.0}, "Text has no guidance_scale: leave --guidance away"),
-        (Text(), {"prompt": "a", "size": (8, 8)}, "Text has no height: leave --size away"),
+        (Text(), {"prompts": ("a",), "guidance": 2.0}, "Text has no guidance_scale: leave --guidance away"),
+        (Text(), {"prompts": ("a",), "size": (8, 8)}, "Text has no height: leave --size away"),
         (Neither(), {}, "Neither takes neither a prompt nor class labels: call visattn.apply on it in Python"),
     ):
         with pytest.raises(ValueError, match=text):

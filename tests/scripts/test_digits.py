@@ -15,7 +15,7 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from visattn.pipelines.embedded import EMBEDDED, embedded_models, load_embedded
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
 
-MAX_WEIGHTS_BYTES = 8_000_000
+MAX_WEIGHTS_BYTES = {"emoji": 23_000_000}
 
 
 def tiny_pipeline(dynamic_shifting=True):
@@ -181,8 +181,8 @@ class TestEmbedded:
     @pytest.mark.parametrize("name", embedded_models())
     def test_weights_are_small_safetensors(self, name):
         files = [file for file in EMBEDDED[name].folder.rglob("*") if file.is_file()]
-        assert {file.suffix for file in files} == {".json", ".safetensors"}
-        assert sum(file.stat().st_size for file in files) <= MAX_WEIGHTS_BYTES
+        assert {file.suffix for file in files} - {".md", ".txt"} == {".json", ".safetensors"}
+        assert sum(file.stat().st_size for file in files) <= MAX_WEIGHTS_BYTES.get(name, 8_000_000)
 
     def test_digits_are_readable(self):
         assert readable_share(samples=10, steps=5) >= 0.8

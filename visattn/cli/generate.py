@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +57,7 @@ def image(
     pattern: PatternOption,
     out: OutOption,
     model: Annotated[
-        str, typer.Option(help="digits (embedded), a folder in diffusers' format, or a hub id.")
+        str, typer.Option(help="digits or emoji (embedded), a folder in diffusers' format, or a hub id.")
     ] = "digits",
     prompt: PromptOption = None,
     label: LabelOption = None,
@@ -116,6 +119,7 @@ def _command(
     *,
     out: Path,
     model: str,
+    prompt: list[str] | None,
     label: str | None,
     count: int | None,
     size: str | None,
@@ -132,8 +136,9 @@ def _command(
     labels = parse_labels(label)
     options |= {
         "output": output,
+        "prompts": tuple(prompt or ()),
         "labels": labels,
-        "count": count if count is not None else max(1, len(labels)),
+        "count": count if count is not None else max(1, len(labels), len(prompt or ())),
         "size": pixels(size),
         "dense_steps": parse_steps(dense_steps),
         "weights": None if weights is None else str(weights),
@@ -170,15 +175,36 @@ def _generate(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     progress = sys.stderr.isatty()
     if not progress:
-        from diffusers.utils import logging
-
-        logging.disable_progress_bar()
+        _no_progress_bars()
     pipe = load_pipeline(model, device, dtype)
-    check(pipe, settings)
+    with _warnings_told():
+        check(pipe, settings)
     runs = list(run_all(pipe, settings, progress=progress))
     summary = summarize(pipe, settings, runs, model)
     write(folder, summary, runs, fps or frame_rate(pipe))
     return summary
+
+
+def _no_progress_bars() -> None:
+    """Loading shows none, neither of diffusers nor of transformers, where that is installed."""
+    import importlib.util
+
+    for library in ("diffusers", "transformers"):
+        if importlib.util.find_spec(library) is not None:
+            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Shows each warning once as a line, without the place in the code that it comes from."""
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        typer.echo(f"visattn: warning: {text}", err=True)
+        warnings.filterwarnings("ignore", re.escape(text))
 
 
 def _need_diffusers() -> None:

@@ -14,11 +14,13 @@ PatternOption = Annotated[
     str, typer.Option(help='A pattern like "na(window=9x9)", or a .json or .yaml file with one per layer.')
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder for what is generated and report.json.")]
-PromptOption = Annotated[str | None, typer.Option(help="Text, for models that take one.")]
+PromptOption = Annotated[
+    list[str] | None, typer.Option(help="Text, for models that take one; several times for several.")
+]
 LabelOption = Annotated[
     str | None, typer.Option(help="Class labels like 3 or 0,3,7 or 0-9, for class-conditional models; 0,1,2,...")
 ]
-CountOption = Annotated[int | None, typer.Option(help="How many; one per label, or 1.")]
+CountOption = Annotated[int | None, typer.Option(help="How many; one per prompt or label, or 1.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the first; the next has the next seed.")]
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps; the pipeline's default.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default.")]
