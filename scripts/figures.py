@@ -215,6 +215,25 @@ def gpu_stack_table() -> str:
     return table(["model", "grid", "attention", "a step, eager", "compiled", "memory, eager", "compiled"], rows)
 
 
+def gpu_calls_table() -> str:
+    """What a call costs the host and in all, measured by scripts/check/prepared_gpu.py."""
+    rows = []
+    for row in result("h100-calls")["rows"]:
+        keys = ("host_us", "wall_us", "sdpa_host_us", "sdpa_wall_us", "forward_grad_us", "backward_us")
+        rows.append([f"`{row['pattern']}` on {row['layout']}", row["heads"], *(f"{row[key]:.0f}" for key in keys)])
+    head = [
+        "case",
+        "heads",
+        "host",
+        "wall",
+        "dense: host",
+        "dense: wall",
+        "forward with gradient: host",
+        "backward: host",
+    ]
+    return table(head, rows)
+
+
 def digits_vit_table() -> str:
     """What patterns cost the small ViT, before and after fine-tuning."""
     found, rows = result("digits-vit"), []
@@ -348,6 +367,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu": gpu_table,
     "gpu-peers": gpu_peers_table,
     "gpu-stack": gpu_stack_table,
+    "gpu-calls": gpu_calls_table,
     "digits-vit": digits_vit_table,
     "timm": timm_table,
     "moh": moh_table,

@@ -105,7 +105,9 @@ def ready() -> tuple[int, int]:
 def measure(name: str, case: Any) -> dict[str, Any]:
     """Bits and times of one case."""
     dtype = torch.bfloat16
-    row: dict[str, Any] = {"case": name}
+    pattern, layout, heads, kv_heads, head_dim = case
+    of = heads if heads == kv_heads else f"{heads} ({kv_heads} of keys)"
+    row: dict[str, Any] = {"case": name, "pattern": pattern, "layout": str(layout), "heads": f"{of} x {head_dim}"}
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             sets = [tensors(case, seed, dtype, grad) for seed in range(3)]
