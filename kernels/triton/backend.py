@@ -24,6 +24,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Share of cuDNN's dense rate that visited pairs run at, tiles with a mask weighted by PARTIAL: the general kernel's and
 # the Hopper kernel's, measured on an H100 (docs/gpu-notes.md).
 RATE, HOPPER_RATE = 0.6, 0.95
+# What a call keeps the host beyond what dense attention does, in microseconds, without and with choosing lists
+# (docs/performance.md).
+CALL_US, ROUTED_CALL_US = 70, 500
 # Triton runs kernels for Ampere and later.
 OLDEST = 80
 
@@ -123,7 +126,9 @@ class Triton(Backend):
         plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)
         partial = 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
-        return pairs / rate + overhead(problem, 0, 40)
+        return pairs / rate + overhead(
+            problem, 0, ROUTED_CALL_US if isinstance(problem.pattern, RoutedPattern) else CALL_US
+        )
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
