@@ -7,6 +7,7 @@ Prints one line a case; the last line counts what ran, what was refused and what
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 
@@ -73,9 +74,10 @@ def check(name: str, text: str, layout: Layout, variant: str, grad: bool, lse: b
 
 def main() -> None:
     """Check the backends named on the command line, all by default."""
-    names = sys.argv[1:] or [n for n in BACKENDS.usable() if n != "reference"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="backends; default all that are usable here")
     count: Counter[str] = Counter()
-    for name in names:
+    for name in parser.parse_args().names or [n for n in BACKENDS.usable() if n != "reference"]:
         for text, layout in CASES:
             for variant in VARIANTS:
                 # FlexAttention compiles every one of them for seconds: the forms with most in them will do.
