@@ -15,6 +15,7 @@ import torch
 
 from visattn import Layout, attention, parse
 from visattn.dispatch import BACKENDS, Call, Problem, load, verdict
+from visattn.patterns import BiasedPattern
 
 CASES = (
     ("dense", Layout((7, 9), 3, 2)),
@@ -52,7 +53,9 @@ def check(name: str, text: str, layout: Layout, variant: str, grad: bool, lse: b
     pattern, dtype = parse(text), torch.bfloat16 if variant == "bfloat16" else torch.float32
     heads = (4, 2, 2) if variant == "gqa" else (4, 4, 4)
     inputs = [torch.randn(2, layout.length, h, 32, device="cuda", dtype=dtype, requires_grad=grad) for h in heads]
-    sides = pattern.rpb_shape(layout.grid) if variant == "rpb" else None
+    sides = None
+    if variant == "rpb" and isinstance(pattern, BiasedPattern):
+        sides = pattern.rpb_shape(layout.grid)
     if variant == "rpb" and sides is None:
         return ""
     rpb = None if sides is None else torch.randn(4, *sides, device="cuda", requires_grad=grad)

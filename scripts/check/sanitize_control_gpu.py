@@ -12,7 +12,7 @@ follow these barriers, and its reports on kernels that use them, as the Hopper k
 # ruff: noqa: ANN001, ANN201, ANN202
 
 # The language of Triton kernels is not quite Python.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
 import argparse
