@@ -7,6 +7,7 @@ python scripts/figures.py render           # the tables from docs/results
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -391,14 +392,24 @@ def rendered(text: str) -> str:
     return text
 
 
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """What to do, and with which results; an unknown one ends the program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    measuring = actions.add_parser("measure", help="run what measures the results, then render")
+    measuring.add_argument("names", nargs="*", metavar="NAME", help=f"out of {', '.join(COMMANDS)}; default all")
+    actions.add_parser("render", help="write the tables from docs/results")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(getattr(options, "names", ())) - set(COMMANDS)):
+        measuring.error(f"no result is named {', '.join(unknown)}: choose from {', '.join(COMMANDS)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    action, *names = sys.argv[1:] or [""]
-    unknown = [name for name in names if name not in COMMANDS]
-    if action not in ("measure", "render") or unknown:
-        raise SystemExit(f"{__doc__}\nresults: {', '.join(COMMANDS)}" + f"\nunknown: {unknown}" * bool(unknown))
-    if action == "measure":
-        measure(names)
+    options = parse_arguments(arguments)
+    if options.action == "measure":
+        measure(options.names)
     for page in PAGES:
         page.write_text(rendered(page.read_text()))
 

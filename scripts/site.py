@@ -1,6 +1,6 @@
 """What the documentation's site has beyond docs: a hook of mkdocs (see mkdocs.yml).
 
-- The README, CONTRIBUTING.md, CHANGELOG.md and SECURITY.md are pages of it, the licence is a file.
+- The README, CONTRIBUTING.md, CHANGELOG.md, SECURITY.md and scripts/README.md are pages of it, the licence is a file.
 - Below a block of one `visattn show` command stands the picture that it draws, below one of `visattn ... --help` the
   text that it prints.
 """
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-# Files of the top level, by their name on the site.
+# Files outside of docs, by their name on the site.
 TOP = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "security.md": "SECURITY.md",
+    "scripts.md": "scripts/README.md",
     "license.txt": "LICENSE",
     "notice.txt": "NOTICE",
 }
@@ -67,7 +68,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 run([*words, "--force", "--out", str(drawn)])
                 files.append(File.generated(config, f"drawn/{name}", content=drawn.read_bytes()))
     for name, source in TOP.items():
-        text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
+        text = (ROOT / source).read_text(encoding="utf-8")
+        if "/" in source:
+            text = text.replace("](../", "](")
+        text = text.replace("](docs/", "](")
         for page, original in TOP.items():
             text = text.replace(f"]({original})", f"]({page})")
         files.append(File.generated(config, name, content=text))

@@ -5,6 +5,7 @@ python -m scripts.tree
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import subprocess
@@ -69,5 +70,13 @@ def render(page: str) -> str:
     return text
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -111,7 +111,7 @@ def peer(case: Case) -> Callable[[], object]:
     heads_first = [t.transpose(1, 2).detach().contiguous().requires_grad_(t.requires_grad) for t in (q, k, v)]
 
     def run() -> object:
-        out = scaled_dot_product_attention(*heads_first)
+        out = scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2])
         return torch.autograd.grad(out, heads_first, out.detach()) if case.mode == "train" else out
 
     return run

@@ -120,9 +120,9 @@ def rates() -> dict[str, float]:
 def dense_by(kind: SDPBackend, inputs: list[torch.Tensor]) -> Contender:
     """SDPA of one kind on contiguous [B, H, S, D]."""
 
-    def make(*heads_first: torch.Tensor) -> torch.Tensor:
+    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(kind):
-            return scaled_dot_product_attention(*heads_first)
+            return scaled_dot_product_attention(q, k, v)
 
     return make, [t.transpose(1, 2).contiguous() for t in inputs]
 
@@ -142,7 +142,8 @@ def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: 
     shape = (1, layout.length, HEADS, DIM)
     inputs = [torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     parsed = parse(pattern)
-    launch = launches(*inputs, Call(parsed, layout, DIM**-0.5))
+    q, k, v = inputs
+    launch = launches(q, k, v, Call(parsed, layout, DIM**-0.5))
     tiles = (
         plan(pattern, layout)
         if isinstance(parsed, RoutedPattern)
@@ -155,8 +156,8 @@ def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: 
     }  # fmt: skip
     ours = lambda q, k, v: attention(q, k, v, pattern, layout, backend="triton")  # noqa: E731
     if not isinstance(parsed, RoutedPattern):
-        k, v, _ = with_pooled_keys(parsed, inputs[1], inputs[2], None, layout, None)
-        result["error"] = sampled_error(inputs[0], k, v, ours(*inputs), pattern, layout)
+        keys, values, _ = with_pooled_keys(parsed, k, v, None, layout, None)
+        result["error"] = sampled_error(q, keys, values, ours(q, k, v), pattern, layout)
         assert result["error"] < 1e-2, f"{name} is off by {result['error']}"
     contenders = {"triton": (ours, inputs)}
     if "cudnn" in peers:
@@ -181,13 +182,13 @@ def once(name: str, peers: list[str]) -> None:
     """Forward and backward of a case, which compiles what it needs."""
     pattern, layout = CASES[name]
     shape = (1, layout.length, HEADS, DIM)
-    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     for backend in ("triton", *(["flex"] if "flex" in peers and name in MAIN else [])):
         # What does not compile is reported where it is timed.
         with contextlib.suppress(Exception):
             with torch.no_grad():
-                attention(*inputs, pattern, layout, backend=backend)
-            attention(*inputs, pattern, layout, backend=backend).sum().backward()
+                attention(q, k, v, pattern, layout, backend=backend)
+            attention(q, k, v, pattern, layout, backend=backend).sum().backward()
 
 
 def line(name: str, result: dict[str, Any]) -> str:

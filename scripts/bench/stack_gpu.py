@@ -93,10 +93,10 @@ def main() -> int:
     todo = cases(chosen.only)
     if chosen.compile:
         index, of = map(int, chosen.compile.split("/"))
-        for case in [c for c in todo if c[3]][index::of]:
+        for name, grid, pattern, compiled in [c for c in todo if c[3]][index::of]:
             # What fails is reported where it is timed.
             with contextlib.suppress(Exception):
-                measure(*case, once=True)
+                measure(name, grid, pattern, compiled, once=True)
         return 0
     if chosen.jobs > 1:
         compile_first(chosen.jobs)

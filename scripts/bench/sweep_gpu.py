@@ -22,13 +22,26 @@ from visattn.kernels.triton.backend import architecture
 from visattn.kernels.triton.config import DIRECTIONS, Config, config
 
 
+def configuration(text: str) -> Config:
+    """A configuration from rows x columns x warps x stages [x tiles per step [x 1 for Hopper's kernel]].
+
+    Raises:
+        argparse.ArgumentTypeError: If it is anything else.
+    """
+    numbers = text.split("x")
+    if not 4 <= len(numbers) <= 6 or not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no configuration: give 4 to 6 numbers, as in 128x128x8x2x2")
+    rows, columns, warps, stages, *more = map(int, numbers)
+    return Config(rows, columns, warps, stages, more[0] if more else 1, hopper=more[1:] == [1])
+
+
 def main() -> int:
     """Compile, then time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=14)
     parser.add_argument("--only", nargs="*", default=["flux-s1"])
     parser.add_argument("--directions", nargs="*", default=list(DIRECTIONS), choices=DIRECTIONS)
-    parser.add_argument("--configs", nargs="*", default=[])
+    parser.add_argument("--configs", nargs="*", type=configuration, default=[])
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
@@ -36,8 +49,7 @@ def main() -> int:
     todo = []
     for name in chosen.only:
         for direction in chosen.directions:
-            listed = [Config(*map(int, c.split("x"))) for c in chosen.configs]
-            for launch in listed or tune.candidates(90, torch.bfloat16, DIM, direction):
+            for launch in chosen.configs or tune.candidates(90, torch.bfloat16, DIM, direction):
                 todo.append((name, direction, launch))
     if not chosen.compile and chosen.jobs > 1:
         compile_first(chosen.jobs)

@@ -7,6 +7,7 @@ Prints one line a case; the last line counts what ran, what was refused and what
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 
@@ -14,6 +15,7 @@ import torch
 
 from visattn import Layout, attention, parse
 from visattn.dispatch import BACKENDS, Call, Problem, load, verdict
+from visattn.patterns import BiasedPattern
 
 CASES = (
     ("dense", Layout((7, 9), 3, 2)),
@@ -51,7 +53,9 @@ def check(name: str, text: str, layout: Layout, variant: str, grad: bool, lse: b
     pattern, dtype = parse(text), torch.bfloat16 if variant == "bfloat16" else torch.float32
     heads = (4, 2, 2) if variant == "gqa" else (4, 4, 4)
     inputs = [torch.randn(2, layout.length, h, 32, device="cuda", dtype=dtype, requires_grad=grad) for h in heads]
-    sides = pattern.rpb_shape(layout.grid) if variant == "rpb" else None
+    sides = None
+    if variant == "rpb" and isinstance(pattern, BiasedPattern):
+        sides = pattern.rpb_shape(layout.grid)
     if variant == "rpb" and sides is None:
         return ""
     rpb = None if sides is None else torch.randn(4, *sides, device="cuda", requires_grad=grad)
@@ -73,9 +77,10 @@ def check(name: str, text: str, layout: Layout, variant: str, grad: bool, lse: b
 
 def main() -> None:
     """Check the backends named on the command line, all by default."""
-    names = sys.argv[1:] or [n for n in BACKENDS.usable() if n != "reference"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="backends; default all that are usable here")
     count: Counter[str] = Counter()
-    for name in names:
+    for name in parser.parse_args().names or [n for n in BACKENDS.usable() if n != "reference"]:
         for text, layout in CASES:
             for variant in VARIANTS:
                 # FlexAttention compiles every one of them for seconds: the forms with most in them will do.

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,12 +84,12 @@ def inputs_of(layouts: list[Layout], masked: bool, seed: int) -> tuple[list[torc
 
 
 def trained(
-    model: Callable[..., list[torch.Tensor]], parameters: list[torch.Tensor], *inputs: Any
+    model: Callable[..., list[torch.Tensor]], parameters: Sequence[torch.Tensor], *inputs: Any
 ) -> list[torch.Tensor]:
     """Outputs and gradients of one step."""
     outs = model(*inputs)
-    loss = sum(out.float().square().mean() for out in outs)
-    return [*outs, *torch.autograd.grad(loss, parameters)]
+    first, *others = (out.float().square().mean() for out in outs)
+    return [*outs, *torch.autograd.grad(sum(others, first), list(parameters))]
 
 
 def replayed(step: Callable[..., list[torch.Tensor]], layouts: list[Layout], masked: bool) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def replayed(step: Callable[..., list[torch.Tensor]], layouts: list[Layout], mas
     with torch.cuda.graph(graph):
         results = step(*held)
     for a, b in zip([*held[0], *held[1]], [*new[0], *new[1]], strict=True):
-        if a is not None:
+        if a is not None and b is not None:
             a.copy_(b)
     graph.replay()
     torch.cuda.synchronize()

@@ -12,12 +12,13 @@ import argparse
 import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
 from scripts.gpu_common import itself, versions
 from visattn import Layout, attention, parse
-from visattn.patterns import RoutedPattern
+from visattn.patterns import BiasedPattern, RoutedPattern
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative error of forward and gradients: rounding of inputs, probabilities and outputs.
@@ -89,9 +90,8 @@ def run(case: Case, inputs: list[torch.Tensor], backend: str, mask: torch.Tensor
     """Output, log-sum-exp and gradients."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     rpb = leaves[3] if case.rpb else None
-    out, lse = attention(
-        *leaves[:3], case.pattern, case.layout, key_mask=mask, rpb=rpb, backend=backend, return_lse=True
-    )
+    q, k, v = leaves[:3]
+    out, lse = attention(q, k, v, case.pattern, case.layout, key_mask=mask, rpb=rpb, backend=backend, return_lse=True)
     made = torch.Generator("cuda").manual_seed(1)
     weight = torch.randn(out.shape, generator=made, device="cuda", dtype=torch.float64)
     loss = (out.double() * weight).sum() + lse.double().nan_to_num(neginf=0.0).square().mean()
@@ -108,7 +108,9 @@ def inputs_of(case: Case) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         x = torch.randn(shape, generator=made, device="cuda", dtype=torch.float64).to(DTYPES[case.dtype])
         tensors.append(x.transpose(1, 2) if case.heads_first else x)
     if case.rpb:
-        sides = parse(case.pattern).rpb_shape(case.layout.grid)
+        pattern = parse(case.pattern)
+        assert isinstance(pattern, BiasedPattern), f"{case.pattern} takes no bias"
+        sides = pattern.rpb_shape(case.layout.grid)
         tensors.append(torch.randn((4, *sides), generator=made, device="cuda"))
     mask = torch.rand((batch, length), generator=made, device="cuda") > 0.3 if case.mask else None
     if mask is not None:
@@ -159,7 +161,8 @@ def main() -> int:
         return max(abs(p.wait()) for p in running)
     # Fills what torch.empty returns with NaN: a kernel that leaves a value unwritten is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = True
     torch.backends.cuda.matmul.allow_tf32 = False
     index, of = map(int, chosen.shard.split("/"))
     if index == 0:

@@ -5,6 +5,7 @@ python -m scripts.check.package       # about half a minute
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -80,8 +81,11 @@ def build(folder: Path) -> Path:
     return wheel
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Build, check, use."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
     with tempfile.TemporaryDirectory(prefix="visattn-package-") as name:
         wheel = build(Path(name))
         use(wheel, Path(name) / "elsewhere")

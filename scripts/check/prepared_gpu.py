@@ -46,9 +46,8 @@ def tensors(case: tuple[str, Layout, int, int, int], seed: int, dtype: torch.dty
 
 def call(case: tuple[str, Layout, int, int, int], given: list[torch.Tensor], backend: str = "triton") -> torch.Tensor:
     """One attention call of a case."""
-    out = attention(*given, case[0], case[1], backend=backend)
-    assert isinstance(out, torch.Tensor)
-    return out
+    q, k, v = given
+    return attention(q, k, v, case[0], case[1], backend=backend)
 
 
 def results(case: Any, given: list[torch.Tensor], grad: bool) -> list[torch.Tensor]:
@@ -190,7 +189,7 @@ def threaded(case: Any) -> bool:
 
 def main() -> int:
     """Check, time, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="file for the figures as JSON")
     chosen = parser.parse_args()
     rows = []

@@ -22,10 +22,11 @@ from torch.nn.functional import elu, scaled_dot_product_attention
 
 from scripts.bench.gpu import forward_and_backward, median_ms
 from scripts.gpu_common import itself, versions
-from visattn import Layout, parse
+from visattn import Layout
 from visattn.kernels.agent.attention import pool_queries, through_agents
 from visattn.kernels.triton.agent.attention import agent_attention
 from visattn.kernels.triton.linear.attention import linear_attention
+from visattn.patterns import Agent
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMIT = {"fp32": 2e-5, "bf16": 1.5e-2, "fp16": 3e-3}
@@ -105,8 +106,8 @@ def linear_case(dtype: str, feature: str, f: int, d: int) -> bool:
     if feature == "given":
         q, k = q.float().softmax(-1).to(q.dtype), k.float().softmax(-1).to(k.dtype)
     mask = some(2501)
-    ours = lambda *t: linear_attention(*t, mask, feature)  # noqa: E731
-    truth = lambda *t: linear_form(*t, mask, feature)  # noqa: E731
+    ours = lambda q, k, v: linear_attention(q, k, v, mask, feature)  # noqa: E731
+    truth = lambda q, k, v: linear_form(q, k, v, mask, feature)  # noqa: E731
     return check(f"linear {feature} {dtype} F {f} D {d}", ours, truth, [q, k, v], dtype)
 
 
@@ -122,8 +123,8 @@ def agent_case(dtype: str, dim: int, agents: int, masked: bool) -> bool:
     shapes = ((3001, 4), (agents, 4), (3001, 2), (3001, 2))
     inputs = [random(2, *shape, dim, seed=i, dtype=DTYPES[dtype]) for i, shape in enumerate(shapes)]
     mask = some(3001) if masked else None
-    ours = lambda *t: agent_attention(*t, mask, dim**-0.5, through_agents)  # noqa: E731
-    truth = lambda *t: agent_form(*t, mask, dim**-0.5)  # noqa: E731
+    ours = lambda q, agents, k, v: agent_attention(q, agents, k, v, mask, dim**-0.5, through_agents)  # noqa: E731
+    truth = lambda q, agents, k, v: agent_form(q, agents, k, v, mask, dim**-0.5)  # noqa: E731
     return check(f"agent {dtype} D {dim}, {agents} agents{', mask' * masked}", ours, truth, inputs, dtype)
 
 
@@ -136,9 +137,9 @@ def linear_times(side: int) -> dict[str, Any]:
     """Forward and backward next to torch's form, compiled and not, and to dense attention."""
     inputs = [random(1, side * side, HEADS, DIM, seed=i, dtype=torch.bfloat16) for i in range(3)]
     forms = {
-        "triton": lambda *t: linear_attention(*t, None, "elu"),
-        "torch": lambda *t: linear_form(*t, None, "elu"),
-        "torch compiled": torch.compile(lambda *t: linear_form(*t, None, "elu")),
+        "triton": lambda q, k, v: linear_attention(q, k, v, None, "elu"),
+        "torch": lambda q, k, v: linear_form(q, k, v, None, "elu"),
+        "torch compiled": torch.compile(lambda q, k, v: linear_form(q, k, v, None, "elu")),
     }
     found: dict[str, Any] = {name: forward_and_backward(form, inputs) for name, form in forms.items()}
     found["dense"] = dense_times(inputs)
@@ -147,27 +148,33 @@ def linear_times(side: int) -> dict[str, Any]:
 
 def agent_times(side: int, agents: int) -> dict[str, Any]:
     """Pooling, both halves and the whole by our kernels and by torch's attention."""
-    pattern, layout = parse(f"agent(agents={agents}x{agents})"), Layout((side, side))
+    pattern, layout = Agent(agents=(agents, agents)), Layout((side, side))
     q, k, v = (random(1, side * side, HEADS, DIM, seed=i, dtype=torch.bfloat16) for i in range(3))
     pooled = pool_queries(q, pattern, layout)
     scale = DIM**-0.5
     found: dict[str, Any] = {"pool": forward_and_backward(lambda t: pool_queries(t, pattern, layout), [q])}
     found["triton"] = forward_and_backward(
-        lambda *t: agent_attention(*t, None, scale, through_agents), [q, pooled, k, v]
+        lambda q, agents, k, v: agent_attention(q, agents, k, v, None, scale, through_agents), [q, pooled, k, v]
     )
     mask = torch.ones(1, side * side, dtype=torch.bool, device="cuda")
     found["triton, mask"] = forward_and_backward(
-        lambda *t: agent_attention(*t, mask, scale, through_agents), [q, pooled, k, v]
+        lambda q, agents, k, v: agent_attention(q, agents, k, v, mask, scale, through_agents), [q, pooled, k, v]
     )
-    found["sdpa, mask"] = forward_and_backward(lambda *t: through_agents(*t, mask, scale), [q, pooled, k, v])
+    found["sdpa, mask"] = forward_and_backward(
+        lambda q, agents, k, v: through_agents(q, agents, k, v, mask, scale), [q, pooled, k, v]
+    )
     kinds = {"sdpa": None, "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     for name, kind in kinds.items():
         try:
             if kind is None:
-                found[name] = forward_and_backward(lambda *t: through_agents(*t, None, scale), [q, pooled, k, v])
+                found[name] = forward_and_backward(
+                    lambda q, agents, k, v: through_agents(q, agents, k, v, None, scale), [q, pooled, k, v]
+                )
                 continue
             with sdpa_kernel(kind):
-                found[name] = forward_and_backward(lambda *t: through_agents(*t, None, scale), [q, pooled, k, v])
+                found[name] = forward_and_backward(
+                    lambda q, agents, k, v: through_agents(q, agents, k, v, None, scale), [q, pooled, k, v]
+                )
                 found[f"{name} gather"] = forward_and_backward(half, [pooled, k, v])
                 found[f"{name} read"] = forward_and_backward(half, [q, pooled, pooled])
         except Exception as error:
@@ -177,7 +184,7 @@ def agent_times(side: int, agents: int) -> dict[str, Any]:
 
 def half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """One of the two attentions."""
-    return scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def dense_times(inputs: list[torch.Tensor]) -> dict[str, float]:
@@ -215,10 +222,11 @@ def main() -> int:
 def checks(only: str | None, shard: int, of: int) -> int:
     """How many cases of a shard are wrong."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = True
     cases = [*(linear_cases() if only != "agent" else ()), *(agent_cases() if only != "linear" else ())]
     wrong = sum(not case() for case in cases[shard::of])
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(False)
     return wrong
 

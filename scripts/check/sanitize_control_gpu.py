@@ -12,9 +12,10 @@ follow these barriers, and its reports on kernels that use them, as the Hopper k
 # ruff: noqa: ANN001, ANN201, ANN202
 
 # The language of Triton kernels is not quite Python.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
@@ -61,6 +62,7 @@ def add_rows(x, out, turns):
 
 def main() -> int:
     """Run it once; exit status 1 if a sum is wrong."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     x, out = torch.arange(64.0 * TURNS, device="cuda").view(TURNS, 64), torch.zeros(64, device="cuda")
     kernel: Any = add_rows
     kernel[(1,)](x, out, TURNS, num_warps=4)

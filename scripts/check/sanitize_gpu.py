@@ -51,6 +51,7 @@ def main() -> int:
             backend = "triton" if isinstance(parsed, ListedPattern) else "auto"
             out = attention(q, k, v, pattern, layout, key_mask=mask, rpb=rpb, backend=backend)
             out.float().square().sum().backward()
+            assert q.grad is not None
             print(pattern, dtype, float(out.float().norm()), float(q.grad.float().norm()), flush=True)
     torch.cuda.synchronize()
     return 0

@@ -31,7 +31,7 @@ def run() -> list[torch.Tensor]:
     shape = (1, LAYOUT.length, 4, 64)
     q, k, v = (torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    out = attention(*leaves, PATTERN, LAYOUT, backend="triton")
+    out = attention(q, k, v, PATTERN, LAYOUT, backend="triton")
     return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 

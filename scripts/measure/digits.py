@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from sklearn.svm import SVC
 
 from scripts.train.digits_data import downscale, real_digits, upscale
@@ -65,7 +66,7 @@ def make_digits(pipeline: PixelDiTPipeline, options: argparse.Namespace) -> tupl
     made = []
     with pattern_of(pipeline, options.pattern, options.dense_steps) as handle:
         for some_labels, some_noise in zip(labels.split(options.batch), noise.split(options.batch), strict=True):
-            output = pipeline(
+            output: Any = pipeline(
                 some_labels,
                 latents=some_noise,
                 guidance_scale=options.guidance,
@@ -79,7 +80,7 @@ def make_digits(pipeline: PixelDiTPipeline, options: argparse.Namespace) -> tupl
     return torch.cat(made), labels, report
 
 
-def pattern_of(pipeline: PixelDiTPipeline, pattern: str, dense_steps: int) -> Any:
+def pattern_of(pipeline: DiffusionPipeline, pattern: str, dense_steps: int) -> Any:
     """Context in which the pipeline runs with the pattern; "dense" is the model's own attention."""
     if pattern == "dense":
         return nullcontext()

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -112,7 +112,7 @@ class Training:
         pipeline = PixelDiTPipeline(self.ema, build_scheduler())
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
-        output = pipeline(
+        output: Any = pipeline(
             list(range(10)), num_inference_steps=16, height=size, width=size, generator=generator, output_type="pt"
         )
         row = torch.cat(list(output.images.cpu()), dim=-1)
@@ -161,8 +161,32 @@ def attention_of(model: nn.Module, pattern: str | None, backend: str = "auto") -
     return apply(model, pattern, backend=backend, strict=True)
 
 
+class Run(Protocol):
+    """What `run` needs of a training: its settings, where it stands, and its steps."""
+
+    config: Any
+    progress: Any
+    out: Path
+
+    def step(self) -> dict[str, float]:
+        """One step; returns what the log says of it."""
+        ...
+
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        ...
+
+    def picture(self) -> None:
+        """Draws samples."""
+        ...
+
+    def export(self) -> int:
+        """Writes the result; returns its size in bytes."""
+        ...
+
+
 def run(
-    training: Training,
+    training: Run,
     checkpoint_minutes: float = 2.0,
     sample_every: int = 500,
     report: Callable[[str], None] = print,

@@ -289,9 +289,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line: one option for each field of `Config`, and where and how to run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Config):
-        several = {"nargs": "+"} if isinstance(field.default, tuple) else {}
-        kind = type(field.default[0] if several else field.default)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, **several)
+        default: Any = field.default
+        several: dict[str, Any] = {"nargs": "+"} if isinstance(default, tuple) else {}
+        kind = type(default[0] if several else default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=default, **several)
     parser.add_argument("--data", type=Path, default=Path("out/emoji-data"), help="folder of the pack")
     parser.add_argument("--data-side", type=int, default=256, help="side of the pictures in memory, in pixels")
     parser.add_argument("--out", type=Path, default=Path("out/emoji"))
@@ -320,8 +321,9 @@ def train(options: argparse.Namespace, started: float) -> list[dict[str, Any]]:
     Raises:
         ValueError: If options, data and checkpoint do not go together.
     """
-    values = {field.name: getattr(options, field.name) for field in fields(Config)}
-    config = Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(Config)}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    config = Config(**values)
     if max(config.sides) > options.data_side:
         raise ValueError(f"sides {config.sides} need pictures of that side: pass --data-side {max(config.sides)}")
     torch.set_num_threads(options.threads)

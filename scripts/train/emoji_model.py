@@ -49,7 +49,9 @@ class EmojiModel(nn.Module):
             pooled_projection_dim=width,
             axes_dims_rope=(8, 28, 28),
         )
-        config: Any = T5Config(
+        # It takes the settings of every configuration too, which its signature does not say.
+        configure: Any = T5Config
+        config = configure(
             vocab_size=vocabulary,
             d_model=width,
             d_kv=HEAD_DIM,

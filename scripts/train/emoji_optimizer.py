@@ -56,8 +56,9 @@ class Muon(torch.optim.Optimizer):
         ahead = torch.stack(torch._foreach_lerp(gradients, moments, group["momentum"]))
         steps = orthogonal(ahead).to(parameters[0].dtype)
         size = SCALE * max(steps.shape[-2:]) ** 0.5
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(steps.unbind()), alpha=-group["lr"] * size)
+        weights: list[torch.Tensor] = [*parameters]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(steps.unbind()), alpha=-group["lr"] * size)
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

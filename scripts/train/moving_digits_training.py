@@ -105,7 +105,7 @@ def build_pipeline(model: WanTransformer3DModel) -> PixelWanPipeline:
 
 def export(model: nn.Module, folder: Path, layers: int) -> int:
     """Writes the model as a float16 pipeline in diffusers' folder format; returns its size in bytes."""
-    half = build_model(layers)
+    half: Any = build_model(layers)
     half.load_state_dict(model.state_dict())
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
