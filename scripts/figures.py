@@ -1,14 +1,13 @@
 """The figures of the README and of pages in docs: measure them again, and write them into the tables.
 
-python scripts/figures.py measure          # all of them on this machine, into docs/results (keep it idle)
-python scripts/figures.py measure cpu      # one of them
-python scripts/figures.py render           # the tables from docs/results
+python -m scripts.figures measure          # all of them on this machine, into docs/results (keep it idle)
+python -m scripts.figures measure cpu      # one of them
+python -m scripts.figures render           # the tables from docs/results
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import statistics
@@ -19,14 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
+from scripts.figures_gpu import gpu_calls_table, gpu_peers_table, gpu_stack_table, gpu_table
+from scripts.results import RESULTS, ROOT, result, table
+
 PAGES = tuple(
     ROOT / page
     for page in ("README.md", "docs/timm.md", "docs/distillation.md", "docs/generate.md", "docs/performance.md")
 )
-PEERS = ("cudnn", "flash", "flex")
-STACKS = {"flux": "FLUX size", "wan": "Wan 1.3B size"}
 
 # What measures each result. {out} is its JSON file, {folder} a scratch folder that holds report.json.
 COMMANDS = {
@@ -69,17 +67,6 @@ def measure(names: list[str]) -> None:
         subprocess.run(words, cwd=ROOT, check=True)
         if (report := folder / "report.json").exists() and "{folder}" in COMMANDS[name]:
             out.write_text(report.read_text())
-
-
-def result(name: str) -> dict[str, Any]:
-    """A measured result."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def digits_table() -> str:
@@ -157,82 +144,6 @@ def cpu_table() -> str:
         spread = f"{case['ratio']:.1f}x ({case['ratio_low']:.1f} to {case['ratio_high']:.1f})"
         rows.append([case["case"], *bound, spread, f"{case['ms']:.1f} ms", f"{case['peer_ms']:.1f} ms"])
     return table(["case", "FLOP bound", "tile bound", "faster than the peer", "time", "peer's time"], rows)
-
-
-def gpu_table() -> str:
-    """The Triton engine against cuDNN, measured by scripts/bench/gpu.py: what is asked for most."""
-    names = (
-        "flux-s1",
-        "flux-s16",
-        "hunyuan-s1",
-        "hunyuan-s16",
-        "clear16-256",
-        "clear16-512",
-        "radial-wan",
-        "dense-64k",
-    )
-    rows = []
-    for case in map(result("h100")["cases"].__getitem__, names):
-        own, peer = case["triton"], case["cudnn"]
-        ratios = [f"{peer[key] / own[key]:.1f}x" for key in ("forward_ms", "backward_ms")]
-        times = f"{own['forward_ms']:.1f} ms, {peer['forward_ms']:.1f} ms"
-        rows.append([f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", *ratios, times])
-    return table(["case", "tile bound", "forward", "backward", "forward time, cuDNN's"], rows)
-
-
-def gpu_peers_table() -> str:
-    """All cases of scripts/bench/gpu.py against all peers, and the two floors."""
-    rows = []
-    for case in result("h100")["cases"].values():
-        own, floors = case["triton"], case["floor_ms"]
-        cells = [f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", f"{case['full_share']:.0%}"]
-        for key in ("forward_ms", "backward_ms"):
-            faster = [f"{case[peer][key] / own[key]:.1f}x" if key in case.get(peer, {}) else "" for peer in PEERS]
-            cells += [f"{own[key]:.2f}", *faster]
-        floor = f"{floors['arithmetic']:.2f}, {floors['bytes']:.2f}"
-        rows.append([*cells, f"{case['tflops_visited']:.0f}", floor])
-    way = [f"than {name}" for name in ("cuDNN", "flash", "flex")]
-    head = ["case", "tile bound", "no mask", "forward, ms", *way, "backward, ms", *way, "TFLOP/s", "floors, ms"]
-    return table(head, rows)
-
-
-def gpu_stack_table() -> str:
-    """Whole models of random weights, measured by scripts/bench/stack_gpu.py."""
-    found: dict[tuple[str, str], dict[str, dict[str, dict[str, float]]]] = {}
-    for case in result("h100-stack")["cases"]:
-        key = STACKS[case["model"]], f"{'x'.join(map(str, case['grid']))}"
-        way = "compiled" if case["compiled"] else "eager"
-        found.setdefault(key, {}).setdefault(case["pattern"], {})[way] = case
-    rows = []
-    for (model, grid), patterns in found.items():
-        for pattern, of in patterns.items():
-            cells = [model, grid, "dense" if pattern == "dense" else f"`{pattern}`"]
-            for way in ("eager", "compiled"):
-                time = of[way]["model_ms"]
-                faster = "" if pattern == "dense" else f": {patterns['dense'][way]['model_ms'] / time:.1f}x"
-                cells.append(f"{time / 1e3:.2f} s{faster}")
-            cells += [f"{of[way]['peak_gb'] - of[way]['weights_gb']:.2f} GB" for way in ("eager", "compiled")]
-            rows.append(cells)
-    return table(["model", "grid", "attention", "a step, eager", "compiled", "memory, eager", "compiled"], rows)
-
-
-def gpu_calls_table() -> str:
-    """What a call costs the host and in all, measured by scripts/check/prepared_gpu.py."""
-    rows = []
-    for row in result("h100-calls")["rows"]:
-        keys = ("host_us", "wall_us", "sdpa_host_us", "sdpa_wall_us", "forward_grad_us", "backward_us")
-        rows.append([f"`{row['pattern']}` on {row['layout']}", row["heads"], *(f"{row[key]:.0f}" for key in keys)])
-    head = [
-        "case",
-        "heads",
-        "host",
-        "wall",
-        "dense: host",
-        "dense: wall",
-        "forward with gradient: host",
-        "backward: host",
-    ]
-    return table(head, rows)
 
 
 def digits_vit_table() -> str:

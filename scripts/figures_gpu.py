@@ -1,0 +1,84 @@
+"""The tables of what was measured on a GPU."""
+
+from __future__ import annotations
+
+from scripts.results import result, table
+
+PEERS = ("cudnn", "flash", "flex")
+STACKS = {"flux": "FLUX size", "wan": "Wan 1.3B size"}
+
+
+def gpu_table() -> str:
+    """The Triton engine against cuDNN, measured by scripts/bench/gpu.py: what is asked for most."""
+    names = (
+        "flux-s1",
+        "flux-s16",
+        "hunyuan-s1",
+        "hunyuan-s16",
+        "clear16-256",
+        "clear16-512",
+        "radial-wan",
+        "dense-64k",
+    )
+    rows = []
+    for case in map(result("h100")["cases"].__getitem__, names):
+        own, peer = case["triton"], case["cudnn"]
+        ratios = [f"{peer[key] / own[key]:.1f}x" for key in ("forward_ms", "backward_ms")]
+        times = f"{own['forward_ms']:.1f} ms, {peer['forward_ms']:.1f} ms"
+        rows.append([f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", *ratios, times])
+    return table(["case", "tile bound", "forward", "backward", "forward time, cuDNN's"], rows)
+
+
+def gpu_peers_table() -> str:
+    """All cases of scripts/bench/gpu.py against all peers, and the two floors."""
+    rows = []
+    for case in result("h100")["cases"].values():
+        own, floors = case["triton"], case["floor_ms"]
+        cells = [f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", f"{case['full_share']:.0%}"]
+        for key in ("forward_ms", "backward_ms"):
+            faster = [f"{case[peer][key] / own[key]:.1f}x" if key in case.get(peer, {}) else "" for peer in PEERS]
+            cells += [f"{own[key]:.2f}", *faster]
+        floor = f"{floors['arithmetic']:.2f}, {floors['bytes']:.2f}"
+        rows.append([*cells, f"{case['tflops_visited']:.0f}", floor])
+    way = [f"than {name}" for name in ("cuDNN", "flash", "flex")]
+    head = ["case", "tile bound", "no mask", "forward, ms", *way, "backward, ms", *way, "TFLOP/s", "floors, ms"]
+    return table(head, rows)
+
+
+def gpu_stack_table() -> str:
+    """Whole models of random weights, measured by scripts/bench/stack_gpu.py."""
+    found: dict[tuple[str, str], dict[str, dict[str, dict[str, float]]]] = {}
+    for case in result("h100-stack")["cases"]:
+        key = STACKS[case["model"]], f"{'x'.join(map(str, case['grid']))}"
+        way = "compiled" if case["compiled"] else "eager"
+        found.setdefault(key, {}).setdefault(case["pattern"], {})[way] = case
+    rows = []
+    for (model, grid), patterns in found.items():
+        for pattern, of in patterns.items():
+            cells = [model, grid, "dense" if pattern == "dense" else f"`{pattern}`"]
+            for way in ("eager", "compiled"):
+                time = of[way]["model_ms"]
+                faster = "" if pattern == "dense" else f": {patterns['dense'][way]['model_ms'] / time:.1f}x"
+                cells.append(f"{time / 1e3:.2f} s{faster}")
+            cells += [f"{of[way]['peak_gb'] - of[way]['weights_gb']:.2f} GB" for way in ("eager", "compiled")]
+            rows.append(cells)
+    return table(["model", "grid", "attention", "a step, eager", "compiled", "memory, eager", "compiled"], rows)
+
+
+def gpu_calls_table() -> str:
+    """What a call costs the host and in all, measured by scripts/check/prepared_gpu.py."""
+    rows = []
+    for row in result("h100-calls")["rows"]:
+        keys = ("host_us", "wall_us", "sdpa_host_us", "sdpa_wall_us", "forward_grad_us", "backward_us")
+        rows.append([f"`{row['pattern']}` on {row['layout']}", row["heads"], *(f"{row[key]:.0f}" for key in keys)])
+    head = [
+        "case",
+        "heads",
+        "host",
+        "wall",
+        "dense: host",
+        "dense: wall",
+        "forward with gradient: host",
+        "backward: host",
+    ]
+    return table(head, rows)
