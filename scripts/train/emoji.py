@@ -3,6 +3,7 @@
     python -m scripts.train.emoji_data                      # fetches and packs the pictures, once
     python -m scripts.train.emoji --out out/emoji --budget 1300 --seconds 540 --device cuda
     python -m scripts.train.emoji --out out/emoji-2 --resume out/emoji --budget 1300 --seconds 540 --device cuda
+    python -m scripts.train.emoji --out out/emoji-3 --resume pipelines/embedded/weights/emoji --device cuda ...
     python -m scripts.train.emoji --out out/emoji-2 --export-only   # writes out/emoji-2/emoji, the pipeline folder
 
 `--budget` is the training time of all commands together, which the schedule follows; `--seconds` is the time of this
@@ -42,6 +43,7 @@ from scripts.train.emoji_training import (
     about,
     check_same,
     draw,
+    load_exported,
     load_parts,
     loss_of,
     losses_by_split,
@@ -74,7 +76,7 @@ class Training:
     Args:
         config: Settings.
         pack: The data, on the device of the training.
-        resume: Folder with a checkpoint to go on from.
+        resume: Folder with a checkpoint to go on from, or an exported pipeline to start anew from.
         compiled: Whether to compile the blocks.
     """
 
@@ -83,7 +85,9 @@ class Training:
         self.weights = pack.weights(TRAIN).to(self.device)
         self.model = config.model().to(self.device)
         self.progress = Progress()
-        if resume is not None:
+        if resume is not None and (resume / "model_index.json").is_file():
+            set_weights(self.model, load_exported(resume))
+        elif resume is not None:
             weights, saved = load_parts(resume / STATE)
             self.progress = check_same(config, saved)
             set_weights(self.model, weights)
@@ -296,7 +300,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("out/emoji-data"), help="folder of the pack")
     parser.add_argument("--data-side", type=int, default=256, help="side of the pictures in memory, in pixels")
     parser.add_argument("--out", type=Path, default=Path("out/emoji"))
-    parser.add_argument("--resume", type=Path, help="folder with a checkpoint to go on from")
+    parser.add_argument(
+        "--resume", type=Path, help="folder with a checkpoint to go on from, or a pipeline to start from"
+    )
     parser.add_argument("--seconds", type=float, default=math.inf, help="of this command, from its start")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -240,6 +240,15 @@ def load_parts(stem: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         first, count, index = metadata, int(metadata["parts"]), index + 1
     assert first is not None
     return tensors, json.loads(first["about"])
+
+
+def load_exported(folder: Path) -> dict[str, torch.Tensor]:
+    """The float32 weights of a pipeline folder, under the names of `weights_of`."""
+    files = {
+        "transformer": folder / "transformer" / "diffusion_pytorch_model.safetensors",
+        "text_encoder": folder / "text_encoder" / "model.safetensors",
+    }
+    return {f"{part}.{k}": v.float() for part, file in files.items() for k, v in load_file(file).items()}
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:

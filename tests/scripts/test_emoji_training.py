@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from scripts.train.emoji import Training, main, run, sample_prompts
 from scripts.train.emoji_captions import NEW_EMOJI, NEW_PAIR, TRAIN, caption, captions, split_of
 from scripts.train.emoji_data import load_pack
+from scripts.train.emoji_model import export
 from scripts.train.emoji_optimizer import Muon, build_optimizers, orthogonal
 from scripts.train.emoji_sources import STYLES, Emoji, archive_name, plain_code, plain_name
 from scripts.train.emoji_training import Config, Progress, draw, load_parts, save_parts, weights_of
@@ -97,6 +98,19 @@ def test_a_resumed_run_is_the_run_that_restarted_there(pack, tmp_path):
     for which in ("model", "average"):
         ours, theirs = (weights_of(getattr(each, which)) for each in (whole, resumed))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_starts_from_an_exported_pipeline(pack, tmp_path):
+    first = Training(Config(**TINY, **SHAPE), pack)
+    first.step()
+    export(first.model.state_dict(), Config(**SHAPE).model(), pack.tokenizer, tmp_path / "emoji")
+    again = Training(Config(**TINY, **SHAPE), pack, resume=tmp_path / "emoji")
+    assert again.progress == Progress()
+    for name, value in weights_of(first.model).items():
+        torch.testing.assert_close(weights_of(again.model)[name], value, atol=1e-3, rtol=1e-3)
+        assert torch.equal(weights_of(again.average)[name], weights_of(again.model)[name])
+    with pytest.raises(ValueError, match="the weights are of another model"):
+        Training(Config(**TINY, **SHAPE | {"single": 2}), pack, resume=tmp_path / "emoji")
 
 
 def test_the_loss_falls(pack):
