@@ -1,7 +1,8 @@
-"""What the class-conditional pipelines that work on pixels share: labels, guidance, noise, the denoising loop."""
+"""What the pipelines that work on pixels share: options, noise, guidance, the denoising loop; and class labels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -15,10 +16,10 @@ StepCallback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], 
 
 
 class PixelPipeline(DiffusionPipeline):
-    """Class-conditional flow matching in pixel space, from -1 (black) to 1 (white).
+    """Flow matching in pixel space, from -1 (black) to 1 (white), with classifier-free guidance.
 
-    Classifier-free guidance uses the null class, whose index is `num_classes`. A subclass registers `transformer`
-    and `scheduler` and says how many classes there are and how the transformer predicts a velocity.
+    A subclass registers `transformer` and `scheduler` and says how the transformer predicts a velocity under its
+    condition: class labels (`ClassPipeline`) or encoded prompts.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -29,13 +30,13 @@ class PixelPipeline(DiffusionPipeline):
         self._guidance_scale = 1.0
         self._num_timesteps = 0
 
-    @property
-    def num_classes(self) -> int:
-        """Number of real classes; it is also the index of the null class."""
+    def _predict_velocity(self, latents: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
+        """Velocity (noise minus sample), shaped like `latents`, at one scheduler time t, guided if guidance is on."""
         raise NotImplementedError
 
-    def _velocity(self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Velocity (noise minus sample), shaped like `latents`, at times t [B] from 0 to 1000 for labels [B]."""
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch (one token) in pixels."""
         raise NotImplementedError
 
     def check_inputs(self, *args: Any, **arguments: Any) -> None:
@@ -53,7 +54,7 @@ class PixelPipeline(DiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether each step also runs the null class."""
+        """Whether each step also runs the null condition."""
         return self._guidance_scale > 1.0
 
     @property
@@ -61,10 +62,20 @@ class PixelPipeline(DiffusionPipeline):
         """Number of denoising steps of the current or last call."""
         return self._num_timesteps
 
+    def _set_timesteps(self, num_inference_steps: int, height: int, width: int) -> None:
+        """Sets the scheduler up for the size, which only dynamic shifting depends on."""
+        config = self.scheduler.config
+        mu = None
+        if config.use_dynamic_shifting:
+            tokens = (height // self.patch_size) * (width // self.patch_size)
+            # Averaging more pixels hides more noise: the shift grows with the side length, so mu with its log.
+            mu = config.base_shift + 0.5 * math.log(tokens / config.base_image_seq_len)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, mu=mu)
+
     def _denoise(
         self,
         sample: torch.Tensor,
-        labels: torch.Tensor,
+        condition: Any,
         callback: StepCallback | None,
         tensor_inputs: Sequence[str],
     ) -> torch.Tensor:
@@ -74,22 +85,13 @@ class PixelPipeline(DiffusionPipeline):
         progress_bar = cast(Any, self).progress_bar
         with progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
-                velocity = self._predict_velocity(sample, t, labels)
+                velocity = self._predict_velocity(sample, t, condition)
                 sample = self.scheduler.step(velocity, t, sample, return_dict=False)[0]
                 if callback is not None:
                     tensors = dict.fromkeys(tensor_inputs, sample)
                     sample = (callback(self, i, t, tensors) or {}).get("latents", sample)
                 progress.update()
         return sample.float()
-
-    def _predict_velocity(self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Velocity at one scheduler time t, guided if guidance is on."""
-        if not self.do_classifier_free_guidance:
-            return self._velocity(latents, t.expand(len(labels)), labels)
-        both = torch.cat([labels, torch.full_like(labels, self.num_classes)])
-        stacked = self._velocity(torch.cat([latents, latents]), t.expand(len(both)), both)
-        conditional, unconditional = stacked.chunk(2)
-        return unconditional + self._guidance_scale * (conditional - unconditional)
 
     def _start_noise(self, shape: tuple[int, ...], generator: Generators, latents: torch.Tensor | None) -> torch.Tensor:
         """Start noise of this shape on the pipeline's device, in the transformer's type."""
@@ -102,15 +104,6 @@ class PixelPipeline(DiffusionPipeline):
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape} for these labels and size")
         return latents.to(device=device, dtype=dtype)
 
-    def _check_labels(self, class_labels: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
-        if labels.numel() == 0 or labels.is_floating_point():
-            raise ValueError(f"class_labels must be one or more whole numbers, got {class_labels!r}")
-        wrong = labels[(labels < 0) | (labels >= self.num_classes)].tolist()
-        if wrong:
-            raise ValueError(f"class label {wrong[0]} does not exist: pass labels from 0 to {self.num_classes - 1}")
-        return labels.long()
-
     def _check_options(self, steps: int, output_type: str, tensor_inputs: Sequence[str]) -> None:
         if steps < 1:
             raise ValueError(f"num_inference_steps is {steps}: pass 1 or more")
@@ -119,6 +112,40 @@ class PixelPipeline(DiffusionPipeline):
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(f"callback tensor {unknown[0]!r} does not exist: pass names from ('latents',)")
+
+
+class ClassPipeline(PixelPipeline):
+    """A `PixelPipeline` whose condition is class labels; the index of the null class is `num_classes`.
+
+    A subclass says how many classes there are and how the transformer predicts a velocity for labels.
+    """
+
+    @property
+    def num_classes(self) -> int:
+        """Number of real classes; it is also the index of the null class."""
+        raise NotImplementedError
+
+    def _velocity(self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Velocity (noise minus sample), shaped like `latents`, at times t [B] from 0 to 1000 for labels [B]."""
+        raise NotImplementedError
+
+    def _predict_velocity(self, latents: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """See `PixelPipeline._predict_velocity`; the condition is labels [B]."""
+        if not self.do_classifier_free_guidance:
+            return self._velocity(latents, t.expand(len(condition)), condition)
+        both = torch.cat([condition, torch.full_like(condition, self.num_classes)])
+        stacked = self._velocity(torch.cat([latents, latents]), t.expand(len(both)), both)
+        conditional, unconditional = stacked.chunk(2)
+        return unconditional + self._guidance_scale * (conditional - unconditional)
+
+    def _check_labels(self, class_labels: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
+        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        if labels.numel() == 0 or labels.is_floating_point():
+            raise ValueError(f"class_labels must be one or more whole numbers, got {class_labels!r}")
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)].tolist()
+        if wrong:
+            raise ValueError(f"class label {wrong[0]} does not exist: pass labels from 0 to {self.num_classes - 1}")
+        return labels.long()
 
 
 def check_sides(patch: int, **sides: int) -> None:

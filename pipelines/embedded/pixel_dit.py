@@ -4,7 +4,6 @@ Small enough to ship inside the package, and a real diffusers pipeline, so that 
 tried on it without a download.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 
-from visattn.pipelines.embedded.pixel import Generators, PixelPipeline, StepCallback, check_sides
+from visattn.pipelines.embedded.pixel import ClassPipeline, Generators, StepCallback, check_sides
 
 
 @dataclass
@@ -26,7 +25,7 @@ class PixelDiTOutput(BaseOutput):
     images: list[PIL.Image.Image] | torch.Tensor | np.ndarray
 
 
-class PixelDiTPipeline(PixelPipeline):
+class PixelDiTPipeline(ClassPipeline):
     """Class-conditional image generation in pixel space with a DiT and flow matching.
 
     Pixels run from -1 (black) to 1 (white) inside the model. Classifier-free guidance uses the null class
@@ -108,16 +107,6 @@ class PixelDiTPipeline(PixelPipeline):
 
     def _velocity(self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.transformer(latents, timestep=t, class_labels=labels).sample
-
-    def _set_timesteps(self, num_inference_steps: int, height: int, width: int) -> None:
-        """Sets the scheduler up for the size."""
-        config = self.scheduler.config
-        mu = None
-        if config.use_dynamic_shifting:
-            tokens = (height // self.patch_size) * (width // self.patch_size)
-            # Averaging more pixels hides more noise: the shift grows with the side length, so mu with its log.
-            mu = config.base_shift + 0.5 * math.log(tokens / config.base_image_seq_len)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, mu=mu)
 
     @property
     def patch_size(self) -> int:

@@ -186,7 +186,8 @@ def predict_clean(
     Returns:
         [B, 3, H, W].
     """
-    patch = math.isqrt(transformer.config.in_channels // COLORS)
+    config: Any = transformer.config
+    patch = math.isqrt(config.in_channels // COLORS)
     grid = (noisy.shape[-2] // patch, noisy.shape[-1] // patch)
     tokens = transformer(
         hidden_states=to_tokens(noisy, patch),

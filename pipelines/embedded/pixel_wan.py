@@ -16,7 +16,7 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch.nn import functional as F
 
-from visattn.pipelines.embedded.pixel import Generators, PixelPipeline, StepCallback, check_sides
+from visattn.pipelines.embedded.pixel import ClassPipeline, Generators, StepCallback, check_sides
 
 
 @dataclass
@@ -26,7 +26,7 @@ class PixelWanOutput(BaseOutput):
     frames: list[list[PIL.Image.Image]] | torch.Tensor | np.ndarray
 
 
-class PixelWanPipeline(PixelPipeline):
+class PixelWanPipeline(ClassPipeline):
     """Class-conditional video generation in pixel space with Wan's transformer and flow matching.
 
     Where Wan reads a text, this model reads `class_tokens` words, each saying "class c, word i" as a one-hot row: the
@@ -60,6 +60,11 @@ class PixelWanPipeline(PixelPipeline):
     def num_classes(self) -> int:
         """Number of real classes; it is also the index of the null class."""
         return self.transformer.config.text_dim // self._own.class_tokens - 1
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch (one token) of a frame in pixels."""
+        return self.transformer.config.patch_size[1]
 
     @property
     def _own(self) -> Any:
@@ -134,11 +139,11 @@ class PixelWanPipeline(PixelPipeline):
         return self.transformer(latents, timestep=t, encoder_hidden_states=words, return_dict=False)[0]
 
     def _check_size(self, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
-        own, (patch_frames, patch, _) = self._own, self.transformer.config.patch_size
+        own, patch_frames = self._own, self.transformer.config.patch_size[0]
         long = own.num_frames if frames is None else frames
         tall, wide = own.sample_size if height is None else height, own.sample_size if width is None else width
         check_sides(patch_frames, num_frames=long)
-        check_sides(patch, height=tall, width=wide)
+        check_sides(self.patch_size, height=tall, width=wide)
         return long, tall, wide
 
 
