@@ -17,9 +17,9 @@ from torch import nn
 
 from visattn.models.backbones.agent import AgentAttention
 from visattn.models.backbones.factory import build, cfg
-from visattn.models.backbones.functional import unscripted
+from visattn.models.backbones.numbered import NumberedPyramid
 from visattn.models.backbones.patches import Patches, Place
-from visattn.models.backbones.pyramid import Pyramid, drop_paths
+from visattn.models.backbones.pyramid import drop_paths
 from visattn.models.backbones.stages import Blocks
 
 __all__ = ["AgentPVT"]
@@ -47,7 +47,7 @@ class Block(nn.Module):
         return x.reshape(batch, height, width, dim)
 
 
-class AgentPVT(Pyramid):
+class AgentPVT(NumberedPyramid):
     """Agent-PVT.
 
     Any image works: position embeddings and agent biases are resampled.
@@ -67,6 +67,8 @@ class AgentPVT(Pyramid):
         device: Where the weights are made.
         dtype: Of the weights.
     """
+
+    parts = ("patch_embed", "pos_embed", "block")
 
     def __init__(
         self,
@@ -102,42 +104,21 @@ class AgentPVT(Pyramid):
         norm = nn.Identity()
         self._finish(tuple(embed_dims), modules, num_classes, in_chans, global_pool, drop_rate, norm, **dd)
 
-    def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
-        """See `Pyramid.forward_stages`."""
-        maps: list[torch.Tensor] = []
-        # The official names are not a list, and TorchScript knows no getattr of computed names.
-        x = self.block1(self.place(self.patch_embed1(x.permute(0, 2, 3, 1)), self.pos_embed1, self.sides[0]))
-        if 0 in take:
-            maps.append(x)
-        if take[-1] >= 1:
-            x = self.patch_embed2(x)
-            x = self.block2(self.place(x, self.pos_embed2, self.sides[1]))
-            if 1 in take:
-                maps.append(x)
-        if take[-1] >= 2:
-            x = self.patch_embed3(x)
-            x = self.block3(self.place(x, self.pos_embed3, self.sides[2]))
-            if 2 in take:
-                maps.append(x)
-        if take[-1] >= 3:
-            x = self.patch_embed4(x)
-            x = self.block4(self.place(x, self.pos_embed4, self.sides[3]))
-            if 3 in take:
-                maps.append(x)
-        return maps
+    def stage1(self, x: torch.Tensor) -> torch.Tensor:
+        """See `NumberedPyramid.stage1`."""
+        return self.block1(self.place(self.patch_embed1(x), self.pos_embed1, self.sides[0]))
 
-    def keep_stages(self, count: int) -> None:
-        """See `Pyramid.keep_stages`."""
-        for i in range(count, 4):
-            for name in (f"patch_embed{i + 1}", f"pos_embed{i + 1}", f"block{i + 1}"):
-                delattr(self, name)
+    def stage2(self, x: torch.Tensor) -> torch.Tensor:
+        """See `NumberedPyramid.stage2`."""
+        return self.block2(self.place(self.patch_embed2(x), self.pos_embed2, self.sides[1]))
 
-    @unscripted
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters by depth, for layer-wise learning rates."""
-        fine = [(r"^(?:patch_embed|pos_embed)(\d+)", (0,)), (r"^block(\d+)\.(\d+)", None)]
-        whole = r"^(?:block|patch_embed|pos_embed)(\d+)"
-        return {"stem": r"^(?:patch_embed|pos_embed)1", "blocks": whole if coarse else fine}
+    def stage3(self, x: torch.Tensor) -> torch.Tensor:
+        """See `NumberedPyramid.stage3`."""
+        return self.block3(self.place(self.patch_embed3(x), self.pos_embed3, self.sides[2]))
+
+    def stage4(self, x: torch.Tensor) -> torch.Tensor:
+        """See `NumberedPyramid.stage4`."""
+        return self.block4(self.place(self.patch_embed4(x), self.pos_embed4, self.sides[3]))
 
 
 def _cfg() -> dict[str, Any]:

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from visattn.models.backbones.agent import AgentAttention
 from visattn.models.backbones.dinat_s import PatchEmbed
 from visattn.models.backbones.factory import build, cfg
-from visattn.models.backbones.functional import pad_multiple, shift_mask, unscripted, window_mask
-from visattn.models.backbones.pyramid import Pyramid, drop_paths
+from visattn.models.backbones.functional import pad_multiple, shift_mask, window_mask
+from visattn.models.backbones.leveled import LeveledPyramid
+from visattn.models.backbones.pyramid import drop_paths
 from visattn.models.backbones.stages import Blocks, Level, Levels
 
 __all__ = ["AgentSwin"]
@@ -140,7 +141,7 @@ class WindowBlock(nn.Module):
         return torch.roll(x, shifts=(shift, shift), dims=(1, 2)) if shift else x
 
 
-class AgentSwin(Pyramid):
+class AgentSwin(LeveledPyramid):
     """Agent-Swin.
 
     Any image works: agents and agent biases are resampled, maps are padded to whole windows, and masks follow.
@@ -201,20 +202,6 @@ class AgentSwin(Pyramid):
         modules = tuple(f"layers.{i}.blocks" for i in range(len(dims)))
         norm = nn.LayerNorm(dims[-1], **dd)
         self._finish(dims, modules, num_classes, in_chans, global_pool, drop_rate, norm, **dd)
-
-    def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
-        """See `Pyramid.forward_stages`."""
-        return self.layers(self.patch_embed(x), take)
-
-    def keep_stages(self, count: int) -> None:
-        """See `Pyramid.keep_stages`."""
-        self.layers = self.layers.first(count)
-
-    @unscripted
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters by depth, for layer-wise learning rates."""
-        fine = [(r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
 
 
 def agent_blocks(attn_type: str, depths: tuple[int, ...]) -> list[int]:

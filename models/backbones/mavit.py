@@ -13,9 +13,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from visattn.models.backbones.factory import build, cfg
-from visattn.models.backbones.functional import unscripted
+from visattn.models.backbones.leveled import LeveledPyramid
 from visattn.models.backbones.mala import Block, RoPE, RotaryBlocks
-from visattn.models.backbones.pyramid import Pyramid, drop_paths
+from visattn.models.backbones.pyramid import drop_paths
 from visattn.models.backbones.stages import Levels
 
 __all__ = ["MAViT"]
@@ -65,7 +65,7 @@ class Stem(nn.Module):
         return self.proj(x)
 
 
-class MAViT(Pyramid):
+class MAViT(LeveledPyramid):
     """MAViT.
 
     Args:
@@ -89,6 +89,7 @@ class MAViT(Pyramid):
     """
 
     output_fmt = "NCHW"
+    last_names = "proj|norm"
 
     def __init__(
         self,
@@ -139,10 +140,6 @@ class MAViT(Pyramid):
         _init_convolution(head)
         return head
 
-    def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
-        """See `Pyramid.forward_stages`."""
-        return self.layers(self.patch_embed(x), take)
-
     def forward_last(self, x: torch.Tensor) -> torch.Tensor:
         """See `Pyramid.forward_last`: to the channels of the head."""
         return self.swish(self.norm(self.proj(x)))
@@ -156,23 +153,9 @@ class MAViT(Pyramid):
             return self.head(x)
         return self.head(x[:, :, None, None]).flatten(1)
 
-    def keep_stages(self, count: int) -> None:
-        """See `Pyramid.keep_stages`."""
-        self.layers = self.layers.first(count)
-
     def drop_last(self) -> None:
         """See `Pyramid.drop_last`."""
         self.proj = self.norm = self.swish = nn.Identity()
-
-    @unscripted
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters by depth, for layer-wise learning rates."""
-        fine = [
-            (r"^layers\.(\d+)\.downsample", (0,)),
-            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-            (r"^(?:proj|norm)", (99999,)),
-        ]
-        return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
 
 
 def _init_convolution(module: nn.Module) -> None:

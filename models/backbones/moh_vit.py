@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from visattn.models.backbones.factory import build, cfg
 from visattn.models.backbones.functional import unscripted
 from visattn.models.backbones.moh import AggregatedAttention, HeadGates, MoHAttention
-from visattn.models.backbones.pyramid import Pyramid, drop_paths
+from visattn.models.backbones.numbered import NumberedPyramid
+from visattn.models.backbones.pyramid import drop_paths
 from visattn.models.backbones.stages import Blocks
 
 __all__ = ["MoHViT"]
@@ -72,7 +73,7 @@ class Block(nn.Module):
 
 
 class OverlapEmbed(nn.Module):
-    """A strided convolution with overlap, and a norm: image or map [B, C, H, W] to a map [B, H', W', dim]."""
+    """A strided convolution with overlap, and a norm: image or map [B, H, W, C] to a map [B, H', W', dim]."""
 
     def __init__(self, channels: int, dim: int, kernel: int, stride: int, **dd: Any) -> None:
         super().__init__()
@@ -81,10 +82,10 @@ class OverlapEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Image or map to map."""
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class MoHViT(Pyramid):
+class MoHViT(NumberedPyramid):
     """MoH-ViT.
 
     Any image works: pooling, position biases and scales follow the map.
@@ -109,6 +110,8 @@ class MoHViT(Pyramid):
         device: Where the weights are made.
         dtype: Of the weights.
     """
+
+    parts = ("patch_embed", "block", "norm")
 
     def __init__(
         self,
@@ -154,32 +157,21 @@ class MoHViT(Pyramid):
         self._finish(tuple(embed_dims), modules, num_classes, in_chans, global_pool, drop_rate, norm, **dd)
         self.apply(_init_conv)
 
-    def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
-        """See `Pyramid.forward_stages`."""
-        maps: list[torch.Tensor] = []
-        # The official names are not a list, and TorchScript knows no getattr of computed names.
-        x = self.norm1(self.block1(self.patch_embed1(x)))
-        if 0 in take:
-            maps.append(x)
-        if take[-1] >= 1:
-            x = self.norm2(self.block2(self.patch_embed2(x.permute(0, 3, 1, 2))))
-            if 1 in take:
-                maps.append(x)
-        if take[-1] >= 2:
-            x = self.norm3(self.block3(self.patch_embed3(x.permute(0, 3, 1, 2))))
-            if 2 in take:
-                maps.append(x)
-        if take[-1] >= 3:
-            x = self.norm4(self.block4(self.patch_embed4(x.permute(0, 3, 1, 2))))
-            if 3 in take:
-                maps.append(x)
-        return maps
+    def stage1(self, x: torch.Tensor) -> torch.Tensor:
+        """See `NumberedPyramid.stage1`."""
+        return self.norm1(self.block1(self.patch_embed1(x)))
 
-    def keep_stages(self, count: int) -> None:
-        """See `Pyramid.keep_stages`."""
-        for i in range(count, 4):
-            for name in (f"patch_embed{i + 1}", f"block{i + 1}", f"norm{i + 1}"):
-                delattr(self, name)
+    def stage2(self, x: torch.Tensor) -> torch.Tensor:
+        """See `NumberedPyramid.stage2`."""
+        return self.norm2(self.block2(self.patch_embed2(x)))
+
+    def stage3(self, x: torch.Tensor) -> torch.Tensor:
+        """See `NumberedPyramid.stage3`."""
+        return self.norm3(self.block3(self.patch_embed3(x)))
+
+    def stage4(self, x: torch.Tensor) -> torch.Tensor:
+        """See `NumberedPyramid.stage4`."""
+        return self.norm4(self.block4(self.patch_embed4(x)))
 
     @unscripted
     def load_balancing_loss(self) -> torch.Tensor:
@@ -192,13 +184,6 @@ class MoHViT(Pyramid):
         if not losses:
             raise ValueError("no load-balancing loss: run the model in training first; it needs routed heads")
         return torch.stack(losses).mean()
-
-    @unscripted
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters by depth, for layer-wise learning rates."""
-        fine = [(r"^patch_embed(\d+)", (0,)), (r"^block(\d+)\.(\d+)", None), (r"^norm(\d+)", (99999,))]
-        whole = r"^(?:block|patch_embed|norm)(\d+)"
-        return {"stem": r"^patch_embed1", "blocks": whole if coarse else fine}
 
 
 def _init_conv(module: nn.Module) -> None:

@@ -14,8 +14,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from visattn.models.backbones.factory import build, cfg
-from visattn.models.backbones.functional import neighborhood, pad_grid, unscripted
-from visattn.models.backbones.pyramid import Pyramid, channels_of_head, drop_paths
+from visattn.models.backbones.functional import neighborhood, pad_grid
+from visattn.models.backbones.leveled import LeveledPyramid
+from visattn.models.backbones.pyramid import channels_of_head, drop_paths
 from visattn.models.backbones.stages import Blocks, Level, Levels
 
 __all__ = ["NAT"]
@@ -117,7 +118,7 @@ class Downsample(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class NAT(Pyramid):
+class NAT(LeveledPyramid):
     """NAT, and DiNAT if dilations are given.
 
     Args:
@@ -140,9 +141,8 @@ class NAT(Pyramid):
         ValueError: If the heads do not divide the channels of a stage, or a block has no dilation.
     """
 
-    # The official name of the stages.
     stages_name = "levels"
-    if TYPE_CHECKING:  # TorchScript would take it for an attribute that is no module
+    if TYPE_CHECKING:  # as in `LeveledPyramid`
         levels: Levels
 
     def __init__(
@@ -192,17 +192,6 @@ class NAT(Pyramid):
     def forward_stages(self, x: torch.Tensor, take: list[int]) -> list[torch.Tensor]:
         """See `Pyramid.forward_stages`."""
         return self.levels(self.patch_embed(x), take)
-
-    def keep_stages(self, count: int) -> None:
-        """See `Pyramid.keep_stages`."""
-        setattr(self, self.stages_name, getattr(self, self.stages_name).first(count))
-
-    @unscripted
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters by depth, for layer-wise learning rates."""
-        stage = rf"^{self.stages_name}\.(\d+)"
-        fine = [(rf"{stage}\.downsample", (0,)), (rf"{stage}\.blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return {"stem": r"^patch_embed", "blocks": stage if coarse else fine}
 
 
 def _cfg(url: str = "", paper: str = "arXiv:2209.15001", **more: Any) -> dict[str, Any]:
