@@ -1,5 +1,6 @@
 """`visattn generate video` on a tiny random pixel Wan: files, the report's numbers, refusals."""
 
+import inspect
 import json
 import sys
 
@@ -71,6 +72,16 @@ def stock(model, label, seed):
     noise = torch.Generator().manual_seed(seed)
     made = pipe([label], num_inference_steps=STEPS, generator=noise, output_type="np", callback_on_step_end=keep)
     return made.frames[0], trail
+
+
+def test_image_and_video_have_the_same_options():
+    """But what a video alone has: each command declares its own for typer."""
+    from visattn.cli.generate import image, video
+
+    of_image, of_video = (dict(inspect.signature(command).parameters) for command in (image, video))
+    assert of_video.keys() - of_image.keys() == {"frames", "fps"}
+    assert [name for name in of_video if name in of_image] == list(of_image)
+    assert [name for name in of_image if of_image[name] != of_video[name]] == ["model"]
 
 
 def test_compare_writes_videos_sheets_and_true_reports(generate, model, tmp_path):

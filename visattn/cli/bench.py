@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_text
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visattn.cli.options import ForceOption, JsonOption, PrefixOption, SuffixOption, output_file, print_json, sizes
+from visattn.cli.measured import PlotOption, SaveOption, check_files, give
+from visattn.cli.options import ForceOption, JsonOption, PrefixOption, SuffixOption, sizes
 
 if TYPE_CHECKING:
     from visattn.bench import Result
@@ -30,16 +29,14 @@ def bench(
     backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward together.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; times are medians.")] = 5,
     patience: Annotated[float, typer.Option(help="Measure only once what takes more seconds than this.")] = 10.0,
-    save: Annotated[Path | None, typer.Option(help="Write the results to this .json file too.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time against tokens to this .png file.")] = None,
+    save: SaveOption = None,
+    plot: PlotOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Time the backends on patterns, with dense SDPA in the same turns: medians and quartiles."""
     grids = [sizes(part, "--grid") for part in grid.split(",")] if grid else []
-    for path, suffixes in ((save, (".json",)), (plot, (".png",))):
-        if path is not None:
-            output_file(path, suffixes, force)
+    check_files(save, plot, force)
     results = _run(
         patterns,
         grids,
@@ -55,13 +52,7 @@ def bench(
         dtype=dtype,
         backward=backward,
     )
-    found = _report(results)
-    _write(found, results, save, plot)
-    if json:
-        print_json(found)
-    else:
-        _print(results)
-        typer.echo(found["busy"] and f"warning: {found['busy']}", nl=bool(found["busy"]))
+    give(results, _print, _charts, save, plot, json)
 
 
 def _run(
@@ -101,29 +92,8 @@ def _run(
     return results
 
 
-def _report(results: Sequence[Result]) -> dict[str, Any]:
-    from visattn.environment import busy, devices, versions
-
-    return {
-        "versions": versions(),
-        "devices": devices(),
-        "busy": busy(),
-        "results": [result.to_dict() for result in results],
-    }
-
-
-def _write(found: dict[str, Any], results: Sequence[Result], save: Path | None, plot: Path | None) -> None:
-    from visattn.files import written_whole
-
-    if save is not None:
-        with written_whole(save) as temporary:
-            temporary.write_text(json_text.dumps(found, indent=2) + "\n")
-    if plot is not None:
-        from visattn.canvas import column
-
-        picture = column([_chart(pattern, results) for pattern in dict.fromkeys(r.case.pattern for r in results)])
-        with written_whole(plot) as temporary:
-            picture.save(temporary)
+def _charts(results: Sequence[Result]) -> list[Any]:
+    return [_chart(pattern, results) for pattern in dict.fromkeys(r.case.pattern for r in results)]
 
 
 def _chart(pattern: str, results: Sequence[Result]) -> Any:

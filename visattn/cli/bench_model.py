@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json as json_text
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visattn.cli.options import ForceOption, JsonOption, output_file, print_json
+from visattn.cli.measured import PlotOption, SaveOption, check_files, give
+from visattn.cli.options import ForceOption, JsonOption
 
 if TYPE_CHECKING:
     from visattn.models.measure import Comparison
@@ -25,26 +24,18 @@ def bench_model(
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; times are medians.")] = 3,
     device: Annotated[str, typer.Option(help="Like cpu or cuda:1; auto takes a GPU if there is one.")] = "auto",
     backend: Annotated[str, typer.Option(help="Who runs the pattern.")] = "auto",
-    save: Annotated[Path | None, typer.Option(help="Write the results to this .json file too.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time against tokens to this .png file.")] = None,
+    save: SaveOption = None,
+    plot: PlotOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Time, peak memory and operations of a model, stock against swapped, with random weights."""
     if not re.fullmatch(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*", size):
         raise ValueError(f"--size {size!r} must be whole numbers of pixels with commas, like 512,1024")
-    for path, suffixes in ((save, (".json",)), (plot, (".png",))):
-        if path is not None:
-            output_file(path, suffixes, force)
+    check_files(save, plot, force)
     sides = [int(part) for part in size.split(",")]
     results = _run(name, sides, pattern, batch, repeats, device, backend, quiet=json)
-    found = _report(results)
-    _write(found, results, save, plot)
-    if json:
-        print_json(found)
-    else:
-        _print(results)
-        typer.echo(found["busy"] and f"warning: {found['busy']}", nl=bool(found["busy"]))
+    give(results, _print, _charts, save, plot, json)
 
 
 def _run(
@@ -74,42 +65,22 @@ def _run(
     return results
 
 
-def _report(results: Sequence[Comparison]) -> dict[str, Any]:
-    from visattn.environment import busy, devices, versions
+def _charts(results: Sequence[Comparison]) -> list[Any]:
+    from visattn.chart import Point, chart
 
-    return {
-        "versions": versions(),
-        "devices": devices(),
-        "busy": busy(),
-        "results": [result.to_dict() for result in results],
-    }
-
-
-def _write(found: dict[str, Any], results: Sequence[Comparison], save: Path | None, plot: Path | None) -> None:
-    from visattn.files import written_whole
-
-    if save is not None:
-        with written_whole(save) as temporary:
-            temporary.write_text(json_text.dumps(found, indent=2) + "\n")
-    if plot is not None:
-        from visattn.canvas import column
-        from visattn.chart import Point, chart
-
-        charts = []
-        for what in ("seconds", "attention"):
-            series: dict[str, list[Point]] = {"stock": [], "swapped": []}
-            for result in results:
-                for kind in series:
-                    timing = getattr(getattr(result, kind), what)
-                    if timing is None:
-                        continue
-                    series[kind].append(Point(result.tokens, timing.median, *timing.spread))
-            series = {kind: points for kind, points in series.items() if points}
-            title = "a forward" if what == "seconds" else "one attention call"
-            charts.append(chart(f"{results[0].name}, {results[0].pattern}: {title}", series))
-        picture = column(charts)
-        with written_whole(plot) as temporary:
-            picture.save(temporary)
+    charts = []
+    for what in ("seconds", "attention"):
+        series: dict[str, list[Point]] = {"stock": [], "swapped": []}
+        for result in results:
+            for kind in series:
+                timing = getattr(getattr(result, kind), what)
+                if timing is None:
+                    continue
+                series[kind].append(Point(result.tokens, timing.median, *timing.spread))
+        series = {kind: points for kind, points in series.items() if points}
+        title = "a forward" if what == "seconds" else "one attention call"
+        charts.append(chart(f"{results[0].name}, {results[0].pattern}: {title}", series))
+    return charts
 
 
 def _print(results: Sequence[Comparison]) -> None:
