@@ -1,12 +1,11 @@
 """Distillation: cached samples, losses, settings, and runs that are killed and go on."""
 
-import json
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -31,8 +30,9 @@ from scripts.distill import (
 from scripts.distill import pipeline as distill
 from scripts.distill.config import Config
 from tests.support.places import ROOT
+from tests.support.runs import equal, killed, log_of, stopped
 from tests.support.tiny_digits import tiny_transformer
-from tests.support.tiny_distill import cache, equal, run, tiny_pipeline_with_samples, words
+from tests.support.tiny_distill import cache, run, tiny_pipeline_with_samples, words
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
 from visattn.pipelines.trained import load_own, load_trained
 
@@ -170,34 +170,24 @@ class TestTraining:
         assert set(found) == expected
         moved = [(value - own[name.removeprefix("model.")]).abs().max().item() for name, value in found.items()]
         assert min(moved) > 0
-        lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+        lines = log_of(tmp_path / "out")
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
         assert {"denoising", "output", "attention", "gradient", "lr"} <= lines[0].keys()
 
     def test_comes_closer_to_the_teacher(self, folder, tmp_path):
         more = ("--steps", "60", "--denoising", "0", "--output", "1", "--save-every", "60", "--lr", "0.003")
         run(folder, tmp_path / "out", *more)
-        lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+        lines = log_of(tmp_path / "out")
         first, last = ([line["output"] for line in part] for part in (lines[:10], lines[-10:]))
         assert sum(last) < 0.7 * sum(first)
 
     @pytest.mark.parametrize("more", [(), ("--lora", "2", "--schedule", "constant"), ("--ema", "0", "--checkpointing")])
     def test_stopped_and_resumed_is_the_same(self, folder, tmp_path, more, monkeypatch):
         whole = run(folder, tmp_path / "whole", *more)
-        step = loop.Run.train_step
-
-        def stop(self):
-            if self.step == 2:
-                raise RuntimeError("stopped")
-            return step(self)
-
-        monkeypatch.setattr(loop.Run, "train_step", stop)
-        with pytest.raises(RuntimeError, match="stopped"):
-            run(folder, tmp_path / "parts", *more)
-        monkeypatch.setattr(loop.Run, "train_step", step)
-        assert equal(whole, run(folder, tmp_path / "parts", *more))
-        lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+        go_on = functools.partial(run, folder, tmp_path / "parts", *more)
+        stopped(monkeypatch, loop.Run, "train_step", lambda run: run.step == 2, go_on)
+        assert equal(whole, go_on())
+        assert [line["step"] for line in log_of(tmp_path / "parts")] == [1, 2, 3, 4]
 
     def test_a_patterns_own_parameters_learn_and_are_kept(self, folder, tmp_path):
         from visattn import apply
@@ -259,15 +249,8 @@ class TestTraining:
         whole = run(folder, tmp_path / "whole", *more)
         command = [sys.executable, "-m", "scripts.distill.pipeline", *words(folder, tmp_path / "killed", *more)]
         checkpoint = tmp_path / "killed" / loop.CHECKPOINT
-        kills = 0
-        while kills < 2:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-            before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-            while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
+        for _ in range(2):
+            killed(command, checkpoint)
         assert checkpoint.exists()
         assert equal(whole, run(folder, tmp_path / "killed", *more))
 
@@ -282,7 +265,7 @@ class TestTraining:
         shared = load_file(tmp_path / "two" / "student.safetensors")
         for name in (name for name in whole if not name.endswith("to_k.bias")):
             torch.testing.assert_close(whole[name], shared[name], atol=1e-3, rtol=1e-3)
-        logs = [json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[0]) for n in ("one", "two")]
+        logs = [log_of(tmp_path / n)[0] for n in ("one", "two")]
         assert logs[0]["denoising"] == pytest.approx(logs[1]["denoising"], rel=1e-4)
 
     def test_micro_batches_sum_to_the_batch(self, folder, tmp_path):

@@ -9,8 +9,9 @@ pytest.importorskip("sklearn")
 
 from scripts.distill import samples, settings, training
 from scripts.distill.config import Config
+from tests.support.runs import equal
 from tests.support.tiny_digits import tiny_transformer
-from tests.support.tiny_distill import equal, run, tiny_pipeline_with_samples, words
+from tests.support.tiny_distill import run, tiny_pipeline_with_samples, words
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
 from visattn.pipelines.trained import Trained, load_own, load_trained, save_trained, trained_weights
 

@@ -1,10 +1,8 @@
 """Distillation of timm models: settings, pictures, losses, runs that stop and go on, and what they leave."""
 
+import functools
 import json
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -22,7 +20,7 @@ from scripts.distill import loop, vit, vit_data
 from scripts.distill.settings import parse
 from scripts.distill.vit_config import VitConfig
 from scripts.measure import distilled_vit as measure_distill_vit
-from tests.support.places import ROOT
+from tests.support.runs import equal, killed, log_of, stopped
 from visattn import apply
 from visattn.pipelines.trained import load_own, load_trained, trained_weights
 
@@ -53,10 +51,6 @@ def words(folder, out, *more):
 
 def run(folder, out, *more):
     return load_file(distill_vit.main(words(folder, out, *more)))
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +84,7 @@ def test_weights_of_another_model_are_refused(folder, tmp_path):
 def test_only_attention_learns(folder, tmp_path):
     found = run(folder, tmp_path / "out")
     assert found and all(name.startswith("model.blocks.") and ".attn." in name for name in found)
-    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    lines = log_of(tmp_path / "out")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert {"logits", "features", "attention", "gradient", "lr"} <= lines[0].keys()
     assert all(np.isfinite(line["logits"]) for line in lines)
@@ -98,7 +92,7 @@ def test_only_attention_learns(folder, tmp_path):
 
 def test_comes_closer_to_the_teacher(folder, tmp_path):
     run(folder, tmp_path / "out", "--steps", "30", "--pattern", "mala", "--lr", "0.002", "--save-every", "30")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    lines = log_of(tmp_path / "out")
     first, last = (sum(line["features"] for line in part) for part in (lines[:5], lines[-5:]))
     assert last < 0.7 * first
 
@@ -106,18 +100,9 @@ def test_comes_closer_to_the_teacher(folder, tmp_path):
 @pytest.mark.parametrize("more", [(), ("--lora", "2"), ("--pattern", "linear(feature=hedgehog)", "--maps", "1")])
 def test_stopped_and_resumed_is_the_same(folder, tmp_path, more, monkeypatch):
     whole = run(folder, tmp_path / "whole", *more)
-    step = loop.Run.train_step
-
-    def stop(self):
-        if self.step == 1:
-            raise RuntimeError("stopped")
-        return step(self)
-
-    monkeypatch.setattr(loop.Run, "train_step", stop)
-    with pytest.raises(RuntimeError, match="stopped"):
-        run(folder, tmp_path / "parts", *more)
-    monkeypatch.setattr(loop.Run, "train_step", step)
-    assert equal(whole, run(folder, tmp_path / "parts", *more))
+    go_on = functools.partial(run, folder, tmp_path / "parts", *more)
+    stopped(monkeypatch, loop.Run, "train_step", lambda run: run.step == 1, go_on)
+    assert equal(whole, go_on())
 
 
 @pytest.mark.slow
@@ -126,11 +111,7 @@ def test_killed_and_resumed_is_the_same(folder, tmp_path):
     torch.set_num_threads(1)
     whole = run(folder, tmp_path / "whole", *more)
     command = [sys.executable, "-m", "scripts.distill.classifier", *words(folder, tmp_path / "killed", *more)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    while process.poll() is None and not (tmp_path / "killed" / loop.CHECKPOINT).exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed(command, tmp_path / "killed" / loop.CHECKPOINT)
     assert equal(whole, run(folder, tmp_path / "killed", *more))
 
 

@@ -1,6 +1,6 @@
 """Longer videos by LoRA under a sparse pattern: settings, what learns, runs that go on, and the exported weights."""
 
-import json
+import functools
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from scripts.distill import extend_video
 from scripts.train.moving_digits import LORA_FILE, load_lora, load_pipeline
 from scripts.train.moving_digits_training import CLASS_TOKENS, build_model, build_scheduler
+from tests.support.runs import equal, log_of, stopped
 from visattn import apply
 from visattn.pipelines.embedded.pixel_wan import PixelWanPipeline
 
@@ -36,10 +37,6 @@ def run(folder, out, *more):
     given = ["--model", str(folder), "--out", str(out), "--frames", "4", "--steps", "4", "--batch", "1", "--rank", "2"]
     extend_video.main([*given, "--threads", "1", *more])
     return load_file(out / "lora" / LORA_FILE)
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize(
@@ -65,24 +62,16 @@ def test_only_low_rank_updates_of_self_attention_learn(folder, tmp_path):
     assert all(2 in value.shape for value in found.values())
     assert any(value.abs().max() > 0 for name, value in found.items() if "lora_B" in name)
     assert (tmp_path / "out" / "samples" / "000004.png").is_file()
-    last = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
+    last = log_of(tmp_path / "out")[-1]
     assert last["event"] == "end" and last["progress"]["step"] == 4
 
 
 def test_stopped_and_resumed_is_the_same(folder, tmp_path, monkeypatch):
     whole = run(folder, tmp_path / "whole")
-    step = extend_video.Extension.step
-
-    def stop(self):
-        if self.progress.step == 2:
-            raise RuntimeError("stopped")
-        return step(self)
-
-    monkeypatch.setattr(extend_video.Extension, "step", stop)
-    with pytest.raises(RuntimeError, match="stopped"):
-        run(folder, tmp_path / "parts", "--checkpoint-minutes", "0")
-    monkeypatch.setattr(extend_video.Extension, "step", step)
-    assert equal(whole, run(folder, tmp_path / "parts"))
+    go_on = functools.partial(run, folder, tmp_path / "parts")
+    stop = functools.partial(go_on, "--checkpoint-minutes", "0")
+    stopped(monkeypatch, extend_video.Extension, "step", lambda run: run.progress.step == 2, stop)
+    assert equal(whole, go_on())
     with pytest.raises(SystemExit, match="from another run"):
         run(folder, tmp_path / "parts", "--seed", "1")
 

@@ -1,6 +1,5 @@
 """Distillation of a tiny digits pipeline: its folder, its samples, and runs on them."""
 
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
@@ -33,7 +32,3 @@ def words(folder, out, *more):
 
 def run(folder, out, *more):
     return load_file(distill.main(words(folder, out, *more)))
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

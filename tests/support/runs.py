@@ -1,0 +1,46 @@
+"""Training runs of the scripts: their logs, their results, and runs that stop, are killed and go on."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from tests.support.places import ROOT
+
+
+def equal(one, other):
+    """Whether two dicts of tensors have the same names and bits."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def log_of(out):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def stopped(monkeypatch, kind, name, done, call):
+    """Call a run whose method `name` of its class `kind`, a step, raises once `done(run)` is true."""
+    step = getattr(kind, name)
+
+    def stop(self):
+        if done(self):
+            raise RuntimeError("stopped")
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            call()
+
+
+def killed(command, checkpoint):
+    """Run a command until it has written a checkpoint, a new one if there was one, and kill it."""
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
