@@ -64,17 +64,20 @@ class PixelPipeline(DiffusionPipeline):
     def _denoise(
         self,
         sample: torch.Tensor,
-        labels: torch.Tensor,
+        condition: Any,
         callback: StepCallback | None,
         tensor_inputs: Sequence[str],
     ) -> torch.Tensor:
-        """Runs every step of the scheduler, which has been set up, from noise to a clean float32 sample."""
+        """Runs every step of the scheduler, which has been set up, from noise to a clean float32 sample.
+
+        `condition` is what `_predict_velocity` takes: labels, or in a subclass something else.
+        """
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         progress_bar = cast(Any, self).progress_bar
         with progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
-                velocity = self._predict_velocity(sample, t, labels)
+                velocity = self._predict_velocity(sample, t, condition)
                 sample = self.scheduler.step(velocity, t, sample, return_dict=False)[0]
                 if callback is not None:
                     tensors = dict.fromkeys(tensor_inputs, sample)
@@ -82,7 +85,7 @@ class PixelPipeline(DiffusionPipeline):
                 progress.update()
         return sample.float()
 
-    def _predict_velocity(self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _predict_velocity(self, latents: torch.Tensor, t: torch.Tensor, labels: Any) -> torch.Tensor:
         """Velocity at one scheduler time t, guided if guidance is on."""
         if not self.do_classifier_free_guidance:
             return self._velocity(latents, t.expand(len(labels)), labels)

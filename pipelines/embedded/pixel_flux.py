@@ -172,7 +172,7 @@ class PixelFluxPipeline(PixelPipeline):
 
 
 def predict_clean(
-    transformer: torch.nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, condition: Encoded, spacing: float = 1.0
+    transformer: Any, noisy: torch.Tensor, sigma: torch.Tensor, condition: Encoded, spacing: float = 1.0
 ) -> torch.Tensor:
     """The clean picture that the transformer sees behind the noise.
 
