@@ -79,7 +79,10 @@ class PixelPipeline(DiffusionPipeline):
         callback: StepCallback | None,
         tensor_inputs: Sequence[str],
     ) -> torch.Tensor:
-        """Runs every step of the scheduler, which has been set up, from noise to a clean float32 sample."""
+        """Runs every step of the scheduler, which has been set up, from noise to a clean float32 sample.
+
+        `condition` is what `_predict_velocity` takes: labels, or in a subclass something else.
+        """
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         progress_bar = cast(Any, self).progress_bar

@@ -154,16 +154,6 @@ class PixelFluxPipeline(PixelPipeline):
         config: Any = self.config
         return config.sample_size / max(latents.shape[-2:])
 
-    def _set_timesteps(self, num_inference_steps: int, height: int, width: int) -> None:
-        """Sets the scheduler up for the size."""
-        config = self.scheduler.config
-        mu = None
-        if config.use_dynamic_shifting:
-            tokens = (height // self.patch_size) * (width // self.patch_size)
-            # Averaging more pixels hides more noise: the shift grows with the side length, so mu with its log.
-            mu = config.base_shift + 0.5 * math.log(tokens / config.base_image_seq_len)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, mu=mu)
-
     def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         config: Any = self.config
         tall, wide = (config.sample_size if side is None else side for side in (height, width))
@@ -172,7 +162,7 @@ class PixelFluxPipeline(PixelPipeline):
 
 
 def predict_clean(
-    transformer: torch.nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, condition: Encoded, spacing: float = 1.0
+    transformer: Any, noisy: torch.Tensor, sigma: torch.Tensor, condition: Encoded, spacing: float = 1.0
 ) -> torch.Tensor:
     """The clean picture that the transformer sees behind the noise.
 
