@@ -2,7 +2,7 @@
 
     python docs/examples/flux.py --prompt "a lighthouse at dusk" --height 2048 --width 2048
 
-Needs `pip install 'visattn[diffusers]'`, access to the model, and a GPU that holds its transformer in bfloat16 (24 GB).
+Needs `pip install 'visattn[diffusers]'`, access to the model, and a GPU that holds its transformer in bfloat16.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python docs/examples/wan.py --prompt "a cat walks on the grass" --frames 81 --out out/wan.mp4
 
-Needs `pip install 'visattn[diffusers]'` and a GPU that holds the model in bfloat16 (8 GB for the 1.3 B one). What a
+Needs `pip install 'visattn[diffusers]'` and a GPU that holds the model in bfloat16. What a
 pattern gains on so many frames, `visattn simulate "radial(decay=0.2)" --grid 21x30x52` tells before anything runs.
 """
 
