@@ -125,6 +125,10 @@ def untraced() -> Iterator[None]:
     """Let torch.jit.trace record nothing."""
     library: Any = torch._C
     state = library._get_tracing_state()
+    if state is None:
+        # Below an operator, where tracing is out of reach, its state may not even be set.
+        yield
+        return
     library._set_tracing_state(None)
     try:
         yield

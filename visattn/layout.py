@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 
@@ -46,12 +45,12 @@ class Layout:
         """Number of grid axes."""
         return len(self.grid)
 
-    @cached_property
+    @property
     def tokens(self) -> int:
         """Number of grid tokens."""
         return math.prod(self.grid)
 
-    @cached_property
+    @property
     def length(self) -> int:
         """Number of all tokens: prefix + grid + suffix."""
         return self.prefix + self.tokens + self.suffix

@@ -60,7 +60,7 @@ def tensors(requires_grad=False):
     return [torch.randn(shape, requires_grad=requires_grad) for _ in range(3)]
 
 
-@pytest.mark.parametrize(("given", "bound"), [({}, 55), ({"key_mask": True}, 64)])
+@pytest.mark.parametrize(("given", "bound"), [({}, 66), ({"key_mask": True}, 76)])
 @pytest.mark.parametrize("pattern", ["na(window=7x7,stride=2x2)", "clear(radius=3)", parse("radial(decay=0.5)")])
 def test_a_kept_call(nothing, pattern, given, bound):
     layout = LAYOUT if "radial" not in str(pattern) else Layout((1, 16, 16), 7)

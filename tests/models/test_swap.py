@@ -185,7 +185,9 @@ def test_traces(size):
     with visattn.apply(model, "na(window=5x5)"):
         swapped = model(x)
         # The first call after a start makes masks and lists, which later ones keep: the recorded graphs differ.
-        assert torch.equal(torch.jit.trace(model, x, check_trace=False)(x), swapped)
+        # Written down in plain operators: on the large grid those are not the tile engine's.
+        traced = torch.jit.trace(model, x, check_trace=False)(x)
+        torch.testing.assert_close(traced, swapped, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
