@@ -9,9 +9,9 @@ import argparse
 import ast
 import re
 import subprocess
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from scripts.pages import ROOT
+
 PAGE = ROOT / "docs" / "design.md"
 # Folders without Python to say it themselves.
 PLAIN = {

@@ -115,20 +115,18 @@ def attention(
     scale = factor(scale, q.shape[3])
     q, k, v = as_sdpa_casts(q, k, v)
     given = merged(parameters, pool_weight)
-    if ops.written_down():
-        pattern, given = parse(pattern), ops.constants(given)
-        check_call(q, k, v, pattern, layout, key_mask, rpb, given)
-        call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
-        out, lse = run_call(q, k, v, call, portable=True)
-    elif ops.without_values(q):
+    portable = ops.written_down()
+    if not portable and ops.without_values(q):
         # Nothing there can be planned for: one operator, which checks the call and says what comes out.
         out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, given, backend, return_lse)
     else:
-        pattern = parse(pattern)
+        pattern, given = parse(pattern), ops.constants(given) if portable else given
         check_fit(q, k, v, pattern, layout, key_mask, rpb, given)
         call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
-        run = transforms.attend if transforms.active() else run_call
-        out, lse = run(q, k, v, call, backend)
+        if not portable and transforms.active():
+            out, lse = transforms.attend(q, k, v, call, backend)
+        else:
+            out, lse = run_call(q, k, v, call, backend, portable)
     if not return_lse:
         return out
     assert lse is not None

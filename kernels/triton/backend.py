@@ -148,9 +148,8 @@ class Triton(Backend):
         key_mask = None if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)
         rpb = None if call.rpb is None else call.rpb.to(torch.float32).flatten(1).contiguous()
         tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
-        tuning = tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing()
         alike = self._kinds.of(
-            kind(q, k, v, call, scale, (tf32, tuning)), lambda: Alike(launches(q, k, v, call), Starts(q.device))
+            kind(q, k, v, call, scale, (tf32, _tunes(q))), lambda: Alike(launches(q, k, v, call), Starts(q.device))
         )
         learns = recorded(q, k, v, rpb)
         formula = _formula(call) if learns else None
@@ -191,11 +190,16 @@ def on_gpu(q: torch.Tensor) -> Support:
     return fits(q.device.type, q.dtype, q.shape[3]) if support.ok else support
 
 
+def _tunes(q: torch.Tensor) -> bool:
+    """Whether configurations are timed for calls with such queries: the user asks for it, and nothing is captured."""
+    return tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
 def launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> dict[str, Config]:
     """The launch configuration of each direction: the table's or the tuned one, or that of a Hopper kernel."""
     number, dtype, head_dim = architecture(q.device), q.dtype, q.shape[3]
     configs = {d: config(number, dtype, head_dim, d) for d in DIRECTIONS}
-    if tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing():
+    if _tunes(q):
         configs = _tuned(call.pattern, call.layout, dtype, head_dim, q.device)
     # A new dict: the tuned one is kept for other calls, which may have a mask.
     return configs | faster_configs(q, k, v, call, number)

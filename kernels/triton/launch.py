@@ -100,14 +100,13 @@ def _key_gradients(
     grad_out: torch.Tensor,
     lse: torch.Tensor,
     delta: torch.Tensor,
-    grad_k: torch.Tensor,
-    grad_v: torch.Tensor,
     work: Work,
-) -> None:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the dK/dV kernel that the configuration names."""
+    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
     if work.configs["key_grad"].hopper:
         hopper_launch.launch_key_gradients(q, k, v, grad_out, lse, delta, grad_k, grad_v, work)
-        return
+        return grad_k, grad_v
     results = {"grad_k": grad_k, "grad_v": grad_v}
 
     def make() -> Launch:
@@ -116,6 +115,7 @@ def _key_gradients(
 
     tensors = _changing("key_grad", q, k, v, rpb, grad_out, lse, delta, work) | results
     work.starts.run(("key_grad", grad_out.stride()), tensors, make)
+    return grad_k, grad_v
 
 
 def _changing(
@@ -166,8 +166,7 @@ def gradients(
     _deltas(out, grad_out, grad_lse, delta, work)
     rest = (q, k, v, rpb, grad_out, lse, delta, work)
     if wanted[1]:
-        grads[1], grads[2] = k.new_empty(k.shape), v.new_empty(v.shape)
-        _key_gradients(*rest[:-1], grads[1], grads[2], work)
+        grads[1], grads[2] = _key_gradients(*rest)
     if wanted[0]:
         grads[0] = _query_gradients(*rest)
     if wanted[2]:

@@ -15,8 +15,8 @@ import zipfile
 from pathlib import Path
 
 from scripts.check.package_use import run, use
+from scripts.pages import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 # Folders of the checkout and where a wheel puts them.
 ROOMS = {"visattn": "visattn", **{room: f"visattn/{room}" for room in ("kernels", "models", "pipelines")}}
 BESIDE = ("LICENSE", "NOTICE", "README.md", "CHANGELOG.md", "pyproject.toml", "tests/conftest.py", "docs/design.md")

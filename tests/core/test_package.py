@@ -7,14 +7,12 @@ import subprocess
 import sys
 import tomllib
 from itertools import chain
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 import visattn
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support.places import ROOT
 
 
 def python(code: str) -> str:
