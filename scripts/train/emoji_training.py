@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,6 +38,7 @@ class Config:
         steps: Steps in all, where there is no budget.
         sides: Side in pixels of each stage.
         shares: Part of the budget at which each stage ends, the last at 1.
+        mixed: Part of the steps of a stage that take a smaller side of `sides`, so that none is forgotten.
         tokens: Text and image tokens of a step on each device.
         lr: Learning rate of both optimizers.
         decay_from: Part of the budget from which the learning rate goes down.
@@ -56,6 +58,7 @@ class Config:
     steps: int = 0
     sides: tuple[int, ...] = (64, 128, 256)
     shares: tuple[float, ...] = (0.14, 0.5, 1.0)
+    mixed: float = 0.2
     tokens: int = 270_000
     lr: float = 3e-3
     decay_from: float = 0.6
@@ -83,13 +86,20 @@ class Config:
         for name in ("tokens", "lr", "warmup", "spread", "heads", "double", "single", "text"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: pass a number above 0")
-        for name in ("ema", "dropped", "decay_from"):
+        for name in ("ema", "dropped", "decay_from", "mixed"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: pass a number from 0 to below 1")
 
     def side(self, done: float) -> int:
         """Side in pixels at a part of the budget."""
         return next((side for side, share in zip(self.sides, self.shares, strict=True) if done < share), self.sides[-1])
+
+    def side_of_step(self, done: float, step: int) -> int:
+        """Side in pixels of a step: the stage's, or now and then a smaller one; the same on every device."""
+        side = self.side(done)
+        smaller = [each for each in self.sides if each < side]
+        chance = random.Random(self.seed * 1_000_003 + step)
+        return chance.choice(smaller) if smaller and chance.random() < self.mixed else side
 
     def batch(self, side: int) -> int:
         """Pictures of a step on each device."""

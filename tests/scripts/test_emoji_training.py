@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from scripts.train.emoji import Training, main, run, sample_prompts
 from scripts.train.emoji_captions import NEW_EMOJI, NEW_PAIR, TRAIN, caption, captions, split_of
 from scripts.train.emoji_data import load_pack
 from scripts.train.emoji_model import export
-from scripts.train.emoji_optimizer import Muon, build_optimizers, orthogonal
+from scripts.train.emoji_optimizer import Guard, Muon, build_optimizers, orthogonal
 from scripts.train.emoji_sources import STYLES, Emoji, archive_name, plain_code, plain_name
 from scripts.train.emoji_training import Config, Progress, draw, load_parts, save_parts, weights_of
 from tests.support.tiny_emoji import EMOJI, tiny_pack
@@ -218,3 +219,44 @@ def test_sample_prompts_come_from_every_split(pack):
     held = {pack.pictures[i].caption for i in pack.of(NEW_PAIR).tolist()}
     assert held & set(found)
     assert "a red apple, 3d" in found
+
+
+def test_steps_of_a_stage_mix_in_smaller_sides_and_no_larger_one():
+    config = Config(sides=(64, 128, 256), shares=(0.1, 0.5, 1.0), mixed=0.25)
+    drawn = [config.side_of_step(0.7, step) for step in range(2000)]
+    assert drawn == [config.side_of_step(0.7, step) for step in range(2000)]
+    assert abs(drawn.count(256) / 2000 - 0.75) < 0.04
+    assert abs(drawn.count(64) / 2000 - 0.125) < 0.03
+    assert {config.side_of_step(0.05, step) for step in range(200)} == {64}
+    assert {config.side_of_step(0.3, step) for step in range(200)} == {64, 128}
+    assert {replace(config, mixed=0.0).side_of_step(0.7, step) for step in range(200)} == {256}
+
+
+def test_gradients_that_no_step_could_have_count_as_zero():
+    good, wild, lost = (torch.nn.Parameter(torch.zeros(3)) for _ in range(3))
+    guard = Guard([good, wild, lost])
+    for _ in range(30):
+        for parameter in (good, wild, lost):
+            parameter.grad = torch.ones(3)
+        guard()
+    assert guard.dropped.item() == 0
+    wild.grad, lost.grad = torch.full((3,), 50.0), torch.tensor([1.0, torch.nan, 1.0])
+    good.grad = torch.full((3,), 4.0)
+    guard()
+    assert guard.dropped.item() == 2
+    assert good.grad.tolist() == [4.0] * 3
+    assert not wild.grad.any()
+    assert not lost.grad.any()
+    for parameter in (good, wild, lost):
+        parameter.grad = torch.ones(3)
+    guard()
+    assert guard.dropped.item() == 2
+
+
+def test_the_first_gradients_of_a_run_may_change_fast():
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    guard = Guard([parameter])
+    for size in (1.0, 100.0, 1.0):
+        parameter.grad = torch.full((3,), size)
+        guard()
+        assert parameter.grad.tolist() == [size] * 3
