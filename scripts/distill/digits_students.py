@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from scripts.distill import cache_samples
-from scripts.distill.judge import Judge, frechet, train_judge
+from scripts.distill.judge import Judge, train_judge
 from scripts.distill.settings import option, parse
+from scripts.measure.estimates import frechet
 from scripts.train.digits_data import real_digits, upscale
 from visattn import apply
 from visattn.files import written_whole

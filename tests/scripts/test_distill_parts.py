@@ -1,13 +1,12 @@
-"""The parts of distillation that need no run: noise, losses, the judge of its samples."""
+"""The parts of distillation that need no run: noise and losses."""
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
-from scripts.distill import judge, losses, noise
+from scripts.distill import losses, noise
 from tests.support.tiny_digits import tiny_transformer
 
 
@@ -73,16 +72,3 @@ class TestLosses:
         with torch.no_grad():
             model(torch.randn(1, 1, 8, 8), **arguments)
         assert recorder.kept["it"] is inside, "it records outside of its context"
-
-
-class TestJudge:
-    def test_frechet_of_gaussians(self):
-        rng = np.random.default_rng(0)
-        one, other = rng.normal(size=(4000, 3)), rng.normal(size=(4000, 3)) * [1, 2, 1] + [3, 0, 0]
-        # |m|^2 + sum (s1 - s2)^2 for independent coordinates.
-        assert judge.frechet(one, other) == pytest.approx(9 + 1, rel=0.05)
-        assert judge.frechet(one, one) == pytest.approx(0, abs=1e-9)
-
-    def test_wrong_shapes(self):
-        with pytest.raises(ValueError, match="same F"):
-            judge.frechet(np.zeros((4, 3)), np.zeros((4, 2)))
