@@ -101,7 +101,7 @@ def _shown(one: dict[str, Any], folder: Path, summary: dict[str, Any]) -> str:
     files = {kind: folder / f"{kind}-{index}{suffix}" for kind in ("dense", "sparse")}
     figures = "".join(_figure(_embedded(path, f"{kind}, {what}"), kind) for kind, path in files.items())
     if suffix == ".png":
-        figures += _figure(_difference(*files.values(), f"difference, {what}"), "difference, up to 1 as black to white")
+        figures += _figure(_difference(*files.values(), f"difference, {what}"), "difference (black: none)")
     sheet = folder / f"sheet-{index}.png"
     wide = f'<img class="wide" alt="frames, {_text(what)}" src="{_data(sheet)}">' if sheet.is_file() else ""
     return f'{head}<div class="row">{figures}</div>{wide}'
