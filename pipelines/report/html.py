@@ -98,10 +98,12 @@ def _shown(one: dict[str, Any], folder: Path, summary: dict[str, Any]) -> str:
     quality += "" if one["lpips"] is None else f", LPIPS {one['lpips']:.3f}"
     head = f"<h3>{_text(what)}, seed {one['seed']}: {quality}</h3>"
     suffix = ".mp4" if summary["settings"]["output"] == "video" else ".png"
-    files = {kind: folder / f"{kind}-{index}{suffix}" for kind in ("dense", "sparse")}
-    figures = "".join(_figure(_embedded(path, f"{kind}, {what}"), kind) for kind, path in files.items())
+    dense, sparse = (folder / f"{kind}-{index}{suffix}" for kind in ("dense", "sparse"))
+    figures = "".join(
+        _figure(_embedded(path, f"{kind}, {what}"), kind) for kind, path in (("dense", dense), ("sparse", sparse))
+    )
     if suffix == ".png":
-        figures += _figure(_difference(*files.values(), f"difference, {what}"), "difference (black: none)")
+        figures += _figure(_difference(dense, sparse, f"difference, {what}"), "difference (black: none)")
     sheet = folder / f"sheet-{index}.png"
     wide = f'<img class="wide" alt="frames, {_text(what)}" src="{_data(sheet)}">' if sheet.is_file() else ""
     return f'{head}<div class="row">{figures}</div>{wide}'

@@ -35,15 +35,17 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        second = nn.GroupNorm(GROUPS, channels)
+        # Blocks start as the identity.
+        nn.init.zeros_(second.weight)
         self.body = nn.Sequential(
             nn.GroupNorm(GROUPS, channels),
             nn.GELU(),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.GroupNorm(GROUPS, channels),
+            second,
             nn.GELU(),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
         )
-        nn.init.zeros_(self.body[3].weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] to the same."""

@@ -84,9 +84,10 @@ class Judge:
     def likeness(self, pictures: torch.Tensor, twins: torch.Tensor) -> dict[str, Any]:
         """Mean PSNR (at most BEST), SSIM and LPIPS to the dense model's pictures of the same noise."""
         found: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
+        lpips = self.lpips
         for a, b in zip(pictures.split(CHUNK), twins.split(CHUNK), strict=True):
             found["psnr"].append(psnr(a, b).clamp(max=BEST))
             found["ssim"].append(ssim(a, b))
-            if self.lpips is not None:
-                found["lpips"].append(self.lpips(a, b).double().cpu())
+            if lpips is not None:
+                found["lpips"].append(lpips(a, b).double().cpu())
         return {name: round(torch.cat(parts).mean().item(), 4) if parts else None for name, parts in found.items()}
