@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh machine to pictures: digits drawn with dense and with neighborhood attention, side by side.
+# From a fresh machine to pictures: two emoji drawn with dense and with neighborhood attention, side by side, with times
+# and how alike they are. The first third of the steps, where the composition is made, stays dense.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install_extras diffusers
 out="${1:-out/demo}"
-"$venv/bin/visattn" generate image --model digits --label 2,3,5,8 --pattern "na(window=9x9)" \
-    --compare --seed 0 --out "$out" --force
+"$venv/bin/visattn" generate image --model emoji --prompt "a red apple, 3d" --prompt "smiling cat, gradient" \
+    --pattern "na(window=16x16, stride=8x8)" --steps 12 --dense-steps 4 --compare --seed 0 --out "$out" --force

@@ -22,6 +22,8 @@ class PixelPipeline(DiffusionPipeline):
     condition: class labels (`ClassPipeline`) or encoded prompts.
     """
 
+    # What the transformer predicts: "flow_prediction" (the velocity) or "sample" (the clean picture).
+    prediction_type = "flow_prediction"
     model_cpu_offload_seq = "transformer"
     _callback_tensor_inputs = ("latents",)
 
@@ -38,6 +40,10 @@ class PixelPipeline(DiffusionPipeline):
     def patch_size(self) -> int:
         """Side of a patch (one token) in pixels."""
         raise NotImplementedError
+
+    def pack_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the transformer takes them; here it takes them as they are."""
+        return latents
 
     def check_inputs(self, *args: Any, **arguments: Any) -> None:
         """Checks what a call is to make, with arguments of the same names, before any work.

@@ -49,6 +49,7 @@ class PixelFluxPipeline(PixelPipeline):
         sample_size: Height and width in pixels by default.
     """
 
+    prediction_type = "sample"
     model_cpu_offload_seq = "text_encoder->transformer"
 
     def __init__(
@@ -149,6 +150,10 @@ class PixelFluxPipeline(PixelPipeline):
             conditional, unconditional = clean.chunk(2)
             clean = unconditional + self._guidance_scale * (conditional - unconditional)
         return (latents - clean) / sigma
+
+    def pack_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, H, W] as the transformer's tokens [B, tokens, 3 patch patch]."""
+        return to_tokens(latents, self.patch_size)
 
     def _spacing(self, latents: torch.Tensor) -> float:
         config: Any = self.config

@@ -1,48 +1,25 @@
-"""The report of `generate --compare` as one self-contained HTML page: nothing is loaded from elsewhere, no scripts."""
+"""The report of `generate --compare` as one self-contained HTML page: nothing is loaded from elsewhere.
+
+Its one script adds a slider that compares by dragging; without scripts all pictures are there beside each other.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageChops
+
+from visattn.pipelines.report.assets import SCRIPT, STYLE
 from visattn.pipelines.report.chart import line_chart
 
 # Longer videos stay files beside the page: a data URI of this many bytes makes a page that opens slowly.
 LARGEST_VIDEO = 8_000_000
 MIME = {".png": "image/png", ".mp4": "video/mp4"}
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #202124; --soft: #5f6368; --line: #dadce0; --paper: #fff; --panel: #f6f7f9;
-  --dense: #5f6368; --sparse: #1a73e8; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #9aa0a6; --line: #3c4043; --paper: #17181a;
-  --panel: #202124; --dense: #9aa0a6; --sparse: #8ab4f8; --bad: #f2b8b5; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 32px 24px 64px; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 26px; line-height: 1.25; margin: 0 0 4px; font-weight: 600; }
-h2 { font-size: 18px; margin: 40px 0 12px; font-weight: 600; }
-h3 { font-size: 15px; margin: 24px 0 8px; font-weight: 600; }
-p { margin: 4px 0; } .soft { color: var(--soft); } .bad { color: var(--bad); }
-code { font: 0.93em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 8px; }
-.card { background: var(--panel); border-radius: 10px; padding: 14px 16px; }
-.card b { display: block; font-size: 22px; line-height: 1.3; font-weight: 600; } .card span { color: var(--soft); }
-figure { margin: 0; } figcaption { color: var(--soft); font-size: 13px; margin-top: 4px; }
-.row { display: flex; flex-wrap: wrap; gap: 16px; margin: 8px 0; }
-.row img, .row video { width: 256px; border-radius: 6px; display: block; image-rendering: pixelated; background: #000; }
-img.wide { max-width: 100%; border: 1px solid var(--line); border-radius: 6px; display: block; margin: 8px 0;
-  background: #fff; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; width: 100%; }
-th, td { text-align: left; padding: 6px 20px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; } td:last-child, th:last-child { padding-right: 4px; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-svg { display: block; max-width: 100%; height: auto; margin: 8px 0; }
-details { margin-top: 8px; } summary { cursor: pointer; color: var(--soft); }
-"""
 
 
 def page(summary: dict[str, Any], folder: Path) -> str:
@@ -69,7 +46,8 @@ def page(summary: dict[str, Any], folder: Path) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(filter(None, parts)) + "\n</body></html>\n"
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(filter(None, parts)) + "\n"
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -120,14 +98,27 @@ def _shown(one: dict[str, Any], folder: Path, summary: dict[str, Any]) -> str:
     quality += "" if one["lpips"] is None else f", LPIPS {one['lpips']:.3f}"
     head = f"<h3>{_text(what)}, seed {one['seed']}: {quality}</h3>"
     suffix = ".mp4" if summary["settings"]["output"] == "video" else ".png"
+    dense, sparse = (folder / f"{kind}-{index}{suffix}" for kind in ("dense", "sparse"))
     figures = "".join(
-        f"<figure>{_embedded(folder / f'{kind}-{index}{suffix}', f'{kind}, {what}')}"
-        f"<figcaption>{kind}</figcaption></figure>"
-        for kind in ("dense", "sparse")
+        _figure(_embedded(path, f"{kind}, {what}"), kind) for kind, path in (("dense", dense), ("sparse", sparse))
     )
+    if suffix == ".png":
+        figures += _figure(_difference(dense, sparse, f"difference, {what}"), "difference (black: none)")
     sheet = folder / f"sheet-{index}.png"
     wide = f'<img class="wide" alt="frames, {_text(what)}" src="{_data(sheet)}">' if sheet.is_file() else ""
     return f'{head}<div class="row">{figures}</div>{wide}'
+
+
+def _figure(shown: str, caption: str) -> str:
+    return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
+
+
+def _difference(dense: Path, sparse: Path, name: str) -> str:
+    """The distance of two picture files, pixel by pixel."""
+    file = io.BytesIO()
+    with Image.open(dense) as one, Image.open(sparse) as other:
+        ImageChops.difference(one, other).save(file, "PNG", optimize=True)
+    return f'<img alt="{_text(name)}" src="{_uri(file.getvalue(), ".png")}">'
 
 
 def _embedded(path: Path, name: str) -> str:
@@ -138,7 +129,11 @@ def _embedded(path: Path, name: str) -> str:
 
 
 def _data(path: Path) -> str:
-    return f"data:{MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return _uri(path.read_bytes(), path.suffix)
+
+
+def _uri(content: bytes, suffix: str) -> str:
+    return f"data:{MIME[suffix]};base64,{base64.b64encode(content).decode()}"
 
 
 def _divergence(found: Sequence[dict[str, Any]]) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from scripts.distill.capture import Capture, Told, find_denoiser
+from scripts.distill.noise import KINDS
 from scripts.distill.samples import LATENTS, Index, save_tensors, shard_path
 from scripts.distill.settings import option, parse
 from visattn.cli.generate_options import parse_labels, pixels
@@ -144,18 +145,15 @@ class Source:
         with Capture(self.model, self.anchor) as capture, torch.no_grad():
             self.pipe(**arguments, callback_on_step_end=capture.step_end)
         assert capture.latents is not None
-        latents, told = capture.latents, capture.told()
+        latents, pack = capture.latents, getattr(self.pipe, "pack_latents", None) or (lambda latents: latents)
+        told = capture.told(pack(latents))
         if self.pictures:
             latents = read_images(self.pictures[first : first + count], list(latents.shape[1:]))
-        return latents, told
+        return pack(latents), told
 
     def index(self, told: Told) -> Index:
         """The index of the samples, still without shards."""
-        config = self.pipe.scheduler.config
-        kind = config.get("prediction_type", "flow_prediction")
-        kind = "flow" if kind == "flow_prediction" or "FlowMatch" in type(self.pipe.scheduler).__name__ else kind
-        if kind not in ("flow", "epsilon", "v_prediction"):
-            raise ValueError(f"{type(self.pipe.scheduler).__name__} predicts {kind}: flow, epsilon or v_prediction")
+        kind = prediction_kind(self.pipe)
         times = [float(t) for t in self.pipe.scheduler.timesteps]
         settings = self.settings.to_json()
         return Index(
@@ -168,6 +166,21 @@ class Source:
             plain=told.plain,
             settings=settings,
         )
+
+
+def prediction_kind(pipe: Any) -> str:
+    """What a pipeline's denoiser predicts: what the pipeline itself says, or its scheduler's configuration.
+
+    Raises:
+        ValueError: If it is none of `noise.KINDS`.
+    """
+    scheduler = pipe.scheduler
+    kind = getattr(pipe, "prediction_type", None) or scheduler.config.get("prediction_type", "flow_prediction")
+    flow = "FlowMatch" in type(scheduler).__name__
+    kind = "flow" if kind == "flow_prediction" or (flow and kind != "sample") else kind
+    if kind not in KINDS:
+        raise ValueError(f"{type(pipe).__name__} predicts {kind}: known are {', '.join(KINDS)}")
+    return kind
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -234,8 +247,8 @@ def cache(source: Source, folder: Path, report: Any) -> Index:
             report(first + start + len(latents))
         if last:
             index = source.index(told)
-            noise = getattr(source.pipe.scheduler, "alphas_cumprod", None)
-            constants = told.constants | ({} if index.kind == "flow" or noise is None else {"noise.alphas": noise})
+            noise = None if index.kind == "flow" else getattr(source.pipe.scheduler, "alphas_cumprod", None)
+            constants = told.constants | ({} if noise is None else {"noise.alphas": noise})
             save_tensors(folder / "constants.safetensors", constants)
         save_tensors(shard_path(folder, number), {name: torch.cat(values) for name, values in found.items()})
     assert index is not None

@@ -86,14 +86,17 @@ class Capture:
         self.latents = tensors["latents"].detach()
         return {}
 
-    def told(self) -> Told:
+    def told(self, latents: torch.Tensor) -> Told:
         """What the calls of the first step have in common and in what they differ.
+
+        Args:
+            latents: Of the samples, as the denoiser takes them.
 
         Raises:
             ValueError: If the denoiser works on something else than the latents of the samples.
         """
-        assert self.latents is not None and self.calls, "the pipeline has not run"
-        parts = [_sort(call, self.anchor, self.latents) for call in self.calls]
+        assert self.calls, "the pipeline has not run"
+        parts = [_sort(call, self.anchor, latents) for call in self.calls]
         tensors = {name: torch.cat([part[0][name] for part in parts], 1) for name in parts[0][0]}
         scale = float(self.calls[0][TIME].flatten()[0]) / self.first_time
         return Told(tensors, parts[0][1], parts[0][2], scale)

@@ -13,10 +13,7 @@ PSNR to the teacher's picture from the same noise. The share of a gap that is re
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -26,8 +23,10 @@ from typing import Any
 import torch
 
 from scripts.distill import cache_samples
-from scripts.distill.judge import Judge, frechet, train_judge
+from scripts.distill.judge import Judge, train_judge
+from scripts.distill.process import train_student
 from scripts.distill.settings import option, parse
+from scripts.measure.estimates import frechet
 from scripts.train.digits_data import real_digits, upscale
 from visattn import apply
 from visattn.files import written_whole
@@ -89,25 +88,12 @@ class Settings:
 def train(name: str, settings: Settings) -> float:
     """Trains one student in a process of its own; returns the seconds."""
     pattern, options = STUDENTS[name]
-    folder = settings.out / name
-    words = [sys.executable, "-m", "scripts.distill.pipeline", "--pattern", pattern]
-    words += ["--samples", str(settings.out / "samples"), "--out", str(folder), "--steps", str(settings.steps)]
+    words = ["--pattern", pattern, "--samples", str(settings.out / "samples"), "--steps", str(settings.steps)]
     words += ["--batch", str(settings.batch), "--lr", str(settings.lr), "--ema", "0.99"]
     words += ["--threads", str(settings.threads), "--backend", backend_of(name, settings)]
     words += ["--cpu"] * (settings.cpu or settings.train_cpu)
     words += ["--precision", settings.precision, *LOSSES, *options]
-    start = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "output.txt").open("a") as output, subprocess.Popen(words, stdout=output, stderr=output) as process:
-        try:
-            process.wait(settings.seconds or None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-    if not (folder / "student.safetensors").is_file():
-        tail = (folder / "output.txt").read_text()[-2000:]
-        raise RuntimeError(f"{name} has no student.safetensors: {tail}")
-    return time.monotonic() - start
+    return train_student(words, settings.out / name, settings.seconds)
 
 
 def backend_of(name: str, settings: Settings) -> str:

@@ -88,22 +88,3 @@ def train_judge(size: int = 64, steps: int = 300, seed: int = 0) -> Judge:
         guess = net(upscale(images[unseen], SIDE))
         accuracy = (net.head(guess).argmax(1) == labels[unseen]).float().mean().item()
     return Judge(train_reader(size, seed), net.eval(), accuracy)
-
-
-def frechet(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Frechet distance of two sets of features [N, F], each taken as a Gaussian.
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, section 2 of the appendix's FID). The root's
-    trace is that of (C1^(1/2) C2 C1^(1/2))^(1/2), which is symmetric.
-
-    Raises:
-        ValueError: If a set has fewer than two rows or the widths differ.
-    """
-    if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1] or min(len(one), len(other)) < 2:
-        raise ValueError(f"features {one.shape} and {other.shape} must be [N, F] with the same F and N of at least 2")
-    means = one.mean(0) - other.mean(0)
-    first, second = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
-    values, vectors = np.linalg.eigh(np.atleast_2d(first))
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ np.atleast_2d(second) @ root).clip(0)).sum()
-    return float(means @ means + np.trace(np.atleast_2d(first + second)) - 2 * cross)

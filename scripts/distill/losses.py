@@ -82,6 +82,13 @@ class Rows:
             self.kept[watched.site] = watched.rows((self._places * watched.q.shape[1]).long())
 
 
+def distance(one: torch.Tensor, other: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared distance of predictions [B, ...], each sample's by its weight [B]."""
+    if weights is None:
+        return F.mse_loss(one, other)
+    return ((one - other).square().flatten(1).mean(1) * weights).mean()
+
+
 def attention_distance(
     student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], relative: bool
 ) -> torch.Tensor:
@@ -95,8 +102,8 @@ def attention_distance(
     """
     found = []
     for path, truth in teacher.items():
-        distance = F.mse_loss(student[path].float(), truth.float())
-        found.append(distance / truth.float().square().mean().clamp_min(1e-12) if relative else distance)
+        error = F.mse_loss(student[path].float(), truth.float())
+        found.append(error / truth.float().square().mean().clamp_min(1e-12) if relative else error)
     return torch.stack(found).mean()
 
 

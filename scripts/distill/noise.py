@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 
 TRAIN_TIMES = 1000.0
+KINDS = ("flow", "sample", "epsilon", "v_prediction")
+# Errors of a predicted clean sample count as those of the velocity that it implies, down to this share of noise.
+LEAST_NOISE = 0.05
 
 
 @dataclass(frozen=True)
@@ -14,10 +17,10 @@ class Noise:
     """The forward process of a sampler.
 
     Attributes:
-        kind: "flow" (x = (1 - s) x0 + s e, prediction e - x0), "epsilon" or "v_prediction".
+        kind: What the denoiser predicts: "flow" (the velocity e - x0), "sample" (x0), "epsilon" or "v_prediction".
         timesteps: Times that the sampler visits, descending, 0 to 1000.
         time_scale: The denoiser's time by the scheduler's.
-        alphas: Cumulated alphas [1000] of the kinds other than flow.
+        alphas: Cumulated alphas [1000]; None for flow matching, x = (1 - s) x0 + s e.
     """
 
     kind: str
@@ -51,15 +54,24 @@ class Noise:
             noise: [B, ...].
             times: [B], 0 to 1000.
         """
-        if self.kind == "flow":
+        if self.alphas is None:
             share = _like(times / TRAIN_TIMES, clean)
-            return torch.lerp(clean, noise, share), noise - clean, times * self.time_scale
-        assert self.alphas is not None
+            target = clean if self.kind == "sample" else noise - clean
+            return torch.lerp(clean, noise, share), target, times * self.time_scale
         index = times.long().clamp(0, len(self.alphas) - 1)
         alpha = _like(self.alphas.to(clean.device)[index], clean)
         signal, dirt = alpha.sqrt(), (1 - alpha).sqrt()
-        target = noise if self.kind == "epsilon" else signal * noise - dirt * clean
-        return signal * clean + dirt * noise, target, index * self.time_scale
+        targets = {"epsilon": noise, "sample": clean, "v_prediction": signal * noise - dirt * clean}
+        return signal * clean + dirt * noise, targets[self.kind], index * self.time_scale
+
+    def weights(self, times: torch.Tensor) -> torch.Tensor | None:
+        """Weights [B] of squared errors at times [B], None for equal ones.
+
+        A sampler of flow matching steps along the velocity (x - x0) / s, so an error of a predicted x0 counts by s.
+        """
+        if self.kind != "sample" or self.alphas is not None:
+            return None
+        return (times / TRAIN_TIMES).clamp(min=LEAST_NOISE) ** -2
 
 
 def _like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

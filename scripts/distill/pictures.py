@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from scripts.distill.samples import Index
+from visattn.cli.generate_options import pixels
 from visattn.pipelines.generate import IMAGE, VIDEO, Settings, call_arguments
 
 COUNT = 4
@@ -57,6 +58,7 @@ class Pictures:
             seed=1_000_000 + number,
             steps=known["steps"] or None,
             guidance=known["guidance"] if known["guidance"] >= 0 else None,
+            size=pixels(known["size"]),
             **asked,
         )
         output = self.pipe(**call_arguments(self.pipe, settings, 0))

@@ -31,7 +31,7 @@ class Index:
         denoiser: Its component that denoises.
         anchor: Argument of the denoiser that carries the noisy latents.
         time_scale: What the denoiser gets as `timestep` is the scheduler's time by this factor.
-        kind: "flow", "epsilon" or "v_prediction": what the denoiser predicts.
+        kind: What the denoiser predicts, see `noise.Noise`.
         timesteps: Times that the sampler visited, descending, in the scheduler's units (0 to 1000).
         plain: Further arguments of the denoiser: numbers, texts, truth values.
         settings: What made the samples.

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from scripts.distill.config import Config
 from scripts.distill.learner import Learner, add_lora
-from scripts.distill.losses import Recorder, attention_distance
+from scripts.distill.losses import Recorder, attention_distance, distance
 from scripts.distill.noise import Noise
 from scripts.distill.samples import SampleSet, nested
 from visattn.patterns import Dense
@@ -33,6 +32,7 @@ class Batch:
         times: The denoiser's time [B].
         arguments: Its other arguments.
         places: Queries whose attention rows are matched, as shares of the tokens [R].
+        weights: Of each sample's squared error [B], None for equal ones.
     """
 
     noisy: torch.Tensor
@@ -40,6 +40,7 @@ class Batch:
     times: torch.Tensor
     arguments: dict[str, Any]
     places: torch.Tensor
+    weights: torch.Tensor | None = None
 
 
 class Distiller(Learner):
@@ -80,12 +81,12 @@ class Distiller(Learner):
         with self._rows[1].of(batch.places):
             predicted, attended = self._predict(self.student, self._seen[1], batch)
         if config.denoising:
-            losses["denoising"] = F.mse_loss(predicted, batch.target)
+            losses["denoising"] = distance(predicted, batch.target, batch.weights)
         if needs_teacher:
             with torch.no_grad(), self._rows[0].of(batch.places):
                 truth, expected = self._predict(self.teacher, self._seen[0], batch)
             if config.output:
-                losses["output"] = F.mse_loss(predicted, truth)
+                losses["output"] = distance(predicted, truth, batch.weights)
             if config.attention:
                 losses["attention"] = attention_distance(attended, expected, config.attention_scale == "relative")
             if config.maps:
@@ -167,7 +168,7 @@ def build_batch(
     places = torch.rand(config.map_rows, generator=generator).to(device)
     fixed = {name: value for name, value in samples.constants.items() if not name.startswith("noise.")}
     flat = {name: _ready(value, device) for name, value in (tensors | fixed).items()}
-    return Batch(noisy, target, told, nested(flat | samples.index.plain), places)
+    return Batch(noisy, target, told, nested(flat | samples.index.plain), places, noise.weights(times))
 
 
 def _ready(value: torch.Tensor, device: torch.device) -> torch.Tensor:

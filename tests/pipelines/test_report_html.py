@@ -1,6 +1,9 @@
 """The HTML report: self-contained, true to its summary, and without complaints from a real browser."""
 
 import base64
+import html
+import io
+import json
 import re
 import shutil
 import subprocess
@@ -96,11 +99,11 @@ class Outline(HTMLParser):
 def test_the_page_says_what_the_report_says_and_needs_nothing_else(images):
     text = page(summary(), images)
     assert all(link.startswith("data:") for link in Outline(text).links)
-    assert "<script" not in text and "http:" not in text and "https:" not in text
-    pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", text)
-    assert [base64.b64decode(p) for p in pictures] == [
-        (images / f"{kind}-000.png").read_bytes() for kind in ("dense", "sparse")
-    ]
+    assert text.count("<script") == text.count("<script>") == 1 and "http:" not in text and "https:" not in text
+    pictures = [base64.b64decode(p) for p in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", text)]
+    assert pictures[:2] == [(images / f"{kind}-000.png").read_bytes() for kind in ("dense", "sparse")]
+    assert np.asarray(Image.open(io.BytesIO(pictures[2]))).tolist() == [[140] * 16] * 16
+    assert len(pictures) == 3
     for shown in (
         "1.50x faster", "2.00x slower", "5.9%", "23.4 dB", "0.871", "blocks.0.attn1", "tiles", "0.059", "750 ms",
         "2 x a mask that is more than &lt;padding&gt;", "digits &lt;b&gt;", "seed 7", "lpips is not installed",
@@ -153,6 +156,17 @@ def browse(file, folder):
     return np.asarray(Image.open(shot).convert("L")), lines
 
 
+def dom(file, folder, script):
+    """What a script that runs after those of a page leaves in its title, as JSON."""
+    probe = folder / "probe.html"
+    probe.write_text(file.read_text() + f"<script>addEventListener('load', () => {{{script}}})</script>")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"]
+    command = [CHROMIUM, *options, f"--user-data-dir={folder / 'profile'}", "--dump-dom", probe.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout).group(1)))
+
+
 browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian package chromium) on the PATH")
 
 
@@ -167,6 +181,35 @@ def test_a_real_browser_renders_the_page_without_complaint(kind, request, tmp_pa
     assert picture.shape == (1600, 1200)
     # Text, tables and pictures everywhere down the page, not one blank or broken area.
     assert all(band.std() > 2 for band in picture[:1200].reshape(6, 200, 1200))
+
+
+@browser
+@pytest.mark.parametrize(("kind", "columns"), [("images", 4), ("videos", 3)])
+def test_the_slider_compares_in_a_column_as_wide_as_the_others(kind, columns, request, tmp_path):
+    folder = request.getfixturevalue(kind)
+    file = tmp_path / "report.html"
+    file.write_text(page(summary(kind[:-1]), folder), encoding="utf-8")
+    found = dom(
+        file,
+        tmp_path,
+        """const box = document.querySelector(".slider"), range = box.querySelector("input");
+        range.value = 80; range.dispatchEvent(new Event("input"));
+        const media = [...document.querySelectorAll(".row img, .row video")];
+        document.title = JSON.stringify({
+          cut: box.style.getPropertyValue("--cut"),
+          clip: getComputedStyle(box.querySelector(".over")).clipPath,
+          sources: media.map(each => each.src.length),
+          widths: [...document.querySelectorAll(".row > figure")].map(each => each.getBoundingClientRect().width),
+          page: document.querySelector(".row").getBoundingClientRect().width,
+        });""",
+    )
+    assert found["cut"] == "80%"
+    assert found["clip"].startswith("inset(0")
+    assert len(found["widths"]) == columns
+    assert max(found["widths"]) - min(found["widths"]) < 1
+    assert found["page"] > 1050
+    # Dense over sparse: the copies are of the first two.
+    assert found["sources"][-2:] == found["sources"][1::-1]
 
 
 @browser

@@ -1,13 +1,12 @@
-"""The parts of distillation that need no run: noise, losses, the judge of its samples."""
+"""The parts of distillation that need no run: noise and losses."""
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
-from scripts.distill import judge, losses, noise
+from scripts.distill import losses, noise
 from tests.support.tiny_digits import tiny_transformer
 
 
@@ -21,7 +20,7 @@ class TestNoise:
         assert target[:, 0].tolist() == [-1.0, -1.0]
         torch.testing.assert_close(told, torch.tensor([0.0, 0.25]))
 
-    @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+    @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
     def test_diffusion(self, kind):
         from diffusers import DDPMScheduler
 
@@ -30,9 +29,23 @@ class TestNoise:
         process = noise.Noise(kind, (999.0, 500.0), alphas=scheduler.alphas_cumprod)
         mixed, target, told = process.mix(clean, dirt, times.float())
         torch.testing.assert_close(mixed, scheduler.add_noise(clean, dirt, times))
-        truth = dirt if kind == "epsilon" else scheduler.get_velocity(clean, dirt, times)
-        torch.testing.assert_close(target, truth)
+        truths = {"epsilon": dirt, "sample": clean, "v_prediction": scheduler.get_velocity(clean, dirt, times)}
+        torch.testing.assert_close(target, truths[kind])
+        assert process.weights(times.float()) is None
         assert told.tolist() == [0, 500, 999]
+
+    def test_errors_of_a_predicted_sample_count_as_those_of_its_velocity(self):
+        process = noise.Noise("sample", (1000.0,), 0.001)
+        clean, dirt, times = torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.tensor([100.0, 500.0, 1000.0])
+        mixed, target, told = process.mix(clean, dirt, times)
+        torch.testing.assert_close(target, clean)
+        torch.testing.assert_close(told, times / 1000)
+        guess = torch.randn(3, 2, 4)
+        velocity = (mixed - guess) / told.view(-1, 1, 1)
+        found = losses.distance(guess, target, process.weights(times))
+        torch.testing.assert_close(found, torch.nn.functional.mse_loss(velocity, dirt - clean))
+        assert process.weights(torch.zeros(1)).isfinite().all()
+        assert self.flow.weights(times) is None
 
     def test_sampler_times_have_its_density(self):
         times = self.flow.draw(30_000, "sampler", torch.Generator().manual_seed(0))
@@ -73,16 +86,3 @@ class TestLosses:
         with torch.no_grad():
             model(torch.randn(1, 1, 8, 8), **arguments)
         assert recorder.kept["it"] is inside, "it records outside of its context"
-
-
-class TestJudge:
-    def test_frechet_of_gaussians(self):
-        rng = np.random.default_rng(0)
-        one, other = rng.normal(size=(4000, 3)), rng.normal(size=(4000, 3)) * [1, 2, 1] + [3, 0, 0]
-        # |m|^2 + sum (s1 - s2)^2 for independent coordinates.
-        assert judge.frechet(one, other) == pytest.approx(9 + 1, rel=0.05)
-        assert judge.frechet(one, one) == pytest.approx(0, abs=1e-9)
-
-    def test_wrong_shapes(self):
-        with pytest.raises(ValueError, match="same F"):
-            judge.frechet(np.zeros((4, 3)), np.zeros((4, 2)))

@@ -1,0 +1,146 @@
+"""Distills the emoji model into every student of docs/distillation.md.
+
+    python -m scripts.distill.emoji_students --data out/emoji-data --out runs/emoji --jobs 5 --seconds 100
+    python -m scripts.measure.emoji --weights runs/emoji/*/student.safetensors
+
+They learn from pictures that the dense model draws for captions of its training that scripts.measure.emoji does not
+measure. Stop it at any time: students that are done are not trained again, the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.distill import cache_samples
+from scripts.distill.process import train_student
+from scripts.distill.settings import option, parse
+from scripts.measure.emoji_prompts import CAPTIONS, SEEN, choose
+from scripts.train.emoji_captions import TRAIN
+from scripts.train.emoji_data import Pack, load_pack
+from visattn.files import written_whole
+
+# Pattern and further options of scripts.distill.pipeline for each student. Autocast would round what enters the sums
+# over all keys of linear forms, so they train in float32.
+STUDENTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "clear": ("clear(radius=8)", ()),
+    "na": ("na(window=16x16,stride=8x8)", ()),
+    "hedgehog": ("linear(feature=hedgehog)", ("--precision", "no", "--maps", "0.05", "--own-lr", "5e-3")),
+    "mala": ("mala", ("--precision", "no")),
+    "agent": ("agent(agents=8x8)", ()),
+}
+LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.05")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What to run."""
+
+    out: Path = field(metadata={"help": "folder for samples and students"})
+    data: Path = option(Path("out/emoji-data"), "folder of the pack, whose captions are drawn")
+    model: str = option("emoji", "teacher: the embedded model, or a folder of one of its kind")
+    students: str = option(",".join(STUDENTS), "which of them")
+    steps: int = option(2000, "optimizer steps of each, at most")
+    batch: int = option(8, "samples of a step")
+    lr: float = option(5e-4, "learning rate")
+    cached: int = option(400, "samples that are learned from")
+    draw_steps: int = option(16, "denoising steps of a sample")
+    chunk: int = option(50, "samples drawn at once")
+    size: int = option(256, "side of the samples in pixels")
+    backend: str = option("auto", "backend of the patterns")
+    precision: str = option("bf16", "mixed precision of students that are not linear: no or bf16", ("no", "bf16"))
+    jobs: int = option(1, "students trained at the same time")
+    seconds: int = option(0, "stop a training after so long and take what it has; 0: never")
+    cpu: bool = option(False, "stay on the CPU")
+    threads: int = option(2, "threads on the CPU")
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.names if name not in STUDENTS]
+        if unknown:
+            raise ValueError(f"--students {unknown[0]!r} does not exist: {', '.join(STUDENTS)}")
+
+    @property
+    def names(self) -> list[str]:
+        """Students."""
+        return [name.strip() for name in self.students.split(",")]
+
+
+def prompts(pack: Pack, count: int, seed: int = 1) -> list[str]:
+    """Captions of the training split, without those that are measured."""
+    measured = set(choose(pack, min(CAPTIONS, len(pack.of(TRAIN)) // 2))[SEEN])
+    order = [pack.pictures[i].caption for i in pack.of(TRAIN).tolist() if i not in measured]
+    random.Random(seed).shuffle(order)
+    return list(dict.fromkeys(order))[:count]
+
+
+def cache(settings: Settings) -> None:
+    """Draws what the students learn from, unless it is there."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    file = settings.out / "prompts.txt"
+    with written_whole(file) as path:
+        path.write_text("\n".join(prompts(load_pack(settings.data, side=32), settings.cached)) + "\n")
+    device = "cpu" if settings.cpu or not torch.cuda.is_available() else "cuda"
+    words = ["--model", settings.model, "--prompts", str(file), "--out", str(settings.out / "samples")]
+    words += ["--count", str(settings.cached), "--steps", str(settings.draw_steps), "--size", str(settings.size)]
+    words += ["--batch", str(settings.chunk), "--shard", str(settings.chunk), "--seed", "1000000", "--device", device]
+    cache_samples.main(words)
+
+
+def train(name: str, settings: Settings) -> float:
+    """Trains one student in a process of its own; returns the seconds."""
+    pattern, options = STUDENTS[name]
+    words = ["--model", settings.model, "--pattern", pattern, "--samples", str(settings.out / "samples")]
+    words += ["--steps", str(settings.steps), "--batch", str(settings.batch), "--lr", str(settings.lr)]
+    words += ["--ema", "0.99", "--threads", str(settings.threads), "--backend", settings.backend]
+    words += ["--save-every", str(settings.steps)] + ["--cpu"] * settings.cpu
+    words += ["--precision", settings.precision, *LOSSES, *options]
+    return train_student(words, settings.out / name, settings.seconds)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Draws and trains; returns steps and seconds of each student, which are in OUT/students.json too."""
+    cache(settings)
+    known = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+    figures: dict[str, Any] = {"settings": known, "torch": torch.__version__, "students": {}}
+    figures["device"] = "cpu" if settings.cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        training: dict[str, Future[float]] = {name: pool.submit(train, name, settings) for name in settings.names}
+        for name, future in training.items():
+            try:
+                seconds = future.result()
+            except RuntimeError as error:
+                # The others are worth having.
+                figures["failed"] = figures.get("failed", {}) | {name: str(error)}
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+            else:
+                log = [json.loads(line) for line in (settings.out / name / "log.jsonl").read_text().splitlines()]
+                found = {"pattern": STUDENTS[name][0], "steps": log[-1]["step"], "seconds": round(seconds, 1)}
+                figures["students"][name] = found | {"first": log[0], "last": log[-1]}
+                print(json.dumps({name: figures["students"][name]}), flush=True)
+            with written_whole(settings.out / "students.json") as path:
+                path.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    try:
+        settings = parse(Settings, __doc__, arguments)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        figures = run(settings)
+    except ValueError as error:
+        raise SystemExit(f"distill_emoji: {error}") from error
+    if "failed" in figures:
+        raise SystemExit(f"distill_emoji: no student for {', '.join(figures['failed'])}")
+
+
+if __name__ == "__main__":
+    main()

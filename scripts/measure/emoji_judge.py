@@ -1,0 +1,93 @@
+"""What the judge says about pictures that an emoji model drew: named right, near to real ones, near to a dense twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from scripts.measure.emoji_encoder_model import DualEncoder
+from scripts.measure.emoji_prompts import UNSEEN, choose
+from scripts.measure.estimates import frechet, main_axes, wilson
+from scripts.train.emoji_captions import NEW_EMOJI, NEW_PAIR, TRAIN
+from scripts.train.emoji_data import Pack
+from visattn.metrics import psnr, ssim
+from visattn.pipelines.report.lpips import find_lpips
+
+# A full covariance in them is known from a hundred pictures; in all 128 it is not.
+AXES = 16
+BEST = 100.0  # dB, of equal pictures
+CHUNK = 20
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """The encoder, the captions that are measured, and the real pictures that others are compared with.
+
+    Attributes:
+        encoder: Trained on real pictures only.
+        pack: The real pictures, on the encoder's device.
+        chosen: Indices of the measured pictures by kind, see `choose`.
+        axes: [WIDTH, AXES], in which the real pictures of the training split vary most.
+        kept: Share of their variance in these.
+        reference: Features of the held-out real pictures other than the measured ones, [N, AXES].
+        lpips: Distance of pictures, where its weights are there.
+        lpips_note: Whether they are.
+    """
+
+    encoder: DualEncoder
+    pack: Pack
+    chosen: Mapping[str, list[int]]
+    axes: torch.Tensor
+    kept: float
+    reference: torch.Tensor
+    lpips: Distance | None
+    lpips_note: str
+
+    @classmethod
+    def of(cls, encoder: DualEncoder, pack: Pack, captions: int) -> Judge:
+        """The judge of some captions of each kind."""
+        chosen = choose(pack, captions)
+        features = encoder.features(pack.pixels[pack.of(TRAIN)].float() / 255)
+        axes, kept = main_axes(features.numpy(), min(AXES, captions - 1, len(features) - 1))
+        held = sorted(set(pack.of(NEW_PAIR, NEW_EMOJI).tolist()) - set(chosen[UNSEEN]))
+        if len(held) < 2:
+            raise ValueError(f"{captions} captions leave {len(held)} held-out pictures to compare with: pass fewer")
+        plane = torch.from_numpy(axes.copy())
+        reference = encoder.features(pack.pixels[torch.tensor(held)].float() / 255) @ plane
+        lpips, note = find_lpips()
+        return cls(encoder, pack, chosen, plane, kept, reference, lpips, note)
+
+    def captions(self, kind: str) -> list[str]:
+        """The measured captions of a kind."""
+        return [self.pack.pictures[i].caption for i in self.chosen[kind]]
+
+    def named(self, pictures: torch.Tensor, kind: str) -> dict[str, Any]:
+        """Figures of pictures [N, 3, H, W], values 0 to 1, of the captions of a kind: shares with 95 % intervals."""
+        found: dict[str, Any] = {"pictures": len(pictures)}
+        ranks = self.encoder.ranks(pictures, self.pack.plain[torch.tensor(self.chosen[kind])])
+        for name, places in (("top1", 1), ("top5", 5)):
+            right = int((ranks < places).sum())
+            low, high = wilson(right, len(ranks))
+            found[name] = round(right / len(ranks), 4)
+            found[f"{name}_interval"] = [round(low, 4), round(high, 4)]
+        features = self.encoder.features(pictures) @ self.axes
+        return found | {"frechet": round(frechet(features.numpy(), self.reference.numpy()), 5)}
+
+    def real(self, kind: str) -> dict[str, Any]:
+        """The same figures of the real pictures of these captions, as they are: what a perfect model would reach."""
+        return self.named(self.pack.pixels[torch.tensor(self.chosen[kind])].float() / 255, kind)
+
+    def likeness(self, pictures: torch.Tensor, twins: torch.Tensor) -> dict[str, Any]:
+        """Mean PSNR (at most BEST), SSIM and LPIPS to the dense model's pictures of the same noise."""
+        found: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
+        lpips = self.lpips
+        for a, b in zip(pictures.split(CHUNK), twins.split(CHUNK), strict=True):
+            found["psnr"].append(psnr(a, b).clamp(max=BEST))
+            found["ssim"].append(ssim(a, b))
+            if lpips is not None:
+                found["lpips"].append(lpips(a, b).double().cpu())
+        return {name: round(torch.cat(parts).mean().item(), 4) if parts else None for name, parts in found.items()}

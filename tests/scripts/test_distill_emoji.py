@@ -1,0 +1,114 @@
+"""Distillation of a model that predicts the clean picture from patches: samples, a run, and the students' script."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+
+from scripts.distill import cache_samples, emoji_students
+from scripts.distill import pipeline as distill
+from scripts.distill.samples import SampleSet
+from scripts.distill.training import Training
+from scripts.measure.emoji_prompts import SEEN, choose
+from scripts.train.emoji_captions import TRAIN
+from scripts.train.emoji_data import load_pack
+from tests.support.tiny_emoji import tiny_pack
+from tests.support.tiny_pixel_flux import SIDE, tiny_pixel_flux
+from visattn.pipelines.embedded.pixel_flux import to_picture
+
+PROMPTS = ("red disc, 3d", "blue bar, flat", "green square, 3d")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("emoji")
+    tiny_pixel_flux().save_pretrained(found / "model")
+    tiny_pack(found / "pack")
+    (found / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = ["--model", str(found / "model"), "--prompts", str(found / "prompts.txt"), "--count", "4", "--steps", "2"]
+    cache_samples.main([*words, "--batch", "2", "--shard", "2", "--device", "cpu", "--out", str(found / "samples")])
+    return found
+
+
+def words(folder, out, *more):
+    given = ["--model", folder / "model", "--samples", folder / "samples", "--out", out, "--pattern", "na(window=3x3)"]
+    given += ["--steps", 3, "--batch", 2, "--warmup", 1, "--lr", 0.003, "--cpu", "--log-every", 1, *more]
+    return [str(word) for word in given]
+
+
+def test_samples_are_the_tokens_of_what_the_pipeline_draws(folder):
+    found = SampleSet(folder / "samples")
+    assert found.index.kind == "sample"
+    assert found.index.time_scale == pytest.approx(1e-3)
+    tokens, told = found.take([1], torch.zeros(1))
+    pipe = tiny_pixel_flux()
+    generator = torch.Generator().manual_seed(1)
+    picture = pipe(PROMPTS[1], num_inference_steps=2, generator=generator, output_type="pt").images
+    drawn = to_picture(tokens, (SIDE // 4, SIDE // 4), 4)
+    torch.testing.assert_close((drawn / 2 + 0.5).clamp(0, 1), picture, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(told["pooled_projections"], pipe.encode_prompt([PROMPTS[1]]).pooled[:1])
+
+
+def test_the_target_is_what_the_noise_was_added_to(folder, tmp_path):
+    from scripts.distill.config import Config
+    from scripts.distill.settings import parse
+
+    training = Training(parse(Config, None, words(folder, tmp_path)))
+    batch = training.draw(training.parts[0])
+    assert torch.equal(batch.weights, (batch.times.clamp(min=0.05) ** -2))
+    # What is noisy is the clean picture and noise of about unit variance.
+    noise = (batch.noisy - (1 - batch.times.view(-1, 1, 1)) * batch.target) / batch.times.view(-1, 1, 1)
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_student_learns_and_draws(folder, tmp_path):
+    more = ("--steps", "30", "--denoising", "0", "--output", "1", "--attention", "0", "--sample-every", "30")
+    distill.main(words(folder, tmp_path / "out", *more))
+    lines = [json.loads(line)["output"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert sum(lines[-8:]) < 0.8 * sum(lines[:8])
+    assert (tmp_path / "out" / "samples" / "000030.png").is_file()
+
+
+def test_prompts_are_not_those_that_are_measured(folder):
+    pack = load_pack(folder / "pack", side=32)
+    found = emoji_students.prompts(pack, 10_000)
+    measured = {pack.pictures[i].caption for i in choose(pack, len(pack.of(TRAIN)) // 2)[SEEN]}
+    known = {pack.pictures[i].caption for i in pack.of(TRAIN).tolist()}
+    assert found
+    assert not measured & set(found)
+    assert set(found) <= known
+    assert emoji_students.prompts(pack, 3) == found[:3]
+
+
+def test_every_student_is_trained_and_listed(folder, tmp_path):
+    given = ["--model", folder / "model", "--data", folder / "pack", "--out", tmp_path, "--students", "mala", "--cpu"]
+    given += [
+        "--steps",
+        1,
+        "--batch",
+        1,
+        "--cached",
+        2,
+        "--chunk",
+        2,
+        "--draw-steps",
+        1,
+        "--size",
+        SIDE,
+        "--threads",
+        1,
+    ]
+    emoji_students.main([str(word) for word in given])
+    found = json.loads((tmp_path / "students.json").read_text())["students"]["mala"]
+    assert found["steps"] == 1
+    assert found["pattern"] == "mala"
+    assert (tmp_path / "mala" / "student.safetensors").is_file()
+
+
+def test_unknown_students_are_named(tmp_path):
+    with pytest.raises(SystemExit, match="'nat' does not exist: clear, na"):
+        emoji_students.main(["--out", str(tmp_path), "--students", "nat"])

@@ -1,0 +1,113 @@
+"""The measurement of the emoji image model: rows, resuming, the dense twin, students, and bad input."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from scripts.measure.emoji import PATTERNS, main
+from scripts.measure.emoji_encoder_model import DualEncoder, save_encoder
+from scripts.measure.emoji_judge import BEST, Judge
+from scripts.measure.emoji_prompts import SEEN, UNSEEN
+from scripts.train.emoji_data import load_pack
+from tests.support.tiny_emoji import tiny_pack
+from tests.support.tiny_pixel_flux import tiny_pixel_flux
+from visattn import apply, parse
+
+SPARSE = "na(window=3x3)"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emoji")
+    tiny_pack(folder / "pack")
+    tiny_pixel_flux().save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    save_encoder(DualEncoder(), folder / "encoder.safetensors", {"steps": 0})
+    return folder
+
+
+def words(places, out, *more):
+    known = ["--data", places / "pack", "--encoder", places / "encoder.safetensors", "--model", places / "model"]
+    known += ["--sizes", "32", "--captions", "2", "--steps", "1", "--threads", "1", "--out", out]
+    return [str(word) for word in [*known, *more]]
+
+
+def test_rows_say_what_a_pattern_costs_and_are_not_measured_twice(places, tmp_path, capsys):
+    out = tmp_path / "new" / "quality.json"
+    main(words(places, out, "--patterns", "dense", SPARSE, "radial(decay=0.5)", "--pictures", tmp_path / "look"))
+    figures = json.loads(out.read_text())
+    dense, sparse, radial = figures["rows"].values()
+    assert list(figures["rows"])[1] == "na(window=3x3), 32 px, shipped"
+    assert dense["density"] == 1
+    assert "psnr" not in dense
+    assert 0 < sparse["density"] < 0.8
+    assert sparse["psnr"] < 60
+    assert sparse["ssim"] < 1
+    assert 0 < sparse["attention_seconds"] < sparse["seconds"]
+    for kind in (SEEN, UNSEEN):
+        assert sparse[kind]["pictures"] == 2
+        low, high = sparse[kind]["top1_interval"]
+        assert low <= sparse[kind]["top1"] <= high
+        assert sparse[kind]["top5"] == 1
+        assert figures["real"][kind]["frechet"] >= 0
+    assert "needs the frames of a video" in radial["error"]
+    assert (tmp_path / "look" / "sheet-32.png").is_file()
+    assert "radial" in capsys.readouterr().out
+
+    before = out.read_text()
+    main(words(places, out, "--patterns", SPARSE))
+    assert out.read_text() == before
+
+
+def test_dense_pictures_are_those_of_the_stock_pipeline(places, tmp_path):
+    out = tmp_path / "quality.json"
+    main(words(places, out, "--patterns", "dense", "na(window=8x8)"))
+    whole = json.loads(out.read_text())["rows"]["na(window=8x8), 32 px, shipped"]
+    assert whole["psnr"] == BEST
+    assert whole["density"] == 1
+
+
+def test_rows_of_another_model_or_settings_are_not_mixed(places, tmp_path):
+    out = tmp_path / "quality.json"
+    main(words(places, out, "--patterns", "dense"))
+    with pytest.raises(SystemExit, match=r"has rows of guidance 3\.0, not 2\.0"):
+        main(words(places, out, "--patterns", "dense", "--guidance", "2"))
+    main(words(places, out, "--patterns", "dense", "--guidance", "2", "--force"))
+    assert json.loads(out.read_text())["settings"]["guidance"] == 2
+
+
+def test_a_command_that_is_out_of_time_goes_on_later(places, tmp_path):
+    out = tmp_path / "quality.json"
+    main(words(places, out, "--patterns", "dense", SPARSE, "--seconds", "1e-9"))
+    assert json.loads(out.read_text())["rows"] == {}
+    main(words(places, out, "--patterns", "dense"))
+    assert len(json.loads(out.read_text())["rows"]) == 1
+
+
+def test_every_pattern_of_the_table_runs_on_the_model():
+    pipe = tiny_pixel_flux()
+    for pattern in PATTERNS:
+        assert str(parse(str(parse(pattern)))) == str(parse(pattern))
+        with apply(pipe, pattern, strict=True):
+            made = pipe("a red apple", num_inference_steps=1, height=256, width=256, output_type="pt").images
+        assert made.isfinite().all()
+
+
+def test_likeness_of_equal_pictures_is_the_best(places):
+    judge = Judge.of(DualEncoder().eval(), load_pack(places / "pack", side=64), 2)
+    pictures = torch.rand(3, 3, 32, 32)
+    found = judge.likeness(pictures, pictures)
+    assert found["psnr"] == BEST
+    assert found["ssim"] == 1
+    assert len(judge.captions(SEEN)) == 2
+
+
+def test_missing_parts_have_a_clear_answer(places, tmp_path):
+    with pytest.raises(SystemExit, match="run python -m scripts"):
+        main([*words(places, tmp_path / "out.json"), "--encoder", str(tmp_path / "none.safetensors")])
+    with pytest.raises(SystemExit, match="measure_emoji: "):
+        main([*words(places, tmp_path / "out.json"), "--weights", str(tmp_path / "none.safetensors")])
