@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, keep."""
     options = parse_arguments(arguments)
     given = sys.argv[1:] if arguments is None else arguments
-    about = {"command": "python3 -m scripts.bench.real_models_gpu " + shlex.join(given)}
+    about: dict[str, Any] = {"command": "python3 -m scripts.bench.real_models_gpu " + shlex.join(given)}
     about["versions"] = machine(options.tiny)
     end, failed = time.perf_counter() + options.budget, 0
     for name in options.models:
