@@ -10,16 +10,20 @@ from typing import Any, ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead, visited_pairs
+from visattn.dispatch import Backend, Call, Problem, Support, overhead, visited_pairs, wall
 from visattn.kernels.sdpa import log_sum_exp
 from visattn.kernels.second_order import lists_with_formula
-from visattn.patterns import Neighborhood
+from visattn.patterns import ListedPattern, Neighborhood
+from visattn.plans import TilePlan, plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # NATTEN without its own kernels runs eager FlexAttention, whose score matrix of this many entries is 1 GiB.
 LARGEST_EAGER = 2**28
-# What a call keeps the host on an H100, with its four copies into and out of tile order, in microseconds.
+# What a call keeps the host of an H100, in microseconds (measured at 96x96 tokens).
 CALL_US = 1400
+# Tokens of its query and key tiles, and the copies of q, k, v and the output into and out of the order of its tiles:
+# each read and written, at so many bytes per second of an H100 (docs/performance.md).
+TILE, COPIES, COPY_RATE = 128, 4, 1.5e12
 
 
 class Natten(Backend):
@@ -41,15 +45,26 @@ class Natten(Backend):
         return Support(not reason, reason)
 
     def cost(self, problem: Problem) -> float:
-        """Visited slots at the rate of NATTEN's kernels, or all pairs where eager FlexAttention stands in for them."""
-        pairs = problem.dense_pairs * EAGER if _eager(problem) else visited_pairs(problem) * KERNEL
-        return pairs + overhead(problem, cpu_ms=5.0, cuda_us=CALL_US)
+        """Slots of NATTEN's own tiles at the rate of its kernels, or all pairs where eager FlexAttention stands in."""
+        if _eager(problem):
+            return problem.dense_pairs * EAGER + overhead(problem, cpu_ms=5.0, cuda_us=CALL_US)
+        tokens = max(1, problem.batch) * problem.heads * problem.layout.length
+        copies = COPIES * tokens * problem.head_dim * problem.dtype.itemsize / COPY_RATE
+        pairs = visited_pairs(problem, own_tiles(problem)) * KERNEL + overhead(problem, 0, 1e6 * copies)
+        return wall(problem, pairs, cpu_ms=5.0, host_us=CALL_US)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
         return lists_with_formula(attend, q, k, v, call)
+
+
+def own_tiles(problem: Problem) -> TilePlan:
+    """The plan of a call in tiles as large as NATTEN's."""
+    pattern, layout = problem.pattern, problem.layout
+    assert isinstance(pattern, ListedPattern)
+    return plan(pattern, layout, tile=pattern.tile(pattern.tiled_layout(layout).grid, TILE))
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,13 +8,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead, sees_all
+from visattn.dispatch import Backend, Call, Problem, Support, sees_all, wall
 from visattn.kernels.masks import visible
 from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import ListedPattern, RoutedPattern
 
 # A bool mask of this many entries is 256 MiB.
 LARGEST_MASK = 2**28
+# What a call keeps the host of a GPU, in microseconds: with a mask, and dense (docs/performance.md).
+HOST_US = (60, 40)
 # Entries of a block of scores that the log-sum-exp is taken over at a time.
 SCORES = 2**22
 
@@ -46,9 +48,8 @@ class Sdpa(Backend):
         """All pairs, more of them with a mask; the log-sum-exp needs a second product of queries and keys."""
         masked = MASKED.get(problem.device, 1.6)
         rate = masked if not problem.is_dense else KEY_MASKED if problem.key_mask else 1.0
-        return problem.dense_pairs * (rate + problem.lse * LSE.get(problem.device, 3.0)) + overhead(
-            problem, cpu_ms=0.05, cuda_us=15
-        )
+        pairs = problem.dense_pairs * (rate + problem.lse * LSE.get(problem.device, 3.0))
+        return wall(problem, pairs, cpu_ms=0.05, host_us=HOST_US[problem.is_dense], operator=not problem.is_dense)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

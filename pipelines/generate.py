@@ -201,7 +201,8 @@ def _patched(pipe: Any, settings: Settings, kind: str, schedule: dict[str, Any])
     trained = load_trained(Path(settings.weights)) if settings.weights and kind == SPARSE else None
     pattern = settings.pattern if kind == SPARSE else DENSE
     weights = trained_weights(denoiser(pipe), trained) if trained else nullcontext()
-    with weights, apply(pipe, pattern, **schedule) as handle:
+    # What is shown is the pattern, and the models that come along were trained with theirs.
+    with weights, apply(pipe, pattern, **schedule, always=True) as handle:
         if trained:
             load_own(handle, trained)
         yield handle

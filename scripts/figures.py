@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.figures_gpu import gpu_calls_table, gpu_peers_table, gpu_stack_table, gpu_table
+from scripts.figures_gpu import gpu_calls_table, gpu_peers_table, gpu_real_table, gpu_stack_table, gpu_table
 from scripts.results import RESULTS, ROOT, result, table
 
 PAGES = tuple(
@@ -280,6 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-peers": gpu_peers_table,
     "gpu-stack": gpu_stack_table,
     "gpu-calls": gpu_calls_table,
+    "gpu-real": gpu_real_table,
     "digits-vit": digits_vit_table,
     "timm": timm_table,
     "moh": moh_table,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.results import result, table
+from scripts.results import RESULTS, result, table
 
 PEERS = ("cudnn", "flash", "flex")
 STACKS = {"flux": "FLUX size", "wan": "Wan 1.3B size"}
@@ -81,4 +81,27 @@ def gpu_calls_table() -> str:
         "forward with gradient: host",
         "backward: host",
     ]
+    return table(head, rows)
+
+
+def gpu_real_table() -> str:
+    """Denoising steps of real diffusers classes, measured by scripts/bench/real_models_gpu.py."""
+    if not (RESULTS / "h100-real-models.json").exists():
+        return "Not measured: the command above writes the results of which this table is made."
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for row in result("h100-real-models")["rows"]:
+        found.setdefault((row["model"], row["attention"]), {})[row["mode"]] = row
+    rows = []
+    for (model, attention), of in found.items():
+        any_mode = next(iter(of.values()))
+        cells = [model, "dense" if attention == "dense" else f"`{attention}`", f"{any_mode['attention_ms']:.0f} ms"]
+        for mode in ("eager", "compiled"):
+            if mode not in of:
+                cells += ["", ""]
+                continue
+            stock, ms = of[mode]["stock_ms"], of[mode]["ms"]
+            bound = stock / max(stock - of[mode]["attention_ms"], 1e-9)
+            cells += [f"{stock:.0f} to {ms:.0f} ms: {stock / ms:.2f}x", f"{bound:.2f}x"]
+        rows.append(cells)
+    head = ["model", "attention", "stock attention of a step", "a step, eager", "bound", "compiled blocks", "bound"]
     return table(head, rows)

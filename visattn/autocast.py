@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 
-def _enabled(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+def is_on(device: torch.device) -> bool:
+    """Whether autocast is on for a device."""
+    # The question below costs more than this whole function, and is asked at every call.
+    known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
 
 
 def as_sdpa_casts(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -18,7 +21,7 @@ def as_sdpa_casts(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     float64 stays what it is, as it does for torch's own operators.
     """
     device = tensors[0].device
-    if not _enabled(device):
+    if not is_on(device):
         return tensors
     wanted = torch.get_autocast_dtype(device.type)
     return tuple(t.to(wanted) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -26,4 +29,4 @@ def as_sdpa_casts(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def switched_off(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off: engines choose the dtypes of their sums and products themselves."""
-    return torch.autocast(device.type, enabled=False) if _enabled(device) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if is_on(device) else nullcontext()

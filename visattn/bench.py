@@ -158,16 +158,8 @@ def run_case(case: Case, backends: Sequence[str], *, repeats: int = 5, patience:
     """
     check_case(case)
     q, k, v, grad = _tensors(case)
-    runs: dict[str, Callable[[], object]] = {DENSE: _dense_run(q, k, v, grad)}
-    reasons: dict[str, str] = {}
     problem = explain(case.pattern, case.layout, q)
-    for name in backends:
-        able = load(name).available()
-        able = load(name).supports(problem.problem) if able.ok else able
-        if able.ok:
-            runs[name] = _run(case, name, q, k, v, grad)
-        else:
-            reasons[name] = able.reason
+    runs, reasons = _contenders(case, backends, (q, k, v, grad), problem.problem)
     errors = _errors(case, [name for name in runs if name != DENSE], q, k, v)
     timings = _time(runs, reasons, repeats, patience, case.device)
     dense = timings[DENSE].median
@@ -177,6 +169,32 @@ def run_case(case: Case, backends: Sequence[str], *, repeats: int = 5, patience:
         speedup = None if timing is None else dense / timing.median
         lines.append(Line(name, timing, reasons.get(name, ""), speedup, name == problem.choice, errors.get(name)))
     return Result(case, tuple(lines), *_bounds(problem.problem))
+
+
+def contenders(case: Case, backends: Sequence[str]) -> tuple[dict[str, Callable[[], object]], dict[str, str], str]:
+    """What runs a case once: plain dense SDPA and each backend; why others cannot; and whom "auto" takes."""
+    tensors = _tensors(case)
+    found = explain(case.pattern, case.layout, tensors[0])
+    return *_contenders(case, backends, tensors, found.problem), found.choice
+
+
+def _contenders(
+    case: Case,
+    backends: Sequence[str],
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    problem: Problem,
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """What runs a case once, by backend, and why others cannot."""
+    runs: dict[str, Callable[[], object]] = {DENSE: _dense_run(*tensors)}
+    reasons: dict[str, str] = {}
+    for name in backends:
+        able = load(name).available()
+        able = load(name).supports(problem) if able.ok else able
+        if able.ok:
+            runs[name] = _run(case, name, *tensors)
+        else:
+            reasons[name] = able.reason
+    return runs, reasons
 
 
 def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:

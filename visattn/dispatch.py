@@ -66,6 +66,8 @@ class Problem:
         rpb: Whether a relative position bias is added.
         grad: Whether gradients will be asked for.
         lse: Whether the log-sum-exp is asked for.
+        mode: How calls are made: "eager", "compiled" (as operators of compiled code) or "captured" (in a CUDA graph,
+            where they keep the host from nothing).
     """
 
     pattern: Pattern
@@ -80,6 +82,7 @@ class Problem:
     rpb: bool = False
     grad: bool = False
     lse: bool = False
+    mode: str = "eager"
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Problem:
@@ -338,12 +341,49 @@ def unlisted(problem: Problem) -> str:
     return ""
 
 
-# Floating-point operations per second of dense SDPA at full load, on 2 CPU cores and on an H100 in half and single
-# precision: they only turn a fixed time per call into pairs, so that small calls avoid a backend that starts slowly.
-DENSE_RATE = {("cpu", 2): 1e11, ("cpu", 4): 1e11, ("cuda", 2): 4e14, ("cuda", 4): 3.2e13}
+# Floating-point operations per second of dense SDPA at full load on 2 CPU cores, and on an H100 in single precision
+# and, by the channels per head that its kernels compute (docs/performance.md), in half precision. They turn a fixed
+# time per call into pairs, and pairs into estimated times.
+DENSE_RATE = {("cpu", 2): 1e11, ("cpu", 4): 1e11, ("cuda", 4): 3.2e13}
+HALF_RATE = {64: 4.7e14, 128: 6.6e14, 256: 5e14}
+# What an operator in compiled code keeps the host beyond its body, in microseconds (estimate).
+OPERATOR_US = 40
+
+
+def dense_rate(problem: Problem) -> float:
+    """Operations per second of dense SDPA at full load."""
+    if problem.device != "cuda" or problem.dtype.itemsize != 2:
+        return DENSE_RATE.get((problem.device, problem.dtype.itemsize), 1e11)
+    # Kernels compute whole powers of two of channels.
+    computed = next((dim for dim in HALF_RATE if problem.head_dim <= dim), 256)
+    return HALF_RATE[computed] * min(1.0, problem.head_dim / computed)
 
 
 def overhead(problem: Problem, cpu_ms: float, cuda_us: float) -> float:
     """A fixed time per call in pairs of tokens that dense SDPA computes in that time."""
     seconds = cuda_us * 1e-6 if problem.device == "cuda" else cpu_ms * 1e-3
-    return seconds * DENSE_RATE.get((problem.device, problem.dtype.itemsize), 1e11) / (4 * problem.head_dim)
+    return seconds * dense_rate(problem) / (4 * problem.head_dim)
+
+
+def milliseconds(problem: Problem, pairs: float) -> float:
+    """The time in which dense SDPA computes so many pairs."""
+    return 4e3 * problem.head_dim * pairs / dense_rate(problem)
+
+
+def wall(problem: Problem, pairs: float, cpu_ms: float, host_us: float, operator: bool = True) -> float:
+    """Wall time of a call, in pairs: on a GPU the longer of its own work and the host's, which go on side by side.
+
+    Args:
+        problem: The call.
+        pairs: Work of the device.
+        cpu_ms: Fixed time per call on a CPU.
+        host_us: What an eager call keeps the host of a GPU.
+        operator: Whether compiled code calls an operator for it; else it costs that host a third.
+    """
+    if problem.device != "cuda":
+        return pairs + overhead(problem, cpu_ms, 0)
+    if problem.mode == "captured":
+        return pairs
+    if problem.mode == "compiled":
+        host_us = host_us + OPERATOR_US if operator else host_us / 3
+    return max(pairs, overhead(problem, 0, host_us))

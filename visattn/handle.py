@@ -27,12 +27,14 @@ class Request:
         backend: "auto" or the name of a backend.
         layout: Where the tokens sit, for models of unknown classes; None to find out.
         strict: Whether a forward that misses a selected module raises.
+        always: Whether the pattern runs also where dense attention is estimated to be faster.
     """
 
     schedule: Schedule
     backend: str = "auto"
     layout: Layout | None = None
     strict: bool = False
+    always: bool = False
 
 
 class Patch(Protocol):
@@ -153,6 +155,7 @@ def apply(
     layout: Layout | None = None,
     strict: bool = False,
     weights: str | Path | None = None,
+    always: bool = False,
 ) -> Handle:
     """Make the self-attention of a model sparse, until the handle removes it.
 
@@ -168,6 +171,11 @@ def apply(
         strict: Raise if a forward misses a selected attention module.
         weights: File that `Handle.save` wrote: learnable parameters of the same patterns at the same layers. None
             starts from their initial values.
+        always: Run the pattern wherever it can run. Without it "auto" leaves a module of a diffusers model on a GPU its
+            own dense attention where a call is estimated to take longer with the pattern (few tokens, where a call
+            costs the host more than the device), and the report counts such calls with both estimates. Calls with
+            gradients, learnable patterns, named backends, `strict` and `weights` always run the pattern; a model that
+            was trained with a pattern should be given it with `always`.
 
     Returns:
         The handle that reports and undoes; also a context manager.
@@ -186,7 +194,7 @@ def apply(
     if weights is not None:
         # Before anything is patched.
         read_weights(Path(weights))
-    request = Request(schedule, backend, layout, strict)
+    request = Request(schedule, backend, layout, strict, always or strict or weights is not None)
     handle = Handle(ADAPTERS[package](target, request), request)
     if weights is not None:
         try:

@@ -2,136 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import Counter
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-import torch
-
+from visattn.crossing import crossing
 from visattn.dispatch import Problem, candidates, choose
 from visattn.patterns import ListedPattern, MergingPattern, Pattern
 from visattn.plans import plan
-
-Kind = Literal["sparse", "dense"]
-# Pairs of CUDA events kept before the finished ones are summed up.
-MANY_EVENTS = 4096
-
-
-@dataclass
-class Row:
-    """The counts of one attention module.
-
-    Attributes:
-        hits: Calls that ran the pattern, by problem.
-        dense: Calls that a schedule kept dense.
-        fallbacks: Calls that could not run the pattern, by reason.
-        seconds: Time inside attention by kind of call; fallbacks count as dense.
-        events: CUDA events around calls that are not yet in `seconds`.
-    """
-
-    hits: Counter[Problem] = field(default_factory=Counter)
-    dense: int = 0
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=lambda: {"sparse": 0.0, "dense": 0.0})
-    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-
-    def settle(self, wait: bool) -> None:
-        """Move the time between finished events to `seconds`."""
-        left = []
-        for kind, start, end in self.events:
-            if wait:
-                end.synchronize()
-            if end.query():
-                self.seconds[kind] += start.elapsed_time(end) / 1000
-            else:
-                left.append((kind, start, end))
-        self.events = left
-
-
-class Tally:
-    """Counts of every attention module of one model; safe to use from several threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._rows: dict[str, Row] = {}
-
-    def hit(self, site: str, problem: Problem) -> None:
-        """Count a call that ran the pattern."""
-        with self._lock:
-            self._row(site).hits[problem] += 1
-
-    def dense(self, site: str) -> None:
-        """Count a call that a schedule kept dense."""
-        with self._lock:
-            self._row(site).dense += 1
-
-    def fallback(self, site: str, reason: str) -> None:
-        """Count a call that could not run the pattern."""
-        with self._lock:
-            self._row(site).fallbacks[reason] += 1
-
-    def timed(self, site: str, kind: Kind, device: torch.device) -> Clock:
-        """A context that adds the time of its body: wall time on a CPU, time between events on a GPU."""
-        return Clock(self, site, kind, device)
-
-    def add_seconds(self, site: str, kind: Kind, seconds: float) -> None:
-        """Add time of a call."""
-        with self._lock:
-            self._row(site).seconds[kind] += seconds
-
-    def add_events(self, site: str, kind: Kind, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
-        """Add the events around a call; their time is read later, without waiting."""
-        with self._lock:
-            row = self._row(site)
-            row.events.append((kind, start, end))
-            if len(row.events) >= MANY_EVENTS:
-                row.settle(wait=False)
-
-    def rows(self) -> dict[str, Row]:
-        """The counts so far, as a copy; waits for the GPU."""
-        with self._lock:
-            for row in self._rows.values():
-                row.settle(wait=True)
-            return {
-                name: Row(Counter(r.hits), r.dense, Counter(r.fallbacks), dict(r.seconds))
-                for name, r in self._rows.items()
-            }
-
-    def _row(self, site: str) -> Row:
-        return self._rows.setdefault(site, Row())
-
-
-class Clock:
-    """Times the body of a `with` statement for a `Tally`."""
-
-    __slots__ = ("device", "kind", "site", "start", "tally")
-
-    def __init__(self, tally: Tally, site: str, kind: Kind, device: torch.device) -> None:
-        self.tally, self.site, self.device = tally, site, device
-        self.kind: Kind = kind
-        self.start: Any = None
-
-    def __enter__(self) -> None:
-        if self.device.type != "cuda":
-            self.start = time.perf_counter()
-        elif not torch.cuda.is_current_stream_capturing():
-            self.start = torch.cuda.Event(enable_timing=True)
-            self.start.record()
-
-    def __exit__(
-        self, raised: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if raised is not None or self.start is None:
-            return
-        if self.device.type != "cuda":
-            self.tally.add_seconds(self.site, self.kind, time.perf_counter() - self.start)
-        else:
-            end = torch.cuda.Event(enable_timing=True)
-            end.record()
-            self.tally.add_events(self.site, self.kind, self.start, end)
+from visattn.tally import Row
 
 
 @dataclass(frozen=True)
@@ -192,6 +71,9 @@ def _why(problem: Problem, name: str, asked: str) -> str:
     for backend, support, cost in candidates(problem):
         if backend.name == name:
             reasons.insert(0, f"cheapest: {cost / problem.dense_pairs:.2f} of dense (estimate)")
+            found = crossing(problem)
+            if found is not None:
+                reasons[0] += f", {found}"
         elif not support.ok:
             reasons.append(f"{backend.name}: {support.reason}")
     return "; ".join(reasons)
@@ -206,11 +88,15 @@ class SiteReport:
         site: Path of the module, or a text for all calls inside compiled code, which do not tell their module.
         pattern: What the module was given.
         calls: Calls that ran the pattern, one entry per problem.
-        dense: Calls that a schedule kept dense.
+        dense: Calls that a schedule or `auto` kept dense.
         fallbacks: Calls that could not run the pattern, by reason.
-        sparse_seconds: Time of calls that ran the pattern.
-        dense_seconds: Time of the other calls.
+        sparse_seconds: Estimated time of calls that ran the pattern, as if none were a first one.
+        dense_seconds: Likewise of the other calls.
         compiled: Whether this is not one module but compiled code.
+        kept: Calls that `auto` kept dense because the pattern is estimated to take longer, by estimates.
+        first_seconds: Time of first calls, which plan and compile.
+        timed: How many calls the estimated times are from, first ones not among them.
+        called: How many calls there were.
     """
 
     model: str
@@ -222,13 +108,21 @@ class SiteReport:
     sparse_seconds: float
     dense_seconds: float
     compiled: bool = False
+    kept: dict[str, int] = field(default_factory=dict)
+    first_seconds: float = 0.0
+    timed: int = 0
+    called: int = 0
 
     @classmethod
     def of(cls, model: str, site: str, pattern: Pattern, backend: str, row: Row, compiled: bool = False) -> SiteReport:
         """The report of one row of a tally."""
         calls = tuple(CallReport.of(problem, hits, backend) for problem, hits in row.hits.most_common())
         seconds = row.seconds["sparse"], row.seconds["dense"]
-        return cls(model, site, pattern, calls, row.dense, dict(row.fallbacks), *seconds, compiled)
+        kept: Counter[str] = Counter()
+        for problem, count in row.kept.items():
+            kept[f"{crossing(problem)} on {problem.layout}"] += count
+        rest = dict(kept), row.first_seconds, row.timed, row.calls
+        return cls(model, site, pattern, calls, row.dense, dict(row.fallbacks), *seconds, compiled, *rest)
 
     @property
     def hits(self) -> int:
@@ -255,9 +149,13 @@ class SiteReport:
             "density": self.density,
             "hits": self.hits,
             "dense": self.dense,
+            "kept": dict(self.kept),
             "fallbacks": dict(self.fallbacks),
             "sparse_seconds": self.sparse_seconds,
             "dense_seconds": self.dense_seconds,
+            "first_seconds": self.first_seconds,
+            "timed": self.timed,
+            "called": self.called,
             "calls": [call.to_dict() for call in self.calls],
         }
 
@@ -291,8 +189,13 @@ class Report:
 
     @property
     def dense(self) -> int:
-        """Calls that a schedule kept dense."""
+        """Calls that a schedule or `auto` kept dense."""
         return sum(site.dense for site in self.sites)
+
+    @property
+    def kept(self) -> int:
+        """Those of them that `auto` kept dense because the pattern is estimated to take longer."""
+        return sum(sum(site.kept.values()) for site in self.sites)
 
     @property
     def fallbacks(self) -> dict[str, int]:
@@ -304,13 +207,18 @@ class Report:
 
     @property
     def sparse_seconds(self) -> float:
-        """Time of calls that ran a pattern."""
+        """Estimated time of calls that ran a pattern, as if none were a first one."""
         return sum(site.sparse_seconds for site in self.sites)
 
     @property
     def dense_seconds(self) -> float:
-        """Time of calls that did not."""
+        """Estimated time of calls that did not."""
         return sum(site.dense_seconds for site in self.sites)
+
+    @property
+    def first_seconds(self) -> float:
+        """Time of first calls, which plan and compile."""
+        return sum(site.first_seconds for site in self.sites)
 
     @property
     def density(self) -> float | None:
@@ -325,20 +233,24 @@ class Report:
             "sites_hit": self.sites_hit,
             "hits": self.hits,
             "dense": self.dense,
+            "kept": self.kept,
             "dense_steps": self.dense_steps,
             "fallbacks": self.fallbacks,
             "density": self.density,
             "sparse_seconds": self.sparse_seconds,
             "dense_seconds": self.dense_seconds,
+            "first_seconds": self.first_seconds,
+            "timed": sum(site.timed for site in self.sites),
+            "called": sum(site.called for site in self.sites),
             "sites": [site.to_dict() for site in self.sites],
         }
 
     def __str__(self) -> str:
         share = "" if self.density is None else f", density {self.density:.3f}"
         lines = [
-            f"{self.sites_hit} of {len(self.modules)} attention modules ran a pattern: {self.hits} calls{share}, "
+            f"{self._who()}: {self.hits} calls{share}, "
             f"{self.sparse_seconds:.3f} s; {self.dense} dense and {sum(self.fallbacks.values())} fallback calls, "
-            f"{self.dense_seconds:.3f} s"
+            f"{self.dense_seconds:.3f} s{self._timing()}"
         ]
         width = max((len(site.site) for site in self.sites), default=0)
         for site in self.sites:
@@ -348,5 +260,23 @@ class Report:
                 share = "" if call.density is None else f", density {call.density:.3f}"
                 head += f", {call.backend} on {call.problem.layout}{share} ({call.reason})"
             lines.append(head)
+            lines += [f"  {'':<{width}}    {count} x kept dense: {why}" for why, count in site.kept.items()]
             lines += [f"  {'':<{width}}    {count} x fell back: {why}" for why, count in site.fallbacks.items()]
         return "\n".join(lines)
+
+    def _who(self) -> str:
+        """Who ran a pattern, in words."""
+        modules = f"{self.sites_hit} of {len(self.modules)} attention modules"
+        compiled = sum(site.hits for site in self.sites if site.compiled)
+        if not compiled:
+            return f"{modules} ran a pattern"
+        found = f"compiled code, which does not tell its {len(self.modules)} modules, ran a pattern {compiled} times"
+        return f"{found}, outside of it {modules}" if self.sites_hit else found
+
+    def _timing(self) -> str:
+        """What the times are, in words, where that is not plain."""
+        timed, called = (sum(getattr(site, name) for site in self.sites) for name in ("timed", "called"))
+        if not self.first_seconds:
+            return ""
+        sampled = f", estimated from {timed} of {called} calls" if timed else ""
+        return f" (first calls apart: {self.first_seconds:.3f} s{sampled})"

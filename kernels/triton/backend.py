@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead
+from visattn.dispatch import Backend, Call, Problem, Support, overhead, wall
 from visattn.kernels.second_order import Formula, Tensors, of_lists
 from visattn.kernels.triton import tune
 from visattn.kernels.triton.alike import Alike, Kinds, kind, recorded
@@ -24,9 +24,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Share of cuDNN's dense rate that visited pairs run at, tiles with a mask weighted by PARTIAL: the general kernel's and
 # the Hopper kernel's, measured on an H100 (docs/gpu-notes.md).
 RATE, HOPPER_RATE = 0.6, 0.95
-# What a call keeps the host beyond what dense attention does, in microseconds, without and with choosing lists
-# (docs/performance.md).
-CALL_US, ROUTED_CALL_US = 70, 500
+# What a call keeps the host, in microseconds, without and with choosing lists (docs/performance.md).
+CALL_US, ROUTED_CALL_US = 100, 550
+# What it keeps the device beyond its tiles, likewise.
+DEVICE_US, ROUTED_US = 18, 120
 # Triton runs kernels for Ampere and later.
 OLDEST = 80
 
@@ -119,6 +120,7 @@ class Triton(Backend):
         if interpreted():
             return 1e6 * problem.dense_pairs
         number, dtype, head_dim = _architecture_or_common(), problem.dtype, problem.head_dim
+        routed = isinstance(problem.pattern, RoutedPattern)
         tiles, rate = config(number, dtype, head_dim, "forward"), RATE
         if not problem.rpb:
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
@@ -126,9 +128,8 @@ class Triton(Backend):
         plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)
         partial = 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
-        return pairs / rate + overhead(
-            problem, 0, ROUTED_CALL_US if isinstance(problem.pattern, RoutedPattern) else CALL_US
-        )
+        device_us, host_us = (ROUTED_US, ROUTED_CALL_US) if routed else (DEVICE_US, CALL_US)
+        return wall(problem, pairs / rate + overhead(problem, 0, device_us), 0, host_us)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

@@ -106,7 +106,7 @@ class CountForeign(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook."""
         if not torch.compiler.is_compiling():
-            self.runtime.tally.fallback(self.path, self.reason)
+            self.runtime.tally.count(self.path, self.reason)
 
 
 class Missed(Hook):
@@ -119,8 +119,7 @@ class Missed(Hook):
         """A forward hook, or a forward pre-hook that notes the counts before."""
         if torch.compiler.is_compiling():
             return
-        rows = self.runtime.tally.rows()
-        counts = {p: rows[p].dense + rows[p].hits.total() + rows[p].fallbacks.total() for p in self.paths if p in rows}
+        counts = self.runtime.tally.counts()
         if not self.after:
             self.runtime.before = counts  # type: ignore[attr-defined]
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,8 @@ from visattn.models.swap.runtime import Runtime, Swapped
 from visattn.models.swap.sites import Site, find_sites
 from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense
-from visattn.report import CallReport, Row, SiteReport, density
+from visattn.report import CallReport, SiteReport, density
+from visattn.tally import Row
 from visattn.watch import Watcher
 
 
@@ -125,9 +127,7 @@ class SwappedModel:
         for problem, hits in row.hits.most_common():
             name = choose(problem, self._request.backend).name
             calls.append(CallReport(problem, hits, name, "with the position bias", density(problem)))
-        return SiteReport(
-            found.model, path, pattern, tuple(calls), found.dense, found.fallbacks, found.sparse_seconds, 0.0
-        )
+        return replace(found, calls=tuple(calls))
 
 
 def _embedding(host: Any) -> nn.Module | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.recompute import Carrier
-from visattn.report import Tally
+from visattn.tally import Tally
 from visattn.watch import Watched, Watcher
 
 
@@ -146,10 +147,10 @@ class Swapped:
         counted = not torch.compiler.is_compiling()
         if isinstance(self.pattern, Dense):
             if counted:
-                self.runtime.tally.dense(self.path)
+                self.runtime.tally.count(self.path)
             return True
         if refusal is not None and counted:
-            self.runtime.tally.fallback(self.path, refusal)
+            self.runtime.tally.count(self.path, refusal)
         return refusal is not None
 
     def stays_stock(self, refusal: str | None, tokens: int) -> Layout | None:
@@ -198,10 +199,8 @@ class Swapped:
         arguments["parameters"] = own = self._parameters(q.device)
         if torch.compiler.is_compiling():
             return attention(q, k, v, self.pattern, layout, **arguments).transpose(1, 2)
-        tally = self.runtime.tally
-        with tally.timed(self.path, "sparse", q.device):
-            out = attention(q, k, v, self.pattern, layout, **arguments)
-        tally.hit(self.path, Problem.of(q, k, v, Call(self.pattern, layout, scale, key_mask, rpb, parameters=own)))
+        problem = Problem.of(q, k, v, Call(self.pattern, layout, scale, key_mask, rpb, parameters=own))
+        out = self._counted(problem, q.device, lambda: attention(q, k, v, self.pattern, layout, **arguments))
         if self.runtime.watcher is not None and rpb is None:
             self.runtime.watcher(Watched(self.path, q, k, v, out, self.pattern, (layout,), scale, key_mask, own))
         return out.transpose(1, 2)
@@ -216,10 +215,8 @@ class Swapped:
         if torch.compiler.is_compiling():
             out, lse = attention(q, k, v, self.pattern, layout, **arguments)
         else:
-            tally = self.runtime.tally
-            with tally.timed(self.path, "sparse", q.device):
-                out, lse = attention(q, k, v, self.pattern, layout, **arguments)
-            tally.hit(self.path, Problem.of(q, k, v, Call(self.pattern, layout, scale, None, rpb, True)))
+            problem = Problem.of(q, k, v, Call(self.pattern, layout, scale, None, rpb, True))
+            out, lse = self._counted(problem, q.device, lambda: attention(q, k, v, self.pattern, layout, **arguments))
         return out.transpose(1, 2), lse.transpose(1, 2)
 
     def count_stock(self, q_shape: tuple[int, int, int, int], like: torch.Tensor, layout: Layout) -> None:
@@ -233,7 +230,17 @@ class Swapped:
         if not torch.compiler.is_compiling():
             batch, heads, _, head_dim = q_shape
             problem = Problem(self.pattern, layout, batch, heads, heads, head_dim, like.dtype, like.device.type)
-            self.runtime.tally.hit(self.path, problem)
+            tally = self.runtime.tally
+            tally.end((tally.cell(self.path, "sparse", None, like.device, problem),), None)
+
+    def _counted(self, problem: Problem, device: torch.device, run: Callable[[], Any]) -> Any:
+        """What `run` gives, counted as a call that ran the pattern."""
+        tally = self.runtime.tally
+        cell = tally.cell(self.path, "sparse", None, device, problem)
+        begun = tally.begin(cell)
+        out = run()
+        tally.end((cell,), begun)
+        return out
 
 
 class Undone(Swapped):

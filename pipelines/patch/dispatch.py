@@ -9,7 +9,7 @@ diffusers' own code for everything around the attention. Here their arguments be
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from visattn.pipelines.patch import numbering, operators
 from visattn.pipelines.patch.parallel import degree
 from visattn.pipelines.patch.stock import Stock
 from visattn.runtime.call import AttentionCall
+from visattn.runtime.verdict import mode_of
 
 
 @functools.lru_cache(maxsize=1024)
@@ -37,10 +38,8 @@ def dispatched(number: int) -> Callable[..., torch.Tensor]:
         enable_gqa: bool = False,
         _parallel_config: Any = None,
     ) -> torch.Tensor:
-        call = AttentionCall(
-            query, key, value, attn_mask, scale, enable_gqa, dropout_p, is_causal, parallel=_parallel_config
-        )
-        return call_group(number, call, True)
+        rest = attn_mask, dropout_p, is_causal, scale, enable_gqa
+        return _dispatched(number, query, key, value, rest, _parallel_config)
 
     return visattn_attention
 
@@ -63,12 +62,37 @@ def without_backend(number: int) -> Callable[..., torch.Tensor]:
         backend: Any = None,
         parallel_config: Any = None,
     ) -> torch.Tensor:
-        call = AttentionCall(
-            query, key, value, attn_mask, scale, enable_gqa, dropout_p, is_causal, parallel=parallel_config
-        )
-        return call_group(number, call, True)
+        rest = attn_mask, dropout_p, is_causal, scale, enable_gqa
+        return _dispatched(number, query, key, value, rest, parallel_config)
 
     return dispatch_attention_fn
+
+
+def _dispatched(
+    number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rest: tuple[Any, ...], parallel: Any
+) -> torch.Tensor:
+    """A call [B, S, H, D] through `dispatch_attention_fn`; `rest` is mask, dropout, causal, scale, grouped."""
+    mask, dropout, causal, scale, grouped = rest
+    kind = None
+    if parallel is None and mask is None and not (dropout or causal or torch.compiler.is_compiling()):
+        group, kind = _kind(number, q, k, v, scale, False)
+        if kind is not None:
+            stock = functools.partial(group.stock.unmasked, q, k, v, scale, grouped)
+            found = group.attend_alike(kind, (q, k, v), scale, group.run.here.site, False, stock)
+            if found is not None:
+                return found[0]
+    call = AttentionCall(q, k, v, mask, scale, grouped, dropout, causal, parallel=parallel)
+    return call_group(number, call, True, kind)
+
+
+def _kind(
+    number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, heads_first: bool
+) -> tuple[Any, Hashable]:
+    """The group with a number, and what calls like this one have in common, None where each is looked at."""
+    group = numbering.look_up(number)
+    if group is None or torch._C._len_torch_function_stack():
+        return group, None
+    return group, group.key(q, k, v, scale, heads_first, mode_of(q.device))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -89,19 +113,35 @@ def sdpa(number: int) -> Callable[..., torch.Tensor]:
             return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
+        kind = None
+        if attn_mask is None and not (dropout_p or is_causal or torch.compiler.is_compiling()):
+            group, kind = _kind(number, query, key, value, scale, True)
+            if kind is not None:
+                stock = functools.partial(
+                    torch.nn.functional.scaled_dot_product_attention,
+                    query,
+                    key,
+                    value,
+                    scale=scale,
+                    enable_gqa=enable_gqa,
+                )
+                found = group.attend_alike(kind, (query, key, value), scale, group.run.here.site, True, stock)
+                if found is not None:
+                    return found[0]
         call = AttentionCall(query, key, value, attn_mask, scale, enable_gqa, dropout_p, is_causal).swapped()
-        return call_group(number, call, False).transpose(1, 2)
+        return call_group(number, call, False, kind).transpose(1, 2)
 
     return visattn_attention
 
 
-def call_group(number: int, call: AttentionCall, is_dispatched: bool) -> torch.Tensor:
+def call_group(number: int, call: AttentionCall, is_dispatched: bool, kind: Hashable = None) -> torch.Tensor:
     """Attention [B, S, H, D] at a module of a group.
 
     Args:
         number: Of the group.
         call: The call.
         is_dispatched: Whether it came through `dispatch_attention_fn`.
+        kind: What calls that are decided like this one have in common, None for no others.
     """
     compiling = torch.compiler.is_compiling()
     if call.parallel is not None and degree(call.parallel) > 1:
@@ -122,7 +162,7 @@ def call_group(number: int, call: AttentionCall, is_dispatched: bool) -> torch.T
         return (numbering.stock_of(number) or Stock(is_dispatched))(call)
     if torch._C._len_torch_function_stack() and skips_scores():
         return group.leave(call, group.run.site, "diffusers skips its scores for guidance")
-    return group.attend(call, group.run.site)[0]
+    return group.attend(call, group.run.site, key=kind, mode=mode_of(call.q.device))[0]
 
 
 def skips_scores() -> bool:

@@ -16,6 +16,9 @@ from visattn.pipelines.patch.stock import Stock
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.runner import Runner
 
+# Decisions of a group that are kept, of 4 KB each.
+MANY = 64
+
 
 class Group(Runner):
     """A runner that compiled code knows by a number: layers of one group share a graph.
@@ -39,6 +42,7 @@ class Group(Runner):
         super().__init__(run, pattern, backend, stock, parameters)
         self.lease = numbering.register(self, stock)
         self.number = self.lease.number
+        self._encoded: dict[tuple[Layout, ...], torch.Tensor] = {}
         numbering.register_tensors(self.lease, self.parameters.values())
         run.compiled_patterns[self.unnamed] = pattern
 
@@ -47,11 +51,17 @@ class Group(Runner):
         self.lease.end()
         del self.lease
 
-    def decision(self, layouts: tuple[Layout, ...]) -> Decision:
-        """What the backward of a call has to know: the layouts that the pattern ran on."""
-        return Decision(
-            layouts, self.pattern, self.backend, self.run.mask_row, self.stock, tuple(self.parameters.keys())
-        )
+    def encoded(self, layouts: tuple[Layout, ...]) -> torch.Tensor:
+        """The `Decision` that the backward of a call has to know, as bytes: the layouts that the pattern ran on."""
+        found = self._encoded.get(layouts)
+        if found is None:
+            names = tuple(self.parameters.keys())
+            made = Decision(layouts, self.pattern, self.backend, self.run.mask_row, self.stock, names)
+            if len(self._encoded) >= MANY:
+                self._encoded = {}
+            self._encoded[layouts] = found = made.encode()
+        # Compiled code may write into what an operator gave it.
+        return found.clone()
 
     def attend_in_parallel(self, call: AttentionCall) -> torch.Tensor:
         """`attend` on one of several devices that share the sequence: q, k, v [B, S / devices, H, D].

@@ -118,11 +118,14 @@ class Enter(_Hook):
         run = self.run()
         if run is None:
             return
-        first = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
-        if first is not None:
-            run.forwards.pass_by(first)
-        if id(module) in self.paths:
-            run.enter(self.paths[id(module)])
+        here = run.here
+        if here.forward is None or here.forward.learns:
+            first = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
+            if first is not None:
+                run.forwards.pass_by(first)
+        path = self.paths.get(id(module))
+        if path is not None:
+            here.site = path
 
 
 def _around(model: torch.nn.Module, paths: Sequence[str]) -> list[torch.nn.Module]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from visattn.pipelines.patch import clones, numbering
 from visattn.pipelines.patch.group import Group
 from visattn.pipelines.patch.numbering import Lease
 from visattn.runtime.call import AttentionCall
+from visattn.runtime.verdict import Mode, Verdict
 from visattn.schedule import among_first
 
 
@@ -86,7 +87,12 @@ class MergingGroup(Group):
             return matching.unmerge(out[:, :kept], away)
 
     def attend(
-        self, call: AttentionCall, site: str | None, parameters: Mapping[str, torch.Tensor] | None = None
+        self,
+        call: AttentionCall,
+        site: str | None,
+        parameters: Mapping[str, torch.Tensor] | None = None,
+        key: Hashable = None,
+        mode: Mode = "eager",
     ) -> tuple[torch.Tensor, tuple[Layout, ...]]:
         """Attention of the processor: of merged tokens q, k, v [B, n, H, D] with the agents behind them."""
         merged, name, (q, k, v) = self.run.here.merged, self._name(), call.tensors
@@ -94,17 +100,24 @@ class MergingGroup(Group):
             return self.leave(call, site, self.run.here.kept), ()
         n, pattern = merged.tokens, self.pattern
         assert isinstance(pattern, AgentSD)
-        with self.run.tally.timed(name, "sparse", q.device):
-            if q.shape[1] == n:
-                out = self.stock(call)
-            else:
-                options = {"read_scale": pattern.read_scale, "shortcut": pattern.shortcut}
-                out = agent_sd(q[:, :n], k[:, :n], v[:, :n], q[:, n:], **options)
-                # Rows of the agents have no use, but the processor counts on them.
-                out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - n))
         shape = q.shape[0], q.shape[2], k.shape[2], q.shape[3]
-        self._count(name, Problem(pattern, merged.layout, *shape, q.dtype, q.device.type))
+        verdict = Verdict("sparse", problems=(Problem(pattern, merged.layout, *shape, q.dtype, q.device.type),))
+        cells = verdict.cells(self.run.tally, name, q.device)
+        begun = self.run.tally.begin(cells[0])
+        if q.shape[1] == n:
+            out = self.stock(call)
+        else:
+            options = {"read_scale": pattern.read_scale, "shortcut": pattern.shortcut}
+            out = agent_sd(q[:, :n], k[:, :n], v[:, :n], q[:, n:], **options)
+            # Rows of the agents have no use, but the processor counts on them.
+            out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - n))
+        self.run.tally.end(cells, begun)
+        self._note(self.run.forward, name, verdict)
         return out, ()
+
+    def key(self, *call: Any) -> Hashable:
+        """Every call is looked at: what runs depends on what was merged before it."""
+        return None
 
     def _name(self) -> str:
         return self.run.site or self.unnamed

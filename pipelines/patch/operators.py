@@ -6,6 +6,7 @@ compiled graph.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from visattn.pipelines.patch.numbering import look_up, stock_of
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import key_validity
 from visattn.runtime.sequences import Sequences
+from visattn.runtime.verdict import mode_of
 
 
 @torch.library.custom_op("visattn::patched_attention", mutates_args=())
@@ -39,9 +41,15 @@ def patched_attention(
         stock = stock_of(group)
         assert stock is not None, f"compiled code of group {group} outlives its processors"
         return stock(call).contiguous(), Decision((), Dense(), "auto", None, stock).encode()
+    mode = mode_of(q.device, compiled=True)
+    kind = owner.key(q, k, v, scale, False, mode) if mask is None and not parameters else None
+    if kind is not None:
+        found = owner.attend_alike(kind, (q, k, v), scale, None, False, functools.partial(owner.stock, call))
+        if found is not None:
+            return found[0].contiguous(), owner.encoded(found[1])
     given = {n: t.detach().to(q.device) for n, t in zip(owner.parameters, parameters, strict=True)}
-    out, layouts = owner.attend(call, None, given)
-    return out.contiguous(), owner.decision(layouts).encode()
+    out, layouts = owner.attend(call, None, given, kind, mode)
+    return out.contiguous(), owner.encoded(layouts)
 
 
 @patched_attention.register_fake

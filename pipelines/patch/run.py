@@ -36,8 +36,9 @@ class DiffusersRun(Run):
         layout: Layout | None,
         strict: bool,
         steps: Sequence[Callable[[], Step]],
+        always: bool = False,
     ) -> None:
-        super().__init__(name, schedule, strict, steps, family.mask_row)
+        super().__init__(name, schedule, strict, steps, family.mask_row, always)
         self.family, self.config, self.layout = family, config, layout
         self.check_sites: Callable[[], None] = lambda: None
         self.lease: numbering.Lease | None = numbering.register(self)
@@ -55,7 +56,8 @@ class DiffusersRun(Run):
         if compiled and self.here.forward is not None:
             self.finish()
         self.check_sites()
-        self.start(self._where(seen))
+        # Operators run without gradients whatever the code around them does.
+        self.start(self._where(seen), learns=True if compiled else None)
 
     def _where(self, seen: Seen) -> Where:
         if self.layout is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -42,3 +43,21 @@ class Stock(NamedTuple):
             backend=backend,
             parallel_config=call.parallel,
         )
+
+    def unmasked(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, grouped: bool
+    ) -> torch.Tensor:
+        """The same of a call without mask, dropout and parallelism; torch's SDPA directly where that is what runs."""
+        registry, native = _dispatching()
+        name = registry._active_backend if self.backend is None else self.backend
+        if name != native or registry._checks_enabled:
+            return self(AttentionCall(q, k, v, scale=scale, grouped=grouped))
+        return registry._backends[native](q, k, v, scale=scale, enable_gqa=grouped)
+
+
+@functools.lru_cache(maxsize=1)
+def _dispatching() -> Any:
+    """Diffusers' table of backends, and the one that is torch's SDPA."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    return _AttentionBackendRegistry, AttentionBackendName.NATIVE

@@ -74,7 +74,7 @@ def test_report_agrees_with_an_independent_count(monkeypatch):
 def test_time_of_dense_and_sparse_calls_is_measured(monkeypatch):
     model, inputs = tiny_models.wan()
     clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr("visattn.report.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("visattn.tally.time.perf_counter", lambda: next(clock))
     with visattn.apply(model, "na(window=3x3x3)", dense_steps=1) as handle:
         for step in range(3):
             handle.set_step(step, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +12,7 @@ from visattn.cli.measured import PlotOption, SaveOption, check_files, give
 from visattn.cli.options import ForceOption, JsonOption, PrefixOption, SuffixOption, sizes
 
 if TYPE_CHECKING:
-    from visattn.bench import Result
+    from visattn.bench import Case, Result
 
 
 def bench(
@@ -27,6 +27,9 @@ def bench(
     device: Annotated[str, typer.Option(help="Like cpu or cuda:1; auto takes a GPU if there is one.")] = "auto",
     backend: Annotated[str, typer.Option(help="Names with commas; all is every one but the reference.")] = "all",
     backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward together.")] = False,
+    calls: Annotated[
+        bool, typer.Option("--calls", help="GPU, host and wall time of a call, and from how many tokens on it pays.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; times are medians.")] = 5,
     patience: Annotated[float, typer.Option(help="Measure only once what takes more seconds than this.")] = 10.0,
     save: SaveOption = None,
@@ -37,22 +40,42 @@ def bench(
     """Time the backends on patterns, with dense SDPA in the same turns: medians and quartiles."""
     grids = [sizes(part, "--grid") for part in grid.split(",")] if grid else []
     check_files(save, plot, force)
-    results = _run(
-        patterns,
-        grids,
-        (prefix, suffix),
-        backend,
-        device,
-        repeats,
-        patience,
-        json,
-        batch=batch,
-        heads=heads,
-        dim=dim,
-        dtype=dtype,
-        backward=backward,
-    )
+    options = {"batch": batch, "heads": heads, "dim": dim, "dtype": dtype, "backward": backward}
+    if calls:
+        from visattn.cli import bench_calls
+
+        cases, names = _cases(patterns, bench_calls.grids(patterns, grids), (prefix, suffix), backend, device, options)
+        timed = [bench_calls.one(case, names, repeats, f"[{i}/{len(cases)}]", json) for i, case in enumerate(cases, 1)]
+        give(timed, bench_calls.show, bench_calls.charts, save, plot, json)
+        return
+    results = _run(patterns, grids, (prefix, suffix), backend, device, repeats, patience, json, **options)
     give(results, _print, _charts, save, plot, json)
+
+
+def _cases(
+    patterns: Sequence[str],
+    grids: Sequence[tuple[int, ...]],
+    dense: tuple[int, int],
+    backend: str,
+    device: str,
+    options: Mapping[str, Any],
+) -> tuple[list[Case], Sequence[str]]:
+    """Every case, checked before any is timed, and the names of the backends."""
+    import dataclasses
+
+    import torch
+
+    from visattn.bench import backend_names, cases, check_case
+    from visattn.environment import check_device
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    names = backend_names(backend)
+    found = [dataclasses.replace(case, device=device, **options) for case in cases(patterns, grids, *dense)]
+    for case in found:
+        check_case(case)
+    return found, names
 
 
 def _run(
@@ -66,21 +89,10 @@ def _run(
     quiet: bool,
     **options: Any,
 ) -> list[Result]:
-    """Check every case, then time them one after the other."""
-    import dataclasses
+    """Time the cases one after the other."""
+    from visattn.bench import run_case
 
-    import torch
-
-    from visattn.bench import backend_names, cases, check_case, run_case
-    from visattn.environment import check_device
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
-    names = backend_names(backend)
-    todo = [dataclasses.replace(case, device=device, **options) for case in cases(patterns, grids, *dense)]
-    for case in todo:
-        check_case(case)
+    todo, names = _cases(patterns, grids, dense, backend, device, options)
     results = []
     for i, case in enumerate(todo, 1):
         if not quiet:

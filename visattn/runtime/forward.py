@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from visattn.layout import Layout
+from visattn.runtime.verdict import Ready
 
 
 class Where(Protocol):
@@ -34,7 +36,10 @@ class Forward:
         hits: Modules that ran their pattern, in compiled code the same name again and again.
         reasons: Why others did not.
         excused: Modules that a pattern leaves as they are on purpose.
+        kept: How many calls of compiled code, which does not tell its modules, `auto` kept dense.
         resolved: Layouts of sequence lengths, resolved once.
+        ready: What was decided for calls in forwards like this one, by what they have in common.
+        learns: Whether blocks of it may be recomputed for gradients.
     """
 
     where: Where
@@ -44,7 +49,10 @@ class Forward:
     hits: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     excused: set[str] = field(default_factory=set)
+    kept: int = 0
     resolved: dict[int, tuple[Layout, ...] | str] = field(default_factory=dict)
+    ready: dict[Hashable, Ready] = field(default_factory=dict)
+    learns: bool = True
 
     def layouts(self, length: int) -> tuple[Layout, ...] | str:
         """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 
 from visattn.patterns import Pattern
 from visattn.recompute import Carrier
-from visattn.report import Row, SiteReport, Tally
+from visattn.registry import REGISTRY
+from visattn.report import SiteReport
 from visattn.runtime.forward import Forward, Here, Where
+from visattn.runtime.verdict import Ready
 from visattn.schedule import Schedule
+from visattn.tally import Row, Tally
 from visattn.watch import Watcher
 
 Step = tuple[int | None, int | None]
+# Kinds of forwards whose decisions are kept: grids, each with dense and sparse steps.
+MANY = 16
 
 
 class Run:
@@ -24,6 +29,7 @@ class Run:
         name: What reports and errors call the model.
         schedule: Which layers and steps get which pattern.
         strict: Whether a forward that misses a selected module raises.
+        always: Whether the pattern runs also where dense attention is estimated to be faster.
         steps: Sources of the step and the number of steps, the surest first.
         mask_row: Row of a full mask [B, 1, S, S] that tells which keys are valid, None if there is none.
         tally: What happened at each module.
@@ -42,7 +48,9 @@ class Run:
         strict: bool = False,
         steps: Sequence[Callable[[], Step]] = (),
         mask_row: int | None = None,
+        always: bool = False,
     ) -> None:
+        self.always = always
         self.name, self.schedule, self.strict, self.steps, self.mask_row = name, schedule, strict, steps, mask_row
         self.tally = Tally()
         self.step: Step = (None, None)
@@ -53,6 +61,7 @@ class Run:
         self.forwards: Carrier[Forward] = Carrier()
         # Two say as well as many that they differ.
         self._kinds: dict[object, Forward] = {}
+        self._ready: dict[Hashable, dict[Hashable, Ready]] = {}
         self._warned = False
 
     @property
@@ -83,8 +92,13 @@ class Run:
         """This thread enters an attention module."""
         self.here.site = site
 
-    def start(self, where: Where) -> None:
-        """A forward of the model begins, whose tokens sit there."""
+    def start(self, where: Where, learns: bool | None = None) -> None:
+        """A forward of the model begins.
+
+        Args:
+            where: Where its tokens sit.
+            learns: Whether blocks of it may be recomputed for gradients; None if gradients are switched on.
+        """
         step, total = self._step()
         dense = self.schedule.is_dense(step, total)
         if dense and step == 0 and total and self.schedule.is_dense(total - 1, total):
@@ -93,7 +107,9 @@ class Run:
                 f"{total} steps that run",
                 stacklevel=3,
             )
-        self.here.forward = forward = Forward(where, dense, step, total)
+        learns = torch.is_grad_enabled() if learns is None else learns
+        ready = self._ready_in((where, dense, REGISTRY.version))
+        self.here.forward = forward = Forward(where, dense, step, total, ready=ready, learns=learns)
         self.here.site = None
         self.forwards.begin(forward)
         if len(self._kinds) < 2:
@@ -104,7 +120,7 @@ class Run:
         forward, self.here.forward = self.here.forward, None
         if forward is None or forward.dense or not self.sparse_sites:
             return
-        anonymous = sum(site in self.compiled_patterns for site in forward.hits)
+        anonymous = sum(site in self.compiled_patterns for site in forward.hits) + forward.kept
         done = {*forward.hits, *(forward.excused if forward.hits else ())}
         missed = [site for site in self.sparse_sites if site not in done]
         if len(missed) <= anonymous:
@@ -128,6 +144,15 @@ class Run:
             *found,
             *(SiteReport.of(self.name, name, p, backend, rows[name], compiled=True) for name, p in compiled),
         ]
+
+    def _ready_in(self, kind: Hashable) -> dict[Hashable, Ready]:
+        """What was decided in forwards of a kind; other backends decide anew."""
+        found = self._ready.get(kind)
+        if found is None:
+            if len(self._ready) >= MANY:
+                self._ready = {}
+            self._ready[kind] = found = {}
+        return found
 
     def _step(self) -> Step:
         """Step and number of steps from the first source that knows; what the user says comes first."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from visattn.dispatch import Call, Problem
+from visattn.attend import attention
+from visattn.autocast import is_on
+from visattn.crossing import crossing
+from visattn.dispatch import Call, Problem, choose
 from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import ComposedPattern, Dense, Pattern
 from visattn.runtime.call import AttentionCall
+from visattn.runtime.forward import Forward
 from visattn.runtime.masks import carry_bias, key_validity
 from visattn.runtime.run import Run
 from visattn.runtime.sequences import Sequences
+from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
 from visattn.watch import Watched
 
 
@@ -57,7 +63,12 @@ class Runner:
         self.unnamed = f"compiled code: {pattern}"
 
     def attend(
-        self, call: AttentionCall, site: str | None, parameters: Mapping[str, torch.Tensor] | None = None
+        self,
+        call: AttentionCall,
+        site: str | None,
+        parameters: Mapping[str, torch.Tensor] | None = None,
+        key: Hashable = None,
+        mode: Mode = "eager",
     ) -> tuple[torch.Tensor, tuple[Layout, ...]]:
         """Run the pattern if the call fits it, else the stock attention, and count which.
 
@@ -66,6 +77,8 @@ class Runner:
             site: Path of the module, None where that is unknown.
             parameters: Learnable parameters, the runner's own if None; an operator passes those it got, as its
                 gradients are theirs.
+            key: Of calls that are to be decided like this one, see `key`; None for no others.
+            mode: How the call is made.
 
         Returns:
             Output [B, S, H, D], and the layouts that the pattern ran on, () if the stock attention ran.
@@ -74,34 +87,105 @@ class Runner:
         if parameters is None:
             parameters = following(self.parameters, device)
         fit = self.fit(call)
-        covered = self.backend == "auto" and all(self.pattern.covers(layout.grid) for layout in fit.layouts)
-        sequences = Sequences(*call.tensors, fit.keys, 1.0, call.v.shape[-1])
-        if not fit.layouts or covered:
-            with self.run.tally.timed(name, "sparse" if fit.layouts else "dense", device):
-                out = self.stock(call)
+        sequences = Sequences.of(call, fit.keys) if fit.layouts else None
+        verdict = self._verdict(call, fit, sequences, parameters, mode)
+        tally = self.run.tally
+        cells = verdict.cells(tally, name, device)
+        begun = tally.begin(cells[0])
+        if verdict.layouts:
+            assert sequences is not None
+            out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters)
         else:
-            with self.run.tally.timed(name, "sparse", device):
-                sequences = Sequences.of(call, fit.keys)
-                out = sequences.attend(self.pattern, fit.layouts, self.backend, parameters)
+            out = self.stock(call)
+        tally.end(cells, begun)
         if self.run.watcher is not None and site is not None and not (fit.why or call.causal or call.dropout):
-            self._show(site, call, out, fit, parameters)
-        if fit.layouts:
-            self._hit(name, sequences, fit.layouts, parameters)
+            self._show(site, call, out, Fit() if verdict.slower else fit, parameters)
+        forward = self.run.forward
+        if forward is not None:
+            self._note(forward, name, verdict)
+            if key is not None and not (parameters or verdict.why or len(verdict.layouts) > 1):
+                if len(forward.ready) >= MANY:
+                    forward.ready.clear()
+                forward.ready[key] = Ready(verdict)
+        return out, verdict.layouts
+
+    def key(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, heads_first: bool, mode: Mode
+    ) -> Hashable:
+        """What calls without a mask that are decided alike have in common; None if such a call is always looked at.
+
+        Args:
+            q: Queries.
+            k: Keys.
+            v: Values.
+            scale: Factor on the logits or None.
+            heads_first: Whether they are [B, H, S, D] rather than [B, S, H, D].
+            mode: How the call is made.
+        """
+        if self.run.watcher is not None or is_on(q.device) or torch._C._current_graph_task_id() >= 0:
+            return None
+        grad = torch.is_grad_enabled()
+        learns = grad and (q.requires_grad or k.requires_grad or v.requires_grad)
+        return self, q.shape, k.shape, v.shape, q.dtype, k.dtype, q.device, scale, heads_first, learns, mode
+
+    def attend_alike(
+        self,
+        key: Hashable,
+        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        scale: float | None,
+        site: str | None,
+        heads_first: bool,
+        stock: Callable[[], torch.Tensor],
+    ) -> tuple[torch.Tensor, tuple[Layout, ...]] | None:
+        """Attention of a call that is like an earlier one of its forward or one like it; None if there was none.
+
+        Args:
+            key: What `key` gave, not None.
+            tensors: Queries, keys and values.
+            scale: Factor on the logits or None.
+            site: Path of the module, None where that is unknown.
+            heads_first: Whether they are [B, H, S, D] rather than [B, S, H, D]; the output is as they are.
+            stock: Runs the stock attention on them.
+        """
+        run = self.run
+        forward = run.here.forward
+        ready = None if forward is None else forward.ready.get(key)
+        if forward is None or ready is None:
+            return None
+        name, verdict = site or self.unnamed, ready.verdict
+        cells = ready.cells.get(name)
+        if cells is None:
+            ready.cells[name] = cells = verdict.cells(run.tally, name, tensors[0].device)
+        begun = run.tally.begin(cells[0])
+        if not verdict.layouts:
+            out = stock()
+        elif heads_first:
+            q, k, v = tensors
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            out = attention(q, k, v, self.pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
+            out = out.transpose(1, 2)
         else:
-            self._miss(name, fit.why)
-        return out, () if covered else fit.layouts
+            out = attention(*tensors, self.pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
+        run.tally.end(cells, begun)
+        self._note(forward, name, verdict)
+        return out, verdict.layouts
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
         """Run the stock attention and count it, with the reason ("" means that it was to be dense)."""
-        name = site or self.unnamed
-        with self.run.tally.timed(name, "dense", call.q.device):
-            out = self.stock(call)
-        self._miss(name, why)
+        name, tally = site or self.unnamed, self.run.tally
+        verdict = Verdict("dense", shapes=_shapes(call), why=why)
+        cells = verdict.cells(tally, name, call.q.device)
+        begun = tally.begin(cells[0])
+        out = self.stock(call)
+        tally.end(cells, begun)
+        self._note(self.run.forward, name, verdict)
         return out
 
     def pass_by(self, site: str | None, why: str) -> None:
         """Count a call of a module that attended without calling this."""
-        self._miss(site or self.unnamed, why)
+        name = site or self.unnamed
+        self.run.tally.count(name, why)
+        self._note(self.run.forward, name, Verdict("dense", why=why))
 
     def fit(self, call: AttentionCall) -> Fit:
         """Whether the pattern can stand for a call."""
@@ -142,26 +226,52 @@ class Runner:
         assert self.run.watcher is not None
         self.run.watcher(Watched(site, q, k, v, out, pattern, layouts, call.factor, keys, parameters))
 
-    def _hit(
-        self, name: str, sequences: Sequences, layouts: tuple[Layout, ...], parameters: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Count a call that ran the pattern, once for each layout."""
+    def _verdict(
+        self,
+        call: AttentionCall,
+        fit: Fit,
+        sequences: Sequences | None,
+        parameters: Mapping[str, torch.Tensor],
+        mode: Mode,
+    ) -> Verdict:
+        """What runs for a call that fits, or does not, and how it counts."""
+        if sequences is None:
+            return Verdict("dense", shapes=_shapes(call), why=fit.why)
+        problems = tuple(self._problems(sequences, fit.layouts, parameters, mode))
+        automatic = self.backend == "auto"
+        if automatic and all(self.pattern.covers(layout.grid) for layout in fit.layouts):
+            # The model's own attention is the pattern.
+            return Verdict("sparse", problems=problems)
+        if automatic and not self.run.always and not parameters:
+            crossings = [crossing(problem) for problem in problems]
+            slower = [found for found in crossings if found is not None and found.dense_pays]
+            if slower and len(slower) == len(problems):
+                return Verdict("dense", problems=problems, slower=str(slower[0]))
+        backend = choose(problems[0], self.backend).name if len(problems) == 1 else self.backend
+        return Verdict("sparse", fit.layouts, backend, problems)
+
+    def _problems(
+        self, sequences: Sequences, layouts: tuple[Layout, ...], parameters: Mapping[str, torch.Tensor], mode: Mode
+    ) -> Iterator[Problem]:
+        """What a call poses, once for each layout."""
         for i, layout in enumerate(layouts):
             q, k, v, keys, scale, _ = sequences if len(layouts) == 1 else sequences.sample(i)
-            call = Call(self.pattern, layout, scale, keys, parameters=parameters)
-            self._count(name, Problem.of(q, k, v, call))
+            found = Problem.of(q, k, v, Call(self.pattern, layout, scale, keys, parameters=parameters))
+            yield found if mode == "eager" else replace(found, mode=mode)
 
-    def _count(self, name: str, problem: Problem) -> None:
-        """Count a call that ran the pattern."""
-        self.run.tally.hit(name, problem)
-        if self.run.forward is not None:
-            self.run.forward.hits.append(name)
-
-    def _miss(self, name: str, why: str) -> None:
-        """Count a call that did not; "" means that it was to be dense."""
-        if not why:
-            self.run.tally.dense(name)
+    def _note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:
+        """Remember with a forward what happened at a module."""
+        if forward is None:
             return
-        self.run.tally.fallback(name, why)
-        if self.run.forward is not None:
-            self.run.forward.reasons.setdefault(name, why)
+        if verdict.slower:
+            forward.reasons[name] = verdict.slower
+            forward.excused.add(name)
+            forward.kept += name == self.unnamed
+        elif verdict.kind == "sparse":
+            forward.hits.append(name)
+        elif verdict.why:
+            forward.reasons.setdefault(name, verdict.why)
+
+
+def _shapes(call: AttentionCall) -> Hashable:
+    return call.q.shape, call.k.shape, call.q.dtype

@@ -1,0 +1,185 @@
+"""Denoising steps of the published diffusers models with random weights: stock against patched, eager and compiled.
+
+    python3 -m scripts.bench.real_models_gpu [--models "SDXL 1024" ...] [--modes eager] [--budget 480] [--out FILE]
+
+bf16, no gradient; 80 GB hold the largest. Contenders are one model, patched and undone in turns; a time is the median
+of the turns, each of some steps in a row with one wait at the end. What is compiled are the blocks
+(`compile_repeated_blocks`). First calls (compilation, plans) come before and are not timed. Rows replace those of the
+same model, attention and mode in FILE. After `--budget` seconds no model and mode is begun. `--tiny` runs small models
+on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from scripts.bench.real_models import MODELS, build
+from visattn import apply
+from visattn.watch import Watched
+
+MODES = ("eager", "compiled")
+STOCK, DENSE = "stock", "dense"
+# Turns of each contender, and seconds that one lasts at least.
+TURNS, TURN_S = 5, 0.4
+
+Shapes = Counter[tuple[torch.Size, torch.Size]]
+
+
+def seconds(step: Callable[[], Any], count: int, device: str) -> float:
+    """Seconds per step of some in a row."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    begin = time.perf_counter()
+    for _ in range(count):
+        step()
+    wait()
+    return (time.perf_counter() - begin) / count
+
+
+def attended(model: torch.nn.Module, step: Callable[[], Any]) -> Shapes:
+    """Shapes of q and k of every self-attention call of a step."""
+    found: Shapes = Counter()
+
+    def see(watched: Watched) -> None:
+        found[watched.q.shape, watched.k.shape] += 1
+
+    with apply(model, DENSE) as handle:
+        handle.watch(see)
+        step()
+    return found
+
+
+def attention_ms(shapes: Shapes, device: str, dtype: torch.dtype) -> float:
+    """Milliseconds of these calls by torch's attention, each shape in a queue of its own: what bounds the gain."""
+    total = 0.0
+    for (of_q, of_k), count in shapes.items():
+        q, k, v = (torch.randn(s, device=device, dtype=dtype).transpose(1, 2) for s in (of_q, of_k, of_k))
+        run = lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v)  # noqa: E731
+        seconds(run, 3, device)
+        total += count * statistics.median(seconds(run, 20, device) for _ in range(5))
+    return 1e3 * total
+
+
+def patched(model: torch.nn.Module, attention: str) -> Any:
+    """A context in which a model has its attention."""
+    return contextlib.nullcontext() if attention == STOCK else apply(model, attention)
+
+
+def in_turns(model: torch.nn.Module, step: Callable[[], Any], names: list[str], device: str) -> dict[str, Any]:
+    """Milliseconds of a step and the report's first line, by attention."""
+    counts, times, said = {}, {name: [] for name in names}, {}
+    for name in names:
+        with patched(model, name):
+            # Compilation and plans, then what a step takes.
+            step()
+            step()
+            once = seconds(step, 2, device)
+        counts[name] = max(1, min(20, round(TURN_S / once)))
+    for turn in range(TURNS):
+        for name in names[:: -1 if turn % 2 else 1]:
+            with patched(model, name) as handle:
+                seconds(step, 1, device)
+                times[name].append(seconds(step, counts[name], device))
+                said[name] = "" if handle is None else str(handle.report()).partition("\n")[0]
+    return {name: (1e3 * statistics.median(times[name]), said[name]) for name in names}
+
+
+def measure(name: str, modes: list[str], tiny: bool, left: Callable[[], float]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a model, mode by mode."""
+    device, dtype = ("cpu", torch.float32) if tiny else ("cuda", torch.bfloat16)
+    model, inputs = build(MODELS[name], device, dtype, tiny)
+    step = lambda: model(**inputs, return_dict=False)[0]  # noqa: E731
+    assert step().isfinite().all(), name
+    bound = attention_ms(attended(model, step), device, dtype)
+    attentions = [DENSE, *MODELS[name].patterns]
+    # Compiled blocks stay compiled.
+    for mode in [mode for mode in MODES if mode in modes]:
+        if left() <= 0:
+            print(f"out of time before {name}, {mode}", flush=True)
+            return
+        if mode == "compiled":
+            model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        found = in_turns(model, step, [STOCK, *attentions], device)
+        rows = []
+        for attention in attentions:
+            ms, said = found[attention]
+            row = {"model": name, "attention": attention, "mode": mode, "stock_ms": found[STOCK][0], "ms": ms}
+            rows.append(row | {"attention_ms": bound, "report": said})
+            print(json.dumps(rows[-1]), flush=True)
+        yield rows
+
+
+def keep(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Write rows to a file, in the order of the models; they replace those of the same model, attention and mode."""
+    old = json.loads(out.read_text())["rows"] if out.exists() else []
+    by_key = {(row["model"], row["attention"], row["mode"]): row for row in [*old, *rows]}
+    order = list(MODELS)
+    merged = sorted(by_key.values(), key=lambda row: (order.index(row["model"]), MODES.index(row["mode"])))
+    out.write_text(json.dumps(about | {"rows": merged}, indent=1) + "\n")
+
+
+def machine(tiny: bool) -> dict[str, Any]:
+    """What the times depend on."""
+    found = {"diffusers": version("diffusers"), "python": sys.version.partition(" ")[0]}
+    if tiny:
+        return found | {"torch": torch.__version__}
+    from scripts.gpu_common import versions
+
+    return versions() | found
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options; unknown models and modes end the program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS), help="default all")
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES), help="default both")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing is begun")
+    parser.add_argument("--out", type=Path, help="JSON file, merged into if it exists")
+    parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, keep."""
+    options = parse_arguments(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    about: dict[str, Any] = {"command": "python3 -m scripts.bench.real_models_gpu " + shlex.join(given)}
+    about["versions"] = machine(options.tiny)
+    end, failed = time.perf_counter() + options.budget, 0
+    for name in options.models:
+        if time.perf_counter() > end:
+            print(f"out of time before {name}")
+            break
+        try:
+            with torch.no_grad():
+                for rows in measure(name, options.modes, options.tiny, lambda: end - time.perf_counter()):
+                    if options.out:
+                        keep(options.out, rows, about)
+        except Exception as error:
+            failed += 1
+            print(f"{name} failed: {type(error).__name__}: {error}"[:2000], flush=True)
+        # Compiled blocks hold on to their model in cycles.
+        torch._dynamo.reset()
+        gc.collect()
+        if not options.tiny:
+            torch.cuda.empty_cache()
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

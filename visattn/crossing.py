@@ -1,0 +1,55 @@
+"""Where a pattern is worth it: what its fastest engine would take for a call, against dense attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from visattn.dispatch import Problem, choose, load, milliseconds
+from visattn.patterns import Dense, ListedPattern
+from visattn.registry import REGISTRY
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Estimated wall times of a call: of the pattern, and of dense attention without it.
+
+    Attributes:
+        backend: The fastest engine for the pattern.
+        sparse_ms: What it would take.
+        dense_ms: What torch's dense attention would.
+        mode: How the call is made, see `Problem`.
+    """
+
+    backend: str
+    sparse_ms: float
+    dense_ms: float
+    mode: str
+
+    @property
+    def dense_pays(self) -> bool:
+        """Whether dense attention is the faster one."""
+        return self.dense_ms < self.sparse_ms
+
+    def __str__(self) -> str:
+        way = "" if self.mode == "eager" else f" ({self.mode})"
+        return f"estimated {self.sparse_ms:.3f} ms by {self.backend}, {self.dense_ms:.3f} ms dense{way}"
+
+
+def crossing(problem: Problem) -> Crossing | None:
+    """The estimates of a call; None where none are good enough to leave a pattern out.
+
+    These are calls on a GPU without gradients, of patterns that are lists of keys: what replaces the softmax is other
+    attention than the model's, and what is being trained must run.
+    """
+    if problem.device != "cuda" or problem.grad or not isinstance(problem.pattern, ListedPattern):
+        return None
+    return _crossing(problem, REGISTRY.version)
+
+
+@lru_cache(maxsize=1024)
+def _crossing(problem: Problem, version: int) -> Crossing:
+    sparse = choose(problem)
+    dense = load("sdpa").cost(replace(problem, pattern=Dense()))
+    times = milliseconds(problem, sparse.cost(problem)), milliseconds(problem, dense)
+    return Crossing(sparse.name, *times, problem.mode)

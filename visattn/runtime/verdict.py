@@ -1,0 +1,65 @@
+"""What runs for calls of attention that are alike, and how they count: decided once, then looked up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from visattn.dispatch import Problem
+from visattn.layout import Layout
+from visattn.tally import Cell, Kind, Tally
+
+Mode = Literal["eager", "compiled", "captured"]
+# Decisions kept for one kind of forward; each is a few hundred bytes.
+MANY = 1024
+
+
+class Verdict(NamedTuple):
+    """What runs for a call, and how it counts.
+
+    Attributes:
+        kind: Whether it counts as sparse or dense.
+        layouts: Where its tokens sit, of each sample where they differ; empty if the model's own attention runs.
+        backend: Who runs the pattern.
+        problems: What is counted, one for each layout.
+        shapes: What dense calls have in common.
+        why: Why the pattern does not run although it should, "" if nothing is wrong.
+        slower: What the estimates are, if `auto` keeps the call dense.
+    """
+
+    kind: Kind
+    layouts: tuple[Layout, ...] = ()
+    backend: str = "auto"
+    problems: tuple[Problem, ...] = ()
+    shapes: Any = None
+    why: str = ""
+    slower: str = ""
+
+    def cells(self, tally: Tally, site: str, device: torch.device) -> tuple[Cell, ...]:
+        """Where calls of a module count."""
+        kept = bool(self.slower)
+        if not self.problems:
+            return (tally.cell(site, self.kind, self.shapes, device, reason=self.why),)
+        return tuple(tally.cell(site, self.kind, None, device, problem, kept=kept) for problem in self.problems)
+
+
+@dataclass
+class Ready:
+    """A verdict that holds for every call with the same key.
+
+    Attributes:
+        verdict: That.
+        cells: Where calls count, by module.
+    """
+
+    verdict: Verdict
+    cells: dict[str, tuple[Cell, ...]] = field(default_factory=dict)
+
+
+def mode_of(device: torch.device, compiled: bool = False) -> Mode:
+    """How calls on a device are made at the moment."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "captured"
+    return "compiled" if compiled else "eager"

@@ -1,0 +1,274 @@
+"""What happens at attention modules, in plain numbers: calls by outcome, and the time of some of them.
+
+On a GPU a timed call records two events, which cost the host more than a whole dense call may, so most calls are only
+counted: the first steady ones of each kind are timed, then every so many-th. On a CPU all are. A first call of a
+kind, which plans and compiles, is kept apart from both.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from visattn.dispatch import Problem
+
+Kind = Literal["sparse", "dense"]
+# Steady calls of a kind at a module that are timed on a GPU, and how many calls later the next one is.
+STEADY, EVERY = 4, 32
+# Pairs of CUDA events kept before the finished ones are summed up.
+MANY_EVENTS = 1024
+
+
+class Cell:
+    """Calls of one module that are alike: same outcome, same shapes.
+
+    Attributes:
+        kind: Whether they count as sparse or dense.
+        key: What they have in common, shared by all modules at which it happens.
+        problem: What ran or was kept dense, None for calls that are dense anyway or fell back.
+        reason: Why the pattern did not run, "" if it ran or a schedule keeps the call dense.
+        kept: Whether `auto` kept them dense, where the pattern would take longer.
+        first: Whether the first of them is the first of its kind anywhere in the model.
+        on_gpu: Whether only some are timed.
+        calls: How many.
+        timed: How many steady ones were timed.
+        seconds: Time of those.
+        first_seconds: Time of the first call, 0 if it was none or was not timed.
+    """
+
+    __slots__ = (
+        "calls", "first", "first_seconds", "kept", "key", "kind", "on_gpu", "problem", "reason", "seconds", "timed"
+    )  # fmt: skip
+
+    def __init__(
+        self, kind: Kind, key: Hashable, problem: Problem | None, reason: str, kept: bool, first: bool, on_gpu: bool
+    ) -> None:
+        self.kind: Kind = kind
+        self.key, self.problem, self.reason, self.kept = key, problem, reason, kept
+        self.first, self.on_gpu = first, on_gpu
+        self.calls = self.timed = 0
+        self.seconds = self.first_seconds = 0.0
+
+    def add(self, seconds: float, is_first: bool) -> None:
+        """Add the time of a call."""
+        if is_first:
+            self.first_seconds += seconds
+        else:
+            self.timed += 1
+            self.seconds += seconds
+
+
+@dataclass
+class Row:
+    """The counts of one attention module.
+
+    Attributes:
+        hits: Calls that ran the pattern, by problem.
+        dense: Calls that a schedule or `auto` kept dense.
+        kept: Those of them that `auto` did, by problem.
+        fallbacks: Calls that could not run the pattern, by reason.
+        seconds: Estimated time of all calls by kind, first ones as if they were steady; fallbacks count as dense.
+        first_seconds: Time of first calls by kind.
+        timed: How many steady calls that estimate is from.
+        calls: All calls.
+    """
+
+    hits: Counter[Problem] = field(default_factory=Counter)
+    dense: int = 0
+    kept: Counter[Problem] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: {"sparse": 0.0, "dense": 0.0})
+    first_seconds: float = 0.0
+    timed: int = 0
+    calls: int = 0
+
+    def add(self, cell: Cell, mean: float | None) -> None:
+        """Add the calls of a cell; `mean` is the time of a steady call of its kind, None if none was timed."""
+        if cell.kept:
+            assert cell.problem is not None
+            self.kept[cell.problem] += cell.calls
+        if cell.reason:
+            self.fallbacks[cell.reason] += cell.calls
+        elif cell.kind == "dense":
+            self.dense += cell.calls
+        elif cell.problem is not None:
+            self.hits[cell.problem] += cell.calls
+        own = cell.seconds / cell.timed if cell.timed else mean
+        untimed = cell.first_seconds if own is None else own * (cell.calls - cell.timed)
+        self.seconds[cell.kind] += cell.seconds + untimed
+        self.first_seconds += cell.first_seconds
+        self.timed += cell.timed
+        self.calls += cell.calls
+
+
+class Tally:
+    """Counts of every attention module of one model; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cells: dict[str, dict[Hashable, Cell]] = {}
+        self._seen: set[Hashable] = set()
+        # Time besides calls, by module and kind.
+        self._besides: dict[str, dict[str, float]] = {}
+        # Cells, or a module and a kind; whether it is a first call; what was recorded before and after.
+        self._events: list[tuple[Any, bool, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def cell(
+        self,
+        site: str,
+        kind: Kind,
+        key: Hashable,
+        device: torch.device,
+        problem: Problem | None = None,
+        reason: str = "",
+        kept: bool = False,
+    ) -> Cell:
+        """The cell of calls of a module that have `key` in common."""
+        own = (kind, key, problem, reason, kept)
+        with self._lock:
+            cells = self._cells.setdefault(site, {})
+            found = cells.get(own)
+            if found is None:
+                cells[own] = found = Cell(*own, own not in self._seen, device.type == "cuda")
+                self._seen.add(own)
+        return found
+
+    def begin(self, cell: Cell) -> Any:
+        """A call begins: when, or None if it is not timed."""
+        if not cell.on_gpu:
+            return time.perf_counter()
+        count = cell.calls
+        if (count > STEADY and count % EVERY) or torch.cuda.is_current_stream_capturing():
+            return None
+        return _event()
+
+    def end(self, cells: Sequence[Cell], begun: Any) -> None:
+        """A call is over that began at `begun`; several cells share it where its samples differ."""
+        stopped = _stop(begun)
+        with self._lock:
+            is_first = cells[0].first and not cells[0].calls
+            for cell in cells:
+                cell.calls += 1
+            if isinstance(stopped, torch.cuda.Event):
+                self._keep(cells, is_first, begun, stopped)
+            elif stopped is not None:
+                for cell in cells:
+                    cell.add((stopped - begun) / len(cells), is_first)
+
+    def count(self, site: str, reason: str = "") -> None:
+        """Count a call that was dense, or fell back for a reason, and that nobody timed."""
+        self.end((self.cell(site, "dense", None, torch.device("cpu"), reason=reason),), None)
+
+    def timed(self, site: str, kind: Kind, device: torch.device) -> Clock:
+        """A context that adds the time of its body, which is no call."""
+        return Clock(self, site, kind, device)
+
+    def beside(self, site: str, kind: Kind, begun: Any) -> None:
+        """Add the time since `begun`, which is no call."""
+        stopped = _stop(begun)
+        with self._lock:
+            if isinstance(stopped, torch.cuda.Event):
+                self._keep((site, kind), False, begun, stopped)
+            elif stopped is not None:
+                self._beside(site, kind, stopped - begun)
+
+    def rows(self) -> dict[str, Row]:
+        """The counts so far, by module; waits for the GPU."""
+        with self._lock:
+            self._settle(wait=True)
+            alike: dict[Hashable, list[Cell]] = {}
+            for cells in self._cells.values():
+                for own, cell in cells.items():
+                    alike.setdefault(own, []).append(cell)
+            rows: dict[str, Row] = {}
+            for site, cells in self._cells.items():
+                row = rows.setdefault(site, Row())
+                for own, cell in cells.items():
+                    row.add(cell, _mean(alike[own]))
+            for site, seconds in self._besides.items():
+                row = rows.setdefault(site, Row())
+                for kind, value in seconds.items():
+                    row.seconds[kind] += value
+        return {site: row for site, row in rows.items() if row.calls or any(row.seconds.values())}
+
+    def counts(self) -> dict[str, int]:
+        """Calls so far, by module; waits for nothing."""
+        with self._lock:
+            return {site: sum(cell.calls for cell in cells.values()) for site, cells in self._cells.items()}
+
+    def _keep(self, of: Any, is_first: bool, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        """Remember the events around a call; their time is read later, without waiting."""
+        self._events.append((of, is_first, start, end))
+        if len(self._events) >= MANY_EVENTS:
+            self._settle(wait=False)
+
+    def _settle(self, wait: bool) -> None:
+        """Add the time between finished events."""
+        left = []
+        for of, is_first, start, end in self._events:
+            if wait:
+                end.synchronize()
+            if not end.query():
+                left.append((of, is_first, start, end))
+                continue
+            seconds = start.elapsed_time(end) / 1000
+            if isinstance(of[0], str):
+                self._beside(*of, seconds)
+                continue
+            for cell in of:
+                cell.add(seconds / len(of), is_first)
+        self._events = left
+
+    def _beside(self, site: str, kind: Kind, seconds: float) -> None:
+        times = self._besides.setdefault(site, {"sparse": 0.0, "dense": 0.0})
+        times[kind] += seconds
+
+
+class Clock:
+    """Times the body of a `with` statement for a `Tally`."""
+
+    __slots__ = ("device", "kind", "site", "start", "tally")
+
+    def __init__(self, tally: Tally, site: str, kind: Kind, device: torch.device) -> None:
+        self.tally, self.site, self.device = tally, site, device
+        self.kind: Kind = kind
+        self.start: Any = None
+
+    def __enter__(self) -> None:
+        if self.device.type != "cuda":
+            self.start = time.perf_counter()
+        elif not torch.cuda.is_current_stream_capturing():
+            self.start = _event()
+
+    def __exit__(
+        self, raised: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if raised is None:
+            self.tally.beside(self.site, self.kind, self.start)
+
+
+def _event() -> torch.cuda.Event:
+    """An event that is recorded where the work stands."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _stop(begun: Any) -> Any:
+    """An event or the time, as what began was; None for None."""
+    if begun is None:
+        return None
+    return _event() if isinstance(begun, torch.cuda.Event) else time.perf_counter()
+
+
+def _mean(cells: Sequence[Cell]) -> float | None:
+    """Time of a steady call, None if none was timed."""
+    timed = sum(cell.timed for cell in cells)
+    return sum(cell.seconds for cell in cells) / timed if timed else None
