@@ -69,7 +69,7 @@ def gpu_calls_table() -> str:
     """What a call costs the host and in all, measured by scripts/check/prepared_gpu.py."""
     rows = []
     for row in result("h100-calls")["rows"]:
-        keys = ("host_us", "wall_us", "sdpa_host_us", "sdpa_wall_us", "forward_grad_us", "backward_us")
+        keys = ("host_us", "wall_us", "sdpa_host_us", "sdpa_wall_us", "forward_grad_host_us", "backward_host_us")
         rows.append([f"`{row['pattern']}` on {row['layout']}", row["heads"], *(f"{row[key]:.0f}" for key in keys)])
     head = [
         "case",

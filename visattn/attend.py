@@ -9,13 +9,15 @@ from typing import Literal, overload
 
 import torch
 
-from visattn import ops, transforms
+from visattn import ops, prepare, transforms
 from visattn.autocast import as_sdpa_casts
 from visattn.checks import check_call, check_fit, check_tensors, factor, merged
 from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose, run_call
+from visattn.keep import STORE
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.plans import plan
+from visattn.prepare import key_of
 
 
 @overload
@@ -111,6 +113,13 @@ def attention(
             run the call.
         TypeError: If scale is a tensor that requires a gradient.
     """
+    key = None
+    if parameters is None and pool_weight is None:
+        key = key_of(q, k, v, pattern, layout, scale, key_mask, rpb, backend, return_lse)
+        prepared = None if key is None else STORE.find(key)
+        if prepared is not None:
+            out, lse = prepared.value(q, k, v, key_mask, rpb)
+            return (out, lse) if return_lse else out
     check_tensors(q, k, v, layout)
     scale = factor(scale, q.shape[3])
     q, k, v = as_sdpa_casts(q, k, v)
@@ -123,10 +132,12 @@ def attention(
         pattern, given = parse(pattern), ops.constants(given) if portable else given
         check_fit(q, k, v, pattern, layout, key_mask, rpb, given)
         call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
-        if not portable and transforms.active():
+        if portable:
+            out, lse = run_call(q, k, v, call, backend, portable)
+        elif transforms.active():
             out, lse = transforms.attend(q, k, v, call, backend)
         else:
-            out, lse = run_call(q, k, v, call, backend, portable)
+            out, lse = prepare.run(q, k, v, call, backend, key)
     if not return_lse:
         return out
     assert lse is not None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,6 +17,12 @@ from visattn.patterns import ListedPattern, Pattern, RoutedPattern
 from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import TilePlan, plan
 from visattn.registry import REGISTRY
+
+# Runs calls that are alike, with their q, k, v, key mask and bias; gives output and log-sum-exp as `Backend.run` does.
+Prepared = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    tuple[torch.Tensor, torch.Tensor | None],
+]
 
 
 class Support(NamedTuple):
@@ -159,6 +165,33 @@ class Backend(ABC):
             Output [B, S, H, D], and the natural log-sum-exp [B, S, H] if `call.lse`, else None or that anyway.
             A query without any visible key gives zeros and -inf.
         """
+
+    def prepare(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, grown: Callable[[], None]
+    ) -> Prepared:
+        """What runs calls like this one, which differ in the values of tensors alone; by default it runs them anew.
+
+        Args:
+            q: Queries of the first call.
+            k: Its keys.
+            v: Its values.
+            call: Everything else of it; it has no parameters, and its key mask or bias may be another next time.
+            grown: To be called when the result has come to hold more tensors, which are kept with it.
+        """
+        return partial(_anew, self, replace(call, key_mask=None, rpb=None))
+
+
+def _anew(
+    backend: Backend,
+    bare: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    rpb: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    call = bare if key_mask is None and rpb is None else replace(bare, key_mask=key_mask, rpb=rpb)
+    return backend.run(q, k, v, call)
 
 
 def _accept(name: str, backend: Any) -> Backend:

@@ -25,6 +25,9 @@ T = TypeVar("T")
 LIMIT = 512 * 2**20
 # So many values stay whatever they weigh: those of the call that runs.
 SPARE = 4
+# What is decided once for calls that are alike takes about this much beside its arrays: Python objects, parameters of
+# kernels.
+CALL_BYTES = 16 * 2**10
 
 
 class Entry:
@@ -67,18 +70,41 @@ class Store:
             entry.used = next(self._clock)
         return entry
 
-    def put(self, key: Hashable, value: Any) -> Entry:
-        """Keep a value; the one of a thread that was faster stays."""
-        made = Entry(value, dict(_arrays((key, value), set())), next(self._clock))
+    def put(self, key: Hashable, value: Any, more: int = 0) -> Entry:
+        """Keep a value, which has so many bytes beside its arrays; the one of a thread that was faster stays."""
+        made = Entry(value, _leaves(key, value), next(self._clock))
+        if more:
+            made.leaves[key] = more
         with self._lock:
             entry = self._entries.setdefault(key, made)
             if entry is made:
-                for leaf, size in made.leaves.items():
-                    self._owners[leaf] = self._owners.get(leaf, 0) + 1
-                    self.bytes += size * (self._owners[leaf] == 1)
-                while self.bytes > self.limit and len(self._entries) > self.spare:
-                    self._drop(min(self._entries, key=lambda each: self._entries[each].used))
+                self._count(made.leaves)
         return entry
+
+    def weigh(self, key: Hashable) -> None:
+        """Count the arrays that a value has come to hold since it was put here."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return
+        found = _leaves(key, entry.value)
+        with self._lock:
+            if self._entries.get(key) is entry:
+                new = {leaf: size for leaf, size in found.items() if leaf not in entry.leaves}
+                entry.leaves |= new
+                self._count(new)
+
+    def _count(self, leaves: dict[Hashable, int]) -> None:
+        """Own these arrays once more, and make room."""
+        for leaf, size in leaves.items():
+            self._owners[leaf] = self._owners.get(leaf, 0) + 1
+            self.bytes += size * (self._owners[leaf] == 1)
+        while self.bytes > self.limit and len(self._entries) > self.spare:
+            self._drop(min(self._entries, key=lambda each: self._entries[each].used))
+
+    def entries(self) -> list[Entry]:
+        """All that is kept."""
+        with self._lock:
+            return list(self._entries.values())
 
     def clear(self) -> None:
         """Forget everything."""
@@ -156,6 +182,11 @@ def _outside_of_modes(build: Callable[P, T], *args: P.args, **options: P.kwargs)
 
             stack.enter_context(temporarily_clear_interpreter_stack())
         return build(*args, **options)
+
+
+def _leaves(key: Hashable, value: Any) -> dict[Hashable, int]:
+    """Bytes of each array that a value or its key holds, by identity."""
+    return dict(_arrays((key, value), set()))
 
 
 def _arrays(thing: Any, seen: set[int]) -> Iterator[tuple[Hashable, int]]:

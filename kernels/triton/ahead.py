@@ -67,20 +67,22 @@ def list_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Co
     # A 24-head model: strides and offsets are as well aligned as they are in practice.
     q, k, v = (torch.empty(1, layout.length, 24, head_dim, dtype=dtype, device="meta") for _ in range(3))
     sides = pattern.rpb_shape(layout.grid)
-    rpb = torch.empty(24, sides[0] * sides[1], device="meta") if bias else None
-    mask = torch.empty(1, layout.length, dtype=torch.uint8, device="meta") if bias else None
-    work = arguments.Work(pattern, layout, 0.125, mask, False, dict.fromkeys(DIRECTIONS, launch), Starts(q.device))
+    work = arguments.Work(pattern, layout, 0.125, False, dict.fromkeys(DIRECTIONS, launch), Starts(q.device))
     lse = torch.empty(1, 24, layout.length, device="meta")
+    given = arguments.Operands(q, k, v, out=torch.empty_like(q), lse=lse, delta=lse, grad_out=torch.empty_like(q))
+    given.grad_q, given.grad_k, given.grad_v = q, k, v
+    given.taken = torch.empty(1, dtype=torch.int32, device="meta")
+    if bias:
+        given.rpb = torch.empty(24, sides[0] * sides[1], device="meta")
+        given.key_mask = torch.empty(1, layout.length, dtype=torch.uint8, device="meta")
     if launch.hopper and direction == "key_grad":
-        return hopper_key_grad.key_gradients, key_arguments(q, k, v, q, lse, lse, work) | {"grad_k": k, "grad_v": v}
+        return hopper_key_grad.key_gradients, key_arguments(given, work) | given.given("grad_k", "grad_v")
     if launch.hopper:
-        return hopper.attend, hopper_arguments(q, k, v, torch.empty_like(q), lse, work)
+        return hopper.attend, hopper_arguments(given, work)
     if direction == "forward":
-        return attend, arguments.forward_arguments(q, k, v, rpb, torch.empty_like(q), lse, work)
-    given = arguments.gradient_arguments(direction, q, k, v, rpb, torch.empty_like(q), lse, lse, work)
-    if direction == "key_grad":
-        return key_gradients, given | {"grad_k": q, "grad_v": q}
-    return query_gradients, given | {"grad_q": q}
+        return attend, arguments.forward_arguments(given, work)
+    kernel = key_gradients if direction == "key_grad" else query_gradients
+    return kernel, arguments.gradient_arguments(direction, given, work)
 
 
 def source(kernel: Any, given: dict[str, Any]) -> Any:

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from visattn.kernels.second_order import Formula
 from visattn.kernels.triton.boxes import tiled
 from visattn.kernels.triton.config import Config, block_dim
 from visattn.kernels.triton.lists.positions import positions
 from visattn.kernels.triton.lists.program import Program, program
-from visattn.kernels.triton.routes import routed_program
 from visattn.kernels.triton.start import Starts
 from visattn.layout import Layout
 from visattn.patterns import Pattern, RoutedPattern
@@ -23,47 +21,78 @@ LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What a call asks for besides q, k, v and rpb.
+    """What calls that are alike share besides the shapes of their tensors.
 
     Attributes:
         pattern: The pattern.
         layout: The tokens.
         scale: Factor on the logits, not negative.
-        key_mask: uint8 [B, S + extra], or None.
         tf32: Whether float32 products may round their factors to tf32.
         configs: Launch configuration of each direction.
-        starts: The kernels of calls like this one.
-        routes: What a routed pattern chose, by plan: int64 [B, grid query tiles, n].
-        formula: Gradients that can be differentiated again, for (q, k, v[, rpb]) and (out, log-sum-exp).
+        starts: Their kernels.
     """
 
     pattern: Pattern
     layout: Layout
     scale: float
-    key_mask: torch.Tensor | None
     tf32: bool
     configs: dict[str, Config]
     starts: Starts
-    routes: dict[TilePlan, torch.Tensor] = field(default_factory=dict)
-    formula: Formula | None = None
 
     def plan(self, direction: str) -> TilePlan:
         """The tiles of a kernel."""
         return plan_of(self.pattern, self.layout, direction, self.configs[direction])
 
-    def program(self, direction: str, device: torch.device) -> Program:
+    def program(self, direction: str, t: Operands) -> Program:
         """The lists that a kernel walks."""
-        plan, by_keys = self.plan(direction), direction == "key_grad"
         if isinstance(self.pattern, RoutedPattern):
-            return routed_program(plan, by_keys, self.routes[plan])
-        return program(plan, by_keys, self.configs[direction].per_step, device)
+            return t.routed[direction]
+        by_keys = direction == "key_grad"
+        return program(self.plan(direction), by_keys, self.configs[direction].per_step, t.q.device)
 
-    def changing(self, direction: str, device: torch.device) -> dict[str, torch.Tensor]:
-        """The lists that differ from call to call: those of a routed pattern."""
-        if not isinstance(self.pattern, RoutedPattern):
-            return {}
-        run = self.program(direction, device)
-        return {"bounds": run.bounds, "bases": run.bases, "mask_ids": run.mask_ids}
+
+@dataclass(eq=False)
+class Operands:
+    """The tensors of one call.
+
+    Attributes:
+        q: Queries [B, S, H, D].
+        k: Keys [B, S + extra, Hkv, D].
+        v: Values [B, S + extra, Hkv, D].
+        rpb: Bias, float32 [H, entries], or None.
+        key_mask: uint8 [B, S + extra], or None.
+        out: Output [B, S, H, D], contiguous.
+        lse: Log-sum-exp, float32 [B, H, S], or None where nobody wants it.
+        grad_out: Gradient of `out`.
+        grad_lse: Gradient of the log-sum-exp [B, S, H], or None.
+        delta: Sums of `out` times its gradient, float32 [B, H, S].
+        grad_q: Gradient of q, contiguous.
+        grad_k: Gradient of k, contiguous.
+        grad_v: Gradient of v, contiguous.
+        taken: Counter of the Hopper kernel's tiles.
+        routed: Lists of a routed pattern by direction.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    rpb: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    grad_out: torch.Tensor | None = None
+    grad_lse: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
+    grad_q: torch.Tensor | None = None
+    grad_k: torch.Tensor | None = None
+    grad_v: torch.Tensor | None = None
+    taken: torch.Tensor | None = None
+    routed: dict[str, Program] = field(default_factory=dict)
+
+    def given(self, *names: str) -> dict[str, torch.Tensor]:
+        """Those of these that there are."""
+        tensors = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def plan_of(pattern: Pattern, layout: Layout, direction: str, launch: Config) -> TilePlan:
@@ -126,16 +155,16 @@ def list_arguments(run: Program, work: Work, column_positions: bool, pairs: int)
     return arguments
 
 
-def constants(q: torch.Tensor, work: Work, unit: int) -> dict[str, Any]:
+def constants(t: Operands, work: Work, unit: int) -> dict[str, Any]:
     """Compile-time arguments of every kernel with matrix products."""
     # Three products of tf32 halves give float32's accuracy on tensor cores; without them Triton keeps whole rows
     # in registers.
-    precision = "ieee" if q.dtype != torch.float32 else "tf32" if work.tf32 else "tf32x3"
+    precision = "ieee" if t.q.dtype != torch.float32 else "tf32" if work.tf32 else "tf32x3"
     return {
-        "HEAD_DIM": q.shape[3],
-        "BLOCK_DIM": block_dim(q.shape[3]),
+        "HEAD_DIM": t.q.shape[3],
+        "BLOCK_DIM": block_dim(t.q.shape[3]),
         "UNIT": unit,
-        "KEY_MASK": work.key_mask is not None,
+        "KEY_MASK": t.key_mask is not None,
         "PRECISION": precision,
     }
 
@@ -158,93 +187,71 @@ def list_constants(run: Program, *columns: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def forward_arguments(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rpb: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    work: Work,
-) -> dict[str, Any]:
-    """Arguments of `forward.attend`; rpb is float32 [H, entries]."""
-    run = work.program("forward", q.device)
+def optional(t: Operands, *names: str) -> dict[str, torch.Tensor]:
+    """Tensors that a kernel has an argument for and may not read: q stands for those that there are not."""
+    return {name: t.q if getattr(t, name) is None else getattr(t, name) for name in names}
+
+
+def forward_arguments(t: Operands, work: Work) -> dict[str, Any]:
+    """Arguments of `forward.attend`."""
+    q, k, v, run = t.q, t.k, t.v, work.program("forward", t)
     step = unit(q, k, v)
     return {
-        "q": q, "k": k, "v": v, "out": out,
-        "lse": q if lse is None else lse,
-        "key_mask": q if work.key_mask is None else work.key_mask,
-        "rpb": q if rpb is None else rpb,
+        "q": q, "k": k, "v": v, "out": t.out,
+        **optional(t, "lse", "key_mask", "rpb"),
         "scale": work.scale * LOG2E,
         "key_length": k.shape[1],
         **strides("q", q, step), **strides("k", k, step), **strides("v", v, step),
         **head_arguments(q, k),
-        **list_arguments(run, work, rpb is not None, q.shape[0] * q.shape[2]),
-        **constants(q, work, step), **list_constants(run, k, v),
-        "RPB": rpb is not None,
-        "LSE": lse is not None,
+        **list_arguments(run, work, t.rpb is not None, q.shape[0] * q.shape[2]),
+        **constants(t, work, step), **list_constants(run, k, v),
+        "RPB": t.rpb is not None,
+        "LSE": t.lse is not None,
     }  # fmt: skip
 
 
-def gradient_arguments(
-    direction: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rpb: torch.Tensor | None,
-    grad_out: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    work: Work,
-) -> dict[str, Any]:
-    """Arguments of `key_grad.key_gradients` or `query_grad.query_gradients` without their results."""
-    run = work.program(direction, q.device)
+def gradient_arguments(direction: str, t: Operands, work: Work) -> dict[str, Any]:
+    """Arguments of `key_grad.key_gradients` or `query_grad.query_gradients`."""
+    q, k, v, grad_out, run = t.q, t.k, t.v, t.grad_out, work.program(direction, t)
+    assert grad_out is not None
     step = unit(q, k, v, grad_out)
     by_keys = direction == "key_grad"
     heads, columns = (k.shape[2], (q, grad_out)) if by_keys else (q.shape[2], (k, v))
+    results = {"grad_k": t.grad_k, "grad_v": t.grad_v} if by_keys else {"grad_q": t.grad_q}
     return {
-        "q": q, "k": k, "v": v, "grad_out": grad_out, "lse": lse, "delta": delta,
-        "key_mask": q if work.key_mask is None else work.key_mask,
-        "rpb": q if rpb is None else rpb,
+        "q": q, "k": k, "v": v, "grad_out": grad_out, "lse": t.lse, "delta": t.delta, **results,
+        **optional(t, "key_mask", "rpb"),
         "scale": work.scale,
         "score_scale": work.scale * LOG2E,
         "key_length": k.shape[1],
         **strides("q", q, step), **strides("k", k, step), **strides("v", v, step),
         **strides("grad", grad_out, step),
         **head_arguments(q, k),
-        **list_arguments(run, work, rpb is not None, q.shape[0] * heads),
-        **constants(q, work, step), **list_constants(run, *columns),
-        "RPB": rpb is not None,
+        **list_arguments(run, work, t.rpb is not None, q.shape[0] * heads),
+        **constants(t, work, step), **list_constants(run, *columns),
+        "RPB": t.rpb is not None,
     }  # fmt: skip
 
 
-def bias_arguments(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rpb: torch.Tensor,
-    grad_out: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    partner: torch.Tensor,
-    work: Work,
-) -> dict[str, Any]:
+def bias_arguments(t: Operands, partner: torch.Tensor, work: Work) -> dict[str, Any]:
     """Arguments of `bias_grad.bias_gradients` without its result."""
+    q, k, v, grad_out = t.q, t.k, t.v, t.grad_out
+    assert grad_out is not None and t.rpb is not None
     step = unit(q, k, v, grad_out)
     return {
-        "q": q, "k": k, "v": v, "grad_out": grad_out, "lse": lse, "delta": delta,
-        "key_mask": q if work.key_mask is None else work.key_mask,
-        "rpb": rpb,
+        "q": q, "k": k, "v": v, "grad_out": grad_out, "lse": t.lse, "delta": t.delta,
+        **optional(t, "key_mask"),
+        "rpb": t.rpb,
         "partner": partner,
         "scale": work.scale,
         "key_length": k.shape[1],
         "grid_tokens": partner.shape[1],
         "prefix": work.layout.prefix,
-        "rpb_entries": rpb.shape[1],
+        "rpb_entries": t.rpb.shape[1],
         **strides("q", q, step), **strides("k", k, step), **strides("v", v, step),
         **strides("grad", grad_out, step),
         **head_arguments(q, k),
-        **{name: value for name, value in constants(q, work, step).items() if name != "PRECISION"},
+        **{name: value for name, value in constants(t, work, step).items() if name != "PRECISION"},
         "ROWS": 32,
     }  # fmt: skip
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead, wall
-from visattn.kernels.second_order import Formula, Tensors, of_lists
+from visattn.dispatch import Backend, Call, Prepared, Problem, Support, overhead, wall
+from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton import tune
-from visattn.kernels.triton.alike import Alike, Kinds, kind, recorded
 from visattn.kernels.triton.boxes import PARTIAL, tiled
 from visattn.kernels.triton.config import DIRECTIONS, Config, config, largest_head_dim, needed_memory
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
-from visattn.kernels.triton.start import Starts
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, RoutedPattern
+
+if TYPE_CHECKING:
+    from visattn.kernels.triton.prepared import Kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Share of cuDNN's dense rate that visited pairs run at, tiles with a mask weighted by PARTIAL: the general kernel's and
@@ -97,9 +102,6 @@ class Triton(Backend):
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self) -> None:
-        self._kinds = Kinds()
-
     def available(self) -> Support:
         """Triton, and a GPU or the interpreter."""
         if not _installed():
@@ -131,56 +133,78 @@ class Triton(Backend):
         device_us, host_us = (ROUTED_US, ROUTED_CALL_US) if routed else (DEVICE_US, CALL_US)
         return wall(problem, pairs / rate + overhead(problem, 0, device_us), 0, host_us)
 
+    def prepare(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, grown: Callable[[], None]
+    ) -> Prepared:
+        """See `Backend.prepare`."""
+        if not _as_they_are(q, k, v, call) or (recorded(q, k, v) and call.rpb is not None):
+            return super().prepare(q, k, v, call, grown)
+        from visattn.kernels.triton.ready import Ready
+
+        return Ready(kernels_of(q, k, v, call, grown), call, recorded(q, k, v))
+
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
         # Only here, so that listing backends does not import triton.
-        from visattn.kernels.triton.arguments import Work
-        from visattn.kernels.triton.launch import TileAttention, by_token, forward
+        from visattn.kernels.triton.ready import Formula, learned
 
+        dtype, given, given_q = q.dtype, call, q
         q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
-        dtype, scale, given_q = q.dtype, call.scale, q
         if interpreted() and dtype == torch.bfloat16:
             # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-            q, k, v = (t.float() for t in (q, k, v))
-        if scale < 0:
-            q, scale = -q, -scale
-        key_mask = None if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)
+            q, k, v, given_q = (t.float() for t in (q, k, v, given_q))
+        if call.scale < 0:
+            q = -q
+        key_mask = None if call.key_mask is None else call.key_mask.contiguous()
         rpb = None if call.rpb is None else call.rpb.to(torch.float32).flatten(1).contiguous()
-        tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
-        alike = self._kinds.of(
-            kind(q, k, v, call, scale, (tf32, _tunes(q))), lambda: Alike(launches(q, k, v, call), Starts(q.device))
-        )
-        learns = recorded(q, k, v, rpb)
-        formula = _formula(call) if learns else None
-        work = Work(call.pattern, call.layout, scale, key_mask, tf32, alike.configs, alike.starts, formula=formula)
-        if isinstance(call.pattern, RoutedPattern):
-            wanted = DIRECTIONS if torch.is_grad_enabled() else ("forward",)
-            for plan in {work.plan(direction) for direction in wanted}:
-                work.routes[plan] = call.pattern.route(given_q, k, plan, call.key_mask)
+        call = replace(call, scale=abs(call.scale), key_mask=key_mask, rpb=rpb)
+        kernels, learns = _kept_kernels(q, k, v, call), recorded(q, k, v, rpb)
+        routed = kernels.lists(given_q, k, key_mask, learns) if isinstance(call.pattern, RoutedPattern) else None
         if learns:
-            out, lse = TileAttention.apply(q, k, v, rpb, work, call.lse)
+            out, lse = learned(q, k, v, rpb, key_mask, kernels, Formula(given), call.lse, routed)
         else:
-            out, by_head = forward(q, k, v, rpb, work, call.lse)
-            lse = by_token(by_head)
+            out, lse = kernels.forward(q, k, v, key_mask, rpb, call.lse, routed)
+            lse = None if lse is None else lse.transpose(1, 2)
         return out if out.dtype == dtype else out.to(dtype), lse
 
 
-def _formula(call: Call) -> Formula:
-    """The formula of a call for queries whose sign makes the scale positive."""
-    formula = of_lists(call)
-    if call.scale >= 0:
-        return formula
+def _as_they_are(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> bool:
+    """Whether the kernels take the tensors of a call without a change."""
+    mask, rpb = call.key_mask, call.rpb
+    rows = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in (q, k, v))
+    numbers = call.scale >= 0 and not (interpreted() and q.dtype == torch.bfloat16)
+    others = (mask is None or mask.is_contiguous()) and (rpb is None or rpb.dtype == torch.float32)
+    return rows and numbers and others and (rpb is None or rpb.is_contiguous())
 
-    def turned(inputs: Tensors, grads: Tensors) -> Tensors:
-        q, *rest = inputs
-        assert q is not None
-        grad_q, *others = formula((-q, *rest), grads)
-        assert grad_q is not None
-        return -grad_q, *others
 
-    return turned
+def recorded(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd, in either direction, or a transform of torch.func has to see a call on these tensors."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
+def kernels_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, grown: Callable[[], None]) -> Kernels:
+    """The kernels of calls like this one."""
+    from visattn.kernels.triton.prepared import Kernels
+
+    tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
+    return Kernels(q, k, v, call, tf32, launches, grown)
+
+
+def _kept_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Kernels:
+    """The same, kept for the next call like it."""
+    mask, tf32 = call.key_mask, bool(torch.backends.cuda.matmul.allow_tf32)
+    key = (
+        kernels_of, call.pattern, call.layout, call.scale, q.dtype, q.device, q.shape, k.shape,
+        q.stride(), k.stride(), v.stride(), mask is None, call.rpb is None, tf32, _tunes(q),
+    )  # fmt: skip
+    entry = STORE.find(key)
+    if entry is None:
+        entry = STORE.put(key, kernels_of(q, k, v, call, lambda: STORE.weigh(key)), CALL_BYTES)
+    return entry.value
 
 
 def on_gpu(q: torch.Tensor) -> Support:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -63,41 +63,33 @@ class Starts:
 
     Args:
         device: Where they run.
+        grown: Called when a kernel has become ready, which keeps its lists and masks alive.
+
+    Attributes:
+        ready: What the driver can start by itself, None for what is left to Triton.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._ready: dict[Hashable, Start | None] = {}
+    def __init__(self, device: torch.device, grown: Callable[[], None] = lambda: None) -> None:
+        self.ready: dict[Hashable, Start | None] = {}
+        self._device, self._grown = device, grown
         self._counters: dict[int, torch.Tensor] = {}
 
-    def run(self, key: Hashable, tensors: Mapping[str, torch.Tensor], make: Callable[[], Launch]) -> None:
-        """Start a kernel.
+    def first(self, key: Hashable, tensors: Mapping[str, torch.Tensor], made: Launch) -> None:
+        """Start a kernel by Triton's launcher, and get it ready for the next call.
 
         Args:
             key: Which kernel, and whatever else its arguments depend on.
             tensors: The tensors among its arguments that change from call to call, in the same order each time.
-            make: Its launch, which is asked for once where the driver can start the kernel again by itself.
+            made: Its launch.
         """
-        ready = self._ready.get(key)
-        if ready is not None:
-            addresses = [t.data_ptr() for t in tensors.values()]
-            # What was compiled relies on this alignment.
-            if not any(address % ALIGNMENT for address in addresses):
-                if torch._C._cuda_getDevice() == self._device.index:
-                    ready(addresses)
-                else:
-                    with torch.cuda.device(self._device):
-                        ready(addresses)
-                return
-        made = make()
         with on(self._device):
             compiled = launch(made.kernel, made.grid, made.given, made.warps, made.stages)
-            if key not in self._ready and self._device.type == "cuda":
-                self._ready[key] = self._prepared(compiled, made, tensors)
+            # What is compiled for addresses of less alignment serves no other call.
+            if key not in self.ready and startable(self._device) and aligned(tensors.values()):
+                self.ready[key] = self._prepared(compiled, made, tensors)
+                self._grown()
 
     def _prepared(self, compiled: Any, made: Launch, tensors: Mapping[str, torch.Tensor]) -> Start | None:
-        if any(t.data_ptr() % ALIGNMENT for t in tensors.values()):
-            return None
         try:
             return Start(compiled, made.grid, made.given, tensors, made.copied, self._device)
         except Unknown:
@@ -109,6 +101,17 @@ class Starts:
             # Replays may run beside other work of this stream: a captured launch has a counter of its own.
             return torch.zeros(1, dtype=torch.int32, device=self._device)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
-        if stream not in self._counters:
-            self._counters[stream] = torch.zeros(1, dtype=torch.int32, device=self._device)
-        return self._counters[stream]
+        found = self._counters.get(stream)
+        if found is None:
+            found = self._counters[stream] = torch.zeros(1, dtype=torch.int32, device=self._device)
+        return found
+
+
+def startable(device: torch.device) -> bool:
+    """Whether a driver starts kernels there; on the CPU Triton interprets them."""
+    return device.type == "cuda"
+
+
+def aligned(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether kernels that are compiled for aligned addresses may get these."""
+    return not any(t.data_ptr() % ALIGNMENT for t in tensors)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from visattn.dispatch import Call
 from visattn.kernels.triton.config import DIRECTIONS, Config, config
 from visattn.layout import Layout
 from visattn.patterns import Pattern, RoutedPattern
@@ -114,31 +115,27 @@ def timer(
     configs: dict[str, Config],
 ) -> Callable[[Config], float]:
     """A function that times one direction under a configuration, in milliseconds."""
-    from visattn.kernels.triton.arguments import Work
-    from visattn.kernels.triton.launch import TileAttention, gradients
-    from visattn.kernels.triton.start import Starts
+    from visattn.kernels.triton.prepared import Kernels
 
     shape = (1, layout.length, HEADS, head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
     k, v, _ = with_pooled_keys(pattern, k, v, None, layout)
-
-    def work(choice: Config) -> Any:
-        made = Work(pattern, layout, head_dim**-0.5, None, False, configs | {direction: choice}, Starts(device))
-        if isinstance(pattern, RoutedPattern):
-            for tiles in {made.plan(d) for d in DIRECTIONS}:
-                made.routes[tiles] = pattern.route(q, k, tiles)
-        return made
+    call = Call(pattern, layout, head_dim**-0.5)
 
     def time(choice: Config) -> float:
-        made = work(choice)
-        out, lse = TileAttention.apply(q, k, v, None, made, True)
+        made = configs | {direction: choice}
+        kernels = Kernels(q, k, v, call, False, lambda *_: made, lambda: None)
+        routed = kernels.lists(q, k, None, True) if isinstance(pattern, RoutedPattern) else None
+        out, lse = kernels.forward(q, k, v, None, None, True, routed)
+        assert lse is not None
+        saved = q, k, v, None, out, lse
         wanted = (direction == "query_grad", direction == "key_grad", False)
 
         def run() -> None:
             if direction == "forward":
-                TileAttention.apply(q, k, v, None, made, False)
+                kernels.forward(q, k, v, None, None, False, routed)
             else:
-                gradients((q, k, v, None), out, lse.transpose(1, 2), out, None, made, wanted)
+                kernels.backward(saved, out, None, wanted, None, routed)
 
         return _median_ms(run)
 

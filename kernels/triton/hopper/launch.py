@@ -12,7 +12,17 @@ import torch
 
 from visattn.dispatch import Call
 from visattn.keep import kept
-from visattn.kernels.triton.arguments import LOG2E, Work, head_arguments, list_arguments, plan_of, strides, unit
+from visattn.kernels.triton.arguments import (
+    LOG2E,
+    Operands,
+    Work,
+    head_arguments,
+    list_arguments,
+    optional,
+    plan_of,
+    strides,
+    unit,
+)
 from visattn.kernels.triton.config import HOPPER, Config
 from visattn.kernels.triton.start import Launch, programs
 from visattn.layout import Layout
@@ -130,99 +140,68 @@ def _box_layout() -> Any:
     return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
 
 
-def launch_key_gradients(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    grad_out: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    grad_k: torch.Tensor,
-    grad_v: torch.Tensor,
-    work: Work,
-) -> None:
-    """Run the backward kernel for keys and values; its results are in `grad_k` and `grad_v` (contiguous)."""
+def key_launch(t: Operands, work: Work) -> Launch:
+    """The launch of the backward kernel for keys and values; its results are contiguous."""
     from visattn.kernels.triton.hopper.key_grad import key_gradients
 
-    if not copyable(q, grad_out):
-        q, grad_out = q.contiguous(), grad_out.contiguous()
-    results = {"grad_k": grad_k, "grad_v": grad_v}
-
-    def make() -> Launch:
-        given = key_arguments(q, k, v, grad_out, lse, delta, work) | results
-        copied = {"q_grid": "q", "q_runs": "q", "grad_grid": "grad_out", "grad_runs": "grad_out"}
-        return Launch(key_gradients, programs(given), given, WARPS, copied=copied)
-
-    tensors = {"q": q, "k": k, "v": v, "grad_out": grad_out, "lse": lse, "delta": delta, **results}
-    if work.key_mask is not None:
-        tensors["key_mask"] = work.key_mask
-    work.starts.run(("hopper key_grad", q.stride(), grad_out.stride()), tensors, make)
+    given = key_arguments(t, work) | t.given("grad_k", "grad_v")
+    copied = {"q_grid": "q", "q_runs": "q", "grad_grid": "grad_out", "grad_runs": "grad_out"}
+    return Launch(key_gradients, programs(given), given, WARPS, copied=copied)
 
 
-def key_arguments(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    grad_out: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    work: Work,
-) -> dict[str, Any]:
+def key_arguments(t: Operands, work: Work) -> dict[str, Any]:
     """Arguments of `hopper_key_grad.key_gradients` without its results."""
+    k, v = t.k, t.v
+    assert t.grad_out is not None
     step = unit(k, v)
     return {
-        **_common_arguments("key_grad", ("q", "grad"), (q, grad_out), k, work),
-        "k": k, "v": v, "lse": lse, "delta": delta,
+        **_common_arguments("key_grad", ("q", "grad"), (t.q, t.grad_out), k, t, work),
+        "k": k, "v": v, "lse": t.lse, "delta": t.delta,
         "scale": work.scale,
         "score_scale": work.scale * LOG2E,
-        "heads": k.shape[2], "length": q.shape[1], "key_length": k.shape[1],
+        "heads": k.shape[2], "length": t.q.shape[1], "key_length": k.shape[1],
         **strides("k", k, step), **strides("v", v, step),
         "UNIT": step,
     }  # fmt: skip
 
 
-def launch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, work: Work
-) -> None:
-    """Run the kernel; its results are in `out` and `lse` (contiguous, [B, H, S])."""
+def forward_launch(t: Operands, work: Work) -> Launch:
+    """The launch of the forward kernel; its results are contiguous."""
     from visattn.kernels.triton.hopper.forward import attend
 
-    tensors = {"q": q, "k": k, "v": v, "out": out, "taken": work.starts.counter()}
-    optional = {"lse": lse, "key_mask": work.key_mask}
-    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-
-    def make() -> Launch:
-        given = hopper_arguments(q, k, v, out, lse, work)
-        units = torch.cuda.get_device_properties(q.device).multi_processor_count
-        copied = {"k_grid": "k", "k_runs": "k", "v_grid": "v", "v_runs": "v"}
-        return Launch(attend, (min(units, programs(given)[0]),), given, WARPS, copied=copied)
-
-    work.starts.run(("hopper forward", lse is not None), tensors, make)
+    given = hopper_arguments(t, work)
+    units = torch.cuda.get_device_properties(t.q.device).multi_processor_count
+    copied = {"k_grid": "k", "k_runs": "k", "v_grid": "v", "v_runs": "v"}
+    return Launch(attend, (min(units, programs(given)[0]),), given, WARPS, copied=copied)
 
 
-def hopper_arguments(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, work: Work
-) -> dict[str, Any]:
+def hopper_arguments(t: Operands, work: Work) -> dict[str, Any]:
     """Arguments of `hopper.attend`."""
+    q, k = t.q, t.k
     step = unit(q)
     return {
-        **_common_arguments("forward", ("k", "v"), (k, v), q, work),
-        "q": q, "out": out, "lse": q if lse is None else lse,
-        "taken": work.starts.counter(),
+        **_common_arguments("forward", ("k", "v"), (k, t.v), q, t, work),
+        "q": q, "out": t.out, **optional(t, "lse"),
+        "taken": t.taken,
         "scale": work.scale * LOG2E,
         "key_length": k.shape[1],
         **strides("q", q, step), **head_arguments(q, k),
-        "UNIT": step, "LSE": lse is not None,
-        "TILES": work.program("forward", q.device).tiles,
+        "UNIT": step, "LSE": t.lse is not None,
+        "TILES": work.program("forward", t).tiles,
         "TURNS": work.plan("forward").full_share < TAKE_TURNS,
     }  # fmt: skip
 
 
 def _common_arguments(
-    direction: str, names: tuple[str, str], copied: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor, work: Work
+    direction: str,
+    names: tuple[str, str],
+    copied: tuple[torch.Tensor, torch.Tensor],
+    rows: torch.Tensor,
+    t: Operands,
+    work: Work,
 ) -> dict[str, Any]:
     """What both kernels take: descriptors of the two tensors that are copied, the lists, sizes."""
-    run = work.program(direction, rows.device)
+    run = work.program(direction, t)
     columns = run.column_tiling
     prefix, grid, box = columns.layout.prefix, columns.layout.grid, columns.shape
     lists = list_arguments(run, work, False, rows.shape[0] * rows.shape[2])
@@ -235,11 +214,11 @@ def _common_arguments(
     return {
         **descriptors,
         **{name: value for name, value in lists.items() if name not in unused},
-        "key_mask": rows if work.key_mask is None else work.key_mask,
+        "key_mask": rows if t.key_mask is None else t.key_mask,
         "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
         "HEAD_DIM": rows.shape[3], "ROWS": run.rows, "COLUMNS": run.columns,
         "BOX": (1,) * (3 - len(box)) + box,
         "FOLDED": folded(copied[0]),
         "STAGES": work.configs[direction].stages,
-        "PARTIAL": run.partial, "DENSE": run.has_dense, "KEY_MASK": work.key_mask is not None,
+        "PARTIAL": run.partial, "DENSE": run.has_dense, "KEY_MASK": t.key_mask is not None,
     }  # fmt: skip

@@ -52,17 +52,20 @@ def launches(monkeypatch):
     """A driver that writes down what it is told to launch."""
     seen = []
 
-    def launch(function, *rest):
-        *shape, stream, where, _ = rest
-        addresses = (ctypes.c_void_p * 5).from_address(where)
+    def launch(config, function, parameters, extra):
+        about = direct.LaunchConfig.from_address(config.value)
+        addresses = (ctypes.c_void_p * 5).from_address(parameters.value)
         types_ = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_float, ctypes.c_uint64, ctypes.c_uint64)
         values = [kind.from_address(place).value for kind, place in zip(types_, addresses, strict=True)]
-        seen.append((function, shape, stream, values))
+        shape = [getattr(about, name) for name, _ in about._fields_[:7]]
+        assert not about.attributes and not about.number and not extra.value
+        seen.append((function.value, shape, about.stream, values))
         return 0
 
-    library = types.SimpleNamespace(cuLaunchKernel=launch, cuTensorMapReplaceAddress=None)
+    library = types.SimpleNamespace(cuLaunchKernelEx=launch, cuTensorMapReplaceAddress=None)
     monkeypatch.setattr(direct, "driver", lambda: library)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     return seen
 
 
@@ -81,7 +84,7 @@ def test_tensors_that_stay_are_kept_alive(launches):
     x, device = torch.zeros(4), types.SimpleNamespace(index=0)
     start = direct.Start(binary(), (3,), {"x": x, "n": 20, "scale": 0.5}, {}, {}, device)
     start([])
-    assert launches[0][3][0] == x.data_ptr() and any(kept is x for kept in start._kept)
+    assert launches[0][3][0] == x.data_ptr() and any(kept is x for kept in start.kept)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +96,16 @@ def test_what_needs_more_of_the_launcher_is_left_to_it(launches, about, reason):
     given = {"x": torch.zeros(4), "n": 20, "scale": 0.5}
     with pytest.raises(direct.Unknown, match=reason):
         direct.Start(binary(**about), (3,), given, {}, {}, types.SimpleNamespace(index=0))
+
+
+@pytest.mark.parametrize("word", [0, 3, None])
+def test_where_a_tensor_map_keeps_its_address_is_found_out(monkeypatch, word):
+    def replace(place, address):
+        words = (ctypes.c_uint64 * 16).from_address(place)
+        words[word or 0] = address if word is not None else address ^ 0xFF
+        return 0
+
+    monkeypatch.setattr(direct, "driver", lambda: types.SimpleNamespace(cuTensorMapReplaceAddress=replace))
+    given = ctypes.create_string_buffer(bytes(range(128)))
+    assert direct.address_word(ctypes.addressof(given)) == word
+    assert given.raw[:128] == bytes(range(128))

@@ -1,0 +1,253 @@
+"""Prepared calls: what is left of a call on tile lists once others like it have run.
+
+That is: allocate the results, collect addresses, start kernels. All else is decided when the first of them comes.
+The names of the tensors whose addresses are collected here, and their order, are `launch.CHANGING`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from visattn.dispatch import Call
+from visattn.kernels.triton.arguments import Operands, Work
+from visattn.kernels.triton.config import DIRECTIONS, Config
+from visattn.kernels.triton.hopper.launch import copyable
+from visattn.kernels.triton.launch import run_bias_gradients, start_first
+from visattn.kernels.triton.routes import routed_program
+from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
+from visattn.patterns import RoutedPattern
+
+UNALIGNED = ALIGNMENT - 1
+Routed = dict[str, Any]
+
+
+class Kernels:
+    """Calls that are alike: same shapes, strides, dtype, device, pattern, layout, scale and options.
+
+    Args:
+        q: Queries of the first one; keys and values likewise.
+        k: Keys.
+        v: Values.
+        call: The call; its scale is not negative.
+        tf32: Whether float32 products may round their factors to tf32.
+        choose: Gives launch configurations for tensors like these.
+        grown: Called when a kernel has become ready.
+    """
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: Call,
+        tf32: bool,
+        choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Call], dict[str, Config]],
+        grown: Callable[[], None],
+    ) -> None:
+        self._call, self._tf32, self._choose = call, tf32, choose
+        self.starts = Starts(q.device, grown)
+        # Of aligned tensors, which the first ones may not be.
+        self._work: Work | None = None
+        self._counted = False
+        self._empty = not q.numel()
+        self._queries, self._keys = _result(q, q.shape), _result(k, k.shape)
+        batch, length, heads, _ = q.shape
+        self._sums = _result(q, (batch, heads, length), torch.float32)
+        # By strides of the gradients: whether the Hopper kernel reads copies of q and of the output's gradient.
+        self._copied: dict[Any, bool] = {}
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        rpb: torch.Tensor | None,
+        want_lse: bool,
+        routed: Routed | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the forward kernel: out [B, S, H, D], and the log-sum-exp [B, H, S] if it is wanted.
+
+        Args:
+            q: Queries.
+            k: Keys.
+            v: Values.
+            key_mask: bool [B, S + extra], contiguous, or None.
+            rpb: float32 [H, entries], contiguous, or None.
+            want_lse: Whether the log-sum-exp is wanted.
+            routed: Lists of a routed pattern by direction.
+        """
+        shape, strides, dtype, device = self._queries
+        out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
+        low = addresses[0] | addresses[1] | addresses[2]
+        lse = None
+        if want_lse:
+            shape, strides, dtype, device = self._sums
+            lse = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            addresses.append(lse.data_ptr())
+        if rpb is not None or key_mask is not None:
+            low |= _append(addresses, rpb, key_mask)
+        start = self.starts.ready.get(("forward", want_lse))
+        if start is not None and not low & UNALIGNED:
+            if self._counted:
+                addresses.append(self.starts.counter().data_ptr())
+            if routed is not None:
+                run = routed["forward"]
+                addresses += [run.bounds.data_ptr(), run.bases.data_ptr(), run.mask_ids.data_ptr()]
+            start(addresses)
+        elif not self._empty:
+            t = Operands(q, k, v, rpb, _bytes(key_mask), out, lse, routed=routed or {})
+            work = self._work_for(t)
+            t.taken = self.starts.counter() if work.configs["forward"].hopper else None
+            start_first("forward", want_lse, t, work)
+        return out, lse
+
+    def lists(self, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, learns: bool) -> Routed:
+        """What a routed pattern chooses for q and k, as the lists that the kernels walk."""
+        pattern, routed = self._call.pattern, {}
+        assert isinstance(pattern, RoutedPattern)
+        work = self._work_for(Operands(q, k, k))
+        routes: dict[Any, torch.Tensor] = {}
+        for direction in DIRECTIONS if learns else ("forward",):
+            plan = work.plan(direction)
+            if plan not in routes:
+                routes[plan] = pattern.route(q, k, plan, key_mask)
+            routed[direction] = routed_program(plan, direction == "key_grad", routes[plan])
+        return routed
+
+    def _work_for(self, t: Operands) -> Work:
+        """What calls on tensors as aligned as these share: copies of the Hopper kernels take aligned ones only."""
+        whole = aligned((t.q, t.k, t.v))
+        if whole and self._work is not None:
+            return self._work
+        call = self._call
+        made = Work(call.pattern, call.layout, call.scale, self._tf32, self._choose(t.q, t.k, t.v, call), self.starts)
+        if whole:
+            self._work, self._counted = made, made.configs["forward"].hopper
+        return made
+
+    def backward(
+        self,
+        saved: Sequence[Any],
+        grad_out: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        wanted: tuple[bool, bool, bool],
+        key_mask: torch.Tensor | None = None,
+        routed: Routed | None = None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Delta pre-pass, then a kernel for each gradient that is wanted; no atomics, so deterministic.
+
+        Args:
+            saved: q, k, v and rpb of the forward, its output and its log-sum-exp [B, H, S].
+            grad_out: Gradient of the output; its channels are contiguous.
+            grad_lse: Gradient of the log-sum-exp [B, S, H], or None.
+            wanted: Whether the gradients of q, of k and v, and of rpb are wanted.
+            key_mask: As in `forward`.
+            routed: As in `forward`.
+
+        Returns:
+            Gradients of q, k, v and rpb, None where they are not wanted.
+        """
+        q, k, v, rpb, out, lse = saved
+        if self._empty:
+            return tuple(None if t is None else torch.zeros_like(t) for t in (q, k, v, rpb))
+        shape, strides, dtype, device = self._sums
+        delta = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        grad_q = grad_k = grad_v = None
+        if wanted[1]:
+            shape, strides, dtype, device = self._keys
+            grad_k = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            grad_v = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        if wanted[0]:
+            shape, strides, dtype, device = self._queries
+            grad_q = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        key = grad_out.stride(), None if grad_lse is None else grad_lse.stride()
+        ready = self.starts.ready
+        copied = self._copied.get(key, False)
+        sums, keys, queries = (
+            ready.get(("delta", key)), ready.get(("key_grad", (key, copied, True))), ready.get(("query_grad", key)),
+        )  # fmt: skip
+        low = q.data_ptr() | k.data_ptr() | v.data_ptr() | grad_out.data_ptr()
+        more: list[int] = []
+        if rpb is not None or key_mask is not None or grad_lse is not None:
+            low |= _append(more, rpb, key_mask) | (0 if grad_lse is None else grad_lse.data_ptr())
+        if low & UNALIGNED or sums is None or (wanted[1] and keys is None) or (wanted[0] and queries is None):
+            t = Operands(
+                q, k, v, rpb, _bytes(key_mask), out, lse, grad_out, grad_lse, delta, grad_q, grad_k, grad_v,
+                routed=routed or {},
+            )  # fmt: skip
+            return grad_q, grad_k, grad_v, self._first_backward(t, key, wanted[2])
+        addresses = [out.data_ptr(), grad_out.data_ptr(), delta.data_ptr()]
+        if grad_lse is not None:
+            addresses.append(grad_lse.data_ptr())
+        sums(addresses)
+        inputs = [q.data_ptr(), k.data_ptr(), v.data_ptr(), grad_out.data_ptr(), lse.data_ptr(), delta.data_ptr()]
+        if keys is not None and grad_k is not None and grad_v is not None:
+            first = inputs
+            if copied:
+                # They live until the kernel is in the queue: then their memory is used again behind it.
+                own_q, own_grad = q.contiguous(), grad_out.contiguous()
+                first = [own_q.data_ptr(), *inputs[1:3], own_grad.data_ptr(), *inputs[4:]]
+            keys([*first, grad_k.data_ptr(), grad_v.data_ptr(), *more, *_lists(routed, "key_grad")])
+        if queries is not None and grad_q is not None:
+            queries([*inputs, grad_q.data_ptr(), *more, *_lists(routed, "query_grad")])
+        grad_rpb = None
+        if wanted[2]:
+            t = Operands(q, k, v, rpb, _bytes(key_mask), out, lse, grad_out, grad_lse, delta)
+            grad_rpb = run_bias_gradients(t, self._work_for(t))
+        return grad_q, grad_k, grad_v, grad_rpb
+
+    def _first_backward(self, t: Operands, key: Any, want_rpb: bool) -> torch.Tensor | None:
+        """The same by Triton's launcher; returns the gradient of the bias."""
+        work, q, grad_out = self._work_for(t), t.q, t.grad_out
+        assert grad_out is not None
+        start_first("delta", key, t, work)
+        if t.grad_k is not None:
+            copied = work.configs["key_grad"].hopper and not copyable(q, grad_out)
+            whole = aligned((q, t.k, t.v, grad_out))
+            if whole:
+                self._copied[key] = copied
+            if copied:
+                t.q, t.grad_out = q.contiguous(), grad_out.contiguous()
+            start_first("key_grad", (key, copied, whole), t, work)
+            t.q, t.grad_out = q, grad_out
+        if t.grad_q is not None:
+            start_first("query_grad", key, t, work)
+        return run_bias_gradients(t, work) if want_rpb else None
+
+
+def _result(
+    x: torch.Tensor, shape: Any, dtype: torch.dtype | None = None
+) -> tuple[Any, Any, torch.dtype, torch.device]:
+    """What torch.empty_strided takes for a contiguous result: it takes half as long as other ways to allocate."""
+    strides = [1] * len(shape)
+    for i in reversed(range(len(shape) - 1)):
+        strides[i] = strides[i + 1] * max(1, shape[i + 1])
+    return tuple(shape), tuple(strides), dtype or x.dtype, x.device
+
+
+def _append(addresses: list[int], *tensors: torch.Tensor | None) -> int:
+    """Append the addresses of those that there are; returns their bits together."""
+    low = 0
+    for tensor in tensors:
+        if tensor is not None:
+            address = tensor.data_ptr()
+            addresses.append(address)
+            low |= address
+    return low
+
+
+def _lists(routed: Routed | None, direction: str) -> tuple[int, ...]:
+    if routed is None:
+        return ()
+    run = routed[direction]
+    return run.bounds.data_ptr(), run.bases.data_ptr(), run.mask_ids.data_ptr()
+
+
+def _bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask as Triton takes it."""
+    return None if key_mask is None else key_mask.view(torch.uint8)

@@ -1,0 +1,139 @@
+"""Prepared calls: each kernel gets the addresses of its own tensors, call after call."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.support.fake_driver import fake_driver
+from visattn import Layout, attention, clear_caches
+
+LAYOUT = Layout((16, 16), 7)
+
+
+def tensors(seed, dtype=torch.float16, heads=2, kv_heads=2, head_dim=64, learns=False):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(2, LAYOUT.length, n, head_dim) for n in (heads, kv_heads, kv_heads)]
+    return [torch.randn(s, generator=draw).to(dtype).requires_grad_(learns) for s in shapes]
+
+
+@pytest.fixture
+def driver():
+    clear_caches()
+    with fake_driver() as seen:
+        yield seen
+    clear_caches()
+
+
+def given_by_name(kernel, found, given):
+    """The tensors among the operands that a kernel has arguments for, and descriptors of."""
+    maps = {"k_grid": "k", "k_runs": "k", "v_grid": "v", "v_runs": "v"}
+    maps |= {"q_grid": "q", "q_runs": "q", "grad_grid": "grad_out", "grad_runs": "grad_out"}
+    for name, value in found.items():
+        role = maps.get(name, name)
+        if role in given:
+            t = given[role]
+            first = t[:, LAYOUT.prefix :] if name.endswith("_grid") else t
+            assert value == (t if isinstance(t, int) else first.data_ptr()), f"{name} of {kernel.fn.__qualname__}"
+    return set(found)
+
+
+CASES = {
+    "hopper": {},
+    "general": {"dtype": torch.float32, "head_dim": 40},
+    "mask": {"mask": True},
+    "rpb": {"rpb": True},
+    "grouped": {"kv_heads": 1},
+    "routed": {"pattern": "routing(4x4,topk=2)"},
+}
+
+
+def case(name):
+    options = dict(CASES[name])
+    return options.pop("pattern", "na(window=7x7)"), options.pop("mask", False), options.pop("rpb", False), options
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_a_forward_gets_its_addresses(driver, name, lse):
+    pattern, mask, rpb, options = case(name)
+    for seed in range(3):
+        q, k, v = tensors(seed, **options)
+        more = {"key_mask": torch.ones(q.shape[:2], dtype=torch.bool)} if mask else {}
+        more |= {"rpb": torch.randn(q.shape[2], 13, 13)} if rpb else {}
+        found = attention(q, k, v, pattern, LAYOUT, backend="triton", return_lse=lse, **more)
+        out = found[0] if lse else found
+        given = {"q": q, "k": k, "v": v, "out": out, **more} | ({"lse": found[1]} if lse else {})
+        assert out.shape == q.shape and out.is_contiguous()
+        if seed:
+            kernel, values = driver[-1]
+            names = given_by_name(kernel, values, given)
+            assert {"q", "out"} <= names and {"bounds", "bases"} <= names
+    assert len(driver.first) == 1 and len(driver) == 2
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "rpb"])
+def test_a_backward_gets_its_addresses(driver, name, lse, expanded):
+    pattern, mask, _, options = case(name)
+    for seed in range(3):
+        q, k, v = tensors(seed, learns=True, **options)
+        more = {"key_mask": torch.ones(q.shape[:2], dtype=torch.bool)} if mask else {}
+        found = attention(q, k, v, pattern, LAYOUT, backend="triton", return_lse=lse, **more)
+        out, grad_lse = (found[0], torch.randn(found[1].shape)) if lse else (found, None)
+        # A gradient that the copies of the Hopper kernel cannot address: samples share their memory.
+        grad_out = torch.randn(out.shape).to(out.dtype)
+        grad_out = grad_out[:1].expand_as(out) if expanded else grad_out
+        results = (out, found[1]) if lse else (out,)
+        grads = torch.autograd.grad(results, (q, k, v), (grad_out, grad_lse)[: len(results)])
+        given = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out, **more}
+        given |= dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True))
+        given |= {"grad_lse": grad_lse} if lse else {}
+        if seed:
+            *_, delta, keys, queries = driver
+            sums = {name: queries[1][name] for name in ("lse", "delta")}
+            for i, (kernel, values) in enumerate((delta, keys, queries)):
+                addresses = given | sums
+                if i == 1 and expanded and name in ("hopper", "mask"):
+                    # It reads contiguous copies of both.
+                    del addresses["q"], addresses["grad_out"]
+                given_by_name(kernel, values, addresses)
+            assert sums["lse"] != sums["delta"]
+    assert len(driver.first) == 4 and len(driver) == 2 * 4
+
+
+def test_what_is_kept_is_counted_and_emptied(driver):
+    from visattn.keep import STORE
+
+    q, k, v = tensors(0)
+    before = STORE.bytes
+    attention(q, k, v, "na(window=7x7)", LAYOUT, backend="triton")
+    assert STORE.bytes >= before + 16 * 2**10
+    held = sum(sum(entry.leaves.values()) for entry in STORE.entries() if hasattr(entry.value, "kernels"))
+    (start,) = next(e.value for e in STORE.entries() if hasattr(e.value, "kernels")).kernels.starts.ready.values()
+    tables = {t.data_ptr(): t.nbytes for t in start.kept if isinstance(t, torch.Tensor)}
+    assert held >= sum(tables.values()) > 0
+    clear_caches()
+    assert STORE.bytes == 0
+    attention(q, k, v, "na(window=7x7)", LAYOUT, backend="triton")
+    assert len(driver.first) == 2 and not driver
+
+
+def test_addresses_of_less_alignment_go_through_triton(driver):
+    q, k, v = tensors(0)
+    for _ in range(2):
+        attention(q, k, v, "na(window=7x7)", LAYOUT, backend="triton")
+    odd = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape).copy_(q)
+    attention(odd, k, v, "na(window=7x7)", LAYOUT, backend="triton")
+    attention(q, k, v, "na(window=7x7)", LAYOUT, backend="triton")
+    assert len(driver.first) == 2 and driver.first[1][1]["q"] is odd and len(driver) == 2
+
+
+def test_a_first_call_of_less_alignment_decides_nothing_for_others(driver):
+    q, k, v = tensors(0)
+    odd = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape).copy_(q)
+    attention(odd, odd, odd, "na(window=7x7)", LAYOUT, backend="triton")
+    attention(q, k, v, "na(window=7x7)", LAYOUT, backend="triton")
+    (first, _), (second, _) = driver.first
+    assert "hopper" not in first.fn.__module__ and "hopper" in second.fn.__module__
