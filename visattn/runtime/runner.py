@@ -167,7 +167,8 @@ class Runner:
         else:
             out = attention(*tensors, self.pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
         run.tally.end(cells, begun)
-        self._note(forward, name, verdict)
+        if verdict.kind == "sparse" or verdict.slower:
+            self._note(forward, name, verdict)
         return out, verdict.layouts
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
