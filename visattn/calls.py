@@ -92,7 +92,8 @@ def time_calls(case: Case, backends: Sequence[str], *, repeats: int = 5) -> Call
             found[name].append((_wall(runs[name], counts[name]), _host(runs[name]), gpu))
     lines = [CallTime(name, reason=reason) for name, reason in reasons.items()]
     for name, times in found.items():
-        wall, host = (statistics.median(each[i] for each in times) for i in (0, 1))
+        walls, hosts, _ = zip(*times, strict=True)
+        wall, host = statistics.median(walls), statistics.median(hosts)
         alone = [each[2] for each in times if each[2] is not None]
         lines.append(CallTime(name, wall, host, statistics.median(alone) if alone else None, name == choice))
     order = (DENSE, *backends)

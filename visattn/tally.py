@@ -220,7 +220,7 @@ class Tally:
                 continue
             seconds = start.elapsed_time(end) / 1000
             if isinstance(of[0], str):
-                self._beside(*of, seconds)
+                self._beside(of[0], of[1], seconds)
                 continue
             for cell in of:
                 cell.add(seconds / len(of), is_first)

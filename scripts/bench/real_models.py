@@ -144,7 +144,7 @@ MODELS = {
 }
 
 
-def build(model: Model, device: str, dtype: torch.dtype, tiny: bool) -> tuple[torch.nn.Module, dict[str, Any]]:
+def build(model: Model, device: str, dtype: torch.dtype, tiny: bool) -> tuple[Any, dict[str, Any]]:
     """A model with random weights on a device, as `from_pretrained` would cast it, and the arguments of a step."""
     import diffusers
 
