@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 
 from visattn.dispatch import Backend, Call, Problem, Support, overhead, unlisted, visited_pairs
 from visattn.kernels.flex.blocks import blocks, compiled, score_mod, tile_plan
+from visattn.kernels.flex.visible import is_product
 from visattn.kernels.second_order import lists_with_formula
 
 # Slots of a tile. On CUDA every block size of torch's own configurations divides 128.
@@ -49,7 +50,7 @@ class Flex(Backend):
         """Visited slots at the generated kernel's rate, dearer in partial tiles, and the gathers around it."""
         tiles = tile_plan(problem.pattern, problem.layout, TILE[problem.device])
         full = 0.0 if problem.key_mask else tiles.full_share
-        fast, slow = RATES[problem.device]
+        fast, slow = RATES[problem.device, is_product(problem.pattern)]
         rate = (full * fast + (1 - full) * slow) * (1.5 if problem.rpb else 1.0)
         return visited_pairs(problem, tiles) * rate + overhead(problem, *OVERHEAD)
 
@@ -66,7 +67,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tup
     heads_first = [side.gather(t).transpose(1, 2) for side, t in ((found.queries, q), (found.keys, k), (found.keys, v))]
     key_mask = None if call.key_mask is None else found.keys.gather(call.key_mask)
     bias = None if call.rpb is None else score_mod(found, call.pattern, call.layout, call.rpb)
-    run = compiled(_signature([*heads_first, found.masks, found.pair, key_mask, call.rpb], call))
+    run = compiled(_signature([*heads_first, *found.visible.tensors, key_mask, call.rpb], call))
     with torch.autocast(q.device.type, enabled=False):
         out, aux = run(
             *heads_first,
@@ -82,9 +83,14 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tup
     return out, aux.lse.transpose(1, 2).index_select(1, found.slot_of_token) if call.lse else None
 
 
-# Time per visited pair over dense SDPA's, in tiles without and with a mask: estimates, to be
-# compared with scripts/bench/backends.py.
-RATES = {"cpu": (1.5, 3.0), "cuda": (1.3, 1.7)}
+# Time per visited pair over dense SDPA's, in tiles without and with a mask, which is looked up, or with True a product
+# of intervals: on an H100 from the cases of docs/performance.md, on a CPU estimates (scripts/bench/backends.py).
+RATES = {
+    ("cpu", False): (1.5, 3.0),
+    ("cpu", True): (1.5, 3.0),
+    ("cuda", False): (1.75, 14.0),
+    ("cuda", True): (1.75, 4.0),
+}
 # Per call, in milliseconds on a CPU and microseconds on CUDA. It carries a share of the compilation, which takes
 # seconds for each shape, as if a shape were called a hundred times on a CPU and a few thousand times on CUDA.
 OVERHEAD = (60.0, 2000.0)

@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from visattn.keep import kept
+from visattn.kernels.flex.visible import Visible, visible
 from visattn.layout import Layout
 from visattn.patterns import BiasedPattern, ListedPattern, Pattern
 from visattn.plans import TileLists, TilePlan, plan
@@ -57,8 +58,7 @@ class Blocks:
         queries: Query tokens in tile order.
         keys: Key tokens in tile order.
         slot_of_token: Query slot of each token: [S].
-        pair: Mask of each pair of tiles: [query tiles, key tiles]; 0 sees nothing, 1 everything.
-        masks: The plan's masks behind those two, in a power-of-two number: [masks, query slots, key slots].
+        visible: Which slots see which, in partial blocks.
         sparse: Full and partial blocks apart.
         all_partial: The same blocks, each of which runs the mask function.
     """
@@ -66,15 +66,14 @@ class Blocks:
     queries: Slots
     keys: Slots
     slot_of_token: torch.Tensor
-    pair: torch.Tensor
-    masks: torch.Tensor
+    visible: Visible
     sparse: BlockMask
     all_partial: BlockMask
 
     def masked(self, key_mask: torch.Tensor | None) -> BlockMask:
         """The BlockMask of a call; `key_mask` is bool [B, key slots]."""
         block_mask = copy.copy(self.sparse if key_mask is None else self.all_partial)
-        block_mask.mask_mod = mask_mod(self.pair, self.masks, key_mask)
+        block_mask.mask_mod = mask_mod(self.visible, key_mask)
         return block_mask
 
 
@@ -92,11 +91,6 @@ def blocks(pattern: Pattern, layout: Layout, volume: int, device: torch.device) 
     """Build a plan's blocks straight from its lists; nothing of the size S x S exists."""
     tiles = tile_plan(pattern, layout, volume)
     queries, keys, lists = tiles.queries, tiles.keys, tiles.lists
-    pair = np.zeros((queries.tiles, keys.tiles), np.int32)
-    pair[lists.rows, lists.tile] = lists.mask + 2
-    masks = np.zeros((_next_power_of_two(len(tiles.masks) + 2), queries.capacity, keys.capacity), bool)
-    masks[1] = True
-    masks[2 : 2 + len(tiles.masks)] = tiles.masks
     slot_of_token = np.empty(queries.length, np.int64)
     slots = queries.tokens.ravel()
     slot_of_token[slots[slots >= 0]] = np.flatnonzero(slots >= 0)
@@ -108,8 +102,7 @@ def blocks(pattern: Pattern, layout: Layout, volume: int, device: torch.device) 
         Slots.of(queries, device),
         Slots.of(keys, device),
         torch.from_numpy(slot_of_token).to(device),
-        torch.from_numpy(pair).to(device),
-        torch.from_numpy(masks).to(device),
+        visible(pattern, tiles, device),
         BlockMask.from_kv_blocks(partial[0], partial[1], full[0], full[1], size, seq_lengths=lengths).to(device),
         BlockMask.from_kv_blocks(every[0], every[1], BLOCK_SIZE=size, seq_lengths=lengths).to(device),
     )
@@ -124,24 +117,11 @@ def _ordered(lists: TileLists, columns: int) -> tuple[torch.Tensor, torch.Tensor
     return number[None, None], torch.from_numpy(index)[None, None]
 
 
-def _next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def mask_mod(pair: torch.Tensor, masks: torch.Tensor, key_mask: torch.Tensor | None) -> Mod:
-    """Visibility of key slot j to query slot i, from the mask dictionary and the samples' key masks."""
-    rows, columns = masks.shape[1:]
-
-    def listed(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        return masks[pair[i // rows, j // columns], i % rows, j % columns]
-
+def mask_mod(visible: Visible, key_mask: torch.Tensor | None) -> Mod:
+    """Visibility of key slot j to query slot i, with the samples' key masks."""
     if key_mask is None:
-        return listed
-
-    def listed_and_valid(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        return masks[pair[i // rows, j // columns], i % rows, j % columns] & key_mask[b, j]
-
-    return listed_and_valid
+        return lambda b, h, i, j: visible(i, j)
+    return lambda b, h, i, j: visible(i, j) & key_mask[b, j]
 
 
 def score_mod(found: Blocks, pattern: Pattern, layout: Layout, rpb: torch.Tensor) -> Mod:
