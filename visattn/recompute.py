@@ -34,10 +34,12 @@ class _Here(threading.local):
 
     Attributes:
         begun: Value of the last forward, and the moment it began, None outside of a backward pass.
+        passive: Whether no block of that forward will be recomputed.
         resumed: Value of the last recomputation, and its moment.
     """
 
     begun: Any = None
+    passive: bool = False
     begun_at: Moment | None = None
     resumed: Any = None
     resumed_at: Moment | None = None
@@ -54,13 +56,15 @@ class Carrier(Generic[T]):
         self._key = f"visattn_{next(_numbers)}"
         self._here = _Here()
 
-    def begin(self, value: T) -> None:
-        """A forward of this thread begins."""
+    def begin(self, value: T, learns: bool = True) -> None:
+        """A forward of this thread begins; unless it `learns`, no block of it will be recomputed."""
         here = self._here
-        here.begun, here.begun_at, here.resumed_at = value, _moment(), None
+        here.begun, here.begun_at, here.resumed_at, here.passive = value, _moment(), None, not learns
 
     def pass_by(self, tensor: torch.Tensor) -> None:
         """A block gets a tensor: find the forward that it belongs to, and remember that with the tensor."""
+        if self._here.passive and torch._C._current_graph_task_id() < 0:
+            return
         storage, moment = _storage(tensor), _moment()
         if moment is not None:
             # A recomputation gets tensors that its forward has seen; a forward within a backward pass makes new ones.

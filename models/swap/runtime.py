@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.recompute import Carrier
-from visattn.tally import Tally
+from visattn.tally import Cell, Tally
 from visattn.watch import Watched, Watcher
 
 
@@ -30,6 +30,8 @@ class Place(NamedTuple):
     samples: tuple[Layout, ...] = ()
 
 
+# Kinds of calls of a module whose place among the counts is kept.
+MANY = 256
 UNPLACED = Place("the model has not embedded an image yet")
 
 
@@ -77,7 +79,7 @@ class Runtime:
     def _begin(self, place: Place, tokens: int) -> None:
         self._last = place
         if not torch.compiler.is_compiling():
-            self.forwards.begin(place)
+            self.forwards.begin(place, torch.is_grad_enabled())
             known = self._places.setdefault(tokens, set())
             # Two say as well as many that they differ.
             if len(known) < 2:
@@ -126,6 +128,7 @@ class Swapped:
         self.runtime, self.path, self.pattern = runtime, path, pattern
         # A plain dict: torch.compile follows it, and the model's state dict does not.
         self.parameters: dict[str, torch.Tensor] = {} if parameters is None else dict(parameters.items())
+        self._cells: dict[Hashable, Cell] = {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies of the module that copy its attributes one by one have no patch; see `visattn.copies`."""
@@ -199,8 +202,11 @@ class Swapped:
         arguments["parameters"] = own = self._parameters(q.device)
         if torch.compiler.is_compiling():
             return attention(q, k, v, self.pattern, layout, **arguments).transpose(1, 2)
-        problem = Problem.of(q, k, v, Call(self.pattern, layout, scale, key_mask, rpb, parameters=own))
-        out = self._counted(problem, q.device, lambda: attention(q, k, v, self.pattern, layout, **arguments))
+        tally = self.runtime.tally
+        cell = self._cell(q, k, v, Call(self.pattern, layout, scale, key_mask, rpb, parameters=own))
+        begun = tally.begin(cell)
+        out = attention(q, k, v, self.pattern, layout, **arguments)
+        tally.end((cell,), begun)
         if self.runtime.watcher is not None and rpb is None:
             self.runtime.watcher(Watched(self.path, q, k, v, out, self.pattern, (layout,), scale, key_mask, own))
         return out.transpose(1, 2)
@@ -215,8 +221,10 @@ class Swapped:
         if torch.compiler.is_compiling():
             out, lse = attention(q, k, v, self.pattern, layout, **arguments)
         else:
-            problem = Problem.of(q, k, v, Call(self.pattern, layout, scale, None, rpb, True))
-            out, lse = self._counted(problem, q.device, lambda: attention(q, k, v, self.pattern, layout, **arguments))
+            tally, cell = self.runtime.tally, self._cell(q, k, v, Call(self.pattern, layout, scale, None, rpb, True))
+            begun = tally.begin(cell)
+            out, lse = attention(q, k, v, self.pattern, layout, **arguments)
+            tally.end((cell,), begun)
         return out.transpose(1, 2), lse.transpose(1, 2)
 
     def count_stock(self, q_shape: tuple[int, int, int, int], like: torch.Tensor, layout: Layout) -> None:
@@ -233,14 +241,20 @@ class Swapped:
             tally = self.runtime.tally
             tally.end((tally.cell(self.path, "sparse", None, like.device, problem),), None)
 
-    def _counted(self, problem: Problem, device: torch.device, run: Callable[[], Any]) -> Any:
-        """What `run` gives, counted as a call that ran the pattern."""
-        tally = self.runtime.tally
-        cell = tally.cell(self.path, "sparse", None, device, problem)
-        begun = tally.begin(cell)
-        out = run()
-        tally.end((cell,), begun)
-        return out
+    def _cell(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Cell:
+        """Where a call counts; that is known of calls like earlier ones."""
+        learns = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (q, k, v, call.rpb, *call.parameters.values())
+        )
+        given = call.key_mask is None, call.rpb is None, call.lse
+        key = q.shape, k.shape[2], q.dtype, q.device, call.layout, learns, given
+        found = self._cells.get(key)
+        if found is None:
+            if len(self._cells) >= MANY:
+                self._cells.clear()
+            problem = Problem.of(q, k, v, call)
+            self._cells[key] = found = self.runtime.tally.cell(self.path, "sparse", None, q.device, problem)
+        return found
 
 
 class Undone(Swapped):

@@ -119,7 +119,7 @@ class Enter(_Hook):
         if run is None:
             return
         here = run.here
-        if here.forward is None or here.forward.learns:
+        if here.forward is None or here.forward.learns or torch._C._current_graph_task_id() >= 0:
             first = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
             if first is not None:
                 run.forwards.pass_by(first)

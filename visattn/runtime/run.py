@@ -111,7 +111,7 @@ class Run:
         ready = self._ready_in((where, dense, REGISTRY.version))
         self.here.forward = forward = Forward(where, dense, step, total, ready=ready, learns=learns)
         self.here.site = None
-        self.forwards.begin(forward)
+        self.forwards.begin(forward, learns)
         if len(self._kinds) < 2:
             self._kinds[where, dense, step, total] = forward
 
