@@ -12,6 +12,7 @@ import torch
 from visattn import ops, prepare, transforms
 from visattn.autocast import as_sdpa_casts
 from visattn.checks import check_call, check_fit, check_tensors, factor, merged
+from visattn.crossing import crossing
 from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose, run_call
 from visattn.keep import STORE
 from visattn.layout import Layout
@@ -186,6 +187,10 @@ class Explanation:
         problem = self.problem
         shape = f"batch {problem.batch}, {problem.heads} heads x {problem.head_dim}, {problem.dtype}, {problem.device}"
         lines = [f"{problem.pattern} on {problem.layout} ({shape}): {self.choice}", f"  {self.reason}"]
+        for mode in () if problem.is_dense else ("eager", "compiled", "captured"):
+            found = crossing(dataclasses.replace(problem, mode=mode))
+            if found is not None:
+                lines.append(f"  {found}" + found.dense_pays * "; apply() leaves the model's own dense attention here")
         for backend, support, cost in self.candidates:
             verdict = (
                 f"{cost / problem.dense_pairs:.2f} of dense SDPA's time (estimate)" if support.ok else support.reason

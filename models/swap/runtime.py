@@ -199,7 +199,9 @@ class Swapped:
         """The pattern on q, k, v [B, heads, S, head_dim]; the result has the same shape."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         arguments: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "backend": self.runtime.backend}
-        arguments["parameters"] = own = self._parameters(q.device)
+        own = self._parameters(q.device)
+        if own:
+            arguments["parameters"] = own
         if torch.compiler.is_compiling():
             return attention(q, k, v, self.pattern, layout, **arguments).transpose(1, 2)
         tally = self.runtime.tally
@@ -217,7 +219,8 @@ class Swapped:
         """As `attend` with a position bias, and the log-sum-exp [B, heads, S]."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         arguments: dict[str, Any] = {"scale": scale, "rpb": rpb, "backend": self.runtime.backend, "return_lse": True}
-        arguments["parameters"] = self._parameters(q.device)
+        if self.parameters:
+            arguments["parameters"] = self._parameters(q.device)
         if torch.compiler.is_compiling():
             out, lse = attention(q, k, v, self.pattern, layout, **arguments)
         else:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.support.places import ROOT
-from visattn import Layout, parse
+from visattn import Layout, dispatch, parse
+from visattn.attend import Explanation
 from visattn.crossing import crossing
 from visattn.dispatch import Problem, milliseconds, overhead, wall
 from visattn.kernels import natten
@@ -112,3 +113,14 @@ def test_choices_on_this_gpu_are_within_a_tenth_of_the_faster_one():
             for pattern in crossing_gpu.PATTERNS
         ]
     assert [row for row in rows if not row["right"]] == []
+
+
+def test_an_explanation_of_a_gpu_call_has_both_estimates(only_triton):
+    small = problem(grid=(32, 32), heads=12, dim=64)
+    both = tuple(
+        dispatch.Candidate(each, dispatch.Support(True), each.cost(small)) for each in (triton, dispatch.load("sdpa"))
+    )
+    text = str(Explanation(small, "sdpa", both))
+    assert re.search(r"estimated 0\.\d{3} ms by triton, 0\.\d{3} ms dense; apply\(\) leaves the model's own", text)
+    assert "leaves" not in str(Explanation(problem("na(window=16x16,stride=8x8)"), "triton", both))
+    assert " ms dense" not in str(Explanation(replace(small, device="cpu"), "sdpa", both))

@@ -49,7 +49,8 @@ class Sequences(NamedTuple):
         """Run a pattern: [B, S, H, channels]; with several layouts sample by sample."""
         if len(layouts) == 1:
             options: dict[str, Any] = {"scale": self.scale, "key_mask": self.keys, "backend": backend}
-            options["parameters"] = parameters
+            if parameters:
+                options["parameters"] = parameters
             return attention(self.q, self.k, self.v, pattern, layouts[0], **options)[..., : self.channels]
         parts = [self.sample(i).attend(pattern, (layout,), backend, parameters) for i, layout in enumerate(layouts)]
         return torch.cat(parts)
