@@ -18,12 +18,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scripts.figures_emoji import emoji_tables
 from scripts.figures_gpu import gpu_calls_table, gpu_peers_table, gpu_real_table, gpu_stack_table, gpu_table
 from scripts.results import RESULTS, ROOT, result, table
 
 PAGES = tuple(
     ROOT / page
-    for page in ("README.md", "docs/timm.md", "docs/distillation.md", "docs/generate.md", "docs/performance.md")
+    for page in (
+        "README.md",
+        "docs/emoji.md",
+        "docs/timm.md",
+        "docs/distillation.md",
+        "docs/generate.md",
+        "docs/performance.md",
+    )
 )
 
 # What measures each result. {out} is its JSON file, {folder} a scratch folder that holds report.json.
@@ -290,6 +298,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "longer-video": partial(longer_video_table, "extend-video-32", "extend-video-64"),
     "longer-video-cpu": partial(longer_video_table, "extend-video-32-cpu"),
     "students": students_table,
+    **emoji_tables(),
 }
 
 

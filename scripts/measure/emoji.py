@@ -164,7 +164,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     figures = begin(options, pipe, judge, about)
     draftsman = Draftsman(pipe, judge, options)
     for size in options.sizes:
-        missing = [each for each in students if each.key(size) not in figures["rows"]]
+        rows = figures["rows"]
+        missing = [each for each in students if "error" in rows.get(each.key(size), {"error": "not measured"})]
         if not missing:
             continue
         dense = draftsman.draw(Student(DENSE), size)
@@ -185,9 +186,10 @@ def entry(
     twin = student == Student(DENSE)
     try:
         drawn = dense if twin else draftsman.draw(student, size)
-    except (ValueError, RuntimeError) as error:
-        print(f"{student.key(size)}: {error}", flush=True)
-        return found | {"error": str(error).splitlines()[0]}
+    except Exception as error:
+        # Kernels may fail to compile in ways of their own; the other patterns are worth measuring.
+        print(f"{student.key(size)}: {type(error).__name__}: {error}", flush=True)
+        return found | {"error": (str(error) or type(error).__name__).splitlines()[0]}
     judge = draftsman.judge
     found |= {"density": drawn.density, "backends": drawn.backends}
     found |= {"seconds": round(drawn.seconds, 5), "attention_seconds": round(drawn.attention_seconds, 5)}

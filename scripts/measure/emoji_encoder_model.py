@@ -106,8 +106,11 @@ class DualEncoder(nn.Module):
 
     def logits(self, pictures: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Cosines [pictures, captions], sharpened."""
-        cosines = F.normalize(self.picture(pictures).float(), dim=1) @ F.normalize(self.caption(ids).float(), dim=1).T
-        return cosines * self.heat.exp().clamp(max=HOTTEST)
+        found, said = self.picture(pictures), self.caption(ids)
+        # Sharpened cosines in bfloat16 would be off by whole units.
+        with torch.autocast(found.device.type, enabled=False):
+            cosines = F.normalize(found.float(), dim=1) @ F.normalize(said.float(), dim=1).T
+            return cosines * self.heat.exp().clamp(max=HOTTEST)
 
     @torch.no_grad()
     def features(self, pictures: torch.Tensor, chunk: int = 256) -> torch.Tensor:

@@ -18,6 +18,7 @@ from visattn.pipelines.report.lpips import find_lpips
 
 # A full covariance in them is known from a hundred pictures; in all 128 it is not.
 AXES = 16
+FOR_AXES = 2000  # about so many real pictures say where the axes lie
 BEST = 100.0  # dB, of equal pictures
 CHUNK = 20
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -51,7 +52,8 @@ class Judge:
     def of(cls, encoder: DualEncoder, pack: Pack, captions: int) -> Judge:
         """The judge of some captions of each kind."""
         chosen = choose(pack, captions)
-        features = encoder.features(pack.pixels[pack.of(TRAIN)].float() / 255)
+        train = pack.of(TRAIN)
+        features = encoder.features(pack.pixels[train[:: max(1, len(train) // FOR_AXES)]].float() / 255)
         axes, kept = main_axes(features.numpy(), min(AXES, captions - 1, len(features) - 1))
         held = sorted(set(pack.of(NEW_PAIR, NEW_EMOJI).tolist()) - set(chosen[UNSEEN]))
         if len(held) < 2:
@@ -84,10 +86,11 @@ class Judge:
     def likeness(self, pictures: torch.Tensor, twins: torch.Tensor) -> dict[str, Any]:
         """Mean PSNR (at most BEST), SSIM and LPIPS to the dense model's pictures of the same noise."""
         found: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
-        lpips = self.lpips
+        lpips, place = self.lpips, self.encoder.heat.device
         for a, b in zip(pictures.split(CHUNK), twins.split(CHUNK), strict=True):
-            found["psnr"].append(psnr(a, b).clamp(max=BEST))
-            found["ssim"].append(ssim(a, b))
+            near, far = a.to(place), b.to(place)
+            found["psnr"].append(psnr(near, far).clamp(max=BEST).cpu())
+            found["ssim"].append(ssim(near, far).cpu())
             if lpips is not None:
                 found["lpips"].append(lpips(a, b).double().cpu())
         return {name: round(torch.cat(parts).mean().item(), 4) if parts else None for name, parts in found.items()}

@@ -101,6 +101,15 @@ def test_rank_counts_the_better_captions():
     assert encoder.ranks(pictures, ids).tolist() == expected
 
 
+def test_cosines_are_float32_under_autocast():
+    encoder = DualEncoder().eval()
+    pictures, ids = torch.rand(3, 3, SIDE, SIDE), torch.randint(3, 99, (3, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoder.logits(pictures, ids)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, encoder.logits(pictures, ids), atol=0.3, rtol=0)
+
+
 def test_training_learns_and_repeats(pack):
     settings = Settings(seconds=0, steps=5, batch=8, lr=3e-3)
     first, second = Training(pack, settings), Training(pack, settings)

@@ -1,0 +1,111 @@
+"""Tables of what patterns cost the emoji model, and of what its students win back; of the results that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from scripts.results import RESULTS, result, table
+
+DENSE, SHIPPED = "dense", "shipped"
+KINDS = ("seen", "unseen")
+# Tables by name, and the result that each is made of.
+SOURCES = {
+    "emoji-quality": "emoji-quality",
+    "emoji-students": "emoji-quality",
+    "emoji-quality-512": "emoji-quality-512",
+}
+
+
+def emoji_tables() -> dict[str, Callable[[], str]]:
+    """The tables whose results have been measured; the students' needs students."""
+    makers = {"emoji-quality": quality_table, "emoji-students": students_table}
+    makers["emoji-quality-512"] = partial(quality_table, "emoji-quality-512")
+    known = {name: make for name, make in makers.items() if (RESULTS / f"{SOURCES[name]}.json").is_file()}
+    if "emoji-students" in known and not _students(result("emoji-quality")):
+        del known["emoji-students"]
+    return known
+
+
+def quality_table(name: str = "emoji-quality") -> str:
+    """Every pattern with the model's own weights, and real pictures as the judge names them."""
+    found = result(name)
+    rows = [
+        ["real pictures", "", "", "", *(_top(found["real"][kind]) for kind in KINDS), _distances(found["real"]), ""]
+    ]
+    for row in _measured(found, SHIPPED):
+        density = "" if row["density"] is None else f"{row['density']:.1%}"
+        times = [_milliseconds(row["attention_seconds"]), _milliseconds(row["seconds"])]
+        tops = [_top(row[kind]) for kind in KINDS]
+        rows.append([f"`{row['pattern']}`", density, *times, *tops, _distances(row), _likeness(row)])
+    head = [
+        "attention",
+        "density",
+        "attention per image",
+        "image",
+        "seen: top 1",
+        "unseen: top 1",
+        "Frechet",
+        "to dense",
+    ]
+    return table(head, rows) + _failures(found)
+
+
+def students_table() -> str:
+    """Every student before and after distillation, and how much of the gap to the dense model it won back."""
+    found = result("emoji-quality")
+    plain = {row["pattern"]: row for row in _measured(found, SHIPPED)}
+    dense, rows = plain[DENSE], []
+    for row in _students(found):
+        before = plain[row["pattern"]]
+        cells = [f"`{row['pattern']}`"]
+        for kind in KINDS:
+            first, last, whole = (each[kind]["top1"] for each in (before, row, dense))
+            cells.append(f"{first:.0%} to {last:.0%}{_recovered(first, last, whole)}")
+        first, last, whole = (sum(each[kind]["frechet"] for kind in KINDS) / 2 for each in (before, row, dense))
+        cells.append(f"{first:.3f} to {last:.3f}{_recovered(first, last, whole)}")
+        cells.append(f"{before['psnr']:.1f} to {row['psnr']:.1f} dB")
+        rows.append(cells)
+    tops = [f"{dense[kind]['top1']:.0%}" for kind in KINDS]
+    distance = f"{sum(dense[kind]['frechet'] for kind in KINDS) / 2:.3f}"
+    rows.insert(0, ["dense (teacher)", *tops, distance, ""])
+    return table(["attention", "seen: top 1", "unseen: top 1", "Frechet, mean", "PSNR to the teacher"], rows)
+
+
+def _measured(found: dict[str, Any], weights: str) -> list[dict[str, Any]]:
+    return [row for row in found["rows"].values() if row["weights"] == weights and "error" not in row]
+
+
+def _students(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in found["rows"].values() if row["weights"] != SHIPPED and "error" not in row]
+
+
+def _top(kind: dict[str, Any]) -> str:
+    low, high = kind["top1_interval"]
+    return f"{kind['top1']:.0%} ({low:.0%} to {high:.0%})"
+
+
+def _distances(row: dict[str, Any]) -> str:
+    return ", ".join(f"{row[kind]['frechet']:.3f}" for kind in KINDS)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _likeness(row: dict[str, Any]) -> str:
+    if "psnr" not in row:
+        return ""
+    lpips = "" if row["lpips"] is None else f", LPIPS {row['lpips']:.3f}"
+    return f"{row['psnr']:.1f} dB, {row['ssim']:.3f}{lpips}"
+
+
+def _recovered(before: float, after: float, whole: float) -> str:
+    """Share of a gap that was closed, in words; nothing where there was none."""
+    return f" ({(after - before) / (whole - before):.0%} of the gap)" if abs(whole - before) > 0.005 else ""
+
+
+def _failures(found: dict[str, Any]) -> str:
+    lines = [f"`{row['pattern']}` did not run: {row['error']}." for row in found["rows"].values() if "error" in row]
+    return "".join(f"\n\n{line}" for line in lines)

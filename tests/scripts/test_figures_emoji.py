@@ -1,0 +1,65 @@
+"""Tables of the emoji model, made from results."""
+
+import json
+
+import pytest
+
+from scripts import figures_emoji, results
+from scripts.figures_emoji import emoji_tables, quality_table, students_table
+
+
+def kind(top1, frechet):
+    return {"top1": top1, "top1_interval": [top1 - 0.1, top1 + 0.1], "frechet": frechet}
+
+
+def row(pattern, weights, top1, frechet, **more):
+    kinds = {"seen": kind(top1, frechet), "unseen": kind(top1 - 0.1, frechet)}
+    times = {"density": 0.077, "seconds": 0.5, "attention_seconds": 0.0625}
+    return {"pattern": pattern, "weights": weights} | kinds | times | more
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    likeness = {"psnr": 12.25, "ssim": 0.5, "lpips": None}
+    rows = [
+        row("dense", "shipped", 0.8, 0.02),
+        row("mala", "shipped", 0.2, 0.52, **likeness),
+        {"pattern": "radial(decay=0.5)", "weights": "shipped", "error": "needs the frames of a video"},
+        row("mala", "mala", 0.65, 0.12, **likeness | {"psnr": 20.0}),
+    ]
+    found = {"real": {"seen": kind(0.9, 0.01), "unseen": kind(0.89, 0.01)}, "rows": dict(enumerate(rows))}
+    for module in (figures_emoji, results):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+
+    def save(rows=found["rows"]):
+        (tmp_path / "emoji-quality.json").write_text(json.dumps(found | {"rows": rows}))
+
+    save()
+    return save
+
+
+def test_patterns_with_their_own_weights(measured):
+    lines = quality_table().splitlines()
+    assert lines[2].startswith("| real pictures |")
+    assert "90% (80% to 100%)" in lines[2]
+    assert (
+        "| `mala` | 7.7% | 62 ms | 500 ms | 20% (10% to 30%) | 10% (0% to 20%) | 0.520, 0.520 | 12.2 dB, 0.500 |"
+        in lines
+    )
+    assert lines[-1] == "`radial(decay=0.5)` did not run: needs the frames of a video."
+    assert sum("mala" in line for line in lines) == 1
+
+
+def test_students_before_and_after(measured):
+    lines = students_table().splitlines()
+    assert lines[2] == "| dense (teacher) | 80% | 70% | 0.020 |  |"
+    assert lines[3].startswith(
+        "| `mala` | 20% to 65% (75% of the gap) | 10% to 55% (75% of the gap) | 0.520 to 0.120 (80%"
+    )
+    assert lines[3].endswith("12.2 to 20.0 dB |")
+
+
+def test_only_what_is_measured_has_a_table(measured):
+    assert list(emoji_tables()) == ["emoji-quality", "emoji-students"]
+    measured({0: row("dense", "shipped", 0.8, 0.02)})
+    assert list(emoji_tables()) == ["emoji-quality"]
