@@ -123,9 +123,9 @@ def _shown(key_mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 def _agent(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) -> torch.Tensor:
     assert isinstance(call.pattern, Agent)
-    agents = pool_queries(q, call.pattern, call.layout)
+    agents, there = pool_queries(q, call.pattern, call.layout, call.key_mask)
     gather = _softmax(_products(agents, k) * call.scale, _shown(call.key_mask, k))
-    return (_products(q[:, rows], agents) * call.scale).softmax(-1) @ gather
+    return _softmax(_products(q[:, rows], agents) * call.scale, _shown(there, agents)) @ gather
 
 
 def _linear(

@@ -86,7 +86,7 @@ def attention(
         layout: Where the tokens sit: prefix, grid, suffix.
         scale: Factor on the logits, D**-0.5 if None. It gets no gradient: a learned one belongs into q.
         key_mask: bool [B, S], True where a key may be attended (padded prompts); None means all. What it hides takes
-            no part in the choices of routed patterns either.
+            no part in the choices of routed patterns and in the means of agents, linear forms and pooled keys either.
         rpb: Relative position bias of a neighborhood pattern: [H, 2 * window - 1 per axis], indexed by key
             position minus query position plus window - 1, in steps of the dilation.
         pool_weight: Weights of the tokens in a pooled key or value of a clear pattern with pool: [pool per axis],

@@ -42,7 +42,8 @@ def agent_attention(
     """Agent attention (Han et al. 2024, equation 4) with what its backbones add to it (section 3.3).
 
     out = softmax(scale q A^T + read_bias) [softmax(scale A k^T + gather_bias) v] + convolution(v), where the
-    agents A are the grid's queries after adaptive average pooling.
+    agents A are the grid's queries after adaptive average pooling. Tokens that `key_mask` hides are in no average, and
+    an agent of whose cell it hides every token is not there.
 
     Args:
         q: Queries [B, S, H, D].
@@ -57,18 +58,19 @@ def agent_attention(
         convolution: Depthwise convolution of v's grid tokens, added to theirs; needs Hkv = H.
 
     Returns:
-        [B, S, H, D]. A sample without any visible key gives zeros (and the convolution).
+        [B, S, H, D]. A sample without any visible token in the grid has no agents and gives zeros (and the
+        convolution).
     """
-    agents = pool_queries(q, pattern, layout)
+    agents, agent_mask = pool_queries(q, pattern, layout, key_mask)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     # Torch's attention is as fast or faster, but for masked keys without gradients (docs/gpu-notes.md).
     pays = key_mask is not None and gather_bias is None and read_bias is None and not torch.is_grad_enabled()
     if pays and on_gpu(q).ok:
         from visattn.kernels.triton.agent.attention import agent_attention as fused_attention
 
-        out = fused_attention(q, agents, k, v, key_mask, scale, through_agents)
+        out = fused_attention(q, agents, k, v, key_mask, agent_mask, scale, through_agents)
     else:
-        out = through_agents(q, agents, k, v, key_mask, scale, gather_bias, read_bias)
+        out = through_agents(q, agents, k, v, key_mask, agent_mask, scale, gather_bias, read_bias)
     if convolution is None:
         return out
     return out + _local(v, layout, convolution)
@@ -80,33 +82,68 @@ def through_agents(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
+    agent_mask: torch.Tensor | None,
     scale: float,
     gather_bias: torch.Tensor | None = None,
     read_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Two dense attentions: agents [B, n, H, D] gather from all keys, queries read from the agents."""
-    heads_first = [t.transpose(1, 2) for t in (q, k, v, agents)]
-    mask, alive = gather_bias, None
-    if key_mask is not None:
-        alive = key_mask.any(1)[:, None, None, None]
-        # A sample without keys attends to all and is blanked: no row of the softmax is empty.
-        mask = key_mask[:, None, None, :] | ~alive
-        if gather_bias is not None:
-            mask = gather_bias.masked_fill(~mask, float("-inf"))
-    gathered = _attend(heads_first[3], heads_first[1], heads_first[2], mask, scale)
-    if alive is not None:
-        gathered = gathered.masked_fill(~alive, 0.0)
-    return _attend(heads_first[0], heads_first[3], gathered, read_bias, scale).transpose(1, 2)
+    """Two dense attentions: agents [B, n, H, D] gather from the keys, queries read from the agents.
+
+    The masks, bool [B, S] and [B, n], say which keys and which agents there are; None means all.
+    """
+    q, agents, k, v = (t.transpose(1, 2) for t in (q, agents, k, v))
+    gather, alive = _mask(key_mask, gather_bias)
+    read, some = _mask(agent_mask, read_bias)
+    gathered = _attend(agents, k, v, gather, scale)
+    for there in (alive, some):
+        gathered = gathered if there is None else gathered.masked_fill(~there, 0.0)
+    return _attend(q, agents, gathered, read, scale).transpose(1, 2)
 
 
-def pool_queries(q: torch.Tensor, pattern: Agent, layout: Layout) -> torch.Tensor:
-    """The agents: adaptive averages of the grid's queries [B, S, H, D] -> [B, agents, H, D]."""
+def _mask(shown: torch.Tensor | None, bias: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A mask of keys [B, n] and a bias as one, and which samples [B, 1, 1, 1] have a key at all.
+
+    A sample without keys attends to all and is to be blanked: no row of the softmax is empty.
+    """
+    if shown is None:
+        return bias, None
+    alive = shown.any(1)[:, None, None, None]
+    mask = shown[:, None, None, :] | ~alive
+    return mask if bias is None else bias.masked_fill(~mask, float("-inf")), alive
+
+
+def pool_queries(
+    q: torch.Tensor, pattern: Agent, layout: Layout, key_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The agents: adaptive averages of the grid's queries.
+
+    Args:
+        q: Queries [B, S, H, D].
+        pattern: Agents per axis.
+        layout: Where the tokens sit.
+        key_mask: bool [B, S], False for tokens that are in no average; None means that all are.
+
+    Returns:
+        [B, agents, H, D], and which of them average any token: bool [B, agents], None without a key mask.
+    """
+    shape = pattern.shape(layout.grid)
+    if key_mask is None:
+        return _pooled(_channels_first(q, layout), shape).unflatten(2, q.shape[2:]), None
+    shown = key_mask[:, :, None, None]
+    agents = _pooled(_channels_first(q.masked_fill(~shown, 0.0), layout), shape)
+    # In float32 at least: the share of a few tokens among many is small.
+    share = _pooled(_channels_first(shown.to(torch.promote_types(q.dtype, torch.float32)), layout), shape)
+    there = share > 0
+    agents = (agents / share.masked_fill(~there, 1.0)).to(q.dtype)
+    return agents.unflatten(2, q.shape[2:]), there[:, :, 0]
+
+
+def _pooled(grid: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Adaptive averages [B, C, *grid] -> [B, agents, C]."""
     pool = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
-    inner = _channels_first(q, layout)
     # The 1-D form takes a number, the others one number per axis.
-    shape = list(pattern.shape(layout.grid))
-    agents = pool[layout.dims - 1](inner, shape if layout.dims > 1 else shape[0])  # type: ignore[arg-type]
-    return agents.flatten(2).transpose(1, 2).unflatten(2, q.shape[2:])
+    sides = list(shape) if len(shape) > 1 else shape[0]
+    return pool[len(shape) - 1](grid, sides).flatten(2).transpose(1, 2)  # type: ignore[arg-type]
 
 
 def _channels_first(x: torch.Tensor, layout: Layout) -> torch.Tensor:

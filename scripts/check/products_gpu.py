@@ -123,7 +123,7 @@ def agent_case(dtype: str, dim: int, agents: int, masked: bool) -> bool:
     shapes = ((3001, 4), (agents, 4), (3001, 2), (3001, 2))
     inputs = [random(2, *shape, dim, seed=i, dtype=DTYPES[dtype]) for i, shape in enumerate(shapes)]
     mask = some(3001) if masked else None
-    ours = lambda q, agents, k, v: agent_attention(q, agents, k, v, mask, dim**-0.5, through_agents)  # noqa: E731
+    ours = lambda q, agents, k, v: agent_attention(q, agents, k, v, mask, None, dim**-0.5, through_agents)  # noqa: E731
     truth = lambda q, agents, k, v: agent_form(q, agents, k, v, mask, dim**-0.5)  # noqa: E731
     return check(f"agent {dtype} D {dim}, {agents} agents{', mask' * masked}", ours, truth, inputs, dtype)
 
@@ -150,30 +150,30 @@ def agent_times(side: int, agents: int) -> dict[str, Any]:
     """Pooling, both halves and the whole by our kernels and by torch's attention."""
     pattern, layout = Agent(agents=(agents, agents)), Layout((side, side))
     q, k, v = (random(1, side * side, HEADS, DIM, seed=i, dtype=torch.bfloat16) for i in range(3))
-    pooled = pool_queries(q, pattern, layout)
+    pooled, _ = pool_queries(q, pattern, layout)
     scale = DIM**-0.5
-    found: dict[str, Any] = {"pool": forward_and_backward(lambda t: pool_queries(t, pattern, layout), [q])}
+    found: dict[str, Any] = {"pool": forward_and_backward(lambda t: pool_queries(t, pattern, layout)[0], [q])}
     found["triton"] = forward_and_backward(
-        lambda q, agents, k, v: agent_attention(q, agents, k, v, None, scale, through_agents), [q, pooled, k, v]
+        lambda q, agents, k, v: agent_attention(q, agents, k, v, None, None, scale, through_agents), [q, pooled, k, v]
     )
     mask = torch.ones(1, side * side, dtype=torch.bool, device="cuda")
     found["triton, mask"] = forward_and_backward(
-        lambda q, agents, k, v: agent_attention(q, agents, k, v, mask, scale, through_agents), [q, pooled, k, v]
+        lambda q, agents, k, v: agent_attention(q, agents, k, v, mask, None, scale, through_agents), [q, pooled, k, v]
     )
     found["sdpa, mask"] = forward_and_backward(
-        lambda q, agents, k, v: through_agents(q, agents, k, v, mask, scale), [q, pooled, k, v]
+        lambda q, agents, k, v: through_agents(q, agents, k, v, mask, None, scale), [q, pooled, k, v]
     )
     kinds = {"sdpa": None, "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     for name, kind in kinds.items():
         try:
             if kind is None:
                 found[name] = forward_and_backward(
-                    lambda q, agents, k, v: through_agents(q, agents, k, v, None, scale), [q, pooled, k, v]
+                    lambda q, agents, k, v: through_agents(q, agents, k, v, None, None, scale), [q, pooled, k, v]
                 )
                 continue
             with sdpa_kernel(kind):
                 found[name] = forward_and_backward(
-                    lambda q, agents, k, v: through_agents(q, agents, k, v, None, scale), [q, pooled, k, v]
+                    lambda q, agents, k, v: through_agents(q, agents, k, v, None, None, scale), [q, pooled, k, v]
                 )
                 found[f"{name} gather"] = forward_and_backward(half, [pooled, k, v])
                 found[f"{name} read"] = forward_and_backward(half, [q, pooled, pooled])

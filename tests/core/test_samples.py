@@ -68,3 +68,17 @@ def test_a_batch_is_its_samples(call):
         for own, other, tensor in zip(found, truth, inputs, strict=True):
             assert own.dtype == tensor.dtype and own.isfinite().all()
             assert (own - other).norm() <= 2 * tolerance * other.norm().clamp(min=1.0)
+
+
+@settings(deadline=None, max_examples=80)
+@given(calls())
+def test_what_a_key_mask_hides_changes_nothing_elsewhere(call):
+    """Neither as a key nor in what a pattern makes of all queries and keys: routes, agents, means, sums."""
+    pattern, layout, backend, inputs, mask, _, _ = call
+    if mask is None or not len(mask):
+        mask = torch.arange(layout.length).expand(len(inputs[0]), -1) % 3 != 1
+    other = [torch.where(mask[:, :, None, None], t, 9 * t.flip(1) + 5) for t in inputs]
+    out, changed = (
+        visattn.attention(*tensors, pattern, layout, backend=backend, key_mask=mask) for tensors in (inputs, other)
+    )
+    assert torch.allclose(out[mask], changed[mask], atol=1e-6, rtol=1e-5)

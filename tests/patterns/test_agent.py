@@ -17,26 +17,31 @@ from visattn.layout import Layout
 from visattn.patterns import Agent
 
 
-def averages(q, grid, shape):
-    """Adaptive average pooling by its definition: cell a of n tokens in r is [a n // r, ceil((a + 1) n / r))."""
+def averages(q, grid, shape, shown):
+    """Adaptive average pooling by its definition: cell a of n tokens in r is [a n // r, ceil((a + 1) n / r)).
+
+    Of the tokens shown [B, N]; also which cells [B, n] show any.
+    """
     index = torch.arange(math.prod(grid)).view(grid)
     share = torch.zeros(math.prod(shape), math.prod(grid), dtype=q.dtype)
     for row, cell in zip(share, itertools.product(*map(range, shape)), strict=True):
         box = tuple(slice(a * n // r, -(-(a + 1) * n // r)) for a, n, r in zip(cell, grid, shape, strict=True))
-        row[index[box].flatten()] = 1 / index[box].numel()
-    return torch.einsum("an,bnhd->bahd", share, q)
+        row[index[box].flatten()] = 1
+    share = share * shown[:, None]
+    total = share.sum(-1, keepdim=True)
+    return torch.einsum("ban,bnhd->bahd", share / total.clamp(min=1), q), total[..., 0] > 0
 
 
 def slow_agent(q, k, v, layout, shape, key_mask=None, gather_bias=None, read_bias=None):
     """Two masked dense attentions."""
     k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
-    agents = averages(q[:, layout.prefix : layout.prefix + layout.tokens], layout.grid, shape)
-    seen = torch.ones(len(q), agents.shape[1], q.shape[1], dtype=torch.bool)
-    if key_mask is not None:
-        seen &= key_mask[:, None]
+    shown = torch.ones(q.shape[:2], dtype=torch.bool) if key_mask is None else key_mask
+    inner = slice(layout.prefix, layout.prefix + layout.tokens)
+    agents, there = averages(q[:, inner], layout.grid, shape, shown[:, inner])
+    seen = shown[:, None].expand(-1, agents.shape[1], -1)
     gathered = dense_attention(agents, k, v, seen, q.shape[3] ** -0.5, gather_bias)
     return dense_attention(
-        q, agents, gathered, torch.ones(q.shape[1], agents.shape[1], dtype=torch.bool), q.shape[3] ** -0.5, read_bias
+        q, agents, gathered, there[:, None].expand(-1, q.shape[1], -1), q.shape[3] ** -0.5, read_bias
     )
 
 
@@ -51,8 +56,12 @@ def test_equals_two_dense_attentions(data):
     q, k, v = qkv(layout, 4, data.draw(st.sampled_from([1, 2, 4])), 6, batch=2, grad=True)
     key_mask = None
     if data.draw(st.booleans()):
-        key_mask = torch.rand(2, layout.length, generator=torch.Generator().manual_seed(5)) < 0.6
+        share = data.draw(st.sampled_from([0.1, 0.6]))
+        key_mask = torch.rand(2, layout.length, generator=torch.Generator().manual_seed(5)) < share
         key_mask[1] = False
+        if data.draw(st.booleans()):
+            # Keys without agents: no token of the grid is left.
+            key_mask[1, : layout.prefix] = True
     out = visattn.attention(q, k, v, pattern, layout, key_mask=key_mask)
     truth = slow_agent(q, k, v, layout, shape, key_mask)
     assert out.isfinite().all() and (out - truth).abs().max() < 1e-10
@@ -61,10 +70,26 @@ def test_equals_two_dense_attentions(data):
     assert str(parse(str(pattern))) == str(pattern)
 
 
+def test_padding_is_as_if_it_were_not_there():
+    whole, real = Layout((6, 8)), Layout((6, 4))
+    q, k, v = qkv(whole, 2, dim=6, batch=2)
+    shown = (torch.arange(48) % 8 < 4).expand(2, -1)
+    cut = [t[shown].unflatten(0, (2, 24)) for t in (q, k, v)]
+    out = visattn.attention(q, k, v, "agent(agents=3x4)", whole, key_mask=shown)
+    alone = visattn.attention(*cut, "agent(agents=3x2)", real)
+    assert (out[shown].unflatten(0, (2, 24)) - alone).abs().max() < 1e-12
+    seen = torch.ones_like(shown)
+    assert torch.allclose(
+        visattn.attention(q, k, v, "agent(agents=3x4)", whole, key_mask=seen),
+        visattn.attention(q, k, v, "agent(agents=3x4)", whole),
+        atol=1e-12,
+    )
+
+
 def test_one_agent_per_token_reads_its_own_attention():
     layout = Layout((3, 4))
     q = qkv(layout)[0]
-    assert (pool_queries(q, Agent(-1), layout) - q).abs().max() < 1e-12
+    assert (pool_queries(q, Agent(-1), layout)[0] - q).abs().max() < 1e-12
     assert str(Agent((7, 7))) == "agent(agents=7x7)"
 
 

@@ -17,7 +17,8 @@ class Agent(ComposedPattern):
     Source: Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention" (ECCV 2024),
     section 3.2, equation 4. No token sees a token directly, so there is no mask and no tile plan; the backend
     "agent" runs it. Dense tokens are queries and keys of both attentions and no agents (as the class token of
-    Agent-DeiT). `visattn.kernels.agent.attention.agent_attention` adds the biases and the convolution of the backbones.
+    Agent-DeiT). A token that a key mask hides is in no average, and an agent of hidden tokens only is none.
+    `visattn.kernels.agent.attention.agent_attention` adds the biases and the convolution of the backbones.
 
     Attributes:
         agents: Agents per axis (adaptive average pooling); -1 is one per token.

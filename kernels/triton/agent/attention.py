@@ -52,7 +52,8 @@ class Setting(NamedTuple):
     Attributes:
         scale: Factor on both logits.
         tf32: Whether float32 products may round their factors to tf32.
-        again: The same attention of (q, agents, k, v, key mask, scale) in torch, which the backward differentiates.
+        again: The same attention of (q, agents, k, v, key mask, agent mask, scale) in torch, which the backward
+            differentiates.
     """
 
     scale: float
@@ -128,29 +129,30 @@ class AgentAttention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         key_mask: torch.Tensor | None,
+        agent_mask: torch.Tensor | None,
         setting: Setting,
     ) -> torch.Tensor:
         """Gather in splits, combine, read."""
-        ctx.save_for_backward(q, agents, k, v, key_mask)
+        ctx.save_for_backward(q, agents, k, v, key_mask, agent_mask)
         ctx.setting = setting
         if not q.numel():
             return q.new_empty(q.shape)
-        bits = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+        shown, there = (None if t is None else t.contiguous().view(torch.uint8) for t in (key_mask, agent_mask))
         launch, scale, tf32 = launch_of(q.dtype, q.shape[3]), setting.scale, setting.tf32
         with start.on(q.device):
-            given = run_arguments(agents, k, v, bits, scale, tf32, True, launch)
+            given = run_arguments(agents, k, v, shown, scale, tf32, True, launch)
             _run(given, launch)
             merge = combine_arguments(given)
             programs = q.shape[0] * q.shape[2] * -(-given["queries"] // COMBINED)
             start.launch(combine, (programs,), merge, 4, 1)
-            return _run(run_arguments(q, agents, merge["out"], None, scale, tf32, False, launch), launch)
+            return _run(run_arguments(q, agents, merge["out"], there, scale, tf32, False, launch), launch)
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, agents, k and v."""
-        *inputs, key_mask = ctx.saved_tensors
-        again = by_autograd(lambda *tokens: ctx.setting.again(*tokens, key_mask, ctx.setting.scale))
-        return *again(inputs, (grad_out,)), None, None
+        *inputs, key_mask, agent_mask = ctx.saved_tensors
+        again = by_autograd(lambda *tokens: ctx.setting.again(*tokens, key_mask, agent_mask, ctx.setting.scale))
+        return *again(inputs, (grad_out,)), None, None, None
 
 
 def agent_attention(
@@ -159,6 +161,7 @@ def agent_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
+    agent_mask: torch.Tensor | None,
     scale: float,
     again: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
@@ -170,11 +173,12 @@ def agent_attention(
         k: Keys [B, S, Hkv, D].
         v: Values [B, S, Hkv, D].
         key_mask: bool [B, S], True where a key may be attended, or None.
+        agent_mask: bool [B, n], True for agents that exist, or None.
         scale: Factor on both logits.
         again: See `Setting`.
 
     Returns:
-        [B, S, H, D]. A sample without any visible key gives zeros.
+        [B, S, H, D]. A sample without any visible key or any agent gives zeros.
     """
     q, agents, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, agents, k, v))
     dtype = q.dtype
@@ -182,4 +186,4 @@ def agent_attention(
         # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
         q, agents, k, v = (t.float() for t in (q, agents, k, v))
     setting = Setting(scale, bool(torch.backends.cuda.matmul.allow_tf32), again)
-    return AgentAttention.apply(q, agents, k, v, key_mask, setting).to(dtype)
+    return AgentAttention.apply(q, agents, k, v, key_mask, agent_mask, setting).to(dtype)

@@ -9,19 +9,21 @@ from visattn.kernels.agent.attention import through_agents
 from visattn.kernels.triton.agent.attention import agent_attention
 
 
-def formula(q, agents, k, v, mask, scale):
-    """All pairs, weights that are nan (no key) as 0."""
+def formula(q, agents, k, v, mask, scale, there=None):
+    """All pairs, weights that are nan (no key, no agent) as 0."""
     k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", agents, k) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
     gathered = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1).nan_to_num(), v)
-    weights = (torch.einsum("bihd,bjhd->bhij", q, agents) * scale).softmax(-1)
-    return torch.einsum("bhij,bjhd->bihd", weights, gathered)
+    reads = torch.einsum("bihd,bjhd->bhij", q, agents) * scale
+    if there is not None:
+        reads = reads.masked_fill(~there[:, None, None], float("-inf"))
+    return torch.einsum("bhij,bjhd->bihd", reads.softmax(-1).nan_to_num(), gathered)
 
 
-def fused(q, agents, k, v, mask, scale):
-    return agent_attention(q, agents, k, v, mask, scale, through_agents)
+def fused(q, agents, k, v, mask, scale, there=None):
+    return agent_attention(q, agents, k, v, mask, there, scale, through_agents)
 
 
 def tensors(tokens, agents, heads=1, kv_heads=1, dim=16, batch=1, masked=False):
@@ -31,16 +33,16 @@ def tensors(tokens, agents, heads=1, kv_heads=1, dim=16, batch=1, masked=False):
     return inputs, torch.rand((batch, tokens), generator=made) > 0.4 if masked else None
 
 
-def results(run, inputs, mask, scale):
+def results(run, inputs, mask, scale, there):
     leaves = [t.detach().requires_grad_() for t in inputs]
-    out = run(*leaves, mask, scale)
+    out = run(*leaves, mask, scale, there)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return [out, *torch.autograd.grad((out.double() * weight).sum(), leaves)]
 
 
-def compare(inputs, mask, scale=0.3, limit=1e-5):
-    ours = results(fused, inputs, mask, scale)
-    truth = results(formula, [t.double() for t in inputs], mask, scale)
+def compare(inputs, mask, scale=0.3, limit=1e-5, there=None):
+    ours = results(fused, inputs, mask, scale, there)
+    truth = results(formula, [t.double() for t in inputs], mask, scale, there)
     for name, a, b in zip(("out", "dq", "dagents", "dk", "dv"), ours, truth, strict=True):
         assert a.shape == b.shape and a.isfinite().all(), name
         error = (a.double() - b).norm() / b.norm().clamp(min=0.1)
@@ -81,6 +83,14 @@ def test_samples_without_keys_give_zeros():
         out = fused(*inputs, mask, 0.3)
     torch.testing.assert_close(out.double(), formula(*(t.double() for t in inputs), mask, 0.3), rtol=1e-5, atol=1e-6)
     assert (out[1] == 0).all() and (out[0] != 0).any()
+
+
+def test_agents_that_do_not_exist_are_not_read():
+    inputs, mask = tensors(40, 70, batch=3, masked=True)
+    there = torch.rand(3, 70, generator=torch.Generator().manual_seed(2)) > 0.5
+    there[0, :32], there[2] = False, False
+    out, *_ = compare(inputs, mask, there=there)
+    assert (out[2] == 0).all() and (out[:2] != 0).any()
 
 
 def test_a_split_without_keys_counts_nothing():

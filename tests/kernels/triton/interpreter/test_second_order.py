@@ -55,6 +55,7 @@ def test_linear(feature):
 def test_agents():
     inputs, mask = tensors(Layout(20), heads=2, dim=16, batch=2, masked=True)
     agents = inputs[0][:, :5] + 1
+    there = torch.tensor([[True] * 5, [True, False, True, True, False]])
 
     def run(attend):
         def of(q, agents, k, v):
@@ -65,6 +66,6 @@ def test_agents():
 
     q, k, v = inputs
     compare(
-        second(run(lambda *t: agent_attention(*t, mask, 0.3, through_agents)), (q, agents, k, v)),
-        second(run(lambda *t: through_agents(*t, mask, 0.3)), [t.double() for t in (q, agents, k, v)]),
+        second(run(lambda *t: agent_attention(*t, mask, there, 0.3, through_agents)), (q, agents, k, v)),
+        second(run(lambda *t: through_agents(*t, mask, there, 0.3)), [t.double() for t in (q, agents, k, v)]),
     )
