@@ -142,7 +142,7 @@ def _pooled(grid: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Adaptive averages [B, C, *grid] -> [B, agents, C]."""
     pool = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
     # The 1-D form takes a number, the others one number per axis.
-    sides = list(shape) if len(shape) > 1 else shape[0]
+    sides = shape[0] if len(shape) == 1 else list(shape)
     return pool[len(shape) - 1](grid, sides).flatten(2).transpose(1, 2)  # type: ignore[arg-type]
 
 
