@@ -97,7 +97,8 @@ def measure(shape: Shape, pattern: str, mode: str) -> dict[str, Any]:
     def sparse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention(q, k, v, pattern, layout, backend="triton")
 
-    problem = Problem.of(*given, Call(parse(pattern), layout, shape.dim**-0.5))
+    q, k, v = given
+    problem = Problem.of(q, k, v, Call(parse(pattern), layout, shape.dim**-0.5))
     found = crossing(replace(problem, mode=mode))
     assert found is not None
     runs = {"dense": in_mode(dense, given, mode), "sparse": in_mode(sparse, given, mode)}
