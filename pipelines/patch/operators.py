@@ -44,7 +44,8 @@ def patched_attention(
     mode = mode_of(q.device, compiled=True)
     kind = owner.key(q, k, v, scale, False, mode) if mask is None and not parameters else None
     if kind is not None:
-        found = owner.attend_alike(kind, (q, k, v), scale, None, False, functools.partial(owner.stock, call))
+        stock = functools.partial(owner.stock.unmasked, q, k, v, scale, grouped)
+        found = owner.attend_alike(kind, (q, k, v), scale, None, False, stock)
         if found is not None:
             return found[0].contiguous(), owner.encoded(found[1])
     given = {n: t.detach().to(q.device) for n, t in zip(owner.parameters, parameters, strict=True)}

@@ -89,7 +89,7 @@ def measure(shape: Shape, pattern: str, mode: str) -> dict[str, Any]:
     """Estimated and measured times of one case, and whether the choice holds."""
     layout = Layout((shape.side, shape.side))
     of = (shape.batch, layout.length, shape.heads, shape.dim)
-    q, k, v = given = [torch.randn(of, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    given = [torch.randn(of, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
 
     def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -97,6 +97,7 @@ def measure(shape: Shape, pattern: str, mode: str) -> dict[str, Any]:
     def sparse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention(q, k, v, pattern, layout, backend="triton")
 
+    q, k, v = given
     problem = Problem.of(q, k, v, Call(parse(pattern), layout, shape.dim**-0.5))
     found = crossing(replace(problem, mode=mode))
     assert found is not None
