@@ -80,9 +80,13 @@ class Training:
         pack: The data, on the device of the training.
         resume: Folder with a checkpoint to go on from, or an exported pipeline to start anew from.
         compiled: Whether to compile the blocks.
+        cudnn: Whether cuDNN computes the attention of large pictures on a GPU.
     """
 
-    def __init__(self, config: Config, pack: Pack, resume: Path | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self, config: Config, pack: Pack, resume: Path | None = None, compiled: bool = False, cudnn: bool = False
+    ) -> None:
+        self.cudnn = cudnn
         self.config, self.pack, self.device = config, pack, pack.pixels.device
         self.weights = pack.weights(TRAIN).to(self.device)
         self.model = config.model().to(self.device)
@@ -117,10 +121,10 @@ class Training:
         seed = (config.seed * 1_000_003 + progress.step) * 64 + self.rank
         batch = draw(self.pack, self.weights, side, config.batch(side), config, seed)
         if self.device.type == "cuda":
-            # cuDNN takes two thirds of flash attention's time, but at 64 pixels ([928, 3, 288, 64], bfloat16) its
-            # backward is an illegal memory access on an H100 with torch 2.11.
-            torch.backends.cuda.enable_cudnn_sdp(side >= CUDNN_FROM)
-            torch.backends.cuda.enable_flash_sdp(side < CUDNN_FROM)
+            # At 64 pixels ([928, 3, 288, 64], bfloat16) cuDNN's backward is an illegal memory access with torch 2.11.
+            cudnn = self.cudnn and side >= CUDNN_FROM
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            torch.backends.cuda.enable_flash_sdp(not cudnn)
         loss = self._gradients(batch)
         self._reduce()
         self.guard()
@@ -331,6 +335,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="compile the blocks: 2.2 times as fast on an H200")
+    parser.add_argument("--cudnn", action="store_true", help="attention by cuDNN: two thirds of flash attention's time")
     parser.add_argument("--export-only", action="store_true", help="make a pipeline of the averaged weights in --out")
     return parser.parse_args(arguments)
 
@@ -365,7 +370,7 @@ def train(options: argparse.Namespace, started: float) -> list[dict[str, Any]]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     options.out.mkdir(parents=True, exist_ok=True)
     pack = load_pack(options.data, device, options.data_side)
-    training = Training(config, pack, options.resume, options.compile)
+    training = Training(config, pack, options.resume, options.compile, options.cudnn)
     try:
         return run(training, options.out, options.seconds, started, lambda line: print(line, flush=True))
     finally:
