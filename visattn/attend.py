@@ -14,11 +14,9 @@ from visattn.autocast import as_sdpa_casts
 from visattn.checks import check_call, check_fit, check_tensors, factor, merged
 from visattn.crossing import crossing
 from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose, run_call
-from visattn.keep import STORE
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.plans import plan
-from visattn.prepare import key_of
 
 
 @overload
@@ -116,11 +114,10 @@ def attention(
     """
     key = None
     if parameters is None and pool_weight is None:
-        key = key_of(q, k, v, pattern, layout, scale, key_mask, rpb, backend, return_lse)
-        prepared = None if key is None else STORE.find(key)
+        key, prepared = prepare.find(q, k, v, pattern, layout, scale, key_mask, rpb, backend, return_lse)
         if prepared is not None:
-            out, lse = prepared.value(q, k, v, key_mask, rpb)
-            return (out, lse) if return_lse else out
+            out, lse = prepared(q, k, v, key_mask, rpb)
+            return (out, lse) if return_lse else out  # pyright: ignore[reportReturnType]
     check_tensors(q, k, v, layout)
     scale = factor(scale, q.shape[3])
     q, k, v = as_sdpa_casts(q, k, v)

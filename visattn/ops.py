@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from visattn.checks import check_call
-from visattn.dispatch import Call, run_call
+from visattn.dispatch import Call
 from visattn.keep import stands_in, untraced
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
+from visattn.prepare import run_like
 
 
 def without_values(q: torch.Tensor) -> bool:
@@ -63,6 +65,12 @@ def _text(pattern: Pattern | str) -> str:
     return text
 
 
+@lru_cache(maxsize=1024)
+def _layout(grid: tuple[int, ...], prefix: int, suffix: int) -> Layout:
+    """The layout that an operator's numbers stand for."""
+    return Layout(grid, prefix, suffix)
+
+
 def _named(names: str, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Parameters by name, from names with commas: operators take no lists of texts."""
     return dict(zip(names.split(","), parameters, strict=True)) if names else {}
@@ -90,8 +98,9 @@ def _attend(
     backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    call = Call(parse(pattern), Layout(grid, prefix, suffix), scale, key_mask, rpb, lse, _named(names, parameters))
-    return detached(*run_call(q, k, v, call, backend), call)
+    where = parse(pattern), _layout(tuple(grid), prefix, suffix)
+    call = Call(*where, scale, key_mask, rpb, lse, _named(names, parameters))
+    return detached(*run_like(q, k, v, call, backend), call)
 
 
 def detached(out: torch.Tensor, lse: torch.Tensor | None, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,7 +158,8 @@ def _attend_backward(
     backend: str,
     lse: bool,
 ) -> list[torch.Tensor]:
-    call = Call(parse(pattern), Layout(grid, prefix, suffix), scale, key_mask, rpb, lse, _named(names, parameters))
+    where = parse(pattern), _layout(tuple(grid), prefix, suffix)
+    call = Call(*where, scale, key_mask, rpb, lse, _named(names, parameters))
     return recompute_gradients(grad_out, grad_lse, q, k, v, call, backend)
 
 
@@ -188,7 +198,7 @@ def recompute_gradients(
         rpb = None if call.rpb is None else gradient_leaf(call.rpb, graph)
         parameters = {name: gradient_leaf(t, graph) for name, t in call.parameters.items()}
         own = replace(call, rpb=rpb, parameters=parameters)
-        out, lse = run_call(leaves[0], leaves[1], leaves[2], own, backend)
+        out, lse = run_like(leaves[0], leaves[1], leaves[2], own, backend)
         outputs, grads = [out], [grad_out]
         if call.lse and lse is not None:
             outputs.append(lse)

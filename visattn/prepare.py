@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from visattn.dispatch import Call, Problem, choose, run_call
+from visattn.dispatch import Call, Prepared, Problem, choose, run_call
 from visattn.keep import CALL_BYTES, STORE
 from visattn.patterns.kinds import PooledPattern
 from visattn.registry import REGISTRY
@@ -20,7 +20,7 @@ NUMBERS = frozenset((type(None), float, int))
 _library: Any = torch._C
 
 
-def key_of(
+def find(
     q: Any,
     k: Any,
     v: Any,
@@ -31,11 +31,12 @@ def key_of(
     rpb: Any,
     backend: Any,
     lse: Any,
-) -> Hashable | None:
-    """Everything that decides how a call runs but the values of its tensors, None for calls that nothing is kept of.
+) -> tuple[Hashable | None, Prepared | None]:
+    """The key of a call, None if nothing is kept of it, and what ran the last one with that key.
 
-    Nothing is checked: a key is found again if a call with the same one has passed all checks. Nothing is kept of what
-    tracers, modes and transforms see, under autocast, and of tensors that are not torch's own.
+    A key is everything that decides how a call runs but the values of its tensors. Nothing is checked here: what is
+    found has passed all checks. Nothing is kept of what tracers, modes and transforms see, and of tensors that are not
+    torch's own.
     """
     if (
         torch.compiler.is_compiling()
@@ -44,28 +45,29 @@ def key_of(
         or _library._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     ):
-        return None
+        return None, None
     try:
         device = q.device
         if (
             type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN or type(scale) not in NUMBERS
-            or torch.is_autocast_enabled(device.type)
         ):  # fmt: skip
-            return None
+            return None, None
+        kind = device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         others: Hashable = None
         learns = q.requires_grad or k.requires_grad or v.requires_grad
         if key_mask is not None or rpb is not None:
             others = _about(key_mask), _about(rpb)
             learns = learns or (rpb is not None and rpb.requires_grad)
         key = (
-            key_of, pattern, layout, scale, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype,
-            k.dtype, v.dtype, device, k.device, v.device, others, backend, lse, learns and torch.is_grad_enabled(),
-            _library._get_cublas_allow_tf32(), REGISTRY.version,
+            find, pattern, layout, scale, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype,
+            k.dtype, v.dtype, device, k.device, v.device, others, cast, backend, lse,
+            learns and torch.is_grad_enabled(), _library._get_cublas_allow_tf32(), REGISTRY.version,
         )  # fmt: skip
-        hash(key)
+        entry = STORE.find(key)
     except (AttributeError, TypeError, RuntimeError):
-        return None
-    return key
+        return None, None
+    return key, None if entry is None else entry.value
 
 
 def _about(tensor: Any) -> Hashable:
@@ -78,10 +80,51 @@ def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str, key: Hashable | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a checked call, and keep what runs others with this key."""
-    if key is None or call.parameters or not q.shape[0] or isinstance(call.pattern, PooledPattern):
+    pattern = call.pattern
+    pools = isinstance(pattern, PooledPattern) and pattern.pool_shape(call.layout.grid) is not None
+    if key is None or call.parameters or not q.shape[0] or pools:
         return run_call(q, k, v, call, backend)
     chosen = choose(Problem.of(q, k, v, call), backend)
     prepared = chosen.prepare(q, k, v, call, lambda: STORE.weigh(key))
+    if torch.is_autocast_enabled(q.device.type):
+        prepared = _Cast(prepared, q.dtype, q.device.type)
     # Kept first: what it comes to hold is counted there.
     STORE.put(key, prepared, CALL_BYTES)
     return prepared(q, k, v, call.key_mask, call.rpb)
+
+
+class _Cast:
+    """A call under autocast: in its dtype, and without autocast inside, see `visattn.autocast`."""
+
+    def __init__(self, prepared: Prepared, dtype: torch.dtype, device: str) -> None:
+        self.prepared, self._dtype, self._device = prepared, dtype, device
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        rpb: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        dtype = self._dtype
+        q, k, v = (t if t.dtype == dtype else t.to(dtype) for t in (q, k, v))
+        # Not the context manager, which takes longer than the rest; what it does more is for leaving the outermost one.
+        torch.set_autocast_enabled(self._device, False)
+        try:
+            return self.prepared(q, k, v, key_mask, rpb)
+        finally:
+            torch.set_autocast_enabled(self._device, True)
+
+
+def run_like(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run a checked call as an earlier one like it, if there was any; see `Backend.run`."""
+    key = None
+    if not call.parameters:
+        others = call.key_mask, call.rpb, backend, call.lse
+        key, prepared = find(q, k, v, call.pattern, call.layout, call.scale, *others)
+        if prepared is not None:
+            return prepared(q, k, v, call.key_mask, call.rpb)
+    return run(q, k, v, call, backend, key)

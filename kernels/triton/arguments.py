@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -13,7 +13,7 @@ from visattn.kernels.triton.lists.positions import positions
 from visattn.kernels.triton.lists.program import Program, program
 from visattn.kernels.triton.start import Starts
 from visattn.layout import Layout
-from visattn.patterns import Pattern, RoutedPattern
+from visattn.patterns import Pattern
 from visattn.plans import TilePlan
 
 LOG2E = 1.4426950408889634
@@ -45,10 +45,22 @@ class Work:
 
     def program(self, direction: str, t: Operands) -> Program:
         """The lists that a kernel walks."""
-        if isinstance(self.pattern, RoutedPattern):
-            return t.routed[direction]
+        if t.routed is not None:
+            return t.routed.program(direction)
         by_keys = direction == "key_grad"
         return program(self.plan(direction), by_keys, self.configs[direction].per_step, t.q.device)
+
+
+class Routed(Protocol):
+    """The lists of one call of a routed pattern."""
+
+    def program(self, direction: str) -> Program:
+        """Those that a kernel walks."""
+        ...
+
+    def addresses(self, direction: str) -> list[int]:
+        """Where their bounds, bases and masks are."""
+        ...
 
 
 @dataclass(eq=False)
@@ -70,7 +82,7 @@ class Operands:
         grad_k: Gradient of k, contiguous.
         grad_v: Gradient of v, contiguous.
         taken: Counter of the Hopper kernel's tiles.
-        routed: Lists of a routed pattern by direction.
+        routed: Lists of a routed pattern.
     """
 
     q: torch.Tensor
@@ -87,7 +99,7 @@ class Operands:
     grad_k: torch.Tensor | None = None
     grad_v: torch.Tensor | None = None
     taken: torch.Tensor | None = None
-    routed: dict[str, Program] = field(default_factory=dict)
+    routed: Routed | None = None
 
     def given(self, *names: str) -> dict[str, torch.Tensor]:
         """Those of these that there are."""

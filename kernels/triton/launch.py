@@ -39,8 +39,8 @@ def start_first(direction: str, key: Any, t: Operands, work: Work) -> None:
         work: What calls that are alike share.
     """
     tensors = t.given(*CHANGING[direction])
-    if direction in t.routed:
-        run = t.routed[direction]
+    if t.routed is not None and direction != "delta":
+        run = t.routed.program(direction)
         tensors |= {name: getattr(run, name) for name in LISTS}
     work.starts.first((direction, key), tensors, _first(direction, t, work))
 

@@ -6,22 +6,25 @@ The names of the tensors whose addresses are collected here, and their order, ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from visattn.dispatch import Call
-from visattn.kernels.triton.arguments import Operands, Work
+from visattn.kernels.triton.arguments import Operands, Routed, Work
 from visattn.kernels.triton.config import DIRECTIONS, Config
 from visattn.kernels.triton.hopper.launch import copyable
 from visattn.kernels.triton.launch import run_bias_gradients, start_first
-from visattn.kernels.triton.routes import routed_program
+from visattn.kernels.triton.routes import Listed, routed_program
+from visattn.kernels.triton.routing.router import LARGEST, Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
 from visattn.patterns import RoutedPattern
+from visattn.patterns.routing import Routing
+from visattn.plans import TilePlan
 
 UNALIGNED = ALIGNMENT - 1
-Routed = dict[str, Any]
 
 
 class Kernels:
@@ -52,6 +55,7 @@ class Kernels:
         # Of aligned tensors, which the first ones may not be.
         self._work: Work | None = None
         self._counted = False
+        self._router: Router | None = None
         self._empty = not q.numel()
         self._queries, self._keys = _result(q, q.shape), _result(k, k.shape)
         batch, length, heads, _ = q.shape
@@ -78,7 +82,7 @@ class Kernels:
             key_mask: bool [B, S + extra], contiguous, or None.
             rpb: float32 [H, entries], contiguous, or None.
             want_lse: Whether the log-sum-exp is wanted.
-            routed: Lists of a routed pattern by direction.
+            routed: Lists of a routed pattern.
         """
         shape, strides, dtype, device = self._queries
         out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
@@ -96,11 +100,10 @@ class Kernels:
             if self._counted:
                 addresses.append(self.starts.counter().data_ptr())
             if routed is not None:
-                run = routed["forward"]
-                addresses += [run.bounds.data_ptr(), run.bases.data_ptr(), run.mask_ids.data_ptr()]
+                addresses += routed.addresses("forward")
             start(addresses)
         elif not self._empty:
-            t = Operands(q, k, v, rpb, _bytes(key_mask), out, lse, routed=routed or {})
+            t = Operands(q, k, v, rpb, _bytes(key_mask), out, lse, routed=routed)
             work = self._work_for(t)
             t.taken = self.starts.counter() if work.configs["forward"].hopper else None
             start_first("forward", want_lse, t, work)
@@ -108,16 +111,23 @@ class Kernels:
 
     def lists(self, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, learns: bool) -> Routed:
         """What a routed pattern chooses for q and k, as the lists that the kernels walk."""
-        pattern, routed = self._call.pattern, {}
+        if self._router is not None and key_mask is None:
+            return self._router.choose(q, k)
+        pattern, work = self._call.pattern, self._work_for(Operands(q, k, k))
+        if isinstance(pattern, Routing) and key_mask is None and math.prod(pattern.parts(work.layout.grid)) <= LARGEST:
+            router = Router(q, k, work, self.starts)
+            if aligned((q, k)):
+                self._router = router
+            return router.choose(q, k)
         assert isinstance(pattern, RoutedPattern)
-        work = self._work_for(Operands(q, k, k))
-        routes: dict[Any, torch.Tensor] = {}
+        routes: dict[TilePlan, torch.Tensor] = {}
+        programs = {}
         for direction in DIRECTIONS if learns else ("forward",):
             plan = work.plan(direction)
             if plan not in routes:
                 routes[plan] = pattern.route(q, k, plan, key_mask)
-            routed[direction] = routed_program(plan, direction == "key_grad", routes[plan])
-        return routed
+            programs[direction] = routed_program(plan, direction == "key_grad", routes[plan])
+        return Listed(programs)
 
     def _work_for(self, t: Operands) -> Work:
         """What calls on tensors as aligned as these share: copies of the Hopper kernels take aligned ones only."""
@@ -178,7 +188,7 @@ class Kernels:
         if low & UNALIGNED or sums is None or (wanted[1] and keys is None) or (wanted[0] and queries is None):
             t = Operands(
                 q, k, v, rpb, _bytes(key_mask), out, lse, grad_out, grad_lse, delta, grad_q, grad_k, grad_v,
-                routed=routed or {},
+                routed=routed,
             )  # fmt: skip
             return grad_q, grad_k, grad_v, self._first_backward(t, key, wanted[2])
         addresses = [out.data_ptr(), grad_out.data_ptr(), delta.data_ptr()]
@@ -241,11 +251,8 @@ def _append(addresses: list[int], *tensors: torch.Tensor | None) -> int:
     return low
 
 
-def _lists(routed: Routed | None, direction: str) -> tuple[int, ...]:
-    if routed is None:
-        return ()
-    run = routed[direction]
-    return run.bounds.data_ptr(), run.bases.data_ptr(), run.mask_ids.data_ptr()
+def _lists(routed: Routed | None, direction: str) -> list[int]:
+    return [] if routed is None else routed.addresses(direction)
 
 
 def _bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:

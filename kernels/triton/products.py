@@ -1,4 +1,4 @@
-"""The kernels beside the tile lists (linear and agent attention) on a small problem, as `resources` compiles them."""
+"""The kernels beside the tile lists (linear and agent attention, routing) on a small problem, for `resources`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from typing import Any
 import torch
 
 from visattn.kernels.triton.agent import attention as agent
-from visattn.kernels.triton.config import Config
+from visattn.kernels.triton.arguments import Work
+from visattn.kernels.triton.config import DIRECTIONS, Config, config
 from visattn.kernels.triton.linear import attention as linear
+from visattn.kernels.triton.routing.router import CHANNELS, ROWS, Router
+from visattn.kernels.triton.start import Starts
+from visattn.layout import Layout
+from visattn.patterns.routing import Routing
 
 # A kernel, its arguments, and its launch in the terms of the table.
 Case = tuple[Any, dict[str, Any], Config]
 
 TOKENS, HEADS, AGENTS = 4096, 24, 49
+ROUTING_TILE = ROWS, CHANNELS
 
 
 def cases(dtype: torch.dtype, head_dim: int, mask: bool) -> dict[str, Callable[[], Case]]:
@@ -28,7 +34,7 @@ def cases(dtype: torch.dtype, head_dim: int, mask: bool) -> dict[str, Callable[[
         "feature_grad": partial(_feature_grad, dtype, head_dim, mask),
         "agents_in": partial(_agent, dtype, head_dim, mask, True),
         "agents_out": partial(_agent, dtype, head_dim, False, False),
-    }
+    } | {name: partial(_routing, name, dtype, head_dim) for name in ("means", "products", "choice", "turned")}
 
 
 def _tokens(dtype: torch.dtype, head_dim: int, number: int = TOKENS) -> torch.Tensor:
@@ -82,6 +88,16 @@ def _agent(dtype: torch.dtype, head_dim: int, mask: bool, split: bool) -> Case:
     q, k = (few, x) if split else (x, few)
     given = agent.run_arguments(q, k, k, _key_mask(mask), 0.125, False, split, launch)
     return agent.attend_run, given, Config(*launch)
+
+
+def _routing(name: str, dtype: torch.dtype, head_dim: int) -> Case:
+    """A kernel of routing; its tables are real ones."""
+    pattern, layout, launch = Routing((8, 8), 4), Layout((64, 64), 16), config(90, dtype, head_dim, "forward")
+    q = torch.empty(1, layout.length, HEADS, head_dim, dtype=dtype)
+    starts = Starts(q.device)
+    work = Work(pattern, layout, 1.0, False, dict.fromkeys(DIRECTIONS, launch), starts)
+    made = Router(q, q, work, starts).first_launches(q, q)[name]
+    return made.kernel, made.given, Config(*ROUTING_TILE, made.warps, 1)
 
 
 NAMES = tuple(cases(torch.float32, 16, False))

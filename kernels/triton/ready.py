@@ -9,7 +9,8 @@ import torch
 
 from visattn.dispatch import Call
 from visattn.kernels.second_order import Tensors, of_lists
-from visattn.kernels.triton.prepared import Kernels, Routed
+from visattn.kernels.triton.arguments import Routed
+from visattn.kernels.triton.prepared import Kernels
 from visattn.patterns import RoutedPattern
 
 

@@ -13,8 +13,8 @@ from visattn.plans import TilePlan
 
 
 @dataclass(frozen=True, eq=False)
-class _Static:
-    """What does not depend on q and k.
+class Static:
+    """What of a routed program does not depend on q and k.
 
     Attributes:
         base: The program of the dense tokens; its grid rows visit no grid column yet.
@@ -30,7 +30,8 @@ class _Static:
 
 
 @kept
-def _static(plan: TilePlan, by_keys: bool, device: torch.device) -> _Static:
+def static_part(plan: TilePlan, by_keys: bool, device: torch.device) -> Static:
+    """What of a plan's program does not depend on q and k."""
     base = program(plan, by_keys, 1, device)
     columns = base.column_tiling
     kind, slots = fill_kinds(columns)
@@ -42,7 +43,7 @@ def _static(plan: TilePlan, by_keys: bool, device: torch.device) -> _Static:
         return torch.from_numpy(array.astype(np.int32)).to(device)
 
     mask = tensor(kind + len(base.masks))
-    return _Static(
+    return Static(
         replace(base, masks=torch.cat([base.masks, more]), full=base.full or whole, partial=base.partial or not whole),
         tensor(first_tokens(columns)),
         mask,
@@ -58,7 +59,7 @@ def routed_program(plan: TilePlan, by_keys: bool, route: torch.Tensor) -> Progra
         by_keys: Whether key tiles are the rows.
         route: What `pattern.route` gave: int64 [B, grid query tiles, n], key tiles without duplicates.
     """
-    static = _static(plan, by_keys, route.device)
+    static = static_part(plan, by_keys, route.device)
     batch, queries, number = route.shape
     first_row = plan.keys.grid_tiles.start if by_keys else plan.queries.grid_tiles.start
     rows = plan.keys.runs[1] if by_keys else queries
@@ -94,3 +95,23 @@ def _transposed(route: torch.Tensor, first: int, rows: int) -> tuple[torch.Tenso
     wanted = torch.arange(first, first + rows, device=route.device).expand(batch, -1).contiguous()
     start, stop = (torch.searchsorted(keys, wanted, right=right) for right in (False, True))
     return order // number, start, stop
+
+
+class Listed:
+    """The lists of one call of a routed pattern, from what its `route` chose by torch's operators.
+
+    Args:
+        programs: The program of each direction.
+    """
+
+    def __init__(self, programs: dict[str, Program]) -> None:
+        self._programs = programs
+
+    def program(self, direction: str) -> Program:
+        """The lists of a direction."""
+        return self._programs[direction]
+
+    def addresses(self, direction: str) -> list[int]:
+        """Its bounds, bases and masks."""
+        run = self._programs[direction]
+        return [run.bounds.data_ptr(), run.bases.data_ptr(), run.mask_ids.data_ptr()]

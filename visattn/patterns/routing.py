@@ -95,7 +95,7 @@ class Routing(RoutedPattern):
         self, q: torch.Tensor, k: torch.Tensor, layout: Layout, key_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Every token of a region sees every token of the regions that it chose."""
-        token_region = _token_regions(self, layout.grid, q.device)
+        token_region = token_regions(self, layout.grid, q.device)
         choice = self.choose(q, k, layout, key_mask)
         sees = torch.zeros(*choice.shape[:2], choice.shape[1], dtype=torch.bool, device=q.device)
         # With a tensor of ones: torch.jit.trace finds no operator for a bool.
@@ -154,7 +154,7 @@ class _Valid:
     """
 
     def __init__(self, pattern: Routing, grid: tuple[int, ...], mask: torch.Tensor) -> None:
-        region = _token_regions(pattern, grid, mask.device).expand(len(mask), -1)
+        region = token_regions(pattern, grid, mask.device).expand(len(mask), -1)
         none = torch.zeros(len(mask), math.prod(pattern.parts(grid)), dtype=torch.int64, device=mask.device)
         self.tokens, valid = (none.scatter_add(1, region, t.long()) for t in (torch.ones_like(mask), mask))
         self._hidden, self._padded = valid == 0, ~mask.all(1)
@@ -199,7 +199,7 @@ def _tables(pattern: Routing, plan: Tiled, device: torch.device) -> tuple[torch.
 
 
 @kept
-def _token_regions(pattern: Routing, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def token_regions(pattern: Routing, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Region of each token of a grid, [tokens]; copied to a device once, not in every call."""
     region = np.zeros(1, np.int64)
     for n, parts in zip(grid, pattern.parts(grid), strict=True):
