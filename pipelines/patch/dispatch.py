@@ -92,7 +92,7 @@ def _kind(
     group = numbering.look_up(number)
     if group is None or torch._C._len_torch_function_stack():
         return group, None
-    return group, group.key(q, k, v, scale, heads_first, mode_of(q.device))
+    return group, group.key(q, k, v, scale, heads_first, mode_of(q.device) if q.is_cuda else "eager")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -29,6 +29,10 @@ def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function)  # type: ignore[arg-type]
 
 
+# The compiler that would trace what this thread calls, None if there is none; where torch does not tell, there may be.
+_compiler_in_force = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: _own_frame)
+
+
 def unpatched(*args: Any, **kwargs: Any) -> None:
     """What a hook becomes in a copy of a patched model."""
 
@@ -105,19 +109,26 @@ class Enter(_Hook):
 
     def __init__(self, run: DiffusersRun, paths: dict[int, str]) -> None:
         super().__init__(run)
+        # Traced code reads nothing of it.
+        self.keep = run
         self.paths = paths
 
     @_own_frame
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The hook."""
-        if not torch.compiler.is_compiling():
+        """The hook; it runs before every block, so each function that it calls counts."""
+        if torch.compiler.is_dynamo_compiling():
+            return
+        if _compiler_in_force() is None:
             self._enter(module, args, kwargs)
+        else:
+            self._enter_untraced(module, args, kwargs)
 
     @_untraced
+    def _enter_untraced(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._enter(module, args, kwargs)
+
     def _enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run = self.run()
-        if run is None:
-            return
+        run = self.keep
         here = run.here
         if here.forward is None or here.forward.learns or torch._C._current_graph_task_id() >= 0:
             first = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
