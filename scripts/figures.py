@@ -16,11 +16,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from scripts.figures_emoji import emoji_tables
 from scripts.figures_gpu import gpu_calls_table, gpu_peers_table, gpu_real_table, gpu_stack_table, gpu_table
-from scripts.results import RESULTS, ROOT, result, table
+from scripts.results import RESULTS, ROOT, likeness, result, seconds, table, under_load
 
 PAGES = tuple(
     ROOT / page
@@ -52,6 +51,11 @@ COMMANDS = {
     "--steps 16 --dense-steps 4 --compare --out {folder} --force",
     "generate-video-radial": 'visattn generate video --model moving-digits --pattern "radial(decay=0.5)" --label 3,7 '
     "--steps 16 --compare --out {folder} --force",
+    "generate-emoji": 'visattn generate image --model emoji --prompt "a red apple, 3d" '
+    '--prompt "smiling cat, gradient" --pattern "na(window=16x16, stride=8x8)" --steps 12 '
+    "--dense-steps 4 --compare --out {folder} --force",
+    "generate-emoji-512": 'visattn generate image --model emoji --prompt "smiling cat, gradient" --size 512 '
+    '--pattern "na(window=16x16, stride=8x8)" --steps 6 --dense-steps 2 --compare --out {folder} --force',
     "moving-digits": 'python -m scripts.measure.moving_digits --pattern dense --pattern "radial(decay=0.5)" --pattern '
     '"na(window=7x7x7)" --pattern "na(window=3x9x9)" --per-class 1 --steps 8 --batch 5 --threads 1 --loss-clips 16 '
     "--out {out}",
@@ -84,36 +88,16 @@ def digits_table() -> str:
         report = result(f"generate-{tokens}{name}")
         if not name:
             recognized = _recognized("dense") if tokens == 1024 else ""
-            rows.append([f"{tokens:,}", "dense", "100 %", *_seconds(report, "dense"), "", recognized])
+            rows.append([f"{tokens:,}", "dense", "100 %", *seconds(report, "dense"), "", recognized])
         pattern, density = f"`{report['pattern']}`", f"{report['density']:.1%}"
-        rows.append(
-            [f"{tokens:,}", pattern, density, *_seconds(report, "sparse"), _likeness(report), _recognized(read)]
-        )
+        rows.append([f"{tokens:,}", pattern, density, *seconds(report, "sparse"), likeness(report), _recognized(read)])
     head = ["tokens", "attention", "density", "time per image", "of it attention", "PSNR, SSIM to dense", "recognised"]
-    return table(head, rows) + _under_load("generate-1024", "generate-1024-halo", "generate-4096")
+    return table(head, rows) + under_load("generate-1024", "generate-1024-halo", "generate-4096")
 
 
 def _recognized(kind: str) -> str:
     found = result(f"digits-{kind}") if kind else {}
     return f"{found['recognized']} of {found['samples']}" if found else ""
-
-
-def _seconds(report: dict[str, Any], kind: str) -> list[str]:
-    """Time of one run and of its attention, and how many times faster than its dense twin's that is."""
-    whole, attention = (report["times"][kind][key] for key in ("seconds", "attention_seconds"))
-    twin = report["times"]["dense"]["attention_seconds"]
-    return [f"{whole:.2f} s", f"{attention:.2f} s" + f": {twin / attention:.1f}x faster" * (kind != "dense")]
-
-
-def _likeness(report: dict[str, Any]) -> str:
-    return f"{report['mean']['psnr']:.1f} dB, {report['mean']['ssim']:.3f}"
-
-
-def _under_load(*names: str) -> str:
-    """A remark on results whose machine was busy, empty if none was."""
-    busy = ", ".join(f"`{name}`" for name in names if result(name)["busy"])
-    ratios = "ratios are of twins that took\nturns, times of different rows do not compare."
-    return f"\n\nOther programs ran during {busy}: {ratios}" if busy else ""
 
 
 def video_table() -> str:
@@ -123,12 +107,12 @@ def video_table() -> str:
     for name in names:
         report = result(name)
         if not rows:
-            rows.append(["dense", "100 %", *_seconds(report, "dense"), ""])
+            rows.append(["dense", "100 %", *seconds(report, "dense"), ""])
         steps = report["settings"]["dense_steps"]
         pattern = f"`{report['pattern']}`" + f", the first {steps} steps dense" * bool(steps)
-        rows.append([pattern, f"{report['density']:.1%}", *_seconds(report, "sparse"), _likeness(report)])
+        rows.append([pattern, f"{report['density']:.1%}", *seconds(report, "sparse"), likeness(report)])
     head = ["attention", "density", "time per video", "of it attention", "PSNR, SSIM to dense"]
-    return table(head, rows) + _under_load(*names)
+    return table(head, rows) + under_load(*names)
 
 
 def moving_digits_table() -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from scripts.results import RESULTS, result, table
+from scripts.results import RESULTS, likeness, result, seconds, table, under_load
 
 DENSE, SHIPPED = "dense", "shipped"
 KINDS = ("seen", "unseen")
 # Tables by name, and the result that each is made of.
 SOURCES = {
+    "emoji": "generate-emoji",
     "emoji-quality": "emoji-quality",
     "emoji-students": "emoji-quality",
     "emoji-quality-512": "emoji-quality-512",
@@ -20,12 +22,31 @@ SOURCES = {
 
 def emoji_tables() -> dict[str, Callable[[], str]]:
     """The tables whose results have been measured; the students' needs students."""
-    makers = {"emoji-quality": quality_table, "emoji-students": students_table}
+    makers = {"emoji": pictures_table, "emoji-quality": quality_table, "emoji-students": students_table}
     makers["emoji-quality-512"] = partial(quality_table, "emoji-quality-512")
     known = {name: make for name, make in makers.items() if (RESULTS / f"{SOURCES[name]}.json").is_file()}
     if "emoji-students" in known and not _students(result("emoji-quality")):
         del known["emoji-students"]
     return known
+
+
+def pictures_table() -> str:
+    """What the demo draws, and one picture of twice the side."""
+    rows, names = (
+        [],
+        [name for name in ("generate-emoji", "generate-emoji-512") if (RESULTS / f"{name}.json").is_file()],
+    )
+    for name in names:
+        report = result(name)
+        tokens = f"{math.prod(report['attention']['sites'][0]['grid']):,}"
+        rows.append([tokens, "dense", "100 %", *seconds(report, "dense"), ""])
+        steps, whole = report["settings"]["dense_steps"], report["settings"]["steps"]
+        pattern = f"`{report['pattern']}`, the first {steps} of {whole} steps dense"
+        rows.append([tokens, pattern, f"{report['density']:.1%}", *seconds(report, "sparse"), likeness(report)])
+    head = ["tokens", "attention", "density", "time per image", "of it attention", "PSNR, SSIM to dense"]
+    made = result(names[0])
+    where = f"On {made['device_name']}, {made['threads']} threads, {made['dtype']}, seed {made['settings']['seed']}."
+    return f"{table(head, rows)}\n\n{where}{under_load(*names)}"
 
 
 def quality_table(name: str = "emoji-quality") -> str:

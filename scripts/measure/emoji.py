@@ -1,7 +1,6 @@
 """Measures what attention patterns cost the emoji image model: are its pictures still what was asked for, how fast?
 
-    python -m scripts.measure.emoji --data out/emoji-data --encoder out/emoji-encoder.safetensors --device cuda \
-        --out docs/results/emoji-quality.json --pictures out/emoji-quality
+    python -m scripts.measure.emoji --data out/emoji-data --device cuda --pictures out/emoji-quality
 
 Every pattern draws the same captions from the same noise: 100 that training knew and 100 that it never saw. Counted are
 the pictures for which the judge (scripts.measure.emoji_encoder) puts the right caption first, or among the first five,
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from scripts.measure.emoji_encoder_model import SIDE, load_encoder
+from scripts.measure.emoji_encoder_model import ENCODER, SIDE, load_encoder
 from scripts.measure.emoji_judge import Judge
 from scripts.measure.emoji_prompts import CAPTIONS, KINDS
 from scripts.train.emoji_data import load_pack
@@ -280,7 +279,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--model", default="emoji", help="embedded model, or folder of a pipeline of its kind")
     parser.add_argument("--data", type=Path, default=Path("out/emoji-data"), help="folder of the pack")
-    parser.add_argument("--encoder", type=Path, default=Path("out/emoji-encoder.safetensors"))
+    parser.add_argument("--encoder", type=Path, default=ENCODER, help="file of the judge")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="float32 (the CPU's), bfloat16 (elsewhere), float16")
     parser.add_argument("--threads", type=int, default=2)

@@ -169,6 +169,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--steps", type=int, default=0, help="with --seconds 0: so many steps")
     parser.add_argument("--batch", type=int, default=1024, help="pictures of a step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--captions", type=int, default=CAPTIONS, help="of each kind, when it measures itself")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -184,7 +185,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     pack = load_pack(options.data, options.device, SIDE)
     if options.measure_only:
         encoder, about = load_encoder(options.out, options.device)
-        return about | {"limit": limit(encoder, pack)}
+        return about | {"limit": limit(encoder, pack, options.captions)}
     training = Training(pack, settings)
     seconds = training.run(lambda line: print(line, flush=True))
     device = torch.cuda.get_device_name() if training.device.type == "cuda" else "cpu"
@@ -196,7 +197,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "steps": training.done,
         "pictures": training.done * training.batch,
         "real_pictures": len(pack.pictures),
-        "limit": limit(training.average, pack),
+        "limit": limit(training.average, pack, options.captions),
     }
     about["bytes"] = save_encoder(training.average, options.out, about)
     return about

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from scripts.train.emoji_captions import TOKENS, VOCABULARY
 from visattn.files import written_whole
 
+# The judge that the project measures with.
+ENCODER = Path(__file__).with_name("emoji-encoder.safetensors")
 SIDE = 128  # pixels that the encoder looks at
 STEM = 64
 STAGES = ((64, 2), (128, 2), (192, 1))  # channels and blocks

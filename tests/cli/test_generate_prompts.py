@@ -56,6 +56,14 @@ def test_each_prompt_gets_a_picture_and_a_twin(generate, tmp_path):
     assert "2 of 2 attention modules" in printed
 
 
+def test_four_times_the_side_of_training_has_its_own_grid(generate, tmp_path):
+    """The position ids cover the same square at every size, and the pattern finds their grid."""
+    assert generate("--prompt", RED, "--size", 128)[0] == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [site["grid"] for site in report["attention"]["sites"]] == [[32, 32]] * 2
+    assert report["density"] < 0.1
+
+
 def test_prompts_go_round(generate, tmp_path):
     assert generate("--prompt", RED, "--prompt", CAT, "--count", 3, "--size", 8)[0] == 0
     report = json.loads((tmp_path / "out/report.json").read_text())

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from scripts.measure.emoji_augment import augment, may_mirror
 from scripts.measure.emoji_encoder import Settings, Training, contrastive, limit, main
-from scripts.measure.emoji_encoder_model import SIDE, DualEncoder, load_encoder, save_encoder, to_side
+from scripts.measure.emoji_encoder_model import ENCODER, SIDE, DualEncoder, load_encoder, save_encoder, to_side
 from scripts.measure.emoji_prompts import SEEN, UNSEEN, choose
 from scripts.train.emoji_captions import TRAIN
 from scripts.train.emoji_data import load_pack
@@ -119,15 +119,17 @@ def test_training_learns_and_repeats(pack):
 
 
 def test_limit_counts_every_augmented_picture(pack):
-    found = limit(DualEncoder().eval(), pack, 4)
+    found = limit(DualEncoder().eval(), pack, 2)
     assert set(found) == {SEEN, UNSEEN}
-    assert all(kind["captions"] == 4 and kind["pictures"] == 16 for kind in found.values())
+    assert all(kind["captions"] == 2 and kind["pictures"] == 8 for kind in found.values())
     assert all(kind["top5"] == 1 for kind in found.values())
 
 
 def test_command_writes_a_small_file_that_loads(folder, tmp_path, capsys):
     path = tmp_path / "encoder.safetensors"
-    main(["--data", str(folder), "--out", str(path), "--seconds", "0", "--steps", "1", "--batch", "4"])
+    main(
+        ["--data", str(folder), "--out", str(path), "--seconds", "0", "--steps", "1", "--batch", "2", "--captions", "2"]
+    )
     assert path.stat().st_size < 6_000_000
     assert list(tmp_path.iterdir()) == [path]
     encoder, about = load_encoder(path)
@@ -151,3 +153,11 @@ def test_bad_input_has_a_clear_answer(folder, tmp_path):
         save_encoder(broken, tmp_path / "nan.safetensors", {})
     with pytest.raises(SystemExit, match="does not exist"):
         main(["--data", str(tmp_path), "--seconds", "0", "--steps", "1"])
+
+
+def test_the_projects_judge_knows_real_emoji_and_says_how_well():
+    assert ENCODER.stat().st_size < 6_000_000
+    encoder, about = load_encoder(ENCODER)
+    assert min(about["limit"][kind]["top1"] for kind in (SEEN, UNSEEN)) > 0.95
+    assert about["real_pictures"] > 8000
+    assert encoder.heat.isfinite()

@@ -63,3 +63,20 @@ def test_only_what_is_measured_has_a_table(measured):
     assert list(emoji_tables()) == ["emoji-quality", "emoji-students"]
     measured({0: row("dense", "shipped", 0.8, 0.02)})
     assert list(emoji_tables()) == ["emoji-quality"]
+
+
+def test_pictures_and_their_twins(measured, tmp_path):
+    times = {"seconds": 4.0, "attention_seconds": 2.0}
+    report = {
+        "pattern": "mala", "density": 0.5, "busy": "", "device_name": "a CPU", "threads": 2, "dtype": "float32",
+        "attention": {"sites": [{"grid": [64, 64]}]}, "mean": {"psnr": 20.0, "ssim": 0.8},
+        "settings": {"dense_steps": 2, "steps": 6, "seed": 0},
+        "times": {"dense": times, "sparse": times | {"attention_seconds": 0.5}},
+    }  # fmt: skip
+    (tmp_path / "generate-emoji.json").write_text(json.dumps(report))
+    lines = figures_emoji.pictures_table().splitlines()
+    assert lines[2] == "| 4,096 | dense | 100 % | 4.00 s | 2.00 s |  |"
+    sparse = "| 4,096 | `mala`, the first 2 of 6 steps dense | 50.0% | 4.00 s | 0.50 s: 4.0x faster | 20.0 dB, 0.800 |"
+    assert lines[3] == sparse
+    assert lines[-1] == "On a CPU, 2 threads, float32, seed 0."
+    assert "emoji" in emoji_tables()
