@@ -215,8 +215,7 @@ class Training:
 def compile_blocks(transformer: Any) -> None:
     """Compiles the blocks, each kind once for each size, and leaves attention and its choice of a kernel out.
 
-    torch 2.11 on an H200 compiled blocks with attention, and with a reduction over rows fused into one over columns, to
-    backward passes that were wrong now and then: gradients of single parameters 40 to 120 times too large, then NaN.
+    Not the default: on an H200 with torch 2.11 the compiled backward pass writes where it must not (docs/emoji.md).
     """
     from diffusers.models.transformers import transformer_flux
 
@@ -334,7 +333,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=math.inf, help="of this command, from its start")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="compile the blocks: 2.2 times as fast on an H200")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks: faster, wrong with torch 2.11")
     parser.add_argument("--cudnn", action="store_true", help="attention by cuDNN: two thirds of flash attention's time")
     parser.add_argument("--export-only", action="store_true", help="make a pipeline of the averaged weights in --out")
     return parser.parse_args(arguments)
