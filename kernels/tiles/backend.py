@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead
+from visattn.dispatch import Backend, Call, Prepared, Problem, Support, overhead
 from visattn.keep import kept
 from visattn.kernels.tiles.batches import Work, batch_size
 from visattn.kernels.tiles.boxes import box_groups
@@ -50,14 +51,56 @@ class Tiles(Backend):
         fixed = CALL_MS + each * batches + (ROUTE_MS if routed else 0.0)
         return problem.batch * problem.heads * pairs + overhead(problem, fixed, 1e3 * fixed)
 
+    def prepare(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, grown: Callable[[], None]
+    ) -> Prepared:
+        """See `Backend.prepare`."""
+        if call.key_mask is not None or call.rpb is not None or _is_routed(call.pattern, call.layout):
+            return super().prepare(q, k, v, call, grown)
+        learns = _learns(q, k, v)
+        return _Kept(Work(problems_of(q, k, call), call.scale, None, call.lse or learns), learns, grown)
+
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
-        inputs = [t for t in (q, k, v, call.rpb) if t is not None]
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        learns = _learns(q, k, v, call.rpb)
         work = Work(problems_of(q, k, call), call.scale, call.key_mask, call.lse or learns)
         return TileAttention.apply(q, k, v, call.rpb, work) if learns else forward(q, k, v, call.rpb, work)
+
+
+def _learns(*inputs: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+class _Kept:
+    """Calls whose problems depend on nothing but shapes.
+
+    Args:
+        work: The call.
+        learns: Whether autograd sees it.
+        grown: Called when batches have been cut, which are kept with the problems.
+    """
+
+    def __init__(self, work: Work, learns: bool, grown: Callable[[], None]) -> None:
+        self._work, self._learns, self._grown, self._cut = work, learns, grown, 0
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        rpb: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output and log-sum-exp, see `Backend.run`."""
+        work = self._work
+        found = TileAttention.apply(q, k, v, None, work) if self._learns else forward(q, k, v, None, work)
+        cut = len(work.problems.kept)
+        if cut != self._cut:
+            self._cut = cut
+            self._grown()
+        return found
 
 
 def visited_pairs(pattern: Pattern, layout: Layout, rpb: bool = False) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import torch
 
@@ -45,17 +47,20 @@ class Part:
         count: Number of problems n.
         bias: Added to the scores: [1 or n, 1 or Hkv, 1 or (H / Hkv) T, L], or None.
         hidden: Rows that see no key: bool [1 or n, 1, 1 or (H / Hkv) T], or None where there is none.
+        slots: Queries of a problem.
+        length: Keys of a problem.
     """
 
     group: Group
     count: int
     bias: torch.Tensor | None
     hidden: torch.Tensor | None
+    slots: int = field(init=False)
+    length: int = field(init=False)
 
-    @property
-    def slots(self) -> int:
-        """Queries of a problem."""
-        return self.group.queries.shape[1]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slots", self.group.queries.shape[1])
+        object.__setattr__(self, "length", self.group.length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +73,9 @@ class Batch:
         target: Rows of the result [B * S + 1]; empty slots go to the last one: [slots].
         keys: Rows of k and v [B * N]: [keys], or None for the leading ones of each sample.
         samples: The samples of the problems where `keys` is None, else None.
+        query_rows: Rows of `queries` of each part.
+        key_rows: Rows of `keys` of each part.
+        targets: `target` of each part.
     """
 
     parts: tuple[Part, ...]
@@ -75,16 +83,15 @@ class Batch:
     target: torch.Tensor
     keys: torch.Tensor | None
     samples: slice | None = None
+    query_rows: list[int] = field(init=False)
+    key_rows: list[int] = field(init=False)
+    targets: tuple[torch.Tensor, ...] = field(init=False)
 
-    @property
-    def query_rows(self) -> list[int]:
-        """Rows of `queries` of each part."""
-        return [part.count * part.slots for part in self.parts]
-
-    @property
-    def key_rows(self) -> list[int]:
-        """Rows of `keys` of each part."""
-        return [part.count * part.group.length for part in self.parts]
+    def __post_init__(self) -> None:
+        rows = [part.count * part.slots for part in self.parts]
+        object.__setattr__(self, "query_rows", rows)
+        object.__setattr__(self, "key_rows", [part.count * part.length for part in self.parts])
+        object.__setattr__(self, "targets", self.target.split_with_sizes(rows))
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -111,23 +118,28 @@ def batches(work: Work, q: torch.Tensor, k: torch.Tensor, rpb: torch.Tensor | No
     alone = work.problems.groups
     if work.key_mask is None and rpb is None:
         yield from _kept(work.problems, q, k, row, shapes)
-        alone = tuple(group for group in alone if not group.listed)
+        alone = tuple(group for group in alone if group.routed)
     for group in alone:
         size = batch_size(group.length, row, q.device.type)
         yield from _by_sample(group, work.key_mask, q, k, rpb, size, shapes)
 
 
-def _kept(problems: Problems, q: torch.Tensor, k: torch.Tensor, row: int, shapes: Shapes) -> Iterator[Batch]:
+def _kept(problems: Problems, q: torch.Tensor, k: torch.Tensor, row: int, shapes: Shapes) -> Iterable[Batch]:
     """The batches that depend on nothing but shapes: cut once, then kept with the problems."""
     budget = batch_size(1, row, q.device.type)
     shape = q.shape[0], q.shape[1], k.shape[1], budget, shapes.each, shapes.wide
-    kept = problems.kept.get(shape)
-    if kept is not None:
-        yield from kept
-        return
+    return problems.kept.get(shape) or _cut(problems, q, k, row, shapes, shape)
+
+
+def _cut(problems: Problems, q: torch.Tensor, k: torch.Tensor, row: int, shapes: Shapes, shape: Any) -> Iterator[Batch]:
+    """The same batches, which are kept if they are small."""
+    budget = batch_size(1, row, q.device.type)
     made: list[Batch] = []
     sizes: dict[int, int] = {}
-    for batch in _shared(problems, q, k, budget, shapes):
+    whole = (group for group in problems.groups if group.whole)
+    sizes_of = ((group, batch_size(group.length, row, q.device.type)) for group in whole)
+    alone = (_by_sample(group, None, q, k, None, size, shapes) for group, size in sizes_of)
+    for batch in chain(_shared(problems, q, k, budget, shapes), *alone):
         # Parts of a group share their bias.
         sizes |= {t.data_ptr(): t.numel() * t.element_size() for t in batch.tensors}
         made = [*made, batch] if sum(sizes.values()) <= KEPT_BYTES else []

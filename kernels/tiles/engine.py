@@ -23,24 +23,24 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output [B, S, H, D] of all problems and, if the work wants it, log-sum-exp [B, S, H] (float32 at least)."""
     shapes, buffers = Shapes(q, k), Buffers()
-    q_rows, k_rows, v_rows = (_rows(t) for t in (q, k, v))
+    q_rows, k_rows, v_rows = _rows(q), _rows(k), _rows(v)
     # The last row takes what empty slots of short tiles compute.
-    out = q.new_empty(len(q_rows) + 1, q_rows.shape[1])
-    lse = q.new_empty(len(q_rows) + 1, q.shape[2], dtype=shapes.wide) if work.lse else None
+    rows, channels = q_rows.shape
+    out = q.new_empty(rows + 1, channels)
+    lse = q.new_empty(rows + 1, q.shape[2], dtype=shapes.wide) if work.lse else None
     for batch in batches(work, q, k, rpb):
-        queries = buffers.gather("q", q_rows, batch.queries).split(batch.query_rows)
+        queries = buffers.gather("q", q_rows, batch.queries).split_with_sizes(batch.query_rows)
         keys = _keys(batch, k, k_rows, shapes, buffers, "k")
         values = _keys(batch, v, v_rows, shapes, buffers, "v")
-        target = batch.target.split(batch.query_rows)
         for i, part in enumerate(batch.parts):
             problems = shapes.queries(queries[i], part.slots)
             own, own_lse = kernels.forward(problems, keys[i], values[i], part.bias, work.scale)
             if part.hidden is not None:
                 own = own.masked_fill(part.hidden[..., None], 0)
                 own_lse = own_lse.masked_fill(part.hidden, float("-inf"))
-            out.index_copy_(0, target[i], shapes.query_rows(own, part.slots))
+            out.index_copy_(0, batch.targets[i], shapes.query_rows(own, part.slots))
             if lse is not None:
-                lse.index_copy_(0, target[i], shapes.query_rows(own_lse[..., None], part.slots).to(lse.dtype))
+                lse.index_copy_(0, batch.targets[i], shapes.query_rows(own_lse[..., None], part.slots).to(lse.dtype))
     return out[:-1].view(q.shape), None if lse is None else lse[:-1].view(q.shape[:3])
 
 
@@ -52,7 +52,7 @@ def _queries(batch: Batch, per_query: dict[str, torch.Tensor], buffers: Buffers)
         empty = (batch.target == len(per_query["q"]))[:, None]
         for name in {"grad", "grad_lse"} & set(gathered):
             gathered[name].masked_fill_(empty, 0)
-    return {name: rows.split(batch.query_rows) for name, rows in gathered.items()}
+    return {name: rows.split_with_sizes(batch.query_rows) for name, rows in gathered.items()}
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -63,11 +63,10 @@ def _keys(
     batch: Batch, whole: torch.Tensor, rows: torch.Tensor, shapes: Shapes, buffers: Buffers, name: str
 ) -> list[torch.Tensor]:
     """Keys or values of each part of a batch: [n, Hkv, L, D]."""
-    lengths = [part.group.length for part in batch.parts]
     if batch.keys is None:
-        return [whole[batch.samples, : lengths[0]].transpose(1, 2)]
-    parts = buffers.gather(name, rows, batch.keys).split(batch.key_rows)
-    return [shapes.keys(part, length) for part, length in zip(parts, lengths, strict=True)]
+        return [whole[batch.samples, : batch.parts[0].length].transpose(1, 2)]
+    rows = buffers.gather(name, rows, batch.keys).split_with_sizes(batch.key_rows)
+    return [shapes.keys(own, part.length) for own, part in zip(rows, batch.parts, strict=True)]
 
 
 def backward(

@@ -33,9 +33,9 @@ def forward(
         any finite log-sum-exp or -inf.
     """
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=_expanded(bias, q, k), scale=scale
-        )
+        mask = None if bias is None else _expanded(bias, q)
+        # Not by torch.ops, which looks for the overload in each call.
+        return torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
     return plain_forward(q, k, v, bias, scale)
 
 
@@ -63,8 +63,9 @@ def backward(
 ) -> Gradients:
     """Gradients of `forward`; shapes as there, `lse` finite, `scores` [n, H, T, L] if wanted."""
     if q.device.type == "cpu" and grad_lse is None and not want_scores:
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, False, attn_mask=_expanded(bias, q, k), scale=scale
+        mask = None if bias is None else _expanded(bias, q)
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+            grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
         )
         return Gradients(*found, scores=None)
     weights = torch.exp(_scores(q, k, bias, scale) - lse[..., None])
@@ -93,6 +94,6 @@ def _scores(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, scale: 
     return scores if bias is None else scores + bias
 
 
-def _expanded(bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+def _expanded(bias: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """The fused kernel takes one row of bias per query; broadcasting costs no memory."""
-    return None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
+    return bias.expand(-1, -1, q.shape[2], -1)

@@ -24,6 +24,8 @@ class Shapes:
 
     def query_rows(self, x: torch.Tensor, slots: int) -> torch.Tensor:
         """Inverse of `queries`."""
+        if self.each == 1:
+            return x.transpose(1, 2).reshape(-1, self.heads * x.shape[3])
         return x.unflatten(2, (self.each, slots)).permute(0, 3, 1, 2, 4).reshape(-1, self.heads * x.shape[-1])
 
     def keys(self, rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -77,10 +79,12 @@ class Buffers:
 
     def gather(self, name: str, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """rows[index], valid until the next gather of that name."""
-        buffer = self.store.get(name)
-        if buffer is None or len(buffer) < len(index):
-            buffer = self.store[name] = rows.new_empty(len(index), rows.shape[1])
-        return torch.index_select(rows, 0, index, out=buffer[: len(index)])
+        buffer, number = self.store.get(name), index.shape[0]
+        held = 0 if buffer is None else buffer.shape[0]
+        if buffer is None or held < number:
+            buffer, held = rows.new_empty(number, rows.shape[1]), number
+            self.store[name] = buffer
+        return torch.index_select(rows, 0, index, out=buffer if held == number else buffer[:number])
 
 
 def accumulate(total: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:

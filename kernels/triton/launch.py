@@ -14,7 +14,7 @@ from visattn.kernels.triton.lists.forward import attend
 from visattn.kernels.triton.lists.key_grad import key_gradients
 from visattn.kernels.triton.lists.positions import partners
 from visattn.kernels.triton.lists.query_grad import query_gradients
-from visattn.kernels.triton.start import Launch, launch, on, programs
+from visattn.kernels.triton.start import Launch, launch_like, on, programs
 
 # Launch configuration of the kernels without matrix products.
 SMALL = Config(32, 1, 4, 1)
@@ -69,5 +69,5 @@ def run_bias_gradients(t: Operands, work: Work) -> Any:
     parts = t.rpb.new_empty((t.q.shape[0], *t.rpb.shape))
     given = arguments.bias_arguments(t, partner, work) | {"grad_rpb": parts}
     with on(t.q.device):
-        launch(bias_gradients, (t.rpb.shape[1], t.q.shape[2], t.q.shape[0]), given, SMALL.warps, SMALL.stages)
+        launch_like(bias_gradients, (t.rpb.shape[1], t.q.shape[2], t.q.shape[0]), given, SMALL.warps, SMALL.stages)
     return parts.sum(0)

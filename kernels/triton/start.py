@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton.direct import Start, Unknown
 
 # Triton's default of this option changes between releases: what is fused is part of the numbers.
@@ -115,3 +116,23 @@ def startable(device: torch.device) -> bool:
 def aligned(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether kernels that are compiled for aligned addresses may get these."""
     return not any(t.data_ptr() % ALIGNMENT for t in tensors)
+
+
+def launch_like(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], warps: int, stages: int | None) -> None:
+    """`launch` of a kernel all of whose tensors change from call to call: the driver starts it again.
+
+    What it is compiled for are its other arguments, and the dtypes of the tensors.
+    """
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    device = next(iter(tensors.values())).device
+    if not startable(device) or not aligned(tensors.values()):
+        launch(kernel, grid, given, warps, stages)
+        return
+    others = tuple(value.dtype if isinstance(value, torch.Tensor) else value for value in given.values())
+    key = (launch_like, kernel.fn, grid, device, warps, stages, others)
+    entry = STORE.find(key) or STORE.put(key, Starts(device), CALL_BYTES)
+    start = entry.value.ready.get("only")
+    if start is not None:
+        start([t.data_ptr() for t in tensors.values()])
+    else:
+        entry.value.first("only", tensors, Launch(kernel, grid, given, warps, stages))

@@ -114,7 +114,7 @@ def combine_arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 def _run(given: dict[str, Any], launch: Launch) -> torch.Tensor:
     programs = given["q"].shape[0] * given["heads"] * -(-given["queries"] // launch.rows) * given["splits"]
-    start.launch(attend_run, (programs,), given, launch.warps, launch.stages)
+    start.launch_like(attend_run, (programs,), given, launch.warps, launch.stages)
     return given["out"]
 
 
@@ -144,7 +144,7 @@ class AgentAttention(torch.autograd.Function):
             _run(given, launch)
             merge = combine_arguments(given)
             programs = q.shape[0] * q.shape[2] * -(-given["queries"] // COMBINED)
-            start.launch(combine, (programs,), merge, 4, 1)
+            start.launch_like(combine, (programs,), merge, 4, 1)
             return _run(run_arguments(q, agents, merge["out"], there, scale, tf32, False, launch), launch)
 
     @staticmethod

@@ -248,7 +248,7 @@ def _run(kernel: Any, given: dict[str, Any], launch: Launch) -> None:
         programs = pairs * -(-given["length"] // launch.rows)
         if kernel is feature_gradients:
             programs *= -(-given["FEATURES"] // launch.features)
-    start.launch(kernel, (programs,), given, launch.warps, launch.stages)
+    start.launch_like(kernel, (programs,), given, launch.warps, launch.stages)
 
 
 class LinearAttention(torch.autograd.Function):
@@ -315,5 +315,5 @@ def _row_sums(out: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
     """rowsum(out * grad_out), float32 [B, H, S]."""
     delta = out.new_empty((out.shape[0], out.shape[2], out.shape[1]), dtype=torch.float32)
     given = delta_arguments(out, grad_out, None, delta)
-    start.launch(deltas, (-(-out.shape[1] // given["ROWS"]), out.shape[2], out.shape[0]), given, 4, 1)
+    start.launch_like(deltas, (-(-out.shape[1] // given["ROWS"]), out.shape[2], out.shape[0]), given, 4, 1)
     return delta

@@ -68,6 +68,10 @@ class Chosen:
         self.router, self.memory = router, memory
         self._lists: dict[str, torch.Tensor] = {}
 
+    def choice(self) -> torch.Tensor:
+        """The regions that each region sees, best first: int64 [B, regions, chosen]."""
+        return self.router.choice(self)
+
     def addresses(self, direction: str) -> list[int]:
         """Bounds, bases and masks of a direction."""
         return self.router.addresses(self, direction)
@@ -142,6 +146,10 @@ class Router:
         products(addresses[:3])
         choice(addresses[2:])
         return made
+
+    def choice(self, made: Chosen) -> torch.Tensor:
+        """What a call chose."""
+        return self._space.piece(made.memory, "choice", self._batch, self._regions, self._chosen).long()
 
     def addresses(self, made: Chosen, direction: str) -> list[int]:
         """Bounds, bases and masks of a direction."""

@@ -143,3 +143,31 @@ def test_a_first_call_of_less_alignment_decides_nothing_for_others(driver):
     attention(q, k, v, "na(window=7x7)", LAYOUT, backend="triton")
     (first, _), (second, _) = driver.first
     assert "hopper" not in first.fn.__module__ and "hopper" in second.fn.__module__
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_linear_attention_starts_directly(driver, learns):
+    from visattn.kernels.triton.linear.attention import linear_attention
+
+    for seed in range(3):
+        q, k, v = tensors(seed, learns=learns)
+        out = linear_attention(q, k, v)
+        if learns:
+            grads = torch.autograd.grad(out, (q, k, v), torch.randn(out.shape).to(out.dtype))
+        if seed:
+            *_, (kernel, values) = (each for each in driver if each[0].fn.__name__ == "read" and "q" in each[1])
+            # The last one reads what the gradient of v is made of.
+            wanted = {"q": k, "out": grads[2]} if learns else {"q": q, "out": out}
+            assert {"q", "out"} <= given_by_name(kernel, values, wanted)
+    assert len(driver) == 2 * len(driver.first) > 0
+
+
+def test_agent_attention_starts_directly(driver):
+    from visattn.kernels.triton.agent.attention import agent_attention
+
+    for seed in range(3):
+        q, k, v = tensors(seed)
+        out = agent_attention(q, q[:, :9], k, v, None, None, 0.125, torch.empty_like)
+        if seed:
+            given_by_name(*driver[-1], {"q": q, "out": out})
+    assert len(driver.first) == 3 and len(driver) == 6

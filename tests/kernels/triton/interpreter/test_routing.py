@@ -28,18 +28,12 @@ def made(name, seed=0, head_dim=24):
     return pattern, layout, q, k, kernels_of(q, k, k, Call(pattern, layout, 1.0), lambda: None)
 
 
-def choice_of(chosen, pattern, layout):
-    regions = len(chosen.router._tokens)
-    return chosen.router._space.piece(chosen.memory, "choice", 2, regions, pattern.chosen(layout.grid)).long()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_choice_and_the_lists_are_those_of_the_pattern(name):
     pattern, layout, q, k, kernels = made(name)
     chosen = kernels.lists(q, k, None, True)
     assert isinstance(chosen, Chosen)
-    choice = choice_of(chosen, pattern, layout)
-    assert torch.equal(choice, pattern.choose(q, k, layout))
+    assert torch.equal(chosen.choice(), pattern.choose(q, k, layout))
     for direction in ("forward", "query_grad", "key_grad"):
         plan = kernels._work.plan(direction)
         wanted = routed_program(plan, direction == "key_grad", pattern.route(q, k, plan))
@@ -58,7 +52,7 @@ def listed(program):
 
 
 def test_equal_products_go_to_the_lower_index():
-    pattern, layout, q, _, kernels = made("even")
+    _, _, q, _, kernels = made("even")
     # Every region's mean key is one of two.
     k = torch.zeros_like(q).unflatten(1, (4, 4, 16))
     k[:, 1::2] = 1
@@ -66,13 +60,13 @@ def test_equal_products_go_to_the_lower_index():
     means = q.unflatten(1, (4, 4, 4, 4)).mean((2, 4)).flatten(1, 2).sum((2, 3))
     upper, lower = torch.tensor([4, 5, 6]), torch.tensor([0, 1, 2])
     wanted = torch.where((means > 0)[..., None], upper, lower)
-    assert torch.equal(choice_of(chosen, pattern, layout), wanted)
+    assert torch.equal(chosen.choice(), wanted)
 
 
 def test_numbers_that_are_none_choose_every_region_once_at_most():
-    pattern, layout, q, k, kernels = made("even")
+    _, _, q, k, kernels = made("even")
     q[0, :40], k[1, 7] = float("nan"), float("-inf")
-    choice = choice_of(kernels.lists(q, k, None, False), pattern, layout)
+    choice = kernels.lists(q, k, None, False).choice()
     assert choice.min() >= 0 and choice.max() < 16
     assert all(len(set(row)) == 3 for row in choice.flatten(0, 1).tolist())
 
