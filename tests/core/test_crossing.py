@@ -121,6 +121,8 @@ def test_an_explanation_of_a_gpu_call_has_both_estimates(only_triton):
         dispatch.Candidate(each, dispatch.Support(True), each.cost(small)) for each in (triton, dispatch.load("sdpa"))
     )
     text = str(Explanation(small, "sdpa", both))
-    assert re.search(r"estimated 0\.\d{3} ms by triton, 0\.\d{3} ms dense \(compiled\); apply\(\) leaves the model's own", text)
+    assert re.search(
+        r"estimated 0\.\d{3} ms by triton, 0\.\d{3} ms dense \(compiled\); apply\(\) leaves the model's own", text
+    )
     assert "leaves" not in str(Explanation(problem("na(window=16x16,stride=8x8)"), "triton", both))
     assert " ms dense" not in str(Explanation(replace(small, device="cpu"), "sdpa", both))
