@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from visattn.dispatch import Backend, Call, Problem, Support, sees_all, wall
+from visattn.dispatch import Backend, Call, Problem, Support, overhead, sees_all, wall
 from visattn.kernels.masks import visible
 from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import ListedPattern, RoutedPattern
@@ -17,6 +17,8 @@ from visattn.patterns import ListedPattern, RoutedPattern
 LARGEST_MASK = 2**28
 # What a call keeps the host of a GPU, in microseconds: with a mask, and dense (docs/performance.md).
 HOST_US = (60, 40)
+# What a call keeps the device at least, and one program for 128 keys (fitted to the same calls).
+DEVICE_US, KEYS_US = 6, 1.1
 # Entries of a block of scores that the log-sum-exp is taken over at a time.
 SCORES = 2**22
 
@@ -49,6 +51,8 @@ class Sdpa(Backend):
         masked = MASKED.get(problem.device, 1.6)
         rate = masked if not problem.is_dense else KEY_MASKED if problem.key_mask else 1.0
         pairs = problem.dense_pairs * (rate + problem.lse * LSE.get(problem.device, 3.0))
+        # Few queries are bound by one program's way through all keys.
+        pairs = max(pairs, overhead(problem, 0, DEVICE_US + KEYS_US * problem.layout.length / 128))
         return wall(problem, pairs, cpu_ms=0.05, host_us=HOST_US[problem.is_dense], operator=not problem.is_dense)
 
     def run(

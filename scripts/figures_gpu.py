@@ -81,7 +81,7 @@ def gpu_calls_table() -> str:
         "forward with gradient: host",
         "backward: host",
     ]
-    return table(head, rows)
+    return table(head, rows) + _machine("h100-calls")
 
 
 def gpu_real_table() -> str:
@@ -104,4 +104,11 @@ def gpu_real_table() -> str:
             cells += [f"{stock:.0f} to {ms:.0f} ms: {stock / ms:.2f}x", f"{bound:.2f}x"]
         rows.append(cells)
     head = ["model", "attention", "stock attention of a step", "a step, eager", "bound", "compiled blocks", "bound"]
-    return table(head, rows)
+    return table(head, rows) + _machine("h100-real-models")
+
+
+def _machine(name: str) -> str:
+    """A line that says what a result was measured on."""
+    found = result(name)["versions"]
+    also = f", diffusers {found['diffusers']}" if "diffusers" in found else ""
+    return f"\n\n{found['gpu']}, torch {found['torch']}, triton {found['triton']}{also}."

@@ -1,8 +1,8 @@
 """What happens at attention modules, in plain numbers: calls by outcome, and the time of some of them.
 
 On a GPU a timed call records two events, which cost the host more than a whole dense call may, so most calls are only
-counted: the first steady ones of each kind are timed, then every so many-th. On a CPU all are. A first call of a
-kind, which plans and compiles, is kept apart from both.
+counted: one in sixteen of a kind is timed, at every module another one, so that a step of a model has some of them and
+none has many. On a CPU all are. A first call of a kind, which plans and compiles, is kept apart.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from visattn.dispatch import Problem
 
 Kind = Literal["sparse", "dense"]
-# Steady calls of a kind at a module that are timed on a GPU, and how many calls later the next one is.
-STEADY, EVERY = 4, 32
+# On a GPU one in so many steady calls of a kind is timed, at every module another one.
+EVERY = 16
 # Pairs of CUDA events kept before the finished ones are summed up.
 MANY_EVENTS = 1024
 
@@ -35,7 +35,7 @@ class Cell:
         problem: What ran or was kept dense, None for calls that are dense anyway or fell back.
         reason: Why the pattern did not run, "" if it ran or a schedule keeps the call dense.
         kept: Whether `auto` kept them dense, where the pattern would take longer.
-        first: Whether the first of them is the first of its kind anywhere in the model.
+        turn: How many modules had such calls before: 0 where the first of them is the first of its kind in the model.
         on_gpu: Whether only some are timed.
         calls: How many.
         timed: How many steady ones were timed.
@@ -44,15 +44,15 @@ class Cell:
     """
 
     __slots__ = (
-        "calls", "first", "first_seconds", "kept", "key", "kind", "on_gpu", "problem", "reason", "seconds", "timed"
+        "calls", "first_seconds", "kept", "key", "kind", "on_gpu", "problem", "reason", "seconds", "timed", "turn"
     )  # fmt: skip
 
     def __init__(
-        self, kind: Kind, key: Hashable, problem: Problem | None, reason: str, kept: bool, first: bool, on_gpu: bool
+        self, kind: Kind, key: Hashable, problem: Problem | None, reason: str, kept: bool, turn: int, on_gpu: bool
     ) -> None:
         self.kind: Kind = kind
         self.key, self.problem, self.reason, self.kept = key, problem, reason, kept
-        self.first, self.on_gpu = first, on_gpu
+        self.turn, self.on_gpu = turn, on_gpu
         self.calls = self.timed = 0
         self.seconds = self.first_seconds = 0.0
 
@@ -114,7 +114,8 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._cells: dict[str, dict[Hashable, Cell]] = {}
-        self._seen: set[Hashable] = set()
+        # Modules at which calls of a kind happened.
+        self._kinds: dict[Hashable, int] = {}
         # Time besides calls, by module and kind.
         self._besides: dict[str, dict[str, float]] = {}
         # Cells, or a module and a kind; whether it is a first call; what was recorded before and after.
@@ -136,16 +137,18 @@ class Tally:
             cells = self._cells.setdefault(site, {})
             found = cells.get(own)
             if found is None:
-                cells[own] = found = Cell(*own, own not in self._seen, device.type == "cuda")
-                self._seen.add(own)
+                turn = self._kinds.get(own, 0)
+                cells[own] = found = Cell(*own, turn, device.type == "cuda")
+                self._kinds[own] = turn + 1
         return found
 
     def begin(self, cell: Cell) -> Any:
         """A call begins: when, or None if it is not timed."""
         if not cell.on_gpu:
             return time.perf_counter()
-        count = cell.calls
-        if (count > STEADY and count % EVERY) or torch.cuda.is_current_stream_capturing():
+        # The first call of all, then the next one of the first module, the one after that of the second.
+        late = cell.calls - 1 - cell.turn
+        if (late % EVERY and (cell.calls or cell.turn)) or torch.cuda.is_current_stream_capturing():
             return None
         return _event()
 
@@ -153,7 +156,7 @@ class Tally:
         """A call is over that began at `begun`; several cells share it where its samples differ."""
         stopped = _stop(begun)
         with self._lock:
-            is_first = cells[0].first and not cells[0].calls
+            is_first = not (cells[0].turn or cells[0].calls)
             for cell in cells:
                 cell.calls += 1
             if isinstance(stopped, torch.cuda.Event):

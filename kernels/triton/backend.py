@@ -30,9 +30,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # the Hopper kernel's, measured on an H100 (docs/gpu-notes.md).
 RATE, HOPPER_RATE = 0.6, 0.95
 # What a call keeps the host, in microseconds, without and with choosing lists (docs/performance.md).
-CALL_US, ROUTED_CALL_US = 100, 550
-# What it keeps the device beyond its tiles, likewise.
-DEVICE_US, ROUTED_US = 18, 120
+CALL_US, ROUTED_CALL_US = 35, 650
+# What it keeps the device beyond its tiles, and how long one program takes for 128 keys in the general and in the
+# Hopper kernel: the longest list is the least that a call takes (fitted to the same calls).
+DEVICE_US, ROUTED_US, KEYS_US, HOPPER_KEYS_US = 12, 120, 2.5, 1.1
 # Triton runs kernels for Ampere and later.
 OLDEST = 80
 
@@ -131,7 +132,10 @@ class Triton(Backend):
         partial = 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
         device_us, host_us = (ROUTED_US, ROUTED_CALL_US) if routed else (DEVICE_US, CALL_US)
-        return wall(problem, pairs / rate + overhead(problem, 0, device_us), 0, host_us)
+        longest = int(plan.lists.counts.max(initial=0)) * plan.keys.capacity / 128
+        least = longest * (HOPPER_KEYS_US if rate == HOPPER_RATE else KEYS_US)
+        device = overhead(problem, 0, device_us) + max(pairs / rate, overhead(problem, 0, least))
+        return wall(problem, device, 0, host_us)
 
     def prepare(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, grown: Callable[[], None]

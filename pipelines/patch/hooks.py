@@ -57,8 +57,9 @@ def _unpatched() -> Callable[..., None]:
 class Begin(_Hook):
     """Before a forward of the model: where do its tokens sit?"""
 
-    def __init__(self, run: DiffusersRun, names: tuple[str, ...]) -> None:
+    def __init__(self, run: DiffusersRun, names: tuple[str, ...], learns: Callable[[], None]) -> None:
         super().__init__(run)
+        self.learns = learns
         # Hooks keep the run alive: a handle may be dropped without undoing anything.
         self.keep = run
         self.names, self.config, self.family = names, run.config, run.family
@@ -85,6 +86,8 @@ class Begin(_Hook):
 
     @_untraced
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            self.learns()
         self.keep.begin(self.family.seen(self.config, dict(zip(self.names, args, strict=False)) | kwargs))
 
 
@@ -152,12 +155,13 @@ class Hooks:
 
     def __init__(self, model: torch.nn.Module, run: DiffusersRun, sites: Sequence[tuple[torch.nn.Module, str]]) -> None:
         names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        enter = Enter(run, {id(module): path for module, path in sites})
-        blocks = _around(model, [path for _, path in sites])
+        self._enter = Enter(run, {id(module): path for module, path in sites})
+        # Gradients alone ask which forward a block belongs to: the hooks before blocks come with the first ones.
+        self._blocks = _around(model, [path for _, path in sites])
         self._handles = [
-            model.register_forward_pre_hook(Begin(run, names), with_kwargs=True, prepend=True),
+            model.register_forward_pre_hook(Begin(run, names, self._learn), with_kwargs=True, prepend=True),
             model.register_forward_hook(Finish(run)),
-            *(module.register_forward_pre_hook(enter, with_kwargs=True) for module in [*blocks, *dict(sites)]),
+            *(module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in dict(sites)),
         ]
 
     def remove(self) -> None:
@@ -165,3 +169,10 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._blocks.clear()
+
+    def _learn(self) -> None:
+        """A forward with gradients begins."""
+        while self._blocks:
+            block = self._blocks.pop()
+            self._handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))

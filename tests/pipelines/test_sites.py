@@ -168,3 +168,24 @@ def test_a_dense_call_adds_few_function_calls(make, most):
         sites = len(handle.report().modules)
     assert calls["Runner.attend_alike"] == sites
     assert sum(calls.values()) <= most * sites, calls
+
+
+def test_hooks_before_blocks_come_with_the_first_gradients_and_go():
+    model, inputs = tiny_models.flux()
+
+    def hooked():
+        return {name for name, module in model.named_modules() if module._forward_pre_hooks}
+
+    before = hooked()
+    with visattn.apply(model, PATTERN) as handle:
+        sites = {site.site for site in handle.report().modules}
+        with torch.no_grad():
+            tiny_models.run(model, inputs)
+        assert hooked() - before == {"", *sites}
+        for _ in range(2):
+            model(**inputs)
+        assert {site.rpartition(".")[0] for site in sites} <= hooked()
+        most = sum(len(module._forward_pre_hooks) for module in model.modules())
+        model(**inputs)
+        assert sum(len(module._forward_pre_hooks) for module in model.modules()) == most
+    assert hooked() == before

@@ -8,6 +8,7 @@ import torch
 from scripts import figures_gpu
 from scripts.bench import real_models, real_models_gpu
 
+VERSIONS = {"gpu": "Some GPU", "torch": "2.0", "triton": "3.0", "diffusers": "0.1"}
 ROW = {"model": "SDXL 1024", "attention": "dense", "mode": "eager", "stock_ms": 20.0, "ms": 10.0, "attention_ms": 15.0}
 
 
@@ -48,8 +49,9 @@ def test_the_table_has_a_row_of_each_model_and_attention(tmp_path, monkeypatch):
     monkeypatch.setattr("scripts.results.RESULTS", tmp_path)
     assert figures_gpu.gpu_real_table().startswith("Not measured")
     rows = [ROW, {**ROW, "mode": "compiled", "ms": 5.0}, {**ROW, "attention": "na(window=7x7)"}]
-    (tmp_path / "h100-real-models.json").write_text(json.dumps({"rows": rows}))
-    lines = figures_gpu.gpu_real_table().splitlines()[2:]
+    (tmp_path / "h100-real-models.json").write_text(json.dumps({"rows": rows, "versions": VERSIONS}))
+    *lines, _, machine = figures_gpu.gpu_real_table().splitlines()[2:]
+    assert machine == "Some GPU, torch 2.0, triton 3.0, diffusers 0.1."
     assert lines == [
         "| SDXL 1024 | dense | 15 ms | 20 to 10 ms: 2.00x | 4.00x | 20 to 5 ms: 4.00x | 4.00x |",
         "| SDXL 1024 | `na(window=7x7)` | 15 ms | 20 to 10 ms: 2.00x | 4.00x |  |  |",
