@@ -99,7 +99,10 @@ def _measured(found: dict[str, Any], weights: str) -> list[dict[str, Any]]:
 
 
 def _students(found: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in found["rows"].values() if row["weights"] != SHIPPED and "error" not in row]
+    """Rows of students whose pattern, and dense attention, were measured without training too."""
+    plain = {row["pattern"] for row in _measured(found, SHIPPED)}
+    rows = [row for row in found["rows"].values() if row["weights"] != SHIPPED and "error" not in row]
+    return [row for row in rows if {row["pattern"], DENSE} <= plain]
 
 
 def _top(kind: dict[str, Any]) -> str:

@@ -61,7 +61,7 @@ def test_students_before_and_after(measured):
 
 def test_only_what_is_measured_has_a_table(measured):
     assert list(emoji_tables()) == ["emoji-quality", "emoji-students"]
-    measured({0: row("dense", "shipped", 0.8, 0.02)})
+    measured({0: row("dense", "shipped", 0.8, 0.02), 1: row("mala", "mala", 0.5, 0.02, psnr=20.0)})
     assert list(emoji_tables()) == ["emoji-quality"]
 
 
