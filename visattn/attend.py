@@ -13,7 +13,7 @@ from visattn import ops, prepare, transforms
 from visattn.autocast import as_sdpa_casts
 from visattn.checks import check_call, check_fit, check_tensors, factor, merged
 from visattn.crossing import crossing
-from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose, run_call
+from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.plans import plan
@@ -131,7 +131,7 @@ def attention(
         check_fit(q, k, v, pattern, layout, key_mask, rpb, given)
         call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
         if portable:
-            out, lse = run_call(q, k, v, call, backend, portable)
+            out, lse = prepare.run_call(q, k, v, call, backend, portable)
         elif transforms.active():
             out, lse = transforms.attend(q, k, v, call, backend)
         else:

@@ -11,10 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from visattn.autocast import switched_off
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, RoutedPattern
-from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import TilePlan, plan
 from visattn.registry import REGISTRY
 
@@ -178,20 +176,13 @@ class Backend(ABC):
             call: Everything else of it; it has no parameters, and its key mask or bias may be another next time.
             grown: To be called when the result has come to hold more tensors, which are kept with it.
         """
-        return partial(_anew, self, replace(call, key_mask=None, rpb=None))
+        return partial(_anew, self.run, replace(call, key_mask=None, rpb=None))
 
 
-def _anew(
-    backend: Backend,
-    bare: Call,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    rpb: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    call = bare if key_mask is None and rpb is None else replace(bare, key_mask=key_mask, rpb=rpb)
-    return backend.run(q, k, v, call)
+def _anew(run: Any, call: Call, q: Any, k: Any, v: Any, key_mask: torch.Tensor | None, rpb: torch.Tensor | None) -> Any:
+    if key_mask is not None or rpb is not None:
+        call = replace(call, key_mask=key_mask, rpb=rpb)
+    return run(q, k, v, call)
 
 
 def _accept(name: str, backend: Any) -> Backend:
@@ -330,28 +321,6 @@ def cheapest(problem: Problem, backends: Iterable[Backend]) -> Backend:
             return offer.backend
     reasons = "; ".join(f"{offer.backend.name}: {verdict(offer.backend, problem).reason}" for offer in offers)
     raise ValueError(f"no backend can run {problem.pattern} on {problem.layout}: {reasons}")
-
-
-def run_call(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str = "auto", portable: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Choose a backend for a checked call and run it; see `Backend.run`. With `portable` the name does not matter."""
-    problem = Problem.of(q, k, v, call)
-    chosen = choose_portable(problem) if portable else choose(problem, backend)
-    if not q.shape[0]:
-        return _of_no_samples(q, k, v, call)
-    weight = call.parameters.get("pool_weight")
-    with switched_off(q.device):
-        k, v, key_mask = with_pooled_keys(call.pattern, k, v, call.key_mask, call.layout, weight)
-        return chosen.run(q, k, v, replace(call, key_mask=key_mask))
-
-
-def _of_no_samples(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """The empty result of an empty batch, in whose graph every input has a part: gradients are empty or zero."""
-    others = [t for t in (k, v, call.rpb, *call.parameters.values()) if t is not None]
-    # Products, so that no gradient is another tensor under a second name.
-    out = 1 * q + sum((0 * t).sum().to(q.dtype) for t in others)
-    return out, out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def visited_pairs(problem: Problem, tiles: TilePlan | None = None) -> float:

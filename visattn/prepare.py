@@ -1,16 +1,18 @@
-"""Calls like an earlier one: who runs them, and how, is found by one key and decided no second time."""
+"""Running checked calls; who runs one like an earlier one, and how, is found by one key and decided no second time."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from visattn.dispatch import Call, Prepared, Problem, choose, run_call
+from visattn.autocast import switched_off
+from visattn.dispatch import Call, Prepared, Problem, choose, choose_portable
 from visattn.keep import CALL_BYTES, STORE
-from visattn.patterns.kinds import PooledPattern
+from visattn.patterns.kinds import PooledPattern, with_pooled_keys
 from visattn.registry import REGISTRY
 
 # Types whose attributes are what they seem.
@@ -74,6 +76,28 @@ def _about(tensor: Any) -> Hashable:
     if tensor is None:
         return None
     return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def run_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str = "auto", portable: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Choose a backend for a checked call and run it; see `Backend.run`. With `portable` the name does not matter."""
+    problem = Problem.of(q, k, v, call)
+    chosen = choose_portable(problem) if portable else choose(problem, backend)
+    if not q.shape[0]:
+        return _of_no_samples(q, k, v, call)
+    weight = call.parameters.get("pool_weight")
+    with switched_off(q.device):
+        k, v, key_mask = with_pooled_keys(call.pattern, k, v, call.key_mask, call.layout, weight)
+        return chosen.run(q, k, v, replace(call, key_mask=key_mask))
+
+
+def _of_no_samples(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The empty result of an empty batch, in whose graph every input has a part: gradients are empty or zero."""
+    others = [t for t in (k, v, call.rpb, *call.parameters.values()) if t is not None]
+    # Products, so that no gradient is another tensor under a second name.
+    out = 1 * q + sum((0 * t).sum().to(q.dtype) for t in others)
+    return out, out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def run(

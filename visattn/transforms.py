@@ -11,7 +11,8 @@ import torch
 from torch.autograd import forward_ad
 
 from visattn import ops
-from visattn.dispatch import Call, run_call
+from visattn.dispatch import Call
+from visattn.prepare import run_call
 
 Tensors = Sequence[torch.Tensor | None]
 

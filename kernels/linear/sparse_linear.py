@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, choose, overhead, run_call
+from visattn.dispatch import Backend, Call, Problem, Support, choose, overhead
 from visattn.kernels.linear.hidden import hidden_attention
 from visattn.patterns import SparseLinear
 from visattn.patterns.linear import feature_channels
 from visattn.plans import plan
+from visattn.prepare import run_call
 
 # Time over that of dense attention's products, by operation count.
 RATE = 4.0

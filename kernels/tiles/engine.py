@@ -65,8 +65,8 @@ def _keys(
     """Keys or values of each part of a batch: [n, Hkv, L, D]."""
     if batch.keys is None:
         return [whole[batch.samples, : batch.parts[0].length].transpose(1, 2)]
-    rows = buffers.gather(name, rows, batch.keys).split_with_sizes(batch.key_rows)
-    return [shapes.keys(own, part.length) for own, part in zip(rows, batch.parts, strict=True)]
+    parts = buffers.gather(name, rows, batch.keys).split_with_sizes(batch.key_rows)
+    return [shapes.keys(own, part.length) for own, part in zip(parts, batch.parts, strict=True)]
 
 
 def backward(
