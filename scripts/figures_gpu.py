@@ -66,21 +66,25 @@ def gpu_stack_table() -> str:
 
 
 def gpu_calls_table() -> str:
-    """What a call costs the host and in all, measured by scripts/check/prepared_gpu.py."""
+    """What a call costs the host, in all and the GPU alone, measured by scripts/check/prepared_gpu.py."""
+    columns = {
+        "host": "host_us",
+        "wall": "wall_us",
+        "GPU": "gpu_us",
+        "dense: host": "sdpa_host_us",
+        "dense: wall": "sdpa_wall_us",
+        "forward with gradient: host": "forward_grad_host_us",
+        "dense": "forward_grad_sdpa_host_us",
+        "backward: host": "backward_host_us",
+        "dense ": "backward_sdpa_host_us",
+    }
+    found = result("h100-calls")["rows"]
+    columns = {head: key for head, key in columns.items() if key in found[0]}
+    head = ["case", "heads", *(name.strip() for name in columns)]
     rows = []
-    for row in result("h100-calls")["rows"]:
-        keys = ("host_us", "wall_us", "sdpa_host_us", "sdpa_wall_us", "forward_grad_host_us", "backward_host_us")
-        rows.append([f"`{row['pattern']}` on {row['layout']}", row["heads"], *(f"{row[key]:.0f}" for key in keys)])
-    head = [
-        "case",
-        "heads",
-        "host",
-        "wall",
-        "dense: host",
-        "dense: wall",
-        "forward with gradient: host",
-        "backward: host",
-    ]
+    for row in found:
+        case = f"`{row['pattern']}` on {row['layout']}"
+        rows.append([case, row["heads"], *(f"{row[key]:.0f}" for key in columns.values())])
     return table(head, rows) + _machine("h100-calls")
 
 
