@@ -19,7 +19,6 @@ from visattn.pipelines.patch import numbering, operators
 from visattn.pipelines.patch.parallel import degree
 from visattn.pipelines.patch.stock import Stock
 from visattn.runtime.call import AttentionCall
-from visattn.runtime.verdict import mode_of
 
 
 @functools.lru_cache(maxsize=1024)
@@ -92,7 +91,7 @@ def _kind(
     group = numbering.look_up(number)
     if group is None or torch._C._len_torch_function_stack():
         return group, None
-    return group, group.key(q, k, v, scale, heads_first, mode_of(q.device) if q.is_cuda else "eager")
+    return group, group.key(q, k, v, scale, heads_first, "eager")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -162,7 +161,7 @@ def call_group(number: int, call: AttentionCall, is_dispatched: bool, kind: Hash
         return (numbering.stock_of(number) or Stock(is_dispatched))(call)
     if torch._C._len_torch_function_stack() and skips_scores():
         return group.leave(call, group.run.site, "diffusers skips its scores for guidance")
-    return group.attend(call, group.run.site, key=kind, mode=mode_of(call.q.device))[0]
+    return group.attend(call, group.run.site, key=kind)[0]
 
 
 def skips_scores() -> bool:

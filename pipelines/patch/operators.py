@@ -19,7 +19,6 @@ from visattn.pipelines.patch.numbering import look_up, stock_of
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import key_validity
 from visattn.runtime.sequences import Sequences
-from visattn.runtime.verdict import mode_of
 
 
 @torch.library.custom_op("visattn::patched_attention", mutates_args=())
@@ -41,15 +40,14 @@ def patched_attention(
         stock = stock_of(group)
         assert stock is not None, f"compiled code of group {group} outlives its processors"
         return stock(call).contiguous(), Decision((), Dense(), "auto", None, stock).encode()
-    mode = mode_of(q.device, compiled=True)
-    kind = owner.key(q, k, v, scale, False, mode) if mask is None and not parameters else None
+    kind = owner.key(q, k, v, scale, False, "compiled") if mask is None and not parameters else None
     if kind is not None:
         stock = functools.partial(owner.stock.unmasked, q, k, v, scale, grouped)
         found = owner.attend_alike(kind, (q, k, v), scale, None, False, stock)
         if found is not None:
             return found[0].contiguous(), owner.encoded(found[1])
     given = {n: t.detach().to(q.device) for n, t in zip(owner.parameters, parameters, strict=True)}
-    out, layouts = owner.attend(call, None, given, kind, mode)
+    out, layouts = owner.attend(call, None, given, kind, "compiled")
     return out.contiguous(), owner.encoded(layouts)
 
 

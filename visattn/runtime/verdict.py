@@ -11,7 +11,8 @@ from visattn.dispatch import Problem
 from visattn.layout import Layout
 from visattn.tally import Cell, Kind, Tally
 
-Mode = Literal["eager", "compiled", "captured"]
+# How a call is made. One that a CUDA graph captures is decided as its warm-up was, which made plans and kernels for it.
+Mode = Literal["eager", "compiled"]
 # Decisions kept for one kind of forward; each is a few hundred bytes.
 MANY = 1024
 
@@ -56,10 +57,3 @@ class Ready:
 
     verdict: Verdict
     cells: dict[str, tuple[Cell, ...]] = field(default_factory=dict)
-
-
-def mode_of(device: torch.device, compiled: bool = False) -> Mode:
-    """How calls on a device are made at the moment."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "captured"
-    return "compiled" if compiled else "eager"
