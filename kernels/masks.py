@@ -20,10 +20,11 @@ def visible(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         k: Keys [B, S + extra, Hkv, D].
 
     Returns:
-        bool [1 or B, 1, S, S + extra].
+        bool [1 or B, 1 or H, S, S + extra].
     """
     if isinstance(call.pattern, RoutedPattern):
-        mask = routed_mask(call.pattern, call.layout, q, k, call.key_mask)[:, None]
+        mask = routed_mask(call.pattern, call.layout, q, k, call.key_mask, call.scale)
+        mask = mask if mask.ndim == 4 else mask[:, None]
     else:
         mask = _mask(call.pattern, call.layout, q.device)[None, None]
     return mask if call.key_mask is None else mask & call.key_mask[:, None, None, :]

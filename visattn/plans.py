@@ -16,6 +16,7 @@ from visattn.patterns import (
     Pattern,
     PooledPattern,
     RoutedPattern,
+    Routes,
     SpannedPattern,
     parse,
 )
@@ -179,6 +180,8 @@ def plan(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Tile] 
     grid = pattern.tiled_layout(layout).grid
     pair = tile if isinstance(tile, tuple) and len(tile) == 2 and isinstance(tile[0], tuple) else (tile, tile)
     boxes = tuple(pattern.tile(grid) if box is None else _box(box, grid) for box in pair)
+    if isinstance(pattern, RoutedPattern):
+        pattern.check_tiles(layout.grid, boxes[0], boxes[1])
     return _plan(pattern, layout, boxes[0], boxes[1])
 
 
@@ -242,16 +245,20 @@ def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling) -> tuple
     return np.concatenate(query), np.concatenate(key), renumber[np.concatenate(mask)], masks[used]
 
 
-def with_routes(made: TilePlan, routes: Ints) -> TilePlan:
+def with_routes(made: TilePlan, routes: Routes, sample: int = 0, group: int = 0) -> TilePlan:
     """A routed pattern's plan with the lists that some q and k would give it, as a plan of a fixed pattern.
 
     Args:
         made: A plan of a routed pattern.
-        routes: Key tiles of each grid query tile, as `pattern.route` finds them for one sample: [tiles, n].
+        routes: Key tiles of each grid query tile, as `pattern.route` finds them.
+        sample: Whose lists.
+        group: Which group of heads' lists.
     """
     short, more = _validity(made.queries, made.keys)
-    tile = routes.ravel()
-    row = np.repeat(np.arange(made.queries.tiles)[made.queries.grid_tiles], routes.shape[1])
+    tiles, listed = routes.tiles[sample, group].cpu().numpy(), routes.listed()
+    keep = np.ones(tiles.shape, bool) if listed is None else listed[sample, group].cpu().numpy()
+    tile = tiles[keep]
+    row = np.repeat(np.arange(made.queries.tiles)[made.queries.grid_tiles], keep.sum(1))
     mask = np.where(short[tile] >= 0, short[tile] + len(made.masks), -1)
     old = made.lists
     joined = [np.concatenate(pair) for pair in ((old.rows, row), (old.tile, tile), (old.mask, mask))]

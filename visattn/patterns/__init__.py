@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from visattn.patterns.above import Above
 from visattn.patterns.agent import Agent
 from visattn.patterns.agent_sd import AgentSD
 from visattn.patterns.base import Pattern
 from visattn.patterns.clear import Clear
 from visattn.patterns.dense import Dense
+from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.flow import Flow
 from visattn.patterns.halo import Halo
 from visattn.patterns.kinds import (
@@ -24,20 +26,25 @@ from visattn.patterns.mala import Mala
 from visattn.patterns.masks import dense_mask, routed_mask
 from visattn.patterns.neighborhood import Neighborhood
 from visattn.patterns.radial import Radial
+from visattn.patterns.routes import Routes
 from visattn.patterns.routing import Routing
 from visattn.patterns.ruled import RuledPattern
 from visattn.patterns.sigmoid import Sigmoid
 from visattn.patterns.sparse_linear import SparseLinear
 from visattn.patterns.text import parse
+from visattn.patterns.topk import TopK
+from visattn.patterns.topp import TopP
 
 __all__ = [
     "PATTERNS",
+    "Above",
     "Agent",
     "AgentSD",
     "BiasedPattern",
     "Clear",
     "ComposedPattern",
     "Dense",
+    "DynamicPattern",
     "Flow",
     "Halo",
     "Linear",
@@ -49,12 +56,15 @@ __all__ = [
     "PooledPattern",
     "Radial",
     "RoutedPattern",
+    "Routes",
     "Routing",
     "RuledPattern",
     "Sigmoid",
     "SpannedPattern",
     "SparseLinear",
     "StaticPattern",
+    "TopK",
+    "TopP",
     "dense_mask",
     "parse",
     "routed_mask",
@@ -67,6 +77,9 @@ PATTERNS: tuple[type[Pattern], ...] = (
     Clear,
     Radial,
     Routing,
+    TopK,
+    TopP,
+    Above,
     Agent,
     AgentSD,
     Linear,

@@ -11,6 +11,7 @@ import numpy as np
 from visattn.layout import Layout
 from visattn.patterns.base import Pattern
 from visattn.patterns.geometry import Bools, Spans, TilePairs, product_mask, product_pairs
+from visattn.patterns.routes import Routes
 from visattn.tiling import Tiling, box_shape
 
 if TYPE_CHECKING:
@@ -142,35 +143,63 @@ class RoutedPattern(ListedPattern):
 
     @abstractmethod
     def routed_tiles(self, grid: tuple[int, ...], keys: Tiling) -> int:
-        """Key tiles that `route` adds to the list of each grid query tile."""
+        """Key tiles that `route` is expected to add to the list of each grid query tile, for estimates."""
 
     @abstractmethod
     def route(
-        self, q: torch.Tensor, k: torch.Tensor, plan: Tiled, key_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        plan: Tiled,
+        key_mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> Routes:
         """The key tiles that are chosen for each grid query tile.
 
         What the key mask hides takes no part in the choice, neither as a key nor as a query: padding decides
-        nothing. In a sample with hidden grid tokens every query tile with valid tokens lists its own part of the grid.
+        nothing. In a sample with hidden grid tokens every query tile with valid tokens lists valid keys if there are
+        any. The work depends on shapes alone and does not wait for the device.
 
         Args:
             q: Queries [B, S, H, D].
             k: Keys [B, S, Hkv, D].
             plan: A plan of this pattern.
             key_mask: bool [B, S], True where a token is valid; None means all.
+            scale: Factor on the logits, D**-0.5 if None.
 
         Returns:
-            int64 [B, grid query tiles, n]: indices over all tiles of plan.keys, without duplicates, the same
-            number for every query tile. Short key tiles are not fully visible: their empty slots must be masked.
+            The lists, by groups of heads. Short key tiles are not fully visible: their empty slots must be masked.
         """
 
     @abstractmethod
     def routed_grid_mask(
-        self, q: torch.Tensor, k: torch.Tensor, layout: Layout, key_mask: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: Layout,
+        key_mask: torch.Tensor | None = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
-        """The pattern's truth for these q, k and key mask: visibility of grid tokens, bool [B, tokens, tokens].
+        """The pattern's truth for these q, k and key mask: visibility of grid tokens.
 
         Hidden keys stay visible in it where their neighbours are: the key mask is a mask of its own.
+
+        Returns:
+            bool [B, tokens, tokens], or [B, H, tokens, tokens] where heads choose for themselves.
+        """
+
+    @property
+    def pools_rest(self) -> bool:
+        """Whether grid queries see one pooled key for each grid tile that they do not list (`patterns.choice.rest`)."""
+        return False
+
+    def check_tiles(self, grid: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
+        """Raise a ValueError if query and key tiles of these sizes cannot carry the lists.
+
+        Args:
+            grid: Tokens per axis of the layout that is cut in tiles.
+            queries: Box of a query tile.
+            keys: Box of a key tile.
         """
 
     def parts(self, grid: tuple[int, ...]) -> tuple[int, ...]:

@@ -45,7 +45,12 @@ def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
 
 
 def routed_mask(
-    pattern: Pattern, layout: Layout, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None = None
+    pattern: Pattern,
+    layout: Layout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """The truth of a routed pattern as a mask over all tokens, for small grids.
 
@@ -55,16 +60,19 @@ def routed_mask(
         q: Queries [B, S, H, D].
         k: Keys [B, S, Hkv, D].
         key_mask: bool [B, S], True where a token is valid: the others take no part in the choice.
+        scale: Factor on the logits, D**-0.5 if None.
 
     Returns:
-        bool [B, S, S], without the key mask itself; entry (b, i, j) says whether query i of sample b sees key j.
+        bool [B, S, S], without the key mask itself; entry (b, i, j) says whether query i of sample b sees key j. Of
+        patterns whose heads choose for themselves (topk, topp, above) [B, H, S, S].
 
     Raises:
         ValueError: If the pattern is not routed.
     """
     if not isinstance(pattern, RoutedPattern):
         raise ValueError(f"{pattern} is not routed: call dense_mask(pattern, layout)")
-    mask = torch.ones(q.shape[0], layout.length, layout.length, dtype=torch.bool, device=q.device)
+    own = pattern.routed_grid_mask(q, k, layout, key_mask, scale)
+    mask = torch.ones(*own.shape[:-2], layout.length, layout.length, dtype=torch.bool, device=q.device)
     inner = slice(layout.prefix, layout.prefix + layout.tokens)
-    mask[:, inner, inner] = pattern.routed_grid_mask(q, k, layout, key_mask)
+    mask[..., inner, inner] = own
     return mask

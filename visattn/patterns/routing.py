@@ -12,6 +12,7 @@ import torch
 from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns.kinds import RoutedPattern, Tiled
+from visattn.patterns.routes import Routes
 from visattn.patterns.values import PerAxis, per_axis, whole_numbers
 from visattn.tiling import Ints, Tiling, box_shape
 
@@ -84,15 +85,25 @@ class Routing(RoutedPattern):
         return self.chosen(grid) * (keys.runs[1] // math.prod(self.parts(grid)))
 
     def route(
-        self, q: torch.Tensor, k: torch.Tensor, plan: Tiled, key_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The key tiles of the regions that each query tile's region sees, see `RoutedPattern.route`."""
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        plan: Tiled,
+        key_mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> Routes:
+        """The key tiles of the regions that each query tile's region sees, one list for all heads."""
         region, tiles = _tables(self, plan, q.device)
         choice = self.choose(q, k, plan.layout, key_mask)
-        return tiles[choice].flatten(2)[:, region]
+        return Routes(tiles[choice].flatten(2)[:, region][:, None])
 
     def routed_grid_mask(
-        self, q: torch.Tensor, k: torch.Tensor, layout: Layout, key_mask: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: Layout,
+        key_mask: torch.Tensor | None = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
         """Every token of a region sees every token of the regions that it chose."""
         token_region = token_regions(self, layout.grid, q.device)

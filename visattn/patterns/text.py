@@ -13,6 +13,10 @@ from visattn.patterns.registry import KINDS
 from visattn.registry import REGISTRY
 
 
+# A word, which may have sizes in parentheses, or several of those: mean, parts(4x4), self+near(1).
+WORDS = re.compile(r"[a-z_]\w*(\([\dx]+\))?(\+[a-z_]\w*(\([\dx]+\))?)*")
+
+
 def parse(text: str | Pattern) -> Pattern:
     """Build the pattern that a text like `na(window=7x7)` names; a pattern passes through.
 
@@ -110,8 +114,8 @@ def _value(text: str, wanted: tuple[Any, ...], where: str) -> Any:
         return {"true": True, "false": False, "none": None}[low]
     if any(isinstance(kind, type) and issubclass(kind, Pattern) for kind in wanted):
         return parse(text)
-    if str in wanted and re.fullmatch(r"[a-z_]\w*", low):
-        return low
+    if str in wanted and WORDS.fullmatch(plain := re.sub(r"\s+", "", low)):
+        return plain
     if re.fullmatch(r"-?\d+(x-?\d+)+", low):
         return tuple(int(part) for part in low.split("x"))
     if re.fullmatch(r"\(.+\)", low, re.DOTALL):

@@ -1,0 +1,84 @@
+"""The key blocks whose scores stand out of their row."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.patterns.choice.blocks import Blocks
+from visattn.patterns.choice.picks import at_most, number_of, pick_above
+from visattn.patterns.choice.scores import Seen
+from visattn.patterns.choice.values import share_or_count
+from visattn.patterns.dynamic import DynamicPattern
+from visattn.patterns.values import PerAxis, is_number, real_number
+
+
+@dataclass(frozen=True)
+class Above(DynamicPattern):
+    """Each block of queries lists the key blocks that score `tau` standard deviations above the mean of its row.
+
+    Source: "Sol-Attn" (2025), the exact form of its bar: mean and variance of the scores in base 2 over the key
+    blocks, 1e-6 added to the variance.
+
+    Attributes:
+        tau: Standard deviations above the mean.
+        most: Blocks that are listed at most, forced ones included: a fraction of all, rounded up, or a count.
+        score: As in `topk`.
+        always: As in `topk`; forced blocks are listed beside those above the bar.
+        per: As in `topk`: "head" has one bar for all pairs of a head.
+        rest: As in `topk`.
+        block: As in `topk`.
+        key_block: As in `topk`.
+
+    Raises:
+        ValueError: If a parameter is out of range, here or on the grid it is used with.
+    """
+
+    tau: float = 1.0
+    most: int | float = 1.0
+    score: str = "mean"
+    always: str | None = "self"
+    per: str = "row"
+    rest: str = "drop"
+    block: PerAxis | None = None
+    key_block: PerAxis | None = None
+
+    name: ClassVar[str] = "above"
+
+    def __post_init__(self) -> None:
+        if not is_number(self.tau):
+            raise ValueError(f"tau={self.tau!r} must be a finite number of standard deviations")
+        object.__setattr__(self, "tau", real_number(self.tau))
+        object.__setattr__(self, "most", share_or_count(self.most, "most"))
+        self.put_in_form()
+
+    # As `TopK`: a share of 1.0 is no count of 1.
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and str(other) == str(self)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def most_listed(self, blocks: Blocks) -> int:
+        """`most`."""
+        return number_of(self.most, blocks.columns)
+
+    def least_listed(self, blocks: Blocks) -> int:
+        """All of a single one, else any number."""
+        return 1 if blocks.columns == 1 and self.always else 0
+
+    def expected(self, blocks: Blocks) -> float:
+        """The tail of normally distributed scores."""
+        share = max(statistics.NormalDist().cdf(-self.tau), 1 / blocks.columns)
+        return min(share, self.most_listed(blocks) / blocks.columns)
+
+    def marked(
+        self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks
+    ) -> torch.Tensor:
+        """What stands out, and what is forced."""
+        mask = pick_above(scores, seen, self.tau, self.per == "head")
+        mask = mask if forced is None else mask | forced
+        return at_most(mask, scores, forced, self.most_listed(blocks))

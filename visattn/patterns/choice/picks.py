@@ -1,0 +1,124 @@
+"""Which blocks are listed by their scores. Ties go to the lower index, and everything stays on the device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from visattn.patterns.choice.scores import Seen
+
+LOG2E = 1.4426950408889634
+
+
+def ranked(x: torch.Tensor) -> torch.Tensor:
+    """Indices along the last axis from the largest value to the smallest, of equal ones the lower first."""
+    # torch.topk promises no order of ties.
+    return x.sort(dim=-1, descending=True, stable=True).indices
+
+
+def _marked(index: torch.Tensor, keep: torch.Tensor, length: int) -> torch.Tensor:
+    """Marks at those indices [..., n] that are kept (bool, broadcasts): bool [..., length]."""
+    mask = torch.zeros(*index.shape[:-1], length, dtype=torch.bool, device=index.device)
+    return mask.scatter(-1, index, keep.expand_as(index))
+
+
+def _hidden(scores: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """Scores in which key blocks that take no part come last."""
+    return scores if seen.columns is None else scores.masked_fill(~seen.columns[:, None, None], float("-inf"))
+
+
+def probabilities(scores: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """Softmax of each row over the key blocks that take part; zeros for a query block that takes none."""
+    found = _hidden(scores, seen).softmax(-1)
+    return found if seen.rows is None else found.masked_fill(~seen.rows[:, None, :, None], 0).nan_to_num(0.0)
+
+
+def pick_number(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, number: int) -> torch.Tensor:
+    """The `number` best of each row, what is forced first: bool like the scores."""
+    scores = scores if forced is None else scores.masked_fill(forced, float("inf"))
+    order = ranked(_hidden(scores, seen))[..., :number]
+    return _marked(order, torch.ones_like(order[..., :1], dtype=torch.bool), scores.shape[-1])
+
+
+def pick_number_of_all(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, number: int) -> torch.Tensor:
+    """The `number` pairs of a head with the largest probabilities, what is forced first: bool like the scores."""
+    value = probabilities(scores, seen)
+    if seen.columns is not None:
+        value = value.masked_fill(~seen.columns[:, None, None], -1)
+    if seen.rows is not None:
+        value = value.masked_fill(~seen.rows[:, None, :, None], -1)
+    value = value if forced is None else value.masked_fill(forced, float("inf"))
+    order = ranked(value.flatten(2))[..., :number]
+    keep = torch.ones_like(order[..., :1], dtype=torch.bool)
+    return _marked(order, keep, value[0, 0].numel()).view(scores.shape)
+
+
+def pick_mass(
+    scores: torch.Tensor, seen: Seen, mass: float, cover: bool, least: int, of_all: bool = False
+) -> torch.Tensor:
+    """The best of each row (or of all pairs of a head) that carry a share of the probability.
+
+    Args:
+        scores: [B, h, rows, columns].
+        seen: What takes part.
+        mass: The share.
+        cover: Whether the block that crosses the share is listed.
+        least: Blocks that are listed anyway.
+        of_all: Whether a head's rows share the budget.
+
+    Returns:
+        bool like the scores.
+    """
+    scores = _hidden(scores, seen)
+    value = probabilities(scores, seen)
+    if of_all:
+        rows = scores.shape[2] if seen.rows is None else seen.rows.sum(-1)[:, None, None]
+        order, bar = ranked(value.flatten(2)), mass * rows
+    else:
+        order, bar = ranked(scores), mass
+    carried = value.flatten(2) if of_all else value
+    summed = carried.gather(-1, order).cumsum(-1)
+    # With `cover`, one is listed while those before it carry no more than the share.
+    keep = summed <= bar
+    if cover:
+        keep = torch.nn.functional.pad(keep[..., :-1], (1, 0), value=True)
+    keep = keep & (carried.gather(-1, order) > 0) if of_all else keep
+    marked = _marked(order, keep, carried.shape[-1]).view(scores.shape)
+    return marked | pick_number(scores, Seen(), None, least) if least else marked
+
+
+def pick_above(scores: torch.Tensor, seen: Seen, tau: float, of_all: bool = False) -> torch.Tensor:
+    """What lies more than `tau` standard deviations above the mean of its row, or of all pairs of a head.
+
+    The standard deviation is that of scores in base 2, with 1e-6 added to their variance.
+    """
+    x = scores * LOG2E
+    axes = (-2, -1) if of_all else (-1,)
+    part = torch.ones((), dtype=torch.bool, device=x.device).expand(x.shape[0], 1, *x.shape[2:])
+    if seen.columns is not None:
+        part = part & seen.columns[:, None, None]
+    if seen.rows is not None and of_all:
+        part = part & seen.rows[:, None, :, None]
+    count = part.sum(axes, keepdim=True).clamp(min=1)
+    mean = x.masked_fill(~part, 0).sum(axes, keepdim=True) / count
+    variance = (x - mean).square().masked_fill(~part, 0).sum(axes, keepdim=True) / count
+    return (x > mean + tau * (variance + 1e-6).sqrt()) & part
+
+
+def at_most(mask: torch.Tensor, scores: torch.Tensor, forced: torch.Tensor | None, most: int) -> torch.Tensor:
+    """Rows of a mask with more than `most` marks without their marks of the lowest scores; what is forced stays."""
+    if most >= mask.shape[-1]:
+        return mask
+    value = scores if forced is None else scores.masked_fill(forced, float("inf"))
+    order = ranked(value.masked_fill(~mask, float("-inf")))[..., :most]
+    return mask & _marked(order, torch.ones_like(order[..., :1], dtype=torch.bool), mask.shape[-1])
+
+
+def number_of(value: int | float, tiles: int) -> int:
+    """A count, or a fraction of the tiles rounded up, at least 1 (0 stays 0), at most all."""
+    if value == 0:
+        return 0
+    # A fraction like 0.3 of 10 tiles is 3, whatever its binary form rounds to.
+    wanted = value if isinstance(value, int) else math.ceil(round(value * tiles, 9))
+    return min(tiles, max(1, wanted))

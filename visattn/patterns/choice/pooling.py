@@ -1,0 +1,61 @@
+"""Sums and bounds of the tokens of blocks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def _cut(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], fill: float = 0.0) -> torch.Tensor:
+    """Tokens [B, tokens, H, D] as blocks [B, blocks per axis, sides of a block, H, D]; what lies behind is `fill`."""
+    x = x.unflatten(1, grid)
+    behind = [-n % side for n, side in zip(grid, box, strict=True)]
+    if any(behind):
+        pads = [0, 0, 0, 0]
+        for each in reversed(behind):
+            pads += [0, each]
+        x = torch.nn.functional.pad(x, pads, value=fill)
+    dims = len(grid)
+    for i, side in enumerate(box):
+        x = x.unflatten(1 + 2 * i, (-1, side))
+    order = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1, 2 * dims + 2]
+    return x.permute(order)
+
+
+def sums(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], parts: int = 1) -> torch.Tensor:
+    """Sums of the tokens of each part of each block, in float32 at least.
+
+    Args:
+        x: Tokens [B, tokens, H, D].
+        grid: Tokens per axis.
+        box: Sides of a block.
+        parts: Parts of equal length that a block's tokens, in row-major order, are cut in.
+
+    Returns:
+        [B, blocks, parts, H, D].
+    """
+    wide, dims = torch.promote_types(x.dtype, torch.float32), len(grid)
+    cut = _cut(x, grid, box)
+    if parts == 1:
+        cut = cut.sum(list(range(1 + dims, 1 + 2 * dims)), dtype=wide)
+        return cut.flatten(1, dims)[:, :, None]
+    cut = cut.flatten(1 + dims, 2 * dims).flatten(1, dims)
+    return cut.unflatten(2, (parts, math.prod(box) // parts)).sum(3, dtype=wide)
+
+
+def bounds(
+    x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], valid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the greatest value of each channel among the valid tokens of each block: [B, blocks, H, D]."""
+    found, dims = [], len(grid)
+    for sign in (1.0, -1.0):
+        infinite = sign * math.inf
+        own = x if valid is None else x.masked_fill(~valid[..., None, None], infinite)
+        cut = _cut(own, grid, box, infinite)
+        axes = list(range(1 + dims, 1 + 2 * dims))
+        found.append((cut.amin(axes) if sign > 0 else cut.amax(axes)).flatten(1, dims))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # A block without valid tokens has no bounds; nobody lists it.
+    low, high = (t.to(wide).nan_to_num(posinf=0.0, neginf=0.0) for t in found)
+    return low, high

@@ -1,0 +1,197 @@
+"""Patterns that list key blocks by what is in them: for every sample, head and block of queries."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+
+from visattn.keep import kept
+from visattn.layout import Layout
+from visattn.patterns.choice.always import always_mask, always_on, terms_of
+from visattn.patterns.choice.blocks import (
+    Blocks,
+    block_sizes,
+    block_tokens,
+    divides,
+    fitting,
+    inner,
+    spread,
+    token_blocks,
+)
+from visattn.patterns.choice.listening import tell
+from visattn.patterns.choice.picks import number_of
+from visattn.patterns.choice.scores import Score, Seen, block_scores
+from visattn.patterns.kinds import RoutedPattern, Tiled
+from visattn.patterns.routes import Routes, lists_of
+from visattn.patterns.values import PerAxis
+from visattn.tiling import Tiling
+
+PER = ("row", "head")
+RESTS = ("drop", "mean")
+
+
+class DynamicPattern(RoutedPattern):
+    """A pattern whose heads each list key blocks for each query block, by scores of pairs of blocks.
+
+    Dense tokens are always listed, never scored and in no budget. What a key mask hides is in no mean, and its blocks
+    come last. Means and scores are float32 at least; of equal scores the lower index wins. The choice is not
+    differentiated.
+
+    Attributes:
+        score: Text of the rule for scores, see `choice.scores.Score`.
+        always: Text of what is listed whatever its score, see `choice.always`, or None.
+        per: Who has a budget: each "row" of blocks, or each "head" over all its rows.
+        rest: What unlisted blocks give: "drop" for nothing, "mean" for one pooled key each.
+        block: Sides of a block, or tokens of a run of the flat sequence; None for a cube-like box of 64 tokens.
+        key_block: The same for blocks of keys, None for `block`.
+    """
+
+    score: str
+    always: str | None
+    per: str
+    rest: str
+    block: PerAxis | None
+    key_block: PerAxis | None
+
+    def put_in_form(self) -> None:
+        """Check the parameters that all dynamic patterns have, and give them the form that equal patterns share."""
+        Score.of(self.score)
+        always = "+".join(str(term) for term in terms_of(self.always)) or None
+        object.__setattr__(self, "always", always)
+        for name, value, known in (("per", self.per, PER), ("rest", self.rest, RESTS)):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be {' or '.join(known)}")
+        for name in ("block", "key_block"):
+            object.__setattr__(self, name, block_sizes(getattr(self, name), name))
+        if self.key_block is not None and self.block is None:
+            raise ValueError(f"key_block={self.key_block!r} needs the block of queries too: give block")
+        if self.key_block == self.block:
+            object.__setattr__(self, "key_block", None)
+
+    @abstractmethod
+    def most_listed(self, blocks: Blocks) -> int:
+        """Key blocks that a query block lists at most, what is forced included."""
+
+    @abstractmethod
+    def expected(self, blocks: Blocks) -> float:
+        """Share of the key blocks that a query block lists on average, for estimates."""
+
+    @abstractmethod
+    def marked(
+        self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks
+    ) -> torch.Tensor:
+        """Which key blocks are listed, what is forced included: bool [B, h, rows, columns], like the scores."""
+
+    def blocks(self, grid: tuple[int, ...]) -> Blocks:
+        """The blocks of a grid."""
+        return Blocks.of(grid, self.block, self.key_block)
+
+    def check(self, grid: tuple[int, ...]) -> None:
+        """Raise a ValueError if blocks or rules do not fit the grid."""
+        blocks = self.blocks(grid)
+        Score.of(self.score).check(blocks)
+        if self.per == "head" or self.most_listed(blocks) >= blocks.columns:
+            return
+        forced = int(always_mask(terms_of(self.always), blocks).sum(1).max(initial=0))
+        if forced > self.most_listed(blocks):
+            raise ValueError(
+                f"{self} on grid {grid}: always={self.always} lists up to {forced} of {blocks.columns} key blocks, more "
+                f"than the {self.most_listed(blocks)} that it may list at most: allow more, or force fewer"
+            )
+
+    def covers(self, grid: tuple[int, ...]) -> bool:
+        """Whether every block is listed whatever q and k are."""
+        blocks = self.blocks(grid)
+        return self.least_listed(blocks) >= blocks.columns or bool(always_mask(terms_of(self.always), blocks).all())
+
+    @abstractmethod
+    def least_listed(self, blocks: Blocks) -> int:
+        """Key blocks that a query block lists at least."""
+
+    def tiled_layout(self, layout: Layout) -> Layout:
+        """The flat sequence where blocks are runs of it."""
+        return Layout(self.blocks(layout.grid).grid, layout.prefix, layout.suffix)
+
+    def tile(self, grid: tuple[int, ...], volume: int = 64) -> tuple[int, ...]:
+        """The block of keys where it is small enough, else a part of it."""
+        blocks = self.blocks(grid)
+        box = tuple(math.gcd(a, b) for a, b in zip(blocks.queries, blocks.keys, strict=True))
+        return fitting(box, blocks.grid, volume)
+
+    def check_tiles(self, grid: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
+        """Raise a ValueError if a tile crosses the border of a block."""
+        blocks = self.blocks(grid)
+        for name, tile, box in (("query", queries, blocks.queries), ("key", keys, blocks.keys)):
+            if not divides(tile, box, blocks.grid):
+                raise ValueError(
+                    f"{name} tiles {tile} cross the borders of the blocks {box} that {self} lists: give sides that "
+                    "divide the block's"
+                )
+
+    def visible_pairs(self, grid: tuple[int, ...]) -> int:
+        """What is expected to be listed."""
+        return round(math.prod(grid) ** 2 * self.expected(self.blocks(grid)))
+
+    def routed_tiles(self, grid: tuple[int, ...], keys: Tiling) -> int:
+        """What is expected to be listed."""
+        return max(1, math.ceil(self.expected(self.blocks(grid)) * keys.runs[1]))
+
+    @property
+    def pools_rest(self) -> bool:
+        """Whether unlisted blocks give a pooled key."""
+        return self.rest == "mean"
+
+    def choose(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: Layout,
+        key_mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> Routes:
+        """The key blocks of each query block of each head: [B, H, query blocks, n] counted from the first block.
+
+        Arguments as in `RoutedPattern.route`.
+        """
+        blocks, at = self.blocks(layout.grid), inner(layout)
+        most = self.most_listed(blocks)
+        with torch.no_grad():
+            valid = None if key_mask is None else key_mask[:, at]
+            factor = q.shape[3] ** -0.5 if scale is None else scale
+            seen, some = block_scores(Score.of(self.score), q[:, at], k[:, at], blocks, valid, factor)
+            forced = always_on(terms_of(self.always), blocks, q.device)
+            # No scores of all heads at a time: only the lists are kept.
+            found = [lists_of(self.marked(scores, seen, forced, blocks), most) for scores in some]
+            tiles = torch.cat([routes.tiles for routes in found], 1)
+            counts = torch.cat([routes.counts for routes in found if routes.counts is not None], 1)
+            choice = Routes(tiles, None if self.least_listed(blocks) == most else counts)
+            tell(choice, blocks)
+            return choice
+
+    def route(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        plan: Tiled,
+        key_mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> Routes:
+        """The key tiles of the blocks that each query tile's block lists, one list per query head."""
+        return spread(self.choose(q, k, plan.layout, key_mask, scale), plan, self.blocks(plan.layout.grid))
+
+    def routed_grid_mask(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: Layout,
+        key_mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Every token of a block sees every token of the blocks that it lists: bool [B, H, tokens, tokens]."""
+        blocks = self.blocks(layout.grid)
+        sees = self.choose(q, k, layout, key_mask, scale).mask(0, blocks.columns)
+        rows, columns = (token_blocks(blocks.grid, box, q.device) for box in (blocks.queries, blocks.keys))
+        return sees[:, :, rows][..., columns]

@@ -1,0 +1,87 @@
+"""A fixed number of key blocks for each block of queries: those with the best scores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.patterns.choice.blocks import Blocks
+from visattn.patterns.choice.picks import number_of, pick_number, pick_number_of_all
+from visattn.patterns.choice.scores import Seen
+from visattn.patterns.choice.values import share_or_count
+from visattn.patterns.dynamic import DynamicPattern
+from visattn.patterns.values import PerAxis
+
+
+@dataclass(frozen=True)
+class TopK(DynamicPattern):
+    """Each block of queries lists the `keep` key blocks with the best scores, for each head on its own.
+
+    Sources: Zhang et al., "VSA: Faster Video Diffusion with Trainable Sparse Attention" (2025), section 2.2 (boxes
+    of the grid, mean scores, a fixed number); Zhang et al., "SpargeAttention" (ICML 2025), section 3; with
+    `rest=mean` Zhang et al., "Sol-Attn" and the zeroth order of "PISA" (2025).
+
+    Attributes:
+        keep: Blocks that are listed, forced ones included: a fraction of all, rounded up and at least one, or a count.
+            With `per=head` the mean over the rows of a head.
+        score: How pairs of blocks are scored: "mean" for the product of their means, "parts(4x4)" for the logarithm of
+            the weights of the means of parts, "bounds" for the most that a key within the bounds of a block may reach.
+        always: What is listed whatever its score: "self", "near(1)" for the neighbours in blocks, "first(1)" for blocks
+            at the start of the first axis, "window(3x3x3)" in blocks, joined by +; None for nothing.
+        per: "row" for a budget of each block of queries, "head" for one of all pairs of a head.
+        rest: "drop" leaves unlisted blocks out. With "mean" each of them is one key and value, their means, that counts
+            as often as it has tokens.
+        block: Sides of a block, like 4x4x4, or tokens of a run of the flat sequence; None for a cube-like box of 64.
+        key_block: The same for keys, None for `block`.
+
+    Raises:
+        ValueError: If a parameter is out of range, here or on the grid it is used with.
+    """
+
+    keep: int | float = 0.1
+    score: str = "mean"
+    always: str | None = "self"
+    per: str = "row"
+    rest: str = "drop"
+    block: PerAxis | None = None
+    key_block: PerAxis | None = None
+
+    name: ClassVar[str] = "topk"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", share_or_count(self.keep, "keep"))
+        self.put_in_form()
+
+    # A share of 1.0 is all blocks and a count of 1 is one: numbers that are equal, patterns that are not.
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and str(other) == str(self)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def number(self, blocks: Blocks) -> int:
+        """Key blocks per query block."""
+        return number_of(self.keep, blocks.columns)
+
+    def most_listed(self, blocks: Blocks) -> int:
+        """`keep`; with a budget per head any number."""
+        return blocks.columns if self.per == "head" else self.number(blocks)
+
+    def least_listed(self, blocks: Blocks) -> int:
+        """`keep`; with a budget per head any number, unless all are kept."""
+        return 0 if self.per == "head" and self.number(blocks) < blocks.columns else self.number(blocks)
+
+    def expected(self, blocks: Blocks) -> float:
+        """`keep`."""
+        return self.number(blocks) / blocks.columns
+
+    def marked(
+        self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks
+    ) -> torch.Tensor:
+        """The best."""
+        if self.per == "head":
+            return pick_number_of_all(scores, seen, forced, self.number(blocks) * blocks.rows)
+        return pick_number(scores, seen, forced, self.number(blocks))

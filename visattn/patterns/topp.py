@@ -1,0 +1,114 @@
+"""As many key blocks for each block of queries as carry a share of its attention."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.patterns.choice.blocks import Blocks
+from visattn.patterns.choice.picks import at_most, number_of, pick_mass
+from visattn.patterns.choice.scores import Seen
+from visattn.patterns.choice.values import share_or_count
+from visattn.patterns.dynamic import DynamicPattern
+from visattn.patterns.values import PerAxis, is_number, real_number
+
+RULES = ("cover", "under")
+# Standard deviation of the scores of a row that estimates assume; what is reached stands in the report.
+SPREAD = 2.0
+
+
+@dataclass(frozen=True)
+class TopP(DynamicPattern):
+    """Each block of queries lists the best key blocks until their estimated attention reaches `p`.
+
+    The estimate is the softmax of the scores over all key blocks. Sources: Yang et al., "Sparse VideoGen2" (2025),
+    section 3.3; Mikhailov et al., "NABLA: Neighborhood Adaptive Block-Level Attention" (2025), section 3; Zhang et
+    al., "Training-Free Efficient Video Generation via Dynamic Token Carving" (Jenga, 2025), section 3.1.
+
+    Attributes:
+        p: Share of the attention, above 0 and at most 1; with `per=head` of that of all rows of a head.
+        least: Blocks that are listed anyway: a fraction of all, rounded up, or a count.
+        most: Blocks that are listed at most, forced ones included: a fraction or a count.
+        rule: "cover" lists the block that crosses the share, "under" does not.
+        score: As in `topk`.
+        always: As in `topk`; forced blocks are listed beside those that carry the share.
+        per: As in `topk`.
+        rest: As in `topk`.
+        block: As in `topk`.
+        key_block: As in `topk`.
+
+    Raises:
+        ValueError: If a parameter is out of range, here or on the grid it is used with.
+    """
+
+    p: float = 0.9
+    least: int | float = 1
+    most: int | float = 1.0
+    rule: str = "cover"
+    score: str = "mean"
+    always: str | None = "self"
+    per: str = "row"
+    rest: str = "drop"
+    block: PerAxis | None = None
+    key_block: PerAxis | None = None
+
+    name: ClassVar[str] = "topp"
+
+    def __post_init__(self) -> None:
+        if not is_number(self.p) or not 0 < self.p <= 1:
+            raise ValueError(f"p={self.p!r} must be a share of the attention, above 0 and at most 1")
+        object.__setattr__(self, "p", real_number(self.p))
+        for name in ("least", "most"):
+            object.__setattr__(self, name, share_or_count(getattr(self, name), name))
+        if self.rule not in RULES:
+            raise ValueError(f"rule={self.rule!r} must be {' or '.join(RULES)}")
+        self.put_in_form()
+
+    # As `TopK`: a share of 1.0 is no count of 1.
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and str(other) == str(self)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def check(self, grid: tuple[int, ...]) -> None:
+        """Raise a ValueError if blocks or rules do not fit the grid."""
+        super().check(grid)
+        blocks = self.blocks(grid)
+        least, most = self.least_listed(blocks), self.most_listed(blocks)
+        if least > most:
+            raise ValueError(f"{self} on grid {grid}: least={self.least} is {least} blocks, most={self.most} only {most}")
+
+    def most_listed(self, blocks: Blocks) -> int:
+        """`most`."""
+        return number_of(self.most, blocks.columns)
+
+    def least_listed(self, blocks: Blocks) -> int:
+        """`least`, or all."""
+        everything = self.p == 1 and self.rule == "cover" and self.most_listed(blocks) == blocks.columns
+        return blocks.columns if everything else number_of(self.least, blocks.columns)
+
+    def expected(self, blocks: Blocks) -> float:
+        """The share of normally distributed scores that carries `p`, between the limits."""
+        if self.p == 1:
+            share = 1.0
+        else:
+            normal = statistics.NormalDist()
+            share = normal.cdf(normal.inv_cdf(self.p) - SPREAD)
+        low, high = self.least_listed(blocks), self.most_listed(blocks)
+        return min(max(share, low / blocks.columns), high / blocks.columns)
+
+    def marked(
+        self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks
+    ) -> torch.Tensor:
+        """What carries the share, and what is forced."""
+        of_all = self.per == "head"
+        if self.least_listed(blocks) >= blocks.columns:
+            return torch.ones_like(scores, dtype=torch.bool)
+        least = self.least_listed(blocks)
+        mask = pick_mass(scores, seen, self.p, self.rule == "cover", least, of_all)
+        mask = mask if forced is None else mask | forced
+        return at_most(mask, scores, forced, self.most_listed(blocks))
