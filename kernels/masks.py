@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from visattn.dispatch import Call
 from visattn.keep import kept
 from visattn.layout import Layout
-from visattn.patterns import Neighborhood, Pattern, RoutedPattern, dense_mask, routed_mask
+from visattn.patterns import DynamicPattern, Neighborhood, Pattern, RoutedPattern, dense_mask, routed_mask
+from visattn.patterns.choice.blocks import inner, token_blocks
 from visattn.patterns.values import per_axis
 
 
@@ -28,6 +31,47 @@ def visible(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     else:
         mask = _mask(call.pattern, call.layout, q.device)[None, None]
     return mask if call.key_mask is None else mask & call.key_mask[:, None, None, :]
+
+
+class Rest(NamedTuple):
+    """A call with one pooled key for each block of the grid.
+
+    Attributes:
+        k: Keys [B, S + blocks, Hkv, D].
+        v: Values, alike.
+        seen: Which keys each query sees, the key mask included: bool [B, H, S, S + blocks].
+        bias: Added to the scores: [1 or B, 1, 1, S + blocks].
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    seen: torch.Tensor
+    bias: torch.Tensor
+
+
+def rest_of(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Rest | None:
+    """The pooled keys of blocks that a dynamic pattern does not list, None where it has none.
+
+    Dense queries see no pooled key: they see all tokens.
+    """
+    pattern, layout = call.pattern, call.layout
+    if not isinstance(pattern, DynamicPattern) or not pattern.pools_rest:
+        return None
+    blocks = pattern.blocks(layout.grid)
+    choice = pattern.choose(q, k, layout, call.key_mask, call.scale)
+    pooled = pattern.pooled(k, v, layout, call.key_mask)
+    listed = choice.mask(0, blocks.columns)
+    rows, columns = (token_blocks(blocks.grid, box, q.device) for box in (blocks.queries, blocks.keys))
+    own = torch.ones(*listed.shape[:2], layout.length, layout.length, dtype=torch.bool, device=q.device)
+    at = inner(layout)
+    own[:, :, at, at] = listed[:, :, rows][..., columns]
+    if call.key_mask is not None:
+        own &= call.key_mask[:, None, None]
+    rest = torch.zeros(*listed.shape[:2], layout.length, blocks.columns, dtype=torch.bool, device=q.device)
+    rest[:, :, at] = ~listed[:, :, rows] & pooled.weight.isfinite()[:, None, None]
+    weight = pooled.weight.masked_fill(pooled.weight.isinf(), 0)
+    bias = torch.nn.functional.pad(weight, (layout.length, 0))[:, None, None]
+    return Rest(pooled.k, pooled.v, torch.cat([own, rest], 3), bias)
 
 
 @kept

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support
-from visattn.kernels.masks import position_bias, visible
+from visattn.kernels.masks import position_bias, rest_of, visible
 from visattn.patterns import ListedPattern
 
 # A float32 score matrix of this many entries is 1 GiB.
@@ -41,12 +41,15 @@ class Reference(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`; softmax in float32 at least."""
         wide = torch.promote_types(q.dtype, torch.float32)
+        rest = rest_of(call, q, k, v)
+        k, v = (k, v) if rest is None else (rest.k, rest.v)
         group = q.shape[2] // k.shape[2]
         keys, values = (t.to(wide).repeat_interleave(group, dim=2) for t in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), keys) * call.scale
         if call.rpb is not None:
             scores = scores + position_bias(call).to(wide)
-        seen = visible(call, q, k)
+        seen = visible(call, q, k) if rest is None else rest.seen
+        scores = scores if rest is None else scores + rest.bias
         # A row without visible keys: finite logits keep its gradient finite, and its weights become zero.
         empty = ~seen.any(-1, keepdim=True)
         scores = scores.masked_fill(~seen, float("-inf")).masked_fill(empty, 0.0)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from visattn.dispatch import Backend, Call, Problem, Support, overhead, sees_all, wall
 from visattn.kernels.masks import visible
 from visattn.kernels.second_order import lists_with_formula
-from visattn.patterns import ListedPattern, RoutedPattern
+from visattn.patterns import DynamicPattern, ListedPattern, RoutedPattern
 
 # A bool mask of this many entries is 256 MiB.
 LARGEST_MASK = 2**28
@@ -40,8 +40,12 @@ class Sdpa(Backend):
         if problem.rpb:
             return Support(False, "it adds no relative position bias")
         if not problem.is_dense:
-            own = problem.key_mask or isinstance(problem.pattern, RoutedPattern)
-            entries = problem.layout.length**2 * (problem.batch if own else 1)
+            pattern = problem.pattern
+            if isinstance(pattern, RoutedPattern) and pattern.pools_rest:
+                return Support(False, f"it has no pooled keys for what {pattern.name} leaves out")
+            own = problem.key_mask or isinstance(pattern, RoutedPattern)
+            heads = problem.heads if isinstance(pattern, DynamicPattern) else 1
+            entries = problem.layout.length**2 * heads * (problem.batch if own else 1)
             if entries > LARGEST_MASK:
                 return Support(False, f"its dense mask of {entries:.3g} entries is over {LARGEST_MASK}")
         return Support(True)
@@ -67,7 +71,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tup
     dense = sees_all(call.pattern, call.layout)
     mask = None if dense and call.key_mask is None else _visible(q, k, call, dense)
     blind = None
-    if mask is not None and call.key_mask is not None:
+    if mask is not None and (call.key_mask is not None or isinstance(call.pattern, DynamicPattern)):
         # Kernels differ in what a row without visible keys gives, some NaN: let it see all, then zero it.
         blind = ~mask.any(-1, keepdim=True)
         mask = mask | blind
@@ -89,7 +93,7 @@ LSE = {"cpu": 3.0, "cuda": 16.0}
 
 
 def _visible(q: torch.Tensor, k: torch.Tensor, call: Call, dense: bool) -> torch.Tensor:
-    """Visibility [1 or B, 1, S or 1, keys]; one row where all queries see the same keys."""
+    """Visibility [1 or B, 1 or H, S or 1, keys]; one row where all queries see the same keys."""
     if not dense:
         return visible(call, q, k)
     assert call.key_mask is not None

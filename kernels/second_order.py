@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from visattn.dispatch import Call
-from visattn.kernels.tiles.backend import problems_of
+from visattn.kernels.tiles.backend import listed_call
 from visattn.kernels.tiles.batches import Work
 from visattn.kernels.tiles.plain import gradients
 
@@ -33,8 +33,13 @@ def of_lists(call: Call) -> Formula:
     def formula(inputs: Tensors, grads: Tensors) -> Tensors:
         q, k, v, rpb = (*inputs, None)[:4]
         assert q is not None and k is not None and v is not None
-        work = Work(problems_of(q, k, replace(bare, rpb=rpb)), bare.scale, bare.key_mask)
-        return gradients(q, k, v, rpb, work, *(*grads, None)[:2])[: len(inputs)]
+        own = listed_call(q, k, v, replace(bare, rpb=rpb))
+        heads, work = own.heads, Work(own.problems, bare.scale, own.key_mask)
+        given = (t if t is None else heads.queries(t) for t in (*grads, None)[:2])
+        grad_q, grad_k, grad_v, grad_rpb = gradients(*own.tensors, rpb, work, *given)
+        assert grad_q is not None and grad_k is not None and grad_v is not None
+        moved = heads.joined(grad_q), heads.key_gradient(grad_k), heads.key_gradient(grad_v)
+        return (*moved, grad_rpb)[: len(inputs)]
 
     return formula
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,18 @@ from visattn.kernels.tiles.batches import Work, batch_size
 from visattn.kernels.tiles.boxes import box_groups
 from visattn.kernels.tiles.engine import TileAttention, forward
 from visattn.kernels.tiles.groups import Group, Problems, list_groups, routed_group, whole_sequence
+from visattn.kernels.tiles.heads import Heads
 from visattn.kernels.tiles.rule import BATCH_MS, CALL_MS, KEPT_MS, ROUTE_MS, choose_axes, problem_cost
 from visattn.layout import Layout
-from visattn.patterns import BiasedPattern, ListedPattern, Pattern, PooledPattern, RoutedPattern, SpannedPattern
+from visattn.patterns import (
+    BiasedPattern,
+    DynamicPattern,
+    ListedPattern,
+    Pattern,
+    PooledPattern,
+    RoutedPattern,
+    SpannedPattern,
+)
 from visattn.patterns.geometry import Spans
 from visattn.plans import TilePlan, plan
 
@@ -65,8 +74,11 @@ class Tiles(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
         learns = _learns(q, k, v, call.rpb)
-        work = Work(problems_of(q, k, call), call.scale, call.key_mask, call.lse or learns)
-        return TileAttention.apply(q, k, v, call.rpb, work) if learns else forward(q, k, v, call.rpb, work)
+        own = listed_call(q, k, v, call)
+        q, k, v = own.tensors
+        work = Work(own.problems, call.scale, own.key_mask, call.lse or learns)
+        out, lse = TileAttention.apply(q, k, v, call.rpb, work) if learns else forward(q, k, v, call.rpb, work)
+        return own.heads.joined(out), None if lse is None else own.heads.joined(lse)
 
 
 def _learns(*inputs: torch.Tensor | None) -> bool:
@@ -118,6 +130,8 @@ def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, in
         tiles = plan(pattern, layout)
         groups, fixed = _dense(pattern, layout, cpu)
         keys = tiles.routed_tiles * tiles.keys.capacity + (0 if fixed is None else len(fixed))
+        if isinstance(pattern, DynamicPattern) and pattern.pools_rest:
+            keys += pattern.blocks(layout.grid).columns
         routed = [(tiles.queries.runs[1], tiles.queries.capacity, keys)]
     listed = [(len(group.queries), group.queries.shape[1], group.length) for group in groups]
     return [*routed, *listed]
@@ -128,14 +142,46 @@ def _is_routed(pattern: Pattern, layout: Layout) -> bool:
     return isinstance(pattern, RoutedPattern) and not pattern.covers(layout.grid)
 
 
-def problems_of(q: torch.Tensor, k: torch.Tensor, call: Call) -> Problems:
-    """The problems of a call; of a routed pattern those that q and k choose."""
-    pattern, layout = call.pattern, call.layout
-    if isinstance(pattern, RoutedPattern) and _is_routed(pattern, layout):
-        tiles = plan(pattern, layout)
-        dense, fixed = _dense(pattern, layout, q.device)
-        return Problems((routed_group(tiles, pattern.route(q, k, tiles, call.key_mask), fixed), *dense))
-    return _static_problems(pattern, layout, q.device, call.rpb is not None)
+class Listed(NamedTuple):
+    """A call as the engine runs it.
+
+    Attributes:
+        tensors: q, k and v, with the keys that a pattern pools of what it leaves out.
+        key_mask: bool [B, keys], or None.
+        problems: What to compute.
+        heads: How heads that choose for themselves became samples.
+    """
+
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    key_mask: torch.Tensor | None
+    problems: Problems
+    heads: Heads
+
+
+def listed_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Listed:
+    """The problems of a call; of a routed pattern those that q and k choose. Differentiable in q, k and v."""
+    pattern, layout, mask = call.pattern, call.layout, call.key_mask
+    if not isinstance(pattern, RoutedPattern) or not _is_routed(pattern, layout):
+        problems = _static_problems(pattern, layout, q.device, call.rpb is not None)
+        return Listed((q, k, v), mask, problems, Heads(1, q.shape[2], k.shape[2]))
+    tiles = plan(pattern, layout)
+    dense, fixed = _dense(pattern, layout, q.device)
+    rest = None
+    if isinstance(pattern, DynamicPattern) and pattern.pools_rest:
+        choice = pattern.choose(q, k, layout, mask, call.scale)
+        routes, pooled = pattern.spread(choice, tiles), pattern.pooled(k, v, layout, mask)
+        k, v, rest = pooled.k, pooled.v, pattern.rest_weights(pooled, choice, tiles)
+        more = torch.arange(layout.length, k.shape[1], device=q.device)
+        fixed = more if fixed is None else torch.cat([fixed, more])
+        # Pooled keys that are not seen have a weight that says so.
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, len(more)), value=True)
+        rest = rest.flatten(0, 1)[:, None]
+    else:
+        routes = pattern.route(q, k, tiles, mask, call.scale)
+    heads = Heads(routes.groups, q.shape[2], k.shape[2])
+    group = routed_group(tiles, routes.flat(), fixed, rest)
+    tensors = heads.queries(q), heads.keys(k), heads.keys(v)
+    return Listed(tensors, heads.samples(mask), Problems((group, *dense)), heads)
 
 
 @kept

@@ -210,32 +210,48 @@ def _by_sample(
     shapes: Shapes,
 ) -> Iterator[Batch]:
     """Batches of problems of one sample each, which may have keys and masks of its own."""
-    problems = q.shape[0] * len(group.queries)
     bias = hidden = None
     alike = key_mask is None and group.mask is None and not group.short_keys
+    alike = alike and group.counts is None and group.rest is None
     if alike:
         bias, hidden = shapes.bias(group.visible(None), rpb, group)
-    for start in range(0, problems, size):
-        problem = torch.arange(start, min(start + size, problems), device=q.device)
-        sample, tile = problem // len(group.queries), problem % len(group.queries)
-        queries, keys = group.queries[tile], group.keys(sample, tile)
+    for own, problem in _cut(group, q, size):
+        sample, tile = problem // len(own.queries), problem % len(own.queries)
+        queries, keys = own.queries[tile], own.keys(sample, tile)
         target = queries + sample[:, None] * q.shape[1]
-        if group.short_queries:
+        if own.short_queries:
             target = torch.where(queries < 0, q.shape[0] * q.shape[1], target)
             queries = queries.clamp(min=0)
-        visible = None if alike else group.visible(tile)
+        visible = None if alike else own.visible(tile)
+        if own.routed and (shown := own.lengths(problem)) is not None:
+            visible = _and(visible, shown)
         if keys is not None:
-            if group.short_keys:
+            if own.short_keys:
                 visible = _and(visible, keys >= 0)
             keys = (keys.clamp(min=0) + sample[:, None] * k.shape[1]).flatten()
         if key_mask is not None:
-            shown = key_mask[sample, : group.length] if keys is None else key_mask.flatten()[keys]
-            visible = _and(visible, shown.view(-1, group.length))
+            shown = key_mask[sample, : own.length] if keys is None else key_mask.flatten()[keys]
+            visible = _and(visible, shown.view(-1, own.length))
         if not alike:
-            bias, hidden = shapes.bias(visible, rpb, group)
-        parts = (Part(group, len(problem), bias, hidden),)
+            bias, hidden = shapes.bias(visible, rpb, own)
+        if own.rest is not None:
+            assert bias is not None
+            bias[..., own.length - own.rest.shape[1] :] += own.rest[problem][:, None, None]
+        parts = (Part(own, len(problem), bias, hidden),)
         rows = (queries + sample[:, None] * q.shape[1]).flatten()
-        yield Batch(parts, rows, target.flatten(), keys, slice(start, start + len(problem)))
+        # Only leading keys are found by their samples, and those problems are in order.
+        first = int(problem[0]) if keys is None else 0
+        yield Batch(parts, rows, target.flatten(), keys, slice(first, first + len(problem)))
+
+
+def _cut(group: Group, q: torch.Tensor, size: int) -> Iterator[tuple[Group, torch.Tensor]]:
+    """Problems that run together, at most `size` unless their lists differ in length."""
+    if group.counts is not None:
+        yield from group.cut(size * group.length)
+        return
+    problems = q.shape[0] * len(group.queries)
+    for start in range(0, problems, size):
+        yield group, torch.arange(start, min(start + size, problems), device=q.device)
 
 
 def _and(visible: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from visattn.patterns import Routes
 from visattn.plans import TilePlan
 from visattn.tiling import Ints
 
@@ -35,6 +36,9 @@ class Group:
         short_queries: Whether `queries` has empty slots.
         short_keys: Whether empty key slots must be hidden beyond what the masks say.
         routed: Whether `key_tiles` differ from sample to sample.
+        counts: Of a routed group, how many of its m key tiles each problem sees [B * n], None for all.
+        rest: Of a routed group, what is added to the scores of the last keys (pooled ones), -inf for those that are not
+            seen: [B * n, R]; None without such keys.
     """
 
     queries: torch.Tensor
@@ -51,6 +55,8 @@ class Group:
     short_queries: bool = False
     short_keys: bool = False
     routed: bool = False
+    counts: torch.Tensor | None = None
+    rest: torch.Tensor | None = None
 
     @property
     def listed(self) -> bool:
@@ -77,6 +83,37 @@ class Group:
         else:
             return None
         return keys if self.fixed is None else torch.cat([keys, self.fixed.expand(len(tile), -1)], 1)
+
+    def lengths(self, problem: torch.Tensor) -> torch.Tensor | None:
+        """Which keys the counts and the rest of a routed group let some problems see: bool [problems, L], or None."""
+        if self.counts is None and self.rest is None:
+            return None
+        shown = torch.ones(len(problem), self.length, dtype=torch.bool, device=problem.device)
+        if self.counts is not None and self.key_tiles is not None and self.tile_tokens is not None:
+            number, slots = self.key_tiles.shape[1], self.tile_tokens.shape[1]
+            listed = torch.arange(number, device=problem.device) < self.counts[problem, None]
+            shown[:, : number * slots] = listed.repeat_interleave(slots, 1)
+        if self.rest is not None:
+            shown[:, self.length - self.rest.shape[1] :] = self.rest[problem].isfinite()
+        return shown
+
+    def cut(self, size: int) -> Iterator[tuple[Group, torch.Tensor]]:
+        """The problems of a routed group in batches, the longest lists first, as [problems] and a group so long.
+
+        Args:
+            size: Keys of a batch.
+        """
+        assert self.counts is not None and self.key_tiles is not None and self.tile_tokens is not None
+        # The tile engine makes its batches on the host.
+        order = self.counts.sort(descending=True, stable=True).indices
+        counts = self.counts[order].tolist()
+        each, more, start = self.tile_tokens.shape[1], self.length - self.key_tiles.shape[1] * self.tile_tokens.shape[1], 0
+        while start < len(counts):
+            # A batch without any key still has results.
+            number = max(1, counts[start])
+            stop = start + max(1, size // max(1, number * each + more))
+            yield replace(self, key_tiles=self.key_tiles[:, :number]), order[start:stop]
+            start = stop
 
     def visible(self, tile: torch.Tensor | None) -> torch.Tensor | None:
         """Visibility of the keys of some tiles: bool [1 or problems, T, L]; None where all are visible.
@@ -151,21 +188,27 @@ def _list_group(plan: TilePlan, tiles: Ints, entry: Ints, tokens: torch.Tensor, 
     return group
 
 
-def routed_group(plan: TilePlan, route: torch.Tensor, fixed: torch.Tensor | None) -> Group:
+def routed_group(
+    plan: TilePlan, routes: Routes, fixed: torch.Tensor | None, rest: torch.Tensor | None = None
+) -> Group:
     """The problems of a routed pattern's grid query tiles.
 
     Args:
         plan: A plan of the pattern.
-        route: Key tiles that the pattern chose: [B, grid query tiles, m].
-        fixed: Dense and pooled key tokens, or None.
+        routes: Key tiles that the pattern chose, one list per sample for all heads.
+        fixed: Dense and pooled key tokens, or None; those with a weight in `rest` come last.
+        rest: What is added to the scores of pooled keys: [B, 1, grid query tiles, R], or None.
     """
+    assert routes.groups == 1, "heads that choose for themselves are samples of their own"
     queries = plan.queries.tokens[plan.queries.grid_tiles]
     return Group(
-        queries=torch.from_numpy(queries).to(route.device),
-        key_tiles=route.flatten(0, 1),
-        tile_tokens=torch.from_numpy(plan.keys.tokens).to(route.device),
+        queries=torch.from_numpy(queries).to(routes.tiles.device),
+        key_tiles=routes.tiles.flatten(0, 2),
+        tile_tokens=torch.from_numpy(plan.keys.tokens).to(routes.tiles.device),
         fixed=fixed,
         short_queries=bool((queries < 0).any()),
         short_keys=bool((plan.keys.tokens[plan.keys.grid_tiles] < 0).any()),
         routed=True,
+        counts=None if routes.counts is None else routes.counts.flatten(),
+        rest=None if rest is None else rest.flatten(0, 2),
     )

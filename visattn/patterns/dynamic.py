@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import ClassVar
 
 import torch
 
-from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns.choice.always import always_mask, always_on, terms_of
 from visattn.patterns.choice.blocks import (
     Blocks,
+    block_of_rows,
     block_sizes,
-    block_tokens,
     divides,
     fitting,
     inner,
@@ -22,7 +20,7 @@ from visattn.patterns.choice.blocks import (
     token_blocks,
 )
 from visattn.patterns.choice.listening import tell
-from visattn.patterns.choice.picks import number_of
+from visattn.patterns.choice.rest import Pooled, append_means, rest_weights
 from visattn.patterns.choice.scores import Score, Seen, block_scores
 from visattn.patterns.kinds import RoutedPattern, Tiled
 from visattn.patterns.routes import Routes, lists_of
@@ -180,7 +178,21 @@ class DynamicPattern(RoutedPattern):
         scale: float | None = None,
     ) -> Routes:
         """The key tiles of the blocks that each query tile's block lists, one list per query head."""
-        return spread(self.choose(q, k, plan.layout, key_mask, scale), plan, self.blocks(plan.layout.grid))
+        return self.spread(self.choose(q, k, plan.layout, key_mask, scale), plan)
+
+    def spread(self, choice: Routes, plan: Tiled) -> Routes:
+        """What `choose` gave as lists of the key tiles of a plan."""
+        return spread(choice, plan, self.blocks(plan.layout.grid))
+
+    def rest_weights(self, pooled: Pooled, choice: Routes, plan: Tiled) -> torch.Tensor:
+        """What is added to the scores of the pooled keys, -inf for those not seen: [B, H, grid query tiles, blocks]."""
+        rows = block_of_rows(plan, self.blocks(plan.layout.grid), choice.tiles.device)
+        found = rest_weights(pooled.weight, choice)
+        return found if rows is None else found[:, :, rows]
+
+    def pooled(self, k: torch.Tensor, v: torch.Tensor, layout: Layout, key_mask: torch.Tensor | None) -> Pooled:
+        """Keys and values with the means of all blocks behind them, for `rest=mean`."""
+        return append_means(k, v, layout, self.blocks(layout.grid), key_mask)
 
     def routed_grid_mask(
         self,

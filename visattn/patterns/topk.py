@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +25,7 @@ class TopK(DynamicPattern):
 
     Attributes:
         keep: Blocks that are listed, forced ones included: a fraction of all, rounded up and at least one, or a count.
-            With `per=head` the mean over the rows of a head.
+            With `per=head` of all pairs of a head, or a count per row on average.
         score: How pairs of blocks are scored: "mean" for the product of their means, "parts(4x4)" for the logarithm of
             the weights of the means of parts, "bounds" for the most that a key within the bounds of a block may reach.
         always: What is listed whatever its score: "self", "near(1)" for the neighbours in blocks, "first(1)" for blocks
@@ -83,5 +82,7 @@ class TopK(DynamicPattern):
     ) -> torch.Tensor:
         """The best."""
         if self.per == "head":
-            return pick_number_of_all(scores, seen, forced, self.number(blocks) * blocks.rows)
+            pairs = blocks.rows * blocks.columns
+            number = self.keep * blocks.rows if isinstance(self.keep, int) else number_of(self.keep, pairs)
+            return pick_number_of_all(scores, seen, forced, min(number, pairs))
         return pick_number(scores, seen, forced, self.number(blocks))

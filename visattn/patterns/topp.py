@@ -30,7 +30,7 @@ class TopP(DynamicPattern):
 
     Attributes:
         p: Share of the attention, above 0 and at most 1; with `per=head` of that of all rows of a head.
-        least: Blocks that are listed anyway: a fraction of all, rounded up, or a count.
+        least: Blocks that are listed anyway: a fraction of all, rounded up, or a count; 0 for none.
         most: Blocks that are listed at most, forced ones included: a fraction or a count.
         rule: "cover" lists the block that crosses the share, "under" does not.
         score: As in `topk`.
@@ -61,8 +61,8 @@ class TopP(DynamicPattern):
         if not is_number(self.p) or not 0 < self.p <= 1:
             raise ValueError(f"p={self.p!r} must be a share of the attention, above 0 and at most 1")
         object.__setattr__(self, "p", real_number(self.p))
-        for name in ("least", "most"):
-            object.__setattr__(self, name, share_or_count(getattr(self, name), name))
+        for name, low in (("least", 0), ("most", 1)):
+            object.__setattr__(self, name, share_or_count(getattr(self, name), name, low))
         if self.rule not in RULES:
             raise ValueError(f"rule={self.rule!r} must be {' or '.join(RULES)}")
         self.put_in_form()

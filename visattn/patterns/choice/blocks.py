@@ -143,6 +143,11 @@ def _tables(plan: Tiled, blocks: Blocks, device: torch.device) -> Tables:
     )
 
 
+def block_of_rows(plan: Tiled, blocks: Blocks, device: torch.device) -> torch.Tensor | None:
+    """Block of each grid query tile of a plan: [tiles], None where tiles are blocks."""
+    return _tables(plan, blocks, device).rows
+
+
 def spread(choice: Routes, plan: Tiled, blocks: Blocks) -> Routes:
     """Lists of blocks for blocks as lists of key tiles for the query tiles of a plan."""
     table = _tables(plan, blocks, choice.tiles.device)

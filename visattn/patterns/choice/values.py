@@ -9,14 +9,14 @@ import numpy as np
 from visattn.patterns.values import is_number
 
 
-def share_or_count(value: Any, name: str) -> int | float:
-    """Check a parameter that is a fraction above 0 and at most 1 (a float), or a count of at least 1.
+def share_or_count(value: Any, name: str, low: int = 1) -> int | float:
+    """Check a parameter that is a fraction above 0 and at most 1 (a float), or a count of at least `low`.
 
     Raises:
         ValueError: If it is anything else.
     """
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if whole and value >= 1:
+    if whole and value >= low:
         return int(value)
     if not whole and is_number(value) and 0 < value <= 1:
         return float(value)
