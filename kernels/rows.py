@@ -19,6 +19,7 @@ from visattn.kernels.linear.mala import mala_weights
 from visattn.layout import Layout
 from visattn.patterns import (
     Agent,
+    DynamicPattern,
     Flow,
     Linear,
     ListedPattern,
@@ -31,6 +32,7 @@ from visattn.patterns import (
     SparseLinear,
     parse,
 )
+from visattn.patterns.choice.blocks import token_blocks
 from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import TilePlan, plan, with_routes
 
@@ -146,7 +148,7 @@ def _sparse_linear(
     mix = call.parameters.get("mix")
     if mix is None:
         return soft
-    seen = visible_rows(pattern.sparse, call.layout, rows, q, k, call.key_mask)[:, None, :, : q.shape[1]]
+    seen = visible_rows(pattern.sparse, call.layout, rows, q, k, call.key_mask)[..., : q.shape[1]]
     hidden = ~seen & _shown(call.key_mask, k)
     linear = _linear(q, k, pattern.feature, call, rows, hidden)
     return soft + mix.to(soft.dtype)[:, None, None] * hidden.any(-1, keepdim=True) * (linear - soft)
@@ -157,8 +159,10 @@ def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) ->
     pattern, pool = call.pattern, call.parameters.get("pool_weight")
     listed = pattern.sparse if isinstance(pattern, Sigmoid) else pattern
     assert isinstance(listed, ListedPattern)
+    if isinstance(listed, DynamicPattern) and listed.pools_rest:
+        return _with_rest(q, k, listed, call, rows)
     keys, _, key_mask = with_pooled_keys(listed, k, k, call.key_mask, call.layout, pool)
-    seen = visible_rows(listed, call.layout, rows, q, k, call.key_mask)[:, None] & _shown(key_mask, keys)
+    seen = visible_rows(listed, call.layout, rows, q, k, call.key_mask, call.scale) & _shown(key_mask, keys)
     logits = _products(q[:, rows], keys) * call.scale
     if isinstance(pattern, Sigmoid):
         offset = call.parameters.get("bias")
@@ -170,6 +174,28 @@ def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) ->
     else:
         weights = _softmax(logits, seen)
     return _unpooled(weights, listed, call, pool)
+
+
+def _with_rest(
+    q: torch.Tensor, k: torch.Tensor, pattern: DynamicPattern, call: Call, rows: torch.Tensor
+) -> torch.Tensor:
+    """Softmax over what a dynamic pattern lists and one pooled key for each other block, whose weight its tokens share."""
+    layout, blocks = call.layout, pattern.blocks(call.layout.grid)
+    own = visible_rows(pattern, layout, rows, q, k, call.key_mask, call.scale)
+    pooled = pattern.pooled(k, k, layout, call.key_mask)
+    block = token_blocks(blocks.grid, blocks.keys, q.device)
+    first = torch.zeros(blocks.columns, dtype=torch.int64, device=q.device)
+    first = first.scatter(0, block.flip(0), torch.arange(layout.tokens - 1, -1, -1, device=q.device)) + layout.prefix
+    # A block is listed where any of its tokens is, and dense queries list all.
+    rest = ~own[..., first] & pooled.weight.isfinite()[:, None, None]
+    weight = pooled.weight.masked_fill(pooled.weight.isinf(), 0)
+    logits = _products(q[:, rows], pooled.k) * call.scale
+    logits = logits + torch.nn.functional.pad(weight, (layout.length, 0))[:, None, None]
+    weights = _softmax(logits, torch.cat([own & _shown(call.key_mask, k), rest], 3))
+    share = weights[..., layout.length :] * (-weight).exp()[:, None, None]
+    inner = slice(layout.prefix, layout.prefix + layout.tokens)
+    shared = share[..., block] * _shown(call.key_mask, k)[..., inner]
+    return weights[..., : layout.length] + torch.nn.functional.pad(shared, (layout.prefix, layout.suffix))
 
 
 def _unpooled(weights: torch.Tensor, pattern: Pattern, call: Call, pool: torch.Tensor | None) -> torch.Tensor:
@@ -202,6 +228,7 @@ def visible_rows(
     q: torch.Tensor,
     k: torch.Tensor,
     key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Which keys chosen queries see by a pattern that is a list of key tiles.
 
@@ -212,17 +239,22 @@ def visible_rows(
         q: Queries [B, S, H, D] and
         k: keys [B, S, Hkv, D] and
         key_mask: which are valid, bool [B, S]: used by routed patterns only.
+        scale: Factor on the logits, for routed patterns; D**-0.5 if None.
 
     Returns:
-        bool [1 or B, R, S + extra].
+        bool [1 or B, 1 or H, R, S + extra].
     """
     if pattern.covers(layout.grid):
-        return torch.ones(1, len(rows), layout.length, dtype=torch.bool, device=q.device)
-    made = plan(pattern, layout)
-    plans = [made]
-    if isinstance(pattern, RoutedPattern):
-        plans = [with_routes(made, routes.cpu().numpy()) for routes in pattern.route(q, k, made, key_mask)]
-    found = [_plan_rows(each, rows.cpu().numpy()) for each in plans]
+        return torch.ones(1, 1, len(rows), layout.length, dtype=torch.bool, device=q.device)
+    made, wanted = plan(pattern, layout), rows.cpu().numpy()
+    if not isinstance(pattern, RoutedPattern):
+        return torch.from_numpy(_plan_rows(made, wanted)[None, None]).to(q.device)
+    routes = pattern.route(q, k, made, key_mask, scale)
+    samples, groups = routes.tiles.shape[:2]
+    found = [
+        np.stack([_plan_rows(with_routes(made, routes, sample, group), wanted) for group in range(groups)])
+        for sample in range(samples)
+    ]
     return torch.from_numpy(np.stack(found)).to(q.device)
 
 

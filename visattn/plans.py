@@ -263,7 +263,9 @@ def with_routes(made: TilePlan, routes: Routes, sample: int = 0, group: int = 0)
     old = made.lists
     joined = [np.concatenate(pair) for pair in ((old.rows, row), (old.tile, tile), (old.mask, mask))]
     lists = _lists(joined[0], joined[1], joined[2], made.queries.tiles)
-    return replace(made, lists=lists, masks=np.concatenate([made.masks, more]), routed_tiles=0)
+    visible = int(made.queries.sizes[row] @ made.keys.sizes[tile]) + _dense_token_pairs(made.layout, made.keys.extra)
+    masks = np.concatenate([made.masks, more])
+    return replace(made, lists=lists, masks=masks, visible=visible, routed_tiles=0)
 
 
 def _validity(queries: Tiling, keys: Tiling) -> tuple[Ints, Bools]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from visattn.canvas import GAP, Picture, Swatch, column, legend, row, text
 from visattn.layout import Layout
-from visattn.patterns import Agent, Dense, Pattern, RoutedPattern, parse
+from visattn.patterns import Agent, Dense, DynamicPattern, Pattern, RoutedPattern, Routes, parse
 from visattn.plans import Tile, TilePlan, check_listed, plan, with_routes
 
 SKIPPED, WASTED, PARTIAL, FULL, QUERY = range(5)
@@ -84,7 +84,9 @@ def draw(
     note = ""
     if isinstance(pattern, RoutedPattern):
         made = with_routes(made, _example_routes(pattern, made))
-        note = "\nwhich regions are seen depends on q and k: these are those of smooth random ones (seed 0)"
+        own = "for each head on its own " if isinstance(pattern, DynamicPattern) else ""
+        what = "blocks" if own else "regions"
+        note = f"\nwhich {what} are seen depends {own}on q and k: these are those of smooth random ones (seed 0)"
     token = layout.prefix + int(np.ravel_multi_index(where, layout.grid))
     return column(
         [
@@ -96,7 +98,7 @@ def draw(
     )
 
 
-def _example_routes(pattern: RoutedPattern, made: TilePlan) -> NDArray[np.int64]:
+def _example_routes(pattern: RoutedPattern, made: TilePlan) -> Routes:
     """Key tiles of each grid query tile for a random field that varies smoothly, as features of an image do."""
     layout = made.layout
     generator = torch.Generator().manual_seed(0)
@@ -106,7 +108,7 @@ def _example_routes(pattern: RoutedPattern, made: TilePlan) -> NDArray[np.int64]
     features = torch.zeros(1, layout.length, 1, 16, dtype=torch.float64)
     phase = 6 * torch.rand(16, generator=generator, dtype=torch.float64)
     features[0, layout.prefix : layout.prefix + layout.tokens, 0] = torch.cos(where @ waves + phase)
-    return pattern.route(features, features, made)[0].numpy()
+    return pattern.route(features, features, made)
 
 
 def _draw_agents(pattern: Agent, layout: Layout) -> Image.Image:

@@ -130,8 +130,8 @@ def head_arguments(q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
     return {"heads": q.shape[2], "group": q.shape[2] // k.shape[2], "length": q.shape[1]}
 
 
-def list_arguments(run: Program, work: Work, column_positions: bool, pairs: int) -> dict[str, Any]:
-    """The lists of a program, and the positions if there is a bias."""
+def list_arguments(run: Program, work: Work, column_positions: bool, pairs: int, heads: int) -> dict[str, Any]:
+    """The lists of a program for so many query heads, and the positions if there is a bias."""
     layout = run.column_tiling.layout
     arguments: dict[str, Any] = {
         "tokens": run.tokens,
@@ -142,6 +142,7 @@ def list_arguments(run: Program, work: Work, column_positions: bool, pairs: int)
         "masks": run.masks,
         "bounds_batch": run.bounds_batch,
         "list_batch": run.list_batch,
+        "list_heads": heads // run.groups,
         "dense_rows": run.dense_rows,
         "grid_rows": run.row_tiles - run.dense_rows,
         "pairs": pairs,
@@ -215,7 +216,7 @@ def forward_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "key_length": k.shape[1],
         **strides("q", q, step), **strides("k", k, step), **strides("v", v, step),
         **head_arguments(q, k),
-        **list_arguments(run, work, t.rpb is not None, q.shape[0] * q.shape[2]),
+        **list_arguments(run, work, t.rpb is not None, q.shape[0] * q.shape[2], q.shape[2]),
         **constants(t, work, step), **list_constants(run, k, v),
         "RPB": t.rpb is not None,
         "LSE": t.lse is not None,
@@ -239,7 +240,7 @@ def gradient_arguments(direction: str, t: Operands, work: Work) -> dict[str, Any
         **strides("q", q, step), **strides("k", k, step), **strides("v", v, step),
         **strides("grad", grad_out, step),
         **head_arguments(q, k),
-        **list_arguments(run, work, t.rpb is not None, q.shape[0] * heads),
+        **list_arguments(run, work, t.rpb is not None, q.shape[0] * heads, q.shape[2]),
         **constants(t, work, step), **list_constants(run, *columns),
         "RPB": t.rpb is not None,
     }  # fmt: skip

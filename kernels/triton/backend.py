@@ -116,6 +116,8 @@ class Triton(Backend):
         support = fits(problem.device, problem.dtype, problem.head_dim)
         if support.ok and not isinstance(problem.pattern, ListedPattern):
             return Support(False, f"{problem.pattern.name} is not a list of key tiles")
+        if support.ok and isinstance(problem.pattern, RoutedPattern) and problem.pattern.pools_rest:
+            return Support(False, f"it has no pooled keys for what {problem.pattern.name} leaves out")
         return support
 
     def cost(self, problem: Problem) -> float:
@@ -165,7 +167,8 @@ class Triton(Backend):
         rpb = None if call.rpb is None else call.rpb.to(torch.float32).flatten(1).contiguous()
         call = replace(call, scale=abs(call.scale), key_mask=key_mask, rpb=rpb)
         kernels, learns = _kept_kernels(q, k, v, call), recorded(q, k, v, rpb)
-        routed = kernels.lists(given_q, k, key_mask, learns) if isinstance(call.pattern, RoutedPattern) else None
+        routes = isinstance(call.pattern, RoutedPattern)
+        routed = kernels.lists(given_q, k, key_mask, learns, given.scale) if routes else None
         if learns:
             out, lse = learned(q, k, v, rpb, key_mask, kernels, Formula(given), call.lse, routed)
         else:

@@ -33,6 +33,7 @@ RUNTIME_SIZES = (
     "rpb_entries",
     "list_batch",
     "bounds_batch",
+    "list_heads",
 )
 
 
@@ -69,15 +70,25 @@ def rows_at(pointer, base, stride, box, TILES: tl.constexpr):
 
 
 @triton.jit
-def list_of(bounds, bases, mask_ids, bounds_batch, list_batch, sample, row):
+def list_of(bounds, bases, mask_ids, bounds_batch, list_batch, owner, row):
     """A row tile's list: the entries start to split are full, those from there to stop partial, then `dense` runs.
 
+    Args:
+        bounds: See `program.Program`, as bases and mask_ids.
+        bases: First token of each entry.
+        mask_ids: Mask of each entry.
+        bounds_batch: Distance of the bounds of two owners.
+        list_batch: Distance of the lists of two owners.
+        owner: Whose list: a group of heads of a sample.
+        row: The row tile.
+
     Returns:
-        start, split, stop, dense, and the first tokens and the masks of the sample's entries.
+        start, split, stop, dense, and the first tokens and the masks of the owner's entries.
     """
-    bound = bounds + sample * bounds_batch + row * 4
+    owner = owner.to(tl.int64)
+    bound = bounds + owner * bounds_batch + row * 4
     start, split, stop, dense = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2), tl.load(bound + 3)
-    return start, split, stop, dense, bases + sample * list_batch, mask_ids + sample * list_batch
+    return start, split, stop, dense, bases + owner * list_batch, mask_ids + owner * list_batch
 
 
 @triton.jit

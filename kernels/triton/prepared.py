@@ -20,7 +20,7 @@ from visattn.kernels.triton.launch import run_bias_gradients, start_first
 from visattn.kernels.triton.routes import Listed, routed_program
 from visattn.kernels.triton.routing.router import LARGEST, Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
-from visattn.patterns import RoutedPattern
+from visattn.patterns import RoutedPattern, Routes
 from visattn.patterns.routing import Routing
 from visattn.plans import TilePlan
 
@@ -109,8 +109,23 @@ class Kernels:
             start_first("forward", want_lse, t, work)
         return out, lse
 
-    def lists(self, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, learns: bool) -> Routed:
-        """What a routed pattern chooses for q and k, as the lists that the kernels walk."""
+    def lists(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        learns: bool,
+        scale: float | None = None,
+    ) -> Routed:
+        """What a routed pattern chooses for q and k, as the lists that the kernels walk.
+
+        Args:
+            q: Queries [B, S, H, D] as they were given.
+            k: Keys [B, S, Hkv, D].
+            key_mask: bool [B, S], or None.
+            learns: Whether the backward's lists are wanted too.
+            scale: Factor on the logits of these queries, None for the one of the kernels.
+        """
         if self._router is not None and key_mask is None:
             return self._router.choose(q, k)
         pattern, work = self._call.pattern, self._work_for(Operands(q, k, k))
@@ -120,12 +135,13 @@ class Kernels:
                 self._router = router
             return router.choose(q, k)
         assert isinstance(pattern, RoutedPattern)
-        routes: dict[TilePlan, torch.Tensor] = {}
+        scale = self._call.scale if scale is None else scale
+        routes: dict[TilePlan, Routes] = {}
         programs = {}
         for direction in DIRECTIONS if learns else ("forward",):
             plan = work.plan(direction)
             if plan not in routes:
-                routes[plan] = pattern.route(q, k, plan, key_mask)
+                routes[plan] = pattern.route(q, k, plan, key_mask, scale)
             programs[direction] = routed_program(plan, direction == "key_grad", routes[plan])
         return Listed(programs)
 

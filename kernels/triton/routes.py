@@ -9,6 +9,7 @@ import torch
 
 from visattn.keep import kept
 from visattn.kernels.triton.lists.program import Program, fill_kinds, first_tokens, pack, program
+from visattn.patterns import Routes
 from visattn.plans import TilePlan
 
 
@@ -51,48 +52,62 @@ def static_part(plan: TilePlan, by_keys: bool, device: torch.device) -> Static:
     )
 
 
-def routed_program(plan: TilePlan, by_keys: bool, route: torch.Tensor) -> Program:
-    """The program of a routed plan for one batch.
+def routed_program(plan: TilePlan, by_keys: bool, routes: Routes) -> Program:
+    """The program of a routed plan for one batch, without waiting for the device.
 
     Args:
         plan: A plan of a routed pattern.
         by_keys: Whether key tiles are the rows.
-        route: What `pattern.route` gave: int64 [B, grid query tiles, n], key tiles without duplicates.
+        routes: What `pattern.route` gave.
     """
-    static = static_part(plan, by_keys, route.device)
-    batch, queries, number = route.shape
+    groups, flat = routes.groups, routes.flat()
+    tiles, counts = flat.tiles[:, 0], None if flat.counts is None else flat.counts[:, 0]
+    static = static_part(plan, by_keys, tiles.device)
+    owners, queries, number = tiles.shape
     first_row = plan.keys.grid_tiles.start if by_keys else plan.queries.grid_tiles.start
     rows = plan.keys.runs[1] if by_keys else queries
     if by_keys:
-        column, start, stop = _transposed(route, first_row, rows)
+        column, start, stop = _transposed(tiles, flat.listed(), first_row, rows)
         column = column + plan.queries.grid_tiles.start
     else:
-        column = route.flatten(1)
-        start = torch.arange(rows, device=route.device)[None] * number
-        stop = start + number
+        column = tiles.flatten(1)
+        start = torch.arange(rows, device=tiles.device)[None] * number
+        stop = start + (number if counts is None else counts)
     base = static.base
     skip = len(base.bases)
     start, stop = start + skip, stop + skip
     # Grid rows lie behind the dense ones, in their own order: without static visits the sort leaves them alone.
-    bounds = base.bounds.expand(len(start), -1, -1).clone()
+    bounds = base.bounds.expand(owners, -1, -1).clone()
     grid = bounds[:, base.dense_rows :]
     grid[..., 0], grid[..., 2] = start, stop
     grid[..., 1] = stop if static.whole else start
     return replace(
         base,
         bounds=bounds,
-        bases=torch.cat([base.bases.expand(batch, -1), static.first[column]], 1),
-        mask_ids=torch.cat([base.mask_ids.expand(batch, -1), static.mask[column]], 1),
-        bounds_batch=bounds[0].numel() if len(start) > 1 else 0,
+        bases=torch.cat([base.bases.expand(owners, -1), static.first[column]], 1),
+        mask_ids=torch.cat([base.mask_ids.expand(owners, -1), static.mask[column]], 1),
+        bounds_batch=bounds[0].numel() if owners > 1 else 0,
         list_batch=skip + queries * number,
+        groups=groups,
     )
 
 
-def _transposed(route: torch.Tensor, first: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The grid query tiles that visit each grid key tile: [B, entries], and where each list starts and stops."""
-    batch, _, number = route.shape
-    keys, order = route.flatten(1).sort(dim=1, stable=True)
-    wanted = torch.arange(first, first + rows, device=route.device).expand(batch, -1).contiguous()
+def _transposed(
+    tiles: torch.Tensor, listed: torch.Tensor | None, first: int, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The grid query tiles that visit each grid key tile: [owners, entries], and where each list starts and stops.
+
+    Args:
+        tiles: Key tiles of each grid query tile: [owners, query tiles, n].
+        listed: Which of them count: bool [owners, 1, query tiles, n], None for all.
+        first: The first grid key tile.
+        rows: Grid key tiles.
+    """
+    number = tiles.shape[2]
+    # What does not count goes behind the lists of all key tiles.
+    kept = tiles if listed is None else tiles.masked_fill(~listed[:, 0], first + rows)
+    keys, order = kept.flatten(1).sort(dim=1, stable=True)
+    wanted = torch.arange(first, first + rows, device=tiles.device).expand(len(tiles), -1).contiguous()
     start, stop = (torch.searchsorted(keys, wanted, right=right) for right in (False, True))
     return order // number, start, stop
 

@@ -86,7 +86,7 @@ def test_routed_patterns_show_the_tiles_that_some_q_and_k_choose():
     pattern, layout = parse("routing(regions=3x4, topk=2)"), Layout((14, 13), prefix=3, suffix=2)
     q, k = torch.randn(2, 1, layout.length, 2, 8)
     made = plan(pattern, layout)
-    fixed = with_routes(made, pattern.route(q, k, made)[0].numpy())
+    fixed = with_routes(made, pattern.route(q, k, made))
     truth = routed_mask(pattern, layout, q, k)[0].numpy()
     for token in range(layout.length):
         assert (np.isin(query_view(fixed, token), (PARTIAL, FULL)) == truth[token]).all()

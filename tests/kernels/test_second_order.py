@@ -21,6 +21,7 @@ CASES = {
     "circle, pooled": ("clear(radius=2, pool=2)", Layout((4, 5), 0, 2), False),
     "radial": ("radial(decay=0.5, block=4)", Layout((2, 7), 1), False),
     "routing": ("routing(regions=2, topk=2)", Layout((5, 4), 1), False),
+    "blocks by their scores": ("topp(p=0.5, block=2x3)", Layout((5, 4), 1), False),
     "halo": ("halo(block=2, halo=1)", Layout((5, 3)), False),
     "dense": ("dense", Layout((3, 3), 1, 1), False),
 }
@@ -70,7 +71,7 @@ VARIANTS = [
     for variant in ("plain", "key mask", "rpb")
     if variant != "rpb" or (takes_bias and name == "tiles")
     # Both compute them by one formula: of other engines' calls a few are enough.
-    if name == "tiles" or case in ("routing", "dense")
+    if name == "tiles" or case in ("routing", "blocks by their scores", "dense")
 ]
 
 

@@ -82,7 +82,7 @@ def test_flex_equals_the_reference(case, variant, device):
 def patterns(draw, grid):
     """A pattern of any kind that is defined on the grid."""
     size = st.integers(1, 6)
-    kind = draw(st.sampled_from(["na", "halo", "clear", "routing", "dense"]))
+    kind = draw(st.sampled_from(["na", "halo", "clear", "routing", "blocks", "dense"]))
     if kind == "na":
         window = draw(size)
         text = f"na(window={window}, stride={draw(st.integers(1, window))}, causal={draw(st.booleans())})".lower()
@@ -92,6 +92,11 @@ def patterns(draw, grid):
         text = f"clear(radius={draw(size)})" if draw(st.booleans()) else f"clear(radius={draw(size)}, pool=2)"
     elif kind == "routing":
         text = f"routing(regions={draw(st.integers(1, 3))}, topk={draw(st.integers(1, 2))})"
+    elif kind == "blocks":
+        rule = draw(st.sampled_from(["topk(keep=0.4", "topk(keep=2, per=head", "topp(p=0.6", "above(tau=0.5"]))
+        block = "x".join(str(draw(st.integers(1, 4))) for _ in grid) if len(grid) > 1 else "5"
+        always = draw(st.sampled_from(["none", "self", "first(1)"]))
+        text = f"{rule}, block={block}, always={always})"
     else:
         text = "dense"
     try:
@@ -147,7 +152,7 @@ def test_natten_takes_a_scale_of_zero_as_zero():
 
 
 @pytest.mark.parametrize("name", ["sdpa", "tiles"])
-@pytest.mark.parametrize("text", ["na(window=3)", "clear(radius=2, pool=3)", "routing(regions=2, topk=1)"])
+@pytest.mark.parametrize("text", ["na(window=3)", "clear(radius=2, pool=3)", "routing(regions=2, topk=1)", "topp(block=2x3)"])
 def test_writes_all_of_its_outputs(name, text):
     layout = Layout((7, 8), 3, 2)
     q, k, v = qkv(layout, grad=True)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from visattn import Layout, dense_mask, parse
 from visattn.patterns import (
     PATTERNS,
+    Above,
     Agent,
     AgentSD,
     Clear,
@@ -23,6 +24,8 @@ from visattn.patterns import (
     Routing,
     Sigmoid,
     SparseLinear,
+    TopK,
+    TopP,
 )
 from visattn.patterns.linear import FEATURES
 
@@ -66,7 +69,26 @@ STATIC = {
     Radial: made(Radial, decay=POSITIVE, sink=st.booleans(), block=WHOLE),
 }
 INNER = st.one_of(*STATIC.values())
+CHOICE = {
+    "score": st.sampled_from(["mean", "bounds", "parts(4x4)", "parts(1x2)"]),
+    "always": st.sampled_from([None, "self", "self+near(1)", "near(2)+self", "first(1)+window(3x1)", "window(5)"]),
+    "per": st.sampled_from(["row", "head"]),
+    "rest": st.sampled_from(["drop", "mean"]),
+    "block": sides(),
+    "key_block": st.none() | sides(),
+}
+NUMBER = st.floats(0, 1, exclude_min=True) | st.integers(1, 100)
 KINDS = STATIC | {
+    TopK: made(TopK, keep=NUMBER, **CHOICE),
+    TopP: made(
+        TopP,
+        p=st.floats(0, 1, exclude_min=True),
+        least=NUMBER | st.just(0),
+        most=NUMBER,
+        rule=st.sampled_from(["cover", "under"]),
+        **CHOICE,
+    ),
+    Above: made(Above, tau=REAL, most=NUMBER, **CHOICE),
     Routing: made(Routing, regions=sides(), topk=WHOLE),
     Agent: made(Agent, agents=sides(also=(-1,))),
     AgentSD: made(

@@ -101,7 +101,9 @@ def test_mask_plan_and_reference(data):
         assert (ours - theirs).abs().max() < 1e-10
 
     made = plan(pattern, layout, data.draw(tiles(layout.dims)))
-    routed = pattern.route(q, k, made, key_mask)
+    routes = pattern.route(q, k, made, key_mask)
+    routed = routes.tiles[:, 0]
+    assert routes.groups == 1 and routes.counts is None
     assert routed.dtype == torch.int64 and routed.shape == (2, made.queries.runs[1], made.routed_tiles)
     assert not routed.requires_grad
     for b in range(2):
@@ -188,7 +190,7 @@ def test_choice_is_of_all_heads_together_and_not_differentiated():
     made = plan("routing(regions=4, topk=2)", layout)
     flat = [t.flatten(2)[:, :, None] for t in (q, k)]
     pattern = made.pattern
-    assert torch.equal(pattern.route(q, k, made), pattern.route(*flat, made))
+    assert torch.equal(pattern.route(q, k, made).tiles, pattern.route(*flat, made).tiles)
 
 
 def test_bi_level_routing_of_biformer_with_padding():

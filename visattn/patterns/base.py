@@ -63,6 +63,7 @@ class Pattern(ABC):
         parts = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if value != field.default:
+            # By their texts: a count of 1 is another parameter than a share of 1.0.
+            if as_text(value) != as_text(field.default):
                 parts.append(f"{field.name}={as_text(value)}")
         return f"{self.name}({', '.join(parts)})" if parts else self.name

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from visattn.patterns.choice.always import always_mask, terms_of
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.picks import number_of, pick_number, pick_number_of_all
 from visattn.patterns.choice.scores import Seen
@@ -65,16 +66,37 @@ class TopK(DynamicPattern):
         """Key blocks per query block."""
         return number_of(self.keep, blocks.columns)
 
+    def pairs(self, blocks: Blocks) -> int:
+        """Pairs of blocks of a head, at least one per row."""
+        pairs = blocks.rows * blocks.columns
+        number = self.keep * blocks.rows if isinstance(self.keep, int) else number_of(self.keep, pairs)
+        return min(max(number, blocks.rows), pairs)
+
+    def check(self, grid: tuple[int, ...]) -> None:
+        """Raise a ValueError if blocks or rules do not fit the grid."""
+        super().check(grid)
+        blocks = self.blocks(grid)
+        forced = int(always_mask(terms_of(self.always), blocks).sum())
+        if self.per == "head" and forced > self.pairs(blocks):
+            raise ValueError(
+                f"{self} on grid {grid}: always={self.always} lists {forced} pairs of blocks of a head, more than the "
+                f"{self.pairs(blocks)} that keep={self.keep} allows: keep more, or force fewer"
+            )
+
     def most_listed(self, blocks: Blocks) -> int:
         """`keep`; with a budget per head any number."""
         return blocks.columns if self.per == "head" else self.number(blocks)
 
     def least_listed(self, blocks: Blocks) -> int:
         """`keep`; with a budget per head any number, unless all are kept."""
-        return 0 if self.per == "head" and self.number(blocks) < blocks.columns else self.number(blocks)
+        if self.per == "row":
+            return self.number(blocks)
+        return blocks.columns if self.pairs(blocks) == blocks.rows * blocks.columns else 0
 
     def expected(self, blocks: Blocks) -> float:
         """`keep`."""
+        if self.per == "head":
+            return self.pairs(blocks) / (blocks.rows * blocks.columns)
         return self.number(blocks) / blocks.columns
 
     def marked(
@@ -82,7 +104,5 @@ class TopK(DynamicPattern):
     ) -> torch.Tensor:
         """The best."""
         if self.per == "head":
-            pairs = blocks.rows * blocks.columns
-            number = self.keep * blocks.rows if isinstance(self.keep, int) else number_of(self.keep, pairs)
-            return pick_number_of_all(scores, seen, forced, min(number, pairs))
+            return pick_number_of_all(scores, seen, forced, self.pairs(blocks))
         return pick_number(scores, seen, forced, self.number(blocks))

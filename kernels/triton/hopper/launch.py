@@ -204,9 +204,9 @@ def _common_arguments(
     run = work.program(direction, t)
     columns = run.column_tiling
     prefix, grid, box = columns.layout.prefix, columns.layout.grid, columns.shape
-    lists = list_arguments(run, work, False, rows.shape[0] * rows.shape[2])
+    lists = list_arguments(run, work, False, rows.shape[0] * rows.shape[2], rows.shape[2])
     # Routed patterns, whose samples have lists of their own, and biases are for the general kernels.
-    unused = ("positions", "position_offsets", "centre", "rpb_entries", "bounds_batch", "list_batch")
+    unused = ("positions", "position_offsets", "centre", "rpb_entries", "bounds_batch", "list_batch", "list_heads")
     descriptors = {}
     for name, x in zip(names, copied, strict=True):
         descriptors[f"{name}_grid"] = _descriptor(x, prefix, grid, box)

@@ -42,7 +42,7 @@ def _absorb(acc, total, top, scores, v, PRECISION: tl.constexpr, GUARD: tl.const
 def attend(
     q, k, v, out, lse, key_mask, rpb,
     tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, bounds_batch, list_batch,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, bounds_batch, list_batch, list_heads,
     scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     centre, rpb_entries,
@@ -72,7 +72,8 @@ def attend(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    start, split, stop, dense, bases, mask_ids = list_of(bounds, bases, mask_ids, bounds_batch, list_batch, sample, row)
+    owner = pair // list_heads
+    start, split, stop, dense, bases, mask_ids = list_of(bounds, bases, mask_ids, bounds_batch, list_batch, owner, row)
     key_mask += sample * key_length
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
     k_box, v_box = boxes_of(offset, k_token * UNIT, v_token * UNIT, d, WIDE, ALIKE)

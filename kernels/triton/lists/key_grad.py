@@ -52,7 +52,7 @@ def key_gradients(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, key_mask, rpb,
     tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    grad_batch, grad_token, grad_head, bounds_batch, list_batch,
+    grad_batch, grad_token, grad_head, bounds_batch, list_batch, list_heads,
     scale, score_scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     centre, rpb_entries,
@@ -83,7 +83,6 @@ def key_gradients(
 
     acc_k = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     acc_v = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    start, split, stop, dense, bases, mask_ids = list_of(bounds, bases, mask_ids, bounds_batch, list_batch, sample, row)
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
     q_box, grad_box = boxes_of(offset, q_token * UNIT, grad_token * UNIT, d, WIDE, ALIKE)
     if RPB:
@@ -94,6 +93,10 @@ def key_gradients(
 
     for member in range(0, group):
         head = kv_head * group + member
+        owner = (sample * heads + head) // list_heads
+        start, split, stop, dense, own_bases, own_masks = list_of(
+            bounds, bases, mask_ids, bounds_batch, list_batch, owner, row
+        )
         q_of = q + (sample * q_batch + head * q_head) * UNIT
         grad_of = grad_out + (sample * grad_batch + head * grad_head) * UNIT
         lse_of = lse + (sample * heads + head) * length
@@ -101,7 +104,7 @@ def key_gradients(
         placed = (rpb + head * rpb_entries, positions, box_position, row_position, centre, rpb_entries)
         if FULL:
             for i in range(start, split, TILES):
-                base = bases_at(bases, i, column_slots, COLUMNS, TILES)
+                base = bases_at(own_bases, i, column_slots, COLUMNS, TILES)
                 query = tl.load(rows_at(q_of, base, q_token * UNIT, q_box, TILES), mask=has_d[None, :], other=0.0)
                 scores = scores_of(key, query, score_scale, base, placed, RPB, True, PRECISION)
                 weights = _weights(scores, tl.load(lse_of + base + offset))
@@ -112,13 +115,13 @@ def key_gradients(
                 acc_k, acc_v = _accumulate(acc_k, acc_v, query, grad, value, weights, delta_now, PRECISION)
         if PARTIAL:
             for i in range(split, stop, TILES):
-                base = bases_at(bases, i, column_slots, COLUMNS, TILES)
+                base = bases_at(own_bases, i, column_slots, COLUMNS, TILES)
                 # A short tile's empty slots may lie behind the last token.
                 inside = base + offset < length
                 here = inside[:, None] & has_d[None, :]
                 query = tl.load(rows_at(q_of, base, q_token * UNIT, q_box, TILES), mask=here, other=0.0)
                 scores = scores_of(key, query, score_scale, base, placed, RPB, True, PRECISION)
-                visible = see(masks, mask_ids, i, row_slots, column_slots, ROWS, COLUMNS, TILES)
+                visible = see(masks, own_masks, i, row_slots, column_slots, ROWS, COLUMNS, TILES)
                 weights = tl.where(visible, _weights(scores, _load_rows(lse_of, base + offset, inside)), 0.0)
                 grad = tl.load(rows_at(grad_of, base, grad_token * UNIT, grad_box, TILES), mask=here, other=0.0)
                 delta_now = _load_rows(delta_of, base + offset, inside)

@@ -44,8 +44,9 @@ class Program:
         partial: Whether there is any list entry with mask.
         column_tiling: How the columns are cut.
         reach: Tokens between the first and the last slot of a whole box.
-        bounds_batch: Distance of the bounds of two samples, 0 where all share one list.
-        list_batch: Distance of the lists of two samples.
+        bounds_batch: Distance of the bounds of two owners, 0 where all share one list.
+        list_batch: Distance of the lists of two owners.
+        groups: Groups of heads of a sample that have lists of their own, the owners.
     """
 
     rows: int
@@ -66,6 +67,7 @@ class Program:
     reach: int
     bounds_batch: int = 0
     list_batch: int = 0
+    groups: int = 1
 
     @property
     def row_tiles(self) -> int:

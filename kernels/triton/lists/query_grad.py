@@ -38,7 +38,7 @@ def query_gradients(
     q, k, v, grad_out, lse, delta, grad_q, key_mask, rpb,
     tokens, bounds, bases, mask_ids, offsets, masks, positions, position_offsets,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    grad_batch, grad_token, grad_head, bounds_batch, list_batch,
+    grad_batch, grad_token, grad_head, bounds_batch, list_batch, list_heads,
     scale, score_scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     centre, rpb_entries,
@@ -72,7 +72,8 @@ def query_gradients(
     row_delta = tl.load(delta + row_of, mask=is_token, other=0.0)
 
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    start, split, stop, dense, bases, mask_ids = list_of(bounds, bases, mask_ids, bounds_batch, list_batch, sample, row)
+    owner = pair // list_heads
+    start, split, stop, dense, bases, mask_ids = list_of(bounds, bases, mask_ids, bounds_batch, list_batch, owner, row)
     key_mask += sample * key_length
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
     k_box, v_box = boxes_of(offset, k_token * UNIT, v_token * UNIT, d, WIDE, ALIKE)

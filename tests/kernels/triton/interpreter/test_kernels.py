@@ -28,6 +28,22 @@ PROBLEMS = {
     "routed": ("routing(regions=3x2,topk=2)", Layout((9, 8)), {"batch": 2}),
     "routed, short regions, text": ("routing(regions=2x2,topk=3)", Layout((7, 9), 2, 3), {"batch": 2, "masked": True}),
     "routed to everything": ("routing(regions=2x2,topk=4)", Layout((6, 7), 1), {"heads": 2, "kv_heads": 1}),
+    "blocks by their scores": ("topk(keep=2,block=2x4,always=none)", Layout((6, 8)), {"batch": 2, "heads": 2}),
+    "lists of different length, short blocks, text, mask": (
+        "topp(p=0.6,block=3x4)",
+        Layout((7, 9), 2, 3),
+        {"batch": 2, "heads": 4, "kv_heads": 2, "masked": True},
+    ),
+    "grouped heads, each with a list of its own": (
+        "above(tau=0.3,block=8,key_block=4)",
+        Layout(37, 2),
+        {"batch": 2, "heads": 4, "kv_heads": 2},
+    ),
+    "a budget per head, empty lists": (
+        "topk(keep=1,block=2x4,always=none,per=head)",
+        Layout((6, 8)),
+        {"heads": 2, "kv_heads": 1},
+    ),
     "head dim 40": ("na(window=3x3)", Layout((5, 8)), {"dim": 40}),
     "head dim 8": ("na(window=3x3)", Layout((5, 8)), {"dim": 8}),
 }

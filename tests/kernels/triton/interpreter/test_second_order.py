@@ -25,6 +25,7 @@ def compare(ours, truth, limit=2e-5):
         ("na(window=3)", Layout((4, 5), 1, 2), None, {"rpb": "na(window=3)", "heads": 2, "kv_heads": 1}),
         ("clear(radius=2,pool=2)", Layout((4, 5), 1), None, {"masked": True, "batch": 2}),
         ("routing(regions=2,topk=1)", Layout((4, 5), 1), -0.3, {}),
+        ("topp(p=0.5,block=2x3)", Layout((4, 5), 1), -0.3, {"heads": 4, "kv_heads": 2, "batch": 2}),
     ],
 )
 def test_tile_lists(pattern, layout, scale, special):
