@@ -179,7 +179,7 @@ def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) ->
 def _with_rest(
     q: torch.Tensor, k: torch.Tensor, pattern: DynamicPattern, call: Call, rows: torch.Tensor
 ) -> torch.Tensor:
-    """Softmax over what a dynamic pattern lists and one pooled key for each other block, whose weight its tokens share."""
+    """Softmax over what a dynamic pattern lists and a pooled key of each other block, whose weight its tokens share."""
     layout, blocks = call.layout, pattern.blocks(call.layout.grid)
     own = visible_rows(pattern, layout, rows, q, k, call.key_mask, call.scale)
     pooled = pattern.pooled(k, k, layout, call.key_mask)

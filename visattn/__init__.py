@@ -15,6 +15,7 @@ from visattn.version import __version__
 if TYPE_CHECKING:
     from visattn import patterns
     from visattn.attend import attention, backends, explain
+    from visattn.chosen import tile_choice
     from visattn.doors import (
         plugins,
         register_adapter,
@@ -51,6 +52,7 @@ __all__ = [
     "register_backend",
     "register_family",
     "register_pattern",
+    "tile_choice",
 ]
 
 
@@ -79,6 +81,7 @@ def __getattr__(name: str) -> Any:
         "register_backend": "visattn.doors",
         "register_family": "visattn.doors",
         "register_pattern": "visattn.doors",
+        "tile_choice": "visattn.chosen",
     }
     if name == "patterns":
         return importlib.import_module("visattn.patterns")

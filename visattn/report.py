@@ -4,13 +4,38 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from visattn.crossing import crossing
 from visattn.dispatch import Problem, candidates, choose
+from visattn.layout import Layout
 from visattn.patterns import ListedPattern, MergingPattern, Pattern
 from visattn.plans import plan
 from visattn.tally import Row
+
+
+class Reached(NamedTuple):
+    """Density of calls whose pattern lists what q and k choose, over heads, samples and calls.
+
+    Attributes:
+        mean: Of all.
+        least: The smallest.
+        most: The largest.
+    """
+
+    mean: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, sums: torch.Tensor, layout: Layout) -> Reached:
+        """From sum, number, least and largest of shares of grid pairs; pairs with a dense token are all listed."""
+        total, number, least, most = sums.tolist()
+        grid, every = layout.tokens**2, layout.length**2
+        mean, least, most = ((share * grid + every - grid) / every for share in (total / number, least, most))
+        return cls(mean, least, most)
 
 
 @dataclass(frozen=True)
@@ -23,6 +48,7 @@ class CallReport:
         backend: Who ran them.
         reason: Why that one.
         density: Visible share of all (query, key) pairs; None if the pattern does not say.
+        reached: The same as it was, where q and k choose; `density` is its mean then.
     """
 
     problem: Problem
@@ -30,16 +56,19 @@ class CallReport:
     backend: str
     reason: str
     density: float | None
+    reached: Reached | None = None
 
     @classmethod
-    def of(cls, problem: Problem, hits: int, backend: str) -> CallReport:
+    def of(cls, problem: Problem, hits: int, backend: str, sums: torch.Tensor | None = None) -> CallReport:
         """Explain calls after the fact: the choice of a backend is a function of the problem."""
         if isinstance(problem.pattern, MergingPattern):
             return cls(problem, hits, problem.pattern.name, "the only one that merges tokens", None)
         if backend == "auto" and problem.pattern.covers(problem.layout.grid):
             return cls(problem, hits, "stock", "the pattern covers the whole grid", 1.0)
         name = choose(problem, backend).name
-        return cls(problem, hits, name, _why(problem, name, backend), density(problem))
+        reached = None if sums is None else Reached.of(sums, problem.layout)
+        share = density(problem) if reached is None else reached.mean
+        return cls(problem, hits, name, _why(problem, name, backend), share, reached)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and texts."""
@@ -55,6 +84,7 @@ class CallReport:
             "backend": self.backend,
             "reason": self.reason,
             "density": self.density,
+            "reached": None if self.reached is None else self.reached._asdict(),
         }
 
 
@@ -116,7 +146,8 @@ class SiteReport:
     @classmethod
     def of(cls, model: str, site: str, pattern: Pattern, backend: str, row: Row, compiled: bool = False) -> SiteReport:
         """The report of one row of a tally."""
-        calls = tuple(CallReport.of(problem, hits, backend) for problem, hits in row.hits.most_common())
+        found = ((problem, hits, backend, row.reached.get(problem)) for problem, hits in row.hits.most_common())
+        calls = tuple(CallReport.of(*each) for each in found)
         seconds = row.seconds["sparse"], row.seconds["dense"]
         kept: Counter[str] = Counter()
         for problem, count in row.kept.items():
@@ -258,6 +289,8 @@ class Report:
             shown = site.calls[:1]
             for call in shown:
                 share = "" if call.density is None else f", density {call.density:.3f}"
+                if call.reached is not None:
+                    share += f" ({call.reached.least:.3f} to {call.reached.most:.3f} over heads and calls)"
                 head += f", {call.backend} on {call.problem.layout}{share} ({call.reason})"
             lines.append(head)
             lines += [f"  {'':<{width}}    {count} x kept dense: {why}" for why, count in site.kept.items()]

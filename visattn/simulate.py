@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from visattn.layout import Layout
-from visattn.patterns import Neighborhood, Pattern, parse
+from visattn.patterns import Neighborhood, Pattern, RoutedPattern, parse
 from visattn.plans import Tile, TilePlan, check_listed, plan
 
 Box = tuple[int, ...]
@@ -41,6 +41,7 @@ class Simulation:
         visited: Visited pairs of tiles.
         masks: Distinct partial masks.
         planning_seconds: Time that making the plan took (next to none if it was cached).
+        note: Which of these numbers depend on q and k, empty where none does.
     """
 
     pattern: str
@@ -58,6 +59,7 @@ class Simulation:
     visited: int
     masks: int
     planning_seconds: float
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -99,6 +101,7 @@ def _simulation(made: TilePlan, seconds: float) -> Simulation:
         visited=made.entries,
         masks=len(made.masks),
         planning_seconds=seconds,
+        note=made.pattern.estimated if isinstance(made.pattern, RoutedPattern) else "",
     )
 
 

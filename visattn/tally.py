@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -18,12 +19,15 @@ from typing import Any, Literal
 import torch
 
 from visattn.dispatch import Problem
+from visattn.patterns import DynamicPattern
+from visattn.patterns.choice.listening import listening
 
 Kind = Literal["sparse", "dense"]
 # On a GPU one in so many steady calls of a kind is timed, at every module another one.
 EVERY = 16
 # Pairs of CUDA events kept before the finished ones are summed up.
 MANY_EVENTS = 1024
+_NOTHING = nullcontext()
 
 
 class Cell:
@@ -41,10 +45,12 @@ class Cell:
         timed: How many steady ones were timed.
         seconds: Time of those.
         first_seconds: Time of the first call, 0 if it was none or was not timed.
+        reached: Listed shares of grid pairs, where q and k choose: their sum, number, least and largest, on their device.
     """
 
     __slots__ = (
-        "calls", "first_seconds", "kept", "key", "kind", "on_gpu", "problem", "reason", "seconds", "timed", "turn"
+        "calls", "first_seconds", "kept", "key", "kind", "on_gpu", "problem", "reached", "reason", "seconds", "timed",
+        "turn",
     )  # fmt: skip
 
     def __init__(
@@ -55,6 +61,7 @@ class Cell:
         self.turn, self.on_gpu = turn, on_gpu
         self.calls = self.timed = 0
         self.seconds = self.first_seconds = 0.0
+        self.reached: torch.Tensor | None = None
 
     def add(self, seconds: float, is_first: bool) -> None:
         """Add the time of a call."""
@@ -78,6 +85,7 @@ class Row:
         first_seconds: Time of first calls by kind.
         timed: How many steady calls that estimate is from.
         calls: All calls.
+        reached: Listed shares of grid pairs by problem, as in `Cell`.
     """
 
     hits: Counter[Problem] = field(default_factory=Counter)
@@ -88,6 +96,7 @@ class Row:
     first_seconds: float = 0.0
     timed: int = 0
     calls: int = 0
+    reached: dict[Problem, torch.Tensor] = field(default_factory=dict)
 
     def add(self, cell: Cell, mean: float | None) -> None:
         """Add the calls of a cell; `mean` is the time of a steady call of its kind, None if none was timed."""
@@ -100,6 +109,8 @@ class Row:
             self.dense += cell.calls
         elif cell.problem is not None:
             self.hits[cell.problem] += cell.calls
+            if cell.reached is not None:
+                self.reached[cell.problem] = _joined(self.reached.get(cell.problem), cell.reached)
         own = cell.seconds / cell.timed if cell.timed else mean
         untimed = cell.first_seconds if own is None else own * (cell.calls - cell.timed)
         self.seconds[cell.kind] += cell.seconds + untimed
@@ -164,6 +175,25 @@ class Tally:
             elif stopped is not None:
                 for cell in cells:
                     cell.add((stopped - begun) / len(cells), is_first)
+
+    def hearing(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
+        """Inside, what the choices of a call list is noted with its cells, whose layouts run one after the other."""
+        problem = cells[0].problem
+        chooses = problem is not None and isinstance(problem.pattern, DynamicPattern)
+        return self._hearing(cells) if chooses else _NOTHING
+
+    @contextmanager
+    def _hearing(self, cells: Sequence[Cell]) -> Iterator[None]:
+        shares: list[torch.Tensor] = []
+        with listening(shares.append):
+            yield
+        # An engine may choose once for each of its tilings.
+        each = len(shares) // len(cells)
+        with self._lock:
+            for i, cell in enumerate(cells):
+                for share in shares[i * each : (i + 1) * each]:
+                    new = torch.stack([share.sum(), share.new_tensor(share.numel()), share.min(), share.max()])
+                    cell.reached = _joined(cell.reached, new)
 
     def count(self, site: str, reason: str = "") -> None:
         """Count a call that was dense, or fell back for a reason, and that nobody timed."""
@@ -255,6 +285,13 @@ class Clock:
     ) -> None:
         if raised is None:
             self.tally.beside(self.site, self.kind, self.start)
+
+
+def _joined(known: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """Sum, number, least and largest of two sets of shares."""
+    if known is None:
+        return new
+    return torch.stack([*(known[:2] + new[:2]), torch.minimum(known[2], new[2]), torch.maximum(known[3], new[3])])
 
 
 def _event() -> torch.cuda.Event:

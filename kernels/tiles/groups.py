@@ -107,7 +107,11 @@ class Group:
         # The tile engine makes its batches on the host.
         order = self.counts.sort(descending=True, stable=True).indices
         counts = self.counts[order].tolist()
-        each, more, start = self.tile_tokens.shape[1], self.length - self.key_tiles.shape[1] * self.tile_tokens.shape[1], 0
+        each, more, start = (
+            self.tile_tokens.shape[1],
+            self.length - self.key_tiles.shape[1] * self.tile_tokens.shape[1],
+            0,
+        )
         while start < len(counts):
             # A batch without any key still has results.
             number = max(1, counts[start])
@@ -188,9 +192,7 @@ def _list_group(plan: TilePlan, tiles: Ints, entry: Ints, tokens: torch.Tensor, 
     return group
 
 
-def routed_group(
-    plan: TilePlan, routes: Routes, fixed: torch.Tensor | None, rest: torch.Tensor | None = None
-) -> Group:
+def routed_group(plan: TilePlan, routes: Routes, fixed: torch.Tensor | None, rest: torch.Tensor | None = None) -> Group:
     """The problems of a routed pattern's grid query tiles.
 
     Args:

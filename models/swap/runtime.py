@@ -207,7 +207,8 @@ class Swapped:
         tally = self.runtime.tally
         cell = self._cell(q, k, v, Call(self.pattern, layout, scale, key_mask, rpb, parameters=own))
         begun = tally.begin(cell)
-        out = attention(q, k, v, self.pattern, layout, **arguments)
+        with tally.hearing((cell,)):
+            out = attention(q, k, v, self.pattern, layout, **arguments)
         tally.end((cell,), begun)
         if self.runtime.watcher is not None and rpb is None:
             self.runtime.watcher(Watched(self.path, q, k, v, out, self.pattern, (layout,), scale, key_mask, own))

@@ -152,7 +152,9 @@ def test_natten_takes_a_scale_of_zero_as_zero():
 
 
 @pytest.mark.parametrize("name", ["sdpa", "tiles"])
-@pytest.mark.parametrize("text", ["na(window=3)", "clear(radius=2, pool=3)", "routing(regions=2, topk=1)", "topp(block=2x3)"])
+@pytest.mark.parametrize(
+    "text", ["na(window=3)", "clear(radius=2, pool=3)", "routing(regions=2, topk=1)", "topp(block=2x3)"]
+)
 def test_writes_all_of_its_outputs(name, text):
     layout = Layout((7, 8), 3, 2)
     q, k, v = qkv(layout, grad=True)

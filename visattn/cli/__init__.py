@@ -16,6 +16,7 @@ from visattn.cli.doctor import doctor
 from visattn.cli.generate import generate
 from visattn.cli.messages import held_messages
 from visattn.cli.models import models
+from visattn.cli.patterns import patterns
 from visattn.cli.show import show
 from visattn.cli.simulate import simulate
 from visattn.version import __version__
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (doctor, show, simulate, bench, models, classify, bench_model):
+for command in (doctor, patterns, show, simulate, bench, models, classify, bench_model):
     app.command()(command)
 app.add_typer(generate, name="generate")
 

@@ -93,7 +93,7 @@ def _print(result: Simulation) -> None:
         ("masks", f"{result.masks} distinct partial masks"),
         ("planning", f"{result.planning_seconds * 1000:.1f} ms, once per pattern, layout and tile"),
     )
-    for name, value in rows:
+    for name, value in (*rows, *([("note", result.note)] if result.note else [])):
         typer.echo(f"{name:<12}{value}")
 
 

@@ -75,9 +75,15 @@ class Above(DynamicPattern):
         share = max(statistics.NormalDist().cdf(-self.tau), 1 / blocks.columns)
         return min(share, self.most_listed(blocks) / blocks.columns)
 
-    def marked(
-        self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks
-    ) -> torch.Tensor:
+    @property
+    def estimated(self) -> str:
+        """What `expected` assumes."""
+        return (
+            "which blocks are listed, and how many, depends on q and k, head by head: density and bounds take the "
+            "scores of each row to be normally distributed; report() says what is reached"
+        )
+
+    def marked(self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks) -> torch.Tensor:
         """What stands out, and what is forced."""
         mask = pick_above(scores, seen, self.tau, self.per == "head")
         mask = mask if forced is None else mask | forced

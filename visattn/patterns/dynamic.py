@@ -78,9 +78,7 @@ class DynamicPattern(RoutedPattern):
         """Share of the key blocks that a query block lists on average, for estimates."""
 
     @abstractmethod
-    def marked(
-        self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks
-    ) -> torch.Tensor:
+    def marked(self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks) -> torch.Tensor:
         """Which key blocks are listed, what is forced included: bool [B, h, rows, columns], like the scores."""
 
     def blocks(self, grid: tuple[int, ...]) -> Blocks:
@@ -96,8 +94,8 @@ class DynamicPattern(RoutedPattern):
         forced = int(always_mask(terms_of(self.always), blocks).sum(1).max(initial=0))
         if forced > self.most_listed(blocks):
             raise ValueError(
-                f"{self} on grid {grid}: always={self.always} lists up to {forced} of {blocks.columns} key blocks, more "
-                f"than the {self.most_listed(blocks)} that it may list at most: allow more, or force fewer"
+                f"{self} on grid {grid}: always={self.always} lists up to {forced} of {blocks.columns} key blocks, "
+                f"more than the {self.most_listed(blocks)} that it may list at most: allow more, or force fewer"
             )
 
     def covers(self, grid: tuple[int, ...]) -> bool:
@@ -136,6 +134,11 @@ class DynamicPattern(RoutedPattern):
     def routed_tiles(self, grid: tuple[int, ...], keys: Tiling) -> int:
         """What is expected to be listed."""
         return max(1, math.ceil(self.expected(self.blocks(grid)) * keys.runs[1]))
+
+    @property
+    def estimated(self) -> str:
+        """Where the choice is known in number or not at all."""
+        return "which blocks are listed depends on q and k, head by head; how many does not"
 
     @property
     def pools_rest(self) -> bool:

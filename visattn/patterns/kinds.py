@@ -193,6 +193,11 @@ class RoutedPattern(ListedPattern):
         """Whether grid queries see one pooled key for each grid tile that they do not list (`patterns.choice.rest`)."""
         return False
 
+    @property
+    def estimated(self) -> str:
+        """What a plan's numbers cannot say before q and k are known, in a sentence; empty if they say all."""
+        return ""
+
     def check_tiles(self, grid: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
         """Raise a ValueError if query and key tiles of these sizes cannot carry the lists.
 

@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
 from visattn.patterns.base import Pattern
+from visattn.patterns.presets import PRESETS
 from visattn.patterns.registry import KINDS
 from visattn.registry import REGISTRY
-
 
 # A word, which may have sizes in parentheses, or several of those: mean, parts(4x4), self+near(1).
 WORDS = re.compile(r"[a-z_]\w*(\([\dx]+\))?(\+[a-z_]\w*(\([\dx]+\))?)*")
@@ -26,6 +26,8 @@ def parse(text: str | Pattern) -> Pattern:
 
     Args:
         text: The text, or a pattern.
+
+    The names of published methods stand for patterns with their defaults (`visattn patterns` lists them).
 
     Returns:
         The pattern; the same object for the same text.
@@ -48,6 +50,12 @@ def _parsed(text: str, version: int) -> Pattern:
     if not match:
         raise ValueError(f"pattern {text!r} is not of the form name(parameter=value, ...), like na(window=7x7)")
     name, inside = match.group(1).lower(), match.group(2) or ""
+    if name not in KINDS and name in PRESETS:
+        if inside.strip():
+            raise ValueError(
+                f"{name} takes no parameters: it stands for {PRESETS[name].pattern}, which you can write with others"
+            )
+        return parse(PRESETS[name].pattern)
     if name not in KINDS:
         raise ValueError(f"unknown pattern {name!r}{_nearest(name, KINDS)}; patterns: {', '.join(sorted(KINDS))}")
     kind = KINDS[name]

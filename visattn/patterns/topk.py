@@ -20,9 +20,8 @@ from visattn.patterns.values import PerAxis
 class TopK(DynamicPattern):
     """Each block of queries lists the `keep` key blocks with the best scores, for each head on its own.
 
-    Sources: Zhang et al., "VSA: Faster Video Diffusion with Trainable Sparse Attention" (2025), section 2.2 (boxes
-    of the grid, mean scores, a fixed number); Zhang et al., "SpargeAttention" (ICML 2025), section 3; with
-    `rest=mean` Zhang et al., "Sol-Attn" and the zeroth order of "PISA" (2025).
+    Sources: Zhang et al., "VSA: Faster Video Diffusion with Trainable Sparse Attention" (2025), whose blocks are boxes
+    of the grid, and Zhang et al., "SpargeAttention" (ICML 2025), whose blocks are runs of the sequence.
 
     Attributes:
         keep: Blocks that are listed, forced ones included: a fraction of all, rounded up and at least one, or a count.
@@ -99,9 +98,7 @@ class TopK(DynamicPattern):
             return self.pairs(blocks) / (blocks.rows * blocks.columns)
         return self.number(blocks) / blocks.columns
 
-    def marked(
-        self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks
-    ) -> torch.Tensor:
+    def marked(self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks) -> torch.Tensor:
         """The best."""
         if self.per == "head":
             return pick_number_of_all(scores, seen, forced, self.pairs(blocks))

@@ -24,9 +24,9 @@ SPREAD = 2.0
 class TopP(DynamicPattern):
     """Each block of queries lists the best key blocks until their estimated attention reaches `p`.
 
-    The estimate is the softmax of the scores over all key blocks. Sources: Yang et al., "Sparse VideoGen2" (2025),
-    section 3.3; Mikhailov et al., "NABLA: Neighborhood Adaptive Block-Level Attention" (2025), section 3; Zhang et
-    al., "Training-Free Efficient Video Generation via Dynamic Token Carving" (Jenga, 2025), section 3.1.
+    The estimate is the softmax of the scores over all key blocks. Sources: Mikhailov et al.,
+    "NABLA: Neighborhood Adaptive Block-Level Attention" (2025); Zhang et al., "Training-Free Efficient Video
+    Generation via Dynamic Token Carving" (Jenga, 2025).
 
     Attributes:
         p: Share of the attention, above 0 and at most 1; with `per=head` of that of all rows of a head.
@@ -80,7 +80,9 @@ class TopP(DynamicPattern):
         blocks = self.blocks(grid)
         least, most = self.least_listed(blocks), self.most_listed(blocks)
         if least > most:
-            raise ValueError(f"{self} on grid {grid}: least={self.least} is {least} blocks, most={self.most} only {most}")
+            raise ValueError(
+                f"{self} on grid {grid}: least={self.least} is {least} blocks, most={self.most} only {most}"
+            )
 
     def most_listed(self, blocks: Blocks) -> int:
         """`most`."""
@@ -101,9 +103,15 @@ class TopP(DynamicPattern):
         low, high = self.least_listed(blocks), self.most_listed(blocks)
         return min(max(share, low / blocks.columns), high / blocks.columns)
 
-    def marked(
-        self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks
-    ) -> torch.Tensor:
+    @property
+    def estimated(self) -> str:
+        """What `expected` assumes."""
+        return (
+            "which blocks are listed, and how many, depends on q and k, head by head: density and bounds take the "
+            "scores of each row to be normally distributed with standard deviation 2; report() says what is reached"
+        )
+
+    def marked(self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks) -> torch.Tensor:
         """What carries the share, and what is forced."""
         of_all = self.per == "head"
         if self.least_listed(blocks) >= blocks.columns:

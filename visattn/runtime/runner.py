@@ -94,7 +94,8 @@ class Runner:
         begun = tally.begin(cells[0])
         if verdict.layouts:
             assert sequences is not None
-            out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters)
+            with tally.hearing(cells):
+                out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters)
         else:
             out = self.stock(call)
         tally.end(cells, begun)
@@ -162,10 +163,12 @@ class Runner:
         elif heads_first:
             q, k, v = tensors
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            out = attention(q, k, v, self.pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
+            with run.tally.hearing(cells):
+                out = attention(q, k, v, self.pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
             out = out.transpose(1, 2)
         else:
-            out = attention(*tensors, self.pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
+            with run.tally.hearing(cells):
+                out = attention(*tensors, self.pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
         run.tally.end(cells, begun)
         if verdict.kind == "sparse" or verdict.slower:
             self._note(forward, name, verdict)

@@ -18,7 +18,7 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside, every choice gives `listener` the listed share of all pairs of grid tokens, per sample and head: [B, H]."""
+    """Inside, every choice gives `listener` the listed share of all pairs of grid tokens: [B, H]."""
     before = _listener.set(listener)
     try:
         yield

@@ -20,4 +20,6 @@ def share_or_count(value: Any, name: str, low: int = 1) -> int | float:
         return int(value)
     if not whole and is_number(value) and 0 < value <= 1:
         return float(value)
-    raise ValueError(f"{name}={value!r} must be a fraction above 0 and at most 1, like 0.1, or a count of blocks like 12")
+    raise ValueError(
+        f"{name}={value!r} must be a fraction above 0 and at most 1, like 0.1, or a count of blocks like 12"
+    )

@@ -1,0 +1,52 @@
+"""Patterns of published methods by one name: what each expands to, and whose defaults those are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Preset(NamedTuple):
+    """A pattern with a name of its own.
+
+    Attributes:
+        pattern: The pattern as text.
+        source: The paper or release whose defaults it has.
+        differs: What the original does besides or otherwise, empty if nothing in the choice.
+    """
+
+    pattern: str
+    source: str
+    differs: str = ""
+
+
+# Only methods whose rule for the choice is built. `parse` takes these names as they are, without parameters.
+PRESETS = {
+    "sparge": Preset(
+        "topk(keep=0.5, always=none, block=128, key_block=64)",
+        "SpargeAttn (Zhang et al., ICML 2025), the recommended call with topk=0.5",
+        "the original multiplies in int8 and skips further products inside the loop",
+    ),
+    "nabla": Preset(
+        "topp(p=0.9, always=window(11x3x3), block=1x8x8)",
+        "NABLA (Mikhailov et al., 2025), Kandinsky 5 Lite; its Pro model takes p=0.7",
+    ),
+    "longcat": Preset(
+        "topk(keep=0.125, always=none, block=4x4x8)",
+        "LongCat-Video (2025), block sparse attention at sparsity 0.875",
+    ),
+    "draft": Preset(
+        "topk(keep=0.1, always=none, per=head, block=1x8x16)",
+        "DraftAttention (Shen et al., 2025), sparsity 0.9",
+        "the original keeps the pair of blocks at its bar too, one more per head",
+    ),
+    "subblock": Preset(
+        "topk(keep=0.25, score=parts(4x4), always=none, block=64)",
+        "SubBlock attention of MiniMax-H3 (2025), sparsity 0.75",
+        "the original rounds the number of blocks up to a multiple of 8",
+    ),
+    "sol": Preset(
+        "above(tau=1.0, always=near(1), rest=mean, block=64)",
+        "Sol-Attn (2025), the exact form of its bar",
+        "the original's other form of the bar takes the variance channel by channel",
+    ),
+}
