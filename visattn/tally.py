@@ -45,7 +45,7 @@ class Cell:
         timed: How many steady ones were timed.
         seconds: Time of those.
         first_seconds: Time of the first call, 0 if it was none or was not timed.
-        reached: Listed shares of grid pairs, where q and k choose: their sum, number, least and largest, on their device.
+        reached: Listed shares of grid pairs, where q and k choose: sum, number, least and largest, on their device.
     """
 
     __slots__ = (

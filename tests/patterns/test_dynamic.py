@@ -287,7 +287,7 @@ def test_tile_choice_is_the_lists_of_the_grid(grid):
     assert fixed.shape[:2] == (1, 1) and fixed.all()
     near = tile_choice(*torch.zeros(2, 1, 203, 1, 8), "na(window=3)", Layout(200, 3))
     assert torch.equal(near[0, 0], torch.ones(4, 4).tril(1).triu(-1).bool())
-    with pytest.raises(ValueError, match="linear.* is a composition and no list of tiles"):
+    with pytest.raises(ValueError, match=r"linear.* is a composition and no list of tiles"):
         tile_choice(q, k, "linear", layout)
 
 

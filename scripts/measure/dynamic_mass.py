@@ -1,0 +1,224 @@
+"""Measures how much of a model's attention patterns catch at a density, on its real queries and keys.
+
+    python -m scripts.measure.dynamic_mass --out docs/results/dynamic-mass.json --chart docs/pictures/dynamic-mass.svg
+
+The embedded emoji model draws pictures on the CPU with dense attention; at one step the queries, keys and values of its
+attention modules are taken. A pattern's mass is the share of the exact attention of grid queries that falls on what
+it lists, text included, as the mean over modules, heads and queries; its density is the listed share of the grid's
+pairs. The best possible mass of lists of blocks is that of the blocks that hold the most. The error is that of the
+output, relative to the norm of the dense output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import visattn
+from scripts.measure.dynamic_chart import draw_chart
+from visattn import Layout, dense_mask, parse
+from visattn.patterns import DynamicPattern
+from visattn.patterns.choice.blocks import Blocks, inner, token_blocks
+from visattn.patterns.choice.picks import pick_number, pick_number_of_all
+from visattn.patterns.choice.scores import Seen
+from visattn.pipelines.embedded import load_embedded
+from visattn.watch import Watched
+
+KEEPS = (0.05, 0.1, 0.2, 0.3, 0.5)
+# Lines of the chart: a name, and the patterns of its points.
+DYNAMIC: dict[str, list[str]] = {
+    "topk, mean": [f"topk(keep={keep})" for keep in KEEPS],
+    "topk, parts(4x4)": [f"topk(keep={keep}, score=parts(4x4))" for keep in KEEPS],
+    "topk, bounds": [f"topk(keep={keep}, score=bounds)" for keep in KEEPS],
+    "topk per head, mean": [f"topk(keep={keep}, per=head)" for keep in KEEPS],
+    "topk per head, parts(4x4)": [f"topk(keep={keep}, per=head, score=parts(4x4))" for keep in KEEPS],
+    "topp, mean": [f"topp(p={p})" for p in (0.2, 0.4, 0.6, 0.8, 0.9)],
+    "topp, parts(4x4)": [f"topp(p={p}, score=parts(4x4))" for p in (0.2, 0.4, 0.6, 0.8, 0.9)],
+    "above, mean": [f"above(tau={tau})" for tau in (2.0, 1.5, 1.0, 0.5, 0.0)],
+    "above, parts(4x4)": [f"above(tau={tau}, score=parts(4x4))" for tau in (2.0, 1.5, 1.0, 0.5, 0.0)],
+}
+STATIC = {
+    "na": [f"na(window={n}x{n}, stride=8x8)" for n in (16, 24, 32, 48)],
+    "clear": [f"clear(radius={n})" for n in (9, 13, 19, 26)],
+}
+BEST, BEST_OF_HEAD = "best possible per row", "best possible per head"
+# What is compared by its output: lists alone, and with pooled keys for the rest.
+OUTPUTS = [
+    f"{rule}, rest={rest}{score})"
+    for rule in ("topk(keep=0.1", "topk(keep=0.2", "topk(keep=0.3", "topk(keep=0.2, per=head", "above(tau=1.0")
+    for score in ("", ", score=parts(4x4)")
+    for rest in ("drop", "mean")
+] + ["na(window=24x24, stride=8x8)", "na(window=32x32, stride=8x8)"]
+
+
+class Point(NamedTuple):
+    """What a pattern reaches: listed share of the grid's pairs, and share of the attention caught."""
+
+    density: float
+    mass: float
+
+
+class Module(NamedTuple):
+    """One attention call: queries, keys and values [1, S, H, D], where its tokens sit, and its scale."""
+
+    site: str
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    layout: Layout
+    scale: float
+
+    def weights(self) -> torch.Tensor:
+        """Exact attention of the grid's queries: [H, tokens, S]."""
+        at = inner(self.layout)
+        logits = torch.einsum("qhd,khd->hqk", self.q[0, at], self.k[0]) * self.scale
+        return logits.softmax(-1)
+
+
+def record(prompt: str, seed: int, steps: int, step: int) -> list[Module]:
+    """The attention calls of one step while the emoji model draws a picture."""
+    pipeline = load_embedded("emoji", torch_dtype=torch.float32)
+    found: list[Module] = []
+
+    def watch(watched: Watched) -> None:
+        q, k, v = (t[:1].detach().float() for t in (watched.q, watched.k, watched.v))
+        found.append(Module(watched.site, q, k, v, layout_of(q.shape[1]), watched.scale))
+
+    def layout_of(length: int) -> Layout:
+        side = int((length - length % 64) ** 0.5)
+        return Layout((side, side), prefix=length - side * side)
+
+    def after(pipe: Any, at: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        handle.watch(watch if at == step - 1 else None)
+        return values
+
+    with torch.no_grad(), visattn.apply(pipeline, "dense") as handle:
+        generator = torch.Generator().manual_seed(seed)
+        pipeline(prompt, num_inference_steps=steps, generator=generator, callback_on_step_end=after)
+    # With guidance the prompt comes first in the batch, no prompt behind it.
+    sites = list(dict.fromkeys(module.site for module in found))
+    return found[: len(sites)]
+
+
+def block_mass(module: Module, blocks: Blocks, weights: torch.Tensor) -> torch.Tensor:
+    """Attention of each block of queries on each block of keys, the mean of its rows: [1, H, rows, columns]."""
+    rows, columns = (token_blocks(blocks.grid, box, weights.device) for box in (blocks.queries, blocks.keys))
+    heads, tokens = weights.shape[:2]
+    grid = weights[:, :, inner(module.layout)]
+    keyed = torch.zeros(heads, tokens, blocks.columns).index_add(2, columns, grid)
+    summed = torch.zeros(heads, blocks.rows, blocks.columns).index_add(1, rows, keyed)
+    return summed[None] / torch.bincount(rows)[:, None]
+
+
+def of_listed(mask: torch.Tensor, mass: torch.Tensor, text: torch.Tensor) -> Point:
+    """Density and mass of listed blocks, where all blocks have equally many tokens."""
+    caught = text + (mass * mask).sum(-1)
+    return Point(mask.float().mean().item(), caught.mean().item())
+
+
+def measure(modules: Sequence[Module]) -> dict[str, list[Point]]:
+    """Points of every line, the mean over modules."""
+    found: dict[str, list[list[Point]]] = {}
+    for module in modules:
+        weights = module.weights()
+        text = 1 - weights[:, :, inner(module.layout)].sum(-1)
+        sample = parse("topk")
+        assert isinstance(sample, DynamicPattern)
+        blocks = sample.blocks(module.layout.grid)
+        mass = block_mass(module, blocks, weights)
+        rows = token_blocks(blocks.grid, blocks.queries, text.device)
+        text = torch.zeros(len(text), blocks.rows).index_add(1, rows, text)[None] / torch.bincount(rows)
+        for line, patterns in DYNAMIC.items():
+            points = [of_listed(_chosen(module, pattern), mass, text) for pattern in patterns]
+            found.setdefault(line, []).append(points)
+        for line, pick in ((BEST, _best_of_row), (BEST_OF_HEAD, _best_of_head)):
+            found.setdefault(line, []).append([of_listed(pick(mass, keep), mass, text) for keep in KEEPS])
+        for line, patterns in STATIC.items():
+            found.setdefault(line, []).append([_static(module, pattern, weights) for pattern in patterns])
+    return {line: [_mean(points) for points in zip(*each, strict=True)] for line, each in found.items()}
+
+
+def _mean(points: Sequence[Point]) -> Point:
+    return Point(*(sum(values) / len(points) for values in zip(*points, strict=True)))
+
+
+def _chosen(module: Module, text: str) -> torch.Tensor:
+    return visattn.tile_choice(module.q, module.k, text, module.layout, scale=module.scale)
+
+
+def _best_of_row(mass: torch.Tensor, keep: float) -> torch.Tensor:
+    return pick_number(mass, Seen(), None, round(keep * mass.shape[-1]))
+
+
+def _best_of_head(mass: torch.Tensor, keep: float) -> torch.Tensor:
+    # A softmax of logarithms gives the masses back; rows differ by their text alone.
+    return pick_number_of_all(mass.log(), Seen(), None, round(keep * mass[0, 0].numel()))
+
+
+def _static(module: Module, text: str, weights: torch.Tensor) -> Point:
+    at = inner(module.layout)
+    mask = dense_mask(text, module.layout)[at]
+    return Point(mask[:, at].float().mean().item(), (weights * mask).sum(-1).mean().item())
+
+
+def errors(modules: Sequence[Module], patterns: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Relative error of the output and density of each pattern, means over modules."""
+    found: dict[str, dict[str, float]] = {}
+    for text in patterns:
+        off, density = [], []
+        for module in modules:
+            given = (module.q, module.k, module.v)
+            dense, out = (
+                visattn.attention(*given, p, module.layout, scale=module.scale, backend=backend)
+                for p, backend in (("dense", "sdpa"), (text, "tiles"))
+            )
+            off.append(((out - dense).norm() / dense.norm()).item())
+            listed = visattn.tile_choice(module.q, module.k, text, module.layout, scale=module.scale)
+            density.append(listed.float().mean().item())
+        found[text] = {"error": sum(off) / len(off), "density": sum(density) / len(density)}
+    return found
+
+
+def main(arguments: Sequence[str] | None = None, recorded: Callable[..., list[Module]] = record) -> dict[str, Any]:
+    """Measure, write the result and the chart, and print the lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", action="append", help="may be given several times")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--step", type=int, default=4, help="the step whose attention is taken, at least 1")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--chart", type=Path, help="the chart to draw, .svg")
+    given = parser.parse_args(arguments)
+    prompts = given.prompt or ["a red apple, 3d", "smiling cat, gradient"]
+    if not 1 <= given.step < given.steps:
+        raise SystemExit(f"--step {given.step} must be from 1 to {given.steps - 1}: a picture has steps 0 to that")
+    start = time.perf_counter()
+    modules = [m for seed, prompt in enumerate(prompts) for m in recorded(prompt, seed, given.steps, given.step)]
+    recorded_at = time.perf_counter()
+    lines = measure(modules)
+    result = {
+        "model": "emoji", "prompts": prompts, "steps": given.steps, "step": given.step,
+        "modules": len(modules), "layout": str(modules[0].layout), "torch": torch.__version__,
+        "seconds": {"drawing": recorded_at - start, "measuring": time.perf_counter() - recorded_at},
+        "lines": {line: [point._asdict() for point in points] for line, points in lines.items()},
+        "outputs": errors(modules, OUTPUTS),
+    }  # fmt: skip
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if given.chart:
+        title = f"Attention caught, emoji model, step {given.step} of {given.steps}, {len(modules)} calls"
+        draw_chart(given.chart, title, {line: list(points) for line, points in lines.items()})
+    for line, points in lines.items():
+        print(f"{line:<28}" + "  ".join(f"{p.density:.3f}: {p.mass:.3f}" for p in points))
+    for text, value in result["outputs"].items():
+        print(f"{text:<60}density {value['density']:.3f}, error {value['error']:.3f}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
