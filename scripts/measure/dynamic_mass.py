@@ -12,6 +12,7 @@ output, relative to the norm of the dense output.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -81,6 +82,10 @@ class Module(NamedTuple):
         return logits.softmax(-1)
 
 
+class _Enough(Exception):
+    """The step that was asked for is over."""
+
+
 def record(prompt: str, seed: int, steps: int, step: int) -> list[Module]:
     """The attention calls of one step while the emoji model draws a picture."""
     pipeline = load_embedded("emoji", torch_dtype=torch.float32)
@@ -95,12 +100,15 @@ def record(prompt: str, seed: int, steps: int, step: int) -> list[Module]:
         return Layout((side, side), prefix=length - side * side)
 
     def after(pipe: Any, at: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if at == step:
+            raise _Enough
         handle.watch(watch if at == step - 1 else None)
         return values
 
     with torch.no_grad(), visattn.apply(pipeline, "dense") as handle:
         generator = torch.Generator().manual_seed(seed)
-        pipeline(prompt, num_inference_steps=steps, generator=generator, callback_on_step_end=after)
+        with contextlib.suppress(_Enough):
+            pipeline(prompt, num_inference_steps=steps, generator=generator, callback_on_step_end=after)
     # With guidance the prompt comes first in the batch, no prompt behind it.
     sites = list(dict.fromkeys(module.site for module in found))
     return found[: len(sites)]
