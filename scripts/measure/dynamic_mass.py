@@ -88,7 +88,7 @@ class _Enough(Exception):
 
 def record(prompt: str, seed: int, steps: int, step: int) -> list[Module]:
     """The attention calls of one step while the emoji model draws a picture."""
-    pipeline = load_embedded("emoji", torch_dtype=torch.float32)
+    pipeline: Any = load_embedded("emoji", torch_dtype=torch.float32)
     found: list[Module] = []
 
     def watch(watched: Watched) -> None:
