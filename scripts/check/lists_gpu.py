@@ -82,6 +82,10 @@ def cases() -> list[Case]:
             Case("radial(decay=0.2)", Layout((6, 15, 20), prefix=20), dtype, dim),
             Case("routing(regions=7x7,topk=4)", Layout((35, 38), prefix=3), dtype, dim, kv_heads=1),
             Case("routing(regions=4x4,topk=3)", Layout((16, 16)), dtype, dim),
+            Case("topk(keep=0.2,block=8x8)", Layout((40, 48), prefix=7), dtype, dim, kv_heads=2),
+            Case("topp(p=0.6,block=8x8)", Layout((35, 38), prefix=3, suffix=50), dtype, dim, kv_heads=1, mask=True),
+            Case("above(tau=0.5,block=128,key_block=64)", Layout(1333), dtype, dim, heads_first=True),
+            Case("topk(keep=0.1,block=8x8,per=head,always=none)", Layout((40, 48)), dtype, dim),
         ]
     return found
 

@@ -359,7 +359,7 @@ def test_choices_keep_no_scores_and_see_some_heads_at_a_time(monkeypatch):
     layout, pattern = Layout((8, 8)), parse("topp(p=0.5, block=2x2, score=parts(2x2))")
     q, k, _ = qkv(layout, 6, 3, dim=8)
     whole = pattern.choose(q, k, layout)
-    monkeypatch.setattr(scores, "SCORES", 1)
+    monkeypatch.setitem(scores.SCORES, "cpu", 1)
     assert torch.equal(pattern.choose(q, k, layout).tiles, whole.tiles)
     visattn.clear_caches()
     assert np.isfinite(plan(pattern, layout).density)

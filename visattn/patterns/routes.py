@@ -60,7 +60,9 @@ def lists_of(mask: torch.Tensor, most: int) -> Routes:
     """
     import torch
 
-    tiles = mask.shape[3]
-    index = torch.arange(tiles, device=mask.device)
-    found = torch.where(mask, index, tiles).sort(dim=-1).values[..., :most]
-    return Routes(found.clamp(max=tiles - 1), mask.sum(-1))
+    # Each mark goes to its place in the list; what is not marked goes behind the end. No sorting.
+    place = mask.cumsum(-1, dtype=torch.int32)
+    column = torch.where(mask, place - 1, most).long()
+    index = torch.arange(mask.shape[3], device=mask.device).expand(mask.shape)
+    found = torch.zeros(*mask.shape[:3], most + 1, dtype=torch.int64, device=mask.device)
+    return Routes(found.scatter(3, column, index)[..., :most], place[..., -1].long())

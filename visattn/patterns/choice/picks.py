@@ -17,6 +17,15 @@ def ranked(x: torch.Tensor) -> torch.Tensor:
     return x.sort(dim=-1, descending=True, stable=True).indices
 
 
+def _best(x: torch.Tensor, number: int) -> torch.Tensor:
+    """Marks at the `number` largest values of the last axis, of equal ones the lower indices first."""
+    # The value of the last one is the same however torch.topk orders ties.
+    bar = x.topk(number, dim=-1).values[..., -1:]
+    above, level = x > bar, x == bar
+    room = number - above.sum(-1, keepdim=True)
+    return above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
+
+
 def _marked(index: torch.Tensor, keep: torch.Tensor, length: int) -> torch.Tensor:
     """Marks at those indices [..., n] that are kept (bool, broadcasts): bool [..., length]."""
     mask = torch.zeros(*index.shape[:-1], length, dtype=torch.bool, device=index.device)
@@ -37,8 +46,7 @@ def probabilities(scores: torch.Tensor, seen: Seen) -> torch.Tensor:
 def pick_number(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, number: int) -> torch.Tensor:
     """The `number` best of each row, what is forced first: bool like the scores."""
     scores = scores if forced is None else scores.masked_fill(forced, float("inf"))
-    order = ranked(_hidden(scores, seen))[..., :number]
-    return _marked(order, torch.ones_like(order[..., :1], dtype=torch.bool), scores.shape[-1])
+    return _best(_hidden(scores, seen), number)
 
 
 def pick_number_of_all(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, number: int) -> torch.Tensor:
@@ -49,9 +57,7 @@ def pick_number_of_all(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | 
     if seen.rows is not None:
         value = value.masked_fill(~seen.rows[:, None, :, None], -1)
     value = value if forced is None else value.masked_fill(forced, float("inf"))
-    order = ranked(value.flatten(2))[..., :number]
-    keep = torch.ones_like(order[..., :1], dtype=torch.bool)
-    return _marked(order, keep, value[0, 0].numel()).view(scores.shape)
+    return _best(value.flatten(2), number).view(scores.shape)
 
 
 def pick_mass(
@@ -111,8 +117,7 @@ def at_most(mask: torch.Tensor, scores: torch.Tensor, forced: torch.Tensor | Non
     if most >= mask.shape[-1]:
         return mask
     value = scores if forced is None else scores.masked_fill(forced, float("inf"))
-    order = ranked(value.masked_fill(~mask, float("-inf")))[..., :most]
-    return mask & _marked(order, torch.ones_like(order[..., :1], dtype=torch.bool), mask.shape[-1])
+    return mask & _best(value.masked_fill(~mask, float("-inf")), most)
 
 
 def number_of(value: int | float, tiles: int) -> int:

@@ -12,8 +12,9 @@ import torch
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.pooling import bounds, sums
 
-# Scores that exist at a time, in numbers.
-SCORES = 2**24
+# Scores that exist at a time, in numbers: few on a CPU, whose caches are small, many where launches cost.
+SCORES = {"cpu": 2**22}
+SCORES_ELSEWHERE = 2**26
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def _slices(query: torch.Tensor, columns: int, kv_heads: int) -> Iterator[tuple[
     """Some query heads at a time, and the key head of each: queries [B, H, ...]."""
     batch, heads = query.shape[:2]
     rows = query.shape[2:-1].numel()
-    each = max(1, SCORES // max(1, batch * rows * columns))
+    budget = SCORES.get(query.device.type, SCORES_ELSEWHERE)
+    each = max(1, budget // max(1, batch * rows * columns))
     group = heads // kv_heads
     for first in range(0, heads, each):
         some = slice(first, min(first + each, heads))

@@ -1,0 +1,92 @@
+"""What dynamic patterns cost on a GPU: choosing, and the kernels along their lists, against cuDNN's dense attention.
+
+    python -m scripts.bench.dynamic_gpu --out docs/results/h100-dynamic.json
+
+For each case, 24 heads of 128 in bfloat16, medians of CUDA events in turns: the whole call, the choice alone, the kernel
+along lists that are held, and dense attention; forward, and with --backward the backward. q and k are noise: their lists
+are spread over all keys, which is the worst for caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from scripts.bench.gpu import DIM, HEADS, compared, dense_by, in_turns
+from scripts.gpu_common import versions
+from visattn import Layout, attention, parse, tile_choice
+from visattn.dispatch import Call
+from visattn.kernels.triton.backend import kernels_of
+from visattn.patterns import DynamicPattern
+
+CASES: dict[str, tuple[str, Layout]] = {
+    "image, 10 %": ("topk(keep=0.1)", Layout((256, 256))),
+    "image, 10 %, parts": ("topk(keep=0.1, score=parts(4x4))", Layout((256, 256))),
+    "image, 10 %, blocks of 128": ("topk(keep=0.1, block=8x16)", Layout((256, 256))),
+    "image, 50 %": ("topk(keep=0.5)", Layout((256, 256))),
+    "image, topp": ("topp(p=0.5, most=0.5)", Layout((256, 256))),
+    "video, 10 %": ("topk(keep=0.1)", Layout((30, 45, 88))),
+    "video, 10 %, blocks of 128": ("topk(keep=0.1, block=4x4x8)", Layout((30, 45, 88))),
+}
+
+
+def measured(name: str, backward: bool) -> dict[str, Any]:
+    """Times of one case in milliseconds."""
+    text, layout = CASES[name]
+    pattern = parse(text)
+    assert isinstance(pattern, DynamicPattern)
+    made = torch.Generator("cuda").manual_seed(0)
+    shape = (1, layout.length, HEADS, DIM)
+    q, k, v = inputs = [torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    call = Call(pattern, layout, DIM**-0.5)
+    kernels = kernels_of(q, k, v, call, lambda: None)
+    ours = lambda q, k, v: attention(q, k, v, pattern, layout, backend="triton")  # noqa: E731
+    with torch.no_grad():
+        routed = kernels.lists(q, k, None, False)
+        parts = in_turns(
+            {
+                "choosing": partial(pattern.choose, q, k, layout),
+                "choosing_and_lists": partial(kernels.lists, q, k, None, False),
+                "kernel": partial(kernels.forward, q, k, v, None, None, False, routed),
+            }
+        )
+    dense = dense_by(SDPBackend.CUDNN_ATTENTION, inputs)
+    if backward:
+        times = compared({"ours": (ours, inputs), "cudnn": dense})
+    else:
+        with torch.no_grad():
+            both = in_turns({"ours": partial(ours, q, k, v), "cudnn": partial(dense[0], *dense[1])})
+        times = {who: {"forward_ms": ms} for who, ms in both.items()}
+    density = tile_choice(q, k, pattern, layout).float().mean().item()
+    result = {"pattern": text, "layout": str(layout), "density": density, "parts_ms": parts, **times}
+    result["speedup"] = times["cudnn"]["forward_ms"] / times["ours"]["forward_ms"]
+    result["choosing_share"] = parts["choosing_and_lists"] / times["ours"]["forward_ms"]
+    result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    print(name, json.dumps(result), flush=True)
+    return result
+
+
+def main() -> None:
+    """Measure the cases and write what was found after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--backward", action="store_true", help="time the backward too")
+    given = parser.parse_args()
+    found: dict[str, Any] = {"versions": versions(), "heads": HEADS, "head_dim": DIM, "dtype": "bfloat16", "cases": {}}
+    for name in CASES:
+        if given.only in name:
+            torch.cuda.reset_peak_memory_stats()
+            found["cases"][name] = measured(name, given.backward)
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
