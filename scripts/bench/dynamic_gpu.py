@@ -2,9 +2,9 @@
 
     python -m scripts.bench.dynamic_gpu --out docs/results/h100-dynamic.json
 
-For each case, 24 heads of 128 in bfloat16, medians of CUDA events in turns: the whole call, the choice alone, the kernel
-along lists that are held, and dense attention; forward, and with --backward the backward. q and k are noise: their lists
-are spread over all keys, which is the worst for caches.
+For each case, 24 heads of 128 in bfloat16, medians of CUDA events in turns: the whole call, the choice alone, the
+kernel along lists that are held, and dense attention; forward, and with --backward the backward. q and k are noise:
+their lists are spread over all keys, which is the worst for caches.
 """
 
 from __future__ import annotations
