@@ -26,7 +26,7 @@ from scripts.measure.dynamic_chart import draw_chart
 from visattn import Layout, dense_mask, parse
 from visattn.patterns import DynamicPattern
 from visattn.patterns.choice.blocks import Blocks, inner, token_blocks
-from visattn.patterns.choice.picks import pick_number, pick_number_of_all
+from visattn.patterns.choice.picks import number_of, pick_number
 from visattn.patterns.choice.scores import Seen
 from visattn.pipelines.embedded import load_embedded
 from visattn.watch import Watched
@@ -161,12 +161,12 @@ def _chosen(module: Module, text: str) -> torch.Tensor:
 
 
 def _best_of_row(mass: torch.Tensor, keep: float) -> torch.Tensor:
-    return pick_number(mass, Seen(), None, round(keep * mass.shape[-1]))
+    return pick_number(mass, Seen(), None, number_of(keep, mass.shape[-1]))
 
 
 def _best_of_head(mass: torch.Tensor, keep: float) -> torch.Tensor:
-    # A softmax of logarithms gives the masses back; rows differ by their text alone.
-    return pick_number_of_all(mass.log(), Seen(), None, round(keep * mass[0, 0].numel()))
+    pairs = mass.flatten(2)[:, :, None]
+    return pick_number(pairs, Seen(), None, number_of(keep, pairs.shape[-1])).view(mass.shape)
 
 
 def _static(module: Module, text: str, weights: torch.Tensor) -> Point:
