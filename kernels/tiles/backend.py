@@ -67,7 +67,7 @@ class Tiles(Backend):
         if call.key_mask is not None or call.rpb is not None or _is_routed(call.pattern, call.layout):
             return super().prepare(q, k, v, call, grown)
         learns = _learns(q, k, v)
-        return _Kept(Work(problems_of(q, k, call), call.scale, None, call.lse or learns), learns, grown)
+        return _Kept(Work(listed_call(q, k, v, call).problems, call.scale, None, call.lse or learns), learns, grown)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

@@ -215,7 +215,7 @@ def _by_sample(
     alike = alike and group.counts is None and group.rest is None
     if alike:
         bias, hidden = shapes.bias(group.visible(None), rpb, group)
-    for own, problem in _cut(group, q, size):
+    for own, problem in _together(group, q, size):
         sample, tile = problem // len(own.queries), problem % len(own.queries)
         queries, keys = own.queries[tile], own.keys(sample, tile)
         target = queries + sample[:, None] * q.shape[1]
@@ -244,7 +244,7 @@ def _by_sample(
         yield Batch(parts, rows, target.flatten(), keys, slice(first, first + len(problem)))
 
 
-def _cut(group: Group, q: torch.Tensor, size: int) -> Iterator[tuple[Group, torch.Tensor]]:
+def _together(group: Group, q: torch.Tensor, size: int) -> Iterator[tuple[Group, torch.Tensor]]:
     """Problems that run together, at most `size` unless their lists differ in length."""
     if group.counts is not None:
         yield from group.cut(size * group.length)
