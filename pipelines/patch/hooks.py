@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._C._dynamo import eval_frame
 from torch._dynamo.eval_frame import skip_code
 
 from visattn.pipelines.patch import numbering, operators
@@ -30,7 +31,7 @@ def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # The compiler that would trace what this thread calls, None if there is none; where torch does not tell, there may be.
-_compiler_in_force = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: _own_frame)
+_compiler_in_force: Callable[[], Any] = getattr(eval_frame, "get_eval_frame_callback", lambda: _own_frame)
 
 
 def unpatched(*args: Any, **kwargs: Any) -> None:
