@@ -143,7 +143,9 @@ class Triton(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, grown: Callable[[], None]
     ) -> Prepared:
         """See `Backend.prepare`."""
-        if not _as_they_are(q, k, v, call) or (recorded(q, k, v) and call.rpb is not None):
+        # What is decided while a graph is captured is not tuned, and so not for later calls.
+        untuned = tune.enabled() and not _tunes(q)
+        if untuned or not _as_they_are(q, k, v, call) or (recorded(q, k, v) and call.rpb is not None):
             return super().prepare(q, k, v, call, grown)
         from visattn.kernels.triton.ready import Ready
 

@@ -1,7 +1,8 @@
 """Opt-in tuning: VISATTN_AUTOTUNE=1 times a few configurations once and remembers the fastest on disk.
 
 The file is $VISATTN_CACHE/triton.json, by default in the user's cache folder. Its keys name everything that a choice
-depends on: GPU, triton, dtype, head dim, direction, pattern and layout.
+depends on: GPU, triton, dtype, head dim, direction, pattern and layout. Calls like an earlier one keep what that was
+decided with: set the variable before the first, or call `clear_caches()`.
 """
 
 from __future__ import annotations

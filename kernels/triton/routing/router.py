@@ -1,4 +1,4 @@
-"""Choosing regions for calls that are alike, in three kernels and one allocation; other lists when gradients come."""
+"""Choosing regions for calls that are alike, in three kernels and two allocations; other lists when gradients come."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Chosen:
 
     Args:
         router: Of calls like it.
-        memory: Of its means, products, choice and forward lists.
+        memory: Of its choice and forward lists.
     """
 
     def __init__(self, router: Router, memory: torch.Tensor) -> None:
@@ -112,14 +112,13 @@ class Router:
         self.shared = {d: self._sides[d] is self._sides["forward"] for d in directions}
         means = self._batch * self._regions * q.shape[3]
         lists = self._batch * self._sides["forward"].length
-        self._space = Space(
-            {
-                "mean_q": means * self._heads, "mean_k": means * self._kv_heads,
-                "products": self._batch * self._heads * self._regions**2,
-                "choice": self._batch * self._regions * self._chosen, "bases": lists, "mask_ids": lists,
-            },
-            q.device,
-        )  # fmt: skip
+        products = self._batch * self._heads * self._regions**2
+        # Apart from the rest, which lives until the backward.
+        self._scratch = Space(
+            {"mean_q": means * self._heads, "mean_k": means * self._kv_heads, "products": products}, q.device
+        )
+        choice = self._batch * self._regions * self._chosen
+        self._space = Space({"choice": choice, "bases": lists, "mask_ids": lists}, q.device)
         self._spaces = {"forward": self._space} | {d: self._own_space(d, q.device) for d in directions[1:]}
 
     def _own_space(self, direction: str, device: torch.device) -> Space:
@@ -132,19 +131,19 @@ class Router:
 
     def choose(self, q: torch.Tensor, k: torch.Tensor) -> Chosen:
         """Choose for q and k, and write the lists of query tiles."""
-        memory = self._space.empty()
-        ready, at = self._starts.ready, self._space.addresses
+        scratch, memory = self._scratch.empty(), self._space.empty()
+        ready = self._starts.ready
         # Queries may lie in another way than those that attend: with a negative scale they are not the same tensor.
         means, products, choice = ready.get(("means", q.stride())), ready.get("products"), ready.get("choice")
         made = Chosen(self, memory)
-        addresses = [q.data_ptr(), k.data_ptr(), *at(memory, "mean_q", "mean_k")]
-        if means is None or products is None or choice is None or (addresses[0] | addresses[1]) & (ALIGNMENT - 1):
-            self._first_choice(q, k, memory)
+        at_q, at_k = q.data_ptr(), k.data_ptr()
+        if means is None or products is None or choice is None or (at_q | at_k) & (ALIGNMENT - 1):
+            self._first_choice(q, k, scratch, memory)
             return made
-        means(addresses)
-        addresses = at(memory, "mean_q", "mean_k", "products", "choice", "bases", "mask_ids")
-        products(addresses[:3])
-        choice(addresses[2:])
+        between = self._scratch.addresses(scratch, "mean_q", "mean_k", "products")
+        means([at_q, at_k, *between[:2]])
+        products(between)
+        choice([between[2], *self._space.addresses(memory, "choice", "bases", "mask_ids")])
         return made
 
     def choice(self, made: Chosen) -> torch.Tensor:
@@ -186,15 +185,17 @@ class Router:
         self._starts.first(("lists", direction), tensors, launch)
         return memory
 
-    def _first_choice(self, q: torch.Tensor, k: torch.Tensor, memory: torch.Tensor) -> None:
+    def _first_choice(self, q: torch.Tensor, k: torch.Tensor, scratch: torch.Tensor, memory: torch.Tensor) -> None:
         keys = {"means": ("means", q.stride()), "products": "products", "choice": "choice"}
-        for name, tensors in self._operands(q, k, memory).items():
+        for name, tensors in self._operands(q, k, scratch, memory).items():
             self._starts.first(keys[name], tensors, self._launch(name, tensors, q, k))
 
-    def _operands(self, q: torch.Tensor, k: torch.Tensor, memory: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    def _operands(
+        self, q: torch.Tensor, k: torch.Tensor, scratch: torch.Tensor, memory: torch.Tensor
+    ) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors that change from call to call of each kernel that chooses."""
-        whole = memory.view(torch.float32)
-        mean_q, mean_k, products = (self._space.piece(whole, name, -1) for name in ("mean_q", "mean_k", "products"))
+        whole, names = scratch.view(torch.float32), ("mean_q", "mean_k", "products")
+        mean_q, mean_k, products = (self._scratch.piece(whole, name, -1) for name in names)
         lists = {name: self._space.piece(memory, name, -1) for name in ("choice", "bases", "mask_ids")}
         return {
             "means": {"q": q, "k": k, "mean_q": mean_q, "mean_k": mean_k},
@@ -212,7 +213,8 @@ class Router:
     def first_launches(self, q: torch.Tensor, k: torch.Tensor) -> dict[str, Launch]:
         """What would be launched for these, without launching it: for compilers ahead of time."""
         memory, own = self._space.empty(), self._sides["key_grad"]
-        made = {name: self._launch(name, t, q, k) for name, t in self._operands(q, k, memory).items()}
+        operands = self._operands(q, k, self._scratch.empty(), memory)
+        made = {name: self._launch(name, t, q, k) for name, t in operands.items()}
         space = self._spaces["key_grad"]
         lists = {name: space.piece(space.empty(), name, -1) for name in ("bounds", "bases", "mask_ids")}
         return made | {"turned": self._turn(own, {"choice": self._space.piece(memory, "choice", -1), **lists})}
