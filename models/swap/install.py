@@ -57,7 +57,7 @@ class SwappedModel:
             own = make_parameters(site.module, site.module, site.pattern, 2) if site.pattern.learnable else None
             if own is not None:
                 self._learnables.append(Learnable(self._name, site.name.path, site.pattern, own))
-            site.swap(Swapped(self.runtime, site.name.path, site.pattern, own))
+            site.swap(Swapped(self.runtime, site.name.path, site.pattern, own, site.attention))
         self._hooks = Hooks()
         self._add_hooks(model, host, embed)
 

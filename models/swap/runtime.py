@@ -11,6 +11,7 @@ from torch import nn
 from visattn.attend import attention
 from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
+from visattn.models.swap.weights import show_weights
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.recompute import Carrier
@@ -120,12 +121,18 @@ class Swapped:
         path: Of the module in its model.
         pattern: What it was given.
         parameters: Learnable parameters of the pattern by name.
+        attention: The module that has the stock attention, whose attn_drop the weights would pass.
     """
 
     def __init__(
-        self, runtime: Runtime, path: str, pattern: Pattern, parameters: nn.ParameterDict | None = None
+        self,
+        runtime: Runtime,
+        path: str,
+        pattern: Pattern,
+        parameters: nn.ParameterDict | None = None,
+        attention: nn.Module | None = None,
     ) -> None:
-        self.runtime, self.path, self.pattern = runtime, path, pattern
+        self.runtime, self.path, self.pattern, self.attention = runtime, path, pattern, attention
         # A plain dict: torch.compile follows it, and the model's state dict does not.
         self.parameters: dict[str, torch.Tensor] = {} if parameters is None else dict(parameters.items())
         self._cells: dict[Hashable, Cell] = {}
@@ -205,10 +212,12 @@ class Swapped:
         if torch.compiler.is_compiling():
             return attention(q, k, v, self.pattern, layout, **arguments).transpose(1, 2)
         tally = self.runtime.tally
-        cell = self._cell(q, k, v, Call(self.pattern, layout, scale, key_mask, rpb, parameters=own))
+        call = Call(self.pattern, layout, scale, key_mask, rpb, parameters=own)
+        cell = self._cell(q, k, v, call)
         begun = tally.begin(cell)
         out = attention(q, k, v, self.pattern, layout, **arguments)
         tally.end((cell,), begun)
+        show_weights(self.attention, self.path, q, k, call)
         if self.runtime.watcher is not None and rpb is None:
             self.runtime.watcher(Watched(self.path, q, k, v, out, self.pattern, (layout,), scale, key_mask, own))
         return out.transpose(1, 2)
@@ -224,10 +233,12 @@ class Swapped:
         if torch.compiler.is_compiling():
             out, lse = attention(q, k, v, self.pattern, layout, **arguments)
         else:
-            tally, cell = self.runtime.tally, self._cell(q, k, v, Call(self.pattern, layout, scale, None, rpb, True))
+            tally, call = self.runtime.tally, Call(self.pattern, layout, scale, None, rpb, True)
+            cell = self._cell(q, k, v, call)
             begun = tally.begin(cell)
             out, lse = attention(q, k, v, self.pattern, layout, **arguments)
             tally.end((cell,), begun)
+            show_weights(self.attention, self.path, q, k, call)
         return out.transpose(1, 2), lse.transpose(1, 2)
 
     def count_stock(self, q_shape: tuple[int, int, int, int], like: torch.Tensor, layout: Layout) -> None:
@@ -267,7 +278,7 @@ class Undone(Swapped):
     """
 
     def __init__(self) -> None:
-        self.path = ""
+        self.path, self.attention = "", None
 
     def enter(self, x: torch.Tensor) -> None:
         """Nobody asks."""
