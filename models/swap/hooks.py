@@ -61,12 +61,12 @@ class PassBy(Hook):
     """Before a block, or anything between it and its attention: the forward that its tokens belong to."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.forwards = runtime.forwards
+        self.runtime = runtime
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook."""
         if not torch.compiler.is_compiling() and args and isinstance(args[0], torch.Tensor):
-            self.forwards.pass_by(args[0])
+            self.runtime.pass_by(args[0])
 
 
 class Resume(Hook):

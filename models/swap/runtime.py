@@ -12,6 +12,7 @@ from visattn.attend import attention
 from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
 from visattn.models.swap.weights import show_weights
+from visattn.outside import Outside
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.recompute import Carrier
@@ -47,6 +48,7 @@ class Runtime:
         prefix: Dense tokens before the grid.
         watcher: Sees every call that ran a pattern without position bias, or None.
         forwards: The place of every forward and recomputation outside of compiled code.
+        outside: Before the modules that are compiled one by one, or None where nobody asks for a place.
     """
 
     def __init__(self, name: str, backend: str, fixed: Layout | None, prefix: int) -> None:
@@ -54,6 +56,7 @@ class Runtime:
         self.tally = Tally()
         self.watcher: Watcher | None = None
         self.forwards: Carrier[Place] = Carrier()
+        self.outside: Outside | None = None
         self._last = UNPLACED
         # By length of the sequence, for who gets tokens that no forward is remembered with.
         self._places: dict[int, set[Place]] = {}
@@ -81,6 +84,8 @@ class Runtime:
         self._last = place
         if not torch.compiler.is_compiling():
             self.forwards.begin(place, torch.is_grad_enabled())
+            if self.outside is not None and torch.is_grad_enabled():
+                self.outside.stand()
             known = self._places.setdefault(tokens, set())
             # Two say as well as many that they differ.
             if len(known) < 2:
@@ -89,6 +94,20 @@ class Runtime:
     def resume(self, place: Place) -> None:
         """The backward pass of a forward begins: compiled code is there again."""
         self._last = place
+
+    def pass_by(self, x: torch.Tensor) -> None:
+        """A module gets the tokens x: compiled code inside of it finds the place of their forward, if that is known."""
+        self.forwards.pass_by(x)
+        self._last = self.forwards.value or self._last
+
+    def bring(self, x: torch.Tensor) -> None:
+        """A module that is compiled on its own gets the tokens x: its code is to find the place of their forward.
+
+        Raises:
+            ValueError: See `here`.
+        """
+        self.forwards.pass_by(x)
+        self._last = self.here(x.shape[1])
 
     def here(self, tokens: int) -> Place:
         """Where the tokens of a sequence of that length sit.

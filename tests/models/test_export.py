@@ -91,7 +91,13 @@ def same(found, model, images):
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("name", SMALL)
+# test_generic exports each of them with one batch size.
+QUICK = ("nat_small", "biformer_tiny", "agent_deit_base")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+)
 def test_backbones_export_with_batches_of_any_size(name):
     model, images = backbone(name)
     with torch.no_grad():

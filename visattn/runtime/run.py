@@ -78,8 +78,8 @@ class Run:
         if found is None and len(self._kinds) > 1:
             raise ValueError(
                 f"{self.name} recomputes a block of one of several forwards with other grids or steps, and neither its "
-                "inputs nor its graph tell which: run the backward pass before the next forward, or leave gradient "
-                "checkpointing of that block out"
+                "inputs nor its graph tell which: leave gradient checkpointing of that block out, or, if the whole "
+                "model is compiled, compile its blocks instead (compile_repeated_blocks())"
             )
         return found or next(iter(self._kinds.values()), None)
 
