@@ -24,10 +24,11 @@ def as_node(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        proxy = proxy_among((*args, *kwargs.values()))
-        if proxy is None:
+        # Every forward passes here: one look at its tokens, which come first.
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(first, Proxy):
             return forward(self, *args, **kwargs)
-        tracer: Any = proxy.tracer
+        tracer: Any = first.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
 
     return recorded

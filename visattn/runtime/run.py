@@ -117,7 +117,7 @@ class Run:
 
     def finish(self) -> None:
         """A forward of the model is over: see whether it reached what was selected."""
-        forward, self.here.forward = self.here.forward, None
+        forward, self.here.forward, self.here.site = self.here.forward, None, None
         if forward is None or forward.dense or not self.sparse_sites:
             return
         anonymous = sum(site in self.compiled_patterns for site in forward.hits) + forward.kept
