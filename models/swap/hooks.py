@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from visattn.copies import Hook, copy_as_is
 from visattn.models.swap.flexible import grids_of
+from visattn.models.swap.graphs import again_as_node, proxy_among
 from visattn.models.swap.runtime import Runtime
 
 
@@ -21,12 +22,15 @@ class Follow(Hook):
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """A forward hook."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """A forward hook; while torch.fx traces, it makes the module one node of the graph."""
+        if proxy_among((*args, *kwargs.values())) is not None:
+            return again_as_node(module, args, kwargs, out)
         if isinstance(out, tuple) and out[1] is None:
             self.runtime.place_samples(grids_of(args, kwargs), int(out[0].shape[1]))
         else:
             self.runtime.place(_grid(module, args, out))
+        return None
 
 
 def _grid(module: Any, args: tuple[Any, ...], out: Any) -> tuple[int, int]:
@@ -57,12 +61,12 @@ class PassBy(Hook):
     """Before a block, or anything between it and its attention: the forward that its tokens belong to."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.forwards = runtime.forwards
+        self.runtime = runtime
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook."""
         if not torch.compiler.is_compiling() and args and isinstance(args[0], torch.Tensor):
-            self.forwards.pass_by(args[0])
+            self.runtime.pass_by(args[0])
 
 
 class Resume(Hook):
@@ -79,7 +83,7 @@ class Resume(Hook):
         if place is None:
             return
         for tensor in out if isinstance(out, tuple | list) else [out]:
-            node = getattr(tensor, "grad_fn", None)
+            node = tensor.grad_fn if isinstance(tensor, torch.Tensor) else None
             if node is not None:
                 node.register_prehook(lambda grads: self.runtime.resume(place))
 
@@ -105,7 +109,7 @@ class CountForeign(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and proxy_among(args) is None:
             self.runtime.tally.count(self.path, self.reason)
 
 
@@ -117,7 +121,7 @@ class Missed(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
         """A forward hook, or a forward pre-hook that notes the counts before."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or proxy_among(args) is not None:
             return
         counts = self.runtime.tally.counts()
         if not self.after:

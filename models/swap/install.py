@@ -15,6 +15,7 @@ from visattn.models.swap.hooks import CountForeign, Follow, Hooks, Missed, PassB
 from visattn.models.swap.records import check_fit
 from visattn.models.swap.runtime import Runtime, Swapped
 from visattn.models.swap.sites import Site, find_sites
+from visattn.outside import Outside
 from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense
 from visattn.report import CallReport, SiteReport, density
@@ -57,7 +58,7 @@ class SwappedModel:
             own = make_parameters(site.module, site.module, site.pattern, 2) if site.pattern.learnable else None
             if own is not None:
                 self._learnables.append(Learnable(self._name, site.name.path, site.pattern, own))
-            site.swap(Swapped(self.runtime, site.name.path, site.pattern, own))
+            site.swap(Swapped(self.runtime, site.name.path, site.pattern, own, site.attention))
         self._hooks = Hooks()
         self._add_hooks(model, host, embed)
 
@@ -80,8 +81,12 @@ class SwappedModel:
             hooks.before(host.patch_drop, RefuseDroppedPatches())
         if embed is not None:
             hooks.after(embed, Follow(runtime), with_kwargs=True)
-            for module in _on_the_way(model, embed, self._sites):
-                hooks.before(module, PassBy(runtime))
+            way = _on_the_way(model, embed, self._sites)
+            for path in way:
+                hooks.before(model.get_submodule(path), PassBy(runtime))
+            if self._request.layout is None:
+                own = [site.name.path for site in self._sites if not site.foreign and site.record.tokens]
+                runtime.outside = Outside(model, [*way, *own], runtime.bring)
             hooks.after(model, Resume(runtime))
         for site in self._sites:
             if site.foreign and not isinstance(site.pattern, Dense):
@@ -100,6 +105,8 @@ class SwappedModel:
             copy_as_is(site.module)
             site.restore()
         self._hooks.remove()
+        if self.runtime.outside is not None:
+            self.runtime.outside.leave()
 
     def learnables(self) -> Sequence[Learnable]:
         """See `visattn.handle.Patch`."""
@@ -140,10 +147,10 @@ def _embedding(host: Any) -> nn.Module | None:
     return None
 
 
-def _on_the_way(model: nn.Module, embed: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
-    """The modules around those that are swapped on sequences, without those around the embedding as well."""
+def _on_the_way(model: nn.Module, embed: nn.Module, sites: Sequence[Site]) -> list[str]:
+    """Paths of the modules around those swapped on sequences, without those around the embedding as well."""
     named = dict(model.named_modules())
     paths = [site.name.path.split(".") for site in sites if not site.foreign and site.record.tokens]
     ways = {".".join(path[:end]): None for path in paths for end in range(1, len(path))}
     around = {id(module) for module in named.values() if any(m is embed for m in module.modules())}
-    return [named[way] for way in ways if id(named[way]) not in around]
+    return [way for way in ways if id(named[way]) not in around]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from visattn.models.swap.graphs import as_node
 from visattn.models.swap.maps import CoAtBlock, DaVitBlock, ParallelPartition, PartitionFirst, PartitionLast
 from visattn.models.swap.relative import BeitAttention, RelPosAttention
 from visattn.models.swap.runtime import UNDONE
@@ -106,7 +107,10 @@ def swapped_class(kind: type, mixin: type) -> type:
 
 @lru_cache(maxsize=64)
 def _mixed(kind: type, mixin: type) -> type:
-    return type(f"Swapped{kind.__name__}", (mixin, kind), {"__module__": __name__, "visattn_site": UNDONE})
+    own = {"__module__": __name__, "visattn_site": UNDONE}
+    made = type(f"Swapped{kind.__name__}", (mixin, kind), own)
+    made.forward = as_node(made.forward)  # type: ignore[attr-defined]
+    return made
 
 
 def _path(kind: type) -> str:
@@ -130,7 +134,11 @@ def _package(kind: type) -> str:
 
 def _definer(kind: type, name: str, mixin: type) -> type:
     """The class that gives a class its method, those of a patch aside."""
-    return next(base for base in kind.__mro__ if name in vars(base) and not issubclass(mixin, base))
+    return next(
+        base
+        for base in kind.__mro__
+        if name in vars(base) and not issubclass(mixin, base) and "visattn_site" not in vars(base)
+    )
 
 
 def check_fit(module: nn.Module, pattern: Pattern, name: str) -> None:

@@ -11,6 +11,8 @@ from torch import nn
 from visattn.attend import attention
 from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
+from visattn.models.swap.weights import show_weights
+from visattn.outside import Outside
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.recompute import Carrier
@@ -46,6 +48,7 @@ class Runtime:
         prefix: Dense tokens before the grid.
         watcher: Sees every call that ran a pattern without position bias, or None.
         forwards: The place of every forward and recomputation outside of compiled code.
+        outside: Before the modules that are compiled one by one, or None where nobody asks for a place.
     """
 
     def __init__(self, name: str, backend: str, fixed: Layout | None, prefix: int) -> None:
@@ -53,6 +56,7 @@ class Runtime:
         self.tally = Tally()
         self.watcher: Watcher | None = None
         self.forwards: Carrier[Place] = Carrier()
+        self.outside: Outside | None = None
         self._last = UNPLACED
         # By length of the sequence, for who gets tokens that no forward is remembered with.
         self._places: dict[int, set[Place]] = {}
@@ -80,6 +84,8 @@ class Runtime:
         self._last = place
         if not torch.compiler.is_compiling():
             self.forwards.begin(place, torch.is_grad_enabled())
+            if self.outside is not None and torch.is_grad_enabled():
+                self.outside.stand()
             known = self._places.setdefault(tokens, set())
             # Two say as well as many that they differ.
             if len(known) < 2:
@@ -88,6 +94,20 @@ class Runtime:
     def resume(self, place: Place) -> None:
         """The backward pass of a forward begins: compiled code is there again."""
         self._last = place
+
+    def pass_by(self, x: torch.Tensor) -> None:
+        """A module gets the tokens x: compiled code inside of it finds the place of their forward, if that is known."""
+        self.forwards.pass_by(x)
+        self._last = self.forwards.value or self._last
+
+    def bring(self, x: torch.Tensor) -> None:
+        """A module that is compiled on its own gets the tokens x: its code is to find the place of their forward.
+
+        Raises:
+            ValueError: See `here`.
+        """
+        self.forwards.pass_by(x)
+        self._last = self.here(x.shape[1])
 
     def here(self, tokens: int) -> Place:
         """Where the tokens of a sequence of that length sit.
@@ -120,12 +140,18 @@ class Swapped:
         path: Of the module in its model.
         pattern: What it was given.
         parameters: Learnable parameters of the pattern by name.
+        attention: The module that has the stock attention, whose attn_drop the weights would pass.
     """
 
     def __init__(
-        self, runtime: Runtime, path: str, pattern: Pattern, parameters: nn.ParameterDict | None = None
+        self,
+        runtime: Runtime,
+        path: str,
+        pattern: Pattern,
+        parameters: nn.ParameterDict | None = None,
+        attention: nn.Module | None = None,
     ) -> None:
-        self.runtime, self.path, self.pattern = runtime, path, pattern
+        self.runtime, self.path, self.pattern, self.attention = runtime, path, pattern, attention
         # A plain dict: torch.compile follows it, and the model's state dict does not.
         self.parameters: dict[str, torch.Tensor] = {} if parameters is None else dict(parameters.items())
         self._cells: dict[Hashable, Cell] = {}
@@ -205,11 +231,13 @@ class Swapped:
         if torch.compiler.is_compiling():
             return attention(q, k, v, self.pattern, layout, **arguments).transpose(1, 2)
         tally = self.runtime.tally
-        cell = self._cell(q, k, v, Call(self.pattern, layout, scale, key_mask, rpb, parameters=own))
+        call = Call(self.pattern, layout, scale, key_mask, rpb, parameters=own)
+        cell = self._cell(q, k, v, call)
         begun = tally.begin(cell)
         with tally.hearing((cell,)):
             out = attention(q, k, v, self.pattern, layout, **arguments)
         tally.end((cell,), begun)
+        show_weights(self.attention, self.path, q, k, call)
         if self.runtime.watcher is not None and rpb is None:
             self.runtime.watcher(Watched(self.path, q, k, v, out, self.pattern, (layout,), scale, key_mask, own))
         return out.transpose(1, 2)
@@ -225,10 +253,12 @@ class Swapped:
         if torch.compiler.is_compiling():
             out, lse = attention(q, k, v, self.pattern, layout, **arguments)
         else:
-            tally, cell = self.runtime.tally, self._cell(q, k, v, Call(self.pattern, layout, scale, None, rpb, True))
+            tally, call = self.runtime.tally, Call(self.pattern, layout, scale, None, rpb, True)
+            cell = self._cell(q, k, v, call)
             begun = tally.begin(cell)
             out, lse = attention(q, k, v, self.pattern, layout, **arguments)
             tally.end((cell,), begun)
+            show_weights(self.attention, self.path, q, k, call)
         return out.transpose(1, 2), lse.transpose(1, 2)
 
     def count_stock(self, q_shape: tuple[int, int, int, int], like: torch.Tensor, layout: Layout) -> None:
@@ -268,7 +298,7 @@ class Undone(Swapped):
     """
 
     def __init__(self) -> None:
-        self.path = ""
+        self.path, self.attention = "", None
 
     def enter(self, x: torch.Tensor) -> None:
         """Nobody asks."""

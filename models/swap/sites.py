@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 from torch import nn
+from torch.fx import GraphModule
 
 from visattn.models.swap.records import RECORDS, Record, own_ways, record_of, swapped_class
 from visattn.models.swap.runtime import Swapped, is_swapped
@@ -38,6 +39,11 @@ class Site:
         """How its class is swapped."""
         assert self.record_or_none is not None, self.name
         return self.record_or_none
+
+    @property
+    def attention(self) -> nn.Module:
+        """The module, or the one inside of it that has the attention."""
+        return getattr(self.module, self.record.attention) if self.record.attention else self.module
 
     def given(self, pattern: Pattern) -> Site:
         """The site with a pattern."""
@@ -93,6 +99,8 @@ def _nothing(model: nn.Module, name: str, sites: list[Site]) -> str:
     why = "; its grid attention sees a few tokens of the whole map already" if grids else ""
     if type(model).__module__.startswith("visattn.models."):
         why = "; this backbone has the attention of its paper, chosen by its own arguments"
+    if any(isinstance(module, GraphModule) for module in model.modules()):
+        why = "; torch.fx has traced through its modules: apply() to the model first, and make the extractor of that"
     if sites:
         why = "; " + "; ".join(sorted({site.foreign for site in sites}))
     return f"{name} has no attention module that visattn can swap (it knows {known} of timm){why}"

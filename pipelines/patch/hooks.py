@@ -15,6 +15,7 @@ import torch
 from torch._C._dynamo import eval_frame
 from torch._dynamo.eval_frame import skip_code
 
+from visattn.outside import Outside
 from visattn.pipelines.patch import numbering, operators
 from visattn.pipelines.patch.run import DiffusersRun
 
@@ -143,12 +144,10 @@ class Enter(_Hook):
             here.site = path
 
 
-def _around(model: torch.nn.Module, paths: Sequence[str]) -> list[torch.nn.Module]:
-    """The modules between a model and its attention modules, any of which may be recomputed alone."""
-    inner = dict.fromkeys(
-        ".".join(parts[:n]) for parts in (path.split(".") for path in paths) for n in range(1, len(parts))
-    )
-    return [model.get_submodule(path) for path in inner]
+def _around(paths: Sequence[str]) -> list[str]:
+    """Paths of the modules between a model and its attention modules, any of which may be recomputed alone."""
+    inner = (".".join(parts[:n]) for parts in (path.split(".") for path in paths) for n in range(1, len(parts)))
+    return list(dict.fromkeys(inner))
 
 
 class Hooks:
@@ -158,7 +157,10 @@ class Hooks:
         names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._enter = Enter(run, {id(module): path for module, path in sites})
         # Gradients alone ask which forward a block belongs to: the hooks before blocks come with the first ones.
-        self._blocks = _around(model, [path for _, path in sites])
+        paths = [path for _, path in sites]
+        around = _around(paths)
+        self._blocks = [model.get_submodule(path) for path in around]
+        self._outside = Outside(model, [*around, *paths], run.forwards.pass_by)
         self._handles = [
             model.register_forward_pre_hook(Begin(run, names, self._learn), with_kwargs=True, prepend=True),
             model.register_forward_hook(Finish(run)),
@@ -171,9 +173,11 @@ class Hooks:
             handle.remove()
         self._handles.clear()
         self._blocks.clear()
+        self._outside.leave()
 
     def _learn(self) -> None:
         """A forward with gradients begins."""
+        self._outside.stand()
         while self._blocks:
             block = self._blocks.pop()
             self._handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import visattn
 from tests.support.cases import gradients, layouts, qkv
@@ -70,7 +72,7 @@ def test_a_batch_is_its_samples(call):
             assert (own - other).norm() <= 2 * tolerance * other.norm().clamp(min=1.0)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(calls())
 def test_what_a_key_mask_hides_changes_nothing_elsewhere(call):
     """Neither as a key nor in what a pattern makes of all queries and keys: routes, agents, means, sums."""
@@ -82,3 +84,92 @@ def test_what_a_key_mask_hides_changes_nothing_elsewhere(call):
         visattn.attention(*tensors, pattern, layout, backend=backend, key_mask=mask) for tensors in (inputs, other)
     )
     assert torch.allclose(out[mask], changed[mask], atol=1e-6, rtol=1e-5)
+
+
+def with_gradients(backend, pattern, layout, inputs, mask):
+    """The backend, or "auto" in the place of one that was drawn for a call without gradients."""
+    problem = replace(Problem.of(*inputs, Call(pattern, layout, 1.0, mask)), grad=True)
+    return backend if backend == "auto" or verdict(load(backend), problem).ok else "auto"
+
+
+def by_checkpoint(run, inputs, reentrant):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = checkpoint(run, *leaves, use_reentrant=reentrant)
+    # The reentrant form works with backward() alone.
+    out.backward(weight_of(out))
+    return [t.grad for t in leaves]
+
+
+def weight_of(out):
+    """That of `gradients`."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+
+
+def by_function(run, inputs):
+    weight = weight_of(inputs[0])
+    return torch.func.grad(lambda *own: (run(*own) * weight).sum(), (0, 1, 2))(*inputs)
+
+
+def by_samples(run, inputs):
+    """Under vmap, with samples of one image each."""
+    each = torch.func.grad(lambda q, k, v, w: (run(q[None], k[None], v[None])[0] * w).sum(), (0, 1, 2))
+    return torch.func.vmap(each)(*inputs, weight_of(inputs[0]))
+
+
+@settings(deadline=None, max_examples=25)
+@given(call=calls(), data=st.data())
+def test_gradients_are_the_same_whatever_asks_for_them(call, data):
+    """Checkpointing, functional transforms and fake tensors, one after the other on the same caches."""
+    pattern, layout, backend, inputs, mask, _, _ = call
+    backend = with_gradients(backend, pattern, layout, inputs, mask)
+
+    def run(q, k, v):
+        return visattn.attention(q, k, v, pattern, layout, backend=backend, key_mask=mask)
+
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    truth = gradients(run(*leaves), leaves)
+    ways = {
+        "checkpoint": lambda: by_checkpoint(run, inputs, False),
+        "reentrant": lambda: by_checkpoint(run, inputs, True),
+        "function": lambda: by_function(run, inputs),
+        "again": lambda: gradients(run(*leaves), leaves),
+    }
+    if mask is None and len(inputs[0]):
+        ways["samples"] = lambda: by_samples(run, inputs)
+    for way in data.draw(st.permutations(list(ways))):
+        with FakeTensorMode() as fake:
+            stand_ins = [fake.from_tensor(t) for t in inputs]
+            shown = None if mask is None else fake.from_tensor(mask)
+            out = visattn.attention(*stand_ins, pattern, layout, backend=backend, key_mask=shown)
+            assert out.shape == inputs[0].shape and out.dtype == inputs[0].dtype
+        for ours, theirs in zip(ways[way](), truth, strict=True):
+            limit = 1e-9 if ours.dtype == torch.float64 else 1e-4
+            assert (ours - theirs).norm() <= limit * theirs.norm().clamp(min=1.0), way
+
+
+@settings(deadline=None, max_examples=25)
+@given(call=calls())
+def test_second_derivatives_are_differences_of_the_first(call):
+    pattern, layout, backend, inputs, mask, _, _ = call
+    inputs = [t.double() for t in inputs]
+    assume(len(inputs[0]))
+    backend = with_gradients(backend, pattern, layout, inputs, mask)
+    made = torch.Generator().manual_seed(3)
+    directions = [torch.randn(t.shape, generator=made, dtype=t.dtype) for t in inputs]
+
+    def first(step, graph=False):
+        leaves = [(t + step * d).requires_grad_() for t, d in zip(inputs, directions, strict=True)]
+        out = visattn.attention(*leaves, pattern, layout, backend=backend, key_mask=mask)
+        # Everything behind the attention is linear.
+        found = torch.autograd.grad((out * weight_of(out)).sum(), leaves, create_graph=graph)
+        return leaves, sum((g * d).sum() for g, d in zip(found, directions, strict=True))
+
+    leaves, slope = first(0.0, graph=True)
+    second = (
+        torch.autograd.grad(slope, leaves, allow_unused=True, materialize_grads=True) if slope.requires_grad else []
+    )
+    ours = sum((g * d).sum().item() for g, d in zip(second, directions, strict=False))
+    truths = [((first(h)[1] - first(-h)[1]) / (2 * h)).item() for h in (1e-4, 5e-5)]
+    # A choice (of regions, of the sign of a feature) may change between the two ends.
+    assume(abs(truths[0] - truths[1]) < 1e-4 * max(1.0, abs(truths[0])))
+    assert abs(ours - truths[1]) < 1e-3 * max(1.0, abs(truths[1]))

@@ -161,12 +161,74 @@ def test_batches_of_several_grids():
     same(gradients(model, batches), wanted)
 
 
-def test_blocks_that_are_compiled_one_by_one():
-    model = make()
-    inputs = images(model, [LANDSCAPE, PORTRAIT])
-    wanted = gradients(model, inputs)
+def compiled(model, how):
+    """Compile parts of a model, or the whole: what to call."""
     torch._dynamo.reset()
-    for block in model.blocks:
-        block.compile(backend="eager", fullgraph=True)
+    options = {"backend": "eager", "fullgraph": True}
+    if how == "whole":
+        return torch.compile(model, **options)
+    for i, block in enumerate(model.blocks):
+        if how == "blocks":
+            block.compile(**options)
+        elif how == "attention":
+            block.attn.compile(**options)
+        elif how == "forwards":
+            block.forward = torch.compile(block.forward, **options)
+        else:
+            model.blocks[i] = torch.compile(block, **options)
+    return model
+
+
+@pytest.mark.parametrize("how", ["blocks", "attention", "forwards", "wrapped", "whole"])
+def test_checkpointed_code_that_is_compiled(how):
+    model = make(depth=1)
+    inputs, (other,) = images(model, [LANDSCAPE, PORTRAIT]), images(model, [(3, 4)])
+    wanted = gradients(model, inputs)
+    called = compiled(model, how)
     model.set_grad_checkpointing(True)
-    same(gradients(model, inputs), wanted)
+    found = gradients(called, inputs, between=None if how == "whole" else other)
+    same({name.replace("_orig_mod.", ""): value for name, value in found.items()}, wanted)
+
+
+@pytest.mark.parametrize("how", ["blocks", "wrapped"])
+def test_compiled_blocks_without_the_call_of_the_model(how):
+    """Features alone, whose backward pass begins inside of the model."""
+    model = make(depth=1)
+    inputs = images(model, [LANDSCAPE, PORTRAIT])
+
+    def features():
+        model.zero_grad()
+        outs = [model.forward_intermediates(x, intermediates_only=True)[0] for x in inputs]
+        sum(out.square().sum() for out in outs).backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+
+    wanted = features()
+    compiled(model, how)
+    model.set_grad_checkpointing(True)
+    same(features(), wanted)
+
+
+def test_compiled_blocks_that_cannot_know_their_forward_are_refused():
+    model = make(depth=1)
+    compiled(model, "blocks")
+    with torch.no_grad():
+        for x in images(model, [LANDSCAPE, PORTRAIT]):
+            model(x)
+    y = torch.randn(1, 13, 48, requires_grad=True) * 2
+    y.register_hook(lambda _: model.blocks[0](torch.randn(1, 13, 48)) and None)
+    with pytest.raises(ValueError, match=r"13 tokens came without the forward that they belong to, and they may be "):
+        y.sum().backward()
+
+
+def test_remove_gives_compiled_blocks_their_calls_back():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL, img_size=96, dynamic_img_size=True).eval()
+    (x,) = images(randomise(model), [LANDSCAPE])
+    stock = model(x)
+    compiled(model, "blocks")
+    calls = [block._compiled_call_impl for block in model.blocks]
+    with visattn.apply(model, "na(window=3x3)"):
+        assert (model(x) - stock).abs().max() > 1e-5
+    assert [block._compiled_call_impl for block in model.blocks] == calls
+    assert torch.allclose(model(x), stock, atol=1e-5)

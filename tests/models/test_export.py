@@ -10,6 +10,8 @@ import timm
 import torch
 
 import visattn
+import visattn.models
+from tests.models.test_generic import SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -47,20 +49,69 @@ def test_a_saved_trace_runs_batches_of_any_size(pattern, grad):
         assert (torch.jit.load(file)(images) - model(images)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("pattern", ["na(window=3x3)", "routing(regions=3x3, topk=2)"])
-def test_onnx_with_batches_of_any_size(pattern, tmp_path):
+def onnx_outputs(model, images, folder):
+    """What onnxruntime gives for batches that the exporter has not seen."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
     pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
-    model, file = vit(pattern), tmp_path / "model.onnx"
-    batch = {0: torch.export.Dim("batch")}
+    file, batch = folder / "model.onnx", {0: torch.export.Dim("batch")}
     torch.onnx.export(
-        model, (torch.randn(2, 3, 96, 96),), file, dynamo=True, opset_version=18, verbose=False, dynamic_shapes=(batch,)
+        model, (images[:2] + 1,), file, dynamo=True, opset_version=18, verbose=False, dynamic_shapes=(batch,)
     )
-    images = torch.randn(3, 3, 96, 96)
     session = onnxruntime.InferenceSession(file)
     (out,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("pattern", ["na(window=3x3)", "routing(regions=3x3, topk=2)"])
+def test_onnx_with_batches_of_any_size(pattern, tmp_path):
+    model, images = vit(pattern), torch.randn(3, 3, 96, 96)
+    out = onnx_outputs(model, images, tmp_path)
     with torch.no_grad():
-        assert (torch.from_numpy(out) - model(images)).abs().max() < 1e-5
+        assert (out - model(images)).abs().max() < 1e-5
+
+
+def backbone(name):
+    """A small one with weights at which its images differ, and images that it pads."""
+    torch.manual_seed(0)
+    depths = {key: (1, 1, 1, 1) for key in ("depth", "depths") if isinstance(SMALL[name].get(key), tuple)}
+    dilations = {"dilations": ((2,), (3,), (2,), (1,))} if "dilations" in SMALL[name] else {}
+    model = timm.create_model(name, **{**SMALL[name], **depths, **dilations}, num_classes=5).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    return model, torch.randn(3, 3, 64, 96)
+
+
+def same(found, model, images):
+    visattn.clear_caches()
+    with torch.no_grad():
+        wanted = model(images)
+    assert wanted.std(0).max() > 1e-3, "the images are told apart"
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+# test_generic exports each of them with one batch size.
+QUICK = ("nat_small", "biformer_tiny", "agent_deit_base")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+)
+def test_backbones_export_with_batches_of_any_size(name):
+    model, images = backbone(name)
+    with torch.no_grad():
+        program = torch.export.export(model, (images[:2] + 1,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        same(program.module()(images), model, images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_backbones_in_onnxruntime(name, tmp_path):
+    model, images = backbone(name)
+    with torch.no_grad():
+        out = onnx_outputs(model, images, tmp_path)
+    same(out, model, images)
 
 
 def test_what_has_no_plain_form_is_refused_with_the_reason():

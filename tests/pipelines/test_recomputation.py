@@ -104,6 +104,42 @@ def test_an_evaluation_of_another_shape_in_between(kind):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+SLOW = [pytest.param(name, kind, marks=pytest.mark.slow) for name in ("flux", "sd15") for kind in FUNCTIONS]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("small", "not reentrant"), *SLOW])
+def test_blocks_that_are_compiled_one_by_one(name, kind):
+    if name == "small":
+        model, inputs = tiny_models.flux(single=1)[0], flux()[1]
+    else:
+        model, inputs = MODELS[name]()
+    key = "sample" if name == "sd15" else "hidden_states"
+    with visattn.apply(model, "na(window=3x3)"):
+        wanted = gradients(model, inputs)
+        model.train()
+        model.enable_gradient_checkpointing(FUNCTIONS[kind])
+        torch._dynamo.reset()
+        model.compile_repeated_blocks(backend="eager" if name == "small" else "aot_eager", fullgraph=True)
+        got = gradients(model, [each | {key: each[key].requires_grad_()} for each in inputs])
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_compiled_whole_is_refused_with_the_way():
+    model, inputs = tiny_models.flux(single=1)[0], flux()[1]
+    with visattn.apply(model, "na(window=3x3)"):
+        wanted = gradients(model, inputs[:1])
+        model.train()
+        model.enable_gradient_checkpointing()
+        torch._dynamo.reset()
+        whole = torch.compile(model, backend="aot_eager")
+        # With forwards of one kind there is nothing to mix up.
+        for a, b in zip(gradients(whole, inputs[:1]), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match=r"one of several forwards.*compile its blocks instead"):
+            gradients(whole, inputs)
+
+
 def test_dense_and_sparse_steps_before_one_backward():
     model, (inputs, _) = flux()
 

@@ -234,6 +234,31 @@ def test_what_outlives_a_patch_meets_nobody_else(build, end):
     assert torch.equal(tiny_models.run(model, inputs), stock) and not traces(model)
 
 
+@pytest.mark.parametrize("build", [tiny_models.sd15, tiny_models.flux])
+def test_a_processor_that_also_serves_another_model_is_counted_nowhere(build):
+    model, inputs = build()
+    other, _ = build()
+    stock = tiny_models.run(other, inputs)
+    with visattn.apply(model, PATTERN) as handle:
+        tiny_models.run(model, inputs)
+        before = handle.report()
+        other.set_attn_processor(dict(model.attn_processors))
+        assert torch.equal(tiny_models.run(other, inputs), stock)
+        after = handle.report()
+        assert (after.hits, after.fallbacks, after.dense) == (before.hits, before.fallbacks, before.dense)
+        assert [each.site for each in after.modules] == [each.site for each in before.modules]
+        # An own module that is called alone is still counted.
+        name = next(iter(model.attn_processors)).removesuffix(".processor")
+        seen = {}
+        with model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(args=args, kwargs=kwargs), with_kwargs=True
+        ):
+            tiny_models.run(model, inputs)
+        model.get_submodule(name)(*seen["args"], **seen["kwargs"])
+        assert handle.report().fallbacks == {"called outside of the model's forward": 1}
+    assert torch.equal(tiny_models.run(other, inputs), stock)
+
+
 def test_numbers_are_free_again():
     numbers = set()
     for _ in range(3):

@@ -78,8 +78,8 @@ class Run:
         if found is None and len(self._kinds) > 1:
             raise ValueError(
                 f"{self.name} recomputes a block of one of several forwards with other grids or steps, and neither its "
-                "inputs nor its graph tell which: run the backward pass before the next forward, or leave gradient "
-                "checkpointing of that block out"
+                "inputs nor its graph tell which: leave gradient checkpointing of that block out, or, if the whole "
+                "model is compiled, compile its blocks instead (compile_repeated_blocks())"
             )
         return found or next(iter(self._kinds.values()), None)
 
@@ -117,7 +117,7 @@ class Run:
 
     def finish(self) -> None:
         """A forward of the model is over: see whether it reached what was selected."""
-        forward, self.here.forward = self.here.forward, None
+        forward, self.here.forward, self.here.site = self.here.forward, None, None
         if forward is None or forward.dense or not self.sparse_sites:
             return
         anonymous = sum(site in self.compiled_patterns for site in forward.hits) + forward.kept

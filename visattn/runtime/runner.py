@@ -83,6 +83,8 @@ class Runner:
         Returns:
             Output [B, S, H, D], and the layouts that the pattern ran on, () if the stock attention ran.
         """
+        if self._strange(site):
+            return self.stock(call), ()
         device, name = call.q.device, site or self.unnamed
         if parameters is None:
             parameters = following(self.parameters, device)
@@ -102,7 +104,10 @@ class Runner:
         if self.run.watcher is not None and site is not None and not (fit.why or call.causal or call.dropout):
             self._show(site, call, out, Fit() if verdict.slower else fit, parameters)
         forward = self.run.forward
-        if forward is not None:
+        if forward is None:
+            # No forward ends, after which nobody is in a module.
+            self.run.here.site = None
+        else:
             self._note(forward, name, verdict)
             if key is not None and not (parameters or verdict.why or len(verdict.layouts) > 1):
                 if len(forward.ready) >= MANY:
@@ -176,6 +181,8 @@ class Runner:
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
         """Run the stock attention and count it, with the reason ("" means that it was to be dense)."""
+        if self._strange(site):
+            return self.stock(call)
         name, tally = site or self.unnamed, self.run.tally
         verdict = Verdict("dense", shapes=_shapes(call), why=why)
         cells = verdict.cells(tally, name, call.q.device)
@@ -187,9 +194,15 @@ class Runner:
 
     def pass_by(self, site: str | None, why: str) -> None:
         """Count a call of a module that attended without calling this."""
+        if self._strange(site):
+            return
         name = site or self.unnamed
         self.run.tally.count(name, why)
         self._note(self.run.forward, name, Verdict("dense", why=why))
+
+    def _strange(self, site: str | None) -> bool:
+        """Whether a call is none of this model's: a processor that also serves another one, which is not patched."""
+        return site is None and self.run.forward is None
 
     def fit(self, call: AttentionCall) -> Fit:
         """Whether the pattern can stand for a call."""
