@@ -165,6 +165,11 @@ class Tally:
 
     def end(self, cells: Sequence[Cell], begun: Any) -> None:
         """A call is over that began at `begun`; several cells share it where its samples differ."""
+        if begun is None:
+            with self._lock:
+                for cell in cells:
+                    cell.calls += 1
+            return
         stopped = _stop(begun)
         with self._lock:
             is_first = not (cells[0].turn or cells[0].calls)
@@ -172,7 +177,7 @@ class Tally:
                 cell.calls += 1
             if isinstance(stopped, torch.cuda.Event):
                 self._keep(cells, is_first, begun, stopped)
-            elif stopped is not None:
+            else:
                 for cell in cells:
                     cell.add((stopped - begun) / len(cells), is_first)
 

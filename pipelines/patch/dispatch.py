@@ -116,14 +116,9 @@ def sdpa(number: int) -> Callable[..., torch.Tensor]:
         if attn_mask is None and not (dropout_p or is_causal or torch.compiler.is_compiling()):
             group, kind = _kind(number, query, key, value, scale, True)
             if kind is not None:
-                stock = functools.partial(
-                    torch.nn.functional.scaled_dot_product_attention,
-                    query,
-                    key,
-                    value,
-                    scale=scale,
-                    enable_gqa=enable_gqa,
-                )
+                # Parsing a keyword costs as much as a function call.
+                rest = {"scale": scale, "enable_gqa": enable_gqa} if enable_gqa or scale is not None else {}
+                stock = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, **rest)
                 found = group.attend_alike(kind, (query, key, value), scale, group.run.here.site, True, stock)
                 if found is not None:
                     return found[0]

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 
 from visattn.attend import attention
-from visattn.autocast import is_on
 from visattn.crossing import crossing
 from visattn.dispatch import Call, Problem, choose
 from visattn.layout import Layout
@@ -128,7 +127,8 @@ class Runner:
             heads_first: Whether they are [B, H, S, D] rather than [B, S, H, D].
             mode: How the call is made.
         """
-        if self.run.watcher is not None or is_on(q.device) or torch._C._current_graph_task_id() >= 0:
+        library = torch._C
+        if self.run.watcher is not None or library._is_any_autocast_enabled() or library._current_graph_task_id() >= 0:
             return None
         grad = torch.is_grad_enabled()
         learns = grad and (q.requires_grad or k.requires_grad or v.requires_grad)
