@@ -25,15 +25,20 @@ Tensors = Sequence[torch.Tensor | None]
 Formula = Callable[[Tensors, Tensors], Tensors]
 
 
-def of_lists(call: Call) -> Formula:
-    """The formula of attention along tile lists: inputs q, k, v and the bias if there is one, outputs out and lse."""
+def of_lists(call: Call, choice: torch.Tensor | None = None) -> Formula:
+    """The formula of attention along tile lists: inputs q, k, v and the bias if there is one, outputs out and lse.
+
+    Args:
+        call: The call.
+        choice: The regions that routing chose in the forward; None chooses again.
+    """
     # A formula outlives the forward, and what it holds autograd cannot free or recompute.
     bare = replace(call, rpb=None, parameters={})
 
     def formula(inputs: Tensors, grads: Tensors) -> Tensors:
         q, k, v, rpb = (*inputs, None)[:4]
         assert q is not None and k is not None and v is not None
-        own = listed_call(q, k, v, replace(bare, rpb=rpb))
+        own = listed_call(q, k, v, replace(bare, rpb=rpb), choice)
         heads, work = own.heads, Work(own.problems, bare.scale, own.key_mask)
         given = (t if t is None else heads.queries(t) for t in (*grads, None)[:2])
         grad_q, grad_k, grad_v, grad_rpb = gradients(*own.tensors, rpb, work, *given)

@@ -113,7 +113,7 @@ def attention(
         TypeError: If scale is a tensor that requires a gradient.
     """
     key = None
-    if parameters is None and pool_weight is None:
+    if pool_weight is None and (parameters is None or parameters == {}):
         key, prepared = prepare.find(q, k, v, pattern, layout, scale, key_mask, rpb, backend, return_lse)
         if prepared is not None:
             out, lse = prepared(q, k, v, key_mask, rpb)

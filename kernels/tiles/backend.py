@@ -27,6 +27,7 @@ from visattn.patterns import (
     SpannedPattern,
 )
 from visattn.patterns.geometry import Spans
+from visattn.patterns.routing import Routing
 from visattn.plans import TilePlan, plan
 
 # Key tiles of a list with fewer fully visible tiles than this are cut smaller, to visit fewer hidden pairs.
@@ -158,8 +159,18 @@ class Listed(NamedTuple):
     heads: Heads
 
 
-def listed_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Listed:
-    """The problems of a call; of a routed pattern those that q and k choose. Differentiable in q, k and v."""
+def listed_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, choice: torch.Tensor | None = None
+) -> Listed:
+    """The problems of a call; of a routed pattern those that q and k choose. Differentiable in q, k and v.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        call: The call.
+        choice: The regions that routing has chosen for them already, or None.
+    """
     pattern, layout, mask = call.pattern, call.layout, call.key_mask
     if not isinstance(pattern, RoutedPattern) or not _is_routed(pattern, layout):
         problems = _static_problems(pattern, layout, q.device, call.rpb is not None)
@@ -168,14 +179,16 @@ def listed_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -
     dense, fixed = _dense(pattern, layout, q.device)
     rest = None
     if isinstance(pattern, DynamicPattern) and pattern.pools_rest:
-        choice = pattern.choose(q, k, layout, mask, call.scale)
-        routes, pooled = pattern.spread(choice, tiles), pattern.pooled(k, v, layout, mask)
-        k, v, rest = pooled.k, pooled.v, pattern.rest_weights(pooled, choice, tiles)
+        blocks = pattern.choose(q, k, layout, mask, call.scale)
+        routes, pooled = pattern.spread(blocks, tiles), pattern.pooled(k, v, layout, mask)
+        k, v, rest = pooled.k, pooled.v, pattern.rest_weights(pooled, blocks, tiles)
         more = torch.arange(layout.length, k.shape[1], device=q.device)
         fixed = more if fixed is None else torch.cat([fixed, more])
         # Pooled keys that are not seen have a weight that says so.
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, len(more)), value=True)
         rest = rest.flatten(0, 1)[:, None]
+    elif choice is not None and isinstance(pattern, Routing):
+        routes = pattern.routes_of(choice, tiles)
     else:
         routes = pattern.route(q, k, tiles, mask, call.scale)
     heads = Heads(routes.groups, q.shape[2], k.shape[2])

@@ -11,6 +11,7 @@ from visattn.dispatch import Call
 from visattn.kernels.second_order import Tensors, of_lists
 from visattn.kernels.triton.arguments import Routed
 from visattn.kernels.triton.prepared import Kernels
+from visattn.kernels.triton.routing.router import Chosen
 from visattn.patterns import RoutedPattern
 
 
@@ -45,7 +46,7 @@ class TileAttention(torch.autograd.Function):
         kernels, formula, key_mask, routed = ctx.rest
         if torch.is_grad_enabled():
             bias = () if saved[3] is None else (saved[3],)
-            found = formula((*saved[:3], *bias), (grad_out, grad_lse), key_mask)
+            found = formula((*saved[:3], *bias), (grad_out, grad_lse), key_mask, routed)
             return *found, *(None for _ in range(9 - len(found)))
         if grad_out is None:
             grad_out = torch.zeros_like(saved[4])
@@ -73,9 +74,13 @@ class Formula:
         # What this holds lives as long as the graph, so no tensors.
         self._call = replace(call, key_mask=None, rpb=None, parameters={})
 
-    def __call__(self, inputs: Tensors, grads: Tensors, key_mask: torch.Tensor | None) -> Tensors:
+    def __call__(
+        self, inputs: Tensors, grads: Tensors, key_mask: torch.Tensor | None, routed: Routed | None
+    ) -> Tensors:
         """See `second_order.of_lists`."""
-        formula = of_lists(replace(self._call, key_mask=key_mask))
+        # Means that are added up in another order could choose otherwise.
+        choice = routed.choice() if isinstance(routed, Chosen) else None
+        formula = of_lists(replace(self._call, key_mask=key_mask), choice)
         if self._call.scale >= 0:
             return formula(inputs, grads)
         q, *rest = inputs

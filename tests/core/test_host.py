@@ -123,3 +123,14 @@ def test_a_prepared_call_under_autocast(driver):
         seen = own(python_calls(call))
         assert torch.is_autocast_enabled("cpu")
     assert out.dtype == torch.bfloat16 and len(seen) <= 16, f"{len(seen)} calls: {seen}"
+
+
+@pytest.mark.parametrize("pattern", ["na(window=7x7)", "na(window=8x8,stride=4x4)"])
+def test_a_kept_call_of_the_cpu_engine(pattern):
+    """Four shapes of problems and the text's: what is left are torch's operators and the moves around them."""
+    inputs = tensors()
+    call = partial(attention, *inputs, pattern, LAYOUT, backend="tiles")
+    for _ in range(2):
+        call()
+    seen = python_calls(call)
+    assert len(seen) <= 60, f"{len(seen)} calls: {seen}"

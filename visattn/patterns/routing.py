@@ -93,8 +93,11 @@ class Routing(RoutedPattern):
         scale: float | None = None,
     ) -> Routes:
         """The key tiles of the regions that each query tile's region sees, one list for all heads."""
-        region, tiles = _tables(self, plan, q.device)
-        choice = self.choose(q, k, plan.layout, key_mask)
+        return self.routes_of(self.choose(q, k, plan.layout, key_mask), plan)
+
+    def routes_of(self, choice: torch.Tensor, plan: Tiled) -> Routes:
+        """The key tiles that each query tile lists where regions see these: see `choose` and `route`."""
+        region, tiles = _tables(self, plan, choice.device)
         return Routes(tiles[choice].flatten(2)[:, region][:, None])
 
     def routed_grid_mask(
