@@ -9,7 +9,7 @@ import torch
 
 from visattn.keep import kept
 from visattn.kernels.triton.lists.program import Program, fill_kinds, first_tokens, pack, program
-from visattn.patterns import Routes
+from visattn.patterns import DynamicPattern, Routes
 from visattn.plans import TilePlan
 
 
@@ -22,12 +22,14 @@ class Static:
         first: First token of each column tile: int32 [column tiles].
         mask: Mask of each column tile, which hides its empty slots: int32 [column tiles].
         whole: Whether no grid column tile has empty slots, so that routed visits need no mask.
+        short: Which column tiles have empty slots, where only some grid ones have: bool [column tiles], else None.
     """
 
     base: Program
     first: torch.Tensor
     mask: torch.Tensor
     whole: bool
+    short: torch.Tensor | None
 
 
 @kept
@@ -38,7 +40,9 @@ def static_part(plan: TilePlan, by_keys: bool, device: torch.device) -> Static:
     kind, slots = fill_kinds(columns)
     rows = np.broadcast_to(slots[:, None, :], (len(slots), base.rows, columns.capacity))
     more = torch.from_numpy(pack(rows, base.rows, base.columns)).to(device)
-    whole = bool(slots[kind[columns.grid_tiles]].all()) and columns.capacity == base.columns
+    short, fits = ~slots[kind].all(1), columns.capacity == base.columns
+    whole = fits and not short[columns.grid_tiles].any()
+    mixed = fits and not whole and not short[columns.grid_tiles].all()
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int32)).to(device)
@@ -49,6 +53,7 @@ def static_part(plan: TilePlan, by_keys: bool, device: torch.device) -> Static:
         tensor(first_tokens(columns)),
         mask,
         whole,
+        torch.from_numpy(short).to(device) if mixed else None,
     )
 
 
@@ -66,21 +71,27 @@ def routed_program(plan: TilePlan, by_keys: bool, routes: Routes) -> Program:
     owners, queries, number = tiles.shape
     first_row = plan.keys.grid_tiles.start if by_keys else plan.queries.grid_tiles.start
     rows = plan.keys.runs[1] if by_keys else queries
+    # Whole tiles first, which need no mask. Routing keeps the order of its choice.
+    short = static.short if isinstance(plan.pattern, DynamicPattern) else None
     if by_keys:
-        column, start, stop = _transposed(tiles, flat.listed(), first_row, rows)
+        own = None if short is None else short[plan.queries.grid_tiles]
+        column, start, split, stop = _transposed(tiles, flat.listed(), first_row, rows, own)
         column = column + plan.queries.grid_tiles.start
     else:
-        column = tiles.flatten(1)
         start = torch.arange(rows, device=tiles.device)[None] * number
-        stop = start + (number if counts is None else counts)
-    base = static.base
+        stop = split = start + (number if counts is None else counts)
+        if short is not None:
+            tiles, whole = _whole_first(tiles, flat.listed(), short)
+            split = start + whole
+        column = tiles.flatten(1)
+    base = static.base if short is None else replace(static.base, full=True)
     skip = len(base.bases)
-    start, stop = start + skip, stop + skip
+    start, split, stop = start + skip, split + skip, stop + skip
     # Grid rows lie behind the dense ones, in their own order: without static visits the sort leaves them alone.
     bounds = base.bounds.expand(owners, -1, -1).clone()
     grid = bounds[:, base.dense_rows :]
     grid[..., 0], grid[..., 2] = start, stop
-    grid[..., 1] = stop if static.whole else start
+    grid[..., 1] = split if static.whole or short is not None else start
     return replace(
         base,
         bounds=bounds,
@@ -92,24 +103,42 @@ def routed_program(plan: TilePlan, by_keys: bool, routes: Routes) -> Program:
     )
 
 
+def _whole_first(
+    tiles: torch.Tensor, listed: torch.Tensor | None, short: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists [owners, query tiles, n] with their whole tiles in front, else in order, and how many those are."""
+    number = tiles.shape[2]
+    partial = short[tiles] if listed is None else short[tiles] & listed[:, 0]
+    whole = ~short[tiles] if listed is None else ~short[tiles] & listed[:, 0]
+    count = whole.sum(-1, keepdim=True)
+    place = torch.where(whole, whole.cumsum(-1) - 1, count + partial.cumsum(-1) - 1)
+    # What does not count goes behind the end.
+    place = place.masked_fill(~(whole | partial), number)
+    moved = tiles.new_zeros(*tiles.shape[:2], number + 1).scatter(2, place, tiles)
+    # Zeros behind the lists are tiles like any other.
+    return moved[..., :number], count[..., 0]
+
+
 def _transposed(
-    tiles: torch.Tensor, listed: torch.Tensor | None, first: int, rows: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The grid query tiles that visit each grid key tile: [owners, entries], and where each list starts and stops.
+    tiles: torch.Tensor, listed: torch.Tensor | None, first: int, rows: int, short: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The grid query tiles that visit each grid key tile: [owners, entries], where lists start, turn partial and stop.
 
     Args:
         tiles: Key tiles of each grid query tile: [owners, query tiles, n].
         listed: Which of them count: bool [owners, 1, query tiles, n], None for all.
         first: The first grid key tile.
         rows: Grid key tiles.
+        short: Which grid query tiles have empty slots and go behind the others, None for none.
     """
-    number = tiles.shape[2]
+    queries, number = tiles.shape[1:]
     # What does not count goes behind the lists of all key tiles.
     kept = tiles if listed is None else tiles.masked_fill(~listed[:, 0], first + rows)
-    keys, order = kept.flatten(1).sort(dim=1, stable=True)
-    wanted = torch.arange(first, first + rows, device=tiles.device).expand(len(tiles), -1).contiguous()
-    start, stop = (torch.searchsorted(keys, wanted, right=right) for right in (False, True))
-    return order // number, start, stop
+    ranks = torch.zeros(queries, dtype=torch.int64, device=tiles.device) if short is None else short.long()
+    keys, order = (2 * kept + ranks[:, None]).flatten(1).sort(dim=1, stable=True)
+    wanted = 2 * torch.arange(first, first + rows, device=tiles.device).expand(len(tiles), -1)
+    start, split, stop = (torch.searchsorted(keys, (wanted + more).contiguous()) for more in (0, 1, 2))
+    return order // number, start, split, stop
 
 
 class Listed:

@@ -34,6 +34,12 @@ PROBLEMS = {
         Layout((7, 9), 2, 3),
         {"batch": 2, "heads": 4, "kv_heads": 2, "masked": True},
     ),
+    "whole blocks before short ones": (
+        "topp(p=0.6,block=4x4)",
+        Layout((10, 9), 3),
+        {"batch": 2, "heads": 2, "kv_heads": 1, "masked": True},
+    ),
+    "whole blocks before short ones, as many in each list": ("topk(keep=0.5,block=4x4)", Layout((9, 10)), {"heads": 2}),
     "grouped heads, each with a list of its own": (
         "above(tau=0.3,block=8,key_block=4)",
         Layout(37, 2),
