@@ -12,6 +12,7 @@ from visattn.kernels.agent.attention import Convolution, agent_attention
 from visattn.kernels.linear.flow import flow_attention
 from visattn.kernels.linear.mala import mala_attention, mala_features
 from visattn.layout import Layout
+from visattn.models.sizes import check_fixed
 from visattn.patterns import Agent
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -54,6 +55,7 @@ def neighborhood(
     """Neighborhood attention of q, k, v [B, height * width, heads, head_dim] with the bias rpb."""
     if q.is_meta:
         return torch.empty_like(q)
+    check_fixed((height, width))
     # Under autocast the projections are narrower than the parameter.
     bias = rpb.to(q.dtype)
     # As text: torch.compile follows no pattern that is made in the code it traces.
@@ -76,6 +78,7 @@ def routed(
     """Bi-level routing attention of q, k, v [B, height * width, heads, head_dim]."""
     if q.is_meta:
         return torch.empty_like(q)
+    check_fixed((height, width))
     pattern = f"routing(regions={regions}, topk={topk})"  # as text, like that of `neighborhood`
     return attention(q, k, v, pattern, Layout((height, width)), scale=scale)
 
@@ -99,6 +102,7 @@ def through_agents(
 
     Biases are those of `agent_attention`; weight and bias are its depthwise convolution.
     """
+    check_fixed((height, width))
     pattern, layout, local = Agent((side, side)), Layout((height, width), prefix=prefix), Convolution(weight, bias)
     return agent_attention(q, k, v, pattern, layout, gather_bias=gather_bias, read_bias=read_bias, convolution=local)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from visattn.keep import kept
 from visattn.models.backbones.functional import unscripted
 from visattn.models.backbones.pyramid import channels_of_head
+from visattn.models.sizes import check_fixed
 
 # From so many tokens on it pays to leave heads out. On one thread of a CPU the attention layer with 12 of 16 (8 of
 # 28) routed heads took 1.3 (1.0) times as long at 256 tokens and 0.9 (0.6) times at 1024.
@@ -51,7 +52,9 @@ def log_coordinates(
     x: torch.Tensor, height: int, width: int, rows: int, columns: int, pretrained: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log distances from a grid to its pooled grid, on x's device; see `_log_coordinates`."""
-    return _log_coordinates((height, width), (rows, columns), pretrained, x.device)
+    check_fixed((height, width))
+    # While torch.jit.trace records, sizes are tensors.
+    return _log_coordinates((int(height), int(width)), (int(rows), int(columns)), pretrained, x.device)
 
 
 @register_notrace_module  # reason: the value is kept outside the graph

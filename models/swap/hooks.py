@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from visattn.copies import Hook, copy_as_is
+from visattn.models.sizes import check_fixed
 from visattn.models.swap.flexible import grids_of
 from visattn.models.swap.graphs import again_as_node, proxy_among
 from visattn.models.swap.runtime import Runtime
@@ -50,10 +51,7 @@ def _is_nhwc(module: Any) -> bool:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    if torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) and n.node.constant is None for n in size):
-        raise ValueError(
-            "the pattern of an exported program is that of one grid: export with images of a fixed size, once for each"
-        )
+    check_fixed(size)
     return int(size[0]), int(size[1])
 
 

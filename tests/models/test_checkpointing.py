@@ -212,9 +212,8 @@ def test_compiled_blocks_without_the_call_of_the_model(how):
 def test_compiled_blocks_that_cannot_know_their_forward_are_refused():
     model = make(depth=1)
     compiled(model, "blocks")
-    with torch.no_grad():
-        for x in images(model, [LANDSCAPE, PORTRAIT]):
-            model(x)
+    for x in images(model, [LANDSCAPE, PORTRAIT]):
+        model(x)
     y = torch.randn(1, 13, 48, requires_grad=True) * 2
     y.register_hook(lambda _: model.blocks[0](torch.randn(1, 13, 48)) and None)
     with pytest.raises(ValueError, match=r"13 tokens came without the forward that they belong to, and they may be "):

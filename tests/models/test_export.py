@@ -95,14 +95,46 @@ def same(found, model, images):
 QUICK = ("nat_small", "biformer_tiny", "agent_deit_base")
 
 
-@pytest.mark.parametrize(
+EACH = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
 )
+
+
+@EACH
 def test_backbones_export_with_batches_of_any_size(name):
     model, images = backbone(name)
     with torch.no_grad():
         program = torch.export.export(model, (images[:2] + 1,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         same(program.module()(images), model, images)
+
+
+@EACH
+def test_saved_traces_of_backbones_run_batches_of_any_size(name):
+    (model, images), file = backbone(name), io.BytesIO()
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(model, images[:2] + 1, check_trace=False), file)
+        file.seek(0)
+        same(torch.jit.load(file)(images), model, images)
+
+
+# Those without a grid that is a constant of the program.
+OPEN = ("mavit_base", "flowformer_small")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in (*QUICK, OPEN[1]) else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+)
+def test_backbones_take_images_of_any_size_or_refuse_to_be_exported(name):
+    model, images = backbone(name)
+    sides = {i: 32 * torch.export.Dim(axis, min=1, max=8) for i, axis in ((2, "rows"), (3, "columns"))}
+    with torch.no_grad():
+        if name in OPEN:
+            program = torch.export.export(model, (images,), dynamic_shapes=(sides,))
+            larger = torch.randn(3, 3, 128, 96)
+            same(program.module()(larger), model, larger)
+            return
+        with pytest.raises(ValueError, match="the pattern of an exported program is that of one grid"):
+            torch.export.export(model, (images,), dynamic_shapes=(sides,))
 
 
 @pytest.mark.slow
