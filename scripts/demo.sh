@@ -4,5 +4,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install_extras diffusers
 out="${1:-out/demo}"
-"$venv/bin/visattn" generate image --model emoji --prompt "a red apple, 3d" --prompt "smiling cat, gradient" \
-    --pattern "na(window=16x16, stride=8x8)" --steps 12 --dense-steps 4 --compare --seed 0 --out "$out" --force
+"$venv/bin/visattn" generate image --model emoji --prompt "bus, gradient" --prompt "post office, gradient" \
+    --pattern "na(window=16x16, stride=8x8)" --steps 12 --dense-steps 4 --compare --seed 1 --out "$out" --force

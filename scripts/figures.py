@@ -51,10 +51,9 @@ COMMANDS = {
     "--steps 16 --dense-steps 4 --compare --out {folder} --force",
     "generate-video-radial": 'visattn generate video --model moving-digits --pattern "radial(decay=0.5)" --label 3,7 '
     "--steps 16 --compare --out {folder} --force",
-    "generate-emoji": 'visattn generate image --model emoji --prompt "a red apple, 3d" '
-    '--prompt "smiling cat, gradient" --pattern "na(window=16x16, stride=8x8)" --steps 12 '
-    "--dense-steps 4 --compare --out {folder} --force",
-    "generate-emoji-512": 'visattn generate image --model emoji --prompt "smiling cat, gradient" --size 512 '
+    "generate-emoji": 'visattn generate image --model emoji --prompt "bus, gradient" --prompt "post office, gradient" '
+    '--pattern "na(window=16x16, stride=8x8)" --steps 12 --dense-steps 4 --compare --seed 1 --out {folder} --force',
+    "generate-emoji-512": 'visattn generate image --model emoji --prompt "bus, gradient" --size 512 --seed 1 '
     '--pattern "na(window=16x16, stride=8x8)" --steps 6 --dense-steps 2 --compare --out {folder} --force',
     "moving-digits": 'python -m scripts.measure.moving_digits --pattern dense --pattern "radial(decay=0.5)" --pattern '
     '"na(window=7x7x7)" --pattern "na(window=3x9x9)" --per-class 1 --steps 8 --batch 5 --threads 1 --loss-clips 16 '
