@@ -40,7 +40,8 @@ def static_part(plan: TilePlan, by_keys: bool, device: torch.device) -> Static:
     kind, slots = fill_kinds(columns)
     rows = np.broadcast_to(slots[:, None, :], (len(slots), base.rows, columns.capacity))
     more = torch.from_numpy(pack(rows, base.rows, base.columns)).to(device)
-    short, fits = ~slots[kind].all(1), columns.capacity == base.columns
+    short: np.ndarray = np.logical_not(slots[kind].all(1))
+    fits = columns.capacity == base.columns
     whole = fits and not short[columns.grid_tiles].any()
     mixed = fits and not whole and not short[columns.grid_tiles].all()
 
