@@ -22,6 +22,8 @@ from visattn.patterns.routing import Routing
 LARGEST = 256
 # Rows and channels of a step of the products; entries that are copied or looked at at once.
 ROWS, CHANNELS, STEP = 16, 32, 128
+# Numbers that a program of the means adds at once: more of them spill at head dim 256.
+MEANS = 2048
 WARPS = 4
 
 
@@ -220,12 +222,13 @@ class Router:
         return made | {"turned": self._turn(own, {"choice": self._space.piece(memory, "choice", -1), **lists})}
 
     def _means(self, q: torch.Tensor, k: torch.Tensor, tensors: dict[str, Any]) -> Launch:
+        width = block_dim(q.shape[3])
         given = {
             **tensors, "tokens": self._tokens,
             "q_batch": q.stride(0), "q_token": q.stride(1), "q_head": q.stride(2),
             "k_batch": k.stride(0), "k_token": k.stride(1), "k_head": k.stride(2),
             "heads": self._heads, "kv_heads": self._kv_heads, "regions": self._regions, "slots": self._tokens.shape[1],
-            "HEAD_DIM": q.shape[3], "BLOCK_DIM": block_dim(q.shape[3]), "SLOTS": ROWS,
+            "HEAD_DIM": q.shape[3], "BLOCK_DIM": width, "SLOTS": min(ROWS, MEANS // width),
         }  # fmt: skip
         return Launch(region_means, (self._regions, self._heads + self._kv_heads, self._batch), given, WARPS)
 
