@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from visattn.pipelines.families import control, image, unets, video
+from visattn.pipelines.families import control, image, unets, unknown, video
 from visattn.pipelines.families.base import Family
 from visattn.registry import REGISTRY
 
@@ -36,3 +36,8 @@ def find_family(model: torch.nn.Module) -> Family | None:
 def known_classes() -> str:
     """The model classes of all families, as a text."""
     return ", ".join(FAMILIES)
+
+
+def why_unknown(model: torch.nn.Module) -> str:
+    """Why the class of a model has no record, by the names of its classes; "" if that is not known."""
+    return next(filter(None, (unknown.reason(kind.__name__) for kind in type(model).__mro__)), "")

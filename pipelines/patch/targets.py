@@ -11,7 +11,7 @@ import torch
 
 from visattn.handle import Request
 from visattn.patterns import MergingPattern, Pattern
-from visattn.pipelines.families import find_family, known_classes
+from visattn.pipelines.families import find_family, known_classes, why_unknown
 from visattn.pipelines.families.base import Family, Seen
 from visattn.schedule import check_dims
 
@@ -102,9 +102,10 @@ def _family(model: torch.nn.Module, request: Request) -> Family:
     if family is None and request.layout is not None:
         return Family(type(model).__name__, (), request.layout.dims, ("*",), lambda config, args: Seen())
     if family is None:
+        why = why_unknown(model)
         raise ValueError(
             f"{type(model).__name__} is a model class that visattn does not know: pass layout=Layout(grid, prefix=..., "
-            f"suffix=...) to say where its tokens sit; known classes: {known_classes()}"
+            f"suffix=...) to say where its tokens sit{f' ({why})' if why else ''}; known classes: {known_classes()}"
         )
     if family.nothing:
         raise ValueError(f"{type(model).__name__}: {family.nothing}")

@@ -1,4 +1,4 @@
-"""`visattn models`: the backbones, and what can be swapped."""
+"""`visattn models`: the backbones, and what can be swapped or patched."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def models(
     filter: Annotated[str, typer.Option("--filter", help="Only names that match, like 'dinat*'.")] = "*",
     json: JsonOption = False,
 ) -> None:
-    """List the backbones that visattn adds to timm, and the attention classes of timm that it can swap."""
+    """List the backbones that visattn adds to timm, the attention of timm that it can swap, and diffusers' models."""
     found = _found(filter)
     if json:
         print_json(found)
@@ -23,6 +23,14 @@ def models(
     typer.echo("\nattention of timm that apply() can swap:")
     for name, models in found["swappable"].items():
         typer.echo(f"  {name:<58} {models}")
+    typer.echo("\nmodels of diffusers that apply() can patch:")
+    for name, classes in found["diffusers"].items():
+        typer.echo(f"  {name:<58} {' '.join(classes)}")
+    typer.echo(
+        "\nmodels of diffusers without a record; where attention is, apply(..., layout=Layout(grid, prefix, suffix)):"
+    )
+    for name, why in found["unknown"].items():
+        typer.echo(f"  {name:<58} {why}")
 
 
 def _found(pattern: str) -> dict[str, Any]:
@@ -44,4 +52,22 @@ def _found(pattern: str) -> dict[str, Any]:
     if not kept:
         every = ", ".join(name for names in families.values() for name in names)
         raise ValueError(f"no backbone matches {pattern!r}; there are {every}")
-    return {"backbones": kept, "swappable": {name: record.models for name, record in RECORDS.usable().items()}}
+    return {
+        "backbones": kept,
+        "swappable": {name: record.models for name, record in RECORDS.usable().items()},
+        **_diffusers(),
+    }
+
+
+def _diffusers() -> dict[str, dict[str, Any]]:
+    """Known model classes of diffusers by family, and why others are not."""
+    from visattn.pipelines.families import FAMILIES, unknown
+
+    known, refused = {}, {}
+    for name, family in FAMILIES.usable().items():
+        if family.nothing:
+            refused[name] = f"nothing to sparsify: {family.nothing}"
+        else:
+            known.setdefault(family.name, []).append(name)
+    refused |= {name: unknown.reason(name) for name in (*unknown.NOT_SPARSE, *unknown.NOT_YET)}
+    return {"diffusers": known, "unknown": refused}

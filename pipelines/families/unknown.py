@@ -1,0 +1,83 @@
+"""Model classes of diffusers that have no record, and why."""
+
+from __future__ import annotations
+
+_AUDIO = "its tokens are those of sound, along one axis"
+_WIDER_KEYS = "its image tokens attend to themselves and to text or cached keys in one call, keys that have no queries"
+
+# Classes in which no visual self-attention could become sparse.
+NOT_SPARSE = {
+    "AceStepTransformer1DModel": _AUDIO,
+    "DreamLiteTransformer2DModel": "it is a part of another model, which is patched as a whole",
+    "Kandinsky6SRTransformer3DModel": "it brings a sparse attention of its own (NABLA with sliding tiles)",
+    "LongCatAudioDiTTransformer": _AUDIO,
+    "MiniMaxMusic3RVQDepthDecoder": _AUDIO,
+    "MiniMaxMusic3Transformer1DModel": _AUDIO,
+    "MotionAdapter": "it attends over the frames of one pixel, a few dozen tokens",
+    "PriorTransformer": "its sequence of a few dozen tokens is causal and has no grid",
+    "RFD4ProteinaTransformer": "its tokens are those of a protein and have no grid",
+    "SanaVideoTransformer3DModel": "its self-attention is linear already",
+    "StableAudio3DiTModel": _AUDIO,
+    "StableAudioDiTModel": _AUDIO,
+    "T5FilmDecoder": _AUDIO,
+    "TransformerTemporalModel": "it attends over the frames of one pixel, a few dozen tokens",
+    "UNet1DModel": _AUDIO,
+}
+
+# Classes that could have a record.
+NOT_YET = {
+    "AllegroTransformer3DModel": "its record is not written (grid)",
+    "AnyFlowFARTransformer3DModel": _WIDER_KEYS,
+    "AnyFlowTransformer3DModel": "its record is not written (grid)",
+    "AudioLDM2UNet2DConditionModel": "its record is not written (grid of time and frequency, halved)",
+    "AuraFlowTransformer2DModel": "its record is not written (registers, text, grid)",
+    "BriaFibo2Transformer2DModel": "the order of its tokens depends on the texts of the batch",
+    "CogView3PlusTransformer2DModel": "its record is not written (text, grid)",
+    "CogView4Transformer2DModel": "its record is not written (text, grid)",
+    "Cosmos3OmniTransformer": _WIDER_KEYS,
+    "EasyAnimateTransformer3DModel": "its record is not written (text, grid)",
+    "ErnieImageTransformer2DModel": "its record is not written (grid, text)",
+    "Flux3Transformer2DModel": "its record is not written (text, grid, reference images)",
+    "GlmImageTransformer2DModel": "its record is not written (text, grid)",
+    "HeliosTransformer3DModel": "its record is not written (history, grid)",
+    "HunyuanImageTransformer2DModel": "its record is not written (grid of two or three axes, text)",
+    "HunyuanVideoFramepackTransformer3DModel": "its record is not written (history, grid, image, text)",
+    "Ideogram4Transformer2DModel": "its record is not written (padding, text, grid)",
+    "JoyImageEditPlusTransformer3DModel": "its record is not written (target, references, padding, text)",
+    "JoyImageEditTransformer3DModel": "its record is not written (grid of several images, text)",
+    "Kandinsky3UNet": "its record is not written (grid, halved and rounded down)",
+    "Kandinsky6Transformer3DModel": "its record is not written (grid)",
+    "Krea2Transformer2DModel": "its record is not written (text, grid)",
+    "LatteTransformer3DModel": "its record is not written (grid of each frame)",
+    "LuminaNextDiT2DModel": "its mask has an axis of heads, which no record reads",
+    "MiniMaxH3Transformer3DModel": "its record is not written (text, conditions, sound, video)",
+    "MotifVideoTransformer3DModel": "its record is not written (grid, image, text)",
+    "NucleusMoEImageTransformer2DModel": _WIDER_KEYS,
+    "OmniGenTransformer2DModel": "its text is causal and its image is not, in one call with a full mask",
+    "PRXTransformer2DModel": _WIDER_KEYS,
+    "QwenImage21Transformer2DModel": _WIDER_KEYS,
+    "SanaWMLTX2RefinerTransformer3DModel": _WIDER_KEYS,
+    "SanaWMTransformer3DModel": "its quadratic attention, in one of four layers, has no processor to replace",
+    "StableCascadeUNet": _WIDER_KEYS,
+    "Transformer2DModel": "its record is not written (grid)",
+    "UNet2DModel": "its record is not written (grid, halved)",
+    "UVit2DModel": "its record is not written (grid)",
+    "WanAnimate2Transformer3DModel": _WIDER_KEYS,
+}
+
+# Classes that hold several ControlNets in `nets`; each is patched by its own record.
+CONTAINERS = (
+    "FluxMultiControlNetModel",
+    "HunyuanDiT2DMultiControlNetModel",
+    "MultiControlNetModel",
+    "MultiControlNetUnionModel",
+    "QwenImageMultiControlNetModel",
+    "SD3MultiControlNetModel",
+)
+
+
+def reason(name: str) -> str:
+    """Why a model class has no record, "" if that is not known."""
+    if name in NOT_SPARSE:
+        return f"nothing to sparsify: {NOT_SPARSE[name]}"
+    return f"not yet: {NOT_YET[name]}" if name in NOT_YET else ""
