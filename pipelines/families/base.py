@@ -6,7 +6,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ class Family:
     Attributes:
         name: What reports and errors call it.
         classes: Model class names.
-        dims: Axes of the token grid.
+        dims: Axes of the token grid; 0 where they are as many as those of a model's `patch_size`.
         sites: Globs of the paths of its visual self-attention modules, in the order in which layers run.
         seen: Finds the tokens from the model's config and the arguments of its forward.
         read: Completes that from the config and the values of `Seen.ids`.
@@ -83,6 +83,10 @@ class Family:
     mask_row: int | None = None
     nothing: str = ""
     tokens: str = "grid"
+
+    def of(self, config: Any) -> Family:
+        """The record of a model with this config, whose `dims` is known."""
+        return self if self.dims else replace(self, dims=len(config.patch_size))
 
     def find_sites(self, model: torch.nn.Module) -> list[tuple[SiteName, torch.nn.Module]]:
         """The visual self-attention modules of a model, in the order in which layers run.

@@ -109,7 +109,7 @@ def _family(model: torch.nn.Module, request: Request) -> Family:
         )
     if family.nothing:
         raise ValueError(f"{type(model).__name__}: {family.nothing}")
-    return family
+    return family.of(model.config)
 
 
 def _check_merging(pattern: Pattern, model: torch.nn.Module, family: Family, request: Request) -> None:

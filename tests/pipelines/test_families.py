@@ -9,7 +9,7 @@ import diffusers
 
 import visattn
 import visattn.pipelines.families
-from tests.support import tiny_control, tiny_models, tiny_unets
+from tests.support import tiny_control, tiny_models, tiny_text_images, tiny_unets
 
 
 @pytest.fixture(params=tiny_models.FAMILIES)
@@ -106,6 +106,14 @@ KINDS = {
     "references of FIBO": (tiny_models.bria_fibo, {59: ((6, 8), 5, 6)}),
     "identity beside video": (tiny_models.consisid, {56: ((3, 4, 4), 8, 0)}),
     "skips between blocks": (tiny_models.hunyuan_dit, {48: ((6, 8), 0, 0)}),
+    "text before latents": (tiny_text_images.cogview4, {53: ((6, 8), 5, 0)}),
+    "text before latents of CogView 3+": (tiny_text_images.cogview3, {53: ((6, 8), 5, 0)}),
+    "glyphs before latents": (tiny_text_images.glm_image, {53: ((6, 8), 5, 0)}),
+    "registers before text": (tiny_text_images.auraflow, {61: ((6, 8), 13, 0)}),
+    "padded text after latents": (tiny_text_images.ernie, {53: ((6, 8), 0, 5)}),
+    "ids of text and image": (tiny_text_images.krea2, {53: ((6, 8), 5, 0)}),
+    "two texts": (tiny_text_images.hunyuan_image, {57: ((6, 8), 0, 9)}),
+    "frames of an image": (tiny_text_images.hunyuan_image_refiner, {77: ((3, 4, 6), 0, 5)}),
     "control of a UNet": (tiny_control.controlnet, {120: ((12, 10), 0, 0), 30: ((6, 5), 0, 0)}),
     "control with a mode": (tiny_control.flux_control_union, {54: ((6, 8), 6, 0)}),
     "control before text": (tiny_control.sd3_control, {53: ((6, 8), 0, 5), 48: ((6, 8), 0, 0)}),
@@ -190,6 +198,27 @@ def test_mask_that_is_a_bias_is_carried(monkeypatch):
     torch.testing.assert_close(tiny_models.run(model, inputs, attention_mask=mask), sparse, rtol=2e-4, atol=2e-5)
     (expected,) = torch.autograd.grad(model(**inputs, attention_mask=mask).sample.square().sum(), [weight])
     torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [tiny_text_images.cogview4, tiny_text_images.glm_image])
+def test_mask_of_text_that_becomes_a_bias_is_carried(build, monkeypatch):
+    model, inputs = build(batch=1)
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    plain = tiny_models.run(model, inputs, attention_mask=mask)
+    assert not torch.allclose(plain, tiny_models.run(model, inputs))
+    with visattn.apply(model, "na(window=-1)", strict=True, backend="reference"):
+        torch.testing.assert_close(tiny_models.run(model, inputs, attention_mask=mask), plain, rtol=2e-4, atol=2e-5)
+    with visattn.apply(model, "na(window=3x3)", strict=True) as handle:
+        sparse = tiny_models.run(model, inputs, attention_mask=mask)
+        assert not handle.report().fallbacks
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def with_window(query, key, value, attn_mask, *args, **options):
+        outside = ~window_mask((6, 8), (3, 3), 5, 0)
+        return real(query, key, value, attn_mask.masked_fill(outside, float("-inf")), *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", with_window)
+    torch.testing.assert_close(tiny_models.run(model, inputs, attention_mask=mask), sparse, rtol=2e-4, atol=2e-5)
 
 
 def test_bias_carried_in_half_precision_is_that_of_the_mask():

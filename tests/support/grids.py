@@ -7,6 +7,7 @@ import torch
 from diffusers.models.transformers import transformer_ltx2
 from diffusers.pipelines.chroma.pipeline_chroma import ChromaPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+from diffusers.pipelines.krea2.pipeline_krea2 import Krea2Pipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
 from hypothesis import strategies as st
 
@@ -83,6 +84,28 @@ def latents(case):
 def latents_then_text(case):
     args, layout = latents(case)
     return args | {"encoder_hidden_states": case.empty(case.text, 8)}, Layout(layout.grid, 0, case.text)
+
+
+def text_then_latents(case):
+    args, layout = latents_then_text(case)
+    return args, Layout(layout.grid, case.text)
+
+
+def auraflow(case):
+    args, layout = text_then_latents(case)
+    return args, Layout(layout.grid, 8 + case.text)
+
+
+def ernie(case):
+    args, layout = latents_then_text(case)
+    return {"hidden_states": args["hidden_states"], "text_bth": args["encoder_hidden_states"]}, layout
+
+
+def joint_ids(case):
+    grid = case.image()
+    ids = Krea2Pipeline.prepare_position_ids(case.text, *grid, "cpu")
+    args = {"position_ids": ids.to(case.dtype), "encoder_hidden_states": case.empty(case.text, 3, 8)}
+    return args, Layout(grid, case.text)
 
 
 def unet(case):
@@ -228,6 +251,7 @@ def sizes_of(grid):
 
 
 IMAGE, VIDEO = SimpleNamespace(patch_size=2), SimpleNamespace(patch_size=(1, 2, 2), in_channels=4)
+SIDES = SimpleNamespace(patch_size=(2, 2))
 SPLIT = SimpleNamespace(patch_size=2, patch_size_t=1)
 TEXT, NO_TEXT = (SimpleNamespace(patch_size=2, joint_attention_dim=width) for width in (8, None))
 # By class and kind of input: config and how to draw a forward.
@@ -260,6 +284,14 @@ CASES = {
     "Kandinsky5Transformer3DModel": (VIDEO, kandinsky),
     "HunyuanDiT2DModel": (IMAGE, latents),
     "HunyuanDiT2DControlNetModel": (IMAGE, latents),
+    "CogView3PlusTransformer2DModel": (IMAGE, text_then_latents),
+    "CogView4Transformer2DModel": (IMAGE, text_then_latents),
+    "GlmImageTransformer2DModel": (IMAGE, text_then_latents),
+    "AuraFlowTransformer2DModel": (IMAGE, auraflow),
+    "ErnieImageTransformer2DModel": (IMAGE, ernie),
+    "HunyuanImageTransformer2DModel": (SIDES, latents_then_text),
+    "HunyuanImageTransformer2DModel, refiner": (VIDEO, video_then_text),
+    "Krea2Transformer2DModel": (None, joint_ids),
     "LongCatImageTransformer2DModel": (None, with_ids),
     "OvisImageTransformer2DModel": (None, with_ids),
     "BriaFiboTransformer2DModel": (None, with_ids),

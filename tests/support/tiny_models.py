@@ -31,6 +31,7 @@ from tests.support.tiny_images import (
     sdxl,
     z_image,
 )
+from tests.support.tiny_text_images import TEXT_IMAGES
 from tests.support.tiny_unets import VIDEO_UNETS
 from tests.support.tiny_videos import (
     chronoedit,
@@ -126,6 +127,7 @@ FAMILIES = {
     "skyreels": (skyreels, 2, "na(window=3x3x3)"),
     "chronoedit": (chronoedit, 2, "na(window=3x3x3)"),
     "consisid": (consisid, 2, "na(window=3x3x3)"),
+    **TEXT_IMAGES,
     **VIDEO_UNETS,
     **CONTROLNETS,
 }
