@@ -11,6 +11,9 @@ from visattn.pipelines.families.base import REST, Args, Family, Seen, patches
 
 # Learned tokens that AuraFlow puts before the text.
 REGISTERS = 8
+# Where the positions of Ideogram 4's image tokens begin; those of its text are below.
+IMAGE_POSITION = 65536
+_NO_GRID = "the position ids of its image tokens are not those of a grid in raster order"
 
 
 def _text_then_latents(config: Any, args: Args) -> Seen:
@@ -39,9 +42,36 @@ def _krea2(config: Any, args: Args) -> Seen:
 def _read_joint_ids(config: Any, ids: torch.Tensor, seen: Seen) -> Seen:
     """Rows of position_ids [text + tokens, (0, y, x)]; those of the text are zero."""
     grid = raster.whole(ids[int(seen.prefix) :, 1:])
-    if grid is None:
-        return Seen(why="the position ids of its image tokens are not those of a grid in raster order")
-    return seen._replace(grid=grid)
+    return Seen(why=_NO_GRID) if grid is None else seen._replace(grid=grid)
+
+
+def _flux3(config: Any, args: Args) -> Seen:
+    references = args.get("image_cond_hidden_states")
+    after = 0 if references is None else references.shape[1]
+    return Seen((), args["encoder_hidden_states"].shape[1], after, args["img_ids"])
+
+
+def _read_image_ids(config: Any, ids: torch.Tensor, seen: Seen) -> Seen:
+    """Rows of img_ids [tokens, (t, y, x, l)], y and x scaled."""
+    grid = raster.whole(ids[:, 1:3])
+    return Seen(why=_NO_GRID) if grid is None else seen._replace(grid=grid)
+
+
+def _ideogram(config: Any, args: Args) -> Seen:
+    return Seen(ids=args["position_ids"])
+
+
+def _read_packed_ids(config: Any, ids: torch.Tensor, seen: Seen) -> Seen:
+    """Rows of position_ids [B, padding + text + tokens, (t, y, x)]; all samples end with an image of one size."""
+    ids = ids.detach().cpu()
+    image = (ids >= IMAGE_POSITION).all(-1)
+    tokens = int(image[0].sum())
+    before = ids.shape[1] - tokens
+    if bool(image[:, :before].any()) or not bool(image[:, before:].all()):
+        return Seen(why="its samples do not all end with an image of one size")
+    grids = ids[:, before:, 1:] - IMAGE_POSITION
+    grid = raster.whole(grids[0]) if tokens and bool((grids == grids[:1]).all()) else None
+    return Seen(why=_NO_GRID) if grid is None else seen._replace(grid=grid, prefix=before)
 
 
 COGVIEW = Family(
@@ -103,4 +133,27 @@ KREA2 = Family(
     tokens="text, grid",
 )
 
-FAMILIES = (COGVIEW, GLM_IMAGE, AURAFLOW, ERNIE, HUNYUAN_IMAGE, KREA2)
+FLUX3 = Family(
+    name="FLUX.3",
+    classes=("Flux3Transformer2DModel",),
+    dims=2,
+    # Beside the blocks of the image are those of text and references, each alone.
+    sites=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
+    seen=_flux3,
+    read=_read_image_ids,
+    tokens="text, grid, reference images (first blocks: grid)",
+)
+
+IDEOGRAM4 = Family(
+    name="Ideogram 4",
+    classes=("Ideogram4Transformer2DModel",),
+    dims=2,
+    sites=("layers.*.attention",),
+    seen=_ideogram,
+    read=_read_packed_ids,
+    # Padding sees padding alone; what it gets is never used, and the image sees all other tokens.
+    mask_row=-1,
+    tokens="padding, text, grid",
+)
+
+FAMILIES = (COGVIEW, GLM_IMAGE, AURAFLOW, ERNIE, HUNYUAN_IMAGE, KREA2, FLUX3, IDEOGRAM4)

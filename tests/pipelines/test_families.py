@@ -112,6 +112,8 @@ KINDS = {
     "registers before text": (tiny_text_images.auraflow, {61: ((6, 8), 13, 0)}),
     "padded text after latents": (tiny_text_images.ernie, {53: ((6, 8), 0, 5)}),
     "ids of text and image": (tiny_text_images.krea2, {53: ((6, 8), 5, 0)}),
+    "scaled ids": (tiny_text_images.flux3, {48: ((6, 8), 0, 0), 59: ((6, 8), 5, 6)}),
+    "packed ids": (tiny_text_images.ideogram4, {53: ((6, 8), 5, 0)}),
     "two texts": (tiny_text_images.hunyuan_image, {57: ((6, 8), 0, 9)}),
     "frames of an image": (tiny_text_images.hunyuan_image_refiner, {77: ((3, 4, 6), 0, 5)}),
     "control of a UNet": (tiny_control.controlnet, {120: ((12, 10), 0, 0), 30: ((6, 5), 0, 0)}),
@@ -169,6 +171,39 @@ def test_captions_of_different_length_run_sample_by_sample(monkeypatch):
     expected = tiny_models.run(model, inputs)
     assert set(masked) == {48, 53}
     torch.testing.assert_close(sparse, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_padding_before_the_text_of_each_sample(monkeypatch):
+    model, inputs = tiny_text_images.ideogram4(lengths=(5, 3))
+    with visattn.apply(model, "na(window=3x3)", strict=True, backend="reference"):
+        sparse = tiny_models.run(model, inputs)
+    real, masked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def with_mask(query, key, value, attn_mask, *args, **options):
+        masked.append(query.shape[2])
+        return real(query, key, value, attn_mask & window_mask((6, 8), (3, 3), 5, 0), *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", with_mask)
+    expected = tiny_models.run(model, inputs)
+    assert masked == [53, 53]
+    # What padding gets is of no use to anyone.
+    torch.testing.assert_close(sparse[:, 5:], expected[:, 5:], rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(sparse[0], expected[0], rtol=2e-4, atol=2e-5)
+
+
+def test_packed_samples_that_do_not_end_with_images_of_one_size_are_dense():
+    model, inputs = tiny_text_images.ideogram4()
+    family = visattn.pipelines.families.find_family(model)
+    for change in ("text behind the image", "another size", "no image"):
+        ids = inputs["position_ids"].clone()
+        if change == "text behind the image":
+            ids[:, -1] = 7
+        elif change == "another size":
+            ids[1, 5:] = ids[1, 5:, [0, 2, 1]]
+        else:
+            ids[:] = 3
+        seen = family.read(model.config, ids, family.seen(model.config, {"position_ids": ids}))
+        assert not seen.grid and seen.why, change
 
 
 def chroma_mask():

@@ -18,16 +18,21 @@ def with_one_layer(build):
     model, inputs = build()
     first, *others = [name for name in BLOCKS if hasattr(model, name)]
     setattr(model, first, getattr(model, first)[:1])
+    for blocks in getattr(model, "mode_blocks", {}).values():
+        del blocks[:]
     for name in others:
         setattr(model, name, torch.nn.ModuleList())
     return model, inputs
 
 
 def tokens(latents, patch):
-    """Latents [B, C, ..., H, W] as tokens [tokens, values] of the last sample; tokens [B, N, C] stay."""
+    """Latents [B, C, ..., H, W] as tokens [tokens, values] of the last sample.
+
+    Of tokens [B, N, C] those of the image, which are the last.
+    """
     latents = latents[-1]
     if latents.ndim == 2:
-        return latents
+        return latents[-48:]
     for axis, size in zip(range(1, latents.ndim), patch, strict=True):
         latents = latents.unfold(axis, size, size)
     dims = len(patch)
@@ -43,7 +48,7 @@ def test_a_token_reaches_the_queries_whose_window_holds_it(name, place):
     changed = inputs["hidden_states"].clone()
     token = round(place * (math.prod(grid) - 1))
     if changed.ndim == 3:
-        changed[-1, token] += 3
+        changed[-1, changed.shape[1] - math.prod(grid) + token] += 3
     else:
         at = [slice(i * p, i * p + p) for i, p in zip(divmods(token, grid), patch, strict=True)]
         changed[(-1, slice(None), *at)] += 3

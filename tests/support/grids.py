@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import torch
 from diffusers.models.transformers import transformer_ltx2
+from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids as flux3_image_ids
 from diffusers.pipelines.chroma.pipeline_chroma import ChromaPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+from diffusers.pipelines.ideogram4.pipeline_ideogram4 import Ideogram4Pipeline
 from diffusers.pipelines.krea2.pipeline_krea2 import Krea2Pipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
 from hypothesis import strategies as st
@@ -106,6 +108,26 @@ def joint_ids(case):
     ids = Krea2Pipeline.prepare_position_ids(case.text, *grid, "cpu")
     args = {"position_ids": ids.to(case.dtype), "encoder_hidden_states": case.empty(case.text, 3, 8)}
     return args, Layout(grid, case.text)
+
+
+def scaled_ids(case):
+    grid, references = case.image(), case.references()
+    ids = flux3_image_ids(*grid, case.draw(st.sampled_from([0.5, 1.0, 2.0])))
+    args = {"img_ids": ids.to(case.dtype), "encoder_hidden_states": case.empty(case.text, 8)}
+    after = sum(map(math.prod, references))
+    if references:
+        args["image_cond_hidden_states"] = case.empty(after, 8)
+    return args, Layout(grid, case.text, after)
+
+
+def packed_ids(case):
+    """The second forward of classifier-free guidance holds the image alone."""
+    grid = case.image()
+    lengths = [case.draw(st.integers(0, 9)) for _ in range(case.batch)]
+    ids, *_ = Ideogram4Pipeline._prepare_ids(lengths, *grid, max(lengths), "cpu")
+    alone = case.draw(st.booleans())
+    args = {"position_ids": ids[:, max(lengths) :] if alone else ids}
+    return args, Layout(grid, 0 if alone else max(lengths))
 
 
 def unet(case):
@@ -292,6 +314,8 @@ CASES = {
     "HunyuanImageTransformer2DModel": (SIDES, latents_then_text),
     "HunyuanImageTransformer2DModel, refiner": (VIDEO, video_then_text),
     "Krea2Transformer2DModel": (None, joint_ids),
+    "Flux3Transformer2DModel": (None, scaled_ids),
+    "Ideogram4Transformer2DModel": (None, packed_ids),
     "LongCatImageTransformer2DModel": (None, with_ids),
     "OvisImageTransformer2DModel": (None, with_ids),
     "BriaFiboTransformer2DModel": (None, with_ids),

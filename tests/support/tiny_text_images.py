@@ -2,6 +2,7 @@
 
 import diffusers
 import torch
+from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids as flux3_image_ids
 
 from tests.support.tiny import noise, seeded
 
@@ -180,6 +181,59 @@ def hunyuan_image_refiner():
     return hunyuan_image((3, 8, 12), glyphs=False)
 
 
+def flux3(batch=2, text=5):
+    """With one reference image of 2x3 tokens."""
+    model = seeded(
+        diffusers.Flux3Transformer2DModel,
+        in_channels=4,
+        cond_in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        timestep_channels=8,
+        mlp_ratio=1.0,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    inputs = {
+        "hidden_states": noise(batch, 48, 4),
+        "encoder_hidden_states": noise(batch, text, 16, seed=2),
+        "timestep": torch.tensor([0.5] * batch),
+        "img_ids": flux3_image_ids(6, 8, 0.5),
+        "txt_ids": torch.zeros(text, 4),
+        "image_cond_hidden_states": noise(batch, 6, 4, seed=3),
+        "image_cond_ids": flux3_image_ids(2, 3, 0.5, -1),
+    }
+    return model, inputs
+
+
+def ideogram4(lengths=(5, 5)):
+    """Text of these lengths before the image, padded on the left to the longest."""
+    model = seeded(
+        diffusers.Ideogram4Transformer2DModel,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        adaln_dim=8,
+        llm_features_dim=16,
+        mrope_section=(4, 2, 2),
+    )
+    batch, longest = len(lengths), max(lengths)
+    position_ids, segment_ids, indicator = diffusers.Ideogram4Pipeline._prepare_ids(lengths, 6, 8, longest, "cpu")
+    inputs = {
+        "hidden_states": noise(batch, longest + 48, 4),
+        "timestep": torch.tensor([0.5] * batch),
+        "encoder_hidden_states": noise(batch, longest + 48, 16, seed=2),
+        "position_ids": position_ids,
+        "segment_ids": segment_ids,
+        "indicator": indicator,
+    }
+    return model, inputs
+
+
 # Builder, number of calls of visual self-attention in a forward, and a sparse pattern.
 TEXT_IMAGES = {
     "cogview4": (cogview4, 2, "na(window=3x3)"),
@@ -188,6 +242,8 @@ TEXT_IMAGES = {
     "ernie": (ernie, 2, "na(window=3x3)"),
     "glm_image": (glm_image, 2, "na(window=3x3)"),
     "krea2": (krea2, 2, "na(window=3x3)"),
+    "flux3": (flux3, 3, "na(window=3x3)"),
+    "ideogram4": (ideogram4, 2, "na(window=3x3)"),
     "hunyuan_image": (hunyuan_image, 3, "na(window=3x3)"),
     "hunyuan_image_refiner": (hunyuan_image_refiner, 3, "na(window=3x3x3)"),
 }
