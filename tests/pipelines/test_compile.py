@@ -117,7 +117,8 @@ def graphs_of_repeated_blocks(build, pattern, patched):
             pytest.param(name, marks=pytest.mark.slow)
             for name in [
                 *("sd15", "flux2", "chroma", "qwen", "z_image", "wan_vace", "wan_animate", "hunyuan_video"),
-                *("hunyuan_video15", "ltx", "ltx2", "kandinsky5"),
+                *("hunyuan_video15", "ltx", "ltx2", "kandinsky5", "krea2", "hunyuan_image", "ernie"),
+                *("ideogram4", "glm_image"),
             ]
         ),
     ],
@@ -126,6 +127,13 @@ def test_repeated_blocks_share_graphs(name):
     build, _, pattern = tiny_models.FAMILIES[name]
     build = BUILDERS.get(name, build)
     assert graphs_of_repeated_blocks(build, pattern, True) == graphs_of_repeated_blocks(build, pattern, False) > 0
+
+
+@pytest.mark.slow
+def test_blocks_of_text_and_of_the_image_have_graphs_of_their_own():
+    """FLUX.3 has blocks of one class for each: stock shares a graph among them, the pattern is the image's alone."""
+    build, _, pattern = tiny_models.FAMILIES["flux3"]
+    assert graphs_of_repeated_blocks(build, pattern, True) == graphs_of_repeated_blocks(build, pattern, False) + 1
 
 
 def test_patching_another_model_recompiles_nothing():
