@@ -206,6 +206,27 @@ def test_packed_samples_that_do_not_end_with_images_of_one_size_are_dense():
         assert not seen.grid and seen.why, change
 
 
+def test_cached_keys_of_glm_image_keep_the_call_stock():
+    """Editing: the reference image's keys stand before those of text and grid, and have no queries."""
+    from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+
+    def edit(model, inputs):
+        cache = GlmImageKVCache(2)
+        cache.set_mode("write")
+        reference = {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :0], "kv_caches": cache}
+        tiny_models.run(model, inputs, **reference)
+        cache.set_mode("read")
+        return tiny_models.run(model, inputs, kv_caches=cache)
+
+    model, inputs = tiny_text_images.glm_image()
+    stock = edit(model, inputs)
+    assert not torch.allclose(stock, tiny_models.run(model, inputs))
+    with visattn.apply(model, "na(window=-1)") as handle, pytest.warns(UserWarning, match="self-attention"):
+        torch.testing.assert_close(edit(model, inputs), stock)
+        report = handle.report()
+    assert list(report.fallbacks.values()) == [2] and "self-attention" in next(iter(report.fallbacks))
+
+
 def chroma_mask():
     """Chroma's pipeline passes zeros and ones as floats, which torch's SDPA adds to the logits."""
     return torch.cat([torch.tensor([[1.0, 1, 1, 0, 0]]), torch.ones(1, 48)], 1)
