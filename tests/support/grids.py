@@ -5,11 +5,8 @@ from types import SimpleNamespace
 
 import torch
 from diffusers.models.transformers import transformer_ltx2
-from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids as flux3_image_ids
 from diffusers.pipelines.chroma.pipeline_chroma import ChromaPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
-from diffusers.pipelines.ideogram4.pipeline_ideogram4 import Ideogram4Pipeline
-from diffusers.pipelines.krea2.pipeline_krea2 import Krea2Pipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
 from hypothesis import strategies as st
 
@@ -104,6 +101,8 @@ def ernie(case):
 
 
 def joint_ids(case):
+    from diffusers.pipelines.krea2.pipeline_krea2 import Krea2Pipeline
+
     grid = case.image()
     ids = Krea2Pipeline.prepare_position_ids(case.text, *grid, "cpu")
     args = {"position_ids": ids.to(case.dtype), "encoder_hidden_states": case.empty(case.text, 3, 8)}
@@ -111,6 +110,8 @@ def joint_ids(case):
 
 
 def scaled_ids(case):
+    from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids as flux3_image_ids
+
     grid, references = case.image(), case.references()
     ids = flux3_image_ids(*grid, case.draw(st.sampled_from([0.5, 1.0, 2.0])))
     args = {"img_ids": ids.to(case.dtype), "encoder_hidden_states": case.empty(case.text, 8)}
@@ -122,6 +123,8 @@ def scaled_ids(case):
 
 def packed_ids(case):
     """The second forward of classifier-free guidance holds the image alone."""
+    from diffusers.pipelines.ideogram4.pipeline_ideogram4 import Ideogram4Pipeline
+
     grid = case.image()
     lengths = [case.draw(st.integers(0, 9)) for _ in range(case.batch)]
     ids, *_ = Ideogram4Pipeline._prepare_ids(lengths, *grid, max(lengths), "cpu")

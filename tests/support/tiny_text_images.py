@@ -2,7 +2,6 @@
 
 import diffusers
 import torch
-from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids as flux3_image_ids
 
 from tests.support.tiny import noise, seeded
 
@@ -183,6 +182,8 @@ def hunyuan_image_refiner():
 
 def flux3(batch=2, text=5):
     """With one reference image of 2x3 tokens."""
+    from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids as flux3_image_ids
+
     model = seeded(
         diffusers.Flux3Transformer2DModel,
         in_channels=4,
