@@ -208,10 +208,10 @@ def test_packed_samples_that_do_not_end_with_images_of_one_size_are_dense():
 
 def test_cached_keys_of_glm_image_keep_the_call_stock():
     """Editing: the reference image's keys stand before those of text and grid, and have no queries."""
-    from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+    caches = pytest.importorskip("diffusers.models.transformers.transformer_glm_image")
 
     def edit(model, inputs):
-        cache = GlmImageKVCache(2)
+        cache = caches.GlmImageKVCache(2)
         cache.set_mode("write")
         reference = {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :0], "kv_caches": cache}
         tiny_models.run(model, inputs, **reference)

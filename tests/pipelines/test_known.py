@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 import diffusers
 from diffusers.models import controlnets, transformers, unets
+from packaging.version import Version
 from typer.testing import CliRunner
 
 import visattn
@@ -22,6 +23,7 @@ from tests.support.places import ROOT
 from visattn.cli import app
 from visattn.pipelines.families import FAMILIES, find_family, unknown, why_unknown
 
+LISTED = Version("0.42.1")
 # Modules of pipelines that hold a model.
 ELSEWHERE = ("diffusers.pipelines.audioldm2.modeling_audioldm2",)
 # What denoises nothing in these modules.
@@ -52,7 +54,7 @@ def unanswered(kinds):
 
 
 def test_every_class_of_the_release_has_a_record_or_a_reason():
-    assert len(released()) > 90
+    assert len(released()) > 60
     missing = unanswered(released())
     assert not missing, (
         f"diffusers {diffusers.__version__} has {', '.join(missing)}, of which visattn knows nothing: write a record "
@@ -68,6 +70,8 @@ def test_the_canary_sees_a_new_class():
 def test_reasons_are_of_classes_without_a_record():
     lists = [set(unknown.NOT_SPARSE), set(unknown.NOT_YET), set(unknown.CONTAINERS), set(FAMILIES)]
     assert len(set.union(*lists)) == sum(map(len, lists))
+    if Version(diffusers.__version__) < LISTED:
+        pytest.skip(f"the lists are of diffusers {LISTED}")
     gone = set.union(*lists[:3]) - set(released())
     assert not gone, f"diffusers {diffusers.__version__} has no {', '.join(sorted(gone))}: drop the reasons"
 

@@ -10,6 +10,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
 from hypothesis import strategies as st
 
+from tests.support.tiny import released
 from visattn.layout import Layout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -101,15 +102,14 @@ def ernie(case):
 
 
 def joint_ids(case):
-    from diffusers.pipelines.krea2.pipeline_krea2 import Krea2Pipeline
-
     grid = case.image()
-    ids = Krea2Pipeline.prepare_position_ids(case.text, *grid, "cpu")
+    ids = released("Krea2Pipeline").prepare_position_ids(case.text, *grid, "cpu")
     args = {"position_ids": ids.to(case.dtype), "encoder_hidden_states": case.empty(case.text, 3, 8)}
     return args, Layout(grid, case.text)
 
 
 def scaled_ids(case):
+    released("Flux3Transformer2DModel")
     from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids as flux3_image_ids
 
     grid, references = case.image(), case.references()
@@ -123,11 +123,9 @@ def scaled_ids(case):
 
 def packed_ids(case):
     """The second forward of classifier-free guidance holds the image alone."""
-    from diffusers.pipelines.ideogram4.pipeline_ideogram4 import Ideogram4Pipeline
-
     grid = case.image()
     lengths = [case.draw(st.integers(0, 9)) for _ in range(case.batch)]
-    ids, *_ = Ideogram4Pipeline._prepare_ids(lengths, *grid, max(lengths), "cpu")
+    ids, *_ = released("Ideogram4Pipeline")._prepare_ids(lengths, *grid, max(lengths), "cpu")
     alone = case.draw(st.booleans())
     args = {"position_ids": ids[:, max(lengths) :] if alone else ids}
     return args, Layout(grid, 0 if alone else max(lengths))

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 
 
@@ -22,3 +23,12 @@ def seeded(make, *args, **kwargs):
 
 def noise(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def released(name):
+    """A class of diffusers; skips the test where the installed release does not have it yet."""
+    import diffusers
+
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    return getattr(diffusers, name)

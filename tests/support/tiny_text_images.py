@@ -1,9 +1,8 @@
 """Tiny random image models whose text is a stream of its own around the grid, and their inputs."""
 
-import diffusers
 import torch
 
-from tests.support.tiny import noise, seeded
+from tests.support.tiny import noise, released, seeded
 
 
 def _sizes(batch):
@@ -24,7 +23,7 @@ def _latents_and_text(batch, text):
 
 def cogview4(batch=2, text=5):
     model = seeded(
-        diffusers.CogView4Transformer2DModel,
+        released("CogView4Transformer2DModel"),
         patch_size=2,
         in_channels=4,
         out_channels=4,
@@ -43,7 +42,7 @@ def cogview4(batch=2, text=5):
 
 def cogview3(batch=2, text=5):
     model = seeded(
-        diffusers.CogView3PlusTransformer2DModel,
+        released("CogView3PlusTransformer2DModel"),
         patch_size=2,
         in_channels=4,
         out_channels=4,
@@ -61,7 +60,7 @@ def cogview3(batch=2, text=5):
 
 def auraflow(batch=2, text=5):
     model = seeded(
-        diffusers.AuraFlowTransformer2DModel,
+        released("AuraFlowTransformer2DModel"),
         sample_size=16,
         patch_size=2,
         in_channels=4,
@@ -79,7 +78,7 @@ def auraflow(batch=2, text=5):
 
 def ernie(batch=2, text=5):
     model = seeded(
-        diffusers.ErnieImageTransformer2DModel,
+        released("ErnieImageTransformer2DModel"),
         hidden_size=32,
         num_attention_heads=2,
         num_layers=2,
@@ -98,7 +97,7 @@ def ernie(batch=2, text=5):
 
 def glm_image(batch=1, text=5):
     model = seeded(
-        diffusers.GlmImageTransformer2DModel,
+        released("GlmImageTransformer2DModel"),
         patch_size=2,
         in_channels=4,
         out_channels=4,
@@ -117,7 +116,7 @@ def glm_image(batch=1, text=5):
 
 def krea2(batch=2, text=5):
     model = seeded(
-        diffusers.Krea2Transformer2DModel,
+        released("Krea2Transformer2DModel"),
         in_channels=4,
         num_layers=2,
         attention_head_dim=16,
@@ -138,7 +137,7 @@ def krea2(batch=2, text=5):
         "hidden_states": noise(batch, 48, 4),
         "encoder_hidden_states": noise(batch, text, 3, 16, seed=2),
         "timestep": torch.tensor([0.5] * batch),
-        "position_ids": diffusers.Krea2Pipeline.prepare_position_ids(text, 6, 8, "cpu"),
+        "position_ids": released("Krea2Pipeline").prepare_position_ids(text, 6, 8, "cpu"),
         "encoder_attention_mask": torch.tensor([[True] * 3 + [False] * (text - 3), [True] * text])[:batch],
     }
     return model, inputs
@@ -148,7 +147,7 @@ def hunyuan_image(grid=(12, 16), glyphs=True):
     """With a second text (glyphs), whose valid tokens come before those of the first."""
     dims = len(grid)
     model = seeded(
-        diffusers.HunyuanImageTransformer2DModel,
+        released("HunyuanImageTransformer2DModel"),
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -182,10 +181,11 @@ def hunyuan_image_refiner():
 
 def flux3(batch=2, text=5):
     """With one reference image of 2x3 tokens."""
+    kind = released("Flux3Transformer2DModel")
     from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids as flux3_image_ids
 
     model = seeded(
-        diffusers.Flux3Transformer2DModel,
+        kind,
         in_channels=4,
         cond_in_channels=4,
         num_layers=1,
@@ -212,7 +212,7 @@ def flux3(batch=2, text=5):
 def ideogram4(lengths=(5, 5)):
     """Text of these lengths before the image, padded on the left to the longest."""
     model = seeded(
-        diffusers.Ideogram4Transformer2DModel,
+        released("Ideogram4Transformer2DModel"),
         in_channels=4,
         num_layers=2,
         attention_head_dim=16,
@@ -223,7 +223,7 @@ def ideogram4(lengths=(5, 5)):
         mrope_section=(4, 2, 2),
     )
     batch, longest = len(lengths), max(lengths)
-    position_ids, segment_ids, indicator = diffusers.Ideogram4Pipeline._prepare_ids(lengths, 6, 8, longest, "cpu")
+    position_ids, segment_ids, indicator = released("Ideogram4Pipeline")._prepare_ids(lengths, 6, 8, longest, "cpu")
     inputs = {
         "hidden_states": noise(batch, longest + 48, 4),
         "timestep": torch.tensor([0.5] * batch),
