@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from scripts.calls_gpu import in_turns, wall_us
 from visattn import Layout, attention, parse
 from visattn.crossing import crossing
 from visattn.dispatch import Call, Problem
@@ -29,7 +29,7 @@ MODES = ("eager", "captured", "compiled")
 PATTERNS = ("na(window=9x9)", "na(window=16x16,stride=8x8)", "clear(radius=8)")
 # How much longer what is chosen may take.
 SLACK = 1.10
-TURNS = 7
+TURNS, CALLS = 7, 100
 
 
 class Shape(NamedTuple):
@@ -56,16 +56,6 @@ SHAPES = (
     Shape("Wan", 32, 1, 12, 128),
     Shape("Wan", 64, 1, 12, 128),
 )
-
-
-def wall_us(run: Callable[[], Any]) -> float:
-    """Microseconds per call of many in a row."""
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(100):
-        run()
-    torch.cuda.synchronize()
-    return 1e6 * (time.perf_counter() - begin) / 100
 
 
 def in_mode(run: Callable[..., torch.Tensor], given: list[torch.Tensor], mode: str) -> Callable[[], Any]:
@@ -102,10 +92,7 @@ def measure(shape: Shape, pattern: str, mode: str) -> dict[str, Any]:
     found = crossing(replace(problem, mode=mode))
     assert found is not None
     runs = {"dense": in_mode(dense, given, mode), "sparse": in_mode(sparse, given, mode)}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in [*runs.items()] * TURNS:
-        times[name].append(wall_us(run))
-    taken = {name: statistics.median(each) for name, each in times.items()}
+    taken = in_turns({name: partial(wall_us, run, CALLS) for name, run in runs.items()}, TURNS)
     choice = "dense" if found.dense_pays else "sparse"
     return {
         **shape._asdict(), "pattern": pattern, "mode": mode, "choice": choice, "backend": found.backend,

@@ -13,7 +13,6 @@ PSNR to the teacher's picture from the same noise. The share of a gap that is re
 from __future__ import annotations
 
 import json
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -24,12 +23,11 @@ import torch
 
 from scripts.distill import cache_samples
 from scripts.distill.judge import Judge, train_judge
-from scripts.distill.process import train_student
+from scripts.distill.process import collect, train_student
 from scripts.distill.settings import option, parse
 from scripts.measure.estimates import frechet
 from scripts.train.digits_data import real_digits, upscale
 from visattn import apply
-from visattn.files import written_whole
 from visattn.pipelines.embedded import load_embedded
 from visattn.pipelines.trained import load_own, load_trained, trained_weights
 
@@ -237,19 +235,12 @@ def run(settings: Settings) -> dict[str, Any]:
         figures |= {"judge_accuracy": judge.accuracy, "reader_accuracy": judge.reader.round_trip_accuracy}
         figures |= {"teacher": measure.teacher | {"recognized_large": measure.large(None, None)}, "students": {}}
         before = {name: measure.student(name, None) for name in settings.names}
-        for name, future in training.items():
-            try:
-                seconds = future.result()
-            except RuntimeError as error:
-                # The others are worth measuring.
-                figures["failed"] = figures.get("failed", {}) | {name: str(error)}
-                print(f"{name}: {error}", file=sys.stderr, flush=True)
-            else:
-                figures["students"][name] = entry_of(name, seconds, before[name], measure)
-                print(json.dumps({name: figures["students"][name]}), flush=True)
-            result = settings.result or settings.out / "figures.json"
-            with written_whole(result) as path:
-                path.write_text(json.dumps(figures, indent=1) + "\n")
+        collect(
+            training,
+            figures,
+            lambda name, seconds: entry_of(name, seconds, before[name], measure),
+            settings.result or settings.out / "figures.json",
+        )
     save_sheets(settings.out, settings.names)
     return figures
 

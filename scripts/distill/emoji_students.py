@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from scripts.distill import cache_samples
-from scripts.distill.process import train_student
+from scripts.distill.process import collect, train_student
 from scripts.distill.settings import option, parse
 from scripts.measure.emoji_prompts import CAPTIONS, SEEN, choose
 from scripts.train.emoji_captions import TRAIN
@@ -104,6 +103,13 @@ def train(name: str, settings: Settings) -> float:
     return train_student(words, settings.out / name, settings.seconds)
 
 
+def entry_of(name: str, seconds: float, settings: Settings) -> dict[str, Any]:
+    """What a trained student's log says."""
+    log = [json.loads(line) for line in (settings.out / name / "log.jsonl").read_text().splitlines()]
+    found = {"pattern": STUDENTS[name][0], "steps": log[-1]["step"], "seconds": round(seconds, 1)}
+    return found | {"first": log[0], "last": log[-1]}
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Draws and trains; returns steps and seconds of each student, which are in OUT/students.json too."""
     cache(settings)
@@ -112,20 +118,9 @@ def run(settings: Settings) -> dict[str, Any]:
     figures["device"] = "cpu" if settings.cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
     with ThreadPoolExecutor(settings.jobs) as pool:
         training: dict[str, Future[float]] = {name: pool.submit(train, name, settings) for name in settings.names}
-        for name, future in training.items():
-            try:
-                seconds = future.result()
-            except RuntimeError as error:
-                # The others are worth having.
-                figures["failed"] = figures.get("failed", {}) | {name: str(error)}
-                print(f"{name}: {error}", file=sys.stderr, flush=True)
-            else:
-                log = [json.loads(line) for line in (settings.out / name / "log.jsonl").read_text().splitlines()]
-                found = {"pattern": STUDENTS[name][0], "steps": log[-1]["step"], "seconds": round(seconds, 1)}
-                figures["students"][name] = found | {"first": log[0], "last": log[-1]}
-                print(json.dumps({name: figures["students"][name]}), flush=True)
-            with written_whole(settings.out / "students.json") as path:
-                path.write_text(json.dumps(figures, indent=1) + "\n")
+        collect(
+            training, figures, lambda name, seconds: entry_of(name, seconds, settings), settings.out / "students.json"
+        )
     return figures
 
 

@@ -1,13 +1,18 @@
-"""A student's training in a process of its own."""
+"""Students' training in processes of their own, and what they give."""
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
+
+from visattn.files import written_whole
 
 
 def train_student(options: Sequence[str], folder: Path, seconds: float) -> float:
@@ -34,3 +39,31 @@ def train_student(options: Sequence[str], folder: Path, seconds: float) -> float
         tail = (folder / "output.txt").read_text()[-2000:]
         raise RuntimeError(f"{folder.name} has no student.safetensors: {tail}")
     return time.monotonic() - start
+
+
+def collect(
+    training: Mapping[str, Future[float]],
+    figures: dict[str, Any],
+    entry: Callable[[str, float], dict[str, Any]],
+    file: Path,
+) -> None:
+    """Waits for each student; its entry, or why there is none, goes into figures and into a file at once.
+
+    Args:
+        training: The seconds that each student will have taken, by name.
+        figures: Gets the entries under "students", and the texts of what failed under "failed".
+        entry: Makes the entry of a student from its name and seconds.
+        file: JSON of the figures.
+    """
+    for name, future in training.items():
+        try:
+            seconds = future.result()
+        except RuntimeError as error:
+            # The others are worth having.
+            figures["failed"] = figures.get("failed", {}) | {name: str(error)}
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        else:
+            figures["students"][name] = entry(name, seconds)
+            print(json.dumps({name: figures["students"][name]}), flush=True)
+        with written_whole(file) as path:
+            path.write_text(json.dumps(figures, indent=1) + "\n")
