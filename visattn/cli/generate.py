@@ -57,8 +57,8 @@ def image(
     pattern: PatternOption,
     out: OutOption,
     model: Annotated[
-        str, typer.Option(help="digits or emoji (embedded), a folder in diffusers' format, or a hub id.")
-    ] = "digits",
+        str, typer.Option(help="emoji or digits (embedded), a folder in diffusers' format, or a hub id.")
+    ] = "emoji",
     prompt: PromptOption = None,
     label: LabelOption = None,
     count: CountOption = None,
