@@ -68,13 +68,12 @@ class PixelPipeline(DiffusionPipeline):
         """Number of denoising steps of the current or last call."""
         return self._num_timesteps
 
-    def _set_timesteps(self, num_inference_steps: int, height: int, width: int) -> None:
-        """Sets the scheduler up for the size, which only dynamic shifting depends on."""
+    def _set_timesteps(self, num_inference_steps: int, tokens: int) -> None:
+        """Sets the scheduler up for the number of tokens, which only dynamic shifting depends on."""
         config = self.scheduler.config
         mu = None
         if config.use_dynamic_shifting:
-            tokens = (height // self.patch_size) * (width // self.patch_size)
-            # Averaging more pixels hides more noise: the shift grows with the side length, so mu with its log.
+            # Averaging more pixels hides more noise: the shift grows with the root of their number, so mu with its log.
             mu = config.base_shift + 0.5 * math.log(tokens / config.base_image_seq_len)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, mu=mu)
 

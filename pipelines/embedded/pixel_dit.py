@@ -88,7 +88,7 @@ class PixelDiTPipeline(ClassPipeline):
         self._guidance_scale = float(guidance_scale)
         shape = (len(labels), self.transformer.config.in_channels, height, width)
         sample = self._start_noise(shape, generator, latents)
-        self._set_timesteps(num_inference_steps, height, width)
+        self._set_timesteps(num_inference_steps, (height // self.patch_size) * (width // self.patch_size))
         sample = self._denoise(sample, labels, callback_on_step_end, callback_on_step_end_tensor_inputs)
         images: Any = self.image_processor.postprocess(sample, output_type=output_type)
         self.maybe_free_model_hooks()

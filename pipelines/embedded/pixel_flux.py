@@ -20,7 +20,7 @@ from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from visattn.pipelines.embedded.pixel import Generators, PixelPipeline, StepCallback, check_sides
-from visattn.pipelines.embedded.prompts import Encoded, check_prompts, encode_tokens, tokenize
+from visattn.pipelines.embedded.prompts import Encoded, check_prompts, encode_tokens, null_ids, tokenize
 
 COLORS = 3
 
@@ -113,7 +113,7 @@ class PixelFluxPipeline(PixelPipeline):
         self._guidance_scale = float(guidance_scale)
         condition = self.encode_prompt(prompts)
         sample = self._start_noise((len(prompts), COLORS, height, width), generator, latents)
-        self._set_timesteps(num_inference_steps, height, width)
+        self._set_timesteps(num_inference_steps, (height // self.patch_size) * (width // self.patch_size))
         sample = self._denoise(sample, condition, callback_on_step_end, callback_on_step_end_tensor_inputs)
         images: Any = self.image_processor.postprocess(sample, output_type=output_type)
         self.maybe_free_model_hooks()
@@ -135,8 +135,7 @@ class PixelFluxPipeline(PixelPipeline):
         """Encodes the prompts; with guidance the null prompt follows for each."""
         ids = tokenize(self.tokenizer, prompts)
         if self.do_classifier_free_guidance:
-            null = self.tokenizer([""] * len(prompts), padding="max_length", max_length=ids.shape[1])["input_ids"]
-            ids = torch.cat([ids, torch.tensor(null)])
+            ids = torch.cat([ids, null_ids(self.tokenizer, len(prompts))])
         found = encode_tokens(self.text_encoder, ids.to(self._execution_device), self.tokenizer.pad_token_id)
         dtype = self.transformer.dtype
         return Encoded(found.text.to(dtype), found.pooled.to(dtype))

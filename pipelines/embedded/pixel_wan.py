@@ -139,12 +139,21 @@ class PixelWanPipeline(ClassPipeline):
         return self.transformer(latents, timestep=t, encoder_hidden_states=words, return_dict=False)[0]
 
     def _check_size(self, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
-        own, patch_frames = self._own, self.transformer.config.patch_size[0]
-        long = own.num_frames if frames is None else frames
-        tall, wide = own.sample_size if height is None else height, own.sample_size if width is None else width
-        check_sides(patch_frames, num_frames=long)
-        check_sides(self.patch_size, height=tall, width=wide)
-        return long, tall, wide
+        return clip_size(self, frames, height, width)
+
+
+def clip_size(pipeline: Any, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """Frames, height and width of a call: the pipeline's own where None.
+
+    Raises:
+        ValueError: If one is no whole number of patches.
+    """
+    own, patch_frames = pipeline.config, pipeline.transformer.config.patch_size[0]
+    long = own.num_frames if frames is None else frames
+    tall, wide = (own.sample_size if side is None else side for side in (height, width))
+    check_sides(patch_frames, num_frames=long)
+    check_sides(pipeline.patch_size, height=tall, width=wide)
+    return long, tall, wide
 
 
 def class_words(labels: torch.Tensor, classes: int, tokens: int) -> torch.Tensor:

@@ -74,6 +74,12 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
     return torch.tensor(rows)
 
 
+def null_ids(tokenizer: Any, count: int) -> torch.Tensor:
+    """Token ids [count, tokens] of the null prompt of classifier-free guidance, which says nothing."""
+    rows = tokenizer([""] * count, padding="max_length", max_length=tokenizer.model_max_length)["input_ids"]
+    return torch.tensor(rows)
+
+
 def encode_tokens(text_encoder: torch.nn.Module, ids: torch.Tensor, pad: int) -> Encoded:
     """Runs the text encoder.
 

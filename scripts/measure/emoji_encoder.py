@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from scripts.measure.emoji_augment import augment, may_mirror
 from scripts.measure.emoji_encoder_model import SIDE, DualEncoder, load_encoder, save_encoder
 from scripts.measure.emoji_prompts import CAPTIONS, choose
-from scripts.train.emoji import autocast
 from scripts.train.emoji_captions import SPLITS
 from scripts.train.emoji_data import Pack, load_pack
+from scripts.train.flow_loop import autocast
 
 WARMUP = 0.03  # part of the training
 AVERAGE = 0.998

@@ -14,10 +14,10 @@ import json
 import shutil
 import zlib
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -32,6 +32,7 @@ from visattn.files import written_whole
 
 FILE, TOKENIZER = "pictures.safetensors", "tokenizer"
 QUALITY = 72
+Decode = Callable[[bytes], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Picture:
     Attributes:
         code: The emoji's code points.
         base: Those of the emoji without a skin tone.
-        style: One of STYLES.
+        style: One of STYLES; of a clip whether it moves.
         split: One of SPLITS.
         caption: Its plain caption.
         weight: How often training draws it: the tones of an emoji together as often as the emoji itself.
@@ -61,7 +62,7 @@ class Pack:
 
     Attributes:
         pictures: One entry for each picture.
-        pixels: [N, 3, SIDE, SIDE] uint8.
+        pixels: [N, 3, SIDE, SIDE] uint8; of clips [N, frames, 3, height, width].
         tokens: [N, variants, TOKENS] ids of the captions to train on, int64.
         plain: [N, TOKENS] ids of the plain captions, int64.
         null: [TOKENS] ids of the empty caption, int64.
@@ -82,6 +83,11 @@ class Pack:
     def weights(self, *splits: str) -> torch.Tensor:
         """[N] float32 on the CPU: the pictures' weights, 0 outside these splits."""
         return torch.tensor([each.weight if each.split in splits else 0.0 for each in self.pictures])
+
+    def to(self, device: str | torch.device) -> Pack:
+        """The pack on another device."""
+        names = ("pixels", "tokens", "plain", "null")
+        return replace(self, **{name: getattr(self, name).to(device).contiguous() for name in names})
 
 
 def pack(sources: Path, out: Path, limit: int | None = None) -> int:
@@ -119,22 +125,56 @@ def write_pack(drawn: list[tuple[Emoji, str, bytes]], out: Path) -> int:
     ]
     texts = [captions(emoji, style) for emoji, style, _ in drawn]
     tokenizer = train_tokenizer(text for each in texts for text in each)
-    tokens = np.array([encode(tokenizer, each) for each in texts], np.int16)
-    plain = np.array(encode(tokenizer, [each.caption for each in pictures]), np.int16)
-    files = [np.frombuffer(data, np.uint8) for _, _, data in drawn]
-    tensors = {
-        "files": torch.from_numpy(np.concatenate(files)),
-        "ends": torch.tensor(np.cumsum([len(file) for file in files])),
-        "tokens": _packed(tokens.tobytes()),
-        "plain": _packed(plain.tobytes()),
-        "pictures": _packed(json.dumps([asdict(each) for each in pictures]).encode()),
-    }
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / TOKENIZER, ignore_errors=True)
     tokenizer.save_pretrained(out / TOKENIZER)
-    with written_whole(out / FILE) as temporary:
-        save_file(tensors, temporary)
+    save_pictures(out / FILE, pictures, [data for _, _, data in drawn], tokens_of(tokenizer, pictures, texts))
     return len(pictures)
+
+
+def tokens_of(
+    tokenizer: PreTrainedTokenizerFast, pictures: Sequence[Picture], texts: Sequence[Sequence[str]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of the captions to train on [N, variants, TOKENS] and of the plain ones [N, TOKENS], int16."""
+    tokens = np.array([encode(tokenizer, each) for each in texts], np.int16)
+    return tokens, np.array(encode(tokenizer, [each.caption for each in pictures]), np.int16)
+
+
+def save_pictures(
+    path: Path, pictures: Sequence[Picture], encoded: Sequence[bytes], tokens: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Writes pictures, their encoded files and what `tokens_of` gives of them."""
+    files = [np.frombuffer(data, np.uint8) for data in encoded]
+    tensors = {
+        "files": torch.from_numpy(np.concatenate(files)),
+        "ends": torch.tensor(np.cumsum([len(file) for file in files])),
+        "tokens": _packed(tokens[0].tobytes()),
+        "plain": _packed(tokens[1].tobytes()),
+        "pictures": _packed(json.dumps([asdict(each) for each in pictures]).encode()),
+    }
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_pictures(path: Path, tokenizer: PreTrainedTokenizerFast, decode: Decode, threads: int) -> Pack:
+    """Reads what `save_pictures` wrote; `decode` makes the pixels of one file, uint8. All is on the CPU."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    pictures = tuple(Picture(**each) for each in json.loads(_unpacked(tensors["pictures"])))
+    tokens, plain = (torch.frombuffer(_unpacked(tensors[name]), dtype=torch.int16) for name in ("tokens", "plain"))
+    files, ends = tensors["files"].numpy(), tensors["ends"].tolist()
+    starts = [0, *ends[:-1]]
+    with ThreadPoolExecutor(threads) as pool:
+        bounds = zip(starts, ends, strict=True)
+        decoded = list(pool.map(lambda ends: decode(files[ends[0] : ends[1]].tobytes()), bounds))
+    return Pack(
+        pictures,
+        torch.from_numpy(np.stack(decoded)),
+        tokens.reshape(len(pictures), -1, TOKENS).long(),
+        plain.reshape(len(pictures), TOKENS).long(),
+        torch.tensor(encode(tokenizer, [""])[0]),
+        tokenizer,
+    )
 
 
 def _packed(data: bytes) -> torch.Tensor:
@@ -164,23 +204,8 @@ def load_pack(folder: Path, device: str | torch.device = "cpu", side: int = SIDE
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: run python -m scripts.train.emoji_data --out {folder}")
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    pictures = tuple(Picture(**each) for each in json.loads(_unpacked(tensors["pictures"])))
-    tokens, plain = (torch.frombuffer(_unpacked(tensors[name]), dtype=torch.int16) for name in ("tokens", "plain"))
-    tokenizer = load_tokenizer(folder)
-    files, ends = tensors["files"].numpy(), tensors["ends"].tolist()
-    starts = [0, *ends[:-1]]
-    with ThreadPoolExecutor(threads) as pool:
-        decoded = list(pool.map(lambda ends: _decode(files[ends[0] : ends[1]], side), zip(starts, ends, strict=True)))
-    return Pack(
-        pictures,
-        torch.from_numpy(np.stack(decoded)).to(device).permute(0, 3, 1, 2).contiguous(),
-        tokens.reshape(len(pictures), -1, TOKENS).long().to(device),
-        plain.reshape(len(pictures), TOKENS).long().to(device),
-        torch.tensor(encode(tokenizer, [""])[0], device=device),
-        tokenizer,
-    )
+    pack = load_pictures(path, load_tokenizer(folder), lambda data: _decode(data, side), threads)
+    return pack.to(device)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -188,9 +213,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder / TOKENIZER, local_files_only=True)
 
 
-def _decode(data: Any, side: int) -> np.ndarray:
-    picture = PIL.Image.open(io.BytesIO(data.tobytes())).convert("RGB")
-    return np.asarray(picture if side == SIDE else picture.reduce(SIDE // side))
+def _decode(data: bytes, side: int) -> np.ndarray:
+    """[3, side, side] of one file."""
+    picture = PIL.Image.open(io.BytesIO(data)).convert("RGB")
+    return np.asarray(picture if side == SIDE else picture.reduce(SIDE // side)).transpose(2, 0, 1)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from scripts.train.emoji import autocast
 from scripts.train.emoji_captions import NEW_EMOJI, NEW_PAIR, TRAIN, encode
 from scripts.train.emoji_data import Pack, load_pack
 from scripts.train.emoji_sources import SIDE, STYLES
 from scripts.train.emoji_training import Config, draw, loss_of
+from scripts.train.flow_loop import autocast
 from visattn.files import output_folder
 from visattn.pipelines.embedded.pixel_flux import PixelFluxPipeline
 from visattn.pipelines.load import load_pipeline

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -19,7 +19,8 @@ from visattn.pipelines.embedded.pixel_flux import COLORS, PixelFluxPipeline
 
 PATCH = 4
 HEAD_DIM = 64
-SHIFT = 4.0  # at SIDE pixels; in proportion to the side
+SHIFT = 4.0  # at FULL tokens
+FULL = (SIDE // PATCH) ** 2
 
 
 class EmojiModel(nn.Module):
@@ -99,17 +100,17 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
     return [each for each in module.modules() if isinstance(each, nn.Linear)]
 
 
-def time_shift(side: int) -> float:
-    """Noise shift for a side in pixels: averages of whole pictures are hidden alike at every size."""
-    return SHIFT * side / SIDE
+def time_shift(tokens: int) -> float:
+    """Noise shift for a number of tokens: averages of whole pictures or clips are hidden alike at every size."""
+    return SHIFT * math.sqrt(tokens / FULL)
 
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Scheduler whose shift is SHIFT at SIDE pixels and follows the side."""
+    """Scheduler whose shift is SHIFT at FULL tokens and follows their number."""
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_shift=round(math.log(SHIFT), 4),
-        base_image_seq_len=(SIDE // PATCH) ** 2,
+        base_image_seq_len=FULL,
     )
 
 
@@ -130,9 +131,14 @@ def export(weights: Mapping[str, torch.Tensor], model: EmojiModel, tokenizer: An
         folder: Replaced whole.
     """
     model.load_state_dict(weights)
+    return save_pipeline(build_pipeline(model.half(), tokenizer), folder)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> int:
+    """Writes a pipeline in diffusers' folder format, the folder replaced whole; returns its size in bytes."""
     temporary = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
-    build_pipeline(model.half(), tokenizer).save_pretrained(temporary)
+    pipeline.save_pretrained(temporary)
     # transformers 5 saves its new name for the class; the old one loads everywhere.
     for file in (temporary / "model_index.json", temporary / "tokenizer" / "tokenizer_config.json"):
         file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))

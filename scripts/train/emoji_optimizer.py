@@ -17,6 +17,8 @@ from torch import nn
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 ITERATIONS = 5
 ADAM_SHARE = 0.5
+# What FLUX, T5 and Wan call their lists of blocks.
+BLOCKS = ("transformer_blocks", "single_transformer_blocks", "block", "blocks")
 SCALE = 0.2  # root mean square of AdamW's usual step, relative to the learning rate
 
 
@@ -115,17 +117,17 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
 
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon trains it: attention and MLP matrices of blocks, not embeddings, modulations and outer layers."""
-    inside = ".transformer_blocks." in f".{name}" or ".single_transformer_blocks." in f".{name}" or ".block." in name
+    inside = any(f".{kind}." in f".{name}" for kind in BLOCKS)
     apart = ".norm" in name or "layer_norm" in name or "relative_attention_bias" in name
     return parameter.ndim == 2 and inside and not apart
 
 
 def build_optimizers(model: nn.Module, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon, with weight decay, and AdamW, without, over all parameters of a model.
+    """Muon, with weight decay, and AdamW, without, over all parameters of a model that are trained.
 
     Their groups' entry "share" is what part of the learning rate they get.
     """
-    named = list(model.named_parameters())
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     inner = [parameter for name, parameter in named if is_inner_matrix(name, parameter)]
     rest = [parameter for name, parameter in named if not is_inner_matrix(name, parameter)]
     fused = rest[0].is_cuda

@@ -12,7 +12,7 @@ import io
 import json
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,18 @@ def archive_name(package: str) -> str:
     return f"{name.replace('/', '-')}-{version}.tgz"
 
 
-def fetch(folder: Path) -> None:
+def fetch(folder: Path, packages: Mapping[str, str] = PACKAGES) -> None:
     """Fetches every package that the folder lacks and checks all of them.
+
+    Args:
+        folder: Where the packages' files are.
+        packages: SHA-512 of each package's file.
 
     Raises:
         ValueError: If npm fails or a file is not what its sum says.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for package, expected in PACKAGES.items():
+    for package, expected in packages.items():
         path = folder / archive_name(package)
         if not path.is_file():
             result = subprocess.run(["npm", "pack", package], cwd=folder, capture_output=True, text=True)
@@ -106,15 +110,21 @@ def read_emoji(folder: Path) -> dict[str, Emoji]:
     return found
 
 
-def draw_all(folder: Path) -> Iterator[tuple[Emoji, str, PIL.Image.Image]]:
-    """Every picture that is taken: emoji, style, RGB picture of SIDE x SIDE pixels on white.
+def flat_names(folder: Path) -> dict[str, str]:
+    """What the flat set calls the emoji that it draws, by code."""
+    return {plain_code(code): name for code, name in _json(folder, DRAWN[1], "chars.json").items()}
 
-    An emoji counts if the flat set draws it: that leaves out the country flags, which come from elsewhere.
-    """
-    emoji = read_emoji(folder)
+
+def wanted_emoji(folder: Path) -> dict[str, Emoji]:
+    """The emoji that count, by code: what the flat set draws, so no country flags, which come from elsewhere."""
+    drawn = flat_names(folder)
+    return {code: each for code, each in read_emoji(folder).items() if code in drawn}
+
+
+def draw_all(folder: Path) -> Iterator[tuple[Emoji, str, PIL.Image.Image]]:
+    """Every picture that is taken: emoji, style, RGB picture of SIDE x SIDE pixels on white."""
+    wanted, names = wanted_emoji(folder), flat_names(folder)
     sets = [_json(folder, package, "icons.json") for package in DRAWN]
-    names = {plain_code(code): name for code, name in _json(folder, DRAWN[1], "chars.json").items()}
-    wanted = {code: each for code, each in emoji.items() if code in names}
     with tarfile.open(folder / archive_name(THREE_D)) as archive:
         members = {plain_code(Path(m.name).stem): m for m in archive.getmembers() if m.name.endswith(".webp")}
         for code, each in sorted(wanted.items()):

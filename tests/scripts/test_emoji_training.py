@@ -10,13 +10,16 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from scripts.train.emoji import Training, main, run, sample_prompts
+from scripts.train.checkpoints import load_parts, save_parts, weights_of
+from scripts.train.emoji import Training, main, sample_prompts
 from scripts.train.emoji_captions import NEW_EMOJI, NEW_PAIR, TRAIN, caption, captions, split_of
 from scripts.train.emoji_data import load_pack
 from scripts.train.emoji_model import export
 from scripts.train.emoji_optimizer import Guard, Muon, build_optimizers, orthogonal
 from scripts.train.emoji_sources import STYLES, Emoji, archive_name, plain_code, plain_name
-from scripts.train.emoji_training import Config, Progress, draw, load_parts, save_parts, weights_of
+from scripts.train.emoji_training import Config, draw
+from scripts.train.flow import Progress
+from scripts.train.flow_loop import run
 from tests.support.tiny_emoji import EMOJI, tiny_pack
 
 TINY = {"budget": 0, "steps": 6, "sides": (32,), "shares": (1.0,), "tokens": 4 * 96, "warmup": 2}
@@ -147,7 +150,7 @@ def test_a_command_stops_when_its_seconds_are_used(pack, tmp_path):
 
 
 def test_checkpoints_in_parts_belong_together(tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.train.emoji_training.FILE_BYTES", 50)
+    monkeypatch.setattr("scripts.train.checkpoints.FILE_BYTES", 50)
     tensors = {name: torch.randn(20).half().float() for name in "abc"}
     assert len(save_parts(tmp_path / "x", tensors, {"n": 1})) == 3
     found, about = load_parts(tmp_path / "x")
@@ -167,8 +170,8 @@ def test_checkpoints_in_parts_belong_together(tmp_path, monkeypatch):
 
 def test_stages_and_learning_rate_follow_the_budget():
     config = Config(budget=100.0)
-    assert [config.side(done) for done in (0, 0.13, 0.2, 0.6, 1.0)] == [64, 64, 128, 256, 256]
-    assert config.batch(256) * (64 * 64 + 32) <= config.tokens
+    assert [config.sides[config.stage(done)] for done in (0, 0.13, 0.2, 0.6, 1.0)] == [64, 64, 128, 256, 256]
+    assert config.batch(2) * (64 * 64 + 32) <= config.tokens
     assert config.rate(0.3, 0) < config.rate(0.3, 1000) == config.lr
     assert config.rate(1.0, 1000) == pytest.approx(0.01 * config.lr)
     assert Progress(step=9, seconds=50.0).done(config) == 0.5
@@ -223,13 +226,13 @@ def test_sample_prompts_come_from_every_split(pack):
 
 def test_steps_of_a_stage_mix_in_smaller_sides_and_no_larger_one():
     config = Config(sides=(64, 128, 256), shares=(0.1, 0.5, 1.0), mixed=0.25)
-    drawn = [config.side_of_step(0.7, step) for step in range(2000)]
-    assert drawn == [config.side_of_step(0.7, step) for step in range(2000)]
+    drawn = [config.sides[config.stage_of_step(0.7, step)] for step in range(2000)]
+    assert drawn == [config.sides[config.stage_of_step(0.7, step)] for step in range(2000)]
     assert abs(drawn.count(256) / 2000 - 0.75) < 0.04
     assert abs(drawn.count(64) / 2000 - 0.125) < 0.03
-    assert {config.side_of_step(0.05, step) for step in range(200)} == {64}
-    assert {config.side_of_step(0.3, step) for step in range(200)} == {64, 128}
-    assert {replace(config, mixed=0.0).side_of_step(0.7, step) for step in range(200)} == {256}
+    assert {config.sides[config.stage_of_step(0.05, step)] for step in range(200)} == {64}
+    assert {config.sides[config.stage_of_step(0.3, step)] for step in range(200)} == {64, 128}
+    assert {config.sides[replace(config, mixed=0.0).stage_of_step(0.7, step)] for step in range(200)} == {256}
 
 
 def test_gradients_that_no_step_could_have_count_as_zero():

@@ -1,0 +1,141 @@
+"""Trains the embedded "animoji" model: text to video with Wan's architecture, about 17 minutes on a data-centre GPU.
+
+    python -m scripts.train.animoji_data                    # fetches and packs the clips, once
+    python -m scripts.train.animoji --out out/animoji --seconds 520 --device cuda
+    python -m scripts.train.animoji --out out/animoji-2 --resume out/animoji --seconds 520 --device cuda
+    python -m scripts.train.animoji --out out/animoji-2 --export-only   # writes out/animoji-2/animoji
+
+`--budget` is the training time of all commands together, which the schedule follows; `--seconds` is the time of this
+command from its start. The text encoder is the emoji model's, as it ships, and is not trained. `--out` gets what
+`scripts.train.emoji` writes; every row of `samples.png` is a clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+
+from scripts.train import flow_loop
+from scripts.train.animoji_captions import MOVING
+from scripts.train.animoji_data import load_pack, load_tokenizer
+from scripts.train.animoji_model import build_pipeline, export
+from scripts.train.animoji_training import Config, draw, loss_of
+from scripts.train.emoji_captions import NEW_EMOJI, TRAIN
+from scripts.train.emoji_data import Pack
+from scripts.train.flow import EVEN, Batch
+from scripts.train.flow_loop import FlowTraining, add_options, autocast, averaged, settings, sheet_of
+
+EXPORT = "animoji"
+SAMPLES = {TRAIN: 8, NEW_EMOJI: 8}
+FREE_PROMPTS = (
+    "clapping hands",
+    "waving hand, 3d",
+    "a purple cat, animated",
+    "dancing robot, 3d",
+    "a rocket, moving",
+    "beating heart, 3d",
+    "red apple, still",
+    "snowman juggling, 3d",
+)
+EACH = 8
+MEASURED = 64
+
+
+class Training(FlowTraining):
+    """One run of the animoji model."""
+
+    config: Config
+
+    def draw(self, stage: int, seed: int) -> Batch:
+        """See `FlowTraining.draw`."""
+        return draw(self.pack, self.weights, stage, self.config.batch(stage), self.config, seed)
+
+    def loss_of(self, model: Any, batch: Batch) -> torch.Tensor:
+        """See `FlowTraining.loss_of`."""
+        return loss_of(model, batch)
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """Mean losses of the averaged weights on fixed clips, noise and levels of each split."""
+        found, stage = {}, self.config.stage(self.progress.done(self.config))
+        for split in dict.fromkeys(each.split for each in self.pack.pictures):
+            weights = self.pack.weights(split).to(self.device)
+            batch = draw(self.pack, weights, stage, MEASURED, self.config, 12345)
+            parts = -(-MEASURED // EVEN)
+            with autocast(self.device):
+                losses = torch.cat([loss_of(self.average, batch.part(i, parts)) for i in range(parts)])
+            found[split] = losses.mean().item()
+        return found
+
+    def samples(self, steps: int = 24, guidance: float = 3.0) -> PIL.Image.Image:
+        """Clips of the averaged weights, a row each: seen captions, new emoji, free prompts."""
+        stage = self.config.stage(self.progress.done(self.config))
+        pipeline = build_pipeline(self.average, self.pack.tokenizer)
+        prompts, rows = sample_prompts(self.pack), []
+        for start in range(0, len(prompts), EACH):
+            with autocast(self.device):
+                made: Any = pipeline(
+                    prompts[start : start + EACH],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    num_frames=self.config.lengths[stage],
+                    generator=torch.Generator().manual_seed(start),
+                    output_type="pt",
+                )
+            rows += [torch.cat([*clip.float().cpu()], dim=-1) for clip in made.frames]
+        return sheet_of(rows)
+
+
+def sample_prompts(pack: Pack) -> list[str]:
+    """Prompts of the sample sheet, evenly over the clips of each split that move; the same for every run."""
+    found = []
+    for split, count in SAMPLES.items():
+        pictures = [pack.pictures[i] for i in pack.of(split).tolist()]
+        of = [each.caption for each in pictures if each.style == MOVING and each.weight == 1]
+        stride = max(1, len(of) // count)
+        found += of[stride // 2 :: stride][:count]
+    return [*found, *FREE_PROMPTS]
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, Config, Path("out/animoji-data"), Path("out/animoji"))
+    return parser.parse_args(arguments)
+
+
+def train(options: argparse.Namespace, started: float) -> list[dict[str, Any]]:
+    """Sets everything up and trains; returns the log.
+
+    Raises:
+        ValueError: If options, data and checkpoint do not go together.
+    """
+    config: Config = settings(options, Config)
+
+    def make(device: torch.device) -> Training:
+        return Training(config, load_pack(options.data, device), options.resume)
+
+    return flow_loop.train(options, started, make)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    started = time.monotonic()
+    options = parse_arguments(arguments)
+    try:
+        if options.export_only:
+            size = export(averaged(options.out, Config), load_tokenizer(), options.out / EXPORT)
+            print(f"{size / 1e6:.2f} MB exported to {options.out / EXPORT}")
+        else:
+            train(options, started)
+    except ValueError as error:
+        raise SystemExit(f"animoji: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
