@@ -18,7 +18,7 @@ LARGEST_MASK = 2**28
 # What a call keeps the host of a GPU, in microseconds: with a mask, and dense (docs/performance.md).
 HOST_US = (60, 40)
 # What a call keeps the device at least, and one program for 128 keys (fitted to the same calls).
-DEVICE_US, KEYS_US = 6, 1.1
+DEVICE_US, KEYS_US = 7, 1.7
 # Entries of a block of scores that the log-sum-exp is taken over at a time.
 SCORES = 2**22
 
@@ -56,7 +56,8 @@ class Sdpa(Backend):
         rate = masked if not problem.is_dense else KEY_MASKED if problem.key_mask else 1.0
         pairs = problem.dense_pairs * (rate + problem.lse * LSE.get(problem.device, 3.0))
         # Few queries are bound by one program's way through all keys.
-        pairs = max(pairs, overhead(problem, 0, DEVICE_US + KEYS_US * problem.layout.length / 128))
+        pairs = max(pairs, overhead(problem, 0, KEYS_US * problem.layout.length / 128))
+        pairs += overhead(problem, 0, DEVICE_US)
         return wall(problem, pairs, cpu_ms=0.05, host_us=HOST_US[problem.is_dense], operator=not problem.is_dense)
 
     def run(

@@ -17,7 +17,7 @@ from visattn.dispatch import Backend, Call, Prepared, Problem, Support, overhead
 from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton import tune
 from visattn.kernels.triton.boxes import PARTIAL, tiled
-from visattn.kernels.triton.config import DIRECTIONS, Config, config, largest_head_dim, needed_memory
+from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels, config, largest_head_dim, needed_memory
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, Pattern, RoutedPattern
@@ -29,11 +29,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Share of cuDNN's dense rate that visited pairs run at, tiles with a mask weighted by PARTIAL: the general kernel's and
 # the Hopper kernel's, measured on an H100 (docs/gpu-notes.md).
 RATE, HOPPER_RATE = 0.6, 0.95
-# What a call keeps the host, in microseconds, without and with choosing lists (docs/performance.md).
-CALL_US, ROUTED_CALL_US = 35, 650
-# What it keeps the device beyond its tiles, and how long one program takes for 128 keys in the general and in the
-# Hopper kernel: the longest list is the least that a call takes (fitted to the same calls).
-DEVICE_US, ROUTED_US, KEYS_US, HOPPER_KEYS_US = 12, 120, 2.5, 1.1
+# What a call keeps the host and, beyond its tiles, the device, in microseconds (docs/performance.md): with lists that
+# are known, that kernels choose, and that operators of torch choose.
+LISTED_US, CHOSEN_US, ROUTED_US = (35, 12), (75, 110), (650, 120)
+# How long one program takes for 128 keys in the general and in the Hopper kernel: the longest list is the least that a
+# call takes (fitted to the same calls).
+KEYS_US, HOPPER_KEYS_US = 2.0, 1.1
 # Triton runs kernels for Ampere and later.
 OLDEST = 80
 
@@ -125,7 +126,6 @@ class Triton(Backend):
         if interpreted():
             return 1e6 * problem.dense_pairs
         number, dtype, head_dim = _architecture_or_common(), problem.dtype, problem.head_dim
-        routed = isinstance(problem.pattern, RoutedPattern)
         tiles, rate = config(number, dtype, head_dim, "forward"), RATE
         if not problem.rpb:
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
@@ -133,7 +133,7 @@ class Triton(Backend):
         plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)
         partial = 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
-        device_us, host_us = (ROUTED_US, ROUTED_CALL_US) if routed else (DEVICE_US, CALL_US)
+        host_us, device_us = _fixed_us(problem)
         longest = int(plan.lists.counts.max(initial=0)) * plan.keys.capacity / 128
         least = longest * (HOPPER_KEYS_US if rate == HOPPER_RATE else KEYS_US)
         device = overhead(problem, 0, device_us) + max(pairs / rate, overhead(problem, 0, least))
@@ -177,6 +177,13 @@ class Triton(Backend):
             out, lse = kernels.forward(q, k, v, key_mask, rpb, call.lse, routed)
             lse = None if lse is None else lse.transpose(1, 2)
         return out if out.dtype == dtype else out.to(dtype), lse
+
+
+def _fixed_us(problem: Problem) -> tuple[float, float]:
+    """What a call keeps the host and the device beyond its tiles, in microseconds."""
+    if not isinstance(problem.pattern, RoutedPattern):
+        return LISTED_US
+    return CHOSEN_US if chosen_by_kernels(problem.pattern, problem.layout, problem.key_mask) else ROUTED_US
 
 
 def _as_they_are(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> bool:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
+
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+from visattn.patterns.routing import Routing
 
 # Kernels in the order in which a training step runs them.
 DIRECTIONS = ("forward", "key_grad", "query_grad")
 # Bytes of shared memory that one program can have (CUDA C programming guide, "Technical specifications").
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# Regions that the kernels of `routing` choose from at most: products head by head of more would fill the memory.
+MOST_REGIONS = 256
 # Padded head dims; others take the next larger one.
 BLOCK_DIMS = (16, 32, 64, 128, 256)
+
+
+def chosen_by_kernels(pattern: Pattern, layout: Layout, masked: bool) -> bool:
+    """Whether the kernels of `routing` choose what a pattern lists, rather than operators of torch."""
+    return isinstance(pattern, Routing) and not masked and math.prod(pattern.parts(layout.grid)) <= MOST_REGIONS
 
 
 class Config(NamedTuple):

@@ -6,7 +6,6 @@ The names of the tensors whose addresses are collected here, and their order, ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,14 +13,13 @@ import torch
 
 from visattn.dispatch import Call
 from visattn.kernels.triton.arguments import Operands, Routed, Work
-from visattn.kernels.triton.config import DIRECTIONS, Config
+from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels
 from visattn.kernels.triton.hopper.launch import copyable
 from visattn.kernels.triton.launch import run_bias_gradients, start_first
 from visattn.kernels.triton.routes import Listed, routed_program
-from visattn.kernels.triton.routing.router import LARGEST, Router
+from visattn.kernels.triton.routing.router import Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
 from visattn.patterns import RoutedPattern, Routes
-from visattn.patterns.routing import Routing
 from visattn.plans import TilePlan
 
 UNALIGNED = ALIGNMENT - 1
@@ -129,7 +127,7 @@ class Kernels:
         if self._router is not None and key_mask is None:
             return self._router.choose(q, k)
         pattern, work = self._call.pattern, self._work_for(Operands(q, k, k))
-        if isinstance(pattern, Routing) and key_mask is None and math.prod(pattern.parts(work.layout.grid)) <= LARGEST:
+        if chosen_by_kernels(pattern, work.layout, key_mask is not None):
             router = Router(q, k, work, self.starts)
             if aligned((q, k)):
                 self._router = router

@@ -8,8 +8,11 @@ names, the same code watched while it runs.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,9 +20,10 @@ from visattn.pipelines.patch import dispatch, members
 from visattn.pipelines.patch.calling import Calling, calling_of
 from visattn.pipelines.patch.interception import intercepted
 from visattn.pipelines.patch.numbering import Lease
+from visattn.runtime.forward import Here
 
 # What a clone has beyond the attributes of its original.
-_ORIGINAL, _LEASE = "_visattn_original", "_visattn_lease"
+_ORIGINAL, _LEASE, _PLACE = "_visattn_original", "_visattn_lease", "_visattn_place"
 
 
 def is_clone(processor: Any) -> bool:
@@ -33,6 +37,37 @@ def lease_of(processor: Any) -> Lease | None:
     if lease is None or hasattr(type(processor), "_visattn_group"):
         return lease
     return lease if getattr(processor, "_attention_backend", None) is members.member(lease.number) else None
+
+
+class Place(NamedTuple):
+    """The module that a clone was made for.
+
+    Attributes:
+        here: Where each thread is.
+        path: Path of the module.
+        index: Its number among those that are patched.
+        module: A reference to it.
+    """
+
+    here: Here
+    path: str
+    index: int
+    module: weakref.ref[torch.nn.Module]
+
+    def enter(self, caller: Any) -> None:
+        """This thread enters the module, unless it is outside of the model and somebody else's module that calls."""
+        if self.here.forward is not None or caller is self.module():
+            self.here.site = self.path
+
+
+def place_of(processor: Any) -> Place | None:
+    """The module that a clone was made for, None for what is no clone."""
+    return getattr(processor, "__dict__", {}).get(_PLACE)
+
+
+def says_where(processor: Any) -> bool:
+    """Whether a processor says at each call in which module it is, so that the module needs no hook."""
+    return hasattr(type(processor), "_visattn_says_where")
 
 
 def is_patched(processor: Any) -> bool:
@@ -58,8 +93,8 @@ def give_member(processor: Any, lease: Lease, shared: bool) -> Any:
     return given
 
 
-def clone(processor: Any, lease: Lease) -> Any:
-    """A copy of a processor that calls a group; it shares weights with the original."""
+def clone(processor: Any, lease: Lease, place: Place) -> Any:
+    """A copy of a processor that calls a group at one module; it shares weights with the original."""
     kind, calling = type(processor), calling_of(processor)
     if not hasattr(processor, "__dict__") or isinstance(processor, types.FunctionType | types.MethodType):
         copy = object.__new__(_class_for_function(lease.number))
@@ -68,6 +103,7 @@ def clone(processor: Any, lease: Lease) -> Any:
         copy.__dict__.update(processor.__dict__)
     object.__setattr__(copy, _ORIGINAL, processor)
     object.__setattr__(copy, _LEASE, lease)
+    object.__setattr__(copy, _PLACE, place)
     return copy
 
 
@@ -80,7 +116,7 @@ def make_stock(processor: Any) -> None:
         if kind is not None:
             object.__setattr__(processor, "__class__", kind)
             own.pop(_ORIGINAL, None)
-            own.pop("_visattn_index", None)
+            own.pop(_PLACE, None)
         return
     original = own.pop(_ORIGINAL, None)
     if lease is None or processor._attention_backend is not members.member(lease.number):
@@ -100,10 +136,11 @@ def make_stock(processor: Any) -> None:
 @functools.lru_cache(maxsize=1024)
 def _clone_class(kind: type, number: int, calling: Calling) -> type:
     call: Any = kind.__call__
+    body: dict[str, Any] = {"_visattn_group": number, "_visattn_kind": kind}
     if calling is Calling.UNKNOWN:
-        ours: Any = intercepted(call, number)
+        body["__call__"] = intercepted(call, number)
     else:
-        ours = _same_code(call, number, calling)
+        body |= {"__call__": _saying_where(_same_code(call, number, calling)), "_visattn_says_where": True}
 
     def reduce(self: Any, protocol: int) -> Any:
         return _same, (self._visattn_original,)
@@ -112,8 +149,7 @@ def _clone_class(kind: type, number: int, calling: Calling) -> type:
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         return kind(*args, **kwargs)
 
-    body: dict[str, Any] = {"__new__": new}
-    body |= {"__call__": ours, "_visattn_group": number, "_visattn_kind": kind, "__reduce_ex__": reduce}
+    body |= {"__new__": new, "__reduce_ex__": reduce}
     made = type(kind.__name__, (kind,), body)
     made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
     _register_like(made, kind)
@@ -134,6 +170,23 @@ def _same_code(call: Any, number: int, calling: Calling) -> types.FunctionType:
     same.__kwdefaults__, same.__annotations__ = call.__kwdefaults__, call.__annotations__
     same.__qualname__, same.__doc__ = call.__qualname__, call.__doc__
     return same
+
+
+def _saying_where(call: types.FunctionType) -> Callable[..., Any]:
+    """A processor's call that first says in which module it is; a hook of the module would cost far more."""
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            here, path, _, module = self._visattn_place
+            # As in `Place.enter`, without another function call.
+            if here.forward is not None or (args and args[0] is module()):
+                here.site = path
+        return call(self, *args, **kwargs)
+
+    functools.update_wrapper(run, call)
+    # diffusers asks for it at every call, and works it out each time.
+    run.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    return run
 
 
 @functools.lru_cache(maxsize=1024)

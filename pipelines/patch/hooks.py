@@ -17,7 +17,9 @@ from torch._dynamo.eval_frame import skip_code
 
 from visattn.outside import Outside
 from visattn.pipelines.patch import numbering, operators
+from visattn.pipelines.patch.clones import says_where
 from visattn.pipelines.patch.run import DiffusersRun
+from visattn.pipelines.patch.sites import Site
 
 
 def _own_frame(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,19 +155,25 @@ def _around(paths: Sequence[str]) -> list[str]:
 class Hooks:
     """All hooks of a patched model."""
 
-    def __init__(self, model: torch.nn.Module, run: DiffusersRun, sites: Sequence[tuple[torch.nn.Module, str]]) -> None:
+    def __init__(self, model: torch.nn.Module, run: DiffusersRun, sites: Sequence[Site]) -> None:
         names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self._enter = Enter(run, {id(module): path for module, path in sites})
+        self._sites = sites
+        self._enter = Enter(run, {id(site.module): site.name.path for site in sites})
         # Gradients alone ask which forward a block belongs to: the hooks before blocks come with the first ones.
-        paths = [path for _, path in sites]
+        paths = [site.name.path for site in sites]
         around = _around(paths)
-        self._blocks = [model.get_submodule(path) for path in around]
+        self._blocks = [model.get_submodule(path) for path in [*around, *paths]]
         self._outside = Outside(model, [*around, *paths], run.forwards.pass_by)
         self._handles = [
             model.register_forward_pre_hook(Begin(run, names, self._learn), with_kwargs=True, prepend=True),
             model.register_forward_hook(Finish(run)),
-            *(module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in dict(sites)),
         ]
+        self._hooked: set[int] = set()
+        self.follow()
+
+    def follow(self) -> None:
+        """Hook the modules whose processors do not say themselves where they are."""
+        self._hook([site.module for site in self._sites if not says_where(site.installed)])
 
     def remove(self) -> None:
         """Take the hooks off; a second call does nothing."""
@@ -178,6 +186,11 @@ class Hooks:
     def _learn(self) -> None:
         """A forward with gradients begins."""
         self._outside.stand()
-        while self._blocks:
-            block = self._blocks.pop()
-            self._handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self._hook(self._blocks)
+        self._blocks.clear()
+
+    def _hook(self, modules: Sequence[torch.nn.Module]) -> None:
+        for module in modules:
+            if id(module) not in self._hooked:
+                self._hooked.add(id(module))
+                self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))

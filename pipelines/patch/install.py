@@ -69,8 +69,8 @@ class PatchedModel:
         except ValueError:
             self.remove()
             raise
-        self._run.check_sites = self._processors.repair
-        self._hooks = Hooks(model, self._run, [(site.module, site.name.path) for site in self.sites])
+        self._hooks = hooks = Hooks(model, self._run, self.sites)
+        self._run.check_sites = functools.partial(self._processors.repair, hooks.follow)
 
     def report(self) -> Sequence[SiteReport]:
         """See `visattn.handle.Patch`."""

@@ -167,11 +167,10 @@ class MergingGroup(Group):
         return torch.Generator().manual_seed((self.pattern.seed * 10_007 + (step or 0)) * 10_007 + index)
 
 
-def clone(processor: Any, lease: Lease, index: int) -> Any:
+def clone(processor: Any, lease: Lease, place: clones.Place) -> Any:
     """A copy of a processor that merges tokens for a group; it shares weights with the original."""
-    copy = clones.clone(processor, lease)
+    copy = clones.clone(processor, lease, place)
     object.__setattr__(copy, "__class__", _merging(type(copy), lease.number))
-    object.__setattr__(copy, "_visattn_index", index)
     return copy
 
 
@@ -183,15 +182,17 @@ def _merging(kind: type, number: int) -> type:
     @functools.partial(torch.compiler.disable, reason="agentsd merges tokens, and how many depends on the step")
     @functools.wraps(inner)
     def call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        group = numbering.look_up(number)
+        group, place = numbering.look_up(number), self._visattn_place
         if group is None:
             return inner(self, attn, hidden_states, *args, **kwargs)
+        # Merging counts too, before the processor says where it is.
+        place.enter(attn)
         given = kwargs.get("encoder_hidden_states", args[0] if args else None)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         return group.around(
             lambda tokens: inner(self, attn, tokens, *args, **kwargs),
             hidden_states,
-            self._visattn_index,
+            place.index,
             cross=given is not None or mask is not None,
         )
 

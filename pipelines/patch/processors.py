@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ class Processors:
         self._groups: dict[tuple[Pattern, Stock, str], Group] = {}
         # Weak: a client may let one go that it had put in.
         self._ours: list[weakref.ref[Any]] = []
-        self._paths = {id(site.module): site.name.path for site in sites}
 
     def install(self) -> None:
         """Make the modules call their groups.
@@ -43,8 +42,8 @@ class Processors:
             )
         self._install(self._sites)
 
-    def repair(self) -> None:
-        """Patch modules again whose processor or backend was set by someone else."""
+    def repair(self, repaired: Callable[[], None]) -> None:
+        """Patch modules again whose processor or backend was set by someone else, and call `repaired` after it."""
         broken = [site for site in self._sites if not site.intact and not site.adopt()]
         if not broken:
             return
@@ -54,6 +53,7 @@ class Processors:
             stacklevel=5,
         )
         self._install(broken)
+        repaired()
 
     def undo(self) -> None:
         """Put back what our processors stand for, and make stock of those that others keep; the rest stays."""
@@ -84,10 +84,11 @@ class Processors:
             found: Any = site.module.processor
             processor = self._unpatched(found)
             site.group = group = self._group(site, stock_of(processor))
+            place = clones.Place(self._run.here, site.name.path, site.index, weakref.ref(site.module))
             if isinstance(site.pattern, MergingPattern):
-                site.installed = merging.clone(processor, group.lease, site.index)
+                site.installed = merging.clone(processor, group.lease, place)
             elif calling_of(processor) is not Calling.MEMBER:
-                site.installed = clones.clone(processor, group.lease)
+                site.installed = clones.clone(processor, group.lease, place)
             else:
                 # A processor that serves other modules too must stay as it is.
                 site.installed = clones.give_member(processor, group.lease, shared=users[id(processor)] > 1)

@@ -52,7 +52,8 @@ class Site:
         lease = clones.lease_of(processor)
         if self.group is None or lease is None or lease.owner is not self.group:
             return False
-        if getattr(processor, "_visattn_index", self.index) != self.index:
+        place = clones.place_of(processor)
+        if place is not None and place.index != self.index:
             return False
         self.installed = processor
         return True

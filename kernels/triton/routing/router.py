@@ -18,8 +18,6 @@ from visattn.kernels.triton.routing.turn import turn_lists
 from visattn.kernels.triton.start import ALIGNMENT, Launch, Starts
 from visattn.patterns.routing import Routing
 
-# More regions than this are chosen by torch's operators: their products head by head would fill the memory.
-LARGEST = 256
 # Rows and channels of a step of the products; entries that are copied or looked at at once.
 ROWS, CHANNELS, STEP = 16, 32, 128
 # Numbers that a program of the means adds at once: more of them spill at head dim 256.
