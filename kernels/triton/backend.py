@@ -170,7 +170,7 @@ class Triton(Backend):
         call = replace(call, scale=abs(call.scale), key_mask=key_mask, rpb=rpb)
         kernels, learns = _kept_kernels(q, k, v, call), recorded(q, k, v, rpb)
         routes = isinstance(call.pattern, RoutedPattern)
-        routed = kernels.lists(given_q, k, key_mask, learns, given.scale) if routes else None
+        routed = kernels.lists(q, k, v, key_mask, learns, given.scale, given_q) if routes else None
         if learns:
             out, lse = learned(q, k, v, rpb, key_mask, kernels, Formula(given), call.lse, routed)
         else:

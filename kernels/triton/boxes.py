@@ -32,14 +32,15 @@ def tiled(pattern: Pattern, layout: Layout, query_slots: int, key_slots: int) ->
     assert isinstance(pattern, ListedPattern)
     grid = pattern.tiled_layout(layout).grid
     if not isinstance(pattern, SpannedPattern):
-        return plan(pattern, layout, (_own_box(pattern, grid, query_slots), _own_box(pattern, grid, key_slots)))
+        boxes = _own_box(pattern, grid, query_slots, False), _own_box(pattern, grid, key_slots, True)
+        return plan(pattern, layout, boxes)
     return plan(pattern, layout, best_boxes(pattern.spans(grid), grid, query_slots, key_slots))
 
 
-def _own_box(pattern: ListedPattern, grid: Box, slots: int) -> Box:
+def _own_box(pattern: ListedPattern, grid: Box, slots: int, keys: bool) -> Box:
     """The pattern's choice where it has at most `slots` tokens, else a cube-like box."""
     for volume in (slots, slots // 2):
-        box = pattern.tile(grid, volume)
+        box = pattern.side_tile(grid, volume, keys)
         if math.prod(box) <= slots:
             return box
     return box_shape(grid, slots)

@@ -13,13 +13,14 @@ import torch
 
 from visattn.dispatch import Call
 from visattn.kernels.triton.arguments import Operands, Routed, Work
+from visattn.kernels.triton.choosing.listed import DynamicLists
 from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels
 from visattn.kernels.triton.hopper.launch import copyable
 from visattn.kernels.triton.launch import run_bias_gradients, start_first
 from visattn.kernels.triton.routes import Listed, routed_program
 from visattn.kernels.triton.routing.router import Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
-from visattn.patterns import RoutedPattern, Routes
+from visattn.patterns import DynamicPattern, RoutedPattern, Routes
 from visattn.plans import TilePlan
 
 UNALIGNED = ALIGNMENT - 1
@@ -111,22 +112,27 @@ class Kernels:
         self,
         q: torch.Tensor,
         k: torch.Tensor,
+        v: torch.Tensor,
         key_mask: torch.Tensor | None,
         learns: bool,
         scale: float | None = None,
+        given: torch.Tensor | None = None,
     ) -> Routed:
         """What a routed pattern chooses for q and k, as the lists that the kernels walk.
 
         Args:
-            q: Queries [B, S, H, D] as they were given.
+            q: Queries [B, S, H, D].
             k: Keys [B, S, Hkv, D].
+            v: Values [B, S, Hkv, D].
             key_mask: bool [B, S], or None.
             learns: Whether the backward's lists are wanted too.
-            scale: Factor on the logits of these queries, None for the one of the kernels.
+            scale: Factor on the logits of the queries that choose, None for the one of the kernels.
+            given: Those where they are not q, which may have its sign turned.
         """
+        used, q = q, q if given is None else given
         if self._router is not None and key_mask is None:
             return self._router.choose(q, k)
-        pattern, work = self._call.pattern, self._work_for(Operands(q, k, k))
+        pattern, work = self._call.pattern, self._work_for(Operands(used, k, v))
         if chosen_by_kernels(pattern, work.layout, key_mask is not None):
             router = Router(q, k, work, self.starts)
             if aligned((q, k)):
@@ -134,6 +140,8 @@ class Kernels:
             return router.choose(q, k)
         assert isinstance(pattern, RoutedPattern)
         scale = self._call.scale if scale is None else scale
+        if isinstance(pattern, DynamicPattern) and type(pattern).route is DynamicPattern.route:
+            return DynamicLists(pattern.choose(q, k, work.layout, key_mask, scale), work)
         routes: dict[TilePlan, Routes] = {}
         programs = {}
         for direction in DIRECTIONS if learns else ("forward",):

@@ -113,7 +113,7 @@ class Ready:
         rpb: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output and log-sum-exp, see `Backend.run`."""
-        routed = self.kernels.lists(q, k, key_mask, self._learns) if self._routed else None
+        routed = self.kernels.lists(q, k, v, key_mask, self._learns) if self._routed else None
         if self._learns:
             return learned(q, k, v, rpb, key_mask, self.kernels, self._formula, self._lse, routed)
         out, lse = self.kernels.forward(q, k, v, key_mask, rpb, self._lse, routed)

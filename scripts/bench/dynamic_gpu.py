@@ -48,11 +48,11 @@ def measured(name: str, backward: bool) -> dict[str, Any]:
     kernels = kernels_of(q, k, v, call, lambda: None)
     ours = lambda q, k, v: attention(q, k, v, pattern, layout, backend="triton")  # noqa: E731
     with torch.no_grad():
-        routed = kernels.lists(q, k, None, False)
+        routed = kernels.lists(q, k, v, None, False)
         parts = in_turns(
             {
                 "choosing": partial(pattern.choose, q, k, layout),
-                "choosing_and_lists": partial(kernels.lists, q, k, None, False),
+                "choosing_and_lists": partial(kernels.lists, q, k, v, None, False),
                 "kernel": partial(kernels.forward, q, k, v, None, None, False, routed),
             }
         )

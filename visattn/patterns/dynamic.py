@@ -117,6 +117,11 @@ class DynamicPattern(RoutedPattern):
         box = tuple(math.gcd(a, b) for a, b in zip(blocks.queries, blocks.keys, strict=True))
         return fitting(box, blocks.grid, volume)
 
+    def side_tile(self, grid: tuple[int, ...], volume: int, keys: bool) -> tuple[int, ...]:
+        """The block of that side where it is small enough, else a part of it."""
+        blocks = self.blocks(grid)
+        return fitting(blocks.keys if keys else blocks.queries, blocks.grid, volume)
+
     def check_tiles(self, grid: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
         """Raise a ValueError if a tile crosses the border of a block."""
         blocks = self.blocks(grid)

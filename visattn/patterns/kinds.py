@@ -39,6 +39,10 @@ class ListedPattern(Pattern):
         """A good box of about `volume` tokens for tiles of this grid (of `tiled_layout`)."""
         return box_shape(grid, volume)
 
+    def side_tile(self, grid: tuple[int, ...], volume: int, keys: bool) -> tuple[int, ...]:
+        """The same for tiles of keys, or of queries, where an engine may cut the two sides differently."""
+        return self.tile(grid, volume)
+
 
 class StaticPattern(ListedPattern):
     """A listed pattern that the grid alone decides: `check`, `grid_mask` and `tile_pairs` are all it needs."""

@@ -239,7 +239,7 @@ def _copy_columns(
 def attend(
     k_grid, v_grid, k_runs, v_runs, q, out, lse, key_mask, taken,
     tokens, bounds, bases, mask_ids, offsets, masks,
-    q_batch, q_token, q_head,
+    q_batch, q_token, q_head, bounds_batch, list_batch, list_heads,
     scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr,
@@ -309,7 +309,7 @@ def attend(
             (_copy_columns, (k_grid, v_grid, k_runs, v_runs, rings, bases, jobs, heads, group, (side_y, side_x), runs,
                              BOX, FOLDED, SIZES)),
             (deal, (q, tokens, bounds, taken, jobs, (q_batch, q_token, q_head), heads, dense_rows, grid_rows, pairs,
-                    SIZES, UNIT)),
+                    (bounds_batch, list_batch, list_heads), SIZES, UNIT)),
             (put_masks, (key_mask, bases, offsets, shared, jobs, runs, heads, key_length, SIZES)),
         ],
         [4, 1, 1, 1],

@@ -83,13 +83,15 @@ def _fetch_rows(q, q_token, jobs, slot, HEAD_DIM: gl.constexpr, UNIT: gl.constex
 
 @gluon.jit
 def deal(
-    q, tokens, bounds, taken, jobs, steps, heads, dense_rows, grid_rows, pairs,
+    q, tokens, bounds, taken, jobs, steps, heads, dense_rows, grid_rows, pairs, owned,
     SIZES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """The dealing warp: takes tiles until none is left, and fetches their rows.
 
-    `taken` counts how often programs have looked for a tile behind their first one, which is once per tile.
+    `taken` counts how often programs have looked for a tile behind their first one, which is once per tile. `owned` are
+    the distances of the bounds and of the lists of two owners, and the query heads of an owner.
     """
+    bounds_batch, list_batch, list_heads = owned
     fields, token_ring, _, ready, free = jobs
     q_batch, q_token, q_head = steps
     HEAD_DIM: gl.constexpr = SIZES[0]
@@ -107,7 +109,11 @@ def deal(
             gl.store(taken, 0)
         following = gl.num_programs(0) + before
         row, pair = place(tile, dense_rows, grid_rows, pairs)
-        bound = gl.load(bounds + row * 4 + index - 2, mask=(index >= 2) & (index < 6), other=0)
+        owner = pair // list_heads
+        own_bounds = bounds + owner.to(gl.int64) * bounds_batch + row * 4
+        bound = gl.load(own_bounds + index - 2, mask=(index >= 2) & (index < 6), other=0)
+        # Start, split and stop count from the first entry of all owners.
+        bound += gl.where((index >= 2) & (index < 5), owner * list_batch, 0)
         described = gl.where(index == 0, row, gl.where(index == 1, pair, bound))
         slot = number % JOBS
         mbarrier.wait(free.index(slot), ((number // JOBS) & 1) ^ 1)

@@ -160,7 +160,7 @@ def _copy_columns(
 def key_gradients(
     q_grid, grad_grid, q_runs, grad_runs, k, v, lse, delta, grad_k, grad_v, key_mask,
     tokens, bounds, bases, mask_ids, offsets, masks,
-    k_batch, k_token, k_head, v_batch, v_token, v_head,
+    k_batch, k_token, k_head, v_batch, v_token, v_head, bounds_batch, list_batch, list_heads,
     scale, score_scale, heads, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
@@ -180,8 +180,11 @@ def key_gradients(
     """
     row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
     sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
-    bound = bounds + row * 4
+    owner = (pair // list_heads).to(gl.int64)
+    bound = bounds + owner * bounds_batch + row * 4
     start, split, stop, dense = gl.load(bound), gl.load(bound + 1), gl.load(bound + 2), gl.load(bound + 3)
+    bases += owner * list_batch
+    mask_ids += owner * list_batch
     if FOLDED:
         outer, column = sample, head * HEAD_DIM
     else:

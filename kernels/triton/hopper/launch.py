@@ -26,7 +26,7 @@ from visattn.kernels.triton.arguments import (
 from visattn.kernels.triton.config import HOPPER, Config
 from visattn.kernels.triton.start import Launch, programs
 from visattn.layout import Layout
-from visattn.patterns import Pattern, RoutedPattern
+from visattn.patterns import DynamicPattern, Pattern, RoutedPattern
 from visattn.plans import TilePlan
 
 # Warps of the kernels' first role; the others are told apart inside them.
@@ -61,7 +61,8 @@ def hopper_config(
         direction: "forward" or "key_grad".
     """
     launch = HOPPER[direction].get(head_dim)
-    routed = isinstance(pattern, RoutedPattern)
+    dynamic = isinstance(pattern, DynamicPattern) and not pattern.pools_rest
+    routed = isinstance(pattern, RoutedPattern) and not dynamic
     if architecture != 90 or launch is None or dtype.itemsize != 2 or routed or not installed():
         return None
     plan = plan_of(pattern, layout, direction, launch)
@@ -69,7 +70,9 @@ def hopper_config(
     # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
     boxes = columns.capacity == launch.tile and all(side & (side - 1) == 0 for side in columns.shape)
     fills = rows.capacity > launch.rows // 2
-    return launch if boxes and fills and _no_list_empty(plan) and all(step == 1 for step in columns.step) else None
+    # Lists that are made at run time are never empty where they are for the forward (`choosing.lists`).
+    filled = dynamic or _no_list_empty(plan)
+    return launch if boxes and fills and filled and all(step == 1 for step in columns.step) else None
 
 
 @kept
@@ -205,8 +208,8 @@ def _common_arguments(
     columns = run.column_tiling
     prefix, grid, box = columns.layout.prefix, columns.layout.grid, columns.shape
     lists = list_arguments(run, work, False, rows.shape[0] * rows.shape[2], rows.shape[2])
-    # Routed patterns, whose samples have lists of their own, and biases are for the general kernels.
-    unused = ("positions", "position_offsets", "centre", "rpb_entries", "bounds_batch", "list_batch", "list_heads")
+    # Biases are for the general kernels.
+    unused = ("positions", "position_offsets", "centre", "rpb_entries")
     descriptors = {}
     for name, x in zip(names, copied, strict=True):
         descriptors[f"{name}_grid"] = _descriptor(x, prefix, grid, box)

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from visattn.dispatch import Call, Problem, load
 from visattn.kernels.triton import backend as engine
+from visattn.kernels.triton.arguments import plan_of
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, config
 from visattn.kernels.triton.hopper.launch import copyable, faster_configs, folded, hopper_config
 
@@ -46,6 +47,28 @@ def test_leaves_other_gpus_dtypes_and_head_dims(other, direction):
 @pytest.mark.parametrize("pattern", ["routing(regions=8x8,topk=4)", "na(window=9x9,dilation=2)"])
 def test_leaves_routed_and_dilated_patterns(pattern, direction):
     assert chosen(pattern, Layout((64, 64)), direction=direction) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layout", "directions"),
+    [
+        ("topk(keep=0.1,block=8x16)", Layout((37, 45), 13, 5), {"forward", "key_grad"}),
+        ("topp(p=0.7,block=4x4x8,key_block=4x4x4)", Layout((9, 21, 40), suffix=77), {"forward"}),
+        ("above(tau=1,block=256,key_block=64)", Layout(3000), {"forward"}),
+        ("topk(keep=0.1,block=64,key_block=256)", Layout(3000), {"key_grad"}),
+        # Half of the kernels' rows would be idle, boxes are no powers of two, and there are no pooled keys.
+        ("topk(keep=0.1)", Layout((64, 64)), set()),
+        ("topk(keep=0.1,block=8x12)", Layout((64, 48)), set()),
+        ("topk(keep=0.1,block=8x16,rest=mean)", Layout((64, 64)), set()),
+    ],
+)
+def test_takes_lists_per_head_whose_blocks_fill_its_rows(pattern, layout, directions):
+    taken = {direction for direction in HOPPER if chosen(pattern, layout, direction=direction)}
+    assert taken == directions
+    for direction in taken:
+        made = plan_of(parse(pattern), layout, direction, HOPPER[direction][128])
+        rows = made.keys if direction == "key_grad" else made.queries
+        assert rows.capacity == 128
 
 
 def directions_of(q, kv, **options):

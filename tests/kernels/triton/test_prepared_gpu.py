@@ -67,6 +67,6 @@ def test_routing_chooses_as_the_pattern_does(shape):
     q, k = (torch.randn(2, layout.length, n, 64, generator=draw, device="cuda") for n in (4, 2))
     kernels = kernels_of(q, k, k, Call(pattern, layout, 1.0), lambda: None)
     for _ in range(2):
-        chosen = kernels.lists(q, k, None, False)
+        chosen = kernels.lists(q, k, k, None, False)
         choice = chosen.choice()
         assert torch.equal(choice.cpu(), pattern.choose(q.double().cpu(), k.double().cpu(), layout))

@@ -31,7 +31,7 @@ def made(name, seed=0, head_dim=24):
 @pytest.mark.parametrize("name", CASES)
 def test_the_choice_and_the_lists_are_those_of_the_pattern(name):
     pattern, layout, q, k, kernels = made(name)
-    chosen = kernels.lists(q, k, None, True)
+    chosen = kernels.lists(q, k, k, None, True)
     assert isinstance(chosen, Chosen)
     assert torch.equal(chosen.choice(), pattern.choose(q, k, layout))
     for direction in ("forward", "query_grad", "key_grad"):
@@ -56,7 +56,7 @@ def test_equal_products_go_to_the_lower_index():
     # Every region's mean key is one of two.
     k = torch.zeros_like(q).unflatten(1, (4, 4, 16))
     k[:, 1::2] = 1
-    chosen = kernels.lists(q, k.flatten(1, 3), None, False)
+    chosen = kernels.lists(q, k.flatten(1, 3), k.flatten(1, 3), None, False)
     means = q.unflatten(1, (4, 4, 4, 4)).mean((2, 4)).flatten(1, 2).sum((2, 3))
     upper, lower = torch.tensor([4, 5, 6]), torch.tensor([0, 1, 2])
     wanted = torch.where((means > 0)[..., None], upper, lower)
@@ -66,7 +66,7 @@ def test_equal_products_go_to_the_lower_index():
 def test_numbers_that_are_none_choose_every_region_once_at_most():
     _, _, q, k, kernels = made("even")
     q[0, :40], k[1, 7] = float("nan"), float("-inf")
-    choice = kernels.lists(q, k, None, False).choice()
+    choice = kernels.lists(q, k, k, None, False).choice()
     assert choice.min() >= 0 and choice.max() < 16
     assert all(len(set(row)) == 3 for row in choice.flatten(0, 1).tolist())
 
@@ -77,9 +77,9 @@ def test_masks_and_very_many_regions_are_left_to_torch(name, monkeypatch):
 
     pattern, _, q, k, kernels = made(name)
     mask = torch.rand(q.shape[:2]) > 0.3
-    found = kernels.lists(q, k, mask, False)
+    found = kernels.lists(q, k, k, mask, False)
     plan = kernels._work.plan("forward")
     assert listed(found.program("forward")) == listed(routed_program(plan, False, pattern.route(q, k, plan, mask)))
     monkeypatch.setattr(prepared, "LARGEST", 3)
-    assert not isinstance(kernels.lists(q, k, None, False), Chosen)
+    assert not isinstance(kernels.lists(q, k, k, None, False), Chosen)
     assert isinstance(kernels, Kernels)
