@@ -32,6 +32,8 @@ class Above(DynamicPattern):
         rest: As in `topk`.
         block: As in `topk`.
         key_block: As in `topk`.
+        every: As in `topk`.
+        drift: As in `topk`.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -45,6 +47,8 @@ class Above(DynamicPattern):
     rest: str = "drop"
     block: PerAxis | None = None
     key_block: PerAxis | None = None
+    every: int = 1
+    drift: float = 0.3
 
     name: ClassVar[str] = "above"
 

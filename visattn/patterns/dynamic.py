@@ -20,11 +20,12 @@ from visattn.patterns.choice.blocks import (
     token_blocks,
 )
 from visattn.patterns.choice.listening import tell
+from visattn.patterns.choice.memory import Means, kept_for
 from visattn.patterns.choice.rest import Pooled, append_means, rest_weights
-from visattn.patterns.choice.scores import Score, Seen, block_scores
+from visattn.patterns.choice.scores import Score, Seen, block_means, block_scores
 from visattn.patterns.kinds import RoutedPattern, Tiled
 from visattn.patterns.routes import Routes, lists_of
-from visattn.patterns.values import PerAxis
+from visattn.patterns.values import PerAxis, is_number, real_number, whole_numbers
 from visattn.tiling import Tiling
 
 PER = ("row", "head")
@@ -45,6 +46,9 @@ class DynamicPattern(RoutedPattern):
         rest: What unlisted blocks give: "drop" for nothing, "mean" for one pooled key each.
         block: Sides of a block, or tokens of a run of the flat sequence; None for a cube-like box of 64 tokens.
         key_block: The same for blocks of keys, None for `block`.
+        every: Denoising steps that lists are kept for: 1 chooses in each.
+        drift: How far the means of blocks of queries or keys may move before lists are chosen again all the same,
+            relative to their norm.
     """
 
     score: str
@@ -53,6 +57,8 @@ class DynamicPattern(RoutedPattern):
     rest: str
     block: PerAxis | None
     key_block: PerAxis | None
+    every: int
+    drift: float
 
     def put_in_form(self) -> None:
         """Check the parameters that all dynamic patterns have, and give them the form that equal patterns share."""
@@ -68,6 +74,14 @@ class DynamicPattern(RoutedPattern):
             raise ValueError(f"key_block={self.key_block!r} needs the block of queries too: give block")
         if self.key_block == self.block:
             object.__setattr__(self, "key_block", None)
+        if isinstance(self.every, tuple | list):
+            raise ValueError(f"every={self.every!r} must be a number of steps like 4")
+        object.__setattr__(self, "every", whole_numbers(self.every, "every", 1))
+        if not is_number(self.drift) or self.drift <= 0:
+            raise ValueError(
+                f"drift={self.drift!r} must be a number above 0, like 0.3: a share of the norm of the means"
+            )
+        object.__setattr__(self, "drift", real_number(self.drift))
 
     @abstractmethod
     def most_listed(self, blocks: Blocks) -> int:
@@ -141,6 +155,11 @@ class DynamicPattern(RoutedPattern):
         return "which blocks are listed depends on q and k, head by head; how many does not"
 
     @property
+    def needs_steps(self) -> bool:
+        """Whether lists are kept from step to step."""
+        return self.every > 1
+
+    @property
     def pools_rest(self) -> bool:
         """Whether unlisted blocks give a pooled key."""
         return self.rest == "mean"
@@ -158,19 +177,38 @@ class DynamicPattern(RoutedPattern):
         Arguments as in `RoutedPattern.route`.
         """
         blocks, at = self.blocks(layout.grid), inner(layout)
-        most = self.most_listed(blocks)
         with torch.no_grad():
+            own = q[:, at], k[:, at]
             valid = None if key_mask is None else key_mask[:, at]
             factor = q.shape[3] ** -0.5 if scale is None else scale
-            seen, some = block_scores(Score.of(self.score), q[:, at], k[:, at], blocks, valid, factor)
-            forced = always_on(terms_of(self.always), blocks, q.device)
-            # No scores of all heads at a time: only the lists are kept.
-            found = [lists_of(self.marked(scores, seen, forced, blocks), most) for scores in some]
-            tiles = torch.cat([routes.tiles for routes in found], 1)
-            counts = torch.cat([routes.counts for routes in found if routes.counts is not None], 1)
-            choice = Routes(tiles, None if self.least_listed(blocks) == most else counts)
+            if self.every == 1:
+                choice = self._chosen(*own, blocks, valid, factor)
+            else:
+                call = self, layout, q.shape, k.shape, q.device, factor, key_mask is None
+                choice = kept_for(
+                    self.every,
+                    self.drift,
+                    call,
+                    blocks.columns,
+                    q.dtype,
+                    lambda: Means(*(block_means(x, *side, valid) for x, side in zip(own, blocks.sides, strict=True))),
+                    lambda: self._chosen(*own, blocks, valid, factor),
+                )
             tell(choice, blocks)
             return choice
+
+    def _chosen(
+        self, q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None, scale: float
+    ) -> Routes:
+        """What grid queries and keys [B, tokens, heads, D] choose, whatever was chosen before."""
+        most = self.most_listed(blocks)
+        seen, some = block_scores(Score.of(self.score), q, k, blocks, valid, scale)
+        forced = always_on(terms_of(self.always), blocks, q.device)
+        # No scores of all heads at a time: only the lists are kept.
+        found = [lists_of(self.marked(scores, seen, forced, blocks), most) for scores in some]
+        tiles = torch.cat([routes.tiles for routes in found], 1)
+        counts = torch.cat([routes.counts for routes in found if routes.counts is not None], 1)
+        return Routes(tiles, None if self.least_listed(blocks) == most else counts)
 
     def route(
         self,

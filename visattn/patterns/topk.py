@@ -35,6 +35,9 @@ class TopK(DynamicPattern):
             as often as it has tokens.
         block: Sides of a block, like 4x4x4, or tokens of a run of the flat sequence; None for a cube-like box of 64.
         key_block: The same for keys, None for `block`.
+        every: Denoising steps that lists are kept for, where a patched pipeline tells its steps: 1 chooses in each.
+        drift: With `every`, how far the means of the blocks of queries or keys may move, relative to their norm, before
+            lists are chosen again all the same.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -47,6 +50,8 @@ class TopK(DynamicPattern):
     rest: str = "drop"
     block: PerAxis | None = None
     key_block: PerAxis | None = None
+    every: int = 1
+    drift: float = 0.3
 
     name: ClassVar[str] = "topk"
 

@@ -39,6 +39,8 @@ class TopP(DynamicPattern):
         rest: As in `topk`.
         block: As in `topk`.
         key_block: As in `topk`.
+        every: As in `topk`.
+        drift: As in `topk`.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -54,6 +56,8 @@ class TopP(DynamicPattern):
     rest: str = "drop"
     block: PerAxis | None = None
     key_block: PerAxis | None = None
+    every: int = 1
+    drift: float = 0.3
 
     name: ClassVar[str] = "topp"
 

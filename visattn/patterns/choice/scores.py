@@ -97,6 +97,13 @@ def block_scores(
     return seen, _products(query, keys, query_count > 0, key_count > 0)
 
 
+def block_means(
+    x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], valid: torch.Tensor | None
+) -> torch.Tensor:
+    """Means over the valid tokens of each block of tokens [B, tokens, H, D], zero where there are none."""
+    return _means(x, grid, box, 1, valid)[0][:, :, 0]
+
+
 def _counts(
     x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], parts: int, valid: torch.Tensor | None
 ) -> torch.Tensor:
