@@ -43,6 +43,7 @@ class Settings:
         layers: As in `visattn.apply`.
         dense_layers: As in `visattn.apply`.
         dense_steps: As in `visattn.apply`.
+        dense_last_steps: As in `visattn.apply`.
         backend: As in `visattn.apply`.
         weights: File of a distilled student, whose tensors the sparse runs have; see `pipelines.trained`.
         compare: Whether the dense twin is generated too; it keeps the model's own weights.
@@ -62,6 +63,7 @@ class Settings:
     layers: str | None = None
     dense_layers: int = 0
     dense_steps: int | float = 0
+    dense_last_steps: int | float = 0
     backend: str = "auto"
     weights: str | None = None
     compare: bool = False
@@ -178,7 +180,8 @@ def _run(
     schedule: dict[str, Any] = {"layers": settings.layers}
     if kind == SPARSE:
         schedule |= {"dense_layers": settings.dense_layers, "backend": settings.backend}
-        schedule["dense_steps"] = 0 if warm_up else settings.dense_steps
+        if not warm_up:
+            schedule |= {"dense_steps": settings.dense_steps, "dense_last_steps": settings.dense_last_steps}
     if warm_up and "num_inference_steps" in _parameters(pipe):
         arguments["num_inference_steps"] = WARM_UP_STEPS
     trail: Trail = []

@@ -11,7 +11,7 @@ import torch
 
 from visattn import ops, prepare, transforms
 from visattn.autocast import as_sdpa_casts
-from visattn.checks import check_call, check_fit, check_tensors, factor, merged
+from visattn.checks import check_call, check_fit, check_steps, check_tensors, factor, merged
 from visattn.crossing import crossing
 from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose
 from visattn.layout import Layout
@@ -129,6 +129,7 @@ def attention(
     else:
         pattern, given = parse(pattern), ops.constants(given) if portable else given
         check_fit(q, k, v, pattern, layout, key_mask, rpb, given)
+        check_steps(pattern)
         call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
         if portable:
             out, lse = prepare.run_call(q, k, v, call, backend, portable)

@@ -12,6 +12,7 @@ import torch
 
 from visattn.layout import Layout, check_layout
 from visattn.patterns import BiasedPattern, Pattern
+from visattn.patterns.choice.memory import here
 from visattn.patterns.kinds import pooled_part
 
 # What backends compute in.
@@ -55,6 +56,15 @@ def check_fit(
     _check_defined(pattern, layout.grid)
     if key_mask is not None or rpb is not None or parameters:
         _check_others(q, pattern, layout, key_mask, rpb, parameters)
+
+
+def check_steps(pattern: Pattern) -> None:
+    """Raise a ValueError for a pattern that keeps something from step to step where nothing tells the step."""
+    if pattern.needs_steps and here() is None:
+        raise ValueError(
+            f"{pattern} keeps its choice from one denoising step to the next, and a call of attention() knows no "
+            "steps: apply() it to a pipeline, or leave every out"
+        )
 
 
 # Most calls name a pattern and a grid that have passed.

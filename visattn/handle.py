@@ -103,7 +103,8 @@ class Handle:
     def report(self) -> Report:
         """What happened at each patched attention module so far. Waits for the GPU."""
         sites = [site for patch in self._patches for site in patch.report()]
-        return Report(tuple(sites), self._request.schedule.dense_steps)
+        schedule = self._request.schedule
+        return Report(tuple(sites), schedule.dense_steps, schedule.dense_last_steps)
 
     def watch(self, watcher: Watcher | None) -> None:
         """Call `watcher(watched)` after every attention call of a patched module; None stops that.
@@ -121,11 +122,11 @@ class Handle:
             patch.remove()
 
     def set_step(self, step: int | None, total: int | None = None) -> None:
-        """Say which denoising step comes next, for `dense_steps` on a model without its pipeline.
+        """Say which denoising step comes next, on a model without its pipeline: for `dense_steps`, `every` ...
 
         Args:
             step: Index of the step, from 0. None returns to what the pipeline says.
-            total: Number of steps, needed when `dense_steps` is a fraction.
+            total: Number of steps, needed when `dense_steps` is a fraction, and for `dense_last_steps`.
 
         Raises:
             ValueError: If the step is negative or not below the total.
@@ -151,6 +152,7 @@ def apply(
     layers: Selector | Iterable[Selector] | None = None,
     dense_layers: int = 0,
     dense_steps: int | float = 0,
+    dense_last_steps: int | float = 0,
     backend: str = "auto",
     layout: Layout | None = None,
     strict: bool = False,
@@ -166,6 +168,7 @@ def apply(
         layers: Layers to patch: indices, slices, ranges like "4-9", or names; None for all.
         dense_layers: The first so many selected layers stay dense.
         dense_steps: The first so many denoising steps stay dense: a count, or a fraction like 0.25.
+        dense_last_steps: The last so many stay dense, likewise.
         backend: "auto" for the cheapest that can run a call, or a name of `backends()`.
         layout: Where the tokens sit, for a model of a class that visattn does not know.
         strict: Raise if a forward misses a selected attention module.
@@ -187,7 +190,7 @@ def apply(
     if backend != "auto":
         load(backend)
     package = _package(target)
-    schedule = Schedule.of(pattern, layers, dense_layers, dense_steps)
+    schedule = Schedule.of(pattern, layers, dense_layers, dense_steps, dense_last_steps)
     for each in schedule.patterns:
         if isinstance(each, MergingPattern) and package != "diffusers":
             raise ValueError(f"{each} merges tokens of a UNet of diffusers: use agent(agents=...) on a {package} model")

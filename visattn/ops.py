@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from visattn.checks import check_call
+from visattn.checks import check_call, check_steps
 from visattn.dispatch import Call
 from visattn.keep import stands_in, untraced
 from visattn.layout import Layout
@@ -136,6 +136,7 @@ def _(
     if torch.onnx.is_in_onnx_export():
         raise ValueError(f"ONNX has no operator visattn::attend, and {pattern} could not be written down without it")
     check_call(q, k, v, parse(pattern), Layout(grid, prefix, suffix), key_mask, rpb, _named(names, parameters))
+    check_steps(parse(pattern))
     return empty_results(q, lse)
 
 

@@ -198,10 +198,12 @@ class Report:
     Attributes:
         sites: Every patched attention module; modules that a schedule keeps dense are among them.
         dense_steps: First steps that stay dense, as given.
+        dense_last_steps: Last steps that stay dense, as given.
     """
 
     sites: tuple[SiteReport, ...]
     dense_steps: int | float = 0
+    dense_last_steps: int | float = 0
 
     @property
     def hits(self) -> int:
@@ -266,6 +268,7 @@ class Report:
             "dense": self.dense,
             "kept": self.kept,
             "dense_steps": self.dense_steps,
+            "dense_last_steps": self.dense_last_steps,
             "fallbacks": self.fallbacks,
             "density": self.density,
             "sparse_seconds": self.sparse_seconds,

@@ -28,17 +28,19 @@ class SiteName(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The pattern of each layer, and how many layers and steps at the start stay dense.
+    """The pattern of each layer, and how many layers and steps stay dense.
 
     Attributes:
         rules: Pairs of layer selectors and pattern; None selects every layer.
         dense_layers: The first so many selected layers stay dense.
         dense_steps: The first so many denoising steps stay dense: a count, or a fraction between 0 and 1.
+        dense_last_steps: The last so many, likewise.
     """
 
     rules: tuple[tuple[tuple[Selector, ...] | None, Pattern], ...]
     dense_layers: int = 0
     dense_steps: int | float = 0
+    dense_last_steps: int | float = 0
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class Schedule:
         layers: Selector | Iterable[Selector] | None = None,
         dense_layers: int = 0,
         dense_steps: int | float = 0,
+        dense_last_steps: int | float = 0,
     ) -> Schedule:
         """The schedule that the arguments of `apply` describe.
 
@@ -56,6 +59,7 @@ class Schedule:
             layers: Indices, slices, ranges like "0-3" or "4-", or names (globs) of layers.
             dense_layers: Count of selected layers.
             dense_steps: Count or fraction of steps.
+            dense_last_steps: Likewise.
 
         Raises:
             ValueError: If a value is out of range, or both `layers` and a mapping are given.
@@ -72,10 +76,11 @@ class Schedule:
             rules = [(None if layers is None else _selectors(layers), parse(pattern))]
         if isinstance(dense_layers, bool) or not isinstance(dense_layers, int) or dense_layers < 0:
             raise ValueError(f"dense_layers={dense_layers!r} must be a count of layers, 0 or more")
-        whole = isinstance(dense_steps, int) and not isinstance(dense_steps, bool) and dense_steps >= 0
-        if not whole and not (isinstance(dense_steps, float) and 0 <= dense_steps < 1):
-            raise ValueError(f"dense_steps={dense_steps!r} must be a count of steps like 12 or a fraction like 0.25")
-        return cls(tuple(rules), dense_layers, dense_steps)
+        for name, value in (("dense_steps", dense_steps), ("dense_last_steps", dense_last_steps)):
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if not whole and not (isinstance(value, float) and 0 <= value < 1):
+                raise ValueError(f"{name}={value!r} must be a count of steps like 12 or a fraction like 0.25")
+        return cls(tuple(rules), dense_layers, dense_steps, dense_last_steps)
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -85,7 +90,13 @@ class Schedule:
     @property
     def needs_steps(self) -> bool:
         """Whether anything depends on the denoising step."""
-        return bool(self.dense_steps) or any(isinstance(p, MergingPattern) and p.stepped for p in self.patterns)
+        stepped = any(p.needs_steps or (isinstance(p, MergingPattern) and p.stepped) for p in self.patterns)
+        return bool(self.dense_steps or self.dense_last_steps) or stepped
+
+    @property
+    def keeps(self) -> Pattern | None:
+        """The first pattern that keeps something from step to step, None if none does."""
+        return next((pattern for pattern in self.patterns if pattern.needs_steps), None)
 
     def assign(self, sites: Sequence[SiteName], model: str) -> list[Pattern | None]:
         """The pattern of each site, None where no rule selects it.
@@ -120,7 +131,13 @@ class Schedule:
         Raises:
             ValueError: If that depends on a step or a number of steps that is unknown.
         """
-        return bool(self.dense_steps) and among_first(self.dense_steps, f"dense_steps={self.dense_steps}", step, total)
+        first, last = self.dense_steps, self.dense_last_steps
+        if first and among_first(first, f"dense_steps={first}", step, total):
+            return True
+        if not last:
+            return False
+        at, number = known_step(f"dense_last_steps={last}", step, total, True)
+        return at >= number - (last if isinstance(last, int) else round(last * number))
 
 
 def among_first(first: int | float, what: str, step: int | None, total: int | None) -> bool:
@@ -135,13 +152,23 @@ def among_first(first: int | float, what: str, step: int | None, total: int | No
     Raises:
         ValueError: If the answer depends on something unknown.
     """
-    if step is None or (total is None and isinstance(first, float)):
+    at, number = known_step(what, step, total, isinstance(first, float))
+    return at < (first if isinstance(first, int) else round(first * number))
+
+
+def known_step(what: str, step: int | None, total: int | None, needs_total: bool) -> tuple[int, int]:
+    """Step and number of steps, 0 for an unknown one that is not needed.
+
+    Raises:
+        ValueError: If `what`, as errors call it, needs what is unknown.
+    """
+    if step is None or (total is None and needs_total):
         missing = "the step" if step is None else "the number of steps"
         raise ValueError(
             f"{what} needs {missing}, and nothing tells it: apply to the pipeline instead of the model, or call "
             "handle.set_step(i, n) before each forward"
         )
-    return step < (first if isinstance(first, int) else round(first * (total or 0)))
+    return step, total or 0
 
 
 # What keeps a parameter to one frame, where that is not 1.

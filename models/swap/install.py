@@ -31,8 +31,14 @@ def install(target: Any, request: Request) -> list[SwappedModel]:
             already.
     """
     model = getattr(target, "_orig_mod", target)
-    if request.schedule.dense_steps:
-        raise ValueError("dense_steps counts denoising steps, and a timm model has none: use dense_layers or layers")
+    schedule = request.schedule
+    for name in ("dense_steps", "dense_last_steps"):
+        if getattr(schedule, name):
+            raise ValueError(f"{name} counts denoising steps, and a timm model has none: use dense_layers or layers")
+    if schedule.keeps is not None:
+        raise ValueError(
+            f"{schedule.keeps} keeps its choice for later denoising steps, and a timm model has none: leave every out"
+        )
     return [SwappedModel(model, request)]
 
 

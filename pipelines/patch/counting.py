@@ -24,22 +24,25 @@ class Count:
     Attributes:
         evaluations: Calls of `step`, None before the first run.
         first: Position of the first timestep that ran, None if nothing told it yet.
+        runs: How often timesteps were set.
         watchers: Who reads this; a scheduler counts as long as anybody does.
     """
 
     def __init__(self, watchers: weakref.WeakSet[Any]) -> None:
         self.evaluations: int | None = None
         self.first: int | None = None
+        self.runs = 0
         self.watchers = watchers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Count:
         copied = Count(self.watchers)
-        copied.evaluations, copied.first = self.evaluations, self.first
+        copied.evaluations, copied.first, copied.runs = self.evaluations, self.first, self.runs
         return copied
 
     def begin(self) -> None:
         """A run begins."""
         self.evaluations, self.first = 0, None
+        self.runs += 1
 
     def at(self, arguments: Iterable[Any], timesteps: Any) -> None:
         """The scheduler is called with a timestep: the first one tells where in the list a run began."""

@@ -79,7 +79,15 @@ class Begin(_Hook):
         first = given[name][0] if isinstance(given[name], list) else given[name]
         samples = [n for sample in seen.samples for n in (*sample.grid, sample.prefix)]
         latents: Any = operators.begin_forward(
-            first, seen.ids, list(seen.grid), seen.prefix, seen.suffix, samples, seen.why, self.number
+            first,
+            seen.ids,
+            list(seen.grid),
+            seen.prefix,
+            seen.suffix,
+            samples,
+            seen.why,
+            self.number,
+            torch.is_grad_enabled(),
         )
         if isinstance(given[name], list):
             latents = [latents, *given[name][1:]]

@@ -61,6 +61,7 @@ class PatchedModel:
         # A pipeline that is running knows best; one that is not tells what its scheduler did last.
         sources = [functools.partial(scheduler.running, weakref.ref(model)), *said, scheduler.now]
         self._run = DiffusersRun(name, family, model.config, schedule, layout, request.strict, sources, request.always)
+        self._run.token = scheduler.token
         self._run.sparse_sites = [s.name.path for s in self.sites if not isinstance(s.pattern, Dense)]
         self._processors = Processors(model, self._run, self.sites, request.backend)
         self._hooks: Hooks | None = None

@@ -13,6 +13,7 @@ import torch
 
 from visattn.ops import autograd_inside_operator, gradient_leaf
 from visattn.patterns import Dense
+from visattn.patterns.choice.memory import Place, placed
 from visattn.pipelines.families.base import Sample, Seen
 from visattn.pipelines.patch.decision import DECISION_BYTES, Decision
 from visattn.pipelines.patch.numbering import look_up, stock_of
@@ -101,7 +102,8 @@ def _again(
             keys = key_validity(mask, q, made.mask_row)
             assert not isinstance(keys, str), keys
             given = {n: t.to(q.device) for n, t in zip(made.names, leaves[3:], strict=True)}
-            out = Sequences.of(call, keys).attend(made.pattern, made.layouts, made.backend, given)
+            with placed(Place(None)):
+                out = Sequences.of(call, keys).attend(made.pattern, made.layouts, made.backend, given)
         else:
             out = made.stock(call)
         # The stock attention uses no parameters.
@@ -142,17 +144,19 @@ def begin_forward(
     samples: list[int],
     why: str,
     run: int,
+    gradients: bool,
 ) -> torch.Tensor:
     """Tell a run that a forward begins; returns the latents, so that everything after depends on it.
 
-    `samples` are the numbers of each `Sample`, one after the other.
+    `samples` are the numbers of each `Sample`, one after the other; `gradients` says whether they are switched on
+    around the model, which no operator can see.
     """
     owner = look_up(run)
     if owner is not None:
         size = owner.family.dims + 1
         each = [samples[at : at + size] for at in range(0, len(samples), size)]
         apart = tuple(Sample(tuple(numbers[:-1]), numbers[-1]) for numbers in each)
-        owner.begin(Seen(tuple(grid), prefix, suffix, ids, why, apart), compiled=True)
+        owner.begin(Seen(tuple(grid), prefix, suffix, ids, why, apart), compiled=True, gradients=gradients)
     return latents.clone()
 
 
@@ -166,8 +170,9 @@ def _(
     samples: list[int],
     why: str,
     run: int,
+    gradients: bool,
 ) -> torch.Tensor:
     return torch.empty_like(latents)
 
 
-begin_forward.register_autograd(lambda ctx, grad: (grad, *[None] * 7))
+begin_forward.register_autograd(lambda ctx, grad: (grad, *[None] * 8))

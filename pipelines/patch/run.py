@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class DiffusersRun(Run):
         config: The model's configuration.
         layout: Where the tokens sit if the user said so, None to find out.
         check_sites: Called before each forward, to see what others have changed.
+        token: Tells one run of the pipeline from another.
         number: By which hooks and compiled code know it.
         lease: The right to it, None after the patch.
     """
@@ -41,6 +42,7 @@ class DiffusersRun(Run):
         super().__init__(name, schedule, strict, steps, family.mask_row, always)
         self.family, self.config, self.layout = family, config, layout
         self.check_sites: Callable[[], None] = lambda: None
+        self.token: Callable[[], Hashable] = lambda: None
         self.lease: numbering.Lease | None = numbering.register(self)
         self.number: int = self.lease.number
         self._read: tuple[weakref.ref[torch.Tensor], int, Seen, tuple[Any, ...]] | None = None
@@ -51,13 +53,23 @@ class DiffusersRun(Run):
             self.lease.end()
             self.lease = None
 
-    def begin(self, seen: Seen, compiled: bool = False) -> None:
-        """A forward of the model begins; compiled code does not tell when it ends."""
+    def begin(self, seen: Seen, compiled: bool = False, gradients: bool | None = None) -> None:
+        """A forward of the model begins; compiled code does not tell when it ends.
+
+        Args:
+            seen: What its arguments tell.
+            compiled: Whether compiled code tells it.
+            gradients: Whether gradients are switched on around the model, None for what they are here.
+        """
         if compiled and self.here.forward is not None:
             self.finish()
         self.check_sites()
         # Operators run without gradients whatever the code around them does.
-        self.start(self._where(seen), learns=True if compiled else None)
+        self.start(self._where(seen), True if compiled else None, gradients)
+
+    def run_token(self) -> Hashable:
+        """See `Run.run_token`."""
+        return self.token()
 
     def _where(self, seen: Seen) -> Where:
         if self.layout is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class SchedulerSteps:
         self._pipeline, self._strict = pipeline, strict
         self._models = {name: weakref.ref(model) for name, model in models.items()}
         self._counting: list[Any] = []
+        self._read_last = threading.local()
         self._attach(getattr(pipeline, "scheduler", None))
 
     def running(self, model: weakref.ref[torch.nn.Module]) -> Step:
@@ -88,9 +90,14 @@ class SchedulerSteps:
         count.begin()
         count.evaluations = 0 if done is None else done - (first or 0)
 
-    @staticmethod
-    def _read(scheduler: Any, ran: Any) -> Step:
+    def token(self) -> Hashable:
+        """What tells the run whose step this thread asked for last from others, None where no scheduler told it."""
+        count = getattr(self._read_last, "count", None)
+        return None if count is None else (count, count.runs)
+
+    def _read(self, scheduler: Any, ran: Any) -> Step:
         count = None if scheduler is None else count_of(scheduler)
+        self._read_last.count = count
         return (None, None) if count is None else count.step(scheduler, ran if isinstance(ran, int) else None)
 
 

@@ -26,8 +26,7 @@ from scripts.measure.dynamic_chart import draw_chart
 from visattn import Layout, dense_mask, parse
 from visattn.patterns import DynamicPattern
 from visattn.patterns.choice.blocks import Blocks, inner, token_blocks
-from visattn.patterns.choice.picks import number_of, pick_number
-from visattn.patterns.choice.scores import Seen
+from visattn.patterns.choice.picks import Seen, number_of, pick_number
 from visattn.pipelines.embedded import load_embedded
 from visattn.watch import Watched
 

@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import visattn
 from tests.golden.fill import make_input
 from tests.support.cases import gradients, layouts, qkv
 from tests.support.oracles import dense_attention
@@ -53,7 +51,7 @@ def test_lists_what_the_published_method_lists(case):
         assert (case["mask"] | ~chosen).all()
         assert (case["mask"].sum((2, 3)) == chosen.sum((2, 3)) + 1).all()
         seen, some = block_scores(Score("mean"), q, k, blocks, None, q.shape[3] ** -0.5)
-        chosen = pick_number_of_all(next(some), seen, None, int(case["mask"][0, 0].sum()))
+        chosen = pick_number_of_all(next(some).scores, seen, None, int(case["mask"][0, 0].sum()))
     assert torch.equal(chosen, case["mask"])
     stored = case.get("zeroth_order", case.get("output"))
     if stored:
@@ -75,6 +73,12 @@ RULES = (
     "topp(p=0.4, rule=under, per=head",
     "above(tau=0.5",
     "above(tau=-0.2, per=head, most=0.7",
+    "topk(keep=0.3, per=all",
+    "topp(p=0.6, per=all",
+    "above(tau=0.3, per=all, share=2",
+    "topk(keep=0.4, share=2",
+    "topk(keep=0.2, alike=0.3",
+    "topp(p=0.5, alike=0.5, rule=under",
 )
 
 
@@ -85,10 +89,12 @@ def choices(draw, grid, rests=("drop",)):
     block = "x".join(map(str, sides)) if len(grid) > 1 else str(sides[0])
     if draw(st.booleans()):
         block = f"{draw(st.integers(1, 9))}, key_block={draw(st.integers(1, 9))}"
-    score = draw(st.sampled_from(["mean", "bounds", "parts(1x1)"]))
+    score = draw(st.sampled_from(["mean", "bounds", "parts(1x1)", "diagonal(1)", "lowbit(4)", "tree(2)"]))
     always = draw(st.sampled_from(["none", "self", "first(1)", "near(1)"]))
     rest = draw(st.sampled_from(rests))
-    pattern = parse(f"{draw(st.sampled_from(RULES))}, block={block}, score={score}, always={always}, rest={rest})")
+    rule = draw(st.sampled_from(RULES))
+    score = "mean" if score == "tree(2)" and "per=" in rule else score
+    pattern = parse(f"{rule}, block={block}, score={score}, always={always}, rest={rest})")
     try:
         pattern.check(grid)
     except ValueError as error:
@@ -140,13 +146,13 @@ def test_lists_hold_what_they_promise(data, layout, masked):
     key_mask = padding(layout) if masked else None
     blocks = pattern.blocks(layout.grid)
     choice = pattern.choose(q, k, layout, key_mask)
-    most = pattern.most_listed(blocks)
+    most = blocks.columns if pattern.alike is not None else pattern.most_listed(blocks)
     assert choice.tiles.shape == (2, 4, blocks.rows, most) and choice.tiles.dtype == torch.int64
     assert choice.tiles.min() >= 0 and choice.tiles.max() < blocks.columns
     counts = torch.full(choice.tiles.shape[:3], most) if choice.counts is None else choice.counts
     assert counts.max() <= most
     if key_mask is None:
-        assert counts.min() >= (0 if pattern.per == "head" else pattern.least_listed(blocks))
+        assert counts.min() >= (0 if pattern.per != "row" else pattern.least_listed(blocks))
     mask = choice.mask(0, blocks.columns)
     assert torch.equal(mask.sum(-1), counts), "no list has a tile twice"
     if key_mask is None and pattern.always == "self":
@@ -303,12 +309,24 @@ def test_tile_choice_is_the_lists_of_the_grid(grid):
         ("topp(most=0)", "most=0 must be"),
         ("topp(rule=over)", "rule='over' must be cover or under"),
         ("above(tau=none)", "tau=None must be a finite number"),
-        ("topk(score=best)", "score='best' must be mean, bounds, or parts"),
-        ("topk(score=parts(0x4))", "must be mean, bounds, or parts"),
+        ("topk(score=best)", "score='best' must be mean, bounds, parts"),
+        ("topk(score=parts(0x4))", "must be mean, bounds, parts"),
+        ("topk(score=diagonal(0))", "score=diagonal\\(0\\): the number must be at least 1"),
+        ("topk(score=lowbit(1))", "score=lowbit\\(1\\): the number must be from 2 to 8"),
+        ("topk(score=lowbit(9))", "must be from 2 to 8"),
+        ("topk(score=tree(1))", "must be at least 2"),
+        ("topk(score=tree(2), per=head)", "score=tree\\(2\\) searches row by row: leave per=head out"),
+        ("topk(score=diagonal(5), block=4x4)", "diagonal\\(5\\) cuts query blocks of 16 tokens in runs of 5"),
+        ("topk(share=0)", "share=0 must be a number of heads that choose together like 2, or all"),
+        ("topk(share=some)", "share='some' must be"),
+        ("topk(alike=1.0)", "alike=1.0 must be from -1 to below 1"),
+        ("topp(alike=0.5, share=2)", "alike is judged head by head for each row: leave per and share out"),
+        ("above(bar=other)", "bar='other' must be exact or diag"),
+        ("above(bar=diag, share=2)", "bar=diag is made of means of blocks, head by head"),
         ("topk(always=near)", "always='near' must be none, or of self"),
         ("topk(always=window(2x3))", "a window is odd"),
         ("topk(always=first(0))", "first\\(0\\) lists nothing"),
-        ("topk(per=all)", "per='all' must be row or head"),
+        ("topk(per=each)", "per='each' must be row, head or all"),
         ("topk(rest=slope)", "rest='slope' must be drop or mean"),
         ("topk(block=0)", "block=0 must be a whole number"),
         ("topk(key_block=64)", "key_block=64 needs the block of queries too"),
@@ -351,18 +369,6 @@ def test_the_density_that_is_expected_is_near_what_random_scores_reach():
         expected = plan(pattern, layout).density
         reached = tile_choice(q, k, pattern, layout).float().mean().item()
         assert abs(expected - reached) <= tolerance + 1e-6, text
-
-
-def test_choices_keep_no_scores_and_see_some_heads_at_a_time(monkeypatch):
-    from visattn.patterns.choice import scores
-
-    layout, pattern = Layout((8, 8)), parse("topp(p=0.5, block=2x2, score=parts(2x2))")
-    q, k, _ = qkv(layout, 6, 3, dim=8)
-    whole = pattern.choose(q, k, layout)
-    monkeypatch.setitem(scores.SCORES, "cpu", 1)
-    assert torch.equal(pattern.choose(q, k, layout).tiles, whole.tiles)
-    visattn.clear_caches()
-    assert np.isfinite(plan(pattern, layout).density)
 
 
 @pytest.mark.parametrize("text", ["topk(keep=0.3", "topp(p=0.6, score=parts(2x2)", "above(tau=0.5, rest=mean"])

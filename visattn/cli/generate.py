@@ -15,6 +15,7 @@ from visattn.cli.generate_options import (
     BackendOption,
     CompareOption,
     CountOption,
+    DenseLastStepsOption,
     DenseLayersOption,
     DenseStepsOption,
     DeviceOption,
@@ -69,6 +70,7 @@ def image(
     layers: LayersOption = None,
     dense_layers: DenseLayersOption = 0,
     dense_steps: DenseStepsOption = "0",
+    dense_last_steps: DenseLastStepsOption = "0",
     backend: BackendOption = "auto",
     weights: WeightsOption = None,
     compare: CompareOption = False,
@@ -101,6 +103,7 @@ def video(
     layers: LayersOption = None,
     dense_layers: DenseLayersOption = 0,
     dense_steps: DenseStepsOption = "0",
+    dense_last_steps: DenseLastStepsOption = "0",
     backend: BackendOption = "auto",
     weights: WeightsOption = None,
     compare: CompareOption = False,
@@ -124,6 +127,7 @@ def _command(
     count: int | None,
     size: str | None,
     dense_steps: str,
+    dense_last_steps: str,
     weights: Path | None,
     device: str,
     dtype: str | None,
@@ -140,7 +144,8 @@ def _command(
         "labels": labels,
         "count": count if count is not None else max(1, len(labels), len(prompt or ())),
         "size": pixels(size),
-        "dense_steps": parse_steps(dense_steps),
+        "dense_steps": parse_steps(dense_steps, "--dense-steps"),
+        "dense_last_steps": parse_steps(dense_last_steps, "--dense-last-steps"),
         "weights": None if weights is None else str(weights),
     }
     if fps is not None and fps < 1:
@@ -219,7 +224,8 @@ def _check_pattern(settings: Settings) -> None:
     from visattn.dispatch import load
     from visattn.schedule import Schedule
 
-    Schedule.of(settings.pattern, settings.layers, settings.dense_layers, settings.dense_steps)
+    steps = settings.dense_steps, settings.dense_last_steps
+    Schedule.of(settings.pattern, settings.layers, settings.dense_layers, *steps)
     if settings.backend != "auto":
         load(settings.backend)
 

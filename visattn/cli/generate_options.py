@@ -28,6 +28,7 @@ SizeOption = Annotated[str | None, typer.Option(help="Pixels, like 64 or 512x768
 LayersOption = Annotated[str | None, typer.Option(help="Layers that get the pattern, like 0-3,7 or a name; all.")]
 DenseLayersOption = Annotated[int, typer.Option(help="So many of the first selected layers stay dense.")]
 DenseStepsOption = Annotated[str, typer.Option(help="First steps that stay dense: a count or a fraction like 0.25.")]
+DenseLastStepsOption = Annotated[str, typer.Option(help="Last steps that stay dense: a count or a fraction like 0.1.")]
 BackendOption = Annotated[str, typer.Option(help="Backend of the pattern, see `visattn doctor`.")]
 WeightsOption = Annotated[
     Path | None,
@@ -58,7 +59,7 @@ def parse_labels(text: str | None) -> tuple[int, ...]:
     return tuple(found)
 
 
-def parse_steps(text: str) -> int | float:
+def parse_steps(text: str, option: str) -> int | float:
     """A count of steps, or a fraction of them.
 
     Raises:
@@ -71,7 +72,7 @@ def parse_steps(text: str) -> int | float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"--dense-steps {text!r} must be a count like 12 or a fraction like 0.25") from None
+        raise ValueError(f"{option} {text!r} must be a count like 12 or a fraction like 0.25") from None
 
 
 def pixels(text: str | None) -> tuple[int, int] | None:

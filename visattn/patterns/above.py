@@ -9,11 +9,14 @@ from typing import ClassVar
 import torch
 
 from visattn.patterns.choice.blocks import Blocks
-from visattn.patterns.choice.picks import at_most, number_of, pick_above
-from visattn.patterns.choice.scores import Seen
+from visattn.patterns.choice.picks import Seen, at_most, number_of, pick_above
+from visattn.patterns.choice.pooling import means
+from visattn.patterns.choice.scores import block_means
 from visattn.patterns.choice.values import share_or_count
 from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.values import PerAxis, is_number, real_number
+
+BARS = ("exact", "diag")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Above(DynamicPattern):
         rest: As in `topk`.
         block: As in `topk`.
         key_block: As in `topk`.
+        every: As in `topk`.
+        drift: As in `topk`.
+        share: As in `topk`.
+        bar: "exact" for the variance of the scores, "diag" for that of the mean keys, channel by channel, with the
+            squares of the mean query as weights: Sol-Attn's cheaper form. It needs `score=mean`, `per=row`, `share=1`.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -45,6 +53,10 @@ class Above(DynamicPattern):
     rest: str = "drop"
     block: PerAxis | None = None
     key_block: PerAxis | None = None
+    every: int = 1
+    drift: float = 0.3
+    share: int | str = 1
+    bar: str = "exact"
 
     name: ClassVar[str] = "above"
 
@@ -53,7 +65,11 @@ class Above(DynamicPattern):
             raise ValueError(f"tau={self.tau!r} must be a finite number of standard deviations")
         object.__setattr__(self, "tau", real_number(self.tau))
         object.__setattr__(self, "most", share_or_count(self.most, "most"))
+        if self.bar not in BARS:
+            raise ValueError(f"bar={self.bar!r} must be {' or '.join(BARS)}")
         self.put_in_form()
+        if self.bar == "diag" and (self.score, self.per, self.share) != ("mean", "row", 1):
+            raise ValueError("bar=diag is made of means of blocks, head by head: it needs score=mean, per=row, share=1")
 
     # As `TopK`: a share of 1.0 is no count of 1.
     def __eq__(self, other: object) -> bool:
@@ -83,8 +99,30 @@ class Above(DynamicPattern):
             "scores of each row to be normally distributed; report() says what is reached"
         )
 
-    def marked(self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks) -> torch.Tensor:
+    def variance(
+        self, q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None, scale: float
+    ) -> torch.Tensor | None:
+        """With `bar=diag` that of independent channels."""
+        if self.bar == "exact":
+            return None
+        query = block_means(q, *blocks.sides[0], valid) * scale
+        keys, count = means(k, *blocks.sides[1], 1, valid)
+        there = (count > 0).to(keys.dtype)[..., None]
+        number = there.sum(1, keepdim=True).clamp(min=1)
+        mean = (keys[:, :, 0] * there).sum(1, keepdim=True) / number
+        spread = ((keys[:, :, 0] - mean).square() * there).sum(1, keepdim=True) / number
+        spread = spread.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        return (query.square() * spread).sum(-1).transpose(1, 2)[..., None]
+
+    def marked(
+        self,
+        scores: torch.Tensor,
+        seen: Seen,
+        forced: torch.Tensor | None,
+        blocks: Blocks,
+        variance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """What stands out, and what is forced."""
-        mask = pick_above(scores, seen, self.tau, self.per == "head")
+        mask = pick_above(scores, seen, self.tau, self.per != "row", variance)
         mask = mask if forced is None else mask | forced
         return at_most(mask, scores, forced, self.most_listed(blocks))

@@ -36,6 +36,11 @@ class Pattern(ABC):
         """Whether it has parameters to train."""
         return False
 
+    @property
+    def needs_steps(self) -> bool:
+        """Whether it keeps something from denoising step to step, so that it has to know them."""
+        return False
+
     def parameter_shapes(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Shapes of its learnable parameters by name.
 

@@ -8,6 +8,7 @@ from abc import abstractmethod
 import torch
 
 from visattn.layout import Layout
+from visattn.patterns.choice.alike import Alike, alike_blocks
 from visattn.patterns.choice.always import always_mask, always_on, terms_of
 from visattn.patterns.choice.blocks import (
     Blocks,
@@ -20,14 +21,17 @@ from visattn.patterns.choice.blocks import (
     token_blocks,
 )
 from visattn.patterns.choice.listening import tell
+from visattn.patterns.choice.memory import Means, kept_for
+from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.rest import Pooled, append_means, rest_weights
-from visattn.patterns.choice.scores import Score, Seen, block_scores
+from visattn.patterns.choice.scores import Score, block_means, block_scores
+from visattn.patterns.choice.slices import Slices
 from visattn.patterns.kinds import RoutedPattern, Tiled
 from visattn.patterns.routes import Routes, lists_of
-from visattn.patterns.values import PerAxis
+from visattn.patterns.values import PerAxis, is_number, real_number, whole_numbers
 from visattn.tiling import Tiling
 
-PER = ("row", "head")
+PER = ("row", "head", "all")
 RESTS = ("drop", "mean")
 
 
@@ -41,10 +45,16 @@ class DynamicPattern(RoutedPattern):
     Attributes:
         score: Text of the rule for scores, see `choice.scores.Score`.
         always: Text of what is listed whatever its score, see `choice.always`, or None.
-        per: Who has a budget: each "row" of blocks, or each "head" over all its rows.
+        per: Who has a budget: each "row" of blocks, each "head" over all its rows, or "all" heads of a sample together.
+        share: Neighbouring heads that share one choice, by the mean of their scores: a number, or "all".
         rest: What unlisted blocks give: "drop" for nothing, "mean" for one pooled key each.
         block: Sides of a block, or tokens of a run of the flat sequence; None for a cube-like box of 64 tokens.
         key_block: The same for blocks of keys, None for `block`.
+        every: Denoising steps that lists are kept for: 1 chooses in each.
+        drift: How far the means of blocks of queries or keys may move before lists are chosen again all the same,
+            relative to their norm.
+        alike: Blocks whose tokens are less alike than this list everything, or are listed by everyone; None for no such
+            guard.
     """
 
     score: str
@@ -53,6 +63,10 @@ class DynamicPattern(RoutedPattern):
     rest: str
     block: PerAxis | None
     key_block: PerAxis | None
+    every: int
+    drift: float
+    share: int | str
+    alike: float | None = None
 
     def put_in_form(self) -> None:
         """Check the parameters that all dynamic patterns have, and give them the form that equal patterns share."""
@@ -61,13 +75,36 @@ class DynamicPattern(RoutedPattern):
         object.__setattr__(self, "always", always)
         for name, value, known in (("per", self.per, PER), ("rest", self.rest, RESTS)):
             if value not in known:
-                raise ValueError(f"{name}={value!r} must be {' or '.join(known)}")
+                raise ValueError(f"{name}={value!r} must be {', '.join(known[:-1])} or {known[-1]}")
         for name in ("block", "key_block"):
             object.__setattr__(self, name, block_sizes(getattr(self, name), name))
         if self.key_block is not None and self.block is None:
             raise ValueError(f"key_block={self.key_block!r} needs the block of queries too: give block")
         if self.key_block == self.block:
             object.__setattr__(self, "key_block", None)
+        if self.share != "all" and (not isinstance(self.share, int) or isinstance(self.share, bool) or self.share < 1):
+            raise ValueError(f"share={self.share!r} must be a number of heads that choose together like 2, or all")
+        self._check_together()
+        if isinstance(self.every, tuple | list):
+            raise ValueError(f"every={self.every!r} must be a number of steps like 4")
+        object.__setattr__(self, "every", whole_numbers(self.every, "every", 1))
+        if not is_number(self.drift) or self.drift <= 0:
+            raise ValueError(
+                f"drift={self.drift!r} must be a number above 0, like 0.3: a share of the norm of the means"
+            )
+        object.__setattr__(self, "drift", real_number(self.drift))
+
+    def _check_together(self) -> None:
+        """Raise a ValueError for parameters that exclude each other."""
+        if self.score.startswith("tree") and self.per != "row":
+            raise ValueError(f"score={self.score} searches row by row: leave per={self.per} out")
+        if self.alike is None:
+            return
+        if not is_number(self.alike) or not -1 <= self.alike < 1:
+            raise ValueError(f"alike={self.alike!r} must be from -1 to below 1: a mean product of unit vectors")
+        object.__setattr__(self, "alike", real_number(self.alike))
+        if self.per != "row" or self.share != 1:
+            raise ValueError("alike is judged head by head for each row: leave per and share out")
 
     @abstractmethod
     def most_listed(self, blocks: Blocks) -> int:
@@ -78,8 +115,29 @@ class DynamicPattern(RoutedPattern):
         """Share of the key blocks that a query block lists on average, for estimates."""
 
     @abstractmethod
-    def marked(self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks) -> torch.Tensor:
-        """Which key blocks are listed, what is forced included: bool [B, h, rows, columns], like the scores."""
+    def marked(
+        self,
+        scores: torch.Tensor,
+        seen: Seen,
+        forced: torch.Tensor | None,
+        blocks: Blocks,
+        variance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Which key blocks are listed, what is forced included: bool [B, h, rows, columns], like the scores.
+
+        Args:
+            scores: Of some heads; with a budget of all heads these are the rows of one.
+            seen: Which blocks take part.
+            forced: What is listed whatever its score: bool [rows, columns].
+            blocks: The blocks of one head.
+            variance: What `variance` gave for these heads.
+        """
+
+    def variance(
+        self, q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None, scale: float
+    ) -> torch.Tensor | None:
+        """A variance of the scores of each row that they do not tell themselves: [B, H, rows, 1]; None for none."""
+        return None
 
     def blocks(self, grid: tuple[int, ...]) -> Blocks:
         """The blocks of a grid."""
@@ -89,7 +147,7 @@ class DynamicPattern(RoutedPattern):
         """Raise a ValueError if blocks or rules do not fit the grid."""
         blocks = self.blocks(grid)
         Score.of(self.score).check(blocks)
-        if self.per == "head" or self.most_listed(blocks) >= blocks.columns:
+        if self.per != "row" or self.most_listed(blocks) >= blocks.columns:
             return
         forced = int(always_mask(terms_of(self.always), blocks).sum(1).max(initial=0))
         if forced > self.most_listed(blocks):
@@ -146,6 +204,11 @@ class DynamicPattern(RoutedPattern):
         return "which blocks are listed depends on q and k, head by head; how many does not"
 
     @property
+    def needs_steps(self) -> bool:
+        """Whether lists are kept from step to step."""
+        return self.every > 1
+
+    @property
     def pools_rest(self) -> bool:
         """Whether unlisted blocks give a pooled key."""
         return self.rest == "mean"
@@ -163,19 +226,80 @@ class DynamicPattern(RoutedPattern):
         Arguments as in `RoutedPattern.route`.
         """
         blocks, at = self.blocks(layout.grid), inner(layout)
-        most = self.most_listed(blocks)
         with torch.no_grad():
+            own = q[:, at], k[:, at]
             valid = None if key_mask is None else key_mask[:, at]
             factor = q.shape[3] ** -0.5 if scale is None else scale
-            seen, some = block_scores(Score.of(self.score), q[:, at], k[:, at], blocks, valid, factor)
-            forced = always_on(terms_of(self.always), blocks, q.device)
-            # No scores of all heads at a time: only the lists are kept.
-            found = [lists_of(self.marked(scores, seen, forced, blocks), most) for scores in some]
-            tiles = torch.cat([routes.tiles for routes in found], 1)
-            counts = torch.cat([routes.counts for routes in found if routes.counts is not None], 1)
-            choice = Routes(tiles, None if self.least_listed(blocks) == most else counts)
+            if self.every == 1:
+                choice = self._chosen(*own, blocks, valid, factor)
+            else:
+                call = self, layout, q.shape, k.shape, q.device, factor, key_mask is None
+                choice = kept_for(
+                    self.every,
+                    self.drift,
+                    call,
+                    blocks.columns,
+                    q.dtype,
+                    lambda: Means(*(block_means(x, *side, valid) for x, side in zip(own, blocks.sides, strict=True))),
+                    lambda: self._chosen(*own, blocks, valid, factor),
+                )
             tell(choice, blocks)
             return choice
+
+    def _chosen(
+        self, q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None, scale: float
+    ) -> Routes:
+        """What grid queries and keys [B, tokens, heads, D] choose, whatever was chosen before."""
+        heads = q.shape[2]
+        share = heads if self.share == "all" else self.share
+        assert isinstance(share, int)
+        if heads % share:
+            raise ValueError(f"{self}: {heads} heads cannot be shared by {share}: give a divisor of {heads}, or all")
+        guard = None if self.alike is None else alike_blocks(q, k, blocks, valid, self.alike)
+        most = blocks.columns if guard else self.most_listed(blocks)
+        slices, leaves = Slices(share, self.per == "all"), self.most_listed(blocks)
+        seen, some = block_scores(Score.of(self.score), q, k, blocks, valid, scale, slices, leaves)
+        variance = self.variance(q, k, blocks, valid, scale)
+        found = []
+        # No scores of all heads at a time: only the lists are kept.
+        for scores, which in some:
+            own = None if variance is None else variance[:, which]
+            mask = self._marked(scores, which, seen, blocks, guard, share, own)
+            found.append(lists_of(mask, most))
+        tiles = torch.cat([routes.tiles for routes in found], 1)
+        counts: torch.Tensor | None = torch.cat([r.counts for r in found if r.counts is not None], 1)
+        if self.least_listed(blocks) == most:
+            counts = None
+        if 1 < share < heads:
+            tiles = tiles.repeat_interleave(share, 1)
+            counts = None if counts is None else counts.repeat_interleave(share, 1)
+        return Routes(tiles, counts)
+
+    def _marked(
+        self,
+        scores: torch.Tensor,
+        which: slice,
+        seen: Seen,
+        blocks: Blocks,
+        guard: Alike | None,
+        share: int,
+        variance: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`marked` for heads that share a choice or a budget, or whose blocks may differ too much for a mean."""
+        forced = always_on(terms_of(self.always), blocks, scores.device)
+        if share > 1:
+            scores = scores.unflatten(1, (-1, share)).mean(2)
+        if guard is not None:
+            scores = scores.masked_fill(~guard.columns[:, which, None], float("-inf"))
+            return self.marked(scores, seen, forced, blocks, variance) | guard.forced(which)
+        if self.per != "all":
+            return self.marked(scores, seen, forced, blocks, variance)
+        # The rows of all heads are those of one.
+        heads = scores.shape[1]
+        rows = None if seen.rows is None else seen.rows.repeat(1, heads)
+        forced = None if forced is None else forced.repeat(heads, 1)
+        found = self.marked(scores.flatten(1, 2)[:, None], Seen(rows, seen.columns), forced, blocks)
+        return found.view(scores.shape)
 
     def route(
         self,

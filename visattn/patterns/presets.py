@@ -26,6 +26,16 @@ PRESETS = {
         "SpargeAttn (Zhang et al., ICML 2025), the recommended call with topk=0.5",
         "the original multiplies in int8 and skips further products inside the loop",
     ),
+    "sparge_cdf": Preset(
+        "topp(p=0.98, rule=under, always=none, alike=0.6, block=128, key_block=64)",
+        "SpargeAttn (Zhang et al., ICML 2025), the call with cdfthreshd=0.98 and simthreshd1=0.6",
+        "the original multiplies in int8, skips further products inside the loop and tunes both numbers per head",
+    ),
+    "xattention": Preset(
+        "topp(p=0.9, score=diagonal(8), always=first(1), block=128)",
+        "XAttention (Xu et al., ICML 2025), HunyuanVideo",
+        "the original tunes p per head for language models",
+    ),
     "nabla": Preset(
         "topp(p=0.9, always=window(11x3x3), block=1x8x8)",
         "NABLA (Mikhailov et al., 2025), Kandinsky 5 Lite; its Pro model takes p=0.7",
@@ -47,6 +57,9 @@ PRESETS = {
     "sol": Preset(
         "above(tau=1.0, always=near(1), rest=mean, block=64)",
         "Sol-Attn (2025), the exact form of its bar",
-        "the original's other form of the bar takes the variance channel by channel",
+    ),
+    "sol_diag": Preset(
+        "above(tau=1.0, always=near(1), bar=diag, rest=mean, block=64)",
+        "Sol-Attn (2025), the form of its bar that takes the variance channel by channel",
     ),
 }

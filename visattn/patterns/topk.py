@@ -9,8 +9,7 @@ import torch
 
 from visattn.patterns.choice.always import always_mask, terms_of
 from visattn.patterns.choice.blocks import Blocks
-from visattn.patterns.choice.picks import number_of, pick_number, pick_number_of_all
-from visattn.patterns.choice.scores import Seen
+from visattn.patterns.choice.picks import Seen, number_of, pick_number, pick_number_of_all
 from visattn.patterns.choice.values import share_or_count
 from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.values import PerAxis
@@ -27,14 +26,23 @@ class TopK(DynamicPattern):
         keep: Blocks that are listed, forced ones included: a fraction of all, rounded up and at least one, or a count.
             With `per=head` of all pairs of a head, or a count per row on average.
         score: How pairs of blocks are scored: "mean" for the product of their means, "parts(4x4)" for the logarithm of
-            the weights of the means of parts, "bounds" for the most that a key within the bounds of a block may reach.
+            the weights of the means of parts, "bounds" for the most that a key within the bounds of a block may reach,
+            "diagonal(8)" for the softmax of sums along antidiagonals of 8 tokens, "lowbit(4)" for the largest weight
+            that products of 4-bit integers find, "tree(2)" for means that a search down a binary tree meets.
         always: What is listed whatever its score: "self", "near(1)" for the neighbours in blocks, "first(1)" for blocks
             at the start of the first axis, "window(3x3x3)" in blocks, joined by +; None for nothing.
-        per: "row" for a budget of each block of queries, "head" for one of all pairs of a head.
+        per: "row" for a budget of each block of queries, "head" for one of all pairs of a head, "all" for one of all
+            heads.
         rest: "drop" leaves unlisted blocks out. With "mean" each of them is one key and value, their means, that counts
             as often as it has tokens.
         block: Sides of a block, like 4x4x4, or tokens of a run of the flat sequence; None for a cube-like box of 64.
         key_block: The same for keys, None for `block`.
+        every: Denoising steps that lists are kept for, where a patched pipeline tells its steps: 1 chooses in each.
+        drift: With `every`, how far the means of the blocks of queries or keys may move, relative to their norm, before
+            lists are chosen again all the same.
+        share: Neighbouring heads that share one choice, by the mean of their scores: a number, or "all".
+        alike: SpargeAttn's guard: query blocks whose tokens, as unit vectors, have no more than this as the mean of all
+            their products list everything, and such key blocks are listed by everyone, beside `keep`. None for none.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -47,6 +55,10 @@ class TopK(DynamicPattern):
     rest: str = "drop"
     block: PerAxis | None = None
     key_block: PerAxis | None = None
+    every: int = 1
+    drift: float = 0.3
+    share: int | str = 1
+    alike: float | None = None
 
     name: ClassVar[str] = "topk"
 
@@ -76,7 +88,7 @@ class TopK(DynamicPattern):
         super().check(grid)
         blocks = self.blocks(grid)
         forced = int(always_mask(terms_of(self.always), blocks).sum())
-        if self.per == "head" and forced > self.pairs(blocks):
+        if self.per != "row" and forced > self.pairs(blocks):
             raise ValueError(
                 f"{self} on grid {grid}: always={self.always} lists {forced} pairs of blocks of a head, more than the "
                 f"{self.pairs(blocks)} that keep={self.keep} allows: keep more, or force fewer"
@@ -84,7 +96,7 @@ class TopK(DynamicPattern):
 
     def most_listed(self, blocks: Blocks) -> int:
         """`keep`; with a budget per head any number."""
-        return blocks.columns if self.per == "head" else self.number(blocks)
+        return blocks.columns if self.per != "row" else self.number(blocks)
 
     def least_listed(self, blocks: Blocks) -> int:
         """`keep`; with a budget per head any number, unless all are kept."""
@@ -94,12 +106,19 @@ class TopK(DynamicPattern):
 
     def expected(self, blocks: Blocks) -> float:
         """`keep`."""
-        if self.per == "head":
+        if self.per != "row":
             return self.pairs(blocks) / (blocks.rows * blocks.columns)
         return self.number(blocks) / blocks.columns
 
-    def marked(self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks) -> torch.Tensor:
+    def marked(
+        self,
+        scores: torch.Tensor,
+        seen: Seen,
+        forced: torch.Tensor | None,
+        blocks: Blocks,
+        variance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The best."""
-        if self.per == "head":
-            return pick_number_of_all(scores, seen, forced, self.pairs(blocks))
+        if self.per != "row":
+            return pick_number_of_all(scores, seen, forced, self.pairs(blocks) * (scores.shape[2] // blocks.rows))
         return pick_number(scores, seen, forced, self.number(blocks))

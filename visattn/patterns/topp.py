@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 
 from visattn.patterns.choice.blocks import Blocks
-from visattn.patterns.choice.picks import at_most, number_of, pick_mass
-from visattn.patterns.choice.scores import Seen
+from visattn.patterns.choice.picks import Seen, at_most, number_of, pick_mass
 from visattn.patterns.choice.values import share_or_count
 from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.values import PerAxis, is_number, real_number
@@ -39,6 +38,10 @@ class TopP(DynamicPattern):
         rest: As in `topk`.
         block: As in `topk`.
         key_block: As in `topk`.
+        every: As in `topk`.
+        drift: As in `topk`.
+        share: As in `topk`.
+        alike: As in `topk`.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -54,6 +57,10 @@ class TopP(DynamicPattern):
     rest: str = "drop"
     block: PerAxis | None = None
     key_block: PerAxis | None = None
+    every: int = 1
+    drift: float = 0.3
+    share: int | str = 1
+    alike: float | None = None
 
     name: ClassVar[str] = "topp"
 
@@ -111,9 +118,16 @@ class TopP(DynamicPattern):
             "scores of each row to be normally distributed with standard deviation 2; report() says what is reached"
         )
 
-    def marked(self, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, blocks: Blocks) -> torch.Tensor:
+    def marked(
+        self,
+        scores: torch.Tensor,
+        seen: Seen,
+        forced: torch.Tensor | None,
+        blocks: Blocks,
+        variance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """What carries the share, and what is forced."""
-        of_all = self.per == "head"
+        of_all = self.per != "row"
         if self.least_listed(blocks) >= blocks.columns:
             return torch.ones_like(scores, dtype=torch.bool)
         least = self.least_listed(blocks)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from visattn.layout import Layout
+from visattn.patterns.choice.memory import Memory
 from visattn.runtime.verdict import Ready
 
 
@@ -69,9 +70,11 @@ class Here(threading.local):
         site: The attention module.
         merged: What a merging group has made of its tokens, None where it leaves them.
         kept: Why it leaves them, see `merging`.
+        memory: What patterns keep from step to step; None where no forward began that may keep anything.
     """
 
     forward: Forward | None = None
     site: str | None = None
     merged: Any = None
     kept: str = ""
+    memory: Memory | None = None

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from visattn.patterns import Pattern
+from visattn.patterns.choice.memory import Memory, Place, placed
 from visattn.recompute import Carrier
 from visattn.registry import REGISTRY
 from visattn.report import SiteReport
 from visattn.runtime.forward import Forward, Here, Where
 from visattn.runtime.verdict import Ready
-from visattn.schedule import Schedule
+from visattn.schedule import Schedule, known_step
 from visattn.tally import Row, Tally
 from visattn.watch import Watcher
 
 Step = tuple[int | None, int | None]
 # Kinds of forwards whose decisions are kept: grids, each with dense and sparse steps.
 MANY = 16
+_NOTHING = nullcontext()
 
 
 class Run:
@@ -92,24 +95,28 @@ class Run:
         """This thread enters an attention module."""
         self.here.site = site
 
-    def start(self, where: Where, learns: bool | None = None) -> None:
+    def start(self, where: Where, learns: bool | None = None, gradients: bool | None = None) -> None:
         """A forward of the model begins.
 
         Args:
             where: Where its tokens sit.
             learns: Whether blocks of it may be recomputed for gradients; None if gradients are switched on.
+            gradients: Whether gradients are switched on around the model, None for what they are here.
         """
         step, total = self._step()
         dense = self.schedule.is_dense(step, total)
-        if dense and step == 0 and total and self.schedule.is_dense(total - 1, total):
+        if dense and step == 0 and total and all(self.schedule.is_dense(at, total) for at in range(1, total)):
+            first, last = self.schedule.dense_steps, self.schedule.dense_last_steps
             warnings.warn(
-                f"no step of this run of {self.name} is sparse: dense_steps={self.schedule.dense_steps} covers all "
-                f"{total} steps that run",
+                f"no step of this run of {self.name} is sparse: dense_steps={first}"
+                f"{f' and dense_last_steps={last}' if last else ''} covers all {total} steps that run",
                 stacklevel=3,
             )
-        learns = torch.is_grad_enabled() if learns is None else learns
+        gradients = torch.is_grad_enabled() if gradients is None else gradients
+        learns = gradients if learns is None else learns
         ready = self._ready_in((where, dense, REGISTRY.version))
         self.here.forward = forward = Forward(where, dense, step, total, ready=ready, learns=learns)
+        self._remember(step, total, gradients)
         self.here.site = None
         self.forwards.begin(forward, learns)
         if len(self._kinds) < 2:
@@ -134,6 +141,31 @@ class Run:
         if not forward.hits and not self._warned:
             self._warned = True
             warnings.warn(f"no attention module of {self.name} ran its pattern: {why}", stacklevel=3)
+
+    def keeping(self, site: str, pattern: Pattern) -> AbstractContextManager[None]:
+        """Inside, a pattern that keeps something from step to step does so for a module."""
+        if not pattern.needs_steps:
+            return _NOTHING
+        # A backward recomputes blocks: their choices are those of the queries and keys that it sees.
+        memory = self.here.memory if torch._C._current_graph_task_id() < 0 else None
+        return placed(Place(memory, None if memory is None else memory.key(site)))
+
+    def _remember(self, step: int | None, total: int | None, gradients: bool) -> None:
+        """What this thread's patterns keep, in the forward that begins."""
+        pattern = self.schedule.keeps
+        if pattern is None:
+            return
+        at, _ = known_step(str(pattern), step, total, False)
+        if gradients:
+            self.here.memory = None
+            return
+        if self.here.memory is None:
+            self.here.memory = Memory()
+        self.here.memory.begin(self.run_token(), at, total)
+
+    def run_token(self) -> Hashable:
+        """What tells one run of a pipeline from another, as far as anything but the steps does."""
+        return None
 
     def reports(self, sites: Mapping[str, Pattern], backend: str) -> list[SiteReport]:
         """The report of every module by its path, and of compiled code, which does not tell its module."""

@@ -95,7 +95,7 @@ class Runner:
         begun = tally.begin(cells[0])
         if verdict.layouts:
             assert sequences is not None
-            with tally.hearing(cells):
+            with tally.hearing(cells), self.run.keeping(name, self.pattern):
                 out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters)
         else:
             out = self.stock(call)
@@ -168,11 +168,11 @@ class Runner:
         elif heads_first:
             q, k, v = tensors
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            with run.tally.hearing(cells):
+            with run.tally.hearing(cells), run.keeping(name, self.pattern):
                 out = attention(q, k, v, self.pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
             out = out.transpose(1, 2)
         else:
-            with run.tally.hearing(cells):
+            with run.tally.hearing(cells), run.keeping(name, self.pattern):
                 out = attention(*tensors, self.pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
         run.tally.end(cells, begun)
         if verdict.kind == "sparse" or verdict.slower:

@@ -10,6 +10,7 @@ import torch
 from visattn.attend import attention
 from visattn.layout import Layout
 from visattn.patterns import Pattern
+from visattn.patterns.choice.memory import part, placed
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import carry_bias
 
@@ -52,7 +53,10 @@ class Sequences(NamedTuple):
             if parameters:
                 options["parameters"] = parameters
             return attention(self.q, self.k, self.v, pattern, layouts[0], **options)[..., : self.channels]
-        parts = [self.sample(i).attend(pattern, (layout,), backend, parameters) for i, layout in enumerate(layouts)]
+        parts = []
+        for i, layout in enumerate(layouts):
+            with placed(part(i)):
+                parts.append(self.sample(i).attend(pattern, (layout,), backend, parameters))
         return torch.cat(parts)
 
     def sample(self, i: int) -> Sequences:

@@ -62,6 +62,11 @@ class Blocks(NamedTuple):
         return cls(grid, block, key_block)
 
     @property
+    def sides(self) -> tuple[tuple[Box, Box], tuple[Box, Box]]:
+        """Grid and sides of a block, of queries and of keys."""
+        return (self.grid, self.queries), (self.grid, self.keys)
+
+    @property
     def query_shape(self) -> Box:
         """Blocks of queries per axis."""
         return tuple(-(-n // side) for n, side in zip(self.grid, self.queries, strict=True))

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
-from visattn.patterns.choice.scores import Seen
-
 LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Which blocks take part.
+
+    Attributes:
+        rows: Query blocks with valid tokens: bool [B, rows], None where all are.
+        columns: Key blocks with valid tokens: bool [B, columns], None where all are.
+    """
+
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
 
 
 def ranked(x: torch.Tensor) -> torch.Tensor:
@@ -17,7 +29,7 @@ def ranked(x: torch.Tensor) -> torch.Tensor:
     return x.sort(dim=-1, descending=True, stable=True).indices
 
 
-def _best(x: torch.Tensor, number: int) -> torch.Tensor:
+def best(x: torch.Tensor, number: int) -> torch.Tensor:
     """Marks at the `number` largest values of the last axis, of equal ones the lower indices first."""
     # The value of the last one is the same however torch.topk orders ties.
     bar = x.topk(number, dim=-1).values[..., -1:]
@@ -46,7 +58,7 @@ def probabilities(scores: torch.Tensor, seen: Seen) -> torch.Tensor:
 def pick_number(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, number: int) -> torch.Tensor:
     """The `number` best of each row, what is forced first: bool like the scores."""
     scores = scores if forced is None else scores.masked_fill(forced, float("inf"))
-    return _best(_hidden(scores, seen), number)
+    return best(_hidden(scores, seen), number)
 
 
 def pick_number_of_all(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, number: int) -> torch.Tensor:
@@ -57,7 +69,7 @@ def pick_number_of_all(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | 
     if seen.rows is not None:
         value = value.masked_fill(~seen.rows[:, None, :, None], -1)
     value = value if forced is None else value.masked_fill(forced, float("inf"))
-    return _best(value.flatten(2), number).view(scores.shape)
+    return best(value.flatten(2), number).view(scores.shape)
 
 
 def pick_mass(
@@ -94,10 +106,13 @@ def pick_mass(
     return marked | pick_number(scores, Seen(), None, least) if least else marked
 
 
-def pick_above(scores: torch.Tensor, seen: Seen, tau: float, of_all: bool = False) -> torch.Tensor:
+def pick_above(
+    scores: torch.Tensor, seen: Seen, tau: float, of_all: bool = False, variance: torch.Tensor | None = None
+) -> torch.Tensor:
     """What lies more than `tau` standard deviations above the mean of its row, or of all pairs of a head.
 
-    The standard deviation is that of scores in base 2, with 1e-6 added to their variance.
+    The standard deviation is that of scores in base 2, with 1e-6 added to their variance; `variance` is one to take
+    instead of that of the scores [B, h, rows, 1], in base e.
     """
     x = scores * LOG2E
     axes = (-2, -1) if of_all else (-1,)
@@ -106,9 +121,14 @@ def pick_above(scores: torch.Tensor, seen: Seen, tau: float, of_all: bool = Fals
         part = part & seen.columns[:, None, None]
     if seen.rows is not None and of_all:
         part = part & seen.rows[:, None, :, None]
+    # What a search passed by has no score that could count.
+    part = part & x.isfinite()
     count = part.sum(axes, keepdim=True).clamp(min=1)
     mean = x.masked_fill(~part, 0).sum(axes, keepdim=True) / count
-    variance = (x - mean).square().masked_fill(~part, 0).sum(axes, keepdim=True) / count
+    if variance is None:
+        variance = (x - mean).square().masked_fill(~part, 0).sum(axes, keepdim=True) / count
+    else:
+        variance = variance * LOG2E**2
     return (x > mean + tau * (variance + 1e-6).sqrt()) & part
 
 
@@ -117,7 +137,7 @@ def at_most(mask: torch.Tensor, scores: torch.Tensor, forced: torch.Tensor | Non
     if most >= mask.shape[-1]:
         return mask
     value = scores if forced is None else scores.masked_fill(forced, float("inf"))
-    return mask & _best(value.masked_fill(~mask, float("-inf")), most)
+    return mask & best(value.masked_fill(~mask, float("-inf")), most)
 
 
 def number_of(value: int | float, tiles: int) -> int:

@@ -44,6 +44,30 @@ def sums(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], parts: in
     return cut.unflatten(2, (parts, math.prod(box) // parts)).sum(3, dtype=wide)
 
 
+def tokens_of_blocks(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...]) -> torch.Tensor:
+    """Tokens [B, tokens, H, D] block by block, in row-major order inside; zeros behind: [B, blocks, tokens, H, D]."""
+    dims = len(grid)
+    return _cut(x, grid, box).flatten(1 + dims, 2 * dims).flatten(1, dims)
+
+
+def counts(
+    x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], parts: int, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """Valid tokens of each part: [1 or B, blocks, parts]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ones = torch.ones(1, x.shape[1], dtype=wide, device=x.device) if valid is None else valid.to(wide)
+    return sums(ones[..., None, None], grid, box, parts)[..., 0, 0]
+
+
+def means(
+    x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], parts: int, valid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means over the valid tokens of each part [B, blocks, parts, H, D], zero where there are none; their counts."""
+    x = x if valid is None else x.masked_fill(~valid[..., None, None], 0)
+    count = counts(x, grid, box, parts, valid)
+    return sums(x, grid, box, parts) / count.clamp(min=1)[..., None, None], count
+
+
 def bounds(
     x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], valid: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

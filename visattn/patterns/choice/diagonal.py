@@ -1,0 +1,60 @@
+"""Scores by sums along antidiagonals (XAttention): every row and column of a square of tokens is met once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from visattn.patterns.choice.blocks import Blocks
+from visattn.patterns.choice.pooling import tokens_of_blocks
+from visattn.patterns.choice.slices import Slices
+
+
+def scores(
+    length: int, q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None, slices: Slices
+) -> Iterator[tuple[torch.Tensor, slice]]:
+    """Logarithm of the share of a query block's runs that falls on each key block.
+
+    A run is `length` tokens of a block in row-major order. Two runs meet in the mean of the products along their
+    antidiagonal, of those pairs of which both tokens are valid; the softmax over all runs of keys is summed over the
+    runs of a block on both sides.
+
+    Args:
+        length: Tokens of a run.
+        q: Grid queries [B, tokens, H, D], times the factor on the logits.
+        k: Grid keys [B, tokens, Hkv, D].
+        blocks: The blocks.
+        valid: Tokens that take part, bool [B, tokens], or None for all.
+        slices: How many heads at a time.
+
+    Yields:
+        [B, some heads, rows, columns] and those heads.
+    """
+    # A query run is turned, so that a product of runs is the sum along the antidiagonal.
+    query, query_there = _runs(q, blocks.grid, blocks.queries, length, valid, True)
+    keys, keys_there = _runs(k, blocks.grid, blocks.keys, length, valid, False)
+    pairs = query_there.flatten(1, 2) @ keys_there.flatten(1, 2).transpose(1, 2)
+    runs = (query_there.sum(-1) > 0).sum(-1).clamp(min=1).to(query.dtype)
+    (rows, each), (columns, others) = query.shape[2:4], keys.shape[2:4]
+    query, keys = query.flatten(2, 3), keys.flatten(2, 3).transpose(2, 3)
+    for some, head in slices.of(query, keys.shape[3], keys.shape[1]):
+        found = (query[:, some] @ keys[:, head]) / pairs.clamp(min=1)[:, None]
+        found = found.masked_fill((pairs == 0)[:, None], float("-inf"))
+        # A run of padding meets nobody.
+        share = found.softmax(-1).nan_to_num(0.0).unflatten(3, (columns, others)).unflatten(2, (rows, each))
+        yield (share.sum((3, 5)) / runs[:, None, :, None]).log(), some
+
+
+def _runs(
+    x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], length: int, valid: torch.Tensor | None, turned: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs of each block [B, H, blocks, runs, length * D], and whose tokens are there [B, blocks, runs, length]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    there = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+    own = x.masked_fill(~there[..., None, None], 0).to(wide)
+    own, there = tokens_of_blocks(own, grid, box), tokens_of_blocks(there[..., None, None].to(wide), grid, box)
+    own, there = (t.unflatten(2, (-1, length)) for t in (own, there[..., 0, 0]))
+    if turned:
+        own, there = own.flip(3), there.flip(3)
+    return own.permute(0, 4, 1, 2, 3, 5).flatten(4), there

@@ -1,0 +1,185 @@
+"""What a choice keeps from denoising step to step: per thread, patched model, run, module and half of guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from visattn.patterns.routes import Routes
+
+T = TypeVar("T")
+
+
+class Memory:
+    """What the choices of one thread keep while a patched model runs; emptied when another run begins.
+
+    Attributes:
+        step: Index of the denoising step.
+        half: How many forwards of this step came before: with guidance in two forwards each has choices of its own.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.half = -1, 0
+        self._run: Hashable = None
+        self._kept: dict[Hashable, Any] = {}
+        self._calls: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def begin(self, run: Hashable, step: int, total: int | None) -> None:
+        """A forward begins.
+
+        Args:
+            run: What tells this run from others, as far as anything does.
+            step: Index of the denoising step; one that goes back begins another run.
+            total: Number of steps, None if unknown.
+        """
+        new = (run, total) != self._run or step < self.step
+        if new:
+            self._kept = {}
+        self.half = 0 if new or step != self.step else self.half + 1
+        self._run, self.step, self._calls = (run, total), step, {}
+
+    def key(self, site: str) -> Hashable:
+        """What a call of a module keeps goes by; each further call in this forward has another one."""
+        number = self._calls[site] = self._calls.get(site, -1) + 1
+        return self.half, site, number
+
+    def get(self, key: Hashable) -> Any:
+        """What is kept, None for nothing."""
+        return self._kept.get(key)
+
+    def put(self, key: Hashable, value: Any) -> None:
+        """Keep a value until another takes its place."""
+        self._kept[key] = value
+
+
+class Place(NamedTuple):
+    """Where a call of attention keeps what it chooses.
+
+    Attributes:
+        memory: That of the run, None where every call chooses anew: with gradients, whose backward chooses again.
+        key: Of the call.
+    """
+
+    memory: Memory | None
+    key: Hashable = None
+
+
+_place: ContextVar[Place | None] = ContextVar("place", default=None)
+
+
+@contextmanager
+def placed(place: Place | None) -> Iterator[None]:
+    """Inside, choices know where to keep what they choose."""
+    before = _place.set(place)
+    try:
+        yield
+    finally:
+        _place.reset(before)
+
+
+def here() -> Place | None:
+    """Where the call that runs keeps its choices; None where no patched model runs it."""
+    return _place.get()
+
+
+def part(i: int) -> Place | None:
+    """The same for one sample of a call whose samples run one by one."""
+    place = _place.get()
+    return place and place._replace(key=(place.key, i))
+
+
+def usable() -> Place | None:
+    """Where choices may be kept; None outside of a run, with gradients, and where a CUDA graph is captured."""
+    place = _place.get()
+    if (
+        place is None
+        or place.memory is None
+        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    ):
+        return None
+    return place
+
+
+class Means(NamedTuple):
+    """What a choice was made from: means of the blocks of queries and keys [B, blocks, H, D]."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+    def moved(self, other: Means) -> torch.Tensor:
+        """How far means of another step are from these, relative to their norm; the largest of all samples and heads.
+
+        What is added to all keys alike changes no choice and is left out.
+        """
+        found = []
+        for old, new, centred in ((self.queries, other.queries, False), (self.keys, other.keys, True)):
+            old, new = old.float(), new.float()
+            if centred:
+                old, new = (t - t.mean(1, keepdim=True) for t in (old, new))
+            off, size = ((t.square()).sum((1, 3)) for t in (new - old, old))
+            found.append((off / size.clamp(min=1e-30)).max())
+        return torch.stack(found).max().sqrt()
+
+
+@dataclass
+class _Kept:
+    """Lists in the smallest numbers that hold them, what they were made from, and when."""
+
+    tiles: torch.Tensor
+    counts: torch.Tensor | None
+    means: Means
+    step: int
+
+    @classmethod
+    def of(cls, choice: Routes, means: Means, step: int, blocks: int, dtype: torch.dtype) -> _Kept:
+        small = torch.int16 if blocks <= 2**15 else torch.int32
+        return cls(choice.tiles.to(small), choice.counts, Means(*(t.to(dtype) for t in means)), step)
+
+    @property
+    def choice(self) -> Routes:
+        return Routes(self.tiles.long(), self.counts)
+
+
+def kept_for(
+    every: int,
+    drift: float,
+    own: Hashable,
+    blocks: int,
+    dtype: torch.dtype,
+    means: Callable[[], Means],
+    choose: Callable[[], Routes],
+) -> Routes:
+    """Lists of an earlier step, or new ones where those are too old or were made from other queries and keys.
+
+    Args:
+        every: Steps that lists are for.
+        drift: How far the means of blocks may move before, relative to their norm.
+        own: What else tells calls apart: pattern, layout, shapes.
+        blocks: Key blocks.
+        dtype: Type in which means are kept.
+        means: Pools queries and keys.
+        choose: Chooses anew.
+    """
+    place = usable()
+    if place is None or place.memory is None:
+        return choose()
+    memory, key = place.memory, (place.key, own)
+    found: _Kept | None = memory.get(key)
+    if found is not None and found.step == memory.step:
+        # Another engine of the same call.
+        return found.choice
+    now = means()
+    # Reading the drift waits for the device.
+    if found is not None and memory.step - found.step < every and bool(found.means.moved(now) <= drift):
+        return found.choice
+    choice = choose()
+    memory.put(key, _Kept.of(choice, now, memory.step, blocks, dtype))
+    return choice
