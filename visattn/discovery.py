@@ -25,8 +25,8 @@ def embedded_class(name: str) -> Any:
         AttributeError: If no embedded model has it, which lets diffusers look on for itself.
     """
     if name.startswith("Pixel"):
-        for model in import_module("visattn.pipelines.embedded").EMBEDDED.values():
-            module, cls = model.pipeline.split(":")
+        for path in import_module("visattn.pipelines.embedded").PIPELINES:
+            module, cls = path.split(":")
             if cls == name:
                 return getattr(import_module(module), cls)
     raise AttributeError(f"module {LIBRARY!r} has no attribute {name!r}")

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+_HERE = "visattn.pipelines.embedded"
+# The classes of pipelines on pixels, "module:class": diffusers finds them by name, see visattn.discovery.
+PIPELINES = (
+    f"{_HERE}.pixel_dit:PixelDiTPipeline",
+    f"{_HERE}.pixel_wan:PixelWanPipeline",
+    f"{_HERE}.pixel_flux:PixelFluxPipeline",
+    f"{_HERE}.pixel_wan_text:PixelWanTextPipeline",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedModel:
     """What is known about an embedded model without loading it.
@@ -47,7 +57,7 @@ class EmbeddedModel:
 _DIGITS = EmbeddedModel(
     name="digits",
     kind="image",
-    pipeline="visattn.pipelines.embedded.pixel_dit:PixelDiTPipeline",
+    pipeline=f"{_HERE}.pixel_dit:PixelDiTPipeline",
     classes=10,
     size=(64, 64),
     grid=(32, 32),
@@ -57,7 +67,7 @@ _DIGITS = EmbeddedModel(
 _MOVING_DIGITS = EmbeddedModel(
     name="moving-digits",
     kind="video",
-    pipeline="visattn.pipelines.embedded.pixel_wan:PixelWanPipeline",
+    pipeline=f"{_HERE}.pixel_wan:PixelWanPipeline",
     classes=10,
     size=(16, 32, 32),
     grid=(16, 16, 16),
@@ -67,7 +77,7 @@ _MOVING_DIGITS = EmbeddedModel(
 _EMOJI = EmbeddedModel(
     name="emoji",
     kind="image",
-    pipeline="visattn.pipelines.embedded.pixel_flux:PixelFluxPipeline",
+    pipeline=f"{_HERE}.pixel_flux:PixelFluxPipeline",
     size=(256, 256),
     grid=(64, 64),
     summary="emoji from prompts, 256x256 px, 4096 tokens and 32 of text, 11-block pixel FLUX transformer",

@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +100,7 @@ class Draftsman:
 
     def draw(self, student: Student, size: int) -> Drawn:
         """Pictures of every caption."""
-        options = self.options
-        batch = max(1, 256 * 256 * options.batch // size**2)
+        options, batch = self.options, self.batch(size)
         with patched(self.pipe, student, options.backend) as handle:
             self._call(self.judge.captions(next(iter(KINDS)))[:batch], 0, size, WARM_UP_STEPS)
             before = handle.report()
@@ -120,16 +119,34 @@ class Draftsman:
         count = sum(len(pictures) for pictures in made.values())
         return Drawn(made, seconds / count, (inside[1] - inside[0]) / count, density, backends)
 
+    def batch(self, size: int) -> int:
+        """Samples that are drawn at once."""
+        return max(1, 256 * 256 * self.options.batch // size**2)
+
+    def shape(self, size: int) -> tuple[int, ...]:
+        """Of the noise of one sample."""
+        return (3, size, size)
+
+    def sheet(self, drawn: Drawn) -> Image.Image:
+        """The first samples of each kind."""
+        return row([_picture(each) for some in drawn.pictures.values() for each in some[:SHOWN]], gap=4)
+
     def _call(self, captions: Sequence[str], seed: int, size: int, steps: int) -> torch.Tensor:
         noise = [
-            torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed + i))
+            torch.randn(1, *self.shape(size), generator=torch.Generator().manual_seed(seed + i))
             for i in range(len(captions))
         ]
         sizes = {"height": size, "width": size, "num_inference_steps": steps}
         output = self.pipe(
             captions, latents=torch.cat(noise), guidance_scale=self.options.guidance, output_type="pt", **sizes
         )
-        return output.images.float().cpu()
+        return output[0].float().cpu()
+
+
+def _picture(pixels: torch.Tensor) -> Image.Image:
+    """[3, H, W], values 0 to 1, at SHOWN_SIDE."""
+    whole = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+    return whole.resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BOX)
 
 
 @contextmanager
@@ -150,18 +167,33 @@ def patched(pipe: Any, student: Student, backend: str) -> Iterator[Any]:
         yield handle
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures the rows that are missing and writes each when it is done; returns everything."""
+def judge_of(encoder: Any, options: argparse.Namespace) -> Judge:
+    """The judge of pictures."""
+    return Judge.of(encoder, load_pack(options.data, options.device, SIDE), options.captions)
+
+
+def measure(
+    options: argparse.Namespace,
+    judge_of: Callable[[Any, argparse.Namespace], Judge] = judge_of,
+    drawn_by: Callable[..., Draftsman] = Draftsman,
+) -> dict[str, Any]:
+    """Measures the rows that are missing and writes each when it is done; returns everything.
+
+    Args:
+        options: Of the command line.
+        judge_of: Makes the judge of an encoder.
+        drawn_by: The kind of draftsman.
+    """
     start = time.monotonic()
     torch.set_num_threads(options.threads)
     students = [Student(pattern) for pattern in options.patterns]
     students += [Student(load_trained(path).about["pattern"], path) for path in options.weights]
     encoder, about = load_encoder(options.encoder, options.device)
-    judge = Judge.of(encoder, load_pack(options.data, options.device, SIDE), options.captions)
+    judge = judge_of(encoder, options)
     pipe: Any = load_pipeline(options.model, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     figures = begin(options, pipe, judge, about)
-    draftsman = Draftsman(pipe, judge, options)
+    draftsman = drawn_by(pipe, judge, options)
     for size in options.sizes:
         rows = figures["rows"]
         missing = [each for each in students if "error" in rows.get(each.key(size), {"error": "not measured"})]
@@ -197,7 +229,7 @@ def entry(
         pairs = [torch.cat(list(each.pictures.values())) for each in (drawn, dense)]
         found |= judge.likeness(*pairs)
     if options.pictures:
-        save_strip(drawn, options.pictures, student, size)
+        save_strip(draftsman.sheet(drawn), options.pictures, student, size)
     print(json.dumps(found), flush=True)
     return found
 
@@ -252,57 +284,58 @@ def write(figures: dict[str, Any], path: Path) -> None:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def save_strip(drawn: Drawn, folder: Path, student: Student, size: int) -> None:
-    """Saves the first pictures of each kind, and puts all strips of this size in the folder on one sheet."""
+def save_strip(sheet: Image.Image, folder: Path, student: Student, size: int) -> None:
+    """Saves the first samples of a row, and puts all strips of this size in the folder on one sheet."""
     folder.mkdir(parents=True, exist_ok=True)
-    shown = [picture for pictures in drawn.pictures.values() for picture in pictures[:SHOWN]]
-    pictures = [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in shown]
-    small = [p.resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BOX) for p in pictures]
-    strip = column([text(student.key(size)), row(small, gap=4)], gap=4)
+    strip = column([text(student.key(size)), sheet], gap=4)
     name = "".join(sign if sign.isalnum() else "-" for sign in f"{student.pattern}-{student.name}")
     strip.save(folder / f"strip-{size}-{name}.png")
     strips = sorted(folder.glob(f"strip-{size}-*.png"), key=lambda path: path.stat().st_mtime)
     column([Image.open(path) for path in strips], margin=8).save(folder / f"sheet-{size}.png", optimize=True)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patterns", nargs="*", default=list(PATTERNS), help="every one of the package's")
-    parser.add_argument("--weights", nargs="*", type=Path, default=[], help="student.safetensors files; own patterns")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[256], help="sides in pixels")
-    parser.add_argument("--captions", type=int, default=CAPTIONS, help="seen ones, and as many unseen ones")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--batch", type=int, default=50, help="pictures at once at 256 pixels; fewer at larger sizes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--model", default="emoji", help="embedded model, or folder of a pipeline of its kind")
-    parser.add_argument("--data", type=Path, default=Path("out/emoji-data"), help="folder of the pack")
-    parser.add_argument("--encoder", type=Path, default=ENCODER, help="file of the judge")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", help="float32 (the CPU's), bfloat16 (elsewhere), float16")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=0.0, help="begin no row after so long; 0: no limit")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/emoji-quality.json"))
-    parser.add_argument("--force", action="store_true", help="begin --out anew")
-    parser.add_argument("--pictures", type=Path, help="folder for some of the pictures")
-    return parser.parse_args(arguments)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a measurement; the defaults are those of pictures."""
+    add = parser.add_argument
+    add("--patterns", nargs="*", default=list(PATTERNS), help="every one of the package's")
+    add("--weights", nargs="*", type=Path, default=[], help="student.safetensors files; own patterns")
+    add("--sizes", nargs="+", type=int, default=[256], help="sides in pixels")
+    add("--captions", type=int, default=CAPTIONS, help="seen ones, and as many unseen ones")
+    add("--steps", type=int, default=24)
+    add("--guidance", type=float, default=3.0)
+    add("--batch", type=int, default=50, help="samples at once at the model's own size; fewer at larger sizes")
+    add("--seed", type=int, default=0)
+    add("--backend", default="auto")
+    add("--model", default="emoji", help="embedded model, or folder of a pipeline of its kind")
+    add("--data", type=Path, default=Path("out/emoji-data"), help="folder of the pack")
+    add("--encoder", type=Path, default=ENCODER, help="file of the judge")
+    add("--device", default="cpu")
+    add("--dtype", help="float32 (the CPU's), bfloat16 (elsewhere), float16")
+    add("--threads", type=int, default=2)
+    add("--seconds", type=float, default=0.0, help="begin no row after so long; 0: no limit")
+    add("--out", type=Path, default=Path("docs/results/emoji-quality.json"))
+    add("--force", action="store_true", help="begin --out anew")
+    add("--pictures", type=Path, help="folder for some of the samples")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    options = parse_arguments(arguments)
-    try:
-        figures = measure(options)
-    except ValueError as error:
-        raise SystemExit(f"measure_emoji: {error}") from error
+def report(figures: dict[str, Any]) -> None:
+    """Prints a line for each row."""
     for key, found in figures["rows"].items():
         if "error" in found:
             print(f"{key:<64} {found['error']}")
         else:
             shares = "  ".join(f"{kind} {found[kind]['top1']:.0%}/{found[kind]['top5']:.0%}" for kind in KINDS)
             print(f"{key:<64} {shares}  {found['seconds']:.3f} s, attention {found['attention_seconds']:.3f} s")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    try:
+        report(measure(parser.parse_args(arguments)))
+    except ValueError as error:
+        raise SystemExit(f"measure_emoji: {error}") from error
 
 
 if __name__ == "__main__":

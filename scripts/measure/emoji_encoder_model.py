@@ -124,8 +124,13 @@ class DualEncoder(nn.Module):
     @torch.no_grad()
     def ranks(self, pictures: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Place [B] of picture i's own caption i among all B captions, 0 for the best."""
-        place = self.heat.device
-        found = self.features(pictures) @ F.normalize(self.caption(ids.to(place)).float(), dim=1).double().cpu().T
+        return self.ranks_of(self.features(pictures), ids)
+
+    @torch.no_grad()
+    def ranks_of(self, vectors: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The same of vectors [B, WIDTH] that `features` gave, or of means of some."""
+        said = F.normalize(self.caption(ids.to(self.heat.device)).float(), dim=1).double().cpu()
+        found = vectors @ said.T
         return (found > found.diagonal()[:, None]).sum(1)
 
 

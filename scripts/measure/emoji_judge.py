@@ -69,13 +69,7 @@ class Judge:
 
     def named(self, pictures: torch.Tensor, kind: str) -> dict[str, Any]:
         """Figures of pictures [N, 3, H, W], values 0 to 1, of the captions of a kind: shares with 95 % intervals."""
-        found: dict[str, Any] = {"pictures": len(pictures)}
-        ranks = self.encoder.ranks(pictures, self.pack.plain[torch.tensor(self.chosen[kind])])
-        for name, places in (("top1", 1), ("top5", 5)):
-            right = int((ranks < places).sum())
-            low, high = wilson(right, len(ranks))
-            found[name] = round(right / len(ranks), 4)
-            found[f"{name}_interval"] = [round(low, 4), round(high, 4)]
+        found = shares(self.encoder.ranks(pictures, self.pack.plain[torch.tensor(self.chosen[kind])]))
         features = self.encoder.features(pictures) @ self.axes
         return found | {"frechet": round(frechet(features.numpy(), self.reference.numpy()), 5)}
 
@@ -94,3 +88,14 @@ class Judge:
             if lpips is not None:
                 found["lpips"].append(lpips(a, b).double().cpu())
         return {name: round(torch.cat(parts).mean().item(), 4) if parts else None for name, parts in found.items()}
+
+
+def shares(ranks: torch.Tensor) -> dict[str, Any]:
+    """How often the right caption is first, or among the first five, of ranks [N] from 0, with 95 % intervals."""
+    found: dict[str, Any] = {"pictures": len(ranks)}
+    for name, places in (("top1", 1), ("top5", 5)):
+        right = int((ranks < places).sum())
+        low, high = wilson(right, len(ranks))
+        found[name] = round(right / len(ranks), 4)
+        found[f"{name}_interval"] = [round(low, 4), round(high, 4)]
+    return found

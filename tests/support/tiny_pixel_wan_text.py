@@ -1,0 +1,14 @@
+"""A tiny random text-to-video model of the animoji model's class, with the shipped tokenizer and text encoder."""
+
+import torch
+
+
+def tiny_pixel_wan_text():
+    from scripts.train.animoji_data import load_tokenizer
+    from scripts.train.animoji_model import AnimojiModel, build_pipeline
+
+    torch.manual_seed(0)
+    model = AnimojiModel(heads=1, layers=2, ffn=64).eval()
+    for parameter in model.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return build_pipeline(model, load_tokenizer())
