@@ -1,4 +1,4 @@
-"""Trains the embedded "animoji" model: text to video with Wan's architecture, about 17 minutes on a data-centre GPU.
+"""Trains the embedded "animoji" model: text to video with Wan's architecture, about 14 minutes on a data-centre GPU.
 
     python -m scripts.train.animoji_data                    # fetches and packs the clips, once
     python -m scripts.train.animoji --out out/animoji --seconds 520 --device cuda

@@ -29,7 +29,7 @@ class Config(FlowConfig):
 
     LARGEST: ClassVar[int] = 64
 
-    budget: float = 960.0
+    budget: float = 850.0
     sides: tuple[int, ...] = (64, 64, 64)
     shares: tuple[float, ...] = (0.1, 0.3, 1.0)
     tokens: int = 200_000

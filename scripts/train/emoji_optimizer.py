@@ -92,12 +92,14 @@ class Guard:
         gradients: list[Any] = [parameter.grad for parameter in self.parameters]
         norms = torch.stack(torch._foreach_norm(gradients)).float()
         bad = ~norms.isfinite()
+        most = torch.where(self.usual > 0, self.factor * self.usual, norms)
         if self.steps >= self.after:
-            bad |= norms > self.factor * self.usual
+            bad |= norms > most
         for gradient, each in zip(gradients, bad.unbind(), strict=True):
             gradient.masked_fill_(each, 0)
         share = max(1 - self.decay, 1 / (self.steps + 1))
-        self.usual.lerp_(torch.where(bad, self.usual, norms), share)
+        # What stays large becomes usual within some steps: nothing is kept from learning for good.
+        self.usual.lerp_(torch.where(norms.isfinite(), torch.minimum(norms, most), self.usual), share)
         self.dropped += bad.sum()
         self.steps += 1
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from scripts.train.emoji_data import Pack
 
@@ -79,7 +78,7 @@ class FlowConfig:
         """Names of the settings that are the model's shape: a run goes on with the same values of them only."""
         raise NotImplementedError
 
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """An untrained model of this shape."""
         raise NotImplementedError
 

@@ -45,7 +45,7 @@ class FlowTraining(ABC):
     def __init__(self, config: FlowConfig, pack: Pack, resume: Path | None = None) -> None:
         self.config, self.pack, self.device = config, pack, pack.pixels.device
         self.weights = pack.weights(TRAIN).to(self.device)
-        self.model = config.model().to(self.device)
+        self.model: Any = config.model().to(self.device)
         self.progress = Progress()
         if resume is not None and (resume / "model_index.json").is_file():
             set_weights(self.model, load_exported(resume))
@@ -53,7 +53,7 @@ class FlowTraining(ABC):
             weights, saved = load_parts(resume / STATE)
             self.progress = check_same(config, saved)
             set_weights(self.model, weights)
-        self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.average: Any = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.parts = 1
@@ -247,7 +247,7 @@ def add_options(parser: argparse.ArgumentParser, config: type[FlowConfig], data:
     parser.add_argument("--export-only", action="store_true", help="make a pipeline of the averaged weights in --out")
 
 
-def settings(options: argparse.Namespace, config: type[FlowConfig]) -> Any:
+def settings(options: argparse.Namespace, config: type[Any]) -> Any:
     """The settings of the command line.
 
     Raises:

@@ -263,3 +263,15 @@ def test_the_first_gradients_of_a_run_may_change_fast():
         parameter.grad = torch.full((3,), size)
         guard()
         assert parameter.grad.tolist() == [size] * 3
+
+
+def test_gradients_that_stay_large_become_usual():
+    late, grown = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    guard = Guard([late, grown])
+    for step in range(60):
+        late.grad = torch.full((3,), 0.0 if step < 30 else 1.0)
+        grown.grad = torch.full((3,), 1.0 if step < 30 else 1000.0)
+        guard()
+    assert late.grad.tolist() == [1.0] * 3
+    assert grown.grad.tolist() == [1000.0] * 3
+    assert 0 < guard.dropped.item() < 20

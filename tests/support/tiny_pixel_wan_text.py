@@ -8,7 +8,7 @@ def tiny_pixel_wan_text():
     from scripts.train.animoji_model import AnimojiModel, build_pipeline
 
     torch.manual_seed(0)
-    model = AnimojiModel(heads=1, layers=2, ffn=64).eval()
+    model = AnimojiModel(heads=1, layers=1, ffn=64).eval()
     for parameter in model.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return build_pipeline(model, load_tokenizer())
