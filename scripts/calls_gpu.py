@@ -5,12 +5,12 @@ from __future__ import annotations
 import cProfile
 import io
 import pstats
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from visattn.timing import captured, host_time, medians, per_call
 
 # Rounds in which every contender has its turn, and calls of one turn.
 ROUNDS, CALLS = 5, 40
@@ -18,25 +18,13 @@ ROUNDS, CALLS = 5, 40
 
 def host_us(work: Callable[[], Any], repeats: int = CALLS) -> float:
     """Microseconds that one call keeps the host, with an idle device."""
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return 1e6 * statistics.median(times)
+    return 1e6 * host_time(work, repeats)
 
 
 def wall_us(work: Callable[[], Any], repeats: int = 2 * CALLS) -> float:
     """Microseconds per call in a loop."""
     work()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    torch.cuda.synchronize()
-    return 1e6 * (time.perf_counter() - start) / repeats
+    return 1e6 * per_call(work, repeats)
 
 
 def gpu_us(work: Callable[[], Any], repeats: int = 20) -> Callable[[], float]:
@@ -46,10 +34,8 @@ def gpu_us(work: Callable[[], Any], repeats: int = 20) -> Callable[[], float]:
     with torch.cuda.stream(side):
         work()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            work()
+    graph = captured(work, repeats)
+    assert graph is not None, "the call cannot be captured"
 
     def measure() -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -63,14 +49,9 @@ def gpu_us(work: Callable[[], Any], repeats: int = 20) -> Callable[[], float]:
 
 
 def in_turns(contenders: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, float]:
-    """The median of each measurement over rounds in which all have a turn; the first round warms up."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, measure in contenders.items():
-            value = measure()
-            if turn:
-                found[name].append(value)
-    return {name: statistics.median(values) for name, values in found.items()}
+    """The median of each measurement over rounds in which all have a turn, after one that warms up."""
+    medians(contenders, 1)
+    return medians(contenders, rounds)
 
 
 def profiled(work: Callable[[], Any], calls: int = 200, lines: int = 30) -> str:
@@ -85,3 +66,16 @@ def profiled(work: Callable[[], Any], calls: int = 200, lines: int = 30) -> str:
     text = io.StringIO()
     pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(lines)
     return text.getvalue()
+
+
+def kernels(work: Callable[[], Any], lines: int = 30) -> str:
+    """The kernels of one call with their time on the GPU, the longest first, and the time of all of them."""
+    work()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    found = sorted(profile.key_averages(), key=lambda each: -each.self_device_time_total)
+    total = sum(each.self_device_time_total for each in found)
+    rows = [f"{each.self_device_time_total:10.0f} us {each.count:6} x {each.key}" for each in found[:lines]]
+    return "\n".join([f"{total:10.0f} us {sum(each.count for each in found):6} x all", *rows, ""])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from visattn.bench import DENSE, Case, check_case, contenders
 from visattn.patterns import Pattern, Radial, parse
 from visattn.patterns.values import axis_values
+from visattn.timing import captured, host_time, medians, per_call
 
 # Sides of the square or cubic grids that a crossing is looked for on, by the number of axes.
 SIDES = {1: (256, 1024, 4096, 16384), 2: (16, 24, 32, 48, 64, 96), 3: (4, 8, 12, 16, 24)}
@@ -82,20 +82,18 @@ def time_calls(case: Case, backends: Sequence[str], *, repeats: int = 5) -> Call
     check_case(case)
     runs, reasons, choice = contenders(case, backends)
     on_gpu = torch.device(case.device).type == "cuda"
-    graphs = {name: _captured(run) if on_gpu and not case.backward else None for name, run in runs.items()}
-    counts = {name: _count(run) for name, run in runs.items()}
-    found: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in runs}
-    for turn in range(repeats):
-        for name in list(runs)[:: -1 if turn % 2 else 1]:
-            graph = graphs[name]
-            gpu = None if graph is None else _wall(graph.replay, counts[name])
-            found[name].append((_wall(runs[name], counts[name]), _host(runs[name]), gpu))
+    measurements: dict[str, Callable[[], float]] = {}
+    for name, run in runs.items():
+        count = _count(run)
+        measurements |= {f"{name} wall": partial(per_call, run, count), f"{name} host": partial(host_time, run)}
+        graph = captured(run) if on_gpu and not case.backward else None
+        if graph is not None:
+            measurements[f"{name} gpu"] = partial(per_call, graph.replay, count)
+    found = medians(measurements, repeats)
     lines = [CallTime(name, reason=reason) for name, reason in reasons.items()]
-    for name, times in found.items():
-        walls, hosts, _ = zip(*times, strict=True)
-        wall, host = statistics.median(walls), statistics.median(hosts)
-        alone = [each[2] for each in times if each[2] is not None]
-        lines.append(CallTime(name, wall, host, statistics.median(alone) if alone else None, name == choice))
+    for name in runs:
+        times = found[f"{name} wall"], found[f"{name} host"], found.get(f"{name} gpu")
+        lines.append(CallTime(name, *times, chosen=name == choice))
     order = (DENSE, *backends)
     return CallTimes(case, tuple(sorted(lines, key=lambda line: order.index(line.backend))))
 
@@ -143,46 +141,7 @@ def _fits(pattern: Pattern, grid: tuple[int, ...]) -> bool:
     return True
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _count(run: Callable[[], object]) -> int:
     """How many calls last about a fiftieth of a second."""
     run()
-    return max(1, min(200, round(0.02 / max(_wall(run, 1), 1e-6))))
-
-
-def _wall(run: Callable[[], object], count: int) -> float:
-    _wait()
-    begin = time.perf_counter()
-    for _ in range(count):
-        run()
-    _wait()
-    return (time.perf_counter() - begin) / count
-
-
-def _host(run: Callable[[], object]) -> float:
-    """Until the call returns, with an idle device before it."""
-    times = []
-    for _ in range(5):
-        _wait()
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    _wait()
-    return statistics.median(times)
-
-
-def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-    """The call as a CUDA graph, None if it cannot be captured."""
-    run()
-    _wait()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        return None
-    return graph
+    return max(1, min(200, round(0.02 / max(per_call(run, 1), 1e-6))))

@@ -178,6 +178,14 @@ class Backend(ABC):
         """
         return partial(_anew, self.run, replace(call, key_mask=None, rpb=None))
 
+    def keeps_results(self, problem: Problem) -> bool:
+        """Whether gradients start from the output and the log-sum-exp of a call, so that compiled code keeps them.
+
+        What `prepare` gives has a method `gradients` then, see `visattn.kernels.triton.ready.Ready`; otherwise the
+        backward of compiled code runs the call again.
+        """
+        return False
+
 
 def _anew(run: Any, call: Call, q: Any, k: Any, v: Any, key_mask: torch.Tensor | None, rpb: torch.Tensor | None) -> Any:
     if key_mask is not None or rpb is not None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from visattn.checks import check_call, check_steps
-from visattn.dispatch import Call
+from visattn.dispatch import Call, Problem, choose
 from visattn.keep import stands_in, untraced
 from visattn.layout import Layout
+from visattn.operator import above, below, define
 from visattn.patterns import Pattern, parse
-from visattn.prepare import run_like
+from visattn.prepare import find, gradients_like, run_like
+from visattn.rerun import recompute_gradients
+
+# Between the parts of a text that an operator gets; no pattern, backend or name has it.
+SEPARATOR = "|"
 
 
 def without_values(q: torch.Tensor) -> bool:
@@ -51,10 +55,11 @@ def attend(
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The traceable form of `attention`; the log-sum-exp is empty unless `lse`."""
-    where = _text(pattern), list(layout.grid), layout.prefix, layout.suffix
+    where = [*layout.grid, layout.prefix, layout.suffix]
     # In the order of their names: a compiled graph does not depend on who filled the mapping in which order.
     names = sorted(parameters)
-    return _attend(q, k, v, key_mask, rpb, [parameters[n] for n in names], ",".join(names), *where, scale, backend, lse)
+    about = SEPARATOR.join([_text(pattern), backend, ",".join(names)])
+    return ATTEND(q, k, v, key_mask, rpb, [parameters[n] for n in names], about, where, scale, lse)
 
 
 def _text(pattern: Pattern | str) -> str:
@@ -65,15 +70,45 @@ def _text(pattern: Pattern | str) -> str:
     return text
 
 
+class About(NamedTuple):
+    """What the constants of an operator stand for.
+
+    Attributes:
+        pattern: The pattern.
+        layout: Where the tokens sit.
+        backend: What the user asked for.
+        names: Names of the parameters.
+    """
+
+    pattern: Pattern
+    layout: Layout
+    backend: str
+    names: tuple[str, ...]
+
+    def call(
+        self,
+        scale: float,
+        lse: bool,
+        key_mask: torch.Tensor | None,
+        rpb: torch.Tensor | None,
+        parameters: Sequence[torch.Tensor],
+    ) -> Call:
+        """A call with these constants."""
+        named = dict(zip(self.names, parameters, strict=True))
+        return Call(self.pattern, self.layout, scale, key_mask, rpb, lse, named)
+
+
+def _about(about: str, where: Sequence[int]) -> About:
+    """From text and numbers: operators take no objects, and each argument of theirs costs time."""
+    # Where the numbers are symbols they become constants of the traced code here.
+    return _known(about, tuple(map(int, where)))
+
+
 @lru_cache(maxsize=1024)
-def _layout(grid: tuple[int, ...], prefix: int, suffix: int) -> Layout:
-    """The layout that an operator's numbers stand for."""
-    return Layout(grid, prefix, suffix)
-
-
-def _named(names: str, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters by name, from names with commas: operators take no lists of texts."""
-    return dict(zip(names.split(","), parameters, strict=True)) if names else {}
+def _known(about: str, where: tuple[int, ...]) -> About:
+    *grid, prefix, suffix = where
+    pattern, backend, names = about.split(SEPARATOR)
+    return About(parse(pattern), Layout(grid, prefix, suffix), backend, tuple(names.split(",")) if names else ())
 
 
 # What `torch.compiler.assume_constant_result` does, without importing the compiler (a second) for those who do not
@@ -81,7 +116,6 @@ def _named(names: str, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Te
 _text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@torch.library.custom_op("visattn::attend", mutates_args=())
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -89,133 +123,87 @@ def _attend(
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
     parameters: list[torch.Tensor],
-    names: str,
-    pattern: str,
-    grid: list[int],
-    prefix: int,
-    suffix: int,
+    about: str,
+    where: list[int],
     scale: float,
-    backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    where = parse(pattern), _layout(tuple(grid), prefix, suffix)
-    call = Call(*where, scale, key_mask, rpb, lse, _named(names, parameters))
-    return detached(*run_like(q, k, v, call, backend), call)
+    known = _about(about, where)
+    out, sums = run_like(q, k, v, known.call(scale, lse, key_mask, rpb, parameters), known.backend)
+    if any(out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in (q, k, v) if t.numel()):
+        raise ValueError(f"backend {known.backend!r} gave back its input for {known.pattern}: give back a new tensor")
+    return detached(out, sums, lse)
 
 
-def detached(out: torch.Tensor, lse: torch.Tensor | None, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an operator may return: contiguous tensors that alias no input, an empty lse where none is wanted."""
-    wide = torch.promote_types(out.dtype, torch.float32)
-    wanted = lse.contiguous() if call.lse and lse is not None else out.new_empty(0, dtype=wide)
-    return out.contiguous(), wanted
+def detached(out: torch.Tensor, lse: torch.Tensor | None, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an operator may return: tensors that alias no input, with the strides of `empty_results`."""
+    if wanted and lse is not None:
+        # Engines have the log-sum-exp by head.
+        return out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
+    return out.contiguous(), out.new_empty(0, dtype=torch.promote_types(out.dtype, torch.float32))
 
 
 def empty_results(q: torch.Tensor, lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes of an operator's results, for tracing."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3] if lse else (0,), dtype=wide)
+    batch, length, heads = q.shape[:3]
+    sums = q.new_empty((batch, heads, length), dtype=wide).transpose(1, 2) if lse else q.new_empty(0, dtype=wide)
+    return q.new_empty(q.shape), sums
 
 
-@_attend.register_fake
-def _(
+def _fake_attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
     parameters: list[torch.Tensor],
-    names: str,
-    pattern: str,
-    grid: list[int],
-    prefix: int,
-    suffix: int,
+    about: str,
+    where: list[int],
     scale: float,
-    backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    known = _about(about, where)
     if torch.onnx.is_in_onnx_export():
-        raise ValueError(f"ONNX has no operator visattn::attend, and {pattern} could not be written down without it")
-    check_call(q, k, v, parse(pattern), Layout(grid, prefix, suffix), key_mask, rpb, _named(names, parameters))
-    check_steps(parse(pattern))
+        raise ValueError(
+            f"ONNX has no operator visattn::attend, and {known.pattern} could not be written down without it"
+        )
+    named = dict(zip(known.names, parameters, strict=True))
+    check_call(q, k, v, known.pattern, known.layout, key_mask, rpb, named)
+    check_steps(known.pattern)
     return empty_results(q, lse)
 
 
-@torch.library.custom_op("visattn::attend_backward", mutates_args=())
 def _attend_backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
     rpb: torch.Tensor | None,
     parameters: list[torch.Tensor],
-    names: str,
-    pattern: str,
-    grid: list[int],
-    prefix: int,
-    suffix: int,
+    kept: list[torch.Tensor],
+    about: str,
+    where: list[int],
     scale: float,
-    backend: str,
     lse: bool,
 ) -> list[torch.Tensor]:
-    where = parse(pattern), _layout(tuple(grid), prefix, suffix)
-    call = Call(*where, scale, key_mask, rpb, lse, _named(names, parameters))
-    return recompute_gradients(grad_out, grad_lse, q, k, v, call, backend)
+    """Gradients of q, k, v, the bias (empty if there is none) and the parameters; `kept` are the forward's results."""
+    known = _about(about, where)
+    call = known.call(scale, lse, key_mask, rpb, parameters)
+    if kept:
+        found = gradients_like(
+            q, k, v, replace(call, lse=True), known.backend, (kept[0], kept[1]), (grad_out, grad_lse)
+        )
+        if found is not None:
+            return [*found, q.new_empty(0)]
+    return recompute_gradients(grad_out, grad_lse, q, k, v, call, known.backend)
 
 
-@contextmanager
-def autograd_inside_operator() -> Iterator[None]:
-    """An operator runs below the autograd keys of torch's dispatcher: record a graph there all the same."""
-    autograd = [getattr(torch._C.DispatchKey, key) for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView")]
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in autograd:
-        excluded = excluded.remove(key)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
-        yield
-
-
-def gradient_leaf(t: torch.Tensor, graph: bool) -> torch.Tensor:
-    """What to differentiate by instead of an input; with `graph` still connected to where the input comes from."""
-    return t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_()
-
-
-def recompute_gradients(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    call: Call,
-    backend: str,
-    graph: bool = False,
-) -> list[torch.Tensor]:
-    """Run the call again with gradients; returns those of q, k, v, rpb (empty without one) and the parameters.
-
-    With `graph` they can be differentiated again.
-    """
-    with autograd_inside_operator(), torch.enable_grad():
-        leaves = [gradient_leaf(t, graph) for t in (q, k, v)]
-        rpb = None if call.rpb is None else gradient_leaf(call.rpb, graph)
-        parameters = {name: gradient_leaf(t, graph) for name, t in call.parameters.items()}
-        own = replace(call, rpb=rpb, parameters=parameters)
-        out, lse = run_like(leaves[0], leaves[1], leaves[2], own, backend)
-        outputs, grads = [out], [grad_out]
-        if call.lse and lse is not None:
-            outputs.append(lse)
-            grads.append(grad_lse)
-        inputs = [*leaves, *([] if rpb is None else [rpb]), *parameters.values()]
-        # A pattern that covers the grid may not use all of its parameters.
-        again = {"create_graph": graph, "allow_unused": True, "materialize_grads": True}
-        found = torch.autograd.grad(outputs, inputs, grads, **again)
-        made = [g.contiguous() for g in found]
-        return made if rpb is not None else [*made[:3], q.new_empty(0), *made[3:]]
-
-
-@_attend_backward.register_fake
-def _(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+def _fake_backward(
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -228,23 +216,92 @@ def _(
     return [*(t.new_empty(t.shape) for t in (q, k, v)), bias, *(t.new_empty(t.shape) for t in parameters)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *inputs[5])
-    ctx.rest = inputs[6:]
-    ctx.set_materialize_grads(True)
+ATTEND = define("attend", _attend, _fake_attend)
+ATTEND_BACKWARD = define("attend_backward", _attend_backward, _fake_backward)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        # A graph of the gradients is asked for, and what an operator returns has none.
-        names, pattern, grid, prefix, suffix, scale, backend, lse = ctx.rest
-        where = parse(pattern), Layout(grid, prefix, suffix)
-        call = Call(*where, scale, saved[3], saved[4], lse, _named(names, saved[5:]))
-        found = recompute_gradients(grad_out, grad_lse, saved[0], saved[1], saved[2], call, backend, graph=True)
-    else:
-        found = _attend_backward(grad_out, grad_lse, *saved[:5], list(saved[5:]), *ctx.rest)
-    return *found[:3], None, None if saved[4] is None else found[3], found[4:], *(None for _ in ctx.rest)
+class Rest(NamedTuple):
+    """The arguments of an operator that are no tensors.
+
+    Attributes:
+        about: See `_attend`; likewise the others.
+        where: Grid, prefix and suffix.
+        scale: Factor on the logits.
+        lse: Whether the log-sum-exp is wanted.
+    """
+
+    about: str
+    where: list[int]
+    scale: float
+    lse: bool
 
 
-_attend.register_autograd(_backward, setup_context=_setup_context)
+class _Attend(torch.autograd.Function):
+    """The operator with its gradient: of tensors q, k, v, key mask, bias and parameters."""
+
+    @staticmethod
+    def forward(rest: Rest, keeps: bool, *tensors: Any) -> Any:
+        return below(ATTEND, *tensors[:5], list(tensors[5:]), *rest._replace(lse=rest.lse or keeps))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        rest, keeps, *tensors = inputs
+        ctx.rest, ctx.given = rest, len(tensors)
+        ctx.set_materialize_grads(False)
+        if not rest.lse:
+            ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, *(output if keeps else ()))
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+        saved, rest = ctx.saved_tensors, ctx.rest
+        tensors, kept = saved[: ctx.given], saved[ctx.given :]
+        q, k, v, key_mask, rpb, *parameters = tensors
+        grad_lse = grad_lse if rest.lse else None
+        if torch.is_grad_enabled():
+            # A graph of the gradients is asked for, and what an operator returns has none.
+            known = _about(rest.about, rest.where)
+            call = known.call(rest.scale, rest.lse, key_mask, rpb, parameters)
+            found = recompute_gradients(grad_out, grad_lse, q, k, v, call, known.backend, graph=True)
+        else:
+            given = grad_out, grad_lse, q, k, v, key_mask, rpb, parameters, list(kept)
+            found = ATTEND_BACKWARD(*given, *rest)
+        return None, None, *found[:3], None, None if rpb is None else found[3], *found[4:]
+
+
+def _above_attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    rpb: torch.Tensor | None,
+    parameters: list[torch.Tensor],
+    about: str,
+    where: list[int],
+    scale: float,
+    lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    known = _about(about, where)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, rpb, *parameters))
+    if not learns:
+        if not parameters:
+            # What ran a call like this one runs it here, without a second way through the dispatcher.
+            key_of = q, k, v, known.pattern, known.layout, scale, key_mask, rpb, known.backend, lse
+            prepared = find(*key_of)[1]
+            if prepared is not None:
+                return detached(*prepared(q, k, v, key_mask, rpb), lse)
+        return below(ATTEND, q, k, v, key_mask, rpb, parameters, about, where, scale, lse)
+    keeps = not parameters and rpb is None and _keeps(q, k, v, known.call(scale, lse, key_mask, rpb, ()), known.backend)
+    out, sums = _Attend.apply(Rest(about, where, scale, lse), keeps, q, k, v, key_mask, rpb, *parameters)
+    return out, sums if lse or not keeps else sums.new_empty(0)
+
+
+def _keeps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str) -> bool:
+    """Whether the backward of a call starts from its results; not where sizes are symbols, of which no choice knows."""
+    if not all(type(n) is int for t in (q, k, v) for n in t.shape):
+        return False
+    problem = Problem.of(q, k, v, call)
+    return choose(problem, backend).keeps_results(replace(problem, lse=True))
+
+
+above(ATTEND, _above_attend)

@@ -21,6 +21,9 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 NUMBERS = frozenset((type(None), float, int))
 _library: Any = torch._C
 
+Results = tuple[torch.Tensor, torch.Tensor]
+Grads = tuple[torch.Tensor | None, torch.Tensor | None]
+
 
 def find(
     q: Any,
@@ -104,17 +107,25 @@ def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str, key: Hashable | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a checked call, and keep what runs others with this key."""
+    prepared = None if key is None else _prepare(q, k, v, call, backend, key)
+    return run_call(q, k, v, call, backend) if prepared is None else prepared(q, k, v, call.key_mask, call.rpb)
+
+
+def _prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str, key: Hashable
+) -> Prepared | None:
+    """Keep what runs calls with a key; None for calls of which nothing is kept."""
     pattern = call.pattern
     pools = isinstance(pattern, PooledPattern) and pattern.pool_shape(call.layout.grid) is not None
-    if key is None or call.parameters or not q.shape[0] or pools:
-        return run_call(q, k, v, call, backend)
+    if call.parameters or not q.shape[0] or pools:
+        return None
     chosen = choose(Problem.of(q, k, v, call), backend)
     prepared = chosen.prepare(q, k, v, call, lambda: STORE.weigh(key))
     if torch.is_autocast_enabled(q.device.type):
         prepared = _Cast(prepared, q.dtype, q.device.type)
-    # Kept first: what it comes to hold is counted there.
+    # Before it runs: what it comes to hold is counted there.
     STORE.put(key, prepared, CALL_BYTES)
-    return prepared(q, k, v, call.key_mask, call.rpb)
+    return prepared
 
 
 class _Cast:
@@ -152,3 +163,25 @@ def run_like(
         if prepared is not None:
             return prepared(q, k, v, call.key_mask, call.rpb)
     return run(q, k, v, call, backend, key)
+
+
+def gradients_like(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, backend: str, results: Results, grads: Grads
+) -> tuple[torch.Tensor, ...] | None:
+    """The gradients of q, k and v from the results of a call that ran, None where only running it again gives them.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        call: The call, which asked for the log-sum-exp.
+        backend: What the user asked for.
+        results: Output [B, S, H, D] and log-sum-exp [B, S, H].
+        grads: Their gradients, None for zeros.
+    """
+    others = call.key_mask, call.rpb, backend, call.lse
+    key, prepared = find(q, k, v, call.pattern, call.layout, call.scale, *others)
+    if prepared is None and key is not None:
+        prepared = _prepare(q, k, v, call, backend, key)
+    gradients = getattr(prepared, "gradients", None)
+    return None if gradients is None else gradients(q, k, v, call.key_mask, results, grads)

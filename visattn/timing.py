@@ -82,6 +82,46 @@ def time_once(run: Callable[[], object]) -> float:
     return _measure(run, 1, _wait, time.perf_counter)
 
 
+def per_call(run: Callable[[], object], calls: int) -> float:
+    """Seconds per call of so many in a row; waits for CUDA devices before and after."""
+    return _measure(run, calls, _wait, time.perf_counter)
+
+
+def host_time(run: Callable[[], object], calls: int = 5) -> float:
+    """Seconds until a call returns, with idle CUDA devices before it: the median of so many."""
+    times = []
+    for _ in range(calls):
+        _wait()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    _wait()
+    return statistics.median(times)
+
+
+def captured(run: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph | None:
+    """So many calls as a CUDA graph, None if they cannot be captured."""
+    run()
+    _wait()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                run()
+    except RuntimeError:
+        return None
+    return graph
+
+
+def medians(measurements: Mapping[str, Callable[[], float]], turns: int) -> dict[str, float]:
+    """The median of each measurement over so many turns, every other of which runs backward."""
+    found: dict[str, list[float]] = {name: [] for name in measurements}
+    for turn in range(turns):
+        for name in list(measurements)[:: -1 if turn % 2 else 1]:
+            found[name].append(measurements[name]())
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from visattn import ops
 from visattn.dispatch import Call
 from visattn.prepare import run_call
+from visattn.rerun import recompute_gradients
 
 Tensors = Sequence[torch.Tensor | None]
 
@@ -65,7 +66,7 @@ class _Attend(torch.autograd.Function):
     def forward(asked: Asked, *tensors: Any) -> tuple[torch.Tensor, torch.Tensor]:
         call, (q, k, v) = asked.on(tensors), tensors[:3]
         out, lse = run_call(q, k, v, call, asked.backend)
-        return ops.detached(out, lse, call)
+        return ops.detached(out, lse, call.lse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -103,7 +104,7 @@ class _Gradients(torch.autograd.Function):
     def forward(asked: Asked, grad_out: Any, grad_lse: Any, *tensors: Any) -> tuple[torch.Tensor, ...]:
         q, k, v = tensors[:3]
         with _saved_tensor_hooks():
-            found = ops.recompute_gradients(grad_out, grad_lse, q, k, v, asked.on(tensors), asked.backend)
+            found = recompute_gradients(grad_out, grad_lse, q, k, v, asked.on(tensors), asked.backend)
         return tuple(found)
 
     @staticmethod

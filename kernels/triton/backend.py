@@ -151,6 +151,10 @@ class Triton(Backend):
 
         return Ready(kernels_of(q, k, v, call, grown), call, recorded(q, k, v))
 
+    def keeps_results(self, problem: Problem) -> bool:
+        """See `Backend.keeps_results`; the gradient of a bias has a kernel that needs more."""
+        return not problem.rpb and self.supports(problem).ok
+
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

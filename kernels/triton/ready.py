@@ -48,13 +48,17 @@ class TileAttention(torch.autograd.Function):
             bias = () if saved[3] is None else (saved[3],)
             found = formula((*saved[:3], *bias), (grad_out, grad_lse), key_mask, routed)
             return *found, *(None for _ in range(9 - len(found)))
-        if grad_out is None:
-            grad_out = torch.zeros_like(saved[4])
-        elif grad_out.stride(-1) != 1:
-            grad_out = grad_out.contiguous()
+        grad_out = _by_channels(grad_out, saved[4])
         want_q, want_k, want_v, want_rpb = ctx.needs_input_grad[:4]
         wanted = want_q, want_k or want_v, want_rpb
         return *kernels.backward(saved, grad_out, grad_lse, wanted, key_mask, routed), None, None, None, None, None
+
+
+def _by_channels(grad_out: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """The gradient of an output as the kernels read it: its channels are contiguous."""
+    if grad_out is None:
+        return torch.zeros_like(out)
+    return grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
 
 
 def learned(*given: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -118,3 +122,19 @@ class Ready:
             return learned(q, k, v, rpb, key_mask, self.kernels, self._formula, self._lse, routed)
         out, lse = self.kernels.forward(q, k, v, key_mask, rpb, self._lse, routed)
         return out, None if lse is None else lse.transpose(1, 2)
+
+    def gradients(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        results: tuple[torch.Tensor, torch.Tensor],
+        grads: tuple[torch.Tensor | None, torch.Tensor | None],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of q, k and v, from output [B, S, H, D] and log-sum-exp [B, S, H] and their gradients."""
+        out, lse = results
+        routed = self.kernels.lists(q, k, v, key_mask, True) if self._routed else None
+        saved = q, k, v, None, out, lse.transpose(1, 2).contiguous()
+        wanted = True, True, False
+        return self.kernels.backward(saved, _by_channels(grads[0], out), grads[1], wanted, key_mask, routed)[:3]

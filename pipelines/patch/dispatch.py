@@ -149,7 +149,7 @@ def call_group(number: int, call: AttentionCall, is_dispatched: bool, kind: Hash
             return Stock(is_dispatched)(call)
         tensors = numbering.tensors_of(number)
         rest = call.mask, call.scale, call.grouped, number, tensors
-        return operators.patched_attention(call.q, call.k, call.v, *rest)[0]
+        return operators.PATCHED_ATTENTION(call.q, call.k, call.v, *rest)[0]
     group = numbering.look_up(number)
     if group is None:
         # The processor has outlived its patch.

@@ -78,7 +78,7 @@ class Begin(_Hook):
         name = self.family.anchor
         first = given[name][0] if isinstance(given[name], list) else given[name]
         samples = [n for sample in seen.samples for n in (*sample.grid, sample.prefix)]
-        latents: Any = operators.begin_forward(
+        latents: Any = operators.BEGIN_FORWARD(
             first,
             seen.ids,
             list(seen.grid),

@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 
-from visattn.ops import autograd_inside_operator, gradient_leaf
+from visattn.operator import above, below, define
+from visattn.ops import without_values
 from visattn.patterns import Dense
 from visattn.patterns.choice.memory import Place, placed
 from visattn.pipelines.families.base import Sample, Seen
 from visattn.pipelines.patch.decision import DECISION_BYTES, Decision
 from visattn.pipelines.patch.numbering import look_up, stock_of
+from visattn.prepare import PLAIN
+from visattn.rerun import autograd_inside_operator, gradient_leaf
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import key_validity
 from visattn.runtime.sequences import Sequences
 
 
-@torch.library.custom_op("visattn::patched_attention", mutates_args=())
-def patched_attention(
+def _patched_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -33,7 +35,6 @@ def patched_attention(
     group: int,
     parameters: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of q, k, v [B, S, H, D] at a module of a group; returns the output and the encoded decision."""
     owner = look_up(group)
     call = AttentionCall(q, k, v, mask, scale, grouped)
     if owner is None:
@@ -42,18 +43,12 @@ def patched_attention(
         assert stock is not None, f"compiled code of group {group} outlives its processors"
         return stock(call).contiguous(), Decision((), Dense(), "auto", None, stock).encode()
     kind = owner.key(q, k, v, scale, False, "compiled") if mask is None and not parameters else None
-    if kind is not None:
-        stock = functools.partial(owner.stock.unmasked, q, k, v, scale, grouped)
-        found = owner.attend_alike(kind, (q, k, v), scale, None, False, stock)
-        if found is not None:
-            return found[0].contiguous(), owner.encoded(found[1])
     given = {n: t.detach().to(q.device) for n, t in zip(owner.parameters, parameters, strict=True)}
     out, layouts = owner.attend(call, None, given, kind, "compiled")
     return out.contiguous(), owner.encoded(layouts)
 
 
-@patched_attention.register_fake
-def _(
+def _fake_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -66,7 +61,6 @@ def _(
     return q.new_empty((*q.shape[:3], v.shape[3])), torch.empty(DECISION_BYTES, dtype=torch.uint8)
 
 
-@torch.library.custom_op("visattn::patched_attention_backward", mutates_args=())
 def _patched_attention_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -111,31 +105,68 @@ def _again(
     return [g.contiguous() for g in found]
 
 
-@_patched_attention_backward.register_fake
-def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
+def _fake_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> list[torch.Tensor]:
     return [t.new_empty(t.shape) for t in (q, k, v, *rest[-1])]
 
 
-def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, mask, scale, grouped, _, parameters = inputs
-    ctx.save_for_backward(q, k, v, mask, output[1], *parameters)
-    ctx.mark_non_differentiable(output[1])
-    ctx.rest = scale, grouped
+PATCHED_ATTENTION = define("patched_attention", _patched_attention, _fake_attention)
+PATCHED_BACKWARD = define("patched_attention_backward", _patched_attention_backward, _fake_backward)
 
 
-def _attention_gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    given: Any = (grad, *saved[:5], *ctx.rest, list(saved[5:]))
-    # What an operator returns has no graph: where one is asked for, the same is done outside of it.
-    gradients = _again(*given, graph=True) if torch.is_grad_enabled() else _patched_attention_backward(*given)
-    return *gradients[:3], None, None, None, None, gradients[3:]
+class _Attention(torch.autograd.Function):
+    """The operator with its gradient."""
+
+    @staticmethod
+    def forward(rest: tuple[float | None, bool, int], *tensors: Any) -> Any:
+        q, k, v, mask, *parameters = tensors
+        return below(PATCHED_ATTENTION, q, k, v, mask, *rest, parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        (scale, grouped, _), q, k, v, mask, *parameters = inputs
+        ctx.save_for_backward(q, k, v, mask, output[1], *parameters)
+        ctx.mark_non_differentiable(output[1])
+        ctx.rest = scale, grouped
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        given: Any = (grad, *saved[:5], *ctx.rest, list(saved[5:]))
+        # What an operator returns has no graph: where one is asked for, the same is done outside of it.
+        gradients = _again(*given, graph=True) if torch.is_grad_enabled() else PATCHED_BACKWARD(*given)
+        return None, *gradients[:3], None, *gradients[3:]
 
 
-patched_attention.register_autograd(_attention_gradients, setup_context=_save_attention)
+def patched_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    grouped: bool,
+    group: int,
+    parameters: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q, k, v [B, S, H, D] at a module of a group; returns the output and the encoded decision."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *parameters)):
+        return _Attention.apply((scale, grouped, group), q, k, v, mask, *parameters)
+    plain = type(q) in PLAIN and type(k) in PLAIN and type(v) in PLAIN
+    owner = look_up(group) if mask is None and not parameters and plain and not without_values(q) else None
+    if owner is not None:
+        kind = owner.key(q, k, v, scale, False, "compiled")
+        stock = functools.partial(owner.stock.unmasked, q, k, v, scale, grouped)
+        found = None if kind is None else owner.attend_alike(kind, (q, k, v), scale, None, False, stock)
+        if found is not None:
+            return found[0].contiguous(), owner.encoded(found[1])
+    return below(PATCHED_ATTENTION, q, k, v, mask, scale, grouped, group, parameters)
 
 
-@torch.library.custom_op("visattn::begin_forward", mutates_args=())
-def begin_forward(
+above(PATCHED_ATTENTION, patched_attention)
+
+
+def _begin_forward(
     latents: torch.Tensor,
     ids: torch.Tensor | None,
     grid: list[int],
@@ -160,8 +191,7 @@ def begin_forward(
     return latents.clone()
 
 
-@begin_forward.register_fake
-def _(
+def _fake_begin(
     latents: torch.Tensor,
     ids: torch.Tensor | None,
     grid: list[int],
@@ -175,4 +205,23 @@ def _(
     return torch.empty_like(latents)
 
 
-begin_forward.register_autograd(lambda ctx, grad: (grad, *[None] * 8))
+BEGIN_FORWARD = define("begin_forward", _begin_forward, _fake_begin)
+
+
+class _Begin(torch.autograd.Function):
+    """The operator with its gradient, which passes through."""
+
+    @staticmethod
+    def forward(latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return below(BEGIN_FORWARD, latents, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.rest = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return grad, *[None] * ctx.rest
+
+
+above(BEGIN_FORWARD, _Begin.apply)

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gc
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -29,7 +30,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from scripts.bench.real_models import MODELS, build
+from scripts.calls_gpu import kernels, profiled
 from visattn import apply
+from visattn.timing import per_call
 from visattn.watch import Watched
 
 MODES = ("eager", "compiled")
@@ -38,17 +41,6 @@ STOCK, DENSE = "stock", "dense"
 TURNS, TURN_S = 7, 0.8
 
 Shapes = Counter[tuple[torch.Size, torch.Size]]
-
-
-def seconds(step: Callable[[], Any], count: int, device: str) -> float:
-    """Seconds per step of some in a row."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    begin = time.perf_counter()
-    for _ in range(count):
-        step()
-    wait()
-    return (time.perf_counter() - begin) / count
 
 
 def attended(model: torch.nn.Module, step: Callable[[], Any]) -> Shapes:
@@ -70,8 +62,8 @@ def attention_ms(shapes: Shapes, device: str, dtype: torch.dtype) -> float:
     for (of_q, of_k), count in shapes.items():
         q, k, v = (torch.randn(s, device=device, dtype=dtype).transpose(1, 2) for s in (of_q, of_k, of_k))
         run = lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v)  # noqa: E731
-        seconds(run, 3, device)
-        total += count * statistics.median(seconds(run, 20, device) for _ in range(5))
+        per_call(run, 3)
+        total += count * statistics.median(per_call(run, 20) for _ in range(5))
     return 1e3 * total
 
 
@@ -80,7 +72,7 @@ def patched(model: torch.nn.Module, attention: str) -> Any:
     return contextlib.nullcontext() if attention == STOCK else apply(model, attention)
 
 
-def in_turns(model: torch.nn.Module, step: Callable[[], Any], names: list[str], device: str) -> dict[str, Any]:
+def in_turns(model: torch.nn.Module, step: Callable[[], Any], names: list[str]) -> dict[str, Any]:
     """Milliseconds of a step in every turn, and the report's first line, by attention."""
     counts, said = {}, {}
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -89,20 +81,33 @@ def in_turns(model: torch.nn.Module, step: Callable[[], Any], names: list[str], 
             # Compilation and plans, then what a step takes.
             step()
             step()
-            once = seconds(step, 2, device)
+            once = per_call(step, 2)
         counts[name] = max(1, min(20, round(TURN_S / once)))
     for turn in range(TURNS):
         for name in names[:: -1 if turn % 2 else 1]:
             with patched(model, name) as handle:
-                seconds(step, 2, device)
+                per_call(step, 2)
                 # What building and patching left is not collected while a step is timed.
                 gc.collect()
-                times[name].append(seconds(step, counts[name], device))
+                times[name].append(per_call(step, counts[name]))
                 said[name] = "" if handle is None else str(handle.report()).partition("\n")[0]
     return {name: (sorted(1e3 * each for each in times[name]), said[name]) for name in names}
 
 
-def measure(name: str, modes: list[str], tiny: bool, left: Callable[[], float]) -> Iterator[list[dict[str, Any]]]:
+def write_profiles(folder: Path, model: torch.nn.Module, step: Callable[[], Any], names: list[str], of: str) -> None:
+    """Where a step spends its time, of the host and of the GPU, one file for each attention."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        with patched(model, name):
+            step()
+            text = f"{kernels(step)}\n{profiled(step, 2)}"
+        file = re.sub(r"[^a-z0-9]+", "-", f"{of} {name}".lower()).strip("-")
+        (folder / f"{file}.txt").write_text(text)
+
+
+def measure(
+    name: str, modes: list[str], tiny: bool, left: Callable[[], float], profiles: Path | None = None
+) -> Iterator[list[dict[str, Any]]]:
     """The rows of a model, mode by mode."""
     device, dtype = ("cpu", torch.float32) if tiny else ("cuda", torch.bfloat16)
     model, inputs = build(MODELS[name], device, dtype, tiny)
@@ -117,7 +122,7 @@ def measure(name: str, modes: list[str], tiny: bool, left: Callable[[], float]) 
             return
         if mode == "compiled":
             model.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        found = in_turns(model, step, [STOCK, *attentions], device)
+        found = in_turns(model, step, [STOCK, *attentions])
         rows = []
         for attention in attentions:
             all_ms, said = found[attention]
@@ -127,6 +132,8 @@ def measure(name: str, modes: list[str], tiny: bool, left: Callable[[], float]) 
                 row | {"all_stock_ms": found[STOCK][0], "all_ms": all_ms, "attention_ms": bound, "report": said}
             )
             print(json.dumps(rows[-1]), flush=True)
+        if profiles is not None:
+            write_profiles(profiles, model, step, [STOCK, *attentions], f"{name} {mode}")
         yield rows
 
 
@@ -156,6 +163,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES), help="default both")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing is begun")
     parser.add_argument("--out", type=Path, help="JSON file, merged into if it exists")
+    parser.add_argument("--profiles", type=Path, help="folder for what takes a step's time, on a GPU")
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
     return parser.parse_args(arguments)
 
@@ -167,13 +175,14 @@ def main(arguments: list[str] | None = None) -> int:
     about: dict[str, Any] = {"command": "python3 -m scripts.bench.real_models_gpu " + shlex.join(given)}
     about["versions"] = machine(options.tiny)
     end, failed = time.perf_counter() + options.budget, 0
+    left = lambda: end - time.perf_counter()  # noqa: E731
     for name in options.models:
         if time.perf_counter() > end:
             print(f"out of time before {name}")
             break
         try:
             with torch.no_grad():
-                for rows in measure(name, options.modes, options.tiny, lambda: end - time.perf_counter()):
+                for rows in measure(name, options.modes, options.tiny, left, options.profiles):
                     if options.out:
                         keep(options.out, rows, about)
         except Exception as error:

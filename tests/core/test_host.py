@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from visattn import Layout, attention, clear_caches, parse, register_backend
+from visattn import Layout, attention, clear_caches, ops, parse, register_backend
 from visattn.dispatch import Backend, Support
 
 LAYOUT = Layout((16, 16), 7)
@@ -30,7 +30,7 @@ class Nothing(Backend):
         return float("inf")
 
     def run(self, q, k, v, call):
-        return q, None
+        return torch.empty_like(q), None
 
 
 @pytest.fixture
@@ -77,6 +77,25 @@ def test_a_kept_call(nothing, pattern, given, bound):
         call()
     seen = python_calls(call)
     assert len(seen) <= bound, f"{len(seen)} calls: {seen}"
+
+
+def test_a_kept_call_of_the_operator(nothing):
+    """What compiled code calls: the layers of torch around an operator are not among them."""
+    q, k, v = tensors()
+    call = partial(ops.ATTEND, q, k, v, None, None, [], "na(window=7x7)|nothing|", [16, 16, 7, 0], 0.2, False)
+    with torch.no_grad():
+        for _ in range(2):
+            out, lse = call()
+        seen = python_calls(call)
+    assert out.shape == q.shape and lse.shape == (0,)
+    assert len(seen) <= 13, f"{len(seen)} calls: {seen}"
+
+
+def test_an_engine_that_gives_back_its_input_is_no_operator(nothing, monkeypatch):
+    monkeypatch.setattr(Nothing, "run", lambda self, q, k, v, call: (q[:], None))
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match="gave back its input for na"):
+        ops.ATTEND(q, k, v, None, None, [], "na(window=7x7)|nothing|", [16, 16, 7, 0], 0.3, False)
 
 
 def own(seen):

@@ -73,13 +73,13 @@ def test_numbers_that_are_none_choose_every_region_once_at_most():
 
 @pytest.mark.parametrize("name", ["even", "text"])
 def test_masks_and_very_many_regions_are_left_to_torch(name, monkeypatch):
-    from visattn.kernels.triton import prepared
+    from visattn.kernels.triton import config
 
     pattern, _, q, k, kernels = made(name)
     mask = torch.rand(q.shape[:2]) > 0.3
     found = kernels.lists(q, k, k, mask, False)
     plan = kernels._work.plan("forward")
     assert listed(found.program("forward")) == listed(routed_program(plan, False, pattern.route(q, k, plan, mask)))
-    monkeypatch.setattr(prepared, "LARGEST", 3)
+    monkeypatch.setattr(config, "MOST_REGIONS", 3)
     assert not isinstance(kernels.lists(q, k, k, None, False), Chosen)
     assert isinstance(kernels, Kernels)
