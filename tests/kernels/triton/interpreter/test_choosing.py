@@ -5,10 +5,12 @@ import torch
 
 from visattn import Layout, parse
 from visattn.kernels.triton.arguments import plan_of
+from visattn.kernels.triton.choosing.choose import chosen
 from visattn.kernels.triton.choosing.listed import listed_program
 from visattn.kernels.triton.choosing.tables import tables
 from visattn.kernels.triton.config import Config
 from visattn.patterns import Routes
+from visattn.patterns.choice.blocks import inner
 
 LISTS = {
     "whole blocks": ("topk(keep=3,block=4x4)", Layout((12, 16)), 16, 16),
@@ -71,3 +73,72 @@ def test_lists_have_the_tokens_of_their_blocks(name, counted, step):
         for row in range(run.dense_rows):
             assert torch.equal(run.bounds[owner, row], table.base.bounds[row])
     assert run.partial or (not counted and table.even)
+
+
+def whole_numbers(shape, seed):
+    """Whole numbers whose means and products are exact, so that many scores are equal."""
+    made = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, shape, generator=made).float()
+
+
+CHOICES = {
+    "topk": ("topk(keep=0.3,block=4x4)", Layout((12, 16), 3, 2), {}),
+    "topk, odd grid, grouped heads, mask": ("topk(keep=3,block=4x4)", Layout((11, 13), 5), {"masked": True}),
+    "topk, several neighbours": ("topk(keep=5,block=2x4x4,always=self+near(1)+first(1))", Layout((5, 9, 7)), {}),
+    "topk, all": ("topk(keep=1.0,block=4x4)", Layout((9, 9)), {}),
+    "topk, runs": ("topk(keep=0.4,block=16,key_block=8,always=none)", Layout(100, 1), {"masked": True}),
+    "topp": ("topp(p=0.6,block=4x4)", Layout((12, 16)), {}),
+    "topp, limits, mask": ("topp(p=0.8,block=4x4,most=0.5,least=2)", Layout((11, 13), 5), {"masked": True}),
+    "topp, under": ("topp(p=0.4,rule=under,block=4x4,always=none,least=0)", Layout((11, 13)), {}),
+    "above": ("above(tau=0.5,block=4x4)", Layout((12, 16)), {}),
+    "above, limit, mask": ("above(tau=-0.3,block=4x4,most=0.6)", Layout((11, 13), 0, 4), {"masked": True}),
+    "parts": ("topk(keep=0.3,block=4x4,score=parts(4x2))", Layout((11, 13)), {"masked": True}),
+    "parts, topp": ("topp(p=0.6,block=4x4,score=parts(2x4))", Layout((12, 16)), {}),
+}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", CHOICES)
+def test_chooses_what_torch_chooses(name, exact):
+    text, layout, special = CHOICES[name]
+    pattern = parse(text)
+    blocks, at = pattern.blocks(layout.grid), inner(layout)
+    if exact:
+        q, k = (whole_numbers((2, layout.length, heads, 16), heads) for heads in (4, 2))
+    else:
+        q, k = (torch.randn(2, layout.length, heads, 24, generator=torch.manual_seed(heads)) for heads in (4, 2))
+    valid = None
+    if special.get("masked"):
+        valid = torch.rand(2, layout.length, generator=torch.manual_seed(3)) > 0.4
+        # A sample that ends early, with blocks that have no token.
+        valid[1, layout.length // 2 :] = False
+        valid = valid[:, at]
+    args = pattern, q[:, at], k[:, at], blocks, valid, 0.25
+    found, want = chosen(*args), pattern.chosen_by_torch(*args[1:])
+    assert found.tiles.dtype == torch.int32
+    assert (found.counts is None) == (want.counts is None)
+    if found.counts is not None:
+        assert torch.equal(found.counts.long(), want.counts)
+    assert torch.equal(found.mask(0, blocks.columns), want.mask(0, blocks.columns))
+    again = chosen(*args)
+    assert torch.equal(again.tiles, found.tiles), "zeros lie behind what counts"
+
+
+def test_scores_of_some_heads_at_a_time(monkeypatch):
+    pattern, layout = parse("topk(keep=0.3,block=4x4)"), Layout((12, 16))
+    q, k = (torch.randn(2, layout.length, heads, 24, generator=torch.manual_seed(heads)) for heads in (6, 2))
+    args = pattern, q, k, pattern.blocks(layout.grid), None, 0.25
+    want = chosen(*args)
+    monkeypatch.setattr("visattn.kernels.triton.choosing.choose.SCORES", 2 * 4 * 12 * 12)
+    found = chosen(*args)
+    assert torch.equal(found.tiles, want.tiles)
+
+
+@pytest.mark.parametrize(
+    "text", ["topk(keep=0.3,per=head)", "topk(keep=0.3,score=bounds)", "topk(keep=0.3,score=parts(64x1))"]
+)
+def test_leaves_other_rules_and_scores_to_torch(text):
+    pattern, layout = parse(text), Layout((16, 16))
+    q = torch.randn(1, layout.length, 2, 16)
+    assert chosen(pattern, q, q, pattern.blocks(layout.grid), None, 0.25) is None
+    assert pattern.choose(q, q, layout).tiles.shape[:2] == (1, 2)
