@@ -162,11 +162,8 @@ class Triton(Backend):
         scale: float,
     ) -> Routes | None:
         """See `Backend.choose`."""
-        if (
-            peek_interpreter_stack() is not None
-            or not self.available().ok
-            or not fits(q.device.type, q.dtype, q.shape[3]).ok
-        ):
+        usable = self.available().ok and fits(q.device.type, q.dtype, q.shape[3]).ok
+        if not usable or peek_interpreter_stack() is not None:
             return None
         from visattn.kernels.triton.choosing.choose import chosen
 

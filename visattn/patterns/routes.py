@@ -12,8 +12,8 @@ class Routes(NamedTuple):
     """The key tiles that each grid query tile visits.
 
     Attributes:
-        tiles: int64 (or int32) [B, G, query tiles, n] with G one of 1, key heads, query heads: who shares a list. Indices over all
-            tiles of the key side, without duplicates.
+        tiles: int64 or int32 [B, G, query tiles, n] with G one of 1, key heads, query heads: who shares a list. Indices
+            over all tiles of the key side, without duplicates.
         counts: How many entries of each list count, [B, G, query tiles]; what lies behind them is some tile and
             means nothing. None where all n do.
     """

@@ -43,7 +43,7 @@ class Rule(NamedTuple):
 
 def rule_of(pattern: DynamicPattern, blocks: Blocks) -> Rule | None:
     """The rule of a pattern, None where no kernel has it."""
-    if pattern.per != "row":
+    if pattern.per != "row" or pattern.share != 1 or pattern.alike is not None:
         return None
     most = pattern.most_listed(blocks)
     # Exactly these: what derives from them may pick otherwise.
@@ -52,7 +52,7 @@ def rule_of(pattern: DynamicPattern, blocks: Blocks) -> Rule | None:
     if type(pattern) is TopP and pattern.least_listed(blocks) < blocks.columns:
         cover, least = pattern.rule == "cover", pattern.least_listed(blocks)
         return Rule(RULE_MASS.value, most, least=least, share=pattern.p, cover=cover)
-    if type(pattern) is Above:
+    if type(pattern) is Above and pattern.bar == "exact":
         return Rule(RULE_ABOVE.value, most, share=pattern.tau)
     return None
 
@@ -60,7 +60,7 @@ def rule_of(pattern: DynamicPattern, blocks: Blocks) -> Rule | None:
 def parts_of(score: Score) -> tuple[int, int] | None:
     """Parts of a query and of a key block, None for scores that no kernel has."""
     parts = score.query_parts, score.key_parts
-    fits = score.name != "bounds" and all(n & (n - 1) == 0 and n <= PARTS // 4 for n in parts)
+    fits = score.name in ("mean", "parts") and all(n & (n - 1) == 0 and n <= PARTS // 4 for n in parts)
     return parts if fits else None
 
 
@@ -190,4 +190,5 @@ def _select(
         "LIMITED": rule.most < some["columns"],
     }  # fmt: skip
     # A row of one warp needs no barriers.
-    launch_like(select, (some["rows"], len(tiles) * some["some"]), given, 1 if width <= 1024 else 4, None)
+    warps = 1 if width <= 1024 else 4 if width <= 4096 else 8
+    launch_like(select, (some["rows"], len(tiles) * some["some"]), given, warps, None)

@@ -17,8 +17,8 @@ from visattn.patterns import DynamicPattern, Routes
 
 # Entries of a list that one program can sort; common entries that are copied at once.
 LARGEST, COPY = 16384, 128
-# Entries up to which a list is the work of a single warp.
-SHORT = 256
+# Entries up to which a list is the work of a single warp, and of four.
+SHORT, LONG = 256, 2048
 
 
 class DynamicLists:
@@ -93,7 +93,9 @@ def listed_program(table: Tables, routes: Routes) -> Program:
         "COUNTED": counts is not None, "ENTRIES": power, "STEP": step, "COPY": COPY,
     }  # fmt: skip
     with on(tiles.device):
-        launch_like(write_lists, (base.row_tiles, owners), given, 1 if power <= SHORT else 4, None)
+        launch_like(
+            write_lists, (base.row_tiles, owners), given, 1 if power <= SHORT else 4 if power <= LONG else 8, None
+        )
     # Without a mask only where every list is a whole number of steps of whole tiles.
     plain = table.even and counts is None and length % step == 0
     return replace(

@@ -1,7 +1,7 @@
 """Which blocks a row lists by its scores: the rules of `patterns.choice.picks`, a row in the registers of a program.
 
-Nothing is sorted. A row is cut where the number, or the probability, of what lies above a bar fits; the bar is found bit
-by bit among the 32-bit numbers that are in the order of the scores.
+Nothing is sorted. A row is cut where the number, or the probability, of what lies above a bar fits; the bar is found
+bit by bit among the 32-bit numbers that are in the order of the scores.
 """
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
