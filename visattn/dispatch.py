@@ -12,8 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns import DynamicPattern, ListedPattern, Pattern, RoutedPattern, Routes
-from visattn.patterns.choice.blocks import Blocks
+from visattn.patterns import ListedPattern, Pattern, RoutedPattern
 from visattn.plans import TilePlan, plan
 from visattn.registry import REGISTRY
 
@@ -178,32 +177,6 @@ class Backend(ABC):
             grown: To be called when the result has come to hold more tensors, which are kept with it.
         """
         return partial(_anew, self.run, replace(call, key_mask=None, rpb=None))
-
-    def choose(
-        self,
-        pattern: DynamicPattern,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        blocks: Blocks,
-        valid: torch.Tensor | None,
-        scale: float,
-    ) -> Routes | None:
-        """The key blocks that a dynamic pattern chooses, by kernels of this backend; None where it has none.
-
-        Whichever backend runs the attention, lists come from here, so that all of them see the same.
-
-        Args:
-            pattern: The pattern.
-            q: Grid queries [B, tokens, H, D].
-            k: Grid keys [B, tokens, Hkv, D].
-            blocks: Its blocks.
-            valid: Tokens that take part, bool [B, tokens], or None for all.
-            scale: Factor on the logits.
-
-        Returns:
-            Lists of key blocks [B, H, query blocks, n], counted from the first block.
-        """
-        return None
 
 
 def _anew(run: Any, call: Call, q: Any, k: Any, v: Any, key_mask: torch.Tensor | None, rpb: torch.Tensor | None) -> Any:

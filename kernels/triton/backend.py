@@ -161,7 +161,7 @@ class Triton(Backend):
         valid: torch.Tensor | None,
         scale: float,
     ) -> Routes | None:
-        """See `Backend.choose`."""
+        """See `visattn.patterns.choice.quick.Chooser`."""
         usable = self.available().ok and fits(q.device.type, q.dtype, q.shape[3]).ok
         if not usable or peek_interpreter_stack() is not None:
             return None

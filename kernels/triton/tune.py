@@ -126,7 +126,7 @@ def timer(
     def time(choice: Config) -> float:
         made = configs | {direction: choice}
         kernels = Kernels(q, k, v, call, False, lambda *_: made, lambda: None)
-        routed = kernels.lists(q, k, None, True) if isinstance(pattern, RoutedPattern) else None
+        routed = kernels.lists(q, k, v, None, True) if isinstance(pattern, RoutedPattern) else None
         out, lse = kernels.forward(q, k, v, None, None, True, routed)
         assert lse is not None
         saved = q, k, v, None, out, lse

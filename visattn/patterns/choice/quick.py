@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -14,6 +14,35 @@ if TYPE_CHECKING:
     from visattn.patterns.dynamic import DynamicPattern
 
 
+@runtime_checkable
+class Chooser(Protocol):
+    """A backend with kernels that choose; whichever backend runs the attention, lists come from there."""
+
+    def choose(
+        self,
+        pattern: DynamicPattern,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        blocks: Blocks,
+        valid: torch.Tensor | None,
+        scale: float,
+    ) -> Routes | None:
+        """The key blocks that a dynamic pattern chooses; None where it has no kernel for it.
+
+        Args:
+            pattern: The pattern.
+            q: Grid queries [B, tokens, H, D].
+            k: Grid keys [B, tokens, Hkv, D].
+            blocks: Its blocks.
+            valid: Tokens that take part, bool [B, tokens], or None for all.
+            scale: Factor on the logits.
+
+        Returns:
+            Lists of key blocks [B, H, query blocks, n], counted from the first block.
+        """
+        ...
+
+
 def by_kernels(
     pattern: DynamicPattern,
     q: torch.Tensor,
@@ -22,7 +51,7 @@ def by_kernels(
     valid: torch.Tensor | None,
     scale: float,
 ) -> Routes | None:
-    """What `Backend.choose` of the GPU backend finds; None where torch's operators must choose."""
+    """What the GPU backend's kernels choose, see `Chooser.choose`; None where torch's operators must."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
     if not q.is_cuda and not interpreted:
         return None
@@ -32,4 +61,5 @@ def by_kernels(
 
     if without_values(q) or written_down():
         return None
-    return load("triton").choose(pattern, q, k, blocks, valid, scale)
+    backend = load("triton")
+    return backend.choose(pattern, q, k, blocks, valid, scale) if isinstance(backend, Chooser) else None
