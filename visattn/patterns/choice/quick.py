@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -52,8 +51,7 @@ def by_kernels(
     scale: float,
 ) -> Routes | None:
     """What the GPU backend's kernels choose, see `Chooser.choose`; None where torch's operators must."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    if not q.is_cuda and not interpreted:
+    if not q.is_cuda:
         return None
     # Only here: both import the patterns.
     from visattn.dispatch import load

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visattn import Layout, parse
+from visattn import Layout, attention, parse
 from visattn.kernels.triton.arguments import plan_of
 from visattn.kernels.triton.choosing.choose import chosen
 from visattn.kernels.triton.choosing.listed import listed_program
@@ -149,3 +149,15 @@ def test_leaves_other_rules_and_scores_to_torch(more):
     q = torch.randn(1, layout.length, 2, 16)
     assert chosen(pattern, q, q, pattern.blocks(layout.grid), None, 0.25) is None
     assert pattern.choose(q, q, layout).tiles.shape[0] == 1
+
+
+def test_attention_along_lists_that_kernels_choose(monkeypatch):
+    text, layout = "topp(p=0.5,block=4x4,key_block=2x4)", Layout((7, 8), 3)
+    q = torch.randn(1, layout.length, 2, 16, generator=torch.manual_seed(0), requires_grad=True)
+    k, v = (torch.randn(1, layout.length, 1, 16, generator=torch.manual_seed(i)) for i in (1, 2))
+    truth = attention(q, k, v, text, layout, backend="reference")
+    (want,) = torch.autograd.grad(truth.square().sum(), q)
+    monkeypatch.setattr("visattn.patterns.dynamic.by_kernels", chosen)
+    out = attention(q, k, v, text, layout, backend="triton")
+    (found,) = torch.autograd.grad(out.square().sum(), q)
+    assert (out - truth).abs().max() < 1e-5 and (found - want).abs().max() < 1e-4
