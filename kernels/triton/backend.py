@@ -20,10 +20,11 @@ from visattn.kernels.triton.boxes import PARTIAL, tiled
 from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels, config, largest_head_dim, needed_memory
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
 from visattn.layout import Layout
-from visattn.patterns import ListedPattern, Pattern, RoutedPattern
+from visattn.patterns import DynamicPattern, ListedPattern, Pattern, RoutedPattern, Routes
 
 if TYPE_CHECKING:
     from visattn.kernels.triton.prepared import Kernels
+    from visattn.patterns.choice.blocks import Blocks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Share of cuDNN's dense rate that visited pairs run at, tiles with a mask weighted by PARTIAL: the general kernel's and
@@ -154,6 +155,23 @@ class Triton(Backend):
     def keeps_results(self, problem: Problem) -> bool:
         """See `Backend.keeps_results`; the gradient of a bias has a kernel that needs more."""
         return not problem.rpb and self.supports(problem).ok
+
+    def choose(
+        self,
+        pattern: DynamicPattern,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        blocks: Blocks,
+        valid: torch.Tensor | None,
+        scale: float,
+    ) -> Routes | None:
+        """See `visattn.patterns.choice.quick.Chooser`."""
+        usable = self.available().ok and fits(q.device.type, q.dtype, q.shape[3]).ok
+        if not usable or peek_interpreter_stack() is not None:
+            return None
+        from visattn.kernels.triton.choosing.choose import chosen
+
+        return chosen(pattern, q, k, blocks, valid, scale)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

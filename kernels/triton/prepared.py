@@ -151,6 +151,10 @@ class Kernels:
             programs[direction] = routed_program(plan, direction == "key_grad", routes[plan])
         return Listed(programs)
 
+    def work(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Work:
+        """What calls on tensors like these share."""
+        return self._work_for(Operands(q, k, v))
+
     def _work_for(self, t: Operands) -> Work:
         """What calls on tensors as aligned as these share: copies of the Hopper kernels take aligned ones only."""
         whole = aligned((t.q, t.k, t.v))

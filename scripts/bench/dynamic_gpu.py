@@ -23,17 +23,53 @@ from scripts.gpu_common import versions
 from visattn import Layout, attention, parse, tile_choice
 from visattn.dispatch import Call
 from visattn.kernels.triton.backend import kernels_of
+from visattn.kernels.triton.lists.program import Program, program
+from visattn.kernels.triton.prepared import Kernels
 from visattn.patterns import DynamicPattern
+from visattn.plans import with_routes
 
 CASES: dict[str, tuple[str, Layout]] = {
     "image, 10 %": ("topk(keep=0.1)", Layout((256, 256))),
     "image, 10 %, parts": ("topk(keep=0.1, score=parts(4x4))", Layout((256, 256))),
+    "image, 10 %, 128 x 64": ("topk(keep=0.1, block=8x16, key_block=8x8)", Layout((256, 256))),
     "image, 10 %, blocks of 128": ("topk(keep=0.1, block=8x16)", Layout((256, 256))),
     "image, 50 %": ("topk(keep=0.5)", Layout((256, 256))),
+    "image, 50 %, 128 x 64": ("topk(keep=0.5, block=8x16, key_block=8x8)", Layout((256, 256))),
     "image, topp": ("topp(p=0.5, most=0.5)", Layout((256, 256))),
     "video, 10 %": ("topk(keep=0.1)", Layout((30, 45, 88))),
+    "video, 10 %, 128 x 64": ("topk(keep=0.1, block=4x4x8, key_block=4x4x4)", Layout((30, 45, 88))),
     "video, 10 %, blocks of 128": ("topk(keep=0.1, block=4x4x8)", Layout((30, 45, 88))),
 }
+
+
+class Fixed:
+    """The lists that the first head chooses, as those of a fixed pattern that all heads share.
+
+    Args:
+        kernels: The kernels of the call.
+        pattern: The pattern.
+        q: Queries.
+        k: Keys.
+        v: Values.
+    """
+
+    def __init__(
+        self, kernels: Kernels, pattern: DynamicPattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        work = kernels.work(q, k, v)
+        made = work.plan("forward")
+        plan = with_routes(made, pattern.route(q, k, made))
+        self._program = program(plan, False, work.configs["forward"].per_step, q.device)
+
+    def program(self, direction: str) -> Program:
+        """The lists that the forward walks."""
+        assert direction == "forward"
+        return self._program
+
+    def addresses(self, direction: str) -> list[int]:
+        """Where they are."""
+        run = self.program(direction)
+        return [run.bounds.data_ptr(), run.bases.data_ptr(), run.mask_ids.data_ptr()]
 
 
 def measured(name: str, backward: bool) -> dict[str, Any]:
@@ -45,7 +81,8 @@ def measured(name: str, backward: bool) -> dict[str, Any]:
     shape = (1, layout.length, HEADS, DIM)
     q, k, v = inputs = [torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     call = Call(pattern, layout, DIM**-0.5)
-    kernels = kernels_of(q, k, v, call, lambda: None)
+    # What a kernel has got ready for lists per head is not for one list.
+    kernels, fixed = (kernels_of(q, k, v, call, lambda: None) for _ in range(2))
     ours = lambda q, k, v: attention(q, k, v, pattern, layout, backend="triton")  # noqa: E731
     with torch.no_grad():
         routed = kernels.lists(q, k, v, None, False)
@@ -54,6 +91,7 @@ def measured(name: str, backward: bool) -> dict[str, Any]:
                 "choosing": partial(pattern.choose, q, k, layout),
                 "choosing_and_lists": partial(kernels.lists, q, k, v, None, False),
                 "kernel": partial(kernels.forward, q, k, v, None, None, False, routed),
+                "kernel_fixed": partial(fixed.forward, q, k, v, None, None, False, Fixed(fixed, pattern, q, k, v)),
             }
         )
     dense = dense_by(SDPBackend.CUDNN_ATTENTION, inputs)

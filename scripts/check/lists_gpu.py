@@ -86,6 +86,12 @@ def cases() -> list[Case]:
             Case("topp(p=0.6,block=8x8)", Layout((35, 38), prefix=3, suffix=50), dtype, dim, kv_heads=1, mask=True),
             Case("above(tau=0.5,block=128,key_block=64)", Layout(1333), dtype, dim, heads_first=True),
             Case("topk(keep=0.1,block=8x8,per=head,always=none)", Layout((40, 48)), dtype, dim),
+            # Query or key blocks of 128 tokens run on Hopper's own kernels there.
+            Case("topk(keep=0.2,block=8x16)", Layout((48, 64)), dtype, dim, heads_first=True),
+            Case("topk(keep=5,block=8x16,key_block=8x8)", Layout((45, 70), prefix=7, suffix=130), dtype, dim, 2),
+            Case("topp(p=0.5,block=8x16,key_block=8x8)", Layout((45, 70), prefix=3), dtype, dim, 1, mask=True),
+            Case("above(tau=0.8,block=4x4x8,always=none)", Layout((9, 14, 20), suffix=5), dtype, dim),
+            Case("topk(keep=2,block=64,key_block=256,per=head,always=none)", Layout(3333), dtype, dim, mask=True),
         ]
     return found
 

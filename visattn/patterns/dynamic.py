@@ -23,6 +23,7 @@ from visattn.patterns.choice.blocks import (
 from visattn.patterns.choice.listening import tell
 from visattn.patterns.choice.memory import Means, kept_for
 from visattn.patterns.choice.picks import Seen
+from visattn.patterns.choice.quick import by_kernels
 from visattn.patterns.choice.rest import Pooled, append_means, rest_weights
 from visattn.patterns.choice.scores import Score, block_means, block_scores
 from visattn.patterns.choice.slices import Slices
@@ -223,6 +224,8 @@ class DynamicPattern(RoutedPattern):
     ) -> Routes:
         """The key blocks of each query block of each head: [B, H, query blocks, n] counted from the first block.
 
+        int32 where kernels choose, else int64.
+
         Arguments as in `RoutedPattern.route`.
         """
         blocks, at = self.blocks(layout.grid), inner(layout)
@@ -249,7 +252,14 @@ class DynamicPattern(RoutedPattern):
     def _chosen(
         self, q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None, scale: float
     ) -> Routes:
-        """What grid queries and keys [B, tokens, heads, D] choose, whatever was chosen before."""
+        """What grid queries and keys [B, tokens, heads, D] choose, whatever was chosen before: by kernels or torch."""
+        quick = by_kernels(self, q, k, blocks, valid, scale)
+        return self.chosen_by_torch(q, k, blocks, valid, scale) if quick is None else quick
+
+    def chosen_by_torch(
+        self, q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None, scale: float
+    ) -> Routes:
+        """The same by torch's operators, for any score and rule, device and dtype."""
         heads = q.shape[2]
         share = heads if self.share == "all" else self.share
         assert isinstance(share, int)

@@ -12,9 +12,9 @@ class Routes(NamedTuple):
     """The key tiles that each grid query tile visits.
 
     Attributes:
-        tiles: int64 [B, G, query tiles, n] with G one of 1, key heads, query heads: who shares a list. Indices over all
-            tiles of the key side, without duplicates.
-        counts: How many entries of each list count, int64 [B, G, query tiles]; what lies behind them is some tile and
+        tiles: int64 or int32 [B, G, query tiles, n] with G one of 1, key heads, query heads: who shares a list. Indices
+            over all tiles of the key side, without duplicates.
+        counts: How many entries of each list count, [B, G, query tiles]; what lies behind them is some tile and
             means nothing. None where all n do.
     """
 
@@ -43,9 +43,9 @@ class Routes(NamedTuple):
         """Which of `tiles` key tiles, counted from tile `first`, are listed: bool [B, G, query tiles, tiles]."""
         import torch
 
-        listed = self.listed()
+        listed, tiles_from_first = self.listed(), self.tiles.long() - first
         # One column more, into which what does not count is written.
-        column = self.tiles - first if listed is None else (self.tiles - first).masked_fill(~listed, tiles)
+        column = tiles_from_first if listed is None else tiles_from_first.masked_fill(~listed, tiles)
         seen = torch.zeros(*self.tiles.shape[:3], tiles + 1, dtype=torch.bool, device=self.tiles.device)
         # With a tensor of ones: torch.jit.trace finds no operator for a bool.
         return seen.scatter(3, column, torch.ones_like(column, dtype=torch.bool))[..., :tiles]

@@ -1,5 +1,5 @@
 """Dynamic patterns on the device: which key blocks each query block lists, and the lists that the kernels walk.
 
-`means`, `products` and `select` are the kernels of the choice, `choose` starts them; `lists` is the kernel that writes
+`means`, `scores` and `select` are the kernels of the choice, `choose` starts them; `lists` is the kernel that writes
 the lists of query tiles, `tables` what does not depend on q and k, `listed` what one call has of both.
 """

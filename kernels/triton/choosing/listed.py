@@ -9,16 +9,16 @@ import torch
 
 from visattn.kernels.triton.arguments import Work
 from visattn.kernels.triton.choosing.lists import write_lists
-from visattn.kernels.triton.choosing.tables import Tables, tables
+from visattn.kernels.triton.choosing.tables import Tables, tables, writes_lists
 from visattn.kernels.triton.lists.program import Program
 from visattn.kernels.triton.routes import routed_program
 from visattn.kernels.triton.start import launch_like, on
 from visattn.patterns import DynamicPattern, Routes
 
-# Entries of a list that one program can sort; common entries that are copied at once.
-LARGEST, COPY = 16384, 128
-# Entries up to which a list is the work of a single warp.
-SHORT = 256
+# Common entries that are copied at once.
+COPY = 128
+# Entries up to which a list is the work of a single warp, and of four.
+SHORT, LONG = 256, 2048
 
 
 class DynamicLists:
@@ -51,11 +51,9 @@ class DynamicLists:
         plan, pattern = self._work.plan(direction), self._work.pattern
         assert isinstance(pattern, DynamicPattern)
         tiles, counts = self._routes
-        if direction != "key_grad":
+        if direction != "key_grad" and writes_lists(pattern, plan):
             step = self._work.configs[direction].per_step
-            table = tables(plan, pattern.blocks(plan.layout.grid), step, tiles.device)
-            if tiles.shape[3] * table.per <= LARGEST:
-                return listed_program(table, self._routes)
+            return listed_program(tables(plan, pattern.blocks(plan.layout.grid), step, tiles.device), self._routes)
         wide = Routes(tiles.long(), None if counts is None else counts.long())
         return routed_program(plan, direction == "key_grad", pattern.spread(wide, plan))
 
@@ -93,7 +91,9 @@ def listed_program(table: Tables, routes: Routes) -> Program:
         "COUNTED": counts is not None, "ENTRIES": power, "STEP": step, "COPY": COPY,
     }  # fmt: skip
     with on(tiles.device):
-        launch_like(write_lists, (base.row_tiles, owners), given, 1 if power <= SHORT else 4, None)
+        launch_like(
+            write_lists, (base.row_tiles, owners), given, 1 if power <= SHORT else 4 if power <= LONG else 8, None
+        )
     # Without a mask only where every list is a whole number of steps of whole tiles.
     plain = table.even and counts is None and length % step == 0
     return replace(

@@ -9,9 +9,20 @@ import torch
 
 from visattn.keep import kept
 from visattn.kernels.triton.lists.program import Program, fill_kinds, first_tokens, pack, program
+from visattn.patterns import DynamicPattern, Pattern
 from visattn.patterns.choice.blocks import Blocks, block_of
+from visattn.patterns.geometry import Bools
 from visattn.plans import TilePlan
 from visattn.tiling import Ints
+
+# Key tiles of the grid up to which one program holds a list.
+LONGEST = 16384
+
+
+def writes_lists(pattern: Pattern, plan: TilePlan) -> bool:
+    """Whether the kernel `lists` writes the lists of a pattern: key blocks for query blocks, of tiles that fit."""
+    own = isinstance(pattern, DynamicPattern) and type(pattern).route is DynamicPattern.route
+    return own and plan.keys.runs[1] <= LONGEST
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +69,7 @@ def tables(plan: TilePlan, blocks: Blocks, per_step: int, device: torch.device) 
     more = np.concatenate([filled, np.ones((1, columns.capacity), bool), np.zeros((1, columns.capacity), bool)])
     rows = np.broadcast_to(more[:, None, :], (len(more), base.rows, columns.capacity))
     masks = torch.cat([base.masks, torch.from_numpy(pack(rows, base.rows, slots)).to(device)])
-    whole = filled[kind].all(1) & (columns.capacity == slots)
+    whole = np.asarray(filled[kind].all(1) & (columns.capacity == slots))
     mask = np.where(whole, -1, kind + len(base.masks))
     tiles, inside = _tiles_of(block_of(plan.keys, blocks.keys), blocks.columns)
     tiles += columns.grid_tiles.start
@@ -82,7 +93,7 @@ def tables(plan: TilePlan, blocks: Blocks, per_step: int, device: torch.device) 
     )
 
 
-def _tiles_of(block: Ints, blocks: int) -> tuple[Ints, np.ndarray]:
+def _tiles_of(block: Ints, blocks: int) -> tuple[Ints, Bools]:
     """Tiles of each block, from the block of each tile: [blocks, m], and which of them there are."""
     counts = np.bincount(block, minlength=blocks)
     order, first = np.argsort(block, kind="stable"), np.cumsum(counts) - counts

@@ -23,10 +23,11 @@ from visattn.kernels.triton.arguments import (
     strides,
     unit,
 )
+from visattn.kernels.triton.choosing.tables import writes_lists
 from visattn.kernels.triton.config import HOPPER, Config
 from visattn.kernels.triton.start import Launch, programs
 from visattn.layout import Layout
-from visattn.patterns import DynamicPattern, Pattern, RoutedPattern
+from visattn.patterns import Pattern, RoutedPattern
 from visattn.plans import TilePlan
 
 # Warps of the kernels' first role; the others are told apart inside them.
@@ -61,17 +62,17 @@ def hopper_config(
         direction: "forward" or "key_grad".
     """
     launch = HOPPER[direction].get(head_dim)
-    dynamic = isinstance(pattern, DynamicPattern) and not pattern.pools_rest
-    routed = isinstance(pattern, RoutedPattern) and not dynamic
-    if architecture != 90 or launch is None or dtype.itemsize != 2 or routed or not installed():
+    if architecture != 90 or launch is None or dtype.itemsize != 2 or not installed():
         return None
     plan = plan_of(pattern, layout, direction, launch)
+    if isinstance(pattern, RoutedPattern) and (pattern.pools_rest or not writes_lists(pattern, plan)):
+        return None
     rows, columns = (plan.keys, plan.queries) if direction == "key_grad" else (plan.queries, plan.keys)
     # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
     boxes = columns.capacity == launch.tile and all(side & (side - 1) == 0 for side in columns.shape)
     fills = rows.capacity > launch.rows // 2
-    # Lists that are made at run time are never empty where they are for the forward (`choosing.lists`).
-    filled = dynamic or _no_list_empty(plan)
+    # Lists of query tiles that are made at run time are never empty (`choosing.lists`).
+    filled = isinstance(pattern, RoutedPattern) or _no_list_empty(plan)
     return launch if boxes and fills and filled and all(step == 1 for step in columns.step) else None
 
 

@@ -156,9 +156,10 @@ def block_of_rows(plan: Tiled, blocks: Blocks, device: torch.device) -> torch.Te
 def spread(choice: Routes, plan: Tiled, blocks: Blocks) -> Routes:
     """Lists of blocks for blocks as lists of key tiles for the query tiles of a plan."""
     table = _tables(plan, blocks, choice.tiles.device)
-    tiles, counts, each = table.tiles[choice.tiles], choice.counts, table.tiles.shape[1]
+    listed_blocks = choice.tiles.long()
+    tiles, counts, each = table.tiles[listed_blocks], choice.counts, table.tiles.shape[1]
     if table.inside is not None:
-        here = table.inside[choice.tiles]
+        here = table.inside[listed_blocks]
         listed = choice.listed()
         here = (here if listed is None else here & listed[..., None]).flatten(3)
         # What counts comes first, in the same order.

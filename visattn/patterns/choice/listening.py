@@ -34,6 +34,6 @@ def tell(choice: Routes, blocks: Blocks) -> None:
     rows, columns = (
         block_tokens(blocks.grid, box, choice.tiles.device).double() for box in (blocks.queries, blocks.keys)
     )
-    tokens, listed = columns[choice.tiles], choice.listed()
+    tokens, listed = columns[choice.tiles.long()], choice.listed()
     seen = tokens.sum(-1) if listed is None else tokens.masked_fill(~listed, 0).sum(-1)
     listener((seen * rows).sum(-1) / (rows.sum() * columns.sum()))

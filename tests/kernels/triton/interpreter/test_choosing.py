@@ -3,20 +3,22 @@
 import pytest
 import torch
 
-from visattn import Layout, parse
+from visattn import Layout, attention, parse
 from visattn.kernels.triton.arguments import plan_of
+from visattn.kernels.triton.choosing.choose import chosen
 from visattn.kernels.triton.choosing.listed import listed_program
 from visattn.kernels.triton.choosing.tables import tables
 from visattn.kernels.triton.config import Config
 from visattn.patterns import Routes
+from visattn.patterns.choice.blocks import inner
 
 LISTS = {
-    "whole blocks": ("topk(keep=3,block=4x4)", Layout((12, 16)), 16, 16),
-    "several tiles in a block": ("topk(keep=2,block=4x8)", Layout((12, 16), 3), 16, 16),
-    "short blocks, text": ("topk(keep=3,block=4x4)", Layout((10, 13), 5, 20), 16, 16),
-    "short blocks of several tiles": ("topk(keep=2,block=8x8)", Layout((13, 18), 2), 32, 32),
-    "tiles with empty slots": ("topk(keep=2,block=3x5)", Layout((9, 10)), 16, 16),
-    "runs": ("topk(keep=2,block=32,key_block=64)", Layout(200, 1), 16, 32),
+    "whole blocks": ("topk(keep=3,block=4x4)", Layout((8, 12)), 16, 16),
+    "several tiles in a block": ("topk(keep=2,block=4x8)", Layout((8, 16), 3), 16, 16),
+    "short blocks, text": ("topk(keep=3,block=4x4)", Layout((6, 9), 5, 20), 16, 16),
+    "short blocks of several tiles": ("topk(keep=2,block=8x8)", Layout((11, 9), 2), 32, 32),
+    "tiles with empty slots": ("topk(keep=2,block=3x5)", Layout((6, 10)), 16, 16),
+    "runs": ("topk(keep=2,block=32,key_block=64)", Layout(130, 1), 16, 32),
 }
 
 
@@ -44,8 +46,7 @@ def entries(run, owner, row):
     return seen
 
 
-@pytest.mark.parametrize("step", [1, 2])
-@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(("counted", "step"), [(False, 1), (True, 2)])
 @pytest.mark.parametrize("name", LISTS)
 def test_lists_have_the_tokens_of_their_blocks(name, counted, step):
     text, layout, query_slots, key_slots = LISTS[name]
@@ -71,3 +72,92 @@ def test_lists_have_the_tokens_of_their_blocks(name, counted, step):
         for row in range(run.dense_rows):
             assert torch.equal(run.bounds[owner, row], table.base.bounds[row])
     assert run.partial or (not counted and table.even)
+
+
+def whole_numbers(shape, seed):
+    """Whole numbers whose means and products are exact, so that many scores are equal."""
+    made = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, shape, generator=made).float()
+
+
+CHOICES = {
+    "topk": ("topk(keep=0.3,block=4x4)", Layout((8, 12), 3, 2), "exact"),
+    "topk, odd grid, mask": ("topk(keep=3,block=4x4)", Layout((7, 9), 5), "exact", "masked"),
+    "topk, neighbours": (
+        "topk(keep=5,block=2x4x4,always=self+near(1)+first(1))",
+        Layout((3, 7, 5)),
+    ),
+    "topk, all": ("topk(keep=1.0,block=4x4)", Layout((5, 5)), "exact"),
+    "topk, runs": ("topk(keep=0.4,block=16,key_block=8,always=none)", Layout(50, 1), "masked"),
+    "topp": (
+        "topp(p=0.6,block=4x4)",
+        Layout((8, 12)),
+    ),
+    "topp, equal scores": ("topp(p=0.6,block=4x4)", Layout((8, 8)), "exact"),
+    "topp, limits, mask": ("topp(p=0.8,block=4x4,most=0.5,least=2)", Layout((7, 9), 5), "masked"),
+    "topp, under": (
+        "topp(p=0.4,rule=under,block=4x4,always=none,least=0)",
+        Layout((7, 9)),
+    ),
+    "above": (
+        "above(tau=0.5,block=4x4)",
+        Layout((8, 12)),
+    ),
+    "above, limit, mask": ("above(tau=-0.3,block=4x4,most=0.6)", Layout((7, 9), 0, 4), "masked"),
+    "parts": ("topk(keep=0.3,block=4x4,score=parts(4x2))", Layout((7, 9)), "masked"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_chooses_what_torch_chooses(name):
+    text, layout, *special = CHOICES[name]
+    pattern = parse(text)
+    blocks, at = pattern.blocks(layout.grid), inner(layout)
+    if "exact" in special:
+        q, k = (whole_numbers((2, layout.length, heads, 16), heads) for heads in (2, 1))
+    else:
+        q, k = (torch.randn(2, layout.length, heads, 24, generator=torch.manual_seed(heads)) for heads in (2, 1))
+    valid = None
+    if "masked" in special:
+        valid = torch.rand(2, layout.length, generator=torch.manual_seed(3)) > 0.4
+        # A sample that ends early, with blocks that have no token.
+        valid[1, layout.length // 2 :] = False
+        valid = valid[:, at]
+    args = pattern, q[:, at], k[:, at], blocks, valid, 0.25
+    found, want = chosen(*args), pattern.chosen_by_torch(*args[1:])
+    assert found.tiles.dtype == torch.int32
+    assert (found.counts is None) == (want.counts is None)
+    if found.counts is not None:
+        assert torch.equal(found.counts.long(), want.counts)
+    assert torch.equal(found.mask(0, blocks.columns), want.mask(0, blocks.columns))
+    if found.counts is not None:
+        assert not found.tiles.masked_fill(found.listed(), 0).any(), "zeros lie behind what counts"
+
+
+def test_scores_of_some_heads_at_a_time(monkeypatch):
+    pattern, layout = parse("topk(keep=2,block=4x4)"), Layout((8, 8))
+    q, k = (torch.randn(2, layout.length, heads, 24, generator=torch.manual_seed(heads)) for heads in (3, 1))
+    args = pattern, q, k, pattern.blocks(layout.grid), None, 0.25
+    want = chosen(*args)
+    monkeypatch.setattr("visattn.kernels.triton.choosing.choose.SCORES", 2 * 2 * 4 * 4)
+    assert torch.equal(chosen(*args).tiles, want.tiles)
+
+
+@pytest.mark.parametrize("more", ["per=head", "score=bounds", "score=parts(64x1)", "share=2", "alike=0.5"])
+def test_leaves_other_rules_and_scores_to_torch(more):
+    pattern, layout = parse(f"topk(keep=0.3,{more})"), Layout((16, 16))
+    q = torch.randn(1, layout.length, 2, 16)
+    assert chosen(pattern, q, q, pattern.blocks(layout.grid), None, 0.25) is None
+    assert pattern.choose(q, q, layout).tiles.shape[0] == 1
+
+
+def test_attention_along_lists_that_kernels_choose(monkeypatch):
+    text, layout = "topp(p=0.5,block=4x4,key_block=2x4)", Layout((7, 8), 3)
+    q = torch.randn(1, layout.length, 2, 16, generator=torch.manual_seed(0), requires_grad=True)
+    k, v = (torch.randn(1, layout.length, 1, 16, generator=torch.manual_seed(i)) for i in (1, 2))
+    truth = attention(q, k, v, text, layout, backend="reference")
+    (want,) = torch.autograd.grad(truth.square().sum(), q)
+    monkeypatch.setattr("visattn.patterns.dynamic.by_kernels", chosen)
+    out = attention(q, k, v, text, layout, backend="triton")
+    (found,) = torch.autograd.grad(out.square().sum(), q)
+    assert (out - truth).abs().max() < 1e-5 and (found - want).abs().max() < 1e-4

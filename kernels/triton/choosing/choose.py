@@ -1,0 +1,194 @@
+"""Choosing key blocks on the device: means of q and k, scores of some heads at a time, a list for each row.
+
+Work and results depend on shapes alone, nothing waits for the device, and the same tensors give the same lists.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from visattn.keep import kept
+from visattn.kernels.triton.choosing.means import part_means
+from visattn.kernels.triton.choosing.scores import pair_scores
+from visattn.kernels.triton.choosing.select import RULE_ABOVE, RULE_MASS, RULE_NUMBER, select
+from visattn.kernels.triton.config import block_dim
+from visattn.kernels.triton.start import launch_like, on
+from visattn.patterns import Above, DynamicPattern, Routes, TopK, TopP
+from visattn.patterns.choice.always import always_on, terms_of
+from visattn.patterns.choice.blocks import Blocks
+from visattn.patterns.choice.scores import Score
+
+# Key blocks of a row that one program holds.
+LARGEST = 8192
+# Scores that exist at a time: 256 MB.
+SCORES = 2**26
+# Numbers of a step of the means, and parts and channels of a step of the scores.
+MEANS, PARTS, CHANNELS = 4096, 128, 32
+
+
+class Rule(NamedTuple):
+    """How a row is picked, in the terms of `select`."""
+
+    kind: int
+    most: int
+    number: int = 0
+    least: int = 0
+    share: float = 0.0
+    cover: bool = False
+
+
+def rule_of(pattern: DynamicPattern, blocks: Blocks) -> Rule | None:
+    """The rule of a pattern, None where no kernel has it."""
+    if pattern.per != "row" or pattern.share != 1 or pattern.alike is not None:
+        return None
+    most = pattern.most_listed(blocks)
+    # Exactly these: what derives from them may pick otherwise.
+    if type(pattern) is TopK:
+        return Rule(RULE_NUMBER.value, most, number=pattern.number(blocks))
+    if type(pattern) is TopP and pattern.least_listed(blocks) < blocks.columns:
+        cover, least = pattern.rule == "cover", pattern.least_listed(blocks)
+        return Rule(RULE_MASS.value, most, least=least, share=pattern.p, cover=cover)
+    if type(pattern) is Above and pattern.bar == "exact":
+        return Rule(RULE_ABOVE.value, most, share=pattern.tau)
+    return None
+
+
+def parts_of(score: Score) -> tuple[int, int] | None:
+    """Parts of a query and of a key block, None for scores that no kernel has."""
+    parts = score.query_parts, score.key_parts
+    fits = score.name in ("mean", "parts") and all(n & (n - 1) == 0 and n <= PARTS // 4 for n in parts)
+    return parts if fits else None
+
+
+@kept
+def part_tokens(grid: tuple[int, ...], box: tuple[int, ...], parts: int, device: torch.device) -> torch.Tensor:
+    """The grid tokens of each part of each block, -1 behind a border: int32 [blocks * parts, tokens of a part]."""
+    index = np.full([-(-n // side) * side for n, side in zip(grid, box, strict=True)], -1, np.int32)
+    index[tuple(slice(n) for n in grid)] = np.arange(math.prod(grid)).reshape(grid)
+    dims = len(grid)
+    cut = index.reshape([m for n, side in zip(index.shape, box, strict=True) for m in (n // side, side)])
+    cut = cut.transpose([*range(0, 2 * dims, 2), *range(1, 2 * dims, 2)])
+    return torch.from_numpy(np.ascontiguousarray(cut.reshape(-1, math.prod(box) // parts))).to(device)
+
+
+class Means(NamedTuple):
+    """Means of one side.
+
+    Attributes:
+        mean: float32 [B, heads, parts of all blocks, D].
+        count: Valid tokens of each part: int32 [B, parts of all blocks].
+    """
+
+    mean: torch.Tensor
+    count: torch.Tensor
+
+
+def _means(x: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor | None, scale: float) -> Means:
+    """Means of the parts of grid tokens [B, tokens, heads, D], times a factor."""
+    batch, _, heads, head_dim = x.shape
+    parts, slots = tokens.shape
+    mean = torch.empty((batch, heads, parts, head_dim), dtype=torch.float32, device=x.device)
+    count = torch.empty((batch, parts), dtype=torch.int32, device=x.device)
+    width = block_dim(head_dim)
+    given = {
+        "x": x, "out": mean, "counts": count, "tokens": tokens, "valid": tokens if valid is None else valid,
+        "x_batch": x.stride(0), "x_token": x.stride(1), "x_head": x.stride(2),
+        "valid_batch": 0 if valid is None else valid.stride(0),
+        "scale": scale, "heads": heads, "parts": parts, "slots": slots,
+        "HEAD_DIM": head_dim, "BLOCK_DIM": width, "VALID": valid is not None,
+        "SLOTS": min(1 << (slots - 1).bit_length(), MEANS // width),
+    }  # fmt: skip
+    launch_like(part_means, (parts, heads, batch), given, 4, None)
+    return Means(mean, count)
+
+
+def chosen(
+    pattern: DynamicPattern,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    blocks: Blocks,
+    valid: torch.Tensor | None,
+    scale: float,
+) -> Routes | None:
+    """What a pattern chooses, None where no kernel does.
+
+    Args:
+        pattern: The pattern.
+        q: Grid queries [B, tokens, H, D] on a device that Triton runs on.
+        k: Grid keys [B, tokens, Hkv, D].
+        blocks: Its blocks.
+        valid: Tokens that take part, bool [B, tokens], or None for all.
+        scale: Factor on the logits.
+
+    Returns:
+        int32 lists [B, H, query blocks, n] and their counts, None where all n count.
+    """
+    rule, parts = rule_of(pattern, blocks), parts_of(Score.of(pattern.score))
+    if rule is None or parts is None or blocks.columns > LARGEST or not q.numel() or not k.numel():
+        return None
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    bytes_of_mask = None if valid is None else valid.contiguous().view(torch.uint8)
+    forced = always_on(terms_of(pattern.always), blocks, q.device)
+    with on(q.device):
+        sides = zip((q, k), (blocks.queries, blocks.keys), parts, (scale, 1.0), strict=True)
+        query, key = (
+            _means(x, part_tokens(blocks.grid, box, n, x.device), bytes_of_mask, factor) for x, box, n, factor in sides
+        )
+        (batch, _, heads), (rows, columns) = q.shape[:3], (blocks.rows, blocks.columns)
+        tiles = torch.empty((batch, heads, rows, rule.most), dtype=torch.int32, device=q.device)
+        counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=q.device)
+        each = max(1, min(heads, SCORES // max(1, batch * rows * columns)))
+        scores = torch.empty((batch, each, rows, columns), dtype=torch.float32, device=q.device)
+        for first in range(0, heads, each):
+            some = {"heads": heads, "first_head": first, "some": min(each, heads - first)}
+            some |= {"rows": rows, "columns": columns}
+            _score(query, key, scores, parts, some)
+            _select(scores, forced, query, key, tiles, counts, parts, valid is not None, rule, some)
+    return Routes(tiles, None if pattern.least_listed(blocks) == rule.most else counts)
+
+
+def _score(query: Means, key: Means, scores: torch.Tensor, parts: tuple[int, int], some: dict[str, int]) -> None:
+    """Scores of some heads."""
+    batch, kv_heads, key_parts, head_dim = key.mean.shape
+    pooled = parts != (1, 1)
+    rows = PARTS if pooled else PARTS // 2
+    given = {
+        "mean_q": query.mean, "mean_k": key.mean, "count_q": query.count, "count_k": key.count, "scores": scores,
+        **some, "group": some["heads"] // kv_heads,
+        "HEAD_DIM": head_dim, "ROWS": rows, "COLUMNS": PARTS, "CHANNELS": min(CHANNELS, block_dim(head_dim)),
+        "QUERY_PARTS": parts[0], "KEY_PARTS": parts[1],
+    }  # fmt: skip
+    grid = -(-query.mean.shape[2] // rows), -(-key_parts // PARTS), batch * some["some"]
+    launch_like(pair_scores, grid, given, 8, 2)
+
+
+def _select(
+    scores: torch.Tensor,
+    forced: torch.Tensor | None,
+    query: Means,
+    key: Means,
+    tiles: torch.Tensor,
+    counts: torch.Tensor,
+    parts: tuple[int, int],
+    masked: bool,
+    rule: Rule,
+    some: dict[str, int],
+) -> None:
+    """Lists of some heads."""
+    width = 1 << (some["columns"] - 1).bit_length()
+    given: dict[str, Any] = {
+        "scores": scores, "forced": query.count if forced is None else forced.view(torch.uint8),
+        "count_q": query.count, "count_k": key.count, "tiles": tiles, "counts": counts,
+        **some, "query_parts": parts[0], "key_parts": parts[1],
+        "number": rule.number, "least": rule.least, "most": rule.most, "share": float(rule.share),
+        "RULE": rule.kind, "COVER": rule.cover, "FORCED": forced is not None, "VALID": masked,
+        "COLUMNS": width, "MOST": 1 << (rule.most - 1).bit_length(), "LEAST": rule.least > 0,
+        "LIMITED": rule.most < some["columns"],
+    }  # fmt: skip
+    # A row of one warp needs no barriers.
+    warps = 1 if width <= 1024 else 4 if width <= 4096 else 8
+    launch_like(select, (some["rows"], len(tiles) * some["some"]), given, warps, None)
