@@ -25,6 +25,7 @@ from visattn.patterns.linear import Linear
 from visattn.patterns.mala import Mala
 from visattn.patterns.masks import dense_mask, routed_mask
 from visattn.patterns.neighborhood import Neighborhood
+from visattn.patterns.perhead import Best, HeadsPattern, PerHead
 from visattn.patterns.radial import Radial
 from visattn.patterns.routes import Routes
 from visattn.patterns.routing import Routing
@@ -40,6 +41,7 @@ __all__ = [
     "Above",
     "Agent",
     "AgentSD",
+    "Best",
     "BiasedPattern",
     "Clear",
     "ComposedPattern",
@@ -47,12 +49,14 @@ __all__ = [
     "DynamicPattern",
     "Flow",
     "Halo",
+    "HeadsPattern",
     "Linear",
     "ListedPattern",
     "Mala",
     "MergingPattern",
     "Neighborhood",
     "Pattern",
+    "PerHead",
     "PooledPattern",
     "Radial",
     "RoutedPattern",
@@ -80,6 +84,8 @@ PATTERNS: tuple[type[Pattern], ...] = (
     TopK,
     TopP,
     Above,
+    Best,
+    PerHead,
     Agent,
     AgentSD,
     Linear,

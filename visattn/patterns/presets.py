@@ -49,6 +49,11 @@ PRESETS = {
         "DraftAttention (Shen et al., 2025), sparsity 0.9",
         "the original keeps the pair of blocks at its bar too, one more per head",
     ),
+    "svg1": Preset(
+        "best(of=[na(window=5x-1x-1), na(window=-1x9x9)])",
+        "Sparse VideoGen (Xi et al., ICML 2025): each head has a pattern of space or one of time, whichever is nearer",
+        "the original's windows are runs of 128 tokens, as wide as a budget says, and both list the first frame",
+    ),
     "subblock": Preset(
         "topk(keep=0.25, score=parts(4x4), always=none, block=64)",
         "SubBlock attention of MiniMax-H3 (2025), sparsity 0.75",

@@ -36,6 +36,8 @@ KINDS = REGISTRY.declare(
         "topk": "visattn.patterns.topk:TopK",
         "topp": "visattn.patterns.topp:TopP",
         "above": "visattn.patterns.above:Above",
+        "best": "visattn.patterns.perhead:Best",
+        "perhead": "visattn.patterns.perhead:PerHead",
         "agent": "visattn.patterns.agent:Agent",
         "agentsd": "visattn.patterns.agent_sd:AgentSD",
         "linear": "visattn.patterns.linear:Linear",
