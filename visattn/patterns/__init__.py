@@ -21,10 +21,13 @@ from visattn.patterns.kinds import (
     SpannedPattern,
     StaticPattern,
 )
+from visattn.patterns.kmeans import KMeans
 from visattn.patterns.linear import Linear
+from visattn.patterns.lsh import Lsh
 from visattn.patterns.mala import Mala
 from visattn.patterns.masks import dense_mask, routed_mask
 from visattn.patterns.neighborhood import Neighborhood
+from visattn.patterns.ordered import OrderedPattern
 from visattn.patterns.perhead import Best, HeadsPattern, PerHead
 from visattn.patterns.radial import Radial
 from visattn.patterns.routes import Routes
@@ -50,11 +53,14 @@ __all__ = [
     "Flow",
     "Halo",
     "HeadsPattern",
+    "KMeans",
     "Linear",
     "ListedPattern",
+    "Lsh",
     "Mala",
     "MergingPattern",
     "Neighborhood",
+    "OrderedPattern",
     "Pattern",
     "PerHead",
     "PooledPattern",
@@ -84,6 +90,8 @@ PATTERNS: tuple[type[Pattern], ...] = (
     TopK,
     TopP,
     Above,
+    KMeans,
+    Lsh,
     Best,
     PerHead,
     Agent,

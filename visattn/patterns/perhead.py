@@ -64,6 +64,11 @@ class HeadsPattern(ComposedPattern):
         """Whether one of them does."""
         return any(pattern.needs_steps for pattern in self.patterns)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether one of them does."""
+        return self.needs_steps or any(pattern.remembers for pattern in self.patterns)
+
     def instead(self, grid: tuple[int, ...]) -> str:
         """Several patterns."""
         return "another list of tiles for each head: plan the patterns of its heads one by one"

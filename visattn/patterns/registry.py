@@ -36,6 +36,8 @@ KINDS = REGISTRY.declare(
         "topk": "visattn.patterns.topk:TopK",
         "topp": "visattn.patterns.topp:TopP",
         "above": "visattn.patterns.above:Above",
+        "kmeans": "visattn.patterns.kmeans:KMeans",
+        "lsh": "visattn.patterns.lsh:Lsh",
         "best": "visattn.patterns.perhead:Best",
         "perhead": "visattn.patterns.perhead:PerHead",
         "agent": "visattn.patterns.agent:Agent",
