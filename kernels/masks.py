@@ -9,8 +9,17 @@ import torch
 from visattn.dispatch import Call
 from visattn.keep import kept
 from visattn.layout import Layout
-from visattn.patterns import DynamicPattern, Neighborhood, Pattern, RoutedPattern, dense_mask, routed_mask
+from visattn.patterns import (
+    DynamicPattern,
+    Neighborhood,
+    OrderedPattern,
+    Pattern,
+    RoutedPattern,
+    dense_mask,
+    routed_mask,
+)
 from visattn.patterns.choice.blocks import inner, token_blocks
+from visattn.patterns.ordered import Clustered
 from visattn.patterns.values import per_axis
 
 
@@ -50,11 +59,13 @@ class Rest(NamedTuple):
 
 
 def rest_of(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Rest | None:
-    """The pooled keys of blocks that a dynamic pattern does not list, None where it has none.
+    """The pooled keys of blocks that a dynamic pattern does not list, or what groups of tokens see; None for neither.
 
     Dense queries see no pooled key: they see all tokens.
     """
     pattern, layout = call.pattern, call.layout
+    if isinstance(pattern, OrderedPattern):
+        return ordered_rest(call, q, k, v, pattern.cluster(q, k, layout, call.key_mask, call.scale))
     if not isinstance(pattern, DynamicPattern) or not pattern.pools_rest:
         return None
     blocks = pattern.blocks(layout.grid)
@@ -72,6 +83,25 @@ def rest_of(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Re
     weight = pooled.weight.masked_fill(pooled.weight.isinf(), 0)
     bias = torch.nn.functional.pad(weight, (layout.length, 0))[:, None, None]
     return Rest(pooled.k, pooled.v, torch.cat([own, rest], 3), bias)
+
+
+def ordered_rest(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Clustered) -> Rest:
+    """What queries see where tokens are grouped, with the extra keys that all grid queries of a head see."""
+    pattern, layout, heads = call.pattern, call.layout, q.shape[2]
+    assert isinstance(pattern, OrderedPattern)
+    seen = pattern.token_mask(groups, layout)
+    if call.key_mask is not None:
+        seen = seen & call.key_mask[:, None, None]
+    k, v = (t.repeat_interleave(heads // t.shape[2], 2) for t in (k, v))
+    if groups.extra is None or groups.weight is None:
+        return Rest(k, v, seen, torch.zeros(1, 1, 1, seen.shape[3], device=q.device))
+    at = inner(layout)
+    index = groups.extra.transpose(1, 2)[..., None].expand(-1, -1, -1, q.shape[3])
+    k, v = (torch.cat([t, t[:, at].gather(1, index)], 1) for t in (k, v))
+    more = torch.zeros(*seen.shape[:3], index.shape[1], dtype=torch.bool, device=q.device)
+    more[:, :, at] = groups.weight.isfinite()[:, :, None]
+    bias = torch.nn.functional.pad(groups.weight.nan_to_num(neginf=0.0), (layout.length, 0))[:, :, None]
+    return Rest(k, v, torch.cat([seen, more], 3), bias)
 
 
 @kept

@@ -8,7 +8,7 @@ import torch
 
 from visattn.dispatch import Backend, Call, Problem, Support
 from visattn.kernels.masks import position_bias, rest_of, visible
-from visattn.patterns import ListedPattern
+from visattn.patterns import ListedPattern, OrderedPattern
 
 # A float32 score matrix of this many entries is 1 GiB.
 LARGEST = 2**28
@@ -26,7 +26,7 @@ class Reference(Backend):
 
     def supports(self, problem: Problem) -> Support:
         """Anything that is a mask and whose score matrix fits in memory."""
-        if not isinstance(problem.pattern, ListedPattern):
+        if not isinstance(problem.pattern, ListedPattern | OrderedPattern):
             return Support(False, f"{problem.pattern.name} is not attention under one mask")
         if problem.dense_pairs > LARGEST:
             return Support(False, f"its score matrix of {problem.dense_pairs:.3g} entries is over {LARGEST}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -19,6 +20,7 @@ from visattn.kernels.linear.mala import mala_weights
 from visattn.layout import Layout
 from visattn.patterns import (
     Agent,
+    Best,
     DynamicPattern,
     Flow,
     Linear,
@@ -26,6 +28,7 @@ from visattn.patterns import (
     Mala,
     MergingPattern,
     Pattern,
+    PerHead,
     PooledPattern,
     RoutedPattern,
     Sigmoid,
@@ -102,7 +105,18 @@ def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> 
         return _linear(q, k, pattern.feature, call, index, None)
     if isinstance(pattern, SparseLinear):
         return _sparse_linear(q, k, pattern, call, index)
+    if isinstance(pattern, PerHead):
+        return _perhead(q, k, pattern, call, index)
+    if isinstance(pattern, Best):
+        raise ValueError(f"{pattern} chooses by outputs, and rows have no values: ask for the rows of its patterns")
     return _listed(q, k, call, index)
+
+
+def _perhead(q: torch.Tensor, k: torch.Tensor, pattern: PerHead, call: Call, index: torch.Tensor) -> torch.Tensor:
+    """The rows of each head's pattern."""
+    of_heads = pattern.of_heads(q.shape[2])
+    found = {each: _rows(q, k, replace(call, pattern=each), index) for each in dict.fromkeys(of_heads)}
+    return torch.stack([found[each][:, head] for head, each in enumerate(of_heads)], 1)
 
 
 def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -210,6 +210,8 @@ BACKENDS = REGISTRY.declare(
         "linear": "visattn.kernels.linear.backend:backend",
         "sparse_linear": "visattn.kernels.linear.sparse_linear:backend",
         "sigmoid": "visattn.kernels.sigmoid:backend",
+        "heads": "visattn.kernels.heads:backend",
+        "ordered": "visattn.kernels.ordered:backend",
         "sdpa": "visattn.kernels.sdpa:backend",
         "tiles": "visattn.kernels.tiles.backend:backend",
         "flex": "visattn.kernels.flex.backend:backend",

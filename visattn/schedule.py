@@ -90,7 +90,7 @@ class Schedule:
     @property
     def needs_steps(self) -> bool:
         """Whether anything depends on the denoising step."""
-        stepped = any(p.needs_steps or (isinstance(p, MergingPattern) and p.stepped) for p in self.patterns)
+        stepped = any(p.remembers or (isinstance(p, MergingPattern) and p.stepped) for p in self.patterns)
         return bool(self.dense_steps or self.dense_last_steps) or stepped
 
     @property

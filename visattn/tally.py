@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from visattn.dispatch import Problem
-from visattn.patterns import DynamicPattern
+from visattn.patterns import DynamicPattern, HeadsPattern, OrderedPattern
 from visattn.patterns.choice.listening import listening
 
 Kind = Literal["sparse", "dense"]
@@ -184,7 +184,7 @@ class Tally:
     def hearing(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
         """Inside, what the choices of a call list is noted with its cells, whose layouts run one after the other."""
         problem = cells[0].problem
-        chooses = problem is not None and isinstance(problem.pattern, DynamicPattern)
+        chooses = problem is not None and isinstance(problem.pattern, DynamicPattern | HeadsPattern | OrderedPattern)
         return self._hearing(cells) if chooses else _NOTHING
 
     @contextmanager

@@ -13,13 +13,17 @@ from visattn.patterns import (
     Above,
     Agent,
     AgentSD,
+    Best,
     Clear,
     Dense,
     Flow,
     Halo,
+    KMeans,
     Linear,
+    Lsh,
     Mala,
     Neighborhood,
+    PerHead,
     Radial,
     Routing,
     Sigmoid,
@@ -72,14 +76,19 @@ INNER = st.one_of(*STATIC.values())
 CHOICE = {
     "score": st.sampled_from(["mean", "bounds", "parts(4x4)", "parts(1x2)"]),
     "always": st.sampled_from([None, "self", "self+near(1)", "near(2)+self", "first(1)+window(3x1)", "window(5)"]),
-    "per": st.sampled_from(["row", "head"]),
+    "per": st.sampled_from(["row", "head", "all"]),
     "rest": st.sampled_from(["drop", "mean"]),
     "block": sides(),
     "key_block": st.none() | sides(),
+    "every": st.integers(1, 9),
+    "drift": POSITIVE,
+    "share": st.integers(1, 4) | st.just("all"),
 }
+TOPK = made(TopK, keep=st.floats(0, 1, exclude_min=True) | st.integers(1, 100), **CHOICE)
+PARTS = st.one_of(*STATIC.values(), TOPK)
 NUMBER = st.floats(0, 1, exclude_min=True) | st.integers(1, 100)
 KINDS = STATIC | {
-    TopK: made(TopK, keep=NUMBER, **CHOICE),
+    TopK: TOPK,
     TopP: made(
         TopP,
         p=st.floats(0, 1, exclude_min=True),
@@ -89,6 +98,25 @@ KINDS = STATIC | {
         **CHOICE,
     ),
     Above: made(Above, tau=REAL, most=NUMBER, **CHOICE),
+    KMeans: made(
+        KMeans,
+        queries=WHOLE,
+        keys=WHOLE,
+        p=st.floats(0, 1, exclude_min=True),
+        floor=st.floats(0, 1),
+        start=WHOLE,
+        step=WHOLE,
+    ),
+    Lsh: made(Lsh, planes=st.integers(1, 30), block=WHOLE, samples=st.integers(0, 9), seed=st.integers(0, 9)),
+    Best: made(Best, of=st.lists(PARTS, min_size=2, max_size=4), rows=WHOLE, every=WHOLE, drift=POSITIVE),
+    PerHead: made(
+        PerHead,
+        heads=st.tuples(
+            st.tuples(st.sampled_from(["0", "0-3", " 1 - 2", 2]), PARTS),
+            st.tuples(st.sampled_from(["7-", "5-9"]), PARTS),
+        ),
+        rest=PARTS,
+    ),
     Routing: made(Routing, regions=sides(), topk=WHOLE),
     Agent: made(Agent, agents=sides(also=(-1,))),
     AgentSD: made(
@@ -114,12 +142,23 @@ KINDS = STATIC | {
 
 def build(parameters):
     """The pattern of drawn parameters, inner ones included."""
-    values = {n: build(v) if isinstance(v, dict) else v for n, v in parameters.items() if n != "kind"}
+
+    def inside(value):
+        if isinstance(value, list | tuple) and any(isinstance(each, dict | tuple) for each in value):
+            return [inside(each) for each in value]
+        return build(value) if isinstance(value, dict) else value
+
+    values = {n: inside(v) for n, v in parameters.items() if n != "kind"}
     try:
         return parameters["kind"](**values)
     except ValueError as error:
         # Parameters that exclude each other.
-        assume("stride" not in str(error) and "dilation" not in str(error))
+        assume(
+            not any(
+                word in str(error)
+                for word in ("stride", "dilation", "give at least two", "parameters to train", "leave per=")
+            )
+        )
         raise
 
 

@@ -21,10 +21,14 @@ from visattn.patterns.kinds import (
     SpannedPattern,
     StaticPattern,
 )
+from visattn.patterns.kmeans import KMeans
 from visattn.patterns.linear import Linear
+from visattn.patterns.lsh import Lsh
 from visattn.patterns.mala import Mala
 from visattn.patterns.masks import dense_mask, routed_mask
 from visattn.patterns.neighborhood import Neighborhood
+from visattn.patterns.ordered import OrderedPattern
+from visattn.patterns.perhead import Best, HeadsPattern, PerHead
 from visattn.patterns.radial import Radial
 from visattn.patterns.routes import Routes
 from visattn.patterns.routing import Routing
@@ -40,6 +44,7 @@ __all__ = [
     "Above",
     "Agent",
     "AgentSD",
+    "Best",
     "BiasedPattern",
     "Clear",
     "ComposedPattern",
@@ -47,12 +52,17 @@ __all__ = [
     "DynamicPattern",
     "Flow",
     "Halo",
+    "HeadsPattern",
+    "KMeans",
     "Linear",
     "ListedPattern",
+    "Lsh",
     "Mala",
     "MergingPattern",
     "Neighborhood",
+    "OrderedPattern",
     "Pattern",
+    "PerHead",
     "PooledPattern",
     "Radial",
     "RoutedPattern",
@@ -80,6 +90,10 @@ PATTERNS: tuple[type[Pattern], ...] = (
     TopK,
     TopP,
     Above,
+    KMeans,
+    Lsh,
+    Best,
+    PerHead,
     Agent,
     AgentSD,
     Linear,

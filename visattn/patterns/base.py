@@ -41,6 +41,11 @@ class Pattern(ABC):
         """Whether it keeps something from denoising step to step, so that it has to know them."""
         return False
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it keeps something from step to step where they are known."""
+        return self.needs_steps
+
     def parameter_shapes(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Shapes of its learnable parameters by name.
 

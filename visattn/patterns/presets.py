@@ -49,6 +49,21 @@ PRESETS = {
         "DraftAttention (Shen et al., 2025), sparsity 0.9",
         "the original keeps the pair of blocks at its bar too, one more per head",
     ),
+    "svg1": Preset(
+        "best(of=[na(window=5x-1x-1), na(window=-1x9x9)])",
+        "Sparse VideoGen (Xi et al., ICML 2025): each head has a pattern of space or one of time, whichever is nearer",
+        "the original's windows are runs of 128 tokens, as wide as a budget says, and both list the first frame",
+    ),
+    "svg2": Preset(
+        "kmeans(queries=300, keys=1000, p=0.9, floor=0.1, start=50, step=2)",
+        "Sparse VideoGen2 (Yang et al., 2025), Wan 14B; HunyuanVideo takes 400 and 1000 clusters",
+        "the original starts from random tokens and stops early where centres rest",
+    ),
+    "hyper": Preset(
+        "lsh(planes=7, block=256, samples=256)",
+        "HyperAttention (Han et al., 2023)",
+        "the original is exact below 4096 keys",
+    ),
     "subblock": Preset(
         "topk(keep=0.25, score=parts(4x4), always=none, block=64)",
         "SubBlock attention of MiniMax-H3 (2025), sparsity 0.75",

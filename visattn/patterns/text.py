@@ -22,7 +22,8 @@ def parse(text: str | Pattern) -> Pattern:
 
     The inverse of `str(pattern)`. A text is `name` or `name(parameter=value, ...)`; the first parameter may go without
     its name: `na(7x7)`. A value is a number, 7x7 or (7, 7) with a value per axis, (7,) for a single axis, true, false,
-    none, a word, or a pattern inside the pattern, bare or in quotes: `sigmoid(sparse=na(window=7x7))`.
+    none, a word, a pattern inside the pattern, bare or in quotes: `sigmoid(sparse=na(window=7x7))`, several in
+    brackets, or one for some heads in braces: `best(of=[na(9x9), topk(0.1)])`, `perhead(heads={0-3: dense})`.
 
     Args:
         text: The text, or a pattern.
@@ -81,6 +82,17 @@ def _parsed(text: str, version: int) -> Pattern:
     return kind(**given)
 
 
+def _listed(text: str, where: str) -> tuple[Any, ...]:
+    """The patterns of [a, b], or the pairs of heads and pattern of {0-3: a, 4-: b}."""
+    parts = [part.strip() for part in _split(text[1:-1]) if part.strip()]
+    if text[0] == "[":
+        return tuple(parse(part) for part in parts)
+    pairs = [part.partition(":") for part in parts]
+    if any(not colon for _, colon, _ in pairs):
+        raise ValueError(f"{where}: write heads: pattern in braces, like {{0-3: dense, 4-: na(window=7x7)}}")
+    return tuple((heads.strip(), parse(pattern.strip())) for heads, _, pattern in pairs)
+
+
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
@@ -91,10 +103,10 @@ def _nearest(name: str, known: Any) -> str:
 
 
 def _split(inside: str) -> list[str]:
-    """The parts between the commas that are not inside the parentheses of an inner pattern."""
+    """The parts between the commas that are not inside the brackets of an inner pattern or list."""
     parts, depth = [""], 0
     for letter in inside:
-        depth += (letter == "(") - (letter == ")")
+        depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and depth == 0:
             parts.append("")
         else:
@@ -117,6 +129,8 @@ def _types(kind: type[Pattern]) -> dict[str, tuple[Any, ...]]:
 def _value(text: str, wanted: tuple[Any, ...], where: str) -> Any:
     """A value of a parameter that has one of the `wanted` types."""
     text = re.sub(r"^([\"'])(.*)\1$", r"\2", text, flags=re.DOTALL)
+    if text[:1] + text[-1:] in ("[]", "{}"):
+        return _listed(text, where)
     low = text.lower()
     if low in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[low]

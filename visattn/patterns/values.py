@@ -114,6 +114,10 @@ def per_axis(value: Any, dims: int, name: str) -> tuple[Any, ...]:
 
 def as_text(value: Any) -> str:
     """A value as `parse` reads it: 7x7, (7,) for the value of a single axis, true, none, 0.5."""
+    if isinstance(value, tuple) and value and not all(isinstance(each, int | float | np.number) for each in value):
+        # Patterns, or pairs of heads and a pattern.
+        opening, closing = "{}" if isinstance(value[0], tuple) else "[]"
+        return f"{opening}{', '.join(str(each) for each in value)}{closing}"
     if isinstance(value, tuple):
         return f"({as_text(value[0])},)" if len(value) == 1 else "x".join(str(int(v)) for v in value)
     if isinstance(value, bool) or value is None:

@@ -144,7 +144,7 @@ class Run:
 
     def keeping(self, site: str, pattern: Pattern) -> AbstractContextManager[None]:
         """Inside, a pattern that keeps something from step to step does so for a module."""
-        if not pattern.needs_steps:
+        if not pattern.remembers:
             return _NOTHING
         # A backward recomputes blocks: their choices are those of the queries and keys that it sees.
         memory = self.here.memory if torch._C._current_graph_task_id() < 0 else None
@@ -152,16 +152,16 @@ class Run:
 
     def _remember(self, step: int | None, total: int | None, gradients: bool) -> None:
         """What this thread's patterns keep, in the forward that begins."""
-        pattern = self.schedule.keeps
-        if pattern is None:
+        if not any(pattern.remembers for pattern in self.schedule.patterns):
             return
-        at, _ = known_step(str(pattern), step, total, False)
-        if gradients:
+        if self.schedule.keeps is not None:
+            step, _ = known_step(str(self.schedule.keeps), step, total, False)
+        if gradients or step is None:
             self.here.memory = None
             return
         if self.here.memory is None:
             self.here.memory = Memory()
-        self.here.memory.begin(self.run_token(), at, total)
+        self.here.memory.begin(self.run_token(), step, total)
 
     def run_token(self) -> Hashable:
         """What tells one run of a pipeline from another, as far as anything but the steps does."""

@@ -10,7 +10,7 @@ import torch
 from visattn.attend import attention
 from visattn.layout import Layout
 from visattn.patterns import Pattern
-from visattn.patterns.choice.memory import part, placed
+from visattn.patterns.choice.memory import beside
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import carry_bias
 
@@ -55,7 +55,7 @@ class Sequences(NamedTuple):
             return attention(self.q, self.k, self.v, pattern, layouts[0], **options)[..., : self.channels]
         parts = []
         for i, layout in enumerate(layouts):
-            with placed(part(i)):
+            with beside(i):
                 parts.append(self.sample(i).attend(pattern, (layout,), backend, parameters))
         return torch.cat(parts)
 

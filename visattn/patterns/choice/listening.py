@@ -26,14 +26,25 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(before)
 
 
+def hears() -> bool:
+    """Whether anybody listens."""
+    return _listener.get() is not None
+
+
+def tell_shares(shares: torch.Tensor) -> None:
+    """Tell who listens the listed share of all pairs of grid tokens: [B, H]."""
+    listener = _listener.get()
+    if listener is not None and not (shares.is_cuda and torch.cuda.is_current_stream_capturing()):
+        listener(shares)
+
+
 def tell(choice: Routes, blocks: Blocks) -> None:
     """Tell who listens."""
-    listener = _listener.get()
-    if listener is None or (choice.tiles.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not hears():
         return
     rows, columns = (
         block_tokens(blocks.grid, box, choice.tiles.device).double() for box in (blocks.queries, blocks.keys)
     )
     tokens, listed = columns[choice.tiles.long()], choice.listed()
     seen = tokens.sum(-1) if listed is None else tokens.masked_fill(~listed, 0).sum(-1)
-    listener((seen * rows).sum(-1) / (rows.sum() * columns.sum()))
+    tell_shares((seen * rows).sum(-1) / (rows.sum() * columns.sum()))

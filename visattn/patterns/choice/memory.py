@@ -90,10 +90,12 @@ def here() -> Place | None:
     return _place.get()
 
 
-def part(i: int) -> Place | None:
-    """The same for one sample of a call whose samples run one by one."""
+@contextmanager
+def beside(what: Hashable) -> Iterator[None]:
+    """Inside, calls that are parts of one keep their choices beside those of the other parts."""
     place = _place.get()
-    return place and place._replace(key=(place.key, i))
+    with placed(place and place._replace(key=(place.key, what))):
+        yield
 
 
 def usable() -> Place | None:

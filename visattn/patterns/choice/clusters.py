@@ -1,0 +1,69 @@
+"""k-means of the tokens of each head: no random start, so that the same tokens make the same clusters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Distances that exist at a time, in numbers.
+DISTANCES = 2**26
+
+
+class Clusters(NamedTuple):
+    """Clusters of tokens.
+
+    Attributes:
+        ids: Cluster of each token: int64 [B, H, tokens], of the centres before the last update.
+        centres: Means of the tokens of each cluster: [B, H, clusters, D].
+        sizes: Valid tokens of each cluster: [B, H, clusters].
+    """
+
+    ids: torch.Tensor
+    centres: torch.Tensor
+    sizes: torch.Tensor
+
+
+def first_centres(x: torch.Tensor, number: int) -> torch.Tensor:
+    """Every (tokens // number)-th token of x [B, H, tokens, D] as a centre: [B, H, number, D]."""
+    return x[:, :, torch.arange(number, device=x.device) * (x.shape[2] // number)]
+
+
+def k_means(x: torch.Tensor, centres: torch.Tensor, iterations: int, valid: torch.Tensor | None) -> Clusters:
+    """So many times: each token to its nearest centre, each centre to the mean of its tokens.
+
+    Of equal distances the lower index wins. A cluster without valid tokens keeps its centre.
+
+    Args:
+        x: Tokens [B, H, tokens, D].
+        centres: Where to start [B, H, clusters, D].
+        iterations: At least 1.
+        valid: Tokens that count for the means, bool [B, tokens], or None for all; the others have a cluster too.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, centres = x.to(wide), centres.to(wide)
+    weight = torch.ones(x.shape[:3], dtype=wide, device=x.device)
+    if valid is not None:
+        weight = weight * valid[:, None].to(wide)
+    ids, sizes = torch.empty(0), torch.empty(0)
+    for _ in range(iterations):
+        ids = _nearest(x, centres)
+        sizes = torch.zeros(centres.shape[:3], dtype=wide, device=x.device).scatter_add(2, ids, weight)
+        index = ids[..., None].expand_as(x)
+        summed = torch.zeros_like(centres).scatter_add(2, index, x * weight[..., None])
+        centres = torch.where(sizes[..., None] > 0, summed / sizes.clamp(min=1)[..., None], centres)
+    return Clusters(ids, centres, sizes)
+
+
+def _nearest(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Index of the nearest centre of each token: [B, H, tokens]."""
+    square = centres.square().sum(-1)
+    step = max(1, DISTANCES // max(1, square.numel()))
+    parts = []
+    for first in range(0, x.shape[2], step):
+        # Without the square of the token itself, which is the same for all centres.
+        distance = square[:, :, None] - 2 * x[:, :, first : first + step] @ centres.transpose(2, 3)
+        least = distance.amin(-1, keepdim=True)
+        # torch.argmin promises no order of equal values: the first mark is the lower index.
+        parts.append((distance == least).to(torch.uint8).argmax(-1))
+    return torch.cat(parts, 2)
