@@ -1,4 +1,4 @@
-"""Writes the table of vision towers in docs/transformers.md from their records.
+"""Writes the tables of vision towers in docs/transformers.md from their records.
 
 python -m scripts.towers
 """
@@ -6,11 +6,10 @@ python -m scripts.towers
 from __future__ import annotations
 
 import argparse
-import re
 
 from scripts.pages import ROOT
 from visattn.clients.transformers import grids
-from visattn.clients.transformers.records import RECORDS, Count
+from visattn.clients.transformers.records import RECORDS, REFUSED, Count
 
 PAGE = ROOT / "docs" / "transformers.md"
 GRIDS: dict[object, str] = {
@@ -35,16 +34,25 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def refused() -> str:
+    """The table of what has no pattern."""
+    lines = ["| folder of transformers | why |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| `{folder}` | {why} |" for folder, why in sorted(REFUSED.items()))])
+
+
 def _count(count: Count) -> str:
     return " + ".join(map(str, count)) or "0"
 
 
 def render(page: str) -> str:
     """The page with its table as the records are."""
-    block = f"<!-- table: towers -->\n{table()}\n<!-- end: towers -->"
-    text, count = re.subn(r"<!-- table: towers -->.*?<!-- end: towers -->", lambda _: block, page, flags=re.DOTALL)
-    assert count == 1, f"{PAGE.name} has {count} places for the table, expected one"
-    return text
+    for name, rows in (("towers", table()), ("refused", refused())):
+        begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
+        before, _, rest = page.partition(begin)
+        _, found, after = rest.partition(end)
+        assert found, f"{PAGE.name} has no place for the table of {name}"
+        page = f"{before}{begin}\n{rows}\n{end}{after}"
+    return page
 
 
 def main(arguments: list[str] | None = None) -> None:

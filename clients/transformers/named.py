@@ -80,7 +80,7 @@ class Named:
         """See transformers' `AttentionInterface`: q, k, v [B, H, S, D]; out [B, S, H, D]."""
         own = Own(stock("sdpa", module), module, (query, key, value), attention_mask, options)
         record = _record(type(module))
-        if record is None:
+        if record is None or not _sees(module.config):
             return own(), None
         call = to_call(own).autocast()
         layout = _layout(record, module, query.shape[2])
@@ -116,6 +116,11 @@ class Named:
 def _record(kind: type) -> Record | None:
     """The record of a tower by the class of an attention module, None for a class that no tower has."""
     return next((record for record in RECORDS if record.has_attention(kind)), None)
+
+
+def _sees(config: Any) -> bool:
+    """Whether a configuration is of something that sees: text towers can have the same attention class."""
+    return any(hasattr(config, name) for name in ("patch_size", "patch_sizes", "tubelet_size", "patch_stride"))
 
 
 def _layout(record: Record, module: Any, length: int) -> Layout | str:

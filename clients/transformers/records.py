@@ -183,3 +183,25 @@ RECORDS: tuple[Record, ...] = (
     _packed("glm4v", "Glm4vVisionModel", "Glm4vVisionAttention", "GLM-4V"),
     Record("vit_mae.ViTMAEEmbeddings", ("ViTMAEAttention",), "ViT-MAE", prefix=CLASS, refused=_MASKED),
 )
+
+_OWN_CODE = "its attention does not go through an attention implementation"
+_WINDOWS = "its attention is in windows already"
+# Why the attention of other folders stays as it is.
+REFUSED = {
+    "beit": "its position bias comes as a mask of all pairs",
+    "cvt": f"{_OWN_CODE}, and its keys are fewer than its queries",
+    "data2vec": f"{_OWN_CODE}, and it has a position bias",
+    "dinat": f"{_OWN_CODE}, and is a neighborhood already",
+    "focalnet": "it has no attention",
+    "hiera": f"{_OWN_CODE}, and most of it is in windows",
+    "levit": f"{_OWN_CODE}, and it has a position bias",
+    "oneformer": f"{_OWN_CODE}",
+    "pixtral": "it attends to several images in one row, told by a mask",
+    "pvt": f"{_OWN_CODE}, and its keys are fewer than its queries",
+    "pvt_v2": f"{_OWN_CODE}, and its keys are fewer than its queries",
+    "sam": f"{_OWN_CODE}, and it has position logits",
+    "swin": _WINDOWS,
+    "swin2sr": f"{_OWN_CODE}, and is in windows already",
+    "swinv2": f"{_OWN_CODE}, and is in windows already",
+    "timesformer": f"{_OWN_CODE}",
+}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from visattn.clients.transformers.records import RECORDS, Record
+from visattn.clients.transformers.records import RECORDS, REFUSED, Record
 from visattn.patterns import Pattern
 from visattn.schedule import SiteName
 
@@ -105,6 +105,9 @@ def check_free(towers: list[Tower], name: str) -> None:
 def _nothing(modules: dict[str, nn.Module], name: str) -> str:
     """Why a model has nothing to patch."""
     folders = {kind.__module__.split(".")[2] for kind in map(type, modules.values()) if _is_of_models(kind)}
+    why = "; ".join(f"{folder}: {REFUSED[folder]}" for folder in sorted(folders & set(REFUSED)))
+    if why:
+        return f"{name} has no vision tower that a pattern can run in ({why}); timm may have it in a form that apply() swaps"
     known = ", ".join(record.models for record in RECORDS if not record.refused)
     return f"{name} ({', '.join(sorted(folders))}) has no vision tower that visattn knows: it knows {known}"
 

@@ -179,6 +179,10 @@ def test_what_cannot_be_patched_says_so():
         visattn.apply(model, "na(window=3x3x3)")
     with pytest.raises(ValueError, match="no pattern can run in ViTMAEEmbeddings: it drops tokens at random"):
         visattn.apply(ViTMAEModel(ViTMAEConfig(**IMAGE)), "na(window=3)")
+    sizes = {"hidden_sizes": [8], "num_attention_heads": [1], "depths": [1], "sr_ratios": [1], "image_size": 32}
+    pvt = transformers.PvtV2Model(transformers.PvtV2Config(**sizes, num_encoder_blocks=1, patch_sizes=[4], strides=[4]))
+    with pytest.raises(ValueError, match=r"PvtV2Model has no vision tower that a pattern can run in .pvt_v2: its"):
+        visattn.apply(pvt, "na(window=3)")
     bert = transformers.BertModel(transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     with pytest.raises(ValueError, match=r"BertModel \(bert\) has no vision tower that visattn knows"):
         visattn.apply(bert, "na(window=3)")
