@@ -107,7 +107,8 @@ def _nothing(modules: dict[str, nn.Module], name: str) -> str:
     folders = {kind.__module__.split(".")[2] for kind in map(type, modules.values()) if _is_of_models(kind)}
     why = "; ".join(f"{folder}: {REFUSED[folder]}" for folder in sorted(folders & set(REFUSED)))
     if why:
-        return f"{name} has no vision tower that a pattern can run in ({why}); timm may have it in a form that apply() swaps"
+        other = "timm may have it in a form that apply() swaps"
+        return f"{name} has no vision tower that a pattern can run in ({why}); {other}"
     known = ", ".join(record.models for record in RECORDS if not record.refused)
     return f"{name} ({', '.join(sorted(folders))}) has no vision tower that visattn knows: it knows {known}"
 
