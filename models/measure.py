@@ -1,4 +1,4 @@
-"""Time, memory and operations of a timm model, stock against swapped."""
+"""Time, memory and operations of a model of timm or transformers, stock against swapped."""
 
 from __future__ import annotations
 
@@ -81,9 +81,17 @@ class Comparison:
 def create(name: str, size: int, **kwargs: Any) -> torch.nn.Module:
     """A model for images of `size` pixels per side, with random weights.
 
+    Args:
+        name: Of a model of timm, or "transformers:" and a type of models there.
+        size: Side of the images.
+        kwargs: `device`, or more for timm.
+
     Raises:
-        ValueError: If timm does not know the name, or the model does not take the size.
+        ValueError: If the name is unknown, or the model does not take the size.
     """
+    library, _, kind = name.rpartition(":")
+    if library == "transformers":
+        return _create_in_transformers(kind, size, **kwargs)
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.partition('_')[0]}*")[:8]
         raise ValueError(f"timm knows no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
@@ -93,6 +101,23 @@ def create(name: str, size: int, **kwargs: Any) -> torch.nn.Module:
         if "img_size" not in str(error):
             raise
         return timm.create_model(name, **kwargs).eval()
+
+
+def _create_in_transformers(kind: str, size: int, device: str = "cpu") -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.for_model(kind)
+        # Some types keep both sides, and refuse one.
+        both = isinstance(getattr(config, "image_size", None), list | tuple)
+        config = AutoConfig.for_model(kind, image_size=[size, size] if both else size)
+        with torch.device(device):
+            model = AutoModel.from_config(config).eval()
+    except ValueError as error:
+        raise ValueError(f"transformers makes no model of type {kind!r}: {str(error).splitlines()[0]}") from None
+    if model.main_input_name != "pixel_values" or hasattr(config, "text_config") or hasattr(config, "tubelet_size"):
+        raise ValueError(f"a {kind} of transformers takes more than images, or videos: name the type of an image tower")
+    return model
 
 
 def check_size(name: str, size: int) -> None:
@@ -126,7 +151,7 @@ def compare(
     """Measure a model stock and swapped, in turns.
 
     Args:
-        name: A model of timm.
+        name: A model of timm, or "transformers:" and a type of models there.
         size: Side of the image in pixels.
         pattern: A pattern's text.
         batch: Images per forward.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from visattn import patterns
     from visattn.attend import attention, backends, explain
     from visattn.chosen import tile_choice
+    from visattn.clients.transformers.named import register
     from visattn.doors import (
         plugins,
         register_adapter,
@@ -47,6 +48,7 @@ __all__ = [
     "patterns",
     "plan",
     "plugins",
+    "register",
     "register_adapter",
     "register_attention",
     "register_backend",
@@ -76,6 +78,7 @@ def __getattr__(name: str) -> Any:
         "parse": "visattn.patterns",
         "plan": "visattn.plans",
         "plugins": "visattn.doors",
+        "register": "visattn.clients.transformers.named",
         "register_adapter": "visattn.doors",
         "register_attention": "visattn.doors",
         "register_backend": "visattn.doors",

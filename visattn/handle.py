@@ -70,7 +70,11 @@ def _accept(package: str, install: Any) -> Callable[[Any, Request], Sequence[Pat
 # What patches the models of each package.
 ADAPTERS = REGISTRY.declare(
     "adapter",
-    {"diffusers": "visattn.pipelines.patch.install:install", "timm": "visattn.models.swap.install:install"},
+    {
+        "diffusers": "visattn.pipelines.patch.install:install",
+        "timm": "visattn.models.swap.install:install",
+        "transformers": "visattn.clients.transformers.install:install",
+    },
     _accept,
 )
 
@@ -162,7 +166,7 @@ def apply(
     """Make the self-attention of a model sparse, until the handle removes it.
 
     Args:
-        target: A diffusers pipeline or model, or a timm model.
+        target: A diffusers pipeline or model, a timm model, or a transformers model or pipeline with a vision tower.
         pattern: A pattern or its text like "na(window=7x7)"; a mapping from layers to patterns like
             {"0-3": "dense", "4-": "na(window=7x7)"}; or the path of a JSON or YAML file with such a mapping.
         layers: Layers to patch: indices, slices, ranges like "4-9", or names; None for all.
@@ -218,6 +222,6 @@ def _package(target: Any) -> str:
         if package in ADAPTERS:
             return package
     raise ValueError(
-        f"cannot apply to a {kinds[0].__module__}.{kinds[0].__qualname__}: pass a diffusers pipeline or model, or a "
-        "timm model; inside a model of your own call visattn.attention(q, k, v, pattern, layout)"
+        f"cannot apply to a {kinds[0].__module__}.{kinds[0].__qualname__}: pass a diffusers pipeline or model, a timm "
+        "or a transformers model; inside a model of your own call visattn.attention(q, k, v, pattern, layout)"
     )

@@ -35,15 +35,16 @@ class Learnable(NamedTuple):
 
 
 def head_shape(module: Any) -> tuple[int, int]:
-    """Query heads and channels per head of an attention module of diffusers or timm, or of a block around one.
+    """Query heads and channels per head of an attention module of a known library, or of a block around one.
 
     Raises:
         ValueError: If it does not tell.
     """
     module = next((getattr(module, n) for n in ("attn", "attn_block") if hasattr(module, n)), module)
-    heads = next((getattr(module, n) for n in ("heads", "num_heads", "n_heads") if hasattr(module, n)), None)
+    names = ("heads", "num_heads", "n_heads", "num_attention_heads")
+    heads = next((getattr(module, n) for n in names if hasattr(module, n)), None)
     inner = None
-    for name, parts in (("to_q", 1), ("to_query", 1), ("q_proj", 1), ("to_qkv", 3), ("qkv", 3)):
+    for name, parts in (("to_q", 1), ("to_query", 1), ("q_proj", 1), ("query", 1), ("to_qkv", 3), ("qkv", 3)):
         projection = getattr(module, name, None)
         if projection is not None and hasattr(projection, "out_features"):
             inner = projection.out_features // parts

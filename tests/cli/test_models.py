@@ -203,3 +203,37 @@ def test_run_registers_the_backbones_for_a_script(tmp_path):
 
 def test_every_backbone_is_registered():
     assert timm.is_model("nat_mini") and timm.is_model("moh_vit_small_80") and visattn.models.__all__
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny classifier of transformers as `save_pretrained` writes it, and an image."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.ViTConfig(**sizes, image_size=48, patch_size=8, id2label={0: "red", 1: "LABEL_1"})
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(tmp_path / "vit")
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.png")
+    return tmp_path
+
+
+def test_classify_with_a_model_of_transformers(folder):
+    given = ("classify", folder / "red.png", "--model", folder / "vit", "--json")
+    plain = json.loads(call(*given).stdout)
+    assert {entry["name"] for entry in plain["classes"]} == {"red", ""}
+    assert sum(entry["probability"] for entry in plain["classes"]) == pytest.approx(1)
+    swapped = json.loads(call(*given, "--pattern", "na(window=3)").stdout)
+    assert "2 of 2 attention modules ran a pattern" in swapped["report"]
+    assert "leave --checkpoint and --classes out" in str(call(*given, "--classes", 3).exception)
+    assert "pass --pretrained to download it" in str(call(*given[:2], "--model", "some/repository").exception)
+    (folder / "vit" / "model.safetensors").unlink()
+    assert "no classifier of images that transformers loads from safetensors" in str(call(*given).exception)
+
+
+def test_bench_model_of_transformers():
+    result = compare("transformers:segformer", 64, "na(window=3)", repeats=1)
+    assert result.tokens == 4 and result.density == 1
+    with pytest.raises(ValueError, match="transformers makes no model of type 'vit_huh'"):
+        create("transformers:vit_huh", 64)
+    with pytest.raises(ValueError, match="takes more than images, or videos"):
+        create("transformers:clip", 64, device="meta")

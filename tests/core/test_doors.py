@@ -347,4 +347,4 @@ class TestRegistrations:
 def test_our_own_are_declared_in_the_same_tables():
     assert [KINDS[name] for name in KINDS.own] == list(PATTERNS)
     assert [BACKENDS[name].name for name in BACKENDS.own] == list(BACKENDS.own)
-    assert ADAPTERS.own == ("diffusers", "timm")
+    assert ADAPTERS.own == ("diffusers", "timm", "transformers")

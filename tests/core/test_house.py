@@ -5,7 +5,10 @@ import statistics
 
 from tests.support.places import ROOT
 
-PLACES = {"visattn": ROOT / "visattn", **{f"visattn.{n}": ROOT / n for n in ("kernels", "models", "pipelines")}}
+PLACES = {
+    "visattn": ROOT / "visattn",
+    **{f"visattn.{n}": ROOT / n for n in ("clients", "kernels", "models", "pipelines")},
+}
 
 
 def modules():

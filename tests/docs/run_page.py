@@ -19,9 +19,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import diffusers
 import timm
 import torch
+import transformers
 
 from scripts.pages import blocks
-from tests.support import tiny_pipelines
+from tests.support import tiny_pipelines, tiny_towers
 
 STEPS = 6
 BUILDERS = {
@@ -61,10 +62,16 @@ def untrained(create):
     return create_model
 
 
+def tiny_tower(kind, name, **options):
+    """In place of `AutoModel.from_pretrained`: a tiny tower of the family."""
+    return tiny_towers.make(name.rpartition("/")[2].rpartition("-")[0], **options)
+
+
 def stand_in():
     """Put tiny models in the places where pages load large ones."""
     diffusers.DiffusionPipeline.from_pretrained = classmethod(tiny_pipeline)
     timm.create_model = untrained(timm.create_model)
+    transformers.AutoModel.from_pretrained = classmethod(tiny_tower)
 
 
 def run(page):

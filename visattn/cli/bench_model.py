@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def bench_model(
-    name: Annotated[str, typer.Argument(help="A model of timm, like vit_small_patch16_224.")],
+    name: Annotated[str, typer.Argument(help="A model of timm, or transformers:KIND like transformers:dinov2.")],
     pattern: Annotated[str, typer.Option(help='A pattern, like "na(window=15x15)".')],
     size: Annotated[str, typer.Option(help="Sides of the image in pixels, with commas.")] = "512,1024,2048",
     batch: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 1,

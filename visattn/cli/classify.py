@@ -1,20 +1,25 @@
-"""`visattn classify`: what a timm model sees in an image."""
+"""`visattn classify`: what a model of timm or transformers sees in an image."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from visattn.cli.options import JsonOption, print_json
 
+if TYPE_CHECKING:
+    import torch
+
 
 def classify(
     image: Annotated[Path, typer.Argument(help="An image file.")],
-    model: Annotated[str, typer.Option(help="A model of timm, or a backbone of `visattn models`.")],
+    model: Annotated[str, typer.Option(help="A model of timm, or a folder or repository of transformers.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .safetensors, or .pth of tensors only.")] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Download timm's weights.")] = False,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Download the weights.")] = False,
     pattern: Annotated[str | None, typer.Option(help='Swap the attention, like "na(window=7x7)".')] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels; the model's own.")] = None,
     classes: Annotated[int | None, typer.Option(min=1, help="Classes of the head; the checkpoint's.")] = None,
@@ -22,11 +27,23 @@ def classify(
     json: JsonOption = False,
 ) -> None:
     """Print the most likely classes of an image."""
+    from visattn.clients.transformers.load import is_of_transformers
+
+    if is_of_transformers(model):
+        if checkpoint is not None or classes is not None:
+            raise ValueError(
+                f"{model} of transformers has its weights and classes: leave --checkpoint and --classes out"
+            )
+        _give(_run_transformers(image, model, pretrained, pattern, size, top), pattern, json)
+        return
     if checkpoint is None and not pretrained:
         raise ValueError("classify needs weights: pass --checkpoint FILE, or --pretrained to download timm's")
     if checkpoint is not None and pretrained:
         raise ValueError("--checkpoint and --pretrained both give weights: pass one of them")
-    found = _run(image, model, checkpoint, pretrained, pattern, size, classes, top)
+    _give(_run(image, model, checkpoint, pretrained, pattern, size, classes, top), pattern, json)
+
+
+def _give(found: dict[str, Any], pattern: str | None, json: bool) -> None:
     if json:
         print_json(found)
         return
@@ -46,8 +63,6 @@ def _run(
     classes: int | None,
     top: int,
 ) -> dict[str, Any]:
-    import contextlib
-
     import torch
 
     import visattn
@@ -58,13 +73,43 @@ def _run(
         visattn.parse(pattern)  # what is wrong with it is said before weights are downloaded
     model = create_with_weights(name, checkpoint, pretrained, size, classes)
     x = as_input(picture, model, size)
-    with contextlib.ExitStack() as stack, torch.inference_mode(), said_by_timm(name, size):
-        handle = stack.enter_context(visattn.apply(model, pattern)) if pattern else None
-        probabilities = model(x).softmax(-1)[0]
-        report = str(handle.report()) if handle else ""
-    values, indices = probabilities.topk(min(top, len(probabilities)))
-    entries = [
-        {"index": index, "name": class_name(index, len(probabilities)), "probability": value}
+    with torch.inference_mode(), said_by_timm(name, size):
+        probabilities, report = _forward(model, pattern, lambda: model(x))
+    entries = _top(probabilities, top, lambda index: class_name(index, len(probabilities)))
+    return {"model": name, "pattern": pattern, "classes": entries, "report": report}
+
+
+def _run_transformers(
+    image: Path, name: str, pretrained: bool, pattern: str | None, size: int | None, top: int
+) -> dict[str, Any]:
+    import torch
+
+    import visattn
+    from visattn.clients.transformers.load import as_pixels, label, load_classifier
+    from visattn.models.load import open_image
+
+    picture = open_image(image)
+    if pattern is not None:
+        visattn.parse(pattern)
+    model, processor = load_classifier(name, pretrained)
+    x = as_pixels(picture, processor, size)
+    with torch.inference_mode():
+        probabilities, report = _forward(model, pattern, lambda: model(**x).logits)
+    entries = _top(probabilities, top, lambda index: label(model, index))
+    return {"model": name, "pattern": pattern, "classes": entries, "report": report}
+
+
+def _forward(model: Any, pattern: str | None, logits: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, str]:
+    """Probabilities of the classes of one image, and the report of a pattern."""
+    import visattn
+
+    with visattn.apply(model, pattern) if pattern else contextlib.nullcontext() as handle:
+        return logits().softmax(-1)[0], str(handle.report()) if handle else ""
+
+
+def _top(probabilities: torch.Tensor, count: int, name: Callable[[int], str]) -> list[dict[str, Any]]:
+    values, indices = probabilities.topk(min(count, len(probabilities)))
+    return [
+        {"index": index, "name": name(index), "probability": value}
         for value, index in zip(values.tolist(), indices.tolist(), strict=True)
     ]
-    return {"model": name, "pattern": pattern, "classes": entries, "report": report}

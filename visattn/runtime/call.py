@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from visattn.autocast import as_sdpa_casts
+from visattn.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,9 @@ class AttentionCall:
         dropout: Probability.
         causal: Whether a query sees no later key.
         parallel: How the client splits the sequence over devices, None if it does not.
+        layouts: Where its tokens sit, of each sample where they differ, or why there is no grid, if the call itself
+            tells; None if its forward does.
+        own: What the client's own attention needs beyond these.
     """
 
     q: torch.Tensor
@@ -36,6 +40,8 @@ class AttentionCall:
     dropout: float = 0.0
     causal: bool = False
     parallel: Any = None
+    layouts: tuple[Layout, ...] | str | None = None
+    own: Any = None
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -51,6 +57,14 @@ class AttentionCall:
         """The same call of other q, k and v."""
         q, k, v = tensors
         return replace(self, q=q, k=k, v=v)
+
+    def placed(self, layouts: tuple[Layout, ...] | str) -> AttentionCall:
+        """The same call, which tells where its tokens sit or why there is no grid."""
+        return replace(self, layouts=layouts)
+
+    def with_own(self, own: Any) -> AttentionCall:
+        """The same call with something else for the client's own attention."""
+        return replace(self, own=own)
 
     def swapped(self) -> AttentionCall:
         """From [B, H, S, D], torch's order, to [B, S, H, D], or back."""

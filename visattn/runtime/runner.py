@@ -213,7 +213,7 @@ class Runner:
             return Fit()
         if why := call.refusal():
             return Fit(why=why)
-        layouts = forward.layouts(call.q.shape[1])
+        layouts = forward.layouts(call.q.shape[1]) if call.layouts is None else call.layouts
         if isinstance(layouts, str):
             return Fit(why=layouts)
         if len(layouts) not in (1, call.q.shape[0]):

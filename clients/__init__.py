@@ -1,0 +1,1 @@
+"""Adapters for other programs than diffusers and timm, a folder each."""

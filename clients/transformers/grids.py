@@ -1,0 +1,112 @@
+"""Where the tokens of a vision tower sit, from its configuration and the arguments of one of its modules.
+
+Every reader takes the configuration and the arguments by name and gives what `Run.start` takes. It runs while
+torch.compile traces too, so it computes nothing from the values of tensors unless the tower needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from visattn.layout import Layout
+from visattn.runtime.forward import Where
+from visattn.runtime.place import Samples
+
+Args = Mapping[str, Any]
+Reader = Callable[[Any, Args, int, int], Where]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of one call of a tower that attends image by image and frame by frame.
+
+    Attributes:
+        layout: Rows and columns.
+        merge: Side of the blocks by which its tokens are ordered, 1 for row by row.
+        window: Side in blocks of the windows by which the blocks are, 0 for row by row.
+    """
+
+    layout: Layout
+    merge: int
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Chunks(Samples):
+    """Where the tokens of one forward of such a tower sit.
+
+    Attributes:
+        calls: Of each call that a module makes, in their order.
+    """
+
+    calls: tuple[Chunk, ...] = ()
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Two sides of one number or of two."""
+    return (int(value[-2]), int(value[-1])) if isinstance(value, list | tuple) else (int(value), int(value))
+
+
+def image(config: Any, args: Args, prefix: int, suffix: int) -> Where:
+    """Rows and columns of patches of `pixel_values` [B, C, H, W]."""
+    pixels = args.get("pixel_values")
+    if pixels is None or pixels.ndim != 4:
+        return Samples(why="it got no pixel_values [B, C, H, W]")
+    return _grid((), pixels.shape[-2:], config, prefix, suffix)
+
+
+def video(config: Any, args: Args, prefix: int, suffix: int) -> Where:
+    """Frames, rows and columns of tubelets of `pixel_values` or `pixel_values_videos` [B, T, C, H, W]."""
+    pixels = args.get("pixel_values", args.get("pixel_values_videos"))
+    if pixels is None or pixels.ndim != 5:
+        return Samples(why="it got no pixels [B, T, C, H, W]")
+    if args.get("bool_masked_pos") is not None:
+        return Samples(why="bool_masked_pos drops tokens, and the rest is no grid")
+    size = config.tubelet_size
+    tubelet = size[0] if isinstance(size, list | tuple) else size
+    return _grid((max(pixels.shape[1] // tubelet, 1),), pixels.shape[-2:], config, prefix, suffix)
+
+
+def _grid(frames: tuple[int, ...], sides: Any, config: Any, prefix: int, suffix: int) -> Where:
+    size = getattr(config, "patch_size", None) or config.tubelet_size
+    rows, columns = (int(n) // p for n, p in zip(sides, pair(size), strict=True))
+    if not rows or not columns:
+        return Samples(why=f"an image of {sides[0]} x {sides[1]} pixels has no patch of {size}")
+    return Samples((Layout((*frames, rows, columns), prefix, suffix),))
+
+
+def shapes(config: Any, args: Args, prefix: int, suffix: int) -> Where:
+    """Rows and columns of each sample from `spatial_shapes` [B, 2]; a mask hides the padding after them."""
+    found = args["spatial_shapes"].tolist()
+    return Samples(tuple(Layout((rows, columns), prefix, suffix) for rows, columns in found), padded=True)
+
+
+def frames(config: Any, args: Args, prefix: int, suffix: int) -> Where:
+    """One call for each frame of each image from `grid_thw` [images, 3]; tokens are ordered by merged blocks."""
+    merge = int(config.spatial_merge_size)
+    size = getattr(config, "window_size", None)
+    window = 0 if size is None else int(size) // merge // int(config.patch_size)
+    calls = tuple(
+        Chunk(Layout((rows, columns)), merge, window)
+        for count, rows, columns in args["grid_thw"].tolist()
+        for _ in range(count)
+    )
+    return Chunks(why="its sequence holds several images: they are attended one by one", calls=calls)
+
+
+def elsewhere(config: Any, args: Args, prefix: int, suffix: int) -> Where:
+    """Nothing: each attention module is told its rows and columns, see `of_map` and `of_sides`."""
+    return Samples(why="its attention module was not told rows and columns")
+
+
+def of_map(args: Args) -> Layout:
+    """Rows and columns of a map [B, H, W, C]."""
+    x = args["hidden_states"]
+    return Layout((int(x.shape[1]), int(x.shape[2])))
+
+
+def of_sides(args: Args) -> Layout:
+    """Rows and columns that a module is told as `height` and `width`."""
+    return Layout((int(args["height"]), int(args["width"])))

@@ -1,0 +1,134 @@
+"""Patches the vision towers of models of transformers; the adapter of `visattn.apply`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from visattn.clients.transformers.hooks import Begin, Enter, Finish, Hooks, PassBy, between
+from visattn.clients.transformers.interface import Under, name_for, stock
+from visattn.clients.transformers.site import Site, TowerRun, run_stock
+from visattn.clients.transformers.towers import Assigned, Tower, check_free, find_towers
+from visattn.copies import copy_as_is, copy_as_stock
+from visattn.handle import Request
+from visattn.parameters import Learnable, make_parameters
+from visattn.patterns import Dense
+from visattn.report import SiteReport
+from visattn.runtime.forward import Where
+from visattn.runtime.place import Samples
+from visattn.runtime.runner import Runner
+from visattn.schedule import check_dims
+from visattn.watch import Watcher
+
+
+def install(target: Any, request: Request) -> list[PatchedTower]:
+    """Patch the vision towers of a model of transformers.
+
+    Raises:
+        ValueError: If there is none that visattn knows, the pattern does not fit, or it is patched already.
+    """
+    model = getattr(target, "_orig_mod", target)
+    if not isinstance(model, nn.Module):
+        # A pipeline of transformers has one.
+        model = getattr(target, "model", None)
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"cannot apply to a {type(target).__name__} of transformers: pass a model or a pipeline")
+    if request.schedule.dense_steps:
+        raise ValueError(f"dense_steps counts denoising steps, and {name} has none: use dense_layers or layers")
+    towers = find_towers(model, name)
+    check_free(towers, name)
+    sites = [site for tower in towers for site in tower.sites]
+    patterns = request.schedule.assign([site.name for site in sites], name)
+    given = {site.name.path: pattern for site, pattern in zip(sites, patterns, strict=True) if pattern is not None}
+    patched: list[PatchedTower] = []
+    for tower in towers:
+        own = [(site, given[site.name.path]) for site in tower.sites if site.name.path in given]
+        for _, pattern in own:
+            check_dims(pattern, tower.dims if request.layout is None else request.layout.dims, name)
+    for tower in towers:
+        own = [(site, given[site.name.path]) for site in tower.sites if site.name.path in given]
+        if own:
+            patched.append(PatchedTower(model, name, tower, own, request))
+    return patched
+
+
+class PatchedTower:
+    """One patched tower: its run, its sites, its hooks and the implementation that it had."""
+
+    def __init__(self, model: nn.Module, name: str, tower: Tower, sites: Assigned, request: Request) -> None:
+        self._request, self._sites = request, sites
+        self._run = TowerRun(name, request.schedule, request.strict, always=request.always)
+        self._run.sparse_sites = [site.name.path for site, pattern in sites if not isinstance(pattern, Dense)]
+        self._configs = {id(site.module.config): site.module.config for site, _ in sites}
+        self._previous = {key: config._attn_implementation for key, config in self._configs.items()}
+        self._learnables: list[Learnable] = []
+        self._hooks = Hooks()
+        self._hooks.before(tower.anchor, Begin(self._run, tower.anchor, _reader(tower, request)))
+        self._hooks.after(tower.module, Finish(self._run))
+        for path in between(tower.path, [site.name.path for site, _ in sites]):
+            self._hooks.before(model.get_submodule(path), PassBy(self._run))
+        for site, pattern in sites:
+            module, path = site.module, site.name.path
+            own = make_parameters(module, module, pattern, tower.dims) if pattern.learnable else None
+            if own is not None:
+                self._learnables.append(Learnable(name, path, pattern, own))
+            runner = Runner(self._run, pattern, request.backend, run_stock, own)
+            attend = stock(module.config._attn_implementation, module)
+            module.visattn_site = Site(self._run, path, runner, attend)
+            self._hooks.before(module, Enter(self._run, module.visattn_site, module, tower.record.told))
+        for module in {id(m): m for m in [*self._hooks.modules, *(site.module for site, _ in sites)]}.values():
+            copy_as_stock(module, ("visattn_site",))
+        for key, config in self._configs.items():
+            config._attn_implementation_internal = name_for(self._previous[key])
+
+    def remove(self) -> None:
+        """See `visattn.handle.Patch`. An implementation that someone else has set since stays."""
+        for key, config in self._configs.items():
+            if _is_ours(config._attn_implementation):
+                config._attn_implementation_internal = self._previous[key]
+        self._configs.clear()
+        for module in [*self._hooks.modules, *(site.module for site, _ in self._sites)]:
+            copy_as_is(module)
+        for site, _ in self._sites:
+            site.module.__dict__.pop("visattn_site", None)
+        self._hooks.remove()
+
+    def report(self) -> Sequence[SiteReport]:
+        """See `visattn.handle.Patch`. Calls inside compiled code are not counted."""
+        patterns = {site.name.path: pattern for site, pattern in self._sites}
+        return self._run.reports(patterns, self._request.backend)
+
+    def learnables(self) -> Sequence[Learnable]:
+        """See `visattn.handle.Patch`."""
+        return self._learnables
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """See `visattn.handle.Patch`."""
+        self._run.watcher = watcher
+
+    def set_step(self, step: int | None, total: int | None) -> None:
+        """See `visattn.handle.Patch`; these models have no steps and `dense_steps` is refused."""
+
+
+def _is_ours(implementation: str | None) -> bool:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return implementation is not None and isinstance(ALL_ATTENTION_FUNCTIONS.get(implementation), Under)
+
+
+def _reader(tower: Tower, request: Request) -> Any:
+    """Where the tokens of a forward sit, from the arguments of its anchor."""
+    record, config = tower.record, tower.config
+    if request.layout is not None:
+        fixed: Where = Samples((request.layout,))
+        return lambda args: fixed
+    prefix, suffix = record.counts(config)
+    return functools.partial(_read, record.reader, config, prefix, suffix)
+
+
+def _read(reader: Any, config: Any, prefix: int, suffix: int, args: Any) -> Where:
+    return reader(config, args, prefix, suffix)

@@ -1,0 +1,31 @@
+"""The order of tokens in towers that merge neighboring patches: by blocks, and those by windows."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from visattn.clients.transformers.grids import Chunk
+
+
+@functools.lru_cache(maxsize=64)
+def row_major(chunk: Chunk, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the token at each place of the grid, row by row, and the way back."""
+    order = _order(chunk)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order))
+    return order.to(device), back.to(device)
+
+
+def _order(chunk: Chunk) -> torch.Tensor:
+    """Where each token of the grid, row by row, is in the tower's sequence."""
+    rows, columns = chunk.layout.grid
+    m = chunk.merge
+    places = torch.arange(rows * columns).reshape(rows, columns)
+    blocks = places.reshape(rows // m, m, columns // m, m).transpose(1, 2)
+    if chunk.window:
+        w = chunk.window
+        bands = blocks.split(w)
+        blocks = torch.cat([part.reshape(-1, m, m) for band in bands for part in band.split(w, 1)])
+    return blocks.reshape(-1).argsort()

@@ -1,0 +1,193 @@
+"""One attention module of a patched tower: from a call of transformers to a call that a runner takes."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from visattn.attend import attention
+from visattn.clients.transformers.grids import Chunk, Chunks
+from visattn.clients.transformers.interface import Attend, Own
+from visattn.clients.transformers.order import row_major
+from visattn.layout import Layout
+from visattn.patterns import Dense
+from visattn.runtime.call import AttentionCall
+from visattn.runtime.forward import Where
+from visattn.runtime.run import Run
+from visattn.runtime.runner import Runner
+
+# Options of a call that change what attention is.
+OTHERS = ("position_bias", "softcap", "s_aux", "sliding_window")
+
+
+class TowerRun(Run):
+    """The state of one patched tower.
+
+    Attributes:
+        traced: Where the tokens of the last forward sit, for compiled code.
+    """
+
+    traced: Where | None = None
+
+
+class Told(threading.local):
+    """What the arguments of an attention module told in a thread.
+
+    Attributes:
+        layout: Where its tokens sit, None if they did not tell.
+        turn: How many calls it has made since.
+    """
+
+    layout: Layout | None = None
+    turn: int = 0
+
+
+class Site:
+    """What a patched attention module knows.
+
+    Attributes:
+        run: Of its tower.
+        path: Of the module in its model.
+        runner: Runs its pattern.
+        stock: The attention that it had.
+        told: What its arguments told.
+        traced: The same in compiled code.
+    """
+
+    def __init__(self, run: TowerRun, path: str, runner: Runner, stock: Attend) -> None:
+        self.run, self.path, self.runner, self.stock = run, path, runner, stock
+        self.told = Told()
+        self.traced: Layout | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies of the module that copy its attributes one by one have no patch; see `visattn.copies`."""
+        return type(None), ()
+
+    def attend(self, own: Own) -> torch.Tensor:
+        """Attention [B, S, H, D].
+
+        Raises:
+            ValueError: If its weights are asked for.
+        """
+        if own.options.get("output_attentions"):
+            raise ValueError(
+                "output_attentions=True needs all attention weights, which a pattern does not compute: see some rows "
+                "by handle.watch(...), or remove() the handle"
+            )
+        if torch.compiler.is_compiling():
+            return self._traced(own)
+        run, (q, k, v) = self.run, own.tensors
+        run.enter(self.path)
+        call, chunk = to_call(own), self._chunk()
+        scale = call.scale
+        key = None
+        if chunk is None and call.mask is None and call.layouts is None and not (call.dropout or call.causal):
+            key = self.runner.key(q, k, v, scale, True, "eager")
+            if self.told.layout is not None and key is not None:
+                key = key, self.told.layout
+            if key is not None:
+                found = self.runner.attend_alike(
+                    key, (q, k, v), scale, self.path, True, functools.partial(_turned, own)
+                )
+                if found is not None:
+                    return found[0].transpose(1, 2)
+        if chunk is not None and call.layouts is None:
+            return self._in_order(own, call, chunk)
+        if call.layouts is None and self.told.layout is not None:
+            call = call.placed(_fits(self.told.layout, q.shape[2]))
+        return self.runner.attend(call.autocast(), self.path, key=key)[0]
+
+    def _chunk(self) -> Chunk | None:
+        """Where the tokens of this call sit, if the module makes several."""
+        forward = self.run.forward
+        if forward is None or not isinstance(forward.where, Chunks):
+            return None
+        calls, told = forward.where.calls, self.told
+        told.turn += 1
+        return calls[(told.turn - 1) % len(calls)]
+
+    def _in_order(self, own: Own, call: AttentionCall, chunk: Chunk) -> torch.Tensor:
+        """Attention of tokens that are not row by row."""
+        forward = self.run.forward
+        assert forward is not None
+        call = call.placed(_fits(chunk.layout, call.q.shape[1]))
+        if forward.dense or isinstance(self.runner.pattern, Dense) or isinstance(call.layouts, str):
+            return self.runner.attend(call.autocast(), self.path)[0]
+        order, back = row_major(chunk, call.q.device)
+        ordered = call.of(t[:, order] for t in call.tensors).with_own(lambda: own()[:, order])
+        return self.runner.attend(ordered.autocast(), self.path)[0][:, back]
+
+    def _traced(self, own: Own) -> torch.Tensor:
+        """The same while torch.compile traces: nothing is counted, and what can run is decided here and now.
+
+        Raises:
+            ValueError: If that depends on the values of a mask, or the tower attends image by image.
+        """
+        where, call, length = self.run.traced, to_call(own), own.tensors[0].shape[2]
+        if isinstance(self.runner.pattern, Dense):
+            return own()
+        if isinstance(where, Chunks):
+            raise ValueError(
+                f"{self.run.name} attends image by image, which patterns follow outside of compiled code only: "
+                "compile the text model alone, or remove() the handle"
+            )
+        if call.mask is not None:
+            raise ValueError(
+                f"{self.run.name} got a mask, and compiled code does not see whether it only hides padding: leave the "
+                "mask out or compile() away"
+            )
+        told = self.traced
+        found = _fits(told, length) if told is not None else "" if where is None else where.layouts(length)
+        backend, pattern = self.runner.backend, self.runner.pattern
+        if isinstance(found, str) or call.refusal() or call.layouts is not None:
+            return own()
+        if backend == "auto" and pattern.covers(found[0].grid):
+            return own()
+        parameters = {name: value.to(call.q.device) for name, value in self.runner.parameters.items()}
+        rest: dict[str, Any] = {"parameters": parameters} if parameters else {}
+        return attention(*call.tensors, pattern, found[0], scale=call.scale, backend=backend, **rest)
+
+
+def _turned(own: Own) -> torch.Tensor:
+    return own().transpose(1, 2)
+
+
+def to_call(own: Own) -> AttentionCall:
+    """A call of transformers as a runner takes it."""
+    (q, k, v), options = own.tensors, own.options
+    causal = options.get("is_causal")
+    if causal is None:
+        causal = getattr(own.module, "is_causal", True)
+    scale = options.get("scaling")
+    why = _others(options) or (f"its scale is a {type(scale).__name__}" if isinstance(scale, torch.Tensor) else "")
+    call = AttentionCall(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        own.mask,
+        None if isinstance(scale, torch.Tensor) else scale,
+        grouped=k.shape[1] != q.shape[1],
+        dropout=options.get("dropout", 0.0),
+        causal=bool(causal) and own.mask is None,
+        own=own,
+    )
+    return call.placed(why) if why else call
+
+
+def _others(options: Mapping[str, Any]) -> str:
+    found = [name for name in OTHERS if options.get(name) is not None]
+    return f"its call has {', '.join(found)}" if found else ""
+
+
+def _fits(layout: Layout, length: int) -> tuple[Layout, ...] | str:
+    return (layout,) if layout.length == length else f"a sequence of {length} tokens is not {layout}"
+
+
+def run_stock(call: AttentionCall) -> torch.Tensor:
+    """The attention that a module had, [B, S, H, D]: the `stock` of runners."""
+    own: Callable[[], torch.Tensor] = call.own
+    return own()

@@ -1,0 +1,120 @@
+"""The vision towers of a model of transformers, and their attention modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from visattn.clients.transformers.records import RECORDS, REFUSED, Record
+from visattn.patterns import Pattern
+from visattn.schedule import SiteName
+
+
+class Found(NamedTuple):
+    """An attention module: its name and the module."""
+
+    name: SiteName
+    module: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """One vision tower.
+
+    Attributes:
+        record: What is known about its class.
+        path: In the model, "" if it is the model.
+        module: The tower.
+        anchor: The module whose arguments tell where the tokens sit.
+        sites: Its attention modules that a pattern can run in, in the order of the layers.
+    """
+
+    record: Record
+    path: str
+    module: nn.Module
+    anchor: nn.Module
+    sites: tuple[Found, ...]
+
+    @property
+    def config(self) -> Any:
+        """The configuration of its attention, which names the implementation."""
+        return self.sites[0].module.config
+
+    @property
+    def dims(self) -> int:
+        """Axes of its token grid."""
+        return 3 if self.record.reader.__name__ == "video" else 2
+
+
+def find_towers(model: nn.Module, name: str) -> list[Tower]:
+    """The vision towers of the model called `name`.
+
+    Raises:
+        ValueError: If it has none that visattn knows, or one in which no pattern can run.
+    """
+    modules = dict(model.named_modules())
+    towers = list(_towers(modules, name))
+    if not towers:
+        raise ValueError(_nothing(modules, name))
+    return towers
+
+
+def _towers(modules: dict[str, nn.Module], name: str) -> Iterator[Tower]:
+    for path, anchor in modules.items():
+        record = next((record for record in RECORDS if record.is_anchor(anchor)), None)
+        if record is None:
+            continue
+        if record.refused:
+            raise ValueError(f"{name}: no pattern can run in {type(anchor).__name__}: {record.refused}")
+        tower = path if record.whole else path.rpartition(".")[0]
+        found = tuple(_sites(modules, record, tower))
+        if found:
+            yield Tower(record, tower, modules[tower], anchor, found)
+
+
+def _sites(modules: dict[str, nn.Module], record: Record, tower: str) -> Iterator[Found]:
+    """The attention modules of a tower that a pattern has something to do in."""
+    inside = f"{tower}." if tower else ""
+    block = 0
+    for path, module in modules.items():
+        if not path.startswith(inside) or not record.is_attention(module):
+            continue
+        around = modules[path.rpartition(".")[0]]
+        if record.skips is None or not record.skips(module, around, block):
+            yield Found(SiteName(path, _layer(path)), module)
+        block += 1
+
+
+def _layer(path: str) -> str:
+    """The path up to its last number: the block around an attention module."""
+    match = re.match(r"(.*\.\d+)\.", path)
+    return match[1] if match else path.rpartition(".")[0]
+
+
+def check_free(towers: list[Tower], name: str) -> None:
+    """Raise a ValueError if a tower is patched already."""
+    for tower in towers:
+        if any(getattr(site.module, "visattn_site", None) is not None for site in tower.sites):
+            raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")
+
+
+def _nothing(modules: dict[str, nn.Module], name: str) -> str:
+    """Why a model has nothing to patch."""
+    folders = {kind.__module__.split(".")[2] for kind in map(type, modules.values()) if _is_of_models(kind)}
+    why = "; ".join(f"{folder}: {REFUSED[folder]}" for folder in sorted(folders & set(REFUSED)))
+    if why:
+        other = "timm may have it in a form that apply() swaps"
+        return f"{name} has no vision tower that a pattern can run in ({why}); {other}"
+    known = ", ".join(record.models for record in RECORDS if not record.refused)
+    return f"{name} ({', '.join(sorted(folders))}) has no vision tower that visattn knows: it knows {known}"
+
+
+def _is_of_models(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.models.")
+
+
+Assigned = list[tuple[Found, Pattern]]

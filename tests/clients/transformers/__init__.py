@@ -1,0 +1,1 @@
+"""transformers: every tower of the table, names, and what `apply` promises."""
