@@ -170,7 +170,7 @@ class Tally:
                 for cell in cells:
                     cell.calls += 1
             return
-        stopped = _stop(begun)
+        stopped: Any = time.perf_counter() if isinstance(begun, float) else _event()
         with self._lock:
             is_first = not (cells[0].turn or cells[0].calls)
             for cell in cells:

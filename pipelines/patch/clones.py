@@ -176,7 +176,7 @@ def _saying_where(call: types.FunctionType) -> Callable[..., Any]:
     """A processor's call that first says in which module it is; a hook of the module would cost far more."""
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             here, path, _, module = self._visattn_place
             # As in `Place.enter`, without another function call.
             if here.forward is not None or (args and args[0] is module()):

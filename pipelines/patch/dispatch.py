@@ -74,24 +74,20 @@ def _dispatched(
     mask, dropout, causal, scale, grouped = rest
     kind = None
     if parallel is None and mask is None and not (dropout or causal or torch.compiler.is_compiling()):
-        group, kind = _kind(number, q, k, v, scale, False)
-        if kind is not None:
+        group = _group(number)
+        if group is not None:
             stock = functools.partial(group.stock.unmasked, q, k, v, scale, grouped)
-            found = group.attend_alike(kind, (q, k, v), scale, group.run.here.site, False, stock)
+            found = group.attend_alike(q, k, v, scale, False, "eager", stock)
             if found is not None:
                 return found[0]
+            kind = group.key(q, k, v, scale, False, "eager")
     call = AttentionCall(q, k, v, mask, scale, grouped, dropout, causal, parallel=parallel)
     return call_group(number, call, True, kind)
 
 
-def _kind(
-    number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, heads_first: bool
-) -> tuple[Any, Hashable]:
-    """The group with a number, and what calls like this one have in common, None where each is looked at."""
-    group = numbering.look_up(number)
-    if group is None or torch._C._len_torch_function_stack():
-        return group, None
-    return group, group.key(q, k, v, scale, heads_first, "eager")
+def _group(number: int) -> Any:
+    """The group with a number, None where there is none or somebody replaces torch's functions."""
+    return None if torch._C._len_torch_function_stack() else numbering.look_up(number)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -114,14 +110,15 @@ def sdpa(number: int) -> Callable[..., torch.Tensor]:
             )
         kind = None
         if attn_mask is None and not (dropout_p or is_causal or torch.compiler.is_compiling()):
-            group, kind = _kind(number, query, key, value, scale, True)
-            if kind is not None:
+            group = _group(number)
+            if group is not None:
                 # Parsing a keyword costs as much as a function call.
                 rest = {"scale": scale, "enable_gqa": enable_gqa} if enable_gqa or scale is not None else {}
                 stock = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, **rest)
-                found = group.attend_alike(kind, (query, key, value), scale, group.run.here.site, True, stock)
+                found = group.attend_alike(query, key, value, scale, True, "eager", stock)
                 if found is not None:
                     return found[0]
+                kind = group.key(query, key, value, scale, True, "eager")
         call = AttentionCall(query, key, value, attn_mask, scale, enable_gqa, dropout_p, is_causal).swapped()
         return call_group(number, call, False, kind).transpose(1, 2)
 

@@ -17,6 +17,8 @@ from visattn.pipelines.patch.stock import Stock
 
 # The only way from a number to its object. It keeps nothing alive.
 _leases: weakref.WeakValueDictionary[int, Lease] = weakref.WeakValueDictionary()
+# The objects themselves, for calls of attention, each of which looks its group up.
+_owners: dict[int, Callable[[], Any]] = {}
 # Learnable parameters of the groups by number: compiled code takes them from here, as inputs of its graph.
 _tensors: dict[int, list[torch.Tensor]] = {}
 _lock = threading.Lock()
@@ -36,6 +38,7 @@ class Lease:
     def __init__(self, number: int, owner: Any, stock: Stock | None) -> None:
         self.number, self.stock = number, stock
         self._owner: Callable[[], Any] = weakref.ref(owner)
+        _owners[number] = self._owner
 
     @property
     def owner(self) -> Any:
@@ -44,7 +47,7 @@ class Lease:
 
     def end(self) -> None:
         """The owner gives the number up."""
-        self._owner = _nobody
+        self._owner = _owners[self.number] = _nobody
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy of a processor is stock.
@@ -76,8 +79,7 @@ def tensors_of(number: int) -> list[torch.Tensor]:
 
 def look_up(number: int) -> Any:
     """The object with a number, None if it is gone."""
-    lease = _leases.get(number)
-    return None if lease is None else lease.owner
+    return _owners.get(number, _nobody)()
 
 
 def stock_of(number: int) -> Stock | None:

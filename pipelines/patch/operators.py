@@ -155,9 +155,8 @@ def patched_attention(
     plain = type(q) in PLAIN and type(k) in PLAIN and type(v) in PLAIN
     owner = look_up(group) if mask is None and not parameters and plain and not without_values(q) else None
     if owner is not None:
-        kind = owner.key(q, k, v, scale, False, "compiled")
         stock = functools.partial(owner.stock.unmasked, q, k, v, scale, grouped)
-        found = None if kind is None else owner.attend_alike(kind, (q, k, v), scale, None, False, stock)
+        found = owner.attend_alike(q, k, v, scale, False, "compiled", stock)
         if found is not None:
             return found[0].contiguous(), owner.encoded(found[1])
     return below(PATCHED_ATTENTION, q, k, v, mask, scale, grouped, group, parameters)

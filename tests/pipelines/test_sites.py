@@ -146,7 +146,39 @@ def test_modules_kept_dense_are_not_missed_beside_others(monkeypatch):
     assert report.hits > 0 and report.kept > 0 and report.hits + report.kept == len(report.modules)
 
 
-@pytest.mark.parametrize(("make", "most"), [(tiny_models.sdxl, 10), (tiny_models.flux, 12)])
+def function_calls(model, inputs):
+    """Python functions that one step calls."""
+    seen = Counter()
+
+    def count(frame, event, argument):
+        if event == "call":
+            seen[frame.f_code.co_name] += 1
+
+    sys.setprofile(count)
+    try:
+        tiny_models.run(model, inputs)
+    finally:
+        sys.setprofile(None)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize(
+    ("make", "once", "most"), [(tiny_models.sdxl, 0, 0), (tiny_models.flux, 70, 20), (tiny_models.wan, 70, 20)]
+)
+def test_a_dense_model_calls_few_more_functions_than_stock(make, once, most):
+    """A UNet fewer: what diffusers works out at each call is kept. Others have a hook at each module."""
+    model, inputs = make()
+    tiny_models.run(model, inputs)
+    stock = function_calls(model, inputs)
+    with visattn.apply(model, "dense") as handle:
+        for _ in range(2):
+            tiny_models.run(model, inputs)
+        patched = function_calls(model, inputs)
+        sites = len(handle.report().modules)
+    assert patched - stock <= once + most * sites
+
+
+@pytest.mark.parametrize(("make", "most"), [(tiny_models.sdxl, 7), (tiny_models.flux, 9)])
 def test_a_dense_call_adds_few_function_calls(make, most):
     files = ("dispatch", "stock", "runner", "verdict", "tally", "autocast", "call", "forward", "sequences")
     model, inputs = make()

@@ -13,13 +13,14 @@ from visattn.crossing import crossing
 from visattn.dispatch import Call, Problem, choose
 from visattn.layout import Layout
 from visattn.parameters import following
-from visattn.patterns import ComposedPattern, Dense, Pattern
+from visattn.patterns import ComposedPattern, Dense, DynamicPattern, Pattern
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
 from visattn.runtime.masks import carry_bias, key_validity
 from visattn.runtime.run import Run
 from visattn.runtime.sequences import Sequences
 from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
+from visattn.tally import Cell
 from visattn.watch import Watched
 
 
@@ -111,7 +112,8 @@ class Runner:
             if key is not None and not (parameters or verdict.why or len(verdict.layouts) > 1):
                 if len(forward.ready) >= MANY:
                     forward.ready.clear()
-                forward.ready[key] = Ready(verdict)
+                plain = not (isinstance(self.pattern, DynamicPattern) or self.pattern.needs_steps)
+                forward.ready[key] = Ready(verdict, plain)
         return out, verdict.layouts
 
     def key(
@@ -136,48 +138,77 @@ class Runner:
 
     def attend_alike(
         self,
-        key: Hashable,
-        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         scale: float | None,
-        site: str | None,
         heads_first: bool,
+        mode: Mode,
         stock: Callable[[], torch.Tensor],
     ) -> tuple[torch.Tensor, tuple[Layout, ...]] | None:
         """Attention of a call that is like an earlier one of its forward or one like it; None if there was none.
 
+        It runs at every module, so each function that it calls counts.
+
         Args:
-            key: What `key` gave, not None.
-            tensors: Queries, keys and values.
+            q: Queries; there is no mask.
+            k: Keys.
+            v: Values.
             scale: Factor on the logits or None.
-            site: Path of the module, None where that is unknown.
             heads_first: Whether they are [B, H, S, D] rather than [B, S, H, D]; the output is as they are.
+            mode: How the call is made; compiled code does not know its module.
             stock: Runs the stock attention on them.
         """
-        run = self.run
-        forward = run.here.forward
-        ready = None if forward is None else forward.ready.get(key)
-        if forward is None or ready is None:
+        run, library = self.run, torch._C
+        here, tally = run.here, run.tally
+        forward = here.forward
+        if (
+            forward is None
+            or run.watcher is not None
+            or library._is_any_autocast_enabled()
+            or library._current_graph_task_id() >= 0
+        ):
             return None
-        name, verdict = site or self.unnamed, ready.verdict
+        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        # What `key` gives.
+        ready = forward.ready.get(
+            (self, q.shape, k.shape, v.shape, q.dtype, k.dtype, q.device, scale, heads_first, learns, mode)
+        )
+        if ready is None:
+            return None
+        name, verdict = (here.site if mode == "eager" else None) or self.unnamed, ready.verdict
         cells = ready.cells.get(name)
         if cells is None:
-            ready.cells[name] = cells = verdict.cells(run.tally, name, tensors[0].device)
-        begun = run.tally.begin(cells[0])
+            ready.cells[name] = cells = verdict.cells(tally, name, q.device)
+        begun = tally.begin(cells[0])
         if not verdict.layouts:
             out = stock()
         elif heads_first:
-            q, k, v = tensors
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            with run.tally.hearing(cells), run.keeping(name, self.pattern):
-                out = attention(q, k, v, self.pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
+            out = self._listed(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, name, ready, cells)
             out = out.transpose(1, 2)
         else:
-            with run.tally.hearing(cells), run.keeping(name, self.pattern):
-                out = attention(*tensors, self.pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
-        run.tally.end(cells, begun)
+            out = self._listed(q, k, v, scale, name, ready, cells)
+        tally.end(cells, begun)
         if verdict.kind == "sparse" or verdict.slower:
             self._note(forward, name, verdict)
         return out, verdict.layouts
+
+    def _listed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        name: str,
+        ready: Ready,
+        cells: tuple[Cell, ...],
+    ) -> torch.Tensor:
+        """The pattern of q, k, v [B, S, H, D] without a mask."""
+        pattern, verdict = self.pattern, ready.verdict
+        if ready.plain:
+            return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
+        with self.run.tally.hearing(cells), self.run.keeping(name, pattern):
+            return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
         """Run the stock attention and count it, with the reason ("" means that it was to be dense)."""

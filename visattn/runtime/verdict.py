@@ -52,8 +52,10 @@ class Ready:
 
     Attributes:
         verdict: That.
+        plain: Whether nobody is told what the pattern chose, and it keeps nothing from step to step.
         cells: Where calls count, by module.
     """
 
     verdict: Verdict
+    plain: bool
     cells: dict[str, tuple[Cell, ...]] = field(default_factory=dict)
