@@ -77,6 +77,7 @@ def gpu_calls_table() -> str:
         "dense": "forward_grad_sdpa_host_us",
         "backward: host": "backward_host_us",
         "dense ": "backward_sdpa_host_us",
+        "engine alone": "backward_engine_host_us",
     }
     found = result("h100-calls")["rows"]
     columns = {head: key for head, key in columns.items() if key in found[0]}

@@ -115,6 +115,8 @@ def measure(name: str, case: Case, profiles: Path | None) -> dict[str, Any]:
     row |= timed("forward_grad_", learning, learning_stock, False)
     back, back_stock = backward(learning, given), backward(learning_stock, given)
     row |= timed("backward_", back, back_stock, False)
+    engine = backward(partial(Idle.apply, *given), given)
+    row |= in_turns({"backward_engine_host_us": partial(host_us, engine)})
     row["ready"], row["left"] = ready()
     if profiles is not None:
         for kind, work in (("no gradient", sparse), ("forward", learning), ("backward", back)):
@@ -122,6 +124,21 @@ def measure(name: str, case: Case, profiles: Path | None) -> dict[str, Any]:
                 text = profiled(work)
             (profiles / f"{name} {kind}.txt".replace(" ", "-")).write_text(text)
     return row
+
+
+class Idle(torch.autograd.Function):
+    """A function in Python whose backward has nothing to do: what autograd's engine costs a backward alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """A new tensor like q."""
+        ctx.grads = q.detach(), k.detach(), v.detach()
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        """Some gradients."""
+        return ctx.grads
 
 
 def timed(prefix: str, sparse: Callable[[], Any], stock: Callable[[], Any], graph: bool) -> dict[str, float]:
