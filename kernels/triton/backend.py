@@ -17,6 +17,7 @@ from visattn.dispatch import Backend, Call, Prepared, Problem, Support, overhead
 from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton import tune
 from visattn.kernels.triton.boxes import PARTIAL, tiled
+from visattn.kernels.triton.choosing.tables import lists_by_blocks
 from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels, config, largest_head_dim, needed_memory
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
 from visattn.layout import Layout
@@ -118,8 +119,9 @@ class Triton(Backend):
         support = fits(problem.device, problem.dtype, problem.head_dim)
         if support.ok and not isinstance(problem.pattern, ListedPattern):
             return Support(False, f"{problem.pattern.name} is not a list of key tiles")
-        if support.ok and isinstance(problem.pattern, RoutedPattern) and problem.pattern.pools_rest:
-            return Support(False, f"it has no pooled keys for what {problem.pattern.name} leaves out")
+        pools = isinstance(problem.pattern, RoutedPattern) and problem.pattern.pools_rest
+        if support.ok and pools and (problem.grad or not lists_by_blocks(problem.pattern)):
+            return Support(False, f"it has no gradients of the pooled keys for what {problem.pattern.name} leaves out")
         return support
 
     def cost(self, problem: Problem) -> float:
