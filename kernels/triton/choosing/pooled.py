@@ -45,7 +45,8 @@ class Rest(NamedTuple):
         batch, length, heads, head_dim = q.shape
         (rows, slots), (columns, kv_heads), width = self.tokens.shape, self.k.shape[1:3], block_dim(head_dim)
         # Float32 rows take as many registers as there are channels.
-        size = 32 if q.dtype == torch.float32 or width > 128 else 64
+        size = 64 if width <= 128 else 32
+        size = size // (4 if width > 64 else 2) if q.dtype == torch.float32 else size
         size = max(16, min(size, 1 << (slots - 1).bit_length()))
         pieces = -(-slots // size)
         given = {
