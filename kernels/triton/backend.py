@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -260,10 +261,20 @@ def _tunes(q: torch.Tensor) -> bool:
     return tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
+def _block_tokens(pattern: Pattern, layout: Layout) -> dict[str, int | None]:
+    """Tokens that the row tiles of a dynamic pattern have at most: its blocks are their borders."""
+    if not isinstance(pattern, DynamicPattern):
+        return {}
+    blocks = pattern.blocks(layout.grid)
+    queries, keys = math.prod(blocks.queries), math.prod(blocks.keys)
+    return {"forward": queries, "query_grad": queries, "key_grad": keys}
+
+
 def launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> dict[str, Config]:
     """The launch configuration of each direction: the table's or the tuned one, or that of a Hopper kernel."""
     number, dtype, head_dim = architecture(q.device), q.dtype, q.shape[3]
-    configs = {d: config(number, dtype, head_dim, d) for d in DIRECTIONS}
+    tokens = dict.fromkeys(DIRECTIONS) | _block_tokens(call.pattern, call.layout)
+    configs = {d: config(number, dtype, head_dim, d, tokens[d]) for d in DIRECTIONS}
     if _tunes(q):
         configs = _tuned(call.pattern, call.layout, dtype, head_dim, q.device)
     # A new dict: the tuned one is kept for other calls, which may have a mask.
