@@ -169,12 +169,26 @@ class Triton(Backend):
         scale: float,
     ) -> Routes | None:
         """See `visattn.patterns.choice.quick.Chooser`."""
-        usable = self.available().ok and fits(q.device.type, q.dtype, q.shape[3]).ok
-        if not usable or peek_interpreter_stack() is not None:
+        if not self._pools(q):
             return None
         from visattn.kernels.triton.choosing.choose import chosen
 
         return chosen(pattern, q, k, blocks, valid, scale)
+
+    def means(
+        self, x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], valid: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """See `visattn.patterns.choice.quick.Chooser`."""
+        if not self._pools(x) or not x.numel():
+            return None
+        from visattn.kernels.triton.choosing.choose import block_means
+
+        return block_means(x, grid, box, valid).mean.transpose(1, 2)
+
+    def _pools(self, x: torch.Tensor) -> bool:
+        """Whether kernels read such tensors, which no transform of torch.func wraps."""
+        usable = self.available().ok and fits(x.device.type, x.dtype, x.shape[3]).ok
+        return usable and peek_interpreter_stack() is None
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from visattn import Layout, attention, parse
+from visattn.dispatch import load
 from visattn.kernels.triton.arguments import plan_of
 from visattn.kernels.triton.choosing.choose import chosen
 from visattn.kernels.triton.choosing.listed import listed_program
@@ -11,6 +12,7 @@ from visattn.kernels.triton.choosing.tables import tables
 from visattn.kernels.triton.config import Config
 from visattn.patterns import Routes
 from visattn.patterns.choice.blocks import inner
+from visattn.patterns.choice.scores import block_means
 
 LISTS = {
     "whole blocks": ("topk(keep=3,block=4x4)", Layout((8, 12)), 16, 16),
@@ -195,3 +197,12 @@ def test_gradients_of_means_are_refused():
     q = torch.randn(1, 64, 1, 16, requires_grad=True)
     with pytest.raises(ValueError, match="no gradients of the pooled keys"):
         attention(q, q, q, "topk(keep=2,block=4x4,rest=mean)", Layout((8, 8)), backend="triton")
+
+
+def test_means_of_blocks():
+    layout, box = Layout((5, 7)), (2, 4)
+    x = torch.randn(2, layout.length, 3, 24, generator=torch.manual_seed(0)).to(torch.float16)
+    valid = torch.rand(2, layout.length, generator=torch.manual_seed(1)) > 0.7
+    for mask in (None, valid):
+        found = load("triton").means(x, layout.grid, box, mask)
+        assert (found - block_means(x, layout.grid, box, mask)).abs().max() < 1e-5
