@@ -168,17 +168,21 @@ def list_arguments(run: Program, work: Work, column_positions: bool, pairs: int,
     return arguments
 
 
-def constants(t: Operands, work: Work, unit: int) -> dict[str, Any]:
-    """Compile-time arguments of every kernel with matrix products."""
+def precision(dtype: torch.dtype, tf32: bool) -> str:
+    """How factors of products are rounded; `tf32` says that those of float32 may be rounded to it."""
     # Three products of tf32 halves give float32's accuracy on tensor cores; without them Triton keeps whole rows
     # in registers.
-    precision = "ieee" if t.q.dtype != torch.float32 else "tf32" if work.tf32 else "tf32x3"
+    return "ieee" if dtype != torch.float32 else "tf32" if tf32 else "tf32x3"
+
+
+def constants(t: Operands, work: Work, unit: int) -> dict[str, Any]:
+    """Compile-time arguments of every kernel with matrix products."""
     return {
         "HEAD_DIM": t.q.shape[3],
         "BLOCK_DIM": block_dim(t.q.shape[3]),
         "UNIT": unit,
         "KEY_MASK": t.key_mask is not None,
-        "PRECISION": precision,
+        "PRECISION": precision(t.q.dtype, work.tf32),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from visattn.dispatch import Backend, Call, Prepared, Problem, Support, overhead
 from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton import tune
 from visattn.kernels.triton.boxes import PARTIAL, tiled
+from visattn.kernels.triton.choosing.tables import lists_by_blocks
 from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels, config, largest_head_dim, needed_memory
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
 from visattn.layout import Layout
@@ -118,8 +120,9 @@ class Triton(Backend):
         support = fits(problem.device, problem.dtype, problem.head_dim)
         if support.ok and not isinstance(problem.pattern, ListedPattern):
             return Support(False, f"{problem.pattern.name} is not a list of key tiles")
-        if support.ok and isinstance(problem.pattern, RoutedPattern) and problem.pattern.pools_rest:
-            return Support(False, f"it has no pooled keys for what {problem.pattern.name} leaves out")
+        pools = isinstance(problem.pattern, RoutedPattern) and problem.pattern.pools_rest
+        if support.ok and pools and (problem.grad or not lists_by_blocks(problem.pattern)):
+            return Support(False, f"it has no gradients of the pooled keys for what {problem.pattern.name} leaves out")
         return support
 
     def cost(self, problem: Problem) -> float:
@@ -166,12 +169,26 @@ class Triton(Backend):
         scale: float,
     ) -> Routes | None:
         """See `visattn.patterns.choice.quick.Chooser`."""
-        usable = self.available().ok and fits(q.device.type, q.dtype, q.shape[3]).ok
-        if not usable or peek_interpreter_stack() is not None:
+        if not self._pools(q):
             return None
         from visattn.kernels.triton.choosing.choose import chosen
 
         return chosen(pattern, q, k, blocks, valid, scale)
+
+    def means(
+        self, x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], valid: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """See `visattn.patterns.choice.quick.Chooser`."""
+        if not self._pools(x) or not x.numel():
+            return None
+        from visattn.kernels.triton.choosing.choose import block_means
+
+        return block_means(x, grid, box, valid).mean.transpose(1, 2)
+
+    def _pools(self, x: torch.Tensor) -> bool:
+        """Whether kernels read such tensors, which no transform of torch.func wraps."""
+        usable = self.available().ok and fits(x.device.type, x.dtype, x.shape[3]).ok
+        return usable and peek_interpreter_stack() is None
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
@@ -258,10 +275,20 @@ def _tunes(q: torch.Tensor) -> bool:
     return tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
+def _block_tokens(pattern: Pattern, layout: Layout) -> dict[str, int | None]:
+    """Tokens that the row tiles of a dynamic pattern have at most: its blocks are their borders."""
+    if not isinstance(pattern, DynamicPattern):
+        return {}
+    blocks = pattern.blocks(layout.grid)
+    queries, keys = math.prod(blocks.queries), math.prod(blocks.keys)
+    return {"forward": queries, "query_grad": queries, "key_grad": keys}
+
+
 def launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> dict[str, Config]:
     """The launch configuration of each direction: the table's or the tuned one, or that of a Hopper kernel."""
     number, dtype, head_dim = architecture(q.device), q.dtype, q.shape[3]
-    configs = {d: config(number, dtype, head_dim, d) for d in DIRECTIONS}
+    tokens = dict.fromkeys(DIRECTIONS) | _block_tokens(call.pattern, call.layout)
+    configs = {d: config(number, dtype, head_dim, d, tokens[d]) for d in DIRECTIONS}
     if _tunes(q):
         configs = _tuned(call.pattern, call.layout, dtype, head_dim, q.device)
     # A new dict: the tuned one is kept for other calls, which may have a mask.

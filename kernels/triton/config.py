@@ -119,6 +119,11 @@ HOPPER = {
 }
 
 
+# Instead of the table's where a pattern's row tiles have at most half of its rows, which would leave the others idle:
+# by family, direction and bytes, then padded head dim.
+HALF: dict[tuple[str, str, int], dict[int, Config]] = {("large", "key_grad", 2): {128: Config(64, 32, 4, 2)}}
+
+
 def needed_memory(architecture: int) -> int:
     """Bytes of shared memory that the configurations of an architecture may take; unknown ones get the least."""
     return SHARED_MEMORY.get(architecture, min(SHARED_MEMORY.values()))
@@ -145,7 +150,7 @@ def block_dim(head_dim: int) -> int:
     return next(d for d in BLOCK_DIMS if d >= head_dim)
 
 
-def config(architecture: int, dtype: torch.dtype, head_dim: int, direction: str) -> Config:
+def config(architecture: int, dtype: torch.dtype, head_dim: int, direction: str, tokens: int | None = None) -> Config:
     """The launch configuration of a kernel.
 
     Args:
@@ -153,6 +158,9 @@ def config(architecture: int, dtype: torch.dtype, head_dim: int, direction: str)
         dtype: Of q, k and v.
         head_dim: Channels per head, at most 256.
         direction: One of `DIRECTIONS`.
+        tokens: What a row tile has at most, None where it fills the rows.
     """
     rows = _TABLE[family(architecture)][direction][dtype.itemsize]
-    return rows[min(d for d in rows if d >= head_dim)]
+    width = min(d for d in rows if d >= head_dim)
+    half = HALF.get((family(architecture), direction, dtype.itemsize), {}).get(width)
+    return half if half and tokens is not None and tokens <= half.rows else rows[width]

@@ -14,6 +14,8 @@ import torch
 from visattn.dispatch import Call
 from visattn.kernels.triton.arguments import Operands, Routed, Work
 from visattn.kernels.triton.choosing.listed import DynamicLists
+from visattn.kernels.triton.choosing.pooled import rest_of
+from visattn.kernels.triton.choosing.tables import lists_by_blocks
 from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels
 from visattn.kernels.triton.hopper.launch import copyable
 from visattn.kernels.triton.launch import run_bias_gradients, start_first
@@ -83,6 +85,8 @@ class Kernels:
             want_lse: Whether the log-sum-exp is wanted.
             routed: Lists of a routed pattern.
         """
+        rest = routed.rest if isinstance(routed, DynamicLists) else None
+        want_lse = want_lse or rest is not None
         shape, strides, dtype, device = self._queries
         out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
@@ -106,6 +110,8 @@ class Kernels:
             work = self._work_for(t)
             t.taken = self.starts.counter() if work.configs["forward"].hopper else None
             start_first("forward", want_lse, t, work)
+        if rest is not None and lse is not None and not self._empty:
+            rest.add(q, out, lse, self._call.scale)
         return out, lse
 
     def lists(
@@ -140,8 +146,12 @@ class Kernels:
             return router.choose(q, k)
         assert isinstance(pattern, RoutedPattern)
         scale = self._call.scale if scale is None else scale
-        if isinstance(pattern, DynamicPattern) and type(pattern).route is DynamicPattern.route:
-            return DynamicLists(pattern.choose(q, k, work.layout, key_mask, scale), work)
+        if isinstance(pattern, DynamicPattern) and lists_by_blocks(pattern):
+            chosen = pattern.choose(q, k, work.layout, key_mask, scale)
+            rest = None
+            if pattern.pools_rest:
+                rest = rest_of(pattern, chosen, k, v, work.layout, key_mask, self._tf32, q.shape[2])
+            return DynamicLists(chosen, work, rest)
         routes: dict[TilePlan, Routes] = {}
         programs = {}
         for direction in DIRECTIONS if learns else ("forward",):

@@ -37,7 +37,8 @@ CASES: dict[str, tuple[str, Layout]] = {
     "image, 50 %, 128 x 64": ("topk(keep=0.5, block=8x16, key_block=8x8)", Layout((256, 256))),
     "image, topp": ("topp(p=0.5, most=0.5)", Layout((256, 256))),
     "video, 10 %": ("topk(keep=0.1)", Layout((30, 45, 88))),
-    "video, 10 %, 128 x 64": ("topk(keep=0.1, block=4x4x8, key_block=4x4x4)", Layout((30, 45, 88))),
+    "video, 10 %, 128 x 64": ("topk(keep=0.1, block=2x8x8, key_block=1x8x8)", Layout((30, 45, 88))),
+    "image, 10 %, 128 x 64, means": ("topk(keep=0.1, block=8x16, key_block=8x8, rest=mean)", Layout((256, 256))),
     "video, 10 %, blocks of 128": ("topk(keep=0.1, block=4x4x8)", Layout((30, 45, 88))),
 }
 

@@ -34,13 +34,13 @@ def sparse(pattern: str, layout: Layout) -> Attend:
     return lambda q, k, v: attention(q, k, v, pattern, layout, backend="triton")
 
 
-def cases(only: str) -> list[tuple[str, tuple[int, ...], str, bool]]:
+def cases(only: str, chosen: str) -> list[tuple[str, tuple[int, ...], str, bool]]:
     """Model, grid, pattern, and whether it is compiled."""
     found = []
     for name, kind in MODELS.items():
         for grid, pattern, compiled in itertools.product(kind.grids, (DENSE, *kind.patterns), (False, True)):
             found.append((name, grid, pattern, compiled))
-    return [case for case in found if only in case[0]]
+    return [case for case in found if only in case[0] and (case[2] == DENSE or chosen in case[2])]
 
 
 def stack_of(name: str, grid: tuple[int, ...], pattern: str, compiled: bool) -> tuple[Any, tuple[Any, ...]]:
@@ -87,10 +87,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--pattern", default="", help="patterns whose text contains this, beside dense")
+    parser.add_argument("--grid", default="", help="grids like 21x45x80 alone")
+    parser.add_argument("--compiled", action="store_true", help="compiled blocks alone")
     parser.add_argument("--out")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    todo = cases(chosen.only)
+    todo = [case for case in cases(chosen.only, chosen.pattern) if case[3] or not chosen.compiled]
+    todo = [case for case in todo if not chosen.grid or "x".join(map(str, case[1])) == chosen.grid]
     if chosen.compile:
         index, of = map(int, chosen.compile.split("/"))
         for name, grid, pattern, compiled in [c for c in todo if c[3]][index::of]:

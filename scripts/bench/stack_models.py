@@ -169,7 +169,7 @@ class Wan(nn.Module):
     """2 of the 30 blocks of Wan 1.3B."""
 
     hidden, heads, text, share = 1536, 12, 512, 2 / 30
-    patterns: ClassVar[tuple[str, ...]] = ("radial(decay=0.2)",)
+    patterns: ClassVar[tuple[str, ...]] = ("radial(decay=0.2)", "topk(keep=0.1, block=1x8x16, key_block=1x8x8)")
     grids: ClassVar[tuple[tuple[int, ...], ...]] = ((21, 45, 80), (21, 90, 160))
 
     def __init__(self) -> None:

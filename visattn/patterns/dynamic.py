@@ -23,9 +23,9 @@ from visattn.patterns.choice.blocks import (
 from visattn.patterns.choice.listening import tell
 from visattn.patterns.choice.memory import Means, kept_for
 from visattn.patterns.choice.picks import Seen
-from visattn.patterns.choice.quick import by_kernels
+from visattn.patterns.choice.quick import by_kernels, quick_means
 from visattn.patterns.choice.rest import Pooled, append_means, rest_weights
-from visattn.patterns.choice.scores import Score, block_means, block_scores
+from visattn.patterns.choice.scores import Score, block_scores
 from visattn.patterns.choice.slices import Slices
 from visattn.patterns.kinds import RoutedPattern, Tiled
 from visattn.patterns.routes import Routes, lists_of
@@ -243,7 +243,7 @@ class DynamicPattern(RoutedPattern):
                     call,
                     blocks.columns,
                     q.dtype,
-                    lambda: Means(*(block_means(x, *side, valid) for x, side in zip(own, blocks.sides, strict=True))),
+                    lambda: Means(*(quick_means(x, *side, valid) for x, side in zip(own, blocks.sides, strict=True))),
                     lambda: self._chosen(*own, blocks, valid, factor),
                 )
             tell(choice, blocks)

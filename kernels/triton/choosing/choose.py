@@ -106,6 +106,14 @@ def _means(x: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor | None, sc
     return Means(mean, count)
 
 
+def block_means(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], valid: torch.Tensor | None) -> Means:
+    """Means of blocks of grid tokens [B, tokens, heads, D], of those that `valid`, bool [B, tokens], has."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    bytes_of_mask = None if valid is None else valid.contiguous().view(torch.uint8)
+    with on(x.device):
+        return _means(x, part_tokens(grid, box, 1, x.device), bytes_of_mask, 1.0)
+
+
 def chosen(
     pattern: DynamicPattern,
     q: torch.Tensor,

@@ -9,6 +9,7 @@ import torch
 
 from visattn.kernels.triton.arguments import Work
 from visattn.kernels.triton.choosing.lists import write_lists
+from visattn.kernels.triton.choosing.pooled import Rest
 from visattn.kernels.triton.choosing.tables import Tables, tables, writes_lists
 from visattn.kernels.triton.lists.program import Program
 from visattn.kernels.triton.routes import routed_program
@@ -27,10 +28,11 @@ class DynamicLists:
     Args:
         routes: Key blocks of each query block, as `DynamicPattern.choose` gives them.
         work: What calls that are alike share.
+        rest: The pooled keys of what is not listed, None for `rest=drop`.
     """
 
-    def __init__(self, routes: Routes, work: Work) -> None:
-        self._routes, self._work = routes, work
+    def __init__(self, routes: Routes, work: Work, rest: Rest | None = None) -> None:
+        self._routes, self._work, self.rest = routes, work, rest
         self._programs: dict[Any, Program] = {}
 
     def program(self, direction: str) -> Program:

@@ -19,10 +19,14 @@ from visattn.tiling import Ints
 LONGEST = 16384
 
 
+def lists_by_blocks(pattern: Pattern) -> bool:
+    """Whether lists of a pattern are those that `DynamicPattern.choose` gives, key blocks for query blocks."""
+    return isinstance(pattern, DynamicPattern) and type(pattern).route is DynamicPattern.route
+
+
 def writes_lists(pattern: Pattern, plan: TilePlan) -> bool:
-    """Whether the kernel `lists` writes the lists of a pattern: key blocks for query blocks, of tiles that fit."""
-    own = isinstance(pattern, DynamicPattern) and type(pattern).route is DynamicPattern.route
-    return own and plan.keys.runs[1] <= LONGEST
+    """Whether the kernel `lists` writes the lists of a pattern: such lists, of tiles that fit in a program."""
+    return lists_by_blocks(pattern) and plan.keys.runs[1] <= LONGEST
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,7 +65,7 @@ def hopper_config(
     if architecture != 90 or launch is None or dtype.itemsize != 2 or not installed():
         return None
     plan = plan_of(pattern, layout, direction, launch)
-    if isinstance(pattern, RoutedPattern) and (pattern.pools_rest or not writes_lists(pattern, plan)):
+    if isinstance(pattern, RoutedPattern) and not writes_lists(pattern, plan):
         return None
     rows, columns = (plan.keys, plan.queries) if direction == "key_grad" else (plan.queries, plan.keys)
     # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.

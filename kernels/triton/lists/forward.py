@@ -1,7 +1,7 @@
 """Forward kernel: one query tile per program, online softmax over its key tiles."""
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201
 
 # The language of Triton kernels is not quite Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
@@ -26,7 +26,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _absorb(acc, total, top, scores, v, PRECISION: tl.constexpr, GUARD: tl.constexpr):
+def absorb(acc, total, top, scores, v, PRECISION: tl.constexpr, GUARD: tl.constexpr):
     """One step of the online softmax (Milakov and Gimelshein 2018; FlashAttention-2, algorithm 1), base 2."""
     new = tl.maximum(top, tl.max(scores, 1))
     # A row that has seen no key yet has new = -inf: 0 instead keeps exp2 free of nan.
@@ -92,7 +92,7 @@ def attend(
             if KEY_MASK:
                 scores = tl.where(tl.load(key_mask + base + offset)[None, :] != 0, scores, float("-inf"))
             value = tl.load(rows_at(v, base, v_token * UNIT, v_box, TILES), mask=has_d[None, :], other=0.0)
-            acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, KEY_MASK)
+            acc, total, top = absorb(acc, total, top, scores, value, PRECISION, KEY_MASK)
     if PARTIAL:
         for i in range(split, stop, TILES):
             base = bases_at(bases, i, column_slots, COLUMNS, TILES)
@@ -109,7 +109,7 @@ def attend(
             value = tl.load(
                 rows_at(v, base, v_token * UNIT, v_box, TILES), mask=inside[:, None] & has_d[None, :], other=0.0
             )
-            acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, True)
+            acc, total, top = absorb(acc, total, top, scores, value, PRECISION, True)
     if DENSE:
         k_run, v_run = boxes_of(column_slots, k_token * UNIT, v_token * UNIT, d, WIDE, ALIKE)
         for i in range(0, dense):
@@ -124,7 +124,7 @@ def attend(
                 visible &= tl.load(key_mask + base + column_slots, mask=inside, other=0) != 0
             scores = tl.where(visible[None, :], scores, float("-inf"))
             value = tl.load(v + base * (v_token * UNIT) + v_run, mask=here, other=0.0)
-            acc, total, top = _absorb(acc, total, top, scores, value, PRECISION, True)
+            acc, total, top = absorb(acc, total, top, scores, value, PRECISION, True)
 
     # Loaded again (volatile: not merged with the first load) to hold fewer registers in the loops.
     token = tl.load(tokens + row * ROWS + row_slots, volatile=True)

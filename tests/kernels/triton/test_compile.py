@@ -7,10 +7,18 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+from triton.backends.compiler import GPUTarget
+
+from visattn import Layout, parse
 from visattn.kernels.triton import ahead, resources
+from visattn.kernels.triton.arguments import plan_of
+from visattn.kernels.triton.choosing import choose, listed, pooled
+from visattn.kernels.triton.choosing.tables import tables
 from visattn.kernels.triton.config import (
     BLOCK_DIMS,
     DIRECTIONS,
+    HALF,
     HOPPER,
     SHARED_MEMORY,
     Config,
@@ -18,6 +26,7 @@ from visattn.kernels.triton.config import (
     config,
     family,
 )
+from visattn.patterns.choice.blocks import inner
 
 
 @pytest.mark.parametrize(("arch", "direction"), [(80, "query_grad"), (90, "forward"), (100, "key_grad")])
@@ -32,6 +41,55 @@ def test_compiles_without_spills(arch, direction):
 def test_the_hopper_kernels_compile(direction, dim):
     used = resources.compiled(90, direction, torch.bfloat16, dim, HOPPER[direction][dim])
     assert used.fits(SHARED_MEMORY[90], resources.HOPPER_SPILLS), used
+
+
+HALVES = [(direction, dim, launch) for (_, direction, _), own in HALF.items() for dim, launch in own.items()]
+
+
+@pytest.mark.parametrize(("direction", "dim", "launch"), HALVES)
+def test_launches_for_half_as_many_rows_compile(direction, dim, launch):
+    assert config(90, torch.bfloat16, dim, direction, launch.rows) == launch
+    assert config(90, torch.bfloat16, dim, direction, 2 * launch.rows) == config(90, torch.bfloat16, dim, direction)
+    used = resources.compiled(90, direction, torch.bfloat16, dim, launch)
+    assert used.fits(SHARED_MEMORY[90]), used
+
+
+def compiled_launches(monkeypatch, text, dtype, dim):
+    """What every kernel needs that chooses for a pattern, writes its lists and adds its pooled keys."""
+    found = {}
+
+    def compile_only(kernel, grid, given, warps, stages):
+        options = {"num_warps": warps, "enable_fp_fusion": True} | ({} if stages is None else {"num_stages": stages})
+        made = triton.compile(ahead.source(kernel, given), target=GPUTarget("cuda", 90, 32), options=options)
+        found[kernel.fn.__name__] = ahead._used(made, True)
+
+    for module in (choose, listed, pooled):
+        monkeypatch.setattr(module, "launch_like", compile_only)
+    pattern, layout = parse(text), Layout((64, 64), 16)
+    blocks, x = pattern.blocks(layout.grid), torch.empty(1, layout.length, 2, dim, dtype=dtype)
+    own = x[:, inner(layout)]
+    routes = choose.chosen(pattern, own, own, blocks, None, 0.1)
+    plan = plan_of(pattern, layout, "forward", HOPPER["forward"][128])
+    listed.listed_program(tables(plan, blocks, 2, torch.device("cpu")), routes)
+    if pattern.pools_rest:
+        rest = pooled.rest_of(pattern, routes, x, x, layout, None, False, 2)
+        rest.add(x, torch.empty_like(x), torch.empty(1, 2, layout.length), 0.1)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "dim", "kernels"),
+    [
+        ("topk(keep=0.2,block=8x16,key_block=8x8,rest=mean)", torch.bfloat16, 128, 6),
+        pytest.param("topp(p=0.5,block=8x16,most=0.5,rest=mean)", torch.float32, 128, 6, marks=pytest.mark.slow),
+        pytest.param("above(score=parts(4x4),block=8x8,rest=mean)", torch.float16, 256, 6, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_of_dynamic_patterns_compile(monkeypatch, text, dtype, dim, kernels):
+    found = compiled_launches(monkeypatch, text, dtype, dim)
+    assert len(found) == kernels
+    for name, used in found.items():
+        assert used.fits(SHARED_MEMORY[90]), (name, used)
 
 
 def test_amd_compiles():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from visattn import Layout, attention, parse
+from visattn.dispatch import load
 from visattn.kernels.triton.arguments import plan_of
 from visattn.kernels.triton.choosing.choose import chosen
 from visattn.kernels.triton.choosing.listed import listed_program
@@ -11,6 +12,7 @@ from visattn.kernels.triton.choosing.tables import tables
 from visattn.kernels.triton.config import Config
 from visattn.patterns import Routes
 from visattn.patterns.choice.blocks import inner
+from visattn.patterns.choice.scores import block_means
 
 LISTS = {
     "whole blocks": ("topk(keep=3,block=4x4)", Layout((8, 12)), 16, 16),
@@ -161,3 +163,46 @@ def test_attention_along_lists_that_kernels_choose(monkeypatch):
     out = attention(q, k, v, text, layout, backend="triton")
     (found,) = torch.autograd.grad(out.square().sum(), q)
     assert (out - truth).abs().max() < 1e-5 and (found - want).abs().max() < 1e-4
+
+
+RESTS = {
+    "means of the rest": ("topk(keep=1,block=4x4,rest=mean)", Layout((8, 8)), {}),
+    "text, odd grid, mask": ("topp(p=0.4,block=4x4,rest=mean)", Layout((5, 7), 3, 2), {"masked": True}),
+    "blocks of several tiles, no list": (
+        "above(tau=1.5,block=8x8,key_block=4x4,always=none,rest=mean)",
+        Layout((12, 9)),
+        {},
+    ),
+    "many blocks": ("topk(keep=3,block=2,always=none,rest=mean)", Layout(71), {}),
+}
+
+
+@pytest.mark.parametrize("name", RESTS)
+def test_means_of_what_is_not_listed(name):
+    text, layout, special = RESTS[name]
+    q = torch.randn(2, layout.length, 2, 24, generator=torch.manual_seed(0))
+    k, v = (torch.randn(2, layout.length, 1, 24, generator=torch.manual_seed(i)) for i in (1, 2))
+    mask = None
+    if special:
+        mask = torch.rand(2, layout.length, generator=torch.manual_seed(3)) > 0.4
+        # Blocks without a valid token have no mean.
+        mask[1, layout.length // 2 :] = False
+    options = {"key_mask": mask, "return_lse": True, "scale": -0.4}
+    out, lse = attention(q, k, v, text, layout, backend="triton", **options)
+    want, truth = attention(q, k, v, text, layout, backend="reference", **options)
+    assert (out - want).abs().max() < 1e-5 and (lse - truth).abs().max() < 1e-5
+
+
+def test_gradients_of_means_are_refused():
+    q = torch.randn(1, 64, 1, 16, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradients of the pooled keys"):
+        attention(q, q, q, "topk(keep=2,block=4x4,rest=mean)", Layout((8, 8)), backend="triton")
+
+
+def test_means_of_blocks():
+    layout, box = Layout((5, 7)), (2, 4)
+    x = torch.randn(2, layout.length, 3, 24, generator=torch.manual_seed(0)).to(torch.float16)
+    valid = torch.rand(2, layout.length, generator=torch.manual_seed(1)) > 0.7
+    for mask in (None, valid):
+        found = load("triton").means(x, layout.grid, box, mask)
+        assert (found - block_means(x, layout.grid, box, mask)).abs().max() < 1e-5
