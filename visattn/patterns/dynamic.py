@@ -25,6 +25,7 @@ from visattn.patterns.choice.memory import Means, kept_for
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.rest import Pooled, append_means, rest_weights
 from visattn.patterns.choice.scores import Score, block_means, block_scores
+from visattn.patterns.choice.skipping import not_skipped
 from visattn.patterns.choice.slices import Slices
 from visattn.patterns.kinds import RoutedPattern, Tiled
 from visattn.patterns.routes import Routes, lists_of
@@ -55,6 +56,7 @@ class DynamicPattern(RoutedPattern):
             relative to their norm.
         alike: Blocks whose tokens are less alike than this list everything, or are listed by everyone; None for no such
             guard.
+        skip: Listed blocks whose largest weight is below this share of the largest so far are passed over; 0 for none.
     """
 
     score: str
@@ -67,6 +69,7 @@ class DynamicPattern(RoutedPattern):
     drift: float
     share: int | str
     alike: float | None = None
+    skip: float = 0.0
 
     def put_in_form(self) -> None:
         """Check the parameters that all dynamic patterns have, and give them the form that equal patterns share."""
@@ -98,6 +101,11 @@ class DynamicPattern(RoutedPattern):
         """Raise a ValueError for parameters that exclude each other."""
         if self.score.startswith("tree") and self.per != "row":
             raise ValueError(f"score={self.score} searches row by row: leave per={self.per} out")
+        if not is_number(self.skip) or not 0 <= self.skip < 1:
+            raise ValueError(f"skip={self.skip!r} must be a share of the largest weight, from 0 to below 1")
+        object.__setattr__(self, "skip", real_number(self.skip))
+        if self.skip and self.rest != "drop":
+            raise ValueError(f"skip={self.skip} leaves what it passes over out: leave rest={self.rest} out, or skip")
         if self.alike is None:
             return
         if not is_number(self.alike) or not -1 <= self.alike < 1:
@@ -159,6 +167,8 @@ class DynamicPattern(RoutedPattern):
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Whether every block is listed whatever q and k are."""
         blocks = self.blocks(grid)
+        if self.skip:
+            return False
         return self.least_listed(blocks) >= blocks.columns or bool(always_mask(terms_of(self.always), blocks).all())
 
     @abstractmethod
@@ -226,6 +236,11 @@ class DynamicPattern(RoutedPattern):
         Arguments as in `RoutedPattern.route`.
         """
         blocks, at = self.blocks(layout.grid), inner(layout)
+        if self.skip and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+            raise ValueError(
+                f"{self}: what skip passes over depends on the order of the blocks and has no gradient: call it under "
+                "torch.no_grad(), or leave skip out"
+            )
         with torch.no_grad():
             own = q[:, at], k[:, at]
             valid = None if key_mask is None else key_mask[:, at]
@@ -243,7 +258,10 @@ class DynamicPattern(RoutedPattern):
                     lambda: Means(*(block_means(x, *side, valid) for x, side in zip(own, blocks.sides, strict=True))),
                     lambda: self._chosen(*own, blocks, valid, factor),
                 )
-            tell(choice, blocks)
+            listed = choice
+            if self.skip:
+                choice = not_skipped(choice, q, k, layout, blocks, key_mask, factor, self.skip)
+            tell(choice, blocks, listed if self.skip else None)
             return choice
 
     def _chosen(

@@ -59,6 +59,11 @@ PRESETS = {
         "Sparse VideoGen2 (Yang et al., 2025), Wan 14B; HunyuanVideo takes 400 and 1000 clusters",
         "the original starts from random tokens and stops early where centres rest",
     ),
+    "blasst": Preset(
+        "topk(keep=1.0, always=none, block=64, skip=0.01)",
+        "BLASST (2025) and skip-softmax of TensorRT-LLM: dense attention with the test in its loop",
+        "the originals take a threshold divided by the number of tokens; the test here is made on lists and saves no time",
+    ),
     "hyper": Preset(
         "lsh(planes=7, block=256, samples=256)",
         "HyperAttention (Han et al., 2023)",
