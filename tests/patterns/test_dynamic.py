@@ -329,7 +329,7 @@ def test_tile_choice_is_the_lists_of_the_grid(grid):
         ("topk(always=window(2x3))", "a window is odd"),
         ("topk(always=first(0))", "first\\(0\\) lists nothing"),
         ("topk(per=each)", "per='each' must be row, head or all"),
-        ("topk(rest=slope)", "rest='slope' must be drop or mean"),
+        ("topk(rest=none)", "rest=None must be drop, mean, slope, linear or coarse"),
         ("topk(block=0)", "block=0 must be a whole number"),
         ("topk(key_block=64)", "key_block=64 needs the block of queries too"),
         ("topk(block=4x4, key_block=16)", "must both be boxes like 4x4x4 or both be numbers"),

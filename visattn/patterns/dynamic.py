@@ -27,16 +27,18 @@ from visattn.patterns.choice.rest import Pooled, append_means, rest_weights
 from visattn.patterns.choice.scores import Score, block_means, block_scores
 from visattn.patterns.choice.skipping import not_skipped
 from visattn.patterns.choice.slices import Slices
-from visattn.patterns.kinds import RoutedPattern, Tiled
+from visattn.patterns.choice.tail import TAILS
+from visattn.patterns.kinds import Tiled
 from visattn.patterns.routes import Routes, lists_of
+from visattn.patterns.tailed import TailedPattern, held_for
 from visattn.patterns.values import PerAxis, is_number, real_number, whole_numbers
 from visattn.tiling import Tiling
 
 PER = ("row", "head", "all")
-RESTS = ("drop", "mean")
+RESTS = ("drop", "mean", *TAILS)
 
 
-class DynamicPattern(RoutedPattern):
+class DynamicPattern(TailedPattern):
     """A pattern whose heads each list key blocks for each query block, by scores of pairs of blocks.
 
     Dense tokens are always listed, never scored and in no budget. What a key mask hides is in no mean, and its blocks
@@ -48,7 +50,8 @@ class DynamicPattern(RoutedPattern):
         always: Text of what is listed whatever its score, see `choice.always`, or None.
         per: Who has a budget: each "row" of blocks, each "head" over all its rows, or "all" heads of a sample together.
         share: Neighbouring heads that share one choice, by the mean of their scores: a number, or "all".
-        rest: What unlisted blocks give: "drop" for nothing, "mean" for one pooled key each.
+        rest: What unlisted blocks give: "drop" for nothing, "mean" for one pooled key each, "slope" for that and how it
+            changes; "linear" and "coarse" add what is learned to the output.
         block: Sides of a block, or tokens of a run of the flat sequence; None for a cube-like box of 64 tokens.
         key_block: The same for blocks of keys, None for `block`.
         every: Denoising steps that lists are kept for: 1 chooses in each.
@@ -167,7 +170,7 @@ class DynamicPattern(RoutedPattern):
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Whether every block is listed whatever q and k are."""
         blocks = self.blocks(grid)
-        if self.skip:
+        if self.skip or self.learnable:
             return False
         return self.least_listed(blocks) >= blocks.columns or bool(always_mask(terms_of(self.always), blocks).all())
 
@@ -221,7 +224,7 @@ class DynamicPattern(RoutedPattern):
     @property
     def pools_rest(self) -> bool:
         """Whether unlisted blocks give a pooled key."""
-        return self.rest == "mean"
+        return TAILS.get(self.rest, self.rest) == "mean"
 
     def choose(
         self,
@@ -235,6 +238,9 @@ class DynamicPattern(RoutedPattern):
 
         Arguments as in `RoutedPattern.route`.
         """
+        held = held_for(self)
+        if held is not None:
+            return held
         blocks, at = self.blocks(layout.grid), inner(layout)
         if self.skip and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             raise ValueError(

@@ -13,7 +13,7 @@ from visattn.crossing import crossing
 from visattn.dispatch import Call, Problem, choose
 from visattn.layout import Layout
 from visattn.parameters import following
-from visattn.patterns import ComposedPattern, Dense, Pattern
+from visattn.patterns import ComposedPattern, Dense, DynamicPattern, Pattern
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
 from visattn.runtime.masks import carry_bias, key_validity
@@ -221,7 +221,7 @@ class Runner:
         keys = key_validity(call.mask, call.q, self.run.mask_row)
         if isinstance(keys, str):
             return Fit(why=keys)
-        of_products = not isinstance(self.pattern, ComposedPattern) or self.pattern.of_products
+        of_products = not isinstance(self.pattern, ComposedPattern | DynamicPattern) or self.pattern.of_products
         if keys is not None and keys.dtype != torch.bool and not of_products:
             return Fit(why=f"its mask {list(call.mask.shape)} is a bias, which {self.pattern.name} cannot add")
         return Fit(layouts, keys)
