@@ -105,6 +105,8 @@ def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> 
         return _linear(q, k, pattern.feature, call, index, None)
     if isinstance(pattern, SparseLinear):
         return _sparse_linear(q, k, pattern, call, index)
+    if isinstance(pattern, DynamicPattern) and not pattern.of_products:
+        raise ValueError(f"{pattern} adds something to its output that is no weight of a token: rest=mean has rows")
     if isinstance(pattern, PerHead):
         return _perhead(q, k, pattern, call, index)
     if isinstance(pattern, Best):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch.autograd import forward_ad
 from visattn.autocast import switched_off
 from visattn.dispatch import Call, Prepared, Problem, choose, choose_portable
 from visattn.keep import CALL_BYTES, STORE
+from visattn.patterns import DynamicPattern
 from visattn.patterns.kinds import PooledPattern, with_pooled_keys
+from visattn.patterns.tailed import holding
 from visattn.registry import REGISTRY
 
 # Types whose attributes are what they seem.
@@ -89,10 +92,28 @@ def run_call(
     chosen = choose_portable(problem) if portable else choose(problem, backend)
     if not q.shape[0]:
         return _of_no_samples(q, k, v, call)
+    if isinstance(call.pattern, DynamicPattern) and call.pattern.has_tail:
+        return _with_tail(q, k, v, call, call.pattern, backend, portable)
     weight = call.parameters.get("pool_weight")
     with switched_off(q.device):
         k, v, key_mask = with_pooled_keys(call.pattern, k, v, call.key_mask, call.layout, weight)
         return chosen.run(q, k, v, replace(call, key_mask=key_mask))
+
+
+def _with_tail(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, pattern: DynamicPattern, backend: str, portable: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A pattern that adds something to the output of an engine; the log-sum-exp is that of the engine."""
+    front, layout = pattern.front, call.layout
+    needs = pattern.rest == "slope"
+    own = replace(call, pattern=front, lse=call.lse or needs, parameters={})
+    choice = front.choose(q, k, layout, call.key_mask, call.scale) if needs else None
+    with nullcontext() if choice is None else holding(front, choice):
+        out, lse = run_call(q, k, v, own, backend, portable)
+    with switched_off(q.device):
+        more = pattern.tail(q, k, v, layout, call.key_mask, call.scale, lse, choice, call.parameters)
+    more = torch.nn.functional.pad(more, (0, 0, 0, 0, layout.prefix, layout.suffix))
+    return (out + more).to(out.dtype), lse if call.lse else None
 
 
 def _of_no_samples(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +138,8 @@ def _prepare(
     """Keep what runs calls with a key; None for calls of which nothing is kept."""
     pattern = call.pattern
     pools = isinstance(pattern, PooledPattern) and pattern.pool_shape(call.layout.grid) is not None
-    if call.parameters or not q.shape[0] or pools:
+    tail = isinstance(pattern, DynamicPattern) and pattern.has_tail
+    if call.parameters or not q.shape[0] or pools or tail:
         return None
     chosen = choose(Problem.of(q, k, v, call), backend)
     prepared = chosen.prepare(q, k, v, call, lambda: STORE.weigh(key))

@@ -49,6 +49,7 @@ class CallReport:
         reason: Why that one.
         density: Visible share of all (query, key) pairs; None if the pattern does not say.
         reached: The same as it was, where q and k choose; `density` is its mean then.
+        skipped: Mean share of all pairs that was listed and then passed over (`skip`), None where nothing can be.
     """
 
     problem: Problem
@@ -57,9 +58,17 @@ class CallReport:
     reason: str
     density: float | None
     reached: Reached | None = None
+    skipped: float | None = None
 
     @classmethod
-    def of(cls, problem: Problem, hits: int, backend: str, sums: torch.Tensor | None = None) -> CallReport:
+    def of(
+        cls,
+        problem: Problem,
+        hits: int,
+        backend: str,
+        sums: torch.Tensor | None = None,
+        skips: torch.Tensor | None = None,
+    ) -> CallReport:
         """Explain calls after the fact: the choice of a backend is a function of the problem."""
         if isinstance(problem.pattern, MergingPattern):
             return cls(problem, hits, problem.pattern.name, "the only one that merges tokens", None)
@@ -68,7 +77,10 @@ class CallReport:
         name = choose(problem, backend).name
         reached = None if sums is None else Reached.of(sums, problem.layout)
         share = density(problem) if reached is None else reached.mean
-        return cls(problem, hits, name, _why(problem, name, backend), share, reached)
+        skipped = None
+        if skips is not None:
+            skipped = float(skips[0] / skips[1]) * problem.layout.tokens**2 / problem.layout.length**2
+        return cls(problem, hits, name, _why(problem, name, backend), share, reached, skipped)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and texts."""
@@ -85,6 +97,7 @@ class CallReport:
             "reason": self.reason,
             "density": self.density,
             "reached": None if self.reached is None else self.reached._asdict(),
+            "skipped": self.skipped,
         }
 
 
@@ -146,8 +159,10 @@ class SiteReport:
     @classmethod
     def of(cls, model: str, site: str, pattern: Pattern, backend: str, row: Row, compiled: bool = False) -> SiteReport:
         """The report of one row of a tally."""
-        found = ((problem, hits, backend, row.reached.get(problem)) for problem, hits in row.hits.most_common())
-        calls = tuple(CallReport.of(*each) for each in found)
+        calls = tuple(
+            CallReport.of(problem, hits, backend, row.reached.get(problem), row.skipped.get(problem))
+            for problem, hits in row.hits.most_common()
+        )
         seconds = row.seconds["sparse"], row.seconds["dense"]
         kept: Counter[str] = Counter()
         for problem, count in row.kept.items():
@@ -294,6 +309,8 @@ class Report:
                 share = "" if call.density is None else f", density {call.density:.3f}"
                 if call.reached is not None:
                     share += f" ({call.reached.least:.3f} to {call.reached.most:.3f} over heads and calls)"
+                if call.skipped is not None:
+                    share += f", {call.skipped:.3f} skipped"
                 head += f", {call.backend} on {call.problem.layout}{share} ({call.reason})"
             lines.append(head)
             lines += [f"  {'':<{width}}    {count} x kept dense: {why}" for why, count in site.kept.items()]

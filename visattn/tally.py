@@ -46,11 +46,12 @@ class Cell:
         seconds: Time of those.
         first_seconds: Time of the first call, 0 if it was none or was not timed.
         reached: Listed shares of grid pairs, where q and k choose: sum, number, least and largest, on their device.
+        skipped: The same of what was listed and then passed over, None where nothing can be.
     """
 
     __slots__ = (
-        "calls", "first_seconds", "kept", "key", "kind", "on_gpu", "problem", "reached", "reason", "seconds", "timed",
-        "turn",
+        "calls", "first_seconds", "kept", "key", "kind", "on_gpu", "problem", "reached", "reason", "seconds", "skipped",
+        "timed", "turn",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +63,7 @@ class Cell:
         self.calls = self.timed = 0
         self.seconds = self.first_seconds = 0.0
         self.reached: torch.Tensor | None = None
+        self.skipped: torch.Tensor | None = None
 
     def add(self, seconds: float, is_first: bool) -> None:
         """Add the time of a call."""
@@ -86,6 +88,7 @@ class Row:
         timed: How many steady calls that estimate is from.
         calls: All calls.
         reached: Listed shares of grid pairs by problem, as in `Cell`.
+        skipped: Likewise.
     """
 
     hits: Counter[Problem] = field(default_factory=Counter)
@@ -97,6 +100,7 @@ class Row:
     timed: int = 0
     calls: int = 0
     reached: dict[Problem, torch.Tensor] = field(default_factory=dict)
+    skipped: dict[Problem, torch.Tensor] = field(default_factory=dict)
 
     def add(self, cell: Cell, mean: float | None) -> None:
         """Add the calls of a cell; `mean` is the time of a steady call of its kind, None if none was timed."""
@@ -111,6 +115,8 @@ class Row:
             self.hits[cell.problem] += cell.calls
             if cell.reached is not None:
                 self.reached[cell.problem] = _joined(self.reached.get(cell.problem), cell.reached)
+            if cell.skipped is not None:
+                self.skipped[cell.problem] = _joined(self.skipped.get(cell.problem), cell.skipped)
         own = cell.seconds / cell.timed if cell.timed else mean
         untimed = cell.first_seconds if own is None else own * (cell.calls - cell.timed)
         self.seconds[cell.kind] += cell.seconds + untimed
@@ -190,15 +196,14 @@ class Tally:
     @contextmanager
     def _hearing(self, cells: Sequence[Cell]) -> Iterator[None]:
         shares: list[torch.Tensor] = []
-        with listening(shares.append):
+        skips: list[torch.Tensor] = []
+        with listening(shares.append, skips.append):
             yield
         # An engine may choose once for each of its tilings.
-        each = len(shares) // len(cells)
         with self._lock:
             for i, cell in enumerate(cells):
-                for share in shares[i * each : (i + 1) * each]:
-                    new = torch.stack([share.sum(), share.new_tensor(share.numel()), share.min(), share.max()])
-                    cell.reached = _joined(cell.reached, new)
+                cell.reached = _noted(cell.reached, shares, i, len(cells))
+                cell.skipped = _noted(cell.skipped, skips, i, len(cells))
 
     def count(self, site: str, reason: str = "") -> None:
         """Count a call that was dense, or fell back for a reason, and that nobody timed."""
@@ -297,6 +302,15 @@ def _joined(known: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
     if known is None:
         return new
     return torch.stack([*(known[:2] + new[:2]), torch.minimum(known[2], new[2]), torch.maximum(known[3], new[3])])
+
+
+def _noted(known: torch.Tensor | None, shares: list[torch.Tensor], i: int, cells: int) -> torch.Tensor | None:
+    """What is known with the shares that came from the i-th of so many cells, which ran one after the other."""
+    each = len(shares) // cells
+    for share in shares[i * each : (i + 1) * each]:
+        new = torch.stack([share.sum(), share.new_tensor(share.numel()), share.min(), share.max()])
+        known = _joined(known, new)
+    return known
 
 
 def _event() -> torch.cuda.Event:

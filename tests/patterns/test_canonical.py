@@ -77,7 +77,7 @@ CHOICE = {
     "score": st.sampled_from(["mean", "bounds", "parts(4x4)", "parts(1x2)"]),
     "always": st.sampled_from([None, "self", "self+near(1)", "near(2)+self", "first(1)+window(3x1)", "window(5)"]),
     "per": st.sampled_from(["row", "head", "all"]),
-    "rest": st.sampled_from(["drop", "mean"]),
+    "rest": st.sampled_from(["drop", "mean", "slope", "linear", "coarse"]),
     "block": sides(),
     "key_block": st.none() | sides(),
     "every": st.integers(1, 9),

@@ -52,7 +52,9 @@ def test_lists_what_the_published_method_lists(case):
         assert (case["mask"].sum((2, 3)) == chosen.sum((2, 3)) + 1).all()
         seen, some = block_scores(Score("mean"), q, k, blocks, None, q.shape[3] ** -0.5)
         chosen = pick_number_of_all(next(some).scores, seen, None, int(case["mask"][0, 0].sum()))
-    assert torch.equal(chosen, case["mask"])
+    # There the last block is filled up with zeros, which are queries that skip nothing; here they have no say.
+    last = -1 if pattern.skip else None
+    assert torch.equal(chosen[:, :, :last], case["mask"][:, :, :last])
     stored = case.get("zeroth_order", case.get("output"))
     if stored:
         for backend in ("reference", "tiles"):
@@ -327,7 +329,7 @@ def test_tile_choice_is_the_lists_of_the_grid(grid):
         ("topk(always=window(2x3))", "a window is odd"),
         ("topk(always=first(0))", "first\\(0\\) lists nothing"),
         ("topk(per=each)", "per='each' must be row, head or all"),
-        ("topk(rest=slope)", "rest='slope' must be drop or mean"),
+        ("topk(rest=none)", "rest=None must be drop, mean, slope, linear or coarse"),
         ("topk(block=0)", "block=0 must be a whole number"),
         ("topk(key_block=64)", "key_block=64 needs the block of queries too"),
         ("topk(block=4x4, key_block=16)", "must both be boxes like 4x4x4 or both be numbers"),

@@ -40,6 +40,7 @@ class Above(DynamicPattern):
         share: As in `topk`.
         bar: "exact" for the variance of the scores, "diag" for that of the mean keys, channel by channel, with the
             squares of the mean query as weights: Sol-Attn's cheaper form. It needs `score=mean`, `per=row`, `share=1`.
+        skip: As in `topk`.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -57,6 +58,7 @@ class Above(DynamicPattern):
     drift: float = 0.3
     share: int | str = 1
     bar: str = "exact"
+    skip: float = 0.0
 
     name: ClassVar[str] = "above"
 

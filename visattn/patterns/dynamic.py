@@ -26,17 +26,20 @@ from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.quick import by_kernels, quick_means
 from visattn.patterns.choice.rest import Pooled, append_means, rest_weights
 from visattn.patterns.choice.scores import Score, block_scores
+from visattn.patterns.choice.skipping import not_skipped
 from visattn.patterns.choice.slices import Slices
-from visattn.patterns.kinds import RoutedPattern, Tiled
+from visattn.patterns.choice.tail import TAILS
+from visattn.patterns.kinds import Tiled
 from visattn.patterns.routes import Routes, lists_of
+from visattn.patterns.tailed import TailedPattern, held_for
 from visattn.patterns.values import PerAxis, is_number, real_number, whole_numbers
 from visattn.tiling import Tiling
 
 PER = ("row", "head", "all")
-RESTS = ("drop", "mean")
+RESTS = ("drop", "mean", *TAILS)
 
 
-class DynamicPattern(RoutedPattern):
+class DynamicPattern(TailedPattern):
     """A pattern whose heads each list key blocks for each query block, by scores of pairs of blocks.
 
     Dense tokens are always listed, never scored and in no budget. What a key mask hides is in no mean, and its blocks
@@ -48,7 +51,8 @@ class DynamicPattern(RoutedPattern):
         always: Text of what is listed whatever its score, see `choice.always`, or None.
         per: Who has a budget: each "row" of blocks, each "head" over all its rows, or "all" heads of a sample together.
         share: Neighbouring heads that share one choice, by the mean of their scores: a number, or "all".
-        rest: What unlisted blocks give: "drop" for nothing, "mean" for one pooled key each.
+        rest: What unlisted blocks give: "drop" for nothing, "mean" for one pooled key each, "slope" for that and how it
+            changes; "linear" and "coarse" add what is learned to the output.
         block: Sides of a block, or tokens of a run of the flat sequence; None for a cube-like box of 64 tokens.
         key_block: The same for blocks of keys, None for `block`.
         every: Denoising steps that lists are kept for: 1 chooses in each.
@@ -56,6 +60,7 @@ class DynamicPattern(RoutedPattern):
             relative to their norm.
         alike: Blocks whose tokens are less alike than this list everything, or are listed by everyone; None for no such
             guard.
+        skip: Listed blocks whose largest weight is below this share of the largest so far are passed over; 0 for none.
     """
 
     score: str
@@ -68,6 +73,7 @@ class DynamicPattern(RoutedPattern):
     drift: float
     share: int | str
     alike: float | None = None
+    skip: float = 0.0
 
     def put_in_form(self) -> None:
         """Check the parameters that all dynamic patterns have, and give them the form that equal patterns share."""
@@ -99,6 +105,11 @@ class DynamicPattern(RoutedPattern):
         """Raise a ValueError for parameters that exclude each other."""
         if self.score.startswith("tree") and self.per != "row":
             raise ValueError(f"score={self.score} searches row by row: leave per={self.per} out")
+        if not is_number(self.skip) or not 0 <= self.skip < 1:
+            raise ValueError(f"skip={self.skip!r} must be a share of the largest weight, from 0 to below 1")
+        object.__setattr__(self, "skip", real_number(self.skip))
+        if self.skip and self.rest != "drop":
+            raise ValueError(f"skip={self.skip} leaves what it passes over out: leave rest={self.rest} out, or skip")
         if self.alike is None:
             return
         if not is_number(self.alike) or not -1 <= self.alike < 1:
@@ -160,6 +171,8 @@ class DynamicPattern(RoutedPattern):
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Whether every block is listed whatever q and k are."""
         blocks = self.blocks(grid)
+        if self.skip or self.learnable:
+            return False
         return self.least_listed(blocks) >= blocks.columns or bool(always_mask(terms_of(self.always), blocks).all())
 
     @abstractmethod
@@ -212,7 +225,7 @@ class DynamicPattern(RoutedPattern):
     @property
     def pools_rest(self) -> bool:
         """Whether unlisted blocks give a pooled key."""
-        return self.rest == "mean"
+        return TAILS.get(self.rest, self.rest) == "mean"
 
     def choose(
         self,
@@ -228,7 +241,15 @@ class DynamicPattern(RoutedPattern):
 
         Arguments as in `RoutedPattern.route`.
         """
+        held = held_for(self)
+        if held is not None:
+            return held
         blocks, at = self.blocks(layout.grid), inner(layout)
+        if self.skip and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+            raise ValueError(
+                f"{self}: what skip passes over depends on the order of the blocks and has no gradient: call it under "
+                "torch.no_grad(), or leave skip out"
+            )
         with torch.no_grad():
             own = q[:, at], k[:, at]
             valid = None if key_mask is None else key_mask[:, at]
@@ -246,7 +267,10 @@ class DynamicPattern(RoutedPattern):
                     lambda: Means(*(quick_means(x, *side, valid) for x, side in zip(own, blocks.sides, strict=True))),
                     lambda: self._chosen(*own, blocks, valid, factor),
                 )
-            tell(choice, blocks)
+            listed = choice
+            if self.skip:
+                choice = not_skipped(choice, q, k, layout, blocks, key_mask, factor, self.skip)
+            tell(choice, blocks, listed if self.skip else None)
             return choice
 
     def _chosen(

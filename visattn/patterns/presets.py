@@ -49,6 +49,20 @@ PRESETS = {
         "DraftAttention (Shen et al., 2025), sparsity 0.9",
         "the original keeps the pair of blocks at its bar too, one more per head",
     ),
+    "pisa": Preset(
+        "topk(keep=0.15, always=none, rest=slope, block=64)",
+        "PISA (2025), density 0.15",
+    ),
+    "sla": Preset(
+        "topk(keep=0.1, always=none, rest=linear, block=64)",
+        "SLA (Zhang et al., 2025), TurboDiffusion; its map of channels is trained, before that nothing is added",
+        "the original rounds the number of blocks down",
+    ),
+    "vsa": Preset(
+        "topk(keep=0.1, always=none, rest=coarse, block=4x4x4)",
+        "VSA (Zhang et al., 2025), sparsity 0.9; the gate is trained, without it nothing is added",
+        "the original's gate is a linear map of the block's input, here it is a number per head and channel",
+    ),
     "svg1": Preset(
         "best(of=[na(window=5x-1x-1), na(window=-1x9x9)])",
         "Sparse VideoGen (Xi et al., ICML 2025): each head has a pattern of space or one of time, whichever is nearer",
@@ -58,6 +72,11 @@ PRESETS = {
         "kmeans(queries=300, keys=1000, p=0.9, floor=0.1, start=50, step=2)",
         "Sparse VideoGen2 (Yang et al., 2025), Wan 14B; HunyuanVideo takes 400 and 1000 clusters",
         "the original starts from random tokens and stops early where centres rest",
+    ),
+    "blasst": Preset(
+        "topk(keep=1.0, always=none, block=64, skip=0.01)",
+        "BLASST (2025) and skip-softmax of TensorRT-LLM: dense attention with the test in its loop",
+        "the originals divide the threshold by the number of tokens; the test here is made on lists and saves no time",
     ),
     "hyper": Preset(
         "lsh(planes=7, block=256, samples=256)",

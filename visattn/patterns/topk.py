@@ -43,6 +43,8 @@ class TopK(DynamicPattern):
         share: Neighbouring heads that share one choice, by the mean of their scores: a number, or "all".
         alike: SpargeAttn's guard: query blocks whose tokens, as unit vectors, have no more than this as the mean of all
             their products list everything, and such key blocks are listed by everyone, beside `keep`. None for none.
+        skip: Listed blocks are met in ascending order, dense tokens first; one whose largest weight is below this share
+            of the largest so far, for every query of the block, is passed over. Forward only. 0 for none.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -59,6 +61,7 @@ class TopK(DynamicPattern):
     drift: float = 0.3
     share: int | str = 1
     alike: float | None = None
+    skip: float = 0.0
 
     name: ClassVar[str] = "topk"
 

@@ -42,6 +42,7 @@ class TopP(DynamicPattern):
         drift: As in `topk`.
         share: As in `topk`.
         alike: As in `topk`.
+        skip: As in `topk`.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -61,6 +62,7 @@ class TopP(DynamicPattern):
     drift: float = 0.3
     share: int | str = 1
     alike: float | None = None
+    skip: float = 0.0
 
     name: ClassVar[str] = "topp"
 

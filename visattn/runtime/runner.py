@@ -252,7 +252,7 @@ class Runner:
         keys = key_validity(call.mask, call.q, self.run.mask_row)
         if isinstance(keys, str):
             return Fit(why=keys)
-        of_products = not isinstance(self.pattern, ComposedPattern) or self.pattern.of_products
+        of_products = not isinstance(self.pattern, ComposedPattern | DynamicPattern) or self.pattern.of_products
         if keys is not None and keys.dtype != torch.bool and not of_products:
             return Fit(why=f"its mask {list(call.mask.shape)} is a bias, which {self.pattern.name} cannot add")
         return Fit(layouts, keys)

@@ -14,16 +14,21 @@ from visattn.patterns.routes import Routes
 Listener = Callable[[torch.Tensor], None]
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_skips: ContextVar[Listener | None] = ContextVar("skips", default=None)
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Inside, every choice gives `listener` the listed share of all pairs of grid tokens: [B, H]."""
-    before = _listener.set(listener)
+def listening(listener: Listener, skips: Listener | None = None) -> Iterator[None]:
+    """Inside, every choice gives `listener` the listed share of all pairs of grid tokens: [B, H].
+
+    `skips` gets the share that was listed and then passed over, of patterns that do so.
+    """
+    before, others = _listener.set(listener), _skips.set(skips)
     try:
         yield
     finally:
         _listener.reset(before)
+        _skips.reset(others)
 
 
 def hears() -> bool:
@@ -31,20 +36,27 @@ def hears() -> bool:
     return _listener.get() is not None
 
 
-def tell_shares(shares: torch.Tensor) -> None:
-    """Tell who listens the listed share of all pairs of grid tokens: [B, H]."""
-    listener = _listener.get()
+def tell_shares(shares: torch.Tensor, skipped: bool = False) -> None:
+    """Tell who listens the listed, or skipped, share of all pairs of grid tokens: [B, H]."""
+    listener = _skips.get() if skipped else _listener.get()
     if listener is not None and not (shares.is_cuda and torch.cuda.is_current_stream_capturing()):
         listener(shares)
 
 
-def tell(choice: Routes, blocks: Blocks) -> None:
-    """Tell who listens."""
+def tell(choice: Routes, blocks: Blocks, before: Routes | None = None) -> None:
+    """Tell who listens what is listed, and what was `before` some of it was skipped."""
     if not hears():
         return
+    shares = _share(choice, blocks)
+    tell_shares(shares)
+    if before is not None:
+        tell_shares(_share(before, blocks) - shares, True)
+
+
+def _share(choice: Routes, blocks: Blocks) -> torch.Tensor:
     rows, columns = (
         block_tokens(blocks.grid, box, choice.tiles.device).double() for box in (blocks.queries, blocks.keys)
     )
     tokens, listed = columns[choice.tiles.long()], choice.listed()
     seen = tokens.sum(-1) if listed is None else tokens.masked_fill(~listed, 0).sum(-1)
-    tell_shares((seen * rows).sum(-1) / (rows.sum() * columns.sum()))
+    return (seen * rows).sum(-1) / (rows.sum() * columns.sum())
