@@ -34,6 +34,20 @@ def offsets_of(table: torch.Tensor, window: tuple[int, ...], pattern: Any, grid:
     return bias
 
 
+def symmetric(biases: torch.Tensor, side: tuple[int, ...]) -> torch.Tensor:
+    """A table of biases by the distances of rows and columns as one by differences, as `offsets_of` takes it.
+
+    Args:
+        biases: [heads, rows * columns], by distance of rows, then of columns, as LeViT and its kin have them.
+        side: Rows and columns.
+
+    Returns:
+        [(2 * rows - 1) * (2 * columns - 1), heads].
+    """
+    rows, columns = (torch.arange(1 - n, n, device=biases.device).abs() for n in side)
+    return biases.unflatten(1, side)[:, rows][:, :, columns].flatten(1).T
+
+
 def rpb_of(rel_pos: Any, pattern: Any, grid: tuple[int, ...]) -> torch.Tensor:
     """The `rpb` [heads, 2 * K - 1 per axis] of one of timm's modules of relative positions.
 

@@ -1,4 +1,4 @@
-"""NaFlexViT's batches: samples of different grids in one padded sequence, each with a layout of its own."""
+"""Batches of NaFlexViT and Gemma 4: samples of several grids in one padded sequence, each with a layout of its own."""
 
 from __future__ import annotations
 
@@ -12,18 +12,29 @@ from visattn.models.swap.runtime import Swapped
 Grids = tuple[tuple[int, int], ...]
 
 
-def grids_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grids | str:
-    """Rows and columns of every sample, from what NaFlexViT's embedding got, or why they have none.
+def grids_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grids | str | None:
+    """Rows and columns of every sample, from what an embedding got; None for images, which have one grid.
 
-    A sample is a grid if its valid patches come first and are all of a grid, row by row.
+    A sample is a grid if its valid patches come first and are all of a grid, row by row; otherwise the reason.
     """
+    first = args[0] if args else next(iter(kwargs.values()))
+    if isinstance(first, dict):
+        first, kwargs, args = first["patches"], {**kwargs, **first}, ()
     coordinates = kwargs.get("patch_coord", args[1] if len(args) > 1 else None)
     valid = kwargs.get("patch_valid", args[2] if len(args) > 2 else None)
     if coordinates is None:
-        return "the batch has neither a grid nor patch coordinates"
-    batch, length, _ = coordinates.shape
+        return None if first.ndim == 4 else "the batch has neither a grid nor patch coordinates"
+    return _grids(coordinates, valid)
+
+
+def _grids(coordinates: torch.Tensor, valid: torch.Tensor | None) -> Grids | str:
+    """Rows and columns of every sample of coordinates [B, S, 2] of patches, valid where [B, S] says so."""
+    length = coordinates.shape[1]
     index = torch.arange(length, device=coordinates.device)
-    valid = torch.ones(batch, length, dtype=torch.bool, device=index.device) if valid is None else valid.bool()
+    if valid is None:
+        # Gemma 4 marks padding by coordinates of -1.
+        valid = (coordinates >= 0).all(-1)
+    valid = valid.bool()
     counts = valid.sum(1)
     sides = torch.where(valid[..., None], coordinates, 0).amax(1) + 1
     columns = sides[:, 1:]
@@ -63,7 +74,7 @@ def attend_samples(
         layouts: Of the samples, each of at most S tokens.
         scale: Factor on the logits.
     """
-    out = torch.zeros_like(q)
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     for layout in dict.fromkeys(layouts):
         rows = torch.tensor([i for i, each in enumerate(layouts) if each == layout], device=q.device)
         own_q, own_k, own_v = (t[rows, :, : layout.length] for t in (q, k, v))

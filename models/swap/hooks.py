@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,48 +10,29 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from visattn.copies import Hook, copy_as_is
-from visattn.models.sizes import check_fixed
 from visattn.models.swap.flexible import grids_of
 from visattn.models.swap.graphs import again_as_node, proxy_among
 from visattn.models.swap.runtime import Runtime
+from visattn.models.swap.sources import Source
+from visattn.tally import Tally
 
 
 class Follow(Hook):
-    """After the patch embedding: tells the runtime the grid of this image."""
+    """After the source of a grid: tells the runtime the grid of this image."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, source: Source) -> None:
+        self.runtime, self.source = runtime, source
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """A forward hook; while torch.fx traces, it makes the module one node of the graph."""
         if proxy_among((*args, *kwargs.values())) is not None:
             return again_as_node(module, args, kwargs, out)
-        if isinstance(out, tuple) and out[1] is None:
-            self.runtime.place_samples(grids_of(args, kwargs), int(out[0].shape[1]))
+        samples = grids_of(args, kwargs) if self.source.flexible else None
+        if samples is None:
+            self.runtime.place(self.source.rule(module, args, out))
         else:
-            self.runtime.place(_grid(module, args, out))
+            self.runtime.place_samples(samples, int(out[0].shape[1]))
         return None
-
-
-def _grid(module: Any, args: tuple[Any, ...], out: Any) -> tuple[int, int]:
-    """Rows and columns of patches, from what a patch embedding got and gave."""
-    if isinstance(out, tuple):  # NaFlexViT: tokens and grid
-        return _pair(out[1])
-    if out.ndim == 4:
-        rows, columns = (out.shape[1], out.shape[2]) if _is_nhwc(module) else (out.shape[2], out.shape[3])
-        return _pair((rows, columns))
-    if math.prod(module.grid_size) == out.shape[1]:
-        return _pair(module.grid_size)
-    return _pair(module.dynamic_feat_size(tuple(args[0].shape[-2:])))
-
-
-def _is_nhwc(module: Any) -> bool:
-    return "NHWC" in str(getattr(module, "output_fmt", "NHWC")).upper()
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    check_fixed(size)
-    return int(size[0]), int(size[1])
 
 
 class PassBy(Hook):
@@ -102,33 +82,33 @@ class RefuseDroppedPatches(Hook):
 class CountForeign(Hook):
     """Before an attention module that stays as it is although a pattern was meant for it: counts the call."""
 
-    def __init__(self, runtime: Runtime, path: str, reason: str) -> None:
-        self.runtime, self.path, self.reason = runtime, path, reason
+    def __init__(self, tally: Tally, path: str, reason: str) -> None:
+        self.tally, self.path, self.reason = tally, path, reason
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook."""
         if not torch.compiler.is_compiling() and proxy_among(args) is None:
-            self.runtime.tally.count(self.path, self.reason)
+            self.tally.count(self.path, self.reason)
 
 
 class Missed(Hook):
     """With `strict`: a forward must reach every swapped module."""
 
-    def __init__(self, runtime: Runtime, paths: Iterable[str], after: bool = False) -> None:
-        self.runtime, self.paths, self.after = runtime, tuple(paths), after
+    def __init__(self, tally: Tally, name: str, paths: Iterable[str]) -> None:
+        self.tally, self.name, self.paths = tally, name, tuple(paths)
+        self._before: dict[str, int] = {}
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
-        """A forward hook, or a forward pre-hook that notes the counts before."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *out: Any) -> None:
+        """A forward hook, and the forward pre-hook that notes the counts before."""
         if torch.compiler.is_compiling() or proxy_among(args) is not None:
             return
-        counts = self.runtime.tally.counts()
-        if not self.after:
-            self.runtime.before = counts  # type: ignore[attr-defined]
+        counts = self.tally.counts()
+        if not out:
+            self._before = counts
             return
-        before = getattr(self.runtime, "before", {})
-        missed = [p for p in self.paths if counts.get(p, 0) == before.get(p, 0)]
+        missed = [p for p in self.paths if counts.get(p, 0) == self._before.get(p, 0)]
         if missed:
-            raise ValueError(f"strict: the forward of {self.runtime.name} missed {', '.join(missed[:4])}")
+            raise ValueError(f"strict: the forward of {self.name} missed {', '.join(missed[:4])}")
 
 
 class Hooks:

@@ -15,11 +15,12 @@ from visattn.models.swap.hooks import CountForeign, Follow, Hooks, Missed, PassB
 from visattn.models.swap.records import check_fit
 from visattn.models.swap.runtime import Runtime, Swapped
 from visattn.models.swap.sites import Site, find_sites
+from visattn.models.swap.sources import Source, source_of
 from visattn.outside import Outside
 from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense
 from visattn.report import CallReport, SiteReport, density
-from visattn.tally import Row
+from visattn.tally import Row, Tally
 from visattn.watch import Watcher
 
 
@@ -55,55 +56,66 @@ class SwappedModel:
         swapped = [site for site in self._sites if not site.foreign]
         for site in swapped:
             check_fit(site.module, site.pattern, self._name)
-        host = next((m for m in model.modules() if hasattr(m, "patch_embed") or hasattr(m, "embeds")), model)
-        embed = self._embedding(host, swapped)
-        prefix = int(getattr(host, "num_prefix_tokens", 0))
-        self.runtime = Runtime(self._name, request.backend, request.layout, prefix)
+        self._tally = Tally()
+        self._runtimes: dict[int, tuple[Runtime, Source | None]] = {}
         self._learnables: list[Learnable] = []
-        for site in swapped:
+        runtimes = [self._runtime_of(model, site) for site in swapped]
+        for site, runtime in zip(swapped, runtimes, strict=True):
             own = make_parameters(site.module, site.module, site.pattern, 2) if site.pattern.learnable else None
             if own is not None:
                 self._learnables.append(Learnable(self._name, site.name.path, site.pattern, own))
-            site.swap(Swapped(self.runtime, site.name.path, site.pattern, own, site.attention))
+            order = site.record.order(model, site.name.path) if site.record.order is not None else None
+            site.swap(Swapped(runtime, site.name.path, site.pattern, own, site.attention, order))
         self._hooks = Hooks()
-        self._add_hooks(model, host, embed)
+        self._add_hooks(model)
 
-    def _embedding(self, host: nn.Module, swapped: Sequence[Site]) -> nn.Module | None:
-        """The patch embedding that tells where the tokens sit, None where nobody has to ask it."""
-        if not any(site.record.tokens for site in swapped):
-            return None
-        embed = _embedding(host)
-        if embed is None and self._request.layout is None:
+    def _runtime_of(self, model: nn.Module, site: Site) -> Runtime:
+        """What a module shares with all that are on the same grid."""
+        source = source_of(model, site.name.path) if site.record.tokens else None
+        if site.record.tokens and source is None and self._request.layout is None:
             raise ValueError(
-                f"{self._name} has no patch_embed that tells one grid of all its tokens: pass layout=Layout(...), and "
+                f"nothing in {self._name} tells where the tokens of {site.name.path} sit: pass layout=Layout(...), and "
                 "layers=... that are on that grid"
             )
-        return embed
+        key = id(None if source is None else source.module)
+        if key not in self._runtimes:
+            prefix = 0 if source is None else source.prefix
+            made = Runtime(self._name, self._request.backend, self._request.layout, prefix, self._tally)
+            self._runtimes[key] = made, source
+        return self._runtimes[key][0]
 
-    def _add_hooks(self, model: nn.Module, host: Any, embed: nn.Module | None) -> None:
-        hooks, runtime = self._hooks, self.runtime
+    def _add_hooks(self, model: nn.Module) -> None:
+        hooks = self._hooks
         # On the module that drops them: forward_features and forward_intermediates pass the model's own hooks by.
-        if isinstance(getattr(host, "patch_drop", None), nn.Module):
-            hooks.before(host.patch_drop, RefuseDroppedPatches())
-        if embed is not None:
-            hooks.after(embed, Follow(runtime), with_kwargs=True)
-            way = _on_the_way(model, embed, self._sites)
-            for path in way:
-                hooks.before(model.get_submodule(path), PassBy(runtime))
-            if self._request.layout is None:
-                own = [site.name.path for site in self._sites if not site.foreign and site.record.tokens]
-                runtime.outside = Outside(model, [*way, *own], runtime.bring)
-            hooks.after(model, Resume(runtime))
+        for module in model.modules():
+            drop = getattr(module, "patch_drop", None)
+            if isinstance(drop, nn.Module):
+                hooks.before(drop, RefuseDroppedPatches())
+        for runtime, source in self._runtimes.values():
+            if source is not None:
+                self._follow(model, runtime, source)
         for site in self._sites:
             if site.foreign and not isinstance(site.pattern, Dense):
-                hooks.before(site.module, CountForeign(runtime, site.name.path, site.foreign))
+                hooks.before(site.module, CountForeign(self._tally, site.name.path, site.foreign))
         if self._request.strict:
             paths = [site.name.path for site in self._sites]
-            hooks.before(model, Missed(runtime, paths))
-            hooks.after(model, Missed(runtime, paths, True))
+            missed = Missed(self._tally, self._name, paths)
+            hooks.before(model, missed)
+            hooks.after(model, missed)
         classes = {type(site.module): site.kind for site in self._sites if type(site.module) is not site.kind}
         for module in [*hooks.modules, *(site.module for site in self._sites)]:
             copy_as_stock(module, ("visattn_site",), classes)
+
+    def _follow(self, model: nn.Module, runtime: Runtime, source: Source) -> None:
+        """Let the modules of a runtime know the grid that its source tells."""
+        own = [site for site in self._sites if site.runtime is runtime]
+        self._hooks.after(source.module, Follow(runtime, source), with_kwargs=True)
+        way = _on_the_way(model, source.module, own)
+        for path in way:
+            self._hooks.before(model.get_submodule(path), PassBy(runtime))
+        if self._request.layout is None:
+            runtime.outside = Outside(model, [*way, *(site.name.path for site in own)], runtime.bring)
+        self._hooks.after(model, Resume(runtime))
 
     def remove(self) -> None:
         """See `visattn.handle.Patch`. A class that someone else has set since stays, and does as the stock class."""
@@ -111,8 +123,9 @@ class SwappedModel:
             copy_as_is(site.module)
             site.restore()
         self._hooks.remove()
-        if self.runtime.outside is not None:
-            self.runtime.outside.leave()
+        for runtime, _ in self._runtimes.values():
+            if runtime.outside is not None:
+                runtime.outside.leave()
 
     def learnables(self) -> Sequence[Learnable]:
         """See `visattn.handle.Patch`."""
@@ -120,20 +133,21 @@ class SwappedModel:
 
     def watch(self, watcher: Watcher | None) -> None:
         """See `visattn.handle.Patch`."""
-        self.runtime.watcher = watcher
+        for runtime, _ in self._runtimes.values():
+            runtime.watcher = watcher
 
     def set_step(self, step: int | None, total: int | None) -> None:
         """See `visattn.handle.Patch`; a timm model has no steps and `dense_steps` is refused."""
 
     def report(self) -> Sequence[SiteReport]:
         """See `visattn.handle.Patch`. Calls inside compiled code are not counted."""
-        rows = self.runtime.tally.rows()
+        rows = self._tally.rows()
         return [self._report(site, rows.get(site.name.path, Row())) for site in self._sites]
 
     def _report(self, site: Site, row: Row) -> SiteReport:
         path, pattern = site.name.path, site.pattern
         found = SiteReport.of(self._name, path, pattern, self._request.backend, row)
-        if site.foreign or site.record.tokens:
+        if site.foreign or site.record.tokens or site.record.dense:
             return found
         # A block of Swin never runs its own windows for a pattern, even where that covers the grid.
         calls = []
@@ -143,20 +157,10 @@ class SwappedModel:
         return replace(found, calls=tuple(calls))
 
 
-def _embedding(host: Any) -> nn.Module | None:
-    """The patch embedding of a model whose tokens all are of one grid, None if it has none of that kind."""
-    for name in ("embeds", "patch_embed"):
-        embed = getattr(host, name, None)
-        # CrossViT has a list of two, PiT one whose grid the next stages pool.
-        if hasattr(embed, "dynamic_feat_size"):
-            return embed
-    return None
-
-
 def _on_the_way(model: nn.Module, embed: nn.Module, sites: Sequence[Site]) -> list[str]:
-    """Paths of the modules around those swapped on sequences, without those around the embedding as well."""
+    """Paths of the modules around those swapped on a grid, without those around the module that tells it as well."""
     named = dict(model.named_modules())
-    paths = [site.name.path.split(".") for site in sites if not site.foreign and site.record.tokens]
+    paths = [site.name.path.split(".") for site in sites]
     ways = {".".join(path[:end]): None for path in paths for end in range(1, len(path))}
     around = {id(module) for module in named.values() if any(m is embed for m in module.modules())}
     return [way for way in ways if id(named[way]) not in around]

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
+from visattn.models.swap import hiera
 from visattn.models.swap.graphs import as_node
+from visattn.models.swap.grids import (
+    CascadeWindow,
+    GlobalContextBlock,
+    NestAttention,
+    Sam2Block,
+    SwinCrBlock,
+    TinyBlock,
+    TwinsLocal,
+    global_queries,
+    pools_queries,
+)
+from visattn.models.swap.hiera import MaskUnits
 from visattn.models.swap.maps import CoAtBlock, DaVitBlock, ParallelPartition, PartitionFirst, PartitionLast
 from visattn.models.swap.relative import BeitAttention, RelPosAttention
 from visattn.models.swap.runtime import UNDONE
 from visattn.models.swap.sam import SamBlock
+from visattn.models.swap.sized import (
+    FirstMap,
+    FlattenedMap,
+    LastMap,
+    LevitAttention,
+    ReducedKeys,
+    SharedKeys,
+    reduced,
+    strided,
+)
 from visattn.models.swap.tokens import RotaryAttention, TokenAttention
+from visattn.models.swap.vits import (
+    DiffParallelBlock,
+    DiffTokens,
+    FormerAttention,
+    GemmaAttention,
+    ParallelBlock,
+    SequenceAttention,
+    SplitAttention,
+)
 from visattn.models.swap.windows import SwinBlock, SwinV2Block
 from visattn.patterns import ComposedPattern, Dense, Neighborhood, Pattern
 from visattn.registry import REGISTRY
@@ -30,6 +63,10 @@ class Record:
         tokens: Whether it sees a sequence (and the model has to say where its tokens sit), or maps.
         models: Which models have it, for people.
         attention: Name of its attention module, if the class is a block around one.
+        dense: Whether the module's own attention is dense on its map, so that it runs what a pattern covers.
+        unfit: Why one module of the class cannot be swapped, "" if it can; None where all can.
+        order: From the model and a module's path, how its tokens become a map; None where they come row by row.
+        beside: Whether a module of the class at a path has nothing to do with the grid; None where all have.
     """
 
     mixin: type
@@ -37,6 +74,10 @@ class Record:
     tokens: bool
     models: str
     attention: str = ""
+    dense: bool = False
+    unfit: Callable[[Any], str] | None = None
+    order: Callable[[nn.Module, str], Any] | None = None
+    beside: Callable[[str], bool] | None = None
 
 
 _OWN = {
@@ -58,6 +99,42 @@ _OWN = {
     "timm.models.maxxvit.TransformerBlock2d": Record(CoAtBlock, True, False, "CoAtNet, CoAtNeXt", "attn"),
     "timm.models.davit.SpatialBlock": Record(DaVitBlock, False, False, "DaViT: spatial, not channel attention", "attn"),
     "timm.models.vision_transformer_sam.Block": Record(SamBlock, False, False, "SAM", "attn"),
+    "timm.models.vision_transformer.ParallelScalingBlock": Record(ParallelBlock, False, True, "ViT-22B's blocks"),
+    "timm.models.vision_transformer.DiffParallelScalingBlock": Record(
+        DiffParallelBlock, False, True, "the same with differential attention"
+    ),
+    "timm.layers.diff_attention.DiffAttention": Record(DiffTokens, False, True, "ViTs with differential attention"),
+    "timm.models.gemma4_vit.Gemma4Attention": Record(GemmaAttention, False, True, "Gemma 4's image encoder"),
+    "timm.models.metaformer.Attention": Record(SequenceAttention, False, True, "CAFormer and other MetaFormers"),
+    "timm.models.tnt.Attention": Record(
+        SplitAttention, False, True, "TNT: between patches, not within", beside=lambda path: path.endswith("attn_in")
+    ),
+    "timm.models.efficientformer.Attention": Record(FormerAttention, True, True, "EfficientFormer"),
+    "timm.models.hiera.MaskUnitAttention": Record(
+        MaskUnits, False, False, "Hiera", order=hiera.order_of, unfit=hiera.pools_queries
+    ),
+    "timm.models.hieradet_sam2.MultiScaleBlock": Record(
+        Sam2Block, False, False, "SAM 2's Hiera", "attn", unfit=pools_queries
+    ),
+    "timm.models.volo.Attention": Record(LastMap, False, False, "VOLO: not outlook attention", dense=True),
+    "timm.models.visformer.Attention": Record(FirstMap, False, False, "Visformer", dense=True),
+    "timm.models.fastvit.Attention": Record(FlattenedMap, False, False, "FastViT", dense=True),
+    "timm.layers.attention2d.MultiQueryAttention2d": Record(
+        SharedKeys, False, False, "MobileNetV4 hybrid", dense=True, unfit=strided
+    ),
+    "timm.models.pvt_v2.Attention": Record(ReducedKeys, False, False, "PVT v2", dense=True, unfit=reduced),
+    "timm.models.twins.GlobalSubSampleAttn": Record(ReducedKeys, False, False, "Twins", dense=True, unfit=reduced),
+    "timm.models.twins.LocallyGroupedAttn": Record(TwinsLocal, False, False, "Twins: windows"),
+    "timm.models.nest.Attention": Record(NestAttention, False, False, "Nest"),
+    "timm.models.tiny_vit.TinyVitBlock": Record(TinyBlock, True, False, "TinyViT", "attn"),
+    "timm.models.gcvit.GlobalContextVitBlock": Record(
+        GlobalContextBlock, True, False, "GCViT: local queries", "attn", unfit=global_queries
+    ),
+    "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock": Record(
+        SwinCrBlock, True, False, "Swin v2 CR", "attn"
+    ),
+    "timm.models.efficientvit_msra.LocalWindowAttention": Record(CascadeWindow, True, False, "EfficientViT", "attn"),
+    "timm.models.levit.Attention": Record(LevitAttention, True, False, "LeViT", dense=True),
 }
 
 
@@ -163,5 +240,5 @@ def check_fit(module: nn.Module, pattern: Pattern, name: str) -> None:
 
 
 def _has_bias(holder: Any) -> bool:
-    table = getattr(holder, "relative_position_bias_table", None)
-    return table is not None or hasattr(holder, "cpb_mlp") or getattr(holder, "rel_pos", None) is not None
+    tables = ("relative_position_bias_table", "cpb_mlp", "rel_pos", "attention_biases", "meta_mlp")
+    return any(getattr(holder, name, None) is not None for name in tables)

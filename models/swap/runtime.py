@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from visattn.attend import attention
 from visattn.dispatch import Call, Problem
@@ -38,22 +39,22 @@ UNPLACED = Place("the model has not embedded an image yet")
 
 
 class Runtime:
-    """The state of one swapped model.
+    """The state of one swapped model, or of those of its modules whose tokens sit on one of its grids.
 
     Attributes:
         name: What errors call the model.
         backend: "auto" or the name of a backend.
         fixed: The layout that the user gave, or None.
-        tally: What happened at each module.
+        tally: What happened at each module of the model.
         prefix: Dense tokens before the grid.
         watcher: Sees every call that ran a pattern without position bias, or None.
         forwards: The place of every forward and recomputation outside of compiled code.
         outside: Before the modules that are compiled one by one, or None where nobody asks for a place.
     """
 
-    def __init__(self, name: str, backend: str, fixed: Layout | None, prefix: int) -> None:
+    def __init__(self, name: str, backend: str, fixed: Layout | None, prefix: int, tally: Tally | None = None) -> None:
         self.name, self.backend, self.fixed, self.prefix = name, backend, fixed, prefix
-        self.tally = Tally()
+        self.tally = Tally() if tally is None else tally
         self.watcher: Watcher | None = None
         self.forwards: Carrier[Place] = Carrier()
         self.outside: Outside | None = None
@@ -141,6 +142,7 @@ class Swapped:
         pattern: What it was given.
         parameters: Learnable parameters of the pattern by name.
         attention: The module that has the stock attention, whose attn_drop the weights would pass.
+        order: How the module's tokens become a map, and back; None where they come row by row.
     """
 
     def __init__(
@@ -150,8 +152,10 @@ class Swapped:
         pattern: Pattern,
         parameters: nn.ParameterDict | None = None,
         attention: nn.Module | None = None,
+        order: Any = None,
     ) -> None:
         self.runtime, self.path, self.pattern, self.attention = runtime, path, pattern, attention
+        self.order: Any = order
         # A plain dict: torch.compile follows it, and the model's state dict does not.
         self.parameters: dict[str, torch.Tensor] = {} if parameters is None else dict(parameters.items())
         self._cells: dict[Hashable, Cell] = {}
@@ -198,6 +202,27 @@ class Swapped:
         layout.check_length(tokens)
         return layout
 
+    def on_map(
+        self, refusal: str | None, grid: Sequence[int], heads: tuple[int, int], x: torch.Tensor
+    ) -> Layout | None:
+        """The layout if the pattern is to run where the module's own attention is dense on a map, else None.
+
+        Counts what the module's own attention runs: for a reason, or because it is the pattern.
+
+        Args:
+            refusal: Why this call cannot run a pattern, or None.
+            grid: Rows and columns.
+            heads: Their number and width.
+            x: What the module got; its batch comes first.
+        """
+        if self.keeps_stock(refusal):
+            return None
+        layout = Layout((int(grid[0]), int(grid[1])))
+        if self.covered(layout):
+            self.count_stock((x.shape[0], heads[0], layout.length, heads[1]), x, layout)
+            return None
+        return layout
+
     def padded(self, tokens: int) -> tuple[Layout, ...]:
         """The layouts of the samples of a NaFlexViT batch, whose mask should hide their padding, else ()."""
         return self.runtime.here(tokens).samples
@@ -222,7 +247,22 @@ class Swapped:
         key_mask: torch.Tensor | None = None,
         rpb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The pattern on q, k, v [B, heads, S, head_dim]; the result has the same shape."""
+        """The pattern on q, k [B, heads, S, D] and v [B, heads, S, Dv], one of which may be narrower; as v is."""
+        width = v.shape[-1]
+        wide = max(width, q.shape[-1])
+        q, k, v = (F.pad(t, (0, wide - t.shape[-1])) if t.shape[-1] < wide else t for t in (q, k, v))
+        return self._attend(q, k, v, layout, scale, key_mask, rpb)[..., :width]
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: Layout,
+        scale: float,
+        key_mask: torch.Tensor | None,
+        rpb: torch.Tensor | None,
+    ) -> torch.Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         arguments: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "backend": self.runtime.backend}
         own = self._parameters(q.device)
@@ -298,7 +338,7 @@ class Undone(Swapped):
     """
 
     def __init__(self) -> None:
-        self.path, self.attention = "", None
+        self.path, self.attention, self.order = "", None, None
 
     def enter(self, x: torch.Tensor) -> None:
         """Nobody asks."""
@@ -309,6 +349,12 @@ class Undone(Swapped):
 
     def stays_stock(self, refusal: str | None, tokens: int) -> Layout | None:
         """Always."""
+        return None
+
+    def on_map(
+        self, refusal: str | None, grid: Sequence[int], heads: tuple[int, int], x: torch.Tensor
+    ) -> Layout | None:
+        """None: the module's own."""
         return None
 
     def padded(self, tokens: int) -> tuple[Layout, ...]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from visattn.models.swap.records import RECORDS, Record, own_ways, record_of, swapped_class
-from visattn.models.swap.runtime import Swapped, is_swapped
+from visattn.models.swap.runtime import Runtime, Swapped, is_swapped
 from visattn.patterns import Dense, Pattern
 from visattn.schedule import SiteName
 
@@ -45,6 +45,12 @@ class Site:
         """The module, or the one inside of it that has the attention."""
         return getattr(self.module, self.record.attention) if self.record.attention else self.module
 
+    @property
+    def runtime(self) -> Runtime | None:
+        """What the swapped module shares with others, None for one that stays as it is."""
+        swapped = self.module.__dict__.get("visattn_site")
+        return None if swapped is None else swapped.runtime
+
     def given(self, pattern: Pattern) -> Site:
         """The site with a pattern."""
         return replace(self, pattern=pattern, kind=type(self.module))
@@ -68,9 +74,9 @@ def find_sites(model: nn.Module, name: str) -> list[Site]:
         ValueError: If none of them can be swapped, or some are swapped already.
     """
     modules = dict(model.named_modules())
-    found = {path: record for path, module in modules.items() if (record := record_of(module)) is not None}
+    found = {path: record for path, module in modules.items() if (record := _record(path, module)) is not None}
     # Where other blocks have attention on sequences, a block may have one of a class that nobody knows.
-    places = {_place(path) for path, record in found.items() if record.tokens}
+    places = {_place(path, modules) for path, record in found.items() if record.tokens}
     sites = []
     for path, module in modules.items():
         if is_swapped(module):
@@ -78,8 +84,9 @@ def find_sites(model: nn.Module, name: str) -> list[Site]:
         record = found.get(path)
         if record is not None:
             layer = path.rpartition(".")[0] if record.tokens else path
-            sites.append(Site(SiteName(path, layer), module, record, own_ways(module)))
-        elif _place(path) in places and not isinstance(module, nn.Identity):
+            why = own_ways(module) or ("" if record.unfit is None else record.unfit(module))
+            sites.append(Site(SiteName(path, layer), module, record, why))
+        elif _place(path, modules) in places and not isinstance(module, nn.Identity):
             why = f"{type(module).__qualname__} is no attention that visattn knows"
             sites.append(Site(SiteName(path, path.rpartition(".")[0]), module, None, why))
     if all(site.foreign for site in sites):
@@ -87,9 +94,15 @@ def find_sites(model: nn.Module, name: str) -> list[Site]:
     return sites
 
 
-def _place(path: str) -> str:
-    """A path without its numbers."""
-    return re.sub(r"\d+", "*", path)
+def _record(path: str, module: nn.Module) -> Record | None:
+    """The record of the attention at a path, None if there is none that patterns are for."""
+    record = record_of(module)
+    return None if record is None or (record.beside is not None and record.beside(path)) else record
+
+
+def _place(path: str, modules: dict[str, nn.Module]) -> tuple[str, type]:
+    """A path without the number of its block, and the class of what holds it; another stage is another place."""
+    return re.sub(r"\d+(?!.*\d)", "*", path), type(modules.get(path.rpartition(".")[0]))
 
 
 def _nothing(model: nn.Module, name: str, sites: list[Site]) -> str:

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from visattn.models.swap.flexible import attend_samples, foreign_mask
 from visattn.models.swap.runtime import Swapped
 
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
+
 
 class TokenAttention:
     """timm's `Attention`, `AttentionRope` and `EvaAttention` with the scaled dot product replaced."""
@@ -29,6 +31,19 @@ class TokenAttention:
     def _visattn_forward(
         self: Any, x: torch.Tensor, rope: torch.Tensor | None, attn_mask: torch.Tensor | None, is_causal: bool
     ) -> torch.Tensor:
+        y = self._visattn_attend(x, rope, attn_mask, is_causal)
+        if y is None:
+            return self._visattn_stock(x, rope, attn_mask, is_causal)
+        y = y.transpose(1, 2).flatten(2)
+        y = self.norm(y) if getattr(self, "norm", None) is not None else y
+        gate = self.gate(x).sigmoid() if getattr(self, "gate", None) is not None else None
+        y = y if gate is None else y * gate
+        return self.proj_drop(self.proj(y))
+
+    def _visattn_attend(
+        self: Any, x: torch.Tensor, given: Any, attn_mask: torch.Tensor | None, is_causal: bool
+    ) -> torch.Tensor | None:
+        """The pattern's result [B, heads, S, head_dim], None where the module's own attention is to run."""
         site: Swapped = self.visattn_site
         site.enter(x)
         key_mask, refusal = _key_mask(attn_mask, x, is_causal, self)
@@ -37,26 +52,34 @@ class TokenAttention:
             layout = None if site.keeps_stock(refusal) else samples[0]
         else:
             layout = site.stays_stock(refusal, x.shape[1])
-        if layout is None or (not samples and site.covered(layout) and key_mask is None):
-            if layout is not None:
-                heads = self.num_heads
-                site.count_stock((x.shape[0], heads, x.shape[1], self.proj.in_features // heads), x, layout)
-            return self._visattn_stock(x, rope, attn_mask, is_causal)
-        gate = self.gate(x).sigmoid() if getattr(self, "gate", None) is not None else None
-        q, k, v = project(self, x)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = (_rotate(self, t, rope).type_as(v) for t in (q, k))
+        if layout is None:
+            return None
+        if not samples and site.covered(layout) and key_mask is None:
+            site.count_stock((x.shape[0], self.num_heads, x.shape[1], self._visattn_width()), x, layout)
+            return None
+        q, k, v, scale = self._visattn_heads(x, given)
         # Without autocast's knowledge of SDPA a norm in float32 leaves q and k wider than v.
         q, k = q.to(v.dtype), k.to(v.dtype)
         if samples:
-            y = attend_samples(site, q, k, v, samples, self.scale)
-        else:
-            y = site.attend(q, k, v, layout, self.scale, key_mask)
-        y = y.transpose(1, 2).flatten(2)
-        y = self.norm(y) if getattr(self, "norm", None) is not None else y
-        y = y if gate is None else y * gate
-        return self.proj_drop(self.proj(y))
+            return attend_samples(site, q, k, v, samples, scale)
+        return site.attend(q, k, v, layout, scale, key_mask)
+
+    def _visattn_width(self: Any) -> int:
+        """Of a head."""
+        return self.proj.in_features // self.num_heads
+
+    def _visattn_heads(self: Any, x: torch.Tensor, given: Any) -> Heads:
+        """Queries, keys, values [B, heads, S, head_dim], and the factor on the logits.
+
+        Args:
+            x: What the module got.
+            given: What the class needs beside that, here a rotary embedding or None.
+        """
+        q, k, v = project(self, x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if given is not None:
+            q, k = (_rotate(self, t, given).type_as(v) for t in (q, k))
+        return q, k, v, self.scale
 
     def _visattn_stock(
         self: Any, x: torch.Tensor, rope: torch.Tensor | None, attn_mask: torch.Tensor | None, is_causal: bool
@@ -102,11 +125,11 @@ def _key_mask(
     return None, f"attn_mask is {attn_mask.dtype} {list(attn_mask.shape)}, not a bool mask of keys [B, 1, 1, S]"
 
 
-def project(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v [B, heads, S, head_dim] of any of the classes."""
+def project(module: Any, x: torch.Tensor, heads: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v [B, heads, S, head_dim] of any of the classes; its `num_heads` unless their number is given."""
     if getattr(module, "qkv", None) is None:
-        heads = module.num_heads, getattr(module, "num_kv_heads", module.num_heads)
-        parts = zip((module.q_proj, module.k_proj, module.v_proj), (heads[0], heads[1], heads[1]), strict=True)
+        own = module.num_heads, getattr(module, "num_kv_heads", module.num_heads)
+        parts = zip((module.q_proj, module.k_proj, module.v_proj), (own[0], own[1], own[1]), strict=True)
         q, k, v = (part(x).unflatten(2, (n, -1)).transpose(1, 2) for part, n in parts)
         return q, k, v
     if getattr(module, "q_bias", None) is None:
@@ -115,7 +138,7 @@ def project(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
         bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
         separate = getattr(module, "qkv_bias_separate", False)
         qkv = module.qkv(x) + bias if separate else F.linear(x, module.qkv.weight, bias)
-    q, k, v = qkv.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = qkv.unflatten(2, (3, heads or module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 

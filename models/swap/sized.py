@@ -1,0 +1,151 @@
+"""Swapped attention that is dense on a map whose size its forward gets or knows.
+
+VOLO, Visformer, FastViT, MobileNetV4, PVT v2 and Twins, LeViT, and what those have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from visattn.layout import Layout
+from visattn.models.swap.bias import offsets_of, symmetric
+from visattn.models.swap.maps import dropout_refusal
+from visattn.models.swap.runtime import Swapped
+from visattn.models.swap.tokens import project
+
+
+def joined(y: torch.Tensor) -> torch.Tensor:
+    """[B, S, heads * D] of heads [B, heads, S, D]."""
+    return y.transpose(1, 2).flatten(2)
+
+
+class LastMap:
+    """VOLO's `Attention`: maps [B, H, W, dim]."""
+
+    visattn_site: Swapped
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """As the module's own forward."""
+        grid = x.shape[1:3]
+        heads = self.num_heads, x.shape[3] // self.num_heads
+        layout = self.visattn_site.on_map(dropout_refusal(self), grid, heads, x)
+        if layout is None:
+            return super().forward(x)  # type: ignore[misc]
+        y = self.visattn_site.attend(*project(self, x.flatten(1, 2)), layout, self.scale)
+        return self.proj_drop(self.proj(joined(y).unflatten(1, grid)))
+
+
+class FirstMap:
+    """Visformer's `Attention`: maps [B, dim, H, W], projected by convolutions."""
+
+    visattn_site: Swapped
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """As the module's own forward."""
+        grid = x.shape[2:]
+        layout = self.visattn_site.on_map(dropout_refusal(self), grid, (self.num_heads, self.head_dim), x)
+        if layout is None:
+            return super().forward(x)  # type: ignore[misc]
+        q, k, v = self.qkv(x).flatten(2).unflatten(1, (3, self.num_heads, -1)).transpose(3, 4).unbind(1)
+        y = self.visattn_site.attend(q, k, v, layout, self.scale)
+        return self.proj_drop(self.proj(joined(y).transpose(1, 2).unflatten(2, grid)))
+
+
+class FlattenedMap:
+    """FastViT's `Attention`: maps [B, dim, H, W], projected as a sequence."""
+
+    visattn_site: Swapped
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """As the module's own forward."""
+        grid = x.shape[2:]
+        layout = self.visattn_site.on_map(dropout_refusal(self), grid, (self.num_heads, self.head_dim), x)
+        if layout is None:
+            return super().forward(x)  # type: ignore[misc]
+        y = self.visattn_site.attend(*project(self, x.flatten(2).transpose(1, 2)), layout, self.scale)
+        return self.proj_drop(self.proj(joined(y))).transpose(1, 2).unflatten(2, grid)
+
+
+class SharedKeys:
+    """MobileNetV4's `MultiQueryAttention2d`: maps [B, dim, H, W], one head of keys and values for all queries."""
+
+    visattn_site: Swapped
+
+    def forward(self: Any, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """As the module's own forward."""
+        grid = x.shape[2:]
+        refusal = dropout_refusal(self) if attn_mask is None else "attn_mask is of pairs"
+        layout = self.visattn_site.on_map(refusal, grid, (self.num_heads, self.key_dim), x)
+        if layout is None:
+            return super().forward(x, attn_mask)  # type: ignore[misc]
+        q = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+        k, v = (part(x).flatten(2).transpose(1, 2)[:, None] for part in (self.key, self.value))
+        y = self.visattn_site.attend(q, k, v, layout, self.scale)
+        return self.output(joined(y).transpose(1, 2).unflatten(2, grid))
+
+
+def strided(module: Any) -> str:
+    """Why a module of MobileNetV4 cannot be swapped, "" if it can."""
+    return _coarse(module.kv_stride > 1) or _coarse(module.has_query_strides)
+
+
+class ReducedKeys:
+    """The `Attention` of PVT v2 and the `GlobalSubSampleAttn` of Twins: sequences with the size of their map."""
+
+    visattn_site: Swapped
+
+    def forward(self: Any, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """As the module's own forward."""
+        heads = self.num_heads, x.shape[2] // self.num_heads
+        layout = self.visattn_site.on_map(dropout_refusal(self), size, heads, x)
+        if layout is None:
+            return super().forward(x, size)  # type: ignore[misc]
+        q = self.q(x).unflatten(2, heads).transpose(1, 2)
+        k, v = self.kv(x).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj_drop(self.proj(joined(self.visattn_site.attend(q, k, v, layout, self.scale))))
+
+
+def reduced(module: Any) -> str:
+    """Why a module of PVT v2 or Twins cannot be swapped, "" if it can."""
+    return _coarse(module.sr is not None)
+
+
+def _coarse(differ: bool) -> str:
+    return "its keys are on another grid than its queries" * differ
+
+
+class LevitAttention:
+    """LeViT's `Attention`: sequences or maps of one size, with a bias of distances and values wider than keys."""
+
+    visattn_site: Swapped
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """As the module's own forward."""
+        grid = tuple(self.resolution)
+        layout = self.visattn_site.on_map(None, grid, (self.num_heads, self.key_dim), x)
+        if layout is None:
+            return super().forward(x)  # type: ignore[misc]
+        _check(self, x, layout)
+        sizes = [self.key_dim, self.key_dim, self.val_dim]
+        if self.use_conv:
+            q, k, v = (
+                t.transpose(2, 3) for t in self.qkv(x).flatten(2).unflatten(1, (self.num_heads, -1)).split(sizes, dim=2)
+            )
+        else:
+            q, k, v = self.qkv(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2).split(sizes, dim=3)
+        rpb = offsets_of(symmetric(self.attention_biases, grid), grid, self.visattn_site.pattern, grid)
+        y = joined(self.visattn_site.attend(q, k, v, layout, self.scale, rpb=rpb.to(v.dtype)))
+        return self.proj(y.transpose(1, 2).unflatten(2, grid) if self.use_conv else y)
+
+
+def _check(module: Any, x: torch.Tensor, layout: Layout) -> None:
+    """Raise a ValueError unless a module of one size got a map or sequence of that."""
+    fits = tuple(x.shape[2:]) == layout.grid if module.use_conv else x.shape[1] == layout.tokens
+    if not fits:
+        raise ValueError(
+            f"{module.visattn_site.path} was made for a grid of {layout} and got {list(x.shape)}: give the images the "
+            "size of the model, or create it with their img_size"
+        )

@@ -1,0 +1,155 @@
+"""`visattn.apply` on timm's families of several stages, branches and kinds of windows, each a small model."""
+
+import math
+
+import pytest
+
+pytest.importorskip("timm")
+
+import torch
+from torch.nn import functional as F
+
+import visattn
+from tests.support.tiny_timm import FAMILIES, make
+from visattn.models.swap.sites import find_sites
+from visattn.patterns import Neighborhood
+
+# Side of the windows that a module's own attention cuts its map into, where it does.
+WINDOWS = {
+    "MaskUnitAttention": lambda m: math.isqrt(m.window_size) if m.use_mask_unit_attn else 0,
+    "MultiScaleBlock": lambda m: m.window_size[0],
+    "LocallyGroupedAttn": lambda m: m.ws,
+    "TinyVitBlock": lambda m: m.window_size,
+    "GlobalContextVitBlock": lambda m: m.window_size[0],
+    "SwinTransformerV2CrBlock": lambda m: m.window_size[0],
+    "LocalWindowAttention": lambda m: m.attn.resolution,
+}
+# Families some of whose modules stay as they are, and why.
+PARTLY = {
+    "gcvit": "its queries are one window's, made of the whole image",
+    **dict.fromkeys(
+        ("hiera", "sam2", "twins", "pvt_v2", "mobilenetv4"), "its keys are on another grid than its queries"
+    ),
+}
+
+
+def side_of(family, module):
+    """The side of a module's windows, 0 for the whole map."""
+    return 4 if family == "nest" else WINDOWS.get(type(module).__name__, lambda m: 0)(module)
+
+
+def swappable(model):
+    """The modules that can be swapped, by path."""
+    return {site.name.path: site.module for site in find_sites(model, "model") if not site.foreign}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_stock_windows_as_patterns_equal_stock_and_undo_is_exact(family):
+    model, x = make(family)
+    stock, keys, kinds = model(x), list(model.state_dict()), [type(m) for m in model.modules()]
+    sides = {path: side_of(family, module) for path, module in swappable(model).items()}
+    patterns = {path: f"na(window={n}, stride={n})" if n else "na(window=99)" for path, n in sides.items()}
+    for backend in ("auto", "reference"):
+        with visattn.apply(model, patterns, backend=backend, strict=True) as handle:
+            assert (model(x) - stock).abs().max() <= 1e-4 * stock.std()
+            report = handle.report()
+            assert report.sites_hit == len(report.sites) == len(patterns) > 0 and report.fallbacks == {}
+            assert list(model.state_dict()) == keys
+    with visattn.apply(model, "na(window=2)") as handle:
+        assert (model(x) - stock).abs().max() > 1e-3 * stock.std()
+        assert set(handle.report().fallbacks) == {PARTLY[family]} if family in PARTLY else not handle.report().fallbacks
+    assert [type(m) for m in model.modules()] == kinds
+    assert torch.equal(model(x), stock)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Masked:
+    """Stock attention of some modules under masks: what softmax sees while one of them runs."""
+
+    def __init__(self, monkeypatch, modules, masks):
+        self.mask, self.used = None, 0
+        for path, module in modules.items():
+            monkeypatch.setattr(module, "forward", self.under(module.forward, masks[path]))
+        softmax, attend = torch.Tensor.softmax, F.scaled_dot_product_attention
+
+        def masked_softmax(logits, dim):
+            return softmax(
+                logits if self.mask is None else logits.masked_fill(~self.fit(logits.shape), -torch.inf), dim
+            )
+
+        def masked_attention(q, k, v, attn_mask=None, **kwargs):
+            if self.mask is not None:
+                hidden = torch.zeros(()).masked_fill(~self.fit((q.shape[-2], k.shape[-2])), -torch.inf)
+                attn_mask = hidden if attn_mask is None else attn_mask + hidden
+            return attend(q, k, v, attn_mask=attn_mask, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, "softmax", masked_softmax)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", masked_attention)
+
+    def fit(self, shape):
+        assert tuple(shape[-2:]) == tuple(self.mask.shape)
+        self.used += 1
+        return self.mask
+
+    def under(self, forward, mask):
+        def masked(*args, **kwargs):
+            self.mask = mask
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.mask = None
+
+        return masked
+
+
+def mask_of(layout, module):
+    """Which tokens a window of 2 shows to which, in the order in which the module has them."""
+    mask = visattn.dense_mask(Neighborhood(2), layout)
+    if type(module).__name__ != "MaskUnitAttention":
+        return mask
+    # Hiera has one pooling left: first come the tokens at the upper left of each 2 x 2 that it pools.
+    rows, columns = layout.grid
+    order = torch.arange(layout.tokens).view(rows // 2, 2, columns // 2, 2).permute(1, 3, 0, 2).flatten()
+    return mask[order][:, order]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_window_equals_stock_under_its_mask(family, monkeypatch):
+    model, x = make(family)
+    stock = model(x)
+    with visattn.apply(model, "na(window=2)") as handle:
+        model(x)
+        layouts = {site.site: site.calls[0].problem.layout for site in handle.report().sites if site.calls}
+    modules = swappable(model)
+    sides = {path: side_of(family, module) for path, module in modules.items()}
+    # Where its own windows are the whole map.
+    modules = {p: m for p, m in modules.items() if 2 < max(layouts[p].grid) <= (sides[p] or 99)}
+    assert modules
+    with visattn.apply(model, dict.fromkeys(modules, "na(window=2)"), strict=True):
+        found = model(x)
+    masked = Masked(monkeypatch, modules, {path: mask_of(layouts[path], module) for path, module in modules.items()})
+    wanted = model(x)
+    assert masked.used >= len(modules)
+    assert (wanted - stock).abs().max() > 1e-4 * stock.std()
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.std()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_gets_a_gradient_that_equals_stock(family):
+    model, x = make(family)
+    model, x = model.double(), x[:1].double()
+    sides = {path: side_of(family, module) for path, module in swappable(model).items()}
+    patterns = {path: f"na(window={n}, stride={n})" if n else "na(window=99)" for path, n in sides.items()}
+    grads = []
+    for swapped in (False, True):
+        model.zero_grad()
+        model.train().eval()  # some keep their biases between forwards, with the graph that made them
+        if swapped:
+            visattn.apply(model, patterns, backend="reference")
+        model(x).square().sum().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert (grads[1][name] - grad).abs().max() <= 1e-6 * grad.abs().max() + 1e-9, name

@@ -1,0 +1,82 @@
+"""Small models of timm's families, with weights at which attention matters."""
+
+import importlib
+
+import timm
+import torch
+
+from tests.golden.fill import fill_value
+
+FOUR = {"depths": (1, 1, 1, 1)}
+HEADS = {"embed_dims": (32, 32, 32, 32), "num_heads": (1, 2, 2, 2)}
+GEMMA = {"num_heads": 2, "head_dim": 32, "intermediate_size": 64, "position_embedding_size": 64}
+# Name or class, its arguments, and the side of the image.
+FAMILIES = {
+    "hiera": ("hiera_tiny_224", {"img_size": 64, "embed_dim": 32, "stages": (1, 2, 2, 1)}, 64),
+    "sam2": ("sam2_hiera_tiny", {"embed_dim": 32, "stages": (1, 2, 2, 1), "global_att_blocks": (4,)}, 64),
+    "caformer": ("metaformer.MetaFormer", {**FOUR, "dims": (32, 32, 64, 64)}, 96),
+    "pit": ("pit_ti_distilled_224", {"img_size": 64, "depth": (1, 1, 1)}, 64),
+    "crossvit": ("crossvit_15_240", {"img_scale": (1.0, 1.0), "img_size": 48, "depth": ((1, 2, 0), (1, 1, 0))}, 48),
+    "mobilevit": ("mobilevit_xxs", {}, 96),
+    "efficientformer": (
+        "efficientformer.EfficientFormer",
+        {"depths": (1, 1, 1, 2), "embed_dims": (8, 8, 16, 32), "num_vit": 1},
+        224,
+    ),
+    "tnt": ("tnt_s_patch16_224", {"img_size": 64, "depth": 2}, 64),
+    "visformer": ("visformer_tiny", {"img_size": 64, "depth": (1, 1, 1)}, 64),
+    "volo": ("volo.VOLO", {"img_size": 64, "layers": (1, 1, 1, 1), **HEADS, "post_layers": ("ca", "ca")}, 64),
+    "fastvit": ("fastvit_sa12", {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64)}, 128),
+    "levit": ("levit_128s", {"img_size": 64, "depth": (1, 1, 1)}, 64),
+    "levit_conv": ("levit_conv_128s", {"img_size": 64, "depth": (1, 1, 1)}, 64),
+    "nest": ("nest.Nest", {"img_size": 64, "depths": (1, 1, 1), "embed_dims": (32,) * 3, "num_heads": (1, 2, 2)}, 64),
+    "twins": ("twins_svt_small", {"img_size": 64, "depths": (2, 2, 2, 1), "wss": (4, 4, 4, 2), **HEADS}, 64),
+    "pvt_v2": ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 96),
+    "tiny_vit": ("tiny_vit.TinyVit", {**FOUR, "window_sizes": (4, 4, 4, 4), **HEADS}, 128),
+    "gcvit": ("gcvit.GlobalContextVit", {"img_size": 64, "window_size": (4, 4, 4, 2), "depths": (2, 1, 1, 1)}, 64),
+    "swinv2_cr": ("swinv2_cr_tiny_224", {"img_size": 64, "window_size": 4, "embed_dim": 48, **FOUR}, 64),
+    "efficientvit": (
+        "efficientvit_msra.EfficientVitMsra",
+        {"img_size": 128, "window_size": (8, 4, 4), "depth": (1, 1, 1)},
+        128,
+    ),
+    "parallel": ("vit_base_patch16_xp_224", {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 2}, 64),
+    "diff_parallel": ("vit_dpwee_patch16_reg1_gap_256", {"img_size": 64, "depth": 2}, 64),
+    "diff": ("vit_dwee_patch16_reg1_gap_256", {"img_size": 64, "depth": 2}, 64),
+    "gemma4": ("gemma4_vit.Gemma4VitEncoder", {"depth": 2, "embed_dim": 64, **GEMMA}, 96),
+    "mobilenetv4": ("mobilenetv3.MobileNetV3", {}, 32),
+}
+
+
+def make(family, **kwargs):
+    """A model of a family, and two images."""
+    name, arguments, side = FAMILIES[family]
+    arguments = {**arguments, **kwargs}
+    if family == "caformer":
+        meta = importlib.import_module("timm.models.metaformer")
+        arguments["token_mixers"] = [meta.SepConv, meta.SepConv, meta.Attention, meta.Attention]
+        arguments["norm_layers"] = [meta.LayerNorm2dNoBias] * 2 + [meta.LayerNormNoBias] * 2
+    if family == "mobilenetv4":
+        decode = importlib.import_module("timm.models._efficientnet_builder").decode_arch_def
+        stages = [
+            ["uir_r1_a3_k3_s2_e2_c32"],
+            ["mqa_r1_k3_h2_s1_v2_d16_c32", "mqa_r1_k3_h2_s1_d16_c32"],
+            ["cn_r1_k1_s1_c32"],
+        ]
+        arguments["block_args"] = decode(stages)
+    if "." in name:
+        module, _, kind = name.partition(".")
+        model = getattr(importlib.import_module(f"timm.models.{module}"), kind)(**arguments)
+    else:
+        model = timm.create_model(name, **arguments)
+    torch.manual_seed(0)
+    return randomise(model.eval()), torch.randn(2, 3, side, side)
+
+
+def randomise(model):
+    """The model with weights at which attention matters."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("logit_scale"):
+                parameter.copy_(fill_value(name, parameter.shape))
+    return model
