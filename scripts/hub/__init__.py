@@ -1,0 +1,1 @@
+"""Lays the tile-list kernels out as a kernel of the hub, and states plans for it."""
