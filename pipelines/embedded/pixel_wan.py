@@ -146,13 +146,17 @@ def clip_size(pipeline: Any, frames: int | None, height: int | None, width: int 
     """Frames, height and width of a call: the pipeline's own where None.
 
     Raises:
-        ValueError: If one is no whole number of patches.
+        ValueError: If one is no whole number of patches, or of more than the transformer has positions for.
     """
     own, patch_frames = pipeline.config, pipeline.transformer.config.patch_size[0]
     long = own.num_frames if frames is None else frames
     tall, wide = (own.sample_size if side is None else side for side in (height, width))
     check_sides(patch_frames, num_frames=long)
     check_sides(pipeline.patch_size, height=tall, width=wide)
+    most, patches = pipeline.transformer.config.rope_max_seq_len, pipeline.transformer.config.patch_size
+    for name, value, patch in zip(("num_frames", "height", "width"), (long, tall, wide), patches, strict=True):
+        if value > most * patch:
+            raise ValueError(f"{name} {value} is more than this model has positions for: pass at most {most * patch}")
     return long, tall, wide
 
 

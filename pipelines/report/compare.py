@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from visattn.canvas import GAP, Picture, column, row, text
 from visattn.metrics import SSIM_SIDE, psnr, ssim
 from visattn.pipelines.generate import DENSE, SPARSE, VIDEO, Run, Settings, label_of, prompt_of
 from visattn.pipelines.report.html import page
 from visattn.pipelines.report.lpips import find_lpips
-from visattn.pipelines.report.video_files import READABLE, contact_sheet, to_picture, write_mp4
+from visattn.pipelines.report.video_files import contact_sheet, readable, to_picture, write_mp4, write_webp
 
 MEASURED = {
     "seconds": "wall time of one pipeline call, the wrapper included",
@@ -32,6 +31,7 @@ MEASURED = {
     "psnr": "over all pixels, values 0 to 1, before any file is encoded; of a video over all frames",
     "ssim": "of a video the mean over frames",
 }
+WIDEST = 1100  # pixels of an animated comparison
 COMPARED = ("psnr", "ssim", "lpips")
 
 
@@ -153,6 +153,7 @@ def write(folder: Path, summary: dict[str, Any], runs: Sequence[Run], fps: int =
         path = folder / f"{run.kind}-{run.image:03}"
         if video:
             write_mp4(path.with_suffix(".mp4"), run.pixels, fps)
+            write_webp(path.with_suffix(".webp"), [readable(to_picture(frame)) for frame in run.pixels], fps)
         else:
             to_picture(run.pixels).save(path.with_suffix(".png"))
     if video:
@@ -160,7 +161,9 @@ def write(folder: Path, summary: dict[str, Any], runs: Sequence[Run], fps: int =
             shown = {DENSE: dense[i].pixels} if dense else {}
             contact_sheet(shown | {SPARSE: run.pixels}).save(folder / f"sheet-{i:03}.png")
     if summary["settings"]["compare"]:
-        if not video:
+        if video:
+            write_webp(folder / "comparison.webp", moving_comparison(summary, dense, sparse), fps)
+        else:
             comparison(summary, dense, sparse).save(folder / "comparison.png")
         (folder / "report.html").write_text(page(summary, folder), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -182,6 +185,20 @@ def comparison(summary: dict[str, Any], dense: Sequence[Run], sparse: Sequence[R
     return column([*head, *rows], margin=2 * GAP)
 
 
+def moving_comparison(summary: dict[str, Any], dense: Sequence[Run], sparse: Sequence[Run]) -> list[Picture]:
+    """Frames of dense and sparse videos beside each other, as many in a row as fit; shorter videos go round."""
+    texts = [_what(one) for one in made(summary)]
+    title = text(f"{summary['model']}: dense attention (left) and {summary['pattern']} (right)", size=16)
+    found = []
+    for moment in range(max(len(run.pixels) for run in sparse)):
+        cells = []
+        for what, *pair in zip(texts, dense, sparse, strict=True):
+            shown = [readable(to_picture(run.pixels[moment % len(run.pixels)])) for run in pair]
+            cells.append(column([row(shown, gap=4), text(what, size=13)], gap=4))
+        found.append(column([title, row(cells, wrap=WIDEST)], margin=GAP))
+    return found
+
+
 def gain(speedup: float) -> str:
     """A ratio of times in words."""
     return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
@@ -192,7 +209,6 @@ def _time_text(times: dict[str, Any]) -> str:
 
 
 def _comparison_row(image: dict[str, Any], dense: Run, sparse: Run) -> Picture:
-    what = f"label {image['label']}" if "label" in image else _short(image["prompt"])
     decibel = "equal" if image["equal"] else f"PSNR {image['psnr']:.1f} dB"
     similar = "" if image["ssim"] is None else f", SSIM {image['ssim']:.3f}"
     pictures = (
@@ -200,16 +216,14 @@ def _comparison_row(image: dict[str, Any], dense: Run, sparse: Run) -> Picture:
         ("sparse", sparse.pixels),
         ("difference", np.abs(dense.pixels - sparse.pixels)),
     )
-    panels = [column([_readable(to_picture(pixels)), text(name, size=13)], gap=4) for name, pixels in pictures]
-    return column([text(f"{what}, seed {image['seed']}: {decibel}{similar}"), row(panels)], gap=6)
+    panels = [column([readable(to_picture(pixels)), text(name, size=13)], gap=4) for name, pixels in pictures]
+    return column([text(f"{_what(image)}, seed {image['seed']}: {decibel}{similar}"), row(panels)], gap=6)
+
+
+def _what(image: dict[str, Any]) -> str:
+    """What an image or video shows."""
+    return f"label {image['label']}" if "label" in image else _short(image["prompt"])
 
 
 def _short(prompt: str, most: int = 80) -> str:
     return prompt if len(prompt) <= most else prompt[: most - 3] + "..."
-
-
-def _readable(picture: Picture) -> Picture:
-    """A small picture enlarged by a whole factor, each pixel a square."""
-    factor = max(1, READABLE // min(picture.size))
-    size = picture.width * factor, picture.height * factor
-    return picture.convert("RGB").resize(size, Image.Resampling.NEAREST)

@@ -1,9 +1,9 @@
-"""Pixels as files: pictures, MP4 videos, and contact sheets of a video's frames."""
+"""Pixels as files: pictures, MP4 videos, animated WebP, and contact sheets of a video's frames."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ MOST_FRAMES = 16
 FRAME_HEIGHTS = (64, 160)
 # Constant rate factor of H.264: 0 is lossless, 23 the default; at 12 one sees no difference.
 QUALITY = "12"
+WEBP_QUALITY = 90
 
 Pixels = NDArray[np.float32]
 
@@ -54,12 +55,9 @@ def write_mp4(path: Path, pixels: Pixels, fps: int) -> None:
     """
     import av
 
-    whole = to_bytes(pixels)
-    factor = max(1, READABLE // min(whole.shape[1:3]))
-    whole = whole.repeat(factor, 1).repeat(factor, 2)
+    whole = np.stack([np.asarray(readable(to_picture(frame))) for frame in pixels])
     # H.264 shares colors between 2x2 pixels: odd sides get their last row or column twice.
     whole = np.pad(whole, ((0, 0), (0, whole.shape[1] % 2), (0, whole.shape[2] % 2), (0, 0)), mode="edge")
-    whole = np.ascontiguousarray(np.broadcast_to(whole, (*whole.shape[:3], 3)))
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=fps, options={"crf": QUALITY})
         stream.height, stream.width = whole.shape[1:3]
@@ -67,6 +65,27 @@ def write_mp4(path: Path, pixels: Pixels, fps: int) -> None:
         for frame in whole:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
+
+
+def write_webp(path: Path, frames: Sequence[Picture], fps: int) -> None:
+    """Write pictures as an animated WebP that goes round: what a page shows as a picture, without a player.
+
+    Args:
+        path: The file.
+        frames: Of one size.
+        fps: Frames per second.
+    """
+    first, *others = frames
+    # Small files matter more than this format's lossless mode: H.264 beside it is close to the pixels.
+    options = {"duration": round(1000 / fps), "loop": 0, "quality": WEBP_QUALITY, "method": 4}
+    first.save(path, "WEBP", save_all=True, append_images=others, **options)
+
+
+def readable(picture: Picture) -> Picture:
+    """A small picture in colour, enlarged by a whole factor, each pixel a square."""
+    factor = max(1, READABLE // min(picture.size))
+    size = picture.width * factor, picture.height * factor
+    return picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
 
 
 def contact_sheet(videos: Mapping[str, Pixels]) -> Picture:

@@ -17,6 +17,7 @@ av = pytest.importorskip("av")
 
 STEPS, FRAMES, SIDE, GRID = 3, 4, 16, (4, 8, 8)
 PATTERN = "na(window=3x3x3)"
+FILES = {"sparse-000.mp4", "sparse-000.webp", "sheet-000.png", "report.json"}
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,9 @@ def test_compare_writes_videos_sheets_and_true_reports(generate, model, tmp_path
     out = tmp_path / "out"
     status, printed, err = generate("--label", "3,5", "--compare", "--seed", 7)
     assert status == 0, err
-    names = {f"{kind}-00{i}.mp4" for kind in ("sparse", "dense") for i in (0, 1)}
-    assert {p.name for p in out.iterdir()} == names | {"sheet-000.png", "sheet-001.png", "report.json", "report.html"}
+    names = {f"{kind}-00{i}.{kind_of}" for kind in ("sparse", "dense") for i in (0, 1) for kind_of in ("mp4", "webp")}
+    names |= {"comparison.webp", "sheet-000.png", "sheet-001.png", "report.json", "report.html"}
+    assert {p.name for p in out.iterdir()} == names
     report = json.loads((out / "report.json").read_text())
     assert report["density"] == pytest.approx(dense_mask(PATTERN, Layout(GRID)).float().mean().item())
     assert report["attention"]["hits"] == STEPS * 2 and not report["attention"]["fallbacks"]
@@ -125,6 +127,15 @@ def test_compare_writes_videos_sheets_and_true_reports(generate, model, tmp_path
         assert rate == 8 and shown.shape == (FRAMES, 256, 256, 3)
         small = shown.reshape(FRAMES, SIDE, 16, SIDE, 16, 3).mean((2, 4, 5))
         assert np.abs(small - expected[..., 0]).mean() < 0.03
+        with Image.open(out / f"{kind}-000.webp") as moving:
+            assert moving.n_frames == FRAMES and moving.size == (256, 256) and moving.info["loop"] == 0
+            for i in range(FRAMES):
+                moving.seek(i)
+                whole = np.asarray(moving.convert("RGB"), np.float32) / 255
+                assert moving.info["duration"] == 125
+                assert np.abs(whole.reshape(SIDE, 16, SIDE, 16, 3).mean((1, 3, 4)) - expected[i, ..., 0]).mean() < 0.03
+    with Image.open(out / "comparison.webp") as beside:
+        assert beside.n_frames == FRAMES and beside.width > 2 * 256
     page = (out / "report.html").read_text()
     assert page.count("data:video/mp4;base64,") == 4 and page.count("data:image/png;base64,") == 2
     assert "<polyline" in page and f"PSNR {first['psnr']:.1f} dB" in page
@@ -164,7 +175,7 @@ def test_one_video_without_a_twin(generate, tmp_path):
     assert status == 0
     report = json.loads(printed)
     assert report["videos"] == [{"index": 0, "seed": 0, "label": 0}]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"sparse-000.mp4", "sheet-000.png", "report.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == FILES
     shown, rate = frames_of(tmp_path / "out/sparse-000.mp4")
     assert shown.shape == (2, 256, 512, 3) and rate == 3
     assert report["attention"]["sites"][0]["grid"] == [2, 4, 8]
@@ -177,7 +188,7 @@ def test_force_replaces_all_older_output(generate, tmp_path):
     (out / "notes.txt").write_text("mine")
     assert generate("--frames", 1)[0] == 2
     assert generate("--frames", 1, "--force")[0] == 0
-    assert {p.name for p in out.iterdir()} == {"notes.txt", "sparse-000.mp4", "sheet-000.png", "report.json"}
+    assert {p.name for p in out.iterdir()} == FILES | {"notes.txt"}
 
 
 @pytest.mark.parametrize(

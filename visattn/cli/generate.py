@@ -45,7 +45,10 @@ generate = typer.Typer(
 )
 
 # The globs of what pipelines/report/compare.py writes; importing it would load torch before the folder is checked.
-WRITTEN = ("sparse-*.png", "dense-*.png", "comparison.png", "*-???.mp4", "sheet-*.png", "report.json", "report.html")
+WRITTEN = (
+    *("sparse-*.png", "dense-*.png", "comparison.png", "*-???.mp4", "*-???.webp", "comparison.webp", "sheet-*.png"),
+    *("report.json", "report.html"),
+)
 
 
 @generate.callback()
