@@ -179,10 +179,9 @@ class Backend(ABC):
         return partial(_anew, self.run, replace(call, key_mask=None, rpb=None))
 
     def keeps_results(self, problem: Problem) -> bool:
-        """Whether gradients start from the output and the log-sum-exp of a call, so that compiled code keeps them.
+        """Whether compiled code keeps output and log-sum-exp for the backward, instead of running the call again there.
 
-        What `prepare` gives has a method `gradients` then, see `visattn.kernels.triton.ready.Ready`; otherwise the
-        backward of compiled code runs the call again.
+        What `prepare` gives has a method `gradients` then, see `visattn.kernels.triton.ready.Ready`.
         """
         return False
 

@@ -161,7 +161,7 @@ class Triton(Backend):
 
     def choose(
         self,
-        pattern: DynamicPattern,
+        pattern: Pattern,
         q: torch.Tensor,
         k: torch.Tensor,
         blocks: Blocks,
@@ -169,7 +169,7 @@ class Triton(Backend):
         scale: float,
     ) -> Routes | None:
         """See `visattn.patterns.choice.quick.Chooser`."""
-        if not self._pools(q):
+        if not (isinstance(pattern, DynamicPattern) and self._pools(q)):
             return None
         from visattn.kernels.triton.choosing.choose import chosen
 

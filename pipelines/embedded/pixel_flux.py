@@ -77,7 +77,7 @@ class PixelFluxPipeline(PixelPipeline):
         self,
         prompt: str | Sequence[str],
         *,
-        guidance_scale: float = 3.0,
+        guidance_scale: float = 4.5,
         num_inference_steps: int = 24,
         height: int | None = None,
         width: int | None = None,

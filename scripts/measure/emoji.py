@@ -302,7 +302,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--sizes", nargs="+", type=int, default=[256], help="sides in pixels")
     add("--captions", type=int, default=CAPTIONS, help="seen ones, and as many unseen ones")
     add("--steps", type=int, default=24)
-    add("--guidance", type=float, default=3.0)
+    add("--guidance", type=float, default=4.5)
     add("--batch", type=int, default=50, help="samples at once at the model's own size; fewer at larger sizes")
     add("--seed", type=int, default=0)
     add("--backend", default="auto")

@@ -74,7 +74,7 @@ def test_dense_pictures_are_those_of_the_stock_pipeline(places, tmp_path):
 def test_rows_of_another_model_or_settings_are_not_mixed(places, tmp_path):
     out = tmp_path / "quality.json"
     main(words(places, out, "--patterns", "dense"))
-    with pytest.raises(SystemExit, match=r"has rows of guidance 3\.0, not 2\.0"):
+    with pytest.raises(SystemExit, match=r"has rows of guidance 4\.5, not 2\.0"):
         main(words(places, out, "--patterns", "dense", "--guidance", "2"))
     main(words(places, out, "--patterns", "dense", "--guidance", "2", "--force"))
     assert json.loads(out.read_text())["settings"]["guidance"] == 2

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from visattn.entries import resolve
+from visattn.patterns.base import Pattern
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.scores import block_means
 from visattn.patterns.routes import Routes
 
-if TYPE_CHECKING:
-    from visattn.patterns.dynamic import DynamicPattern
+# Says whose kernels choose for a tensor; by name, since backends import the patterns.
+CHOOSER = "visattn.choosers:chooser"
 
 
 @runtime_checkable
@@ -20,7 +22,7 @@ class Chooser(Protocol):
 
     def choose(
         self,
-        pattern: DynamicPattern,
+        pattern: Pattern,
         q: torch.Tensor,
         k: torch.Tensor,
         blocks: Blocks,
@@ -57,19 +59,15 @@ class Chooser(Protocol):
 
 
 def _chooser(x: torch.Tensor) -> Chooser | None:
-    """The GPU backend, for tensors that have values there."""
+    """Whose kernels choose for a tensor, if anybody's."""
     if not x.is_cuda:
         return None
-    # Only here: both import the patterns.
-    from visattn.dispatch import load
-    from visattn.ops import without_values, written_down
-
-    backend = None if without_values(x) or written_down() else load("triton")
-    return backend if isinstance(backend, Chooser) else None
+    find: Any = resolve(CHOOSER)
+    return find(x)
 
 
 def by_kernels(
-    pattern: DynamicPattern,
+    pattern: Pattern,
     q: torch.Tensor,
     k: torch.Tensor,
     blocks: Blocks,
