@@ -85,16 +85,12 @@ class Site:
         call, chunk = to_call(own), self._chunk()
         scale = call.scale
         key = None
-        if chunk is None and call.mask is None and call.layouts is None and not (call.dropout or call.causal):
+        told = chunk is not None or call.layouts is not None or self.told.layout is not None
+        if not (told or call.mask is not None or call.dropout or call.causal):
+            found = self.runner.attend_alike(q, k, v, scale, True, "eager", functools.partial(_turned, own))
+            if found is not None:
+                return found[0].transpose(1, 2)
             key = self.runner.key(q, k, v, scale, True, "eager")
-            if self.told.layout is not None and key is not None:
-                key = key, self.told.layout
-            if key is not None:
-                found = self.runner.attend_alike(
-                    key, (q, k, v), scale, self.path, True, functools.partial(_turned, own)
-                )
-                if found is not None:
-                    return found[0].transpose(1, 2)
         if chunk is not None and call.layouts is None:
             return self._in_order(own, call, chunk)
         if call.layouts is None and self.told.layout is not None:
