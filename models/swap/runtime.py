@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -235,7 +236,7 @@ class Swapped:
 
     def covered(self, layout: Layout) -> bool:
         """Whether the module's own dense attention is the pattern, and nobody asked for a backend."""
-        return self.runtime.backend == "auto" and self.pattern.covers(layout.grid)
+        return self.runtime.backend == "auto" and _covers(self.pattern, layout)
 
     def attend(
         self,
@@ -329,6 +330,12 @@ class Swapped:
             problem = Problem.of(q, k, v, call)
             self._cells[key] = found = self.runtime.tally.cell(self.path, "sparse", None, q.device, problem)
         return found
+
+
+@lru_cache(maxsize=1024)
+def _covers(pattern: Pattern, layout: Layout) -> bool:
+    """Whether a pattern shows every token of a grid all others: asked at every call."""
+    return pattern.covers(layout.grid)
 
 
 class Undone(Swapped):

@@ -3,10 +3,10 @@
     python3 -m scripts.bench.real_models_gpu [--models "SDXL 1024" ...] [--modes eager] [--budget 480] [--out FILE]
 
 bf16, no gradient; 80 GB hold the largest. Contenders are one model, patched and undone in turns; a time is the median
-of the turns, each of some steps in a row with one wait at the end. What is compiled are the blocks
-(`compile_repeated_blocks`). First calls (compilation, plans) come before and are not timed. Rows replace those of the
-same model, attention and mode in FILE. After `--budget` seconds no model and mode is begun. `--tiny` runs small models
-on the CPU.
+of the turns, each of some steps in a row with one wait at the end, and a speedup the median of those of each turn. What
+is compiled are the blocks (`compile_repeated_blocks`). First calls (compilation, plans) come before and are not timed.
+Rows replace those of the same model, attention and mode in FILE. After `--budget` seconds no model and mode is begun.
+`--tiny` runs small models on the CPU.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from visattn.watch import Watched
 
 MODES = ("eager", "compiled")
 STOCK, DENSE = "stock", "dense"
-# Turns of each contender, and seconds that one lasts at least.
-TURNS, TURN_S = 7, 0.8
+# Seconds that a turn of a contender lasts, seconds of all its turns, and the fewest and most of them.
+TURN_S, CONTENDER_S, TURNS = 0.3, 8.0, (5, 25)
 
 Shapes = Counter[tuple[torch.Size, torch.Size]]
 
@@ -74,24 +74,27 @@ def patched(model: torch.nn.Module, attention: str) -> Any:
 
 def in_turns(model: torch.nn.Module, step: Callable[[], Any], names: list[str]) -> dict[str, Any]:
     """Milliseconds of a step in every turn, and the report's first line, by attention."""
-    counts, said = {}, {}
+    said: dict[str, str] = {}
     times: dict[str, list[float]] = {name: [] for name in names}
+    once = 0.0
     for name in names:
         with patched(model, name):
             # Compilation and plans, then what a step takes.
             step()
             step()
-            once = per_call(step, 2)
-        counts[name] = max(1, min(20, round(TURN_S / once)))
-    for turn in range(TURNS):
+            once = max(once, per_call(step, 2))
+    count = max(1, min(20, round(TURN_S / once)))
+    # What the host does beside comes and goes within seconds: many short turns where steps are short.
+    turns = max(TURNS[0], min(TURNS[1], round(CONTENDER_S / (once * (count + 2)))))
+    for turn in range(turns):
         for name in names[:: -1 if turn % 2 else 1]:
             with patched(model, name) as handle:
                 per_call(step, 2)
                 # What building and patching left is not collected while a step is timed.
                 gc.collect()
-                times[name].append(per_call(step, counts[name]))
+                times[name].append(1e3 * per_call(step, count))
                 said[name] = "" if handle is None else str(handle.report()).partition("\n")[0]
-    return {name: (sorted(1e3 * each for each in times[name]), said[name]) for name in names}
+    return {name: (times[name], said[name]) for name in names}
 
 
 def write_profiles(folder: Path, model: torch.nn.Module, step: Callable[[], Any], names: list[str], of: str) -> None:
@@ -125,12 +128,12 @@ def measure(
         found = in_turns(model, step, [STOCK, *attentions])
         rows = []
         for attention in attentions:
-            all_ms, said = found[attention]
-            row = {"model": name, "attention": attention, "mode": mode}
-            row |= {"stock_ms": statistics.median(found[STOCK][0]), "ms": statistics.median(all_ms)}
-            rows.append(
-                row | {"all_stock_ms": found[STOCK][0], "all_ms": all_ms, "attention_ms": bound, "report": said}
-            )
+            (all_stock, _), (all_ms, said) = found[STOCK], found[attention]
+            row: dict[str, Any] = {"model": name, "attention": attention, "mode": mode}
+            row |= {"stock_ms": statistics.median(all_stock), "ms": statistics.median(all_ms)}
+            # Of neighbours in time: a slow minute hits both.
+            row["speedup"] = statistics.median(a / b for a, b in zip(all_stock, all_ms, strict=True))
+            rows.append(row | {"all_stock_ms": all_stock, "all_ms": all_ms, "attention_ms": bound, "report": said})
             print(json.dumps(rows[-1]), flush=True)
         if profiles is not None:
             write_profiles(profiles, model, step, [STOCK, *attentions], f"{name} {mode}")

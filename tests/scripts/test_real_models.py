@@ -14,7 +14,7 @@ ROW = {"model": "SDXL 1024", "attention": "dense", "mode": "eager", "stock_ms": 
 
 @pytest.mark.parametrize("name", ["Wan 480p"])
 def test_small_models_are_measured_and_merged(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(real_models_gpu, "TURNS", 1)
+    monkeypatch.setattr(real_models_gpu, "TURNS", (2, 2))
     monkeypatch.setattr(real_models_gpu, "TURN_S", 0.001)
     out = tmp_path / "real.json"
     out.write_text(json.dumps({"rows": [ROW, {**ROW, "model": name, "ms": -1.0}]}))
@@ -26,6 +26,8 @@ def test_small_models_are_measured_and_merged(name, tmp_path, monkeypatch):
     assert {attention for model, attention in rows if model == name} == {"dense", *patterns}
     mine = [row for (model, _), row in rows.items() if model == name]
     assert all(row["mode"] == "eager" and min(row["ms"], row["stock_ms"], row["attention_ms"]) > 0 for row in mine)
+    ratios = [[a / b for a, b in zip(row["all_stock_ms"], row["all_ms"], strict=True)] for row in mine]
+    assert all(len(each) == 2 and row["speedup"] == sum(each) / 2 for row, each in zip(mine, ratios, strict=True))
     assert all("2 of 2 attention modules" in rows[name, pattern]["report"] for pattern in patterns)
     assert found["versions"]["torch"] == torch.__version__
     assert found["command"].endswith(f"--out {out}")
