@@ -104,11 +104,9 @@ def kernel_times(run: Callable[[], object]) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         run()
         torch.cuda.synchronize()
+    events = seen.key_averages()
     names = ("part_means", "pair_scores", "select")
-    return {
-        name: sum(event.device_time_total for event in seen.key_averages() if event.key.startswith(name))
-        for name in names
-    }
+    return {name: sum(e.device_time_total for e in events if e.key.startswith(name)) for name in names}
 
 
 def main() -> int:
