@@ -121,8 +121,8 @@ class Triton(Backend):
         if support.ok and not isinstance(problem.pattern, ListedPattern):
             return Support(False, f"{problem.pattern.name} is not a list of key tiles")
         pools = isinstance(problem.pattern, RoutedPattern) and problem.pattern.pools_rest
-        if support.ok and pools and (problem.grad or not lists_by_blocks(problem.pattern)):
-            return Support(False, f"it has no gradients of the pooled keys for what {problem.pattern.name} leaves out")
+        if support.ok and pools and not lists_by_blocks(problem.pattern):
+            return Support(False, f"it has no pooled keys for what {problem.pattern.name} leaves out")
         return support
 
     def cost(self, problem: Problem) -> float:

@@ -22,7 +22,7 @@ from visattn.kernels.triton.launch import run_bias_gradients, start_first
 from visattn.kernels.triton.routes import Listed, routed_program
 from visattn.kernels.triton.routing.router import Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
-from visattn.patterns import DynamicPattern, RoutedPattern, Routes
+from visattn.patterns import DynamicPattern, Pattern, RoutedPattern, Routes
 from visattn.plans import TilePlan
 
 UNALIGNED = ALIGNMENT - 1
@@ -161,6 +161,11 @@ class Kernels:
             programs[direction] = routed_program(plan, direction == "key_grad", routes[plan])
         return Listed(programs)
 
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern of these calls."""
+        return self._call.pattern
+
     def work(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Work:
         """What calls on tensors like these share."""
         return self._work_for(Operands(q, k, v))
@@ -196,13 +201,33 @@ class Kernels:
             routed: As in `forward`.
 
         Returns:
-            Gradients of q, k, v and rpb, None where they are not wanted.
+            Gradients of q, k, v and rpb, and of the mean keys and values of `rest=mean`; None where nobody wants them.
         """
+        rest = routed.rest if isinstance(routed, DynamicLists) and not self._empty else None
+        shape, strides, dtype, device = self._sums
+        delta = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        found = self._list_gradients(saved, grad_out, grad_lse, wanted, delta, key_mask, routed)
+        if rest is None:
+            return *found, None, None
+        own = saved[0], grad_out, saved[5], delta, self._call.scale
+        if found[0] is not None:
+            rest.query_gradients(*own, found[0])
+        return *found, *(rest.key_gradients(*own) if wanted[1] else (None, None))
+
+    def _list_gradients(
+        self,
+        saved: Sequence[Any],
+        grad_out: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        wanted: tuple[bool, bool, bool],
+        delta: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        routed: Routed | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The same along the lists, for the log-sum-exp of all keys; fills `delta`."""
         q, k, v, rpb, out, lse = saved
         if self._empty:
             return tuple(None if t is None else torch.zeros_like(t) for t in (q, k, v, rpb))
-        shape, strides, dtype, device = self._sums
-        delta = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         grad_q = grad_k = grad_v = None
         if wanted[1]:
             shape, strides, dtype, device = self._keys

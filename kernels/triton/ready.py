@@ -10,6 +10,7 @@ import torch
 from visattn.dispatch import Call
 from visattn.kernels.second_order import Tensors, of_lists
 from visattn.kernels.triton.arguments import Routed
+from visattn.kernels.triton.choosing.listed import DynamicLists
 from visattn.kernels.triton.prepared import Kernels
 from visattn.kernels.triton.routing.router import Chosen
 from visattn.patterns import RoutedPattern
@@ -30,8 +31,9 @@ class TileAttention(torch.autograd.Function):
         formula: Formula,
         want_lse: bool,
         routed: Routed | None,
+        *pooled: torch.Tensor,
     ) -> Any:
-        """Run the forward kernel; rpb is float32 [H, entries]."""
+        """Run the forward kernel; rpb is float32 [H, entries], `pooled` are mean keys and values that `routed` has."""
         out, lse = kernels.forward(q, k, v, key_mask, rpb, True, routed)
         ctx.save_for_backward(q, k, v, rpb, out, lse)
         ctx.rest = kernels, formula, key_mask, routed
@@ -44,14 +46,21 @@ class TileAttention(torch.autograd.Function):
         """The gradients; by the formula where somebody differentiates them again."""
         saved = ctx.saved_tensors
         kernels, formula, key_mask, routed = ctx.rest
+        own = len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
+            if own > 9:
+                raise NotImplementedError(
+                    f"second derivatives of {kernels.pattern} are not in the Triton kernels: call attention with "
+                    "backend='tiles' or 'reference'"
+                )
             bias = () if saved[3] is None else (saved[3],)
             found = formula((*saved[:3], *bias), (grad_out, grad_lse), key_mask, routed)
-            return *found, *(None for _ in range(9 - len(found)))
+            return *found, *(None for _ in range(own - len(found)))
         grad_out = _by_channels(grad_out, saved[4])
         want_q, want_k, want_v, want_rpb = ctx.needs_input_grad[:4]
         wanted = want_q, want_k or want_v, want_rpb
-        return *kernels.backward(saved, grad_out, grad_lse, wanted, key_mask, routed), None, None, None, None, None
+        found = kernels.backward(saved, grad_out, grad_lse, wanted, key_mask, routed)
+        return *found[:4], None, None, None, None, None, *found[4 : own - 5]
 
 
 def _by_channels(grad_out: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
@@ -63,7 +72,8 @@ def _by_channels(grad_out: torch.Tensor | None, out: torch.Tensor) -> torch.Tens
 
 def learned(*given: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`TileAttention` of its arguments; the log-sum-exp is None unless it is wanted."""
-    found = TileAttention.apply(*given)
+    rest = given[-1].rest if isinstance(given[-1], DynamicLists) else None
+    found = TileAttention.apply(*given, *(() if rest is None else (rest.k, rest.v)))
     return found if isinstance(found, tuple) else (found, None)
 
 

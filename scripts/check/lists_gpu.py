@@ -91,6 +91,8 @@ def cases() -> list[Case]:
             Case("topk(keep=5,block=8x16,key_block=8x8)", Layout((45, 70), prefix=7, suffix=130), dtype, dim, 2),
             Case("topp(p=0.5,block=8x16,key_block=8x8)", Layout((45, 70), prefix=3), dtype, dim, 1, mask=True),
             Case("above(tau=0.8,block=4x4x8,always=none)", Layout((9, 14, 20), suffix=5), dtype, dim),
+            Case("topk(keep=4,block=8x16,key_block=8x8,rest=mean)", Layout((45, 70), prefix=7), dtype, dim, 2),
+            Case("above(tau=0.8,block=8x8,rest=mean)", Layout((45, 70), suffix=30), dtype, dim, mask=True),
             Case("topk(keep=2,block=64,key_block=256,per=head,always=none)", Layout(3333), dtype, dim, mask=True),
         ]
     return found

@@ -27,7 +27,9 @@ LARGEST = 8192
 # Scores that exist at a time: 256 MB.
 SCORES = 2**26
 # Numbers of a step of the means, and parts and channels of a step of the scores.
-MEANS, PARTS, CHANNELS = 4096, 128, 32
+MEANS, PARTS, CHANNELS = 8192, 128, 32
+# Warps of a program for means, for scores, and for rows of up to so many blocks; a row of one warp needs no barriers.
+MEAN_WARPS, SCORE_WARPS, ROW_WARPS = 4, 8, {1024: 1, 4096: 4, LARGEST: 8}
 
 
 class Rule(NamedTuple):
@@ -102,7 +104,7 @@ def _means(x: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor | None, sc
         "HEAD_DIM": head_dim, "BLOCK_DIM": width, "VALID": valid is not None,
         "SLOTS": min(1 << (slots - 1).bit_length(), MEANS // width),
     }  # fmt: skip
-    launch_like(part_means, (parts, heads, batch), given, 4, None)
+    launch_like(part_means, (parts, heads, batch), given, MEAN_WARPS, None)
     return Means(mean, count)
 
 
@@ -171,7 +173,7 @@ def _score(query: Means, key: Means, scores: torch.Tensor, parts: tuple[int, int
         "QUERY_PARTS": parts[0], "KEY_PARTS": parts[1],
     }  # fmt: skip
     grid = -(-query.mean.shape[2] // rows), -(-key_parts // PARTS), batch * some["some"]
-    launch_like(pair_scores, grid, given, 8, 2)
+    launch_like(pair_scores, grid, given, SCORE_WARPS, 2)
 
 
 def _select(
@@ -197,6 +199,5 @@ def _select(
         "COLUMNS": width, "MOST": 1 << (rule.most - 1).bit_length(), "LEAST": rule.least > 0,
         "LIMITED": rule.most < some["columns"],
     }  # fmt: skip
-    # A row of one warp needs no barriers.
-    warps = 1 if width <= 1024 else 4 if width <= 4096 else 8
+    warps = next(n for columns, n in ROW_WARPS.items() if width <= columns)
     launch_like(select, (some["rows"], len(tiles) * some["some"]), given, warps, None)

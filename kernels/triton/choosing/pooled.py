@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from visattn.kernels.triton.arguments import LOG2E, precision
 from visattn.kernels.triton.choosing.choose import block_means, part_tokens
 from visattn.kernels.triton.choosing.rest import add_rest, mark_blocks
+from visattn.kernels.triton.choosing.rest_grad import rest_key_gradients, rest_query_gradients
 from visattn.kernels.triton.config import block_dim
 from visattn.kernels.triton.start import launch_like, on
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, Routes
 from visattn.patterns.choice.blocks import inner
+from visattn.patterns.choice.rest import mean_keys
 
 # Entries of a list that are turned into bits together, and pooled keys of a step.
 ENTRIES, COLUMNS = 64, 64
@@ -42,26 +44,60 @@ class Rest(NamedTuple):
 
     def add(self, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float) -> None:
         """Go on with attention along lists: `out` [B, S, H, D] and `lse` [B, H, S] are replaced."""
-        batch, length, heads, head_dim = q.shape
+        given = {"q": q, "out": out, "lse": lse, **self._given(q, 64)}
+        given |= {"scale": scale * LOG2E, "q_batch": q.stride(0), "q_token": q.stride(1), "q_head": q.stride(2)}
+        with on(q.device):
+            launch_like(add_rest, self._programs(q, given), given, 4, 2)
+
+    def query_gradients(
+        self, q: torch.Tensor, grad_out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, scale: float, to: Any
+    ) -> None:
+        """Add the part of the pooled keys to the gradient of q, `to` [B, S, H, D]."""
+        given = self._backward(q, grad_out, lse, delta, scale) | {"grad_q": to}
+        with on(q.device):
+            launch_like(rest_query_gradients, self._programs(q, given), given, 4, 2)
+
+    def key_gradients(
+        self, q: torch.Tensor, grad_out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of the mean keys and values."""
+        batch, columns, kv_heads, _ = self.k.shape
+        grad_k, grad_v = torch.empty_like(self.k), torch.empty_like(self.v)
+        given = self._backward(q, grad_out, lse, delta, scale) | {"grad_k": grad_k, "grad_v": grad_v}
+        with on(q.device):
+            launch_like(rest_key_gradients, (-(-columns // int(given["COLUMNS"])), batch * kv_heads), given, 4, 1)
+        return grad_k, grad_v
+
+    def _backward(
+        self, q: torch.Tensor, grad_out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, scale: float
+    ) -> dict[str, Any]:
+        """What both kernels of the backward take."""
+        own = {"q": q, "grad_out": grad_out, "lse": lse, "delta": delta, **self._given(q, 32)}
+        for name, x in (("q", q), ("grad", grad_out)):
+            own |= {f"{name}_batch": x.stride(0), f"{name}_token": x.stride(1), f"{name}_head": x.stride(2)}
+        return own | {"scale": scale}
+
+    def _given(self, q: torch.Tensor, most: int) -> dict[str, Any]:
+        """What all kernels take; `most` queries or pooled keys at a time."""
+        length, heads, head_dim = q.shape[1:]
         (rows, slots), (columns, kv_heads), width = self.tokens.shape, self.k.shape[1:3], block_dim(head_dim)
-        # Float32 rows take as many registers as there are channels.
-        size = 64 if width <= 128 else 32
+        # The wider the rows, the fewer are in registers.
+        size = most if width <= 128 else most // 2
         size = size // (4 if width > 64 else 2) if q.dtype == torch.float32 else size
         size = max(16, min(size, 1 << (slots - 1).bit_length()))
-        pieces = -(-slots // size)
-        given = {
-            "q": q, "pooled_k": self.k, "pooled_v": self.v, "weight": self.weight, "bits": self.bits,
-            "tokens": self.tokens, "out": out, "lse": lse,
-            "q_batch": q.stride(0), "q_token": q.stride(1), "q_head": q.stride(2),
-            "weight_batch": columns if len(self.weight) > 1 else 0, "list_heads": self.heads, "scale": scale * LOG2E,
+        return {
+            "pooled_k": self.k, "pooled_v": self.v, "weight": self.weight, "bits": self.bits, "tokens": self.tokens,
+            "weight_batch": columns if len(self.weight) > 1 else 0, "list_heads": self.heads,
             "heads": heads, "group": heads // kv_heads, "length": length, "rows": rows, "columns": columns,
-            "words": self.bits.shape[2], "slots": slots, "pieces": pieces,
+            "words": self.bits.shape[2], "slots": slots, "pieces": -(-slots // size),
             "HEAD_DIM": head_dim, "BLOCK_DIM": width, "ROWS": size,
-            "COLUMNS": COLUMNS if q.dtype.itemsize == 2 and width <= 128 else 32,
+            "COLUMNS": most if q.dtype.itemsize == 2 and width <= 128 else max(16, most // 2),
             "PRECISION": precision(q.dtype, self.tf32),
         }  # fmt: skip
-        with on(q.device):
-            launch_like(add_rest, (rows * pieces, batch * heads), given, 4, 2)
+
+    def _programs(self, q: torch.Tensor, given: dict[str, Any]) -> tuple[int, int]:
+        """A program for each piece of a query block, head and sample."""
+        return given["rows"] * given["pieces"], q.shape[0] * q.shape[2]
 
 
 def rest_of(
@@ -79,7 +115,7 @@ def rest_of(
     Args:
         pattern: A pattern with `rest=mean`.
         routes: What it chose.
-        k: Keys [B, S, Hkv, D].
+        k: Keys [B, S, Hkv, D]. Where they or the values learn, their means are differentiable.
         v: Values.
         layout: The tokens.
         key_mask: bool [B, S], or None.
@@ -87,15 +123,21 @@ def rest_of(
         heads: Query heads.
     """
     blocks, at = pattern.blocks(layout.grid), inner(layout)
-    valid = None if key_mask is None else key_mask[:, at]
     with on(k.device):
-        key, value = (block_means(x[:, at], blocks.grid, blocks.keys, valid) for x in (k, v))
         bits = _bits(routes, blocks.columns)
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        key, value, weight = mean_keys(k, v, layout, blocks, key_mask)
+        weight = weight.float()
+    else:
+        valid = None if key_mask is None else key_mask[:, at]
+        found = [block_means(x[:, at], blocks.grid, blocks.keys, valid) for x in (k, v)]
+        key, value = (each.mean.transpose(1, 2).to(k.dtype) for each in found)
+        weight = found[0].count.float().log()
     own = part_tokens(blocks.grid, blocks.queries, 1, k.device)
     return Rest(
-        key.mean.transpose(1, 2).to(k.dtype).contiguous(),
-        value.mean.transpose(1, 2).to(v.dtype).contiguous(),
-        key.count.float().log(),
+        key.contiguous(),
+        value.contiguous(),
+        weight,
         bits,
         torch.where(own < 0, own, own + layout.prefix) if layout.prefix else own,
         heads // routes.groups,

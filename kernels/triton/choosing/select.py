@@ -34,11 +34,15 @@ def _ordered(x, here):
 @triton.jit
 def _best(ordered, number):
     """Marks at the `number` largest, of equal ones the lower indices first."""
-    bar = tl.zeros([1], tl.uint32)
-    bit = tl.full([1], 1, tl.uint32) << (BITS - 1)
-    for _ in range(BITS):
+    bar = tl.full([], 0, tl.uint32)
+    bit = tl.full([], 1, tl.uint32) << (BITS - 1)
+    found = -1
+    # Where as many lie above a bar as are wanted, its other bits make no difference.
+    while (bit > 0) & (found != number):
         wanted = bar | bit
-        bar = tl.where(tl.sum((ordered >= wanted).to(tl.int32), 0) >= number, wanted, bar)
+        reach = tl.sum((ordered >= wanted).to(tl.int32), 0)
+        bar = tl.where(reach >= number, wanted, bar)
+        found = tl.where(reach >= number, reach, found)
         bit = bit >> 1
     above, level = ordered > bar, ordered == bar
     room = number - tl.sum(above.to(tl.int32), 0)

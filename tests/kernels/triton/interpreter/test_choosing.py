@@ -187,16 +187,27 @@ def test_means_of_what_is_not_listed(name):
         mask = torch.rand(2, layout.length, generator=torch.manual_seed(3)) > 0.4
         # Blocks without a valid token have no mean.
         mask[1, layout.length // 2 :] = False
+    found = results(q, k, v, text, layout, mask, "triton")
+    truth = results(q, k, v, text, layout, mask, "reference")
+    for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), found, truth, strict=True):
+        assert (one - other).abs().max() < 2e-5, name
+
+
+def results(q, k, v, text, layout, mask, backend):
+    """Output, log-sum-exp and gradients."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     options = {"key_mask": mask, "return_lse": True, "scale": -0.4}
-    out, lse = attention(q, k, v, text, layout, backend="triton", **options)
-    want, truth = attention(q, k, v, text, layout, backend="reference", **options)
-    assert (out - want).abs().max() < 1e-5 and (lse - truth).abs().max() < 1e-5
+    out, lse = attention(*leaves, text, layout, backend=backend, **options)
+    weight = torch.randn(out.shape, generator=torch.manual_seed(9))
+    loss = (out * weight).sum() + lse.masked_fill(lse.isinf(), 0).square().mean()
+    return [out, lse, *torch.autograd.grad(loss, leaves)]
 
 
-def test_gradients_of_means_are_refused():
-    q = torch.randn(1, 64, 1, 16, requires_grad=True)
-    with pytest.raises(ValueError, match="no gradients of the pooled keys"):
-        attention(q, q, q, "topk(keep=2,block=4x4,rest=mean)", Layout((8, 8)), backend="triton")
+def test_second_derivatives_of_means_are_refused():
+    q = torch.randn(1, 16, 1, 16, requires_grad=True)
+    out = attention(q, q, q, "topk(keep=1,block=2x4,rest=mean)", Layout((4, 4)), backend="triton")
+    with pytest.raises(NotImplementedError, match="backend='tiles'"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
 
 
 def test_means_of_blocks():
