@@ -211,6 +211,7 @@ BACKENDS = REGISTRY.declare(
         "sparse_linear": "visattn.kernels.linear.sparse_linear:backend",
         "sigmoid": "visattn.kernels.sigmoid:backend",
         "heads": "visattn.kernels.heads:backend",
+        "gate": "visattn.kernels.gate:backend",
         "ordered": "visattn.kernels.ordered:backend",
         "sdpa": "visattn.kernels.sdpa:backend",
         "tiles": "visattn.kernels.tiles.backend:backend",
