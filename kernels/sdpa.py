@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead, sees_all, wall
+from visattn.dispatch import Backend, Call, Problem, Support, overhead, wall
 from visattn.kernels.masks import visible
 from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import DynamicPattern, ListedPattern, RoutedPattern
@@ -69,7 +69,7 @@ class Sdpa(Backend):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention in torch's kernels, whose gradients have none; arguments as in `Backend.run`."""
-    dense = sees_all(call.pattern, call.layout)
+    dense = call.pattern.covers(call.layout.grid)
     mask = None if dense and call.key_mask is None else _visible(q, k, call, dense)
     blind = None
     if mask is not None and (call.key_mask is not None or isinstance(call.pattern, DynamicPattern)):

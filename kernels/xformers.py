@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead, sees_all
+from visattn.dispatch import Backend, Call, Problem, Support, overhead
 from visattn.kernels.masks import visible
 from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import ListedPattern, Neighborhood
@@ -63,7 +63,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tup
         queries, keys, values = (to_blocks(t, call.layout.grid, block) for t in (q, k, v))
         out = _attend(ops, queries, keys, values, None, call.scale)
         return from_blocks(out, call.layout.grid, block), None
-    bias = None if sees_all(call.pattern, call.layout) else _bias(visible(call, q, k), q)
+    bias = None if call.pattern.covers(call.layout.grid) else _bias(visible(call, q, k), q)
     return _attend(ops, q, k, v, bias, call.scale), None
 
 

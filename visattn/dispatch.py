@@ -110,17 +110,12 @@ class Problem:
     @property
     def is_dense(self) -> bool:
         """Whether every query sees every key but for the key mask."""
-        return sees_all(self.pattern, self.layout)
+        return self.pattern.covers(self.layout.grid)
 
     @property
     def dense_pairs(self) -> float:
         """Pairs of tokens that dense attention computes, all samples (of an empty batch one) and heads together."""
         return float(max(1, self.batch) * self.heads) * self.layout.length**2
-
-
-def sees_all(pattern: Pattern, layout: Layout) -> bool:
-    """Whether a pattern shows every token all tokens and nothing else, so that it is dense attention."""
-    return pattern.covers(layout.grid)
 
 
 class Backend(ABC):
@@ -210,6 +205,7 @@ BACKENDS = REGISTRY.declare(
         "sparse_linear": "visattn.kernels.linear.sparse_linear:backend",
         "sigmoid": "visattn.kernels.sigmoid:backend",
         "heads": "visattn.kernels.heads:backend",
+        "gate": "visattn.kernels.gate:backend",
         "ordered": "visattn.kernels.ordered:backend",
         "sdpa": "visattn.kernels.sdpa:backend",
         "tiles": "visattn.kernels.tiles.backend:backend",

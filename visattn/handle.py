@@ -198,6 +198,9 @@ def apply(
     for each in schedule.patterns:
         if isinstance(each, MergingPattern) and package != "diffusers":
             raise ValueError(f"{each} merges tokens of a UNet of diffusers: use agent(agents=...) on a {package} model")
+    for each in schedule.patterns:
+        if each.needs_weights and weights is None:
+            raise ValueError(f"{each} chooses by trained weights: pass weights= with a file that holds them")
     if weights is not None:
         # Before anything is patched.
         read_weights(Path(weights))

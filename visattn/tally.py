@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from visattn.dispatch import Problem
-from visattn.patterns import DynamicPattern, HeadsPattern, OrderedPattern
+from visattn.patterns import DynamicPattern, Gate, HeadsPattern, OrderedPattern
 from visattn.patterns.choice.listening import listening
 
 Kind = Literal["sparse", "dense"]
@@ -190,7 +190,9 @@ class Tally:
     def hearing(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
         """Inside, what the choices of a call list is noted with its cells, whose layouts run one after the other."""
         problem = cells[0].problem
-        chooses = problem is not None and isinstance(problem.pattern, DynamicPattern | HeadsPattern | OrderedPattern)
+        chooses = problem is not None and isinstance(
+            problem.pattern, DynamicPattern | HeadsPattern | OrderedPattern | Gate
+        )
         return self._hearing(cells) if chooses else _NOTHING
 
     @contextmanager

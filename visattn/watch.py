@@ -25,6 +25,7 @@ class Watched(NamedTuple):
         scale: Factor on the logits.
         key_mask: bool [B, S], True where a key may be attended, or None for all.
         parameters: Learnable parameters of the pattern.
+        step: Index of the denoising step, None where nothing that was applied asks for it.
     """
 
     site: str
@@ -37,6 +38,7 @@ class Watched(NamedTuple):
     scale: float
     key_mask: torch.Tensor | None
     parameters: Mapping[str, torch.Tensor]
+    step: int | None = None
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Weights of all tokens for the queries of some tokens [R], see `visattn.attention_rows`: [B, H, R, S]."""

@@ -12,7 +12,6 @@ output, relative to the norm of the dense output.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from visattn.patterns import DynamicPattern
 from visattn.patterns.choice.blocks import Blocks, inner, token_blocks
 from visattn.patterns.choice.picks import Seen, number_of, pick_number
 from visattn.pipelines.embedded import load_embedded
-from visattn.watch import Watched
+from visattn.pipelines.record import record as visattn_record
 
 KEEPS = (0.05, 0.1, 0.2, 0.3, 0.5)
 # Lines of the chart: a name, and the patterns of its points.
@@ -81,36 +80,13 @@ class Module(NamedTuple):
         return logits.softmax(-1)
 
 
-class _Enough(Exception):
-    """The step that was asked for is over."""
-
-
 def record(prompt: str, seed: int, steps: int, step: int) -> list[Module]:
     """The attention calls of one step while the emoji model draws a picture."""
     pipeline: Any = load_embedded("emoji", torch_dtype=torch.float32)
-    found: list[Module] = []
-
-    def watch(watched: Watched) -> None:
-        q, k, v = (t[:1].detach().float() for t in (watched.q, watched.k, watched.v))
-        found.append(Module(watched.site, q, k, v, layout_of(q.shape[1]), watched.scale))
-
-    def layout_of(length: int) -> Layout:
-        side = int((length - length % 64) ** 0.5)
-        return Layout((side, side), prefix=length - side * side)
-
-    def after(pipe: Any, at: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if at == step:
-            raise _Enough
-        handle.watch(watch if at == step - 1 else None)
-        return values
-
-    with torch.no_grad(), visattn.apply(pipeline, "dense") as handle:
-        generator = torch.Generator().manual_seed(seed)
-        with contextlib.suppress(_Enough):
-            pipeline(prompt, num_inference_steps=steps, generator=generator, callback_on_step_end=after)
+    arguments = {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
     # With guidance the prompt comes first in the batch, no prompt behind it.
-    sites = list(dict.fromkeys(module.site for module in found))
-    return found[: len(sites)]
+    calls = visattn_record(pipeline, arguments, steps=(step,)).calls
+    return [Module(c.site, c.q.float(), c.k.float(), c.v.float(), c.layout, c.scale) for c in calls if not c.call]
 
 
 def block_mass(module: Module, blocks: Blocks, weights: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from visattn.patterns import (
     Clear,
     Dense,
     Flow,
+    Gate,
     Halo,
     KMeans,
     Linear,
@@ -98,6 +99,13 @@ KINDS = STATIC | {
         **CHOICE,
     ),
     Above: made(Above, tau=REAL, most=NUMBER, **CHOICE),
+    Gate: made(
+        Gate,
+        by=made(TopK, keep=NUMBER, **(CHOICE | {"every": st.just(1), "rest": st.sampled_from(["drop", "mean"])})),
+        dim=WHOLE,
+        query=st.sampled_from(["avg", "max+avg"]),
+        key=st.sampled_from(["max+min+avg", "avg+min"]),
+    ),
     KMeans: made(
         KMeans,
         queries=WHOLE,

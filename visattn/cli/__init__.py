@@ -17,6 +17,7 @@ from visattn.cli.generate import generate
 from visattn.cli.messages import held_messages
 from visattn.cli.models import models
 from visattn.cli.patterns import patterns
+from visattn.cli.record import record
 from visattn.cli.show import show
 from visattn.cli.simulate import simulate
 from visattn.version import __version__
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (doctor, patterns, show, simulate, bench, models, classify, bench_model):
+for command in (doctor, patterns, show, simulate, bench, models, record, classify, bench_model):
     app.command()(command)
 app.add_typer(generate, name="generate")
 

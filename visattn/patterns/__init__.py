@@ -10,6 +10,7 @@ from visattn.patterns.clear import Clear
 from visattn.patterns.dense import Dense
 from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.flow import Flow
+from visattn.patterns.gate import Gate
 from visattn.patterns.halo import Halo
 from visattn.patterns.kinds import (
     BiasedPattern,
@@ -51,6 +52,7 @@ __all__ = [
     "Dense",
     "DynamicPattern",
     "Flow",
+    "Gate",
     "Halo",
     "HeadsPattern",
     "KMeans",
@@ -90,6 +92,7 @@ PATTERNS: tuple[type[Pattern], ...] = (
     TopK,
     TopP,
     Above,
+    Gate,
     KMeans,
     Lsh,
     Best,

@@ -46,6 +46,11 @@ class Pattern(ABC):
         """Whether it keeps something from step to step where they are known."""
         return self.needs_steps
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it means nothing before its parameters are trained."""
+        return False
+
     def parameter_shapes(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Shapes of its learnable parameters by name.
 

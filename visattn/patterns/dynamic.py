@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 
@@ -285,10 +286,7 @@ class DynamicPattern(TailedPattern):
     ) -> Routes:
         """The same by torch's operators, for any score and rule, device and dtype."""
         heads = q.shape[2]
-        share = heads if self.share == "all" else self.share
-        assert isinstance(share, int)
-        if heads % share:
-            raise ValueError(f"{self}: {heads} heads cannot be shared by {share}: give a divisor of {heads}, or all")
+        share = self._shared(heads)
         guard = None if self.alike is None else alike_blocks(q, k, blocks, valid, self.alike)
         most = blocks.columns if guard else self.most_listed(blocks)
         slices, leaves = Slices(share, self.per == "all"), self.most_listed(blocks)
@@ -300,9 +298,30 @@ class DynamicPattern(TailedPattern):
             own = None if variance is None else variance[:, which]
             mask = self._marked(scores, which, seen, blocks, guard, share, own)
             found.append(lists_of(mask, most))
+        return self._joined(found, blocks, heads, share)
+
+    def pick(self, scores: torch.Tensor, seen: Seen, blocks: Blocks) -> Routes:
+        """What scores of all heads [B, H, rows, columns] choose, whoever made them."""
+        heads = scores.shape[1]
+        share = self._shared(heads)
+        mask = self._marked(scores, slice(0, heads), seen, blocks, None, share, None)
+        choice = self._joined([lists_of(mask, self.most_listed(blocks))], blocks, heads, share)
+        tell(choice, blocks)
+        return choice
+
+    def _shared(self, heads: int) -> int:
+        """Heads that share one choice."""
+        share = heads if self.share == "all" else self.share
+        assert isinstance(share, int)
+        if heads % share:
+            raise ValueError(f"{self}: {heads} heads cannot be shared by {share}: give a divisor of {heads}, or all")
+        return share
+
+    def _joined(self, found: Sequence[Routes], blocks: Blocks, heads: int, share: int) -> Routes:
+        """Lists of some heads after the other as those of all query heads, or of one group."""
         tiles = torch.cat([routes.tiles for routes in found], 1)
         counts: torch.Tensor | None = torch.cat([r.counts for r in found if r.counts is not None], 1)
-        if self.least_listed(blocks) == most:
+        if self.least_listed(blocks) == tiles.shape[3]:
             counts = None
         if 1 < share < heads:
             tiles = tiles.repeat_interleave(share, 1)

@@ -38,6 +38,7 @@ KINDS = REGISTRY.declare(
         "above": "visattn.patterns.above:Above",
         "kmeans": "visattn.patterns.kmeans:KMeans",
         "lsh": "visattn.patterns.lsh:Lsh",
+        "gate": "visattn.patterns.gate:Gate",
         "best": "visattn.patterns.perhead:Best",
         "perhead": "visattn.patterns.perhead:PerHead",
         "agent": "visattn.patterns.agent:Agent",

@@ -272,7 +272,9 @@ class Runner:
             q, k, _ = carry_bias(q, k, v, keys, call.factor)
             keys = None
         assert self.run.watcher is not None
-        self.run.watcher(Watched(site, q, k, v, out, pattern, layouts, call.factor, keys, parameters))
+        forward = self.run.forward
+        step = None if forward is None else forward.step
+        self.run.watcher(Watched(site, q, k, v, out, pattern, layouts, call.factor, keys, parameters, step))
 
     def _verdict(
         self,

@@ -1,0 +1,48 @@
+"""Runs gates: trained weights choose the lists, and whoever runs lists runs them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from visattn.dispatch import Backend, Call, Problem, Support, choose, overhead
+from visattn.patterns import Gate
+from visattn.patterns.tailed import holding
+from visattn.prepare import run_call
+
+
+class GateBackend(Backend):
+    """Runs gates, by the backends that run the pattern that picks."""
+
+    name: ClassVar[str] = "gate"
+
+    def available(self) -> Support:
+        """Always: other backends do the work."""
+        return Support(True)
+
+    def supports(self, problem: Problem) -> Support:
+        """Gates."""
+        if not isinstance(problem.pattern, Gate):
+            return Support(False, f"it runs lists that trained weights choose, not {problem.pattern.name}")
+        return Support(True)
+
+    def cost(self, problem: Problem) -> float:
+        """That of the pattern that picks."""
+        assert isinstance(problem.pattern, Gate)
+        own = replace(problem, pattern=problem.pattern.by)
+        return choose(own).cost(own) + overhead(problem, 0.5, 100)
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.run`."""
+        pattern = call.pattern
+        assert isinstance(pattern, Gate)
+        choice = pattern.choose(q, k, call.layout, call.key_mask, call.parameters)
+        with holding(pattern.by, choice):
+            return run_call(q, k, v, replace(call, pattern=pattern.by, parameters={}))
+
+
+backend = GateBackend()
