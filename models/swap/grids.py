@@ -149,6 +149,23 @@ class SwinCrBlock:
         return attn.proj_drop(attn.proj(joined(y))).unflatten(1, grid)
 
 
+class GatedHead:
+    """iFormer's `SHMA`: one head with a gate on maps [B, dim, H, W], windows or the whole map."""
+
+    visattn_site: Swapped
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """As the module's own forward."""
+        site: Swapped = self.visattn_site
+        if site.keeps_stock(dropout_refusal(self)):
+            return super().forward(x)  # type: ignore[misc]
+        grid = int(x.shape[2]), int(x.shape[3])
+        v, gate = self.gate_act(self.v_gate(x)).chunk(2, dim=1)
+        q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in (self.q(x), self.k(x), v))
+        y = site.attend(q, k, v, Layout(grid), self.scale)[:, 0].transpose(1, 2).unflatten(2, grid)
+        return self.proj(y * gate)
+
+
 class CascadeWindow:
     """EfficientViT's `LocalWindowAttention`: maps [B, dim, H, W], each head's input has the output of the one before.
 

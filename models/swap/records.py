@@ -13,6 +13,7 @@ from visattn.models.swap import hiera
 from visattn.models.swap.graphs import as_node
 from visattn.models.swap.grids import (
     CascadeWindow,
+    GatedHead,
     GlobalContextBlock,
     NestAttention,
     Sam2Block,
@@ -24,6 +25,7 @@ from visattn.models.swap.grids import (
 )
 from visattn.models.swap.hiera import MaskUnits
 from visattn.models.swap.maps import CoAtBlock, DaVitBlock, ParallelPartition, PartitionFirst, PartitionLast
+from visattn.models.swap.mvit import PooledAttention, pools_apart
 from visattn.models.swap.relative import BeitAttention, RelPosAttention
 from visattn.models.swap.runtime import UNDONE
 from visattn.models.swap.sam import SamBlock
@@ -32,6 +34,7 @@ from visattn.models.swap.sized import (
     FlattenedMap,
     LastMap,
     LevitAttention,
+    OneHead,
     ReducedKeys,
     SharedKeys,
     reduced,
@@ -116,6 +119,7 @@ _OWN = {
     "timm.models.hieradet_sam2.MultiScaleBlock": Record(
         Sam2Block, False, False, "SAM 2's Hiera", "attn", unfit=pools_queries
     ),
+    "timm.models.mvitv2.MultiScaleAttention": Record(PooledAttention, False, False, "MViT v2", unfit=pools_apart),
     "timm.models.volo.Attention": Record(LastMap, False, False, "VOLO: not outlook attention", dense=True),
     "timm.models.visformer.Attention": Record(FirstMap, False, False, "Visformer", dense=True),
     "timm.models.fastvit.Attention": Record(FlattenedMap, False, False, "FastViT", dense=True),
@@ -134,6 +138,9 @@ _OWN = {
         SwinCrBlock, True, False, "Swin v2 CR", "attn"
     ),
     "timm.models.efficientvit_msra.LocalWindowAttention": Record(CascadeWindow, True, False, "EfficientViT", "attn"),
+    "timm.models.convit.MHSA": Record(SequenceAttention, False, True, "ConViT: the last blocks"),
+    "timm.models.shvit.SHSA": Record(OneHead, False, False, "SHViT", dense=True),
+    "timm.models.iformer.SHMA": Record(GatedHead, False, False, "iFormer"),
     "timm.models.levit.Attention": Record(LevitAttention, True, False, "LeViT", dense=True),
 }
 
@@ -228,7 +235,8 @@ def check_fit(module: nn.Module, pattern: Pattern, name: str) -> None:
         raise ValueError(
             f"{pattern} cannot carry the relative position bias of {name}: use na(window=...), which can, or 'dense'"
         )
-    if isinstance(pattern, ComposedPattern) and getattr(holder, "use_rel_pos", False):
+    positions = getattr(holder, "use_rel_pos", False) or getattr(holder, "rel_pos_type", "") == "spatial"
+    if isinstance(pattern, ComposedPattern) and positions:
         raise ValueError(
             f"{pattern} has no pairs of tokens to which the position logits of {name} could be added: use a pattern "
             "that has, like na(window=...), or 'dense'"

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from torch.fx import GraphModule
 
-from visattn.models.swap.records import RECORDS, Record, own_ways, record_of, swapped_class
+from visattn.models.swap.records import Record, own_ways, record_of, swapped_class
+from visattn.models.swap.refused import refusal_of
 from visattn.models.swap.runtime import Runtime, Swapped, is_swapped
 from visattn.patterns import Dense, Pattern
 from visattn.schedule import SiteName
@@ -87,7 +88,7 @@ def find_sites(model: nn.Module, name: str) -> list[Site]:
             why = own_ways(module) or ("" if record.unfit is None else record.unfit(module))
             sites.append(Site(SiteName(path, layer), module, record, why))
         elif _place(path, modules) in places and not isinstance(module, nn.Identity):
-            why = f"{type(module).__qualname__} is no attention that visattn knows"
+            why = refusal_of(module) or f"{type(module).__qualname__} is no attention that visattn knows"
             sites.append(Site(SiteName(path, path.rpartition(".")[0]), module, None, why))
     if all(site.foreign for site in sites):
         raise ValueError(_nothing(model, name, sites))
@@ -107,13 +108,15 @@ def _place(path: str, modules: dict[str, nn.Module]) -> tuple[str, type]:
 
 def _nothing(model: nn.Module, name: str, sites: list[Site]) -> str:
     """Why a model has nothing to swap."""
-    known = ", ".join(sorted({kind.rpartition(".")[2] for kind in RECORDS}))
-    grids = any(hasattr(module, "partition_block") for module in model.modules())
-    why = "; its grid attention sees a few tokens of the whole map already" if grids else ""
+    modules = list(model.modules())
+    reasons = {site.foreign for site in sites}
+    reasons |= {f"{type(m).__qualname__}: {why}" for m in modules if (why := refusal_of(m))}
+    if any(hasattr(module, "partition_block") for module in modules):
+        reasons = {"its grid attention sees a few tokens of the whole map already"}
     if type(model).__module__.startswith("visattn.models."):
-        why = "; this backbone has the attention of its paper, chosen by its own arguments"
-    if any(isinstance(module, GraphModule) for module in model.modules()):
-        why = "; torch.fx has traced through its modules: apply() to the model first, and make the extractor of that"
-    if sites:
-        why = "; " + "; ".join(sorted({site.foreign for site in sites}))
-    return f"{name} has no attention module that visattn can swap (it knows {known} of timm){why}"
+        reasons = {"this backbone has the attention of its paper, chosen by its own arguments"}
+    if any(isinstance(module, GraphModule) for module in modules):
+        why = "apply() to the model first, and make the extractor of that"
+        reasons = {f"torch.fx has traced through its modules: {why}"}
+    why = "; ".join(sorted(reasons)) or "none of its modules is one; `visattn models` lists those of timm"
+    return f"{name} has no attention module that visattn can swap: {why}"

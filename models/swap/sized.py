@@ -69,6 +69,25 @@ class FlattenedMap:
         return self.proj_drop(self.proj(joined(y))).transpose(1, 2).unflatten(2, grid)
 
 
+class OneHead:
+    """SHViT's `SHSA`: one head on some of the channels of maps [B, dim, H, W]."""
+
+    visattn_site: Swapped
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """As the module's own forward."""
+        grid = x.shape[2:]
+        layout = self.visattn_site.on_map(None, grid, (1, self.pdim), x)
+        if layout is None:
+            return super().forward(x)  # type: ignore[misc]
+        own, rest = x.split([self.pdim, self.dim - self.pdim], dim=1)
+        # Each transposed alone: torch's BatchNorm has a wrong gradient for one image if its own comes transposed.
+        heads = self.qkv(self.pre_norm(own)).split([self.qk_dim, self.qk_dim, self.pdim], dim=1)
+        q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in heads)
+        y = self.visattn_site.attend(q, k, v, layout, self.scale)[:, 0].transpose(1, 2).unflatten(2, grid)
+        return self.proj(torch.cat([y, rest], dim=1))
+
+
 class SharedKeys:
     """MobileNetV4's `MultiQueryAttention2d`: maps [B, dim, H, W], one head of keys and values for all queries."""
 

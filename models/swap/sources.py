@@ -131,6 +131,13 @@ def _efficient_former(stage: Any, path: list[str]) -> Source:
     return Source(flat, _given_map, 0)
 
 
+def _csat(block: Any, path: list[str]) -> Source:
+    def rule(module: Any, args: tuple[Any, ...], out: Any) -> Grid:
+        return _pair(args[1])
+
+    return Source(block.pos_embed, rule, 0)
+
+
 def _gemma(model: Any, path: list[str]) -> Source:
     return Source(model.patch_embed, _patches, 0, True)
 
@@ -141,6 +148,7 @@ _FINDERS: dict[str, Callable[[Any, list[str]], Source]] = {
     "timm.models.pit.PoolingVisionTransformer": _pit,
     "timm.models.crossvit.CrossVit": _cross,
     "timm.models.mobilevit.MobileVitBlock": _mobile_vit,
+    "timm.models.csatv2.TransformerBlock": _csat,
     "timm.models.gemma4_vit.Gemma4VitEncoder": _gemma,
     "timm.models.efficientformer.EfficientFormerStage": _efficient_former,
 }

@@ -23,12 +23,15 @@ WINDOWS = {
     "GlobalContextVitBlock": lambda m: m.window_size[0],
     "SwinTransformerV2CrBlock": lambda m: m.window_size[0],
     "LocalWindowAttention": lambda m: m.attn.resolution,
+    "SHMA": lambda m: m.window_size,
 }
 # Families some of whose modules stay as they are, and why.
 PARTLY = {
+    "convit": "it mixes its softmax with one of positions, by a gate",
     "gcvit": "its queries are one window's, made of the whole image",
     **dict.fromkeys(
-        ("hiera", "sam2", "twins", "pvt_v2", "mobilenetv4"), "its keys are on another grid than its queries"
+        ("hiera", "sam2", "twins", "pvt_v2", "mobilenetv4", "mvitv2", "mvitv2_cls"),
+        "its keys are on another grid than its queries",
     ),
 }
 

@@ -9,6 +9,7 @@ from tests.golden.fill import fill_value
 
 FOUR = {"depths": (1, 1, 1, 1)}
 HEADS = {"embed_dims": (32, 32, 32, 32), "num_heads": (1, 2, 2, 2)}
+MVIT = {"depths": (1, 2, 2, 1), "embed_dim": 16, "num_heads": 1, "stride_kv_adaptive": (2, 2)}
 GEMMA = {"num_heads": 2, "head_dim": 32, "intermediate_size": 64, "position_embedding_size": 64}
 # Name or class, its arguments, and the side of the image.
 FAMILIES = {
@@ -32,6 +33,12 @@ FAMILIES = {
     "nest": ("nest.Nest", {"img_size": 64, "depths": (1, 1, 1), "embed_dims": (32,) * 3, "num_heads": (1, 2, 2)}, 64),
     "twins": ("twins_svt_small", {"img_size": 64, "depths": (2, 2, 2, 1), "wss": (4, 4, 4, 2), **HEADS}, 64),
     "pvt_v2": ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 96),
+    "mvitv2": ("mvitv2.MultiScaleVit", {"img_size": 64}, 64),
+    "mvitv2_cls": ("mvitv2.MultiScaleVit", {"img_size": 64, "use_cls_token": True}, 64),
+    "shvit": ("shvit_s1", {}, 128),
+    "iformer": ("iformer_t", {}, 96),
+    "convit": ("convit_tiny", {"img_size": 64, "depth": 3, "local_up_to_layer": 1, "embed_dim": 8, "num_heads": 2}, 64),
+    "csatv2": ("csatv2", {"dims": (8, 16, 32, 64), "depths": (1, 1, 2, 2), "transformer_depths": (0, 0, 1, 1)}, 256),
     "tiny_vit": ("tiny_vit.TinyVit", {**FOUR, "window_sizes": (4, 4, 4, 4), **HEADS}, 128),
     "gcvit": ("gcvit.GlobalContextVit", {"img_size": 64, "window_size": (4, 4, 4, 2), "depths": (2, 1, 1, 1)}, 64),
     "swinv2_cr": ("swinv2_cr_tiny_224", {"img_size": 64, "window_size": 4, "embed_dim": 48, **FOUR}, 64),
@@ -56,6 +63,10 @@ def make(family, **kwargs):
         meta = importlib.import_module("timm.models.metaformer")
         arguments["token_mixers"] = [meta.SepConv, meta.SepConv, meta.Attention, meta.Attention]
         arguments["norm_layers"] = [meta.LayerNorm2dNoBias] * 2 + [meta.LayerNormNoBias] * 2
+    if family.startswith("mvitv2"):
+        own = {name: arguments.pop(name) for name in ("use_cls_token",) if name in arguments}
+        config = importlib.import_module("timm.models.mvitv2").MultiScaleVitCfg
+        arguments["cfg"] = config(**{**MVIT, **own})
     if family == "mobilenetv4":
         decode = importlib.import_module("timm.models._efficientnet_builder").decode_arch_def
         stages = [
