@@ -25,8 +25,8 @@ def comfy(
         raise ValueError(f"{target} exists: pass --force to write it anew")
     target.mkdir(exist_ok=True)
     for source in (files("visattn.clients.comfy") / "shim").iterdir():
-        if source.name.endswith((".py", ".toml", ".txt")):
-            # Here it would be a package that imports ComfyUI.
-            name = source.name.replace("entry.py", "__init__.py")
+        if source.name.endswith((".toml", ".txt")):
+            # As Python it would be a package of ours that imports ComfyUI.
+            name = source.name.replace("entry.txt", "__init__.py")
             (target / name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     typer.echo(f"wrote {target}; ComfyUI's Python needs visattn: pip install visattn")
