@@ -37,7 +37,7 @@ def install(target: Any, request: Request) -> list[PatchedTower]:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ValueError(f"cannot apply to a {type(target).__name__} of transformers: pass a model or a pipeline")
-    if request.schedule.dense_steps:
+    if request.schedule.dense_steps or request.schedule.dense_last_steps:
         raise ValueError(f"dense_steps counts denoising steps, and {name} has none: use dense_layers or layers")
     towers = find_towers(model, name)
     check_free(towers, name)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from visattn.pipelines.families import raster
-from visattn.pipelines.families.base import REST, Args, Family, Sample, Seen, patches
+from visattn.pipelines.families.base import Args, Family, Seen, patches
+from visattn.runtime.where import REST, Sample
 
 
 def _latents(config: Any, args: Args) -> Seen:

@@ -15,7 +15,7 @@ from visattn.operator import above, below, define
 from visattn.ops import without_values
 from visattn.patterns import Dense
 from visattn.patterns.choice.memory import Place, placed
-from visattn.pipelines.families.base import Sample, Seen
+from visattn.pipelines.families.base import Seen
 from visattn.pipelines.patch.decision import DECISION_BYTES, Decision
 from visattn.pipelines.patch.numbering import look_up, stock_of
 from visattn.prepare import PLAIN
@@ -23,6 +23,7 @@ from visattn.rerun import autograd_inside_operator, gradient_leaf
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import key_validity
 from visattn.runtime.sequences import Sequences
+from visattn.runtime.where import Sample
 
 
 def _patched_attention(

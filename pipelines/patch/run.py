@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from visattn.layout import Layout
-from visattn.pipelines.families.base import Family, Seen, Where
+from visattn.pipelines.families.base import Family, Seen
 from visattn.pipelines.patch import numbering
 from visattn.runtime.run import Run, Step
+from visattn.runtime.where import Where
 from visattn.schedule import Schedule
 
 

@@ -19,7 +19,7 @@ from tests.support.grids import CASES, Case, flux_ids
 from visattn.layout import Layout
 from visattn.pipelines import families
 from visattn.pipelines.families import raster
-from visattn.pipelines.families.base import Where
+from visattn.runtime.where import Where
 
 
 def record(name):

@@ -12,6 +12,7 @@ import typer
 from visattn.cli.bench import bench
 from visattn.cli.bench_model import bench_model
 from visattn.cli.classify import classify
+from visattn.cli.comfy import comfy
 from visattn.cli.doctor import doctor
 from visattn.cli.generate import generate
 from visattn.cli.messages import held_messages
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (doctor, patterns, show, simulate, bench, models, record, classify, bench_model):
+for command in (doctor, patterns, show, simulate, bench, models, record, classify, bench_model, comfy):
     app.command()(command)
 app.add_typer(generate, name="generate")
 

@@ -95,17 +95,21 @@ class Run:
         """This thread enters an attention module."""
         self.here.site = site
 
-    def start(self, where: Where, learns: bool | None = None, gradients: bool | None = None) -> None:
+    def start(
+        self, where: Where, learns: bool | None = None, gradients: bool | None = None, dense: bool = False
+    ) -> None:
         """A forward of the model begins.
 
         Args:
             where: Where its tokens sit.
             learns: Whether blocks of it may be recomputed for gradients; None if gradients are switched on.
             gradients: Whether gradients are switched on around the model, None for what they are here.
+            dense: Whether the client keeps it dense, whatever the schedule says.
         """
         step, total = self._step()
-        dense = self.schedule.is_dense(step, total)
-        if dense and step == 0 and total and all(self.schedule.is_dense(at, total) for at in range(1, total)):
+        scheduled = self.schedule.is_dense(step, total)
+        dense = dense or scheduled
+        if scheduled and step == 0 and total and all(self.schedule.is_dense(at, total) for at in range(1, total)):
             first, last = self.schedule.dense_steps, self.schedule.dense_last_steps
             warnings.warn(
                 f"no step of this run of {self.name} is sparse: dense_steps={first}"

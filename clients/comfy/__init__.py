@@ -1,0 +1,1 @@
+"""ComfyUI: nodes that make the attention of its native models sparse."""

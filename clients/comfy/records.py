@@ -1,0 +1,89 @@
+"""How the tokens of ComfyUI's native models are ordered, by the class of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from visattn.runtime.where import REST, Where
+
+
+@dataclass(frozen=True)
+class Record:
+    """One class of models, and those derived from it.
+
+    Attributes:
+        name: The class.
+        models: Which models have it, for people.
+        patch: Latents of a token per axis; "" for none, else the attribute of the model that tells.
+        dims: Axes of the grid.
+        prefix: Tokens before the grid, REST for the text.
+        suffix: Tokens after the grid, REST for text or references.
+        levels: Whether the grid is halved from level to level.
+        text_first: Whether the text precedes the grid, and references follow it where there are any.
+    """
+
+    name: str
+    models: str
+    patch: str = "patch_size"
+    dims: int = 2
+    prefix: int = 0
+    suffix: int = 0
+    levels: bool = False
+    text_first: bool = False
+
+
+RECORDS = (
+    Record("UNetModel", "Stable Diffusion 1, 2 and XL", patch="", levels=True),
+    Record("Flux", "FLUX.1, FLUX.1 Kontext", prefix=REST, text_first=True),
+    Record("MMDiT", "Stable Diffusion 3 and 3.5", prefix=REST),
+    Record("QwenImageTransformer2DModel", "Qwen-Image, Qwen-Image Edit", prefix=REST, text_first=True),
+    Record("WanModel", "Wan 2.1 and 2.2", dims=3),
+    Record("HunyuanVideo", "HunyuanVideo", dims=3, suffix=REST),
+)
+
+
+def record_of(model: object) -> Record | None:
+    """The record of a model's class or the nearest class it derives from, None if there is none."""
+    for kind in type(model).__mro__:
+        found = next((record for record in RECORDS if record.name == kind.__name__), None)
+        if found is not None:
+            return found
+    return None
+
+
+def where(record: Record, model: Any, x: torch.Tensor, given: Mapping[str, Any]) -> Where:
+    """Where the tokens of a forward sit.
+
+    Args:
+        record: Of the model's class.
+        model: The model.
+        x: Latents [B, C, (T,) H, W].
+        given: Other arguments of its forward by name, as far as they are named.
+    """
+    sides = tuple(int(n) for n in x.shape[2:])
+    if record.dims == 2 and len(sides) == 3 and sides[0] == 1:
+        # Image models that share the latents of video models.
+        sides = sides[1:]
+    if len(sides) != record.dims:
+        return Where((), why=f"its latents {list(x.shape)} do not have {record.dims} axes")
+    sizes = _patch(getattr(model, record.patch) if record.patch else 1, record.dims)
+    # Latents are padded up to whole patches.
+    grid = tuple(-(-n // p) for n, p in zip(sides, sizes, strict=True))
+    prefix, suffix = record.prefix, record.suffix
+    if record.text_first and given.get("ref_latents"):
+        context = given.get("context")
+        if context is None:
+            return Where((), why="it has reference images, and its forward does not name its text")
+        prefix, suffix = int(context.shape[1]), REST
+    return Where(grid, prefix, suffix, record.levels)
+
+
+def _patch(size: Any, dims: int) -> tuple[int, ...]:
+    """Latents of a token per axis, from one number for the two axes of an image or one for each axis."""
+    if isinstance(size, tuple | list):
+        return tuple(int(n) for n in size)[-dims:]
+    return (1,) * (dims - 2) + (int(size),) * 2

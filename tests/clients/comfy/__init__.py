@@ -1,0 +1,1 @@
+"""ComfyUI: nodes and override against a double of its contract."""
