@@ -26,23 +26,14 @@ NOT_SPARSE = {
 
 # Classes that could have a record.
 NOT_YET = {
-    "AllegroTransformer3DModel": "its record is not written (grid)",
     "AnyFlowFARTransformer3DModel": _WIDER_KEYS,
-    "AnyFlowTransformer3DModel": "its record is not written (grid)",
     "AudioLDM2UNet2DConditionModel": "its record is not written (grid of time and frequency, halved)",
     "BriaFibo2Transformer2DModel": "the order of its tokens depends on the texts of the batch",
     "Cosmos3OmniTransformer": _WIDER_KEYS,
-    "EasyAnimateTransformer3DModel": "its record is not written (text, grid)",
-    "HeliosTransformer3DModel": "its record is not written (history, grid)",
-    "HunyuanVideoFramepackTransformer3DModel": "its record is not written (history, grid, image, text)",
     "JoyImageEditPlusTransformer3DModel": "its record is not written (target, references, padding, text)",
     "JoyImageEditTransformer3DModel": "its record is not written (grid of several images, text)",
     "Kandinsky3UNet": "its record is not written (grid, halved and rounded down)",
-    "Kandinsky6Transformer3DModel": "its record is not written (grid)",
-    "LatteTransformer3DModel": "its record is not written (grid of each frame)",
     "LuminaNextDiT2DModel": "its mask has an axis of heads, which no record reads",
-    "MiniMaxH3Transformer3DModel": "its record is not written (text, conditions, sound, video)",
-    "MotifVideoTransformer3DModel": "its record is not written (grid, image, text)",
     "NucleusMoEImageTransformer2DModel": _WIDER_KEYS,
     "OmniGenTransformer2DModel": "its text is causal and its image is not, in one call with a full mask",
     "PRXTransformer2DModel": _WIDER_KEYS,

@@ -9,7 +9,7 @@ import diffusers
 
 import visattn
 import visattn.pipelines.families
-from tests.support import tiny_control, tiny_models, tiny_text_images, tiny_unets
+from tests.support import tiny_clips, tiny_control, tiny_models, tiny_text_images, tiny_unets
 
 
 @pytest.fixture(params=tiny_models.FAMILIES)
@@ -116,6 +116,18 @@ KINDS = {
     "packed ids": (tiny_text_images.ideogram4, {53: ((6, 8), 5, 0)}),
     "two texts": (tiny_text_images.hunyuan_image, {57: ((6, 8), 0, 9)}),
     "frames of an image": (tiny_text_images.hunyuan_image_refiner, {77: ((3, 4, 6), 0, 5)}),
+    "frames one by one": (lambda: tiny_clips.latte(frames=3), {36: ((6, 6), 0, 0)}),
+    "frames before channels": (tiny_clips.anyflow, {72: ((3, 6, 4), 0, 0)}),
+    "two texts before video": (tiny_clips.easyanimate, {82: ((3, 6, 4), 10, 0)}),
+    "video beside sound": (tiny_clips.kandinsky6, {72: ((3, 6, 4), 0, 0)}),
+    "history before video": (lambda: tiny_clips.helios(amplified=True), {104: ((3, 6, 4), 32, 0)}),
+    "history, image and padded text": (tiny_clips.framepack, {114: ((3, 6, 4), 32, 10)}),
+    "image and padded text after video": (tiny_clips.motif, {82: ((3, 6, 4), 0, 10)}),
+    "the encoder's video after video": (
+        lambda: tiny_clips.motif(decoder=1),
+        {82: ((3, 6, 4), 0, 10), 144: ((3, 6, 4), 0, 72)},
+    ),
+    "text, keyframe and sound before video": (tiny_clips.minimax_h3, {109: ((3, 6, 4), 37, 0)}),
     "control of a UNet": (tiny_control.controlnet, {120: ((12, 10), 0, 0), 30: ((6, 5), 0, 0)}),
     "control with a mode": (tiny_control.flux_control_union, {54: ((6, 8), 6, 0)}),
     "control before text": (tiny_control.sd3_control, {53: ((6, 8), 0, 5), 48: ((6, 8), 0, 0)}),

@@ -1,6 +1,7 @@
 """A changed token changes exactly the tokens whose window holds it: sites, prefix, order and axes are right."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,64 +10,180 @@ pytest.importorskip("diffusers")
 
 import visattn
 from tests.pipelines.test_families import window_mask
-from tests.support import tiny_models, tiny_text_images
-
-BLOCKS = ("transformer_blocks", "joint_transformer_blocks", "layers", "single_transformer_blocks")
-
-
-def with_one_layer(build):
-    model, inputs = build()
-    first, *others = [name for name in BLOCKS if hasattr(model, name)]
-    setattr(model, first, getattr(model, first)[:1])
-    for blocks in getattr(model, "mode_blocks", {}).values():
-        del blocks[:]
-    for name in others:
-        setattr(model, name, torch.nn.ModuleList())
-    return model, inputs
+from tests.support import tiny_models
+from visattn.pipelines.families import find_family
 
 
-def tokens(latents, patch):
-    """Latents [B, C, ..., H, W] as tokens [tokens, values] of the last sample.
+class Place(NamedTuple):
+    """Where a model takes and returns the tokens of its grid.
 
-    Of tokens [B, N, C] those of the image, which are the last.
+    Attributes:
+        grid: Tokens per axis.
+        axes: Of the argument; N are tokens, which form the grid from `start` on.
+        patch: Latents per token and axis.
+        name: The argument.
+        returned: Axes of what comes back, those of the argument by default.
+        start: Index of the first token of the grid among N, or of its first frame.
     """
-    latents = latents[-1]
-    if latents.ndim == 2:
-        return latents[-48:]
-    for axis, size in zip(range(1, latents.ndim), patch, strict=True):
-        latents = latents.unfold(axis, size, size)
-    dims = len(patch)
-    return latents.movedim(0, dims).reshape(math.prod(latents.shape[1 : dims + 1]), -1)
+
+    grid: tuple[int, ...]
+    axes: str
+    patch: tuple[int, ...] = (2, 2)
+    name: str = "hidden_states"
+    returned: str = ""
+    start: int = 0
 
 
-@pytest.mark.parametrize("name", tiny_text_images.TEXT_IMAGES)
-@pytest.mark.parametrize("place", [0.0, 0.4, 1.0])
-def test_a_token_reaches_the_queries_whose_window_holds_it(name, place):
-    build, _, pattern = tiny_text_images.TEXT_IMAGES[name]
-    model, inputs = with_one_layer(build)
-    grid, patch = ((3, 4, 6), (1, 2, 2)) if name.endswith("refiner") else ((6, 8), (2, 2))
-    changed = inputs["hidden_states"].clone()
-    token = round(place * (math.prod(grid) - 1))
-    if changed.ndim == 3:
-        changed[-1, changed.shape[1] - math.prod(grid) + token] += 3
-    else:
-        at = [slice(i * p, i * p + p) for i, p in zip(divmods(token, grid), patch, strict=True)]
-        changed[(-1, slice(None), *at)] += 3
-    with visattn.apply(model, pattern, strict=True):
-        before = tiny_models.run(model, inputs)
-        after = tiny_models.run(model, inputs, hidden_states=changed)
-    reached = (tokens(before, patch) != tokens(after, patch)).any(1)
-    assert torch.equal(reached, window_mask(grid, (3,) * len(grid), 0, 0)[:, token])
-    stock = tokens(tiny_models.run(model, inputs), patch) != tokens(
-        tiny_models.run(model, inputs, hidden_states=changed), patch
-    )
-    assert stock.any(1).all()
+IMAGE, TOKENS = Place((6, 8), "BCHW"), Place((6, 8), "BNC")
+VIDEO = Place((3, 6, 4), "BCFHW", (1, 2, 2))
+SINGLE = Place((3, 4, 6), "BCFHW", (1, 1, 1))
+COG = Place((3, 4, 4), "BFCHW", (1, 2, 2))
+COSMOS = Place((3, 4, 6), "BCFHW", (1, 2, 2))
+PACKED = Place((3, 4, 6), "BNC")
+Z_IMAGE = Place((6, 8), "CFHW", name="x")
+# By tiny model; UNets, whose convolutions carry a change everywhere, are below. Decoder layers of Motif-Video see the
+# clip a second time.
+PLACES = {
+    "dit": Place((8, 8), "BCHW"),
+    "pixart": IMAGE,
+    "sd3": IMAGE,
+    "flux": TOKENS,
+    "flux2": TOKENS,
+    "chroma": TOKENS,
+    "bria": TOKENS,
+    "qwen": TOKENS,
+    "z_image": Z_IMAGE,
+    "lumina2": IMAGE,
+    "hidream": Place((6, 6), "BCHW"),
+    "wan": VIDEO,
+    "wan_animate": Place((2, 6, 4), "BCFHW", (1, 2, 2), start=1),
+    "wan_vace": VIDEO,
+    "hunyuan_video": SINGLE,
+    "hunyuan_video15": SINGLE,
+    "cogvideox": COG,
+    "mochi": Place((3, 4, 4), "BCFHW", (1, 2, 2)),
+    "ltx": PACKED,
+    "ltx2": PACKED,
+    "cosmos": COSMOS,
+    "kandinsky5": Place((3, 4, 6), "BFHWC", (1, 2, 2)),
+    "hunyuan_dit": IMAGE,
+    "longcat": TOKENS,
+    "ovis": TOKENS,
+    "bria_fibo": TOKENS,
+    "skyreels": VIDEO,
+    "chronoedit": VIDEO,
+    "consisid": COG,
+    "cogview4": IMAGE,
+    "cogview3": IMAGE,
+    "auraflow": IMAGE,
+    "ernie": IMAGE,
+    "glm_image": IMAGE,
+    "krea2": TOKENS,
+    "flux3": TOKENS,
+    "ideogram4": Place((6, 8), "BNC", start=5),
+    "hunyuan_image": IMAGE,
+    "hunyuan_image_refiner": COSMOS,
+    "allegro": VIDEO,
+    "latte": Place((6, 6), "BCFHW"),
+    "anyflow": Place((3, 6, 4), "BFCHW", (1, 2, 2)),
+    "easyanimate": VIDEO,
+    "kandinsky6": Place((3, 6, 4), "BFHWC", (1, 2, 2)),
+    "helios": VIDEO,
+    "framepack": VIDEO,
+    "motif": VIDEO,
+    "minimax_h3": Place((3, 6, 4), "BNC", start=24),
+    "flux_control": TOKENS,
+    "flux_control_union": TOKENS,
+    "sd3_control": Place((6, 8), "BCHW", returned="BNC"),
+    "qwen_control": TOKENS,
+    "z_image_control": Z_IMAGE._replace(returned="BNC"),
+    "cosmos_control": Place((3, 4, 6), "BCFHW", (1, 2, 2), "controls_latents", "BNC"),
+    "hunyuan_dit_control": Place((6, 8), "BCHW", returned="BNC"),
+}
 
 
-def divmods(token, grid):
+def leave_one_layer(model):
+    """Leave only the last block with visual self-attention, in which text and references have joined."""
+    blocks = [_block(site.path) for site, _ in find_family(model).find_sites(model)]
+    for name in dict.fromkeys(name for name, _ in blocks):
+        inside = model.get_submodule(name)
+        kept = [inside[index] for index in {blocks[-1][1]} if name == blocks[-1][0]]
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, torch.nn.ModuleList(kept))
+    if hasattr(model, "vace_blocks"):
+        model.register_to_config(vace_layers=())
+    if hasattr(model, "add_control_noise_refiner"):
+        model.add_control_noise_refiner = None
+
+
+def _block(path):
+    """The list of blocks in which a module stands, and the index of its block."""
+    parts = path.split(".")
+    index = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[:index]), int(parts[index])
+
+
+def at(place, axes, token):
+    """The index of a token of the last sample in a tensor with these axes."""
+    if "N" in axes:
+        return (-1, place.start + token)
+    where = {"B": -1, "C": slice(None), "F": slice(None)}
+    spatial = [axis for axis in axes if axis in "FHW"][-len(place.grid) :]
+    for axis, i, size in zip(spatial, coordinates(token, place.grid), place.patch, strict=True):
+        i += place.start if axis == "F" else 0
+        where[axis] = slice(i * size, (i + 1) * size)
+    return tuple(where[axis] for axis in axes)
+
+
+def coordinates(token, grid):
     """The coordinates of a token."""
     place = []
     for n in reversed(grid):
         token, rest = divmod(token, n)
         place.insert(0, rest)
     return place
+
+
+def predicted(model, inputs):
+    """What a model predicts; of the outputs of a ControlNet the first."""
+    with torch.no_grad():
+        sample = model(**inputs)
+    while not isinstance(sample, torch.Tensor):
+        sample = next(iter(sample.values() if isinstance(sample, dict) else sample))
+    return sample
+
+
+def reached(place, before, after):
+    """Which tokens differ."""
+    axes = place.returned or place.axes
+    different = before != after
+    tokens = range(math.prod(place.grid))
+    return torch.stack([different[at(place, axes, token)].any() for token in tokens])
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_token_reaches_the_queries_whose_window_holds_it(name):
+    place = PLACES[name]
+    build, _, pattern = tiny_models.FAMILIES[name]
+    model, inputs = build()
+    leave_one_layer(model)
+    # There are no layers of control left to scale.
+    inputs.pop("control_hidden_states_scale", None)
+    latents = inputs[place.name]
+    stock = predicted(model, inputs)
+    handle = visattn.apply(model, pattern, strict=True)
+    before = predicted(model, inputs)
+    tokens = math.prod(place.grid)
+    for token in (0, round(0.4 * tokens), tokens - 1):
+        if isinstance(latents, list):
+            *others, last = latents
+            changed = [*others, last.clone()]
+            changed[-1][at(place, place.axes, token)] += 3
+        else:
+            changed = latents.clone()
+            changed[at(place, place.axes, token)] += 3
+        after = predicted(model, {**inputs, place.name: changed})
+        expected = window_mask(place.grid, (3,) * len(place.grid), 0, 0)[:, token]
+        assert torch.equal(reached(place, before, after), expected), token
+    handle.remove()
+    assert reached(place, stock, predicted(model, {**inputs, place.name: changed})).all()

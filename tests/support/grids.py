@@ -11,6 +11,7 @@ from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
 from hypothesis import strategies as st
 
 from tests.support.tiny import released
+from tests.support.tiny_clips import minimax_layout
 from visattn.layout import Layout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -211,6 +212,54 @@ def kandinsky(case):
     return {"hidden_states": case.empty(grid[0], 2 * grid[1], 2 * grid[2], 4)}, Layout(grid)
 
 
+def anyflow(case):
+    grid = case.video()
+    return {"hidden_states": case.empty(grid[0], 4, 2 * grid[1], 2 * grid[2])}, Layout(grid)
+
+
+def latte(case):
+    grid = case.image()
+    return {"hidden_states": case.empty(4, 7, 2 * grid[0] + 1, 2 * grid[1])}, Layout(grid)
+
+
+def easyanimate(case):
+    args, layout = video(case)
+    other = case.draw(st.integers(0, 3))
+    args |= {"encoder_hidden_states": case.empty(case.text, 8)}
+    if other:
+        args["encoder_hidden_states_t5"] = case.empty(other, 8)
+    return args, Layout(layout.grid, case.text + other)
+
+
+def video_after_history(case):
+    args, layout = video(case)
+    return args, Layout(layout.grid, case.text)
+
+
+def framepack(case):
+    """History in three resolutions, padded to whole patches, each with its indices or left out."""
+    args, layout = video(case)
+    height, width = args["hidden_states"].shape[-2:]
+    before = 0
+    for name, scale in (("latents_clean", 1), ("latents_history_2x", 2), ("latents_history_4x", 4)):
+        frames = case.draw(st.integers(1, 16))
+        given = case.draw(st.sampled_from(["both", "latents alone", "none"]))
+        if given != "none":
+            args[name] = case.empty(4, frames, height // 2 * 2, width)
+        if given == "both":
+            args[f"indices_{name}"] = torch.arange(frames)
+            before += math.ceil(frames / scale) * math.ceil(height // 2 / scale) * math.ceil(width / 2 / scale)
+    return args, Layout(layout.grid, before, case.text)
+
+
+def minimax(case):
+    grid = case.video()
+    anchors = case.draw(st.sampled_from([(), ("first",), ("first", "last")]))
+    sound = case.draw(st.integers(1, 9))
+    args = minimax_layout(anchors, case.text, grid, sound)
+    return args, Layout(grid, len(args["position_ids"]) - math.prod(grid))
+
+
 def control_without_text(case):
     args, layout = latents(case)
     control = {"hidden_states": case.empty(layout.tokens, 8), "controlnet_cond": args["hidden_states"]}
@@ -338,4 +387,13 @@ CASES = {
     "QwenImageControlNetModel": (None, qwen),
     "ZImageControlNetModel": (None, z_image),
     "CosmosControlNetModel": (VIDEO, cosmos_control),
+    "AllegroTransformer3DModel": (SPLIT, video),
+    "AnyFlowTransformer3DModel": (VIDEO, anyflow),
+    "EasyAnimateTransformer3DModel": (IMAGE, easyanimate),
+    "HeliosTransformer3DModel": (VIDEO, video_after_history),
+    "HunyuanVideoFramepackTransformer3DModel": (SPLIT, framepack),
+    "Kandinsky6Transformer3DModel": (VIDEO, kandinsky),
+    "LatteTransformer3DModel": (IMAGE, latte),
+    "MiniMaxH3Transformer3DModel": (None, minimax),
+    "MotifVideoTransformer3DModel": (SPLIT, video_then_text),
 }

@@ -5,6 +5,7 @@ import inspect
 import torch
 
 from tests.support.tiny import noise, seeded
+from tests.support.tiny_clips import CLIPS
 from tests.support.tiny_control import CONTROLNETS
 from tests.support.tiny_flux import (
     bria,
@@ -128,6 +129,7 @@ FAMILIES = {
     "chronoedit": (chronoedit, 2, "na(window=3x3x3)"),
     "consisid": (consisid, 2, "na(window=3x3x3)"),
     **TEXT_IMAGES,
+    **CLIPS,
     **VIDEO_UNETS,
     **CONTROLNETS,
 }
