@@ -20,10 +20,10 @@ def visible(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     Args:
         call: The call.
         q: Queries [B, S, H, D].
-        k: Keys [B, S + extra, Hkv, D].
+        k: Keys [B, N + extra, Hkv, D].
 
     Returns:
-        bool [1 or B, 1 or H, S, S + extra].
+        bool [1 or B, 1 or H, S, N + extra].
     """
     if isinstance(call.pattern, RoutedPattern):
         mask = routed_mask(call.pattern, call.layout, q, k, call.key_mask, call.scale)

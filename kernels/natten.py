@@ -128,6 +128,8 @@ def _pattern_refusal(problem: Problem) -> str:
     pattern, layout = problem.pattern, problem.layout
     if not isinstance(pattern, Neighborhood):
         return f"NATTEN runs na(...) only, not {pattern.name}"
+    if any(pattern.rings(layout.grid)):
+        return f"NATTEN has no axes that wrap around, and axis {pattern.rings(layout.grid).index(True)} is circular"
     for i, (length, (window, _, dilation, causal)) in enumerate(
         zip(layout.grid, pattern.axes(layout.grid), strict=True)
     ):

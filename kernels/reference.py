@@ -19,6 +19,7 @@ class Reference(Backend):
 
     name: ClassVar[str] = "reference"
     portable: ClassVar[bool] = True
+    key_layouts: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Always."""

@@ -200,7 +200,7 @@ def _with_rest(
 
 def _unpooled(weights: torch.Tensor, pattern: Pattern, call: Call, pool: torch.Tensor | None) -> torch.Tensor:
     """Weights [.., S + extra] with those of pooled keys passed on to their tokens: [.., S]."""
-    layout = call.layout
+    layout = call.layout.keys
     cell = pattern.pool_shape(layout.grid) if isinstance(pattern, PooledPattern) else None
     own, pooled = weights[..., : layout.length], weights[..., layout.length :]
     if cell is None:
@@ -244,8 +244,8 @@ def visible_rows(
     Returns:
         bool [1 or B, 1 or H, R, S + extra].
     """
-    if pattern.covers(layout.grid):
-        return torch.ones(1, 1, len(rows), layout.length, dtype=torch.bool, device=q.device)
+    if pattern.covers(*layout.grids):
+        return torch.ones(1, 1, len(rows), layout.keys.length, dtype=torch.bool, device=q.device)
     made, wanted = plan(pattern, layout), rows.cpu().numpy()
     if not isinstance(pattern, RoutedPattern):
         return torch.from_numpy(_plan_rows(made, wanted)[None, None]).to(q.device)

@@ -36,9 +36,9 @@ class Call:
 
     Attributes:
         pattern: The pattern.
-        layout: The tokens.
+        layout: The tokens; it says where the keys are if those are others than the queries.
         scale: Factor on the logits.
-        key_mask: bool [B, S], True where a key may be attended, or None.
+        key_mask: bool [B, N], True where a key may be attended, or None.
         rpb: Relative position bias [H, 2 * window - 1 per axis], or None.
         lse: Whether the log-sum-exp is wanted.
         parameters: Learnable parameters of the pattern by name; missing ones have their initial values.
@@ -115,12 +115,12 @@ class Problem:
     @property
     def dense_pairs(self) -> float:
         """Pairs of tokens that dense attention computes, all samples (of an empty batch one) and heads together."""
-        return float(max(1, self.batch) * self.heads) * self.layout.length**2
+        return float(max(1, self.batch) * self.heads) * self.layout.pairs
 
 
 def sees_all(pattern: Pattern, layout: Layout) -> bool:
     """Whether a pattern shows every token all tokens and nothing else, so that it is dense attention."""
-    return pattern.covers(layout.grid)
+    return pattern.covers(*layout.grids)
 
 
 class Backend(ABC):
@@ -130,10 +130,12 @@ class Backend(ABC):
         name: What users call it.
         portable: Whether it consists of operators of torch alone, tables as constants, so that exporters and tracers
             can write down what it does.
+        key_layouts: Whether it runs calls whose keys have a layout of their own; the others are not asked for those.
     """
 
     name: ClassVar[str]
     portable: ClassVar[bool] = False
+    key_layouts: ClassVar[bool] = False
 
     @abstractmethod
     def available(self) -> Support:
@@ -155,9 +157,10 @@ class Backend(ABC):
 
         Args:
             q: Queries [B, S, H, D].
-            k: Keys [B, S + extra, Hkv, D]; extra keys are those that the pattern appends.
-            v: Values [B, S + extra, Hkv, D].
-            call: Everything else; its key mask is [B, S + extra].
+            k: Keys [B, N + extra, Hkv, D] with N = call.layout.keys.length, which is S unless keys have a layout of
+                their own; extra keys are those that the pattern appends.
+            v: Values [B, N + extra, Hkv, D].
+            call: Everything else; its key mask is [B, N + extra].
 
         Returns:
             Output [B, S, H, D], and the natural log-sum-exp [B, S, H] if `call.lse`, else None or that anyway.
@@ -236,13 +239,13 @@ def candidates(problem: Problem) -> Iterator[Candidate]:
     """Every backend's verdict on a call, in order of preference."""
     for backend in BACKENDS.usable().values():
         support = available(backend)
-        yield _offer(backend, problem) if support.ok else Candidate(backend, support, float("inf"))
+        yield offer(backend, problem) if support.ok else Candidate(backend, support, float("inf"))
 
 
 def verdict(backend: Backend, problem: Problem) -> Support:
     """Whether a backend is here and runs a call."""
     support = available(backend)
-    return _offer(backend, problem).support if support.ok else support
+    return offer(backend, problem).support if support.ok else support
 
 
 def available(backend: Backend) -> Support:
@@ -253,8 +256,10 @@ def available(backend: Backend) -> Support:
         return _failed(backend, error)
 
 
-def _offer(backend: Backend, problem: Problem) -> Candidate:
+def offer(backend: Backend, problem: Problem) -> Candidate:
     """Whether a backend runs a call where it is available, and at which cost."""
+    if problem.layout.key_layout is not None and not backend.key_layouts:
+        return Candidate(backend, Support(False, "it takes queries and keys of one layout only"), float("inf"))
     try:
         support = backend.supports(problem)
         return Candidate(backend, support, backend.cost(problem) if support.ok else float("inf"))
@@ -314,12 +319,12 @@ def cheapest(problem: Problem, backends: Iterable[Backend]) -> Backend:
     Raises:
         ValueError: If none can run the call.
     """
-    offers = [_offer(backend, problem) for backend in backends]
+    offers = [offer(backend, problem) for backend in backends]
     # `available` comes last: it may import a large package, for a backend that is not the cheapest anyway.
-    for offer in sorted((offer for offer in offers if offer.support.ok), key=lambda offer: offer.cost):
-        if available(offer.backend).ok:
-            return offer.backend
-    reasons = "; ".join(f"{offer.backend.name}: {verdict(offer.backend, problem).reason}" for offer in offers)
+    for each in sorted((each for each in offers if each.support.ok), key=lambda each: each.cost):
+        if available(each.backend).ok:
+            return each.backend
+    reasons = "; ".join(f"{each.backend.name}: {verdict(each.backend, problem).reason}" for each in offers)
     raise ValueError(f"no backend can run {problem.pattern} on {problem.layout}: {reasons}")
 
 

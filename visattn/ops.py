@@ -51,7 +51,7 @@ def attend(
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The traceable form of `attention`; the log-sum-exp is empty unless `lse`."""
-    where = _text(pattern), list(layout.grid), layout.prefix, layout.suffix
+    where = _text(pattern), [number for side in _sides(layout) for number in side]
     # In the order of their names: a compiled graph does not depend on who filled the mapping in which order.
     names = sorted(parameters)
     return _attend(q, k, v, key_mask, rpb, [parameters[n] for n in names], ",".join(names), *where, scale, backend, lse)
@@ -65,10 +65,22 @@ def _text(pattern: Pattern | str) -> str:
     return text
 
 
-@lru_cache(maxsize=1024)
-def _layout(grid: tuple[int, ...], prefix: int, suffix: int) -> Layout:
-    """The layout that an operator's numbers stand for."""
-    return Layout(grid, prefix, suffix)
+def _sides(layout: Layout) -> Iterator[tuple[int, ...]]:
+    """A layout as numbers: prefix, suffix and grid of the queries, then of the keys if they have one of their own."""
+    for side in (layout, layout.key_layout):
+        if side is not None:
+            yield side.prefix, side.suffix, *side.grid
+
+
+def _layout(tokens: Sequence[int]) -> Layout:
+    """The layout that an operator's numbers stand for, see `_sides`."""
+    # Both sides have equally many axes, at most three, and two numbers besides.
+    half = len(tokens) if len(tokens) <= 5 else len(tokens) // 2
+    sides = [Layout(own[2:], own[0], own[1]) for own in (tokens[:half], tokens[half:]) if own]
+    return sides[0].with_keys(sides[1] if len(sides) > 1 else None)
+
+
+_known_layout = lru_cache(maxsize=1024)(_layout)
 
 
 def _named(names: str, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,14 +103,12 @@ def _attend(
     parameters: list[torch.Tensor],
     names: str,
     pattern: str,
-    grid: list[int],
-    prefix: int,
-    suffix: int,
+    tokens: list[int],
     scale: float,
     backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    where = parse(pattern), _layout(tuple(grid), prefix, suffix)
+    where = parse(pattern), _known_layout(tuple(tokens))
     call = Call(*where, scale, key_mask, rpb, lse, _named(names, parameters))
     return detached(*run_like(q, k, v, call, backend), call)
 
@@ -126,16 +136,14 @@ def _(
     parameters: list[torch.Tensor],
     names: str,
     pattern: str,
-    grid: list[int],
-    prefix: int,
-    suffix: int,
+    tokens: list[int],
     scale: float,
     backend: str,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if torch.onnx.is_in_onnx_export():
         raise ValueError(f"ONNX has no operator visattn::attend, and {pattern} could not be written down without it")
-    check_call(q, k, v, parse(pattern), Layout(grid, prefix, suffix), key_mask, rpb, _named(names, parameters))
+    check_call(q, k, v, parse(pattern), _layout(tokens), key_mask, rpb, _named(names, parameters))
     check_steps(parse(pattern))
     return empty_results(q, lse)
 
@@ -152,14 +160,12 @@ def _attend_backward(
     parameters: list[torch.Tensor],
     names: str,
     pattern: str,
-    grid: list[int],
-    prefix: int,
-    suffix: int,
+    tokens: list[int],
     scale: float,
     backend: str,
     lse: bool,
 ) -> list[torch.Tensor]:
-    where = parse(pattern), _layout(tuple(grid), prefix, suffix)
+    where = parse(pattern), _known_layout(tuple(tokens))
     call = Call(*where, scale, key_mask, rpb, lse, _named(names, parameters))
     return recompute_gradients(grad_out, grad_lse, q, k, v, call, backend)
 
@@ -238,8 +244,8 @@ def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple
     saved = ctx.saved_tensors
     if torch.is_grad_enabled():
         # A graph of the gradients is asked for, and what an operator returns has none.
-        names, pattern, grid, prefix, suffix, scale, backend, lse = ctx.rest
-        where = parse(pattern), Layout(grid, prefix, suffix)
+        names, pattern, tokens, scale, backend, lse = ctx.rest
+        where = parse(pattern), _layout(tokens)
         call = Call(*where, scale, saved[3], saved[4], lse, _named(names, saved[5:]))
         found = recompute_gradients(grad_out, grad_lse, saved[0], saved[1], saved[2], call, backend, graph=True)
     else:

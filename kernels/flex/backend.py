@@ -24,6 +24,7 @@ class Flex(Backend):
     """Any list of tiles, in a kernel that inductor generates: the first call of each shape waits for the compiler."""
 
     name: ClassVar[str] = "flex"
+    key_layouts: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Whether torch can compile here: without the compiler FlexAttention builds the whole score matrix."""

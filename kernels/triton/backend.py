@@ -103,6 +103,7 @@ class Triton(Backend):
     """One kernel a direction walks the tile lists; tokens are read where they lie."""
 
     name: ClassVar[str] = "triton"
+    key_layouts: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Triton, and a GPU or the interpreter."""

@@ -118,15 +118,15 @@ def timer(
     """A function that times one direction under a configuration, in milliseconds."""
     from visattn.kernels.triton.prepared import Kernels
 
-    shape = (1, layout.length, HEADS, head_dim)
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    lengths = layout.length, layout.keys.length, layout.keys.length
+    q, k, v = (torch.randn(1, n, HEADS, head_dim, device=device, dtype=dtype) for n in lengths)
     k, v, _ = with_pooled_keys(pattern, k, v, None, layout)
     call = Call(pattern, layout, head_dim**-0.5)
 
     def time(choice: Config) -> float:
         made = configs | {direction: choice}
         kernels = Kernels(q, k, v, call, False, lambda *_: made, lambda: None)
-        routed = kernels.lists(q, k, None, True) if isinstance(pattern, RoutedPattern) else None
+        routed = kernels.lists(q, k, v, None, True) if isinstance(pattern, RoutedPattern) else None
         out, lse = kernels.forward(q, k, v, None, None, True, routed)
         assert lse is not None
         saved = q, k, v, None, out, lse

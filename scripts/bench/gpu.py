@@ -163,7 +163,7 @@ def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: 
     if "cudnn" in peers:
         contenders["cudnn"] = dense_by(SDPBackend.CUDNN_ATTENTION, inputs)
     result |= compared(contenders)
-    flops = 4 * DIM * HEADS * layout.length**2
+    flops = 4 * DIM * HEADS * layout.pairs
     result["tflops_visited"] = flops / tiles.tile_bound / result["triton"]["forward_ms"] / 1e9
     result["floor_ms"] = {
         "arithmetic": flops / tiles.flop_bound / top["matmul_tflops"] / 1e9,

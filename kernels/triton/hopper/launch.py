@@ -65,6 +65,9 @@ def hopper_config(
     routed = isinstance(pattern, RoutedPattern) and not dynamic
     if architecture != 90 or launch is None or dtype.itemsize != 2 or routed or not installed():
         return None
+    if layout.key_layout is not None:
+        # The copies of these kernels have run for one sequence only.
+        return None
     plan = plan_of(pattern, layout, direction, launch)
     rows, columns = (plan.keys, plan.queries) if direction == "key_grad" else (plan.queries, plan.keys)
     # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
