@@ -156,7 +156,8 @@ def _joined(layout: Layout, key_layout: Layout) -> Layout:
     """A layout with the keys in another, the same object for equal ones."""
     check_layout(layout)
     check_layout(key_layout, "key_layout")
-    return _with_keys(layout, key_layout)
+    # The tracer looks into no cache.
+    return layout.with_keys(key_layout) if torch.compiler.is_compiling() else _with_keys(layout, key_layout)
 
 
 @lru_cache(maxsize=1024)
