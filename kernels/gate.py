@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, choose, overhead
+from visattn.dispatch import Backend, choose, overhead
 from visattn.patterns import Gate
 from visattn.patterns.tailed import holding
 from visattn.prepare import run_call
+from visattn.problem import Call, Problem, Support
 
 
 class GateBackend(Backend):

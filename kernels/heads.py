@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, cheapest, overhead
+from visattn.dispatch import Backend, cheapest, overhead
 from visattn.kernels.rows import attention_rows
 from visattn.layout import Layout
 from visattn.patterns import Best, DynamicPattern, HeadsPattern, ListedPattern, PerHead, Routes
@@ -19,6 +19,7 @@ from visattn.patterns.choice.memory import Means, beside, kept_for
 from visattn.patterns.choice.scores import block_means
 from visattn.plans import plan
 from visattn.prepare import run_call
+from visattn.problem import Call, Problem, Support
 
 # Tokens that are pooled to see whether queries and keys have drifted.
 RUN = 64

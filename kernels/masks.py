@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from visattn.dispatch import Call
 from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns import (
@@ -21,6 +20,7 @@ from visattn.patterns import (
 from visattn.patterns.choice.blocks import inner, token_blocks
 from visattn.patterns.ordered import Clustered
 from visattn.patterns.values import per_axis
+from visattn.problem import Call
 
 
 def visible(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -29,10 +29,10 @@ def visible(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     Args:
         call: The call.
         q: Queries [B, S, H, D].
-        k: Keys [B, S + extra, Hkv, D].
+        k: Keys [B, N + extra, Hkv, D].
 
     Returns:
-        bool [1 or B, 1 or H, S, S + extra].
+        bool [1 or B, 1 or H, S, N + extra].
     """
     if isinstance(call.pattern, RoutedPattern):
         mask = routed_mask(call.pattern, call.layout, q, k, call.key_mask, call.scale)

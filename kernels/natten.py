@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead, visited_pairs, wall
+from visattn.dispatch import Backend, overhead, visited_pairs, wall
 from visattn.kernels.sdpa import log_sum_exp
 from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import ListedPattern, Neighborhood
 from visattn.plans import TilePlan, plan
+from visattn.problem import Call, Problem, Support
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # NATTEN without its own kernels runs eager FlexAttention, whose score matrix of this many entries is 1 GiB.
@@ -128,6 +129,8 @@ def _pattern_refusal(problem: Problem) -> str:
     pattern, layout = problem.pattern, problem.layout
     if not isinstance(pattern, Neighborhood):
         return f"NATTEN runs na(...) only, not {pattern.name}"
+    if any(pattern.rings(layout.grid)):
+        return f"NATTEN has no axes that wrap around, and axis {pattern.rings(layout.grid).index(True)} is circular"
     for i, (length, (window, _, dilation, causal)) in enumerate(
         zip(layout.grid, pattern.axes(layout.grid), strict=True)
     ):

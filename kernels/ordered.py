@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, choose, overhead
+from visattn.dispatch import Backend, choose, overhead
 from visattn.layout import Layout
 from visattn.patterns import OrderedPattern, Routes
 from visattn.patterns.choice.blocks import inner
@@ -16,6 +16,7 @@ from visattn.patterns.choice.listening import hears, tell_shares
 from visattn.patterns.ordered import Carried, Clustered, carrying
 from visattn.patterns.routes import lists_of
 from visattn.prepare import run_call
+from visattn.problem import Call, Problem, Support
 
 # Channels behind those of a head, where sampled keys carry a weight: it in two parts, and what hides them from text.
 CHANNELS, HIDDEN = 8, -1e4

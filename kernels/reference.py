@@ -6,9 +6,10 @@ from typing import ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support
+from visattn.dispatch import Backend
 from visattn.kernels.masks import position_bias, rest_of, visible
 from visattn.patterns import ListedPattern, OrderedPattern
+from visattn.problem import Call, Problem, Support
 
 # A float32 score matrix of this many entries is 1 GiB.
 LARGEST = 2**28
@@ -19,6 +20,7 @@ class Reference(Backend):
 
     name: ClassVar[str] = "reference"
     portable: ClassVar[bool] = True
+    key_layouts: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Always."""

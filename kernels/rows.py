@@ -12,7 +12,6 @@ import torch
 
 from visattn.autocast import switched_off
 from visattn.checks import check_call, factor
-from visattn.dispatch import Call
 from visattn.kernels.agent.attention import pool_queries
 from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
 from visattn.kernels.linear.flow import flow_weights
@@ -38,6 +37,7 @@ from visattn.patterns import (
 from visattn.patterns.choice.blocks import token_blocks
 from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import TilePlan, plan, with_routes
+from visattn.problem import Call
 
 
 def attention_rows(
@@ -216,7 +216,7 @@ def _with_rest(
 
 def _unpooled(weights: torch.Tensor, pattern: Pattern, call: Call, pool: torch.Tensor | None) -> torch.Tensor:
     """Weights [.., S + extra] with those of pooled keys passed on to their tokens: [.., S]."""
-    layout = call.layout
+    layout = call.layout.keys
     cell = pattern.pool_shape(layout.grid) if isinstance(pattern, PooledPattern) else None
     own, pooled = weights[..., : layout.length], weights[..., layout.length :]
     if cell is None:
@@ -260,8 +260,8 @@ def visible_rows(
     Returns:
         bool [1 or B, 1 or H, R, S + extra].
     """
-    if pattern.covers(layout.grid):
-        return torch.ones(1, 1, len(rows), layout.length, dtype=torch.bool, device=q.device)
+    if pattern.covers(*layout.grids):
+        return torch.ones(1, 1, len(rows), layout.keys.length, dtype=torch.bool, device=q.device)
     made, wanted = plan(pattern, layout), rows.cpu().numpy()
     if not isinstance(pattern, RoutedPattern):
         return torch.from_numpy(_plan_rows(made, wanted)[None, None]).to(q.device)

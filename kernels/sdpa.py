@@ -8,10 +8,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead, wall
+from visattn.dispatch import Backend, overhead, wall
 from visattn.kernels.masks import visible
 from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import DynamicPattern, ListedPattern, RoutedPattern
+from visattn.problem import Call, Problem, Support
 
 # A bool mask of this many entries is 256 MiB.
 LARGEST_MASK = 2**28
@@ -28,6 +29,7 @@ class Sdpa(Backend):
 
     name: ClassVar[str] = "sdpa"
     portable: ClassVar[bool] = True
+    key_layouts: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Always: it comes with torch."""
@@ -45,7 +47,7 @@ class Sdpa(Backend):
                 return Support(False, f"it has no pooled keys for what {pattern.name} leaves out")
             own = problem.key_mask or isinstance(pattern, RoutedPattern)
             heads = problem.heads if isinstance(pattern, DynamicPattern) else 1
-            entries = problem.layout.length**2 * heads * (problem.batch if own else 1)
+            entries = problem.layout.pairs * heads * (problem.batch if own else 1)
             if entries > LARGEST_MASK:
                 return Support(False, f"its dense mask of {entries:.3g} entries is over {LARGEST_MASK}")
         return Support(True)
@@ -56,7 +58,7 @@ class Sdpa(Backend):
         rate = masked if not problem.is_dense else KEY_MASKED if problem.key_mask else 1.0
         pairs = problem.dense_pairs * (rate + problem.lse * LSE.get(problem.device, 3.0))
         # Few queries are bound by one program's way through all keys.
-        pairs = max(pairs, overhead(problem, 0, KEYS_US * problem.layout.length / 128))
+        pairs = max(pairs, overhead(problem, 0, KEYS_US * problem.layout.keys.length / 128))
         pairs += overhead(problem, 0, DEVICE_US)
         return wall(problem, pairs, cpu_ms=0.05, host_us=HOST_US[problem.is_dense], operator=not problem.is_dense)
 
@@ -106,15 +108,15 @@ def log_sum_exp(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, sca
 
     Args:
         q: Queries [B, H, S, D].
-        k: Keys [B, Hkv, S, D].
-        mask: Visibility [1 or B, 1, S or 1, keys], or None.
+        k: Keys [B, Hkv, N, D].
+        mask: Visibility [1 or B, 1, S or 1, N], or None.
         scale: Factor on the logits.
 
     Returns:
         [B, H, S] in float32, or float64 for float64 inputs.
     """
     batch, heads, length, _ = q.shape
-    step = max(1, SCORES // (batch * heads * length))
+    step = max(1, SCORES // (batch * heads * k.shape[2]))
     parts = []
     for start in range(0, length, step):
         rows = slice(start, start + step)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from visattn.dispatch import Call
 from visattn.kernels.tiles.backend import listed_call
 from visattn.kernels.tiles.batches import Work
 from visattn.kernels.tiles.plain import gradients
+from visattn.problem import Call
 
 Results = tuple[torch.Tensor, torch.Tensor | None]
 Tensors = Sequence[torch.Tensor | None]

@@ -7,12 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead
+from visattn.dispatch import Backend, overhead
 from visattn.kernels.linear.features import widened
 from visattn.kernels.plan_chunks import Chunk, plan_tables, run_chunks, tiled
 from visattn.patterns import Sigmoid
 from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import plan
+from visattn.problem import Call, Problem, Support
 
 # Time of a visited pair over one of dense SDPA: products in float32, gathered keys, no fused kernel.
 RATE = 3.0

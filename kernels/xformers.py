@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead
+from visattn.dispatch import Backend, overhead
 from visattn.kernels.masks import visible
 from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import ListedPattern, Neighborhood
+from visattn.problem import Call, Problem, Support
 
 # A bias of this many entries in 2 bytes each is 128 MiB.
 LARGEST_BIAS = 2**26

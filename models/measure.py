@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visattn.models  # noqa: F401  registers the backbones
 from visattn.attend import attention
-from visattn.dispatch import Problem
 from visattn.handle import apply
 from visattn.models.load import said_by_timm
+from visattn.problem import Problem
 from visattn.timing import Timing, interleave
 
 

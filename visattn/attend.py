@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, overload
 
 import torch
@@ -13,10 +14,11 @@ from visattn import ops, prepare, transforms
 from visattn.autocast import as_sdpa_casts
 from visattn.checks import check_call, check_fit, check_steps, check_tensors, factor, merged
 from visattn.crossing import crossing
-from visattn.dispatch import BACKENDS, Call, Candidate, Problem, Support, available, candidates, choose
-from visattn.layout import Layout
+from visattn.dispatch import BACKENDS, Candidate, available, candidates, choose
+from visattn.layout import Layout, check_layout
 from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.plans import plan
+from visattn.problem import Call, Problem, Support
 
 
 @overload
@@ -27,6 +29,7 @@ def attention(
     pattern: Pattern | str,
     layout: Layout,
     *,
+    key_layout: Layout | None = None,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     rpb: torch.Tensor | None = None,
@@ -45,6 +48,7 @@ def attention(
     pattern: Pattern | str,
     layout: Layout,
     *,
+    key_layout: Layout | None = None,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     rpb: torch.Tensor | None = None,
@@ -62,6 +66,7 @@ def attention(
     pattern: Pattern | str,
     layout: Layout,
     *,
+    key_layout: Layout | None = None,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     rpb: torch.Tensor | None = None,
@@ -78,12 +83,15 @@ def attention(
 
     Args:
         q: Queries [B, S, H, D] with S = layout.length.
-        k: Keys [B, S, Hkv, D], H a multiple of Hkv.
-        v: Values [B, S, Hkv, D].
+        k: Keys [B, N, Hkv, D], H a multiple of Hkv; N = S unless keys have a layout of their own.
+        v: Values [B, N, Hkv, D].
         pattern: A pattern or its text, like "na(window=7x7)".
         layout: Where the tokens sit: prefix, grid, suffix.
+        key_layout: Where keys and values sit if they are other tokens than the queries (pooled or strided keys, another
+            image), N = key_layout.length; also an attribute of a layout. Both grids span the same extent, a window
+            is so many keys around the query's centre, and dense tokens of either side see and are seen by all.
         scale: Factor on the logits, D**-0.5 if None. It gets no gradient: a learned one belongs into q.
-        key_mask: bool [B, S], True where a key may be attended (padded prompts); None means all. What it hides takes
+        key_mask: bool [B, N], True where a key may be attended (padded prompts); None means all. What it hides takes
             no part in the choices of routed patterns and in the means of agents, linear forms and pooled keys either.
         rpb: Relative position bias of a neighborhood pattern: [H, 2 * window - 1 per axis], indexed by key
             position minus query position plus window - 1, in steps of the dilation.
@@ -113,6 +121,8 @@ def attention(
         TypeError: If scale is a tensor that requires a gradient.
     """
     key = None
+    if key_layout is not None:
+        layout = _joined(layout, key_layout)
     if pool_weight is None and (parameters is None or parameters == {}):
         key, prepared = prepare.find(q, k, v, pattern, layout, scale, key_mask, rpb, backend, return_lse)
         if prepared is not None:
@@ -141,6 +151,19 @@ def attention(
         return out
     assert lse is not None
     return out, lse
+
+
+def _joined(layout: Layout, key_layout: Layout) -> Layout:
+    """A layout with the keys in another, the same object for equal ones."""
+    check_layout(layout)
+    check_layout(key_layout, "key_layout")
+    # The tracer looks into no cache.
+    return layout.with_keys(key_layout) if torch.compiler.is_compiling() else _with_keys(layout, key_layout)
+
+
+@lru_cache(maxsize=1024)
+def _with_keys(layout: Layout, key_layout: Layout) -> Layout:
+    return layout.with_keys(key_layout)
 
 
 @dataclass(frozen=True)
@@ -176,7 +199,7 @@ class Explanation:
             return f"{share}, but no sparse backend runs this call"
         best = min(sparse, key=sparse.__getitem__)
         times = sparse[best] / cost[self.choice]
-        few = f" and {problem.layout.length} tokens are few" if part < 0.5 else ""
+        few = f" and {problem.layout.keys.length} tokens are few" if part < 0.5 else ""
         return (
             f"{share}{few}, so {best} would take an estimated {times:.1f} times as long as dense attention with a mask"
         )
@@ -202,6 +225,7 @@ def explain(
     layout: Layout,
     q: torch.Tensor,
     *,
+    key_layout: Layout | None = None,
     kv_heads: int | None = None,
     key_mask: bool = False,
     rpb: bool = False,
@@ -213,6 +237,7 @@ def explain(
         pattern: A pattern or its text.
         layout: Where the tokens sit.
         q: Queries [B, S, H, D]; only shape, dtype, device and requires_grad are used.
+        key_layout: Where keys and values sit if they are other tokens than the queries.
         kv_heads: Heads of k and v, H if None.
         key_mask: Whether a key mask will be passed.
         rpb: Whether a relative position bias will be passed.
@@ -225,9 +250,14 @@ def explain(
         ValueError: If layout, pattern and q do not fit together.
     """
     pattern = parse(pattern)
-    check_call(q, q, q, pattern, layout, None, None)
+    if key_layout is not None:
+        layout = _joined(layout, key_layout)
+    check_layout(layout)
+    check_call(q, q, q, pattern, layout.queries, None, None)
     k = q if kv_heads is None else q[:, :, :1].expand(-1, -1, kv_heads, -1)
-    check_tensors(q, k, k, layout)
+    if layout.key_layout is not None:
+        k = k[:, :1].expand(-1, layout.key_layout.length, -1, -1)
+    check_call(q, k, k, pattern, layout, None, None)
     problem = Problem.of(q, k, k, Call(pattern, layout, 1.0, lse=return_lse))
     dtype = as_sdpa_casts(q[:0])[0].dtype
     problem = dataclasses.replace(problem, dtype=dtype, key_mask=key_mask, rpb=rpb)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from visattn.attend import attention, explain
-from visattn.dispatch import BACKENDS, Problem, load
+from visattn.dispatch import BACKENDS, load
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, parse
 from visattn.plans import plan
+from visattn.problem import Problem
 from visattn.timing import Timing, interleave, time_once
 
 DENSE = "dense"

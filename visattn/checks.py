@@ -14,6 +14,7 @@ from visattn.layout import Layout, check_layout
 from visattn.patterns import BiasedPattern, Pattern
 from visattn.patterns.choice.memory import here
 from visattn.patterns.kinds import pooled_part
+from visattn.patterns.masks import check_defined
 
 # What backends compute in.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,9 +54,11 @@ def check_fit(
     if not q.device == k.device == v.device:
         raise ValueError(f"q on {q.device}, k on {k.device} and v on {v.device} must be on one device")
     layout.check_length(q.shape[1])
-    _check_defined(pattern, layout.grid)
+    if layout.key_layout is not None:
+        layout.key_layout.check_length(k.shape[1], "k")
+    _check_defined(pattern, layout)
     if key_mask is not None or rpb is not None or parameters:
-        _check_others(q, pattern, layout, key_mask, rpb, parameters)
+        _check_others(q, k, pattern, layout, key_mask, rpb, parameters)
 
 
 def check_steps(pattern: Pattern) -> None:
@@ -67,14 +70,15 @@ def check_steps(pattern: Pattern) -> None:
         )
 
 
-# Most calls name a pattern and a grid that have passed.
+# Most calls name a pattern and a layout that have passed.
 @lru_cache(maxsize=1024)
-def _check_defined(pattern: Pattern, grid: tuple[int, ...]) -> None:
-    pattern.check(grid)
+def _check_defined(pattern: Pattern, layout: Layout) -> None:
+    check_defined(pattern, layout)
 
 
 def _check_others(
     q: torch.Tensor,
+    k: torch.Tensor,
     pattern: Pattern,
     layout: Layout,
     key_mask: torch.Tensor | None,
@@ -87,10 +91,10 @@ def _check_others(
             raise ValueError(f"{name} is a {type(tensor).__name__}: pass a torch tensor")
         if name != "key_mask" and tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype} but must be floating-point: cast it")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != q.shape[:2]):
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]):
         given = f"{key_mask.dtype} {list(key_mask.shape)}"
         raise ValueError(
-            f"key_mask is {given} but must be torch.bool {list(q.shape[:2])}: True where a key may be attended"
+            f"key_mask is {given} but must be torch.bool {list(k.shape[:2])}: True where a key may be attended"
         )
     for name, tensor in (("key_mask", key_mask), ("rpb", rpb), *parameters.items()):
         if tensor is not None and tensor.device != q.device:
@@ -98,6 +102,9 @@ def _check_others(
     if rpb is not None:
         if not isinstance(pattern, BiasedPattern):
             raise ValueError(f"rpb is given but {pattern} has no relative position bias: only na(...) has")
+        if layout.key_layout is not None or pattern.wraps(layout.grid):
+            why = "keys have a layout of their own" if layout.key_layout is not None else "an axis is circular"
+            raise ValueError(f"rpb is given but {why}, and its entries count steps on one grid with ends: leave it out")
         sides = pattern.rpb_shape(layout.grid)
         if tuple(rpb.shape) != (q.shape[2], *sides):
             raise ValueError(
@@ -107,7 +114,7 @@ def _check_others(
 
 
 def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
-    """Raise a ValueError if q, k and v are no tensors of self-attention over one sequence, or the layout is none."""
+    """Raise a ValueError if q, k and v are no tensors of attention, or the layout is none."""
     check_layout(layout)
     for name, given in (("q", q), ("k", k), ("v", v)):
         if not isinstance(given, torch.Tensor):
@@ -115,17 +122,27 @@ def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
             raise ValueError(f"{name} is a {kind}: pass torch tensors [batch, tokens, heads, head_dim]")
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"{_shapes(q, k, v)} must all be [batch, tokens, heads, head_dim]")
-    if all(t.shape[2] == layout.length for t in (q, k, v)) and q.shape[1] != layout.length:
+    lengths = layout.length, layout.keys.length, layout.keys.length
+    if all(t.shape[2] == n for t, n in zip((q, k, v), lengths, strict=True)) and q.shape[1] != layout.length:
         raise ValueError(
             f"{_shapes(q, k, v)} are in torch's order [batch, heads, tokens, head_dim]: pass q.transpose(1, 2), "
             "k.transpose(1, 2) and v.transpose(1, 2), and transpose the output back"
         )
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    own = layout.key_layout is not None
+    if (
+        k.shape != v.shape
+        or q.shape[0] != k.shape[0]
+        or (q.shape[1] != k.shape[1] and not own)
+        or q.shape[3] != k.shape[3]
+    ):
         hint = ""
         if q.shape[:2] == k.shape[:2] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]:
             hint = f": cut v in parts of {k.shape[3]} channels, one call each"
         elif q.shape[0] == k.shape[0] and k.shape == v.shape and q.shape[3] == k.shape[3]:
-            hint = ": patterns are for self-attention, in which queries and keys are the same tokens"
+            hint = (
+                ": patterns are for self-attention, in which queries and keys are the same tokens, unless "
+                "key_layout=Layout(...) says where the keys are"
+            )
         shapes = _shapes(q, k, v)
         raise ValueError(f"{shapes} must agree in batch, tokens and head_dim, and k and v also in heads{hint}")
     if not q.shape[2] or not k.shape[2] or not q.shape[3]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from visattn.dispatch import Problem, choose, load, milliseconds
+from visattn.dispatch import choose, load, milliseconds
 from visattn.patterns import Dense, ListedPattern
+from visattn.problem import Problem
 from visattn.registry import REGISTRY
 
 # How much faster a pattern has to be by its estimate.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from visattn.layout import Layout
-from visattn.patterns import ListedPattern, Pattern, RoutedPattern
+from visattn.patterns import ListedPattern, RoutedPattern
 from visattn.plans import TilePlan, plan
+from visattn.problem import Call, Problem, Support
 from visattn.registry import REGISTRY
 
 # Runs calls that are alike, with their q, k, v, key mask and bias; gives output and log-sum-exp as `Backend.run` does.
@@ -23,101 +23,6 @@ Prepared = Callable[
 ]
 
 
-class Support(NamedTuple):
-    """Whether a backend can run a call, and if not, why."""
-
-    ok: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """The arguments of a checked call besides q, k and v.
-
-    Attributes:
-        pattern: The pattern.
-        layout: The tokens.
-        scale: Factor on the logits.
-        key_mask: bool [B, S], True where a key may be attended, or None.
-        rpb: Relative position bias [H, 2 * window - 1 per axis], or None.
-        lse: Whether the log-sum-exp is wanted.
-        parameters: Learnable parameters of the pattern by name; missing ones have their initial values.
-    """
-
-    pattern: Pattern
-    layout: Layout
-    scale: float
-    key_mask: torch.Tensor | None = None
-    rpb: torch.Tensor | None = None
-    lse: bool = False
-    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Everything about a call that decides who can run it, without its tensors.
-
-    Attributes:
-        pattern: The pattern.
-        layout: The tokens.
-        batch: Batch size.
-        heads: Query heads.
-        kv_heads: Key and value heads.
-        head_dim: Channels per head.
-        dtype: Of q, k and v.
-        device: Device type: "cpu", "cuda".
-        key_mask: Whether some keys are masked out per sample.
-        rpb: Whether a relative position bias is added.
-        grad: Whether gradients will be asked for.
-        lse: Whether the log-sum-exp is asked for.
-        mode: How calls are made: "eager", "compiled" (as operators of compiled code) or "captured" (in a CUDA graph,
-            where they keep the host from nothing).
-    """
-
-    pattern: Pattern
-    layout: Layout
-    batch: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: str
-    key_mask: bool = False
-    rpb: bool = False
-    grad: bool = False
-    lse: bool = False
-    mode: str = "eager"
-
-    @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Problem:
-        """The problem that a checked call poses."""
-        tensors = [t for t in (q, k, v, call.rpb, *call.parameters.values()) if t is not None]
-        return cls(
-            pattern=call.pattern,
-            layout=call.layout,
-            batch=q.shape[0],
-            heads=q.shape[2],
-            kv_heads=k.shape[2],
-            head_dim=q.shape[3],
-            dtype=q.dtype,
-            device=q.device.type,
-            key_mask=call.key_mask is not None,
-            rpb=call.rpb is not None,
-            grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
-            lse=call.lse,
-        )
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether every query sees every key but for the key mask."""
-        return self.pattern.covers(self.layout.grid)
-
-    @property
-    def dense_pairs(self) -> float:
-        """Pairs of tokens that dense attention computes, all samples (of an empty batch one) and heads together."""
-        return float(max(1, self.batch) * self.heads) * self.layout.length**2
-
-
 class Backend(ABC):
     """Runs attention calls it supports.
 
@@ -125,10 +30,12 @@ class Backend(ABC):
         name: What users call it.
         portable: Whether it consists of operators of torch alone, tables as constants, so that exporters and tracers
             can write down what it does.
+        key_layouts: Whether it runs calls whose keys have a layout of their own; the others are not asked for those.
     """
 
     name: ClassVar[str]
     portable: ClassVar[bool] = False
+    key_layouts: ClassVar[bool] = False
 
     @abstractmethod
     def available(self) -> Support:
@@ -150,9 +57,10 @@ class Backend(ABC):
 
         Args:
             q: Queries [B, S, H, D].
-            k: Keys [B, S + extra, Hkv, D]; extra keys are those that the pattern appends.
-            v: Values [B, S + extra, Hkv, D].
-            call: Everything else; its key mask is [B, S + extra].
+            k: Keys [B, N + extra, Hkv, D] with N = call.layout.keys.length, which is S unless keys have a layout of
+                their own; extra keys are those that the pattern appends.
+            v: Values [B, N + extra, Hkv, D].
+            call: Everything else; its key mask is [B, N + extra].
 
         Returns:
             Output [B, S, H, D], and the natural log-sum-exp [B, S, H] if `call.lse`, else None or that anyway.
@@ -241,13 +149,13 @@ def candidates(problem: Problem) -> Iterator[Candidate]:
     """Every backend's verdict on a call, in order of preference."""
     for backend in BACKENDS.usable().values():
         support = available(backend)
-        yield _offer(backend, problem) if support.ok else Candidate(backend, support, float("inf"))
+        yield offer(backend, problem) if support.ok else Candidate(backend, support, float("inf"))
 
 
 def verdict(backend: Backend, problem: Problem) -> Support:
     """Whether a backend is here and runs a call."""
     support = available(backend)
-    return _offer(backend, problem).support if support.ok else support
+    return offer(backend, problem).support if support.ok else support
 
 
 def available(backend: Backend) -> Support:
@@ -258,8 +166,10 @@ def available(backend: Backend) -> Support:
         return _failed(backend, error)
 
 
-def _offer(backend: Backend, problem: Problem) -> Candidate:
+def offer(backend: Backend, problem: Problem) -> Candidate:
     """Whether a backend runs a call where it is available, and at which cost."""
+    if problem.layout.key_layout is not None and not backend.key_layouts:
+        return Candidate(backend, Support(False, "it takes queries and keys of one layout only"), float("inf"))
     try:
         support = backend.supports(problem)
         return Candidate(backend, support, backend.cost(problem) if support.ok else float("inf"))
@@ -319,12 +229,12 @@ def cheapest(problem: Problem, backends: Iterable[Backend]) -> Backend:
     Raises:
         ValueError: If none can run the call.
     """
-    offers = [_offer(backend, problem) for backend in backends]
+    offers = [offer(backend, problem) for backend in backends]
     # `available` comes last: it may import a large package, for a backend that is not the cheapest anyway.
-    for offer in sorted((offer for offer in offers if offer.support.ok), key=lambda offer: offer.cost):
-        if available(offer.backend).ok:
-            return offer.backend
-    reasons = "; ".join(f"{offer.backend.name}: {verdict(offer.backend, problem).reason}" for offer in offers)
+    for each in sorted((each for each in offers if each.support.ok), key=lambda each: each.cost):
+        if available(each.backend).ok:
+            return each.backend
+    reasons = "; ".join(f"{each.backend.name}: {verdict(each.backend, problem).reason}" for each in offers)
     raise ValueError(f"no backend can run {problem.pattern} on {problem.layout}: {reasons}")
 
 

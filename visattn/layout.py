@@ -19,16 +19,22 @@ class Layout:
         grid: Tokens per axis: an int or (L,), (H, W) or (T, H, W).
         prefix: Dense tokens before the grid.
         suffix: Dense tokens after the grid.
+        key_layout: Where keys and values sit if they are other tokens than the queries; None if they are the same. Both
+            grids span the same extent, so that position i of n on an axis has its centre at (i + 0.5) / n of it.
 
     Raises:
-        ValueError: If an axis is below 1, a count is negative, or there are not 1 to 3 axes.
+        ValueError: If an axis is below 1, a count is negative, there are not 1 to 3 axes, or the keys have another
+            number of axes.
     """
 
     grid: tuple[int, ...]
     prefix: int = 0
     suffix: int = 0
+    key_layout: Layout | None = None
 
-    def __init__(self, grid: int | Sequence[int], prefix: int = 0, suffix: int = 0) -> None:
+    def __init__(
+        self, grid: int | Sequence[int], prefix: int = 0, suffix: int = 0, key_layout: Layout | None = None
+    ) -> None:
         axes = tuple(grid) if isinstance(grid, Iterable) else (grid,)
         if not 1 <= len(axes) <= 3 or not all(_is_whole(n, 1) for n in axes):
             raise ValueError(
@@ -39,6 +45,22 @@ class Layout:
         object.__setattr__(self, "grid", tuple(int(n) for n in axes))
         object.__setattr__(self, "prefix", int(prefix))
         object.__setattr__(self, "suffix", int(suffix))
+        object.__setattr__(self, "key_layout", self._other(key_layout))
+
+    def _other(self, key_layout: Layout | None) -> Layout | None:
+        """The layout of the keys, None if it is the queries' own: one form for what means the same."""
+        if key_layout is None:
+            return None
+        check_layout(key_layout, "key_layout")
+        if key_layout.key_layout is not None:
+            raise ValueError(f"key_layout={key_layout} has a key_layout itself: pass one of a single sequence")
+        if key_layout.dims != self.dims:
+            raise ValueError(
+                f"key_layout has grid {'x'.join(map(str, key_layout.grid))} and the queries' grid is "
+                f"{'x'.join(map(str, self.grid))}: both must have {self.dims} axes, an axis without extent as 1"
+            )
+        same = (key_layout.grid, key_layout.prefix, key_layout.suffix) == (self.grid, self.prefix, self.suffix)
+        return None if same else key_layout
 
     @property
     def dims(self) -> int:
@@ -55,12 +77,46 @@ class Layout:
         """Number of all tokens: prefix + grid + suffix."""
         return self.prefix + self.tokens + self.suffix
 
+    @property
+    def keys(self) -> Layout:
+        """Where keys and values sit: `key_layout`, or this layout."""
+        return self if self.key_layout is None else self.key_layout
+
+    @property
+    def queries(self) -> Layout:
+        """Where the queries sit, without the keys' layout."""
+        return self if self.key_layout is None else Layout(self.grid, self.prefix, self.suffix)
+
+    @property
+    def grids(self) -> tuple[tuple[int, ...]] | tuple[tuple[int, ...], tuple[int, ...]]:
+        """The grid, or where they differ the queries' and the keys': the first arguments of a pattern's methods."""
+        other = self.keys.grid
+        return (self.grid,) if other == self.grid else (self.grid, other)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that dense attention computes."""
+        return self.length * self.keys.length
+
+    def with_keys(self, key_layout: Layout | None) -> Layout:
+        """This layout with keys and values in another; itself for None.
+
+        Raises:
+            ValueError: If the keys have another number of axes, or this layout has other keys already.
+        """
+        if key_layout is None:
+            return self
+        if self.key_layout is not None:
+            raise ValueError(f"layout={self} has a key_layout already: pass it once")
+        return Layout(self.grid, self.prefix, self.suffix, key_layout)
+
     def __str__(self) -> str:
         text = f", prefix {self.prefix}" * bool(self.prefix) + f", suffix {self.suffix}" * bool(self.suffix)
-        return "x".join(map(str, self.grid)) + text
+        keys = "" if self.key_layout is None else f" with keys on {self.key_layout}"
+        return "x".join(map(str, self.grid)) + text + keys
 
-    def check_length(self, length: int) -> None:
-        """Raise a ValueError that says what would fit if a sequence of `length` tokens does not."""
+    def check_length(self, length: int, name: str = "q") -> None:
+        """Raise a ValueError that says what would fit if `name`, a sequence of `length` tokens, does not."""
         if length == self.length:
             return
         have = " + ".join(
@@ -68,9 +124,12 @@ class Layout:
             + ["grid " + "x".join(map(str, self.grid))]
             + [f"suffix {self.suffix}"] * bool(self.suffix)
         )
-        raise ValueError(f"{have} has {self.length} tokens but q has {length}: pass {self._that_fits(length)}")
+        what = "layout" if name == "q" else "key_layout"
+        raise ValueError(
+            f"{have} has {self.length} tokens but {name} has {length}: pass {self._that_fits(length, what)}"
+        )
 
-    def _that_fits(self, length: int) -> str:
+    def _that_fits(self, length: int, name: str) -> str:
         """The call that would build a layout of `length` tokens, nearest to this one."""
         inner = length - self.prefix - self.suffix
         rows = math.prod(self.grid[:-1])
@@ -87,14 +146,14 @@ class Layout:
         else:
             return f"a grid whose sides multiply to {inner}" if inner > 0 else "a shorter prefix and suffix"
         text = f", prefix={self.prefix}" * bool(self.prefix) + f", suffix={self.suffix}" * bool(self.suffix)
-        return f"layout=Layout({fit}{text})"
+        return f"{name}=Layout({fit}{text})"
 
 
-def check_layout(layout: object) -> None:
+def check_layout(layout: object, name: str = "layout") -> None:
     """Raise a ValueError if a layout is something else, like a grid."""
     if not isinstance(layout, Layout):
         kind = type(layout).__name__
-        raise ValueError(f"layout={layout!r} is a {kind}: pass a Layout, like Layout((64, 64), prefix=1)")
+        raise ValueError(f"{name}={layout!r} is a {kind}: pass a Layout, like Layout((64, 64), prefix=1)")
 
 
 def _is_whole(value: Any, low: int) -> bool:

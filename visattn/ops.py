@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.checks import check_call, check_steps
-from visattn.dispatch import Call, Problem, choose
+from visattn.dispatch import choose
 from visattn.keep import stands_in, untraced
 from visattn.layout import Layout
 from visattn.operator import above, below, define
 from visattn.patterns import Pattern, parse
 from visattn.prepare import find, gradients_like, run_like
+from visattn.problem import Call, Problem
 from visattn.rerun import recompute_gradients
 
 # Between the parts of a text that an operator gets; no pattern, backend or name has it.
@@ -55,7 +56,7 @@ def attend(
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The traceable form of `attention`; the log-sum-exp is empty unless `lse`."""
-    where = [*layout.grid, layout.prefix, layout.suffix]
+    where = [number for side in _sides(layout) for number in side]
     # In the order of their names: a compiled graph does not depend on who filled the mapping in which order.
     names = sorted(parameters)
     about = SEPARATOR.join([_text(pattern), backend, ",".join(names)])
@@ -98,6 +99,21 @@ class About(NamedTuple):
         return Call(self.pattern, self.layout, scale, key_mask, rpb, lse, named)
 
 
+def _sides(layout: Layout) -> Iterator[tuple[int, ...]]:
+    """A layout as numbers: prefix, suffix and grid of the queries, then of the keys if they have one of their own."""
+    for side in (layout, layout.key_layout):
+        if side is not None:
+            yield side.prefix, side.suffix, *side.grid
+
+
+def _layout(where: Sequence[int]) -> Layout:
+    """The layout that an operator's numbers stand for, see `_sides`."""
+    # Both sides have equally many axes, at most three, and two numbers besides.
+    half = len(where) if len(where) <= 5 else len(where) // 2
+    sides = [Layout(own[2:], own[0], own[1]) for own in (where[:half], where[half:]) if own]
+    return sides[0].with_keys(sides[1] if len(sides) > 1 else None)
+
+
 def _about(about: str, where: Sequence[int]) -> About:
     """From text and numbers: operators take no objects, and each argument of theirs costs time."""
     # Where the numbers are symbols they become constants of the traced code here.
@@ -106,9 +122,8 @@ def _about(about: str, where: Sequence[int]) -> About:
 
 @lru_cache(maxsize=1024)
 def _known(about: str, where: tuple[int, ...]) -> About:
-    *grid, prefix, suffix = where
     pattern, backend, names = about.split(SEPARATOR)
-    return About(parse(pattern), Layout(grid, prefix, suffix), backend, tuple(names.split(",")) if names else ())
+    return About(parse(pattern), _layout(where), backend, tuple(names.split(",")) if names else ())
 
 
 # What `torch.compiler.assume_constant_result` does, without importing the compiler (a second) for those who do not
@@ -225,7 +240,7 @@ class Rest(NamedTuple):
 
     Attributes:
         about: See `_attend`; likewise the others.
-        where: Grid, prefix and suffix.
+        where: Prefix, suffix and grid of the queries, then of keys with a grid of their own.
         scale: Factor on the logits.
         lse: Whether the log-sum-exp is wanted.
     """

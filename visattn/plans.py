@@ -21,6 +21,7 @@ from visattn.patterns import (
     parse,
 )
 from visattn.patterns.geometry import Bools, TilePairs
+from visattn.patterns.masks import check_defined
 from visattn.tiling import Ints, Tiling
 
 Tile = int | tuple[int, ...]
@@ -108,7 +109,7 @@ class TilePlan:
     @property
     def density(self) -> float:
         """Visible pairs over the pairs of dense attention, which has no extra keys."""
-        return self.visible / self.layout.length**2
+        return self.visible / self.layout.pairs
 
     @property
     def flop_bound(self) -> float:
@@ -119,7 +120,7 @@ class TilePlan:
     def tile_bound(self) -> float:
         """How many times fewer operations than dense attention the visited tiles need."""
         slots = self.entries * self.queries.capacity * self.keys.capacity
-        return self.layout.length**2 / slots
+        return self.layout.pairs / slots
 
     @cached_property
     def full_share(self) -> float:
@@ -173,13 +174,13 @@ def plan(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Tile] 
     """
     pattern = parse(pattern)
     check_layout(layout)
-    pattern.check(layout.grid)
+    check_defined(pattern, layout)
     if not isinstance(pattern, ListedPattern):
         assert isinstance(pattern, ComposedPattern)
         raise ValueError(f"{pattern} has no tile plan: it is {pattern.instead(layout.grid)}")
-    grid = pattern.tiled_layout(layout).grid
+    grids = (pattern.tiled_layout(layout.queries).grid, pattern.tiled_layout(layout.keys).grid)
     pair = tile if isinstance(tile, tuple) and len(tile) == 2 and isinstance(tile[0], tuple) else (tile, tile)
-    boxes = tuple(pattern.tile(grid) if box is None else _box(box, grid) for box in pair)
+    boxes = tuple(pattern.tile(grid) if box is None else _box(box, grid) for box, grid in zip(pair, grids, strict=True))
     if isinstance(pattern, RoutedPattern):
         pattern.check_tiles(layout.grid, boxes[0], boxes[1])
     return _plan(pattern, layout, boxes[0], boxes[1])
@@ -194,12 +195,13 @@ def _box(tile: object, grid: tuple[int, ...]) -> tuple[int, ...]:
 
 @kept
 def _plan(pattern: ListedPattern, layout: Layout, query_box: tuple[int, ...], key_box: tuple[int, ...]) -> TilePlan:
-    tiled = pattern.tiled_layout(layout)
+    tiled, tiled_keys = pattern.tiled_layout(layout.queries), pattern.tiled_layout(layout.keys)
+    # Axes on which queries and keys differ are not dilated, and patterns with parts have one sequence.
     step = pattern.step(tiled.grid) if isinstance(pattern, SpannedPattern) else None
     parts = pattern.parts(tiled.grid) if isinstance(pattern, RoutedPattern) else None
-    extra = pattern.extra_keys(layout.grid) if isinstance(pattern, PooledPattern) else 0
+    extra = pattern.extra_keys(layout.keys.grid) if isinstance(pattern, PooledPattern) else 0
     queries = Tiling(tiled, query_box, step, parts=parts)
-    keys = Tiling(tiled, key_box, step, extra, parts)
+    keys = Tiling(tiled_keys, key_box, step, extra, parts)
     pairs = pattern.tile_pairs(layout.grid, queries, keys)
     query, key, mask, masks = _with_dense_tokens(pairs, queries, keys)
     visible = pairs.visible + _dense_token_pairs(layout, keys.extra)
@@ -210,8 +212,9 @@ def _plan(pattern: ListedPattern, layout: Layout, query_box: tuple[int, ...], ke
 
 def _dense_token_pairs(layout: Layout, extra: int) -> int:
     """Visible pairs that involve a prefix, suffix or extra token."""
-    dense = layout.prefix + layout.suffix
-    return dense * layout.length + layout.tokens * (dense + extra)
+    keys = layout.keys
+    dense_queries, dense_keys = layout.prefix + layout.suffix, keys.prefix + keys.suffix
+    return dense_queries * keys.length + layout.tokens * (dense_keys + extra)
 
 
 def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling) -> tuple[Ints, Ints, Ints, Bools]:

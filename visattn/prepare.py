@@ -11,11 +11,12 @@ import torch
 from torch.autograd import forward_ad
 
 from visattn.autocast import switched_off
-from visattn.dispatch import Call, Prepared, Problem, choose, choose_portable
+from visattn.dispatch import Prepared, choose, choose_portable
 from visattn.keep import CALL_BYTES, STORE
 from visattn.patterns import DynamicPattern
 from visattn.patterns.kinds import PooledPattern, with_pooled_keys
 from visattn.patterns.tailed import holding
+from visattn.problem import Call, Problem
 from visattn.registry import REGISTRY
 
 # Types whose attributes are what they seem.

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.crossing import crossing
-from visattn.dispatch import Problem, candidates, choose
+from visattn.dispatch import candidates, choose
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, MergingPattern, Pattern
 from visattn.plans import plan
+from visattn.problem import Problem
 from visattn.tally import Row
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from visattn.dispatch import Call
 from visattn.prepare import run_like
+from visattn.problem import Call
 
 
 @contextmanager

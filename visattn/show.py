@@ -158,10 +158,11 @@ def _caption(made: TilePlan) -> str:
 
 
 def _query_panel(made: TilePlan, token: int, where: tuple[int, ...]) -> Picture:
-    layout = made.layout
+    layout = made.layout.keys
     state = query_view(made, token)
     sees = int(np.isin(state, (PARTIAL, FULL)).sum())
-    state[token] = QUERY
+    if made.layout.key_layout is None:
+        state[token] = QUERY
     grid = state[layout.prefix : layout.prefix + layout.tokens]
     rows = [text(f"Query {','.join(map(str, where))} sees {sees} of {made.keys.length} tokens", size=17)]
     view = _grid_view(made, grid)
@@ -180,7 +181,7 @@ def _query_panel(made: TilePlan, token: int, where: tuple[int, ...]) -> Picture:
 
 def _grid_view(made: TilePlan, state: NDArray[np.uint8]) -> Picture:
     """The grid's states as cells, tile borders as lines; the frames of a 3-D grid in rows of pictures."""
-    grid = made.layout.grid
+    grid = made.layout.keys.grid
     frames, height, width = (1,) * (3 - len(grid)) + grid
     if len(grid) == 1:
         # A long line is folded like text.
@@ -222,7 +223,8 @@ def _owners(made: TilePlan) -> NDArray[np.int64]:
     tokens = made.keys.tokens
     tile = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
     owner[tokens[tokens >= 0]] = tile[tokens >= 0]
-    return owner[made.layout.prefix : made.layout.prefix + made.layout.tokens]
+    keys = made.layout.keys
+    return owner[keys.prefix : keys.prefix + keys.tokens]
 
 
 def _cells(state: NDArray[np.uint8], cell: int, tiles: NDArray | None) -> Image.Image:

@@ -42,6 +42,7 @@ class Simulation:
         masks: Distinct partial masks.
         planning_seconds: Time that making the plan took (next to none if it was cached).
         note: Which of these numbers depend on q and k, empty where none does.
+        key_layout: Where the keys sit if they are other tokens than the queries, else empty.
     """
 
     pattern: str
@@ -60,6 +61,7 @@ class Simulation:
     masks: int
     planning_seconds: float
     note: str = ""
+    key_layout: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -90,6 +92,7 @@ def _simulation(made: TilePlan, seconds: float) -> Simulation:
         grid=made.layout.grid,
         prefix=made.layout.prefix,
         suffix=made.layout.suffix,
+        key_layout="" if made.layout.key_layout is None else str(made.layout.key_layout),
         query_tile=made.queries.shape,
         key_tile=made.keys.shape,
         density=made.density,
@@ -155,12 +158,17 @@ def advise(
     now = simulate(pattern, layout, tile)
     if not isinstance(pattern, Neighborhood):
         raise ValueError(f"only na(...) has a stride to advise on; {pattern} has none")
+    if layout.key_layout is not None:
+        return Advice(now, (), "queries and keys are other tokens: advice is for one sequence")
     axes = pattern.axes(layout.grid)
     causal = [i for i, axis in enumerate(axes) if axis[3]]
     if causal:
         return Advice(now, (), f"axis {causal[0]} is causal: its diagonal always needs a mask")
     for distance in range(reach + 1):
-        choices = [_axis_choices(n, axis, distance) for n, axis in zip(layout.grid, axes, strict=True)]
+        choices = [
+            _axis_choices(n, axis, circular, distance)
+            for n, axis, circular in zip(layout.grid, axes, pattern.rings(layout.grid), strict=True)
+        ]
         found = list(_best(itertools.product(*choices), volume, most))
         if found:
             better = tuple(_build(pattern, layout, choice) for choice in found)
@@ -185,7 +193,7 @@ class _AxisChoice:
     waste: float  # query slots per token: above 1 where the last tile is short
 
 
-def _axis_choices(length: int, axis: tuple[int, int, int, bool], distance: int) -> list[_AxisChoice]:
+def _axis_choices(length: int, axis: tuple[int, int, int, bool], circular: bool, distance: int) -> list[_AxisChoice]:
     """Windows near this one with a stride and tile sides that need no mask on this axis."""
     window, own, dilation, _ = axis
     if window == length:
@@ -198,7 +206,7 @@ def _axis_choices(length: int, axis: tuple[int, int, int, bool], distance: int) 
             continue
         finest = [1] if w == length else range(query, w + 1, query)
         for stride in (own, *finest):
-            if _needs_no_mask(length, w, stride, dilation, query, key):
+            if _needs_no_mask(length, Neighborhood(w, stride, dilation, circular=circular), query, key):
                 best[query, key] = _AxisChoice(
                     w, stride, query, key, abs(w - window), stride != own, -(-length // query) * query / length
                 )
@@ -206,8 +214,7 @@ def _axis_choices(length: int, axis: tuple[int, int, int, bool], distance: int) 
     return list(best.values())
 
 
-def _needs_no_mask(length: int, window: int, stride: int, dilation: int, query: int, key: int) -> bool:
-    pattern = Neighborhood(window, stride, dilation)
+def _needs_no_mask(length: int, pattern: Neighborhood, query: int, key: int) -> bool:
     return plan(pattern, Layout(length), ((query,), (key,))).full_share == 1.0
 
 

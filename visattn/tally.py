@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import torch
 
-from visattn.dispatch import Problem
 from visattn.patterns import DynamicPattern, Gate, HeadsPattern, OrderedPattern
 from visattn.patterns.choice.listening import listening
+from visattn.problem import Problem
 
 Kind = Literal["sparse", "dense"]
 # On a GPU one in so many steady calls of a kind is timed, at every module another one.

@@ -11,8 +11,8 @@ import torch
 from torch.autograd import forward_ad
 
 from visattn import ops
-from visattn.dispatch import Call
 from visattn.prepare import run_call
+from visattn.problem import Call
 from visattn.rerun import recompute_gradients
 
 Tensors = Sequence[torch.Tensor | None]

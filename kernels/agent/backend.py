@@ -6,9 +6,10 @@ from typing import ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support
+from visattn.dispatch import Backend
 from visattn.kernels.agent.attention import agent_attention
 from visattn.patterns import Agent
+from visattn.problem import Call, Problem, Support
 
 
 class AgentBackend(Backend):

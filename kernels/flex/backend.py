@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.attention.flex_attention import AuxRequest
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead, unlisted, visited_pairs
+from visattn.dispatch import Backend, overhead, unlisted, visited_pairs
 from visattn.kernels.flex.blocks import blocks, compiled, score_mod, tile_plan
 from visattn.kernels.flex.visible import is_product
 from visattn.kernels.second_order import lists_with_formula
+from visattn.problem import Call, Problem, Support
 
 # Slots of a tile. On CUDA every block size of torch's own configurations divides 128.
 TILE = {"cpu": 64, "cuda": 128}
@@ -24,6 +25,7 @@ class Flex(Backend):
     """Any list of tiles, in a kernel that inductor generates: the first call of each shape waits for the compiler."""
 
     name: ClassVar[str] = "flex"
+    key_layouts: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Whether torch can compile here: without the compiler FlexAttention builds the whole score matrix."""

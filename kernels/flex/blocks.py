@@ -80,10 +80,10 @@ class Blocks:
 def tile_plan(pattern: Pattern, layout: Layout, volume: int) -> TilePlan:
     """The plan with tiles of `volume` slots, or the next multiple where the pattern insists on tiles of its own."""
     assert isinstance(pattern, ListedPattern)
-    box = pattern.tile(pattern.tiled_layout(layout).grid, volume)
-    slots = math.prod(box)
+    boxes = [pattern.tile(pattern.tiled_layout(side).grid, volume) for side in (layout.queries, layout.keys)]
     # The CUDA kernel's own blocks must divide a tile.
-    return plan(pattern, layout, tile=(*box[:-1], box[-1] * math.lcm(slots, volume) // slots))
+    query, key = ((*box[:-1], box[-1] * math.lcm(math.prod(box), volume) // math.prod(box)) for box in boxes)
+    return plan(pattern, layout, tile=(query, key))
 
 
 @kept

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from visattn.layout import Layout
 from visattn.patterns import Pattern
+from visattn.patterns.geometry import Bools
 from visattn.patterns.kinds import SpannedPattern
 from visattn.plans import TilePlan
+from visattn.tiling import Ints, Tiling
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +78,17 @@ def is_product(pattern: Pattern) -> bool:
     return isinstance(pattern, SpannedPattern) and type(pattern).grid_mask is SpannedPattern.grid_mask
 
 
+def _in_one_part(pattern: SpannedPattern, layout: Layout) -> bool:
+    """Whether the interval of every query is in one part: windows that wrap around are in two."""
+    return all(
+        not axis.circular or bool((axis.start >= 0).all() and (axis.stop <= axis.key_length).all())
+        for axis in pattern.spans(*layout.grids)
+    )
+
+
 def visible(pattern: Pattern, tiles: TilePlan, device: torch.device) -> Visible:
     """The masks of a plan in their cheapest form."""
-    if is_product(pattern):
-        assert isinstance(pattern, SpannedPattern)
+    if isinstance(pattern, SpannedPattern) and is_product(pattern) and _in_one_part(pattern, tiles.layout):
         return _intervals(pattern, tiles, device)
     return _listed(tiles, device)
 
@@ -95,25 +105,31 @@ def _listed(tiles: TilePlan, device: torch.device) -> Listed:
 
 def _intervals(pattern: SpannedPattern, tiles: TilePlan, device: torch.device) -> Intervals:
     layout = tiles.layout
-    sides = [tiling.tokens.ravel() - layout.prefix for tiling in (tiles.queries, tiles.keys)]
-    empty = [tiling.tokens.ravel() < 0 for tiling in (tiles.queries, tiles.keys)]
-    dense = [((at < 0) | (at >= layout.tokens)) & ~e for at, e in zip(sides, empty, strict=True)]
-    inner = [np.clip(at, 0, layout.tokens - 1) for at in sides]
+    (rows, dense_rows, empty_rows), (columns, dense, empty) = (
+        _coordinates(tiling, side) for tiling, side in ((tiles.queries, layout), (tiles.keys, layout.keys))
+    )
     starts, stops, places = [], [], []
     far = np.iinfo(np.int32).max
-    indices = [np.unravel_index(at, layout.grid) for at in inner]
-    for axis, span in enumerate(pattern.spans(layout.grid)):
-        query, key = (index[axis] for index in indices)
+    for axis, span in enumerate(pattern.spans(*layout.grids)):
+        query, key = rows[axis], columns[axis]
         # Places of one dilation group are apart from those of all others.
-        group = query % span.step * span.length
-        starts.append(np.where(dense[0], -1, np.where(empty[0], 0, group + span.start[query])))
-        stops.append(np.where(dense[0], far, np.where(empty[0], 0, group + span.stop[query])))
-        places.append(np.where(empty[1] | dense[1], -2, key % span.step * span.length + key // span.step))
+        start, stop = (query % span.step * span.length + edge[query] for edge in (span.start, span.stop))
+        starts.append(np.where(dense_rows, -1, np.where(empty_rows, 0, start)))
+        stops.append(np.where(dense_rows, far, np.where(empty_rows, 0, stop)))
+        places.append(np.where(empty | dense, -2, key % span.step * span.length + key // span.step))
     start, stop, place = (
         torch.from_numpy(np.stack(each).astype(np.int32)).to(device) for each in (starts, stops, places)
     )
-    every = torch.from_numpy(dense[1]).to(device) if dense[1].any() else None
+    every = torch.from_numpy(dense).to(device) if dense.any() else None
     return Intervals(start, stop, place, every)
+
+
+def _coordinates(tiling: Tiling, layout: Layout) -> tuple[tuple[Ints, ...], Bools, Bools]:
+    """Grid coordinates of each slot's token on each axis, which slots are of dense tokens, and which are empty."""
+    at = tiling.tokens.ravel() - layout.prefix
+    empty = tiling.tokens.ravel() < 0
+    outside = (at < 0) | (at >= layout.tokens)
+    return np.unravel_index(np.clip(at, 0, layout.tokens - 1), layout.grid), outside & ~empty, empty
 
 
 def _next_power_of_two(n: int) -> int:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, overhead
+from visattn.dispatch import Backend, overhead
 from visattn.kernels.linear.features import elu_plus_one, features, repeated
 from visattn.kernels.linear.flow import flow_attention
 from visattn.kernels.linear.mala import mala_attention
@@ -14,6 +14,7 @@ from visattn.kernels.linear.plain import linear_attention
 from visattn.kernels.triton.backend import on_gpu
 from visattn.patterns import Flow, Linear, Mala
 from visattn.patterns.linear import LinearForm, feature_channels
+from visattn.problem import Call, Problem, Support
 
 # Time over that of dense attention's products, by operation count: the sums are memory-bound.
 RATE = 4.0

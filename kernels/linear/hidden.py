@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from visattn.dispatch import Call
 from visattn.kernels.linear.features import features, repeated, widened
 from visattn.kernels.linear.plain import divided
 from visattn.kernels.plan_chunks import Chunk, plan_tables, run_chunks, tiled
 from visattn.patterns import SparseLinear
 from visattn.plans import TilePlan, plan
+from visattn.problem import Call
 
 
 def hidden_attention(

@@ -7,12 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from visattn.dispatch import Backend, Call, Problem, Support, choose, overhead
+from visattn.dispatch import Backend, choose, overhead
 from visattn.kernels.linear.hidden import hidden_attention
 from visattn.patterns import SparseLinear
 from visattn.patterns.linear import feature_channels
 from visattn.plans import plan
 from visattn.prepare import run_call
+from visattn.problem import Call, Problem, Support
 
 # Time over that of dense attention's products, by operation count.
 RATE = 4.0

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from visattn.dispatch import Backend, Call, Prepared, Problem, Support, overhead
+from visattn.dispatch import Backend, Prepared, overhead
 from visattn.keep import kept
 from visattn.kernels.tiles.batches import Work, batch_size
 from visattn.kernels.tiles.boxes import box_groups
@@ -29,6 +29,7 @@ from visattn.patterns import (
 from visattn.patterns.geometry import Spans
 from visattn.patterns.routing import Routing
 from visattn.plans import TilePlan, plan
+from visattn.problem import Call, Problem, Support
 
 # Key tiles of a list with fewer fully visible tiles than this are cut smaller, to visit fewer hidden pairs.
 MOSTLY_FULL = 0.9
@@ -39,6 +40,7 @@ class Tiles(Backend):
     """Queries in tiles, each with exactly the keys its plan lists; torch's fused CPU kernel inside."""
 
     name: ClassVar[str] = "tiles"
+    key_layouts: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Always: it is made of torch operators."""
@@ -140,7 +142,7 @@ def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, in
 
 def _is_routed(pattern: Pattern, layout: Layout) -> bool:
     """Whether the lists depend on q and k; a routed pattern that chooses everything has nothing to choose."""
-    return isinstance(pattern, RoutedPattern) and not pattern.covers(layout.grid)
+    return isinstance(pattern, RoutedPattern) and not pattern.covers(*layout.grids)
 
 
 class Listed(NamedTuple):
@@ -200,21 +202,24 @@ def listed_call(
 @kept
 def _dense(pattern: Pattern, layout: Layout, device: torch.device) -> tuple[tuple[Group, ...], torch.Tensor | None]:
     """The problem of the dense queries, and the dense and pooled key tokens."""
-    suffix = layout.prefix + layout.tokens
-    own = np.concatenate([np.arange(layout.prefix), np.arange(suffix, layout.length)])
-    extra = pattern.extra_keys(layout.grid) if isinstance(pattern, PooledPattern) else 0
-    fixed = np.concatenate([own, np.arange(layout.length, layout.length + extra)])
-    groups = (whole_sequence(own, layout.length, device),) if len(own) else ()
+    keys = layout.keys
+    own, of_keys = (
+        np.concatenate([np.arange(side.prefix), np.arange(side.prefix + side.tokens, side.length)])
+        for side in (layout, keys)
+    )
+    extra = pattern.extra_keys(keys.grid) if isinstance(pattern, PooledPattern) else 0
+    fixed = np.concatenate([of_keys, np.arange(keys.length, keys.length + extra)])
+    groups = (whole_sequence(own, keys.length, device),) if len(own) else ()
     return groups, torch.from_numpy(fixed).to(device) if len(fixed) else None
 
 
 @kept
 def _static_problems(pattern: Pattern, layout: Layout, device: torch.device, rpb: bool) -> Problems:
     """The problems of a pattern that does not look at q and k."""
-    if pattern.covers(layout.grid) and not rpb:
-        return Problems((whole_sequence(np.arange(layout.length), layout.length, device),))
+    if pattern.covers(*layout.grids) and not rpb:
+        return Problems((whole_sequence(np.arange(layout.length), layout.keys.length, device),))
     dense, fixed = _dense(pattern, layout, device)
-    spans = axis_spans(pattern, layout.grid)
+    spans = axis_spans(pattern, layout)
     if spans is None:
         return Problems((*list_groups(_fine_plan(pattern, layout), device), *dense))
     sides = pattern.rpb_shape(layout.grid) if rpb and isinstance(pattern, BiasedPattern) else None
@@ -226,15 +231,15 @@ def _static_problems(pattern: Pattern, layout: Layout, device: torch.device, rpb
 def _fine_plan(pattern: Pattern, layout: Layout) -> TilePlan:
     """The pattern's own tiles, with smaller key tiles where many visits see only a part of a tile."""
     tiles = plan(pattern, layout)
-    grid = tiles.pattern.tiled_layout(layout).grid
+    grid = tiles.pattern.tiled_layout(layout.keys).grid
     if tiles.full_share > MOSTLY_FULL:
         return tiles
     return plan(pattern, layout, (tiles.queries.shape, tiles.pattern.tile(grid, SMALL_KEY_TILE)))
 
 
-def axis_spans(pattern: Pattern, grid: tuple[int, ...]) -> list[Spans] | None:
+def axis_spans(pattern: Pattern, layout: Layout) -> list[Spans] | None:
     """The keys of each query per axis, if the pattern is one interval of keys per axis."""
-    return pattern.spans(grid) if isinstance(pattern, SpannedPattern) else None
+    return pattern.spans(*layout.grids) if isinstance(pattern, SpannedPattern) else None
 
 
 backend = Tiles()

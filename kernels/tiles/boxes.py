@@ -26,8 +26,10 @@ class AxisClass:
         key: Axis index of the first key of each tile: [tiles].
         count: Queries of a tile.
         mask: Visibility: bool [count, keys].
-        relative: Position of the first key minus that of the first query, in steps.
+        relative: Position of the first key minus that of the first query, in steps; 0 where they are on other grids.
         step: Distance of neighbouring tokens.
+        ring: Keys of a circular axis, behind the last of which the first follows; 0 for one that ends. The first key
+            may lie before the axis there.
     """
 
     query: Ints
@@ -36,6 +38,12 @@ class AxisClass:
     mask: Bools
     relative: int
     step: int
+    ring: int = 0
+
+    def keys(self) -> Ints:
+        """Axis index of every key of each tile: [tiles, keys]."""
+        keys = self.key[:, None] + self.step * np.arange(self.mask.shape[1])
+        return keys % self.ring if self.ring else keys
 
 
 def axis_classes(spans: Spans, size: int) -> list[AxisClass]:
@@ -43,19 +51,26 @@ def axis_classes(spans: Spans, size: int) -> list[AxisClass]:
     axis = AxisTiles(spans.length, size, spans.step)
     valid = axis.tokens >= 0
     start, stop = spans.start[axis.tokens], spans.stop[axis.tokens]
-    low = np.where(valid, start, spans.length).min(1)
-    high = np.where(valid, stop, 0).max(1)
+    far = np.abs(spans.start).max(initial=0) + spans.key_length
+    low = np.where(valid, start, far).min(1)
+    high = np.where(valid, stop, -far).max(1)
     assert (high > low).all(), "a query tile without keys"
+    ring = spans.key_length // spans.step if spans.circular else 0
+    if ring:
+        # Windows that together go around see every key once.
+        high = np.minimum(high, low + ring)
+    relative = low - axis.first if spans.length == spans.key_length else 0 * low
     edges = [np.where(valid, edge - low[:, None], 0) for edge in (start, stop)]
-    look = np.column_stack([axis.count, high - low, low - axis.first, *edges])
+    look = np.column_stack([axis.count, high - low, relative, *edges])
     kinds, which = np.unique(look, axis=0, return_inverse=True)
     which, out = which.ravel(), []
     for i, (count, length, relative, *rest) in enumerate(kinds.tolist()):
         slot, first, last = np.arange(length), np.array(rest[:count]), np.array(rest[size : size + count])
-        mask = (slot >= first[:, None]) & (slot < last[:, None])
+        ahead = (slot - first[:, None]) % ring if ring else slot - first[:, None]
+        mask = (ahead >= 0) & (ahead < (last - first)[:, None])
         tile = np.flatnonzero(which == i)
         query, key = (axis.group[tile] + spans.step * edge[tile] for edge in (axis.first, low))
-        out.append(AxisClass(query, key, count, mask, relative, spans.step))
+        out.append(AxisClass(query, key, count, mask, relative, spans.step, ring * spans.step))
     return out
 
 
@@ -81,9 +96,14 @@ def box_groups(
 
 def _outer(parts: list[Ints], grid: tuple[int, ...]) -> Ints:
     """Row-major token index of every combination of one index per axis: [product of lengths]."""
+    return _outer_rows([part[None] for part in parts], grid)[0]
+
+
+def _outer_rows(parts: list[Ints], grid: tuple[int, ...]) -> Ints:
+    """The same of every combination of a row per axis [rows, lengths]: [product of rows, product of lengths]."""
     strides = [math.prod(grid[i + 1 :]) for i in range(len(grid))]
     scaled = [part * stride for part, stride in zip(parts, strides, strict=True)]
-    return reduce(lambda a, b: (a[:, None] + b).ravel(), scaled)
+    return reduce(lambda a, b: (a[:, None, :, None] + b[:, None]).reshape(len(a) * len(b), -1), scaled)
 
 
 def _box_group(
@@ -95,9 +115,7 @@ def _box_group(
 ) -> Group:
     grid = layout.grid
     first_query = _outer([c.query for c in classes], grid) + layout.prefix
-    first_key = _outer([c.key for c in classes], grid) + layout.prefix
     queries = first_query[:, None] + _outer([c.step * np.arange(c.count) for c in classes], grid)
-    offsets = _outer([c.step * np.arange(c.mask.shape[1]) for c in classes], grid)
     mask = reduce(np.kron, [c.mask for c in classes])
     index = None
     if windows is not None:
@@ -108,14 +126,29 @@ def _box_group(
         mask = np.pad(mask, pad, constant_values=True)
         if index is not None:
             index = np.pad(index, pad, constant_values=math.prod(2 * w - 1 for w in windows or ()))
+    own = _box_keys(layout.keys, classes, device)
     return Group(
         queries=torch.from_numpy(queries).to(device),
-        base=torch.from_numpy(first_key[:, None]).to(device),
-        offsets=torch.from_numpy(offsets[None]).to(device),
+        base=own.get("base"),
+        offsets=own.get("offsets"),
+        key_tiles=own.get("key_tiles"),
+        tile_tokens=own.get("tile_tokens"),
         fixed=fixed,
         shared=None if mask.all() else torch.from_numpy(mask).to(device),
         rpb_index=None if index is None else torch.from_numpy(index).to(device),
     )
+
+
+def _box_keys(layout: Layout, classes: tuple[AxisClass, ...], device: torch.device) -> dict[str, torch.Tensor]:
+    """The keys of a `Group`: boxes, or where some are in parts behind both ends of an axis one list for each tile."""
+    grid = layout.grid
+    if any(c.ring for c in classes):
+        tokens = _outer_rows([c.keys() for c in classes], grid) + layout.prefix
+        own = np.arange(len(tokens))[:, None]
+        return {"key_tiles": torch.from_numpy(own).to(device), "tile_tokens": torch.from_numpy(tokens).to(device)}
+    first = _outer([c.key for c in classes], grid) + layout.prefix
+    offsets = _outer([c.step * np.arange(c.mask.shape[1]) for c in classes], grid)
+    return {"base": torch.from_numpy(first[:, None]).to(device), "offsets": torch.from_numpy(offsets[None]).to(device)}
 
 
 def _rpb_index(classes: tuple[AxisClass, ...], windows: tuple[int, ...]) -> Ints:

@@ -14,7 +14,7 @@ import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from visattn.dispatch import Backend, Call, Prepared, Problem, Support, overhead, wall
+from visattn.dispatch import Backend, Prepared, overhead, wall
 from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton import tune
 from visattn.kernels.triton.boxes import PARTIAL, tiled
@@ -23,6 +23,7 @@ from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels,
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, ListedPattern, Pattern, RoutedPattern, Routes
+from visattn.problem import Call, Problem, Support
 
 if TYPE_CHECKING:
     from visattn.kernels.triton.prepared import Kernels
@@ -106,6 +107,7 @@ class Triton(Backend):
     """One kernel a direction walks the tile lists; tokens are read where they lie."""
 
     name: ClassVar[str] = "triton"
+    key_layouts: ClassVar[bool] = True
 
     def available(self) -> Support:
         """Triton, and a GPU or the interpreter."""

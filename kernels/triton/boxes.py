@@ -30,11 +30,11 @@ def tiled(pattern: Pattern, layout: Layout, query_slots: int, key_slots: int) ->
     own choice. Query and key boxes may differ.
     """
     assert isinstance(pattern, ListedPattern)
-    grid = pattern.tiled_layout(layout).grid
-    if not isinstance(pattern, SpannedPattern):
-        boxes = _own_box(pattern, grid, query_slots, False), _own_box(pattern, grid, key_slots, True)
-        return plan(pattern, layout, boxes)
-    return plan(pattern, layout, best_boxes(pattern.spans(grid), grid, query_slots, key_slots))
+    if isinstance(pattern, SpannedPattern):
+        return plan(pattern, layout, best_boxes(pattern.spans(*layout.grids), query_slots, key_slots))
+    grid, key_grid = (pattern.tiled_layout(side).grid for side in (layout.queries, layout.keys))
+    boxes = _own_box(pattern, grid, query_slots, False), _own_box(pattern, key_grid, key_slots, True)
+    return plan(pattern, layout, boxes)
 
 
 def _own_box(pattern: ListedPattern, grid: Box, slots: int, keys: bool) -> Box:
@@ -46,14 +46,14 @@ def _own_box(pattern: ListedPattern, grid: Box, slots: int, keys: bool) -> Box:
     return box_shape(grid, slots)
 
 
-def best_boxes(spans: list[Spans], grid: Box, query_slots: int, key_slots: int) -> tuple[Box, Box]:
-    """The query and key boxes of these volumes that make the least work on a grid."""
+def best_boxes(spans: list[Spans], query_slots: int, key_slots: int) -> tuple[Box, Box]:
+    """The query and key boxes of these volumes that make the least work on the grids of these spans."""
     best, found = math.inf, None
-    for query in _boxes(grid, query_slots):
-        for key in _boxes(grid, key_slots):
+    for query in _boxes(tuple(axis.length for axis in spans), query_slots):
+        for key in _boxes(tuple(axis.key_length for axis in spans), key_slots):
             visits = full = 1
-            for axis, n, q_side, k_side in zip(spans, grid, query, key, strict=True):
-                visits_here, full_here = _axis_visits(axis, n, q_side, k_side)
+            for axis, q_side, k_side in zip(spans, query, key, strict=True):
+                visits_here, full_here = _axis_visits(axis, q_side, k_side)
                 visits, full = visits * visits_here, full * full_here
             # Of equal work take the squarest boxes: their keys are nearest in memory and cache.
             work = (full + PARTIAL * (visits - full)) * (1 + 1e-6 * (max(query) + max(key)))
@@ -77,15 +77,17 @@ def _boxes(grid: Box, volume: int) -> Iterator[Box]:
     yield *longest, volume // math.prod(longest)
 
 
-def _axis_visits(spans: Spans, length: int, query_side: int, key_side: int) -> tuple[int, int]:
+def _axis_visits(spans: Spans, query_side: int, key_side: int) -> tuple[int, int]:
     """Visits of one axis cut in tiles, and how many of them need no mask."""
-    key = (spans.start.tobytes(), spans.stop.tobytes(), spans.step)
-    return _counted(*key, length, query_side, key_side)
+    key = (spans.start.tobytes(), spans.stop.tobytes(), spans.step, spans.key_length, spans.circular)
+    return _counted(*key, query_side, key_side)
 
 
 @lru_cache(maxsize=4096)
-def _counted(start: bytes, stop: bytes, step: int, length: int, query_side: int, key_side: int) -> tuple[int, int]:
-    spans = Spans(np.frombuffer(start, np.int64), np.frombuffer(stop, np.int64), step)
-    queries, keys = (Tiling(Layout(length), (side,), (step,)) for side in (query_side, key_side))
-    pairs = product_pairs([spans], queries, keys)
+def _counted(
+    start: bytes, stop: bytes, step: int, keys: int, circular: bool, query_side: int, key_side: int
+) -> tuple[int, int]:
+    spans = Spans(np.frombuffer(start, np.int64), np.frombuffer(stop, np.int64), step, keys, circular)
+    sides = ((spans.length, query_side), (keys, key_side))
+    pairs = product_pairs([spans], *(Tiling(Layout(n), (side,), (step,)) for n, side in sides))
     return len(pairs.mask), int((pairs.mask < 0).sum())

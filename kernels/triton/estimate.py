@@ -123,7 +123,7 @@ def estimate(
     if faster is not None:
         launch, rate, kernel = faster, record.hopper, "hopper"
     plan = tiled(pattern, layout, launch.rows, launch.tile)
-    operations = 4.0 * batch * heads * head_dim * layout.length**2
+    operations = 4.0 * batch * heads * head_dim * layout.pairs
     weight = 1 + (PARTIAL - 1) * (1 - plan.full_share)
     return Estimate(
         gpu=gpu,

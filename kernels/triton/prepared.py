@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from visattn.dispatch import Call
 from visattn.kernels.triton.arguments import Operands, Routed, Work
 from visattn.kernels.triton.choosing.listed import DynamicLists
 from visattn.kernels.triton.choosing.pooled import rest_of
@@ -24,6 +23,7 @@ from visattn.kernels.triton.routing.router import Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
 from visattn.patterns import DynamicPattern, Pattern, RoutedPattern, Routes
 from visattn.plans import TilePlan
+from visattn.problem import Call
 
 UNALIGNED = ALIGNMENT - 1
 

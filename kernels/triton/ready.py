@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from visattn.dispatch import Call
 from visattn.kernels.second_order import Tensors, of_lists
 from visattn.kernels.triton.arguments import Routed
 from visattn.kernels.triton.choosing.listed import DynamicLists
 from visattn.kernels.triton.prepared import Kernels
 from visattn.kernels.triton.routing.router import Chosen
 from visattn.patterns import RoutedPattern
+from visattn.problem import Call
 
 
 class TileAttention(torch.autograd.Function):

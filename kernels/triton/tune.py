@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from visattn.dispatch import Call
 from visattn.kernels.triton.config import DIRECTIONS, Config, config
 from visattn.layout import Layout
 from visattn.patterns import Pattern, RoutedPattern
 from visattn.patterns.kinds import with_pooled_keys
+from visattn.problem import Call
 
 # Heads of the problem that is timed: enough programs to fill a GPU on any layout worth tuning.
 HEADS = 4
@@ -118,8 +118,8 @@ def timer(
     """A function that times one direction under a configuration, in milliseconds."""
     from visattn.kernels.triton.prepared import Kernels
 
-    shape = (1, layout.length, HEADS, head_dim)
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    lengths = layout.length, layout.keys.length, layout.keys.length
+    q, k, v = (torch.randn(1, n, HEADS, head_dim, device=device, dtype=dtype) for n in lengths)
     k, v, _ = with_pooled_keys(pattern, k, v, None, layout)
     call = Call(pattern, layout, head_dim**-0.5)
 

@@ -32,7 +32,8 @@ class PooledAttention:
         wide_q, wide_k, wide_v = q, k, v
         if self.rel_pos_type == "spatial":
             tables = self.rel_pos_h, self.rel_pos_w
-            parts = with_positions(*(t[:, :, prefix:] for t in (q, k, v)), tables, site.pattern, grid, self.scale)
+            own_q, own_k, own_v = (t[:, :, prefix:] for t in (q, k, v))
+            parts = with_positions(own_q, own_k, own_v, tables, site.pattern, grid, self.scale)
             wide_q, wide_k, wide_v = (_beside(t, part, prefix) for t, part in zip((q, k, v), parts, strict=True))
         y = site.attend(wide_q, wide_k, wide_v, layout, self.scale)[..., : v.shape[-1]]
         y = y + q if self.residual_pooling else y

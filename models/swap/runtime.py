@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from visattn.attend import attention
-from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
 from visattn.models.swap.weights import show_weights
 from visattn.outside import Outside
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
+from visattn.problem import Call, Problem
 from visattn.recompute import Carrier
 from visattn.tally import Cell, Tally
 from visattn.watch import Watched, Watcher

@@ -116,7 +116,7 @@ _places._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @lru_cache(maxsize=128)
 def _cached_places(pattern: Pattern, grid: tuple[int, int], axis: int) -> Places:
     index = np.arange(grid[axis])
-    if not isinstance(pattern, Neighborhood | Halo):
+    if not isinstance(pattern, Neighborhood | Halo) or pattern.spans(grid)[axis].circular:
         return _nested(index[:, None] - index), tuple(index.tolist())
     # The keys of a query are neighbours in their dilation group: as many places as they are at most tell them apart.
     spans = pattern.spans(grid)[axis]

@@ -7,9 +7,9 @@ import warnings
 import torch
 from torch import nn
 
-from visattn.dispatch import Call
 from visattn.kernels.rows import attention_rows
 from visattn.patterns import MergingPattern
+from visattn.problem import Call
 
 
 def show_weights(attention: nn.Module | None, path: str, q: torch.Tensor, k: torch.Tensor, call: Call) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from visattn.pipelines.families import raster
-from visattn.pipelines.families.base import REST, Args, Family, Seen, patches
+from visattn.pipelines.families.base import Args, Family, Seen, patches
+from visattn.runtime.where import REST
 
 
 def _latents(config: Any, args: Args) -> Seen:

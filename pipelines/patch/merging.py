@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.dispatch import Problem
 from visattn.kernels.agent.agent_sd import Matching, agent_sd, agents_pay, match
 from visattn.layout import Layout
 from visattn.patterns import AgentSD
 from visattn.pipelines.patch import clones, numbering
 from visattn.pipelines.patch.group import Group
 from visattn.pipelines.patch.numbering import Lease
+from visattn.problem import Problem
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.verdict import Mode, Verdict
 from visattn.schedule import among_first

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ def main() -> None:
     runs = {}
     for (name, text), given in cases.items():
         pattern = text.partition(", ")[0] if text.startswith("dense") else text
-        given_to_explain = {"key_mask": "key_mask" in given, "return_lse": "return_lse" in given}
+        given_to_explain: dict[str, Any] = {"key_mask": "key_mask" in given, "return_lse": "return_lse" in given}
         verdicts = {c.backend.name: c for c in explain(pattern, layout, q, **given_to_explain).candidates}
         if verdicts[name].support.ok:
             estimate = verdicts[name].cost / (HEADS * layout.length**2)

@@ -119,7 +119,7 @@ def peer(case: Case) -> Callable[[], object]:
 
 def tile_bound(pattern: Pattern, layout: Layout) -> float | None:
     """Dense pairs over the pairs that the engine visits."""
-    return layout.length**2 / visited_pairs(pattern, layout) if isinstance(pattern, ListedPattern) else None
+    return layout.pairs / visited_pairs(pattern, layout) if isinstance(pattern, ListedPattern) else None
 
 
 def measure(cases: list[Case], repeats: int, clock: Clock) -> list[dict[str, Any]]:

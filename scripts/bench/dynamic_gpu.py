@@ -21,12 +21,12 @@ from torch.nn.attention import SDPBackend
 from scripts.bench.gpu import DIM, HEADS, compared, dense_by, in_turns
 from scripts.gpu_common import versions
 from visattn import Layout, attention, parse, tile_choice
-from visattn.dispatch import Call
 from visattn.kernels.triton.backend import kernels_of
 from visattn.kernels.triton.lists.program import Program, program
 from visattn.kernels.triton.prepared import Kernels
 from visattn.patterns import DynamicPattern
 from visattn.plans import with_routes
+from visattn.problem import Call
 
 CASES: dict[str, tuple[str, Layout]] = {
     "image, 10 %": ("topk(keep=0.1)", Layout((256, 256))),

@@ -25,11 +25,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from scripts.gpu_common import compile_first, sampled_error, versions
 from visattn import Layout, attention, parse, plan
-from visattn.dispatch import Call
 from visattn.kernels.triton.backend import launches
 from visattn.kernels.triton.boxes import tiled
 from visattn.patterns import RoutedPattern
 from visattn.patterns.kinds import with_pooled_keys
+from visattn.problem import Call
 
 HEADS, DIM = 24, 128
 FLUX, HUNYUAN = Layout((256, 256)), Layout((30, 48, 80))
@@ -163,7 +163,7 @@ def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: 
     if "cudnn" in peers:
         contenders["cudnn"] = dense_by(SDPBackend.CUDNN_ATTENTION, inputs)
     result |= compared(contenders)
-    flops = 4 * DIM * HEADS * layout.length**2
+    flops = 4 * DIM * HEADS * layout.pairs
     result["tflops_visited"] = flops / tiles.tile_bound / result["triton"]["forward_ms"] / 1e9
     result["floor_ms"] = {
         "arithmetic": flops / tiles.flop_bound / top["matmul_tflops"] / 1e9,

@@ -14,8 +14,9 @@ from collections import Counter
 import torch
 
 from visattn import Layout, attention, parse
-from visattn.dispatch import BACKENDS, Call, Problem, load, verdict
+from visattn.dispatch import BACKENDS, load, verdict
 from visattn.patterns import BiasedPattern
+from visattn.problem import Call, Problem
 
 CASES = (
     ("dense", Layout((7, 9), 3, 2)),

@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from scripts.calls_gpu import in_turns, wall_us
 from visattn import Layout, attention, parse
 from visattn.crossing import crossing
-from visattn.dispatch import Call, Problem
+from visattn.problem import Call, Problem
 
 MODES = ("eager", "captured", "compiled")
 PATTERNS = ("na(window=9x9)", "na(window=16x16,stride=8x8)", "clear(radius=8)")

@@ -95,6 +95,18 @@ def cases() -> list[Case]:
             Case("above(tau=0.8,block=8x8,rest=mean)", Layout((45, 70), suffix=30), dtype, dim, mask=True),
             Case("topk(keep=2,block=64,key_block=256,per=head,always=none)", Layout(3333), dtype, dim, mask=True),
         ]
+    for dtype, dim in (("bf16", 64), ("fp16", 128), ("fp32", 64)):
+        found += [
+            Case("na(window=9x9)", Layout((36, 40), 1, 0, Layout((18, 20), 0, 77)), dtype, dim, mask=True),
+            Case("na(window=8x8,stride=4x4)", Layout((32, 32), key_layout=Layout((64, 48))), dtype, dim, kv_heads=2),
+            Case("clear(radius=6,pool=4)", Layout((38, 41), 0, 33, Layout((19, 41), 5)), dtype, dim),
+            Case("halo(block=8x8,halo=2)", Layout((35, 42), key_layout=Layout((35, 21))), dtype, dim, heads_first=True),
+            Case("dense", Layout((48, 48), 1, 0, Layout((7, 7), 1)), dtype, dim),
+            Case("na(window=13x13,circular=0x1)", Layout((36, 72), 3), dtype, dim, mask=True),
+            Case("na(window=9x9,dilation=2,circular=true)", Layout((40, 36)), dtype, dim),
+            Case("clear(radius=9,circular=true)", Layout((38, 41), suffix=33), dtype, dim),
+            Case("halo(block=8x8,halo=3,circular=0x1)", Layout((35, 42)), dtype, dim),
+        ]
     return found
 
 
@@ -113,9 +125,9 @@ def run(case: Case, inputs: list[torch.Tensor], backend: str, mask: torch.Tensor
 def inputs_of(case: Case) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """q, k, v and rpb, and the key mask."""
     made = torch.Generator("cuda").manual_seed(0)
-    batch, length = 2, case.layout.length
+    batch, keys = 2, case.layout.keys.length
     tensors = []
-    for heads in (4, case.kv_heads, case.kv_heads):
+    for length, heads in ((case.layout.length, 4), (keys, case.kv_heads), (keys, case.kv_heads)):
         shape = (batch, heads, length, case.dim) if case.heads_first else (batch, length, heads, case.dim)
         x = torch.randn(shape, generator=made, device="cuda", dtype=torch.float64).to(DTYPES[case.dtype])
         tensors.append(x.transpose(1, 2) if case.heads_first else x)
@@ -124,7 +136,7 @@ def inputs_of(case: Case) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         assert isinstance(pattern, BiasedPattern), f"{case.pattern} takes no bias"
         sides = pattern.rpb_shape(case.layout.grid)
         tensors.append(torch.randn((4, *sides), generator=made, device="cuda"))
-    mask = torch.rand((batch, length), generator=made, device="cuda") > 0.3 if case.mask else None
+    mask = torch.rand((batch, keys), generator=made, device="cuda") > 0.3 if case.mask else None
     if mask is not None:
         mask[1] = False  # a sample whose queries see nothing
     return tensors, mask

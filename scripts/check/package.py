@@ -18,7 +18,7 @@ from scripts.check.package_use import run, use
 from scripts.pages import ROOT
 
 # Folders of the checkout and where a wheel puts them.
-ROOMS = {"visattn": "visattn", **{room: f"visattn/{room}" for room in ("clients", "kernels", "models", "pipelines")}}
+ROOMS = {"visattn": "visattn", **{room: f"visattn/{room}" for room in ("kernels", "models", "pipelines")}}
 BESIDE = ("LICENSE", "NOTICE", "README.md", "CHANGELOG.md", "pyproject.toml", "tests/conftest.py", "docs/design.md")
 
 

@@ -17,7 +17,7 @@ def check_environment() -> None:
     folder = Path(str(visattn.__file__)).parent
     assert folder.is_relative_to(sys.prefix), f"visattn comes from {folder}, not from this environment"
     foreign = [
-        name for name in ("clients", "kernels", "models", "pipelines", "scripts", "tests", "docs") if find_spec(name)
+        name for name in ("kernels", "models", "pipelines", "scripts", "tests", "docs") if find_spec(name)
     ]
     assert not foreign, f"installed at the top level: {foreign}"
     extras = [name for name in ("diffusers", "timm", "transformers", "matplotlib", "pytest") if find_spec(name)]

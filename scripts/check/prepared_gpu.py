@@ -62,9 +62,9 @@ def results(case: Case, given: list[torch.Tensor], grad: bool) -> list[torch.Ten
 
 def fresh_results(case: Case, given: list[torch.Tensor], grad: bool) -> list[torch.Tensor]:
     """The same through Triton's launcher: nothing is kept."""
-    from visattn.dispatch import Call
     from visattn.kernels.triton import backend
     from visattn.kernels.triton.ready import Ready
+    from visattn.problem import Call
 
     q, k, v = given
     asked = Call(parse(case[0]), case[1], q.shape[3] ** -0.5)

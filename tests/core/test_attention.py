@@ -10,10 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import visattn
 from tests.support.cases import qkv
-from visattn.dispatch import BACKENDS, Backend, Problem, Support, cheapest, load, overhead
+from visattn.dispatch import BACKENDS, Backend, cheapest, load, overhead
 from visattn.kernels.xformers import block_of, from_blocks, to_blocks
 from visattn.layout import Layout
 from visattn.patterns import parse
+from visattn.problem import Problem, Support
 
 LAYOUT = Layout((6, 7), 2)
 

@@ -10,9 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention
 import visattn
 from tests.support.cases import gradients, layouts, qkv
 from visattn.checks import factor
-from visattn.dispatch import BACKENDS, Call, Problem, load, verdict
+from visattn.dispatch import BACKENDS, load, verdict
 from visattn.layout import Layout
 from visattn.patterns import BiasedPattern, parse
+from visattn.problem import Call, Problem
 
 LAYOUT = Layout((7, 6), prefix=2, suffix=1)
 PATTERNS = (

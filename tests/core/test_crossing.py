@@ -11,9 +11,10 @@ from tests.support.places import ROOT
 from visattn import Layout, dispatch, parse
 from visattn.attend import Explanation
 from visattn.crossing import crossing
-from visattn.dispatch import Problem, milliseconds, overhead, wall
+from visattn.dispatch import milliseconds, overhead, wall
 from visattn.kernels import natten
 from visattn.kernels.triton.backend import backend as triton
+from visattn.problem import Problem, Support
 
 ROWS = json.loads((ROOT / "docs/results/h100-calls.json").read_text())["rows"]
 TAKEN = json.loads((ROOT / "docs/results/h100-crossing.json").read_text())["rows"]
@@ -141,9 +142,7 @@ def test_choices_on_this_gpu_are_within_a_tenth_of_the_faster_one():
 
 def test_an_explanation_of_a_gpu_call_has_both_estimates(only_triton):
     small = problem(grid=(32, 32), heads=12, dim=64)
-    both = tuple(
-        dispatch.Candidate(each, dispatch.Support(True), each.cost(small)) for each in (triton, dispatch.load("sdpa"))
-    )
+    both = tuple(dispatch.Candidate(each, Support(True), each.cost(small)) for each in (triton, dispatch.load("sdpa")))
     text = str(Explanation(small, "sdpa", both))
     assert re.search(
         r"estimated 0\.\d{3} ms by triton, 0\.\d{3} ms dense \(compiled\); apply\(\) leaves the model's own", text

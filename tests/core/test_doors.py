@@ -21,11 +21,12 @@ from tests.support.oracles import dense_attention, mask_of, visited
 from tests.support.plugins import Site, lines_of_code, page_code, page_points
 from visattn import ops
 from visattn.cli import app
-from visattn.dispatch import BACKENDS, Backend, Problem, Support, choose
+from visattn.dispatch import BACKENDS, Backend, choose
 from visattn.handle import ADAPTERS
 from visattn.layout import Layout
 from visattn.patterns import PATTERNS, Dense, Neighborhood, RuledPattern, parse
 from visattn.patterns.registry import KINDS
+from visattn.problem import Problem, Support
 from visattn.registry import REGISTRY
 
 LAYOUT = Layout((6, 7), 2, 1)

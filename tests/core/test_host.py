@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from visattn import Layout, attention, clear_caches, ops, parse, register_backend
-from visattn.dispatch import Backend, Support
+from visattn.dispatch import Backend
+from visattn.problem import Support
 
 LAYOUT = Layout((16, 16), 7)
 

@@ -7,7 +7,7 @@ from tests.support.places import ROOT
 
 PLACES = {
     "visattn": ROOT / "visattn",
-    **{f"visattn.{n}": ROOT / n for n in ("clients", "kernels", "models", "pipelines")},
+    **{f"visattn.{n}": ROOT / n for n in ("kernels", "models", "pipelines")},
 }
 
 

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import visattn
 from tests.support.cases import gradients, layouts, qkv
-from visattn.dispatch import BACKENDS, Call, Problem, load, verdict
+from visattn.dispatch import BACKENDS, load, verdict
 from visattn.patterns import parse
+from visattn.problem import Call, Problem
 
 # Defined on every grid.
 PATTERNS = (

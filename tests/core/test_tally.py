@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from visattn import Layout, parse
-from visattn.dispatch import Problem
+from visattn.problem import Problem
 from visattn.tally import EVERY, Tally
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

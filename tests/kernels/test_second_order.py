@@ -8,11 +8,11 @@ from torch.utils.checkpoint import checkpoint
 from tests.support.cases import qkv
 from tests.support.derivatives import derivatives
 from visattn import Layout, attention, parse
-from visattn.dispatch import Call
 from visattn.kernels import second_order
 from visattn.kernels.agent.attention import agent_attention
 from visattn.kernels.reference import backend as reference
 from visattn.patterns import Agent
+from visattn.problem import Call
 
 # Pattern, layout, and whether the pattern takes a relative position bias.
 CASES = {

@@ -5,14 +5,15 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support.cases import layouts, qkv
+from tests.support.cases import crossed, layouts, qkv
 from tests.support.oracles import visited
 from tests.support.shared import ASKED, CASES, PAIRS, Asked, Case, asks, call_of, compare, refusal
 from visattn.attend import attention
-from visattn.dispatch import BACKENDS, Problem, load, verdict
+from visattn.dispatch import BACKENDS, load, offer, verdict
 from visattn.kernels.flex.blocks import tile_plan
 from visattn.layout import Layout
 from visattn.patterns import RoutedPattern, dense_mask, parse
+from visattn.problem import Problem
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -50,7 +51,7 @@ def test_the_others_say_why_not(name, device):
     for pair in PAIRS:
         case = Case(*pair, device)
         for asked in ASKED:
-            support = backend.supports(case.problem(asked))
+            support = offer(backend, case.problem(asked)).support
             assert support.reason == refusal(name, case, asked), (case, asked)
             assert support.ok == (not support.reason)
 
@@ -63,6 +64,10 @@ FLEX = [
     pytest.param("even window, stride, causal", "rpb", marks=pytest.mark.slow),
     pytest.param("halo", "bfloat16", marks=pytest.mark.slow),
     pytest.param("dense", "plain", marks=pytest.mark.slow),
+    ("other keys", "key mask"),
+    ("circular halo", "plain"),
+    pytest.param("clear, finer keys", "plain", marks=pytest.mark.slow),
+    pytest.param("circular clear", "key mask", marks=pytest.mark.slow),
 ]
 
 
@@ -114,6 +119,37 @@ def test_equals_the_reference_anywhere(name, data, layout, kv_heads, masked):
     text = data.draw(patterns(layout.grid))
     dim = data.draw(st.sampled_from([1, 10, 32, 40]))
     q, k, v = qkv(layout, 2, kv_heads, dim, batch=2, grad=True)
+    call = call_of(text, layout, 2, masked, False, 2, torch.float64, "cpu", lse=True)
+    compare(name, q, k, v, call, True, 1e-10)
+
+
+@st.composite
+def geometries(draw, layout):
+    """A pattern of those that know circular axes and keys of their own."""
+    size = st.integers(1, 6)
+    ring = "x".join(str(draw(st.integers(0, 1))) for _ in layout.grid) if layout.dims > 1 else "true"
+    kind = draw(st.sampled_from(["na", "halo", "clear", "pooled", "dense"]))
+    if kind == "dense":
+        return kind
+    if kind == "halo":
+        return f"halo(block={draw(size)}, halo={draw(st.integers(0, 3))}, circular={ring})"
+    if kind != "na":
+        return f"clear(radius={draw(size)}, circular={ring}{', pool=2' * (kind == 'pooled')})"
+    window, dilation = draw(size), draw(st.integers(1, 2))
+    text = f"na(window={window}, stride={draw(st.integers(1, window))}, dilation={dilation}, circular={ring})"
+    try:
+        parse(text).check(*layout.grids)
+    except ValueError:
+        assume(False)
+    return text
+
+
+@settings(max_examples=100)
+@given(data=st.data(), layout=crossed(sides=(40, 9, 5)), kv_heads=st.sampled_from([1, 2]), masked=st.booleans())
+@pytest.mark.parametrize("name", ["sdpa", "tiles"])
+def test_other_keys_and_rings_equal_the_reference_anywhere(name, data, layout, kv_heads, masked):
+    text = data.draw(geometries(layout))
+    q, k, v = qkv(layout, 2, kv_heads, 10, batch=2, grad=True)
     call = call_of(text, layout, 2, masked, False, 2, torch.float64, "cpu", lse=True)
     compare(name, q, k, v, call, True, 1e-10)
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from tests.support.cases import gradients, layouts, qkv
 from visattn import Layout, attention, explain
-from visattn.dispatch import Call, Problem
 from visattn.kernels.reference import backend as reference
 from visattn.kernels.tiles import backend as tiles
 from visattn.kernels.tiles import batches as tiles_batches
@@ -22,6 +21,7 @@ from visattn.kernels.tiles.rule import choose_axes, problem_cost
 from visattn.patterns import Dense, Halo, Neighborhood, dense_mask, parse
 from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import plan
+from visattn.problem import Call, Problem
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tests.golden.fill import make_input
 from tests.support.cases import gradients, layouts, qkv
 from visattn import Layout, attention, parse
-from visattn.dispatch import Call
 from visattn.kernels.ordered import order, slots_of
 from visattn.patterns import lsh as hashing
 from visattn.patterns.choice.clusters import first_centres, k_means
 from visattn.patterns.choice.memory import Memory, Place, placed
+from visattn.problem import Call
 
 GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "dynamic_ordered.pt", weights_only=True)
 

@@ -11,9 +11,9 @@ import visattn
 from tests.golden.fill import make_input
 from tests.support.cases import gradients, layouts, qkv
 from visattn import Layout, attention, attention_rows, parse
-from visattn.dispatch import Call
 from visattn.kernels import heads as engine
 from visattn.patterns import Best, PerHead
+from visattn.problem import Call
 
 GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "dynamic_heads.pt", weights_only=True)
 

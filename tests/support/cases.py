@@ -23,10 +23,21 @@ def tiles(draw, dims, smallest=1):
     return draw(st.one_of(st.none(), box, st.tuples(box, box)))
 
 
+@st.composite
+def crossed(draw, sides=(9, 6, 4), dims=(1, 3)):
+    """A small layout, most often with keys in another, on the same grid or on one that is coarser or finer."""
+    layout = draw(layouts(sides, dims))
+    if draw(st.integers(0, 3)) == 0:
+        return layout
+    own = draw(st.just(layout.grid) | st.tuples(*[st.integers(1, sides[layout.dims - 1])] * layout.dims))
+    return layout.with_keys(Layout(own, draw(st.integers(0, 5)), draw(st.integers(0, 5))))
+
+
 def qkv(layout, heads=2, kv_heads=None, dim=10, batch=1, dtype=torch.float64, grad=False, seed=0):
     """Random q, k and v."""
     made = torch.Generator().manual_seed(seed)
-    shapes = [(batch, layout.length, h, dim) for h in (heads, kv_heads or heads, kv_heads or heads)]
+    own, keys = kv_heads or heads, layout.keys.length
+    shapes = [(batch, n, h, dim) for n, h in ((layout.length, heads), (keys, own), (keys, own))]
     return [torch.randn(s, generator=made, dtype=torch.float64).to(dtype).requires_grad_(grad) for s in shapes]
 
 

@@ -10,11 +10,12 @@ from visattn import attention, parse
 def tensors(layout, heads=1, kv_heads=None, dim=16, batch=1, dtype=torch.float32, rpb="", masked=False, seed=0):
     """q, k, v (and rpb for the pattern `rpb`), and a key mask or None."""
     made = torch.Generator().manual_seed(seed)
-    shapes = [(batch, layout.length, h, dim) for h in (heads, kv_heads or heads, kv_heads or heads)]
+    own, keys = kv_heads or heads, layout.keys.length
+    shapes = [(batch, n, h, dim) for n, h in ((layout.length, heads), (keys, own), (keys, own))]
     found = [torch.randn(s, generator=made).to(dtype) for s in shapes]
     if rpb:
         found.append(torch.randn((heads, *parse(rpb).rpb_shape(layout.grid)), generator=made))
-    mask = torch.rand((batch, layout.length), generator=made) > 0.4 if masked else None
+    mask = torch.rand((batch, keys), generator=made) > 0.4 if masked else None
     return found, mask
 
 

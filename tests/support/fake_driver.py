@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from visattn.dispatch import Support
+from visattn.problem import Support
 
 SIZES = {"*fp32": 8, "i32": 4, "fp32": 4}
 TYPES = {8: ctypes.c_uint64, 4: ctypes.c_int32}

@@ -10,9 +10,9 @@ import torch
 
 from tests.support.cases import qkv
 from visattn.attend import attention
-from visattn.dispatch import Call, Problem
 from visattn.layout import Layout
 from visattn.patterns import BiasedPattern, parse
+from visattn.problem import Call, Problem
 
 CASES = {
     "dense": ("dense", Layout((7, 9), 3, 2)),
@@ -28,11 +28,26 @@ CASES = {
     "clear": ("clear(radius=3)", Layout((9, 8), 0, 5)),
     "clear, pooled": ("clear(radius=3, pool=4)", Layout((9, 8), 0, 5)),
     "radial": ("radial(decay=0.5, block=16)", Layout((4, 24), 0, 6)),
+    "other keys": ("na(window=3x4, stride=2x1)", Layout((8, 9), 1, 0, Layout((4, 12), 0, 5))),
+    "halo, coarser keys": ("halo(block=4x3, halo=1)", Layout((10, 9), 0, 3, Layout((5, 3)))),
+    "clear, finer keys": ("clear(radius=3)", Layout((5, 6), 0, 0, Layout((10, 9), 2))),
+    "dense, other keys": ("dense", Layout((7, 9), 3, 2, Layout((3, 5), 1))),
+    "circular": ("na(window=5x3, stride=2x1, circular=0x1)", Layout((9, 10), 1, 17)),
+    "circular, dilated": ("na(window=3x2, dilation=3x2, circular=true)", Layout((9, 10), 2)),
+    "circular halo": ("halo(block=4x3, halo=1x2, circular=0x1)", Layout((9, 10), 1, 2)),
+    "circular clear": ("clear(radius=3, pool=4, circular=0x1)", Layout((9, 8), 0, 5)),
     "routing": ("routing(regions=3x2, topk=2)", Layout((9, 8), 1, 0)),
 }
 VARIANTS = ["plain", "key mask", "rpb", "gqa", "bfloat16"]
-# Of each case: only neighborhoods have a position bias.
-PAIRS = [(c, v) for c, (text, _) in CASES.items() for v in VARIANTS if v != "rpb" or text.startswith("na(")]
+
+
+def _biased(case: str) -> bool:
+    """Whether there is a position bias: only of neighborhoods, on one grid with ends."""
+    text, layout = CASES[case]
+    return text.startswith("na(") and "circular" not in text and layout.key_layout is None
+
+
+PAIRS = [(case, variant) for case in CASES for variant in VARIANTS if variant != "rpb" or _biased(case)]
 BATCH, HEADS, DIM = 2, 4, 16
 
 
@@ -106,6 +121,8 @@ OWN = {
 
 def refusal(backend: str, case: Case, asked: Asked) -> str:
     """What a backend is meant to say to a case, empty if it is meant to run it."""
+    if case.layout.key_layout is not None and backend in (*OWN, "natten", "xformers"):
+        return "it takes queries and keys of one layout only"
     if backend in OWN:
         return f"{OWN[backend]}, not {case.name}"
     if backend == "sdpa" and case.variant == "rpb":
@@ -132,6 +149,10 @@ def _xformers(case: Case, asked: Asked) -> str:
 def _natten(case: Case, asked: Asked) -> str:
     if case.name != "na":
         return f"NATTEN runs na(...) only, not {case.name}"
+    if case.case == "circular":
+        return "NATTEN has no axes that wrap around, and axis 1 is circular"
+    if case.case == "circular, dilated":
+        return "NATTEN has no axes that wrap around, and axis 0 is circular"
     if case.case == "window 1":
         return "NATTEN takes windows of at least 2, and axis 0 has 1"
     if case.variant in ("key mask", "rpb"):
@@ -158,7 +179,7 @@ def call_of(text, layout, batch, key_mask, rpb, heads, dtype, device, lse):
     made = torch.Generator().manual_seed(3)
     mask = None
     if key_mask:
-        mask = (torch.rand(batch, layout.length, generator=made) < 0.6).to(device)
+        mask = (torch.rand(batch, layout.keys.length, generator=made) < 0.6).to(device)
         mask[0] = False
     sides = pattern.rpb_shape(layout.grid) if rpb and isinstance(pattern, BiasedPattern) else None
     bias = None if sides is None else torch.randn(heads, *sides, generator=made).to(device, dtype).requires_grad_()

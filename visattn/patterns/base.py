@@ -30,6 +30,8 @@ class Pattern(ABC):
     """
 
     name: ClassVar[str]
+    # Whether its methods take a second grid, that of the keys, where queries and keys are on grids that differ.
+    two_grids: ClassVar[bool] = False
 
     @property
     def learnable(self) -> bool:

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from visattn.patterns.balls import AxisDistance, ball_mask, ball_pairs, distances
 from visattn.patterns.geometry import Bools, TilePairs
 from visattn.patterns.kinds import PooledPattern
-from visattn.patterns.offsets import offset_mask, offset_pairs, squared
-from visattn.patterns.values import PerAxis, per_axis, whole_numbers
+from visattn.patterns.values import PerAxis, aligned, flags, per_axis, whole_numbers
 from visattn.tiling import Tiling
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ class Clear(PooledPattern):
     Attributes:
         radius: Euclidean distance in tokens that a key must stay below; 1 is the query itself.
         pool: Tokens of a pooled cell per axis (-1 is the whole axis), None for no pooled keys.
+        circular: Whether that axis wraps around: distances there are the shorter way round. Pooled cells do not wrap.
+
+    Where keys are on a grid of their own, distances are in keys, from the query's centre: both grids span the same
+    extent, and an axis of n queries and m keys has its query i at key (i + 0.5) * m / n - 0.5.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -36,8 +40,10 @@ class Clear(PooledPattern):
 
     radius: int
     pool: PerAxis | None = None
+    circular: bool | tuple[bool, ...] = False
 
     name: ClassVar[str] = "clear"
+    two_grids: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         radius = whole_numbers(self.radius, "radius", 1)
@@ -46,10 +52,20 @@ class Clear(PooledPattern):
         object.__setattr__(self, "radius", radius)
         if self.pool is not None:
             object.__setattr__(self, "pool", whole_numbers(self.pool, "pool", 1, also=(-1,)))
+        object.__setattr__(self, "circular", flags(self.circular, "circular"))
+        pools = {} if self.pool is None else {"pool": self.pool}
+        for name, value in aligned(pools | {"circular": self.circular}, self).items():
+            object.__setattr__(self, name, value)
 
-    def check(self, grid: tuple[int, ...]) -> None:
-        """Raise a ValueError if the number of axes differs."""
-        self.pool_shape(grid)
+    def check(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> None:
+        """Raise a ValueError if the number of axes differs, or grids differ so that distances are no whole numbers."""
+        self.pool_shape(keys or grid)
+        per_axis(self.circular, len(grid), "circular")
+        self._axes(grid, keys)
+
+    def _axes(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> tuple[list[AxisDistance], int]:
+        """Distances along each axis, and the squared radius in their unit."""
+        return distances(grid, keys or grid, per_axis(self.circular, len(grid), "circular"), self.radius)
 
     def pool_shape(self, grid: tuple[int, ...]) -> tuple[int, ...] | None:
         """Tokens of a pooled cell per axis."""
@@ -75,14 +91,15 @@ class Clear(PooledPattern):
         shapes = self.parameter_shapes(heads, head_dim, grid)
         return {name: torch.full(shape, 1 / math.prod(shape)) for name, shape in shapes.items()}
 
-    def covers(self, grid: tuple[int, ...]) -> bool:
+    def covers(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> bool:
         """Whether the farthest corner is inside the circle, and nothing is pooled."""
-        return self.pool is None and sum((n - 1) ** 2 for n in grid) < self.radius**2
+        axes, limit = self._axes(grid, keys)
+        return self.pool is None and sum(axis.largest for axis in axes) < limit
 
-    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
+    def grid_mask(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> Bools:
         """Squared distance below the squared radius."""
-        return offset_mask(squared(grid), self.radius**2)
+        return ball_mask(*self._axes(grid, keys))
 
     def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
         """Tiles that the circles of a query tile touch."""
-        return offset_pairs(squared(grid), self.radius**2, queries, keys)
+        return ball_pairs(*self._axes(grid, keys.layout.grid), queries, keys)

@@ -12,9 +12,9 @@ from visattn.patterns.kinds import StaticPattern
 from visattn.tiling import Tiling
 
 
-def full_span(length: int) -> Spans:
-    """An axis on which every query sees every key."""
-    return Spans(np.zeros(length, np.int64), np.full(length, length))
+def full_spans(grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> list[Spans]:
+    """Axes on which every query sees every key."""
+    return [Spans(np.zeros(n, np.int64), np.full(n, m), keys=m) for n, m in zip(grid, keys or grid, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,19 @@ class Dense(StaticPattern):
     """Plain softmax attention over all tokens (Vaswani et al. 2017, section 3.2.1)."""
 
     name: ClassVar[str] = "dense"
+    two_grids: ClassVar[bool] = True
 
-    def check(self, grid: tuple[int, ...]) -> None:
+    def check(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> None:
         """Any grid is fine."""
 
-    def covers(self, grid: tuple[int, ...]) -> bool:
+    def covers(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> bool:
         """Always."""
         return True
 
-    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
+    def grid_mask(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> Bools:
         """All True."""
-        return product_mask([full_span(n) for n in grid])
+        return product_mask(full_spans(grid, keys))
 
     def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
         """Every pair of tiles."""
-        return product_pairs([full_span(n) for n in grid], queries, keys)
+        return product_pairs(full_spans(grid, keys.layout.grid), queries, keys)

@@ -37,35 +37,64 @@ class Spans:
     """The keys of each query along one axis: positions [start, stop) of the query's dilation group.
 
     Attributes:
-        start: First visible position: [axis length].
-        stop: One past the last visible position: [axis length].
-        step: Distance of neighbouring positions (the dilation); query i is in group i mod step.
+        start: First visible position: [queries]. On a circular axis it may lie before the first key.
+        stop: One past the last visible position: [queries]. On a circular axis it may lie behind the last key; then
+            positions wrap around, and stop - start is at most the number of positions.
+        step: Distance of neighbouring positions (the dilation); query i is in group i mod step. Queries and keys are
+            the same tokens where it is above 1, and on a circular axis a divisor of their number.
+        keys: Keys of the axis, as many as queries if None.
+        circular: Whether the last key is next to the first.
     """
 
     start: Ints
     stop: Ints
     step: int = 1
+    keys: int | None = None
+    circular: bool = False
 
     @property
     def length(self) -> int:
-        """Tokens of the axis."""
+        """Queries of the axis."""
         return len(self.start)
+
+    @property
+    def key_length(self) -> int:
+        """Keys of the axis."""
+        return len(self.start) if self.keys is None else self.keys
 
     @property
     def visible(self) -> int:
         """Visible (query, key) pairs of the axis."""
         return int(np.maximum(self.stop - self.start, 0).sum())
 
+    @property
+    def whole(self) -> bool:
+        """Whether every query sees every key."""
+        return self.step == 1 and bool((self.stop - self.start >= self.key_length).all())
+
+    def sees(self, query: Ints, position: Ints) -> Bools:
+        """Whether queries see keys at positions of their dilation groups; both arrays broadcast."""
+        ahead = position - self.start[query]
+        if self.circular:
+            ahead = ahead % (self.key_length // self.step)
+        return (ahead >= 0) & (ahead < (self.stop - self.start)[query])
+
     def mask(self) -> Bools:
-        """Visibility of key j to query i: [length, length]."""
-        index = np.arange(self.length)
-        group, position = index % self.step, index // self.step
-        same = group[:, None] == group
-        return same & (position >= self.start[:, None]) & (position < self.stop[:, None])
+        """Visibility of key j to query i: [queries, keys]."""
+        query, key = np.arange(self.length)[:, None], np.arange(self.key_length)
+        return (query % self.step == key % self.step) & self.sees(query, key // self.step)
+
+
+def nearest(query: Ints, queries: int, keys: int, window: int) -> Ints:
+    """First of the `window` keys that are nearest to each query, of equally near ones the first; may leave the axis.
+
+    Both split the same extent: the query's centre is at (query + 0.5) * keys / queries - 0.5 keys.
+    """
+    return -(-((2 * query + 1) * keys - (1 + window) * queries) // (2 * queries))
 
 
 def product_mask(spans: list[Spans]) -> Bools:
-    """Token mask of a grid whose axes have these spans: [tokens, tokens]."""
+    """Token mask of grids whose axes have these spans: [queries, keys]."""
     mask = np.ones((1, 1), bool)
     for axis in spans:
         mask = np.kron(mask, axis.mask())
@@ -77,7 +106,8 @@ def product_pairs(spans: list[Spans], queries: Tiling, keys: Tiling) -> TilePair
     query = key = code = np.zeros(1, np.int64)
     axis_masks, visible = [], 1
     for axis, q_axis, k_axis in zip(spans, queries.axes, keys.axes, strict=True):
-        q, k, mask, masks = _axis_pairs(axis, q_axis, k_axis)
+        pairs_of = _ring_pairs if axis.circular else _axis_pairs
+        q, k, mask, masks = pairs_of(axis, q_axis, k_axis)
         query = (query[:, None] * q_axis.tiles + q).ravel()
         key = (key[:, None] * k_axis.tiles + k).ravel()
         # Code 0 of an axis is its all-visible mask, so a pair that is full on every axis has code 0.
@@ -96,7 +126,7 @@ def _axis_pairs(spans: Spans, q: AxisTiles, k: AxisTiles) -> tuple[Ints, Ints, I
     """Visited tile pairs of one axis: query tiles, key tiles, mask ids (-1 full), masks [m, q.size, k.size]."""
     rows = q.tokens
     valid = rows >= 0
-    far = spans.length + 1
+    far = spans.key_length + 1
     start = np.where(valid, spans.start[rows], far)
     stop = np.where(valid, spans.stop[rows], -far)
     low, high = start.min(1), stop.max(1)
@@ -122,6 +152,39 @@ def _axis_pairs(spans: Spans, q: AxisTiles, k: AxisTiles) -> tuple[Ints, Ints, I
     nothing = np.all(edges[:, 0] >= edges[:, 1], axis=1)
     empty[rest] = nothing[mask[rest]]
     return query[~empty], key[~empty], mask[~empty], masks
+
+
+def _ring_pairs(spans: Spans, q: AxisTiles, k: AxisTiles) -> tuple[Ints, Ints, Ints, Bools]:
+    """The same of a circular axis, where a window may be in two parts, and even a key tile see both of its ends."""
+    rows, members = q.tokens, spans.key_length // spans.step
+    valid = rows >= 0
+    found = []
+    for shift in (-members, 0, members):
+        # What of the windows lies on the axis once it is moved by whole turns.
+        start = np.maximum(spans.start[rows] + shift, 0)
+        stop = np.minimum(spans.stop[rows] + shift, members)
+        there = valid & (stop > start)
+        low, high = np.where(there, start, members).min(1), np.where(there, stop, 0).max(1)
+        number = np.where(there.any(1), (high - 1) // k.size - low // k.size + 1, 0)
+        query = np.repeat(np.arange(q.tiles), number)
+        first = k.group_start[q.group] + low // k.size
+        found.append(
+            np.stack([query, first[query] + np.arange(len(query)) - np.repeat(np.cumsum(number) - number, number)])
+        )
+    query, key = np.unique(np.concatenate(found, 1), axis=1)
+    slot = np.arange(k.size)
+    position = k.first[key][:, None, None] + slot
+    inside = slot < k.count[key][:, None, None]
+    seen = spans.sees(np.maximum(rows, 0)[query][:, :, None], position) & inside
+    kept = (seen & valid[query][:, :, None]).any((1, 2))
+    query, key, seen, inside = query[kept], key[kept], seen[kept], inside[kept]
+    # Rows of empty query slots are like their neighbours': as few masks as possible.
+    seen = np.where(valid[query][:, :, None], seen, seen[:, :1])
+    masks, mask = np.unique(seen.reshape(len(seen), -1), axis=0, return_inverse=True)
+    masks, mask = masks.reshape(-1, q.size, k.size), mask.ravel()
+    full = masks.all((1, 2))
+    number = np.where(full, -1, np.cumsum(~full) - 1)
+    return query, key, number[mask], masks[~full]
 
 
 def _combine(codes: Ints, axis_masks: list[Bools], queries: Tiling, keys: Tiling) -> Bools:

@@ -26,7 +26,7 @@ class ListedPattern(Pattern):
         """The tile pairs with at least one visible pair of tokens that are known without q and k, each once.
 
         Args:
-            grid: The grid of the layout; that of the tilings where `tiled_layout` changes nothing.
+            grid: The grid of the queries' layout; that of their tiling where `tiled_layout` changes nothing.
             queries: The query side cut in tiles.
             keys: The key side cut in tiles.
         """
@@ -48,28 +48,34 @@ class StaticPattern(ListedPattern):
     """A listed pattern that the grid alone decides: `check`, `grid_mask` and `tile_pairs` are all it needs."""
 
     @abstractmethod
-    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
-        """The pattern's truth: visibility of grid token j to grid token i, bool [tokens, tokens]."""
+    def grid_mask(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> Bools:
+        """The pattern's truth: visibility of grid token j to grid token i, bool [queries, keys].
+
+        Args:
+            grid: The grid of the queries.
+            keys: That of the keys where it is another one, which only patterns with `two_grids` are asked for.
+        """
 
 
 class SpannedPattern(StaticPattern):
     """A static pattern that is one interval of keys per axis; `spans` gives mask, tiles and boxes of any backend."""
 
     @abstractmethod
-    def spans(self, grid: tuple[int, ...]) -> list[Spans]:
-        """The visible positions of each query, per axis."""
+    def spans(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> list[Spans]:
+        """The visible positions of each query, per axis; arguments as in `grid_mask`."""
 
     def step(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Distance of neighbouring tokens in a tile per axis (the dilation)."""
         return (1,) * len(grid)
 
-    def grid_mask(self, grid: tuple[int, ...]) -> Bools:
+    def grid_mask(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> Bools:
         """AND over the axes of one interval each."""
-        return product_mask(self.spans(grid))
+        return product_mask(self.spans(grid) if keys is None else self.spans(grid, keys))
 
     def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
         """Tiles that the intervals of a query tile touch."""
-        return product_pairs(self.spans(grid), queries, keys)
+        key_grid = keys.layout.grid
+        return product_pairs(self.spans(grid) if key_grid == grid else self.spans(grid, key_grid), queries, keys)
 
 
 class BiasedPattern(SpannedPattern):
@@ -78,6 +84,10 @@ class BiasedPattern(SpannedPattern):
     @abstractmethod
     def rpb_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Sides of the bias per head: [H, *sides]."""
+
+    def wraps(self, grid: tuple[int, ...]) -> bool:
+        """Whether an axis is circular, so that keys and queries have more than one distance there."""
+        return any(axis.circular for axis in self.spans(grid))
 
 
 class PooledPattern(StaticPattern):
@@ -103,10 +113,11 @@ class PooledPattern(StaticPattern):
         """Put the pooled keys and values behind the others, see `pooling.append_pooled`.
 
         Returns:
-            k and v [B, S + extra, Hkv, D] and the key mask [B, S + extra] or None.
+            k and v [B, N + extra, Hkv, D] and the key mask [B, N + extra] or None.
         """
         from visattn.patterns.pooling import append_pooled
 
+        layout = layout.keys
         cell = self.pool_shape(layout.grid)
         if cell is None:
             return k, v, key_mask

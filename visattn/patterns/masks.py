@@ -10,6 +10,22 @@ from visattn.patterns.kinds import ComposedPattern, PooledPattern, RoutedPattern
 from visattn.patterns.text import parse
 
 
+def check_defined(pattern: Pattern, layout: Layout) -> None:
+    """Raise a ValueError if a pattern is not defined on the grid of a layout, or not for keys of their own."""
+    if layout.key_layout is not None:
+        if not isinstance(pattern, StaticPattern):
+            raise ValueError(
+                f"{pattern} is for self-attention, and the layout is {layout}: only patterns that are a mask known "
+                "from the grids (na, clear, halo, dense) take a key_layout"
+            )
+        if len(layout.grids) > 1 and not pattern.two_grids:
+            raise ValueError(
+                f"{pattern} has no meaning for queries and keys on different grids ({layout}): use na, clear, halo or "
+                "dense, or the same grid for both"
+            )
+    pattern.check(*layout.grids)
+
+
 def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
     """The truth of a pattern as a mask over all tokens, for small grids.
 
@@ -18,7 +34,8 @@ def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
         layout: Where the tokens sit.
 
     Returns:
-        bool [S, S + extra] with S = layout.length; entry (i, j) says whether query i sees key j. The extra keys
+        bool [S, N + extra] with S = layout.length queries and N = layout.keys.length keys (the same tokens unless the
+        layout has a key_layout); entry (i, j) says whether query i sees key j. The extra keys
         are those that the pattern appends (the pooled keys of clear), which dense tokens do not see. The mask of a
         composition around another pattern is that of the other.
 
@@ -27,7 +44,7 @@ def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
     """
     pattern = parse(pattern)
     check_layout(layout)
-    pattern.check(layout.grid)
+    check_defined(pattern, layout)
     shown = pattern.inner or pattern if isinstance(pattern, ComposedPattern) else pattern
     if isinstance(shown, RoutedPattern):
         raise ValueError(f"the mask of {shown} depends on q and k: call routed_mask(pattern, layout, q, k)")
@@ -35,12 +52,13 @@ def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
         assert isinstance(shown, ComposedPattern)
         what = shown.instead(layout.grid)
         raise ValueError(f"{shown} has no mask: every token reads every other, as it is {what}")
-    extra = shown.extra_keys(layout.grid) if isinstance(shown, PooledPattern) else 0
-    mask = torch.ones(layout.length, layout.length + extra, dtype=torch.bool)
-    mask[:, layout.length :] = False
-    inner = slice(layout.prefix, layout.prefix + layout.tokens)
-    mask[inner, layout.length :] = True
-    mask[inner, inner] = torch.from_numpy(shown.grid_mask(layout.grid))
+    keys = layout.keys
+    extra = shown.extra_keys(keys.grid) if isinstance(shown, PooledPattern) else 0
+    mask = torch.ones(layout.length, keys.length + extra, dtype=torch.bool)
+    mask[:, keys.length :] = False
+    inner, inner_keys = (slice(side.prefix, side.prefix + side.tokens) for side in (layout, keys))
+    mask[inner, keys.length :] = True
+    mask[inner, inner_keys] = torch.from_numpy(shown.grid_mask(*layout.grids))
     return mask
 
 

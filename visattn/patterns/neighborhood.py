@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from visattn.patterns.geometry import Spans
+from visattn.patterns.geometry import Spans, nearest
 from visattn.patterns.kinds import BiasedPattern
-from visattn.patterns.values import PerAxis, aligned, flag, per_axis, whole_numbers
+from visattn.patterns.values import PerAxis, aligned, flags, per_axis, whole_numbers
 from visattn.tiling import box_shape
 
 
@@ -29,6 +28,11 @@ class Neighborhood(BiasedPattern):
             blocked attention.
         dilation: Distance of neighbouring keys; window * dilation must fit the axis where it is above 1.
         causal: Whether a query sees no key after itself on that axis.
+        circular: Whether that axis wraps around (longitudes, panoramas, k-space): the window is never shifted there. A
+            dilation must divide such an axis.
+
+    Where keys are on a grid of their own, a window is so many keys of that grid: those nearest to the query's centre
+    (of two equally near ones the first), in which both grids span the same extent.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -38,18 +42,18 @@ class Neighborhood(BiasedPattern):
     stride: PerAxis = 1
     dilation: PerAxis = 1
     causal: bool | tuple[bool, ...] = False
+    circular: bool | tuple[bool, ...] = False
 
     name: ClassVar[str] = "na"
+    two_grids: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        causal = self.causal
-        each = tuple(causal) if isinstance(causal, Sequence) and not isinstance(causal, str) else (causal,)
-        flags = tuple(flag(value, "causal") for value in each)
         values = {
             "window": whole_numbers(self.window, "window", 1, also=(-1,)),
             "stride": whole_numbers(self.stride, "stride", 1),
             "dilation": whole_numbers(self.dilation, "dilation", 1),
-            "causal": flags if isinstance(causal, Sequence) else flags[0],
+            "causal": flags(self.causal, "causal"),
+            "circular": flags(self.circular, "circular"),
         }
         for name, value in aligned(values, self).items():
             object.__setattr__(self, name, value)
@@ -64,29 +68,46 @@ class Neighborhood(BiasedPattern):
                 raise ValueError(
                     f"window -1 is the whole axis, so dilation {dilation} means nothing: use dilation 1 there"
                 )
+        if any(causal and circular for causal, circular in self._zipped("causal", "circular")):
+            raise ValueError(
+                "causal and circular exclude each other on an axis: on a ring no key is after another; give them per "
+                "axis, like causal=1x0x0, circular=0x0x1"
+            )
 
-    def _zipped(self, first: str, second: str) -> list[tuple[int, int]]:
+    def _zipped(self, first: str, second: str) -> list[tuple[Any, Any]]:
         a, b = getattr(self, first), getattr(self, second)
         dims = max(len(v) if isinstance(v, tuple) else 1 for v in (a, b))
         return list(zip(per_axis(a, dims, first), per_axis(b, dims, second), strict=True))
 
-    def check(self, grid: tuple[int, ...]) -> None:
-        """Raise a ValueError if the number of axes differs or a dilated window does not fit an axis."""
-        for name in ("window", "stride", "dilation", "causal"):
+    def check(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> None:
+        """Raise a ValueError if the number of axes differs, or what was asked for means nothing on an axis."""
+        for name in ("window", "stride", "dilation", "causal", "circular"):
             per_axis(getattr(self, name), len(grid), name)
-        for i, (length, (window, _, dilation, _)) in enumerate(zip(grid, self.axes(grid), strict=True)):
+        rows = zip(grid, keys or grid, self.axes(grid, keys), self.rings(grid), strict=True)
+        for i, (length, key_length, (window, _, dilation, causal), circular) in enumerate(rows):
+            where = f"axis {i} of grid {'x'.join(map(str, grid))} ({length})"
             if dilation > 1 and window * dilation > length:
                 raise ValueError(
-                    f"window {window} * dilation {dilation} = {window * dilation} is larger than axis {i} of grid "
-                    f"{'x'.join(map(str, grid))} ({length}): "
+                    f"window {window} * dilation {dilation} = {window * dilation} is larger than {where}: "
                     f"use a dilation of at most {max(1, length // window)} or a smaller window"
                 )
+            if circular and length % dilation:
+                raise ValueError(
+                    f"dilation {dilation} does not divide {where}, so steps around that ring end beside where they "
+                    f"began: use a dilation that divides {length}, or circular=false there"
+                )
+            if length != key_length and (dilation > 1 or causal):
+                what = f"dilation={dilation}" if dilation > 1 else "causal=true"
+                raise ValueError(
+                    f"{what} needs queries and keys at the same places, but {where} has {key_length} keys: "
+                    "leave it out on that axis"
+                )
 
-    def axes(self, grid: tuple[int, ...]) -> list[tuple[int, int, int, bool]]:
-        """Window, stride, dilation and causal per axis, with the window at most the axis."""
+    def axes(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> list[tuple[int, int, int, bool]]:
+        """Window, stride, dilation and causal per axis, with the window at most the axis (of the keys)."""
         dims = len(grid)
         rows = zip(
-            grid,
+            keys or grid,
             per_axis(self.window, dims, "window"),
             per_axis(self.stride, dims, "stride"),
             per_axis(self.dilation, dims, "dilation"),
@@ -98,13 +119,19 @@ class Neighborhood(BiasedPattern):
             for n, window, stride, dilation, causal in rows
         ]
 
-    def spans(self, grid: tuple[int, ...]) -> list[Spans]:
-        """The visible positions of each query, per axis."""
-        return [_spans(n, *axis) for n, axis in zip(grid, self.axes(grid), strict=True)]
+    def rings(self, grid: tuple[int, ...]) -> tuple[bool, ...]:
+        """Whether each axis wraps around."""
+        return per_axis(self.circular, len(grid), "circular")
 
-    def covers(self, grid: tuple[int, ...]) -> bool:
+    def spans(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> list[Spans]:
+        """The visible positions of each query, per axis."""
+        rows = zip(grid, keys or grid, self.axes(grid, keys), self.rings(grid), strict=True)
+        return [_spans(n, key_n, *axis, circular) for n, key_n, axis, circular in rows]
+
+    def covers(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> bool:
         """Whether the window is the whole grid."""
-        return all(window == n and not causal for n, (window, _, _, causal) in zip(grid, self.axes(grid), strict=True))
+        rows = zip(keys or grid, self.axes(grid, keys), strict=True)
+        return all(window == n and not causal for n, (window, _, _, causal) in rows)
 
     def rpb_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """2 * window - 1 per axis, for the window as given (-1 is the axis)."""
@@ -120,7 +147,7 @@ class Neighborhood(BiasedPattern):
         return box_shape(tuple(-(-n // d) for n, d in zip(grid, self.step(grid), strict=True)), volume)
 
 
-def _spans(length: int, window: int, stride: int, dilation: int, causal: bool) -> Spans:
+def _spans(length: int, keys: int, window: int, stride: int, dilation: int, causal: bool, circular: bool) -> Spans:
     """Visible positions along one axis, for each query in its dilation group."""
     index = np.arange(length)
     group, position = index % dilation, index // dilation
@@ -130,5 +157,11 @@ def _spans(length: int, window: int, stride: int, dilation: int, causal: bool) -
         leader = np.minimum(block + stride - 1, members - 1)
         return Spans(np.maximum(leader - window + 1, 0), position + 1, dilation)
     leader = np.minimum(block + stride // 2, members - 1)
-    start = np.clip(leader - window // 2, 0, members - window)
-    return Spans(start, start + window, dilation)
+    if length == keys:
+        start = leader - window // 2
+    else:
+        start, members = nearest(leader, length, keys, window), np.full(length, keys)
+    if circular and window < keys // dilation:
+        return Spans(start, start + window, dilation, keys, True)
+    start = np.clip(start, 0, members - window)
+    return Spans(start, start + window, dilation, keys)

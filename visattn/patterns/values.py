@@ -59,6 +59,17 @@ def flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
+def flags(value: Any, name: str) -> bool | tuple[bool, ...]:
+    """Check a parameter that is true or false, or one of them per axis; lists become tuples.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(flag(each, name) for each in value)
+    return flag(value, name)
+
+
 def aligned(values: dict[str, Any], what: object = "") -> dict[str, Any]:
     """Values per axis in canonical form: the first alone says how many axes there are.
 
@@ -76,7 +87,7 @@ def aligned(values: dict[str, Any], what: object = "") -> dict[str, Any]:
     if not lengths:
         return values
     if len(lengths) > 1:
-        *others, last = values
+        *others, last = (name for name, value in values.items() if isinstance(value, tuple))
         raise ValueError(f"{what}: {', '.join(others)} and {last} must have equally many axes (or be scalars)")
     first, *rest = values
     return {first: per_axis(values[first], lengths.pop(), first)} | {name: uniform(values[name]) for name in rest}

@@ -10,10 +10,11 @@ import torch
 
 from visattn.attend import attention
 from visattn.crossing import crossing
-from visattn.dispatch import Call, Problem, choose
+from visattn.dispatch import choose
 from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import ComposedPattern, Dense, DynamicPattern, Pattern
+from visattn.problem import Call, Problem
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
 from visattn.runtime.masks import carry_bias, key_validity

@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from visattn.dispatch import Problem
 from visattn.layout import Layout
+from visattn.problem import Problem
 from visattn.tally import Cell, Kind, Tally
 
 # How a call is made. One that a CUDA graph captures is decided as its warm-up was, which made plans and kernels for it.

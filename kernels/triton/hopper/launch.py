@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from visattn.dispatch import Call
 from visattn.keep import kept
 from visattn.kernels.triton.arguments import (
     LOG2E,
@@ -29,6 +28,7 @@ from visattn.kernels.triton.start import Launch, programs
 from visattn.layout import Layout
 from visattn.patterns import Pattern, RoutedPattern
 from visattn.plans import TilePlan
+from visattn.problem import Call
 
 # Warps of the kernels' first role; the others are told apart inside them.
 WARPS = 4
@@ -63,6 +63,9 @@ def hopper_config(
     """
     launch = HOPPER[direction].get(head_dim)
     if architecture != 90 or launch is None or dtype.itemsize != 2 or not installed():
+        return None
+    if layout.key_layout is not None:
+        # The copies of these kernels have run for one sequence only.
         return None
     plan = plan_of(pattern, layout, direction, launch)
     if isinstance(pattern, RoutedPattern) and not writes_lists(pattern, plan):

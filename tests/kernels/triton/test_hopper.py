@@ -9,11 +9,12 @@ from visattn import Layout, parse
 
 pytest.importorskip("triton")
 
-from visattn.dispatch import Call, Problem, load
+from visattn.dispatch import load
 from visattn.kernels.triton import backend as engine
 from visattn.kernels.triton.arguments import plan_of
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, config
 from visattn.kernels.triton.hopper.launch import copyable, faster_configs, folded, hopper_config
+from visattn.problem import Call, Problem
 
 
 def chosen(pattern, layout, arch=90, dtype=torch.bfloat16, dim=128, direction="forward"):

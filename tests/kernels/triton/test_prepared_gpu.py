@@ -58,8 +58,8 @@ def test_kept_calls_do_not_wait_and_have_the_bits_of_first_ones(name):
 @pytest.mark.parametrize("shape", [(64, 64, 8, 8), (30, 22, 5, 3)])
 def test_routing_chooses_as_the_pattern_does(shape):
     from visattn import parse
-    from visattn.dispatch import Call
     from visattn.kernels.triton.backend import kernels_of
+    from visattn.problem import Call
 
     height, width, *regions = shape
     pattern, layout = parse(f"routing(regions={regions[0]}x{regions[1]},topk=4)"), Layout((height, width), 7)

@@ -88,7 +88,7 @@ def test_longest_lists_start_first():
 def test_best_boxes_follow_the_pattern():
     """Windows and strides that boxes divide need no mask at all: the case of sliding tiles."""
     pattern, grid = parse("na(window=18x24x24,stride=16x8x8)"), (30, 48, 80)
-    query, key = best_boxes(pattern.spans(grid), grid, 128, 64)
+    query, key = best_boxes(pattern.spans(grid), 128, 64)
     tiles = plan(pattern, Layout(grid), (query, key))
     assert tiles.full_share == 1 and tiles.tile_bound == pytest.approx(tiles.flop_bound)
 
@@ -101,7 +101,7 @@ def test_best_boxes_are_the_best(length, window, slots):
         tiles = plan(pattern, layout, boxes)
         return (tiles.full_share + PARTIAL * (1 - tiles.full_share)) * tiles.entries
 
-    best = work(best_boxes(pattern.spans(layout.grid), layout.grid, slots, slots))
+    best = work(best_boxes(pattern.spans(layout.grid), slots, slots))
     for side in (1, 2, 4, 8):
         if side <= 2 ** (length - 1).bit_length() and slots // side <= 8:
             assert best <= work(((side, slots // side),) * 2) + 1e-6

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from visattn import Layout, attention
-from visattn.dispatch import Support
 from visattn.kernels.agent.attention import through_agents
 from visattn.kernels.triton.agent.attention import agent_attention
+from visattn.problem import Support
 
 
 def formula(q, agents, k, v, mask, scale, there=None):

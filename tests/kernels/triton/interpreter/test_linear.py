@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from visattn import Layout, attention
-from visattn.dispatch import Support
 from visattn.kernels.triton.linear.attention import linear_attention
+from visattn.problem import Support
 
 # Adding 1 to torch's elu would round small values away.
 PHI = {"elu": lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()), "relu": torch.relu, "given": lambda x: x}

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from visattn import Layout, parse
-from visattn.dispatch import Call
 from visattn.kernels.triton.backend import kernels_of
 from visattn.kernels.triton.prepared import Kernels
 from visattn.kernels.triton.routes import routed_program
 from visattn.kernels.triton.routing.router import Chosen
+from visattn.problem import Call
 
 CASES = {
     "even": ("routing(regions=4x4,topk=3)", Layout((16, 16)), 2, 2),

@@ -195,10 +195,10 @@ class Override:
         key = None
         if call.mask is None:
             (q, k, v), scale = call.tensors, call.scale
-            key = runner.key(q, k, v, scale, False, "eager")
-            found = None if key is None else runner.attend_alike(key, (q, k, v), scale, site, False, call.own)
+            found = runner.attend_alike(q, k, v, scale, False, "eager", call.own)
             if found is not None:
                 return found[0]
+            key = runner.key(q, k, v, scale, False, "eager")
         return runner.attend(call.autocast(), site, key=key)[0]
 
 

@@ -1,0 +1,112 @@
+"""A checked attention call, and what about it decides who can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from visattn.layout import Layout
+from visattn.patterns import Pattern
+
+
+class Support(NamedTuple):
+    """Whether a backend can run a call, and if not, why."""
+
+    ok: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of a checked call besides q, k and v.
+
+    Attributes:
+        pattern: The pattern.
+        layout: The tokens; it says where the keys are if those are others than the queries.
+        scale: Factor on the logits.
+        key_mask: bool [B, N], True where a key may be attended, or None.
+        rpb: Relative position bias [H, 2 * window - 1 per axis], or None.
+        lse: Whether the log-sum-exp is wanted.
+        parameters: Learnable parameters of the pattern by name; missing ones have their initial values.
+    """
+
+    pattern: Pattern
+    layout: Layout
+    scale: float
+    key_mask: torch.Tensor | None = None
+    rpb: torch.Tensor | None = None
+    lse: bool = False
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def sees_all(pattern: Pattern, layout: Layout) -> bool:
+    """Whether a pattern shows every token all tokens and nothing else, so that it is dense attention."""
+    return pattern.covers(*layout.grids)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything about a call that decides who can run it, without its tensors.
+
+    Attributes:
+        pattern: The pattern.
+        layout: The tokens.
+        batch: Batch size.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Channels per head.
+        dtype: Of q, k and v.
+        device: Device type: "cpu", "cuda".
+        key_mask: Whether some keys are masked out per sample.
+        rpb: Whether a relative position bias is added.
+        grad: Whether gradients will be asked for.
+        lse: Whether the log-sum-exp is asked for.
+        mode: How calls are made: "eager", "compiled" (as operators of compiled code) or "captured" (in a CUDA graph,
+            where they keep the host from nothing).
+    """
+
+    pattern: Pattern
+    layout: Layout
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: str
+    key_mask: bool = False
+    rpb: bool = False
+    grad: bool = False
+    lse: bool = False
+    mode: str = "eager"
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Problem:
+        """The problem that a checked call poses."""
+        tensors = [t for t in (q, k, v, call.rpb, *call.parameters.values()) if t is not None]
+        return cls(
+            pattern=call.pattern,
+            layout=call.layout,
+            batch=q.shape[0],
+            heads=q.shape[2],
+            kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            dtype=q.dtype,
+            device=q.device.type,
+            key_mask=call.key_mask is not None,
+            rpb=call.rpb is not None,
+            grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+            lse=call.lse,
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every query sees every key but for the key mask."""
+        return sees_all(self.pattern, self.layout)
+
+    @property
+    def dense_pairs(self) -> float:
+        """Pairs of tokens that dense attention computes, all samples (of an empty batch one) and heads together."""
+        return float(max(1, self.batch) * self.heads) * self.layout.pairs
