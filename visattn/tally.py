@@ -176,7 +176,7 @@ class Tally:
                 for cell in cells:
                     cell.calls += 1
             return
-        stopped: Any = time.perf_counter() if isinstance(begun, float) else _event()
+        stopped: Any = _event() if cells[0].on_gpu else time.perf_counter()
         with self._lock:
             is_first = not (cells[0].turn or cells[0].calls)
             for cell in cells:
