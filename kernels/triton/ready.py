@@ -56,7 +56,8 @@ class TileAttention(torch.autograd.Function):
             bias = () if saved[3] is None else (saved[3],)
             found = formula((*saved[:3], *bias), (grad_out, grad_lse), key_mask, routed)
             return *found, *(None for _ in range(own - len(found)))
-        grad_out = _by_channels(grad_out, saved[4])
+        if grad_out is None or grad_out.stride(-1) != 1:
+            grad_out = _by_channels(grad_out, saved[4])
         want_q, want_k, want_v, want_rpb = ctx.needs_input_grad[:4]
         wanted = want_q, want_k or want_v, want_rpb
         found = kernels.backward(saved, grad_out, grad_lse, wanted, key_mask, routed)
