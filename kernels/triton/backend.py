@@ -36,6 +36,8 @@ RATE, HOPPER_RATE = 0.6, 0.95
 # What a call keeps the host and, beyond its tiles, the device, in microseconds (docs/performance.md): with lists that
 # are known, that kernels choose, and that operators of torch choose.
 LISTED_US, CHOSEN_US, ROUTED_US = (35, 12), (75, 110), (650, 120)
+# What a dynamic pattern's call keeps the host, assumed: six kernels, each started as one of a list is.
+DYNAMIC_CALL_US = 300
 # How long one program takes for 128 keys in the general and in the Hopper kernel: the longest list is the least that a
 # call takes (fitted to the same calls).
 KEYS_US, HOPPER_KEYS_US = 2.0, 1.1
@@ -139,6 +141,10 @@ class Triton(Backend):
         plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)
         partial = 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
+        if isinstance(problem.pattern, DynamicPattern) and problem.pattern.pools_rest:
+            # Pooled keys by a kernel of the general rate, whatever runs the lists.
+            columns = problem.pattern.blocks(problem.layout.grid).columns
+            pairs += problem.dense_pairs * columns / problem.layout.length * rate / RATE
         host_us, device_us = _fixed_us(problem)
         longest = int(plan.lists.counts.max(initial=0)) * plan.keys.capacity / 128
         least = longest * (HOPPER_KEYS_US if rate == HOPPER_RATE else KEYS_US)
@@ -224,6 +230,10 @@ def _fixed_us(problem: Problem) -> tuple[float, float]:
     """What a call keeps the host and the device beyond its tiles, in microseconds."""
     if not isinstance(problem.pattern, RoutedPattern):
         return LISTED_US
+    if isinstance(problem.pattern, DynamicPattern):
+        from visattn.kernels.triton.choosing.cost import choosing_us
+
+        return DYNAMIC_CALL_US, choosing_us(problem)
     return CHOSEN_US if chosen_by_kernels(problem.pattern, problem.layout, problem.key_mask) else ROUTED_US
 
 

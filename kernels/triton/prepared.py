@@ -201,18 +201,20 @@ class Kernels:
             routed: As in `forward`.
 
         Returns:
-            Gradients of q, k, v and rpb, and of the mean keys and values of `rest=mean`; None where nobody wants them.
+            Gradients of q, k, v and rpb, None where they are not wanted.
         """
         rest = routed.rest if isinstance(routed, DynamicLists) and not self._empty else None
         shape, strides, dtype, device = self._sums
         delta = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         found = self._list_gradients(saved, grad_out, grad_lse, wanted, delta, key_mask, routed)
-        if rest is None:
-            return *found, None, None
-        own = saved[0], grad_out, saved[5], delta, self._call.scale
-        if found[0] is not None:
-            rest.query_gradients(*own, found[0])
-        return *found, *(rest.key_gradients(*own) if wanted[1] else (None, None))
+        if rest is not None:
+            grad_q, grad_k, grad_v, _ = found
+            own = saved[0], grad_out, saved[5], delta, self._call.scale
+            if grad_q is not None:
+                rest.query_gradients(*own, grad_q)
+            if grad_k is not None and grad_v is not None:
+                rest.key_gradients(*own, grad_k, grad_v)
+        return found
 
     def _list_gradients(
         self,

@@ -31,9 +31,8 @@ class TileAttention(torch.autograd.Function):
         formula: Formula,
         want_lse: bool,
         routed: Routed | None,
-        *pooled: torch.Tensor,
     ) -> Any:
-        """Run the forward kernel; rpb is float32 [H, entries], `pooled` are mean keys and values that `routed` has."""
+        """Run the forward kernel; rpb is float32 [H, entries]."""
         out, lse = kernels.forward(q, k, v, key_mask, rpb, True, routed)
         ctx.save_for_backward(q, k, v, rpb, out, lse)
         ctx.rest = kernels, formula, key_mask, routed
@@ -46,22 +45,20 @@ class TileAttention(torch.autograd.Function):
         """The gradients; by the formula where somebody differentiates them again."""
         saved = ctx.saved_tensors
         kernels, formula, key_mask, routed = ctx.rest
-        own = len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
-            if own > 9:
+            if isinstance(routed, DynamicLists) and routed.rest is not None:
                 raise NotImplementedError(
                     f"second derivatives of {kernels.pattern} are not in the Triton kernels: call attention with "
                     "backend='tiles' or 'reference'"
                 )
             bias = () if saved[3] is None else (saved[3],)
             found = formula((*saved[:3], *bias), (grad_out, grad_lse), key_mask, routed)
-            return *found, *(None for _ in range(own - len(found)))
+            return *found, *(None for _ in range(9 - len(found)))
         if grad_out is None or grad_out.stride(-1) != 1:
             grad_out = _by_channels(grad_out, saved[4])
         want_q, want_k, want_v, want_rpb = ctx.needs_input_grad[:4]
         wanted = want_q, want_k or want_v, want_rpb
-        found = kernels.backward(saved, grad_out, grad_lse, wanted, key_mask, routed)
-        return *found[:4], None, None, None, None, None, *found[4 : own - 5]
+        return *kernels.backward(saved, grad_out, grad_lse, wanted, key_mask, routed), None, None, None, None, None
 
 
 def _by_channels(grad_out: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
@@ -73,8 +70,7 @@ def _by_channels(grad_out: torch.Tensor | None, out: torch.Tensor) -> torch.Tens
 
 def learned(*given: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`TileAttention` of its arguments; the log-sum-exp is None unless it is wanted."""
-    rest = given[-1].rest if isinstance(given[-1], DynamicLists) else None
-    found = TileAttention.apply(*given, *(() if rest is None else (rest.k, rest.v)))
+    found = TileAttention.apply(*given)
     return found if isinstance(found, tuple) else (found, None)
 
 

@@ -14,8 +14,7 @@ from visattn.kernels.triton.config import block_dim
 from visattn.kernels.triton.start import launch_like, on
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, Routes
-from visattn.patterns.choice.blocks import inner
-from visattn.patterns.choice.rest import mean_keys
+from visattn.patterns.choice.blocks import Blocks, inner, token_blocks
 
 # Entries of a list that are turned into bits together, and pooled keys of a step.
 ENTRIES, COLUMNS = 64, 64
@@ -29,6 +28,10 @@ class Rest(NamedTuple):
         v: Mean values.
         weight: Logarithm of the tokens of each block, -inf where none is valid: float32 [1 or B, blocks].
         bits: Which blocks each query block lists: int32 [owners, query blocks, words].
+        count: Valid tokens of each block: int32 [B, blocks].
+        valid: Which grid tokens are valid, bool [B, tokens], None for all.
+        blocks: The blocks.
+        layout: The tokens.
         tokens: Tokens of each query block in the sequence, -1 behind a border: int32 [query blocks, tokens].
         heads: Query heads of an owner of lists.
         tf32: Whether float32 products may round their factors to tf32.
@@ -38,6 +41,10 @@ class Rest(NamedTuple):
     v: torch.Tensor
     weight: torch.Tensor
     bits: torch.Tensor
+    count: torch.Tensor
+    valid: torch.Tensor | None
+    blocks: Blocks
+    layout: Layout
     tokens: torch.Tensor
     heads: int
     tf32: bool
@@ -58,15 +65,28 @@ class Rest(NamedTuple):
             launch_like(rest_query_gradients, self._programs(q, given), given, 4, 2)
 
     def key_gradients(
-        self, q: torch.Tensor, grad_out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of the mean keys and values."""
+        self,
+        q: torch.Tensor,
+        grad_out: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        scale: float,
+        to_k: torch.Tensor,
+        to_v: torch.Tensor,
+    ) -> None:
+        """Add the part of the pooled keys and values to the gradients of k and v [B, S, Hkv, D]."""
         batch, columns, kv_heads, _ = self.k.shape
-        grad_k, grad_v = torch.empty_like(self.k), torch.empty_like(self.v)
+        shape = self.k.shape
+        grad_k, grad_v = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
         given = self._backward(q, grad_out, lse, delta, scale) | {"grad_k": grad_k, "grad_v": grad_v}
         with on(q.device):
-            launch_like(rest_key_gradients, (-(-columns // int(given["COLUMNS"])), batch * kv_heads), given, 4, 1)
-        return grad_k, grad_v
+            grid = -(-columns // int(given["COLUMNS"])), batch * kv_heads
+            launch_like(rest_key_gradients, grid, given, 4, 1)
+        block, at = token_blocks(self.blocks.grid, self.blocks.keys, q.device), inner(self.layout)
+        for found, to in ((grad_k, to_k), (grad_v, to_v)):
+            # A token is one of as many as its block has.
+            each = (found / self.count.clamp(min=1)[..., None, None]).to(to.dtype)[:, block]
+            to[:, at] += each if self.valid is None else each.masked_fill(~self.valid[..., None, None], 0)
 
     def _backward(
         self, q: torch.Tensor, grad_out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, scale: float
@@ -115,7 +135,7 @@ def rest_of(
     Args:
         pattern: A pattern with `rest=mean`.
         routes: What it chose.
-        k: Keys [B, S, Hkv, D]. Where they or the values learn, their means are differentiable.
+        k: Keys [B, S, Hkv, D].
         v: Values.
         layout: The tokens.
         key_mask: bool [B, S], or None.
@@ -123,22 +143,20 @@ def rest_of(
         heads: Query heads.
     """
     blocks, at = pattern.blocks(layout.grid), inner(layout)
+    valid = None if key_mask is None else key_mask[:, at]
+    key, value = (block_means(x[:, at], blocks.grid, blocks.keys, valid) for x in (k, v))
     with on(k.device):
         bits = _bits(routes, blocks.columns)
-    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-        key, value, weight = mean_keys(k, v, layout, blocks, key_mask)
-        weight = weight.float()
-    else:
-        valid = None if key_mask is None else key_mask[:, at]
-        found = [block_means(x[:, at], blocks.grid, blocks.keys, valid) for x in (k, v)]
-        key, value = (each.mean.transpose(1, 2).to(k.dtype) for each in found)
-        weight = found[0].count.float().log()
     own = part_tokens(blocks.grid, blocks.queries, 1, k.device)
     return Rest(
-        key.contiguous(),
-        value.contiguous(),
-        weight,
+        key.mean.transpose(1, 2).to(k.dtype).contiguous(),
+        value.mean.transpose(1, 2).to(v.dtype).contiguous(),
+        key.count.float().log(),
         bits,
+        key.count,
+        valid,
+        blocks,
+        layout,
         torch.where(own < 0, own, own + layout.prefix) if layout.prefix else own,
         heads // routes.groups,
         tf32,

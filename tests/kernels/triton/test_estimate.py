@@ -4,11 +4,15 @@ import json
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from tests.support.places import ROOT
-from visattn import Layout
+from visattn import Layout, parse
+from visattn.dispatch import Problem
+from visattn.kernels.triton import backend as engine
+from visattn.kernels.triton.choosing.cost import choosing_us
 from visattn.kernels.triton.estimate import CALL, GPUS, estimate
 
 MEASURED = json.loads((ROOT / "docs/results/h100.json").read_text())
@@ -48,3 +52,18 @@ def test_every_gpu_says_where_its_rates_come_from(gpu):
 def test_says_what_it_cannot_estimate(given, message):
     with pytest.raises(ValueError, match=message):
         estimate(**({"pattern": "na(window=9x9)", "layout": Layout((64, 64))} | given))
+
+
+DYNAMIC = json.loads((ROOT / "docs" / "results" / "h200-dynamic.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_cost_of_a_dynamic_pattern_is_near_what_was_measured(name):
+    case = DYNAMIC[name]
+    pattern, layout = parse(case["pattern"]), Layout(tuple(int(n) for n in case["layout"].split("x")))
+    problem = Problem(pattern, layout, 1, 24, 24, 128, torch.bfloat16, "cuda", mode="captured")
+    # The dense rate of the rule is that of an H100.
+    expected = engine.backend.cost(problem) / problem.dense_pairs
+    assert expected == pytest.approx(case["ours"]["forward_ms"] / case["cudnn"]["forward_ms"], rel=0.3)
+    chosen = choosing_us(problem)
+    assert chosen == pytest.approx(1e3 * case["parts_ms"]["choosing_and_lists"], rel=0.3)

@@ -57,10 +57,10 @@ def test_leaves_routed_and_dilated_patterns(pattern, direction):
         ("topp(p=0.7,block=4x4x8,key_block=4x4x4)", Layout((9, 21, 40), suffix=77), {"forward"}),
         ("above(tau=1,block=256,key_block=64)", Layout(3000), {"forward"}),
         ("topk(keep=0.1,block=64,key_block=256)", Layout(3000), {"key_grad"}),
-        # Half of the kernels' rows would be idle, boxes are no powers of two, and there are no pooled keys.
+        ("topk(keep=0.1,block=8x16,rest=mean)", Layout((64, 64)), {"forward", "key_grad"}),
+        # Half of the kernels' rows would be idle, and boxes are no powers of two.
         ("topk(keep=0.1)", Layout((64, 64)), set()),
         ("topk(keep=0.1,block=8x12)", Layout((64, 48)), set()),
-        ("topk(keep=0.1,block=8x16,rest=mean)", Layout((64, 64)), set()),
     ],
 )
 def test_takes_lists_per_head_whose_blocks_fill_its_rows(pattern, layout, directions):

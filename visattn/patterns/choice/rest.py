@@ -26,13 +26,10 @@ class Pooled(NamedTuple):
     weight: torch.Tensor
 
 
-def mean_keys(
+def append_means(
     k: torch.Tensor, v: torch.Tensor, layout: Layout, blocks: Blocks, key_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean key and value of the valid tokens of each block [B, blocks, Hkv, D], and their weights; differentiable.
-
-    Weights are as in `Pooled`.
-    """
+) -> Pooled:
+    """Put the mean key and value of the valid tokens of each block behind the others; differentiable."""
     at = inner(layout)
     wide = torch.promote_types(k.dtype, torch.float32)
     if key_mask is None:
@@ -44,16 +41,8 @@ def mean_keys(
     for x in (k, v):
         own = x[:, at] if key_mask is None else x[:, at].masked_fill(~key_mask[:, at, None, None], 0)
         mean = sums(own, blocks.grid, blocks.keys)[:, :, 0] / count.clamp(min=1)[..., None, None]
-        found.append(mean.to(x.dtype))
-    return found[0], found[1], count.log()
-
-
-def append_means(
-    k: torch.Tensor, v: torch.Tensor, layout: Layout, blocks: Blocks, key_mask: torch.Tensor | None
-) -> Pooled:
-    """Put the mean key and value of the valid tokens of each block behind the others; differentiable."""
-    key, value, weight = mean_keys(k, v, layout, blocks, key_mask)
-    return Pooled(torch.cat([k, key], 1), torch.cat([v, value], 1), weight)
+        found.append(torch.cat([x, mean.to(x.dtype)], 1))
+    return Pooled(found[0], found[1], count.log())
 
 
 def rest_weights(weight: torch.Tensor, choice: Routes) -> torch.Tensor:

@@ -170,10 +170,10 @@ RESTS = {
     "text, odd grid, mask": ("topp(p=0.4,block=4x4,rest=mean)", Layout((5, 7), 3, 2), {"masked": True}),
     "blocks of several tiles, no list": (
         "above(tau=1.5,block=8x8,key_block=4x4,always=none,rest=mean)",
-        Layout((12, 9)),
+        Layout((8, 9)),
         {},
     ),
-    "many blocks": ("topk(keep=3,block=2,always=none,rest=mean)", Layout(71), {}),
+    "many blocks": ("topk(keep=3,block=16,key_block=2,always=none,rest=mean)", Layout(71), {}),
 }
 
 
