@@ -21,7 +21,7 @@ from visattn.runtime.masks import carry_bias, key_validity
 from visattn.runtime.run import Run
 from visattn.runtime.sequences import Sequences
 from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
-from visattn.tally import Cell
+from visattn.tally import Cell, tells
 from visattn.watch import Watched
 
 
@@ -113,7 +113,7 @@ class Runner:
             if key is not None and not (parameters or verdict.why or len(verdict.layouts) > 1):
                 if len(forward.ready) >= MANY:
                     forward.ready.clear()
-                plain = not (isinstance(self.pattern, DynamicPattern) or self.pattern.needs_steps)
+                plain = not (tells(self.pattern) or self.pattern.remembers)
                 forward.ready[key] = Ready(verdict, plain)
         return out, verdict.layouts
 
