@@ -9,9 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from visattn.caught import sampled_rows
 from visattn.dispatch import Backend, cheapest, overhead
-from visattn.kernels.rows import attention_rows
+from visattn.kernels.rows import attention_rows, sampled_rows
 from visattn.layout import Layout
 from visattn.patterns import Best, DynamicPattern, HeadsPattern, ListedPattern, PerHead, Routes
 from visattn.patterns.choice.blocks import inner

@@ -23,7 +23,7 @@ import torch
 import visattn
 from scripts.measure.dynamic_chart import draw_chart
 from visattn import Layout, dense_mask, parse
-from visattn.dispatch import Call
+from visattn.problem import Call
 from visattn.kernels.heads import best_patterns
 from visattn.patterns import Best, DynamicPattern, OrderedPattern
 from visattn.patterns.choice.blocks import Blocks, inner, token_blocks

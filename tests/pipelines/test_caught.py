@@ -10,7 +10,9 @@ pytest.importorskip("diffusers")
 import visattn
 from tests.support import tiny_models
 from visattn import Layout, dense_mask, parse
-from visattn.caught import Caught, caught_mass, sampled_rows
+from visattn.caught import Caught
+from visattn.kernels.caught import caught_mass
+from visattn.kernels.rows import sampled_rows
 from visattn.patterns import DynamicPattern, routed_mask
 from visattn.watch import Watched
 
