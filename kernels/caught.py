@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from visattn.problem import Call
 from visattn.kernels.heads import best_patterns
 from visattn.kernels.rows import attention_rows, sampled_rows, visible_rows
 from visattn.layout import Layout
 from visattn.patterns import Best, DynamicPattern, Gate, ListedPattern, OrderedPattern, Pattern, PerHead
 from visattn.patterns.choice.blocks import inner, token_blocks
 from visattn.patterns.tailed import holding
+from visattn.problem import Call
 from visattn.watch import Watched
 
 

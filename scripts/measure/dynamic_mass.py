@@ -23,7 +23,6 @@ import torch
 import visattn
 from scripts.measure.dynamic_chart import draw_chart
 from visattn import Layout, dense_mask, parse
-from visattn.problem import Call
 from visattn.kernels.heads import best_patterns
 from visattn.patterns import Best, DynamicPattern, OrderedPattern
 from visattn.patterns.choice.blocks import Blocks, inner, token_blocks
@@ -31,6 +30,7 @@ from visattn.patterns.choice.listening import listening
 from visattn.patterns.choice.picks import Seen, number_of, pick_number
 from visattn.pipelines.embedded import load_embedded
 from visattn.pipelines.record import record as visattn_record
+from visattn.problem import Call
 from visattn.recorded import Recorded, load_recorded
 
 KEEPS = (0.05, 0.1, 0.2, 0.3, 0.5)
