@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, cheapest, overhead
-from visattn.kernels.rows import attention_rows
+from visattn.kernels.rows import attention_rows, sampled_rows
 from visattn.layout import Layout
 from visattn.patterns import Best, DynamicPattern, HeadsPattern, ListedPattern, PerHead, Routes
 from visattn.patterns.choice.blocks import inner
@@ -98,12 +98,6 @@ def best_patterns(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call)
             choose,
         )
         return found.tiles[..., 0, 0]
-
-
-def sampled_rows(layout: Layout, rows: int, device: torch.device) -> torch.Tensor:
-    """At most so many tokens of the grid, evenly spaced."""
-    number = min(rows, layout.tokens)
-    return layout.prefix + (torch.arange(number, device=device) * 2 + 1) * layout.tokens // (2 * number)
 
 
 def row_errors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:

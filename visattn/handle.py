@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, cast
 
+from visattn.caught import Caught
 from visattn.dispatch import load
 from visattn.layout import Layout
 from visattn.parameters import Learnable, PatternParameters, read_weights
 from visattn.patterns import MergingPattern
 from visattn.registry import REGISTRY
-from visattn.report import Report, SiteReport
+from visattn.report import Reached, Report, SiteReport
 from visattn.schedule import PatternLike, Schedule, Selector
-from visattn.watch import Watcher
+from visattn.watch import Watched, Watcher
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Request:
         layout: Where the tokens sit, for models of unknown classes; None to find out.
         strict: Whether a forward that misses a selected module raises.
         always: Whether the pattern runs also where dense attention is estimated to be faster.
+        caught: Queries of each call whose caught attention is measured, 0 for none.
     """
 
     schedule: Schedule
@@ -35,6 +38,7 @@ class Request:
     layout: Layout | None = None
     strict: bool = False
     always: bool = False
+    caught: int = 0
 
 
 class Patch(Protocol):
@@ -93,6 +97,9 @@ class Handle:
         self._patches = tuple(patches)
         self._request = request
         self.parameters = PatternParameters([each for patch in patches for each in patch.learnables()])
+        self._caught = [Caught(request.caught) for _ in self._patches] if request.caught else []
+        if self._caught:
+            self.watch(None)
 
     def save(self, path: str | Path) -> None:
         """Write the learnable parameters to a safetensors file, for `apply(..., weights=path)`.
@@ -106,7 +113,11 @@ class Handle:
 
     def report(self) -> Report:
         """What happened at each patched attention module so far. Waits for the GPU."""
-        sites = [site for patch in self._patches for site in patch.report()]
+        sites = []
+        for i, patch in enumerate(self._patches):
+            for site in patch.report():
+                found = self._caught[i].of(site.site) if self._caught else None
+                sites.append(site if found is None else replace(site, caught=Reached(*found)))
         schedule = self._request.schedule
         return Report(tuple(sites), schedule.dense_steps, schedule.dense_last_steps)
 
@@ -117,8 +128,12 @@ class Handle:
         schedule; neither fallbacks nor compiled code. `watched.rows(tokens)` gives the attention map that a loss
         compares with a teacher's.
         """
-        for patch in self._patches:
-            patch.watch(watcher)
+        for i, patch in enumerate(self._patches):
+            if not self._caught:
+                patch.watch(watcher)
+                continue
+            caught = self._caught[i]
+            patch.watch(caught if watcher is None else functools.partial(_watch_both, caught, watcher))
 
     def remove(self) -> None:
         """Put the original attention back, by identity; a second call does nothing."""
@@ -149,6 +164,11 @@ class Handle:
         self.remove()
 
 
+def _watch_both(first: Watcher, second: Watcher, watched: Watched) -> None:
+    first(watched)
+    second(watched)
+
+
 def apply(
     target: Any,
     pattern: PatternLike,
@@ -162,6 +182,7 @@ def apply(
     strict: bool = False,
     weights: str | Path | None = None,
     always: bool = False,
+    caught: int = 0,
 ) -> Handle:
     """Make the self-attention of a model sparse, until the handle removes it.
 
@@ -183,6 +204,9 @@ def apply(
             costs the host more than the device), and the report counts such calls with both estimates. Calls with
             gradients, learnable patterns, named backends, `strict` and `weights` always run the pattern; a model that
             was trained with a pattern should be given it with `always`.
+        caught: So many queries of the grid of every call are compared with dense attention: the report says which share
+            of their exact attention falls on what the pattern lists. It costs about as many queries of dense attention,
+            and compiled code is not looked at. 0 for none.
 
     Returns:
         The handle that reports and undoes; also a context manager.
@@ -204,7 +228,9 @@ def apply(
     if weights is not None:
         # Before anything is patched.
         read_weights(Path(weights))
-    request = Request(schedule, backend, layout, strict, always or strict or weights is not None)
+    if isinstance(caught, bool) or not isinstance(caught, int) or caught < 0:
+        raise ValueError(f"caught={caught!r} must be how many queries of a call are looked at, 0 for none")
+    request = Request(schedule, backend, layout, strict, always or strict or weights is not None, caught)
     handle = Handle(ADAPTERS[package](target, request), request)
     if weights is not None:
         try:

@@ -141,6 +141,7 @@ class SiteReport:
         first_seconds: Time of first calls, which plan and compile.
         timed: How many calls the estimated times are from, first ones not among them.
         called: How many calls there were.
+        caught: Share of the exact attention of sampled queries on what the pattern lists, if `apply` was asked to look.
     """
 
     model: str
@@ -156,6 +157,7 @@ class SiteReport:
     first_seconds: float = 0.0
     timed: int = 0
     called: int = 0
+    caught: Reached | None = None
 
     @classmethod
     def of(cls, model: str, site: str, pattern: Pattern, backend: str, row: Row, compiled: bool = False) -> SiteReport:
@@ -203,6 +205,7 @@ class SiteReport:
             "first_seconds": self.first_seconds,
             "timed": self.timed,
             "called": self.called,
+            "caught": None if self.caught is None else self.caught._asdict(),
             "calls": [call.to_dict() for call in self.calls],
         }
 
@@ -313,6 +316,8 @@ class Report:
                 if call.skipped is not None:
                     share += f", {call.skipped:.3f} skipped"
                 head += f", {call.backend} on {call.problem.layout}{share} ({call.reason})"
+            if site.caught is not None:
+                head += f"; {site.caught.mean:.3f} of the attention caught ({site.caught.least:.3f} at least)"
             lines.append(head)
             lines += [f"  {'':<{width}}    {count} x kept dense: {why}" for why, count in site.kept.items()]
             lines += [f"  {'':<{width}}    {count} x fell back: {why}" for why, count in site.fallbacks.items()]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from visattn.patterns import DynamicPattern, Gate, HeadsPattern, OrderedPattern
+from visattn.patterns import DynamicPattern, Gate, HeadsPattern, OrderedPattern, Pattern
 from visattn.patterns.choice.listening import listening
 from visattn.problem import Problem
 
@@ -28,6 +28,11 @@ EVERY = 16
 # Pairs of CUDA events kept before the finished ones are summed up.
 MANY_EVENTS = 1024
 _NOTHING = nullcontext()
+
+
+def tells(pattern: Pattern) -> bool:
+    """Whether what a pattern lists is known only when it has chosen, and told then."""
+    return isinstance(pattern, DynamicPattern | HeadsPattern | OrderedPattern | Gate)
 
 
 class Cell:
@@ -190,10 +195,7 @@ class Tally:
     def hearing(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
         """Inside, what the choices of a call list is noted with its cells, whose layouts run one after the other."""
         problem = cells[0].problem
-        chooses = problem is not None and isinstance(
-            problem.pattern, DynamicPattern | HeadsPattern | OrderedPattern | Gate
-        )
-        return self._hearing(cells) if chooses else _NOTHING
+        return self._hearing(cells) if problem is not None and tells(problem.pattern) else _NOTHING
 
     @contextmanager
     def _hearing(self, cells: Sequence[Cell]) -> Iterator[None]:

@@ -62,5 +62,18 @@ class Watched(NamedTuple):
             ]
         )
 
+    def caught(self, rows: int) -> list[torch.Tensor]:
+        """Share of the exact attention on what the pattern lists, of at most so many queries of the grid.
+
+        Returns:
+            [B, H], one for each layout; none where the pattern is no list of tokens or sees everything.
+        """
+        from visattn.kernels.caught import caught_mass
+
+        alone = len(self.layouts) == 1
+        samples = [slice(None) if alone else slice(i, i + 1) for i in range(len(self.layouts))]
+        found = [caught_mass(self, layout, at, rows) for at, layout in zip(samples, self.layouts, strict=True)]
+        return [each for each in found if each is not None]
+
 
 Watcher = Callable[[Watched], None]

@@ -16,9 +16,7 @@ def check_environment() -> None:
     """Only the package itself is there, whole, and none of its extras."""
     folder = Path(str(visattn.__file__)).parent
     assert folder.is_relative_to(sys.prefix), f"visattn comes from {folder}, not from this environment"
-    foreign = [
-        name for name in ("kernels", "models", "pipelines", "scripts", "tests", "docs") if find_spec(name)
-    ]
+    foreign = [name for name in ("kernels", "models", "pipelines", "scripts", "tests", "docs") if find_spec(name)]
     assert not foreign, f"installed at the top level: {foreign}"
     extras = [name for name in ("diffusers", "timm", "transformers", "matplotlib", "pytest") if find_spec(name)]
     assert not extras, f"the environment is not empty: {extras}"

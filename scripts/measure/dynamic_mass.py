@@ -23,11 +23,15 @@ import torch
 import visattn
 from scripts.measure.dynamic_chart import draw_chart
 from visattn import Layout, dense_mask, parse
-from visattn.patterns import DynamicPattern
+from visattn.kernels.heads import best_patterns
+from visattn.patterns import Best, DynamicPattern, OrderedPattern
 from visattn.patterns.choice.blocks import Blocks, inner, token_blocks
+from visattn.patterns.choice.listening import listening
 from visattn.patterns.choice.picks import Seen, number_of, pick_number
 from visattn.pipelines.embedded import load_embedded
 from visattn.pipelines.record import record as visattn_record
+from visattn.problem import Call
+from visattn.recorded import Recorded, load_recorded
 
 KEEPS = (0.05, 0.1, 0.2, 0.3, 0.5)
 # Lines of the chart: a name, and the patterns of its points.
@@ -42,6 +46,24 @@ DYNAMIC: dict[str, list[str]] = {
     "above, mean": [f"above(tau={tau})" for tau in (2.0, 1.5, 1.0, 0.5, 0.0)],
     "above, parts(4x4)": [f"above(tau={tau}, score=parts(4x4))" for tau in (2.0, 1.5, 1.0, 0.5, 0.0)],
 }
+for _name, _score in (("diagonal(8)",) * 2, ("lowbit(4)",) * 2, ("tree(2)",) * 2):
+    DYNAMIC[f"topk, {_name}"] = [f"topk(keep={keep}, score={_score})" for keep in KEEPS[1:4]]
+DYNAMIC["topk per all heads, mean"] = [f"topk(keep={keep}, per=all)" for keep in KEEPS[1:4]]
+DYNAMIC["topk, shared by all heads"] = [f"topk(keep={keep}, share=all)" for keep in KEEPS[1:4]]
+# Groups of tokens in the order of their content.
+ORDERED: dict[str, list[str]] = {
+    "kmeans, 64 and 128 clusters": [
+        f"kmeans(queries=64, keys=128, p={p}, floor=0.0, start=10)" for p in (0.4, 0.6, 0.75, 0.85)
+    ],
+    "lsh, runs without samples": [f"lsh(planes=7, block={block}, samples=0)" for block in (256, 512, 1024)],
+}
+# One of several windows for each head.
+HEADS: dict[str, list[str]] = {
+    "best of square, column, row": [
+        f"best(of=[na(window={side}x{side}, stride=4x4), na(window=-1x{far}), na(window={far}x-1)])"
+        for side, far in ((20, 7), (28, 13), (36, 19))
+    ],
+}
 STATIC = {
     "na": [f"na(window={n}x{n}, stride=8x8)" for n in (16, 24, 32, 48)],
     "clear": [f"clear(radius={n})" for n in (9, 13, 19, 26)],
@@ -53,7 +75,18 @@ OUTPUTS = [
     for rule in ("topk(keep=0.1", "topk(keep=0.2", "topk(keep=0.3", "topk(keep=0.2, per=head", "above(tau=1.0")
     for score in ("", ", score=parts(4x4)")
     for rest in ("drop", "mean")
-] + ["na(window=24x24, stride=8x8)", "na(window=32x32, stride=8x8)"]
+] + [
+    "topk(keep=0.2, rest=slope)",
+    "topk(keep=0.2, score=diagonal(8))",
+    "topk(keep=0.2, per=all)",
+    "topk(keep=0.2, share=all)",
+    "topk(keep=0.2, skip=0.01)",
+    "kmeans(queries=64, keys=128, p=0.7, floor=0.0, start=10)",
+    "best(of=[na(window=28x28, stride=4x4), na(window=-1x13), na(window=13x-1)])",
+    "lsh(planes=7, block=512, samples=256)",
+    "na(window=24x24, stride=8x8)",
+    "na(window=32x32, stride=8x8)",
+]
 
 
 class Point(NamedTuple):
@@ -86,7 +119,13 @@ def record(prompt: str, seed: int, steps: int, step: int) -> list[Module]:
     arguments = {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
     # With guidance the prompt comes first in the batch, no prompt behind it.
     calls = visattn_record(pipeline, arguments, steps=(step,)).calls
-    return [Module(c.site, c.q.float(), c.k.float(), c.v.float(), c.layout, c.scale) for c in calls if not c.call]
+    return [module_of(call) for call in calls if not call.call]
+
+
+def module_of(call: Recorded) -> Module:
+    """A recorded call, its first sample."""
+    q, k, v = (t[:1].float() for t in (call.q, call.k, call.v))
+    return Module(call.site, q, k, v, call.layout, call.scale)
 
 
 def block_mass(module: Module, blocks: Blocks, weights: torch.Tensor) -> torch.Tensor:
@@ -122,6 +161,10 @@ def measure(modules: Sequence[Module]) -> dict[str, list[Point]]:
             found.setdefault(line, []).append(points)
         for line, pick in ((BEST, _best_of_row), (BEST_OF_HEAD, _best_of_head)):
             found.setdefault(line, []).append([of_listed(pick(mass, keep), mass, text) for keep in KEEPS])
+        for line, patterns in ORDERED.items():
+            found.setdefault(line, []).append([_ordered(module, pattern, weights) for pattern in patterns])
+        for line, patterns in HEADS.items():
+            found.setdefault(line, []).append([_heads(module, pattern, weights) for pattern in patterns])
         for line, patterns in STATIC.items():
             found.setdefault(line, []).append([_static(module, pattern, weights) for pattern in patterns])
     return {line: [_mean(points) for points in zip(*each, strict=True)] for line, each in found.items()}
@@ -150,6 +193,36 @@ def _static(module: Module, text: str, weights: torch.Tensor) -> Point:
     return Point(mask[:, at].float().mean().item(), (weights * mask).sum(-1).mean().item())
 
 
+def _of_mask(module: Module, mask: torch.Tensor, weights: torch.Tensor) -> Point:
+    """Density and mass of a mask over all tokens [H, S, S]."""
+    at = inner(module.layout)
+    return Point(mask[:, at, at].float().mean().item(), (weights * mask[:, at]).sum(-1).mean().item())
+
+
+def _ordered(module: Module, text: str, weights: torch.Tensor) -> Point:
+    pattern = parse(text)
+    assert isinstance(pattern, OrderedPattern)
+    groups = pattern.cluster(module.q, module.k, module.layout, None, module.scale)
+    return _of_mask(module, pattern.token_mask(groups, module.layout)[0], weights)
+
+
+def _heads(module: Module, text: str, weights: torch.Tensor) -> Point:
+    pattern = parse(text)
+    assert isinstance(pattern, Best)
+    call = Call(pattern, module.layout, module.scale)
+    chosen = best_patterns(module.q, module.k, module.v, call)[0].tolist()
+    masks = [dense_mask(each, module.layout) for each in pattern.patterns]
+    return _of_mask(module, torch.stack([masks[i] for i in chosen]), weights)
+
+
+def _grid_density(module: Module, text: str) -> float:
+    """Listed share of the grid's pairs of a pattern that has nothing to choose."""
+    if parse(text).covers(module.layout.grid):
+        return 1.0
+    at = inner(module.layout)
+    return dense_mask(text, module.layout)[at, at].float().mean().item()
+
+
 def errors(modules: Sequence[Module], patterns: Sequence[str]) -> dict[str, dict[str, float]]:
     """Relative error of the output and density of each pattern, means over modules."""
     found: dict[str, dict[str, float]] = {}
@@ -157,13 +230,11 @@ def errors(modules: Sequence[Module], patterns: Sequence[str]) -> dict[str, dict
         off, density = [], []
         for module in modules:
             given = (module.q, module.k, module.v)
-            dense, out = (
-                visattn.attention(*given, p, module.layout, scale=module.scale, backend=backend)
-                for p, backend in (("dense", "sdpa"), (text, "tiles"))
-            )
+            told: list[torch.Tensor] = []
+            with listening(told.append):
+                dense, out = (visattn.attention(*given, p, module.layout, scale=module.scale) for p in ("dense", text))
             off.append(((out - dense).norm() / dense.norm()).item())
-            listed = visattn.tile_choice(module.q, module.k, text, module.layout, scale=module.scale)
-            density.append(listed.float().mean().item())
+            density.append(told[-1].mean().item() if told else _grid_density(module, text))
         found[text] = {"error": sum(off) / len(off), "density": sum(density) / len(density)}
     return found
 
@@ -174,6 +245,7 @@ def main(arguments: Sequence[str] | None = None, recorded: Callable[..., list[Mo
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--step", type=int, default=4, help="the step whose attention is taken, at least 1")
+    parser.add_argument("--recorded", type=Path, help="calls that `visattn record` wrote, instead of drawing")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--chart", type=Path, help="the chart to draw, .svg")
     given = parser.parse_args(arguments)
@@ -181,7 +253,11 @@ def main(arguments: Sequence[str] | None = None, recorded: Callable[..., list[Mo
     if not 1 <= given.step < given.steps:
         raise SystemExit(f"--step {given.step} must be from 1 to {given.steps - 1}: a picture has steps 0 to that")
     start = time.perf_counter()
-    modules = [m for seed, prompt in enumerate(prompts) for m in recorded(prompt, seed, given.steps, given.step)]
+    if given.recorded:
+        calls, about = load_recorded(given.recorded)
+        modules, prompts = [module_of(call) for call in calls if not call.call], about["prompts"]
+    else:
+        modules = [m for seed, prompt in enumerate(prompts) for m in recorded(prompt, seed, given.steps, given.step)]
     recorded_at = time.perf_counter()
     lines = measure(modules)
     result = {

@@ -106,6 +106,43 @@ def test_lists_are_chosen_again_where_queries_or_keys_drift(made):
         assert len(made) == times * 2 * SITES
 
 
+def test_clusters_go_on_from_those_of_the_last_step_and_are_told(monkeypatch):
+    from visattn.patterns import kmeans
+
+    found, real = [], kmeans.k_means
+
+    def clustering(x, centres, iterations, valid):
+        found.append(iterations)
+        return real(x, centres, iterations, valid)
+
+    monkeypatch.setattr(kmeans, "k_means", clustering)
+    model, inputs = tiny_models.wan()
+    pipe, each = Pipe(model), 2 * 2 * SITES
+    text = "kmeans(queries=4, keys=6, start=3, step=1, p=0.5)"
+    with visattn.apply(pipe, text, strict=True) as handle:
+        for _ in range(2):
+            found.clear()
+            pipe(inputs)
+            assert found == each * [3] + 3 * each * [1]
+        report = handle.report()
+    for site in report.modules:
+        assert all(call.reached is not None and 0 < call.reached.least < 1 for call in site.calls)
+    found.clear()
+    # Without steps every call starts anew.
+    with visattn.apply(model, text, strict=True):
+        tiny_models.run(model, inputs)
+        tiny_models.run(model, inputs)
+    assert set(found) == {3}
+    for other in (
+        "best(of=[dense, na(window=3x3x3)], every=2)",
+        "perhead(heads={0: dense}, rest=topk(keep=0.5, block=1x2x2))",
+    ):
+        with visattn.apply(pipe, other, strict=True) as handle:
+            pipe(inputs)
+            calls = [call for site in handle.report().modules for call in site.calls]
+        assert all(0 < call.reached.mean <= 1 for call in calls)
+
+
 def test_no_run_sees_the_lists_of_another(made):
     """The next run, one after a run that was broken off at any step, and one of another thread."""
     model, inputs = tiny_models.wan()

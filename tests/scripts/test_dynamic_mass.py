@@ -27,6 +27,8 @@ def module(layout, seed=0, heads=2):
 
 def test_masses_of_lines_are_shares_and_nothing_beats_the_best(monkeypatch):
     monkeypatch.setattr(dynamic_mass, "STATIC", {"na": ["na(window=8x8, stride=8x8)", "na(window=32x32)"]})
+    monkeypatch.setattr(dynamic_mass, "ORDERED", {"kmeans": ["kmeans(queries=4, keys=8, p=0.5, floor=0.0, start=3)"]})
+    monkeypatch.setattr(dynamic_mass, "HEADS", {"best": ["best(of=[na(window=16x16, stride=8x8), na(window=-1x3)])"]})
     lines = measure([module(Layout((32, 32), 3)), module(Layout((32, 32), 3), 1)])
     for points in lines.values():
         assert all(0 < p.density <= 1 and 0 < p.mass <= 1 + 1e-6 for p in points)

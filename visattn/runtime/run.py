@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from visattn.patterns import Pattern
-from visattn.patterns.choice.memory import Memory, Place, placed
+from visattn.patterns.choice.memory import Memory, Place
 from visattn.recompute import Carrier
 from visattn.registry import REGISTRY
 from visattn.report import SiteReport
@@ -22,7 +21,6 @@ from visattn.watch import Watcher
 Step = tuple[int | None, int | None]
 # Kinds of forwards whose decisions are kept: grids, each with dense and sparse steps.
 MANY = 16
-_NOTHING = nullcontext()
 
 
 class Run:
@@ -146,13 +144,13 @@ class Run:
             self._warned = True
             warnings.warn(f"no attention module of {self.name} ran its pattern: {why}", stacklevel=3)
 
-    def keeping(self, site: str, pattern: Pattern) -> AbstractContextManager[None]:
-        """Inside, a pattern that keeps something from step to step does so for a module."""
+    def place(self, site: str, pattern: Pattern) -> Place | None:
+        """Where a call of a module keeps what its pattern keeps from step to step, None where it keeps nothing."""
         if not pattern.remembers:
-            return _NOTHING
+            return None
         # A backward recomputes blocks: their choices are those of the queries and keys that it sees.
         memory = self.here.memory if torch._C._current_graph_task_id() < 0 else None
-        return placed(Place(memory, None if memory is None else memory.key(site)))
+        return Place(memory, None if memory is None else memory.key(site))
 
     def _remember(self, step: int | None, total: int | None, gradients: bool) -> None:
         """What this thread's patterns keep, in the forward that begins."""

@@ -14,6 +14,7 @@ from visattn.dispatch import choose
 from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import ComposedPattern, Dense, DynamicPattern, Pattern
+from visattn.patterns.choice.memory import placing
 from visattn.problem import Call, Problem
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
@@ -21,7 +22,7 @@ from visattn.runtime.masks import carry_bias, key_validity
 from visattn.runtime.run import Run
 from visattn.runtime.sequences import Sequences
 from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
-from visattn.tally import Cell
+from visattn.tally import Cell, tells
 from visattn.watch import Watched
 
 
@@ -94,16 +95,19 @@ class Runner:
         verdict = self._verdict(call, fit, sequences, parameters, mode)
         tally = self.run.tally
         cells = verdict.cells(tally, name, device)
+        place = self.run.place(name, self.pattern)
         begun = tally.begin(cells[0])
         if verdict.layouts:
             assert sequences is not None
-            with tally.hearing(cells), self.run.keeping(name, self.pattern):
+            with tally.hearing(cells), placing(place):
                 out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters)
         else:
             out = self.stock(call)
         tally.end(cells, begun)
         if self.run.watcher is not None and site is not None and not (fit.why or call.causal or call.dropout):
-            self._show(site, call, out, Fit() if verdict.slower else fit, parameters)
+            # Who looks sees what was kept.
+            with placing(place):
+                self._show(site, call, out, Fit() if verdict.slower else fit, parameters)
         forward = self.run.forward
         if forward is None:
             # No forward ends, after which nobody is in a module.
@@ -113,7 +117,7 @@ class Runner:
             if key is not None and not (parameters or verdict.why or len(verdict.layouts) > 1):
                 if len(forward.ready) >= MANY:
                     forward.ready.clear()
-                plain = not (isinstance(self.pattern, DynamicPattern) or self.pattern.needs_steps)
+                plain = not (tells(self.pattern) or self.pattern.remembers)
                 forward.ready[key] = Ready(verdict, plain)
         return out, verdict.layouts
 
@@ -208,7 +212,7 @@ class Runner:
         pattern, verdict = self.pattern, ready.verdict
         if ready.plain:
             return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
-        with self.run.tally.hearing(cells), self.run.keeping(name, pattern):
+        with self.run.tally.hearing(cells), placing(self.run.place(name, pattern)):
             return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:

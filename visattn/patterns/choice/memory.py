@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -72,6 +72,7 @@ class Place(NamedTuple):
     key: Hashable = None
 
 
+_NOTHING = nullcontext()
 _place: ContextVar[Place | None] = ContextVar("place", default=None)
 
 
@@ -83,6 +84,11 @@ def placed(place: Place | None) -> Iterator[None]:
         yield
     finally:
         _place.reset(before)
+
+
+def placing(place: Place | None) -> AbstractContextManager[None]:
+    """The same where there may be none."""
+    return _NOTHING if place is None else placed(place)
 
 
 def here() -> Place | None:
