@@ -71,7 +71,7 @@ class Sdpa(Backend):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention in torch's kernels, whose gradients have none; arguments as in `Backend.run`."""
-    dense = call.pattern.covers(call.layout.grid)
+    dense = call.pattern.covers(*call.layout.grids)
     mask = None if dense and call.key_mask is None else _visible(q, k, call, dense)
     blind = None
     if mask is not None and (call.key_mask is not None or isinstance(call.pattern, DynamicPattern)):

@@ -64,7 +64,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tup
         queries, keys, values = (to_blocks(t, call.layout.grid, block) for t in (q, k, v))
         out = _attend(ops, queries, keys, values, None, call.scale)
         return from_blocks(out, call.layout.grid, block), None
-    bias = None if call.pattern.covers(call.layout.grid) else _bias(visible(call, q, k), q)
+    bias = None if call.pattern.covers(*call.layout.grids) else _bias(visible(call, q, k), q)
     return _attend(ops, q, k, v, bias, call.scale), None
 
 

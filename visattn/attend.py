@@ -6,17 +6,18 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
 from visattn import ops, prepare, transforms
 from visattn.autocast import as_sdpa_casts
-from visattn.checks import check_call, check_fit, check_steps, check_tensors, factor, merged
+from visattn.checks import check_call, check_fit, check_steps, check_tensors, factor, merged, other_values
 from visattn.crossing import crossing
 from visattn.dispatch import BACKENDS, Candidate, available, candidates, choose
 from visattn.layout import Layout, check_layout
 from visattn.patterns import ListedPattern, Pattern, parse
+from visattn.patterns.kinds import reads_products
 from visattn.plans import plan
 from visattn.problem import Call, Problem, Support
 
@@ -84,7 +85,8 @@ def attention(
     Args:
         q: Queries [B, S, H, D] with S = layout.length.
         k: Keys [B, N, Hkv, D], H a multiple of Hkv; N = S unless keys have a layout of their own.
-        v: Values [B, N, Hkv, D].
+        v: Values [B, N, Hkv, Dv]. Where Dv is not D, the narrower of keys and values get channels of zeros: exact, in
+            the time of a call with the wider of both.
         pattern: A pattern or its text, like "na(window=7x7)".
         layout: Where the tokens sit: prefix, grid, suffix.
         key_layout: Where keys and values sit if they are other tokens than the queries (pooled or strided keys, another
@@ -111,7 +113,7 @@ def attention(
     backward of code that its compiler made.
 
     Returns:
-        Output [B, S, H, D] in q's dtype, or under autocast in its dtype, to which q, k and v are cast as for torch's
+        Output [B, S, H, Dv] in q's dtype, or under autocast in its dtype, to which q, k and v are cast as for torch's
         own scaled_dot_product_attention; with `return_lse` also the log-sum-exp [B, S, H] (float32, or float64 for
         float64 inputs). A query without any visible key gives zeros and -inf.
 
@@ -128,6 +130,9 @@ def attention(
         if prepared is not None:
             out, lse = prepared(q, k, v, key_mask, rpb)
             return (out, lse) if return_lse else out  # pyright: ignore[reportReturnType]
+    if other_values(q, k, v):
+        rest = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "pool_weight": pool_weight, "parameters": parameters}
+        return _filled_up(q, k, v, pattern, layout, backend, return_lse, rest)
     check_tensors(q, k, v, layout)
     scale = factor(scale, q.shape[3])
     q, k, v = as_sdpa_casts(q, k, v)
@@ -151,6 +156,39 @@ def attention(
         return out
     assert lse is not None
     return out, lse
+
+
+def _filled_up(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | str,
+    layout: Layout,
+    backend: str,
+    return_lse: bool,
+    rest: dict[str, Any],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`attention` with values of other channels than the keys': the narrower of both get channels of zeros."""
+    if not _of_products(pattern):
+        raise ValueError(
+            f"v has {v.shape[3]} channels and k {k.shape[3]}, and {pattern} takes as many of both, as its weights are "
+            f"more than products of q and k: cut v in parts of {k.shape[3]} channels, one call each"
+        )
+    channels, scale = v.shape[3], factor(rest["scale"], q.shape[3])
+    widest = max(k.shape[3], channels)
+    filled = (t if t.shape[3] == widest else torch.nn.functional.pad(t, (0, widest - t.shape[3])) for t in (q, k, v))
+    given = rest | {"scale": scale, "backend": backend}
+    found: Any = attention(*filled, pattern, layout, **given, return_lse=return_lse)  # pyright: ignore[reportCallIssue]
+    return (found[0][..., :channels], found[1]) if return_lse else found[..., :channels]
+
+
+def _of_products(pattern: Pattern | str) -> bool:
+    """`reads_products` of a pattern or its text."""
+    return reads_products(parse(pattern))
+
+
+# What `torch.compiler.assume_constant_result` does: the tracer cannot follow the parser.
+_of_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _joined(layout: Layout, key_layout: Layout) -> Layout:
@@ -227,6 +265,7 @@ def explain(
     *,
     key_layout: Layout | None = None,
     kv_heads: int | None = None,
+    value_dim: int | None = None,
     key_mask: bool = False,
     rpb: bool = False,
     return_lse: bool = False,
@@ -239,6 +278,7 @@ def explain(
         q: Queries [B, S, H, D]; only shape, dtype, device and requires_grad are used.
         key_layout: Where keys and values sit if they are other tokens than the queries.
         kv_heads: Heads of k and v, H if None.
+        value_dim: Channels of v per head, D if None.
         key_mask: Whether a key mask will be passed.
         rpb: Whether a relative position bias will be passed.
         return_lse: Whether the log-sum-exp will be asked for.
@@ -260,7 +300,9 @@ def explain(
     check_call(q, k, k, pattern, layout, None, None)
     problem = Problem.of(q, k, k, Call(pattern, layout, 1.0, lse=return_lse))
     dtype = as_sdpa_casts(q[:0])[0].dtype
-    problem = dataclasses.replace(problem, dtype=dtype, key_mask=key_mask, rpb=rpb)
+    # The narrower of keys and values are filled up.
+    widest = max(problem.head_dim, value_dim or 0)
+    problem = dataclasses.replace(problem, dtype=dtype, key_mask=key_mask, rpb=rpb, head_dim=widest)
     return Explanation(problem, choose(problem).name, tuple(candidates(problem)))
 
 

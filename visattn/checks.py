@@ -151,6 +151,13 @@ def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
         raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} heads of k and v")
 
 
+def other_values(q: Any, k: Any, v: Any) -> bool:
+    """Whether values have other channels than keys, and tensors are of attention but for that."""
+    if not all(isinstance(t, torch.Tensor) and t.ndim == 4 for t in (q, k, v)):
+        return False
+    return k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3] != v.shape[3] and v.shape[3] > 0
+
+
 def _shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
     return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
 

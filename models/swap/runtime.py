@@ -335,7 +335,7 @@ class Swapped:
 @lru_cache(maxsize=1024)
 def _covers(pattern: Pattern, layout: Layout) -> bool:
     """Whether a pattern shows every token of a grid all others: asked at every call."""
-    return pattern.covers(layout.grid)
+    return pattern.covers(*layout.grids)
 
 
 class Undone(Swapped):

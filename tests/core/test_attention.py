@@ -62,7 +62,7 @@ def test_shapes_dtypes_and_devices_that_do_not_fit():
     q, k, v = qkv(LAYOUT)
     fails("q [44, 2, 10], k [1, 44, 2, 10], v [1, 44, 2, 10] must all be", q[0], k, v, "dense", LAYOUT)
     fails("must agree in batch, tokens and head_dim", q, k[:, :-1], v[:, :-1], "dense", LAYOUT)
-    fails("must agree in batch, tokens and head_dim", q, k, v[..., :-1], "dense", LAYOUT)
+    fails("must agree in batch, tokens and head_dim", q, k[..., :-1], v[..., :-1], "dense", LAYOUT)
     fails("q has 2 heads, not a multiple of the 3 heads of k and v", q, *qkv(LAYOUT, 3)[1:], "dense", LAYOUT)
     fails("q torch.float64, k torch.float32 and v torch.float64 must be one", q, k.float(), v, "dense", LAYOUT)
     fails("must be one floating-point dtype", q.int(), k.int(), v.int(), "dense", LAYOUT)

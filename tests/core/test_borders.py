@@ -207,7 +207,10 @@ GRID = Layout((6, 5))
         ([zeros(heads=0)] * 3, r"must have at least one head and one channel per head"),
         ([zeros(), *[zeros(heads=0)] * 2], r"must have at least one head"),
         ([zeros(dim=0)] * 3, r"must have at least one head and one channel per head"),
-        ([zeros(), zeros(), zeros(dim=16)], r"k and v also in heads: cut v in parts of 8 channels, one call each"),
+        (
+            [zeros(), zeros(dim=16), zeros(dim=16)],
+            r"must agree in batch, tokens and head_dim, and k and v also in heads",
+        ),
         (
             [zeros(), zeros(6), zeros(6)],
             r"patterns are for self-attention, in which queries and keys are the same tokens",

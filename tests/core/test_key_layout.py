@@ -97,3 +97,11 @@ def test_hopper_kernels_take_one_sequence():
     pattern = parse("na(window=16x16)")
     asked = 90, torch.bfloat16, 128, pattern
     assert hopper_config(*asked, Layout((32, 32), key_layout=Layout((16, 16)))) is None
+
+
+@pytest.mark.parametrize("backend", ["tiles", "sdpa", "reference", "auto"])
+def test_a_window_over_the_queries_grid_is_not_all_of_a_finer_one(backend):
+    layout = Layout((3, 3), key_layout=Layout((9, 9)))
+    q, k, v = qkv(layout)
+    out = attention(q, k, v, "na(window=3)", layout, backend=backend, scale=0.5)
+    assert torch.allclose(out, truth(q, k, v, "na(window=3)", layout, 0.5))

@@ -65,7 +65,7 @@ FLEX = [
     pytest.param("halo", "bfloat16", marks=pytest.mark.slow),
     pytest.param("dense", "plain", marks=pytest.mark.slow),
     ("other keys", "key mask"),
-    ("circular halo", "plain"),
+    pytest.param("circular halo", "plain", marks=pytest.mark.slow),
     pytest.param("clear, finer keys", "plain", marks=pytest.mark.slow),
     pytest.param("circular clear", "key mask", marks=pytest.mark.slow),
 ]
@@ -144,7 +144,7 @@ def geometries(draw, layout):
     return text
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(data=st.data(), layout=crossed(sides=(40, 9, 5)), kv_heads=st.sampled_from([1, 2]), masked=st.booleans())
 @pytest.mark.parametrize("name", ["sdpa", "tiles"])
 def test_other_keys_and_rings_equal_the_reference_anywhere(name, data, layout, kv_heads, masked):

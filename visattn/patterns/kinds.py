@@ -258,6 +258,11 @@ class MergingPattern(Pattern):
         return False
 
 
+def reads_products(pattern: Pattern) -> bool:
+    """Whether its weights are a function of the products q . k: channels of zeros change nothing then."""
+    return bool(getattr(pattern, "of_products", True))
+
+
 def pooled_part(pattern: Pattern) -> PooledPattern | None:
     """What pools keys in a pattern: itself or what it is composed around, None if neither does."""
     part = pattern.inner if isinstance(pattern, ComposedPattern) else pattern

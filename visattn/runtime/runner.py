@@ -13,8 +13,9 @@ from visattn.crossing import crossing
 from visattn.dispatch import choose
 from visattn.layout import Layout
 from visattn.parameters import following
-from visattn.patterns import ComposedPattern, Dense, DynamicPattern, Pattern
+from visattn.patterns import Dense, DynamicPattern, Pattern
 from visattn.patterns.choice.memory import placing
+from visattn.patterns.kinds import reads_products
 from visattn.problem import Call, Problem
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
@@ -257,8 +258,7 @@ class Runner:
         keys = key_validity(call.mask, call.q, self.run.mask_row)
         if isinstance(keys, str):
             return Fit(why=keys)
-        of_products = not isinstance(self.pattern, ComposedPattern | DynamicPattern) or self.pattern.of_products
-        if keys is not None and keys.dtype != torch.bool and not of_products:
+        if keys is not None and keys.dtype != torch.bool and not reads_products(self.pattern):
             return Fit(why=f"its mask {list(call.mask.shape)} is a bias, which {self.pattern.name} cannot add")
         return Fit(layouts, keys)
 
@@ -294,7 +294,7 @@ class Runner:
             return Verdict("dense", shapes=_shapes(call), why=fit.why)
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode))
         automatic = self.backend == "auto"
-        if automatic and all(self.pattern.covers(layout.grid) for layout in fit.layouts):
+        if automatic and all(self.pattern.covers(*layout.grids) for layout in fit.layouts):
             # The model's own attention is the pattern.
             return Verdict("sparse", problems=problems)
         if automatic and not self.run.always and not parameters:
