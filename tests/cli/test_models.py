@@ -237,3 +237,10 @@ def test_bench_model_of_transformers():
         create("transformers:vit_huh", 64)
     with pytest.raises(ValueError, match="takes more than images, or videos"):
         create("transformers:clip", 64, device="meta")
+
+
+def test_towers_of_transformers_are_listed():
+    found = json.loads(call("models", "--json").stdout)
+    assert found["transformers"]["vit"] == "ViT" and "vit_mae" not in found["transformers"]
+    assert {"vit_mae", "swinv2"} <= set(found["no pattern"])
+    assert "V-JEPA 2: the encoder" in call("models").stdout

@@ -13,7 +13,7 @@ def models(
     filter: Annotated[str, typer.Option("--filter", help="Only names that match, like 'dinat*'.")] = "*",
     json: JsonOption = False,
 ) -> None:
-    """List the backbones that visattn adds to timm, the attention of timm that it can swap, and diffusers' models."""
+    """List the backbones that visattn adds to timm, and what of timm, diffusers and transformers it can patch."""
     found = _found(filter)
     if json:
         print_json(found)
@@ -26,6 +26,12 @@ def models(
     typer.echo("\nmodels of diffusers that apply() can patch:")
     for name, classes in found["diffusers"].items():
         typer.echo(f"  {name:<58} {' '.join(classes)}")
+    typer.echo("\nvision towers of transformers that apply() can patch, by folder:")
+    for name, models in found["transformers"].items():
+        typer.echo(f"  {name:<58} {models}")
+    typer.echo("\nfolders of transformers that have no pattern:")
+    for name, why in found["no pattern"].items():
+        typer.echo(f"  {name:<58} {why}")
     typer.echo(
         "\nmodels of diffusers without a record; where attention is, apply(..., layout=Layout(grid, prefix, suffix)):"
     )
@@ -56,7 +62,17 @@ def _found(pattern: str) -> dict[str, Any]:
         "backbones": kept,
         "swappable": {name: record.models for name, record in RECORDS.usable().items()},
         **_diffusers(),
+        **_transformers(),
     }
+
+
+def _transformers() -> dict[str, dict[str, Any]]:
+    """Known vision towers of transformers by folder, and why others have no pattern."""
+    from visattn.clients.transformers.records import RECORDS, REFUSED
+
+    known = {record.folder: record.models for record in RECORDS if not record.refused}
+    refused = {record.folder: record.refused for record in RECORDS if record.refused}
+    return {"transformers": known, "no pattern": {**refused, **REFUSED}}
 
 
 def _diffusers() -> dict[str, dict[str, Any]]:

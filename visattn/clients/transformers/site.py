@@ -82,19 +82,17 @@ class Site:
             return self._traced(own)
         run, (q, k, v) = self.run, own.tensors
         run.enter(self.path)
-        call, chunk = to_call(own), self._chunk()
-        scale = call.scale
-        key = None
-        told = chunk is not None or call.layouts is not None or self.told.layout is not None
-        if not (told or call.mask is not None or call.dropout or call.causal):
-            found = self.runner.attend_alike(q, k, v, scale, True, "eager", functools.partial(_turned, own))
-            if found is not None:
-                return found[0].transpose(1, 2)
-            key = self.runner.key(q, k, v, scale, True, "eager")
-        if chunk is not None and call.layouts is None:
+        call, chunk, key = to_call(own), self._chunk(), None
+        if call.layouts is None and chunk is not None:
             return self._in_order(own, call, chunk)
         if call.layouts is None and self.told.layout is not None:
             call = call.placed(_fits(self.told.layout, q.shape[2]))
+        if call.mask is None and call.layouts is None and not (call.dropout or call.causal):
+            stock = functools.partial(_turned, own)
+            found = self.runner.attend_alike(q, k, v, call.scale, True, "eager", stock)
+            if found is not None:
+                return found[0].transpose(1, 2)
+            key = self.runner.key(q, k, v, call.scale, True, "eager")
         return self.runner.attend(call.autocast(), self.path, key=key)[0]
 
     def _chunk(self) -> Chunk | None:

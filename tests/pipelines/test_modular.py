@@ -1,0 +1,54 @@
+"""The block of diffusers' modular pipelines."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", minversion="0.42")
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
+
+import visattn
+from tests.support.tiny import noise, seeded
+from tests.support.tiny_flux import flux
+from visattn.pipelines.modular import sparse_attention
+
+
+@pytest.fixture
+def pipeline():
+    model = flux()[0]
+    kind = type(model)
+    model = seeded(kind, **{**dict(model.config), "in_channels": 16})
+    made = sparse_attention(FluxCoreDenoiseStep()).init_pipeline()
+    made.update_components(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler())
+    return made
+
+
+def run(pipeline, **more):
+    given = {"prompt_embeds": noise(1, 5, 32), "pooled_prompt_embeds": noise(1, 32), "num_inference_steps": 3}
+    sizes = {"height": 96, "width": 128, "generator": torch.Generator().manual_seed(0), "guidance_scale": 1.0}
+    return pipeline(**given, **sizes, **more)
+
+
+@torch.no_grad()
+def test_a_pattern_is_an_input_of_the_call(pipeline):
+    stock = run(pipeline)
+    assert stock.get("attention_report") is None
+    sparse = run(pipeline, attention_pattern="na(window=3)", attention_dense_steps=1)
+    report = sparse.get("attention_report")
+    assert report.sites_hit == 3 and report.hits == 6 and report.dense == 3
+    assert not torch.equal(sparse.get("latents"), stock.get("latents"))
+    with visattn.apply(pipeline, "na(window=3)", dense_steps=1):
+        assert torch.equal(run(pipeline).get("latents"), sparse.get("latents"))
+    assert torch.equal(run(pipeline).get("latents"), stock.get("latents"))
+
+
+@torch.no_grad()
+def test_nothing_stays_behind_when_a_block_fails(pipeline):
+    stock = run(pipeline).get("latents")
+    with pytest.raises(ValueError, match="3 axes but the tokens"):
+        run(pipeline, attention_pattern="na(window=3x3x3)")
+    with pytest.raises(Exception, match="dense_steps"):
+        run(pipeline, attention_pattern="na(window=3)", attention_dense_steps=-1)
+    assert torch.equal(run(pipeline).get("latents"), stock)
+    assert {"attention_pattern", "attention_dense_steps"} <= set(pipeline.blocks.input_names)
