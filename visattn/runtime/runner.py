@@ -13,7 +13,7 @@ from visattn.crossing import crossing
 from visattn.dispatch import choose
 from visattn.layout import Layout
 from visattn.parameters import following
-from visattn.patterns import Dense, DynamicPattern, Pattern
+from visattn.patterns import Dense, Pattern
 from visattn.patterns.choice.memory import placing
 from visattn.patterns.kinds import reads_products
 from visattn.problem import Call, Problem
