@@ -2,9 +2,9 @@
 
     python -m scripts.check.choosing_gpu
 
-Whole numbers, whose means and products are exact, must give equal lists, ties included. Noise may tip pairs of blocks
-whose scores differ by rounding: at most 1 in 10,000 entries. Choices are made twice and must be equal. Exit status 1
-if anything is off.
+Whole numbers, whose means and products are exact, must give equal lists, ties included; where exponentials are taken,
+all but 1 in a million. Noise may tip pairs of blocks whose scores differ by rounding: at most 1 in 10,000 entries.
+Choices are made twice and must be equal. Exit status 1 if anything is off.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from visattn.patterns.choice.blocks import inner
 
 ALLOWED = 1e-4
 # Whole numbers or noise; whether some tokens take no part.
-VARIANTS = ((True, False), (True, True), (False, False))
+VARIANTS = ((True, False), (False, False), (False, True))
 CASES: dict[str, tuple[str, Layout]] = {
     "topk": ("topk(keep=0.1)", Layout((256, 256))),
     "topk, 128 x 64": ("topk(keep=0.1,block=8x16,key_block=8x8)", Layout((256, 256), 512)),
@@ -68,8 +68,9 @@ def check(name: str, exact: bool, masked: bool) -> str:
         problems.append("two runs differ")
     seen, wanted = found.mask(0, blocks.columns), want.mask(0, blocks.columns)
     off = int((seen != wanted).sum()) / max(1, int(wanted.sum()))
-    # Masked means divide by counts that are no powers of two.
-    if off > (0 if exact and not masked else ALLOWED):
+    # Exponentials are rounded in either way.
+    exactly = 0 if text.startswith("topk") and "parts" not in text else 1e-6
+    if off > (exactly if exact else ALLOWED):
         problems.append(f"{off:.1e} of the entries differ")
     print(f"{'WRONG' if problems else 'ok':<6}{name}, exact {exact}, masked {masked}: {off:.1e} differ", flush=True)
     return f"{name}: {'; '.join(problems)}" if problems else ""
@@ -85,13 +86,13 @@ def time(name: str) -> None:
     times = in_turns({"kernels": partial(chosen, pattern, *args), "torch": partial(pattern.chosen_by_torch, *args)})
     print(name, {who: round(ms, 3) for who, ms in times.items()}, flush=True)
     found: dict[str, float] = {}
-    rows = choose.ROW_WARPS
+    means, scores, rows = choose.MEAN_WARPS, choose.SCORE_WARPS, choose.ROW_WARPS
     for warps in (1, 2, 4, 8):
         choose.MEAN_WARPS = choose.SCORE_WARPS = max(2, warps)
         choose.ROW_WARPS = {choose.LARGEST: warps}
         for kernel, us in kernel_times(partial(chosen, pattern, *args)).items():
             found[f"{kernel}, {warps if kernel == 'select' else max(2, warps)} warps"] = round(us)
-    choose.MEAN_WARPS, choose.SCORE_WARPS, choose.ROW_WARPS = 4, 8, rows
+    choose.MEAN_WARPS, choose.SCORE_WARPS, choose.ROW_WARPS = means, scores, rows
     print(name, "microseconds", found, flush=True)
 
 

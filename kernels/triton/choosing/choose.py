@@ -28,8 +28,9 @@ LARGEST = 8192
 SCORES = 2**26
 # Numbers of a step of the means, and parts and channels of a step of the scores.
 MEANS, PARTS, CHANNELS = 8192, 128, 32
-# Warps of a program for means, for scores, and for rows of up to so many blocks; a row of one warp needs no barriers.
-MEAN_WARPS, SCORE_WARPS, ROW_WARPS = 4, 8, {1024: 1, 4096: 4, LARGEST: 8}
+# Warps of a program for means, for scores (twice as many where blocks have parts, whose tiles are larger), and for rows
+# of up to so many blocks; a row of one warp needs no barriers.
+MEAN_WARPS, SCORE_WARPS, ROW_WARPS = 2, 4, {1024: 1, 4096: 4, LARGEST: 8}
 
 
 class Rule(NamedTuple):
@@ -173,7 +174,7 @@ def _score(query: Means, key: Means, scores: torch.Tensor, parts: tuple[int, int
         "QUERY_PARTS": parts[0], "KEY_PARTS": parts[1],
     }  # fmt: skip
     grid = -(-query.mean.shape[2] // rows), -(-key_parts // PARTS), batch * some["some"]
-    launch_like(pair_scores, grid, given, SCORE_WARPS, 2)
+    launch_like(pair_scores, grid, given, 2 * SCORE_WARPS if pooled else SCORE_WARPS, 2)
 
 
 def _select(
