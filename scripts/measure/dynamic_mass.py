@@ -246,6 +246,8 @@ def main(arguments: Sequence[str] | None = None, recorded: Callable[..., list[Mo
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--step", type=int, default=4, help="the step whose attention is taken, at least 1")
     parser.add_argument("--recorded", type=Path, help="calls that `visattn record` wrote, instead of drawing")
+    parser.add_argument("--every", type=int, default=1, help="take every so-manieth call")
+    parser.add_argument("--only", nargs="+", help="patterns whose outputs are compared; no lines are measured then")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--chart", type=Path, help="the chart to draw, .svg")
     given = parser.parse_args(arguments)
@@ -259,17 +261,18 @@ def main(arguments: Sequence[str] | None = None, recorded: Callable[..., list[Mo
     else:
         modules = [m for seed, prompt in enumerate(prompts) for m in recorded(prompt, seed, given.steps, given.step)]
     recorded_at = time.perf_counter()
-    lines = measure(modules)
+    modules = modules[:: given.every]
+    lines = {} if given.only else measure(modules)
     result = {
         "model": "emoji", "prompts": prompts, "steps": given.steps, "step": given.step,
         "modules": len(modules), "layout": str(modules[0].layout), "torch": torch.__version__,
         "seconds": {"drawing": recorded_at - start, "measuring": time.perf_counter() - recorded_at},
         "lines": {line: [point._asdict() for point in points] for line, points in lines.items()},
-        "outputs": errors(modules, OUTPUTS),
+        "outputs": errors(modules, given.only or OUTPUTS),
     }  # fmt: skip
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if given.chart:
+    if given.chart and lines:
         title = f"Attention caught, emoji model, step {given.step} of {given.steps}, {len(modules)} calls"
         draw_chart(given.chart, title, {line: list(points) for line, points in lines.items()})
     for line, points in lines.items():

@@ -44,6 +44,16 @@ PRESETS = {
         "topk(keep=0.125, always=none, block=4x4x8)",
         "LongCat-Video (2025), block sparse attention at sparsity 0.875",
     ),
+    "jenga": Preset(
+        "topp(p=0.3, least=0.25, always=near(1), block=4x4x8)",
+        "Jenga (Zhang et al., 2025), HunyuanVideo at a drop of 0.75; Wan takes p=0.9",
+        "the original's blocks of 128 tokens follow a space-filling curve, and its drop grows over the steps",
+    ),
+    "bsa": Preset(
+        "topp(p=0.9, least=4, always=none, block=64)",
+        "BSA of FastVideo (2025)",
+        "the original leaves out half of the queries of a block and copies the outputs of others for them",
+    ),
     "draft": Preset(
         "topk(keep=0.1, always=none, per=head, block=1x8x16)",
         "DraftAttention (Shen et al., 2025), sparsity 0.9",
