@@ -166,6 +166,13 @@ def record_of(module: nn.Module) -> Record | None:
     return None if base is None else RECORDS[_path(base)]
 
 
+def name_of_record(module: nn.Module) -> str:
+    """Module and name of the class whose record a module has, which must have one."""
+    base = _base(type(module))
+    assert base is not None
+    return _path(base)
+
+
 def own_ways(module: nn.Module) -> str:
     """Why a module's attention is not that of the class its record is for, empty if it is."""
     base, record = _base(type(module)), record_of(module)

@@ -15,7 +15,7 @@ GEMMA = {"num_heads": 2, "head_dim": 32, "intermediate_size": 64, "position_embe
 FAMILIES = {
     "hiera": ("hiera_tiny_224", {"img_size": 64, "embed_dim": 32, "stages": (1, 2, 2, 1)}, 64),
     "sam2": ("sam2_hiera_tiny", {"embed_dim": 32, "stages": (1, 2, 2, 1), "global_att_blocks": (4,)}, 64),
-    "caformer": ("metaformer.MetaFormer", {**FOUR, "dims": (32, 32, 64, 64)}, 96),
+    "caformer": ("metaformer.MetaFormer", {**FOUR, "dims": (16, 32, 64, 96)}, 96),
     "pit": ("pit_ti_distilled_224", {"img_size": 64, "depth": (1, 1, 1)}, 64),
     "crossvit": ("crossvit_15_240", {"img_scale": (1.0, 1.0), "img_size": 48, "depth": ((1, 2, 0), (1, 1, 0))}, 48),
     "mobilevit": ("mobilevit_xxs", {}, 96),
