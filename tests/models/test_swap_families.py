@@ -30,11 +30,19 @@ WINDOWS = {
 PARTLY = {
     "convit": "it mixes its softmax with one of positions, by a gate",
     "gcvit": "its queries are one window's, made of the whole image",
-    **dict.fromkeys(
-        ("hiera", "sam2", "twins", "pvt_v2", "mobilenetv4", "mvitv2", "mvitv2_cls"),
-        "its keys are on another grid than its queries",
-    ),
 }
+
+
+def stock_pattern(family, module):
+    """What a module's own attention is, as a pattern: of the whole map, of windows, or of windows of pooled queries."""
+    side = side_of(family, module)
+    if not side:
+        return "na(window=99)"
+    if type(module).__name__ == "MaskUnitAttention" and module.q_stride > 1:
+        return f"halo(block={side}, halo=0)"
+    if type(module).__name__ == "MultiScaleBlock" and module.q_stride:
+        return f"halo(block={side // module.q_stride[0]}, halo=0)"
+    return f"na(window={side}, stride={side})"
 
 
 def side_of(family, module):
@@ -52,8 +60,7 @@ def swappable(model):
 def test_stock_windows_as_patterns_equal_stock_and_undo_is_exact(family):
     model, x = make(family)
     stock, keys, kinds = model(x), list(model.state_dict()), [type(m) for m in model.modules()]
-    sides = {path: side_of(family, module) for path, module in swappable(model).items()}
-    patterns = {path: f"na(window={n}, stride={n})" if n else "na(window=99)" for path, n in sides.items()}
+    patterns = {path: stock_pattern(family, module) for path, module in swappable(model).items()}
     for backend in ("auto", "reference"):
         with visattn.apply(model, patterns, backend=backend, strict=True) as handle:
             assert (model(x) - stock).abs().max() <= 1e-4 * stock.std()
@@ -129,7 +136,8 @@ def test_window_equals_stock_under_its_mask(family, monkeypatch):
     modules = swappable(model)
     sides = {path: side_of(family, module) for path, module in modules.items()}
     # Where its own windows are the whole map.
-    modules = {p: m for p, m in modules.items() if 2 < max(layouts[p].grid) <= (sides[p] or 99)}
+    shown = {path: max(layouts[path].keys.grid) <= (sides[path] or 99) for path in modules}
+    modules = {path: module for path, module in modules.items() if shown[path] and max(layouts[path].grid) > 2}
     assert modules
     with visattn.apply(model, dict.fromkeys(modules, "na(window=2)"), strict=True):
         found = model(x)
@@ -144,8 +152,7 @@ def test_window_equals_stock_under_its_mask(family, monkeypatch):
 def test_every_parameter_gets_a_gradient_that_equals_stock(family):
     model, x = make(family)
     model, x = model.double(), x[:1].double()
-    sides = {path: side_of(family, module) for path, module in swappable(model).items()}
-    patterns = {path: f"na(window={n}, stride={n})" if n else "na(window=99)" for path, n in sides.items()}
+    patterns = {path: stock_pattern(family, module) for path, module in swappable(model).items()}
     grads = []
     for swapped in (False, True):
         model.zero_grad()
@@ -260,6 +267,9 @@ def test_position_terms_take_patterns_that_can_carry_them():
             visattn.apply(make(family)[0], "clear(radius=2)")
     with pytest.raises(ValueError, match=r"agent\(agents=2\) has no pairs of tokens"):
         visattn.apply(make("mvitv2")[0], "agent(agents=2)")
+    for family in ("pvt_v2", "twins", "hiera", "sam2", "mobilenetv4"):
+        with pytest.raises(ValueError, match=r"topk\(.* is for queries and keys of one grid, and a module of"):
+            visattn.apply(make(family)[0], "topk(0.5)")
     model, x = make("mvitv2")
     with torch.no_grad():
         found = []
