@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from visattn.layout import Layout
 from visattn.models.swap.bias import log_distances, offsets_of, rpb_of, symmetric
 from visattn.models.swap.maps import dropout_refusal
-from visattn.models.swap.runtime import Swapped
+from visattn.models.swap.runtime import Swapped, between
 from visattn.models.swap.sized import joined
 from visattn.models.swap.tokens import project
 from visattn.patterns import Neighborhood
@@ -72,17 +72,21 @@ class Sam2Block:
         site: Swapped = self.visattn_site
         if site.keeps_stock(None):
             return super().forward(x)  # type: ignore[misc]
-        grid, normed = _grid(x), self.norm1(x)
-        x = x if self.dim == self.dim_out else self.proj(normed)
+        normed, keys = self.norm1(x), _grid(x)
+        x = x if self.dim == self.dim_out else _pooled(self.pool, self.proj(normed))
+        grid = _grid(x)
         q, k, v = project(self.attn, normed.flatten(1, 2))
-        y = site.attend(q, k, v, Layout(grid), self.attn.scale)
+        if self.attn.q_pool is not None:
+            q = q.transpose(2, 3).flatten(1, 2).unflatten(2, keys)
+            q = self.attn.q_pool(q).flatten(2).unflatten(1, (self.attn.num_heads, -1)).transpose(2, 3)
+        y = site.attend(q, k, v, between(grid, keys), self.attn.scale)
         x = x + self.drop_path1(self.ls1(self.attn.proj(joined(y).unflatten(1, grid))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-def pools_queries(block: Any) -> str:
-    """Why a block of SAM 2's Hiera cannot be swapped, "" if it can."""
-    return "its keys are on another grid than its queries" if block.q_stride is not None else ""
+def _pooled(pool: Any, x: torch.Tensor) -> torch.Tensor:
+    """A map [B, H, W, dim] after a pooling of maps [B, dim, H, W], or as it is without one."""
+    return x if pool is None else pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class TinyBlock:

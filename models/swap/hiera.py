@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from timm.models.hiera import Unroll
 from torch import nn
+from torch.nn import functional as F
 
-from visattn.layout import Layout
-from visattn.models.swap.runtime import Swapped
+from visattn.models.swap.runtime import Swapped, between
 from visattn.models.swap.tokens import project
 
 
@@ -23,25 +23,28 @@ class Unrolled(NamedTuple):
     Attributes:
         reroll: Of the model.
         block: The block that made them.
-        unroll: Sorts tokens that come row by row as they are.
+        keys: Rows and columns of what the block gets.
+        unroll: Sorts what it gives, row by row, as the next block expects it.
     """
 
     reroll: Any
     block: int
+    keys: tuple[int, ...]
     unroll: Unroll
 
 
 def order_of(model: nn.Module, path: str) -> Unrolled:
-    """The order of what the attention at a path of a model gets."""
+    """The order of what the attention at a path of a model gets, and of what it gives."""
     root, _, rest = path.rpartition("blocks.")
     reroll: Any = model.get_submodule(root.rstrip(".")).reroll
-    block = max(int(rest.split(".")[0]) - 1, 0)
+    block = int(rest.split(".")[0])
+    before = max(block - 1, 0)
     schedule, size = reroll.schedule[block]
-    return Unrolled(reroll, block, Unroll(tuple(size), (1, 1), schedule))
+    return Unrolled(reroll, before, tuple(reroll.schedule[before][1]), Unroll(tuple(size), (1, 1), schedule))
 
 
 class MaskUnits:
-    """Hiera's `MaskUnitAttention`: windows or the whole map."""
+    """Hiera's `MaskUnitAttention`: windows or the whole map, and where a stage begins the maxima of queries."""
 
     visattn_site: Swapped
 
@@ -49,14 +52,14 @@ class MaskUnits:
         """As the module's own forward."""
         site: Swapped = self.visattn_site
         order: Unrolled | None = site.order
-        whole = order is None or x.shape[1] == math.prod(order.unroll.size)
+        whole = order is None or x.shape[1] == math.prod(order.keys)
         if site.keeps_stock(None if whole else "a mask drops tokens, and the rest is no grid") or order is None:
             return super().forward(x)  # type: ignore[misc]
         q, k, v = project(self, order.reroll(x, order.block).flatten(1, 2), self.heads)
-        y = site.attend(q, k, v, Layout(order.unroll.size), self.scale).transpose(1, 2).flatten(2)
+        grid = order.unroll.size
+        if self.q_stride > 1:
+            strides = [n // m for n, m in zip(order.keys, grid, strict=True)]
+            pooled = F.max_pool2d(q.transpose(2, 3).flatten(0, 1).unflatten(2, order.keys), strides)
+            q = pooled.flatten(2).unflatten(0, (-1, self.heads)).transpose(2, 3)
+        y = site.attend(q, k, v, between(grid, order.keys), self.scale).transpose(1, 2).flatten(2)
         return self.proj(order.unroll(y))
-
-
-def pools_queries(module: Any) -> str:
-    """Why a module of Hiera cannot be swapped, "" if it can."""
-    return "its keys are on another grid than its queries" if module.q_stride > 1 else ""

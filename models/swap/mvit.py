@@ -9,8 +9,7 @@ import torch
 from timm.models.mvitv2 import reshape_post_pool, reshape_pre_pool
 from torch.nn import functional as F
 
-from visattn.layout import Layout
-from visattn.models.swap.runtime import Swapped
+from visattn.models.swap.runtime import Swapped, between
 from visattn.models.swap.sam import with_positions
 from visattn.models.swap.tokens import project
 
@@ -26,14 +25,14 @@ class PooledAttention:
         if site.keeps_stock(None):
             return super().forward(x, feat_size)  # type: ignore[misc]
         heads = project(self, x)
-        (q, size), (k, _), (v, _) = (_pool(self, name, t, feat_size) for name, t in zip("qkv", heads, strict=True))
+        (q, size), (k, keys), (v, _) = (_pool(self, name, t, feat_size) for name, t in zip("qkv", heads, strict=True))
         prefix, grid = int(self.has_cls_token), (int(size[0]), int(size[1]))
-        layout = Layout(grid, prefix=prefix)
+        layout = between(grid, keys, prefix)
         wide_q, wide_k, wide_v = q, k, v
         if self.rel_pos_type == "spatial":
             tables = self.rel_pos_h, self.rel_pos_w
             own_q, own_k, own_v = (t[:, :, prefix:] for t in (q, k, v))
-            parts = with_positions(own_q, own_k, own_v, tables, site.pattern, grid, self.scale)
+            parts = with_positions(own_q, own_k, own_v, tables, site.pattern, grid, self.scale, layout.keys.grid)
             wide_q, wide_k, wide_v = (_beside(t, part, prefix) for t, part in zip((q, k, v), parts, strict=True))
         y = site.attend(wide_q, wide_k, wide_v, layout, self.scale)[..., : v.shape[-1]]
         y = y + q if self.residual_pooling else y
@@ -54,10 +53,9 @@ def _beside(x: torch.Tensor, grid: torch.Tensor, prefix: int) -> torch.Tensor:
     return torch.cat([F.pad(x[:, :, :prefix], (0, grid.shape[-1] - x.shape[-1])), grid], dim=2) if prefix else grid
 
 
-def pools_apart(module: Any) -> str:
-    """Why a module of MViT v2 cannot be swapped, "" if it can."""
-    own, keys = (_stride(pool) for pool in (module.pool_q, module.pool_k))
-    return "" if own == keys else "its keys are on another grid than its queries"
+def pools_apart(module: Any) -> bool:
+    """Whether a module of MViT v2 pools keys in other steps than queries."""
+    return _stride(module.pool_q) != _stride(module.pool_k)
 
 
 def _stride(pool: Any) -> tuple[int, ...]:

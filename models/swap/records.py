@@ -21,7 +21,6 @@ from visattn.models.swap.grids import (
     TinyBlock,
     TwinsLocal,
     global_queries,
-    pools_queries,
 )
 from visattn.models.swap.hiera import MaskUnits
 from visattn.models.swap.maps import CoAtBlock, DaVitBlock, ParallelPartition, PartitionFirst, PartitionLast
@@ -52,6 +51,7 @@ from visattn.models.swap.vits import (
 )
 from visattn.models.swap.windows import SwinBlock, SwinV2Block
 from visattn.patterns import ComposedPattern, Dense, Neighborhood, Pattern
+from visattn.patterns.kinds import StaticPattern
 from visattn.registry import REGISTRY
 from visattn.schedule import check_dims
 
@@ -67,6 +67,7 @@ class Record:
         models: Which models have it, for people.
         attention: Name of its attention module, if the class is a block around one.
         dense: Whether the module's own attention is dense on its map, so that it runs what a pattern covers.
+        apart: Whether the queries and keys of a module are on grids of their own; None where none has that.
         unfit: Why one module of the class cannot be swapped, "" if it can; None where all can.
         order: From the model and a module's path, how its tokens become a map; None where they come row by row.
         beside: Whether a module of the class at a path has nothing to do with the grid; None where all have.
@@ -78,6 +79,7 @@ class Record:
     models: str
     attention: str = ""
     dense: bool = False
+    apart: Callable[[Any], bool] | None = None
     unfit: Callable[[Any], str] | None = None
     order: Callable[[nn.Module, str], Any] | None = None
     beside: Callable[[str], bool] | None = None
@@ -114,20 +116,20 @@ _OWN = {
     ),
     "timm.models.efficientformer.Attention": Record(FormerAttention, True, True, "EfficientFormer"),
     "timm.models.hiera.MaskUnitAttention": Record(
-        MaskUnits, False, False, "Hiera", order=hiera.order_of, unfit=hiera.pools_queries
+        MaskUnits, False, False, "Hiera", order=hiera.order_of, apart=lambda module: module.q_stride > 1
     ),
     "timm.models.hieradet_sam2.MultiScaleBlock": Record(
-        Sam2Block, False, False, "SAM 2's Hiera", "attn", unfit=pools_queries
+        Sam2Block, False, False, "SAM 2's Hiera", "attn", apart=lambda block: block.q_stride is not None
     ),
-    "timm.models.mvitv2.MultiScaleAttention": Record(PooledAttention, False, False, "MViT v2", unfit=pools_apart),
+    "timm.models.mvitv2.MultiScaleAttention": Record(PooledAttention, False, False, "MViT v2", apart=pools_apart),
     "timm.models.volo.Attention": Record(LastMap, False, False, "VOLO: not outlook attention", dense=True),
     "timm.models.visformer.Attention": Record(FirstMap, False, False, "Visformer", dense=True),
     "timm.models.fastvit.Attention": Record(FlattenedMap, False, False, "FastViT", dense=True),
     "timm.layers.attention2d.MultiQueryAttention2d": Record(
-        SharedKeys, False, False, "MobileNetV4 hybrid", dense=True, unfit=strided
+        SharedKeys, False, False, "MobileNetV4 hybrid", dense=True, apart=strided
     ),
-    "timm.models.pvt_v2.Attention": Record(ReducedKeys, False, False, "PVT v2", dense=True, unfit=reduced),
-    "timm.models.twins.GlobalSubSampleAttn": Record(ReducedKeys, False, False, "Twins", dense=True, unfit=reduced),
+    "timm.models.pvt_v2.Attention": Record(ReducedKeys, False, False, "PVT v2", dense=True, apart=reduced),
+    "timm.models.twins.GlobalSubSampleAttn": Record(ReducedKeys, False, False, "Twins", dense=True, apart=reduced),
     "timm.models.twins.LocallyGroupedAttn": Record(TwinsLocal, False, False, "Twins: windows"),
     "timm.models.nest.Attention": Record(NestAttention, False, False, "Nest"),
     "timm.models.tiny_vit.TinyVitBlock": Record(TinyBlock, True, False, "TinyViT", "attn"),
@@ -164,6 +166,13 @@ def record_of(module: nn.Module) -> Record | None:
         return None
     base = _base(type(module))
     return None if base is None else RECORDS[_path(base)]
+
+
+def name_of_record(module: nn.Module) -> str:
+    """Module and name of the class whose record a module has, which must have one."""
+    base = _base(type(module))
+    assert base is not None
+    return _path(base)
 
 
 def own_ways(module: nn.Module) -> str:
@@ -240,6 +249,12 @@ def check_fit(module: nn.Module, pattern: Pattern, name: str) -> None:
         raise ValueError(
             f"{pattern} has no pairs of tokens to which the position logits of {name} could be added: use a pattern "
             "that has, like na(window=...), or 'dense'"
+        )
+    one_grid = not isinstance(pattern, StaticPattern) or not pattern.two_grids
+    if record.apart is not None and record.apart(module) and one_grid:
+        raise ValueError(
+            f"{pattern} is for queries and keys of one grid, and a module of {name} has its keys on another: use na, "
+            "clear, halo or 'dense', or layers=... that leave such modules out"
         )
     if record.mixin is SamBlock and getattr(module, "window_size", 0) and getattr(holder, "rope", None) is not None:
         raise ValueError(

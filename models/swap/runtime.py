@@ -134,6 +134,12 @@ class Runtime:
         return next(iter(known), self._last)
 
 
+def between(grid: Sequence[int], keys: Sequence[int], prefix: int = 0) -> Layout:
+    """Queries on one map and keys on another, which are of the same image; so many dense tokens before either."""
+    own, others = (Layout((int(side[0]), int(side[1])), prefix=prefix) for side in (grid, keys))
+    return own.with_keys(others)
+
+
 class Swapped:
     """What a swapped module knows.
 
@@ -204,7 +210,12 @@ class Swapped:
         return layout
 
     def on_map(
-        self, refusal: str | None, grid: Sequence[int], heads: tuple[int, int], x: torch.Tensor
+        self,
+        refusal: str | None,
+        grid: Sequence[int],
+        heads: tuple[int, int],
+        x: torch.Tensor,
+        keys: Sequence[int] | None = None,
     ) -> Layout | None:
         """The layout if the pattern is to run where the module's own attention is dense on a map, else None.
 
@@ -215,10 +226,11 @@ class Swapped:
             grid: Rows and columns.
             heads: Their number and width.
             x: What the module got; its batch comes first.
+            keys: Rows and columns of the keys, those of the queries if None.
         """
         if self.keeps_stock(refusal):
             return None
-        layout = Layout((int(grid[0]), int(grid[1])))
+        layout = between(grid, grid if keys is None else keys)
         if self.covered(layout):
             self.count_stock((x.shape[0], heads[0], layout.length, heads[1]), x, layout)
             return None
@@ -359,7 +371,12 @@ class Undone(Swapped):
         return None
 
     def on_map(
-        self, refusal: str | None, grid: Sequence[int], heads: tuple[int, int], x: torch.Tensor
+        self,
+        refusal: str | None,
+        grid: Sequence[int],
+        heads: tuple[int, int],
+        x: torch.Tensor,
+        keys: Sequence[int] | None = None,
     ) -> Layout | None:
         """None: the module's own."""
         return None

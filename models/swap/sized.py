@@ -89,15 +89,20 @@ class OneHead:
 
 
 class SharedKeys:
-    """MobileNetV4's `MultiQueryAttention2d`: maps [B, dim, H, W], one head of keys and values for all queries."""
+    """MobileNetV4's `MultiQueryAttention2d`: maps [B, dim, H, W], one head of keys and values for all queries.
+
+    A stride of its queries, or of its keys and values, makes their map coarser.
+    """
 
     visattn_site: Swapped
 
     def forward(self: Any, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         """As the module's own forward."""
-        grid = x.shape[2:]
+        height, width = x.shape[2:]
+        grid = height // self.query_strides[0], width // self.query_strides[1]
+        keys = -(-height // self.kv_stride), -(-width // self.kv_stride)
         refusal = dropout_refusal(self) if attn_mask is None else "attn_mask is of pairs"
-        layout = self.visattn_site.on_map(refusal, grid, (self.num_heads, self.key_dim), x)
+        layout = self.visattn_site.on_map(refusal, grid, (self.num_heads, self.key_dim), x, keys)
         if layout is None:
             return super().forward(x, attn_mask)  # type: ignore[misc]
         q = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
@@ -106,34 +111,36 @@ class SharedKeys:
         return self.output(joined(y).transpose(1, 2).unflatten(2, grid))
 
 
-def strided(module: Any) -> str:
-    """Why a module of MobileNetV4 cannot be swapped, "" if it can."""
-    return _coarse(module.kv_stride > 1) or _coarse(module.has_query_strides)
-
-
 class ReducedKeys:
-    """The `Attention` of PVT v2 and the `GlobalSubSampleAttn` of Twins: sequences with the size of their map."""
+    """The `Attention` of PVT v2 and the `GlobalSubSampleAttn` of Twins: sequences with the size of their map.
+
+    A convolution makes the map of the keys coarser in all stages but the last; in PVT v2's linear form a pooling does.
+    """
 
     visattn_site: Swapped
 
     def forward(self: Any, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """As the module's own forward."""
         heads = self.num_heads, x.shape[2] // self.num_heads
-        layout = self.visattn_site.on_map(dropout_refusal(self), size, heads, x)
+        layout = self.visattn_site.on_map(dropout_refusal(self), size, heads, x, self._visattn_keys(size))
         if layout is None:
             return super().forward(x, size)  # type: ignore[misc]
         q = self.q(x).unflatten(2, heads).transpose(1, 2)
+        if self.sr is not None:
+            image = x.transpose(1, 2).unflatten(2, tuple(size))
+            pooled = image if getattr(self, "pool", None) is None else self.pool(image)
+            x = self.norm(self.sr(pooled).flatten(2).transpose(1, 2))
+            x = x if getattr(self, "act", None) is None else self.act(x)
         k, v = self.kv(x).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj_drop(self.proj(joined(self.visattn_site.attend(q, k, v, layout, self.scale))))
 
-
-def reduced(module: Any) -> str:
-    """Why a module of PVT v2 or Twins cannot be swapped, "" if it can."""
-    return _coarse(module.sr is not None)
-
-
-def _coarse(differ: bool) -> str:
-    return "its keys are on another grid than its queries" * differ
+    def _visattn_keys(self: Any, size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the keys."""
+        pool = getattr(self, "pool", None)
+        if pool is not None:
+            return pool.output_size, pool.output_size
+        stride = 1 if self.sr is None else self.sr.stride[0]
+        return size[0] // stride, size[1] // stride
 
 
 class LevitAttention:
@@ -168,3 +175,13 @@ def _check(module: Any, x: torch.Tensor, layout: Layout) -> None:
             f"{module.visattn_site.path} was made for a grid of {layout} and got {list(x.shape)}: give the images the "
             "size of the model, or create it with their img_size"
         )
+
+
+def strided(module: Any) -> bool:
+    """Whether a module of MobileNetV4 has queries or keys on a coarser map."""
+    return module.kv_stride > 1 or module.has_query_strides
+
+
+def reduced(module: Any) -> bool:
+    """Whether a module of PVT v2 or Twins has keys on a coarser map."""
+    return module.sr is not None

@@ -37,6 +37,14 @@ def test_compiled_calls_are_one_operator(text):
 
 
 @pytest.mark.parametrize("backend", ["tiles", "sdpa", "reference"])
+def test_a_window_that_covers_the_queries_grid_and_not_the_keys_is_no_dense_attention(backend):
+    layout = Layout((2, 2), key_layout=Layout((4, 4)))
+    q, k, v = qkv(layout)
+    found = attention(q, k, v, "na(window=3)", layout, backend=backend, scale=0.5)
+    assert torch.allclose(found, truth(q, k, v, "na(window=3)", layout, 0.5), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["tiles", "sdpa", "reference"])
 @pytest.mark.parametrize(
     "text", ["na(window=2x3)", "halo(block=2, halo=1, circular=0x1)", "na(window=3, circular=1x0)"]
 )

@@ -1,5 +1,6 @@
 """Every class of the installed timm that attends has a record, is inside of a block that has one, or has a reason."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import visattn
+from scripts.timm_models import PAGE, RESULT, known, names, render
 from visattn.models.swap.records import RECORDS
 from visattn.models.swap.refused import REFUSED
 
@@ -65,6 +67,15 @@ def test_no_answer_is_of_a_class_that_the_installed_release_lacks():
         module, _, kind = name.rpartition(".")
         assert hasattr(__import__(module, fromlist=[kind]), kind), name
     assert not set(REFUSED) & set(RECORDS)
+
+
+def test_the_page_counts_what_the_records_know():
+    result = json.loads(RESULT.read_text())
+    again = "run python -m scripts.timm_models --look"
+    assert result["known"] == known(), again
+    if result["timm"] == timm.__version__:
+        assert sorted(result["models"]) == sorted(names()), again
+    assert PAGE.read_text() == render(PAGE.read_text()), "run python -m scripts.timm_models"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`visattn.apply` on timm's families of several stages, branches and kinds of windows, each a small model."""
 
+import copy
 import math
 
 import pytest
@@ -29,11 +30,19 @@ WINDOWS = {
 PARTLY = {
     "convit": "it mixes its softmax with one of positions, by a gate",
     "gcvit": "its queries are one window's, made of the whole image",
-    **dict.fromkeys(
-        ("hiera", "sam2", "twins", "pvt_v2", "mobilenetv4", "mvitv2", "mvitv2_cls"),
-        "its keys are on another grid than its queries",
-    ),
 }
+
+
+def stock_pattern(family, module):
+    """What a module's own attention is, as a pattern: of the whole map, of windows, or of windows of pooled queries."""
+    side = side_of(family, module)
+    if not side:
+        return "na(window=99)"
+    if type(module).__name__ == "MaskUnitAttention" and module.q_stride > 1:
+        return f"halo(block={side}, halo=0)"
+    if type(module).__name__ == "MultiScaleBlock" and module.q_stride:
+        return f"halo(block={side // module.q_stride[0]}, halo=0)"
+    return f"na(window={side}, stride={side})"
 
 
 def side_of(family, module):
@@ -51,8 +60,7 @@ def swappable(model):
 def test_stock_windows_as_patterns_equal_stock_and_undo_is_exact(family):
     model, x = make(family)
     stock, keys, kinds = model(x), list(model.state_dict()), [type(m) for m in model.modules()]
-    sides = {path: side_of(family, module) for path, module in swappable(model).items()}
-    patterns = {path: f"na(window={n}, stride={n})" if n else "na(window=99)" for path, n in sides.items()}
+    patterns = {path: stock_pattern(family, module) for path, module in swappable(model).items()}
     for backend in ("auto", "reference"):
         with visattn.apply(model, patterns, backend=backend, strict=True) as handle:
             assert (model(x) - stock).abs().max() <= 1e-4 * stock.std()
@@ -128,7 +136,8 @@ def test_window_equals_stock_under_its_mask(family, monkeypatch):
     modules = swappable(model)
     sides = {path: side_of(family, module) for path, module in modules.items()}
     # Where its own windows are the whole map.
-    modules = {p: m for p, m in modules.items() if 2 < max(layouts[p].grid) <= (sides[p] or 99)}
+    shown = {path: max(layouts[path].keys.grid) <= (sides[path] or 99) for path in modules}
+    modules = {path: module for path, module in modules.items() if shown[path] and max(layouts[path].grid) > 2}
     assert modules
     with visattn.apply(model, dict.fromkeys(modules, "na(window=2)"), strict=True):
         found = model(x)
@@ -143,8 +152,7 @@ def test_window_equals_stock_under_its_mask(family, monkeypatch):
 def test_every_parameter_gets_a_gradient_that_equals_stock(family):
     model, x = make(family)
     model, x = model.double(), x[:1].double()
-    sides = {path: side_of(family, module) for path, module in swappable(model).items()}
-    patterns = {path: f"na(window={n}, stride={n})" if n else "na(window=99)" for path, n in sides.items()}
+    patterns = {path: stock_pattern(family, module) for path, module in swappable(model).items()}
     grads = []
     for swapped in (False, True):
         model.zero_grad()
@@ -156,3 +164,116 @@ def test_every_parameter_gets_a_gradient_that_equals_stock(family):
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         assert (grads[1][name] - grad).abs().max() <= 1e-6 * grad.abs().max() + 1e-9, name
+
+
+@torch.no_grad()
+def test_every_stage_follows_images_of_any_size():
+    model, _ = make("caformer")
+    handle = visattn.apply(model, "na(window=2)")
+    for height, width in ((96, 128), (128, 64)):
+        model(torch.randn(1, 3, height, width))
+    grids = [[call.problem.layout.grid for call in site.calls] for site in handle.report().sites]
+    assert [sorted(each) for each in grids] == [[(6, 8), (8, 4)], [(3, 4), (4, 2)]]
+
+
+@pytest.mark.parametrize("family", ["caformer", "mobilevit"])
+def test_recomputed_blocks_have_the_grid_of_their_own_forward(family):
+    model, _ = make(family)
+    # As many tokens in every stage.
+    images = [torch.randn(1, 3, *size) for size in ((64, 128), (128, 64))]
+    visattn.apply(model, "na(window=2)")
+    grads = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        # Every forward comes before the first backward pass.
+        for out in [model(x) for x in images][::-1]:
+            out.square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("family", ["hiera", "caformer"])
+@torch.no_grad()
+def test_copies_compiled_and_exported_models(family):
+    model, x = make(family)
+    handle = visattn.apply(model, "na(window=2)")
+    swapped, copied = model(x), copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), swapped, rtol=1e-3, atol=1e-4)
+    exported = torch.export.export(model, (x,))
+    assert torch.allclose(exported.module()(x), swapped, rtol=1e-3, atol=1e-4)
+    handle.remove()
+    assert not torch.equal(model(x), swapped)
+    assert torch.equal(copied(x), model(x))
+
+
+@pytest.mark.parametrize("family", ["volo", "twins", "nest", "visformer"])
+def test_attention_dropout_in_training_runs_stock_and_is_counted(family):
+    model, x = make(family)
+    modules = list(swappable(model).values())
+    for module in modules:
+        module.attn_drop.p = 0.5
+    with visattn.apply(model.train(), "na(window=2)") as handle:
+        model(x).sum().backward()
+        reasons = handle.report().fallbacks
+    assert reasons["attention dropout 0.5 is on in training"] == len(modules)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_masked_hiera_runs_stock_and_is_counted():
+    model, x = make("hiera")
+    mask = torch.zeros(2, math.prod(model.mask_spatial_shape), dtype=torch.bool)
+    mask[:, :2] = True
+    stock = model.forward_features(x, mask=mask)
+    with visattn.apply(model, "na(window=2)") as handle:
+        assert torch.equal(model.forward_features(x, mask=mask), stock)
+        assert "a mask drops tokens, and the rest is no grid" in handle.report().fallbacks
+
+
+@torch.no_grad()
+def test_batches_of_gemma_that_are_ragged():
+    model, _ = make("gemma4", global_pool="avg")
+    grids = [(6, 6), (3, 6)]
+    batch = {"patches": torch.rand(2, 36, 768), "patch_coord": torch.full((2, 36, 2), -1)}
+    batch["patch_valid"] = torch.zeros(2, 36, dtype=torch.bool)
+    for i, (rows, columns) in enumerate(grids):
+        batch["patch_coord"][i, : rows * columns] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        batch["patch_valid"][i, : rows * columns] = True
+    stock = model(batch)
+    with visattn.apply(model, "na(window=99)", backend="reference"):
+        assert (model(batch) - stock).abs().max() <= 1e-4 * stock.std()
+    with visattn.apply(model, "na(window=2)") as handle:
+        found = model(batch)
+        assert {call.problem.layout.grid for call in handle.report().sites[0].calls} == set(grids)
+    alone = {name: value[1:, :18] for name, value in batch.items()}
+    with visattn.apply(model, "na(window=2)"):
+        assert (model(alone) - found[1:]).abs().max() <= 1e-4 * found.std()
+
+
+@torch.no_grad()
+def test_images_of_a_size_that_a_model_was_not_made_for_are_named():
+    model, _ = make("levit")
+    visattn.apply(model, "na(window=2)")
+    with pytest.raises(ValueError, match=r"was made for a grid of 4x4 and got \[1, 64, 128\]: give the images"):
+        model(torch.randn(1, 3, 128, 128))
+
+
+def test_position_terms_take_patterns_that_can_carry_them():
+    for family in ("tiny_vit", "levit", "swinv2_cr", "gcvit", "efficientvit", "efficientformer"):
+        with pytest.raises(ValueError, match=r"cannot carry the relative position bias"):
+            visattn.apply(make(family)[0], "clear(radius=2)")
+    with pytest.raises(ValueError, match=r"agent\(agents=2\) has no pairs of tokens"):
+        visattn.apply(make("mvitv2")[0], "agent(agents=2)")
+    for family in ("pvt_v2", "twins", "hiera", "sam2", "mobilenetv4"):
+        with pytest.raises(ValueError, match=r"topk\(.* is for queries and keys of one grid, and a module of"):
+            visattn.apply(make(family)[0], "topk(0.5)")
+    model, x = make("mvitv2")
+    with torch.no_grad():
+        found = []
+        for backend in ("auto", "reference"):
+            with visattn.apply(model, "clear(radius=2)", backend=backend):
+                found.append(model(x))
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ import torch
 
 from tests.golden.fill import fill_value
 
+SAM2 = {"stages": (1, 2, 2, 1), "window_spec": (8, 4, 4, 2), "global_att_blocks": (4,)}
 FOUR = {"depths": (1, 1, 1, 1)}
 HEADS = {"embed_dims": (32, 32, 32, 32), "num_heads": (1, 2, 2, 2)}
 MVIT = {"depths": (1, 2, 2, 1), "embed_dim": 16, "num_heads": 1, "stride_kv_adaptive": (2, 2)}
@@ -14,8 +15,8 @@ GEMMA = {"num_heads": 2, "head_dim": 32, "intermediate_size": 64, "position_embe
 # Name or class, its arguments, and the side of the image.
 FAMILIES = {
     "hiera": ("hiera_tiny_224", {"img_size": 64, "embed_dim": 32, "stages": (1, 2, 2, 1)}, 64),
-    "sam2": ("sam2_hiera_tiny", {"embed_dim": 32, "stages": (1, 2, 2, 1), "global_att_blocks": (4,)}, 64),
-    "caformer": ("metaformer.MetaFormer", {**FOUR, "dims": (32, 32, 64, 64)}, 96),
+    "sam2": ("sam2_hiera_tiny", {"embed_dim": 32, **SAM2}, 64),
+    "caformer": ("metaformer.MetaFormer", {**FOUR, "dims": (16, 32, 64, 96)}, 96),
     "pit": ("pit_ti_distilled_224", {"img_size": 64, "depth": (1, 1, 1)}, 64),
     "crossvit": ("crossvit_15_240", {"img_scale": (1.0, 1.0), "img_size": 48, "depth": ((1, 2, 0), (1, 1, 0))}, 48),
     "mobilevit": ("mobilevit_xxs", {}, 96),
@@ -39,6 +40,7 @@ FAMILIES = {
     "iformer": ("iformer_t", {}, 96),
     "convit": ("convit_tiny", {"img_size": 64, "depth": 3, "local_up_to_layer": 1, "embed_dim": 8, "num_heads": 2}, 64),
     "csatv2": ("csatv2", {"dims": (8, 16, 32, 64), "depths": (1, 1, 2, 2), "transformer_depths": (0, 0, 1, 1)}, 256),
+    "pvt_v2_linear": ("pvt_v2_b2_li", {**FOUR, **HEADS}, 64),
     "tiny_vit": ("tiny_vit.TinyVit", {**FOUR, "window_sizes": (4, 4, 4, 4), **HEADS}, 128),
     "gcvit": ("gcvit.GlobalContextVit", {"img_size": 64, "window_size": (4, 4, 4, 2), "depths": (2, 1, 1, 1)}, 64),
     "swinv2_cr": ("swinv2_cr_tiny_224", {"img_size": 64, "window_size": 4, "embed_dim": 48, **FOUR}, 64),
