@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ class Training(FlowTraining):
     """One run of the animoji model."""
 
     config: Config
+
+    def __init__(self, config: Config, pack: Pack, resume: Path | None = None) -> None:
+        super().__init__(config, pack, resume)
+        fuse_norms(self.model.transformer)
 
     def draw(self, stage: int, seed: int) -> Batch:
         """See `FlowTraining.draw`."""
@@ -89,6 +94,21 @@ class Training(FlowTraining):
                 )
             rows += [torch.cat([*clip.float().cpu()], dim=-1) for clip in made.frames]
         return sheet_of(rows)
+
+
+def fuse_norms(transformer: torch.nn.Module) -> None:
+    """Lets the norms of queries and keys run as one kernel each under autocast.
+
+    Their weights are float32 and what they get is bfloat16, for which torch has no fused kernel: it is widened.
+    """
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.RMSNorm):
+            module.forward = partial(_norm, module)
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    wide = torch.nn.functional.rms_norm(x.float(), module.normalized_shape, module.weight, module.eps)
+    return wide.to(x.dtype)
 
 
 def sample_prompts(pack: Pack) -> list[str]:
