@@ -188,3 +188,16 @@ def test_a_run_writes_everything_and_exports_a_pipeline_that_loads(pack, tmp_pat
 def test_bad_options_are_named(options, message):
     with pytest.raises(SystemExit, match=message):
         main(options)
+
+
+def test_a_sheet_of_samples_becomes_an_animation(tmp_path):
+    colors = np.random.default_rng(0).integers(0, 256, (16, FRAMES, 3), np.uint8)
+    PIL.Image.fromarray(colors.repeat(SIDE, 0).repeat(SIDE, 1)).save(tmp_path / "samples.png")
+    main(["--out", str(tmp_path), "--animate-only"])
+    with PIL.Image.open(tmp_path / "samples.webp") as made:
+        assert (made.n_frames, made.size) == (FRAMES, (16 * SIDE, 4 * SIDE))
+        made.seek(5)
+        found = np.asarray(made.convert("RGB"))[SIDE :: 2 * SIDE, SIDE :: 2 * SIDE].reshape(16, 3)
+    assert np.abs(found.astype(int) - colors[:, 5]).max() < 24
+    with pytest.raises(SystemExit, match="does not exist: it is written at the end"):
+        main(["--out", str(tmp_path / "none"), "--animate-only"])
