@@ -26,6 +26,7 @@ PAGES = tuple(
     for page in (
         "README.md",
         "docs/emoji.md",
+        "docs/animoji.md",
         "docs/timm.md",
         "docs/distillation.md",
         "docs/generate.md",

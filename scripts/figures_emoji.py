@@ -1,4 +1,4 @@
-"""Tables of what patterns cost the emoji model, and of what its students win back; of the results that are there."""
+"""Tables of what patterns cost the emoji models, and of what students win back; of the results that are there."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from scripts.results import RESULTS, likeness, result, seconds, table, under_loa
 
 DENSE, SHIPPED = "dense", "shipped"
 KINDS = ("seen", "unseen")
+# Distances of clips to real ones, where they are measured.
+NEAR = {"frechet": "Frechet: frames", "frechet_motion": "Frechet: motion"}
 # Tables by name, and the result that each is made of.
 SOURCES = {
     "emoji": "generate-emoji",
     "emoji-quality": "emoji-quality",
     "emoji-students": "emoji-quality",
     "emoji-quality-512": "emoji-quality-512",
+    "animoji-quality": "animoji-quality",
 }
 
 
@@ -24,6 +27,7 @@ def emoji_tables() -> dict[str, Callable[[], str]]:
     """The tables whose results have been measured; the students' needs students."""
     makers = {"emoji": pictures_table, "emoji-quality": quality_table, "emoji-students": students_table}
     makers["emoji-quality-512"] = partial(quality_table, "emoji-quality-512")
+    makers["animoji-quality"] = clips_table
     known = {name: make for name, make in makers.items() if (RESULTS / f"{SOURCES[name]}.json").is_file()}
     if "emoji-students" in known and not _students(result("emoji-quality")):
         del known["emoji-students"]
@@ -71,6 +75,32 @@ def quality_table(name: str = "emoji-quality") -> str:
         "to dense",
     ]
     return table(head, rows) + _failures(found)
+
+
+def clips_table() -> str:
+    """Every pattern on clips with the model's own weights, and real clips as the judge names them."""
+    found = result("animoji-quality")
+    rows = [["real clips", "", "", "", *_of_clips(found["real"]), ""]]
+    for row in _measured(found, SHIPPED):
+        density = "" if row["density"] is None else f"{row['density']:.1%}"
+        times = [_milliseconds(row["attention_seconds"]), _milliseconds(row["seconds"])]
+        rows.append([f"`{row['pattern']}`", density, *times, *_of_clips(row), _likeness(row)])
+    head = ["attention", "density", "attention per clip", "clip", "seen: top 1", "unseen: top 1"]
+    head += [
+        *(title for name, title in NEAR.items() if name in found["real"]["seen"]),
+        "movement",
+        "flicker",
+        "to dense",
+    ]
+    return table(head, rows) + _failures(found)
+
+
+def _of_clips(row: dict[str, Any]) -> list[str]:
+    """What the judge says, and how much values change and flicker from frame to frame, in 255ths."""
+    found = [_top(row[kind]) for kind in KINDS]
+    near = [name for name in NEAR if name in row["seen"]]
+    found += [", ".join(f"{row[kind][name]:.3f}" for kind in KINDS) for name in near]
+    return found + [", ".join(f"{row[kind][name] * 255:.1f}" for kind in KINDS) for name in ("movement", "flicker")]
 
 
 def students_table() -> str:

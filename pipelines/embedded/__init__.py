@@ -83,7 +83,16 @@ _EMOJI = EmbeddedModel(
     summary="emoji from prompts, 256x256 px, 4096 tokens and 32 of text, 11-block pixel FLUX transformer",
 )
 
-EMBEDDED = MappingProxyType({model.name: model for model in (_DIGITS, _MOVING_DIGITS, _EMOJI)})
+_ANIMOJI = EmbeddedModel(
+    name="animoji",
+    kind="video",
+    pipeline=f"{_HERE}.pixel_wan_text:PixelWanTextPipeline",
+    size=(16, 64, 64),
+    grid=(16, 16, 16),
+    summary="moving emoji from prompts, 16 frames of 64x64 px, 4096 tokens, 7-block pixel Wan transformer",
+)
+
+EMBEDDED = MappingProxyType({model.name: model for model in (_DIGITS, _MOVING_DIGITS, _EMOJI, _ANIMOJI)})
 
 
 def embedded_models() -> tuple[str, ...]:

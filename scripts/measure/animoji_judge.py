@@ -11,7 +11,6 @@ from scripts.measure.emoji_encoder_model import DualEncoder
 from scripts.measure.emoji_judge import AXES, Judge, shares
 from scripts.measure.emoji_prompts import choose
 from scripts.measure.estimates import frechet, main_axes
-from scripts.train.animoji_captions import MOVING
 from scripts.train.emoji_captions import TRAIN
 from scripts.train.emoji_data import Pack
 from visattn.pipelines.report.lpips import find_lpips
@@ -24,7 +23,8 @@ FOR_REFERENCE = 400  # real clips that others are compared with
 class ClipJudge(Judge):
     """A judge of clips [N, T, 3, H, W].
 
-    Its axes, and its reference, are those of the frames of real clips of the training split other than the measured.
+    Its axes, and its reference, are those of the frames of real clips of the training split other than the measured, of
+    emoji without a skin tone, as the measured ones are.
 
     Attributes:
         motion_axes: [WIDTH, AXES], in which pictures of the differences between real frames vary most.
@@ -39,7 +39,10 @@ class ClipJudge(Judge):
         """The judge of some captions of each kind."""
         chosen = choose(pack, captions)
         measured = {i for some in chosen.values() for i in some}
-        others = [i for i in pack.of(TRAIN).tolist() if i not in measured and pack.pictures[i].style == MOVING]
+        # As they come, moving or not: as many of the measured ones stand still.
+        others = [
+            i for i in pack.of(TRAIN).tolist() if i not in measured and pack.pictures[i].code == pack.pictures[i].base
+        ]
         clips = _real(pack, others[:: max(1, len(others) // FOR_REFERENCE)])
         if len(clips) < 2:
             raise ValueError(f"{captions} captions leave {len(clips)} real clips to compare with: pass fewer")

@@ -4,6 +4,7 @@
     python -m scripts.train.animoji --out out/animoji --seconds 520 --device cuda
     python -m scripts.train.animoji --out out/animoji-2 --resume out/animoji --seconds 520 --device cuda
     python -m scripts.train.animoji --out out/animoji-2 --export-only   # writes out/animoji-2/animoji
+    python -m scripts.train.animoji --out out/animoji-2 --animate-only  # samples.png as an animation, samples.webp
 
 `--budget` is the training time of all commands together, which the schedule follows; `--seconds` is the time of this
 command from its start. The text encoder is the emoji model's, as it ships, and is not trained. `--out` gets what
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,15 @@ import torch
 
 from scripts.train import flow_loop
 from scripts.train.animoji_captions import MOVING
-from scripts.train.animoji_data import load_pack, load_tokenizer
-from scripts.train.animoji_model import build_pipeline, export
+from scripts.train.animoji_data import SIDE, load_pack, load_tokenizer
+from scripts.train.animoji_model import FPS, build_pipeline, export
 from scripts.train.animoji_training import Config, draw, loss_of
 from scripts.train.emoji_captions import NEW_EMOJI, TRAIN
 from scripts.train.emoji_data import Pack
 from scripts.train.flow import EVEN, Batch
 from scripts.train.flow_loop import FlowTraining, add_options, autocast, averaged, settings, sheet_of
+from visattn.canvas import column, row
+from visattn.pipelines.report.video_files import write_webp
 
 EXPORT = "animoji"
 SAMPLES = {TRAIN: 8, NEW_EMOJI: 8}
@@ -50,6 +54,10 @@ class Training(FlowTraining):
     """One run of the animoji model."""
 
     config: Config
+
+    def __init__(self, config: Config, pack: Pack, resume: Path | None = None) -> None:
+        super().__init__(config, pack, resume)
+        fuse_norms(self.model.transformer)
 
     def draw(self, stage: int, seed: int) -> Batch:
         """See `FlowTraining.draw`."""
@@ -91,6 +99,40 @@ class Training(FlowTraining):
         return sheet_of(rows)
 
 
+def animate(sheet: Path, out: Path) -> None:
+    """Writes the clips of a sheet of samples beside each other, EACH in a row, as an animated WebP of twice their side.
+
+    Raises:
+        ValueError: If there is no such sheet.
+    """
+    if not sheet.is_file():
+        raise ValueError(f"{sheet} does not exist: it is written at the end of a training")
+    whole = PIL.Image.open(sheet).convert("RGB")
+    corners = [(x, y) for x in range(0, whole.width, SIDE) for y in range(0, whole.height, SIDE)]
+    cells = [whole.crop((x, y, x + SIDE, y + SIDE)) for x, y in corners]
+    clips = whole.height // SIDE
+    frames = []
+    for pictures in (cells[i : i + clips] for i in range(0, len(cells), clips)):
+        some = column([row(pictures[i : i + EACH], gap=0) for i in range(0, len(pictures), EACH)], gap=0)
+        frames.append(some.resize((2 * some.width, 2 * some.height), PIL.Image.Resampling.LANCZOS))
+    write_webp(out, frames, FPS)
+
+
+def fuse_norms(transformer: torch.nn.Module) -> None:
+    """Lets the norms of queries and keys run as one kernel each under autocast.
+
+    Their weights are float32 and what they get is bfloat16, for which torch has no fused kernel: it is widened.
+    """
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.RMSNorm):
+            module.forward = partial(_norm, module)
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    wide = torch.nn.functional.rms_norm(x.float(), module.normalized_shape, module.weight, module.eps)
+    return wide.to(x.dtype)
+
+
 def sample_prompts(pack: Pack) -> list[str]:
     """Prompts of the sample sheet, evenly over the clips of each split that move; the same for every run."""
     found = []
@@ -106,6 +148,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Config, Path("out/animoji-data"), Path("out/animoji"))
+    parser.add_argument("--animate-only", action="store_true", help="make samples.webp of samples.png in --out")
     return parser.parse_args(arguments)
 
 
@@ -128,7 +171,9 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     options = parse_arguments(arguments)
     try:
-        if options.export_only:
+        if options.animate_only:
+            animate(options.out / "samples.png", options.out / "samples.webp")
+        elif options.export_only:
             size = export(averaged(options.out, Config), load_tokenizer(), options.out / EXPORT)
             print(f"{size / 1e6:.2f} MB exported to {options.out / EXPORT}")
         else:

@@ -105,3 +105,18 @@ def test_plain_diffusers_loads_its_folder(pipeline, tmp_path):
     again.set_progress_bar_config(disable=True)
     assert type(again) is type(pipeline)
     torch.testing.assert_close(make(again, "rocket"), make(pipeline, "rocket"))
+
+
+def test_the_shipped_weights_read_their_prompts():
+    from visattn.pipelines.embedded import EMBEDDED, load_embedded
+
+    model, pipeline = EMBEDDED["animoji"], load_embedded("animoji")
+    pipeline.set_progress_bar_config(disable=True)
+    assert model.size == (pipeline.config.num_frames, pipeline.config.sample_size, pipeline.config.sample_size)
+    assert model.grid == (16, model.size[1] // pipeline.patch_size, model.size[2] // pipeline.patch_size)
+    prompts = ["beating heart, 3d", "frog, 3d"]
+    heart, frog = make(pipeline, prompts, num_frames=2, height=64, width=64, num_inference_steps=6)
+    for clip, channel in ((heart, 0), (frog, 1)):
+        middle = clip[:, :, 24:40, 24:40].mean((0, 2, 3))
+        assert middle.argmax() == channel and middle[channel] > middle.min() + 0.2
+        assert clip[:, :, :2, :2].mean() > 0.9

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from scripts.train import emoji_captions
-from scripts.train.animoji import Training, main, sample_prompts
+from scripts.train.animoji import Training, fuse_norms, main, sample_prompts
 from scripts.train.animoji_captions import MOVING, STILL, caption, captions, motions, split_of
 from scripts.train.animoji_data import SIDE, decode_clip, encode_clip, load_pack
 from scripts.train.animoji_sources import FRAMES, frames_of, picked
@@ -124,12 +124,27 @@ def test_the_text_encoder_is_not_trained_and_every_matrix_of_the_blocks_gets_muo
     assert inner == {id(p) for p in matrices}
 
 
+def test_fused_norms_are_the_norms():
+    config = Config(**TINY, **SHAPE)
+    one, other = (config.model().transformer for _ in range(2))
+    fuse_norms(other)
+    torch.manual_seed(0)
+    for model in (one, other):
+        torch.nn.init.ones_(model.proj_out.weight)
+    clip, text = torch.randn(1, 3, 2, 16, 16), torch.randn(1, 5, 192)
+    made = [model(clip, torch.tensor([500.0]), text, return_dict=False)[0] for model in (one, other)]
+    torch.testing.assert_close(*made)
+    low = torch.randn(4, 64).bfloat16()
+    norm = next(module for module in other.modules() if isinstance(module, torch.nn.RMSNorm))
+    assert norm(low).dtype == torch.bfloat16
+
+
 def test_the_loss_falls_and_a_resumed_run_is_the_run_that_restarted_there(pack, tmp_path):
-    config = Config(**TINY | {"steps": 24, "tokens": 16 * 64, "lr": 1e-2}, **SHAPE)
+    config = Config(**TINY | {"steps": 10, "tokens": 16 * 64, "lr": 1e-2}, **SHAPE)
     whole = Training(config, pack)
     encoder = {name: value.clone() for name, value in whole.model.text_encoder.state_dict().items()}
     before = whole.losses()[TRAIN]
-    for _ in range(20):
+    for _ in range(8):
         whole.step()
     whole.average.load_state_dict(whole.model.state_dict())
     assert whole.losses()[TRAIN] < 0.8 * before
@@ -173,3 +188,16 @@ def test_a_run_writes_everything_and_exports_a_pipeline_that_loads(pack, tmp_pat
 def test_bad_options_are_named(options, message):
     with pytest.raises(SystemExit, match=message):
         main(options)
+
+
+def test_a_sheet_of_samples_becomes_an_animation(tmp_path):
+    colors = np.random.default_rng(0).integers(0, 256, (16, FRAMES, 3), np.uint8)
+    PIL.Image.fromarray(colors.repeat(SIDE, 0).repeat(SIDE, 1)).save(tmp_path / "samples.png")
+    main(["--out", str(tmp_path), "--animate-only"])
+    with PIL.Image.open(tmp_path / "samples.webp") as made:
+        assert (made.n_frames, made.size) == (FRAMES, (16 * SIDE, 4 * SIDE))
+        made.seek(5)
+        found = np.asarray(made.convert("RGB"))[SIDE :: 2 * SIDE, SIDE :: 2 * SIDE].reshape(16, 3)
+    assert np.abs(found.astype(int) - colors[:, 5]).max() < 24
+    with pytest.raises(SystemExit, match="does not exist: it is written at the end"):
+        main(["--out", str(tmp_path / "none"), "--animate-only"])

@@ -80,3 +80,21 @@ def test_pictures_and_their_twins(measured, tmp_path):
     assert lines[3] == sparse
     assert lines[-1] == "On a CPU, 2 threads, float32, seed 0."
     assert "emoji" in emoji_tables()
+
+
+def test_patterns_on_clips(measured, tmp_path):
+    motion = {"frechet_motion": 0.25, "movement": 2 / 255, "flicker": 1 / 255}
+
+    def clips(found):
+        return found | {name: found[name] | motion for name in ("seen", "unseen")}
+
+    rows = {0: clips(row("dense", "shipped", 0.8, 0.02)), 1: {"pattern": "x", "weights": "shipped", "error": "no"}}
+    real = clips({"seen": kind(0.9, 0.01), "unseen": kind(0.89, 0.01)})
+    (tmp_path / "animoji-quality.json").write_text(json.dumps({"real": real, "rows": rows}))
+    lines = emoji_tables()["animoji-quality"]().splitlines()
+    tops = "80% (70% to 90%) | 70% (60% to 80%)"
+    assert lines[3] == (
+        f"| `dense` | 7.7% | 62 ms | 500 ms | {tops} | 0.020, 0.020 | 0.250, 0.250 | 2.0, 2.0 | 1.0, 1.0 |  |"
+    )
+    assert lines[2].count("0.250, 0.250") == 1
+    assert lines[-1] == "`x` did not run: no."

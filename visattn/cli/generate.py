@@ -92,7 +92,7 @@ def video(
     pattern: PatternOption,
     out: OutOption,
     model: Annotated[
-        str, typer.Option(help="moving-digits (embedded), a folder in diffusers' format, or a hub id.")
+        str, typer.Option(help="animoji or moving-digits (embedded), a folder in diffusers' format, or a hub id.")
     ] = "moving-digits",
     prompt: PromptOption = None,
     label: LabelOption = None,
