@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# The release whose classes these lists are of.
+RELEASE = "0.42.1"
+
 _AUDIO = "its tokens are those of sound, along one axis"
 _WIDER_KEYS = "its image tokens attend to themselves and to text or cached keys in one call, keys that have no queries"
 
