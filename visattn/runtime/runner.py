@@ -254,7 +254,7 @@ class Runner:
         if call.q.shape[1] < call.k.shape[1]:
             if len(layouts) > 1:
                 return Fit(why="its samples, whose tokens sit in different places, have keys beyond their queries")
-            rows = query_rows(call.q.shape[1], layouts[0])
+            rows = query_rows(call.q.shape[1], next(iter(layouts)))
             if isinstance(rows, str):
                 return Fit(why=rows)
         keys = key_validity(call.mask, call.q, self.run.mask_row, call.k.shape[1])
