@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from visattn.pipelines.families.base import REST, Args, Family, Sample, Seen, patches
+from visattn.pipelines.families.base import Args, Family, Seen, patches
+from visattn.runtime.where import REST, Sample
 
 
 def _joy(config: Any, args: Args) -> Seen:
