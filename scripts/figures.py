@@ -19,6 +19,7 @@ from pathlib import Path
 
 from scripts.figures_emoji import emoji_tables
 from scripts.figures_gpu import gpu_calls_table, gpu_peers_table, gpu_real_table, gpu_stack_table, gpu_table
+from scripts.figures_models import model_tables
 from scripts.results import RESULTS, ROOT, likeness, result, seconds, table, under_load
 
 PAGES = tuple(
@@ -31,6 +32,7 @@ PAGES = tuple(
         "docs/distillation.md",
         "docs/generate.md",
         "docs/performance.md",
+        "docs/diffusers.md",
     )
 )
 
@@ -283,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "longer-video-cpu": partial(longer_video_table, "extend-video-32-cpu"),
     "students": students_table,
     **emoji_tables(),
+    **model_tables(),
 }
 
 

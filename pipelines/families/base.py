@@ -50,9 +50,11 @@ class Family:
         seen: Finds the tokens from the model's config and the arguments of its forward.
         read: Completes that from the config and the values of `Seen.ids`.
         anchor: Argument of the forward that carries the latents.
-        levels: Whether the grid is halved (rounding up) from level to level, as in a UNet.
+        levels: How an odd grid is halved from level to level, as in a UNet, "ceil" or "floor"; "" if it is not.
         mask_row: Row of a full mask [B, 1, S, S] that tells which keys are valid; None if such masks do not
             come from key validity.
+        wider: Whether calls may have keys beyond their queries, which every query sees: keys are then the sequence
+            that `seen` describes, and queries its grid or its end.
         nothing: Why there is nothing to patch, for families without quadratic visual self-attention.
         tokens: How its tokens are ordered, in words.
     """
@@ -64,8 +66,9 @@ class Family:
     seen: Callable[[Any, Args], Seen]
     read: Callable[[Any, torch.Tensor, Seen], Seen] | None = None
     anchor: str = "hidden_states"
-    levels: bool = False
+    levels: str = ""
     mask_row: int | None = None
+    wider: bool = False
     nothing: str = ""
     tokens: str = "grid"
 
@@ -95,7 +98,7 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 def patches(config: Any, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Tokens per axis after patchifying latents of these sizes: (H, W) or (F, H, W), rounded down."""
-    size = getattr(config, "patch_size", 1)
+    size = getattr(config, "patch_size", None) or 1
     each = tuple(size) if isinstance(size, tuple | list) else (size,) * len(sizes)
     if len(sizes) == 3 and len(each) == 3 and not isinstance(size, tuple | list):
         each = (getattr(config, "patch_size_t", None) or 1, size, size)

@@ -22,6 +22,12 @@ def _text_then_latents(config: Any, args: Args) -> Seen:
     return Seen(grid, args["encoder_hidden_states"].shape[1])
 
 
+def _glm(config: Any, args: Args) -> Seen:
+    """While it edits, keys of the reference images, which are cached, come before those of text and image."""
+    cache, seen = args.get("kv_caches"), _text_then_latents(config, args)
+    return seen if cache is None or cache[0].mode != "read" else seen._replace(prefix=REST)
+
+
 def _auraflow(config: Any, args: Args) -> Seen:
     seen = _text_then_latents(config, args)
     return seen._replace(prefix=seen.prefix + REGISTERS)
@@ -91,8 +97,9 @@ GLM_IMAGE = Family(
     classes=("GlmImageTransformer2DModel",),
     dims=2,
     sites=("transformer_blocks.*.attn1",),
-    seen=_text_then_latents,
+    seen=_glm,
     mask_row=-1,
+    wider=True,
     tokens="text, grid",
 )
 

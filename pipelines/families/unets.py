@@ -19,7 +19,7 @@ UNET = Family(
     sites=("down_blocks.*.attn1", "mid_block.*.attn1", "up_blocks.*.attn1"),
     seen=_sample,
     anchor="sample",
-    levels=True,
+    levels="ceil",
     tokens="grid, halved from level to level",
 )
 
@@ -39,8 +39,35 @@ VIDEO_UNET = Family(
     ),
     seen=_sample,
     anchor="sample",
-    levels=True,
+    levels="ceil",
     tokens="grid of each frame, halved from level to level",
+)
+
+UNCONDITIONAL = Family(
+    name="unconditional UNet (DDPM, DDIM)",
+    classes=("UNet2DModel",),
+    dims=2,
+    sites=("down_blocks.*.attentions.*", "mid_block.attentions.*", "up_blocks.*.attentions.*"),
+    seen=_sample,
+    anchor="sample",
+    levels="ceil",
+    tokens="grid, halved from level to level",
+)
+
+AUDIOLDM2 = Family(
+    name="AudioLDM 2",
+    classes=("AudioLDM2UNet2DConditionModel",),
+    dims=2,
+    # Of the transformers of a layer, those without a text attend to themselves twice.
+    sites=tuple(
+        f"{block}.attentions.*.transformer_blocks.*.attn{i}"
+        for block in ("down_blocks.*", "mid_block", "up_blocks.*")
+        for i in (1, 2)
+    ),
+    seen=_sample,
+    anchor="sample",
+    levels="ceil",
+    tokens="grid of time and frequency, halved from level to level",
 )
 
 CONTROLNET_XS = Family(
@@ -52,4 +79,4 @@ CONTROLNET_XS = Family(
     nothing="its layers run inside of UNetControlNetXSModel, which is patched as a whole",
 )
 
-FAMILIES = (UNET, VIDEO_UNET, CONTROLNET_XS)
+FAMILIES = (UNET, VIDEO_UNET, UNCONDITIONAL, AUDIOLDM2, CONTROLNET_XS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# The release whose classes these lists are of.
+RELEASE = "0.42.1"
+
 _AUDIO = "its tokens are those of sound, along one axis"
 _WIDER_KEYS = "its image tokens attend to themselves and to text or cached keys in one call, keys that have no queries"
 
@@ -27,23 +30,13 @@ NOT_SPARSE = {
 # Classes that could have a record.
 NOT_YET = {
     "AnyFlowFARTransformer3DModel": _WIDER_KEYS,
-    "AudioLDM2UNet2DConditionModel": "its record is not written (grid of time and frequency, halved)",
     "BriaFibo2Transformer2DModel": "the order of its tokens depends on the texts of the batch",
     "Cosmos3OmniTransformer": _WIDER_KEYS,
-    "JoyImageEditPlusTransformer3DModel": "its record is not written (target, references, padding, text)",
-    "JoyImageEditTransformer3DModel": "its record is not written (grid of several images, text)",
     "Kandinsky3UNet": "its record is not written (grid, halved and rounded down)",
-    "LuminaNextDiT2DModel": "its mask has an axis of heads, which no record reads",
-    "NucleusMoEImageTransformer2DModel": _WIDER_KEYS,
     "OmniGenTransformer2DModel": "its text is causal and its image is not, in one call with a full mask",
-    "PRXTransformer2DModel": _WIDER_KEYS,
     "QwenImage21Transformer2DModel": _WIDER_KEYS,
     "SanaWMLTX2RefinerTransformer3DModel": _WIDER_KEYS,
     "SanaWMTransformer3DModel": "its quadratic attention, in one of four layers, has no processor to replace",
-    "StableCascadeUNet": _WIDER_KEYS,
-    "Transformer2DModel": "its record is not written (grid)",
-    "UNet2DModel": "its record is not written (grid, halved)",
-    "UVit2DModel": "its record is not written (grid)",
     "WanAnimate2Transformer3DModel": _WIDER_KEYS,
 }
 

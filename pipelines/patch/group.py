@@ -73,7 +73,14 @@ class Group(Runner):
         why = fit.why
         if fit.layouts:
             heads = math.gcd(call.q.shape[2], call.k.shape[2])
-            why = parallel.SPLIT_MASK if call.mask is not None else parallel.uneven(fit.layouts, heads, devices)
+            wider = call.k.shape[1] > call.q.shape[1]
+            why = (
+                parallel.MORE_KEYS
+                if wider
+                else parallel.SPLIT_MASK
+                if call.mask is not None
+                else parallel.uneven(fit.layouts, heads, devices)
+            )
         if not fit.layouts or why:
             return self.leave(call, site, why)
         layout, config = fit.layouts[0], call.parallel

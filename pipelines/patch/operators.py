@@ -94,11 +94,11 @@ def _again(
         leaves = [gradient_leaf(t, graph) for t in (q, k, v, *parameters)]
         call = AttentionCall(leaves[0], leaves[1], leaves[2], mask, scale, grouped)
         if made.layouts:
-            keys = key_validity(mask, q, made.mask_row)
+            keys = key_validity(mask, q, made.mask_row, k.shape[1])
             assert not isinstance(keys, str), keys
             given = {n: t.to(q.device) for n, t in zip(made.names, leaves[3:], strict=True)}
             with placed(Place(None)):
-                out = Sequences.of(call, keys).attend(made.pattern, made.layouts, made.backend, given)
+                out = Sequences.of(call, keys, made.layouts[0]).attend(made.pattern, made.layouts, made.backend, given)
         else:
             out = made.stock(call)
         # The stock attention uses no parameters.

@@ -12,6 +12,7 @@ import torch
 
 from visattn.layout import Layout
 
+MORE_KEYS = "it has keys beyond its queries"
 SPLIT_MASK = "its mask is split over devices"
 
 

@@ -40,7 +40,7 @@ class DiffusersRun(Run):
         steps: Sequence[Callable[[], Step]],
         always: bool = False,
     ) -> None:
-        super().__init__(name, schedule, strict, steps, family.mask_row, always)
+        super().__init__(name, schedule, strict, steps, family.mask_row, always, family.wider)
         self.family, self.config, self.layout = family, config, layout
         self.check_sites: Callable[[], None] = lambda: None
         self.token: Callable[[], Hashable] = lambda: None

@@ -100,7 +100,7 @@ def _target(name: str, model: torch.nn.Module, request: Request) -> Target:
 def _family(model: torch.nn.Module, request: Request) -> Family:
     family = find_family(model)
     if family is None and request.layout is not None:
-        return Family(type(model).__name__, (), request.layout.dims, ("*",), lambda config, args: Seen())
+        return Family(type(model).__name__, (), request.layout.dims, ("*",), lambda config, args: Seen(), wider=True)
     if family is None:
         why = why_unknown(model)
         raise ValueError(
@@ -113,7 +113,7 @@ def _family(model: torch.nn.Module, request: Request) -> Family:
 
 
 def _check_merging(pattern: Pattern, model: torch.nn.Module, family: Family, request: Request) -> None:
-    if not family.levels or request.layout is not None:
+    if not family.levels or request.layout is not None or not all(path.endswith("attn1") for path in family.sites):
         raise ValueError(
             f"{pattern} merges tokens of a UNet (Stable Diffusion 1.5, 2.1, XL) before they are projected, and "
             f"{type(model).__name__} {'was given a layout' if family.levels else 'is none'}: use agent(agents=...) here"

@@ -1,5 +1,7 @@
 """Every model family: dense is stock to the bit, sparse reaches every module, undo restores by identity."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import diffusers
 
 import visattn
 import visattn.pipelines.families
-from tests.support import tiny_clips, tiny_control, tiny_models, tiny_text_images, tiny_unets
+from tests.support import tiny_clips, tiny_control, tiny_edits, tiny_models, tiny_text_images, tiny_unets
 
 
 @pytest.fixture(params=tiny_models.FAMILIES)
@@ -128,6 +130,20 @@ KINDS = {
         {82: ((3, 6, 4), 0, 10), 144: ((3, 6, 4), 0, 72)},
     ),
     "text, keyframe and sound before video": (tiny_clips.minimax_h3, {109: ((3, 6, 4), 37, 0)}),
+    "target before references and text": (tiny_edits.joy_image, {149: ((6, 8), 0, 101)}),
+    "target before padded references and text": (tiny_edits.joy_image_plus, {65: ((6, 8), 0, 17)}),
+    "mask with heads": (tiny_edits.lumina_next, {48: ((6, 8), 0, 0)}),
+    "blocks alone": (tiny_edits.transformer2d, {48: ((6, 8), 0, 0)}),
+    "codes": (tiny_edits.vq_diffusion, {49: ((7, 7), 0, 0)}),
+    "halved codes": (tiny_edits.amused, {48: ((6, 8), 0, 0)}),
+    "UNet without text": (
+        tiny_unets.unconditional,
+        {240: ((12, 20), 0, 0), 60: ((6, 10), 0, 0), 15: ((3, 5), 0, 0)},
+    ),
+    "time and frequency": (tiny_unets.audioldm2, {120: ((12, 10), 0, 0), 30: ((6, 5), 0, 0)}),
+    "keys of text before those of the image": (tiny_edits.prx, {53: ((6, 8), 5, 0)}),
+    "keys of text after those of the image": (tiny_edits.nucleus, {53: ((6, 8), 0, 5)}),
+    "keys of CLIP at two levels": (tiny_edits.stable_cascade, {152: ((13, 11), 0, 9), 39: ((6, 5), 0, 9)}),
     "control of a UNet": (tiny_control.controlnet, {120: ((12, 10), 0, 0), 30: ((6, 5), 0, 0)}),
     "control with a mode": (tiny_control.flux_control_union, {54: ((6, 8), 6, 0)}),
     "control before text": (tiny_control.sd3_control, {53: ((6, 8), 0, 5), 48: ((6, 8), 0, 0)}),
@@ -147,11 +163,14 @@ def test_sparse_equals_masked_sdpa(kind, monkeypatch):
     real, masked = torch.nn.functional.scaled_dot_product_attention, []
 
     def with_mask(query, key, value, attn_mask=None, *args, **options):
-        length = query.shape[2]
-        if length == key.shape[2] and length in layouts:
+        length = key.shape[2]
+        grid, prefix, suffix = layouts.get(length, ((), 0, 0))
+        if query.shape[2] in (length, math.prod(grid)) and grid:
             masked.append(length)
-            grid, prefix, suffix = layouts[length]
             ours = window_mask(grid, (3,) * dims, prefix, suffix)
+            if query.shape[2] < length:
+                # The further keys have no queries.
+                ours = ours[prefix : length - suffix]
             attn_mask = ours if attn_mask is None else ours & attn_mask.bool()
         return real(query, key, value, attn_mask, *args, **options)
 
@@ -218,25 +237,64 @@ def test_packed_samples_that_do_not_end_with_images_of_one_size_are_dense():
         assert not seen.grid and seen.why, change
 
 
-def test_cached_keys_of_glm_image_keep_the_call_stock():
+def test_cached_keys_of_glm_image_are_seen_by_every_query(monkeypatch):
     """Editing: the reference image's keys stand before those of text and grid, and have no queries."""
     caches = pytest.importorskip("diffusers.models.transformers.transformer_glm_image")
-
-    def edit(model, inputs):
-        cache = caches.GlmImageKVCache(2)
-        cache.set_mode("write")
-        reference = {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :0], "kv_caches": cache}
-        tiny_models.run(model, inputs, **reference)
-        cache.set_mode("read")
-        return tiny_models.run(model, inputs, kv_caches=cache)
-
     model, inputs = tiny_text_images.glm_image()
-    stock = edit(model, inputs)
+    cache = caches.GlmImageKVCache(2)
+    cache.set_mode("write")
+    reference = {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :0], "kv_caches": cache}
+    tiny_models.run(model, inputs, **reference)
+    cache.set_mode("read")
+    stock = tiny_models.run(model, inputs, kv_caches=cache)
     assert not torch.allclose(stock, tiny_models.run(model, inputs))
-    with visattn.apply(model, "na(window=-1)") as handle, pytest.warns(UserWarning, match="self-attention"):
-        torch.testing.assert_close(edit(model, inputs), stock)
+    with visattn.apply(model, "na(window=-1)", strict=True):
+        assert torch.equal(tiny_models.run(model, inputs, kv_caches=cache), stock)
+    with visattn.apply(model, "na(window=3x3)", strict=True) as handle:
+        sparse = tiny_models.run(model, inputs, kv_caches=cache)
         report = handle.report()
-    assert list(report.fallbacks.values()) == [2] and "self-attention" in next(iter(report.fallbacks))
+    assert {str(call.problem.layout) for site in report.sites for call in site.calls} == {"6x8, prefix 53"}
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def with_window(query, key, value, attn_mask=None, *args, **options):
+        assert (query.shape[2], key.shape[2]) == (53, 101) and attn_mask is None
+        return real(query, key, value, window_mask((6, 8), (3, 3), 53, 0)[48:], *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", with_window)
+    expected = tiny_models.run(model, inputs, kv_caches=cache)
+    torch.testing.assert_close(sparse, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_where_keys_are_more_than_queries(compiled, monkeypatch):
+    model, inputs = tiny_edits.prx()
+    weights = [model.blocks[0].attention.img_qkv_proj.weight, model.blocks[0].attention.txt_kv_proj.weight]
+
+    def gradients(model):
+        return torch.autograd.grad(model(**inputs).sample.square().sum(), weights)
+
+    with visattn.apply(model, "na(window=3x3)", strict=not compiled):
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        found = gradients(run)
+    torch._dynamo.reset()
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def with_window(query, key, value, attn_mask, *args, **options):
+        return real(query, key, value, attn_mask & window_mask((6, 8), (3, 3), 5, 0)[5:], *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", with_window)
+    for one, other in zip(found, gradients(model), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5)
+
+
+def test_queries_that_are_neither_the_grid_nor_the_end_keep_the_call_stock():
+    from visattn.layout import Layout
+    from visattn.runtime.sequences import query_rows
+
+    assert query_rows(48, Layout((6, 8), 5, 7)) == slice(5, 53)
+    assert query_rows(53, Layout((6, 8), 9)) == slice(4, 57)
+    assert query_rows(55, Layout((6, 8), 5, 7)) == slice(5, 60)
+    assert "neither the grid of 6x8, prefix 5, suffix 7 nor end with it" in query_rows(40, Layout((6, 8), 5, 7))
 
 
 def chroma_mask():

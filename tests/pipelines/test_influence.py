@@ -19,7 +19,7 @@ class Place(NamedTuple):
 
     Attributes:
         grid: Tokens per axis.
-        axes: Of the argument; N are tokens, which form the grid from `start` on.
+        axes: Of the argument; N are tokens in raster order, I images, of which the last counts.
         patch: Latents per token and axis.
         name: The argument.
         returned: Axes of what comes back, those of the argument by default.
@@ -92,6 +92,11 @@ PLACES = {
     "framepack": VIDEO,
     "motif": VIDEO,
     "minimax_h3": Place((3, 6, 4), "BNC", start=24),
+    "joy_image": Place((6, 8), "BICFHW"),
+    "joy_image_plus": TOKENS,
+    "lumina_next": IMAGE,
+    "prx": IMAGE,
+    "nucleus": TOKENS,
     "flux_control": TOKENS,
     "flux_control_union": TOKENS,
     "sd3_control": Place((6, 8), "BCHW", returned="BNC"),
@@ -127,7 +132,7 @@ def at(place, axes, token):
     """The index of a token of the last sample in a tensor with these axes."""
     if "N" in axes:
         return (-1, place.start + token)
-    where = {"B": -1, "C": slice(None), "F": slice(None)}
+    where = {"B": -1, "I": -1, "C": slice(None), "F": slice(None)}
     spatial = [axis for axis in axes if axis in "FHW"][-len(place.grid) :]
     for axis, i, size in zip(spatial, coordinates(token, place.grid), place.patch, strict=True):
         i += place.start if axis == "F" else 0

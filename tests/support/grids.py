@@ -252,6 +252,72 @@ def framepack(case):
     return args, Layout(layout.grid, before, case.text)
 
 
+def joy(case):
+    """Latents of several images, the target the last, or of one."""
+    grid = case.image()
+    others = case.draw(st.integers(0, 2))
+    shape = (4, 1, 2 * grid[0], 2 * grid[1])
+    latents = case.empty(others + 1, *shape) if others else case.empty(*shape)
+    args = {"hidden_states": latents, "encoder_hidden_states": case.empty(case.text, 8)}
+    return args, Layout(grid, 0, others * math.prod(grid) + case.text)
+
+
+def joy_plus(case):
+    grids = [case.image() for _ in range(case.batch)]
+    shapes = [[(1, *grid), *((1, *size) for size in case.references())] for grid in grids]
+    length = max(sum(map(math.prod, sample)) for sample in shapes) + case.text
+    found = tuple(Layout(grid, 0, length - math.prod(grid)) for grid in grids)
+    return {"shape_list": shapes}, found[:1] if len(set(grids)) == 1 else found
+
+
+def several_latents(case):
+    grids = [case.image() for _ in range(case.batch)]
+    length = max(map(math.prod, grids))
+    found = tuple(Layout(grid, 0, length - math.prod(grid)) for grid in grids)
+    args = {"hidden_states": [torch.empty(4, 2 * h, 2 * w, device="meta") for h, w in grids]}
+    return args, found[:1] if len(set(grids)) == 1 else found
+
+
+def codes_of_square(case):
+    return {"hidden_states": case.empty(49)}, Layout((7, 7))
+
+
+def unpatched(case):
+    grid = case.image()
+    return {"hidden_states": case.empty(4, *grid)}, Layout(grid)
+
+
+def halved_codes(case):
+    grid = case.image()
+    return {"input_ids": case.empty(2 * grid[0], 2 * grid[1])}, Layout(grid)
+
+
+def one_shape(case):
+    grid = case.image()
+    shape = (1, *grid)
+    return {"img_shapes": case.draw(st.sampled_from([shape, [shape] * case.batch]))}, Layout(grid, 0, case.text)
+
+
+def cascade(case):
+    grid = case.image()
+    level = case.draw(st.integers(0, 2))
+    after, args = 4 * 2, {"sample": case.empty(4, *grid), "clip_text_pooled": case.empty(2, 8)}
+    if case.draw(st.booleans()):
+        args |= {"clip_text": case.empty(case.text, 8), "clip_img": case.empty(1, 8)}
+        after += case.text + 4
+    halved = tuple(max(n // 2**level, 1) for n in grid)
+    return args, Layout(halved if min(n // 2**level for n in grid) else grid, 0, after)
+
+
+def cached_keys(case):
+    """Keys of reference images, which are cached, before those of text and image."""
+    args, layout = text_then_latents(case)
+    cached = case.draw(st.integers(0, 9))
+    mode = case.draw(st.sampled_from(["read", "skip"]))
+    before = case.text + (cached if mode == "read" else 0)
+    return args | {"kv_caches": [SimpleNamespace(mode=mode)]}, Layout(layout.grid, before)
+
+
 def minimax(case):
     grid = case.video()
     anchors = case.draw(st.sampled_from([(), ("first",), ("first", "last")]))
@@ -396,4 +462,18 @@ CASES = {
     "LatteTransformer3DModel": (IMAGE, latte),
     "MiniMaxH3Transformer3DModel": (None, minimax),
     "MotifVideoTransformer3DModel": (SPLIT, video_then_text),
+    "JoyImageEditTransformer3DModel": (VIDEO, joy),
+    "JoyImageEditPlusTransformer3DModel": (VIDEO, joy_plus),
+    "LuminaNextDiT2DModel": (IMAGE, latents),
+    "LuminaNextDiT2DModel, several sizes": (IMAGE, several_latents),
+    "Transformer2DModel": (SimpleNamespace(patch_size=None), unpatched),
+    "Transformer2DModel, patches": (IMAGE, latents),
+    "Transformer2DModel, codes": (SimpleNamespace(sample_size=7), codes_of_square),
+    "UVit2DModel": (SimpleNamespace(downsample=True), halved_codes),
+    "UNet2DModel": (None, unet),
+    "AudioLDM2UNet2DConditionModel": (None, unet),
+    "PRXTransformer2DModel": (IMAGE, text_then_latents),
+    "NucleusMoEImageTransformer2DModel": (None, one_shape),
+    "StableCascadeUNet": (SimpleNamespace(clip_seq=4), cascade),
+    "GlmImageTransformer2DModel, editing": (IMAGE, cached_keys),
 }

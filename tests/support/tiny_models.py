@@ -7,6 +7,7 @@ import torch
 from tests.support.tiny import noise, seeded
 from tests.support.tiny_clips import CLIPS
 from tests.support.tiny_control import CONTROLNETS
+from tests.support.tiny_edits import EDITS
 from tests.support.tiny_flux import (
     bria,
     bria_fibo,
@@ -33,7 +34,7 @@ from tests.support.tiny_images import (
     z_image,
 )
 from tests.support.tiny_text_images import TEXT_IMAGES
-from tests.support.tiny_unets import VIDEO_UNETS
+from tests.support.tiny_unets import OTHER_UNETS, VIDEO_UNETS
 from tests.support.tiny_videos import (
     chronoedit,
     cogvideox,
@@ -130,7 +131,9 @@ FAMILIES = {
     "consisid": (consisid, 2, "na(window=3x3x3)"),
     **TEXT_IMAGES,
     **CLIPS,
+    **EDITS,
     **VIDEO_UNETS,
+    **OTHER_UNETS,
     **CONTROLNETS,
 }
 

@@ -85,6 +85,49 @@ def i2vgen(frames=5):
     return model, inputs
 
 
+def unconditional():
+    model = seeded(
+        diffusers.UNet2DModel,
+        sample_size=(12, 20),
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(4, 8, 8),
+        layers_per_block=1,
+        down_block_types=("AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        norm_num_groups=2,
+        attention_head_dim=4,
+    )
+    return model, {"sample": noise(2, 4, 12, 20), "timestep": torch.tensor(5)}
+
+
+def audioldm2():
+    from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
+
+    model = seeded(
+        AudioLDM2UNet2DConditionModel,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=2,
+        attention_head_dim=2,
+        # Transformers without a text, with one, and with another.
+        cross_attention_dim=((None, 8, 12), (None, 8, 12)),
+    )
+    inputs = {
+        "sample": noise(2, 4, 12, 10),
+        "timestep": torch.tensor(5),
+        "encoder_hidden_states": noise(2, 5, 8, seed=2),
+        "encoder_hidden_states_1": noise(2, 3, 12, seed=3),
+    }
+    return model, inputs
+
+
+OTHER_UNETS = {
+    "unconditional": (unconditional, 3, "na(window=3x3)"),
+    "audioldm2": (audioldm2, 16, "na(window=3x3)"),
+}
 VIDEO_UNETS = {
     "motion": (motion, 4, "na(window=3x3)"),
     "svd": (svd, 4, "na(window=3x3)"),

@@ -1,14 +1,31 @@
-"""`visattn doctor`: what this machine has and which backends run here."""
+"""`visattn doctor`: what this machine has, which backends run here, and what is known of a model."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from visattn.cli.options import JsonOption, print_json
 
 
-def doctor(json: JsonOption = False) -> None:
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of a diffusers pipeline or model, or a timm name: what is known of it."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
     """Say what this machine has: versions, devices, backends with the reason where one cannot run, plug-ins."""
+    if model is not None:
+        from visattn.cli.doctor_model import examine
+
+        parts = examine(model)
+        if json:
+            print_json({"models": parts})
+        else:
+            _print_models(parts)
+        return
     from visattn.environment import environment
 
     found = environment()
@@ -16,6 +33,21 @@ def doctor(json: JsonOption = False) -> None:
         print_json(found)
     else:
         _print_tables(found)
+
+
+def _print_models(parts: list[dict[str, Any]]) -> None:
+    for part in parts:
+        typer.echo(f"{part['part']}: {part['class']}".removeprefix(": "))
+        if part["family"]:
+            typer.echo(f"  family  {part['family']}")
+        if part["tokens"]:
+            typer.echo(f"  tokens  {part['tokens']}")
+        if part["sites"]:
+            first, last = part["sites"][0], part["sites"][-1]
+            typer.echo(f"  sites   {len(part['sites'])}, from {first} to {last}")
+            typer.echo(f"  grid    {part['grid']}")
+        if part["why"]:
+            typer.echo(f"  {'but' if part['sites'] else 'no'}      {part['why']}")
 
 
 def _print_tables(found: dict[str, Any]) -> None:

@@ -74,10 +74,15 @@ class AttentionCall:
         """As SDPA would see it: under autocast in its dtype."""
         return self.of(as_sdpa_casts(*self.tensors))
 
-    def refusal(self) -> str:
-        """Why no pattern can stand for this call wherever its tokens sit, empty if one can."""
+    def refusal(self, wider: bool = False) -> str:
+        """Why no pattern can stand for this call wherever its tokens sit, empty if one can.
+
+        Args:
+            wider: Whether there may be more keys than queries.
+        """
         q, k, v = self.tensors
-        if q.ndim != 4 or k.shape[1] != q.shape[1] or v.shape != k.shape:
+        more = k.shape[1] - q.shape[1] if q.ndim == 4 else -1
+        if more < 0 or (more and not wider) or v.shape != k.shape:
             return f"q {list(q.shape)} and k {list(k.shape)} are not self-attention of one sequence"
         if self.causal or self.dropout:
             return "it is causal" if self.causal else f"it has dropout {self.dropout}"

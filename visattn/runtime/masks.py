@@ -8,21 +8,25 @@ import torch
 CARRIED = 8
 
 
-def key_validity(mask: torch.Tensor | None, q: torch.Tensor, row: int | None) -> torch.Tensor | str | None:
+def key_validity(
+    mask: torch.Tensor | None, q: torch.Tensor, row: int | None, length: int | None = None
+) -> torch.Tensor | str | None:
     """Which keys a mask of attention leaves valid, or a bias, or why the mask says more than that.
 
     Args:
-        mask: What stock attention gets: broadcasts to [B, H, S, S], or [B, S]; True or 0 keeps a pair.
+        mask: What stock attention gets: broadcasts to [B, H, S, N], or [B, N]; True or 0 keeps a pair.
         q: Queries [B, S, H, D].
         row: Row of a full mask that holds the validity of the keys, None if there is no such row: then all are equal.
+        length: Number of keys N, None for S.
 
     Returns:
-        None for all keys; bool [B, S]; a float vector m [B, S] of zeros and ones if m[i] * m[j] is added to the
+        None for all keys; bool [B, N]; a float vector m [B, S] of zeros and ones if m[i] * m[j] is added to the
         logits; or a text.
     """
     if mask is None:
         return None
-    shape, full = list(mask.shape), _broadcast(mask, q)
+    length = q.shape[1] if length is None else length
+    shape, full = list(mask.shape), _broadcast(mask, q, length)
     if isinstance(full, str):
         return full
     if not _is_constant(full, 1):
@@ -40,7 +44,7 @@ def key_validity(mask: torch.Tensor | None, q: torch.Tensor, row: int | None) ->
             if rows == 1 and bool((keys == keys[:, :1]).all()):
                 # The same for every key, a bias changes nothing.
                 return None
-            if rows != 1 and bool((full[:, 0] == keys[:, :, None] * keys[:, None]).all()):
+            if rows == length and bool((full[:, 0] == keys[:, :, None] * keys[:, None]).all()):
                 return _bias(keys, shape, q)
             return f"its mask {shape} is a bias, not a mask of keys"
         keys = valid
@@ -49,20 +53,20 @@ def key_validity(mask: torch.Tensor | None, q: torch.Tensor, row: int | None) ->
     return keys.expand(q.shape[0], -1)
 
 
-def _broadcast(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor | str:
-    """A mask with four axes, each of size 1 or that of [B, H, S, S]."""
+def _broadcast(mask: torch.Tensor, q: torch.Tensor, length: int) -> torch.Tensor | str:
+    """A mask with four axes, each of size 1 or that of [B, H, S, N] for N keys."""
     batch, tokens, heads = q.shape[:3]
     shape, text = list(mask.shape), f"its mask {list(mask.shape)} is not a mask of keys"
-    if shape == [batch, tokens] and 1 < batch == tokens:
+    if shape == [batch, length] and 1 < batch == tokens:
         return f"its mask {shape} can be one of each sample's keys or one of queries and keys"
-    if shape == [batch, tokens]:
+    if shape == [batch, length]:
         # As diffusers' dispatcher reads it; torch would see a mask of queries and keys.
         mask = mask[:, None, None]
     if mask.ndim > 4 or mask.ndim < 1:
         return text
     mask = mask[(None,) * (4 - mask.ndim)]
     fits = all(n in (1, most) for n, most in zip(mask.shape, (batch, heads, tokens), strict=False))
-    return mask if fits and mask.shape[3] == tokens else text
+    return mask if fits and mask.shape[3] == length else text
 
 
 def _is_constant(mask: torch.Tensor, axis: int) -> bool:

@@ -33,6 +33,7 @@ class Run:
         always: Whether the pattern runs also where dense attention is estimated to be faster.
         steps: Sources of the step and the number of steps, the surest first.
         mask_row: Row of a full mask [B, 1, S, S] that tells which keys are valid, None if there is none.
+        wider: Whether calls may have keys beyond their queries.
         tally: What happened at each module.
         step: Step and number of steps that the user said, None for "find out".
         sparse_sites: Paths of the modules that are to run a pattern.
@@ -50,8 +51,9 @@ class Run:
         steps: Sequence[Callable[[], Step]] = (),
         mask_row: int | None = None,
         always: bool = False,
+        wider: bool = False,
     ) -> None:
-        self.always = always
+        self.always, self.wider = always, wider
         self.name, self.schedule, self.strict, self.steps, self.mask_row = name, schedule, strict, steps, mask_row
         self.tally = Tally()
         self.step: Step = (None, None)

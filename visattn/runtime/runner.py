@@ -21,7 +21,7 @@ from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
 from visattn.runtime.masks import carry_bias, key_validity
 from visattn.runtime.run import Run
-from visattn.runtime.sequences import Sequences
+from visattn.runtime.sequences import Sequences, query_rows
 from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
 from visattn.tally import Cell, tells
 from visattn.watch import Watched
@@ -92,7 +92,7 @@ class Runner:
         if parameters is None:
             parameters = following(self.parameters, device)
         fit = self.fit(call)
-        sequences = Sequences.of(call, fit.keys) if fit.layouts else None
+        sequences = Sequences.of(call, fit.keys, fit.layouts[0]) if fit.layouts else None
         verdict = self._verdict(call, fit, sequences, parameters, mode)
         tally = self.run.tally
         cells = verdict.cells(tally, name, device)
@@ -115,7 +115,8 @@ class Runner:
             self.run.here.site = None
         else:
             self._note(forward, name, verdict)
-            if key is not None and not (parameters or verdict.why or len(verdict.layouts) > 1):
+            padded = sequences is not None and sequences.rows is not None
+            if key is not None and not (parameters or verdict.why or padded or len(verdict.layouts) > 1):
                 if len(forward.ready) >= MANY:
                     forward.ready.clear()
                 plain = not (tells(self.pattern) or self.pattern.remembers)
@@ -248,14 +249,20 @@ class Runner:
             return Fit(why="called outside of the model's forward")
         if forward.dense or isinstance(self.pattern, Dense):
             return Fit()
-        if why := call.refusal():
+        if why := call.refusal(self.run.wider):
             return Fit(why=why)
-        layouts = forward.layouts(call.q.shape[1]) if call.layouts is None else call.layouts
+        layouts = forward.layouts(call.k.shape[1]) if call.layouts is None else call.layouts
         if isinstance(layouts, str):
             return Fit(why=layouts)
         if len(layouts) not in (1, call.q.shape[0]):
             return Fit(why=f"its batch of {call.q.shape[0]} is not the {len(layouts)} samples of the forward")
-        keys = key_validity(call.mask, call.q, self.run.mask_row)
+        if call.q.shape[1] < call.k.shape[1]:
+            if len(layouts) > 1:
+                return Fit(why="its samples, whose tokens sit in different places, have keys beyond their queries")
+            rows = query_rows(call.q.shape[1], next(iter(layouts)))
+            if isinstance(rows, str):
+                return Fit(why=rows)
+        keys = key_validity(call.mask, call.q, self.run.mask_row, call.k.shape[1])
         if isinstance(keys, str):
             return Fit(why=keys)
         if keys is not None and keys.dtype != torch.bool and not reads_products(self.pattern):
@@ -268,9 +275,12 @@ class Runner:
         """Show a call that ran its pattern, or was to be dense, to the handle's watcher."""
         pattern, layouts, keys = self.pattern, fit.layouts, fit.keys
         q, k, v = call.tensors
+        if k.shape[1] != q.shape[1]:
+            # A map has as many rows as columns.
+            return
         if not layouts:
             valid = key_validity(call.mask, q, self.run.mask_row)
-            if isinstance(valid, str) or k.shape[1] != q.shape[1]:
+            if isinstance(valid, str):
                 return
             pattern, layouts, keys, parameters = Dense(), (Layout(q.shape[1]),), valid, {}
         if keys is not None and keys.dtype != torch.bool:
@@ -310,7 +320,7 @@ class Runner:
     ) -> Iterator[Problem]:
         """What a call poses, once for each layout."""
         for i, layout in enumerate(layouts):
-            q, k, v, keys, scale, _ = sequences if len(layouts) == 1 else sequences.sample(i)
+            q, k, v, keys, scale, *_ = sequences if len(layouts) == 1 else sequences.sample(i)
             found = Problem.of(q, k, v, Call(self.pattern, layout, scale, keys, parameters=parameters))
             yield found if mode == "eager" else replace(found, mode=mode)
 

@@ -18,6 +18,8 @@ from visattn.runtime.masks import carry_bias
 class Sequences(NamedTuple):
     """Queries, keys and values in the form that a pattern runs on.
 
+    Where a call has keys beyond its queries, rows of zeros stand for the queries of those.
+
     Attributes:
         q: Queries [B, S, H, D].
         k: Keys [B, S, Hkv, D].
@@ -25,6 +27,7 @@ class Sequences(NamedTuple):
         keys: Valid keys, bool [B, S], or None for all.
         scale: Factor on the logits.
         channels: Channels of the output that count.
+        rows: The queries of the call among those here, None for all.
     """
 
     q: torch.Tensor
@@ -33,12 +36,24 @@ class Sequences(NamedTuple):
     keys: torch.Tensor | None
     scale: float
     channels: int
+    rows: slice | None = None
 
     @classmethod
-    def of(cls, call: AttentionCall, keys: torch.Tensor | None) -> Sequences:
-        """From a call and what `key_validity` found: valid keys, or a bias, which q and k then carry."""
+    def of(cls, call: AttentionCall, keys: torch.Tensor | None, layout: Layout) -> Sequences:
+        """From a call, what `key_validity` found and where the tokens sit.
+
+        Args:
+            call: The call.
+            keys: Valid keys, or a bias, which q and k then carry.
+            layout: Of the keys; see `query_rows` for the queries, where they are fewer.
+        """
         q, k, v = call.tensors
         channels = v.shape[3]
+        if q.shape[1] < k.shape[1]:
+            rows = query_rows(q.shape[1], layout)
+            assert not isinstance(rows, str), rows
+            q = torch.nn.functional.pad(q, (0, 0, 0, 0, rows.start, k.shape[1] - rows.stop))
+            return cls(q, k, v, keys, call.factor, channels, rows)
         if keys is not None and keys.dtype != torch.bool:
             q, k, v = carry_bias(q, k, v, keys, call.factor)
             keys = None
@@ -47,7 +62,9 @@ class Sequences(NamedTuple):
     def attend(
         self, pattern: Pattern, layouts: tuple[Layout, ...], backend: str, parameters: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Run a pattern: [B, S, H, channels]; with several layouts sample by sample."""
+        """Run a pattern: [B, S, H, channels] of the call's queries; with several layouts sample by sample."""
+        if self.rows is not None:
+            return self._replace(rows=None).attend(pattern, layouts, backend, parameters)[:, self.rows]
         if len(layouts) == 1:
             options: dict[str, Any] = {"scale": self.scale, "key_mask": self.keys, "backend": backend}
             if parameters:
@@ -64,3 +81,17 @@ class Sequences(NamedTuple):
         at = slice(i, i + 1)
         keys = None if self.keys is None else self.keys[at]
         return self._replace(q=self.q[at], k=self.k[at], v=self.v[at], keys=keys)
+
+
+def query_rows(queries: int, layout: Layout) -> slice | str:
+    """Which tokens ask, where a call has fewer queries than keys: those of the grid, or else the last; or why none do.
+
+    Args:
+        queries: Number of queries, fewer than keys.
+        layout: Of the keys.
+    """
+    if queries == layout.tokens:
+        return slice(layout.prefix, layout.prefix + layout.tokens)
+    if layout.length - queries > layout.prefix:
+        return f"its {queries} queries are neither the grid of {layout} nor end with it"
+    return slice(layout.length - queries, layout.length)

@@ -33,7 +33,7 @@ class Where:
         grid: Tokens per axis at full resolution.
         prefix: Tokens before the grid, or REST.
         suffix: Tokens after the grid, or REST.
-        levels: Whether halved grids occur too.
+        levels: How odd grids are halved, "ceil" or "floor"; "" if no halves occur.
         why: Why there is no grid, if there is none.
         samples: Where the tokens of each sample sit, where samples differ.
     """
@@ -41,7 +41,7 @@ class Where:
     grid: tuple[int, ...]
     prefix: int = 0
     suffix: int = 0
-    levels: bool = False
+    levels: str = ""
     why: str = ""
     samples: tuple[Sample, ...] = ()
 
@@ -81,7 +81,9 @@ class Where:
         grid = self.grid
         yield grid
         while self.levels and max(grid) > 1:
-            grid = tuple(-(-n // 2) for n in grid)
+            grid = tuple((n + (self.levels == "ceil")) // 2 for n in grid)
+            if min(grid) < 1:
+                return
             yield grid
 
     def __str__(self) -> str:
@@ -89,7 +91,7 @@ class Where:
             return " or ".join(
                 f"prefix {sample.prefix} + grid {_times(sample.grid)}" for sample in dict.fromkeys(self.samples)
             )
-        parts = [f"grid {_times(self.grid)}" + " or halves of it" * self.levels]
+        parts = [f"grid {_times(self.grid)}" + " or halves of it" * bool(self.levels)]
         if self.prefix:
             parts.insert(0, "text" if self.prefix == REST else f"prefix {self.prefix}")
         if self.suffix:

@@ -22,7 +22,7 @@ class Record:
         dims: Axes of the grid.
         prefix: Tokens before the grid, REST for the text.
         suffix: Tokens after the grid, REST for text or references.
-        levels: Whether the grid is halved from level to level.
+        levels: How an odd grid is halved from level to level, "ceil" or "floor"; "" if it is not.
         text_first: Whether the text precedes the grid, and references follow it where there are any.
     """
 
@@ -32,12 +32,12 @@ class Record:
     dims: int = 2
     prefix: int = 0
     suffix: int = 0
-    levels: bool = False
+    levels: str = ""
     text_first: bool = False
 
 
 RECORDS = (
-    Record("UNetModel", "Stable Diffusion 1, 2 and XL", patch="", levels=True),
+    Record("UNetModel", "Stable Diffusion 1, 2 and XL", patch="", levels="ceil"),
     Record("Flux", "FLUX.1, FLUX.1 Kontext", prefix=REST, text_first=True),
     Record("MMDiT", "Stable Diffusion 3 and 3.5", prefix=REST),
     Record("QwenImageTransformer2DModel", "Qwen-Image, Qwen-Image Edit", prefix=REST, text_first=True),
