@@ -52,14 +52,18 @@ def sides(low=1, also=(), dims=None):
 def neighborhoods(draw):
     dims = draw(st.integers(1, 3))
     values = [draw(sides(also=(-1,), dims=dims)), draw(sides(dims=dims)), draw(sides(dims=dims))]
-    values.append(draw(st.booleans() | st.tuples(*[st.booleans()] * dims)))
-    return dict(zip(("window", "stride", "dilation", "causal"), values, strict=True)) | {"kind": Neighborhood}
+    flags = draw(st.booleans() | st.tuples(*[st.booleans()] * dims))
+    # One of both: they exclude each other.
+    values.append({draw(st.sampled_from(["causal", "circular"])): flags})
+    return dict(zip(("window", "stride", "dilation"), values, strict=False)) | values[3] | {"kind": Neighborhood}
 
 
 @st.composite
 def halos(draw):
     dims = draw(st.integers(1, 3))
-    return {"kind": Halo, "block": draw(sides(also=(-1,), dims=dims)), "halo": draw(sides(0, dims=dims))}
+    circular = draw(st.booleans() | st.tuples(*[st.booleans()] * dims))
+    block = draw(sides(also=(-1,), dims=dims))
+    return {"kind": Halo, "block": block, "halo": draw(sides(0, dims=dims)), "circular": circular}
 
 
 def made(kind, **parameters):
@@ -70,7 +74,7 @@ STATIC = {
     Dense: made(Dense),
     Neighborhood: neighborhoods(),
     Halo: halos(),
-    Clear: made(Clear, radius=WHOLE, pool=st.none() | sides(also=(-1,))),
+    Clear: made(Clear, radius=WHOLE, pool=st.none() | sides(also=(-1,)), circular=st.booleans()),
     Radial: made(Radial, decay=POSITIVE, sink=st.booleans(), block=WHOLE),
 }
 INNER = st.one_of(*STATIC.values())
@@ -197,7 +201,7 @@ def test_spellings_of_one_pattern_are_one_pattern(parameters, flips):
         value = parameters[name]
         if not isinstance(value, tuple) and flip % 2:
             other[name] = (value,) * min(axes)
-        elif isinstance(value, tuple) and name != "causal":
+        elif isinstance(value, tuple) and name not in ("causal", "circular"):
             other[name] = [list(value), tuple(np.array(value)), tuple(map(float, value))][flip % 3]
     several = [name for name in names if isinstance(parameters[name], tuple) and len(set(parameters[name])) == 1]
     if len(several) > 1 and flips[0] % 2:

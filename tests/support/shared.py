@@ -124,6 +124,7 @@ OWN = {
     "linear": "it runs linear, flow and mala only",
     "sparse_linear": "it runs sparselinear patterns only",
     "sigmoid": "it runs sigmoid patterns only",
+    "heads": "it runs patterns that differ from head to head",
 }
 
 
