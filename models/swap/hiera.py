@@ -13,7 +13,8 @@ from timm.models.hiera import Unroll
 from torch import nn
 from torch.nn import functional as F
 
-from visattn.models.swap.runtime import Swapped, between
+from visattn.models.swap.runtime import Swapped
+from visattn.models.swap.sources import between
 from visattn.models.swap.tokens import project
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from visattn.attend import attention
 from visattn.layout import Layout
+from visattn.models.swap.sources import between
 from visattn.models.swap.weights import show_weights
 from visattn.outside import Outside
 from visattn.parameters import following
@@ -132,12 +133,6 @@ class Runtime:
                 "blocks again, or pass layout=Layout(...)"
             )
         return next(iter(known), self._last)
-
-
-def between(grid: Sequence[int], keys: Sequence[int], prefix: int = 0) -> Layout:
-    """Queries on one map and keys on another, which are of the same image; so many dense tokens before either."""
-    own, others = (Layout((int(side[0]), int(side[1])), prefix=prefix) for side in (grid, keys))
-    return own.with_keys(others)
 
 
 class Swapped:

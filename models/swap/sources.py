@@ -7,12 +7,13 @@ of several stages or branches each of those has a grid of its own, made by a mod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from visattn.layout import Layout
 from visattn.models.sizes import check_fixed
 
 Grid = tuple[int, int]
@@ -34,6 +35,12 @@ class Source:
     rule: Rule
     prefix: int
     flexible: bool = False
+
+
+def between(grid: Sequence[int], keys: Sequence[int], prefix: int = 0) -> Layout:
+    """Queries on one map and keys on another, which are of the same image; so many dense tokens before either."""
+    own, others = (Layout((int(side[0]), int(side[1])), prefix=prefix) for side in (grid, keys))
+    return own.with_keys(others)
 
 
 def source_of(model: nn.Module, path: str) -> Source | None:
