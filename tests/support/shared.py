@@ -125,6 +125,8 @@ OWN = {
     "sparse_linear": "it runs sparselinear patterns only",
     "sigmoid": "it runs sigmoid patterns only",
     "heads": "it runs patterns that differ from head to head",
+    "gate": "it runs lists that trained weights choose",
+    "ordered": "it runs patterns of groups of tokens",
 }
 
 
