@@ -30,10 +30,10 @@ NOT_SPARSE = {
 NOT_YET = {
     "AnyFlowFARTransformer3DModel": "its chunks are padded to 128 tokens and cached, with a backend of its own",
     "BriaFibo2Transformer2DModel": "the order of its tokens depends on the texts of the batch",
-    "Cosmos3OmniTransformer": "its record is not written (text in one causal call, video in another whose keys are text and video)",
-    "Kandinsky3UNet": "its record is not written (grid, halved and rounded down)",
+    "Cosmos3OmniTransformer": "its record is not written (a causal call of text, then video with its keys)",
+    "Kandinsky3UNet": "its self-attention says that it is cross-attention, which is left out",
     "OmniGenTransformer2DModel": "its text is causal and its image is not, in one call with a full mask",
-    "QwenImage21Transformer2DModel": "its first step attends piece by piece with no backend, where a patch is never asked",
+    "QwenImage21Transformer2DModel": "its first step attends piece by piece with a backend of its own",
     "SanaWMLTX2RefinerTransformer3DModel": "its forward does not tell where the tokens of a chunk sit",
     "SanaWMTransformer3DModel": "its quadratic attention, in one of four layers, has no processor to replace",
     "WanAnimate2Transformer3DModel": "its cached frames come with a mask of blocks for flex attention",
