@@ -6,7 +6,6 @@ from __future__ import annotations
 RELEASE = "0.42.1"
 
 _AUDIO = "its tokens are those of sound, along one axis"
-_WIDER_KEYS = "its image tokens attend to themselves and to text or cached keys in one call, keys that have no queries"
 
 # Classes in which no visual self-attention could become sparse.
 NOT_SPARSE = {
@@ -29,15 +28,15 @@ NOT_SPARSE = {
 
 # Classes that could have a record.
 NOT_YET = {
-    "AnyFlowFARTransformer3DModel": _WIDER_KEYS,
+    "AnyFlowFARTransformer3DModel": "its chunks are padded to 128 tokens and cached, with a backend of its own",
     "BriaFibo2Transformer2DModel": "the order of its tokens depends on the texts of the batch",
-    "Cosmos3OmniTransformer": _WIDER_KEYS,
-    "Kandinsky3UNet": "its record is not written (grid, halved and rounded down)",
+    "Cosmos3OmniTransformer": "its record is not written (a causal call of text, then video with its keys)",
+    "Kandinsky3UNet": "its self-attention says that it is cross-attention, which is left out",
     "OmniGenTransformer2DModel": "its text is causal and its image is not, in one call with a full mask",
-    "QwenImage21Transformer2DModel": _WIDER_KEYS,
-    "SanaWMLTX2RefinerTransformer3DModel": _WIDER_KEYS,
+    "QwenImage21Transformer2DModel": "its first step attends piece by piece with a backend of its own",
+    "SanaWMLTX2RefinerTransformer3DModel": "its forward does not tell where the tokens of a chunk sit",
     "SanaWMTransformer3DModel": "its quadratic attention, in one of four layers, has no processor to replace",
-    "WanAnimate2Transformer3DModel": _WIDER_KEYS,
+    "WanAnimate2Transformer3DModel": "its cached frames come with a mask of blocks for flex attention",
 }
 
 # Classes that hold several ControlNets in `nets`; each is patched by its own record.

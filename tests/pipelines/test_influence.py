@@ -192,3 +192,71 @@ def test_a_token_reaches_the_queries_whose_window_holds_it(name):
         assert torch.equal(reached(place, before, after), expected), token
     handle.remove()
     assert reached(place, stock, predicted(model, {**inputs, place.name: changed})).all()
+
+
+# Grid of the first block that attends to its tokens once, by tiny model with convolutions.
+UNETS = {
+    "sd15": (12, 10),
+    "sdxl": (8, 7),
+    "motion": (12, 10),
+    "svd": (12, 10),
+    "unet3d": (12, 10),
+    "i2vgen": (12, 10),
+    "controlnet": (12, 10),
+    "controlnet_union": (16, 14),
+    "controlnet_xs": (12, 10),
+    "sparse_control": (12, 10),
+    "audioldm2": (12, 10),
+    "unconditional": (12, 20),
+    "stable_cascade": (13, 11),
+    "transformer2d": (6, 8),
+    "vq_diffusion": (7, 7),
+    "amused": (6, 8),
+}
+
+
+def first_block(model):
+    """The first block around one visual self-attention, or that itself, without norms over all tokens."""
+    paths = [site.path for site, _ in find_family(model).find_sites(model)]
+    parents = [path.rpartition(".")[0] for path in paths]
+    path, parent = next(pair for pair in zip(paths, parents, strict=True) if parents.count(pair[1]) == 1)
+    block = model.get_submodule(parent)
+    if isinstance(block, torch.nn.ModuleList):
+        block = model.get_submodule(path)
+        block.group_norm = None
+    return block
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_a_token_of_a_block_reaches_the_queries_whose_window_holds_it(name):
+    grid = UNETS[name]
+    build, _, pattern = tiny_models.FAMILIES[name]
+    model, inputs = build()
+    block, tokens, outputs = first_block(model), math.prod(grid), []
+
+    def change(module, args, kwargs):
+        x = (args[0] if args else kwargs["hidden_states"]).clone()
+        # Norms remove what all channels have in common.
+        (x if x.ndim == 3 else x.flatten(2).transpose(1, 2))[-1, token, ::2] += 3
+        return ((x, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": x})
+
+    def keep(module, args, out):
+        outputs.append(out if out.ndim == 3 else out.flatten(2).transpose(1, 2))
+
+    with visattn.apply(model, pattern, strict=True):
+        hooks = [block.register_forward_hook(keep)]
+        predicted(model, inputs)
+        hooks.append(block.register_forward_pre_hook(change, with_kwargs=True))
+        for token in (0, round(0.4 * tokens), tokens - 1):  # noqa: B007 - `change` reads it
+            predicted(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    for out, token in zip(outputs[1:], (0, round(0.4 * tokens), tokens - 1), strict=True):
+        changed = (out[-1] != outputs[0][-1]).any(1)
+        assert torch.equal(changed, window_mask(grid, (3, 3), 0, 0)[:, token]), token
+    assert {len(out[-1]) for out in outputs} == {tokens}
+
+
+def test_every_tiny_model_has_an_influence_test():
+    # Decoder layers of Motif-Video see the clip a second time.
+    assert {*PLACES, *UNETS, "motif_decoder"} == set(tiny_models.FAMILIES)
