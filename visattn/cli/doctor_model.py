@@ -82,8 +82,9 @@ def _usual_grid(dims: int, config: Any) -> str:
     from visattn.pipelines.families.base import patches
 
     side = getattr(config, "sample_size", None)
-    sizes = tuple(side) if isinstance(side, tuple | list) else (side, side)
-    if dims != 2 or len(sizes) != 2 or not all(isinstance(n, int) for n in sizes):
+    given = side if isinstance(side, tuple | list) else (side, side)
+    sizes = tuple(n for n in given if isinstance(n, int))
+    if dims != 2 or len(given) != 2 or len(sizes) != 2:
         return ""
     size = "x".join(map(str, sizes))
     return f"{'x'.join(map(str, patches(config, sizes)))} at its usual {size} latents"
