@@ -249,7 +249,9 @@ class Explanation:
         for mode in () if problem.is_dense else ("eager", "compiled", "captured"):
             found = crossing(dataclasses.replace(problem, mode=mode))
             if found is not None:
-                lines.append(f"  {found}" + found.dense_pays * "; apply() leaves the model's own dense attention here")
+                lines.append(
+                    f"  {found}" + found.dense_pays_inside * "; apply() leaves the model's own dense attention here"
+                )
         for backend, support, cost in self.candidates:
             verdict = (
                 f"{cost / problem.dense_pairs:.2f} of dense SDPA's time (estimate)" if support.ok else support.reason

@@ -12,6 +12,9 @@ from visattn.registry import REGISTRY
 
 # How much faster a pattern has to be by its estimate.
 CLEAR = 1.05
+# What an eager call of ours costs the host in a model beyond one in a loop, whose code and data are in its caches:
+# SDXL at 1024 pixels on an H200, a step with 70 patched modules against one with none (docs/performance.md).
+INSIDE_MS = 0.07
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,34 @@ class Crossing:
         sparse_ms: What it would take.
         dense_ms: What torch's dense attention would.
         mode: How the call is made, see `Problem`.
+        saved_ms: Time of the device alone that the pattern saves.
     """
 
     backend: str
     sparse_ms: float
     dense_ms: float
     mode: str
+    saved_ms: float = 0.0
 
     @property
     def dense_pays(self) -> bool:
         """Whether dense attention is the faster one, or as fast within what an estimate can tell."""
         return self.dense_ms < CLEAR * self.sparse_ms
+
+    @property
+    def dense_pays_inside(self) -> bool:
+        """Whether it does in a model, where the host has other work and an eager call costs it more."""
+        return self.dense_pays or (self.mode == "eager" and self.saved_ms < INSIDE_MS)
+
+    @property
+    def reason(self) -> str:
+        """Why a module of a model is left dense."""
+        if self.dense_pays:
+            return str(self)
+        return (
+            f"{self}: what the device would be saved ({self.saved_ms:.3f} ms) is less than what a call in a model costs "
+            f"the host ({INSIDE_MS} ms)"
+        )
 
     def __str__(self) -> str:
         way = "" if self.mode == "eager" else f" ({self.mode})"
@@ -56,4 +76,6 @@ def _crossing(problem: Problem, version: int) -> Crossing:
     sparse = choose(problem)
     dense = load("sdpa").cost(replace(problem, pattern=Dense()))
     times = milliseconds(problem, sparse.cost(problem)), milliseconds(problem, dense)
-    return Crossing(sparse.name, *times, problem.mode)
+    alone = replace(problem, mode="captured")
+    saved = load("sdpa").cost(replace(alone, pattern=Dense())) - sparse.cost(alone)
+    return Crossing(sparse.name, *times, problem.mode, milliseconds(problem, saved))

@@ -108,6 +108,11 @@ def density(problem: Problem) -> float | None:
     return plan(problem.pattern, problem.layout).density if listed else None
 
 
+def _why_kept(problem: Problem) -> str:
+    found = crossing(problem)
+    return "" if found is None else found.reason
+
+
 def _why(problem: Problem, name: str, asked: str) -> str:
     if asked != "auto":
         return "asked for"
@@ -169,7 +174,7 @@ class SiteReport:
         seconds = row.seconds["sparse"], row.seconds["dense"]
         kept: Counter[str] = Counter()
         for problem, count in row.kept.items():
-            kept[f"{crossing(problem)} on {problem.layout}"] += count
+            kept[f"{_why_kept(problem)} on {problem.layout}"] += count
         rest = dict(kept), row.first_seconds, row.timed, row.calls
         return cls(model, site, pattern, calls, row.dense, dict(row.fallbacks), *seconds, compiled, *rest)
 

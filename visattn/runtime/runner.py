@@ -309,9 +309,9 @@ class Runner:
             return Verdict("sparse", problems=problems)
         if automatic and not self.run.always and not parameters:
             crossings = [crossing(problem) for problem in problems]
-            slower = [found for found in crossings if found is not None and found.dense_pays]
+            slower = [found for found in crossings if found is not None and found.dense_pays_inside]
             if slower and len(slower) == len(problems):
-                return Verdict("dense", problems=problems, slower=str(slower[0]))
+                return Verdict("dense", problems=problems, slower=slower[0].reason)
         backend = choose(problems[0], self.backend).name if len(problems) == 1 else self.backend
         return Verdict("sparse", fit.layouts, backend, problems)
 
