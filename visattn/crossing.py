@@ -51,7 +51,7 @@ class Crossing:
         if self.dense_pays:
             return str(self)
         return (
-            f"{self}: what the device would be saved ({self.saved_ms:.3f} ms) is less than what a call in a model costs "
+            f"{self}: the device would be saved {self.saved_ms:.3f} ms, less than what a call in a model costs "
             f"the host ({INSIDE_MS} ms)"
         )
 
