@@ -172,7 +172,7 @@ def known_step(what: str, step: int | None, total: int | None, needs_total: bool
 
 
 # What keeps a parameter to one frame, where that is not 1.
-ONE_FRAME = {"halo": 0, "causal": False}
+ONE_FRAME = {"halo": 0, "causal": False, "circular": 0}
 
 
 def check_dims(pattern: Pattern, dims: int, model: str) -> None:

@@ -68,7 +68,7 @@ class PixelWanTextPipeline(PixelPipeline):
         self,
         prompt: str | Sequence[str],
         *,
-        guidance_scale: float = 3.0,
+        guidance_scale: float = 4.5,
         num_inference_steps: int = 24,
         num_frames: int | None = None,
         height: int | None = None,

@@ -110,7 +110,8 @@ class TestAPatternInOneFile:
             pytest.skip(backend.available().reason)
         if not backend.supports(asked).ok:
             # Engines for patterns of their own, and none of those for lists.
-            assert name in ("agent", "linear", "sparse_linear", "sigmoid", "natten"), backend.supports(asked).reason
+            own = ("agent", "gate", "heads", "linear", "ordered", "sparse_linear", "sigmoid", "natten")
+            assert name in own, backend.supports(asked).reason
             return
         out = visattn.attention(q, k, v, "cross(2)", LAYOUT, backend=name)
         wide = [t.detach().double().requires_grad_() for t in (q, k, v)]

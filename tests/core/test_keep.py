@@ -157,7 +157,7 @@ class TestStore:
 
 
 def test_plans_of_many_resolutions_are_bounded_by_bytes(monkeypatch):
-    limit = 400_000
+    limit = 450_000
     monkeypatch.setattr(STORE, "limit", limit)
     monkeypatch.setattr(STORE, "spare", 1)
     plans, total = [], 0

@@ -15,7 +15,8 @@ from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
 
 import visattn
 from tests.support import tiny_models, tiny_pipelines
-from tests.support.grids import CASES, Case, flux_ids
+from tests.support.grid_inputs import Case, flux_ids
+from tests.support.grids import CASES
 from visattn.layout import Layout
 from visattn.pipelines import families
 from visattn.pipelines.families import raster

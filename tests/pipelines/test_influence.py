@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("diffusers")
 
 import visattn
-from tests.pipelines.test_families import window_mask
 from tests.support import tiny_models
+from tests.support.window_mask import window_mask
 from visattn.pipelines.families import find_family
 
 

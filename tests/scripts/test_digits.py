@@ -15,7 +15,7 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from visattn.pipelines.embedded import EMBEDDED, embedded_models, load_embedded
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
 
-MAX_WEIGHTS_BYTES = {"emoji": 23_000_000}
+MAX_WEIGHTS_BYTES = {"animoji": 21_000_000, "emoji": 23_000_000}
 
 
 def tiny_pipeline(dynamic_shifting=True):

@@ -93,7 +93,7 @@ def video(
     out: OutOption,
     model: Annotated[
         str, typer.Option(help="animoji or moving-digits (embedded), a folder in diffusers' format, or a hub id.")
-    ] = "moving-digits",
+    ] = "animoji",
     prompt: PromptOption = None,
     label: LabelOption = None,
     count: CountOption = None,

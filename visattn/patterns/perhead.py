@@ -95,7 +95,8 @@ class PerHead(HeadsPattern):
     """The patterns of heads as they are told: `perhead(heads={0-3: dense, 4-: na(window=9x9)})`.
 
     Retrieval heads that see everything beside others with windows (DuoAttention), windows of different sizes (MoA),
-    and tables that were searched for offline (MInference) have this form.
+    and tables that were searched for offline (MInference) have this form. Sources: Xiao et al., "DuoAttention" (2024),
+    section 2; Fu et al., "MoA: Mixture of Sparse Attention" (2024), section 3.
 
     Attributes:
         heads: Pairs of heads and their pattern; a mapping too. Heads are "3", "0-3" or "4-", from 0.
