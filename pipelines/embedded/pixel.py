@@ -36,6 +36,26 @@ class PixelPipeline(DiffusionPipeline):
         """Velocity (noise minus sample), shaped like `latents`, at one scheduler time t, guided if guidance is on."""
         raise NotImplementedError
 
+    def _guided_velocity(
+        self, latents: torch.Tensor, t: torch.Tensor, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """The velocity of a transformer that predicts clean samples, guided if guidance is on.
+
+        Args:
+            latents: [B, ...].
+            t: The scheduler's time.
+            predict: Clean samples of noisy ones and their shares of noise [N]; with guidance the latents come twice,
+                for the prompts and for no prompt.
+        """
+        guided = self.do_classifier_free_guidance
+        noisy = torch.cat([latents, latents]) if guided else latents
+        sigma = t / self.scheduler.config.num_train_timesteps
+        clean = predict(noisy, sigma.expand(len(noisy)))
+        if guided:
+            conditional, unconditional = clean.chunk(2)
+            clean = unconditional + self._guidance_scale * (conditional - unconditional)
+        return (latents - clean) / sigma
+
     @property
     def patch_size(self) -> int:
         """Side of a patch (one token) in pixels."""

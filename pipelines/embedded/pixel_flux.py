@@ -141,14 +141,10 @@ class PixelFluxPipeline(PixelPipeline):
         return Encoded(found.text.to(dtype), found.pooled.to(dtype))
 
     def _predict_velocity(self, latents: torch.Tensor, t: torch.Tensor, condition: Encoded) -> torch.Tensor:
-        guided = self.do_classifier_free_guidance
-        noisy = torch.cat([latents, latents]) if guided else latents
-        sigma = t / self.scheduler.config.num_train_timesteps
-        clean = predict_clean(self.transformer, noisy, sigma.expand(len(noisy)), condition, self._spacing(noisy))
-        if guided:
-            conditional, unconditional = clean.chunk(2)
-            clean = unconditional + self._guidance_scale * (conditional - unconditional)
-        return (latents - clean) / sigma
+        spacing = self._spacing(latents)
+        return self._guided_velocity(
+            latents, t, lambda noisy, sigma: predict_clean(self.transformer, noisy, sigma, condition, spacing)
+        )
 
     def pack_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures [B, 3, H, W] as the transformer's tokens [B, tokens, 3 patch patch]."""

@@ -140,14 +140,9 @@ class PixelWanTextPipeline(PixelPipeline):
         return found.text.to(self.transformer.dtype)
 
     def _predict_velocity(self, latents: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        guided = self.do_classifier_free_guidance
-        noisy = torch.cat([latents, latents]) if guided else latents
-        sigma = t / self.scheduler.config.num_train_timesteps
-        clean = predict_clean(self.transformer, noisy, sigma.expand(len(noisy)), condition)
-        if guided:
-            conditional, unconditional = clean.chunk(2)
-            clean = unconditional + self._guidance_scale * (conditional - unconditional)
-        return (latents - clean) / sigma
+        return self._guided_velocity(
+            latents, t, lambda noisy, sigma: predict_clean(self.transformer, noisy, sigma, condition)
+        )
 
 
 def predict_clean(transformer: Any, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
