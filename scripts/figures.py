@@ -20,6 +20,7 @@ from pathlib import Path
 from scripts.figures_emoji import emoji_tables
 from scripts.figures_gpu import gpu_calls_table, gpu_peers_table, gpu_real_table, gpu_stack_table, gpu_table
 from scripts.figures_models import model_tables
+from scripts.pages import with_table
 from scripts.results import RESULTS, ROOT, likeness, result, seconds, table, under_load
 
 PAGES = tuple(
@@ -292,11 +293,8 @@ TABLES: dict[str, Callable[[], str]] = {
 def rendered(text: str) -> str:
     """A page with its tables made from docs/results."""
     for name, make in TABLES.items():
-        begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
-        if begin in text:
-            pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-            body = f"{begin}\n{make()}\n{end}"
-            text = pattern.sub(lambda _, body=body: body, text)
+        if f"<!-- table: {name} -->" in text:
+            text = with_table(text, name, make())
     return text
 
 

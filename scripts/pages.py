@@ -34,6 +34,15 @@ def pages() -> list[Path]:
     return sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "scripts").rglob("*.md")})
 
 
+def with_table(page: str, name: str, rows: str) -> str:
+    """A page's text with other rows between the markers of a table."""
+    begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    assert found, f"the page has no place for the table {name}: it needs {begin} and {end}"
+    return f"{before}{begin}\n{rows}\n{end}{after}"
+
+
 def blocks(page: Path) -> list[Block]:
     """The fenced and the indented blocks of a page, in order."""
     found: list[Block] = []

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from typing import Any
 
-from scripts.pages import ROOT
+from scripts.pages import ROOT, with_table
 
 PAGE = ROOT / "docs" / "timm.md"
 RESULT = ROOT / "docs" / "results" / "timm-models.json"
@@ -88,11 +88,7 @@ def count(models: dict[str, str]) -> str:
 def render(page: str) -> str:
     """The page with its tables as they are now."""
     for name, rows in tables().items():
-        begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
-        before, _, rest = page.partition(begin)
-        _, found, after = rest.partition(end)
-        assert found, f"{PAGE.name} has no place for the table of {name}"
-        page = f"{before}{begin}\n{rows}\n{end}{after}"
+        page = with_table(page, name, rows)
     return page
 
 

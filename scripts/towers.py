@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from scripts.pages import ROOT
+from scripts.pages import ROOT, with_table
 from visattn.clients.transformers import grids
 from visattn.clients.transformers.records import RECORDS, REFUSED, Count
 
@@ -47,11 +47,7 @@ def _count(count: Count) -> str:
 def render(page: str) -> str:
     """The page with its table as the records are."""
     for name, rows in (("towers", table()), ("refused", refused())):
-        begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
-        before, _, rest = page.partition(begin)
-        _, found, after = rest.partition(end)
-        assert found, f"{PAGE.name} has no place for the table of {name}"
-        page = f"{before}{begin}\n{rows}\n{end}{after}"
+        page = with_table(page, name, rows)
     return page
 
 

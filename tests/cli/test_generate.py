@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visattn import Layout, cli, dense_mask
+from visattn import Layout, dense_mask
 from visattn.metrics import psnr, ssim
 
 diffusers = pytest.importorskip("diffusers")
@@ -44,16 +44,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(command):
     def call(*args):
-        monkeypatch.setattr(sys, "argv", ["visattn", "generate", "image", *map(str, args)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
+        return command("generate", "image", *args)
 
     return call
 

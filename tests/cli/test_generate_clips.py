@@ -1,12 +1,9 @@
 """`visattn generate video` with prompts, on a tiny random model of the animoji model's class."""
 
 import json
-import sys
 
 import pytest
 from PIL import Image
-
-from visattn import cli
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -25,16 +22,10 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def generate(model, monkeypatch, capsys, tmp_path):
+def generate(command, model, tmp_path):
     def call(*args):
         options = ("--model", model, "--pattern", "na(window=3x3x3)", "--steps", 1, "--out", tmp_path / "out")
-        monkeypatch.setattr(sys, "argv", ["visattn", "generate", "video", *map(str, (*options, *args))])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        return status, *capsys.readouterr()
+        return command("generate", "video", *options, *args)
 
     return call
 

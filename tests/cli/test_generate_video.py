@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visattn import Layout, cli, dense_mask
+from visattn import Layout, dense_mask
 from visattn.metrics import psnr, ssim
 
 pytest.importorskip("diffusers")
@@ -30,16 +30,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(command):
     def call(*args, kind="video"):
-        monkeypatch.setattr(sys, "argv", ["visattn", "generate", kind, *map(str, args)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
+        return command("generate", kind, *args)
 
     return call
 
