@@ -15,6 +15,14 @@ from visattn.kernels.triton.parts import LOG2E
 
 
 @triton.jit
+def added(weight, bits, column, inside):
+    """What is added to the scores of pooled keys, in base 2."""
+    more = tl.load(weight + column, mask=inside, other=float("-inf")) * LOG2E
+    listed = (tl.load(bits + column // 32, mask=inside, other=0) >> (column % 32)) & 1
+    return tl.where(listed != 0, float("-inf"), more)
+
+
+@triton.jit
 def mark_blocks(
     tiles, counts, bits, rows, number, words,
     COUNTED: tl.constexpr, STEP: tl.constexpr, WORDS: tl.constexpr,
@@ -106,9 +114,7 @@ def add_rest(
         inside = column < columns
         at = first + column.to(tl.int64)[:, None] * step + d[None, :]
         key = tl.load(pooled_k + at, mask=inside[:, None] & has_d[None, :], other=0.0)
-        more = tl.load(weight + column, mask=inside, other=float("-inf"))
-        listed = (tl.load(bits + column // 32, mask=inside, other=0) >> (column % 32)) & 1
-        more = tl.where(listed != 0, float("-inf"), more * LOG2E)
+        more = added(weight, bits, column, inside)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale + more[None, :]
         value = tl.load(pooled_v + at, mask=inside[:, None] & has_d[None, :], other=0.0)
         acc, total, top = absorb(acc, total, top, scores, value, PRECISION, True)

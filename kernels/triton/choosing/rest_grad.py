@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from visattn.kernels.triton.choosing.rest import added
 from visattn.kernels.triton.parts import LOG2E
 
 
@@ -24,14 +25,6 @@ def _weights(query, key, more, row_lse, scale, PRECISION: tl.constexpr):
     """Attention weights [queries, pooled keys]; `more` is added to scores in base 2, -inf for what is listed."""
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale + more[None, :]
     return tl.exp2(scores - tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)[:, None])
-
-
-@triton.jit
-def _added(weight, bits, column, inside):
-    """What is added to the scores of pooled keys, in base 2."""
-    more = tl.load(weight + column, mask=inside, other=float("-inf")) * LOG2E
-    listed = (tl.load(bits + column // 32, mask=inside, other=0) >> (column % 32)) & 1
-    return tl.where(listed != 0, float("-inf"), more)
 
 
 @triton.jit
@@ -75,7 +68,7 @@ def rest_query_gradients(
         place = first + column.to(tl.int64)[:, None] * step + d[None, :]
         has = inside[:, None] & has_d[None, :]
         key = tl.load(pooled_k + place, mask=has, other=0.0)
-        p = _weights(query, key, _added(weight, bits, column, inside), row_lse, scale * LOG2E, PRECISION)
+        p = _weights(query, key, added(weight, bits, column, inside), row_lse, scale * LOG2E, PRECISION)
         value = tl.load(pooled_v + place, mask=has, other=0.0)
         grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         grad_scores = p * (grad_weights - row_delta[:, None])
@@ -123,7 +116,7 @@ def rest_key_gradients(
         row_lse = tl.load(lse + at, mask=is_token, other=float("-inf"))
         row_delta = tl.load(delta + at, mask=is_token, other=0.0)
         row_bits = bits + (((sample * heads + head) // list_heads) * rows + row) * words
-        p = _weights(query, key, _added(weight, row_bits, column, inside), row_lse, scale * LOG2E, PRECISION)
+        p = _weights(query, key, added(weight, row_bits, column, inside), row_lse, scale * LOG2E, PRECISION)
         acc_v = tl.dot(tl.trans(p).to(grad.dtype), grad, acc_v, input_precision=PRECISION)
         grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         grad_scores = p * (grad_weights - row_delta[:, None])
