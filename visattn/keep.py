@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -135,10 +138,40 @@ def kept(build: Callable[P, T]) -> Callable[P, T]:
         key = (build, args, tuple(options.items()))
         entry = STORE.find(key)
         if entry is None:
-            entry = STORE.put(key, _outside_of_modes(build, *args, **options))
+            entry = STORE.put(key, lasting(_outside_of_modes, build, *args, **options))
         return entry.value
 
     return find
+
+
+def lasting(build: Callable[..., T], *args: Any, **options: Any) -> T:
+    """Call a function whose tensors stay: they are in nobody's pool of memory.
+
+    The pool of code that torch.compile warms up belongs to its CUDA graphs, which refuse memory that stays in use. It
+    gets what that thread allocates.
+    """
+    if not _warms_up():
+        return build(*args, **options)
+    device = torch.cuda.current_device()
+
+    def elsewhere() -> T:
+        torch.cuda.set_device(device)
+        return build(*args, **options)
+
+    with ThreadPoolExecutor(1) as thread:
+        value = thread.submit(copy_context().run, elsewhere).result()
+    torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+    return value
+
+
+def _warms_up() -> bool:
+    """Whether this may run inside of what torch.compile warms up for its CUDA graphs: on a stream of its own."""
+    return (
+        "torch._inductor.cudagraph_trees" in sys.modules
+        and torch.cuda.is_initialized()
+        and not torch._C._cuda_isCurrentStreamCapturing()
+        and torch.cuda.current_stream() != torch.cuda.default_stream()
+    )
 
 
 def clear_caches() -> None:

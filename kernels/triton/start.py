@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.keep import CALL_BYTES, STORE
+from visattn.keep import CALL_BYTES, STORE, lasting
 from visattn.kernels.triton.direct import Start, Unknown
 
 # Triton's default of this option changes between releases: what is fused is part of the numbers.
@@ -104,7 +104,7 @@ class Starts:
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         found = self._counters.get(stream)
         if found is None:
-            found = self._counters[stream] = torch.zeros(1, dtype=torch.int32, device=self._device)
+            found = self._counters[stream] = lasting(torch.zeros, 1, dtype=torch.int32, device=self._device)
         return found
 
 

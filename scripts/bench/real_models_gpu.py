@@ -38,7 +38,7 @@ from visattn.watch import Watched
 MODES = ("eager", "compiled")
 STOCK, DENSE = "stock", "dense"
 # Seconds that a turn of a contender lasts, seconds of all its turns, and the fewest and most of them.
-TURN_S, CONTENDER_S, TURNS = 0.3, 8.0, (5, 25)
+TURN_S, CONTENDER_S, TURNS = 0.4, 14.0, (5, 25)
 
 Shapes = Counter[tuple[torch.Size, torch.Size]]
 
@@ -76,13 +76,14 @@ def in_turns(model: torch.nn.Module, step: Callable[[], Any], names: list[str]) 
     """Milliseconds of a step in every turn, and the report's first line, by attention."""
     said: dict[str, str] = {}
     times: dict[str, list[float]] = {name: [] for name in names}
-    once = 0.0
+    took = []
     for name in names:
         with patched(model, name):
             # Compilation and plans, then what a step takes.
             step()
             step()
-            once = max(once, per_call(step, 2))
+            took.append(per_call(step, 4))
+    once = statistics.median(took)
     count = max(1, min(20, round(TURN_S / once)))
     # What the host does beside comes and goes within seconds: many short turns where steps are short.
     turns = max(TURNS[0], min(TURNS[1], round(CONTENDER_S / (once * (count + 2)))))

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visattn
 from tests.support.cases import qkv
-from visattn.keep import STORE, Store, kept
+from visattn import keep
+from visattn.keep import STORE, Store, kept, lasting
 from visattn.layout import Layout
 from visattn.plans import plan
 
@@ -177,3 +178,32 @@ def test_plans_of_many_resolutions_are_bounded_by_bytes(monkeypatch):
     visattn.clear_caches()
     gc.collect()
     assert STORE.bytes == len(STORE) == 0 and not any(each() for each in plans)
+
+
+def test_what_stays_is_made_in_another_thread_while_code_is_warmed_up(monkeypatch):
+    monkeypatch.setattr(keep, "_warms_up", lambda: True)
+    waited = []
+    stream = type("Stream", (), {"wait_stream": lambda self, other: waited.append(other)})()
+    for name, value in {"current_device": 0, "set_device": None, "current_stream": stream, "default_stream": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert lasting(threading.get_ident) != threading.get_ident()
+    assert waited == [1]
+    with pytest.raises(KeyError, match="gone"):
+        lasting({}.__getitem__, "gone")
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_of_compiled_code_own_nothing_that_is_kept():
+    layout = Layout((24, 20), 3)
+    make = torch.Generator("cuda").manual_seed(0)
+    q, k, v = torch.randn(3, 1, layout.length, 2, 64, device="cuda", dtype=torch.bfloat16, generator=make)
+
+    def call(q, k, v):
+        return visattn.attention(q, k, v, "na(window=9x9)", layout, backend="triton") * 2
+
+    fast = torch.compile(call, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        found = [fast(q, k, v).clone() for _ in range(4)]
+        truth = call(q, k, v)
+    for each in found:
+        torch.testing.assert_close(each, truth)
