@@ -1,0 +1,248 @@
+"""What exact schedulers share: settings, states in float64, and the order in which states are evaluated."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+
+from visattn.pipelines.schedulers.steps import Steps
+
+State = tuple[torch.Tensor, torch.Tensor]
+# Of the rounding of states that a round trip may give back enlarged.
+TOLERANCE = 1e-4
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of DDIM, or of flow matching, that a configuration has."""
+    kind = FlowMatchEulerDiscreteScheduler if "shift" in config else DDIMScheduler
+    known = set(inspect.signature(kind.__init__).parameters) - {"self"}
+    return {name: value for name, value in config.items() if name in known}
+
+
+class ExactScheduler(SchedulerMixin, ConfigMixin):
+    """A scheduler with two states in float64, whose steps have an exact inverse.
+
+    The model's input and `prev_sample` have the dtype of the sample that came in; what is kept are the states. The
+    model must give equal outputs for equal inputs, so the way back needs the same batches and the same patterns.
+
+    Args:
+        **settings: Of a `DDIMScheduler`, or of a `FlowMatchEulerDiscreteScheduler` if there is a `shift`.
+
+    Attributes:
+        timesteps: When the model is evaluated, in order.
+        order: Evaluations for each step.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+    # Whether the way is back from the clean sample to noise.
+    inverse = False
+    # Evaluations that are behind two states.
+    _behind = 0
+
+    def __init__(self, **settings: Any) -> None:
+        self._steps = Steps(settings)
+        self.register_to_config(**dict(self._steps.plain.config), **self._own())
+        self.num_inference_steps: int | None = None
+        self.timesteps = self._steps.plain.timesteps
+        self._pending: tuple[State, int] | None = None
+        self._reset()
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:
+        """A scheduler with the settings of another one, DDIM, flow matching by Euler steps or exact.
+
+        Args:
+            config: The other one's `config`.
+            return_unused_kwargs: Whether to return options that it does not know as well.
+            **options: Settings instead of those.
+        """
+        own = set(inspect.signature(cls.__init__).parameters) - {"self", "settings"}
+        given = {**dict(config or {}), **options}
+        settings = {**_settings(given), **{name: given[name] for name in own if name in given}}
+        made = cls(**settings)
+        return (made, {k: v for k, v in options.items() if k not in settings}) if return_unused_kwargs else made
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """Noise levels of flow matching."""
+        return self._steps.plain.sigmas
+
+    @property
+    def step_index(self) -> int | None:
+        """Position in `timesteps` of the next evaluation, None before the first."""
+        return self._at
+
+    @property
+    def begin_index(self) -> int | None:
+        """Position in `timesteps` at which a run begins, None to find out."""
+        return self._begin
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin a run at a position in `timesteps`."""
+        self._begin = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        """Begin a run with so many steps; forgets the states, but for those of `set_state` that no step has taken yet.
+
+        Args:
+            num_inference_steps: Steps.
+            device: Where the timesteps are.
+            sigmas: Noise levels of flow matching instead of a number.
+            mu: Shift of flow matching with dynamic shifting.
+
+        Raises:
+            ValueError: If the number is not the one that `set_state` was told.
+        """
+        options = {name: value for name, value in {"sigmas": sigmas, "mu": mu}.items() if value is not None}
+        found = self._steps.set_timesteps(num_inference_steps, device=device, **options)
+        self.num_inference_steps = len(found)
+        growth = self._growth(len(found)) * torch.finfo(torch.float64).eps
+        if growth > TOLERANCE:
+            warnings.warn(
+                f"{type(self).__name__} with {len(found)} steps enlarges what float64 rounds to {growth:.0e}: its "
+                f"inverse is not exact. Take fewer steps, or {self._remedy}",
+                stacklevel=2,
+            )
+        self._reset()
+        self.timesteps = self._evaluated(found)
+        if self._pending is not None:
+            state, steps = self._pending
+            if steps != len(found):
+                raise ValueError(f"set_state was told {steps} steps, and this run has {len(found)}: give both the same")
+            self._pair, self._given = self._resumed(state, steps)
+            self.timesteps = self.timesteps[self._behind :]
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """The sample as it is."""
+        return sample
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """A clean sample with noise of a timestep (DDIM)."""
+        return self._steps.plain.add_noise(original_samples, noise, timesteps)
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A clean sample with noise of a timestep (flow matching)."""
+        level = self._steps.plain.sigmas[(self._begin or 0) // self.order].to(sample)
+        return level * noise + (1 - level) * sample
+
+    def state(self) -> State:
+        """The two states in float64, for the way back: `set_state` of the inverse takes them.
+
+        Raises:
+            ValueError: If no step ran.
+        """
+        if len(self._pair) < 2:
+            raise ValueError(f"{type(self).__name__} has no states yet: run its steps first")
+        return self._pair[0], self._pair[1]
+
+    def set_state(self, state: State, num_inference_steps: int) -> torch.Tensor:
+        """Begin the next run, whose `set_timesteps` follows, from the two states at which a way ended.
+
+        Args:
+            state: What `state()` gave there.
+            num_inference_steps: Steps of that way, and of the next run.
+
+        Returns:
+            What the loop, or a pipeline as `latents`, begins with, in float64.
+
+        Raises:
+            ValueError: If the states do not fit each other.
+        """
+        if len(state) != 2 or state[0].shape != state[1].shape:
+            raise ValueError(f"a state is two tensors of one shape, not {[tuple(t.shape) for t in state]}")
+        self._pending = (state[0].double(), state[1].double()), num_inference_steps
+        return self._resumed(*self._pending)[1]
+
+    def step(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        """One evaluation further.
+
+        Args:
+            model_output: What the model says of the sample.
+            timestep: Its timestep.
+            sample: What was evaluated: what the last call returned, unchanged.
+            return_dict: Whether to return an object with `prev_sample` rather than a tuple.
+
+        Raises:
+            ValueError: If the sample was changed since: such a run has no inverse.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before the first step")
+        if self._at is None:
+            if self._pending is not None and not self._pair:
+                raise ValueError("call set_timesteps after set_state: a run begins with it")
+            self._at, self._pending = self._start(timestep), None
+        if self._given is not None and sample is not self._given and not torch.equal(sample, self._given.to(sample)):
+            raise ValueError(
+                "the sample is not what the last step returned: a run whose latents are changed on the way "
+                "(inpainting, callbacks) has no exact inverse; use DDIM or Euler steps for it"
+            )
+        if not self._pair:
+            self._begin_from(sample.double())
+        found = self._advance(model_output, self._at)
+        self._at += 1
+        self._given = found.to(sample.dtype)
+        return SchedulerOutput(prev_sample=self._given) if return_dict else (self._given,)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def _reset(self) -> None:
+        self._pair: list[torch.Tensor] = []
+        self._given: torch.Tensor | None = None
+        self._at: int | None = None
+        self._begin: int | None = None
+
+    def _start(self, timestep: Any) -> int:
+        """Where in `timesteps` a run begins."""
+        if self._begin is not None or self._given is not None:
+            return self._begin or 0
+        found = (self.timesteps == torch.as_tensor(timestep).to(self.timesteps).flatten()[0]).nonzero()
+        if not len(found):
+            raise ValueError(f"timestep {timestep} is none of the {len(self.timesteps)} of this run")
+        return int(found[0])
+
+    @abstractmethod
+    def _own(self) -> dict[str, Any]:
+        """Settings beside those of the plain steps."""
+
+    @property
+    @abstractmethod
+    def _remedy(self) -> str:
+        """What makes errors grow less."""
+
+    @abstractmethod
+    def _growth(self, steps: int) -> float:
+        """How much the way back enlarges an error."""
+
+    @abstractmethod
+    def _evaluated(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The timestep of each evaluation, from those of the steps."""
+
+    @abstractmethod
+    def _begin_from(self, sample: torch.Tensor) -> None:
+        """Begin with one state."""
+
+    @abstractmethod
+    def _resumed(self, state: State, steps: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The states with which a run of so many steps goes on from these, and what it evaluates first."""
+
+    @abstractmethod
+    def _advance(self, output: torch.Tensor, at: int) -> torch.Tensor:
+        """Use the evaluation at a position; returns what is to be evaluated next, at the end the sample."""

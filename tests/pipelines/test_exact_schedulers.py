@@ -1,0 +1,213 @@
+"""Schedulers with an exact inverse: what the originals give, and the way back to the same noise."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+import visattn
+from tests.support.places import GOLDEN
+from tests.support.tiny_pixel_flux import SIDE, tiny_pixel_flux
+from visattn.pipelines.schedulers import BDIAInverseScheduler, BDIAScheduler, EDICTInverseScheduler, EDICTScheduler
+
+GOLD = torch.load(GOLDEN / "inversion.pt", weights_only=True)
+DDIM = DDIMScheduler(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+)
+FLOW = FlowMatchEulerDiscreteScheduler()
+KINDS = {
+    "edict": (EDICTScheduler, EDICTInverseScheduler, "mixing"),
+    "bdia": (BDIAScheduler, BDIAInverseScheduler, "gamma"),
+}
+CASES = [("edict", "0.93"), ("edict", "1.0"), ("bdia", "1.0"), ("bdia", "0.92")]
+
+
+def golden(name):
+    """Two states; those of BDIA are there with the later one first."""
+    return GOLD[name].flip(0) if "bdia" in name else GOLD[name]
+
+
+# Of the largest value of a state, after 50 steps.
+EXACT = 5e-12
+
+
+def noise_of(z, t):
+    return torch.tanh(z.double() @ GOLD["W"] + 0.3 * torch.sin(t.double() / 100))
+
+
+def velocity_of(z, t):
+    return torch.tanh(z.double() @ GOLD["W"] + t.double() / 1000)
+
+
+def loop(scheduler, z, model):
+    for t in scheduler.timesteps:
+        z = scheduler.step(model(z, t), t, z).prev_sample
+    return z
+
+
+def way(kind, value, source=DDIM, inverse=False):
+    forward, back, name = KINDS[kind]
+    return (back if inverse else forward).from_config(source.config, **{name: float(value)})
+
+
+@pytest.mark.parametrize("kind, value", [*CASES, ("bdia", "0.5")])
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.filterwarnings("ignore:.*enlarges")
+def test_ddim_steps_give_what_the_originals_give(kind, value, steps):
+    made = way(kind, value)
+    made.set_timesteps(steps)
+    out = loop(made, GOLD["z_start"], noise_of)
+    # diffusers keeps the noise levels in float32.
+    torch.testing.assert_close(torch.stack(made.state()), golden(f"{kind}_{steps}_{value}"), atol=1e-5, rtol=1e-5)
+    assert torch.equal(out, made.state()[0 if kind == "edict" else 1])
+
+
+@pytest.mark.parametrize("kind, value", [*CASES, ("bdia", "0.5")])
+def test_flow_steps_give_what_the_formula_gives(kind, value):
+    made = way(kind, value, FLOW)
+    made.set_timesteps(sigmas=GOLD["flow_sigmas"][:-1].tolist())
+    loop(made, GOLD["z_start"], velocity_of)
+    torch.testing.assert_close(torch.stack(made.state()), golden(f"flow_{kind}_28_{value}"), atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("kind, value", CASES)
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize("source, model", [(DDIM, noise_of), (FLOW, velocity_of)])
+def test_there_and_back_again(kind, value, steps, source, model):
+    there, back = way(kind, value, source), way(kind, value, source, inverse=True)
+    there.set_timesteps(steps)
+    end = loop(there, GOLD["z_start"].float(), lambda z, t: model(z, t).float())
+    assert end.dtype == torch.float32
+    start = back.set_state(there.state(), steps)
+    back.set_timesteps(steps)
+    z = loop(back, start.float(), lambda z, t: model(z, t).float())
+    found = back.state()[0]
+    assert (found - GOLD["z_start"].float()).abs().max() < EXACT * end.abs().max()
+    if steps > 1 or kind == "edict":
+        assert torch.equal(z, found.float())
+
+
+@pytest.mark.parametrize("kind, value", CASES)
+def test_a_picture_goes_to_noise_and_back(kind, value):
+    picture = GOLD["z_start"] / 3
+    back, there = way(kind, value, FLOW, inverse=True), way(kind, value, FLOW)
+    back.set_timesteps(20)
+    loop(back, picture, velocity_of)
+    start = there.set_state(back.state(), 20)
+    there.set_timesteps(20)
+    assert (loop(there, start, velocity_of) - picture).abs().max() < EXACT
+    plain = FlowMatchEulerDiscreteScheduler()
+    plain.set_timesteps(20)
+    assert len(back.timesteps) == len(plain.timesteps) * back.order
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+@pytest.mark.parametrize("kind, value", [("edict", "0.93"), ("bdia", "1.0")])
+def test_other_predictions_are_the_same_steps(kind, value, prediction):
+    alphas = DDIM.alphas_cumprod.double()
+
+    def said(z, t):
+        signal, noise, e = alphas[t].sqrt(), (1 - alphas[t]).sqrt(), noise_of(z, t)
+        clean = (z - noise * e) / signal
+        return clean if prediction == "sample" else signal * e - noise * clean
+
+    forward, _, name = KINDS[kind]
+    other = forward.from_config(DDIM.config, prediction_type=prediction, **{name: float(value)})
+    other.set_timesteps(10)
+    loop(other, GOLD["z_start"], said)
+    torch.testing.assert_close(torch.stack(other.state()), golden(f"{kind}_10_{value}"), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance, pattern", [(1.0, "dense"), (3.0, "na(window=3x3)")])
+@pytest.mark.parametrize("kind, value", [("edict", "0.93"), ("bdia", "0.92")])
+def test_a_pipeline_finds_its_noise_again(kind, value, pattern, guidance):
+    pipeline: DiffusionPipeline = tiny_pixel_flux()
+    forward, back, name = KINDS[kind]
+    noise = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    there = pipeline.scheduler = forward.from_config(pipeline.scheduler.config, **{name: float(value)})
+
+    def run(latents):
+        options = {"num_inference_steps": 3, "guidance_scale": guidance, "output_type": "np"}
+        return pipeline("a red apple, 3d", latents=latents, **options).images
+
+    with visattn.apply(pipeline, pattern, backend="tiles" if pattern != "dense" else "auto"):
+        picture = run(noise)
+        pipeline.scheduler = back.from_config(pipeline.scheduler.config)
+        run(pipeline.scheduler.set_state(there.state(), 3).float())
+        found = pipeline.scheduler.state()
+        assert (found[0] - noise).abs().max() < 1e-11
+        # And once more to the picture.
+        pipeline.scheduler = forward.from_config(pipeline.scheduler.config)
+        latents = pipeline.scheduler.set_state(found, 3).float()
+        np.testing.assert_allclose(run(latents), picture, atol=1e-6)
+
+
+def test_half_of_a_run_begins_where_it_is_told():
+    for kind, value in CASES:
+        made, clean, noise = way(kind, value), GOLD["z_start"] / 2, GOLD["z_start"].flip(0)
+        made.set_timesteps(10)
+        half = made.timesteps[5 * made.order :]
+        noisy = made.add_noise(clean, noise, half[:1])
+        made.set_begin_index(5 * made.order)
+        z = noisy
+        for t in half:
+            z = made.step(noise_of(z, t), t, z, return_dict=False)[0]
+        # Without being told it finds the place by the timestep.
+        again = way(kind, value)
+        again.set_timesteps(10)
+        w = noisy
+        for t in half:
+            w = again.step(noise_of(w, t), t, w).prev_sample
+        assert torch.equal(z, w) and torch.isfinite(z).all()
+
+
+def test_settings_are_saved_and_loaded(tmp_path):
+    made = EDICTScheduler.from_config(FLOW.config, mixing=0.9, shift=3.0)
+    made.save_pretrained(tmp_path)
+    loaded = EDICTScheduler.from_pretrained(tmp_path)
+    assert loaded.mixing == 0.9 and loaded.config.shift == 3.0
+    assert FlowMatchEulerDiscreteScheduler.from_config(made.config).config.shift == 3.0
+    assert EDICTInverseScheduler.from_config(made.config).mixing == 0.9
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ({"mixing": 0.0}, "mixing 0.0 must be above 0 and at most 1"),
+        ({"clip_sample": True}, "clip_sample=True has no exact inverse"),
+        ({"thresholding": True}, "thresholding=True has no exact inverse"),
+        ({"shift": 1.0, "stochastic_sampling": True}, "stochastic_sampling=True has no exact inverse"),
+    ],
+)
+def test_bad_settings_are_refused(settings, text):
+    with pytest.raises(ValueError, match=text):
+        EDICTScheduler(**settings)
+
+
+def test_bad_use_is_refused():
+    with pytest.raises(ValueError, match=r"gamma 1.5 must be above 0"):
+        BDIAScheduler(gamma=1.5)
+    made = way("bdia", 1.0)
+    z = GOLD["z_start"]
+    with pytest.raises(ValueError, match="call set_timesteps before"):
+        made.step(z, 0, z)
+    with pytest.raises(ValueError, match="no states yet"):
+        made.state()
+    with pytest.warns(UserWarning, match="enlarges what float64 rounds to 2e-01.* gamma nearer to 1 than 0.5"):
+        way("bdia", 0.5).set_timesteps(50)
+    made.set_timesteps(4)
+    out = made.step(z, made.timesteps[0], z).prev_sample
+    with pytest.raises(ValueError, match="not what the last step returned"):
+        made.step(z, made.timesteps[1], out + 1)
+    with pytest.raises(ValueError, match="two tensors of one shape"):
+        made.set_state((z, z[:1]), 4)
+    made.set_state((z, z), 4)
+    with pytest.raises(ValueError, match="told 4 steps, and this run has 5"):
+        made.set_timesteps(5)
+    other = way("bdia", 1.0)
+    other.set_timesteps(3)
+    with pytest.raises(ValueError, match="none of the 3 of this run"):
+        other.step(z, 17, z)
