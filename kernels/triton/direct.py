@@ -214,8 +214,13 @@ class Start:
         check(compiled, wanted)
         library = driver()
         self._replace, self._launch, self._lock = library.cuTensorMapReplaceAddress, library.cuLaunchKernelEx, Lock()
-        # Lists and masks of a plan, which must live as long as their addresses are here.
-        self.kept = [t for t in given.values() if not any(t is other for other in changing.values())]
+        # Lists and masks of a plan, which must live as long as their addresses are here. A descriptor is of a tensor that
+        # changes, and holds the first one.
+        self.kept = [
+            t
+            for t in given.values()
+            if isinstance(t, torch.Tensor) and not any(t is other for other in changing.values())
+        ]
         self._index, self._device, about = device.index, device, compiled.metadata
         self._fill(wanted, changing, copied, getattr(about, "tensordesc_meta", None) or [])
         shape = (*(*grid, 1, 1)[:3], 32 * about.num_warps, 1, 1, about.shared)

@@ -1,7 +1,9 @@
 """Kernels started without Triton's launcher: their parameters are what the PTX declares, written where they belong."""
 
 import ctypes
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -85,6 +87,17 @@ def test_tensors_that_stay_are_kept_alive(launches):
     start = direct.Start(binary(), (3,), {"x": x, "n": 20, "scale": 0.5}, {}, {}, device)
     start([])
     assert launches[0][3][0] == x.data_ptr() and any(kept is x for kept in start.kept)
+
+
+def test_tensors_that_change_are_let_go(launches):
+    x, lists = torch.zeros(4), torch.zeros(2)
+    given = {"x": x, "n": 20, "scale": 0.5, "copied": types.SimpleNamespace(base=x), "lists": lists}
+    start = direct.Start(binary(), (3,), given, {"x": x}, {}, types.SimpleNamespace(index=0))
+    held, seen = weakref.ref(x), weakref.ref(lists)
+    del x, lists, given
+    gc.collect()
+    assert held() is None and seen() is not None
+    start([4096])
 
 
 @pytest.mark.parametrize(

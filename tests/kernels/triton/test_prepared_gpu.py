@@ -70,3 +70,18 @@ def test_routing_chooses_as_the_pattern_does(shape):
         chosen = kernels.lists(q, k, k, None, False)
         choice = chosen.choice()
         assert torch.equal(choice.cpu(), pattern.choose(q.double().cpu(), k.double().cpu(), layout))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_kept_of_calls_holds_none_of_their_tensors(name):
+    pattern, layout, dtype, head_dim = CASES[name]
+    run([torch.randn(2, layout.length, 3, head_dim, device="cuda", dtype=dtype).requires_grad_()] * 3, pattern, layout)
+    clear_caches()
+    before = torch.cuda.memory_allocated()
+    inputs = [torch.randn(64, layout.length, 3, head_dim, device="cuda", dtype=dtype) for _ in range(3)]
+    size = inputs[0].nbytes
+    run([t.requires_grad_() for t in inputs], pattern, layout)
+    del inputs
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < size / 2
