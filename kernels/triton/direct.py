@@ -214,8 +214,8 @@ class Start:
         check(compiled, wanted)
         library = driver()
         self._replace, self._launch, self._lock = library.cuTensorMapReplaceAddress, library.cuLaunchKernelEx, Lock()
-        # Lists and masks of a plan, which must live as long as their addresses are here. A descriptor is of a tensor that
-        # changes, and holds the first one.
+        # Lists and masks of a plan, which must live as long as their addresses are here. A descriptor is of a tensor
+        # that changes, and holds the first one.
         self.kept = [
             t
             for t in given.values()
