@@ -4,13 +4,16 @@
 
 For each case, 24 heads of 128 in bfloat16, medians of CUDA events in turns: the whole call, the choice alone, the
 kernel along lists that are held, and dense attention; forward, and with --backward the backward. q and k are noise:
-their lists are spread over all keys, which is the worst for caches.
+their lists are spread over all keys, which is the worst for caches. --profile says instead what a call keeps the host
+for.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import time
 from collections.abc import Callable
@@ -89,6 +92,24 @@ def host_us(run: Callable[[], object]) -> float:
     return 1e6 * statistics.median(found)
 
 
+def profiled(name: str) -> None:
+    """Print the Python functions that the host spends most time in, over some calls."""
+    text, layout = CASES[name]
+    q, k, v = torch.randn((3, 1, layout.length, HEADS, DIM), device="cuda", dtype=torch.bfloat16).unbind(0)
+    with torch.no_grad():
+        for _ in range(3):
+            attention(q, k, v, text, layout, backend="triton")
+        torch.cuda.synchronize()
+        seen = cProfile.Profile()
+        seen.enable()
+        for _ in range(20):
+            attention(q, k, v, text, layout, backend="triton")
+        seen.disable()
+        torch.cuda.synchronize()
+    print(name, flush=True)
+    pstats.Stats(seen).sort_stats("tottime").print_stats(25)
+
+
 def measured(name: str, backward: bool) -> dict[str, Any]:
     """Times of one case in milliseconds."""
     text, layout = CASES[name]
@@ -132,13 +153,16 @@ def measured(name: str, backward: bool) -> dict[str, Any]:
 def main() -> None:
     """Measure the cases and write what was found after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/h100-dynamic.json"))
+    parser.add_argument("--profile", action="store_true", help="say what the host does, and measure nothing")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--backward", action="store_true", help="time the backward too")
     given = parser.parse_args()
     found: dict[str, Any] = {"versions": versions(), "heads": HEADS, "head_dim": DIM, "dtype": "bfloat16", "cases": {}}
     for name in CASES:
-        if given.only in name:
+        if given.only in name and given.profile:
+            profiled(name)
+        elif given.only in name:
             torch.cuda.reset_peak_memory_stats()
             found["cases"][name] = measured(name, given.backward)
             given.out.parent.mkdir(parents=True, exist_ok=True)
