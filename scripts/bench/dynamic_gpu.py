@@ -47,7 +47,12 @@ CASES: dict[str, tuple[str, Layout]] = {
     "video, 10 %, 128 x 64": ("topk(keep=0.1, block=2x8x8, key_block=1x8x8)", Layout((30, 45, 88))),
     "image, 10 %, 128 x 64, means": ("topk(keep=0.1, block=8x16, key_block=8x8, rest=mean)", Layout((256, 256))),
     "video, 10 %, blocks of 128": ("topk(keep=0.1, block=4x4x8)", Layout((30, 45, 88))),
+    # Dense attention with the test in the loop: one that passes over nothing, and one that does.
+    "levels, passes over nothing": ("topk(keep=1.0, block=8x8, always=none, skip=1e-30)", Layout((128, 128))),
+    "levels, passes over": ("topk(keep=1.0, block=8x8, always=none, skip=0.01)", Layout((128, 128))),
 }
+# Of the cases with such names, q and k have a level of this size for each block of 8x8: products of blocks differ.
+LEVEL = 2.0
 
 
 class Fixed:
@@ -95,7 +100,7 @@ def host_us(run: Callable[[], object]) -> float:
 def profiled(name: str) -> None:
     """Print the Python functions that the host spends most time in, over some calls."""
     text, layout = CASES[name]
-    q, k, v = torch.randn((3, 1, layout.length, HEADS, DIM), device="cuda", dtype=torch.bfloat16).unbind(0)
+    q, k, v = inputs_of(name, layout)
     with torch.no_grad():
         for _ in range(3):
             attention(q, k, v, text, layout, backend="triton")
@@ -110,14 +115,24 @@ def profiled(name: str) -> None:
     pstats.Stats(seen).sort_stats("tottime").print_stats(25)
 
 
+def inputs_of(name: str, layout: Layout) -> list[torch.Tensor]:
+    """Queries, keys and values."""
+    made = torch.Generator("cuda").manual_seed(0)
+    found = list(torch.randn((3, 1, layout.length, HEADS, DIM), generator=made, device="cuda", dtype=torch.bfloat16))
+    if name.startswith("levels"):
+        height, width = (n // 8 for n in layout.grid)
+        for x in found[:2]:
+            level = torch.randn((height, 1, width, 1, HEADS, DIM), generator=made, device="cuda", dtype=x.dtype)
+            x.view(height, 8, width, 8, HEADS, DIM).add_(level, alpha=LEVEL)
+    return found
+
+
 def measured(name: str, backward: bool) -> dict[str, Any]:
     """Times of one case in milliseconds."""
     text, layout = CASES[name]
     pattern = parse(text)
     assert isinstance(pattern, DynamicPattern)
-    made = torch.Generator("cuda").manual_seed(0)
-    shape = (1, layout.length, HEADS, DIM)
-    q, k, v = inputs = [torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    q, k, v = inputs = inputs_of(name, layout)
     call = Call(pattern, layout, DIM**-0.5)
     # What a kernel has got ready for lists per head is not for one list.
     kernels, fixed = (kernels_of(q, k, v, call, lambda: None) for _ in range(2))
