@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from scripts.figures_dynamic import dynamic_tables
 from scripts.figures_emoji import emoji_tables
 from scripts.figures_gpu import gpu_calls_table, gpu_peers_table, gpu_real_table, gpu_stack_table, gpu_table
 from scripts.figures_models import model_tables
@@ -34,6 +35,7 @@ PAGES = tuple(
         "docs/generate.md",
         "docs/performance.md",
         "docs/diffusers.md",
+        "docs/dynamic.md",
     )
 )
 
@@ -286,6 +288,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "longer-video-cpu": partial(longer_video_table, "extend-video-32-cpu"),
     "students": students_table,
     **emoji_tables(),
+    **dynamic_tables(),
     **model_tables(),
 }
 

@@ -36,8 +36,8 @@ RATE, HOPPER_RATE = 0.6, 0.95
 # What a call keeps the host and, beyond its tiles, the device, in microseconds (docs/performance.md): with lists that
 # are known, that kernels choose, and that operators of torch choose.
 LISTED_US, CHOSEN_US, ROUTED_US = (35, 12), (75, 110), (650, 120)
-# What a dynamic pattern's call keeps the host, assumed: six kernels, each started as one of a list is.
-DYNAMIC_CALL_US = 300
+# What a dynamic pattern's call keeps the host (docs/results/h200-dynamic.json, the general kernel).
+DYNAMIC_CALL_US = 430
 # How long one program takes for 128 keys in the general and in the Hopper kernel: the longest list is the least that a
 # call takes (fitted to the same calls).
 KEYS_US, HOPPER_KEYS_US = 2.0, 1.1
@@ -135,7 +135,7 @@ class Triton(Backend):
             return 1e6 * problem.dense_pairs
         number, dtype, head_dim = _architecture_or_common(), problem.dtype, problem.head_dim
         tiles, rate = config(number, dtype, head_dim, "forward"), RATE
-        if not problem.rpb:
+        if not problem.rpb and not (isinstance(problem.pattern, DynamicPattern) and problem.pattern.skip):
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
             tiles, rate = (tiles, RATE) if faster is None else (faster, HOPPER_RATE)
         plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)

@@ -14,6 +14,7 @@ import torch
 from visattn.kernels.triton.arguments import Operands, Routed, Work
 from visattn.kernels.triton.choosing.listed import DynamicLists
 from visattn.kernels.triton.choosing.pooled import rest_of
+from visattn.kernels.triton.choosing.skipped import SkippingLists, skips_in_loop
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
 from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels
 from visattn.kernels.triton.hopper.launch import copyable
@@ -21,7 +22,9 @@ from visattn.kernels.triton.launch import run_bias_gradients, start_first
 from visattn.kernels.triton.routes import Listed, routed_program
 from visattn.kernels.triton.routing.router import Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
+from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, Pattern, RoutedPattern, Routes
+from visattn.patterns.tailed import held_for
 from visattn.plans import TilePlan
 from visattn.problem import Call
 
@@ -72,7 +75,7 @@ class Kernels:
         key_mask: torch.Tensor | None,
         rpb: torch.Tensor | None,
         want_lse: bool,
-        routed: Routed | None = None,
+        routed: Routed | SkippingLists | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the forward kernel: out [B, S, H, D], and the log-sum-exp [B, H, S] if it is wanted.
 
@@ -85,6 +88,8 @@ class Kernels:
             want_lse: Whether the log-sum-exp is wanted.
             routed: Lists of a routed pattern.
         """
+        if isinstance(routed, SkippingLists):
+            return self._skipping(q, k, v, key_mask, want_lse, routed)
         rest = routed.rest if isinstance(routed, DynamicLists) else None
         want_lse = want_lse or rest is not None
         shape, strides, dtype, device = self._queries
@@ -114,6 +119,26 @@ class Kernels:
             rest.add(q, out, lse, self._call.scale)
         return out, lse
 
+    def _skipping(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        want_lse: bool,
+        routed: SkippingLists,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same by the kernel whose loop passes over blocks."""
+        shape, strides, dtype, device = self._queries
+        out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        lse = None
+        if want_lse:
+            shape, strides, dtype, device = self._sums
+            lse = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        if not self._empty:
+            routed.run(q, k, v, key_mask, out, lse, self._call.scale)
+        return out, lse
+
     def lists(
         self,
         q: torch.Tensor,
@@ -123,7 +148,7 @@ class Kernels:
         learns: bool,
         scale: float | None = None,
         given: torch.Tensor | None = None,
-    ) -> Routed:
+    ) -> Routed | SkippingLists:
         """What a routed pattern chooses for q and k, as the lists that the kernels walk.
 
         Args:
@@ -146,6 +171,9 @@ class Kernels:
             return router.choose(q, k)
         assert isinstance(pattern, RoutedPattern)
         scale = self._call.scale if scale is None else scale
+        if not learns and isinstance(pattern, DynamicPattern) and self._skips(pattern, q, work.layout):
+            listed = pattern.listed(q, k, work.layout, key_mask, scale)
+            return SkippingLists(pattern, listed, work.layout, self._tf32)
         if isinstance(pattern, DynamicPattern) and lists_by_blocks(pattern):
             chosen = pattern.choose(q, k, work.layout, key_mask, scale)
             rest = None
@@ -160,6 +188,11 @@ class Kernels:
                 routes[plan] = pattern.route(q, k, plan, key_mask, scale)
             programs[direction] = routed_program(plan, direction == "key_grad", routes[plan])
         return Listed(programs)
+
+    def _skips(self, pattern: DynamicPattern, q: torch.Tensor, layout: Layout) -> bool:
+        """Whether the kernel whose loop passes over blocks runs these calls."""
+        free = held_for(pattern) is None and self._call.rpb is None and lists_by_blocks(pattern)
+        return free and skips_in_loop(pattern, layout, q)
 
     @property
     def pattern(self) -> Pattern:

@@ -10,6 +10,7 @@ import torch
 from visattn.kernels.second_order import Tensors, of_lists
 from visattn.kernels.triton.arguments import Routed
 from visattn.kernels.triton.choosing.listed import DynamicLists
+from visattn.kernels.triton.choosing.skipped import SkippingLists
 from visattn.kernels.triton.prepared import Kernels
 from visattn.kernels.triton.routing.router import Chosen
 from visattn.patterns import RoutedPattern
@@ -142,6 +143,7 @@ class Ready:
         """Gradients of q, k and v, from output [B, S, H, D] and log-sum-exp [B, S, H] and their gradients."""
         out, lse = results
         routed = self.kernels.lists(q, k, v, key_mask, True) if self._routed else None
+        assert not isinstance(routed, SkippingLists), "with gradients lists are without what is passed over"
         saved = q, k, v, None, out, lse.transpose(1, 2).contiguous()
         wanted = True, True, False
         return self.kernels.backward(saved, _by_channels(grads[0], out), grads[1], wanted, key_mask, routed)[:3]

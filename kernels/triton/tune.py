@@ -116,6 +116,7 @@ def timer(
     configs: dict[str, Config],
 ) -> Callable[[Config], float]:
     """A function that times one direction under a configuration, in milliseconds."""
+    from visattn.kernels.triton.choosing.skipped import SkippingLists
     from visattn.kernels.triton.prepared import Kernels
 
     lengths = layout.length, layout.keys.length, layout.keys.length
@@ -128,7 +129,7 @@ def timer(
         kernels = Kernels(q, k, v, call, False, lambda *_: made, lambda: None)
         routed = kernels.lists(q, k, v, None, True) if isinstance(pattern, RoutedPattern) else None
         out, lse = kernels.forward(q, k, v, None, None, True, routed)
-        assert lse is not None
+        assert lse is not None and not isinstance(routed, SkippingLists)
         saved = q, k, v, None, out, lse
         wanted = (direction == "query_grad", direction == "key_grad", False)
 

@@ -4,13 +4,16 @@
 
 For each case, 24 heads of 128 in bfloat16, medians of CUDA events in turns: the whole call, the choice alone, the
 kernel along lists that are held, and dense attention; forward, and with --backward the backward. q and k are noise:
-their lists are spread over all keys, which is the worst for caches.
+their lists are spread over all keys, which is the worst for caches. --profile says instead what a call keeps the host
+for.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import time
 from collections.abc import Callable
@@ -44,7 +47,12 @@ CASES: dict[str, tuple[str, Layout]] = {
     "video, 10 %, 128 x 64": ("topk(keep=0.1, block=2x8x8, key_block=1x8x8)", Layout((30, 45, 88))),
     "image, 10 %, 128 x 64, means": ("topk(keep=0.1, block=8x16, key_block=8x8, rest=mean)", Layout((256, 256))),
     "video, 10 %, blocks of 128": ("topk(keep=0.1, block=4x4x8)", Layout((30, 45, 88))),
+    # Dense attention with the test in the loop: one that passes over nothing, and one that does.
+    "levels, passes over nothing": ("topk(keep=1.0, block=8x8, always=none, skip=1e-30)", Layout((128, 128))),
+    "levels, passes over": ("topk(keep=1.0, block=8x8, always=none, skip=0.01)", Layout((128, 128))),
 }
+# Of the cases with such names, q and k have a level of this size for each block of 8x8: products of blocks differ.
+LEVEL = 2.0
 
 
 class Fixed:
@@ -89,14 +97,42 @@ def host_us(run: Callable[[], object]) -> float:
     return 1e6 * statistics.median(found)
 
 
+def profiled(name: str) -> None:
+    """Print the Python functions that the host spends most time in, over some calls."""
+    text, layout = CASES[name]
+    q, k, v = inputs_of(name, layout)
+    with torch.no_grad():
+        for _ in range(3):
+            attention(q, k, v, text, layout, backend="triton")
+        torch.cuda.synchronize()
+        seen = cProfile.Profile()
+        seen.enable()
+        for _ in range(20):
+            attention(q, k, v, text, layout, backend="triton")
+        seen.disable()
+        torch.cuda.synchronize()
+    print(name, flush=True)
+    pstats.Stats(seen).sort_stats("tottime").print_stats(25)
+
+
+def inputs_of(name: str, layout: Layout) -> list[torch.Tensor]:
+    """Queries, keys and values."""
+    made = torch.Generator("cuda").manual_seed(0)
+    found = list(torch.randn((3, 1, layout.length, HEADS, DIM), generator=made, device="cuda", dtype=torch.bfloat16))
+    if name.startswith("levels"):
+        height, width = (n // 8 for n in layout.grid)
+        for x in found[:2]:
+            level = torch.randn((height, 1, width, 1, HEADS, DIM), generator=made, device="cuda", dtype=x.dtype)
+            x.view(height, 8, width, 8, HEADS, DIM).add_(level, alpha=LEVEL)
+    return found
+
+
 def measured(name: str, backward: bool) -> dict[str, Any]:
     """Times of one case in milliseconds."""
     text, layout = CASES[name]
     pattern = parse(text)
     assert isinstance(pattern, DynamicPattern)
-    made = torch.Generator("cuda").manual_seed(0)
-    shape = (1, layout.length, HEADS, DIM)
-    q, k, v = inputs = [torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    q, k, v = inputs = inputs_of(name, layout)
     call = Call(pattern, layout, DIM**-0.5)
     # What a kernel has got ready for lists per head is not for one list.
     kernels, fixed = (kernels_of(q, k, v, call, lambda: None) for _ in range(2))
@@ -132,13 +168,16 @@ def measured(name: str, backward: bool) -> dict[str, Any]:
 def main() -> None:
     """Measure the cases and write what was found after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/h100-dynamic.json"))
+    parser.add_argument("--profile", action="store_true", help="say what the host does, and measure nothing")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--backward", action="store_true", help="time the backward too")
     given = parser.parse_args()
     found: dict[str, Any] = {"versions": versions(), "heads": HEADS, "head_dim": DIM, "dtype": "bfloat16", "cases": {}}
     for name in CASES:
-        if given.only in name:
+        if given.only in name and given.profile:
+            profiled(name)
+        elif given.only in name:
             torch.cuda.reset_peak_memory_stats()
             found["cases"][name] = measured(name, given.backward)
             given.out.parent.mkdir(parents=True, exist_ok=True)

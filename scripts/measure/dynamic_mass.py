@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ for _name, _score in (("diagonal(8)",) * 2, ("lowbit(4)",) * 2, ("tree(2)",) * 2
     DYNAMIC[f"topk, {_name}"] = [f"topk(keep={keep}, score={_score})" for keep in KEEPS[1:4]]
 DYNAMIC["topk per all heads, mean"] = [f"topk(keep={keep}, per=all)" for keep in KEEPS[1:4]]
 DYNAMIC["topk, shared by all heads"] = [f"topk(keep={keep}, share=all)" for keep in KEEPS[1:4]]
+DYNAMIC["topk, blocks of 8x16 queries"] = [f"topk(keep={keep}, block=8x16, key_block=8x8)" for keep in KEEPS[1:]]
 # Groups of tokens in the order of their content.
 ORDERED: dict[str, list[str]] = {
     "kmeans, 64 and 128 clusters": [
@@ -138,6 +140,13 @@ def block_mass(module: Module, blocks: Blocks, weights: torch.Tensor) -> torch.T
     return summed[None] / torch.bincount(rows)[:, None]
 
 
+def text_mass(module: Module, blocks: Blocks, weights: torch.Tensor) -> torch.Tensor:
+    """Attention of each block of queries on text, the mean of its rows: [1, H, rows]."""
+    rows = token_blocks(blocks.grid, blocks.queries, weights.device)
+    text = 1 - weights[:, :, inner(module.layout)].sum(-1)
+    return torch.zeros(len(text), blocks.rows).index_add(1, rows, text)[None] / torch.bincount(rows)
+
+
 def of_listed(mask: torch.Tensor, mass: torch.Tensor, text: torch.Tensor) -> Point:
     """Density and mass of listed blocks, where all blocks have equally many tokens."""
     caught = text + (mass * mask).sum(-1)
@@ -147,18 +156,21 @@ def of_listed(mask: torch.Tensor, mass: torch.Tensor, text: torch.Tensor) -> Poi
 def measure(modules: Sequence[Module]) -> dict[str, list[Point]]:
     """Points of every line, the mean over modules."""
     found: dict[str, list[list[Point]]] = {}
+    start = time.perf_counter()
     for module in modules:
         weights = module.weights()
-        text = 1 - weights[:, :, inner(module.layout)].sum(-1)
-        sample = parse("topk")
-        assert isinstance(sample, DynamicPattern)
-        blocks = sample.blocks(module.layout.grid)
-        mass = block_mass(module, blocks, weights)
-        rows = token_blocks(blocks.grid, blocks.queries, text.device)
-        text = torch.zeros(len(text), blocks.rows).index_add(1, rows, text)[None] / torch.bincount(rows)
+        known: dict[Blocks, tuple[torch.Tensor, torch.Tensor]] = {}
         for line, patterns in DYNAMIC.items():
-            points = [of_listed(_chosen(module, pattern), mass, text) for pattern in patterns]
+            points = []
+            for pattern in map(parse, patterns):
+                assert isinstance(pattern, DynamicPattern)
+                blocks = pattern.blocks(module.layout.grid)
+                if blocks not in known:
+                    known[blocks] = block_mass(module, blocks, weights), text_mass(module, blocks, weights)
+                chosen = pattern.choose(module.q, module.k, module.layout, None, module.scale)
+                points.append(of_listed(chosen.mask(0, blocks.columns), *known[blocks]))
             found.setdefault(line, []).append(points)
+        mass, text = known[next(iter(known))]
         for line, pick in ((BEST, _best_of_row), (BEST_OF_HEAD, _best_of_head)):
             found.setdefault(line, []).append([of_listed(pick(mass, keep), mass, text) for keep in KEEPS])
         for line, patterns in ORDERED.items():
@@ -167,15 +179,12 @@ def measure(modules: Sequence[Module]) -> dict[str, list[Point]]:
             found.setdefault(line, []).append([_heads(module, pattern, weights) for pattern in patterns])
         for line, patterns in STATIC.items():
             found.setdefault(line, []).append([_static(module, pattern, weights) for pattern in patterns])
+        print(f"{module.site}: {time.perf_counter() - start:.0f} s", flush=True)
     return {line: [_mean(points) for points in zip(*each, strict=True)] for line, each in found.items()}
 
 
 def _mean(points: Sequence[Point]) -> Point:
     return Point(*(sum(values) / len(points) for values in zip(*points, strict=True)))
-
-
-def _chosen(module: Module, text: str) -> torch.Tensor:
-    return visattn.tile_choice(module.q, module.k, text, module.layout, scale=module.scale)
 
 
 def _best_of_row(mass: torch.Tensor, keep: float) -> torch.Tensor:
@@ -187,9 +196,15 @@ def _best_of_head(mass: torch.Tensor, keep: float) -> torch.Tensor:
     return pick_number(pairs, Seen(), None, number_of(keep, pairs.shape[-1])).view(mass.shape)
 
 
+@lru_cache(8)
+def _mask(text: str, layout: Layout) -> torch.Tensor:
+    """Of a pattern that is the same for all calls."""
+    return dense_mask(text, layout)
+
+
 def _static(module: Module, text: str, weights: torch.Tensor) -> Point:
     at = inner(module.layout)
-    mask = dense_mask(text, module.layout)[at]
+    mask = _mask(text, module.layout)[at]
     return Point(mask[:, at].float().mean().item(), (weights * mask).sum(-1).mean().item())
 
 
@@ -211,7 +226,7 @@ def _heads(module: Module, text: str, weights: torch.Tensor) -> Point:
     assert isinstance(pattern, Best)
     call = Call(pattern, module.layout, module.scale)
     chosen = best_patterns(module.q, module.k, module.v, call)[0].tolist()
-    masks = [dense_mask(each, module.layout) for each in pattern.patterns]
+    masks = [_mask(str(each), module.layout) for each in pattern.patterns]
     return _of_mask(module, torch.stack([masks[i] for i in chosen]), weights)
 
 
@@ -220,7 +235,7 @@ def _grid_density(module: Module, text: str) -> float:
     if parse(text).covers(module.layout.grid):
         return 1.0
     at = inner(module.layout)
-    return dense_mask(text, module.layout)[at, at].float().mean().item()
+    return _mask(text, module.layout)[at, at].float().mean().item()
 
 
 def errors(modules: Sequence[Module], patterns: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -245,7 +260,7 @@ def main(arguments: Sequence[str] | None = None, recorded: Callable[..., list[Mo
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--step", type=int, default=4, help="the step whose attention is taken, at least 1")
-    parser.add_argument("--recorded", type=Path, help="calls that `visattn record` wrote, instead of drawing")
+    parser.add_argument("--recorded", type=Path, nargs="+", help="what `visattn record` wrote, instead of drawing")
     parser.add_argument("--every", type=int, default=1, help="take every so-manieth call")
     parser.add_argument("--only", nargs="+", help="patterns whose outputs are compared; no lines are measured then")
     parser.add_argument("--out", type=Path, required=True)
@@ -256,8 +271,9 @@ def main(arguments: Sequence[str] | None = None, recorded: Callable[..., list[Mo
         raise SystemExit(f"--step {given.step} must be from 1 to {given.steps - 1}: a picture has steps 0 to that")
     start = time.perf_counter()
     if given.recorded:
-        calls, about = load_recorded(given.recorded)
-        modules, prompts = [module_of(call) for call in calls if not call.call], about["prompts"]
+        files = [load_recorded(path) for path in given.recorded]
+        modules = [module_of(call) for calls, _ in files for call in calls if not call.call]
+        prompts = [prompt for _, about in files for prompt in about["prompts"]]
     else:
         modules = [m for seed, prompt in enumerate(prompts) for m in recorded(prompt, seed, given.steps, given.step)]
     recorded_at = time.perf_counter()

@@ -60,10 +60,11 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class Student:
-    """What runs: a pattern, with the model's own weights or trained ones."""
+    """What runs: a pattern, with the model's own weights or trained ones, behind some steps of dense attention."""
 
     pattern: str
     weights: Path | None = None
+    dense_steps: int = 0
 
     @property
     def name(self) -> str:
@@ -72,7 +73,8 @@ class Student:
 
     def key(self, size: int) -> str:
         """Of the row in the results."""
-        return f"{self.pattern}, {size} px, {self.name}"
+        behind = f", {self.dense_steps} dense steps" if self.dense_steps else ""
+        return f"{self.pattern}, {size} px, {self.name}{behind}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,7 @@ class Draftsman:
         """Pictures of every caption."""
         options, batch = self.options, self.batch(size)
         with patched(self.pipe, student, options.backend) as handle:
-            self._call(self.judge.captions(next(iter(KINDS)))[:batch], 0, size, WARM_UP_STEPS)
+            self.call(self.judge.captions(next(iter(KINDS)))[:batch], 0, size, WARM_UP_STEPS)
             before = handle.report()
             start, made = time.perf_counter(), {}
             for number, kind in enumerate(KINDS):
@@ -110,7 +112,7 @@ class Draftsman:
                 parts = []
                 for first in range(0, len(captions), batch):
                     some = captions[first : first + batch]
-                    parts.append(self._call(some, options.seed + number * 100_000 + first, size, options.steps))
+                    parts.append(self.call(some, options.seed + number * 100_000 + first, size, options.steps))
                 made[kind] = torch.cat(parts)
             seconds, after = time.perf_counter() - start, handle.report()
         inside = [each.sparse_seconds + each.dense_seconds for each in (before, after)]
@@ -131,7 +133,8 @@ class Draftsman:
         """The first samples of each kind."""
         return row([_picture(each) for some in drawn.pictures.values() for each in some[:SHOWN]], gap=4)
 
-    def _call(self, captions: Sequence[str], seed: int, size: int, steps: int) -> torch.Tensor:
+    def call(self, captions: Sequence[str], seed: int, size: int, steps: int) -> torch.Tensor:
+        """Pictures of some captions; the noise of each has a seed of its own."""
         noise = [
             torch.randn(1, *self.shape(size), generator=torch.Generator().manual_seed(seed + i))
             for i in range(len(captions))
@@ -154,14 +157,18 @@ def patched(pipe: Any, student: Student, backend: str) -> Iterator[Any]:
     """The pipeline with a pattern and its weights; dense by visattn too, so that its attention is timed alike."""
     if student.weights is None:
         with apply(
-            pipe, student.pattern, backend="auto" if student.pattern == DENSE else backend, strict=True
+            pipe,
+            student.pattern,
+            backend="auto" if student.pattern == DENSE else backend,
+            strict=True,
+            dense_steps=student.dense_steps,
         ) as handle:
             yield handle
         return
     trained: Trained = load_trained(student.weights)
     with (
         trained_weights(pipe.transformer, trained),
-        apply(pipe, student.pattern, backend=backend, strict=True) as handle,
+        apply(pipe, student.pattern, backend=backend, strict=True, dense_steps=student.dense_steps) as handle,
     ):
         load_own(handle, trained)
         yield handle
@@ -176,6 +183,7 @@ def measure(
     options: argparse.Namespace,
     judge_of: Callable[[Any, argparse.Namespace], Judge] = judge_of,
     drawn_by: Callable[..., Draftsman] = Draftsman,
+    also: Callable[[Draftsman, dict[str, Any]], list[Student]] | None = None,
 ) -> dict[str, Any]:
     """Measures the rows that are missing and writes each when it is done; returns everything.
 
@@ -183,17 +191,19 @@ def measure(
         options: Of the command line.
         judge_of: Makes the judge of an encoder.
         drawn_by: The kind of draftsman.
+        also: Makes more rows, of the draftsman and the results so far.
     """
     start = time.monotonic()
     torch.set_num_threads(options.threads)
-    students = [Student(pattern) for pattern in options.patterns]
-    students += [Student(load_trained(path).about["pattern"], path) for path in options.weights]
+    students = [Student(pattern, None, options.dense_steps) for pattern in options.patterns]
+    students += [Student(load_trained(path).about["pattern"], path, options.dense_steps) for path in options.weights]
     encoder, about = load_encoder(options.encoder, options.device)
     judge = judge_of(encoder, options)
     pipe: Any = load_pipeline(options.model, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     figures = begin(options, pipe, judge, about)
     draftsman = drawn_by(pipe, judge, options)
+    students += also(draftsman, figures) if also else []
     for size in options.sizes:
         rows = figures["rows"]
         missing = [each for each in students if "error" in rows.get(each.key(size), {"error": "not measured"})]
@@ -214,6 +224,8 @@ def entry(
 ) -> dict[str, Any]:
     """One row of the results; a pattern that cannot run says why."""
     found: dict[str, Any] = {"pattern": student.pattern, "size": size, "weights": student.name}
+    if student.dense_steps:
+        found["dense_steps"] = student.dense_steps
     twin = student == Student(DENSE)
     try:
         drawn = dense if twin else draftsman.draw(student, size)
@@ -302,6 +314,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--sizes", nargs="+", type=int, default=[256], help="sides in pixels")
     add("--captions", type=int, default=CAPTIONS, help="seen ones, and as many unseen ones")
     add("--steps", type=int, default=24)
+    add("--dense-steps", type=int, default=0, help="steps of a run that are dense before the pattern begins")
     add("--guidance", type=float, default=4.5)
     add("--batch", type=int, default=50, help="samples at once at the model's own size; fewer at larger sizes")
     add("--seed", type=int, default=0)

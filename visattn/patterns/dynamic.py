@@ -21,13 +21,14 @@ from visattn.patterns.choice.blocks import (
     spread,
     token_blocks,
 )
+from visattn.patterns.choice.guards import checked_together
 from visattn.patterns.choice.listening import tell
 from visattn.patterns.choice.memory import Means, kept_for
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.quick import by_kernels, quick_means
 from visattn.patterns.choice.rest import Pooled, append_means, rest_weights
 from visattn.patterns.choice.scores import Score, block_scores
-from visattn.patterns.choice.skipping import not_skipped
+from visattn.patterns.choice.skipping import not_skipped, refuse_gradients
 from visattn.patterns.choice.slices import Slices
 from visattn.patterns.choice.tail import TAILS
 from visattn.patterns.kinds import Tiled
@@ -92,7 +93,8 @@ class DynamicPattern(TailedPattern):
             object.__setattr__(self, "key_block", None)
         if self.share != "all" and (not isinstance(self.share, int) or isinstance(self.share, bool) or self.share < 1):
             raise ValueError(f"share={self.share!r} must be a number of heads that choose together like 2, or all")
-        self._check_together()
+        for name, value in checked_together(self).items():
+            object.__setattr__(self, name, value)
         if isinstance(self.every, tuple | list):
             raise ValueError(f"every={self.every!r} must be a number of steps like 4")
         object.__setattr__(self, "every", whole_numbers(self.every, "every", 1))
@@ -101,23 +103,6 @@ class DynamicPattern(TailedPattern):
                 f"drift={self.drift!r} must be a number above 0, like 0.3: a share of the norm of the means"
             )
         object.__setattr__(self, "drift", real_number(self.drift))
-
-    def _check_together(self) -> None:
-        """Raise a ValueError for parameters that exclude each other."""
-        if self.score.startswith("tree") and self.per != "row":
-            raise ValueError(f"score={self.score} searches row by row: leave per={self.per} out")
-        if not is_number(self.skip) or not 0 <= self.skip < 1:
-            raise ValueError(f"skip={self.skip!r} must be a share of the largest weight, from 0 to below 1")
-        object.__setattr__(self, "skip", real_number(self.skip))
-        if self.skip and self.rest != "drop":
-            raise ValueError(f"skip={self.skip} leaves what it passes over out: leave rest={self.rest} out, or skip")
-        if self.alike is None:
-            return
-        if not is_number(self.alike) or not -1 <= self.alike < 1:
-            raise ValueError(f"alike={self.alike!r} must be from -1 to below 1: a mean product of unit vectors")
-        object.__setattr__(self, "alike", real_number(self.alike))
-        if self.per != "row" or self.share != 1:
-            raise ValueError("alike is judged head by head for each row: leave per and share out")
 
     @abstractmethod
     def most_listed(self, blocks: Blocks) -> int:
@@ -245,34 +230,44 @@ class DynamicPattern(TailedPattern):
         held = held_for(self)
         if held is not None:
             return held
+        blocks, choice = self.blocks(layout.grid), self.listed(q, k, layout, key_mask, scale)
+        if not self.skip:
+            tell(choice, blocks)
+            return choice
+        with torch.no_grad():
+            factor = q.shape[3] ** -0.5 if scale is None else scale
+            left = not_skipped(choice, q, k, layout, blocks, key_mask, factor, self.skip)
+            tell(left, blocks, choice)
+        return left
+
+    def listed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: Layout,
+        key_mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> Routes:
+        """What `choose` gives before `skip` passes over some of it; nobody is told."""
+        if self.skip:
+            refuse_gradients(self, q, k)
         blocks, at = self.blocks(layout.grid), inner(layout)
-        if self.skip and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-            raise ValueError(
-                f"{self}: what skip passes over depends on the order of the blocks and has no gradient: call it under "
-                "torch.no_grad(), or leave skip out"
-            )
         with torch.no_grad():
             own = q[:, at], k[:, at]
             valid = None if key_mask is None else key_mask[:, at]
             factor = q.shape[3] ** -0.5 if scale is None else scale
             if self.every == 1:
-                choice = self._chosen(*own, blocks, valid, factor)
-            else:
-                call = self, layout, q.shape, k.shape, q.device, factor, key_mask is None
-                choice = kept_for(
-                    self.every,
-                    self.drift,
-                    call,
-                    blocks.columns,
-                    q.dtype,
-                    lambda: Means(*(quick_means(x, *side, valid) for x, side in zip(own, blocks.sides, strict=True))),
-                    lambda: self._chosen(*own, blocks, valid, factor),
-                )
-            listed = choice
-            if self.skip:
-                choice = not_skipped(choice, q, k, layout, blocks, key_mask, factor, self.skip)
-            tell(choice, blocks, listed if self.skip else None)
-            return choice
+                return self._chosen(*own, blocks, valid, factor)
+            call = self, layout, q.shape, k.shape, q.device, factor, key_mask is None
+            return kept_for(
+                self.every,
+                self.drift,
+                call,
+                blocks.columns,
+                q.dtype,
+                lambda: Means(*(quick_means(x, *side, valid) for x, side in zip(own, blocks.sides, strict=True))),
+                lambda: self._chosen(*own, blocks, valid, factor),
+            )
 
     def _chosen(
         self, q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None, scale: float

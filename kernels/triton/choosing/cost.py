@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 from visattn.dispatch import Problem
-from visattn.patterns import DynamicPattern
+from visattn.patterns import DynamicPattern, TopP
 from visattn.patterns.choice.scores import Score
 
-# Microseconds of the kernels: fixed, per byte of q and k, and per place of a row of scores, which has a power of two.
-# Fitted to choices of 24 heads of 128 on 256x256 and 30x45x88, blocks of 64 x 64 and of 128 x 64, on an H200.
-FIXED_US, BYTE_US, SCORE_US = 60.0, 0.5e-6, 17.5e-6
+# Microseconds of the kernels: fixed, per byte that is read for means, and per place of a row of scores, which has a
+# power of two. Fitted to choices of 24 heads of 128 on 256x256 and 30x45x88, blocks of 64 x 64 and of 128 x 64, on an
+# H200 (docs/results/h200-dynamic.json).
+FIXED_US, BYTE_US, SCORE_US = 60.0, 0.31e-6, 11e-6
+# How much more places of a row cost with so many pairs of parts, and where probabilities are summed.
+PART_POWER, BY_MASS = 0.75, 2.0
 # How many times longer torch's operators take, on the same cases.
-BY_TORCH = 3.0
+BY_TORCH = 5.0
 
 
 def choosing_us(problem: Problem) -> float:
@@ -20,10 +21,12 @@ def choosing_us(problem: Problem) -> float:
     pattern, layout = problem.pattern, problem.layout
     assert isinstance(pattern, DynamicPattern)
     blocks, score = pattern.blocks(layout.grid), Score.of(pattern.score)
-    read = problem.batch * layout.tokens * (problem.heads + problem.kv_heads) * problem.head_dim
-    parts = score.query_parts * score.key_parts
+    # Pooled keys and values are means too.
+    heads = problem.heads + (3 if pattern.pools_rest else 1) * problem.kv_heads
+    read = problem.batch * layout.tokens * heads * problem.head_dim * problem.dtype.itemsize
     scores = problem.batch * problem.heads * blocks.rows * (1 << (blocks.columns - 1).bit_length())
-    time = FIXED_US + BYTE_US * read * problem.dtype.itemsize + SCORE_US * scores * math.sqrt(parts)
+    scores *= (score.query_parts * score.key_parts) ** PART_POWER * (BY_MASS if isinstance(pattern, TopP) else 1)
+    time = FIXED_US + BYTE_US * read + SCORE_US * scores
     return time if _by_kernels(pattern, score, layout.grid) else BY_TORCH * time
 
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from visattn import Layout, parse
 from visattn.kernels.triton import ahead, resources
 from visattn.kernels.triton.arguments import plan_of
-from visattn.kernels.triton.choosing import choose, listed, pooled
+from visattn.kernels.triton.choosing import choose, listed, pooled, skipped
 from visattn.kernels.triton.choosing.tables import tables
 from visattn.kernels.triton.config import (
     BLOCK_DIMS,
@@ -26,6 +26,7 @@ from visattn.kernels.triton.config import (
     config,
     family,
 )
+from visattn.patterns import Routes
 from visattn.patterns.choice.blocks import inner
 
 
@@ -90,6 +91,23 @@ def test_kernels_of_dynamic_patterns_compile(monkeypatch, text, dtype, dim, kern
     assert len(found) == kernels
     for name, used in found.items():
         assert used.fits(SHARED_MEMORY[90]), (name, used)
+
+
+def test_the_kernel_that_passes_over_blocks_compiles(monkeypatch):
+    found = {}
+
+    def compile_only(kernel, grid, given, warps, stages):
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        made = triton.compile(ahead.source(kernel, given), target=GPUTarget("cuda", 90, 32), options=options)
+        found[kernel.fn.__name__] = ahead._used(made, True)
+
+    monkeypatch.setattr(skipped, "launch_like", compile_only)
+    pattern, layout = parse("topp(block=8x8,skip=0.1)"), Layout((64, 64), 16)
+    x = torch.empty(1, layout.length, 2, 128, dtype=torch.bfloat16)
+    routes = Routes(torch.zeros(1, 2, 64, 64, dtype=torch.int32), torch.zeros(1, 2, 64, dtype=torch.int32))
+    skipped.SkippingLists(pattern, routes, layout, False).run(x, x, x, None, torch.empty_like(x), None, 0.1)
+    (used,) = found.values()
+    assert used.fits(SHARED_MEMORY[90]), used
 
 
 def test_amd_compiles():

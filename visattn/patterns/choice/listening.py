@@ -53,10 +53,28 @@ def tell(choice: Routes, blocks: Blocks, before: Routes | None = None) -> None:
         tell_shares(_share(before, blocks) - shares, True)
 
 
-def _share(choice: Routes, blocks: Blocks) -> torch.Tensor:
+def tell_met(choice: Routes, met: torch.Tensor, blocks: Blocks) -> None:
+    """Tell who listens what a kernel met of what is listed, and what it passed over.
+
+    Args:
+        choice: What is listed.
+        met: Which entries were added: bool [B, H, query blocks, n], H a multiple of the lists per sample.
+        blocks: The blocks.
+    """
+    if hears():
+        shares = _share(choice, blocks, met)
+        tell_shares(shares)
+        tell_shares(_share(choice, blocks, torch.ones_like(met)) - shares, True)
+
+
+def _share(choice: Routes, blocks: Blocks, met: torch.Tensor | None = None) -> torch.Tensor:
     rows, columns = (
         block_tokens(blocks.grid, box, choice.tiles.device).double() for box in (blocks.queries, blocks.keys)
     )
     tokens, listed = columns[choice.tiles.long()], choice.listed()
+    if met is not None:
+        each = met.shape[1] // choice.groups
+        tokens = tokens.repeat_interleave(each, 1).masked_fill(~met, 0)
+        listed = None if listed is None else listed.repeat_interleave(each, 1)
     seen = tokens.sum(-1) if listed is None else tokens.masked_fill(~listed, 0).sum(-1)
     return (seen * rows).sum(-1) / (rows.sum() * columns.sum())

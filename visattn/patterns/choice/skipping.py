@@ -13,6 +13,15 @@ from visattn.patterns.choice.slices import Slices
 from visattn.patterns.routes import Routes, lists_of
 
 
+def refuse_gradients(pattern: object, q: torch.Tensor, k: torch.Tensor) -> None:
+    """Raise a ValueError where queries or keys would have a gradient."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        raise ValueError(
+            f"{pattern}: what skip passes over depends on the order of the blocks and has no gradient: call it under "
+            "torch.no_grad(), or leave skip out"
+        )
+
+
 def not_skipped(
     choice: Routes,
     q: torch.Tensor,

@@ -1,0 +1,70 @@
+"""The table of dynamic and static patterns at equal densities: parameters that are searched for, rows, resuming."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from scripts.measure import dynamic_table
+from scripts.measure.dynamic_table import DENSITIES, Family, main, rows_of
+from scripts.measure.emoji_encoder_model import DualEncoder, save_encoder
+from tests.support.tiny_emoji import tiny_pack
+from tests.support.tiny_pixel_flux import tiny_pixel_flux
+from visattn import Layout, parse
+from visattn.simulate import simulate
+
+
+@pytest.mark.parametrize(("family", "density"), [(Family("topp(p={})", 0.0, 1.0), 0.3), (Family("a({})", 3, -1), 0.2)])
+def test_a_parameter_is_halved_in_until_the_density_is_near(family, density):
+    tried = []
+
+    def reached(text):
+        number = float(text.split("(")[1].split("=")[-1].rstrip(")"))
+        tried.append(number)
+        return (number - family.least) / (family.most - family.least)
+
+    found = family.of_density(density, reached)
+    assert abs(reached(found) - density) < 0.02
+    assert len(tried) <= dynamic_table.HALVINGS + 1
+
+
+@pytest.mark.parametrize(("kind", "grid"), [("pictures", (64, 64)), ("clips", (16, 16, 16))])
+@pytest.mark.parametrize("density", DENSITIES)
+def test_rows_of_fixed_numbers_have_the_density_asked_for(kind, grid, density):
+    for row in rows_of(kind, density):
+        if isinstance(row, Family):
+            for number in (row.least, row.most):
+                parse(row.at(number))
+        elif row.startswith("na"):
+            assert abs(simulate(row, Layout(grid)).density - density) < 0.035
+        else:
+            parse(row)
+
+
+def test_rows_are_tuned_measured_and_not_measured_twice(tmp_path, monkeypatch, capsys):
+    tiny_pack(tmp_path / "pack")
+    tiny_pixel_flux().save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    save_encoder(DualEncoder(), tmp_path / "encoder.safetensors", {"steps": 0})
+    rows = ["na(window=3x3)", Family("topp(p={},block=2x2)", 0.01, 0.99), "radial(decay=0.5)"]
+    monkeypatch.setattr(dynamic_table, "rows_of", lambda kind, density: rows)
+    out = tmp_path / "table.json"
+    words = f"--data {tmp_path}/pack --encoder {tmp_path}/encoder.safetensors --model {tmp_path}/model --sizes 32"
+    words = f"pictures {words} --captions 2 --steps 2 --dense-steps 1 --threads 1 --densities 0.3 --out {out}".split()
+    main(words)
+    found = json.loads(out.read_text())
+    assert found["tuned"]["topp(p={},block=2x2) at 0.3"].startswith("topp(p=0.")
+    dense, sparse, dynamic, radial = found["rows"].values()
+    assert dense["density"] == 1
+    assert sparse["dense_steps"] == dynamic["dense_steps"] == 1
+    assert dynamic["psnr"] > 0
+    assert "frames of a video" in radial["error"]
+    capsys.readouterr()
+    before = out.read_text()
+    rows.pop()
+    main(words)
+    assert out.read_text() == before
+    assert "density" not in capsys.readouterr().out
