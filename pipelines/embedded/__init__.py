@@ -61,7 +61,7 @@ _DIGITS = EmbeddedModel(
     classes=10,
     size=(64, 64),
     grid=(32, 32),
-    summary="handwritten digits 0-9, 64x64 px, 1024 tokens, 6-layer pixel DiT",
+    summary="for tests: handwritten digits 0-9, 64x64 px, 1024 tokens, 5-layer pixel DiT",
 )
 
 _MOVING_DIGITS = EmbeddedModel(
@@ -71,7 +71,7 @@ _MOVING_DIGITS = EmbeddedModel(
     classes=10,
     size=(16, 32, 32),
     grid=(16, 16, 16),
-    summary="moving handwritten digits 0-9, 16 frames of 32x32 px, 4096 tokens, 6-layer pixel Wan transformer",
+    summary="for tests: moving digits 0-9, 16 frames of 32x32 px, 4096 tokens, 6-layer pixel Wan transformer",
 )
 
 _EMOJI = EmbeddedModel(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from scripts.measure.emoji_encoder_model import DualEncoder
-from scripts.measure.emoji_judge import AXES, Judge, shares
+from scripts.measure.emoji_judge import AXES, Judge
 from scripts.measure.emoji_prompts import choose
 from scripts.measure.estimates import frechet, main_axes
 from scripts.train.emoji_captions import TRAIN
@@ -62,7 +62,9 @@ class ClipJudge(Judge):
         pictures of the differences between successive frames; `movement` and `flicker`: see there.
         """
         frames, changes = (_features(self.encoder, each) for each in (pictures, differences(pictures)))
-        found = shares(self.encoder.ranks_of(frames.mean(1), self.pack.plain[torch.tensor(self.chosen[kind])]))
+        found = self.shares(
+            self.encoder.ranks_of(frames.mean(1), self.pack.plain[torch.tensor(self.chosen[kind])]), kind
+        )
         pairs = ((frames @ self.axes, self.reference), (changes @ self.motion_axes, self.motion))
         near = [frechet(ours.flatten(0, 1).numpy(), real.numpy()) for ours, real in pairs]
         found |= {"frechet": round(near[0], 5), "frechet_motion": round(near[1], 5)}

@@ -69,9 +69,17 @@ class Judge:
 
     def named(self, pictures: torch.Tensor, kind: str) -> dict[str, Any]:
         """Figures of pictures [N, 3, H, W], values 0 to 1, of the captions of a kind: shares with 95 % intervals."""
-        found = shares(self.encoder.ranks(pictures, self.pack.plain[torch.tensor(self.chosen[kind])]))
+        found = self.shares(self.encoder.ranks(pictures, self.pack.plain[torch.tensor(self.chosen[kind])]), kind)
         features = self.encoder.features(pictures) @ self.axes
         return found | {"frechet": round(frechet(features.numpy(), self.reference.numpy()), 5)}
+
+    def shares(self, ranks: torch.Tensor, kind: str) -> dict[str, Any]:
+        """`shares` of the captions of a kind, and of those of each split in it where there are several."""
+        splits = [self.pack.pictures[i].split for i in self.chosen[kind]]
+        found, names = shares(ranks), sorted(set(splits))
+        if len(names) > 1:
+            found["splits"] = {name: shares(ranks[torch.tensor([each == name for each in splits])]) for name in names}
+        return found
 
     def real(self, kind: str) -> dict[str, Any]:
         """The same figures of the real pictures of these captions, as they are: what a perfect model would reach."""

@@ -1,14 +1,15 @@
-"""Trains the embedded "animoji" model: text to video with Wan's architecture, about 14 minutes on a data-centre GPU.
+"""Trains the embedded "animoji" model: text to video with Wan's architecture, about 10 minutes on a data-centre GPU.
 
-    python -m scripts.train.animoji_data                    # fetches and packs the clips, once
+    python -m scripts.train.emoji_data                      # fetch and pack pictures and clips, once
+    python -m scripts.train.animoji_data
     python -m scripts.train.animoji --out out/animoji --seconds 520 --device cuda
     python -m scripts.train.animoji --out out/animoji-2 --resume out/animoji --seconds 520 --device cuda
     python -m scripts.train.animoji --out out/animoji-2 --export-only   # writes out/animoji-2/animoji
     python -m scripts.train.animoji --out out/animoji-2 --animate-only  # samples.png as an animation, samples.webp
 
 `--budget` is the training time of all commands together, which the schedule follows; `--seconds` is the time of this
-command from its start. The text encoder is the emoji model's, as it ships, and is not trained. `--out` gets what
-`scripts.train.emoji` writes; every row of `samples.png` is a clip.
+command from its start. The text encoder starts as the emoji model's that ships. `--out` gets what `scripts.train.emoji`
+writes; every row of `samples.png` is a clip.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from scripts.train import flow_loop
 from scripts.train.animoji_captions import MOVING
 from scripts.train.animoji_data import SIDE, load_pack, load_tokenizer
 from scripts.train.animoji_model import FPS, build_pipeline, export
+from scripts.train.animoji_pictures import clip_weights, stage_weights, with_pictures
 from scripts.train.animoji_training import Config, draw, loss_of
 from scripts.train.emoji_captions import NEW_EMOJI, TRAIN
 from scripts.train.emoji_data import Pack
+from scripts.train.emoji_data import load_pack as load_pictures
 from scripts.train.flow import EVEN, Batch
 from scripts.train.flow_loop import FlowTraining, add_options, autocast, averaged, settings, sheet_of
 from visattn.canvas import column, row
@@ -57,11 +60,12 @@ class Training(FlowTraining):
 
     def __init__(self, config: Config, pack: Pack, resume: Path | None = None) -> None:
         super().__init__(config, pack, resume)
+        self.drawn = [stage_weights(pack, frames).to(self.device) for frames in config.lengths]
         fuse_norms(self.model.transformer)
 
     def draw(self, stage: int, seed: int) -> Batch:
         """See `FlowTraining.draw`."""
-        return draw(self.pack, self.weights, stage, self.config.batch(stage), self.config, seed)
+        return draw(self.pack, self.drawn[stage], stage, self.config.batch(stage), self.config, seed)
 
     def loss_of(self, model: Any, batch: Batch) -> torch.Tensor:
         """See `FlowTraining.loss_of`."""
@@ -72,7 +76,7 @@ class Training(FlowTraining):
         """Mean losses of the averaged weights on fixed clips, noise and levels of each split."""
         found, stage = {}, self.config.stage(self.progress.done(self.config))
         for split in dict.fromkeys(each.split for each in self.pack.pictures):
-            weights = self.pack.weights(split).to(self.device)
+            weights = clip_weights(self.pack, split).to(self.device)
             batch = draw(self.pack, weights, stage, MEASURED, self.config, 12345)
             parts = -(-MEASURED // EVEN)
             with autocast(self.device):
@@ -148,6 +152,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Config, Path("out/animoji-data"), Path("out/animoji"))
+    parser.add_argument(
+        "--pictures", type=Path, default=Path("out/emoji-data"), help="folder of the emoji model's pack"
+    )
     parser.add_argument("--animate-only", action="store_true", help="make samples.webp of samples.png in --out")
     return parser.parse_args(arguments)
 
@@ -161,7 +168,9 @@ def train(options: argparse.Namespace, started: float) -> list[dict[str, Any]]:
     config: Config = settings(options, Config)
 
     def make(device: torch.device) -> Training:
-        return Training(config, load_pack(options.data, device), options.resume)
+        pictures = load_pictures(options.pictures, side=SIDE, threads=options.threads)
+        pack = with_pictures(load_pack(options.data, threads=options.threads), pictures)
+        return Training(config, pack.to(device), options.resume)
 
     return flow_loop.train(options, started, make)
 

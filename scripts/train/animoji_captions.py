@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from scripts.train import emoji_captions
-from scripts.train.emoji_captions import NEW_EMOJI, TRAIN, VARIANTS
+from scripts.train.emoji_captions import VARIANTS
 from scripts.train.emoji_sources import Emoji
 
 MOVING, STILL = "moving", "still"
@@ -15,11 +15,11 @@ NOUNS = frozenset(["ring", "king", "wing", "string", "sling", "ping", "earring"]
 
 
 def split_of(emoji: Emoji) -> str:
-    """NEW_EMOJI, of which training sees no skin tone and no frame either, or TRAIN.
+    """TRAIN, NEW_PAIR (training sees pictures in other styles, but neither clip nor picture in this) or NEW_EMOJI.
 
-    The same emoji are new to the emoji model, whose text encoder reads the captions.
+    The same are new to the emoji model, with whose text encoder training starts.
     """
-    return NEW_EMOJI if emoji_captions.split_of(emoji, STYLE) == NEW_EMOJI else TRAIN
+    return emoji_captions.split_of(emoji, STYLE)
 
 
 def caption(emoji: Emoji) -> str:

@@ -13,6 +13,7 @@ import argparse
 import io
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ import PIL.Image
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from scripts.train.animoji_captions import MOVING, STILL, caption, captions, split_of
+from scripts.train.animoji_captions import MOVING, STILL, STYLE, caption, captions, split_of
 from scripts.train.animoji_sources import FRAMES, PACKAGES, read_clips
-from scripts.train.emoji_captions import TRAIN
+from scripts.train.emoji_captions import TRAIN, split_of_base
 from scripts.train.emoji_data import Pack, Picture, load_pictures, save_pictures, tokens_of
 from scripts.train.emoji_sources import Emoji, fetch
 from visattn.pipelines.embedded import EMBEDDED
@@ -100,7 +101,10 @@ def load_pack(folder: Path, device: str | torch.device = "cpu", threads: int = 8
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: run python -m scripts.train.animoji_data --out {folder}")
-    return load_pictures(path, load_tokenizer(), decode_clip, threads).to(device)
+    found = load_pictures(path, load_tokenizer(), decode_clip, threads)
+    # Of the names, not of the file: what is held out does not depend on when it was packed.
+    pictures = tuple(replace(each, split=split_of_base(each.base, STYLE)) for each in found.pictures)
+    return replace(found, pictures=pictures).to(device)
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:

@@ -21,7 +21,7 @@ FPS = 8
 
 
 class AnimojiModel(nn.Module):
-    """Transformer, and the emoji model's text encoder, which stays as it is.
+    """Transformer, and a text encoder that starts as the emoji model's.
 
     Args:
         heads: Heads of 64 of the transformer.
@@ -31,7 +31,7 @@ class AnimojiModel(nn.Module):
 
     def __init__(self, heads: int = 4, layers: int = 7, ffn: int = 1024) -> None:
         super().__init__()
-        self.text_encoder = load_text_encoder().requires_grad_(False).eval()
+        self.text_encoder = load_text_encoder()
         self.transformer = WanTransformer3DModel(
             patch_size=(1, PATCH, PATCH),
             num_attention_heads=heads,

@@ -29,9 +29,10 @@ class Config(FlowConfig):
 
     LARGEST: ClassVar[int] = 64
 
-    budget: float = 850.0
+    budget: float = 600.0
     sides: tuple[int, ...] = (64, 64, 64)
-    shares: tuple[float, ...] = (0.1, 0.3, 1.0)
+    shares: tuple[float, ...] = (0.35, 0.55, 1.0)
+    mixed: float = 0.25
     tokens: int = 200_000
     ema: float = 0.995
     lengths: tuple[int, ...] = (1, 4, 16)
@@ -96,6 +97,5 @@ def to_clips(pixels: torch.Tensor, frames: int, side: int, generator: torch.Gene
 def loss_of(model: AnimojiModel, batch: Batch) -> torch.Tensor:
     """Mean square error [B] of the velocity that the predicted clean clip implies."""
     encoder: Any = model.text_encoder
-    with torch.no_grad():
-        text = encode_tokens(encoder, batch.ids, encoder.config.pad_token_id).text
+    text = encode_tokens(encoder, batch.ids, encoder.config.pad_token_id).text
     return batch.error(predict_clean(model.transformer, batch.noisy(), batch.sigma, text))

@@ -46,7 +46,7 @@ class Config:
     ema: float = 0.998
     augment: float = 0.6
     seed: int = 0
-    layers: int = 6
+    layers: int = 5
     finish_attention: str = "mixed"
     pattern: str = "na(window=9x9)"
     coarse_share: float = 0.6
@@ -130,10 +130,10 @@ class Progress:
         return config.lr * min(1.0, (self.step + 1) / 100) * (0.02 + 0.98 * cosine)
 
 
-def build_model(layers: int = 6) -> DiTTransformer2DModel:
+def build_model(layers: int = 5) -> DiTTransformer2DModel:
     """An untrained model with DiT's own start: blocks are the identity and the output is zero."""
     model = DiTTransformer2DModel(
-        num_attention_heads=4,
+        num_attention_heads=2,
         attention_head_dim=32,
         in_channels=1,
         out_channels=1,

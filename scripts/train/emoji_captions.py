@@ -25,9 +25,14 @@ def split_of(emoji: Emoji, style: str) -> str:
 
     It depends on nothing but the names, so that other packs and other machines agree; skin tones go with their emoji.
     """
-    if _share(f"emoji {emoji.base}") < HELD_OUT:
+    return split_of_base(emoji.base, style)
+
+
+def split_of_base(base: str, style: str) -> str:
+    """`split_of` the emoji that have these code points without their skin tone."""
+    if _share(f"emoji {base}") < HELD_OUT:
         return NEW_EMOJI
-    return NEW_PAIR if _share(f"pair {emoji.base} {style}") < HELD_OUT else TRAIN
+    return NEW_PAIR if _share(f"pair {base} {style}") < HELD_OUT else TRAIN
 
 
 def _share(text: str) -> float:

@@ -35,6 +35,7 @@ class Config(digits_training.Config):
     steps: int = 4000
     finish_steps: int = 3000
     batch: int = 32
+    layers: int = 6
     ema: float = 0.999
     pattern: str = "na(window=7x7x7); radial(decay=0.5)"
     coarse_share: float = 0.5
@@ -71,13 +72,13 @@ def build_model(layers: int = 6) -> WanTransformer3DModel:
     """An untrained model that starts as DiT does: blocks are the identity and the output is zero."""
     model = WanTransformer3DModel(
         patch_size=(1, PATCH, PATCH),
-        num_attention_heads=3,
-        attention_head_dim=64,
+        num_attention_heads=2,
+        attention_head_dim=32,
         in_channels=1,
         out_channels=1,
         text_dim=(CLASSES + 1) * CLASS_TOKENS,
-        freq_dim=128,
-        ffn_dim=768,
+        freq_dim=64,
+        ffn_dim=256,
         num_layers=layers,
         rope_max_seq_len=256,
     )

@@ -3,11 +3,15 @@
 import io
 import json
 import time
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -15,14 +19,17 @@ pytest.importorskip("transformers")
 from scripts.train import emoji_captions
 from scripts.train.animoji import Training, fuse_norms, main, sample_prompts
 from scripts.train.animoji_captions import MOVING, STILL, caption, captions, motions, split_of
-from scripts.train.animoji_data import SIDE, decode_clip, encode_clip, load_pack
+from scripts.train.animoji_data import FILE, SIDE, decode_clip, encode_clip, load_pack
+from scripts.train.animoji_pictures import clip_weights, stage_weights, with_pictures
 from scripts.train.animoji_sources import FRAMES, frames_of, picked
 from scripts.train.animoji_training import Config, draw, to_clips
 from scripts.train.checkpoints import weights_of
-from scripts.train.emoji_captions import NEW_EMOJI, TRAIN
+from scripts.train.emoji_captions import NEW_EMOJI, NEW_PAIR, TRAIN
+from scripts.train.emoji_data import load_pack as load_pictures
 from scripts.train.emoji_optimizer import build_optimizers
 from scripts.train.emoji_sources import Emoji
 from scripts.train.flow_loop import run
+from tests.support import tiny_emoji
 from tests.support.tiny_animoji import EMOJI, frames, tiny_pack
 
 TINY = {"budget": 0, "steps": 4, "sides": (32, 32), "lengths": (1, 2), "shares": (0.5, 1.0), "tokens": 512, "warmup": 2}
@@ -74,10 +81,41 @@ def test_clips_survive_packing(pack):
 
 def test_whole_emoji_are_held_out_and_the_emoji_model_has_not_seen_them():
     emoji = [Emoji(f"{i:x}", f"{i:x}", "name", (), 0) for i in range(4000)]
-    new = [each for each in emoji if split_of(each) == NEW_EMOJI]
+    new, pair = ([each for each in emoji if split_of(each) == split] for split in (NEW_EMOJI, NEW_PAIR))
     assert 0.04 < len(new) / len(emoji) < 0.06
-    assert all(emoji_captions.split_of(each, "3d") == NEW_EMOJI for each in new)
-    assert {split_of(each) for each in emoji} == {TRAIN, NEW_EMOJI}
+    assert 0.04 < len(pair) / len(emoji) < 0.06
+    assert all(split_of(each) == emoji_captions.split_of(each, "3d") for each in emoji)
+
+
+def test_what_is_held_out_does_not_depend_on_when_a_pack_was_made(folder, tmp_path):
+    with safe_open(folder / FILE, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    old = zlib.decompress(tensors["pictures"].numpy().tobytes()).replace(NEW_EMOJI.encode(), TRAIN.encode())
+    tensors["pictures"] = torch.frombuffer(bytearray(zlib.compress(old)), dtype=torch.uint8)
+    save_file(tensors, tmp_path / FILE)
+    assert load_pack(tmp_path).pictures == load_pack(folder).pictures
+
+
+def test_pictures_teach_looks_beside_the_clips(pack, tmp_path):
+    stills = load_pictures(tiny_emoji.tiny_pack(tmp_path), side=SIDE)
+    with pytest.raises(ValueError, match="tokenizer is not that of the clips"):
+        with_pictures(pack, stills)
+    both = with_pictures(pack, replace(stills, tokenizer=pack.tokenizer))
+    clips = len(pack.pictures)
+    assert torch.equal(both.pixels[:clips], pack.pixels)
+    assert (both.pixels[clips:] == stills.pixels[:, None]).all()
+    assert len(both.pictures) == len(both.pixels) == len(both.tokens) == len(both.plain)
+    held = torch.tensor([each.split != TRAIN for each in both.pictures])
+    own = torch.tensor([each.style == "3d" for each in both.pictures])
+    for length, share in ((1, 0.6), (4, 0.15)):
+        weights = stage_weights(both, length)
+        assert weights[clips:].sum() == pytest.approx(share)
+        assert weights.sum() == pytest.approx(1)
+        assert not weights[held].any()
+        assert bool(weights[own].any()) == (length == 1)
+        assert torch.equal(stage_weights(pack, length), pack.weights(TRAIN))
+    assert torch.equal(clip_weights(both, TRAIN)[:clips], pack.weights(TRAIN))
+    assert not clip_weights(both, TRAIN)[clips:].any()
 
 
 def test_captions_name_what_moves_and_are_the_same_in_every_run():
@@ -114,14 +152,15 @@ def test_training_never_draws_what_is_held_out_and_batches_depend_on_the_seed(pa
     assert torch.equal(one.ids, two.ids)
 
 
-def test_the_text_encoder_is_not_trained_and_every_matrix_of_the_blocks_gets_muon():
+def test_everything_is_trained_and_every_matrix_of_the_blocks_gets_muon():
     model = Config(**TINY, **SHAPE).model()
     muon, adam = build_optimizers(model, 1e-3, 0.0)
     trained = [parameter for group in (*muon.param_groups, *adam.param_groups) for parameter in group["params"]]
-    assert {id(each) for each in trained} == {id(each) for each in model.transformer.parameters()}
+    assert {id(each) for each in trained} == {id(each) for each in model.parameters()}
     inner = {id(p) for p in muon.param_groups[0]["params"]}
     matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
-    assert inner == {id(p) for p in matrices}
+    assert {id(p) for p in matrices} <= inner
+    assert all(p.ndim == 2 for p in muon.param_groups[0]["params"])
 
 
 def test_fused_norms_are_the_norms():
@@ -142,13 +181,13 @@ def test_fused_norms_are_the_norms():
 def test_the_loss_falls_and_a_resumed_run_is_the_run_that_restarted_there(pack, tmp_path):
     config = Config(**TINY | {"steps": 10, "tokens": 16 * 64, "lr": 1e-2}, **SHAPE)
     whole = Training(config, pack)
-    encoder = {name: value.clone() for name, value in whole.model.text_encoder.state_dict().items()}
+    encoder = whole.model.text_encoder.shared.weight.detach().clone()
     before = whole.losses()[TRAIN]
     for _ in range(8):
         whole.step()
     whole.average.load_state_dict(whole.model.state_dict())
     assert whole.losses()[TRAIN] < 0.8 * before
-    assert all(torch.equal(value, encoder[name]) for name, value in whole.model.text_encoder.state_dict().items())
+    assert not torch.equal(whole.model.text_encoder.shared.weight, encoder)
     whole.save(tmp_path)
     resumed = Training(config, pack, tmp_path)
     whole.restart()
@@ -162,7 +201,7 @@ def test_a_run_writes_everything_and_exports_a_pipeline_that_loads(pack, tmp_pat
     run(training, tmp_path, 1e9, time.monotonic(), lambda line: None, sample_steps=1)
     log = json.loads((tmp_path / "log.json").read_text())["log"]
     assert log[-1]["step"] == 2
-    assert set(log[-1]["losses"]) == {TRAIN, NEW_EMOJI}
+    assert set(log[-1]["losses"]) == {each.split for each in pack.pictures}
     assert (tmp_path / "samples.png").is_file()
     main(["--out", str(tmp_path), "--export-only"])
     from visattn.pipelines.embedded.pixel_wan_text import PixelWanTextPipeline
@@ -182,7 +221,7 @@ def test_a_run_writes_everything_and_exports_a_pipeline_that_loads(pack, tmp_pat
         (["--sides", "128", "64", "64"], "does not divide 64"),
         (["--lengths", "1", "4", "17"], "length 17"),
         (["--layers", "0"], "above 0"),
-        (["--data", "nowhere"], "does not exist"),
+        (["--pictures", "nowhere"], "does not exist"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -1,6 +1,7 @@
 """The measurement of the emoji image model: rows, resuming, the dense twin, students, and bad input."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from scripts.measure.emoji import PATTERNS, main
 from scripts.measure.emoji_encoder_model import DualEncoder, save_encoder
 from scripts.measure.emoji_judge import BEST, Judge
 from scripts.measure.emoji_prompts import SEEN, UNSEEN
+from scripts.train.emoji_captions import NEW_PAIR, TRAIN
 from scripts.train.emoji_data import load_pack
 from tests.support.tiny_emoji import tiny_pack
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
@@ -97,8 +99,24 @@ def test_every_pattern_of_the_table_runs_on_the_model():
         assert made.isfinite().all()
 
 
-def test_likeness_of_equal_pictures_is_the_best(places):
-    judge = Judge.of(DualEncoder().eval(), load_pack(places / "pack", side=64), 2)
+@pytest.fixture(scope="module")
+def judge(places):
+    return Judge.of(DualEncoder().eval(), load_pack(places / "pack", side=64), 2)
+
+
+def test_shares_of_a_kind_are_told_by_split_too(judge):
+    held = judge.pack.of(TRAIN, NEW_PAIR).tolist()
+    whole = replace(judge, chosen={UNSEEN: held, SEEN: judge.chosen[SEEN]})
+    new = torch.tensor([judge.pack.pictures[i].split == NEW_PAIR for i in held])
+    found = whole.shares(torch.where(new, 0, 3), UNSEEN)["splits"]
+    assert {name: (each["pictures"], each["top1"]) for name, each in found.items()} == {
+        NEW_PAIR: (int(new.sum()), 1),
+        TRAIN: (int((~new).sum()), 0),
+    }
+    assert "splits" not in whole.shares(torch.zeros(2), SEEN)
+
+
+def test_likeness_of_equal_pictures_is_the_best(judge):
     pictures = torch.rand(3, 3, 32, 32)
     found = judge.likeness(pictures, pictures)
     assert found["psnr"] == BEST
