@@ -72,10 +72,27 @@ def patched(model: torch.nn.Module, attention: str) -> Any:
     return contextlib.nullcontext() if attention == STOCK else apply(model, attention)
 
 
+def timed(step: Callable[[], Any], count: int) -> tuple[float, float]:
+    """Milliseconds of a step, of so many in a row: by the wall clock, and of this thread's work until it is queued.
+
+    The second leaves out what other work of the machine takes from the first, where the host is what a step waits for.
+    """
+    worked = 0.0
+
+    def work() -> None:
+        nonlocal worked
+        begun = time.thread_time()
+        for _ in range(count):
+            step()
+        worked = time.thread_time() - begun
+
+    return 1e3 * per_call(work, 1) / count, 1e3 * worked / count
+
+
 def in_turns(model: torch.nn.Module, step: Callable[[], Any], names: list[str]) -> dict[str, Any]:
-    """Milliseconds of a step in every turn, and the report's first line, by attention."""
+    """Milliseconds of a step in every turn, see `timed`, and the report's first line, by attention."""
     said: dict[str, str] = {}
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     took = []
     for name in names:
         with patched(model, name):
@@ -93,7 +110,7 @@ def in_turns(model: torch.nn.Module, step: Callable[[], Any], names: list[str]) 
                 per_call(step, 2)
                 # What building and patching left is not collected while a step is timed.
                 gc.collect()
-                times[name].append(1e3 * per_call(step, count))
+                times[name].append(timed(step, count))
                 said[name] = "" if handle is None else str(handle.report()).partition("\n")[0]
     return {name: (times[name], said[name]) for name in names}
 
@@ -129,9 +146,13 @@ def measure(
         found = in_turns(model, step, [STOCK, *attentions])
         rows = []
         for attention in attentions:
-            (all_stock, _), (all_ms, said) = found[STOCK], found[attention]
+            (stock, _), (own, said) = found[STOCK], found[attention]
+            (all_stock, stock_host), (all_ms, host) = (
+                list(map(list, zip(*each, strict=True))) for each in (stock, own)
+            )
             row: dict[str, Any] = {"model": name, "attention": attention, "mode": mode}
             row |= {"stock_ms": statistics.median(all_stock), "ms": statistics.median(all_ms)}
+            row |= {"stock_host_ms": statistics.median(stock_host), "host_ms": statistics.median(host)}
             # Of neighbours in time: a slow minute hits both.
             row["speedup"] = statistics.median(a / b for a, b in zip(all_stock, all_ms, strict=True))
             rows.append(row | {"all_stock_ms": all_stock, "all_ms": all_ms, "attention_ms": bound, "report": said})
