@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 # Sizes that differ from call to call: kernels are not compiled again for their values.
-SIZES = ("heads", "length", "chunk", "chunks", "tiles", "row_tiles", "every")
+SIZES = ("heads", "group", "length", "chunk", "chunks", "tiles", "row_tiles", "every")
 # Rounds a float of up to 2^22 to the nearest integer when added and taken away again.
 ROUND = tl.constexpr(12582912.0)
 # The largest number of each kind.
@@ -185,24 +185,28 @@ def woven(place):
 
 @triton.jit(do_not_specialize=SIZES)
 def quantise_rows(
-    q, tokens, q8, q_scale, q_batch, q_token, q_head, scale, heads, row_tiles,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+    q, tokens, k_shift, q8, q_scale, q_offset, q_batch, q_token, q_head, scale, heads, group, row_tiles,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """Queries of one row tile as int8 with a scale each; empty slots are zeros.
 
     Args:
         q: Queries [B, S, H, D]; strides are in units of UNIT elements.
         tokens: Token of each slot, -1 if empty: int32 [row tiles, ROWS].
+        k_shift: See `column_scales`.
         q8: int8 [pairs, row tiles, ROWS, BLOCK_DIM].
         q_scale: What scores are to be multiplied by for logits of base 2: float32 [pairs, row tiles, ROWS].
+        q_offset: What the shift of the keys took from all logits of a query: likewise, where LSE.
         q_batch: Stride, as the two behind it.
         scale: Factor on the logits, of base 2.
         heads: Of q.
+        group: Heads of q that share one of the keys.
         row_tiles: Row tiles.
         HEAD_DIM: Channels per head.
         BLOCK_DIM: The next power of two.
         ROWS: Slots of a row tile.
         UNIT: Of strides.
+        LSE: Whether the log-sum-exp is wanted.
     """
     tile, pair = tl.program_id(0), tl.program_id(1)
     sample, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -216,3 +220,7 @@ def quantise_rows(
     to = (pair * row_tiles + tile).to(tl.int64) * ROWS + slots
     tl.store(q8 + to[:, None] * BLOCK_DIM + d[None, :], rounded(query / step[:, None]))
     tl.store(q_scale + to, step * scale)
+    if LSE:
+        # Query heads of a sample are a multiple of key heads.
+        shift = tl.load(k_shift + (pair // group) * BLOCK_DIM + d)
+        tl.store(q_offset + to, tl.sum(query * shift[None, :], 1) * scale)

@@ -211,8 +211,8 @@ def _step(
 
 @gluon.jit
 def _write(
-    acc, top, total, q_scale, staging, tokens, out, lse, v_shift, v_scale, pair, sizes, LSE: gl.constexpr,
-    s_layout: gl.constexpr,
+    acc, top, total, q_scale, offset, staging, tokens, out, lse, v_shift, v_scale, pair, sizes, LSE: gl.constexpr,
+    FP8: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Store the results of a group's rows, through shared memory to a layout whose stores are whole lines."""
     heads, group, length = sizes
@@ -233,15 +233,17 @@ def _write(
     gl.store(out + out_row[:, None] + d[None, :], staging.load(io), mask=(token >= 0)[:, None])
     if LSE:
         row_token = tokens.load(gl.SliceLayout(1, s_layout))
-        # total = 0 gives log2 -inf, as it should be.
+        # total = 0 gives log2 -inf, as it should be; weights count in units of the largest.
         peak = gl.where(total == 0.0, 0.0, top * q_scale)
         to = lse + pair.to(gl.int64) * length + row_token
-        gl.store(to, (peak + gl.log2(total)) * LN2, mask=row_token >= 0)
+        unit: gl.constexpr = FP8_TOP if FP8 else INT8_TOP
+        rows = gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, s_layout))
+        gl.store(to, (peak + gl.log2(total) - unit + gl.load(offset + rows)) * LN2, mask=row_token >= 0)
 
 
 @gluon.jit
 def _consume(
-    out, lse, q_scales, v_shift, v_scale, shared, jobs, lists, sizes, runs,
+    out, lse, q_scales, q_offset, v_shift, v_scale, shared, jobs, lists, sizes, runs,
     GROUP: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
     """One group of four warps: its 64 rows of each tile that the program takes, and their results.
@@ -265,6 +267,7 @@ def _consume(
     weights = _fours(gl.zeros([GROUP_ROWS, SIZES[2]], gl.int32, s_layout))[0]
     number = 0
     done_pair = 0
+    done_row = gl.to_tensor(0).to(gl.int64)
     going = True
     at = (0, 0, 0, 0)
     while going:
@@ -272,7 +275,8 @@ def _consume(
         going = row >= 0
         tile = pair * sizes[3] + gl.maximum(row, 0)
         done_scale = q_scale
-        q_scale = gl.load(q_scales + tile.to(gl.int64) * SIZES[1] + GROUP * GROUP_ROWS + rows, mask=(rows >= 0) & going)
+        first_row = tile.to(gl.int64) * SIZES[1] + GROUP * GROUP_ROWS
+        q_scale = gl.load(q_scales + first_row + rows, mask=(rows >= 0) & going, other=0.0)
         mbarrier.wait(k_ready.index(at[0]), at[1], pred=going)
         steps = gl.where(going, (stop - start) // SIZES[3] + dense, 1)
         done_top = top
@@ -292,11 +296,12 @@ def _consume(
             alpha, beta = factors
             if (step == 0) & (number > 0):
                 slot = ((number - 1) % JOBS) * GROUPS + GROUP
-                _write(acc, done_top, done_total, done_scale, shared[7].index(GROUP), jobs[1].index(slot), out, lse,
-                       v_shift, v_scale, done_pair, sizes, LSE, s_layout)  # fmt: skip
+                _write(acc, done_top, done_total, done_scale, q_offset + done_row, shared[7].index(GROUP), jobs[1].index(slot), out, lse,
+                       v_shift, v_scale, done_pair, sizes, LSE, SIZES[5], s_layout)  # fmt: skip
                 finish_job(jobs, number - 1)
         number += 1
         done_pair = pair
+        done_row = first_row
 
 
 @gluon.jit
@@ -407,7 +412,7 @@ def _deal(
 
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "tiles", "run_tiles", "row_tiles"])
 def attend_8bit(
-    q8, k8, v8, q_scale, k_scale, v_shift, v_scale, out, lse, taken,
+    q8, k8, v8, q_scale, q_offset, k_scale, v_shift, v_scale, out, lse, taken,
     tokens, bounds, bases, tile_of, mask_ids, masks, bounds_batch, list_batch, list_heads,
     heads, group, length, tiles, run_tiles, row_tiles,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
@@ -420,7 +425,7 @@ def attend_8bit(
         q8: Descriptor of the queries as [pairs * row tiles * 128, channels]; see `quantise.quantise_rows`.
         k8: Descriptor of the keys as [pairs * tiles * slots, channels]; see `quantise.quantise_columns`.
         v8: Descriptor of the values as [pairs * tiles * channels, slots].
-        q_scale: See `quantise`, as k_scale, v_shift and v_scale.
+        q_scale: See `quantise`, as q_offset, k_scale, v_shift and v_scale.
         taken: Counts the tiles that programs take: int32 [1], 0 before and after.
         tile_of: Which column tile begins at a token: int32 [tokens].
         tiles: Column tiles, those of runs of dense tokens behind those of the grid.
@@ -465,9 +470,9 @@ def attend_8bit(
     sizes = (heads, group, length, row_tiles)
     gl.warp_specialize(
         [
-            (_consume, (out, lse, q_scale, v_shift, v_scale, shared, jobs, lists, sizes, runs, gl.constexpr(0),
+            (_consume, (out, lse, q_scale, q_offset, v_shift, v_scale, shared, jobs, lists, sizes, runs, gl.constexpr(0),
                         SIZES, PARTIAL, DENSE, LSE)),
-            (_consume, (out, lse, q_scale, v_shift, v_scale, shared, jobs, lists, sizes, runs, gl.constexpr(1),
+            (_consume, (out, lse, q_scale, q_offset, v_shift, v_scale, shared, jobs, lists, sizes, runs, gl.constexpr(1),
                         SIZES, PARTIAL, DENSE, LSE)),
             (_copy_columns, (k8, v8, k_scale, bases, tile_of, shared, jobs, sizes, tiles, run_tiles, SIZES)),
             (_deal, (q8, tokens, bounds, taken, jobs, dense_rows, grid_rows, pairs, row_tiles,

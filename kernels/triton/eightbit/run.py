@@ -1,0 +1,73 @@
+"""Calls of `attention` in 8 bits on the Triton kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from visattn.keep import CALL_BYTES, STORE
+from visattn.kernels.triton.arguments import Operands
+from visattn.kernels.triton.config import DIRECTIONS, EIGHT, EIGHT_HOPPER, Config, config, family
+from visattn.kernels.triton.eightbit.launch import forward
+from visattn.kernels.triton.hopper.launch import hopper_config
+from visattn.kernels.triton.prepared import Kernels
+from visattn.layout import Layout
+from visattn.patterns import Pattern, RoutedPattern
+from visattn.problem import Call
+
+
+def eight_config(
+    architecture: int, dtype: torch.dtype, head_dim: int, pattern: Pattern, layout: Layout, masked: bool
+) -> Config:
+    """The configuration of the forward in 8 bits.
+
+    Args:
+        architecture: Compute capability times ten, 0 for the interpreter.
+        dtype: Of q, k and v.
+        head_dim: Channels per head.
+        pattern: The pattern.
+        layout: The tokens.
+        masked: Whether there is a key mask.
+    """
+    if not masked and hopper_config(architecture, dtype, head_dim, pattern, layout) is not None:
+        return EIGHT_HOPPER[head_dim]
+    rows = EIGHT[family(architecture)]
+    return rows[min(d for d in rows if d >= head_dim)]
+
+
+def attend_8bit(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, architecture: int, fp8: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output [B, S, H, D] and log-sum-exp [B, S, H], None unless the call wants it.
+
+    Args:
+        q: Queries [B, S, H, D]; channels are contiguous.
+        k: Keys [B, N, Hkv, D], likewise.
+        v: Values, likewise.
+        call: The call; its scale is not negative.
+        architecture: Compute capability times ten, 0 for the interpreter.
+        fp8: Whether weights and values become e4m3 instead of int8.
+    """
+    mask = call.key_mask
+
+    def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> dict[str, Config]:
+        dim = q.shape[3]
+        configs = {d: config(architecture, q.dtype, dim, d) for d in DIRECTIONS}
+        own = eight_config(architecture, q.dtype, dim, call.pattern, call.layout, mask is not None or not call.scale)
+        return configs | {"forward": own}
+
+    shapes = q.shape, k.shape, q.stride(), k.stride(), v.stride()
+    key = attend_8bit, call.pattern, call.layout, call.scale, q.dtype, q.device, shapes, mask is None, fp8
+    entry = STORE.find(key)
+    if entry is None:
+        kept = replace(call, key_mask=None)
+        entry = STORE.put(key, Kernels(q, k, v, kept, False, choose, lambda: STORE.weigh(key)), CALL_BYTES)
+    kernels: Kernels = entry.value
+    routed = kernels.lists(q, k, v, mask, False) if isinstance(call.pattern, RoutedPattern) else None
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32) if call.lse else None
+    given = None if mask is None else mask.view(torch.uint8)
+    t = Operands(q, k, v, key_mask=given, out=out, lse=lse, routed=routed)
+    forward(t, kernels.work(q, k, v), fp8)
+    return out, None if lse is None else lse.transpose(1, 2)
