@@ -36,13 +36,22 @@ def column_statistics(
         k: Keys [B, N, H, D], as v; strides are in units of UNIT elements.
         v: Values.
         found: float32.
-        k_batch: Stride, as those behind it.
+        k_batch: Stride.
+        k_token: Stride.
+        k_head: Stride.
+        v_batch: Stride.
+        v_token: Stride.
+        v_head: Stride.
         heads: Of k and v.
         length: Tokens.
         chunk: Tokens of a program, a multiple of ROWS.
         chunks: Programs of a (sample, head) pair.
         every: Keys of one block of ROWS tokens in so many are added up: any shift of all keys leaves softmax as it is,
             and the mean of some is near that of all.
+        HEAD_DIM: Channels per head.
+        BLOCK_DIM: The next power of two.
+        ROWS: Tokens that are read at once.
+        UNIT: Of strides.
     """
     part, pair = tl.program_id(0), tl.program_id(1)
     sample, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -138,7 +147,12 @@ def quantise_columns(
         k8: int8 [pairs, tiles, SLOTS, BLOCK_DIM].
         v8: int8, or floats of 8 bits: [pairs, tiles, BLOCK_DIM, SLOTS].
         k_scale: float32 [pairs, tiles].
-        k_batch: Stride, as those behind it.
+        k_batch: Stride.
+        k_token: Stride.
+        k_head: Stride.
+        v_batch: Stride.
+        v_token: Stride.
+        v_head: Stride.
         heads: Of k and v.
         tiles: Column tiles.
         HEAD_DIM: Channels per head.
@@ -197,7 +211,9 @@ def quantise_rows(
         q8: int8 [pairs, row tiles, ROWS, BLOCK_DIM].
         q_scale: What scores are to be multiplied by for logits of base 2: float32 [pairs, row tiles, ROWS].
         q_offset: What the shift of the keys took from all logits of a query: likewise, where LSE.
-        q_batch: Stride, as the two behind it.
+        q_batch: Stride.
+        q_token: Stride.
+        q_head: Stride.
         scale: Factor on the logits, of base 2.
         heads: Of q.
         group: Heads of q that share one of the keys.

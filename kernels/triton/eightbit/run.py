@@ -14,7 +14,10 @@ from visattn.kernels.triton.hopper.launch import hopper_config
 from visattn.kernels.triton.prepared import Kernels
 from visattn.layout import Layout
 from visattn.patterns import Pattern, RoutedPattern
-from visattn.problem import Call
+from visattn.problem import Call, Problem, Support
+
+# Channels that a product of bytes takes at once.
+SMALLEST = 32
 
 
 def eight_config(
@@ -36,8 +39,28 @@ def eight_config(
     return rows[min(d for d in rows if d >= head_dim)]
 
 
+def fits_8bit(problem: Problem, architecture: int, interpreted: bool) -> Support:
+    """Whether the kernels of 8 bits run a call that those along lists run.
+
+    Args:
+        problem: The call.
+        architecture: Compute capability times ten.
+        interpreted: Whether Triton interprets kernels.
+    """
+    largest = max(EIGHT[family(architecture)])
+    if problem.rpb:
+        return Support(False, f"in {problem.precision} it adds no relative position bias")
+    if not SMALLEST <= problem.head_dim <= largest:
+        return Support(False, f"in {problem.precision} it takes head dims from {SMALLEST} to {largest}")
+    if isinstance(problem.pattern, RoutedPattern) and problem.pattern.pools_rest:
+        return Support(False, f"in {problem.precision} it pools no keys of what {problem.pattern.name} leaves out")
+    if problem.precision == "fp8" and not interpreted and architecture < 89:
+        return Support(False, f"compute capability {architecture / 10} has no products of fp8: take int8")
+    return Support(True)
+
+
 def attend_8bit(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, architecture: int, fp8: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, architecture: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output [B, S, H, D] and log-sum-exp [B, S, H], None unless the call wants it.
 
@@ -45,11 +68,13 @@ def attend_8bit(
         q: Queries [B, S, H, D]; channels are contiguous.
         k: Keys [B, N, Hkv, D], likewise.
         v: Values, likewise.
-        call: The call; its scale is not negative.
+        call: The call.
         architecture: Compute capability times ten, 0 for the interpreter.
-        fp8: Whether weights and values become e4m3 instead of int8.
     """
-    mask = call.key_mask
+    if call.scale < 0:
+        q, call = -q, replace(call, scale=-call.scale)
+    mask = None if call.key_mask is None else call.key_mask.contiguous()
+    fp8 = call.precision == "fp8"
 
     def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> dict[str, Config]:
         dim = q.shape[3]
@@ -61,7 +86,7 @@ def attend_8bit(
     key = attend_8bit, call.pattern, call.layout, call.scale, q.dtype, q.device, shapes, mask is None, fp8
     entry = STORE.find(key)
     if entry is None:
-        kept = replace(call, key_mask=None)
+        kept = replace(call, key_mask=None, precision=None)
         entry = STORE.put(key, Kernels(q, k, v, kept, False, choose, lambda: STORE.weigh(key)), CALL_BYTES)
     kernels: Kernels = entry.value
     routed = kernels.lists(q, k, v, mask, False) if isinstance(call.pattern, RoutedPattern) else None

@@ -187,7 +187,8 @@ def _step(
     scores = warpgroup_mma(mine, keys.index(k_slot).permute((1, 0)), scores, use_acc=False, is_async=True)
     mbarrier.wait(v_ready.index(v_slot), v_phase, pred=any_before)
     part = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32 if FP8 else gl.int32, o_layout)
-    part = warpgroup_mma(_bytes(weights, p_layout, FP8), values.index(v_slot).permute((1, 0)), part, use_acc=False, is_async=True)
+    weights = _bytes(weights, p_layout, FP8)
+    part = warpgroup_mma(weights, values.index(v_slot).permute((1, 0)), part, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
     scores = _scaled(scores, scales, k_slot, s_layout, TILES)
     mbarrier.arrive(k_free.index(k_slot), count=1)
@@ -211,11 +212,12 @@ def _step(
 
 @gluon.jit
 def _write(
-    acc, top, total, q_scale, offset, staging, tokens, out, lse, v_shift, v_scale, pair, sizes, LSE: gl.constexpr,
-    FP8: gl.constexpr, s_layout: gl.constexpr,
+    acc, top, total, rows_of, staging, out, lse, v_shift, v_scale, pair, sizes,
+    LSE: gl.constexpr, FP8: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Store the results of a group's rows, through shared memory to a layout whose stores are whole lines."""
-    heads, group, length = sizes
+    heads, group, length, _ = sizes
+    q_scale, offset, tokens = rows_of
     o_layout: gl.constexpr = acc.type.layout
     HEAD_DIM: gl.constexpr = acc.shape[1]
     io: gl.constexpr = row_layout(HEAD_DIM)
@@ -243,7 +245,7 @@ def _write(
 
 @gluon.jit
 def _consume(
-    out, lse, q_scales, q_offset, v_shift, v_scale, shared, jobs, lists, sizes, runs,
+    out, lse, per_row, v_shift, v_scale, shared, jobs, lists, sizes, runs,
     GROUP: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
     """One group of four warps: its 64 rows of each tile that the program takes, and their results.
@@ -252,6 +254,7 @@ def _consume(
     the last job there is one step more, whose scores are nobody's.
     """
     k_ready = shared[3]
+    q_scales, q_offset = per_row
     s_layout: gl.constexpr = _product_layout(SIZES[2])
     o_layout: gl.constexpr = _product_layout(SIZES[0])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
@@ -296,8 +299,9 @@ def _consume(
             alpha, beta = factors
             if (step == 0) & (number > 0):
                 slot = ((number - 1) % JOBS) * GROUPS + GROUP
-                _write(acc, done_top, done_total, done_scale, q_offset + done_row, shared[7].index(GROUP), jobs[1].index(slot), out, lse,
-                       v_shift, v_scale, done_pair, sizes, LSE, SIZES[5], s_layout)  # fmt: skip
+                rows_of = (done_scale, q_offset + done_row, jobs[1].index(slot))
+                _write(acc, done_top, done_total, rows_of, shared[7].index(GROUP), out, lse, v_shift, v_scale,
+                       done_pair, sizes, LSE, SIZES[5], s_layout)  # fmt: skip
                 finish_job(jobs, number - 1)
         number += 1
         done_pair = pair
@@ -468,11 +472,12 @@ def attend_8bit(
     jobs = (fields, row_tokens, queries, job_ready, job_free)
     lists = (masks, mask_ids)
     sizes = (heads, group, length, row_tiles)
+    per_row = (q_scale, q_offset)
     gl.warp_specialize(
         [
-            (_consume, (out, lse, q_scale, q_offset, v_shift, v_scale, shared, jobs, lists, sizes, runs, gl.constexpr(0),
+            (_consume, (out, lse, per_row, v_shift, v_scale, shared, jobs, lists, sizes, runs, gl.constexpr(0),
                         SIZES, PARTIAL, DENSE, LSE)),
-            (_consume, (out, lse, q_scale, q_offset, v_shift, v_scale, shared, jobs, lists, sizes, runs, gl.constexpr(1),
+            (_consume, (out, lse, per_row, v_shift, v_scale, shared, jobs, lists, sizes, runs, gl.constexpr(1),
                         SIZES, PARTIAL, DENSE, LSE)),
             (_copy_columns, (k8, v8, k_scale, bases, tile_of, shared, jobs, sizes, tiles, run_tiles, SIZES)),
             (_deal, (q8, tokens, bounds, taken, jobs, dense_rows, grid_rows, pairs, row_tiles,
