@@ -297,12 +297,15 @@ def _consume(
             weights, top, total = state
             acc = acc * alpha[:, None] + part * beta[:, None]
             alpha, beta = factors
-            if (step == 0) & (number > 0):
-                slot = ((number - 1) % JOBS) * GROUPS + GROUP
-                rows_of = (done_scale, q_offset + done_row, jobs[1].index(slot))
-                _write(acc, done_top, done_total, rows_of, shared[7].index(GROUP), out, lse, v_shift, v_scale,
-                       done_pair, sizes, LSE, SIZES[5], s_layout)  # fmt: skip
-                finish_job(jobs, number - 1)
+            if step == 0:
+                if number > 0:
+                    slot = ((number - 1) % JOBS) * GROUPS + GROUP
+                    rows_of = (done_scale, q_offset + done_row, jobs[1].index(slot))
+                    _write(acc, done_top, done_total, rows_of, shared[7].index(GROUP), out, lse, v_shift, v_scale,
+                           done_pair, sizes, LSE, SIZES[5], s_layout)  # fmt: skip
+                    finish_job(jobs, number - 1)
+                # Not times the first factor, which is 0: a program's first product may not be a number.
+                acc = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
         number += 1
         done_pair = pair
         done_row = first_row
