@@ -183,6 +183,10 @@ def apply(
     weights: str | Path | None = None,
     always: bool = False,
     caught: int = 0,
+    precision: str | None = None,
+    precise_layers: Selector | Iterable[Selector] | None = None,
+    precise_steps: int | float = 0,
+    precise_last_steps: int | float = 0,
 ) -> Handle:
     """Make the self-attention of a model sparse, until the handle removes it.
 
@@ -208,6 +212,11 @@ def apply(
         caught: So many queries of the grid of every call are compared with dense attention: the report says which share
             of their exact attention falls on what the pattern lists. It costs about as many queries of dense attention,
             and compiled code is not looked at. 0 for none.
+        precision: What calls that run a pattern compute in: None for the model's own dtype, "int8" or "fp8" as in
+            `attention`. Such a model is for inference; on a CPU it is slower, as errors are simulated there.
+        precise_layers: Layers that stay in the model's own dtype all the same, selected as by `layers`.
+        precise_steps: The first so many denoising steps stay in it: a count, or a fraction like 0.25.
+        precise_last_steps: The last so many do.
 
     Returns:
         The handle that reports and undoes; also a context manager.
@@ -219,7 +228,8 @@ def apply(
     if backend != "auto":
         load(backend)
     package = _package(target)
-    schedule = Schedule.of(pattern, layers, dense_layers, dense_steps, dense_last_steps)
+    precise = precision, precise_layers, precise_steps, precise_last_steps
+    schedule = Schedule.of(pattern, layers, dense_layers, dense_steps, dense_last_steps, *precise)
     for each in schedule.patterns:
         if isinstance(each, MergingPattern) and package != "diffusers":
             raise ValueError(f"{each} merges tokens of a UNet of diffusers: use agent(agents=...) on a {package} model")

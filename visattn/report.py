@@ -73,7 +73,7 @@ class CallReport:
         """Explain calls after the fact: the choice of a backend is a function of the problem."""
         if isinstance(problem.pattern, MergingPattern):
             return cls(problem, hits, problem.pattern.name, "the only one that merges tokens", None)
-        if backend == "auto" and problem.pattern.covers(*problem.layout.grids):
+        if backend == "auto" and problem.precision is None and problem.pattern.covers(*problem.layout.grids):
             return cls(problem, hits, "stock", "the pattern covers the whole grid", 1.0)
         name = choose(problem, backend).name
         reached = None if sums is None else Reached.of(sums, problem.layout)
@@ -95,11 +95,20 @@ class CallReport:
             "head_dim": self.problem.head_dim,
             "hits": self.hits,
             "backend": self.backend,
+            "precision": self.problem.precision,
             "reason": self.reason,
             "density": self.density,
             "reached": None if self.reached is None else self.reached._asdict(),
             "skipped": self.skipped,
         }
+
+
+def _in(call: CallReport) -> str:
+    """What calls were computed in, in words; nothing for the model's own dtype."""
+    precision = call.problem.precision
+    if precision is None:
+        return ""
+    return f" in {precision}, simulated for its errors" if call.backend == "tiles" else f" in {precision}"
 
 
 def density(problem: Problem) -> float | None:
@@ -320,7 +329,7 @@ class Report:
                     share += f" ({call.reached.least:.3f} to {call.reached.most:.3f} over heads and calls)"
                 if call.skipped is not None:
                     share += f", {call.skipped:.3f} skipped"
-                head += f", {call.backend} on {call.problem.layout}{share} ({call.reason})"
+                head += f", {call.backend}{_in(call)} on {call.problem.layout}{share} ({call.reason})"
             if site.caught is not None:
                 head += f"; {site.caught.mean:.3f} of the attention caught ({site.caught.least:.3f} at least)"
             lines.append(head)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from visattn.patterns import Dense, MergingPattern, Pattern, Radial, parse
+from visattn.checks import check_precision
+from visattn.patterns import Dense, ListedPattern, MergingPattern, Pattern, Radial, parse
 from visattn.patterns.values import axis_values, per_axis
 
 Selector = int | slice | str
@@ -35,12 +36,20 @@ class Schedule:
         dense_layers: The first so many selected layers stay dense.
         dense_steps: The first so many denoising steps stay dense: a count, or a fraction between 0 and 1.
         dense_last_steps: The last so many, likewise.
+        precision: What products are computed in, as in `visattn.attention`; None for the model's own dtype.
+        precise_layers: Selectors of the layers that stay in the model's own dtype.
+        precise_steps: The first so many denoising steps that do.
+        precise_last_steps: The last so many.
     """
 
     rules: tuple[tuple[tuple[Selector, ...] | None, Pattern], ...]
     dense_layers: int = 0
     dense_steps: int | float = 0
     dense_last_steps: int | float = 0
+    precision: str | None = None
+    precise_layers: tuple[Selector, ...] = ()
+    precise_steps: int | float = 0
+    precise_last_steps: int | float = 0
 
     @classmethod
     def of(
@@ -50,6 +59,10 @@ class Schedule:
         dense_layers: int = 0,
         dense_steps: int | float = 0,
         dense_last_steps: int | float = 0,
+        precision: str | None = None,
+        precise_layers: Selector | Iterable[Selector] | None = None,
+        precise_steps: int | float = 0,
+        precise_last_steps: int | float = 0,
     ) -> Schedule:
         """The schedule that the arguments of `apply` describe.
 
@@ -60,9 +73,14 @@ class Schedule:
             dense_layers: Count of selected layers.
             dense_steps: Count or fraction of steps.
             dense_last_steps: Likewise.
+            precision: See the attributes.
+            precise_layers: As `layers`; None for none.
+            precise_steps: Count or fraction of steps.
+            precise_last_steps: Likewise.
 
         Raises:
-            ValueError: If a value is out of range, or both `layers` and a mapping are given.
+            ValueError: If a value is out of range, both `layers` and a mapping are given, or a pattern lists no key
+                tiles where a precision is given.
         """
         if isinstance(pattern, Path) or (isinstance(pattern, str) and pattern.lower().endswith(_FILES)):
             pattern = _read(Path(pattern))
@@ -76,11 +94,38 @@ class Schedule:
             rules = [(None if layers is None else _selectors(layers), parse(pattern))]
         if isinstance(dense_layers, bool) or not isinstance(dense_layers, int) or dense_layers < 0:
             raise ValueError(f"dense_layers={dense_layers!r} must be a count of layers, 0 or more")
-        for name, value in (("dense_steps", dense_steps), ("dense_last_steps", dense_last_steps)):
+        check_precision(precision, ())
+        precise = () if precise_layers is None else _selectors(precise_layers, "precise_layers")
+        if precision is None and (precise or precise_steps or precise_last_steps):
+            raise ValueError(
+                "precise_layers, precise_steps and precise_last_steps are what a precision leaves out: "
+                "pass precision= too"
+            )
+        unlisted = [p for _, p in rules if not isinstance(p, ListedPattern)]
+        if precision is not None and unlisted:
+            raise ValueError(
+                f"precision={precision!r} is for patterns that list key tiles, which {unlisted[0]} does not"
+            )
+        counts = {
+            "dense_steps": dense_steps,
+            "dense_last_steps": dense_last_steps,
+            "precise_steps": precise_steps,
+            "precise_last_steps": precise_last_steps,
+        }
+        for name, value in counts.items():
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
             if not whole and not (isinstance(value, float) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} must be a count of steps like 12 or a fraction like 0.25")
-        return cls(tuple(rules), dense_layers, dense_steps, dense_last_steps)
+        return cls(
+            tuple(rules),
+            dense_layers,
+            dense_steps,
+            dense_last_steps,
+            precision,
+            precise,
+            precise_steps,
+            precise_last_steps,
+        )
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -88,10 +133,16 @@ class Schedule:
         return tuple(pattern for _, pattern in self.rules)
 
     @property
+    def counted(self) -> str:
+        """The first argument that counts denoising steps, empty if none does."""
+        names = ("dense_steps", "dense_last_steps", "precise_steps", "precise_last_steps")
+        return next((name for name in names if getattr(self, name)), "")
+
+    @property
     def needs_steps(self) -> bool:
         """Whether anything depends on the denoising step."""
         stepped = any(p.remembers or (isinstance(p, MergingPattern) and p.stepped) for p in self.patterns)
-        return bool(self.dense_steps or self.dense_last_steps) or stepped
+        return bool(self.counted) or stepped
 
     @property
     def keeps(self) -> Pattern | None:
@@ -125,18 +176,31 @@ class Schedule:
         pairs = zip(sites, found, strict=True)
         return [Dense() if p is not None and s.layer in dense else p for s, p in pairs]
 
+    def precisions(self, sites: Sequence[SiteName], model: str) -> list[str | None]:
+        """What each site computes in; the arguments are those of `assign`."""
+        layers = list(dict.fromkeys(site.layer for site in sites))
+        own = _pick(self.precise_layers, sites, layers, model) if self.precise_layers else set()
+        return [None if i in own else self.precision for i in range(len(sites))]
+
     def is_dense(self, step: int | None, total: int | None) -> bool:
         """Whether a denoising step (from 0) of so many stays dense.
 
         Raises:
             ValueError: If that depends on a step or a number of steps that is unknown.
         """
-        first, last = self.dense_steps, self.dense_last_steps
-        if first and among_first(first, f"dense_steps={first}", step, total):
+        return self._at_an_end("dense", step, total)
+
+    def is_precise(self, step: int | None, total: int | None) -> bool:
+        """Whether a denoising step stays in the model's own dtype; see `is_dense`."""
+        return self._at_an_end("precise", step, total)
+
+    def _at_an_end(self, kind: str, step: int | None, total: int | None) -> bool:
+        first, last = getattr(self, f"{kind}_steps"), getattr(self, f"{kind}_last_steps")
+        if first and among_first(first, f"{kind}_steps={first}", step, total):
             return True
         if not last:
             return False
-        at, number = known_step(f"dense_last_steps={last}", step, total, True)
+        at, number = known_step(f"{kind}_last_steps={last}", step, total, True)
         return at >= number - (last if isinstance(last, int) else round(last * number))
 
 
@@ -220,15 +284,15 @@ def _read(path: Path) -> Mapping[Any, str]:
     return found
 
 
-def _selectors(value: Any) -> tuple[Selector, ...]:
+def _selectors(value: Any, argument: str = "layers") -> tuple[Selector, ...]:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
     values = (value,) if isinstance(value, int | slice) else tuple(value)
     if not values:
-        raise ValueError(f"layers={value!r} names no layer: give some, like '0-3', or None for all")
+        raise ValueError(f"{argument}={value!r} names no layer: give some, like '0-3', or None for all")
     for part in values:
         if isinstance(part, bool) or not isinstance(part, int | slice | str):
-            raise ValueError(f"layers: {part!r} is not an index, a slice, a range like '0-3' or a name")
+            raise ValueError(f"{argument}: {part!r} is not an index, a slice, a range like '0-3' or a name")
     return values
 
 

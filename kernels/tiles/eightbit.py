@@ -1,7 +1,7 @@
 """Attention in 8 bits by operators of torch: the errors of the kernels of 8 bits, on any device, without their speed.
 
-Rounds where the kernels round: queries to int8 with a scale each, keys to int8 with a scale per tile after their mean per
-head is taken away, values to int8 or e4m3 with a scale per channel after the middle of their range is taken away, and
+Rounds where the kernels round: queries to int8 with a scale each, keys to int8 with a scale per tile after their mean
+per head is taken away, values to int8 or e4m3 with a scale per channel after the middle of their range is taken away, and
 the weights of each run of 128 keys relative to the largest among them. Products are in float32, or float64 for float64
 inputs. It computes every pair of tokens.
 """

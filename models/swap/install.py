@@ -33,9 +33,8 @@ def install(target: Any, request: Request) -> list[SwappedModel]:
     """
     model = getattr(target, "_orig_mod", target)
     schedule = request.schedule
-    for name in ("dense_steps", "dense_last_steps"):
-        if getattr(schedule, name):
-            raise ValueError(f"{name} counts denoising steps, and a timm model has none: use dense_layers or layers")
+    if stepped := schedule.counted:
+        raise ValueError(f"{stepped} counts denoising steps, and a timm model has none: use dense_layers or layers")
     if schedule.keeps is not None:
         raise ValueError(
             f"{schedule.keeps} keeps its choice for later denoising steps, and a timm model has none: leave every out"
@@ -50,6 +49,8 @@ class SwappedModel:
         self._name, self._request = type(model).__name__, request
         found = find_sites(model, self._name)
         patterns = request.schedule.assign([site.name for site in found], self._name)
+        precise = request.schedule.precisions([site.name for site in found], self._name)
+        precisions = {site.name.path: precision for site, precision in zip(found, precise, strict=True)}
         self._sites = [
             site.given(pattern) for site, pattern in zip(found, patterns, strict=True) if pattern is not None
         ]
@@ -65,7 +66,9 @@ class SwappedModel:
             if own is not None:
                 self._learnables.append(Learnable(self._name, site.name.path, site.pattern, own))
             order = site.record.order(model, site.name.path) if site.record.order is not None else None
-            site.swap(Swapped(runtime, site.name.path, site.pattern, own, site.attention, order))
+            swapped_one = Swapped(runtime, site.name.path, site.pattern, own, site.attention, order)
+            swapped_one.precision = precisions[site.name.path]
+            site.swap(swapped_one)
         self._hooks = Hooks()
         self._add_hooks(model)
 

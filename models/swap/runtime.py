@@ -145,6 +145,7 @@ class Swapped:
         parameters: Learnable parameters of the pattern by name.
         attention: The module that has the stock attention, whose attn_drop the weights would pass.
         order: How the module's tokens become a map, and back; None where they come row by row.
+        precision: What the pattern computes in, None for the dtype of a call.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class Swapped:
     ) -> None:
         self.runtime, self.path, self.pattern, self.attention = runtime, path, pattern, attention
         self.order: Any = order
+        self.precision: str | None = None
         # A plain dict: torch.compile follows it, and the model's state dict does not.
         self.parameters: dict[str, torch.Tensor] = {} if parameters is None else dict(parameters.items())
         self._cells: dict[Hashable, Cell] = {}
@@ -243,7 +245,7 @@ class Swapped:
 
     def covered(self, layout: Layout) -> bool:
         """Whether the module's own dense attention is the pattern, and nobody asked for a backend."""
-        return self.runtime.backend == "auto" and _covers(self.pattern, layout)
+        return self.runtime.backend == "auto" and self.precision is None and _covers(self.pattern, layout)
 
     def attend(
         self,
@@ -276,10 +278,12 @@ class Swapped:
         own = self._parameters(q.device)
         if own:
             arguments["parameters"] = own
+        if self.precision is not None:
+            arguments["precision"] = self.precision
         if torch.compiler.is_compiling():
             return attention(q, k, v, self.pattern, layout, **arguments).transpose(1, 2)
         tally = self.runtime.tally
-        call = Call(self.pattern, layout, scale, key_mask, rpb, parameters=own)
+        call = Call(self.pattern, layout, scale, key_mask, rpb, parameters=own, precision=self.precision)
         cell = self._cell(q, k, v, call)
         begun = tally.begin(cell)
         with tally.hearing((cell,)):

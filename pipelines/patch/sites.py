@@ -28,6 +28,7 @@ class Site:
         installed: The processor that calls the group.
         group: The group it calls.
         parameters: Learnable parameters of the pattern, None if it has none.
+        precision: What the pattern computes in, None for the model's own dtype.
     """
 
     name: SiteName
@@ -37,6 +38,7 @@ class Site:
     installed: Any = None
     group: Group | None = None
     parameters: torch.nn.ParameterDict | None = None
+    precision: str | None = None
 
     @property
     def intact(self) -> bool:
@@ -78,9 +80,10 @@ def find_sites(
     found = [(site, module) for site, module in family.find_sites(model) if id(module) not in taken]
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention modules at {', '.join(family.sites)}")
-    patterns = schedule.assign([site for site, _ in found], type(model).__name__)
-    chosen = [(site, m, p) for (site, m), p in zip(found, patterns, strict=True) if p is not None]
-    sites = [Site(site, module, pattern, index) for index, (site, module, pattern) in enumerate(chosen)]
+    names, title = [site for site, _ in found], type(model).__name__
+    given = zip(found, schedule.assign(names, title), schedule.precisions(names, title), strict=True)
+    chosen = [(site, m, p, precision) for (site, m), p, precision in given if p is not None]
+    sites = [Site(site, m, p, index, precision=precision) for index, (site, m, p, precision) in enumerate(chosen)]
     for site in sites:
         if clones.is_patched(site.module.processor):
             raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")

@@ -32,6 +32,7 @@ class Forward:
     Attributes:
         where: Where its tokens sit.
         dense: Whether the schedule keeps its step dense.
+        precise: Whether the schedule keeps its step in the model's own dtype.
         step: Index of the denoising step, None where nothing depends on it.
         total: Number of steps, None if unknown.
         hits: Modules that ran their pattern, in compiled code the same name again and again.
@@ -54,6 +55,7 @@ class Forward:
     resolved: dict[int, tuple[Layout, ...] | str] = field(default_factory=dict)
     ready: dict[Hashable, Ready] = field(default_factory=dict)
     learns: bool = True
+    precise: bool = False
 
     def layouts(self, length: int) -> tuple[Layout, ...] | str:
         """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""

@@ -118,8 +118,9 @@ class Run:
             )
         gradients = torch.is_grad_enabled() if gradients is None else gradients
         learns = gradients if learns is None else learns
-        ready = self._ready_in((where, dense, REGISTRY.version))
-        self.here.forward = forward = Forward(where, dense, step, total, ready=ready, learns=learns)
+        precise = self.schedule.is_precise(step, total)
+        ready = self._ready_in((where, dense, precise, REGISTRY.version))
+        self.here.forward = forward = Forward(where, dense, step, total, ready=ready, learns=learns, precise=precise)
         self._remember(step, total, gradients)
         self.here.site = None
         self.forwards.begin(forward, learns)

@@ -50,6 +50,7 @@ class Runner:
         backend: "auto" or the name of a backend.
         stock: What the model runs without visattn, as a function of the call.
         parameters: Learnable parameters of the pattern by name.
+        precision: What the pattern computes in, None for the dtype of a call.
         unnamed: What stands for a module in reports where the caller does not know it.
     """
 
@@ -60,10 +61,12 @@ class Runner:
         backend: str,
         stock: Callable[[AttentionCall], torch.Tensor],
         parameters: torch.nn.ParameterDict | None = None,
+        precision: str | None = None,
     ) -> None:
+        self.precision = precision
         self.run, self.pattern, self.backend, self.stock = run, pattern, backend, stock
         self.parameters = torch.nn.ParameterDict() if parameters is None else parameters
-        self.unnamed = f"compiled code: {pattern}"
+        self.unnamed = f"compiled code: {pattern}{f' in {precision}' if precision else ''}"
 
     def attend(
         self,
@@ -101,7 +104,7 @@ class Runner:
         if verdict.layouts:
             assert sequences is not None
             with tally.hearing(cells), placing(place):
-                out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters)
+                out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters, verdict.precision)
         else:
             out = self.stock(call)
         tally.end(cells, begun)
@@ -211,11 +214,11 @@ class Runner:
         cells: tuple[Cell, ...],
     ) -> torch.Tensor:
         """The pattern of q, k, v [B, S, H, D] without a mask."""
-        pattern, verdict = self.pattern, ready.verdict
+        pattern, (_, layouts, backend, *_, precision) = self.pattern, ready.verdict
         if ready.plain:
-            return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
+            return attention(q, k, v, pattern, layouts[0], scale=scale, backend=backend, precision=precision)
         with self.run.tally.hearing(cells), placing(self.run.place(name, pattern)):
-            return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
+            return attention(q, k, v, pattern, layouts[0], scale=scale, backend=backend, precision=precision)
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
         """Run the stock attention and count it, with the reason ("" means that it was to be dense)."""
@@ -302,9 +305,11 @@ class Runner:
         """What runs for a call that fits, or does not, and how it counts."""
         if sequences is None:
             return Verdict("dense", shapes=_shapes(call), why=fit.why)
-        problems = tuple(self._problems(sequences, fit.layouts, parameters, mode))
+        forward = self.run.forward
+        precision = None if forward is None or forward.precise else self.precision
+        problems = tuple(self._problems(sequences, fit.layouts, parameters, mode, precision))
         automatic = self.backend == "auto"
-        if automatic and all(self.pattern.covers(*layout.grids) for layout in fit.layouts):
+        if automatic and precision is None and all(self.pattern.covers(*layout.grids) for layout in fit.layouts):
             # The model's own attention is the pattern.
             return Verdict("sparse", problems=problems)
         if automatic and not self.run.always and not parameters:
@@ -313,15 +318,21 @@ class Runner:
             if slower and len(slower) == len(problems):
                 return Verdict("dense", problems=problems, slower=slower[0].reason)
         backend = choose(problems[0], self.backend).name if len(problems) == 1 else self.backend
-        return Verdict("sparse", fit.layouts, backend, problems)
+        return Verdict("sparse", fit.layouts, backend, problems, precision=precision)
 
     def _problems(
-        self, sequences: Sequences, layouts: tuple[Layout, ...], parameters: Mapping[str, torch.Tensor], mode: Mode
+        self,
+        sequences: Sequences,
+        layouts: tuple[Layout, ...],
+        parameters: Mapping[str, torch.Tensor],
+        mode: Mode,
+        precision: str | None,
     ) -> Iterator[Problem]:
         """What a call poses, once for each layout."""
         for i, layout in enumerate(layouts):
             q, k, v, keys, scale, *_ = sequences if len(layouts) == 1 else sequences.sample(i)
-            found = Problem.of(q, k, v, Call(self.pattern, layout, scale, keys, parameters=parameters))
+            call = Call(self.pattern, layout, scale, keys, parameters=parameters, precision=precision)
+            found = Problem.of(q, k, v, call)
             yield found if mode == "eager" else replace(found, mode=mode)
 
     def _note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:

@@ -28,6 +28,7 @@ class Verdict(NamedTuple):
         shapes: What dense calls have in common.
         why: Why the pattern does not run although it should, "" if nothing is wrong.
         slower: What the estimates are, if `auto` keeps the call dense.
+        precision: What the pattern computes in, None for the dtype of the call.
     """
 
     kind: Kind
@@ -37,6 +38,7 @@ class Verdict(NamedTuple):
     shapes: Any = None
     why: str = ""
     slower: str = ""
+    precision: str | None = None
 
     def cells(self, tally: Tally, site: str, device: torch.device) -> tuple[Cell, ...]:
         """Where calls of a module count."""

@@ -139,10 +139,11 @@ class Site:
         backend, pattern = self.runner.backend, self.runner.pattern
         if isinstance(found, str) or call.refusal() or call.layouts is not None:
             return own()
-        if backend == "auto" and pattern.covers(found[0].grid):
+        if backend == "auto" and self.runner.precision is None and pattern.covers(found[0].grid):
             return own()
         parameters = {name: value.to(call.q.device) for name, value in self.runner.parameters.items()}
         rest: dict[str, Any] = {"parameters": parameters} if parameters else {}
+        rest["precision"] = self.runner.precision
         return attention(*call.tensors, pattern, found[0], scale=call.scale, backend=backend, **rest)
 
 
