@@ -20,7 +20,7 @@ from visattn.layout import Layout
 from visattn.patterns import Dense, Pattern, RoutedPattern
 from visattn.problem import Call, Problem, Support
 
-# Queries of a tile, keys that share a scale, and tiles whose weights are relative to one largest: a step of the kernels.
+# Queries of a tile, keys that share a scale, and tiles whose weights are relative to one largest, as the kernels have.
 ROWS, TILE, PER_STEP = 128, 64, 2
 # Weights reach from 0 to this, and so do values that are rounded to e4m3.
 INT8_MAX, FP8_TOP, FP8_MAX = 127.0, 256.0, 448.0

@@ -26,6 +26,7 @@ from visattn.problem import PRECISIONS, Call
 # Relative error of the output without its mean over the tokens: rounding of q, k, v and weights.
 LIMIT = {"int8": 0.03, "fp8": 0.055}
 LSE_LIMIT = 0.05
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 JOINT = Layout((30, 37), prefix=7, suffix=77)
 
 
@@ -61,7 +62,7 @@ CASES = [
 ]
 
 
-def inputs_of(case: Case) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+def inputs_of(case: Case) -> tuple[Tensors, torch.Tensor | None]:
     """q, k and v with means in keys and values, and the key mask."""
     made = torch.Generator("cuda").manual_seed(0)
 
@@ -75,16 +76,17 @@ def inputs_of(case: Case) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     mask = torch.rand((2, length), generator=made, device="cuda") > 0.3 if case.mask else None
     if mask is not None:
         mask[1] = False  # a sample whose queries see nothing
-    return [t.to(case.dtype) for t in (q, k, v)], mask
+    return (q.to(case.dtype), k.to(case.dtype), v.to(case.dtype)), mask
 
 
-def run(case: Case, inputs: list[torch.Tensor], mask: torch.Tensor | None, precision: str) -> Any:
+def run(case: Case, inputs: Tensors, mask: torch.Tensor | None, precision: str) -> Any:
     """Output and log-sum-exp."""
+    q, k, v = inputs
     if not case.general:
         options: dict[str, Any] = {"key_mask": mask, "precision": precision, "return_lse": True}
-        return attention(*inputs, case.pattern, case.layout, backend="triton", **options)
+        return attention(q, k, v, case.pattern, case.layout, backend="triton", **options)
     call = Call(parse(case.pattern), case.layout, case.dim**-0.5, mask, lse=True, precision=precision)
-    return attend_8bit(*inputs, call, 89)
+    return attend_8bit(q, k, v, call, 89)
 
 
 def check(case: Case, precision: str) -> str:
@@ -92,10 +94,10 @@ def check(case: Case, precision: str) -> str:
     inputs, mask = inputs_of(case)
     ours, again = run(case, inputs, mask, precision), run(case, inputs, mask, precision)
     # A choice must be made from the same q and k: rounding could tip it.
-    wide = [t.float() if isinstance(parse(case.pattern), RoutedPattern) else t.double() for t in inputs]
-    truth, lse = attention(
-        *wide, case.pattern, case.layout, key_mask=mask, backend="reference", return_lse=True
-    )  # fmt: skip
+    dtype = torch.float32 if isinstance(parse(case.pattern), RoutedPattern) else torch.float64
+    q, k, v = (t.to(dtype) for t in inputs)
+    options: dict[str, Any] = {"key_mask": mask, "backend": "reference", "return_lse": True}
+    truth, lse = attention(q, k, v, case.pattern, case.layout, **options)
     problems = [f"{name} differs between two runs" for name, a, b in zip(("out", "lse"), ours, again, strict=True)
                 if not torch.equal(a, b)]  # fmt: skip
     spread = (truth - truth.mean(1, keepdim=True)).norm()

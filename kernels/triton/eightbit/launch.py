@@ -116,17 +116,17 @@ def quantised(
     dim, pairs, rows = block_dim(head_dim), batch * heads, q.shape[0] * q.shape[2]
     tiles, slots = columns.tokens.shape
     chunks, step = -(-length // CHUNK), unit(q, k, v)
-    like = {"device": q.device}
-    found = torch.empty((pairs, chunks, 3, dim), dtype=torch.float32, **like)
-    per_channel = torch.empty((3, pairs, dim), dtype=torch.float32, **like)
-    q_scale = torch.empty((rows, run.row_tiles, run.rows), dtype=torch.float32, **like)
+    device = q.device
+    found = torch.empty((pairs, chunks, 3, dim), dtype=torch.float32, device=device)
+    per_channel = torch.empty((3, pairs, dim), dtype=torch.float32, device=device)
+    q_scale = torch.empty((rows, run.row_tiles, run.rows), dtype=torch.float32, device=device)
     made = Bytes(
-        torch.empty((rows, run.row_tiles, run.rows, dim), dtype=torch.int8, **like),
-        torch.empty((pairs, tiles, slots, dim), dtype=torch.int8, **like),
-        torch.empty((pairs, tiles, dim, slots), dtype=torch.float8_e4m3fn if fp8 else torch.int8, **like),
+        torch.empty((rows, run.row_tiles, run.rows, dim), dtype=torch.int8, device=device),
+        torch.empty((pairs, tiles, slots, dim), dtype=torch.int8, device=device),
+        torch.empty((pairs, tiles, dim, slots), dtype=torch.float8_e4m3fn if fp8 else torch.int8, device=device),
         q_scale,
         torch.empty_like(q_scale) if lse else q_scale,
-        torch.empty((pairs, tiles), dtype=torch.float32, **like),
+        torch.empty((pairs, tiles), dtype=torch.float32, device=device),
         per_channel[1],
         per_channel[2],
     )

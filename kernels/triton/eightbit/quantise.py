@@ -10,7 +10,7 @@ them.
 # ruff: noqa: ANN001, ANN201
 
 # The language of Triton kernels is not quite Python.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import triton
