@@ -134,10 +134,11 @@ def _attended(scores: torch.Tensor, values: torch.Tensor, fp8: bool) -> tuple[to
     largest = steps.amax(4, keepdim=True)
     level = largest.amax(3, keepdim=True)
     own, level = (t.masked_fill(t == float("-inf"), 0.0) for t in (largest, level))
-    weights = torch.exp(steps - own)
-    weights = as_e4m3(weights * FP8_TOP) / FP8_TOP if fp8 else (weights * INT8_MAX).round() / INT8_MAX
-    weights = (weights * torch.exp(largest - level)).flatten(3, 4)
-    total = weights.sum(3)
+    exact, factor = torch.exp(steps - own), torch.exp(largest - level)
+    weights = as_e4m3(exact * FP8_TOP) / FP8_TOP if fp8 else (exact * INT8_MAX).round() / INT8_MAX
+    # Sums of integers are exact on tensor cores; floats are added up before they are rounded.
+    total = ((exact if fp8 else weights) * factor).sum((3, 4))
+    weights = (weights * factor).flatten(3, 4)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, values)
     out = out / total.masked_fill(total == 0, 1.0).transpose(1, 2)[..., None]
     return out, (level[..., 0, 0] + total.log()).transpose(1, 2)
