@@ -128,6 +128,11 @@ def as_e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float8_e4m3fn).to(x.dtype)
 
 
+def _weights(exact: torch.Tensor, fp8: bool) -> torch.Tensor:
+    """Weights from 0 to 1 as 8 bits have them."""
+    return as_e4m3(exact * FP8_TOP) / FP8_TOP if fp8 else (exact * INT8_MAX).round() / INT8_MAX
+
+
 def _attended(scores: torch.Tensor, values: torch.Tensor, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Output without scale and shift [B, rows, H, D] and log-sum-exp [B, rows, H] of logits [B, H, rows, slots]."""
     steps = scores.unflatten(3, (-1, PER_STEP * TILE))
@@ -135,7 +140,7 @@ def _attended(scores: torch.Tensor, values: torch.Tensor, fp8: bool) -> tuple[to
     level = largest.amax(3, keepdim=True)
     own, level = (t.masked_fill(t == float("-inf"), 0.0) for t in (largest, level))
     exact, factor = torch.exp(steps - own), torch.exp(largest - level)
-    weights = as_e4m3(exact * FP8_TOP) / FP8_TOP if fp8 else (exact * INT8_MAX).round() / INT8_MAX
+    weights = _weights(exact, fp8)
     # Sums of integers are exact on tensor cores; floats are added up before they are rounded.
     total = ((exact if fp8 else weights) * factor).sum((3, 4))
     weights = (weights * factor).flatten(3, 4)

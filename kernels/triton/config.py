@@ -122,7 +122,7 @@ HOPPER = {
 # Of the forward in 8 bits, by family and padded head dim: `eightbit.forward`, and Hopper's own kernel.
 EIGHT = {
     "ampere": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3)},
-    "small": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2)},
+    "small": {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 3)},
     "large": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3)},
     "interpreter": {128: Config(32, 64, 4, 1, 2)},
 }
