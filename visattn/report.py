@@ -207,6 +207,7 @@ class SiteReport:
             "compiled": self.compiled,
             "pattern": str(self.pattern),
             "backend": most.get("backend"),
+            "precision": most.get("precision"),
             "reason": most.get("reason"),
             "grid": most.get("grid"),
             "density": self.density,
