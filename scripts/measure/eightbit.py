@@ -30,10 +30,10 @@ from visattn.pipelines.load import load_pipeline
 from visattn.problem import PRECISIONS
 from visattn.watch import Watched
 
-PROMPTS = ("a red apple", "bus, gradient", "post office, gradient", "smiling cat")
+PROMPTS = ("a red apple", "bus, gradient", "post office, gradient")
 PATTERNS = ("na(window=13x13)", "na(window=16x16, stride=8x8)")
 # Cosines of every so many-th call: simulating one takes as long as ten.
-EVERY = 12
+EVERY = 16
 WINDOW, GRID = "na(window=32x32)", Layout((64, 64))
 
 
