@@ -17,7 +17,7 @@ from visattn.keep import kept
 from visattn.kernels.masks import visible
 from visattn.kernels.triton.boxes import tiled
 from visattn.layout import Layout
-from visattn.patterns import Dense, Pattern, RoutedPattern
+from visattn.patterns import Dense, DynamicPattern, Pattern, RoutedPattern
 from visattn.problem import Call, Problem, Support
 
 # Queries of a tile, keys that share a scale, and tiles whose weights are relative to one largest, as the kernels have.
@@ -37,6 +37,8 @@ def simulates(problem: Problem) -> Support:
         return Support(False, f"in {problem.precision} it adds no relative position bias")
     if isinstance(pattern, RoutedPattern) and pattern.pools_rest:
         return Support(False, f"in {problem.precision} it pools no keys of what {pattern.name} leaves out")
+    if isinstance(pattern, DynamicPattern) and pattern.skip:
+        return Support(False, f"in {problem.precision} it skips nothing of what {pattern.name} lists")
     if problem.layout.pairs > LARGEST:
         return Support(False, f"its mask of {problem.layout.pairs:.3g} pairs of tokens is over {LARGEST}")
     return Support(True)

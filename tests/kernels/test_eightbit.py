@@ -95,6 +95,7 @@ def test_constant_and_empty_inputs():
         ),
         ({"precision": "fp8"}, "linear()", "linear: it does not compute in fp8"),
         ({"precision": "fp8"}, "topk(keep=0.5,block=2x2,rest=mean)", "it pools no keys of what topk leaves out"),
+        ({"precision": "int8"}, "topk(keep=0.5,block=2x2,skip=0.01)", "it skips nothing of what topk lists"),
     ],
 )
 def test_refuses(options, pattern, message):

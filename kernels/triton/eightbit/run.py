@@ -13,7 +13,7 @@ from visattn.kernels.triton.eightbit.launch import forward
 from visattn.kernels.triton.hopper.launch import hopper_config
 from visattn.kernels.triton.prepared import Kernels
 from visattn.layout import Layout
-from visattn.patterns import Pattern, RoutedPattern
+from visattn.patterns import DynamicPattern, Pattern, RoutedPattern
 from visattn.problem import Call, Problem, Support
 
 # Channels that a product of bytes takes at once.
@@ -54,6 +54,8 @@ def fits_8bit(problem: Problem, architecture: int, interpreted: bool) -> Support
         return Support(False, f"in {problem.precision} it takes head dims from {SMALLEST} to {largest}")
     if isinstance(problem.pattern, RoutedPattern) and problem.pattern.pools_rest:
         return Support(False, f"in {problem.precision} it pools no keys of what {problem.pattern.name} leaves out")
+    if isinstance(problem.pattern, DynamicPattern) and problem.pattern.skip:
+        return Support(False, f"in {problem.precision} it skips nothing of what {problem.pattern.name} lists")
     if problem.precision == "fp8" and not interpreted and architecture < 89:
         return Support(False, f"compute capability {architecture / 10} has no products of fp8: take int8")
     return Support(True)
