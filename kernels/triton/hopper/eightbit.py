@@ -47,6 +47,8 @@ _copy = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 INT8_TOP, FP8_TOP = gl.constexpr(6.988684686772166), gl.constexpr(8.0)
 # Added to a float of up to 2^22 it leaves the nearest integer in the lowest bits.
 ROUND = gl.constexpr(12582912.0)
+# The sum of a register's four bytes.
+SUM = gl.constexpr("dp4a.s32.s32 $0, $1, 0x01010101, 0;")
 # Four integers of 32 bits whose lowest bytes become one register.
 PACK = gl.constexpr(
     "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x0040; prmt.b32 b, $3, $4, 0x0040; prmt.b32 $0, a, b, 0x5410; }"
@@ -62,13 +64,6 @@ PACK_FP8 = gl.constexpr(
 def _product_layout(columns: int) -> gl.NVMMADistributedLayout:
     """Where four warps keep a product [64, columns] of bytes."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, int(columns), 32])
-
-
-@gluon.constexpr_function
-def _round_bits(columns: int) -> int:
-    """The sum of the bits of ROUND over a row, as integers of 32 bits have it."""
-    total = 0x4B400000 * int(columns) % 2**32
-    return total - 2**32 if total >= 2**31 else total
 
 
 @gluon.jit
@@ -96,19 +91,43 @@ def _bytes(words, layout: gl.constexpr, FP8: gl.constexpr):
 
 
 @gluon.jit
-def _weights(scores, top, q_scale, FP8: gl.constexpr):
-    """Weights of a step in 8 bits, four a register, relative to its largest, and their sum per row."""
-    base = gl.where(top == float("-inf"), 0.0, top * q_scale) - (FP8_TOP if FP8 else INT8_TOP)
-    p = gl.exp2(scores * q_scale[:, None] - base[:, None])
+def _weights(p, FP8: gl.constexpr):
+    """Weights in 8 bits, four a register, and their sum per row."""
     if FP8:
         words = gl.inline_asm_elementwise(PACK_FP8, "=r,f,f,f,f", _fours(p), dtype=gl.int32, is_pure=True, pack=1)
         return words, gl.sum(p, 1)
     else:
         bits = (p + ROUND).to(gl.int32, bitcast=True)
-        columns: gl.constexpr = bits.shape[1]
-        total = gl.sum(bits, 1) - _round_bits(columns)
         words = gl.inline_asm_elementwise(PACK, "=r,r,r,r,r", _fours(bits), dtype=gl.int32, is_pure=True, pack=1)
-        return words, total.to(gl.float32)
+        sums = gl.inline_asm_elementwise(SUM, "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1)
+        return words, gl.sum(gl.sum(sums, 2), 1).to(gl.float32)
+
+
+@gluon.jit
+def _softmax(scores, k_scales, q_scale, top, total, FP8: gl.constexpr):
+    """One step of the online softmax, with a scale for each half of the scores' columns.
+
+    Returns:
+        Weights, four a register; largest logits and sums of weights so far; by what what was added so far, and this
+        step, are to be multiplied.
+    """
+    of_row: gl.constexpr = q_scale.type.layout
+    rows: gl.constexpr = scores.shape[0]
+    columns: gl.constexpr = scores.shape[1]
+    halves = scores.reshape([rows, 2, columns // 2])
+    peaks = gl.max(halves, 2)
+    of_halves: gl.constexpr = peaks.type.layout
+    k_scale = gl.where(gl.arange(0, 2, gl.SliceLayout(0, of_halves)) == 0, k_scales[0], k_scales[1])[None, :]
+    own = gl.convert_layout(gl.max(peaks * k_scale, 1), of_row)
+    new = gl.maximum(top, own)
+    base = gl.where(new == float("-inf"), 0.0, new) * q_scale
+    alpha, beta = gl.exp2(top * q_scale - base), gl.exp2(own * q_scale - base)
+    base = gl.where(own == float("-inf"), 0.0, own) * q_scale - (FP8_TOP if FP8 else INT8_TOP)
+    factor = gl.convert_layout(q_scale, gl.SliceLayout(1, of_halves))[:, None] * k_scale
+    base = gl.convert_layout(base, gl.SliceLayout(1, of_halves))[:, None]
+    p = gl.exp2(halves * factor[:, :, None] - base[:, :, None])
+    words, sums = _weights(p.reshape([rows, columns]), FP8)
+    return words, (new, total * alpha + gl.convert_layout(sums, of_row) * beta), (alpha, beta)
 
 
 @gluon.jit
@@ -133,81 +152,58 @@ def _hide(scores, words, masked, step, listed, runs, layout: gl.constexpr, PARTI
 
 
 @gluon.jit
-def _scale_of(scales, slot, i: gl.constexpr, TILES: gl.constexpr):
-    """The scale of a step's i-th key tile, which every thread holds."""
+def _scales_of(scales, slot, TILES: gl.constexpr):
+    """The scales of a step's two key tiles, or twice that of its one, which every thread holds."""
     layout: gl.constexpr = gl.BlockedLayout([TILES], [32], [4], [0])
     values = scales.index(slot).load(layout)
-    return gl.sum(gl.where(gl.arange(0, TILES, layout) == i, values, 0.0), 0)
-
-
-@gluon.jit
-def _scaled(scores, scales, slot, layout: gl.constexpr, TILES: gl.constexpr):
-    """Scores of a step in float32, each times the scale of its key tile."""
-    factor = _scale_of(scales, slot, 0, TILES)
-    if TILES == 1:
-        return scores.to(gl.float32) * factor
-    else:
-        columns: gl.constexpr = scores.shape[1]
-        column = gl.arange(0, columns, gl.SliceLayout(0, layout))
-        factors = gl.where(column // (columns // TILES) == 0, factor, _scale_of(scales, slot, 1, TILES))
-        return scores.to(gl.float32) * factors[None, :]
+    index = gl.arange(0, TILES, layout)
+    return gl.sum(gl.where(index == 0, values, 0.0), 0), gl.sum(gl.where(index == TILES - 1, values, 0.0), 0)
 
 
 @gluon.jit
 def _step(
-    step, steps, any_before, mine, q_scale, shared, lists, where, runs, state, at,
+    step, mine, q_scale, shared, lists, where, runs, state, at,
     first_row: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
-    """Scores and weights of one step, while the step before is multiplied with its values.
+    """One step: scores, their weights, and the product with the values, which is added up here.
 
-    `state` are the weights of the step before, the largest logit of each row so far, and the sum of its weights;
-    `at` slot and phase of this step's keys, which are there, and of the values of the step before. `any_before` is
-    False in a program's first step only.
+    Nothing runs beside the softmax of the same group: with a product in flight, its factors and both sums would not fit
+    into the registers. The other group's does.
 
-    Returns:
-        The product of the step before, the state, by what the output and this step's product are to be multiplied
-        when this one is added, and `at` of the step after.
+    `state` is the output so far, the largest logit of each row and the sum of its weights; `at` slot and phase.
     """
     keys, values, scales, k_ready, k_free, v_ready, v_free, _ = shared
-    weights, top, total = state
-    k_slot, k_phase, v_slot, v_phase = at
+    acc, top, total = state
+    slot, phase = at
     start, split, stop = where
     COLUMNS: gl.constexpr = SIZES[2]
     TILES: gl.constexpr = SIZES[3]
-    STAGES: gl.constexpr = SIZES[4]
     FP8: gl.constexpr = SIZES[5]
     of_output: gl.constexpr = gl.SliceLayout(1, o_layout)
     i = start + step * TILES
     masked = (i >= split) & (i < stop)
     words = ()
     if PARTIAL:
+        # Their loads are done by the time that the scores are.
         words = mask_words(lists[0], lists[1], i, first_row, masked, s_layout, SIZES)
     scores = gl.zeros([GROUP_ROWS, COLUMNS], gl.int32, s_layout)
-    scores = warpgroup_mma(mine, keys.index(k_slot).permute((1, 0)), scores, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(v_slot), v_phase, pred=any_before)
+    mbarrier.wait(k_ready.index(slot), phase)
+    scores = warpgroup_mma(mine, keys.index(slot).permute((1, 0)), scores, use_acc=False, is_async=True)
+    k_scales = _scales_of(scales, slot, TILES)
+    scores = warpgroup_mma_wait(0, deps=[scores]).to(gl.float32)
+    mbarrier.arrive(k_free.index(slot), count=1)
+    scores = _hide(scores, words, masked, step, (stop - start) // TILES, runs, s_layout, PARTIAL, DENSE)
+    weights, (top, total), factors = _softmax(scores, k_scales, q_scale, top, total, FP8)
     part = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32 if FP8 else gl.int32, o_layout)
     weights = _bytes(weights, p_layout, FP8)
-    part = warpgroup_mma(weights, values.index(v_slot).permute((1, 0)), part, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(1, deps=[scores])
-    scores = _scaled(scores, scales, k_slot, s_layout, TILES)
-    mbarrier.arrive(k_free.index(k_slot), count=1)
-    scores = _hide(scores, words, masked, step, (stop - start) // TILES, runs, s_layout, PARTIAL, DENSE)
-    own = gl.max(scores, 1)
-    new = gl.maximum(top, own)
-    base = gl.where(new == float("-inf"), 0.0, new) * q_scale
-    alpha, beta = gl.exp2(top * q_scale - base), gl.exp2(own * q_scale - base)
-    fresh, fresh_total = _weights(scores, own, q_scale, FP8)
-    total = total * alpha + fresh_total * beta
-    # Waiting here for the next keys keeps the assembler from moving the softmax behind the wait for the product.
-    k_slot, k_phase = following(k_slot, k_phase, STAGES)
-    mbarrier.wait(k_ready.index(k_slot), k_phase, pred=step + 1 < steps)
-    part = warpgroup_mma_wait(0, deps=[part])
-    mbarrier.arrive(v_free.index(v_slot), count=1, pred=any_before)
-    next_slot, next_phase = following(v_slot, v_phase, STAGES)
-    v_slot, v_phase = gl.where(any_before, next_slot, v_slot), gl.where(any_before, next_phase, v_phase)
-    factors = gl.convert_layout(alpha, of_output), gl.convert_layout(beta, of_output)
-    return part.to(gl.float32), (fresh, new, total), factors, (k_slot, k_phase, v_slot, v_phase)
+    mbarrier.wait(v_ready.index(slot), phase)
+    part = warpgroup_mma(weights, values.index(slot).permute((1, 0)), part, use_acc=False, is_async=True)
+    alpha, beta = gl.convert_layout(factors[0], of_output), gl.convert_layout(factors[1], of_output)
+    acc = acc * alpha[:, None]
+    part = warpgroup_mma_wait(0, deps=[part]).to(gl.float32)
+    mbarrier.arrive(v_free.index(slot), count=1)
+    return acc + part * beta[:, None], top, total
 
 
 @gluon.jit
@@ -248,67 +244,37 @@ def _consume(
     out, lse, per_row, v_shift, v_scale, shared, jobs, lists, sizes, runs,
     GROUP: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
-    """One group of four warps: its 64 rows of each tile that the program takes, and their results.
-
-    A job's last step is added to its output, and the results are written, in the first step of the job after; behind
-    the last job there is one step more, whose scores are nobody's.
-    """
-    k_ready = shared[3]
+    """One group of four warps: its 64 rows of each tile that the program takes, and their results."""
     q_scales, q_offset = per_row
     s_layout: gl.constexpr = _product_layout(SIZES[2])
     o_layout: gl.constexpr = _product_layout(SIZES[0])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
     of_row: gl.constexpr = gl.SliceLayout(1, s_layout)
-    of_output: gl.constexpr = gl.SliceLayout(1, o_layout)
     rows = gl.arange(0, GROUP_ROWS, of_row)
-    top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, of_row)
-    total = gl.zeros([GROUP_ROWS], gl.float32, of_row)
-    q_scale = gl.zeros([GROUP_ROWS], gl.float32, of_row)
-    acc = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
-    alpha = gl.zeros([GROUP_ROWS], gl.float32, of_output)
-    beta = gl.zeros([GROUP_ROWS], gl.float32, of_output)
-    weights = _fours(gl.zeros([GROUP_ROWS, SIZES[2]], gl.int32, s_layout))[0]
     number = 0
-    done_pair = 0
-    done_row = gl.to_tensor(0).to(gl.int64)
-    going = True
-    at = (0, 0, 0, 0)
-    while going:
-        row, pair, start, split, stop, dense = next_job(jobs, number, 4)
-        going = row >= 0
-        tile = pair * sizes[3] + gl.maximum(row, 0)
-        done_scale = q_scale
-        first_row = tile.to(gl.int64) * SIZES[1] + GROUP * GROUP_ROWS
-        q_scale = gl.load(q_scales + first_row + rows, mask=(rows >= 0) & going, other=0.0)
-        mbarrier.wait(k_ready.index(at[0]), at[1], pred=going)
-        steps = gl.where(going, (stop - start) // SIZES[3] + dense, 1)
-        done_top = top
-        done_total = total
+    slot = 0
+    phase = 0
+    row, pair, start, split, stop, dense = next_job(jobs, number, 4)
+    while row >= 0:
+        first_row = (pair * sizes[3] + row).to(gl.int64) * SIZES[1] + GROUP * GROUP_ROWS
+        q_scale = gl.load(q_scales + first_row + rows)
         top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, of_row)
         total = gl.zeros([GROUP_ROWS], gl.float32, of_row)
-        mine = jobs[2].index((number % JOBS) * GROUPS + GROUP)
-        for step in range(0, steps):
-            any_before = (number > 0) | (step > 0)
-            part, state, factors, at = _step(
-                step, steps, any_before, mine, q_scale, shared, lists, (start, split, stop), runs,
-                (weights, top, total), at,
+        acc = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
+        of_job = (number % JOBS) * GROUPS + GROUP
+        mine = jobs[2].index(of_job)
+        for step in range(0, (stop - start) // SIZES[3] + dense):
+            acc, top, total = _step(
+                step, mine, q_scale, shared, lists, (start, split, stop), runs, (acc, top, total), (slot, phase),
                 GROUP * GROUP_ROWS, SIZES, PARTIAL, DENSE, s_layout, o_layout, p_layout,
             )  # fmt: skip
-            weights, top, total = state
-            acc = acc * alpha[:, None] + part * beta[:, None]
-            alpha, beta = factors
-            if step == 0:
-                if number > 0:
-                    slot = ((number - 1) % JOBS) * GROUPS + GROUP
-                    rows_of = (done_scale, q_offset + done_row, jobs[1].index(slot))
-                    _write(acc, done_top, done_total, rows_of, shared[7].index(GROUP), out, lse, v_shift, v_scale,
-                           done_pair, sizes, LSE, SIZES[5], s_layout)  # fmt: skip
-                    finish_job(jobs, number - 1)
-                # Not times the first factor, which is 0: a program's first product may not be a number.
-                acc = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
+            slot, phase = following(slot, phase, SIZES[4])
+        rows_of = (q_scale, q_offset + first_row, jobs[1].index(of_job))
+        _write(acc, top, total, rows_of, shared[7].index(GROUP), out, lse, v_shift, v_scale, pair, sizes,
+               LSE, SIZES[5], s_layout)  # fmt: skip
+        finish_job(jobs, number)
         number += 1
-        done_pair = pair
-        done_row = first_row
+        row, pair, start, split, stop, dense = next_job(jobs, number, 4)
 
 
 @gluon.jit
