@@ -47,6 +47,7 @@ _copy = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 INT8_TOP, FP8_TOP = gl.constexpr(6.988684686772166), gl.constexpr(8.0)
 # Added to a float of up to 2^22 it leaves the nearest integer in the lowest bits.
 ROUND = gl.constexpr(12582912.0)
+ROUND_BITS = gl.constexpr(0x4B400000)
 # The sum of a register's four bytes.
 SUM = gl.constexpr("dp4a.s32.s32 $0, $1, 0x01010101, 0;")
 # Four integers of 32 bits whose lowest bytes become one register.
@@ -115,7 +116,7 @@ def _softmax(scores, k_scales, q_scale, top, total, FP8: gl.constexpr):
     rows: gl.constexpr = scores.shape[0]
     columns: gl.constexpr = scores.shape[1]
     halves = scores.reshape([rows, 2, columns // 2])
-    peaks = gl.max(halves, 2)
+    peaks = gl.max(halves, 2) - ROUND
     of_halves: gl.constexpr = peaks.type.layout
     k_scale = gl.where(gl.arange(0, 2, gl.SliceLayout(0, of_halves)) == 0, k_scales[0], k_scales[1])[None, :]
     own = gl.convert_layout(gl.max(peaks * k_scale, 1), of_row)
@@ -124,7 +125,7 @@ def _softmax(scores, k_scales, q_scale, top, total, FP8: gl.constexpr):
     alpha, beta = gl.exp2(top * q_scale - base), gl.exp2(own * q_scale - base)
     base = gl.where(own == float("-inf"), 0.0, own) * q_scale - (FP8_TOP if FP8 else INT8_TOP)
     factor = gl.convert_layout(q_scale, gl.SliceLayout(1, of_halves))[:, None] * k_scale
-    base = gl.convert_layout(base, gl.SliceLayout(1, of_halves))[:, None]
+    base = gl.convert_layout(base, gl.SliceLayout(1, of_halves))[:, None] + ROUND * factor
     p = gl.exp2(halves * factor[:, :, None] - base[:, :, None])
     words, sums = _weights(p.reshape([rows, columns]), FP8)
     return words, (new, total * alpha + gl.convert_layout(sums, of_row) * beta), (alpha, beta)
@@ -168,6 +169,8 @@ def _step(
 ):  # fmt: skip
     """One step: scores, their weights, and the product with the values, which is added up here.
 
+    Sums of bytes begin at the bits of ROUND: as floats they are then ROUND and what they count.
+
     Nothing runs beside the softmax of the same group: with a product in flight, its factors and both sums would not fit
     into the registers. The other group's does.
 
@@ -187,21 +190,24 @@ def _step(
     if PARTIAL:
         # Their loads are done by the time that the scores are.
         words = mask_words(lists[0], lists[1], i, first_row, masked, s_layout, SIZES)
-    scores = gl.zeros([GROUP_ROWS, COLUMNS], gl.int32, s_layout)
+    scores = gl.full([GROUP_ROWS, COLUMNS], ROUND_BITS, gl.int32, s_layout)
     mbarrier.wait(k_ready.index(slot), phase)
-    scores = warpgroup_mma(mine, keys.index(slot).permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma(mine, keys.index(slot).permute((1, 0)), scores, is_async=True)
     k_scales = _scales_of(scales, slot, TILES)
-    scores = warpgroup_mma_wait(0, deps=[scores]).to(gl.float32)
+    scores = warpgroup_mma_wait(0, deps=[scores]).to(gl.float32, bitcast=True)
     mbarrier.arrive(k_free.index(slot), count=1)
     scores = _hide(scores, words, masked, step, (stop - start) // TILES, runs, s_layout, PARTIAL, DENSE)
     weights, (top, total), factors = _softmax(scores, k_scales, q_scale, top, total, FP8)
-    part = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32 if FP8 else gl.int32, o_layout)
+    if FP8:
+        part = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
+    else:
+        part = gl.full([GROUP_ROWS, SIZES[0]], ROUND_BITS, gl.int32, o_layout)
     weights = _bytes(weights, p_layout, FP8)
     mbarrier.wait(v_ready.index(slot), phase)
-    part = warpgroup_mma(weights, values.index(slot).permute((1, 0)), part, use_acc=False, is_async=True)
+    part = warpgroup_mma(weights, values.index(slot).permute((1, 0)), part, use_acc=not FP8, is_async=True)
     alpha, beta = gl.convert_layout(factors[0], of_output), gl.convert_layout(factors[1], of_output)
-    acc = acc * alpha[:, None]
-    part = warpgroup_mma_wait(0, deps=[part]).to(gl.float32)
+    acc = acc * alpha[:, None] if FP8 else acc * alpha[:, None] - (ROUND * beta)[:, None]
+    part = warpgroup_mma_wait(0, deps=[part]).to(gl.float32, bitcast=True)
     mbarrier.arrive(v_free.index(slot), count=1)
     return acc + part * beta[:, None], top, total
 
