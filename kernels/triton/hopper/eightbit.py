@@ -128,7 +128,7 @@ def _softmax(scores, k_scales, q_scale, top, total, FP8: gl.constexpr):
     base = gl.convert_layout(base, gl.SliceLayout(1, of_halves))[:, None] + ROUND * factor
     p = gl.exp2(halves * factor[:, :, None] - base[:, :, None])
     words, sums = _weights(p.reshape([rows, columns]), FP8)
-    return words, (new, total * alpha + gl.convert_layout(sums, of_row) * beta), (alpha, beta)
+    return words, new, total * alpha + gl.convert_layout(sums, of_row) * beta, alpha, beta
 
 
 @gluon.jit
@@ -197,7 +197,7 @@ def _step(
     scores = warpgroup_mma_wait(0, deps=[scores]).to(gl.float32, bitcast=True)
     mbarrier.arrive(k_free.index(slot), count=1)
     scores = _hide(scores, words, masked, step, (stop - start) // TILES, runs, s_layout, PARTIAL, DENSE)
-    weights, (top, total), factors = _softmax(scores, k_scales, q_scale, top, total, FP8)
+    weights, top, total, alpha, beta = _softmax(scores, k_scales, q_scale, top, total, FP8)
     if FP8:
         part = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
     else:
@@ -205,7 +205,7 @@ def _step(
     weights = _bytes(weights, p_layout, FP8)
     mbarrier.wait(v_ready.index(slot), phase)
     part = warpgroup_mma(weights, values.index(slot).permute((1, 0)), part, use_acc=not FP8, is_async=True)
-    alpha, beta = gl.convert_layout(factors[0], of_output), gl.convert_layout(factors[1], of_output)
+    alpha, beta = gl.convert_layout(alpha, of_output), gl.convert_layout(beta, of_output)
     acc = acc * alpha[:, None] if FP8 else acc * alpha[:, None] - (ROUND * beta)[:, None]
     part = warpgroup_mma_wait(0, deps=[part]).to(gl.float32, bitcast=True)
     mbarrier.arrive(v_free.index(slot), count=1)
