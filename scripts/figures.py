@@ -19,6 +19,7 @@ from scripts.figures_dynamic import dynamic_tables
 from scripts.figures_emoji import emoji_tables
 from scripts.figures_gpu import gpu_calls_table, gpu_peers_table, gpu_real_table, gpu_stack_table, gpu_table
 from scripts.figures_models import model_tables
+from scripts.figures_precision import precision_tables
 from scripts.pages import with_table
 from scripts.results import RESULTS, ROOT, result, table
 
@@ -33,6 +34,7 @@ PAGES = tuple(
         "docs/generate.md",
         "docs/performance.md",
         "docs/diffusers.md",
+        "docs/precision.md",
         "docs/dynamic.md",
     )
 )
@@ -46,6 +48,7 @@ COMMANDS = {
     "cpu": "python -m scripts.bench.cpu --json {out} --force",
     "digits-vit": "python -m scripts.measure.digits_vit --out {out}",
     "timm-highres": "python -m scripts.bench.timm_models --out {out}",
+    "eightbit": "python -m scripts.measure.eightbit --steps 6 --out {out}",
     "moh": "python -m scripts.bench.moh --out {out}",
 }
 
@@ -140,6 +143,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **emoji_tables(),
     **dynamic_tables(),
     **model_tables(),
+    **precision_tables(),
 }
 
 
