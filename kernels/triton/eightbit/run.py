@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -91,7 +92,8 @@ def attend_8bit(
         kept = replace(call, key_mask=None, precision=None)
         entry = STORE.put(key, Kernels(q, k, v, kept, False, choose, lambda: STORE.weigh(key)), CALL_BYTES)
     kernels: Kernels = entry.value
-    routed = kernels.lists(q, k, v, mask, False) if isinstance(call.pattern, RoutedPattern) else None
+    # Lists that skip have been refused.
+    routed: Any = kernels.lists(q, k, v, mask, False) if isinstance(call.pattern, RoutedPattern) else None
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32) if call.lse else None
     given = None if mask is None else mask.view(torch.uint8)
