@@ -1,5 +1,8 @@
 """Prepared calls: each kernel gets the addresses of its own tensors, call after call."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -124,6 +127,22 @@ def test_what_is_kept_is_counted_and_emptied(driver):
     assert STORE.bytes == 0
     attention(q, k, v, "na(window=7x7)", LAYOUT, backend="triton")
     assert len(driver.first) == 2 and not driver
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_tensor_of_a_call_is_kept(driver, name):
+    pattern, mask, _, options = case(name)
+    q, k, v = tensors(0, learns=True, **options)
+    more = {"key_mask": torch.ones(q.shape[:2], dtype=torch.bool)} if mask else {}
+    out = attention(q, k, v, pattern, LAYOUT, backend="triton", **more)
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    held = [weakref.ref(t) for t in (q, k, v, out, *grads, *more.values())]
+    # The stand-in for a driver holds what it was given.
+    driver.first.clear()
+    driver.wanted.clear()
+    del q, k, v, out, grads, more
+    gc.collect()
+    assert [ref() is None for ref in held] == [True] * len(held)
 
 
 def test_addresses_of_less_alignment_go_through_triton(driver):
