@@ -147,6 +147,7 @@ class SiteReport:
         timed: How many calls the estimated times are from, first ones not among them.
         called: How many calls there were.
         caught: Share of the exact attention of sampled queries on what the pattern lists, if `apply` was asked to look.
+        choosing_seconds: What of `sparse_seconds` went into choosing what is listed, 0 where nothing is chosen.
     """
 
     model: str
@@ -163,6 +164,7 @@ class SiteReport:
     timed: int = 0
     called: int = 0
     caught: Reached | None = None
+    choosing_seconds: float = 0.0
 
     @classmethod
     def of(cls, model: str, site: str, pattern: Pattern, backend: str, row: Row, compiled: bool = False) -> SiteReport:
@@ -175,7 +177,7 @@ class SiteReport:
         kept: Counter[str] = Counter()
         for problem, count in row.kept.items():
             kept[f"{_why_kept(problem)} on {problem.layout}"] += count
-        rest = dict(kept), row.first_seconds, row.timed, row.calls
+        rest = dict(kept), row.first_seconds, row.timed, row.calls, None, row.choosing_seconds
         return cls(model, site, pattern, calls, row.dense, dict(row.fallbacks), *seconds, compiled, *rest)
 
     @property
@@ -207,6 +209,7 @@ class SiteReport:
             "fallbacks": dict(self.fallbacks),
             "sparse_seconds": self.sparse_seconds,
             "dense_seconds": self.dense_seconds,
+            "choosing_seconds": self.choosing_seconds,
             "first_seconds": self.first_seconds,
             "timed": self.timed,
             "called": self.called,
@@ -273,6 +276,11 @@ class Report:
         return sum(site.dense_seconds for site in self.sites)
 
     @property
+    def choosing_seconds(self) -> float:
+        """What of `sparse_seconds` went into choosing what is listed."""
+        return sum(site.choosing_seconds for site in self.sites)
+
+    @property
     def first_seconds(self) -> float:
         """Time of first calls, which plan and compile."""
         return sum(site.first_seconds for site in self.sites)
@@ -297,6 +305,7 @@ class Report:
             "density": self.density,
             "sparse_seconds": self.sparse_seconds,
             "dense_seconds": self.dense_seconds,
+            "choosing_seconds": self.choosing_seconds,
             "first_seconds": self.first_seconds,
             "timed": sum(site.timed for site in self.sites),
             "called": sum(site.called for site in self.sites),
@@ -321,6 +330,8 @@ class Report:
                 if call.skipped is not None:
                     share += f", {call.skipped:.3f} skipped"
                 head += f", {call.backend} on {call.problem.layout}{share} ({call.reason})"
+            if site.choosing_seconds and site.sparse_seconds:
+                head += f"; {site.choosing_seconds / site.sparse_seconds:.0%} of the time is choosing"
             if site.caught is not None:
                 head += f"; {site.caught.mean:.3f} of the attention caught ({site.caught.least:.3f} at least)"
             lines.append(head)

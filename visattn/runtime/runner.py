@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -100,7 +100,7 @@ class Runner:
         begun = tally.begin(cells[0])
         if verdict.layouts:
             assert sequences is not None
-            with tally.hearing(cells), placing(place):
+            with tally.hearing(cells, begun), placing(place):
                 out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters)
         else:
             out = self.stock(call)
@@ -191,10 +191,12 @@ class Runner:
         if not verdict.layouts:
             out = stock()
         elif heads_first:
-            out = self._listed(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, name, ready, cells)
+            out = self._listed(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, name, ready, cells, begun
+            )
             out = out.transpose(1, 2)
         else:
-            out = self._listed(q, k, v, scale, name, ready, cells)
+            out = self._listed(q, k, v, scale, name, ready, cells, begun)
         tally.end(cells, begun)
         if verdict.kind == "sparse" or verdict.slower:
             self._note(forward, name, verdict)
@@ -209,12 +211,13 @@ class Runner:
         name: str,
         ready: Ready,
         cells: tuple[Cell, ...],
+        begun: Any,
     ) -> torch.Tensor:
         """The pattern of q, k, v [B, S, H, D] without a mask."""
         pattern, verdict = self.pattern, ready.verdict
         if ready.plain:
             return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
-        with self.run.tally.hearing(cells), placing(self.run.place(name, pattern)):
+        with self.run.tally.hearing(cells, begun), placing(self.run.place(name, pattern)):
             return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
