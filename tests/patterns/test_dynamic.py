@@ -67,7 +67,7 @@ def test_lists_what_the_published_method_lists(case):
 
 
 def test_text_is_listed_beside_the_budget_as_in_published_methods():
-    """Jenga's text blocks, and VSA's tiles of a prefix that are exempt from its budget, were in their scores and masks."""
+    """Text blocks of Jenga, and tiles of a prefix that are exempt from VSA's budget."""
     jenga, vsa = torch.load(Path(__file__).parents[1] / "golden" / "dynamic_text.pt", weights_only=True)
     q, k, _ = golden_inputs(jenga)
     chosen = parse("topp(p=0.5, least=3, always=near(1), block=64)").choose(q, k, Layout(1024, 0, 128)).mask(0, 16)
