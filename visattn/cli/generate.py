@@ -58,8 +58,8 @@ def _group() -> None:
 
 @generate.command()
 def image(
-    pattern: PatternOption,
-    out: OutOption,
+    pattern: PatternOption = "dense",
+    out: OutOption = Path("out"),
     model: Annotated[
         str, typer.Option(help="emoji or digits (embedded), a folder in diffusers' format, or a hub id.")
     ] = "emoji",
@@ -89,8 +89,8 @@ def image(
 
 @generate.command()
 def video(
-    pattern: PatternOption,
-    out: OutOption,
+    pattern: PatternOption = "dense",
+    out: OutOption = Path("out"),
     model: Annotated[
         str, typer.Option(help="animoji or moving-digits (embedded), a folder in diffusers' format, or a hub id.")
     ] = "animoji",

@@ -11,9 +11,9 @@ import typer
 from visattn.cli.options import sizes
 
 PatternOption = Annotated[
-    str, typer.Option(help='A pattern like "na(window=9x9)", or a .json or .yaml file with one per layer.')
+    str, typer.Option(help='Like "na(window=9x9)", or a .json or .yaml file with a pattern per layer.')
 ]
-OutOption = Annotated[Path, typer.Option(help="Folder for what is generated and report.json.")]
+OutOption = Annotated[Path, typer.Option(help="Folder for what is generated and report.json: new, or empty.")]
 PromptOption = Annotated[
     list[str] | None, typer.Option(help="Text, for models that take one; several times for several.")
 ]
