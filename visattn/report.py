@@ -147,6 +147,7 @@ class SiteReport:
         timed: How many calls the estimated times are from, first ones not among them.
         called: How many calls there were.
         caught: Share of the exact attention of sampled queries on what the pattern lists, if `apply` was asked to look.
+        moved: Bytes that this process sent to others for it (`apply(..., parallel=...)`).
     """
 
     model: str
@@ -163,6 +164,7 @@ class SiteReport:
     timed: int = 0
     called: int = 0
     caught: Reached | None = None
+    moved: int = 0
 
     @classmethod
     def of(cls, model: str, site: str, pattern: Pattern, backend: str, row: Row, compiled: bool = False) -> SiteReport:
@@ -211,6 +213,7 @@ class SiteReport:
             "timed": self.timed,
             "called": self.called,
             "caught": None if self.caught is None else self.caught._asdict(),
+            "moved": self.moved,
             "calls": [call.to_dict() for call in self.calls],
         }
 
@@ -278,6 +281,11 @@ class Report:
         return sum(site.first_seconds for site in self.sites)
 
     @property
+    def moved(self) -> int:
+        """Bytes that this process sent to others."""
+        return sum(site.moved for site in self.sites)
+
+    @property
     def density(self) -> float | None:
         """Mean density of the calls that ran a pattern."""
         known = [(s.density, s.hits) for s in self.sites if s.density is not None]
@@ -300,6 +308,7 @@ class Report:
             "first_seconds": self.first_seconds,
             "timed": sum(site.timed for site in self.sites),
             "called": sum(site.called for site in self.sites),
+            "moved": self.moved,
             "sites": [site.to_dict() for site in self.sites],
         }
 
@@ -308,7 +317,7 @@ class Report:
         lines = [
             f"{self._who()}: {self.hits} calls{share}, "
             f"{self.sparse_seconds:.3f} s; {self.dense} dense and {sum(self.fallbacks.values())} fallback calls, "
-            f"{self.dense_seconds:.3f} s{self._timing()}"
+            f"{self.dense_seconds:.3f} s{self._timing()}{self._moving()}"
         ]
         width = max((len(site.site) for site in self.sites), default=0)
         for site in self.sites:
@@ -323,6 +332,8 @@ class Report:
                 head += f", {call.backend} on {call.problem.layout}{share} ({call.reason})"
             if site.caught is not None:
                 head += f"; {site.caught.mean:.3f} of the attention caught ({site.caught.least:.3f} at least)"
+            if site.moved:
+                head += f"; sent {_bytes(site.moved / max(1, site.called))} a call"
             lines.append(head)
             lines += [f"  {'':<{width}}    {count} x kept dense: {why}" for why, count in site.kept.items()]
             lines += [f"  {'':<{width}}    {count} x fell back: {why}" for why, count in site.fallbacks.items()]
@@ -337,6 +348,10 @@ class Report:
         found = f"compiled code, which does not tell its {len(self.modules)} modules, ran a pattern {compiled} times"
         return f"{found}, outside of it {modules}" if self.sites_hit else found
 
+    def _moving(self) -> str:
+        """What went to other processes, in words."""
+        return f"; {_bytes(self.moved)} sent to other processes" if self.moved else ""
+
     def _timing(self) -> str:
         """What the times are, in words, where that is not plain."""
         timed, called = (sum(getattr(site, name) for site in self.sites) for name in ("timed", "called"))
@@ -344,3 +359,12 @@ class Report:
             return ""
         sampled = f", estimated from {timed} of {called} calls" if timed else ""
         return f" (first calls apart: {self.first_seconds:.3f} s{sampled})"
+
+
+def _bytes(number: float) -> str:
+    """A number of bytes in the largest unit below it."""
+    for unit in ("B", "KB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from visattn import Layout, parallel
+from visattn import parallel
 
 RUNS = {"halo": parallel.halo_attention, "ulysses": parallel.ulysses_attention}
 
@@ -15,11 +15,8 @@ def tensors(layout, heads, kv_heads, batch=2, dim=8, seed=0):
     return [torch.randn(shape, generator=made, dtype=torch.float64) for shape in shapes]
 
 
-def sliced(rank, how, pattern, layout, axis, sizes, heads, kv_heads, masked, ranks=None):
+def sliced(rank, how, pattern, layout, axis, sizes, heads, kv_heads, masked):
     """A rank's output, gradients and bytes, backward from its own slab and, of dense tokens, an equal share."""
-    group = _group(ranks, len(sizes))
-    if rank >= len(sizes):
-        return None
     slabs = parallel.Slabs(layout, axis, sizes)
     whole = tensors(layout, heads, kv_heads)
     q, k, v, grad = (slabs.shard(t, rank).clone() for t in whole)
@@ -28,7 +25,7 @@ def sliced(rank, how, pattern, layout, axis, sizes, heads, kv_heads, masked, ran
     mask = None
     if masked:
         mask = slabs.shard(key_mask(layout), rank)
-    out, moved = RUNS[how](q, k, v, pattern, slabs, group=group, key_mask=mask, return_moved=True)
+    out, moved = RUNS[how](q, k, v, pattern, slabs, key_mask=mask, return_moved=True)
     local = slabs.local(rank)
     share = torch.full((local.length, 1, 1), 1 / len(sizes), dtype=torch.float64)
     share[local.prefix : local.prefix + local.tokens] = 1
@@ -44,19 +41,6 @@ def key_mask(layout, batch=2):
     return made
 
 
-_groups = {}
-
-
-def _group(ranks, size):
-    """The group of the first ranks, made once on all ranks."""
-    world = dist.get_world_size()
-    if size == world:
-        return None
-    if size not in _groups:
-        _groups[size] = dist.new_group(list(range(size)))
-    return _groups[size]
-
-
 def refused(rank, how, pattern, layout, axis):
     """The error of a call that every rank refuses."""
     slabs = parallel.Slabs.even(layout, dist.get_world_size(), axis)
@@ -66,6 +50,3 @@ def refused(rank, how, pattern, layout, axis):
     except ValueError as error:
         return str(error)
     return ""
-
-
-LAYOUT = Layout

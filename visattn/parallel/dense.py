@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from visattn.layout import Layout
 from visattn.parallel.merge import merged
+from visattn.parallel.slabs import Slabs
 
 
 class Gathered(torch.autograd.Function):
@@ -57,3 +58,20 @@ def share_dense(
         return torch.cat([before, out[:, local.prefix : stop], after], 1), sent
     out[:, : local.prefix], out[:, stop:] = before, after
     return out, sent
+
+
+def gathered_slabs(x: torch.Tensor, slabs: Slabs, group: dist.ProcessGroup | None, dim: int = 1) -> torch.Tensor:
+    """The whole sequence of all ranks' tokens, on every rank; dense tokens are the first rank's.
+
+    Args:
+        x: This rank's tokens, on axis `dim`.
+        slabs: How the sequence is cut.
+        group: The process group.
+        dim: The axis of the tokens.
+    """
+    lengths = [slabs.local(r).length for r in range(slabs.ranks)]
+    # Ranks exchange equal shapes.
+    short = max(lengths) - x.shape[dim]
+    filled = torch.cat([x, x.new_zeros(*x.shape[:dim], short, *x.shape[dim + 1 :])], dim) if short else x
+    parts: Any = Gathered.apply(filled, group)
+    return slabs.joined([part.narrow(dim, 0, n) for part, n in zip(parts, lengths, strict=True)], dim)

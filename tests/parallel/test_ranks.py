@@ -1,16 +1,25 @@
-"""Halo and Ulysses attention on a group of gloo processes equal one process, forward and backward, and move little."""
+"""Halo and Ulysses on gloo processes equal one process, forward and backward, and move little; models likewise.
+
+All of it in one file: the processes start once for it.
+"""
 
 import pytest
 import torch
 
-from tests.parallel import sliced
+from tests.parallel import models, sliced
+from tests.support import context_parallel, tiny_models
 from tests.support.ranks import Ranks
-from visattn import Layout, attention, dense_mask, parallel
+from visattn import Layout, apply, attention, dense_mask, parallel
 
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo"),
 ]
+
+diffusers = pytest.importorskip("diffusers")
+needs_diffusers = pytest.mark.skipif(
+    not hasattr(diffusers, "ContextParallelConfig"), reason="this diffusers has no parallelism"
+)
 
 # Pattern, layout, axis, rows of each rank.
 CASES = [
@@ -67,8 +76,7 @@ def joined(slabs, parts, summed):
 
 def compare(ranks, how, pattern, layout, axis, sizes, heads=4, kv_heads=2, masked=False):
     slabs = parallel.Slabs(layout, axis, sizes)
-    found = ranks.run(sliced.sliced, how, pattern, layout, axis, sizes, heads, kv_heads, masked)
-    found = [each for each in found if each is not None]
+    found = ranks.run(len(sizes), sliced.sliced, how, pattern, layout, axis, sizes, heads, kv_heads, masked)
     expected = alone(pattern, layout, heads, kv_heads, masked)
     for i, name in enumerate(("out", "q", "k", "v")):
         whole = joined(slabs, [tensors[i] for tensors, _ in found], summed=i > 0)
@@ -124,9 +132,9 @@ def test_what_slabs_cannot_run_is_refused_with_the_reason(ranks):
         ("clear(radius=2, pool=3)", "pooled keys are means of cells"),
         ("clear(radius=4, circular=1x0)", "goes around the ring"),
     ):
-        assert all(why in text for text in ranks.run(sliced.refused, "halo", pattern, grid, 0)), pattern
-    assert "cut axis 0, the frames" in ranks.run(sliced.refused, "halo", "radial(block=8)", grid, 1)[0]
-    assert "4 key heads" not in ranks.run(sliced.refused, "ulysses", "na(window=3x3)", grid, 0)[0]
+        assert all(why in text for text in ranks.run(3, sliced.refused, "halo", pattern, grid, 0)), pattern
+    assert "cut axis 0, the frames" in ranks.run(3, sliced.refused, "halo", "radial(block=8)", grid, 1)[0]
+    assert "4 key heads" not in ranks.run(3, sliced.refused, "ulysses", "na(window=3x3)", grid, 0)[0]
 
 
 def test_heads_go_to_ranks_by_what_they_cost():
@@ -151,3 +159,66 @@ def test_slabs_are_checked_and_cut_where_it_costs_least():
     x = torch.arange(Layout((3, 4), 2, 1).length)[None]
     slabs = parallel.Slabs(Layout((3, 4), 2, 1), 1, (3, 1))
     assert torch.equal(slabs.joined([slabs.shard(x, r) for r in range(2)]), x)
+
+
+def compare_models(found, alone):
+    for out, (hits, _, moved, said) in found:
+        torch.testing.assert_close(out, alone[0], rtol=1e-5, atol=2e-6)
+        assert hits == alone[1][0]
+        assert moved > 0 and said
+
+
+@needs_diffusers
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_class_gives_what_one_process_gives(ranks, name):
+    alone = models.output(name)
+    halo, ulysses = (ranks.run(2, models.on_rank, name, how) for how in ("halo", "ulysses"))
+    compare_models(halo, alone)
+    compare_models(ulysses, alone)
+    # What is exchanged is a border.
+    assert halo[0][1][2] < ulysses[0][1][2]
+
+
+@needs_diffusers
+def test_dense_steps_run_in_the_same_slabs(ranks):
+    alone = models.output("flux", dense_steps=1)
+    for how in ("halo", "ulysses"):
+        for out, (hits, dense, moved, _) in ranks.run(2, models.on_rank, "flux", how, 1):
+            torch.testing.assert_close(out, alone[0], rtol=1e-5, atol=2e-6)
+            assert (hits, dense) == (0, alone[1][1]) and moved
+
+
+@needs_diffusers
+def test_hooks_of_diffusers_rest_meanwhile(ranks):
+    alone, _ = models.output("wan")
+    for out in ranks.run(2, models.with_hooks, "wan", "halo"):
+        torch.testing.assert_close(out, alone, rtol=1e-5, atol=2e-6)
+
+
+@needs_diffusers
+def test_what_cannot_be_cut_is_refused_with_the_reason(ranks):
+    for build, pattern, how, why in (
+        ("hunyuan_video", "na(window=3x3x3)", "halo", "no _cp_plan"),
+        ("ltx2", "na(window=3x3x3)", "ulysses", "a second stream"),
+        ("wan", "topk(keep=0.5, block=2x2x2)", "halo", "use parallel='ulysses'"),
+        ("wan", "linear", "halo", "use parallel='ulysses'"),
+    ):
+        assert all(why in text for text in ranks.run(2, models.refused, build, pattern, how)), build
+    with pytest.raises(ValueError, match="there is no process group: start with torchrun"):
+        apply(tiny_models.wan()[0], "na(window=3x3x3)", parallel="halo")
+    with pytest.raises(ValueError, match="must be 'ulysses', 'halo' or None"):
+        apply(tiny_models.wan()[0], "na(window=3x3x3)", parallel="ring")
+
+
+@needs_diffusers
+def test_diffusers_own_ulysses_equals_one_process_and_ring_is_refused(ranks):
+    alone = context_parallel.outputs(lambda model: None)
+    for found in ranks.run(2, context_parallel.work):
+        for name, (out, hits) in alone.items():
+            torch.testing.assert_close(found[name][0], out, rtol=1e-5, atol=1e-6)
+            assert found[name][1] == hits
+        torch.testing.assert_close(found["later"][0], alone["wan"][0], rtol=1e-5, atol=1e-6)
+        assert torch.equal(found["dense step"][0], torch.zeros_like(found["dense step"][0]))
+        assert found["dense step"][1] == 2
+        assert "ring context parallelism (ring_degree=2) shows a device the keys piece by piece" in found["ring"]
+        assert "ulysses_anything=True splits tokens and heads unevenly" in found["anything"]
