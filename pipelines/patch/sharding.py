@@ -18,7 +18,7 @@ from visattn.parallel import Slabs, best_axis
 from visattn.parallel.dense import gathered_slabs
 from visattn.patterns import ComposedPattern, MergingPattern, Pattern, RoutedPattern
 from visattn.patterns.radial import Radial
-from visattn.pipelines.patch.run import DiffusersRun
+from visattn.runtime.run import Run
 
 # Model classes whose plans cut nothing but the grid, its positions, and text.
 CUT = {
@@ -46,7 +46,7 @@ class Sharding:
         ValueError: If the model or a pattern cannot be cut.
     """
 
-    def __init__(self, model: torch.nn.Module, run: DiffusersRun, how: str, mesh: Any) -> None:
+    def __init__(self, model: torch.nn.Module, run: Run, how: str, mesh: Any) -> None:
         self.how, self.group = how, group_of(model, mesh)
         self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self._run = run
