@@ -100,7 +100,8 @@ class Slabs:
         self.layout.check_length(x.shape[dim], "x")
         before, grid, after = x.split([self.layout.prefix, self.layout.tokens, self.layout.suffix], dim)
         own = self.unfold(grid, self.layout.grid, dim).narrow(dim + self.axis, self.start(rank), self.sizes[rank])
-        return torch.cat([before, own.flatten(dim, dim + self.layout.dims - 1), after], dim)
+        own = own.flatten(dim, dim + self.layout.dims - 1)
+        return torch.cat([before, own, after], dim) if self.dense else own
 
     def joined(self, parts: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
         """The whole sequence of all ranks' tokens, the inverse of `shard`; dense tokens are the first rank's.
@@ -116,7 +117,7 @@ class Slabs:
             ends = (before, after) if rank == 0 else ends
             slabs.append(self.unfold(grid, local.grid, dim))
         whole = torch.cat(slabs, dim + self.axis).flatten(dim, dim + self.layout.dims - 1)
-        return torch.cat([ends[0], whole, ends[1]], dim)
+        return torch.cat([ends[0], whole, ends[1]], dim) if self.dense else whole
 
     @staticmethod
     def unfold(grid: torch.Tensor, sides: tuple[int, ...], dim: int = 1) -> torch.Tensor:

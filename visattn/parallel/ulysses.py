@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 
 from visattn.attend import attention
+from visattn.layout import Layout
 from visattn.parallel.moved import Moved
 from visattn.parallel.ranks import checked_rank
 from visattn.parallel.slabs import Slabs
@@ -76,6 +78,25 @@ class Exchanged(torch.autograd.Function):
         return back, None, None, None
 
 
+class Packed(torch.autograd.Function):
+    """Tensors one behind the other in one flat tensor, each copied once: views of strided ones need no copy before."""
+
+    @staticmethod
+    def forward(ctx: Any, *pieces: torch.Tensor) -> torch.Tensor:
+        """Copy."""
+        ctx.shapes = [piece.shape for piece in pieces]
+        out = pieces[0].new_empty(sum(piece.numel() for piece in pieces))
+        for part, piece in zip(out.split([piece.numel() for piece in pieces]), pieces, strict=True):
+            part.view(piece.shape).copy_(piece)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views."""
+        parts = grads[0].split([shape.numel() for shape in ctx.shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+
+
 class Heads:
     """How the heads of one call are given to ranks.
 
@@ -89,6 +110,7 @@ class Heads:
     def __init__(self, slabs: Slabs, rank: int, shares: tuple[int, ...], group: dist.ProcessGroup | None) -> None:
         self.slabs, self.rank, self.shares, self.group = slabs, rank, shares, group
         self.sent = self.received = 0
+        self._grid = Slabs(Layout(slabs.layout.grid), slabs.axis, slabs.sizes)
 
     def gather(self, x: torch.Tensor, per: int) -> torch.Tensor:
         """All tokens of this rank's heads: [B, S, H, D] of its slab to [B, whole length, own heads, D].
@@ -100,17 +122,18 @@ class Heads:
         local = self.slabs.local(self.rank)
         before, grid, after = x.split([local.prefix, local.tokens, local.suffix], 1)
         heads = [per * n for n in self.shares]
-        parts = self._exchange([t.flatten() for t in grid.split(heads, 2)], self._grids(x, heads[self.rank]))
+        parts = self._exchange(grid.split(heads, 2), self._grids(x, heads[self.rank]))
+        whole = self._grid.joined(parts)
+        if not self.slabs.dense:
+            return whole
         ends = [t.split(heads, 2)[self.rank] for t in (before, after)]
-        return self.slabs.joined(
-            [torch.cat([ends[0], part, ends[1]], 1) for part in parts]
-        )  # fmt: skip
+        return torch.cat([ends[0], whole, ends[1]], 1)
 
     def scatter(self, x: torch.Tensor, per: int) -> torch.Tensor:
         """The way back: [B, whole length, own heads, D] to all heads of this rank's tokens; dense tokens of all."""
         heads = [per * n for n in self.shares]
         batch, _, _, dim = x.shape
-        own = [self.slabs.shard(x, r).flatten() for r in range(self.slabs.ranks)]
+        own = [self.slabs.shard(x, r) for r in range(self.slabs.ranks)]
         length = self.slabs.local(self.rank).length
         return torch.cat(self._exchange(own, [(batch, length, n, dim) for n in heads]), 2)
 
@@ -118,13 +141,14 @@ class Heads:
         locals_ = [self.slabs.local(r) for r in range(self.slabs.ranks)]
         return [(x.shape[0], one.tokens, heads, x.shape[3]) for one in locals_]
 
-    def _exchange(self, pieces: list[torch.Tensor], shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
-        sends = [len(piece) for piece in pieces]
+    def _exchange(self, pieces: Sequence[torch.Tensor], shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+        sends = [piece.numel() for piece in pieces]
         takes = [int(torch.Size(shape).numel()) for shape in shapes]
         size = pieces[0].element_size()
         self.sent += size * (sum(sends) - sends[self.rank])
         self.received += size * (sum(takes) - takes[self.rank])
-        found: Any = Exchanged.apply(torch.cat(pieces), sends, takes, self.group)
+        # Each piece is copied once, to where it is sent from.
+        found: Any = Exchanged.apply(Packed.apply(*pieces), sends, takes, self.group)
         return [part.view(shape) for part, shape in zip(found.split(takes), shapes, strict=True)]
 
 
