@@ -17,6 +17,11 @@ MODELS = {
     "flux, reference image": (lambda: tiny_models.flux(text=5, reference=(2, 3)), "clear(radius=2)", {}),
     "flux2": (tiny_models.flux2, "halo(block=2x2, halo=1)", {}),
     "qwen": (tiny_models.qwen, "na(window=3x3)", {}),
+    "qwen, padded prompts and a reference image": (
+        lambda: tiny_models.qwen(references=[(1, 4, 3)], padded=True),
+        "na(window=5x3)",
+        {},
+    ),
     "ltx": (tiny_models.ltx, "na(window=3x3x3, causal=1x0x0)", {}),
     "chronoedit": (tiny_models.chronoedit, "na(window=3x3x3)", {}),
 }
@@ -37,6 +42,21 @@ def output(name, how=None, dense_steps=0):
             out = tiny_models.run(model, inputs)
             report = handle.report()
             return out, (report.hits, report.dense, report.moved, "sent to other processes" in str(report))
+
+
+def gradients(rank, name, how):
+    """The gradients of a model's weights, by DDP's mean over the ranks, each of which has the whole loss."""
+    build, pattern, options = MODELS[name]
+    torch.manual_seed(0)
+    model, inputs = build()
+    with visattn.apply(model, pattern, parallel=how, **options):
+        out = model(**inputs, return_dict=False)[0]
+        out.square().mean().backward()
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    for grad in found.values() if how else ():
+        dist.all_reduce(grad)
+        grad /= dist.get_world_size()
+    return found
 
 
 def on_rank(rank, name, how, dense_steps=0):

@@ -180,6 +180,19 @@ def test_every_class_gives_what_one_process_gives(ranks, name):
 
 
 @needs_diffusers
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_weights_get_the_gradients_of_one_process(ranks, name):
+    alone = models.gradients(0, name, None)
+    for how in ("halo", "ulysses"):
+        for found in ranks.run(2, models.gradients, name, how):
+            assert found.keys() == alone.keys()
+            for key, grad in alone.items():
+                torch.testing.assert_close(
+                    found[key], grad, rtol=1e-3, atol=1e-7, msg=lambda text, k=key: f"{k}: {text}"
+                )
+
+
+@needs_diffusers
 def test_dense_steps_run_in_the_same_slabs(ranks):
     alone = models.output("flux", dense_steps=1)
     for how in ("halo", "ulysses"):
