@@ -13,6 +13,7 @@ import torch
 from visattn.layout import Layout
 
 MORE_KEYS = "it has keys beyond its queries"
+OWN_HEADS = "its heads have patterns of their own, and a device has a part of them: use apply(parallel='ulysses')"
 SPLIT_MASK = "its mask is split over devices"
 
 

@@ -9,7 +9,7 @@ import torch
 from tests.parallel import models, sliced
 from tests.support import context_parallel, tiny_models
 from tests.support.ranks import Ranks
-from visattn import Layout, apply, attention, dense_mask, parallel
+from visattn import Layout, apply, attention, dense_mask, parallel, parse
 
 pytestmark = [
     pytest.mark.dist,
@@ -56,7 +56,7 @@ def alone(pattern, layout, heads, kv_heads, masked):
     for t in (q, k, v):
         t.requires_grad_()
     mask = sliced.key_mask(layout) if masked else None
-    out = attention(q, k, v, pattern, layout, key_mask=mask, backend="reference")
+    out = attention(q, k, v, pattern, layout, key_mask=mask, backend="auto" if "perhead" in pattern else "reference")
     out.backward(grad)
     return [out.detach(), q.grad, k.grad, v.grad]
 
@@ -122,6 +122,14 @@ def test_ulysses_takes_uneven_slabs_and_heads(ranks, case, heads, kv_heads, mask
 
 def test_dynamic_patterns_run_under_ulysses(ranks):
     compare(ranks, "ulysses", "topk(keep=0.5, block=2x2)", Layout((8, 6), prefix=2), 0, (2, 3, 3), 6, 3)
+
+
+def test_heads_with_patterns_of_their_own_keep_them_on_their_ranks(ranks):
+    pattern = "perhead(heads={0: dense, 1-2: na(window=3x3)}, rest=clear(radius=2))"
+    compare(ranks, "ulysses", pattern, Layout((8, 6), prefix=2), 0, (2, 3, 3), 6, 6)
+    # On a grid that is large beside the windows the dense head costs as much as several others, and is alone.
+    cost = parallel.ulysses._cost(parse(pattern), Layout((64, 64)), 6, 1)
+    assert parallel.ulysses.head_shares(6, 3, cost)[0] == 1
 
 
 def test_what_slabs_cannot_run_is_refused_with_the_reason(ranks):

@@ -13,7 +13,8 @@ from visattn.layout import Layout
 from visattn.parallel.moved import Moved
 from visattn.parallel.ranks import checked_rank
 from visattn.parallel.slabs import Slabs
-from visattn.patterns import Pattern, parse
+from visattn.patterns import Pattern, PerHead, parse
+from visattn.plans import plan
 
 
 def head_shares(kv_heads: int, ranks: int, cost: tuple[float, ...] | None = None) -> tuple[int, ...]:
@@ -209,13 +210,14 @@ def ulysses_attention(
         q: Queries [B, S, H, D] of this rank, S = slabs.local(rank).length.
         k: Keys [B, S, Hkv, D] of the same tokens.
         v: Values [B, S, Hkv, D].
-        pattern: A pattern or its text; one whose heads have parameters or patterns of their own is refused.
+        pattern: A pattern or its text; one with parameters is refused.
         slabs: How the whole sequence is cut; one slab for each rank of the group.
         group: The process group, the default one if None.
         scale: Factor on the logits, D**-0.5 if None.
         key_mask: bool [B, S], True where a key of this rank may be attended; all ranks pass one or none does.
         backend: As in `attention`.
-        head_cost: What each key head costs with its query heads, where that differs: heads go to ranks by it.
+        head_cost: What each key head costs with its query heads: heads go to ranks by it. None for what the tiles of
+            `perhead` patterns visit, or for all the same.
         return_moved: Whether to return what was moved too.
 
     Returns:
@@ -228,12 +230,24 @@ def ulysses_attention(
     rank = checked_rank(slabs, group)
     slabs.local(rank).check_length(q.shape[1])
     per = q.shape[2] // k.shape[2]
-    heads = Heads(slabs, rank, head_shares(k.shape[2], slabs.ranks, head_cost), group)
+    shares = head_shares(k.shape[2], slabs.ranks, head_cost or _cost(pattern, slabs.layout, q.shape[2], per))
+    heads = Heads(slabs, rank, shares, group)
+    if isinstance(pattern, PerHead):
+        first = per * sum(shares[:rank])
+        pattern = pattern.among(q.shape[2], range(first, first + per * shares[rank]))
     whole = heads.gather(q, per), heads.gather(k, 1), heads.gather(v, 1)
     mask = None if key_mask is None else _whole_mask(key_mask, slabs, group)
     out = attention(*whole, pattern, slabs.layout, scale=scale, key_mask=mask, backend=backend)
     out = heads.scatter(out, per)
     return (out, Moved(heads.sent, heads.received)) if return_moved else out
+
+
+def _cost(pattern: Pattern, layout: Layout, heads: int, per: int) -> tuple[float, ...] | None:
+    """What key heads cost with their query heads, where heads have patterns of their own: what their tiles visit."""
+    if not isinstance(pattern, PerHead):
+        return None
+    each = [1 / plan(one, layout).tile_bound for one in pattern.of_heads(heads)]
+    return tuple(sum(each[i : i + per]) for i in range(0, heads, per))
 
 
 def _whole_mask(key_mask: torch.Tensor, slabs: Slabs, group: dist.ProcessGroup | None) -> torch.Tensor:
