@@ -43,6 +43,10 @@ CASES = [
 ]
 
 
+# Those that differ least from others run with the slow tests.
+LATER = {1, 3, 6, 9, 11, 15}
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     group = Ranks(3, tmp_path_factory.mktemp("ranks"))
@@ -84,7 +88,10 @@ def compare(ranks, how, pattern, layout, axis, sizes, heads=4, kv_heads=2, maske
     return slabs, [parallel.Moved(*moved) for _, moved in found]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[3]}")
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.slow] * (i in LATER), id=f"{c[0]} {c[3]}") for i, c in enumerate(CASES)],
+)
 def test_halo_equals_one_process_and_moves_what_the_mask_needs(ranks, case):
     slabs, moved = compare(ranks, "halo", *case)
     pattern, layout = case[:2]
@@ -188,7 +195,7 @@ def test_every_class_gives_what_one_process_gives(ranks, name):
 
 
 @needs_diffusers
-@pytest.mark.parametrize("name", ["wan", "flux"])
+@pytest.mark.parametrize("name", [pytest.param("wan", marks=pytest.mark.slow), "flux"])
 def test_weights_get_the_gradients_of_one_process(ranks, name):
     alone = models.gradients(0, name, None)
     for how in ("halo", "ulysses"):

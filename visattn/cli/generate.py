@@ -174,7 +174,7 @@ def _processes(parallel: str | None, device: str) -> Iterator[tuple[bool, str]]:
         return
     if parallel not in ("ulysses", "halo"):
         raise ValueError(f"--parallel {parallel} must be ulysses or halo")
-    from visattn.parallel.together import together
+    from visattn.parallel.processes import together
 
     with together(device) as place:
         yield place.first, place.device

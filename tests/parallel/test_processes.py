@@ -1,5 +1,6 @@
 """Processes that begin together: the error or death of one ends all of them, with its text, and the command line's."""
 
+import importlib
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was 
 
 PROGRAM = """
 import os, sys, torch, torch.distributed as dist
-from visattn.parallel.together import together
+from visattn.parallel.processes import together
 with together("cpu", timeout=60) as place:
     dist.barrier()
     if not place.first:
@@ -45,7 +46,7 @@ def processes(what):
 
 @pytest.fixture
 def quick(monkeypatch):
-    module = sys.modules["visattn.parallel.together"]
+    module = importlib.import_module("visattn.parallel.processes")
     monkeypatch.setattr(module, "EVERY", 0.01)
     monkeypatch.setattr(module, "GRACE", 0.02)
     return module
