@@ -72,6 +72,21 @@ def refused(rank, build, pattern, how):
     return ""
 
 
+def on_a_mesh(rank, name, how):
+    """The same on the ranks of a mesh, and what is said of a mesh of two axes."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    build, pattern, options = MODELS[name]
+    model, inputs = build()
+    with visattn.apply(model, pattern, parallel=how, mesh=init_device_mesh("cpu", (2,)), **options):
+        out = tiny_models.run(model, inputs)
+    try:
+        visattn.apply(model, pattern, parallel=how, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b")))
+    except ValueError as error:
+        return out, str(error)
+    return out, ""
+
+
 def with_hooks(rank, name, how):
     """The same for a model with diffusers' own hooks, which work again afterwards."""
     from diffusers import ContextParallelConfig

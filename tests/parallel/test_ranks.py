@@ -224,6 +224,14 @@ def test_hooks_of_diffusers_rest_meanwhile(ranks):
 
 
 @needs_diffusers
+def test_a_mesh_says_which_processes(ranks):
+    alone, _ = models.output("ltx")
+    for out, said in ranks.run(2, models.on_a_mesh, "ltx", "halo"):
+        torch.testing.assert_close(out, alone, rtol=1e-5, atol=2e-6)
+        assert "must be a DeviceMesh of one axis or a process group" in said
+
+
+@needs_diffusers
 def test_what_cannot_be_cut_is_refused_with_the_reason(ranks):
     for build, pattern, how, why in (
         ("hunyuan_video", "na(window=3x3x3)", "halo", "no _cp_plan"),
