@@ -88,13 +88,13 @@ def on_a_mesh(rank, name, how):
 
 
 def with_hooks(rank, name, how):
-    """The same for a model with diffusers' own hooks, which work again afterwards."""
+    """A model with diffusers' own hooks: its output with a pattern, and without one afterwards, when they work."""
     from diffusers import ContextParallelConfig
 
     build, pattern, options = MODELS[name]
     model, inputs = build()
     world = dist.get_world_size()
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=world, ulysses_anything=True))
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=world))
     with visattn.apply(model, pattern, parallel=how, strict=True, **options):
         inside = tiny_models.run(model, inputs)
-    return inside
+    return inside, tiny_models.run(model, inputs)

@@ -219,8 +219,11 @@ def test_dense_steps_run_in_the_same_slabs(ranks):
 @needs_diffusers
 def test_hooks_of_diffusers_rest_meanwhile(ranks):
     alone, _ = models.output("wan")
-    for out in ranks.run(2, models.with_hooks, "wan", "halo"):
+    model, inputs = tiny_models.wan()
+    stock = tiny_models.run(model, inputs)
+    for out, after in ranks.run(2, models.with_hooks, "wan", "halo"):
         torch.testing.assert_close(out, alone, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(after, stock, rtol=1e-5, atol=2e-6)
 
 
 @needs_diffusers
