@@ -31,6 +31,8 @@ class Request:
         strict: Whether a forward that misses a selected module raises.
         always: Whether the pattern runs also where dense attention is estimated to be faster.
         caught: Queries of each call whose caught attention is measured, 0 for none.
+        parallel: How processes share a model's tokens, "ulysses" or "halo"; None if they do not.
+        mesh: Which processes.
     """
 
     schedule: Schedule
@@ -39,6 +41,8 @@ class Request:
     strict: bool = False
     always: bool = False
     caught: int = 0
+    parallel: str | None = None
+    mesh: Any = None
 
 
 class Patch(Protocol):
@@ -183,6 +187,8 @@ def apply(
     weights: str | Path | None = None,
     always: bool = False,
     caught: int = 0,
+    parallel: str | None = None,
+    mesh: Any = None,
 ) -> Handle:
     """Make the self-attention of a model sparse, until the handle removes it.
 
@@ -208,6 +214,12 @@ def apply(
         caught: So many queries of the grid of every call are compared with dense attention: the report says which share
             of their exact attention falls on what the pattern lists. It costs about as many queries of dense attention,
             and compiled code is not looked at. 0 for none.
+        parallel: How the processes of torch.distributed share the tokens of a diffusers model; each makes this call.
+            "halo" gives each a slab of the grid and fetches the border keys that patterns list, "ulysses" exchanges
+            tokens for heads; both keep dense layers and steps exact. See docs/parallel.md. None for one process, or for
+            diffusers' own `enable_parallelism`.
+        mesh: Which processes: a DeviceMesh of one axis or a process group; None for those of the model's
+            ContextParallelConfig, or all.
 
     Returns:
         The handle that reports and undoes; also a context manager.
@@ -231,7 +243,10 @@ def apply(
         read_weights(Path(weights))
     if isinstance(caught, bool) or not isinstance(caught, int) or caught < 0:
         raise ValueError(f"caught={caught!r} must be how many queries of a call are looked at, 0 for none")
-    request = Request(schedule, backend, layout, strict, always or strict or weights is not None, caught)
+    if parallel is not None:
+        _check_parallel(parallel, package, caught)
+    always = always or strict or weights is not None or parallel is not None
+    request = Request(schedule, backend, layout, strict, always, caught, parallel, mesh)
     handle = Handle(ADAPTERS[package](target, request), request)
     if weights is not None:
         try:
@@ -240,6 +255,17 @@ def apply(
             handle.remove()
             raise
     return handle
+
+
+def _check_parallel(parallel: Any, package: str, caught: int) -> None:
+    if parallel not in ("ulysses", "halo"):
+        raise ValueError(f"parallel={parallel!r} must be 'ulysses', 'halo' or None")
+    if package != "diffusers":
+        raise ValueError(f"parallel={parallel!r} shares the tokens of diffusers models, and the target is of {package}")
+    if caught:
+        raise ValueError(
+            f"parallel={parallel!r} and caught={caught}: no process has all queries and keys, leave one out"
+        )
 
 
 def _package(target: Any) -> str:

@@ -148,6 +148,7 @@ class SiteReport:
         called: How many calls there were.
         caught: Share of the exact attention of sampled queries on what the pattern lists, if `apply` was asked to look.
         choosing_seconds: What of `sparse_seconds` went into choosing what is listed, 0 where nothing is chosen.
+        moved: Bytes that this process sent to others for it (`apply(..., parallel=...)`).
     """
 
     model: str
@@ -165,6 +166,7 @@ class SiteReport:
     called: int = 0
     caught: Reached | None = None
     choosing_seconds: float = 0.0
+    moved: int = 0
 
     @classmethod
     def of(cls, model: str, site: str, pattern: Pattern, backend: str, row: Row, compiled: bool = False) -> SiteReport:
@@ -214,6 +216,7 @@ class SiteReport:
             "timed": self.timed,
             "called": self.called,
             "caught": None if self.caught is None else self.caught._asdict(),
+            "moved": self.moved,
             "calls": [call.to_dict() for call in self.calls],
         }
 
@@ -286,6 +289,11 @@ class Report:
         return sum(site.first_seconds for site in self.sites)
 
     @property
+    def moved(self) -> int:
+        """Bytes that this process sent to others."""
+        return sum(site.moved for site in self.sites)
+
+    @property
     def density(self) -> float | None:
         """Mean density of the calls that ran a pattern."""
         known = [(s.density, s.hits) for s in self.sites if s.density is not None]
@@ -309,6 +317,7 @@ class Report:
             "first_seconds": self.first_seconds,
             "timed": sum(site.timed for site in self.sites),
             "called": sum(site.called for site in self.sites),
+            "moved": self.moved,
             "sites": [site.to_dict() for site in self.sites],
         }
 
@@ -317,7 +326,7 @@ class Report:
         lines = [
             f"{self._who()}: {self.hits} calls{share}, "
             f"{self.sparse_seconds:.3f} s; {self.dense} dense and {sum(self.fallbacks.values())} fallback calls, "
-            f"{self.dense_seconds:.3f} s{self._timing()}"
+            f"{self.dense_seconds:.3f} s{self._timing()}{self._moving()}"
         ]
         width = max((len(site.site) for site in self.sites), default=0)
         for site in self.sites:
@@ -334,6 +343,8 @@ class Report:
                 head += f"; {site.choosing_seconds / site.sparse_seconds:.0%} of the time is choosing"
             if site.caught is not None:
                 head += f"; {site.caught.mean:.3f} of the attention caught ({site.caught.least:.3f} at least)"
+            if site.moved:
+                head += f"; sent {_bytes(site.moved / max(1, site.called))} a call"
             lines.append(head)
             lines += [f"  {'':<{width}}    {count} x kept dense: {why}" for why, count in site.kept.items()]
             lines += [f"  {'':<{width}}    {count} x fell back: {why}" for why, count in site.fallbacks.items()]
@@ -348,6 +359,10 @@ class Report:
         found = f"compiled code, which does not tell its {len(self.modules)} modules, ran a pattern {compiled} times"
         return f"{found}, outside of it {modules}" if self.sites_hit else found
 
+    def _moving(self) -> str:
+        """What went to other processes, in words."""
+        return f"; {_bytes(self.moved)} sent to other processes" if self.moved else ""
+
     def _timing(self) -> str:
         """What the times are, in words, where that is not plain."""
         timed, called = (sum(getattr(site, name) for site in self.sites) for name in ("timed", "called"))
@@ -355,3 +370,12 @@ class Report:
             return ""
         sampled = f", estimated from {timed} of {called} calls" if timed else ""
         return f" (first calls apart: {self.first_seconds:.3f} s{sampled})"
+
+
+def _bytes(number: float) -> str:
+    """A number of bytes in the largest unit below it."""
+    for unit in ("B", "KB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"

@@ -13,7 +13,7 @@ from visattn.keep import kept
 from visattn.kernels.tiles.batches import Work, batch_size
 from visattn.kernels.tiles.boxes import box_groups
 from visattn.kernels.tiles.engine import TileAttention, forward
-from visattn.kernels.tiles.groups import Group, Problems, list_groups, routed_group, whole_sequence
+from visattn.kernels.tiles.groups import Group, Problems, list_groups, listed_sequence, routed_group, whole_sequence
 from visattn.kernels.tiles.heads import Heads
 from visattn.kernels.tiles.rule import BATCH_MS, CALL_MS, KEPT_MS, ROUTE_MS, choose_axes, problem_cost
 from visattn.layout import Layout
@@ -209,7 +209,11 @@ def _dense(pattern: Pattern, layout: Layout, device: torch.device) -> tuple[tupl
     )
     extra = pattern.extra_keys(keys.grid) if isinstance(pattern, PooledPattern) else 0
     fixed = np.concatenate([of_keys, np.arange(keys.length, keys.length + extra)])
-    groups = (whole_sequence(own, keys.length, device),) if len(own) else ()
+    if isinstance(pattern, ListedPattern) and not pattern.dense_pairs:
+        seen = np.arange(keys.prefix, keys.prefix + keys.tokens)
+        groups = (listed_sequence(own, seen, device),) if len(own) else ()
+    else:
+        groups = (whole_sequence(own, keys.length, device),) if len(own) else ()
     return groups, torch.from_numpy(fixed).to(device) if len(fixed) else None
 
 

@@ -147,6 +147,13 @@ def whole_sequence(queries: Ints, keys: int, device: torch.device) -> Group:
     return Group(torch.from_numpy(queries[None]).to(device), whole=keys)
 
 
+def listed_sequence(queries: Ints, keys: Ints, device: torch.device) -> Group:
+    """One problem: these query tokens see these key tokens."""
+    own = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    tokens = torch.from_numpy(keys[None]).to(device)
+    return Group(torch.from_numpy(queries[None]).to(device), key_tiles=own, tile_tokens=tokens)
+
+
 def list_groups(plan: TilePlan, device: torch.device) -> Iterator[Group]:
     """The problems of the grid's query tiles of any plan, by number of key tiles and by their masks.
 

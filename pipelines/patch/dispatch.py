@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from visattn.pipelines.patch import numbering, operators
+from visattn.pipelines.patch.on_slabs import attend_on_slabs
 from visattn.pipelines.patch.parallel import degree
 from visattn.pipelines.patch.stock import Stock
 from visattn.runtime.call import AttentionCall
@@ -135,6 +136,11 @@ def call_group(number: int, call: AttentionCall, is_dispatched: bool, kind: Hash
         kind: What calls that are decided like this one have in common, None for no others.
     """
     compiling = torch.compiler.is_compiling()
+    sharing = numbering.look_up(number)
+    if sharing is not None and sharing.run.sharding is not None:
+        if compiling:
+            raise ValueError("patterns under parallel= do not run in compiled code: leave out compile()")
+        return attend_on_slabs(sharing, replace(call, parallel=None).autocast())
     if call.parallel is not None and degree(call.parallel) > 1:
         if compiling:
             raise ValueError("patterns under context parallelism do not run in compiled code: leave out compile()")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import Pattern, PerHead
 from visattn.pipelines.patch import numbering, parallel
 from visattn.pipelines.patch.decision import Decision
 from visattn.pipelines.patch.run import DiffusersRun
@@ -77,6 +77,8 @@ class Group(Runner):
             why = (
                 parallel.MORE_KEYS
                 if wider
+                else parallel.OWN_HEADS
+                if isinstance(self.pattern, PerHead)
                 else parallel.SPLIT_MASK
                 if call.mask is not None
                 else parallel.uneven(fit.layouts, heads, devices)

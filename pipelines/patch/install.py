@@ -17,6 +17,7 @@ from visattn.pipelines.patch.hooks import Hooks
 from visattn.pipelines.patch.processors import Processors
 from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.schedulers import SchedulerSteps
+from visattn.pipelines.patch.sharding import Sharding
 from visattn.pipelines.patch.sites import find_sites
 from visattn.pipelines.patch.steps import ContextSteps
 from visattn.pipelines.patch.targets import Target
@@ -54,7 +55,7 @@ class PatchedModel:
         name, model, family, request = target
         schedule, layout = request.schedule, request.layout
         dims = family.dims if layout is None else layout.dims
-        self.sites = find_sites(model, family, schedule, name, dims, taken)
+        self.sites = find_sites(model, family, schedule, name, dims, taken, request.parallel is not None)
         self._request, self._scheduler = request, scheduler
         self._context = ContextSteps(model) if schedule.needs_steps and hasattr(model, "cache_context") else None
         said = [] if self._context is None else [self._context.now]
@@ -63,6 +64,8 @@ class PatchedModel:
         self._run = DiffusersRun(name, family, model.config, schedule, layout, request.strict, sources, request.always)
         self._run.token = scheduler.token
         self._run.sparse_sites = [s.name.path for s in self.sites if not isinstance(s.pattern, Dense)]
+        if request.parallel is not None:
+            self._run.sharding = Sharding(model, self._run, request.parallel, request.mesh)
         self._processors = Processors(model, self._run, self.sites, request.backend)
         self._hooks: Hooks | None = None
         try:
@@ -71,6 +74,9 @@ class PatchedModel:
             self.remove()
             raise
         self._hooks = hooks = Hooks(model, self._run, self.sites)
+        if self._run.sharding is not None:
+            # After the hook that reads where the tokens sit.
+            self._run.sharding.install(model)
         self._run.check_sites = functools.partial(self._processors.repair, hooks.follow)
 
     def report(self) -> Sequence[SiteReport]:
@@ -95,6 +101,8 @@ class PatchedModel:
         """See `visattn.handle.Patch`. A processor that someone else has set since stays."""
         if self._hooks is not None:
             self._hooks.remove()
+        if self._run.sharding is not None:
+            self._run.sharding.remove()
         self._processors.undo()
         self._run.release()
         if self._context is not None:

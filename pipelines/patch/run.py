@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from visattn.pipelines.patch import numbering
 from visattn.runtime.run import Run, Step
 from visattn.runtime.where import Where
 from visattn.schedule import Schedule
+
+if TYPE_CHECKING:
+    from visattn.pipelines.patch.sharding import Sharding
 
 
 class DiffusersRun(Run):
@@ -27,6 +30,7 @@ class DiffusersRun(Run):
         token: Tells one run of the pipeline from another.
         number: By which hooks and compiled code know it.
         lease: The right to it, None after the patch.
+        sharding: How processes share the model's tokens, None if they do not.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class DiffusersRun(Run):
         self.token: Callable[[], Hashable] = lambda: None
         self.lease: numbering.Lease | None = numbering.register(self)
         self.number: int = self.lease.number
+        self.sharding: Sharding | None = None
         self._read: tuple[weakref.ref[torch.Tensor], int, Seen, tuple[Any, ...]] | None = None
 
     def release(self) -> None:

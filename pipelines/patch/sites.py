@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from visattn.parameters import make_parameters
-from visattn.patterns import Pattern
+from visattn.patterns import Dense, Pattern
 from visattn.pipelines.families.base import Family
 from visattn.pipelines.patch import clones
 from visattn.pipelines.patch.group import Group
@@ -60,7 +60,13 @@ class Site:
 
 
 def find_sites(
-    model: torch.nn.Module, family: Family, schedule: Schedule, name: str, dims: int, taken: Set[int] = frozenset()
+    model: torch.nn.Module,
+    family: Family,
+    schedule: Schedule,
+    name: str,
+    dims: int,
+    taken: Set[int] = frozenset(),
+    shared: bool = False,
 ) -> list[Site]:
     """The selected modules of a model, in the order of the layers.
 
@@ -71,6 +77,7 @@ def find_sites(
         name: What errors call the model in its pipeline.
         dims: Axes of the token grid.
         taken: Identities of modules that another model's patch has.
+        shared: Whether processes share the tokens: what is not selected is dense then, over all of them.
 
     Raises:
         ValueError: If there is none, or the model is patched already.
@@ -79,6 +86,8 @@ def find_sites(
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention modules at {', '.join(family.sites)}")
     patterns = schedule.assign([site for site, _ in found], type(model).__name__)
+    if shared:
+        patterns = [Dense() if p is None else p for p in patterns]
     chosen = [(site, m, p) for (site, m), p in zip(found, patterns, strict=True) if p is not None]
     sites = [Site(site, module, pattern, index) for index, (site, module, pattern) in enumerate(chosen)]
     for site in sites:

@@ -70,6 +70,16 @@ def check_python(words, monkeypatch):
         assert importlib.util.find_spec(words[1]), f"no module {words[1]}"
 
 
+def check_torchrun(words, folder, monkeypatch):
+    """What several processes run: a module of ours, as `python -m` would."""
+    at = words.index("-m")
+    assert words[:at] == ["--nproc-per-node", "2"]
+    if words[at + 1] == "visattn":
+        check_visattn(words[at + 2 :], folder, monkeypatch)
+    else:
+        check_python(words[at:], monkeypatch)
+
+
 def check_pip(words):
     assert words[0] == "install"
     for word in words[1:]:
@@ -87,6 +97,8 @@ def test_the_command_is_real(words, tmp_path, monkeypatch):
         check_visattn(rest, tmp_path, monkeypatch)
     elif program in ("python", "python3"):
         check_python(rest, monkeypatch)
+    elif program == "torchrun":
+        check_torchrun(rest, tmp_path, monkeypatch)
     elif program == "bash":
         assert (ROOT / rest[0]).is_file()
     elif program == "pip":

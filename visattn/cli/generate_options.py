@@ -39,6 +39,10 @@ CompareOption = Annotated[
 ]
 RepeatsOption = Annotated[int, typer.Option(help="Generate each so many times; times are medians.")]
 DeviceOption = Annotated[str, typer.Option(help="Like cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
+ParallelOption = Annotated[
+    str | None,
+    typer.Option(help="Share each model over the processes of torchrun: ulysses or halo; the first one writes."),
+]
 DtypeOption = Annotated[str | None, typer.Option(help="float32 (the CPU's default), bfloat16 (elsewhere), float16.")]
 
 

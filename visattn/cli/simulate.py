@@ -20,6 +20,7 @@ from visattn.cli.options import (
 
 if TYPE_CHECKING:
     from visattn.kernels.triton.estimate import Estimate
+    from visattn.kernels.triton.scaling import Scaling
     from visattn.simulate import Advice, Simulation
 
 
@@ -38,6 +39,11 @@ def simulate(
     ] = None,
     heads: Annotated[int, typer.Option(min=1, help="With --gpu: query heads.")] = 24,
     head_dim: Annotated[int, typer.Option(min=1, help="With --gpu: channels per head.")] = 128,
+    gpus: Annotated[
+        int | None, typer.Option(help="With --gpu: a layer on 1 to so many GPUs, strong and weak scaling.")
+    ] = None,
+    parallel: Annotated[str, typer.Option(help="With --gpus: halo or ulysses.")] = "halo",
+    link: Annotated[str, typer.Option(help="With --gpus: nvlink, pcie or ib.")] = "nvlink",
     json: JsonOption = False,
 ) -> None:
     """Count what a pattern visits: density, bounds on the gain over dense attention, masks, planning time."""
@@ -47,7 +53,13 @@ def simulate(
 
     layout = Layout(sizes(grid, "--grid"), prefix, suffix)
     box = tiles(tile)
-    if gpu is not None:
+    if gpus is not None:
+        from visattn.kernels.triton.scaling import scaling
+
+        shape = {"heads": heads, "head_dim": head_dim}
+        found = scaling(pattern, layout, gpus, parallel, (gpu or "h100").lower(), link.lower(), **shape)
+        print_json(found.to_dict()) if json else _print_scaling(found)
+    elif gpu is not None:
         if advise:
             raise ValueError("--gpu and --advise are two questions: pass one of them")
         from visattn.kernels.triton.estimate import estimate
@@ -108,6 +120,20 @@ def _print_estimate(expected: Estimate, heads: int, head_dim: int) -> None:
     )
     for name, value in rows:
         typer.echo(f"{name:<12}{value}")
+
+
+def _print_scaling(found: Scaling) -> None:
+    for title, rows in (("strong scaling", found.strong), ("weak scaling", found.weak)):
+        typer.echo(
+            f"{title}, axis {found.axis} cut\n  GPUs  grid            a layer    attention  exposed   sent      gain"
+        )
+        for row in rows:
+            typer.echo(
+                f"  {row.gpus:>4}  {text(row.grid):<14}{row.milliseconds:>8.2f} ms{row.attention:>9.2f} ms"
+                f"{row.exposed:>6.2f} ms{row.sent / 1e6:>7.0f} MB{row.speedup:>7.2f}x ({row.efficiency:.0%})"
+            )
+    for line in found.assumed:
+        typer.echo(f"  {line}")
 
 
 def _print_advice(advice: Advice) -> None:

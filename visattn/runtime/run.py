@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -39,6 +41,7 @@ class Run:
         sparse_sites: Paths of the modules that are to run a pattern.
         compiled_patterns: Patterns of what stands for compiled code, by name.
         watcher: Sees attention calls, or None.
+        moved: Bytes that this process sent to others, by module.
         here: Where each thread is.
         forwards: Every forward, also in the recomputations of its blocks.
     """
@@ -60,6 +63,7 @@ class Run:
         self.sparse_sites: list[str] = []
         self.compiled_patterns: dict[str, Pattern] = {}
         self.watcher: Watcher | None = None
+        self.moved: Counter[str] = Counter()
         self.here = Here()
         self.forwards: Carrier[Forward] = Carrier()
         # Two say as well as many that they differ.
@@ -174,7 +178,10 @@ class Run:
     def reports(self, sites: Mapping[str, Pattern], backend: str) -> list[SiteReport]:
         """The report of every module by its path, and of compiled code, which does not tell its module."""
         rows = self.tally.rows()
-        found = [SiteReport.of(self.name, path, p, backend, rows.get(path, Row())) for path, p in sites.items()]
+        found = [
+            replace(SiteReport.of(self.name, path, p, backend, rows.get(path, Row())), moved=self.moved[path])
+            for path, p in sites.items()
+        ]
         compiled = [(name, pattern) for name, pattern in self.compiled_patterns.items() if name in rows]
         return [
             *found,

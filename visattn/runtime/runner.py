@@ -114,7 +114,7 @@ class Runner:
             # No forward ends, after which nobody is in a module.
             self.run.here.site = None
         else:
-            self._note(forward, name, verdict)
+            self.note(forward, name, verdict)
             padded = sequences is not None and sequences.rows is not None
             if key is not None and not (parameters or verdict.why or padded or len(verdict.layouts) > 1):
                 if len(forward.ready) >= MANY:
@@ -199,7 +199,7 @@ class Runner:
             out = self._listed(q, k, v, scale, name, ready, cells, begun)
         tally.end(cells, begun)
         if verdict.kind == "sparse" or verdict.slower:
-            self._note(forward, name, verdict)
+            self.note(forward, name, verdict)
         return out, verdict.layouts
 
     def _listed(
@@ -230,7 +230,7 @@ class Runner:
         begun = tally.begin(cells[0])
         out = self.stock(call)
         tally.end(cells, begun)
-        self._note(self.run.forward, name, verdict)
+        self.note(self.run.forward, name, verdict)
         return out
 
     def pass_by(self, site: str | None, why: str) -> None:
@@ -239,7 +239,7 @@ class Runner:
             return
         name = site or self.unnamed
         self.run.tally.count(name, why)
-        self._note(self.run.forward, name, Verdict("dense", why=why))
+        self.note(self.run.forward, name, Verdict("dense", why=why))
 
     def _strange(self, site: str | None) -> bool:
         """Whether a call is none of this model's: a processor that also serves another one, which is not patched."""
@@ -327,7 +327,7 @@ class Runner:
             found = Problem.of(q, k, v, Call(self.pattern, layout, scale, keys, parameters=parameters))
             yield found if mode == "eager" else replace(found, mode=mode)
 
-    def _note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:
+    def note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:
         """Remember with a forward what happened at a module."""
         if forward is None:
             return

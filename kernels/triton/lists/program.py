@@ -107,7 +107,8 @@ def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device) 
     counts = np.bincount(row, minlength=rows.tiles)
     full = np.bincount(row[~partial], minlength=rows.tiles)
     start = np.cumsum(counts) - counts
-    bounds = np.stack([start, start + full, start + counts, _dense_visits(rows, columns, per_step)], 1)
+    visits = _dense_visits(rows, columns, per_step, plan.pattern.dense_pairs)
+    bounds = np.stack([start, start + full, start + counts, visits], 1)
     launch = _launch_order(rows, counts)
     row_slots, column_slots = _slots(rows.capacity), _slots(columns.capacity)
     tokens = np.full((rows.tiles, row_slots), -1)
@@ -202,10 +203,14 @@ def _dense_steps(columns: Tiling, per_step: int) -> tuple[int, int, int]:
     return prefix, suffix, extra
 
 
-def _dense_visits(rows: Tiling, columns: Tiling, per_step: int) -> Ints:
-    """Dense steps of each row tile: prefix and suffix; extra ones too if the row tile is of the grid."""
+def _dense_visits(rows: Tiling, columns: Tiling, per_step: int, joined: bool) -> Ints:
+    """Dense steps of each row tile: prefix and suffix; extra ones too if the row tile is of the grid.
+
+    Without `joined` dense rows have none.
+    """
     prefix, suffix, extra = _dense_steps(columns, per_step)
-    visits = np.full(rows.tiles, prefix + suffix)
+    visits = np.full(rows.tiles, prefix + suffix if joined else 0)
+    visits[rows.grid_tiles] = prefix + suffix
     visits[rows.grid_tiles] += extra
     # Extra keys (as rows) are seen by the grid only.
     visits[rows.tiles - rows.runs[3] :] = 0

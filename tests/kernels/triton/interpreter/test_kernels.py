@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.support.cases_triton import compare, results, tensors
-from visattn import Layout, attention, backends, explain
+from visattn import Layout, attention, backends, explain, parse
+from visattn.parallel.parts import Rows, SpannedPart
 
 # Pattern, layout, and what is special about it.
 PROBLEMS = {
@@ -37,6 +38,16 @@ PROBLEMS = {
     ),
     "circle of finer keys, pooled": ("clear(radius=3,pool=3)", Layout((5, 4), 1, 0, Layout((8, 7))), {}),
     "dense, few keys": ("dense", Layout((9, 8), 1, 0, Layout((2, 3), 1)), {}),
+    "slab without the pairs of dense tokens": (
+        SpannedPart(parse("na(window=5x3)"), Rows((9, 7), 0, 2, 4, 2, 4), False),
+        Layout((4, 7), 3, 2),
+        {"masked": True},
+    ),
+    "border of a slab": (
+        SpannedPart(parse("na(window=5x3)"), Rows((9, 7), 0, 4, 2, 6, 2), True),
+        Layout((2, 7)),
+        {"heads": 2, "kv_heads": 1},
+    ),
     "ring": ("na(window=5x4,stride=2x1,circular=1x0)", Layout((9, 8), 2), {"masked": True}),
     "dilated ring": ("na(window=3,dilation=3,circular=true)", Layout(36), {}),
     "halo around": ("halo(block=4x3,halo=2,circular=true)", Layout((10, 9), 0, 3), {}),
