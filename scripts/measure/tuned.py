@@ -3,9 +3,9 @@
     python -m scripts.measure.tuned --model emoji --device cuda --seconds 280 --out out/tuned
 
 For each bound (PSNR to dense, in 95 % of the samples) `visattn.tuning` searches a schedule; the grid has each pattern
-for all layers, once for all steps and once with the first quarter of the steps dense. Both are chosen on the same samples
-with the same margin, and verified on the same 20 held-out ones. What is measured is in a journal in --out, so that the
-same command goes on where it was stopped; MODEL-results.json has what is done so far.
+for all layers, once for all steps and once with the first quarter of the steps dense. Both are chosen on the same
+samples with the same margin, and verified on the same 20 held-out ones. What is measured is in a journal in --out, so
+that the same command goes on where it was stopped; MODEL-results.json has what is done so far.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def candidates(grid: tuple[int, ...]) -> tuple[str, ...]:
     found = [DENSE]
     for share in SHARES:
         wide = [max(1, math.ceil(share * n)) for n in grid]
-        strides = [min(side, n) for n in grid]
+        strides = [min(side, max(1, n // 4)) for n in grid]
         window = [min(-(-w // s) * s, n) for w, s, n in zip(wide, strides, grid, strict=True)]
         found.append(f"na(window={_sizes(window)}, stride={_sizes(strides)})")
         if len(grid) == 3:

@@ -29,9 +29,8 @@ class Journal:
         self._known: dict[str, Any] = {}
         own = json.loads(json.dumps(about))
         if path is not None and path.is_file():
-            lines = [
-                found for line in path.read_text(encoding="utf-8").splitlines() if (found := _line(line)) is not None
-            ]
+            read = (_line(text) for text in path.read_text(encoding="utf-8").splitlines())
+            lines = [line for line in read if line is not None]
             if lines:
                 other = sorted(k for k in {*own, *lines[0]["about"]} if own.get(k) != lines[0]["about"].get(k))
                 if other:
@@ -44,9 +43,6 @@ class Journal:
                 self._rewrite(lines)
                 return
         self._append({"about": own})
-
-    def __len__(self) -> int:
-        return len(self._known)
 
     def get(self, key: Any, measure: Callable[[], Any]) -> Any:
         """The value of a key, measured if it is not known: anything that JSON holds."""

@@ -171,6 +171,10 @@ class Search:
         """Why only dense attention does what is asked for, in words; empty where something else does."""
         if any(name != DENSE for row in assignment for name in row) or self.goal.psnr is None:
             return ""
+        if len(self._rungs) == 1:
+            return (
+                "no candidate is estimated to be faster than dense attention here: tune on a larger grid, or elsewhere"
+            )
         best = max((each["held"] for each in self.tried.values() if each["held"] is not None), default=None)
         seen = "" if best is None else f" (the best that was measured has {best:.1f} dB)"
         return (
