@@ -33,7 +33,7 @@ from visattn.tuning.subject import DENSE, Assignment, Outcome
 
 PROMPTS = {
     "emoji": ("bus, gradient", "smiling cat, flat", "a red apple, 3d", "post office, gradient", "rocket, 3d"),
-    "animoji": ("red heart", "smiling cat", "rocket", "party popper", "crying face"),
+    "animoji": ("clapping hands", "waving hand, 3d", "man juggling", "red apple, still", "party popper"),
 }
 # Further patterns of the grid beyond the candidates of the search, as shares of the axes and of blocks.
 WINDOWS, KEEPS = (0.2, 0.3, 0.6, 0.9), (0.25, 0.35, 0.6, 0.8)
@@ -42,6 +42,7 @@ WINDOWS, KEEPS = (0.2, 0.3, 0.6, 0.9), (0.25, 0.35, 0.6, 0.8)
 def grid_of(shape: tuple[int, ...]) -> tuple[str, ...]:
     """Single patterns for a grid of tokens."""
     more = [f"topk(keep={keep}, rest={rest})" for keep in KEEPS for rest in ("mean", "drop")]
+    more += [f"topk(keep={keep}, rest=mean, every=4)" for keep in (0.1, 0.2, 0.4)]
     more += [f"na(window={'x'.join(str(max(1, round(w * n)) | 1) for n in shape)})" for w in WINDOWS]
     return checked([*candidates(shape), *more], shape)[1:]
 

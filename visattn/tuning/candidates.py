@@ -31,7 +31,6 @@ def candidates(grid: tuple[int, ...]) -> tuple[str, ...]:
             found.append(f"na(window={_sizes(window)}, stride={_sizes(strides)})")
     if math.prod(grid) >= FEWEST:
         found += [f"topk(keep={keep}, rest={rest})" for keep in KEPT for rest in ("mean", "drop")]
-        found += [f"topk(keep={keep}, rest=mean, every=4)" for keep in KEPT[1:6:2]]
         found += [f"topp(p={p}, rest={rest})" for p in COVERED for rest in ("mean", "drop")]
     return checked(found, grid)
 
