@@ -172,9 +172,7 @@ class Search:
         if any(name != DENSE for row in assignment for name in row) or self.goal.psnr is None:
             return ""
         if len(self._rungs) == 1:
-            return (
-                "no candidate is estimated to be faster than dense attention here: tune on a larger grid, or elsewhere"
-            )
+            return "no candidate is faster than dense attention here: tune with more tokens, or on another device"
         best = max((each["held"] for each in self.tried.values() if each["held"] is not None), default=None)
         seen = "" if best is None else f" (the best that was measured has {best:.1f} dB)"
         return (
