@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import visattn
-from tests.support import tiny_pipelines
+from tests.pipelines.test_handle import Pipe
+from tests.support import tiny_models, tiny_pipelines
 from visattn.schedule import Schedule
 from visattn.tuned import Tuned
 
@@ -85,3 +86,64 @@ def test_a_bare_model_is_told_the_step(pipe):
                 handle.set_step(step, 4)
                 pipe.unet(latents, 1, text)
         assert handle.report().hits == 2 * SITES
+
+
+STAGED = {"0-": {"0-0.5": "dense", "0.5-": "na(window=3x3x3)"}}
+
+
+def test_two_transformers_share_the_steps_of_a_run():
+    model, inputs = tiny_models.wan()
+    pipe = Pipe(model, diffusers.FlowMatchEulerDiscreteScheduler(), tiny_models.wan()[0])
+    with visattn.apply(pipe, STAGED, strict=True) as handle:
+        # Two forwards a step, as guidance makes them: the second model runs the second half.
+        pipe(inputs, 4)
+        hits = {site.model: site.hits for site in handle.report().sites[::2]}
+    assert hits == {"transformer": 0, "transformer_2": 4}
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "FirstBlockCacheConfig"), reason="this diffusers has no such cache")
+def test_modules_that_a_cache_skips_are_not_missed():
+    model, inputs = tiny_models.flux()
+    with visattn.apply(model, {"0": {"0-1": "na(window=3x3)"}, "1-": {"2-": "na(window=3x3)"}}) as handle:
+        model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e9))
+        for step in range(4):
+            handle.set_step(step, 4)
+            with model.cache_context("cond"):
+                tiny_models.run(model, inputs)
+        # The first block runs in every step, the others in the first one alone.
+        assert [(site.hits, site.dense) for site in handle.report().sites] == [(2, 2), (0, 1), (0, 1)]
+        model.disable_cache()
+
+
+def test_a_lora_changes_what_attention_gets_and_not_what_it_lists():
+    from peft import LoraConfig
+
+    outputs = {}
+    for name, pattern in {"staged": STAGED, "plain": "na(window=3x3x3)"}.items():
+        model, inputs = tiny_models.wan()
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+        with visattn.apply(model, pattern, strict=True, **({} if name == "staged" else {"dense_steps": 2})) as handle:
+            found = []
+            for step in range(4):
+                handle.set_step(step, 4)
+                found.append(tiny_models.run(model, inputs))
+        outputs[name] = torch.stack(found)
+    assert torch.equal(outputs["staged"], outputs["plain"])
+
+
+def test_compiled_code_follows_the_stage():
+    model, inputs = tiny_models.flux()
+    with visattn.apply(model, {"0-": {"0-1": "dense", "2-": "na(window=3x3)"}}, strict=True) as handle:
+        eager, compiled = [], []
+        for step in range(4):
+            handle.set_step(step, 4)
+            eager.append(tiny_models.run(model, inputs))
+        fast = torch.compile(model, backend="eager", fullgraph=True)
+        for step in range(4):
+            handle.set_step(step, 4)
+            compiled.append(tiny_models.run(fast, inputs))
+        torch.testing.assert_close(torch.stack(compiled), torch.stack(eager))
+        report = handle.report()
+    (row,) = [site for site in report.sites if site.compiled]
+    assert (row.hits, row.dense) == (6, 6)
