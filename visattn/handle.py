@@ -175,7 +175,7 @@ def _watch_both(first: Watcher, second: Watcher, watched: Watched) -> None:
 
 def apply(
     target: Any,
-    pattern: PatternLike,
+    pattern: PatternLike | Schedule,
     *,
     layers: Selector | Iterable[Selector] | None = None,
     dense_layers: int = 0,
@@ -195,7 +195,10 @@ def apply(
     Args:
         target: A diffusers pipeline or model, a timm model, or a transformers model or pipeline with a vision tower.
         pattern: A pattern or its text like "na(window=7x7)"; a mapping from layers to patterns like
-            {"0-3": "dense", "4-": "na(window=7x7)"}; or the path of a JSON or YAML file with such a mapping.
+            {"0-3": "dense", "4-": "na(window=7x7)"}, where a layer may have a mapping from denoising steps to patterns
+            like {"0-0.25": "dense", "0.25-": "na(window=7x7)"} (shares of the run, or counts: {"0-3": ..., "4-": ...};
+            steps that none names stay dense); the path of a JSON or YAML file with such a mapping, or of one that
+            `visattn tune` wrote; or a `Schedule`.
         layers: Layers to patch: indices, slices, ranges like "4-9", or names; None for all.
         dense_layers: The first so many selected layers stay dense.
         dense_steps: The first so many denoising steps stay dense: a count, or a fraction like 0.25.

@@ -14,6 +14,7 @@ from visattn.layout import Layout
 from visattn.patterns import ListedPattern, MergingPattern, Pattern
 from visattn.plans import plan
 from visattn.problem import Problem
+from visattn.staged import Staged
 from visattn.tally import Row
 
 
@@ -83,10 +84,19 @@ class CallReport:
             skipped = float(skips[0] / skips[1]) * problem.layout.tokens**2 / problem.layout.length**2
         return cls(problem, hits, name, _why(problem, name, backend), share, reached, skipped)
 
+    def __str__(self) -> str:
+        share = "" if self.density is None else f", density {self.density:.3f}"
+        if self.reached is not None:
+            share += f" ({self.reached.least:.3f} to {self.reached.most:.3f} over heads and calls)"
+        if self.skipped is not None:
+            share += f", {self.skipped:.3f} skipped"
+        return f"{self.backend} on {self.problem.layout}{share}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and texts."""
         layout = self.problem.layout
         return {
+            "pattern": str(self.problem.pattern),
             "grid": list(layout.grid),
             "prefix": layout.prefix,
             "suffix": layout.suffix,
@@ -135,7 +145,7 @@ class SiteReport:
     Attributes:
         model: Name of the model in its pipeline, or its class.
         site: Path of the module, or a text for all calls inside compiled code, which do not tell their module.
-        pattern: What the module was given.
+        pattern: What the module was given, for each step where it is `Staged`.
         calls: Calls that ran the pattern, one entry per problem.
         dense: Calls that a schedule or `auto` kept dense.
         fallbacks: Calls that could not run the pattern, by reason.
@@ -153,7 +163,7 @@ class SiteReport:
 
     model: str
     site: str
-    pattern: Pattern
+    pattern: Pattern | Staged
     calls: tuple[CallReport, ...]
     dense: int
     fallbacks: dict[str, int]
@@ -169,7 +179,9 @@ class SiteReport:
     moved: int = 0
 
     @classmethod
-    def of(cls, model: str, site: str, pattern: Pattern, backend: str, row: Row, compiled: bool = False) -> SiteReport:
+    def of(
+        cls, model: str, site: str, pattern: Pattern | Staged, backend: str, row: Row, compiled: bool = False
+    ) -> SiteReport:
         """The report of one row of a tally."""
         calls = tuple(
             CallReport.of(problem, hits, backend, row.reached.get(problem), row.skipped.get(problem))
@@ -192,6 +204,19 @@ class SiteReport:
         """Mean density of the calls that ran the pattern."""
         known = [(call.density, call.hits) for call in self.calls if call.density is not None]
         return sum(d * n for d, n in known) / sum(n for _, n in known) if known else None
+
+    @property
+    def stages(self) -> tuple[tuple[str, tuple[CallReport, ...]], ...]:
+        """Texts of steps and the calls that ran their pattern; equal patterns together, without dense ones."""
+        if not isinstance(self.pattern, Staged):
+            return ()
+        staged, found = self.pattern, dict[str, tuple[CallReport, ...]]()
+        for pattern in staged.patterns:
+            steps = ", ".join(stage.steps for stage in staged.stages if stage.pattern == pattern)
+            index = next(i for i, stage in enumerate(staged.stages) if stage.pattern == pattern)
+            calls = (c for c in self.calls if c.problem.pattern == staged.pattern(index, c.problem.layout.grid))
+            found[steps] = tuple(calls)
+        return tuple((steps, calls) for steps, calls in found.items() if calls)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and texts; backend, reason and grid are those of the most frequent call."""
@@ -218,6 +243,7 @@ class SiteReport:
             "caught": None if self.caught is None else self.caught._asdict(),
             "moved": self.moved,
             "calls": [call.to_dict() for call in self.calls],
+            "stages": [{"steps": steps, "calls": [call.to_dict() for call in calls]} for steps, calls in self.stages],
         }
 
 
@@ -331,14 +357,7 @@ class Report:
         width = max((len(site.site) for site in self.sites), default=0)
         for site in self.sites:
             head = f"  {site.site:<{width}}  {site.pattern}: {site.hits} hits, {site.dense} dense"
-            shown = site.calls[:1]
-            for call in shown:
-                share = "" if call.density is None else f", density {call.density:.3f}"
-                if call.reached is not None:
-                    share += f" ({call.reached.least:.3f} to {call.reached.most:.3f} over heads and calls)"
-                if call.skipped is not None:
-                    share += f", {call.skipped:.3f} skipped"
-                head += f", {call.backend} on {call.problem.layout}{share} ({call.reason})"
+            head += "" if site.stages else "".join(f", {call} ({call.reason})" for call in site.calls[:1])
             if site.choosing_seconds and site.sparse_seconds:
                 head += f"; {site.choosing_seconds / site.sparse_seconds:.0%} of the time is choosing"
             if site.caught is not None:
@@ -346,6 +365,11 @@ class Report:
             if site.moved:
                 head += f"; sent {_bytes(site.moved / max(1, site.called))} a call"
             lines.append(head)
+            lines += [
+                f"  {'':<{width}}    steps {steps}: {call.problem.pattern}, {call.hits} hits, {call}"
+                for steps, calls in site.stages
+                for call in calls[:1]
+            ]
             lines += [f"  {'':<{width}}    {count} x kept dense: {why}" for why, count in site.kept.items()]
             lines += [f"  {'':<{width}}    {count} x fell back: {why}" for why, count in site.fallbacks.items()]
         return "\n".join(lines)

@@ -49,7 +49,7 @@ class SwappedModel:
     def __init__(self, model: nn.Module, request: Request) -> None:
         self._name, self._request = type(model).__name__, request
         found = find_sites(model, self._name)
-        patterns = request.schedule.assign([site.name for site in found], self._name)
+        patterns = request.schedule.assign_stepless([site.name for site in found], self._name)
         self._sites = [
             site.given(pattern) for site, pattern in zip(found, patterns, strict=True) if pattern is not None
         ]

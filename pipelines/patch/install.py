@@ -11,7 +11,7 @@ import torch
 
 from visattn.handle import Request
 from visattn.parameters import Learnable
-from visattn.patterns import Dense
+from visattn.patterns import Dense, Pattern
 from visattn.pipelines.patch import targets
 from visattn.pipelines.patch.hooks import Hooks
 from visattn.pipelines.patch.processors import Processors
@@ -87,7 +87,11 @@ class PatchedModel:
     def learnables(self) -> Sequence[Learnable]:
         """See `visattn.handle.Patch`."""
         found = [(site.name.path, site.pattern, site.parameters) for site in self.sites]
-        return [Learnable(self._run.name, path, pattern, p) for path, pattern, p in found if p is not None]
+        return [
+            Learnable(self._run.name, path, pattern, p)
+            for path, pattern, p in found
+            if p is not None and isinstance(pattern, Pattern)
+        ]
 
     def watch(self, watcher: Watcher | None) -> None:
         """See `visattn.handle.Patch`."""

@@ -13,7 +13,7 @@ from visattn.patterns import Dense, Pattern
 from visattn.pipelines.families.base import Family
 from visattn.pipelines.patch import clones
 from visattn.pipelines.patch.group import Group
-from visattn.schedule import Schedule, SiteName
+from visattn.schedule import Given, Schedule, SiteName
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Site:
     Attributes:
         name: Its path and layer.
         module: The module.
-        pattern: What it was given.
+        pattern: What it was given, for each step where it is `Staged`.
         index: Its number among the sites.
         installed: The processor that calls the group.
         group: The group it calls.
@@ -32,7 +32,7 @@ class Site:
 
     name: SiteName
     module: torch.nn.Module
-    pattern: Pattern
+    pattern: Given
     index: int
     installed: Any = None
     group: Group | None = None
@@ -93,6 +93,6 @@ def find_sites(
     for site in sites:
         if clones.is_patched(site.module.processor):
             raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")
-        if site.pattern.learnable:
+        if isinstance(site.pattern, Pattern) and site.pattern.learnable:
             site.parameters = make_parameters(model, site.module, site.pattern, dims)
     return sites

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from scripts.pages import ROOT, blocks, commands, pages
 from visattn.cli import app
+from visattn.tuned import Tuned
 
 COMMANDS = [
     pytest.param(words, id=f"{page.relative_to(ROOT)}:{block.line}: {shlex.join(words)[:60]}")
@@ -34,6 +35,8 @@ class Parsed(Exception):
 def check_visattn(words, folder, monkeypatch):
     if words[0] in QUICK or words[-1] == "--help":
         monkeypatch.chdir(folder)
+        # What `visattn tune` of the same page has written.
+        Tuned("FluxTransformer2DModel", 1, (8, 8), {"0": {"0-": "na(window=3x3)"}}).write(folder / "tuned.json")
         result = CliRunner().invoke(app, words, prog_name="visattn")
         assert result.exit_code == 0, f"{result.output}{result.exception!r}"
         return

@@ -9,8 +9,6 @@ import typer
 
 from visattn.cli.options import (
     ForceOption,
-    GridOption,
-    PatternArgument,
     PrefixOption,
     SuffixOption,
     TileOption,
@@ -22,8 +20,13 @@ from visattn.cli.options import (
 
 
 def show(
-    pattern: PatternArgument,
-    grid: GridOption,
+    pattern: Annotated[
+        str, typer.Argument(help='A pattern, like "na(window=9x9)", or a schedule that `visattn tune` wrote (.json).')
+    ],
+    grid: Annotated[
+        str | None,
+        typer.Option(help="Tokens per axis: 4096, 64x64 (H x W) or 8x32x32 (T x H x W); a pattern needs it."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write: .png.")] = Path("mask.png"),
     query: Annotated[
         str | None, typer.Option(help="Position of the query, like 12,40; the middle of the grid if not given.")
@@ -33,7 +36,14 @@ def show(
     suffix: SuffixOption = 0,
     force: ForceOption = False,
 ) -> None:
-    """Draw what one query sees, and which tiles are visited in full, in part or not at all."""
+    """Draw what one query sees, and which tiles are visited in full, in part or not at all; or layers x steps."""
+    if pattern.lower().endswith(".json"):
+        from visattn.cli.show_schedule import show_schedule
+
+        show_schedule(Path(pattern))
+        return
+    if grid is None:
+        raise ValueError(f"pass --grid to draw {pattern}: tokens per axis, like 64x64")
     layout_grid, where, box = sizes(grid, "--grid"), position(query), tiles(tile)
     output_file(out, (".png",), force)
     from visattn.files import written_whole

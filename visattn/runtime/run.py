@@ -16,7 +16,7 @@ from visattn.registry import REGISTRY
 from visattn.report import SiteReport
 from visattn.runtime.forward import Forward, Here, Where
 from visattn.runtime.verdict import Ready
-from visattn.schedule import Schedule, known_step
+from visattn.schedule import Given, Schedule, known_step
 from visattn.tally import Row, Tally
 from visattn.watch import Watcher
 
@@ -39,7 +39,7 @@ class Run:
         tally: What happened at each module.
         step: Step and number of steps that the user said, None for "find out".
         sparse_sites: Paths of the modules that are to run a pattern.
-        compiled_patterns: Patterns of what stands for compiled code, by name.
+        compiled_patterns: What was given to what stands for compiled code, by name.
         watcher: Sees attention calls, or None.
         moved: Bytes that this process sent to others, by module.
         here: Where each thread is.
@@ -61,7 +61,7 @@ class Run:
         self.tally = Tally()
         self.step: Step = (None, None)
         self.sparse_sites: list[str] = []
-        self.compiled_patterns: dict[str, Pattern] = {}
+        self.compiled_patterns: dict[str, Given] = {}
         self.watcher: Watcher | None = None
         self.moved: Counter[str] = Counter()
         self.here = Here()
@@ -122,7 +122,8 @@ class Run:
             )
         gradients = torch.is_grad_enabled() if gradients is None else gradients
         learns = gradients if learns is None else learns
-        ready = self._ready_in((where, dense, REGISTRY.version))
+        stage = self.schedule.stage(step, total)
+        ready = self._ready_in((where, dense, stage, REGISTRY.version))
         self.here.forward = forward = Forward(where, dense, step, total, ready=ready, learns=learns)
         self._remember(step, total, gradients)
         self.here.site = None
@@ -136,7 +137,7 @@ class Run:
         if forward is None or forward.dense or not self.sparse_sites:
             return
         anonymous = sum(site in self.compiled_patterns for site in forward.hits) + forward.kept
-        done = {*forward.hits, *(forward.excused if forward.hits else ())}
+        done = {*forward.hits, *forward.resting, *(forward.excused if forward.hits else ())}
         missed = [site for site in self.sparse_sites if site not in done]
         if len(missed) <= anonymous:
             return
@@ -175,7 +176,7 @@ class Run:
         """What tells one run of a pipeline from another, as far as anything but the steps does."""
         return None
 
-    def reports(self, sites: Mapping[str, Pattern], backend: str) -> list[SiteReport]:
+    def reports(self, sites: Mapping[str, Given], backend: str) -> list[SiteReport]:
         """The report of every module by its path, and of compiled code, which does not tell its module."""
         rows = self.tally.rows()
         found = [

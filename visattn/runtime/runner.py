@@ -23,6 +23,8 @@ from visattn.runtime.masks import carry_bias, key_validity
 from visattn.runtime.run import Run
 from visattn.runtime.sequences import Sequences, query_rows
 from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
+from visattn.schedule import Given
+from visattn.staged import Staged
 from visattn.tally import Cell, tells
 from visattn.watch import Watched
 
@@ -46,7 +48,7 @@ class Runner:
 
     Attributes:
         run: The state of the model.
-        pattern: The pattern.
+        given: The pattern, or patterns by step.
         backend: "auto" or the name of a backend.
         stock: What the model runs without visattn, as a function of the call.
         parameters: Learnable parameters of the pattern by name.
@@ -56,14 +58,23 @@ class Runner:
     def __init__(
         self,
         run: Run,
-        pattern: Pattern,
+        given: Given,
         backend: str,
         stock: Callable[[AttentionCall], torch.Tensor],
         parameters: torch.nn.ParameterDict | None = None,
     ) -> None:
-        self.run, self.pattern, self.backend, self.stock = run, pattern, backend, stock
+        self.run, self.given, self.backend, self.stock = run, given, backend, stock
         self.parameters = torch.nn.ParameterDict() if parameters is None else parameters
-        self.unnamed = f"compiled code: {pattern}"
+        self.unnamed = f"compiled code: {given}"
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern, in the forward that this thread is in; dense outside of one where it depends on the step."""
+        given = self.given
+        if not isinstance(given, Staged):
+            return given
+        forward = self.run.forward
+        return Dense() if forward is None else forward.pattern(given)
 
     def attend(
         self,
@@ -198,7 +209,7 @@ class Runner:
         else:
             out = self._listed(q, k, v, scale, name, ready, cells, begun)
         tally.end(cells, begun)
-        if verdict.kind == "sparse" or verdict.slower:
+        if verdict.kind == "sparse" or verdict.slower or isinstance(self.given, Staged):
             self.note(forward, name, verdict)
         return out, verdict.layouts
 
@@ -334,6 +345,9 @@ class Runner:
         if verdict.slower:
             forward.reasons[name] = verdict.slower
             forward.excused.add(name)
+            forward.kept += name == self.unnamed
+        elif verdict.kind == "dense" and not verdict.why and isinstance(self.given, Staged):
+            forward.resting.add(name)
             forward.kept += name == self.unnamed
         elif verdict.kind == "sparse":
             forward.hits.append(name)
