@@ -40,7 +40,7 @@ class DiffusersRun(Run):
         steps: Sequence[Callable[[], Step]],
         always: bool = False,
     ) -> None:
-        super().__init__(name, schedule, strict, steps, family.mask_row, always, family.wider)
+        super().__init__(name, schedule, strict, steps, family.mask_row, always, family.wider, family.pieces)
         self.family, self.config, self.layout = family, config, layout
         self.check_sites: Callable[[], None] = lambda: None
         self.token: Callable[[], Hashable] = lambda: None
@@ -78,7 +78,10 @@ class DiffusersRun(Run):
         if self.family.read is not None and seen.ids is not None:
             seen = self._reading(seen.ids, seen)
         grid = tuple(int(n) for n in seen.grid)
-        return Where(grid, int(seen.prefix), int(seen.suffix), self.family.levels, seen.why, seen.samples)
+        family = self.family
+        return Where(
+            grid, int(seen.prefix), int(seen.suffix), family.levels, seen.why, seen.samples, early=family.early
+        )
 
     def _reading(self, ids: torch.Tensor, seen: Seen) -> Seen:
         """Read a tensor's values, which waits for the GPU, once for all steps that pass the same tensor."""

@@ -127,6 +127,18 @@ KINDS = {
     "keys of text before those of the image": (tiny_edits.prx, {53: ((6, 8), 5, 0)}),
     "keys of text after those of the image": (tiny_edits.nucleus, {53: ((6, 8), 0, 5)}),
     "keys of CLIP at two levels": (tiny_edits.stable_cascade, {152: ((13, 11), 0, 9), 39: ((6, 5), 0, 9)}),
+    "UNet whose levels are rounded down": (
+        tiny_unets.kandinsky3,
+        {96: ((12, 8), 0, 0), 24: ((6, 4), 0, 0), 6: ((3, 2), 0, 0)},
+    ),
+    "gist before the image": (tiny_edits.fibo2, {60: ((6, 8), 6, 6), 54: ((6, 8), 0, 6)}),
+    "gist after the image": (lambda: tiny_edits.fibo2((5, 2)), {60: ((6, 8), 0, 12), 54: ((6, 8), 0, 6)}),
+    "gist of a text without a mask": (
+        lambda: tiny_edits.fibo2(references=(), mask=False),
+        {54: ((6, 8), 6, 0), 48: ((6, 8), 0, 0)},
+    ),
+    "keys of text before video and sound": (tiny_edits.cosmos3, {81: ((3, 4, 6), 5, 4)}),
+    "keys of text and reference images": (tiny_edits.qwen21, {61: ((6, 8), 13, 0)}),
     "control of a UNet": (tiny_control.controlnet, {120: ((12, 10), 0, 0), 30: ((6, 5), 0, 0)}),
     "control with a mode": (tiny_control.flux_control_union, {54: ((6, 8), 6, 0)}),
     "control before text": (tiny_control.sd3_control, {53: ((6, 8), 0, 5), 48: ((6, 8), 0, 0)}),
@@ -148,12 +160,12 @@ def test_sparse_equals_masked_sdpa(kind, monkeypatch):
     def with_mask(query, key, value, attn_mask=None, *args, **options):
         length = key.shape[2]
         grid, prefix, suffix = layouts.get(length, ((), 0, 0))
-        if query.shape[2] in (length, math.prod(grid)) and grid:
+        if query.shape[2] in (length, length - prefix, math.prod(grid)) and grid:
             masked.append(length)
             ours = window_mask(grid, (3,) * dims, prefix, suffix)
             if query.shape[2] < length:
                 # The further keys have no queries.
-                ours = ours[prefix : length - suffix]
+                ours = ours[prefix : prefix + query.shape[2]]
             attn_mask = ours if attn_mask is None else ours & attn_mask.bool()
         return real(query, key, value, attn_mask, *args, **options)
 

@@ -86,7 +86,7 @@ class Runner:
         Returns:
             Output [B, S, H, D], and the layouts that the pattern ran on, () if the stock attention ran.
         """
-        if self._strange(site):
+        if self._strange(site) or self._is_piece(call):
             return self.stock(call), ()
         device, name = call.q.device, site or self.unnamed
         if parameters is None:
@@ -241,6 +241,13 @@ class Runner:
     def _strange(self, site: str | None) -> bool:
         """Whether a call is none of this model's: a processor that also serves another one, which is not patched."""
         return site is None and self.run.forward is None
+
+    def _is_piece(self, call: AttentionCall) -> bool:
+        """Whether a call is one of text alone, beside those of the grid."""
+        forward = self.run.forward
+        if not self.run.pieces or forward is None or not forward.where.grid:
+            return False
+        return call.causal or isinstance(forward.layouts(call.k.shape[1]), str)
 
     def fit(self, call: AttentionCall) -> Fit:
         """Whether the pattern can stand for a call."""

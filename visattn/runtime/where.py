@@ -36,6 +36,7 @@ class Where:
         levels: How odd grids are halved, "ceil" or "floor"; "" if no halves occur.
         why: Why there is no grid, if there is none.
         samples: Where the tokens of each sample sit, where samples differ.
+        early: Whether some layers attend before the tokens in front of the grid join.
     """
 
     grid: tuple[int, ...]
@@ -44,6 +45,7 @@ class Where:
     levels: str = ""
     why: str = ""
     samples: tuple[Sample, ...] = ()
+    early: bool = False
 
     def layouts(self, length: int) -> tuple[Layout, ...] | str:
         """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""
@@ -75,6 +77,8 @@ class Where:
             if length == inner.tokens:
                 # Some layers of joint models attend among image tokens alone.
                 return inner
+            if self.early and self.suffix > 0 and length == inner.tokens + self.suffix:
+                return Layout(grid, 0, self.suffix)
         return f"a sequence of {length} tokens is not {self}"
 
     def _grids(self) -> Iterator[tuple[int, ...]]:
