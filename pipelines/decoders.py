@@ -1,7 +1,8 @@
 """Video decoders whose own attention is neighborhood attention, run by the kernels of this package.
 
-The decoder of LTX-2.5 (`LTX2VideoDiffusionDecoderModel`) attends in exact neighborhoods of 3 to 11 tokens per axis. What it
-computes stays the same; it needs neither FlexAttention, whose mask of blocks grows with the square of the tokens, nor NATTEN.
+The decoder of LTX-2.5 (`LTX2VideoDiffusionDecoderModel`) attends in exact neighborhoods of 3 to 11 tokens per axis.
+What it computes stays the same; it needs neither FlexAttention, whose mask of blocks grows with the square of the
+tokens, nor NATTEN.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ class DecoderPatch:
         self._processor = NeighborhoodProcessor(backend)
         self._before: list[tuple[Any, Any]] = []
         for module in found.values():
-            self._before.append((module, module.processor))
-            module.processor = self._processor
+            own: Any = module
+            self._before.append((own, own.processor))
+            own.processor = self._processor
 
     def remove(self) -> None:
         """Put back the processors that were there; one that someone else has set since stays."""
@@ -81,7 +83,7 @@ class DecoderPatch:
 
 
 def patch_decoder(model: torch.nn.Module, backend: str = "auto") -> DecoderPatch:
-    """Run the neighborhood attention of LTX-2.5's video decoder by the kernels of this package: the same, not sparser.
+    """Run the neighborhood attention of LTX-2.5's video decoder by our kernels: the same, not sparser.
 
     Source of the windows: the class's own `decoder_stage_kernels` and `decoder_stage5_kernel`.
 

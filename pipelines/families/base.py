@@ -55,7 +55,9 @@ class Family:
             come from key validity.
         wider: Whether calls may have keys beyond their queries, which every query sees: keys are then the sequence
             that `seen` describes, and queries its grid or its end.
-        early: Whether some layers attend before the tokens in front of the grid join, to the grid and what follows it.
+        apart: Whether its full masks hold rows of text before the grid that differ from the grid's, as of causal text:
+            these rows keep them, and `mask_row` is one of the grid.
+        early: Whether some layers attend before the tokens in front of the grid join: to the grid and what follows.
         crossing: Whether its sites say that they are cross-attention, although what they attend to is their own input.
         pieces: Whether its sites also attend piece by piece among text alone, causally: such calls are the model's own,
             and no report counts them.
@@ -73,6 +75,7 @@ class Family:
     levels: str = ""
     mask_row: int | None = None
     wider: bool = False
+    apart: bool = False
     early: bool = False
     crossing: bool = False
     pieces: bool = False

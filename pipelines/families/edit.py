@@ -82,6 +82,11 @@ def _gist_tokens(config: Any, text: int) -> int:
     return max(low, min(high, math.ceil(tokens / config.gist_step) * config.gist_step))
 
 
+def _omnigen(config: Any, args: Args) -> Seen:
+    """Text with images in it and a token of the time, whose number the length of the sequence tells."""
+    return Seen(patches(config, tuple(args["hidden_states"].shape[-2:])), REST)
+
+
 JOY_IMAGE = Family(
     name="JoyImage-Edit",
     classes=("JoyImageEditTransformer3DModel",),
@@ -136,4 +141,16 @@ FIBO2 = Family(
     tokens="gist of the text, grid, reference images; the gist last where samples differ in its length",
 )
 
-FAMILIES = (JOY_IMAGE, JOY_IMAGE_PLUS, LUMINA_NEXT, TRANSFORMER_2D, AMUSED, FIBO2)
+OMNIGEN = Family(
+    name="OmniGen",
+    classes=("OmniGenTransformer2DModel",),
+    dims=2,
+    sites=("layers.*.self_attn",),
+    seen=_omnigen,
+    mask_row=-1,
+    apart=True,
+    crossing=True,
+    tokens="padding, text and images (causal), time, grid",
+)
+
+FAMILIES = (JOY_IMAGE, JOY_IMAGE_PLUS, LUMINA_NEXT, TRANSFORMER_2D, AMUSED, FIBO2, OMNIGEN)

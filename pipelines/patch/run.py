@@ -40,7 +40,9 @@ class DiffusersRun(Run):
         steps: Sequence[Callable[[], Step]],
         always: bool = False,
     ) -> None:
-        super().__init__(name, schedule, strict, steps, family.mask_row, always, family.wider, family.pieces)
+        super().__init__(
+            name, schedule, strict, steps, family.mask_row, always, family.wider, family.pieces, family.apart
+        )
         self.family, self.config, self.layout = family, config, layout
         self.check_sites: Callable[[], None] = lambda: None
         self.token: Callable[[], Hashable] = lambda: None

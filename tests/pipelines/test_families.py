@@ -175,6 +175,36 @@ def test_sparse_equals_masked_sdpa(kind, monkeypatch):
     torch.testing.assert_close(sparse, expected, rtol=2e-4, atol=2e-5)
 
 
+def test_causal_text_keeps_its_mask(monkeypatch):
+    """The image sees its window and the text; text, which is padded on the left, is causal."""
+    model, inputs = tiny_edits.omnigen()
+    real = torch.nn.functional.scaled_dot_product_attention
+    with visattn.apply(model, "na(window=3x3)", strict=True, backend="reference"):
+        sparse = tiny_models.run(model, inputs)
+
+    def with_mask(query, key, value, attn_mask, *args, **options):
+        ours = window_mask((6, 8), (3, 3), 6, 0).clone()
+        ours[:6] = True
+        return real(query, key, value, attn_mask.masked_fill(~ours, -float("inf")), *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", with_mask)
+        expected = tiny_models.run(model, inputs)
+    torch.testing.assert_close(sparse, expected, rtol=2e-4, atol=2e-5)
+    with visattn.apply(model, "topk(keep=0.5)") as handle, pytest.warns(UserWarning, match="mask of its own"):
+        tiny_models.run(model, inputs)
+    assert handle.report().dense == 2
+
+
+def test_a_pattern_that_needs_a_query_for_each_key_gets_rows_of_zeros():
+    model, inputs = tiny_edits.prx()
+    stock = tiny_models.run(model, inputs)
+    with visattn.apply(model, "topk(keep=1.0)", strict=True) as handle:
+        torch.testing.assert_close(tiny_models.run(model, inputs), stock, rtol=2e-4, atol=2e-5)
+    layouts = {str(call.problem.layout) for site in handle.report().modules for call in site.calls}
+    assert layouts == {"6x8, prefix 5"}
+
+
 def test_captions_of_different_length_run_sample_by_sample(monkeypatch):
     model, inputs = tiny_models.lumina2(lengths=(5, 3))
     with visattn.apply(model, "na(window=3x3)", strict=True, backend="reference") as handle:

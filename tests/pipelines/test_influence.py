@@ -98,6 +98,7 @@ PLACES = {
     "prx": IMAGE,
     "nucleus": TOKENS,
     "fibo2": IMAGE,
+    "omnigen": IMAGE,
     "cosmos3": Place((3, 4, 6), "BCFHW", (1, 2, 2), name="vision_tokens"),
     "qwen21": TOKENS._replace(start=-48),
     "flux_control": TOKENS,

@@ -311,7 +311,7 @@ def fibo2(case):
 
     args, layout = latents(case)
     references = case.references()
-    after, bounds = sum(map(math.prod, references)), dict(min_gist=4, max_gist=16, gist_step=4)
+    after, bounds = sum(map(math.prod, references)), {"min_gist": 4, "max_gist": 16, "gist_step": 4}
     args["context_latents"] = [case.empty(4, 2 * h, 2 * w) for h, w in references] or None
     texts = [case.draw(st.integers(1, 40)) for _ in range(case.batch)]
     args["encoder_hidden_states"] = case.empty(2, max(texts), 8)

@@ -151,6 +151,7 @@ CASES = {
     "GlmImageTransformer2DModel, editing": (IMAGE, cached_keys),
     "Kandinsky3UNet": (None, floored),
     "BriaFibo2Transformer2DModel": (GISTS, fibo2),
+    "OmniGenTransformer2DModel": (IMAGE, text_then_latents),
     "Cosmos3OmniTransformer": (None, cosmos3),
     "QwenImage21Transformer2DModel": (None, qwen21),
 }

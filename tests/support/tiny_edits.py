@@ -306,6 +306,41 @@ def qwen21(reference=(2, 4), text=5, batch=2):
     return model, inputs
 
 
+def omnigen(lengths=(5, 3)):
+    """Texts of which the shorter ones are padded on the left; the pipeline's masks."""
+    from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
+
+    model = seeded(
+        released("OmniGenTransformer2DModel"),
+        in_channels=4,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        num_layers=2,
+        pad_token_id=0,
+        vocab_size=16,
+        pos_embed_max_size=16,
+        max_position_embeddings=128,
+        original_max_position_embeddings=128,
+        rope_scaling={"short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+        time_step_dim=16,
+    )
+    collator, text = OmniGenCollator(pad_token_id=0, hidden_size=32), max(lengths)
+    valid = (torch.arange(text) >= text - torch.tensor(lengths)[:, None]).long()
+    mask, _ = collator.create_mask(valid, [48] * len(lengths))
+    inputs = {
+        "hidden_states": noise(len(lengths), 4, 12, 16),
+        "timestep": torch.tensor([0.5] * len(lengths)),
+        "input_ids": torch.arange(1, text + 1).expand(len(lengths), -1),
+        "input_img_latents": [],
+        "input_image_sizes": {},
+        "attention_mask": mask,
+        "position_ids": collator.create_position(valid, [48] * len(lengths)),
+    }
+    return model, inputs
+
+
 EDITS = {
     "joy_image": (joy_image, 2, "na(window=3x3)"),
     "joy_image_plus": (joy_image_plus, 2, "na(window=3x3)"),
@@ -317,6 +352,7 @@ EDITS = {
     "nucleus": (nucleus, 2, "na(window=3x3)"),
     "stable_cascade": (stable_cascade, 4, "na(window=3x3)"),
     "fibo2": (fibo2, 3, "na(window=3x3)"),
+    "omnigen": (omnigen, 2, "na(window=3x3)"),
     "cosmos3": (cosmos3, 2, "na(window=3x3x3)"),
     "qwen21": (qwen21, 2, "na(window=3x3)"),
 }
