@@ -58,7 +58,8 @@ class DecoderPatch:
         found = {path: m for path, m in model.named_modules() if type(m).__name__ == ATTENTION}
         if not found:
             raise ValueError(
-                f"{type(model).__name__} has no {ATTENTION}: pass the decoder of LTX-2.5, LTX2VideoDiffusionDecoderModel"
+                f"{type(model).__name__} has no {ATTENTION}: pass the decoder of LTX-2.5, an "
+                "LTX2VideoDiffusionDecoderModel"
             )
         self.modules = tuple(found)
         self._processor = NeighborhoodProcessor(backend)
