@@ -63,9 +63,10 @@ def _calling_of_class(kind: type, holds_backend: bool) -> Calling:
     names = call.__code__.co_names
     if holds_backend and _DISPATCH in names and _BACKEND in names:
         asked = Counter(each.argval for each in dis.get_instructions(call.__code__))
-        # A call with another backend than the one it holds passes by a member.
-        passed_by = asked[_DISPATCH] > asked[_BACKEND] and _is_dispatch(call.__globals__.get(_DISPATCH))
-        return Calling.DISPATCH if passed_by else Calling.MEMBER
+        # A call with another backend than the one it holds passes by a member, and a list of backends refuses one.
+        passed_by = asked[_DISPATCH] > asked[_BACKEND] or hasattr(kind, "_SUPPORTED_BACKENDS")
+        plain = _is_dispatch(call.__globals__.get(_DISPATCH))
+        return Calling.DISPATCH if passed_by and plain else Calling.MEMBER
     if holds_backend:
         defining = next(each for each in kind.__mro__ if "__call__" in vars(each))
         # Its helpers get the backend from it.

@@ -196,6 +196,28 @@ def test_causal_text_keeps_its_mask(monkeypatch):
     assert handle.report().dense == 2
 
 
+def test_a_chunk_sees_its_window_and_the_chunks_before_it(monkeypatch):
+    """Its processor insists on flex attention, for which masked SDPA stands here."""
+    model, inputs = tiny_clips.anyflow_far()
+    with visattn.apply(model, "na(window=3x3x3)", strict=True, backend="reference"):
+        sparse = tiny_models.run(model, inputs)
+    from diffusers.models.transformers import transformer_anyflow_far as far
+
+    real, masked = far.dispatch_attention_fn, []
+
+    def with_mask(query, key, value, *args, scale=None, **options):
+        if key.shape[1] != 54 + 72 + 56:
+            return real(query, key, value, *args, scale=scale, **options)
+        masked.append(query.shape[1])
+        ours = window_mask((3, 6, 4), (3, 3, 3), 54, 56)[54:]
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, ours, scale=scale).transpose(1, 2)
+
+    monkeypatch.setattr(far, "dispatch_attention_fn", with_mask)
+    torch.testing.assert_close(sparse, tiny_models.run(model, inputs), rtol=2e-4, atol=2e-5)
+    assert masked == [128, 128]
+
+
 def test_a_pattern_that_needs_a_query_for_each_key_gets_rows_of_zeros():
     model, inputs = tiny_edits.prx()
     stock = tiny_models.run(model, inputs)

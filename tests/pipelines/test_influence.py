@@ -86,6 +86,7 @@ PLACES = {
     "allegro": VIDEO,
     "latte": Place((6, 6), "BCFHW"),
     "anyflow": Place((3, 6, 4), "BFCHW", (1, 2, 2)),
+    "anyflow_far": Place((3, 6, 4), "BFCHW", (1, 2, 2)),
     "easyanimate": VIDEO,
     "kandinsky6": Place((3, 6, 4), "BFHWC", (1, 2, 2)),
     "helios": VIDEO,

@@ -305,6 +305,13 @@ def one_shape(case):
     return {"img_shapes": case.draw(st.sampled_from([shape, [shape] * case.batch]))}, Layout(grid, 0, case.text)
 
 
+def anyflow_far(case):
+    args, layout = anyflow(case)
+    cached, padding = case.draw(st.integers(0, 9)), -layout.tokens % 128
+    args |= {"kv_cache": [], "kv_cache_flag": {"is_cache_step": False}}
+    return args, Layout(layout.grid, cached, padding)
+
+
 def fibo2(case):
     """Either the number of gist tokens is the same for all samples, or the gist comes last."""
     from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from tests.support.grid_inputs import (
     animate,
     anyflow,
+    anyflow_far,
     auraflow,
     cached_keys,
     cascade,
@@ -128,6 +129,7 @@ CASES = {
     "CosmosControlNetModel": (VIDEO, cosmos_control),
     "AllegroTransformer3DModel": (SPLIT, video),
     "AnyFlowTransformer3DModel": (VIDEO, anyflow),
+    "AnyFlowFARTransformer3DModel": (VIDEO, anyflow_far),
     "EasyAnimateTransformer3DModel": (IMAGE, easyanimate),
     "HeliosTransformer3DModel": (VIDEO, video_after_history),
     "HunyuanVideoFramepackTransformer3DModel": (SPLIT, framepack),
