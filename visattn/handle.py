@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 from visattn.caught import Caught
 from visattn.dispatch import load
-from visattn.layout import Layout
+from visattn.layout import Layout, check_layout
 from visattn.parameters import Learnable, PatternParameters, read_weights
 from visattn.patterns import MergingPattern
 from visattn.registry import REGISTRY
@@ -27,7 +27,7 @@ class Request:
     Attributes:
         schedule: Pattern of each layer, dense layers and steps.
         backend: "auto" or the name of a backend.
-        layout: Where the tokens sit, for models of unknown classes; None to find out.
+        layouts: Where the tokens sit, for models of unknown classes, one for each length of a sequence; () to find out.
         strict: Whether a forward that misses a selected module raises.
         always: Whether the pattern runs also where dense attention is estimated to be faster.
         caught: Queries of each call whose caught attention is measured, 0 for none.
@@ -37,12 +37,23 @@ class Request:
 
     schedule: Schedule
     backend: str = "auto"
-    layout: Layout | None = None
+    layouts: tuple[Layout, ...] = ()
     strict: bool = False
     always: bool = False
     caught: int = 0
     parallel: str | None = None
     mesh: Any = None
+
+    @property
+    def layout(self) -> Layout | None:
+        """The one layout of all sequences, None where it is to be found out.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        if len(self.layouts) > 1:
+            raise ValueError(f"layout has {len(self.layouts)} layouts, which only models of diffusers take: pass one")
+        return self.layouts[0] if self.layouts else None
 
 
 class Patch(Protocol):
@@ -182,7 +193,7 @@ def apply(
     dense_steps: int | float = 0,
     dense_last_steps: int | float = 0,
     backend: str = "auto",
-    layout: Layout | None = None,
+    layout: Layout | Sequence[Layout] | None = None,
     strict: bool = False,
     weights: str | Path | None = None,
     always: bool = False,
@@ -204,7 +215,9 @@ def apply(
         dense_steps: The first so many denoising steps stay dense: a count, or a fraction like 0.25.
         dense_last_steps: The last so many stay dense, likewise.
         backend: "auto" for the cheapest that can run a call, or a name of `backends()`.
-        layout: Where the tokens sit, for a model of a class that visattn does not know.
+        layout: Where the tokens sit, for a model of a class that visattn does not know. Several, for a diffusers model
+            whose layers attend to sequences of different lengths (the levels of a UNet): each call has the first one
+            that is as long as its sequence.
         strict: Raise if a forward misses a selected attention module.
         weights: File that `Handle.save` wrote: learnable parameters of the same patterns at the same layers. None
             starts from their initial values.
@@ -249,7 +262,7 @@ def apply(
     if parallel is not None:
         _check_parallel(parallel, package, caught)
     always = always or strict or weights is not None or parallel is not None
-    request = Request(schedule, backend, layout, strict, always, caught, parallel, mesh)
+    request = Request(schedule, backend, _layouts(layout), strict, always, caught, parallel, mesh)
     handle = Handle(ADAPTERS[package](target, request), request)
     if weights is not None:
         try:
@@ -269,6 +282,30 @@ def _check_parallel(parallel: Any, package: str, caught: int) -> None:
         raise ValueError(
             f"parallel={parallel!r} and caught={caught}: no process has all queries and keys, leave one out"
         )
+
+
+def _layouts(given: Layout | Sequence[Layout] | None) -> tuple[Layout, ...]:
+    """What `layout` of `apply` says, as several.
+
+    Raises:
+        ValueError: If these are no layouts of self-attention with equally many axes, or two of equal length.
+    """
+    if given is None:
+        return ()
+    layouts = (given,) if isinstance(given, Layout) or not isinstance(given, Sequence) else tuple(given)
+    if not layouts:
+        raise ValueError(
+            "layout is empty: pass Layout(grid, prefix=..., suffix=...), one for each length of a sequence"
+        )
+    for layout in layouts:
+        check_layout(layout)
+        if layout.key_layout is not None:
+            raise ValueError(f"layout={layout} has a key_layout: pass where the tokens of its self-attention sit")
+    if len({layout.dims for layout in layouts}) > 1 or len({layout.length for layout in layouts}) < len(layouts):
+        raise ValueError(
+            f"layout has {' and '.join(map(str, layouts))}: pass layouts with equally many axes, one for each length"
+        )
+    return layouts
 
 
 def _package(target: Any) -> str:

@@ -53,15 +53,15 @@ class PatchedModel:
 
     def __init__(self, target: Target, scheduler: SchedulerSteps, taken: Set[int]) -> None:
         name, model, family, request = target
-        schedule, layout = request.schedule, request.layout
-        dims = family.dims if layout is None else layout.dims
+        schedule, layouts = request.schedule, request.layouts
+        dims = layouts[0].dims if layouts else family.dims
         self.sites = find_sites(model, family, schedule, name, dims, taken, request.parallel is not None)
         self._request, self._scheduler = request, scheduler
         self._context = ContextSteps(model) if schedule.needs_steps and hasattr(model, "cache_context") else None
         said = [] if self._context is None else [self._context.now]
         # A pipeline that is running knows best; one that is not tells what its scheduler did last.
         sources = [functools.partial(scheduler.running, weakref.ref(model)), *said, scheduler.now]
-        self._run = DiffusersRun(name, family, model.config, schedule, layout, request.strict, sources, request.always)
+        self._run = DiffusersRun(name, family, model.config, schedule, layouts, request.strict, sources, request.always)
         self._run.token = scheduler.token
         self._run.sparse_sites = [s.name.path for s in self.sites if not isinstance(s.pattern, Dense)]
         if request.parallel is not None:

@@ -12,7 +12,7 @@ from visattn.layout import Layout
 from visattn.pipelines.families.base import Family, Seen
 from visattn.pipelines.patch import numbering
 from visattn.runtime.run import Run, Step
-from visattn.runtime.where import Where
+from visattn.runtime.where import Given, Where
 from visattn.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ class DiffusersRun(Run):
     Attributes:
         family: What is known about the model's class.
         config: The model's configuration.
-        layout: Where the tokens sit if the user said so, None to find out.
         check_sites: Called before each forward, to see what others have changed.
         token: Tells one run of the pipeline from another.
         number: By which hooks and compiled code know it.
@@ -39,13 +38,16 @@ class DiffusersRun(Run):
         family: Family,
         config: Any,
         schedule: Schedule,
-        layout: Layout | None,
+        layouts: Sequence[Layout],
         strict: bool,
         steps: Sequence[Callable[[], Step]],
         always: bool = False,
     ) -> None:
-        super().__init__(name, schedule, strict, steps, family.mask_row, always, family.wider)
-        self.family, self.config, self.layout = family, config, layout
+        super().__init__(
+            name, schedule, strict, steps, family.mask_row, always, family.wider, family.pieces, family.apart
+        )
+        self.family, self.config = family, config
+        self._given = Given.of(layouts) if layouts else None
         self.check_sites: Callable[[], None] = lambda: None
         self.token: Callable[[], Hashable] = lambda: None
         self.lease: numbering.Lease | None = numbering.register(self)
@@ -77,13 +79,16 @@ class DiffusersRun(Run):
         """See `Run.run_token`."""
         return self.token()
 
-    def _where(self, seen: Seen) -> Where:
-        if self.layout is not None:
-            return Where(self.layout.grid, self.layout.prefix, self.layout.suffix)
+    def _where(self, seen: Seen) -> Where | Given:
+        if self._given is not None:
+            return self._given
         if self.family.read is not None and seen.ids is not None:
             seen = self._reading(seen.ids, seen)
         grid = tuple(int(n) for n in seen.grid)
-        return Where(grid, int(seen.prefix), int(seen.suffix), self.family.levels, seen.why, seen.samples)
+        family = self.family
+        return Where(
+            grid, int(seen.prefix), int(seen.suffix), family.levels, seen.why, seen.samples, early=family.early
+        )
 
     def _reading(self, ids: torch.Tensor, seen: Seen) -> Seen:
         """Read a tensor's values, which waits for the GPU, once for all steps that pass the same tensor."""

@@ -9,13 +9,16 @@ import typer
 
 from visattn.cli.options import (
     ForceOption,
+    KeyGridOption,
+    KeyPrefixOption,
+    KeySuffixOption,
     PrefixOption,
     SuffixOption,
     TileOption,
     output_file,
     position,
-    sizes,
     tiles,
+    tokens,
 )
 
 
@@ -34,6 +37,9 @@ def show(
     tile: TileOption = None,
     prefix: PrefixOption = 0,
     suffix: SuffixOption = 0,
+    key_grid: KeyGridOption = None,
+    key_prefix: KeyPrefixOption = 0,
+    key_suffix: KeySuffixOption = 0,
     force: ForceOption = False,
 ) -> None:
     """Draw what one query sees, and which tiles are visited in full, in part or not at all; or layers x steps."""
@@ -44,13 +50,12 @@ def show(
         return
     if grid is None:
         raise ValueError(f"pass --grid to draw {pattern}: tokens per axis, like 64x64")
-    layout_grid, where, box = sizes(grid, "--grid"), position(query), tiles(tile)
+    layout, where, box = tokens(grid, prefix, suffix, key_grid, key_prefix, key_suffix), position(query), tiles(tile)
     output_file(out, (".png",), force)
     from visattn.files import written_whole
-    from visattn.layout import Layout
     from visattn.show import draw
 
-    picture = draw(pattern, Layout(layout_grid, prefix, suffix), query=where, tile=box)
+    picture = draw(pattern, layout, query=where, tile=box)
     with written_whole(out) as temporary:
         picture.save(temporary)
     typer.echo(f"{out}  ({picture.width} x {picture.height} px)")

@@ -9,13 +9,16 @@ import typer
 from visattn.cli.options import (
     GridOption,
     JsonOption,
+    KeyGridOption,
+    KeyPrefixOption,
+    KeySuffixOption,
     PatternArgument,
     PrefixOption,
     SuffixOption,
     TileOption,
     print_json,
-    sizes,
     tiles,
+    tokens,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +33,9 @@ def simulate(
     tile: TileOption = None,
     prefix: PrefixOption = 0,
     suffix: SuffixOption = 0,
+    key_grid: KeyGridOption = None,
+    key_prefix: KeyPrefixOption = 0,
+    key_suffix: KeySuffixOption = 0,
     advise: Annotated[
         bool, typer.Option("--advise", help="Propose strides and tiles that need no mask at the same window.")
     ] = False,
@@ -47,11 +53,10 @@ def simulate(
     json: JsonOption = False,
 ) -> None:
     """Count what a pattern visits: density, bounds on the gain over dense attention, masks, planning time."""
-    from visattn.layout import Layout
     from visattn.simulate import advise as search
     from visattn.simulate import simulate as count
 
-    layout = Layout(sizes(grid, "--grid"), prefix, suffix)
+    layout = tokens(grid, prefix, suffix, key_grid, key_prefix, key_suffix)
     box = tiles(tile)
     if gpus is not None:
         from visattn.kernels.triton.scaling import scaling
@@ -93,6 +98,7 @@ def _print(result: Simulation) -> None:
     visited = result.visited / (result.query_tiles * result.key_tiles)
     rows = (
         ("pattern", f"{result.pattern} on {text(result.grid)}{dense}"),
+        *([("keys", result.key_layout)] if result.key_layout else []),
         ("density", f"{result.density:.2%} of all query-key pairs are visible"),
         ("FLOP bound", f"{result.flop_bound:.2f}x fewer operations than dense attention"),
         ("tile bound", f"{result.tile_bound:.2f}x, counting everything in the visited tiles"),

@@ -36,6 +36,8 @@ class Run:
         steps: Sources of the step and the number of steps, the surest first.
         mask_row: Row of a full mask [B, 1, S, S] that tells which keys are valid, None if there is none.
         wider: Whether calls may have keys beyond their queries.
+        pieces: Whether modules also attend among text alone: such calls are left alone and not counted.
+        apart: Whether the masks of calls are those of the text before the grid, which keeps them.
         tally: What happened at each module.
         step: Step and number of steps that the user said, None for "find out".
         sparse_sites: Paths of the modules that are to run a pattern.
@@ -55,8 +57,10 @@ class Run:
         mask_row: int | None = None,
         always: bool = False,
         wider: bool = False,
+        pieces: bool = False,
+        apart: bool = False,
     ) -> None:
-        self.always, self.wider = always, wider
+        self.always, self.wider, self.pieces, self.apart = always, wider, pieces, apart
         self.name, self.schedule, self.strict, self.steps, self.mask_row = name, schedule, strict, steps, mask_row
         self.tally = Tally()
         self.step: Step = (None, None)

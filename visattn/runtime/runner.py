@@ -10,18 +10,18 @@ import torch
 
 from visattn.attend import attention
 from visattn.crossing import crossing
-from visattn.dispatch import choose
+from visattn.dispatch import choose, load
 from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.patterns.choice.memory import placing
-from visattn.patterns.kinds import reads_products
+from visattn.patterns.kinds import StaticPattern, reads_products
 from visattn.problem import Call, Problem
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
 from visattn.runtime.masks import carry_bias, key_validity
 from visattn.runtime.run import Run
-from visattn.runtime.sequences import Sequences, query_rows
+from visattn.runtime.sequences import Sequences, query_rows, with_keys
 from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
 from visattn.schedule import Given
 from visattn.staged import Staged
@@ -97,7 +97,7 @@ class Runner:
         Returns:
             Output [B, S, H, D], and the layouts that the pattern ran on, () if the stock attention ran.
         """
-        if self._strange(site):
+        if self._strange(site) or self._is_piece(call):
             return self.stock(call), ()
         device, name = call.q.device, site or self.unnamed
         if parameters is None:
@@ -256,6 +256,13 @@ class Runner:
         """Whether a call is none of this model's: a processor that also serves another one, which is not patched."""
         return site is None and self.run.forward is None
 
+    def _is_piece(self, call: AttentionCall) -> bool:
+        """Whether a call is one of text alone, beside those of the grid."""
+        forward = self.run.forward
+        if not self.run.pieces or forward is None or not forward.where.grid:
+            return False
+        return call.causal or isinstance(forward.layouts(call.k.shape[1]), str)
+
     def fit(self, call: AttentionCall) -> Fit:
         """Whether the pattern can stand for a call."""
         forward = self.run.forward
@@ -273,15 +280,35 @@ class Runner:
         if call.q.shape[1] < call.k.shape[1]:
             if len(layouts) > 1:
                 return Fit(why="its samples, whose tokens sit in different places, have keys beyond their queries")
-            rows = query_rows(call.q.shape[1], next(iter(layouts)))
+            keys_layout = next(iter(layouts))
+            rows = query_rows(call.q.shape[1], keys_layout)
             if isinstance(rows, str):
                 return Fit(why=rows)
+            layouts = (with_keys(rows, keys_layout),) if self._takes_keys() else layouts
+        elif self.run.apart and call.mask is not None:
+            found = self._apart(layouts)
+            if isinstance(found, str):
+                return Fit(why=found)
+            layouts = found
         keys = key_validity(call.mask, call.q, self.run.mask_row, call.k.shape[1])
         if isinstance(keys, str):
             return Fit(why=keys)
         if keys is not None and keys.dtype != torch.bool and not reads_products(self.pattern):
-            return Fit(why=f"its mask {list(call.mask.shape)} is a bias, which {self.pattern.name} cannot add")
+            given = () if call.mask is None else call.mask.shape
+            return Fit(why=f"its mask {list(given)} is a bias, which {self.pattern.name} cannot add")
         return Fit(layouts, keys)
+
+    def _takes_keys(self) -> bool:
+        """Whether the pattern runs keys beyond the queries as such, without queries for them."""
+        known = isinstance(self.pattern, StaticPattern) and not self.parameters
+        return known and (self.backend == "auto" or load(self.backend).key_layouts)
+
+    def _apart(self, layouts: tuple[Layout, ...]) -> tuple[Layout, ...] | str:
+        """The layout of the grid's queries with all keys, where those before it keep the model's mask."""
+        layout = next(iter(layouts))
+        if len(layouts) > 1 or layout.suffix or not self._takes_keys():
+            return f"the text before its grid has a mask of its own, which {self.pattern.name} cannot leave alone here"
+        return (with_keys(slice(layout.prefix, layout.length), layout),) if layout.prefix else layouts
 
     def _show(
         self, site: str, call: AttentionCall, out: torch.Tensor, fit: Fit, parameters: Mapping[str, torch.Tensor]
@@ -289,7 +316,7 @@ class Runner:
         """Show a call that ran its pattern, or was to be dense, to the handle's watcher."""
         pattern, layouts, keys = self.pattern, fit.layouts, fit.keys
         q, k, v = call.tensors
-        if k.shape[1] != q.shape[1]:
+        if k.shape[1] != q.shape[1] or any(layout.key_layout is not None for layout in layouts):
             # A map has as many rows as columns.
             return
         if not layouts:
