@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -36,6 +36,12 @@ class Work:
     scale: float
     key_mask: torch.Tensor | None
     lse: bool = True
+
+    def listed(self) -> Work:
+        """The same without the problems of routed groups."""
+        if not self.problems.routed:
+            return self
+        return replace(self, problems=Problems(tuple(group for group in self.problems.groups if not group.routed)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,282 @@
+"""Lists that q and k choose: whole key tiles are moved at a time, of tokens in the order of their tiles.
+
+The tokens of a tile lie side by side in tables of tiles, so that a key of a list costs a part of one long copy. Queries
+and results stay in the order of their tiles until all problems are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from visattn.kernels.tiles import fused as kernels
+from visattn.kernels.tiles.batches import Work, batch_size
+from visattn.kernels.tiles.groups import Group
+from visattn.kernels.tiles.moves import Buffers, Shapes, accumulate
+
+
+class Places(NamedTuple):
+    """Tokens of tiles.
+
+    Attributes:
+        rows: Row of each slot among the tokens of all samples, of an empty slot that of some token: [B * tiles * T].
+        empty: Empty slots: bool [B * tiles * T], None where there is none.
+        slots: Slots of a tile, T.
+    """
+
+    rows: torch.Tensor
+    empty: torch.Tensor | None
+    slots: int
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, samples: int, length: int, short: bool) -> Places:
+        """Places of the tokens of tiles [tiles, T] in so many samples of so many tokens; -1 is an empty slot."""
+        first = torch.arange(samples, device=tokens.device)[:, None, None] * length
+        rows = (tokens.clamp(min=0) if short else tokens) + first
+        return cls(rows.flatten(), (tokens < 0).expand(rows.shape).flatten() if short else None, tokens.shape[1])
+
+    def tiles(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, S, ...] as tiles [B * tiles, T * channels]."""
+        rows = x.flatten(2).flatten(0, 1)
+        return rows.index_select(0, self.rows).view(-1, self.slots * rows.shape[1])
+
+    def put(self, total: torch.Tensor, tiles: torch.Tensor) -> None:
+        """Copy tiles to the rows of all tokens [B * S + 1, channels]; the last row takes what is in empty slots."""
+        rows = self.rows if self.empty is None else self.rows.masked_fill(self.empty, len(total) - 1)
+        total.index_copy_(0, rows, tiles.view(-1, total.shape[1]))
+
+
+class Run(NamedTuple):
+    """Problems that run together.
+
+    Attributes:
+        queries: Query tiles: a slice, or their indices [n] where lists differ in length.
+        keys: Tiles of the table of keys, [n * tiles of a problem].
+        length: Keys of a problem; what is behind them in its tiles is no key.
+        bias: Added to the scores: [n, 1, 1, keys], or None.
+        hidden: Problems that see no key: bool [n, 1, 1], None where there is none.
+    """
+
+    queries: slice | torch.Tensor
+    keys: torch.Tensor
+    length: int
+    bias: torch.Tensor | None
+    hidden: torch.Tensor | None
+
+
+class Routed:
+    """The problems of a routed group as tiles of a call's tensors.
+
+    Args:
+        group: The problems.
+        work: The call.
+        q: Queries [B, S, H, D].
+        k: Keys [B, N, Hkv, D].
+    """
+
+    def __init__(self, group: Group, work: Work, q: torch.Tensor, k: torch.Tensor) -> None:
+        assert group.key_tiles is not None and group.tile_tokens is not None, "only lists are routed"
+        self._group, self.shapes, self._samples = group, Shapes(q, k), q.shape[0]
+        self._listed, tokens = group.key_tiles, group.tile_tokens
+        self._row = 2 * k.shape[2] * k.shape[3] * k.element_size()
+        self._fixed = 0 if group.fixed is None else len(group.fixed)
+        self._tiles = len(tokens)
+        short = group.short_keys or bool(self._fixed % tokens.shape[1])
+        if group.fixed is not None:
+            behind = torch.nn.functional.pad(group.fixed, (0, -self._fixed % tokens.shape[1]), value=-1)
+            tokens = torch.cat([tokens, behind.view(-1, tokens.shape[1])])
+        self._own = len(tokens)
+        self.queries = Places.of(group.queries, q.shape[0], q.shape[1], group.short_queries)
+        # Tiles of dense tokens, which no list names, have empty slots too.
+        self.keys = Places.of(tokens, q.shape[0], k.shape[1], short or bool((tokens < 0).any()))
+        self._weights = self._key_weights(work.key_mask)
+
+    def _key_weights(self, key_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """0 for the keys of the table that may be seen, else -inf: [B * tiles, T]; None if a list has no such key."""
+        if key_mask is None and not self._group.short_keys:
+            return None
+        hidden = torch.zeros_like(self.keys.rows, dtype=torch.bool) if self.keys.empty is None else self.keys.empty
+        if key_mask is not None:
+            hidden = hidden | ~key_mask.flatten()[self.keys.rows]
+        zero = torch.zeros((), dtype=self.shapes.wide, device=hidden.device)
+        return torch.where(hidden, float("-inf"), zero).view(-1, self.keys.slots)
+
+    def runs(self) -> Iterator[Run]:
+        """All problems in batches that stay in the cache, the longest lists first."""
+        counts, number = self._group.counts, self._listed.shape[1]
+        problems = len(self._listed)
+        if counts is None:
+            size = self._together(number)
+            for start in range(0, problems, size):
+                index = torch.arange(start, min(start + size, problems), device=self._listed.device)
+                yield self._run(slice(start, start + len(index)), index, number, None)
+            return
+        order = counts.sort(descending=True, stable=True).indices
+        # Batches are made on the host.
+        lengths, start = counts[order].tolist(), 0
+        while start < problems:
+            # A batch without any key still has results.
+            number = max(1, lengths[start])
+            stop = min(start + self._together(number), problems)
+            index = order[start:stop]
+            yield self._run(index, index, number, None if lengths[stop - 1] == number else counts[index])
+            start = stop
+
+    def _together(self, number: int) -> int:
+        """Problems of so many listed tiles that run together."""
+        return batch_size(number * self.keys.slots + self._fixed, self._row, self._listed.device.type)
+
+    def _run(self, queries: slice | torch.Tensor, index: torch.Tensor, number: int, counts: torch.Tensor | None) -> Run:
+        group, slots = self._group, self.keys.slots
+        tiles = self._listed[queries, :number]
+        if self._fixed:
+            behind = torch.arange(self._tiles, self._own, device=tiles.device)
+            tiles = torch.cat([tiles, behind.to(tiles.dtype).expand(len(tiles), -1)], 1)
+        sample = index // (len(self._listed) // self._samples)
+        keys = (tiles + sample[:, None] * self._own).flatten()
+        listed = number * slots
+        length, bias = listed + self._fixed, None
+        if self._weights is not None:
+            bias = self._weights.index_select(0, keys).view(len(index), -1)[:, :length]
+        elif counts is not None or group.rest is not None:
+            bias = torch.zeros(len(index), length, dtype=self.shapes.wide, device=keys.device)
+        if bias is None:
+            return Run(queries, keys, length, None, None)
+        if counts is not None:
+            behind = torch.arange(number, device=keys.device) >= counts[:, None]
+            bias[:, :listed].unflatten(1, (number, slots)).masked_fill_(behind[..., None], float("-inf"))
+        if group.rest is not None:
+            bias[:, length - group.rest.shape[1] :] += group.rest[queries]
+        hidden = (bias == float("-inf")).all(1)[:, None, None]
+        return Run(queries, keys, length, bias[:, None, None], hidden if hidden.any() else None)
+
+    def queries_of(self, table: torch.Tensor, run: Run) -> torch.Tensor:
+        """Query tiles of a run as problems [n, Hkv, (H / Hkv) T, channels of a head]."""
+        tiles = table[run.queries]
+        return self.shapes.queries(tiles.view(-1, tiles.shape[1] // self.queries.slots), self.queries.slots)
+
+    def keys_of(self, table: torch.Tensor, run: Run, buffers: Buffers, name: str) -> torch.Tensor:
+        """Keys or values of a run as problems [n, Hkv, L, D]."""
+        rows = buffers.gather(name, table, run.keys)
+        tiles = len(run.keys) // self._number(run)
+        return self.shapes.keys(rows, tiles * self.keys.slots)[:, :, : run.length]
+
+    def _number(self, run: Run) -> int:
+        """Problems of a run."""
+        return len(run.keys) // -(-run.length // self.keys.slots)
+
+    def add(self, total: torch.Tensor, run: Run, own: torch.Tensor) -> None:
+        """Add gradients of keys [n, Hkv, L, D] to those of the table of keys."""
+        rows = own.transpose(1, 2).flatten(2).to(total.dtype)
+        behind = -run.length % self.keys.slots
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, behind)) if behind else rows
+        accumulate(total, run.keys, rows.reshape(-1, total.shape[1]))
+
+
+def forward(
+    group: Group,
+    work: Work,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Compute the problems of a routed group.
+
+    Args:
+        group: The problems.
+        work: The call.
+        q: Queries [B, S, H, D].
+        k: Keys [B, N, Hkv, D].
+        v: Values [B, N, Hkv, D].
+        out: Rows of all queries and one more, which take the output: [B * S + 1, H * D].
+        lse: Rows that take the log-sum-exp [B * S + 1, H], or None.
+    """
+    routed, buffers = Routed(group, work, q, k), Buffers()
+    shapes, slots = routed.shapes, routed.queries.slots
+    queries, keys, values = routed.queries.tiles(q), routed.keys.tiles(k), routed.keys.tiles(v)
+    found = torch.empty_like(queries)
+    found_lse = None if lse is None else lse.new_empty(len(queries), slots * shapes.heads)
+    for run in routed.runs():
+        problems = routed.queries_of(queries, run)
+        own_keys, own_values = (routed.keys_of(t, run, buffers, name) for t, name in ((keys, "k"), (values, "v")))
+        own, own_lse = kernels.forward(problems, own_keys, own_values, run.bias, work.scale)
+        if run.hidden is not None:
+            own = own.masked_fill(run.hidden[..., None], 0)
+            own_lse = own_lse.masked_fill(run.hidden, float("-inf"))
+        found[run.queries] = shapes.query_rows(own, slots).view(-1, found.shape[1])
+        if found_lse is not None:
+            rows = shapes.query_rows(own_lse[..., None], slots).to(found_lse.dtype)
+            found_lse[run.queries] = rows.view(-1, found_lse.shape[1])
+    routed.queries.put(out, found)
+    if lse is not None and found_lse is not None:
+        routed.queries.put(lse, found_lse)
+
+
+class Totals(NamedTuple):
+    """Where gradients are collected.
+
+    Attributes:
+        q: Rows of all queries and one more: [B * S + 1, H * D].
+        k: Rows of all keys, float32 at least: [B * N, Hkv * D].
+        v: The same of values.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def backward(
+    group: Group,
+    work: Work,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    per_query: dict[str, torch.Tensor],
+    totals: Totals,
+) -> None:
+    """Add the gradients of the problems of a routed group.
+
+    Args:
+        group: The problems.
+        work: The call.
+        q: Queries [B, S, H, D].
+        k: Keys [B, N, Hkv, D].
+        v: Values [B, N, Hkv, D].
+        per_query: Rows of all queries [B * S, ...]: `q`, `grad`, `out`, `lse` (finite) and perhaps `grad_lse`.
+        totals: Where to add; rows of queries are put.
+    """
+    routed, buffers = Routed(group, work, q, k), Buffers()
+    shapes, places = routed.shapes, routed.queries
+    tables = {name: places.tiles(rows[None]) for name, rows in per_query.items()}
+    if places.empty is not None:
+        # An empty slot repeats some token: without a gradient of its own it adds nothing to the keys'.
+        for name in {"grad", "grad_lse"} & set(tables):
+            tables[name].view(len(places.rows), -1).masked_fill_(places.empty[:, None], 0)
+    keys, values = routed.keys.tiles(k), routed.keys.tiles(v)
+    dq = torch.empty_like(tables["q"])
+    dk, dv = (torch.zeros_like(t, dtype=shapes.wide) for t in (keys, values))
+    for run in routed.runs():
+        mine = {name: routed.queries_of(table, run) for name, table in tables.items()}
+        found = kernels.backward(
+            mine["grad"],
+            mine["grad_lse"][..., 0] if "grad_lse" in mine else None,
+            mine["q"],
+            routed.keys_of(keys, run, buffers, "k"),
+            routed.keys_of(values, run, buffers, "v"),
+            mine["out"],
+            mine["lse"][..., 0],
+            run.bias,
+            work.scale,
+            False,
+        )
+        dq[run.queries] = shapes.query_rows(found.q, places.slots).view(-1, dq.shape[1])
+        routed.add(dk, run, found.k)
+        routed.add(dv, run, found.v)
+    places.put(totals.q, dq)
+    for total, own in ((totals.k, dk), (totals.v, dv)):
+        accumulate(total, routed.keys.rows, own.view(-1, total.shape[1]))
