@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from visattn.kernels.tiles.groups import Group, Problems
+from visattn.kernels.tiles.heads import ALL_HEADS, Heads
 from visattn.kernels.tiles.moves import Shapes
 
 # Gathered keys and values of one batch of problems, in bytes: they stay in a CPU's caches, and in memory that the
@@ -30,12 +31,14 @@ class Work:
         scale: Factor on the scores.
         key_mask: bool [B, keys], or None.
         lse: Whether the log-sum-exp is wanted.
+        heads: Who shares the lists of routed groups.
     """
 
     problems: Problems
     scale: float
     key_mask: torch.Tensor | None
     lse: bool = True
+    heads: Heads = ALL_HEADS
 
     def listed(self) -> Work:
         """The same without the problems of routed groups."""

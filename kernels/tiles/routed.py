@@ -18,32 +18,51 @@ from visattn.kernels.tiles.moves import Buffers, Shapes, accumulate
 
 
 class Places(NamedTuple):
-    """Tokens of tiles.
+    """Tokens of tiles, for each group of heads that has lists of its own.
 
     Attributes:
-        rows: Row of each slot among the tokens of all samples, of an empty slot that of some token: [B * tiles * T].
-        empty: Empty slots: bool [B * tiles * T], None where there is none.
+        rows: Row of each slot among the rows [B * S * G, channels] of one group of heads each, of an empty slot that of
+            some token: [B * G * tiles * T].
+        empty: Empty slots: bool [B * G * tiles * T], None where there is none.
         slots: Slots of a tile, T.
+        groups: Groups of heads, G.
     """
 
     rows: torch.Tensor
     empty: torch.Tensor | None
     slots: int
+    groups: int
 
     @classmethod
-    def of(cls, tokens: torch.Tensor, samples: int, length: int, short: bool) -> Places:
-        """Places of the tokens of tiles [tiles, T] in so many samples of so many tokens; -1 is an empty slot."""
-        first = torch.arange(samples, device=tokens.device)[:, None, None] * length
-        rows = (tokens.clamp(min=0) if short else tokens) + first
-        return cls(rows.flatten(), (tokens < 0).expand(rows.shape).flatten() if short else None, tokens.shape[1])
+    def of(cls, tokens: torch.Tensor, groups: int, like: torch.Tensor, short: bool) -> Places:
+        """Places of the tokens of tiles [tiles, T] in tensors [B, S, ...]; -1 is an empty slot, if there is any."""
+        samples, length = like.shape[:2]
+        sample, group = (torch.arange(n, device=tokens.device) for n in (samples, groups))
+        first = (sample[:, None] * (length * groups) + group)[..., None, None]
+        rows = (tokens.clamp(min=0) if short else tokens) * groups + first
+        empty = (tokens < 0).expand(rows.shape).flatten() if short else None
+        return cls(rows.flatten(), empty, tokens.shape[1], groups)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, S, heads, ...] as rows [B * S * G, channels of a group]."""
+        return x.reshape(x.shape[0] * x.shape[1] * self.groups, -1)
 
     def tiles(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, S, ...] as tiles [B * tiles, T * channels]."""
-        rows = x.flatten(2).flatten(0, 1)
+        """Tokens [B, S, heads, ...] as tiles [B * G * tiles, T * channels]."""
+        rows = self._rows(x)
         return rows.index_select(0, self.rows).view(-1, self.slots * rows.shape[1])
 
+    def pairs(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Two tensors as one of tiles, token by token: [B * G * tiles, T * 2 * channels]."""
+        rows = [self._rows(t) for t in (x, y)]
+        both = rows[0].new_empty(len(self.rows), 2, rows[0].shape[1])
+        for i, own in enumerate(rows):
+            torch.index_select(own, 0, self.rows, out=both[:, i])
+        return both.view(-1, self.slots * 2 * both.shape[2])
+
     def put(self, total: torch.Tensor, tiles: torch.Tensor) -> None:
-        """Copy tiles to the rows of all tokens [B * S + 1, channels]; the last row takes what is in empty slots."""
+        """Copy tiles to the rows of all tokens [B * S + 1, channels]; the last one takes what is in empty slots."""
+        total = total.view(len(total) * self.groups, -1)
         rows = self.rows if self.empty is None else self.rows.masked_fill(self.empty, len(total) - 1)
         total.index_copy_(0, rows, tiles.view(-1, total.shape[1]))
 
@@ -78,19 +97,22 @@ class Routed:
 
     def __init__(self, group: Group, work: Work, q: torch.Tensor, k: torch.Tensor) -> None:
         assert group.key_tiles is not None and group.tile_tokens is not None, "only lists are routed"
-        self._group, self.shapes, self._samples = group, Shapes(q, k), q.shape[0]
-        self._listed, tokens = group.key_tiles, group.tile_tokens
-        self._row = 2 * k.shape[2] * k.shape[3] * k.element_size()
+        self._group, self._listed, tokens = group, group.key_tiles, group.tile_tokens
+        groups = work.heads.groups
+        key_groups = min(groups, work.heads.kv_heads)
+        self.shapes = Shapes(q[:, :, : q.shape[2] // groups], k[:, :, : k.shape[2] // key_groups])
+        self._row = 2 * self.shapes.kv_heads * k.shape[3] * k.element_size()
         self._fixed = 0 if group.fixed is None else len(group.fixed)
         self._tiles = len(tokens)
-        short = group.short_keys or bool(self._fixed % tokens.shape[1])
         if group.fixed is not None:
             behind = torch.nn.functional.pad(group.fixed, (0, -self._fixed % tokens.shape[1]), value=-1)
             tokens = torch.cat([tokens, behind.view(-1, tokens.shape[1])])
         self._own = len(tokens)
-        self.queries = Places.of(group.queries, q.shape[0], q.shape[1], group.short_queries)
+        # Lists of the query tiles of one group of heads, and groups that share keys.
+        self._lists, self._sharing = len(group.queries), groups // key_groups
+        self.queries = Places.of(group.queries, groups, q, group.short_queries)
         # Tiles of dense tokens, which no list names, have empty slots too.
-        self.keys = Places.of(tokens, q.shape[0], k.shape[1], short or bool((tokens < 0).any()))
+        self.keys = Places.of(tokens, key_groups, k, bool((tokens < 0).any()))
         self._weights = self._key_weights(work.key_mask)
 
     def _key_weights(self, key_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -99,7 +121,7 @@ class Routed:
             return None
         hidden = torch.zeros_like(self.keys.rows, dtype=torch.bool) if self.keys.empty is None else self.keys.empty
         if key_mask is not None:
-            hidden = hidden | ~key_mask.flatten()[self.keys.rows]
+            hidden = hidden | ~key_mask.flatten()[self.keys.rows // self.keys.groups]
         zero = torch.zeros((), dtype=self.shapes.wide, device=hidden.device)
         return torch.where(hidden, float("-inf"), zero).view(-1, self.keys.slots)
 
@@ -134,8 +156,8 @@ class Routed:
         if self._fixed:
             behind = torch.arange(self._tiles, self._own, device=tiles.device)
             tiles = torch.cat([tiles, behind.to(tiles.dtype).expand(len(tiles), -1)], 1)
-        sample = index // (len(self._listed) // self._samples)
-        keys = (tiles + sample[:, None] * self._own).flatten()
+        table = index // (self._lists * self._sharing)
+        keys = (tiles + table[:, None] * self._own).flatten()
         listed = number * slots
         length, bias = listed + self._fixed, None
         if self._weights is not None:
@@ -149,19 +171,25 @@ class Routed:
             bias[:, :listed].unflatten(1, (number, slots)).masked_fill_(behind[..., None], float("-inf"))
         if group.rest is not None:
             bias[:, length - group.rest.shape[1] :] += group.rest[queries]
-        hidden = (bias == float("-inf")).all(1)[:, None, None]
-        return Run(queries, keys, length, bias[:, None, None], hidden if hidden.any() else None)
+        hidden = None
+        if self._weights is not None or counts is not None:
+            # A list of full tiles alone always has a key.
+            none = (bias == float("-inf")).all(1)[:, None, None]
+            hidden = none if none.any() else None
+        return Run(queries, keys, length, bias[:, None, None], hidden)
 
     def queries_of(self, table: torch.Tensor, run: Run) -> torch.Tensor:
         """Query tiles of a run as problems [n, Hkv, (H / Hkv) T, channels of a head]."""
         tiles = table[run.queries]
         return self.shapes.queries(tiles.view(-1, tiles.shape[1] // self.queries.slots), self.queries.slots)
 
-    def keys_of(self, table: torch.Tensor, run: Run, buffers: Buffers, name: str) -> torch.Tensor:
-        """Keys or values of a run as problems [n, Hkv, L, D]."""
-        rows = buffers.gather(name, table, run.keys)
-        tiles = len(run.keys) // self._number(run)
-        return self.shapes.keys(rows, tiles * self.keys.slots)[:, :, : run.length]
+    def pairs_of(self, table: torch.Tensor, run: Run, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a run as problems [n, Hkv, L, D] each, from their table of pairs."""
+        rows = buffers.gather("pairs", table, run.keys).view(
+            self._number(run), -1, 2, self.shapes.kv_heads, self.shapes.dim
+        )
+        keys, values = (side.transpose(1, 2)[:, :, : run.length] for side in rows.unbind(2))
+        return keys, values
 
     def _number(self, run: Run) -> int:
         """Problems of a run."""
@@ -197,12 +225,12 @@ def forward(
     """
     routed, buffers = Routed(group, work, q, k), Buffers()
     shapes, slots = routed.shapes, routed.queries.slots
-    queries, keys, values = routed.queries.tiles(q), routed.keys.tiles(k), routed.keys.tiles(v)
+    queries, pairs = routed.queries.tiles(q), routed.keys.pairs(k, v)
     found = torch.empty_like(queries)
     found_lse = None if lse is None else lse.new_empty(len(queries), slots * shapes.heads)
     for run in routed.runs():
         problems = routed.queries_of(queries, run)
-        own_keys, own_values = (routed.keys_of(t, run, buffers, name) for t, name in ((keys, "k"), (values, "v")))
+        own_keys, own_values = routed.pairs_of(pairs, run, buffers)
         own, own_lse = kernels.forward(problems, own_keys, own_values, run.bias, work.scale)
         if run.hidden is not None:
             own = own.masked_fill(run.hidden[..., None], 0)
@@ -253,21 +281,22 @@ def backward(
     routed, buffers = Routed(group, work, q, k), Buffers()
     shapes, places = routed.shapes, routed.queries
     tables = {name: places.tiles(rows[None]) for name, rows in per_query.items()}
+    pairs = routed.keys.pairs(k, v)
     if places.empty is not None:
         # An empty slot repeats some token: without a gradient of its own it adds nothing to the keys'.
         for name in {"grad", "grad_lse"} & set(tables):
             tables[name].view(len(places.rows), -1).masked_fill_(places.empty[:, None], 0)
-    keys, values = routed.keys.tiles(k), routed.keys.tiles(v)
     dq = torch.empty_like(tables["q"])
-    dk, dv = (torch.zeros_like(t, dtype=shapes.wide) for t in (keys, values))
+    dk, dv = (pairs.new_zeros(len(pairs), pairs.shape[1] // 2, dtype=shapes.wide) for _ in range(2))
     for run in routed.runs():
         mine = {name: routed.queries_of(table, run) for name, table in tables.items()}
+        own_keys, own_values = routed.pairs_of(pairs, run, buffers)
         found = kernels.backward(
             mine["grad"],
             mine["grad_lse"][..., 0] if "grad_lse" in mine else None,
             mine["q"],
-            routed.keys_of(keys, run, buffers, "k"),
-            routed.keys_of(values, run, buffers, "v"),
+            own_keys,
+            own_values,
             mine["out"],
             mine["lse"][..., 0],
             run.bias,
@@ -279,4 +308,5 @@ def backward(
         routed.add(dv, run, found.v)
     places.put(totals.q, dq)
     for total, own in ((totals.k, dk), (totals.v, dv)):
+        total = total.view(len(total) * routed.keys.groups, -1)
         accumulate(total, routed.keys.rows, own.view(-1, total.shape[1]))
