@@ -16,6 +16,9 @@ from visattn.kernels.tiles.batches import Work, batch_size
 from visattn.kernels.tiles.groups import Group
 from visattn.kernels.tiles.moves import Buffers, Shapes, accumulate
 
+# Whole tiles are moved so fast that a batch of this many times the keys of one of single rows is cheaper.
+MORE = 2
+
 
 class Places(NamedTuple):
     """Tokens of tiles, for each group of heads that has lists of its own.
@@ -103,17 +106,26 @@ class Routed:
         self.shapes = Shapes(q[:, :, : q.shape[2] // groups], k[:, :, : k.shape[2] // key_groups])
         self._row = 2 * self.shapes.kv_heads * k.shape[3] * k.element_size()
         self._fixed = 0 if group.fixed is None else len(group.fixed)
-        self._tiles = len(tokens)
         if group.fixed is not None:
             behind = torch.nn.functional.pad(group.fixed, (0, -self._fixed % tokens.shape[1]), value=-1)
             tokens = torch.cat([tokens, behind.view(-1, tokens.shape[1])])
-        self._own = len(tokens)
-        # Lists of the query tiles of one group of heads, and groups that share keys.
-        self._lists, self._sharing = len(group.queries), groups // key_groups
         self.queries = Places.of(group.queries, groups, q, group.short_queries)
         # Tiles of dense tokens, which no list names, have empty slots too.
         self.keys = Places.of(tokens, key_groups, k, bool((tokens < 0).any()))
+        self._rows = self._table_rows(len(group.queries) * (groups // key_groups), len(tokens))
         self._weights = self._key_weights(work.key_mask)
+
+    def _table_rows(self, sharing: int, tiles: int) -> torch.Tensor:
+        """Rows of the table of keys that each problem sees, listed tiles first: [problems, m and the fixed ones].
+
+        Args:
+            sharing: Problems that share the keys of a sample and group of heads.
+            tiles: Tiles of those, the fixed ones last.
+        """
+        listed = self._listed
+        behind = torch.arange(tiles - -(-self._fixed // self.keys.slots), tiles, device=listed.device)
+        rows = torch.cat([listed, behind.to(listed.dtype).expand(len(listed), -1)], 1) if len(behind) else listed
+        return rows + (torch.arange(len(listed), device=listed.device) // sharing * tiles)[:, None]
 
     def _key_weights(self, key_mask: torch.Tensor | None) -> torch.Tensor | None:
         """0 for the keys of the table that may be seen, else -inf: [B * tiles, T]; None if a list has no such key."""
@@ -132,8 +144,8 @@ class Routed:
         if counts is None:
             size = self._together(number)
             for start in range(0, problems, size):
-                index = torch.arange(start, min(start + size, problems), device=self._listed.device)
-                yield self._run(slice(start, start + len(index)), index, number, None)
+                some = slice(start, min(start + size, problems))
+                yield self._run(some, some.stop - start, number, None)
             return
         order = counts.sort(descending=True, stable=True).indices
         # Batches are made on the host.
@@ -143,27 +155,25 @@ class Routed:
             number = max(1, lengths[start])
             stop = min(start + self._together(number), problems)
             index = order[start:stop]
-            yield self._run(index, index, number, None if lengths[stop - 1] == number else counts[index])
+            yield self._run(index, stop - start, number, None if lengths[stop - 1] == number else counts[index])
             start = stop
 
     def _together(self, number: int) -> int:
         """Problems of so many listed tiles that run together."""
-        return batch_size(number * self.keys.slots + self._fixed, self._row, self._listed.device.type)
+        return MORE * batch_size(number * self.keys.slots + self._fixed, self._row, self._listed.device.type)
 
-    def _run(self, queries: slice | torch.Tensor, index: torch.Tensor, number: int, counts: torch.Tensor | None) -> Run:
-        group, slots = self._group, self.keys.slots
-        tiles = self._listed[queries, :number]
-        if self._fixed:
-            behind = torch.arange(self._tiles, self._own, device=tiles.device)
-            tiles = torch.cat([tiles, behind.to(tiles.dtype).expand(len(tiles), -1)], 1)
-        table = index // (self._lists * self._sharing)
-        keys = (tiles + table[:, None] * self._own).flatten()
-        listed = number * slots
+    def _run(self, queries: slice | torch.Tensor, count: int, number: int, counts: torch.Tensor | None) -> Run:
+        """A run of `count` problems with `number` listed tiles, of which `counts` count."""
+        group, slots, rows = self._group, self.keys.slots, self._rows[queries]
+        most = self._listed.shape[1]
+        if number < most:
+            rows = torch.cat([rows[:, :number], rows[:, most:]], 1)
+        keys, listed = rows.flatten(), number * slots
         length, bias = listed + self._fixed, None
         if self._weights is not None:
-            bias = self._weights.index_select(0, keys).view(len(index), -1)[:, :length]
+            bias = self._weights.index_select(0, keys).view(count, -1)[:, :length]
         elif counts is not None or group.rest is not None:
-            bias = torch.zeros(len(index), length, dtype=self.shapes.wide, device=keys.device)
+            bias = torch.zeros(count, length, dtype=self.shapes.wide, device=keys.device)
         if bias is None:
             return Run(queries, keys, length, None, None)
         if counts is not None:

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from visattn.patterns.choice.blocks import block_tokens
+
 
 def _cut(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], fill: float = 0.0) -> torch.Tensor:
     """Tokens [B, tokens, H, D] as blocks [B, blocks per axis, sides of a block, H, D]; what lies behind is `fill`."""
@@ -63,6 +65,8 @@ def counts(
 ) -> torch.Tensor:
     """Valid tokens of each part: [1 or B, blocks, parts]."""
     wide = torch.promote_types(x.dtype, torch.float32)
+    if valid is None and parts == 1:
+        return block_tokens(grid, box, x.device).to(wide)[None, :, None]
     ones = torch.ones(1, x.shape[1], dtype=wide, device=x.device) if valid is None else valid.to(wide)
     return sums(ones[..., None, None], grid, box, parts)[..., 0, 0]
 
