@@ -1,7 +1,6 @@
 """Lists that q and k choose: whole key tiles are moved at a time, of tokens in the order of their tiles.
 
-The tokens of a tile lie side by side in tables of tiles, so that a key of a list costs a part of one long copy. Queries
-and results stay in the order of their tiles until all problems are done.
+Keys and values of a tile lie side by side in a table of tiles, so that a key of a list costs a part of one long copy.
 """
 
 from __future__ import annotations
@@ -46,42 +45,35 @@ class Places(NamedTuple):
         empty = (tokens < 0).expand(rows.shape).flatten() if short else None
         return cls(rows.flatten(), empty, tokens.shape[1], groups)
 
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+    def per_group(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, S, heads, ...] as rows [B * S * G, channels of a group]."""
         return x.reshape(x.shape[0] * x.shape[1] * self.groups, -1)
 
-    def tiles(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, S, heads, ...] as tiles [B * G * tiles, T * channels]."""
-        rows = self._rows(x)
-        return rows.index_select(0, self.rows).view(-1, self.slots * rows.shape[1])
-
     def pairs(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Two tensors as one of tiles, token by token: [B * G * tiles, T * 2 * channels]."""
-        rows = [self._rows(t) for t in (x, y)]
+        rows = [self.per_group(t) for t in (x, y)]
         both = rows[0].new_empty(len(self.rows), 2, rows[0].shape[1])
         for i, own in enumerate(rows):
             torch.index_select(own, 0, self.rows, out=both[:, i])
         return both.view(-1, self.slots * 2 * both.shape[2])
-
-    def put(self, total: torch.Tensor, tiles: torch.Tensor) -> None:
-        """Copy tiles to the rows of all tokens [B * S + 1, channels]; the last one takes what is in empty slots."""
-        total = total.view(len(total) * self.groups, -1)
-        rows = self.rows if self.empty is None else self.rows.masked_fill(self.empty, len(total) - 1)
-        total.index_copy_(0, rows, tiles.view(-1, total.shape[1]))
 
 
 class Run(NamedTuple):
     """Problems that run together.
 
     Attributes:
-        queries: Query tiles: a slice, or their indices [n] where lists differ in length.
+        queries: Row of each slot of the query tiles, of one group of heads: [n * T].
+        target: The same of the results; the row behind the last takes what is in empty slots.
+        empty: Empty slots: bool [n * T, 1], None where there is none.
         keys: Tiles of the table of keys, [n * tiles of a problem].
         length: Keys of a problem; what is behind them in its tiles is no key.
         bias: Added to the scores: [n, 1, 1, keys], or None.
         hidden: Problems that see no key: bool [n, 1, 1], None where there is none.
     """
 
-    queries: slice | torch.Tensor
+    queries: torch.Tensor
+    target: torch.Tensor
+    empty: torch.Tensor | None
     keys: torch.Tensor
     length: int
     bias: torch.Tensor | None
@@ -109,6 +101,7 @@ class Routed:
         if group.fixed is not None:
             behind = torch.nn.functional.pad(group.fixed, (0, -self._fixed % tokens.shape[1]), value=-1)
             tokens = torch.cat([tokens, behind.view(-1, tokens.shape[1])])
+        self._behind = q.shape[0] * q.shape[1] * groups
         self.queries = Places.of(group.queries, groups, q, group.short_queries)
         # Tiles of dense tokens, which no list names, have empty slots too.
         self.keys = Places.of(tokens, key_groups, k, bool((tokens < 0).any()))
@@ -174,8 +167,9 @@ class Routed:
             bias = self._weights.index_select(0, keys).view(count, -1)[:, :length]
         elif counts is not None or group.rest is not None:
             bias = torch.zeros(count, length, dtype=self.shapes.wide, device=keys.device)
+        places = *self._slots(queries), keys, length
         if bias is None:
-            return Run(queries, keys, length, None, None)
+            return Run(*places, None, None)
         if counts is not None:
             behind = torch.arange(number, device=keys.device) >= counts[:, None]
             bias[:, :listed].unflatten(1, (number, slots)).masked_fill_(behind[..., None], float("-inf"))
@@ -186,12 +180,35 @@ class Routed:
             # A list of full tiles alone always has a key.
             none = (bias == float("-inf")).all(1)[:, None, None]
             hidden = none if none.any() else None
-        return Run(queries, keys, length, bias[:, None, None], hidden)
+        return Run(*places, bias[:, None, None], hidden)
 
-    def queries_of(self, table: torch.Tensor, run: Run) -> torch.Tensor:
-        """Query tiles of a run as problems [n, Hkv, (H / Hkv) T, channels of a head]."""
-        tiles = table[run.queries]
-        return self.shapes.queries(tiles.view(-1, tiles.shape[1] // self.queries.slots), self.queries.slots)
+    def _slots(self, queries: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`queries`, `target` and `empty` of the run of some problems."""
+        rows, empty = self.queries.rows.view(-1, self.queries.slots)[queries].flatten(), self.queries.empty
+        if empty is None:
+            return rows, rows, None
+        empty = empty.view(-1, self.queries.slots)[queries].flatten()
+        return rows, rows.masked_fill(empty, self._behind), empty[:, None]
+
+    def queries_of(self, rows: torch.Tensor, run: Run, buffers: Buffers, name: str, seen: bool = True) -> torch.Tensor:
+        """Queries of a run as problems [n, Hkv, (H / Hkv) T, channels of a head].
+
+        Args:
+            rows: Of each group of heads of each token.
+            run: The run.
+            buffers: Where they are put.
+            name: Of the buffer.
+            seen: Whether what empty slots repeat stays; otherwise they are zero.
+        """
+        own = buffers.gather(name, rows, run.queries)
+        if not seen and run.empty is not None:
+            own.masked_fill_(run.empty, 0)
+        return self.shapes.queries(own, self.queries.slots)
+
+    def put(self, total: torch.Tensor, run: Run, own: torch.Tensor) -> None:
+        """Copy results of a run [n, Hkv, (H / Hkv) T, channels of a head] to the rows of all [B * S + 1, channels]."""
+        rows = self.shapes.query_rows(own, self.queries.slots)
+        total.view(-1, rows.shape[1]).index_copy_(0, run.target, rows.to(total.dtype))
 
     def pairs_of(self, table: torch.Tensor, run: Run, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a run as problems [n, Hkv, L, D] each, from their table of pairs."""
@@ -234,24 +251,17 @@ def forward(
         lse: Rows that take the log-sum-exp [B * S + 1, H], or None.
     """
     routed, buffers = Routed(group, work, q, k), Buffers()
-    shapes, slots = routed.shapes, routed.queries.slots
-    queries, pairs = routed.queries.tiles(q), routed.keys.pairs(k, v)
-    found = torch.empty_like(queries)
-    found_lse = None if lse is None else lse.new_empty(len(queries), slots * shapes.heads)
+    queries, pairs = routed.queries.per_group(q), routed.keys.pairs(k, v)
     for run in routed.runs():
-        problems = routed.queries_of(queries, run)
+        problems = routed.queries_of(queries, run, buffers, "q")
         own_keys, own_values = routed.pairs_of(pairs, run, buffers)
         own, own_lse = kernels.forward(problems, own_keys, own_values, run.bias, work.scale)
         if run.hidden is not None:
             own = own.masked_fill(run.hidden[..., None], 0)
             own_lse = own_lse.masked_fill(run.hidden, float("-inf"))
-        found[run.queries] = shapes.query_rows(own, slots).view(-1, found.shape[1])
-        if found_lse is not None:
-            rows = shapes.query_rows(own_lse[..., None], slots).to(found_lse.dtype)
-            found_lse[run.queries] = rows.view(-1, found_lse.shape[1])
-    routed.queries.put(out, found)
-    if lse is not None and found_lse is not None:
-        routed.queries.put(lse, found_lse)
+        routed.put(out, run, own)
+        if lse is not None:
+            routed.put(lse, run, own_lse[..., None])
 
 
 class Totals(NamedTuple):
@@ -289,17 +299,15 @@ def backward(
         totals: Where to add; rows of queries are put.
     """
     routed, buffers = Routed(group, work, q, k), Buffers()
-    shapes, places = routed.shapes, routed.queries
-    tables = {name: places.tiles(rows[None]) for name, rows in per_query.items()}
+    rows = {name: routed.queries.per_group(whole[None]) for name, whole in per_query.items()}
     pairs = routed.keys.pairs(k, v)
-    if places.empty is not None:
-        # An empty slot repeats some token: without a gradient of its own it adds nothing to the keys'.
-        for name in {"grad", "grad_lse"} & set(tables):
-            tables[name].view(len(places.rows), -1).masked_fill_(places.empty[:, None], 0)
-    dq = torch.empty_like(tables["q"])
-    dk, dv = (pairs.new_zeros(len(pairs), pairs.shape[1] // 2, dtype=shapes.wide) for _ in range(2))
+    dk, dv = (pairs.new_zeros(len(pairs), pairs.shape[1] // 2, dtype=routed.shapes.wide) for _ in range(2))
     for run in routed.runs():
-        mine = {name: routed.queries_of(table, run) for name, table in tables.items()}
+        # An empty slot repeats some token: without a gradient of its own it adds nothing to the keys'.
+        mine = {
+            name: routed.queries_of(own, run, buffers, name, name not in ("grad", "grad_lse"))
+            for name, own in rows.items()
+        }
         own_keys, own_values = routed.pairs_of(pairs, run, buffers)
         found = kernels.backward(
             mine["grad"],
@@ -313,10 +321,9 @@ def backward(
             work.scale,
             False,
         )
-        dq[run.queries] = shapes.query_rows(found.q, places.slots).view(-1, dq.shape[1])
+        routed.put(totals.q, run, found.q)
         routed.add(dk, run, found.k)
         routed.add(dv, run, found.v)
-    places.put(totals.q, dq)
     for total, own in ((totals.k, dk), (totals.v, dv)):
         total = total.view(len(total) * routed.keys.groups, -1)
         accumulate(total, routed.keys.rows, own.view(-1, total.shape[1]))
