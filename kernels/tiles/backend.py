@@ -15,7 +15,16 @@ from visattn.kernels.tiles.boxes import box_groups
 from visattn.kernels.tiles.engine import TileAttention, forward
 from visattn.kernels.tiles.groups import Group, Problems, list_groups, routed_group, whole_sequence
 from visattn.kernels.tiles.heads import ALL_HEADS, Heads
-from visattn.kernels.tiles.rule import BATCH_MS, CALL_MS, KEPT_MS, ROUTE_MS, choose_axes, problem_cost
+from visattn.kernels.tiles.rule import (
+    BATCH_MS,
+    CALL_MS,
+    KEPT_MS,
+    ROUTE_MS,
+    choose_axes,
+    problem_cost,
+    routed_cost,
+    token_cost,
+)
 from visattn.layout import Layout
 from visattn.patterns import (
     BiasedPattern,
@@ -53,14 +62,20 @@ class Tiles(Backend):
         return Support(True)
 
     def cost(self, problem: Problem) -> float:
-        """The measured rule of `tiles_rule`: pairs, moved keys and queries, and a fixed time per batch."""
-        problems = _problems(problem.pattern, problem.layout, problem.rpb)
+        """The measured rule: pairs, moved keys and queries, and a fixed time per batch; of routed lists, per token."""
+        pattern, layout = problem.pattern, problem.layout
+        problems = _problems(pattern, layout, problem.rpb)
+        routed = _is_routed(pattern, layout)
+        pairs, fixed = 0.0, CALL_MS
+        if routed:
+            n, queries, keys = problems.pop(0)
+            pools = isinstance(pattern, DynamicPattern) and pattern.pools_rest
+            pairs += n * routed_cost(queries, keys) + token_cost(layout.length, pools)
+            fixed += ROUTE_MS
         row = 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
         batches = sum(-(-problem.batch * n // batch_size(keys, row, problem.device)) for n, _, keys in problems)
-        pairs = sum(n * problem_cost(queries, keys) for n, queries, keys in problems)
-        routed = _is_routed(problem.pattern, problem.layout)
-        each = BATCH_MS if routed or problem.rpb or problem.key_mask else KEPT_MS
-        fixed = CALL_MS + each * batches + (ROUTE_MS if routed else 0.0)
+        pairs += sum(n * problem_cost(queries, keys) for n, queries, keys in problems)
+        fixed += batches * (BATCH_MS if routed or problem.rpb or problem.key_mask else KEPT_MS)
         return problem.batch * problem.heads * pairs + overhead(problem, fixed, 1e3 * fixed)
 
     def prepare(
@@ -124,7 +139,7 @@ def visited_pairs(pattern: Pattern, layout: Layout, rpb: bool = False) -> int:
 
 
 def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, int, int]]:
-    """Number, queries and keys of the problems of each group, for one sample."""
+    """Number, queries and keys of the problems of each group, for one sample; those of a routed group first."""
     cpu = torch.device("cpu")
     if not _is_routed(pattern, layout):
         groups, routed = _static_problems(pattern, layout, cpu, rpb).groups, []
