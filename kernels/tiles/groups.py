@@ -141,6 +141,11 @@ class Problems:
     groups: tuple[Group, ...]
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def routed(self) -> tuple[Group, ...]:
+        """Those that differ from sample to sample."""
+        return tuple(group for group in self.groups if group.routed)
+
 
 def whole_sequence(queries: Ints, keys: int, device: torch.device) -> Group:
     """One problem: these query tokens see the first `keys` tokens."""
