@@ -48,7 +48,8 @@ class Work:
         if t.routed is not None:
             return t.routed.program(direction)
         by_keys = direction == "key_grad"
-        return program(self.plan(direction), by_keys, self.configs[direction].per_step, t.q.device)
+        launch = self.configs[direction]
+        return program(self.plan(direction), by_keys, launch.per_step, t.q.device, launch.halves)
 
 
 class Routed(Protocol):

@@ -24,6 +24,7 @@ from visattn.kernels.triton.arguments import (
 )
 from visattn.kernels.triton.choosing.tables import writes_lists
 from visattn.kernels.triton.config import HOPPER, Config
+from visattn.kernels.triton.lists.program import Program
 from visattn.kernels.triton.start import Launch, programs
 from visattn.layout import Layout
 from visattn.patterns import Pattern, RoutedPattern
@@ -168,7 +169,7 @@ def key_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "score_scale": work.scale * LOG2E,
         "heads": k.shape[2], "length": t.q.shape[1], "key_length": k.shape[1],
         **strides("k", k, step), **strides("v", v, step),
-        "UNIT": step,
+        "UNIT": step, "VARIANT": work.configs["key_grad"].variant,
     }  # fmt: skip
 
 
@@ -196,7 +197,16 @@ def hopper_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "UNIT": step, "LSE": t.lse is not None,
         "TILES": work.program("forward", t).tiles,
         "TURNS": work.plan("forward").full_share < TAKE_TURNS,
+        "VALUE_STAGES": value_stages(work.program("forward", t), work.configs["forward"].stages),
     }  # fmt: skip
+
+
+def value_stages(run: Program, stages: int) -> int:
+    """Slots of the ring of values.
+
+    Where halves leave steps out, values wait for two steps: a third slot lets the copies go on meanwhile.
+    """
+    return stages if run.halves is None else max(stages, 3)
 
 
 def _common_arguments(
@@ -221,6 +231,7 @@ def _common_arguments(
     return {
         **descriptors,
         **{name: value for name, value in lists.items() if name not in unused},
+        "halves": run.bounds if run.halves is None else run.halves,
         "key_mask": rows if t.key_mask is None else t.key_mask,
         "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
         "HEAD_DIM": rows.shape[3], "ROWS": run.rows, "COLUMNS": run.columns,
@@ -228,4 +239,5 @@ def _common_arguments(
         "FOLDED": folded(copied[0]),
         "STAGES": work.configs[direction].stages,
         "PARTIAL": run.partial, "DENSE": run.has_dense, "KEY_MASK": t.key_mask is not None,
+        "HALVES": run.halves is not None,
     }  # fmt: skip
