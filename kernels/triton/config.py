@@ -126,6 +126,7 @@ HOPPER = {
 HOPPER_NEXT = {
     "forward": {dim: launch._replace(halves=True) for dim, launch in HOPPER["forward"].items()},
     "key_grad": {64: Config(128, 64, 4, 4, 1, True, True, 2), 128: Config(128, 64, 4, 4, 1, True, True, 1)},
+    "query_grad": {64: Config(128, 64, 4, 4, 1, True, True), 128: Config(128, 64, 4, 4, 1, True, True)},
 }
 
 

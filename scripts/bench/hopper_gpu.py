@@ -56,7 +56,12 @@ def contenders(dim: int) -> dict[str, dict[str, Config]]:
         for stages in (3, 4):
             name = f"variant {variant}, {stages} slots"
             found["key_grad"][name] = base._replace(variant=variant, stages=stages)
-    found["query_grad"] = {"shipped": config(90, torch.bfloat16, dim, "query_grad")}
+    own = HOPPER_NEXT["query_grad"][dim]
+    found["query_grad"] = {
+        "shipped": config(90, torch.bfloat16, dim, "query_grad"),
+        "next": own,
+        "next, whole rows": own._replace(halves=False),
+    }
     return found
 
 

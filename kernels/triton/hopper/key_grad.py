@@ -193,9 +193,7 @@ def _consume(
                 last = at[2]
                 acc_v = warpgroup_mma(weights, shared[3].index(last), acc_v, is_async=True)
                 acc_k = warpgroup_mma(grad_scores, shared[2].index(last), acc_k, is_async=True)
-                acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(
-                    0, deps=[acc_k, acc_v, weights, grad_scores]
-                )
+                acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(0, deps=[acc_k, acc_v, weights, grad_scores])
 
     # Through the memory of keys and values to a layout whose stores are whole lines.
     keys.index(GROUP).store((acc_k * (score_scale * LN2)).to(dtype))

@@ -60,9 +60,9 @@ def hopper_config(
         head_dim: Channels per head.
         pattern: The pattern.
         layout: The tokens.
-        direction: "forward" or "key_grad".
+        direction: "forward", "key_grad" or "query_grad".
     """
-    launch = HOPPER[direction].get(head_dim)
+    launch = HOPPER.get(direction, {}).get(head_dim)
     if architecture != 90 or launch is None or dtype.itemsize != 2 or not installed():
         return None
     if layout.key_layout is not None:
@@ -95,6 +95,8 @@ def faster_configs(
     directions = []
     if copyable(k, v):
         directions.append("forward")
+        if call.key_mask is None:
+            directions.append("query_grad")
     # A program has one query head.
     if copyable(q, q) and q.shape[2] == k.shape[2]:
         directions.append("key_grad")
@@ -170,6 +172,30 @@ def key_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "heads": k.shape[2], "length": t.q.shape[1], "key_length": k.shape[1],
         **strides("k", k, step), **strides("v", v, step),
         "UNIT": step, "VARIANT": work.configs["key_grad"].variant,
+    }  # fmt: skip
+
+
+def query_launch(t: Operands, work: Work) -> Launch:
+    """The launch of the backward kernel for queries; its result is contiguous."""
+    from visattn.kernels.triton.hopper.query_grad import query_gradients
+
+    given = query_arguments(t, work) | t.given("grad_q")
+    copied = {"k_grid": "k", "k_runs": "k", "v_grid": "v", "v_runs": "v"}
+    return Launch(query_gradients, programs(given), given, WARPS, copied=copied)
+
+
+def query_arguments(t: Operands, work: Work) -> dict[str, Any]:
+    """Arguments of `hopper.query_grad.query_gradients` without its result."""
+    q, k, grad_out = t.q, t.k, t.grad_out
+    assert grad_out is not None
+    step = unit(q, grad_out)
+    return {
+        **_common_arguments("query_grad", ("k", "v"), (k, t.v), q, t, work),
+        "q": q, "grad_out": grad_out, "lse": t.lse, "delta": t.delta,
+        "scale": work.scale,
+        "score_scale": work.scale * LOG2E,
+        **strides("q", q, step), **strides("grad", grad_out, step), **head_arguments(q, k),
+        "UNIT": step,
     }  # fmt: skip
 
 
