@@ -3,7 +3,8 @@
     python3 -m scripts.bench.hopper_gpu [--jobs 10] [--only flux-s1 ...] [--budget 120] [--out FILE]
 
 Each contender's results are compared with the shipped kernel's first. Milliseconds of one kernel, and of cuDNN's dense
-forward and backward; what is left of the time when the budget is spent is not begun. Prints a line each, writes JSON. `--jobs`
+forward and backward; what is left of the time when the budget is spent is not begun. Prints a line each, writes JSON.
+`--jobs`
 compiles in that many processes first.
 """
 
