@@ -4,8 +4,7 @@
 
 Each contender's results are compared with the shipped kernel's first. Milliseconds of one kernel, and of cuDNN's dense
 forward and backward; what is left of the time when the budget is spent is not begun. Prints a line each, writes JSON.
-`--jobs`
-compiles in that many processes first.
+`--jobs` compiles in that many processes first.
 """
 
 from __future__ import annotations
