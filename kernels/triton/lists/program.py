@@ -128,7 +128,9 @@ def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device, 
         counts, split = (np.bincount(r, minlength=rows.tiles) for r in (row, row[mask_id < 0]))
     partial = mask_id >= 0
     start = np.cumsum(counts) - counts
-    bounds = np.stack([start, start + split, start + counts, _dense_visits(rows, columns, per_step, plan.pattern.dense_pairs)], 1)
+    bounds = np.stack(
+        [start, start + split, start + counts, _dense_visits(rows, columns, per_step, plan.pattern.dense_pairs)], 1
+    )
     launch = _launch_order(rows, counts)
     tokens = np.full((rows.tiles, row_slots), -1)
     tokens[:, : rows.capacity] = rows.tokens[launch]
