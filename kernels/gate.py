@@ -9,6 +9,7 @@ import torch
 
 from visattn.dispatch import Backend, choose, overhead
 from visattn.patterns import Gate
+from visattn.patterns.choice.listening import choosing
 from visattn.patterns.tailed import holding
 from visattn.prepare import run_call
 from visattn.problem import Call, Problem, Support
@@ -41,7 +42,8 @@ class GateBackend(Backend):
         """See `Backend.run`."""
         pattern = call.pattern
         assert isinstance(pattern, Gate)
-        choice = pattern.choose(q, k, call.layout, call.key_mask, call.parameters)
+        with choosing():
+            choice = pattern.choose(q, k, call.layout, call.key_mask, call.parameters)
         with holding(pattern.by, choice):
             return run_call(q, k, v, replace(call, pattern=pattern.by, parameters={}))
 

@@ -14,7 +14,7 @@ from visattn.kernels.rows import attention_rows, sampled_rows
 from visattn.layout import Layout
 from visattn.patterns import Best, DynamicPattern, HeadsPattern, ListedPattern, PerHead, Routes
 from visattn.patterns.choice.blocks import inner
-from visattn.patterns.choice.listening import hears, listening, tell_shares
+from visattn.patterns.choice.listening import choosing, hears, listening, tell_shares
 from visattn.patterns.choice.memory import Means, beside, kept_for
 from visattn.patterns.choice.scores import block_means
 from visattn.plans import plan
@@ -82,7 +82,7 @@ def best_patterns(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call)
     def choose() -> Routes:
         return Routes(row_errors(q, k, v, call).argmin(0)[..., None, None])
 
-    with torch.no_grad():
+    with torch.no_grad(), choosing():
         if pattern.every == 1:
             return choose().tiles[..., 0, 0]
         valid = None if call.key_mask is None else call.key_mask[:, at]

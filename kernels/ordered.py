@@ -12,7 +12,7 @@ from visattn.dispatch import Backend, choose, overhead
 from visattn.layout import Layout
 from visattn.patterns import OrderedPattern, Routes
 from visattn.patterns.choice.blocks import inner
-from visattn.patterns.choice.listening import hears, tell_shares
+from visattn.patterns.choice.listening import choosing, hears, tell_shares
 from visattn.patterns.ordered import Carried, Clustered, carrying
 from visattn.patterns.routes import lists_of
 from visattn.prepare import run_call
@@ -50,7 +50,8 @@ class Ordered(Backend):
         """See `Backend.run`."""
         pattern = call.pattern
         assert isinstance(pattern, OrderedPattern)
-        found = pattern.cluster(q, k, call.layout, call.key_mask, call.scale)
+        with choosing():
+            found = pattern.cluster(q, k, call.layout, call.key_mask, call.scale)
         _tell(found)
         return ordered_attention(q, k, v, call, found)
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from visattn.kernels.tiles.backend import listed_call
-from visattn.kernels.tiles.batches import Work
 from visattn.kernels.tiles.plain import gradients
 from visattn.problem import Call
 
@@ -39,12 +38,7 @@ def of_lists(call: Call, choice: torch.Tensor | None = None) -> Formula:
         q, k, v, rpb = (*inputs, None)[:4]
         assert q is not None and k is not None and v is not None
         own = listed_call(q, k, v, replace(bare, rpb=rpb), choice)
-        heads, work = own.heads, Work(own.problems, bare.scale, own.key_mask)
-        given = (t if t is None else heads.queries(t) for t in (*grads, None)[:2])
-        grad_q, grad_k, grad_v, grad_rpb = gradients(*own.tensors, rpb, work, *given)
-        assert grad_q is not None and grad_k is not None and grad_v is not None
-        moved = heads.joined(grad_q), heads.key_gradient(grad_k), heads.key_gradient(grad_v)
-        return (*moved, grad_rpb)[: len(inputs)]
+        return gradients(*own.tensors, rpb, own.work(bare.scale), *(*grads, None)[:2])[: len(inputs)]
 
     return formula
 

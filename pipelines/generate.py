@@ -52,6 +52,7 @@ class Settings:
         weights: File of a distilled student, whose tensors the sparse runs have; see `pipelines.trained`.
         compare: Whether the dense twin is generated too; it keeps the model's own weights.
         repeats: How often each image is generated; times are medians.
+        parallel: As in `visattn.apply`.
     """
 
     pattern: str
@@ -76,6 +77,7 @@ class Settings:
     weights: str | None = None
     compare: bool = False
     repeats: int = 1
+    parallel: str | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -215,7 +217,7 @@ def _patched(pipe: Any, settings: Settings, kind: str, schedule: dict[str, Any])
     pattern = settings.pattern if kind == SPARSE else DENSE
     weights = trained_weights(denoiser(pipe), trained) if trained else nullcontext()
     # What is shown is the pattern, and the models that come along were trained with theirs.
-    with weights, apply(pipe, pattern, **schedule, always=True) as handle:
+    with weights, apply(pipe, pattern, **schedule, always=True, parallel=settings.parallel) as handle:
         if trained:
             load_own(handle, trained)
         yield handle

@@ -17,7 +17,14 @@ from pathlib import Path
 
 from scripts.figures_dynamic import dynamic_tables
 from scripts.figures_emoji import emoji_tables
-from scripts.figures_gpu import gpu_calls_table, gpu_peers_table, gpu_real_table, gpu_stack_table, gpu_table
+from scripts.figures_gpu import (
+    gpu_calls_table,
+    gpu_parallel_table,
+    gpu_peers_table,
+    gpu_real_table,
+    gpu_stack_table,
+    gpu_table,
+)
 from scripts.figures_models import model_tables
 from scripts.figures_precision import precision_tables
 from scripts.pages import with_table
@@ -36,6 +43,7 @@ PAGES = tuple(
         "docs/diffusers.md",
         "docs/precision.md",
         "docs/dynamic.md",
+        "docs/parallel.md",
     )
 )
 
@@ -136,6 +144,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-stack": gpu_stack_table,
     "gpu-calls": gpu_calls_table,
     "gpu-real": gpu_real_table,
+    "gpu-parallel": gpu_parallel_table,
     "digits-vit": digits_vit_table,
     "timm": timm_table,
     "moh": moh_table,

@@ -74,7 +74,7 @@ def quality_table(name: str = "emoji-quality") -> str:
         "Frechet",
         "to dense",
     ]
-    return table(head, rows) + _failures(found)
+    return table(head, rows) + _splits(found) + _failures(found)
 
 
 def clips_table() -> str:
@@ -92,7 +92,7 @@ def clips_table() -> str:
         "flicker",
         "to dense",
     ]
-    return table(head, rows) + _failures(found)
+    return table(head, rows) + _splits(found) + _failures(found)
 
 
 def _of_clips(row: dict[str, Any]) -> list[str]:
@@ -158,6 +158,16 @@ def _likeness(row: dict[str, Any]) -> str:
 def _recovered(before: float, after: float, whole: float) -> str:
     """Share of a gap that was closed, in words; nothing where there was none."""
     return f" ({(after - before) / (whole - before):.0%} of the gap)" if abs(whole - before) > 0.005 else ""
+
+
+def _splits(found: dict[str, Any]) -> str:
+    """What of the unseen captions the dense model draws right, told apart; nothing where that was not measured."""
+    dense = next((row for row in _measured(found, SHIPPED) if row["pattern"] == DENSE), {})
+    parts = dense.get("unseen", {}).get("splits", {})
+    names = {"new pair": "emoji that training saw in other styles only", "new emoji": "emoji that it never saw"}
+    known = {name: parts[split] for split, name in names.items() if split in parts}
+    shares = [f"{_top(part)} of {part['pictures']} {name}" for name, part in known.items()]
+    return f"\n\nUnseen captions, dense: {' and '.join(shares)}." if shares else ""
 
 
 def _failures(found: dict[str, Any]) -> str:

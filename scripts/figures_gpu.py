@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from scripts.results import RESULTS, result, table
 
 PEERS = ("cudnn", "flash", "flex")
@@ -87,6 +89,28 @@ def gpu_calls_table() -> str:
         case = f"`{row['pattern']}` on {row['layout']}"
         rows.append([case, row["heads"], *(f"{row[key]:.0f}" for key in columns.values())])
     return table(head, rows) + _machine("h100-calls")
+
+
+def gpu_parallel_table() -> str:
+    """Block stacks on two GPUs, measured by scripts/bench/parallel_gpu.py."""
+    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in result("h200-x2-parallel")["rows"]:
+        key = STACKS[row["model"]], "x".join(map(str, row["grid"]))
+        found.setdefault(key, {}).setdefault(row["pattern"], []).append(row)
+    rows = []
+    for (model, grid), patterns in found.items():
+        dense = next((one["step_ms"] for one in patterns.get("dense", ()) if one["way"] == "one GPU"), None)
+        for pattern, ways in patterns.items():
+            for way in ways:
+                what = "dense" if pattern == "dense" else f"`{pattern}`"
+                cells = [model, grid, what, way["way"], f"{way['step_ms']:.1f} ms"]
+                cells.append(f"{way['speedup']:.2f}x ({way['efficiency']:.0%})" if "speedup" in way else "")
+                cells.append("" if dense is None else f"{dense / way['step_ms']:.1f}x")
+                cells.append(f"{way['bytes_per_rank'] / 1e6:.0f} MB" if "bytes_per_rank" in way else "")
+                cells.append(f"{way['exchange_ms']:.2f} ms" if "exchange_ms" in way else "")
+                rows.append(cells)
+    head = ["stack", "grid", "attention", "way", "a step", "against one GPU", "against dense on one", "sent by a GPU"]
+    return table([*head, "exchange alone, a layer"], rows) + _machine("h200-x2-parallel")
 
 
 def gpu_real_table() -> str:

@@ -11,11 +11,11 @@ from typing import Any, Protocol, cast
 
 from visattn.caught import Caught
 from visattn.dispatch import load
-from visattn.layout import Layout
+from visattn.layout import Layout, check_layout
 from visattn.parameters import Learnable, PatternParameters, read_weights
 from visattn.patterns import MergingPattern
 from visattn.registry import REGISTRY
-from visattn.report import Reached, Report, SiteReport
+from visattn.report import Report, SiteReport
 from visattn.schedule import PatternLike, Schedule, Selector
 from visattn.watch import Watched, Watcher
 
@@ -27,18 +27,33 @@ class Request:
     Attributes:
         schedule: Pattern of each layer, dense layers and steps.
         backend: "auto" or the name of a backend.
-        layout: Where the tokens sit, for models of unknown classes; None to find out.
+        layouts: Where the tokens sit, for models of unknown classes, one for each length of a sequence; () to find out.
         strict: Whether a forward that misses a selected module raises.
         always: Whether the pattern runs also where dense attention is estimated to be faster.
         caught: Queries of each call whose caught attention is measured, 0 for none.
+        parallel: How processes share a model's tokens, "ulysses" or "halo"; None if they do not.
+        mesh: Which processes.
     """
 
     schedule: Schedule
     backend: str = "auto"
-    layout: Layout | None = None
+    layouts: tuple[Layout, ...] = ()
     strict: bool = False
     always: bool = False
     caught: int = 0
+    parallel: str | None = None
+    mesh: Any = None
+
+    @property
+    def layout(self) -> Layout | None:
+        """The one layout of all sequences, None where it is to be found out.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        if len(self.layouts) > 1:
+            raise ValueError(f"layout has {len(self.layouts)} layouts, which only models of diffusers take: pass one")
+        return self.layouts[0] if self.layouts else None
 
 
 class Patch(Protocol):
@@ -171,14 +186,14 @@ def _watch_both(first: Watcher, second: Watcher, watched: Watched) -> None:
 
 def apply(
     target: Any,
-    pattern: PatternLike,
+    pattern: PatternLike | Schedule,
     *,
     layers: Selector | Iterable[Selector] | None = None,
     dense_layers: int = 0,
     dense_steps: int | float = 0,
     dense_last_steps: int | float = 0,
     backend: str = "auto",
-    layout: Layout | None = None,
+    layout: Layout | Sequence[Layout] | None = None,
     strict: bool = False,
     weights: str | Path | None = None,
     always: bool = False,
@@ -187,19 +202,26 @@ def apply(
     precise_layers: Selector | Iterable[Selector] | None = None,
     precise_steps: int | float = 0,
     precise_last_steps: int | float = 0,
+    parallel: str | None = None,
+    mesh: Any = None,
 ) -> Handle:
     """Make the self-attention of a model sparse, until the handle removes it.
 
     Args:
         target: A diffusers pipeline or model, a timm model, or a transformers model or pipeline with a vision tower.
         pattern: A pattern or its text like "na(window=7x7)"; a mapping from layers to patterns like
-            {"0-3": "dense", "4-": "na(window=7x7)"}; or the path of a JSON or YAML file with such a mapping.
+            {"0-3": "dense", "4-": "na(window=7x7)"}, where a layer may have a mapping from denoising steps to patterns
+            like {"0-0.25": "dense", "0.25-": "na(window=7x7)"} (shares of the run, or counts: {"0-3": ..., "4-": ...};
+            steps that none names stay dense); the path of a JSON or YAML file with such a mapping, or of one that
+            `visattn tune` wrote; or a `Schedule`.
         layers: Layers to patch: indices, slices, ranges like "4-9", or names; None for all.
         dense_layers: The first so many selected layers stay dense.
         dense_steps: The first so many denoising steps stay dense: a count, or a fraction like 0.25.
         dense_last_steps: The last so many stay dense, likewise.
         backend: "auto" for the cheapest that can run a call, or a name of `backends()`.
-        layout: Where the tokens sit, for a model of a class that visattn does not know.
+        layout: Where the tokens sit, for a model of a class that visattn does not know. Several, for a diffusers model
+            whose layers attend to sequences of different lengths (the levels of a UNet): each call has the first one
+            that is as long as its sequence.
         strict: Raise if a forward misses a selected attention module.
         weights: File that `Handle.save` wrote: learnable parameters of the same patterns at the same layers. None
             starts from their initial values.
@@ -217,6 +239,12 @@ def apply(
         precise_layers: Layers that stay in the model's own dtype all the same, selected as by `layers`.
         precise_steps: The first so many denoising steps stay in it: a count, or a fraction like 0.25.
         precise_last_steps: The last so many do.
+        parallel: How the processes of torch.distributed share the tokens of a diffusers model; each makes this call.
+            "halo" gives each a slab of the grid and fetches the border keys that patterns list, "ulysses" exchanges
+            tokens for heads; both keep dense layers and steps exact. See docs/parallel.md. None for one process, or for
+            diffusers' own `enable_parallelism`.
+        mesh: Which processes: a DeviceMesh of one axis or a process group; None for those of the model's
+            ContextParallelConfig, or all.
 
     Returns:
         The handle that reports and undoes; also a context manager.
@@ -241,7 +269,10 @@ def apply(
         read_weights(Path(weights))
     if isinstance(caught, bool) or not isinstance(caught, int) or caught < 0:
         raise ValueError(f"caught={caught!r} must be how many queries of a call are looked at, 0 for none")
-    request = Request(schedule, backend, layout, strict, always or strict or weights is not None, caught)
+    if parallel is not None:
+        _check_parallel(parallel, package, caught, schedule.precision)
+    always = always or strict or weights is not None or parallel is not None
+    request = Request(schedule, backend, _layouts(layout), strict, always, caught, parallel, mesh)
     handle = Handle(ADAPTERS[package](target, request), request)
     if weights is not None:
         try:
@@ -250,6 +281,46 @@ def apply(
             handle.remove()
             raise
     return handle
+
+
+def _check_parallel(parallel: Any, package: str, caught: int, precision: str | None) -> None:
+    if parallel not in ("ulysses", "halo"):
+        raise ValueError(f"parallel={parallel!r} must be 'ulysses', 'halo' or None")
+    if package != "diffusers":
+        raise ValueError(f"parallel={parallel!r} shares the tokens of diffusers models, and the target is of {package}")
+    if caught:
+        raise ValueError(
+            f"parallel={parallel!r} and caught={caught}: no process has all queries and keys, leave one out"
+        )
+    if precision is not None:
+        raise ValueError(
+            f"parallel={parallel!r} and precision={precision!r}: attention that processes share is computed in the "
+            "model's own dtype, leave one out"
+        )
+
+
+def _layouts(given: Layout | Sequence[Layout] | None) -> tuple[Layout, ...]:
+    """What `layout` of `apply` says, as several.
+
+    Raises:
+        ValueError: If these are no layouts of self-attention with equally many axes, or two of equal length.
+    """
+    if given is None:
+        return ()
+    layouts = (given,) if isinstance(given, Layout) or not isinstance(given, Sequence) else tuple(given)
+    if not layouts:
+        raise ValueError(
+            "layout is empty: pass Layout(grid, prefix=..., suffix=...), one for each length of a sequence"
+        )
+    for layout in layouts:
+        check_layout(layout)
+        if layout.key_layout is not None:
+            raise ValueError(f"layout={layout} has a key_layout: pass where the tokens of its self-attention sit")
+    if len({layout.dims for layout in layouts}) > 1 or len({layout.length for layout in layouts}) < len(layouts):
+        raise ValueError(
+            f"layout has {' and '.join(map(str, layouts))}: pass layouts with equally many axes, one for each length"
+        )
+    return layouts
 
 
 def _package(target: Any) -> str:

@@ -203,24 +203,25 @@ def _plan(pattern: ListedPattern, layout: Layout, query_box: tuple[int, ...], ke
     queries = Tiling(tiled, query_box, step, parts=parts)
     keys = Tiling(tiled_keys, key_box, step, extra, parts)
     pairs = pattern.tile_pairs(layout.grid, queries, keys)
-    query, key, mask, masks = _with_dense_tokens(pairs, queries, keys)
-    visible = pairs.visible + _dense_token_pairs(layout, keys.extra)
+    query, key, mask, masks = _with_dense_tokens(pairs, queries, keys, pattern.dense_pairs)
+    visible = pairs.visible + _dense_token_pairs(layout, keys.extra, pattern.dense_pairs)
     lists = _lists(query, key, mask, queries.tiles)
     routed = pattern.routed_tiles(layout.grid, keys) if isinstance(pattern, RoutedPattern) else 0
     return TilePlan(pattern, layout, queries, keys, lists, masks, visible, routed)
 
 
-def _dense_token_pairs(layout: Layout, extra: int) -> int:
-    """Visible pairs that involve a prefix, suffix or extra token."""
+def _dense_token_pairs(layout: Layout, extra: int, joined: bool = True) -> int:
+    """Visible pairs that involve a prefix, suffix or extra token; `joined` says whether dense tokens see each other."""
     keys = layout.keys
     dense_queries, dense_keys = layout.prefix + layout.suffix, keys.prefix + keys.suffix
-    return dense_queries * keys.length + layout.tokens * (dense_keys + extra)
+    return dense_queries * (keys.length if joined else keys.tokens) + layout.tokens * (dense_keys + extra)
 
 
-def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling) -> tuple[Ints, Ints, Ints, Bools]:
+def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling, joined: bool) -> tuple[Ints, Ints, Ints, Bools]:
     """Add the visits of dense tokens to the grid's: query tile, key tile, mask per visit, and all masks.
 
-    Grid tiles also visit every dense and extra tile; dense tiles visit everything but the extra tiles.
+    Grid tiles also visit every dense and extra tile; dense tiles visit everything but the extra tiles, and without
+    `joined` the grid alone.
     """
     short, more = _validity(queries, keys)
     mask_of_key = np.where(short >= 0, short + len(pairs.masks), -1)
@@ -228,7 +229,7 @@ def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling) -> tuple
     grid_keys, grid_queries = key_index[keys.grid_tiles], query_index[queries.grid_tiles]
     dense_keys = np.setdiff1d(key_index, grid_keys)
     dense_queries = np.setdiff1d(query_index, grid_queries)
-    plain_keys = key_index[: keys.tiles - keys.runs[3]]
+    plain_keys = key_index[: keys.tiles - keys.runs[3]] if joined else grid_keys
     # Tiles of one token leave tiles of the shorter regions empty.
     plain_keys = plain_keys[keys.sizes[plain_keys] > 0]
     filled_queries = grid_queries[queries.sizes[grid_queries] > 0]

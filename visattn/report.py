@@ -4,39 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from visattn.caught import Reached
 from visattn.crossing import crossing
 from visattn.dispatch import candidates, choose
 from visattn.layout import Layout
 from visattn.patterns import ListedPattern, MergingPattern, Pattern
 from visattn.plans import plan
 from visattn.problem import Problem
+from visattn.staged import Staged
 from visattn.tally import Row
-
-
-class Reached(NamedTuple):
-    """Density of calls whose pattern lists what q and k choose, over heads, samples and calls.
-
-    Attributes:
-        mean: Of all.
-        least: The smallest.
-        most: The largest.
-    """
-
-    mean: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, sums: torch.Tensor, layout: Layout) -> Reached:
-        """From sum, number, least and largest of shares of grid pairs; pairs with a dense token are all listed."""
-        total, number, least, most = sums.tolist()
-        grid, every = layout.tokens**2, layout.length**2
-        mean, least, most = ((share * grid + every - grid) / every for share in (total / number, least, most))
-        return cls(mean, least, most)
 
 
 @dataclass(frozen=True)
@@ -83,10 +63,26 @@ class CallReport:
             skipped = float(skips[0] / skips[1]) * problem.layout.tokens**2 / problem.layout.length**2
         return cls(problem, hits, name, _why(problem, name, backend), share, reached, skipped)
 
+    def __str__(self) -> str:
+        share = "" if self.density is None else f", density {self.density:.3f}"
+        if self.reached is not None:
+            share += f" ({self.reached.least:.3f} to {self.reached.most:.3f} over heads and calls)"
+        if self.skipped is not None:
+            share += f", {self.skipped:.3f} skipped"
+        return f"{self.backend}{self._precision()} on {self.problem.layout}{share}"
+
+    def _precision(self) -> str:
+        """What the calls were computed in, in words; nothing for the model's own dtype."""
+        precision = self.problem.precision
+        if precision is None:
+            return ""
+        return f" in {precision}, simulated for its errors" if self.backend == "tiles" else f" in {precision}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and texts."""
         layout = self.problem.layout
         return {
+            "pattern": str(self.problem.pattern),
             "grid": list(layout.grid),
             "prefix": layout.prefix,
             "suffix": layout.suffix,
@@ -101,14 +97,6 @@ class CallReport:
             "reached": None if self.reached is None else self.reached._asdict(),
             "skipped": self.skipped,
         }
-
-
-def _in(call: CallReport) -> str:
-    """What calls were computed in, in words; nothing for the model's own dtype."""
-    precision = call.problem.precision
-    if precision is None:
-        return ""
-    return f" in {precision}, simulated for its errors" if call.backend == "tiles" else f" in {precision}"
 
 
 def density(problem: Problem) -> float | None:
@@ -144,7 +132,7 @@ class SiteReport:
     Attributes:
         model: Name of the model in its pipeline, or its class.
         site: Path of the module, or a text for all calls inside compiled code, which do not tell their module.
-        pattern: What the module was given.
+        pattern: What the module was given, for each step where it is `Staged`.
         calls: Calls that ran the pattern, one entry per problem.
         dense: Calls that a schedule or `auto` kept dense.
         fallbacks: Calls that could not run the pattern, by reason.
@@ -156,11 +144,13 @@ class SiteReport:
         timed: How many calls the estimated times are from, first ones not among them.
         called: How many calls there were.
         caught: Share of the exact attention of sampled queries on what the pattern lists, if `apply` was asked to look.
+        choosing_seconds: What of `sparse_seconds` went into choosing what is listed, 0 where nothing is chosen.
+        moved: Bytes that this process sent to others for it (`apply(..., parallel=...)`).
     """
 
     model: str
     site: str
-    pattern: Pattern
+    pattern: Pattern | Staged
     calls: tuple[CallReport, ...]
     dense: int
     fallbacks: dict[str, int]
@@ -172,9 +162,13 @@ class SiteReport:
     timed: int = 0
     called: int = 0
     caught: Reached | None = None
+    choosing_seconds: float = 0.0
+    moved: int = 0
 
     @classmethod
-    def of(cls, model: str, site: str, pattern: Pattern, backend: str, row: Row, compiled: bool = False) -> SiteReport:
+    def of(
+        cls, model: str, site: str, pattern: Pattern | Staged, backend: str, row: Row, compiled: bool = False
+    ) -> SiteReport:
         """The report of one row of a tally."""
         calls = tuple(
             CallReport.of(problem, hits, backend, row.reached.get(problem), row.skipped.get(problem))
@@ -184,7 +178,7 @@ class SiteReport:
         kept: Counter[str] = Counter()
         for problem, count in row.kept.items():
             kept[f"{_why_kept(problem)} on {problem.layout}"] += count
-        rest = dict(kept), row.first_seconds, row.timed, row.calls
+        rest = dict(kept), row.first_seconds, row.timed, row.calls, None, row.choosing_seconds
         return cls(model, site, pattern, calls, row.dense, dict(row.fallbacks), *seconds, compiled, *rest)
 
     @property
@@ -197,6 +191,19 @@ class SiteReport:
         """Mean density of the calls that ran the pattern."""
         known = [(call.density, call.hits) for call in self.calls if call.density is not None]
         return sum(d * n for d, n in known) / sum(n for _, n in known) if known else None
+
+    @property
+    def stages(self) -> tuple[tuple[str, tuple[CallReport, ...]], ...]:
+        """Texts of steps and the calls that ran their pattern; equal patterns together, without dense ones."""
+        if not isinstance(self.pattern, Staged):
+            return ()
+        staged, found = self.pattern, dict[str, tuple[CallReport, ...]]()
+        for pattern in staged.patterns:
+            steps = ", ".join(stage.steps for stage in staged.stages if stage.pattern == pattern)
+            index = next(i for i, stage in enumerate(staged.stages) if stage.pattern == pattern)
+            calls = (c for c in self.calls if c.problem.pattern == staged.pattern(index, c.problem.layout.grid))
+            found[steps] = tuple(calls)
+        return tuple((steps, calls) for steps, calls in found.items() if calls)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and texts; backend, reason and grid are those of the most frequent call."""
@@ -217,11 +224,14 @@ class SiteReport:
             "fallbacks": dict(self.fallbacks),
             "sparse_seconds": self.sparse_seconds,
             "dense_seconds": self.dense_seconds,
+            "choosing_seconds": self.choosing_seconds,
             "first_seconds": self.first_seconds,
             "timed": self.timed,
             "called": self.called,
             "caught": None if self.caught is None else self.caught._asdict(),
+            "moved": self.moved,
             "calls": [call.to_dict() for call in self.calls],
+            "stages": [{"steps": steps, "calls": [call.to_dict() for call in calls]} for steps, calls in self.stages],
         }
 
 
@@ -283,9 +293,19 @@ class Report:
         return sum(site.dense_seconds for site in self.sites)
 
     @property
+    def choosing_seconds(self) -> float:
+        """What of `sparse_seconds` went into choosing what is listed."""
+        return sum(site.choosing_seconds for site in self.sites)
+
+    @property
     def first_seconds(self) -> float:
         """Time of first calls, which plan and compile."""
         return sum(site.first_seconds for site in self.sites)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that this process sent to others."""
+        return sum(site.moved for site in self.sites)
 
     @property
     def density(self) -> float | None:
@@ -307,9 +327,11 @@ class Report:
             "density": self.density,
             "sparse_seconds": self.sparse_seconds,
             "dense_seconds": self.dense_seconds,
+            "choosing_seconds": self.choosing_seconds,
             "first_seconds": self.first_seconds,
             "timed": sum(site.timed for site in self.sites),
             "called": sum(site.called for site in self.sites),
+            "moved": self.moved,
             "sites": [site.to_dict() for site in self.sites],
         }
 
@@ -318,22 +340,24 @@ class Report:
         lines = [
             f"{self._who()}: {self.hits} calls{share}, "
             f"{self.sparse_seconds:.3f} s; {self.dense} dense and {sum(self.fallbacks.values())} fallback calls, "
-            f"{self.dense_seconds:.3f} s{self._timing()}"
+            f"{self.dense_seconds:.3f} s{self._timing()}{self._moving()}"
         ]
         width = max((len(site.site) for site in self.sites), default=0)
         for site in self.sites:
             head = f"  {site.site:<{width}}  {site.pattern}: {site.hits} hits, {site.dense} dense"
-            shown = site.calls[:1]
-            for call in shown:
-                share = "" if call.density is None else f", density {call.density:.3f}"
-                if call.reached is not None:
-                    share += f" ({call.reached.least:.3f} to {call.reached.most:.3f} over heads and calls)"
-                if call.skipped is not None:
-                    share += f", {call.skipped:.3f} skipped"
-                head += f", {call.backend}{_in(call)} on {call.problem.layout}{share} ({call.reason})"
+            head += "" if site.stages else "".join(f", {call} ({call.reason})" for call in site.calls[:1])
+            if site.choosing_seconds and site.sparse_seconds:
+                head += f"; {site.choosing_seconds / site.sparse_seconds:.0%} of the time is choosing"
             if site.caught is not None:
                 head += f"; {site.caught.mean:.3f} of the attention caught ({site.caught.least:.3f} at least)"
+            if site.moved:
+                head += f"; sent {_bytes(site.moved / max(1, site.called))} a call"
             lines.append(head)
+            lines += [
+                f"  {'':<{width}}    steps {steps}: {call.problem.pattern}, {call.hits} hits, {call}"
+                for steps, calls in site.stages
+                for call in calls[:1]
+            ]
             lines += [f"  {'':<{width}}    {count} x kept dense: {why}" for why, count in site.kept.items()]
             lines += [f"  {'':<{width}}    {count} x fell back: {why}" for why, count in site.fallbacks.items()]
         return "\n".join(lines)
@@ -347,6 +371,10 @@ class Report:
         found = f"compiled code, which does not tell its {len(self.modules)} modules, ran a pattern {compiled} times"
         return f"{found}, outside of it {modules}" if self.sites_hit else found
 
+    def _moving(self) -> str:
+        """What went to other processes, in words."""
+        return f"; {_bytes(self.moved)} sent to other processes" if self.moved else ""
+
     def _timing(self) -> str:
         """What the times are, in words, where that is not plain."""
         timed, called = (sum(getattr(site, name) for site in self.sites) for name in ("timed", "called"))
@@ -354,3 +382,12 @@ class Report:
             return ""
         sampled = f", estimated from {timed} of {called} calls" if timed else ""
         return f" (first calls apart: {self.first_seconds:.3f} s{sampled})"
+
+
+def _bytes(number: float) -> str:
+    """A number of bytes in the largest unit below it."""
+    for unit in ("B", "KB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"

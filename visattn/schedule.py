@@ -14,9 +14,15 @@ from typing import Any, NamedTuple
 from visattn.checks import check_precision
 from visattn.patterns import Dense, ListedPattern, MergingPattern, Pattern, Radial, parse
 from visattn.patterns.values import axis_values, per_axis
+from visattn.staged import Staged
+from visattn.tuned import Tuned
 
 Selector = int | slice | str
-PatternLike = Pattern | str | Path | Mapping[Any, "Pattern | str"]
+# What a layer may be given: a pattern, or one for each of its steps.
+Given = Pattern | Staged
+PatternLike = Pattern | str | Path | Mapping[Any, "Pattern | str | Mapping[Any, Pattern | str]"]
+# The fields that count denoising steps.
+_COUNTED = ("dense_steps", "dense_last_steps", "precise_steps", "precise_last_steps")
 _FILES = (".json", ".yaml", ".yml")
 
 
@@ -32,7 +38,7 @@ class Schedule:
     """The pattern of each layer, and how many layers and steps stay dense.
 
     Attributes:
-        rules: Pairs of layer selectors and pattern; None selects every layer.
+        rules: Pairs of layer selectors and pattern, or patterns by step; None selects every layer.
         dense_layers: The first so many selected layers stay dense.
         dense_steps: The first so many denoising steps stay dense: a count, or a fraction between 0 and 1.
         dense_last_steps: The last so many, likewise.
@@ -40,9 +46,11 @@ class Schedule:
         precise_layers: Selectors of the layers that stay in the model's own dtype.
         precise_steps: The first so many denoising steps that do.
         precise_last_steps: The last so many.
+        model: Class of the only models that it is for, "" for any.
+        layers: How many layers these have, 0 for any number.
     """
 
-    rules: tuple[tuple[tuple[Selector, ...] | None, Pattern], ...]
+    rules: tuple[tuple[tuple[Selector, ...] | None, Given], ...]
     dense_layers: int = 0
     dense_steps: int | float = 0
     dense_last_steps: int | float = 0
@@ -50,11 +58,13 @@ class Schedule:
     precise_layers: tuple[Selector, ...] = ()
     precise_steps: int | float = 0
     precise_last_steps: int | float = 0
+    model: str = ""
+    layers: int = 0
 
     @classmethod
     def of(
         cls,
-        pattern: PatternLike,
+        pattern: PatternLike | Schedule,
         layers: Selector | Iterable[Selector] | None = None,
         dense_layers: int = 0,
         dense_steps: int | float = 0,
@@ -67,8 +77,8 @@ class Schedule:
         """The schedule that the arguments of `apply` describe.
 
         Args:
-            pattern: A pattern, its text, a mapping from layers to patterns, or the path of a JSON or YAML file
-                with such a mapping.
+            pattern: A pattern, its text, a mapping from layers to patterns or to mappings from steps to patterns, the
+                path of a JSON or YAML file with such a mapping or of one that `visattn tune` wrote, or a schedule.
             layers: Indices, slices, ranges like "0-3" or "4-", or names (globs) of layers.
             dense_layers: Count of selected layers.
             dense_steps: Count or fraction of steps.
@@ -84,64 +94,83 @@ class Schedule:
         """
         if isinstance(pattern, Path) or (isinstance(pattern, str) and pattern.lower().endswith(_FILES)):
             pattern = _read(Path(pattern))
-        if isinstance(pattern, Mapping):
+        if isinstance(pattern, Schedule):
+            rules, own = list(pattern.rules), {"model": pattern.model, "layers": pattern.layers}
+            if layers is not None or dense_layers:
+                raise ValueError(
+                    f"layers={layers!r}, dense_layers={dense_layers}: the schedule itself says which layers"
+                )
+            dense_steps, dense_last_steps = (
+                dense_steps or pattern.dense_steps,
+                dense_last_steps or pattern.dense_last_steps,
+            )
+            dense_layers = pattern.dense_layers
+            precision = precision or pattern.precision
+            precise_layers = (pattern.precise_layers or None) if precise_layers is None else precise_layers
+            precise_steps = precise_steps or pattern.precise_steps
+            precise_last_steps = precise_last_steps or pattern.precise_last_steps
+        elif isinstance(pattern, Mapping):
+            own = {}
             if layers is not None:
                 raise ValueError(f"layers={layers!r} and a pattern per layer both choose layers: pass one of them")
             if not pattern:
                 raise ValueError("pattern={} names no layer: pass e.g. {'0-3': 'dense', '4-': 'na(window=7x7)'}")
-            rules = [(_selectors(key), parse(value)) for key, value in pattern.items()]
+            rules = [(_selectors(key), _given(value)) for key, value in pattern.items()]
         else:
+            own = {}
             rules = [(None if layers is None else _selectors(layers), parse(pattern))]
         if isinstance(dense_layers, bool) or not isinstance(dense_layers, int) or dense_layers < 0:
             raise ValueError(f"dense_layers={dense_layers!r} must be a count of layers, 0 or more")
-        check_precision(precision, ())
         precise = () if precise_layers is None else _selectors(precise_layers, "precise_layers")
-        if precision is None and (precise or precise_steps or precise_last_steps):
+        numbers = dense_layers, dense_steps, dense_last_steps
+        made = cls(tuple(rules), *numbers, precision, precise, precise_steps, precise_last_steps, **own)
+        made._check_precision()
+        for name in _COUNTED:
+            value = getattr(made, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if not whole and not (isinstance(value, float) and 0 <= value < 1):
+                raise ValueError(f"{name}={value!r} must be a count of steps like 12 or a fraction like 0.25")
+        return made
+
+    def _check_precision(self) -> None:
+        check_precision(self.precision, ())
+        if self.precision is None and (self.precise_layers or self.precise_steps or self.precise_last_steps):
             raise ValueError(
                 "precise_layers, precise_steps and precise_last_steps are what a precision leaves out: "
                 "pass precision= too"
             )
-        unlisted = [p for _, p in rules if not isinstance(p, ListedPattern)]
-        if precision is not None and unlisted:
+        unlisted = [pattern for pattern in self.patterns if not isinstance(pattern, ListedPattern)]
+        if self.precision is not None and unlisted:
             raise ValueError(
-                f"precision={precision!r} is for patterns that list key tiles, which {unlisted[0]} does not"
+                f"precision={self.precision!r} is for patterns that list key tiles, which {unlisted[0]} does not"
             )
-        counts = {
-            "dense_steps": dense_steps,
-            "dense_last_steps": dense_last_steps,
-            "precise_steps": precise_steps,
-            "precise_last_steps": precise_last_steps,
-        }
-        for name, value in counts.items():
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            if not whole and not (isinstance(value, float) and 0 <= value < 1):
-                raise ValueError(f"{name}={value!r} must be a count of steps like 12 or a fraction like 0.25")
-        return cls(
-            tuple(rules),
-            dense_layers,
-            dense_steps,
-            dense_last_steps,
-            precision,
-            precise,
-            precise_steps,
-            precise_last_steps,
-        )
+
+    @classmethod
+    def tuned(cls, tuned: Tuned) -> Schedule:
+        """The schedule of a file of `visattn tune`."""
+        return cls(tuned.rules, model=tuned.model, layers=tuned.count)
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
         """The patterns of the rules."""
-        return tuple(pattern for _, pattern in self.rules)
+        found = (given.patterns if isinstance(given, Staged) else (given,) for _, given in self.rules)
+        return tuple(pattern for some in found for pattern in some)
+
+    @property
+    def staged(self) -> tuple[Staged, ...]:
+        """What has a pattern for each step, or scales with the grid."""
+        return tuple(given for _, given in self.rules if isinstance(given, Staged))
 
     @property
     def counted(self) -> str:
         """The first argument that counts denoising steps, empty if none does."""
-        names = ("dense_steps", "dense_last_steps", "precise_steps", "precise_last_steps")
-        return next((name for name in names if getattr(self, name)), "")
+        return next((name for name in _COUNTED if getattr(self, name)), "")
 
     @property
     def needs_steps(self) -> bool:
         """Whether anything depends on the denoising step."""
         stepped = any(p.remembers or (isinstance(p, MergingPattern) and p.stepped) for p in self.patterns)
+        stepped = stepped or not all(each.constant for each in self.staged)
         return bool(self.counted) or stepped
 
     @property
@@ -149,18 +178,23 @@ class Schedule:
         """The first pattern that keeps something from step to step, None if none does."""
         return next((pattern for pattern in self.patterns if pattern.needs_steps), None)
 
-    def assign(self, sites: Sequence[SiteName], model: str) -> list[Pattern | None]:
-        """The pattern of each site, None where no rule selects it.
+    def assign(self, sites: Sequence[SiteName], model: str) -> list[Given | None]:
+        """What each site is given, None where no rule selects it.
 
         Args:
             sites: The attention modules in the order of the layers.
             model: What errors call the model.
 
         Raises:
-            ValueError: If a rule selects nothing or two rules select the same layer.
+            ValueError: If a rule selects nothing or two rules select the same layer, or it is for other models.
         """
         layers = list(dict.fromkeys(site.layer for site in sites))
-        found: list[Pattern | None] = [None] * len(sites)
+        if model != (self.model or model) or len(layers) != (self.layers or len(layers)):
+            raise ValueError(
+                f"this schedule was tuned for {self.model} with {self.layers} layers, and {model} has {len(layers)}: "
+                "run `visattn tune` for it, or give a pattern"
+            )
+        found: list[Given | None] = [None] * len(sites)
         for selectors, pattern in self.rules:
             picked = set(range(len(sites))) if selectors is None else _pick(selectors, sites, layers, model)
             for i in sorted(picked):
@@ -181,6 +215,29 @@ class Schedule:
         layers = list(dict.fromkeys(site.layer for site in sites))
         own = _pick(self.precise_layers, sites, layers, model) if self.precise_layers else set()
         return [None if i in own else self.precision for i in range(len(sites))]
+
+    def assign_stepless(self, sites: Sequence[SiteName], model: str) -> list[Pattern | None]:
+        """`assign` for a model without denoising steps.
+
+        Raises:
+            ValueError: As there, or if anything has patterns by steps.
+        """
+        if self.staged:
+            raise ValueError(
+                f"{self.staged[0]} goes by denoising steps, and {model} has none: give each layer a pattern"
+            )
+        return [None if isinstance(given, Staged) else given for given in self.assign(sites, model)]
+
+    def stage(self, step: int | None, total: int | None) -> tuple[int, ...]:
+        """In which of its stages each of `staged` is.
+
+        Raises:
+            ValueError: If that depends on a step or a number of steps that is unknown.
+        """
+        for each in self.staged:
+            if not each.constant:
+                known_step(f"a pattern for steps {each.stages[0].steps}", step, total, each.needs_total)
+        return tuple(each.index(step, total) for each in self.staged)
 
     def is_dense(self, step: int | None, total: int | None) -> bool:
         """Whether a denoising step (from 0) of so many stays dense.
@@ -267,7 +324,11 @@ def check_dims(pattern: Pattern, dims: int, model: str) -> None:
     raise ValueError(message)
 
 
-def _read(path: Path) -> Mapping[Any, str]:
+def _given(value: Any) -> Given:
+    return Staged.of(value) if isinstance(value, Mapping) else parse(value)
+
+
+def _read(path: Path) -> Mapping[Any, str] | Schedule:
     if not path.is_file():
         raise ValueError(f"pattern file {str(path)!r} does not exist")
     text = path.read_text()
@@ -281,6 +342,8 @@ def _read(path: Path) -> Mapping[Any, str]:
         found = yaml.safe_load(text)
     if not isinstance(found, Mapping):
         raise ValueError(f"{path.name} must map layers to patterns, like {{'0-3': 'dense', '4-': 'na(window=7x7)'}}")
+    if "visattn_schedule" in found:
+        return Schedule.tuned(Tuned.of(found, str(path)))
     return found
 
 

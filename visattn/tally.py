@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -52,11 +52,12 @@ class Cell:
         first_seconds: Time of the first call, 0 if it was none or was not timed.
         reached: Listed shares of grid pairs, where q and k choose: sum, number, least and largest, on their device.
         skipped: The same of what was listed and then passed over, None where nothing can be.
+        choosing: Time in which the timed calls chose what they list, the first one's and that of the others.
     """
 
     __slots__ = (
-        "calls", "first_seconds", "kept", "key", "kind", "on_gpu", "problem", "reached", "reason", "seconds", "skipped",
-        "timed", "turn",
+        "calls", "choosing", "first_seconds", "kept", "key", "kind", "on_gpu", "problem", "reached", "reason",
+        "seconds", "skipped", "timed", "turn",
     )  # fmt: skip
 
     def __init__(
@@ -67,6 +68,7 @@ class Cell:
         self.turn, self.on_gpu = turn, on_gpu
         self.calls = self.timed = 0
         self.seconds = self.first_seconds = 0.0
+        self.choosing = {True: 0.0, False: 0.0}
         self.reached: torch.Tensor | None = None
         self.skipped: torch.Tensor | None = None
 
@@ -77,6 +79,12 @@ class Cell:
         else:
             self.timed += 1
             self.seconds += seconds
+
+
+class Chosen(NamedTuple):
+    """Whose choice events are around."""
+
+    cells: Sequence[Cell]
 
 
 @dataclass
@@ -94,6 +102,7 @@ class Row:
         calls: All calls.
         reached: Listed shares of grid pairs by problem, as in `Cell`.
         skipped: Likewise.
+        choosing_seconds: Estimated time of all calls in which they chose what they list, a part of `seconds`.
     """
 
     hits: Counter[Problem] = field(default_factory=Counter)
@@ -106,9 +115,16 @@ class Row:
     calls: int = 0
     reached: dict[Problem, torch.Tensor] = field(default_factory=dict)
     skipped: dict[Problem, torch.Tensor] = field(default_factory=dict)
+    choosing_seconds: float = 0.0
 
-    def add(self, cell: Cell, mean: float | None) -> None:
-        """Add the calls of a cell; `mean` is the time of a steady call of its kind, None if none was timed."""
+    def add(self, cell: Cell, mean: float | None, choosing: float | None) -> None:
+        """Add the calls of a cell.
+
+        Args:
+            cell: The cell.
+            mean: Time of a steady call of its kind, None if none was timed.
+            choosing: What of it is choosing.
+        """
         if cell.kept:
             assert cell.problem is not None
             self.kept[cell.problem] += cell.calls
@@ -125,6 +141,9 @@ class Row:
         own = cell.seconds / cell.timed if cell.timed else mean
         untimed = cell.first_seconds if own is None else own * (cell.calls - cell.timed)
         self.seconds[cell.kind] += cell.seconds + untimed
+        own = cell.choosing[False] / cell.timed if cell.timed else choosing
+        untimed = cell.choosing[True] if own is None else own * (cell.calls - cell.timed)
+        self.choosing_seconds += cell.choosing[False] + untimed
         self.first_seconds += cell.first_seconds
         self.timed += cell.timed
         self.calls += cell.calls
@@ -192,22 +211,41 @@ class Tally:
                 for cell in cells:
                     cell.add((stopped - begun) / len(cells), is_first)
 
-    def hearing(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
-        """Inside, what the choices of a call list is noted with its cells, whose layouts run one after the other."""
+    def hearing(self, cells: Sequence[Cell], begun: Any) -> AbstractContextManager[None]:
+        """Inside, what the choices of a call list is noted with its cells, whose layouts run one after the other.
+
+        Args:
+            cells: Of the call.
+            begun: What `begin` gave: choices of timed calls are timed too.
+        """
         problem = cells[0].problem
-        return self._hearing(cells) if problem is not None and tells(problem.pattern) else _NOTHING
+        return self._hearing(cells, begun) if problem is not None and tells(problem.pattern) else _NOTHING
 
     @contextmanager
-    def _hearing(self, cells: Sequence[Cell]) -> Iterator[None]:
+    def _hearing(self, cells: Sequence[Cell], begun: Any) -> Iterator[None]:
         shares: list[torch.Tensor] = []
         skips: list[torch.Tensor] = []
-        with listening(shares.append, skips.append):
+        spans: list[tuple[Any, Any]] = []
+
+        @contextmanager
+        def clock() -> Iterator[None]:
+            start = _now(begun)
+            yield
+            spans.append((start, _now(begun)))
+
+        with listening(shares.append, skips.append, None if begun is None else clock):
             yield
         # An engine may choose once for each of its tilings.
         with self._lock:
+            is_first = not (cells[0].turn or cells[0].calls)
             for i, cell in enumerate(cells):
                 cell.reached = _noted(cell.reached, shares, i, len(cells))
                 cell.skipped = _noted(cell.skipped, skips, i, len(cells))
+            for start, end in spans:
+                if isinstance(start, torch.cuda.Event):
+                    self._keep(Chosen(cells), is_first, start, end)
+                else:
+                    _add_choosing(cells, end - start, is_first)
 
     def count(self, site: str, reason: str = "") -> None:
         """Count a call that was dense, or fell back for a reason, and that nobody timed."""
@@ -219,7 +257,7 @@ class Tally:
 
     def beside(self, site: str, kind: Kind, begun: Any) -> None:
         """Add the time since `begun`, which is no call."""
-        stopped = _stop(begun)
+        stopped = None if begun is None else _now(begun)
         with self._lock:
             if isinstance(stopped, torch.cuda.Event):
                 self._keep((site, kind), False, begun, stopped)
@@ -238,7 +276,7 @@ class Tally:
             for site, cells in self._cells.items():
                 row = rows.setdefault(site, Row())
                 for own, cell in cells.items():
-                    row.add(cell, _mean(alike[own]))
+                    row.add(cell, _mean(alike[own]), _mean(alike[own], choosing=True))
             for site, seconds in self._besides.items():
                 row = rows.setdefault(site, Row())
                 for kind, value in seconds.items():
@@ -266,6 +304,9 @@ class Tally:
                 left.append((of, is_first, start, end))
                 continue
             seconds = start.elapsed_time(end) / 1000
+            if isinstance(of, Chosen):
+                _add_choosing(of.cells, seconds, is_first)
+                continue
             if isinstance(of[0], str):
                 self._beside(of[0], of[1], seconds)
                 continue
@@ -324,14 +365,18 @@ def _event() -> torch.cuda.Event:
     return event
 
 
-def _stop(begun: Any) -> Any:
-    """An event or the time, as what began was; None for None."""
-    if begun is None:
-        return None
+def _now(begun: Any) -> Any:
+    """An event or the time, as what began was."""
     return _event() if isinstance(begun, torch.cuda.Event) else time.perf_counter()
 
 
-def _mean(cells: Sequence[Cell]) -> float | None:
-    """Time of a steady call, None if none was timed."""
+def _add_choosing(cells: Sequence[Cell], seconds: float, is_first: bool) -> None:
+    """Add time in which a call chose what it lists."""
+    for cell in cells:
+        cell.choosing[is_first] += seconds / len(cells)
+
+
+def _mean(cells: Sequence[Cell], choosing: bool = False) -> float | None:
+    """Time of a steady call, or of its choosing; None if none was timed."""
     timed = sum(cell.timed for cell in cells)
-    return sum(cell.seconds for cell in cells) / timed if timed else None
+    return sum(cell.choosing[False] if choosing else cell.seconds for cell in cells) / timed if timed else None

@@ -14,9 +14,18 @@ from visattn.kernels.tiles.batches import Work, batch_size
 from visattn.kernels.tiles.boxes import box_groups
 from visattn.kernels.tiles.eightbit import simulate, simulates
 from visattn.kernels.tiles.engine import TileAttention, forward
-from visattn.kernels.tiles.groups import Group, Problems, list_groups, routed_group, whole_sequence
-from visattn.kernels.tiles.heads import Heads
-from visattn.kernels.tiles.rule import BATCH_MS, CALL_MS, KEPT_MS, ROUTE_MS, choose_axes, problem_cost
+from visattn.kernels.tiles.groups import Group, Problems, list_groups, listed_sequence, routed_group, whole_sequence
+from visattn.kernels.tiles.heads import ALL_HEADS, Heads
+from visattn.kernels.tiles.rule import (
+    BATCH_MS,
+    CALL_MS,
+    KEPT_MS,
+    ROUTE_MS,
+    choose_axes,
+    problem_cost,
+    routed_cost,
+    token_cost,
+)
 from visattn.layout import Layout
 from visattn.patterns import (
     BiasedPattern,
@@ -55,14 +64,20 @@ class Tiles(Backend):
         return Support(True) if problem.precision is None else simulates(problem)
 
     def cost(self, problem: Problem) -> float:
-        """The measured rule of `tiles_rule`: pairs, moved keys and queries, and a fixed time per batch."""
-        problems = _problems(problem.pattern, problem.layout, problem.rpb)
+        """The measured rule: pairs, moved keys and queries, and a fixed time per batch; of routed lists, per token."""
+        pattern, layout = problem.pattern, problem.layout
+        problems = _problems(pattern, layout, problem.rpb)
+        routed = _is_routed(pattern, layout)
+        pairs, fixed = 0.0, CALL_MS
+        if routed:
+            n, queries, keys = problems.pop(0)
+            pools = isinstance(pattern, DynamicPattern) and pattern.pools_rest
+            pairs += n * routed_cost(queries, keys) + token_cost(layout.length, pools)
+            fixed += ROUTE_MS
         row = 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
         batches = sum(-(-problem.batch * n // batch_size(keys, row, problem.device)) for n, _, keys in problems)
-        pairs = sum(n * problem_cost(queries, keys) for n, queries, keys in problems)
-        routed = _is_routed(problem.pattern, problem.layout)
-        each = BATCH_MS if routed or problem.rpb or problem.key_mask else KEPT_MS
-        fixed = CALL_MS + each * batches + (ROUTE_MS if routed else 0.0)
+        pairs += sum(n * problem_cost(queries, keys) for n, queries, keys in problems)
+        fixed += batches * (BATCH_MS if routed or problem.rpb or problem.key_mask else KEPT_MS)
         return problem.batch * problem.heads * pairs + overhead(problem, fixed, 1e3 * fixed)
 
     def prepare(
@@ -85,9 +100,8 @@ class Tiles(Backend):
         learns = _learns(q, k, v, call.rpb)
         own = listed_call(q, k, v, call)
         q, k, v = own.tensors
-        work = Work(own.problems, call.scale, own.key_mask, call.lse or learns)
-        out, lse = TileAttention.apply(q, k, v, call.rpb, work) if learns else forward(q, k, v, call.rpb, work)
-        return own.heads.joined(out), None if lse is None else own.heads.joined(lse)
+        work = own.work(call.scale, call.lse or learns)
+        return TileAttention.apply(q, k, v, call.rpb, work) if learns else forward(q, k, v, call.rpb, work)
 
 
 def _learns(*inputs: torch.Tensor | None) -> bool:
@@ -131,7 +145,7 @@ def visited_pairs(pattern: Pattern, layout: Layout, rpb: bool = False) -> int:
 
 
 def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, int, int]]:
-    """Number, queries and keys of the problems of each group, for one sample."""
+    """Number, queries and keys of the problems of each group, for one sample; those of a routed group first."""
     cpu = torch.device("cpu")
     if not _is_routed(pattern, layout):
         groups, routed = _static_problems(pattern, layout, cpu, rpb).groups, []
@@ -158,13 +172,17 @@ class Listed(NamedTuple):
         tensors: q, k and v, with the keys that a pattern pools of what it leaves out.
         key_mask: bool [B, keys], or None.
         problems: What to compute.
-        heads: How heads that choose for themselves became samples.
+        heads: Who shares the lists of routed groups.
     """
 
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     key_mask: torch.Tensor | None
     problems: Problems
-    heads: Heads
+    heads: Heads = ALL_HEADS
+
+    def work(self, scale: float, lse: bool = True) -> Work:
+        """What the engine needs besides the tensors."""
+        return Work(self.problems, scale, self.key_mask, lse, self.heads)
 
 
 def listed_call(
@@ -182,7 +200,7 @@ def listed_call(
     pattern, layout, mask = call.pattern, call.layout, call.key_mask
     if not isinstance(pattern, RoutedPattern) or not _is_routed(pattern, layout):
         problems = _static_problems(pattern, layout, q.device, call.rpb is not None)
-        return Listed((q, k, v), mask, problems, Heads(1, q.shape[2], k.shape[2]))
+        return Listed((q, k, v), mask, problems)
     tiles = plan(pattern, layout)
     dense, fixed = _dense(pattern, layout, q.device)
     rest = None
@@ -201,8 +219,7 @@ def listed_call(
         routes = pattern.route(q, k, tiles, mask, call.scale)
     heads = Heads(routes.groups, q.shape[2], k.shape[2])
     group = routed_group(tiles, routes.flat(), fixed, rest)
-    tensors = heads.queries(q), heads.keys(k), heads.keys(v)
-    return Listed(tensors, heads.samples(mask), Problems((group, *dense)), heads)
+    return Listed((q, k, v), mask, Problems((group, *dense)), heads)
 
 
 @kept
@@ -215,7 +232,11 @@ def _dense(pattern: Pattern, layout: Layout, device: torch.device) -> tuple[tupl
     )
     extra = pattern.extra_keys(keys.grid) if isinstance(pattern, PooledPattern) else 0
     fixed = np.concatenate([of_keys, np.arange(keys.length, keys.length + extra)])
-    groups = (whole_sequence(own, keys.length, device),) if len(own) else ()
+    if isinstance(pattern, ListedPattern) and not pattern.dense_pairs:
+        seen = np.arange(keys.prefix, keys.prefix + keys.tokens)
+        groups = (listed_sequence(own, seen, device),) if len(own) else ()
+    else:
+        groups = (whole_sequence(own, keys.length, device),) if len(own) else ()
     return groups, torch.from_numpy(fixed).to(device) if len(fixed) else None
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
 import torch
 
 from visattn.kernels.tiles.groups import Group, Problems
+from visattn.kernels.tiles.heads import ALL_HEADS, Heads
 from visattn.kernels.tiles.moves import Shapes
 
 # Gathered keys and values of one batch of problems, in bytes: they stay in a CPU's caches, and in memory that the
@@ -30,12 +31,20 @@ class Work:
         scale: Factor on the scores.
         key_mask: bool [B, keys], or None.
         lse: Whether the log-sum-exp is wanted.
+        heads: Who shares the lists of routed groups.
     """
 
     problems: Problems
     scale: float
     key_mask: torch.Tensor | None
     lse: bool = True
+    heads: Heads = ALL_HEADS
+
+    def listed(self) -> Work:
+        """The same without the problems of routed groups."""
+        if not self.problems.routed:
+            return self
+        return replace(self, problems=Problems(tuple(group for group in self.problems.groups if not group.routed)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from visattn.kernels.tiles import fused as kernels
+from visattn.kernels.tiles import routed
 from visattn.kernels.tiles.batches import Batch, Work, batches
 from visattn.kernels.tiles.groups import Group
 from visattn.kernels.tiles.moves import Buffers, Shapes, accumulate
@@ -28,7 +29,9 @@ def forward(
     rows, channels = q_rows.shape
     out = q.new_empty(rows + 1, channels)
     lse = q.new_empty(rows + 1, q.shape[2], dtype=shapes.wide) if work.lse else None
-    for batch in batches(work, q, k, rpb):
+    for group in work.problems.routed:
+        routed.forward(group, work, q, k, v, out, lse)
+    for batch in batches(work.listed(), q, k, rpb):
         queries = buffers.gather("q", q_rows, batch.queries).split_with_sizes(batch.query_rows)
         keys = _keys(batch, k, k_rows, shapes, buffers, "k")
         values = _keys(batch, v, v_rows, shapes, buffers, "v")
@@ -90,7 +93,10 @@ def backward(
     dq = q.new_empty(len(per_query["q"]) + 1, per_query["q"].shape[1])
     dk, dv = (torch.zeros(*k.shape[:2], k_rows.shape[1], dtype=shapes.wide, device=k.device) for _ in range(2))
     drpb = rpb.new_zeros(rpb.shape[0], rpb[0].numel() + 1, dtype=shapes.wide) if want_rpb and rpb is not None else None
-    for batch in batches(work, q, k, rpb):
+    for group in work.problems.routed:
+        totals = routed.Totals(dq, dk.flatten(0, 1), dv.flatten(0, 1))
+        routed.backward(group, work, q, k, v, per_query, totals)
+    for batch in batches(work.listed(), q, k, rpb):
         split = _queries(batch, per_query, buffers)
         keys = _keys(batch, k, k_rows, shapes, buffers, "k")
         values = _keys(batch, v, v_rows, shapes, buffers, "v")

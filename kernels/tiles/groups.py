@@ -141,10 +141,22 @@ class Problems:
     groups: tuple[Group, ...]
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def routed(self) -> tuple[Group, ...]:
+        """Those that differ from sample to sample."""
+        return tuple(group for group in self.groups if group.routed)
+
 
 def whole_sequence(queries: Ints, keys: int, device: torch.device) -> Group:
     """One problem: these query tokens see the first `keys` tokens."""
     return Group(torch.from_numpy(queries[None]).to(device), whole=keys)
+
+
+def listed_sequence(queries: Ints, keys: Ints, device: torch.device) -> Group:
+    """One problem: these query tokens see these key tokens."""
+    own = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    tokens = torch.from_numpy(keys[None]).to(device)
+    return Group(torch.from_numpy(queries[None]).to(device), key_tiles=own, tile_tokens=tokens)
 
 
 def list_groups(plan: TilePlan, device: torch.device) -> Iterator[Group]:

@@ -8,11 +8,13 @@ scores of one piece, and tensors of the sizes of the inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from visattn.kernels.tiles.batches import Work, batches
+from visattn.kernels.tiles.heads import ALL_HEADS
 from visattn.kernels.tiles.moves import Shapes
 from visattn.kernels.tiles.sides import OfAll, PerKey, PerQuery, Piece, pieces, places
 
@@ -106,6 +108,15 @@ def gradients(
         grad: Gradient of the output [B, S, H, D], None for zeros.
         grad_lse: Gradient of the log-sum-exp [B, S, H], None for zeros.
     """
+    heads = work.heads
+    if heads.groups > 1:
+        # Here groups of heads are samples.
+        q, k, v = heads.queries(q), heads.keys(k), heads.keys(v)
+        grad, grad_lse = (t if t is None else heads.queries(t) for t in (grad, grad_lse))
+        work = replace(work, key_mask=heads.samples(work.key_mask), heads=ALL_HEADS)
+        dq, dk, dv, drpb = gradients(q, k, v, rpb, work, grad, grad_lse)
+        assert dq is not None and dk is not None and dv is not None
+        return heads.joined(dq), heads.key_gradient(dk), heads.key_gradient(dv), drpb
     grad = torch.zeros_like(q) if grad is None else grad
     if grad_lse is None:
         grad_lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))

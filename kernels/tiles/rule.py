@@ -15,12 +15,18 @@ PAIR, PER_TILE = 1.3, 13.0
 # ... and moving one token costs KEY (key and value gathered) or QUERY (query gathered, output put back).
 KEY, QUERY = 20.0, 5.0
 # Problems of one shape in a batch are some operator calls, here in milliseconds: few where the batches were kept from
-# an earlier call, a dozen where key masks, biases or routes make them anew.
+# an earlier call, a dozen where key masks or biases make them anew.
 KEPT_MS, BATCH_MS = 0.04, 0.25
 # What a call takes besides, in milliseconds, ...
 CALL_MS = 0.15
-# ... and what choosing the lists of a routed pattern takes.
-ROUTE_MS = 0.8
+# ... and one that chooses its lists.
+ROUTE_MS = 2.0
+# Keys of such lists move in whole tiles, ...
+KEY_OF_TILE = 16.0
+# ... but choosing, and putting keys and values in the order of their tiles, takes this for each token, ...
+TOKEN = 470.0
+# ... and more where what is not listed is pooled.
+POOLED_TOKEN = 150.0
 # KEPT_MS as pairs per head for 4 heads of 64 channels, for choosing a tile before the heads are known.
 CLASS_PAIRS = 3300.0
 LARGEST_TILE = 1024
@@ -29,6 +35,16 @@ LARGEST_TILE = 1024
 def problem_cost(queries: float, keys: float) -> float:
     """Pairs that one problem of so many queries and keys costs, per head."""
     return keys * (PAIR * queries + PER_TILE + KEY) + QUERY * queries
+
+
+def routed_cost(queries: float, keys: float) -> float:
+    """The same where whole key tiles of a list that q and k choose are moved; besides, tokens cost `token_cost`."""
+    return keys * (PAIR * queries + PER_TILE + KEY_OF_TILE) + QUERY * queries
+
+
+def token_cost(tokens: float, pools: bool) -> float:
+    """Pairs that so many tokens of a call cost that chooses its lists, per head; `pools` what it does not list."""
+    return tokens * (TOKEN + pools * POOLED_TOKEN)
 
 
 def choose_axes(spans: list[Spans], dense: int) -> list[list[AxisClass]]:

@@ -4,5 +4,6 @@
 are `prepared`, and `ready` runs them with and without gradients. `arguments` are those of the kernels in `lists`,
 whose pieces are in `parts`; `boxes` chooses tiles, `routes` builds lists on the device. A kernel starts by `start`,
 a prepared one `direct`ly. `config` is the table of launches, `tune` measures others, `estimate` says what a call
-takes, `resources` compiles all of it `ahead` of time, with `products` for the kernels without lists.
+takes and `scaling` what a layer on several GPUs, `resources` compiles all of it `ahead` of time, with `products` for
+the kernels without lists.
 """

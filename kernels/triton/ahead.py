@@ -57,7 +57,8 @@ def list_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Co
     from visattn.kernels.triton import arguments
     from visattn.kernels.triton.hopper import forward as hopper
     from visattn.kernels.triton.hopper import key_grad as hopper_key_grad
-    from visattn.kernels.triton.hopper.launch import hopper_arguments, key_arguments
+    from visattn.kernels.triton.hopper import query_grad as hopper_query_grad
+    from visattn.kernels.triton.hopper.launch import hopper_arguments, key_arguments, query_arguments
     from visattn.kernels.triton.lists.forward import attend
     from visattn.kernels.triton.lists.key_grad import key_gradients
     from visattn.kernels.triton.lists.query_grad import query_gradients
@@ -77,6 +78,8 @@ def list_arguments(direction: str, dtype: torch.dtype, head_dim: int, launch: Co
         given.key_mask = torch.empty(1, layout.length, dtype=torch.uint8, device="meta")
     if launch.hopper and direction == "key_grad":
         return hopper_key_grad.key_gradients, key_arguments(given, work) | given.given("grad_k", "grad_v")
+    if launch.hopper and direction == "query_grad":
+        return hopper_query_grad.query_gradients, query_arguments(given, work) | given.given("grad_q")
     if launch.hopper:
         return hopper.attend, hopper_arguments(given, work)
     if direction == "forward":

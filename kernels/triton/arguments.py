@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from visattn.kernels.triton.boxes import tiled
+from visattn.kernels.triton.boxes import KEY_HALVES, QUERY_HALVES, tiled
 from visattn.kernels.triton.config import Config, block_dim
 from visattn.kernels.triton.lists.positions import positions
 from visattn.kernels.triton.lists.program import Program, program
@@ -48,7 +48,8 @@ class Work:
         if t.routed is not None:
             return t.routed.program(direction)
         by_keys = direction == "key_grad"
-        return program(self.plan(direction), by_keys, self.configs[direction].per_step, t.q.device)
+        launch = self.configs[direction]
+        return program(self.plan(direction), by_keys, launch.per_step, t.q.device, launch.halves)
 
 
 class Routed(Protocol):
@@ -109,8 +110,10 @@ class Operands:
 
 def plan_of(pattern: Pattern, layout: Layout, direction: str, launch: Config) -> TilePlan:
     """The tiles of a kernel: its rows are queries, but for dK/dV keys."""
-    slots = (launch.tile, launch.rows) if direction == "key_grad" else (launch.rows, launch.tile)
-    return tiled(pattern, layout, *slots)
+    by_keys = direction == "key_grad"
+    slots = (launch.tile, launch.rows) if by_keys else (launch.rows, launch.tile)
+    halves = (KEY_HALVES if by_keys else QUERY_HALVES) if launch.halves else None
+    return tiled(pattern, layout, *slots, halves)
 
 
 def unit(*tensors: torch.Tensor) -> int:

@@ -18,6 +18,11 @@ from visattn.kernels.triton.start import Launch, launch_like, on, programs
 
 # Launch configuration of the kernels without matrix products.
 SMALL = Config(32, 1, 4, 1)
+HOPPER_LAUNCHES = {
+    "forward": hopper_launch.forward_launch,
+    "key_grad": hopper_launch.key_launch,
+    "query_grad": hopper_launch.query_launch,
+}
 # Operands of each kernel that are other tensors in each call, in the order in which their addresses are passed.
 CHANGING = {
     "forward": ("q", "k", "v", "out", "lse", "rpb", "key_mask", "taken"),
@@ -53,7 +58,7 @@ def _first(direction: str, t: Operands, work: Work) -> Launch:
         return Launch(deltas, grid, given, SMALL.warps, SMALL.stages)
     config = work.configs[direction]
     if config.hopper:
-        return (hopper_launch.forward_launch if direction == "forward" else hopper_launch.key_launch)(t, work)
+        return HOPPER_LAUNCHES[direction](t, work)
     if direction == "forward":
         kernel, given = attend, arguments.forward_arguments(t, work)
     else:

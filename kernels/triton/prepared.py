@@ -7,6 +7,7 @@ The names of the tensors whose addresses are collected here, and their order, ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +55,10 @@ class Kernels:
         choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Call], dict[str, Config]],
         grown: Callable[[], None],
     ) -> None:
-        self._call, self._tf32, self._choose = call, tf32, choose
+        # What is kept for later calls holds no tensor of this one: of a bias its shape.
+        bias = None if call.rpb is None else call.rpb.detach().to("meta")
+        self._call = replace(call, key_mask=None, rpb=bias, parameters={})
+        self._tf32, self._choose = tf32, choose
         self.starts = Starts(q.device, grown)
         # Of aligned tensors, which the first ones may not be.
         self._work: Work | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -57,6 +58,13 @@ class Launch(NamedTuple):
     warps: int
     stages: int | None = None
     copied: Mapping[str, str] = MappingProxyType({})
+
+
+class Recorded(NamedTuple):
+    """What starts a kernel again, None where Triton must, and the tensors whose addresses it takes."""
+
+    start: Start | None
+    tensors: list[torch.Tensor]
 
 
 class Starts:
@@ -118,15 +126,32 @@ def aligned(tensors: Iterable[torch.Tensor]) -> bool:
     return not any(t.data_ptr() % ALIGNMENT for t in tensors)
 
 
+# What the launches of a call like another one are, while somebody collects them.
+_recorder: ContextVar[list[Recorded] | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """Inside, what `launch_like` starts is collected."""
+    found: list[Recorded] = []
+    before = _recorder.set(found)
+    try:
+        yield found
+    finally:
+        _recorder.reset(before)
+
+
 def launch_like(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], warps: int, stages: int | None) -> None:
     """`launch` of a kernel all of whose tensors change from call to call: the driver starts it again.
 
     What it is compiled for are its other arguments, and the dtypes of the tensors.
     """
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-    device = next(iter(tensors.values())).device
+    device, recorder = next(iter(tensors.values())).device, _recorder.get()
     if not startable(device) or not aligned(tensors.values()):
         launch(kernel, grid, given, warps, stages)
+        if recorder is not None:
+            recorder.append(Recorded(None, []))
         return
     others = tuple(value.dtype if isinstance(value, torch.Tensor) else value for value in given.values())
     key = (launch_like, kernel.fn, grid, device, warps, stages, others)
@@ -136,3 +161,5 @@ def launch_like(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], warps
         start([t.data_ptr() for t in tensors.values()])
     else:
         entry.value.first("only", tensors, Launch(kernel, grid, given, warps, stages))
+    if recorder is not None:
+        recorder.append(Recorded(entry.value.ready.get("only"), list(tensors.values())))

@@ -48,7 +48,7 @@ class SwappedModel:
     def __init__(self, model: nn.Module, request: Request) -> None:
         self._name, self._request = type(model).__name__, request
         found = find_sites(model, self._name)
-        patterns = request.schedule.assign([site.name for site in found], self._name)
+        patterns = request.schedule.assign_stepless([site.name for site in found], self._name)
         precise = request.schedule.precisions([site.name for site in found], self._name)
         precisions = {site.name.path: precision for site, precision in zip(found, precise, strict=True)}
         self._sites = [

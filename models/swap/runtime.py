@@ -286,7 +286,7 @@ class Swapped:
         call = Call(self.pattern, layout, scale, key_mask, rpb, parameters=own, precision=self.precision)
         cell = self._cell(q, k, v, call)
         begun = tally.begin(cell)
-        with tally.hearing((cell,)):
+        with tally.hearing((cell,), begun):
             out = attention(q, k, v, self.pattern, layout, **arguments)
         tally.end((cell,), begun)
         show_weights(self.attention, self.path, q, k, call)

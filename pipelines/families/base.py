@@ -55,6 +55,12 @@ class Family:
             come from key validity.
         wider: Whether calls may have keys beyond their queries, which every query sees: keys are then the sequence
             that `seen` describes, and queries its grid or its end.
+        apart: Whether its full masks hold rows of text before the grid that differ from the grid's, as of causal text:
+            these rows keep them, and `mask_row` is one of the grid.
+        early: Whether some layers attend before the tokens in front of the grid join: to the grid and what follows.
+        crossing: Whether its sites say that they are cross-attention, although what they attend to is their own input.
+        pieces: Whether its sites also attend piece by piece among text alone, causally: such calls are the model's own,
+            and no report counts them.
         nothing: Why there is nothing to patch, for families without quadratic visual self-attention.
         tokens: How its tokens are ordered, in words.
     """
@@ -69,6 +75,10 @@ class Family:
     levels: str = ""
     mask_row: int | None = None
     wider: bool = False
+    apart: bool = False
+    early: bool = False
+    crossing: bool = False
+    pieces: bool = False
     nothing: str = ""
     tokens: str = "grid"
 
@@ -86,7 +96,7 @@ class Family:
             for path, module in model.named_modules():
                 if not fnmatch.fnmatchcase(path, pattern) or not hasattr(module, "processor"):
                     continue
-                if not getattr(module, "is_cross_attention", False):
+                if self.crossing or not getattr(module, "is_cross_attention", False):
                     found.append(((order, _natural(path)), SiteName(path, path.rpartition(".")[0]), module))
         found.sort(key=lambda entry: entry[0])
         return [(site, module) for _, site, module in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ def _channels_last(config: Any, args: Args) -> Seen:
 def _each_frame(config: Any, args: Args) -> Seen:
     """Latte: a batch of frames attends within each of them."""
     return Seen(patches(config, tuple(args["hidden_states"].shape[-2:])))
+
+
+def _anyflow_far(config: Any, args: Args) -> Seen:
+    """A chunk, which sees the chunks before it in a cache and is padded to whole blocks of 128 tokens."""
+    if args.get("kv_cache") is None or args["kv_cache_flag"].get("is_cache_step"):
+        return Seen(why="its chunks see each other through a mask of blocks")
+    frames, _, *sides = args["hidden_states"].shape[1:]
+    grid = patches(config, (frames, *sides))
+    return Seen(grid, REST, -math.prod(grid) % 128)
 
 
 def _easyanimate(config: Any, args: Args) -> Seen:
@@ -91,6 +101,16 @@ ANYFLOW = Family(
     dims=3,
     sites=("blocks.*.attn1",),
     seen=_frames_first,
+)
+
+ANYFLOW_FAR = Family(
+    name="AnyFlow FAR",
+    classes=("AnyFlowFARTransformer3DModel",),
+    dims=3,
+    sites=("blocks.*.attn1",),
+    seen=_anyflow_far,
+    wider=True,
+    tokens="grid of a chunk, padding (keys: cached chunks before them)",
 )
 
 EASYANIMATE = Family(
@@ -159,4 +179,4 @@ MOTIF = Family(
     tokens="grid, image, text",
 )
 
-FAMILIES = (ALLEGRO, ANYFLOW, EASYANIMATE, FRAMEPACK, HELIOS, KANDINSKY6, LATTE, MINIMAX_H3, MOTIF)
+FAMILIES = (ALLEGRO, ANYFLOW, ANYFLOW_FAR, EASYANIMATE, FRAMEPACK, HELIOS, KANDINSKY6, LATTE, MINIMAX_H3, MOTIF)

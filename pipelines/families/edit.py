@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+import torch
 
 from visattn.pipelines.families.base import Args, Family, Seen, patches
 from visattn.runtime.where import REST, Sample
@@ -55,6 +58,35 @@ def _codes(config: Any, args: Args) -> Seen:
     return Seen(tuple(n // step for n in args["input_ids"].shape[-2:]))
 
 
+def _fibo2(config: Any, args: Args) -> Seen:
+    """The gist of the text comes first, unless the samples have gists of different length, see `_gist`."""
+    grid = patches(config, tuple(args["hidden_states"].shape[-2:]))
+    images = [patches(config, tuple(latents.shape[-2:])) for latents in args.get("context_latents") or ()]
+    after, mask = sum(math.prod(image) for image in images), args.get("encoder_attention_mask")
+    if mask is not None:
+        return Seen(grid, 0, after, ids=mask)
+    return Seen(grid, _gist_tokens(config, args["encoder_hidden_states"].shape[2]), after)
+
+
+def _gist(config: Any, ids: torch.Tensor, seen: Seen) -> Seen:
+    """From the mask of valid text tokens [B, text]."""
+    gists = {_gist_tokens(config, length) for length in ids.sum(1).tolist()}
+    return seen._replace(prefix=gists.pop()) if len(gists) == 1 else seen._replace(prefix=0, suffix=REST)
+
+
+def _gist_tokens(config: Any, text: int) -> int:
+    """Tokens that stand for so many of a text: in proportion between two bounds, in whole steps."""
+    low, high, shortest = config.min_num_gist_tokens, config.max_num_gist_tokens, config.gist_min_text_len
+    share = (text - shortest) / (config.gist_max_text_len - shortest)
+    tokens = low + min(1.0, max(0.0, share)) * (high - low)
+    return max(low, min(high, math.ceil(tokens / config.gist_step) * config.gist_step))
+
+
+def _omnigen(config: Any, args: Args) -> Seen:
+    """Text with images in it and a token of the time, whose number the length of the sequence tells."""
+    return Seen(patches(config, tuple(args["hidden_states"].shape[-2:])), REST)
+
+
 JOY_IMAGE = Family(
     name="JoyImage-Edit",
     classes=("JoyImageEditTransformer3DModel",),
@@ -98,4 +130,27 @@ AMUSED = Family(
     anchor="input_ids",
 )
 
-FAMILIES = (JOY_IMAGE, JOY_IMAGE_PLUS, LUMINA_NEXT, TRANSFORMER_2D, AMUSED)
+FIBO2 = Family(
+    name="Bria FIBO 2",
+    classes=("BriaFibo2Transformer2DModel",),
+    dims=2,
+    sites=("noise_refiner.*.attention", "layers.*.attention"),
+    seen=_fibo2,
+    read=_gist,
+    early=True,
+    tokens="gist of the text, grid, reference images; the gist last where samples differ in its length",
+)
+
+OMNIGEN = Family(
+    name="OmniGen",
+    classes=("OmniGenTransformer2DModel",),
+    dims=2,
+    sites=("layers.*.self_attn",),
+    seen=_omnigen,
+    mask_row=-1,
+    apart=True,
+    crossing=True,
+    tokens="padding, text and images (causal), time, grid",
+)
+
+FAMILIES = (JOY_IMAGE, JOY_IMAGE_PLUS, LUMINA_NEXT, TRANSFORMER_2D, AMUSED, FIBO2, OMNIGEN)

@@ -70,6 +70,19 @@ AUDIOLDM2 = Family(
     tokens="grid of time and frequency, halved from level to level",
 )
 
+KANDINSKY3 = Family(
+    name="Kandinsky 3",
+    classes=("Kandinsky3UNet",),
+    dims=2,
+    # Behind the first attention of a level stands that to the text.
+    sites=("down_blocks.*.attentions.0.attention", "up_blocks.*.attentions.0.attention"),
+    seen=_sample,
+    anchor="sample",
+    levels="floor",
+    crossing=True,
+    tokens="grid, halved from level to level",
+)
+
 CONTROLNET_XS = Family(
     name="ControlNet-XS adapter",
     classes=("ControlNetXSAdapter",),
@@ -79,4 +92,4 @@ CONTROLNET_XS = Family(
     nothing="its layers run inside of UNetControlNetXSModel, which is patched as a whole",
 )
 
-FAMILIES = (UNET, VIDEO_UNET, UNCONDITIONAL, AUDIOLDM2, CONTROLNET_XS)
+FAMILIES = (UNET, VIDEO_UNET, UNCONDITIONAL, AUDIOLDM2, KANDINSKY3, CONTROLNET_XS)

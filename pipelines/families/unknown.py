@@ -12,6 +12,9 @@ NOT_SPARSE = {
     "AceStepTransformer1DModel": _AUDIO,
     "DreamLiteTransformer2DModel": "it is a part of another model, which is patched as a whole",
     "Kandinsky6SRTransformer3DModel": "it brings a sparse attention of its own (NABLA with sliding tiles)",
+    "LTX2VideoDiffusionDecoderModel": (
+        "its attention is neighborhood attention already, which visattn.pipelines.decoders.patch_decoder(model) runs"
+    ),
     "LongCatAudioDiTTransformer": _AUDIO,
     "MiniMaxMusic3RVQDepthDecoder": _AUDIO,
     "MiniMaxMusic3Transformer1DModel": _AUDIO,
@@ -28,12 +31,6 @@ NOT_SPARSE = {
 
 # Classes that could have a record.
 NOT_YET = {
-    "AnyFlowFARTransformer3DModel": "its chunks are padded to 128 tokens and cached, with a backend of its own",
-    "BriaFibo2Transformer2DModel": "the order of its tokens depends on the texts of the batch",
-    "Cosmos3OmniTransformer": "its record is not written (a causal call of text, then video with its keys)",
-    "Kandinsky3UNet": "its self-attention says that it is cross-attention, which is left out",
-    "OmniGenTransformer2DModel": "its text is causal and its image is not, in one call with a full mask",
-    "QwenImage21Transformer2DModel": "its first step attends piece by piece with a backend of its own",
     "SanaWMLTX2RefinerTransformer3DModel": "its forward does not tell where the tokens of a chunk sit",
     "SanaWMTransformer3DModel": "its quadratic attention, in one of four layers, has no processor to replace",
     "WanAnimate2Transformer3DModel": "its cached frames come with a mask of blocks for flex attention",

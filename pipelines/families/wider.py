@@ -1,7 +1,8 @@
-"""Image model families whose queries are the image's alone, while keys are the image's and the text's."""
+"""Model families whose queries are those of the image or video, while keys are also those of the text."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from visattn.pipelines.families.base import Args, Family, Seen, patches
@@ -30,6 +31,24 @@ def _cascade(config: Any, args: Args) -> Seen:
     if text is not None and image is not None:
         after += text.shape[1] + config.clip_seq * (1 if image.ndim == 2 else image.shape[1])
     return Seen(patches(config, tuple(args["sample"].shape[-2:])), 0, after)
+
+
+def _cosmos3(config: Any, args: Args) -> Seen:
+    """Text, which asks causally and for itself; then video, sound and actions, packed without a batch."""
+    shapes, before = args["vision_token_shapes"], args["und_len"]
+    if len(shapes) != 1:
+        return Seen(why=f"its forward has {len(shapes)} images or videos")
+    grid = tuple(shapes[0])
+    return Seen(grid, before, args["sequence_length"] - before - math.prod(grid))
+
+
+def _qwen21(config: Any, args: Args) -> Seen:
+    """Text and reference images, one slot of the text for 2 x 2 of their tokens, then the image."""
+    *references, (frames, height, width) = args["img_shapes"][0]
+    if frames != 1:
+        return Seen(why=f"its image has {frames} frames")
+    tokens = sum(math.prod(shape) for shape in references)
+    return Seen((height, width), args["encoder_hidden_states"].shape[1] - tokens // 4 + tokens)
 
 
 PRX = Family(
@@ -64,4 +83,27 @@ STABLE_CASCADE = Family(
     tokens="grid, halved from level to level (keys: grid, CLIP)",
 )
 
-FAMILIES = (PRX, NUCLEUS, STABLE_CASCADE)
+COSMOS3 = Family(
+    name="Cosmos 3",
+    classes=("Cosmos3OmniTransformer",),
+    dims=3,
+    sites=("layers.*.self_attn",),
+    seen=_cosmos3,
+    anchor="vision_tokens",
+    wider=True,
+    pieces=True,
+    tokens="grid, sound, actions (keys: text before them)",
+)
+
+QWEN21 = Family(
+    name="Qwen-Image 2.1",
+    classes=("QwenImage21Transformer2DModel",),
+    dims=2,
+    sites=("transformer_blocks.*.attn",),
+    seen=_qwen21,
+    wider=True,
+    pieces=True,
+    tokens="grid (keys: text, reference images, grid)",
+)
+
+FAMILIES = (PRX, NUCLEUS, STABLE_CASCADE, COSMOS3, QWEN21)

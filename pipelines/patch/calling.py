@@ -6,6 +6,7 @@ import dis
 import enum
 import functools
 import types
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ class Calling(enum.Enum):
     """How a processor calls attention."""
 
     MEMBER = "dispatch_attention_fn with the backend it holds"
-    DISPATCH = "dispatch_attention_fn without a backend"
+    DISPATCH = "dispatch_attention_fn, not always with a backend that it holds"
     SDPA = "F.scaled_dot_product_attention"
     UNKNOWN = "something that only running it shows"
 
@@ -61,7 +62,11 @@ def _calling_of_class(kind: type, holds_backend: bool) -> Calling:
         return Calling.UNKNOWN
     names = call.__code__.co_names
     if holds_backend and _DISPATCH in names and _BACKEND in names:
-        return Calling.MEMBER
+        asked = Counter(each.argval for each in dis.get_instructions(call.__code__))
+        # A call with another backend than the one it holds passes by a member, and a list of backends refuses one.
+        passed_by = asked[_DISPATCH] > asked[_BACKEND] or hasattr(kind, "_SUPPORTED_BACKENDS")
+        plain = _is_dispatch(call.__globals__.get(_DISPATCH))
+        return Calling.DISPATCH if passed_by and plain else Calling.MEMBER
     if holds_backend:
         defining = next(each for each in kind.__mro__ if "__call__" in vars(each))
         # Its helpers get the backend from it.

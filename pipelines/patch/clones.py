@@ -115,7 +115,10 @@ def make_stock(processor: Any) -> None:
         kind = type(processor)._visattn_kind
         if kind is not None:
             object.__setattr__(processor, "__class__", kind)
-            own.pop(_ORIGINAL, None)
+            original, backend = own.pop(_ORIGINAL, None), getattr(processor, "_attention_backend", None)
+            if original is not None and backend is not getattr(original, "_attention_backend", None):
+                # Set after the patch, it is for the processor that the clone stood for.
+                original._attention_backend = backend
             own.pop(_PLACE, None)
         return
     original = own.pop(_ORIGINAL, None)

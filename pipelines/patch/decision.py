@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,7 +36,7 @@ class Decision(NamedTuple):
 
     def encode(self) -> torch.Tensor:
         """As bytes on the CPU: [DECISION_BYTES]."""
-        where = [[layout.grid, layout.prefix, layout.suffix] for layout in self.layouts]
+        where = [_numbers(layout) for layout in self.layouts]
         data = json.dumps([where, str(self.pattern), self.backend, self.mask_row, self.names, *self.stock])
         text = data.encode()
         assert len(text) <= DECISION_BYTES, f"decision of {len(text)} bytes"
@@ -46,5 +46,16 @@ class Decision(NamedTuple):
     def decode(cls, data: torch.Tensor) -> Decision:
         """The inverse of `encode`."""
         where, pattern, backend, mask_row, names, *stock = json.loads(bytes(data.numpy()))
-        layouts = tuple(Layout(*each) for each in where)
+        layouts = tuple(_layout(each) for each in where)
         return cls(layouts, parse(pattern), backend, mask_row, Stock(*stock), tuple(names))
+
+
+def _numbers(layout: Layout) -> list[Any]:
+    """A layout as lists of numbers."""
+    keys = layout.key_layout
+    return [layout.grid, layout.prefix, layout.suffix, None if keys is None else _numbers(keys)]
+
+
+def _layout(numbers: list[Any]) -> Layout:
+    grid, prefix, suffix, keys = numbers
+    return Layout(grid, prefix, suffix, None if keys is None else _layout(keys))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from visattn.pipelines.patch import numbering, operators
+from visattn.pipelines.patch.on_slabs import attend_on_slabs
 from visattn.pipelines.patch.parallel import degree
 from visattn.pipelines.patch.stock import Stock
 from visattn.runtime.call import AttentionCall
@@ -62,7 +63,11 @@ def without_backend(number: int) -> Callable[..., torch.Tensor]:
         parallel_config: Any = None,
     ) -> torch.Tensor:
         rest = attn_mask, dropout_p, is_causal, scale, enable_gqa
-        return _dispatched(number, query, key, value, rest, parallel_config)
+        if backend is None:
+            return _dispatched(number, query, key, value, rest, parallel_config)
+        call = AttentionCall(query, key, value, *_call_order(rest), parallel=parallel_config, own=backend)
+        # Compiled code does not carry a backend of one call.
+        return Stock(True)(call) if torch.compiler.is_compiling() else call_group(number, call, True)
 
     return dispatch_attention_fn
 
@@ -81,8 +86,14 @@ def _dispatched(
             if found is not None:
                 return found[0]
             kind = group.key(q, k, v, scale, False, "eager")
-    call = AttentionCall(q, k, v, mask, scale, grouped, dropout, causal, parallel=parallel)
+    call = AttentionCall(q, k, v, *_call_order(rest), parallel=parallel)
     return call_group(number, call, True, kind)
+
+
+def _call_order(rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Mask, dropout, causal, scale, grouped in the order of `AttentionCall`."""
+    mask, dropout, causal, scale, grouped = rest
+    return mask, scale, grouped, dropout, causal
 
 
 def _group(number: int) -> Any:
@@ -135,6 +146,11 @@ def call_group(number: int, call: AttentionCall, is_dispatched: bool, kind: Hash
         kind: What calls that are decided like this one have in common, None for no others.
     """
     compiling = torch.compiler.is_compiling()
+    sharing = numbering.look_up(number)
+    if sharing is not None and sharing.run.sharding is not None:
+        if compiling:
+            raise ValueError("patterns under parallel= do not run in compiled code: leave out compile()")
+        return attend_on_slabs(sharing, replace(call, parallel=None).autocast())
     if call.parallel is not None and degree(call.parallel) > 1:
         if compiling:
             raise ValueError("patterns under context parallelism do not run in compiled code: leave out compile()")

@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import Pattern, PerHead
 from visattn.pipelines.patch import numbering, parallel
 from visattn.pipelines.patch.decision import Decision
 from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.stock import Stock
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.runner import Runner
+from visattn.schedule import Given
 
 # Decisions of a group that are kept, of 4 KB each.
 MANY = 64
@@ -34,18 +35,18 @@ class Group(Runner):
     def __init__(
         self,
         run: DiffusersRun,
-        pattern: Pattern,
+        given: Given,
         backend: str,
         stock: Stock,
         parameters: torch.nn.ParameterDict | None = None,
         precision: str | None = None,
     ) -> None:
-        super().__init__(run, pattern, backend, stock, parameters, precision)
+        super().__init__(run, given, backend, stock, parameters, precision)
         self.lease = numbering.register(self, stock)
         self.number = self.lease.number
-        self._encoded: dict[tuple[Layout, ...], torch.Tensor] = {}
+        self._encoded: dict[tuple[tuple[Layout, ...], Pattern], torch.Tensor] = {}
         numbering.register_tensors(self.lease, self.parameters.values())
-        run.compiled_patterns[self.unnamed] = pattern
+        run.compiled_patterns[self.unnamed] = given
 
     def release(self) -> None:
         """Give the number up."""
@@ -54,13 +55,14 @@ class Group(Runner):
 
     def encoded(self, layouts: tuple[Layout, ...]) -> torch.Tensor:
         """The `Decision` that the backward of a call has to know, as bytes: the layouts that the pattern ran on."""
-        found = self._encoded.get(layouts)
+        pattern = self.pattern
+        found = self._encoded.get((layouts, pattern))
         if found is None:
             names = tuple(self.parameters.keys())
-            made = Decision(layouts, self.pattern, self.backend, self.run.mask_row, self.stock, names)
+            made = Decision(layouts, pattern, self.backend, self.run.mask_row, self.stock, names)
             if len(self._encoded) >= MANY:
                 self._encoded = {}
-            self._encoded[layouts] = found = made.encode()
+            self._encoded[layouts, pattern] = found = made.encode()
         # Compiled code may write into what an operator gave it.
         return found.clone()
 
@@ -78,6 +80,8 @@ class Group(Runner):
             why = (
                 parallel.MORE_KEYS
                 if wider
+                else parallel.OWN_HEADS
+                if isinstance(self.pattern, PerHead)
                 else parallel.SPLIT_MASK
                 if call.mask is not None
                 else parallel.uneven(fit.layouts, heads, devices)

@@ -11,12 +11,13 @@ import torch
 
 from visattn.handle import Request
 from visattn.parameters import Learnable
-from visattn.patterns import Dense
+from visattn.patterns import Dense, Pattern
 from visattn.pipelines.patch import targets
 from visattn.pipelines.patch.hooks import Hooks
 from visattn.pipelines.patch.processors import Processors
 from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.schedulers import SchedulerSteps
+from visattn.pipelines.patch.sharding import Sharding
 from visattn.pipelines.patch.sites import find_sites
 from visattn.pipelines.patch.steps import ContextSteps
 from visattn.pipelines.patch.targets import Target
@@ -52,17 +53,19 @@ class PatchedModel:
 
     def __init__(self, target: Target, scheduler: SchedulerSteps, taken: Set[int]) -> None:
         name, model, family, request = target
-        schedule, layout = request.schedule, request.layout
-        dims = family.dims if layout is None else layout.dims
-        self.sites = find_sites(model, family, schedule, name, dims, taken)
+        schedule, layouts = request.schedule, request.layouts
+        dims = layouts[0].dims if layouts else family.dims
+        self.sites = find_sites(model, family, schedule, name, dims, taken, request.parallel is not None)
         self._request, self._scheduler = request, scheduler
         self._context = ContextSteps(model) if schedule.needs_steps and hasattr(model, "cache_context") else None
         said = [] if self._context is None else [self._context.now]
         # A pipeline that is running knows best; one that is not tells what its scheduler did last.
         sources = [functools.partial(scheduler.running, weakref.ref(model)), *said, scheduler.now]
-        self._run = DiffusersRun(name, family, model.config, schedule, layout, request.strict, sources, request.always)
+        self._run = DiffusersRun(name, family, model.config, schedule, layouts, request.strict, sources, request.always)
         self._run.token = scheduler.token
         self._run.sparse_sites = [s.name.path for s in self.sites if not isinstance(s.pattern, Dense)]
+        if request.parallel is not None:
+            self._run.sharding = Sharding(model, self._run, request.parallel, request.mesh)
         self._processors = Processors(model, self._run, self.sites, request.backend)
         self._hooks: Hooks | None = None
         try:
@@ -71,6 +74,9 @@ class PatchedModel:
             self.remove()
             raise
         self._hooks = hooks = Hooks(model, self._run, self.sites)
+        if self._run.sharding is not None:
+            # After the hook that reads where the tokens sit.
+            self._run.sharding.install(model)
         self._run.check_sites = functools.partial(self._processors.repair, hooks.follow)
 
     def report(self) -> Sequence[SiteReport]:
@@ -81,7 +87,11 @@ class PatchedModel:
     def learnables(self) -> Sequence[Learnable]:
         """See `visattn.handle.Patch`."""
         found = [(site.name.path, site.pattern, site.parameters) for site in self.sites]
-        return [Learnable(self._run.name, path, pattern, p) for path, pattern, p in found if p is not None]
+        return [
+            Learnable(self._run.name, path, pattern, p)
+            for path, pattern, p in found
+            if p is not None and isinstance(pattern, Pattern)
+        ]
 
     def watch(self, watcher: Watcher | None) -> None:
         """See `visattn.handle.Patch`."""
@@ -95,6 +105,8 @@ class PatchedModel:
         """See `visattn.handle.Patch`. A processor that someone else has set since stays."""
         if self._hooks is not None:
             self._hooks.remove()
+        if self._run.sharding is not None:
+            self._run.sharding.remove()
         self._processors.undo()
         self._run.release()
         if self._context is not None:

@@ -112,7 +112,7 @@ class MergingGroup(Group):
             # Rows of the agents have no use, but the processor counts on them.
             out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - n))
         self.run.tally.end(cells, begun)
-        self._note(self.run.forward, name, verdict)
+        self.note(self.run.forward, name, verdict)
         return out, ()
 
     def key(self, *call: Any) -> Hashable:

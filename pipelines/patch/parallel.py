@@ -13,6 +13,7 @@ import torch
 from visattn.layout import Layout
 
 MORE_KEYS = "it has keys beyond its queries"
+OWN_HEADS = "its heads have patterns of their own, and a device has a part of them: use apply(parallel='ulysses')"
 SPLIT_MASK = "its mask is split over devices"
 
 
@@ -28,13 +29,13 @@ def degree(config: Any) -> int:
     if context.ring_degree > 1:
         raise ValueError(
             f"ring context parallelism (ring_degree={context.ring_degree}) shows a device the keys piece by piece, and "
-            "a pattern needs all of them at once: pass ContextParallelConfig(ulysses_degree=...) or call "
-            "handle.remove()"
+            "a pattern needs all of them at once: pass apply(..., parallel='halo'), which fetches what it lists, "
+            "ContextParallelConfig(ulysses_degree=...), or call handle.remove()"
         )
     if getattr(context, "ulysses_anything", False):
         raise ValueError(
-            "ulysses_anything=True splits tokens and heads unevenly, which patterns do not follow: leave it out, with "
-            "tokens and heads that the number of devices divides"
+            "ulysses_anything=True splits tokens and heads unevenly, which patterns do not follow: pass "
+            "apply(..., parallel='ulysses'), which cuts the grid in slabs instead, or leave it out"
         )
     return context.ulysses_degree
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from visattn.patterns import MergingPattern, Pattern
+from visattn.patterns import MergingPattern
 from visattn.pipelines.patch import clones, dispatch, members, merging
 from visattn.pipelines.patch.calling import Calling, calling_of, own_attention, stock_of
 from visattn.pipelines.patch.group import Group
 from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.sites import Site
 from visattn.pipelines.patch.stock import Stock
+from visattn.schedule import Given
 
 
 class Processors:
@@ -24,7 +25,7 @@ class Processors:
 
     def __init__(self, model: torch.nn.Module, run: DiffusersRun, sites: Sequence[Site], backend: str) -> None:
         self._model, self._run, self._sites, self._backend = model, run, sites, backend
-        self._groups: dict[tuple[Pattern, str | None, Stock, str], Group] = {}
+        self._groups: dict[tuple[Given, str | None, Stock, str], Group] = {}
         # Weak: a client may let one go that it had put in.
         self._ours: list[weakref.ref[Any]] = []
 
@@ -111,8 +112,9 @@ class Processors:
         # Compiled code knows groups, not modules: one with parameters of its own needs a group of its own.
         key = pattern, site.precision, stock, site.name.path if site.parameters is not None else ""
         if key not in self._groups:
-            kind = merging.MergingGroup if isinstance(pattern, MergingPattern) else Group
-            self._groups[key] = group = kind(self._run, pattern, self._backend, stock, site.parameters, site.precision)
+            arguments = self._run, pattern, self._backend, stock, site.parameters, site.precision
+            merges = isinstance(pattern, MergingPattern)
+            self._groups[key] = group = merging.MergingGroup(*arguments) if merges else Group(*arguments)
             if stock.dispatched:
                 members.register_member(group.number, dispatch.dispatched)
         return self._groups[key]

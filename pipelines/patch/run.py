@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,8 +12,11 @@ from visattn.layout import Layout
 from visattn.pipelines.families.base import Family, Seen
 from visattn.pipelines.patch import numbering
 from visattn.runtime.run import Run, Step
-from visattn.runtime.where import Where
+from visattn.runtime.where import Given, Where
 from visattn.schedule import Schedule
+
+if TYPE_CHECKING:
+    from visattn.pipelines.patch.sharding import Sharding
 
 
 class DiffusersRun(Run):
@@ -22,11 +25,11 @@ class DiffusersRun(Run):
     Attributes:
         family: What is known about the model's class.
         config: The model's configuration.
-        layout: Where the tokens sit if the user said so, None to find out.
         check_sites: Called before each forward, to see what others have changed.
         token: Tells one run of the pipeline from another.
         number: By which hooks and compiled code know it.
         lease: The right to it, None after the patch.
+        sharding: How processes share the model's tokens, None if they do not.
     """
 
     def __init__(
@@ -35,17 +38,21 @@ class DiffusersRun(Run):
         family: Family,
         config: Any,
         schedule: Schedule,
-        layout: Layout | None,
+        layouts: Sequence[Layout],
         strict: bool,
         steps: Sequence[Callable[[], Step]],
         always: bool = False,
     ) -> None:
-        super().__init__(name, schedule, strict, steps, family.mask_row, always, family.wider)
-        self.family, self.config, self.layout = family, config, layout
+        super().__init__(
+            name, schedule, strict, steps, family.mask_row, always, family.wider, family.pieces, family.apart
+        )
+        self.family, self.config = family, config
+        self._given = Given.of(layouts) if layouts else None
         self.check_sites: Callable[[], None] = lambda: None
         self.token: Callable[[], Hashable] = lambda: None
         self.lease: numbering.Lease | None = numbering.register(self)
         self.number: int = self.lease.number
+        self.sharding: Sharding | None = None
         self._read: tuple[weakref.ref[torch.Tensor], int, Seen, tuple[Any, ...]] | None = None
 
     def release(self) -> None:
@@ -72,13 +79,16 @@ class DiffusersRun(Run):
         """See `Run.run_token`."""
         return self.token()
 
-    def _where(self, seen: Seen) -> Where:
-        if self.layout is not None:
-            return Where(self.layout.grid, self.layout.prefix, self.layout.suffix)
+    def _where(self, seen: Seen) -> Where | Given:
+        if self._given is not None:
+            return self._given
         if self.family.read is not None and seen.ids is not None:
             seen = self._reading(seen.ids, seen)
         grid = tuple(int(n) for n in seen.grid)
-        return Where(grid, int(seen.prefix), int(seen.suffix), self.family.levels, seen.why, seen.samples)
+        family = self.family
+        return Where(
+            grid, int(seen.prefix), int(seen.suffix), family.levels, seen.why, seen.samples, early=family.early
+        )
 
     def _reading(self, ids: torch.Tensor, seen: Seen) -> Seen:
         """Read a tensor's values, which waits for the GPU, once for all steps that pass the same tensor."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from visattn.parameters import make_parameters
-from visattn.patterns import Pattern
+from visattn.patterns import Dense, Pattern
 from visattn.pipelines.families.base import Family
 from visattn.pipelines.patch import clones
 from visattn.pipelines.patch.group import Group
-from visattn.schedule import Schedule, SiteName
+from visattn.schedule import Given, Schedule, SiteName
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Site:
     Attributes:
         name: Its path and layer.
         module: The module.
-        pattern: What it was given.
+        pattern: What it was given, for each step where it is `Staged`.
         index: Its number among the sites.
         installed: The processor that calls the group.
         group: The group it calls.
@@ -33,7 +33,7 @@ class Site:
 
     name: SiteName
     module: torch.nn.Module
-    pattern: Pattern
+    pattern: Given
     index: int
     installed: Any = None
     group: Group | None = None
@@ -62,7 +62,13 @@ class Site:
 
 
 def find_sites(
-    model: torch.nn.Module, family: Family, schedule: Schedule, name: str, dims: int, taken: Set[int] = frozenset()
+    model: torch.nn.Module,
+    family: Family,
+    schedule: Schedule,
+    name: str,
+    dims: int,
+    taken: Set[int] = frozenset(),
+    shared: bool = False,
 ) -> list[Site]:
     """The selected modules of a model, in the order of the layers.
 
@@ -73,6 +79,7 @@ def find_sites(
         name: What errors call the model in its pipeline.
         dims: Axes of the token grid.
         taken: Identities of modules that another model's patch has.
+        shared: Whether processes share the tokens: what is not selected is dense then, over all of them.
 
     Raises:
         ValueError: If there is none, or the model is patched already.
@@ -81,12 +88,15 @@ def find_sites(
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention modules at {', '.join(family.sites)}")
     names, title = [site for site, _ in found], type(model).__name__
-    given = zip(found, schedule.assign(names, title), schedule.precisions(names, title), strict=True)
+    patterns, precisions = schedule.assign(names, title), schedule.precisions(names, title)
+    if shared:
+        patterns = [Dense() if p is None else p for p in patterns]
+    given = zip(found, patterns, precisions, strict=True)
     chosen = [(site, m, p, precision) for (site, m), p, precision in given if p is not None]
     sites = [Site(site, m, p, index, precision=precision) for index, (site, m, p, precision) in enumerate(chosen)]
     for site in sites:
         if clones.is_patched(site.module.processor):
             raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")
-        if site.pattern.learnable:
+        if isinstance(site.pattern, Pattern) and site.pattern.learnable:
             site.parameters = make_parameters(model, site.module, site.pattern, dims)
     return sites

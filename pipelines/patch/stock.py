@@ -23,7 +23,7 @@ class Stock(NamedTuple):
     backend: str | None = None
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
-        """Attention [B, S, H, D] as stock diffusers computes it."""
+        """Attention [B, S, H, D] as stock diffusers computes it; `call.own` is a backend for this call alone."""
         if not self.dispatched:
             q, k, v = call.swapped().tensors
             out = scaled_dot_product_attention(
@@ -32,7 +32,8 @@ class Stock(NamedTuple):
             return out.transpose(1, 2)
         from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-        backend = None if self.backend is None else AttentionBackendName(self.backend)
+        chosen = self.backend if call.own is None else call.own
+        backend = None if chosen is None else AttentionBackendName(chosen)
         return dispatch_attention_fn(
             *call.tensors,
             call.mask,

@@ -53,14 +53,14 @@ def find(target: Any, request: Request) -> list[Target]:
     if not found:
         raise ValueError(f"{type(target).__name__} has none of {', '.join(DENOISERS)}: apply to one of its models")
     known = {name: model for name, model in found.items() if find_family(model) is not None}
-    chosen = found if request.layout is not None else known or found
+    chosen = found if request.layouts else known or found
     return [*(_target(name, model, request) for name, model in chosen.items()), *_control(target, request)]
 
 
 def _control(pipeline: Any, request: Request) -> Iterator[Target]:
     """The ControlNets of a pipeline; one that cannot be patched keeps its attention, and a warning says why."""
     # Their tokens are not where a layout for the denoiser says, and their records know.
-    request = dataclasses.replace(request, layout=None)
+    request = dataclasses.replace(request, layouts=())
     for name, model in _controlnets(pipeline):
         if type(model).__name__ == "ControlNetXSAdapter":
             # A part of the pipeline's UNet, which is patched.
@@ -91,7 +91,7 @@ def _unwrapped(model: Any) -> torch.nn.Module:
 def _target(name: str, model: torch.nn.Module, request: Request) -> Target:
     family = _family(model, request)
     for pattern in request.schedule.patterns:
-        check_dims(pattern, family.dims if request.layout is None else request.layout.dims, type(model).__name__)
+        check_dims(pattern, request.layouts[0].dims if request.layouts else family.dims, type(model).__name__)
         if isinstance(pattern, MergingPattern):
             _check_merging(pattern, model, family, request)
     return Target(name, model, family, request)
@@ -99,8 +99,10 @@ def _target(name: str, model: torch.nn.Module, request: Request) -> Target:
 
 def _family(model: torch.nn.Module, request: Request) -> Family:
     family = find_family(model)
-    if family is None and request.layout is not None:
-        return Family(type(model).__name__, (), request.layout.dims, ("*",), lambda config, args: Seen(), wider=True)
+    if family is None and request.layouts:
+        return Family(
+            type(model).__name__, (), request.layouts[0].dims, ("*",), lambda config, args: Seen(), wider=True
+        )
     if family is None:
         why = why_unknown(model)
         raise ValueError(
@@ -113,7 +115,7 @@ def _family(model: torch.nn.Module, request: Request) -> Family:
 
 
 def _check_merging(pattern: Pattern, model: torch.nn.Module, family: Family, request: Request) -> None:
-    if not family.levels or request.layout is not None or not all(path.endswith("attn1") for path in family.sites):
+    if not family.levels or request.layouts or not all(path.endswith("attn1") for path in family.sites):
         raise ValueError(
             f"{pattern} merges tokens of a UNet (Stable Diffusion 1.5, 2.1, XL) before they are projected, and "
             f"{type(model).__name__} {'was given a layout' if family.levels else 'is none'}: use agent(agents=...) here"

@@ -1,9 +1,10 @@
 """Correctness of every Triton kernel on a real GPU.
 
-    python3 -m scripts.check.lists_gpu [--jobs 8] [--only TEXT]
+    python3 -m scripts.check.lists_gpu [--jobs 8] [--only TEXT] [--next]
 
 Forward and gradients against the float64 reference on shapes with many tiles, outputs poisoned with NaN, every
-call twice (bit-equal), head dims 32 to 256, three dtypes. Exit status 1 if anything is off.
+call twice (bit-equal), head dims 32 to 256, three dtypes. `--next` takes the Hopper
+kernels of `config.HOPPER_NEXT`. Exit status 1 if anything is off.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from scripts.gpu_common import itself, versions
 from visattn import Layout, attention, parse
+from visattn.kernels.triton.config import HOPPER, HOPPER_NEXT
 from visattn.patterns import BiasedPattern, RoutedPattern
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,6 +72,9 @@ def cases() -> list[Case]:
         found += [Case("na(window=9x9)", joint, dtype, dim, mask=True, heads_first=True)]
         found += [Case("na(window=5x9x9,causal=true)", Layout((7, 20, 13)), dtype, dim)]
         found += [Case("radial(decay=0.5)", Layout((8, 16, 16)), dtype, dim), Case("dense", Layout(1536), dtype, dim)]
+        # Halves of row tiles see different tiles.
+        found += [Case("na(window=16x16,stride=8x8)", Layout((64, 56), 70), dtype, dim, 4, m) for m in (False, True)]
+        found += [Case("clear(radius=16)", Layout((70, 64)), dtype, dim), Case("na(window=24x24)", joint, dtype, dim)]
     for dtype, dim in (("bf16", 128), ("fp32", 64)):
         found += [
             Case("dense", Layout(1500, prefix=5), dtype, dim),
@@ -177,12 +182,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="cases whose text contains this")
+    parser.add_argument("--next", action="store_true", help="the Hopper kernels of config.HOPPER_NEXT")
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.jobs > 1:
-        command = itself("--only", chosen.only, "--shard")
+        command = itself("--only", chosen.only, *(["--next"] if chosen.next else []), "--shard")
         running = [subprocess.Popen([*command, f"{i}/{chosen.jobs}"]) for i in range(chosen.jobs)]
         return max(abs(p.wait()) for p in running)
+    if chosen.next:
+        HOPPER.update(HOPPER_NEXT)
     # Fills what torch.empty returns with NaN: a kernel that leaves a value unwritten is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic: Any = torch.utils.deterministic

@@ -69,3 +69,18 @@ def test_what_is_no_model_is_an_error_that_says_why(tmp_path, config, why):
         examine(str(tmp_path))
     with pytest.raises(ValueError, match="neither a folder nor a model of timm"):
         examine(str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (
+            {"_class_name": "DiTTransformer2DModel", "norm_type": "x"},
+            "diffusers cannot build DiTTransformer2DModel from",
+        ),
+        ({"model_type": "siglip"}, "that of a model of transformers .siglip.: load it, apply a pattern"),
+    ],
+)
+def test_a_config_of_which_nothing_can_be_made(tmp_path, config, why):
+    with pytest.raises(ValueError, match=why):
+        examine(str(folder(tmp_path, config)))

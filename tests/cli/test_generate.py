@@ -114,6 +114,15 @@ def test_a_dense_pattern_gives_equal_pictures(generate, tmp_path):
     assert "pictures are equal" in printed
 
 
+def test_without_a_pattern_attention_is_the_model_s_own(run, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("--model", model, "--label", "1", "--steps", 1)[0] == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["settings"]["pattern"] == "dense" and report["attention"]["hits"] == 0
+    status, _, err = run("--model", model, "--label", "1", "--steps", 1)
+    assert status == 2 and "out is not empty: pass --force" in err
+
+
 def test_schedules_reach_the_model(generate, tmp_path):
     assert generate("--dense-steps", "1", "--dense-layers", "1", "--json")[0] == 0
     report = json.loads((tmp_path / "out/report.json").read_text())

@@ -171,3 +171,12 @@ def test_a_busy_machine_is_named(monkeypatch):
     assert busy() == ""
     monkeypatch.setattr(os, "getloadavg", lambda: (16.38, 1.0, 1.0), raising=False)
     assert busy().startswith("the machine was busy (load 16.4 on 2 cores)")
+
+
+def test_keys_have_a_grid_of_their_own(run):
+    args = ("simulate", "na(window=3x3)", "--grid", "16x16", "--key-grid", "4x4", "--key-suffix", "3")
+    found = json.loads(run(*args, "--json")[1])
+    assert found["key_layout"] == "4x4, suffix 3" and found["density"] == pytest.approx(12 / 19)
+    assert "4x4, suffix 3" in run(*args)[1] and "advice is for one sequence" in run(*args, "--advise")[1]
+    status, _, err = run(*args[:4], "--key-suffix", 3)
+    assert status == 2 and "pass --key-grid as well" in err

@@ -67,6 +67,8 @@ def room(module):
         return "adapters"
     if name[0] in RANKS:
         return name[0]
+    if name[0] == "__main__":
+        return "cli"
     return "foundations" if name[0] in FOUNDATIONS else "core"
 
 

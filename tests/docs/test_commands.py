@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from scripts.pages import ROOT, blocks, commands, pages
 from visattn.cli import app
+from visattn.tuned import Tuned
 
 COMMANDS = [
     pytest.param(words, id=f"{page.relative_to(ROOT)}:{block.line}: {shlex.join(words)[:60]}")
@@ -34,6 +35,8 @@ class Parsed(Exception):
 def check_visattn(words, folder, monkeypatch):
     if words[0] in QUICK or words[-1] == "--help":
         monkeypatch.chdir(folder)
+        # What `visattn tune` of the same page has written.
+        Tuned("FluxTransformer2DModel", 1, (8, 8), {"0": {"0-": "na(window=3x3)"}}).write(folder / "tuned.json")
         result = CliRunner().invoke(app, words, prog_name="visattn")
         assert result.exit_code == 0, f"{result.output}{result.exception!r}"
         return
@@ -70,6 +73,16 @@ def check_python(words, monkeypatch):
         assert importlib.util.find_spec(words[1]), f"no module {words[1]}"
 
 
+def check_torchrun(words, folder, monkeypatch):
+    """What several processes run: a module of ours, as `python -m` would."""
+    at = words.index("-m")
+    assert words[:at] == ["--nproc-per-node", "2"]
+    if words[at + 1] == "visattn":
+        check_visattn(words[at + 2 :], folder, monkeypatch)
+    else:
+        check_python(words[at:], monkeypatch)
+
+
 def check_pip(words):
     assert words[0] == "install"
     for word in words[1:]:
@@ -87,6 +100,8 @@ def test_the_command_is_real(words, tmp_path, monkeypatch):
         check_visattn(rest, tmp_path, monkeypatch)
     elif program in ("python", "python3"):
         check_python(rest, monkeypatch)
+    elif program == "torchrun":
+        check_torchrun(rest, tmp_path, monkeypatch)
     elif program == "bash":
         assert (ROOT / rest[0]).is_file()
     elif program == "pip":

@@ -1,6 +1,7 @@
 """The CPU engine against masked dense attention in float64 and against NATTEN, forward and gradients."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.cases import gradients, layouts, qkv
 from visattn import Layout, attention, explain
+from visattn.dispatch import load
 from visattn.kernels.reference import backend as reference
 from visattn.kernels.tiles import backend as tiles
 from visattn.kernels.tiles import batches as tiles_batches
@@ -302,6 +304,25 @@ def test_auto_takes_dense_where_it_is_faster():
     assert choice("na(13x13)", 14) == "sdpa"
     assert choice("na(7x7)", 64) == "tiles"
     assert choice("dense", 64) == "sdpa"
+
+
+# Side of the grid, and whether lists that q and k choose were measured to beat dense attention (docs/cpu-engine.md).
+@pytest.mark.parametrize(
+    ("pattern", "side", "faster"),
+    [
+        ("topk(keep=0.15)", 16, False),
+        ("topk(keep=0.3)", 32, False),
+        ("topk(keep=0.3,rest=mean)", 32, False),
+        ("topk(keep=0.15)", 64, True),
+        ("topk(keep=0.15,rest=mean)", 64, True),
+        ("topk(keep=0.3,rest=mean)", 96, True),
+        ("topk(keep=0.7)", 64, False),
+    ],
+)
+def test_the_cost_of_chosen_lists_says_where_they_beat_dense_attention(pattern, side, faster):
+    inputs, call = (torch.empty(2, side**2, 3, 64),) * 3, Call(parse(pattern), Layout((side, side)), 1.0)
+    dense = load("sdpa").cost(Problem.of(*inputs, replace(call, pattern=Dense())))
+    assert (engine.cost(Problem.of(*inputs, call)) < dense) == faster
 
 
 def test_cost_grows_with_batch_and_heads():

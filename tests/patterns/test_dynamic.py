@@ -13,7 +13,7 @@ from tests.support.oracles import dense_attention
 from visattn import Layout, attention, attention_rows, dense_mask, parse, plan, tile_choice
 from visattn.patterns import PATTERNS, DynamicPattern, HeadsPattern, OrderedPattern, routed_mask
 from visattn.patterns.choice.blocks import inner, token_blocks
-from visattn.patterns.choice.picks import pick_number_of_all
+from visattn.patterns.choice.picks import Seen, pick_number_of_all
 from visattn.patterns.choice.scores import Score, block_scores
 
 GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "dynamic_choices.pt", weights_only=True)
@@ -64,6 +64,21 @@ def test_lists_what_the_published_method_lists(case):
             # One original rounds its output to bfloat16.
             limit = case.get("tolerance", 1e-4 * stored["values"].std())
             assert (found - stored["values"]).abs().max() < limit
+
+
+def test_text_is_listed_beside_the_budget_as_in_published_methods():
+    """Text blocks of Jenga, and tiles of a prefix that are exempt from VSA's budget."""
+    jenga, vsa = torch.load(Path(__file__).parents[1] / "golden" / "dynamic_text.pt", weights_only=True)
+    q, k, _ = golden_inputs(jenga)
+    chosen = parse("topp(p=0.5, least=3, always=near(1), block=64)").choose(q, k, Layout(1024, 0, 128)).mask(0, 16)
+    # There the neighbours of the first block and of the last are each other.
+    ring = torch.eye(16).roll(1, 0) + torch.eye(16).roll(-1, 0) > 0
+    assert torch.equal(chosen | ring, jenga["mask"][..., :16]) and jenga["mask"][..., 16:].all()
+    first, pattern = vsa["prefix"], parse("topk(keep=0.4, always=none, block=64)")
+    scores = make_input(vsa["shape"], vsa["seed"])[:, :, first:, first:]
+    chosen = pattern.pick(scores, Seen(), pattern.blocks((9 * 64,))).mask(0, 9)
+    assert torch.equal(chosen, vsa["mask"][:, :, first:, first:])
+    assert vsa["mask"][:, :, :first].all() and vsa["mask"][:, :, :, :first].all()
 
 
 RULES = (

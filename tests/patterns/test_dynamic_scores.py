@@ -9,6 +9,7 @@ import torch
 import visattn
 from tests.support.cases import qkv
 from visattn import Layout, attention, parse, plan, tile_choice
+from visattn.patterns.choice import tree
 from visattn.patterns.choice.blocks import token_blocks
 from visattn.patterns.choice.scores import Score, block_scores
 
@@ -99,7 +100,11 @@ def test_lowbit_is_the_largest_weight_of_products_of_integers(masked):
     assert (exact - weights)[:, :, at].abs().mean() < 0.2
 
 
-def test_a_tree_finds_the_best_children_of_good_nodes():
+@pytest.mark.parametrize("dense", [0, 64])
+def test_a_tree_finds_the_best_children_of_good_nodes(dense, monkeypatch):
+    # Nodes picked out of a level one by one, or a level as a whole.
+    monkeypatch.setattr(tree, "DENSE", dense)
+    monkeypatch.setattr(tree, "GATHERED", 500)
     layout = Layout(46)
     q, k, _ = qkv(layout, 2, dim=4)
     blocks = parse("topk(keep=3, block=2)").blocks(layout.grid)
@@ -122,6 +127,7 @@ def test_a_tree_finds_the_best_children_of_good_nodes():
                 nodes = set(below) if depth + 1 == len(level) else set(sorted(below, key=lambda c: -score[c])[:6])
             assert set(found[0, head, i].isfinite().nonzero()[:, 0].tolist()) == nodes
             assert all(abs(found[0, head, i, c].item() - score[c]) < 1e-12 for c in nodes)
+    monkeypatch.undo()
     wide, _ = scores_of("tree(2)", q, k, blocks, torch.ones(1, 46, dtype=torch.bool), leaves=23)
     assert torch.equal(wide, scores_of("mean", q, k, blocks, torch.ones(1, 46, dtype=torch.bool))[0])
 

@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounter
 
 import visattn
 from tests.support import tiny_models
-from visattn.patterns import parse, routed_mask
+from visattn.patterns import DynamicPattern, parse, routed_mask
+from visattn.patterns.choice import listening
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,56 @@ def test_a_fixed_pattern_has_no_density_that_was_reached():
     model, inputs = tiny_models.flux(single=1)
     with visattn.apply(model, "na(window=3x3)", strict=True) as handle:
         tiny_models.run(model, inputs)
-        assert all(call.reached is None for site in handle.report().modules for call in site.calls)
+        report = handle.report()
+        assert all(call.reached is None for site in report.modules for call in site.calls)
+        assert report.choosing_seconds == 0 and "choosing" not in str(report)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "topk(keep=0.25, block=2x3)",
+        "topk(keep=1.0, block=2x3, skip=0.5)",
+        "kmeans(queries=4, keys=6, p=0.5, floor=0.0, start=2)",
+        "best(of=[topk(keep=0.3, block=2x3), na(window=3x3)])",
+    ],
+)
+def test_the_report_says_what_choosing_took(text):
+    model, inputs = tiny_models.flux(single=1)
+    with visattn.apply(model, text, strict=True) as handle:
+        for _ in range(3):
+            tiny_models.run(model, inputs)
+        report = handle.report()
+    for site in report.modules:
+        assert 0 < site.choosing_seconds < site.sparse_seconds
+    assert report.choosing_seconds == report.to_dict()["choosing_seconds"] < report.sparse_seconds
+    assert "of the time is choosing" in str(report)
+
+
+def test_choosing_is_timed_in_steady_calls_and_no_choice_inside_another_twice(monkeypatch):
+    import time
+
+    model, inputs = tiny_models.flux(single=1)
+    now = [0.0]
+    monkeypatch.setattr("visattn.tally.time.perf_counter", lambda: now[0])
+
+    def slow(self, *given):
+        now[0] += 100 if len(calls) < 2 else 1
+        calls.append(given)
+        with listening.choosing():
+            return self.chosen_by_torch(*given)
+
+    calls = []
+    assert time.perf_counter() == 0
+    monkeypatch.setattr(DynamicPattern, "_chosen", slow)
+    with visattn.apply(model, "topk(keep=0.25, block=2x3)", strict=True, backend="tiles") as handle:
+        for _ in range(3):
+            tiny_models.run(model, inputs)
+        report = handle.report()
+    # The first call of all takes long, as if it compiled; the next one, of the other module, is a steady one.
+    assert len(calls) == 6 and report.choosing_seconds == report.sparse_seconds > 0
+    assert report.choosing_seconds == (1 + 1 + 1) + (100 + 1 + 1)
+    assert report.first_seconds == 100
 
 
 def test_compiled_code_lists_what_eager_code_lists():

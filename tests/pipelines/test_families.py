@@ -127,6 +127,18 @@ KINDS = {
     "keys of text before those of the image": (tiny_edits.prx, {53: ((6, 8), 5, 0)}),
     "keys of text after those of the image": (tiny_edits.nucleus, {53: ((6, 8), 0, 5)}),
     "keys of CLIP at two levels": (tiny_edits.stable_cascade, {152: ((13, 11), 0, 9), 39: ((6, 5), 0, 9)}),
+    "UNet whose levels are rounded down": (
+        tiny_unets.kandinsky3,
+        {96: ((12, 8), 0, 0), 24: ((6, 4), 0, 0), 6: ((3, 2), 0, 0)},
+    ),
+    "gist before the image": (tiny_edits.fibo2, {60: ((6, 8), 6, 6), 54: ((6, 8), 0, 6)}),
+    "gist after the image": (lambda: tiny_edits.fibo2((5, 2)), {60: ((6, 8), 0, 12), 54: ((6, 8), 0, 6)}),
+    "gist of a text without a mask": (
+        lambda: tiny_edits.fibo2(references=(), mask=False),
+        {54: ((6, 8), 6, 0), 48: ((6, 8), 0, 0)},
+    ),
+    "keys of text before video and sound": (tiny_edits.cosmos3, {81: ((3, 4, 6), 5, 4)}),
+    "keys of text and reference images": (tiny_edits.qwen21, {61: ((6, 8), 13, 0)}),
     "control of a UNet": (tiny_control.controlnet, {120: ((12, 10), 0, 0), 30: ((6, 5), 0, 0)}),
     "control with a mode": (tiny_control.flux_control_union, {54: ((6, 8), 6, 0)}),
     "control before text": (tiny_control.sd3_control, {53: ((6, 8), 0, 5), 48: ((6, 8), 0, 0)}),
@@ -148,12 +160,12 @@ def test_sparse_equals_masked_sdpa(kind, monkeypatch):
     def with_mask(query, key, value, attn_mask=None, *args, **options):
         length = key.shape[2]
         grid, prefix, suffix = layouts.get(length, ((), 0, 0))
-        if query.shape[2] in (length, math.prod(grid)) and grid:
+        if query.shape[2] in (length, length - prefix, math.prod(grid)) and grid:
             masked.append(length)
             ours = window_mask(grid, (3,) * dims, prefix, suffix)
             if query.shape[2] < length:
                 # The further keys have no queries.
-                ours = ours[prefix : length - suffix]
+                ours = ours[prefix : prefix + query.shape[2]]
             attn_mask = ours if attn_mask is None else ours & attn_mask.bool()
         return real(query, key, value, attn_mask, *args, **options)
 
@@ -161,6 +173,58 @@ def test_sparse_equals_masked_sdpa(kind, monkeypatch):
     expected = tiny_models.run(model, inputs)
     assert set(masked) == set(layouts)
     torch.testing.assert_close(sparse, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_causal_text_keeps_its_mask(monkeypatch):
+    """The image sees its window and the text; text, which is padded on the left, is causal."""
+    model, inputs = tiny_edits.omnigen()
+    real = torch.nn.functional.scaled_dot_product_attention
+    with visattn.apply(model, "na(window=3x3)", strict=True, backend="reference"):
+        sparse = tiny_models.run(model, inputs)
+
+    def with_mask(query, key, value, attn_mask, *args, **options):
+        ours = window_mask((6, 8), (3, 3), 6, 0).clone()
+        ours[:6] = True
+        return real(query, key, value, attn_mask.masked_fill(~ours, -float("inf")), *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", with_mask)
+        expected = tiny_models.run(model, inputs)
+    torch.testing.assert_close(sparse, expected, rtol=2e-4, atol=2e-5)
+    with visattn.apply(model, "topk(keep=0.5)") as handle, pytest.warns(UserWarning, match="mask of its own"):
+        tiny_models.run(model, inputs)
+    assert handle.report().dense == 2
+
+
+def test_a_chunk_sees_its_window_and_the_chunks_before_it(monkeypatch):
+    """Its processor insists on flex attention, for which masked SDPA stands here."""
+    model, inputs = tiny_clips.anyflow_far()
+    with visattn.apply(model, "na(window=3x3x3)", strict=True, backend="reference"):
+        sparse = tiny_models.run(model, inputs)
+    from diffusers.models.transformers import transformer_anyflow_far as far
+
+    real, masked = far.dispatch_attention_fn, []
+
+    def with_mask(query, key, value, *args, scale=None, **options):
+        if key.shape[1] != 54 + 72 + 56:
+            return real(query, key, value, *args, scale=scale, **options)
+        masked.append(query.shape[1])
+        ours = window_mask((3, 6, 4), (3, 3, 3), 54, 56)[54:]
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, ours, scale=scale).transpose(1, 2)
+
+    monkeypatch.setattr(far, "dispatch_attention_fn", with_mask)
+    torch.testing.assert_close(sparse, tiny_models.run(model, inputs), rtol=2e-4, atol=2e-5)
+    assert masked == [128, 128]
+
+
+def test_a_pattern_that_needs_a_query_for_each_key_gets_rows_of_zeros():
+    model, inputs = tiny_edits.prx()
+    stock = tiny_models.run(model, inputs)
+    with visattn.apply(model, "topk(keep=1.0)", strict=True) as handle:
+        torch.testing.assert_close(tiny_models.run(model, inputs), stock, rtol=2e-4, atol=2e-5)
+    layouts = {str(call.problem.layout) for site in handle.report().modules for call in site.calls}
+    assert layouts == {"6x8, prefix 5"}
 
 
 def test_captions_of_different_length_run_sample_by_sample(monkeypatch):

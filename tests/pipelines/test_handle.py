@@ -328,6 +328,36 @@ class TestRefusals:
             assert handle.report().sites_hit == 2
         assert not torch.allclose(sparse, stock)
 
+    def test_each_length_of_a_sequence_has_its_layout(self):
+        """The levels of a UNet, given by hand: the same as what its record finds."""
+        model, inputs = tiny_models.sd15()
+        with visattn.apply(model, "na(window=3x3)", strict=True):
+            expected = tiny_models.run(model, inputs)
+        levels = Layout((12, 10)), Layout((6, 5))
+        with visattn.apply(model, "na(window=3x3)", layout=levels, strict=True) as handle:
+            assert torch.equal(tiny_models.run(model, inputs), expected)
+            assert handle.report().sites_hit == 4
+        with visattn.apply(model, "na(window=3x3)", layout=levels[1:], dense_layers=0) as handle:
+            tiny_models.run(model, inputs)
+        assert list(handle.report().fallbacks) == ["a sequence of 120 tokens is not grid 6x5"]
+
+    @pytest.mark.parametrize(
+        ("layouts", "why"),
+        [
+            ((), "layout is empty: pass Layout"),
+            ((Layout(4), Layout((2, 3))), "4 and 2x3: pass layouts with equally many axes, one for each length"),
+            (
+                (Layout((2, 2)), Layout((1, 3), 1)),
+                "2x2 and 1x3, prefix 1: pass layouts with equally many axes, one for",
+            ),
+            (Layout((2, 2), 0, 0, Layout((1, 1))), "has a key_layout: pass where the tokens of its self-attention sit"),
+            ([(2, 2)], "layout=.* is a tuple: pass a Layout"),
+        ],
+    )
+    def test_layouts_that_cannot_be_meant_are_named(self, layouts, why):
+        with pytest.raises(ValueError, match=why):
+            visattn.apply(tiny_models.sd15()[0], "na(window=3x3)", layout=layouts)
+
     def test_things_that_are_no_model(self):
         with pytest.raises(ValueError, match=r"cannot apply to a torch.nn.modules.linear.Linear: pass a diffusers"):
             visattn.apply(torch.nn.Linear(1, 1), "dense")

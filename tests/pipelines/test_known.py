@@ -25,7 +25,10 @@ from visattn.pipelines.families import FAMILIES, find_family, unknown, why_unkno
 
 LISTED = Version(unknown.RELEASE)
 # Modules of pipelines that hold a model.
-ELSEWHERE = ("diffusers.pipelines.audioldm2.modeling_audioldm2",)
+ELSEWHERE = (
+    "diffusers.pipelines.audioldm2.modeling_audioldm2",
+    "diffusers.models.autoencoders.ltx2_diffusion_decoder",
+)
 # What denoises nothing in these modules.
 HELPERS = {"AudioLDM2ProjectionModel"}
 

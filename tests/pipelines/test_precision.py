@@ -5,6 +5,7 @@ import torch
 
 import visattn
 from tests.support import tiny_flux, tiny_pipelines
+from visattn.schedule import Schedule
 
 PATTERN = "na(window=3x3)"
 SITES = 4
@@ -81,6 +82,35 @@ def test_refusals(pipe):
             visattn.apply(pipe, PATTERN, **options)
     with pytest.raises(ValueError, match=r"is for patterns that list key tiles, which linear"):
         visattn.apply(pipe, "linear()", precision="int8")
+
+
+def test_stages_are_rounded_but_for_dense_and_precise_steps(pipe):
+    staged = {"0-": {"0": "dense", "1-2": PATTERN, "3-": "clear(radius=2)"}}
+    with visattn.apply(pipe, staged, precision="int8", precise_steps=2, precise_layers="1") as handle:
+        run(pipe, 4)
+        report = handle.report()
+    assert precisions(handle) == [(2, 1), (0, 3), (2, 1), (2, 1)]
+    found = {(str(c.problem.pattern), c.problem.precision, c.hits) for c in report.sites[0].calls}
+    assert found == {(PATTERN, None, 1), (PATTERN, "int8", 1), ("clear(radius=2)", "int8", 1)}
+    assert "steps 3-: clear(radius=2), 1 hits, tiles in int8, simulated for its errors on" in str(report)
+    with pytest.raises(ValueError, match="is for patterns that list key tiles, which linear"):
+        visattn.apply(pipe, {"0-": {"0": PATTERN, "1-": "linear()"}}, precision="int8")
+
+
+def test_a_schedule_keeps_its_precision(pipe):
+    schedule = Schedule.of(PATTERN, precision="fp8", precise_layers="1", precise_steps=1, precise_last_steps=1)
+    with visattn.apply(pipe, schedule) as handle:
+        run(pipe, 4)
+    assert precisions(handle) == [(2, 2), (0, 4), (2, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("how", ["ulysses", "halo"])
+def test_8_bits_are_refused_where_processes_share_tokens(how):
+    model, _ = tiny_flux.flux(single=1)
+    with pytest.raises(ValueError, match=f"parallel='{how}' and precision='int8': attention that processes share"):
+        visattn.apply(model, PATTERN, parallel=how, precision="int8")
+    with pytest.raises(ValueError, match="precision='fp8': attention that processes share"):
+        visattn.apply(model, Schedule.of(PATTERN, precision="fp8"), parallel=how)
 
 
 def test_training_is_refused_with_the_reason():

@@ -15,7 +15,7 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import visattn
-from tests.support import tiny_models, tiny_pipelines
+from tests.support import tiny_edits, tiny_models, tiny_pipelines
 from visattn.pipelines.patch import numbering
 
 PATTERN = "na(window=3x3)"
@@ -383,3 +383,17 @@ class TestClientProcessors:
             pytest.raises(ValueError, match=r"1 of 4 .* \(AttnProcessor computes attention itself"),
         ):
             tiny_models.run(model, inputs)
+
+
+def test_a_backend_set_on_a_clone_stays_after_the_patch():
+    """Qwen-Image 2.1 also attends without the backend that it holds, so that clones stand for its processors."""
+    model, inputs = tiny_edits.qwen21()
+    before = [block.attn.processor for block in model.transformer_blocks]
+    stock = tiny_models.run(model, inputs)
+    with visattn.apply(model, "na(window=3x3)", strict=True) as handle:
+        model.set_attention_backend("native")
+        tiny_models.run(model, inputs)
+        assert handle.report().sites_hit == 2
+    assert [block.attn.processor for block in model.transformer_blocks] == before
+    assert [p._attention_backend for p in before] == [AttentionBackendName.NATIVE] * 2
+    assert torch.equal(tiny_models.run(model, inputs), stock)

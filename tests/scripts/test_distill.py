@@ -269,6 +269,19 @@ class TestTraining:
         logs = [log_of(tmp_path / n)[0] for n in ("one", "two")]
         assert logs[0]["denoising"] == pytest.approx(logs[1]["denoising"], rel=1e-4)
 
+    @pytest.mark.slow
+    def test_killed_with_two_processes_goes_on_with_one(self, folder, tmp_path):
+        more = ("--attention", "0", "--clip", "0", "--threads", "1", "--lr", "0.001", "--ema", "0", "--steps", "12")
+        torch.set_num_threads(1)
+        whole = run(folder, tmp_path / "one", *more)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["-m", "scripts.distill.pipeline", *words(folder, tmp_path / "killed", *more)]
+        killed(command, tmp_path / "killed" / loop.CHECKPOINT)
+        assert not (tmp_path / "killed" / "student.safetensors").exists()
+        rest = run(folder, tmp_path / "killed", *more)
+        for name in (name for name in whole if not name.endswith("to_k.bias")):
+            torch.testing.assert_close(whole[name], rest[name], atol=1e-3, rtol=1e-3)
+
     def test_micro_batches_sum_to_the_batch(self, folder, tmp_path):
         # Relative attention distances are of each part.
         more = ("--clip", "0", "--attention", "0")

@@ -50,6 +50,18 @@ def test_patterns_with_their_own_weights(measured):
     assert sum("mala" in line for line in lines) == 1
 
 
+def test_unseen_captions_are_told_apart_where_they_were_measured(measured):
+    assert "Unseen" not in quality_table()
+    split = {"pictures": 52, "top1": 0.6, "top1_interval": [0.5, 0.7]}
+    dense = row("dense", "shipped", 0.8, 0.02)
+    dense["unseen"]["splits"] = {"new emoji": split | {"pictures": 48, "top1": 0.3}, "new pair": split}
+    measured({"0": dense})
+    assert quality_table().endswith(
+        "Unseen captions, dense: 60% (50% to 70%) of 52 emoji that training saw in other styles only and "
+        "30% (50% to 70%) of 48 emoji that it never saw."
+    )
+
+
 def test_students_before_and_after(measured):
     lines = students_table().splitlines()
     assert lines[2] == "| dense (teacher) | 80% | 70% | 0.020 |  |"

@@ -108,16 +108,16 @@ class TestEmbedded:
         assert transformer.blocks[0].scale_shift_table.dtype == torch.float32
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("pattern", ["dense", "na(window=7x7x7)", "radial(decay=0.5)"])
-    def test_digits_are_readable(self, pattern):
+    def test_what_is_drawn_moves_smoothly(self):
         from scripts.measure.moving_digits import figures, train_reader
-        from visattn import apply
 
-        pipeline = load_embedded("moving-digits")
+        pipeline, labels = load_embedded("moving-digits"), torch.arange(3)
         pipeline.set_progress_bar_config(disable=True)
-        with apply(pipeline, pattern):
-            videos = make(pipeline, torch.arange(10), num_inference_steps=8).transpose(1, 2)
-        assert figures(train_reader(), videos, torch.arange(10))["video_rate"] >= 0.7
+        videos = make(pipeline, labels, num_inference_steps=6).transpose(1, 2)
+        reader, order = train_reader(), torch.randperm(videos.shape[2], generator=torch.Generator().manual_seed(0))
+        smooth, mixed = (figures(reader, some, labels) for some in (videos, videos[:, :, order]))
+        assert smooth["jerk"] < mixed["jerk"] / 4
+        assert 0.3 < smooth["speed"] < 3
 
 
 class TestData:

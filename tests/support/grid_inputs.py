@@ -139,6 +139,13 @@ def unet(case):
     return {"sample": case.empty(4, *grid)}, Layout(halved)
 
 
+def floored(case):
+    grid = case.image()
+    level = case.draw(st.integers(0, 2))
+    halved = tuple(n // 2**level for n in grid)
+    return {"sample": case.empty(4, *grid)}, Layout(halved if min(halved) else grid)
+
+
 def z_image(case):
     grids = [case.image() for _ in range(case.batch)]
     length = max(math.prod(grid) for grid in grids) + 32
@@ -296,6 +303,53 @@ def one_shape(case):
     grid = case.image()
     shape = (1, *grid)
     return {"img_shapes": case.draw(st.sampled_from([shape, [shape] * case.batch]))}, Layout(grid, 0, case.text)
+
+
+def anyflow_far(case):
+    args, layout = anyflow(case)
+    cached, padding = case.draw(st.integers(0, 9)), -layout.tokens % 128
+    args |= {"kv_cache": [], "kv_cache_flag": {"is_cache_step": False}}
+    return args, Layout(layout.grid, cached, padding)
+
+
+def fibo2(case):
+    """Either the number of gist tokens is the same for all samples, or the gist comes last."""
+    from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count
+
+    args, layout = latents(case)
+    references = case.references()
+    after, bounds = sum(map(math.prod, references)), {"min_gist": 4, "max_gist": 16, "gist_step": 4}
+    args["context_latents"] = [case.empty(4, 2 * h, 2 * w) for h, w in references] or None
+    texts = [case.draw(st.integers(1, 40)) for _ in range(case.batch)]
+    args["encoder_hidden_states"] = case.empty(2, max(texts), 8)
+    if case.draw(st.booleans()):
+        args["encoder_attention_mask"] = torch.arange(max(texts)) < torch.tensor(texts)[:, None]
+    else:
+        texts = [max(texts)]
+    gists = compute_gist_count(texts, **bounds, min_text_len=8, max_text_len=32)
+    same = len(set(gists)) == 1
+    before, behind = (gists[0], 0) if same else (0, max(gists))
+    if same and case.draw(st.booleans()):
+        # The layers before the gist joins.
+        before = 0
+    return args, Layout(layout.grid, before, after + behind)
+
+
+def cosmos3(case):
+    grid, after = case.video(), case.draw(st.integers(0, 9))
+    args = {"vision_token_shapes": [grid], "und_len": case.text, "sequence_length": case.text + math.prod(grid) + after}
+    return args, Layout(grid, case.text, after)
+
+
+def qwen21(case):
+    """Each 2 x 2 tokens of a reference image have a place in the text."""
+    grid, references = case.image(), [(2 * h, 2 * w) for h, w in case.references()]
+    slots = sum(h * w // 4 for h, w in references)
+    args = {
+        "img_shapes": [[(1, *image) for image in (*references, grid)]] * case.batch,
+        "encoder_hidden_states": case.empty(case.text + slots, 8),
+    }
+    return args, Layout(grid, case.text + 4 * slots)
 
 
 def cascade(case):

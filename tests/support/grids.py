@@ -5,15 +5,19 @@ from types import SimpleNamespace
 from tests.support.grid_inputs import (
     animate,
     anyflow,
+    anyflow_far,
     auraflow,
     cached_keys,
     cascade,
     codes_of_square,
     cogvideox,
     control_without_text,
+    cosmos3,
     cosmos_control,
     easyanimate,
     ernie,
+    fibo2,
+    floored,
     flux2,
     framepack,
     frames,
@@ -34,6 +38,7 @@ from tests.support.grid_inputs import (
     packed_hidream,
     packed_ids,
     qwen,
+    qwen21,
     scaled_ids,
     several_latents,
     sizes,
@@ -53,6 +58,14 @@ IMAGE, VIDEO = SimpleNamespace(patch_size=2), SimpleNamespace(patch_size=(1, 2, 
 SIDES = SimpleNamespace(patch_size=(2, 2))
 SPLIT = SimpleNamespace(patch_size=2, patch_size_t=1)
 TEXT, NO_TEXT = (SimpleNamespace(patch_size=2, joint_attention_dim=width) for width in (8, None))
+GISTS = SimpleNamespace(
+    patch_size=2,
+    min_num_gist_tokens=4,
+    max_num_gist_tokens=16,
+    gist_step=4,
+    gist_min_text_len=8,
+    gist_max_text_len=32,
+)
 # By class and kind of input: config and how to draw a forward.
 CASES = {
     "DiTTransformer2DModel": (IMAGE, latents),
@@ -116,6 +129,7 @@ CASES = {
     "CosmosControlNetModel": (VIDEO, cosmos_control),
     "AllegroTransformer3DModel": (SPLIT, video),
     "AnyFlowTransformer3DModel": (VIDEO, anyflow),
+    "AnyFlowFARTransformer3DModel": (VIDEO, anyflow_far),
     "EasyAnimateTransformer3DModel": (IMAGE, easyanimate),
     "HeliosTransformer3DModel": (VIDEO, video_after_history),
     "HunyuanVideoFramepackTransformer3DModel": (SPLIT, framepack),
@@ -137,4 +151,9 @@ CASES = {
     "NucleusMoEImageTransformer2DModel": (None, one_shape),
     "StableCascadeUNet": (SimpleNamespace(clip_seq=4), cascade),
     "GlmImageTransformer2DModel, editing": (IMAGE, cached_keys),
+    "Kandinsky3UNet": (None, floored),
+    "BriaFibo2Transformer2DModel": (GISTS, fibo2),
+    "OmniGenTransformer2DModel": (IMAGE, text_then_latents),
+    "Cosmos3OmniTransformer": (None, cosmos3),
+    "QwenImage21Transformer2DModel": (None, qwen21),
 }

@@ -76,6 +76,43 @@ def anyflow():
     return model, _video() | times | {"hidden_states": noise(1, 3, 4, 12, 8)}
 
 
+def anyflow_far():
+    """The third of three chunks: the cache holds the first two, one of them compressed."""
+    model = seeded(
+        released("AnyFlowFARTransformer3DModel"),
+        patch_size=(1, 2, 2),
+        compressed_patch_size=(1, 4, 4),
+        full_chunk_limit=2,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=8,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        chunk_partition=(1, 2, 3),
+    )
+    compressed, full = 1 * 3 * 2, 2 * 6 * 4
+    cache = [
+        {
+            "compressed_cache": noise(2, 1, 2, compressed, 12, seed=10 + i),
+            "full_cache": noise(2, 1, 2, full, 12, seed=20 + i),
+        }
+        for i in range(2)
+    ]
+    inputs = _video() | {
+        "hidden_states": noise(1, 3, 4, 12, 8),
+        "timestep": torch.full((1, 3), 5.0),
+        "r_timestep": torch.full((1, 3), 2.0),
+        "chunk_partition": [1, 2, 3],
+        "kv_cache": cache,
+        "kv_cache_flag": {"is_cache_step": False, "num_cached_chunks": 2},
+    }
+    return model, inputs
+
+
 def easyanimate(t5=3):
     model = seeded(
         released("EasyAnimateTransformer3DModel"),
@@ -250,6 +287,7 @@ CLIPS = {
     "allegro": (allegro, 2, "na(window=3x3x3)"),
     "latte": (latte, 2, "na(window=3x3)"),
     "anyflow": (anyflow, 2, "na(window=3x3x3)"),
+    "anyflow_far": (anyflow_far, 2, "na(window=3x3x3)"),
     "easyanimate": (easyanimate, 2, "na(window=3x3x3)"),
     "kandinsky6": (kandinsky6, 2, "na(window=3x3x3)"),
     "helios": (helios, 2, "na(window=3x3x3)"),

@@ -124,7 +124,31 @@ def audioldm2():
     return model, inputs
 
 
+def kandinsky3():
+    import diffusers
+
+    model = seeded(
+        diffusers.Kandinsky3UNet,
+        in_channels=4,
+        time_embedding_dim=16,
+        groups=2,
+        attention_head_dim=8,
+        layers_per_block=2,
+        block_out_channels=(16, 16, 16, 16),
+        cross_attention_dim=16,
+        encoder_hid_dim=8,
+    )
+    inputs = {
+        "sample": noise(2, 4, 24, 16),
+        "timestep": torch.tensor(5),
+        "encoder_hidden_states": noise(2, 5, 8, seed=2),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1] * 5]),
+    }
+    return model, inputs
+
+
 OTHER_UNETS = {
+    "kandinsky3": (kandinsky3, 6, "na(window=3x3)"),
     "unconditional": (unconditional, 3, "na(window=3x3)"),
     "audioldm2": (audioldm2, 16, "na(window=3x3)"),
 }

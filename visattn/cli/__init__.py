@@ -21,6 +21,7 @@ from visattn.cli.patterns import patterns
 from visattn.cli.record import record
 from visattn.cli.show import show
 from visattn.cli.simulate import simulate
+from visattn.cli.tune import tune
 from visattn.version import __version__
 
 # rich_markup_mode None: plain help text, because importing rich would cost a quarter of the time that --help takes.
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (doctor, patterns, show, simulate, bench, models, record, classify, bench_model, comfy):
+for command in (doctor, patterns, show, simulate, bench, models, record, classify, bench_model, comfy, tune):
     app.command()(command)
 app.add_typer(generate, name="generate")
 

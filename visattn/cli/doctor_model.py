@@ -56,12 +56,21 @@ def _examine_diffusers(part: str, config: dict[str, Any]) -> dict[str, Any]:
 
     name = config.get("_class_name", "")
     kind = getattr(diffusers, name, None)
+    if not name and "model_type" in config:
+        raise ValueError(
+            f"its config.json is that of a model of transformers ({config['model_type']}): load it, apply a pattern "
+            "and print the handle's report(), see docs/transformers.md"
+        )
     if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
         raise ValueError(
             f"its config.json names {name or 'no _class_name'}, which is no model of diffusers {diffusers.__version__}"
         )
-    with torch.device("meta"):
-        built: Any = kind.from_config(config)  # type: ignore[attr-defined]
+    try:
+        with torch.device("meta"):
+            built: Any = kind.from_config(config)  # type: ignore[attr-defined]
+    except Exception as error:
+        # Whatever its code finds wrong with a config that somebody has changed.
+        raise ValueError(f"diffusers cannot build {name} from its config.json: {error}") from None
     family, found = (
         find_family(built),
         {"part": part, "class": name, "family": "", "tokens": "", "sites": [], "grid": ""},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,7 @@ from visattn.cli.generate_options import (
     LabelOption,
     LayersOption,
     OutOption,
+    ParallelOption,
     PatternOption,
     PreciseLastStepsOption,
     PreciseLayersOption,
@@ -62,8 +63,8 @@ def _group() -> None:
 
 @generate.command()
 def image(
-    pattern: PatternOption,
-    out: OutOption,
+    pattern: PatternOption = "dense",
+    out: OutOption = Path("out"),
     model: Annotated[
         str, typer.Option(help="emoji or digits (embedded), a folder in diffusers' format, or a hub id.")
     ] = "emoji",
@@ -86,6 +87,7 @@ def image(
     weights: WeightsOption = None,
     compare: CompareOption = False,
     repeats: RepeatsOption = 1,
+    parallel: ParallelOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     force: ForceOption = False,
@@ -97,8 +99,8 @@ def image(
 
 @generate.command()
 def video(
-    pattern: PatternOption,
-    out: OutOption,
+    pattern: PatternOption = "dense",
+    out: OutOption = Path("out"),
     model: Annotated[
         str, typer.Option(help="animoji or moving-digits (embedded), a folder in diffusers' format, or a hub id.")
     ] = "animoji",
@@ -123,6 +125,7 @@ def video(
     weights: WeightsOption = None,
     compare: CompareOption = False,
     repeats: RepeatsOption = 1,
+    parallel: ParallelOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     force: ForceOption = False,
@@ -170,17 +173,36 @@ def _command(
     if fps is not None and fps < 1:
         raise ValueError(f"--fps {fps} must be at least 1")
     _need_diffusers()
-    from visattn.files import output_folder
+    with _processes(options["parallel"], device) as (first, device):
+        from visattn.files import output_folder
 
-    with output_folder(out, force, WRITTEN) as folder:
-        summary = _generate(options, folder, model, device, dtype, fps)
-    print_json(summary) if json else _print(summary, out)
+        with output_folder(out, force, WRITTEN) if first else nullcontext() as folder:
+            summary = _generate(options, folder, model, device, dtype, fps)
+        if first:
+            print_json(summary) if json else _print(summary, out)
+
+
+@contextmanager
+def _processes(parallel: str | None, device: str) -> Iterator[tuple[bool, str]]:
+    """Whether this process is the one that writes, and its device."""
+    if parallel is None:
+        yield True, device
+        return
+    if parallel not in ("ulysses", "halo"):
+        raise ValueError(f"--parallel {parallel} must be ulysses or halo")
+    from visattn.parallel.processes import together
+
+    with together(device) as place:
+        yield place.first, place.device
 
 
 def _generate(
-    options: dict[str, Any], folder: Path, model: str, device: str, dtype: str | None, fps: int | None
+    options: dict[str, Any], folder: Path | None, model: str, device: str, dtype: str | None, fps: int | None
 ) -> dict[str, Any]:
-    """Load, run, write; everything that a user may have got wrong is checked as early as it can be."""
+    """Load, run, write; everything that a user may have got wrong is checked as early as it can be.
+
+    Without a folder nothing is written or shown: another process does that.
+    """
     from visattn.pipelines.generate import VIDEO, Settings, check, run_all
     from visattn.pipelines.load import load_pipeline
     from visattn.pipelines.report.compare import frame_rate, summarize, write
@@ -197,7 +219,7 @@ def _generate(
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    progress = sys.stderr.isatty()
+    progress = folder is not None and sys.stderr.isatty()
     if not progress:
         _no_progress_bars()
     pipe = load_pipeline(model, device, dtype)
@@ -205,7 +227,8 @@ def _generate(
         check(pipe, settings)
     runs = list(run_all(pipe, settings, progress=progress))
     summary = summarize(pipe, settings, runs, model)
-    write(folder, summary, runs, fps or frame_rate(pipe))
+    if folder is not None:
+        write(folder, summary, runs, fps or frame_rate(pipe))
     return summary
 
 
@@ -265,6 +288,8 @@ def _print(summary: dict[str, Any], out: Path) -> None:
         typer.echo(line)
     for kind, times in summary["times"].items():
         typer.echo(f"{kind:<8}{times['seconds']:.2f} s per {what}, {times['attention_seconds']:.2f} s in attention")
+    if attention.get("moved"):
+        typer.echo(f"sent    {attention['moved'] / 1e6:.1f} MB by this process to others")
     if "speedup" in summary:
         speedup, mean = summary["speedup"], summary["mean"]
         typer.echo(

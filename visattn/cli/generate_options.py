@@ -11,9 +11,9 @@ import typer
 from visattn.cli.options import sizes
 
 PatternOption = Annotated[
-    str, typer.Option(help='A pattern like "na(window=9x9)", or a .json or .yaml file with one per layer.')
+    str, typer.Option(help='Like "na(window=9x9)", or a .json or .yaml file with a pattern per layer.')
 ]
-OutOption = Annotated[Path, typer.Option(help="Folder for what is generated and report.json.")]
+OutOption = Annotated[Path, typer.Option(help="Folder for what is generated and report.json: new, or empty.")]
 PromptOption = Annotated[
     list[str] | None, typer.Option(help="Text, for models that take one; several times for several.")
 ]
@@ -46,6 +46,10 @@ CompareOption = Annotated[
 ]
 RepeatsOption = Annotated[int, typer.Option(help="Generate each so many times; times are medians.")]
 DeviceOption = Annotated[str, typer.Option(help="Like cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
+ParallelOption = Annotated[
+    str | None,
+    typer.Option(help="Share each model over the processes of torchrun: ulysses or halo; the first one writes."),
+]
 DtypeOption = Annotated[str | None, typer.Option(help="float32 (the CPU's default), bfloat16 (elsewhere), float16.")]
 
 

@@ -6,14 +6,23 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from visattn.layout import Layout
 
 PatternArgument = Annotated[str, typer.Argument(help='A pattern, like "na(window=9x9)".')]
 GridOption = Annotated[str, typer.Option(help="Tokens per axis: 4096, 64x64 (H x W) or 8x32x32 (T x H x W).")]
 PrefixOption = Annotated[int, typer.Option(help="Dense tokens before the grid (class token, text).")]
 SuffixOption = Annotated[int, typer.Option(help="Dense tokens after the grid (text).")]
+KeyGridOption = Annotated[
+    str | None,
+    typer.Option(help="Keys on a grid of their own, like 16x16 for 64x64 queries; the queries' if not given."),
+]
+KeyPrefixOption = Annotated[int, typer.Option(help="With --key-grid: dense keys before that grid.")]
+KeySuffixOption = Annotated[int, typer.Option(help="With --key-grid: dense keys after that grid.")]
 TileOption = Annotated[
     str | None,
     typer.Option(help="Box of tokens per tile, like 8x8, or query and key boxes like 8x8:4x4; the pattern's choice."),
@@ -43,6 +52,24 @@ def tiles(text: str | None) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         return None
     query, _, key = text.partition(":")
     return sizes(query, "--tile"), sizes(key or query, "--tile")
+
+
+def tokens(
+    grid: str, prefix: int, suffix: int, key_grid: str | None = None, key_prefix: int = 0, key_suffix: int = 0
+) -> Layout:
+    """The layout that the options for a grid and for the grid of keys say.
+
+    Raises:
+        ValueError: If a grid is none, or text of keys is given without a grid of theirs.
+    """
+    from visattn.layout import Layout
+
+    if key_grid is None:
+        if key_prefix or key_suffix:
+            raise ValueError("--key-prefix and --key-suffix are around a grid of keys: pass --key-grid as well")
+        return Layout(sizes(grid, "--grid"), prefix, suffix)
+    keys = Layout(sizes(key_grid, "--key-grid"), key_prefix, key_suffix)
+    return Layout(sizes(grid, "--grid"), prefix, suffix, keys)
 
 
 def position(text: str | None) -> tuple[int, ...] | None:

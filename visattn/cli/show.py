@@ -9,21 +9,27 @@ import typer
 
 from visattn.cli.options import (
     ForceOption,
-    GridOption,
-    PatternArgument,
+    KeyGridOption,
+    KeyPrefixOption,
+    KeySuffixOption,
     PrefixOption,
     SuffixOption,
     TileOption,
     output_file,
     position,
-    sizes,
     tiles,
+    tokens,
 )
 
 
 def show(
-    pattern: PatternArgument,
-    grid: GridOption,
+    pattern: Annotated[
+        str, typer.Argument(help='A pattern, like "na(window=9x9)", or a schedule that `visattn tune` wrote (.json).')
+    ],
+    grid: Annotated[
+        str | None,
+        typer.Option(help="Tokens per axis: 4096, 64x64 (H x W) or 8x32x32 (T x H x W); a pattern needs it."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write: .png.")] = Path("mask.png"),
     query: Annotated[
         str | None, typer.Option(help="Position of the query, like 12,40; the middle of the grid if not given.")
@@ -31,16 +37,25 @@ def show(
     tile: TileOption = None,
     prefix: PrefixOption = 0,
     suffix: SuffixOption = 0,
+    key_grid: KeyGridOption = None,
+    key_prefix: KeyPrefixOption = 0,
+    key_suffix: KeySuffixOption = 0,
     force: ForceOption = False,
 ) -> None:
-    """Draw what one query sees, and which tiles are visited in full, in part or not at all."""
-    layout_grid, where, box = sizes(grid, "--grid"), position(query), tiles(tile)
+    """Draw what one query sees, and which tiles are visited in full, in part or not at all; or layers x steps."""
+    if pattern.lower().endswith(".json"):
+        from visattn.cli.show_schedule import show_schedule
+
+        show_schedule(Path(pattern))
+        return
+    if grid is None:
+        raise ValueError(f"pass --grid to draw {pattern}: tokens per axis, like 64x64")
+    layout, where, box = tokens(grid, prefix, suffix, key_grid, key_prefix, key_suffix), position(query), tiles(tile)
     output_file(out, (".png",), force)
     from visattn.files import written_whole
-    from visattn.layout import Layout
     from visattn.show import draw
 
-    picture = draw(pattern, Layout(layout_grid, prefix, suffix), query=where, tile=box)
+    picture = draw(pattern, layout, query=where, tile=box)
     with written_whole(out) as temporary:
         picture.save(temporary)
     typer.echo(f"{out}  ({picture.width} x {picture.height} px)")

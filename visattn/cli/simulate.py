@@ -9,17 +9,21 @@ import typer
 from visattn.cli.options import (
     GridOption,
     JsonOption,
+    KeyGridOption,
+    KeyPrefixOption,
+    KeySuffixOption,
     PatternArgument,
     PrefixOption,
     SuffixOption,
     TileOption,
     print_json,
-    sizes,
     tiles,
+    tokens,
 )
 
 if TYPE_CHECKING:
     from visattn.kernels.triton.estimate import Estimate
+    from visattn.kernels.triton.scaling import Scaling
     from visattn.simulate import Advice, Simulation
 
 
@@ -29,6 +33,9 @@ def simulate(
     tile: TileOption = None,
     prefix: PrefixOption = 0,
     suffix: SuffixOption = 0,
+    key_grid: KeyGridOption = None,
+    key_prefix: KeyPrefixOption = 0,
+    key_suffix: KeySuffixOption = 0,
     advise: Annotated[
         bool, typer.Option("--advise", help="Propose strides and tiles that need no mask at the same window.")
     ] = False,
@@ -38,16 +45,26 @@ def simulate(
     ] = None,
     heads: Annotated[int, typer.Option(min=1, help="With --gpu: query heads.")] = 24,
     head_dim: Annotated[int, typer.Option(min=1, help="With --gpu: channels per head.")] = 128,
+    gpus: Annotated[
+        int | None, typer.Option(help="With --gpu: a layer on 1 to so many GPUs, strong and weak scaling.")
+    ] = None,
+    parallel: Annotated[str, typer.Option(help="With --gpus: halo or ulysses.")] = "halo",
+    link: Annotated[str, typer.Option(help="With --gpus: nvlink, pcie or ib.")] = "nvlink",
     json: JsonOption = False,
 ) -> None:
     """Count what a pattern visits: density, bounds on the gain over dense attention, masks, planning time."""
-    from visattn.layout import Layout
     from visattn.simulate import advise as search
     from visattn.simulate import simulate as count
 
-    layout = Layout(sizes(grid, "--grid"), prefix, suffix)
+    layout = tokens(grid, prefix, suffix, key_grid, key_prefix, key_suffix)
     box = tiles(tile)
-    if gpu is not None:
+    if gpus is not None:
+        from visattn.kernels.triton.scaling import scaling
+
+        shape = {"heads": heads, "head_dim": head_dim}
+        found = scaling(pattern, layout, gpus, parallel, (gpu or "h100").lower(), link.lower(), **shape)
+        print_json(found.to_dict()) if json else _print_scaling(found)
+    elif gpu is not None:
         if advise:
             raise ValueError("--gpu and --advise are two questions: pass one of them")
         from visattn.kernels.triton.estimate import estimate
@@ -81,6 +98,7 @@ def _print(result: Simulation) -> None:
     visited = result.visited / (result.query_tiles * result.key_tiles)
     rows = (
         ("pattern", f"{result.pattern} on {text(result.grid)}{dense}"),
+        *([("keys", result.key_layout)] if result.key_layout else []),
         ("density", f"{result.density:.2%} of all query-key pairs are visible"),
         ("FLOP bound", f"{result.flop_bound:.2f}x fewer operations than dense attention"),
         ("tile bound", f"{result.tile_bound:.2f}x, counting everything in the visited tiles"),
@@ -108,6 +126,20 @@ def _print_estimate(expected: Estimate, heads: int, head_dim: int) -> None:
     )
     for name, value in rows:
         typer.echo(f"{name:<12}{value}")
+
+
+def _print_scaling(found: Scaling) -> None:
+    for title, rows in (("strong scaling", found.strong), ("weak scaling", found.weak)):
+        typer.echo(
+            f"{title}, axis {found.axis} cut\n  GPUs  grid            a layer    attention  exposed   sent      gain"
+        )
+        for row in rows:
+            typer.echo(
+                f"  {row.gpus:>4}  {text(row.grid):<14}{row.milliseconds:>8.2f} ms{row.attention:>9.2f} ms"
+                f"{row.exposed:>6.2f} ms{row.sent / 1e6:>7.0f} MB{row.speedup:>7.2f}x ({row.efficiency:.0%})"
+            )
+    for line in found.assumed:
+        typer.echo(f"  {line}")
 
 
 def _print_advice(advice: Advice) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -78,6 +79,11 @@ class Above(DynamicPattern):
         return type(other) is type(self) and str(other) == str(self)
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Every call of attention looks things up by its pattern.
         return hash(str(self))
 
     def most_listed(self, blocks: Blocks) -> int:

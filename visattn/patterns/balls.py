@@ -38,7 +38,8 @@ class AxisDistance:
     @property
     def shifts(self) -> bool:
         """Whether a distance is that of the indices of query and key."""
-        return self.unit == 1 and not self.circular and len(self.centre) == self.keys
+        own = self.unit == 1 and not self.circular and len(self.centre) == self.keys
+        return own and not self.centre[0]
 
     def squared(self, query: Ints, key: Ints) -> Ints:
         """Squared distance of queries and keys, both arrays broadcast; that of the reach for all beyond it."""

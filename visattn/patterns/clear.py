@@ -61,9 +61,9 @@ class Clear(PooledPattern):
         """Raise a ValueError if the number of axes differs, or grids differ so that distances are no whole numbers."""
         self.pool_shape(keys or grid)
         per_axis(self.circular, len(grid), "circular")
-        self._axes(grid, keys)
+        self.distances(grid, keys)
 
-    def _axes(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> tuple[list[AxisDistance], int]:
+    def distances(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> tuple[list[AxisDistance], int]:
         """Distances along each axis, and the squared radius in their unit."""
         return distances(grid, keys or grid, per_axis(self.circular, len(grid), "circular"), self.radius)
 
@@ -93,13 +93,13 @@ class Clear(PooledPattern):
 
     def covers(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> bool:
         """Whether the farthest corner is inside the circle, and nothing is pooled."""
-        axes, limit = self._axes(grid, keys)
+        axes, limit = self.distances(grid, keys)
         return self.pool is None and sum(axis.largest for axis in axes) < limit
 
     def grid_mask(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> Bools:
         """Squared distance below the squared radius."""
-        return ball_mask(*self._axes(grid, keys))
+        return ball_mask(*self.distances(grid, keys))
 
     def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
         """Tiles that the circles of a query tile touch."""
-        return ball_pairs(*self._axes(grid, keys.layout.grid), queries, keys)
+        return ball_pairs(*self.distances(grid, keys.layout.grid), queries, keys)

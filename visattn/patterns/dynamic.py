@@ -22,7 +22,7 @@ from visattn.patterns.choice.blocks import (
     token_blocks,
 )
 from visattn.patterns.choice.guards import checked_together
-from visattn.patterns.choice.listening import tell
+from visattn.patterns.choice.listening import choosing, tell
 from visattn.patterns.choice.memory import Means, kept_for
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.quick import by_kernels, quick_means
@@ -234,7 +234,7 @@ class DynamicPattern(TailedPattern):
         if not self.skip:
             tell(choice, blocks)
             return choice
-        with torch.no_grad():
+        with torch.no_grad(), choosing():
             factor = q.shape[3] ** -0.5 if scale is None else scale
             left = not_skipped(choice, q, k, layout, blocks, key_mask, factor, self.skip)
             tell(left, blocks, choice)
@@ -252,7 +252,7 @@ class DynamicPattern(TailedPattern):
         if self.skip:
             refuse_gradients(self, q, k)
         blocks, at = self.blocks(layout.grid), inner(layout)
-        with torch.no_grad():
+        with torch.no_grad(), choosing():
             own = q[:, at], k[:, at]
             valid = None if key_mask is None else key_mask[:, at]
             factor = q.shape[3] ** -0.5 if scale is None else scale

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 class ListedPattern(Pattern):
-    """A pattern that is a list of key tiles for each query tile: the engines for lists run it."""
+    """A pattern that is a list of key tiles for each query tile: the engines for lists run it.
+
+    Attributes:
+        dense_pairs: Whether dense tokens see each other; of a sequence that is cut over devices only on one of them.
+    """
+
+    dense_pairs: bool = True
 
     @abstractmethod
     def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:

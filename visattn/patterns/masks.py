@@ -59,6 +59,10 @@ def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
     inner, inner_keys = (slice(side.prefix, side.prefix + side.tokens) for side in (layout, keys))
     mask[inner, keys.length :] = True
     mask[inner, inner_keys] = torch.from_numpy(shown.grid_mask(*layout.grids))
+    if not shown.dense_pairs:
+        outer, outer_keys = torch.ones(len(mask), dtype=torch.bool), torch.ones(keys.length + extra, dtype=torch.bool)
+        outer[inner], outer_keys[inner_keys] = False, False
+        mask &= ~(outer[:, None] & outer_keys)
     return mask
 
 

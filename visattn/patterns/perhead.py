@@ -160,6 +160,13 @@ class PerHead(HeadsPattern):
             found[first:last] = [part.pattern] * (last - first)
         return found  # type: ignore[return-value]
 
+    def among(self, number: int, heads: range) -> Pattern:
+        """The pattern of some neighbouring heads of so many, as heads of a call of their own."""
+        found = self.of_heads(number)[heads.start : heads.stop]
+        if len(set(found)) == 1:
+            return found[0]
+        return PerHead(tuple(Part(str(i), pattern) for i, pattern in enumerate(found)))
+
 
 @dataclass(frozen=True)
 class Best(HeadsPattern):

@@ -86,7 +86,7 @@ PRESETS = {
     "blasst": Preset(
         "topk(keep=1.0, always=none, block=64, skip=0.01)",
         "BLASST (2025) and skip-softmax of TensorRT-LLM: dense attention with the test in its loop",
-        "the originals divide the threshold by the number of tokens; the test here is made on lists and saves no time",
+        "the originals divide the threshold by the number of tokens",
     ),
     "hyper": Preset(
         "lsh(planes=7, block=256, samples=256)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -74,6 +75,11 @@ class TopK(DynamicPattern):
         return type(other) is type(self) and str(other) == str(self)
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Every call of attention looks things up by its pattern.
         return hash(str(self))
 
     def number(self, blocks: Blocks) -> int:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from visattn.layout import Layout
+from visattn.patterns import Pattern
 from visattn.patterns.choice.memory import Memory
 from visattn.runtime.verdict import Ready
+from visattn.staged import Staged
 
 
 class Where(Protocol):
@@ -38,10 +40,12 @@ class Forward:
         hits: Modules that ran their pattern, in compiled code the same name again and again.
         reasons: Why others did not.
         excused: Modules that a pattern leaves as they are on purpose.
+        resting: Modules whose pattern of this step is dense.
         kept: How many calls of compiled code, which does not tell its modules, `auto` kept dense.
         resolved: Layouts of sequence lengths, resolved once.
         ready: What was decided for calls in forwards like this one, by what they have in common.
         learns: Whether blocks of it may be recomputed for gradients.
+        chosen: Patterns of this step and grid, by the identity of what they were chosen from.
     """
 
     where: Where
@@ -51,11 +55,20 @@ class Forward:
     hits: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     excused: set[str] = field(default_factory=set)
+    resting: set[str] = field(default_factory=set)
     kept: int = 0
     resolved: dict[int, tuple[Layout, ...] | str] = field(default_factory=dict)
     ready: dict[Hashable, Ready] = field(default_factory=dict)
     learns: bool = True
     precise: bool = False
+    chosen: dict[int, Pattern] = field(default_factory=dict)
+
+    def pattern(self, staged: Staged) -> Pattern:
+        """The pattern of this step and grid."""
+        found = self.chosen.get(id(staged))
+        if found is None:
+            self.chosen[id(staged)] = found = staged.at(self.step, self.total, self.where.grid)
+        return found
 
     def layouts(self, length: int) -> tuple[Layout, ...] | str:
         """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""

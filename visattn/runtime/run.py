@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +16,7 @@ from visattn.registry import REGISTRY
 from visattn.report import SiteReport
 from visattn.runtime.forward import Forward, Here, Where
 from visattn.runtime.verdict import Ready
-from visattn.schedule import Schedule, known_step
+from visattn.schedule import Given, Schedule, known_step
 from visattn.tally import Row, Tally
 from visattn.watch import Watcher
 
@@ -34,11 +36,14 @@ class Run:
         steps: Sources of the step and the number of steps, the surest first.
         mask_row: Row of a full mask [B, 1, S, S] that tells which keys are valid, None if there is none.
         wider: Whether calls may have keys beyond their queries.
+        pieces: Whether modules also attend among text alone: such calls are left alone and not counted.
+        apart: Whether the masks of calls are those of the text before the grid, which keeps them.
         tally: What happened at each module.
         step: Step and number of steps that the user said, None for "find out".
         sparse_sites: Paths of the modules that are to run a pattern.
-        compiled_patterns: Patterns of what stands for compiled code, by name.
+        compiled_patterns: What was given to what stands for compiled code, by name.
         watcher: Sees attention calls, or None.
+        moved: Bytes that this process sent to others, by module.
         here: Where each thread is.
         forwards: Every forward, also in the recomputations of its blocks.
     """
@@ -52,14 +57,17 @@ class Run:
         mask_row: int | None = None,
         always: bool = False,
         wider: bool = False,
+        pieces: bool = False,
+        apart: bool = False,
     ) -> None:
-        self.always, self.wider = always, wider
+        self.always, self.wider, self.pieces, self.apart = always, wider, pieces, apart
         self.name, self.schedule, self.strict, self.steps, self.mask_row = name, schedule, strict, steps, mask_row
         self.tally = Tally()
         self.step: Step = (None, None)
         self.sparse_sites: list[str] = []
-        self.compiled_patterns: dict[str, Pattern] = {}
+        self.compiled_patterns: dict[str, Given] = {}
         self.watcher: Watcher | None = None
+        self.moved: Counter[str] = Counter()
         self.here = Here()
         self.forwards: Carrier[Forward] = Carrier()
         # Two say as well as many that they differ.
@@ -118,8 +126,8 @@ class Run:
             )
         gradients = torch.is_grad_enabled() if gradients is None else gradients
         learns = gradients if learns is None else learns
-        precise = self.schedule.is_precise(step, total)
-        ready = self._ready_in((where, dense, precise, REGISTRY.version))
+        stage, precise = self.schedule.stage(step, total), self.schedule.is_precise(step, total)
+        ready = self._ready_in((where, dense, stage, precise, REGISTRY.version))
         self.here.forward = forward = Forward(where, dense, step, total, ready=ready, learns=learns, precise=precise)
         self._remember(step, total, gradients)
         self.here.site = None
@@ -133,7 +141,7 @@ class Run:
         if forward is None or forward.dense or not self.sparse_sites:
             return
         anonymous = sum(site in self.compiled_patterns for site in forward.hits) + forward.kept
-        done = {*forward.hits, *(forward.excused if forward.hits else ())}
+        done = {*forward.hits, *forward.resting, *(forward.excused if forward.hits else ())}
         missed = [site for site in self.sparse_sites if site not in done]
         if len(missed) <= anonymous:
             return
@@ -172,10 +180,13 @@ class Run:
         """What tells one run of a pipeline from another, as far as anything but the steps does."""
         return None
 
-    def reports(self, sites: Mapping[str, Pattern], backend: str) -> list[SiteReport]:
+    def reports(self, sites: Mapping[str, Given], backend: str) -> list[SiteReport]:
         """The report of every module by its path, and of compiled code, which does not tell its module."""
         rows = self.tally.rows()
-        found = [SiteReport.of(self.name, path, p, backend, rows.get(path, Row())) for path, p in sites.items()]
+        found = [
+            replace(SiteReport.of(self.name, path, p, backend, rows.get(path, Row())), moved=self.moved[path])
+            for path, p in sites.items()
+        ]
         compiled = [(name, pattern) for name, pattern in self.compiled_patterns.items() if name in rows]
         return [
             *found,

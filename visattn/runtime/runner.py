@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from visattn.attend import attention
 from visattn.crossing import crossing
-from visattn.dispatch import choose
+from visattn.dispatch import choose, load
 from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.patterns.choice.memory import placing
-from visattn.patterns.kinds import reads_products
+from visattn.patterns.kinds import StaticPattern, reads_products
 from visattn.problem import Call, Problem
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
 from visattn.runtime.masks import carry_bias, key_validity
 from visattn.runtime.run import Run
-from visattn.runtime.sequences import Sequences, query_rows
+from visattn.runtime.sequences import Sequences, query_rows, with_keys
 from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
+from visattn.schedule import Given
+from visattn.staged import Staged
 from visattn.tally import Cell, tells
 from visattn.watch import Watched
 
@@ -46,7 +48,7 @@ class Runner:
 
     Attributes:
         run: The state of the model.
-        pattern: The pattern.
+        given: The pattern, or patterns by step.
         backend: "auto" or the name of a backend.
         stock: What the model runs without visattn, as a function of the call.
         parameters: Learnable parameters of the pattern by name.
@@ -57,16 +59,25 @@ class Runner:
     def __init__(
         self,
         run: Run,
-        pattern: Pattern,
+        given: Given,
         backend: str,
         stock: Callable[[AttentionCall], torch.Tensor],
         parameters: torch.nn.ParameterDict | None = None,
         precision: str | None = None,
     ) -> None:
         self.precision = precision
-        self.run, self.pattern, self.backend, self.stock = run, pattern, backend, stock
+        self.run, self.given, self.backend, self.stock = run, given, backend, stock
         self.parameters = torch.nn.ParameterDict() if parameters is None else parameters
-        self.unnamed = f"compiled code: {pattern}{f' in {precision}' if precision else ''}"
+        self.unnamed = f"compiled code: {given}{f' in {precision}' if precision else ''}"
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern, in the forward that this thread is in; dense outside of one where it depends on the step."""
+        given = self.given
+        if not isinstance(given, Staged):
+            return given
+        forward = self.run.forward
+        return Dense() if forward is None else forward.pattern(given)
 
     def attend(
         self,
@@ -89,7 +100,7 @@ class Runner:
         Returns:
             Output [B, S, H, D], and the layouts that the pattern ran on, () if the stock attention ran.
         """
-        if self._strange(site):
+        if self._strange(site) or self._is_piece(call):
             return self.stock(call), ()
         device, name = call.q.device, site or self.unnamed
         if parameters is None:
@@ -103,7 +114,7 @@ class Runner:
         begun = tally.begin(cells[0])
         if verdict.layouts:
             assert sequences is not None
-            with tally.hearing(cells), placing(place):
+            with tally.hearing(cells, begun), placing(place):
                 out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters, verdict.precision)
         else:
             out = self.stock(call)
@@ -117,7 +128,7 @@ class Runner:
             # No forward ends, after which nobody is in a module.
             self.run.here.site = None
         else:
-            self._note(forward, name, verdict)
+            self.note(forward, name, verdict)
             padded = sequences is not None and sequences.rows is not None
             if key is not None and not (parameters or verdict.why or padded or len(verdict.layouts) > 1):
                 if len(forward.ready) >= MANY:
@@ -194,13 +205,15 @@ class Runner:
         if not verdict.layouts:
             out = stock()
         elif heads_first:
-            out = self._listed(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, name, ready, cells)
+            out = self._listed(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, name, ready, cells, begun
+            )
             out = out.transpose(1, 2)
         else:
-            out = self._listed(q, k, v, scale, name, ready, cells)
+            out = self._listed(q, k, v, scale, name, ready, cells, begun)
         tally.end(cells, begun)
-        if verdict.kind == "sparse" or verdict.slower:
-            self._note(forward, name, verdict)
+        if verdict.kind == "sparse" or verdict.slower or isinstance(self.given, Staged):
+            self.note(forward, name, verdict)
         return out, verdict.layouts
 
     def _listed(
@@ -212,12 +225,13 @@ class Runner:
         name: str,
         ready: Ready,
         cells: tuple[Cell, ...],
+        begun: Any,
     ) -> torch.Tensor:
         """The pattern of q, k, v [B, S, H, D] without a mask."""
         pattern, (_, layouts, backend, *_, precision) = self.pattern, ready.verdict
         if ready.plain:
             return attention(q, k, v, pattern, layouts[0], scale=scale, backend=backend, precision=precision)
-        with self.run.tally.hearing(cells), placing(self.run.place(name, pattern)):
+        with self.run.tally.hearing(cells, begun), placing(self.run.place(name, pattern)):
             return attention(q, k, v, pattern, layouts[0], scale=scale, backend=backend, precision=precision)
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
@@ -230,7 +244,7 @@ class Runner:
         begun = tally.begin(cells[0])
         out = self.stock(call)
         tally.end(cells, begun)
-        self._note(self.run.forward, name, verdict)
+        self.note(self.run.forward, name, verdict)
         return out
 
     def pass_by(self, site: str | None, why: str) -> None:
@@ -239,11 +253,18 @@ class Runner:
             return
         name = site or self.unnamed
         self.run.tally.count(name, why)
-        self._note(self.run.forward, name, Verdict("dense", why=why))
+        self.note(self.run.forward, name, Verdict("dense", why=why))
 
     def _strange(self, site: str | None) -> bool:
         """Whether a call is none of this model's: a processor that also serves another one, which is not patched."""
         return site is None and self.run.forward is None
+
+    def _is_piece(self, call: AttentionCall) -> bool:
+        """Whether a call is one of text alone, beside those of the grid."""
+        forward = self.run.forward
+        if not self.run.pieces or forward is None or not forward.where.grid:
+            return False
+        return call.causal or isinstance(forward.layouts(call.k.shape[1]), str)
 
     def fit(self, call: AttentionCall) -> Fit:
         """Whether the pattern can stand for a call."""
@@ -262,15 +283,35 @@ class Runner:
         if call.q.shape[1] < call.k.shape[1]:
             if len(layouts) > 1:
                 return Fit(why="its samples, whose tokens sit in different places, have keys beyond their queries")
-            rows = query_rows(call.q.shape[1], next(iter(layouts)))
+            keys_layout = next(iter(layouts))
+            rows = query_rows(call.q.shape[1], keys_layout)
             if isinstance(rows, str):
                 return Fit(why=rows)
+            layouts = (with_keys(rows, keys_layout),) if self._takes_keys() else layouts
+        elif self.run.apart and call.mask is not None:
+            found = self._apart(layouts)
+            if isinstance(found, str):
+                return Fit(why=found)
+            layouts = found
         keys = key_validity(call.mask, call.q, self.run.mask_row, call.k.shape[1])
         if isinstance(keys, str):
             return Fit(why=keys)
         if keys is not None and keys.dtype != torch.bool and not reads_products(self.pattern):
-            return Fit(why=f"its mask {list(call.mask.shape)} is a bias, which {self.pattern.name} cannot add")
+            given = () if call.mask is None else call.mask.shape
+            return Fit(why=f"its mask {list(given)} is a bias, which {self.pattern.name} cannot add")
         return Fit(layouts, keys)
+
+    def _takes_keys(self) -> bool:
+        """Whether the pattern runs keys beyond the queries as such, without queries for them."""
+        known = isinstance(self.pattern, StaticPattern) and not self.parameters
+        return known and (self.backend == "auto" or load(self.backend).key_layouts)
+
+    def _apart(self, layouts: tuple[Layout, ...]) -> tuple[Layout, ...] | str:
+        """The layout of the grid's queries with all keys, where those before it keep the model's mask."""
+        layout = next(iter(layouts))
+        if len(layouts) > 1 or layout.suffix or not self._takes_keys():
+            return f"the text before its grid has a mask of its own, which {self.pattern.name} cannot leave alone here"
+        return (with_keys(slice(layout.prefix, layout.length), layout),) if layout.prefix else layouts
 
     def _show(
         self, site: str, call: AttentionCall, out: torch.Tensor, fit: Fit, parameters: Mapping[str, torch.Tensor]
@@ -278,7 +319,7 @@ class Runner:
         """Show a call that ran its pattern, or was to be dense, to the handle's watcher."""
         pattern, layouts, keys = self.pattern, fit.layouts, fit.keys
         q, k, v = call.tensors
-        if k.shape[1] != q.shape[1]:
+        if k.shape[1] != q.shape[1] or any(layout.key_layout is not None for layout in layouts):
             # A map has as many rows as columns.
             return
         if not layouts:
@@ -335,13 +376,16 @@ class Runner:
             found = Problem.of(q, k, v, call)
             yield found if mode == "eager" else replace(found, mode=mode)
 
-    def _note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:
+    def note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:
         """Remember with a forward what happened at a module."""
         if forward is None:
             return
         if verdict.slower:
             forward.reasons[name] = verdict.slower
             forward.excused.add(name)
+            forward.kept += name == self.unnamed
+        elif verdict.kind == "dense" and not verdict.why and isinstance(self.given, Staged):
+            forward.resting.add(name)
             forward.kept += name == self.unnamed
         elif verdict.kind == "sparse":
             forward.hits.append(name)

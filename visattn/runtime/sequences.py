@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from visattn.runtime.masks import carry_bias
 class Sequences(NamedTuple):
     """Queries, keys and values in the form that a pattern runs on.
 
-    Where a call has keys beyond its queries, rows of zeros stand for the queries of those.
+    Where a call has keys beyond its queries, and its layout does not say so by a `key_layout`, rows of zeros stand for
+    the queries of those. Where it has queries before those of its layout, these are the model's own.
 
     Attributes:
         q: Queries [B, S, H, D].
@@ -28,6 +30,7 @@ class Sequences(NamedTuple):
         scale: Factor on the logits.
         channels: Channels of the output that count.
         rows: The queries of the call among those here, None for all.
+        before: The call of the queries before those here, which keep the model's own attention; None for none.
     """
 
     q: torch.Tensor
@@ -37,6 +40,7 @@ class Sequences(NamedTuple):
     scale: float
     channels: int
     rows: slice | None = None
+    before: AttentionCall | None = None
 
     @classmethod
     def of(cls, call: AttentionCall, keys: torch.Tensor | None, layout: Layout) -> Sequences:
@@ -45,10 +49,14 @@ class Sequences(NamedTuple):
         Args:
             call: The call.
             keys: Valid keys, or a bias, which q and k then carry.
-            layout: Of the keys; see `query_rows` for the queries, where they are fewer.
+            layout: Where the tokens sit; without a `key_layout` that of the keys, see `query_rows` for the queries.
         """
         q, k, v = call.tensors
         channels = v.shape[3]
+        if layout.key_layout is not None:
+            first = q.shape[1] - layout.length
+            before = _rows(call, first) if first else None
+            return cls(q[:, first:], k, v, keys, call.factor, channels, before=before)
         if q.shape[1] < k.shape[1]:
             rows = query_rows(q.shape[1], layout)
             assert not isinstance(rows, str), rows
@@ -68,6 +76,9 @@ class Sequences(NamedTuple):
         precision: str | None = None,
     ) -> torch.Tensor:
         """Run a pattern: [B, S, H, channels] of the call's queries; with several layouts sample by sample."""
+        if self.before is not None:
+            rest = self._replace(before=None).attend(pattern, layouts, backend, parameters, precision)
+            return torch.cat([_dense(self.before), rest], 1)
         if self.rows is not None:
             return self._replace(rows=None).attend(pattern, layouts, backend, parameters, precision)[:, self.rows]
         if len(layouts) == 1:
@@ -88,6 +99,34 @@ class Sequences(NamedTuple):
         at = slice(i, i + 1)
         keys = None if self.keys is None else self.keys[at]
         return self._replace(q=self.q[at], k=self.k[at], v=self.v[at], keys=keys)
+
+
+def _rows(call: AttentionCall, first: int) -> AttentionCall:
+    """The call of the first queries."""
+    mask = call.mask
+    if isinstance(mask, torch.Tensor) and mask.ndim > 1 and mask.shape[-2] > 1:
+        mask = mask[..., :first, :]
+    return replace(call, q=call.q[:, :first], mask=mask)
+
+
+def _dense(call: AttentionCall) -> torch.Tensor:
+    """What torch's own attention makes of a call: [B, S, H, D]."""
+    q, k, v = call.swapped().tensors
+    found = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, call.mask, scale=call.scale, enable_gqa=call.grouped
+    )
+    return found.transpose(1, 2)
+
+
+def with_keys(rows: slice, layout: Layout) -> Layout:
+    """The layout of some queries, from in or before the grid to its end or beyond, with all keys.
+
+    Args:
+        rows: Which tokens ask, of `layout`.
+        layout: Of the keys.
+    """
+    end = layout.prefix + layout.tokens
+    return Layout(layout.grid, layout.prefix - rows.start, rows.stop - end, layout)
 
 
 def query_rows(queries: int, layout: Layout) -> slice | str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ class Where:
         levels: How odd grids are halved, "ceil" or "floor"; "" if no halves occur.
         why: Why there is no grid, if there is none.
         samples: Where the tokens of each sample sit, where samples differ.
+        early: Whether some layers attend before the tokens in front of the grid join.
     """
 
     grid: tuple[int, ...]
@@ -44,6 +45,7 @@ class Where:
     levels: str = ""
     why: str = ""
     samples: tuple[Sample, ...] = ()
+    early: bool = False
 
     def layouts(self, length: int) -> tuple[Layout, ...] | str:
         """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""
@@ -75,6 +77,8 @@ class Where:
             if length == inner.tokens:
                 # Some layers of joint models attend among image tokens alone.
                 return inner
+            if self.early and self.suffix > 0 and length == inner.tokens + self.suffix:
+                return Layout(grid, 0, self.suffix)
         return f"a sequence of {length} tokens is not {self}"
 
     def _grids(self) -> Iterator[tuple[int, ...]]:
@@ -97,6 +101,38 @@ class Where:
         if self.suffix:
             parts.append("text" if self.suffix == REST else f"suffix {self.suffix}")
         return " + ".join(parts)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Where the tokens of calls sit as somebody says: the first place whose sequences have the length of a call.
+
+    Attributes:
+        places: The places.
+    """
+
+    places: tuple[Where, ...]
+
+    @classmethod
+    def of(cls, layouts: Iterable[Layout]) -> Given:
+        """The places of layouts."""
+        return cls(tuple(Where(layout.grid, layout.prefix, layout.suffix) for layout in layouts))
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens per axis of the first place."""
+        return self.places[0].grid
+
+    def layouts(self, length: int) -> tuple[Layout, ...] | str:
+        """The layout of a sequence of `length` tokens, or why there is none."""
+        for place in self.places:
+            found = place.layouts(length)
+            if not isinstance(found, str):
+                return found
+        return f"a sequence of {length} tokens is not {self}"
+
+    def __str__(self) -> str:
+        return " or ".join(map(str, self.places))
 
 
 def _times(grid: tuple[int, ...]) -> str:

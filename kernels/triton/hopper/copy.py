@@ -62,13 +62,14 @@ def _fetch_run(
 
 @gluon.jit
 def produce(
-    k_grid, v_grid, k_runs, v_runs, rings, bases, where, place, runs, slot, phase,
+    k_grid, v_grid, k_runs, v_runs, rings, bases, where, place, runs, slot, phase, v_slot, v_phase,
     BOX: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    VALUE_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy keys and values of the listed column tiles, then of the runs of dense tokens, from a slot of the rings on.
+    """Copy keys and values of the listed column tiles, then of the runs of dense tokens, from slots of the rings on.
 
     Returns:
-        The slot after the last one that was filled, and its phase.
+        The slots of both rings after the last ones that were filled, and their phases.
     """
     keys, values, k_ready, k_free, v_ready, v_free = rings
     start, stop, dense = where
@@ -83,13 +84,16 @@ def produce(
         next_token = gl.load(bases + ahead) - prefix
         next_second = gl.load(bases + ahead + TILES - 1) - prefix
         _fetch_tiles(k_grid, keys, k_ready, k_free, slot, phase, token, second, place, BOX, PIECES, TILES, STAGES)
-        _fetch_tiles(v_grid, values, v_ready, v_free, slot, phase, token, second, place, BOX, PIECES, TILES, STAGES)
+        _fetch_tiles(v_grid, values, v_ready, v_free, v_slot, v_phase, token, second, place, BOX, PIECES, TILES,
+                     VALUE_STAGES)  # fmt: skip
         token = next_token
         second = next_second
         slot, phase = following(slot, phase, STAGES)
+        v_slot, v_phase = following(v_slot, v_phase, VALUE_STAGES)
     for i in range(0, dense):
         first, _ = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
         _fetch_run(k_runs, keys, k_ready, k_free, slot, phase, first, place, COLUMNS, PIECES, STAGES)
-        _fetch_run(v_runs, values, v_ready, v_free, slot, phase, first, place, COLUMNS, PIECES, STAGES)
+        _fetch_run(v_runs, values, v_ready, v_free, v_slot, v_phase, first, place, COLUMNS, PIECES, VALUE_STAGES)
         slot, phase = following(slot, phase, STAGES)
-    return slot, phase
+        v_slot, v_phase = following(v_slot, v_phase, VALUE_STAGES)
+    return slot, phase, v_slot, v_phase

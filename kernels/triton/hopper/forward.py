@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from visattn.kernels.triton.hopper.copy import produce
 from visattn.kernels.triton.hopper.fill import put_masks
-from visattn.kernels.triton.hopper.jobs import FIELDS, JOBS, deal, finish_job, next_job
+from visattn.kernels.triton.hopper.jobs import FIELDS, JOBS, deal, finish_job, halves_of_job, next_job, wait_for_threads
 from visattn.kernels.triton.hopper.parts import (
     GROUP_ROWS,
     GROUPS,
@@ -90,26 +90,28 @@ def _start_scores(mine, shared, slot, SIZES: gl.constexpr, s_layout: gl.constexp
 
 @gluon.jit
 def _step(
-    step, steps, any_before, mine, shared, lists, where, scale, runs, state, at,
+    step, steps, any_before, adds, mine, shared, lists, where, marked, scale, runs, state, at,
     first_row: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of one step, while the step before is added to its output, which may be another job's.
 
     `state` is the output without the step before this one, that step's weights, and top and total of each row; `at`
-    slot and phase of this step's keys, which are there, and of the values of the step before, whose turn it is, and
-    whether the job of the step before had one before that. `any_before` is False in a program's first step only.
+    slot and phase of this step's keys, which are there, of the values of this step, and of those of the step before,
+    and whose turn it is. `marked` is where listed steps have masks for these rows. `any_before` is False in a program's
+    first step only; `adds` says whether the job of the step before had one before that.
     """
     keys, values, k_ready, k_free, v_ready, v_free, turns, _ = shared
     acc, weights, top, total = state
-    k_slot, k_phase, v_slot, v_phase, turn, adds = at
-    start, split, stop = where
+    k_slot, k_phase, v_slot, v_phase, last_slot, last_phase, turn = at
+    start, stop = where
     TILES: gl.constexpr = SIZES[3]
     STAGES: gl.constexpr = SIZES[4]
     TURNS: gl.constexpr = SIZES[5]
+    VALUE_STAGES: gl.constexpr = SIZES[8]
     group: gl.constexpr = first_row // GROUP_ROWS
     i = start + step * TILES
-    masked = (i >= split) & (i < stop)
+    masked = (i >= marked[0]) & (i < marked[1])
     words = ()
     if PARTIAL:
         # Their loads are done by the time that the scores are.
@@ -117,8 +119,8 @@ def _step(
     if TURNS:
         mbarrier.wait(turns.index(group), turn)
     scores = _start_scores(mine, shared, k_slot, SIZES, s_layout)
-    mbarrier.wait(v_ready.index(v_slot), v_phase, pred=any_before)
-    acc = warpgroup_mma(weights, values.index(v_slot), acc, use_acc=adds, is_async=True)
+    mbarrier.wait(v_ready.index(last_slot), last_phase, pred=any_before)
+    acc = warpgroup_mma(weights, values.index(last_slot), acc, use_acc=adds, is_async=True)
     if TURNS:
         mbarrier.arrive(turns.index(1 - group), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
@@ -130,10 +132,26 @@ def _step(
     k_slot, k_phase = following(k_slot, k_phase, STAGES)
     mbarrier.wait(k_ready.index(k_slot), k_phase, pred=step + 1 < steps)
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
-    mbarrier.arrive(v_free.index(v_slot), count=1, pred=any_before)
-    next_slot, next_phase = following(v_slot, v_phase, STAGES)
-    v_slot, v_phase = gl.where(any_before, next_slot, v_slot), gl.where(any_before, next_phase, v_phase)
-    return (acc, fresh, top, total), alpha, (k_slot, k_phase, v_slot, v_phase, turn ^ 1, step > 0)
+    mbarrier.arrive(v_free.index(last_slot), count=1, pred=any_before)
+    next_slot, next_phase = following(v_slot, v_phase, VALUE_STAGES)
+    at = (k_slot, k_phase, next_slot, next_phase, v_slot, v_phase, turn ^ 1)
+    return (acc, fresh, top, total), alpha, at
+
+
+@gluon.jit
+def _leave_out(step, steps, shared, at, SIZES: gl.constexpr):
+    """Give the slots of a step back in which these rows see nothing; its keys are there."""
+    _, _, k_ready, k_free, v_ready, v_free, _, _ = shared
+    k_slot, k_phase, v_slot, v_phase, last_slot, last_phase, turn = at
+    mbarrier.wait(v_ready.index(v_slot), v_phase)
+    # No warp may miss a phase: all have waited before another can begin.
+    wait_for_threads()
+    mbarrier.arrive(k_free.index(k_slot), count=1)
+    mbarrier.arrive(v_free.index(v_slot), count=1)
+    k_slot, k_phase = following(k_slot, k_phase, SIZES[4])
+    v_slot, v_phase = following(v_slot, v_phase, SIZES[8])
+    mbarrier.wait(k_ready.index(k_slot), k_phase, pred=step + 1 < steps)
+    return k_slot, k_phase, v_slot, v_phase, last_slot, last_phase, turn
 
 
 @gluon.jit
@@ -169,6 +187,7 @@ def _consume(
     the last job there is one step more, whose scores are nobody's.
     """
     keys, _, k_ready, _, _, _, _, _ = shared
+    HALVES: gl.constexpr = SIZES[7]
     s_layout: gl.constexpr = product_layout(SIZES[2])
     o_layout: gl.constexpr = product_layout(SIZES[0])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -180,7 +199,8 @@ def _consume(
     number = 0
     done_pair = 0
     going = True
-    at = (0, 0, 0, 0, 0, False)
+    at = (0, 0, 0, 0, 0, 0, 0)
+    adds = False
     while going:
         row, pair, start, split, stop, dense = next_job(jobs, number, 4)
         going = row >= 0
@@ -191,15 +211,33 @@ def _consume(
         top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, of_row)
         total = gl.zeros([GROUP_ROWS], gl.float32, of_row)
         mine = jobs[2].index((number % JOBS) * GROUPS + GROUP)
-        for step in range(0, steps):
+        marked = (split, stop)
+        active = steps
+        if HALVES:
+            second, alone, ends = halves_of_job(jobs, number, 4)
+            marked = (second, stop) if GROUP == 0 else (split, ends)
+            # Steps of one half come in turns: each half leaves every other one out.
+            turn_from = (alone - start) // SIZES[3]
+            turns = (ends - alone) // (2 * SIZES[3])
+            active = gl.where(going, steps - turns, 1)
+        for index in range(0, active):
+            step = index
+            if HALVES:
+                past = gl.minimum(gl.maximum(index - turn_from + GROUP, 0), turns)
+                step = index + gl.where(going, past, 0)
             state = (acc, weights, top, total)
-            any_before = (number > 0) | (step > 0)
+            any_before = (number > 0) | (index > 0)
             state, alpha, at = _step(
-                step, steps, any_before, mine, shared, lists, (start, split, stop), sizes[2], runs, state, at,
+                step, steps, any_before, adds, mine, shared, lists, (start, stop), marked, sizes[2], runs, state, at,
                 GROUP * GROUP_ROWS, SIZES, PARTIAL, DENSE, s_layout, p_layout,
             )  # fmt: skip
+            adds = index > 0
+            if HALVES:
+                in_turns = index - turn_from + GROUP
+                if going & (in_turns >= 0) & (in_turns < turns):
+                    at = _leave_out(step + 1, steps, shared, at, SIZES)
             acc, weights, top, total = state
-            if (step == 0) & (number > 0):
+            if (index == 0) & (number > 0):
                 slot = ((number - 1) % JOBS) * GROUPS + GROUP
                 _write(acc, done_top, done_total, jobs[2].index(slot), jobs[1].index(slot), out, lse, done_pair,
                        sizes, LSE, s_layout)  # fmt: skip
@@ -218,6 +256,8 @@ def _copy_columns(
     HEAD_DIM: gl.constexpr = SIZES[0]
     slot = 0
     phase = 1
+    v_slot = 0
+    v_phase = 1
     number = 0
     row, pair, start, _split, stop, dense = next_job(jobs, number, 1)
     while row >= 0:
@@ -227,9 +267,10 @@ def _copy_columns(
             outer, column = sample, kv_head * HEAD_DIM
         else:
             outer, column = sample * (heads // group) + kv_head, kv_head * 0
-        slot, phase = produce(
+        slot, phase, v_slot, v_phase = produce(
             k_grid, v_grid, k_runs, v_runs, rings, bases, (start, stop, dense),
-            (outer, column, sides[0], sides[1]), runs, slot, phase, BOX, SIZES[2], SIZES[3], HEAD_DIM, SIZES[4],
+            (outer, column, sides[0], sides[1]), runs, slot, phase, v_slot, v_phase,
+            BOX, SIZES[2], SIZES[3], HEAD_DIM, SIZES[4], SIZES[8],
         )  # fmt: skip
         number += 1
         row, pair, start, _split, stop, dense = next_job(jobs, number, 1)
@@ -238,13 +279,14 @@ def _copy_columns(
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])
 def attend(
     k_grid, v_grid, k_runs, v_runs, q, out, lse, key_mask, taken,
-    tokens, bounds, bases, mask_ids, offsets, masks,
+    tokens, bounds, halves, bases, mask_ids, offsets, masks,
     q_batch, q_token, q_head, bounds_batch, list_batch, list_heads,
     scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, LSE: gl.constexpr,
     PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, TURNS: gl.constexpr,
+    HALVES: gl.constexpr, VALUE_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Attention of query tiles of 128 tokens; see `forward.attend` for what the arguments share with it.
 
@@ -257,16 +299,18 @@ def attend(
         BOX: Tokens of a column tile per axis (t, y, x).
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
         TURNS: Whether the two groups of warps take turns in starting their products.
+        HALVES: Whether `halves` says what each half of a row tile has to do (`Program.halves`).
+        VALUE_STAGES: Slots of the ring of values; that of keys has STAGES.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = q.dtype.element_ty
     queries = gl.allocate_shared_memory(dtype, [JOBS * GROUPS, GROUP_ROWS, HEAD_DIM], layout)
     keys = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
-    values = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
+    values = gl.allocate_shared_memory(dtype, [VALUE_STAGES, COLUMNS, HEAD_DIM], layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], mbarrier.MBarrierLayout())
     # A barrier that nothing waits for would share its memory with what the warps are handed, and spoil it.
     turns = k_free
     if TURNS:
@@ -288,14 +332,15 @@ def attend(
     for i in gl.static_range(STAGES):
         # Keys, and what their scores begin with.
         mbarrier.init(k_ready.index(i), count=2 if KEY_MASK else 1)
-        mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=GROUPS)
+    for i in gl.static_range(VALUE_STAGES):
+        mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(v_free.index(i), count=GROUPS)
     fence_async_shared()
     if TURNS:
         mbarrier.arrive(turns.index(0), count=1)
 
-    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS, KEY_MASK)
+    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS, KEY_MASK, HALVES, VALUE_STAGES)
     rings = (keys, values, k_ready, k_free, v_ready, v_free)
     shared = (keys, values, k_ready, k_free, v_ready, v_free, turns, visible)
     runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)
@@ -308,8 +353,8 @@ def attend(
             (_consume, (out, lse, shared, jobs, lists, sizes, runs, gl.constexpr(1), SIZES, PARTIAL, DENSE, LSE)),
             (_copy_columns, (k_grid, v_grid, k_runs, v_runs, rings, bases, jobs, heads, group, (side_y, side_x), runs,
                              BOX, FOLDED, SIZES)),
-            (deal, (q, tokens, bounds, taken, jobs, (q_batch, q_token, q_head), heads, dense_rows, grid_rows, pairs,
-                    (bounds_batch, list_batch, list_heads), SIZES, UNIT)),
+            (deal, (q, tokens, bounds, halves, taken, jobs, (q_batch, q_token, q_head), heads, dense_rows, grid_rows,
+                    pairs, (bounds_batch, list_batch, list_heads), SIZES, UNIT)),
             (put_masks, (key_mask, bases, offsets, shared, jobs, runs, heads, key_length, SIZES)),
         ],
         [4, 1, 1, 1],

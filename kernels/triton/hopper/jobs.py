@@ -19,9 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from visattn.kernels.triton.hopper.parts import GROUP_ROWS, GROUPS, place, view
 
-# Slots of the ring, and numbers that describe a job: row tile, pair, start, split, stop, dense; a power of two.
+# Slots of the ring, and numbers that describe a job: row tile, pair, start, split, stop, dense, then three of
+# `Program.halves`; a power of two.
 JOBS = gl.constexpr(2)
-FIELDS = gl.constexpr(8)
+FIELDS = gl.constexpr(16)
 # Rows of one copy.
 PIECE_ROWS = gl.constexpr(16)
 # Older releases of Triton (3.6 both) know these under other names.
@@ -48,6 +49,15 @@ def next_job(jobs, number, WARPS: gl.constexpr):
         _field(values, index, 0), _field(values, index, 1), _field(values, index, 2),
         _field(values, index, 3), _field(values, index, 4), _field(values, index, 5),
     )  # fmt: skip
+
+
+@gluon.jit
+def halves_of_job(jobs, number, WARPS: gl.constexpr):
+    """What `Program.halves` says of a job that `next_job` has waited for: three list entries."""
+    layout: gl.constexpr = gl.BlockedLayout([FIELDS], [32], [WARPS], [0])
+    values = jobs[0].index(number % JOBS).load(layout)
+    index = gl.arange(0, FIELDS, layout)
+    return _field(values, index, 6), _field(values, index, 7), _field(values, index, 8)
 
 
 @gluon.jit
@@ -83,7 +93,7 @@ def _fetch_rows(q, q_token, jobs, slot, HEAD_DIM: gl.constexpr, UNIT: gl.constex
 
 @gluon.jit
 def deal(
-    q, tokens, bounds, taken, jobs, steps, heads, dense_rows, grid_rows, pairs, owned,
+    q, tokens, bounds, halves, taken, jobs, steps, heads, dense_rows, grid_rows, pairs, owned,
     SIZES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """The dealing warp: takes tiles until none is left, and fetches their rows.
@@ -96,6 +106,7 @@ def deal(
     q_batch, q_token, q_head = steps
     HEAD_DIM: gl.constexpr = SIZES[0]
     ROWS: gl.constexpr = SIZES[1]
+    HALVES: gl.constexpr = SIZES[7]
     wide: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     index = gl.arange(0, FIELDS, wide)
     slots = gl.arange(0, GROUP_ROWS, wide)
@@ -114,6 +125,9 @@ def deal(
         bound = gl.load(own_bounds + index - 2, mask=(index >= 2) & (index < 6), other=0)
         # Start, split and stop count from the first entry of all owners.
         bound += gl.where((index >= 2) & (index < 5), owner * list_batch, 0)
+        if HALVES:
+            # Lists that are known beforehand have one owner.
+            bound += gl.load(halves + row * 4 + index - 6, mask=(index >= 6) & (index < 9), other=0)
         described = gl.where(index == 0, row, gl.where(index == 1, pair, bound))
         slot = number % JOBS
         mbarrier.wait(free.index(slot), ((number // JOBS) & 1) ^ 1)

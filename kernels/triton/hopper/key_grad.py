@@ -7,7 +7,7 @@ keys and values, with their gradients in registers. Everything is transposed: [k
 """
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202, SIM102
 
 # The language of Triton kernels is not quite Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from visattn.kernels.triton.hopper.copy import produce
 from visattn.kernels.triton.hopper.fill import put_statistics
+from visattn.kernels.triton.hopper.jobs import wait_for_threads
 from visattn.kernels.triton.hopper.parts import (
     GROUP_ROWS,
     GROUPS,
@@ -55,6 +56,7 @@ def _step(
     HEAD_DIM: gl.constexpr = SIZES[0]
     COLUMNS: gl.constexpr = SIZES[2]
     STAGES: gl.constexpr = SIZES[4]
+    VARIANT: gl.constexpr = SIZES[5]
     s_layout: gl.constexpr = product_layout(COLUMNS)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, product_layout(HEAD_DIM), 2)
     of_column: gl.constexpr = gl.SliceLayout(0, s_layout)
@@ -68,28 +70,64 @@ def _step(
     begin = rings[1].index(slot).load(of_column)[None, :].broadcast_to(shape)
     mbarrier.wait(grad_ready.index(slot), phase)
     grad_weights = warpgroup_mma(values.index(GROUP), grads.index(slot).permute((1, 0)), begin, is_async=True)
-    # Products end in order: with the scores those of the tile before are done.
-    scores, acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(
-        1, deps=[scores, acc_k, acc_v, weights, grad_scores]
-    )
-    mbarrier.arrive(free.index(last), count=1, pred=any_before)
-    if MASKED:
-        scores = hide_masked(scores, words, s_layout)
-    p = gl.exp2(scores * score_scale)
-    weights = gl.convert_layout(p.to(keys.dtype), p_layout)
-    acc_v = warpgroup_mma(weights, grads.index(slot), acc_v, is_async=True)
-    grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
-    grad_scores = gl.convert_layout((p * grad_weights).to(keys.dtype), p_layout)
-    acc_k = warpgroup_mma(grad_scores, queries.index(slot), acc_k, is_async=True)
+    if VARIANT == 2:
+        # Those of the tile before, whose factors are there.
+        acc_v = warpgroup_mma(weights, grads.index(last), acc_v, use_acc=True, is_async=True)
+        acc_k = warpgroup_mma(grad_scores, queries.index(last), acc_k, use_acc=True, is_async=True)
+        scores = warpgroup_mma_wait(3, deps=[scores])
+        if MASKED:
+            scores = hide_masked(scores, words, s_layout)
+        p = gl.exp2(scores * score_scale)
+        grad_weights = warpgroup_mma_wait(2, deps=[grad_weights])
+        new_scores = gl.convert_layout((p * grad_weights).to(keys.dtype), p_layout)
+        new_weights = gl.convert_layout(p.to(keys.dtype), p_layout)
+        acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(0, deps=[acc_k, acc_v, weights, grad_scores])
+        mbarrier.arrive(free.index(last), count=1, pred=any_before)
+        weights = new_weights
+        grad_scores = new_scores
+    else:
+        if VARIANT == 0:
+            # Products end in order: with the scores those of the tile before are done.
+            scores, acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(
+                1, deps=[scores, acc_k, acc_v, weights, grad_scores]
+            )
+            mbarrier.arrive(free.index(last), count=1, pred=any_before)
+        else:
+            scores = warpgroup_mma_wait(1, deps=[scores])
+        if MASKED:
+            scores = hide_masked(scores, words, s_layout)
+        p = gl.exp2(scores * score_scale)
+        weights = gl.convert_layout(p.to(keys.dtype), p_layout)
+        acc_v = warpgroup_mma(weights, grads.index(slot), acc_v, is_async=True)
+        grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
+        grad_scores = gl.convert_layout((p * grad_weights).to(keys.dtype), p_layout)
+        acc_k = warpgroup_mma(grad_scores, queries.index(slot), acc_k, is_async=True)
+        if VARIANT == 1:
+            acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(0, deps=[acc_k, acc_v, weights, grad_scores])
+            mbarrier.arrive(free.index(slot), count=1)
     following_slot, following_phase = following(slot, phase, STAGES)
     return (acc_k, acc_v, weights, grad_scores), (following_slot, following_phase, slot, True)
+
+
+@gluon.jit
+def _leave_out(shared, at, STAGES: gl.constexpr):
+    """Give the slot of a query tile back that sees none of these keys."""
+    _, _, _, _, q_ready, free, grad_ready = shared
+    slot, phase, last, any_before = at
+    mbarrier.wait(q_ready.index(slot), phase)
+    mbarrier.wait(grad_ready.index(slot), phase)
+    # No warp may miss a phase: all have waited before another can begin.
+    wait_for_threads()
+    mbarrier.arrive(free.index(slot), count=1)
+    slot, phase = following(slot, phase, STAGES)
+    return slot, phase, last, any_before
 
 
 @gluon.jit
 def _consume(
     k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
     GROUP: gl.constexpr, SIZES: gl.constexpr, UNIT: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
-    KEY_MASK: gl.constexpr,
+    KEY_MASK: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """One group of four warps: its 64 keys and values against every query tile, and their gradients."""
     keys, values, _, _, _, _, _ = shared
@@ -113,17 +151,49 @@ def _consume(
 
     nothing = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, o_layout)
     factors = gl.zeros([GROUP_ROWS, SIZES[2]], dtype, p_layout)
-    state = (warpgroup_mma_init(nothing), warpgroup_mma_init(nothing), factors, factors)
+    if SIZES[5] == 0:
+        state = (warpgroup_mma_init(nothing), warpgroup_mma_init(nothing), factors, factors)
+    else:
+        state = (nothing, nothing, factors, factors)
     at = (0, 0, 0, False)
+    alone = stop
+    turns = 0
+    if HALVES:
+        # Those that are full for the second half only keep their masks, which spares its group another loop.
+        if GROUP == 0:
+            split = gl.load(lists[3] + row * 4)
+        alone = gl.load(lists[3] + row * 4 + 1)
+        turns = (gl.load(lists[3] + row * 4 + 2) - alone) // 2
     for i in range(start, split):
         state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
+        if HALVES and GROUP == 1:
+            if (turns > 0) & (i + 1 == alone):
+                at = _leave_out(shared, at, SIZES[4])
     if PARTIAL:
-        for i in range(split, stop):
+        for index in range(split, stop - turns):
+            i = index
+            if HALVES:
+                # Tiles that one half sees come in turns: each half leaves every other one out.
+                i += gl.minimum(gl.maximum(index - alone + GROUP, 0), turns)
             state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, True)
+            if HALVES:
+                in_turns = index - alone + GROUP
+                if (in_turns >= 0) & (in_turns < turns):
+                    at = _leave_out(shared, at, SIZES[4])
     if DENSE:
         for i in range(0, dense):
             state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
-    acc_k, acc_v, _, _ = warpgroup_mma_wait(0, deps=[state[0], state[1], state[2], state[3]])
+    if SIZES[5] == 0:
+        acc_k, acc_v, _, _ = warpgroup_mma_wait(0, deps=[state[0], state[1], state[2], state[3]])
+    else:
+        acc_k, acc_v, weights, grad_scores = state
+        if SIZES[5] == 2:
+            # Without a step the rings hold nothing.
+            if (start < stop) | (dense > 0):
+                last = at[2]
+                acc_v = warpgroup_mma(weights, shared[3].index(last), acc_v, is_async=True)
+                acc_k = warpgroup_mma(grad_scores, shared[2].index(last), acc_k, is_async=True)
+                acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(0, deps=[acc_k, acc_v, weights, grad_scores])
 
     # Through the memory of keys and values to a layout whose stores are whole lines.
     keys.index(GROUP).store((acc_k * (score_scale * LN2)).to(dtype))
@@ -153,19 +223,19 @@ def _copy_columns(
     slot = 0
     phase = 1
     produce(q_grid, grad_grid, q_runs, grad_runs, copied, bases, (start, stop, dense), place, runs, slot, phase,
-            BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4])  # fmt: skip
+            slot, phase, BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4])  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])
 def key_gradients(
     q_grid, grad_grid, q_runs, grad_runs, k, v, lse, delta, grad_k, grad_v, key_mask,
-    tokens, bounds, bases, mask_ids, offsets, masks,
+    tokens, bounds, halves, bases, mask_ids, offsets, masks,
     k_batch, k_token, k_head, v_batch, v_token, v_head, bounds_batch, list_batch, list_heads,
     scale, score_scale, heads, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
-    PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr,
+    PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, HALVES: gl.constexpr, VARIANT: gl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV of one key tile of 128 tokens; see `key_grad.key_gradients` for what the arguments share.
 
@@ -177,6 +247,9 @@ def key_gradients(
         side_x: Length of its last axis.
         BOX: Tokens of a query tile per axis (t, y, x).
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
+        HALVES: Whether `halves` says what each half of a row tile has to do (`Program.halves`).
+        VARIANT: When the products into dK and dV of a step are waited for: 0 behind the scores of the next step, 1 at
+            its end; 2 starts them beside the scores of the next step.
     """
     row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
     sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
@@ -217,20 +290,20 @@ def key_gradients(
         mbarrier.init(free.index(i), count=GROUPS)
     fence_async_shared()
 
-    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES)
+    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES, VARIANT)
     shared = (keys, values, queries, grads, q_ready, free, grad_ready)
     rings = (lse_ring, delta_ring, q_ready, free)
     copied = (queries, grads, q_ready, free, grad_ready, free)
     where = (row, start, split, stop, dense)
     runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)
-    lists = (tokens, masks, mask_ids)
+    lists = (tokens, masks, mask_ids, halves)
     sizes = (k_token, v_token, heads * HEAD_DIM, score_scale)
     gl.warp_specialize(
         [
             (_consume, (k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
-                        gl.constexpr(0), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK)),
+                        gl.constexpr(0), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK, HALVES)),
             (_consume, (k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
-                        gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK)),
+                        gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK, HALVES)),
             (_copy_columns, (q_grid, grad_grid, q_runs, grad_runs, copied, bases, where,
                              (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs, BOX, SIZES)),
             (put_statistics, (lse, delta, bases, offsets, rings, where, runs, scale, length, COLUMNS, STAGES)),

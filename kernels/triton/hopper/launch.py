@@ -24,6 +24,7 @@ from visattn.kernels.triton.arguments import (
 )
 from visattn.kernels.triton.choosing.tables import writes_lists
 from visattn.kernels.triton.config import HOPPER, Config
+from visattn.kernels.triton.lists.program import Program
 from visattn.kernels.triton.start import Launch, programs
 from visattn.layout import Layout
 from visattn.patterns import Pattern, RoutedPattern
@@ -59,9 +60,9 @@ def hopper_config(
         head_dim: Channels per head.
         pattern: The pattern.
         layout: The tokens.
-        direction: "forward" or "key_grad".
+        direction: "forward", "key_grad" or "query_grad".
     """
-    launch = HOPPER[direction].get(head_dim)
+    launch = HOPPER.get(direction, {}).get(head_dim)
     if architecture != 90 or launch is None or dtype.itemsize != 2 or not installed():
         return None
     if layout.key_layout is not None:
@@ -94,6 +95,8 @@ def faster_configs(
     directions = []
     if copyable(k, v):
         directions.append("forward")
+        if call.key_mask is None:
+            directions.append("query_grad")
     # A program has one query head.
     if copyable(q, q) and q.shape[2] == k.shape[2]:
         directions.append("key_grad")
@@ -168,6 +171,30 @@ def key_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "score_scale": work.scale * LOG2E,
         "heads": k.shape[2], "length": t.q.shape[1], "key_length": k.shape[1],
         **strides("k", k, step), **strides("v", v, step),
+        "UNIT": step, "VARIANT": work.configs["key_grad"].variant,
+    }  # fmt: skip
+
+
+def query_launch(t: Operands, work: Work) -> Launch:
+    """The launch of the backward kernel for queries; its result is contiguous."""
+    from visattn.kernels.triton.hopper.query_grad import query_gradients
+
+    given = query_arguments(t, work) | t.given("grad_q")
+    copied = {"k_grid": "k", "k_runs": "k", "v_grid": "v", "v_runs": "v"}
+    return Launch(query_gradients, programs(given), given, WARPS, copied=copied)
+
+
+def query_arguments(t: Operands, work: Work) -> dict[str, Any]:
+    """Arguments of `hopper.query_grad.query_gradients` without its result."""
+    q, k, grad_out = t.q, t.k, t.grad_out
+    assert grad_out is not None
+    step = unit(q, grad_out)
+    return {
+        **_common_arguments("query_grad", ("k", "v"), (k, t.v), q, t, work),
+        "q": q, "grad_out": grad_out, "lse": t.lse, "delta": t.delta,
+        "scale": work.scale,
+        "score_scale": work.scale * LOG2E,
+        **strides("q", q, step), **strides("grad", grad_out, step), **head_arguments(q, k),
         "UNIT": step,
     }  # fmt: skip
 
@@ -196,7 +223,16 @@ def hopper_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "UNIT": step, "LSE": t.lse is not None,
         "TILES": work.program("forward", t).tiles,
         "TURNS": work.plan("forward").full_share < TAKE_TURNS,
+        "VALUE_STAGES": value_stages(work.program("forward", t), work.configs["forward"].stages),
     }  # fmt: skip
+
+
+def value_stages(run: Program, stages: int) -> int:
+    """Slots of the ring of values.
+
+    Where halves leave steps out, values wait for two steps: a third slot lets the copies go on meanwhile.
+    """
+    return stages if run.halves is None else max(stages, 3)
 
 
 def _common_arguments(
@@ -221,6 +257,7 @@ def _common_arguments(
     return {
         **descriptors,
         **{name: value for name, value in lists.items() if name not in unused},
+        "halves": run.bounds if run.halves is None else run.halves,
         "key_mask": rows if t.key_mask is None else t.key_mask,
         "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
         "HEAD_DIM": rows.shape[3], "ROWS": run.rows, "COLUMNS": run.columns,
@@ -228,4 +265,5 @@ def _common_arguments(
         "FOLDED": folded(copied[0]),
         "STAGES": work.configs[direction].stages,
         "PARTIAL": run.partial, "DENSE": run.has_dense, "KEY_MASK": t.key_mask is not None,
+        "HALVES": run.halves is not None,
     }  # fmt: skip

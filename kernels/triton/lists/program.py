@@ -9,6 +9,17 @@ import torch
 from numpy.typing import NDArray
 
 from visattn.keep import kept
+from visattn.kernels.triton.lists.halves import (
+    ALONE,
+    FIRST_FULL,
+    MASKED,
+    SECOND_FULL,
+    SOME,
+    Visits,
+    halved,
+    halves_of,
+    slot_order,
+)
 from visattn.patterns.geometry import Bools
 from visattn.plans import TileLists, TilePlan
 from visattn.tiling import Ints, Tiling
@@ -47,6 +58,9 @@ class Program:
         bounds_batch: Distance of the bounds of two owners, 0 where all share one list.
         list_batch: Distance of the lists of two owners.
         groups: Groups of heads of a sample that have lists of their own, the owners.
+        halves: Where visits need a mask for the second half of the rows only (from split to the first of these), are
+            of one half only, in turns (from the second to the third), and need one for the first half only (from
+            there to the end): int32 [row tiles, 4]; None where lists are not made for halves.
     """
 
     rows: int
@@ -68,6 +82,7 @@ class Program:
     bounds_batch: int = 0
     list_batch: int = 0
     groups: int = 1
+    halves: torch.Tensor | None = None
 
     @property
     def row_tiles(self) -> int:
@@ -81,7 +96,7 @@ class Program:
 
 
 @kept
-def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device) -> Program:
+def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device, by_halves: bool = False) -> Program:
     """Prepare a plan for the kernels, once per plan, side and device.
 
     Args:
@@ -89,6 +104,7 @@ def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device) 
         by_keys: Whether key tiles are the rows (dK/dV kernel) instead of query tiles.
         per_step: Column tiles that the kernel takes at once; full and partial lists are multiples of it.
         device: Where the tensors go.
+        by_halves: Whether lists say what each half of a row tile has to do (see `halves`), where that saves anything.
     """
     if by_keys:
         rows, columns, lists, masks = plan.keys, plan.queries, plan.transposed, plan.masks.transpose(0, 2, 1)
@@ -97,26 +113,32 @@ def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device) 
     if _slots(columns.capacity) < WORD:
         # The mask words of several column tiles lie one behind the other, so such tiles go alone.
         per_step = 1
-    row, column, mask_id, distinct = _entries(rows, columns, lists, masks)
-    if per_step > 1:
-        row, column, mask_id, distinct = _whole_steps(row, column, mask_id, distinct, per_step)
-    partial = mask_id >= 0
-    order = np.lexsort((column, partial, row))
-    row, column, mask_id, partial = row[order], column[order], mask_id[order], partial[order]
-
-    counts = np.bincount(row, minlength=rows.tiles)
-    full = np.bincount(row[~partial], minlength=rows.tiles)
-    start = np.cumsum(counts) - counts
-    bounds = np.stack([start, start + full, start + counts, _dense_visits(rows, columns, per_step)], 1)
-    launch = _launch_order(rows, counts)
     row_slots, column_slots = _slots(rows.capacity), _slots(columns.capacity)
+    visits, filled = _entries(rows, columns, lists, masks)
+    cut = _by_halves(rows, row_slots, visits, filled, per_step) if by_halves else None
+    if cut is not None:
+        slots, (row, column, mask_id, distinct), steps = cut
+        counts, split = per_step * steps.sum(1), per_step * steps[:, 0]
+    else:
+        slots, (row, column, mask_id, distinct) = np.arange(row_slots), visits
+        if per_step > 1:
+            row, column, mask_id, distinct = _whole_steps(row, column, mask_id, distinct, per_step)
+        order = np.lexsort((column, mask_id >= 0, row))
+        row, column, mask_id = row[order], column[order], mask_id[order]
+        counts, split = (np.bincount(r, minlength=rows.tiles) for r in (row, row[mask_id < 0]))
+    partial = mask_id >= 0
+    start = np.cumsum(counts) - counts
+    bounds = np.stack(
+        [start, start + split, start + counts, _dense_visits(rows, columns, per_step, plan.pattern.dense_pairs)], 1
+    )
+    launch = _launch_order(rows, counts)
     tokens = np.full((rows.tiles, row_slots), -1)
     tokens[:, : rows.capacity] = rows.tokens[launch]
     return Program(
         rows=row_slots,
         columns=per_step * column_slots,
         tiles=per_step,
-        tokens=_tensor(tokens, device),
+        tokens=_tensor(tokens[:, slots], device),
         bounds=_tensor(bounds[launch], device),
         bases=_tensor(first_tokens(columns)[column] if len(column) else np.zeros(1), device),
         mask_ids=_tensor(np.maximum(mask_id, 0) if len(mask_id) else np.zeros(1), device),
@@ -129,7 +151,31 @@ def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device) 
         partial=bool(partial.any()),
         column_tiling=columns,
         reach=int(box_offsets(columns).max()),
+        halves=None if cut is None else _tensor(_ends(start, per_step * cut[2])[launch], device),
     )
+
+
+def _by_halves(
+    rows: Tiling, slots: int, visits: Visits, filled: Bools, per_step: int
+) -> tuple[Ints, Visits, Ints] | None:
+    """Order of row slots, visits in the order of lists and steps of each kind; None where halves save nothing."""
+    seen = np.zeros((len(filled), slots, visits.masks.shape[2]), bool)
+    seen[:, : rows.capacity] = visits.masks
+    there = np.zeros((len(filled), slots), bool)
+    there[:, : rows.capacity] = filled
+    order = slot_order(rows, slots, seen, there, np.bincount(visits.mask[visits.mask >= 0], minlength=len(filled)))
+    seen, there = seen[:, order], there[:, order]
+    kinds = halves_of(seen, there)
+    if not (kinds != SOME).any():
+        return None
+    found, steps = halved(visits._replace(masks=seen), kinds, rows.tiles, per_step)
+    return (order, found, steps) if steps[:, [FIRST_FULL, ALONE, SECOND_FULL]].any() else None
+
+
+def _ends(start: Ints, entries: Ints) -> Ints:
+    """Where the kinds of visits of `halves` end, but for the first and the last: [row tiles, 4]."""
+    ends = start[:, None] + np.cumsum(entries, 1)
+    return np.stack([ends[:, FIRST_FULL], ends[:, MASKED], ends[:, ALONE], ends[:, SECOND_FULL]], 1)
 
 
 def _slots(capacity: int) -> int:
@@ -141,8 +187,8 @@ def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)
 
 
-def _entries(rows: Tiling, columns: Tiling, lists: TileLists, masks: Bools) -> tuple[Ints, Ints, Ints, Bools]:
-    """The visits of grid columns: row, column, mask per visit (-1 for none), and the distinct masks.
+def _entries(rows: Tiling, columns: Tiling, lists: TileLists, masks: Bools) -> tuple[Visits, Bools]:
+    """The visits of grid columns, and which row slots hold tokens under each of their masks: [masks, row slots].
 
     Dense columns are left out: the kernels walk them without a list. A mask is False in empty column slots and
     does not care about empty row slots, whose results are never stored.
@@ -161,7 +207,7 @@ def _entries(rows: Tiling, columns: Tiling, lists: TileLists, masks: Bools) -> t
     padded = columns.capacity != _slots(columns.capacity)
     is_full = (seen | ~row_slots[of_row][:, :, None]).all((1, 2)) & (not padded)
     index = np.where(is_full, -1, np.cumsum(~is_full) - 1)
-    return row, column, index[which.ravel()], seen[~is_full]
+    return Visits(row, column, index[which.ravel()], seen[~is_full]), row_slots[of_row][~is_full]
 
 
 def fill_kinds(tiling: Tiling) -> tuple[Ints, Bools]:
@@ -170,7 +216,7 @@ def fill_kinds(tiling: Tiling) -> tuple[Ints, Bools]:
     return kind.ravel(), filled
 
 
-def _whole_steps(row: Ints, column: Ints, mask: Ints, masks: Bools, per_step: int) -> tuple[Ints, Ints, Ints, Bools]:
+def _whole_steps(row: Ints, column: Ints, mask: Ints, masks: Bools, per_step: int) -> Visits:
     """Lists in which the full and the partial visits of each row are multiples of `per_step`.
 
     What is left over of the full visits becomes partial, with a mask that shows everything; the partial visits
@@ -187,7 +233,7 @@ def _whole_steps(row: Ints, column: Ints, mask: Ints, masks: Bools, per_step: in
     missing = -(counts - whole) % per_step
     filler = np.repeat(np.arange(number), missing)
     last = np.cumsum(counts) - 1
-    return (
+    return Visits(
         np.concatenate([row, filler]),
         np.concatenate([column, column[last[filler]]]),
         np.concatenate([mask, np.full(len(filler), len(masks) + 1)]),
@@ -202,10 +248,14 @@ def _dense_steps(columns: Tiling, per_step: int) -> tuple[int, int, int]:
     return prefix, suffix, extra
 
 
-def _dense_visits(rows: Tiling, columns: Tiling, per_step: int) -> Ints:
-    """Dense steps of each row tile: prefix and suffix; extra ones too if the row tile is of the grid."""
+def _dense_visits(rows: Tiling, columns: Tiling, per_step: int, joined: bool) -> Ints:
+    """Dense steps of each row tile: prefix and suffix; extra ones too if the row tile is of the grid.
+
+    Without `joined` dense rows have none.
+    """
     prefix, suffix, extra = _dense_steps(columns, per_step)
-    visits = np.full(rows.tiles, prefix + suffix)
+    visits = np.full(rows.tiles, prefix + suffix if joined else 0)
+    visits[rows.grid_tiles] = prefix + suffix
     visits[rows.grid_tiles] += extra
     # Extra keys (as rows) are seen by the grid only.
     visits[rows.tiles - rows.runs[3] :] = 0

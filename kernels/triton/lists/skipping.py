@@ -101,14 +101,13 @@ def attend_or_skip(
         count = tl.load(counts + list_at) if COUNTED else number
     for i in range(0, dense_tiles + count):
         dense = i < dense_tiles
-        entry = i - dense_tiles
-        if dense:
-            column = tl.load(dense_tokens + i * COLUMNS + column_slots)
-        else:
-            block = entry
-            if listed:
-                block = tl.load(choice + list_at * number + entry)
-            column = tl.load(key_tokens + block * COLUMNS + column_slots)
+        # Triton reads ahead of the loop, and behind its end: what it reads there must exist, so nothing of it is read
+        # inside of a branch.
+        entry = tl.maximum(tl.minimum(i - dense_tiles, count - 1), 0)
+        block = tl.load(choice + list_at * number + entry, mask=listed, other=0)
+        block = tl.where(listed, block, entry)
+        run = tl.maximum(tl.minimum(i, dense_tiles - 1), 0)
+        column = tl.load(tl.where(dense, dense_tokens + run * COLUMNS, key_tokens + block * COLUMNS) + column_slots)
         visible = column >= 0
         there = visible[:, None] & has_d[None, :]
         place = column.to(tl.int64)[:, None]

@@ -1,5 +1,8 @@
 """Prepared calls: each kernel gets the addresses of its own tensors, call after call."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -124,6 +127,63 @@ def test_what_is_kept_is_counted_and_emptied(driver):
     assert STORE.bytes == 0
     attention(q, k, v, "na(window=7x7)", LAYOUT, backend="triton")
     assert len(driver.first) == 2 and not driver
+
+
+@pytest.fixture
+def quick(driver, monkeypatch):
+    """Kernels choose, as they do for tensors on a GPU."""
+    from visattn.kernels.triton.backend import backend
+
+    monkeypatch.setattr("visattn.patterns.dynamic.by_kernels", backend.choose)
+    return driver
+
+
+@pytest.mark.parametrize("text", ["topk(keep=0.3,block=8x16,key_block=8x8)", "topp(p=0.5,block=4x4,always=near(1))"])
+def test_a_choice_is_started_again_with_its_addresses(quick, text, monkeypatch):
+    # Scores of one head at a time: two launches of the kernels that read them.
+    monkeypatch.setattr("visattn.kernels.triton.choosing.choose.SCORES", 1)
+    seen = []
+    for seed in range(3):
+        q, k, v = tensors(seed)
+        with torch.no_grad():
+            out = attention(q, k, v, text, LAYOUT, backend="triton")
+        seen.append([(kernel.fn.__name__, found) for kernel, found in quick[len(quick) - 8 :]])
+        held = [weakref.ref(t) for t in (q, k, v, out)]
+    assert len(quick.first) == 8 and len(quick) == 16
+    choice = seen[-1]
+    names = [name for name, _ in choice]
+    assert names == ["part_means", "part_means", *["pair_scores", "select"] * 2, "write_lists", "attend"]
+    means, keys, scores, first, _, second, lists, run = (found for _, found in choice)
+    assert (means["x"], keys["x"]) == tuple(t[:, LAYOUT.prefix :].data_ptr() for t in (q, k))
+    assert (scores["mean_q"], scores["mean_k"]) == (means["out"], keys["out"])
+    assert (scores["count_q"], first["count_k"]) == (means["counts"], keys["counts"])
+    assert first["scores"] == scores["scores"] and (first["first_head"], second["first_head"]) == (0, 1)
+    assert lists["choice"] == first["tiles"] == second["tiles"]
+    assert text.startswith("topk") or lists["counts"] == first["counts"]
+    assert (run["bounds"], run["bases"]) == (lists["bounds"], lists["bases"]) and run["out"] == out.data_ptr()
+    # Tables stay where they are.
+    assert means["tokens"] == seen[-2][0][1]["tokens"]
+    quick.first.clear()
+    quick.wanted.clear()
+    del q, k, v, out
+    gc.collect()
+    assert [ref() is None for ref in held] == [True] * 4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_tensor_of_a_call_is_kept(driver, name):
+    pattern, mask, _, options = case(name)
+    q, k, v = tensors(0, learns=True, **options)
+    more = {"key_mask": torch.ones(q.shape[:2], dtype=torch.bool)} if mask else {}
+    out = attention(q, k, v, pattern, LAYOUT, backend="triton", **more)
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    held = [weakref.ref(t) for t in (q, k, v, out, *grads, *more.values())]
+    # The stand-in for a driver holds what it was given.
+    driver.first.clear()
+    driver.wanted.clear()
+    del q, k, v, out, grads, more
+    gc.collect()
+    assert [ref() is None for ref in held] == [True] * len(held)
 
 
 def test_addresses_of_less_alignment_go_through_triton(driver):

@@ -135,3 +135,53 @@ def test_box_offsets_of_a_dilated_box():
     tiles = plan("na(window=3x3,dilation=2x3)", Layout((8, 9)), ((2, 2), (2, 2)))
     assert box_offsets(tiles.keys)[:4].tolist() == [0, 3, 18, 21]
     assert len(box_offsets(tiles.keys)) == 16
+
+
+def for_half(run, half):
+    """The entries that a half of the rows multiplies by in each list, and whether under their mask; checks its steps.
+
+    No half leaves out two steps in a row, nor the first one.
+    """
+    found = []
+    for (start, split, stop, _), (second, alone, ends, _) in zip(run.bounds.numpy(), run.halves.numpy(), strict=True):
+        steps = np.arange(start, stop, run.tiles)
+        left = (steps >= alone) & (steps < ends) & ((steps - alone) // run.tiles % 2 != half)
+        assert not left[:1].any() and not (left[1:] & left[:-1]).any() and (ends - alone) % (2 * run.tiles) == 0
+        masked = (steps >= second) if half == 0 else (steps >= split) & (steps < ends)
+        found.append([(i + t, m) for i, m in zip(steps[~left], masked[~left], strict=True) for t in range(run.tiles)])
+    return found
+
+
+@pytest.mark.parametrize("by_keys", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "layout", "sizes", "saved"),
+    [
+        ("na(window=8x8,stride=4x4)", Layout((32, 24), 5), (32, 16, 2), 0.14),
+        ("na(window=8x8,stride=4x4)", Layout((32, 24), 5), (32, 32, 1), 0.12),
+        ("na(window=3x9x9)", Layout((6, 17, 20), 0, 7), (128, 32, 2), 0.09),
+        ("clear(radius=5)", Layout((31, 40)), (64, 32, 1), 0.2),
+    ],
+)
+def test_halves_visit_the_pattern(pattern, layout, sizes, saved, by_keys):
+    rows, tile, per_step = sizes
+    parsed = parse(pattern)
+    slots = (tile, rows) if by_keys else (rows, tile)
+    run = program(tiled(parsed, layout, *slots, "key" if by_keys else "query"), by_keys, per_step, CPU, by_halves=True)
+    words = run.masks.numpy().view("<u4")
+    bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little").astype(bool)
+    truth = dense_mask(parsed, layout).numpy()
+    truth = truth.T if by_keys else truth
+    count, visits = np.zeros(truth.shape, np.int64), 0
+    for half in (0, 1):
+        own = slice(half * run.rows // 2, (half + 1) * run.rows // 2)
+        for row, listed in zip(run.tokens.numpy()[:, own], for_half(run, half), strict=True):
+            visits += len(listed)
+            for i, masked in listed:
+                column = run.bases.numpy()[i] + run.offsets.numpy()
+                seen = bits[run.mask_ids.numpy()[i], own, : len(column)] if masked else np.ones((len(row), len(column)))
+                some = np.flatnonzero(seen[row >= 0].any(0))
+                count[np.ix_(row[row >= 0], column[some])] += seen[row >= 0][:, some].astype(int)
+    listed = slice(layout.prefix, layout.prefix + layout.tokens)
+    assert np.array_equal(count[listed, listed], truth[listed, listed])
+    plain = program(tiled(parsed, layout, *slots), by_keys, per_step, CPU)
+    assert plain.halves is None and visits <= (1 - saved) * 2 * len(plain.bases)

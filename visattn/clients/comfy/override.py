@@ -11,12 +11,12 @@ import torch
 
 from visattn.clients.comfy.records import Record, where
 from visattn.handle import Request
-from visattn.patterns import Dense, Pattern
+from visattn.patterns import Dense
 from visattn.report import Report
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.run import Run, Step
 from visattn.runtime.runner import Runner
-from visattn.schedule import SiteName, check_dims
+from visattn.schedule import Given, SiteName, check_dims
 
 # Layers that a schedule can name; no model has as many.
 MOST_LAYERS = 512
@@ -64,9 +64,9 @@ class ComfyRun(Run):
         self.at = At()
         names = [SiteName(f"attention.{i}", f"attention.{i}") for i in range(MOST_LAYERS)]
         self._assigned = request.schedule.assign(names, record.models)
-        self._runners: dict[Pattern, Runner] = {}
-        self.sites: dict[str, Pattern] = {}
-        for pattern in {found for found in self._assigned if found is not None}:
+        self._runners: dict[Given, Runner] = {}
+        self.sites: dict[str, Given] = {}
+        for pattern in set(request.schedule.patterns):
             check_dims(pattern, record.dims, record.models)
 
     def __deepcopy__(self, memo: Any) -> ComfyRun:
@@ -110,7 +110,7 @@ class ComfyRun(Run):
                 self.sparse_sites.append(site)
         return self.shared(pattern)
 
-    def shared(self, pattern: Pattern) -> Runner:
+    def shared(self, pattern: Given) -> Runner:
         """The runner of a pattern."""
         if pattern not in self._runners:
             self._runners[pattern] = Runner(self, pattern, self.request.backend, _run_stock)

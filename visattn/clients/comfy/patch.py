@@ -67,7 +67,7 @@ def patch(
     if start_percent > 0 or end_percent < 1:
         percent_to_sigma = patcher.get_model_object("model_sampling").percent_to_sigma
         span = Span(float(percent_to_sigma(start_percent)), float(percent_to_sigma(end_percent)))
-    run = ComfyRun(record, Request(schedule, backend, None, strict, strict), span, min_tokens)
+    run = ComfyRun(record, Request(schedule, backend, (), strict, strict), span, min_tokens)
     return _clone(patcher, run)
 
 

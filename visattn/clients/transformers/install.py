@@ -42,7 +42,7 @@ def install(target: Any, request: Request) -> list[PatchedTower]:
     towers = find_towers(model, name)
     check_free(towers, name)
     sites = [site for tower in towers for site in tower.sites]
-    patterns = request.schedule.assign([site.name for site in sites], name)
+    patterns = request.schedule.assign_stepless([site.name for site in sites], name)
     precise = request.schedule.precisions([site.name for site in sites], name)
     precisions = {site.name.path: precision for site, precision in zip(sites, precise, strict=True)}
     given = {site.name.path: pattern for site, pattern in zip(sites, patterns, strict=True) if pattern is not None}

@@ -1,9 +1,9 @@
-"""Telling whoever listens how many pairs of tokens a choice lists: numbers on the device, nobody waits for them."""
+"""Telling whoever listens how many pairs of tokens a choice lists, on the device, and how long choosing takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -12,23 +12,44 @@ from visattn.patterns.choice.blocks import Blocks, block_tokens
 from visattn.patterns.routes import Routes
 
 Listener = Callable[[torch.Tensor], None]
+Clock = Callable[[], AbstractContextManager[None]]
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 _skips: ContextVar[Listener | None] = ContextVar("skips", default=None)
+_clock: ContextVar[Clock | None] = ContextVar("clock", default=None)
 
 
 @contextmanager
-def listening(listener: Listener, skips: Listener | None = None) -> Iterator[None]:
+def listening(listener: Listener, skips: Listener | None = None, clock: Clock | None = None) -> Iterator[None]:
     """Inside, every choice gives `listener` the listed share of all pairs of grid tokens: [B, H].
 
-    `skips` gets the share that was listed and then passed over, of patterns that do so.
+    `skips` gets the share that was listed and then passed over, of patterns that do so. Choices are made inside of what
+    `clock` returns; without one they stay inside of that of the listener before.
     """
     before, others = _listener.set(listener), _skips.set(skips)
+    timed = None if clock is None else _clock.set(clock)
     try:
         yield
     finally:
         _listener.reset(before)
         _skips.reset(others)
+        if timed is not None:
+            _clock.reset(timed)
+
+
+@contextmanager
+def choosing() -> Iterator[None]:
+    """Around what a choice takes; inside of another choice nothing is timed again."""
+    clock = _clock.get()
+    if clock is None:
+        yield
+        return
+    timed = _clock.set(None)
+    try:
+        with clock():
+            yield
+    finally:
+        _clock.reset(timed)
 
 
 def hears() -> bool:

@@ -6,21 +6,28 @@ import math
 
 import torch
 
+from visattn.patterns.choice.blocks import block_tokens
+
 
 def _cut(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], fill: float = 0.0) -> torch.Tensor:
     """Tokens [B, tokens, H, D] as blocks [B, blocks per axis, sides of a block, H, D]; what lies behind is `fill`."""
-    x = x.unflatten(1, grid)
-    behind = [-n % side for n, side in zip(grid, box, strict=True)]
-    if any(behind):
-        pads = [0, 0, 0, 0]
-        for each in reversed(behind):
-            pads += [0, each]
-        x = torch.nn.functional.pad(x, pads, value=fill)
+    x = _padded(x.unflatten(1, grid), grid, box, fill)
     dims = len(grid)
     for i, side in enumerate(box):
         x = x.unflatten(1 + 2 * i, (-1, side))
     order = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1, 2 * dims + 2]
     return x.permute(order)
+
+
+def _padded(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], fill: float = 0.0) -> torch.Tensor:
+    """Tokens [B, *grid, H, D] with `fill` behind each axis that blocks do not divide."""
+    behind = [-n % side for n, side in zip(grid, box, strict=True)]
+    if not any(behind):
+        return x
+    pads = [0, 0, 0, 0]
+    for each in reversed(behind):
+        pads += [0, each]
+    return torch.nn.functional.pad(x, pads, value=fill)
 
 
 def sums(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], parts: int = 1) -> torch.Tensor:
@@ -36,10 +43,13 @@ def sums(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], parts: in
         [B, blocks, parts, H, D].
     """
     wide, dims = torch.promote_types(x.dtype, torch.float32), len(grid)
-    cut = _cut(x, grid, box)
     if parts == 1:
-        cut = cut.sum(list(range(1 + dims, 1 + 2 * dims)), dtype=wide)
-        return cut.flatten(1, dims)[:, :, None]
+        # Axis by axis, the last one first: each sum reads rows of neighbouring channels, which one sum of all does not.
+        own = _padded(x.unflatten(1, grid), grid, box)
+        for i in range(dims, 0, -1):
+            own = own.unflatten(i, (-1, box[i - 1])).sum(i + 1, dtype=wide)
+        return own.flatten(1, dims)[:, :, None]
+    cut = _cut(x, grid, box)
     cut = cut.flatten(1 + dims, 2 * dims).flatten(1, dims)
     return cut.unflatten(2, (parts, math.prod(box) // parts)).sum(3, dtype=wide)
 
@@ -55,6 +65,8 @@ def counts(
 ) -> torch.Tensor:
     """Valid tokens of each part: [1 or B, blocks, parts]."""
     wide = torch.promote_types(x.dtype, torch.float32)
+    if valid is None and parts == 1:
+        return block_tokens(grid, box, x.device).to(wide)[None, :, None]
     ones = torch.ones(1, x.shape[1], dtype=wide, device=x.device) if valid is None else valid.to(wide)
     return sums(ones[..., None, None], grid, box, parts)[..., 0, 0]
 

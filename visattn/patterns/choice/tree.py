@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 from visattn.patterns.choice.picks import best
+from visattn.patterns.routes import lists_of
+
+# Numbers of nodes that are picked out at a time, and how many times longer it takes to pick a node out and multiply it
+# than to multiply it among all.
+GATHERED, DENSE = 2**24, 64
 
 
 def levels(
@@ -50,14 +55,48 @@ def scores(
     Returns:
         [B, h, rows, columns].
     """
-    kept: torch.Tensor | None = None
-    found = query.new_empty(0)
-    for depth, (mean, count) in enumerate(tree):
-        found = (query @ mean[:, head]).masked_fill((count == 0)[:, None, None], float("-inf"))
-        if kept is not None:
-            # Children of what was kept, in the order of the nodes.
-            below = kept.repeat_interleave(branch, -1)[..., : found.shape[-1]]
-            found = found.masked_fill(~below, float("-inf"))
-        if depth + 1 < len(tree):
-            kept = best(found, min(2 * leaves, found.shape[-1]))
+    batch, heads, rows, dim = query.shape
+    columns = tree[-1][1].shape[-1]
+    found = query.new_full((batch, heads, rows, columns), float("-inf"))
+    widest = min(columns, 2 * leaves * branch)
+    step = max(1, GATHERED // max(1, batch * heads * widest * dim))
+    for first in range(0, rows, step):
+        some = slice(first, first + step)
+        place, value = _search(query[:, :, some], tree, head, branch, leaves)
+        # What lies behind the last leaf goes to the last, which is a child of the same node and keeps its own.
+        found[:, :, some].scatter_reduce_(3, place.clamp(max=columns - 1), value, "amax")
     return found
+
+
+def _search(
+    query: torch.Tensor, tree: list[tuple[torch.Tensor, torch.Tensor]], head: torch.Tensor, branch: int, leaves: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The leaves that a search meets and their products, -inf for those that are none: [B, h, rows, n] each."""
+    mean, count = tree[0]
+    value = (query @ mean[:, head]).masked_fill((count == 0)[:, None, None], float("-inf"))
+    place = torch.arange(value.shape[-1], device=query.device).expand(value.shape)
+    for mean, count in tree[1:]:
+        number = min(2 * leaves, value.shape[-1])
+        kept = place.gather(3, lists_of(best(value, number), number).tiles)
+        # Children of what was kept, in the order of the nodes.
+        place = (kept[..., None] * branch + torch.arange(branch, device=query.device)).flatten(3)
+        value = _products(query, mean, place.clamp(max=count.shape[-1] - 1), head)
+        there = torch.nn.functional.pad(count > 0, (0, branch))
+        value = value.masked_fill(~_at(there, place), float("-inf"))
+    return place, value
+
+
+def _products(query: torch.Tensor, mean: torch.Tensor, place: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Products with the nodes of each row [B, h, rows, n]."""
+    if place.shape[3] * DENSE > mean.shape[-1]:
+        # All of a level at once is faster than picking out so many.
+        return (query @ mean[:, head]).gather(3, place)
+    nodes = mean[:, head].transpose(2, 3)
+    sample, which = (torch.arange(n, device=query.device) for n in nodes.shape[:2])
+    own = nodes[sample[:, None, None, None], which[:, None, None], place]
+    return (own @ query[..., None])[..., 0]
+
+
+def _at(there: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """What there is [1 or B, nodes] at places [B, h, rows, n]."""
+    return there.expand(len(place), -1)[:, None, None].expand(*place.shape[:3], -1).gather(3, place)

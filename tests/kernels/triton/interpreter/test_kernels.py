@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.support.cases_triton import compare, results, tensors
-from visattn import Layout, attention, backends, explain
+from visattn import Layout, attention, backends, explain, parse
+from visattn.parallel.parts import Rows, SpannedPart
 
 # Pattern, layout, and what is special about it.
 PROBLEMS = {
@@ -37,25 +38,35 @@ PROBLEMS = {
     ),
     "circle of finer keys, pooled": ("clear(radius=3,pool=3)", Layout((5, 4), 1, 0, Layout((8, 7))), {}),
     "dense, few keys": ("dense", Layout((9, 8), 1, 0, Layout((2, 3), 1)), {}),
+    "slab without the pairs of dense tokens": (
+        SpannedPart(parse("na(window=5x3)"), Rows((9, 7), 0, 2, 4, 2, 4), False),
+        Layout((4, 7), 3, 2),
+        {"masked": True},
+    ),
+    "border of a slab": (
+        SpannedPart(parse("na(window=5x3)"), Rows((9, 7), 0, 4, 2, 6, 2), True),
+        Layout((2, 7)),
+        {"heads": 2, "kv_heads": 1},
+    ),
     "ring": ("na(window=5x4,stride=2x1,circular=1x0)", Layout((9, 8), 2), {"masked": True}),
     "dilated ring": ("na(window=3,dilation=3,circular=true)", Layout(36), {}),
     "halo around": ("halo(block=4x3,halo=2,circular=true)", Layout((10, 9), 0, 3), {}),
     "circle around, coarser keys": ("clear(radius=2,circular=true)", Layout((9, 8), key_layout=Layout((6, 4))), {}),
     "routed": ("routing(regions=3x2,topk=2)", Layout((9, 8)), {"batch": 2}),
-    "routed, short regions, text": ("routing(regions=2x2,topk=3)", Layout((7, 9), 2, 3), {"batch": 2, "masked": True}),
+    "routed, short regions, text": ("routing(regions=2x2,topk=3)", Layout((5, 7), 2, 3), {"batch": 2, "masked": True}),
     "routed to everything": ("routing(regions=2x2,topk=4)", Layout((6, 7), 1), {"heads": 2, "kv_heads": 1}),
-    "blocks by their scores": ("topk(keep=2,block=2x4,always=none)", Layout((6, 8)), {"batch": 2, "heads": 2}),
+    "blocks by their scores": ("topk(keep=2,block=2x4,always=none)", Layout((6, 8)), {"heads": 2}),
     "lists of different length, short blocks, text, mask": (
         "topp(p=0.6,block=3x4)",
-        Layout((7, 9), 2, 3),
-        {"batch": 2, "heads": 4, "kv_heads": 2, "masked": True},
+        Layout((5, 9), 2, 3),
+        {"batch": 2, "heads": 2, "kv_heads": 1, "masked": True},
     ),
     "whole blocks before short ones": (
         "topp(p=0.6,block=4x4)",
         Layout((10, 9), 3),
-        {"batch": 2, "heads": 2, "kv_heads": 1, "masked": True},
+        {"heads": 2, "kv_heads": 1, "masked": True},
     ),
-    "whole blocks before short ones, as many in each list": ("topk(keep=0.5,block=4x4)", Layout((9, 10)), {"heads": 2}),
+    "whole blocks before short ones, as many in each list": ("topk(keep=0.5,block=4x4)", Layout((9, 10)), {}),
     "grouped heads, each with a list of its own": (
         "above(tau=0.3,block=8,key_block=4)",
         Layout(37, 2),

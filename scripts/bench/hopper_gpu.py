@@ -1,0 +1,172 @@
+"""The Hopper kernels that ship against those of `config.HOPPER_NEXT`, kernel by kernel, in turns in one process.
+
+    python3 -m scripts.bench.hopper_gpu [--jobs 10] [--only flux-s1 ...] [--budget 120] [--out FILE]
+
+Each contender's results are compared with the shipped kernel's first. Milliseconds of one kernel, and of cuDNN's dense
+forward and backward; what is left of the time when the budget is spent is not begun. Prints a line each, writes JSON.
+`--jobs` compiles in that many processes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from scripts.bench.gpu import CASES as MAIN_CASES
+from scripts.bench.gpu import compared, dense_by, in_turns
+from scripts.gpu_common import compile_first, versions
+from visattn import Layout, parse
+from visattn.kernels.triton.config import DIRECTIONS, HOPPER, HOPPER_NEXT, Config, config
+from visattn.kernels.triton.prepared import Kernels
+from visattn.problem import Call
+
+HEADS = 24
+# Name, pattern, layout, head dim.
+FLUX = Layout((64, 64), prefix=512)
+CASES: dict[str, tuple[str, Layout, int]] = {
+    "flux-s16": (*MAIN_CASES["flux-s16"], 128),
+    "flux-s1": (*MAIN_CASES["flux-s1"], 128),
+    "clear16-256": (*MAIN_CASES["clear16-256"], 128),
+    "flux64-na16": ("na(window=16x16,stride=8x8)", FLUX, 128),
+    "dense-16k": (*MAIN_CASES["dense-16k"], 128),
+    "flux-s16-64": (*MAIN_CASES["flux-s16"], 64),
+    "dense-16k-64": (*MAIN_CASES["dense-16k"], 64),
+    "hunyuan-s1": (*MAIN_CASES["hunyuan-s1"], 128),
+    "flux-s1-64": (*MAIN_CASES["flux-s1"], 64),
+    "wan-na": ("na(window=13x15x15)", Layout((21, 30, 52)), 128),
+    "hunyuan-s16": (*MAIN_CASES["hunyuan-s16"], 128),
+}
+
+
+def contenders(dim: int) -> dict[str, dict[str, Config]]:
+    """The configurations of each direction by name, the shipped one first."""
+    found = {"forward": {"shipped": HOPPER["forward"][dim], "next": HOPPER_NEXT["forward"][dim]}}
+    base = HOPPER["key_grad"][dim]
+    found["key_grad"] = {"shipped": base, "next": HOPPER_NEXT["key_grad"][dim]}
+    for variant in (1, 2) if dim == 64 else (1,):
+        found["key_grad"][f"variant {variant}, whole rows"] = base._replace(variant=variant)
+    own = HOPPER_NEXT["query_grad"][dim]
+    found["query_grad"] = {
+        "shipped": config(90, torch.bfloat16, dim, "query_grad"),
+        "next": own,
+        "next, whole rows": own._replace(halves=False),
+    }
+    return found
+
+
+def off(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative distance of b from a."""
+    return float((a.float() - b.float()).norm() / a.float().norm())
+
+
+class Case:
+    """One problem: its tensors, and runs of each direction under a configuration."""
+
+    def __init__(self, pattern: str, layout: Layout, dim: int) -> None:
+        made = torch.Generator("cuda").manual_seed(0)
+        shape = (1, layout.length, HEADS, dim)
+        self.q, self.k, self.v, self.grad = (
+            torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+        )
+        self._call = Call(parse(pattern), layout, dim**-0.5)
+        base = {d: config(90, torch.bfloat16, dim, d) for d in DIRECTIONS}
+        self._base = base | {d: HOPPER[d][dim] for d in HOPPER}
+        kernels = self._kernels(self._base)
+        self.out, self.lse = kernels.forward(self.q, self.k, self.v, None, None, True)
+
+    def _kernels(self, configs: dict[str, Config]) -> Kernels:
+        return Kernels(self.q, self.k, self.v, self._call, False, lambda *_: configs, lambda: None)
+
+    def run(self, direction: str, launch: Config) -> Callable[[], Any]:
+        """A function that starts the kernel of a direction and returns its results."""
+        kernels = self._kernels(self._base | {direction: launch})
+        if direction == "forward":
+            return partial(kernels.forward, self.q, self.k, self.v, None, None, False)
+        saved = self.q, self.k, self.v, None, self.out, self.lse
+        wanted = direction == "query_grad", direction == "key_grad", False
+        return partial(kernels.backward, saved, self.grad, None, wanted, None, None)
+
+
+def measured(name: str) -> dict[str, Any]:
+    """Differences and milliseconds of a case."""
+    pattern, layout, dim = CASES[name]
+    case = Case(pattern, layout, dim)
+    result: dict[str, Any] = {"pattern": pattern, "layout": str(layout), "head_dim": dim}
+    for direction, configs in contenders(dim).items():
+        runs, failed, truth = {}, {}, None
+        for label, launch in configs.items():
+            try:
+                run = case.run(direction, launch)
+                found = [t for t in run() if isinstance(t, torch.Tensor)]
+                again = [t for t in run() if isinstance(t, torch.Tensor)]
+                truth = truth or found
+                worst = max(off(a, b) for a, b in zip(truth, found, strict=True))
+                same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+                if not worst <= 5e-3 or not same:
+                    failed[label] = f"off by {worst:.2e}, {'equal' if same else 'different'} when repeated"
+                else:
+                    runs[label] = run
+            except Exception as error:
+                failed[label] = f"{type(error).__name__}: {error}"[:300]
+        result[direction] = {"ms": in_turns(runs), "failed": failed}
+        print(f"  {name:<16}{direction:<12}{result[direction]}", flush=True)
+    result["cudnn"] = compared({"cudnn": dense_by(SDPBackend.CUDNN_ATTENTION, [case.q, case.k, case.v])})["cudnn"]
+    print(f"  {name:<16}cudnn       {result['cudnn']}", flush=True)
+    return result
+
+
+def compile_part(names: list[str], index: int, of: int) -> None:
+    """Run every of-th contender of the cases once, which compiles it."""
+    todo = [
+        (name, d, launch)
+        for name in names
+        for d, all_of in contenders(CASES[name][2]).items()
+        for launch in all_of.values()
+    ]
+    for name, direction, launch in todo[index::of]:
+        # What does not run is reported where it is timed.
+        with contextlib.suppress(Exception):
+            Case(*CASES[name]).run(direction, launch)()
+            torch.cuda.synchronize()
+
+
+def main() -> int:
+    """Measure the chosen cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--budget", type=float, default=120, help="seconds after which no case is begun")
+    parser.add_argument("--out", default="", help="JSON file")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.compile:
+        compile_part(chosen.only, *map(int, chosen.compile.split("/")))
+        return 0
+    begin = time.perf_counter()
+    if chosen.jobs > 1:
+        compile_first(chosen.jobs)
+        print(f"compiled at {time.perf_counter() - begin:.0f} s", flush=True)
+    report: dict[str, Any] = {"versions": versions(), "heads": HEADS, "cases": {}}
+    print(report["versions"], flush=True)
+    for name in chosen.only:
+        if time.perf_counter() - begin > chosen.budget:
+            break
+        report["cases"][name] = measured(name)
+        print(f"{name} at {time.perf_counter() - begin:.0f} s", flush=True)
+        if chosen.out:
+            with open(chosen.out, "w") as file:
+                json.dump(report, file, indent=1)
+    return int(any(c[d]["failed"] for c in report["cases"].values() for d in DIRECTIONS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Measures tuned schedules of an embedded model against the best single pattern from a grid of at least 60.
+
+    python -m scripts.measure.tuned --model emoji --device cuda --seconds 280 --out out/tuned
+
+For each bound (PSNR to dense, in 95 % of the samples) `visattn.tuning` searches a schedule; the grid has each pattern
+for all layers, once for all steps and once with the first quarter of the steps dense. Both are chosen on the same
+samples with the same margin, and verified on the same 20 held-out ones. What is measured is in a journal in --out, so
+that the same command goes on where it was stopped; MODEL-results.json has what is done so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visattn.environment import devices, versions
+from visattn.files import written_whole
+from visattn.pipelines.embedded import EMBEDDED
+from visattn.pipelines.load import load_pipeline
+from visattn.pipelines.tuning.subject import PipelineSubject, Samples
+from visattn.tuning.candidates import candidates, checked
+from visattn.tuning.journal import Journal
+from visattn.tuning.measure import Measurer, OutOfTime, Plan
+from visattn.tuning.search import HELD_OUT, Goal, Search, tuned
+from visattn.tuning.subject import DENSE, Assignment, Outcome
+
+PROMPTS = {
+    "emoji": ("bus, gradient", "smiling cat, flat", "a red apple, 3d", "post office, gradient", "rocket, 3d"),
+    "animoji": ("clapping hands", "waving hand, 3d", "man juggling", "red apple, still", "party popper"),
+}
+# Further patterns of the grid beyond the candidates of the search, as shares of the axes and of blocks.
+WINDOWS, KEEPS = (0.2, 0.3, 0.6, 0.9), (0.25, 0.35, 0.6, 0.8)
+
+
+def grid_of(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Single patterns for a grid of tokens."""
+    more = [f"topk(keep={keep}, rest={rest})" for keep in KEEPS for rest in ("mean", "drop")]
+    more += [f"topk(keep={keep}, rest=mean, every=4)" for keep in (0.1, 0.2, 0.4)]
+    more += [f"na(window={'x'.join(str(max(1, round(w * n)) | 1) for n in shape)})" for w in WINDOWS]
+    return checked([*candidates(shape), *more], shape)[1:]
+
+
+def everywhere(pattern: str, measurer: Measurer, first: int) -> Assignment:
+    """A pattern at all layers and stages but the first ones."""
+    stages = measurer.plan.stages
+    row = (DENSE,) * first + (pattern,) * (stages - first)
+    return (row,) * measurer.subject.layers
+
+
+def measure_grid(measurer: Measurer) -> list[dict[str, Any]]:
+    """Quality and time of every single pattern, as far as the time reaches; those that cannot run say why."""
+    found: list[dict[str, Any]] = []
+    patterns = grid_of(measurer.subject.grid)
+    try:
+        for first in (0, 1):
+            for pattern in patterns:
+                row = {"pattern": pattern, "dense_stages": first}
+                try:
+                    outcome = measurer.outcome(everywhere(pattern, measurer, first), measurer.plan.samples)
+                    row |= outcome.to_dict()
+                except (ValueError, RuntimeError) as error:
+                    row["error"] = str(error).splitlines()[0]
+                found.append(row)
+                print(f"grid {len(found)} of {2 * len(patterns)}: {pattern}, {first}", flush=True)
+    except OutOfTime:
+        print("the grid is cut by --seconds", flush=True)
+    return found
+
+
+def best_single(rows: Sequence[dict[str, Any]], goal: Goal, measurer: Measurer) -> dict[str, Any] | None:
+    """The fastest of the grid that holds on the measured samples, verified on held-out ones; None for none."""
+    assert goal.psnr is not None
+    good = [row for row in rows if "psnr" in row and Outcome.of(row).held(goal.share) >= goal.psnr + goal.margin]
+    if not good:
+        return None
+    best = min(good, key=lambda row: row["attention_seconds"])
+    first = measurer.plan.seed + HELD_OUT
+    assignment = everywhere(best["pattern"], measurer, best["dense_stages"])
+    found = measurer.outcome(assignment, range(first, first + goal.held_out))
+    return {"pattern": best["pattern"], "dense_stages": best["dense_stages"], **found.to_dict()}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Searches for every bound, then measures the grid, and writes results after each."""
+    start = time.monotonic()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    pipe: Any = load_pipeline(options.model, options.device, options.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    size = None if options.size is None else (options.size, options.size)
+    samples = Samples(PROMPTS[options.model], options.steps, options.guidance, size, None, options.batch)
+    subject = PipelineSubject(pipe, samples, options.model)
+    plan = Plan(candidates(subject.grid), seeds=options.seeds, quick=options.quick)
+    journal = Journal(options.out / f"{options.model}.jsonl", subject.about() | {"candidates": plan.candidates})
+
+    def tell(what: str, done: int, of: int) -> None:
+        print(f"{time.monotonic() - start:6.1f} s  {what}: {done} of {of}", flush=True)
+
+    measurer = Measurer(subject, plan, journal, start + options.seconds, tell)
+    results: dict[str, Any] = {"about": subject.about(), "versions": versions(), "devices": devices(), "bounds": {}}
+    # Not all of the time: the grid is what the search is compared with.
+    measurer.deadline = start + 0.7 * options.seconds
+    goals = [Goal(psnr=bound, held_out=options.held_out) for bound in options.psnr]
+    for goal in goals:
+        search = Search(measurer, goal)
+        before = measurer.deadline
+        try:
+            found = search.run()
+        except ValueError as error:
+            results["bounds"][f"{goal.psnr:g}"] = {"error": str(error)}
+            continue
+        finally:
+            measurer.deadline = before
+        made = tuned(search, found)
+        made.write(options.out / f"{options.model}-{goal.psnr:g}.json")
+        results["bounds"][f"{goal.psnr:g}"] = {
+            "tuned": found.verified.to_dict(),
+            "verified": dict(made.verified),
+            "held_in": sum(value >= (goal.psnr or 0) for value in found.verified.psnr),
+            "complete": found.complete,
+            "missed": found.missed,
+            "rank_correlation": found.ranks,
+            "tried": found.tried,
+        }
+        write(results, options)
+    measurer.deadline = start + options.seconds
+    results["grid"] = rows = measure_grid(measurer)
+    measurer.deadline = math.inf
+    for goal in goals:
+        results["bounds"][f"{goal.psnr:g}"]["single"] = best_single(rows, goal, measurer)
+    write(results, options)
+    return results
+
+
+def write(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Writes the results whole."""
+    with written_whole(options.out / f"{options.model}-results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def report(results: dict[str, Any]) -> None:
+    """Prints a line for each bound."""
+    for bound, row in results["bounds"].items():
+        if "tuned" not in row:
+            print(f"{bound} dB: {row['error']}")
+            continue
+        figures, single = row["verified"], row["single"]
+        text = "none holds" if single is None else f"{single['attention_seconds'] * 1e3:.2f} ms ({single['pattern']})"
+        print(
+            f"{bound} dB: attention {figures['attention_seconds'] * 1e3:.2f} ms of "
+            f"{figures['attention_seconds_dense'] * 1e3:.2f} dense, held in {row['held_in']} of {figures['samples']}; "
+            f"best single pattern {text}; ranks {row['rank_correlation']}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=[name for name in EMBEDDED if name in PROMPTS], default="emoji")
+    add("--psnr", nargs="+", type=float, default=[25.0, 30.0, 35.0], help="bounds in dB")
+    add("--seeds", type=int, default=16, help="samples of a schedule's quality")
+    add("--quick", type=int, default=4, help="samples of an injection")
+    add("--held-out", type=int, default=20, help="samples that verify")
+    add("--batch", type=int, default=20, help="samples at once")
+    add("--steps", type=int, help="the model's own")
+    add("--guidance", type=float, help="the model's own")
+    add("--size", type=int, help="side in pixels, the model's own")
+    add("--device", default="cpu")
+    add("--dtype", help="float32 (the CPU's), bfloat16 (elsewhere), float16")
+    add("--threads", type=int, default=8)
+    add("--seconds", type=float, default=280.0, help="nothing new is begun after so long")
+    add("--out", type=Path, default=Path("out/tuned"), help="folder of results, journal and schedules")
+    try:
+        report(measure(parser.parse_args(arguments)))
+    except ValueError as error:
+        raise SystemExit(f"tuned: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

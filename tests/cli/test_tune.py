@@ -1,0 +1,67 @@
+"""`visattn tune` and `visattn show` of what it writes."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("diffusers")
+
+from tests.support.tiny_pixel_flux import tiny_pixel_flux
+from visattn.cli import app
+from visattn.tuned import Tuned
+
+SETTINGS = ("--steps", "2", "--size", "64", "--stages", "1", "--seeds", "1", "--held-out", "2", "--batch", "2")
+
+
+@pytest.fixture
+def tune(tmp_path, monkeypatch):
+    """Runs the command on a tiny model in a folder with prompts and candidates."""
+    monkeypatch.setattr("visattn.pipelines.load.load_pipeline", lambda *_: tiny_pixel_flux())
+    (tmp_path / "prompts.txt").write_text("red disc, flat\n\nblue bar, 3d\n")
+    (tmp_path / "candidates.txt").write_text("topk(keep=0.5, rest=mean)\n")
+
+    def run(*arguments):
+        files = ("--prompts", tmp_path / "prompts.txt", "--candidates", tmp_path / "candidates.txt")
+        words = ["tune", "--out", tmp_path / "tuned.json", *files, *SETTINGS, *arguments]
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    return run
+
+
+def test_it_writes_a_schedule_a_page_and_a_journal_that_goes_on(tune, tmp_path):
+    done = tune("--psnr", "15")
+    assert done.exit_code == 0, done.output
+    assert "held-out samples" in done.output or "no candidate is faster" in done.output
+    found = Tuned.read(tmp_path / "tuned.json")
+    assert found.model == "FluxTransformer2DModel" and found.grid == (16, 16) and found.count == 2
+    assert found.verified["samples"] == 2
+    lines = (tmp_path / "tuned.jsonl").read_text().splitlines()
+    page = (tmp_path / "tuned.html").read_text()
+    assert page.startswith("<!doctype html>") and "layer 0, steps" in page
+    # All is known: the same words give the same file.
+    before = (tmp_path / "tuned.json").read_text()
+    again = tune("--psnr", "15", "--force")
+    assert again.exit_code == 0 and (tmp_path / "tuned.json").read_text() == before
+    assert (tmp_path / "tuned.jsonl").read_text().splitlines() == lines
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "tuned.json")])
+    assert shown.exit_code == 0 and "layer" in shown.output and json.dumps(found.verified["samples"]) in shown.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ((), "either --psnr or --speedup"),
+        (("--psnr", "30", "--speedup", "2"), "either --psnr or --speedup"),
+        (("--speedup", "0.5"), "must be above 1"),
+        (("--psnr", "30", "--stages", "0"), "at least 1 each"),
+    ],
+)
+def test_what_means_nothing_is_refused_before_anything_runs(tune, arguments, why):
+    done = tune(*arguments)
+    assert done.exit_code and why in str(done.exception)
+
+
+def test_a_pattern_to_show_needs_its_grid():
+    done = CliRunner().invoke(app, ["show", "na(window=3x3)"])
+    assert done.exit_code and "pass --grid" in str(done.exception)

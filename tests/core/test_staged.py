@@ -1,0 +1,135 @@
+"""Patterns by layer and step: texts, overlaps, scaling, files."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from visattn import parse
+from visattn.scaling import scaled
+from visattn.schedule import Schedule, SiteName
+from visattn.staged import Staged
+from visattn.tuned import Tuned
+
+NA, CLEAR = "na(window=3x3)", "clear(radius=2)"
+SITES = [SiteName(f"blocks.{i}.attn", f"blocks.{i}") for i in range(3)]
+
+
+class TestSteps:
+    @given(st.integers(1, 60), st.lists(st.integers(0, 20), max_size=5, unique=True))
+    def test_shares_give_every_step_of_any_run_one_stage(self, total, cuts):
+        edges = [0.0, *sorted(c / 20 for c in cuts if 0 < c < 20), 1.0]
+        staged = Staged.of({f"{a}-{b}": NA for a, b in itertools.pairwise(edges)})
+        found = [staged.index(step, total) for step in range(total)]
+        assert found == sorted(found) and min(found) >= 0
+        assert [sum(stage.has(step, total) for stage in staged.stages) for step in range(total)] == [1] * total
+
+    def test_counts_include_their_last_step_and_unnamed_steps_are_dense(self):
+        staged = Staged.of({"1-2": NA, "4-": CLEAR})
+        assert [staged.index(step, None) for step in range(6)] == [-1, 0, 0, -1, 1, 1]
+        assert str(staged.at(0, None, (8, 8))) == "dense"
+        assert str(staged) == f"{{1-2: {NA}, 4-: {CLEAR}}}"
+
+    @pytest.mark.parametrize(
+        ("stages", "why"),
+        [
+            ({"0-3": NA, "2-": CLEAR}, "overlap"),
+            ({"0-3": NA, "0.5-": CLEAR}, "all be counts or all shares"),
+            ({"4-3": NA}, "end must be behind"),
+            ({"0.5-1.5": NA}, "share at most 1"),
+            ({"first": NA}, "must be counts like"),
+            ({"0-3": "linear(feature=hedgehog)"}, "pattern of all steps"),
+            ({}, "names no steps"),
+        ],
+    )
+    def test_what_means_nothing_is_refused(self, stages, why):
+        with pytest.raises(ValueError, match=why):
+            Staged.of(stages)
+
+    def test_schedules_know_whether_they_need_steps(self):
+        assert not Schedule.of({"0-": NA}).needs_steps
+        schedule = Schedule.of({"0-1": {"0-0.5": NA}, "2-": CLEAR})
+        assert schedule.needs_steps and [str(p) for p in schedule.patterns] == [NA, CLEAR]
+        with pytest.raises(ValueError, match="needs the number of steps"):
+            schedule.stage(1, None)
+        with pytest.raises(ValueError, match="has none"):
+            schedule.assign_stepless(SITES, "VisionTransformer")
+
+
+class TestScaling:
+    @pytest.mark.parametrize(
+        ("pattern", "other", "expected"),
+        [
+            ("na(window=7x9)", (32, 64), "na(window=15x37)"),
+            ("na(window=16x16, stride=8x8)", (24, 16), "na(window=24x16, stride=8)"),
+            ("na(window=3x3, dilation=4)", (32, 32), "na(window=7x7, dilation=4)"),
+            ("halo(block=8x8, halo=3)", (32, 16), "halo(block=8x8, halo=6x3)"),
+            ("clear(radius=4)", (32, 32), "clear(radius=8)"),
+            ("topk(keep=0.25)", (32, 32), "topk(keep=0.25)"),
+            ("perhead(heads={0: na(window=3x3)}, rest=dense)", (32, 32), "perhead(heads={0: na(window=7x7)})"),
+        ],
+    )
+    def test_by_rule(self, pattern, other, expected):
+        grid = (16, 16)
+        assert str(scaled(parse(pattern), grid, other)) == str(parse(expected))
+        assert scaled(parse(pattern), grid, grid) == parse(pattern)
+
+    @given(st.integers(1, 40), st.integers(1, 8), st.integers(8, 40), st.integers(8, 90))
+    def test_windows_stay_defined_and_keep_their_share(self, window, stride, n, m):
+        stride = min(stride, window)
+        made = scaled(parse(f"na(window=({window},), stride={stride})"), (n,), (m,))
+        made.check((m,))
+        (wide, *_), (before, *_) = made.axes((m,))[0], parse(f"na(window=({window},), stride={stride})").axes((n,))[0]
+        assert min(m, before * m / n) - 1e-6 <= wide <= before * m / n + max(stride, 2)
+
+    def test_other_axes_are_refused(self):
+        with pytest.raises(ValueError, match="other axes"):
+            scaled(parse(NA), (8, 8), (2, 8, 8))
+
+
+def tuned(**more):
+    layers = {"0": {"0-0.5": "dense", "0.5-1": NA}, "1": {"0-1": CLEAR}, "2": {"0-0.5": "dense", "0.5-1": NA}}
+    return Tuned("Net", 3, (16, 16), layers, **more)
+
+
+class TestFile:
+    def test_round_trip(self, tmp_path):
+        path = tmp_path / "tuned.json"
+        tuned(settings={"psnr": 30.0}, verified={"worst": 31.5}).write(path)
+        assert Tuned.read(path) == tuned(settings={"psnr": 30.0}, verified={"worst": 31.5})
+        schedule = Schedule.of(str(path))
+        one, two, three = schedule.assign(SITES, "Net")
+        assert one is three and str(one.at(3, 4, (32, 32))) == "na(window=7x7)"
+        assert str(two.at(0, 4, (16, 16))) == CLEAR
+
+    def test_it_is_for_its_model(self, tmp_path):
+        schedule = Schedule.tuned(tuned())
+        for sites, model in ((SITES, "OtherNet"), (SITES[:2], "Net")):
+            with pytest.raises(ValueError, match="tuned for Net with 3 layers"):
+                schedule.assign(sites, model)
+
+    def test_grids_far_away_are_warned_of(self):
+        staged = Schedule.tuned(tuned()).staged[0]
+        with pytest.warns(UserWarning, match="grid 64x64 is far from 16x16"):
+            assert str(staged.at(3, 4, (64, 64))) == "na(window=13x13)"
+
+    @pytest.mark.parametrize(
+        ("change", "why"),
+        [
+            ({"visattn_schedule": 2}, "another version"),
+            ({"grid": "16x16"}, "grid"),
+            ({"model": {"class": "Net"}}, "model"),
+            ({"surprise": 1}, "unknown field surprise"),
+            ({"layers": {"0": {"0-1": "na(windo=3)"}}}, "no parameter 'windo'"),
+            ({"layers": {"0": {"0-1": "na(window=3x3x3)"}}}, "3"),
+            ({"layers": {"0": NA}}, "layers"),
+            ({"scales": [1]}, "scales"),
+        ],
+    )
+    def test_what_is_no_such_file_says_why(self, tmp_path, change, why):
+        path = tmp_path / "tuned.json"
+        path.write_text(json.dumps(tuned().to_dict() | change))
+        with pytest.raises(ValueError, match=why):
+            Tuned.read(path)

@@ -1,0 +1,1 @@
+"""Attention of one sequence on several processes, against one."""

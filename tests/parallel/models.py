@@ -1,0 +1,100 @@
+"""What every rank runs in the tests of `apply(..., parallel=...)`."""
+
+import warnings
+
+import torch
+import torch.distributed as dist
+
+import visattn
+from tests.support import tiny_models
+
+# Builder, pattern and what apply gets besides.
+MODELS = {
+    "wan": (tiny_models.wan, "na(window=3x3x3)", {}),
+    "wan, a layer and a step dense": (tiny_models.wan, "na(window=3x3x3)", {"dense_layers": 1}),
+    "wan, one layer selected": (tiny_models.wan, "radial(block=4)", {"layers": 1}),
+    "flux": (lambda: tiny_models.flux(text=5), "na(window=3x3, dilation=1x2)", {}),
+    "flux, reference image": (lambda: tiny_models.flux(text=5, reference=(2, 3)), "clear(radius=2)", {}),
+    "flux2": (tiny_models.flux2, "halo(block=2x2, halo=1)", {}),
+    "qwen": (tiny_models.qwen, "na(window=3x3)", {}),
+    "qwen, padded prompts and a reference image": (
+        lambda: tiny_models.qwen(references=[(1, 4, 3)], padded=True),
+        "na(window=5x3)",
+        {},
+    ),
+    "ltx": (tiny_models.ltx, "na(window=3x3x3, causal=1x0x0)", {}),
+    "chronoedit": (tiny_models.chronoedit, "na(window=3x3x3)", {}),
+}
+
+
+def output(name, how=None, dense_steps=0):
+    """A model's output with its pattern, and what the report says."""
+    build, pattern, options = MODELS[name]
+    torch.manual_seed(0)
+    model, inputs = build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with visattn.apply(
+            model, pattern, strict=not dense_steps, parallel=how, dense_steps=dense_steps, **options
+        ) as handle:
+            if dense_steps:
+                handle.set_step(0)
+            out = tiny_models.run(model, inputs)
+            report = handle.report()
+            return out, (report.hits, report.dense, report.moved, "sent to other processes" in str(report))
+
+
+def gradients(rank, name, how):
+    """The gradients of a model's weights, by DDP's mean over the ranks, each of which has the whole loss."""
+    build, pattern, options = MODELS[name]
+    torch.manual_seed(0)
+    model, inputs = build()
+    with visattn.apply(model, pattern, parallel=how, **options):
+        out = model(**inputs, return_dict=False)[0]
+        out.square().mean().backward()
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    for grad in found.values() if how else ():
+        dist.all_reduce(grad)
+        grad /= dist.get_world_size()
+    return found
+
+
+def on_rank(rank, name, how, dense_steps=0):
+    return output(name, how, dense_steps)
+
+
+def refused(rank, build, pattern, how):
+    model, _ = getattr(tiny_models, build)()
+    try:
+        visattn.apply(model, pattern, parallel=how).remove()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def on_a_mesh(rank, name, how):
+    """The same on the ranks of a mesh, and what is said of a mesh of two axes."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    build, pattern, options = MODELS[name]
+    model, inputs = build()
+    with visattn.apply(model, pattern, parallel=how, mesh=init_device_mesh("cpu", (2,)), **options):
+        out = tiny_models.run(model, inputs)
+    try:
+        visattn.apply(model, pattern, parallel=how, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b")))
+    except ValueError as error:
+        return out, str(error)
+    return out, ""
+
+
+def with_hooks(rank, name, how):
+    """A model with diffusers' own hooks: its output with a pattern, and without one afterwards, when they work."""
+    from diffusers import ContextParallelConfig
+
+    build, pattern, options = MODELS[name]
+    model, inputs = build()
+    world = dist.get_world_size()
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=world))
+    with visattn.apply(model, pattern, parallel=how, strict=True, **options):
+        inside = tiny_models.run(model, inputs)
+    return inside, tiny_models.run(model, inputs)

@@ -1,0 +1,71 @@
+"""Tuning a pipeline: twins, errors inside layers, schedules that run as they were predicted to, the whole search."""
+
+import math
+
+import pytest
+import torch
+
+import visattn
+from tests.support.tiny_pixel_flux import tiny_pixel_flux
+from visattn.pipelines.tuning.projection import projection
+from visattn.pipelines.tuning.subject import PipelineSubject, Samples, schedule_of
+from visattn.tuning.subject import DENSE
+
+EDGES = (0.0, 0.5, 1.0)
+CHEAP, GOOD = "topk(keep=0.05)", "topk(keep=0.5, rest=mean)"
+
+
+@pytest.fixture(scope="module")
+def subject():
+    samples = Samples(("red disc, flat", "blue bar, 3d"), steps=2, size=(64, 64), batch=2)
+    return PipelineSubject(tiny_pixel_flux(), samples)
+
+
+def test_it_knows_what_is_tuned(subject):
+    assert (subject.model, subject.layers, subject.steps, subject.grid) == ("FluxTransformer2DModel", 2, 2, (16, 16))
+    assert subject.about()["grid"] == [16, 16]
+
+
+def test_dense_schedules_are_the_twins(subject):
+    found = subject.outcome(EDGES, ((DENSE, DENSE),) * 2, (0, 1, 2))
+    assert found.psnr == (math.inf,) * 3 and found.held(1.0) == math.inf and found.error == 0
+    assert found.ssim == pytest.approx((1.0,) * 3) and 0 < found.attention_seconds < found.seconds
+
+
+def test_a_sample_is_its_seed_whatever_its_batch(subject):
+    together, alone = subject.twins((3, 4)), subject.twins((4,))
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_errors_are_ordered_and_times_are_there(subject):
+    found = subject.local(1, (DENSE, CHEAP, GOOD, "na(window=3x3x3)"), (0, 1))
+    assert len(found) == 2
+    for layer in found:
+        assert set(layer) == {DENSE, CHEAP, GOOD}
+        assert layer[DENSE].error == 0 < layer[GOOD].error < layer[CHEAP].error
+        assert all(local.seconds > 0 for local in layer.values())
+
+
+def test_errors_are_behind_the_output_projection(subject):
+    model = subject.pipe.transformer
+    double = projection(model, "transformer_blocks.0.attn", 64)
+    assert double is model.transformer_blocks[0].attn.to_out[0].weight.detach() or torch.equal(
+        double, model.transformer_blocks[0].attn.to_out[0].weight
+    )
+    single = projection(model, "single_transformer_blocks.0.attn", 64)
+    assert torch.equal(single, model.single_transformer_blocks[0].proj_out.weight[:, :64])
+    assert projection(model, "transformer_blocks.0.attn", 10_000) is None
+
+
+def test_assignments_are_schedules(subject):
+    schedule = schedule_of(EDGES, ((CHEAP, DENSE), (DENSE, DENSE)))
+    with visattn.apply(subject.pipe, schedule, always=True) as handle:
+        subject.pipe(**subject.arguments((0,)))
+        report = handle.report()
+    assert [site.hits for site in report.sites] == [1, 0]
+    assert [site.dense for site in report.sites] == [1, 2]
+
+
+def test_better_patterns_have_a_higher_psnr(subject):
+    cheap, good = (subject.outcome(EDGES, ((name, DENSE),) * 2, (0, 1)) for name in (CHEAP, GOOD))
+    assert cheap.error > good.error > 0

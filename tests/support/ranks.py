@@ -1,0 +1,69 @@
+"""Processes that stay: tests hand them functions to run together, as starting processes is what takes long."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import traceback
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """Spawned processes; `run` calls a function of a module on some of them, as the ranks of a gloo group.
+
+    Args:
+        most: Number of processes.
+        folder: Where they meet.
+    """
+
+    def __init__(self, most, folder):
+        context = torch.multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(most):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(rank, str(folder), theirs), daemon=True)
+            process.start()
+            self.pipes.append(mine)
+            self.processes.append(process)
+        self.world = self.group = 0
+
+    def run(self, world, function, *args):
+        """What every rank of a group of `world` returns for `function(rank, *args)`; raises what the first raised."""
+        self.group += world != self.world
+        self.world = world
+        for pipe in self.pipes[:world]:
+            pipe.send((world, self.group, function.__module__, function.__qualname__, args))
+        found = [pipe.recv() if pipe.poll(60) else (False, "no answer in 60 s") for pipe in self.pipes[:world]]
+        wrong = [text for good, text in found if not good]
+        assert not wrong, wrong[0]
+        return [value for _, value in found]
+
+    def close(self):
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+
+
+def _work(rank, folder, pipe):
+    torch.set_num_threads(1)
+    # diffusers divides by the number of accelerators.
+    torch.accelerator.device_count = lambda: 1
+    here = 0
+    while (job := pipe.recv()) is not None:
+        world, group, module, name, args = job
+        try:
+            if group != here:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+                here = group
+                meeting, wait = f"file://{folder}/meeting{group}", datetime.timedelta(seconds=40)
+                dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=wait)
+            pipe.send((True, getattr(importlib.import_module(module), name)(rank, *args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+    if dist.is_initialized():
+        dist.destroy_process_group()

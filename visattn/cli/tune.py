@@ -1,0 +1,150 @@
+"""`visattn tune`: the fastest schedule of patterns that holds a quality, or the best one at a speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from visattn.cli.generate_options import (
+    DeviceOption,
+    DtypeOption,
+    GuidanceOption,
+    LabelOption,
+    PromptOption,
+    SizeOption,
+    StepsOption,
+    parse_labels,
+    pixels,
+)
+from visattn.cli.options import ForceOption, output_file
+
+if TYPE_CHECKING:
+    from visattn.tuning.measure import Plan
+    from visattn.tuning.search import Found, Goal
+
+
+def tune(
+    out: Annotated[Path, typer.Option(help="The schedule to write: .json; beside it a page .html.")],
+    model: Annotated[str, typer.Option(help="Embedded model, folder in diffusers' format, or hub id.")] = "emoji",
+    prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt in each line.")] = None,
+    prompt: PromptOption = None,
+    label: LabelOption = None,
+    psnr: Annotated[float | None, typer.Option(help="Least PSNR to dense attention, in dB.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Or: how many times faster attention has to be.")] = None,
+    share: Annotated[float, typer.Option(help="Share of the samples that has to reach --psnr.")] = 0.95,
+    margin: Annotated[float, typer.Option(help="By how many dB measured samples have to be better.")] = 0.5,
+    candidates: Annotated[
+        Path | None, typer.Option(help="Text file with a pattern in each line, instead of the list of the grid.")
+    ] = None,
+    stages: Annotated[int, typer.Option(help="Equal parts of the steps with patterns of their own.")] = 4,
+    seeds: Annotated[int, typer.Option(help="Samples whose quality is measured.")] = 8,
+    held_out: Annotated[int, typer.Option(help="Samples with other seeds that verify the result.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Begin no measurement after so long; 0 for no limit.")] = 0.0,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    size: SizeOption = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video; the model's own.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples at once.")] = 4,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Measurements so far, for this and other goals; OUT with .jsonl.")
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Find which pattern each layer takes in which steps, for a quality or a speed; verified on samples held out."""
+    if (psnr is None) == (speedup is None):
+        raise ValueError("pass either --psnr or --speedup")
+    if (speedup is not None and speedup <= 1) or not 0 < share <= 1:
+        raise ValueError(f"--speedup {speedup} must be above 1, and --share {share} from above 0 to 1")
+    if min(stages, seeds, held_out, batch) < 1:
+        raise ValueError(f"--stages {stages}, --seeds {seeds}, --held-out {held_out}, --batch {batch}: at least 1 each")
+    texts: tuple[Any, ...] = (*(prompt or ()), *_lines(prompts)) or parse_labels(label)
+    listed = _lines(candidates)
+    output_file(out, (".json",), force)
+    from visattn.pipelines.load import load_pipeline
+    from visattn.pipelines.tuning.subject import PipelineSubject, Samples
+    from visattn.tuning.candidates import candidates as of_grid
+    from visattn.tuning.candidates import checked
+    from visattn.tuning.journal import Journal
+    from visattn.tuning.measure import Measurer, Plan
+    from visattn.tuning.page import page
+    from visattn.tuning.search import Goal, Search, tuned
+
+    if not texts:
+        raise ValueError("pass --prompts FILE or --prompt TEXT, or --label for a model of classes")
+    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    pipe: Any = load_pipeline(model, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    samples = Samples(texts, steps, guidance, pixels(size), frames, batch)
+    subject = PipelineSubject(pipe, samples, model)
+    chosen = checked(listed, subject.grid) if listed else of_grid(subject.grid)
+    plan = Plan(chosen, stages, seeds=seeds, quick=min(seeds, batch), seed=seed)
+    goal = Goal(psnr, speedup, share, margin, held_out)
+    kept = Journal(journal or out.with_suffix(".jsonl"), subject.about() | {"candidates": chosen, "stages": stages})
+    with _progress() as tell:
+        search = Search(Measurer(subject, plan, kept, deadline, tell), goal)
+        found = search.run()
+        made = tuned(search, found)
+    made.write(out)
+    from visattn.files import written_whole
+
+    with written_whole(out.with_suffix(".html")) as temporary:
+        temporary.write_text(page(made, found), encoding="utf-8")
+    _say(out, goal, plan, found, dict(made.verified))
+
+
+def _lines(path: Path | None) -> tuple[str, ...]:
+    """The lines of a text file that are not empty."""
+    if path is None:
+        return ()
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: pass a text file with one in each line")
+    found = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not found:
+        raise ValueError(f"{path} is empty: write one in each line")
+    return found
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar for each part of a search, on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bars:
+        known: dict[str, Any] = {}
+
+        def tell(what: str, done: int, of: int) -> None:
+            if what not in known:
+                known[what] = bars.add_task(what, total=of)
+            bars.update(known[what], completed=done, total=of)
+
+        yield tell
+
+
+def _say(out: Path, goal: Goal, plan: Plan, found: Found, figures: dict[str, Any]) -> None:
+    """What was found, in words."""
+    faster = figures["attention_seconds_dense"] / max(figures["attention_seconds"], 1e-12)
+    whole = figures["seconds_dense"] / max(figures["seconds"], 1e-12)
+    typer.echo(f"{out}: attention {faster:.2f} times faster, a sample {whole:.2f} times")
+    if figures["psnr_mean"] is not None:
+        typer.echo(
+            f"  {figures['samples']} held-out samples: PSNR to dense {figures['psnr_mean']:.1f} dB in the mean, "
+            f"{figures['psnr_worst']:.1f} dB at worst"
+        )
+    ranks = {name: "unknown" if rank is None else f"{rank:.2f}" for name, rank in found.ranks.items()}
+    typer.echo(f"  predictions: rank correlation {', '.join(f'{rank} with {name}' for name, rank in ranks.items())}")
+    if not found.complete:
+        typer.echo("  --minutes were over: the same command with more goes on from here (with --force)")
+    if not found.held:
+        typer.echo(f"  the samples held out do not have {goal.psnr:g} dB in {goal.share:.0%} of them")
+        typer.echo(f"  more than --seeds {plan.seeds}, or a larger --margin, are needed")
+    if found.missed:
+        typer.echo(f"  {found.missed}")

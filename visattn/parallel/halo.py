@@ -1,0 +1,144 @@
+"""Halo parallelism: own tiles are computed while border keys travel, border tiles after, merged by log-sum-exp."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal, overload
+
+import torch
+import torch.distributed as dist
+
+from visattn.attend import attention
+from visattn.parallel.dense import share_dense
+from visattn.parallel.exchange import Arrive, Exchange, Post, buffers
+from visattn.parallel.merge import add_rows
+from visattn.parallel.moved import Moved
+from visattn.parallel.needs import Needs, halo_needs
+from visattn.parallel.ranks import checked_rank
+from visattn.parallel.slabs import Slabs
+from visattn.patterns import Pattern, parse
+
+
+@overload
+def halo_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | str,
+    slabs: Slabs,
+    *,
+    group: dist.ProcessGroup | None = None,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+    return_moved: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def halo_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | str,
+    slabs: Slabs,
+    *,
+    group: dist.ProcessGroup | None = None,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+    return_moved: Literal[True],
+) -> tuple[torch.Tensor, Moved]: ...
+
+
+def halo_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | str,
+    slabs: Slabs,
+    *,
+    group: dist.ProcessGroup | None = None,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+    return_moved: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, Moved]:
+    """Attention of a sequence that is cut in slabs over the ranks of a process group; every rank makes this call.
+
+    A rank fetches the key rows outside of its slab that the pattern lists for its queries, and no others. The numbers
+    are those of `attention` on the whole sequence up to rounding. Dense tokens (text) are on every rank: their queries
+    see each rank's slab there, and the ranks' results are merged. Gradients are those of the sum of what the ranks
+    compute from their results, each rank's with respect to its own tensors: those of dense tokens add up over ranks.
+
+    Args:
+        q: Queries [B, S, H, D] of this rank, S = slabs.local(rank).length: dense tokens and its slab.
+        k: Keys [B, S, Hkv, D] of the same tokens.
+        v: Values [B, S, Hkv, D].
+        pattern: A pattern or its text: na (with stride, dilation, causal and circular axes), halo, clear without pooled
+            keys, radial (cut along frames), or dense.
+        slabs: How the whole sequence is cut; one slab for each rank of the group.
+        group: The process group, the default one if None.
+        scale: Factor on the logits, D**-0.5 if None.
+        key_mask: bool [B, S], True where a key of this rank may be attended; all ranks pass one or none does. Dense
+            tokens' part must be the same on all.
+        backend: As in `attention`.
+        return_moved: Whether to return what was moved too.
+
+    Returns:
+        Output [B, S, H, D], and with `return_moved` the bytes of this rank's messages in the forward pass.
+
+    Raises:
+        ValueError: If the pattern cannot run on slabs, or tensors, slabs and group do not fit together.
+    """
+    pattern = parse(pattern)
+    rank = checked_rank(slabs, group)
+    needs = halo_needs(pattern, slabs, rank)
+    local = slabs.local(rank)
+    local.check_length(q.shape[1])
+    exchange = Exchange(needs, group)
+    masks = _post_masks(needs, key_mask, group)
+    token = Post.apply(exchange, k, v)
+    run: Any = partial(attention, scale=scale, backend=backend, return_lse=True)
+    result = run(q, k, v, needs.own, local, key_mask=key_mask)
+    arrived: Any = Arrive.apply(exchange, token, result[0])
+    moved = exchange.moved()
+    messages = dict(zip(exchange.received, arrived[1:], strict=True))
+    result = arrived[0], result[1]
+    for border in needs.borders:
+        border_k, border_v = buffers(border, needs, messages, k, v)
+        queries = _query_rows(q, needs, border.first_query, border.queries)
+        seen = None if masks is None or key_mask is None else masks.of(border, key_mask)
+        rows = run(queries, border_k, border_v, border.part, border.layout, key_mask=seen)
+        result = add_rows(result, rows, local.grid, slabs.axis, border.first_query, local.prefix)
+    out, shared = share_dense(*result, local, group) if slabs.dense and slabs.ranks > 1 else (result[0], 0)
+    return (out, moved._replace(shared=shared)) if return_moved else out
+
+
+def _query_rows(q: torch.Tensor, needs: Needs, first: int, number: int) -> torch.Tensor:
+    """Some rows of a rank's queries: [B, tokens, H, D]."""
+    local, axis = needs.slabs.local(needs.rank), needs.slabs.axis
+    grid = q[:, local.prefix : local.prefix + local.tokens].unflatten(1, local.grid)
+    return grid.narrow(1 + axis, first, number).flatten(1, local.dims)
+
+
+class _Masks:
+    """Key masks of other ranks' rows."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def of(self, border: Any, own: torch.Tensor) -> torch.Tensor:
+        """Which keys of a border may be attended: bool [B, tokens]."""
+        self._exchange.wait()
+        x = own.to(torch.uint8)[:, :, None, None]
+        return buffers(border, self._exchange.needs, self._exchange.received, x, x)[0][..., 0, 0].bool()
+
+
+def _post_masks(needs: Needs, key_mask: torch.Tensor | None, group: dist.ProcessGroup | None) -> _Masks | None:
+    if key_mask is None:
+        return None
+    exchange = Exchange(needs, group)
+    x = key_mask.to(torch.uint8)[:, :, None, None]
+    exchange.post(x, x)
+    return _Masks(exchange)

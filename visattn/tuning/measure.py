@@ -1,0 +1,196 @@
+"""What a search measures of a subject, each kept in its journal: candidates in layers, injections, whole schedules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from visattn.patterns import ListedPattern, StaticPattern, parse
+from visattn.tuning.journal import Journal
+from visattn.tuning.sensitivity import Response, rank_correlation
+from visattn.tuning.solve import Choice, hull
+from visattn.tuning.subject import DENSE, Assignment, Local, Outcome, Subject
+
+
+class OutOfTime(Exception):
+    """The minutes that were given are over."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        candidates: Texts of patterns, dense first.
+        stages: Equal parts of the run that have a pattern of their own each.
+        groups: Groups of neighbouring layers at most that are injected together.
+        probes: Candidates that are injected in each group and stage.
+        checks: Further injections, to see how well the others predict them.
+        seeds: Samples of a schedule's quality.
+        quick: Those of them for injections.
+        seed: Of the first sample.
+    """
+
+    candidates: tuple[str, ...]
+    stages: int = 4
+    groups: int = 12
+    probes: int = 2
+    checks: int = 12
+    seeds: int = 8
+    quick: int = 4
+    seed: int = 0
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Where stages begin and end."""
+        return tuple(i / self.stages for i in range(self.stages + 1))
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Seeds of a schedule's quality."""
+        return tuple(range(self.seed, self.seed + self.seeds))
+
+
+class Measurer:
+    """Measures a subject, or looks it up.
+
+    Attributes:
+        subject: What is measured.
+        plan: How much.
+        journal: What is known.
+        deadline: `time.monotonic()` after which nothing new is begun.
+        tell: Called with what is done, and how many of how many.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        plan: Plan,
+        journal: Journal,
+        deadline: float = math.inf,
+        tell: Callable[[str, int, int], None] = lambda what, done, of: None,
+    ) -> None:
+        self.subject, self.plan, self.journal, self.deadline, self.tell = subject, plan, journal, deadline, tell
+        count = min(plan.groups, subject.layers)
+        edges = [round(i * subject.layers / count) for i in range(count + 1)]
+        self.groups = [range(a, b) for a, b in itertools.pairwise(edges)]
+
+    def outcome(self, assignment: Assignment, seeds: Sequence[int]) -> Outcome:
+        """Quality and time of a schedule."""
+        edges = self.plan.edges
+        found = self._get(
+            ["outcome", assignment, list(seeds)], lambda: self.subject.outcome(edges, assignment, seeds).to_dict()
+        )
+        return Outcome.of(found)
+
+    def local(self) -> list[list[dict[str, Local]]]:
+        """What candidates do, by layer and stage: in the middle step of each stage."""
+        plan, found = self.plan, []
+        for stage in range(plan.stages):
+            step = int((plan.edges[stage] + plan.edges[stage + 1]) / 2 * self.subject.steps)
+            self.tell("candidates in each layer", stage, plan.stages)
+            seeds = plan.samples
+            found.append(
+                self._get(["local", step, list(seeds)], lambda: self.subject.local(step, plan.candidates, seeds))  # noqa: B023
+            )
+        self.tell("candidates in each layer", plan.stages, plan.stages)
+        by_layer = [[found[stage][layer] for stage in range(plan.stages)] for layer in range(self.subject.layers)]
+        return _steadied([[{n: Local(*v) for n, v in each.items()} for each in layer] for layer in by_layer])
+
+    def responses(self, local: list[list[dict[str, Local]]]) -> tuple[list[list[Response]], float | None]:
+        """The output's error over each layer's, by layer and stage, and its rank correlation with other injections."""
+        plan, units = self.plan, list(itertools.product(range(len(self.groups)), range(self.plan.stages)))
+        probes, total = self._probes(local), len(units) * plan.probes
+        points: dict[tuple[int, int], list[tuple[float, float]]] = {unit: [] for unit in units}
+        for done, (unit, probe) in enumerate(itertools.product(units, probes)):
+            self.tell("injections", done, total)
+            points[unit].append((self._error(local, unit, probe), self._inject(unit, probe)))
+        self.tell("injections", total, total)
+        fits = {unit: Response(some) for unit, some in points.items()}
+        others = [name for name in plan.candidates if name not in {*probes, DENSE}]
+        pairs = [(unit, name) for unit in units for name in others if math.isfinite(self._error(local, unit, name))]
+        chosen = random.Random(plan.seed).sample(pairs, min(plan.checks, len(pairs)))
+        seen = []
+        for done, (unit, name) in enumerate(chosen):
+            self.tell("checks of what is predicted", done, len(chosen))
+            seen.append((fits[unit](self._error(local, unit, name)), self._inject(unit, name)))
+        self.tell("checks of what is predicted", len(chosen), len(chosen))
+        ranks = rank_correlation([a for a, _ in seen], [b for _, b in seen])
+        by_layer = {layer: g for g, group in enumerate(self.groups) for layer in group}
+        stages = range(plan.stages)
+        return [[fits[by_layer[layer], stage] for stage in stages] for layer in range(self.subject.layers)], ranks
+
+    def choices(self, local: list[list[dict[str, Local]]], responses: list[list[Response]]) -> list[list[Choice]]:
+        """Candidates of each unit (layer by layer, stage by stage) with time and predicted loss."""
+        found = []
+        edges = [round(e * self.subject.steps) for e in self.plan.edges]
+        group_of = {layer: group for group in self.groups for layer in group}
+        for layer, stage in itertools.product(range(self.subject.layers), range(self.plan.stages)):
+            calls, here = edges[stage + 1] - edges[stage], local[layer][stage]
+            respond, group = responses[layer][stage], group_of[layer]
+            unit = []
+            for name, (error, seconds) in here.items():
+                # A group's loss is shared by its layers as their errors are.
+                whole = sum(local[other][stage].get(name, Local(math.inf, 0.0)).error for other in group)
+                loss = 0.0 if name == DENSE or whole <= 0 else respond(whole) * error / whole
+                if math.isfinite(loss):
+                    unit.append(Choice(name, seconds * calls, loss))
+            found.append(unit)
+        return found
+
+    def _probes(self, local: list[list[dict[str, Local]]]) -> list[str]:
+        """Candidates along the hull of all layers together, dense not among them."""
+        names = [n for n in self.plan.candidates if all(n in each for layer in local for each in layer)]
+        sums = [
+            Choice(
+                n,
+                sum(each[n].seconds for la in local for each in la),
+                sum(each[n].error for la in local for each in la),
+            )
+            for n in names
+        ]
+        found = [choice.name for choice in hull(sums) if choice.name != DENSE] or [n for n in names if n != DENSE]
+        if not found:
+            raise ValueError("no candidate but dense runs on this model: pass --candidates")
+        count = min(self.plan.probes, len(found))
+        return [found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count)]
+
+    def _error(self, local: list[list[dict[str, Local]]], unit: tuple[int, int], name: str) -> float:
+        group, stage = unit
+        return sum(local[layer][stage].get(name, Local(math.inf, 0.0)).error for layer in self.groups[group])
+
+    def _inject(self, unit: tuple[int, int], name: str) -> float:
+        group, stage = unit
+        rows = [
+            tuple(name if layer in self.groups[group] and s == stage else DENSE for s in range(self.plan.stages))
+            for layer in range(self.subject.layers)
+        ]
+        return self.outcome(tuple(rows), self.plan.samples[: self.plan.quick]).error
+
+    def _get(self, key: Any, measure: Callable[[], Any]) -> Any:
+        if not self.journal.knows(key) and time.monotonic() > self.deadline:
+            raise OutOfTime
+        return self.journal.get(key, measure)
+
+
+def _steadied(local: list[list[dict[str, Local]]]) -> list[list[dict[str, Local]]]:
+    """Times that do not depend on values are the median over layers and stages."""
+    seen: dict[str, list[float]] = {}
+    for each in itertools.chain.from_iterable(local):
+        for name, (_, seconds) in each.items():
+            seen.setdefault(name, []).append(seconds)
+    fixed = {name: statistics.median(values) for name, values in seen.items() if _fixed(name)}
+    return [
+        [{n: Local(e, fixed.get(n, seconds)) for n, (e, seconds) in each.items()} for each in layer] for layer in local
+    ]
+
+
+def _fixed(name: str) -> bool:
+    pattern = parse(name)
+    return isinstance(pattern, StaticPattern) or pattern.name == "topk" or not isinstance(pattern, ListedPattern)

@@ -1,0 +1,221 @@
+"""The search: measure, predict, walk the ladder to the rung that holds, and verify it on samples it has never seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from visattn.tuned import Tuned
+from visattn.tuning.measure import Measurer, OutOfTime
+from visattn.tuning.sensitivity import rank_correlation
+from visattn.tuning.solve import Rung, ladder
+from visattn.tuning.subject import DENSE, Assignment, Outcome
+
+# Seeds of the samples that verify begin so far behind those that are measured; another round begins as far again.
+HELD_OUT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for: one of the two.
+
+    Attributes:
+        psnr: The fastest schedule with at least so many dB to dense.
+        speedup: The best schedule that makes attention so many times faster.
+        share: Of the samples that have to reach `psnr`.
+        margin: By how many dB the samples that are measured have to be better than `psnr`.
+        held_out: Samples that verify.
+        rounds: Times that a schedule which fails to verify is replaced by a better one.
+    """
+
+    psnr: float | None = None
+    speedup: float | None = None
+    share: float = 0.95
+    margin: float = 0.5
+    held_out: int = 20
+    rounds: int = 3
+
+
+@dataclass
+class Found:
+    """What a search found.
+
+    Attributes:
+        assignment: The schedule.
+        verified: Its outcome on held-out samples.
+        held: Whether it does there what was asked for.
+        tried: All schedules whose quality was measured, as JSON.
+        ranks: How well injections predict others, and predictions whole schedules: rank correlations.
+        complete: Whether the search ended by itself.
+        missed: What is said where nothing does what was asked for.
+    """
+
+    assignment: Assignment
+    verified: Outcome
+    held: bool
+    tried: list[dict[str, Any]] = field(default_factory=list)
+    ranks: dict[str, float | None] = field(default_factory=dict)
+    complete: bool = True
+    missed: str = ""
+
+
+class Search:
+    """One search of a measurer for a goal."""
+
+    def __init__(self, measurer: Measurer, goal: Goal) -> None:
+        if (goal.psnr is None) == (goal.speedup is None):
+            raise ValueError("pass either the least PSNR or the speed-up that you need")
+        self.measurer, self.goal = measurer, goal
+        self.tried: dict[Assignment, dict[str, Any]] = {}
+        self._rungs: list[Rung] = []
+
+    def run(self) -> Found:
+        """Search; with the minutes over, the best that was seen is verified."""
+        measurer, complete, ranks = self.measurer, True, None
+        rung, margin = 0, self.goal.margin
+        try:
+            local = measurer.local()
+            responses, ranks = measurer.responses(local)
+            self._rungs = ladder(measurer.choices(local, responses))
+            rung = self._find(margin)
+        except OutOfTime:
+            complete = False
+            if not self._rungs:
+                raise ValueError("the minutes were over before anything could be predicted: go on with more") from None
+            rung = self._best(margin)
+        # Held-out samples are measured whatever the clock says: no quality is reported without them.
+        measurer.deadline = math.inf
+        for again in range(self.goal.rounds):
+            verified = self._verify(rung, again)
+            held = self.goal.psnr is None or verified.held(self.goal.share) >= self.goal.psnr
+            if held or not complete or rung == len(self._rungs) - 1:
+                break
+            assert self.goal.psnr is not None
+            margin += max(0.25, self.goal.psnr - verified.held(self.goal.share))
+            rung = max(self._find(margin), rung + 1)
+        predicted = [(each["loss"], each["error"]) for each in self.tried.values() if each["error"]]
+        whole = rank_correlation([a for a, _ in predicted], [b for _, b in predicted])
+        assignment = self._assignment(rung)
+        missed = self._missed(assignment)
+        tried = sorted(self.tried.values(), key=lambda each: each["time"])
+        return Found(assignment, verified, held, tried, {"injections": ranks, "schedules": whole}, complete, missed)
+
+    def _find(self, margin: float) -> int:
+        """The first rung that does what is asked for: the ladder goes from fast to good."""
+        goal = self.goal
+        if goal.speedup is not None:
+            most = self._dense_time / goal.speedup
+            within = [i for i, rung in enumerate(self._rungs) if rung.time <= most]
+            return within[-1] if within else 0
+        low, high = 0, len(self._rungs) - 1
+        rounds = max(1, math.ceil(math.log2(high + 1)))
+        done = 0
+        while low < high:
+            self.measurer.tell("schedules", min(done, rounds), rounds)
+            middle, done = (low + high) // 2, done + 1
+            if self._holds(middle, margin):
+                high = middle
+            else:
+                low = middle + 1
+        self.measurer.tell("schedules", rounds, rounds)
+        return low
+
+    def _holds(self, rung: int, margin: float) -> bool:
+        assert self.goal.psnr is not None
+        return self._outcome(rung).held(self.goal.share) >= self.goal.psnr + margin
+
+    def _best(self, margin: float) -> int:
+        """The fastest measured rung that holds; dense where none does."""
+        known = {self._assignment(i): i for i in range(len(self._rungs))}
+        good = [
+            known[a]
+            for a, each in self.tried.items()
+            if self.goal.psnr is None or (each["held"] or math.inf) >= self.goal.psnr + margin
+        ]
+        return min(good, default=len(self._rungs) - 1)
+
+    def _outcome(self, rung: int) -> Outcome:
+        assignment, found = self._assignment(rung), self._rungs[rung]
+        outcome = self.measurer.outcome(assignment, self.measurer.plan.samples)
+        held = outcome.held(self.goal.share)
+        self.tried[assignment] = {
+            "time": found.time,
+            "loss": found.loss,
+            "error": outcome.error,
+            "held": None if math.isinf(held) else held,
+            "speedup": self._dense_time / found.time if found.time else None,
+            "seconds": outcome.seconds,
+            "attention_seconds": outcome.attention_seconds,
+        }
+        return outcome
+
+    def _verify(self, rung: int, again: int) -> Outcome:
+        first = self.measurer.plan.seed + HELD_OUT * (again + 1)
+        self.measurer.tell("verifying", 0, 1)
+        found = self.measurer.outcome(self._assignment(rung), range(first, first + self.goal.held_out))
+        self.measurer.tell("verifying", 1, 1)
+        return found
+
+    @property
+    def _dense_time(self) -> float:
+        """Predicted time of dense attention."""
+        return self._rungs[-1].time
+
+    def _assignment(self, rung: int) -> Assignment:
+        names, stages = self._rungs[rung].names, self.measurer.plan.stages
+        return tuple(names[i : i + stages] for i in range(0, len(names), stages))
+
+    def _missed(self, assignment: Assignment) -> str:
+        """Why only dense attention does what is asked for, in words; empty where something else does."""
+        if any(name != DENSE for row in assignment for name in row) or self.goal.psnr is None:
+            return ""
+        if len(self._rungs) == 1:
+            return "no candidate is faster than dense attention here: tune with more tokens, or on another device"
+        best = max((each["held"] for each in self.tried.values() if each["held"] is not None), default=None)
+        seen = "" if best is None else f" (the best that was measured has {best:.1f} dB)"
+        return (
+            f"no schedule faster than dense has {self.goal.psnr:g} dB in {self.goal.share:.0%} of the samples{seen}: "
+            "pass a lower --psnr, more --candidates (such as topk with a larger keep), or more --seeds"
+        )
+
+
+def stages_of(edges: Sequence[float], row: Sequence[str]) -> dict[str, str]:
+    """The stages of a layer as a file has them: neighbours with one pattern are one."""
+    found: list[tuple[float, float, str]] = []
+    for first, end, name in zip(edges, edges[1:], row, strict=False):
+        if found and found[-1][2] == name:
+            found[-1] = (found[-1][0], end, name)
+        else:
+            found.append((first, end, name))
+    return {f"{first:g}-{end:g}" if first or end < 1 else "0-": name for first, end, name in found}
+
+
+def tuned(search: Search, found: Found) -> Tuned:
+    """The file of what a search found."""
+    measurer, goal = search.measurer, search.goal
+    subject, plan, verified = measurer.subject, measurer.plan, found.verified
+    layers = {str(i): stages_of(plan.edges, row) for i, row in enumerate(found.assignment)}
+    dense = tuple((DENSE,) * plan.stages for _ in range(subject.layers))
+    first = plan.seed + HELD_OUT
+    twin = measurer.outcome(dense, range(first, first + goal.held_out))
+    finite = [value for value in verified.psnr if math.isfinite(value)]
+    figures: dict[str, Any] = {
+        "held": found.held,
+        "samples": len(verified.psnr),
+        "psnr_mean": round(sum(finite) / len(finite), 2) if finite else None,
+        "psnr_worst": round(min(finite), 2) if finite else None,
+        "attention_seconds": verified.attention_seconds,
+        "attention_seconds_dense": twin.attention_seconds,
+        "seconds": verified.seconds,
+        "seconds_dense": twin.seconds,
+    }
+    for name in ("ssim", "lpips"):
+        values = getattr(verified, name)
+        if values:
+            figures[f"{name}_mean"] = round(sum(values) / len(values), 4)
+            figures[f"{name}_worst"] = round((min if name == "ssim" else max)(values), 4)
+    settings = {"goal": {k: v for k, v in vars(goal).items() if v is not None}, "subject": subject.about()}
+    settings |= {"stages": plan.stages, "seeds": plan.seeds, "seed": plan.seed, "rank_correlation": found.ranks}
+    return Tuned(subject.model, subject.layers, subject.grid, layers, settings=settings, verified=figures)

@@ -1,0 +1,112 @@
+"""What is tuned, as the search sees it: layers, stages of the run, and what schedules do to its outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+DENSE = "dense"
+# The pattern of each stage of the run, for each layer.
+Assignment = tuple[tuple[str, ...], ...]
+
+
+class Local(NamedTuple):
+    """What a candidate does at one layer in one stage of a run.
+
+    Attributes:
+        error: Squared error of the layer's output behind its output projection, relative to that output's square.
+        seconds: Time of one call.
+    """
+
+    error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Outputs of some samples with a schedule, beside their dense twins.
+
+    Attributes:
+        psnr: Of each sample, infinite where it equals its twin.
+        ssim: Of each sample.
+        lpips: Of each sample, empty where it is not there.
+        seconds: Wall time of a sample.
+        attention_seconds: Time of a sample in attention.
+    """
+
+    psnr: tuple[float, ...]
+    ssim: tuple[float, ...] = ()
+    lpips: tuple[float, ...] = ()
+    seconds: float = 0.0
+    attention_seconds: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Mean squared error over the samples."""
+        return sum(10 ** (-value / 10) for value in self.psnr) / len(self.psnr)
+
+    def held(self, share: float) -> float:
+        """The PSNR that so large a share of the samples has at least."""
+        ranked = sorted(self.psnr)
+        return ranked[min(int((1 - share) * len(ranked) + 1e-9), len(ranked) - 1)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, where an infinite PSNR is null."""
+        psnr = [None if math.isinf(value) else value for value in self.psnr]
+        return {
+            "psnr": psnr,
+            "ssim": list(self.ssim),
+            "lpips": list(self.lpips),
+            "seconds": self.seconds,
+            "attention_seconds": self.attention_seconds,
+        }
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Outcome:
+        """The inverse of `to_dict`."""
+        psnr = tuple(math.inf if value is None else value for value in found["psnr"])
+        return cls(psnr, tuple(found["ssim"]), tuple(found["lpips"]), found["seconds"], found["attention_seconds"])
+
+
+class Subject(Protocol):
+    """A model that can be run with schedules."""
+
+    @property
+    def model(self) -> str:
+        """Its class."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """How many layers have attention that can be given a pattern."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Steps of a run."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens per axis."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What decides its outputs and times, as JSON."""
+        ...
+
+    def local(self, step: int, candidates: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Local]]:
+        """What each candidate does at each layer in a step of a dense run; one that cannot run is left out."""
+        ...
+
+    def outcome(self, edges: Sequence[float], assignment: Assignment, seeds: Sequence[int]) -> Outcome:
+        """Run samples with a schedule and beside them, once for the same seeds, their dense twins.
+
+        Args:
+            edges: Where stages begin and end, as shares of the run.
+            assignment: Patterns by layer and stage.
+            seeds: Of the samples.
+        """
+        ...
