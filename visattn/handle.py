@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, cast
 
-from visattn.caught import Caught
+from visattn.caught import Caught, Reached
 from visattn.dispatch import load
 from visattn.layout import Layout, check_layout
 from visattn.parameters import Learnable, PatternParameters, read_weights

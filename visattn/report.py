@@ -11,7 +11,6 @@ import torch
 from visattn.caught import Reached
 from visattn.crossing import crossing
 from visattn.dispatch import candidates, choose
-from visattn.layout import Layout
 from visattn.patterns import ListedPattern, MergingPattern, Pattern
 from visattn.plans import plan
 from visattn.problem import Problem

@@ -171,7 +171,8 @@ class Schedule:
         """Whether anything depends on the denoising step."""
         stepped = any(p.remembers or (isinstance(p, MergingPattern) and p.stepped) for p in self.patterns)
         stepped = stepped or not all(each.constant for each in self.staged)
-        return bool(self.counted) or stepped
+        counts = self.dense_steps or self.dense_last_steps or self.precise_steps or self.precise_last_steps
+        return bool(counts) or stepped
 
     @property
     def keeps(self) -> Pattern | None:

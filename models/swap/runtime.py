@@ -278,8 +278,7 @@ class Swapped:
         own = self._parameters(q.device)
         if own:
             arguments["parameters"] = own
-        if self.precision is not None:
-            arguments["precision"] = self.precision
+        arguments["precision"] = self.precision
         if torch.compiler.is_compiling():
             return attention(q, k, v, self.pattern, layout, **arguments).transpose(1, 2)
         tally = self.runtime.tally

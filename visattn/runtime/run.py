@@ -126,7 +126,9 @@ class Run:
             )
         gradients = torch.is_grad_enabled() if gradients is None else gradients
         learns = gradients if learns is None else learns
-        stage, precise = self.schedule.stage(step, total), self.schedule.is_precise(step, total)
+        stage = self.schedule.stage(step, total)
+        # Asked at every forward, and mostly there is none.
+        precise = self.schedule.precision is not None and self.schedule.is_precise(step, total)
         ready = self._ready_in((where, dense, stage, precise, REGISTRY.version))
         self.here.forward = forward = Forward(where, dense, step, total, ready=ready, learns=learns, precise=precise)
         self._remember(step, total, gradients)
