@@ -135,10 +135,8 @@ class Schedule:
     def _check_precision(self) -> None:
         check_precision(self.precision, ())
         if self.precision is None and (self.precise_layers or self.precise_steps or self.precise_last_steps):
-            raise ValueError(
-                "precise_layers, precise_steps and precise_last_steps are what a precision leaves out: "
-                "pass precision= too"
-            )
+            what = "precise_layers, precise_steps and precise_last_steps"
+            raise ValueError(f"{what} are what a precision leaves out: pass precision= too")
         unlisted = [pattern for pattern in self.patterns if not isinstance(pattern, ListedPattern)]
         if self.precision is not None and unlisted:
             raise ValueError(
