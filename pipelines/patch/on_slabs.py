@@ -52,7 +52,7 @@ def attend_on_slabs(group: Group, call: AttentionCall) -> torch.Tensor:
     begun = run.tally.begin(cells[0])
     attend: Any = halo_attention if fetches else ulysses_attention
     options = {"group": sharding.group, "scale": call.factor, "key_mask": keys, "return_moved": True}
-    with run.tally.hearing(cells), placing(run.place(name, pattern)):
+    with run.tally.hearing(cells, begun), placing(run.place(name, pattern)):
         out, moved = attend(*call.tensors, pattern, layout, backend="auto" if dense else group.backend, **options)
     run.tally.end(cells, begun)
     run.moved[name] += moved.sent + moved.shared
