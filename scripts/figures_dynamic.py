@@ -60,7 +60,7 @@ def errors_table() -> str:
 def quality_table(name: str) -> str:
     """Patterns of equal density on pictures or clips; the best static and dynamic one of each density in bold."""
     if not (RESULTS / f"{name}.json").is_file():
-        return f"`docs/results/{name}.json` is not there: this has not been measured."
+        return "Not measured."
     found = result(name)
     rows = [row for row in found["rows"].values() if "error" not in row]
     best: dict[tuple[Any, ...], float] = {}

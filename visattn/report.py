@@ -14,6 +14,7 @@ from visattn.dispatch import candidates, choose
 from visattn.patterns import ListedPattern, MergingPattern, Pattern
 from visattn.plans import plan
 from visattn.problem import Problem
+from visattn.reached import Reached
 from visattn.staged import Staged
 from visattn.tally import Row
 

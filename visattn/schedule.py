@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -148,13 +149,13 @@ class Schedule:
         """The schedule of a file of `visattn tune`."""
         return cls(tuned.rules, model=tuned.model, layers=tuned.count)
 
-    @property
+    @functools.cached_property
     def patterns(self) -> tuple[Pattern, ...]:
         """The patterns of the rules."""
         found = (given.patterns if isinstance(given, Staged) else (given,) for _, given in self.rules)
         return tuple(pattern for some in found for pattern in some)
 
-    @property
+    @functools.cached_property
     def staged(self) -> tuple[Staged, ...]:
         """What has a pattern for each step, or scales with the grid."""
         return tuple(given for _, given in self.rules if isinstance(given, Staged))
@@ -164,7 +165,7 @@ class Schedule:
         """The first argument that counts denoising steps, empty if none does."""
         return next((name for name in _COUNTED if getattr(self, name)), "")
 
-    @property
+    @functools.cached_property
     def needs_steps(self) -> bool:
         """Whether anything depends on the denoising step."""
         stepped = any(p.remembers or (isinstance(p, MergingPattern) and p.stepped) for p in self.patterns)
@@ -172,7 +173,7 @@ class Schedule:
         counts = self.dense_steps or self.dense_last_steps or self.precise_steps or self.precise_last_steps
         return bool(counts) or stepped
 
-    @property
+    @functools.cached_property
     def keeps(self) -> Pattern | None:
         """The first pattern that keeps something from step to step, None if none does."""
         return next((pattern for pattern in self.patterns if pattern.needs_steps), None)

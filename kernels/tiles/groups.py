@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ class Problems:
     groups: tuple[Group, ...]
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def routed(self) -> tuple[Group, ...]:
         """Those that differ from sample to sample."""
         return tuple(group for group in self.groups if group.routed)

@@ -8,6 +8,7 @@ if one is wrong.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from typing import Any
@@ -83,6 +84,7 @@ def model_errors(how: str, place: Any) -> dict[str, float]:
 
 def main() -> int:
     """Run all cases."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     failed = 0
     with parallel.together("cuda", timeout=120) as place:
         for how in WAYS:

@@ -1,13 +1,13 @@
 """`visattn bench` and what it draws: every backend accounted for, numbers that belong together, refusals."""
 
 import json
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from visattn import Layout, backends, cli, explain, plan
+from visattn import Layout, backends, explain, plan
 from visattn.bench import DENSE, SUITES, Case, backend_names, cases, run_case
 from visattn.chart import COLORS, Point, chart, duration
 from visattn.patterns import parse
@@ -17,18 +17,8 @@ QUICK = ("sdpa", "reference")
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["visattn", "bench", *map(str, args)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
+def run(command):
+    return partial(command, "bench")
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -2,30 +2,20 @@
 
 import json
 import math
-import sys
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visattn import Layout, cli
+from visattn import Layout
 from visattn.bench import Case
 from visattn.calls import overtaking, sweep, time_calls
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["visattn", "bench", *map(str, args)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
+def run(command):
+    return partial(command, "bench")
 
 
 def test_every_backend_has_times_or_a_reason():

@@ -33,7 +33,8 @@ def layouts(name, config, args, length):
     seen = family.seen(config, args)
     if family.read is not None and seen.ids is not None:
         seen = family.read(config, seen.ids, seen)
-    return Where(seen.grid, seen.prefix, seen.suffix, family.levels, seen.why, seen.samples).layouts(length)
+    known = seen.grid, seen.prefix, seen.suffix, family.levels, seen.why, seen.samples
+    return Where(*known, early=family.early).layouts(length)
 
 
 def test_every_class_has_a_case():

@@ -3,7 +3,7 @@
 import copy
 import json
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import diffusers.hooks.hooks
@@ -392,11 +392,8 @@ def test_threads_with_a_model_each_and_one_for_all():
             if not torch.allclose(got, expected[i], rtol=1e-4, atol=1e-5):
                 failures.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert not failures
     assert handles[0].report().hits == 2 * (4 + 4 * 3) and handles[1].report().hits == 2 * 3
     for handle in handles:

@@ -230,6 +230,10 @@ def first_block(model):
     if isinstance(block, torch.nn.ModuleList):
         block = model.get_submodule(path)
         block.group_norm = None
+    for part in list(block.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, torch.nn.GroupNorm):
+                setattr(part, name, torch.nn.Identity())
     return block
 
 

@@ -58,19 +58,24 @@ def latte(frames=36, batch=1):
     return model, _video(batch) | {"hidden_states": noise(batch, 4, frames, 12, 12)}
 
 
+ANYFLOW = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 8,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+
+
 def anyflow():
     model = seeded(
         released("AnyFlowTransformer3DModel"),
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=8,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
+        **ANYFLOW,
     )
     times = {"timestep": torch.full((1, 3), 5.0), "r_timestep": torch.full((1, 3), 2.0)}
     return model, _video() | times | {"hidden_states": noise(1, 3, 4, 12, 8)}
@@ -80,18 +85,9 @@ def anyflow_far():
     """The third of three chunks: the cache holds the first two, one of them compressed."""
     model = seeded(
         released("AnyFlowFARTransformer3DModel"),
-        patch_size=(1, 2, 2),
+        **ANYFLOW,
         compressed_patch_size=(1, 4, 4),
         full_chunk_limit=2,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=8,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
         chunk_partition=(1, 2, 3),
     )
     compressed, full = 1 * 3 * 2, 2 * 6 * 4

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from visattn.kernels.triton.hopper.copy import produce
 from visattn.kernels.triton.hopper.fill import put_masks
-from visattn.kernels.triton.hopper.jobs import FIELDS, JOBS, deal, finish_job, halves_of_job, next_job, wait_for_threads
+from visattn.kernels.triton.hopper.jobs import FIELDS, JOBS, deal, finish_job, halves_of_job, next_job
 from visattn.kernels.triton.hopper.parts import (
     GROUP_ROWS,
     GROUPS,
@@ -39,6 +39,7 @@ from visattn.kernels.triton.hopper.parts import (
     mask_words,
     product_layout,
     row_layout,
+    wait_for_threads,
 )
 from visattn.kernels.triton.parts import RUNTIME_SIZES
 

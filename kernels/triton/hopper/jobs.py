@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from visattn.kernels.triton.hopper.parts import GROUP_ROWS, GROUPS, place, view
+from visattn.kernels.triton.hopper.parts import GROUP_ROWS, GROUPS, place, view, wait_for_threads
 
 # Slots of the ring, and numbers that describe a job: row tile, pair, start, split, stop, dense, then three of
 # `Program.halves`; a power of two.
@@ -25,9 +25,8 @@ JOBS = gl.constexpr(2)
 FIELDS = gl.constexpr(16)
 # Rows of one copy.
 PIECE_ROWS = gl.constexpr(16)
-# Older releases of Triton (3.6 both) know these under other names.
+# Older releases of Triton (3.6) know this under another name.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-wait_for_threads = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit

@@ -25,13 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from visattn.kernels.triton.hopper.copy import produce
 from visattn.kernels.triton.hopper.fill import put_statistics
-from visattn.kernels.triton.hopper.jobs import wait_for_threads
 from visattn.kernels.triton.hopper.parts import (
     GROUP_ROWS,
     GROUPS,
     LN2,
     following,
     hide_masked,
+    leave_out,
     mask_words,
     place,
     product_layout,
@@ -110,20 +110,6 @@ def _step(
 
 
 @gluon.jit
-def _leave_out(shared, at, STAGES: gl.constexpr):
-    """Give the slot of a query tile back that sees none of these keys."""
-    _, _, _, _, q_ready, free, grad_ready = shared
-    slot, phase, last, any_before = at
-    mbarrier.wait(q_ready.index(slot), phase)
-    mbarrier.wait(grad_ready.index(slot), phase)
-    # No warp may miss a phase: all have waited before another can begin.
-    wait_for_threads()
-    mbarrier.arrive(free.index(slot), count=1)
-    slot, phase = following(slot, phase, STAGES)
-    return slot, phase, last, any_before
-
-
-@gluon.jit
 def _consume(
     k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
     GROUP: gl.constexpr, SIZES: gl.constexpr, UNIT: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
@@ -168,7 +154,7 @@ def _consume(
         state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
         if HALVES and GROUP == 1:
             if (turns > 0) & (i + 1 == alone):
-                at = _leave_out(shared, at, SIZES[4])
+                at = leave_out((shared[4], shared[6]), shared[5], at, SIZES[4])
     if PARTIAL:
         for index in range(split, stop - turns):
             i = index
@@ -179,7 +165,7 @@ def _consume(
             if HALVES:
                 in_turns = index - alone + GROUP
                 if (in_turns >= 0) & (in_turns < turns):
-                    at = _leave_out(shared, at, SIZES[4])
+                    at = leave_out((shared[4], shared[6]), shared[5], at, SIZES[4])
     if DENSE:
         for i in range(0, dense):
             state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)

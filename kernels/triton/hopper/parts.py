@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from visattn.kernels.triton import parts
 
@@ -19,6 +20,8 @@ GROUP_ROWS = gl.constexpr(64)
 GROUPS = gl.constexpr(2)
 # Triton up to 3.8 knows the view of shared memory under another name.
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+# Triton 3.6 knows it under another name.
+wait_for_threads = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.constexpr_function
@@ -51,6 +54,22 @@ def following(slot, phase, STAGES: gl.constexpr):
     """The slot of a ring after this one; the phase flips when the ring starts again."""
     last = slot + 1 == STAGES
     return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def leave_out(ready, free, at, STAGES: gl.constexpr):
+    """Give the slot of a column tile back of which these rows see nothing, once both of its tensors are there.
+
+    `at` is the ring's slot and phase, the slot of the last step, and whether there was one.
+    """
+    slot, phase, last, any_before = at
+    mbarrier.wait(ready[0].index(slot), phase)
+    mbarrier.wait(ready[1].index(slot), phase)
+    # No warp may miss a phase: all have waited before another can begin.
+    wait_for_threads()
+    mbarrier.arrive(free.index(slot), count=1)
+    slot, phase = following(slot, phase, STAGES)
+    return slot, phase, last, any_before
 
 
 @gluon.jit

@@ -23,17 +23,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from visattn.kernels.triton.hopper.copy import produce
-from visattn.kernels.triton.hopper.jobs import wait_for_threads
 from visattn.kernels.triton.hopper.parts import (
     GROUP_ROWS,
     GROUPS,
     dense_run,
     following,
     hide_masked,
+    leave_out,
     mask_words,
     place,
     product_layout,
     row_layout,
+    wait_for_threads,
 )
 from visattn.kernels.triton.parts import RUNTIME_SIZES
 
@@ -85,20 +86,6 @@ def _step(
     mbarrier.arrive(free.index(last), count=1, pred=any_before)
     following_slot, following_phase = following(slot, phase, STAGES)
     return (acc, fresh), (following_slot, following_phase, slot, True)
-
-
-@gluon.jit
-def _leave_out(shared, at, STAGES: gl.constexpr):
-    """Give the slot of a key tile back that none of these queries sees."""
-    _, _, _, _, k_ready, v_ready, free = shared
-    slot, phase, last, any_before = at
-    mbarrier.wait(k_ready.index(slot), phase)
-    mbarrier.wait(v_ready.index(slot), phase)
-    # No warp may miss a phase: all have waited before another can begin.
-    wait_for_threads()
-    mbarrier.arrive(free.index(slot), count=1)
-    slot, phase = following(slot, phase, STAGES)
-    return slot, phase, last, any_before
 
 
 @gluon.jit
@@ -157,7 +144,7 @@ def _consume(
         )
         if HALVES and GROUP == 1:
             if (turns > 0) & (i + 1 == alone):
-                at = _leave_out(shared, at, SIZES[4])
+                at = leave_out((shared[4], shared[5]), shared[6], at, SIZES[4])
     if PARTIAL:
         for index in range(split, stop - turns):
             i = index
@@ -170,7 +157,7 @@ def _consume(
             if HALVES:
                 in_turns = index - alone + GROUP
                 if (in_turns >= 0) & (in_turns < turns):
-                    at = _leave_out(shared, at, SIZES[4])
+                    at = leave_out((shared[4], shared[5]), shared[6], at, SIZES[4])
     if DENSE:
         for i in range(0, dense):
             run = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)

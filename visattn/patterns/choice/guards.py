@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from visattn.patterns.values import is_number, real_number
 
-if TYPE_CHECKING:
-    from visattn.patterns.dynamic import DynamicPattern
 
-
-def checked_together(pattern: DynamicPattern) -> dict[str, Any]:
-    """`skip` and `alike` in the form that equal patterns share.
+def checked_together(pattern: Any) -> dict[str, Any]:
+    """`skip` and `alike` of a dynamic pattern in the form that equal patterns share.
 
     Raises:
         ValueError: If they are out of range, or parameters exclude each other.
