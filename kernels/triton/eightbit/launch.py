@@ -18,7 +18,7 @@ from visattn.kernels.triton.start import launch, launch_like, on, programs
 from visattn.tiling import Tiling
 
 # Tokens of a program of the statistics, in blocks of so many, and keys of which one block in so many is added up.
-CHUNK, BLOCK, EVERY = 1024, 64, 4
+CHUNK, BLOCK, EVERY = 512, 64, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,11 +136,11 @@ def quantised(
     summed = sum(min(BLOCK, length - first) for first in range(0, length, BLOCK * EVERY))
     launch_like(quantise.column_statistics, (chunks, pairs), {
         "k": k, "v": v, "found": found, **both, "heads": heads, "length": length, "chunk": CHUNK, "chunks": chunks,
-        "every": EVERY, **sizes, "ROWS": BLOCK, "UNIT": step,
-    }, 4, 3)  # fmt: skip
+        "block": BLOCK, "every": EVERY, **sizes, "ROWS": 16, "UNIT": step,
+    }, 4, 1)  # fmt: skip
     launch_like(quantise.column_scales, (pairs,), {
-        "found": found, **shared, "summed": float(summed), "chunks": chunks, **sizes, "FP8": fp8,
-    }, 1, 1)  # fmt: skip
+        "found": found, **shared, "summed": float(summed), "chunks": chunks, **sizes, "PARTS": 16, "FP8": fp8,
+    }, 4, 1)  # fmt: skip
     launch_like(quantise.quantise_columns, (tiles, pairs), {
         "k": k, "v": v, "tokens": columns.tokens, **shared, "k8": made.k8, "v8": made.v8, "k_scale": made.k_scale,
         **both, "heads": heads, "tiles": tiles, **sizes, "SLOTS": slots, "UNIT": step, "FP8": fp8, "WOVEN": woven,
@@ -183,8 +183,8 @@ def _on_hopper(made: Bytes, given: dict[str, Any], config: Config, work: Work) -
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from visattn.kernels.triton.hopper.eightbit import GROUP_ROWS
-    from visattn.kernels.triton.hopper.eightbit import attend_8bit as attend_on_hopper
+    from visattn.kernels.triton.hopper.parts import GROUP_ROWS
+    from visattn.kernels.triton.hopper.eightbit.forward import attend_8bit as attend_on_hopper
 
     def descriptor(x: torch.Tensor, rows: int) -> Any:
         layout = NVMMASharedLayout(swizzle_byte_width=x.shape[-1], element_bitwidth=8, rank=2)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 # Sizes that differ from call to call: kernels are not compiled again for their values.
-SIZES = ("heads", "group", "length", "chunk", "chunks", "tiles", "row_tiles", "every")
+SIZES = ("heads", "group", "length", "chunk", "chunks", "tiles", "row_tiles", "block", "every")
 # Rounds a float of up to 2^22 to the nearest integer when added and taken away again.
 ROUND = tl.constexpr(12582912.0)
 # The largest number of each kind.
@@ -27,7 +27,7 @@ FP8_MAX = tl.constexpr(448.0)
 
 @triton.jit(do_not_specialize=SIZES)
 def column_statistics(
-    k, v, found, k_batch, k_token, k_head, v_batch, v_token, v_head, heads, length, chunk, chunks, every,
+    k, v, found, k_batch, k_token, k_head, v_batch, v_token, v_head, heads, length, chunk, chunks, block, every,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Sums of some keys, and the least and the largest value, of a run of tokens: `found` [pairs, chunks, 3, dim].
@@ -44,10 +44,11 @@ def column_statistics(
         v_head: Stride.
         heads: Of k and v.
         length: Tokens.
-        chunk: Tokens of a program, a multiple of ROWS.
+        chunk: Tokens of a program, a multiple of `block * every`.
         chunks: Programs of a (sample, head) pair.
-        every: Keys of one block of ROWS tokens in so many are added up: any shift of all keys leaves softmax as it is,
-            and the mean of some is near that of all.
+        block: A multiple of ROWS.
+        every: Keys of one block of `block` tokens in so many are added up: any shift of all keys leaves softmax as it
+            is, and the mean of some is near that of all.
         HEAD_DIM: Channels per head.
         BLOCK_DIM: The next power of two.
         ROWS: Tokens that are read at once.
@@ -59,19 +60,24 @@ def column_statistics(
     has_d = d < HEAD_DIM
     k += (sample * k_batch + head * k_head) * UNIT + d[None, :]
     v += (sample * v_batch + head * v_head) * UNIT + d[None, :]
-    total = tl.zeros([BLOCK_DIM], tl.float32)
-    least = tl.full([BLOCK_DIM], float("inf"), tl.float32)
-    most = tl.full([BLOCK_DIM], float("-inf"), tl.float32)
+    # Kept apart by row until the end: a maximum over rows in each step would be one over threads.
+    total = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    least = tl.full([ROWS, BLOCK_DIM], float("inf"), tl.float32)
+    most = tl.full([ROWS, BLOCK_DIM], float("-inf"), tl.float32)
     begin = part * chunk
-    for first in range(begin, tl.minimum(begin + chunk, length), ROWS):
+    end = tl.minimum(begin + chunk, length)
+    for first in range(begin, end, ROWS):
         token = first + rows
-        inside = (token < length)[:, None] & has_d[None, :]
-        at = token.to(tl.int64)[:, None]
-        value = tl.load(v + at * (v_token * UNIT), mask=inside, other=0.0).to(tl.float32)
-        least = tl.minimum(least, tl.min(tl.where(inside, value, float("inf")), 0))
-        most = tl.maximum(most, tl.max(tl.where(inside, value, float("-inf")), 0))
-        if (first // ROWS) % every == 0:
-            total += tl.sum(tl.load(k + at * (k_token * UNIT), mask=inside, other=0.0).to(tl.float32), 0)
+        inside = (token < end)[:, None] & has_d[None, :]
+        value = tl.load(v + token.to(tl.int64)[:, None] * (v_token * UNIT), mask=inside, other=0.0).to(tl.float32)
+        least = tl.minimum(least, tl.where(inside, value, float("inf")))
+        most = tl.maximum(most, tl.where(inside, value, float("-inf")))
+    for first in range(begin, end, block * every):
+        for row in range(first, tl.minimum(first + block, end), ROWS):
+            token = row + rows
+            inside = (token < end)[:, None] & has_d[None, :]
+            total += tl.load(k + token.to(tl.int64)[:, None] * (k_token * UNIT), mask=inside, other=0.0).to(tl.float32)
+    total, least, most = tl.sum(total, 0), tl.min(least, 0), tl.max(most, 0)
     to = found + ((pair * chunks + part) * 3).to(tl.int64) * BLOCK_DIM + d
     tl.store(to, total)
     tl.store(to + BLOCK_DIM, least)
@@ -81,7 +87,7 @@ def column_statistics(
 @triton.jit(do_not_specialize=SIZES)
 def column_scales(
     found, k_shift, v_shift, v_scale, summed, chunks,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FP8: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PARTS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """What keys and values are shifted by, and the scale of the values, of one pair, from `column_statistics`.
 
@@ -94,17 +100,22 @@ def column_scales(
         chunks: See there.
         HEAD_DIM: Channels per head.
         BLOCK_DIM: The next power of two.
+        PARTS: Chunks that are read at once.
         FP8: Whether values become floats of 8 bits.
     """
     pair, d = tl.program_id(0), tl.arange(0, BLOCK_DIM)
-    own = found + (pair * chunks * 3).to(tl.int64) * BLOCK_DIM + d
-    total = tl.zeros([BLOCK_DIM], tl.float32)
-    least = tl.full([BLOCK_DIM], float("inf"), tl.float32)
-    most = tl.full([BLOCK_DIM], float("-inf"), tl.float32)
-    for i in range(0, chunks):
-        total += tl.load(own + i * 3 * BLOCK_DIM)
-        least = tl.minimum(least, tl.load(own + i * 3 * BLOCK_DIM + BLOCK_DIM))
-        most = tl.maximum(most, tl.load(own + i * 3 * BLOCK_DIM + 2 * BLOCK_DIM))
+    parts = tl.arange(0, PARTS)
+    own = found + (pair * chunks * 3).to(tl.int64) * BLOCK_DIM + d[None, :]
+    total = tl.zeros([PARTS, BLOCK_DIM], tl.float32)
+    least = tl.full([PARTS, BLOCK_DIM], float("inf"), tl.float32)
+    most = tl.full([PARTS, BLOCK_DIM], float("-inf"), tl.float32)
+    for i in range(0, chunks, PARTS):
+        at = own + (i + parts)[:, None] * (3 * BLOCK_DIM)
+        there = (i + parts < chunks)[:, None]
+        total += tl.load(at, mask=there, other=0.0)
+        least = tl.minimum(least, tl.load(at + BLOCK_DIM, mask=there, other=float("inf")))
+        most = tl.maximum(most, tl.load(at + 2 * BLOCK_DIM, mask=there, other=float("-inf")))
+    total, least, most = tl.sum(total, 0), tl.min(least, 0), tl.max(most, 0)
     has = d < HEAD_DIM
     middle = tl.where(has, 0.5 * (least + most), 0.0)
     half = tl.where(has, tl.maximum(most - middle, middle - least), 0.0)
