@@ -183,8 +183,8 @@ def _on_hopper(made: Bytes, given: dict[str, Any], config: Config, work: Work) -
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from visattn.kernels.triton.hopper.parts import GROUP_ROWS
     from visattn.kernels.triton.hopper.eightbit.forward import attend_8bit as attend_on_hopper
+    from visattn.kernels.triton.hopper.parts import GROUP_ROWS
 
     def descriptor(x: torch.Tensor, rows: int) -> Any:
         layout = NVMMASharedLayout(swizzle_byte_width=x.shape[-1], element_bitwidth=8, rank=2)

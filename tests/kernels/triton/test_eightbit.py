@@ -19,10 +19,15 @@ from visattn.kernels.triton.start import Starts
 
 
 @pytest.mark.parametrize(
-    ("arch", "config", "fp8"),
-    [(90, EIGHT_HOPPER[128], False), (90, EIGHT_HOPPER[64], True), (80, EIGHT["ampere"][128], False)],
+    ("arch", "config", "fp8", "dim"),
+    [
+        (90, EIGHT_HOPPER[128], False, 128),
+        (90, EIGHT_HOPPER[128], True, 128),
+        (90, EIGHT_HOPPER[64], True, 64),
+        (80, EIGHT["ampere"][128], False, 128),
+    ],
 )
-def test_compiles_without_spills(monkeypatch, arch, config, fp8):
+def test_compiles_without_spills(monkeypatch, arch, config, fp8, dim):
     made = {}
 
     def compile_only(kernel, grid, given, warps, stages):
@@ -34,9 +39,10 @@ def test_compiles_without_spills(monkeypatch, arch, config, fp8):
     monkeypatch.setattr(launch, "launch_like", lambda *_: None)
     device = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: device)
-    pattern, layout, dim = parse("na(window=24x24)"), Layout((48, 48), 16), 64 if fp8 else 128
+    pattern, layout = parse("na(window=24x24)"), Layout((48, 48), 16)
     q = torch.empty(1, layout.length, 24, dim, dtype=torch.bfloat16)
     work = Work(pattern, layout, 0.1, False, dict.fromkeys(DIRECTIONS, config), Starts(q.device))
     t = Operands(q, q, q, out=torch.empty_like(q), lse=torch.empty(1, 24, layout.length))
     launch.forward(t, work, fp8)
-    assert made["attend_8bit"].fits(SHARED_MEMORY[arch]), made
+    # Hopper's keeps a number or two per row tile on the stack, none per step.
+    assert made["attend_8bit"].fits(SHARED_MEMORY[arch], 8 if config.hopper else 0), made

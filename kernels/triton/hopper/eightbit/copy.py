@@ -3,9 +3,8 @@
 What `quantise` wrote lies in the order of tiles, so every copy is one box.
 """
 
-# What a kernel takes and returns exists on the GPU only: Python types would say nothing. Conditions known to the
-# compiler stand apart from those that are not.
-# ruff: noqa: ANN001, ANN201, ANN202, SIM102
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
+# ruff: noqa: ANN001, ANN201, ANN202
 
 # The language of Triton kernels is not quite Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false, reportOperatorIssue=false

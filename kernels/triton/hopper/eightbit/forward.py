@@ -51,18 +51,18 @@ from visattn.kernels.triton.parts import RUNTIME_SIZES
 
 
 @gluon.jit
-def _hide(scores, words, masked, step, listed, runs, layout: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr):
+def _hide(scores, words, step, where, runs, layout: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr):
     """Scores of one step with -inf where a mask says so, or behind the end of a run of dense tokens.
 
-    Steps from `listed` on are runs.
+    `where` are the first step with masks and the first that is a run.
     """
     if PARTIAL:
-        if masked:
+        if (step >= where[0]) & (step < where[1]):
             scores = hide_masked(scores, words, layout)
     if DENSE:
         prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
         columns: gl.constexpr = scores.shape[1]
-        run = step - listed
+        run = step - where[1]
         first, end = dense_run(run, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, columns)
         if (run >= 0) & (first + columns > end):
             column = gl.arange(0, columns, gl.SliceLayout(0, layout))
@@ -95,21 +95,19 @@ def _words(masks, seen, slot, step, where, first_row: gl.constexpr, layout: gl.c
            PARTIAL: gl.constexpr):  # fmt: skip
     """Visibility bits of the column tiles of a step, 32 columns a word: a [rows] for each word; none without masks.
 
-    `seen` has the masks' numbers. Nothing is loaded for steps that see everything.
+    `seen` has the masks' numbers, `where` is as in `_hide`. Nothing is loaded for steps that see everything.
     """
     words = ()
     if PARTIAL:
-        start, split, stop = where
         TILES: gl.constexpr = SIZES[3]
         WORDS: gl.constexpr = SIZES[2] // TILES // 32
-        i = start + step * TILES
-        masked = (i >= split) & (i < stop)
+        masked = (step >= where[0]) & (step < where[1])
         rows = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
         ids = _pair_of(seen, slot, TILES)
         for tile in gl.static_range(0, TILES):
             own = masks + (ids[tile].to(gl.int64) * SIZES[1] + rows) * WORDS
             for w in gl.static_range(0, WORDS):
-                words = words + (gl.load(own + w, mask=masked, other=0),)
+                words = words + (gl.load(own + w, mask=masked, other=0),)  # noqa: RUF005
     return words
 
 
@@ -124,8 +122,8 @@ def _step(
     The next scores are multiplied while this step's weights are made: their registers are free as soon as this step's
     have become exponents. The last step multiplies its own again, which nobody reads.
 
-    `state` is this step's scores, the scales of its keys and words of its masks, the output so far, the largest logit of each row and the sums of
-    its weights; `at` slot and phase.
+    `state` is this step's scores, the scales of its keys and words of its masks, the output so far, the largest logit
+    of each row and the sums of its weights; `at` slot and phase.
 
     Returns:
         The next step's state, slot and phase.
@@ -133,15 +131,12 @@ def _step(
     keys, values, scales, seen, ready, free, _ = shared
     products, k_scales, words, acc, top, total = state
     slot, phase = at
-    start, split, stop = where
     COLUMNS: gl.constexpr = SIZES[2]
     TILES: gl.constexpr = SIZES[3]
     FP8: gl.constexpr = SIZES[5]
     of_output: gl.constexpr = gl.SliceLayout(1, o_layout)
-    i = start + step * TILES
-    masked = (i >= split) & (i < stop)
     logits = products.to(gl.float32, bitcast=True)
-    logits = _hide(logits, words, masked, step, (stop - start) // TILES, runs, s_layout, PARTIAL, DENSE)
+    logits = _hide(logits, words, step, where, runs, s_layout, PARTIAL, DENSE)
     logits, top, alpha, beta = logits_of(logits, k_scales, q_scale, top, FP8)
     next_slot, next_phase = following(slot, phase, SIZES[4])
     more = step + 1 < steps
@@ -165,10 +160,7 @@ def _step(
     alpha, beta = gl.convert_layout(alpha, of_output)[:, None], gl.convert_layout(beta, of_output)[:, None]
     part, products = warpgroup_mma_wait(0, deps=[part, products])
     mbarrier.arrive(free.index(slot), count=1)
-    if FP8:
-        acc = acc * alpha + part
-    else:
-        acc = acc * alpha - ROUND * beta + part.to(gl.float32, bitcast=True) * beta
+    acc = acc * alpha + part if FP8 else acc * alpha - ROUND * beta + part.to(gl.float32, bitcast=True) * beta
     return (products, k_scales, words, acc, top, total), (next_slot, next_phase)
 
 
@@ -225,8 +217,8 @@ def _consume(
         q_scale = gl.load(q_scales + first_row + rows)
         of_job = (number % JOBS) * GROUPS + GROUP
         mine = jobs[2].index(of_job)
-        where = (start, split, stop)
-        steps = (stop - start) // SIZES[3] + dense
+        where = ((split - start) // SIZES[3], (stop - start) // SIZES[3])
+        steps = where[1] + dense
         mbarrier.wait(shared[4].index(at[0]), at[1], pred=steps > 0)
         products = _scores(mine, shared[0], at[0], SIZES[2], s_layout)
         k_scales = _pair_of(shared[2], at[0], SIZES[3])
@@ -242,6 +234,9 @@ def _consume(
                 GROUP * GROUP_ROWS, SIZES, PARTIAL, DENSE, s_layout, o_layout, p_layout,
             )  # fmt: skip
         _products, _scales, _words_left, acc, top, total = state
+        # Read again, they need not be kept in registers meanwhile.
+        row, pair, _start, _split, _stop, _dense = next_job(jobs, number, 4)
+        first_row = (pair * sizes[3] + row).to(gl.int64) * SIZES[1] + GROUP * GROUP_ROWS
         rows_of = (q_scale, q_offset + first_row, jobs[1].index(of_job))
         total = gl.convert_layout(gl.sum(total, 1), of_row)
         _write(acc, top, total, rows_of, shared[6].index(GROUP), out, lse, v_shift, v_scale, pair, sizes,

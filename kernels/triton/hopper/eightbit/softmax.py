@@ -1,12 +1,11 @@
 """The online softmax of Hopper's kernel in 8 bits: largest logits, weights as bytes in registers, their sums.
 
-A row's columns lie in four threads. Sums stay apart per thread, [rows, 4], until a row tile is done; only largest logits
-are exchanged in each step.
+A row's columns lie in four threads. Sums stay apart per thread, [rows, 4], until a row tile is done; only largest
+logits are exchanged in each step.
 """
 
-# What a kernel takes and returns exists on the GPU only: Python types would say nothing. Conditions known to the
-# compiler stand apart from those that are not.
-# ruff: noqa: ANN001, ANN201, ANN202, SIM102
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
+# ruff: noqa: ANN001, ANN201, ANN202
 
 # The language of Triton kernels is not quite Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false, reportOperatorIssue=false
@@ -22,9 +21,10 @@ ROUND = gl.constexpr(12582912.0)
 ROUND_BITS = gl.constexpr(0x4B400000)
 # The sum of a register's four bytes.
 SUM = gl.constexpr("dp4a.s32.s32 $0, $1, 0x01010101, 0;")
-# Four integers of 32 bits whose lowest bytes become one register.
+# Four floats up to 127 that become one register of integers: halves of 1024 and more count by ones.
 PACK = gl.constexpr(
-    "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x0040; prmt.b32 b, $3, $4, 0x0040; prmt.b32 $0, a, b, 0x5410; }"
+    "{ .reg .b32 a, b, c; mov.b32 c, 0x64006400; cvt.rn.f16x2.f32 a, $2, $1; cvt.rn.f16x2.f32 b, $4, $3; "
+    "add.rn.f16x2 a, a, c; add.rn.f16x2 b, b, c; prmt.b32 $0, a, b, 0x6420; }"
 )
 # Four floats that become one register of e4m3.
 PACK_FP8 = gl.constexpr(
@@ -113,8 +113,7 @@ def weights_of(logits, FP8: gl.constexpr):
         words = gl.inline_asm_elementwise(PACK_FP8, "=r,f,f,f,f", _fours(p), dtype=gl.int32, is_pure=True, pack=1)
         return words, gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
     else:
-        bits = (p + ROUND).to(gl.int32, bitcast=True)
-        words = gl.inline_asm_elementwise(PACK, "=r,r,r,r,r", _fours(bits), dtype=gl.int32, is_pure=True, pack=1)
+        words = gl.inline_asm_elementwise(PACK, "=r,f,f,f,f", _fours(p), dtype=gl.int32, is_pure=True, pack=1)
         sums = gl.inline_asm_elementwise(SUM, "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1)
         return words, gl.sum(sums, 1).to(gl.float32)
 
