@@ -40,9 +40,15 @@ def product_layout(columns: int) -> gl.NVMMADistributedLayout:
 
 
 @gluon.jit
-def by_thread(x):
-    """[rows, columns] as [rows, 2 halves, 4 threads]: the largest of what a thread has of each half."""
-    return gl.max(gl.max(x.reshape([x.shape[0], 2, x.shape[1] // 16, 4, 2]), 4), 2)
+def _peaks_of(x):
+    """Scores [rows, columns] as [rows, 2 halves, 4 threads]: the largest of what a thread has of each half.
+
+    They are positive or -inf: their bits as integers have the same order, and of those Hopper compares three at once.
+    """
+    rows: gl.constexpr = x.shape[0]
+    eighths: gl.constexpr = x.shape[1] // 8
+    bits = x.to(gl.int32, bitcast=True).reshape([rows, 2, eighths // 2, 4, 2]).permute([0, 1, 3, 2, 4])
+    return gl.max(bits.reshape([rows, 2, 4, eighths]), 3).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -81,7 +87,7 @@ def logits_of(scores, k_scales, q_scale, top, FP8: gl.constexpr):
     of_row: gl.constexpr = q_scale.type.layout
     rows: gl.constexpr = scores.shape[0]
     columns: gl.constexpr = scores.shape[1]
-    peaks = by_thread(scores) - ROUND
+    peaks = _peaks_of(scores) - ROUND
     of_halves: gl.constexpr = gl.SliceLayout(2, peaks.type.layout)
     halves = gl.arange(0, 2, gl.SliceLayout(0, of_halves))
     k_scale = gl.where(halves == 0, k_scales[0], k_scales[1])[None, :]
