@@ -3,9 +3,9 @@
 The schedule is that of `hopper.forward`: a warp copies column tiles, one deals row tiles, two groups of four warps
 multiply. What `quantise` wrote lies in the order of tiles, so every copy is one box.
 
-Weights of a step are relative to the largest of the step, which makes the most of their 8 bits; so the product with
-the values is not added up in the tensor cores from step to step but here, in float32, each step with its own factor.
-That also leaves no sum longer than a step to the 14 bits with which Hopper adds up products of e4m3.
+Integer weights are relative to the largest of their step, which makes the most of their 8 bits, so each step's product
+has a factor of its own; those of e4m3 are floats, and relative to the largest so far. Both are added up here, in float32,
+and not in the tensor cores: no sum of e4m3 products is longer than a step, of which Hopper keeps 14 bits.
 """
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing. Conditions known to the
