@@ -1,4 +1,5 @@
-"""Attention in 8 bits: what quantises q, k and v, and the kernels that multiply them.
+"""Attention in 8 bits along tile lists.
 
-`visattn.kernels.triton.hopper.eightbit` is the same walk along the lists for Hopper.
+`run` takes calls and refuses what is not built; `launch` lays tiles out, quantises by the kernels of `quantise` and
+starts the walk: `forward`, or on Hopper `visattn.kernels.triton.hopper.eightbit`.
 """
