@@ -55,9 +55,9 @@ class Kernels:
         choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Call], dict[str, Config]],
         grown: Callable[[], None],
     ) -> None:
-        # What is kept for later calls holds no tensor of this one: of a mask and a bias their shapes.
-        mask, bias = (None if x is None else x.detach().to("meta") for x in (call.key_mask, call.rpb))
-        self._call = replace(call, key_mask=mask, rpb=bias, parameters={})
+        # What is kept for later calls holds no tensor of this one: of a bias its shape.
+        bias = None if call.rpb is None else call.rpb.detach().to("meta")
+        self._call = replace(call, key_mask=None, rpb=bias, parameters={})
         self._tf32, self._choose = tf32, choose
         self.starts = Starts(q.device, grown)
         # Of aligned tensors, which the first ones may not be.

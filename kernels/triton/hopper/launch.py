@@ -99,9 +99,7 @@ def faster_configs(
         return {}
     directions = []
     if copyable(k, v):
-        directions.append("forward")
-        if call.key_mask is None:
-            directions.append("query_grad")
+        directions += ["forward", "query_grad"]
     # A program has one query head.
     if copyable(q, q) and q.shape[2] == k.shape[2]:
         directions.append("key_grad")
