@@ -75,7 +75,8 @@ def measured(shape: Shape) -> dict[str, Any]:
     except RuntimeError as error:
         result |= {"triton": alone(ours), "cudnn": str(error)[:200]}
     if not isinstance(pattern, RoutedPattern):
-        launch = launches(*inputs, Call(pattern, shape.layout, shape.head_dim**-0.5))["forward"]
+        q, k, v = inputs
+        launch = launches(q, k, v, Call(pattern, shape.layout, shape.head_dim**-0.5))["forward"]
         result["kernel"] = "hopper" if launch.hopper else "general"
         tiles = tiled(pattern, shape.layout, launch.rows, launch.tile, QUERY_HALVES if launch.halves else None)
         products = 4.0 * shape.batch * shape.heads * shape.head_dim * shape.layout.pairs / tiles.tile_bound
