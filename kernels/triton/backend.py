@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from visattn.dispatch import Backend, Prepared, overhead, wall
 from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton import tune
-from visattn.kernels.triton.boxes import PARTIAL, tiled
+from visattn.kernels.triton.boxes import PARTIAL, QUERY_HALVES, tiled
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
 from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels, config, largest_head_dim, needed_memory
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
@@ -138,7 +138,7 @@ class Triton(Backend):
         if not problem.rpb and not (isinstance(problem.pattern, DynamicPattern) and problem.pattern.skip):
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
             tiles, rate = (tiles, RATE) if faster is None else (faster, HOPPER_RATE)
-        plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)
+        plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile, QUERY_HALVES if tiles.halves else None)
         partial = 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
         if isinstance(problem.pattern, DynamicPattern) and problem.pattern.pools_rest:
