@@ -35,6 +35,7 @@ STUDENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mala": ("mala", ("--precision", "no")),
     "agent": ("agent(agents=8x8)", ()),
 }
+START = 120  # seconds beside its steps after which a training is asked to stop
 LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.05")
 
 
@@ -56,7 +57,7 @@ class Settings:
     backend: str = option("auto", "backend of the patterns")
     precision: str = option("bf16", "mixed precision of students that are not linear: no or bf16", ("no", "bf16"))
     jobs: int = option(1, "students trained at the same time")
-    seconds: int = option(0, "stop a training after so long and take what it has; 0: never")
+    seconds: int = option(0, "end a training after so many seconds of steps; 0: never")
     cpu: bool = option(False, "stay on the CPU")
     threads: int = option(2, "threads on the CPU")
 
@@ -99,8 +100,8 @@ def train(name: str, settings: Settings) -> float:
     words += ["--steps", str(settings.steps), "--batch", str(settings.batch), "--lr", str(settings.lr)]
     words += ["--ema", "0.99", "--threads", str(settings.threads), "--backend", settings.backend]
     words += ["--save-every", str(settings.steps)] + ["--cpu"] * settings.cpu
-    words += ["--precision", settings.precision, *LOSSES, *options]
-    return train_student(words, settings.out / name, settings.seconds)
+    words += ["--seconds", str(settings.seconds), "--precision", settings.precision, *LOSSES, *options]
+    return train_student(words, settings.out / name, settings.seconds and settings.seconds + START)
 
 
 def entry_of(name: str, seconds: float, settings: Settings) -> dict[str, Any]:
