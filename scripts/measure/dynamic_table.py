@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.measure import animoji, emoji
-from scripts.measure.emoji import DENSE, Draftsman, Student, add_options, measure, patched, report, write
+from scripts.measure.draftsman import DENSE, Draftsman, Student, patched
+from scripts.measure.emoji import add_options, measure, report, write
 from scripts.train.animoji_data import SIDE as CLIP_SIDE
 
 DENSITIES = (0.2, 0.1, 0.3)
