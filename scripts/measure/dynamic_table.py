@@ -24,7 +24,8 @@ from scripts.measure.emoji import DENSE, Draftsman, Student, add_options, measur
 from scripts.train.animoji_data import SIDE as CLIP_SIDE
 
 DENSITIES = (0.2, 0.1, 0.3)
-TRIED_STEPS, HALVINGS, CLOSE = 6, 7, 0.02
+# Relative distances from a density at which the search ends, and beyond which a pattern is left out.
+TRIED_STEPS, HALVINGS, CLOSE, FAR = 6, 7, 0.02, 0.15
 SQUARES = {0.1: (20, 7), 0.2: (29, 13), 0.3: (35, 19)}
 WINDOWS = {0.1: ("7x7x8", "16x5x5"), 0.2: ("9x9x10", "16x7x7"), 0.3: ("11x11x10", "16x9x9")}
 
@@ -50,7 +51,11 @@ class Family:
         return self.text.format(round(number) if self.whole else f"{number:.4g}")
 
     def of_density(self, density: float, reached: Callable[[str], float]) -> str:
-        """The pattern whose density, which `reached` measures, is nearest to one; found by halving."""
+        """The pattern whose density, which `reached` measures, is nearest to one; found by halving.
+
+        Raises:
+            ValueError: If the densities of its numbers are all far from it.
+        """
         low, high, best = self.least, self.most, (2.0, "")
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -59,6 +64,8 @@ class Family:
             low, high = (middle, high) if found < density else (low, middle)
             if best[0] < CLOSE * density:
                 break
+        if best[0] > FAR * density:
+            raise ValueError(f"the density of {best[1]} is {best[0]:.3f} off {density:g}, and none is nearer")
         return best[1]
 
 
@@ -73,7 +80,7 @@ def rows_of(kind: str, density: float) -> list[str | Family]:
         best = f"best(of=[{square},na(window=-1x{far}),na(window={far}x-1)])"
     else:
         cube, tube = (f"na(window={window})" for window in WINDOWS[density])
-        ball, radial = Family("clear(radius={})", 2, 14, whole=True), Family("radial(decay={})", 0.02, 4.0)
+        ball, radial = Family("clear(radius={})", 2, 14, whole=True), Family("radial(decay={},block=8)", 0.02, 4.0)
         found += [cube, tube, ball, radial]
         best = f"best(of=[{cube},{tube}])"
     return [
