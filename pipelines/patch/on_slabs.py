@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from visattn.layout import Layout
-from visattn.parallel import Slabs, halo_attention, refusal, ulysses_attention
+from visattn.parallel import Moved, Slabs, halo_attention, refusal, ulysses_attention
 from visattn.patterns import Dense
 from visattn.patterns.choice.memory import placing
 from visattn.pipelines.patch.group import Group
@@ -50,10 +50,10 @@ def attend_on_slabs(group: Group, call: AttentionCall) -> torch.Tensor:
     name = site or group.unnamed
     cells = verdict.cells(run.tally, name, call.q.device)
     begun = run.tally.begin(cells[0])
-    attend: Any = halo_attention if fetches else ulysses_attention
-    options = {"group": sharding.group, "scale": call.factor, "key_mask": keys, "return_moved": True}
+    attend, moved = (halo_attention if fetches else ulysses_attention), Moved()
+    options = {"group": sharding.group, "scale": call.factor, "key_mask": keys, "moved": moved}
     with run.tally.hearing(cells, begun), placing(run.place(name, pattern)):
-        out, moved = attend(*call.tensors, pattern, layout, backend="auto" if dense else group.backend, **options)
+        out = attend(*call.tensors, pattern, layout, backend="auto" if dense else group.backend, **options)
     run.tally.end(cells, begun)
     run.moved[name] += moved.sent + moved.shared
     group.note(forward, name, verdict)
