@@ -9,11 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, cast
 
-from visattn.caught import Caught, Reached
+from visattn.caught import Caught
 from visattn.dispatch import load
 from visattn.layout import Layout, check_layout
 from visattn.parameters import Learnable, PatternParameters, read_weights
 from visattn.patterns import MergingPattern
+from visattn.reached import Reached
 from visattn.registry import REGISTRY
 from visattn.report import Report, SiteReport
 from visattn.schedule import PatternLike, Schedule, Selector

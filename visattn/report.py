@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from visattn.caught import Reached
 from visattn.crossing import crossing
 from visattn.dispatch import candidates, choose
 from visattn.patterns import ListedPattern, MergingPattern, Pattern

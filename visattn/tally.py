@@ -2,7 +2,8 @@
 
 On a GPU a timed call records two events, which cost the host more than a whole dense call may, so most calls are only
 counted: one in sixteen of a kind is timed, at every module another one, so that a step of a model has some of them and
-none has many. On a CPU all are. A first call of a kind, which plans and compiles, is kept apart.
+none has many. On a CPU all are. A first call of a kind, which plans and compiles, is kept apart. Inside `all_timed` all
+calls are timed, and first ones count like others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -28,6 +30,21 @@ EVERY = 16
 # Pairs of CUDA events kept before the finished ones are summed up.
 MANY_EVENTS = 1024
 _NOTHING = nullcontext()
+_all: ContextVar[bool] = ContextVar("all_timed", default=False)
+
+
+@contextmanager
+def all_timed() -> Iterator[None]:
+    """What is applied inside times every call, also on a GPU, and takes first calls for steady ones.
+
+    For measurements of a model that has run before: nothing is planned or compiled, and calls that choose lists for
+    later steps are neither missed nor counted as often as those that take them.
+    """
+    token = _all.set(True)
+    try:
+        yield
+    finally:
+        _all.reset(token)
 
 
 def tells(pattern: Pattern) -> bool:
@@ -154,6 +171,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._every = 1 if _all.get() else EVERY
         self._cells: dict[str, dict[Hashable, Cell]] = {}
         # Modules at which calls of a kind happened.
         self._kinds: dict[Hashable, int] = {}
@@ -189,7 +207,7 @@ class Tally:
             return time.perf_counter()
         # The first call of all, then the next one of the first module, the one after that of the second.
         late = cell.calls - 1 - cell.turn
-        if (late % EVERY and (cell.calls or cell.turn)) or torch.cuda.is_current_stream_capturing():
+        if (late % self._every and (cell.calls or cell.turn)) or torch.cuda.is_current_stream_capturing():
             return None
         return _event()
 
@@ -202,7 +220,7 @@ class Tally:
             return
         stopped: Any = _event() if cells[0].on_gpu else time.perf_counter()
         with self._lock:
-            is_first = not (cells[0].turn or cells[0].calls)
+            is_first = self._every > 1 and not (cells[0].turn or cells[0].calls)
             for cell in cells:
                 cell.calls += 1
             if isinstance(stopped, torch.cuda.Event):
@@ -237,7 +255,7 @@ class Tally:
             yield
         # An engine may choose once for each of its tilings.
         with self._lock:
-            is_first = not (cells[0].turn or cells[0].calls)
+            is_first = self._every > 1 and not (cells[0].turn or cells[0].calls)
             for i, cell in enumerate(cells):
                 cell.reached = _noted(cell.reached, shares, i, len(cells))
                 cell.skipped = _noted(cell.skipped, skips, i, len(cells))

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from visattn.dispatch import Backend, Prepared, overhead, wall
 from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton import tune
-from visattn.kernels.triton.boxes import PARTIAL, tiled
+from visattn.kernels.triton.boxes import PARTIAL, QUERY_HALVES, tiled
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
 from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels, config, largest_head_dim, needed_memory
 from visattn.kernels.triton.eightbit.run import attend_8bit, fits_8bit
@@ -34,11 +34,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Share of cuDNN's dense rate that visited pairs run at, tiles with a mask weighted by PARTIAL: the general kernel's and
 # the Hopper kernel's, measured on an H100 (docs/gpu-notes.md).
 RATE, HOPPER_RATE = 0.6, 0.95
+# ... and, of all listed pairs, the kernel's whose loop passes over blocks (docs/results/h200-dynamic-skip.json).
+SKIP_RATE = 0.3
 # What a call keeps the host and, beyond its tiles, the device, in microseconds (docs/performance.md): with lists that
 # are known, that kernels choose, and that operators of torch choose.
 LISTED_US, CHOSEN_US, ROUTED_US = (35, 12), (75, 110), (650, 120)
 # What a dynamic pattern's call keeps the host (docs/results/h200-dynamic.json).
-DYNAMIC_CALL_US = 450
+DYNAMIC_CALL_US = 250
 # How long one program takes for 128 keys in the general and in the Hopper kernel: the longest list is the least that a
 # call takes (fitted to the same calls).
 KEYS_US, HOPPER_KEYS_US = 2.0, 1.1
@@ -139,11 +141,12 @@ class Triton(Backend):
             return 1e6 * problem.dense_pairs
         number, dtype, head_dim = _architecture_or_common(), problem.dtype, problem.head_dim
         tiles, rate = config(number, dtype, head_dim, "forward"), RATE
-        skips = isinstance(problem.pattern, DynamicPattern) and problem.pattern.skip
-        if problem.precision is None and not problem.rpb and not skips:
+        if isinstance(problem.pattern, DynamicPattern) and problem.pattern.skip:
+            rate = SKIP_RATE
+        elif problem.precision is None and not problem.rpb:
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
             tiles, rate = (tiles, RATE) if faster is None else (faster, HOPPER_RATE)
-        plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)
+        plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile, QUERY_HALVES if tiles.halves else None)
         partial = 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
         if isinstance(problem.pattern, DynamicPattern) and problem.pattern.pools_rest:

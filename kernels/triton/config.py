@@ -35,9 +35,8 @@ class Config(NamedTuple):
         warps: Warps per program.
         stages: Steps in flight.
         per_step: Column tiles of one step; more than one need tiles of whole mask words (32 tokens).
-        hopper: Whether the kernel is that of `hopper` or `hopper_key_grad`, whose warps are fixed.
+        hopper: Whether the kernel is one of `hopper`, whose warps are fixed.
         halves: Whether its lists say what each half of a row tile has to do (`lists.halves`).
-        variant: How products follow each other in the Hopper kernel of dK and dV.
     """
 
     rows: int
@@ -47,7 +46,6 @@ class Config(NamedTuple):
     per_step: int = 1
     hopper: bool = False
     halves: bool = False
-    variant: int = 0
 
     @property
     def tile(self) -> int:
@@ -116,16 +114,10 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
 }  # fmt: skip
 
 
-# Configurations of the kernels of `hopper` and `hopper_key_grad` by head dim, for 16-bit types on sm_90.
+# Configurations of the kernels of `hopper` by head dim, for 16-bit types on sm_90.
 HOPPER = {
-    "forward": {64: Config(128, 128, 4, 3, 2, True), 128: Config(128, 128, 4, 2, 2, True)},
-    "key_grad": {64: Config(128, 64, 4, 3, 1, True), 128: Config(128, 64, 4, 3, 1, True)},
-}
-
-# What replaces them once it has been seen to be right and faster on a GPU (scripts/bench/hopper_gpu.py).
-HOPPER_NEXT = {
-    "forward": {dim: launch._replace(halves=True) for dim, launch in HOPPER["forward"].items()},
-    "key_grad": {64: Config(128, 64, 4, 4, 1, True, True, 2), 128: Config(128, 64, 4, 4, 1, True, True, 1)},
+    "forward": {64: Config(128, 128, 4, 3, 2, True, True), 128: Config(128, 128, 4, 2, 2, True, True)},
+    "key_grad": {64: Config(128, 64, 4, 4, 1, True, True), 128: Config(128, 64, 4, 4, 1, True, True)},
     "query_grad": {64: Config(128, 64, 4, 4, 1, True, True), 128: Config(128, 64, 4, 4, 1, True, True)},
 }
 

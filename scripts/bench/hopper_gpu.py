@@ -1,4 +1,4 @@
-"""The Hopper kernels that ship against those of `config.HOPPER_NEXT`, kernel by kernel, in turns in one process.
+"""The Hopper kernels that ship against other ways to launch them, kernel by kernel, in turns in one process.
 
     python3 -m scripts.bench.hopper_gpu [--jobs 10] [--only flux-s1 ...] [--budget 120] [--out FILE]
 
@@ -25,7 +25,7 @@ from scripts.bench.gpu import CASES as MAIN_CASES
 from scripts.bench.gpu import compared, dense_by, in_turns
 from scripts.gpu_common import compile_first, versions
 from visattn import Layout, parse
-from visattn.kernels.triton.config import DIRECTIONS, HOPPER, HOPPER_NEXT, Config, config
+from visattn.kernels.triton.config import DIRECTIONS, HOPPER, Config, config
 from visattn.kernels.triton.prepared import Kernels
 from visattn.problem import Call
 
@@ -44,22 +44,21 @@ CASES: dict[str, tuple[str, Layout, int]] = {
     "flux-s1-64": (*MAIN_CASES["flux-s1"], 64),
     "wan-na": ("na(window=13x15x15)", Layout((21, 30, 52)), 128),
     "hunyuan-s16": (*MAIN_CASES["hunyuan-s16"], 128),
+    "dense-64k": (*MAIN_CASES["dense-64k"], 128),
 }
 
 
 def contenders(dim: int) -> dict[str, dict[str, Config]]:
     """The configurations of each direction by name, the shipped one first."""
-    found = {"forward": {"shipped": HOPPER["forward"][dim], "next": HOPPER_NEXT["forward"][dim]}}
-    base = HOPPER["key_grad"][dim]
-    found["key_grad"] = {"shipped": base, "next": HOPPER_NEXT["key_grad"][dim]}
-    for variant in (1, 2) if dim == 64 else (1,):
-        found["key_grad"][f"variant {variant}, whole rows"] = base._replace(variant=variant)
-    own = HOPPER_NEXT["query_grad"][dim]
-    found["query_grad"] = {
-        "shipped": config(90, torch.bfloat16, dim, "query_grad"),
-        "next": own,
-        "next, whole rows": own._replace(halves=False),
-    }
+    found = {}
+    for direction, configs in HOPPER.items():
+        shipped = configs[dim]
+        found[direction] = {"shipped": shipped, "whole rows": shipped._replace(halves=False)}
+        if direction != "forward":
+            found[direction]["3 slots"] = shipped._replace(stages=3)
+            found[direction]["3 slots, whole rows"] = shipped._replace(stages=3, halves=False)
+    # Lists of the general kernels know no halves.
+    found["query_grad"]["general"] = config(90, torch.bfloat16, dim, "query_grad")
     return found
 
 

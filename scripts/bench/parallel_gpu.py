@@ -83,13 +83,11 @@ class Counted:
 
     def __init__(self, how: Any, pattern: str, slabs: parallel.Slabs) -> None:
         self._how, self._pattern, self._slabs = how, pattern, slabs
-        self.bytes = 0
+        self.moved = parallel.Moved()
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of this rank's tokens."""
-        out, moved = self._how(q, k, v, self._pattern, self._slabs, return_moved=True)
-        self.bytes += moved.sent + moved.shared
-        return out
+        return self._how(q, k, v, self._pattern, self._slabs, moved=self.moved)
 
 
 def slowest_ms(step: Callable[[], Any], seconds: float) -> float:
@@ -148,7 +146,7 @@ def measured(stack: Stack, pattern: str, rank: int, world: int) -> list[dict[str
         out, own = step().float(), grid.shard(expected, rank).float()
         error = (out - own).norm() / own.norm()
         del out, own
-        moved = attend.bytes
+        moved = attend.moved.sent + attend.moved.shared
         took = slowest_ms(step, 0.6)
         row: dict[str, Any] = {"way": way, "axis": axis, "step_ms": took, "bytes_per_rank": moved}
         row |= {"speedup": alone / took, "efficiency": alone / took / world, "error": float(error)}

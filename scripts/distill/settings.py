@@ -35,6 +35,10 @@ class RunConfig:
     lora_alpha: float = option(0.0, "LoRA is scaled by alpha / rank; 0: alpha = rank")
     map_rows: int = option(64, "queries per image whose attention rows are matched by --maps")
     steps: int = option(1000, "optimizer steps")
+    seconds: float = option(
+        0.0,
+        "end after so many seconds of steps, learning rate falling by the clock; 0: never",
+    )
     batch: int = option(16, "samples of an optimizer step, over all processes")
     micro_batch: int = option(0, "samples of one forward in one process; 0: all of its share at once")
     optimizer: str = option("adamw", "adamw, or prodigy (package prodigyopt)", ("adamw", "prodigy"))

@@ -17,9 +17,23 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def save_checkpoint(
-    path: Path, config: RunConfig, step: int, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer
+    path: Path,
+    config: RunConfig,
+    done: tuple[int, float],
+    trained: Tensors,
+    average: Tensors,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Writes all that a resumed run needs into one safetensors file; a kill leaves the older file whole."""
+    """Writes all that a resumed run needs into one safetensors file; a kill leaves the older file whole.
+
+    Args:
+        path: The file.
+        config: Settings.
+        done: Steps, and seconds of steps.
+        trained: The parameters that learn.
+        average: Their average.
+        optimizer: Its state is kept too.
+    """
     state = optimizer.state_dict()
     tensors = {f"trained.{name}": value for name, value in trained.items()}
     tensors |= {f"average.{name}": value for name, value in average.items()}
@@ -31,12 +45,14 @@ def save_checkpoint(
             else:
                 plain[f"{i}.{key}"] = value
     groups = [{k: v.item() if isinstance(v, torch.Tensor) else v for k, v in g.items()} for g in state["param_groups"]]
-    known = {"config": config.to_json(), "step": step, "plain": plain, "groups": groups}
+    known = {"config": config.to_json(), "step": done[0], "seconds": done[1], "plain": plain, "groups": groups}
     save_tensors(path, tensors, {"run": json.dumps(known)})
 
 
-def load_checkpoint(path: Path, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer) -> int:
-    """Restores what `save_checkpoint` wrote, in place; returns the steps done."""
+def load_checkpoint(
+    path: Path, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Restores what `save_checkpoint` wrote, in place; returns the steps done and their seconds."""
     with safe_open(path, framework="pt") as file:
         known = json.loads(file.metadata()["run"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -53,7 +69,7 @@ def load_checkpoint(path: Path, trained: Tensors, average: Tensors, optimizer: t
         i, name = key.split(".", 1)
         state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": known["groups"]})
-    return known["step"]
+    return known["step"], known["seconds"]
 
 
 def check_resume(path: Path, config: RunConfig) -> int:

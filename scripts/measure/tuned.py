@@ -35,16 +35,16 @@ PROMPTS = {
     "emoji": ("bus, gradient", "smiling cat, flat", "a red apple, 3d", "post office, gradient", "rocket, 3d"),
     "animoji": ("clapping hands", "waving hand, 3d", "man juggling", "red apple, still", "party popper"),
 }
-# Further patterns of the grid beyond the candidates of the search, as shares of the axes and of blocks.
-WINDOWS, KEEPS = (0.2, 0.3, 0.6, 0.9), (0.25, 0.35, 0.6, 0.8)
+# Further windows of the grid beyond the candidates of the search, as shares of the axes.
+WINDOWS = (0.2, 0.3, 0.6, 0.9)
+# Single patterns this much below the lowest bound in the quick samples are measured no further, in dB.
+FAR = 3.0
 
 
-def grid_of(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Single patterns for a grid of tokens."""
-    more = [f"topk(keep={keep}, rest={rest})" for keep in KEEPS for rest in ("mean", "drop")]
-    more += [f"topk(keep={keep}, rest=mean, every=4)" for keep in (0.1, 0.2, 0.4)]
-    more += [f"na(window={'x'.join(str(max(1, round(w * n)) | 1) for n in shape)})" for w in WINDOWS]
-    return checked([*candidates(shape), *more], shape)[1:]
+def grid_of(shape: tuple[int, ...], every: int) -> tuple[str, ...]:
+    """Single patterns for a grid of tokens: the candidates of the search, and more windows."""
+    more = [f"na(window={'x'.join(str(max(1, round(w * n)) | 1) for n in shape)})" for w in WINDOWS]
+    return checked([*candidates(shape, every), *more], shape)[1:]
 
 
 def everywhere(pattern: str, measurer: Measurer, first: int) -> Assignment:
@@ -54,17 +54,27 @@ def everywhere(pattern: str, measurer: Measurer, first: int) -> Assignment:
     return (row,) * measurer.subject.layers
 
 
-def measure_grid(measurer: Measurer) -> list[dict[str, Any]]:
-    """Quality and time of every single pattern, as far as the time reaches; those that cannot run say why."""
+def measure_grid(measurer: Measurer, every: int, lowest: float) -> list[dict[str, Any]]:
+    """Quality and time of every single pattern, as far as the time reaches; those that cannot run say why.
+
+    Args:
+        measurer: Measures.
+        every: Steps that lists are kept for, in patterns that keep them.
+        lowest: The lowest bound, in dB.
+    """
     found: list[dict[str, Any]] = []
-    patterns = grid_of(measurer.subject.grid)
+    patterns = grid_of(measurer.subject.grid, every)
     try:
         for first in (0, 1):
             for pattern in patterns:
                 row = {"pattern": pattern, "dense_stages": first}
+                assignment = everywhere(pattern, measurer, first)
                 try:
-                    outcome = measurer.outcome(everywhere(pattern, measurer, first), measurer.plan.samples)
-                    row |= outcome.to_dict()
+                    quick = measurer.quality(assignment)
+                    if quick.held(0.5) < lowest - FAR:
+                        row["quick"] = list(quick.psnr)
+                    else:
+                        row |= measurer.outcome(assignment, measurer.plan.samples).to_dict()
                 except (ValueError, RuntimeError) as error:
                     row["error"] = str(error).splitlines()[0]
                 found.append(row)
@@ -97,8 +107,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     size = None if options.size is None else (options.size, options.size)
     samples = Samples(PROMPTS[options.model], options.steps, options.guidance, size, None, options.batch)
     subject = PipelineSubject(pipe, samples, options.model)
-    plan = Plan(candidates(subject.grid), seeds=options.seeds, quick=options.quick)
-    journal = Journal(options.out / f"{options.model}.jsonl", subject.about() | {"candidates": plan.candidates})
+    # Lists that are kept for all steps of a stage.
+    every = max(1, round(subject.steps / options.stages))
+    plan = Plan(candidates(subject.grid, every), options.stages, seeds=options.seeds, quick=options.quick)
+    journal = Journal(
+        options.out / f"{options.model}.jsonl", subject.about() | {"candidates": plan.candidates, "stages": plan.stages}
+    )
 
     def tell(what: str, done: int, of: int) -> None:
         print(f"{time.monotonic() - start:6.1f} s  {what}: {done} of {of}", flush=True)
@@ -131,7 +145,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         write(results, options)
     measurer.deadline = start + options.seconds
-    results["grid"] = rows = measure_grid(measurer)
+    results["grid"] = rows = measure_grid(measurer, every, min(options.psnr))
     measurer.deadline = math.inf
     for goal in goals:
         results["bounds"][f"{goal.psnr:g}"]["single"] = best_single(rows, goal, measurer)
@@ -168,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--psnr", nargs="+", type=float, default=[25.0, 30.0, 35.0], help="bounds in dB")
     add("--seeds", type=int, default=16, help="samples of a schedule's quality")
     add("--quick", type=int, default=4, help="samples of an injection")
+    add("--stages", type=int, default=4, help="equal parts of the steps with patterns of their own")
     add("--held-out", type=int, default=20, help="samples that verify")
     add("--batch", type=int, default=20, help="samples at once")
     add("--steps", type=int, help="the model's own")

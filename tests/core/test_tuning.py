@@ -116,11 +116,11 @@ class Numbers:
     def about(self):
         return {"model": self.model}
 
-    def local(self, step, names, seeds):
+    def local(self, step, names, seeds, timed):
         self._count("local")
         return [{name: Local(*COSTS[name]) for name in names} for _ in range(self.layers)]
 
-    def outcome(self, edges, assignment, seeds):
+    def outcome(self, edges, assignment, seeds, timed=True):
         self._count("outcome")
         error = sum(
             self.weights[layer][stage] * COSTS[name][0]

@@ -1,11 +1,13 @@
 """Distillation: cached samples, losses, settings, and runs that are killed and go on."""
 
 import functools
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -243,6 +245,21 @@ class TestTraining:
         assert signal.getsignal(signal.SIGINT) is before
         assert equal(whole, run(folder, tmp_path / "parts"))
 
+    def test_the_clock_ends_a_run_and_its_rate(self, folder, tmp_path, monkeypatch):
+        seconds = itertools.count()
+        monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+        # A step begins and ends with a look at the clock: it takes a second.
+        run(folder, tmp_path, "--steps", "1000", "--seconds", "8", "--warmup", "0", "--log-every", "1")
+        lines = log_of(tmp_path)
+        assert [line["step"] for line in lines] == list(range(1, 9))
+        rates = [line["lr"] for line in lines]
+        assert rates == sorted(rates, reverse=True)
+        assert rates[-1] < 0.1 * rates[0]
+        assert load_trained(tmp_path / "student.safetensors").about["steps"] == 8
+        # What is over stays over.
+        run(folder, tmp_path, "--steps", "1000", "--seconds", "8", "--warmup", "0", "--log-every", "1")
+        assert log_of(tmp_path) == lines
+
     @pytest.mark.slow
     def test_killed_and_resumed_is_the_same(self, folder, tmp_path):
         more = ("--steps", "40", "--threads", "1")
@@ -318,7 +335,7 @@ class TestTraining:
 
     def test_rates(self, folder, tmp_path):
         config = settings.parse(Config, None, words(folder, tmp_path, "--steps", "100", "--warmup", "10"))
-        rates = [optimizers.rate_share(step, config) for step in range(100)]
+        rates = [optimizers.rate_share(step, step / 100, config) for step in range(100)]
         assert rates[0] == pytest.approx(0.1, abs=0.01)
         assert max(rates) == rates[9] or max(rates) == rates[10]
         assert rates[-1] < 0.03

@@ -84,7 +84,7 @@ def tune(
     pipe.set_progress_bar_config(disable=True)
     samples = Samples(texts, steps, guidance, pixels(size), frames, batch)
     subject = PipelineSubject(pipe, samples, model)
-    chosen = checked(listed, subject.grid) if listed else of_grid(subject.grid)
+    chosen = checked(listed, subject.grid) if listed else of_grid(subject.grid, max(1, round(subject.steps / stages)))
     plan = Plan(chosen, stages, seeds=seeds, quick=min(seeds, batch), seed=seed)
     goal = Goal(psnr, speedup, share, margin, held_out)
     kept = Journal(journal or out.with_suffix(".jsonl"), subject.about() | {"candidates": chosen, "stages": stages})

@@ -185,15 +185,13 @@ class Run:
     def reports(self, sites: Mapping[str, Given], backend: str) -> list[SiteReport]:
         """The report of every module by its path, and of compiled code, which does not tell its module."""
         rows = self.tally.rows()
-        found = [
-            replace(SiteReport.of(self.name, path, p, backend, rows.get(path, Row())), moved=self.moved[path])
-            for path, p in sites.items()
-        ]
+
+        def one(name: str, pattern: Given, compiled: bool = False) -> SiteReport:
+            row = rows.get(name, Row())
+            return replace(SiteReport.of(self.name, name, pattern, backend, row, compiled), moved=self.moved[name])
+
         compiled = [(name, pattern) for name, pattern in self.compiled_patterns.items() if name in rows]
-        return [
-            *found,
-            *(SiteReport.of(self.name, name, p, backend, rows[name], compiled=True) for name, p in compiled),
-        ]
+        return [*(one(*site) for site in sites.items()), *(one(*code, compiled=True) for code in compiled)]
 
     def _ready_in(self, kind: Hashable) -> dict[Hashable, Ready]:
         """What was decided in forwards of a kind; other backends decide anew."""

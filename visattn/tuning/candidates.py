@@ -16,8 +16,13 @@ COVERED = (0.5, 0.7, 0.85, 0.95)
 FEWEST = 256
 
 
-def candidates(grid: tuple[int, ...]) -> tuple[str, ...]:
-    """Patterns for a grid, dense first."""
+def candidates(grid: tuple[int, ...], every: int = 1) -> tuple[str, ...]:
+    """Patterns for a grid, dense first.
+
+    Args:
+        grid: Tokens per axis.
+        every: Above 1, all that choose blocks are there a second time, with lists that are kept for so many steps.
+    """
     side = {1: 64, 2: 8, 3: 4}[len(grid)]
     found = [DENSE]
     for share in SHARES:
@@ -30,8 +35,9 @@ def candidates(grid: tuple[int, ...]) -> tuple[str, ...]:
             window = [grid[0], *window[1:]]
             found.append(f"na(window={_sizes(window)}, stride={_sizes(strides)})")
     if math.prod(grid) >= FEWEST:
-        found += [f"topk(keep={keep}, rest={rest})" for keep in KEPT for rest in ("mean", "drop")]
-        found += [f"topp(p={p}, rest={rest})" for p in COVERED for rest in ("mean", "drop")]
+        for kept in ("", f", every={every}, drift=inf")[: 1 + (every > 1)]:
+            found += [f"topk(keep={keep}, rest={rest}{kept})" for keep in KEPT for rest in ("mean", "drop")]
+            found += [f"topp(p={p}, rest={rest}{kept})" for p in COVERED for rest in ("mean", "drop")]
     return checked(found, grid)
 
 

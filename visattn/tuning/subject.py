@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ class Local(NamedTuple):
 
     Attributes:
         error: Squared error of the layer's output behind its output projection, relative to that output's square.
-        seconds: Time of one call.
+        seconds: Time of one call, 0 where it is not measured.
     """
 
     error: float
@@ -97,16 +97,28 @@ class Subject(Protocol):
         """What decides its outputs and times, as JSON."""
         ...
 
-    def local(self, step: int, candidates: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Local]]:
-        """What each candidate does at each layer in a step of a dense run; one that cannot run is left out."""
+    def local(
+        self, step: int, candidates: Sequence[str], seeds: Sequence[int], timed: Collection[str]
+    ) -> list[dict[str, Local]]:
+        """What each candidate does at each layer in a step of a dense run; one that cannot run is left out.
+
+        Args:
+            step: The step.
+            candidates: Their texts.
+            seeds: Of the samples.
+            timed: Those whose time is measured.
+        """
         ...
 
-    def outcome(self, edges: Sequence[float], assignment: Assignment, seeds: Sequence[int]) -> Outcome:
+    def outcome(
+        self, edges: Sequence[float], assignment: Assignment, seeds: Sequence[int], timed: bool = True
+    ) -> Outcome:
         """Run samples with a schedule and beside them, once for the same seeds, their dense twins.
 
         Args:
             edges: Where stages begin and end, as shares of the run.
             assignment: Patterns by layer and stage.
             seeds: Of the samples.
+            timed: Whether times are wanted too: without, they are those of a run that may compile something.
         """
         ...

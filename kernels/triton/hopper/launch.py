@@ -38,6 +38,9 @@ PIECE = 64
 # Share of tiles without mask below which the two groups of warps take turns in the tensor cores: with masks to apply it
 # is 1 to 3 % faster, without it as much slower (docs/gpu-notes.md).
 TAKE_TURNS = 0.9
+# The same share above which dQ at head dim 64 is the general kernel's, which is 3 % faster there; where more tiles have
+# masks the Hopper kernel is 30 % faster (docs/gpu-notes.md).
+PLAIN = 0.9
 
 
 @lru_cache(maxsize=1)
@@ -73,6 +76,8 @@ def hopper_config(
         return None
     rows, columns = (plan.keys, plan.queries) if direction == "key_grad" else (plan.queries, plan.keys)
     # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
+    if direction == "query_grad" and head_dim == 64 and plan.full_share > PLAIN:
+        return None
     boxes = columns.capacity == launch.tile and all(side & (side - 1) == 0 for side in columns.shape)
     fills = rows.capacity > launch.rows // 2
     # Lists of query tiles that are made at run time are never empty (`choosing.lists`).
@@ -94,9 +99,7 @@ def faster_configs(
         return {}
     directions = []
     if copyable(k, v):
-        directions.append("forward")
-        if call.key_mask is None:
-            directions.append("query_grad")
+        directions += ["forward", "query_grad"]
     # A program has one query head.
     if copyable(q, q) and q.shape[2] == k.shape[2]:
         directions.append("key_grad")
@@ -171,7 +174,7 @@ def key_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "score_scale": work.scale * LOG2E,
         "heads": k.shape[2], "length": t.q.shape[1], "key_length": k.shape[1],
         **strides("k", k, step), **strides("v", v, step),
-        "UNIT": step, "VARIANT": work.configs["key_grad"].variant,
+        "UNIT": step,
     }  # fmt: skip
 
 
@@ -194,6 +197,7 @@ def query_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "q": q, "grad_out": grad_out, "lse": t.lse, "delta": t.delta,
         "scale": work.scale,
         "score_scale": work.scale * LOG2E,
+        "key_length": k.shape[1],
         **strides("q", q, step), **strides("grad", grad_out, step), **head_arguments(q, k),
         "UNIT": step,
     }  # fmt: skip

@@ -60,16 +60,15 @@ def following(slot, phase, STAGES: gl.constexpr):
 def leave_out(ready, free, at, STAGES: gl.constexpr):
     """Give the slot of a column tile back of which these rows see nothing, once both of its tensors are there.
 
-    `at` is the ring's slot and phase, the slot of the last step, and whether there was one.
+    `at` is the ring's slot and phase; those that follow are returned.
     """
-    slot, phase, last, any_before = at
+    slot, phase = at
     mbarrier.wait(ready[0].index(slot), phase)
     mbarrier.wait(ready[1].index(slot), phase)
     # No warp may miss a phase: all have waited before another can begin.
     wait_for_threads()
     mbarrier.arrive(free.index(slot), count=1)
-    slot, phase = following(slot, phase, STAGES)
-    return slot, phase, last, any_before
+    return following(slot, phase, STAGES)
 
 
 @gluon.jit

@@ -20,7 +20,6 @@ from visattn.kernels.triton.config import (
     DIRECTIONS,
     HALF,
     HOPPER,
-    HOPPER_NEXT,
     SHARED_MEMORY,
     Config,
     block_dim,
@@ -42,13 +41,6 @@ def test_compiles_without_spills(arch, direction):
 @pytest.mark.parametrize(("direction", "dim"), [(d, n) for d, configs in HOPPER.items() for n in configs])
 def test_the_hopper_kernels_compile(direction, dim):
     used = resources.compiled(90, direction, torch.bfloat16, dim, HOPPER[direction][dim])
-    assert used.fits(SHARED_MEMORY[90], resources.HOPPER_SPILLS), used
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("direction", "dim"), [(d, n) for d, configs in HOPPER_NEXT.items() for n in configs])
-def test_the_next_hopper_kernels_compile(direction, dim):
-    used = resources.compiled(90, direction, torch.bfloat16, dim, HOPPER_NEXT[direction][dim])
     assert used.fits(SHARED_MEMORY[90], resources.HOPPER_SPILLS), used
 
 

@@ -4,8 +4,8 @@ The schedule is that of `hopper.forward`: a warp copies column tiles, one deals 
 multiply. What `quantise` wrote lies in the order of tiles, so every copy is one box.
 
 Integer weights are relative to the largest of their step, which makes the most of their 8 bits, so each step's product
-has a factor of its own; those of e4m3 are floats, and relative to the largest so far. Both are added up here, in float32,
-and not in the tensor cores: no sum of e4m3 products is longer than a step, of which Hopper keeps 14 bits.
+has a factor of its own; those of e4m3 are floats, and relative to the largest so far. Both are added up here, in
+float32, and not in the tensor cores: no sum of e4m3 products is longer than a step, of which Hopper keeps 14 bits.
 """
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing. Conditions known to the
