@@ -30,10 +30,10 @@ def pictures_table() -> str:
 
 def gpu_precision_table() -> str:
     """Whole calls in 8 bits against our 16-bit forward and cuDNN, measured by scripts/bench/eightbit_gpu.py."""
-    if not (RESULTS / "h100-eightbit.json").exists():
+    if not (RESULTS / "gpu-eightbit.json").exists():
         return "Not measured on a GPU yet."
-    rows = []
-    for case in result("h100-eightbit")["cases"].values():
+    found, rows = result("gpu-eightbit"), []
+    for case in found["cases"].values():
         if "ms" not in case:
             continue
         ms = case["ms"]
@@ -43,7 +43,8 @@ def gpu_precision_table() -> str:
             times = f"{ms[name]:.2f}: {ms['cudnn'] / ms[name]:.1f}x, {ms['bf16'] / ms[name]:.2f}x bf16"
             cells.append(f"{times}, error {case[f'{name}_to_bf16']:.3f}")
         rows.append(cells)
-    return table(["case", "cuDNN dense, ms", "bf16", *NAMES.values()], rows)
+    made, on = table(["case", "cuDNN dense, ms", "bf16", *NAMES.values()], rows), found["versions"]
+    return f"{made}\n\n{on['gpu']}, torch {on['torch']}, triton {on['triton']}, cuDNN {on['cudnn']}; errors to bf16's output."
 
 
 def precision_tables() -> dict[str, Callable[[], str]]:
