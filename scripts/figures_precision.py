@@ -44,7 +44,8 @@ def gpu_precision_table() -> str:
             cells.append(f"{times}, error {case[f'{name}_to_bf16']:.3f}")
         rows.append(cells)
     made, on = table(["case", "cuDNN dense, ms", "bf16", *NAMES.values()], rows), found["versions"]
-    return f"{made}\n\n{on['gpu']}, torch {on['torch']}, triton {on['triton']}, cuDNN {on['cudnn']}; errors to bf16's output."
+    named = f"{on['gpu']}, torch {on['torch']}, triton {on['triton']}, cuDNN {on['cudnn']}"
+    return f"{made}\n\n{named}; errors to bf16's output."
 
 
 def precision_tables() -> dict[str, Callable[[], str]]:
