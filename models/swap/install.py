@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from visattn.copies import copy_as_is, copy_as_stock
+from visattn.counts import Row
 from visattn.dispatch import choose
 from visattn.handle import Request
 from visattn.models.swap.hooks import CountForeign, Follow, Hooks, Missed, PassBy, RefuseDroppedPatches, Resume
@@ -20,7 +21,7 @@ from visattn.outside import Outside
 from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense
 from visattn.report import CallReport, SiteReport, density
-from visattn.tally import Row, Tally
+from visattn.tally import Tally
 from visattn.watch import Watcher
 
 

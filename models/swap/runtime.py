@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from visattn.attend import attention
+from visattn.counts import Cell
 from visattn.layout import Layout
 from visattn.models.swap.sources import between
 from visattn.models.swap.weights import show_weights
@@ -19,7 +20,7 @@ from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.problem import Call, Problem
 from visattn.recompute import Carrier
-from visattn.tally import Cell, Tally
+from visattn.tally import Tally
 from visattn.watch import Watched, Watcher
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.attend import attention
+from visattn.counts import Cell
 from visattn.crossing import crossing
 from visattn.dispatch import choose, load
 from visattn.layout import Layout
@@ -20,12 +21,13 @@ from visattn.problem import Call, Problem
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
 from visattn.runtime.masks import carry_bias, key_validity
+from visattn.runtime.rest import Mark, Rested
 from visattn.runtime.run import Run
 from visattn.runtime.sequences import Sequences, query_rows, with_keys
 from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
 from visattn.schedule import Given
 from visattn.staged import Staged
-from visattn.tally import Cell, tells
+from visattn.tally import tells
 from visattn.watch import Watched
 
 
@@ -97,6 +99,7 @@ class Runner:
         Returns:
             Output [B, S, H, D], and the layouts that the pattern ran on, () if the stock attention ran.
         """
+        self.run.here.rested = False
         if self._strange(site) or self._is_piece(call):
             return self.stock(call), ()
         device, name = call.q.device, site or self.unnamed
@@ -200,6 +203,9 @@ class Runner:
             ready.cells[name] = cells = verdict.cells(tally, name, q.device)
         begun = tally.begin(cells[0])
         if not verdict.layouts:
+            mark: Mark = "excused" if verdict.slower else "resting" if isinstance(self.given, Staged) else ""
+            alone = here.rested is None and len(cells) == 1 and cells[0].on_gpu
+            here.rested = Rested(run, cells[0], mark) if alone else False
             out = stock()
         elif heads_first:
             out = self._listed(
@@ -225,6 +231,7 @@ class Runner:
         begun: Any,
     ) -> torch.Tensor:
         """The pattern of q, k, v [B, S, H, D] without a mask."""
+        self.run.here.rested = False
         pattern, verdict = self.pattern, ready.verdict
         if ready.plain:
             return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
@@ -233,6 +240,7 @@ class Runner:
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
         """Run the stock attention and count it, with the reason ("" means that it was to be dense)."""
+        self.run.here.rested = False
         if self._strange(site):
             return self.stock(call)
         name, tally = site or self.unnamed, self.run.tally

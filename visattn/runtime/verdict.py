@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from visattn.counts import Cell, Kind
 from visattn.layout import Layout
 from visattn.problem import Problem
-from visattn.tally import Cell, Kind, Tally
+from visattn.tally import Tally
 
 # How a call is made. One that a CUDA graph captures is decided as its warm-up was, which made plans and kernels for it.
 Mode = Literal["eager", "compiled"]
