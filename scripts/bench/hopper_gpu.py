@@ -25,7 +25,7 @@ from scripts.bench.gpu import CASES as MAIN_CASES
 from scripts.bench.gpu import compared, dense_by, in_turns
 from scripts.gpu_common import compile_first, versions
 from visattn import Layout, parse
-from visattn.kernels.triton.config import DIRECTIONS, HOPPER, Config, config
+from visattn.kernels.triton.config import DIRECTIONS, HOPPER, ONE_PASS, Config, config
 from visattn.kernels.triton.prepared import Kernels
 from visattn.problem import Call
 
@@ -59,6 +59,11 @@ def contenders(dim: int) -> dict[str, dict[str, Config]]:
             found[direction]["3 slots, whole rows"] = shipped._replace(stages=3, halves=False)
     # Lists of the general kernels know no halves.
     found["query_grad"]["general"] = config(90, torch.bfloat16, dim, "query_grad")
+    found["backward"] = {"shipped": HOPPER["key_grad"][dim]}
+    if dim in ONE_PASS:
+        one = ONE_PASS[dim]
+        found["backward"] |= {"one pass": one, "one pass, other order": one._replace(one_pass=2)}
+        found["backward"]["one pass, 2 slots"] = one._replace(stages=2)
     return found
 
 
@@ -87,11 +92,14 @@ class Case:
 
     def run(self, direction: str, launch: Config) -> Callable[[], Any]:
         """A function that starts the kernel of a direction and returns its results."""
-        kernels = self._kernels(self._base | {direction: launch})
+        kernels = self._kernels(self._base | {"key_grad" if direction == "backward" else direction: launch})
         if direction == "forward":
             return partial(kernels.forward, self.q, self.k, self.v, None, None, False)
         saved = self.q, self.k, self.v, None, self.out, self.lse
-        wanted = direction == "query_grad", direction == "key_grad", False
+        wanted = direction in ("query_grad", "backward"), direction in ("key_grad", "backward"), False
+        if direction == "backward":
+            # The first call of these kernels, which decides what others like it do.
+            kernels.work(self.q, self.k, self.v)
         return partial(kernels.backward, saved, self.grad, None, wanted, None, None)
 
 

@@ -24,6 +24,7 @@ from visattn.kernels.triton.arguments import (
 )
 from visattn.kernels.triton.choosing.tables import writes_lists
 from visattn.kernels.triton.config import HOPPER, Config
+from visattn.kernels.triton.hopper.turns import turns
 from visattn.kernels.triton.lists.program import Program
 from visattn.kernels.triton.start import Launch, programs
 from visattn.layout import Layout
@@ -41,6 +42,9 @@ TAKE_TURNS = 0.9
 # The same share above which dQ at head dim 64 is the general kernel's, which is 3 % faster there; where more tiles have
 # masks the Hopper kernel is 30 % faster (docs/gpu-notes.md).
 PLAIN = 0.9
+# Pairs of a sample and a head whose key tiles start together in the one-pass backward: of fewer pairs more key tiles
+# run at a time and wait for their turns, of more pairs the tiles that they share have left the L2 cache.
+TOGETHER = 8
 
 
 @lru_cache(maxsize=1)
@@ -201,6 +205,53 @@ def query_arguments(t: Operands, work: Work) -> dict[str, Any]:
         **strides("q", q, step), **strides("grad", grad_out, step), **head_arguments(q, k),
         "UNIT": step,
     }  # fmt: skip
+
+
+def one_pass_launches(t: Operands, work: Work) -> list[Launch]:
+    """The launches for all three gradients of one sequence: one pass over the lists, and what finishes dQ.
+
+    Dense query tiles see everything, so that adding to their dQ in turns would be a queue: they have a launch of their
+    own.
+    """
+    from visattn.kernels.triton.hopper.one_pass import finish, gradients
+
+    given, ends = one_pass_arguments(t, work)
+    found = [
+        Launch(gradients, programs(given), given, WARPS),
+        Launch(finish, (len(ends["tokens"]), given["pairs"]), ends, WARPS),
+    ]
+    rows = query_launch(t, work)
+    dense = rows.given["dense_rows"] * rows.given["pairs"]
+    return [*found, rows._replace(grid=(dense,))] if dense else found
+
+
+def one_pass_arguments(t: Operands, work: Work) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `hopper.one_pass.gradients`, and those of `finish`."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    q, grad_q = t.q, t.grad_q
+    assert grad_q is not None
+    listed = turns(work.plan("key_grad"), q.device)
+    run, tiles = listed.run, len(listed.columns)
+    given = key_arguments(t, work) | t.given("grad_k", "grad_v")
+    unused = ("halves", "mask_ids", "bounds_batch", "list_batch", "list_heads", "key_mask", "KEY_MASK", "HALVES")
+    given = {name: value for name, value in given.items() if name not in unused}
+    pairs, head_dim = q.shape[0] * q.shape[2], q.shape[3]
+    sums = torch.zeros(pairs * tiles * run.columns, head_dim, dtype=torch.float32, device=q.device)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    given |= {
+        "sums": TensorDescriptor(sums, list(sums.shape), [head_dim, 1], [run.columns, 32], layout),
+        "turns": torch.zeros(pairs, tiles, dtype=torch.int32, device=q.device),
+        "tokens": listed.rows, "bounds": listed.bounds, "bases": listed.bases, "visits": listed.visits,
+        "tiles": tiles, "together": TOGETHER,
+        "ORDER": work.configs["key_grad"].one_pass - 1,
+    }  # fmt: skip
+    ends = {
+        "sums": sums, "tokens": listed.columns, "grad_q": grad_q, "scale": work.scale, "tiles": tiles,
+        "length": q.shape[1], "heads": q.shape[2], "HEAD_DIM": head_dim, "COLUMNS": run.columns,
+    }  # fmt: skip
+    return given, ends
 
 
 def forward_launch(t: Operands, work: Work) -> Launch:
