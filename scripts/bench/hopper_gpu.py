@@ -26,10 +26,13 @@ from scripts.bench.gpu import compared, dense_by, in_turns
 from scripts.gpu_common import compile_first, versions
 from visattn import Layout, parse
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, ONE_PASS, Config, config
+from visattn.kernels.triton.hopper import launch as hopper_launch
 from visattn.kernels.triton.prepared import Kernels
 from visattn.problem import Call
 
 HEADS = 24
+# Pairs of a sample and a head whose programs of the one-pass backward start together.
+TOGETHER = (2, 4, 8, 24)
 # Name, pattern, layout, head dim.
 FLUX = Layout((64, 64), prefix=512)
 CASES: dict[str, tuple[str, Layout, int]] = {
@@ -62,14 +65,21 @@ def contenders(dim: int) -> dict[str, dict[str, Config]]:
     found["backward"] = {"shipped": HOPPER["key_grad"][dim]}
     if dim in ONE_PASS:
         one = ONE_PASS[dim]
-        found["backward"] |= {"one pass": one, "one pass, other order": one._replace(one_pass=2)}
-        found["backward"]["one pass, 2 slots"] = one._replace(stages=2)
+        found["backward"] |= {f"one pass, {pairs} pairs": one for pairs in TOGETHER}
+        found["backward"]["one pass, 8 pairs, other order"] = one._replace(one_pass=2)
+        found["backward"]["one pass, 8 pairs, 2 slots"] = one._replace(stages=2)
     return found
 
 
 def off(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative distance of b from a."""
     return float((a.float() - b.float()).norm() / a.float().norm())
+
+
+def _together(run: Callable[[], Any], pairs: int) -> Any:
+    """Run with so many pairs of a sample and a head whose programs start together."""
+    hopper_launch.TOGETHER = pairs
+    return run()
 
 
 class Case:
@@ -90,7 +100,7 @@ class Case:
     def _kernels(self, configs: dict[str, Config]) -> Kernels:
         return Kernels(self.q, self.k, self.v, self._call, False, lambda *_: configs, lambda: None)
 
-    def run(self, direction: str, launch: Config) -> Callable[[], Any]:
+    def run(self, direction: str, label: str, launch: Config) -> Callable[[], Any]:
         """A function that starts the kernel of a direction and returns its results."""
         kernels = self._kernels(self._base | {"key_grad" if direction == "backward" else direction: launch})
         if direction == "forward":
@@ -100,7 +110,9 @@ class Case:
         if direction == "backward":
             # The first call of these kernels, which decides what others like it do.
             kernels.work(self.q, self.k, self.v)
-        return partial(kernels.backward, saved, self.grad, None, wanted, None, None)
+        run = partial(kernels.backward, saved, self.grad, None, wanted, None, None)
+        together = next((pairs for pairs in TOGETHER if f" {pairs} pairs" in label), None)
+        return run if together is None else partial(_together, run, together)
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -112,7 +124,7 @@ def measured(name: str) -> dict[str, Any]:
         runs, failed, truth = {}, {}, None
         for label, launch in configs.items():
             try:
-                run = case.run(direction, launch)
+                run = case.run(direction, label, launch)
                 found = [t for t in run() if isinstance(t, torch.Tensor)]
                 again = [t for t in run() if isinstance(t, torch.Tensor)]
                 truth = truth or found
@@ -134,15 +146,15 @@ def measured(name: str) -> dict[str, Any]:
 def compile_part(names: list[str], index: int, of: int) -> None:
     """Run every of-th contender of the cases once, which compiles it."""
     todo = [
-        (name, d, launch)
+        (name, d, label, launch)
         for name in names
         for d, all_of in contenders(CASES[name][2]).items()
-        for launch in all_of.values()
+        for label, launch in all_of.items()
     ]
-    for name, direction, launch in todo[index::of]:
+    for name, direction, label, launch in todo[index::of]:
         # What does not run is reported where it is timed.
         with contextlib.suppress(Exception):
-            Case(*CASES[name]).run(direction, launch)()
+            Case(*CASES[name]).run(direction, label, launch)()
             torch.cuda.synchronize()
 
 
@@ -153,8 +165,11 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=120, help="seconds after which no case is begun")
     parser.add_argument("--out", default="", help="JSON file")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--no-one-pass", action="store_true", help="without the backward in one pass")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.no_one_pass:
+        ONE_PASS.clear()
     if chosen.compile:
         compile_part(chosen.only, *map(int, chosen.compile.split("/")))
         return 0

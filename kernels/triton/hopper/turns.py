@@ -1,4 +1,4 @@
-"""Whose turn it is to add to dQ of a query tile: lists of key tiles as the one-pass kernel of the backward walks them."""
+"""Whose turn it is to add to dQ of a query tile: lists of key tiles as the one-pass kernel walks them."""
 
 from __future__ import annotations
 
