@@ -42,6 +42,8 @@ TAKE_TURNS = 0.9
 # The same share above which dQ at head dim 64 is the general kernel's, which is 3 % faster there; where more tiles have
 # masks the Hopper kernel is 30 % faster (docs/gpu-notes.md).
 PLAIN = 0.9
+# Whether the forward gives keys and values back by one arrival where no steps are left out.
+GIVE_BACK_TOGETHER = False
 # Pairs of a sample and a head whose key tiles start together in the one-pass backward: of fewer pairs more key tiles
 # run at a time and wait for their turns, of more pairs the tiles that they share have left the L2 cache.
 TOGETHER = 8
@@ -279,6 +281,7 @@ def hopper_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "TILES": work.program("forward", t).tiles,
         "TURNS": work.plan("forward").full_share < TAKE_TURNS,
         "VALUE_STAGES": value_stages(work.program("forward", t), work.configs["forward"].stages),
+        "TOGETHER": GIVE_BACK_TOGETHER and work.program("forward", t).halves is None,
     }  # fmt: skip
 
 
@@ -287,7 +290,9 @@ def value_stages(run: Program, stages: int) -> int:
 
     Where halves leave steps out, values wait for two steps: a third slot lets the copies go on meanwhile.
     """
-    return stages if run.halves is None else max(stages, 3)
+    if run.halves is None:
+        return stages + 1 if GIVE_BACK_TOGETHER else stages
+    return max(stages, 3)
 
 
 def _common_arguments(

@@ -196,7 +196,7 @@ def _copy_columns(
     slot = 0
     phase = 1
     produce(k_grid, v_grid, k_runs, v_runs, copied, bases, (start, stop, dense), place, runs, slot, phase, slot, phase,
-            BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4])  # fmt: skip
+            BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4], True)  # fmt: skip
 
 
 @gluon.jit
