@@ -321,8 +321,10 @@ class Kernels:
         self, wanted: tuple[bool, bool, bool], key_mask: torch.Tensor | None, routed: Routed | None
     ) -> bool:
         """Whether one kernel computes all gradients that are wanted."""
-        chosen = self._work is not None and self._work.configs["key_grad"].one_pass > 0
-        return chosen and wanted == (True, True, False) and key_mask is None and routed is None
+        if self._work is None or wanted != (True, True, False) or key_mask is not None or routed is not None:
+            return False
+        configs = self._work.configs
+        return configs["key_grad"].one_pass > 0 and configs["query_grad"].hopper
 
     def _first_backward(self, t: Operands, key: Any, want_rpb: bool) -> torch.Tensor | None:
         """The same by Triton's launcher; returns the gradient of the bias."""

@@ -246,7 +246,7 @@ def one_pass_arguments(t: Operands, work: Work) -> tuple[dict[str, Any], dict[st
         "sums": TensorDescriptor(sums, list(sums.shape), [head_dim, 1], [run.columns, 32], layout),
         "turns": torch.zeros(pairs, tiles, dtype=torch.int32, device=q.device),
         "tokens": listed.rows, "bounds": listed.bounds, "bases": listed.bases, "visits": listed.visits,
-        "tiles": tiles, "together": TOGETHER,
+        "masks": listed.masks, "PARTIAL": listed.partial, "tiles": tiles, "together": TOGETHER,
         "ORDER": work.configs["key_grad"].one_pass - 1,
     }  # fmt: skip
     ends = {

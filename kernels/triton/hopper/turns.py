@@ -9,6 +9,7 @@ import torch
 
 from visattn.keep import kept
 from visattn.kernels.triton.lists.program import Program, program
+from visattn.patterns.geometry import Bools
 from visattn.plans import TilePlan
 from visattn.tiling import Ints, Tiling
 
@@ -23,7 +24,9 @@ class Turns(NamedTuple):
         bases: First token of each entry's query tile: int32 [entries].
         visits: Query tile of each entry among those of the grid, how many programs that start earlier visit it, its
             mask (-1 for none), 0: int32 [entries, 4].
+        masks: As those of `run`, which leave open what slots without a key see: these see nothing.
         columns: Token of each slot of the query tiles, -1 for none: int32 [tiles, slots].
+        partial: Whether any visit has a mask.
     """
 
     run: Program
@@ -31,7 +34,9 @@ class Turns(NamedTuple):
     bounds: torch.Tensor
     bases: torch.Tensor
     visits: torch.Tensor
+    masks: torch.Tensor
     columns: torch.Tensor
+    partial: bool
 
 
 @kept
@@ -57,6 +62,7 @@ def turns(plan: TilePlan, device: torch.device) -> Turns:
     turn = np.empty(len(row), np.int64)
     turn[by_tile] = np.arange(len(row)) - np.searchsorted(tile[by_tile], tile[by_tile])
     mask = np.where(entry >= np.repeat(split, counts), here.mask_ids.numpy()[entry], -1)
+    mask, masks = _of_filled(rows[row] >= 0, mask, here.masks.numpy())
     walk = np.lexsort((tile, turn, row))
     # Back to where each row's list lies.
     visits = np.zeros((len(bases), 4), np.int32)
@@ -66,8 +72,25 @@ def turns(plan: TilePlan, device: torch.device) -> Turns:
     tiles = plan.queries.grid_tiles
     columns = np.full((tiles.stop - tiles.start, here.columns), -1, np.int32)
     columns[:, : plan.queries.capacity] = plan.queries.tokens[tiles.start : tiles.stop]
-    made = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (rows, bounds, ordered, visits, columns))
-    return Turns(program(plan, True, 1, device, False), *made)
+    made = (
+        torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (rows, bounds, ordered, visits, masks, columns)
+    )
+    return Turns(program(plan, True, 1, device, False), *made, bool((mask >= 0).any()))
+
+
+def _of_filled(filled: Bools, mask: Ints, masks: Ints) -> tuple[Ints, Ints]:
+    """Masks of visits under which rows without a key see nothing: of each visit, and the distinct ones.
+
+    What such a row would add to dK and dV is not stored, but to dQ it is added.
+    """
+    kinds, kind = np.unique(filled, axis=0, return_inverse=True)
+    padded = ~kinds.all(axis=1)[kind.ravel()]
+    pairs, which = np.unique(np.stack([kind.ravel()[padded], mask[padded]], 1), axis=0, return_inverse=True)
+    open_ones = np.concatenate([masks, np.full((1, *masks.shape[1:]), -1, masks.dtype)])
+    more = np.where(kinds[pairs[:, 0], :, None], open_ones[pairs[:, 1]], 0)
+    mask = mask.copy()
+    mask[padded] = len(masks) + which.ravel()
+    return mask, np.concatenate([masks, more.astype(masks.dtype)])
 
 
 def _tiles(tiling: Tiling) -> Ints:

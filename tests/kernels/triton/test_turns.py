@@ -33,23 +33,31 @@ def test_turns_count_the_programs_that_start_before(pattern, layout):
     tile = {token: i for i, tokens in enumerate(plan.keys.tokens) for token in tokens}
     assert [tile[t] for t in first] == sorted(tile[t] for t in first)
     before = np.zeros(len(columns), int)
-    found = set()
+    found = []
     for row, (start, _, stop, _) in enumerate(bounds):
         at, turn, mask, _ = visits[start:stop].T
         assert (turn == before[at]).all() and (np.diff(turn) >= 0).all()
         assert (listed.bases.numpy()[start:stop] == columns[at, 0]).all()
         before[at] += 1
-        keys = frozenset(rows[row][rows[row] >= 0].tolist())
-        found |= {(keys, frozenset(columns[t][columns[t] >= 0].tolist()), m) for t, m in zip(at, mask, strict=True)}
+        found += [seen(rows[row], columns[t], listed.masks, m) for t, m in zip(at, mask, strict=True)]
     run = listed.run
-    expected = set()
+    expected = []
     for tokens, (start, split, stop, _) in zip(run.tokens.numpy(), run.bounds.numpy(), strict=True):
         for i in range(start, stop):
-            base, mask = int(run.bases[i]), int(run.mask_ids[i]) if i >= split else -1
-            (at,) = np.flatnonzero(columns[:, 0] == base)
-            keys = frozenset(tokens[tokens >= 0].tolist())
-            expected.add((keys, frozenset(columns[at][columns[at] >= 0].tolist()), mask))
-    assert found == expected
+            (at,) = np.flatnonzero(columns[:, 0] == int(run.bases[i]))
+            mask = int(run.mask_ids[i]) if i >= split else -1
+            expected.append(seen(tokens, columns[at], run.masks, mask))
+    expected = np.concatenate(expected)
+    assert (np.sort(np.concatenate(found)) == np.sort(expected[expected >= 0])).all()
+
+
+def seen(keys, queries, masks, mask):
+    """What a visit computes: a number for each pair of a key and a query, a negative one where a slot has no key."""
+    words = masks.numpy()[mask] if mask >= 0 else np.full((len(keys), 2), -1)
+    bits = (words[:, :, None] >> np.arange(32) & 1).reshape(len(keys), -1)[:, : len(queries)]
+    row, column = np.nonzero(bits)
+    assert (queries[column] >= 0).all()
+    return keys[row].astype(np.int64) * 2**20 + queries[column]
 
 
 @pytest.mark.slow
