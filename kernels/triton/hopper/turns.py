@@ -72,10 +72,12 @@ def turns(plan: TilePlan, device: torch.device) -> Turns:
     tiles = plan.queries.grid_tiles
     columns = np.full((tiles.stop - tiles.start, here.columns), -1, np.int32)
     columns[:, : plan.queries.capacity] = plan.queries.tokens[tiles.start : tiles.stop]
-    made = (
-        torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (rows, bounds, ordered, visits, masks, columns)
-    )
-    return Turns(program(plan, True, 1, device, False), *made, bool((mask >= 0).any()))
+
+    def put(x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
+
+    run, partial = program(plan, True, 1, device, False), bool((mask >= 0).any())
+    return Turns(run, put(rows), put(bounds), put(ordered), put(visits), put(masks), put(columns), partial)
 
 
 def _of_filled(filled: Bools, mask: Ints, masks: Ints) -> tuple[Ints, Ints]:
@@ -84,7 +86,7 @@ def _of_filled(filled: Bools, mask: Ints, masks: Ints) -> tuple[Ints, Ints]:
     What such a row would add to dK and dV is not stored, but to dQ it is added.
     """
     kinds, kind = np.unique(filled, axis=0, return_inverse=True)
-    padded = ~kinds.all(axis=1)[kind.ravel()]
+    padded = (kinds.sum(axis=1) < kinds.shape[1])[kind.ravel()]
     pairs, which = np.unique(np.stack([kind.ravel()[padded], mask[padded]], 1), axis=0, return_inverse=True)
     open_ones = np.concatenate([masks, np.full((1, *masks.shape[1:]), -1, masks.dtype)])
     more = np.where(kinds[pairs[:, 0], :, None], open_ones[pairs[:, 1]], 0)
