@@ -36,7 +36,7 @@ from visattn.kernels.triton.hopper.parts import (
     dense_run,
     following,
     hide_masked,
-    mask_words,
+    mask_bits,
     product_layout,
     row_layout,
     wait_for_threads,
@@ -116,7 +116,9 @@ def _step(
     words = ()
     if PARTIAL:
         # Their loads are done by the time that the scores are.
-        words = mask_words(lists[0], lists[1], i, first_row, masked, s_layout, SIZES)
+        mask = gl.load(lists[1] + i, mask=masked, other=0)
+        second = gl.load(lists[1] + i + TILES - 1, mask=masked, other=0)
+        words = mask_bits(lists[0], mask, second, first_row, masked, SIZES[2], SIZES[1], TILES)
     if TURNS:
         mbarrier.wait(turns.index(group), turn)
     scores = _start_scores(mine, shared, k_slot, SIZES, s_layout)

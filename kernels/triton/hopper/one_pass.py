@@ -35,6 +35,7 @@ from visattn.kernels.triton.hopper.parts import (
     LN2,
     following,
     hide_masked,
+    mask_bits,
     product_layout,
     row_layout,
     view,
@@ -69,18 +70,6 @@ def _place(pid, dense_rows, grid_rows, pairs, together):
 
 
 @gluon.jit
-def _words(masks, mask, layout: gl.constexpr, first_row: gl.constexpr, SIZES: gl.constexpr):
-    """Visibility bits of a column tile, 32 columns a word, for rows of a group; without a mask nothing is loaded."""
-    WORDS: gl.constexpr = SIZES[2] // 32
-    rows = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
-    at = masks + (gl.maximum(mask, 0).to(gl.int64) * SIZES[1] + rows) * WORDS
-    words = ()
-    for w in gl.static_range(0, WORDS):
-        words = words + (gl.load(at + w, mask=mask >= 0, other=0),)  # noqa: RUF005
-    return words
-
-
-@gluon.jit
 def _visit(
     mask, shared, rings, parts, masks, score_scale, state, at,
     GROUP: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr,
@@ -103,7 +92,7 @@ def _visit(
     shape: gl.constexpr = [GROUP_ROWS, COLUMNS]
     words = ()
     if PARTIAL:
-        words = _words(masks, mask, s_layout, GROUP * GROUP_ROWS, SIZES)
+        words = mask_bits(masks, mask, mask, GROUP * GROUP_ROWS, mask >= 0, COLUMNS, SIZES[1], 1)
     mbarrier.wait(q_ready.index(slot), phase)
     begin = rings[0].index(slot).load(of_column)[None, :].broadcast_to(shape)
     scores = warpgroup_mma(keys.index(GROUP), queries.index(slot).permute((1, 0)), begin, is_async=True)
