@@ -37,7 +37,7 @@ def looked_at(monkeypatch):
 def dense_pays(monkeypatch):
     """As on a GPU where dense attention is the faster one."""
     found = Crossing("triton", 0.105, 0.082, "eager")
-    monkeypatch.setattr("visattn.runtime.runner.crossing", lambda problem: found)
+    monkeypatch.setattr("visattn.runtime.verdict.crossing", lambda problem: found)
     monkeypatch.setattr("visattn.report.crossing", lambda problem: found)
 
 
@@ -141,7 +141,7 @@ def test_modules_kept_dense_are_not_missed_beside_others(monkeypatch):
         small.setdefault("grid", problem.layout.grid)
         return found if problem.layout.grid == small["grid"] else None
 
-    monkeypatch.setattr("visattn.runtime.runner.crossing", crossing)
+    monkeypatch.setattr("visattn.runtime.verdict.crossing", crossing)
     model, inputs = tiny_models.sd15()
     with visattn.apply(model, PATTERN) as handle:
         tiny_models.run(model, inputs)

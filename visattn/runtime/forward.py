@@ -11,7 +11,7 @@ from visattn.layout import Layout
 from visattn.patterns import Pattern
 from visattn.patterns.choice.memory import Memory
 from visattn.runtime.rest import Rest, Rested
-from visattn.runtime.verdict import Ready
+from visattn.runtime.verdict import Ready, Verdict
 from visattn.staged import Staged
 
 
@@ -76,6 +76,27 @@ class Forward:
         if length not in self.resolved:
             self.resolved[length] = self.where.layouts(length)
         return self.resolved[length]
+
+    def note(self, name: str, verdict: Verdict, anonymous: bool = False, staged: bool = False) -> None:
+        """Remember what happened at a module.
+
+        Args:
+            name: Its path, or what stands for modules of compiled code.
+            verdict: What ran.
+            anonymous: Whether it is the latter.
+            staged: Whether the module has patterns by step.
+        """
+        if verdict.slower:
+            self.reasons[name] = verdict.slower
+            self.excused.add(name)
+            self.kept += anonymous
+        elif verdict.kind == "dense" and not verdict.why and staged:
+            self.resting.add(name)
+            self.kept += anonymous
+        elif verdict.kind == "sparse":
+            self.hits.append(name)
+        elif verdict.why:
+            self.reasons.setdefault(name, verdict.why)
 
 
 class Here(threading.local):

@@ -10,8 +10,7 @@ import torch
 
 from visattn.attend import attention
 from visattn.counts import Cell
-from visattn.crossing import crossing
-from visattn.dispatch import choose, load
+from visattn.dispatch import load
 from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
@@ -24,7 +23,7 @@ from visattn.runtime.masks import carry_bias, key_validity
 from visattn.runtime.rest import Mark, Rested
 from visattn.runtime.run import Run
 from visattn.runtime.sequences import Sequences, query_rows, with_keys
-from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
+from visattn.runtime.verdict import MANY, Mode, Ready, Verdict, judge
 from visattn.schedule import Given
 from visattn.staged import Staged
 from visattn.tally import tells
@@ -352,17 +351,7 @@ class Runner:
         if sequences is None:
             return Verdict("dense", shapes=_shapes(call), why=fit.why)
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode))
-        automatic = self.backend == "auto"
-        if automatic and all(self.pattern.covers(*layout.grids) for layout in fit.layouts):
-            # The model's own attention is the pattern.
-            return Verdict("sparse", problems=problems)
-        if automatic and not self.run.always and not parameters:
-            crossings = [crossing(problem) for problem in problems]
-            slower = [found for found in crossings if found is not None and found.dense_pays_inside]
-            if slower and len(slower) == len(problems):
-                return Verdict("dense", problems=problems, slower=slower[0].reason)
-        backend = choose(problems[0], self.backend).name if len(problems) == 1 else self.backend
-        return Verdict("sparse", fit.layouts, backend, problems)
+        return judge(self.pattern, problems, fit.layouts, self.backend, self.run.always or bool(parameters))
 
     def _problems(
         self, sequences: Sequences, layouts: tuple[Layout, ...], parameters: Mapping[str, torch.Tensor], mode: Mode
@@ -375,19 +364,8 @@ class Runner:
 
     def note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:
         """Remember with a forward what happened at a module."""
-        if forward is None:
-            return
-        if verdict.slower:
-            forward.reasons[name] = verdict.slower
-            forward.excused.add(name)
-            forward.kept += name == self.unnamed
-        elif verdict.kind == "dense" and not verdict.why and isinstance(self.given, Staged):
-            forward.resting.add(name)
-            forward.kept += name == self.unnamed
-        elif verdict.kind == "sparse":
-            forward.hits.append(name)
-        elif verdict.why:
-            forward.reasons.setdefault(name, verdict.why)
+        if forward is not None:
+            forward.note(name, verdict, name == self.unnamed, isinstance(self.given, Staged))
 
 
 def _shapes(call: AttentionCall) -> Hashable:

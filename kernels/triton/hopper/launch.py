@@ -74,9 +74,6 @@ def hopper_config(
     launch = HOPPER.get(direction, {}).get(head_dim)
     if architecture != 90 or launch is None or dtype.itemsize != 2 or not installed():
         return None
-    if layout.key_layout is not None:
-        # The copies of these kernels have run for one sequence only.
-        return None
     plan = plan_of(pattern, layout, direction, launch)
     if isinstance(pattern, RoutedPattern) and not writes_lists(pattern, plan):
         return None
