@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from visattn.counts import Row
 from visattn.crossing import crossing
 from visattn.dispatch import candidates, choose
 from visattn.patterns import ListedPattern, MergingPattern, Pattern
@@ -15,7 +16,6 @@ from visattn.plans import plan
 from visattn.problem import Problem
 from visattn.reached import Reached
 from visattn.staged import Staged
-from visattn.tally import Row
 
 
 @dataclass(frozen=True)

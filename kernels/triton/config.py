@@ -37,6 +37,8 @@ class Config(NamedTuple):
         per_step: Column tiles of one step; more than one need tiles of whole mask words (32 tokens).
         hopper: Whether the kernel is one of `hopper`, whose warps are fixed.
         halves: Whether its lists say what each half of a row tile has to do (`lists.halves`).
+        one_pass: Whether the kernel of dK and dV computes dQ as well where all three are wanted (`hopper.one_pass`):
+            0 does not, 1 and 2 are orders of its products.
     """
 
     rows: int
@@ -46,6 +48,7 @@ class Config(NamedTuple):
     per_step: int = 1
     hopper: bool = False
     halves: bool = False
+    one_pass: int = 0
 
     @property
     def tile(self) -> int:
@@ -121,6 +124,8 @@ HOPPER = {
     "query_grad": {64: Config(128, 64, 4, 4, 1, True, True), 128: Config(128, 64, 4, 4, 1, True, True)},
 }
 
+# The backward in one pass over the lists, which no call takes unless a script says so (scripts/bench/hopper_gpu.py).
+ONE_PASS = {128: Config(128, 64, 4, 3, 1, True, one_pass=1)}
 
 # Of the forward in 8 bits, by family and padded head dim: `eightbit.forward`, and Hopper's own kernel.
 EIGHT = {

@@ -14,7 +14,7 @@ from visattn.kernels.triton.lists.forward import attend
 from visattn.kernels.triton.lists.key_grad import key_gradients
 from visattn.kernels.triton.lists.positions import partners
 from visattn.kernels.triton.lists.query_grad import query_gradients
-from visattn.kernels.triton.start import Launch, launch_like, on, programs
+from visattn.kernels.triton.start import Launch, launch, launch_like, on, programs
 
 # Launch configuration of the kernels without matrix products.
 SMALL = Config(32, 1, 4, 1)
@@ -65,6 +65,13 @@ def _first(direction: str, t: Operands, work: Work) -> Launch:
         kernel = key_gradients if direction == "key_grad" else query_gradients
         given = arguments.gradient_arguments(direction, t, work)
     return Launch(kernel, programs(given), given, config.warps, config.stages)
+
+
+def run_one_pass(t: Operands, work: Work) -> None:
+    """Fill the gradients of q, k and v in one pass over the lists; delta has been computed."""
+    with on(t.q.device):
+        for made in hopper_launch.one_pass_launches(t, work):
+            launch(made.kernel, made.grid, made.given, made.warps, made.stages)
 
 
 def run_bias_gradients(t: Operands, work: Work) -> Any:

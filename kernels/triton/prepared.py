@@ -19,7 +19,7 @@ from visattn.kernels.triton.choosing.skipped import SkippingLists, skips_in_loop
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
 from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels
 from visattn.kernels.triton.hopper.launch import copyable
-from visattn.kernels.triton.launch import run_bias_gradients, start_first
+from visattn.kernels.triton.launch import run_bias_gradients, run_one_pass, start_first
 from visattn.kernels.triton.routes import Listed, routed_program
 from visattn.kernels.triton.routing.router import Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
@@ -285,6 +285,12 @@ class Kernels:
         more: list[int] = []
         if rpb is not None or key_mask is not None or grad_lse is not None:
             low |= _append(more, rpb, key_mask) | (0 if grad_lse is None else grad_lse.data_ptr())
+        if self._in_one_pass(wanted, key_mask, routed) and not low & UNALIGNED and copyable(q, grad_out):
+            t = Operands(q, k, v, rpb, None, out, lse, grad_out, grad_lse, delta, grad_q, grad_k, grad_v)
+            work = self._work_for(t)
+            start_first("delta", key, t, work)
+            run_one_pass(t, work)
+            return grad_q, grad_k, grad_v, None
         if low & UNALIGNED or sums is None or (wanted[1] and keys is None) or (wanted[0] and queries is None):
             t = Operands(
                 q, k, v, rpb, _bytes(key_mask), out, lse, grad_out, grad_lse, delta, grad_q, grad_k, grad_v,
@@ -310,6 +316,15 @@ class Kernels:
             t = Operands(q, k, v, rpb, _bytes(key_mask), out, lse, grad_out, grad_lse, delta)
             grad_rpb = run_bias_gradients(t, self._work_for(t))
         return grad_q, grad_k, grad_v, grad_rpb
+
+    def _in_one_pass(
+        self, wanted: tuple[bool, bool, bool], key_mask: torch.Tensor | None, routed: Routed | None
+    ) -> bool:
+        """Whether one kernel computes all gradients that are wanted."""
+        if self._work is None or wanted != (True, True, False) or key_mask is not None or routed is not None:
+            return False
+        configs = self._work.configs
+        return configs["key_grad"].one_pass > 0 and configs["query_grad"].hopper
 
     def _first_backward(self, t: Operands, key: Any, want_rpb: bool) -> torch.Tensor | None:
         """The same by Triton's launcher; returns the gradient of the bias."""

@@ -35,10 +35,8 @@ class RelativeAttention:
         site: Swapped = self.visattn_site
         site.enter(x)
         layout = site.stays_stock(_refusal(self, shared), x.shape[1])
-        if layout is None or site.covered(layout):
-            if layout is not None:
-                shape = (x.shape[0], self.num_heads, x.shape[1], self.proj.in_features // self.num_heads)
-                site.count_stock(shape, x, layout)
+        heads = self.num_heads, self.proj.in_features // self.num_heads
+        if layout is None or site.runs_own(layout, heads, x, rpb=True):
             return None
         q, k, v = project(self, x)
         if hasattr(self, "q_norm"):

@@ -36,6 +36,9 @@ class SamBlock:
         if site.keeps_stock(dropout_refusal(self.attn)):
             return super().forward(x)  # type: ignore[misc]
         grid = int(x.shape[1]), int(x.shape[2])
+        heads = self.attn.num_heads, x.shape[3] // self.attn.num_heads
+        if self.window_size == 0 and site.runs_own(Layout(grid), heads, x):
+            return super().forward(x)  # type: ignore[misc]
         x = x + self.drop_path1(self.ls1(self._visattn_map(site, self.norm1(x), grid)))
         tokens = x.flatten(1, 2)  # as timm does, for a faster MLP
         tokens = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))

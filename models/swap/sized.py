@@ -151,7 +151,7 @@ class LevitAttention:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """As the module's own forward."""
         grid = tuple(self.resolution)
-        layout = self.visattn_site.on_map(None, grid, (self.num_heads, self.key_dim), x)
+        layout = self.visattn_site.on_map(None, grid, (self.num_heads, self.key_dim), x, rpb=True)
         if layout is None:
             return super().forward(x)  # type: ignore[misc]
         _check(self, x, layout)

@@ -1,10 +1,11 @@
 """Correctness of every Triton kernel on a real GPU.
 
-    python3 -m scripts.check.lists_gpu [--jobs 8] [--only TEXT] [--whole]
+    python3 -m scripts.check.lists_gpu [--jobs 8] [--only TEXT] [--whole] [--one-pass]
 
 Forward and gradients against the float64 reference on shapes with many tiles, outputs poisoned with NaN, every
 call twice (bit-equal), head dims 32 to 256, three dtypes. `--whole` takes the Hopper kernels without lists by halves,
-as they run for lists that are made at run time. Exit status 1 if anything is off.
+as they run for lists that are made at run time, `--one-pass` their backward in one pass. Exit status 1 if anything is
+off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from scripts.gpu_common import itself, versions
 from visattn import Layout, attention, parse
-from visattn.kernels.triton.config import HOPPER
+from visattn.kernels.triton.config import HOPPER, ONE_PASS
 from visattn.patterns import BiasedPattern, RoutedPattern
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -183,12 +184,16 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="cases whose text contains this")
     parser.add_argument("--whole", action="store_true", help="the Hopper kernels without lists by halves")
+    parser.add_argument("--one-pass", action="store_true", help="the Hopper backward in one pass")
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.jobs > 1:
-        command = itself("--only", chosen.only, *(["--whole"] if chosen.whole else []), "--shard")
+        flags = [flag for flag, on in (("--whole", chosen.whole), ("--one-pass", chosen.one_pass)) if on]
+        command = itself("--only", chosen.only, *flags, "--shard")
         running = [subprocess.Popen([*command, f"{i}/{chosen.jobs}"]) for i in range(chosen.jobs)]
         return max(abs(p.wait()) for p in running)
+    if chosen.one_pass:
+        HOPPER["key_grad"].update(ONE_PASS)
     if chosen.whole:
         for configs in HOPPER.values():
             configs |= {dim: launch._replace(halves=False) for dim, launch in configs.items()}

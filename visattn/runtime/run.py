@@ -9,15 +9,17 @@ from dataclasses import replace
 
 import torch
 
+from visattn.counts import Row
 from visattn.patterns import Pattern
 from visattn.patterns.choice.memory import Memory, Place
 from visattn.recompute import Carrier
 from visattn.registry import REGISTRY
 from visattn.report import SiteReport
 from visattn.runtime.forward import Forward, Here, Where
+from visattn.runtime.rest import Rest
 from visattn.runtime.verdict import Ready
 from visattn.schedule import Given, Schedule, known_step
-from visattn.tally import Row, Tally
+from visattn.tally import Tally
 from visattn.watch import Watcher
 
 Step = tuple[int | None, int | None]
@@ -72,7 +74,7 @@ class Run:
         self.forwards: Carrier[Forward] = Carrier()
         # Two say as well as many that they differ.
         self._kinds: dict[object, Forward] = {}
-        self._ready: dict[Hashable, dict[Hashable, Ready]] = {}
+        self._known: dict[Hashable, tuple[dict[Hashable, Ready], dict[str, Rest]]] = {}
         self._warned = False
 
     @property
@@ -129,8 +131,10 @@ class Run:
         stage = self.schedule.stage(step, total)
         # Asked at every forward, and mostly there is none.
         precise = self.schedule.precision is not None and self.schedule.is_precise(step, total)
-        ready = self._ready_in((where, dense, stage, precise, REGISTRY.version))
-        self.here.forward = forward = Forward(where, dense, step, total, ready=ready, learns=learns, precise=precise)
+        ready, rests = self._known_in((where, dense, stage, precise, REGISTRY.version))
+        self.here.forward = forward = Forward(
+            where, dense, step, total, ready=ready, rests=rests, learns=learns, precise=precise
+        )
         self._remember(step, total, gradients)
         self.here.site = None
         self.forwards.begin(forward, learns)
@@ -193,13 +197,13 @@ class Run:
         compiled = [(name, pattern) for name, pattern in self.compiled_patterns.items() if name in rows]
         return [*(one(*site) for site in sites.items()), *(one(*code, compiled=True) for code in compiled)]
 
-    def _ready_in(self, kind: Hashable) -> dict[Hashable, Ready]:
-        """What was decided in forwards of a kind; other backends decide anew."""
-        found = self._ready.get(kind)
+    def _known_in(self, kind: Hashable) -> tuple[dict[Hashable, Ready], dict[str, Rest]]:
+        """What was decided in forwards of a kind, and what rested; other backends decide anew."""
+        found = self._known.get(kind)
         if found is None:
-            if len(self._ready) >= MANY:
-                self._ready = {}
-            self._ready[kind] = found = {}
+            if len(self._known) >= MANY:
+                self._known = {}
+            self._known[kind] = found = {}, {}
         return found
 
     def _step(self) -> Step:

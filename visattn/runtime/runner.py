@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.attend import attention
-from visattn.crossing import crossing
-from visattn.dispatch import choose, load
+from visattn.counts import Cell
+from visattn.dispatch import load
 from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
@@ -20,12 +20,13 @@ from visattn.problem import Call, Problem
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
 from visattn.runtime.masks import carry_bias, key_validity
+from visattn.runtime.rest import Mark, Rested
 from visattn.runtime.run import Run
 from visattn.runtime.sequences import Sequences, query_rows, with_keys
-from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
+from visattn.runtime.verdict import MANY, Mode, Ready, Verdict, judge
 from visattn.schedule import Given
 from visattn.staged import Staged
-from visattn.tally import Cell, tells
+from visattn.tally import tells
 from visattn.watch import Watched
 
 
@@ -100,6 +101,7 @@ class Runner:
         Returns:
             Output [B, S, H, D], and the layouts that the pattern ran on, () if the stock attention ran.
         """
+        self.run.here.rested = False
         if self._strange(site) or self._is_piece(call):
             return self.stock(call), ()
         device, name = call.q.device, site or self.unnamed
@@ -203,6 +205,9 @@ class Runner:
             ready.cells[name] = cells = verdict.cells(tally, name, q.device)
         begun = tally.begin(cells[0])
         if not verdict.layouts:
+            mark: Mark = "excused" if verdict.slower else "resting" if isinstance(self.given, Staged) else ""
+            alone = here.rested is None and len(cells) == 1 and cells[0].on_gpu
+            here.rested = Rested(run, cells[0], mark) if alone else False
             out = stock()
         elif heads_first:
             out = self._listed(
@@ -228,14 +233,17 @@ class Runner:
         begun: Any,
     ) -> torch.Tensor:
         """The pattern of q, k, v [B, S, H, D] without a mask."""
-        pattern, (_, layouts, backend, *_, precision) = self.pattern, ready.verdict
+        self.run.here.rested = False
+        pattern, verdict = self.pattern, ready.verdict
+        options: dict[str, Any] = {"scale": scale, "backend": verdict.backend, "precision": verdict.precision}
         if ready.plain:
-            return attention(q, k, v, pattern, layouts[0], scale=scale, backend=backend, precision=precision)
+            return attention(q, k, v, pattern, verdict.layouts[0], **options)
         with self.run.tally.hearing(cells, begun), placing(self.run.place(name, pattern)):
-            return attention(q, k, v, pattern, layouts[0], scale=scale, backend=backend, precision=precision)
+            return attention(q, k, v, pattern, verdict.layouts[0], **options)
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
         """Run the stock attention and count it, with the reason ("" means that it was to be dense)."""
+        self.run.here.rested = False
         if self._strange(site):
             return self.stock(call)
         name, tally = site or self.unnamed, self.run.tally
@@ -349,17 +357,7 @@ class Runner:
         forward = self.run.forward
         precision = None if forward is None or forward.precise else self.precision
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode, precision))
-        automatic = self.backend == "auto"
-        if automatic and precision is None and all(self.pattern.covers(*layout.grids) for layout in fit.layouts):
-            # The model's own attention is the pattern.
-            return Verdict("sparse", problems=problems)
-        if automatic and not self.run.always and not parameters:
-            crossings = [crossing(problem) for problem in problems]
-            slower = [found for found in crossings if found is not None and found.dense_pays_inside]
-            if slower and len(slower) == len(problems):
-                return Verdict("dense", problems=problems, slower=slower[0].reason)
-        backend = choose(problems[0], self.backend).name if len(problems) == 1 else self.backend
-        return Verdict("sparse", fit.layouts, backend, problems, precision=precision)
+        return judge(self.pattern, problems, fit.layouts, self.backend, self.run.always or bool(parameters))
 
     def _problems(
         self,
@@ -378,19 +376,8 @@ class Runner:
 
     def note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:
         """Remember with a forward what happened at a module."""
-        if forward is None:
-            return
-        if verdict.slower:
-            forward.reasons[name] = verdict.slower
-            forward.excused.add(name)
-            forward.kept += name == self.unnamed
-        elif verdict.kind == "dense" and not verdict.why and isinstance(self.given, Staged):
-            forward.resting.add(name)
-            forward.kept += name == self.unnamed
-        elif verdict.kind == "sparse":
-            forward.hits.append(name)
-        elif verdict.why:
-            forward.reasons.setdefault(name, verdict.why)
+        if forward is not None:
+            forward.note(name, verdict, name == self.unnamed, isinstance(self.given, Staged))
 
 
 def _shapes(call: AttentionCall) -> Hashable:

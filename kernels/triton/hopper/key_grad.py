@@ -31,7 +31,7 @@ from visattn.kernels.triton.hopper.parts import (
     following,
     hide_masked,
     leave_out,
-    mask_words,
+    mask_bits,
     place,
     product_layout,
     row_layout,
@@ -57,7 +57,8 @@ def _step(
     shape: gl.constexpr = [GROUP_ROWS, COLUMNS]
     first_row: gl.constexpr = GROUP * GROUP_ROWS
     if MASKED:
-        words = mask_words(lists[1], lists[2], i, first_row, True, s_layout, SIZES)
+        mask = gl.load(lists[2] + i)
+        words = mask_bits(lists[1], mask, mask, first_row, True, COLUMNS, SIZES[1], 1)
     mbarrier.wait(q_ready.index(slot), phase)
     begin = rings[0].index(slot).load(of_column)[None, :].broadcast_to(shape)
     scores = warpgroup_mma(keys.index(GROUP), queries.index(slot).permute((1, 0)), begin, is_async=True)
@@ -165,7 +166,7 @@ def _copy_columns(
     slot = 0
     phase = 1
     produce(q_grid, grad_grid, q_runs, grad_runs, copied, bases, (start, stop, dense), place, runs, slot, phase,
-            slot, phase, BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4])  # fmt: skip
+            slot, phase, BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4], True)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])

@@ -31,7 +31,7 @@ from visattn.kernels.triton.hopper.parts import (
     following,
     hide_masked,
     leave_out,
-    mask_words,
+    mask_bits,
     place,
     product_layout,
     row_layout,
@@ -63,7 +63,8 @@ def _step(
     shape: gl.constexpr = [GROUP_ROWS, COLUMNS]
     first_row: gl.constexpr = GROUP * GROUP_ROWS
     if MASKED:
-        words = mask_words(lists[1], lists[2], i, first_row, True, s_layout, SIZES)
+        mask = gl.load(lists[2] + i)
+        words = mask_bits(lists[1], mask, mask, first_row, True, COLUMNS, SIZES[1], 1)
     nothing = gl.zeros(shape, gl.float32, s_layout)
     mbarrier.wait(k_ready.index(slot), phase)
     begin = nothing
@@ -196,7 +197,7 @@ def _copy_columns(
     slot = 0
     phase = 1
     produce(k_grid, v_grid, k_runs, v_runs, copied, bases, (start, stop, dense), place, runs, slot, phase, slot, phase,
-            BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4])  # fmt: skip
+            BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4], True)  # fmt: skip
 
 
 @gluon.jit

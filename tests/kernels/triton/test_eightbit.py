@@ -44,5 +44,4 @@ def test_compiles_without_spills(monkeypatch, arch, config, fp8, dim):
     work = Work(pattern, layout, 0.1, False, dict.fromkeys(DIRECTIONS, config), Starts(q.device))
     t = Operands(q, q, q, out=torch.empty_like(q), lse=torch.empty(1, 24, layout.length))
     launch.forward(t, work, fp8)
-    # Hopper's keeps a number or two per row tile on the stack, none per step.
-    assert made["attend_8bit"].fits(SHARED_MEMORY[arch], 8 if config.hopper else 0), made
+    assert made["attend_8bit"].fits(SHARED_MEMORY[arch]), made

@@ -2,6 +2,7 @@
 
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,8 @@ from visattn.dispatch import load
 from visattn.kernels.triton import backend as engine
 from visattn.kernels.triton.arguments import plan_of
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, config
-from visattn.kernels.triton.hopper.launch import copyable, faster_configs, folded, hopper_config
+from visattn.kernels.triton.hopper.launch import by_threads, copyable, faster_configs, folded, hopper_config
+from visattn.kernels.triton.lists.program import pack
 from visattn.problem import Call, Problem
 
 
@@ -128,3 +130,12 @@ def test_its_rate_decides_whether_dense_attention_is_faster(monkeypatch):
     given = parse("na(window=80x80)"), Layout((256, 256)), 1, 24, 24, 128, torch.bfloat16, "cuda"
     general = backend.cost(Problem(*given, rpb=True))
     assert backend.cost(Problem(*given)) == backend.cost(Problem(*given, key_mask=True)) < 0.75 * general
+
+
+def test_a_threads_bits_of_a_mask_lie_side_by_side():
+    seen = np.random.default_rng(0).random((5, 128, 64)) < 0.5
+    words = by_threads(torch.from_numpy(pack(seen, 128, 64))).numpy().view("u2")
+    for column in range(64):
+        eight, thread, side = column // 8, column % 8 // 2, column % 2
+        bit = words[:, :, thread] >> (2 * eight + side) & 1
+        assert (bit == seen[:, :, column]).all()

@@ -45,20 +45,21 @@ from visattn.kernels.triton.hopper.parts import (
     dense_run,
     following,
     hide_masked,
+    mask_bits,
     row_layout,
 )
 from visattn.kernels.triton.parts import RUNTIME_SIZES
 
 
 @gluon.jit
-def _hide(scores, words, step, where, runs, layout: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr):
+def _hide(scores, bits, step, where, runs, layout: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr):
     """Scores of one step with -inf where a mask says so, or behind the end of a run of dense tokens.
 
     `where` are the first step with masks and the first that is a run.
     """
     if PARTIAL:
         if (step >= where[0]) & (step < where[1]):
-            scores = hide_masked(scores, words, layout)
+            scores = hide_masked(scores, bits, layout)
     if DENSE:
         prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
         columns: gl.constexpr = scores.shape[1]
@@ -91,24 +92,17 @@ def _scores(mine, keys, at, COLUMNS: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _words(masks, seen, slot, step, where, first_row: gl.constexpr, layout: gl.constexpr, SIZES: gl.constexpr,
-           PARTIAL: gl.constexpr):  # fmt: skip
-    """Visibility bits of the column tiles of a step, 32 columns a word: a [rows] for each word; none without masks.
+def _bits(masks, seen, slot, step, where, first_row: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr):
+    """Visibility bits of a step's column tiles, see `mask_bits`; 0 if no list has masks.
 
     `seen` has the masks' numbers, `where` is as in `_hide`. Nothing is loaded for steps that see everything.
     """
-    words = ()
     if PARTIAL:
-        TILES: gl.constexpr = SIZES[3]
-        WORDS: gl.constexpr = SIZES[2] // TILES // 32
         masked = (step >= where[0]) & (step < where[1])
-        rows = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
-        ids = _pair_of(seen, slot, TILES)
-        for tile in gl.static_range(0, TILES):
-            own = masks + (ids[tile].to(gl.int64) * SIZES[1] + rows) * WORDS
-            for w in gl.static_range(0, WORDS):
-                words = words + (gl.load(own + w, mask=masked, other=0),)  # noqa: RUF005
-    return words
+        first, second = _pair_of(seen, slot, SIZES[3])
+        return mask_bits(masks, first, second, first_row, masked, SIZES[2], SIZES[1], SIZES[3])
+    else:
+        return 0
 
 
 @gluon.jit
@@ -122,21 +116,21 @@ def _step(
     The next scores are multiplied while this step's weights are made: their registers are free as soon as this step's
     have become exponents. The last step multiplies its own again, which nobody reads.
 
-    `state` is this step's scores, the scales of its keys and words of its masks, the output so far, the largest logit
+    `state` is this step's scores, the scales of its keys and bits of its masks, the output so far, the largest logit
     of each row and the sums of its weights; `at` slot and phase.
 
     Returns:
         The next step's state, slot and phase.
     """
     keys, values, scales, seen, ready, free, _ = shared
-    products, k_scales, words, acc, top, total = state
+    products, k_scales, bits, acc, top, total = state
     slot, phase = at
     COLUMNS: gl.constexpr = SIZES[2]
     TILES: gl.constexpr = SIZES[3]
     FP8: gl.constexpr = SIZES[5]
     of_output: gl.constexpr = gl.SliceLayout(1, o_layout)
     logits = products.to(gl.float32, bitcast=True)
-    logits = _hide(logits, words, step, where, runs, s_layout, PARTIAL, DENSE)
+    logits = _hide(logits, bits, step, where, runs, s_layout, PARTIAL, DENSE)
     logits, top, alpha, beta = logits_of(logits, k_scales, q_scale, top, FP8)
     next_slot, next_phase = following(slot, phase, SIZES[4])
     more = step + 1 < steps
@@ -156,12 +150,12 @@ def _step(
         total = total * kept + sums * gl.convert_layout(beta, of_sums)[:, None]
         part = gl.full([GROUP_ROWS, SIZES[0]], ROUND_BITS, gl.int32, o_layout)
     part = warpgroup_mma(weights, values.index(slot).permute((1, 0)), part, use_acc=not FP8, is_async=True)
-    words = _words(masks, seen, ahead, step + 1, where, first_row, s_layout, SIZES, PARTIAL)
+    bits = _bits(masks, seen, ahead, step + 1, where, first_row, SIZES, PARTIAL)
     alpha, beta = gl.convert_layout(alpha, of_output)[:, None], gl.convert_layout(beta, of_output)[:, None]
     part, products = warpgroup_mma_wait(0, deps=[part, products])
     mbarrier.arrive(free.index(slot), count=1)
     acc = acc * alpha + part if FP8 else acc * alpha - ROUND * beta + part.to(gl.float32, bitcast=True) * beta
-    return (products, k_scales, words, acc, top, total), (next_slot, next_phase)
+    return (products, k_scales, bits, acc, top, total), (next_slot, next_phase)
 
 
 @gluon.jit
@@ -222,18 +216,18 @@ def _consume(
         mbarrier.wait(shared[4].index(at[0]), at[1], pred=steps > 0)
         products = _scores(mine, shared[0], at[0], SIZES[2], s_layout)
         k_scales = _pair_of(shared[2], at[0], SIZES[3])
-        words = _words(masks, shared[3], at[0], 0, where, GROUP * GROUP_ROWS, s_layout, SIZES, PARTIAL)
+        bits = _bits(masks, shared[3], at[0], 0, where, GROUP * GROUP_ROWS, SIZES, PARTIAL)
         products = warpgroup_mma_wait(0, deps=[products])
         top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, of_row)
         total = no_sums(products)
         acc = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
-        state = (products, k_scales, words, acc, top, total)
+        state = (products, k_scales, bits, acc, top, total)
         for step in range(0, steps):
             state, at = _step(
                 step, steps, mine, q_scale, shared, masks, where, runs, state, at,
                 GROUP * GROUP_ROWS, SIZES, PARTIAL, DENSE, s_layout, o_layout, p_layout,
             )  # fmt: skip
-        _products, _scales, _words_left, acc, top, total = state
+        _products, _scales, _mask, acc, top, total = state
         # Read again, they need not be kept in registers meanwhile.
         row, pair, _start, _split, _stop, _dense = next_job(jobs, number, 4)
         first_row = (pair * sizes[3] + row).to(gl.int64) * SIZES[1] + GROUP * GROUP_ROWS
