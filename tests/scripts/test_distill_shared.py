@@ -95,6 +95,44 @@ def test_processes_that_share_clips_learn_as_one_process(ranks, clips, tmp_path,
     compare(whole, tmp_path / "two")
 
 
+@pytest.mark.parametrize("more", [(), ("--parallel", "halo")], ids=["videos", "tokens"])
+def test_longer_videos_go_on_from_one_process_with_two(ranks, tmp_path, more):
+    pytest.importorskip("peft")
+    pytest.importorskip("sklearn")
+    from scripts.distill.extend_video import Extension
+    from tests.support import tiny_extension
+
+    folder = tiny_extension.save_tiny(tmp_path / "pipeline")
+    plain = ("--batch", "2", "--steps", "3", "--checkpoint-minutes", "0", "--pattern", "na(window=3x3x3)")
+    whole = tiny_extension.run(folder, tmp_path / "one", *plain)
+    with stopping(1, Extension), pytest.raises(SystemExit, match="stopped"):
+        tiny_extension.run(folder, tmp_path / "two", *plain)
+    assert (tmp_path / "two" / "checkpoint.safetensors").is_file()
+    words = tiny_extension.words(folder, tmp_path / "two", *plain, *more)
+    assert ranks.run(2, shared_training.main, "scripts.distill.extend_video", words) == ["", ""]
+    found = load_file(tmp_path / "two" / "lora" / tiny_extension.LORA_FILE)
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, atol=2e-4, rtol=1e-3)
+
+
+def test_a_style_is_learned_by_two_processes_as_by_one(ranks, tmp_path):
+    pytest.importorskip("peft")
+    from scripts.train.emoji_lora import FILE, main
+    from tests.support.tiny_emoji import tiny_pack
+    from tests.support.tiny_pixel_flux import tiny_pixel_flux
+
+    tiny_pack(tmp_path / "pack")
+    tiny_pixel_flux().save_pretrained(tmp_path / "model")
+    given = ["--data", tmp_path / "pack", "--model", tmp_path / "model", "--style", "3d", "--rank", 2, "--steps", 3]
+    words = [str(word) for word in (*given, "--batch", 4, "--side", 32, "--lr", 0.001, "--out")]
+    main([*words, str(tmp_path / "one")])
+    shared = ranks.run(2, shared_training.main, "scripts.train.emoji_lora", [*words, str(tmp_path / "two")])
+    assert shared == ["", ""]
+    one, two = (load_file(tmp_path / name / FILE) for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-4, rtol=1e-3)
+
+
 def test_what_cannot_be_shared_is_refused(ranks, pictures, tmp_path):
     for more, why in (
         (("--fsdp", "--sample-every", "1"), "one process draws"),

@@ -51,19 +51,20 @@ def killed(command, checkpoint):
 
 
 @contextmanager
-def stopping(steps):
-    """Distillations raise before the step that follows so many."""
-    from scripts.distill.loop import Run
-
-    step = Run.train_step
+def stopping(steps, kind=None):
+    """Runs raise before the step that follows so many; of distillations, or of another class with a progress."""
+    if kind is None:
+        from scripts.distill.loop import Run as kind
+    name = "train_step" if hasattr(kind, "train_step") else "step"
+    step = getattr(kind, name)
 
     def stop(run):
-        if run.step == steps:
+        if getattr(run, "progress", run).step == steps:
             raise ValueError("stopped")
         return step(run)
 
-    Run.train_step = stop
+    setattr(kind, name, stop)
     try:
         yield
     finally:
-        Run.train_step = step
+        setattr(kind, name, step)

@@ -27,7 +27,7 @@ def main(rank, script, words, steps=None):
         if steps is None:
             module.main(words)
         else:
-            with stopping(steps):
+            with stopping(steps, getattr(module, "Extension", None)):
                 module.main(words)
     except (ValueError, SystemExit) as error:
         return str(error)
