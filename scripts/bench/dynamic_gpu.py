@@ -47,6 +47,8 @@ CASES: dict[str, tuple[str, Layout]] = {
     "video, 10 %, 128 x 64": ("topk(keep=0.1, block=2x8x8, key_block=1x8x8)", Layout((30, 45, 88))),
     "image, 10 %, 128 x 64, means": ("topk(keep=0.1, block=8x16, key_block=8x8, rest=mean)", Layout((256, 256))),
     "video, 10 %, blocks of 128": ("topk(keep=0.1, block=4x4x8)", Layout((30, 45, 88))),
+    # Every query token chooses, and those of a tile share what it visits.
+    "tokens, 10 %": ("topk(keep=0.1, block=1x1, key_block=8x8)", Layout((128, 128))),
     # Dense attention with the test in the loop: one that passes over nothing, and one that does.
     "levels, passes over nothing": ("topk(keep=1.0, block=8x8, always=none, skip=1e-30)", Layout((128, 128))),
     "levels, passes over": ("topk(keep=1.0, block=8x8, always=none, skip=0.01)", Layout((128, 128))),
