@@ -28,8 +28,10 @@ from scripts.bench.gpu import DIM, HEADS, compared, dense_by, in_turns
 from scripts.gpu_common import versions
 from visattn import Layout, attention, parse, tile_choice
 from visattn.kernels.triton.backend import kernels_of
+from visattn.kernels.triton.choosing.skipped import SkippingLists
 from visattn.kernels.triton.lists.program import Program, program
 from visattn.kernels.triton.prepared import Kernels
+from visattn.kernels.triton.routes import MergedLists
 from visattn.patterns import DynamicPattern
 from visattn.plans import with_routes
 from visattn.problem import Call
@@ -87,6 +89,13 @@ class Fixed:
         return [run.bounds.data_ptr(), run.bases.data_ptr(), run.mask_ids.data_ptr()]
 
 
+def listed(kernels: Kernels, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Choose, and write the lists that the forward walks."""
+    routed = kernels.lists(q, k, v, None, False)
+    if not isinstance(routed, SkippingLists):
+        routed.addresses("forward")
+
+
 def host_us(run: Callable[[], object]) -> float:
     """What a call keeps the host, which does not wait for the device: the median of some."""
     torch.cuda.synchronize()
@@ -141,14 +150,16 @@ def measured(name: str, backward: bool) -> dict[str, Any]:
     ours = lambda q, k, v: attention(q, k, v, pattern, layout, backend="triton")  # noqa: E731
     with torch.no_grad():
         routed = kernels.lists(q, k, v, None, False)
-        parts = in_turns(
-            {
-                "choosing": partial(pattern.choose, q, k, layout),
-                "choosing_and_lists": partial(kernels.lists, q, k, v, None, False),
-                "kernel": partial(kernels.forward, q, k, v, None, None, False, routed),
-                "kernel_fixed": partial(fixed.forward, q, k, v, None, None, False, Fixed(fixed, pattern, q, k, v)),
-            }
-        )
+        timed = {
+            "choosing": partial(pattern.choose, q, k, layout),
+            "choosing_and_lists": partial(listed, kernels, q, k, v),
+            "kernel": partial(kernels.forward, q, k, v, None, None, False, routed),
+        }
+        # One list is for whole tiles: where several blocks share them, no fixed pattern is like it.
+        if not isinstance(routed, MergedLists):
+            held = Fixed(fixed, pattern, q, k, v)
+            timed["kernel_fixed"] = partial(fixed.forward, q, k, v, None, None, False, held)
+        parts = in_turns(timed)
     dense = dense_by(SDPBackend.CUDNN_ATTENTION, inputs)
     if backward:
         times = compared({"ours": (ours, inputs), "cudnn": dense})
