@@ -211,8 +211,7 @@ def listed_call(
     tiles = _routed_plan(pattern, layout)
     dense, fixed = _dense(pattern, layout, q.device)
     rest = merged = None
-    if tiles.pattern is not pattern:
-        assert isinstance(pattern, DynamicPattern)
+    if isinstance(pattern, DynamicPattern) and sharing_tiles(pattern, layout, SHARING) is not None:
         merged = merge(pattern.choose(q, k, layout, mask, call.scale), tiles, pattern.blocks(layout.grid))
         routes = merged.routes
     elif isinstance(pattern, DynamicPattern) and pattern.pools_rest:

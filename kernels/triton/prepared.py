@@ -60,6 +60,7 @@ class Kernels:
         bias = None if call.rpb is None else call.rpb.detach().to("meta")
         self._call = replace(call, key_mask=None, rpb=bias, parameters={})
         self._tf32, self._choose = tf32, choose
+        self._shared = sharing_tiles(call.pattern, call.layout, SHARING)
         self.starts = Starts(q.device, grown)
         # Of aligned tensors, which the first ones may not be.
         self._work: Work | None = None
@@ -179,7 +180,7 @@ class Kernels:
         if not learns and isinstance(pattern, DynamicPattern) and self._skips(pattern, q, work.layout):
             listed = pattern.listed(q, k, work.layout, key_mask, scale)
             return SkippingLists(pattern, listed, work.layout, self._tf32)
-        if isinstance(pattern, DynamicPattern) and work.pattern is not pattern:
+        if isinstance(pattern, DynamicPattern) and self._shared is not None:
             chosen = pattern.choose(q, k, work.layout, key_mask, scale)
             return MergedLists(chosen, pattern.blocks(work.layout.grid), work)
         if isinstance(pattern, DynamicPattern) and lists_by_blocks(pattern):
@@ -217,8 +218,14 @@ class Kernels:
         if whole and self._work is not None:
             return self._work
         call = self._call
-        pattern = sharing_tiles(call.pattern, call.layout, SHARING) or call.pattern
-        made = Work(pattern, call.layout, call.scale, self._tf32, self._choose(t.q, t.k, t.v, call), self.starts)
+        made = Work(
+            self._shared or call.pattern,
+            call.layout,
+            call.scale,
+            self._tf32,
+            self._choose(t.q, t.k, t.v, call),
+            self.starts,
+        )
         if whole:
             self._work, self._counted = made, made.configs["forward"].hopper
         return made

@@ -123,3 +123,13 @@ def test_blocks_that_fill_a_tile_have_it_alone():
     assert (shared.block, shared.key_block, shared.most) == ((8, 8), (4, 4), 16)
     # A tile expects more than one of its blocks does, and no more than all.
     assert 2 / 16 < shared.part <= 1
+
+
+def test_plans_that_equal_patterns_share_are_not_those_of_shared_tiles():
+    """A plan is kept for all patterns that are equal, so that it may have another object than the call."""
+    layout, text = Layout(70), "topk(keep=2, block=16, rest=mean)"
+    q, k, v = qkv(layout, 2, dim=8)
+    first = attention(q, k, v, text, layout, backend="tiles")
+    equal = type(parse(text))(keep=2, block=16, rest="mean")
+    assert torch.equal(attention(q, k, v, equal, layout, backend="tiles"), first)
+    assert (attention(q, k, v, equal, layout, backend="reference") - first).abs().max() < 1e-10
