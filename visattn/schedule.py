@@ -42,6 +42,7 @@ class Schedule:
         dense_last_steps: The last so many, likewise.
         model: Class of the only models that it is for, "" for any.
         layers: How many layers these have, 0 for any number.
+        label: What reports call it, "" for nothing.
     """
 
     rules: tuple[tuple[tuple[Selector, ...] | None, Given], ...]
@@ -50,6 +51,7 @@ class Schedule:
     dense_last_steps: int | float = 0
     model: str = ""
     layers: int = 0
+    label: str = ""
 
     @classmethod
     def of(
@@ -76,7 +78,8 @@ class Schedule:
         if isinstance(pattern, Path) or (isinstance(pattern, str) and pattern.lower().endswith(_FILES)):
             pattern = _read(Path(pattern))
         if isinstance(pattern, Schedule):
-            rules, own = list(pattern.rules), {"model": pattern.model, "layers": pattern.layers}
+            rules = list(pattern.rules)
+            own = {"model": pattern.model, "layers": pattern.layers, "label": pattern.label}
             if layers is not None or dense_layers:
                 raise ValueError(
                     f"layers={layers!r}, dense_layers={dense_layers}: the schedule itself says which layers"

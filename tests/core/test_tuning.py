@@ -106,7 +106,7 @@ COSTS = {DENSE: (0.0, 10.0), "topk(keep=0.5)": (0.01, 6.0), "topk(keep=0.2)": (0
 class Numbers:
     """A model whose output's error is a weighted sum of its layers' errors, with noise of the seed."""
 
-    model, layers, steps, grid = "Numbers", 3, 8, (16, 16)
+    model, layers, parameters, steps, grid = "Numbers", 3, 17, 8, (16, 16)
     # The first layer in the first steps matters most.
     weights = ((0.3, 0.02), (0.03, 0.002), (0.003, 0.0002))
 

@@ -16,7 +16,7 @@ from visattn.tuning.subject import DENSE, Outcome
 class Listed:
     """Attention that takes as long as its pattern is dense, and an output that is off by what is left out."""
 
-    model, layers, steps, grid = "Listed", 2, 8, (16, 16)
+    model, layers, parameters, steps, grid = "Listed", 2, 17, 8, (16, 16)
 
     def outcome(self, edges, assignment, seeds, timed=True):
         names = [name for row in assignment for name in row]

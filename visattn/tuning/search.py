@@ -218,4 +218,12 @@ def tuned(search: Search, found: Found) -> Tuned:
             figures[f"{name}_worst"] = round((min if name == "ssim" else max)(values), 4)
     settings = {"goal": {k: v for k, v in vars(goal).items() if v is not None}, "subject": subject.about()}
     settings |= {"stages": plan.stages, "seeds": plan.seeds, "seed": plan.seed, "rank_correlation": found.ranks}
-    return Tuned(subject.model, subject.layers, subject.grid, layers, settings=settings, verified=figures)
+    return Tuned(
+        subject.model,
+        subject.layers,
+        subject.grid,
+        layers,
+        parameters=subject.parameters,
+        settings=settings,
+        verified=figures,
+    )

@@ -84,6 +84,11 @@ class Subject(Protocol):
         ...
 
     @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        ...
+
+    @property
     def steps(self) -> int:
         """Steps of a run."""
         ...
