@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.browser import browser, dom
 from visattn import parse
 from visattn.tuned import Tuned
 from visattn.tuning.candidates import candidates, checked
@@ -224,3 +225,25 @@ def test_held_is_what_the_share_has():
     outcome = Outcome(tuple(float(i) for i in range(20)))
     assert (outcome.held(1.0), outcome.held(0.95), outcome.held(0.5)) == (0.0, 1.0, 10.0)
     assert Outcome.of(json.loads(json.dumps(Outcome((math.inf, 1.0)).to_dict()))) == Outcome((math.inf, 1.0))
+
+
+@browser
+def test_a_real_browser_draws_the_page(tmp_path):
+    made = search(Goal(psnr=25.0, held_out=5))
+    found = made.run()
+    file = tmp_path / "tuned.html"
+    file.write_text(page(tuned(made, found), found), encoding="utf-8")
+    seen = dom(
+        file,
+        tmp_path,
+        """const boxes = [...document.querySelectorAll("rect")].map(r => r.getBoundingClientRect());
+        const dots = [...document.querySelectorAll("circle")].map(c => c.getBoundingClientRect());
+        const wide = document.documentElement.clientWidth;
+        document.title = JSON.stringify({
+          rows: new Set(boxes.map(b => Math.round(b.top))).size,
+          inside: [...boxes, ...dots].every(b => b.width > 1 && b.height > 1 && b.left >= 0 && b.right <= wide),
+          dots: dots.length,
+          scrolls: document.documentElement.scrollWidth > wide,
+        });""",
+    )
+    assert seen == {"rows": 3, "inside": True, "dots": seen["dots"], "scrolls": False} and seen["dots"] >= 2
