@@ -11,6 +11,7 @@ from torch import nn
 from visattn.copies import copy_as_is, copy_as_stock
 from visattn.dispatch import choose
 from visattn.handle import Request
+from visattn.layout import Layout
 from visattn.models.swap.hooks import CountForeign, Follow, Hooks, Missed, PassBy, RefuseDroppedPatches, Resume
 from visattn.models.swap.records import check_fit
 from visattn.models.swap.runtime import Runtime, Swapped
@@ -49,7 +50,8 @@ class SwappedModel:
     def __init__(self, model: nn.Module, request: Request) -> None:
         self._name, self._request = type(model).__name__, request
         found = find_sites(model, self._name)
-        patterns = request.schedule.assign_stepless([site.name for site in found], self._name)
+        names = [site.name for site in found]
+        patterns = request.schedule.assign_stepless(names, self._name, own_grid(model, request.layout))
         self._sites = [
             site.given(pattern) for site, pattern in zip(found, patterns, strict=True) if pattern is not None
         ]
@@ -155,6 +157,14 @@ class SwappedModel:
             name = choose(problem, self._request.backend).name
             calls.append(CallReport(problem, hits, name, "with the position bias", density(problem)))
         return replace(found, calls=tuple(calls))
+
+
+def own_grid(model: nn.Module, layout: Layout | None = None) -> tuple[int, ...] | None:
+    """Tokens per axis of the images that a model was made for, None if it does not say."""
+    if layout is not None:
+        return layout.grid
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return None if grid is None else tuple(grid)
 
 
 def _on_the_way(model: nn.Module, embed: nn.Module, sites: Sequence[Site]) -> list[str]:

@@ -59,6 +59,8 @@ class Samples:
 class PipelineSubject:
     """See `visattn.tuning.subject.Subject`."""
 
+    measure = "psnr"
+
     def __init__(self, pipe: Any, samples: Samples, name: str = "", backend: str = "auto") -> None:
         """Look at a pipeline.
 
