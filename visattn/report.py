@@ -233,11 +233,13 @@ class Report:
         sites: Every patched attention module; modules that a schedule keeps dense are among them.
         dense_steps: First steps that stay dense, as given.
         dense_last_steps: Last steps that stay dense, as given.
+        schedule: What a preset says about itself, "" for other schedules.
     """
 
     sites: tuple[SiteReport, ...]
     dense_steps: int | float = 0
     dense_last_steps: int | float = 0
+    schedule: str = ""
 
     @property
     def hits(self) -> int:
@@ -322,6 +324,7 @@ class Report:
             "timed": sum(site.timed for site in self.sites),
             "called": sum(site.called for site in self.sites),
             "moved": self.moved,
+            "schedule": self.schedule,
             "sites": [site.to_dict() for site in self.sites],
         }
 
@@ -332,6 +335,7 @@ class Report:
             f"{self.sparse_seconds:.3f} s; {self.dense} dense and {sum(self.fallbacks.values())} fallback calls, "
             f"{self.dense_seconds:.3f} s{self._timing()}{self._moving()}"
         ]
+        lines += [f"  {self.schedule}"] if self.schedule else []
         width = max((len(site.site) for site in self.sites), default=0)
         for site in self.sites:
             head = f"  {site.site:<{width}}  {site.pattern}: {site.hits} hits, {site.dense} dense"
