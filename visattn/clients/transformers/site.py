@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from visattn.attend import attention
-from visattn.clients.transformers.grids import Chunk, Chunks
+from visattn.clients.transformers.grids import Chunk, Chunks, Sorted, Stages
 from visattn.clients.transformers.interface import Attend, Own
 from visattn.clients.transformers.order import row_major
 from visattn.layout import Layout
@@ -82,7 +82,7 @@ class Site:
             return self._traced(own)
         run, (q, k, v) = self.run, own.tensors
         run.enter(self.path)
-        call, chunk, key = to_call(own), self._chunk(), None
+        call, chunk, key = to_call(own), self._chunk(q.shape[2]), None
         if call.layouts is None and chunk is not None:
             return self._in_order(own, call, chunk)
         if call.layouts is None and self.told.layout is not None:
@@ -95,16 +95,18 @@ class Site:
             key = self.runner.key(q, k, v, call.scale, True, "eager")
         return self.runner.attend(call.autocast(), self.path, key=key)[0]
 
-    def _chunk(self) -> Chunk | None:
-        """Where the tokens of this call sit, if the module makes several."""
+    def _chunk(self, length: int) -> Chunk | Sorted | None:
+        """Where the tokens of this call sit, if the module makes several or gets them in another order."""
         forward = self.run.forward
+        if forward is not None and isinstance(forward.where, Stages):
+            return forward.where.of(length)
         if forward is None or not isinstance(forward.where, Chunks):
             return None
         calls, told = forward.where.calls, self.told
         told.turn += 1
         return calls[(told.turn - 1) % len(calls)]
 
-    def _in_order(self, own: Own, call: AttentionCall, chunk: Chunk) -> torch.Tensor:
+    def _in_order(self, own: Own, call: AttentionCall, chunk: Chunk | Sorted) -> torch.Tensor:
         """Attention of tokens that are not row by row."""
         forward = self.run.forward
         assert forward is not None
@@ -128,6 +130,11 @@ class Site:
             raise ValueError(
                 f"{self.run.name} attends image by image, which patterns follow outside of compiled code only: "
                 "compile the text model alone, or remove() the handle"
+            )
+        if isinstance(where, Stages):
+            raise ValueError(
+                f"{self.run.name} sorts its tokens by the pooling to come, which patterns follow outside of compiled "
+                "code only: leave compile() out, or remove() the handle"
             )
         if call.mask is not None:
             raise ValueError(

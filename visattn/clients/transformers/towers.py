@@ -41,8 +41,8 @@ class Tower:
 
     @property
     def config(self) -> Any:
-        """The configuration of its attention, which names the implementation."""
-        return self.sites[0].module.config
+        """Its configuration: that of its attention, if this has one."""
+        return getattr(self.sites[0].module, "config", None) or self.module.config
 
     @property
     def dims(self) -> int:
