@@ -126,7 +126,8 @@ TOWERS = {
         {
             **IMAGE,
             "window_size": 2,
-            "num_hidden_layers": 3, "global_attn_indexes": [0, 2],
+            "num_hidden_layers": 3,
+            "global_attn_indexes": [0, 2],
             "num_pos_feats": 12,
             "output_channels": 16,
             "mlp_dim": 32,
@@ -146,6 +147,20 @@ TOWERS = {
             "masked_unit_attention": [True, True, False, False],
         },
         Layout((6, 6)),
+    ),
+    "swinv2": (
+        "Swinv2Config",
+        "Swinv2Model",
+        {
+            "image_size": 48,
+            "patch_size": 4,
+            "embed_dim": 16,
+            "depths": [1, 2],
+            "num_heads": [2, 4],
+            # One window holds the map, so that the model's own attention can be told what a pattern hides.
+            "window_size": 12,
+        },
+        Layout((12, 12)),
     ),
     "segformer": (
         "SegformerConfig",

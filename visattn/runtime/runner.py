@@ -345,10 +345,10 @@ class Runner:
             return Verdict("dense", shapes=_shapes(call), why=fit.why)
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode))
         automatic = self.backend == "auto"
-        if automatic and all(self.pattern.covers(*layout.grids) for layout in fit.layouts):
+        if automatic and not call.local and all(self.pattern.covers(*layout.grids) for layout in fit.layouts):
             # The model's own attention is the pattern.
             return Verdict("sparse", problems=problems)
-        if automatic and not self.run.always and not parameters:
+        if automatic and not call.local and not self.run.always and not parameters:
             crossings = [crossing(problem) for problem in problems]
             slower = [found for found in crossings if found is not None and found.dense_pays_inside]
             if slower and len(slower) == len(problems):
@@ -361,8 +361,8 @@ class Runner:
     ) -> Iterator[Problem]:
         """What a call poses, once for each layout."""
         for i, layout in enumerate(layouts):
-            q, k, v, keys, scale, *_ = sequences if len(layouts) == 1 else sequences.sample(i)
-            found = Problem.of(q, k, v, Call(self.pattern, layout, scale, keys, parameters=parameters))
+            q, k, v, keys, scale, *_, rpb = sequences if len(layouts) == 1 else sequences.sample(i)
+            found = Problem.of(q, k, v, Call(self.pattern, layout, scale, keys, rpb, parameters=parameters))
             yield found if mode == "eager" else replace(found, mode=mode)
 
     def note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:

@@ -21,7 +21,7 @@ def kinds(model):
     return [type(module) for module in model.modules()]
 
 
-@pytest.mark.parametrize("folder", ["sam", "hiera"])
+@pytest.mark.parametrize("folder", ["sam", "hiera", "swinv2"])
 @torch.no_grad()
 def test_classes_come_back_and_copies_are_stock(folder):
     model, x = make(folder), inputs(folder)
@@ -84,6 +84,28 @@ def test_what_stays_dense_says_why():
     assert {call.problem.layout.grid for site in report.sites for call in site.calls} == {(6, 10), (3, 5)}
     with pytest.raises(ValueError, match="3 axes"):
         visattn.apply(hiera, "na(window=3x3x3)")
+
+
+@torch.no_grad()
+def test_windows_give_way_to_a_neighborhood_with_their_bias():
+    model, whole, x = make("swinv2", window_size=3), make("swinv2"), inputs("swinv2")
+    shifted = model.encoder.layers[0].blocks[0].attention.self
+    assert shifted.window_size == (3, 3) and model.encoder.layers[1].blocks[1].shift_size == 1
+    # The stock model's windows are no dense attention, so that what covers the map is not left to it.
+    with visattn.apply(model, "na(window=99)", strict=True) as handle:
+        found, report = first(model(**x)), handle.report()
+    assert report.hits == 3 and report.sites[0].calls[0].problem.rpb
+    for ours, theirs in zip(model.modules(), whole.modules(), strict=True):
+        if hasattr(ours, "relative_coords_table"):
+            # The same biases by distance, in one window as large as the map.
+            theirs.pretrained_window_size = ours.window_size
+            table, index = theirs.create_coords_table_and_index()
+            theirs.relative_coords_table, theirs.relative_position_index = table, index
+    assert (found - first(whole(**x))).abs().max() <= 1e-4
+    with pytest.raises(ValueError, match="cannot carry the relative position bias of Swinv2Model: use na"):
+        visattn.apply(model, "clear(radius=2)")
+    with visattn.apply(model, "na(window=3)"), pytest.raises(ValueError, match="output_attentions=True"):
+        model(**x, output_attentions=True)
 
 
 @torch.no_grad()

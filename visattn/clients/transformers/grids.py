@@ -151,6 +151,12 @@ def of_map(args: Args) -> Layout:
     return Layout((int(x.shape[1]), int(x.shape[2])))
 
 
+def of_dimensions(args: Args) -> Layout:
+    """Rows and columns that a module is told as `input_dimensions`."""
+    rows, columns = args["input_dimensions"]
+    return Layout((int(rows), int(columns)))
+
+
 def of_sides(args: Args) -> Layout:
     """Rows and columns that a module is told as `height` and `width`."""
     return Layout((int(args["height"]), int(args["width"])))

@@ -12,7 +12,7 @@ from visattn.clients.transformers.hooks import Begin, Enter, Finish, Hooks, Pass
 from visattn.clients.transformers.interface import Under, name_for, stock
 from visattn.clients.transformers.site import Site, TowerRun, run_stock
 from visattn.clients.transformers.swaps import swapped_class
-from visattn.clients.transformers.towers import Assigned, Tower, check_free, find_towers
+from visattn.clients.transformers.towers import Assigned, Tower, check_bias, check_free, find_towers
 from visattn.copies import copy_as_is, copy_as_stock
 from visattn.handle import Request
 from visattn.parameters import Learnable, make_parameters
@@ -49,6 +49,7 @@ def install(target: Any, request: Request) -> list[PatchedTower]:
     for tower in towers:
         own = [(site, given[site.name.path]) for site in tower.sites if site.name.path in given]
         for _, pattern in own:
+            check_bias(pattern, tower, name)
             check_dims(pattern, tower.dims if request.layout is None else request.layout.dims, name)
     for tower in towers:
         own = [(site, given[site.name.path]) for site in tower.sites if site.name.path in given]

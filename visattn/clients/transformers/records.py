@@ -32,6 +32,7 @@ class Record:
             the one around it and its place among the tower's blocks.
         refused: Why no pattern can run in it, empty if one can.
         swap: What is mixed into its attention classes, which call no attention implementation; None where they do.
+        bias: Whether they have a relative position bias, which only neighborhoods carry.
     """
 
     anchor: str
@@ -45,6 +46,7 @@ class Record:
     skips: Callable[[Any, Any, int], bool] | None = None
     refused: str = ""
     swap: type | None = None
+    bias: bool = False
 
     @property
     def folder(self) -> str:
@@ -186,6 +188,16 @@ RECORDS: tuple[Record, ...] = (
         swap=swaps.HieraMaskUnitAttention,
     ),
     Record(
+        "swinv2.Swinv2Encoder",
+        ("Swinv2Layer",),
+        "Swin v2",
+        grids.elsewhere,
+        whole=True,
+        told=grids.of_dimensions,
+        swap=swaps.Swinv2Layer,
+        bias=True,
+    ),
+    Record(
         "segformer.SegformerModel",
         ("SegformerAttention",),
         "SegFormer: stages without reduction",
@@ -225,6 +237,5 @@ REFUSED = {
     "pvt_v2": f"{_OWN_CODE}, and its keys are fewer than its queries",
     "swin": _WINDOWS,
     "swin2sr": f"{_OWN_CODE}, and is in windows already",
-    "swinv2": f"{_OWN_CODE}, and is in windows already",
     "timesformer": f"{_OWN_CODE}",
 }

@@ -87,7 +87,7 @@ class Site:
             return self._in_order(own, call, chunk)
         if call.layouts is None and self.told.layout is not None:
             call = call.placed(_fits(self.told.layout, q.shape[2]))
-        if call.mask is None and call.layouts is None and not (call.dropout or call.causal):
+        if call.mask is None and call.layouts is None and not (call.dropout or call.causal or call.local):
             stock = functools.partial(_turned, own)
             found = self.runner.attend_alike(q, k, v, call.scale, True, "eager", stock)
             if found is not None:
@@ -146,10 +146,12 @@ class Site:
         backend, pattern = self.runner.backend, self.runner.pattern
         if isinstance(found, str) or call.refusal() or call.layouts is not None:
             return own()
-        if backend == "auto" and pattern.covers(found[0].grid):
+        if backend == "auto" and pattern.covers(found[0].grid) and not call.local:
             return own()
         parameters = {name: value.to(call.q.device) for name, value in self.runner.parameters.items()}
         rest: dict[str, Any] = {"parameters": parameters} if parameters else {}
+        if call.rpb is not None:
+            rest["rpb"] = call.rpb
         return attention(*call.tensors, pattern, found[0], scale=call.scale, backend=backend, **rest)
 
 
@@ -175,6 +177,8 @@ def to_call(own: Own) -> AttentionCall:
         dropout=options.get("dropout", 0.0),
         causal=bool(causal) and own.mask is None,
         own=own,
+        rpb=options.get("rpb"),
+        local=options.get("local", False),
     )
     return call.placed(why) if why else call
 

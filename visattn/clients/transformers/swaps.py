@@ -7,6 +7,7 @@ module's own forward does, whole.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from visattn.clients.transformers.interface import Own
 from visattn.clients.transformers.site import Site
+from visattn.offsets import log_distances
 from visattn.patterns import Dense
 from visattn.positions import resized, with_positions
 
@@ -41,11 +43,11 @@ class Stock:
 
 
 def run(
-    site: Site, module: Any, tensors: tuple[torch.Tensor, ...], scale: float, dropout: float, stock: Stock
+    site: Site, module: Any, tensors: tuple[torch.Tensor, ...], scale: float, dropout: float, stock: Stock, **more: Any
 ) -> torch.Tensor | None:
     """The pattern on q, k and v [B, H, S, D]: [B, S, H, D], or None where the stock forward ran instead."""
     q, k, v = tensors
-    options = {"scaling": scale, "dropout": dropout, "is_causal": False}
+    options = {"scaling": scale, "dropout": dropout, "is_causal": False, **more}
     out = site.attend(Own(stock, module, (q, k, v), None, options))
     return None if stock.result is not None else out
 
@@ -103,6 +105,47 @@ class HieraMaskUnitAttention:
         stock = Stock(site, own)
         out = run(site, self, (q, k, v), self.scale, 0.0, stock)
         return stock.result if out is None else (self.proj(out.flatten(2)), None)
+
+
+class Swinv2Layer:
+    """Swin v2's block: a neighborhood of the whole map with the position bias of its windows, and no shift."""
+
+    visattn_site: Site | None
+
+    def forward(
+        self: Any, hidden_states: torch.Tensor, input_dimensions: Any, output_attentions: bool | None = False
+    ) -> Any:
+        """As the module's own forward."""
+        site = self.visattn_site
+        own = functools.partial(super().forward, hidden_states, input_dimensions, output_attentions)  # type: ignore[misc]
+        if site is None:
+            return own()
+        attn, stock, rpb = self.attention.self, Stock(site, own), None
+        shape = (*hidden_states.shape[:2], attn.num_attention_heads, attn.attention_head_size)
+        projections = attn.query, attn.key, attn.value
+        q, k, v = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
+        if not stays_dense(site):
+            # Logits are cosines times a factor of each head.
+            q = F.normalize(q, dim=-1) * attn.logit_scale.clamp(max=math.log(100.0)).exp()
+            q, k = q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
+            rpb = _bias_of(attn, site.runner.pattern, tuple(int(n) for n in input_dimensions)).to(v.dtype)
+        dropout = attn.dropout.p if self.training else 0.0
+        more = {"rpb": rpb, "local": True, "output_attentions": output_attentions}
+        out = run(site, self, (q, k, v), 1.0, dropout, stock, **more)
+        if out is None:
+            return stock.result
+        out = self.attention.output(out.flatten(2), hidden_states)
+        hidden_states = hidden_states + self.drop_path(self.layernorm_before(out))
+        fed = self.output(self.intermediate(hidden_states))
+        return (hidden_states + self.drop_path(self.layernorm_after(fed)),)
+
+
+def _bias_of(attn: Any, pattern: Any, grid: tuple[int, ...]) -> torch.Tensor:
+    """The `rpb` of a neighborhood, from the small network that knows a bias for any distance."""
+    weight = attn.continuous_position_bias_mlp[0].weight
+    known = attn.pretrained_window_size if attn.pretrained_window_size[0] > 0 else attn.window_size
+    coordinates = log_distances(pattern, grid, tuple(known), weight)
+    return 16 * torch.sigmoid(attn.continuous_position_bias_mlp(coordinates)).permute(2, 0, 1)
 
 
 @functools.lru_cache(maxsize=64)
