@@ -52,7 +52,8 @@ class CallReport:
         """Explain calls after the fact: the choice of a backend is a function of the problem."""
         if isinstance(problem.pattern, MergingPattern):
             return cls(problem, hits, problem.pattern.name, "the only one that merges tokens", None)
-        if backend == "auto" and problem.pattern.covers(*problem.layout.grids):
+        # A model's own attention stands for a pattern on plain tensors alone.
+        if backend == "auto" and not problem.rpb and problem.pattern.covers(*problem.layout.grids):
             return cls(problem, hits, "stock", "the pattern covers the whole grid", 1.0)
         name = choose(problem, backend).name
         reached = None if sums is None else Reached.of(sums, problem.layout)

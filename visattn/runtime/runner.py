@@ -351,15 +351,16 @@ class Runner:
         if sequences is None:
             return Verdict("dense", shapes=_shapes(call), why=fit.why)
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode))
-        return judge(self.pattern, problems, fit.layouts, self.backend, self.run.always or bool(parameters))
+        always = self.run.always or bool(parameters)
+        return judge(self.pattern, problems, fit.layouts, self.backend, always, not call.local)
 
     def _problems(
         self, sequences: Sequences, layouts: tuple[Layout, ...], parameters: Mapping[str, torch.Tensor], mode: Mode
     ) -> Iterator[Problem]:
         """What a call poses, once for each layout."""
         for i, layout in enumerate(layouts):
-            q, k, v, keys, scale, *_ = sequences if len(layouts) == 1 else sequences.sample(i)
-            found = Problem.of(q, k, v, Call(self.pattern, layout, scale, keys, parameters=parameters))
+            q, k, v, keys, scale, *_, rpb = sequences if len(layouts) == 1 else sequences.sample(i)
+            found = Problem.of(q, k, v, Call(self.pattern, layout, scale, keys, rpb, parameters=parameters))
             yield found if mode == "eager" else replace(found, mode=mode)
 
     def note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:
