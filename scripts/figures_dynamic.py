@@ -98,7 +98,7 @@ def gpu_table() -> str:
     for case in found["cases"].values():
         parts, own = case["parts_ms"], case["ours"]["forward_ms"]
         choosing = f"{parts['choosing_and_lists']:.2f} ms, {case['choosing_share']:.1%}"
-        fixed = f"{parts['kernel_fixed'] / parts['kernel']:.2f}"
+        fixed = f"{parts['kernel_fixed'] / parts['kernel']:.2f}" if "kernel_fixed" in parts else ""
         cells = [
             f"`{case['pattern']}`",
             case["layout"],

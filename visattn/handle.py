@@ -14,10 +14,12 @@ from visattn.dispatch import load
 from visattn.layout import Layout, check_layout
 from visattn.parameters import Learnable, PatternParameters, read_weights
 from visattn.patterns import MergingPattern
+from visattn.presets import automatic, is_auto
 from visattn.reached import Reached
 from visattn.registry import REGISTRY
 from visattn.report import Report, SiteReport
-from visattn.schedule import PatternLike, Schedule, Selector
+from visattn.schedule import PatternLike, Schedule
+from visattn.selectors import Selector
 from visattn.watch import Watched, Watcher
 
 
@@ -135,7 +137,7 @@ class Handle:
                 found = self._caught[i].of(site.site) if self._caught else None
                 sites.append(site if found is None else replace(site, caught=Reached(*found)))
         schedule = self._request.schedule
-        return Report(tuple(sites), schedule.dense_steps, schedule.dense_last_steps)
+        return Report(tuple(sites), schedule.dense_steps, schedule.dense_last_steps, schedule.label)
 
     def watch(self, watcher: Watcher | None) -> None:
         """Call `watcher(watched)` after every attention call of a patched module; None stops that.
@@ -214,7 +216,9 @@ def apply(
             {"0-3": "dense", "4-": "na(window=7x7)"}, where a layer may have a mapping from denoising steps to patterns
             like {"0-0.25": "dense", "0.25-": "na(window=7x7)"} (shares of the run, or counts: {"0-3": ..., "4-": ...};
             steps that none names stay dense); the path of a JSON or YAML file with such a mapping, or of one that
-            `visattn tune` wrote; or a `Schedule`.
+            `visattn tune` wrote; or a `Schedule`. "auto" is the preset of this model that was measured to have 30 dB
+            to dense attention, "auto(psnr=35)" one with more, and where there is none a careful schedule; the report
+            says which.
         layers: Layers to patch: indices, slices, ranges like "4-9", or names; None for all.
         dense_layers: The first so many selected layers stay dense.
         dense_steps: The first so many denoising steps stay dense: a count, or a fraction like 0.25.
@@ -257,6 +261,8 @@ def apply(
     if backend != "auto":
         load(backend)
     package = _package(target)
+    if isinstance(pattern, str) and is_auto(pattern):
+        pattern = automatic(target, pattern)
     precise = precision, precise_layers, precise_steps, precise_last_steps
     schedule = Schedule.of(pattern, layers, dense_layers, dense_steps, dense_last_steps, *precise)
     for each in schedule.patterns:

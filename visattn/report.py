@@ -52,7 +52,9 @@ class CallReport:
         """Explain calls after the fact: the choice of a backend is a function of the problem."""
         if isinstance(problem.pattern, MergingPattern):
             return cls(problem, hits, problem.pattern.name, "the only one that merges tokens", None)
-        if backend == "auto" and problem.precision is None and problem.pattern.covers(*problem.layout.grids):
+        # A model's own attention stands for a pattern on plain tensors alone.
+        plain = problem.precision is None and not problem.rpb
+        if backend == "auto" and plain and problem.pattern.covers(*problem.layout.grids):
             return cls(problem, hits, "stock", "the pattern covers the whole grid", 1.0)
         name = choose(problem, backend).name
         reached = None if sums is None else Reached.of(sums, problem.layout)
@@ -242,11 +244,13 @@ class Report:
         sites: Every patched attention module; modules that a schedule keeps dense are among them.
         dense_steps: First steps that stay dense, as given.
         dense_last_steps: Last steps that stay dense, as given.
+        schedule: What a preset says about itself, "" for other schedules.
     """
 
     sites: tuple[SiteReport, ...]
     dense_steps: int | float = 0
     dense_last_steps: int | float = 0
+    schedule: str = ""
 
     @property
     def hits(self) -> int:
@@ -331,6 +335,7 @@ class Report:
             "timed": sum(site.timed for site in self.sites),
             "called": sum(site.called for site in self.sites),
             "moved": self.moved,
+            "schedule": self.schedule,
             "sites": [site.to_dict() for site in self.sites],
         }
 
@@ -341,6 +346,7 @@ class Report:
             f"{self.sparse_seconds:.3f} s; {self.dense} dense and {sum(self.fallbacks.values())} fallback calls, "
             f"{self.dense_seconds:.3f} s{self._timing()}{self._moving()}"
         ]
+        lines += [f"  {self.schedule}"] if self.schedule else []
         width = max((len(site.site) for site in self.sites), default=0)
         for site in self.sites:
             head = f"  {site.site:<{width}}  {site.pattern}: {site.hits} hits, {site.dense} dense"

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from visattn.checks import check_precision
 from visattn.patterns import Dense, ListedPattern, MergingPattern, Pattern, Radial, parse
 from visattn.patterns.values import axis_values, per_axis
+from visattn.selectors import Selector, SiteName, pick, selectors_of
 from visattn.staged import Staged
 from visattn.tuned import Tuned
 
-Selector = int | slice | str
 # What a layer may be given: a pattern, or one for each of its steps.
 Given = Pattern | Staged
 PatternLike = Pattern | str | Path | Mapping[Any, "Pattern | str | Mapping[Any, Pattern | str]"]
 # The fields that count denoising steps.
 _COUNTED = ("dense_steps", "dense_last_steps", "precise_steps", "precise_last_steps")
 _FILES = (".json", ".yaml", ".yml")
-
-
-class SiteName(NamedTuple):
-    """An attention module: its path in the model, and the path of the layer it belongs to."""
-
-    path: str
-    layer: str
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,7 @@ class Schedule:
         precise_last_steps: The last so many.
         model: Class of the only models that it is for, "" for any.
         layers: How many layers these have, 0 for any number.
+        label: What reports call it, "" for nothing.
     """
 
     rules: tuple[tuple[tuple[Selector, ...] | None, Given], ...]
@@ -61,6 +53,7 @@ class Schedule:
     precise_last_steps: int | float = 0
     model: str = ""
     layers: int = 0
+    label: str = ""
 
     @classmethod
     def of(
@@ -96,7 +89,8 @@ class Schedule:
         if isinstance(pattern, Path) or (isinstance(pattern, str) and pattern.lower().endswith(_FILES)):
             pattern = _read(Path(pattern))
         if isinstance(pattern, Schedule):
-            rules, own = list(pattern.rules), {"model": pattern.model, "layers": pattern.layers}
+            rules = list(pattern.rules)
+            own = {"model": pattern.model, "layers": pattern.layers, "label": pattern.label}
             if layers is not None or dense_layers:
                 raise ValueError(
                     f"layers={layers!r}, dense_layers={dense_layers}: the schedule itself says which layers"
@@ -116,13 +110,13 @@ class Schedule:
                 raise ValueError(f"layers={layers!r} and a pattern per layer both choose layers: pass one of them")
             if not pattern:
                 raise ValueError("pattern={} names no layer: pass e.g. {'0-3': 'dense', '4-': 'na(window=7x7)'}")
-            rules = [(_selectors(key), _given(value)) for key, value in pattern.items()]
+            rules = [(selectors_of(key), _given(value)) for key, value in pattern.items()]
         else:
             own = {}
-            rules = [(None if layers is None else _selectors(layers), parse(pattern))]
+            rules = [(None if layers is None else selectors_of(layers), parse(pattern))]
         if isinstance(dense_layers, bool) or not isinstance(dense_layers, int) or dense_layers < 0:
             raise ValueError(f"dense_layers={dense_layers!r} must be a count of layers, 0 or more")
-        precise = () if precise_layers is None else _selectors(precise_layers, "precise_layers")
+        precise = () if precise_layers is None else selectors_of(precise_layers, "precise_layers")
         numbers = dense_layers, dense_steps, dense_last_steps
         made = cls(tuple(rules), *numbers, precision, precise, precise_steps, precise_last_steps, **own)
         made._check_precision()
@@ -196,7 +190,7 @@ class Schedule:
             )
         found: list[Given | None] = [None] * len(sites)
         for selectors, pattern in self.rules:
-            picked = set(range(len(sites))) if selectors is None else _pick(selectors, sites, layers, model)
+            picked = set(range(len(sites))) if selectors is None else pick(selectors, sites, layers, model)
             for i in sorted(picked):
                 if found[i] is not None:
                     raise ValueError(f"layer {sites[i].layer!r} is given twice: {found[i]} and {pattern}")
@@ -213,20 +207,31 @@ class Schedule:
     def precisions(self, sites: Sequence[SiteName], model: str) -> list[str | None]:
         """What each site computes in; the arguments are those of `assign`."""
         layers = list(dict.fromkeys(site.layer for site in sites))
-        own = _pick(self.precise_layers, sites, layers, model) if self.precise_layers else set()
+        own = pick(self.precise_layers, sites, layers, model) if self.precise_layers else set()
         return [None if i in own else self.precision for i in range(len(sites))]
 
-    def assign_stepless(self, sites: Sequence[SiteName], model: str) -> list[Pattern | None]:
+    def assign_stepless(
+        self, sites: Sequence[SiteName], model: str, grid: tuple[int, ...] | None = None
+    ) -> list[Pattern | None]:
         """`assign` for a model without denoising steps.
+
+        Args:
+            sites: As there.
+            model: Likewise.
+            grid: Tokens per axis of its images, for schedules that were tuned on a grid; None if unknown.
 
         Raises:
             ValueError: As there, or if anything has patterns by steps.
         """
-        if self.staged:
-            raise ValueError(
-                f"{self.staged[0]} goes by denoising steps, and {model} has none: give each layer a pattern"
-            )
-        return [None if isinstance(given, Staged) else given for given in self.assign(sites, model)]
+        for each in self.staged:
+            if not each.constant:
+                raise ValueError(f"{each} goes by denoising steps, and {model} has none: give each layer a pattern")
+            if each.grid is not None and grid is None:
+                raise ValueError(
+                    f"{each} was tuned on a grid, and nothing tells that of {model}: give each layer a pattern"
+                )
+        found = self.assign(sites, model)
+        return [given.pattern(0, grid or ()) if isinstance(given, Staged) else given for given in found]
 
     def stage(self, step: int | None, total: int | None) -> tuple[int, ...]:
         """In which of its stages each of `staged` is.
@@ -345,56 +350,3 @@ def _read(path: Path) -> Mapping[Any, str] | Schedule:
     if "visattn_schedule" in found:
         return Schedule.tuned(Tuned.of(found, str(path)))
     return found
-
-
-def _selectors(value: Any, argument: str = "layers") -> tuple[Selector, ...]:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(","))
-    values = (value,) if isinstance(value, int | slice) else tuple(value)
-    if not values:
-        raise ValueError(f"{argument}={value!r} names no layer: give some, like '0-3', or None for all")
-    for part in values:
-        if isinstance(part, bool) or not isinstance(part, int | slice | str):
-            raise ValueError(f"{argument}: {part!r} is not an index, a slice, a range like '0-3' or a name")
-    return values
-
-
-def _pick(selectors: tuple[Selector, ...], sites: Sequence[SiteName], layers: list[str], model: str) -> set[int]:
-    """Indices of the sites that the selectors name."""
-    chosen: set[int] = set()
-    for selector in selectors:
-        picked = _pick_layers(selector, layers)
-        if picked is None:
-            names = str(selector)
-            found = {
-                i
-                for i, site in enumerate(sites)
-                if fnmatch.fnmatchcase(site.path, names) or fnmatch.fnmatchcase(site.layer, names)
-            }
-        else:
-            found = {i for i, site in enumerate(sites) if site.layer in picked}
-        if not found:
-            raise ValueError(
-                f"layers: {selector!r} selects nothing in {model}; its {len(layers)} layers: {_listed(layers)}"
-            )
-        chosen |= found
-    return chosen
-
-
-def _pick_layers(selector: Selector, layers: list[str]) -> set[str] | None:
-    """The layers that an index, slice or range selects; None if the selector is a name."""
-    if isinstance(selector, slice):
-        return set(layers[selector])
-    if isinstance(selector, int):
-        return {layers[selector]} if -len(layers) <= selector < len(layers) else set()
-    match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", selector)
-    if not match:
-        return None
-    first = int(match[1])
-    last = first if not match[2] else int(match[3]) if match[3] else len(layers)
-    return set(layers[first : last + 1])
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = [f"{i} {name}" for i, name in enumerate(names)]
-    return ", ".join(shown if len(shown) <= 8 else [*shown[:6], "...", shown[-1]])

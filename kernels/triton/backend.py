@@ -19,11 +19,22 @@ from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton import tune
 from visattn.kernels.triton.boxes import PARTIAL, QUERY_HALVES, tiled
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
-from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels, config, largest_head_dim, needed_memory
+from visattn.kernels.triton.config import (
+    DIRECTIONS,
+    SHARING,
+    Config,
+    chosen_by_kernels,
+    config,
+    largest_head_dim,
+    needed_memory,
+    shorter,
+)
 from visattn.kernels.triton.eightbit.run import attend_8bit, fits_8bit
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, ListedPattern, Pattern, RoutedPattern, Routes
+from visattn.patterns.choice.merging import BITS
+from visattn.patterns.shared_tiles import sharing_tiles
 from visattn.problem import PRECISIONS, Call, Problem, Support
 
 if TYPE_CHECKING:
@@ -146,8 +157,10 @@ class Triton(Backend):
         elif problem.precision is None and not problem.rpb:
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
             tiles, rate = (tiles, RATE) if faster is None else (faster, HOPPER_RATE)
-        plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile, QUERY_HALVES if tiles.halves else None)
-        partial = 1 - plan.full_share
+        shared = sharing_tiles(problem.pattern, problem.layout, SHARING)
+        halves = QUERY_HALVES if tiles.halves else None
+        plan = tiled(shared or problem.pattern, problem.layout, tiles.rows, tiles.tile, halves)
+        partial = 1 if shared else 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
         if isinstance(problem.pattern, DynamicPattern) and problem.pattern.pools_rest:
             # Pooled keys by a kernel of the general rate, whatever runs the lists.
@@ -242,9 +255,9 @@ def _fixed_us(problem: Problem) -> tuple[float, float]:
     if not isinstance(problem.pattern, RoutedPattern):
         return LISTED_US
     if isinstance(problem.pattern, DynamicPattern):
-        from visattn.kernels.triton.choosing.cost import choosing_us
+        from visattn.kernels.triton.choosing.cost import choosing_us, sharing_us
 
-        return DYNAMIC_CALL_US, choosing_us(problem)
+        return DYNAMIC_CALL_US, choosing_us(problem) + sharing_us(problem)
     return CHOSEN_US if chosen_by_kernels(problem.pattern, problem.layout, problem.key_mask) else ROUTED_US
 
 
@@ -312,6 +325,9 @@ def launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> d
     number, dtype, head_dim = architecture(q.device), q.dtype, q.shape[3]
     tokens = dict.fromkeys(DIRECTIONS) | _block_tokens(call.pattern, call.layout)
     configs = {d: config(number, dtype, head_dim, d, tokens[d]) for d in DIRECTIONS}
+    if number and sharing_tiles(call.pattern, call.layout, SHARING) is not None:
+        # Tiles that blocks share have no more tokens than a word has bits.
+        configs |= {d: shorter(configs[d], BITS) for d in ("forward", "query_grad")}
     if _tunes(q):
         configs = _tuned(call.pattern, call.layout, dtype, head_dim, q.device)
     # A new dict: the tuned one is kept for other calls, which may have a mask.

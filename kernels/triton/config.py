@@ -17,6 +17,8 @@ DIRECTIONS = ("forward", "key_grad", "query_grad")
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # Regions that the kernels of `routing` choose from at most: products head by head of more would fill the memory.
 MOST_REGIONS = 256
+# Tokens of a query block up to which blocks share a tile: more fill at least half of the rows of most kernels.
+SHARING = 32
 # Padded head dims; others take the next larger one.
 BLOCK_DIMS = (16, 32, 64, 128, 256)
 
@@ -166,6 +168,13 @@ def largest_head_dim(dtype: torch.dtype, architecture: int) -> int:
 def block_dim(head_dim: int) -> int:
     """The head dim that a kernel computes with: a power of two, the rest is zeros."""
     return next(d for d in BLOCK_DIMS if d >= head_dim)
+
+
+def shorter(launch: Config, rows: int) -> Config:
+    """A configuration with at most so many rows of a tile, and warps in proportion."""
+    if launch.rows <= rows:
+        return launch
+    return launch._replace(rows=rows, warps=max(4, launch.warps * rows // launch.rows))
 
 
 def config(architecture: int, dtype: torch.dtype, head_dim: int, direction: str, tokens: int | None = None) -> Config:

@@ -30,8 +30,8 @@ CHANGING = {
     "key_grad": ("q", "k", "v", "grad_out", "lse", "delta", "grad_k", "grad_v", "rpb", "key_mask"),
     "query_grad": ("q", "k", "v", "grad_out", "lse", "delta", "grad_q", "rpb", "key_mask"),
 }
-# Arguments that are lists of a routed pattern.
-LISTS = ("bounds", "bases", "mask_ids")
+# Arguments that are lists of a routed pattern, the last one where a query tile holds several blocks.
+LISTS = ("bounds", "bases", "mask_ids", "words")
 
 
 def start_first(direction: str, key: Any, t: Operands, work: Work) -> None:
@@ -45,8 +45,7 @@ def start_first(direction: str, key: Any, t: Operands, work: Work) -> None:
     """
     tensors = t.given(*CHANGING[direction])
     if t.routed is not None and direction != "delta":
-        run = t.routed.program(direction)
-        tensors |= {name: getattr(run, name) for name in LISTS}
+        tensors |= zip(LISTS, t.routed.program(direction).own_lists, strict=False)
     work.starts.first((direction, key), tensors, _first(direction, t, work))
 
 

@@ -17,14 +17,15 @@ from visattn.kernels.triton.choosing.listed import DynamicLists
 from visattn.kernels.triton.choosing.pooled import rest_of
 from visattn.kernels.triton.choosing.skipped import SkippingLists, skips_in_loop
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
-from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels
+from visattn.kernels.triton.config import DIRECTIONS, SHARING, Config, chosen_by_kernels
 from visattn.kernels.triton.hopper.launch import copyable
 from visattn.kernels.triton.launch import run_bias_gradients, run_one_pass, start_first
-from visattn.kernels.triton.routes import Listed, routed_program
+from visattn.kernels.triton.routes import Listed, MergedLists, routed_program
 from visattn.kernels.triton.routing.router import Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, Pattern, RoutedPattern, Routes
+from visattn.patterns.shared_tiles import sharing_tiles
 from visattn.patterns.tailed import held_for
 from visattn.plans import TilePlan
 from visattn.problem import Call
@@ -59,6 +60,7 @@ class Kernels:
         bias = None if call.rpb is None else call.rpb.detach().to("meta")
         self._call = replace(call, key_mask=None, rpb=bias, parameters={})
         self._tf32, self._choose = tf32, choose
+        self._shared = sharing_tiles(call.pattern, call.layout, SHARING)
         self.starts = Starts(q.device, grown)
         # Of aligned tensors, which the first ones may not be.
         self._work: Work | None = None
@@ -178,6 +180,9 @@ class Kernels:
         if not learns and isinstance(pattern, DynamicPattern) and self._skips(pattern, q, work.layout):
             listed = pattern.listed(q, k, work.layout, key_mask, scale)
             return SkippingLists(pattern, listed, work.layout, self._tf32)
+        if isinstance(pattern, DynamicPattern) and self._shared is not None:
+            chosen = pattern.choose(q, k, work.layout, key_mask, scale)
+            return MergedLists(chosen, pattern.blocks(work.layout.grid), work)
         if isinstance(pattern, DynamicPattern) and lists_by_blocks(pattern):
             chosen = pattern.choose(q, k, work.layout, key_mask, scale)
             rest = None
@@ -213,7 +218,14 @@ class Kernels:
         if whole and self._work is not None:
             return self._work
         call = self._call
-        made = Work(call.pattern, call.layout, call.scale, self._tf32, self._choose(t.q, t.k, t.v, call), self.starts)
+        made = Work(
+            self._shared or call.pattern,
+            call.layout,
+            call.scale,
+            self._tf32,
+            self._choose(t.q, t.k, t.v, call),
+            self.starts,
+        )
         if whole:
             self._work, self._counted = made, made.configs["forward"].hopper
         return made

@@ -15,12 +15,13 @@ from timm.models.nest import blockify
 from torch.nn import functional as F
 
 from visattn.layout import Layout
-from visattn.models.swap.bias import log_distances, offsets_of, rpb_of, symmetric
+from visattn.models.swap.bias import rpb_of, symmetric
 from visattn.models.swap.maps import dropout_refusal
 from visattn.models.swap.runtime import Swapped
 from visattn.models.swap.sized import joined
 from visattn.models.swap.sources import between
 from visattn.models.swap.tokens import project
+from visattn.offsets import log_distances, offsets_of
 from visattn.patterns import Neighborhood
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from visattn.copies import copy_as_is, copy_as_stock
 from visattn.dispatch import choose
 from visattn.handle import Request
+from visattn.layout import Layout
 from visattn.models.swap.hooks import Begin, CountForeign, Finish, Follow, Hooks, PassBy, RefuseDroppedPatches, Resume
 from visattn.models.swap.places import Places
 from visattn.models.swap.records import check_fit
@@ -49,9 +50,11 @@ class SwappedModel:
     def __init__(self, model: nn.Module, request: Request) -> None:
         self._name, self._request = type(model).__name__, request
         found = find_sites(model, self._name)
-        patterns = request.schedule.assign_stepless([site.name for site in found], self._name)
-        precise = request.schedule.precisions([site.name for site in found], self._name)
-        precisions = {site.name.path: precision for site, precision in zip(found, precise, strict=True)}
+        names = [site.name for site in found]
+        patterns = request.schedule.assign_stepless(names, self._name, own_grid(model, request.layout))
+        precisions = dict(
+            zip([name.path for name in names], request.schedule.precisions(names, self._name), strict=True)
+        )
         self._sites = [
             site.given(pattern) for site, pattern in zip(found, patterns, strict=True) if pattern is not None
         ]
@@ -154,6 +157,14 @@ class SwappedModel:
             name = choose(call.problem, self._request.backend).name
             calls.append(replace(call, backend=name, reason="with the position bias"))
         return replace(found, calls=tuple(calls))
+
+
+def own_grid(model: nn.Module, layout: Layout | None = None) -> tuple[int, ...] | None:
+    """Tokens per axis of the images that a model was made for, None if it does not say."""
+    if layout is not None:
+        return layout.grid
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return None if grid is None else tuple(grid)
 
 
 def _on_the_way(model: nn.Module, embed: nn.Module, sites: Sequence[Site]) -> list[str]:

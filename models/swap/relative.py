@@ -12,9 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from visattn.layout import Layout
-from visattn.models.swap.bias import offsets_of, rpb_of
+from visattn.models.swap.bias import rpb_of
 from visattn.models.swap.runtime import Swapped
 from visattn.models.swap.tokens import project
+from visattn.offsets import offsets_of
 
 
 class TokenBias(NamedTuple):

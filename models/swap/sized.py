@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from visattn.layout import Layout
-from visattn.models.swap.bias import offsets_of, symmetric
+from visattn.models.swap.bias import symmetric
 from visattn.models.swap.maps import dropout_refusal
 from visattn.models.swap.runtime import Swapped
 from visattn.models.swap.tokens import project
+from visattn.offsets import offsets_of
 
 
 def joined(y: torch.Tensor) -> torch.Tensor:

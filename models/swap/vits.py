@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from visattn.models.swap.bias import offsets_of, symmetric
+from visattn.models.swap.bias import symmetric
 from visattn.models.swap.runtime import Swapped
 from visattn.models.swap.tokens import Heads, TokenAttention, project
+from visattn.offsets import offsets_of
 
 
 class SequenceAttention(TokenAttention):

@@ -13,7 +13,8 @@ from visattn.patterns import Dense, Pattern
 from visattn.pipelines.families.base import Family
 from visattn.pipelines.patch import bare, clones
 from visattn.pipelines.patch.group import Group
-from visattn.schedule import Given, Schedule, SiteName
+from visattn.schedule import Given, Schedule
+from visattn.selectors import SiteName
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 import torch
 
@@ -14,11 +14,12 @@ from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
 from visattn.patterns.choice.memory import Memory, Place, placed
 from visattn.timing import per_call
+from visattn.tuning.candidates import is_steady
 from visattn.tuning.subject import DENSE, Local
 from visattn.watch import Watched
 
-# Measurements of a candidate's time.
-TURNS = 3
+# Measurements of a candidate's time, and sites of one shape at which it is measured if it depends on no values.
+TURNS, TIMED = 3, 4
 # Calls of one on a GPU, one behind the other as in a model.
 CALLS = 4
 # Samples whose error is measured, of both halves of guidance; times are of all.
@@ -60,6 +61,9 @@ class Probe:
         self._memories: dict[tuple[str, int, str], Memory] = {}
         self._choosing: dict[tuple[str, int, str], float] = {}
         self._seen: dict[str, dict[str, list[Local]]] = {}
+        # What times depend on beside values, by site; times of candidates that depend on nothing else.
+        self._shapes: dict[str, Hashable] = {}
+        self._steady: dict[tuple[Hashable, str], list[float]] = {}
         self._failed: set[str] = set()
         # Calls of each site in a step so far.
         self._calls: dict[tuple[str, int], int] = {}
@@ -67,8 +71,10 @@ class Probe:
     def __call__(self, watched: Watched) -> None:
         """Run the candidates on a call."""
         step = watched.step
-        if step is None or len(watched.layouts) > 1:
+        if step is None or len(watched.layouts) != 1:
             return
+        (layout,) = watched.layouts
+        self._shapes[watched.site] = watched.q.shape, watched.k.shape, layout
         number = self._calls[watched.site, step] = self._calls.get((watched.site, step), -1) + 1
         for name, pattern in self._patterns.items():
             if _every(pattern) > 1 and step == self._chosen_at[name]:
@@ -92,7 +98,7 @@ class Probe:
         memory.begin(None, self._chosen_at[key[2]], None)
         try:
             _run(watched, pattern, Place(memory, key))
-            if key[2] in self._timed:
+            if self._times(key, len([k for k in self._choosing if self._alike(k, key)])):
                 self._choosing[key] = _seconds(watched, lambda: _run(watched, pattern, Place(None)))
         except Exception as error:
             self._leave_out(key, error)
@@ -118,7 +124,8 @@ class Probe:
             place = Place(memory, key)
         try:
             out = _run(watched, pattern, place)
-            seconds = _seconds(watched, lambda: _run(watched, pattern, place)) if key[2] in self._timed else 0.0
+            times = self._times(key, len(self._steady.get((self._shapes[watched.site], key[2]), ())))
+            seconds = _seconds(watched, lambda: _run(watched, pattern, place)) if times else 0.0
         except Exception as error:
             self._leave_out(key, error)
             return None
@@ -126,7 +133,19 @@ class Probe:
         if key[2] != DENSE:
             off = float((_projected(_some(out), weight) - dense).square().sum() / size)
         every = _every(pattern)
-        return Local(off, (self._choosing.get(key, 0.0) + (every - 1) * seconds) / every if every > 1 else seconds)
+        if every > 1:
+            seconds = (self._choosing.get(key, 0.0) + (every - 1) * seconds) / every
+        if seconds and is_steady(key[2]):
+            self._steady.setdefault((self._shapes[watched.site], key[2]), []).append(seconds)
+        return Local(off, seconds)
+
+    def _times(self, key: tuple[str, int, str], so_far: int) -> bool:
+        """Whether the time of a candidate is measured at a site, when so many of its shape had it measured."""
+        return key[2] in self._timed and (so_far < TIMED or not is_steady(key[2]))
+
+    def _alike(self, one: tuple[str, int, str], other: tuple[str, int, str]) -> bool:
+        """Whether two keys are of one candidate at sites of one shape."""
+        return one[2] == other[2] and self._shapes[one[0]] == self._shapes[other[0]]
 
     def _leave_out(self, key: tuple[str, int, str], error: Exception) -> None:
         """Say once why a candidate does not run: not on this grid, beside a mask, or its kernel fails to compile."""
@@ -142,11 +161,16 @@ class Probe:
         for site, here in self._seen.items():
             most = max(len(values) for values in here.values())
             result[site] = {
-                name: Local(statistics.fmean(v.error for v in values), sum(v.seconds for v in values))
+                name: Local(statistics.fmean(v.error for v in values), self._time(site, name, values))
                 for name, values in here.items()
                 if len(values) == most
             }
         return result
+
+    def _time(self, site: str, name: str, values: Sequence[Local]) -> float:
+        """Time of all calls of a site in a step."""
+        steady = self._steady.get((self._shapes[site], name))
+        return statistics.median(steady) * len(values) if steady else sum(value.seconds for value in values)
 
 
 def _every(pattern: Pattern) -> int:

@@ -59,6 +59,8 @@ class Samples:
 class PipelineSubject:
     """See `visattn.tuning.subject.Subject`."""
 
+    measure = "psnr"
+
     def __init__(self, pipe: Any, samples: Samples, name: str = "", backend: str = "auto") -> None:
         """Look at a pipeline.
 
@@ -74,6 +76,7 @@ class PipelineSubject:
         if len(kinds) > 1:
             raise ValueError(f"{type(pipe).__name__} has {len(kinds)} kinds of denoising models: a schedule is for one")
         self.layers = len(self._layers)
+        self.parameters = sum(each.numel() for each in found[0].model.parameters())
         parameters = inspect.signature(pipe.__call__).parameters
         self.steps = samples.steps or parameters["num_inference_steps"].default
         self._video = "num_frames" in parameters

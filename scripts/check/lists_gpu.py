@@ -99,6 +99,8 @@ def cases() -> list[Case]:
             Case("above(tau=0.8,block=4x4x8,always=none)", Layout((9, 14, 20), suffix=5), dtype, dim),
             Case("topk(keep=4,block=8x16,key_block=8x8,rest=mean)", Layout((45, 70), prefix=7), dtype, dim, 2),
             Case("above(tau=0.8,block=8x8,rest=mean)", Layout((45, 70), suffix=30), dtype, dim, mask=True),
+            Case("topk(keep=0.2,block=1x1,key_block=8x8)", Layout((35, 38), prefix=7), dtype, dim, 2, mask=True),
+            Case("topp(p=0.3,of=height,block=1x2,key_block=4x16)", Layout((48, 64), suffix=30), dtype, dim),
             Case("topk(keep=2,block=64,key_block=256,per=head,always=none)", Layout(3333), dtype, dim, mask=True),
         ]
     for dtype, dim in (("bf16", 64), ("fp16", 128), ("fp32", 64)):

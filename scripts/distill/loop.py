@@ -20,6 +20,7 @@ from scripts.distill.learner import Learner, as_trained
 from scripts.distill.log import Log
 from scripts.distill.optimizers import build_optimizer, rate_share
 from scripts.distill.settings import RunConfig
+from scripts.distill.sharing import share_weights, whole
 from scripts.distill.state import check_resume, load_checkpoint, save_checkpoint
 from visattn.pipelines.trained import save_trained
 
@@ -59,6 +60,9 @@ class Run:
     def __init__(self, config: RunConfig, accelerator: Accelerator, learner: Learner, parts: list[slice]) -> None:
         self.config, self.accelerator, self.learner, self.parts = config, accelerator, learner, parts
         learner.to(accelerator.device)
+        self.shared = config.fsdp and accelerator.num_processes > 1
+        if self.shared:
+            share_weights(learner, accelerator.device)
         self.trained = learner.trained()
         self.optimizer = build_optimizer(self.trained, config)
         self.average = {name: value.detach().clone() for name, value in self.trained.items()} if config.ema else {}
@@ -66,7 +70,7 @@ class Run:
         self.checkpoint = config.out / CHECKPOINT
         if config.resume and self.checkpoint.is_file():
             self.step, self.seconds = load_checkpoint(self.checkpoint, self.trained, self.average, self.optimizer)
-        self.wrapped = accelerator.prepare(learner)
+        self.wrapped: Any = learner if self.shared else accelerator.prepare(learner)
 
     def draw(self, part: slice) -> Any:
         """A part of the batch of the coming step, on the device; it depends on seed, step and part alone."""
@@ -80,13 +84,13 @@ class Run:
         config, figures, start = self.config, {}, time.perf_counter()
         for i, part in enumerate(self.parts):
             batch, last = self.draw(part), i + 1 == len(self.parts)
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with self._together(last):
                 losses = self.wrapped(batch)
                 total = sum(getattr(config, name) * value for name, value in losses.items()) / len(self.parts)
                 self.accelerator.backward(total)
             for name, value in losses.items():
                 figures[name] = figures.get(name, 0.0) + value.detach() / len(self.parts)
-        norm = clip_grad_norm_(self.trained.values(), config.clip or math.inf)
+        norm = whole(clip_grad_norm_(self.trained.values(), config.clip or math.inf))
         share = rate_share(self.step, self.done, config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
@@ -109,6 +113,17 @@ class Run:
             return seconds
         mean: Any = self.accelerator.reduce(torch.tensor(seconds, device=self.accelerator.device), "mean")
         return mean.item()
+
+    @contextmanager
+    def _together(self, last: bool) -> Iterator[None]:
+        """Around a part of a step; processes add up their gradients after the last."""
+        if self.shared:
+            self.wrapped.set_requires_gradient_sync(last)
+            with self.accelerator.autocast():
+                yield
+            return
+        with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            yield
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -134,16 +149,18 @@ class Run:
             _fill(self.trained, kept)
 
     def save(self) -> None:
-        """Writes the checkpoint."""
-        if self.accelerator.is_main_process:
-            done = (self.step, self.seconds)
-            save_checkpoint(self.checkpoint, self.config, done, self.trained, self.average, self.optimizer)
+        """Writes the checkpoint; every process makes this call."""
+        first = self.accelerator.is_main_process
+        if first or self.shared:
+            given = self.config, (self.step, self.seconds), self.trained, self.average, self.optimizer
+            save_checkpoint(self.checkpoint, *given, writes=first)
 
     def export(self) -> Path:
-        """Writes the result; returns its file."""
+        """Writes the result; returns its file. Every process makes this call."""
         path = self.config.out / RESULT
+        result = {name: whole(value) for name, value in self.result.items()}
         if self.accelerator.is_main_process:
-            save_trained(path, as_trained(self.result, self.config, self.step))
+            save_trained(path, as_trained(result, self.config, self.step))
         return path
 
 

@@ -14,7 +14,7 @@ import visattn
 import visattn.models
 from tests.golden.fill import fill_value
 from visattn import Layout
-from visattn.models.swap.bias import offsets_of
+from visattn.offsets import offsets_of
 from visattn.patterns import Neighborhood
 
 # Two blocks each, on a grid of 6 x 6 patches or near it.

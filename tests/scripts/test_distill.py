@@ -2,10 +2,8 @@
 
 import functools
 import itertools
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import types
 
@@ -31,7 +29,6 @@ from scripts.distill import (
 )
 from scripts.distill import pipeline as distill
 from scripts.distill.config import Config
-from tests.support.places import ROOT
 from tests.support.runs import equal, killed, log_of, stopped
 from tests.support.tiny_digits import tiny_transformer
 from tests.support.tiny_distill import cache, run, tiny_pipeline_with_samples, words
@@ -271,20 +268,6 @@ class TestTraining:
             killed(command, checkpoint)
         assert checkpoint.exists()
         assert equal(whole, run(folder, tmp_path / "killed", *more))
-
-    @pytest.mark.slow
-    def test_two_processes_share_a_batch(self, folder, tmp_path):
-        more = ("--attention", "0", "--clip", "0", "--threads", "1", "--lr", "0.001", "--ema", "0")
-        torch.set_num_threads(1)
-        whole = run(folder, tmp_path / "one", *more)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command += ["-m", "scripts.distill.pipeline", *words(folder, tmp_path / "two", *more)]
-        subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        shared = load_file(tmp_path / "two" / "student.safetensors")
-        for name in (name for name in whole if not name.endswith("to_k.bias")):
-            torch.testing.assert_close(whole[name], shared[name], atol=1e-3, rtol=1e-3)
-        logs = [log_of(tmp_path / n)[0] for n in ("one", "two")]
-        assert logs[0]["denoising"] == pytest.approx(logs[1]["denoising"], rel=1e-4)
 
     @pytest.mark.slow
     def test_killed_with_two_processes_goes_on_with_one(self, folder, tmp_path):

@@ -264,11 +264,14 @@ def _need_diffusers() -> None:
 def _check_pattern(settings: Settings) -> None:
     """Raise a ValueError for a pattern, a schedule or a backend that cannot be, before a model is loaded."""
     from visattn.dispatch import load
+    from visattn.presets import is_auto
     from visattn.schedule import Schedule
 
     steps = settings.dense_steps, settings.dense_last_steps
-    precise = settings.precision, settings.precise_layers, settings.precise_steps, settings.precise_last_steps
-    Schedule.of(settings.pattern, settings.layers, settings.dense_layers, *steps, *precise)
+    # What "auto" is, only the model says.
+    if not is_auto(settings.pattern):
+        precise = settings.precision, settings.precise_layers, settings.precise_steps, settings.precise_last_steps
+        Schedule.of(settings.pattern, settings.layers, settings.dense_layers, *steps, *precise)
     if settings.backend != "auto":
         load(settings.backend)
 

@@ -357,7 +357,8 @@ class Runner:
         forward = self.run.forward
         precision = None if forward is None or forward.precise else self.precision
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode, precision))
-        return judge(self.pattern, problems, fit.layouts, self.backend, self.run.always or bool(parameters))
+        always = self.run.always or bool(parameters)
+        return judge(self.pattern, problems, fit.layouts, self.backend, always, not call.local)
 
     def _problems(
         self,
@@ -369,8 +370,8 @@ class Runner:
     ) -> Iterator[Problem]:
         """What a call poses, once for each layout."""
         for i, layout in enumerate(layouts):
-            q, k, v, keys, scale, *_ = sequences if len(layouts) == 1 else sequences.sample(i)
-            call = Call(self.pattern, layout, scale, keys, parameters=parameters, precision=precision)
+            q, k, v, keys, scale, *_, rpb = sequences if len(layouts) == 1 else sequences.sample(i)
+            call = Call(self.pattern, layout, scale, keys, rpb, parameters=parameters, precision=precision)
             found = Problem.of(q, k, v, call)
             yield found if mode == "eager" else replace(found, mode=mode)
 

@@ -53,9 +53,14 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    pattern: Pattern, problems: tuple[Problem, ...], layouts: tuple[Layout, ...], backend: str, always: bool
+    pattern: Pattern,
+    problems: tuple[Problem, ...],
+    layouts: tuple[Layout, ...],
+    backend: str,
+    always: bool,
+    dense: bool = True,
 ) -> Verdict:
-    """What runs for a call that can run its pattern, where the model's own attention is dense.
+    """What runs for a call that can run its pattern.
 
     Args:
         pattern: The pattern.
@@ -63,8 +68,9 @@ def judge(
         layouts: Where its tokens sit, of each sample where they differ.
         backend: "auto" or the name of a backend.
         always: Whether the pattern runs also where dense attention is estimated to be faster.
+        dense: Whether the model's own attention sees every pair; else it never stands for the pattern.
     """
-    automatic, precision = backend == "auto", problems[0].precision
+    automatic, precision = backend == "auto" and dense, problems[0].precision
     if automatic and precision is None and all(pattern.covers(*layout.grids) for layout in layouts):
         # The model's own attention is the pattern.
         return Verdict("sparse", problems=problems)

@@ -10,18 +10,10 @@ from visattn.dispatch import load
 from visattn.handle import Request
 from visattn.patterns import MergingPattern
 from visattn.schedule import PatternLike, Schedule, check_dims
+from visattn.served.environment import BACKEND, CONFIG, DENSE_STEPS, PATTERN, STRICT
 
-# A pattern; or a file of one for each layer, as `visattn.apply` reads it.
-PATTERN, CONFIG = "VISATTN_PATTERN", "VISATTN_CONFIG"
-# How many of the first steps stay dense; "auto" or a backend; whether a layer that cannot run its pattern raises.
-DENSE_STEPS, BACKEND, STRICT = "VISATTN_DENSE_STEPS", "VISATTN_BACKEND", "VISATTN_STRICT"
 # Grids of what servers generate are of videos; an image is one frame.
 DIMS = 3
-
-
-def wanted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment asks for a pattern at all."""
-    return bool(environment.get(PATTERN) or environment.get(CONFIG))
 
 
 def request(client: str, environment: Mapping[str, str] = os.environ) -> Request:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from visattn.patterns import ListedPattern, StaticPattern, parse
+from visattn.tuning.candidates import is_steady
 from visattn.tuning.journal import Journal
 from visattn.tuning.sensitivity import Response, rank_correlation
 from visattn.tuning.solve import Choice, hull
@@ -101,7 +101,7 @@ class Measurer:
             self.tell("candidates in each layer", stage, plan.stages)
             seeds = plan.samples
             # Times that do not depend on values are measured once.
-            timed = [name for name in plan.candidates if not stage or not _fixed(name)]
+            timed = [name for name in plan.candidates if not stage or not is_steady(name)]
             found.append(
                 self._get(
                     ["local", step, list(seeds)],
@@ -189,18 +189,14 @@ class Measurer:
 
 
 def _steadied(local: list[list[dict[str, Local]]]) -> list[list[dict[str, Local]]]:
-    """Times that do not depend on values are the median over layers and stages."""
-    seen: dict[str, list[float]] = {}
-    for each in itertools.chain.from_iterable(local):
-        for name, (_, seconds) in each.items():
-            if seconds:
-                seen.setdefault(name, []).append(seconds)
-    fixed = {name: statistics.median(values) for name, values in seen.items() if _fixed(name)}
-    return [
-        [{n: Local(e, fixed.get(n, seconds)) for n, (e, seconds) in each.items()} for each in layer] for layer in local
-    ]
-
-
-def _fixed(name: str) -> bool:
-    pattern = parse(name)
-    return isinstance(pattern, StaticPattern) or pattern.name == "topk" or not isinstance(pattern, ListedPattern)
+    """Times of a layer that do not depend on values are the median over its stages, as far as they are measured."""
+    found = []
+    for layer in local:
+        seen: dict[str, list[float]] = {}
+        for each in layer:
+            for name, (_, seconds) in each.items():
+                if seconds and is_steady(name):
+                    seen.setdefault(name, []).append(seconds)
+        steady = {name: statistics.median(values) for name, values in seen.items()}
+        found.append([{n: Local(e, steady.get(n, seconds)) for n, (e, seconds) in each.items()} for each in layer])
+    return found

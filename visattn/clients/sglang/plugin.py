@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from visattn.served import settings
+from visattn.served import environment
 
-CLIENT, TESTED = "SGLang", "0.5.23"
+CLIENT = "SGLang"
+# What has self-attention of the latents alone.
+MODELS = ("Wan 2.1 and 2.2",)
 BACKEND = "visattn.clients.sglang.backend.VisattnBackend"
 _PLATFORMS = "sglang.multimodal_gen.runtime.platforms"
 # Where the class of a layer's attention is chosen.
@@ -19,7 +21,7 @@ TARGETS = tuple(
 
 def register() -> None:
     """Ask to be asked which attention a layer gets; without a pattern in the environment nothing is changed."""
-    if not settings.wanted():
+    if not environment.wanted():
         return
     from sglang.multimodal_gen.runtime.platforms.plugins import (  # pyright: ignore[reportMissingImports]
         HookType,
@@ -40,5 +42,7 @@ def choose(original: Callable[..., str], *args: Any, **kwargs: Any) -> str:
     if selected is not None and selected.name != "TORCH_SDPA":
         # Somebody asked for another one.
         return original(*args, **kwargs)
+    from visattn.served import settings
+
     settings.request(CLIENT)
     return BACKEND

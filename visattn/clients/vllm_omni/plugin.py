@@ -7,6 +7,8 @@ import warnings
 NAME = "VISATTN"
 BACKEND = "visattn.clients.vllm_omni.backend.VisattnBackend"
 TESTED = "0.30.0"
+# What tells its attention where the tokens of the video are.
+MODELS = ("Wan 2.1 and 2.2", "Wan VACE", "MiniMax-H3")
 
 
 def register() -> None:
