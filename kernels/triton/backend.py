@@ -157,7 +157,7 @@ class Triton(Backend):
         elif problem.precision is None and not problem.rpb:
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
             tiles, rate = (tiles, RATE) if faster is None else (faster, HOPPER_RATE)
-        shared = sharing_tiles(problem.pattern, problem.layout, SHARING)
+        shared = sharing_tiles(problem.pattern, problem.layout, SHARING) if problem.precision is None else None
         halves = QUERY_HALVES if tiles.halves else None
         plan = tiled(shared or problem.pattern, problem.layout, tiles.rows, tiles.tile, halves)
         partial = 1 if shared else 1 - plan.full_share

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from visattn.outside import CALL, Around
-from visattn.pipelines.patch.hooks import unpatched, untraced
+from visattn.pipelines.patch.tracing import unpatched, untraced
 
 # What makes of a tensor and the axis of its tokens one with a process's share of these, or with all of them.
 Change = Callable[[torch.Tensor, int], torch.Tensor]

@@ -12,33 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._C._dynamo import eval_frame
-from torch._dynamo.eval_frame import skip_code
 
 from visattn.outside import Outside
 from visattn.pipelines.patch import numbering, operators
 from visattn.pipelines.patch.clones import says_where
 from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.sites import Site
-
-
-def _own_frame(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the compiler from making a graph of its own of a hook that is called outside of graphs."""
-    skip_code(hook.__code__)
-    return hook
-
-
-def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the compiler out of a function and all it calls."""
-    return torch.compiler.disable(function)  # type: ignore[arg-type]
-
-
-# The compiler that would trace what this thread calls, None if there is none; where torch does not tell, there may be.
-_compiler_in_force: Callable[[], Any] = getattr(eval_frame, "get_eval_frame_callback", lambda: _own_frame)
-
-
-def unpatched(*args: Any, **kwargs: Any) -> None:
-    """What a hook becomes in a copy of a patched model."""
+from visattn.pipelines.patch.tracing import compiler_in_force, own_frame, unpatched, untraced
 
 
 class _Hook:
@@ -68,7 +48,7 @@ class Begin(_Hook):
         self.keep = run
         self.names, self.config, self.family = names, run.config, run.family
 
-    @_own_frame
+    @own_frame
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hook."""
         if not torch.compiler.is_compiling():
@@ -106,7 +86,7 @@ class Begin(_Hook):
 class Finish(_Hook):
     """After a forward of the model."""
 
-    @_own_frame
+    @own_frame
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The hook."""
         if not torch.compiler.is_compiling():
@@ -128,12 +108,12 @@ class Enter(_Hook):
         self.keep = run
         self.paths = paths
 
-    @_own_frame
+    @own_frame
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook; it runs before every block, so each function that it calls counts."""
         if torch.compiler.is_dynamo_compiling():
             return
-        if _compiler_in_force() is None:
+        if compiler_in_force() is None:
             self._enter(module, args, kwargs)
         else:
             self._enter_untraced(module, args, kwargs)

@@ -89,7 +89,7 @@ def attend_8bit(
     key = attend_8bit, call.pattern, call.layout, call.scale, q.dtype, q.device, shapes, mask is None, fp8
     entry = STORE.find(key)
     if entry is None:
-        kept = replace(call, key_mask=None, precision=None)
+        kept = replace(call, key_mask=None)
         entry = STORE.put(key, Kernels(q, k, v, kept, False, choose, lambda: STORE.weigh(key)), CALL_BYTES)
     kernels: Kernels = entry.value
     # Lists that skip have been refused.
