@@ -37,8 +37,10 @@ from visattn.kernels.triton.hopper.parts import (
     following,
     hide_masked,
     mask_bits,
+    next_left_out,
     product_layout,
     row_layout,
+    visit_of_half,
     wait_for_threads,
 )
 from visattn.kernels.triton.parts import RUNTIME_SIZES
@@ -232,8 +234,7 @@ def _consume(
         for index in range(0, active):
             step = index
             if HALVES:
-                past = gl.minimum(gl.maximum(index - turn_from + GROUP, 0), turns)
-                step = index + gl.where(going, past, 0)
+                step = gl.where(going, visit_of_half(index, turn_from, turns, GROUP), index)
             state = (acc, weights, top, total)
             any_before = (number > 0) | (index > 0)
             state, alpha, at = _step(
@@ -242,8 +243,7 @@ def _consume(
             )  # fmt: skip
             adds = index > 0
             if HALVES:
-                in_turns = index - turn_from + GROUP
-                if going & (in_turns >= 0) & (in_turns < turns):
+                if going & next_left_out(index, turn_from, turns, GROUP):
                     at = _leave_out(step + 1, steps, shared, at, SIZES)
             acc, weights, top, total = state
             if (index == 0) & (number > 0):

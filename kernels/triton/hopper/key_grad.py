@@ -29,12 +29,15 @@ from visattn.kernels.triton.hopper.parts import (
     GROUPS,
     LN2,
     following,
+    half_of_row,
     hide_masked,
     leave_out,
     mask_bits,
+    next_left_out,
     place,
     product_layout,
     row_layout,
+    visit_of_half,
 )
 from visattn.kernels.triton.parts import RUNTIME_SIZES
 
@@ -112,26 +115,20 @@ def _consume(
     alone = stop
     turns = 0
     if HALVES:
-        # Those that are full for the second half only keep their masks, which spares its group another loop.
-        if GROUP == 0:
-            split = gl.load(lists[3] + row * 4)
-        alone = gl.load(lists[3] + row * 4 + 1)
-        turns = (gl.load(lists[3] + row * 4 + 2) - alone) // 2
+        split, alone, turns = half_of_row(lists[3], row, split, GROUP)
     for i in range(start, split):
         state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
         if HALVES and GROUP == 1:
-            if (turns > 0) & (i + 1 == alone):
+            if next_left_out(i, alone, turns, GROUP):
                 at = leave_out((shared[4], shared[6]), shared[5], at, SIZES[4])
     if PARTIAL:
         for index in range(split, stop - turns):
             i = index
             if HALVES:
-                # Tiles that one half sees come in turns: each half leaves every other one out.
-                i += gl.minimum(gl.maximum(index - alone + GROUP, 0), turns)
+                i = visit_of_half(index, alone, turns, GROUP)
             state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, True)
             if HALVES:
-                in_turns = index - alone + GROUP
-                if (in_turns >= 0) & (in_turns < turns):
+                if next_left_out(index, alone, turns, GROUP):
                     at = leave_out((shared[4], shared[6]), shared[5], at, SIZES[4])
     if DENSE:
         for i in range(0, dense):

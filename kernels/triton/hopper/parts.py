@@ -56,6 +56,33 @@ def following(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def half_of_row(halves, row, split, GROUP: gl.constexpr):
+    """Where visits need masks for a half of a row tile, the first one that one half sees, and how many each half does.
+
+    The latter come in turns. Those that are full for the second half only keep their masks, which spares its group
+    another loop.
+    """
+    if GROUP == 0:
+        split = gl.load(halves + row * 4)
+    alone = gl.load(halves + row * 4 + 1)
+    turns = (gl.load(halves + row * 4 + 2) - alone) // 2
+    return split, alone, turns
+
+
+@gluon.jit
+def visit_of_half(index, alone, turns, GROUP: gl.constexpr):
+    """The visit that is the index-th of a half, which leaves every other one out of those that come in turns."""
+    return index + gl.minimum(gl.maximum(index - alone + GROUP, 0), turns)
+
+
+@gluon.jit
+def next_left_out(index, alone, turns, GROUP: gl.constexpr):
+    """Whether a half leaves out the visit behind its index-th one."""
+    number = index - alone + GROUP
+    return (number >= 0) & (number < turns)
+
+
+@gluon.jit
 def leave_out(ready, free, at, STAGES: gl.constexpr):
     """Give the slot of a column tile back of which these rows see nothing, once both of its tensors are there.
 
