@@ -121,8 +121,12 @@ def _visit(
     halves = view(keys, [GROUPS * PIECES, GROUP_ROWS, 64], gl.NVMMASharedLayout(128, 16, rank=2))
     own = gl.zeros([GROUP_ROWS, HEAD_DIM // GROUPS], gl.float32, part_layout)
     for g in gl.static_range(GROUPS):
-        own = warpgroup_mma(grad_scores_ring.index(side * GROUPS + g).permute((1, 0)),
-                            halves.index(g * PIECES + GROUP), own, use_acc=g > 0, is_async=True)  # fmt: skip
+        if PIECES == 1:
+            half = halves.index(g).slice(GROUP * 32, 32, 1)
+        else:
+            half = halves.index(g * PIECES + GROUP)
+        changed = grad_scores_ring.index(side * GROUPS + g).permute((1, 0))
+        own = warpgroup_mma(changed, half, own, use_acc=g > 0, is_async=True)
     if SIZES[5] == 0:
         acc_k = warpgroup_mma(grad_scores, queries.index(slot), acc_k, is_async=True)
         own = warpgroup_mma_wait(1, deps=[own])
