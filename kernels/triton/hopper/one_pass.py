@@ -7,7 +7,7 @@ order in which their programs start, so results repeat bit for bit: `turns` has 
 """
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
-# ruff: noqa: ANN001, ANN201, ANN202, SIM102
+# ruff: noqa: ANN001, ANN201, ANN202, SIM102, SIM108
 
 # The language of Triton kernels is not quite Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
