@@ -17,7 +17,7 @@ from visattn.kernels.triton.choosing.listed import DynamicLists
 from visattn.kernels.triton.choosing.pooled import rest_of
 from visattn.kernels.triton.choosing.skipped import SkippingLists, skips_in_loop
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
-from visattn.kernels.triton.config import DIRECTIONS, SHARING, Config, chosen_by_kernels
+from visattn.kernels.triton.config import DIRECTIONS, ONE_PASS, SHARING, Config, chosen_by_kernels
 from visattn.kernels.triton.hopper.launch import copyable
 from visattn.kernels.triton.launch import run_bias_gradients, run_in_one_pass, start_first
 from visattn.kernels.triton.routes import Listed, MergedLists, routed_program
@@ -334,7 +334,8 @@ class Kernels:
         if self._work is None or wanted != (True, True, False) or key_mask is not None or routed is not None:
             return False
         configs = self._work.configs
-        return configs["key_grad"].one_pass > 0 and configs["query_grad"].hopper
+        whole = self._keys[0][3] in ONE_PASS
+        return whole and configs["key_grad"].one_pass > 0 and configs["query_grad"].hopper
 
     def _first_backward(self, t: Operands, key: Any, want_rpb: bool) -> torch.Tensor | None:
         """The same by Triton's launcher; returns the gradient of the bias."""

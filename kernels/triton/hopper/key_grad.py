@@ -37,6 +37,7 @@ from visattn.kernels.triton.hopper.parts import (
     place,
     product_layout,
     row_layout,
+    rows_inside,
     visit_of_half,
 )
 from visattn.kernels.triton.parts import RUNTIME_SIZES
@@ -51,11 +52,11 @@ def _step(
     keys, values, queries, grads, q_ready, free, grad_ready = shared
     acc_k, acc_v = state
     slot, phase = at
-    HEAD_DIM: gl.constexpr = SIZES[0]
+    BLOCK_DIM: gl.constexpr = SIZES[0]
     COLUMNS: gl.constexpr = SIZES[2]
     STAGES: gl.constexpr = SIZES[4]
     s_layout: gl.constexpr = product_layout(COLUMNS)
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, product_layout(HEAD_DIM), 2)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, product_layout(BLOCK_DIM), 2)
     of_column: gl.constexpr = gl.SliceLayout(0, s_layout)
     shape: gl.constexpr = [GROUP_ROWS, COLUMNS]
     first_row: gl.constexpr = GROUP * GROUP_ROWS
@@ -94,22 +95,22 @@ def _consume(
     keys, values, _, _, _, _, _ = shared
     row, start, split, stop, dense = where
     k_token, v_token, grad_token, score_scale = sizes
-    HEAD_DIM: gl.constexpr = SIZES[0]
+    BLOCK_DIM: gl.constexpr = SIZES[0]
     ROWS: gl.constexpr = SIZES[1]
-    o_layout: gl.constexpr = product_layout(HEAD_DIM)
-    io: gl.constexpr = row_layout(HEAD_DIM)
+    o_layout: gl.constexpr = product_layout(BLOCK_DIM)
+    io: gl.constexpr = row_layout(BLOCK_DIM)
     dtype: gl.constexpr = keys.dtype
 
     slots = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, io))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, io))
+    d = gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, io))
     token = gl.load(lists[0] + row * ROWS + slots)
-    here = (token >= 0)[:, None]
+    here = rows_inside(token, d, SIZES[5], BLOCK_DIM)
     wide = token.to(gl.int64)[:, None]
     keys.index(GROUP).store(gl.load(k + wide * (k_token * UNIT) + d[None, :], mask=here, other=0.0))
     values.index(GROUP).store(gl.load(v + wide * (v_token * UNIT) + d[None, :], mask=here, other=0.0))
     fence_async_shared()
 
-    nothing = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, o_layout)
+    nothing = gl.zeros([GROUP_ROWS, BLOCK_DIM], gl.float32, o_layout)
     state = (nothing, nothing)
     at = (0, 0)
     alone = stop
@@ -140,7 +141,7 @@ def _consume(
     values.index(GROUP).store(acc_v.to(dtype))
     # Loaded again (volatile: not merged with the first load) to hold fewer registers in the loops.
     token = gl.load(lists[0] + row * ROWS + slots, volatile=True)
-    here = (token >= 0)[:, None]
+    here = rows_inside(token, d, SIZES[5], BLOCK_DIM)
     out_row = token.to(gl.int64)[:, None] * grad_token + d[None, :]
     own_k = keys.index(GROUP).load(io)
     own_v = values.index(GROUP).load(io)
@@ -173,7 +174,7 @@ def key_gradients(
     k_batch, k_token, k_head, v_batch, v_token, v_head, bounds_batch, list_batch, list_heads,
     scale, score_scale, heads, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
-    HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
     PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
@@ -187,6 +188,7 @@ def key_gradients(
         side_x: Length of its last axis.
         BOX: Tokens of a query tile per axis (t, y, x).
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
+        BLOCK_DIM: Channels that are computed with, 64 or 128: those from HEAD_DIM on are zero or not stored.
         HALVES: Whether `halves` says what each half of a row tile has to do (`Program.halves`).
     """
     row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
@@ -212,10 +214,10 @@ def key_gradients(
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dtype: gl.constexpr = k.dtype.element_ty
-    keys = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, HEAD_DIM], layout)
-    values = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, HEAD_DIM], layout)
-    queries = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
-    grads = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
+    keys = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, BLOCK_DIM], layout)
+    values = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, BLOCK_DIM], layout)
+    queries = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, BLOCK_DIM], layout)
+    grads = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, BLOCK_DIM], layout)
     lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -228,7 +230,7 @@ def key_gradients(
         mbarrier.init(free.index(i), count=GROUPS)
     fence_async_shared()
 
-    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES)
+    SIZES: gl.constexpr = (BLOCK_DIM, ROWS, COLUMNS, 1, STAGES, HEAD_DIM)
     shared = (keys, values, queries, grads, q_ready, free, grad_ready)
     rings = (lse_ring, delta_ring, q_ready, free)
     copied = (queries, grads, q_ready, free, grad_ready, free)

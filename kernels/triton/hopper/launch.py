@@ -32,6 +32,8 @@ from visattn.patterns import Pattern, RoutedPattern
 from visattn.plans import TilePlan
 from visattn.problem import Call
 
+# Least head dim of these kernels, which compute with 64 or 128 channels.
+NARROWEST = 40
 # Warps of the kernels' first role; the others are told apart inside them.
 WARPS = 4
 # Channels of one copy: 128 bytes, the widest swizzle of shared memory.
@@ -58,6 +60,14 @@ def installed() -> bool:
         return False
 
 
+def width(head_dim: int) -> int:
+    """Channels that the kernels compute with for a head dim: a multiple of 64; more than they have for other ones.
+
+    Those behind the head dim are zero. Head dims whose half would be, or more, are left to the general kernels.
+    """
+    return -(-head_dim // 64) * 64 if head_dim % 8 == 0 and head_dim >= NARROWEST else 0
+
+
 def hopper_config(
     architecture: int, dtype: torch.dtype, head_dim: int, pattern: Pattern, layout: Layout, direction: str = "forward"
 ) -> Config | None:
@@ -71,7 +81,7 @@ def hopper_config(
         layout: The tokens.
         direction: "forward", "key_grad" or "query_grad".
     """
-    launch = HOPPER.get(direction, {}).get(head_dim)
+    launch = HOPPER.get(direction, {}).get(width(head_dim))
     if architecture != 90 or launch is None or dtype.itemsize != 2 or not installed():
         return None
     plan = plan_of(pattern, layout, direction, launch)
@@ -79,7 +89,7 @@ def hopper_config(
         return None
     rows, columns = (plan.keys, plan.queries) if direction == "key_grad" else (plan.queries, plan.keys)
     # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
-    if direction == "query_grad" and head_dim == 64 and plan.full_share > PLAIN:
+    if direction == "query_grad" and head_dim <= 64 and plan.full_share > PLAIN:
         return None
     boxes = columns.capacity == launch.tile and all(side & (side - 1) == 0 for side in columns.shape)
     fills = rows.capacity > launch.rows // 2
@@ -216,7 +226,9 @@ def one_pass_launch(t: Operands, work: Work) -> Launch:
     listed, sums = _turns(t, work), t.sums
     assert sums is not None
     given = key_arguments(t, work) | t.given("grad_k", "grad_v", "turns")
-    unused = ("halves", "mask_ids", "bounds_batch", "list_batch", "list_heads", "key_mask", "KEY_MASK", "HALVES")
+    unused = (
+        "halves", "mask_ids", "bounds_batch", "list_batch", "list_heads", "key_mask", "KEY_MASK", "HALVES", "BLOCK_DIM",
+    )  # fmt: skip
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     box = [listed.run.columns, 32]
     given = {name: value for name, value in given.items() if name not in unused} | {
@@ -341,7 +353,7 @@ def _common_arguments(
         "halves": run.bounds if run.halves is None else run.halves,
         "key_mask": rows if t.key_mask is None else t.key_mask,
         "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
-        "HEAD_DIM": rows.shape[3], "ROWS": run.rows, "COLUMNS": run.columns,
+        "HEAD_DIM": rows.shape[3], "BLOCK_DIM": width(rows.shape[3]), "ROWS": run.rows, "COLUMNS": run.columns,
         "BOX": (1,) * (3 - len(box)) + box,
         "FOLDED": folded(copied[0]),
         "STAGES": work.configs[direction].stages,

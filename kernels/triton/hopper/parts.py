@@ -36,6 +36,15 @@ def row_layout(head_dim: int) -> gl.BlockedLayout:
 
 
 @gluon.jit
+def rows_inside(token, d, HEAD_DIM: gl.constexpr, BLOCK_DIM: gl.constexpr):
+    """Which elements of rows of tokens are in memory: token -1 is none, and so are channels from HEAD_DIM on."""
+    inside = (token >= 0)[:, None]
+    if HEAD_DIM != BLOCK_DIM:
+        inside = inside & (d < HEAD_DIM)[None, :]
+    return inside
+
+
+@gluon.jit
 def view(ring, shape: gl.constexpr, layout: gl.constexpr):
     """Shared memory with another shape and layout."""
     if RENAMED:

@@ -37,6 +37,7 @@ from visattn.kernels.triton.hopper.parts import (
     place,
     product_layout,
     row_layout,
+    rows_inside,
     visit_of_half,
     wait_for_threads,
 )
@@ -109,18 +110,18 @@ def _consume(
     row, start, split, stop, dense = where
     q_token, grad_token, out_token, scale, score_scale = sizes
     prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
-    HEAD_DIM: gl.constexpr = SIZES[0]
+    BLOCK_DIM: gl.constexpr = SIZES[0]
     ROWS: gl.constexpr = SIZES[1]
     COLUMNS: gl.constexpr = SIZES[2]
     s_layout: gl.constexpr = product_layout(COLUMNS)
-    o_layout: gl.constexpr = product_layout(HEAD_DIM)
+    o_layout: gl.constexpr = product_layout(BLOCK_DIM)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    io: gl.constexpr = row_layout(HEAD_DIM)
+    io: gl.constexpr = row_layout(BLOCK_DIM)
 
     slots = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, io))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, io))
+    d = gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, io))
     token = gl.load(lists[0] + row * ROWS + slots)
-    here = (token >= 0)[:, None]
+    here = rows_inside(token, d, SIZES[6], BLOCK_DIM)
     wide = token.to(gl.int64)[:, None]
     queries.index(GROUP).store(gl.load(q + wide * (q_token * UNIT) + d[None, :], mask=here, other=0.0))
     grads.index(GROUP).store(gl.load(grad_out + wide * (grad_token * UNIT) + d[None, :], mask=here, other=0.0))
@@ -136,7 +137,7 @@ def _consume(
     row_delta = gl.load(delta + row_token, mask=row_token >= 0, other=0.0)
 
     state = (
-        gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, o_layout),
+        gl.zeros([GROUP_ROWS, BLOCK_DIM], gl.float32, o_layout),
         gl.zeros([GROUP_ROWS, COLUMNS], keys.dtype, p_layout),
     )
     at = (0, 0, 0, False)
@@ -182,7 +183,7 @@ def _consume(
     # Loaded again (volatile: not merged with the first load) to hold fewer registers in the loops.
     token = gl.load(lists[0] + row * ROWS + slots, volatile=True)
     out_row = token.to(gl.int64)[:, None] * out_token + d[None, :]
-    gl.store(grad_q + out_row, queries.index(GROUP).load(io), mask=(token >= 0)[:, None])
+    gl.store(grad_q + out_row, queries.index(GROUP).load(io), mask=rows_inside(token, d, SIZES[6], BLOCK_DIM))
 
 
 @gluon.jit
@@ -215,7 +216,7 @@ def query_gradients(
     q_batch, q_token, q_head, grad_batch, grad_token, grad_head, bounds_batch, list_batch, list_heads,
     scale, score_scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
-    HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
     PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
@@ -228,6 +229,7 @@ def query_gradients(
         side_x: Length of its last axis.
         BOX: Tokens of a key tile per axis (t, y, x).
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
+        BLOCK_DIM: Channels that are computed with, 64 or 128: those from HEAD_DIM on are zero or not stored.
         HALVES: Whether `halves` says what each half of a row tile has to do (`Program.halves`).
     """
     row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
@@ -250,10 +252,10 @@ def query_gradients(
 
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = q.dtype.element_ty
-    queries = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, HEAD_DIM], layout)
-    grads = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, HEAD_DIM], layout)
-    keys = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
-    values = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
+    queries = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, BLOCK_DIM], layout)
+    grads = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, BLOCK_DIM], layout)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, BLOCK_DIM], layout)
+    values = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, BLOCK_DIM], layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -268,7 +270,7 @@ def query_gradients(
         visible = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
     fence_async_shared()
 
-    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES, KEY_MASK)
+    SIZES: gl.constexpr = (BLOCK_DIM, ROWS, COLUMNS, 1, STAGES, KEY_MASK, HEAD_DIM)
     shared = (queries, grads, keys, values, k_ready, v_ready, free, visible)
     copied = (keys, values, k_ready, free, v_ready, free)
     where = (row, start, split, stop, dense)
