@@ -83,6 +83,8 @@ class Operands:
         grad_k: Gradient of k, contiguous.
         grad_v: Gradient of v, contiguous.
         taken: Counter of the Hopper kernel's tiles.
+        sums: dQ by query tiles without its scale, for the one-pass backward: float32.
+        turns: How many key tiles have added their part to each of them: int32.
         routed: Lists of a routed pattern.
     """
 
@@ -100,6 +102,8 @@ class Operands:
     grad_k: torch.Tensor | None = None
     grad_v: torch.Tensor | None = None
     taken: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
     routed: Routed | None = None
 
     def given(self, *names: str) -> dict[str, torch.Tensor]:

@@ -17,9 +17,9 @@ from visattn.kernels.triton.choosing.listed import DynamicLists
 from visattn.kernels.triton.choosing.pooled import rest_of
 from visattn.kernels.triton.choosing.skipped import SkippingLists, skips_in_loop
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
-from visattn.kernels.triton.config import DIRECTIONS, SHARING, Config, chosen_by_kernels
+from visattn.kernels.triton.config import DIRECTIONS, ONE_PASS, SHARING, Config, chosen_by_kernels
 from visattn.kernels.triton.hopper.launch import copyable
-from visattn.kernels.triton.launch import run_bias_gradients, run_one_pass, start_first
+from visattn.kernels.triton.launch import run_bias_gradients, run_in_one_pass, start_first
 from visattn.kernels.triton.routes import Listed, MergedLists, routed_program
 from visattn.kernels.triton.routing.router import Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
@@ -299,9 +299,7 @@ class Kernels:
             low |= _append(more, rpb, key_mask) | (0 if grad_lse is None else grad_lse.data_ptr())
         if self._in_one_pass(wanted, key_mask, routed) and not low & UNALIGNED and copyable(q, grad_out):
             t = Operands(q, k, v, rpb, None, out, lse, grad_out, grad_lse, delta, grad_q, grad_k, grad_v)
-            work = self._work_for(t)
-            start_first("delta", key, t, work)
-            run_one_pass(t, work)
+            run_in_one_pass(key, t, self._work_for(t))
             return grad_q, grad_k, grad_v, None
         if low & UNALIGNED or sums is None or (wanted[1] and keys is None) or (wanted[0] and queries is None):
             t = Operands(
@@ -336,7 +334,8 @@ class Kernels:
         if self._work is None or wanted != (True, True, False) or key_mask is not None or routed is not None:
             return False
         configs = self._work.configs
-        return configs["key_grad"].one_pass > 0 and configs["query_grad"].hopper
+        whole = self._keys[0][3] in ONE_PASS
+        return whole and configs["key_grad"].one_pass > 0 and configs["query_grad"].hopper
 
     def _first_backward(self, t: Operands, key: Any, want_rpb: bool) -> torch.Tensor | None:
         """The same by Triton's launcher; returns the gradient of the bias."""
