@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -192,6 +193,9 @@ class Swapped:
                 self.pattern, layout, x.shape[0], heads[0], heads[0], heads[1], dtype, device.type, masked, rpb, key[5]
             )
             verdict = judge(self.pattern, (problem,), (layout,), self.backend, always)
+            if not verdict.layouts:
+                # Whatever bias the module has, its own code adds.
+                verdict = verdict._replace(problems=(replace(problem, rpb=False),))
             self._own[key] = found = verdict, verdict.cells(self.run.tally, self.path, device)
         verdict, cells = found
         if verdict.layouts or (masked and not verdict.slower):
