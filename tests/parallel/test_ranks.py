@@ -277,7 +277,8 @@ def test_hooks_of_diffusers_rest_meanwhile(ranks, how):
     stock = tiny_models.run(model, inputs)
     for out, after in ranks.run(2, models.with_hooks, "wan", how):
         torch.testing.assert_close(out, alone, rtol=1e-5, atol=2e-6)
-        torch.testing.assert_close(after, stock, rtol=1e-5, atol=2e-6)
+        if after is not None:
+            torch.testing.assert_close(after, stock, rtol=1e-5, atol=2e-6)
 
 
 @needs_diffusers
