@@ -200,6 +200,11 @@ class DynamicPattern(TailedPattern):
         return "which blocks are listed depends on q and k, head by head; how many does not"
 
     @property
+    def joins_heads(self) -> bool:
+        """Whether heads share a choice or a budget."""
+        return self.share != 1 or self.per == "all"
+
+    @property
     def needs_steps(self) -> bool:
         """Whether lists are kept from step to step."""
         return self.every > 1
