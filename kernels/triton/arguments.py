@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,7 @@ class Work:
         tf32: Whether float32 products may round their factors to tf32.
         configs: Launch configuration of each direction.
         starts: Their kernels.
+        ways: What lists of a direction that q and k choose need and no call changes.
     """
 
     pattern: Pattern
@@ -38,6 +39,7 @@ class Work:
     tf32: bool
     configs: dict[str, Config]
     starts: Starts
+    ways: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def plan(self, direction: str) -> TilePlan:
         """The tiles of a kernel."""

@@ -250,9 +250,10 @@ def _fixed_us(problem: Problem) -> tuple[float, float]:
     if not isinstance(problem.pattern, RoutedPattern):
         return LISTED_US
     if isinstance(problem.pattern, DynamicPattern):
-        from visattn.kernels.triton.choosing.cost import choosing_us, sharing_us
+        from visattn.kernels.triton.choosing.cost import MERGE_US, choosing_us, sharing_us
 
-        return DYNAMIC_CALL_US, choosing_us(problem) + sharing_us(problem)
+        shared = sharing_us(problem)
+        return DYNAMIC_CALL_US + (MERGE_US if shared else 0), choosing_us(problem) + shared
     return CHOSEN_US if chosen_by_kernels(problem.pattern, problem.layout, problem.key_mask) else ROUTED_US
 
 

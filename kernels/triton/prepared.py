@@ -60,6 +60,7 @@ class Kernels:
         bias = None if call.rpb is None else call.rpb.detach().to("meta")
         self._call = replace(call, key_mask=None, rpb=bias, parameters={})
         self._tf32, self._choose = tf32, choose
+        self._by_blocks = lists_by_blocks(call.pattern)
         self._shared = sharing_tiles(call.pattern, call.layout, SHARING)
         self.starts = Starts(q.device, grown)
         # Of aligned tensors, which the first ones may not be.
@@ -177,13 +178,13 @@ class Kernels:
             return router.choose(q, k)
         assert isinstance(pattern, RoutedPattern)
         scale = self._call.scale if scale is None else scale
-        if not learns and isinstance(pattern, DynamicPattern) and self._skips(pattern, q, work.layout):
+        if not learns and isinstance(pattern, DynamicPattern) and pattern.skip and self._skips(pattern, q, work.layout):
             listed = pattern.listed(q, k, work.layout, key_mask, scale)
             return SkippingLists(pattern, listed, work.layout, self._tf32)
         if isinstance(pattern, DynamicPattern) and self._shared is not None:
             chosen = pattern.choose(q, k, work.layout, key_mask, scale)
             return MergedLists(chosen, pattern.blocks(work.layout.grid), work)
-        if isinstance(pattern, DynamicPattern) and lists_by_blocks(pattern):
+        if isinstance(pattern, DynamicPattern) and self._by_blocks:
             chosen = pattern.choose(q, k, work.layout, key_mask, scale)
             rest = None
             if pattern.pools_rest:
@@ -200,7 +201,7 @@ class Kernels:
 
     def _skips(self, pattern: DynamicPattern, q: torch.Tensor, layout: Layout) -> bool:
         """Whether the kernel whose loop passes over blocks runs these calls."""
-        free = held_for(pattern) is None and self._call.rpb is None and lists_by_blocks(pattern)
+        free = held_for(pattern) is None and self._call.rpb is None and self._by_blocks
         return free and skips_in_loop(pattern, layout, q)
 
     @property
