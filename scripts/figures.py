@@ -2,7 +2,7 @@
 
 python -m scripts.figures measure          # all of them on this machine, into docs/results (keep it idle)
 python -m scripts.figures measure cpu      # one of them
-python -m scripts.figures render           # the tables from docs/results
+python -m scripts.figures render           # the tables, and the charts of tuned schedules, from docs/results
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from scripts.figures_gpu import (
 )
 from scripts.figures_models import model_tables
 from scripts.figures_precision import precision_tables
+from scripts.figures_tuned import draw_all, tuned_tables
 from scripts.pages import with_table
 from scripts.results import RESULTS, ROOT, result, table
 
@@ -44,6 +45,7 @@ PAGES = tuple(
         "docs/precision.md",
         "docs/dynamic.md",
         "docs/parallel.md",
+        "docs/tuning.md",
     )
 )
 
@@ -153,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **dynamic_tables(),
     **model_tables(),
     **precision_tables(),
+    **tuned_tables(),
 }
 
 
@@ -184,6 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         measure(options.names)
     for page in PAGES:
         page.write_text(rendered(page.read_text()))
+    draw_all()
 
 
 if __name__ == "__main__":

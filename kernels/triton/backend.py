@@ -30,7 +30,7 @@ from visattn.kernels.triton.config import (
     shorter,
 )
 from visattn.kernels.triton.eightbit.run import attend_8bit, fits_8bit
-from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
+from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config, width
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, ListedPattern, Pattern, RoutedPattern, Routes
 from visattn.patterns.choice.merging import BITS
@@ -151,12 +151,14 @@ class Triton(Backend):
         if interpreted():
             return 1e6 * problem.dense_pairs
         number, dtype, head_dim = _architecture_or_common(), problem.dtype, problem.head_dim
-        tiles, rate = config(number, dtype, head_dim, "forward"), RATE
+        tiles, rate, keys_us = config(number, dtype, head_dim, "forward"), RATE, KEYS_US
         if isinstance(problem.pattern, DynamicPattern) and problem.pattern.skip:
             rate = SKIP_RATE
         elif problem.precision is None and not problem.rpb:
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
-            tiles, rate = (tiles, RATE) if faster is None else (faster, HOPPER_RATE)
+            if faster is not None:
+                # These kernels compute with more channels than some head dims have.
+                tiles, rate, keys_us = faster, HOPPER_RATE * head_dim / width(head_dim), HOPPER_KEYS_US
         shared = sharing_tiles(problem.pattern, problem.layout, SHARING) if problem.precision is None else None
         halves = QUERY_HALVES if tiles.halves else None
         plan = tiled(shared or problem.pattern, problem.layout, tiles.rows, tiles.tile, halves)
@@ -168,7 +170,7 @@ class Triton(Backend):
             pairs += problem.dense_pairs * columns / problem.layout.length * rate / RATE
         host_us, device_us = _fixed_us(problem)
         longest = int(plan.lists.counts.max(initial=0)) * plan.keys.capacity / 128
-        least = longest * (HOPPER_KEYS_US if rate == HOPPER_RATE else KEYS_US)
+        least = longest * keys_us
         device = overhead(problem, 0, device_us) + max(pairs / rate, overhead(problem, 0, least))
         return wall(problem, device, 0, host_us)
 
@@ -255,9 +257,10 @@ def _fixed_us(problem: Problem) -> tuple[float, float]:
     if not isinstance(problem.pattern, RoutedPattern):
         return LISTED_US
     if isinstance(problem.pattern, DynamicPattern):
-        from visattn.kernels.triton.choosing.cost import choosing_us, sharing_us
+        from visattn.kernels.triton.choosing.cost import MERGE_US, choosing_us, sharing_us
 
-        return DYNAMIC_CALL_US, choosing_us(problem) + sharing_us(problem)
+        shared = sharing_us(problem)
+        return DYNAMIC_CALL_US + (MERGE_US if shared else 0), choosing_us(problem) + shared
     return CHOSEN_US if chosen_by_kernels(problem.pattern, problem.layout, problem.key_mask) else ROUTED_US
 
 

@@ -127,7 +127,7 @@ HOPPER = {
 }
 
 # The backward in one pass over the lists, which no call takes unless a script says so (scripts/bench/hopper_gpu.py).
-ONE_PASS = {128: Config(128, 64, 4, 3, 1, True, one_pass=1)}
+ONE_PASS = {64: Config(128, 64, 4, 4, 1, True, one_pass=1), 128: Config(128, 64, 4, 3, 1, True, one_pass=1)}
 
 # Of the forward in 8 bits, by family and padded head dim: `eightbit.forward`, and Hopper's own kernel.
 EIGHT = {

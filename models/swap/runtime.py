@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -195,6 +196,9 @@ class Swapped:
                 precision=self.precision,
             )  # fmt: skip
             verdict = judge(self.pattern, (problem,), (layout,), self.backend, always)
+            if not verdict.layouts:
+                # Whatever bias the module has, its own code adds.
+                verdict = verdict._replace(problems=(replace(problem, rpb=False),))
             self._own[key] = found = verdict, verdict.cells(self.run.tally, self.path, device)
         verdict, cells = found
         if verdict.layouts or (masked and not verdict.slower):

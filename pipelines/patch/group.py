@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from visattn.layout import Layout
+from visattn.parallel.ulysses import JOINS_HEADS
 from visattn.patterns import Pattern, PerHead
 from visattn.pipelines.patch import numbering, parallel
 from visattn.pipelines.patch.decision import Cut, Decision
@@ -90,6 +91,8 @@ class Group(Runner):
                 if wider
                 else parallel.OWN_HEADS
                 if isinstance(self.pattern, PerHead)
+                else JOINS_HEADS
+                if self.pattern.joins_heads
                 else parallel.SPLIT_MASK
                 if call.mask is not None
                 else parallel.uneven(fit.layouts, heads, devices)

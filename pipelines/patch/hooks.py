@@ -12,16 +12,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._C._dynamo import eval_frame
+from torch._dynamo.eval_frame import skip_code
 
+from visattn.copies import Hook
 from visattn.outside import Outside
 from visattn.pipelines.patch import numbering, operators
 from visattn.pipelines.patch.clones import says_where
 from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.sites import Site
-from visattn.pipelines.patch.tracing import compiler_in_force, own_frame, unpatched, untraced
+from visattn.pipelines.patch.untraced import untraced
 
 
-class _Hook:
+def _own_frame(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the compiler from making a graph of its own of a hook that is called outside of graphs."""
+    skip_code(hook.__code__)
+    return hook
+
+
+# The compiler that would trace what this thread calls, None if there is none; where torch does not tell, there may be.
+_compiler_in_force: Callable[[], Any] = getattr(eval_frame, "get_eval_frame_callback", lambda: _own_frame)
+
+
+class _Hook(Hook):
     """Refers to a run by number: what compiled code sees of it is one constant."""
 
     def __init__(self, run: DiffusersRun) -> None:
@@ -29,13 +42,6 @@ class _Hook:
 
     def run(self) -> DiffusersRun | None:
         return numbering.look_up(self.number)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _unpatched, ()
-
-
-def _unpatched() -> Callable[..., None]:
-    return unpatched
 
 
 class Begin(_Hook):
@@ -48,7 +54,7 @@ class Begin(_Hook):
         self.keep = run
         self.names, self.config, self.family = names, run.config, run.family
 
-    @own_frame
+    @_own_frame
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hook."""
         if not torch.compiler.is_compiling():
@@ -86,7 +92,7 @@ class Begin(_Hook):
 class Finish(_Hook):
     """After a forward of the model."""
 
-    @own_frame
+    @_own_frame
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The hook."""
         if not torch.compiler.is_compiling():
@@ -108,12 +114,12 @@ class Enter(_Hook):
         self.keep = run
         self.paths = paths
 
-    @own_frame
+    @_own_frame
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook; it runs before every block, so each function that it calls counts."""
         if torch.compiler.is_dynamo_compiling():
             return
-        if compiler_in_force() is None:
+        if _compiler_in_force() is None:
             self._enter(module, args, kwargs)
         else:
             self._enter_untraced(module, args, kwargs)

@@ -34,8 +34,9 @@ def eight_config(
         layout: The tokens.
         masked: Whether there is a key mask.
     """
-    if not masked and hopper_config(architecture, dtype, head_dim, pattern, layout) is not None:
-        return EIGHT_HOPPER[head_dim]
+    own = EIGHT_HOPPER.get(head_dim)
+    if own is not None and not masked and hopper_config(architecture, dtype, head_dim, pattern, layout) is not None:
+        return own
     rows = EIGHT[family(architecture)]
     return rows[min(d for d in rows if d >= head_dim)]
 

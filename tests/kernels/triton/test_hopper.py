@@ -44,9 +44,17 @@ def test_takes_lists_of_whole_boxes(pattern, layout, direction):
 
 
 @pytest.mark.parametrize("direction", HOPPER)
-@pytest.mark.parametrize("other", [{"arch": 80}, {"arch": 100}, {"dtype": torch.float32}, {"dim": 72}, {"dim": 256}])
+@pytest.mark.parametrize(
+    "other", [{"arch": 80}, {"arch": 100}, {"dtype": torch.float32}, {"dim": 32}, {"dim": 136}, {"dim": 256}]
+)
 def test_leaves_other_gpus_dtypes_and_head_dims(other, direction):
     assert chosen("na(window=9x9)", Layout((64, 64)), direction=direction, **other) is None
+
+
+@pytest.mark.parametrize("direction", HOPPER)
+def test_pads_head_dims_to_the_channels_that_it_computes_with(direction):
+    for dim, channels in ((40, 64), (56, 64), (72, 128), (80, 128), (96, 128), (120, 128)):
+        assert chosen("na(window=9x9)", Layout((64, 64)), dim=dim, direction=direction) == HOPPER[direction][channels]
 
 
 @pytest.mark.parametrize("direction", HOPPER)
