@@ -26,6 +26,7 @@ from scripts.figures_gpu import (
     gpu_table,
 )
 from scripts.figures_models import model_tables
+from scripts.figures_precision import precision_tables
 from scripts.figures_tuned import draw_all, tuned_tables
 from scripts.pages import with_table
 from scripts.results import RESULTS, ROOT, result, table
@@ -41,6 +42,7 @@ PAGES = tuple(
         "docs/generate.md",
         "docs/performance.md",
         "docs/diffusers.md",
+        "docs/precision.md",
         "docs/dynamic.md",
         "docs/parallel.md",
         "docs/tuning.md",
@@ -56,6 +58,7 @@ COMMANDS = {
     "cpu": "python -m scripts.bench.cpu --json {out} --force",
     "digits-vit": "python -m scripts.measure.digits_vit --out {out}",
     "timm-highres": "python -m scripts.bench.timm_models --out {out}",
+    "eightbit": "python -m scripts.measure.eightbit --steps 6 --out {out}",
     "moh": "python -m scripts.bench.moh --out {out}",
 }
 
@@ -152,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **dynamic_tables(),
     **model_tables(),
     **tuned_tables(),
+    **precision_tables(),
 }
 
 

@@ -12,6 +12,7 @@ from visattn.dispatch import Backend, Prepared, overhead
 from visattn.keep import kept
 from visattn.kernels.tiles.batches import Work, batch_size
 from visattn.kernels.tiles.boxes import box_groups
+from visattn.kernels.tiles.eightbit import simulate, simulates
 from visattn.kernels.tiles.engine import TileAttention, forward
 from visattn.kernels.tiles.groups import Group, Problems, list_groups, listed_sequence, routed_group, whole_sequence
 from visattn.kernels.tiles.heads import ALL_HEADS, Heads
@@ -40,7 +41,7 @@ from visattn.patterns.geometry import Spans
 from visattn.patterns.routing import Routing
 from visattn.patterns.shared_tiles import sharing_tiles
 from visattn.plans import TilePlan, plan
-from visattn.problem import Call, Problem, Support
+from visattn.problem import PRECISIONS, Call, Problem, Support
 
 # Key tiles of a list with fewer fully visible tiles than this are cut smaller, to visit fewer hidden pairs.
 MOSTLY_FULL = 0.9
@@ -57,6 +58,7 @@ class Tiles(Backend):
 
     name: ClassVar[str] = "tiles"
     key_layouts: ClassVar[bool] = True
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
 
     def available(self) -> Support:
         """Always: it is made of torch operators."""
@@ -66,7 +68,7 @@ class Tiles(Backend):
         """Any pattern that is a list of key tiles."""
         if not isinstance(problem.pattern, ListedPattern):
             return Support(False, f"{problem.pattern.name} is not a list of key tiles")
-        return Support(True)
+        return Support(True) if problem.precision is None else simulates(problem)
 
     def cost(self, problem: Problem) -> float:
         """The measured rule: pairs, moved keys and queries, and a fixed time per batch; of routed lists, per token."""
@@ -90,6 +92,8 @@ class Tiles(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, grown: Callable[[], None]
     ) -> Prepared:
         """See `Backend.prepare`."""
+        if call.precision is not None:
+            return super().prepare(q, k, v, call, grown)
         if call.key_mask is not None or call.rpb is not None or _is_routed(call.pattern, call.layout):
             return super().prepare(q, k, v, call, grown)
         learns = _learns(q, k, v)
@@ -99,6 +103,8 @@ class Tiles(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`."""
+        if call.precision is not None:
+            return simulate(q, k, v, call)
         learns = _learns(q, k, v, call.rpb)
         own = listed_call(q, k, v, call)
         q, k, v = own.tensors

@@ -40,8 +40,9 @@ class Group(Runner):
         backend: str,
         stock: Stock,
         parameters: torch.nn.ParameterDict | None = None,
+        precision: str | None = None,
     ) -> None:
-        super().__init__(run, given, backend, stock, parameters)
+        super().__init__(run, given, backend, stock, parameters, precision)
         self.lease = numbering.register(self, stock)
         self.number = self.lease.number
         self._encoded: dict[tuple[tuple[Layout, ...], Pattern, Cut | None], torch.Tensor] = {}

@@ -47,7 +47,7 @@ class Processors:
 
     def __init__(self, model: torch.nn.Module, run: DiffusersRun, sites: Sequence[Site], backend: str) -> None:
         self._model, self._run, self._sites, self._backend = model, run, sites, backend
-        self._groups: dict[tuple[Given, Stock, str], Group] = {}
+        self._groups: dict[tuple[Given, str | None, Stock, str], Group] = {}
         # Weak: a client may let one go that it had put in.
         self._ours: list[weakref.ref[Any]] = []
         self._set: list[_Set] = []
@@ -145,9 +145,9 @@ class Processors:
     def _group(self, site: Site, stock: Stock) -> Group:
         pattern = site.pattern
         # Compiled code knows groups, not modules: one with parameters of its own needs a group of its own.
-        key = pattern, stock, site.name.path if site.parameters is not None else ""
+        key = pattern, site.precision, stock, site.name.path if site.parameters is not None else ""
         if key not in self._groups:
-            arguments = self._run, pattern, self._backend, stock, site.parameters
+            arguments = self._run, pattern, self._backend, stock, site.parameters, site.precision
             merges = isinstance(pattern, MergingPattern)
             self._groups[key] = group = merging.MergingGroup(*arguments) if merges else Group(*arguments)
             if stock.dispatched:
