@@ -19,6 +19,7 @@ from scripts.figures_dynamic import dynamic_tables
 from scripts.figures_emoji import emoji_tables
 from scripts.figures_gpu import (
     gpu_calls_table,
+    gpu_hopper_table,
     gpu_parallel_table,
     gpu_peers_table,
     gpu_real_table,
@@ -40,6 +41,7 @@ PAGES = tuple(
         "docs/timm.md",
         "docs/distillation.md",
         "docs/generate.md",
+        "docs/gpu-notes.md",
         "docs/performance.md",
         "docs/diffusers.md",
         "docs/precision.md",
@@ -145,6 +147,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-peers": gpu_peers_table,
     "gpu-stack": gpu_stack_table,
     "gpu-calls": gpu_calls_table,
+    "gpu-hopper": gpu_hopper_table,
     "gpu-real": gpu_real_table,
     "gpu-parallel": gpu_parallel_table,
     "digits-vit": digits_vit_table,
@@ -154,8 +157,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **emoji_tables(),
     **dynamic_tables(),
     **model_tables(),
-    **precision_tables(),
     **tuned_tables(),
+    **precision_tables(),
 }
 
 

@@ -24,6 +24,7 @@ from visattn.kernels.triton.arguments import (
 )
 from visattn.kernels.triton.choosing.tables import writes_lists
 from visattn.kernels.triton.config import HOPPER, Config
+from visattn.kernels.triton.hopper.masks import thread_masks
 from visattn.kernels.triton.hopper.turns import Turns, turns
 from visattn.kernels.triton.lists.program import Program
 from visattn.kernels.triton.start import Launch, programs
@@ -234,7 +235,7 @@ def one_pass_launch(t: Operands, work: Work) -> Launch:
     given = {name: value for name, value in given.items() if name not in unused} | {
         "sum_tiles": TensorDescriptor(sums, list(sums.shape), [sums.shape[1], 1], box, layout),
         "tokens": listed.rows, "bounds": listed.bounds, "bases": listed.bases, "visits": listed.visits,
-        "masks": by_threads(listed.masks), "PARTIAL": listed.partial, "tiles": len(listed.columns),
+        "masks": thread_masks(listed.masks), "PARTIAL": listed.partial, "tiles": len(listed.columns),
         "together": TOGETHER, "ORDER": work.configs["key_grad"].one_pass - 1,
     }  # fmt: skip
     copied = {"q_grid": "q", "q_runs": "q", "grad_grid": "grad_out", "grad_runs": "grad_out", "sum_tiles": "sums"}
@@ -314,19 +315,6 @@ def value_stages(run: Program, stages: int) -> int:
     return max(stages, 3)
 
 
-def by_threads(masks: torch.Tensor) -> torch.Tensor:
-    """Masks [masks, rows, 2] of 64 columns with the bits of one thread side by side: int16 [masks, rows, 4].
-
-    In a product, thread t of four has columns 8 * j + 2 * t + (0, 1) of a row (`parts.product_layout`), which become
-    bits 2 * j + (0, 1) of its word.
-    """
-    number, rows, words = masks.shape
-    assert words == 2, "column tiles of these kernels have 64 tokens"
-    bits = masks[..., None] >> torch.arange(32, device=masks.device, dtype=torch.int32) & 1
-    own = bits.view(number, rows, 8, 4, 2).transpose(2, 3).reshape(number, rows, 4, 16)
-    return (own << torch.arange(16, device=masks.device, dtype=torch.int32)).sum(-1).to(torch.int16)
-
-
 def _common_arguments(
     direction: str,
     names: tuple[str, str],
@@ -349,7 +337,7 @@ def _common_arguments(
     return {
         **descriptors,
         **{name: value for name, value in lists.items() if name not in unused},
-        "masks": by_threads(run.masks),
+        "masks": thread_masks(run.masks),
         "halves": run.bounds if run.halves is None else run.halves,
         "key_mask": rows if t.key_mask is None else t.key_mask,
         "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],

@@ -14,7 +14,8 @@ from visattn.dispatch import load
 from visattn.kernels.triton import backend as engine
 from visattn.kernels.triton.arguments import plan_of
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, config
-from visattn.kernels.triton.hopper.launch import by_threads, copyable, faster_configs, folded, hopper_config
+from visattn.kernels.triton.hopper.launch import copyable, faster_configs, folded, hopper_config
+from visattn.kernels.triton.hopper.masks import by_threads, thread_masks
 from visattn.kernels.triton.lists.program import pack
 from visattn.problem import Call, Problem
 
@@ -147,3 +148,5 @@ def test_a_threads_bits_of_a_mask_lie_side_by_side():
         eight, thread, side = column // 8, column % 8 // 2, column % 2
         bit = words[:, :, thread] >> (2 * eight + side) & 1
         assert (bit == seen[:, :, column]).all()
+    masks = torch.from_numpy(pack(seen, 128, 64))
+    assert thread_masks(masks) is thread_masks(masks) and thread_masks(masks).equal(by_threads(masks))
