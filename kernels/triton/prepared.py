@@ -61,7 +61,9 @@ class Kernels:
         self._call = replace(call, key_mask=None, rpb=bias, parameters={})
         self._tf32, self._choose = tf32, choose
         self._by_blocks = lists_by_blocks(call.pattern)
-        self._shared = sharing_tiles(call.pattern, call.layout, SHARING)
+        # Kernels of 8 bits read no masks that are made by the call.
+        shares = call.precision is None
+        self._shared = sharing_tiles(call.pattern, call.layout, SHARING) if shares else None
         self.starts = Starts(q.device, grown)
         # Of aligned tensors, which the first ones may not be.
         self._work: Work | None = None

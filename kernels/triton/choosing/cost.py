@@ -38,7 +38,7 @@ def choosing_us(problem: Problem) -> float:
 def sharing_us(problem: Problem) -> float:
     """Microseconds in which operators of torch find what tiles visit that several query blocks share, 0 elsewhere."""
     pattern, layout = problem.pattern, problem.layout
-    if sharing_tiles(pattern, layout, SHARING) is None:
+    if problem.precision is not None or sharing_tiles(pattern, layout, SHARING) is None:
         return 0.0
     assert isinstance(pattern, DynamicPattern)
     blocks = pattern.blocks(layout.grid)

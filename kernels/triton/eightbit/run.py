@@ -34,8 +34,9 @@ def eight_config(
         layout: The tokens.
         masked: Whether there is a key mask.
     """
-    if not masked and hopper_config(architecture, dtype, head_dim, pattern, layout) is not None:
-        return EIGHT_HOPPER[head_dim]
+    own = EIGHT_HOPPER.get(head_dim)
+    if own is not None and not masked and hopper_config(architecture, dtype, head_dim, pattern, layout) is not None:
+        return own
     rows = EIGHT[family(architecture)]
     return rows[min(d for d in rows if d >= head_dim)]
 
@@ -89,7 +90,7 @@ def attend_8bit(
     key = attend_8bit, call.pattern, call.layout, call.scale, q.dtype, q.device, shapes, mask is None, fp8
     entry = STORE.find(key)
     if entry is None:
-        kept = replace(call, key_mask=None, precision=None)
+        kept = replace(call, key_mask=None)
         entry = STORE.put(key, Kernels(q, k, v, kept, False, choose, lambda: STORE.weigh(key)), CALL_BYTES)
     kernels: Kernels = entry.value
     # Lists that skip have been refused.

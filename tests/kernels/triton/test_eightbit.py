@@ -15,6 +15,7 @@ from visattn.kernels.triton import ahead
 from visattn.kernels.triton.arguments import Operands, Work
 from visattn.kernels.triton.config import DIRECTIONS, EIGHT, EIGHT_HOPPER, SHARED_MEMORY
 from visattn.kernels.triton.eightbit import launch
+from visattn.kernels.triton.eightbit.run import eight_config
 from visattn.kernels.triton.start import Starts
 
 
@@ -45,3 +46,11 @@ def test_compiles_without_spills(monkeypatch, arch, config, fp8, dim):
     t = Operands(q, q, q, out=torch.empty_like(q), lse=torch.empty(1, 24, layout.length))
     launch.forward(t, work, fp8)
     assert made["attend_8bit"].fits(SHARED_MEMORY[arch]), made
+
+
+@pytest.mark.parametrize(("dim", "own"), [(64, True), (128, True), (40, False), (72, False), (96, False)])
+def test_hoppers_own_kernel_takes_two_head_dims(dim, own):
+    pattern, layout = parse("na(window=16x16,stride=8x8)"), Layout((64, 64))
+    config = eight_config(90, torch.bfloat16, dim, pattern, layout, False)
+    assert config is (EIGHT_HOPPER[dim] if own else EIGHT["large"][64 if dim <= 64 else 128])
+    assert not eight_config(90, torch.bfloat16, dim, pattern, layout, True).hopper
