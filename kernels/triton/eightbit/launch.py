@@ -13,7 +13,7 @@ from visattn.kernels.triton.arguments import LOG2E, Operands, Work, head_argumen
 from visattn.kernels.triton.config import Config, block_dim
 from visattn.kernels.triton.eightbit import quantise
 from visattn.kernels.triton.eightbit.forward import attend_8bit
-from visattn.kernels.triton.hopper.launch import by_threads
+from visattn.kernels.triton.hopper.masks import by_threads
 from visattn.kernels.triton.lists.program import Program
 from visattn.kernels.triton.start import launch, launch_like, on, programs
 from visattn.tiling import Tiling
