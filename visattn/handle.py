@@ -116,6 +116,11 @@ class Handle:
         if self._caught:
             self.watch(None)
 
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """What was patched, one for each model."""
+        return self._patches
+
     def save(self, path: str | Path) -> None:
         """Write the learnable parameters to a safetensors file, for `apply(..., weights=path)`.
 

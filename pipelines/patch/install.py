@@ -22,6 +22,7 @@ from visattn.pipelines.patch.sites import find_sites
 from visattn.pipelines.patch.steps import ContextSteps
 from visattn.pipelines.patch.targets import Target
 from visattn.report import SiteReport
+from visattn.runtime.run import Step
 from visattn.watch import Watcher
 
 
@@ -53,6 +54,7 @@ class PatchedModel:
 
     def __init__(self, target: Target, scheduler: SchedulerSteps, taken: Set[int]) -> None:
         name, model, family, request = target
+        self.model, self.family = model, family
         schedule, layouts = request.schedule, request.layouts
         dims = layouts[0].dims if layouts else family.dims
         self.sites = find_sites(model, family, schedule, name, dims, taken, request.parallel is not None)
@@ -78,6 +80,15 @@ class PatchedModel:
             # After the hook that reads where the tokens sit.
             self._run.sharding.install(model)
         self._run.check_sites = functools.partial(self._processors.repair, hooks.follow)
+
+    @property
+    def run(self) -> DiffusersRun:
+        """What it knows while it runs."""
+        return self._run
+
+    def running_step(self) -> Step:
+        """Step and number of steps of the pipeline that is calling the model; unknown where none is."""
+        return self._scheduler.running(weakref.ref(self.model))
 
     def report(self) -> Sequence[SiteReport]:
         """See `visattn.handle.Patch`."""
