@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState, SequentialPipelineBlocks
@@ -15,7 +16,14 @@ class SparseAttentionStep(SequentialPipelineBlocks):
 
     The call takes `attention_pattern` (a pattern's text, a mapping of layers, or a file; None for stock attention) and
     `attention_dense_steps`, and gives `attention_report`.
+
+    Attributes:
+        attention_pattern: What a call runs that names no pattern.
+        attention_dense_steps: How many first steps stay dense in a call that does not say it.
     """
+
+    attention_pattern: Any = None
+    attention_dense_steps: int | float = 0
 
     @property
     def description(self) -> str:
@@ -27,9 +35,15 @@ class SparseAttentionStep(SequentialPipelineBlocks):
         """Those of the block inside, and what the pattern is."""
         return [
             InputParam(
-                "attention_pattern", default=None, description="A pattern, like 'na(window=9x9)'; None for none."
+                "attention_pattern",
+                default=self.attention_pattern,
+                description="A pattern, like 'na(window=9x9)'; None for none.",
             ),
-            InputParam("attention_dense_steps", default=0, description="First steps that stay dense: count or share."),
+            InputParam(
+                "attention_dense_steps",
+                default=self.attention_dense_steps,
+                description="First steps that stay dense: count or share.",
+            ),
             *super().inputs,
         ]
 
@@ -51,12 +65,45 @@ class SparseAttentionStep(SequentialPipelineBlocks):
         state.set("attention_report", report)
         return components, state
 
+    def save(self, folder: str | Path) -> None:
+        """Write the workflow, its pattern with it, for `ModularPipelineBlocks.from_pretrained(folder, ...)`.
 
-def sparse_attention(block: ModularPipelineBlocks) -> SparseAttentionStep:
+        Args:
+            folder: Where to; it gets a configuration and a file of code, so loading needs `trust_remote_code=True`.
+
+        Raises:
+            ValueError: If the block inside is not one of diffusers', which a file could import and make again.
+        """
+        inner = next(iter(self.sub_blocks.values()))
+        kind = type(inner)
+        if not kind.__module__.startswith("diffusers.") or dict(inner.sub_blocks).keys() != kind().sub_blocks.keys():
+            raise ValueError(f"{kind.__name__} is no block as diffusers has it, so that a file could not name it")
+        plain = isinstance(self.attention_pattern, str | dict | None)
+        if not plain:
+            raise ValueError(f"attention_pattern={self.attention_pattern!r} is not saved: give its text")
+        self.save_pretrained(str(folder))
+        # Under this name diffusers looks for the code of the class.
+        (Path(folder) / f"{__name__.rpartition('.')[2]}.py").write_text(
+            f"from {kind.__module__} import {kind.__name__}\n"
+            "from visattn.pipelines.modular import SparseAttentionStep as Base\n\n\n"
+            f"class {type(self).__name__}(Base):\n"
+            f"    block_classes = [{kind.__name__}]\n"
+            '    block_names = ["denoise"]\n'
+            f"    attention_pattern = {self.attention_pattern!r}\n"
+            f"    attention_dense_steps = {self.attention_dense_steps!r}\n",
+            encoding="utf-8",
+        )
+
+
+def sparse_attention(
+    block: ModularPipelineBlocks, pattern: Any = None, dense_steps: int | float = 0
+) -> SparseAttentionStep:
     """A block, like the denoising one of a pipeline's, that takes a pattern as an input of the call.
 
     Args:
         block: The block around the denoising loop; it is not changed.
+        pattern: What a call runs that names no pattern; `save` keeps it.
+        dense_steps: How many first steps stay dense in a call that does not say it.
 
     Returns:
         What to put into its place.
@@ -64,4 +111,5 @@ def sparse_attention(block: ModularPipelineBlocks) -> SparseAttentionStep:
     made = SparseAttentionStep()
     made.block_classes, made.block_names = [type(block)], ["denoise"]
     made.sub_blocks["denoise"] = block
+    made.attention_pattern, made.attention_dense_steps = pattern, dense_steps
     return made

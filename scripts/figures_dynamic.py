@@ -98,7 +98,7 @@ def gpu_table() -> str:
     for case in found["cases"].values():
         parts, own = case["parts_ms"], case["ours"]["forward_ms"]
         choosing = f"{parts['choosing_and_lists']:.2f} ms, {case['choosing_share']:.1%}"
-        fixed = f"{parts['kernel_fixed'] / parts['kernel']:.2f}"
+        fixed = f"{parts['kernel_fixed'] / parts['kernel']:.2f}" if "kernel_fixed" in parts else ""
         cells = [
             f"`{case['pattern']}`",
             case["layout"],
@@ -117,9 +117,25 @@ def gpu_table() -> str:
             f"{case['cudnn']['backward_ms']:.1f} ms: {case['cudnn']['backward_ms'] / case['ours']['backward_ms']:.2f}x."
             for case in cases
         ]
+    if (RESULTS / "h200-dynamic-skip.json").is_file():
+        lines.append(_skip())
     if (RESULTS / "h200-stack-dynamic.json").is_file():
         lines.append(_stack())
     return "\n\n".join(lines)
+
+
+def _skip() -> str:
+    """What the test in the loop takes, where nothing is passed over and where some blocks are."""
+    cases = result("h200-dynamic-skip")["cases"].values()
+    found = [
+        f"along `{case['pattern']}`, with {case['density']:.0%} of the pairs left, {case['ours']['forward_ms']:.1f} ms"
+        for case in cases
+    ]
+    dense = next(iter(cases))
+    return (
+        f"`skip` on {dense['layout']}, levels of blocks in queries and keys: {', '.join(found)}; cuDNN, dense, "
+        f"{dense['cudnn']['forward_ms']:.1f} ms."
+    )
 
 
 def _stack() -> str:

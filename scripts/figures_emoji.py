@@ -144,7 +144,10 @@ def _distances(row: dict[str, Any]) -> str:
     return ", ".join(f"{row[kind]['frechet']:.3f}" for kind in KINDS)
 
 
-def _milliseconds(seconds: float) -> str:
+def _milliseconds(seconds: float | None) -> str:
+    """A time in a cell; nothing where others used the device too."""
+    if seconds is None:
+        return ""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 

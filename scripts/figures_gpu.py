@@ -108,9 +108,10 @@ def gpu_parallel_table() -> str:
                 cells.append("" if dense is None else f"{dense / way['step_ms']:.1f}x")
                 cells.append(f"{way['bytes_per_rank'] / 1e6:.0f} MB" if "bytes_per_rank" in way else "")
                 cells.append(f"{way['exchange_ms']:.2f} ms" if "exchange_ms" in way else "")
+                cells.append(f"{way['hidden']:.0%}" if "hidden" in way else "")
                 rows.append(cells)
     head = ["stack", "grid", "attention", "way", "a step", "against one GPU", "against dense on one", "sent by a GPU"]
-    return table([*head, "exchange alone, a layer"], rows) + _machine("h200-x2-parallel")
+    return table([*head, "exchange alone, a layer", "hidden"], rows) + _machine("h200-x2-parallel")
 
 
 def gpu_real_table() -> str:

@@ -20,10 +20,10 @@ def families_table() -> str:
 def families_counts() -> str:
     """How many classes of the release are known, have nothing to sparsify, and have no record."""
     nothing = sum(bool(family.nothing) for family in FAMILIES.values())
-    known = len(FAMILIES) - nothing
+    known, left = len(FAMILIES) - nothing, len(unknown.NOT_YET)
     return (
         f"Of diffusers {unknown.RELEASE}, {known} model classes are known, {nothing + len(unknown.NOT_SPARSE)} have "
-        f"nothing to sparsify and {len(unknown.NOT_YET)} are not written yet."
+        f"nothing to sparsify and {left} {'is' if left == 1 else 'are'} not written yet."
     )
 
 

@@ -19,7 +19,39 @@ CALL = "_compiled_call_impl"
 Look = Callable[[torch.Tensor], None]
 
 
-class Looked:
+class Around:
+    """What stands around the compiled call of a module.
+
+    Args:
+        run: The call, or another one around it.
+    """
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Around | None:
+        """The first of this kind that stands around a module's call."""
+        run = vars(module).get(CALL)
+        while isinstance(run, Around) and not isinstance(run, cls):
+            run = run.run
+        return run if isinstance(run, cls) else None
+
+    def leave(self, module: nn.Module) -> None:
+        """Give the module its call back."""
+        at = vars(module).get(CALL)
+        if at is self:
+            if "_orig_mod" in module._modules and not isinstance(self.run, Around):
+                del vars(module)[CALL]
+            else:
+                vars(module)[CALL] = self.run
+        while isinstance(at, Around):
+            if at.run is self:
+                at.run = self.run
+            at = at.run
+
+
+class Looked(Around):
     """The compiled call of a module, with a look at its first tensor before.
 
     Args:
@@ -28,7 +60,8 @@ class Looked:
     """
 
     def __init__(self, run: Callable[..., Any], look: Look) -> None:
-        self.run, self.look = run, look
+        super().__init__(run)
+        self.look = look
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Look and run; compiled code around the module has its own tensors, and nobody to look."""
@@ -63,7 +96,7 @@ class Outside:
             run = vars(module).get(CALL)
             if run is None and "_orig_mod" in module._modules:
                 run = module._call_impl
-            if run is not None and not isinstance(run, Looked):
+            if run is not None and Looked.of(module) is None:
                 # Not by setattr: what torch.compile gives hands its attributes on to the module inside.
                 vars(module)[CALL] = Looked(run, self._look)
                 self._looked.append(module)
@@ -71,10 +104,7 @@ class Outside:
     def leave(self) -> None:
         """Give the modules their calls back."""
         for module in self._looked:
-            run = vars(module).get(CALL)
-            if isinstance(run, Looked):
-                if "_orig_mod" in module._modules:
-                    del vars(module)[CALL]
-                else:
-                    vars(module)[CALL] = run.run
+            looked = Looked.of(module)
+            if looked is not None:
+                looked.leave(module)
         self._looked.clear()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from visattn.counts import Row
 from visattn.crossing import crossing
 from visattn.dispatch import candidates, choose
 from visattn.patterns import ListedPattern, MergingPattern, Pattern
@@ -15,7 +16,6 @@ from visattn.plans import plan
 from visattn.problem import Problem
 from visattn.reached import Reached
 from visattn.staged import Staged
-from visattn.tally import Row
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class CallReport:
         """Explain calls after the fact: the choice of a backend is a function of the problem."""
         if isinstance(problem.pattern, MergingPattern):
             return cls(problem, hits, problem.pattern.name, "the only one that merges tokens", None)
-        if backend == "auto" and problem.pattern.covers(*problem.layout.grids):
+        # A model's own attention stands for a pattern on plain tensors alone.
+        if backend == "auto" and not problem.rpb and problem.pattern.covers(*problem.layout.grids):
             return cls(problem, hits, "stock", "the pattern covers the whole grid", 1.0)
         name = choose(problem, backend).name
         reached = None if sums is None else Reached.of(sums, problem.layout)
@@ -233,11 +234,13 @@ class Report:
         sites: Every patched attention module; modules that a schedule keeps dense are among them.
         dense_steps: First steps that stay dense, as given.
         dense_last_steps: Last steps that stay dense, as given.
+        schedule: What a preset says about itself, "" for other schedules.
     """
 
     sites: tuple[SiteReport, ...]
     dense_steps: int | float = 0
     dense_last_steps: int | float = 0
+    schedule: str = ""
 
     @property
     def hits(self) -> int:
@@ -322,6 +325,7 @@ class Report:
             "timed": sum(site.timed for site in self.sites),
             "called": sum(site.called for site in self.sites),
             "moved": self.moved,
+            "schedule": self.schedule,
             "sites": [site.to_dict() for site in self.sites],
         }
 
@@ -332,6 +336,7 @@ class Report:
             f"{self.sparse_seconds:.3f} s; {self.dense} dense and {sum(self.fallbacks.values())} fallback calls, "
             f"{self.dense_seconds:.3f} s{self._timing()}{self._moving()}"
         ]
+        lines += [f"  {self.schedule}"] if self.schedule else []
         width = max((len(site.site) for site in self.sites), default=0)
         for site in self.sites:
             head = f"  {site.site:<{width}}  {site.pattern}: {site.hits} hits, {site.dense} dense"

@@ -18,6 +18,8 @@ from visattn.staged import Staged
 from visattn.tuned import Tuned
 
 Selector = int | slice | str
+# What `layers` may be, None for all.
+Layers = Selector | Iterable[Selector] | None
 # What a layer may be given: a pattern, or one for each of its steps.
 Given = Pattern | Staged
 PatternLike = Pattern | str | Path | Mapping[Any, "Pattern | str | Mapping[Any, Pattern | str]"]
@@ -42,6 +44,7 @@ class Schedule:
         dense_last_steps: The last so many, likewise.
         model: Class of the only models that it is for, "" for any.
         layers: How many layers these have, 0 for any number.
+        label: What reports call it, "" for nothing.
     """
 
     rules: tuple[tuple[tuple[Selector, ...] | None, Given], ...]
@@ -50,12 +53,13 @@ class Schedule:
     dense_last_steps: int | float = 0
     model: str = ""
     layers: int = 0
+    label: str = ""
 
     @classmethod
     def of(
         cls,
         pattern: PatternLike | Schedule,
-        layers: Selector | Iterable[Selector] | None = None,
+        layers: Layers = None,
         dense_layers: int = 0,
         dense_steps: int | float = 0,
         dense_last_steps: int | float = 0,
@@ -76,7 +80,8 @@ class Schedule:
         if isinstance(pattern, Path) or (isinstance(pattern, str) and pattern.lower().endswith(_FILES)):
             pattern = _read(Path(pattern))
         if isinstance(pattern, Schedule):
-            rules, own = list(pattern.rules), {"model": pattern.model, "layers": pattern.layers}
+            rules = list(pattern.rules)
+            own = {"model": pattern.model, "layers": pattern.layers, "label": pattern.label}
             if layers is not None or dense_layers:
                 raise ValueError(
                     f"layers={layers!r}, dense_layers={dense_layers}: the schedule itself says which layers"
@@ -164,17 +169,28 @@ class Schedule:
         pairs = zip(sites, found, strict=True)
         return [Dense() if p is not None and s.layer in dense else p for s, p in pairs]
 
-    def assign_stepless(self, sites: Sequence[SiteName], model: str) -> list[Pattern | None]:
+    def assign_stepless(
+        self, sites: Sequence[SiteName], model: str, grid: tuple[int, ...] | None = None
+    ) -> list[Pattern | None]:
         """`assign` for a model without denoising steps.
+
+        Args:
+            sites: As there.
+            model: Likewise.
+            grid: Tokens per axis of its images, for schedules that were tuned on a grid; None if unknown.
 
         Raises:
             ValueError: As there, or if anything has patterns by steps.
         """
-        if self.staged:
-            raise ValueError(
-                f"{self.staged[0]} goes by denoising steps, and {model} has none: give each layer a pattern"
-            )
-        return [None if isinstance(given, Staged) else given for given in self.assign(sites, model)]
+        for each in self.staged:
+            if not each.constant:
+                raise ValueError(f"{each} goes by denoising steps, and {model} has none: give each layer a pattern")
+            if each.grid is not None and grid is None:
+                raise ValueError(
+                    f"{each} was tuned on a grid, and nothing tells that of {model}: give each layer a pattern"
+                )
+        found = self.assign(sites, model)
+        return [given.pattern(0, grid or ()) if isinstance(given, Staged) else given for given in found]
 
     def stage(self, step: int | None, total: int | None) -> tuple[int, ...]:
         """In which of its stages each of `staged` is.

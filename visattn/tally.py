@@ -2,83 +2,52 @@
 
 On a GPU a timed call records two events, which cost the host more than a whole dense call may, so most calls are only
 counted: one in sixteen of a kind is timed, at every module another one, so that a step of a model has some of them and
-none has many. On a CPU all are. A first call of a kind, which plans and compiles, is kept apart.
+none has many. On a CPU all are. A first call of a kind, which plans and compiles, is kept apart. Inside `all_timed` all
+calls are timed, and first ones count like others.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from visattn.counts import Cell, Kind, Row, joined
 from visattn.patterns import DynamicPattern, Gate, HeadsPattern, OrderedPattern, Pattern
 from visattn.patterns.choice.listening import listening
 from visattn.problem import Problem
 
-Kind = Literal["sparse", "dense"]
 # On a GPU one in so many steady calls of a kind is timed, at every module another one.
 EVERY = 16
 # Pairs of CUDA events kept before the finished ones are summed up.
 MANY_EVENTS = 1024
 _NOTHING = nullcontext()
+_all: ContextVar[bool] = ContextVar("all_timed", default=False)
+
+
+@contextmanager
+def all_timed() -> Iterator[None]:
+    """What is applied inside times every call, also on a GPU, and takes first calls for steady ones.
+
+    For measurements of a model that has run before: nothing is planned or compiled, and calls that choose lists for
+    later steps are neither missed nor counted as often as those that take them.
+    """
+    token = _all.set(True)
+    try:
+        yield
+    finally:
+        _all.reset(token)
 
 
 def tells(pattern: Pattern) -> bool:
     """Whether what a pattern lists is known only when it has chosen, and told then."""
     return isinstance(pattern, DynamicPattern | HeadsPattern | OrderedPattern | Gate)
-
-
-class Cell:
-    """Calls of one module that are alike: same outcome, same shapes.
-
-    Attributes:
-        kind: Whether they count as sparse or dense.
-        key: What they have in common, shared by all modules at which it happens.
-        problem: What ran or was kept dense, None for calls that are dense anyway or fell back.
-        reason: Why the pattern did not run, "" if it ran or a schedule keeps the call dense.
-        kept: Whether `auto` kept them dense, where the pattern would take longer.
-        turn: How many modules had such calls before: 0 where the first of them is the first of its kind in the model.
-        on_gpu: Whether only some are timed.
-        calls: How many.
-        timed: How many steady ones were timed.
-        seconds: Time of those.
-        first_seconds: Time of the first call, 0 if it was none or was not timed.
-        reached: Listed shares of grid pairs, where q and k choose: sum, number, least and largest, on their device.
-        skipped: The same of what was listed and then passed over, None where nothing can be.
-        choosing: Time in which the timed calls chose what they list, the first one's and that of the others.
-    """
-
-    __slots__ = (
-        "calls", "choosing", "first_seconds", "kept", "key", "kind", "on_gpu", "problem", "reached", "reason",
-        "seconds", "skipped", "timed", "turn",
-    )  # fmt: skip
-
-    def __init__(
-        self, kind: Kind, key: Hashable, problem: Problem | None, reason: str, kept: bool, turn: int, on_gpu: bool
-    ) -> None:
-        self.kind: Kind = kind
-        self.key, self.problem, self.reason, self.kept = key, problem, reason, kept
-        self.turn, self.on_gpu = turn, on_gpu
-        self.calls = self.timed = 0
-        self.seconds = self.first_seconds = 0.0
-        self.choosing = {True: 0.0, False: 0.0}
-        self.reached: torch.Tensor | None = None
-        self.skipped: torch.Tensor | None = None
-
-    def add(self, seconds: float, is_first: bool) -> None:
-        """Add the time of a call."""
-        if is_first:
-            self.first_seconds += seconds
-        else:
-            self.timed += 1
-            self.seconds += seconds
 
 
 class Chosen(NamedTuple):
@@ -87,73 +56,12 @@ class Chosen(NamedTuple):
     cells: Sequence[Cell]
 
 
-@dataclass
-class Row:
-    """The counts of one attention module.
-
-    Attributes:
-        hits: Calls that ran the pattern, by problem.
-        dense: Calls that a schedule or `auto` kept dense.
-        kept: Those of them that `auto` did, by problem.
-        fallbacks: Calls that could not run the pattern, by reason.
-        seconds: Estimated time of all calls by kind, first ones as if they were steady; fallbacks count as dense.
-        first_seconds: Time of first calls by kind.
-        timed: How many steady calls that estimate is from.
-        calls: All calls.
-        reached: Listed shares of grid pairs by problem, as in `Cell`.
-        skipped: Likewise.
-        choosing_seconds: Estimated time of all calls in which they chose what they list, a part of `seconds`.
-    """
-
-    hits: Counter[Problem] = field(default_factory=Counter)
-    dense: int = 0
-    kept: Counter[Problem] = field(default_factory=Counter)
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=lambda: {"sparse": 0.0, "dense": 0.0})
-    first_seconds: float = 0.0
-    timed: int = 0
-    calls: int = 0
-    reached: dict[Problem, torch.Tensor] = field(default_factory=dict)
-    skipped: dict[Problem, torch.Tensor] = field(default_factory=dict)
-    choosing_seconds: float = 0.0
-
-    def add(self, cell: Cell, mean: float | None, choosing: float | None) -> None:
-        """Add the calls of a cell.
-
-        Args:
-            cell: The cell.
-            mean: Time of a steady call of its kind, None if none was timed.
-            choosing: What of it is choosing.
-        """
-        if cell.kept:
-            assert cell.problem is not None
-            self.kept[cell.problem] += cell.calls
-        if cell.reason:
-            self.fallbacks[cell.reason] += cell.calls
-        elif cell.kind == "dense":
-            self.dense += cell.calls
-        elif cell.problem is not None:
-            self.hits[cell.problem] += cell.calls
-            if cell.reached is not None:
-                self.reached[cell.problem] = _joined(self.reached.get(cell.problem), cell.reached)
-            if cell.skipped is not None:
-                self.skipped[cell.problem] = _joined(self.skipped.get(cell.problem), cell.skipped)
-        own = cell.seconds / cell.timed if cell.timed else mean
-        untimed = cell.first_seconds if own is None else own * (cell.calls - cell.timed)
-        self.seconds[cell.kind] += cell.seconds + untimed
-        own = cell.choosing[False] / cell.timed if cell.timed else choosing
-        untimed = cell.choosing[True] if own is None else own * (cell.calls - cell.timed)
-        self.choosing_seconds += cell.choosing[False] + untimed
-        self.first_seconds += cell.first_seconds
-        self.timed += cell.timed
-        self.calls += cell.calls
-
-
 class Tally:
     """Counts of every attention module of one model; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._every = 1 if _all.get() else EVERY
         self._cells: dict[str, dict[Hashable, Cell]] = {}
         # Modules at which calls of a kind happened.
         self._kinds: dict[Hashable, int] = {}
@@ -189,9 +97,18 @@ class Tally:
             return time.perf_counter()
         # The first call of all, then the next one of the first module, the one after that of the second.
         late = cell.calls - 1 - cell.turn
-        if (late % EVERY and (cell.calls or cell.turn)) or torch.cuda.is_current_stream_capturing():
+        if (late % self._every and (cell.calls or cell.turn)) or torch.cuda.is_current_stream_capturing():
             return None
         return _event()
+
+    def pass_on(self, cell: Cell) -> bool:
+        """Count a call that nothing else is to be known of; False if it is to be timed."""
+        late = cell.calls - 1 - cell.turn
+        if not (cell.on_gpu and cell.calls and late % self._every):
+            return False
+        with self._lock:
+            cell.calls += 1
+        return True
 
     def end(self, cells: Sequence[Cell], begun: Any) -> None:
         """A call is over that began at `begun`; several cells share it where its samples differ."""
@@ -202,7 +119,7 @@ class Tally:
             return
         stopped: Any = _event() if cells[0].on_gpu else time.perf_counter()
         with self._lock:
-            is_first = not (cells[0].turn or cells[0].calls)
+            is_first = self._every > 1 and not (cells[0].turn or cells[0].calls)
             for cell in cells:
                 cell.calls += 1
             if isinstance(stopped, torch.cuda.Event):
@@ -237,7 +154,7 @@ class Tally:
             yield
         # An engine may choose once for each of its tilings.
         with self._lock:
-            is_first = not (cells[0].turn or cells[0].calls)
+            is_first = self._every > 1 and not (cells[0].turn or cells[0].calls)
             for i, cell in enumerate(cells):
                 cell.reached = _noted(cell.reached, shares, i, len(cells))
                 cell.skipped = _noted(cell.skipped, skips, i, len(cells))
@@ -342,19 +259,12 @@ class Clock:
             self.tally.beside(self.site, self.kind, self.start)
 
 
-def _joined(known: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """Sum, number, least and largest of two sets of shares."""
-    if known is None:
-        return new
-    return torch.stack([*(known[:2] + new[:2]), torch.minimum(known[2], new[2]), torch.maximum(known[3], new[3])])
-
-
 def _noted(known: torch.Tensor | None, shares: list[torch.Tensor], i: int, cells: int) -> torch.Tensor | None:
     """What is known with the shares that came from the i-th of so many cells, which ran one after the other."""
     each = len(shares) // cells
     for share in shares[i * each : (i + 1) * each]:
         new = torch.stack([share.sum(), share.new_tensor(share.numel()), share.min(), share.max()])
-        known = _joined(known, new)
+        known = joined(known, new)
     return known
 
 

@@ -29,6 +29,7 @@ class Tuned:
         grid: Tokens per axis at which it was tuned.
         layers: Layer, by its index as text, to text of steps to text of a pattern.
         scales: Smallest and largest factor on an axis of the grid for which it is meant.
+        parameters: How many numbers the model has, 0 where that is not said: tells sizes of a family apart.
         settings: What it was tuned with: prompts, seeds, steps, bound, device.
         verified: What was measured of it.
     """
@@ -38,6 +39,7 @@ class Tuned:
     grid: tuple[int, ...]
     layers: Mapping[str, Mapping[str, str]]
     scales: tuple[float, float] = SCALES
+    parameters: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     verified: Mapping[str, Any] = field(default_factory=dict)
 
@@ -63,9 +65,10 @@ class Tuned:
         model, grid, layers = found["model"], found["grid"], found["layers"]
         good = {
             "model (a class and its number of layers)": isinstance(model, Mapping)
-            and set(model) == {"class", "layers"}
+            and {"class", "layers"} <= set(model) <= {"class", "layers", "parameters"}
             and isinstance(model["class"], str)
-            and _whole(model["layers"]),
+            and _whole(model["layers"])
+            and _whole(model.get("parameters", 1)),
             "grid (one to three numbers)": isinstance(grid, list) and 0 < len(grid) < 4 and all(map(_whole, grid)),
             "layers (each with steps and patterns)": isinstance(layers, Mapping)
             and all(isinstance(each, Mapping) and each for each in layers.values()),
@@ -77,7 +80,7 @@ class Tuned:
                 raise ValueError(f"{where}: {name} is {found.get(name.split()[0])!r}")
         low, high = found.get("scales", SCALES)
         rest = found.get("settings", {}), found.get("verified", {})
-        made = cls(model["class"], model["layers"], tuple(grid), layers, (low, high), *rest)
+        made = cls(model["class"], model["layers"], tuple(grid), layers, (low, high), model.get("parameters", 0), *rest)
         try:
             assert made.rules
         except ValueError as error:
@@ -108,9 +111,10 @@ class Tuned:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
+        size = {"parameters": self.parameters} if self.parameters else {}
         return {
             "visattn_schedule": VERSION,
-            "model": {"class": self.model, "layers": self.count},
+            "model": {"class": self.model, "layers": self.count} | size,
             "grid": list(self.grid),
             "scales": list(self.scales),
             "layers": {layer: dict(stages) for layer, stages in self.layers.items()},

@@ -35,14 +35,18 @@ from visattn.patterns import (
     RoutedPattern,
     SpannedPattern,
 )
+from visattn.patterns.choice.merging import BITS, merge
 from visattn.patterns.geometry import Spans
 from visattn.patterns.routing import Routing
+from visattn.patterns.shared_tiles import sharing_tiles
 from visattn.plans import TilePlan, plan
 from visattn.problem import Call, Problem, Support
 
 # Key tiles of a list with fewer fully visible tiles than this are cut smaller, to visit fewer hidden pairs.
 MOSTLY_FULL = 0.9
 SMALL_KEY_TILE = 8
+# Tokens of a query block up to which blocks share a tile: one of 4x4 is as fast alone (docs/cpu-engine.md).
+SHARING = 4
 
 
 class Tiles(Backend):
@@ -144,7 +148,7 @@ def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, in
     if not _is_routed(pattern, layout):
         groups, routed = _static_problems(pattern, layout, cpu, rpb).groups, []
     else:
-        tiles = plan(pattern, layout)
+        tiles = _routed_plan(pattern, layout)
         groups, fixed = _dense(pattern, layout, cpu)
         keys = tiles.routed_tiles * tiles.keys.capacity + (0 if fixed is None else len(fixed))
         if isinstance(pattern, DynamicPattern) and pattern.pools_rest:
@@ -157,6 +161,15 @@ def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, in
 def _is_routed(pattern: Pattern, layout: Layout) -> bool:
     """Whether the lists depend on q and k; a routed pattern that chooses everything has nothing to choose."""
     return isinstance(pattern, RoutedPattern) and not pattern.covers(*layout.grids)
+
+
+def _routed_plan(pattern: Pattern, layout: Layout) -> TilePlan:
+    """The tiles of a routed pattern: its own, or larger ones of queries where its blocks are small."""
+    shared = sharing_tiles(pattern, layout, SHARING)
+    if shared is None:
+        return plan(pattern, layout)
+    grid = shared.tiled_layout(layout).grid
+    return plan(shared, layout, (shared.side_tile(grid, BITS, keys=False), shared.side_tile(grid, BITS, keys=True)))
 
 
 class Listed(NamedTuple):
@@ -195,10 +208,13 @@ def listed_call(
     if not isinstance(pattern, RoutedPattern) or not _is_routed(pattern, layout):
         problems = _static_problems(pattern, layout, q.device, call.rpb is not None)
         return Listed((q, k, v), mask, problems)
-    tiles = plan(pattern, layout)
+    tiles = _routed_plan(pattern, layout)
     dense, fixed = _dense(pattern, layout, q.device)
-    rest = None
-    if isinstance(pattern, DynamicPattern) and pattern.pools_rest:
+    rest = merged = None
+    if isinstance(pattern, DynamicPattern) and sharing_tiles(pattern, layout, SHARING) is not None:
+        merged = merge(pattern.choose(q, k, layout, mask, call.scale), tiles, pattern.blocks(layout.grid))
+        routes = merged.routes
+    elif isinstance(pattern, DynamicPattern) and pattern.pools_rest:
         blocks = pattern.choose(q, k, layout, mask, call.scale)
         routes, pooled = pattern.spread(blocks, tiles), pattern.pooled(k, v, layout, mask)
         k, v, rest = pooled.k, pooled.v, pattern.rest_weights(pooled, blocks, tiles)
@@ -212,7 +228,7 @@ def listed_call(
     else:
         routes = pattern.route(q, k, tiles, mask, call.scale)
     heads = Heads(routes.groups, q.shape[2], k.shape[2])
-    group = routed_group(tiles, routes.flat(), fixed, rest)
+    group = routed_group(tiles, routes.flat(), fixed, rest, merged)
     return Listed((q, k, v), mask, Problems((group, *dense)), heads)
 
 

@@ -234,6 +234,8 @@ def _by_sample(
         visible = None if alike else own.visible(tile)
         if own.routed and (shown := own.lengths(problem)) is not None:
             visible = _and(visible, shown)
+        if own.routed and (rows := own.rows_see(problem)) is not None:
+            visible = rows if visible is None else visible & rows
         if keys is not None:
             if own.short_keys:
                 visible = _and(visible, keys >= 0)

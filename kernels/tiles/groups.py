@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from visattn.patterns import Routes
+from visattn.patterns.choice.merging import Merged
 from visattn.plans import TilePlan
 from visattn.tiling import Ints
 
@@ -40,6 +41,9 @@ class Group:
         counts: Of a routed group, how many of its m key tiles each problem sees [B * n], None for all.
         rest: Of a routed group, what is added to the scores of the last keys (pooled ones), -inf for those that are not
             seen: [B * n, R]; None without such keys.
+        words: Of a routed group whose tiles hold several query blocks, which of them list each key tile, a bit each:
+            int64 [B * n, m]; None where a tile is of one block.
+        bits: With `words`, the bit of each query slot: int64 [T].
     """
 
     queries: torch.Tensor
@@ -58,6 +62,8 @@ class Group:
     routed: bool = False
     counts: torch.Tensor | None = None
     rest: torch.Tensor | None = None
+    words: torch.Tensor | None = None
+    bits: torch.Tensor | None = None
 
     @property
     def listed(self) -> bool:
@@ -98,6 +104,23 @@ class Group:
             shown[:, self.length - self.rest.shape[1] :] = self.rest[problem].isfinite()
         return shown
 
+    def listed_by_rows(self, problem: torch.Tensor | slice, number: int) -> torch.Tensor | None:
+        """Which of their first `number` key tiles the queries of some problems list: bool [problems, T, number].
+
+        None where all queries of a tile list the same.
+        """
+        if self.words is None or self.bits is None:
+            return None
+        return ((self.words[problem][:, None, :number] >> self.bits[:, None]) & 1) != 0
+
+    def rows_see(self, problem: torch.Tensor) -> torch.Tensor | None:
+        """The same key by key, with what every query sees: bool [problems, T, L], or None."""
+        listed = None if self.key_tiles is None else self.listed_by_rows(problem, self.key_tiles.shape[1])
+        if listed is None or self.tile_tokens is None:
+            return None
+        own = listed.repeat_interleave(self.tile_tokens.shape[1], 2)
+        return torch.nn.functional.pad(own, (0, self.length - own.shape[2]), value=True)
+
     def cut(self, size: int) -> Iterator[tuple[Group, torch.Tensor]]:
         """The problems of a routed group in batches, the longest lists first, as [problems] and a group so long.
 
@@ -117,7 +140,8 @@ class Group:
             # A batch without any key still has results.
             number = max(1, counts[start])
             stop = start + max(1, size // max(1, number * each + more))
-            yield replace(self, key_tiles=self.key_tiles[:, :number]), order[start:stop]
+            words = None if self.words is None else self.words[:, :number]
+            yield replace(self, key_tiles=self.key_tiles[:, :number], words=words), order[start:stop]
             start = stop
 
     def visible(self, tile: torch.Tensor | None) -> torch.Tensor | None:
@@ -205,7 +229,13 @@ def _list_group(plan: TilePlan, tiles: Ints, entry: Ints, tokens: torch.Tensor, 
     return group
 
 
-def routed_group(plan: TilePlan, routes: Routes, fixed: torch.Tensor | None, rest: torch.Tensor | None = None) -> Group:
+def routed_group(
+    plan: TilePlan,
+    routes: Routes,
+    fixed: torch.Tensor | None,
+    rest: torch.Tensor | None = None,
+    merged: Merged | None = None,
+) -> Group:
     """The problems of a routed pattern's grid query tiles.
 
     Args:
@@ -213,6 +243,7 @@ def routed_group(plan: TilePlan, routes: Routes, fixed: torch.Tensor | None, res
         routes: Key tiles that the pattern chose, one list per sample for all heads.
         fixed: Dense and pooled key tokens, or None; those with a weight in `rest` come last.
         rest: What is added to the scores of pooled keys: [B, 1, grid query tiles, R], or None.
+        merged: Which query blocks of a tile list each key tile, None where a tile is of one block.
     """
     assert routes.groups == 1, "heads that choose for themselves are samples of their own"
     queries = plan.queries.tokens[plan.queries.grid_tiles]
@@ -226,4 +257,6 @@ def routed_group(plan: TilePlan, routes: Routes, fixed: torch.Tensor | None, res
         routed=True,
         counts=None if routes.counts is None else routes.counts.flatten(),
         rest=None if rest is None else rest.flatten(0, 2),
+        words=None if merged is None else merged.words.flatten(0, 2),
+        bits=None if merged is None else merged.slots,
     )

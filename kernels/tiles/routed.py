@@ -67,8 +67,8 @@ class Run(NamedTuple):
         empty: Empty slots: bool [n * T, 1], None where there is none.
         keys: Tiles of the table of keys, [n * tiles of a problem].
         length: Keys of a problem; what is behind them in its tiles is no key.
-        bias: Added to the scores: [n, 1, 1, keys], or None.
-        hidden: Problems that see no key: bool [n, 1, 1], None where there is none.
+        bias: Added to the scores: [n, 1, 1 or (H / Hkv) T, keys], or None.
+        hidden: Rows that see no key: bool [n, 1, 1 or (H / Hkv) T], None where there is none.
     """
 
     queries: torch.Tensor
@@ -167,20 +167,37 @@ class Routed:
             bias = self._weights.index_select(0, keys).view(count, -1)[:, :length]
         elif counts is not None or group.rest is not None:
             bias = torch.zeros(count, length, dtype=self.shapes.wide, device=keys.device)
-        places = *self._slots(queries), keys, length
-        if bias is None:
+        places, by_rows = (*self._slots(queries), keys, length), group.listed_by_rows(queries, number)
+        if bias is None and by_rows is None:
             return Run(*places, None, None)
+        if bias is None:
+            bias = torch.zeros(count, length, dtype=self.shapes.wide, device=keys.device)
         if counts is not None:
             behind = torch.arange(number, device=keys.device) >= counts[:, None]
             bias[:, :listed].unflatten(1, (number, slots)).masked_fill_(behind[..., None], float("-inf"))
         if group.rest is not None:
             bias[:, length - group.rest.shape[1] :] += group.rest[queries]
+        bias = bias[:, None]
+        if by_rows is not None:
+            bias = self._by_rows(bias, by_rows)
         hidden = None
-        if self._weights is not None or counts is not None:
+        if self._weights is not None or counts is not None or by_rows is not None:
             # A list of full tiles alone always has a key.
-            none = (bias == float("-inf")).all(1)[:, None, None]
+            none = (bias == float("-inf")).all(2)[:, None]
             hidden = none if none.any() else None
-        return Run(*places, bias[:, None, None], hidden)
+        return Run(*places, bias[:, None], hidden)
+
+    def _by_rows(self, bias: torch.Tensor, listed: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores, -inf in rows that do not list a tile: [n, rows, keys].
+
+        Args:
+            bias: The same for all rows: [n, 1, keys].
+            listed: bool [n, T, tiles].
+        """
+        number = listed.shape[2] * self.keys.slots
+        own = bias.expand(-1, listed.shape[1], -1).clone()
+        own[:, :, :number].unflatten(2, (-1, self.keys.slots)).masked_fill_(~listed[..., None], float("-inf"))
+        return own.repeat(1, self.shapes.each, 1) if self.shapes.each > 1 else own
 
     def _slots(self, queries: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """`queries`, `target` and `empty` of the run of some problems."""

@@ -207,6 +207,12 @@ def list_constants(run: Program, *columns: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def merged_arguments(run: Program) -> dict[str, Any]:
+    """Who of a tile of several query blocks sees an entry; something that is not read where all do."""
+    merged = run.words is not None
+    return {"words": run.words if merged else run.bases, "bits": run.bits if merged else run.offsets, "MERGED": merged}
+
+
 def optional(t: Operands, *names: str) -> dict[str, torch.Tensor]:
     """Tensors that a kernel has an argument for and may not read: q stands for those that there are not."""
     return {name: t.q if getattr(t, name) is None else getattr(t, name) for name in names}
@@ -224,7 +230,7 @@ def forward_arguments(t: Operands, work: Work) -> dict[str, Any]:
         **strides("q", q, step), **strides("k", k, step), **strides("v", v, step),
         **head_arguments(q, k),
         **list_arguments(run, work, t.rpb is not None, q.shape[0] * q.shape[2], q.shape[2]),
-        **constants(t, work, step), **list_constants(run, k, v),
+        **constants(t, work, step), **list_constants(run, k, v), **merged_arguments(run),
         "RPB": t.rpb is not None,
         "LSE": t.lse is not None,
     }  # fmt: skip
@@ -248,7 +254,7 @@ def gradient_arguments(direction: str, t: Operands, work: Work) -> dict[str, Any
         **strides("grad", grad_out, step),
         **head_arguments(q, k),
         **list_arguments(run, work, t.rpb is not None, q.shape[0] * heads, q.shape[2]),
-        **constants(t, work, step), **list_constants(run, *columns),
+        **constants(t, work, step), **list_constants(run, *columns), **merged_arguments(run),
         "RPB": t.rpb is not None,
     }  # fmt: skip
 

@@ -17,12 +17,23 @@ from torch.autograd import forward_ad
 from visattn.dispatch import Backend, Prepared, overhead, wall
 from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton import tune
-from visattn.kernels.triton.boxes import PARTIAL, tiled
+from visattn.kernels.triton.boxes import PARTIAL, QUERY_HALVES, tiled
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
-from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels, config, largest_head_dim, needed_memory
+from visattn.kernels.triton.config import (
+    DIRECTIONS,
+    SHARING,
+    Config,
+    chosen_by_kernels,
+    config,
+    largest_head_dim,
+    needed_memory,
+    shorter,
+)
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, ListedPattern, Pattern, RoutedPattern, Routes
+from visattn.patterns.choice.merging import BITS
+from visattn.patterns.shared_tiles import sharing_tiles
 from visattn.problem import Call, Problem, Support
 
 if TYPE_CHECKING:
@@ -33,11 +44,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Share of cuDNN's dense rate that visited pairs run at, tiles with a mask weighted by PARTIAL: the general kernel's and
 # the Hopper kernel's, measured on an H100 (docs/gpu-notes.md).
 RATE, HOPPER_RATE = 0.6, 0.95
+# ... and, of all listed pairs, the kernel's whose loop passes over blocks (docs/results/h200-dynamic-skip.json).
+SKIP_RATE = 0.3
 # What a call keeps the host and, beyond its tiles, the device, in microseconds (docs/performance.md): with lists that
 # are known, that kernels choose, and that operators of torch choose.
 LISTED_US, CHOSEN_US, ROUTED_US = (35, 12), (75, 110), (650, 120)
 # What a dynamic pattern's call keeps the host (docs/results/h200-dynamic.json).
-DYNAMIC_CALL_US = 450
+DYNAMIC_CALL_US = 250
 # How long one program takes for 128 keys in the general and in the Hopper kernel: the longest list is the least that a
 # call takes (fitted to the same calls).
 KEYS_US, HOPPER_KEYS_US = 2.0, 1.1
@@ -135,11 +148,15 @@ class Triton(Backend):
             return 1e6 * problem.dense_pairs
         number, dtype, head_dim = _architecture_or_common(), problem.dtype, problem.head_dim
         tiles, rate = config(number, dtype, head_dim, "forward"), RATE
-        if not problem.rpb and not (isinstance(problem.pattern, DynamicPattern) and problem.pattern.skip):
+        if isinstance(problem.pattern, DynamicPattern) and problem.pattern.skip:
+            rate = SKIP_RATE
+        elif not problem.rpb:
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
             tiles, rate = (tiles, RATE) if faster is None else (faster, HOPPER_RATE)
-        plan = tiled(problem.pattern, problem.layout, tiles.rows, tiles.tile)
-        partial = 1 - plan.full_share
+        shared = sharing_tiles(problem.pattern, problem.layout, SHARING)
+        halves = QUERY_HALVES if tiles.halves else None
+        plan = tiled(shared or problem.pattern, problem.layout, tiles.rows, tiles.tile, halves)
+        partial = 1 if shared else 1 - plan.full_share
         pairs = problem.dense_pairs / plan.tile_bound * (1 + (PARTIAL - 1) * partial)
         if isinstance(problem.pattern, DynamicPattern) and problem.pattern.pools_rest:
             # Pooled keys by a kernel of the general rate, whatever runs the lists.
@@ -231,9 +248,9 @@ def _fixed_us(problem: Problem) -> tuple[float, float]:
     if not isinstance(problem.pattern, RoutedPattern):
         return LISTED_US
     if isinstance(problem.pattern, DynamicPattern):
-        from visattn.kernels.triton.choosing.cost import choosing_us
+        from visattn.kernels.triton.choosing.cost import choosing_us, sharing_us
 
-        return DYNAMIC_CALL_US, choosing_us(problem)
+        return DYNAMIC_CALL_US, choosing_us(problem) + sharing_us(problem)
     return CHOSEN_US if chosen_by_kernels(problem.pattern, problem.layout, problem.key_mask) else ROUTED_US
 
 
@@ -301,6 +318,9 @@ def launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> d
     number, dtype, head_dim = architecture(q.device), q.dtype, q.shape[3]
     tokens = dict.fromkeys(DIRECTIONS) | _block_tokens(call.pattern, call.layout)
     configs = {d: config(number, dtype, head_dim, d, tokens[d]) for d in DIRECTIONS}
+    if number and sharing_tiles(call.pattern, call.layout, SHARING) is not None:
+        # Tiles that blocks share have no more tokens than a word has bits.
+        configs |= {d: shorter(configs[d], BITS) for d in ("forward", "query_grad")}
     if _tunes(q):
         configs = _tuned(call.pattern, call.layout, dtype, head_dim, q.device)
     # A new dict: the tuned one is kept for other calls, which may have a mask.

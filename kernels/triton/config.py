@@ -17,6 +17,8 @@ DIRECTIONS = ("forward", "key_grad", "query_grad")
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # Regions that the kernels of `routing` choose from at most: products head by head of more would fill the memory.
 MOST_REGIONS = 256
+# Tokens of a query block up to which blocks share a tile: more fill at least half of the rows of most kernels.
+SHARING = 32
 # Padded head dims; others take the next larger one.
 BLOCK_DIMS = (16, 32, 64, 128, 256)
 
@@ -35,9 +37,10 @@ class Config(NamedTuple):
         warps: Warps per program.
         stages: Steps in flight.
         per_step: Column tiles of one step; more than one need tiles of whole mask words (32 tokens).
-        hopper: Whether the kernel is that of `hopper` or `hopper_key_grad`, whose warps are fixed.
+        hopper: Whether the kernel is one of `hopper`, whose warps are fixed.
         halves: Whether its lists say what each half of a row tile has to do (`lists.halves`).
-        variant: How products follow each other in the Hopper kernel of dK and dV.
+        one_pass: Whether the kernel of dK and dV computes dQ as well where all three are wanted (`hopper.one_pass`):
+            0 does not, 1 and 2 are orders of its products.
     """
 
     rows: int
@@ -47,7 +50,7 @@ class Config(NamedTuple):
     per_step: int = 1
     hopper: bool = False
     halves: bool = False
-    variant: int = 0
+    one_pass: int = 0
 
     @property
     def tile(self) -> int:
@@ -116,19 +119,15 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
 }  # fmt: skip
 
 
-# Configurations of the kernels of `hopper` and `hopper_key_grad` by head dim, for 16-bit types on sm_90.
+# Configurations of the kernels of `hopper` by head dim, for 16-bit types on sm_90.
 HOPPER = {
-    "forward": {64: Config(128, 128, 4, 3, 2, True), 128: Config(128, 128, 4, 2, 2, True)},
-    "key_grad": {64: Config(128, 64, 4, 3, 1, True), 128: Config(128, 64, 4, 3, 1, True)},
-}
-
-# What replaces them once it has been seen to be right and faster on a GPU (scripts/bench/hopper_gpu.py).
-HOPPER_NEXT = {
-    "forward": {dim: launch._replace(halves=True) for dim, launch in HOPPER["forward"].items()},
-    "key_grad": {64: Config(128, 64, 4, 4, 1, True, True, 2), 128: Config(128, 64, 4, 4, 1, True, True, 1)},
+    "forward": {64: Config(128, 128, 4, 3, 2, True, True), 128: Config(128, 128, 4, 2, 2, True, True)},
+    "key_grad": {64: Config(128, 64, 4, 4, 1, True, True), 128: Config(128, 64, 4, 4, 1, True, True)},
     "query_grad": {64: Config(128, 64, 4, 4, 1, True, True), 128: Config(128, 64, 4, 4, 1, True, True)},
 }
 
+# The backward in one pass over the lists, which no call takes unless a script says so (scripts/bench/hopper_gpu.py).
+ONE_PASS = {128: Config(128, 64, 4, 3, 1, True, one_pass=1)}
 
 # Instead of the table's where a pattern's row tiles have at most half of its rows, which would leave the others idle:
 # by family, direction and bytes, then padded head dim.
@@ -159,6 +158,13 @@ def largest_head_dim(dtype: torch.dtype, architecture: int) -> int:
 def block_dim(head_dim: int) -> int:
     """The head dim that a kernel computes with: a power of two, the rest is zeros."""
     return next(d for d in BLOCK_DIMS if d >= head_dim)
+
+
+def shorter(launch: Config, rows: int) -> Config:
+    """A configuration with at most so many rows of a tile, and warps in proportion."""
+    if launch.rows <= rows:
+        return launch
+    return launch._replace(rows=rows, warps=max(4, launch.warps * rows // launch.rows))
 
 
 def config(architecture: int, dtype: torch.dtype, head_dim: int, direction: str, tokens: int | None = None) -> Config:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from visattn.kernels.triton.boxes import PARTIAL, tiled
+from visattn.kernels.triton.boxes import PARTIAL, QUERY_HALVES, tiled
 from visattn.kernels.triton.config import config
 from visattn.kernels.triton.hopper.launch import hopper_config
 from visattn.layout import Layout
@@ -122,7 +122,7 @@ def estimate(
     faster = hopper_config(record.architecture, torch.bfloat16, head_dim, pattern, layout) if record.hopper else None
     if faster is not None:
         launch, rate, kernel = faster, record.hopper, "hopper"
-    plan = tiled(pattern, layout, launch.rows, launch.tile)
+    plan = tiled(pattern, layout, launch.rows, launch.tile, QUERY_HALVES if launch.halves else None)
     operations = 4.0 * batch * heads * head_dim * layout.pairs
     weight = 1 + (PARTIAL - 1) * (1 - plan.full_share)
     return Estimate(

@@ -14,7 +14,7 @@ from visattn.kernels.triton.lists.forward import attend
 from visattn.kernels.triton.lists.key_grad import key_gradients
 from visattn.kernels.triton.lists.positions import partners
 from visattn.kernels.triton.lists.query_grad import query_gradients
-from visattn.kernels.triton.start import Launch, launch_like, on, programs
+from visattn.kernels.triton.start import Launch, launch, launch_like, on, programs
 
 # Launch configuration of the kernels without matrix products.
 SMALL = Config(32, 1, 4, 1)
@@ -30,8 +30,8 @@ CHANGING = {
     "key_grad": ("q", "k", "v", "grad_out", "lse", "delta", "grad_k", "grad_v", "rpb", "key_mask"),
     "query_grad": ("q", "k", "v", "grad_out", "lse", "delta", "grad_q", "rpb", "key_mask"),
 }
-# Arguments that are lists of a routed pattern.
-LISTS = ("bounds", "bases", "mask_ids")
+# Arguments that are lists of a routed pattern, the last one where a query tile holds several blocks.
+LISTS = ("bounds", "bases", "mask_ids", "words")
 
 
 def start_first(direction: str, key: Any, t: Operands, work: Work) -> None:
@@ -45,8 +45,7 @@ def start_first(direction: str, key: Any, t: Operands, work: Work) -> None:
     """
     tensors = t.given(*CHANGING[direction])
     if t.routed is not None and direction != "delta":
-        run = t.routed.program(direction)
-        tensors |= {name: getattr(run, name) for name in LISTS}
+        tensors |= zip(LISTS, t.routed.program(direction).own_lists, strict=False)
     work.starts.first((direction, key), tensors, _first(direction, t, work))
 
 
@@ -65,6 +64,13 @@ def _first(direction: str, t: Operands, work: Work) -> Launch:
         kernel = key_gradients if direction == "key_grad" else query_gradients
         given = arguments.gradient_arguments(direction, t, work)
     return Launch(kernel, programs(given), given, config.warps, config.stages)
+
+
+def run_one_pass(t: Operands, work: Work) -> None:
+    """Fill the gradients of q, k and v in one pass over the lists; delta has been computed."""
+    with on(t.q.device):
+        for made in hopper_launch.one_pass_launches(t, work):
+            launch(made.kernel, made.grid, made.given, made.warps, made.stages)
 
 
 def run_bias_gradients(t: Operands, work: Work) -> Any:

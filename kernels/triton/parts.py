@@ -141,6 +141,12 @@ def see(masks, mask_ids, i, row_slots, column_slots, ROWS: tl.constexpr, COLUMNS
 
 
 @triton.jit
+def listed_by(words, i, bits):
+    """Which query slots list entry i, for tiles of several query blocks: a bit of its word each, see `bits`."""
+    return ((tl.load(words + i) >> bits.to(tl.int64)) & 1) != 0
+
+
+@triton.jit
 def dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS: tl.constexpr):
     """First token and end of the i-th column tile of dense tokens: prefix runs, suffix runs, extra runs."""
     in_prefix = i < prefix_tiles

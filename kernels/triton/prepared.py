@@ -17,14 +17,15 @@ from visattn.kernels.triton.choosing.listed import DynamicLists
 from visattn.kernels.triton.choosing.pooled import rest_of
 from visattn.kernels.triton.choosing.skipped import SkippingLists, skips_in_loop
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
-from visattn.kernels.triton.config import DIRECTIONS, Config, chosen_by_kernels
+from visattn.kernels.triton.config import DIRECTIONS, SHARING, Config, chosen_by_kernels
 from visattn.kernels.triton.hopper.launch import copyable
-from visattn.kernels.triton.launch import run_bias_gradients, start_first
-from visattn.kernels.triton.routes import Listed, routed_program
+from visattn.kernels.triton.launch import run_bias_gradients, run_one_pass, start_first
+from visattn.kernels.triton.routes import Listed, MergedLists, routed_program
 from visattn.kernels.triton.routing.router import Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, Pattern, RoutedPattern, Routes
+from visattn.patterns.shared_tiles import sharing_tiles
 from visattn.patterns.tailed import held_for
 from visattn.plans import TilePlan
 from visattn.problem import Call
@@ -59,6 +60,7 @@ class Kernels:
         bias = None if call.rpb is None else call.rpb.detach().to("meta")
         self._call = replace(call, key_mask=None, rpb=bias, parameters={})
         self._tf32, self._choose = tf32, choose
+        self._shared = sharing_tiles(call.pattern, call.layout, SHARING)
         self.starts = Starts(q.device, grown)
         # Of aligned tensors, which the first ones may not be.
         self._work: Work | None = None
@@ -178,6 +180,9 @@ class Kernels:
         if not learns and isinstance(pattern, DynamicPattern) and self._skips(pattern, q, work.layout):
             listed = pattern.listed(q, k, work.layout, key_mask, scale)
             return SkippingLists(pattern, listed, work.layout, self._tf32)
+        if isinstance(pattern, DynamicPattern) and self._shared is not None:
+            chosen = pattern.choose(q, k, work.layout, key_mask, scale)
+            return MergedLists(chosen, pattern.blocks(work.layout.grid), work)
         if isinstance(pattern, DynamicPattern) and lists_by_blocks(pattern):
             chosen = pattern.choose(q, k, work.layout, key_mask, scale)
             rest = None
@@ -213,7 +218,14 @@ class Kernels:
         if whole and self._work is not None:
             return self._work
         call = self._call
-        made = Work(call.pattern, call.layout, call.scale, self._tf32, self._choose(t.q, t.k, t.v, call), self.starts)
+        made = Work(
+            self._shared or call.pattern,
+            call.layout,
+            call.scale,
+            self._tf32,
+            self._choose(t.q, t.k, t.v, call),
+            self.starts,
+        )
         if whole:
             self._work, self._counted = made, made.configs["forward"].hopper
         return made
@@ -285,6 +297,12 @@ class Kernels:
         more: list[int] = []
         if rpb is not None or key_mask is not None or grad_lse is not None:
             low |= _append(more, rpb, key_mask) | (0 if grad_lse is None else grad_lse.data_ptr())
+        if self._in_one_pass(wanted, key_mask, routed) and not low & UNALIGNED and copyable(q, grad_out):
+            t = Operands(q, k, v, rpb, None, out, lse, grad_out, grad_lse, delta, grad_q, grad_k, grad_v)
+            work = self._work_for(t)
+            start_first("delta", key, t, work)
+            run_one_pass(t, work)
+            return grad_q, grad_k, grad_v, None
         if low & UNALIGNED or sums is None or (wanted[1] and keys is None) or (wanted[0] and queries is None):
             t = Operands(
                 q, k, v, rpb, _bytes(key_mask), out, lse, grad_out, grad_lse, delta, grad_q, grad_k, grad_v,
@@ -310,6 +328,15 @@ class Kernels:
             t = Operands(q, k, v, rpb, _bytes(key_mask), out, lse, grad_out, grad_lse, delta)
             grad_rpb = run_bias_gradients(t, self._work_for(t))
         return grad_q, grad_k, grad_v, grad_rpb
+
+    def _in_one_pass(
+        self, wanted: tuple[bool, bool, bool], key_mask: torch.Tensor | None, routed: Routed | None
+    ) -> bool:
+        """Whether one kernel computes all gradients that are wanted."""
+        if self._work is None or wanted != (True, True, False) or key_mask is not None or routed is not None:
+            return False
+        configs = self._work.configs
+        return configs["key_grad"].one_pass > 0 and configs["query_grad"].hopper
 
     def _first_backward(self, t: Operands, key: Any, want_rpb: bool) -> torch.Tensor | None:
         """The same by Triton's launcher; returns the gradient of the bias."""

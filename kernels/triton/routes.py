@@ -8,8 +8,11 @@ import numpy as np
 import torch
 
 from visattn.keep import kept
+from visattn.kernels.triton.arguments import Work
 from visattn.kernels.triton.lists.program import Program, fill_kinds, first_tokens, pack, program
 from visattn.patterns import DynamicPattern, Routes
+from visattn.patterns.choice.blocks import Blocks
+from visattn.patterns.choice.merging import Merged, merge
 from visattn.plans import TilePlan
 
 
@@ -58,13 +61,14 @@ def static_part(plan: TilePlan, by_keys: bool, device: torch.device) -> Static:
     )
 
 
-def routed_program(plan: TilePlan, by_keys: bool, routes: Routes) -> Program:
+def routed_program(plan: TilePlan, by_keys: bool, routes: Routes, merged: Merged | None = None) -> Program:
     """The program of a routed plan for one batch, without waiting for the device.
 
     Args:
         plan: A plan of a routed pattern.
         by_keys: Whether key tiles are the rows.
         routes: What `pattern.route` gave.
+        merged: Which query blocks of a tile list each entry of `routes`, None where a tile is of one block.
     """
     groups, flat = routes.groups, routes.flat()
     tiles, counts = flat.tiles[:, 0], None if flat.counts is None else flat.counts[:, 0]
@@ -73,11 +77,13 @@ def routed_program(plan: TilePlan, by_keys: bool, routes: Routes) -> Program:
     first_row = plan.keys.grid_tiles.start if by_keys else plan.queries.grid_tiles.start
     rows = plan.keys.runs[1] if by_keys else queries
     # Whole tiles first, which need no mask. Routing keeps the order of its choice.
-    short = static.short if isinstance(plan.pattern, DynamicPattern) else None
+    short = static.short if isinstance(plan.pattern, DynamicPattern) and merged is None else None
+    words = None if merged is None else merged.words.flatten(0, 1).flatten(1)
     if by_keys:
         own = None if short is None else short[plan.queries.grid_tiles]
-        column, start, split, stop = _transposed(tiles, flat.listed(), first_row, rows, own)
-        column = column + plan.queries.grid_tiles.start
+        order, start, split, stop = _transposed(tiles, flat.listed(), first_row, rows, own)
+        column = order // number + plan.queries.grid_tiles.start
+        words = None if words is None else words.gather(1, order)
     else:
         start = torch.arange(rows, device=tiles.device)[None] * number
         stop = split = start + (number if counts is None else counts)
@@ -92,7 +98,9 @@ def routed_program(plan: TilePlan, by_keys: bool, routes: Routes) -> Program:
     bounds = base.bounds.expand(owners, -1, -1).clone()
     grid = bounds[:, base.dense_rows :]
     grid[..., 0], grid[..., 2] = start, stop
-    grid[..., 1] = split if static.whole or short is not None else start
+    grid[..., 1] = split if (static.whole or short is not None) and merged is None else start
+    if merged is not None and words is not None:
+        base = _with_words(base, merged, words)
     return replace(
         base,
         bounds=bounds,
@@ -102,6 +110,18 @@ def routed_program(plan: TilePlan, by_keys: bool, routes: Routes) -> Program:
         list_batch=skip + queries * number,
         groups=groups,
     )
+
+
+def _with_words(base: Program, merged: Merged, words: torch.Tensor) -> Program:
+    """A program whose grid entries have masks, and the words [owners, entries] behind those of the dense rows' visits.
+
+    Every block sees what dense tokens visit, and they see every block.
+    """
+    everybody = words.new_full((len(words), len(base.bases)), -1)
+    # Rows and columns may both be queries: slots behind those of a tile are empty.
+    bits = torch.nn.functional.pad(merged.slots.to(torch.int32), (0, max(base.rows, base.columns) - len(merged.slots)))
+    full = base.full and base.dense_rows > 0
+    return replace(base, full=full, partial=True, words=torch.cat([everybody, words], 1), bits=bits)
 
 
 def _whole_first(
@@ -123,7 +143,7 @@ def _whole_first(
 def _transposed(
     tiles: torch.Tensor, listed: torch.Tensor | None, first: int, rows: int, short: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The grid query tiles that visit each grid key tile: [owners, entries], where lists start, turn partial and stop.
+    """The entries that name each grid key tile: [owners, entries], and where its own start, turn partial and stop.
 
     Args:
         tiles: Key tiles of each grid query tile: [owners, query tiles, n].
@@ -132,14 +152,43 @@ def _transposed(
         rows: Grid key tiles.
         short: Which grid query tiles have empty slots and go behind the others, None for none.
     """
-    queries, number = tiles.shape[1:]
+    queries = tiles.shape[1]
     # What does not count goes behind the lists of all key tiles.
     kept = tiles if listed is None else tiles.masked_fill(~listed[:, 0], first + rows)
     ranks = torch.zeros(queries, dtype=torch.int64, device=tiles.device) if short is None else short.long()
     keys, order = (2 * kept + ranks[:, None]).flatten(1).sort(dim=1, stable=True)
     wanted = 2 * torch.arange(first, first + rows, device=tiles.device).expand(len(tiles), -1)
     start, split, stop = (torch.searchsorted(keys, (wanted + more).contiguous()) for more in (0, 1, 2))
-    return order // number, start, split, stop
+    return order, start, split, stop
+
+
+class MergedLists:
+    """The lists of one call of a pattern whose query blocks share tiles, made when a direction asks for them.
+
+    Args:
+        choice: Key blocks of each query block.
+        blocks: The blocks.
+        work: What calls that are alike share; its pattern cuts the tiles.
+    """
+
+    def __init__(self, choice: Routes, blocks: Blocks, work: Work) -> None:
+        self._choice, self._blocks, self._work = choice, blocks, work
+        self._merged: dict[TilePlan, Merged] = {}
+        self._programs: dict[str, Program] = {}
+
+    def program(self, direction: str) -> Program:
+        """The lists of a direction."""
+        if direction not in self._programs:
+            plan = self._work.plan(direction)
+            if plan not in self._merged:
+                self._merged[plan] = merge(self._choice, plan, self._blocks)
+            own = self._merged[plan]
+            self._programs[direction] = routed_program(plan, direction == "key_grad", own.routes, own)
+        return self._programs[direction]
+
+    def addresses(self, direction: str) -> list[int]:
+        """Its bounds, bases, masks and words."""
+        return [t.data_ptr() for t in self.program(direction).own_lists]
 
 
 class Listed:
@@ -158,5 +207,4 @@ class Listed:
 
     def addresses(self, direction: str) -> list[int]:
         """Its bounds, bases and masks."""
-        run = self._programs[direction]
-        return [run.bounds.data_ptr(), run.bases.data_ptr(), run.mask_ids.data_ptr()]
+        return [t.data_ptr() for t in self._programs[direction].own_lists]

@@ -15,12 +15,13 @@ from timm.models.nest import blockify
 from torch.nn import functional as F
 
 from visattn.layout import Layout
-from visattn.models.swap.bias import log_distances, offsets_of, rpb_of, symmetric
+from visattn.models.swap.bias import rpb_of, symmetric
 from visattn.models.swap.maps import dropout_refusal
 from visattn.models.swap.runtime import Swapped
 from visattn.models.swap.sized import joined
 from visattn.models.swap.sources import between
 from visattn.models.swap.tokens import project
+from visattn.offsets import log_distances, offsets_of
 from visattn.patterns import Neighborhood
 
 
@@ -73,6 +74,8 @@ class Sam2Block:
         site: Swapped = self.visattn_site
         if site.keeps_stock(None):
             return super().forward(x)  # type: ignore[misc]
+        if not self.is_windowed and self._visattn_own(site, x):
+            return super().forward(x)  # type: ignore[misc]
         normed, keys = self.norm1(x), _grid(x)
         x = x if self.dim == self.dim_out else _pooled(self.pool, self.proj(normed))
         grid = _grid(x)
@@ -83,6 +86,12 @@ class Sam2Block:
         y = site.attend(q, k, v, between(grid, keys), self.attn.scale)
         x = x + self.drop_path1(self.ls1(self.attn.proj(joined(y).unflatten(1, grid))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _visattn_own(self: Any, site: Swapped, x: torch.Tensor) -> bool:
+        """Whether attention to the whole map runs."""
+        keys, (down, right) = _grid(x), self.q_stride or (1, 1)
+        heads = self.attn.num_heads, self.dim_out // self.attn.num_heads
+        return site.runs_own(between((keys[0] // down, keys[1] // right), keys), heads, x)
 
 
 def _pooled(pool: Any, x: torch.Tensor) -> torch.Tensor:
@@ -165,6 +174,8 @@ class GatedHead:
         if site.keeps_stock(dropout_refusal(self)):
             return super().forward(x)  # type: ignore[misc]
         grid = int(x.shape[2]), int(x.shape[3])
+        if not self.window_size and site.runs_own(Layout(grid), (1, round(self.scale**-2)), x):
+            return super().forward(x)  # type: ignore[misc]
         v, gate = self.gate_act(self.v_gate(x)).chunk(2, dim=1)
         q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in (self.q(x), self.k(x), v))
         y = site.attend(q, k, v, Layout(grid), self.scale)[:, 0].transpose(1, 2).unflatten(2, grid)

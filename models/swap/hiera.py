@@ -56,11 +56,14 @@ class MaskUnits:
         whole = order is None or x.shape[1] == math.prod(order.keys)
         if site.keeps_stock(None if whole else "a mask drops tokens, and the rest is no grid") or order is None:
             return super().forward(x)  # type: ignore[misc]
+        layout = between(order.unroll.size, order.keys)
+        if not self.use_mask_unit_attn and site.runs_own(layout, (self.heads, self.head_dim), x):
+            return super().forward(x)  # type: ignore[misc]
         q, k, v = project(self, order.reroll(x, order.block).flatten(1, 2), self.heads)
         grid = order.unroll.size
         if self.q_stride > 1:
             strides = [n // m for n, m in zip(order.keys, grid, strict=True)]
             pooled = F.max_pool2d(q.transpose(2, 3).flatten(0, 1).unflatten(2, order.keys), strides)
             q = pooled.flatten(2).unflatten(0, (-1, self.heads)).transpose(2, 3)
-        y = site.attend(q, k, v, between(grid, order.keys), self.scale).transpose(1, 2).flatten(2)
+        y = site.attend(q, k, v, layout, self.scale).transpose(1, 2).flatten(2)
         return self.proj(order.unroll(y))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,16 +11,18 @@ from torch.utils.hooks import RemovableHandle
 from visattn.copies import Hook, copy_as_is
 from visattn.models.swap.flexible import grids_of
 from visattn.models.swap.graphs import again_as_node, proxy_among
-from visattn.models.swap.runtime import Runtime
+from visattn.models.swap.places import Places
 from visattn.models.swap.sources import Source
-from visattn.tally import Tally
+from visattn.runtime.place import Samples
+from visattn.runtime.run import Run
+from visattn.runtime.verdict import Verdict
 
 
 class Follow(Hook):
-    """After the source of a grid: tells the runtime the grid of this image."""
+    """After the source of a grid: tells where the tokens of this image sit."""
 
-    def __init__(self, runtime: Runtime, source: Source) -> None:
-        self.runtime, self.source = runtime, source
+    def __init__(self, places: Places, source: Source) -> None:
+        self.places, self.source = places, source
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """A forward hook; while torch.fx traces, it makes the module one node of the graph."""
@@ -29,41 +30,41 @@ class Follow(Hook):
             return again_as_node(module, args, kwargs, out)
         samples = grids_of(args, kwargs) if self.source.flexible else None
         if samples is None:
-            self.runtime.place(self.source.rule(module, args, out))
+            self.places.place(self.source.rule(module, args, out))
         else:
-            self.runtime.place_samples(samples, int(out[0].shape[1]))
+            self.places.place_samples(samples, int(out[0].shape[1]))
         return None
 
 
 class PassBy(Hook):
     """Before a block, or anything between it and its attention: the forward that its tokens belong to."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, places: Places) -> None:
+        self.places = places
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook."""
         if not torch.compiler.is_compiling() and args and isinstance(args[0], torch.Tensor):
-            self.runtime.pass_by(args[0])
+            self.places.pass_by(args[0])
 
 
 class Resume(Hook):
     """After a forward of the model: blocks that are compiled one by one take its grid in its backward pass as well."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, places: Places) -> None:
+        self.places = places
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         """A forward hook."""
         if torch.compiler.is_compiling():
             return
-        place = self.runtime.forwards.value
+        place = self.places.forwards.value
         if place is None:
             return
         for tensor in out if isinstance(out, tuple | list) else [out]:
             node = tensor.grad_fn if isinstance(tensor, torch.Tensor) else None
             if node is not None:
-                node.register_prehook(lambda grads: self.runtime.resume(place))
+                node.register_prehook(lambda grads: self.places.resume(place))
 
 
 class RefuseDroppedPatches(Hook):
@@ -82,33 +83,40 @@ class RefuseDroppedPatches(Hook):
 class CountForeign(Hook):
     """Before an attention module that stays as it is although a pattern was meant for it: counts the call."""
 
-    def __init__(self, tally: Tally, path: str, reason: str) -> None:
-        self.tally, self.path, self.reason = tally, path, reason
+    def __init__(self, run: Run, path: str, reason: str) -> None:
+        self.run, self.path, self.reason = run, path, reason
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook."""
-        if not torch.compiler.is_compiling() and proxy_among(args) is None:
-            self.tally.count(self.path, self.reason)
-
-
-class Missed(Hook):
-    """With `strict`: a forward must reach every swapped module."""
-
-    def __init__(self, tally: Tally, name: str, paths: Iterable[str]) -> None:
-        self.tally, self.name, self.paths = tally, name, tuple(paths)
-        self._before: dict[str, int] = {}
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *out: Any) -> None:
-        """A forward hook, and the forward pre-hook that notes the counts before."""
         if torch.compiler.is_compiling() or proxy_among(args) is not None:
             return
-        counts = self.tally.counts()
-        if not out:
-            self._before = counts
-            return
-        missed = [p for p in self.paths if counts.get(p, 0) == self._before.get(p, 0)]
-        if missed:
-            raise ValueError(f"strict: the forward of {self.name} missed {', '.join(missed[:4])}")
+        self.run.tally.count(self.path, self.reason)
+        if self.run.here.forward is not None:
+            self.run.here.forward.note(self.path, Verdict("dense", why=self.reason))
+
+
+class Begin(Hook):
+    """Before a forward of the model."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook; each module finds by itself where its tokens sit."""
+        if not torch.compiler.is_compiling() and proxy_among(args) is None:
+            self.run.start(Samples(), learns=False)
+
+
+class Finish(Hook):
+    """After a forward of the model: did it reach what was selected?"""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """A forward hook."""
+        if not torch.compiler.is_compiling() and proxy_among(args) is None:
+            self.run.finish()
 
 
 class Hooks:

@@ -11,16 +11,18 @@ from torch import nn
 from visattn.copies import copy_as_is, copy_as_stock
 from visattn.dispatch import choose
 from visattn.handle import Request
-from visattn.models.swap.hooks import CountForeign, Follow, Hooks, Missed, PassBy, RefuseDroppedPatches, Resume
+from visattn.layout import Layout
+from visattn.models.swap.hooks import Begin, CountForeign, Finish, Follow, Hooks, PassBy, RefuseDroppedPatches, Resume
+from visattn.models.swap.places import Places
 from visattn.models.swap.records import check_fit
-from visattn.models.swap.runtime import Runtime, Swapped
+from visattn.models.swap.runtime import Swapped, SwapRun
 from visattn.models.swap.sites import Site, find_sites
 from visattn.models.swap.sources import Source, source_of
 from visattn.outside import Outside
 from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense
-from visattn.report import CallReport, SiteReport, density
-from visattn.tally import Row, Tally
+from visattn.report import SiteReport
+from visattn.schedule import Given
 from visattn.watch import Watcher
 
 
@@ -49,28 +51,31 @@ class SwappedModel:
     def __init__(self, model: nn.Module, request: Request) -> None:
         self._name, self._request = type(model).__name__, request
         found = find_sites(model, self._name)
-        patterns = request.schedule.assign_stepless([site.name for site in found], self._name)
+        names = [site.name for site in found]
+        patterns = request.schedule.assign_stepless(names, self._name, own_grid(model, request.layout))
         self._sites = [
             site.given(pattern) for site, pattern in zip(found, patterns, strict=True) if pattern is not None
         ]
         swapped = [site for site in self._sites if not site.foreign]
         for site in swapped:
             check_fit(site.module, site.pattern, self._name)
-        self._tally = Tally()
-        self._runtimes: dict[int, tuple[Runtime, Source | None]] = {}
+        self._run = SwapRun(self._name, request.schedule, request.strict, always=request.always)
+        self._run.sparse_sites = [site.name.path for site in swapped if not isinstance(site.pattern, Dense)]
+        self._places: dict[int, tuple[Places, Source | None]] = {}
         self._learnables: list[Learnable] = []
-        runtimes = [self._runtime_of(model, site) for site in swapped]
-        for site, runtime in zip(swapped, runtimes, strict=True):
+        places = [self._places_of(model, site) for site in swapped]
+        for site, on in zip(swapped, places, strict=True):
             own = make_parameters(site.module, site.module, site.pattern, 2) if site.pattern.learnable else None
             if own is not None:
                 self._learnables.append(Learnable(self._name, site.name.path, site.pattern, own))
             order = site.record.order(model, site.name.path) if site.record.order is not None else None
-            site.swap(Swapped(runtime, site.name.path, site.pattern, own, site.attention, order))
+            arguments = site.name.path, site.pattern, request.backend, own, site.attention, order
+            site.swap(Swapped(self._run, on, *arguments))
         self._hooks = Hooks()
         self._add_hooks(model)
 
-    def _runtime_of(self, model: nn.Module, site: Site) -> Runtime:
-        """What a module shares with all that are on the same grid."""
+    def _places_of(self, model: nn.Module, site: Site) -> Places:
+        """Where the tokens sit of a module and of all that are on the same grid."""
         source = source_of(model, site.name.path) if site.record.tokens else None
         if site.record.tokens and source is None and self._request.layout is None:
             raise ValueError(
@@ -78,11 +83,10 @@ class SwappedModel:
                 "layers=... that are on that grid"
             )
         key = id(None if source is None else source.module)
-        if key not in self._runtimes:
+        if key not in self._places:
             prefix = 0 if source is None else source.prefix
-            made = Runtime(self._name, self._request.backend, self._request.layout, prefix, self._tally)
-            self._runtimes[key] = made, source
-        return self._runtimes[key][0]
+            self._places[key] = Places(self._name, self._request.layout, prefix), source
+        return self._places[key][0]
 
     def _add_hooks(self, model: nn.Module) -> None:
         hooks = self._hooks
@@ -91,31 +95,28 @@ class SwappedModel:
             drop = getattr(module, "patch_drop", None)
             if isinstance(drop, nn.Module):
                 hooks.before(drop, RefuseDroppedPatches())
-        for runtime, source in self._runtimes.values():
+        for places, source in self._places.values():
             if source is not None:
-                self._follow(model, runtime, source)
+                self._follow(model, places, source)
         for site in self._sites:
             if site.foreign and not isinstance(site.pattern, Dense):
-                hooks.before(site.module, CountForeign(self._tally, site.name.path, site.foreign))
-        if self._request.strict:
-            paths = [site.name.path for site in self._sites]
-            missed = Missed(self._tally, self._name, paths)
-            hooks.before(model, missed)
-            hooks.after(model, missed)
+                hooks.before(site.module, CountForeign(self._run, site.name.path, site.foreign))
+        hooks.before(model, Begin(self._run))
+        hooks.after(model, Finish(self._run))
         classes = {type(site.module): site.kind for site in self._sites if type(site.module) is not site.kind}
         for module in [*hooks.modules, *(site.module for site in self._sites)]:
             copy_as_stock(module, ("visattn_site",), classes)
 
-    def _follow(self, model: nn.Module, runtime: Runtime, source: Source) -> None:
-        """Let the modules of a runtime know the grid that its source tells."""
-        own = [site for site in self._sites if site.runtime is runtime]
-        self._hooks.after(source.module, Follow(runtime, source), with_kwargs=True)
+    def _follow(self, model: nn.Module, places: Places, source: Source) -> None:
+        """Let the modules on a grid know the grid that its source tells."""
+        own = [site for site in self._sites if site.places is places]
+        self._hooks.after(source.module, Follow(places, source), with_kwargs=True)
         way = _on_the_way(model, source.module, own)
         for path in way:
-            self._hooks.before(model.get_submodule(path), PassBy(runtime))
+            self._hooks.before(model.get_submodule(path), PassBy(places))
         if self._request.layout is None:
-            runtime.outside = Outside(model, [*way, *(site.name.path for site in own)], runtime.bring)
-        self._hooks.after(model, Resume(runtime))
+            places.outside = Outside(model, [*way, *(site.name.path for site in own)], places.bring)
+        self._hooks.after(model, Resume(places))
 
     def remove(self) -> None:
         """See `visattn.handle.Patch`. A class that someone else has set since stays, and does as the stock class."""
@@ -123,9 +124,9 @@ class SwappedModel:
             copy_as_is(site.module)
             site.restore()
         self._hooks.remove()
-        for runtime, _ in self._runtimes.values():
-            if runtime.outside is not None:
-                runtime.outside.leave()
+        for places, _ in self._places.values():
+            if places.outside is not None:
+                places.outside.leave()
 
     def learnables(self) -> Sequence[Learnable]:
         """See `visattn.handle.Patch`."""
@@ -133,28 +134,35 @@ class SwappedModel:
 
     def watch(self, watcher: Watcher | None) -> None:
         """See `visattn.handle.Patch`."""
-        for runtime, _ in self._runtimes.values():
-            runtime.watcher = watcher
+        self._run.watcher = watcher
 
     def set_step(self, step: int | None, total: int | None) -> None:
         """See `visattn.handle.Patch`; a timm model has no steps and `dense_steps` is refused."""
 
     def report(self) -> Sequence[SiteReport]:
         """See `visattn.handle.Patch`. Calls inside compiled code are not counted."""
-        rows = self._tally.rows()
-        return [self._report(site, rows.get(site.name.path, Row())) for site in self._sites]
+        patterns: dict[str, Given] = {site.name.path: site.pattern for site in self._sites}
+        found = self._run.reports(patterns, self._request.backend)
+        return [self._named(site, report) for site, report in zip(self._sites, found, strict=True)]
 
-    def _report(self, site: Site, row: Row) -> SiteReport:
-        path, pattern = site.name.path, site.pattern
-        found = SiteReport.of(self._name, path, pattern, self._request.backend, row)
-        if site.foreign or site.record.tokens or site.record.dense:
+    def _named(self, site: Site, found: SiteReport) -> SiteReport:
+        """A report that names the engine also where a pattern covers the map."""
+        if site.foreign or site.record.tokens or site.dense:
             return found
         # A block of Swin never runs its own windows for a pattern, even where that covers the grid.
         calls = []
-        for problem, hits in row.hits.most_common():
-            name = choose(problem, self._request.backend).name
-            calls.append(CallReport(problem, hits, name, "with the position bias", density(problem)))
+        for call in found.calls:
+            name = choose(call.problem, self._request.backend).name
+            calls.append(replace(call, backend=name, reason="with the position bias"))
         return replace(found, calls=tuple(calls))
+
+
+def own_grid(model: nn.Module, layout: Layout | None = None) -> tuple[int, ...] | None:
+    """Tokens per axis of the images that a model was made for, None if it does not say."""
+    if layout is not None:
+        return layout.grid
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return None if grid is None else tuple(grid)
 
 
 def _on_the_way(model: nn.Module, embed: nn.Module, sites: Sequence[Site]) -> list[str]:

@@ -10,9 +10,9 @@ from timm.models.mvitv2 import reshape_post_pool, reshape_pre_pool
 from torch.nn import functional as F
 
 from visattn.models.swap.runtime import Swapped
-from visattn.models.swap.sam import with_positions
 from visattn.models.swap.sources import between
 from visattn.models.swap.tokens import project
+from visattn.positions import with_positions
 
 
 class PooledAttention:

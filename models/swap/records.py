@@ -66,7 +66,8 @@ class Record:
         tokens: Whether it sees a sequence (and the model has to say where its tokens sit), or maps.
         models: Which models have it, for people.
         attention: Name of its attention module, if the class is a block around one.
-        dense: Whether the module's own attention is dense on its map, so that it runs what a pattern covers.
+        dense: Whether the module's own attention, or that of some modules, is dense on its map, so that it runs what a
+            pattern covers, and where `auto` estimates that a pattern would take longer.
         apart: Whether the queries and keys of a module are on grids of their own; None where none has that.
         unfit: Why one module of the class cannot be swapped, "" if it can; None where all can.
         order: From the model and a module's path, how its tokens become a map; None where they come row by row.
@@ -78,7 +79,7 @@ class Record:
     tokens: bool
     models: str
     attention: str = ""
-    dense: bool = False
+    dense: bool | Callable[[Any], bool] = False
     apart: Callable[[Any], bool] | None = None
     unfit: Callable[[Any], str] | None = None
     order: Callable[[nn.Module, str], Any] | None = None
@@ -103,7 +104,9 @@ _OWN = {
     ),
     "timm.models.maxxvit.TransformerBlock2d": Record(CoAtBlock, True, False, "CoAtNet, CoAtNeXt", "attn"),
     "timm.models.davit.SpatialBlock": Record(DaVitBlock, False, False, "DaViT: spatial, not channel attention", "attn"),
-    "timm.models.vision_transformer_sam.Block": Record(SamBlock, False, False, "SAM", "attn"),
+    "timm.models.vision_transformer_sam.Block": Record(
+        SamBlock, False, False, "SAM", "attn", dense=lambda block: block.window_size == 0
+    ),
     "timm.models.vision_transformer.ParallelScalingBlock": Record(ParallelBlock, False, True, "ViT-22B's blocks"),
     "timm.models.vision_transformer.DiffParallelScalingBlock": Record(
         DiffParallelBlock, False, True, "the same with differential attention"
@@ -116,10 +119,22 @@ _OWN = {
     ),
     "timm.models.efficientformer.Attention": Record(FormerAttention, True, True, "EfficientFormer"),
     "timm.models.hiera.MaskUnitAttention": Record(
-        MaskUnits, False, False, "Hiera", order=hiera.order_of, apart=lambda module: module.q_stride > 1
+        MaskUnits,
+        False,
+        False,
+        "Hiera",
+        dense=lambda module: not module.use_mask_unit_attn,
+        apart=lambda module: module.q_stride > 1,
+        order=hiera.order_of,
     ),
     "timm.models.hieradet_sam2.MultiScaleBlock": Record(
-        Sam2Block, False, False, "SAM 2's Hiera", "attn", apart=lambda block: block.q_stride is not None
+        Sam2Block,
+        False,
+        False,
+        "SAM 2's Hiera",
+        "attn",
+        dense=lambda block: not block.is_windowed,
+        apart=lambda block: block.q_stride is not None,
     ),
     "timm.models.mvitv2.MultiScaleAttention": Record(PooledAttention, False, False, "MViT v2", apart=pools_apart),
     "timm.models.volo.Attention": Record(LastMap, False, False, "VOLO: not outlook attention", dense=True),
@@ -142,7 +157,7 @@ _OWN = {
     "timm.models.efficientvit_msra.LocalWindowAttention": Record(CascadeWindow, True, False, "EfficientViT", "attn"),
     "timm.models.convit.MHSA": Record(SequenceAttention, False, True, "ConViT: the last blocks"),
     "timm.models.shvit.SHSA": Record(OneHead, False, False, "SHViT", dense=True),
-    "timm.models.iformer.SHMA": Record(GatedHead, False, False, "iFormer"),
+    "timm.models.iformer.SHMA": Record(GatedHead, False, False, "iFormer", dense=lambda module: not module.window_size),
     "timm.models.levit.Attention": Record(LevitAttention, True, False, "LeViT", dense=True),
 }
 

@@ -12,9 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from visattn.layout import Layout
-from visattn.models.swap.bias import offsets_of, rpb_of
+from visattn.models.swap.bias import rpb_of
 from visattn.models.swap.runtime import Swapped
 from visattn.models.swap.tokens import project
+from visattn.offsets import offsets_of
 
 
 class TokenBias(NamedTuple):
@@ -35,10 +36,8 @@ class RelativeAttention:
         site: Swapped = self.visattn_site
         site.enter(x)
         layout = site.stays_stock(_refusal(self, shared), x.shape[1])
-        if layout is None or site.covered(layout):
-            if layout is not None:
-                shape = (x.shape[0], self.num_heads, x.shape[1], self.proj.in_features // self.num_heads)
-                site.count_stock(shape, x, layout)
+        heads = self.num_heads, self.proj.in_features // self.num_heads
+        if layout is None or site.runs_own(layout, heads, x, rpb=True):
             return None
         q, k, v = project(self, x)
         if hasattr(self, "q_norm"):

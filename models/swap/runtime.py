@@ -1,147 +1,58 @@
-"""What the swapped attention modules of one timm model share: where the tokens sit now, and what was counted."""
+"""What a swapped attention module of a timm model knows: whose it is, what it runs, and how that counts."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from visattn.attend import attention
+from visattn.counts import Cell
+from visattn.crossing import crossing
 from visattn.layout import Layout
+from visattn.models.swap.places import Places
 from visattn.models.swap.sources import between
 from visattn.models.swap.weights import show_weights
-from visattn.outside import Outside
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.problem import Call, Problem
-from visattn.recompute import Carrier
-from visattn.tally import Cell, Tally
-from visattn.watch import Watched, Watcher
+from visattn.registry import REGISTRY
+from visattn.runtime.run import Run
+from visattn.runtime.verdict import Verdict, judge
+from visattn.watch import Watched
 
-
-class Place(NamedTuple):
-    """Where the tokens of a forward sit.
-
-    Attributes:
-        layout: That, or why it is unknown.
-        samples: Layouts of the samples of a NaFlexViT batch; the masks of that forward should hide their padding.
-    """
-
-    layout: Layout | str
-    samples: tuple[Layout, ...] = ()
-
-
-# Kinds of calls of a module whose place among the counts is kept.
+# Kinds of calls of a module that are decided once.
 MANY = 256
-UNPLACED = Place("the model has not embedded an image yet")
+# Batches by which compiled code, which is for all of them, decides: where few and many would be slower, all are.
+BATCHES = (1, 64)
 
 
-class Runtime:
-    """The state of one swapped model, or of those of its modules whose tokens sit on one of its grids.
+class SwapRun(Run):
+    """The state of one swapped model."""
 
-    Attributes:
-        name: What errors call the model.
-        backend: "auto" or the name of a backend.
-        fixed: The layout that the user gave, or None.
-        tally: What happened at each module of the model.
-        prefix: Dense tokens before the grid.
-        watcher: Sees every call that ran a pattern without position bias, or None.
-        forwards: The place of every forward and recomputation outside of compiled code.
-        outside: Before the modules that are compiled one by one, or None where nobody asks for a place.
-    """
-
-    def __init__(self, name: str, backend: str, fixed: Layout | None, prefix: int, tally: Tally | None = None) -> None:
-        self.name, self.backend, self.fixed, self.prefix = name, backend, fixed, prefix
-        self.tally = Tally() if tally is None else tally
-        self.watcher: Watcher | None = None
-        self.forwards: Carrier[Place] = Carrier()
-        self.outside: Outside | None = None
-        self._last = UNPLACED
-        # By length of the sequence, for who gets tokens that no forward is remembered with.
-        self._places: dict[int, set[Place]] = {}
-
-    def place(self, grid: tuple[int, int]) -> None:
-        """Say at which rows and columns the tokens of this thread's forward sit."""
-        layout = Layout(grid, prefix=self.prefix)
-        self._begin(Place(layout), layout.length)
-
-    def place_samples(self, grids: tuple[tuple[int, int], ...] | str, tokens: int) -> None:
-        """Say where the tokens of each sample sit; what the sequence has beyond them is padding.
-
-        Args:
-            grids: Rows and columns of each sample, or why they are unknown.
-            tokens: Length of the sequence, padding and prefix included.
-        """
-        if isinstance(grids, str):
-            self._begin(Place(grids), tokens)
-            return
-        layouts = tuple(Layout(grid, prefix=self.prefix) for grid in grids)
-        even = layouts[0] if len(set(layouts)) == 1 else "the samples of the batch have several grids"
-        self._begin(Place(even, layouts), tokens)
-
-    def _begin(self, place: Place, tokens: int) -> None:
-        self._last = place
-        if not torch.compiler.is_compiling():
-            self.forwards.begin(place, torch.is_grad_enabled())
-            if self.outside is not None and torch.is_grad_enabled():
-                self.outside.stand()
-            known = self._places.setdefault(tokens, set())
-            # Two say as well as many that they differ.
-            if len(known) < 2:
-                known.add(place)
-
-    def resume(self, place: Place) -> None:
-        """The backward pass of a forward begins: compiled code is there again."""
-        self._last = place
-
-    def pass_by(self, x: torch.Tensor) -> None:
-        """A module gets the tokens x: compiled code inside of it finds the place of their forward, if that is known."""
-        self.forwards.pass_by(x)
-        self._last = self.forwards.value or self._last
-
-    def bring(self, x: torch.Tensor) -> None:
-        """A module that is compiled on its own gets the tokens x: its code is to find the place of their forward.
-
-        Raises:
-            ValueError: See `here`.
-        """
-        self.forwards.pass_by(x)
-        self._last = self.here(x.shape[1])
-
-    def here(self, tokens: int) -> Place:
-        """Where the tokens of a sequence of that length sit.
-
-        Raises:
-            ValueError: If no forward is known that these tokens belong to, and forwards of several grids had as many.
-        """
-        if self.fixed is not None:
-            return Place(self.fixed)
-        if torch.compiler.is_compiling():
-            return self._last
-        found = self.forwards.value
-        if found is not None:
-            return found
-        known = self._places.get(tokens, set())
-        if len(known) > 1:
-            raise ValueError(
-                f"{self.name}: {tokens} tokens came without the forward that they belong to, and they may be "
-                f"{' or '.join(sorted(str(place.layout) for place in known))}: let gradient checkpointing run whole "
-                "blocks again, or pass layout=Layout(...)"
-            )
-        return next(iter(known), self._last)
+    def finish(self) -> None:
+        """A forward is over; one whose modules all are in compiled code, which notes nothing, missed none."""
+        forward = self.here.forward
+        quiet = forward is not None and not (forward.hits or forward.reasons)
+        if quiet and not self.strict:
+            self.here.forward = None
+        else:
+            super().finish()
 
 
 class Swapped:
     """What a swapped module knows.
 
     Attributes:
-        runtime: Of its model.
+        run: The state of its model.
+        places: Where its tokens sit.
         path: Of the module in its model.
         pattern: What it was given.
+        backend: "auto" or the name of a backend.
         parameters: Learnable parameters of the pattern by name.
         attention: The module that has the stock attention, whose attn_drop the weights would pass.
         order: How the module's tokens become a map, and back; None where they come row by row.
@@ -149,18 +60,21 @@ class Swapped:
 
     def __init__(
         self,
-        runtime: Runtime,
+        run: Run,
+        places: Places,
         path: str,
         pattern: Pattern,
+        backend: str,
         parameters: nn.ParameterDict | None = None,
         attention: nn.Module | None = None,
         order: Any = None,
     ) -> None:
-        self.runtime, self.path, self.pattern, self.attention = runtime, path, pattern, attention
-        self.order: Any = order
+        self.run, self.places, self.path, self.pattern, self.backend = run, places, path, pattern, backend
+        self.attention, self.order = attention, order
         # A plain dict: torch.compile follows it, and the model's state dict does not.
         self.parameters: dict[str, torch.Tensor] = {} if parameters is None else dict(parameters.items())
-        self._cells: dict[Hashable, Cell] = {}
+        self._ran: dict[Hashable, tuple[Cell, ...]] = {}
+        self._own: dict[Hashable, tuple[Verdict, tuple[Cell, ...]]] = {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies of the module that copy its attributes one by one have no patch; see `visattn.copies`."""
@@ -174,19 +88,24 @@ class Swapped:
 
     def enter(self, x: torch.Tensor) -> None:
         """The module gets its tokens: they may say which forward they belong to."""
-        if not torch.compiler.is_compiling() and isinstance(x, torch.Tensor) and self.runtime.fixed is None:
-            self.runtime.forwards.pass_by(x)
+        if not torch.compiler.is_compiling() and isinstance(x, torch.Tensor) and self.places.fixed is None:
+            self.places.forwards.pass_by(x)
 
     def keeps_stock(self, refusal: str | None) -> bool:
         """Whether the module's own attention runs, for a schedule or the reason given; counts it if so."""
-        counted = not torch.compiler.is_compiling()
-        if isinstance(self.pattern, Dense):
-            if counted:
-                self.runtime.tally.count(self.path)
-            return True
-        if refusal is not None and counted:
-            self.runtime.tally.count(self.path, refusal)
-        return refusal is not None
+        if refusal is None and not isinstance(self.pattern, Dense):
+            return False
+        if not torch.compiler.is_compiling():
+            why = "" if isinstance(self.pattern, Dense) else refusal or ""
+            self.run.tally.count(self.path, why)
+            self._note(Verdict("dense", why=why))
+        return True
+
+    def _note(self, verdict: Verdict) -> None:
+        """Remember with the forward of this thread what happened."""
+        forward = self.run.here.forward
+        if forward is not None:
+            forward.note(self.path, verdict)
 
     def stays_stock(self, refusal: str | None, tokens: int) -> Layout | None:
         """The layout if the pattern is to run, None if the module's own attention is; counts the latter.
@@ -198,7 +117,7 @@ class Swapped:
         Raises:
             ValueError: If the sequence is not what the model embedded.
         """
-        layout = self.runtime.here(tokens).layout
+        layout = self.places.here(tokens).layout
         if self.keeps_stock(layout if isinstance(layout, str) else refusal) or isinstance(layout, str):
             return None
         layout.check_length(tokens)
@@ -211,6 +130,7 @@ class Swapped:
         heads: tuple[int, int],
         x: torch.Tensor,
         keys: Sequence[int] | None = None,
+        rpb: bool = False,
     ) -> Layout | None:
         """The layout if the pattern is to run where the module's own attention is dense on a map, else None.
 
@@ -222,28 +142,63 @@ class Swapped:
             heads: Their number and width.
             x: What the module got; its batch comes first.
             keys: Rows and columns of the keys, those of the queries if None.
+            rpb: Whether the pattern would get a position bias.
         """
         if self.keeps_stock(refusal):
             return None
         layout = between(grid, grid if keys is None else keys)
-        if self.covered(layout):
-            self.count_stock((x.shape[0], heads[0], layout.length, heads[1]), x, layout)
-            return None
-        return layout
+        return None if self.runs_own(layout, heads, x, rpb=rpb) else layout
 
     def padded(self, tokens: int) -> tuple[Layout, ...]:
         """The layouts of the samples of a NaFlexViT batch, whose mask should hide their padding, else ()."""
-        return self.runtime.here(tokens).samples
+        return self.places.here(tokens).samples
 
     def samples(self, tokens: int) -> tuple[Layout, ...]:
         """The layouts of the samples where they differ or leave padding, else ()."""
-        place = self.runtime.here(tokens)
+        place = self.places.here(tokens)
         ragged = isinstance(place.layout, str) or place.layout.length < tokens
         return place.samples if ragged else ()
 
-    def covered(self, layout: Layout) -> bool:
-        """Whether the module's own dense attention is the pattern, and nobody asked for a backend."""
-        return self.runtime.backend == "auto" and _covers(self.pattern, layout)
+    def runs_own(
+        self, layout: Layout, heads: tuple[int, int], x: torch.Tensor, masked: bool = False, rpb: bool = False
+    ) -> bool:
+        """Whether the module's own attention, dense on its map, runs; counts it if so.
+
+        It does where it is the pattern, unless keys are hidden, and where `auto` estimates that it is the faster one.
+
+        Args:
+            layout: Where the tokens sit.
+            heads: Their number and width.
+            x: What the module got; its batch comes first.
+            masked: Whether a mask hides keys.
+            rpb: Whether the pattern would get a position bias.
+        """
+        if self.backend != "auto":
+            return False
+        always = self.run.always or bool(self.parameters)
+        device = x.device
+        if torch.compiler.is_compiling():
+            if self.pattern.covers(*layout.grids):
+                return not masked
+            told = heads, x.dtype, device.type, torch.is_grad_enabled(), masked, rpb
+            return not always and _dense_pays_compiled(self.pattern, _sides(layout), told)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
+        key = layout, x.shape[0], heads, dtype, device, torch.is_grad_enabled(), masked, rpb, REGISTRY.version
+        found = self._own.get(key)
+        if found is None:
+            if len(self._own) >= MANY:
+                self._own.clear()
+            problem = Problem(
+                self.pattern, layout, x.shape[0], heads[0], heads[0], heads[1], dtype, device.type, masked, rpb, key[5]
+            )
+            verdict = judge(self.pattern, (problem,), (layout,), self.backend, always)
+            self._own[key] = found = verdict, verdict.cells(self.run.tally, self.path, device)
+        verdict, cells = found
+        if verdict.layouts or (masked and not verdict.slower):
+            return False
+        self.run.tally.end(cells, None)
+        self._note(verdict)
+        return True
 
     def attend(
         self,
@@ -272,22 +227,22 @@ class Swapped:
         rpb: torch.Tensor | None,
     ) -> torch.Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        arguments: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "backend": self.runtime.backend}
+        options: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "backend": self.backend}
         own = self._parameters(q.device)
         if own:
-            arguments["parameters"] = own
+            options["parameters"] = own
         if torch.compiler.is_compiling():
-            return attention(q, k, v, self.pattern, layout, **arguments).transpose(1, 2)
-        tally = self.runtime.tally
-        call = Call(self.pattern, layout, scale, key_mask, rpb, parameters=own)
-        cell = self._cell(q, k, v, call)
-        begun = tally.begin(cell)
-        with tally.hearing((cell,), begun):
-            out = attention(q, k, v, self.pattern, layout, **arguments)
-        tally.end((cell,), begun)
+            return attention(q, k, v, self.pattern, layout, **options).transpose(1, 2)
+        tally, call = self.run.tally, Call(self.pattern, layout, scale, key_mask, rpb, parameters=own)
+        cells = self._cells(q, k, v, call)
+        begun = tally.begin(cells[0])
+        with tally.hearing(cells, begun):
+            out = attention(q, k, v, self.pattern, layout, **options)
+        tally.end(cells, begun)
+        self._note(_RAN)
         show_weights(self.attention, self.path, q, k, call)
-        if self.runtime.watcher is not None and rpb is None:
-            self.runtime.watcher(Watched(self.path, q, k, v, out, self.pattern, (layout,), scale, key_mask, own))
+        if self.run.watcher is not None and rpb is None:
+            self.run.watcher(Watched(self.path, q, k, v, out, self.pattern, (layout,), scale, key_mask, own))
         return out.transpose(1, 2)
 
     def attend_lse(
@@ -295,54 +250,70 @@ class Swapped:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `attend` with a position bias, and the log-sum-exp [B, heads, S]."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        arguments: dict[str, Any] = {"scale": scale, "rpb": rpb, "backend": self.runtime.backend, "return_lse": True}
-        if self.parameters:
-            arguments["parameters"] = self._parameters(q.device)
+        options: dict[str, Any] = {"scale": scale, "rpb": rpb, "backend": self.backend, "return_lse": True}
+        own = self._parameters(q.device)
+        if own:
+            options["parameters"] = own
         if torch.compiler.is_compiling():
-            out, lse = attention(q, k, v, self.pattern, layout, **arguments)
+            out, lse = attention(q, k, v, self.pattern, layout, **options)
         else:
-            tally, call = self.runtime.tally, Call(self.pattern, layout, scale, None, rpb, True)
-            cell = self._cell(q, k, v, call)
-            begun = tally.begin(cell)
-            out, lse = attention(q, k, v, self.pattern, layout, **arguments)
-            tally.end((cell,), begun)
+            tally, call = self.run.tally, Call(self.pattern, layout, scale, None, rpb, True, parameters=own)
+            cells = self._cells(q, k, v, call)
+            begun = tally.begin(cells[0])
+            out, lse = attention(q, k, v, self.pattern, layout, **options)
+            tally.end(cells, begun)
+            self._note(_RAN)
             show_weights(self.attention, self.path, q, k, call)
         return out.transpose(1, 2), lse.transpose(1, 2)
 
-    def count_stock(self, q_shape: tuple[int, int, int, int], like: torch.Tensor, layout: Layout) -> None:
-        """Count a call that the module's own attention ran because it is the pattern.
-
-        Args:
-            q_shape: Batch, heads, tokens and head_dim.
-            like: Tensor with the dtype and device of the call.
-            layout: Where the tokens sit.
-        """
-        if not torch.compiler.is_compiling():
-            batch, heads, _, head_dim = q_shape
-            problem = Problem(self.pattern, layout, batch, heads, heads, head_dim, like.dtype, like.device.type)
-            tally = self.runtime.tally
-            tally.end((tally.cell(self.path, "sparse", None, like.device, problem),), None)
-
-    def _cell(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Cell:
-        """Where a call counts; that is known of calls like earlier ones."""
+    def _cells(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[Cell, ...]:
+        """Where a call that runs the pattern counts; that is known of calls like earlier ones."""
         learns = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (q, k, v, call.rpb, *call.parameters.values())
         )
         given = call.key_mask is None, call.rpb is None, call.lse
         key = q.shape, k.shape[2], q.dtype, q.device, call.layout, learns, given
-        found = self._cells.get(key)
+        found = self._ran.get(key)
         if found is None:
-            if len(self._cells) >= MANY:
-                self._cells.clear()
-            problem = Problem.of(q, k, v, call)
-            self._cells[key] = found = self.runtime.tally.cell(self.path, "sparse", None, q.device, problem)
+            if len(self._ran) >= MANY:
+                self._ran.clear()
+            verdict = _RAN._replace(problems=(Problem.of(q, k, v, call),))
+            self._ran[key] = found = verdict.cells(self.run.tally, self.path, q.device)
         return found
 
 
-@lru_cache(maxsize=1024)
-def _covers(pattern: Pattern, layout: Layout) -> bool:
-    """Whether a pattern shows every token of a grid all others: asked at every call."""
-    return pattern.covers(*layout.grids)
+_RAN = Verdict("sparse")
+Sides = tuple[tuple[int, ...], int, int]
+
+
+def _sides(layout: Layout) -> tuple[Sides, Sides]:
+    """Grid, prefix and suffix of queries and keys, in plain numbers."""
+    own, keys = ((each.grid, each.prefix, each.suffix) for each in (layout, layout.keys))
+    return own, keys
+
+
+def _dense_pays_compiled(pattern: Pattern, sides: tuple[Sides, Sides], told: tuple[Any, ...]) -> bool:
+    """Whether dense attention is estimated to be faster in compiled code, for few samples and for many."""
+    return _cached_dense_pays(pattern, sides, told)
+
+
+# What `torch.compiler.assume_constant_result` does: the tracer cannot follow estimates through their caches.
+_dense_pays_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=256)
+def _cached_dense_pays(pattern: Pattern, sides: tuple[Sides, Sides], told: tuple[Any, ...]) -> bool:
+    (heads, width), dtype, device, grad, masked, rpb = told
+    layout = Layout(*sides[0])
+    layout = layout if sides[0] == sides[1] else layout.with_keys(Layout(*sides[1]))
+    for batch in BATCHES:
+        problem = Problem(
+            pattern, layout, batch, heads, heads, width, dtype, device, masked, rpb, grad, mode="compiled"
+        )
+        found = crossing(problem)
+        if found is None or not found.dense_pays_inside:
+            return False
+    return True
 
 
 class Undone(Swapped):
@@ -372,6 +343,7 @@ class Undone(Swapped):
         heads: tuple[int, int],
         x: torch.Tensor,
         keys: Sequence[int] | None = None,
+        rpb: bool = False,
     ) -> Layout | None:
         """None: the module's own."""
         return None

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from torch.fx import GraphModule
 
+from visattn.models.swap.places import Places
 from visattn.models.swap.records import Record, own_ways, record_of, swapped_class
 from visattn.models.swap.refused import refusal_of
-from visattn.models.swap.runtime import Runtime, Swapped, is_swapped
+from visattn.models.swap.runtime import Swapped, is_swapped
 from visattn.patterns import Dense, Pattern
 from visattn.schedule import SiteName
 
@@ -42,15 +43,21 @@ class Site:
         return self.record_or_none
 
     @property
+    def dense(self) -> bool:
+        """Whether the module's own attention is dense on its map."""
+        dense = self.record.dense
+        return dense(self.module) if callable(dense) else dense
+
+    @property
     def attention(self) -> nn.Module:
         """The module, or the one inside of it that has the attention."""
         return getattr(self.module, self.record.attention) if self.record.attention else self.module
 
     @property
-    def runtime(self) -> Runtime | None:
-        """What the swapped module shares with others, None for one that stays as it is."""
+    def places(self) -> Places | None:
+        """Where the tokens of the swapped module sit, None for one that stays as it is."""
         swapped = self.module.__dict__.get("visattn_site")
-        return None if swapped is None else swapped.runtime
+        return None if swapped is None else swapped.places
 
     def given(self, pattern: Pattern) -> Site:
         """The site with a pattern."""

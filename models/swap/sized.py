@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from visattn.layout import Layout
-from visattn.models.swap.bias import offsets_of, symmetric
+from visattn.models.swap.bias import symmetric
 from visattn.models.swap.maps import dropout_refusal
 from visattn.models.swap.runtime import Swapped
 from visattn.models.swap.tokens import project
+from visattn.offsets import offsets_of
 
 
 def joined(y: torch.Tensor) -> torch.Tensor:
@@ -151,7 +152,7 @@ class LevitAttention:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """As the module's own forward."""
         grid = tuple(self.resolution)
-        layout = self.visattn_site.on_map(None, grid, (self.num_heads, self.key_dim), x)
+        layout = self.visattn_site.on_map(None, grid, (self.num_heads, self.key_dim), x, rpb=True)
         if layout is None:
             return super().forward(x)  # type: ignore[misc]
         _check(self, x, layout)

@@ -54,8 +54,7 @@ class TokenAttention:
             layout = site.stays_stock(refusal, x.shape[1])
         if layout is None:
             return None
-        if not samples and site.covered(layout) and key_mask is None:
-            site.count_stock((x.shape[0], self.num_heads, x.shape[1], self._visattn_width()), x, layout)
+        if not samples and site.runs_own(layout, self._visattn_shape(), x, key_mask is not None):
             return None
         q, k, v, scale = self._visattn_heads(x, given)
         # Without autocast's knowledge of SDPA a norm in float32 leaves q and k wider than v.
@@ -64,9 +63,9 @@ class TokenAttention:
             return attend_samples(site, q, k, v, samples, scale)
         return site.attend(q, k, v, layout, scale, key_mask)
 
-    def _visattn_width(self: Any) -> int:
-        """Of a head."""
-        return self.proj.in_features // self.num_heads
+    def _visattn_shape(self: Any) -> tuple[int, int]:
+        """Number and width of the heads."""
+        return self.num_heads, self.proj.in_features // self.num_heads
 
     def _visattn_heads(self: Any, x: torch.Tensor, given: Any) -> Heads:
         """Queries, keys, values [B, heads, S, head_dim], and the factor on the logits.

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from visattn.models.swap.bias import offsets_of, symmetric
+from visattn.models.swap.bias import symmetric
 from visattn.models.swap.runtime import Swapped
 from visattn.models.swap.tokens import Heads, TokenAttention, project
+from visattn.offsets import offsets_of
 
 
 class SequenceAttention(TokenAttention):
@@ -52,12 +53,11 @@ class FormerAttention:
         site.enter(x)
         layout = site.stays_stock(None, x.shape[1])
         places = self.attention_biases.shape[1]
-        if layout is None or (site.covered(layout) and layout.tokens == places):
-            if layout is not None:
-                site.count_stock((x.shape[0], self.num_heads, x.shape[1], self.key_dim), x, layout)
+        heads = self.num_heads, self.key_dim
+        if layout is None or (layout.tokens == places and site.runs_own(layout, heads, x, rpb=True)):
             return super().forward(x)  # type: ignore[misc]
-        heads = self.qkv(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        q, k, v = heads.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
+        qkv = self.qkv(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
         side = math.isqrt(places), math.isqrt(places)
         rpb = offsets_of(symmetric(self.attention_biases, side), side, site.pattern, layout.grid).to(v.dtype)
         y = site.attend(q, k, v, layout, self.scale, rpb=rpb)
@@ -80,8 +80,8 @@ class GemmaAttention(TokenAttention):
             return super(TokenAttention, self).forward(x, rope_cos, rope_sin, attn_mask=attn_mask)  # type: ignore[misc]
         return self.proj_drop(self.o_proj(y.transpose(1, 2).flatten(2)))
 
-    def _visattn_width(self: Any) -> int:
-        return self.head_dim
+    def _visattn_shape(self: Any) -> tuple[int, int]:
+        return self.num_heads, self.head_dim
 
     def _visattn_heads(self: Any, x: torch.Tensor, given: Any) -> Heads:
         # Older releases of timm have no such model.
@@ -120,6 +120,9 @@ class DiffTokens(TokenAttention):
             return self._visattn_stock(x, None, attn_mask, is_causal)
         return self.proj_drop(self.proj(self.norm(difference(self, y))))
 
+    def _visattn_shape(self: Any) -> tuple[int, int]:
+        return 2 * self.num_heads, 2 * self.head_dim
+
     def _visattn_heads(self: Any, x: torch.Tensor, given: Any) -> Heads:
         return halves(self, *self.qkv(x).chunk(3, dim=2))
 
@@ -148,8 +151,8 @@ class ParallelBlock(TokenAttention):
         beside.append(mlp)
         return parts
 
-    def _visattn_width(self: Any) -> int:
-        return self.head_dim
+    def _visattn_shape(self: Any) -> tuple[int, int]:
+        return self.num_heads, self.head_dim
 
     def _visattn_joined(self, y: torch.Tensor) -> torch.Tensor:
         """[B, S, dim] of the heads."""
@@ -166,6 +169,9 @@ class DiffParallelBlock(ParallelBlock):
 
     def _visattn_joined(self, y: torch.Tensor) -> torch.Tensor:
         return difference(self, y)
+
+    def _visattn_shape(self: Any) -> tuple[int, int]:
+        return 2 * self.num_heads, 2 * self.head_dim
 
     def _visattn_heads(self: Any, x: torch.Tensor, given: Any) -> Heads:
         return halves(self, *self._visattn_parts(x, given))

@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from visattn.layout import Layout
-from visattn.models.swap.bias import log_distances, offsets_of
 from visattn.models.swap.runtime import Swapped
 from visattn.models.swap.tokens import project
+from visattn.offsets import log_distances, offsets_of
 from visattn.patterns import Neighborhood
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from visattn.pipelines.families import clips, control, edit, image, image_text, unets, unknown, video, wider
+from visattn.pipelines.families import clips, control, edit, image, image_text, unets, unknown, video, wider, worlds
 from visattn.pipelines.families.base import Family
 from visattn.registry import REGISTRY
 
@@ -19,7 +19,7 @@ def _accept(name: str, family: Any) -> Family:
     return family
 
 
-_MODULES = (unets, image, image_text, edit, wider, video, clips, control)
+_MODULES = (unets, image, image_text, edit, wider, video, clips, worlds, control)
 _OURS = tuple(family for module in _MODULES for family in module.FAMILIES)
 # Families by the names of their model classes.
 FAMILIES = REGISTRY.declare("family", {name: family for family in _OURS for name in family.classes}, _accept)

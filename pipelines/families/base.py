@@ -61,6 +61,8 @@ class Family:
         crossing: Whether its sites say that they are cross-attention, although what they attend to is their own input.
         pieces: Whether its sites also attend piece by piece among text alone, causally: such calls are the model's own,
             and no report counts them.
+        bare: Whether its sites have no processor: those count whose own forward calls torch's attention, and uses
+            nothing of the module.
         nothing: Why there is nothing to patch, for families without quadratic visual self-attention.
         tokens: How its tokens are ordered, in words.
     """
@@ -79,6 +81,7 @@ class Family:
     early: bool = False
     crossing: bool = False
     pieces: bool = False
+    bare: bool = False
     nothing: str = ""
     tokens: str = "grid"
 
@@ -94,12 +97,18 @@ class Family:
         found = []
         for order, pattern in enumerate(self.sites):
             for path, module in model.named_modules():
-                if not fnmatch.fnmatchcase(path, pattern) or not hasattr(module, "processor"):
+                if not fnmatch.fnmatchcase(path, pattern) or not self._attends(module):
                     continue
                 if self.crossing or not getattr(module, "is_cross_attention", False):
                     found.append(((order, _natural(path)), SiteName(path, path.rpartition(".")[0]), module))
         found.sort(key=lambda entry: entry[0])
         return [(site, module) for _, site, module in found]
+
+    def _attends(self, module: torch.nn.Module) -> bool:
+        """Whether a module has a processor, or is one itself."""
+        if hasattr(module, "processor"):
+            return True
+        return self.bare and "scaled_dot_product_attention" in type(module).forward.__code__.co_names
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

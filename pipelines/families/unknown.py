@@ -31,8 +31,6 @@ NOT_SPARSE = {
 
 # Classes that could have a record.
 NOT_YET = {
-    "SanaWMLTX2RefinerTransformer3DModel": "its forward does not tell where the tokens of a chunk sit",
-    "SanaWMTransformer3DModel": "its quadratic attention, in one of four layers, has no processor to replace",
     "WanAnimate2Transformer3DModel": "its cached frames come with a mask of blocks for flex attention",
 }
 

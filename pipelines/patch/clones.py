@@ -21,6 +21,7 @@ from visattn.pipelines.patch.calling import Calling, calling_of
 from visattn.pipelines.patch.interception import intercepted
 from visattn.pipelines.patch.numbering import Lease
 from visattn.runtime.forward import Here
+from visattn.runtime.rest import Rest
 
 # What a clone has beyond the attributes of its original.
 _ORIGINAL, _LEASE, _PLACE = "_visattn_original", "_visattn_lease", "_visattn_place"
@@ -143,7 +144,7 @@ def _clone_class(kind: type, number: int, calling: Calling) -> type:
     if calling is Calling.UNKNOWN:
         body["__call__"] = intercepted(call, number)
     else:
-        body |= {"__call__": _saying_where(_same_code(call, number, calling)), "_visattn_says_where": True}
+        body |= {"__call__": _saying_where(_same_code(call, number, calling), call), "_visattn_says_where": True}
 
     def reduce(self: Any, protocol: int) -> Any:
         return _same, (self._visattn_original,)
@@ -175,16 +176,37 @@ def _same_code(call: Any, number: int, calling: Calling) -> types.FunctionType:
     return same
 
 
-def _saying_where(call: types.FunctionType) -> Callable[..., Any]:
-    """A processor's call that first says in which module it is; a hook of the module would cost far more."""
+def _saying_where(call: types.FunctionType, stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A processor's call that first says in which module it is; a hook of the module would cost far more.
+
+    Args:
+        call: The call, with our attention.
+        stock: As it is without visattn.
+    """
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
-            here, path, _, module = self._visattn_place
-            # As in `Place.enter`, without another function call.
-            if here.forward is not None or (args and args[0] is module()):
+        if torch.compiler.is_dynamo_compiling():
+            return call(self, *args, **kwargs)
+        here, path, _, module = self._visattn_place
+        forward = here.forward
+        # As in `Place.enter`, without another function call.
+        if forward is None:
+            if args and args[0] is module():
                 here.site = path
-        return call(self, *args, **kwargs)
+            return call(self, *args, **kwargs)
+        here.site = path
+        for value in kwargs.values():
+            if value is not None:
+                return call(self, *args, **kwargs)
+        rest = forward.rests.get(path)
+        if rest is not None and len(args) == 2 and rest.passes(forward, args[1]):
+            return stock(self, *args, **kwargs)
+        here.rested = None
+        out = call(self, *args, **kwargs)
+        if here.rested and len(args) == 2 and not torch.is_grad_enabled():
+            tokens = args[1]
+            forward.rests[path] = Rest(path, tokens.shape, tokens.dtype, here.rested)
+        return out
 
     functools.update_wrapper(run, call)
     # diffusers asks for it at every call, and works it out each time.

@@ -15,6 +15,22 @@ from visattn.pipelines.patch.stock import Stock
 DECISION_BYTES = 4096
 
 
+class Cut(NamedTuple):
+    """How processes shared the tokens of a call.
+
+    Attributes:
+        axis: The axis that is cut.
+        sizes: Rows of each process.
+        fetches: Whether keys are fetched (halo, ring), rather than tokens exchanged for heads (Ulysses).
+        group: Name of the process group.
+    """
+
+    axis: int
+    sizes: tuple[int, ...]
+    fetches: bool
+    group: str
+
+
 class Decision(NamedTuple):
     """What a forward ran, in a form that its backward can carry.
 
@@ -25,6 +41,7 @@ class Decision(NamedTuple):
         mask_row: Row of a full mask that tells which keys are valid.
         stock: The attention without visattn.
         names: Names of the pattern's learnable parameters.
+        cut: How processes shared the one layout, None if they did not.
     """
 
     layouts: tuple[Layout, ...]
@@ -33,11 +50,12 @@ class Decision(NamedTuple):
     mask_row: int | None
     stock: Stock
     names: tuple[str, ...] = ()
+    cut: Cut | None = None
 
     def encode(self) -> torch.Tensor:
         """As bytes on the CPU: [DECISION_BYTES]."""
         where = [_numbers(layout) for layout in self.layouts]
-        data = json.dumps([where, str(self.pattern), self.backend, self.mask_row, self.names, *self.stock])
+        data = json.dumps([where, str(self.pattern), self.backend, self.mask_row, self.names, self.cut, *self.stock])
         text = data.encode()
         assert len(text) <= DECISION_BYTES, f"decision of {len(text)} bytes"
         return torch.frombuffer(bytearray(text.ljust(DECISION_BYTES)), dtype=torch.uint8)
@@ -45,9 +63,10 @@ class Decision(NamedTuple):
     @classmethod
     def decode(cls, data: torch.Tensor) -> Decision:
         """The inverse of `encode`."""
-        where, pattern, backend, mask_row, names, *stock = json.loads(bytes(data.numpy()))
+        where, pattern, backend, mask_row, names, cut, *stock = json.loads(bytes(data.numpy()))
         layouts = tuple(_layout(each) for each in where)
-        return cls(layouts, parse(pattern), backend, mask_row, Stock(*stock), tuple(names))
+        shared = None if cut is None else Cut(cut[0], tuple(cut[1]), *cut[2:])
+        return cls(layouts, parse(pattern), backend, mask_row, Stock(*stock), tuple(names), shared)
 
 
 def _numbers(layout: Layout) -> list[Any]:

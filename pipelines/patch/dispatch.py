@@ -148,9 +148,11 @@ def call_group(number: int, call: AttentionCall, is_dispatched: bool, kind: Hash
     compiling = torch.compiler.is_compiling()
     sharing = numbering.look_up(number)
     if sharing is not None and sharing.run.sharding is not None:
-        if compiling:
-            raise ValueError("patterns under parallel= do not run in compiled code: leave out compile()")
-        return attend_on_slabs(sharing, replace(call, parallel=None).autocast())
+        call = replace(call, parallel=None)
+        if not compiling:
+            return attend_on_slabs(sharing, call.autocast())[0]
+        if call.dropout or call.causal or not (call.mask is None or isinstance(call.mask, torch.Tensor)):
+            raise ValueError("a call that is causal, has dropout or a mask of its own kind cannot run under parallel=")
     if call.parallel is not None and degree(call.parallel) > 1:
         if compiling:
             raise ValueError("patterns under context parallelism do not run in compiled code: leave out compile()")

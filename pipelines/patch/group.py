@@ -10,7 +10,7 @@ import torch
 from visattn.layout import Layout
 from visattn.patterns import Pattern, PerHead
 from visattn.pipelines.patch import numbering, parallel
-from visattn.pipelines.patch.decision import Decision
+from visattn.pipelines.patch.decision import Cut, Decision
 from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.stock import Stock
 from visattn.runtime.call import AttentionCall
@@ -43,7 +43,7 @@ class Group(Runner):
         super().__init__(run, given, backend, stock, parameters)
         self.lease = numbering.register(self, stock)
         self.number = self.lease.number
-        self._encoded: dict[tuple[tuple[Layout, ...], Pattern], torch.Tensor] = {}
+        self._encoded: dict[tuple[tuple[Layout, ...], Pattern, Cut | None], torch.Tensor] = {}
         numbering.register_tensors(self.lease, self.parameters.values())
         run.compiled_patterns[self.unnamed] = given
 
@@ -52,16 +52,24 @@ class Group(Runner):
         self.lease.end()
         del self.lease
 
-    def encoded(self, layouts: tuple[Layout, ...]) -> torch.Tensor:
-        """The `Decision` that the backward of a call has to know, as bytes: the layouts that the pattern ran on."""
-        pattern = self.pattern
-        found = self._encoded.get((layouts, pattern))
+    def encoded(
+        self, layouts: tuple[Layout, ...], cut: Cut | None = None, pattern: Pattern | None = None
+    ) -> torch.Tensor:
+        """The `Decision` that the backward of a call has to know, as bytes.
+
+        Args:
+            layouts: Those that the pattern ran on.
+            cut: How processes shared them.
+            pattern: What ran, the group's pattern if None.
+        """
+        pattern = pattern or self.pattern
+        found = self._encoded.get((layouts, pattern, cut))
         if found is None:
             names = tuple(self.parameters.keys())
-            made = Decision(layouts, pattern, self.backend, self.run.mask_row, self.stock, names)
+            made = Decision(layouts, pattern, self.backend, self.run.mask_row, self.stock, names, cut)
             if len(self._encoded) >= MANY:
                 self._encoded = {}
-            self._encoded[layouts, pattern] = found = made.encode()
+            self._encoded[layouts, pattern, cut] = found = made.encode()
         # Compiled code may write into what an operator gave it.
         return found.clone()
 

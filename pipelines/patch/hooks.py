@@ -28,7 +28,7 @@ def _own_frame(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep the compiler out of a function and all it calls."""
     return torch.compiler.disable(function)  # type: ignore[arg-type]
 
@@ -96,7 +96,7 @@ class Begin(_Hook):
         at = self.names.index(name)
         return (*args[:at], latents, *args[at + 1 :]), kwargs
 
-    @_untraced
+    @untraced
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             self.learns()
@@ -112,7 +112,7 @@ class Finish(_Hook):
         if not torch.compiler.is_compiling():
             self._finish()
 
-    @_untraced
+    @untraced
     def _finish(self) -> None:
         run = self.run()
         if run is not None:
@@ -138,7 +138,7 @@ class Enter(_Hook):
         else:
             self._enter_untraced(module, args, kwargs)
 
-    @_untraced
+    @untraced
     def _enter_untraced(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(module, args, kwargs)
 

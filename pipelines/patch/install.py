@@ -12,7 +12,7 @@ import torch
 from visattn.handle import Request
 from visattn.parameters import Learnable
 from visattn.patterns import Dense, Pattern
-from visattn.pipelines.patch import targets
+from visattn.pipelines.patch import bare, targets
 from visattn.pipelines.patch.hooks import Hooks
 from visattn.pipelines.patch.processors import Processors
 from visattn.pipelines.patch.run import DiffusersRun
@@ -119,6 +119,8 @@ class PatchedModel:
         if self._run.sharding is not None:
             self._run.sharding.remove()
         self._processors.undo()
+        for site in self.sites:
+            bare.take_processor(site.module)
         self._run.release()
         if self._context is not None:
             self._context.remove()

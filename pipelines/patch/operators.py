@@ -18,6 +18,7 @@ from visattn.patterns.choice.memory import Place, placed
 from visattn.pipelines.families.base import Seen
 from visattn.pipelines.patch.decision import DECISION_BYTES, Decision
 from visattn.pipelines.patch.numbering import look_up, stock_of
+from visattn.pipelines.patch.on_slabs import attend_again, attend_on_slabs
 from visattn.prepare import PLAIN
 from visattn.rerun import autograd_inside_operator, gradient_leaf
 from visattn.runtime.call import AttentionCall
@@ -43,6 +44,9 @@ def _patched_attention(
         stock = stock_of(group)
         assert stock is not None, f"compiled code of group {group} outlives its processors"
         return stock(call).contiguous(), Decision((), Dense(), "auto", None, stock).encode()
+    if owner.run.sharding is not None:
+        out, shared = attend_on_slabs(owner, call, compiled=True)
+        return out.contiguous(), owner.encoded(shared.layouts, shared.cut, shared.pattern)
     kind = owner.key(q, k, v, scale, False, "compiled") if mask is None and not parameters else None
     given = {n: t.detach().to(q.device) for n, t in zip(owner.parameters, parameters, strict=True)}
     out, layouts = owner.attend(call, None, given, kind, "compiled")
@@ -98,7 +102,11 @@ def _again(
             assert not isinstance(keys, str), keys
             given = {n: t.to(q.device) for n, t in zip(made.names, leaves[3:], strict=True)}
             with placed(Place(None)):
-                out = Sequences.of(call, keys, made.layouts[0]).attend(made.pattern, made.layouts, made.backend, given)
+                if made.cut is not None:
+                    out = attend_again(call, made.pattern, made.layouts[0], made.cut, made.backend, keys)
+                else:
+                    sequences = Sequences.of(call, keys, made.layouts[0])
+                    out = sequences.attend(made.pattern, made.layouts, made.backend, given)
         else:
             out = made.stock(call)
         # The stock attention uses no parameters.
@@ -155,7 +163,7 @@ def patched_attention(
         return _Attention.apply((scale, grouped, group), q, k, v, mask, *parameters)
     plain = type(q) in PLAIN and type(k) in PLAIN and type(v) in PLAIN
     owner = look_up(group) if mask is None and not parameters and plain and not without_values(q) else None
-    if owner is not None:
+    if owner is not None and owner.run.sharding is None:
         stock = functools.partial(owner.stock.unmasked, q, k, v, scale, grouped)
         found = owner.attend_alike(q, k, v, scale, False, "compiled", stock)
         if found is not None:

@@ -7,7 +7,6 @@ and all other tokens: text, and reference images behind the grid. The places are
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from visattn.parallel import Slabs, best_axis
 from visattn.parallel.dense import gathered_slabs
 from visattn.patterns import ComposedPattern, MergingPattern, Pattern, RoutedPattern
 from visattn.patterns.radial import Radial
+from visattn.pipelines.patch.cuts import CutInputs, CutOutputs, Join, Stand
 from visattn.runtime.run import Run
 
 # Model classes whose plans cut nothing but the grid, its positions, and text.
@@ -51,6 +51,7 @@ class Sharding:
         self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self._run = run
         self._handles: list[Any] = []
+        self._cuts: list[CutInputs] = []
         self._resting: list[tuple[Any, Any, Any]] = []
         check_class(model)
         for pattern in run.schedule.patterns:
@@ -59,34 +60,42 @@ class Sharding:
     def install(self, model: torch.nn.Module) -> None:
         """Cut and join where the model's plan says."""
         from diffusers.hooks.context_parallel import _get_submodule_by_name
-        from diffusers.models._modeling_parallel import ContextParallelInput
 
         self._rest(model)
         for path, plan in model._cp_plan.items():  # type: ignore[union-attr,operator]
             found: Any = _get_submodule_by_name(model, path)
             for module in found if isinstance(found, list) else [found]:
-                if not isinstance(plan, dict):
+                if isinstance(plan, dict):
+                    self._install_cuts(module, plan, (type(model).__name__, path))
+                else:
                     dims = [plan] if not isinstance(plan, list | tuple) else plan
-                    self._handles.append(module.register_forward_hook(_Join(self, [d and d.gather_dim for d in dims])))
-                    continue
-                inputs = {k: c for k, c in plan.items() if isinstance(c, ContextParallelInput)}
-                before = {k: c for k, c in inputs.items() if not c.split_output and not is_text(k)}
-                after = {
-                    k: c
-                    for k, c in inputs.items()
-                    if c.split_output and (type(model).__name__, path, k) not in TEXT_OUTPUTS
-                }
-                if before:
-                    cut = _CutInputs(self, before, type(module))
-                    self._handles.append(module.register_forward_pre_hook(cut, with_kwargs=True))
-                if after:
-                    self._handles.append(module.register_forward_hook(_CutOutputs(self, after)))
+                    self._handles.append(
+                        module.register_forward_hook(Join(self.join, [d and d.gather_dim for d in dims]))
+                    )
+        self._handles.append(model.register_forward_pre_hook(Stand(self._cuts)))
+
+    def _install_cuts(self, module: torch.nn.Module, plan: dict[Any, Any], where: tuple[str, str]) -> None:
+        """Cut inputs and outputs of a module."""
+        from diffusers.models._modeling_parallel import ContextParallelInput
+
+        inputs = {k: c for k, c in plan.items() if isinstance(c, ContextParallelInput)}
+        before = {k: c for k, c in inputs.items() if not c.split_output and not is_text(k)}
+        after = {k: c for k, c in inputs.items() if c.split_output and (*where, k) not in TEXT_OUTPUTS}
+        if before:
+            cut = CutInputs(self.cut, before, module)
+            self._cuts.append(cut)
+            self._handles.append(module.register_forward_pre_hook(cut, with_kwargs=True))
+        if after:
+            self._handles.append(module.register_forward_hook(CutOutputs(self.cut, after)))
 
     def remove(self) -> None:
         """Take the hooks off; a second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for cut in self._cuts:
+            cut.leave()
+        self._cuts.clear()
         for reference, before, after in self._resting:
             reference.pre_forward, reference.post_forward = before, after
         self._resting.clear()
@@ -115,6 +124,14 @@ class Sharding:
                 f"{'slab of the ' * local}grid {Layout(grid)} of {self._run.name}"
             )
         return Slabs(Layout(grid, 0, rest), axis, made.sizes)
+
+    def cut(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This process's part of a tensor with all tokens on an axis."""
+        return self.slabs(x.shape[dim]).shard(x, self.rank, dim)
+
+    def join(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """All tokens, of a tensor with those of this process on an axis."""
+        return gathered_slabs(x, self.slabs(x.shape[dim], local=True), self.group, dim)
 
     def _rest(self, model: torch.nn.Module) -> None:
         """Let the hooks of diffusers' own context parallelism do nothing."""
@@ -183,74 +200,3 @@ def check_pattern(pattern: Pattern, how: str) -> None:
             f"{pattern} under parallel='halo': which keys it reads is known only from q and k of every rank: use "
             "parallel='ulysses'"
         )
-
-
-class _CutInputs:
-    """Cuts inputs of a module before its forward."""
-
-    def __init__(self, sharding: Sharding, plan: dict[Any, Any], kind: type) -> None:
-        import inspect
-
-        self._sharding, self._plan = sharding, plan
-        self._names = list(inspect.signature(kind.forward).parameters)[1:]
-
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given, kwargs = list(args), dict(kwargs)
-        for name, cut in self._plan.items():
-            if name in kwargs:
-                kwargs[name] = _cut(self._sharding, kwargs[name], cut)
-            elif name in self._names and (at := self._names.index(name)) < len(given):
-                given[at] = _cut(self._sharding, given[at], cut)
-        return tuple(given), kwargs
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _nothing, ()
-
-
-class _CutOutputs:
-    """Cuts outputs of a module after its forward."""
-
-    def __init__(self, sharding: Sharding, plan: dict[Any, Any]) -> None:
-        self._sharding, self._plan = sharding, plan
-
-    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        one = isinstance(output, torch.Tensor)
-        parts = [output] if one else list(output)
-        for at, cut in self._plan.items():
-            parts[at] = _cut(self._sharding, parts[at], cut)
-        return parts[0] if one else tuple(parts)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _nothing, ()
-
-
-class _Join:
-    """Joins outputs of a module after its forward."""
-
-    def __init__(self, sharding: Sharding, dims: list[int | None]) -> None:
-        self._sharding, self._dims = sharding, dims
-
-    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        one = isinstance(output, torch.Tensor)
-        parts = [output] if one else list(output)
-        for at, dim in enumerate(self._dims):
-            if dim is not None:
-                slabs = self._sharding.slabs(parts[at].shape[dim], local=True)
-                parts[at] = gathered_slabs(parts[at], slabs, self._sharding.group, dim)
-        return parts[0] if one else tuple(parts)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _nothing, ()
-
-
-def _nothing() -> Callable[..., None]:
-    from visattn.pipelines.patch.hooks import unpatched
-
-    return unpatched
-
-
-def _cut(sharding: Sharding, x: Any, cut: Any) -> Any:
-    """A rank's part of a tensor; what has other dimensions than the plan expects stays, as in diffusers."""
-    if not isinstance(x, torch.Tensor) or (cut.expected_dims is not None and x.ndim != cut.expected_dims):
-        return x
-    return sharding.slabs(x.shape[cut.split_dim]).shard(x, sharding.rank, cut.split_dim)

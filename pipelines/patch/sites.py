@@ -11,7 +11,7 @@ import torch
 from visattn.parameters import make_parameters
 from visattn.patterns import Dense, Pattern
 from visattn.pipelines.families.base import Family
-from visattn.pipelines.patch import clones
+from visattn.pipelines.patch import bare, clones
 from visattn.pipelines.patch.group import Group
 from visattn.schedule import Given, Schedule, SiteName
 
@@ -91,8 +91,10 @@ def find_sites(
     chosen = [(site, m, p) for (site, m), p in zip(found, patterns, strict=True) if p is not None]
     sites = [Site(site, module, pattern, index) for index, (site, module, pattern) in enumerate(chosen)]
     for site in sites:
-        if clones.is_patched(site.module.processor):
+        if clones.is_patched(getattr(site.module, "processor", None)):
             raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")
         if isinstance(site.pattern, Pattern) and site.pattern.learnable:
             site.parameters = make_parameters(model, site.module, site.pattern, dims)
+    for site in sites:
+        bare.give_processor(site.module)
     return sites

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import statistics
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 import torch
 
 from visattn.attend import attention
 from visattn.layout import Layout
-from visattn.patterns.choice.memory import Place, placed
+from visattn.patterns import Pattern, parse
+from visattn.patterns.choice.memory import Memory, Place, placed
 from visattn.timing import per_call
+from visattn.tuning.candidates import is_steady
 from visattn.tuning.subject import DENSE, Local
 from visattn.watch import Watched
 
-# Measurements of a candidate's time.
-TURNS = 3
-# Samples whose error is measured; times are of all.
+# Measurements of a candidate's time, and sites of one shape at which it is measured if it depends on no values.
+TURNS, TIMED = 3, 4
+# Calls of one on a GPU, one behind the other as in a model.
+CALLS = 4
+# Samples whose error is measured, of both halves of guidance; times are of all.
 SAMPLES = 4
+# Cycles of a GPU in a second, at least.
+CLOCK = 2.0e9
 
 
 class Probe:
     """Runs every candidate on the calls of one step, one call at a time, so that nothing is kept but numbers.
+
+    Candidates that keep lists for several steps (`every`) choose them on a call of an earlier step, so many steps
+    before that they are as old as they are in the mean; their time is the mean of calls that choose and calls that
+    take what was chosen.
 
     Attributes:
         found: Errors and times of candidates, by site; those of several calls of a site are means.
     """
 
     def __init__(
-        self, candidates: Sequence[str], step: int, weight_of: Callable[[str, int], torch.Tensor | None]
+        self,
+        candidates: Sequence[str],
+        step: int,
+        weight_of: Callable[[str, int], torch.Tensor | None],
+        timed: Collection[str] | None = None,
     ) -> None:
         """Watch.
 
@@ -37,57 +52,107 @@ class Probe:
             candidates: Texts of patterns.
             step: The denoising step.
             weight_of: Output projection of a site with so many channels.
+            timed: Candidates whose time is measured, None for all; that of the others is 0.
         """
-        self._candidates, self._step, self._weight_of = tuple(candidates), step, weight_of
+        self._patterns = {name: parse(name) for name in candidates}
+        self._step, self._weight_of = step, weight_of
+        self._timed = set(candidates if timed is None else timed)
+        self._chosen_at = {name: max(0, step - _every(each) // 2) for name, each in self._patterns.items()}
+        self._memories: dict[tuple[str, int, str], Memory] = {}
+        self._choosing: dict[tuple[str, int, str], float] = {}
         self._seen: dict[str, dict[str, list[Local]]] = {}
+        # What times depend on beside values, by site; times of candidates that depend on nothing else.
+        self._shapes: dict[str, Hashable] = {}
+        self._steady: dict[tuple[Hashable, str], list[float]] = {}
         self._failed: set[str] = set()
+        # Calls of each site in a step so far.
+        self._calls: dict[tuple[str, int], int] = {}
 
     def __call__(self, watched: Watched) -> None:
-        """Run the candidates on a call of the step."""
-        if watched.step != self._step or len(watched.layouts) > 1:
+        """Run the candidates on a call."""
+        step = watched.step
+        if step is None or len(watched.layouts) != 1:
+            return
+        (layout,) = watched.layouts
+        self._shapes[watched.site] = watched.q.shape, watched.k.shape, layout
+        number = self._calls[watched.site, step] = self._calls.get((watched.site, step), -1) + 1
+        for name, pattern in self._patterns.items():
+            if _every(pattern) > 1 and step == self._chosen_at[name]:
+                self._choose(watched, (watched.site, number, name), pattern)
+        if step != self._step:
             return
         weight = self._weight_of(watched.site, watched.v.shape[2] * watched.v.shape[3])
-        dense = _projected(watched.out[:SAMPLES], weight)
+        dense = _projected(_some(watched.out), weight)
         size = dense.square().sum()
         here = self._seen.setdefault(watched.site, {})
-        for name in self._candidates:
-            local = self._try(watched, name, dense, size, weight)
+        for name, pattern in self._patterns.items():
+            local = self._try(watched, (watched.site, number, name), pattern, dense, size, weight)
             if local is not None:
                 here.setdefault(name, []).append(local)
+        # What was kept for this call has served.
+        self._memories = {key: kept for key, kept in self._memories.items() if key[:2] != (watched.site, number)}
+
+    def _choose(self, watched: Watched, key: tuple[str, int, str], pattern: Pattern) -> None:
+        """Choose lists for a later step, and measure how long that takes."""
+        memory = Memory()
+        memory.begin(None, self._chosen_at[key[2]], None)
+        try:
+            _run(watched, pattern, Place(memory, key))
+            if self._times(key, len([k for k in self._choosing if self._alike(k, key)])):
+                self._choosing[key] = _seconds(watched, lambda: _run(watched, pattern, Place(None)))
+        except Exception as error:
+            self._leave_out(key, error)
+            return
+        self._memories[key] = memory
 
     def _try(
-        self, watched: Watched, name: str, dense: torch.Tensor, size: torch.Tensor, weight: torch.Tensor | None
+        self,
+        watched: Watched,
+        key: tuple[str, int, str],
+        pattern: Pattern,
+        dense: torch.Tensor,
+        size: torch.Tensor,
+        weight: torch.Tensor | None,
     ) -> Local | None:
-        layout: Layout = watched.layouts[0]
-
-        def run() -> torch.Tensor:
-            # Without a memory: each call chooses, as the first of those that share a choice does.
-            with placed(Place(None)):
-                return attention(
-                    watched.q,
-                    watched.k,
-                    watched.v,
-                    name,
-                    layout,
-                    scale=watched.scale,
-                    key_mask=watched.key_mask,
-                )
-
+        # Without a memory: each call chooses, as the first of those that share a choice does.
+        place = Place(None)
+        if _every(pattern) > 1:
+            if key not in self._memories:
+                return None
+            memory = self._memories[key]
+            memory.begin(None, self._step, None)
+            place = Place(memory, key)
         try:
-            out = run()
+            out = _run(watched, pattern, place)
+            times = self._times(key, len(self._steady.get((self._shapes[watched.site], key[2]), ())))
+            seconds = _seconds(watched, lambda: _run(watched, pattern, place)) if times else 0.0
         except Exception as error:
-            # Not for this grid, not beside a mask, or a kernel that fails to compile in ways of its own.
-            if name not in self._failed:
-                self._failed.add(name)
-                warnings.warn(f"candidate {name} is left out at {watched.site}: {error}", stacklevel=2)
+            self._leave_out(key, error)
             return None
-        error = 0.0
-        if name != DENSE:
-            error = float((_projected(out[:SAMPLES], weight) - dense).square().sum() / size)
-        # On a GPU one call behind the other, as in a model.
-        calls = 4 if watched.q.device.type == "cuda" else 1
-        seconds = statistics.median(per_call(run, calls) for _ in range(TURNS))
-        return Local(error, seconds)
+        off = 0.0
+        if key[2] != DENSE:
+            off = float((_projected(_some(out), weight) - dense).square().sum() / size)
+        every = _every(pattern)
+        if every > 1:
+            seconds = (self._choosing.get(key, 0.0) + (every - 1) * seconds) / every
+        if seconds and is_steady(key[2]):
+            self._steady.setdefault((self._shapes[watched.site], key[2]), []).append(seconds)
+        return Local(off, seconds)
+
+    def _times(self, key: tuple[str, int, str], so_far: int) -> bool:
+        """Whether the time of a candidate is measured at a site, when so many of its shape had it measured."""
+        return key[2] in self._timed and (so_far < TIMED or not is_steady(key[2]))
+
+    def _alike(self, one: tuple[str, int, str], other: tuple[str, int, str]) -> bool:
+        """Whether two keys are of one candidate at sites of one shape."""
+        return one[2] == other[2] and self._shapes[one[0]] == self._shapes[other[0]]
+
+    def _leave_out(self, key: tuple[str, int, str], error: Exception) -> None:
+        """Say once why a candidate does not run: not on this grid, beside a mask, or its kernel fails to compile."""
+        site, _, name = key
+        if name not in self._failed:
+            self._failed.add(name)
+            warnings.warn(f"candidate {name} is left out at {site}: {error}", stacklevel=3)
 
     @property
     def found(self) -> Mapping[str, Mapping[str, Local]]:
@@ -96,11 +161,60 @@ class Probe:
         for site, here in self._seen.items():
             most = max(len(values) for values in here.values())
             result[site] = {
-                name: Local(statistics.fmean(v.error for v in values), sum(v.seconds for v in values))
+                name: Local(statistics.fmean(v.error for v in values), self._time(site, name, values))
                 for name, values in here.items()
                 if len(values) == most
             }
         return result
+
+    def _time(self, site: str, name: str, values: Sequence[Local]) -> float:
+        """Time of all calls of a site in a step."""
+        steady = self._steady.get((self._shapes[site], name))
+        return statistics.median(steady) * len(values) if steady else sum(value.seconds for value in values)
+
+
+def _every(pattern: Pattern) -> int:
+    """Steps that a pattern keeps its lists for."""
+    return getattr(pattern, "every", 1)
+
+
+def _run(watched: Watched, pattern: Pattern, place: Place) -> torch.Tensor:
+    layout: Layout = watched.layouts[0]
+    with placed(place):
+        return attention(
+            watched.q, watched.k, watched.v, pattern, layout, scale=watched.scale, key_mask=watched.key_mask
+        )
+
+
+def _some(out: torch.Tensor) -> torch.Tensor:
+    """Samples from the whole of a batch, which has those with and without a prompt in parts of its own."""
+    return out[:: max(1, out.shape[0] // SAMPLES)]
+
+
+def _seconds(watched: Watched, run: Callable[[], object]) -> float:
+    """Time of a call that has run before, the median of some measurements."""
+    if watched.q.device.type != "cuda":
+        return statistics.median(per_call(run, 1) for _ in range(TURNS))
+    with torch.cuda.device(watched.q.device):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            run()
+        # How long the host needs for the calls, and not less than their time on the device.
+        torch.cuda.synchronize()
+        ahead = time.perf_counter() - start
+        return statistics.median(_device_seconds(run, ahead) for _ in range(TURNS))
+
+
+def _device_seconds(run: Callable[[], object], ahead: float) -> float:
+    """Time of a call on the GPU, which spins for a while first: the host is ahead of it, as in a model of this size."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(min(ahead, 0.02) * CLOCK))
+    begin.record()
+    for _ in range(CALLS):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / CALLS
 
 
 def _projected(out: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

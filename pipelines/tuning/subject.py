@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from visattn.environment import cpu_name, versions
 from visattn.handle import Request, apply
 from visattn.metrics import SSIM_SIDE, psnr, ssim
+from visattn.patterns import Pattern
 from visattn.pipelines.patch import targets
 from visattn.pipelines.record import EVERYTHING
 from visattn.pipelines.report.lpips import find_lpips
@@ -21,6 +22,7 @@ from visattn.pipelines.tuning.local import Probe
 from visattn.pipelines.tuning.projection import projection
 from visattn.schedule import Schedule
 from visattn.staged import Staged
+from visattn.tally import all_timed
 from visattn.tuning.search import stages_of
 from visattn.tuning.subject import DENSE, Assignment, Local, Outcome
 from visattn.watch import Watched
@@ -57,6 +59,8 @@ class Samples:
 class PipelineSubject:
     """See `visattn.tuning.subject.Subject`."""
 
+    measure = "psnr"
+
     def __init__(self, pipe: Any, samples: Samples, name: str = "", backend: str = "auto") -> None:
         """Look at a pipeline.
 
@@ -72,11 +76,14 @@ class PipelineSubject:
         if len(kinds) > 1:
             raise ValueError(f"{type(pipe).__name__} has {len(kinds)} kinds of denoising models: a schedule is for one")
         self.layers = len(self._layers)
+        self.parameters = sum(each.numel() for each in found[0].model.parameters())
         parameters = inspect.signature(pipe.__call__).parameters
         self.steps = samples.steps or parameters["num_inference_steps"].default
         self._video = "num_frames" in parameters
         self._labels = "class_labels" in parameters
         self._twins: dict[tuple[int, ...], torch.Tensor] = {}
+        # Patterns that have run with so many samples: nothing of them is left to be compiled.
+        self._warm: set[tuple[Pattern, int]] = set()
         self._lpips = find_lpips()[0]
         self.grid = self._find_grid()
 
@@ -94,10 +101,12 @@ class PipelineSubject:
             "torch": versions()["torch"],
         }
 
-    def local(self, step: int, candidates: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Local]]:
+    def local(
+        self, step: int, candidates: Sequence[str], seeds: Sequence[int], timed: Collection[str]
+    ) -> list[dict[str, Local]]:
         """See `Subject.local`."""
         model = self._models[0][0]
-        probe = Probe(candidates, step, lambda path, channels: projection(model, path, channels))
+        probe = Probe(candidates, step, lambda path, channels: projection(model, path, channels), timed)
         self._watch(probe, step, seeds)
         found = probe.found
         result: list[dict[str, Local]] = []
@@ -114,10 +123,14 @@ class PipelineSubject:
             )
         return result
 
-    def outcome(self, edges: Sequence[float], assignment: Assignment, seeds: Sequence[int]) -> Outcome:
+    def outcome(
+        self, edges: Sequence[float], assignment: Assignment, seeds: Sequence[int], timed: bool = True
+    ) -> Outcome:
         """See `Subject.outcome`."""
-        twins = self.twins(seeds)
-        pictures, seconds, attention = self.run(schedule_of(edges, assignment), seeds)
+        twins, schedule = self.twins(seeds), schedule_of(edges, assignment)
+        if timed:
+            self._warm_up(schedule, seeds)
+        pictures, seconds, attention = self.run(schedule, seeds)
         quality = self.quality(pictures, twins)
         return Outcome(*quality, seconds / len(seeds), attention / len(seeds))
 
@@ -152,7 +165,7 @@ class PipelineSubject:
             Samples [N, frames, C, H, W] with values 0 to 1 on the CPU, wall time, and time in attention.
         """
         parts, seconds = [], 0.0
-        with torch.no_grad(), apply(self.pipe, schedule, backend=self.backend, always=True) as handle:
+        with torch.no_grad(), all_timed(), apply(self.pipe, schedule, backend=self.backend, always=True) as handle:
             for first in range(0, len(seeds), self.samples.batch):
                 self._wait()
                 start = time.perf_counter()
@@ -164,6 +177,20 @@ class PipelineSubject:
                 parts.append(found.float().movedim(-1, -3))
             report = handle.report()
         return torch.cat(parts), seconds, report.sparse_seconds + report.dense_seconds
+
+    def _warm_up(self, schedule: Schedule, seeds: Sequence[int]) -> None:
+        """Run a short run where patterns are new for a number of samples: what is timed compiles and plans nothing."""
+        batch, rest = self.samples.batch, len(seeds) % self.samples.batch
+        for count in {min(batch, len(seeds)), rest} - {0}:
+            new = {(pattern, count) for pattern in schedule.patterns} - self._warm
+            if not new:
+                continue
+            edges = {edge for staged in schedule.staged for stage in staged.stages for edge in (stage.first, stage.end)}
+            # Two steps of each stage: one that chooses, and one that takes what was chosen.
+            steps = min(self.steps, 2 * max(1, len(edges) - 1))
+            with torch.no_grad(), apply(self.pipe, schedule, backend=self.backend, always=True):
+                self.pipe(**self.arguments(seeds[:count]) | {"num_inference_steps": steps})
+            self._warm |= new
 
     def arguments(self, seeds: Sequence[int]) -> dict[str, Any]:
         """Of a call of the pipeline for some samples."""

@@ -28,8 +28,10 @@ from scripts.bench.gpu import DIM, HEADS, compared, dense_by, in_turns
 from scripts.gpu_common import versions
 from visattn import Layout, attention, parse, tile_choice
 from visattn.kernels.triton.backend import kernels_of
+from visattn.kernels.triton.choosing.skipped import SkippingLists
 from visattn.kernels.triton.lists.program import Program, program
 from visattn.kernels.triton.prepared import Kernels
+from visattn.kernels.triton.routes import MergedLists
 from visattn.patterns import DynamicPattern
 from visattn.plans import with_routes
 from visattn.problem import Call
@@ -47,6 +49,8 @@ CASES: dict[str, tuple[str, Layout]] = {
     "video, 10 %, 128 x 64": ("topk(keep=0.1, block=2x8x8, key_block=1x8x8)", Layout((30, 45, 88))),
     "image, 10 %, 128 x 64, means": ("topk(keep=0.1, block=8x16, key_block=8x8, rest=mean)", Layout((256, 256))),
     "video, 10 %, blocks of 128": ("topk(keep=0.1, block=4x4x8)", Layout((30, 45, 88))),
+    # Every query token chooses, and those of a tile share what it visits.
+    "tokens, 10 %": ("topk(keep=0.1, block=1x1, key_block=8x8)", Layout((128, 128))),
     # Dense attention with the test in the loop: one that passes over nothing, and one that does.
     "levels, passes over nothing": ("topk(keep=1.0, block=8x8, always=none, skip=1e-30)", Layout((128, 128))),
     "levels, passes over": ("topk(keep=1.0, block=8x8, always=none, skip=0.01)", Layout((128, 128))),
@@ -83,6 +87,13 @@ class Fixed:
         """Where they are."""
         run = self.program(direction)
         return [run.bounds.data_ptr(), run.bases.data_ptr(), run.mask_ids.data_ptr()]
+
+
+def listed(kernels: Kernels, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Choose, and write the lists that the forward walks."""
+    routed = kernels.lists(q, k, v, None, False)
+    if not isinstance(routed, SkippingLists):
+        routed.addresses("forward")
 
 
 def host_us(run: Callable[[], object]) -> float:
@@ -139,14 +150,16 @@ def measured(name: str, backward: bool) -> dict[str, Any]:
     ours = lambda q, k, v: attention(q, k, v, pattern, layout, backend="triton")  # noqa: E731
     with torch.no_grad():
         routed = kernels.lists(q, k, v, None, False)
-        parts = in_turns(
-            {
-                "choosing": partial(pattern.choose, q, k, layout),
-                "choosing_and_lists": partial(kernels.lists, q, k, v, None, False),
-                "kernel": partial(kernels.forward, q, k, v, None, None, False, routed),
-                "kernel_fixed": partial(fixed.forward, q, k, v, None, None, False, Fixed(fixed, pattern, q, k, v)),
-            }
-        )
+        timed = {
+            "choosing": partial(pattern.choose, q, k, layout),
+            "choosing_and_lists": partial(listed, kernels, q, k, v),
+            "kernel": partial(kernels.forward, q, k, v, None, None, False, routed),
+        }
+        # One list is for whole tiles: where several blocks share them, no fixed pattern is like it.
+        if not isinstance(routed, MergedLists):
+            held = Fixed(fixed, pattern, q, k, v)
+            timed["kernel_fixed"] = partial(fixed.forward, q, k, v, None, None, False, held)
+        parts = in_turns(timed)
     dense = dense_by(SDPBackend.CUDNN_ATTENTION, inputs)
     if backward:
         times = compared({"ours": (ours, inputs), "cudnn": dense})

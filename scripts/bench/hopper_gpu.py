@@ -1,4 +1,4 @@
-"""The Hopper kernels that ship against those of `config.HOPPER_NEXT`, kernel by kernel, in turns in one process.
+"""The Hopper kernels that ship against other ways to launch them, kernel by kernel, in turns in one process.
 
     python3 -m scripts.bench.hopper_gpu [--jobs 10] [--only flux-s1 ...] [--budget 120] [--out FILE]
 
@@ -14,9 +14,10 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -25,7 +26,8 @@ from scripts.bench.gpu import CASES as MAIN_CASES
 from scripts.bench.gpu import compared, dense_by, in_turns
 from scripts.gpu_common import compile_first, versions
 from visattn import Layout, parse
-from visattn.kernels.triton.config import DIRECTIONS, HOPPER, HOPPER_NEXT, Config, config
+from visattn.kernels.triton.config import DIRECTIONS, HOPPER, ONE_PASS, Config, config
+from visattn.kernels.triton.hopper import launch as hopper_launch
 from visattn.kernels.triton.prepared import Kernels
 from visattn.problem import Call
 
@@ -44,28 +46,59 @@ CASES: dict[str, tuple[str, Layout, int]] = {
     "flux-s1-64": (*MAIN_CASES["flux-s1"], 64),
     "wan-na": ("na(window=13x15x15)", Layout((21, 30, 52)), 128),
     "hunyuan-s16": (*MAIN_CASES["hunyuan-s16"], 128),
+    "dense-64k": (*MAIN_CASES["dense-64k"], 128),
 }
 
 
-def contenders(dim: int) -> dict[str, dict[str, Config]]:
-    """The configurations of each direction by name, the shipped one first."""
-    found = {"forward": {"shipped": HOPPER["forward"][dim], "next": HOPPER_NEXT["forward"][dim]}}
-    base = HOPPER["key_grad"][dim]
-    found["key_grad"] = {"shipped": base, "next": HOPPER_NEXT["key_grad"][dim]}
-    for variant in (1, 2) if dim == 64 else (1,):
-        found["key_grad"][f"variant {variant}, whole rows"] = base._replace(variant=variant)
-    own = HOPPER_NEXT["query_grad"][dim]
-    found["query_grad"] = {
-        "shipped": config(90, torch.bfloat16, dim, "query_grad"),
-        "next": own,
-        "next, whole rows": own._replace(halves=False),
-    }
+class Contender(NamedTuple):
+    """A way to launch a kernel: its configuration, and constants of `hopper.launch` that differ."""
+
+    launch: Config
+    constants: Mapping[str, Any] = MappingProxyType({})
+
+
+def contenders(dim: int) -> dict[str, dict[str, Contender]]:
+    """Ways to run each direction by name, the shipped one first."""
+    found = {}
+    for direction, configs in HOPPER.items():
+        shipped = configs[dim]
+        whole = shipped._replace(halves=False)
+        found[direction] = {"shipped": Contender(shipped), "whole rows": Contender(whole)}
+        if direction != "forward":
+            found[direction]["3 slots"] = Contender(shipped._replace(stages=3))
+    whole = HOPPER["forward"][dim]._replace(halves=False)
+    for turns, share in (("turns", 2.0), ("no turns", 0.0)):
+        given = {"TAKE_TURNS": share}
+        found["forward"] |= {
+            turns: Contender(HOPPER["forward"][dim], given),
+            f"whole rows, one arrival, {turns}": Contender(whole, given | {"GIVE_BACK_TOGETHER": True}),
+        }
+    # Lists of the general kernels know no halves.
+    found["query_grad"]["general"] = Contender(config(90, torch.bfloat16, dim, "query_grad"))
+    found["backward"] = {"shipped": Contender(HOPPER["key_grad"][dim])}
+    if dim in ONE_PASS:
+        one = ONE_PASS[dim]
+        found["backward"] |= {f"one pass, {n} pairs": Contender(one, {"TOGETHER": n}) for n in (2, 4, 8, 24)}
+        found["backward"]["one pass, 8 pairs, other order"] = Contender(one._replace(one_pass=2))
+        found["backward"]["one pass, 8 pairs, 2 slots"] = Contender(one._replace(stages=2))
     return found
 
 
 def off(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative distance of b from a."""
     return float((a.float() - b.float()).norm() / a.float().norm())
+
+
+def _under(run: Callable[[], Any], constants: Mapping[str, Any]) -> Any:
+    """Run with these constants of `hopper.launch`."""
+    before = {name: getattr(hopper_launch, name) for name in constants}
+    for name, value in constants.items():
+        setattr(hopper_launch, name, value)
+    try:
+        return run()
+    finally:
+        for name, value in before.items():
+            setattr(hopper_launch, name, value)
 
 
 class Case:
@@ -86,14 +119,18 @@ class Case:
     def _kernels(self, configs: dict[str, Config]) -> Kernels:
         return Kernels(self.q, self.k, self.v, self._call, False, lambda *_: configs, lambda: None)
 
-    def run(self, direction: str, launch: Config) -> Callable[[], Any]:
+    def run(self, direction: str, way: Contender) -> Callable[[], Any]:
         """A function that starts the kernel of a direction and returns its results."""
-        kernels = self._kernels(self._base | {direction: launch})
+        kernels = self._kernels(self._base | {"key_grad" if direction == "backward" else direction: way.launch})
         if direction == "forward":
-            return partial(kernels.forward, self.q, self.k, self.v, None, None, False)
+            run = partial(kernels.forward, self.q, self.k, self.v, None, None, False)
+            return partial(_under, run, way.constants)
         saved = self.q, self.k, self.v, None, self.out, self.lse
-        wanted = direction == "query_grad", direction == "key_grad", False
-        return partial(kernels.backward, saved, self.grad, None, wanted, None, None)
+        wanted = direction in ("query_grad", "backward"), direction in ("key_grad", "backward"), False
+        # The first call of these kernels, which decides what others like it do.
+        kernels.work(self.q, self.k, self.v)
+        run = partial(kernels.backward, saved, self.grad, None, wanted, None, None)
+        return partial(_under, run, way.constants)
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -103,9 +140,9 @@ def measured(name: str) -> dict[str, Any]:
     result: dict[str, Any] = {"pattern": pattern, "layout": str(layout), "head_dim": dim}
     for direction, configs in contenders(dim).items():
         runs, failed, truth = {}, {}, None
-        for label, launch in configs.items():
+        for label, way in configs.items():
             try:
-                run = case.run(direction, launch)
+                run = case.run(direction, way)
                 found = [t for t in run() if isinstance(t, torch.Tensor)]
                 again = [t for t in run() if isinstance(t, torch.Tensor)]
                 truth = truth or found
@@ -127,15 +164,12 @@ def measured(name: str) -> dict[str, Any]:
 def compile_part(names: list[str], index: int, of: int) -> None:
     """Run every of-th contender of the cases once, which compiles it."""
     todo = [
-        (name, d, launch)
-        for name in names
-        for d, all_of in contenders(CASES[name][2]).items()
-        for launch in all_of.values()
+        (name, d, way) for name in names for d, all_of in contenders(CASES[name][2]).items() for way in all_of.values()
     ]
-    for name, direction, launch in todo[index::of]:
+    for name, direction, way in todo[index::of]:
         # What does not run is reported where it is timed.
         with contextlib.suppress(Exception):
-            Case(*CASES[name]).run(direction, launch)()
+            Case(*CASES[name]).run(direction, way)()
             torch.cuda.synchronize()
 
 
@@ -146,8 +180,11 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=120, help="seconds after which no case is begun")
     parser.add_argument("--out", default="", help="JSON file")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--no-one-pass", action="store_true", help="without the backward in one pass")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.no_one_pass:
+        ONE_PASS.clear()
     if chosen.compile:
         compile_part(chosen.only, *map(int, chosen.compile.split("/")))
         return 0

@@ -6,7 +6,8 @@ The stacks are those of `scripts.bench.stack_gpu` (random weights, bf16, forward
 stack by itself: the times on one GPU, and what the slabs' outputs are compared with. Rank 0 writes each row as soon as
 it is measured. `ring` is dense attention that fetches the other slabs' keys point to point while it computes its own,
 which on two ranks is ring attention. Time is the slowest rank's median of steps; `exchange_ms` what a layer's exchange
-takes with nothing to hide behind.
+takes with nothing to hide behind, `wait_ms` how long a layer's kernels wait for it in a step, and `hidden` the rest as
+a share.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -83,13 +86,11 @@ class Counted:
 
     def __init__(self, how: Any, pattern: str, slabs: parallel.Slabs) -> None:
         self._how, self._pattern, self._slabs = how, pattern, slabs
-        self.bytes = 0
+        self.moved = parallel.Moved()
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of this rank's tokens."""
-        out, moved = self._how(q, k, v, self._pattern, self._slabs, return_moved=True)
-        self.bytes += moved.sent + moved.shared
-        return out
+        return self._how(q, k, v, self._pattern, self._slabs, moved=self.moved)
 
 
 def slowest_ms(step: Callable[[], Any], seconds: float) -> float:
@@ -127,6 +128,36 @@ def exchange_ms(stack: Stack, pattern: str, slabs: parallel.Slabs, rank: int) ->
     return slowest_ms(step, 0.1)
 
 
+class Waits(Exchange):
+    """An exchange that records how long kernels wait for it."""
+
+    marks: ClassVar[list[list[torch.cuda.Event]]] = []
+
+    def wait(self) -> None:
+        """See `Exchange.wait`."""
+        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        pair[0].record()
+        super().wait()
+        pair[1].record()
+        self.marks.append(pair)
+
+
+def wait_ms(step: Callable[[], Any]) -> float:
+    """Mean milliseconds that a layer waits for its exchange, of the rank that waits longest."""
+    with patch.object(importlib.import_module("visattn.parallel.halo"), "Exchange", Waits):
+        found = []
+        for _ in range(3):
+            dist.barrier()
+            Waits.marks.clear()
+            step()
+            torch.cuda.synchronize()
+            times = [first.elapsed_time(second) for first, second in Waits.marks]
+            found.append(sum(times) / len(times))
+    most = torch.tensor(sorted(found)[1], device="cuda")
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return float(most)
+
+
 def measured(stack: Stack, pattern: str, rank: int, world: int) -> list[dict[str, Any]]:
     """Rows of one GPU and of the ways to use all."""
     if pattern == "dense":
@@ -148,12 +179,14 @@ def measured(stack: Stack, pattern: str, rank: int, world: int) -> list[dict[str
         out, own = step().float(), grid.shard(expected, rank).float()
         error = (out - own).norm() / own.norm()
         del out, own
-        moved = attend.bytes
+        moved = attend.moved.sent + attend.moved.shared
         took = slowest_ms(step, 0.6)
         row: dict[str, Any] = {"way": way, "axis": axis, "step_ms": took, "bytes_per_rank": moved}
         row |= {"speedup": alone / took, "efficiency": alone / took / world, "error": float(error)}
         if way != "ulysses":
             row["exchange_ms"] = exchange_ms(stack, pattern, slabs, rank)
+            row["wait_ms"] = wait_ms(step)
+            row["hidden"] = max(0.0, 1 - row["wait_ms"] / row["exchange_ms"])
         rows.append(row)
     return rows
 

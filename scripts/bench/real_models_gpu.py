@@ -2,26 +2,32 @@
 
     python3 -m scripts.bench.real_models_gpu [--models "SDXL 1024" ...] [--modes eager] [--budget 480] [--out FILE]
 
-bf16, no gradient; 80 GB hold the largest. Contenders are one model, patched and undone in turns; a time is the median
-of the turns, each of some steps in a row with one wait at the end, and a speedup the median of those of each turn. What
-is compiled are the blocks (`compile_repeated_blocks`). First calls (compilation, plans) come before and are not timed.
-Rows replace those of the same model, attention and mode in FILE. After `--budget` seconds no model and mode is begun.
-`--tiny` runs small models on the CPU.
+bf16, no gradient; 80 GB hold the largest. Contenders are copies of one model that share its weights, each patched once.
+They step in turns, in an order of its own in every round: what else the machine does comes and goes within seconds, and
+hits all of them. A time is the median of the rounds, a speedup the median of the ratios of each round, with the
+interval that holds it in 95 of 100 such runs. Eager contenders have two copies each, a round's time is their mean:
+where the host is what a step waits for, it matters where in memory a model's objects lie, by a percent or two
+("control" is the ratio of the two stock copies). What is compiled are the blocks (`compile_repeated_blocks`). First
+calls (compilation, plans) come before and are not timed. Rows replace those of the same model, attention and mode in
+FILE. After `--budget` seconds no model and mode is begun. `--tiny` runs small models on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import json
+import math
+import random
 import re
 import shlex
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,8 +43,8 @@ from visattn.watch import Watched
 
 MODES = ("eager", "compiled")
 STOCK, DENSE = "stock", "dense"
-# Seconds that a turn of a contender lasts, seconds of all its turns, and the fewest and most of them.
-TURN_S, CONTENDER_S, TURNS = 0.4, 14.0, (5, 25)
+# Seconds that a turn of a contender lasts at least, seconds of all rounds, and the fewest and most of them.
+TURN_S, SECONDS, TURNS = 0.05, 45.0, (5, 250)
 
 Shapes = Counter[tuple[torch.Size, torch.Size]]
 
@@ -67,9 +73,10 @@ def attention_ms(shapes: Shapes, device: str, dtype: torch.dtype) -> float:
     return 1e3 * total
 
 
-def patched(model: torch.nn.Module, attention: str) -> Any:
-    """A context in which a model has its attention."""
-    return contextlib.nullcontext() if attention == STOCK else apply(model, attention)
+def copies(model: torch.nn.Module, names: list[str], twice: bool) -> list[tuple[str, torch.nn.Module]]:
+    """Models of their own that share the weights of one; of twice as many, the second ones in the opposite order."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return [(name, copy.deepcopy(model, dict(shared))) for name in (names + names[::-1] if twice else names)]
 
 
 def timed(step: Callable[[], Any], count: int) -> tuple[float, float]:
@@ -89,39 +96,63 @@ def timed(step: Callable[[], Any], count: int) -> tuple[float, float]:
     return 1e3 * per_call(work, 1) / count, 1e3 * worked / count
 
 
-def in_turns(model: torch.nn.Module, step: Callable[[], Any], names: list[str]) -> dict[str, Any]:
-    """Milliseconds of a step in every turn, see `timed`, and the report's first line, by attention."""
-    said: dict[str, str] = {}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+def in_turns(steps: list[Callable[[], Any]]) -> list[list[tuple[float, float]]]:
+    """Milliseconds of each step in every round, see `timed`."""
     took = []
-    for name in names:
-        with patched(model, name):
-            # Compilation and plans, then what a step takes.
-            step()
-            step()
-            took.append(per_call(step, 4))
+    for step in steps:
+        # Compilation and plans, then what a step takes.
+        per_call(step, 2)
+        took.append(per_call(step, 4))
     once = statistics.median(took)
     count = max(1, min(20, round(TURN_S / once)))
-    # What the host does beside comes and goes within seconds: many short turns where steps are short.
-    turns = max(TURNS[0], min(TURNS[1], round(CONTENDER_S / (once * (count + 2)))))
-    for turn in range(turns):
-        for name in names[:: -1 if turn % 2 else 1]:
-            with patched(model, name) as handle:
-                per_call(step, 2)
-                # What building and patching left is not collected while a step is timed.
-                gc.collect()
-                times[name].append(timed(step, count))
-                said[name] = "" if handle is None else str(handle.report()).partition("\n")[0]
-    return {name: (times[name], said[name]) for name in names}
+    rounds = max(TURNS[0], min(TURNS[1], round(SECONDS / (len(steps) * once * count))))
+    times: list[list[tuple[float, float]]] = [[] for _ in steps]
+    order, shuffle = list(range(len(steps))), random.Random(0).shuffle
+    # What building and patching left is not collected while a step is timed.
+    gc.collect()
+    for _ in range(rounds):
+        shuffle(order)
+        for i in order:
+            times[i].append(timed(steps[i], count))
+    return times
 
 
-def write_profiles(folder: Path, model: torch.nn.Module, step: Callable[[], Any], names: list[str], of: str) -> None:
+def median_of(values: list[float]) -> tuple[float, tuple[float, float]]:
+    """The median of a sample, and the interval that holds that of its population in 95 of 100 samples (by ranks)."""
+    ranked, half = sorted(values), 0.98 * math.sqrt(len(values))
+    low, high = math.floor(len(values) / 2 - half), math.ceil(len(values) / 2 + half)
+    return statistics.median(values), (ranked[max(0, low)], ranked[min(len(values) - 1, high)])
+
+
+def ratios(of: list[float], to: list[float]) -> tuple[float, tuple[float, float]]:
+    """The median of the ratios of each round, and its interval."""
+    return median_of([a / b for a, b in zip(of, to, strict=True)])
+
+
+def compared(attention: str, times: list[tuple[str, list[tuple[float, float]]]]) -> dict[str, Any]:
+    """What a row says of an attention beside the stock one."""
+
+    def of(name: str, which: int) -> list[list[float]]:
+        return [[each[which] for each in rounds] for contender, rounds in times if contender == name]
+
+    def mean(name: str, which: int) -> list[float]:
+        return [statistics.fmean(each) for each in zip(*of(name, which), strict=True)]
+
+    row: dict[str, Any] = {"attention": attention, "rounds": len(times[0][1])}
+    (stock, stock_host), (own, host) = ((mean(name, 0), mean(name, 1)) for name in (STOCK, attention))
+    row |= {"stock_ms": statistics.median(stock), "ms": statistics.median(own)}
+    row |= {"stock_host_ms": statistics.median(stock_host), "host_ms": statistics.median(host)}
+    row["speedup"], row["speedup_95"] = ratios(stock, own)
+    row["host_ratio"], row["host_ratio_95"] = ratios(host, stock_host)
+    control = of(STOCK, 0)
+    return row | ({"control": ratios(*control)[0]} if len(control) == 2 else {})
+
+
+def write_profiles(folder: Path, steps: Iterable[tuple[str, Callable[[], Any]]], of: str) -> None:
     """Where a step spends its time, of the host and of the GPU, one file for each attention."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        with patched(model, name):
-            step()
-            text = f"{kernels(step)}\n{profiled(step, 2)}"
+    for name, step in dict(steps).items():
+        text = f"{kernels(step)}\n{profiled(step, 2)}"
         file = re.sub(r"[^a-z0-9]+", "-", f"{of} {name}".lower()).strip("-")
         (folder / f"{file}.txt").write_text(text)
 
@@ -132,33 +163,31 @@ def measure(
     """The rows of a model, mode by mode."""
     device, dtype = ("cpu", torch.float32) if tiny else ("cuda", torch.bfloat16)
     model, inputs = build(MODELS[name], device, dtype, tiny)
-    step = lambda: model(**inputs, return_dict=False)[0]  # noqa: E731
-    assert step().isfinite().all(), name
-    bound = attention_ms(attended(model, step), device, dtype)
+    step_of = lambda model: lambda: model(**inputs, return_dict=False)[0]  # noqa: E731
+    assert step_of(model)().isfinite().all(), name
+    bound = attention_ms(attended(model, step_of(model)), device, dtype)
     attentions = [DENSE, *MODELS[name].patterns]
-    # Compiled blocks stay compiled.
     for mode in [mode for mode in MODES if mode in modes]:
         if left() <= 0:
             print(f"out of time before {name}, {mode}", flush=True)
             return
-        if mode == "compiled":
-            model.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        found = in_turns(model, step, [STOCK, *attentions])
-        rows = []
-        for attention in attentions:
-            (stock, _), (own, said) = found[STOCK], found[attention]
-            (all_stock, stock_host), (all_ms, host) = (
-                list(map(list, zip(*each, strict=True))) for each in (stock, own)
-            )
-            row: dict[str, Any] = {"model": name, "attention": attention, "mode": mode}
-            row |= {"stock_ms": statistics.median(all_stock), "ms": statistics.median(all_ms)}
-            row |= {"stock_host_ms": statistics.median(stock_host), "host_ms": statistics.median(host)}
-            # Of neighbours in time: a slow minute hits both.
-            row["speedup"] = statistics.median(a / b for a, b in zip(all_stock, all_ms, strict=True))
-            rows.append(row | {"all_stock_ms": all_stock, "all_ms": all_ms, "attention_ms": bound, "report": said})
-            print(json.dumps(rows[-1]), flush=True)
-        if profiles is not None:
-            write_profiles(profiles, model, step, [STOCK, *attentions], f"{name} {mode}")
+        # Each copy that is compiled is compiled anew.
+        models = copies(model, [STOCK, *attentions], twice=mode == "eager")
+        with contextlib.ExitStack() as stack:
+            handles = {of: stack.enter_context(apply(each, of)) for of, each in models if of != STOCK}
+            if mode == "compiled":
+                for _, each in models:
+                    each.compile_repeated_blocks(fullgraph=True, dynamic=False)  # type: ignore[operator]
+            steps = [(of, step_of(each)) for of, each in models]
+            found = in_turns([step for _, step in steps])
+            times = [(of, rounds) for (of, _), rounds in zip(steps, found, strict=True)]
+            rows = []
+            for attention in attentions:
+                row = {"model": name, "mode": mode, "attention_ms": bound} | compared(attention, times)
+                rows.append(row | {"report": str(handles[attention].report()).partition("\n")[0]})
+                print(json.dumps(rows[-1]), flush=True)
+            if profiles is not None:
+                write_profiles(profiles, steps, f"{name} {mode}")
         yield rows
 
 

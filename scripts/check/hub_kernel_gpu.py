@@ -1,6 +1,10 @@
 """Does the kernel of the hub, loaded from its folder alone, give on a GPU what the package gives, and in which time?
 
+With --hub a process without visattn loads it by `kernels.get_local_kernel`, outside of the repository, whose kernels/
+would hide that package, and what it gives is compared, too.
+
 python -m scripts.check.hub_kernel_gpu --out out/hub-kernel.json
+python -m scripts.check.hub_kernel_gpu --hub FOLDER --out out/hub-kernel.json
 """
 
 from __future__ import annotations
@@ -8,6 +12,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +33,27 @@ CASES = (
     ("na(window=3x9x9)", Layout((8, 32, 32), suffix=77), torch.bfloat16, 64),
     ("na(window=7x7)", Layout((32, 32)), torch.float32, 64),
 )
+NAMES = ("out", "dq", "dk", "dv")
+# Runs alone: loads the kernel and calls it on what was saved.
+APART = """
+import sys, torch
+from pathlib import Path
+from kernels import get_local_kernel
+folder = Path(sys.argv[1])
+kernel = get_local_kernel(folder / "kernel", backend=sys.argv[2])
+found = []
+for case in torch.load(folder / "given.pt", weights_only=True):
+    device = sys.argv[3]
+    plan = kernel.Plan(**{name: kernel.Lists(**{key: t if not isinstance(t, torch.Tensor) else t.to(device)
+        for key, t in side.items()}) for name, side in case["lists"].items()})
+    q, k, v, weight = (t.to(device).requires_grad_() for t in case["tensors"])
+    out = kernel.tile_attention(q, k, v, plan)[0]
+    grads = torch.autograd.grad(out, (q, k, v), weight)
+    found.append([t.detach().cpu() for t in (out, *grads)])
+    print("case", len(found), flush=True)
+torch.save(found, folder / "found.pt")
+assert not [name for name in sys.modules if name.split(".")[0] in ("visattn", "scripts")]
+"""
 
 
 def load(folder: Path) -> Any:
@@ -64,27 +91,62 @@ def compare(kernel: Any, pattern: str, layout: Layout, dtype: torch.dtype, head_
     }
     with torch.no_grad():
         times = interleave(runs, repeats=7, at_least=0.02)
-    names = ("out", "dq", "dk", "dv")
     return {
         "pattern": pattern,
         "layout": str(layout),
         "dtype": str(dtype),
         "head_dim": head_dim,
-        "errors": dict(zip(names, errors, strict=True)),
+        "errors": dict(zip(NAMES, errors, strict=True)),
         **{f"{name}_ms": 1e3 * timing.median for name, timing in times.items()},
     }
+
+
+def apart(folder: Path, hub: Path, device: torch.device, cases: Any = CASES) -> list[dict[str, Any]]:
+    """The kernel of a folder by the loader of `kernels`, in a process that has no visattn: differences of each case.
+
+    Args:
+        folder: Has the kernel, as `kernel/`.
+        hub: Has the package `kernels`, as of `pip install --target`.
+        device: Where it runs.
+        cases: As `CASES`.
+    """
+    given, wanted = [], []
+    for pattern, layout, dtype, head_dim in cases:
+        plan = make_plan(pattern, layout, dtype, head_dim, device)
+        shape = 2, layout.length, 8, head_dim
+        q, k, v, weight = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
+        q, k, v = (t.requires_grad_() for t in (q, k, v))
+        out = attention(q, k, v, pattern, layout, backend="triton")
+        wanted.append([out.detach(), *torch.autograd.grad(out, (q, k, v), weight)])
+        lists = {name: dict(side._asdict()) for name, side in plan._asdict().items()}
+        given.append({"lists": lists, "tensors": [t.detach() for t in (q, k, v, weight)]})
+    torch.save(given, folder / "given.pt")
+    command = [sys.executable, "-c", APART, str(folder), "cuda" if device.type == "cuda" else "cpu", device.type]
+    environment = {**os.environ, "PYTHONPATH": str(hub), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+    found = torch.load(folder / "found.pt", weights_only=True)
+    rows = []
+    for (pattern, layout, dtype, head_dim), ours, theirs in zip(cases, found, wanted, strict=True):
+        errors = [float((a - b.cpu()).abs().max() / b.abs().max().cpu()) for a, b in zip(ours, theirs, strict=True)]
+        named = {"pattern": pattern, "layout": str(layout), "dtype": str(dtype), "head_dim": head_dim}
+        rows.append({**named, "loader": "get_local_kernel", "errors": dict(zip(NAMES, errors, strict=True))})
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="file for the results")
+    parser.add_argument("--hub", type=Path, help="folder with the package kernels, as of pip install --target")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder) / "kernel")
-        kernel = load(Path(folder) / "kernel")
-        rows = [compare(kernel, *case) for case in CASES]
+    device = torch.device("cuda", torch.cuda.current_device())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build(folder / "kernel")
+        rows = [] if given.hub is None else apart(folder, given.hub.resolve(), device)
+        kernel = load(folder / "kernel")
+        rows += [compare(kernel, *case) for case in CASES]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps({**versions(), "rows": rows}, indent=2) + "\n")
     for row in rows:

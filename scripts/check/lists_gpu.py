@@ -1,10 +1,11 @@
 """Correctness of every Triton kernel on a real GPU.
 
-    python3 -m scripts.check.lists_gpu [--jobs 8] [--only TEXT] [--next]
+    python3 -m scripts.check.lists_gpu [--jobs 8] [--only TEXT] [--whole] [--one-pass]
 
 Forward and gradients against the float64 reference on shapes with many tiles, outputs poisoned with NaN, every
-call twice (bit-equal), head dims 32 to 256, three dtypes. `--next` takes the Hopper
-kernels of `config.HOPPER_NEXT`. Exit status 1 if anything is off.
+call twice (bit-equal), head dims 32 to 256, three dtypes. `--whole` takes the Hopper kernels without lists by halves,
+as they run for lists that are made at run time, `--one-pass` their backward in one pass. Exit status 1 if anything is
+off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from scripts.gpu_common import itself, versions
 from visattn import Layout, attention, parse
-from visattn.kernels.triton.config import HOPPER, HOPPER_NEXT
+from visattn.kernels.triton.config import HOPPER, ONE_PASS
 from visattn.patterns import BiasedPattern, RoutedPattern
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,6 +99,8 @@ def cases() -> list[Case]:
             Case("above(tau=0.8,block=4x4x8,always=none)", Layout((9, 14, 20), suffix=5), dtype, dim),
             Case("topk(keep=4,block=8x16,key_block=8x8,rest=mean)", Layout((45, 70), prefix=7), dtype, dim, 2),
             Case("above(tau=0.8,block=8x8,rest=mean)", Layout((45, 70), suffix=30), dtype, dim, mask=True),
+            Case("topk(keep=0.2,block=1x1,key_block=8x8)", Layout((35, 38), prefix=7), dtype, dim, 2, mask=True),
+            Case("topp(p=0.3,of=height,block=1x2,key_block=4x16)", Layout((48, 64), suffix=30), dtype, dim),
             Case("topk(keep=2,block=64,key_block=256,per=head,always=none)", Layout(3333), dtype, dim, mask=True),
         ]
     for dtype, dim in (("bf16", 64), ("fp16", 128), ("fp32", 64)):
@@ -182,15 +185,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="cases whose text contains this")
-    parser.add_argument("--next", action="store_true", help="the Hopper kernels of config.HOPPER_NEXT")
+    parser.add_argument("--whole", action="store_true", help="the Hopper kernels without lists by halves")
+    parser.add_argument("--one-pass", action="store_true", help="the Hopper backward in one pass")
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.jobs > 1:
-        command = itself("--only", chosen.only, *(["--next"] if chosen.next else []), "--shard")
+        flags = [flag for flag, on in (("--whole", chosen.whole), ("--one-pass", chosen.one_pass)) if on]
+        command = itself("--only", chosen.only, *flags, "--shard")
         running = [subprocess.Popen([*command, f"{i}/{chosen.jobs}"]) for i in range(chosen.jobs)]
         return max(abs(p.wait()) for p in running)
-    if chosen.next:
-        HOPPER.update(HOPPER_NEXT)
+    if chosen.one_pass:
+        HOPPER["key_grad"].update(ONE_PASS)
+    if chosen.whole:
+        for configs in HOPPER.values():
+            configs |= {dim: launch._replace(halves=False) for dim, launch in configs.items()}
     # Fills what torch.empty returns with NaN: a kernel that leaves a value unwritten is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic: Any = torch.utils.deterministic

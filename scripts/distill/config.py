@@ -37,6 +37,8 @@ class Config(RunConfig):
         "noise levels: as the sampler that made the samples visits them, uniform, or logit-normal",
         ("sampler", "uniform", "logit-normal"),
     )
+    sequence: int = option(1, "processes that share the tokens of each sample, for long clips")
+    parallel: str = option("halo", "how they do with --sequence above 1", ("halo", "ulysses"))
     checkpointing: bool = option(False, "gradient checkpointing: less memory, more time")
     sample_every: int = option(0, "steps between sample pictures; 0: none")
 
@@ -48,6 +50,10 @@ class Config(RunConfig):
             raise ValueError(f"--train {self.train!r}: {wrong[0]!r} is none of {', '.join(PROJECTIONS)} (or none)")
         if self.lora and not self.projections:
             raise ValueError(f"--lora {self.lora} needs projections to be put on, but --train is none")
+        if self.sequence < 1:
+            raise ValueError(f"--sequence {self.sequence} must be at least 1")
+        if self.sequence > 1 and self.maps:
+            raise ValueError(f"--maps with --sequence {self.sequence}: a process has rows of its own tokens only")
         self._check_data()
 
     def _check_data(self) -> None:

@@ -26,16 +26,18 @@ from scripts.train.emoji_captions import TRAIN
 from scripts.train.emoji_data import Pack, load_pack
 from visattn.files import written_whole
 
-# Pattern and further options of scripts.distill.pipeline for each student. Autocast would round what enters the sums
-# over all keys of linear forms, so they train in float32.
+# Linear forms begin far from their teacher: they learn faster, and more from what each layer should give.
+LINEAR = ("--lr", "1.5e-3", "--attention", "0.3")
+# Pattern and further options of scripts.distill.pipeline for each student.
 STUDENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "clear": ("clear(radius=8)", ()),
     "na": ("na(window=16x16,stride=8x8)", ()),
-    "hedgehog": ("linear(feature=hedgehog)", ("--precision", "no", "--maps", "0.05", "--own-lr", "5e-3")),
-    "mala": ("mala", ("--precision", "no")),
-    "agent": ("agent(agents=8x8)", ()),
+    "hedgehog": ("linear(feature=hedgehog)", (*LINEAR, "--maps", "0.05", "--own-lr", "5e-3")),
+    "mala": ("mala", LINEAR),
+    "agent": ("agent(agents=8x8)", LINEAR),
 }
-LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.05")
+START = 120  # seconds beside its steps after which a training is asked to stop
+LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +50,15 @@ class Settings:
     students: str = option(",".join(STUDENTS), "which of them")
     steps: int = option(2000, "optimizer steps of each, at most")
     batch: int = option(8, "samples of a step")
-    lr: float = option(5e-4, "learning rate")
+    lr: float = option(1e-3, "learning rate of students that are not linear")
     cached: int = option(400, "samples that are learned from")
     draw_steps: int = option(16, "denoising steps of a sample")
     chunk: int = option(50, "samples drawn at once")
     size: int = option(256, "side of the samples in pixels")
     backend: str = option("auto", "backend of the patterns")
-    precision: str = option("bf16", "mixed precision of students that are not linear: no or bf16", ("no", "bf16"))
+    precision: str = option("bf16", "mixed precision: no or bf16", ("no", "bf16"))
     jobs: int = option(1, "students trained at the same time")
-    seconds: int = option(0, "stop a training after so long and take what it has; 0: never")
+    seconds: int = option(0, "end a training after so many seconds of steps; 0: never")
     cpu: bool = option(False, "stay on the CPU")
     threads: int = option(2, "threads on the CPU")
 
@@ -99,8 +101,8 @@ def train(name: str, settings: Settings) -> float:
     words += ["--steps", str(settings.steps), "--batch", str(settings.batch), "--lr", str(settings.lr)]
     words += ["--ema", "0.99", "--threads", str(settings.threads), "--backend", settings.backend]
     words += ["--save-every", str(settings.steps)] + ["--cpu"] * settings.cpu
-    words += ["--precision", settings.precision, *LOSSES, *options]
-    return train_student(words, settings.out / name, settings.seconds)
+    words += ["--seconds", str(settings.seconds), "--precision", settings.precision, *LOSSES, *options]
+    return train_student(words, settings.out / name, settings.seconds and settings.seconds + START)
 
 
 def entry_of(name: str, seconds: float, settings: Settings) -> dict[str, Any]:

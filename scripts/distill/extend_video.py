@@ -6,6 +6,9 @@ After Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Deca
 section 4.3: only low-rank updates of the query, key, value and output projections learn, and training is as sparse as
 generation. `--out` gets `checkpoint.safetensors`, `log.jsonl`, `samples/*.png` and at the end `lora/`, for
 `train_moving_digits.load_lora`. Stop it at any time: the same command goes on.
+
+Several processes (`torchrun --nproc-per-node 2 -m scripts.distill.extend_video ...`, or `accelerate launch`) share the
+videos of each step, or with `--parallel halo` the tokens of each video. A run may go on with another number of them.
 """
 
 import argparse
@@ -27,7 +30,9 @@ from scripts.train.digits_training import load_checkpoint, save_checkpoint, step
 from scripts.train.moving_digits import LORA_FILE, flow_matching_loss, load_pipeline, save_sheet
 from scripts.train.moving_digits_data import MovingDigits
 from scripts.train.moving_digits_training import build_pipeline
+from scripts.train.processes import agreed, joined, mean_gradients, mean_of, share_of
 from visattn import Layout, parse
+from visattn.parallel.processes import Place
 from visattn.patterns import Dense
 
 TARGETS = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
@@ -100,14 +105,25 @@ class Extension:
         device: Device of the model.
         resume: Whether to go on from a checkpoint in `out`.
         backend: Backend of the pattern.
+        place: This process among others; None if it is alone.
+        parallel: How they share each video's tokens, None if they share the videos.
 
     Raises:
         ValueError: If the model or the pattern does not fit, or the checkpoint is from another run.
     """
 
     def __init__(
-        self, config: Config, out: Path, device: str = "cpu", resume: bool = True, backend: str = "auto"
+        self,
+        config: Config,
+        out: Path,
+        device: str = "cpu",
+        resume: bool = True,
+        backend: str = "auto",
+        place: Place | None = None,
+        parallel: str | None = None,
     ) -> None:
+        self.place, self.parallel = place or Place(0, 1, device), parallel
+        self.share = slice(None) if parallel else share_of(config.batch, self.place)
         self.config, self.out, self.device, self.backend = config, out, torch.device(device), backend
         pipeline: Any = load_pipeline(config.model)
         self.size, own = pipeline.config.sample_size, pipeline.config.num_frames
@@ -136,15 +152,22 @@ class Extension:
         start, config, progress = time.perf_counter(), self.config, self.progress
         generator = step_generator(config.seed, progress.step)
         videos, labels = self.batches.draw(config.batch, config.frames, self.size, generator)
-        with attention_of(self.model, None if config.pattern == "dense" else config.pattern, self.backend):
-            loss = flow_matching_loss(self.model, videos, labels, generator)
+        pattern = None if config.pattern == "dense" and not self.parallel else config.pattern
+        with attention_of(self.model, pattern, self.backend, self.parallel):
+            loss = flow_matching_loss(self.model, videos, labels, generator, self.share)
             loss.backward()
+        mean_gradients(self.updates.parameters(), self.place)
         lr = progress.lr(config)
         norm = update(self.updates.parameters(), self.optimizer, lr)
         self._average()
-        seconds = time.perf_counter() - start
+        seconds = agreed(time.perf_counter() - start, self.place)
         progress.step, progress.seconds = progress.step + 1, progress.seconds + seconds
-        return {"loss": loss.item(), "grad_norm": norm, "lr": lr, "step_s": round(seconds, 3)}
+        return {
+            "loss": mean_of(loss.detach(), self.place).item(),
+            "grad_norm": norm,
+            "lr": lr,
+            "step_s": round(seconds, 3),
+        }
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -206,6 +229,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto", help="backend of the pattern")
+    parser.add_argument("--parallel", choices=("halo", "ulysses"), help="how processes share the tokens of each video")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--checkpoint-minutes", type=float, default=2.0)
     parser.add_argument("--sample-every", type=int, default=0, help="steps between sample pictures, 0 for none")
@@ -218,9 +242,19 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = Config(**{field.name: getattr(options, field.name) for field in fields(Config)})
         torch.set_num_threads(options.threads)
-        extension = Extension(config, options.out, options.device, options.resume, options.backend)
+        with joined(options.device) as place:
+            given = options.out, place.device, options.resume, options.backend, place, options.parallel
+            _extend(Extension(config, *given), options)
     except ValueError as error:
         raise SystemExit(f"extend_video: {error}") from error
+
+
+def _extend(extension: Extension, options: argparse.Namespace) -> None:
+    """Run to the end; the first process alone writes."""
+    if not extension.place.first:
+        while not extension.progress.advance(extension.config):
+            extension.step()
+        return
     size = run(extension, options.checkpoint_minutes, options.sample_every, lambda line: print(line, flush=True))  # type: ignore[arg-type]
     name = torch.cuda.get_device_name() if extension.device.type == "cuda" else f"CPU, {options.threads} threads"
     done = extension.progress

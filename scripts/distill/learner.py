@@ -40,8 +40,13 @@ class Learner(nn.Module):
         """The frozen original."""
         return self._teacher[0]
 
-    def swap(self) -> Handle:
-        """Gives the student its attention, and registers what the pattern itself brings."""
+    def swap(self, parallel: str | None = None, mesh: Any = None) -> Handle:
+        """Gives the student its attention, and registers what the pattern itself brings.
+
+        Args:
+            parallel: How processes share its tokens, and the teacher's.
+            mesh: Which processes.
+        """
         config = self.config
         self.handle = apply(
             self.student,
@@ -50,7 +55,11 @@ class Learner(nn.Module):
             dense_layers=config.dense_layers,
             backend=config.backend,
             strict=True,
+            parallel=parallel,
+            mesh=mesh,
         )
+        if parallel:
+            apply(self.teacher, "dense", parallel=parallel, mesh=mesh)
         self.own = self.handle.parameters
         return self.handle
 

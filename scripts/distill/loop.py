@@ -20,6 +20,7 @@ from scripts.distill.learner import Learner, as_trained
 from scripts.distill.log import Log
 from scripts.distill.optimizers import build_optimizer, rate_share
 from scripts.distill.settings import RunConfig
+from scripts.distill.sharing import share_weights, whole
 from scripts.distill.state import check_resume, load_checkpoint, save_checkpoint
 from visattn.pipelines.trained import save_trained
 
@@ -59,14 +60,17 @@ class Run:
     def __init__(self, config: RunConfig, accelerator: Accelerator, learner: Learner, parts: list[slice]) -> None:
         self.config, self.accelerator, self.learner, self.parts = config, accelerator, learner, parts
         learner.to(accelerator.device)
+        self.shared = config.fsdp and accelerator.num_processes > 1
+        if self.shared:
+            share_weights(learner, accelerator.device)
         self.trained = learner.trained()
         self.optimizer = build_optimizer(self.trained, config)
         self.average = {name: value.detach().clone() for name, value in self.trained.items()} if config.ema else {}
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         self.checkpoint = config.out / CHECKPOINT
         if config.resume and self.checkpoint.is_file():
-            self.step = load_checkpoint(self.checkpoint, self.trained, self.average, self.optimizer)
-        self.wrapped = accelerator.prepare(learner)
+            self.step, self.seconds = load_checkpoint(self.checkpoint, self.trained, self.average, self.optimizer)
+        self.wrapped: Any = learner if self.shared else accelerator.prepare(learner)
 
     def draw(self, part: slice) -> Any:
         """A part of the batch of the coming step, on the device; it depends on seed, step and part alone."""
@@ -77,24 +81,49 @@ class Run:
 
     def train_step(self) -> dict[str, float]:
         """Runs one step and returns its figures for the log."""
-        config, figures = self.config, {}
+        config, figures, start = self.config, {}, time.perf_counter()
         for i, part in enumerate(self.parts):
             batch, last = self.draw(part), i + 1 == len(self.parts)
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with self._together(last):
                 losses = self.wrapped(batch)
                 total = sum(getattr(config, name) * value for name, value in losses.items()) / len(self.parts)
                 self.accelerator.backward(total)
             for name, value in losses.items():
                 figures[name] = figures.get(name, 0.0) + value.detach() / len(self.parts)
-        norm = clip_grad_norm_(self.trained.values(), config.clip or math.inf)
-        share = rate_share(self.step, config)
+        norm = whole(clip_grad_norm_(self.trained.values(), config.clip or math.inf))
+        share = rate_share(self.step, self.done, config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
         self.step += 1
+        self.seconds += self._agreed(time.perf_counter() - start)
         return figures | {"gradient": norm, "lr": config.rate * share}
+
+    @property
+    def done(self) -> float:
+        """Share of the run that is over, by steps or by the clock: 1 at its end."""
+        limit = self.config.seconds
+        return max(self.step / self.config.steps, self.seconds / limit if limit else 0.0)
+
+    def _agreed(self, seconds: float) -> float:
+        """The mean over all processes: their learning rates must not differ."""
+        if not self.config.seconds or self.accelerator.num_processes == 1:
+            return seconds
+        mean: Any = self.accelerator.reduce(torch.tensor(seconds, device=self.accelerator.device), "mean")
+        return mean.item()
+
+    @contextmanager
+    def _together(self, last: bool) -> Iterator[None]:
+        """Around a part of a step; processes add up their gradients after the last."""
+        if self.shared:
+            self.wrapped.set_requires_gradient_sync(last)
+            with self.accelerator.autocast():
+                yield
+            return
+        with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            yield
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -120,15 +149,18 @@ class Run:
             _fill(self.trained, kept)
 
     def save(self) -> None:
-        """Writes the checkpoint."""
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.checkpoint, self.config, self.step, self.trained, self.average, self.optimizer)
+        """Writes the checkpoint; every process makes this call."""
+        first = self.accelerator.is_main_process
+        if first or self.shared:
+            given = self.config, (self.step, self.seconds), self.trained, self.average, self.optimizer
+            save_checkpoint(self.checkpoint, *given, writes=first)
 
     def export(self) -> Path:
-        """Writes the result; returns its file."""
+        """Writes the result; returns its file. Every process makes this call."""
         path = self.config.out / RESULT
+        result = {name: whole(value) for name, value in self.result.items()}
         if self.accelerator.is_main_process:
-            save_trained(path, as_trained(self.result, self.config, self.step))
+            save_trained(path, as_trained(result, self.config, self.step))
         return path
 
 
@@ -171,7 +203,7 @@ def train(run: Run) -> Path:
     run.accelerator.wait_for_everyone()
     if first:
         stopped = f"stopped after {run.step} of {config.steps} steps, the same command goes on; "
-        print(f"{stopped * (run.step < config.steps)}{result}: {result.stat().st_size / 1e6:.2f} MB", flush=True)
+        print(f"{stopped * (run.done < 1)}{result}: {result.stat().st_size / 1e6:.2f} MB", flush=True)
     return result
 
 
@@ -182,11 +214,11 @@ def _steps(run: Run, log: Log, stop: threading.Event) -> None:
     every = getattr(config, "sample_every", 0)
     started, start = time.perf_counter(), run.step
     with tqdm(total=config.steps, initial=start, unit="step", disable=None if first else True) as bar:
-        while run.step < config.steps:
+        while run.done < 1:
             figures = run.train_step()
-            step, noted = run.step, run.step % config.log_every == 0 or run.step == config.steps
+            step, noted = run.step, run.step % config.log_every == 0 or run.done >= 1
             stopped = _stopped(run, stop, noted)
-            last = step == config.steps or stopped
+            last = run.done >= 1 or stopped
             if noted or last:
                 plain = _means(run, figures)
                 bar.set_postfix({name: f"{plain[name]:.4f}" for name in plain if name != "lr"})

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -90,7 +91,10 @@ def distance(one: torch.Tensor, other: torch.Tensor, weights: torch.Tensor | Non
 
 
 def attention_distance(
-    student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], relative: bool
+    student: Mapping[str, torch.Tensor],
+    teacher: Mapping[str, torch.Tensor],
+    relative: bool,
+    among: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Mean over modules of the mean squared distance of attention outputs.
 
@@ -99,11 +103,17 @@ def attention_distance(
         teacher: The same of the teacher.
         relative: Divide each by the teacher's mean square: layers differ in size by orders of magnitude. False is
             the loss of CLEAR (Liu et al. 2024, section 3.3).
+        among: Processes that have a slab each of the outputs: the mean of what they return is that of the whole.
     """
     found = []
     for path, truth in teacher.items():
-        error = F.mse_loss(student[path].float(), truth.float())
-        found.append(error / truth.float().square().mean().clamp_min(1e-12) if relative else error)
+        error, square = F.mse_loss(student[path].float(), truth.float()), truth.float().square().mean()
+        if among is not None:
+            share = torch.tensor(float(truth.numel()), device=truth.device)
+            sums = torch.stack([share, share * square])
+            dist.all_reduce(sums, group=among)
+            error, square = error * share * dist.get_world_size(among) / sums[0], sums[1] / sums[0]
+        found.append(error / square.clamp_min(1e-12) if relative else error)
     return torch.stack(found).mean()
 
 

@@ -38,9 +38,9 @@ def build_optimizer(trained: dict[str, nn.Parameter], config: RunConfig) -> torc
     return torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
 
 
-def rate_share(step: int, config: RunConfig) -> float:
-    """Learning rate of a step as a share of its peak."""
+def rate_share(step: int, done: float, config: RunConfig) -> float:
+    """Learning rate of a step as a share of its peak, when a share `done` of the run is over."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.schedule == "constant":
         return warm
-    return warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / config.steps)))
+    return warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))

@@ -35,6 +35,10 @@ class RunConfig:
     lora_alpha: float = option(0.0, "LoRA is scaled by alpha / rank; 0: alpha = rank")
     map_rows: int = option(64, "queries per image whose attention rows are matched by --maps")
     steps: int = option(1000, "optimizer steps")
+    seconds: float = option(
+        0.0,
+        "end after so many seconds of steps, learning rate falling by the clock; 0: never",
+    )
     batch: int = option(16, "samples of an optimizer step, over all processes")
     micro_batch: int = option(0, "samples of one forward in one process; 0: all of its share at once")
     optimizer: str = option("adamw", "adamw, or prodigy (package prodigyopt)", ("adamw", "prodigy"))
@@ -46,6 +50,7 @@ class RunConfig:
     clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
     ema: float = option(0.998, "decay of the averaged weights that are exported; 0: no average")
     precision: str = option("no", "mixed precision", ("no", "bf16"))
+    fsdp: bool = option(False, "processes share weights and optimizer states (FSDP2) instead of having all (DDP)")
     cpu: bool = option(False, "run on the CPU though there is a GPU")
     threads: int = option(0, "threads of torch on the CPU; 0: its own choice")
     seed: int = option(0, "seed of everything random")
@@ -61,6 +66,7 @@ class RunConfig:
             if choices and getattr(self, entry.name) not in choices:
                 raise ValueError(f"{flag(entry)} {getattr(self, entry.name)!r} does not exist: {' or '.join(choices)}")
         self._check_pattern()
+        self._check_sharing()
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
         for wanted, package, why in (
@@ -81,6 +87,14 @@ class RunConfig:
                 raise ValueError(f"{flag(entry)} {value} must be at least {least}")
         if self.ema >= 1:
             raise ValueError(f"--ema {self.ema} must be from 0 to below 1")
+
+    def _check_sharing(self) -> None:
+        if self.fsdp and self.optimizer == "prodigy":
+            raise ValueError("--fsdp with --optimizer prodigy, which measures all weights at once: pass adamw")
+        if self.fsdp and getattr(self, "sample_every", 0):
+            raise ValueError(
+                "--fsdp with --sample-every: one process draws, and has a part of the weights: leave it out"
+            )
 
     def _check_pattern(self) -> None:
         if not any(getattr(self, name) for name in self.losses()):
@@ -109,7 +123,18 @@ class RunConfig:
 
 
 # Settings that a resumed run may change: no weight depends on them.
-CHANGEABLE = {"out", "save_every", "log_every", "sample_every", "tensorboard", "threads", "resume"}
+CHANGEABLE = {
+    "out",
+    "save_every",
+    "log_every",
+    "sample_every",
+    "tensorboard",
+    "threads",
+    "resume",
+    "fsdp",
+    "sequence",
+    "parallel",
+}
 
 
 def flag(entry: Field[Any]) -> str:

@@ -12,48 +12,71 @@ from safetensors import safe_open
 
 from scripts.distill.samples import save_tensors
 from scripts.distill.settings import CHANGEABLE, RunConfig
+from scripts.distill.sharing import like, whole
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 def save_checkpoint(
-    path: Path, config: RunConfig, step: int, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer
+    path: Path,
+    config: RunConfig,
+    done: tuple[int, float],
+    trained: Tensors,
+    average: Tensors,
+    optimizer: torch.optim.Optimizer,
+    writes: bool = True,
 ) -> None:
-    """Writes all that a resumed run needs into one safetensors file; a kill leaves the older file whole."""
+    """Writes all that a resumed run needs into one safetensors file; a kill leaves the older file whole.
+
+    Args:
+        path: The file.
+        config: Settings.
+        done: Steps, and seconds of steps.
+        trained: The parameters that learn.
+        average: Their averages.
+        optimizer: Their optimizer.
+        writes: Whether this process writes; the others help where all have parts of the tensors.
+    """
     state = optimizer.state_dict()
-    tensors = {f"trained.{name}": value for name, value in trained.items()}
-    tensors |= {f"average.{name}": value for name, value in average.items()}
+    tensors = {f"trained.{name}": whole(value) for name, value in trained.items()}
+    tensors |= {f"average.{name}": whole(value) for name, value in average.items()}
     plain: dict[str, Any] = {}
     for i, values in state["state"].items():
         for key, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{i}.{key}"] = value
+                tensors[f"optimizer.{i}.{key}"] = whole(value)
             else:
                 plain[f"{i}.{key}"] = value
+    if not writes:
+        return
     groups = [{k: v.item() if isinstance(v, torch.Tensor) else v for k, v in g.items()} for g in state["param_groups"]]
-    known = {"config": config.to_json(), "step": step, "plain": plain, "groups": groups}
+    known = {"config": config.to_json(), "step": done[0], "seconds": done[1], "plain": plain, "groups": groups}
     save_tensors(path, tensors, {"run": json.dumps(known)})
 
 
-def load_checkpoint(path: Path, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer) -> int:
-    """Restores what `save_checkpoint` wrote, in place; returns the steps done."""
+def load_checkpoint(
+    path: Path, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Restores what `save_checkpoint` wrote, in place; returns the steps done and their seconds."""
     with safe_open(path, framework="pt") as file:
         known = json.loads(file.metadata()["run"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     with torch.no_grad():
         for part, own in (("trained", trained), ("average", average)):
             for name, value in own.items():
-                value.copy_(tensors[f"{part}.{name}"])
+                value.copy_(like(tensors[f"{part}.{name}"], value))
     state: dict[int, dict[str, Any]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             i, name = key.removeprefix("optimizer.").split(".", 1)
-            state.setdefault(int(i), {})[name] = value
+            own = parameters[int(i)]
+            state.setdefault(int(i), {})[name] = like(value, own) if value.shape == own.shape else value
     for key, value in known["plain"].items():
         i, name = key.split(".", 1)
         state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": known["groups"]})
-    return known["step"]
+    return known["step"], known["seconds"]
 
 
 def check_resume(path: Path, config: RunConfig) -> int:

@@ -50,6 +50,7 @@ class Distiller(Learner):
         teacher: The denoiser, on the device.
         anchor: Its argument with the noisy latents.
         config: Settings.
+        mesh: The processes that share each sample's tokens.
 
     Raises:
         ValueError: If the pattern, the layers or the projections do not fit the model.
@@ -57,7 +58,7 @@ class Distiller(Learner):
 
     config: Config
 
-    def __init__(self, teacher: nn.Module, anchor: str, config: Config) -> None:
+    def __init__(self, teacher: nn.Module, anchor: str, config: Config, mesh: Any = None) -> None:
         super().__init__(teacher, config)
         self.anchor = anchor
         self.sites = selected_sites(self.student, config)
@@ -65,7 +66,8 @@ class Distiller(Learner):
             _checkpoint(self.student)
         learning = projections(self.sites, config)
         self.lora = add_lora(self.student, list(learning), config) if config.lora else []
-        self.swap()
+        self.swap(*(() if mesh is None else (config.parallel, mesh)))
+        self._among = None if mesh is None else mesh.get_group()
         for module in () if config.lora else learning.values():
             module.requires_grad_(True)
         watched = [path for path, _ in matched_sites(teacher, self.sites, config)]
@@ -88,10 +90,28 @@ class Distiller(Learner):
             if config.output:
                 losses["output"] = distance(predicted, truth, batch.weights)
             if config.attention:
-                losses["attention"] = attention_distance(attended, expected, config.attention_scale == "relative")
+                self._check_slabs()
+                relative = config.attention_scale == "relative"
+                losses["attention"] = attention_distance(attended, expected, relative, self._among)
             if config.maps:
                 losses["maps"] = self.row_distance()
         return losses
+
+    def _check_slabs(self) -> None:
+        """See that no process's attention outputs hold tokens that others have too.
+
+        Raises:
+            ValueError: If they do.
+        """
+        if self._among is None:
+            return
+        layouts = {call.problem.layout for site in self.handle.report().sites for call in site.calls}
+        joint = next((layout for layout in layouts if layout.prefix or layout.suffix), None)
+        if joint is not None:
+            raise ValueError(
+                f"--attention with --sequence: attention outputs on {joint} hold text, which every process has: pass "
+                "--attention 0"
+            )
 
     def _predict(
         self, model: nn.Module, recorder: Recorder, batch: Batch

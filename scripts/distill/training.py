@@ -10,6 +10,7 @@ from scripts.distill.noise import Noise
 from scripts.distill.optimizers import micro_batches
 from scripts.distill.pictures import Pictures
 from scripts.distill.samples import SampleSet
+from scripts.distill.sharing import sequence_mesh
 from scripts.distill.student import Batch, Distiller, build_batch
 from visattn.pipelines.load import load_pipeline
 
@@ -26,7 +27,9 @@ class Training(Run):
 
     def __init__(self, config: Config) -> None:
         accelerator = begin(config)
-        parts = micro_batches(config, accelerator.process_index, accelerator.num_processes)
+        together = config.sequence
+        mesh = sequence_mesh(accelerator.device, accelerator.num_processes, together)
+        parts = micro_batches(config, accelerator.process_index // together, accelerator.num_processes // together)
         self.samples = SampleSet(config.samples)
         index = self.samples.index
         self.noise = Noise(
@@ -38,7 +41,8 @@ class Training(Run):
                 f"{config.model} has no {index.denoiser}, which the samples in {config.samples} were made by"
             )
         self.settings, self.pictures = config, Pictures(pipe, index, config.out / "samples")
-        super().__init__(config, accelerator, Distiller(getattr(pipe, index.denoiser), index.anchor, config), parts)
+        learner = Distiller(getattr(pipe, index.denoiser), index.anchor, config, mesh)
+        super().__init__(config, accelerator, learner, parts)
 
     def draw(self, part: slice) -> Batch:
         """See `Run.draw`."""

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from scripts.measure.animoji_judge import ClipJudge
-from scripts.measure.emoji import DENSE, Draftsman, Drawn, add_options, measure, report
+from scripts.measure.draftsman import DENSE, Draftsman, Drawn
+from scripts.measure.emoji import add_options, measure, report
 from scripts.train.animoji_data import SIDE, load_pack
 from visattn.canvas import column, row
 

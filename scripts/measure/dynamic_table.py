@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from scripts.measure import animoji, emoji
-from scripts.measure.emoji import DENSE, Draftsman, Student, add_options, measure, patched, report, write
+from scripts.measure.draftsman import DENSE, Draftsman, Student, patched
+from scripts.measure.emoji import add_options, measure, report, write
 from scripts.train.animoji_data import SIDE as CLIP_SIDE
 
 DENSITIES = (0.2, 0.1, 0.3)
-TRIED_STEPS, HALVINGS, CLOSE = 6, 7, 0.02
+# Relative distances from a density at which the search ends, and beyond which a pattern is left out.
+TRIED_STEPS, HALVINGS, CLOSE, FAR = 6, 7, 0.02, 0.15
 SQUARES = {0.1: (20, 7), 0.2: (29, 13), 0.3: (35, 19)}
 WINDOWS = {0.1: ("7x7x8", "16x5x5"), 0.2: ("9x9x10", "16x7x7"), 0.3: ("11x11x10", "16x9x9")}
 
@@ -50,7 +52,11 @@ class Family:
         return self.text.format(round(number) if self.whole else f"{number:.4g}")
 
     def of_density(self, density: float, reached: Callable[[str], float]) -> str:
-        """The pattern whose density, which `reached` measures, is nearest to one; found by halving."""
+        """The pattern whose density, which `reached` measures, is nearest to one; found by halving.
+
+        Raises:
+            ValueError: If the densities of its numbers are all far from it.
+        """
         low, high, best = self.least, self.most, (2.0, "")
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -59,29 +65,33 @@ class Family:
             low, high = (middle, high) if found < density else (low, middle)
             if best[0] < CLOSE * density:
                 break
+        if best[0] > FAR * density:
+            raise ValueError(f"the density of {best[1]} is {best[0]:.3f} off {density:g}, and none is nearer")
         return best[1]
 
 
 def rows_of(kind: str, density: float) -> list[str | Family]:
-    """What is compared at a density."""
+    """What is compared at a density; what takes longest comes last, for runs of limited time."""
     keep = f"keep={density:g}"
-    found: list[str | Family] = [
-        f"topk({keep})",
-        f"topk({keep},rest=mean)",
-        f"topk({keep},rest=slope)",
-        Family("topp(p={})", 0.01, 0.99),
-        Family("above(tau={})", 3.0, -1.0),
-        Family("above(tau={},rest=mean)", 3.0, -1.0),
-        Family("kmeans(queries=64,keys=128,p={},floor=0.0,start=20)", 0.01, 0.99),
-    ]
+    found: list[str | Family] = [f"topk({keep})", f"topk({keep},rest=mean)", f"topk({keep},rest=slope)"]
     if kind == "pictures":
         side, far = SQUARES[density]
         square = f"na(window={side}x{side})"
+        found += [square, Family("clear(radius={})", 4, 40, whole=True)]
         best = f"best(of=[{square},na(window=-1x{far}),na(window={far}x-1)])"
-        return [*found, square, Family("clear(radius={})", 4, 40, whole=True), best]
-    cube, tube = (f"na(window={window})" for window in WINDOWS[density])
-    ball, radial = Family("clear(radius={})", 2, 14, whole=True), Family("radial(decay={})", 0.02, 4.0)
-    return [*found, cube, tube, ball, radial, f"best(of=[{cube},{tube}])"]
+    else:
+        cube, tube = (f"na(window={window})" for window in WINDOWS[density])
+        ball, radial = Family("clear(radius={})", 2, 14, whole=True), Family("radial(decay={},block=8)", 0.02, 4.0)
+        found += [cube, tube, ball, radial]
+        best = f"best(of=[{cube},{tube}])"
+    return [
+        *found,
+        Family("above(tau={},rest=mean)", 3.0, -1.0),
+        Family("above(tau={})", 3.0, -1.0),
+        Family("topp(p={})", 0.01, 0.99),
+        best,
+        Family("kmeans(queries=64,keys=128,p={},floor=0.0,start=20)", 0.01, 0.99),
+    ]
 
 
 class Tuner:

@@ -6,7 +6,8 @@ Every pattern draws the same captions from the same noise: 100 that training kne
 the pictures for which the judge (scripts.measure.emoji_encoder) puts the right caption first, or among the first five,
 of the 100, with Wilson's 95 % intervals. The Frechet distance to held-out real pictures is that of the judge's features
 in their 16 main axes: 100 pictures say nothing about a covariance in all 128. "real" has the same figures of real
-pictures. Stop it at any time, or with --seconds: rows that are in --out are not measured again.
+pictures. Stop it at any time, or with --seconds: rows that are in --out are not measured again. Where others use the
+device too, --shared leaves out the times; the same command without it adds them later.
 """
 
 from __future__ import annotations
@@ -16,26 +17,24 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from scripts.measure.draftsman import DENSE, Draftsman, Drawn, Student
 from scripts.measure.emoji_encoder_model import ENCODER, SIDE, load_encoder
 from scripts.measure.emoji_judge import Judge
 from scripts.measure.emoji_prompts import CAPTIONS, KINDS
 from scripts.train.emoji_data import load_pack
-from visattn import apply
-from visattn.canvas import column, row, text
+from visattn.canvas import column, text
 from visattn.environment import devices, versions
 from visattn.files import written_whole
 from visattn.pipelines.load import load_pipeline
-from visattn.pipelines.trained import Trained, load_own, load_trained, trained_weights
+from visattn.pipelines.trained import load_trained
 
-DENSE, SHIPPED = "dense", "shipped"
 # Every pattern of the package that an image model of FLUX's kind takes: radial is for videos, agentsd for UNets.
 PATTERNS = (
     DENSE,
@@ -54,124 +53,6 @@ PATTERNS = (
     "sigmoid(sparse=na(window=17x17))",
     "sparselinear(sparse=na(window=16x16,stride=8x8))",
 )
-SHOWN, SHOWN_SIDE = 8, 128
-WARM_UP_STEPS = 2
-
-
-@dataclass(frozen=True)
-class Student:
-    """What runs: a pattern, with the model's own weights or trained ones, behind some steps of dense attention."""
-
-    pattern: str
-    weights: Path | None = None
-    dense_steps: int = 0
-
-    @property
-    def name(self) -> str:
-        """Name of the weights."""
-        return SHIPPED if self.weights is None else self.weights.parent.name
-
-    def key(self, size: int) -> str:
-        """Of the row in the results."""
-        behind = f", {self.dense_steps} dense steps" if self.dense_steps else ""
-        return f"{self.pattern}, {size} px, {self.name}{behind}"
-
-
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """Pictures [N, 3, size, size] by kind of captions, values 0 to 1 on the CPU; seconds and density."""
-
-    pictures: dict[str, torch.Tensor]
-    seconds: float
-    attention_seconds: float
-    density: float | None
-    backends: list[str]
-
-
-class Draftsman:
-    """Draws all captions of a judge with a pattern, always from the same noise.
-
-    Args:
-        pipe: The pipeline.
-        judge: Has the captions.
-        options: Steps, guidance, batch, seed of the command line.
-    """
-
-    def __init__(self, pipe: Any, judge: Judge, options: argparse.Namespace) -> None:
-        self.pipe, self.judge, self.options = pipe, judge, options
-
-    def draw(self, student: Student, size: int) -> Drawn:
-        """Pictures of every caption."""
-        options, batch = self.options, self.batch(size)
-        with patched(self.pipe, student, options.backend) as handle:
-            self.call(self.judge.captions(next(iter(KINDS)))[:batch], 0, size, WARM_UP_STEPS)
-            before = handle.report()
-            start, made = time.perf_counter(), {}
-            for number, kind in enumerate(KINDS):
-                captions = self.judge.captions(kind)
-                parts = []
-                for first in range(0, len(captions), batch):
-                    some = captions[first : first + batch]
-                    parts.append(self.call(some, options.seed + number * 100_000 + first, size, options.steps))
-                made[kind] = torch.cat(parts)
-            seconds, after = time.perf_counter() - start, handle.report()
-        inside = [each.sparse_seconds + each.dense_seconds for each in (before, after)]
-        backends = sorted({call.backend for site in after.sites for call in site.calls})
-        density = 1.0 if student.pattern == DENSE else after.density
-        count = sum(len(pictures) for pictures in made.values())
-        return Drawn(made, seconds / count, (inside[1] - inside[0]) / count, density, backends)
-
-    def batch(self, size: int) -> int:
-        """Samples that are drawn at once."""
-        return max(1, 256 * 256 * self.options.batch // size**2)
-
-    def shape(self, size: int) -> tuple[int, ...]:
-        """Of the noise of one sample."""
-        return (3, size, size)
-
-    def sheet(self, drawn: Drawn) -> Image.Image:
-        """The first samples of each kind."""
-        return row([_picture(each) for some in drawn.pictures.values() for each in some[:SHOWN]], gap=4)
-
-    def call(self, captions: Sequence[str], seed: int, size: int, steps: int) -> torch.Tensor:
-        """Pictures of some captions; the noise of each has a seed of its own."""
-        noise = [
-            torch.randn(1, *self.shape(size), generator=torch.Generator().manual_seed(seed + i))
-            for i in range(len(captions))
-        ]
-        sizes = {"height": size, "width": size, "num_inference_steps": steps}
-        output = self.pipe(
-            captions, latents=torch.cat(noise), guidance_scale=self.options.guidance, output_type="pt", **sizes
-        )
-        return output[0].float().cpu()
-
-
-def _picture(pixels: torch.Tensor) -> Image.Image:
-    """[3, H, W], values 0 to 1, at SHOWN_SIDE."""
-    whole = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
-    return whole.resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BOX)
-
-
-@contextmanager
-def patched(pipe: Any, student: Student, backend: str) -> Iterator[Any]:
-    """The pipeline with a pattern and its weights; dense by visattn too, so that its attention is timed alike."""
-    if student.weights is None:
-        with apply(
-            pipe,
-            student.pattern,
-            backend="auto" if student.pattern == DENSE else backend,
-            strict=True,
-            dense_steps=student.dense_steps,
-        ) as handle:
-            yield handle
-        return
-    trained: Trained = load_trained(student.weights)
-    with (
-        trained_weights(pipe.transformer, trained),
-        apply(pipe, student.pattern, backend=backend, strict=True, dense_steps=student.dense_steps) as handle,
-    ):
-        load_own(handle, trained)
-        yield handle
 
 
 def judge_of(encoder: Any, options: argparse.Namespace) -> Judge:
@@ -204,19 +85,38 @@ def measure(
     figures = begin(options, pipe, judge, about)
     draftsman = drawn_by(pipe, judge, options)
     students += also(draftsman, figures) if also else []
-    for size in options.sizes:
-        rows = figures["rows"]
-        missing = [each for each in students if "error" in rows.get(each.key(size), {"error": "not measured"})]
-        if not missing:
-            continue
-        dense = draftsman.draw(Student(DENSE), size)
-        for student in missing:
-            if options.seconds and time.monotonic() - start > options.seconds:
-                print(f"stopped after {options.seconds:g} s: the same command goes on", flush=True)
-                return figures
-            figures["rows"][student.key(size)] = entry(student, size, draftsman, dense, options)
-            write(figures, options.out)
+    for size, student, make in _missing(students, figures["rows"], draftsman, options):
+        if options.seconds and time.monotonic() - start > options.seconds:
+            print(f"stopped after {options.seconds:g} s: the same command goes on", flush=True)
+            break
+        figures["rows"][student.key(size)] = make()
+        write(figures, options.out)
     return figures
+
+
+def _missing(
+    students: Sequence[Student], rows: dict[str, Any], draftsman: Draftsman, options: argparse.Namespace
+) -> Iterator[tuple[int, Student, Callable[[], dict[str, Any]]]]:
+    """Size, student and what makes its row, for each row that is not there or has no times yet."""
+    for size in options.sizes:
+        missing = [each for each in students if "error" in rows.get(each.key(size), {"error": "not measured"})]
+        dense = draftsman.draw(Student(DENSE), size) if missing else None
+        for student in missing:
+            assert dense is not None
+            yield size, student, partial(entry, student, size, draftsman, dense, options)
+        for student in students:
+            known = rows[student.key(size)]
+            if not options.shared and known.get("seconds", 0) is None:
+                yield size, student, partial(_timed, known, student, size, draftsman)
+
+
+def _timed(known: dict[str, Any], student: Student, size: int, draftsman: Draftsman) -> dict[str, Any]:
+    """A row that was measured where others used the device too, with the times of one batch of each kind."""
+    return known | _times(draftsman.draw(student, size, draftsman.batch(size)))
+
+
+def _times(drawn: Drawn) -> dict[str, float]:
+    return {"seconds": round(drawn.seconds, 5), "attention_seconds": round(drawn.attention_seconds, 5)}
 
 
 def entry(
@@ -235,7 +135,7 @@ def entry(
         return found | {"error": (str(error) or type(error).__name__).splitlines()[0]}
     judge = draftsman.judge
     found |= {"density": drawn.density, "backends": drawn.backends}
-    found |= {"seconds": round(drawn.seconds, 5), "attention_seconds": round(drawn.attention_seconds, 5)}
+    found |= dict.fromkeys(_times(drawn)) if options.shared else _times(drawn)
     found |= {kind: judge.named(drawn.pictures[kind], kind) for kind in KINDS}
     if not twin:
         pairs = [torch.cat(list(each.pictures.values())) for each in (drawn, dense)]
@@ -257,7 +157,9 @@ def begin(options: argparse.Namespace, pipe: Any, judge: Judge, encoder: dict[st
     settings |= {"device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"}
     if options.out.is_file() and not options.force:
         known = json.loads(options.out.read_text())
-        other = [name for name, value in settings.items() if known["settings"].get(name) != value]
+        # The device is that of the times.
+        compared = {name: value for name, value in settings.items() if name != "device" or not options.shared}
+        other = [name for name, value in compared.items() if known["settings"].get(name) != value]
         if other:
             then, now = known["settings"].get(other[0]), settings[other[0]]
             raise ValueError(
@@ -327,6 +229,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=2)
     add("--seconds", type=float, default=0.0, help="begin no row after so long; 0: no limit")
     add("--out", type=Path, default=Path("docs/results/emoji-quality.json"))
+    add("--shared", action="store_true", help="others use the device too: leave out the times")
     add("--force", action="store_true", help="begin --out anew")
     add("--pictures", type=Path, help="folder for some of the samples")
 
@@ -338,7 +241,9 @@ def report(figures: dict[str, Any]) -> None:
             print(f"{key:<64} {found['error']}")
         else:
             shares = "  ".join(f"{kind} {found[kind]['top1']:.0%}/{found[kind]['top5']:.0%}" for kind in KINDS)
-            print(f"{key:<64} {shares}  {found['seconds']:.3f} s, attention {found['attention_seconds']:.3f} s")
+            inside, whole = found["attention_seconds"], found["seconds"]
+            times = "" if whole is None else f"  {whole:.3f} s, attention {inside:.3f} s"
+            print(f"{key:<64} {shares}{times}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

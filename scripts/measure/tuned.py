@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,16 +36,18 @@ PROMPTS = {
     "emoji": ("bus, gradient", "smiling cat, flat", "a red apple, 3d", "post office, gradient", "rocket, 3d"),
     "animoji": ("clapping hands", "waving hand, 3d", "man juggling", "red apple, still", "party popper"),
 }
-# Further patterns of the grid beyond the candidates of the search, as shares of the axes and of blocks.
-WINDOWS, KEEPS = (0.2, 0.3, 0.6, 0.9), (0.25, 0.35, 0.6, 0.8)
+# Further windows of the grid beyond the candidates of the search, as shares of the axes.
+WINDOWS = (0.2, 0.3, 0.6, 0.9)
+# Single patterns this much below the lowest bound in the quick samples are measured no further, in dB.
+FAR = 3.0
+# Times that what is compared runs.
+TURNS = 3
 
 
-def grid_of(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Single patterns for a grid of tokens."""
-    more = [f"topk(keep={keep}, rest={rest})" for keep in KEEPS for rest in ("mean", "drop")]
-    more += [f"topk(keep={keep}, rest=mean, every=4)" for keep in (0.1, 0.2, 0.4)]
-    more += [f"na(window={'x'.join(str(max(1, round(w * n)) | 1) for n in shape)})" for w in WINDOWS]
-    return checked([*candidates(shape), *more], shape)[1:]
+def grid_of(shape: tuple[int, ...], every: int) -> tuple[str, ...]:
+    """Single patterns for a grid of tokens: the candidates of the search, and more windows."""
+    more = [f"na(window={'x'.join(str(max(1, round(w * n)) | 1) for n in shape)})" for w in WINDOWS]
+    return checked([*candidates(shape, every), *more], shape)[1:]
 
 
 def everywhere(pattern: str, measurer: Measurer, first: int) -> Assignment:
@@ -54,19 +57,29 @@ def everywhere(pattern: str, measurer: Measurer, first: int) -> Assignment:
     return (row,) * measurer.subject.layers
 
 
-def measure_grid(measurer: Measurer) -> list[dict[str, Any]]:
-    """Quality and time of every single pattern, as far as the time reaches; those that cannot run say why."""
+def measure_grid(measurer: Measurer, every: int, lowest: float) -> list[dict[str, Any]]:
+    """Quality and time of every single pattern, as far as the time reaches; of those left out it says why.
+
+    Args:
+        measurer: Measures.
+        every: Steps that lists are kept for, in patterns that keep them.
+        lowest: The lowest bound, in dB.
+    """
     found: list[dict[str, Any]] = []
-    patterns = grid_of(measurer.subject.grid)
+    patterns, times, far = grid_of(measurer.subject.grid, every), known_times(measurer), set()
     try:
-        for first in (0, 1):
+        # What is far off even with the first steps dense is farther without.
+        for first in (1, 0):
             for pattern in patterns:
-                row = {"pattern": pattern, "dense_stages": first}
-                try:
-                    outcome = measurer.outcome(everywhere(pattern, measurer, first), measurer.plan.samples)
-                    row |= outcome.to_dict()
-                except (ValueError, RuntimeError) as error:
-                    row["error"] = str(error).splitlines()[0]
+                row: dict[str, Any] = {"pattern": pattern, "dense_stages": first}
+                if times.get(pattern, 0.0) > times.get(DENSE, math.inf):
+                    row["error"] = "takes longer than dense attention"
+                elif pattern in far:
+                    row["error"] = "far from all bounds with the first steps dense"
+                else:
+                    measure_single(row, measurer, lowest)
+                if "quick" in row:
+                    far.add(pattern)
                 found.append(row)
                 print(f"grid {len(found)} of {2 * len(patterns)}: {pattern}, {first}", flush=True)
     except OutOfTime:
@@ -74,17 +87,60 @@ def measure_grid(measurer: Measurer) -> list[dict[str, Any]]:
     return found
 
 
-def best_single(rows: Sequence[dict[str, Any]], goal: Goal, measurer: Measurer) -> dict[str, Any] | None:
-    """The fastest of the grid that holds on the measured samples, verified on held-out ones; None for none."""
+def measure_single(row: dict[str, Any], measurer: Measurer, lowest: float) -> None:
+    """Measure a row of the grid: if a few samples are near enough to the lowest bound, all of them."""
+    assignment = everywhere(row["pattern"], measurer, row["dense_stages"])
+    try:
+        quick = measurer.quality(assignment)
+        if quick.held(0.5) < lowest - FAR:
+            row["quick"] = list(quick.psnr)
+        else:
+            row |= measurer.outcome(assignment, measurer.plan.samples).to_dict()
+    except (ValueError, RuntimeError) as error:
+        row["error"] = str(error).splitlines()[0]
+
+
+def known_times(measurer: Measurer) -> dict[str, float]:
+    """Time of a call of each candidate, the mean of the layers; nothing where none was measured."""
+    try:
+        local = measurer.local()
+    except OutOfTime:
+        return {}
+    rows = [stages[0] for stages in local]
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: sum(row[name].seconds for row in rows) / len(rows) for name in names}
+
+
+def best_single(rows: Sequence[dict[str, Any]], goal: Goal, measurer: Measurer) -> dict[str, Any]:
+    """The fastest that holds on the measured samples, verified on held-out ones: of the grid, or dense attention."""
     assert goal.psnr is not None
+    dense = everywhere(DENSE, measurer, 0)
     good = [row for row in rows if "psnr" in row and Outcome.of(row).held(goal.share) >= goal.psnr + goal.margin]
-    if not good:
-        return None
+    good.append({"pattern": DENSE, "dense_stages": 0} | measurer.outcome(dense, measurer.plan.samples).to_dict())
     best = min(good, key=lambda row: row["attention_seconds"])
     first = measurer.plan.seed + HELD_OUT
     assignment = everywhere(best["pattern"], measurer, best["dense_stages"])
     found = measurer.outcome(assignment, range(first, first + goal.held_out))
     return {"pattern": best["pattern"], "dense_stages": best["dense_stages"], **found.to_dict()}
+
+
+def in_turns(assignments: dict[str, Assignment], goal: Goal, measurer: Measurer) -> dict[str, Any]:
+    """Seconds of a sample in attention and in all, medians of turns: what is compared runs close together."""
+    seeds = range(measurer.plan.seed + HELD_OUT, measurer.plan.seed + HELD_OUT + goal.held_out)
+    subject, edges = measurer.subject, measurer.plan.edges
+    found: dict[str, list[Outcome]] = {name: [] for name in assignments}
+    for turn in range(TURNS):
+        for name, assignment in list(assignments.items())[:: -1 if turn % 2 else 1]:
+            key = ["turn", turn, assignment, list(seeds)]
+            row = measurer.journal.get(key, lambda: subject.outcome(edges, assignment, seeds).to_dict())  # noqa: B023
+            found[name].append(Outcome.of(row))
+    return {
+        name: {
+            "attention_seconds": statistics.median(each.attention_seconds for each in some),
+            "seconds": statistics.median(each.seconds for each in some),
+        }
+        for name, some in found.items()
+    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -97,8 +153,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     size = None if options.size is None else (options.size, options.size)
     samples = Samples(PROMPTS[options.model], options.steps, options.guidance, size, None, options.batch)
     subject = PipelineSubject(pipe, samples, options.model)
-    plan = Plan(candidates(subject.grid), seeds=options.seeds, quick=options.quick)
-    journal = Journal(options.out / f"{options.model}.jsonl", subject.about() | {"candidates": plan.candidates})
+    # Lists that are kept for all steps of a stage.
+    every = max(1, round(subject.steps / options.stages))
+    plan = Plan(candidates(subject.grid, every), options.stages, seeds=options.seeds, quick=options.quick)
+    journal = Journal(
+        options.out / f"{options.model}.jsonl", subject.about() | {"candidates": plan.candidates, "stages": plan.stages}
+    )
 
     def tell(what: str, done: int, of: int) -> None:
         print(f"{time.monotonic() - start:6.1f} s  {what}: {done} of {of}", flush=True)
@@ -121,6 +181,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         made = tuned(search, found)
         made.write(options.out / f"{options.model}-{goal.psnr:g}.json")
         results["bounds"][f"{goal.psnr:g}"] = {
+            "assignment": found.assignment,
             "tuned": found.verified.to_dict(),
             "verified": dict(made.verified),
             "held_in": sum(value >= (goal.psnr or 0) for value in found.verified.psnr),
@@ -131,11 +192,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         write(results, options)
     measurer.deadline = start + options.seconds
-    results["grid"] = rows = measure_grid(measurer)
+    results["grid"] = rows = measure_grid(measurer, every, min(options.psnr))
     measurer.deadline = math.inf
     for goal in goals:
-        results["bounds"][f"{goal.psnr:g}"]["single"] = best_single(rows, goal, measurer)
-    write(results, options)
+        row = results["bounds"][f"{goal.psnr:g}"]
+        if "assignment" not in row:
+            continue
+        row["single"] = single = best_single(rows, goal, measurer)
+        compared = {
+            "tuned": row["assignment"],
+            "single": everywhere(single["pattern"], measurer, single["dense_stages"]),
+            "dense": everywhere(DENSE, measurer, 0),
+        }
+        row["times"] = in_turns(compared, goal, measurer)
+        write(results, options)
     return results
 
 
@@ -151,12 +221,13 @@ def report(results: dict[str, Any]) -> None:
         if "tuned" not in row:
             print(f"{bound} dB: {row['error']}")
             continue
-        figures, single = row["verified"], row["single"]
-        text = "none holds" if single is None else f"{single['attention_seconds'] * 1e3:.2f} ms ({single['pattern']})"
+        times = {name: 1e3 * each["attention_seconds"] for name, each in row["times"].items()}
+        gain, single = 1 - times["tuned"] / min(times["single"], times["dense"]), row["single"]
         print(
-            f"{bound} dB: attention {figures['attention_seconds'] * 1e3:.2f} ms of "
-            f"{figures['attention_seconds_dense'] * 1e3:.2f} dense, held in {row['held_in']} of {figures['samples']}; "
-            f"best single pattern {text}; ranks {row['rank_correlation']}"
+            f"{bound} dB: attention {times['tuned']:.2f} ms a sample, dense {times['dense']:.2f}, best single pattern "
+            f"{times['single']:.2f} ({single['pattern']}, {single['dense_stages']} parts dense): "
+            f"{gain:.0%} less; held in {row['held_in']} of {row['verified']['samples']}; "
+            f"ranks {row['rank_correlation']}"
         )
 
 
@@ -166,8 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", choices=[name for name in EMBEDDED if name in PROMPTS], default="emoji")
     add("--psnr", nargs="+", type=float, default=[25.0, 30.0, 35.0], help="bounds in dB")
-    add("--seeds", type=int, default=16, help="samples of a schedule's quality")
-    add("--quick", type=int, default=4, help="samples of an injection")
+    add("--seeds", type=int, default=20, help="samples of a schedule's quality")
+    add("--quick", type=int, default=8, help="samples of an injection")
+    add("--stages", type=int, default=4, help="equal parts of the steps with patterns of their own")
     add("--held-out", type=int, default=20, help="samples that verify")
     add("--batch", type=int, default=20, help="samples at once")
     add("--steps", type=int, help="the model's own")

@@ -145,8 +145,12 @@ def flow_matching_loss(
     return F.mse_loss(velocity, noise - images)
 
 
-def attention_of(model: nn.Module, pattern: str | None, backend: str = "auto") -> AbstractContextManager[Any]:
+def attention_of(
+    model: nn.Module, pattern: str | None, backend: str = "auto", parallel: str | None = None
+) -> AbstractContextManager[Any]:
     """Context in which the model runs with a pattern on a backend; None leaves its dense attention.
+
+    With `parallel` the processes share each sample's tokens, see `visattn.apply`.
 
     Raises:
         RuntimeError: If visattn cannot apply the pattern.
@@ -158,7 +162,7 @@ def attention_of(model: nn.Module, pattern: str | None, backend: str = "auto") -
     except ImportError as error:
         message = f"finishing with {pattern} needs visattn.apply ({error}): pass --finish-attention dense"
         raise RuntimeError(message) from error
-    return apply(model, pattern, backend=backend, strict=True)
+    return apply(model, pattern, backend=backend, strict=True, parallel=parallel)
 
 
 class Run(Protocol):

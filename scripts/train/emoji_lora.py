@@ -7,7 +7,8 @@ it, before or after `visattn.apply`, whatever the pattern:
 
     pipe.transformer.load_lora_adapter("out/emoji-lora", prefix=None)
 
-Only pictures of the training split are learned from. The folder is written when training ends.
+Only pictures of the training split are learned from. The folder is written when training ends. Several processes
+(`torchrun --nproc-per-node 2 -m scripts.train.emoji_lora ...`, or `accelerate launch`) share the pictures of each step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from scripts.train.emoji_data import Pack, load_pack
 from scripts.train.emoji_sources import SIDE, STYLES
 from scripts.train.emoji_training import Config, draw, loss_of
 from scripts.train.flow_loop import autocast
+from scripts.train.processes import agreed, joined, mean_gradients, mean_of, share_of
 from visattn.files import output_folder
+from visattn.parallel.processes import Place
 from visattn.pipelines.embedded.pixel_flux import PixelFluxPipeline
 from visattn.pipelines.load import load_pipeline
 
@@ -46,9 +49,12 @@ class Training:
         pipeline: The model in float32; its own weights stay as they are.
         pack: The real pictures, on the pipeline's device.
         options: Of the command line.
+        place: This process among others; None if it is alone.
     """
 
-    def __init__(self, pipeline: Any, pack: Pack, options: argparse.Namespace) -> None:
+    def __init__(self, pipeline: Any, pack: Pack, options: argparse.Namespace, place: Place | None = None) -> None:
+        self.place = place or Place(0, 1, str(pack.pixels.device))
+        share_of(options.batch, self.place)
         self.options, self.device = options, pack.pixels.device
         self.pack = without_style(pack, options.style)
         pipeline.transformer.requires_grad_(False)
@@ -74,13 +80,14 @@ class Training:
         seed = options.seed * 1_000_003 + self.done
         batch = draw(self.pack, self.weights, options.side, options.batch, self.config, seed)
         with autocast(self.device):
-            loss = loss_of(self.model, batch).mean()  # type: ignore[arg-type]
+            loss = loss_of(self.model, batch.part(self.place.rank, self.place.world)).mean()  # type: ignore[arg-type]
         loss.backward()
+        mean_gradients(self.trained, self.place)
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
-        return loss.detach()
+        return mean_of(loss.detach(), self.place)
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -98,9 +105,9 @@ class Training:
         """Trains until the seconds or steps are used; returns the figures."""
         options, start = self.options, time.monotonic()
         before = self.loss()
-        while self.done < options.steps and time.monotonic() - start < options.seconds:
+        while self.done < options.steps and agreed(time.monotonic() - start, self.place) < options.seconds:
             loss = self.step()
-            if self.done % LOG_EVERY == 0:
+            if self.done % LOG_EVERY == 0 and self.place.first:
                 report(json.dumps({"step": self.done, "loss": round(loss.item(), 5)}))
         seconds = round(time.monotonic() - start, 1)
         return {"style": options.style, "steps": self.done, "seconds": seconds, "before": before, "after": self.loss()}
@@ -161,21 +168,29 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         if getattr(options, name) <= 0:
             raise ValueError(f"--{name} {getattr(options, name)} must be above 0")
     torch.set_num_threads(options.threads)
-    with output_folder(options.out, options.force) as folder:
-        pack = load_pack(options.data, options.device, max(options.side, 32))
-        pipeline: Any = load_pipeline(options.model, options.device, "float32")
-        training = Training(pipeline, pack, options)
-        figures = training.run(lambda line: print(line, flush=True))
-        pipeline.transformer.save_lora_adapter(folder, weight_name=FILE, safe_serialization=True)
-        (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    return figures | {"bytes": (options.out / FILE).stat().st_size}
+    with joined(options.device) as place:
+        if not place.first:
+            return _training(options, place).run()
+        with output_folder(options.out, options.force) as folder:
+            training = _training(options, place)
+            figures = training.run(lambda line: print(line, flush=True))
+            training.pipeline.transformer.save_lora_adapter(folder, weight_name=FILE, safe_serialization=True)
+            (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+        return figures | {"bytes": (options.out / FILE).stat().st_size}
+
+
+def _training(options: argparse.Namespace, place: Place) -> Training:
+    pack = load_pack(options.data, place.device, max(options.side, 32))
+    return Training(load_pipeline(options.model, place.device, "float32"), pack, options, place)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
     try:
-        print(json.dumps(train(options)))
+        figures = train(options)
+        if "bytes" in figures:
+            print(json.dumps(figures))
     except ValueError as error:
         raise SystemExit(f"emoji_lora: {error}") from error
 

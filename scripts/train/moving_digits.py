@@ -193,7 +193,11 @@ def load_lora(pipeline: PixelWanPipeline, folder: Path) -> None:
 
 
 def flow_matching_loss(
-    model: WanTransformer3DModel, videos: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+    model: WanTransformer3DModel,
+    videos: torch.Tensor,
+    labels: torch.Tensor,
+    generator: torch.Generator,
+    share: slice = slice(None),
 ) -> torch.Tensor:
     """Mean squared error of the predicted velocity (noise minus video) at a random time.
 
@@ -204,6 +208,7 @@ def flow_matching_loss(
         videos: [B, 1, T, H, W], values -1 to 1.
         labels: [B]; a tenth of them is replaced with the null class.
         generator: CPU generator of times, noise and dropped labels.
+        share: Those of the videos that count.
     """
     batch, device = len(videos), videos.device
     noise = torch.randn(videos.shape, generator=generator).to(device)
@@ -211,6 +216,7 @@ def flow_matching_loss(
     t = (TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)).to(device)
     dropped = (torch.rand(batch, generator=generator) < NULL_LABEL_DROPOUT).to(device)
     words = class_words(torch.where(dropped, CLASSES, labels), CLASSES, CLASS_TOKENS)
+    videos, noise, t, words = videos[share], noise[share], t[share], words[share]
     mixed = torch.lerp(videos, noise, t[:, None, None, None, None])
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         velocity = model(mixed, timestep=t * 1000, encoder_hidden_states=words, return_dict=False)[0]

@@ -101,10 +101,11 @@ def test_pictures_show_the_keys():
     assert image.size[0] > 100
 
 
-def test_hopper_kernels_take_one_sequence():
-    pattern = parse("na(window=16x16)")
-    asked = 90, torch.bfloat16, 128, pattern
-    assert hopper_config(*asked, Layout((32, 32), key_layout=Layout((16, 16)))) is None
+@pytest.mark.parametrize("direction", ["forward", "key_grad"])
+def test_hopper_kernels_take_keys_on_another_grid_as_one_sequence(direction):
+    layout, asked = Layout((32, 32)), (90, torch.bfloat16, 128, parse("na(window=16x16)"))
+    between = hopper_config(*asked, layout.with_keys(Layout((64, 48))), direction)
+    assert between is not None and between == hopper_config(*asked, layout, direction)
 
 
 @pytest.mark.parametrize("backend", ["tiles", "sdpa", "reference", "auto"])

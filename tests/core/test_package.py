@@ -33,6 +33,15 @@ def test_importing_the_core_loads_neither_diffusers_nor_timm_nor_triton_nor_natt
     assert not {"diffusers", "timm", "triton", "transformers", "natten", "xformers"} & roots
 
 
+def test_plugins_of_servers_load_nothing_where_nobody_asks():
+    code = (
+        "import sys, os, json; os.environ.pop('VISATTN_PATTERN', None); os.environ.pop('VISATTN_CONFIG', None);"
+        "from visattn.clients.sglang.plugin import register; register(); import visattn.clients.vllm_omni.plugin;"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    assert not {"torch", "numpy", "sglang", "vllm_omni", "aenum"} & set(json.loads(python(code)))
+
+
 def test_every_public_name_resolves():
     assert all(getattr(visattn, name) is not None for name in visattn.__all__)
     assert set(visattn.__all__) == set(dir(visattn))

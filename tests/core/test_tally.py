@@ -8,7 +8,7 @@ import torch
 
 from visattn import Layout, parse
 from visattn.problem import Problem
-from visattn.tally import EVERY, Tally
+from visattn.tally import EVERY, Tally, all_timed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PROBLEM = Problem(parse("na(window=3x3)"), Layout((4, 4)), 1, 2, 2, 8, torch.float32, "cuda")
@@ -63,6 +63,18 @@ def test_few_calls_on_a_gpu_are_timed_and_all_are_counted(gpu):
     assert row.hits == {PROBLEM: 1000} and (row.calls, row.timed) == (1000, timed)
     assert row.first_seconds == pytest.approx(0.5)
     assert row.seconds["sparse"] == pytest.approx(2.0) and row.seconds["dense"] == 0
+
+
+def test_all_calls_are_timed_where_that_is_asked_for(gpu):
+    with all_timed():
+        tally = Tally()
+    # The first of four chooses for all of them.
+    for milliseconds in (9.0, 1.0, 1.0, 1.0):
+        for site in "ab":
+            call(tally, tally.cell(site, "sparse", None, GPU, PROBLEM), milliseconds)
+    rows = tally.rows()
+    assert [rows[site].seconds["sparse"] for site in "ab"] == pytest.approx([0.012] * 2)
+    assert [(rows[site].timed, rows[site].first_seconds) for site in "ab"] == [(4, 0.0)] * 2
 
 
 def test_the_first_call_of_a_kind_is_estimated_from_those_of_other_modules(gpu):

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from scripts.pages import ROOT, blocks, commands, pages
 from visattn.cli import app
+from visattn.served import settings
 from visattn.tuned import Tuned
 
 COMMANDS = [
@@ -25,6 +26,8 @@ COMMANDS = [
 QUICK = {"show", "simulate", "doctor", "models"}
 # What comes with git, Python, Debian or the environment, and means the same everywhere.
 TOOLS = {"git", "pytest", "cd", "apt-get"}
+# Servers that take patterns by the environment.
+SERVERS = {"vllm-omni", "sglang"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -92,7 +95,9 @@ def check_pip(words):
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_the_command_is_real(words, tmp_path, monkeypatch):
+    given = {}
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        given.update([words[0].split("=", 1)])
         words = words[1:]
     program, rest = words[0], words[1:]
     program = program.removeprefix(".venv/bin/")
@@ -106,6 +111,8 @@ def test_the_command_is_real(words, tmp_path, monkeypatch):
         assert (ROOT / rest[0]).is_file()
     elif program == "pip":
         check_pip(rest)
+    elif program in SERVERS:
+        assert settings.request(program, given).schedule.patterns
     elif program == "pre-commit":
         assert (ROOT / ".pre-commit-config.yaml").is_file()
     else:

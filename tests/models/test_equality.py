@@ -12,7 +12,7 @@ from timm.models.davit import SpatialBlock
 from tests.golden.fill import fill_value
 from visattn import Layout, attention, parse
 from visattn.kernels.halo_padded import halo_padded
-from visattn.models.swap.sam import with_positions
+from visattn.positions import with_positions
 
 
 def make(name, **kwargs):

@@ -17,7 +17,7 @@ import visattn
 from tests.support.oracles import mask_of, neighborhood
 from visattn.layout import Layout
 from visattn.models.swap.hooks import Follow
-from visattn.models.swap.runtime import Runtime
+from visattn.models.swap.places import Places
 from visattn.models.swap.sources import Source, last_map
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -159,6 +159,6 @@ def test_an_embedding_of_several_outputs_is_refused():
             return x, x.mean()
 
     embed = Embed()
-    embed.register_forward_hook(Follow(Runtime("model", "auto", None, 0), Source(embed, last_map, 0)), with_kwargs=True)
+    embed.register_forward_hook(Follow(Places("model", None, 0), Source(embed, last_map, 0)), with_kwargs=True)
     with pytest.raises(ValueError, match=r"Embed gives several outputs.*forward_intermediates\(\)"):
         torch.fx.symbolic_trace(torch.nn.Sequential(embed))

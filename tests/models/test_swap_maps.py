@@ -14,8 +14,8 @@ import visattn
 from tests.golden.fill import fill_value
 from visattn import parse
 from visattn.models.swap.bias import rpb_of
-from visattn.models.swap.sam import with_positions
 from visattn.patterns import Neighborhood
+from visattn.positions import with_positions
 
 # Arguments, side of the image, and side of the windows that stock attention cuts its maps into (0: none).
 MAPS = {

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 import visattn
 from tests.support import tiny_models
+from visattn.outside import Around
 
 # Builder, pattern and what apply gets besides.
 MODELS = {
@@ -44,11 +45,31 @@ def output(name, how=None, dense_steps=0):
             return out, (report.hits, report.dense, report.moved, "sent to other processes" in str(report))
 
 
-def gradients(rank, name, how):
-    """The gradients of a model's weights, by DDP's mean over the ranks, each of which has the whole loss."""
+def compiled(rank, name, how):
+    """The same of a model that is compiled as a whole, twice, and what is counted."""
+    build, pattern, options = MODELS[name]
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, inputs = build()
+    running = torch.compile(model, backend="eager")
+    with visattn.apply(model, pattern, strict=True, parallel=how, **options) as handle:
+        outs = [tiny_models.run(running, inputs) for _ in range(2)]
+        report = handle.report()
+    torch._dynamo.reset()
+    return outs, report.hits, report.moved
+
+
+def gradients(rank, name, how, compiled=False):
+    """The gradients of a model's weights, by DDP's mean over the ranks, each of which has the whole loss.
+
+    Its blocks may be compiled, each in one graph.
+    """
     build, pattern, options = MODELS[name]
     torch.manual_seed(0)
     model, inputs = build()
+    if compiled:
+        torch._dynamo.reset()
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     with visattn.apply(model, pattern, parallel=how, **options):
         out = model(**inputs, return_dict=False)[0]
         out.square().mean().backward()
@@ -56,7 +77,9 @@ def gradients(rank, name, how):
     for grad in found.values() if how else ():
         dist.all_reduce(grad)
         grad /= dist.get_world_size()
-    return found
+    left = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Around)]
+    assert not left
+    return found | {"out": out.detach()}
 
 
 def on_rank(rank, name, how, dense_steps=0):

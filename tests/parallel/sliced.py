@@ -25,12 +25,13 @@ def sliced(rank, how, pattern, layout, axis, sizes, heads, kv_heads, masked):
     mask = None
     if masked:
         mask = slabs.shard(key_mask(layout), rank)
-    out, moved = RUNS[how](q, k, v, pattern, slabs, key_mask=mask, return_moved=True)
+    moved = parallel.Moved()
+    out = RUNS[how](q, k, v, pattern, slabs, key_mask=mask, moved=moved)
     local = slabs.local(rank)
     share = torch.full((local.length, 1, 1), 1 / len(sizes), dtype=torch.float64)
     share[local.prefix : local.prefix + local.tokens] = 1
     out.backward(grad * share)
-    return [t.detach() for t in (out, q.grad, k.grad, v.grad)], tuple(moved)
+    return [t.detach() for t in (out, q.grad, k.grad, v.grad)], (moved.sent, moved.received, moved.shared)
 
 
 def key_mask(layout, batch=2):

@@ -208,6 +208,23 @@ def test_weights_get_the_gradients_of_one_process(ranks, name):
 
 
 @needs_diffusers
+def test_compiled_code_gives_what_one_process_gives(ranks):
+    alone, (hits, *_) = models.output("wan")
+    for outs, counted, moved in ranks.run(2, models.compiled, "wan", "ulysses"):
+        for out in outs:
+            torch.testing.assert_close(out, alone, rtol=1e-5, atol=2e-6)
+        assert counted == 2 * hits and moved
+
+
+@needs_diffusers
+def test_compiled_blocks_learn_on_ranks(ranks):
+    alone = models.gradients(0, "wan", None)
+    for found in ranks.run(2, models.gradients, "wan", "halo", True):
+        for key, grad in alone.items():
+            torch.testing.assert_close(found[key], grad, rtol=1e-3, atol=2e-6)
+
+
+@needs_diffusers
 def test_dense_steps_run_in_the_same_slabs(ranks):
     alone = models.output("flux", dense_steps=1)
     for how in ("halo", "ulysses"):

@@ -1,5 +1,6 @@
 """Equal patterns compare equal, print alike and round-trip through their text: every pattern, every parameter."""
 
+import math
 import pickle
 
 import numpy as np
@@ -86,7 +87,7 @@ CHOICE = {
     "block": sides(),
     "key_block": st.none() | sides(),
     "every": st.integers(1, 9),
-    "drift": POSITIVE,
+    "drift": POSITIVE | st.just(math.inf),
     "share": st.integers(1, 4) | st.just("all"),
 }
 TOPK = made(TopK, keep=st.floats(0, 1, exclude_min=True) | st.integers(1, 100), **CHOICE)

@@ -96,6 +96,8 @@ RULES = (
     "topk(keep=0.4, share=2",
     "topk(keep=0.2, alike=0.3",
     "topp(p=0.5, alike=0.5, rule=under",
+    "topp(p=0.4, of=height, most=0.7",
+    "topp(p=0.3, of=height, per=head, rule=under",
 )
 
 
@@ -325,6 +327,7 @@ def test_tile_choice_is_the_lists_of_the_grid(grid):
         ("topp(p=1.1)", "p=1.1 must be a share"),
         ("topp(most=0)", "most=0 must be"),
         ("topp(rule=over)", "rule='over' must be cover or under"),
+        ("topp(of=scores)", "of='scores' must be softmax or height"),
         ("above(tau=none)", "tau=None must be a finite number"),
         ("topk(score=best)", "score='best' must be mean, bounds, parts"),
         ("topk(score=parts(0x4))", "must be mean, bounds, parts"),

@@ -6,7 +6,7 @@ pytest.importorskip("diffusers")
 
 from visattn.layout import Layout
 from visattn.patterns import parse
-from visattn.pipelines.patch.decision import Decision
+from visattn.pipelines.patch.decision import Cut, Decision
 from visattn.pipelines.patch.stock import Stock
 
 
@@ -23,3 +23,5 @@ from visattn.pipelines.patch.stock import Stock
 def test_a_decision_comes_back_from_its_bytes(layouts):
     made = Decision(layouts, parse("na(window=3x3)"), "triton", -1, Stock(True, "flash"), ("a",))
     assert Decision.decode(made.encode()) == made
+    shared = made._replace(cut=Cut(1, (5, 3), True, "0"))
+    assert Decision.decode(shared.encode()) == shared

@@ -87,6 +87,7 @@ PLACES = {
     "latte": Place((6, 6), "BCFHW"),
     "anyflow": Place((3, 6, 4), "BFCHW", (1, 2, 2)),
     "anyflow_far": Place((3, 6, 4), "BFCHW", (1, 2, 2)),
+    "sana_wm_refiner": Place((3, 6, 4), "BNC"),
     "easyanimate": VIDEO,
     "kandinsky6": Place((3, 6, 4), "BFHWC", (1, 2, 2)),
     "helios": VIDEO,
@@ -179,6 +180,8 @@ def test_a_token_reaches_the_queries_whose_window_holds_it(name):
     leave_one_layer(model)
     # There are no layers of control left to scale.
     inputs.pop("control_hidden_states_scale", None)
+    if "kv_cache_mode" in inputs:
+        inputs["kv_cache"].layer_caches = inputs["kv_cache"].layer_caches[:1]
     latents = inputs[place.name]
     stock = predicted(model, inputs)
     handle = visattn.apply(model, pattern, strict=True)
@@ -218,11 +221,15 @@ UNETS = {
     "transformer2d": (6, 8),
     "vq_diffusion": (7, 7),
     "amused": (6, 8),
+    "sana_wm": (3, 6, 4),
 }
 
 
 def first_block(model):
     """The first block around one visual self-attention, or that itself, without norms over all tokens."""
+    if type(model).__name__ == "SanaWMTransformer3DModel":
+        # Its two branches attend side by side.
+        return model.get_submodule("blocks.1.attn")
     paths = [site.path for site, _ in find_family(model).find_sites(model)]
     parents = [path.rpartition(".")[0] for path in paths]
     path, parent = next(pair for pair in zip(paths, parents, strict=True) if parents.count(pair[1]) == 1)
@@ -263,7 +270,7 @@ def test_a_token_of_a_block_reaches_the_queries_whose_window_holds_it(name):
         hook.remove()
     for out, token in zip(outputs[1:], (0, round(0.4 * tokens), tokens - 1), strict=True):
         changed = (out[-1] != outputs[0][-1]).any(1)
-        assert torch.equal(changed, window_mask(grid, (3, 3), 0, 0)[:, token]), token
+        assert torch.equal(changed, window_mask(grid, (3,) * len(grid), 0, 0)[:, token]), token
     assert {len(out[-1]) for out in outputs} == {tokens}
 
 

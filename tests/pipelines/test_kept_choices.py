@@ -1,5 +1,6 @@
 """Lists that are kept from denoising step to step: how long, for whom, and never for another run."""
 
+import math
 import threading
 
 import pytest
@@ -99,11 +100,23 @@ def test_lists_are_kept_for_so_many_steps_for_each_module_and_half(made, told, e
 def test_lists_are_chosen_again_where_queries_or_keys_drift(made):
     model, inputs = tiny_models.wan()
     pipe = Pipe(model)
-    for drift, times in ((1e-9, 4), (FAR, 1)):
+    for drift, times in ((1e-9, 4), (FAR, 1), (math.inf, 1)):
         made.clear()
         with visattn.apply(pipe, chooses(9, drift), strict=True, backend="tiles"):
             pipe(inputs)
         assert len(made) == times * 2 * SITES
+
+
+def test_an_infinite_drift_is_not_even_looked_at(made, monkeypatch):
+    model, inputs = tiny_models.wan()
+
+    def moved(*_):
+        raise AssertionError("looked")
+
+    monkeypatch.setattr(Means, "moved", moved)
+    with visattn.apply(pipe := Pipe(model), chooses(2, math.inf), strict=True, backend="tiles"):
+        pipe(inputs)
+    assert len(made) == 2 * 2 * SITES
 
 
 def test_clusters_go_on_from_those_of_the_last_step_and_are_told(monkeypatch):
@@ -241,6 +254,7 @@ def test_who_tells_no_step_is_refused():
         ("topp(every=2x2)", "must be a number of steps"),
         ("above(drift=0)", "drift=0 must be a number above 0"),
         ("topk(drift=none)", "drift=None must be a number above 0"),
+        ("topk(drift=nan)", "drift=nan must be a number above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             parse(text)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("diffusers", minversion="0.42")
 
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, ModularPipelineBlocks
 from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
 
 import visattn
@@ -41,6 +41,26 @@ def test_a_pattern_is_an_input_of_the_call(pipeline):
     with visattn.apply(pipeline, "na(window=3)", dense_steps=1):
         assert torch.equal(run(pipeline).get("latents"), sparse.get("latents"))
     assert torch.equal(run(pipeline).get("latents"), stock.get("latents"))
+
+
+@torch.no_grad()
+def test_a_saved_workflow_has_the_pattern(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    block = sparse_attention(FluxCoreDenoiseStep(), "na(window=3)", dense_steps=1)
+    block.save(tmp_path / "workflow")
+    again = ModularPipelineBlocks.from_pretrained(str(tmp_path / "workflow"), trust_remote_code=True)
+    loaded = again.init_pipeline()
+    loaded.update_components(transformer=pipeline.transformer, scheduler=pipeline.scheduler)
+    found = run(loaded)
+    assert found.get("attention_report").hits == 6
+    wanted = run(pipeline, attention_pattern="na(window=3)", attention_dense_steps=1)
+    assert torch.equal(found.get("latents"), wanted.get("latents"))
+    assert run(loaded, attention_pattern="dense").get("attention_report").hits == 0
+    own = type("Own", (FluxCoreDenoiseStep,), {})
+    with pytest.raises(ValueError, match="Own is no block as diffusers has it"):
+        sparse_attention(own()).save(tmp_path)
+    with pytest.raises(ValueError, match="is not saved: give its text"):
+        sparse_attention(FluxCoreDenoiseStep(), visattn.parse("na(window=3)")).save(tmp_path)
 
 
 @torch.no_grad()

@@ -1,26 +1,21 @@
 """The HTML report: self-contained, true to its summary, and without complaints from a real browser."""
 
 import base64
-import html
 import io
-import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.browser import browse, browser, dom
 from visattn.pipelines.report.chart import line_chart
 
 pytest.importorskip("diffusers")
 
 from visattn.pipelines.report.html import page
 from visattn.pipelines.report.video_files import contact_sheet, write_mp4
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def summary(output="image", **more):
@@ -142,32 +137,6 @@ def test_the_chart_puts_values_where_they_belong():
     assert "b &amp; c" in text
     assert "<polyline" in line_chart({"flat": [0.0, 0.0]}, "step", "distance")
     assert "nan" not in line_chart({"broken": [float("nan"), 1.0, float("inf")]}, "step", "distance")
-
-
-def browse(file, folder):
-    """Screenshot of a page as gray values [1600, 1200], and what the browser's console said."""
-    shot = folder / "shot.png"
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    options += ["--hide-scrollbars", "--window-size=1200,1600", f"--user-data-dir={folder / 'profile'}"]
-    command = [CHROMIUM, *options, f"--screenshot={shot}", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "CONSOLE" in line or "Uncaught" in line]
-    return np.asarray(Image.open(shot).convert("L")), lines
-
-
-def dom(file, folder, script):
-    """What a script that runs after those of a page leaves in its title, as JSON."""
-    probe = folder / "probe.html"
-    probe.write_text(file.read_text() + f"<script>addEventListener('load', () => {{{script}}})</script>")
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"]
-    command = [CHROMIUM, *options, f"--user-data-dir={folder / 'profile'}", "--dump-dom", probe.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout).group(1)))
-
-
-browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian package chromium) on the PATH")
 
 
 @browser

@@ -1,6 +1,7 @@
 """The patched site: what was decided for a call holds for calls like it and no others, and costs the host little."""
 
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from tests.support import tiny_models
 from tests.support.places import ROOT
 from visattn.crossing import Crossing
 from visattn.runtime.runner import Runner
+from visattn.tally import Tally
 
 PATTERN = "na(window=3x3)"
+GPU = torch.device("cuda")
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def looked_at(monkeypatch):
 def dense_pays(monkeypatch):
     """As on a GPU where dense attention is the faster one."""
     found = Crossing("triton", 0.105, 0.082, "eager")
-    monkeypatch.setattr("visattn.runtime.runner.crossing", lambda problem: found)
+    monkeypatch.setattr("visattn.runtime.verdict.crossing", lambda problem: found)
     monkeypatch.setattr("visattn.report.crossing", lambda problem: found)
 
 
@@ -138,7 +141,7 @@ def test_modules_kept_dense_are_not_missed_beside_others(monkeypatch):
         small.setdefault("grid", problem.layout.grid)
         return found if problem.layout.grid == small["grid"] else None
 
-    monkeypatch.setattr("visattn.runtime.runner.crossing", crossing)
+    monkeypatch.setattr("visattn.runtime.verdict.crossing", crossing)
     model, inputs = tiny_models.sd15()
     with visattn.apply(model, PATTERN) as handle:
         tiny_models.run(model, inputs)
@@ -200,6 +203,66 @@ def test_a_dense_call_adds_few_function_calls(make, most):
         sites = len(handle.report().modules)
     assert calls["Runner.attend_alike"] == sites
     assert sum(calls.values()) <= most * sites, calls
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Calls are counted as on a GPU, where few are timed."""
+    cell = Tally.cell
+    monkeypatch.setattr(
+        Tally, "cell", lambda self, site, kind, key, device, *a, **k: cell(self, site, kind, key, GPU, *a, **k)
+    )
+    monkeypatch.setattr("visattn.tally._event", time.perf_counter)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+
+
+@pytest.fixture
+def decided(monkeypatch):
+    """Modules at which a call was looked up or looked at, rather than left to the model's own code."""
+    seen = []
+    for name in ("attend_alike", "attend"):
+        plain = getattr(Runner, name)
+        monkeypatch.setattr(
+            Runner, name, lambda self, *a, plain=plain, **k: (seen.append(self.run.site), plain(self, *a, **k))[1]
+        )
+    return seen
+
+
+@pytest.mark.parametrize("pattern", ["dense", PATTERN])
+def test_modules_that_rest_run_the_models_own_code(pattern, as_on_a_gpu, dense_pays, decided):
+    model, inputs = tiny_models.sdxl()
+    stock = tiny_models.run(model, inputs)
+    with visattn.apply(model, pattern) as handle:
+        for _ in range(3):
+            assert torch.equal(tiny_models.run(model, inputs), stock)
+        sites = len(handle.report().modules)
+        decided.clear()
+        assert torch.equal(tiny_models.run(model, inputs), stock)
+        assert len(decided) <= sites // 8
+        report = handle.report()
+        assert (report.hits, report.dense) == (0, 4 * sites)
+        # Timed calls, others' tokens, watchers and gradients are looked at.
+        for _ in range(17):
+            tiny_models.run(model, inputs)
+        assert set(decided) == {site.site for site in report.modules}
+        decided.clear()
+        tiny_models.run(model, inputs | {"sample": inputs["sample"].repeat(1, 1, 2, 2)})
+        assert len(set(decided)) == sites
+        for shown in ([].append, None):
+            handle.watch(shown)
+            decided.clear()
+            tiny_models.run(model, inputs)
+        assert len(decided) <= sites // 8
+    assert torch.equal(tiny_models.run(model, inputs), stock)
+
+
+def test_modules_that_run_a_pattern_never_rest(as_on_a_gpu, decided):
+    model, inputs = tiny_models.sdxl()
+    with visattn.apply(model, PATTERN) as handle:
+        for _ in range(4):
+            tiny_models.run(model, inputs)
+        assert len(decided) >= 4 * len(handle.report().modules)
+        assert handle.report().hits == 4 * len(handle.report().modules)
 
 
 def test_hooks_before_blocks_come_with_the_first_gradients_and_go():

@@ -38,12 +38,42 @@ def test_a_sample_is_its_seed_whatever_its_batch(subject):
 
 
 def test_errors_are_ordered_and_times_are_there(subject):
-    found = subject.local(1, (DENSE, CHEAP, GOOD, "na(window=3x3x3)"), (0, 1))
+    names = (DENSE, CHEAP, GOOD, "na(window=3x3x3)")
+    found = subject.local(1, names, (0, 1), names)
     assert len(found) == 2
     for layer in found:
         assert set(layer) == {DENSE, CHEAP, GOOD}
         assert layer[DENSE].error == 0 < layer[GOOD].error < layer[CHEAP].error
         assert all(local.seconds > 0 for local in layer.values())
+
+
+def test_kept_lists_are_as_old_as_in_the_mean_and_times_are_only_those_asked_for(subject):
+    kept = "topk(keep=0.5, rest=mean, every=2, drift=inf)"
+    names = (DENSE, GOOD, kept)
+    # Chosen in step 0 for step 1; step 0 itself has none that are older.
+    late, first = subject.local(1, names, (0, 1), (GOOD,)), subject.local(0, names, (0, 1), (kept,))
+    for layer in late:
+        assert layer[kept].error != layer[GOOD].error
+        assert layer[kept].seconds == layer[DENSE].seconds == 0 < layer[GOOD].seconds
+    for layer in first:
+        assert layer[kept].error == pytest.approx(layer[GOOD].error) and layer[kept].seconds > 0
+
+
+def test_what_is_new_is_warmed_up_once(subject, monkeypatch):
+    calls, real = [], type(subject.pipe).__call__
+
+    def called(self, **arguments):
+        calls.append(arguments.get("num_inference_steps"))
+        return real(self, **arguments)
+
+    monkeypatch.setattr(type(subject.pipe), "__call__", called)
+    subject.twins((0, 1, 2))
+    rows = (("topk(keep=0.3)", DENSE),) * 2
+    for timed, runs in ((False, 2), (True, 4), (True, 2)):
+        calls.clear()
+        subject.outcome(EDGES, rows, (0, 1, 2), timed)
+        # In batches of two, and one that is left.
+        assert len(calls) == runs
 
 
 def test_errors_are_behind_the_output_projection(subject):

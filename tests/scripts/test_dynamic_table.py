@@ -31,6 +31,12 @@ def test_a_parameter_is_halved_in_until_the_density_is_near(family, density):
     assert len(tried) <= dynamic_table.HALVINGS + 1
 
 
+def test_a_pattern_that_is_never_so_sparse_is_left_out():
+    with pytest.raises(ValueError, match=r"radial\(.*\) is 0.076 off 0.2"):
+        rows = {row.text: row for row in rows_of("clips", 0.2) if isinstance(row, Family)}
+        rows["radial(decay={},block=8)"].of_density(0.2, lambda text: simulate(text, Layout((16, 16, 16))).density)
+
+
 @pytest.mark.parametrize(("kind", "grid"), [("pictures", (64, 64)), ("clips", (16, 16, 16))])
 @pytest.mark.parametrize("density", DENSITIES)
 def test_rows_of_fixed_numbers_have_the_density_asked_for(kind, grid, density):
@@ -51,6 +57,8 @@ def test_rows_are_tuned_measured_and_not_measured_twice(tmp_path, monkeypatch, c
     save_encoder(DualEncoder(), tmp_path / "encoder.safetensors", {"steps": 0})
     rows = ["na(window=3x3)", Family("topp(p={},block=2x2)", 0.01, 0.99), "radial(decay=0.5)"]
     monkeypatch.setattr(dynamic_table, "rows_of", lambda kind, density: rows)
+    # Of sixteen tokens no share of blocks is near one that is asked for.
+    monkeypatch.setattr(dynamic_table, "FAR", 9.0)
     out = tmp_path / "table.json"
     words = f"--data {tmp_path}/pack --encoder {tmp_path}/encoder.safetensors --model {tmp_path}/model --sizes 32"
     words = f"pictures {words} --captions 2 --steps 2 --dense-steps 1 --threads 1 --densities 0.3 --out {out}".split()

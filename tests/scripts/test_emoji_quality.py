@@ -90,6 +90,26 @@ def test_a_command_that_is_out_of_time_goes_on_later(places, tmp_path):
     assert len(json.loads(out.read_text())["rows"]) == 1
 
 
+def test_times_on_a_shared_device_are_left_out_and_added_later(places, tmp_path):
+    out, row = tmp_path / "quality.json", "na(window=3x3), 32 px, shipped"
+    main(words(places, out, "--patterns", "dense", "--shared"))
+    figures = json.loads(out.read_text())
+    figures["settings"]["device"] = "another"
+    out.write_text(json.dumps(figures))
+    with pytest.raises(SystemExit, match="has rows of device 'another', not 'cpu'"):
+        main(words(places, out, "--patterns", SPARSE))
+    main(words(places, out, "--patterns", SPARSE, "--shared"))
+    before = json.loads(out.read_text())["rows"][row]
+    assert before["seconds"] is None
+    assert before["attention_seconds"] is None
+    out.write_text(out.read_text().replace('"another"', '"cpu"'))
+    main(words(places, out, "--patterns", SPARSE))
+    after = json.loads(out.read_text())["rows"]
+    assert after["dense, 32 px, shipped"]["seconds"] is None
+    assert 0 < after[row].pop("attention_seconds") < after[row].pop("seconds")
+    assert after[row].items() <= before.items()
+
+
 def test_every_pattern_of_the_table_runs_on_the_model():
     pipe = tiny_pixel_flux()
     for pattern in PATTERNS:

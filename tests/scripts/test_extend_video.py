@@ -9,34 +9,18 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 pytest.importorskip("sklearn")
 
-from safetensors.torch import load_file
 
 from scripts.distill import extend_video
-from scripts.train.moving_digits import LORA_FILE, load_lora, load_pipeline
-from scripts.train.moving_digits_training import CLASS_TOKENS, build_model, build_scheduler
+from scripts.train.moving_digits import load_lora, load_pipeline
+from scripts.train.moving_digits_training import CLASS_TOKENS
 from tests.support.runs import equal, log_of, stopped
+from tests.support.tiny_extension import run, save_tiny
 from visattn import apply
-from visattn.pipelines.embedded.pixel_wan import PixelWanPipeline
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pipeline of one layer that makes two frames of 8 x 8 pixels."""
-    torch.manual_seed(0)
-    model = build_model(1)
-    with torch.no_grad():
-        for value in model.parameters():
-            # Layers that start at zero would hide every difference.
-            value.add_(torch.randn(value.shape) * 0.03)
-    folder = tmp_path_factory.mktemp("video") / "pipeline"
-    PixelWanPipeline(model, build_scheduler(), CLASS_TOKENS, 2, 8).save_pretrained(folder)
-    return folder
-
-
-def run(folder, out, *more):
-    given = ["--model", str(folder), "--out", str(out), "--frames", "4", "--steps", "4", "--batch", "1", "--rank", "2"]
-    extend_video.main([*given, "--threads", "1", *more])
-    return load_file(out / "lora" / LORA_FILE)
+    return save_tiny(tmp_path_factory.mktemp("video") / "pipeline")
 
 
 @pytest.mark.parametrize(

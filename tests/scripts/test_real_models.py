@@ -1,12 +1,14 @@
 """The benchmark of real models: runs small ones on the CPU, merges files, and its table has every row."""
 
 import json
+import random
 
 import pytest
 import torch
 
 from scripts import figures_gpu
 from scripts.bench import real_models, real_models_gpu
+from visattn import apply
 
 VERSIONS = {"gpu": "Some GPU", "torch": "2.0", "triton": "3.0", "diffusers": "0.1"}
 ROW = {"model": "SDXL 1024", "attention": "dense", "mode": "eager", "stock_ms": 20.0, "ms": 10.0, "attention_ms": 15.0}
@@ -26,11 +28,41 @@ def test_small_models_are_measured_and_merged(name, tmp_path, monkeypatch):
     assert {attention for model, attention in rows if model == name} == {"dense", *patterns}
     mine = [row for (model, _), row in rows.items() if model == name]
     assert all(row["mode"] == "eager" and min(row["ms"], row["stock_ms"], row["attention_ms"]) > 0 for row in mine)
-    ratios = [[a / b for a, b in zip(row["all_stock_ms"], row["all_ms"], strict=True)] for row in mine]
-    assert all(len(each) == 2 and row["speedup"] == sum(each) / 2 for row, each in zip(mine, ratios, strict=True))
+    for row in mine:
+        low, high = row["speedup_95"]
+        assert row["rounds"] == 2 and low <= row["speedup"] <= high and row["host_ratio"] > 0 < row["control"]
     assert all("2 of 2 attention modules" in rows[name, pattern]["report"] for pattern in patterns)
     assert found["versions"]["torch"] == torch.__version__
     assert found["command"].endswith(f"--out {out}")
+
+
+def test_a_round_of_two_copies_is_their_mean():
+    times = [("stock", [(1.0, 1.0), (3.0, 1.0)]), ("na", [(1.0, 2.0), (1.0, 2.0)])]
+    times += [("na", [(3.0, 2.0), (3.0, 2.0)]), ("stock", [(3.0, 1.0), (5.0, 1.0)])]
+    row = real_models_gpu.compared("na", times)
+    assert (row["stock_ms"], row["ms"], row["speedup"], row["host_ratio"]) == (3.0, 2.0, 1.5, 2.0)
+    assert row["control"] == (1 / 3 + 3 / 5) / 2
+
+
+def test_contenders_share_the_weights_of_a_model():
+    model, inputs = real_models.build(real_models.MODELS["Wan 480p"], "cpu", torch.float32, tiny=True)
+    first, second = (each for _, each in real_models_gpu.copies(model, ["a", "b"], False))
+    assert first is not second
+    assert all(a is b for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    with apply(first, "na(window=3x3x3)") as handle:
+        second(**inputs, return_dict=False)
+        assert "0 calls" in str(handle.report())
+    assert torch.equal(first(**inputs, return_dict=False)[0], second(**inputs, return_dict=False)[0])
+
+
+def test_the_interval_of_a_median_holds_it_in_nineteen_of_twenty_samples():
+    draw = random.Random(1)
+    inside = 0
+    for _ in range(1000):
+        middle, (low, high) = real_models_gpu.median_of([draw.gauss(0, 1) for _ in range(101)])
+        assert low <= middle <= high
+        inside += low <= 0 <= high
+    assert 930 <= inside <= 990
 
 
 def test_no_model_begins_after_the_budget(tmp_path):

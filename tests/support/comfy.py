@@ -195,7 +195,7 @@ def install_api(monkeypatch):
             self.args, self.ui = args, ui
 
     io = types.SimpleNamespace(ComfyNode=object, Schema=Schema, NodeOutput=NodeOutput)
-    for name in ("Model", "String", "Float", "Int", "Combo", "Boolean", "Latent"):
+    for name in ("Model", "String", "Float", "Int", "Combo", "Boolean", "Latent", "Image"):
         setattr(io, name, kind())
     latest = types.ModuleType("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, object

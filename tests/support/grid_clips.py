@@ -1,10 +1,12 @@
 """Forwards of families of videos, drawn at random: as in `grid_inputs`."""
 
 import math
+from types import SimpleNamespace
 
 import torch
 from hypothesis import strategies as st
 
+from tests.support.tiny import released
 from visattn.layout import Layout
 
 
@@ -116,3 +118,23 @@ def anyflow_far(case):
 def cosmos_control(case):
     args, layout = video(case)
     return {"controls_latents": args["hidden_states"], "latents": case.empty(1)}, layout
+
+
+def refined_chunk(case, rope_type):
+    """A few frames, not all of them neighbours, somewhere in a video of minutes, behind a sink and history."""
+    refiner = released("SanaWMLTX2RefinerTransformer3DModel")
+    from diffusers.models.transformers import transformer_sana_wm_refiner as module
+
+    grid = case.video()
+    first, *gaps = (case.draw(st.integers(1, most)) for most in (900, *[4] * (grid[0] - 1)))
+    frames = [first + sum(gaps[:i]) for i in range(grid[0])]
+    rope = module.SanaWMLTX2AudioVideoRotaryPosEmbed(40, rope_type=rope_type, num_attention_heads=2)
+    made = refiner.build_rotary_emb_for_absolute_positions(
+        SimpleNamespace(rope=rope),
+        case.batch,
+        frames,
+        *grid[1:],
+        torch.device("cpu"),
+        case.draw(st.sampled_from([8.0, 16.0, 24.0])),
+    )
+    return {"video_rotary_emb": tuple(t.to(case.dtype) for t in made)}, Layout(grid, case.text)

@@ -1,5 +1,6 @@
 """Forwards of every family by its class: its config, and how its arguments are drawn."""
 
+from functools import partial
 from types import SimpleNamespace
 
 from tests.support.grid_clips import (
@@ -14,6 +15,7 @@ from tests.support.grid_clips import (
     joy_plus,
     kandinsky,
     latte,
+    refined_chunk,
     vace,
     video,
     video_after_history,
@@ -68,6 +70,12 @@ GISTS = SimpleNamespace(
     gist_min_text_len=8,
     gist_max_text_len=32,
 )
+
+
+def rope(kind):
+    return SimpleNamespace(rope_type=kind, num_attention_heads=2, attention_head_dim=20)
+
+
 # By class and kind of input: config and how to draw a forward.
 CASES = {
     "DiTTransformer2DModel": (IMAGE, latents),
@@ -156,6 +164,9 @@ CASES = {
     "Kandinsky3UNet": (None, floored),
     "BriaFibo2Transformer2DModel": (GISTS, fibo2),
     "OmniGenTransformer2DModel": (IMAGE, text_then_latents),
+    "SanaWMTransformer3DModel": (VIDEO, video),
+    "SanaWMLTX2RefinerTransformer3DModel": (rope("interleaved"), partial(refined_chunk, rope_type="interleaved")),
+    "SanaWMLTX2RefinerTransformer3DModel, split": (rope("split"), partial(refined_chunk, rope_type="split")),
     "Cosmos3OmniTransformer": (None, cosmos3),
     "QwenImage21Transformer2DModel": (None, qwen21),
 }

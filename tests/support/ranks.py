@@ -28,6 +28,8 @@ class Ranks:
             self.pipes.append(mine)
             self.processes.append(process)
         self.world = self.group = 0
+        # Processes that begin import what they need, which takes long where much else runs.
+        self.patience = 200
 
     def run(self, world, function, *args):
         """What every rank of a group of `world` returns for `function(rank, *args)`; raises what the first raised."""
@@ -35,7 +37,8 @@ class Ranks:
         self.world = world
         for pipe in self.pipes[:world]:
             pipe.send((world, self.group, function.__module__, function.__qualname__, args))
-        found = [pipe.recv() if pipe.poll(60) else (False, "no answer in 60 s") for pipe in self.pipes[:world]]
+        silent = False, f"no answer in {self.patience} s"
+        found = [pipe.recv() if pipe.poll(self.patience) else silent for pipe in self.pipes[:world]]
         wrong = [text for good, text in found if not good]
         assert not wrong, wrong[0]
         return [value for _, value in found]

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -38,9 +39,32 @@ def stopped(monkeypatch, kind, name, done, call):
 
 def killed(command, checkpoint):
     """Run a command until it has written a checkpoint, a new one if there was one, and kill it."""
+    psutil = pytest.importorskip("psutil")
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    # What a launcher has started would go on without it.
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.send_signal(signal.SIGKILL)
     process.wait()
+
+
+@contextmanager
+def stopping(steps, kind=None):
+    """Runs raise before the step that follows so many; of distillations, or of another class with a progress."""
+    if kind is None:
+        from scripts.distill.loop import Run as kind
+    name = "train_step" if hasattr(kind, "train_step") else "step"
+    step = getattr(kind, name)
+
+    def stop(run):
+        if getattr(run, "progress", run).step == steps:
+            raise ValueError("stopped")
+        return step(run)
+
+    setattr(kind, name, stop)
+    try:
+        yield
+    finally:
+        setattr(kind, name, step)

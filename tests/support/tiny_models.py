@@ -52,6 +52,7 @@ from tests.support.tiny_videos import (
     wan_inputs,
     wan_vace,
 )
+from tests.support.tiny_worlds import WORLDS
 
 __all__ = [
     "FAMILIES",
@@ -131,6 +132,7 @@ FAMILIES = {
     "consisid": (consisid, 2, "na(window=3x3x3)"),
     **TEXT_IMAGES,
     **CLIPS,
+    **WORLDS,
     **EDITS,
     **VIDEO_UNETS,
     **OTHER_UNETS,

@@ -120,6 +120,48 @@ TOWERS = {
         },
         Layout((12, 12)),
     ),
+    "sam": (
+        "SamVisionConfig",
+        "SamVisionModel",
+        {
+            **IMAGE,
+            "window_size": 2,
+            "num_hidden_layers": 3,
+            "global_attn_indexes": [0, 2],
+            "num_pos_feats": 12,
+            "output_channels": 16,
+            "mlp_dim": 32,
+        },
+        GRID,
+    ),
+    "hiera": (
+        "HieraConfig",
+        "HieraModel",
+        {
+            "embed_dim": 16,
+            "image_size": [96, 96],
+            "patch_stride": [4, 4],
+            "depths": [1, 1, 2, 2],
+            "num_heads": [1, 2, 2, 4],
+            "masked_unit_size": [8, 8],
+            "masked_unit_attention": [True, True, False, False],
+        },
+        Layout((6, 6)),
+    ),
+    "swinv2": (
+        "Swinv2Config",
+        "Swinv2Model",
+        {
+            "image_size": 48,
+            "patch_size": 4,
+            "embed_dim": 16,
+            "depths": [1, 2],
+            "num_heads": [2, 4],
+            # One window holds the map, so that the model's own attention can be told what a pattern hides.
+            "window_size": 12,
+        },
+        Layout((12, 12)),
+    ),
     "segformer": (
         "SegformerConfig",
         "SegformerModel",
@@ -254,7 +296,7 @@ def inputs(folder):
         }
     if layout.dims == 3:
         return {"pixel_values_videos" if folder == "vjepa2" else "pixel_values": draw(2, 6, 3, 32, 32)}
-    if folder in ("sam2", "segformer"):
+    if folder in ("sam2", "segformer", "hiera"):
         return {"pixel_values": draw(2, 3, 96, 96)}
     found = {"pixel_values": draw(2, 3, 48, 48)}
     if folder in ("idefics2", "idefics3", "smolvlm"):

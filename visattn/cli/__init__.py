@@ -18,6 +18,7 @@ from visattn.cli.generate import generate
 from visattn.cli.messages import held_messages
 from visattn.cli.models import models
 from visattn.cli.patterns import patterns
+from visattn.cli.presets import presets
 from visattn.cli.record import record
 from visattn.cli.show import show
 from visattn.cli.simulate import simulate
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (doctor, patterns, show, simulate, bench, models, record, classify, bench_model, comfy, tune):
+for command in (doctor, patterns, show, simulate, bench, models, presets, record, classify, bench_model, comfy, tune):
     app.command()(command)
 app.add_typer(generate, name="generate")
 

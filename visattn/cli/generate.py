@@ -248,10 +248,13 @@ def _need_diffusers() -> None:
 def _check_pattern(settings: Settings) -> None:
     """Raise a ValueError for a pattern, a schedule or a backend that cannot be, before a model is loaded."""
     from visattn.dispatch import load
+    from visattn.presets import is_auto
     from visattn.schedule import Schedule
 
     steps = settings.dense_steps, settings.dense_last_steps
-    Schedule.of(settings.pattern, settings.layers, settings.dense_layers, *steps)
+    # What "auto" is, only the model says.
+    if not is_auto(settings.pattern):
+        Schedule.of(settings.pattern, settings.layers, settings.dense_layers, *steps)
     if settings.backend != "auto":
         load(settings.backend)
 

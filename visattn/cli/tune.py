@@ -26,15 +26,27 @@ from visattn.cli.options import ForceOption, output_file
 if TYPE_CHECKING:
     from visattn.tuning.measure import Plan
     from visattn.tuning.search import Found, Goal
+    from visattn.tuning.subject import Subject
 
 
 def tune(
     out: Annotated[Path, typer.Option(help="The schedule to write: .json; beside it a page .html.")],
-    model: Annotated[str, typer.Option(help="Embedded model, folder in diffusers' format, or hub id.")] = "emoji",
+    model: Annotated[
+        str, typer.Option(help="Embedded model, folder in diffusers' format, or hub id; timm:NAME for a model of timm.")
+    ] = "emoji",
     prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt in each line.")] = None,
     prompt: PromptOption = None,
     label: LabelOption = None,
-    psnr: Annotated[float | None, typer.Option(help="Least PSNR to dense attention, in dB.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Of a timm model: folder of images, with a subfolder a class for --accuracy.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Of a timm model: weights, random without.")] = None,
+    psnr: Annotated[
+        float | None, typer.Option(help="Least PSNR to dense attention, in dB; of a timm model SNR of its outputs.")
+    ] = None,
+    accuracy: Annotated[
+        float | None, typer.Option(help="Or, of a timm model: the most accuracy to lose, in points of a hundred.")
+    ] = None,
     speedup: Annotated[float | None, typer.Option(help="Or: how many times faster attention has to be.")] = None,
     share: Annotated[float, typer.Option(help="Share of the samples that has to reach --psnr.")] = 0.95,
     margin: Annotated[float, typer.Option(help="By how many dB measured samples have to be better.")] = 0.5,
@@ -59,17 +71,21 @@ def tune(
     force: ForceOption = False,
 ) -> None:
     """Find which pattern each layer takes in which steps, for a quality or a speed; verified on samples held out."""
-    if (psnr is None) == (speedup is None):
-        raise ValueError("pass either --psnr or --speedup")
+    if sum(each is not None for each in (psnr, speedup, accuracy)) != 1:
+        raise ValueError("pass either --psnr or --speedup, or --accuracy of a timm model")
+    of_timm = model.startswith("timm:")
+    if of_timm != (pictures is not None) or (accuracy is not None and not of_timm):
+        raise ValueError(
+            f"--pictures and --accuracy are for a timm model, like timm:vit_small_patch14_dinov2: {model} is "
+            f"{'one, pass --pictures' if of_timm else 'none'}"
+        )
     if (speedup is not None and speedup <= 1) or not 0 < share <= 1:
         raise ValueError(f"--speedup {speedup} must be above 1, and --share {share} from above 0 to 1")
     if min(stages, seeds, held_out, batch) < 1:
         raise ValueError(f"--stages {stages}, --seeds {seeds}, --held-out {held_out}, --batch {batch}: at least 1 each")
-    texts: tuple[Any, ...] = (*(prompt or ()), *_lines(prompts)) or parse_labels(label)
+    texts: tuple[Any, ...] = () if of_timm else (*(prompt or ()), *_lines(prompts)) or parse_labels(label)
     listed = _lines(candidates)
     output_file(out, (".json",), force)
-    from visattn.pipelines.load import load_pipeline
-    from visattn.pipelines.tuning.subject import PipelineSubject, Samples
     from visattn.tuning.candidates import candidates as of_grid
     from visattn.tuning.candidates import checked
     from visattn.tuning.journal import Journal
@@ -77,16 +93,16 @@ def tune(
     from visattn.tuning.page import page
     from visattn.tuning.search import Goal, Search, tuned
 
-    if not texts:
+    if not texts and not of_timm:
         raise ValueError("pass --prompts FILE or --prompt TEXT, or --label for a model of classes")
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
-    pipe: Any = load_pipeline(model, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
-    samples = Samples(texts, steps, guidance, pixels(size), frames, batch)
-    subject = PipelineSubject(pipe, samples, model)
-    chosen = checked(listed, subject.grid) if listed else of_grid(subject.grid)
+    if pictures is not None:
+        subject, stages = _backbone(model, pictures, checkpoint, pixels(size), batch, device, accuracy is not None), 1
+    else:
+        subject = _pipeline(model, device, dtype, (texts, steps, guidance, pixels(size), frames, batch))
+    chosen = checked(listed, subject.grid) if listed else of_grid(subject.grid, max(1, round(subject.steps / stages)))
     plan = Plan(chosen, stages, seeds=seeds, quick=min(seeds, batch), seed=seed)
-    goal = Goal(psnr, speedup, share, margin, held_out)
+    goal = Goal(psnr, speedup, accuracy, share, margin, held_out)
     kept = Journal(journal or out.with_suffix(".jsonl"), subject.about() | {"candidates": chosen, "stages": stages})
     with _progress() as tell:
         search = Search(Measurer(subject, plan, kept, deadline, tell), goal)
@@ -98,6 +114,36 @@ def tune(
     with written_whole(out.with_suffix(".html")) as temporary:
         temporary.write_text(page(made, found), encoding="utf-8")
     _say(out, goal, plan, found, dict(made.verified))
+
+
+def _pipeline(model: str, device: str, dtype: str | None, samples: tuple[Any, ...]) -> Subject:
+    from visattn.pipelines.load import load_pipeline
+    from visattn.pipelines.tuning.subject import PipelineSubject, Samples
+
+    pipe: Any = load_pipeline(model, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return PipelineSubject(pipe, Samples(*samples), model)
+
+
+def _backbone(
+    model: str,
+    pictures: Path,
+    checkpoint: Path | None,
+    size: tuple[int, int] | None,
+    batch: int,
+    device: str,
+    labelled: bool,
+) -> Subject:
+    from visattn.models.load import create_with_weights
+    from visattn.models.tuning.pictures import Pictures
+    from visattn.models.tuning.subject import BackboneSubject
+
+    side = None if size is None else size[0]
+    net = create_with_weights(model.removeprefix("timm:"), checkpoint, False, side, None).to(device)
+    found = Pictures.of_folder(pictures, net, side)
+    if labelled and found.labels is None:
+        raise ValueError(f"--accuracy needs classes: give {pictures} a subfolder with the images of each")
+    return BackboneSubject(net, found, model, batch)
 
 
 def _lines(path: Path | None) -> tuple[str, ...]:
@@ -134,17 +180,20 @@ def _say(out: Path, goal: Goal, plan: Plan, found: Found, figures: dict[str, Any
     faster = figures["attention_seconds_dense"] / max(figures["attention_seconds"], 1e-12)
     whole = figures["seconds_dense"] / max(figures["seconds"], 1e-12)
     typer.echo(f"{out}: attention {faster:.2f} times faster, a sample {whole:.2f} times")
-    if figures["psnr_mean"] is not None:
-        typer.echo(
-            f"  {figures['samples']} held-out samples: PSNR to dense {figures['psnr_mean']:.1f} dB in the mean, "
-            f"{figures['psnr_worst']:.1f} dB at worst"
-        )
+    for name in ("psnr", "snr"):
+        if figures.get(f"{name}_mean") is not None:
+            typer.echo(
+                f"  {figures['samples']} held-out samples: {name.upper()} to dense {figures[f'{name}_mean']:.1f} dB in "
+                f"the mean, {figures[f'{name}_worst']:.1f} dB at worst"
+            )
+    if "accuracy_lost" in figures:
+        typer.echo(f"  accuracy {figures['accuracy_dense']:.1%} dense, {figures['accuracy_lost']:+.2f} points lost")
     ranks = {name: "unknown" if rank is None else f"{rank:.2f}" for name, rank in found.ranks.items()}
     typer.echo(f"  predictions: rank correlation {', '.join(f'{rank} with {name}' for name, rank in ranks.items())}")
     if not found.complete:
         typer.echo("  --minutes were over: the same command with more goes on from here (with --force)")
     if not found.held:
-        typer.echo(f"  the samples held out do not have {goal.psnr:g} dB in {goal.share:.0%} of them")
+        typer.echo(f"  on the samples held out it is not true that the schedule {goal}")
         typer.echo(f"  more than --seeds {plan.seeds}, or a larger --margin, are needed")
     if found.missed:
         typer.echo(f"  {found.missed}")

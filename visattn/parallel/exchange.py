@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from visattn.parallel.moved import Moved
 from visattn.parallel.needs import Border, Needs
 
 
@@ -61,10 +60,10 @@ class Exchange:
             work.wait()
         self._works = []
 
-    def moved(self) -> Moved:
-        """Bytes of the messages."""
+    def moved(self) -> tuple[int, int]:
+        """Bytes of the messages that went and that came."""
         sent, received = (sum(t.numel() * t.element_size() for t in ts.values()) for ts in (self.given, self.received))
-        return Moved(sent, received)
+        return sent, received
 
     def back(self, like: torch.Tensor, number: int) -> list[torch.Tensor]:
         """The gradients of the sequences whose rows were given, from what `post_back` received."""

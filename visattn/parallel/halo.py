@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from visattn.parallel.slabs import Slabs
 from visattn.patterns import Pattern, parse
 
 
-@overload
 def halo_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -31,39 +30,8 @@ def halo_attention(
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     backend: str = "auto",
-    return_moved: Literal[False] = False,
-) -> torch.Tensor: ...
-
-
-@overload
-def halo_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pattern: Pattern | str,
-    slabs: Slabs,
-    *,
-    group: dist.ProcessGroup | None = None,
-    scale: float | None = None,
-    key_mask: torch.Tensor | None = None,
-    backend: str = "auto",
-    return_moved: Literal[True],
-) -> tuple[torch.Tensor, Moved]: ...
-
-
-def halo_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pattern: Pattern | str,
-    slabs: Slabs,
-    *,
-    group: dist.ProcessGroup | None = None,
-    scale: float | None = None,
-    key_mask: torch.Tensor | None = None,
-    backend: str = "auto",
-    return_moved: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, Moved]:
+    moved: Moved | None = None,
+) -> torch.Tensor:
     """Attention of a sequence that is cut in slabs over the ranks of a process group; every rank makes this call.
 
     A rank fetches the key rows outside of its slab that the pattern lists for its queries, and no others. The numbers
@@ -83,10 +51,10 @@ def halo_attention(
         key_mask: bool [B, S], True where a key of this rank may be attended; all ranks pass one or none does. Dense
             tokens' part must be the same on all.
         backend: As in `attention`.
-        return_moved: Whether to return what was moved too.
+        moved: Gets the bytes of this rank's messages in the forward pass added.
 
     Returns:
-        Output [B, S, H, D], and with `return_moved` the bytes of this rank's messages in the forward pass.
+        Output [B, S, H, D].
 
     Raises:
         ValueError: If the pattern cannot run on slabs, or tensors, slabs and group do not fit together.
@@ -102,7 +70,8 @@ def halo_attention(
     run: Any = partial(attention, scale=scale, backend=backend, return_lse=True)
     result = run(q, k, v, needs.own, local, key_mask=key_mask)
     arrived: Any = Arrive.apply(exchange, token, result[0])
-    moved = exchange.moved()
+    if moved is not None:
+        moved.add(*exchange.moved())
     messages = dict(zip(exchange.received, arrived[1:], strict=True))
     result = arrived[0], result[1]
     for border in needs.borders:
@@ -111,8 +80,12 @@ def halo_attention(
         seen = None if masks is None or key_mask is None else masks.of(border, key_mask)
         rows = run(queries, border_k, border_v, border.part, border.layout, key_mask=seen)
         result = add_rows(result, rows, local.grid, slabs.axis, border.first_query, local.prefix)
-    out, shared = share_dense(*result, local, group) if slabs.dense and slabs.ranks > 1 else (result[0], 0)
-    return (out, moved._replace(shared=shared)) if return_moved else out
+    if not slabs.dense or slabs.ranks == 1:
+        return result[0]
+    out, shared = share_dense(*result, local, group)
+    if moved is not None:
+        moved.add(shared=shared)
+    return out
 
 
 def _query_rows(q: torch.Tensor, needs: Needs, first: int, number: int) -> torch.Tensor:

@@ -1,12 +1,15 @@
-"""What one attention call moved between ranks."""
+"""What attention calls move between ranks."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Moved(NamedTuple):
-    """Bytes that one rank sent and received in the forward pass of a call; the backward moves the same back.
+@dataclass
+class Moved:
+    """Bytes that one rank sends and receives in the forward passes of calls; the backward moves the same back.
+
+    Calls that get one as `moved` add theirs to it.
 
     Attributes:
         sent: Keys and values (of Ulysses also queries and outputs) that went to other ranks.
@@ -17,6 +20,12 @@ class Moved(NamedTuple):
     sent: int = 0
     received: int = 0
     shared: int = 0
+
+    def add(self, sent: int = 0, received: int = 0, shared: int = 0) -> None:
+        """Count the bytes of a call."""
+        self.sent += sent
+        self.received += received
+        self.shared += shared
 
     @property
     def total(self) -> int:

@@ -72,7 +72,8 @@ def together(device: str = "auto", timeout: float = 600.0, silent: float = 60.0)
     store, *_ = next(dist.rendezvous("env://", timeout=wait))
     group = dist.PrefixStore("group", store)
     backend = "nccl" if place.device != "cpu" else "gloo"
-    dist.init_process_group(backend, store=group, rank=place.rank, world_size=place.world, timeout=wait)
+    own = torch.device(place.device) if backend == "nccl" else None
+    dist.init_process_group(backend, store=group, rank=place.rank, world_size=place.world, timeout=wait, device_id=own)
     watch = _Watch(dist.PrefixStore("watch", store), place, silent)
     watch.start()
     try:

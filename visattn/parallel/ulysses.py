@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -153,7 +153,6 @@ class Heads:
         return [part.view(shape) for part, shape in zip(found.split(takes), shapes, strict=True)]
 
 
-@overload
 def ulysses_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -166,41 +165,8 @@ def ulysses_attention(
     key_mask: torch.Tensor | None = None,
     backend: str = "auto",
     head_cost: tuple[float, ...] | None = None,
-    return_moved: Literal[False] = False,
-) -> torch.Tensor: ...
-
-
-@overload
-def ulysses_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pattern: Pattern | str,
-    slabs: Slabs,
-    *,
-    group: dist.ProcessGroup | None = None,
-    scale: float | None = None,
-    key_mask: torch.Tensor | None = None,
-    backend: str = "auto",
-    head_cost: tuple[float, ...] | None = None,
-    return_moved: Literal[True],
-) -> tuple[torch.Tensor, Moved]: ...
-
-
-def ulysses_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pattern: Pattern | str,
-    slabs: Slabs,
-    *,
-    group: dist.ProcessGroup | None = None,
-    scale: float | None = None,
-    key_mask: torch.Tensor | None = None,
-    backend: str = "auto",
-    head_cost: tuple[float, ...] | None = None,
-    return_moved: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, Moved]:
+    moved: Moved | None = None,
+) -> torch.Tensor:
     """Attention of a sequence that is cut in slabs, with all tokens of some heads on each rank: for any pattern.
 
     The layout of the tensors is that of `halo_attention`, so that layers and steps can take turns. Slabs may be
@@ -218,10 +184,10 @@ def ulysses_attention(
         backend: As in `attention`.
         head_cost: What each key head costs with its query heads: heads go to ranks by it. None for what the tiles of
             `perhead` patterns visit, or for all the same.
-        return_moved: Whether to return what was moved too.
+        moved: Gets the bytes of this rank's messages in the forward pass added.
 
     Returns:
-        Output [B, S, H, D], and with `return_moved` the bytes of this rank's messages in the forward pass.
+        Output [B, S, H, D].
 
     Raises:
         ValueError: If there are fewer key heads than ranks, or tensors, slabs and group do not fit together.
@@ -239,7 +205,9 @@ def ulysses_attention(
     mask = None if key_mask is None else _whole_mask(key_mask, slabs, group)
     out = attention(*whole, pattern, slabs.layout, scale=scale, key_mask=mask, backend=backend)
     out = heads.scatter(out, per)
-    return (out, Moved(heads.sent, heads.received)) if return_moved else out
+    if moved is not None:
+        moved.add(heads.sent, heads.received)
+    return out
 
 
 def _cost(pattern: Pattern, layout: Layout, heads: int, per: int) -> tuple[float, ...] | None:

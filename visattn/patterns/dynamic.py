@@ -34,7 +34,7 @@ from visattn.patterns.choice.tail import TAILS
 from visattn.patterns.kinds import Tiled
 from visattn.patterns.routes import Routes, lists_of
 from visattn.patterns.tailed import TailedPattern, held_for
-from visattn.patterns.values import PerAxis, is_number, real_number, whole_numbers
+from visattn.patterns.values import PerAxis, drift_of, whole_numbers
 from visattn.tiling import Tiling
 
 PER = ("row", "head", "all")
@@ -98,11 +98,7 @@ class DynamicPattern(TailedPattern):
         if isinstance(self.every, tuple | list):
             raise ValueError(f"every={self.every!r} must be a number of steps like 4")
         object.__setattr__(self, "every", whole_numbers(self.every, "every", 1))
-        if not is_number(self.drift) or self.drift <= 0:
-            raise ValueError(
-                f"drift={self.drift!r} must be a number above 0, like 0.3: a share of the norm of the means"
-            )
-        object.__setattr__(self, "drift", real_number(self.drift))
+        object.__setattr__(self, "drift", drift_of(self.drift))
 
     @abstractmethod
     def most_listed(self, blocks: Blocks) -> int:

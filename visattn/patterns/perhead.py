@@ -12,7 +12,7 @@ from visattn.patterns.base import Pattern
 from visattn.patterns.dense import Dense
 from visattn.patterns.kinds import ComposedPattern, ListedPattern
 from visattn.patterns.text import parse
-from visattn.patterns.values import is_number, real_number, whole_numbers
+from visattn.patterns.values import drift_of, whole_numbers
 
 HEADS = re.compile(r"(\d+)(?:(-)(\d*))?")
 
@@ -206,9 +206,7 @@ class Best(HeadsPattern):
             if isinstance(value, tuple | list):
                 raise ValueError(f"{name}={value!r} must be one whole number")
             object.__setattr__(self, name, whole_numbers(value, name, 1))
-        if not is_number(self.drift) or self.drift <= 0:
-            raise ValueError(f"drift={self.drift!r} must be a number above 0, like 0.3, of the norm of the means")
-        object.__setattr__(self, "drift", real_number(self.drift))
+        object.__setattr__(self, "drift", drift_of(self.drift))
 
     @property
     def patterns(self) -> tuple[ListedPattern, ...]:

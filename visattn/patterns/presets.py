@@ -88,6 +88,16 @@ PRESETS = {
         "BLASST (2025) and skip-softmax of TensorRT-LLM: dense attention with the test in its loop",
         "the originals divide the threshold by the number of tokens",
     ),
+    "vmoba": Preset(
+        "topp(p=0.25, of=height, block=1x1x1, key_block=4x6x4)",
+        "VMoBA (Wu et al., 2025), threshold 0.25, each token by itself",
+        "the original takes whole frames, columns of 3x4 and boxes of 4x6x4 in turns, layer by layer",
+    ),
+    "moba": Preset(
+        "topk(keep=3, block=1, key_block=512)",
+        "MoBA (Lu et al., 2025), blocks of 512 tokens, each token by itself",
+        "the original is causal",
+    ),
     "hyper": Preset(
         "lsh(planes=7, block=256, samples=256)",
         "HyperAttention (Han et al., 2023)",

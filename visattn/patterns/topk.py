@@ -40,7 +40,7 @@ class TopK(DynamicPattern):
         key_block: The same for keys, None for `block`.
         every: Denoising steps that lists are kept for, where a patched pipeline tells its steps: 1 chooses in each.
         drift: With `every`, how far the means of the blocks of queries or keys may move, relative to their norm, before
-            lists are chosen again all the same.
+            lists are chosen again all the same; inf keeps them without a look, which costs nothing.
         share: Neighbouring heads that share one choice, by the mean of their scores: a number, or "all".
         alike: SpargeAttn's guard: query blocks whose tokens, as unit vectors, have no more than this as the mean of all
             their products list everything, and such key blocks are listed by everyone, beside `keep`. None for none.

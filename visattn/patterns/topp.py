@@ -10,12 +10,13 @@ from typing import ClassVar
 import torch
 
 from visattn.patterns.choice.blocks import Blocks
-from visattn.patterns.choice.picks import Seen, at_most, number_of, pick_mass
+from visattn.patterns.choice.picks import Seen, at_most, number_of, pick_height, pick_mass, pick_number
 from visattn.patterns.choice.values import share_or_count
 from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.values import PerAxis, is_number, real_number
 
 RULES = ("cover", "under")
+SHARES = ("softmax", "height")
 # Standard deviation of the scores of a row that estimates assume; what is reached stands in the report.
 SPREAD = 2.0
 
@@ -26,13 +27,16 @@ class TopP(DynamicPattern):
 
     The estimate is the softmax of the scores over all key blocks. Sources: Mikhailov et al.,
     "NABLA: Neighborhood Adaptive Block-Level Attention" (2025); Zhang et al., "Training-Free Efficient Video
-    Generation via Dynamic Token Carving" (Jenga, 2025).
+    Generation via Dynamic Token Carving" (Jenga, 2025). With `of=height` shares are those of VMoBA (Wu et al., 2025),
+    whose blocks of queries are single tokens.
 
     Attributes:
         p: Share of the attention, above 0 and at most 1; with `per=head` of that of all rows of a head.
         least: Blocks that are listed anyway: a fraction of all, rounded up, or a count; 0 for none.
         most: Blocks that are listed at most, forced ones included: a fraction or a count.
         rule: "cover" lists the block that crosses the share, "under" does not.
+        of: What `p` is a share of: "softmax" of the scores, or "height", of how far they lie above the lowest one; then
+            forced blocks count first, and at least one other is listed.
         score: As in `topk`.
         always: As in `topk`; forced blocks are listed beside those that carry the share.
         per: As in `topk`.
@@ -53,6 +57,7 @@ class TopP(DynamicPattern):
     least: int | float = 1
     most: int | float = 1.0
     rule: str = "cover"
+    of: str = "softmax"
     score: str = "mean"
     always: str | None = "self"
     per: str = "row"
@@ -75,6 +80,8 @@ class TopP(DynamicPattern):
             object.__setattr__(self, name, share_or_count(getattr(self, name), name, low))
         if self.rule not in RULES:
             raise ValueError(f"rule={self.rule!r} must be {' or '.join(RULES)}")
+        if self.of not in SHARES:
+            raise ValueError(f"of={self.of!r} must be {' or '.join(SHARES)}")
         self.put_in_form()
 
     # As `TopK`: a share of 1.0 is no count of 1.
@@ -139,6 +146,10 @@ class TopP(DynamicPattern):
         if self.least_listed(blocks) >= blocks.columns:
             return torch.ones_like(scores, dtype=torch.bool)
         least = self.least_listed(blocks)
-        mask = pick_mass(scores, seen, self.p, self.rule == "cover", least, of_all)
-        mask = mask if forced is None else mask | forced
+        if self.of == "height":
+            mask = pick_height(scores, seen, forced, self.p, self.rule == "cover", of_all)
+            mask = mask | pick_number(scores, seen, forced, least) if least else mask
+        else:
+            mask = pick_mass(scores, seen, self.p, self.rule == "cover", least, of_all)
+            mask = mask if forced is None else mask | forced
         return at_most(mask, scores, forced, self.most_listed(blocks))

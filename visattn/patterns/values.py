@@ -48,6 +48,19 @@ def real_number(value: Any) -> float:
     return float(value) + 0.0
 
 
+def drift_of(value: Any) -> float:
+    """Check how far means of blocks may move before lists are chosen again; infinity is for any way.
+
+    Raises:
+        ValueError: If it is no number above 0.
+    """
+    if not (is_number(value) or value == math.inf) or value <= 0:
+        raise ValueError(
+            f"drift={value!r} must be a number above 0, like 0.3: a share of the norm of the means; inf never looks"
+        )
+    return real_number(value)
+
+
 def flag(value: Any, name: str) -> bool:
     """Check a parameter that is true or false; 1 and 0 mean the same.
 

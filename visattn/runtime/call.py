@@ -29,6 +29,8 @@ class AttentionCall:
         layouts: Where its tokens sit, of each sample where they differ, or why there is no grid, if the call itself
             tells; None if its forward does.
         own: What the client's own attention needs beyond these.
+        rpb: Relative position bias of a neighborhood, see `visattn.attention`.
+        local: Whether the client's own attention does not see every pair, so that it never stands for a pattern.
     """
 
     q: torch.Tensor
@@ -42,6 +44,8 @@ class AttentionCall:
     parallel: Any = None
     layouts: tuple[Layout, ...] | str | None = None
     own: Any = None
+    rpb: torch.Tensor | None = None
+    local: bool = False
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

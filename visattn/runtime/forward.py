@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from visattn.layout import Layout
 from visattn.patterns import Pattern
 from visattn.patterns.choice.memory import Memory
-from visattn.runtime.verdict import Ready
+from visattn.runtime.rest import Rest, Rested
+from visattn.runtime.verdict import Ready, Verdict
 from visattn.staged import Staged
 
 
@@ -45,6 +46,7 @@ class Forward:
         kept: How many calls of compiled code, which does not tell its modules, `auto` kept dense.
         resolved: Layouts of sequence lengths, resolved once.
         ready: What was decided for calls in forwards like this one, by what they have in common.
+        rests: Modules that were left to the model's own code in forwards like this one, by path.
         learns: Whether blocks of it may be recomputed for gradients.
         chosen: Patterns of this step and grid, by the identity of what they were chosen from.
     """
@@ -60,6 +62,7 @@ class Forward:
     kept: int = 0
     resolved: dict[int, tuple[Layout, ...] | str] = field(default_factory=dict)
     ready: dict[Hashable, Ready] = field(default_factory=dict)
+    rests: dict[str, Rest] = field(default_factory=dict)
     learns: bool = True
     chosen: dict[int, Pattern] = field(default_factory=dict)
 
@@ -76,6 +79,27 @@ class Forward:
             self.resolved[length] = self.where.layouts(length)
         return self.resolved[length]
 
+    def note(self, name: str, verdict: Verdict, anonymous: bool = False, staged: bool = False) -> None:
+        """Remember what happened at a module.
+
+        Args:
+            name: Its path, or what stands for modules of compiled code.
+            verdict: What ran.
+            anonymous: Whether it is the latter.
+            staged: Whether the module has patterns by step.
+        """
+        if verdict.slower:
+            self.reasons[name] = verdict.slower
+            self.excused.add(name)
+            self.kept += anonymous
+        elif verdict.kind == "dense" and not verdict.why and staged:
+            self.resting.add(name)
+            self.kept += anonymous
+        elif verdict.kind == "sparse":
+            self.hits.append(name)
+        elif verdict.why:
+            self.reasons.setdefault(name, verdict.why)
+
 
 class Here(threading.local):
     """Where a thread is.
@@ -87,6 +111,7 @@ class Here(threading.local):
         kept: Why it leaves them, see `merging`.
         memory: What patterns keep from step to step; None where no forward began that may keep anything.
         perturbed: What stands for modules in the perturbed forward that it is in; None in a plain one.
+        rested: What the call was that a processor made; None before it made one, False if that was no such call.
     """
 
     forward: Forward | None = None
@@ -94,6 +119,7 @@ class Here(threading.local):
     merged: Any = None
     kept: str = ""
     memory: Memory | None = None
+    rested: Rested | Literal[False] | None = None
     perturbed: Mapping[str, Callable[[Any, str], torch.Tensor]] | None = None
 
     def stand_in(self, call: Any, site: str | None) -> torch.Tensor | None:

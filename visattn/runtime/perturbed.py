@@ -21,7 +21,6 @@ from visattn.runtime.forward import Forward
 from visattn.runtime.run import Run
 from visattn.runtime.runner import Runner
 
-
 # What counts call a module in a perturbed forward.
 SUFFIX = " (perturbed)"
 

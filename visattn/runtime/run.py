@@ -9,15 +9,17 @@ from dataclasses import replace
 
 import torch
 
+from visattn.counts import Row
 from visattn.patterns import Pattern
 from visattn.patterns.choice.memory import Memory, Place
 from visattn.recompute import Carrier
 from visattn.registry import REGISTRY
 from visattn.report import SiteReport
 from visattn.runtime.forward import Forward, Here, Where
+from visattn.runtime.rest import Rest
 from visattn.runtime.verdict import Ready
 from visattn.schedule import Given, Schedule, known_step
-from visattn.tally import Row, Tally
+from visattn.tally import Tally
 from visattn.watch import Watcher
 
 Step = tuple[int | None, int | None]
@@ -72,7 +74,7 @@ class Run:
         self.forwards: Carrier[Forward] = Carrier()
         # Two say as well as many that they differ.
         self._kinds: dict[object, Forward] = {}
-        self._ready: dict[Hashable, dict[Hashable, Ready]] = {}
+        self._known: dict[Hashable, tuple[dict[Hashable, Ready], dict[str, Rest]]] = {}
         self._warned = False
 
     @property
@@ -127,8 +129,8 @@ class Run:
         gradients = torch.is_grad_enabled() if gradients is None else gradients
         learns = gradients if learns is None else learns
         stage = self.schedule.stage(step, total)
-        ready = self._ready_in((where, dense, stage, REGISTRY.version))
-        self.here.forward = forward = Forward(where, dense, step, total, ready=ready, learns=learns)
+        ready, rests = self._known_in((where, dense, stage, REGISTRY.version))
+        self.here.forward = forward = Forward(where, dense, step, total, ready=ready, rests=rests, learns=learns)
         self._remember(step, total, gradients)
         self.here.site = None
         self.forwards.begin(forward, learns)
@@ -183,23 +185,21 @@ class Run:
     def reports(self, sites: Mapping[str, Given], backend: str) -> list[SiteReport]:
         """The report of every module by its path, and of compiled code, which does not tell its module."""
         rows = self.tally.rows()
-        found = [
-            replace(SiteReport.of(self.name, path, p, backend, rows.get(path, Row())), moved=self.moved[path])
-            for path, p in sites.items()
-        ]
-        compiled = [(name, pattern) for name, pattern in self.compiled_patterns.items() if name in rows]
-        return [
-            *found,
-            *(SiteReport.of(self.name, name, p, backend, rows[name], compiled=True) for name, p in compiled),
-        ]
 
-    def _ready_in(self, kind: Hashable) -> dict[Hashable, Ready]:
-        """What was decided in forwards of a kind; other backends decide anew."""
-        found = self._ready.get(kind)
+        def one(name: str, pattern: Given, compiled: bool = False) -> SiteReport:
+            row = rows.get(name, Row())
+            return replace(SiteReport.of(self.name, name, pattern, backend, row, compiled), moved=self.moved[name])
+
+        compiled = [(name, pattern) for name, pattern in self.compiled_patterns.items() if name in rows]
+        return [*(one(*site) for site in sites.items()), *(one(*code, compiled=True) for code in compiled)]
+
+    def _known_in(self, kind: Hashable) -> tuple[dict[Hashable, Ready], dict[str, Rest]]:
+        """What was decided in forwards of a kind, and what rested; other backends decide anew."""
+        found = self._known.get(kind)
         if found is None:
-            if len(self._ready) >= MANY:
-                self._ready = {}
-            self._ready[kind] = found = {}
+            if len(self._known) >= MANY:
+                self._known = {}
+            self._known[kind] = found = {}, {}
         return found
 
     def _step(self) -> Step:

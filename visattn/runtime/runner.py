@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.attend import attention
-from visattn.crossing import crossing
-from visattn.dispatch import choose, load
+from visattn.counts import Cell
+from visattn.dispatch import load
 from visattn.layout import Layout
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
@@ -20,13 +20,14 @@ from visattn.problem import Call, Problem
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
 from visattn.runtime.masks import key_validity
+from visattn.runtime.rest import Mark, Rested
 from visattn.runtime.run import Run
 from visattn.runtime.sequences import Sequences, query_rows, with_keys
-from visattn.runtime.verdict import MANY, Mode, Ready, Verdict
+from visattn.runtime.verdict import MANY, Mode, Ready, Verdict, judge
 from visattn.runtime.watching import show
 from visattn.schedule import Given
 from visattn.staged import Staged
-from visattn.tally import Cell, tells
+from visattn.tally import tells
 
 
 class Fit(NamedTuple):
@@ -97,6 +98,7 @@ class Runner:
         Returns:
             Output [B, S, H, D], and the layouts that the pattern ran on, () if the stock attention ran.
         """
+        self.run.here.rested = False
         if self._strange(site) or self._is_piece(call):
             return self.stock(call), ()
         if self.run.here.perturbed is not None:
@@ -209,6 +211,9 @@ class Runner:
             ready.cells[name] = cells = verdict.cells(tally, name, q.device)
         begun = tally.begin(cells[0])
         if not verdict.layouts:
+            mark: Mark = "excused" if verdict.slower else "resting" if isinstance(self.given, Staged) else ""
+            alone = here.rested is None and len(cells) == 1 and cells[0].on_gpu
+            here.rested = Rested(run, cells[0], mark) if alone else False
             out = stock()
         elif heads_first:
             out = self._listed(
@@ -234,6 +239,7 @@ class Runner:
         begun: Any,
     ) -> torch.Tensor:
         """The pattern of q, k, v [B, S, H, D] without a mask."""
+        self.run.here.rested = False
         pattern, verdict = self.pattern, ready.verdict
         if ready.plain:
             return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
@@ -242,6 +248,7 @@ class Runner:
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
         """Run the stock attention and count it, with the reason ("" means that it was to be dense)."""
+        self.run.here.rested = False
         if self._strange(site):
             return self.stock(call)
         name, tally = site or self.unnamed, self.run.tally
@@ -340,42 +347,22 @@ class Runner:
         if sequences is None:
             return Verdict("dense", shapes=_shapes(call), why=fit.why)
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode))
-        automatic = self.backend == "auto"
-        if automatic and all(self.pattern.covers(*layout.grids) for layout in fit.layouts):
-            # The model's own attention is the pattern.
-            return Verdict("sparse", problems=problems)
-        if automatic and not self._always and not parameters:
-            crossings = [crossing(problem) for problem in problems]
-            slower = [found for found in crossings if found is not None and found.dense_pays_inside]
-            if slower and len(slower) == len(problems):
-                return Verdict("dense", problems=problems, slower=slower[0].reason)
-        backend = choose(problems[0], self.backend).name if len(problems) == 1 else self.backend
-        return Verdict("sparse", fit.layouts, backend, problems)
+        always = self._always or bool(parameters)
+        return judge(self.pattern, problems, fit.layouts, self.backend, always, not call.local)
 
     def _problems(
         self, sequences: Sequences, layouts: tuple[Layout, ...], parameters: Mapping[str, torch.Tensor], mode: Mode
     ) -> Iterator[Problem]:
         """What a call poses, once for each layout."""
         for i, layout in enumerate(layouts):
-            q, k, v, keys, scale, *_ = sequences if len(layouts) == 1 else sequences.sample(i)
-            found = Problem.of(q, k, v, Call(self.pattern, layout, scale, keys, parameters=parameters))
+            q, k, v, keys, scale, *_, rpb = sequences if len(layouts) == 1 else sequences.sample(i)
+            found = Problem.of(q, k, v, Call(self.pattern, layout, scale, keys, rpb, parameters=parameters))
             yield found if mode == "eager" else replace(found, mode=mode)
 
     def note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:
         """Remember with a forward what happened at a module."""
-        if forward is None:
-            return
-        if verdict.slower:
-            forward.reasons[name] = verdict.slower
-            forward.excused.add(name)
-            forward.kept += name == self.unnamed
-        elif verdict.kind == "dense" and not verdict.why and isinstance(self.given, Staged):
-            forward.resting.add(name)
-            forward.kept += name == self.unnamed
-        elif verdict.kind == "sparse":
-            forward.hits.append(name)
-        elif verdict.why:
-            forward.reasons.setdefault(name, verdict.why)
+        if forward is not None:
+            forward.note(name, verdict, name == self.unnamed, isinstance(self.given, Staged))
 
 
 def _shapes(call: AttentionCall) -> Hashable:

@@ -31,6 +31,7 @@ class Sequences(NamedTuple):
         channels: Channels of the output that count.
         rows: The queries of the call among those here, None for all.
         before: The call of the queries before those here, which keep the model's own attention; None for none.
+        rpb: Relative position bias of a neighborhood, None for none.
     """
 
     q: torch.Tensor
@@ -41,6 +42,7 @@ class Sequences(NamedTuple):
     channels: int
     rows: slice | None = None
     before: AttentionCall | None = None
+    rpb: torch.Tensor | None = None
 
     @classmethod
     def of(cls, call: AttentionCall, keys: torch.Tensor | None, layout: Layout) -> Sequences:
@@ -65,7 +67,7 @@ class Sequences(NamedTuple):
         if keys is not None and keys.dtype != torch.bool:
             q, k, v = carry_bias(q, k, v, keys, call.factor)
             keys = None
-        return cls(q, k, v, keys, call.factor, channels)
+        return cls(q, k, v, keys, call.factor, channels, rpb=call.rpb)
 
     def attend(
         self, pattern: Pattern, layouts: tuple[Layout, ...], backend: str, parameters: Mapping[str, torch.Tensor]
@@ -80,6 +82,8 @@ class Sequences(NamedTuple):
             options: dict[str, Any] = {"scale": self.scale, "key_mask": self.keys, "backend": backend}
             if parameters:
                 options["parameters"] = parameters
+            if self.rpb is not None:
+                options["rpb"] = self.rpb
             return attention(self.q, self.k, self.v, pattern, layouts[0], **options)[..., : self.channels]
         parts = []
         for i, layout in enumerate(layouts):

@@ -7,9 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from visattn.counts import Cell, Kind
+from visattn.crossing import crossing
+from visattn.dispatch import choose
 from visattn.layout import Layout
+from visattn.patterns import Pattern
 from visattn.problem import Problem
-from visattn.tally import Cell, Kind, Tally
+from visattn.tally import Tally
 
 # How a call is made. One that a CUDA graph captures is decided as its warm-up was, which made plans and kernels for it.
 Mode = Literal["eager", "compiled"]
@@ -44,6 +48,36 @@ class Verdict(NamedTuple):
         if not self.problems:
             return (tally.cell(site, self.kind, self.shapes, device, reason=self.why),)
         return tuple(tally.cell(site, self.kind, None, device, problem, kept=kept) for problem in self.problems)
+
+
+def judge(
+    pattern: Pattern,
+    problems: tuple[Problem, ...],
+    layouts: tuple[Layout, ...],
+    backend: str,
+    always: bool,
+    dense: bool = True,
+) -> Verdict:
+    """What runs for a call that can run its pattern.
+
+    Args:
+        pattern: The pattern.
+        problems: What the call poses, one for each layout.
+        layouts: Where its tokens sit, of each sample where they differ.
+        backend: "auto" or the name of a backend.
+        always: Whether the pattern runs also where dense attention is estimated to be faster.
+        dense: Whether the model's own attention sees every pair; else it never stands for the pattern.
+    """
+    automatic = backend == "auto" and dense
+    if automatic and all(pattern.covers(*layout.grids) for layout in layouts):
+        # The model's own attention is the pattern.
+        return Verdict("sparse", problems=problems)
+    if automatic and not always:
+        crossings = [crossing(problem) for problem in problems]
+        slower = [found for found in crossings if found is not None and found.dense_pays_inside]
+        if slower and len(slower) == len(problems):
+            return Verdict("dense", problems=problems, slower=slower[0].reason)
+    return Verdict("sparse", layouts, choose(problems[0], backend).name if len(problems) == 1 else backend, problems)
 
 
 @dataclass

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
-from visattn.patterns import parse
+from visattn.patterns import ListedPattern, StaticPattern, parse
 from visattn.tuning.subject import DENSE
 
 # Windows as shares of an axis, in tiles of a window's stride.
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 KEPT = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 COVERED = (0.5, 0.7, 0.85, 0.95)
+# Blocks of 64 keys, and of 128 queries, which fill the rows of a tile on a GPU.
+BLOCKS, WIDE = {1: "64", 2: "8x8", 3: "4x4x4"}, {1: "128", 2: "8x16", 3: "4x4x8"}
 # Fewest tokens for which blocks can be chosen.
 FEWEST = 256
 
 
-def candidates(grid: tuple[int, ...]) -> tuple[str, ...]:
-    """Patterns for a grid, dense first."""
+def candidates(grid: tuple[int, ...], every: int = 1) -> tuple[str, ...]:
+    """Patterns for a grid, dense first.
+
+    Args:
+        grid: Tokens per axis.
+        every: Steps for which lists are kept where blocks are chosen.
+    """
     side = {1: 64, 2: 8, 3: 4}[len(grid)]
     found = [DENSE]
     for share in SHARES:
@@ -30,9 +38,12 @@ def candidates(grid: tuple[int, ...]) -> tuple[str, ...]:
             window = [grid[0], *window[1:]]
             found.append(f"na(window={_sizes(window)}, stride={_sizes(strides)})")
     if math.prod(grid) >= FEWEST:
-        found += [f"topk(keep={keep}, rest={rest})" for keep in KEPT for rest in ("mean", "drop")]
-        found += [f"topp(p={p}, rest={rest})" for p in COVERED for rest in ("mean", "drop")]
-    return checked(found, grid)
+        kept = f", every={every}, drift=inf" if every > 1 else ""
+        for blocks in ("", f", block={WIDE[len(grid)]}, key_block={BLOCKS[len(grid)]}"):
+            found += [f"topk(keep={keep}, rest={rest}{blocks}{kept})" for keep in KEPT for rest in ("mean", "drop")]
+            found += [f"topp(p={p}, rest={rest}{blocks}{kept})" for p in COVERED for rest in ("mean", "drop")]
+    # A share of few blocks may be less than what is listed anyway.
+    return checked([text for text in found if _fits(text, grid)], grid)
 
 
 def checked(texts: Sequence[str], grid: tuple[int, ...]) -> tuple[str, ...]:
@@ -50,6 +61,21 @@ def checked(texts: Sequence[str], grid: tuple[int, ...]) -> tuple[str, ...]:
         if not pattern.covers(grid):
             found.append(str(pattern))
     return tuple(dict.fromkeys(found))
+
+
+@lru_cache(maxsize=1024)
+def is_steady(name: str) -> bool:
+    """Whether a candidate takes as long whatever the values are."""
+    pattern = parse(name)
+    return isinstance(pattern, StaticPattern) or pattern.name == "topk" or not isinstance(pattern, ListedPattern)
+
+
+def _fits(text: str, grid: tuple[int, ...]) -> bool:
+    try:
+        parse(text).check(grid)
+    except ValueError:
+        return False
+    return True
 
 
 def _sizes(values: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from visattn.patterns import ListedPattern, StaticPattern, parse
+from visattn.tuning.candidates import is_steady
 from visattn.tuning.journal import Journal
 from visattn.tuning.sensitivity import Response, rank_correlation
 from visattn.tuning.solve import Choice, hull
@@ -84,10 +84,14 @@ class Measurer:
     def outcome(self, assignment: Assignment, seeds: Sequence[int]) -> Outcome:
         """Quality and time of a schedule."""
         edges = self.plan.edges
-        found = self._get(
-            ["outcome", assignment, list(seeds)], lambda: self.subject.outcome(edges, assignment, seeds).to_dict()
-        )
-        return Outcome.of(found)
+        key = ["outcome", assignment, list(seeds)]
+        return Outcome.of(self._get(key, lambda: self.subject.outcome(edges, assignment, seeds).to_dict()))
+
+    def quality(self, assignment: Assignment) -> Outcome:
+        """Quality alone, of the quick samples."""
+        edges, seeds = self.plan.edges, self.plan.samples[: self.plan.quick]
+        key = ["quality", assignment, list(seeds)]
+        return Outcome.of(self._get(key, lambda: self.subject.outcome(edges, assignment, seeds, False).to_dict()))
 
     def local(self) -> list[list[dict[str, Local]]]:
         """What candidates do, by layer and stage: in the middle step of each stage."""
@@ -96,8 +100,13 @@ class Measurer:
             step = int((plan.edges[stage] + plan.edges[stage + 1]) / 2 * self.subject.steps)
             self.tell("candidates in each layer", stage, plan.stages)
             seeds = plan.samples
+            # Times that do not depend on values are measured once.
+            timed = [name for name in plan.candidates if not stage or not is_steady(name)]
             found.append(
-                self._get(["local", step, list(seeds)], lambda: self.subject.local(step, plan.candidates, seeds))  # noqa: B023
+                self._get(
+                    ["local", step, list(seeds)],
+                    lambda: self.subject.local(step, plan.candidates, seeds, timed),  # noqa: B023
+                )
             )
         self.tell("candidates in each layer", plan.stages, plan.stages)
         by_layer = [[found[stage][layer] for stage in range(plan.stages)] for layer in range(self.subject.layers)]
@@ -171,7 +180,7 @@ class Measurer:
             tuple(name if layer in self.groups[group] and s == stage else DENSE for s in range(self.plan.stages))
             for layer in range(self.subject.layers)
         ]
-        return self.outcome(tuple(rows), self.plan.samples[: self.plan.quick]).error
+        return self.quality(tuple(rows)).error
 
     def _get(self, key: Any, measure: Callable[[], Any]) -> Any:
         if not self.journal.knows(key) and time.monotonic() > self.deadline:
@@ -180,17 +189,14 @@ class Measurer:
 
 
 def _steadied(local: list[list[dict[str, Local]]]) -> list[list[dict[str, Local]]]:
-    """Times that do not depend on values are the median over layers and stages."""
-    seen: dict[str, list[float]] = {}
-    for each in itertools.chain.from_iterable(local):
-        for name, (_, seconds) in each.items():
-            seen.setdefault(name, []).append(seconds)
-    fixed = {name: statistics.median(values) for name, values in seen.items() if _fixed(name)}
-    return [
-        [{n: Local(e, fixed.get(n, seconds)) for n, (e, seconds) in each.items()} for each in layer] for layer in local
-    ]
-
-
-def _fixed(name: str) -> bool:
-    pattern = parse(name)
-    return isinstance(pattern, StaticPattern) or pattern.name == "topk" or not isinstance(pattern, ListedPattern)
+    """Times of a layer that do not depend on values are the median over its stages, as far as they are measured."""
+    found = []
+    for layer in local:
+        seen: dict[str, list[float]] = {}
+        for each in layer:
+            for name, (_, seconds) in each.items():
+                if seconds and is_steady(name):
+                    seen.setdefault(name, []).append(seconds)
+        steady = {name: statistics.median(values) for name, values in seen.items()}
+        found.append([{n: Local(e, steady.get(n, seconds)) for n, (e, seconds) in each.items()} for each in layer])
+    return found

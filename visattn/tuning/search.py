@@ -19,11 +19,12 @@ HELD_OUT = 1_000_000
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for: one of the two.
+    """What is asked for: one of the three.
 
     Attributes:
         psnr: The fastest schedule with at least so many dB to dense.
         speedup: The best schedule that makes attention so many times faster.
+        accuracy: The fastest schedule that loses at most so many points of accuracy.
         share: Of the samples that have to reach `psnr`.
         margin: By how many dB the samples that are measured have to be better than `psnr`.
         held_out: Samples that verify.
@@ -32,10 +33,29 @@ class Goal:
 
     psnr: float | None = None
     speedup: float | None = None
+    accuracy: float | None = None
     share: float = 0.95
     margin: float = 0.5
     held_out: int = 20
     rounds: int = 3
+
+    def score(self, outcome: Outcome) -> float:
+        """How good an outcome is, as far as this goal asks: larger is better."""
+        if self.accuracy is not None:
+            return -outcome.lost_points
+        return math.inf if self.psnr is None else outcome.held(self.share)
+
+    @property
+    def least(self) -> float:
+        """The least score."""
+        if self.accuracy is not None:
+            return -self.accuracy
+        return -math.inf if self.psnr is None else self.psnr
+
+    def __str__(self) -> str:
+        if self.accuracy is not None:
+            return f"loses at most {self.accuracy:g} points of accuracy"
+        return f"has {self.psnr:g} dB in {self.share:.0%} of the samples"
 
 
 @dataclass
@@ -65,8 +85,8 @@ class Search:
     """One search of a measurer for a goal."""
 
     def __init__(self, measurer: Measurer, goal: Goal) -> None:
-        if (goal.psnr is None) == (goal.speedup is None):
-            raise ValueError("pass either the least PSNR or the speed-up that you need")
+        if sum(each is not None for each in (goal.psnr, goal.speedup, goal.accuracy)) != 1:
+            raise ValueError("pass either the least PSNR, the most accuracy to lose, or the speed-up that you need")
         self.measurer, self.goal = measurer, goal
         self.tried: dict[Assignment, dict[str, Any]] = {}
         self._rungs: list[Rung] = []
@@ -74,7 +94,8 @@ class Search:
     def run(self) -> Found:
         """Search; with the minutes over, the best that was seen is verified."""
         measurer, complete, ranks = self.measurer, True, None
-        rung, margin = 0, self.goal.margin
+        # Points of accuracy are what they are: no margin before held-out samples say otherwise.
+        rung, margin = 0, self.goal.margin if self.goal.accuracy is None else 0.0
         try:
             local = measurer.local()
             responses, ranks = measurer.responses(local)
@@ -89,11 +110,10 @@ class Search:
         measurer.deadline = math.inf
         for again in range(self.goal.rounds):
             verified = self._verify(rung, again)
-            held = self.goal.psnr is None or verified.held(self.goal.share) >= self.goal.psnr
+            held = self.goal.score(verified) >= self.goal.least
             if held or not complete or rung == len(self._rungs) - 1:
                 break
-            assert self.goal.psnr is not None
-            margin += max(0.25, self.goal.psnr - verified.held(self.goal.share))
+            margin += max(0.25, self.goal.least - self.goal.score(verified))
             rung = max(self._find(margin), rung + 1)
         predicted = [(each["loss"], each["error"]) for each in self.tried.values() if each["error"]]
         whole = rank_correlation([a for a, _ in predicted], [b for _, b in predicted])
@@ -123,8 +143,7 @@ class Search:
         return low
 
     def _holds(self, rung: int, margin: float) -> bool:
-        assert self.goal.psnr is not None
-        return self._outcome(rung).held(self.goal.share) >= self.goal.psnr + margin
+        return self.goal.score(self._outcome(rung)) >= self.goal.least + margin
 
     def _best(self, margin: float) -> int:
         """The fastest measured rung that holds; dense where none does."""
@@ -132,19 +151,20 @@ class Search:
         good = [
             known[a]
             for a, each in self.tried.items()
-            if self.goal.psnr is None or (each["held"] or math.inf) >= self.goal.psnr + margin
+            if (math.inf if each["score"] is None else each["score"]) >= self.goal.least + margin
         ]
         return min(good, default=len(self._rungs) - 1)
 
     def _outcome(self, rung: int) -> Outcome:
         assignment, found = self._assignment(rung), self._rungs[rung]
         outcome = self.measurer.outcome(assignment, self.measurer.plan.samples)
-        held = outcome.held(self.goal.share)
+        held, score = outcome.held(self.goal.share), self.goal.score(outcome)
         self.tried[assignment] = {
             "time": found.time,
             "loss": found.loss,
             "error": outcome.error,
             "held": None if math.isinf(held) else held,
+            "score": None if math.isinf(score) else score,
             "speedup": self._dense_time / found.time if found.time else None,
             "seconds": outcome.seconds,
             "attention_seconds": outcome.attention_seconds,
@@ -169,15 +189,21 @@ class Search:
 
     def _missed(self, assignment: Assignment) -> str:
         """Why only dense attention does what is asked for, in words; empty where something else does."""
-        if any(name != DENSE for row in assignment for name in row) or self.goal.psnr is None:
+        if any(name != DENSE for row in assignment for name in row) or self.goal.speedup is not None:
             return ""
         if len(self._rungs) == 1:
             return "no candidate is faster than dense attention here: tune with more tokens, or on another device"
-        best = max((each["held"] for each in self.tried.values() if each["held"] is not None), default=None)
-        seen = "" if best is None else f" (the best that was measured has {best:.1f} dB)"
+        best = max((each["score"] for each in self.tried.values() if each["score"] is not None), default=None)
+        if self.goal.accuracy is not None:
+            seen, other = (
+                "" if best is None else f" (the best that was measured loses {-best:.2f})",
+                "a larger --accuracy",
+            )
+        else:
+            seen, other = "" if best is None else f" (the best that was measured has {best:.1f} dB)", "a lower --psnr"
         return (
-            f"no schedule faster than dense has {self.goal.psnr:g} dB in {self.goal.share:.0%} of the samples{seen}: "
-            "pass a lower --psnr, more --candidates (such as topk with a larger keep), or more --seeds"
+            f"no schedule faster than dense {self.goal}{seen}: pass {other}, more --candidates (such as topk with a "
+            "larger keep), or more --seeds"
         )
 
 
@@ -199,18 +225,25 @@ def tuned(search: Search, found: Found) -> Tuned:
     layers = {str(i): stages_of(plan.edges, row) for i, row in enumerate(found.assignment)}
     dense = tuple((DENSE,) * plan.stages for _ in range(subject.layers))
     first = plan.seed + HELD_OUT
-    twin = measurer.outcome(dense, range(first, first + goal.held_out))
+    # No quality without its dense twin, whatever the clock says.
+    deadline, measurer.deadline = measurer.deadline, math.inf
+    try:
+        twin = measurer.outcome(dense, range(first, first + goal.held_out))
+    finally:
+        measurer.deadline = deadline
     finite = [value for value in verified.psnr if math.isfinite(value)]
     figures: dict[str, Any] = {
         "held": found.held,
         "samples": len(verified.psnr),
-        "psnr_mean": round(sum(finite) / len(finite), 2) if finite else None,
-        "psnr_worst": round(min(finite), 2) if finite else None,
+        f"{subject.measure}_mean": round(sum(finite) / len(finite), 2) if finite else None,
+        f"{subject.measure}_worst": round(min(finite), 2) if finite else None,
         "attention_seconds": verified.attention_seconds,
         "attention_seconds_dense": twin.attention_seconds,
         "seconds": verified.seconds,
         "seconds_dense": twin.seconds,
     }
+    if verified.lost:
+        figures |= {"accuracy_lost": verified.lost_points, "accuracy_dense": verified.twin_accuracy}
     for name in ("ssim", "lpips"):
         values = getattr(verified, name)
         if values:
@@ -218,4 +251,12 @@ def tuned(search: Search, found: Found) -> Tuned:
             figures[f"{name}_worst"] = round((min if name == "ssim" else max)(values), 4)
     settings = {"goal": {k: v for k, v in vars(goal).items() if v is not None}, "subject": subject.about()}
     settings |= {"stages": plan.stages, "seeds": plan.seeds, "seed": plan.seed, "rank_correlation": found.ranks}
-    return Tuned(subject.model, subject.layers, subject.grid, layers, settings=settings, verified=figures)
+    return Tuned(
+        subject.model,
+        subject.layers,
+        subject.grid,
+        layers,
+        parameters=subject.parameters,
+        settings=settings,
+        verified=figures,
+    )

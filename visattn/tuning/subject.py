@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ class Local(NamedTuple):
 
     Attributes:
         error: Squared error of the layer's output behind its output projection, relative to that output's square.
-        seconds: Time of one call.
+        seconds: Time of one call, 0 where it is not measured.
     """
 
     error: float
@@ -29,11 +29,14 @@ class Outcome:
     """Outputs of some samples with a schedule, beside their dense twins.
 
     Attributes:
-        psnr: Of each sample, infinite where it equals its twin.
+        psnr: Of each sample, infinite where it equals its twin. Of outputs that are no pictures the ratio of the twin's
+            square to the square of the difference, in dB.
         ssim: Of each sample.
         lpips: Of each sample, empty where it is not there.
         seconds: Wall time of a sample.
         attention_seconds: Time of a sample in attention.
+        lost: Of each sample with a label 1 where the twin alone knows it, -1 where the twin alone does not, else 0.
+        twin_accuracy: Share of the labels that the twins know.
     """
 
     psnr: tuple[float, ...]
@@ -41,6 +44,13 @@ class Outcome:
     lpips: tuple[float, ...] = ()
     seconds: float = 0.0
     attention_seconds: float = 0.0
+    lost: tuple[int, ...] = ()
+    twin_accuracy: float | None = None
+
+    @property
+    def lost_points(self) -> float:
+        """Accuracy that is lost to the twins, in points of a hundred."""
+        return 100 * sum(self.lost) / len(self.lost)
 
     @property
     def error(self) -> float:
@@ -61,13 +71,18 @@ class Outcome:
             "lpips": list(self.lpips),
             "seconds": self.seconds,
             "attention_seconds": self.attention_seconds,
+            "lost": list(self.lost),
+            "twin_accuracy": self.twin_accuracy,
         }
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Outcome:
         """The inverse of `to_dict`."""
         psnr = tuple(math.inf if value is None else value for value in found["psnr"])
-        return cls(psnr, tuple(found["ssim"]), tuple(found["lpips"]), found["seconds"], found["attention_seconds"])
+        times = found["seconds"], found["attention_seconds"]
+        return cls(
+            psnr, tuple(found["ssim"]), tuple(found["lpips"]), *times, tuple(found["lost"]), found["twin_accuracy"]
+        )
 
 
 class Subject(Protocol):
@@ -79,8 +94,18 @@ class Subject(Protocol):
         ...
 
     @property
+    def measure(self) -> str:
+        """What `Outcome.psnr` is of its outputs: "psnr" of pictures, "snr" of others."""
+        ...
+
+    @property
     def layers(self) -> int:
         """How many layers have attention that can be given a pattern."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
         ...
 
     @property
@@ -97,16 +122,28 @@ class Subject(Protocol):
         """What decides its outputs and times, as JSON."""
         ...
 
-    def local(self, step: int, candidates: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Local]]:
-        """What each candidate does at each layer in a step of a dense run; one that cannot run is left out."""
+    def local(
+        self, step: int, candidates: Sequence[str], seeds: Sequence[int], timed: Collection[str]
+    ) -> list[dict[str, Local]]:
+        """What each candidate does at each layer in a step of a dense run; one that cannot run is left out.
+
+        Args:
+            step: The step.
+            candidates: Their texts.
+            seeds: Of the samples.
+            timed: Those whose time is measured.
+        """
         ...
 
-    def outcome(self, edges: Sequence[float], assignment: Assignment, seeds: Sequence[int]) -> Outcome:
+    def outcome(
+        self, edges: Sequence[float], assignment: Assignment, seeds: Sequence[int], timed: bool = True
+    ) -> Outcome:
         """Run samples with a schedule and beside them, once for the same seeds, their dense twins.
 
         Args:
             edges: Where stages begin and end, as shares of the run.
             assignment: Patterns by layer and stage.
             seeds: Of the samples.
+            timed: Whether times are wanted too: without, they are those of a run that may compile something.
         """
         ...

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from visattn.dispatch import Problem
+from visattn.kernels.triton.config import SHARING
 from visattn.patterns import DynamicPattern, TopP
 from visattn.patterns.choice.scores import Score
+from visattn.patterns.shared_tiles import sharing_tiles
 
 # Microseconds of the kernels: fixed, per byte that is read for means, and per place of a row of scores, which has a
 # power of two. Fitted to choices of 24 heads of 128 on 256x256 and 30x45x88, blocks of 64 x 64 and of 128 x 64, on an
@@ -14,6 +16,9 @@ FIXED_US, BYTE_US, SCORE_US = 60.0, 0.31e-6, 11e-6
 PART_POWER, BY_MASS = 0.75, 2.0
 # How many times longer torch's operators take, on the same cases.
 BY_TORCH = 5.0
+# What tiles visit that several blocks share is found by some twenty operators, which move about 40 bytes for each pair
+# of blocks: at 5 us each, and at 3 TB/s. Not measured.
+MERGE_US, MARK_US = 100.0, 13e-6
 
 
 def choosing_us(problem: Problem) -> float:
@@ -28,6 +33,16 @@ def choosing_us(problem: Problem) -> float:
     scores *= (score.query_parts * score.key_parts) ** PART_POWER * (BY_MASS if isinstance(pattern, TopP) else 1)
     time = FIXED_US + BYTE_US * read + SCORE_US * scores
     return time if _by_kernels(pattern, score, layout.grid) else BY_TORCH * time
+
+
+def sharing_us(problem: Problem) -> float:
+    """Microseconds in which operators of torch find what tiles visit that several query blocks share, 0 elsewhere."""
+    pattern, layout = problem.pattern, problem.layout
+    if sharing_tiles(pattern, layout, SHARING) is None:
+        return 0.0
+    assert isinstance(pattern, DynamicPattern)
+    blocks = pattern.blocks(layout.grid)
+    return MERGE_US + MARK_US * problem.batch * problem.heads * blocks.rows * blocks.columns
 
 
 def _by_kernels(pattern: DynamicPattern, score: Score, grid: tuple[int, ...]) -> bool:

@@ -46,8 +46,7 @@ class DynamicLists:
 
     def addresses(self, direction: str) -> list[int]:
         """Where their bounds, bases and masks are."""
-        run = self.program(direction)
-        return [run.bounds.data_ptr(), run.bases.data_ptr(), run.mask_ids.data_ptr()]
+        return [t.data_ptr() for t in self.program(direction).own_lists]
 
     def _made(self, direction: str) -> Program:
         plan, pattern = self._work.plan(direction), self._work.pattern

@@ -1,8 +1,8 @@
 """The warps that fill rings of the Hopper kernels with what is too small or too scattered for copies.
 
-A column tile's slot gets the first values of its scores: 0 and -inf by the key mask in the forward, the softmax
-statistics of its queries in the backward. Products add to them, so that neither costs the groups of warps that
-multiply any registers or instructions.
+A column tile's slot gets the first values of its scores: 0 and -inf by the key mask where keys are the columns, the
+softmax statistics of its queries where queries are. Products add to them, so that neither costs the groups of warps
+that multiply any registers or instructions.
 """
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
@@ -31,8 +31,9 @@ def _put_mask(key_mask, token, inside, visible, ready, free, slot, phase):
 
 @gluon.jit
 def put_masks(key_mask, bases, offsets, shared, jobs, runs, heads, key_length, SIZES: gl.constexpr):
-    """The warp for the key mask, idle without one."""
+    """The forward's warp for the key mask, idle without one."""
     KEY_MASK: gl.constexpr = SIZES[6]
+    ring = (shared[7], shared[2], shared[3])
     if KEY_MASK:
         number = 0
         slot = 0
@@ -41,30 +42,33 @@ def put_masks(key_mask, bases, offsets, shared, jobs, runs, heads, key_length, S
         while where[0] >= 0:
             finish_job(jobs, number)
             own = key_mask + (where[1] // heads).to(gl.int64) * key_length
-            slot, phase = _put_tile_masks(own, bases, offsets, shared, where, runs, key_length, slot, phase, SIZES)
+            slot, phase = put_tile_masks(
+                own, bases, offsets, ring, (where[2], where[4], where[5]), runs, key_length, slot, phase,
+                SIZES[2], SIZES[3], SIZES[4],
+            )  # fmt: skip
             number += 1
             where = next_job(jobs, number, 1)
 
 
 @gluon.jit
-def _put_tile_masks(key_mask, bases, offsets, shared, where, runs, key_length, slot, phase, SIZES: gl.constexpr):
+def put_tile_masks(
+    key_mask, bases, offsets, ring, where, runs, key_length, slot, phase,
+    COLUMNS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """The mask of the listed column tiles, then of the runs of dense tokens; the slot and phase that follow."""
-    _, _, k_ready, k_free, _, _, _, visible = shared
-    _, _, start, _, stop, dense = where
+    visible, ready, free = ring
+    start, stop, dense = where
     prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
-    COLUMNS: gl.constexpr = SIZES[2]
-    TILES: gl.constexpr = SIZES[3]
-    STAGES: gl.constexpr = SIZES[4]
     layout: gl.constexpr = gl.BlockedLayout([COLUMNS // 32], [32], [1], [0])
     slots = gl.arange(0, COLUMNS, layout)
     offset = gl.load(offsets + slots % (COLUMNS // TILES))
     for i in range(start, stop, TILES):
         token = gl.load(bases + i + slots // (COLUMNS // TILES)) + offset
-        _put_mask(key_mask, token, token < key_length, visible, k_ready, k_free, slot, phase)
+        _put_mask(key_mask, token, token < key_length, visible, ready, free, slot, phase)
         slot, phase = following(slot, phase, STAGES)
     for i in range(0, dense):
         first, end = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
-        _put_mask(key_mask, first + slots, first + slots < end, visible, k_ready, k_free, slot, phase)
+        _put_mask(key_mask, first + slots, first + slots < end, visible, ready, free, slot, phase)
         slot, phase = following(slot, phase, STAGES)
     return slot, phase
 

@@ -36,7 +36,7 @@ from visattn.kernels.triton.hopper.parts import (
     dense_run,
     following,
     hide_masked,
-    mask_words,
+    mask_bits,
     product_layout,
     row_layout,
     wait_for_threads,
@@ -116,7 +116,9 @@ def _step(
     words = ()
     if PARTIAL:
         # Their loads are done by the time that the scores are.
-        words = mask_words(lists[0], lists[1], i, first_row, masked, s_layout, SIZES)
+        mask = gl.load(lists[1] + i, mask=masked, other=0)
+        second = gl.load(lists[1] + i + TILES - 1, mask=masked, other=0)
+        words = mask_bits(lists[0], mask, second, first_row, masked, SIZES[2], SIZES[1], TILES)
     if TURNS:
         mbarrier.wait(turns.index(group), turn)
     scores = _start_scores(mine, shared, k_slot, SIZES, s_layout)
@@ -125,7 +127,9 @@ def _step(
     if TURNS:
         mbarrier.arrive(turns.index(1 - group), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    mbarrier.arrive(k_free.index(k_slot), count=1)
+    done_slot = k_slot
+    if not SIZES[9]:
+        mbarrier.arrive(k_free.index(k_slot), count=1)
     scores = _hide(scores, words, masked, step, (stop - start) // TILES, runs, s_layout, PARTIAL, DENSE)
     fresh, top, total, alpha = _softmax(scores, top, total, scale)
     fresh = gl.convert_layout(fresh.to(keys.dtype), p_layout)
@@ -133,7 +137,11 @@ def _step(
     k_slot, k_phase = following(k_slot, k_phase, STAGES)
     mbarrier.wait(k_ready.index(k_slot), k_phase, pred=step + 1 < steps)
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
-    mbarrier.arrive(v_free.index(last_slot), count=1, pred=any_before)
+    if SIZES[9]:
+        # One arrival for both, since each costs a barrier of the group; there is a slot more of values than of keys.
+        mbarrier.arrive(k_free.index(done_slot), count=1)
+    else:
+        mbarrier.arrive(v_free.index(last_slot), count=1, pred=any_before)
     next_slot, next_phase = following(v_slot, v_phase, VALUE_STAGES)
     at = (k_slot, k_phase, next_slot, next_phase, v_slot, v_phase, turn ^ 1)
     return (acc, fresh, top, total), alpha, at
@@ -271,7 +279,7 @@ def _copy_columns(
         slot, phase, v_slot, v_phase = produce(
             k_grid, v_grid, k_runs, v_runs, rings, bases, (start, stop, dense),
             (outer, column, sides[0], sides[1]), runs, slot, phase, v_slot, v_phase,
-            BOX, SIZES[2], SIZES[3], HEAD_DIM, SIZES[4], SIZES[8],
+            BOX, SIZES[2], SIZES[3], HEAD_DIM, SIZES[4], SIZES[8], not SIZES[9],
         )  # fmt: skip
         number += 1
         row, pair, start, _split, stop, dense = next_job(jobs, number, 1)
@@ -287,7 +295,7 @@ def attend(
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, LSE: gl.constexpr,
     PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, TURNS: gl.constexpr,
-    HALVES: gl.constexpr, VALUE_STAGES: gl.constexpr,
+    HALVES: gl.constexpr, VALUE_STAGES: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """Attention of query tiles of 128 tokens; see `forward.attend` for what the arguments share with it.
 
@@ -302,6 +310,8 @@ def attend(
         TURNS: Whether the two groups of warps take turns in starting their products.
         HALVES: Whether `halves` says what each half of a row tile has to do (`Program.halves`).
         VALUE_STAGES: Slots of the ring of values; that of keys has STAGES.
+        TOGETHER: Whether the keys of a step and the values of the step before are given back by one arrival, for which
+            VALUE_STAGES must exceed STAGES and steps must not be left out.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = q.dtype.element_ty
@@ -311,8 +321,10 @@ def attend(
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], mbarrier.MBarrierLayout())
     # A barrier that nothing waits for would share its memory with what the warps are handed, and spoil it.
+    v_free = k_free
+    if not TOGETHER:
+        v_free = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], mbarrier.MBarrierLayout())
     turns = k_free
     if TURNS:
         turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
@@ -336,12 +348,13 @@ def attend(
         mbarrier.init(k_free.index(i), count=GROUPS)
     for i in gl.static_range(VALUE_STAGES):
         mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(v_free.index(i), count=GROUPS)
+        if not TOGETHER:
+            mbarrier.init(v_free.index(i), count=GROUPS)
     fence_async_shared()
     if TURNS:
         mbarrier.arrive(turns.index(0), count=1)
 
-    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS, KEY_MASK, HALVES, VALUE_STAGES)
+    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS, KEY_MASK, HALVES, VALUE_STAGES, TOGETHER)
     rings = (keys, values, k_ready, k_free, v_ready, v_free)
     shared = (keys, values, k_ready, k_free, v_ready, v_free, turns, visible)
     runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)

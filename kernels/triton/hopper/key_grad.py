@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -32,7 +31,7 @@ from visattn.kernels.triton.hopper.parts import (
     following,
     hide_masked,
     leave_out,
-    mask_words,
+    mask_bits,
     place,
     product_layout,
     row_layout,
@@ -45,68 +44,41 @@ def _step(
     i, shared, rings, lists, score_scale, state, at,
     GROUP: gl.constexpr, SIZES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Add one query tile to both gradients.
-
-    The products of the tile before may still run: those of this tile wait in line behind them. `state` are both
-    gradients and the factors of the running products; `at` slot and phase of this tile, and the slot before it.
-    """
+    """Add one query tile to both gradients, which are `state`; `at` is its slot and phase."""
     keys, values, queries, grads, q_ready, free, grad_ready = shared
-    acc_k, acc_v, weights, grad_scores = state
-    slot, phase, last, any_before = at
+    acc_k, acc_v = state
+    slot, phase = at
     HEAD_DIM: gl.constexpr = SIZES[0]
     COLUMNS: gl.constexpr = SIZES[2]
     STAGES: gl.constexpr = SIZES[4]
-    VARIANT: gl.constexpr = SIZES[5]
     s_layout: gl.constexpr = product_layout(COLUMNS)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, product_layout(HEAD_DIM), 2)
     of_column: gl.constexpr = gl.SliceLayout(0, s_layout)
     shape: gl.constexpr = [GROUP_ROWS, COLUMNS]
     first_row: gl.constexpr = GROUP * GROUP_ROWS
     if MASKED:
-        words = mask_words(lists[1], lists[2], i, first_row, True, s_layout, SIZES)
+        mask = gl.load(lists[2] + i)
+        words = mask_bits(lists[1], mask, mask, first_row, True, COLUMNS, SIZES[1], 1)
     mbarrier.wait(q_ready.index(slot), phase)
     begin = rings[0].index(slot).load(of_column)[None, :].broadcast_to(shape)
     scores = warpgroup_mma(keys.index(GROUP), queries.index(slot).permute((1, 0)), begin, is_async=True)
     begin = rings[1].index(slot).load(of_column)[None, :].broadcast_to(shape)
     mbarrier.wait(grad_ready.index(slot), phase)
     grad_weights = warpgroup_mma(values.index(GROUP), grads.index(slot).permute((1, 0)), begin, is_async=True)
-    if VARIANT == 2:
-        # Those of the tile before, whose factors are there.
-        acc_v = warpgroup_mma(weights, grads.index(last), acc_v, use_acc=True, is_async=True)
-        acc_k = warpgroup_mma(grad_scores, queries.index(last), acc_k, use_acc=True, is_async=True)
-        scores = warpgroup_mma_wait(3, deps=[scores])
-        if MASKED:
-            scores = hide_masked(scores, words, s_layout)
-        p = gl.exp2(scores * score_scale)
-        grad_weights = warpgroup_mma_wait(2, deps=[grad_weights])
-        new_scores = gl.convert_layout((p * grad_weights).to(keys.dtype), p_layout)
-        new_weights = gl.convert_layout(p.to(keys.dtype), p_layout)
-        acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(0, deps=[acc_k, acc_v, weights, grad_scores])
-        mbarrier.arrive(free.index(last), count=1, pred=any_before)
-        weights = new_weights
-        grad_scores = new_scores
-    else:
-        if VARIANT == 0:
-            # Products end in order: with the scores those of the tile before are done.
-            scores, acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(
-                1, deps=[scores, acc_k, acc_v, weights, grad_scores]
-            )
-            mbarrier.arrive(free.index(last), count=1, pred=any_before)
-        else:
-            scores = warpgroup_mma_wait(1, deps=[scores])
-        if MASKED:
-            scores = hide_masked(scores, words, s_layout)
-        p = gl.exp2(scores * score_scale)
-        weights = gl.convert_layout(p.to(keys.dtype), p_layout)
-        acc_v = warpgroup_mma(weights, grads.index(slot), acc_v, is_async=True)
-        grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
-        grad_scores = gl.convert_layout((p * grad_weights).to(keys.dtype), p_layout)
-        acc_k = warpgroup_mma(grad_scores, queries.index(slot), acc_k, is_async=True)
-        if VARIANT == 1:
-            acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(0, deps=[acc_k, acc_v, weights, grad_scores])
-            mbarrier.arrive(free.index(slot), count=1)
-    following_slot, following_phase = following(slot, phase, STAGES)
-    return (acc_k, acc_v, weights, grad_scores), (following_slot, following_phase, slot, True)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    if MASKED:
+        scores = hide_masked(scores, words, s_layout)
+    p = gl.exp2(scores * score_scale)
+    weights = gl.convert_layout(p.to(keys.dtype), p_layout)
+    acc_v = warpgroup_mma(weights, grads.index(slot), acc_v, is_async=True)
+    grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
+    grad_scores = gl.convert_layout((p * grad_weights).to(keys.dtype), p_layout)
+    acc_k = warpgroup_mma(grad_scores, queries.index(slot), acc_k, is_async=True)
+    # Products that ran on into the next step would be serialised by the assembler, all of them.
+    acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(0, deps=[acc_k, acc_v, weights, grad_scores])
+    mbarrier.arrive(free.index(slot), count=1)
+    slot, phase = following(slot, phase, STAGES)
+    return (acc_k, acc_v), (slot, phase)
 
 
 @gluon.jit
@@ -122,7 +94,6 @@ def _consume(
     HEAD_DIM: gl.constexpr = SIZES[0]
     ROWS: gl.constexpr = SIZES[1]
     o_layout: gl.constexpr = product_layout(HEAD_DIM)
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     io: gl.constexpr = row_layout(HEAD_DIM)
     dtype: gl.constexpr = keys.dtype
 
@@ -136,12 +107,8 @@ def _consume(
     fence_async_shared()
 
     nothing = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, o_layout)
-    factors = gl.zeros([GROUP_ROWS, SIZES[2]], dtype, p_layout)
-    if SIZES[5] == 0:
-        state = (warpgroup_mma_init(nothing), warpgroup_mma_init(nothing), factors, factors)
-    else:
-        state = (nothing, nothing, factors, factors)
-    at = (0, 0, 0, False)
+    state = (nothing, nothing)
+    at = (0, 0)
     alone = stop
     turns = 0
     if HALVES:
@@ -169,17 +136,7 @@ def _consume(
     if DENSE:
         for i in range(0, dense):
             state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
-    if SIZES[5] == 0:
-        acc_k, acc_v, _, _ = warpgroup_mma_wait(0, deps=[state[0], state[1], state[2], state[3]])
-    else:
-        acc_k, acc_v, weights, grad_scores = state
-        if SIZES[5] == 2:
-            # Without a step the rings hold nothing.
-            if (start < stop) | (dense > 0):
-                last = at[2]
-                acc_v = warpgroup_mma(weights, shared[3].index(last), acc_v, is_async=True)
-                acc_k = warpgroup_mma(grad_scores, shared[2].index(last), acc_k, is_async=True)
-                acc_k, acc_v, weights, grad_scores = warpgroup_mma_wait(0, deps=[acc_k, acc_v, weights, grad_scores])
+    acc_k, acc_v = state
 
     # Through the memory of keys and values to a layout whose stores are whole lines.
     keys.index(GROUP).store((acc_k * (score_scale * LN2)).to(dtype))
@@ -209,7 +166,7 @@ def _copy_columns(
     slot = 0
     phase = 1
     produce(q_grid, grad_grid, q_runs, grad_runs, copied, bases, (start, stop, dense), place, runs, slot, phase,
-            slot, phase, BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4])  # fmt: skip
+            slot, phase, BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4], True)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])
@@ -221,7 +178,7 @@ def key_gradients(
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
-    PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, HALVES: gl.constexpr, VARIANT: gl.constexpr,
+    PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV of one key tile of 128 tokens; see `key_grad.key_gradients` for what the arguments share.
 
@@ -234,8 +191,6 @@ def key_gradients(
         BOX: Tokens of a query tile per axis (t, y, x).
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
         HALVES: Whether `halves` says what each half of a row tile has to do (`Program.halves`).
-        VARIANT: When the products into dK and dV of a step are waited for: 0 behind the scores of the next step, 1 at
-            its end; 2 starts them beside the scores of the next step.
     """
     row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
     sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
@@ -276,7 +231,7 @@ def key_gradients(
         mbarrier.init(free.index(i), count=GROUPS)
     fence_async_shared()
 
-    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES, VARIANT)
+    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES)
     shared = (keys, values, queries, grads, q_ready, free, grad_ready)
     rings = (lse_ring, delta_ring, q_ready, free)
     copied = (queries, grads, q_ready, free, grad_ready, free)

@@ -24,6 +24,7 @@ from visattn.kernels.triton.arguments import (
 )
 from visattn.kernels.triton.choosing.tables import writes_lists
 from visattn.kernels.triton.config import HOPPER, Config
+from visattn.kernels.triton.hopper.turns import turns
 from visattn.kernels.triton.lists.program import Program
 from visattn.kernels.triton.start import Launch, programs
 from visattn.layout import Layout
@@ -38,6 +39,14 @@ PIECE = 64
 # Share of tiles without mask below which the two groups of warps take turns in the tensor cores: with masks to apply it
 # is 1 to 3 % faster, without it as much slower (docs/gpu-notes.md).
 TAKE_TURNS = 0.9
+# The same share above which dQ at head dim 64 is the general kernel's, which is 3 % faster there; where more tiles have
+# masks the Hopper kernel is 30 % faster (docs/gpu-notes.md).
+PLAIN = 0.9
+# Whether the forward gives keys and values back by one arrival where no steps are left out.
+GIVE_BACK_TOGETHER = False
+# Pairs of a sample and a head whose key tiles start together in the one-pass backward: of fewer pairs more key tiles
+# run at a time and wait for their turns, of more pairs the tiles that they share have left the L2 cache.
+TOGETHER = 8
 
 
 @lru_cache(maxsize=1)
@@ -65,14 +74,13 @@ def hopper_config(
     launch = HOPPER.get(direction, {}).get(head_dim)
     if architecture != 90 or launch is None or dtype.itemsize != 2 or not installed():
         return None
-    if layout.key_layout is not None:
-        # The copies of these kernels have run for one sequence only.
-        return None
     plan = plan_of(pattern, layout, direction, launch)
     if isinstance(pattern, RoutedPattern) and not writes_lists(pattern, plan):
         return None
     rows, columns = (plan.keys, plan.queries) if direction == "key_grad" else (plan.queries, plan.keys)
     # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
+    if direction == "query_grad" and head_dim == 64 and plan.full_share > PLAIN:
+        return None
     boxes = columns.capacity == launch.tile and all(side & (side - 1) == 0 for side in columns.shape)
     fills = rows.capacity > launch.rows // 2
     # Lists of query tiles that are made at run time are never empty (`choosing.lists`).
@@ -94,9 +102,7 @@ def faster_configs(
         return {}
     directions = []
     if copyable(k, v):
-        directions.append("forward")
-        if call.key_mask is None:
-            directions.append("query_grad")
+        directions += ["forward", "query_grad"]
     # A program has one query head.
     if copyable(q, q) and q.shape[2] == k.shape[2]:
         directions.append("key_grad")
@@ -171,7 +177,7 @@ def key_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "score_scale": work.scale * LOG2E,
         "heads": k.shape[2], "length": t.q.shape[1], "key_length": k.shape[1],
         **strides("k", k, step), **strides("v", v, step),
-        "UNIT": step, "VARIANT": work.configs["key_grad"].variant,
+        "UNIT": step,
     }  # fmt: skip
 
 
@@ -194,9 +200,57 @@ def query_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "q": q, "grad_out": grad_out, "lse": t.lse, "delta": t.delta,
         "scale": work.scale,
         "score_scale": work.scale * LOG2E,
+        "key_length": k.shape[1],
         **strides("q", q, step), **strides("grad", grad_out, step), **head_arguments(q, k),
         "UNIT": step,
     }  # fmt: skip
+
+
+def one_pass_launches(t: Operands, work: Work) -> list[Launch]:
+    """The launches for all three gradients of one sequence: one pass over the lists, and what finishes dQ.
+
+    Dense query tiles see everything, so that adding to their dQ in turns would be a queue: they have a launch of their
+    own.
+    """
+    from visattn.kernels.triton.hopper.one_pass import finish, gradients
+
+    given, ends = one_pass_arguments(t, work)
+    found = [
+        Launch(gradients, programs(given), given, WARPS),
+        Launch(finish, (len(ends["tokens"]), given["pairs"]), ends, WARPS),
+    ]
+    rows = query_launch(t, work)
+    dense = rows.given["dense_rows"] * rows.given["pairs"]
+    return [*found, rows._replace(grid=(dense,))] if dense else found
+
+
+def one_pass_arguments(t: Operands, work: Work) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `hopper.one_pass.gradients`, and those of `finish`."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    q, grad_q = t.q, t.grad_q
+    assert grad_q is not None
+    listed = turns(work.plan("key_grad"), q.device)
+    run, tiles = listed.run, len(listed.columns)
+    given = key_arguments(t, work) | t.given("grad_k", "grad_v")
+    unused = ("halves", "mask_ids", "bounds_batch", "list_batch", "list_heads", "key_mask", "KEY_MASK", "HALVES")
+    given = {name: value for name, value in given.items() if name not in unused}
+    pairs, head_dim = q.shape[0] * q.shape[2], q.shape[3]
+    sums = torch.zeros(pairs * tiles * run.columns, head_dim, dtype=torch.float32, device=q.device)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    given |= {
+        "sums": TensorDescriptor(sums, list(sums.shape), [head_dim, 1], [run.columns, 32], layout),
+        "turns": torch.zeros(pairs, tiles, dtype=torch.int32, device=q.device),
+        "tokens": listed.rows, "bounds": listed.bounds, "bases": listed.bases, "visits": listed.visits,
+        "masks": by_threads(listed.masks), "PARTIAL": listed.partial, "tiles": tiles, "together": TOGETHER,
+        "ORDER": work.configs["key_grad"].one_pass - 1,
+    }  # fmt: skip
+    ends = {
+        "sums": sums, "tokens": listed.columns, "grad_q": grad_q, "scale": work.scale, "tiles": tiles,
+        "length": q.shape[1], "heads": q.shape[2], "HEAD_DIM": head_dim, "COLUMNS": run.columns,
+    }  # fmt: skip
+    return given, ends
 
 
 def forward_launch(t: Operands, work: Work) -> Launch:
@@ -224,6 +278,7 @@ def hopper_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "TILES": work.program("forward", t).tiles,
         "TURNS": work.plan("forward").full_share < TAKE_TURNS,
         "VALUE_STAGES": value_stages(work.program("forward", t), work.configs["forward"].stages),
+        "TOGETHER": GIVE_BACK_TOGETHER and work.program("forward", t).halves is None,
     }  # fmt: skip
 
 
@@ -232,7 +287,22 @@ def value_stages(run: Program, stages: int) -> int:
 
     Where halves leave steps out, values wait for two steps: a third slot lets the copies go on meanwhile.
     """
-    return stages if run.halves is None else max(stages, 3)
+    if run.halves is None:
+        return stages + 1 if GIVE_BACK_TOGETHER else stages
+    return max(stages, 3)
+
+
+def by_threads(masks: torch.Tensor) -> torch.Tensor:
+    """Masks [masks, rows, 2] of 64 columns with the bits of one thread side by side: int16 [masks, rows, 4].
+
+    In a product, thread t of four has columns 8 * j + 2 * t + (0, 1) of a row (`parts.product_layout`), which become
+    bits 2 * j + (0, 1) of its word.
+    """
+    number, rows, words = masks.shape
+    assert words == 2, "column tiles of these kernels have 64 tokens"
+    bits = masks[..., None] >> torch.arange(32, device=masks.device, dtype=torch.int32) & 1
+    own = bits.view(number, rows, 8, 4, 2).transpose(2, 3).reshape(number, rows, 4, 16)
+    return (own << torch.arange(16, device=masks.device, dtype=torch.int32)).sum(-1).to(torch.int16)
 
 
 def _common_arguments(
@@ -257,6 +327,7 @@ def _common_arguments(
     return {
         **descriptors,
         **{name: value for name, value in lists.items() if name not in unused},
+        "masks": by_threads(run.masks),
         "halves": run.bounds if run.halves is None else run.halves,
         "key_mask": rows if t.key_mask is None else t.key_mask,
         "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],

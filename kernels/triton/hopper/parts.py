@@ -1,8 +1,7 @@
 """Pieces that the Hopper kernels share: their two groups of warps, layouts of registers, visibility bits."""
 
-# What a kernel takes and returns exists on the GPU only: Python types would say nothing. Tuples are joined by +, which
-# is what Triton knows.
-# ruff: noqa: ANN001, ANN201, RUF005
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
+# ruff: noqa: ANN001, ANN201
 
 # The language of Triton kernels is not quite Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
@@ -60,46 +59,55 @@ def following(slot, phase, STAGES: gl.constexpr):
 def leave_out(ready, free, at, STAGES: gl.constexpr):
     """Give the slot of a column tile back of which these rows see nothing, once both of its tensors are there.
 
-    `at` is the ring's slot and phase, the slot of the last step, and whether there was one.
+    `at` is the ring's slot and phase; those that follow are returned.
     """
-    slot, phase, last, any_before = at
+    slot, phase = at
     mbarrier.wait(ready[0].index(slot), phase)
     mbarrier.wait(ready[1].index(slot), phase)
     # No warp may miss a phase: all have waited before another can begin.
     wait_for_threads()
     mbarrier.arrive(free.index(slot), count=1)
-    slot, phase = following(slot, phase, STAGES)
-    return slot, phase, last, any_before
+    return following(slot, phase, STAGES)
+
+
+@gluon.constexpr_function
+def bit_layout(columns: int) -> gl.DistributedLinearLayout:
+    """`product_layout` of as many columns with these as [8 columns, pair in them, column of a pair]."""
+    eights = [[0, 1 << e, 0, 0] for e in range((int(columns) // 8).bit_length() - 1)]
+    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
+    warps = [[16, 0, 0, 0], [32, 0, 0, 0]]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 0, 1], [8, 0, 0, 0], *eights], lanes, warps, [], [64, int(columns) // 8, 4, 2]
+    )
 
 
 @gluon.jit
-def mask_words(masks, mask_ids, i, first_row, masked, layout: gl.constexpr, SIZES: gl.constexpr):
-    """Visibility bits of the column tiles from list entry i, 32 columns a word: a [rows] for each word of the step.
+def mask_bits(masks, mask, second, first_row, masked, COLUMNS: gl.constexpr, ROWS: gl.constexpr, TILES: gl.constexpr):
+    """Visibility bits of a step under the masks of its one or two column tiles: [rows, 4], a word for each thread.
 
-    Nothing is loaded if not `masked`.
+    The bits of a thread of a row lie side by side (`launch.by_threads`). Nothing is loaded if not `masked`.
     """
-    ROWS: gl.constexpr = SIZES[1]
-    TILES: gl.constexpr = SIZES[3]
-    WORDS: gl.constexpr = SIZES[2] // TILES // 32
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, bit_layout(COLUMNS)))
     rows = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
-    words = ()
-    for tile in gl.static_range(0, TILES):
-        mask = gl.load(mask_ids + i + tile, mask=masked, other=0).to(gl.int64)
-        for w in gl.static_range(0, WORDS):
-            words = words + (gl.load(masks + (mask * ROWS + rows) * WORDS + w, mask=masked, other=0),)
-    return words
+    own = rows[:, None] * 4 + gl.arange(0, 4, gl.SliceLayout(0, layout))[None, :]
+    bits = gl.load(masks + mask.to(gl.int64) * (ROWS * 4) + own, mask=masked, other=0).to(gl.int32)
+    if TILES == 2:
+        # By an instruction of its own: seen through, it is tested half by half with twice the instructions.
+        more = gl.load(masks + second.to(gl.int64) * (ROWS * 4) + own, mask=masked, other=0).to(gl.int32)
+        bits = gl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [bits, more], dtype=gl.int32, is_pure=True, pack=1
+        )
+    return bits
 
 
 @gluon.jit
-def hide_masked(scores, words, layout: gl.constexpr):
-    """Scores with -inf where their bit in the words of `mask_words` is not set.
-
-    Bits 1 and 2 of a column differ between the threads of a row, the others are known to the compiler: so split,
-    each score takes one test of a constant bit.
-    """
-    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout))
-    spread = gl.zeros([scores.shape[0], scores.shape[1]], gl.int32, layout)
-    for w in gl.static_range(0, scores.shape[1] // 32):
-        spread = gl.where((column // 32 == w)[None, :], words[w][:, None], spread)
-    bits = (spread >> (column & 6)[None, :]) & (1 << (column & 25))[None, :]
-    return gl.where(bits != 0, scores, float("-inf"))
+def hide_masked(scores, bits, layout: gl.constexpr):
+    """Scores with -inf where their bit of `mask_bits` is not set: one test of a constant bit a score."""
+    columns: gl.constexpr = scores.shape[1]
+    wide: gl.constexpr = bit_layout(columns)
+    eight = gl.arange(0, columns // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, wide))))
+    side = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, wide))))
+    tested = 1 << (eight[None, :, None, None] * 2 + side[None, None, None, :])
+    seen = (bits[:, None, :, None] & tested) != 0
+    seen = gl.convert_layout(seen.reshape(scores.shape[0], columns), layout, assert_trivial=True)
+    return gl.where(seen, scores, float("-inf"))

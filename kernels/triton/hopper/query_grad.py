@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from visattn.kernels.triton.hopper.copy import produce
+from visattn.kernels.triton.hopper.fill import put_tile_masks
 from visattn.kernels.triton.hopper.parts import (
     GROUP_ROWS,
     GROUPS,
@@ -30,7 +31,7 @@ from visattn.kernels.triton.hopper.parts import (
     following,
     hide_masked,
     leave_out,
-    mask_words,
+    mask_bits,
     place,
     product_layout,
     row_layout,
@@ -51,21 +52,27 @@ def _step(
     `state` is the gradient without the tile before this one, and the gradients of that one's scores; `at` slot and
     phase of this tile, and the slot before it. `bounds` are the first token and the end of a run of dense tokens.
     """
-    queries, grads, keys, values, k_ready, v_ready, free = shared
+    queries, grads, keys, values, k_ready, v_ready, free, visible = shared
     acc, factors = state
     slot, phase, last, any_before = at
     COLUMNS: gl.constexpr = SIZES[2]
     STAGES: gl.constexpr = SIZES[4]
+    KEY_MASK: gl.constexpr = SIZES[5]
     s_layout: gl.constexpr = product_layout(COLUMNS)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, product_layout(SIZES[0]), 2)
     shape: gl.constexpr = [GROUP_ROWS, COLUMNS]
     first_row: gl.constexpr = GROUP * GROUP_ROWS
     if MASKED:
-        words = mask_words(lists[1], lists[2], i, first_row, True, s_layout, SIZES)
+        mask = gl.load(lists[2] + i)
+        words = mask_bits(lists[1], mask, mask, first_row, True, COLUMNS, SIZES[1], 1)
     nothing = gl.zeros(shape, gl.float32, s_layout)
     mbarrier.wait(k_ready.index(slot), phase)
+    begin = nothing
+    if KEY_MASK:
+        # Scores of masked keys begin, and so remain, at -inf.
+        begin = visible.index(slot).load(gl.SliceLayout(0, s_layout))[None, :].broadcast_to(shape)
     scores = warpgroup_mma(
-        queries.index(GROUP), keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True
+        queries.index(GROUP), keys.index(slot).permute((1, 0)), begin, use_acc=KEY_MASK, is_async=True
     )
     mbarrier.wait(v_ready.index(slot), phase)
     grad_weights = warpgroup_mma(
@@ -95,7 +102,7 @@ def _consume(
     HALVES: gl.constexpr,
 ):  # fmt: skip
     """One group of four warps: its 64 queries against every key tile, and their gradients."""
-    queries, grads, keys, _, _, _, _ = shared
+    queries, grads, keys, _, _, _, _, _ = shared
     row, start, split, stop, dense = where
     q_token, grad_token, out_token, scale, score_scale = sizes
     prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
@@ -144,7 +151,8 @@ def _consume(
         )
         if HALVES and GROUP == 1:
             if (turns > 0) & (i + 1 == alone):
-                at = leave_out((shared[4], shared[5]), shared[6], at, SIZES[4])
+                slot, phase = leave_out((shared[4], shared[5]), shared[6], at[:2], SIZES[4])
+                at = (slot, phase, at[2], at[3])
     if PARTIAL:
         for index in range(split, stop - turns):
             i = index
@@ -157,7 +165,8 @@ def _consume(
             if HALVES:
                 in_turns = index - alone + GROUP
                 if (in_turns >= 0) & (in_turns < turns):
-                    at = leave_out((shared[4], shared[5]), shared[6], at, SIZES[4])
+                    slot, phase = leave_out((shared[4], shared[5]), shared[6], at[:2], SIZES[4])
+                    at = (slot, phase, at[2], at[3])
     if DENSE:
         for i in range(0, dense):
             run = dense_run(i, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, COLUMNS)
@@ -188,7 +197,18 @@ def _copy_columns(
     slot = 0
     phase = 1
     produce(k_grid, v_grid, k_runs, v_runs, copied, bases, (start, stop, dense), place, runs, slot, phase, slot, phase,
-            BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4])  # fmt: skip
+            BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4], True)  # fmt: skip
+
+
+@gluon.jit
+def _put_masks(key_mask, bases, offsets, ring, where, runs, key_length, SIZES: gl.constexpr):
+    """The warp for the key mask, idle without one."""
+    _, start, _, stop, dense = where
+    slot = 0
+    phase = 1
+    if SIZES[5]:
+        put_tile_masks(key_mask, bases, offsets, ring, (start, stop, dense), runs, key_length, slot, phase,
+                       SIZES[2], SIZES[3], SIZES[4])  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x"])
@@ -196,7 +216,7 @@ def query_gradients(
     k_grid, v_grid, k_runs, v_runs, q, grad_out, lse, delta, grad_q, key_mask,
     tokens, bounds, halves, bases, mask_ids, offsets, masks,
     q_batch, q_token, q_head, grad_batch, grad_token, grad_head, bounds_batch, list_batch, list_heads,
-    scale, score_scale, heads, group, length,
+    scale, score_scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
@@ -213,7 +233,6 @@ def query_gradients(
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
         HALVES: Whether `halves` says what each half of a row tile has to do (`Program.halves`).
     """
-    gl.static_assert(not KEY_MASK, "calls with a key mask are the general kernel's")
     row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
     sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
     kv_head = head // group
@@ -242,13 +261,18 @@ def query_gradients(
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
+        # Keys, and what their scores begin with.
+        mbarrier.init(k_ready.index(i), count=2 if KEY_MASK else 1)
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(free.index(i), count=GROUPS)
+    visible = keys
+    if KEY_MASK:
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        visible = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
     fence_async_shared()
 
-    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES)
-    shared = (queries, grads, keys, values, k_ready, v_ready, free)
+    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES, KEY_MASK)
+    shared = (queries, grads, keys, values, k_ready, v_ready, free, visible)
     copied = (keys, values, k_ready, free, v_ready, free)
     where = (row, start, split, stop, dense)
     runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)
@@ -262,7 +286,9 @@ def query_gradients(
                         gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE, HALVES)),
             (_copy_columns, (k_grid, v_grid, k_runs, v_runs, copied, bases, where,
                              (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs, BOX, SIZES)),
+            (_put_masks, (key_mask + sample * key_length, bases, offsets, (visible, k_ready, free), where, runs,
+                          key_length, SIZES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip

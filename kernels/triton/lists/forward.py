@@ -16,6 +16,7 @@ from visattn.kernels.triton.parts import (
     boxes_of,
     dense_run,
     list_of,
+    listed_by,
     place,
     rows_at,
     scores_of,
@@ -50,6 +51,7 @@ def attend(
     UNIT: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
     FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
     KEY_MASK: tl.constexpr, RPB: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
+    words=None, bits=None, MERGED: tl.constexpr = False,
 ):  # fmt: skip
     """Attention of one query tile; see `program.Program` for the lists and `launch` for the arguments.
 
@@ -75,6 +77,9 @@ def attend(
     owner = pair // list_heads
     start, split, stop, dense, bases, mask_ids = list_of(bounds, bases, mask_ids, bounds_batch, list_batch, owner, row)
     key_mask += sample * key_length
+    if MERGED:
+        words += owner.to(tl.int64) * list_batch
+        bit = tl.load(bits + row_slots)
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
     k_box, v_box = boxes_of(offset, k_token * UNIT, v_token * UNIT, d, WIDE, ALIKE)
     if RPB:
@@ -103,6 +108,8 @@ def attend(
             )
             scores = scores_of(query, key, scale, base, placed, RPB, False, PRECISION)
             visible = see(masks, mask_ids, i, row_slots, column_slots, ROWS, COLUMNS, TILES)
+            if MERGED:
+                visible &= listed_by(words, i, bit)[:, None]
             if KEY_MASK:
                 visible &= tl.load(key_mask + base + offset, mask=inside, other=0)[None, :] != 0
             scores = tl.where(visible, scores, float("-inf"))

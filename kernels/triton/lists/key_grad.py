@@ -16,6 +16,7 @@ from visattn.kernels.triton.parts import (
     boxes_of,
     dense_run,
     list_of,
+    listed_by,
     place,
     rows_at,
     scores_of,
@@ -60,6 +61,7 @@ def key_gradients(
     UNIT: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
     FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
     KEY_MASK: tl.constexpr, RPB: tl.constexpr, PRECISION: tl.constexpr,
+    words=None, bits=None, MERGED: tl.constexpr = False,
 ):  # fmt: skip
     """Compute dK and dV of one key tile and KV head, summed over the query heads that share it.
 
@@ -84,6 +86,8 @@ def key_gradients(
     acc_k = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     acc_v = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
+    if MERGED:
+        bit = tl.load(bits + column_slots)
     q_box, grad_box = boxes_of(offset, q_token * UNIT, grad_token * UNIT, d, WIDE, ALIKE)
     if RPB:
         row_position = tl.load(positions + token, mask=is_token, other=0)
@@ -122,6 +126,8 @@ def key_gradients(
                 query = tl.load(rows_at(q_of, base, q_token * UNIT, q_box, TILES), mask=here, other=0.0)
                 scores = scores_of(key, query, score_scale, base, placed, RPB, True, PRECISION)
                 visible = see(masks, own_masks, i, row_slots, column_slots, ROWS, COLUMNS, TILES)
+                if MERGED:
+                    visible &= listed_by(words + owner.to(tl.int64) * list_batch, i, bit)[None, :]
                 weights = tl.where(visible, _weights(scores, _load_rows(lse_of, base + offset, inside)), 0.0)
                 grad = tl.load(rows_at(grad_of, base, grad_token * UNIT, grad_box, TILES), mask=here, other=0.0)
                 delta_now = _load_rows(delta_of, base + offset, inside)

@@ -61,6 +61,8 @@ class Program:
         halves: Where visits need a mask for the second half of the rows only (from split to the first of these), are
             of one half only, in turns (from the second to the third), and need one for the first half only (from
             there to the end): int32 [row tiles, 4]; None where lists are not made for halves.
+        words: Which query blocks of a query tile see each entry, a bit each: int64, like `bases`; None where all do.
+        bits: With `words`, the bit of each slot of a query tile: int32.
     """
 
     rows: int
@@ -83,11 +85,18 @@ class Program:
     list_batch: int = 0
     groups: int = 1
     halves: torch.Tensor | None = None
+    words: torch.Tensor | None = None
+    bits: torch.Tensor | None = None
 
     @property
     def row_tiles(self) -> int:
         """Number of row tiles."""
         return len(self.tokens)
+
+    @property
+    def own_lists(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that differ from call to call where q and k choose."""
+        return self.bounds, self.bases, self.mask_ids, *(() if self.words is None else (self.words,))
 
     @property
     def has_dense(self) -> bool:

@@ -16,6 +16,7 @@ from visattn.kernels.triton.parts import (
     boxes_of,
     dense_run,
     list_of,
+    listed_by,
     place,
     rows_at,
     scores_of,
@@ -46,6 +47,7 @@ def query_gradients(
     UNIT: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
     FULL: tl.constexpr, PARTIAL: tl.constexpr, DENSE: tl.constexpr,
     KEY_MASK: tl.constexpr, RPB: tl.constexpr, PRECISION: tl.constexpr,
+    words=None, bits=None, MERGED: tl.constexpr = False,
 ):  # fmt: skip
     """Compute dQ of one query tile; arguments as in `forward.attend`, score_scale gives logits in base 2."""
     row, pair = place(tl.program_id(0), dense_rows, grid_rows, pairs)
@@ -75,6 +77,9 @@ def query_gradients(
     owner = pair // list_heads
     start, split, stop, dense, bases, mask_ids = list_of(bounds, bases, mask_ids, bounds_batch, list_batch, owner, row)
     key_mask += sample * key_length
+    if MERGED:
+        words += owner.to(tl.int64) * list_batch
+        bit = tl.load(bits + row_slots)
     offset = tl.load(offsets + column_slots % (COLUMNS // TILES))
     k_box, v_box = boxes_of(offset, k_token * UNIT, v_token * UNIT, d, WIDE, ALIKE)
     if RPB:
@@ -103,6 +108,8 @@ def query_gradients(
             )
             scores = scores_of(query, key, score_scale, base, placed, RPB, False, PRECISION)
             visible = see(masks, mask_ids, i, row_slots, column_slots, ROWS, COLUMNS, TILES)
+            if MERGED:
+                visible &= listed_by(words, i, bit)[:, None]
             if KEY_MASK:
                 visible &= tl.load(key_mask + base + offset, mask=inside, other=0)[None, :] != 0
             weights = tl.where(visible, tl.exp2(scores - row_lse[:, None]), 0.0)

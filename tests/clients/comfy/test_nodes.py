@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import re
 import runpy
+import sys
 import tomllib
 
 import pytest
@@ -37,8 +38,10 @@ def test_nodes_run_as_a_graph_would(nodes, tmp_path):
         found = model.sample(x, text)
     said = report.execute(model, {"samples": found})
     assert said.args[0]["samples"] is found and "2 of 2 attention modules ran a pattern" in said.args[1]
-    assert said.ui == ("text", said.args[1])
-    assert report.execute(patcher, {}).args[1] == "this model has no Sparse Attention (visattn)"
+    assert said.ui == ("text", said.args[1]) and len(said.args) == len(report.define_schema().outputs) == 3
+    image, empty = said.args[2], report.execute(patcher, {}).args
+    assert image.shape[0] == 1 and image.shape[3] == 3 and 0 <= image.min() < image.max() <= 1
+    assert image.shape[1] > 200 > empty[2].shape[1] and empty[1] == "this model has no Sparse Attention (visattn)"
     file = tmp_path / "tuned.json"
     file.write_text('{"0": "dense", "1-": "na(window=3x3x3)"}')
     assert tuned.validate_inputs(str(file)) is True and "does not exist" in tuned.validate_inputs("none.json")
@@ -51,6 +54,13 @@ def test_nodes_run_as_a_graph_would(nodes, tmp_path):
         "VisattnTunedAttention",
         "VisattnAttentionReport",
     }
+
+
+def test_an_older_comfyui_is_told_what_the_nodes_need(monkeypatch):
+    install_api(monkeypatch)
+    monkeypatch.delattr(sys.modules["comfy_api.latest"], "io")
+    with pytest.raises(ImportError, match=r"need ComfyUI 0\.3\.64 or newer, whose comfy_api\.latest has"):
+        importlib.import_module("visattn.clients.comfy.nodes")
 
 
 def test_the_folder_for_custom_nodes(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 import visattn
-from tests.support.comfy import Flux, ModelPatcher, UNetModel, WanModel
+from tests.support.comfy import Executor, Flux, ModelPatcher, UNetModel, WanModel, optimized_attention
 from visattn import Layout
 from visattn.clients.comfy.patch import OVERRIDE, patch, run_of
 
@@ -68,6 +68,40 @@ def test_steps_percent_layers_and_few_tokens_stay_dense():
     with pytest.warns(UserWarning, match="less than min_tokens=1000 tokens"):
         report, out = hits(min_tokens=1000)
     assert report.hits == 0 and report.dense == 8 and torch.equal(out, stock)
+
+
+@torch.no_grad()
+def test_a_sampler_of_two_evaluations_stays_in_its_step():
+    patcher, x, text, _ = made("wan")
+    sparse = patch(patcher, "na(window=3x3x3)", backend="tiles", dense_steps=1)
+    sigmas, options = torch.tensor([1.0, 0.5, 0.0]), sparse.model_options["transformer_options"]
+    # The second of each step lies between two noise levels; the model's own are float64 here.
+    for sigma, hits in ((1.0, 0), (0.75, 2), (0.5, 4), (0.25, 6)):
+        given = {**options, "sample_sigmas": sigmas, "sigmas": torch.tensor([sigma], dtype=torch.float64)}
+        wrapper = options["wrappers"]["diffusion_model"]["visattn"][0]
+        run = Executor(sparse.model._forward, sparse.model, [wrapper])
+        run(x, sigma, text, transformer_options=given)
+        assert run_of(sparse).report().hits == hits
+
+
+@torch.no_grad()
+def test_heads_that_share_keys_and_outputs_by_heads():
+    torch.manual_seed(0)
+    patcher, layout = ModelPatcher(WanModel().eval()), Layout((3, 6, 8))
+    run_options = patch(patcher, "na(window=3x3x3)", backend="tiles", strict=True).model_options["transformer_options"]
+    q, k, v = (torch.randn(2, heads, layout.length, 16) for heads in (4, 2, 2))
+    more = {"skip_reshape": True, "skip_output_reshape": True, "enable_gqa": True, "scale": 0.3}
+
+    def forward(x, timestep, context, transformer_options=None):
+        given = {**more, "transformer_options": transformer_options}
+        return optimized_attention(q, k, v, 4, **given)
+
+    wrapper = run_options["wrappers"]["diffusion_model"]["visattn"][0]
+    run = Executor(forward, patcher.model, [wrapper])
+    found = run(torch.randn(2, 4, 3, 12, 16), 1.0, None, transformer_options=run_options)
+    mask = visattn.dense_mask(visattn.parse("na(window=3x3x3)"), layout)
+    wanted = functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
+    assert found.shape == wanted.shape and (found - wanted).abs().max() <= 1e-5
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 
 from visattn import Layout, parse
 from visattn.kernels.triton import ahead, resources
-from visattn.kernels.triton.arguments import plan_of
+from visattn.kernels.triton.arguments import Operands, Work, forward_arguments, gradient_arguments, plan_of
 from visattn.kernels.triton.choosing import choose, listed, pooled, skipped
 from visattn.kernels.triton.choosing.tables import tables
 from visattn.kernels.triton.config import (
@@ -20,15 +20,23 @@ from visattn.kernels.triton.config import (
     DIRECTIONS,
     HALF,
     HOPPER,
-    HOPPER_NEXT,
     SHARED_MEMORY,
+    SHARING,
     Config,
     block_dim,
     config,
     family,
+    shorter,
 )
+from visattn.kernels.triton.lists.forward import attend
+from visattn.kernels.triton.lists.key_grad import key_gradients
+from visattn.kernels.triton.lists.query_grad import query_gradients
+from visattn.kernels.triton.routes import MergedLists
+from visattn.kernels.triton.start import Starts
 from visattn.patterns import Routes
 from visattn.patterns.choice.blocks import inner
+from visattn.patterns.choice.merging import BITS
+from visattn.patterns.shared_tiles import sharing_tiles
 
 
 @pytest.mark.parametrize(("arch", "direction"), [(80, "query_grad"), (90, "forward"), (100, "key_grad")])
@@ -42,13 +50,6 @@ def test_compiles_without_spills(arch, direction):
 @pytest.mark.parametrize(("direction", "dim"), [(d, n) for d, configs in HOPPER.items() for n in configs])
 def test_the_hopper_kernels_compile(direction, dim):
     used = resources.compiled(90, direction, torch.bfloat16, dim, HOPPER[direction][dim])
-    assert used.fits(SHARED_MEMORY[90], resources.HOPPER_SPILLS), used
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("direction", "dim"), [(d, n) for d, configs in HOPPER_NEXT.items() for n in configs])
-def test_the_next_hopper_kernels_compile(direction, dim):
-    used = resources.compiled(90, direction, torch.bfloat16, dim, HOPPER_NEXT[direction][dim])
     assert used.fits(SHARED_MEMORY[90], resources.HOPPER_SPILLS), used
 
 
@@ -99,6 +100,39 @@ def test_kernels_of_dynamic_patterns_compile(monkeypatch, text, dtype, dim, kern
     assert len(found) == kernels
     for name, used in found.items():
         assert used.fits(SHARED_MEMORY[90]), (name, used)
+
+
+@pytest.mark.parametrize(
+    ("direction", "dim"),
+    [
+        ("forward", 64),
+        pytest.param("forward", 128, marks=pytest.mark.slow),
+        pytest.param("key_grad", 128, marks=pytest.mark.slow),
+        pytest.param("query_grad", 64, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_along_tiles_of_several_blocks_compile(direction, dim):
+    pattern, layout = parse("topk(keep=0.1,block=1x1,key_block=8x8)"), Layout((32, 32), 16)
+    x, sums = torch.empty(1, layout.length, 2, dim, dtype=torch.bfloat16), torch.empty(1, 2, layout.length)
+    launch = shorter(config(90, x.dtype, dim, direction, 64), BITS)
+    shared = sharing_tiles(pattern, layout, SHARING)
+    work = Work(shared, layout, 0.1, False, {direction: launch}, Starts(x.device))
+    choice = Routes(torch.zeros(1, 2, layout.tokens, 2, dtype=torch.int32))
+    routed = MergedLists(choice, pattern.blocks(layout.grid), work)
+    given = Operands(x, x, x, out=x, lse=sums, grad_out=x, delta=sums, grad_q=x, grad_k=x, grad_v=x, routed=routed)
+    kernel, arguments = _along_lists(direction, given, work)
+    assert arguments["MERGED"]
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    made = triton.compile(ahead.source(kernel, arguments), target=GPUTarget("cuda", 90, 32), options=options)
+    used = ahead._used(made, True)
+    assert used.fits(SHARED_MEMORY[90]), used
+
+
+def _along_lists(direction, given, work):
+    """A general kernel and its arguments."""
+    if direction == "forward":
+        return attend, forward_arguments(given, work)
+    return key_gradients if direction == "key_grad" else query_gradients, gradient_arguments(direction, given, work)
 
 
 def test_the_kernel_that_passes_over_blocks_compiles(monkeypatch):

@@ -54,7 +54,12 @@ def test_says_what_it_cannot_estimate(given, message):
         estimate(**({"pattern": "na(window=9x9)", "layout": Layout((64, 64))} | given))
 
 
-DYNAMIC = json.loads((ROOT / "docs" / "results" / "h200-dynamic.json").read_text())["cases"]
+RESULTS = ROOT / "docs" / "results"
+DYNAMIC = {
+    name: case
+    for file in ("h200-dynamic", "h200-dynamic-skip")
+    for name, case in json.loads((RESULTS / f"{file}.json").read_text())["cases"].items()
+}
 
 
 @pytest.mark.parametrize("name", DYNAMIC)

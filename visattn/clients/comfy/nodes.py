@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from comfy_api.latest import ComfyExtension, io, ui  # pyright: ignore[reportMissingImports]
+try:
+    from comfy_api.latest import ComfyExtension, io, ui  # pyright: ignore[reportMissingImports]
+except ImportError as error:
+    raise ImportError(
+        "the nodes of visattn need ComfyUI 0.3.64 or newer, whose comfy_api.latest has ComfyExtension, io and ui: "
+        f"{error}"
+    ) from error
 
 import visattn
 from visattn.clients.comfy.patch import patch, run_of
+from visattn.clients.comfy.picture import picture
 
 CATEGORY = "model/patch"
 
@@ -89,15 +96,20 @@ class AttentionReport(io.ComfyNode):
             display_name="Attention Report",
             category=CATEGORY,
             inputs=[io.Model.Input("model"), io.Latent.Input("latent")],
-            outputs=[io.Latent.Output(), io.String.Output(display_name="report")],
+            outputs=[
+                io.Latent.Output(),
+                io.String.Output(display_name="report"),
+                io.Image.Output(display_name="picture"),
+            ],
         )
 
     @classmethod
     def execute(cls, model: Any, latent: Any) -> io.NodeOutput:
-        """The report as text."""
+        """The report as text, and as a picture of what ran most often."""
         run = run_of(model)
-        text = "this model has no Sparse Attention (visattn)" if run is None else str(run.report())
-        return io.NodeOutput(latent, text, ui=ui.PreviewText(text))
+        report = None if run is None else run.report()
+        text = "this model has no Sparse Attention (visattn)" if report is None else str(report)
+        return io.NodeOutput(latent, text, picture(text, report), ui=ui.PreviewText(text))
 
 
 def _wrong(pattern: str) -> bool | str:

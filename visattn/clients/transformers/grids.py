@@ -34,6 +34,21 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Sorted:
+    """The tokens of one call of a tower that sorts them by the pooling to come.
+
+    Attributes:
+        layout: Rows and columns.
+        stride: Of the pooling, of rows and columns.
+        times: How often they are pooled from here on.
+    """
+
+    layout: Layout
+    stride: tuple[int, int]
+    times: int
+
+
+@dataclass(frozen=True)
 class Chunks(Samples):
     """Where the tokens of one forward of such a tower sit.
 
@@ -42,6 +57,21 @@ class Chunks(Samples):
     """
 
     calls: tuple[Chunk, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stages(Samples):
+    """Where the tokens of one forward of a tower sit that pools them from stage to stage.
+
+    Attributes:
+        stages: Of each stage, the first one first.
+    """
+
+    stages: tuple[Sorted, ...] = ()
+
+    def of(self, length: int) -> Sorted | None:
+        """The stage whose sequence is that long, None if there is none."""
+        return next((stage for stage in self.stages if stage.layout.tokens == length), None)
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -96,6 +126,20 @@ def frames(config: Any, args: Args, prefix: int, suffix: int) -> Where:
     return Chunks(why="its sequence holds several images: they are attended one by one", calls=calls)
 
 
+def pooled(config: Any, args: Args, prefix: int, suffix: int) -> Where:
+    """Rows and columns of each stage of `pixel_values` [B, C, H, W], whose tokens are sorted by the pooling to come."""
+    pixels = args.get("pixel_values")
+    if pixels is None or pixels.ndim != 4 or args.get("noise") is not None:
+        return Samples(why="it got no pixel_values [B, C, H, W], or drops some of them")
+    sides = tuple(int(n) // p for n, p in zip(pixels.shape[-2:], pair(config.patch_stride), strict=True))
+    stride, last = pair(config.query_stride), len(config.depths) - 1
+    if any(n % s**last for n, s in zip(sides, stride, strict=True)):
+        return Samples(why=f"its {sides[0]} x {sides[1]} patches are not {last} times divisible by {stride}")
+    grids = [tuple(n // s**i for n, s in zip(sides, stride, strict=True)) for i in range(config.num_query_pool + 1)]
+    stages = tuple(Sorted(Layout(grid), stride, last - i) for i, grid in enumerate(grids))
+    return Stages(why="its sequence has the length of no stage", stages=stages)
+
+
 def elsewhere(config: Any, args: Args, prefix: int, suffix: int) -> Where:
     """Nothing: each attention module is told its rows and columns, see `of_map` and `of_sides`."""
     return Samples(why="its attention module was not told rows and columns")
@@ -105,6 +149,12 @@ def of_map(args: Args) -> Layout:
     """Rows and columns of a map [B, H, W, C]."""
     x = args["hidden_states"]
     return Layout((int(x.shape[1]), int(x.shape[2])))
+
+
+def of_dimensions(args: Args) -> Layout:
+    """Rows and columns that a module is told as `input_dimensions`."""
+    rows, columns = args["input_dimensions"]
+    return Layout((int(rows), int(columns)))
 
 
 def of_sides(args: Args) -> Layout:

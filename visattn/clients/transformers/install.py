@@ -11,7 +11,8 @@ from torch import nn
 from visattn.clients.transformers.hooks import Begin, Enter, Finish, Hooks, PassBy, between
 from visattn.clients.transformers.interface import Under, name_for, stock
 from visattn.clients.transformers.site import Site, TowerRun, run_stock
-from visattn.clients.transformers.towers import Assigned, Tower, check_free, find_towers
+from visattn.clients.transformers.swaps import swapped_class
+from visattn.clients.transformers.towers import Assigned, Tower, check_bias, check_free, find_towers
 from visattn.copies import copy_as_is, copy_as_stock
 from visattn.handle import Request
 from visattn.parameters import Learnable, make_parameters
@@ -48,6 +49,7 @@ def install(target: Any, request: Request) -> list[PatchedTower]:
     for tower in towers:
         own = [(site, given[site.name.path]) for site in tower.sites if site.name.path in given]
         for _, pattern in own:
+            check_bias(pattern, tower, name)
             check_dims(pattern, tower.dims if request.layout is None else request.layout.dims, name)
     for tower in towers:
         own = [(site, given[site.name.path]) for site in tower.sites if site.name.path in given]
@@ -63,7 +65,10 @@ class PatchedTower:
         self._request, self._sites = request, sites
         self._run = TowerRun(name, request.schedule, request.strict, always=request.always)
         self._run.sparse_sites = [site.name.path for site, pattern in sites if not isinstance(pattern, Dense)]
-        self._configs = {id(site.module.config): site.module.config for site, _ in sites}
+        self._mixin = tower.record.swap
+        # Swapped modules call no implementation.
+        configs = [] if self._mixin else [site.module.config for site, _ in sites]
+        self._configs = {id(config): config for config in configs}
         self._previous = {key: config._attn_implementation for key, config in self._configs.items()}
         self._learnables: list[Learnable] = []
         self._hooks = Hooks()
@@ -77,13 +82,26 @@ class PatchedTower:
             if own is not None:
                 self._learnables.append(Learnable(name, path, pattern, own))
             runner = Runner(self._run, pattern, request.backend, run_stock, own)
-            attend = stock(module.config._attn_implementation, module)
+            attend = _no_stock if self._mixin else stock(module.config._attn_implementation, module)
             module.visattn_site = Site(self._run, path, runner, attend)
             self._hooks.before(module, Enter(self._run, module.visattn_site, module, tower.record.told))
+        self._classes = self._swap()
         for module in {id(m): m for m in [*self._hooks.modules, *(site.module for site, _ in sites)]}.values():
-            copy_as_stock(module, ("visattn_site",))
+            copy_as_stock(module, ("visattn_site",), self._classes)
         for key, config in self._configs.items():
             config._attn_implementation_internal = name_for(self._previous[key])
+
+    def _swap(self) -> dict[type, type]:
+        """Put the mixin before the classes of the modules that need one: what each class was."""
+        classes: dict[type, type] = {}
+        if self._mixin is None:
+            return classes
+        for site, _ in self._sites:
+            kind = type(site.module)
+            if not issubclass(kind, self._mixin):
+                site.module.__class__ = swapped_class(kind, self._mixin)
+                classes[type(site.module)] = kind
+        return classes
 
     def remove(self) -> None:
         """See `visattn.handle.Patch`. An implementation that someone else has set since stays."""
@@ -95,6 +113,8 @@ class PatchedTower:
             copy_as_is(module)
         for site, _ in self._sites:
             site.module.__dict__.pop("visattn_site", None)
+            # A class that someone else has set since stays, and does as the stock class.
+            site.module.__class__ = self._classes.get(type(site.module), type(site.module))
         self._hooks.remove()
 
     def report(self) -> Sequence[SiteReport]:
@@ -112,6 +132,10 @@ class PatchedTower:
 
     def set_step(self, step: int | None, total: int | None) -> None:
         """See `visattn.handle.Patch`; these models have no steps and `dense_steps` is refused."""
+
+
+def _no_stock(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("a swapped module runs its own forward")
 
 
 def _is_ours(implementation: str | None) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from visattn.clients.transformers import grids
+from visattn.clients.transformers import grids, swaps
 from visattn.layout import Layout
 
 # A count of tokens: a number, or the names of attributes of the configuration and numbers, to be added.
@@ -31,6 +31,8 @@ class Record:
         skips: Whether an attention module has few keys already, so that a pattern has nothing to do: gets the module,
             the one around it and its place among the tower's blocks.
         refused: Why no pattern can run in it, empty if one can.
+        swap: What is mixed into its attention classes, which call no attention implementation; None where they do.
+        bias: Whether they have a relative position bias, which only neighborhoods carry.
     """
 
     anchor: str
@@ -43,6 +45,8 @@ class Record:
     told: Callable[[grids.Args], Layout] | None = None
     skips: Callable[[Any, Any, int], bool] | None = None
     refused: str = ""
+    swap: type | None = None
+    bias: bool = False
 
     @property
     def folder(self) -> str:
@@ -78,6 +82,11 @@ def _count(count: Count, config: Any) -> int:
 def _in_window(module: Any, around: Any, block: int) -> bool:
     """Whether the block around an attention module attends in windows, or pools its queries."""
     return bool(around.window_size or getattr(around, "query_stride", None))
+
+
+def _in_units(module: Any, around: Any, block: int) -> bool:
+    """Whether a block attends in mask units, or pools its queries."""
+    return bool(module.use_mask_unit_attn or module.query_stride > 1)
 
 
 def _not_full(module: Any, around: Any, block: int) -> bool:
@@ -161,6 +170,34 @@ RECORDS: tuple[Record, ...] = (
         skips=_in_window,
     ),
     Record(
+        "sam.SamVisionEncoder",
+        ("SamVisionAttention",),
+        "SAM: global blocks",
+        grids.elsewhere,
+        whole=True,
+        told=grids.of_map,
+        skips=_in_window,
+        swap=swaps.SamVisionAttention,
+    ),
+    Record(
+        "hiera.HieraEmbeddings",
+        ("HieraMaskUnitAttention",),
+        "Hiera: global blocks that pool nothing",
+        grids.pooled,
+        skips=_in_units,
+        swap=swaps.HieraMaskUnitAttention,
+    ),
+    Record(
+        "swinv2.Swinv2Encoder",
+        ("Swinv2Layer",),
+        "Swin v2",
+        grids.elsewhere,
+        whole=True,
+        told=grids.of_dimensions,
+        swap=swaps.Swinv2Layer,
+        bias=True,
+    ),
+    Record(
         "segformer.SegformerModel",
         ("SegformerAttention",),
         "SegFormer: stages without reduction",
@@ -191,17 +228,14 @@ REFUSED = {
     "beit": "its position bias comes as a mask of all pairs",
     "cvt": f"{_OWN_CODE}, and its keys are fewer than its queries",
     "data2vec": f"{_OWN_CODE}, and it has a position bias",
-    "dinat": f"{_OWN_CODE}, and is a neighborhood already",
+    "dinat": f"{_OWN_CODE}, is a neighborhood already, and is built with natten before 0.20 only",
     "focalnet": "it has no attention",
-    "hiera": f"{_OWN_CODE}, and most of it is in windows",
     "levit": f"{_OWN_CODE}, and it has a position bias",
     "oneformer": f"{_OWN_CODE}",
     "pixtral": "it attends to several images in one row, told by a mask",
     "pvt": f"{_OWN_CODE}, and its keys are fewer than its queries",
     "pvt_v2": f"{_OWN_CODE}, and its keys are fewer than its queries",
-    "sam": f"{_OWN_CODE}, and it has position logits",
     "swin": _WINDOWS,
     "swin2sr": f"{_OWN_CODE}, and is in windows already",
-    "swinv2": f"{_OWN_CODE}, and is in windows already",
     "timesformer": f"{_OWN_CODE}",
 }

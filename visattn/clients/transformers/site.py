@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from visattn.attend import attention
-from visattn.clients.transformers.grids import Chunk, Chunks
+from visattn.clients.transformers.grids import Chunk, Chunks, Sorted, Stages
 from visattn.clients.transformers.interface import Attend, Own
 from visattn.clients.transformers.order import row_major
 from visattn.layout import Layout
@@ -82,12 +82,12 @@ class Site:
             return self._traced(own)
         run, (q, k, v) = self.run, own.tensors
         run.enter(self.path)
-        call, chunk, key = to_call(own), self._chunk(), None
+        call, chunk, key = to_call(own), self._chunk(q.shape[2]), None
         if call.layouts is None and chunk is not None:
             return self._in_order(own, call, chunk)
         if call.layouts is None and self.told.layout is not None:
             call = call.placed(_fits(self.told.layout, q.shape[2]))
-        if call.mask is None and call.layouts is None and not (call.dropout or call.causal):
+        if call.mask is None and call.layouts is None and not (call.dropout or call.causal or call.local):
             stock = functools.partial(_turned, own)
             found = self.runner.attend_alike(q, k, v, call.scale, True, "eager", stock)
             if found is not None:
@@ -95,16 +95,18 @@ class Site:
             key = self.runner.key(q, k, v, call.scale, True, "eager")
         return self.runner.attend(call.autocast(), self.path, key=key)[0]
 
-    def _chunk(self) -> Chunk | None:
-        """Where the tokens of this call sit, if the module makes several."""
+    def _chunk(self, length: int) -> Chunk | Sorted | None:
+        """Where the tokens of this call sit, if the module makes several or gets them in another order."""
         forward = self.run.forward
+        if forward is not None and isinstance(forward.where, Stages):
+            return forward.where.of(length)
         if forward is None or not isinstance(forward.where, Chunks):
             return None
         calls, told = forward.where.calls, self.told
         told.turn += 1
         return calls[(told.turn - 1) % len(calls)]
 
-    def _in_order(self, own: Own, call: AttentionCall, chunk: Chunk) -> torch.Tensor:
+    def _in_order(self, own: Own, call: AttentionCall, chunk: Chunk | Sorted) -> torch.Tensor:
         """Attention of tokens that are not row by row."""
         forward = self.run.forward
         assert forward is not None
@@ -129,6 +131,11 @@ class Site:
                 f"{self.run.name} attends image by image, which patterns follow outside of compiled code only: "
                 "compile the text model alone, or remove() the handle"
             )
+        if isinstance(where, Stages):
+            raise ValueError(
+                f"{self.run.name} sorts its tokens by the pooling to come, which patterns follow outside of compiled "
+                "code only: leave compile() out, or remove() the handle"
+            )
         if call.mask is not None:
             raise ValueError(
                 f"{self.run.name} got a mask, and compiled code does not see whether it only hides padding: leave the "
@@ -139,10 +146,12 @@ class Site:
         backend, pattern = self.runner.backend, self.runner.pattern
         if isinstance(found, str) or call.refusal() or call.layouts is not None:
             return own()
-        if backend == "auto" and pattern.covers(found[0].grid):
+        if backend == "auto" and pattern.covers(found[0].grid) and not call.local:
             return own()
         parameters = {name: value.to(call.q.device) for name, value in self.runner.parameters.items()}
         rest: dict[str, Any] = {"parameters": parameters} if parameters else {}
+        if call.rpb is not None:
+            rest["rpb"] = call.rpb
         return attention(*call.tensors, pattern, found[0], scale=call.scale, backend=backend, **rest)
 
 
@@ -168,6 +177,8 @@ def to_call(own: Own) -> AttentionCall:
         dropout=options.get("dropout", 0.0),
         causal=bool(causal) and own.mask is None,
         own=own,
+        rpb=options.get("rpb"),
+        local=options.get("local", False),
     )
     return call.placed(why) if why else call
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from visattn.clients.transformers.records import RECORDS, REFUSED, Record
-from visattn.patterns import Pattern
+from visattn.patterns import Dense, Neighborhood, Pattern
 from visattn.schedule import SiteName
 
 
@@ -41,8 +41,8 @@ class Tower:
 
     @property
     def config(self) -> Any:
-        """The configuration of its attention, which names the implementation."""
-        return self.sites[0].module.config
+        """Its configuration: that of its attention, if this has one."""
+        return getattr(self.sites[0].module, "config", None) or self.module.config
 
     @property
     def dims(self) -> int:
@@ -91,7 +91,7 @@ def _sites(modules: dict[str, nn.Module], record: Record, tower: str) -> Iterato
 
 def _layer(path: str) -> str:
     """The path up to its last number: the block around an attention module."""
-    match = re.match(r"(.*\.\d+)\.", path)
+    match = re.match(r"(.*\.\d+)(?:\.[^0-9]|$)", path)
     return match[1] if match else path.rpartition(".")[0]
 
 
@@ -100,6 +100,14 @@ def check_free(towers: list[Tower], name: str) -> None:
     for tower in towers:
         if any(getattr(site.module, "visattn_site", None) is not None for site in tower.sites):
             raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")
+
+
+def check_bias(pattern: Pattern, tower: Tower, name: str) -> None:
+    """Raise a ValueError if a pattern cannot carry the position bias of a tower."""
+    if tower.record.bias and not isinstance(pattern, Neighborhood | Dense):
+        raise ValueError(
+            f"{pattern} cannot carry the relative position bias of {name}: use na(window=...), which can, or 'dense'"
+        )
 
 
 def _nothing(modules: dict[str, nn.Module], name: str) -> str:

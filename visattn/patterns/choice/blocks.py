@@ -155,30 +155,48 @@ def block_of_rows(plan: Tiled, blocks: Blocks, device: torch.device) -> torch.Te
 
 def spread(choice: Routes, plan: Tiled, blocks: Blocks) -> Routes:
     """Lists of blocks for blocks as lists of key tiles for the query tiles of a plan."""
+    (tiles, counts), rows = tiles_of_blocks(choice, plan, blocks)[0], block_of_rows(plan, blocks, choice.tiles.device)
+    if rows is not None:
+        tiles, counts = tiles[:, :, rows], None if counts is None else counts[:, :, rows]
+    return Routes(tiles, counts)
+
+
+def tiles_of_blocks(
+    choice: Routes, plan: Tiled, blocks: Blocks, words: torch.Tensor | None = None
+) -> tuple[Routes, torch.Tensor]:
+    """Lists of key blocks as lists of the key tiles of a plan, whoever has them.
+
+    Args:
+        choice: Key blocks [B, G, rows, n].
+        plan: The plan.
+        blocks: The blocks.
+        words: Something that each entry has and its tiles get: [B, G, rows, n].
+
+    Returns:
+        The lists, and what their entries have; the tiles where nothing was given.
+    """
     table = _tables(plan, blocks, choice.tiles.device)
     listed_blocks = choice.tiles.long()
     tiles, counts, each = table.tiles[listed_blocks], choice.counts, table.tiles.shape[1]
-    if table.inside is not None:
-        here = table.inside[listed_blocks]
-        listed = choice.listed()
-        here = (here if listed is None else here & listed[..., None]).flatten(3)
-        # What counts comes first, in the same order.
-        order = (~here).to(torch.uint8).sort(dim=-1, stable=True).indices
-        tiles, counts = tiles.flatten(3).gather(3, order), here.sum(-1)
-    else:
-        tiles, counts = tiles.flatten(3), None if counts is None else counts * each
-    if table.rows is not None:
-        tiles, counts = tiles[:, :, table.rows], None if counts is None else counts[:, :, table.rows]
-    return Routes(tiles, counts)
+    words = tiles.flatten(3) if words is None else words.repeat_interleave(each, 3)
+    if table.inside is None:
+        return Routes(tiles.flatten(3), None if counts is None else counts * each), words
+    here = table.inside[listed_blocks]
+    listed = choice.listed()
+    here = (here if listed is None else here & listed[..., None]).flatten(3)
+    # What counts comes first, in the same order.
+    order = (~here).to(torch.uint8).sort(dim=-1, stable=True).indices
+    return Routes(tiles.flatten(3).gather(3, order), here.sum(-1)), words.gather(3, order)
 
 
 @kept
 def token_blocks(grid: Box, box: Box, device: torch.device) -> torch.Tensor:
     """Block of each token of a grid: [tokens]."""
-    return torch.from_numpy(_token_blocks(grid, box)).to(device)
+    return torch.from_numpy(token_block_table(grid, box)).to(device)
 
 
-def _token_blocks(grid: Box, box: Box) -> Ints:
+def token_block_table(grid: Box, box: Box) -> Ints:
+    """Block of each token of a grid: [tokens]."""
     index = np.zeros(1, np.int64)
     for n, side in zip(grid, box, strict=True):
         index = (index[:, None] * -(-n // side) + np.arange(n) // side).ravel()
@@ -188,7 +206,7 @@ def _token_blocks(grid: Box, box: Box) -> Ints:
 @kept
 def block_tokens(grid: Box, box: Box, device: torch.device) -> torch.Tensor:
     """Tokens of each block: int64 [blocks]."""
-    return torch.from_numpy(np.bincount(_token_blocks(grid, box))).to(device)
+    return torch.from_numpy(np.bincount(token_block_table(grid, box))).to(device)
 
 
 def inner(layout: Layout) -> slice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -143,13 +144,18 @@ class _Kept:
 
     tiles: torch.Tensor
     counts: torch.Tensor | None
-    means: Means
+    means: Means | None
     step: int
 
     @classmethod
-    def of(cls, choice: Routes, means: Means, step: int, blocks: int, dtype: torch.dtype) -> _Kept:
+    def of(cls, choice: Routes, means: Means | None, step: int, blocks: int, dtype: torch.dtype) -> _Kept:
         small = torch.int16 if blocks <= 2**15 else torch.int32
-        return cls(choice.tiles.to(small), choice.counts, Means(*(t.to(dtype) for t in means)), step)
+        kept = None if means is None else Means(*(t.to(dtype) for t in means))
+        return cls(choice.tiles.to(small), choice.counts, kept, step)
+
+    def good(self, now: Means | None, drift: float) -> bool:
+        """Whether the means of blocks are still near; reading that waits for the device."""
+        return self.means is None or now is None or bool(self.means.moved(now) <= drift)
 
     @property
     def choice(self) -> Routes:
@@ -169,7 +175,7 @@ def kept_for(
 
     Args:
         every: Steps that lists are for.
-        drift: How far the means of blocks may move before, relative to their norm.
+        drift: How far the means of blocks may move before, relative to their norm; infinite if nobody looks.
         own: What else tells calls apart: pattern, layout, shapes.
         blocks: Key blocks.
         dtype: Type in which means are kept.
@@ -184,9 +190,8 @@ def kept_for(
     if found is not None and found.step == memory.step:
         # Another engine of the same call.
         return found.choice
-    now = means()
-    # Reading the drift waits for the device.
-    if found is not None and memory.step - found.step < every and bool(found.means.moved(now) <= drift):
+    now = None if math.isinf(drift) else means()
+    if found is not None and memory.step - found.step < every and found.good(now, drift):
         return found.choice
     choice = choose()
     memory.put(key, _Kept.of(choice, now, memory.step, blocks, dtype))

@@ -106,6 +106,45 @@ def pick_mass(
     return marked | pick_number(scores, Seen(), None, least) if least else marked
 
 
+def pick_height(
+    scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, share: float, cover: bool, of_all: bool
+) -> torch.Tensor:
+    """What is forced and the best others until they have a share of all heights above the lowest score (VMoBA).
+
+    Heights are those of the scores of a row, or of all pairs of a head, over the lowest of them.
+
+    Args:
+        scores: [B, h, rows, columns].
+        seen: What takes part.
+        forced: What is listed whatever its score, and counts first: bool [rows, columns].
+        share: The share.
+        cover: Whether the block that crosses the share is listed.
+        of_all: Whether a head's rows share the budget.
+
+    Returns:
+        bool like the scores; with at least one block that is not forced, if any takes part.
+    """
+    shape, part = scores.shape, scores.isfinite()
+    if seen.columns is not None:
+        part = part & seen.columns[:, None, None]
+    if seen.rows is not None:
+        part = part & seen.rows[:, None, :, None]
+    own = torch.zeros_like(part) if forced is None else forced.expand(scores.shape)
+    if of_all:
+        scores, part, own = (t.flatten(2) for t in (scores, part, own))
+    low = scores.masked_fill(~part, float("inf")).amin(-1, keepdim=True)
+    height = (scores - low).masked_fill(~part, 0)
+    bar = share * height.sum(-1, keepdim=True) - height.masked_fill(~own, 0).sum(-1, keepdim=True)
+    other = height.masked_fill(own | ~part, -1)
+    order = ranked(other)
+    ordered = other.gather(-1, order).clamp(min=0)
+    summed = ordered.cumsum(-1)
+    keep = (summed - ordered < bar) if cover else summed <= bar
+    keep[..., 0] = True
+    marked = _marked(order, keep, scores.shape[-1]) & part & ~own
+    return (marked | own).view(shape)
+
+
 def pick_above(
     scores: torch.Tensor, seen: Seen, tau: float, of_all: bool = False, variance: torch.Tensor | None = None
 ) -> torch.Tensor:

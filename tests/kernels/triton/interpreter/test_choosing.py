@@ -6,13 +6,16 @@ import torch
 from visattn import Layout, attention, parse
 from visattn.dispatch import load
 from visattn.kernels.triton.arguments import plan_of
+from visattn.kernels.triton.backend import kernels_of
 from visattn.kernels.triton.choosing.choose import chosen
 from visattn.kernels.triton.choosing.listed import listed_program
 from visattn.kernels.triton.choosing.tables import tables
 from visattn.kernels.triton.config import Config
+from visattn.kernels.triton.routes import MergedLists
 from visattn.patterns import Routes
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.scores import block_means
+from visattn.problem import Call
 
 LISTS = {
     "whole blocks": ("topk(keep=3,block=4x4)", Layout((8, 12)), 16, 16),
@@ -191,6 +194,34 @@ def test_means_of_what_is_not_listed(name):
     truth = results(q, k, v, text, layout, mask, "reference")
     for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), found, truth, strict=True):
         assert (one - other).abs().max() < 2e-5, name
+
+
+SHARED = {
+    "tokens choose": ("topk(keep=2,block=1x1,key_block=4x4)", Layout((5, 7), 3, 2), True),
+    "blocks of two, key blocks of several tiles": (
+        "topp(p=0.3,of=height,block=1x2,key_block=8x8)",
+        Layout((5, 9)),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if not i else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(SHARED)]
+)
+def test_blocks_that_share_a_tile_of_queries(name):
+    text, layout, masked = SHARED[name]
+    q = torch.randn(1, layout.length, 2, 16, generator=torch.manual_seed(0))
+    k, v = (torch.randn(1, layout.length, 1, 16, generator=torch.manual_seed(i)) for i in (1, 2))
+    # The last tokens are hidden, with all of some blocks.
+    mask = torch.arange(layout.length)[None] % 3 * (torch.arange(layout.length) < 25) > 0 if masked else None
+    kernels = kernels_of(q, k, v, Call(parse(text), layout, 0.25), lambda: None)
+    assert isinstance(kernels.lists(q, k, v, mask, True), MergedLists)
+    found = results(q, k, v, text, layout, mask, "triton")
+    truth = results(q, k, v, text, layout, mask, "reference")
+    for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), found, truth, strict=True):
+        assert torch.equal(one.isinf(), other.isinf())
+        assert (one - other).masked_fill(one.isinf(), 0).abs().max() < 2e-5, name
 
 
 def results(q, k, v, text, layout, mask, backend):

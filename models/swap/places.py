@@ -1,0 +1,116 @@
+"""Where the tokens of a swapped timm model sit: of each forward, and wherever its blocks run again."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from visattn.layout import Layout
+from visattn.outside import Outside
+from visattn.recompute import Carrier
+
+
+class Place(NamedTuple):
+    """Where the tokens of a forward sit.
+
+    Attributes:
+        layout: That, or why it is unknown.
+        samples: Layouts of the samples of a NaFlexViT batch; the masks of that forward should hide their padding.
+    """
+
+    layout: Layout | str
+    samples: tuple[Layout, ...] = ()
+
+
+UNPLACED = Place("the model has not embedded an image yet")
+
+
+class Places:
+    """Where the tokens of the modules sit that are on one grid of a swapped model.
+
+    Attributes:
+        name: What errors call the model.
+        fixed: The layout that the user gave, or None.
+        prefix: Dense tokens before the grid.
+        forwards: The place of every forward and recomputation outside of compiled code.
+        outside: Before the modules that are compiled one by one, or None where nobody asks for a place.
+    """
+
+    def __init__(self, name: str, fixed: Layout | None, prefix: int) -> None:
+        self.name, self.fixed, self.prefix = name, fixed, prefix
+        self.forwards: Carrier[Place] = Carrier()
+        self.outside: Outside | None = None
+        self._last = UNPLACED
+        # By length of the sequence, for who gets tokens that no forward is remembered with.
+        self._places: dict[int, set[Place]] = {}
+
+    def place(self, grid: tuple[int, int]) -> None:
+        """Say at which rows and columns the tokens of this thread's forward sit."""
+        layout = Layout(grid, prefix=self.prefix)
+        self._begin(Place(layout), layout.length)
+
+    def place_samples(self, grids: tuple[tuple[int, int], ...] | str, tokens: int) -> None:
+        """Say where the tokens of each sample sit; what the sequence has beyond them is padding.
+
+        Args:
+            grids: Rows and columns of each sample, or why they are unknown.
+            tokens: Length of the sequence, padding and prefix included.
+        """
+        if isinstance(grids, str):
+            self._begin(Place(grids), tokens)
+            return
+        layouts = tuple(Layout(grid, prefix=self.prefix) for grid in grids)
+        even = layouts[0] if len(set(layouts)) == 1 else "the samples of the batch have several grids"
+        self._begin(Place(even, layouts), tokens)
+
+    def _begin(self, place: Place, tokens: int) -> None:
+        self._last = place
+        if not torch.compiler.is_compiling():
+            self.forwards.begin(place, torch.is_grad_enabled())
+            if self.outside is not None and torch.is_grad_enabled():
+                self.outside.stand()
+            known = self._places.setdefault(tokens, set())
+            # Two say as well as many that they differ.
+            if len(known) < 2:
+                known.add(place)
+
+    def resume(self, place: Place) -> None:
+        """The backward pass of a forward begins: compiled code is there again."""
+        self._last = place
+
+    def pass_by(self, x: torch.Tensor) -> None:
+        """A module gets the tokens x: compiled code inside of it finds the place of their forward, if that is known."""
+        self.forwards.pass_by(x)
+        self._last = self.forwards.value or self._last
+
+    def bring(self, x: torch.Tensor) -> None:
+        """A module that is compiled on its own gets the tokens x: its code is to find the place of their forward.
+
+        Raises:
+            ValueError: See `here`.
+        """
+        self.forwards.pass_by(x)
+        self._last = self.here(x.shape[1])
+
+    def here(self, tokens: int) -> Place:
+        """Where the tokens of a sequence of that length sit.
+
+        Raises:
+            ValueError: If no forward is known that these tokens belong to, and forwards of several grids had as many.
+        """
+        if self.fixed is not None:
+            return Place(self.fixed)
+        if torch.compiler.is_compiling():
+            return self._last
+        found = self.forwards.value
+        if found is not None:
+            return found
+        known = self._places.get(tokens, set())
+        if len(known) > 1:
+            raise ValueError(
+                f"{self.name}: {tokens} tokens came without the forward that they belong to, and they may be "
+                f"{' or '.join(sorted(str(place.layout) for place in known))}: let gradient checkpointing run whole "
+                "blocks again, or pass layout=Layout(...)"
+            )
+        return next(iter(known), self._last)

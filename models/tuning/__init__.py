@@ -1,0 +1,1 @@
+"""Tuning of timm models: pictures, and what schedules do to features and classes."""

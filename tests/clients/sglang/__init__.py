@@ -1,0 +1,1 @@
+"""SGLang: its plug-in against fakes of what it uses."""

@@ -1,0 +1,111 @@
+"""What `auto` runs in a swapped timm model: the module's own attention where that is estimated to be faster."""
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+
+import visattn
+from tests.support.tiny_timm import make
+from visattn.crossing import Crossing
+from visattn.models.swap.sites import find_sites
+
+# One for each way in which a module finds out about its own attention.
+KINDS = [
+    "caformer",
+    "efficientformer",
+    "gemma4",
+    "diff",
+    "diff_parallel",
+    "parallel",
+    "volo",
+    "visformer",
+    "fastvit",
+    "levit",
+    "shvit",
+    "mobilenetv4",
+    "pvt_v2",
+    "iformer",
+    "hiera",
+    "sam2",
+    "swinv2_cr",
+]
+
+
+@pytest.fixture
+def dense_pays(monkeypatch):
+    """As on a GPU where dense attention is the faster one."""
+    asked, found = [], Crossing("triton", 0.105, 0.082, "eager")
+
+    def crossing(problem):
+        asked.append(problem)
+        return found
+
+    monkeypatch.setattr("visattn.runtime.verdict.crossing", crossing)
+    monkeypatch.setattr("visattn.models.swap.runtime.crossing", crossing)
+    monkeypatch.setattr("visattn.report.crossing", lambda problem: found)
+    return asked
+
+
+@pytest.mark.parametrize("family", KINDS)
+@torch.no_grad()
+def test_auto_keeps_what_is_dense_where_a_pattern_would_be_slower(family, dense_pays):
+    model, x = make(family)
+    stock = model(x)
+    whole = {site.name.path for site in find_sites(model, "model") if not site.foreign and is_dense(site)}
+    with visattn.apply(model, "na(window=2)") as handle:
+        out, report = model(x), handle.report()
+    for site in report.modules:
+        engines = {call.backend for call in site.calls}
+        assert (site.dense > 0 and not engines) or engines == {"stock"} if site.site in whole else not site.dense
+        assert all("estimated 0.105 ms by triton, 0.082 ms dense" in why for why in site.kept)
+        assert sum(site.kept.values()) == site.dense
+    assert bool(whole) == (family != "swinv2_cr")
+    if len(whole) == len(report.modules):
+        assert torch.equal(out, stock)
+    # It asks about the shapes that the pattern has where it runs.
+    asked = {key(problem) for problem in dense_pays}
+    with visattn.apply(model, "na(window=2)", always=True) as handle:
+        model(x)
+        calls = [call for site in handle.report().modules if site.site in whole for call in site.calls]
+    assert asked == {key(call.problem) for call in calls if call.backend != "stock"}
+
+
+def is_dense(site):
+    return site.record.tokens or site.dense
+
+
+def key(problem):
+    return problem.layout.queries, problem.layout.keys, problem.batch, problem.heads, problem.dtype
+
+
+@pytest.mark.parametrize("options", [{"always": True}, {"strict": True}, {"backend": "tiles"}])
+@torch.no_grad()
+def test_the_pattern_runs_where_it_must(options, dense_pays):
+    model, x = make("caformer")
+    with visattn.apply(model, "na(window=2)", **options) as handle:
+        model(x)
+    assert handle.report().sites_hit == len(handle.report().sites) and not dense_pays
+
+
+def test_compiled_code_decides_for_few_and_many_samples(dense_pays):
+    model, x = make("caformer")
+    with torch.no_grad(), visattn.apply(model, "na(window=2)"):
+        stock = model(x)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        asked = len(dense_pays)
+        assert torch.allclose(compiled(x), stock, rtol=1e-4, atol=1e-5)
+    assert {problem.batch for problem in dense_pays[asked:]} == {1, 64}
+    assert {problem.mode for problem in dense_pays[asked:]} == {"compiled"}
+
+
+@torch.no_grad()
+def test_nothing_ran_says_so_once():
+    model, x = make("caformer")
+    with visattn.apply(model, "na(window=2)"):
+        for module in model.modules():
+            module.attn_drop = torch.nn.Dropout(0.5) if hasattr(module, "attn_drop") else None
+        with pytest.warns(
+            UserWarning, match="no attention module of MetaFormer ran its pattern: attention dropout 0.5"
+        ):
+            model.train()(x)

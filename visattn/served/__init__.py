@@ -1,0 +1,1 @@
+"""Servers that build models in worker processes: patterns from the environment, at layers that tell their name."""
