@@ -14,11 +14,13 @@ from visattn.pipelines.guidance.sums import read_sum
 from visattn.pipelines.patch.install import PatchedModel
 from visattn.pipelines.patch.sites import Site
 from visattn.pipelines.patch.steps import ContextSteps
-from visattn.runtime.perturbed import SUFFIX, Blur, Perturbed
+from visattn.runtime.perturbed import Blur, Perturbed
 from visattn.schedule import Layers, Schedule, check_dims
 
 HOOK = "visattn_guidance"
 CONTEXT = "visattn_perturbed"
+# Caches that keep what modules returned last, whatever the pipeline calls the forward.
+MIXING = ("FasterCacheConfig", "PyramidAttentionBroadcastConfig")
 
 
 class Guided:
@@ -39,13 +41,15 @@ class Guided:
         span: tuple[float, float],
     ) -> None:
         model = patched.model
+        name = type(model).__name__
         if any(getattr(each, "_compiled_call_impl", None) is not None for each in model.modules()):
-            raise ValueError(
-                f"{type(model).__name__} is compiled, which hides its attention modules: guide it uncompiled"
-            )
+            raise ValueError(f"{name} is compiled, which hides its attention modules: guide it uncompiled")
+        if any(isinstance(getattr(hook, "__self__", None), Guided) for hook in model._forward_hooks.values()):
+            raise ValueError(f"{name} is guided already: call remove() on what guide() returned, and guide it anew")
         if isinstance(by, Pattern):
-            check_dims(by, patched.family.dims, type(model).__name__)
-        self._patched, self._scale, self._by, self._span = patched, scale, by, span
+            check_dims(by, patched.family.dims, name)
+        # Nothing of a perturbation is no perturbation, and exactly so.
+        self._patched, self._scale, self._by, self._span = patched, scale if strength else 0.0, by, span
         self._perturbed: dict[str, Perturbed] = {}
         for site, heads in chosen:
             assert site.group is not None
@@ -76,20 +80,20 @@ class Guided:
     def said(self) -> str:
         """What happened, in a line."""
         name = type(self._patched.model).__name__
-        rows = self._patched.run.tally.rows()
-        calls = sum(rows[path + SUFFIX].calls for path in self._perturbed if path + SUFFIX in rows)
+        calls = sum(each.calls for each in self._perturbed.values())
         paths = list(self._perturbed)
         places = f"{', '.join(paths[:4])}{', ...' if len(paths) > 4 else ''}"
         return (
             f"{name}: {self.guided} of {self.calls} forwards guided by {self._scale:g} times the difference to "
-            f"{self._by} in {len(paths)} attention modules ({places}): {self.guided} forwards more, {calls} calls "
-            "under a pattern"
+            f"{self._by} in {len(paths)} attention modules ({places}): {self.guided} forwards more, {calls} perturbed "
+            "calls"
         )
 
     def _correct(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The hook after a forward: its output, corrected."""
         if self._busy or self._scale == 0:
             return None
+        self._check(model)
         self.calls += 1
         if not self._active():
             return None
@@ -111,7 +115,19 @@ class Guided:
         step, total = self._patched.running_step()
         if step is None or not total:
             raise ValueError("guide: start and stop need a scheduler that tells its step: leave them out")
-        return start * total <= step < stop * total
+        return round(start * total) <= step < round(stop * total)
+
+    def _check(self, model: torch.nn.Module) -> None:
+        if self._patched.removed:
+            raise ValueError(
+                "guide: the handle of the pipeline was removed: call remove() on what guide() returned, too"
+            )
+        cache = type(getattr(model, "_cache_config", None)).__name__
+        if cache in MIXING:
+            raise ValueError(
+                f"guide: the cache of {cache} would mix perturbed attention with plain: use one that tells forwards "
+                "apart, like FirstBlockCacheConfig or MagCacheConfig"
+            )
 
     def _forward(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The perturbed prediction."""
@@ -119,12 +135,16 @@ class Guided:
         self._busy, here.perturbed = True, self._perturbed
         try:
             if self._context is None:
-                return prediction_of(model(*args, **kwargs))
-            # Caches keep what each kind of call had: this is one of its own.
-            with model.cache_context(CONTEXT):  # type: ignore[operator]
-                return prediction_of(model(*args, **kwargs))
+                found = prediction_of(model(*args, **kwargs))
+            else:
+                # Caches keep what each kind of call had: this is one of its own.
+                with model.cache_context(CONTEXT):  # type: ignore[operator]
+                    found = prediction_of(model(*args, **kwargs))
         finally:
             self._busy, here.perturbed = False, None
+        if not any(each.calls for each in self._perturbed.values()):
+            raise ValueError(f"guide: {type(model).__name__} did not call {', '.join(self._perturbed)}: choose others")
+        return found
 
 
 def chosen_sites(

@@ -101,6 +101,10 @@ class Guidance:
     ) -> None:
         self.handle, self._own = handle, own
         denoisers = [getattr(pipe, name, None) for name in DENOISERS]
+        if any(hasattr(model, "_orig_mod") for model in denoisers):
+            raise ValueError(
+                f"a model of {type(pipe).__name__} is compiled, which hides its attention modules: guide it uncompiled"
+            )
         found = [each for each in handle.patches if isinstance(each, PatchedModel)]
         found = [each for each in found if any(each.model is model for model in denoisers)]
         if not found:
@@ -133,7 +137,7 @@ class Guidance:
 
 def _perturbation(perturb: str | Pattern) -> Pattern | Blur:
     if isinstance(perturb, str):
-        match = re.fullmatch(r"blur(?:\(sigma=([\d.]+)\))?", perturb.strip())
+        match = re.fullmatch(r"blur(?:\(sigma=(\d+(?:\.\d+)?)\))?", perturb.strip())
         if match:
             return Blur(float(match[1]) if match[1] else math.inf)
     by = parse("na(window=1)" if perturb == "identity" else perturb)

@@ -50,11 +50,18 @@ def install(target: Any, request: Request) -> list[PatchedModel]:
 
 
 class PatchedModel:
-    """One patched model: its run, its processors and its hooks."""
+    """One patched model: its run, its processors and its hooks.
+
+    Attributes:
+        model: The model.
+        family: What is known about its kind.
+        sites: Its attention modules.
+        removed: Whether the patch was undone.
+    """
 
     def __init__(self, target: Target, scheduler: SchedulerSteps, taken: Set[int]) -> None:
         name, model, family, request = target
-        self.model, self.family = model, family
+        self.model, self.family, self.removed = model, family, False
         schedule, layouts = request.schedule, request.layouts
         dims = layouts[0].dims if layouts else family.dims
         self.sites = find_sites(model, family, schedule, name, dims, taken, request.parallel is not None)
@@ -114,6 +121,7 @@ class PatchedModel:
 
     def remove(self) -> None:
         """See `visattn.handle.Patch`. A processor that someone else has set since stays."""
+        self.removed = True
         if self._hooks is not None:
             self._hooks.remove()
         if self._run.sharding is not None:

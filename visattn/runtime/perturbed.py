@@ -76,6 +76,7 @@ class Perturbed(Runner):
         by: The perturbation.
         strength: How much of it heads get.
         heads: Which heads, None for all.
+        calls: How many it stood in for.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Perturbed(Runner):
     ) -> None:
         super().__init__(run, plain.given if isinstance(by, Blur) else by, "auto", plain.stock)
         self.plain, self.by, self.strength, self.heads = plain, by, strength, heads
+        self.calls = 0
 
     def __call__(self, call: AttentionCall, site: str) -> torch.Tensor:
         """The perturbed output [B, S, H, D].
@@ -90,6 +92,7 @@ class Perturbed(Runner):
         Raises:
             ValueError: If the perturbation cannot stand for the call.
         """
+        self.calls += 1
         if isinstance(self.by, Blur):
             found = self.plain.attend(call.of((self._blurred(call, site), call.k, call.v)), site)[0]
         else:
