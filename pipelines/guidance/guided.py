@@ -99,7 +99,7 @@ class Guided:
             return None
         given = dict(zip(self._names, args, strict=False)) | kwargs
         batch = len(given[self._patched.family.anchor])
-        found = read_sum(model, batch, None if self._context is None else self._context.name)
+        found = read_sum(model, given, batch, None if self._context is None else self._context.name)
         if found is None:
             return None
         half = kwargs if found.half == slice(None) else half_of(given, batch, found.half)
