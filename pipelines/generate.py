@@ -44,6 +44,10 @@ class Settings:
         dense_layers: As in `visattn.apply`.
         dense_steps: As in `visattn.apply`.
         dense_last_steps: As in `visattn.apply`.
+        precision: As in `visattn.apply`.
+        precise_layers: As in `visattn.apply`.
+        precise_steps: As in `visattn.apply`.
+        precise_last_steps: As in `visattn.apply`.
         backend: As in `visattn.apply`.
         weights: File of a distilled student, whose tensors the sparse runs have; see `pipelines.trained`.
         compare: Whether the dense twin is generated too; it keeps the model's own weights.
@@ -65,6 +69,10 @@ class Settings:
     dense_layers: int = 0
     dense_steps: int | float = 0
     dense_last_steps: int | float = 0
+    precision: str | None = None
+    precise_layers: str | None = None
+    precise_steps: int | float = 0
+    precise_last_steps: int | float = 0
     backend: str = "auto"
     weights: str | None = None
     compare: bool = False
@@ -182,8 +190,10 @@ def _run(
     schedule: dict[str, Any] = {"layers": settings.layers}
     if kind == SPARSE:
         schedule |= {"dense_layers": settings.dense_layers, "backend": settings.backend}
+        schedule |= {"precision": settings.precision, "precise_layers": settings.precise_layers}
         if not warm_up:
             schedule |= {"dense_steps": settings.dense_steps, "dense_last_steps": settings.dense_last_steps}
+            schedule |= {"precise_steps": settings.precise_steps, "precise_last_steps": settings.precise_last_steps}
     if warm_up and "num_inference_steps" in _parameters(pipe):
         arguments["num_inference_steps"] = WARM_UP_STEPS
     trail: Trail = []

@@ -2,7 +2,7 @@
 
 python -m scripts.figures measure          # all of them on this machine, into docs/results (keep it idle)
 python -m scripts.figures measure cpu      # one of them
-python -m scripts.figures render           # the tables from docs/results
+python -m scripts.figures render           # the tables, and the charts of tuned schedules, from docs/results
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from scripts.figures_dynamic import dynamic_tables
 from scripts.figures_emoji import emoji_tables
 from scripts.figures_gpu import (
     gpu_calls_table,
+    gpu_hopper_table,
     gpu_parallel_table,
     gpu_peers_table,
     gpu_real_table,
@@ -26,6 +27,8 @@ from scripts.figures_gpu import (
     gpu_table,
 )
 from scripts.figures_models import model_tables
+from scripts.figures_precision import precision_tables
+from scripts.figures_tuned import draw_all, tuned_tables
 from scripts.pages import with_table
 from scripts.results import RESULTS, ROOT, result, table
 
@@ -38,10 +41,13 @@ PAGES = tuple(
         "docs/timm.md",
         "docs/distillation.md",
         "docs/generate.md",
+        "docs/gpu-notes.md",
         "docs/performance.md",
         "docs/diffusers.md",
+        "docs/precision.md",
         "docs/dynamic.md",
         "docs/parallel.md",
+        "docs/tuning.md",
     )
 )
 
@@ -54,6 +60,7 @@ COMMANDS = {
     "cpu": "python -m scripts.bench.cpu --json {out} --force",
     "digits-vit": "python -m scripts.measure.digits_vit --out {out}",
     "timm-highres": "python -m scripts.bench.timm_models --out {out}",
+    "eightbit": "python -m scripts.measure.eightbit --steps 6 --out {out}",
     "moh": "python -m scripts.bench.moh --out {out}",
 }
 
@@ -140,6 +147,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-peers": gpu_peers_table,
     "gpu-stack": gpu_stack_table,
     "gpu-calls": gpu_calls_table,
+    "gpu-hopper": gpu_hopper_table,
     "gpu-real": gpu_real_table,
     "gpu-parallel": gpu_parallel_table,
     "digits-vit": digits_vit_table,
@@ -149,6 +157,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **emoji_tables(),
     **dynamic_tables(),
     **model_tables(),
+    **tuned_tables(),
+    **precision_tables(),
 }
 
 
@@ -180,6 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
         measure(options.names)
     for page in PAGES:
         page.write_text(rendered(page.read_text()))
+    draw_all()
 
 
 if __name__ == "__main__":

@@ -79,7 +79,22 @@ def quality_table(name: str) -> str:
     head = ["attention", "dense steps", "density", "PSNR, dB", "seen: top 1", "unseen: top 1", "Frechet, mean"]
     where = f"{found['settings']['device']}, {found['settings']['steps']} steps, {found['settings']['dtype']}."
     failed = [f"`{r['pattern']}` did not run: {r['error']}." for r in found["rows"].values() if "error" in r]
-    return "\n\n".join([table(head, cells), where, *failed])
+    return "\n\n".join([table(head, cells), *_distances(best), where, *failed])
+
+
+def _distances(best: dict[tuple[Any, ...], float]) -> list[str]:
+    """How far the best dynamic pattern is above the best static one, by dense steps and density."""
+    found = []
+    for dense_steps, density, static in sorted(best):
+        other = best.get((dense_steps, density, False))
+        if static and other is not None:
+            behind = f" behind {dense_steps} dense steps" if dense_steps else ""
+            more = other - best[dense_steps, density, True]
+            found.append(
+                f"At {density:.0%} of the pairs{behind} the best dynamic pattern is {more:.1f} dB above the best "
+                "static one."
+            )
+    return [" ".join(found)] if found else []
 
 
 def _class(row: dict[str, Any]) -> tuple[Any, ...]:

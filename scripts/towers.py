@@ -17,6 +17,7 @@ GRIDS: dict[object, str] = {
     grids.video: "frames x rows x columns",
     grids.shapes: "rows x columns of each sample",
     grids.frames: "rows x columns of each frame, merged blocks in order",
+    grids.each_frame: "rows x columns of each frame",
     grids.pooled: "rows x columns of each stage, sorted by the pooling",
     grids.elsewhere: "rows x columns of each stage",
 }

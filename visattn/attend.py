@@ -12,7 +12,16 @@ import torch
 
 from visattn import ops, prepare, transforms
 from visattn.autocast import as_sdpa_casts
-from visattn.checks import check_call, check_fit, check_steps, check_tensors, factor, merged, other_values
+from visattn.checks import (
+    check_call,
+    check_fit,
+    check_precision,
+    check_steps,
+    check_tensors,
+    factor,
+    merged,
+    other_values,
+)
 from visattn.crossing import crossing
 from visattn.dispatch import BACKENDS, Candidate, available, candidates, choose
 from visattn.layout import Layout, check_layout
@@ -37,6 +46,7 @@ def attention(
     pool_weight: torch.Tensor | None = None,
     parameters: Mapping[str, torch.Tensor] | None = None,
     backend: str = "auto",
+    precision: str | None = None,
     return_lse: Literal[False] = False,
 ) -> torch.Tensor: ...
 
@@ -56,6 +66,7 @@ def attention(
     pool_weight: torch.Tensor | None = None,
     parameters: Mapping[str, torch.Tensor] | None = None,
     backend: str = "auto",
+    precision: str | None = None,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -74,6 +85,7 @@ def attention(
     pool_weight: torch.Tensor | None = None,
     parameters: Mapping[str, torch.Tensor] | None = None,
     backend: str = "auto",
+    precision: str | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in which each query sees the keys that the pattern shows it.
@@ -102,6 +114,9 @@ def attention(
         parameters: Learnable parameters of the pattern by name, in the shapes of `pattern.parameter_shapes`; missing
             ones have their initial values. They may have another floating-point dtype than q.
         backend: "auto" for the cheapest that supports the call, or a name of `backends()`.
+        precision: None to compute in the dtype of q; "int8" for products of int8, "fp8" for int8 with queries and keys
+            and e4m3 with values. Both are for inference, and for patterns that list key tiles; docs/precision.md says
+            how they round. On a CPU they are simulated: their errors, not their speed.
         return_lse: Whether to return the natural log-sum-exp of each query's logits too.
 
     Inside torch.compile the call is one operator without graph breaks; pattern, layout and scale are constants of
@@ -126,26 +141,27 @@ def attention(
     if key_layout is not None:
         layout = _joined(layout, key_layout)
     if pool_weight is None and (parameters is None or parameters == {}):
-        key, prepared = prepare.find(q, k, v, pattern, layout, scale, key_mask, rpb, backend, return_lse)
+        key, prepared = prepare.find(q, k, v, pattern, layout, scale, key_mask, rpb, backend, return_lse, precision)
         if prepared is not None:
             out, lse = prepared(q, k, v, key_mask, rpb)
             return (out, lse) if return_lse else out  # pyright: ignore[reportReturnType]
     if other_values(q, k, v):
         rest = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "pool_weight": pool_weight, "parameters": parameters}
-        return _filled_up(q, k, v, pattern, layout, backend, return_lse, rest)
+        return _filled_up(q, k, v, pattern, layout, (backend, precision), return_lse, rest)
     check_tensors(q, k, v, layout)
+    check_precision(precision, (q, k, v))
     scale = factor(scale, q.shape[3])
     q, k, v = as_sdpa_casts(q, k, v)
     given = merged(parameters, pool_weight)
     portable = ops.written_down()
     if not portable and ops.without_values(q):
         # Nothing there can be planned for: one operator, which checks the call and says what comes out.
-        out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, given, backend, return_lse)
+        out, lse = ops.attend(q, k, v, pattern, layout, scale, key_mask, rpb, given, backend, return_lse, precision)
     else:
         pattern, given = parse(pattern), ops.constants(given) if portable else given
         check_fit(q, k, v, pattern, layout, key_mask, rpb, given)
         check_steps(pattern)
-        call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given)
+        call = Call(pattern, layout, scale, key_mask, rpb, return_lse, given, precision)
         if portable:
             out, lse = prepare.run_call(q, k, v, call, backend, portable)
         elif transforms.active():
@@ -164,7 +180,7 @@ def _filled_up(
     v: torch.Tensor,
     pattern: Pattern | str,
     layout: Layout,
-    backend: str,
+    how: tuple[str, str | None],
     return_lse: bool,
     rest: dict[str, Any],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -177,7 +193,7 @@ def _filled_up(
     channels, scale = v.shape[3], factor(rest["scale"], q.shape[3])
     widest = max(k.shape[3], channels)
     filled = (t if t.shape[3] == widest else torch.nn.functional.pad(t, (0, widest - t.shape[3])) for t in (q, k, v))
-    given = rest | {"scale": scale, "backend": backend}
+    given = rest | {"scale": scale, "backend": how[0], "precision": how[1]}
     found: Any = attention(*filled, pattern, layout, **given, return_lse=return_lse)  # pyright: ignore[reportCallIssue]
     return (found[0][..., :channels], found[1]) if return_lse else found[..., :channels]
 
@@ -270,6 +286,7 @@ def explain(
     value_dim: int | None = None,
     key_mask: bool = False,
     rpb: bool = False,
+    precision: str | None = None,
     return_lse: bool = False,
 ) -> Explanation:
     """Say which backend `attention` would choose for queries like `q`, and why.
@@ -283,6 +300,7 @@ def explain(
         value_dim: Channels of v per head, D if None.
         key_mask: Whether a key mask will be passed.
         rpb: Whether a relative position bias will be passed.
+        precision: As in `attention`.
         return_lse: Whether the log-sum-exp will be asked for.
 
     Returns:
@@ -296,11 +314,12 @@ def explain(
         layout = _joined(layout, key_layout)
     check_layout(layout)
     check_call(q, q, q, pattern, layout.queries, None, None)
+    check_precision(precision, (q,))
     k = q if kv_heads is None else q[:, :, :1].expand(-1, -1, kv_heads, -1)
     if layout.key_layout is not None:
         k = k[:, :1].expand(-1, layout.key_layout.length, -1, -1)
     check_call(q, k, k, pattern, layout, None, None)
-    problem = Problem.of(q, k, k, Call(pattern, layout, 1.0, lse=return_lse))
+    problem = Problem.of(q, k, k, Call(pattern, layout, 1.0, lse=return_lse, precision=precision))
     dtype = as_sdpa_casts(q[:0])[0].dtype
     # The narrower of keys and values are filled up.
     widest = max(problem.head_dim, value_dim or 0)

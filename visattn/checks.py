@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from visattn.patterns import BiasedPattern, Pattern
 from visattn.patterns.choice.memory import here
 from visattn.patterns.kinds import pooled_part
 from visattn.patterns.masks import check_defined
+from visattn.problem import PRECISIONS
 
 # What backends compute in.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,6 +60,19 @@ def check_fit(
     _check_defined(pattern, layout)
     if key_mask is not None or rpb is not None or parameters:
         _check_others(q, k, pattern, layout, key_mask, rpb, parameters)
+
+
+def check_precision(precision: Any, tensors: Iterable[Any]) -> None:
+    """Raise a ValueError for a precision that there is not, or whose gradients are asked for."""
+    if precision is None:
+        return
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} must be None or one of {', '.join(map(repr, PRECISIONS))}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ValueError(
+            f"precision={precision!r} is for inference: rounding to 8 bits has no gradient. Call it under "
+            "torch.no_grad(), or leave precision out where gradients are needed"
+        )
 
 
 def check_steps(pattern: Pattern) -> None:

@@ -31,11 +31,13 @@ class Backend(ABC):
         portable: Whether it consists of operators of torch alone, tables as constants, so that exporters and tracers
             can write down what it does.
         key_layouts: Whether it runs calls whose keys have a layout of their own; the others are not asked for those.
+        precisions: Those of `problem.PRECISIONS` that it computes in; it is not asked for others.
     """
 
     name: ClassVar[str]
     portable: ClassVar[bool] = False
     key_layouts: ClassVar[bool] = False
+    precisions: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def available(self) -> Support:
@@ -170,6 +172,8 @@ def offer(backend: Backend, problem: Problem) -> Candidate:
     """Whether a backend runs a call where it is available, and at which cost."""
     if problem.layout.key_layout is not None and not backend.key_layouts:
         return Candidate(backend, Support(False, "it takes queries and keys of one layout only"), float("inf"))
+    if problem.precision is not None and problem.precision not in backend.precisions:
+        return Candidate(backend, Support(False, f"it does not compute in {problem.precision}"), float("inf"))
     try:
         support = backend.supports(problem)
         return Candidate(backend, support, backend.cost(problem) if support.ok else float("inf"))

@@ -15,9 +15,11 @@ from visattn.layout import Layout, check_layout
 from visattn.parameters import Learnable, PatternParameters, read_weights
 from visattn.patterns import MergingPattern
 from visattn.presets import automatic, is_auto
+from visattn.reached import Reached
 from visattn.registry import REGISTRY
-from visattn.report import Reached, Report, SiteReport
-from visattn.schedule import Layers, PatternLike, Schedule
+from visattn.report import Report, SiteReport
+from visattn.schedule import PatternLike, Schedule
+from visattn.selectors import Layers
 from visattn.watch import Watched, Watcher
 
 
@@ -204,6 +206,10 @@ def apply(
     weights: str | Path | None = None,
     always: bool = False,
     caught: int = 0,
+    precision: str | None = None,
+    precise_layers: Layers = None,
+    precise_steps: int | float = 0,
+    precise_last_steps: int | float = 0,
     parallel: str | None = None,
     mesh: Any = None,
 ) -> Handle:
@@ -238,6 +244,11 @@ def apply(
         caught: So many queries of the grid of every call are compared with dense attention: the report says which share
             of their exact attention falls on what the pattern lists. It costs about as many queries of dense attention,
             and compiled code is not looked at. 0 for none.
+        precision: What calls that run a pattern compute in: None for the model's own dtype, "int8" or "fp8" as in
+            `attention`. Such a model is for inference; on a CPU it is slower, as errors are simulated there.
+        precise_layers: Layers that stay in the model's own dtype all the same, selected as by `layers`.
+        precise_steps: The first so many denoising steps stay in it: a count, or a fraction like 0.25.
+        precise_last_steps: The last so many do.
         parallel: How the processes of torch.distributed share the tokens of a diffusers model; each makes this call.
             "halo" gives each a slab of the grid and fetches the border keys that patterns list, "ulysses" exchanges
             tokens for heads; both keep dense layers and steps exact. See docs/parallel.md. None for one process, or for
@@ -257,7 +268,8 @@ def apply(
     package = _package(target)
     if isinstance(pattern, str) and is_auto(pattern):
         pattern = automatic(target, pattern)
-    schedule = Schedule.of(pattern, layers, dense_layers, dense_steps, dense_last_steps)
+    precise = precision, precise_layers, precise_steps, precise_last_steps
+    schedule = Schedule.of(pattern, layers, dense_layers, dense_steps, dense_last_steps, *precise)
     for each in schedule.patterns:
         if isinstance(each, MergingPattern) and package != "diffusers":
             raise ValueError(f"{each} merges tokens of a UNet of diffusers: use agent(agents=...) on a {package} model")
@@ -270,7 +282,7 @@ def apply(
     if isinstance(caught, bool) or not isinstance(caught, int) or caught < 0:
         raise ValueError(f"caught={caught!r} must be how many queries of a call are looked at, 0 for none")
     if parallel is not None:
-        _check_parallel(parallel, package, caught)
+        _check_parallel(parallel, package, caught, schedule.precision)
     always = always or strict or weights is not None or parallel is not None
     request = Request(schedule, backend, _layouts(layout), strict, always, caught, parallel, mesh)
     handle = Handle(ADAPTERS[package](target, request), request)
@@ -283,7 +295,7 @@ def apply(
     return handle
 
 
-def _check_parallel(parallel: Any, package: str, caught: int) -> None:
+def _check_parallel(parallel: Any, package: str, caught: int, precision: str | None) -> None:
     if parallel not in ("ulysses", "halo"):
         raise ValueError(f"parallel={parallel!r} must be 'ulysses', 'halo' or None")
     if package != "diffusers":
@@ -291,6 +303,11 @@ def _check_parallel(parallel: Any, package: str, caught: int) -> None:
     if caught:
         raise ValueError(
             f"parallel={parallel!r} and caught={caught}: no process has all queries and keys, leave one out"
+        )
+    if precision is not None:
+        raise ValueError(
+            f"parallel={parallel!r} and precision={precision!r}: attention that processes share is computed in the "
+            "model's own dtype, leave one out"
         )
 
 

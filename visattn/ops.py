@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.checks import check_call, check_steps
+from visattn.checks import check_call, check_precision, check_steps
 from visattn.dispatch import choose
 from visattn.keep import stands_in, untraced
 from visattn.layout import Layout
@@ -54,12 +54,13 @@ def attend(
     parameters: Mapping[str, torch.Tensor],
     backend: str,
     lse: bool,
+    precision: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The traceable form of `attention`; the log-sum-exp is empty unless `lse`."""
     where = [number for side in _sides(layout) for number in side]
     # In the order of their names: a compiled graph does not depend on who filled the mapping in which order.
     names = sorted(parameters)
-    about = SEPARATOR.join([_text(pattern), backend, ",".join(names)])
+    about = SEPARATOR.join([_text(pattern), backend, ",".join(names), precision or ""])
     return ATTEND(q, k, v, key_mask, rpb, [parameters[n] for n in names], about, where, scale, lse)
 
 
@@ -79,12 +80,14 @@ class About(NamedTuple):
         layout: Where the tokens sit.
         backend: What the user asked for.
         names: Names of the parameters.
+        precision: What products are computed in, None for the dtype of q.
     """
 
     pattern: Pattern
     layout: Layout
     backend: str
     names: tuple[str, ...]
+    precision: str | None
 
     def call(
         self,
@@ -96,7 +99,7 @@ class About(NamedTuple):
     ) -> Call:
         """A call with these constants."""
         named = dict(zip(self.names, parameters, strict=True))
-        return Call(self.pattern, self.layout, scale, key_mask, rpb, lse, named)
+        return Call(self.pattern, self.layout, scale, key_mask, rpb, lse, named, self.precision)
 
 
 def _sides(layout: Layout) -> Iterator[tuple[int, ...]]:
@@ -122,8 +125,8 @@ def _about(about: str, where: Sequence[int]) -> About:
 
 @lru_cache(maxsize=1024)
 def _known(about: str, where: tuple[int, ...]) -> About:
-    pattern, backend, names = about.split(SEPARATOR)
-    return About(parse(pattern), _layout(where), backend, tuple(names.split(",")) if names else ())
+    pattern, backend, names, precision = about.split(SEPARATOR)
+    return About(parse(pattern), _layout(where), backend, tuple(names.split(",")) if names else (), precision or None)
 
 
 # What `torch.compiler.assume_constant_result` does, without importing the compiler (a second) for those who do not
@@ -301,11 +304,12 @@ def _above_attend(
     if not learns:
         if not parameters:
             # What ran a call like this one runs it here, without a second way through the dispatcher.
-            key_of = q, k, v, known.pattern, known.layout, scale, key_mask, rpb, known.backend, lse
+            key_of = q, k, v, known.pattern, known.layout, scale, key_mask, rpb, known.backend, lse, known.precision
             prepared = find(*key_of)[1]
             if prepared is not None:
                 return detached(*prepared(q, k, v, key_mask, rpb), lse)
         return below(ATTEND, q, k, v, key_mask, rpb, parameters, about, where, scale, lse)
+    check_precision(known.precision, (q, k, v))
     keeps = not parameters and rpb is None and _keeps(q, k, v, known.call(scale, lse, key_mask, rpb, ()), known.backend)
     out, sums = _Attend.apply(Rest(about, where, scale, lse), keeps, q, k, v, key_mask, rpb, *parameters)
     return out, sums if lse or not keeps else sums.new_empty(0)

@@ -40,6 +40,7 @@ def find(
     rpb: Any,
     backend: Any,
     lse: Any,
+    precision: Any,
 ) -> tuple[Hashable | None, Prepared | None]:
     """The key of a call, None if nothing is kept of it, and what ran the last one with that key.
 
@@ -70,7 +71,7 @@ def find(
             learns = learns or (rpb is not None and rpb.requires_grad)
         key = (
             find, pattern, layout, scale, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype,
-            k.dtype, v.dtype, device, k.device, v.device, others, cast, backend, lse,
+            k.dtype, v.dtype, device, k.device, v.device, others, cast, backend, lse, precision,
             learns and torch.is_grad_enabled(), _library._get_cublas_allow_tf32(), REGISTRY.version,
         )  # fmt: skip
         entry = STORE.find(key)
@@ -181,7 +182,7 @@ def run_like(
     """Run a checked call as an earlier one like it, if there was any; see `Backend.run`."""
     key = None
     if not call.parameters:
-        others = call.key_mask, call.rpb, backend, call.lse
+        others = call.key_mask, call.rpb, backend, call.lse, call.precision
         key, prepared = find(q, k, v, call.pattern, call.layout, call.scale, *others)
         if prepared is not None:
             return prepared(q, k, v, call.key_mask, call.rpb)
@@ -202,7 +203,7 @@ def gradients_like(
         results: Output [B, S, H, D] and log-sum-exp [B, S, H].
         grads: Their gradients, None for zeros.
     """
-    others = call.key_mask, call.rpb, backend, call.lse
+    others = call.key_mask, call.rpb, backend, call.lse, call.precision
     key, prepared = find(q, k, v, call.pattern, call.layout, call.scale, *others)
     if prepared is None and key is not None:
         prepared = _prepare(q, k, v, call, backend, key)

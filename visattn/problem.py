@@ -19,6 +19,10 @@ class Support(NamedTuple):
     reason: str = ""
 
 
+# Queries and keys become int8 in both; weights and values become int8, or floats of 8 bits (e4m3).
+PRECISIONS = ("int8", "fp8")
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """The arguments of a checked call besides q, k and v.
@@ -31,6 +35,7 @@ class Call:
         rpb: Relative position bias [H, 2 * window - 1 per axis], or None.
         lse: Whether the log-sum-exp is wanted.
         parameters: Learnable parameters of the pattern by name; missing ones have their initial values.
+        precision: What products are computed in: one of `PRECISIONS`, or None for the dtype of q.
     """
 
     pattern: Pattern
@@ -40,6 +45,7 @@ class Call:
     rpb: torch.Tensor | None = None
     lse: bool = False
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    precision: str | None = None
 
 
 def sees_all(pattern: Pattern, layout: Layout) -> bool:
@@ -66,6 +72,7 @@ class Problem:
         lse: Whether the log-sum-exp is asked for.
         mode: How calls are made: "eager", "compiled" (as operators of compiled code) or "captured" (in a CUDA graph,
             where they keep the host from nothing).
+        precision: What products are computed in: one of `PRECISIONS`, or None for the dtype of q.
     """
 
     pattern: Pattern
@@ -81,6 +88,7 @@ class Problem:
     grad: bool = False
     lse: bool = False
     mode: str = "eager"
+    precision: str | None = None
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Problem:
@@ -99,6 +107,7 @@ class Problem:
             rpb=call.rpb is not None,
             grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
             lse=call.lse,
+            precision=call.precision,
         )
 
     @property

@@ -53,7 +53,8 @@ class CallReport:
         if isinstance(problem.pattern, MergingPattern):
             return cls(problem, hits, problem.pattern.name, "the only one that merges tokens", None)
         # A model's own attention stands for a pattern on plain tensors alone.
-        if backend == "auto" and not problem.rpb and problem.pattern.covers(*problem.layout.grids):
+        plain = problem.precision is None and not problem.rpb
+        if backend == "auto" and plain and problem.pattern.covers(*problem.layout.grids):
             return cls(problem, hits, "stock", "the pattern covers the whole grid", 1.0)
         name = choose(problem, backend).name
         reached = None if sums is None else Reached.of(sums, problem.layout)
@@ -69,7 +70,14 @@ class CallReport:
             share += f" ({self.reached.least:.3f} to {self.reached.most:.3f} over heads and calls)"
         if self.skipped is not None:
             share += f", {self.skipped:.3f} skipped"
-        return f"{self.backend} on {self.problem.layout}{share}"
+        return f"{self.backend}{self._precision()} on {self.problem.layout}{share}"
+
+    def _precision(self) -> str:
+        """What the calls were computed in, in words; nothing for the model's own dtype."""
+        precision = self.problem.precision
+        if precision is None:
+            return ""
+        return f" in {precision}, simulated for its errors" if self.backend == "tiles" else f" in {precision}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and texts."""
@@ -84,6 +92,7 @@ class CallReport:
             "head_dim": self.problem.head_dim,
             "hits": self.hits,
             "backend": self.backend,
+            "precision": self.problem.precision,
             "reason": self.reason,
             "density": self.density,
             "reached": None if self.reached is None else self.reached._asdict(),
@@ -206,6 +215,7 @@ class SiteReport:
             "compiled": self.compiled,
             "pattern": str(self.pattern),
             "backend": most.get("backend"),
+            "precision": most.get("precision"),
             "reason": most.get("reason"),
             "grid": most.get("grid"),
             "density": self.density,

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from visattn.patterns import Dense, MergingPattern, Pattern, Radial, parse
+from visattn.checks import check_precision
+from visattn.patterns import Dense, ListedPattern, MergingPattern, Pattern, Radial, parse
 from visattn.patterns.values import axis_values, per_axis
+from visattn.selectors import Layers, Selector, SiteName, pick, selectors_of
 from visattn.staged import Staged
 from visattn.tuned import Tuned
 
-Selector = int | slice | str
-# What `layers` may be, None for all.
-Layers = Selector | Iterable[Selector] | None
 # What a layer may be given: a pattern, or one for each of its steps.
 Given = Pattern | Staged
 PatternLike = Pattern | str | Path | Mapping[Any, "Pattern | str | Mapping[Any, Pattern | str]"]
+# The fields that count denoising steps.
+_COUNTED = ("dense_steps", "dense_last_steps", "precise_steps", "precise_last_steps")
 _FILES = (".json", ".yaml", ".yml")
-
-
-class SiteName(NamedTuple):
-    """An attention module: its path in the model, and the path of the layer it belongs to."""
-
-    path: str
-    layer: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,10 @@ class Schedule:
         dense_layers: The first so many selected layers stay dense.
         dense_steps: The first so many denoising steps stay dense: a count, or a fraction between 0 and 1.
         dense_last_steps: The last so many, likewise.
+        precision: What products are computed in, as in `visattn.attention`; None for the model's own dtype.
+        precise_layers: Selectors of the layers that stay in the model's own dtype.
+        precise_steps: The first so many denoising steps that do.
+        precise_last_steps: The last so many.
         model: Class of the only models that it is for, "" for any.
         layers: How many layers these have, 0 for any number.
         label: What reports call it, "" for nothing.
@@ -51,6 +47,10 @@ class Schedule:
     dense_layers: int = 0
     dense_steps: int | float = 0
     dense_last_steps: int | float = 0
+    precision: str | None = None
+    precise_layers: tuple[Selector, ...] = ()
+    precise_steps: int | float = 0
+    precise_last_steps: int | float = 0
     model: str = ""
     layers: int = 0
     label: str = ""
@@ -63,6 +63,10 @@ class Schedule:
         dense_layers: int = 0,
         dense_steps: int | float = 0,
         dense_last_steps: int | float = 0,
+        precision: str | None = None,
+        precise_layers: Layers = None,
+        precise_steps: int | float = 0,
+        precise_last_steps: int | float = 0,
     ) -> Schedule:
         """The schedule that the arguments of `apply` describe.
 
@@ -73,9 +77,14 @@ class Schedule:
             dense_layers: Count of selected layers.
             dense_steps: Count or fraction of steps.
             dense_last_steps: Likewise.
+            precision: See the attributes.
+            precise_layers: As `layers`; None for none.
+            precise_steps: Count or fraction of steps.
+            precise_last_steps: Likewise.
 
         Raises:
-            ValueError: If a value is out of range, or both `layers` and a mapping are given.
+            ValueError: If a value is out of range, both `layers` and a mapping are given, or a pattern lists no key
+                tiles where a precision is given.
         """
         if isinstance(pattern, Path) or (isinstance(pattern, str) and pattern.lower().endswith(_FILES)):
             pattern = _read(Path(pattern))
@@ -91,23 +100,43 @@ class Schedule:
                 dense_last_steps or pattern.dense_last_steps,
             )
             dense_layers = pattern.dense_layers
+            precision = precision or pattern.precision
+            precise_layers = (pattern.precise_layers or None) if precise_layers is None else precise_layers
+            precise_steps = precise_steps or pattern.precise_steps
+            precise_last_steps = precise_last_steps or pattern.precise_last_steps
         elif isinstance(pattern, Mapping):
             own = {}
             if layers is not None:
                 raise ValueError(f"layers={layers!r} and a pattern per layer both choose layers: pass one of them")
             if not pattern:
                 raise ValueError("pattern={} names no layer: pass e.g. {'0-3': 'dense', '4-': 'na(window=7x7)'}")
-            rules = [(_selectors(key), _given(value)) for key, value in pattern.items()]
+            rules = [(selectors_of(key), _given(value)) for key, value in pattern.items()]
         else:
             own = {}
-            rules = [(None if layers is None else _selectors(layers), parse(pattern))]
+            rules = [(None if layers is None else selectors_of(layers), parse(pattern))]
         if isinstance(dense_layers, bool) or not isinstance(dense_layers, int) or dense_layers < 0:
             raise ValueError(f"dense_layers={dense_layers!r} must be a count of layers, 0 or more")
-        for name, value in (("dense_steps", dense_steps), ("dense_last_steps", dense_last_steps)):
+        precise = () if precise_layers is None else selectors_of(precise_layers, "precise_layers")
+        numbers = dense_layers, dense_steps, dense_last_steps
+        made = cls(tuple(rules), *numbers, precision, precise, precise_steps, precise_last_steps, **own)
+        made._check_precision()
+        for name in _COUNTED:
+            value = getattr(made, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
             if not whole and not (isinstance(value, float) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} must be a count of steps like 12 or a fraction like 0.25")
-        return cls(tuple(rules), dense_layers, dense_steps, dense_last_steps, **own)
+        return made
+
+    def _check_precision(self) -> None:
+        check_precision(self.precision, ())
+        if self.precision is None and (self.precise_layers or self.precise_steps or self.precise_last_steps):
+            what = "precise_layers, precise_steps and precise_last_steps"
+            raise ValueError(f"{what} are what a precision leaves out: pass precision= too")
+        unlisted = [pattern for pattern in self.patterns if not isinstance(pattern, ListedPattern)]
+        if self.precision is not None and unlisted:
+            raise ValueError(
+                f"precision={self.precision!r} is for patterns that list key tiles, which {unlisted[0]} does not"
+            )
 
     @classmethod
     def tuned(cls, tuned: Tuned) -> Schedule:
@@ -125,12 +154,18 @@ class Schedule:
         """What has a pattern for each step, or scales with the grid."""
         return tuple(given for _, given in self.rules if isinstance(given, Staged))
 
+    @property
+    def counted(self) -> str:
+        """The first argument that counts denoising steps, empty if none does."""
+        return next((name for name in _COUNTED if getattr(self, name)), "")
+
     @functools.cached_property
     def needs_steps(self) -> bool:
         """Whether anything depends on the denoising step."""
         stepped = any(p.remembers or (isinstance(p, MergingPattern) and p.stepped) for p in self.patterns)
         stepped = stepped or not all(each.constant for each in self.staged)
-        return bool(self.dense_steps or self.dense_last_steps) or stepped
+        counts = self.dense_steps or self.dense_last_steps or self.precise_steps or self.precise_last_steps
+        return bool(counts) or stepped
 
     @functools.cached_property
     def keeps(self) -> Pattern | None:
@@ -155,7 +190,7 @@ class Schedule:
             )
         found: list[Given | None] = [None] * len(sites)
         for selectors, pattern in self.rules:
-            picked = set(range(len(sites))) if selectors is None else _pick(selectors, sites, layers, model)
+            picked = set(range(len(sites))) if selectors is None else pick(selectors, sites, layers, model)
             for i in sorted(picked):
                 if found[i] is not None:
                     raise ValueError(f"layer {sites[i].layer!r} is given twice: {found[i]} and {pattern}")
@@ -168,6 +203,12 @@ class Schedule:
         dense = set(selected[: self.dense_layers])
         pairs = zip(sites, found, strict=True)
         return [Dense() if p is not None and s.layer in dense else p for s, p in pairs]
+
+    def precisions(self, sites: Sequence[SiteName], model: str) -> list[str | None]:
+        """What each site computes in; the arguments are those of `assign`."""
+        layers = list(dict.fromkeys(site.layer for site in sites))
+        own = pick(self.precise_layers, sites, layers, model) if self.precise_layers else set()
+        return [None if i in own else self.precision for i in range(len(sites))]
 
     def assign_stepless(
         self, sites: Sequence[SiteName], model: str, grid: tuple[int, ...] | None = None
@@ -209,12 +250,19 @@ class Schedule:
         Raises:
             ValueError: If that depends on a step or a number of steps that is unknown.
         """
-        first, last = self.dense_steps, self.dense_last_steps
-        if first and among_first(first, f"dense_steps={first}", step, total):
+        return self._at_an_end("dense", step, total)
+
+    def is_precise(self, step: int | None, total: int | None) -> bool:
+        """Whether a denoising step stays in the model's own dtype; see `is_dense`."""
+        return self._at_an_end("precise", step, total)
+
+    def _at_an_end(self, kind: str, step: int | None, total: int | None) -> bool:
+        first, last = getattr(self, f"{kind}_steps"), getattr(self, f"{kind}_last_steps")
+        if first and among_first(first, f"{kind}_steps={first}", step, total):
             return True
         if not last:
             return False
-        at, number = known_step(f"dense_last_steps={last}", step, total, True)
+        at, number = known_step(f"{kind}_last_steps={last}", step, total, True)
         return at >= number - (last if isinstance(last, int) else round(last * number))
 
 
@@ -302,56 +350,3 @@ def _read(path: Path) -> Mapping[Any, str] | Schedule:
     if "visattn_schedule" in found:
         return Schedule.tuned(Tuned.of(found, str(path)))
     return found
-
-
-def _selectors(value: Any) -> tuple[Selector, ...]:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(","))
-    values = (value,) if isinstance(value, int | slice) else tuple(value)
-    if not values:
-        raise ValueError(f"layers={value!r} names no layer: give some, like '0-3', or None for all")
-    for part in values:
-        if isinstance(part, bool) or not isinstance(part, int | slice | str):
-            raise ValueError(f"layers: {part!r} is not an index, a slice, a range like '0-3' or a name")
-    return values
-
-
-def _pick(selectors: tuple[Selector, ...], sites: Sequence[SiteName], layers: list[str], model: str) -> set[int]:
-    """Indices of the sites that the selectors name."""
-    chosen: set[int] = set()
-    for selector in selectors:
-        picked = _pick_layers(selector, layers)
-        if picked is None:
-            names = str(selector)
-            found = {
-                i
-                for i, site in enumerate(sites)
-                if fnmatch.fnmatchcase(site.path, names) or fnmatch.fnmatchcase(site.layer, names)
-            }
-        else:
-            found = {i for i, site in enumerate(sites) if site.layer in picked}
-        if not found:
-            raise ValueError(
-                f"layers: {selector!r} selects nothing in {model}; its {len(layers)} layers: {_listed(layers)}"
-            )
-        chosen |= found
-    return chosen
-
-
-def _pick_layers(selector: Selector, layers: list[str]) -> set[str] | None:
-    """The layers that an index, slice or range selects; None if the selector is a name."""
-    if isinstance(selector, slice):
-        return set(layers[selector])
-    if isinstance(selector, int):
-        return {layers[selector]} if -len(layers) <= selector < len(layers) else set()
-    match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", selector)
-    if not match:
-        return None
-    first = int(match[1])
-    last = first if not match[2] else int(match[3]) if match[3] else len(layers)
-    return set(layers[first : last + 1])
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = [f"{i} {name}" for i, name in enumerate(names)]
-    return ", ".join(shown if len(shown) <= 8 else [*shown[:6], "...", shown[-1]])

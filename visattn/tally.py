@@ -2,8 +2,8 @@
 
 On a GPU a timed call records two events, which cost the host more than a whole dense call may, so most calls are only
 counted: one in sixteen of a kind is timed, at every module another one, so that a step of a model has some of them and
-none has many. On a CPU all are. A first call of a kind, which plans and compiles, is kept apart. Inside `all_timed` all
-calls are timed, and first ones count like others.
+none has many; of modules with many calls one in 128. On a CPU all are. A first call of a kind, which plans and
+compiles, is kept apart. Inside `all_timed` all calls are timed, and first ones count like others.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from visattn.problem import Problem
 
 # On a GPU one in so many steady calls of a kind is timed, at every module another one.
 EVERY = 16
+# From so many calls of a module on, one in so many.
+MANY_CALLS, SELDOM = 4 * EVERY, 8 * EVERY
 # Pairs of CUDA events kept before the finished ones are summed up.
 MANY_EVENTS = 1024
 _NOTHING = nullcontext()
@@ -61,7 +63,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._every = 1 if _all.get() else EVERY
+        self._every, self._seldom = (1, 1) if _all.get() else (EVERY, SELDOM)
         self._cells: dict[str, dict[Hashable, Cell]] = {}
         # Modules at which calls of a kind happened.
         self._kinds: dict[Hashable, int] = {}
@@ -96,15 +98,15 @@ class Tally:
         if not cell.on_gpu:
             return time.perf_counter()
         # The first call of all, then the next one of the first module, the one after that of the second.
-        late = cell.calls - 1 - cell.turn
-        if (late % self._every and (cell.calls or cell.turn)) or torch.cuda.is_current_stream_capturing():
+        late, every = cell.calls - 1 - cell.turn, self._every if cell.calls < MANY_CALLS else self._seldom
+        if (late % every and (cell.calls or cell.turn)) or torch.cuda.is_current_stream_capturing():
             return None
         return _event()
 
     def pass_on(self, cell: Cell) -> bool:
         """Count a call that nothing else is to be known of; False if it is to be timed."""
-        late = cell.calls - 1 - cell.turn
-        if not (cell.on_gpu and cell.calls and late % self._every):
+        late, every = cell.calls - 1 - cell.turn, self._every if cell.calls < MANY_CALLS else self._seldom
+        if not (cell.on_gpu and cell.calls and late % every):
             return False
         with self._lock:
             cell.calls += 1

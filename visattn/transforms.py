@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Asked:
         """The call on these tensors."""
         given = dict(zip(self.names, tensors[5:], strict=True))
         own = self.call
-        return Call(own.pattern, own.layout, own.scale, tensors[3], tensors[4], own.lse, given)  # type: ignore[arg-type]
+        return replace(own, key_mask=tensors[3], rpb=tensors[4], parameters=given)  # type: ignore[arg-type]
 
 
 def active() -> bool:
@@ -53,7 +53,7 @@ def attend(
     if stack is not None and stack.key() == library._functorch.TransformType.Functionalize:
         # The operator changes nothing in place, and functions of autograd are unknown there.
         where = call.pattern, call.layout, call.scale, call.key_mask, call.rpb
-        return ops.attend(q, k, v, *where, call.parameters, backend, call.lse)
+        return ops.attend(q, k, v, *where, call.parameters, backend, call.lse, call.precision)
     names = tuple(call.parameters)
     tensors = (q, k, v, call.key_mask, call.rpb, *call.parameters.values())
     return _Attend.apply(Asked(call, backend, names), *tensors)  # type: ignore[no-any-return]

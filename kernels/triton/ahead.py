@@ -94,7 +94,8 @@ def source(kernel: Any, given: dict[str, Any]) -> Any:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-    names |= {torch.int32: "*i32", torch.int64: "*i64", torch.int16: "*i16", torch.uint8: "*u8"}
+    names |= {torch.int32: "*i32", torch.int64: "*i64", torch.int16: "*i16", torch.uint8: "*u8", torch.int8: "*i8"}
+    names[torch.float8_e4m3fn] = "*fp8e4nv"
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value, index = given[parameter.name], (i,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,7 @@ class Work:
         tf32: Whether float32 products may round their factors to tf32.
         configs: Launch configuration of each direction.
         starts: Their kernels.
+        ways: What lists of a direction that q and k choose need and no call changes.
     """
 
     pattern: Pattern
@@ -38,6 +39,7 @@ class Work:
     tf32: bool
     configs: dict[str, Config]
     starts: Starts
+    ways: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def plan(self, direction: str) -> TilePlan:
         """The tiles of a kernel."""
@@ -83,6 +85,8 @@ class Operands:
         grad_k: Gradient of k, contiguous.
         grad_v: Gradient of v, contiguous.
         taken: Counter of the Hopper kernel's tiles.
+        sums: dQ by query tiles without its scale, for the one-pass backward: float32.
+        turns: How many key tiles have added their part to each of them: int32.
         routed: Lists of a routed pattern.
     """
 
@@ -100,6 +104,8 @@ class Operands:
     grad_k: torch.Tensor | None = None
     grad_v: torch.Tensor | None = None
     taken: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
     routed: Routed | None = None
 
     def given(self, *names: str) -> dict[str, torch.Tensor]:

@@ -29,12 +29,13 @@ from visattn.kernels.triton.config import (
     needed_memory,
     shorter,
 )
-from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config
+from visattn.kernels.triton.eightbit.run import attend_8bit, fits_8bit
+from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config, width
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, ListedPattern, Pattern, RoutedPattern, Routes
 from visattn.patterns.choice.merging import BITS
 from visattn.patterns.shared_tiles import sharing_tiles
-from visattn.problem import Call, Problem, Support
+from visattn.problem import PRECISIONS, Call, Problem, Support
 
 if TYPE_CHECKING:
     from visattn.kernels.triton.prepared import Kernels
@@ -123,6 +124,7 @@ class Triton(Backend):
 
     name: ClassVar[str] = "triton"
     key_layouts: ClassVar[bool] = True
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
 
     def available(self) -> Support:
         """Triton, and a GPU or the interpreter."""
@@ -140,6 +142,8 @@ class Triton(Backend):
         pools = isinstance(problem.pattern, RoutedPattern) and problem.pattern.pools_rest
         if support.ok and pools and not lists_by_blocks(problem.pattern):
             return Support(False, f"it has no pooled keys for what {problem.pattern.name} leaves out")
+        if support.ok and problem.precision is not None:
+            return fits_8bit(problem, _architecture_or_common(), interpreted())
         return support
 
     def cost(self, problem: Problem) -> float:
@@ -147,13 +151,15 @@ class Triton(Backend):
         if interpreted():
             return 1e6 * problem.dense_pairs
         number, dtype, head_dim = _architecture_or_common(), problem.dtype, problem.head_dim
-        tiles, rate = config(number, dtype, head_dim, "forward"), RATE
+        tiles, rate, keys_us = config(number, dtype, head_dim, "forward"), RATE, KEYS_US
         if isinstance(problem.pattern, DynamicPattern) and problem.pattern.skip:
             rate = SKIP_RATE
-        elif not problem.rpb:
+        elif problem.precision is None and not problem.rpb:
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
-            tiles, rate = (tiles, RATE) if faster is None else (faster, HOPPER_RATE)
-        shared = sharing_tiles(problem.pattern, problem.layout, SHARING)
+            if faster is not None:
+                # These kernels compute with more channels than some head dims have.
+                tiles, rate, keys_us = faster, HOPPER_RATE * head_dim / width(head_dim), HOPPER_KEYS_US
+        shared = sharing_tiles(problem.pattern, problem.layout, SHARING) if problem.precision is None else None
         halves = QUERY_HALVES if tiles.halves else None
         plan = tiled(shared or problem.pattern, problem.layout, tiles.rows, tiles.tile, halves)
         partial = 1 if shared else 1 - plan.full_share
@@ -164,7 +170,7 @@ class Triton(Backend):
             pairs += problem.dense_pairs * columns / problem.layout.length * rate / RATE
         host_us, device_us = _fixed_us(problem)
         longest = int(plan.lists.counts.max(initial=0)) * plan.keys.capacity / 128
-        least = longest * (HOPPER_KEYS_US if rate == HOPPER_RATE else KEYS_US)
+        least = longest * keys_us
         device = overhead(problem, 0, device_us) + max(pairs / rate, overhead(problem, 0, least))
         return wall(problem, device, 0, host_us)
 
@@ -174,7 +180,8 @@ class Triton(Backend):
         """See `Backend.prepare`."""
         # What is decided while a graph is captured is not tuned, and so not for later calls.
         untuned = tune.enabled() and not _tunes(q)
-        if untuned or not _as_they_are(q, k, v, call) or (recorded(q, k, v) and call.rpb is not None):
+        other = untuned or call.precision is not None or (recorded(q, k, v) and call.rpb is not None)
+        if other or not _as_they_are(q, k, v, call):
             return super().prepare(q, k, v, call, grown)
         from visattn.kernels.triton.ready import Ready
 
@@ -224,6 +231,8 @@ class Triton(Backend):
 
         dtype, given, given_q = q.dtype, call, q
         q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
+        if call.precision is not None:
+            return attend_8bit(q, k, v, call, architecture(q.device))
         if interpreted() and dtype == torch.bfloat16:
             # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
             q, k, v, given_q = (t.float() for t in (q, k, v, given_q))
@@ -248,9 +257,10 @@ def _fixed_us(problem: Problem) -> tuple[float, float]:
     if not isinstance(problem.pattern, RoutedPattern):
         return LISTED_US
     if isinstance(problem.pattern, DynamicPattern):
-        from visattn.kernels.triton.choosing.cost import choosing_us, sharing_us
+        from visattn.kernels.triton.choosing.cost import MERGE_US, choosing_us, sharing_us
 
-        return DYNAMIC_CALL_US, choosing_us(problem) + sharing_us(problem)
+        shared = sharing_us(problem)
+        return DYNAMIC_CALL_US + (MERGE_US if shared else 0), choosing_us(problem) + shared
     return CHOSEN_US if chosen_by_kernels(problem.pattern, problem.layout, problem.key_mask) else ROUTED_US
 
 

@@ -127,7 +127,17 @@ HOPPER = {
 }
 
 # The backward in one pass over the lists, which no call takes unless a script says so (scripts/bench/hopper_gpu.py).
-ONE_PASS = {128: Config(128, 64, 4, 3, 1, True, one_pass=1)}
+ONE_PASS = {64: Config(128, 64, 4, 4, 1, True, one_pass=1), 128: Config(128, 64, 4, 3, 1, True, one_pass=1)}
+
+# Of the forward in 8 bits, by family and padded head dim: `eightbit.forward`, and Hopper's own kernel.
+EIGHT = {
+    "ampere": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3)},
+    "small": {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 3)},
+    "large": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3)},
+    "interpreter": {128: Config(32, 64, 4, 1, 2)},
+}
+EIGHT_HOPPER = {64: Config(128, 128, 4, 4, 2, True), 128: Config(128, 128, 4, 4, 2, True)}
+
 
 # Instead of the table's where a pattern's row tiles have at most half of its rows, which would leave the others idle:
 # by family, direction and bytes, then padded head dim.

@@ -14,7 +14,7 @@ import torch
 
 from visattn.kernels.triton.boxes import PARTIAL, QUERY_HALVES, tiled
 from visattn.kernels.triton.config import config
-from visattn.kernels.triton.hopper.launch import hopper_config
+from visattn.kernels.triton.hopper.launch import hopper_config, width
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
 from visattn.plans import check_listed
@@ -121,7 +121,7 @@ def estimate(
     launch, rate, kernel = config(record.architecture, torch.bfloat16, head_dim, "forward"), record.general, "general"
     faster = hopper_config(record.architecture, torch.bfloat16, head_dim, pattern, layout) if record.hopper else None
     if faster is not None:
-        launch, rate, kernel = faster, record.hopper, "hopper"
+        launch, rate, kernel = faster, record.hopper * head_dim / width(head_dim), "hopper"
     plan = tiled(pattern, layout, launch.rows, launch.tile, QUERY_HALVES if launch.halves else None)
     operations = 4.0 * batch * heads * head_dim * layout.pairs
     weight = 1 + (PARTIAL - 1) * (1 - plan.full_share)

@@ -14,7 +14,7 @@ from visattn.kernels.triton.lists.forward import attend
 from visattn.kernels.triton.lists.key_grad import key_gradients
 from visattn.kernels.triton.lists.positions import partners
 from visattn.kernels.triton.lists.query_grad import query_gradients
-from visattn.kernels.triton.start import Launch, launch, launch_like, on, programs
+from visattn.kernels.triton.start import Launch, launch_like, on, programs
 
 # Launch configuration of the kernels without matrix products.
 SMALL = Config(32, 1, 4, 1)
@@ -23,12 +23,21 @@ HOPPER_LAUNCHES = {
     "key_grad": hopper_launch.key_launch,
     "query_grad": hopper_launch.query_launch,
 }
+# Kernels of the one-pass backward.
+ONE_PASS_LAUNCHES = {
+    "one_pass": hopper_launch.one_pass_launch,
+    "finish": hopper_launch.finish_launch,
+    "dense_grad": hopper_launch.dense_launch,
+}
 # Operands of each kernel that are other tensors in each call, in the order in which their addresses are passed.
 CHANGING = {
     "forward": ("q", "k", "v", "out", "lse", "rpb", "key_mask", "taken"),
     "delta": ("out", "grad_out", "delta", "grad_lse"),
     "key_grad": ("q", "k", "v", "grad_out", "lse", "delta", "grad_k", "grad_v", "rpb", "key_mask"),
     "query_grad": ("q", "k", "v", "grad_out", "lse", "delta", "grad_q", "rpb", "key_mask"),
+    "one_pass": ("q", "k", "v", "grad_out", "lse", "delta", "grad_k", "grad_v", "sums", "turns"),
+    "finish": ("sums", "grad_q"),
+    "dense_grad": ("q", "k", "v", "grad_out", "lse", "delta", "grad_q"),
 }
 # Arguments that are lists of a routed pattern, the last one where a query tile holds several blocks.
 LISTS = ("bounds", "bases", "mask_ids", "words")
@@ -38,7 +47,7 @@ def start_first(direction: str, key: Any, t: Operands, work: Work) -> None:
     """Start a kernel by Triton's launcher and get it ready.
 
     Args:
-        direction: "forward", "delta", "key_grad" or "query_grad".
+        direction: One of `CHANGING`.
         key: Whatever tells calls that are alike apart for this kernel.
         t: The operands, results among them.
         work: What calls that are alike share.
@@ -55,6 +64,8 @@ def _first(direction: str, t: Operands, work: Work) -> Launch:
         given = arguments.delta_arguments(t.out, t.grad_out, t.grad_lse, t.delta)
         grid = (-(-t.out.shape[1] // given["ROWS"]), t.out.shape[2], t.out.shape[0])
         return Launch(deltas, grid, given, SMALL.warps, SMALL.stages)
+    if direction in ONE_PASS_LAUNCHES:
+        return ONE_PASS_LAUNCHES[direction](t, work)
     config = work.configs[direction]
     if config.hopper:
         return HOPPER_LAUNCHES[direction](t, work)
@@ -66,11 +77,24 @@ def _first(direction: str, t: Operands, work: Work) -> Launch:
     return Launch(kernel, programs(given), given, config.warps, config.stages)
 
 
-def run_one_pass(t: Operands, work: Work) -> None:
-    """Fill the gradients of q, k and v in one pass over the lists; delta has been computed."""
-    with on(t.q.device):
-        for made in hopper_launch.one_pass_launches(t, work):
-            launch(made.kernel, made.grid, made.given, made.warps, made.stages)
+def run_in_one_pass(key: Any, t: Operands, work: Work) -> None:
+    """Fill the gradients of q, k and v in one pass over the lists.
+
+    Args:
+        key: As in `start_first`.
+        t: The operands, results among them.
+        work: What calls that are alike share.
+    """
+    t.sums, t.turns = hopper_launch.one_pass_buffers(t, work)
+    steps = ["delta", "one_pass", "finish"]
+    if work.program("query_grad", t).dense_rows:
+        steps.append("dense_grad")
+    for direction in steps:
+        start = work.starts.ready.get((direction, key))
+        if start is None:
+            start_first(direction, key, t, work)
+        else:
+            start([tensor.data_ptr() for tensor in t.given(*CHANGING[direction]).values()])
 
 
 def run_bias_gradients(t: Operands, work: Work) -> Any:

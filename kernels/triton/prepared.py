@@ -17,9 +17,9 @@ from visattn.kernels.triton.choosing.listed import DynamicLists
 from visattn.kernels.triton.choosing.pooled import rest_of
 from visattn.kernels.triton.choosing.skipped import SkippingLists, skips_in_loop
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
-from visattn.kernels.triton.config import DIRECTIONS, SHARING, Config, chosen_by_kernels
+from visattn.kernels.triton.config import DIRECTIONS, ONE_PASS, SHARING, Config, chosen_by_kernels
 from visattn.kernels.triton.hopper.launch import copyable
-from visattn.kernels.triton.launch import run_bias_gradients, run_one_pass, start_first
+from visattn.kernels.triton.launch import run_bias_gradients, run_in_one_pass, start_first
 from visattn.kernels.triton.routes import Listed, MergedLists, routed_program
 from visattn.kernels.triton.routing.router import Router
 from visattn.kernels.triton.start import ALIGNMENT, Starts, aligned
@@ -60,7 +60,10 @@ class Kernels:
         bias = None if call.rpb is None else call.rpb.detach().to("meta")
         self._call = replace(call, key_mask=None, rpb=bias, parameters={})
         self._tf32, self._choose = tf32, choose
-        self._shared = sharing_tiles(call.pattern, call.layout, SHARING)
+        self._by_blocks = lists_by_blocks(call.pattern)
+        # Kernels of 8 bits read no masks that are made by the call.
+        shares = call.precision is None
+        self._shared = sharing_tiles(call.pattern, call.layout, SHARING) if shares else None
         self.starts = Starts(q.device, grown)
         # Of aligned tensors, which the first ones may not be.
         self._work: Work | None = None
@@ -177,13 +180,13 @@ class Kernels:
             return router.choose(q, k)
         assert isinstance(pattern, RoutedPattern)
         scale = self._call.scale if scale is None else scale
-        if not learns and isinstance(pattern, DynamicPattern) and self._skips(pattern, q, work.layout):
+        if not learns and isinstance(pattern, DynamicPattern) and pattern.skip and self._skips(pattern, q, work.layout):
             listed = pattern.listed(q, k, work.layout, key_mask, scale)
             return SkippingLists(pattern, listed, work.layout, self._tf32)
         if isinstance(pattern, DynamicPattern) and self._shared is not None:
             chosen = pattern.choose(q, k, work.layout, key_mask, scale)
             return MergedLists(chosen, pattern.blocks(work.layout.grid), work)
-        if isinstance(pattern, DynamicPattern) and lists_by_blocks(pattern):
+        if isinstance(pattern, DynamicPattern) and self._by_blocks:
             chosen = pattern.choose(q, k, work.layout, key_mask, scale)
             rest = None
             if pattern.pools_rest:
@@ -200,7 +203,7 @@ class Kernels:
 
     def _skips(self, pattern: DynamicPattern, q: torch.Tensor, layout: Layout) -> bool:
         """Whether the kernel whose loop passes over blocks runs these calls."""
-        free = held_for(pattern) is None and self._call.rpb is None and lists_by_blocks(pattern)
+        free = held_for(pattern) is None and self._call.rpb is None and self._by_blocks
         return free and skips_in_loop(pattern, layout, q)
 
     @property
@@ -299,9 +302,7 @@ class Kernels:
             low |= _append(more, rpb, key_mask) | (0 if grad_lse is None else grad_lse.data_ptr())
         if self._in_one_pass(wanted, key_mask, routed) and not low & UNALIGNED and copyable(q, grad_out):
             t = Operands(q, k, v, rpb, None, out, lse, grad_out, grad_lse, delta, grad_q, grad_k, grad_v)
-            work = self._work_for(t)
-            start_first("delta", key, t, work)
-            run_one_pass(t, work)
+            run_in_one_pass(key, t, self._work_for(t))
             return grad_q, grad_k, grad_v, None
         if low & UNALIGNED or sums is None or (wanted[1] and keys is None) or (wanted[0] and queries is None):
             t = Operands(
@@ -336,7 +337,8 @@ class Kernels:
         if self._work is None or wanted != (True, True, False) or key_mask is not None or routed is not None:
             return False
         configs = self._work.configs
-        return configs["key_grad"].one_pass > 0 and configs["query_grad"].hopper
+        whole = self._keys[0][3] in ONE_PASS
+        return whole and configs["key_grad"].one_pass > 0 and configs["query_grad"].hopper
 
     def _first_backward(self, t: Operands, key: Any, want_rpb: bool) -> torch.Tensor | None:
         """The same by Triton's launcher; returns the gradient of the bias."""

@@ -48,12 +48,12 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Scaled:
-    """A layer on some GPUs.
+    """A layer, or a step of several, on some GPUs.
 
     Attributes:
         gpus: How many.
         grid: Tokens per axis.
-        milliseconds: Of the layer.
+        milliseconds: Of all of it.
         attention: Of its attention, exchanges included.
         exposed: Of its exchanges, what nothing hides.
         sent: Bytes that a GPU sends.
@@ -102,8 +102,9 @@ def scaling(
     *,
     heads: int = 24,
     head_dim: int = 128,
+    layers: int = 1,
 ) -> Scaling:
-    """Estimate a layer in bfloat16 on 1 to `gpus` GPUs.
+    """Estimate a layer, or a step of several, in bfloat16 on 1 to `gpus` GPUs.
 
     Args:
         pattern: A list of tiles, or its text.
@@ -114,6 +115,7 @@ def scaling(
         link: One of `LINKS`.
         heads: Query and key heads.
         head_dim: Channels per head.
+        layers: Layers that times and bytes are of.
 
     Raises:
         ValueError: If any of these has no record, or the pattern cannot be cut.
@@ -128,10 +130,10 @@ def scaling(
     axis = 0 if isinstance(pattern, Radial) else best_axis(layout, 2)
     if parallel == "halo":
         check(pattern, Slabs.even(layout, 2, axis))
-    model = _Model(pattern, parallel, gpu, LINKS[link], heads, head_dim, axis)
+    model = _Model(pattern, parallel, gpu, LINKS[link], heads, head_dim, axis, layers)
     most = heads if parallel == "ulysses" else layout.grid[axis]
     counts = [n for n in COUNTS if n <= gpus and n <= most]
-    strong = [model.layer(layout, n) for n in counts]
+    strong = [model.step(layout, n) for n in counts]
     weak = [model.weak(layout, n) for n in counts if parallel == "halo" or n <= heads]
     notes = (
         f"{gpu}: {GPUS[gpu].basis}",
@@ -162,15 +164,17 @@ class _Model:
     heads: int
     head_dim: int
     axis: int
+    layers: int = 1
 
-    def layer(self, layout: Layout, gpus: int) -> Scaled:
-        """A layer of a sequence on some GPUs."""
+    def step(self, layout: Layout, gpus: int) -> Scaled:
+        """The layers of a sequence on some GPUs."""
         hidden = self.heads * self.head_dim
         attention, exposed, sent = self._attention(layout, gpus)
         tokens = -(-layout.grid[self.axis] // gpus) * layout.tokens // layout.grid[self.axis]
         tokens += layout.prefix + layout.suffix
         products = 24.0 * hidden**2 * tokens / GPUS[self.gpu].dense / 1e9
-        return Scaled(gpus, layout.grid, attention + products, attention, exposed, sent)
+        n = self.layers
+        return Scaled(gpus, layout.grid, n * (attention + products), n * attention, n * exposed, n * sent)
 
     def weak(self, layout: Layout, gpus: int) -> Scaled:
         """The same of a grid that is as many times longer."""
@@ -178,7 +182,7 @@ class _Model:
         grids = [
             tuple(side * n if i == self.axis else side for i, side in enumerate(layout.grid)) for n in (like, gpus)
         ]
-        found = self.layer(Layout(grids[0], layout.prefix, layout.suffix), like)
+        found = self.step(Layout(grids[0], layout.prefix, layout.suffix), like)
         return dataclasses.replace(found, gpus=gpus, grid=grids[1])
 
     def _time(self, pattern: Pattern, layout: Layout, heads: int) -> float:

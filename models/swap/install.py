@@ -35,9 +35,8 @@ def install(target: Any, request: Request) -> list[SwappedModel]:
     """
     model = getattr(target, "_orig_mod", target)
     schedule = request.schedule
-    for name in ("dense_steps", "dense_last_steps"):
-        if getattr(schedule, name):
-            raise ValueError(f"{name} counts denoising steps, and a timm model has none: use dense_layers or layers")
+    if stepped := schedule.counted:
+        raise ValueError(f"{stepped} counts denoising steps, and a timm model has none: use dense_layers or layers")
     if schedule.keeps is not None:
         raise ValueError(
             f"{schedule.keeps} keeps its choice for later denoising steps, and a timm model has none: leave every out"
@@ -53,6 +52,9 @@ class SwappedModel:
         found = find_sites(model, self._name)
         names = [site.name for site in found]
         patterns = request.schedule.assign_stepless(names, self._name, own_grid(model, request.layout))
+        precisions = dict(
+            zip([name.path for name in names], request.schedule.precisions(names, self._name), strict=True)
+        )
         self._sites = [
             site.given(pattern) for site, pattern in zip(found, patterns, strict=True) if pattern is not None
         ]
@@ -70,7 +72,7 @@ class SwappedModel:
                 self._learnables.append(Learnable(self._name, site.name.path, site.pattern, own))
             order = site.record.order(model, site.name.path) if site.record.order is not None else None
             arguments = site.name.path, site.pattern, request.backend, own, site.attention, order
-            site.swap(Swapped(self._run, on, *arguments))
+            site.swap(Swapped(self._run, on, *arguments, precision=precisions[site.name.path]))
         self._hooks = Hooks()
         self._add_hooks(model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -56,6 +57,7 @@ class Swapped:
         parameters: Learnable parameters of the pattern by name.
         attention: The module that has the stock attention, whose attn_drop the weights would pass.
         order: How the module's tokens become a map, and back; None where they come row by row.
+        precision: What the pattern computes in, None for the dtype of a call.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class Swapped:
         parameters: nn.ParameterDict | None = None,
         attention: nn.Module | None = None,
         order: Any = None,
+        precision: str | None = None,
     ) -> None:
         self.run, self.places, self.path, self.pattern, self.backend = run, places, path, pattern, backend
-        self.attention, self.order = attention, order
+        self.attention, self.order, self.precision = attention, order, precision
         # A plain dict: torch.compile follows it, and the model's state dict does not.
         self.parameters: dict[str, torch.Tensor] = {} if parameters is None else dict(parameters.items())
         self._ran: dict[Hashable, tuple[Cell, ...]] = {}
@@ -178,7 +181,7 @@ class Swapped:
         always = self.run.always or bool(self.parameters)
         device = x.device
         if torch.compiler.is_compiling():
-            if self.pattern.covers(*layout.grids):
+            if self.precision is None and self.pattern.covers(*layout.grids):
                 return not masked
             told = heads, x.dtype, device.type, torch.is_grad_enabled(), masked, rpb
             return not always and _dense_pays_compiled(self.pattern, _sides(layout), told)
@@ -189,9 +192,13 @@ class Swapped:
             if len(self._own) >= MANY:
                 self._own.clear()
             problem = Problem(
-                self.pattern, layout, x.shape[0], heads[0], heads[0], heads[1], dtype, device.type, masked, rpb, key[5]
-            )
+                self.pattern, layout, x.shape[0], heads[0], heads[0], heads[1], dtype, device.type, masked, rpb, key[5],
+                precision=self.precision,
+            )  # fmt: skip
             verdict = judge(self.pattern, (problem,), (layout,), self.backend, always)
+            if not verdict.layouts:
+                # Whatever bias the module has, its own code adds.
+                verdict = verdict._replace(problems=(replace(problem, rpb=False),))
             self._own[key] = found = verdict, verdict.cells(self.run.tally, self.path, device)
         verdict, cells = found
         if verdict.layouts or (masked and not verdict.slower):
@@ -228,12 +235,14 @@ class Swapped:
     ) -> torch.Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         options: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "backend": self.backend}
+        options["precision"] = self.precision
         own = self._parameters(q.device)
         if own:
             options["parameters"] = own
         if torch.compiler.is_compiling():
             return attention(q, k, v, self.pattern, layout, **options).transpose(1, 2)
-        tally, call = self.run.tally, Call(self.pattern, layout, scale, key_mask, rpb, parameters=own)
+        tally = self.run.tally
+        call = Call(self.pattern, layout, scale, key_mask, rpb, parameters=own, precision=self.precision)
         cells = self._cells(q, k, v, call)
         begun = tally.begin(cells[0])
         with tally.hearing(cells, begun):

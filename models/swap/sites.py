@@ -13,7 +13,7 @@ from visattn.models.swap.records import Record, own_ways, record_of, swapped_cla
 from visattn.models.swap.refused import refusal_of
 from visattn.models.swap.runtime import Swapped, is_swapped
 from visattn.patterns import Dense, Pattern
-from visattn.schedule import SiteName
+from visattn.selectors import SiteName
 
 
 @dataclass(frozen=True, eq=False)

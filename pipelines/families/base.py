@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.runtime.where import Sample
-from visattn.schedule import SiteName
+from visattn.selectors import SiteName
 
 Args = Mapping[str, Any]
 

@@ -15,7 +15,8 @@ from visattn.pipelines.patch.install import PatchedModel
 from visattn.pipelines.patch.sites import Site
 from visattn.pipelines.patch.steps import ContextSteps
 from visattn.runtime.perturbed import Blur, Perturbed
-from visattn.schedule import Layers, Schedule, check_dims
+from visattn.schedule import Schedule, check_dims
+from visattn.selectors import Layers
 
 HOOK = "visattn_guidance"
 CONTEXT = "visattn_perturbed"

@@ -16,7 +16,7 @@ from visattn.pipelines.guidance.guided import Guided, chosen_sites
 from visattn.pipelines.patch.install import PatchedModel
 from visattn.pipelines.patch.targets import DENOISERS
 from visattn.runtime.perturbed import Blur
-from visattn.schedule import Layers
+from visattn.selectors import Layers
 
 
 def guide(

@@ -12,25 +12,15 @@ from typing import Any
 
 import torch
 
+from visattn.copies import Hook
 from visattn.outside import CALL, Around
-from visattn.pipelines.patch.hooks import unpatched, untraced
+from visattn.pipelines.patch.untraced import untraced
 
 # What makes of a tensor and the axis of its tokens one with a process's share of these, or with all of them.
 Change = Callable[[torch.Tensor, int], torch.Tensor]
 
 
-class _Hook:
-    """A copy or pickle of a patched model has hooks that do nothing."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _nothing, ()
-
-
-def _nothing() -> Callable[..., None]:
-    return unpatched
-
-
-class CutInputs(_Hook):
+class CutInputs(Hook):
     """Cuts inputs of a module before its forward.
 
     Args:
@@ -89,7 +79,7 @@ class _Cutting(Around):
         return self.run(*args, **kwargs)
 
 
-class Stand(_Hook):
+class Stand(Hook):
     """Before a forward of the model: which modules are compiled on their own?"""
 
     def __init__(self, cuts: Sequence[CutInputs]) -> None:
@@ -102,7 +92,7 @@ class Stand(_Hook):
                 cut.stand()
 
 
-class CutOutputs(_Hook):
+class CutOutputs(Hook):
     """Cuts outputs of a module after its forward."""
 
     def __init__(self, change: Change, plan: dict[Any, Any]) -> None:
@@ -118,7 +108,7 @@ class CutOutputs(_Hook):
         return parts[0] if one else tuple(parts)
 
 
-class Join(_Hook):
+class Join(Hook):
     """Joins outputs of a module after its forward."""
 
     def __init__(self, change: Change, dims: list[int | None]) -> None:

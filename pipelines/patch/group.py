@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from visattn.layout import Layout
+from visattn.parallel.ulysses import JOINS_HEADS
 from visattn.patterns import Pattern, PerHead
 from visattn.pipelines.patch import numbering, parallel
 from visattn.pipelines.patch.decision import Cut, Decision
@@ -39,8 +40,9 @@ class Group(Runner):
         backend: str,
         stock: Stock,
         parameters: torch.nn.ParameterDict | None = None,
+        precision: str | None = None,
     ) -> None:
-        super().__init__(run, given, backend, stock, parameters)
+        super().__init__(run, given, backend, stock, parameters, precision)
         self.lease = numbering.register(self, stock)
         self.number = self.lease.number
         self._encoded: dict[tuple[tuple[Layout, ...], Pattern, Cut | None], torch.Tensor] = {}
@@ -89,6 +91,8 @@ class Group(Runner):
                 if wider
                 else parallel.OWN_HEADS
                 if isinstance(self.pattern, PerHead)
+                else JOINS_HEADS
+                if self.pattern.joins_heads
                 else parallel.SPLIT_MASK
                 if call.mask is not None
                 else parallel.uneven(fit.layouts, heads, devices)

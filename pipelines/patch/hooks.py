@@ -15,11 +15,13 @@ import torch
 from torch._C._dynamo import eval_frame
 from torch._dynamo.eval_frame import skip_code
 
+from visattn.copies import Hook
 from visattn.outside import Outside
 from visattn.pipelines.patch import numbering, operators
 from visattn.pipelines.patch.clones import says_where
 from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.sites import Site
+from visattn.pipelines.patch.untraced import untraced
 
 
 def _own_frame(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,20 +30,11 @@ def _own_frame(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the compiler out of a function and all it calls."""
-    return torch.compiler.disable(function)  # type: ignore[arg-type]
-
-
 # The compiler that would trace what this thread calls, None if there is none; where torch does not tell, there may be.
 _compiler_in_force: Callable[[], Any] = getattr(eval_frame, "get_eval_frame_callback", lambda: _own_frame)
 
 
-def unpatched(*args: Any, **kwargs: Any) -> None:
-    """What a hook becomes in a copy of a patched model."""
-
-
-class _Hook:
+class _Hook(Hook):
     """Refers to a run by number: what compiled code sees of it is one constant."""
 
     def __init__(self, run: DiffusersRun) -> None:
@@ -49,13 +42,6 @@ class _Hook:
 
     def run(self) -> DiffusersRun | None:
         return numbering.look_up(self.number)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _unpatched, ()
-
-
-def _unpatched() -> Callable[..., None]:
-    return unpatched
 
 
 class Begin(_Hook):

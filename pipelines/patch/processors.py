@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,14 +20,37 @@ from visattn.pipelines.patch.stock import Stock
 from visattn.schedule import Given
 
 
+class _Set(NamedTuple):
+    """What a module calls, in the fewest objects: all are looked at before each forward.
+
+    Attributes:
+        where: The module's own dictionary that has its processor.
+        installed: The processor.
+        backend: What its backend is if that is how it calls a group, else None.
+    """
+
+    where: dict[str, Any]
+    installed: Any
+    backend: Any
+
+    @classmethod
+    def of(cls, site: Site) -> _Set:
+        """Of a module that calls its group."""
+        modules: dict[str, Any] = site.module._modules
+        where = modules if "processor" in modules else site.module.__dict__
+        backend = None if clones.is_clone(site.installed) else site.installed._attention_backend
+        return cls(where, site.installed, backend)
+
+
 class Processors:
     """Every processor that a patch has made or changed."""
 
     def __init__(self, model: torch.nn.Module, run: DiffusersRun, sites: Sequence[Site], backend: str) -> None:
         self._model, self._run, self._sites, self._backend = model, run, sites, backend
-        self._groups: dict[tuple[Given, Stock, str], Group] = {}
+        self._groups: dict[tuple[Given, str | None, Stock, str], Group] = {}
         # Weak: a client may let one go that it had put in.
         self._ours: list[weakref.ref[Any]] = []
+        self._set: list[_Set] = []
 
     def install(self) -> None:
         """Make the modules call their groups.
@@ -45,7 +68,13 @@ class Processors:
 
     def repair(self, repaired: Callable[[], None]) -> None:
         """Patch modules again whose processor or backend was set by someone else, and call `repaired` after it."""
+        for where, installed, backend in self._set:
+            if where.get("processor") is not installed or (backend and installed._attention_backend is not backend):
+                break
+        else:
+            return
         broken = [site for site in self._sites if not site.intact and not site.adopt()]
+        self._remember()
         if not broken:
             return
         warnings.warn(
@@ -72,6 +101,7 @@ class Processors:
             if processor is not None:
                 clones.make_stock(processor)
         self._ours.clear()
+        self._set.clear()
         for site in self._sites:
             site.group = site.installed = None
         for group in self._groups.values():
@@ -96,6 +126,11 @@ class Processors:
             if not any(reference() is site.installed for reference in self._ours):
                 self._ours.append(weakref.ref(site.installed))
             site.module.processor = site.installed
+        self._remember()
+
+    def _remember(self) -> None:
+        """Remember what is set, so that a look at each module tells before a forward whether it still is."""
+        self._set = [_Set.of(site) for site in self._sites]
 
     def _unpatched(self, processor: Any) -> Any:
         """What a processor stands for that was ours, or is of a patch that is gone."""
@@ -110,9 +145,9 @@ class Processors:
     def _group(self, site: Site, stock: Stock) -> Group:
         pattern = site.pattern
         # Compiled code knows groups, not modules: one with parameters of its own needs a group of its own.
-        key = pattern, stock, site.name.path if site.parameters is not None else ""
+        key = pattern, site.precision, stock, site.name.path if site.parameters is not None else ""
         if key not in self._groups:
-            arguments = self._run, pattern, self._backend, stock, site.parameters
+            arguments = self._run, pattern, self._backend, stock, site.parameters, site.precision
             merges = isinstance(pattern, MergingPattern)
             self._groups[key] = group = merging.MergingGroup(*arguments) if merges else Group(*arguments)
             if stock.dispatched:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from visattn.layout import Layout
 from visattn.parallel import Slabs, best_axis
 from visattn.parallel.dense import gathered_slabs
+from visattn.parallel.ulysses import JOINS_HEADS
 from visattn.patterns import ComposedPattern, MergingPattern, Pattern, RoutedPattern
 from visattn.patterns.radial import Radial
 from visattn.pipelines.patch.cuts import CutInputs, CutOutputs, Join, Stand
@@ -195,6 +196,8 @@ def check_pattern(pattern: Pattern, how: str) -> None:
     """Raise a ValueError for patterns that no rank can run on its share."""
     if pattern.learnable or isinstance(pattern, MergingPattern):
         raise ValueError(f"{pattern} under parallel={how!r}: it has parameters or tokens of all heads and ranks")
+    if pattern.joins_heads:
+        raise ValueError(f"{pattern} under parallel={how!r}: {JOINS_HEADS}")
     if how == "halo" and isinstance(pattern, RoutedPattern | ComposedPattern):
         raise ValueError(
             f"{pattern} under parallel='halo': which keys it reads is known only from q and k of every rank: use "

@@ -13,7 +13,8 @@ from visattn.patterns import Dense, Pattern
 from visattn.pipelines.families.base import Family
 from visattn.pipelines.patch import bare, clones
 from visattn.pipelines.patch.group import Group
-from visattn.schedule import Given, Schedule, SiteName
+from visattn.schedule import Given, Schedule
+from visattn.selectors import SiteName
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Site:
         installed: The processor that calls the group.
         group: The group it calls.
         parameters: Learnable parameters of the pattern, None if it has none.
+        precision: What the pattern computes in, None for the model's own dtype.
     """
 
     name: SiteName
@@ -37,6 +39,7 @@ class Site:
     installed: Any = None
     group: Group | None = None
     parameters: torch.nn.ParameterDict | None = None
+    precision: str | None = None
 
     @property
     def intact(self) -> bool:
@@ -85,11 +88,13 @@ def find_sites(
     found = [(site, module) for site, module in family.find_sites(model) if id(module) not in taken]
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention modules at {', '.join(family.sites)}")
-    patterns = schedule.assign([site for site, _ in found], type(model).__name__)
+    names, title = [site for site, _ in found], type(model).__name__
+    patterns, precisions = schedule.assign(names, title), schedule.precisions(names, title)
     if shared:
         patterns = [Dense() if p is None else p for p in patterns]
-    chosen = [(site, m, p) for (site, m), p in zip(found, patterns, strict=True) if p is not None]
-    sites = [Site(site, module, pattern, index) for index, (site, module, pattern) in enumerate(chosen)]
+    given = zip(found, patterns, precisions, strict=True)
+    chosen = [(site, m, p, precision) for (site, m), p, precision in given if p is not None]
+    sites = [Site(site, m, p, index, precision=precision) for index, (site, m, p, precision) in enumerate(chosen)]
     for site in sites:
         if clones.is_patched(getattr(site.module, "processor", None)):
             raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")

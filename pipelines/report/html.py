@@ -167,7 +167,7 @@ def _sites(attention: dict[str, Any]) -> str:
             [
                 site["site"],
                 site["pattern"],
-                site["backend"] or "stock",
+                " ".join(filter(None, (site["backend"] or "stock", site["precision"]))),
                 _number(site["density"], ".3f"),
                 str(site["hits"]),
                 str(site["dense"]),

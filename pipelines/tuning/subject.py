@@ -186,8 +186,8 @@ class PipelineSubject:
             if not new:
                 continue
             edges = {edge for staged in schedule.staged for stage in staged.stages for edge in (stage.first, stage.end)}
-            # Two steps of each stage: one that chooses, and one that takes what was chosen.
-            steps = min(self.steps, 2 * max(1, len(edges) - 1))
+            # A step of each stage: those that take what one chose run the same kernels.
+            steps = min(self.steps, max(1, len(edges) - 1))
             with torch.no_grad(), apply(self.pipe, schedule, backend=self.backend, always=True):
                 self.pipe(**self.arguments(seeds[:count]) | {"num_inference_steps": steps})
             self._warm |= new

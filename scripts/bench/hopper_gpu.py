@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, Layout, int]] = {
     "flux-s1": (*MAIN_CASES["flux-s1"], 128),
     "clear16-256": (*MAIN_CASES["clear16-256"], 128),
     "flux64-na16": ("na(window=16x16,stride=8x8)", FLUX, 128),
+    "flux64-na16-64": ("na(window=16x16,stride=8x8)", FLUX, 64),
     "dense-16k": (*MAIN_CASES["dense-16k"], 128),
     "flux-s16-64": (*MAIN_CASES["flux-s16"], 64),
     "dense-16k-64": (*MAIN_CASES["dense-16k"], 64),

@@ -76,6 +76,11 @@ def cases() -> list[Case]:
         # Halves of row tiles see different tiles.
         found += [Case("na(window=16x16,stride=8x8)", Layout((64, 56), 70), dtype, dim, 4, m) for m in (False, True)]
         found += [Case("clear(radius=16)", Layout((70, 64)), dtype, dim), Case("na(window=24x24)", joint, dtype, dim)]
+    # So do these, which have fewer channels than the kernels compute with.
+    for dim, dtype in ((40, "bf16"), (80, "bf16"), (72, "fp16")):
+        found += [Case("na(window=13x13)", joint, dtype, dim, heads_first=first) for first in (False, True)]
+        found += [Case("clear(radius=9,pool=4)", Layout((38, 41), suffix=300), dtype, dim, mask=True)]
+        found += [Case("dense", Layout(1536), dtype, dim)]
     for dtype, dim in (("bf16", 128), ("fp32", 64)):
         found += [
             Case("dense", Layout(1500, prefix=5), dtype, dim),

@@ -28,7 +28,7 @@ from scripts.train.emoji_captions import NEW_EMOJI, NEW_PAIR, TRAIN, encode
 from scripts.train.emoji_data import Pack, load_pack
 from scripts.train.emoji_sources import SIDE, STYLES
 from scripts.train.emoji_training import Config, draw, loss_of
-from scripts.train.flow_loop import autocast
+from scripts.train.flow_loop import attend_by, autocast
 from scripts.train.processes import agreed, joined, mean_gradients, mean_of, share_of
 from visattn.files import output_folder
 from visattn.parallel.processes import Place
@@ -104,6 +104,8 @@ class Training:
     def run(self, report: Callable[[str], None] = print) -> dict[str, Any]:
         """Trains until the seconds or steps are used; returns the figures."""
         options, start = self.options, time.monotonic()
+        # torch's own choice, cuDNN, ended in an illegal memory access in its backward pass (torch 2.11 on an H200).
+        attend_by(self.device)
         before = self.loss()
         while self.done < options.steps and agreed(time.monotonic() - start, self.place) < options.seconds:
             loss = self.step()

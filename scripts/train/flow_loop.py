@@ -74,10 +74,7 @@ class FlowTraining(ABC):
         config, progress = self.config, self.progress
         stage = config.stage_of_step(progress.done(config), progress.step)
         batch = self.draw(stage, (config.seed * 1_000_003 + progress.step) * 64 + self.rank)
-        if self.device.type == "cuda":
-            cudnn = self.cudnn_from is not None and config.sides[stage] >= self.cudnn_from
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            torch.backends.cuda.enable_flash_sdp(not cudnn)
+        attend_by(self.device, self.cudnn_from is not None and config.sides[stage] >= self.cudnn_from)
         loss = self._gradients(batch)
         self._reduce()
         self.guard()
@@ -149,6 +146,13 @@ class FlowTraining(ABC):
     @abstractmethod
     def samples(self, steps: int = 24, guidance: float = 3.0) -> PIL.Image.Image:
         """A sheet of samples of the averaged weights."""
+
+
+def attend_by(device: torch.device, cudnn: bool = False) -> None:
+    """Lets flash attention, or cuDNN's, compute dense attention on a GPU from here on."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        torch.backends.cuda.enable_flash_sdp(not cudnn)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -34,7 +34,7 @@ def shipped(tmp_path, monkeypatch, pipe):
     size = sum(each.numel() for each in pipe.transformer.parameters())
     for name, keep, bound, parameters in (("a-25", 0.2, 25.0, size), ("a-35", 0.5, 35.0, size), ("b-30", 0.3, 30.0, 7)):
         layers = {layer: {"0-": f"topk(keep={keep})"} for layer in "01"}
-        settings = {"goal": {"psnr": bound}, "subject": {"device": "a card"}}
+        settings = {"goal": {"psnr": bound}, "subject": {"device": "a card", "steps": 12}}
         made = Tuned("FluxTransformer2DModel", 2, (16, 16), layers, (0.5, 2.0), parameters, settings, VERIFIED)
         made.write(tmp_path / f"{name}.json")
         assert Tuned.read(tmp_path / f"{name}.json") == made

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from visattn import parse
 from visattn.scaling import scaled
-from visattn.schedule import Schedule, SiteName
+from visattn.schedule import Schedule
+from visattn.selectors import SiteName
 from visattn.staged import Staged
 from visattn.tuned import Tuned
 

@@ -8,7 +8,7 @@ import torch
 
 from visattn import Layout, parse
 from visattn.problem import Problem
-from visattn.tally import EVERY, Tally, all_timed
+from visattn.tally import EVERY, MANY_CALLS, SELDOM, Tally, all_timed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PROBLEM = Problem(parse("na(window=3x3)"), Layout((4, 4)), 1, 2, 2, 8, torch.float32, "cuda")
@@ -57,7 +57,7 @@ def test_few_calls_on_a_gpu_are_timed_and_all_are_counted(gpu):
     cell = tally.cell("a", "sparse", None, GPU, PROBLEM)
     for i in range(1000):
         call(tally, cell, 500.0 if i == 0 else 2.0)
-    timed = len(range(1, 1000, EVERY))
+    timed = len(range(1, MANY_CALLS, EVERY)) + len(range(SELDOM + 1, 1000, SELDOM))
     assert gpu.made == 2 * (1 + timed) < 150
     row = tally.rows()["a"]
     assert row.hits == {PROBLEM: 1000} and (row.calls, row.timed) == (1000, timed)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.cases import gradients, layouts, qkv
 from visattn import Layout, attention, explain
-from visattn.dispatch import load
+from visattn.dispatch import load, milliseconds
 from visattn.kernels.reference import backend as reference
 from visattn.kernels.tiles import backend as tiles
 from visattn.kernels.tiles import batches as tiles_batches
@@ -323,6 +323,17 @@ def test_the_cost_of_chosen_lists_says_where_they_beat_dense_attention(pattern, 
     inputs, call = (torch.empty(2, side**2, 3, 64),) * 3, Call(parse(pattern), Layout((side, side)), 1.0)
     dense = load("sdpa").cost(Problem.of(*inputs, replace(call, pattern=Dense())))
     assert (engine.cost(Problem.of(*inputs, call)) < dense) == faster
+
+
+@pytest.mark.parametrize(
+    ("pattern", "grid", "heads", "ms"),
+    [("na(window=3x5x5)", (69, 64, 96), 8, 70.0), ("na(window=11x11x11)", (121, 128, 192), 4, 1557.0)],
+)
+def test_what_is_made_of_operators_costs_a_gpu_what_it_took_there(pattern, grid, heads, ms):
+    """On an H200, in a call of the decoder of LTX-2.5; the first one took the Triton kernels 2.9 ms."""
+    problem = Problem(parse(pattern), Layout(grid), 1, heads, heads, 64, torch.bfloat16, "cuda")
+    assert 0.7 * ms < milliseconds(problem, engine.cost(problem)) < 1.4 * ms
+    assert load("triton").cost(problem) < 0.1 * engine.cost(problem)
 
 
 def test_cost_grows_with_batch_and_heads():

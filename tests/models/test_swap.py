@@ -13,7 +13,10 @@ from torch.nn import functional
 import visattn
 import visattn.models
 from tests.golden.fill import fill_value
+from tests.support.tiny_timm import records_shown
 from visattn import Layout
+from visattn.models.swap.records import name_of_record
+from visattn.models.swap.runtime import is_swapped
 from visattn.offsets import offsets_of
 from visattn.patterns import Neighborhood
 
@@ -92,6 +95,7 @@ def test_full_window_equals_stock_and_undo_is_exact(name):
 def test_window_equals_stock_under_its_mask(name, monkeypatch):
     model, x = make(name), image(name)
     with visattn.apply(model, "na(window=3)") as handle:
+        assert records_shown(name) <= {name_of_record(m) for m in model.modules() if is_swapped(m)}
         found = model(x)
         layout = handle.report().sites[0].calls[0].problem.layout
         if "beit" in name or "cls" in name:  # their class token is apart

@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 import visattn
-from tests.support.tiny_timm import FAMILIES, make
+from tests.support.tiny_timm import FAMILIES, make, records_shown
+from visattn.models.swap.records import name_of_record
 from visattn.models.swap.sites import find_sites
 from visattn.patterns import Neighborhood
 
@@ -138,7 +139,7 @@ def test_window_equals_stock_under_its_mask(family, monkeypatch):
     # Where its own windows are the whole map.
     shown = {path: max(layouts[path].keys.grid) <= (sides[path] or 99) for path in modules}
     modules = {path: module for path, module in modules.items() if shown[path] and max(layouts[path].grid) > 2}
-    assert modules
+    assert modules and records_shown(family) <= {name_of_record(module) for module in modules.values()}
     with visattn.apply(model, dict.fromkeys(modules, "na(window=2)"), strict=True):
         found = model(x)
     masked = Masked(monkeypatch, modules, {path: mask_of(layouts[path], module) for path, module in modules.items()})

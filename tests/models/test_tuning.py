@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import visattn
 from visattn.cli import app
+from visattn.models.tuning import subject as tuning_subject
 from visattn.models.tuning.pictures import Pictures
 from visattn.models.tuning.subject import BackboneSubject
 from visattn.tuned import Tuned
@@ -32,7 +33,7 @@ def make():
         "vit_tiny_patch16_224",
         img_size=64,
         patch_size=8,
-        depth=3,
+        depth=2,
         embed_dim=48,
         num_heads=2,
         num_classes=4,
@@ -60,14 +61,14 @@ def subject():
 
 def test_errors_are_those_of_the_output(subject):
     found = subject.local(0, NAMES, (0, 1, 2), NAMES)
-    assert len(found) == 3 and subject.grid == (8, 8)
+    assert len(found) == 2 and subject.grid == (8, 8)
     for layer in found:
         assert layer[DENSE].error == 0 < layer[GOOD].error < layer[CHEAP].error
         assert all(value.seconds > 0 for value in layer.values())
 
 
 def test_accuracy_is_lost_where_only_dense_attention_knows(subject):
-    dense, cheap = (subject.outcome((0.0, 1.0), ((name,),) * 3, range(12)) for name in (DENSE, CHEAP))
+    dense, cheap = (subject.outcome((0.0, 1.0), ((name,),) * 2, range(12)) for name in (DENSE, CHEAP))
     assert dense.lost == (0,) * 12 and dense.psnr == (math.inf,) * 12 and 0.5 < dense.twin_accuracy < 1
     with visattn.apply(subject._net, CHEAP), torch.no_grad():
         which = subject.pictures.of_seeds(range(12))
@@ -84,25 +85,31 @@ def test_held_out_pictures_are_others(subject):
         subject.pictures.of_seeds(range(13))
 
 
-@pytest.mark.parametrize("goal", [Goal(accuracy=30.0, held_out=12), Goal(psnr=10.0, held_out=12)])
-def test_a_search_ends_with_a_file_that_applies(subject, goal, tmp_path):
-    made = Search(Measurer(subject, Plan(NAMES, 1, seeds=12, quick=4, checks=3), Journal(None, {})), goal)
+@pytest.fixture
+def quick(monkeypatch):
+    """One measurement of each time is enough."""
+    monkeypatch.setattr(tuning_subject, "TURNS", 1)
+
+
+def test_a_search_ends_with_a_file_that_applies(subject, quick, tmp_path):
+    goal = Goal(accuracy=30.0, held_out=12)
+    made = Search(Measurer(subject, Plan(NAMES, 1, seeds=12, quick=4, checks=1), Journal(None, {})), goal)
     found = made.run()
     file = tuned(made, found)
     file.write(tmp_path / "tuned.json")
     assert file.verified["held"] and file.verified["accuracy_dense"] <= 1 and "snr_mean" in file.verified
     with visattn.apply(subject._net, str(tmp_path / "tuned.json")) as handle, torch.no_grad():
         subject._net(torch.zeros(1, 3, 64, 64))
-        assert len(handle.report().sites) == 3
+        assert len(handle.report().sites) == 2
     # Steps are none, and a window is scaled to a larger grid.
     other = make()
-    layers = {str(i): {"0-": CHEAP} for i in range(3)}
-    Tuned(subject.model, 3, (4, 4), layers).write(tmp_path / "half.json")
+    layers = {str(i): {"0-": CHEAP} for i in range(2)}
+    Tuned(subject.model, 2, (4, 4), layers).write(tmp_path / "half.json")
     with visattn.apply(other, str(tmp_path / "half.json")) as handle:
         assert str(handle.report().sites[0].pattern) == "na(window=7x7)"
 
 
-def test_the_command_takes_a_folder_of_classes(tmp_path):
+def test_the_command_takes_a_folder_of_classes(quick, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for i in range(4):
@@ -114,7 +121,7 @@ def test_the_command_takes_a_folder_of_classes(tmp_path):
     (tmp_path / "candidates.txt").write_text("na(window=3x3)\n")
     words = ["tune", "--model", "timm:test_vit", "--pictures", tmp_path / "pictures", "--out", tmp_path / "t.json"]
     more = ["--candidates", tmp_path / "candidates.txt", "--checkpoint", tmp_path / "weights.safetensors"]
-    counts = ["--seeds", "3", "--held-out", "3", "--accuracy", "50"]
+    counts = ["--seeds", "3", "--held-out", "3", "--accuracy", "50", "--size", "64"]
     done = CliRunner().invoke(app, [str(word) for word in (*words, *more, *counts)])
     assert done.exit_code == 0, (done.output, done.exception)
     assert "points lost" in done.output and Tuned.read(tmp_path / "t.json").verified["samples"] == 3

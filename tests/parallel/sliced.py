@@ -34,6 +34,17 @@ def sliced(rank, how, pattern, layout, axis, sizes, heads, kv_heads, masked):
     return [t.detach() for t in (out, q.grad, k.grad, v.grad)], (moved.sent, moved.received, moved.shared)
 
 
+def every(rank, how, patterns, *rest):
+    """`sliced` for several patterns, or the error that each is refused with."""
+    found = []
+    for pattern in patterns:
+        try:
+            found.append(sliced(rank, how, pattern, *rest))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def key_mask(layout, batch=2):
     """A mask that hides text of one sample and grid tokens of the other."""
     made = torch.ones(batch, layout.length, dtype=torch.bool)

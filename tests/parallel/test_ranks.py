@@ -10,6 +10,7 @@ from tests.parallel import models, sliced
 from tests.support import context_parallel, tiny_models
 from tests.support.ranks import Ranks
 from visattn import Layout, apply, attention, dense_mask, parallel, parse
+from visattn.patterns import PATTERNS
 
 pytestmark = [
     pytest.mark.dist,
@@ -40,16 +41,37 @@ CASES = [
     ("radial(decay=0.5, block=8)", Layout((7, 5, 6), prefix=3), 0, (3, 4)),
     ("radial(decay=0.2, sink=false, block=16)", Layout((9, 20)), 0, (3, 1, 5)),
     ("dense", Layout((5, 6), prefix=2), 0, (2, 1, 2)),
+    ("na(window=7x3)", Layout((9, 4), prefix=2, suffix=1), 0, (3, 1, 2, 3)),
+    ("clear(radius=2)", Layout((3, 9), prefix=1, suffix=2), 1, (2, 3, 1, 3)),
 ]
 
 
 # Those that differ least from others run with the slow tests.
-LATER = {1, 3, 6, 9, 11, 15}
+LATER = {1, 3, 6, 9, 11, 15, 18}
+# Of each class of patterns one: those that Ulysses runs, and why it refuses the others.
+EVERY = [
+    *("dense", "na(window=3x3)", "halo(block=2x2, halo=1)", "clear(radius=2)", "radial(block=4)"),
+    *("lsh(block=8, samples=0)", "topk(keep=0.5, block=2x2)", "topp(p=0.6, block=2x2)", "above(tau=0.1, block=2x2)"),
+    *("agent(agents=2x2)", "linear", "flow", "mala", "best(of=[na(window=3x3), clear(radius=2)])"),
+    "kmeans(queries=4, keys=6)",
+    "perhead(heads={0: dense, 1-2: na(window=3x3)}, rest=clear(radius=2))",
+]
+REFUSED = {
+    "sigmoid": "parameters",
+    "sparselinear(na(window=3x3))": "parameters",
+    "gate(by=topk(keep=0.5, block=2x2))": "parameters",
+    "agentsd": "merges",
+    "lsh": "depends on the other heads",
+    "routing(regions=2x2, topk=1)": "depends on the other heads",
+    "topk(keep=0.5, block=2x2, share=2)": "depends on the other heads",
+    "topk(keep=0.5, block=2x2, per=all)": "depends on the other heads",
+    "perhead(heads={0-1: topk(keep=0.5, block=2x2, share=2)}, rest=dense)": "depends on the other heads",
+}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    group = Ranks(3, tmp_path_factory.mktemp("ranks"))
+    group = Ranks(4, tmp_path_factory.mktemp("ranks"))
     yield group
     group.close()
 
@@ -60,7 +82,7 @@ def alone(pattern, layout, heads, kv_heads, masked):
     for t in (q, k, v):
         t.requires_grad_()
     mask = sliced.key_mask(layout) if masked else None
-    out = attention(q, k, v, pattern, layout, key_mask=mask, backend="auto" if "perhead" in pattern else "reference")
+    out = attention(q, k, v, pattern, layout, key_mask=mask, backend="auto")
     out.backward(grad)
     return [out.detach(), q.grad, k.grad, v.grad]
 
@@ -79,8 +101,13 @@ def joined(slabs, parts, summed):
 
 
 def compare(ranks, how, pattern, layout, axis, sizes, heads=4, kv_heads=2, masked=False):
-    slabs = parallel.Slabs(layout, axis, sizes)
     found = ranks.run(len(sizes), sliced.sliced, how, pattern, layout, axis, sizes, heads, kv_heads, masked)
+    return same(found, pattern, layout, axis, sizes, heads, kv_heads, masked)
+
+
+def same(found, pattern, layout, axis, sizes, heads, kv_heads, masked):
+    """Compare what the ranks found with one process."""
+    slabs = parallel.Slabs(layout, axis, sizes)
     expected = alone(pattern, layout, heads, kv_heads, masked)
     for i, name in enumerate(("out", "q", "k", "v")):
         whole = joined(slabs, [tensors[i] for tensors, _ in found], summed=i > 0)
@@ -127,8 +154,16 @@ def test_ulysses_takes_uneven_slabs_and_heads(ranks, case, heads, kv_heads, mask
         assert one.received == q_and_kv + outputs
 
 
-def test_dynamic_patterns_run_under_ulysses(ranks):
-    compare(ranks, "ulysses", "topk(keep=0.5, block=2x2)", Layout((8, 6), prefix=2), 0, (2, 3, 3), 6, 3)
+def test_every_pattern_runs_under_ulysses_or_says_why_not(ranks):
+    assert {type(parse(text)) for text in (*EVERY, *REFUSED)} == set(PATTERNS)
+    about = Layout((8, 6), prefix=2), 0, (2, 3, 3), 6, 6, False
+    found = ranks.run(3, sliced.every, "ulysses", [*EVERY, *REFUSED], *about)
+    assert not [said for of_rank in found for said in of_rank[: len(EVERY)] if isinstance(said, str)]
+    for i, pattern in enumerate(EVERY):
+        same([of_rank[i] for of_rank in found], pattern, *about)
+    for of_rank in found:
+        for (pattern, why), said in zip(REFUSED.items(), of_rank[len(EVERY) :], strict=True):
+            assert isinstance(said, str) and why in said, (pattern, said)
 
 
 def test_heads_with_patterns_of_their_own_keep_them_on_their_ranks(ranks):
@@ -234,13 +269,23 @@ def test_dense_steps_run_in_the_same_slabs(ranks):
 
 
 @needs_diffusers
-def test_hooks_of_diffusers_rest_meanwhile(ranks):
+@pytest.mark.parametrize("how", ["halo", "ulysses"])
+def test_hooks_of_diffusers_rest_meanwhile(ranks, how):
+    # Ulysses beside the hooks of ulysses_anything.
     alone, _ = models.output("wan")
     model, inputs = tiny_models.wan()
     stock = tiny_models.run(model, inputs)
-    for out, after in ranks.run(2, models.with_hooks, "wan", "halo"):
+    for out, after in ranks.run(2, models.with_hooks, "wan", how):
         torch.testing.assert_close(out, alone, rtol=1e-5, atol=2e-6)
-        torch.testing.assert_close(after, stock, rtol=1e-5, atol=2e-6)
+        if after is not None:
+            torch.testing.assert_close(after, stock, rtol=1e-5, atol=2e-6)
+
+
+@needs_diffusers
+def test_four_processes_share_a_model(ranks):
+    # With fewer heads than processes, dense layers fetch all keys.
+    name = "wan, a layer and a step dense"
+    compare_models(ranks.run(4, models.on_rank, name, "halo"), models.output(name))
 
 
 @needs_diffusers
@@ -258,6 +303,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(ranks):
         ("ltx2", "na(window=3x3x3)", "ulysses", "a second stream"),
         ("wan", "topk(keep=0.5, block=2x2x2)", "halo", "use parallel='ulysses'"),
         ("wan", "linear", "halo", "use parallel='ulysses'"),
+        ("wan", "routing(regions=2, topk=1)", "ulysses", "depends on the other heads"),
     ):
         assert all(why in text for text in ranks.run(2, models.refused, build, pattern, how)), build
     with pytest.raises(ValueError, match="there is no process group: start with torchrun"):

@@ -1,7 +1,6 @@
 """Keys on grids of their own and axes that wrap around: masks against loops with exact fractions, and plans."""
 
 import itertools
-from fractions import Fraction
 
 import pytest
 import torch
@@ -9,88 +8,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.support.cases import crossed, layouts, qkv, tiles
+from tests.support.geometry import patterns, truth
 from tests.support.oracles import grid_tokens, visited
 from visattn import attention, dense_mask, explain, parse, plan
 from visattn.layout import Layout
-from visattn.patterns import Clear, Dense, Halo, Neighborhood
-from visattn.patterns.values import per_axis
+from visattn.patterns import Neighborhood
 from visattn.simulate import simulate
-
-HALF = Fraction(1, 2)
-
-
-def centre(query, queries, keys):
-    """Where a query's centre is, in keys: both grids span the same extent, positions are centres of their cells."""
-    return (query + HALF) * Fraction(keys, queries) - HALF
-
-
-def window_of(i, n, m, window, stride, circular):
-    """Keys of query i on an axis of n queries and m keys: those nearest to the centre of its stride's leader."""
-    window = m if window == -1 or window > m else window
-    leader = min(i // stride * stride + stride // 2, n - 1)
-    at = centre(leader, n, m)
-    # A line of keys without ends.
-    near = sorted(range(-2 * m - window, 3 * m + window), key=lambda j: (abs(j - at), j))[:window]
-    first = min(near) if circular else min(max(min(near), 0), m - window)
-    return {j % m for j in range(first, first + window)}
-
-
-def halo_of(i, n, m, block, halo, circular):
-    """Keys of query i: those whose cells overlap its block's extent, and so many beside them."""
-    block = n if block == -1 else min(block, n)
-    first = i // block * block
-    last = min(first + block, n)
-    own = [j for j in range(m) if Fraction(j, m) < Fraction(last, n) and Fraction(j + 1, m) > Fraction(first, n)]
-    seen = range(min(own) - halo, max(own) + halo + 1)
-    return {j % m for j in seen} if circular else {j for j in seen if 0 <= j < m}
-
-
-def near(query, key, grid, keys, circular, radius):
-    """Whether a key is in a query's circle, whose axes may be rings."""
-    total = Fraction(0)
-    for i, j, n, m, ring in zip(query, key, grid, keys, circular, strict=True):
-        distance = abs(j - centre(i, n, m))
-        if ring:
-            distance = min(distance % m, m - distance % m)
-        total += distance**2
-    return total < radius**2
-
-
-def truth(pattern, layout):
-    """The mask of undilated patterns, pair by pair."""
-    grid, keys, dims = layout.grid, layout.keys.grid, layout.dims
-    if isinstance(pattern, Clear):
-        rings = per_axis(pattern.circular, dims, "circular")
-        sees = lambda q, k: near(q, k, grid, keys, rings, pattern.radius)  # noqa: E731
-    elif isinstance(pattern, Dense):
-        sees = lambda q, k: True  # noqa: E731
-    else:
-        rule = window_of if isinstance(pattern, Neighborhood) else halo_of
-        names = ("window", "stride") if isinstance(pattern, Neighborhood) else ("block", "halo")
-        values = [per_axis(getattr(pattern, name), dims, name) for name in (*names, "circular")]
-        axes = [
-            [rule(i, n, m, *own) for i in range(n)]
-            for n, m, own in zip(grid, keys, zip(*values, strict=True), strict=True)
-        ]
-        sees = lambda q, k: all(j in axis[i] for i, j, axis in zip(q, k, axes, strict=True))  # noqa: E731
-    mask = torch.ones(layout.length, layout.keys.length, dtype=torch.bool)
-    for (i, q), (j, k) in itertools.product(enumerate(grid_tokens(grid)), enumerate(grid_tokens(keys))):
-        mask[layout.prefix + i, layout.keys.prefix + j] = sees(q, k)
-    return mask
-
-
-@st.composite
-def patterns(draw, dims):
-    size, ring = st.integers(1, 6), draw(st.tuples(*[st.booleans()] * dims))
-    kind = draw(st.sampled_from([Neighborhood, Halo, Clear, Dense]))
-    if kind is Neighborhood:
-        windows = draw(st.tuples(*[size | st.just(-1)] * dims))
-        strides = tuple(1 if w == -1 else draw(st.integers(1, w)) for w in windows)
-        return Neighborhood(windows, strides, circular=ring)
-    if kind is Halo:
-        halo = draw(st.tuples(*[st.integers(0, 4)] * dims))
-        return Halo(draw(st.tuples(*[size | st.just(-1)] * dims)), halo, ring)
-    return Clear(draw(st.integers(1, 5)), circular=ring) if kind is Clear else Dense()
 
 
 @settings(max_examples=120)

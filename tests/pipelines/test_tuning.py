@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import visattn
+from tests.support import tiny_pipelines
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
 from visattn.pipelines.tuning.projection import projection
 from visattn.pipelines.tuning.subject import PipelineSubject, Samples, schedule_of
@@ -99,3 +100,19 @@ def test_assignments_are_schedules(subject):
 def test_better_patterns_have_a_higher_psnr(subject):
     cheap, good = (subject.outcome(EDGES, ((name, DENSE),) * 2, (0, 1)) for name in (CHEAP, GOOD))
     assert cheap.error > good.error > 0
+
+
+def test_two_transformers_with_guidance_in_two_forwards_share_a_schedule():
+    pipe, _ = tiny_pipelines.wan(second=True)
+    pipe.set_progress_bar_config(disable=True)
+    samples = Samples(("a cat",), steps=4, guidance=3.0, size=(48, 48), frames=5, batch=1)
+    subject = PipelineSubject(pipe, samples)
+    names = (DENSE, "na(window=1x3x3)")
+    found = [subject.local(step, names, (0,), ()) for step in (0, 3)]
+    # The first transformer ran the first step, the second one the last.
+    for layers in found:
+        assert len(layers) == subject.layers == 2
+        assert all(set(layer) == set(names) and layer[names[1]].error > 0 for layer in layers)
+    assert found[0][0][names[1]].error != found[1][0][names[1]].error
+    late, early = (subject.outcome(EDGES, (rows,) * 2, (0,), False) for rows in ((DENSE, names[1]), (names[1], DENSE)))
+    assert all(0 < each.error < 1 and each.attention_seconds > 0 for each in (late, early)) and late != early

@@ -37,6 +37,8 @@ def test_the_best_dynamic_and_static_pattern_of_each_density_are_bold(folder):
     bold = [line.split("|")[1].strip() for line in table if "**" in line]
     assert bold == ["`topk(keep=0.1)`", "`topk(keep=0.2,rest=mean)`", "`clear(radius=18)`", "`topk(keep=0.2)`"]
     assert "| `topk(keep=0.2,rest=mean)` | 0 | 21.0% | **19.50** | 50% | 50% | 0.250 |" in table
+    # There is no static pattern at a tenth, and no static one behind dense steps.
+    assert "At 20% of the pairs the best dynamic pattern is 7.0 dB above the best static one." in table
     assert table[-3:] == ["H200, 24 steps, bfloat16.", "", "`kmeans` did not run: no memory."]
 
 

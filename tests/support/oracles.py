@@ -74,8 +74,7 @@ def dense_attention(
     scale: float,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Masked softmax attention in the dtype of q, one batch entry and head at a time: [B, S, H, D]."""
-    out = torch.zeros_like(q)
+    """Masked softmax attention in the dtype of q, one batch entry and head at a time: [B, S, H, Dv]."""
     group = q.shape[2] // k.shape[2]
     rows = []
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[2])):
@@ -86,4 +85,4 @@ def dense_attention(
         empty = ~seen.any(1, keepdim=True)
         logits = logits.masked_fill(~seen, -math.inf).masked_fill(empty, 0.0)
         rows.append((logits.softmax(-1) * ~empty) @ v[b, :, h // group])
-    return torch.stack(rows).view(q.shape[0], q.shape[2], q.shape[1], -1).transpose(1, 2) + out
+    return torch.stack(rows).view(q.shape[0], q.shape[2], q.shape[1], -1).transpose(1, 2)

@@ -63,7 +63,7 @@ def _work(rank, folder, pipe):
                 if dist.is_initialized():
                     dist.destroy_process_group()
                 here = group
-                meeting, wait = f"file://{folder}/meeting{group}", datetime.timedelta(seconds=40)
+                meeting, wait = f"file://{folder}/meeting{group}", datetime.timedelta(seconds=180)
                 dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=wait)
             pipe.send((True, getattr(importlib.import_module(module), name)(rank, *args)))
         except Exception:

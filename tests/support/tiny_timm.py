@@ -55,6 +55,40 @@ FAMILIES = {
     "gemma4": ("gemma4_vit.Gemma4VitEncoder", {"depth": 2, "embed_dim": 64, **GEMMA}, 96),
     "mobilenetv4": ("mobilenetv3.MobileNetV3", {}, 32),
 }
+# By record, the family (or model of `tests.models.test_swap`) that shows it: whole window, small one under its mask.
+SHOWN = {
+    "layers.attention.Attention": "vit_tiny_patch16_224",
+    "layers.attention.AttentionRope": "vit_pe_core_tiny_patch16_384",
+    "models.eva.EvaAttention": "eva02_tiny_patch14_224",
+    "models.beit.Attention": "beit_base_patch16_224",
+    "models.vision_transformer_relpos.RelPosAttention": "vit_relpos_small_patch16_224",
+    "models.vision_transformer.ParallelScalingBlock": "parallel",
+    "models.vision_transformer.DiffParallelScalingBlock": "diff_parallel",
+    "layers.diff_attention.DiffAttention": "diff",
+    "models.gemma4_vit.Gemma4Attention": "gemma4",
+    "models.metaformer.Attention": "caformer",
+    "models.tnt.Attention": "tnt",
+    "models.efficientformer.Attention": "efficientformer",
+    "models.hiera.MaskUnitAttention": "hiera",
+    "models.hieradet_sam2.MultiScaleBlock": "sam2",
+    "models.mvitv2.MultiScaleAttention": "mvitv2",
+    "models.volo.Attention": "volo",
+    "models.visformer.Attention": "visformer",
+    "models.fastvit.Attention": "fastvit",
+    "layers.attention2d.MultiQueryAttention2d": "mobilenetv4",
+    "models.pvt_v2.Attention": "pvt_v2",
+    "models.twins.GlobalSubSampleAttn": "twins",
+    "models.twins.LocallyGroupedAttn": "twins",
+    "models.nest.Attention": "nest",
+    "models.tiny_vit.TinyVitBlock": "tiny_vit",
+    "models.gcvit.GlobalContextVitBlock": "gcvit",
+    "models.swin_transformer_v2_cr.SwinTransformerV2CrBlock": "swinv2_cr",
+    "models.efficientvit_msra.LocalWindowAttention": "efficientvit",
+    "models.convit.MHSA": "convit",
+    "models.shvit.SHSA": "shvit",
+    "models.iformer.SHMA": "iformer",
+    "models.levit.Attention": "levit",
+}
 
 
 def make(family, **kwargs):
@@ -93,3 +127,8 @@ def randomise(model):
             if not name.endswith("logit_scale"):
                 parameter.copy_(fill_value(name, parameter.shape))
     return model
+
+
+def records_shown(name):
+    """The records that a family, or a model of `tests.models.test_swap`, is there for."""
+    return {f"timm.{record}" for record, by in SHOWN.items() if by == name}

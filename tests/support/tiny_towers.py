@@ -83,6 +83,7 @@ TOWERS = {
         {**VIDEO, "num_frames": 6, "tubelet_size": [2, 8, 8]},
         Layout((3, 4, 4), prefix=1),
     ),
+    "timesformer": ("TimesformerConfig", "TimesformerModel", {**VIDEO, "num_frames": 3}, Layout((4, 4), prefix=1)),
     "vjepa2": (
         "VJEPA2Config",
         "VJEPA2Model",
@@ -296,6 +297,8 @@ def inputs(folder):
         }
     if layout.dims == 3:
         return {"pixel_values_videos" if folder == "vjepa2" else "pixel_values": draw(2, 6, 3, 32, 32)}
+    if folder == "timesformer":
+        return {"pixel_values": draw(2, 3, 3, 32, 32)}
     if folder in ("sam2", "segformer", "hiera"):
         return {"pixel_values": draw(2, 3, 96, 96)}
     found = {"pixel_values": draw(2, 3, 48, 48)}

@@ -26,6 +26,10 @@ from visattn.cli.generate_options import (
     OutOption,
     ParallelOption,
     PatternOption,
+    PreciseLastStepsOption,
+    PreciseLayersOption,
+    PreciseStepsOption,
+    PrecisionOption,
     PromptOption,
     RepeatsOption,
     SeedOption,
@@ -75,6 +79,10 @@ def image(
     dense_layers: DenseLayersOption = 0,
     dense_steps: DenseStepsOption = "0",
     dense_last_steps: DenseLastStepsOption = "0",
+    precision: PrecisionOption = None,
+    precise_layers: PreciseLayersOption = None,
+    precise_steps: PreciseStepsOption = "0",
+    precise_last_steps: PreciseLastStepsOption = "0",
     backend: BackendOption = "auto",
     weights: WeightsOption = None,
     compare: CompareOption = False,
@@ -109,6 +117,10 @@ def video(
     dense_layers: DenseLayersOption = 0,
     dense_steps: DenseStepsOption = "0",
     dense_last_steps: DenseLastStepsOption = "0",
+    precision: PrecisionOption = None,
+    precise_layers: PreciseLayersOption = None,
+    precise_steps: PreciseStepsOption = "0",
+    precise_last_steps: PreciseLastStepsOption = "0",
     backend: BackendOption = "auto",
     weights: WeightsOption = None,
     compare: CompareOption = False,
@@ -134,6 +146,8 @@ def _command(
     size: str | None,
     dense_steps: str,
     dense_last_steps: str,
+    precise_steps: str,
+    precise_last_steps: str,
     weights: Path | None,
     device: str,
     dtype: str | None,
@@ -152,6 +166,8 @@ def _command(
         "size": pixels(size),
         "dense_steps": parse_steps(dense_steps, "--dense-steps"),
         "dense_last_steps": parse_steps(dense_last_steps, "--dense-last-steps"),
+        "precise_steps": parse_steps(precise_steps, "--precise-steps"),
+        "precise_last_steps": parse_steps(precise_last_steps, "--precise-last-steps"),
         "weights": None if weights is None else str(weights),
     }
     if fps is not None and fps < 1:
@@ -254,7 +270,8 @@ def _check_pattern(settings: Settings) -> None:
     steps = settings.dense_steps, settings.dense_last_steps
     # What "auto" is, only the model says.
     if not is_auto(settings.pattern):
-        Schedule.of(settings.pattern, settings.layers, settings.dense_layers, *steps)
+        precise = settings.precision, settings.precise_layers, settings.precise_steps, settings.precise_last_steps
+        Schedule.of(settings.pattern, settings.layers, settings.dense_layers, *steps, *precise)
     if settings.backend != "auto":
         load(settings.backend)
 
@@ -317,4 +334,9 @@ def site_table(sites: list[dict[str, Any]]) -> list[str]:
 def _did(site: dict[str, Any]) -> tuple[str, ...]:
     density = "-" if site["density"] is None else f"{site['density']:.3f}"
     counts = (str(site["hits"]), str(site["dense"]), str(sum(site["fallbacks"].values())))
-    return site["pattern"], site["backend"] or "stock", density, *counts
+    return site["pattern"], ran_by(site), density, *counts
+
+
+def ran_by(site: dict[str, Any]) -> str:
+    """Which backend ran a module, and in what, if not in the model's own dtype."""
+    return " ".join(filter(None, (site["backend"] or "stock", site["precision"])))

@@ -29,6 +29,13 @@ LayersOption = Annotated[str | None, typer.Option(help="Layers that get the patt
 DenseLayersOption = Annotated[int, typer.Option(help="So many of the first selected layers stay dense.")]
 DenseStepsOption = Annotated[str, typer.Option(help="First steps that stay dense: a count or a fraction like 0.25.")]
 DenseLastStepsOption = Annotated[str, typer.Option(help="Last steps that stay dense: a count or a fraction like 0.1.")]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(help="int8 or fp8: what the pattern computes in; a CPU simulates its errors, slowly."),
+]
+PreciseLayersOption = Annotated[str | None, typer.Option(help="Layers that stay in the model's dtype: as --layers.")]
+PreciseStepsOption = Annotated[str, typer.Option(help="First steps that do: a count or a fraction like 0.25.")]
+PreciseLastStepsOption = Annotated[str, typer.Option(help="Last steps that do: a count or a fraction like 0.1.")]
 BackendOption = Annotated[str, typer.Option(help="Backend of the pattern, see `visattn doctor`.")]
 WeightsOption = Annotated[
     Path | None,

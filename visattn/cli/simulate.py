@@ -50,6 +50,7 @@ def simulate(
     ] = None,
     parallel: Annotated[str, typer.Option(help="With --gpus: halo or ulysses.")] = "halo",
     link: Annotated[str, typer.Option(help="With --gpus: nvlink, pcie or ib.")] = "nvlink",
+    layers: Annotated[int, typer.Option(min=1, help="With --gpus: layers of a step, 1 for one layer alone.")] = 1,
     json: JsonOption = False,
 ) -> None:
     """Count what a pattern visits: density, bounds on the gain over dense attention, masks, planning time."""
@@ -61,9 +62,9 @@ def simulate(
     if gpus is not None:
         from visattn.kernels.triton.scaling import scaling
 
-        shape = {"heads": heads, "head_dim": head_dim}
+        shape = {"heads": heads, "head_dim": head_dim, "layers": layers}
         found = scaling(pattern, layout, gpus, parallel, (gpu or "h100").lower(), link.lower(), **shape)
-        print_json(found.to_dict()) if json else _print_scaling(found)
+        print_json(found.to_dict()) if json else _print_scaling(found, layers)
     elif gpu is not None:
         if advise:
             raise ValueError("--gpu and --advise are two questions: pass one of them")
@@ -128,10 +129,11 @@ def _print_estimate(expected: Estimate, heads: int, head_dim: int) -> None:
         typer.echo(f"{name:<12}{value}")
 
 
-def _print_scaling(found: Scaling) -> None:
+def _print_scaling(found: Scaling, layers: int) -> None:
+    what = "a layer" if layers == 1 else "a step"
     for title, rows in (("strong scaling", found.strong), ("weak scaling", found.weak)):
         typer.echo(
-            f"{title}, axis {found.axis} cut\n  GPUs  grid            a layer    attention  exposed   sent      gain"
+            f"{title}, axis {found.axis} cut\n  GPUs  grid          {what:>9}    attention  exposed   sent      gain"
         )
         for row in rows:
             typer.echo(

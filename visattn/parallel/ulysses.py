@@ -16,6 +16,11 @@ from visattn.parallel.slabs import Slabs
 from visattn.patterns import Pattern, PerHead, parse
 from visattn.plans import plan
 
+JOINS_HEADS = (
+    "what a head sees depends on the other heads (they choose together, or draw one after the other), and a rank has "
+    "some of them: pass share=1 and per=head where the pattern has these, or use one process"
+)
+
 
 def head_shares(kv_heads: int, ranks: int, cost: tuple[float, ...] | None = None) -> tuple[int, ...]:
     """Key heads of each rank, in order, so that the most that a rank has is least.
@@ -190,9 +195,11 @@ def ulysses_attention(
         Output [B, S, H, D].
 
     Raises:
-        ValueError: If there are fewer key heads than ranks, or tensors, slabs and group do not fit together.
+        ValueError: If there are fewer key heads than ranks, the pattern has parameters or heads that depend on others,
+            or tensors, slabs and group do not fit together.
     """
     pattern = parse(pattern)
+    _check(pattern, slabs)
     rank = checked_rank(slabs, group)
     slabs.local(rank).check_length(q.shape[1])
     per = q.shape[2] // k.shape[2]
@@ -208,6 +215,14 @@ def ulysses_attention(
     if moved is not None:
         moved.add(heads.sent, heads.received)
     return out
+
+
+def _check(pattern: Pattern, slabs: Slabs) -> None:
+    """Raise a ValueError for a pattern that no rank can run on its share of the heads."""
+    if pattern.learnable:
+        raise ValueError(f"{pattern} under Ulysses: it has parameters, and nothing gives a rank those of its heads")
+    if pattern.joins_heads and slabs.ranks > 1:
+        raise ValueError(f"{pattern} under Ulysses: {JOINS_HEADS}")
 
 
 def _cost(pattern: Pattern, layout: Layout, heads: int, per: int) -> tuple[float, ...] | None:

@@ -49,6 +49,11 @@ class Pattern(ABC):
         return self.needs_steps
 
     @property
+    def joins_heads(self) -> bool:
+        """Whether what a head attends to depends on which other heads there are, or on their queries and keys."""
+        return False
+
+    @property
     def needs_weights(self) -> bool:
         """Whether it means nothing before its parameters are trained."""
         return False

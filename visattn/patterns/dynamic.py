@@ -200,6 +200,11 @@ class DynamicPattern(TailedPattern):
         return "which blocks are listed depends on q and k, head by head; how many does not"
 
     @property
+    def joins_heads(self) -> bool:
+        """Whether heads share a choice or a budget."""
+        return self.share != 1 or self.per == "all"
+
+    @property
     def needs_steps(self) -> bool:
         """Whether lists are kept from step to step."""
         return self.every > 1
@@ -226,7 +231,8 @@ class DynamicPattern(TailedPattern):
         held = held_for(self)
         if held is not None:
             return held
-        blocks, choice = self.blocks(layout.grid), self.listed(q, k, layout, key_mask, scale)
+        blocks = self.blocks(layout.grid)
+        choice = self._listed(q, k, layout, blocks, key_mask, scale)
         if not self.skip:
             tell(choice, blocks)
             return choice
@@ -245,9 +251,21 @@ class DynamicPattern(TailedPattern):
         scale: float | None = None,
     ) -> Routes:
         """What `choose` gives before `skip` passes over some of it; nobody is told."""
+        return self._listed(q, k, layout, self.blocks(layout.grid), key_mask, scale)
+
+    def _listed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: Layout,
+        blocks: Blocks,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> Routes:
+        """The same for blocks that are known."""
         if self.skip:
             refuse_gradients(self, q, k)
-        blocks, at = self.blocks(layout.grid), inner(layout)
+        at = inner(layout)
         with torch.no_grad(), choosing():
             own = q[:, at], k[:, at]
             valid = None if key_mask is None else key_mask[:, at]

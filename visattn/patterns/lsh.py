@@ -50,6 +50,11 @@ class Lsh(OrderedPattern):
         if self.planes > 30:
             raise ValueError(f"planes={self.planes} must be at most 30: more have more buckets than there are tokens")
 
+    @property
+    def joins_heads(self) -> bool:
+        """Whether samples are drawn, for one head after the other."""
+        return self.samples > 0
+
     def check(self, grid: tuple[int, ...]) -> None:
         """Any grid."""
 

@@ -69,6 +69,11 @@ class HeadsPattern(ComposedPattern):
         """Whether one of them does."""
         return self.needs_steps or any(pattern.remembers for pattern in self.patterns)
 
+    @property
+    def joins_heads(self) -> bool:
+        """Whether heads of one of them choose together."""
+        return any(pattern.joins_heads for pattern in self.patterns)
+
     def instead(self, grid: tuple[int, ...]) -> str:
         """Several patterns."""
         return "another list of tiles for each head: plan the patterns of its heads one by one"

@@ -52,6 +52,11 @@ class Routing(RoutedPattern):
             raise ValueError(f"topk={self.topk!r} must be one whole number: a region sees that many regions")
         object.__setattr__(self, "topk", topk)
 
+    @property
+    def joins_heads(self) -> bool:
+        """All heads choose together."""
+        return True
+
     def check(self, grid: tuple[int, ...]) -> None:
         """Raise a ValueError if the number of axes differs."""
         self.parts(grid)

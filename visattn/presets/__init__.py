@@ -60,13 +60,13 @@ class Preset:
         }
 
     def __str__(self) -> str:
-        figures = self.tuned.verified
+        figures, steps = self.tuned.verified, self.tuned.settings["subject"]["steps"]
         faster = figures["attention_seconds_dense"] / figures["attention_seconds"]
         return (
             f"{self.name}: {self.tuned.model} with {self.tuned.count} layers, grid "
             f"{'x'.join(map(str, self.tuned.grid))}: attention {faster:.2f} times faster than dense on {self.device}, "
             f"PSNR to dense {figures['psnr_mean']:.1f} dB in the mean and {figures['psnr_worst']:.1f} at worst of "
-            f"{figures['samples']} samples"
+            f"{figures['samples']} samples of {steps} steps"
         )
 
 

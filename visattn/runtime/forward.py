@@ -37,6 +37,7 @@ class Forward:
     Attributes:
         where: Where its tokens sit.
         dense: Whether the schedule keeps its step dense.
+        precise: Whether the schedule keeps its step in the model's own dtype.
         step: Index of the denoising step, None where nothing depends on it.
         total: Number of steps, None if unknown.
         hits: Modules that ran their pattern, in compiled code the same name again and again.
@@ -64,6 +65,7 @@ class Forward:
     ready: dict[Hashable, Ready] = field(default_factory=dict)
     rests: dict[str, Rest] = field(default_factory=dict)
     learns: bool = True
+    precise: bool = False
     chosen: dict[int, Pattern] = field(default_factory=dict)
 
     def pattern(self, staged: Staged) -> Pattern:

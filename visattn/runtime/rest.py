@@ -6,15 +6,24 @@ like this one, for tokens like these, the code that the patch replaced runs, and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from visattn.counts import Cell
+from visattn.tally import Tally
 
-if TYPE_CHECKING:
-    from visattn.runtime.forward import Forward
-    from visattn.runtime.run import Run
+
+class Watching(Protocol):
+    """What of a model's run says how a call is to be seen."""
+
+    tally: Tally
+
+    @property
+    def watcher(self) -> Any:
+        """Who sees every call, or None."""
+        ...
+
 
 # How a forward notes such a module, "" where it does not.
 Mark = Literal["", "excused", "resting"]
@@ -24,12 +33,12 @@ class Rested(NamedTuple):
     """What a call was that its model's own attention made.
 
     Attributes:
-        run: The state of the model.
+        run: The run of the model.
         cell: Where it counts.
         mark: How its forward notes it.
     """
 
-    run: Run
+    run: Watching
     cell: Cell
     mark: Mark
 
@@ -49,7 +58,7 @@ class Rest(NamedTuple):
     dtype: torch.dtype
     rested: Rested
 
-    def passes(self, forward: Forward, tokens: torch.Tensor) -> bool:
+    def passes(self, forward: Any, tokens: torch.Tensor) -> bool:
         """Whether a call with these tokens is one of them, and need not be timed; it is counted then."""
         run, cell, mark = self.rested
         if (

@@ -129,8 +129,12 @@ class Run:
         gradients = torch.is_grad_enabled() if gradients is None else gradients
         learns = gradients if learns is None else learns
         stage = self.schedule.stage(step, total)
-        ready, rests = self._known_in((where, dense, stage, REGISTRY.version))
-        self.here.forward = forward = Forward(where, dense, step, total, ready=ready, rests=rests, learns=learns)
+        # Asked at every forward, and mostly there is none.
+        precise = self.schedule.precision is not None and self.schedule.is_precise(step, total)
+        ready, rests = self._known_in((where, dense, stage, precise, REGISTRY.version))
+        self.here.forward = forward = Forward(
+            where, dense, step, total, ready=ready, rests=rests, learns=learns, precise=precise
+        )
         self._remember(step, total, gradients)
         self.here.site = None
         self.forwards.begin(forward, learns)

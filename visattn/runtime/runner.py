@@ -53,6 +53,7 @@ class Runner:
         backend: "auto" or the name of a backend.
         stock: What the model runs without visattn, as a function of the call.
         parameters: Learnable parameters of the pattern by name.
+        precision: What the pattern computes in, None for the dtype of a call.
         unnamed: What stands for a module in reports where the caller does not know it.
     """
 
@@ -63,10 +64,12 @@ class Runner:
         backend: str,
         stock: Callable[[AttentionCall], torch.Tensor],
         parameters: torch.nn.ParameterDict | None = None,
+        precision: str | None = None,
     ) -> None:
+        self.precision = precision
         self.run, self.given, self.backend, self.stock = run, given, backend, stock
         self.parameters = torch.nn.ParameterDict() if parameters is None else parameters
-        self.unnamed = f"compiled code: {given}"
+        self.unnamed = f"compiled code: {given}{f' in {precision}' if precision else ''}"
 
     @property
     def pattern(self) -> Pattern:
@@ -118,7 +121,7 @@ class Runner:
         if verdict.layouts:
             assert sequences is not None
             with tally.hearing(cells, begun), placing(place):
-                out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters)
+                out = sequences.attend(self.pattern, verdict.layouts, verdict.backend, parameters, verdict.precision)
         else:
             out = self.stock(call)
         tally.end(cells, begun)
@@ -241,10 +244,11 @@ class Runner:
         """The pattern of q, k, v [B, S, H, D] without a mask."""
         self.run.here.rested = False
         pattern, verdict = self.pattern, ready.verdict
+        options: dict[str, Any] = {"scale": scale, "backend": verdict.backend, "precision": verdict.precision}
         if ready.plain:
-            return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
+            return attention(q, k, v, pattern, verdict.layouts[0], **options)
         with self.run.tally.hearing(cells, begun), placing(self.run.place(name, pattern)):
-            return attention(q, k, v, pattern, verdict.layouts[0], scale=scale, backend=verdict.backend)
+            return attention(q, k, v, pattern, verdict.layouts[0], **options)
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
         """Run the stock attention and count it, with the reason ("" means that it was to be dense)."""
@@ -346,17 +350,25 @@ class Runner:
         """What runs for a call that fits, or does not, and how it counts."""
         if sequences is None:
             return Verdict("dense", shapes=_shapes(call), why=fit.why)
-        problems = tuple(self._problems(sequences, fit.layouts, parameters, mode))
+        forward = self.run.forward
+        precision = None if forward is None or forward.precise else self.precision
+        problems = tuple(self._problems(sequences, fit.layouts, parameters, mode, precision))
         always = self._always or bool(parameters)
         return judge(self.pattern, problems, fit.layouts, self.backend, always, not call.local)
 
     def _problems(
-        self, sequences: Sequences, layouts: tuple[Layout, ...], parameters: Mapping[str, torch.Tensor], mode: Mode
+        self,
+        sequences: Sequences,
+        layouts: tuple[Layout, ...],
+        parameters: Mapping[str, torch.Tensor],
+        mode: Mode,
+        precision: str | None,
     ) -> Iterator[Problem]:
         """What a call poses, once for each layout."""
         for i, layout in enumerate(layouts):
             q, k, v, keys, scale, *_, rpb = sequences if len(layouts) == 1 else sequences.sample(i)
-            found = Problem.of(q, k, v, Call(self.pattern, layout, scale, keys, rpb, parameters=parameters))
+            call = Call(self.pattern, layout, scale, keys, rpb, parameters=parameters, precision=precision)
+            found = Problem.of(q, k, v, call)
             yield found if mode == "eager" else replace(found, mode=mode)
 
     def note(self, forward: Forward | None, name: str, verdict: Verdict) -> None:

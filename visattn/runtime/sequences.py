@@ -70,25 +70,32 @@ class Sequences(NamedTuple):
         return cls(q, k, v, keys, call.factor, channels, rpb=call.rpb)
 
     def attend(
-        self, pattern: Pattern, layouts: tuple[Layout, ...], backend: str, parameters: Mapping[str, torch.Tensor]
+        self,
+        pattern: Pattern,
+        layouts: tuple[Layout, ...],
+        backend: str,
+        parameters: Mapping[str, torch.Tensor],
+        precision: str | None = None,
     ) -> torch.Tensor:
         """Run a pattern: [B, S, H, channels] of the call's queries; with several layouts sample by sample."""
         if self.before is not None:
-            rest = self._replace(before=None).attend(pattern, layouts, backend, parameters)
+            rest = self._replace(before=None).attend(pattern, layouts, backend, parameters, precision)
             return torch.cat([_dense(self.before), rest], 1)
         if self.rows is not None:
-            return self._replace(rows=None).attend(pattern, layouts, backend, parameters)[:, self.rows]
+            return self._replace(rows=None).attend(pattern, layouts, backend, parameters, precision)[:, self.rows]
         if len(layouts) == 1:
             options: dict[str, Any] = {"scale": self.scale, "key_mask": self.keys, "backend": backend}
             if parameters:
                 options["parameters"] = parameters
+            if precision is not None:
+                options["precision"] = precision
             if self.rpb is not None:
                 options["rpb"] = self.rpb
             return attention(self.q, self.k, self.v, pattern, layouts[0], **options)[..., : self.channels]
         parts = []
         for i, layout in enumerate(layouts):
             with beside(i):
-                parts.append(self.sample(i).attend(pattern, (layout,), backend, parameters))
+                parts.append(self.sample(i).attend(pattern, (layout,), backend, parameters, precision))
         return torch.cat(parts)
 
     def sample(self, i: int) -> Sequences:

@@ -32,6 +32,7 @@ class Verdict(NamedTuple):
         shapes: What dense calls have in common.
         why: Why the pattern does not run although it should, "" if nothing is wrong.
         slower: What the estimates are, if `auto` keeps the call dense.
+        precision: What the pattern computes in, None for the dtype of the call.
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class Verdict(NamedTuple):
     shapes: Any = None
     why: str = ""
     slower: str = ""
+    precision: str | None = None
 
     def cells(self, tally: Tally, site: str, device: torch.device) -> tuple[Cell, ...]:
         """Where calls of a module count."""
@@ -62,14 +64,14 @@ def judge(
 
     Args:
         pattern: The pattern.
-        problems: What the call poses, one for each layout.
+        problems: What the call poses, one for each layout, all in one precision.
         layouts: Where its tokens sit, of each sample where they differ.
         backend: "auto" or the name of a backend.
         always: Whether the pattern runs also where dense attention is estimated to be faster.
         dense: Whether the model's own attention sees every pair; else it never stands for the pattern.
     """
-    automatic = backend == "auto" and dense
-    if automatic and all(pattern.covers(*layout.grids) for layout in layouts):
+    automatic, precision = backend == "auto" and dense, problems[0].precision
+    if automatic and precision is None and all(pattern.covers(*layout.grids) for layout in layouts):
         # The model's own attention is the pattern.
         return Verdict("sparse", problems=problems)
     if automatic and not always:
@@ -77,7 +79,8 @@ def judge(
         slower = [found for found in crossings if found is not None and found.dense_pays_inside]
         if slower and len(slower) == len(problems):
             return Verdict("dense", problems=problems, slower=slower[0].reason)
-    return Verdict("sparse", layouts, choose(problems[0], backend).name if len(problems) == 1 else backend, problems)
+    chosen = choose(problems[0], backend).name if len(problems) == 1 else backend
+    return Verdict("sparse", layouts, chosen, problems, precision=precision)
 
 
 @dataclass

@@ -17,7 +17,8 @@ from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Where
 from visattn.runtime.run import Run, Step
 from visattn.runtime.runner import Runner
-from visattn.schedule import Given, SiteName
+from visattn.schedule import Given
+from visattn.selectors import SiteName
 
 # The runs whose layers live in this process.
 _RUNS: weakref.WeakSet[ServedRun] = weakref.WeakSet()

@@ -1,37 +1,56 @@
-"""A choice for calls like an earlier one: allocate, collect addresses, start the kernels; all else is decided."""
+"""Launches for calls like an earlier one: allocate, collect addresses, start the kernels; all else is decided."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from visattn.kernels.triton.start import ALIGNMENT, Recorded
-from visattn.patterns import Routes
+
+# Bytes between the beginnings of two tensors of a buffer, a multiple of what kernels may ask for.
+STEP = 256
+
+
+class Made(NamedTuple):
+    """What the launches of a call write.
+
+    Attributes:
+        results: The tensors that somebody reads as tensors.
+        buffer: What the others lie in.
+    """
+
+    results: list[torch.Tensor]
+    buffer: torch.Tensor
 
 
 class Again:
-    """The launches of one choice, for other queries and keys of the same shapes, strides and dtype.
+    """The launches of one call, for other tensors of the same shapes, strides and dtypes.
 
     Args:
         launches: What the first call started.
-        given: Its grid queries and keys.
-        made: What it allocated: first the lists, then how many of each count, then what else its kernels write.
-        counted: Whether lists have counts.
+        given: Its tensors.
+        results: What it allocated and others read.
+        inside: What it allocated besides, contiguous: these lie in one buffer.
     """
 
     def __init__(
         self,
         launches: Sequence[Recorded],
-        given: tuple[torch.Tensor, torch.Tensor],
-        made: Sequence[torch.Tensor],
-        counted: bool,
+        given: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+        inside: Sequence[torch.Tensor],
     ) -> None:
-        self._counted = counted
-        self._made = [(t.shape, t.stride(), t.dtype, t.device) for t in made]
+        self._results = [(t.shape, t.stride(), t.dtype, t.device) for t in results]
+        self._inside, self._offsets, size = [(t.shape, t.dtype, t.nbytes) for t in inside], [], 0
+        for t in inside:
+            self._offsets.append(size)
+            size += -(-t.nbytes // STEP) * STEP
+        self._buffer = (size,), (1,), torch.uint8, given[0].device
         # Tables of blocks, which must live as long as their addresses are here.
         self.kept: list[torch.Tensor] = []
-        known = [*given, *made]
+        known = [*given, *results, *inside]
         self._launches = []
         for start, tensors in launches:
             assert start is not None
@@ -49,17 +68,33 @@ class Again:
         self.kept.append(t)
         return len(known) + len(self.kept) - 1
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor) -> Routes | None:
-        """What they choose; None where their addresses are less aligned."""
-        addresses = [q.data_ptr(), k.data_ptr()]
-        if (addresses[0] | addresses[1]) & (ALIGNMENT - 1):
+    def __call__(self, *given: torch.Tensor) -> Made | None:
+        """What they write; None where addresses are less aligned."""
+        addresses, low = [], 0
+        for t in given:
+            address = t.data_ptr()
+            addresses.append(address)
+            low |= address
+        if low & (ALIGNMENT - 1):
             return None
-        made = [
-            torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            for shape, stride, dtype, device in self._made
-        ]
-        addresses += [t.data_ptr() for t in made]
+        results = []
+        for shape, stride, dtype, device in self._results:
+            results.append(t := torch.empty_strided(shape, stride, dtype=dtype, device=device))
+            addresses.append(t.data_ptr())
+        shape, stride, dtype, device = self._buffer
+        buffer = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        addresses += self.addresses(buffer)
         addresses += self._addresses
         for start, slots in self._launches:
             start([addresses[i] for i in slots])
-        return Routes(made[0], made[1] if self._counted else None)
+        return Made(results, buffer)
+
+    def addresses(self, buffer: torch.Tensor) -> list[int]:
+        """Where the tensors in a buffer are."""
+        first = buffer.data_ptr()
+        return [first + offset for offset in self._offsets]
+
+    def tensors(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors in a buffer."""
+        parts = zip(self._offsets, self._inside, strict=True)
+        return [buffer[first : first + size].view(dtype).view(shape) for first, (shape, dtype, size) in parts]

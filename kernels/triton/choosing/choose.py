@@ -148,9 +148,12 @@ def chosen(
             SCORES, MEAN_WARPS, SCORE_WARPS, tuple(ROW_WARPS.items()),
         )  # fmt: skip
         entry = STORE.find(key)
-        found = None if entry is None else entry.value(q, k)
-        if found is not None:
-            return found
+        if entry is not None:
+            again, counted = entry.value
+            made = again(q, k)
+            if made is not None:
+                tiles, counts = made.results
+                return Routes(tiles, counts if counted else None)
     rule, parts = rule_of(pattern, blocks), parts_of(Score.of(pattern.score))
     if rule is None or parts is None or blocks.columns > LARGEST:
         return None
@@ -175,8 +178,8 @@ def chosen(
             _select(scores, forced, query, key_means, tiles, counts, parts, valid is not None, rule, some)
     counted = pattern.least_listed(blocks) != rule.most
     if key is not None and launches and all(start is not None for start, _ in launches):
-        made = tiles, counts, scores, *query, *key_means
-        STORE.put(key, Again(launches, given, made, counted), CALL_BYTES)
+        again = Again(launches, given, (tiles, counts), (scores, *query, *key_means))
+        STORE.put(key, (again, counted), CALL_BYTES)
     return Routes(tiles, counts if counted else None)
 
 

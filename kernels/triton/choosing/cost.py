@@ -16,9 +16,9 @@ FIXED_US, BYTE_US, SCORE_US = 60.0, 0.31e-6, 11e-6
 PART_POWER, BY_MASS = 0.75, 2.0
 # How many times longer torch's operators take, on the same cases.
 BY_TORCH = 5.0
-# What tiles visit that several blocks share is found by some twenty operators, which move about 40 bytes for each pair
-# of blocks: at 5 us each, and at 3 TB/s. Not measured.
-MERGE_US, MARK_US = 100.0, 13e-6
+# What tiles visit that several blocks share is found by some thirty operators, which keep host and device 5 us each and
+# move about 40 bytes for each pair of blocks, at 3 TB/s. Not measured.
+MERGE_US, MARK_US = 150.0, 13e-6
 
 
 def choosing_us(problem: Problem) -> float:
@@ -38,7 +38,7 @@ def choosing_us(problem: Problem) -> float:
 def sharing_us(problem: Problem) -> float:
     """Microseconds in which operators of torch find what tiles visit that several query blocks share, 0 elsewhere."""
     pattern, layout = problem.pattern, problem.layout
-    if sharing_tiles(pattern, layout, SHARING) is None:
+    if problem.precision is not None or sharing_tiles(pattern, layout, SHARING) is None:
         return 0.0
     assert isinstance(pattern, DynamicPattern)
     blocks = pattern.blocks(layout.grid)

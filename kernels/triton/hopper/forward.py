@@ -37,8 +37,11 @@ from visattn.kernels.triton.hopper.parts import (
     following,
     hide_masked,
     mask_bits,
+    next_left_out,
     product_layout,
     row_layout,
+    rows_inside,
+    visit_of_half,
     wait_for_threads,
 )
 from visattn.kernels.triton.parts import RUNTIME_SIZES
@@ -164,19 +167,23 @@ def _leave_out(step, steps, shared, at, SIZES: gl.constexpr):
 
 
 @gluon.jit
-def _write(acc, top, total, mine, tokens, out, lse, pair, sizes, LSE: gl.constexpr, s_layout: gl.constexpr):
+def _write(
+    acc, top, total, mine, tokens, out, lse, pair, sizes,
+    HEAD_DIM: gl.constexpr, LSE: gl.constexpr, s_layout: gl.constexpr,
+):  # fmt: skip
     """Store the results of a group's rows, through their queries' memory to a layout whose stores are whole lines."""
     heads, length, scale = sizes
     o_layout: gl.constexpr = acc.type.layout
-    HEAD_DIM: gl.constexpr = acc.shape[1]
-    io: gl.constexpr = row_layout(HEAD_DIM)
+    BLOCK_DIM: gl.constexpr = acc.shape[1]
+    io: gl.constexpr = row_layout(BLOCK_DIM)
     divisor = gl.convert_layout(gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, o_layout))
     mine.store((acc / divisor[:, None]).to(mine.dtype))
     token = tokens.load(gl.SliceLayout(1, io))
     sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
     out_row = ((sample * length + token) * heads + head) * HEAD_DIM
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, io))
-    gl.store(out + out_row[:, None] + d[None, :], mine.load(io), mask=(token >= 0)[:, None])
+    d = gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, io))
+    inside = rows_inside(token, d, HEAD_DIM, BLOCK_DIM)
+    gl.store(out + out_row[:, None] + d[None, :], mine.load(io), mask=inside)
     if LSE:
         row_token = tokens.load(gl.SliceLayout(1, s_layout))
         # total = 0 gives log2 -inf, as it should be.
@@ -232,8 +239,7 @@ def _consume(
         for index in range(0, active):
             step = index
             if HALVES:
-                past = gl.minimum(gl.maximum(index - turn_from + GROUP, 0), turns)
-                step = index + gl.where(going, past, 0)
+                step = gl.where(going, visit_of_half(index, turn_from, turns, GROUP), index)
             state = (acc, weights, top, total)
             any_before = (number > 0) | (index > 0)
             state, alpha, at = _step(
@@ -242,14 +248,13 @@ def _consume(
             )  # fmt: skip
             adds = index > 0
             if HALVES:
-                in_turns = index - turn_from + GROUP
-                if going & (in_turns >= 0) & (in_turns < turns):
+                if going & next_left_out(index, turn_from, turns, GROUP):
                     at = _leave_out(step + 1, steps, shared, at, SIZES)
             acc, weights, top, total = state
             if (index == 0) & (number > 0):
                 slot = ((number - 1) % JOBS) * GROUPS + GROUP
                 _write(acc, done_top, done_total, jobs[2].index(slot), jobs[1].index(slot), out, lse, done_pair,
-                       sizes, LSE, s_layout)  # fmt: skip
+                       sizes, SIZES[10], LSE, s_layout)  # fmt: skip
                 finish_job(jobs, number - 1)
             acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
         number += 1
@@ -262,7 +267,7 @@ def _copy_columns(
     BOX: gl.constexpr, FOLDED: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: keys and values of each tile that the program takes."""
-    HEAD_DIM: gl.constexpr = SIZES[0]
+    BLOCK_DIM: gl.constexpr = SIZES[0]
     slot = 0
     phase = 1
     v_slot = 0
@@ -273,13 +278,13 @@ def _copy_columns(
         finish_job(jobs, number)
         sample, kv_head = pair // heads, pair % heads // group
         if FOLDED:
-            outer, column = sample, kv_head * HEAD_DIM
+            outer, column = sample, kv_head * SIZES[10]
         else:
             outer, column = sample * (heads // group) + kv_head, kv_head * 0
         slot, phase, v_slot, v_phase = produce(
             k_grid, v_grid, k_runs, v_runs, rings, bases, (start, stop, dense),
             (outer, column, sides[0], sides[1]), runs, slot, phase, v_slot, v_phase,
-            BOX, SIZES[2], SIZES[3], HEAD_DIM, SIZES[4], SIZES[8], not SIZES[9],
+            BOX, SIZES[2], SIZES[3], BLOCK_DIM, SIZES[4], SIZES[8], not SIZES[9],
         )  # fmt: skip
         number += 1
         row, pair, start, _split, stop, dense = next_job(jobs, number, 1)
@@ -292,7 +297,7 @@ def attend(
     q_batch, q_token, q_head, bounds_batch, list_batch, list_heads,
     scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
-    HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, LSE: gl.constexpr,
     PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, TURNS: gl.constexpr,
     HALVES: gl.constexpr, VALUE_STAGES: gl.constexpr, TOGETHER: gl.constexpr,
@@ -308,6 +313,7 @@ def attend(
         BOX: Tokens of a column tile per axis (t, y, x).
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
         TURNS: Whether the two groups of warps take turns in starting their products.
+        BLOCK_DIM: Channels that are computed with, 64 or 128: those from HEAD_DIM on are zero or not stored.
         HALVES: Whether `halves` says what each half of a row tile has to do (`Program.halves`).
         VALUE_STAGES: Slots of the ring of values; that of keys has STAGES.
         TOGETHER: Whether the keys of a step and the values of the step before are given back by one arrival, for which
@@ -315,9 +321,9 @@ def attend(
     """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = q.dtype.element_ty
-    queries = gl.allocate_shared_memory(dtype, [JOBS * GROUPS, GROUP_ROWS, HEAD_DIM], layout)
-    keys = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
-    values = gl.allocate_shared_memory(dtype, [VALUE_STAGES, COLUMNS, HEAD_DIM], layout)
+    queries = gl.allocate_shared_memory(dtype, [JOBS * GROUPS, GROUP_ROWS, BLOCK_DIM], layout)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, BLOCK_DIM], layout)
+    values = gl.allocate_shared_memory(dtype, [VALUE_STAGES, COLUMNS, BLOCK_DIM], layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], mbarrier.MBarrierLayout())
@@ -354,7 +360,9 @@ def attend(
     if TURNS:
         mbarrier.arrive(turns.index(0), count=1)
 
-    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS, KEY_MASK, HALVES, VALUE_STAGES, TOGETHER)
+    SIZES: gl.constexpr = (
+        BLOCK_DIM, ROWS, COLUMNS, TILES, STAGES, TURNS, KEY_MASK, HALVES, VALUE_STAGES, TOGETHER, HEAD_DIM,
+    )  # fmt: skip
     rings = (keys, values, k_ready, k_free, v_ready, v_free)
     shared = (keys, values, k_ready, k_free, v_ready, v_free, turns, visible)
     runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)

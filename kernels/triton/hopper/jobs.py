@@ -67,13 +67,13 @@ def finish_job(jobs, number):
 
 
 @gluon.jit
-def _fetch_rows(q, q_token, jobs, slot, HEAD_DIM: gl.constexpr, UNIT: gl.constexpr):
+def _fetch_rows(q, q_token, jobs, slot, BLOCK_DIM: gl.constexpr, HEAD_DIM: gl.constexpr, UNIT: gl.constexpr):
     """Copy the rows of queries whose tokens are in a slot; those of empty row slots are token 0's.
 
     Shared memory has the rows of a group 64 channels at a time, so pieces of that width are one behind the other.
     """
     _, tokens, queries, _, _ = jobs
-    HALVES: gl.constexpr = HEAD_DIM // 64
+    HALVES: gl.constexpr = BLOCK_DIM // 64
     PIECES: gl.constexpr = GROUP_ROWS // PIECE_ROWS
     pieces = view(queries, [JOBS * GROUPS * HALVES * PIECES, PIECE_ROWS, 64], gl.NVMMASharedLayout(128, 16, rank=2))
     token_pieces = view(tokens, [JOBS * GROUPS * PIECES, PIECE_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -84,7 +84,12 @@ def _fetch_rows(q, q_token, jobs, slot, HEAD_DIM: gl.constexpr, UNIT: gl.constex
         rows = q + (gl.maximum(token, 0).to(gl.int64) * (q_token * UNIT))[:, None] + d[None, :]
         piece = (slot * GROUPS + i // PIECES) * HALVES * PIECES + i % PIECES
         for half in gl.static_range(HALVES):
-            _copy(pieces.index(piece + half * PIECES), rows + half * 64)
+            if HEAD_DIM == BLOCK_DIM:
+                _copy(pieces.index(piece + half * PIECES), rows + half * 64)
+            else:
+                # What is not copied is zero.
+                inside = (d + half * 64 < HEAD_DIM)[None, :].broadcast_to([PIECE_ROWS, 64])
+                _copy(pieces.index(piece + half * PIECES), rows + half * 64, mask=inside)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
@@ -103,7 +108,7 @@ def deal(
     bounds_batch, list_batch, list_heads = owned
     fields, token_ring, _, ready, free = jobs
     q_batch, q_token, q_head = steps
-    HEAD_DIM: gl.constexpr = SIZES[0]
+    BLOCK_DIM: gl.constexpr = SIZES[0]
     ROWS: gl.constexpr = SIZES[1]
     HALVES: gl.constexpr = SIZES[7]
     wide: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -134,7 +139,7 @@ def deal(
         for g in gl.static_range(GROUPS):
             token_ring.index(slot * GROUPS + g).store(gl.load(tokens + row * ROWS + g * GROUP_ROWS + slots))
         sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
-        _fetch_rows(q + (sample * q_batch + head * q_head) * UNIT, q_token, jobs, slot, HEAD_DIM, UNIT)
+        _fetch_rows(q + (sample * q_batch + head * q_head) * UNIT, q_token, jobs, slot, BLOCK_DIM, SIZES[10], UNIT)
         wait_for_threads()
         mbarrier.arrive(ready.index(slot), count=1)
         tile = following

@@ -29,12 +29,16 @@ from visattn.kernels.triton.hopper.parts import (
     GROUPS,
     LN2,
     following,
+    half_of_row,
     hide_masked,
     leave_out,
     mask_bits,
+    next_left_out,
     place,
     product_layout,
     row_layout,
+    rows_inside,
+    visit_of_half,
 )
 from visattn.kernels.triton.parts import RUNTIME_SIZES
 
@@ -48,11 +52,11 @@ def _step(
     keys, values, queries, grads, q_ready, free, grad_ready = shared
     acc_k, acc_v = state
     slot, phase = at
-    HEAD_DIM: gl.constexpr = SIZES[0]
+    BLOCK_DIM: gl.constexpr = SIZES[0]
     COLUMNS: gl.constexpr = SIZES[2]
     STAGES: gl.constexpr = SIZES[4]
     s_layout: gl.constexpr = product_layout(COLUMNS)
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, product_layout(HEAD_DIM), 2)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, product_layout(BLOCK_DIM), 2)
     of_column: gl.constexpr = gl.SliceLayout(0, s_layout)
     shape: gl.constexpr = [GROUP_ROWS, COLUMNS]
     first_row: gl.constexpr = GROUP * GROUP_ROWS
@@ -91,47 +95,41 @@ def _consume(
     keys, values, _, _, _, _, _ = shared
     row, start, split, stop, dense = where
     k_token, v_token, grad_token, score_scale = sizes
-    HEAD_DIM: gl.constexpr = SIZES[0]
+    BLOCK_DIM: gl.constexpr = SIZES[0]
     ROWS: gl.constexpr = SIZES[1]
-    o_layout: gl.constexpr = product_layout(HEAD_DIM)
-    io: gl.constexpr = row_layout(HEAD_DIM)
+    o_layout: gl.constexpr = product_layout(BLOCK_DIM)
+    io: gl.constexpr = row_layout(BLOCK_DIM)
     dtype: gl.constexpr = keys.dtype
 
     slots = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, io))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, io))
+    d = gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, io))
     token = gl.load(lists[0] + row * ROWS + slots)
-    here = (token >= 0)[:, None]
+    here = rows_inside(token, d, SIZES[5], BLOCK_DIM)
     wide = token.to(gl.int64)[:, None]
     keys.index(GROUP).store(gl.load(k + wide * (k_token * UNIT) + d[None, :], mask=here, other=0.0))
     values.index(GROUP).store(gl.load(v + wide * (v_token * UNIT) + d[None, :], mask=here, other=0.0))
     fence_async_shared()
 
-    nothing = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, o_layout)
+    nothing = gl.zeros([GROUP_ROWS, BLOCK_DIM], gl.float32, o_layout)
     state = (nothing, nothing)
     at = (0, 0)
     alone = stop
     turns = 0
     if HALVES:
-        # Those that are full for the second half only keep their masks, which spares its group another loop.
-        if GROUP == 0:
-            split = gl.load(lists[3] + row * 4)
-        alone = gl.load(lists[3] + row * 4 + 1)
-        turns = (gl.load(lists[3] + row * 4 + 2) - alone) // 2
+        split, alone, turns = half_of_row(lists[3], row, split, GROUP)
     for i in range(start, split):
         state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
         if HALVES and GROUP == 1:
-            if (turns > 0) & (i + 1 == alone):
+            if next_left_out(i, alone, turns, GROUP):
                 at = leave_out((shared[4], shared[6]), shared[5], at, SIZES[4])
     if PARTIAL:
         for index in range(split, stop - turns):
             i = index
             if HALVES:
-                # Tiles that one half sees come in turns: each half leaves every other one out.
-                i += gl.minimum(gl.maximum(index - alone + GROUP, 0), turns)
+                i = visit_of_half(index, alone, turns, GROUP)
             state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, True)
             if HALVES:
-                in_turns = index - alone + GROUP
-                if (in_turns >= 0) & (in_turns < turns):
+                if next_left_out(index, alone, turns, GROUP):
                     at = leave_out((shared[4], shared[6]), shared[5], at, SIZES[4])
     if DENSE:
         for i in range(0, dense):
@@ -143,7 +141,7 @@ def _consume(
     values.index(GROUP).store(acc_v.to(dtype))
     # Loaded again (volatile: not merged with the first load) to hold fewer registers in the loops.
     token = gl.load(lists[0] + row * ROWS + slots, volatile=True)
-    here = (token >= 0)[:, None]
+    here = rows_inside(token, d, SIZES[5], BLOCK_DIM)
     out_row = token.to(gl.int64)[:, None] * grad_token + d[None, :]
     own_k = keys.index(GROUP).load(io)
     own_v = values.index(GROUP).load(io)
@@ -176,7 +174,7 @@ def key_gradients(
     k_batch, k_token, k_head, v_batch, v_token, v_head, bounds_batch, list_batch, list_heads,
     scale, score_scale, heads, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
-    HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
     PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
@@ -190,6 +188,7 @@ def key_gradients(
         side_x: Length of its last axis.
         BOX: Tokens of a query tile per axis (t, y, x).
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
+        BLOCK_DIM: Channels that are computed with, 64 or 128: those from HEAD_DIM on are zero or not stored.
         HALVES: Whether `halves` says what each half of a row tile has to do (`Program.halves`).
     """
     row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
@@ -215,10 +214,10 @@ def key_gradients(
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dtype: gl.constexpr = k.dtype.element_ty
-    keys = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, HEAD_DIM], layout)
-    values = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, HEAD_DIM], layout)
-    queries = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
-    grads = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
+    keys = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, BLOCK_DIM], layout)
+    values = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, BLOCK_DIM], layout)
+    queries = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, BLOCK_DIM], layout)
+    grads = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, BLOCK_DIM], layout)
     lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -231,7 +230,7 @@ def key_gradients(
         mbarrier.init(free.index(i), count=GROUPS)
     fence_async_shared()
 
-    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES)
+    SIZES: gl.constexpr = (BLOCK_DIM, ROWS, COLUMNS, 1, STAGES, HEAD_DIM)
     shared = (keys, values, queries, grads, q_ready, free, grad_ready)
     rings = (lse_ring, delta_ring, q_ready, free)
     copied = (queries, grads, q_ready, free, grad_ready, free)

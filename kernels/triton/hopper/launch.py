@@ -24,7 +24,8 @@ from visattn.kernels.triton.arguments import (
 )
 from visattn.kernels.triton.choosing.tables import writes_lists
 from visattn.kernels.triton.config import HOPPER, Config
-from visattn.kernels.triton.hopper.turns import turns
+from visattn.kernels.triton.hopper.masks import thread_masks
+from visattn.kernels.triton.hopper.turns import Turns, turns
 from visattn.kernels.triton.lists.program import Program
 from visattn.kernels.triton.start import Launch, programs
 from visattn.layout import Layout
@@ -32,6 +33,8 @@ from visattn.patterns import Pattern, RoutedPattern
 from visattn.plans import TilePlan
 from visattn.problem import Call
 
+# Least head dim of these kernels, which compute with 64 or 128 channels.
+NARROWEST = 40
 # Warps of the kernels' first role; the others are told apart inside them.
 WARPS = 4
 # Channels of one copy: 128 bytes, the widest swizzle of shared memory.
@@ -58,6 +61,14 @@ def installed() -> bool:
         return False
 
 
+def width(head_dim: int) -> int:
+    """Channels that the kernels compute with for a head dim: a multiple of 64; more than they have for other ones.
+
+    Those behind the head dim are zero. Head dims whose half would be, or more, are left to the general kernels.
+    """
+    return -(-head_dim // 64) * 64 if head_dim % 8 == 0 and head_dim >= NARROWEST else 0
+
+
 def hopper_config(
     architecture: int, dtype: torch.dtype, head_dim: int, pattern: Pattern, layout: Layout, direction: str = "forward"
 ) -> Config | None:
@@ -71,7 +82,7 @@ def hopper_config(
         layout: The tokens.
         direction: "forward", "key_grad" or "query_grad".
     """
-    launch = HOPPER.get(direction, {}).get(head_dim)
+    launch = HOPPER.get(direction, {}).get(width(head_dim))
     if architecture != 90 or launch is None or dtype.itemsize != 2 or not installed():
         return None
     plan = plan_of(pattern, layout, direction, launch)
@@ -79,7 +90,7 @@ def hopper_config(
         return None
     rows, columns = (plan.keys, plan.queries) if direction == "key_grad" else (plan.queries, plan.keys)
     # A copy takes a whole box of neighbouring tokens; fewer rows than the kernel has would be half idle.
-    if direction == "query_grad" and head_dim == 64 and plan.full_share > PLAIN:
+    if direction == "query_grad" and head_dim <= 64 and plan.full_share > PLAIN:
         return None
     boxes = columns.capacity == launch.tile and all(side & (side - 1) == 0 for side in columns.shape)
     fills = rows.capacity > launch.rows // 2
@@ -206,51 +217,63 @@ def query_arguments(t: Operands, work: Work) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def one_pass_launches(t: Operands, work: Work) -> list[Launch]:
-    """The launches for all three gradients of one sequence: one pass over the lists, and what finishes dQ.
-
-    Dense query tiles see everything, so that adding to their dQ in turns would be a queue: they have a launch of their
-    own.
-    """
-    from visattn.kernels.triton.hopper.one_pass import finish, gradients
-
-    given, ends = one_pass_arguments(t, work)
-    found = [
-        Launch(gradients, programs(given), given, WARPS),
-        Launch(finish, (len(ends["tokens"]), given["pairs"]), ends, WARPS),
-    ]
-    rows = query_launch(t, work)
-    dense = rows.given["dense_rows"] * rows.given["pairs"]
-    return [*found, rows._replace(grid=(dense,))] if dense else found
-
-
-def one_pass_arguments(t: Operands, work: Work) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of `hopper.one_pass.gradients`, and those of `finish`."""
+def one_pass_launch(t: Operands, work: Work) -> Launch:
+    """The launch of the backward kernel for all three gradients: dK and dV, and dQ as sums of the grid's tiles."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    q, grad_q = t.q, t.grad_q
-    assert grad_q is not None
-    listed = turns(work.plan("key_grad"), q.device)
-    run, tiles = listed.run, len(listed.columns)
-    given = key_arguments(t, work) | t.given("grad_k", "grad_v")
-    unused = ("halves", "mask_ids", "bounds_batch", "list_batch", "list_heads", "key_mask", "KEY_MASK", "HALVES")
-    given = {name: value for name, value in given.items() if name not in unused}
-    pairs, head_dim = q.shape[0] * q.shape[2], q.shape[3]
-    sums = torch.zeros(pairs * tiles * run.columns, head_dim, dtype=torch.float32, device=q.device)
+    from visattn.kernels.triton.hopper.one_pass import gradients
+
+    listed, sums = _turns(t, work), t.sums
+    assert sums is not None
+    given = key_arguments(t, work) | t.given("grad_k", "grad_v", "turns")
+    unused = (
+        "halves", "mask_ids", "bounds_batch", "list_batch", "list_heads", "key_mask", "KEY_MASK", "HALVES", "BLOCK_DIM",
+    )  # fmt: skip
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    given |= {
-        "sums": TensorDescriptor(sums, list(sums.shape), [head_dim, 1], [run.columns, 32], layout),
-        "turns": torch.zeros(pairs, tiles, dtype=torch.int32, device=q.device),
+    box = [listed.run.columns, 32]
+    given = {name: value for name, value in given.items() if name not in unused} | {
+        "sum_tiles": TensorDescriptor(sums, list(sums.shape), [sums.shape[1], 1], box, layout),
         "tokens": listed.rows, "bounds": listed.bounds, "bases": listed.bases, "visits": listed.visits,
-        "masks": by_threads(listed.masks), "PARTIAL": listed.partial, "tiles": tiles, "together": TOGETHER,
-        "ORDER": work.configs["key_grad"].one_pass - 1,
+        "masks": thread_masks(listed.masks), "PARTIAL": listed.partial, "tiles": len(listed.columns),
+        "together": TOGETHER, "ORDER": work.configs["key_grad"].one_pass - 1,
     }  # fmt: skip
-    ends = {
-        "sums": sums, "tokens": listed.columns, "grad_q": grad_q, "scale": work.scale, "tiles": tiles,
-        "length": q.shape[1], "heads": q.shape[2], "HEAD_DIM": head_dim, "COLUMNS": run.columns,
+    copied = {"q_grid": "q", "q_runs": "q", "grad_grid": "grad_out", "grad_runs": "grad_out", "sum_tiles": "sums"}
+    return Launch(gradients, programs(given), given, WARPS, copied=copied)
+
+
+def finish_launch(t: Operands, work: Work) -> Launch:
+    """The launch of the kernel that writes dQ of the grid's tokens from its sums."""
+    from visattn.kernels.triton.hopper.one_pass import finish
+
+    listed = _turns(t, work)
+    tiles, columns = listed.columns.shape
+    given = t.given("sums", "grad_q") | {
+        "tokens": listed.columns, "scale": work.scale, "tiles": tiles, "length": t.q.shape[1],
+        "heads": t.q.shape[2], "HEAD_DIM": t.q.shape[3], "COLUMNS": columns,
     }  # fmt: skip
-    return given, ends
+    return Launch(finish, (tiles, t.q.shape[0] * t.q.shape[2]), given, WARPS)
+
+
+def dense_launch(t: Operands, work: Work) -> Launch:
+    """The launch that computes dQ of dense tokens, of which there are some.
+
+    They see everything, so that adding to their dQ in turns would be a queue.
+    """
+    made = query_launch(t, work)
+    return made._replace(grid=(made.given["dense_rows"] * made.given["pairs"],))
+
+
+def one_pass_buffers(t: Operands, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums and turns of a call, zero."""
+    tiles, columns = _turns(t, work).columns.shape
+    pairs = t.q.shape[0] * t.q.shape[2]
+    sums = torch.zeros(pairs * tiles * columns, t.q.shape[3], dtype=torch.float32, device=t.q.device)
+    return sums, torch.zeros(pairs, tiles, dtype=torch.int32, device=t.q.device)
+
+
+def _turns(t: Operands, work: Work) -> Turns:
+    return turns(work.plan("key_grad"), t.q.device)
 
 
 def forward_launch(t: Operands, work: Work) -> Launch:
@@ -292,19 +315,6 @@ def value_stages(run: Program, stages: int) -> int:
     return max(stages, 3)
 
 
-def by_threads(masks: torch.Tensor) -> torch.Tensor:
-    """Masks [masks, rows, 2] of 64 columns with the bits of one thread side by side: int16 [masks, rows, 4].
-
-    In a product, thread t of four has columns 8 * j + 2 * t + (0, 1) of a row (`parts.product_layout`), which become
-    bits 2 * j + (0, 1) of its word.
-    """
-    number, rows, words = masks.shape
-    assert words == 2, "column tiles of these kernels have 64 tokens"
-    bits = masks[..., None] >> torch.arange(32, device=masks.device, dtype=torch.int32) & 1
-    own = bits.view(number, rows, 8, 4, 2).transpose(2, 3).reshape(number, rows, 4, 16)
-    return (own << torch.arange(16, device=masks.device, dtype=torch.int32)).sum(-1).to(torch.int16)
-
-
 def _common_arguments(
     direction: str,
     names: tuple[str, str],
@@ -327,11 +337,11 @@ def _common_arguments(
     return {
         **descriptors,
         **{name: value for name, value in lists.items() if name not in unused},
-        "masks": by_threads(run.masks),
+        "masks": thread_masks(run.masks),
         "halves": run.bounds if run.halves is None else run.halves,
         "key_mask": rows if t.key_mask is None else t.key_mask,
         "side_y": math.prod(grid[-2:-1]), "side_x": grid[-1],
-        "HEAD_DIM": rows.shape[3], "ROWS": run.rows, "COLUMNS": run.columns,
+        "HEAD_DIM": rows.shape[3], "BLOCK_DIM": width(rows.shape[3]), "ROWS": run.rows, "COLUMNS": run.columns,
         "BOX": (1,) * (3 - len(box)) + box,
         "FOLDED": folded(copied[0]),
         "STAGES": work.configs[direction].stages,

@@ -7,7 +7,7 @@ order in which their programs start, so results repeat bit for bit: `turns` has 
 """
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
-# ruff: noqa: ANN001, ANN201, ANN202, SIM102
+# ruff: noqa: ANN001, ANN201, ANN202, SIM102, SIM108
 
 # The language of Triton kernels is not quite Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
@@ -121,8 +121,12 @@ def _visit(
     halves = view(keys, [GROUPS * PIECES, GROUP_ROWS, 64], gl.NVMMASharedLayout(128, 16, rank=2))
     own = gl.zeros([GROUP_ROWS, HEAD_DIM // GROUPS], gl.float32, part_layout)
     for g in gl.static_range(GROUPS):
-        own = warpgroup_mma(grad_scores_ring.index(side * GROUPS + g).permute((1, 0)),
-                            halves.index(g * PIECES + GROUP), own, use_acc=g > 0, is_async=True)  # fmt: skip
+        if PIECES == 1:
+            half = halves.index(g).slice(GROUP * 32, 32, 1)
+        else:
+            half = halves.index(g * PIECES + GROUP)
+        changed = grad_scores_ring.index(side * GROUPS + g).permute((1, 0))
+        own = warpgroup_mma(changed, half, own, use_acc=g > 0, is_async=True)
     if SIZES[5] == 0:
         acc_k = warpgroup_mma(grad_scores, queries.index(slot), acc_k, is_async=True)
         own = warpgroup_mma_wait(1, deps=[own])
@@ -197,7 +201,7 @@ def _consume(
 
 
 @gluon.jit
-def _add_parts(sums, visits, turns, parts, where, first_tile, SIZES: gl.constexpr):
+def _add_parts(sum_tiles, visits, turns, parts, where, first_tile, SIZES: gl.constexpr):
     """The warp that adds parts of dQ to the sums of their query tiles, each when its turn has come."""
     _, start, _, stop, _ = where
     _, part, _, part_ready, part_free = parts
@@ -215,7 +219,7 @@ def _add_parts(sums, visits, turns, parts, where, first_tile, SIZES: gl.constexp
         while seen != turn:
             seen = gl.load(turns + tile, volatile=True)
         for piece in gl.static_range(PIECES):
-            _add_copy(pieces.index(piece), [tile * COLUMNS, piece * PIECE], sums)
+            _add_copy(pieces.index(piece), [tile * COLUMNS, piece * PIECE], sum_tiles)
         # The memory has been read,
         tma.store_wait(0)
         mbarrier.arrive(part_free, count=1)
@@ -242,7 +246,7 @@ def _copy_columns(
 
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x", "tiles", "together"])
 def gradients(
-    q_grid, grad_grid, q_runs, grad_runs, sums, k, v, lse, delta, grad_k, grad_v,
+    q_grid, grad_grid, q_runs, grad_runs, sum_tiles, k, v, lse, delta, grad_k, grad_v,
     tokens, bounds, bases, visits, turns, offsets, masks,
     k_batch, k_token, k_head, v_batch, v_token, v_head,
     scale, score_scale, heads, length, key_length, tiles, together,
@@ -254,7 +258,8 @@ def gradients(
     """Compute dK and dV of one key tile of 128 tokens, and its part of dQ; see `hopper.key_grad.key_gradients`.
 
     Args (besides those of `hopper.key_grad.key_gradients`):
-        sums: Descriptor of dQ without its scale, by query tiles: float32 [pairs * tiles * COLUMNS, HEAD_DIM], 0 before.
+        sum_tiles: Descriptor of dQ without its scale, by query tiles: float32 [pairs * tiles * COLUMNS, HEAD_DIM], 0
+            before.
         visits: Of each list entry its query tile, whose turn it is there, and its mask (-1 for none): int32 [., 4].
         turns: How many key tiles have added their part to a query tile: int32 [pairs, tiles], 0 before.
         tiles: Query tiles of the grid.
@@ -325,7 +330,7 @@ def gradients(
             (_copy_columns, (q_grid, grad_grid, q_runs, grad_runs, copied, bases, where,
                              (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs, BOX, SIZES)),
             (put_statistics, (lse, delta, bases, offsets, rings, where, runs, scale, length, COLUMNS, STAGES)),
-            (_add_parts, (sums, visits, turns, parts, where, pair * tiles, SIZES)),
+            (_add_parts, (sum_tiles, visits, turns, parts, where, pair * tiles, SIZES)),
         ],
         [4, 1, 1, 1],
         [240, 24, 24, 24],

@@ -36,6 +36,15 @@ def row_layout(head_dim: int) -> gl.BlockedLayout:
 
 
 @gluon.jit
+def rows_inside(token, d, HEAD_DIM: gl.constexpr, BLOCK_DIM: gl.constexpr):
+    """Which elements of rows of tokens are in memory: token -1 is none, and so are channels from HEAD_DIM on."""
+    inside = (token >= 0)[:, None]
+    if HEAD_DIM != BLOCK_DIM:
+        inside = inside & (d < HEAD_DIM)[None, :]
+    return inside
+
+
+@gluon.jit
 def view(ring, shape: gl.constexpr, layout: gl.constexpr):
     """Shared memory with another shape and layout."""
     if RENAMED:
@@ -53,6 +62,33 @@ def following(slot, phase, STAGES: gl.constexpr):
     """The slot of a ring after this one; the phase flips when the ring starts again."""
     last = slot + 1 == STAGES
     return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def half_of_row(halves, row, split, GROUP: gl.constexpr):
+    """Where visits need masks for a half of a row tile, the first one that one half sees, and how many each half does.
+
+    The latter come in turns. Those that are full for the second half only keep their masks, which spares its group
+    another loop.
+    """
+    if GROUP == 0:
+        split = gl.load(halves + row * 4)
+    alone = gl.load(halves + row * 4 + 1)
+    turns = (gl.load(halves + row * 4 + 2) - alone) // 2
+    return split, alone, turns
+
+
+@gluon.jit
+def visit_of_half(index, alone, turns, GROUP: gl.constexpr):
+    """The visit that is the index-th of a half, which leaves every other one out of those that come in turns."""
+    return index + gl.minimum(gl.maximum(index - alone + GROUP, 0), turns)
+
+
+@gluon.jit
+def next_left_out(index, alone, turns, GROUP: gl.constexpr):
+    """Whether a half leaves out the visit behind its index-th one."""
+    number = index - alone + GROUP
+    return (number >= 0) & (number < turns)
 
 
 @gluon.jit

@@ -29,12 +29,16 @@ from visattn.kernels.triton.hopper.parts import (
     GROUPS,
     dense_run,
     following,
+    half_of_row,
     hide_masked,
     leave_out,
     mask_bits,
+    next_left_out,
     place,
     product_layout,
     row_layout,
+    rows_inside,
+    visit_of_half,
     wait_for_threads,
 )
 from visattn.kernels.triton.parts import RUNTIME_SIZES
@@ -106,18 +110,18 @@ def _consume(
     row, start, split, stop, dense = where
     q_token, grad_token, out_token, scale, score_scale = sizes
     prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
-    HEAD_DIM: gl.constexpr = SIZES[0]
+    BLOCK_DIM: gl.constexpr = SIZES[0]
     ROWS: gl.constexpr = SIZES[1]
     COLUMNS: gl.constexpr = SIZES[2]
     s_layout: gl.constexpr = product_layout(COLUMNS)
-    o_layout: gl.constexpr = product_layout(HEAD_DIM)
+    o_layout: gl.constexpr = product_layout(BLOCK_DIM)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    io: gl.constexpr = row_layout(HEAD_DIM)
+    io: gl.constexpr = row_layout(BLOCK_DIM)
 
     slots = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, io))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, io))
+    d = gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, io))
     token = gl.load(lists[0] + row * ROWS + slots)
-    here = (token >= 0)[:, None]
+    here = rows_inside(token, d, SIZES[6], BLOCK_DIM)
     wide = token.to(gl.int64)[:, None]
     queries.index(GROUP).store(gl.load(q + wide * (q_token * UNIT) + d[None, :], mask=here, other=0.0))
     grads.index(GROUP).store(gl.load(grad_out + wide * (grad_token * UNIT) + d[None, :], mask=here, other=0.0))
@@ -133,38 +137,32 @@ def _consume(
     row_delta = gl.load(delta + row_token, mask=row_token >= 0, other=0.0)
 
     state = (
-        gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, o_layout),
+        gl.zeros([GROUP_ROWS, BLOCK_DIM], gl.float32, o_layout),
         gl.zeros([GROUP_ROWS, COLUMNS], keys.dtype, p_layout),
     )
     at = (0, 0, 0, False)
     alone = stop
     turns = 0
     if HALVES:
-        # Those that are full for the second half only keep their masks, which spares its group another loop.
-        if GROUP == 0:
-            split = gl.load(lists[3] + row * 4)
-        alone = gl.load(lists[3] + row * 4 + 1)
-        turns = (gl.load(lists[3] + row * 4 + 2) - alone) // 2
+        split, alone, turns = half_of_row(lists[3], row, split, GROUP)
     for i in range(start, split):
         state, at = _step(
             i, shared, lists, score_scale, row_lse, row_delta, (0, 0), state, at, GROUP, SIZES, False, False
         )
         if HALVES and GROUP == 1:
-            if (turns > 0) & (i + 1 == alone):
+            if next_left_out(i, alone, turns, GROUP):
                 slot, phase = leave_out((shared[4], shared[5]), shared[6], at[:2], SIZES[4])
                 at = (slot, phase, at[2], at[3])
     if PARTIAL:
         for index in range(split, stop - turns):
             i = index
             if HALVES:
-                # Tiles that one half sees come in turns: each half leaves every other one out.
-                i += gl.minimum(gl.maximum(index - alone + GROUP, 0), turns)
+                i = visit_of_half(index, alone, turns, GROUP)
             state, at = _step(
                 i, shared, lists, score_scale, row_lse, row_delta, (0, 0), state, at, GROUP, SIZES, True, False
             )
             if HALVES:
-                in_turns = index - alone + GROUP
-                if (in_turns >= 0) & (in_turns < turns):
+                if next_left_out(index, alone, turns, GROUP):
                     slot, phase = leave_out((shared[4], shared[5]), shared[6], at[:2], SIZES[4])
                     at = (slot, phase, at[2], at[3])
     if DENSE:
@@ -185,7 +183,7 @@ def _consume(
     # Loaded again (volatile: not merged with the first load) to hold fewer registers in the loops.
     token = gl.load(lists[0] + row * ROWS + slots, volatile=True)
     out_row = token.to(gl.int64)[:, None] * out_token + d[None, :]
-    gl.store(grad_q + out_row, queries.index(GROUP).load(io), mask=(token >= 0)[:, None])
+    gl.store(grad_q + out_row, queries.index(GROUP).load(io), mask=rows_inside(token, d, SIZES[6], BLOCK_DIM))
 
 
 @gluon.jit
@@ -218,7 +216,7 @@ def query_gradients(
     q_batch, q_token, q_head, grad_batch, grad_token, grad_head, bounds_batch, list_batch, list_heads,
     scale, score_scale, heads, group, length, key_length,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
-    HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
     PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
@@ -231,6 +229,7 @@ def query_gradients(
         side_x: Length of its last axis.
         BOX: Tokens of a key tile per axis (t, y, x).
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
+        BLOCK_DIM: Channels that are computed with, 64 or 128: those from HEAD_DIM on are zero or not stored.
         HALVES: Whether `halves` says what each half of a row tile has to do (`Program.halves`).
     """
     row, pair = place(gl.program_id(0), dense_rows, grid_rows, pairs)
@@ -253,10 +252,10 @@ def query_gradients(
 
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = q.dtype.element_ty
-    queries = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, HEAD_DIM], layout)
-    grads = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, HEAD_DIM], layout)
-    keys = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
-    values = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, HEAD_DIM], layout)
+    queries = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, BLOCK_DIM], layout)
+    grads = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, BLOCK_DIM], layout)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, BLOCK_DIM], layout)
+    values = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, BLOCK_DIM], layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -271,7 +270,7 @@ def query_gradients(
         visible = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
     fence_async_shared()
 
-    SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, 1, STAGES, KEY_MASK)
+    SIZES: gl.constexpr = (BLOCK_DIM, ROWS, COLUMNS, 1, STAGES, KEY_MASK, HEAD_DIM)
     shared = (queries, grads, keys, values, k_ready, v_ready, free, visible)
     copied = (keys, values, k_ready, free, v_ready, free)
     where = (row, start, split, stop, dense)

@@ -19,6 +19,7 @@ READ = {
     grids.video: {"pixel_values", "pixel_values_videos"},
     grids.shapes: {"spatial_shapes"},
     grids.frames: {"grid_thw"},
+    grids.each_frame: {"pixel_values"},
     grids.pooled: {"pixel_values"},
     grids.elsewhere: set(),
 }

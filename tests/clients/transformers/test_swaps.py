@@ -21,7 +21,7 @@ def kinds(model):
     return [type(module) for module in model.modules()]
 
 
-@pytest.mark.parametrize("folder", ["sam", "hiera", "swinv2"])
+@pytest.mark.parametrize("folder", ["sam", "hiera", "swinv2", "timesformer"])
 @torch.no_grad()
 def test_classes_come_back_and_copies_are_stock(folder):
     model, x = make(folder), inputs(folder)
@@ -82,6 +82,9 @@ def test_what_stays_dense_says_why():
         hiera(pixels, interpolate_pos_encoding=True)
         report = handle.report()
     assert {call.problem.layout.grid for site in report.sites for call in site.calls} == {(6, 10), (3, 5)}
+    joint = make("timesformer", attention_type="joint_space_time")
+    with pytest.warns(UserWarning, match="frames alternate within each place"), visattn.apply(joint, PATTERN):
+        joint(**inputs("timesformer"))
     with pytest.raises(ValueError, match="3 axes"):
         visattn.apply(hiera, "na(window=3x3x3)")
 

@@ -101,7 +101,7 @@ def test_a_tower_equals_masked_dense_and_goes_back(folder, monkeypatch):
     else:
         masks = [mask_of(each) if folder != "hiera" else sorted_by_pooling(mask_of(each), each) for each in layouts]
     model.config._attn_implementation_internal = "sdpa"  # GIT says that it cannot, but can
-    hide(monkeypatch, masks, eager=folder in ("hiera", "swinv2"))
+    hide(monkeypatch, masks, eager=folder in ("hiera", "swinv2", "timesformer"))
     wanted = first(model(**x))
     assert (wanted - stock).abs().max() > 1e-2 * stock.std()
     assert (found - wanted).abs().max() <= 1e-4 * wanted.std()

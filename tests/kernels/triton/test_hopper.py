@@ -14,7 +14,8 @@ from visattn.dispatch import load
 from visattn.kernels.triton import backend as engine
 from visattn.kernels.triton.arguments import plan_of
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, config
-from visattn.kernels.triton.hopper.launch import by_threads, copyable, faster_configs, folded, hopper_config
+from visattn.kernels.triton.hopper.launch import copyable, faster_configs, folded, hopper_config
+from visattn.kernels.triton.hopper.masks import by_threads, thread_masks
 from visattn.kernels.triton.lists.program import pack
 from visattn.problem import Call, Problem
 
@@ -44,9 +45,17 @@ def test_takes_lists_of_whole_boxes(pattern, layout, direction):
 
 
 @pytest.mark.parametrize("direction", HOPPER)
-@pytest.mark.parametrize("other", [{"arch": 80}, {"arch": 100}, {"dtype": torch.float32}, {"dim": 72}, {"dim": 256}])
+@pytest.mark.parametrize(
+    "other", [{"arch": 80}, {"arch": 100}, {"dtype": torch.float32}, {"dim": 32}, {"dim": 136}, {"dim": 256}]
+)
 def test_leaves_other_gpus_dtypes_and_head_dims(other, direction):
     assert chosen("na(window=9x9)", Layout((64, 64)), direction=direction, **other) is None
+
+
+@pytest.mark.parametrize("direction", HOPPER)
+def test_pads_head_dims_to_the_channels_that_it_computes_with(direction):
+    for dim, channels in ((40, 64), (56, 64), (72, 128), (80, 128), (96, 128), (120, 128)):
+        assert chosen("na(window=9x9)", Layout((64, 64)), dim=dim, direction=direction) == HOPPER[direction][channels]
 
 
 @pytest.mark.parametrize("direction", HOPPER)
@@ -139,3 +148,5 @@ def test_a_threads_bits_of_a_mask_lie_side_by_side():
         eight, thread, side = column // 8, column % 8 // 2, column % 2
         bit = words[:, :, thread] >> (2 * eight + side) & 1
         assert (bit == seen[:, :, column]).all()
+    masks = torch.from_numpy(pack(seen, 128, 64))
+    assert thread_masks(masks) is thread_masks(masks) and thread_masks(masks).equal(by_threads(masks))

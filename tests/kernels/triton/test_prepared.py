@@ -138,7 +138,7 @@ def quick(driver, monkeypatch):
     return driver
 
 
-@pytest.mark.parametrize("text", ["topk(keep=0.3,block=8x16,key_block=8x8)", "topp(p=0.5,block=4x4,always=near(1))"])
+@pytest.mark.parametrize("text", ["topk(keep=0.3,block=8x16,key_block=8x8)", "topp(p=0.5,block=8x8,always=near(1))"])
 def test_a_choice_is_started_again_with_its_addresses(quick, text, monkeypatch):
     # Scores of one head at a time: two launches of the kernels that read them.
     monkeypatch.setattr("visattn.kernels.triton.choosing.choose.SCORES", 1)
@@ -161,6 +161,7 @@ def test_a_choice_is_started_again_with_its_addresses(quick, text, monkeypatch):
     assert lists["choice"] == first["tiles"] == second["tiles"]
     assert text.startswith("topk") or lists["counts"] == first["counts"]
     assert (run["bounds"], run["bases"]) == (lists["bounds"], lists["bases"]) and run["out"] == out.data_ptr()
+    assert (run["mask_ids"], lists["row_blocks"]) == (lists["mask_ids"], seen[-2][6][1]["row_blocks"])
     # Tables stay where they are.
     assert means["tokens"] == seen[-2][0][1]["tokens"]
     quick.first.clear()
@@ -168,6 +169,20 @@ def test_a_choice_is_started_again_with_its_addresses(quick, text, monkeypatch):
     del q, k, v, out
     gc.collect()
     assert [ref() is None for ref in held] == [True] * 4
+
+
+def test_lists_that_are_written_again_are_tensors_for_who_asks(quick):
+    """Gradients read the lists of the forward where their tiles are the same, and so does a first launch."""
+    q, k, v = tensors(0, learns=True)
+    for _ in range(2):
+        out = attention(q, k, v, "topk(keep=0.3,block=8x16,key_block=8x8)", LAYOUT, backend="triton")
+    written = next(found for kernel, found in reversed(quick) if kernel.fn.__name__ == "write_lists")
+    lists = out.grad_fn.rest[-1]
+    run = lists.program("forward")
+    assert [t.data_ptr() for t in run.own_lists] == lists.addresses("forward")
+    assert lists.addresses("forward") == [written[name] for name in ("bounds", "bases", "mask_ids")]
+    assert run.bounds.shape == (4, run.row_tiles, 4) and run.bounds.dtype == run.bases.dtype == torch.int32
+    assert run.bases.shape == run.mask_ids.shape and run.full and run.groups == 2
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -36,6 +36,15 @@ def test_links_cost_what_nothing_hides():
     assert any("assumed" in line for line in found["ib"].assumed)
 
 
+def test_a_step_is_its_layers_on_up_to_64_gpus():
+    grid = Layout((4, 8, 64))
+    one, step = (scaling("na(window=3x3x3)", grid, 64, layers=layers) for layers in (1, 30))
+    assert [row.gpus for row in step.strong] == [row.gpus for row in step.weak] == [1, 2, 4, 8, 16, 32, 64]
+    for layer, whole in zip((*one.strong, *one.weak), (*step.strong, *step.weak), strict=True):
+        assert whole.milliseconds == pytest.approx(30 * layer.milliseconds)
+        assert whole.sent == 30 * layer.sent and whole.efficiency == pytest.approx(layer.efficiency)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

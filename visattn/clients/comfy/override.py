@@ -16,7 +16,8 @@ from visattn.report import Report
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.run import Run, Step
 from visattn.runtime.runner import Runner
-from visattn.schedule import Given, SiteName, check_dims
+from visattn.schedule import Given, check_dims
+from visattn.selectors import SiteName
 
 # Layers that a schedule can name; no model has as many.
 MOST_LAYERS = 512

@@ -10,7 +10,8 @@ from visattn.clients.comfy.records import RECORDS, record_of
 from visattn.dispatch import load
 from visattn.handle import Request
 from visattn.patterns import MergingPattern
-from visattn.schedule import PatternLike, Schedule, Selector
+from visattn.schedule import PatternLike, Schedule
+from visattn.selectors import Selector
 
 # What ComfyUI calls the things that a patch uses.
 WRAPPER, PREPARE, CLEANUP = "diffusion_model", "on_prepare_state", "on_cleanup"

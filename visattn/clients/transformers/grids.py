@@ -126,6 +126,16 @@ def frames(config: Any, args: Args, prefix: int, suffix: int) -> Where:
     return Chunks(why="its sequence holds several images: they are attended one by one", calls=calls)
 
 
+def each_frame(config: Any, args: Args, prefix: int, suffix: int) -> Where:
+    """Rows and columns of patches of `pixel_values` [B, T, C, H, W], of a tower that attends frame by frame."""
+    pixels = args.get("pixel_values")
+    if pixels is None or pixels.ndim != 5:
+        return Samples(why="it got no pixel_values [B, T, C, H, W]")
+    if config.attention_type == "joint_space_time":
+        return Samples(why="its frames alternate within each place, and the rest is no grid of frames")
+    return _grid((), pixels.shape[-2:], config, prefix, suffix)
+
+
 def pooled(config: Any, args: Args, prefix: int, suffix: int) -> Where:
     """Rows and columns of each stage of `pixel_values` [B, C, H, W], whose tokens are sorted by the pooling to come."""
     pixels = args.get("pixel_values")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -38,12 +38,14 @@ def install(target: Any, request: Request) -> list[PatchedTower]:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ValueError(f"cannot apply to a {type(target).__name__} of transformers: pass a model or a pipeline")
-    if request.schedule.dense_steps or request.schedule.dense_last_steps:
-        raise ValueError(f"dense_steps counts denoising steps, and {name} has none: use dense_layers or layers")
+    if stepped := request.schedule.counted:
+        raise ValueError(f"{stepped} counts denoising steps, and {name} has none: use dense_layers or layers")
     towers = find_towers(model, name)
     check_free(towers, name)
     sites = [site for tower in towers for site in tower.sites]
     patterns = request.schedule.assign_stepless([site.name for site in sites], name)
+    precise = request.schedule.precisions([site.name for site in sites], name)
+    precisions = {site.name.path: precision for site, precision in zip(sites, precise, strict=True)}
     given = {site.name.path: pattern for site, pattern in zip(sites, patterns, strict=True) if pattern is not None}
     patched: list[PatchedTower] = []
     for tower in towers:
@@ -54,14 +56,22 @@ def install(target: Any, request: Request) -> list[PatchedTower]:
     for tower in towers:
         own = [(site, given[site.name.path]) for site in tower.sites if site.name.path in given]
         if own:
-            patched.append(PatchedTower(model, name, tower, own, request))
+            patched.append(PatchedTower(model, name, tower, own, precisions, request))
     return patched
 
 
 class PatchedTower:
     """One patched tower: its run, its sites, its hooks and the implementation that it had."""
 
-    def __init__(self, model: nn.Module, name: str, tower: Tower, sites: Assigned, request: Request) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        tower: Tower,
+        sites: Assigned,
+        precisions: Mapping[str, str | None],
+        request: Request,
+    ) -> None:
         self._request, self._sites = request, sites
         self._run = TowerRun(name, request.schedule, request.strict, always=request.always)
         self._run.sparse_sites = [site.name.path for site, pattern in sites if not isinstance(pattern, Dense)]
@@ -81,7 +91,7 @@ class PatchedTower:
             own = make_parameters(module, module, pattern, tower.dims) if pattern.learnable else None
             if own is not None:
                 self._learnables.append(Learnable(name, path, pattern, own))
-            runner = Runner(self._run, pattern, request.backend, run_stock, own)
+            runner = Runner(self._run, pattern, request.backend, run_stock, own, precisions[path])
             attend = _no_stock if self._mixin else stock(module.config._attn_implementation, module)
             module.visattn_site = Site(self._run, path, runner, attend)
             self._hooks.before(module, Enter(self._run, module.visattn_site, module, tower.record.told))

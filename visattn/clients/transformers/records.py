@@ -89,6 +89,11 @@ def _in_units(module: Any, around: Any, block: int) -> bool:
     return bool(module.use_mask_unit_attn or module.query_stride > 1)
 
 
+def _over_time(module: Any, around: Any, block: int) -> bool:
+    """Whether a module attends from frame to frame at one place."""
+    return module is getattr(around, "temporal_attention", None)
+
+
 def _not_full(module: Any, around: Any, block: int) -> bool:
     """Whether a block is not listed as one of full attention."""
     return block not in module.config.fullatt_block_indexes
@@ -150,6 +155,15 @@ RECORDS: tuple[Record, ...] = (
     Record("yolos.YolosEmbeddings", ("YolosSelfAttention",), "YOLOS", prefix=CLASS, suffix=("num_detection_tokens",)),
     Record("videomae.VideoMAEEmbeddings", ("VideoMAESelfAttention",), "VideoMAE", grids.video),
     Record("vivit.VivitEmbeddings", ("VivitAttention",), "ViViT", grids.video, CLASS),
+    Record(
+        "timesformer.TimesformerEmbeddings",
+        ("TimeSformerAttention",),
+        "TimeSformer: attention within a frame",
+        grids.each_frame,
+        CLASS,
+        skips=_over_time,
+        swap=swaps.TimeSformerAttention,
+    ),
     Record("vjepa2.VJEPA2Embeddings", ("VJEPA2RopeAttention",), "V-JEPA 2: the encoder", grids.video),
     Record(
         "sam2.Sam2HieraDetModel",
@@ -237,5 +251,4 @@ REFUSED = {
     "pvt_v2": f"{_OWN_CODE}, and its keys are fewer than its queries",
     "swin": _WINDOWS,
     "swin2sr": f"{_OWN_CODE}, and is in windows already",
-    "timesformer": f"{_OWN_CODE}",
 }

@@ -146,12 +146,14 @@ class Site:
         backend, pattern = self.runner.backend, self.runner.pattern
         if isinstance(found, str) or call.refusal() or call.layouts is not None:
             return own()
-        if backend == "auto" and pattern.covers(found[0].grid) and not call.local:
+        covers = self.runner.precision is None and pattern.covers(found[0].grid)
+        if backend == "auto" and covers and not call.local:
             return own()
         parameters = {name: value.to(call.q.device) for name, value in self.runner.parameters.items()}
         rest: dict[str, Any] = {"parameters": parameters} if parameters else {}
         if call.rpb is not None:
             rest["rpb"] = call.rpb
+        rest["precision"] = self.runner.precision
         return attention(*call.tensors, pattern, found[0], scale=call.scale, backend=backend, **rest)
 
 

@@ -82,7 +82,7 @@ class SamVisionAttention:
             q, k, v = with_positions(q, k, v, tables, site.runner.pattern, grid, self.scale)
         dropout = self.dropout if self.training else 0.0
         stock = Stock(site, own)
-        out = run(site, self, (q, k, v), self.scale, dropout, stock)
+        out = run(site, self, (q, k, v), self.scale, dropout, stock, output_attentions=output_attentions)
         if out is None:
             return stock.result
         return self.proj(out[..., :channels].reshape(batch, *grid, -1)), None
@@ -103,8 +103,27 @@ class HieraMaskUnitAttention:
         qkv = self.qkv(hidden_states).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         stock = Stock(site, own)
-        out = run(site, self, (q, k, v), self.scale, 0.0, stock)
+        out = run(site, self, (q, k, v), self.scale, 0.0, stock, output_attentions=output_attentions)
         return stock.result if out is None else (self.proj(out.flatten(2)), None)
+
+
+class TimeSformerAttention:
+    """TimeSformer's attention within each frame, of a class token and the patches."""
+
+    visattn_site: Site | None
+
+    def forward(self: Any, hidden_states: torch.Tensor, output_attentions: bool = False) -> Any:
+        """As the module's own forward."""
+        site = self.visattn_site
+        own = functools.partial(super().forward, hidden_states, output_attentions)  # type: ignore[misc]
+        if site is None:
+            return own()
+        attn, stock = self.attention, Stock(site, own)
+        qkv = attn.qkv(hidden_states).unflatten(2, (3, attn.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        dropout = attn.attn_drop.p if self.training else 0.0
+        out = run(site, self, (q, k, v), attn.scale, dropout, stock, output_attentions=output_attentions)
+        return stock.result if out is None else (self.output(out.flatten(2)),)
 
 
 class Swinv2Layer:

@@ -11,7 +11,7 @@ from torch import nn
 
 from visattn.clients.transformers.records import RECORDS, REFUSED, Record
 from visattn.patterns import Dense, Neighborhood, Pattern
-from visattn.schedule import SiteName
+from visattn.selectors import SiteName
 
 
 class Found(NamedTuple):

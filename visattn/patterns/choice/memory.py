@@ -146,12 +146,13 @@ class _Kept:
     counts: torch.Tensor | None
     means: Means | None
     step: int
+    given: torch.dtype
 
     @classmethod
     def of(cls, choice: Routes, means: Means | None, step: int, blocks: int, dtype: torch.dtype) -> _Kept:
         small = torch.int16 if blocks <= 2**15 else torch.int32
         kept = None if means is None else Means(*(t.to(dtype) for t in means))
-        return cls(choice.tiles.to(small), choice.counts, kept, step)
+        return cls(choice.tiles.to(small), choice.counts, kept, step, choice.tiles.dtype)
 
     def good(self, now: Means | None, drift: float) -> bool:
         """Whether the means of blocks are still near; reading that waits for the device."""
@@ -159,7 +160,7 @@ class _Kept:
 
     @property
     def choice(self) -> Routes:
-        return Routes(self.tiles.long(), self.counts)
+        return Routes(self.tiles.to(self.given), self.counts)
 
 
 def kept_for(

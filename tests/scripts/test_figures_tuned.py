@@ -1,0 +1,46 @@
+"""The table and the chart of tuned schedules, made from results."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from scripts import figures_tuned
+from scripts.figures_tuned import draw, tuned_table
+
+TIMES = {kind: {"attention_seconds": value / 1e3} for kind, value in (("tuned", 6), ("single", 10), ("dense", 12))}
+BOUND = {
+    "times": TIMES,
+    "verified": {"psnr_mean": 27.03, "psnr_worst": 25.2, "samples": 20},
+    "held_in": 20,
+    "single": {"pattern": "topk", "dense_stages": 1},
+    "tried": [{"attention_seconds": 0.006, "held": 25.5}, {"attention_seconds": 0.012, "held": None}],
+}
+FOUND = {
+    "about": {"model": "emoji", "grid": [64, 64], "device": "H200", "dtype": "bfloat16", "steps": 24},
+    "bounds": {"25": BOUND, "30": {"error": "the minutes were over"}},
+    "grid": [{"pattern": "topk", "psnr": [22.0, 24.0], "attention_seconds": 0.01}, {"pattern": "na", "error": "no"}],
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures_tuned, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_each_bound_that_was_measured_is_a_row(folder):
+    assert tuned_table() == "Not measured."
+    (folder / "tuned-emoji.json").write_text(json.dumps(FOUND))
+    lines = tuned_table().splitlines()
+    cells = "| emoji, 64x64 | 25 dB | **6.00 ms** | 10.00 ms: `topk`, 1 part dense | 12.00 ms | 40% | 27.0, 25.2 dB |"
+    assert lines[2] == f"{cells} 20 of 20 |" and len(lines) == 5
+    assert lines[-1] == "`tuned-emoji`: H200, bfloat16, 24 steps, best of 2 single patterns."
+
+
+def test_the_chart_has_a_dot_for_each_schedule(tmp_path):
+    draw(FOUND, tmp_path / "pictures" / "tuned-emoji.svg")
+    dots = [each for each in ET.parse(tmp_path / "pictures" / "tuned-emoji.svg").iter() if each.tag.endswith("circle")]
+    assert len(dots) == 2
+    tuned, single = dots
+    assert float(tuned.get("cx")) < float(single.get("cx")) and float(tuned.get("cy")) < float(single.get("cy"))

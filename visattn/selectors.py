@@ -1,0 +1,81 @@
+"""Layers by index, slice, range or name."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+Selector = int | slice | str
+# What `layers` may be, None for all.
+Layers = Selector | Iterable[Selector] | None
+
+
+class SiteName(NamedTuple):
+    """An attention module: its path in the model, and the path of the layer it belongs to."""
+
+    path: str
+    layer: str
+
+
+def selectors_of(value: Any, argument: str = "layers") -> tuple[Selector, ...]:
+    """What an argument selects, text at its commas.
+
+    Raises:
+        ValueError: If that is nothing, or no selector.
+    """
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    values = (value,) if isinstance(value, int | slice) else tuple(value)
+    if not values:
+        raise ValueError(f"{argument}={value!r} names no layer: give some, like '0-3', or None for all")
+    for part in values:
+        if isinstance(part, bool) or not isinstance(part, int | slice | str):
+            raise ValueError(f"{argument}: {part!r} is not an index, a slice, a range like '0-3' or a name")
+    return values
+
+
+def pick(selectors: tuple[Selector, ...], sites: Sequence[SiteName], layers: list[str], model: str) -> set[int]:
+    """Indices of the sites that the selectors name.
+
+    Raises:
+        ValueError: If one of them names none.
+    """
+    chosen: set[int] = set()
+    for selector in selectors:
+        picked = _pick_layers(selector, layers)
+        if picked is None:
+            names = str(selector)
+            found = {
+                i
+                for i, site in enumerate(sites)
+                if fnmatch.fnmatchcase(site.path, names) or fnmatch.fnmatchcase(site.layer, names)
+            }
+        else:
+            found = {i for i, site in enumerate(sites) if site.layer in picked}
+        if not found:
+            raise ValueError(
+                f"layers: {selector!r} selects nothing in {model}; its {len(layers)} layers: {_listed(layers)}"
+            )
+        chosen |= found
+    return chosen
+
+
+def _pick_layers(selector: Selector, layers: list[str]) -> set[str] | None:
+    """The layers that an index, slice or range selects; None if the selector is a name."""
+    if isinstance(selector, slice):
+        return set(layers[selector])
+    if isinstance(selector, int):
+        return {layers[selector]} if -len(layers) <= selector < len(layers) else set()
+    match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", selector)
+    if not match:
+        return None
+    first = int(match[1])
+    last = first if not match[2] else int(match[3]) if match[3] else len(layers)
+    return set(layers[first : last + 1])
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [f"{i} {name}" for i, name in enumerate(names)]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:6], "...", shown[-1]])
