@@ -18,6 +18,8 @@ class Watching(Protocol):
     """What of a model's run says how a call is to be seen."""
 
     tally: Tally
+    # Where each thread is; a perturbed forward is seen whole.
+    here: Any
 
     @property
     def watcher(self) -> Any:
