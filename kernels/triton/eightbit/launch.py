@@ -13,7 +13,7 @@ from visattn.kernels.triton.arguments import LOG2E, Operands, Work, head_argumen
 from visattn.kernels.triton.config import Config, block_dim
 from visattn.kernels.triton.eightbit import quantise
 from visattn.kernels.triton.eightbit.forward import attend_8bit
-from visattn.kernels.triton.hopper.launch import by_threads
+from visattn.kernels.triton.hopper.masks import thread_masks
 from visattn.kernels.triton.lists.program import Program
 from visattn.kernels.triton.start import launch, launch_like, on, programs
 from visattn.tiling import Tiling
@@ -179,12 +179,6 @@ def forward(t: Operands, work: Work, fp8: bool) -> None:
             launch(attend_8bit, programs(given), given | more, config.warps, config.stages)
 
 
-@kept
-def _masks_of(masks: torch.Tensor) -> torch.Tensor:
-    """Masks as Hopper's kernels read them; a plan's are the same at every call."""
-    return by_threads(masks)
-
-
 def _on_hopper(made: Bytes, given: dict[str, Any], config: Config, work: Work) -> None:
     """Start Hopper's own kernel, which reads by descriptors."""
     from triton.experimental.gluon.language import NVMMASharedLayout
@@ -203,7 +197,7 @@ def _on_hopper(made: Bytes, given: dict[str, Any], config: Config, work: Work) -
         "v8": descriptor(made.v8, made.v8.shape[2]),
     }
     units = torch.cuda.get_device_properties(made.q8.device).multi_processor_count
-    more = {"taken": work.starts.counter(), "masks": _masks_of(given["masks"]), "STAGES": config.stages}
+    more = {"taken": work.starts.counter(), "masks": thread_masks(given["masks"]), "STAGES": config.stages}
     grid = (min(units, programs(given)[0]),)
     launch(attend_on_hopper, grid, made.given() | given | copied | more, config.warps, None)
 
