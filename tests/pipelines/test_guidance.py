@@ -1,6 +1,7 @@
 """guide(): sums with perturbed predictions, against diffusers' own pipelines and against runs without guidance."""
 
 import functools
+import types
 
 import diffusers
 import pytest
@@ -12,6 +13,7 @@ from tests.support.oracles import grid_tokens
 from visattn import Layout
 from visattn.pipelines.guidance import sums
 from visattn.runtime.perturbed import Blur
+from visattn.runtime.rest import Rest, Rested
 
 
 def build(name):
@@ -194,11 +196,22 @@ def test_heads_and_strength():
 
 @pytest.mark.parametrize("off", [{"scale": 0.0}, {"strength": 0.0}])
 def test_nothing_is_exactly_nothing(off):
-    pipe, options = shared("stable_diffusion")
+    pipe, options = shared("flux")
     plain = latents(pipe, options, 2)
     with visattn.guide(pipe, **off) as handle:
         assert torch.equal(latents(pipe, options, 2), plain)
         assert "0 forwards more" in handle.report()
+
+
+@torch.no_grad()
+def test_modules_at_rest_are_perturbed():
+    """What passes by calls that are left dense, on a GPU, does not pass by those of a perturbed forward."""
+    here, tally = types.SimpleNamespace(perturbed=None), types.SimpleNamespace(pass_on=lambda cell: True)
+    run, tokens = types.SimpleNamespace(watcher=None, here=here, tally=tally), torch.zeros(1, 2, 3)
+    rest = Rest("a", tokens.shape, tokens.dtype, Rested(run, None, ""))
+    assert rest.passes(None, tokens)
+    here.perturbed = {}
+    assert not rest.passes(None, tokens)
 
 
 def gaussian(layout, sigma):
@@ -252,19 +265,24 @@ def test_span():
 
 @pytest.mark.parametrize("after", [True, False])
 def test_cache_is_not_poisoned(after):
-    """With next to no scale a cached run is what it is without guidance: each kind of forward keeps its own."""
+    """Each kind of forward keeps its own: p is computed where c was, and later steps of c do not see it."""
     cache = diffusers.FirstBlockCacheConfig(threshold=1e9)
     pipe, options = build("flux")
+    c = latents(pipe, options)
+    with visattn.apply(pipe, "na(window=1)", layers=[1]):
+        p = latents(pipe, options)
     pipe.transformer.enable_cache(cache)
     plain = latents(pipe, options, 3)
     if after:
         pipe.transformer.disable_cache()
-    with visattn.guide(pipe, 1e-9, layers=[0]) as handle:
-        if after:
-            pipe.transformer.enable_cache(cache)
-        found = latents(pipe, options, 3)
-        assert "3 of 3 forwards guided" in handle.report()
-    near(found, plain)
+    for scale, steps, expected in ((2.0, 1, c + 2.0 * (c - p)), (1e-9, 3, plain)):
+        with visattn.guide(pipe, scale, layers=[1]) as handle:
+            if after:
+                pipe.transformer.enable_cache(cache)
+            near(latents(pipe, options, steps), expected)
+            assert f"{steps} of {steps} forwards guided" in handle.report()
+            if after:
+                pipe.transformer.disable_cache()
 
 
 def test_sparse_pipeline():
