@@ -139,7 +139,7 @@ class Guided:
                 found = prediction_of(model(*args, **kwargs))
             else:
                 # Caches keep what each kind of call had: this is one of its own.
-                with model.cache_context(CONTEXT):  # type: ignore[operator]
+                with model.cache_context(CONTEXT, **self._context.told):  # type: ignore[operator]
                     found = prediction_of(model(*args, **kwargs))
         finally:
             self._busy, here.perturbed = False, None

@@ -51,6 +51,14 @@ class ContextSteps:
         return context if isinstance(context, str) else getattr(context, "name", None)
 
     @property
+    def told(self) -> dict[str, Any]:
+        """What else the pipeline tells of that call, as keyword arguments of `cache_context`."""
+        context = self._context
+        if context is None or isinstance(context, str):
+            return {}
+        return {name: value for name, value in vars(context).items() if name != "name" and value is not None}
+
+    @property
     def _context(self) -> Any:
         # Up to diffusers 0.40 a context is only a name.
         return getattr(self._listener.manager, "_context", None)

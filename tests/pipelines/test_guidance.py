@@ -285,6 +285,19 @@ def test_cache_is_not_poisoned(after):
                 pipe.transformer.disable_cache()
 
 
+def test_cache_that_asks_for_the_step():
+    """SeaCache gets in the perturbed forward what the pipeline told of the plain one."""
+    if not hasattr(diffusers, "SeaCacheConfig"):
+        pytest.skip("this diffusers has no SeaCache")
+    pipe, options = build("wan")
+    with visattn.guide(pipe, 2.0, layers=[0]):
+        expected = latents(pipe, options, 2)
+    pipe.transformer.enable_cache(diffusers.SeaCacheConfig(threshold=0.0, residual_order=0))
+    with visattn.guide(pipe, 2.0, layers=[0]) as handle:
+        near(latents(pipe, options, 2), expected)
+        assert "2 of 4 forwards guided" in handle.report()
+
+
 def test_sparse_pipeline():
     """A pipeline that is sparse already stays so in both predictions, and after the guidance is removed."""
     pipe, options = shared("flux")
