@@ -158,21 +158,3 @@ def gpu_hopper_table() -> str:
         cells.append(f"{dense['forward_ms']:.3g}, {dense['backward_ms']:.3g}")
         rows.append(cells)
     return table(["case", "head dim", "forward", "dK/dV", "dQ", "backward", "cuDNN dense"], rows)
-
-
-def gpu_shapes_table() -> str:
-    """Head dims, numbers of heads and batches, measured by scripts/bench/shapes_gpu.py."""
-    rows = []
-    for case in result("h200-shapes")["cases"].values():
-        own, peer = case["triton"], case["cudnn"]
-        cells = [f"`{case['pattern']}` on {case['layout']}", f"{case['batch']} x {case['heads']} x {case['head_dim']}"]
-        cells.append(case.get("kernel", "lists chosen, hopper"))
-        for way in ("forward", "backward"):
-            rate, time = case.get(f"{way}_tflops"), own[f"{way}_ms"]
-            faster = f"{peer[f'{way}_ms'] / time:.1f}x" if isinstance(peer, dict) else ""
-            cells += [f"{time:.3g}", f"{rate:.0f}" if rate else "", faster]
-        rows.append(cells)
-    head = ["case", "samples x heads x head dim", "forward kernel"]
-    for way in ("forward", "backward"):
-        head += [f"{way}, ms", "TFLOP/s", "than cuDNN"]
-    return table(head, rows)

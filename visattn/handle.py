@@ -235,8 +235,8 @@ def apply(
         strict: Raise if a forward misses a selected attention module.
         weights: File that `Handle.save` wrote: learnable parameters of the same patterns at the same layers. None
             starts from their initial values.
-        always: Run the pattern wherever it can run. Without it "auto" leaves a module of a diffusers model on a GPU its
-            own dense attention where a call is estimated to take longer with the pattern (few tokens, where a call
+        always: Run the pattern wherever it can run. Without it "auto" leaves a module of a model on a GPU its own
+            dense attention where a call is estimated to take longer with the pattern (few tokens, where a call
             costs the host more than the device), or to save the device less than a call in a model costs the host, and
             the report counts such calls with both estimates. Calls with
             gradients, learnable patterns, named backends, `strict` and `weights` always run the pattern; a model that
