@@ -287,17 +287,14 @@ class DynamicPattern(TailedPattern):
         self, q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None, scale: float
     ) -> Routes:
         """What grid queries and keys [B, tokens, heads, D] choose, whatever was chosen before: by kernels or torch."""
-        quick = by_kernels(self, q, k, blocks, valid, scale)
-        return self.chosen_by_torch(q, k, blocks, valid, scale) if quick is None else quick
+        return by_kernels(self, q, k, blocks, valid, scale) or self.chosen_by_torch(q, k, blocks, valid, scale)
 
     def chosen_by_torch(
         self, q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None, scale: float
     ) -> Routes:
         """The same by torch's operators, for any score and rule, device and dtype."""
-        heads = q.shape[2]
-        share = self._shared(heads)
+        heads, share = q.shape[2], self._shared(q.shape[2])
         guard = None if self.alike is None else alike_blocks(q, k, blocks, valid, self.alike)
-        most = blocks.columns if guard else self.most_listed(blocks)
         slices, leaves = Slices(share, self.per == "all"), self.most_listed(blocks)
         seen, some = block_scores(Score.of(self.score), q, k, blocks, valid, scale, slices, leaves)
         variance = self.variance(q, k, blocks, valid, scale)
@@ -306,7 +303,7 @@ class DynamicPattern(TailedPattern):
         for scores, which in some:
             own = None if variance is None else variance[:, which]
             mask = self._marked(scores, which, seen, blocks, guard, share, own)
-            found.append(lists_of(mask, most))
+            found.append(lists_of(mask, blocks.columns if guard else leaves))
         return self._joined(found, blocks, heads, share)
 
     def pick(self, scores: torch.Tensor, seen: Seen, blocks: Blocks) -> Routes:

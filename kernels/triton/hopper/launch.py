@@ -23,7 +23,7 @@ from visattn.kernels.triton.arguments import (
     unit,
 )
 from visattn.kernels.triton.choosing.tables import writes_lists
-from visattn.kernels.triton.config import HOPPER, Config
+from visattn.kernels.triton.config import HOPPER, HOPPER_WIDTHS, Config
 from visattn.kernels.triton.hopper.masks import thread_masks
 from visattn.kernels.triton.hopper.turns import Turns, turns
 from visattn.kernels.triton.lists.program import Program
@@ -33,8 +33,6 @@ from visattn.patterns import Pattern, RoutedPattern
 from visattn.plans import TilePlan
 from visattn.problem import Call
 
-# Least head dim of these kernels, which compute with 64 or 128 channels.
-NARROWEST = 40
 # Warps of the kernels' first role; the others are told apart inside them.
 WARPS = 4
 # Channels of one copy: 128 bytes, the widest swizzle of shared memory.
@@ -62,11 +60,8 @@ def installed() -> bool:
 
 
 def width(head_dim: int) -> int:
-    """Channels that the kernels compute with for a head dim: a multiple of 64; more than they have for other ones.
-
-    Those behind the head dim are zero. Head dims whose half would be, or more, are left to the general kernels.
-    """
-    return -(-head_dim // 64) * 64 if head_dim % 8 == 0 and head_dim >= NARROWEST else 0
+    """Channels that the kernels compute with for a head dim, those behind it zero; 0 where the general kernels run."""
+    return HOPPER_WIDTHS.get(head_dim, 0)
 
 
 def hopper_config(
