@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from visattn.kernels.rows import attention_rows
     from visattn.layout import Layout
     from visattn.patterns import dense_mask, parse
+    from visattn.pipelines.guidance.handle import guide
     from visattn.plans import TilePlan, plan
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "clear_caches",
     "dense_mask",
     "explain",
+    "guide",
     "parse",
     "patterns",
     "plan",
@@ -75,6 +77,7 @@ def __getattr__(name: str) -> Any:
         "clear_caches": "visattn.keep",
         "dense_mask": "visattn.patterns",
         "explain": "visattn.attend",
+        "guide": "visattn.pipelines.guidance.handle",
         "parse": "visattn.patterns",
         "plan": "visattn.plans",
         "plugins": "visattn.doors",

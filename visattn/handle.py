@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from visattn.reached import Reached
 from visattn.registry import REGISTRY
 from visattn.report import Report, SiteReport
 from visattn.schedule import PatternLike, Schedule
-from visattn.selectors import Selector
+from visattn.selectors import Layers
 from visattn.watch import Watched, Watcher
 
 
@@ -119,6 +119,11 @@ class Handle:
         if self._caught:
             self.watch(None)
 
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """What was patched, one for each model."""
+        return self._patches
+
     def save(self, path: str | Path) -> None:
         """Write the learnable parameters to a safetensors file, for `apply(..., weights=path)`.
 
@@ -191,7 +196,7 @@ def apply(
     target: Any,
     pattern: PatternLike | Schedule,
     *,
-    layers: Selector | Iterable[Selector] | None = None,
+    layers: Layers = None,
     dense_layers: int = 0,
     dense_steps: int | float = 0,
     dense_last_steps: int | float = 0,
@@ -202,7 +207,7 @@ def apply(
     always: bool = False,
     caught: int = 0,
     precision: str | None = None,
-    precise_layers: Selector | Iterable[Selector] | None = None,
+    precise_layers: Layers = None,
     precise_steps: int | float = 0,
     precise_last_steps: int | float = 0,
     parallel: str | None = None,

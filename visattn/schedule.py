@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from visattn.checks import check_precision
 from visattn.patterns import Dense, ListedPattern, MergingPattern, Pattern, Radial, parse
 from visattn.patterns.values import axis_values, per_axis
-from visattn.selectors import Selector, SiteName, pick, selectors_of
+from visattn.selectors import Layers, Selector, SiteName, pick, selectors_of
 from visattn.staged import Staged
 from visattn.tuned import Tuned
 
@@ -59,12 +59,12 @@ class Schedule:
     def of(
         cls,
         pattern: PatternLike | Schedule,
-        layers: Selector | Iterable[Selector] | None = None,
+        layers: Layers = None,
         dense_layers: int = 0,
         dense_steps: int | float = 0,
         dense_last_steps: int | float = 0,
         precision: str | None = None,
-        precise_layers: Selector | Iterable[Selector] | None = None,
+        precise_layers: Layers = None,
         precise_steps: int | float = 0,
         precise_last_steps: int | float = 0,
     ) -> Schedule:

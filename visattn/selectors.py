@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 Selector = int | slice | str
+# What `layers` may be, None for all.
+Layers = Selector | Iterable[Selector] | None
 
 
 class SiteName(NamedTuple):

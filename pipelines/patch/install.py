@@ -22,6 +22,7 @@ from visattn.pipelines.patch.sites import find_sites
 from visattn.pipelines.patch.steps import ContextSteps
 from visattn.pipelines.patch.targets import Target
 from visattn.report import SiteReport
+from visattn.runtime.run import Step
 from visattn.watch import Watcher
 
 
@@ -49,10 +50,18 @@ def install(target: Any, request: Request) -> list[PatchedModel]:
 
 
 class PatchedModel:
-    """One patched model: its run, its processors and its hooks."""
+    """One patched model: its run, its processors and its hooks.
+
+    Attributes:
+        model: The model.
+        family: What is known about its kind.
+        sites: Its attention modules.
+        removed: Whether the patch was undone.
+    """
 
     def __init__(self, target: Target, scheduler: SchedulerSteps, taken: Set[int]) -> None:
         name, model, family, request = target
+        self.model, self.family, self.removed = model, family, False
         schedule, layouts = request.schedule, request.layouts
         dims = layouts[0].dims if layouts else family.dims
         self.sites = find_sites(model, family, schedule, name, dims, taken, request.parallel is not None)
@@ -79,6 +88,15 @@ class PatchedModel:
             self._run.sharding.install(model)
         self._run.check_sites = functools.partial(self._processors.repair, hooks.follow)
 
+    @property
+    def run(self) -> DiffusersRun:
+        """What it knows while it runs."""
+        return self._run
+
+    def running_step(self) -> Step:
+        """Step and number of steps of the pipeline that is calling the model; unknown where none is."""
+        return self._scheduler.running(weakref.ref(self.model))
+
     def report(self) -> Sequence[SiteReport]:
         """See `visattn.handle.Patch`."""
         patterns = {site.name.path: site.pattern for site in self.sites}
@@ -103,6 +121,7 @@ class PatchedModel:
 
     def remove(self) -> None:
         """See `visattn.handle.Patch`. A processor that someone else has set since stays."""
+        self.removed = True
         if self._hooks is not None:
             self._hooks.remove()
         if self._run.sharding is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Hashable, Mapping
@@ -105,14 +106,22 @@ def _running_pipeline(model: torch.nn.Module | None) -> Any:
     """The nearest object on the stack that has a scheduler and a model, which is the pipeline that calls the model."""
     frame = sys._getframe(1)
     while frame is not None:
-        for name in _OWNERS:
-            # Reading the locals of a frame copies them.
-            if name in frame.f_code.co_varnames[: frame.f_code.co_argcount]:
-                owner = frame.f_locals.get(name)
-                scheduler = getattr(type(getattr(owner, "scheduler", None)), "set_timesteps", None)
-                if scheduler is not None and _has(owner, model):
-                    return owner
+        owner = owner_in(frame, model)
+        if owner is not None:
+            return owner
         frame = frame.f_back
+    return None
+
+
+def owner_in(frame: types.FrameType, model: torch.nn.Module | None) -> Any:
+    """The object with a scheduler and a model that running code got, None if it got none."""
+    for name in _OWNERS:
+        # Reading the locals of a frame copies them.
+        if name in frame.f_code.co_varnames[: frame.f_code.co_argcount]:
+            owner = frame.f_locals.get(name)
+            scheduler = getattr(type(getattr(owner, "scheduler", None)), "set_timesteps", None)
+            if scheduler is not None and _has(owner, model):
+                return owner
     return None
 
 

@@ -220,5 +220,5 @@ def generate(pipeline, options, steps=3):
     """What a pipeline makes of a prompt, from fixed noise."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    out = pipeline("a cat", num_inference_steps=steps, generator=generator, output_type="pt", **options)
+    out = pipeline("a cat", num_inference_steps=steps, generator=generator, **{"output_type": "pt", **options})
     return out[0]

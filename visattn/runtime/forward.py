@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
+
+import torch
 
 from visattn.layout import Layout
 from visattn.patterns import Pattern
@@ -110,6 +112,7 @@ class Here(threading.local):
         merged: What a merging group has made of its tokens, None where it leaves them.
         kept: Why it leaves them, see `merging`.
         memory: What patterns keep from step to step; None where no forward began that may keep anything.
+        perturbed: What stands for modules in the perturbed forward that it is in; None in a plain one.
         rested: What the call was that a processor made; None before it made one, False if that was no such call.
     """
 
@@ -119,3 +122,28 @@ class Here(threading.local):
     kept: str = ""
     memory: Memory | None = None
     rested: Rested | Literal[False] | None = None
+    perturbed: Mapping[str, Callable[[Any, str], torch.Tensor]] | None = None
+
+    def stand_in(self, call: Any, site: str | None) -> torch.Tensor | None:
+        """What a perturbed forward has in place of a module's attention, None where it is as ever.
+
+        Args:
+            call: The call.
+            site: Path of the module.
+
+        Raises:
+            ValueError: If nothing tells at which module.
+        """
+        modules = self.perturbed
+        if modules is None:
+            return None
+        if site is None:
+            raise ValueError("guide: compiled code does not tell its attention modules: guide the model uncompiled")
+        if site not in modules:
+            return None
+        # What stands for a module may call it.
+        self.perturbed = None
+        try:
+            return modules[site](call, site)
+        finally:
+            self.perturbed = modules

@@ -18,6 +18,8 @@ class Watching(Protocol):
     """What of a model's run says how a call is to be seen."""
 
     tally: Tally
+    # Where each thread is; a perturbed forward is seen whole.
+    here: Any
 
     @property
     def watcher(self) -> Any:
@@ -65,6 +67,7 @@ class Rest(NamedTuple):
             tokens.shape != self.shape
             or tokens.dtype != self.dtype
             or run.watcher is not None
+            or run.here.perturbed is not None
             or torch.is_grad_enabled()
             or torch._C._is_any_autocast_enabled()
             or not run.tally.pass_on(cell)

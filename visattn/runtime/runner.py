@@ -19,15 +19,15 @@ from visattn.patterns.kinds import StaticPattern, reads_products
 from visattn.problem import Call, Problem
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
-from visattn.runtime.masks import carry_bias, key_validity
+from visattn.runtime.masks import key_validity
 from visattn.runtime.rest import Mark, Rested
 from visattn.runtime.run import Run
 from visattn.runtime.sequences import Sequences, query_rows, with_keys
 from visattn.runtime.verdict import MANY, Mode, Ready, Verdict, judge
+from visattn.runtime.watching import show
 from visattn.schedule import Given
 from visattn.staged import Staged
 from visattn.tally import tells
-from visattn.watch import Watched
 
 
 class Fit(NamedTuple):
@@ -104,6 +104,10 @@ class Runner:
         self.run.here.rested = False
         if self._strange(site) or self._is_piece(call):
             return self.stock(call), ()
+        if self.run.here.perturbed is not None:
+            out = self.run.here.stand_in(call, site)
+            if out is not None:
+                return out, ()
         device, name = call.q.device, site or self.unnamed
         if parameters is None:
             parameters = following(self.parameters, device)
@@ -123,8 +127,9 @@ class Runner:
         tally.end(cells, begun)
         if self.run.watcher is not None and site is not None and not (fit.why or call.causal or call.dropout):
             # Who looks sees what was kept.
+            layouts = () if verdict.slower else fit.layouts
             with placing(place):
-                self._show(site, call, out, Fit() if verdict.slower else fit, parameters)
+                show(self.run, site, self.pattern, call, out, layouts, fit.keys, parameters)
         forward = self.run.forward
         if forward is None:
             # No forward ends, after which nobody is in a module.
@@ -153,7 +158,10 @@ class Runner:
             mode: How the call is made.
         """
         library = torch._C
-        if self.run.watcher is not None or library._is_any_autocast_enabled() or library._current_graph_task_id() >= 0:
+        run = self.run
+        if run.watcher is not None or run.here.perturbed is not None or library._is_any_autocast_enabled():
+            return None
+        if library._current_graph_task_id() >= 0:
             return None
         grad = torch.is_grad_enabled()
         learns = grad and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -188,6 +196,7 @@ class Runner:
         if (
             forward is None
             or run.watcher is not None
+            or here.perturbed is not None
             or library._is_any_autocast_enabled()
             or library._current_graph_task_id() >= 0
         ):
@@ -279,7 +288,7 @@ class Runner:
         forward = self.run.forward
         if forward is None:
             return Fit(why="called outside of the model's forward")
-        if forward.dense or isinstance(self.pattern, Dense):
+        if self._rests(forward):
             return Fit()
         if why := call.refusal(self.run.wider):
             return Fit(why=why)
@@ -309,6 +318,15 @@ class Runner:
             return Fit(why=f"its mask {list(given)} is a bias, which {self.pattern.name} cannot add")
         return Fit(layouts, keys)
 
+    def _rests(self, forward: Forward) -> bool:
+        """Whether calls of a forward are to be dense."""
+        return forward.dense or isinstance(self.pattern, Dense)
+
+    @property
+    def _always(self) -> bool:
+        """Whether the pattern runs also where dense attention is estimated to be faster."""
+        return self.run.always
+
     def _takes_keys(self) -> bool:
         """Whether the pattern runs keys beyond the queries as such, without queries for them."""
         known = isinstance(self.pattern, StaticPattern) and not self.parameters
@@ -320,28 +338,6 @@ class Runner:
         if len(layouts) > 1 or layout.suffix or not self._takes_keys():
             return f"the text before its grid has a mask of its own, which {self.pattern.name} cannot leave alone here"
         return (with_keys(slice(layout.prefix, layout.length), layout),) if layout.prefix else layouts
-
-    def _show(
-        self, site: str, call: AttentionCall, out: torch.Tensor, fit: Fit, parameters: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Show a call that ran its pattern, or was to be dense, to the handle's watcher."""
-        pattern, layouts, keys = self.pattern, fit.layouts, fit.keys
-        q, k, v = call.tensors
-        if k.shape[1] != q.shape[1] or any(layout.key_layout is not None for layout in layouts):
-            # A map has as many rows as columns.
-            return
-        if not layouts:
-            valid = key_validity(call.mask, q, self.run.mask_row)
-            if isinstance(valid, str):
-                return
-            pattern, layouts, keys, parameters = Dense(), (Layout(q.shape[1]),), valid, {}
-        if keys is not None and keys.dtype != torch.bool:
-            q, k, _ = carry_bias(q, k, v, keys, call.factor)
-            keys = None
-        assert self.run.watcher is not None
-        forward = self.run.forward
-        step = None if forward is None else forward.step
-        self.run.watcher(Watched(site, q, k, v, out, pattern, layouts, call.factor, keys, parameters, step))
 
     def _verdict(
         self,
@@ -357,7 +353,7 @@ class Runner:
         forward = self.run.forward
         precision = None if forward is None or forward.precise else self.precision
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode, precision))
-        always = self.run.always or bool(parameters)
+        always = self._always or bool(parameters)
         return judge(self.pattern, problems, fit.layouts, self.backend, always, not call.local)
 
     def _problems(

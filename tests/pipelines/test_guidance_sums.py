@@ -1,0 +1,47 @@
+"""What guide() reads of a pipeline: how often and where the prediction with the prompt counts in its sum."""
+
+import pytest
+import torch
+
+from visattn.pipelines.guidance import sums
+
+CFG, TWO = {"do_classifier_free_guidance": True, "guidance_scale": 4.0}, torch.zeros(2)
+# Class of a pipeline, what it holds, samples of the call, its context, and the factor and half of the sum.
+READ = {
+    "stacked": ("X", CFG, 4, None, (4.0, slice(2, None))),
+    "stacked, named": ("X", CFG, 4, "cond_uncond", (4.0, slice(2, None))),
+    "prompt first": ("ZImagePipeline", CFG, 4, None, (5.0, slice(2))),
+    "truncated": ("ZImagePipeline", {**CFG, "current_guidance_scale": 0.0}, 2, None, (1.0, slice(None))),
+    "truncated, flag": ("X", {**CFG, "do_classifier_free_truncation": True}, 2, None, (1.0, slice(None))),
+    "from the prompt": ("Cosmos2TextToImagePipeline", {**CFG, "prompt_embeds": TWO}, 2, None, (5.0, slice(None))),
+    "off": ("X", {"do_classifier_free_guidance": False, "guidance_scale": 4.0}, 2, None, (1.0, slice(None))),
+    "distilled": ("X", {"guidance_scale": 4.0}, 2, None, (1.0, slice(None))),
+    "no flag": ("X", {"guidance_scale": 4.0, "negative": "x", "prompt_embeds": TWO}, 2, None, (4.0, slice(None))),
+    "no flag, stacked": ("DiTPipeline", {"guidance_scale": 4.0, "uncond": 1}, 4, None, (4.0, slice(2))),
+    "negative": ("X", {"guidance_scale": 4.0, "negative_embeds": {"a": TWO}}, 2, None, None),
+    "other context": ("X", CFG, 2, "uncond_stg", None),
+    "both": ("X", {**CFG, "prompt_embeds": TWO, "negative_embeds": TWO}, 2, None, "does not tell which"),
+    "neither": ("X", CFG, 2, None, "does not tell which"),
+    "three": ("X", {**CFG, "image_guidance_scale": 1.5}, 6, None, "three predictions"),
+    "later": ("X", {**CFG, "use_dynamic_cfg": True}, 4, None, "sets its scale after"),
+    "no scale": ("X", {"do_cfg": True}, 4, None, "does not tell its guidance_scale"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_read_sum(name, monkeypatch):
+    kind, names, batch, context, expected = READ[name]
+    monkeypatch.setattr(sums, "_running", lambda model: (type(kind, (), {})(), {"latents": TWO, **names}))
+    given = {"hidden_states": torch.zeros(batch), "text": TWO}
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            sums.read_sum(torch.nn.Module(), given, batch, context)
+    else:
+        assert sums.read_sum(torch.nn.Module(), given, batch, context) == expected
+
+
+def test_guider_is_refused(monkeypatch):
+    pipeline = type("HunyuanImagePipeline", (), {"guider": object()})()
+    monkeypatch.setattr(sums, "_running", lambda model: (pipeline, {}))
+    with pytest.raises(ValueError, match="guider's"):
+        sums.read_sum(torch.nn.Module(), {}, 1, "pred_cond")
