@@ -4,16 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import flex_attention as torch_flex
 
 from tests.support.cases import crossed, gradients
 from tests.support.geometry import patterns, problems, truth
 from tests.support.oracles import dense_attention
 from visattn import attention
 from visattn.dispatch import load, verdict
+from visattn.kernels.flex import backend as flex
 from visattn.kernels.flex.blocks import tile_plan
 from visattn.kernels.flex.visible import visible
 from visattn.patterns import Neighborhood
-from visattn.problem import Problem
+from visattn.problem import Call, Problem
 
 
 @pytest.mark.parametrize("name", ["reference", "sdpa", "tiles"])
@@ -26,6 +28,23 @@ def test_an_engine_is_dense_attention_under_the_mask(name, problem):
     assert out.shape == expected.shape and (out - expected).abs().max() < 1e-10
     for ours, theirs in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
         assert (ours - theirs).abs().max() < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=8, deadline=None)
+@given(problems())
+def test_flex_and_its_gradients_are_dense_attention_under_the_mask(problem):
+    """FlexAttention uncompiled, which has gradients on a CPU where nobody forbids them."""
+    pattern, layout, inputs, valid, seen = problem
+    scale = inputs[0].shape[-1] ** -0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "compiled", lambda signature: torch_flex.flex_attention)
+        patch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+        out, _ = flex.attend(*inputs, Call(pattern, layout, scale, valid))
+        expected = dense_attention(*inputs, seen, scale)
+        assert out.shape == expected.shape and (out - expected).abs().max() < 1e-9
+        for ours, theirs in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
+            assert (ours - theirs).abs().max() < 1e-8
 
 
 @settings(max_examples=25)
