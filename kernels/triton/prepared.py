@@ -300,7 +300,7 @@ class Kernels:
         more: list[int] = []
         if rpb is not None or key_mask is not None or grad_lse is not None:
             low |= _append(more, rpb, key_mask) | (0 if grad_lse is None else grad_lse.data_ptr())
-        if self._in_one_pass(wanted, key_mask, routed) and not low & UNALIGNED and copyable(q, grad_out):
+        if routed is None and self._in_one_pass(wanted, key_mask) and not low & UNALIGNED and copyable(q, grad_out):
             t = Operands(q, k, v, rpb, None, out, lse, grad_out, grad_lse, delta, grad_q, grad_k, grad_v)
             run_in_one_pass(key, t, self._work_for(t))
             return grad_q, grad_k, grad_v, None
@@ -330,11 +330,9 @@ class Kernels:
             grad_rpb = run_bias_gradients(t, self._work_for(t))
         return grad_q, grad_k, grad_v, grad_rpb
 
-    def _in_one_pass(
-        self, wanted: tuple[bool, bool, bool], key_mask: torch.Tensor | None, routed: Routed | None
-    ) -> bool:
+    def _in_one_pass(self, wanted: tuple[bool, bool, bool], key_mask: torch.Tensor | None) -> bool:
         """Whether one kernel computes all gradients that are wanted."""
-        if self._work is None or wanted != (True, True, False) or key_mask is not None or routed is not None:
+        if self._work is None or wanted != (True, True, False) or key_mask is not None:
             return False
         configs = self._work.configs
         whole = self._keys[0][3] in ONE_PASS

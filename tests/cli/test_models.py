@@ -242,5 +242,5 @@ def test_bench_model_of_transformers():
 def test_towers_of_transformers_are_listed():
     found = json.loads(call("models", "--json").stdout)
     assert found["transformers"]["vit"] == "ViT" and "vit_mae" not in found["transformers"]
-    assert {"vit_mae", "swinv2"} <= set(found["no pattern"])
+    assert {"vit_mae", "dinat"} <= set(found["no pattern"])
     assert "V-JEPA 2: the encoder" in call("models").stdout

@@ -83,7 +83,7 @@ def test_a_kept_call(nothing, pattern, given, bound):
 def test_a_kept_call_of_the_operator(nothing):
     """What compiled code calls: the layers of torch around an operator are not among them."""
     q, k, v = tensors()
-    call = partial(ops.ATTEND, q, k, v, None, None, [], "na(window=7x7)|nothing|", [7, 0, 16, 16], 0.2, False)
+    call = partial(ops.ATTEND, q, k, v, None, None, [], "na(window=7x7)|nothing||", [7, 0, 16, 16], 0.2, False)
     with torch.no_grad():
         for _ in range(2):
             out, lse = call()
@@ -96,7 +96,7 @@ def test_an_engine_that_gives_back_its_input_is_no_operator(nothing, monkeypatch
     monkeypatch.setattr(Nothing, "run", lambda self, q, k, v, call: (q[:], None))
     q, k, v = tensors()
     with pytest.raises(ValueError, match="gave back its input for na"):
-        ops.ATTEND(q, k, v, None, None, [], "na(window=7x7)|nothing|", [7, 0, 16, 16], 0.3, False)
+        ops.ATTEND(q, k, v, None, None, [], "na(window=7x7)|nothing||", [7, 0, 16, 16], 0.3, False)
 
 
 def own(seen):

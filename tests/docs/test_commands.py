@@ -107,6 +107,10 @@ def test_the_command_is_real(words, tmp_path, monkeypatch):
         check_python(rest, monkeypatch)
     elif program == "torchrun":
         check_torchrun(rest, tmp_path, monkeypatch)
+    elif program == "accelerate":
+        at = rest.index("-m")
+        assert rest[:2] == ["launch", "--num_processes"] and rest[2].isdigit() and at == 3
+        assert importlib.util.find_spec(rest[at + 1]), f"no module {rest[at + 1]}"
     elif program == "bash":
         assert (ROOT / rest[0]).is_file()
     elif program == "pip":

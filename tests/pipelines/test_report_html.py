@@ -23,6 +23,7 @@ def summary(output="image", **more):
         "site": "blocks.0.attn1",
         "pattern": "na(window=3x9x9)",
         "backend": "tiles",
+        "precision": None,
         "reason": "cheapest: 0.10 of dense (estimate)",
         "density": 0.0593,
         "hits": 15,

@@ -25,4 +25,5 @@ def test_every_pattern_of_the_table_parses(text):
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?:docs|scripts)[^)]*)\)", README))
 def test_every_link_leads_somewhere(link):
-    assert (ROOT / link).exists()
+    path, _, anchor = link.partition("#")
+    assert (ROOT / path).exists() and (not anchor or f"\n## {anchor}" in (ROOT / path).read_text().lower())

@@ -10,9 +10,7 @@ import torch
 from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton.arguments import Operands
 from visattn.kernels.triton.config import DIRECTIONS, EIGHT, EIGHT_HOPPER, Config, config, family
-from visattn.kernels.triton.eightbit.launch import forward
 from visattn.kernels.triton.hopper.launch import hopper_config
-from visattn.kernels.triton.prepared import Kernels
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, Pattern, RoutedPattern
 from visattn.problem import Call, Problem, Support
@@ -77,6 +75,10 @@ def attend_8bit(
     """
     if call.scale < 0:
         q, call = -q, replace(call, scale=-call.scale)
+    # Not before a call: asking what runs here imports no triton.
+    from visattn.kernels.triton.eightbit.launch import forward
+    from visattn.kernels.triton.prepared import Kernels
+
     mask = None if call.key_mask is None else call.key_mask.contiguous()
     fp8 = call.precision == "fp8"
 
