@@ -101,6 +101,77 @@ def test_pictures_show_the_keys():
     assert image.size[0] > 100
 
 
+def test_hopper_kernels_take_one_sequence():
+    layout, asked = Layout((32, 32)), (90, torch.bfloat16, 128, parse("na(window=16x16)"))
+    assert hopper_config(*asked, layout) is not None
+    assert hopper_config(*asked, layout.with_keys(Layout((64, 48)))) is None
+
+
+@pytest.mark.parametrize("backend", ["tiles", "sdpa", "reference"])
+def test_a_window_that_covers_the_queries_grid_and_not_the_keys_is_no_dense_attention(backend):
+    layout = Layout((2, 2), key_layout=Layout((4, 4)))
+    q, k, v = qkv(layout)
+    found = attention(q, k, v, "na(window=3)", layout, backend=backend, scale=0.5)
+    assert torch.allclose(found, truth(q, k, v, "na(window=3)", layout, 0.5), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["tiles", "sdpa", "reference"])
+@pytest.mark.parametrize(
+    "text", ["na(window=2x3)", "halo(block=2, halo=1, circular=0x1)", "na(window=3, circular=1x0)"]
+)
+def test_second_derivatives(text, backend):
+    layout = Layout((3, 4), 1, key_layout=Layout((2, 4), 0, 1))
+    inputs = qkv(layout, dim=3, grad=True)
+
+    def squares(call):
+        loss = call(*inputs).square().sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    ours = squares(lambda q, k, v: attention(q, k, v, text, layout, backend=backend, scale=0.5))
+    right = squares(lambda q, k, v: truth(q, k, v, text, layout, 0.5))
+    assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(ours, right, strict=True))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_transforms(text):
+    q, k, v = (torch.stack([t, 2 * t]) for t in qkv(LAYOUT.with_keys(KEYS)))
+    one = lambda q, k, v: attention(q, k, v, text, LAYOUT, key_layout=KEYS)  # noqa: E731
+    each = torch.func.vmap(one)(q, k, v)
+    assert torch.allclose(each, torch.stack([one(*t) for t in zip(q, k, v, strict=True)]))
+    grads = torch.func.vmap(torch.func.grad(lambda *t: one(*t).sum(), (0, 1, 2)))(q, k, v)
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_rows_are_the_weights(text):
+    layout = LAYOUT.with_keys(KEYS)
+    q, k, v = qkv(layout)
+    rows = [0, 3, 20, layout.length - 1]
+    weights = attention_rows(q, k, text, layout, rows)
+    assert weights.shape == (1, 2, 4, KEYS.length)
+    out = torch.einsum("bhrk,bkhd->brhd", weights, v)
+    assert torch.allclose(out, attention(q, k, v, text, layout)[:, rows])
+
+
+def test_key_masks_and_autocast():
+    layout = LAYOUT.with_keys(KEYS)
+    q, k, v = qkv(layout, dtype=torch.float32, batch=2)
+    mask = torch.rand(2, KEYS.length, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[0] = False
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = attention(q, k, v, TEXTS[0], layout, key_mask=mask)
+        assert out.dtype == torch.bfloat16 and not out[0].any()
+        right = attention(q, k, v, TEXTS[0], layout, key_mask=mask, backend="reference")
+        assert (out.float() - right).abs().max() < 0.03
+
+
+def test_pictures_show_the_keys():
+    image = draw("na(window=3x3)", LAYOUT.with_keys(KEYS), query=(2, 5))
+    assert image.size[0] > 100
+
+
 @pytest.mark.parametrize("direction", ["forward", "key_grad"])
 def test_hopper_kernels_take_keys_on_another_grid_as_one_sequence(direction):
     layout, asked = Layout((32, 32)), (90, torch.bfloat16, 128, parse("na(window=16x16)"))
