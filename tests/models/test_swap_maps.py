@@ -70,7 +70,15 @@ def test_stock_windows_as_a_pattern_equal_stock_and_undo_is_exact(name):
     assert torch.equal(model(x), stock)
 
 
-@pytest.mark.parametrize("name", ["test_maxvit", "test_coatnet", "davit_tiny", "samvit_base_patch16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("test_maxvit", marks=pytest.mark.slow),
+        pytest.param("test_coatnet", marks=pytest.mark.slow),
+        "davit_tiny",
+        "samvit_base_patch16",
+    ],
+)
 @torch.no_grad()
 def test_copies_compiled_and_exported_models(name):
     model, x = make(name)

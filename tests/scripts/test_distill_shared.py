@@ -14,6 +14,7 @@ from tests.support.tiny_digits import tiny_transformer
 from tests.support.tiny_moving_digits import tiny_pipeline
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.dist,
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo"),
 ]

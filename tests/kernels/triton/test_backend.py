@@ -1,32 +1,16 @@
-"""The Triton backend where there is no GPU: its kernels in the interpreter, in a process of their own."""
+"""The Triton backend where there is no GPU."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.places import ROOT
 from visattn import Layout, attention, backends
 from visattn.dispatch import load
 
 pytest.importorskip("triton")
-HERE = Path(__file__).parent
-# About half of the work in the interpreter.
-LISTS = "test_kernels.py"
-
-
-@pytest.mark.parametrize("lists", [True, False], ids=["along lists", "others"])
-def test_kernels_in_the_interpreter(lists):
-    """Triton decides when it is imported whether it interprets, so this takes fresh processes; two share the work."""
-    where = HERE / "interpreter"
-    chosen = [str(where / LISTS)] if lists else [str(where), f"--ignore={where / LISTS}"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
 
 
 def test_says_what_is_missing():

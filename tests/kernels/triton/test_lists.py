@@ -1,0 +1,11 @@
+"""Kernels along lists, in the interpreter."""
+
+import pytest
+
+from tests.support.interpreted import passes
+
+pytest.importorskip("triton")
+
+
+def test_kernels_in_the_interpreter():
+    passes(lists=True)
