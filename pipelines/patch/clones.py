@@ -32,10 +32,15 @@ def is_clone(processor: Any) -> bool:
     return _ORIGINAL in getattr(processor, "__dict__", {})
 
 
+def calls_by_backend(processor: Any) -> bool:
+    """Whether one of ours calls its group by the backend that it holds, rather than by its class."""
+    return not hasattr(type(processor), "_visattn_group")
+
+
 def lease_of(processor: Any) -> Lease | None:
     """By which a processor calls a group, None if it calls none."""
     lease = getattr(processor, "__dict__", {}).get(_LEASE)
-    if lease is None or hasattr(type(processor), "_visattn_group"):
+    if lease is None or not calls_by_backend(processor):
         return lease
     return lease if getattr(processor, "_attention_backend", None) is members.member(lease.number) else None
 

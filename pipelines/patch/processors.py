@@ -38,7 +38,7 @@ class _Set(NamedTuple):
         """Of a module that calls its group."""
         modules: dict[str, Any] = site.module._modules
         where = modules if "processor" in modules else site.module.__dict__
-        backend = None if clones.is_clone(site.installed) else site.installed._attention_backend
+        backend = site.installed._attention_backend if clones.calls_by_backend(site.installed) else None
         return cls(where, site.installed, backend)
 
 
@@ -69,13 +69,15 @@ class Processors:
     def repair(self, repaired: Callable[[], None]) -> None:
         """Patch modules again whose processor or backend was set by someone else, and call `repaired` after it."""
         for where, installed, backend in self._set:
-            if where.get("processor") is not installed or (backend and installed._attention_backend is not backend):
+            if where.get("processor") is not installed:
+                break
+            if backend is not None and installed._attention_backend is not backend:
                 break
         else:
             return
         broken = [site for site in self._sites if not site.intact and not site.adopt()]
-        self._remember()
         if not broken:
+            self._remember()
             return
         warnings.warn(
             f"{self._run.name}: the attention processor or backend of {len(broken)} patched modules was set after "

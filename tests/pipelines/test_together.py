@@ -117,6 +117,17 @@ def test_backend_set_later_computes_the_dense_calls():
     )
 
 
+def test_backend_set_later_on_a_shared_processor():
+    """Each module has a copy of it, which holds a backend like any other."""
+    model, inputs = tiny_models.flux()
+    model.set_attn_processor(type(model.transformer_blocks[0].attn.processor)())
+    sparse = sparse_run(model, inputs)
+    with visattn.apply(model, PATTERN, strict=True):
+        model.set_attention_backend("native")
+        with pytest.warns(UserWarning, match="backend of 3 patched modules was set after apply"):
+            assert torch.equal(tiny_models.run(model, inputs), sparse)
+
+
 def test_processors_set_later():
     from diffusers.models.attention_processor import AttnProcessor2_0
 
