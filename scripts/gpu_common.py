@@ -1,9 +1,13 @@
-"""What the GPU scripts share: starting themselves again, and the truth of sampled queries."""
+"""What the GPU scripts share: starting themselves again, measuring for a time, and the truth of sampled queries."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,26 @@ def compile_first(jobs: int) -> None:
     """Run this script in several processes with `--compile i/jobs`, to fill the compilers' caches on disk."""
     for process in [subprocess.Popen(itself(*sys.argv[1:], "--compile", f"{i}/{jobs}")) for i in range(jobs)]:
         process.wait()
+
+
+def measure_cases(
+    names: Iterable[str], measured: Callable[[str], Any], report: dict[str, Any], out: Path | None, end: float
+) -> None:
+    """Measure cases into `report["cases"]` until a time of `time.perf_counter`, writing the report after each.
+
+    Args:
+        names: Of the cases.
+        measured: Measures one.
+        report: What is written.
+        out: JSON file or None.
+        end: After it no case is begun.
+    """
+    for name in names:
+        if time.perf_counter() > end:
+            return
+        report["cases"][name] = measured(name)
+        if out is not None:
+            out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -164,8 +164,7 @@ class Schedule:
         """Whether anything depends on the denoising step."""
         stepped = any(p.remembers or (isinstance(p, MergingPattern) and p.stepped) for p in self.patterns)
         stepped = stepped or not all(each.constant for each in self.staged)
-        counts = self.dense_steps or self.dense_last_steps or self.precise_steps or self.precise_last_steps
-        return bool(counts) or stepped
+        return bool(self.counted) or stepped
 
     @functools.cached_property
     def keeps(self) -> Pattern | None:

@@ -103,8 +103,7 @@ class Guided:
         found = read_sum(model, given, batch, None if self._context is None else self._context.name)
         if found is None:
             return None
-        half = kwargs if found.half == slice(None) else half_of(given, batch, found.half)
-        perturbed = self._forward(model, () if half is not kwargs else args, half)
+        perturbed = self._forward(model, given if found.half == slice(None) else half_of(given, batch, found.half))
         self.guided += 1
         prediction = corrected(prediction_of(output), perturbed, self._scale / found.factor, found.half)
         return with_prediction(output, prediction)
@@ -130,17 +129,17 @@ class Guided:
                 "apart, like FirstBlockCacheConfig or MagCacheConfig"
             )
 
-    def _forward(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _forward(self, model: torch.nn.Module, given: dict[str, Any]) -> Any:
         """The perturbed prediction."""
         here = self._patched.run.here
         self._busy, here.perturbed = True, self._perturbed
         try:
             if self._context is None:
-                found = prediction_of(model(*args, **kwargs))
+                found = prediction_of(model(**given))
             else:
                 # Caches keep what each kind of call had: this is one of its own.
                 with model.cache_context(CONTEXT, **self._context.told):  # type: ignore[operator]
-                    found = prediction_of(model(*args, **kwargs))
+                    found = prediction_of(model(**given))
         finally:
             self._busy, here.perturbed = False, None
         if not any(each.calls for each in self._perturbed.values()):

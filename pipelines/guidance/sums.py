@@ -6,13 +6,12 @@ call the model twice, and distilled models predict c alone. A correction d of th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from visattn.pipelines.patch.schedulers import owner_in
+from visattn.pipelines.patch.schedulers import running_pipeline
 
 # How the names of pipelines begin whose sum is c + s (c - u), so that c counts 1 + s times.
 FROM_PROMPT = ("Cosmos2", "CosmosT", "CosmosV", "Kandinsky3", "Krea2", "ZImage")
@@ -45,13 +44,14 @@ def read_sum(model: torch.nn.Module, given: Mapping[str, Any], batch: int, conte
     Raises:
         ValueError: If no pipeline is calling the model, or it does not tell.
     """
-    found = _running(model)
+    found = running_pipeline(model)
     if found is None:
         raise ValueError(
             f"guide: no pipeline is calling {type(model).__name__}, so nothing tells which of its calls have the "
             "prompt: run the pipeline that guide() was given"
         )
-    pipeline, names = found
+    pipeline, frame = found
+    names = frame.f_locals
     name = type(pipeline).__name__
     if context is not None and context.startswith(UNCONDITIONAL):
         return None
@@ -134,14 +134,3 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from (each for each in value.values() if isinstance(each, torch.Tensor))
     elif isinstance(value, list | tuple):
         yield from (each for each in value if isinstance(each, torch.Tensor))
-
-
-def _running(model: torch.nn.Module) -> tuple[Any, dict[str, Any]] | None:
-    """The pipeline that calls a model, and what it holds."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = owner_in(frame, model)
-        if owner is not None:
-            return owner, frame.f_locals
-        frame = frame.f_back
-    return None

@@ -31,9 +31,10 @@ class SchedulerSteps:
 
     def running(self, model: weakref.ref[torch.nn.Module]) -> Step:
         """The step of the pipeline that is calling a model; unknown where none is."""
-        pipeline = _running_pipeline(model())
-        if pipeline is None:
+        found = running_pipeline(model())
+        if found is None:
             return None, None
+        pipeline, _ = found
         scheduler = pipeline.scheduler
         if self._attach(scheduler):
             # Set after apply(), or of another pipeline: its run has begun unseen.
@@ -102,18 +103,18 @@ class SchedulerSteps:
         return (None, None) if count is None else count.step(scheduler, ran if isinstance(ran, int) else None)
 
 
-def _running_pipeline(model: torch.nn.Module | None) -> Any:
-    """The nearest object on the stack that has a scheduler and a model, which is the pipeline that calls the model."""
+def running_pipeline(model: torch.nn.Module | None) -> tuple[Any, types.FrameType] | None:
+    """The pipeline that calls a model: the nearest object on the stack that has it and a scheduler, and whose frame."""
     frame = sys._getframe(1)
     while frame is not None:
-        owner = owner_in(frame, model)
+        owner = _owner_in(frame, model)
         if owner is not None:
-            return owner
+            return owner, frame
         frame = frame.f_back
     return None
 
 
-def owner_in(frame: types.FrameType, model: torch.nn.Module | None) -> Any:
+def _owner_in(frame: types.FrameType, model: torch.nn.Module | None) -> Any:
     """The object with a scheduler and a model that running code got, None if it got none."""
     for name in _OWNERS:
         # Reading the locals of a frame copies them.

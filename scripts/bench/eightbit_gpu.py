@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from scripts.bench.gpu import in_turns
-from scripts.gpu_common import sampled_error, versions
+from scripts.gpu_common import measure_cases, sampled_error, versions
 from visattn import Layout, attention, parse, plan
 from visattn.patterns import RoutedPattern
 from visattn.problem import PRECISIONS
@@ -91,17 +91,16 @@ def main() -> int:
     chosen = parser.parse_args()
     report: dict[str, Any] = {"versions": versions(), "heads": HEADS, "cases": {}}
     print(report["versions"], flush=True)
-    begin = time.monotonic()
-    for name in chosen.only:
-        if time.monotonic() - begin > chosen.budget:
-            break
+
+    def told(name: str) -> dict[str, Any]:
         try:
-            report["cases"][name] = case_of(name)
+            result = case_of(name)
         except Exception as error:
-            report["cases"][name] = {"failed": f"{type(error).__name__}: {error}"[:600]}
-        print(name, json.dumps(report["cases"][name]), flush=True)
-        if chosen.out:
-            chosen.out.write_text(json.dumps(report, indent=1) + "\n")
+            result = {"failed": f"{type(error).__name__}: {error}"[:600]}
+        print(name, json.dumps(result), flush=True)
+        return result
+
+    measure_cases(chosen.only, told, report, chosen.out, time.perf_counter() + chosen.budget)
     for name, found in report["cases"].items():
         if "ms" not in found:
             print(f"{name:<16}FAILED {found['failed']}")

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend
 
 from scripts.bench.gpu import CASES as MAIN_CASES
 from scripts.bench.gpu import compared, dense_by, in_turns
-from scripts.gpu_common import compile_first, versions
+from scripts.gpu_common import compile_first, measure_cases, versions
 from visattn import Layout, parse
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, ONE_PASS, Config, config
 from visattn.kernels.triton.hopper import launch as hopper_launch
@@ -179,7 +179,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--budget", type=float, default=120, help="seconds after which no case is begun")
-    parser.add_argument("--out", default="", help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--no-one-pass", action="store_true", help="without the backward in one pass")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
@@ -195,14 +195,13 @@ def main() -> int:
         print(f"compiled at {time.perf_counter() - begin:.0f} s", flush=True)
     report: dict[str, Any] = {"versions": versions(), "heads": HEADS, "cases": {}}
     print(report["versions"], flush=True)
-    for name in chosen.only:
-        if time.perf_counter() - begin > chosen.budget:
-            break
-        report["cases"][name] = measured(name)
+
+    def told(name: str) -> dict[str, Any]:
+        result = measured(name)
         print(f"{name} at {time.perf_counter() - begin:.0f} s", flush=True)
-        if chosen.out:
-            with open(chosen.out, "w") as file:
-                json.dump(report, file, indent=1)
+        return result
+
+    measure_cases(chosen.only, told, report, chosen.out, begin + chosen.budget)
     return int(any(c[d]["failed"] for c in report["cases"].values() for d in DIRECTIONS))
 
 

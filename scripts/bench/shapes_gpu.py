@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend
 
 from scripts.bench.gpu import alone, compared, dense_by
-from scripts.gpu_common import compile_first, versions
+from scripts.gpu_common import compile_first, measure_cases, versions
 from visattn import Layout, attention, parse
 from visattn.kernels.triton.backend import launches
 from visattn.kernels.triton.boxes import QUERY_HALVES, tiled
@@ -101,7 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--budget", type=float, default=90, help="seconds after which no case is begun")
-    parser.add_argument("--out", default="", help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -113,14 +113,13 @@ def main() -> int:
         compile_first(chosen.jobs)
     report: dict[str, Any] = {"versions": versions(), "cases": {}}
     print(report["versions"], f"compiled at {time.perf_counter() - begin:.0f} s", flush=True)
-    for name in chosen.only:
-        if time.perf_counter() - begin > chosen.budget:
-            break
-        report["cases"][name] = result = measured(CASES[name])
+
+    def told(name: str) -> dict[str, Any]:
+        result = measured(CASES[name])
         print(f"{name} at {time.perf_counter() - begin:.0f} s: {result}", flush=True)
-        if chosen.out:
-            with open(chosen.out, "w") as file:
-                json.dump(report, file, indent=1)
+        return result
+
+    measure_cases(chosen.only, told, report, chosen.out, begin + chosen.budget)
     return 0
 
 

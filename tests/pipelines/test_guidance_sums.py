@@ -1,5 +1,7 @@
 """What guide() reads of a pipeline: how often and where the prediction with the prompt counts in its sum."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -31,7 +33,8 @@ READ = {
 @pytest.mark.parametrize("name", READ)
 def test_read_sum(name, monkeypatch):
     kind, names, batch, context, expected = READ[name]
-    monkeypatch.setattr(sums, "_running", lambda model: (type(kind, (), {})(), {"latents": TWO, **names}))
+    frame = SimpleNamespace(f_locals={"latents": TWO, **names})
+    monkeypatch.setattr(sums, "running_pipeline", lambda model: (type(kind, (), {})(), frame))
     given = {"hidden_states": torch.zeros(batch), "text": TWO}
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
@@ -42,6 +45,6 @@ def test_read_sum(name, monkeypatch):
 
 def test_guider_is_refused(monkeypatch):
     pipeline = type("HunyuanImagePipeline", (), {"guider": object()})()
-    monkeypatch.setattr(sums, "_running", lambda model: (pipeline, {}))
+    monkeypatch.setattr(sums, "running_pipeline", lambda model: (pipeline, SimpleNamespace(f_locals={})))
     with pytest.raises(ValueError, match="guider's"):
         sums.read_sum(torch.nn.Module(), {}, 1, "pred_cond")

@@ -256,6 +256,20 @@ def test_modules_that_rest_run_the_models_own_code(pattern, as_on_a_gpu, dense_p
     assert torch.equal(tiny_models.run(model, inputs), stock)
 
 
+def test_modules_at_rest_see_that_diffusers_skips_scores(as_on_a_gpu):
+    from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+
+    model, inputs = tiny_models.sdxl()
+    with visattn.apply(model, "dense") as handle:
+        for _ in range(3):
+            tiny_models.run(model, inputs)
+        assert not handle.report().fallbacks
+        with AttentionScoreSkipFunctionMode():
+            tiny_models.run(model, inputs)
+        report = handle.report()
+    assert report.fallbacks == {"diffusers skips its scores for guidance": len(report.modules)}
+
+
 def test_modules_that_run_a_pattern_never_rest(as_on_a_gpu, decided):
     model, inputs = tiny_models.sdxl()
     with visattn.apply(model, PATTERN) as handle:

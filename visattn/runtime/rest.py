@@ -70,6 +70,7 @@ class Rest(NamedTuple):
             or run.here.perturbed is not None
             or torch.is_grad_enabled()
             or torch._C._is_any_autocast_enabled()
+            or torch._C._len_torch_function_stack()
             or not run.tally.pass_on(cell)
         ):
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -214,9 +214,7 @@ class Runner:
             ready.cells[name] = cells = verdict.cells(tally, name, q.device)
         begun = tally.begin(cells[0])
         if not verdict.layouts:
-            mark: Mark = "excused" if verdict.slower else "resting" if isinstance(self.given, Staged) else ""
-            alone = here.rested is None and len(cells) == 1 and cells[0].on_gpu
-            here.rested = Rested(run, cells[0], mark) if alone else False
+            here.rested = self._rested(verdict, cells) if here.rested is None and cells[0].on_gpu else False
             out = stock()
         elif heads_first:
             out = self._listed(
@@ -229,6 +227,11 @@ class Runner:
         if verdict.kind == "sparse" or verdict.slower or isinstance(self.given, Staged):
             self.note(forward, name, verdict)
         return out, verdict.layouts
+
+    def _rested(self, verdict: Verdict, cells: tuple[Cell, ...]) -> Rested | Literal[False]:
+        """What a dense call is, if it counts in one place."""
+        mark: Mark = "excused" if verdict.slower else "resting" if isinstance(self.given, Staged) else ""
+        return Rested(self.run, cells[0], mark) if len(cells) == 1 else False
 
     def _listed(
         self,
