@@ -5,10 +5,9 @@ python -m scripts.clients
 
 from __future__ import annotations
 
-import argparse
 from typing import NamedTuple
 
-from scripts.pages import ROOT, with_table
+from scripts.pages import ROOT, rewrite, with_table
 
 PAGE = ROOT / "docs" / "clients.md"
 
@@ -68,10 +67,7 @@ def render(page: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
-        arguments
-    )
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    rewrite(PAGE, render, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The code blocks, commands, links and headings of the project's Markdown pages."""
+"""The code blocks, commands, links, headings and generated parts of the project's Markdown pages."""
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +43,23 @@ def with_table(page: str, name: str, rows: str) -> str:
     _, found, after = rest.partition(end)
     assert found, f"the page has no place for the table {name}: it needs {begin} and {end}"
     return f"{before}{begin}\n{rows}\n{end}{after}"
+
+
+def rewrite(
+    page: Path, render: Callable[[str], str], about: str | None, arguments: Sequence[str] | None = None
+) -> None:
+    """Write a page anew: all that a command without options does.
+
+    Args:
+        page: Its file.
+        render: Makes the new text of the old one.
+        about: What the command says of itself.
+        arguments: Its words, None for those that this process was started with.
+    """
+    argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
+    page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def blocks(page: Path) -> list[Block]:

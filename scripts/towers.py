@@ -5,9 +5,7 @@ python -m scripts.towers
 
 from __future__ import annotations
 
-import argparse
-
-from scripts.pages import ROOT, with_table
+from scripts.pages import ROOT, rewrite, with_table
 from visattn.clients.transformers import grids
 from visattn.clients.transformers.records import RECORDS, REFUSED, Count
 
@@ -55,10 +53,7 @@ def render(page: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
-        arguments
-    )
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    rewrite(PAGE, render, __doc__, arguments)
 
 
 if __name__ == "__main__":

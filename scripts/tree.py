@@ -5,12 +5,11 @@ python -m scripts.tree
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 import subprocess
 
-from scripts.pages import ROOT
+from scripts.pages import ROOT, rewrite
 
 PAGE = ROOT / "docs" / "design.md"
 # Folders without Python to say it themselves.
@@ -72,10 +71,7 @@ def render(page: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
-        arguments
-    )
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    rewrite(PAGE, render, __doc__, arguments)
 
 
 if __name__ == "__main__":
