@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -303,15 +302,6 @@ def _sides(layout: Layout) -> tuple[Sides, Sides]:
 
 def _dense_pays_compiled(pattern: Pattern, sides: tuple[Sides, Sides], told: tuple[Any, ...]) -> bool:
     """Whether dense attention is estimated to be faster in compiled code, for few samples and for many."""
-    return _cached_dense_pays(pattern, sides, told)
-
-
-# What `torch.compiler.assume_constant_result` does: the tracer cannot follow estimates through their caches.
-_dense_pays_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@lru_cache(maxsize=256)
-def _cached_dense_pays(pattern: Pattern, sides: tuple[Sides, Sides], told: tuple[Any, ...]) -> bool:
     (heads, width), dtype, device, grad, masked, rpb = told
     layout = Layout(*sides[0])
     layout = layout if sides[0] == sides[1] else layout.with_keys(Layout(*sides[1]))
@@ -323,6 +313,10 @@ def _cached_dense_pays(pattern: Pattern, sides: tuple[Sides, Sides], told: tuple
         if found is None or not found.dense_pays_inside:
             return False
     return True
+
+
+# What `torch.compiler.assume_constant_result` does: the tracer cannot follow estimates through their caches.
+_dense_pays_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Undone(Swapped):
