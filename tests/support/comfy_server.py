@@ -52,7 +52,23 @@ app.registerExtension({
     setTimeout(async () => {
       const graph = await (await fetch("/extensions/visattn_tiny/graph.json")).json();
       await app.loadApiJson(graph, "visattn");
+      const places = {
+        VisattnTiny: [0, 0, 250, 130], VisattnSparseAttention: [300, 0, 300, 230], KSampler: [650, 0, 280, 270],
+        VisattnAttentionReport: [980, 0, 230, 80], PreviewAny: [980, 150, 640, 300], PreviewImage: [1260, -280, 360, 400],
+        SaveLatent: [650, 340, 280, 60],
+      };
+      for (const node of app.graph._nodes) {
+        const [x, y, width, height] = places[node.type];
+        node.pos = [x, y];
+        node.setSize([width, height]);
+      }
+      app.canvas.ds.scale = 0.85;
+      app.canvas.ds.offset = [40, 390];
       await app.queuePrompt(0, 1);
+      // Time stands still for the browser while it waits for an answer.
+      for (let queue = null; !queue || queue.queue_running.length + queue.queue_pending.length; ) {
+        queue = await (await fetch("/queue")).json();
+      }
     }, 3000);
   },
 });
@@ -119,6 +135,9 @@ def write(base: Path) -> None:
     shutil.copy(ROOT / "tests/support/comfy_real.py", web.parent)
     (web / "load.js").write_text(SCRIPT)
     (web / "graph.json").write_text(json.dumps(graph()))
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}))
     subprocess.run([PYTHON, "-m", "visattn", "comfy", str(base)], check=True, cwd=ROOT, env=environment())
 
 
@@ -166,7 +185,7 @@ def picture(server: Server, target: Path) -> None:
     """A screenshot of the graph in a browser, after it ran."""
     from tests.support.browser import CHROMIUM
 
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1500,850"]
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1500,800"]
     options += [f"--user-data-dir={server.base / 'profile'}", "--virtual-time-budget=40000", f"--screenshot={target}"]
     subprocess.run([CHROMIUM, *options, server.url], check=True, capture_output=True, timeout=300)
 
