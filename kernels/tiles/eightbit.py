@@ -2,8 +2,8 @@
 
 Rounds where the kernels round: queries to int8 with a scale each, keys to int8 with a scale per tile after their mean
 per head is taken away, values to int8 or e4m3 with a scale per channel after the middle of their range or their mean
-is, and the weights of 128 keys, two tiles of a list, relative to the largest among them. Products are in float32, or float64 for
-float64 inputs. The mask of all pairs of tokens is made.
+is, and the weights of 128 keys, two tiles of a list, relative to the largest among them. Products are in float32, or
+float64 for float64 inputs. The mask of all pairs of tokens is made.
 """
 
 from __future__ import annotations
