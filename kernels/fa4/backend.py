@@ -113,30 +113,52 @@ def _blocks(pattern: Pattern, layout: Layout, q: torch.Tensor) -> Blocks | None:
 def _attend(
     made: Blocks | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if made is None:
+        found, reason = package.load()
+        assert found is not None, reason
+        q, scale = _positive(q, call.scale)
+        # Lists of blocks have no deterministic backward on Hopper; dense attention has.
+        strict = torch.are_deterministic_algorithms_enabled()
+        out, lse = found.attend(q, k, v, softmax_scale=scale, return_lse=True, deterministic=strict)
+        return out, lse.transpose(1, 2)
+    out, lse = attend_slots(made, made.queries.into(q), made.keys.into(k), made.keys.into(v), call.scale)
+    return made.queries.back(out), made.queries.back(lse)
+
+
+def attend_slots(
+    made: Blocks, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention along lists of tensors in tile order, untried.
+
+    Args:
+        made: The lists.
+        q: Queries [B, query slots, H, D].
+        k: Keys [B, key slots, Hkv, D].
+        v: Values likewise.
+        scale: Factor on the logits.
+
+    Returns:
+        Output [B, query slots, H, D] and log-sum-exp [B, query slots, H]; of slots without a token anything finite.
+    """
     found, reason = package.load()
     assert found is not None, reason
-    q, scale = _positive(q, call.scale)
-    # The log-sum-exp is always asked for: with and without are two kernels.
-    given: dict[str, Any] = {"softmax_scale": scale, "return_lse": True}
-    if made is None:
-        # Lists of blocks have no deterministic backward on Hopper; dense attention has.
-        given["deterministic"] = torch.are_deterministic_algorithms_enabled()
-        out, lse = found.attend(q, k, v, **given)
-        return out, lse.transpose(1, 2)
+    q, scale = _positive(q, scale)
     forward, backward = (found.lists(*lists, block_size=made.block_size) for lists in (made.forward, made.backward))
     out, lse = found.attend(
-        made.queries.into(q),
-        made.keys.into(k),
-        made.keys.into(v),
+        q,
+        k,
+        v,
+        softmax_scale=scale,
+        # The log-sum-exp is always asked for: with and without are two kernels.
+        return_lse=True,
         # Packed query heads of a key head would make rows of several tokens, which tiles then do not divide.
         pack_gqa=False,
         mask_mod=_mod(made),
         aux_tensors=made.tensors,
         block_sparse_tensors=forward,
         block_sparse_tensors_bwd=backward,
-        **given,
     )
-    return made.queries.back(out), made.queries.back(lse.transpose(1, 2))
+    return out, lse.transpose(1, 2)
 
 
 def _small(
