@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from visattn import apply
 from visattn.canvas import WHITE, Picture, column, row, text
 from visattn.files import written_whole
+from visattn.pipelines.control.trajectory import EulerInverseScheduler
 from visattn.pipelines.load import load_pipeline
 from visattn.pipelines.schedulers import BDIAInverseScheduler, BDIAScheduler, EDICTInverseScheduler, EDICTScheduler
 
@@ -39,15 +39,6 @@ KINDS: dict[str, tuple[Any, Any, dict[str, float]]] = {
 }
 SHOWN, DRAWN = 128, (1.0, 2.0, GUIDANCE)
 EULER = "Euler, run backwards"
-
-
-class EulerBack(FlowMatchEulerDiscreteScheduler):
-    """Euler steps from the picture to noise, each with the velocity at its own beginning: what DDIM inversion does."""
-
-    def set_timesteps(self, *args: Any, **options: Any) -> None:
-        """Those of the way there, the other way round."""
-        super().set_timesteps(*args, **options)
-        self.sigmas, self.timesteps = self.sigmas.flip(0), self.timesteps.flip(0)
 
 
 def cases() -> list[dict[str, Any]]:
@@ -81,7 +72,7 @@ def trip(pipe: Any, case: dict[str, Any], noise: torch.Tensor, steps: int) -> di
         if case["kind"] == EULER:
             run(noise, case["pattern"], "pt")
             largest = last[0].abs().max().double()
-            pipe.scheduler = EulerBack.from_config(config)
+            pipe.scheduler = EulerInverseScheduler.from_config(config)
             run(last[0], case["back"], "pt")
             found = last[0].double()
         else:
