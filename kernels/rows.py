@@ -13,6 +13,7 @@ import torch
 from visattn.autocast import switched_off
 from visattn.checks import check_call, factor
 from visattn.kernels.agent.attention import pool_queries
+from visattn.kernels.clipped import clipped
 from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
 from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights
@@ -20,6 +21,7 @@ from visattn.layout import Layout
 from visattn.patterns import (
     Agent,
     Best,
+    Clipped,
     DynamicPattern,
     Flow,
     Linear,
@@ -54,7 +56,7 @@ def attention_rows(
     """The weight of every token in the output of chosen queries: attention(q, k, v, ...)[:, rows] = weights v.
 
     Weights of pooled keys (clear) and of agents are passed on to the tokens they stand for. Rows of softmax, linear,
-    flow-free mixes of them and agent sum to 1; those of sigmoid and flow do not, and mala's may be negative.
+    flow-free mixes of them and agent sum to 1; those of sigmoid, clipped and flow do not, and mala's may be negative.
     Differentiable in q, k and the parameters. Memory is that of the result.
 
     Args:
@@ -171,9 +173,9 @@ def _sparse_linear(
 
 
 def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) -> torch.Tensor:
-    """Softmax or sigmoid over the visible keys, those that a pattern appends included."""
+    """Softmax, clipped or not, or sigmoid over the visible keys, those that a pattern appends included."""
     pattern, pool = call.pattern, call.parameters.get("pool_weight")
-    listed = pattern.sparse if isinstance(pattern, Sigmoid) else pattern
+    listed = pattern.sparse if isinstance(pattern, Sigmoid | Clipped) else pattern
     assert isinstance(listed, ListedPattern)
     if isinstance(listed, DynamicPattern) and listed.pools_rest:
         return _with_rest(q, k, listed, call, rows)
@@ -189,6 +191,8 @@ def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) ->
         weights = logits.sigmoid() * seen
     else:
         weights = _softmax(logits, seen)
+        if isinstance(pattern, Clipped):
+            weights = clipped(weights, seen, pattern) * seen
     return _unpooled(weights, listed, call, pool)
 
 

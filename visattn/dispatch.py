@@ -114,6 +114,7 @@ BACKENDS = REGISTRY.declare(
         "linear": "visattn.kernels.linear.backend:backend",
         "sparse_linear": "visattn.kernels.linear.sparse_linear:backend",
         "sigmoid": "visattn.kernels.sigmoid:backend",
+        "clipped": "visattn.kernels.clipped:backend",
         "heads": "visattn.kernels.heads:backend",
         "gate": "visattn.kernels.gate:backend",
         "ordered": "visattn.kernels.ordered:backend",

@@ -7,6 +7,7 @@ from visattn.patterns.agent import Agent
 from visattn.patterns.agent_sd import AgentSD
 from visattn.patterns.base import Pattern
 from visattn.patterns.clear import Clear
+from visattn.patterns.clipped import Clipped
 from visattn.patterns.dense import Dense
 from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.flow import Flow
@@ -48,6 +49,7 @@ __all__ = [
     "Best",
     "BiasedPattern",
     "Clear",
+    "Clipped",
     "ComposedPattern",
     "Dense",
     "DynamicPattern",
@@ -104,4 +106,5 @@ PATTERNS: tuple[type[Pattern], ...] = (
     Mala,
     SparseLinear,
     Sigmoid,
+    Clipped,
 )

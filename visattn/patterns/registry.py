@@ -48,6 +48,7 @@ KINDS = REGISTRY.declare(
         "mala": "visattn.patterns.mala:Mala",
         "sparselinear": "visattn.patterns.sparse_linear:SparseLinear",
         "sigmoid": "visattn.patterns.sigmoid:Sigmoid",
+        "clipped": "visattn.patterns.clipped:Clipped",
     },
     _accept,
 )
