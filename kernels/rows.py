@@ -17,6 +17,7 @@ from visattn.kernels.clipped import clipped
 from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
 from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights
+from visattn.kernels.wrapped import gates, inside, query_factors
 from visattn.layout import Layout
 from visattn.patterns import (
     Agent,
@@ -24,6 +25,7 @@ from visattn.patterns import (
     Clipped,
     DynamicPattern,
     Flow,
+    Gated,
     Linear,
     ListedPattern,
     Mala,
@@ -34,6 +36,7 @@ from visattn.patterns import (
     RoutedPattern,
     Sigmoid,
     SparseLinear,
+    Wrapped,
     parse,
 )
 from visattn.patterns.choice.blocks import token_blocks
@@ -109,11 +112,25 @@ def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> 
         return _sparse_linear(q, k, pattern, call, index)
     if isinstance(pattern, DynamicPattern) and not pattern.of_products:
         raise ValueError(f"{pattern} adds something to its output that is no weight of a token: rest=mean has rows")
+    if isinstance(pattern, Wrapped):
+        return _wrapped(q, k, pattern, call, index)
     if isinstance(pattern, PerHead):
         return _perhead(q, k, pattern, call, index)
     if isinstance(pattern, Best):
         raise ValueError(f"{pattern} chooses by outputs, and rows have no values: ask for the rows of its patterns")
     return _listed(q, k, call, index)
+
+
+def _wrapped(q: torch.Tensor, k: torch.Tensor, pattern: Wrapped, call: Call, index: torch.Tensor) -> torch.Tensor:
+    """The rows of the pattern inside, of queries and with gates as they are there."""
+    own = replace(call, pattern=pattern.of, parameters=inside(pattern, call.parameters))
+    if isinstance(pattern, Gated):
+        factors = gates(q[:, index], pattern, call.parameters)[..., 0].transpose(1, 2)
+        return _rows(q, k, own, index) * factors[..., None]
+    if any(name.startswith("value") for name in call.parameters):
+        raise ValueError(f"{pattern} scales values by what they are, and rows have none: leave values out of it")
+    keys = k.shape[1] if call.key_mask is None else call.key_mask.sum(1)
+    return _rows(q * query_factors(q, keys, call.parameters), k, own, index)
 
 
 def _perhead(q: torch.Tensor, k: torch.Tensor, pattern: PerHead, call: Call, index: torch.Tensor) -> torch.Tensor:

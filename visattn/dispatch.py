@@ -115,6 +115,7 @@ BACKENDS = REGISTRY.declare(
         "sparse_linear": "visattn.kernels.linear.sparse_linear:backend",
         "sigmoid": "visattn.kernels.sigmoid:backend",
         "clipped": "visattn.kernels.clipped:backend",
+        "wrapped": "visattn.kernels.wrapped:backend",
         "heads": "visattn.kernels.heads:backend",
         "gate": "visattn.kernels.gate:backend",
         "ordered": "visattn.kernels.ordered:backend",

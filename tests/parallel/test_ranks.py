@@ -59,6 +59,8 @@ EVERY = [
 ]
 REFUSED = {
     "sigmoid": "parameters",
+    "gated(na(window=3x3))": "parameters",
+    "selective(na(window=3x3))": "parameters",
     "sparselinear(na(window=3x3))": "parameters",
     "gate(by=topk(keep=0.5, block=2x2))": "parameters",
     "agentsd": "merges",

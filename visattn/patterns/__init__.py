@@ -40,6 +40,7 @@ from visattn.patterns.sparse_linear import SparseLinear
 from visattn.patterns.text import parse
 from visattn.patterns.topk import TopK
 from visattn.patterns.topp import TopP
+from visattn.patterns.wrapped import Gated, Selective, Wrapped
 
 __all__ = [
     "PATTERNS",
@@ -55,6 +56,7 @@ __all__ = [
     "DynamicPattern",
     "Flow",
     "Gate",
+    "Gated",
     "Halo",
     "HeadsPattern",
     "KMeans",
@@ -73,12 +75,14 @@ __all__ = [
     "Routes",
     "Routing",
     "RuledPattern",
+    "Selective",
     "Sigmoid",
     "SpannedPattern",
     "SparseLinear",
     "StaticPattern",
     "TopK",
     "TopP",
+    "Wrapped",
     "dense_mask",
     "parse",
     "routed_mask",
@@ -107,4 +111,6 @@ PATTERNS: tuple[type[Pattern], ...] = (
     SparseLinear,
     Sigmoid,
     Clipped,
+    Gated,
+    Selective,
 )

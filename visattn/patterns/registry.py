@@ -48,6 +48,8 @@ KINDS = REGISTRY.declare(
         "mala": "visattn.patterns.mala:Mala",
         "sparselinear": "visattn.patterns.sparse_linear:SparseLinear",
         "sigmoid": "visattn.patterns.sigmoid:Sigmoid",
+        "gated": "visattn.patterns.wrapped:Gated",
+        "selective": "visattn.patterns.wrapped:Selective",
         "clipped": "visattn.patterns.clipped:Clipped",
     },
     _accept,
