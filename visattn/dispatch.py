@@ -119,6 +119,8 @@ BACKENDS = REGISTRY.declare(
         "linear": "visattn.kernels.linear.backend:backend",
         "sparse_linear": "visattn.kernels.linear.sparse_linear:backend",
         "sigmoid": "visattn.kernels.sigmoid:backend",
+        "clipped": "visattn.kernels.clipped:backend",
+        "wrapped": "visattn.kernels.wrapped:backend",
         "heads": "visattn.kernels.heads:backend",
         "gate": "visattn.kernels.gate:backend",
         "ordered": "visattn.kernels.ordered:backend",

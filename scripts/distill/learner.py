@@ -10,7 +10,7 @@ from torch import nn
 
 from scripts.distill.losses import Rows, map_distance
 from scripts.distill.settings import RunConfig
-from visattn import apply
+from visattn import apply, convert_heads
 from visattn.handle import Handle
 from visattn.pipelines.trained import Trained
 
@@ -31,6 +31,8 @@ class Learner(nn.Module):
         super().__init__()
         self.config = config
         self.student = copy.deepcopy(teacher).float().requires_grad_(False)
+        if config.heads is not None:
+            convert_heads(self.student, **config.heads)
         # In a list: the teacher is no part of what is trained, moved or saved.
         self._teacher = [teacher.requires_grad_(False)]
         self._rows = [Rows(), Rows()]
@@ -123,6 +125,7 @@ def as_trained(tensors: dict[str, torch.Tensor], config: Any, step: int) -> Trai
         "pattern": config.pattern,
         "layers": config.layers,
         "dense_layers": config.dense_layers,
+        "heads": config.heads,
         "steps": step,
         "lora_scale": (config.lora_alpha or config.lora) / config.lora if config.lora else 1.0,
     }
