@@ -20,6 +20,7 @@ import torch
 
 from visattn.counts import Cell, Kind, Row, joined
 from visattn.patterns import DynamicPattern, Gate, HeadsPattern, OrderedPattern, Pattern, Wrapped
+from visattn.patterns import DynamicPattern, Gate, HeadsPattern, HybridPattern, OrderedPattern, Pattern
 from visattn.patterns.choice.listening import listening
 from visattn.problem import Problem
 
@@ -52,6 +53,7 @@ def tells(pattern: Pattern) -> bool:
     if isinstance(pattern, Wrapped):
         return tells(pattern.of)
     return isinstance(pattern, DynamicPattern | HeadsPattern | OrderedPattern | Gate)
+    return isinstance(pattern, DynamicPattern | HeadsPattern | OrderedPattern | Gate | HybridPattern)
 
 
 class Chosen(NamedTuple):

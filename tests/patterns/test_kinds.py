@@ -29,6 +29,16 @@ EXAMPLES = {
     ComposedPattern: {"agent(agents=2)", "linear", "flow", "mala", "sigmoid", "sparselinear(na(window=3))"}
     | {"clipped", "gated", "selective"}
     | {"gate(by=topk(keep=0.5))", "kmeans", "lsh", "best(of=[dense, na(window=3)])", "perhead(heads={0: dense})"},
+    | {
+        "sla",
+        "sla2",
+        "vsa",
+        "gate(by=topk(keep=0.5))",
+        "kmeans",
+        "lsh",
+        "best(of=[dense, na(window=3)])",
+        "perhead(heads={0: dense})",
+    },
     MergingPattern: {"agentsd"},
 }
 

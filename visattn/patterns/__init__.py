@@ -13,6 +13,10 @@ from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.flow import Flow
 from visattn.patterns.gate import Gate
 from visattn.patterns.halo import Halo
+from visattn.patterns.hybrid.base import HybridPattern
+from visattn.patterns.hybrid.sla import SLA
+from visattn.patterns.hybrid.sla2 import SLA2
+from visattn.patterns.hybrid.vsa import VSA
 from visattn.patterns.kinds import (
     BiasedPattern,
     ComposedPattern,
@@ -44,6 +48,9 @@ from visattn.patterns.wrapped import Gated, Selective, Wrapped
 
 __all__ = [
     "PATTERNS",
+    "SLA",
+    "SLA2",
+    "VSA",
     "Above",
     "Agent",
     "AgentSD",
@@ -59,6 +66,7 @@ __all__ = [
     "Gated",
     "Halo",
     "HeadsPattern",
+    "HybridPattern",
     "KMeans",
     "Linear",
     "ListedPattern",
@@ -101,6 +109,9 @@ PATTERNS: tuple[type[Pattern], ...] = (
     KMeans,
     Lsh,
     Gate,
+    SLA,
+    SLA2,
+    VSA,
     Best,
     PerHead,
     Agent,
