@@ -9,6 +9,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from scripts.distill.ranges import at, stepped, varies
 from visattn.patterns import Agent, Dense, Linear
 from visattn.schedule import Schedule
 
@@ -26,10 +27,13 @@ class RunConfig:
         ValueError: If a value is out of range, or two of them contradict each other.
     """
 
-    pattern: str = field(metadata={"help": 'attention of the student, like "clear(radius=3)"'})
+    pattern: str = field(
+        metadata={"help": 'attention of the student, like "clear(radius=3)"; "topk(keep=0.5..0.05)" changes over the run'}
+    )
     out: Path = field(metadata={"help": "folder for checkpoint, log, pictures and student.safetensors"})
     layers: str | None = option(None, "layers that get the pattern, like 0-3,7; all")
     dense_layers: int = option(0, "so many of the first selected layers stay dense")
+    anneal: float = option(0.5, "share of the run after which numbers of the pattern like 0.5..0.05 are at their end")
     backend: str = option("auto", "backend of the pattern")
     lora: int = option(0, "rank of LoRA on what --train names; 0 trains it whole")
     lora_alpha: float = option(0.0, "LoRA is scaled by alpha / rank; 0: alpha = rank")
@@ -91,6 +95,8 @@ class RunConfig:
     def _check_sharing(self) -> None:
         if self.fsdp and self.optimizer == "prodigy":
             raise ValueError("--fsdp with --optimizer prodigy, which measures all weights at once: pass adamw")
+        if self.fsdp and varies(self.pattern):
+            raise ValueError(f"--fsdp with --pattern {self.pattern!r}, which is applied anew as it changes: leave one out")
         if self.fsdp and getattr(self, "sample_every", 0):
             raise ValueError(
                 "--fsdp with --sample-every: one process draws, and has a part of the weights: leave it out"
@@ -100,7 +106,11 @@ class RunConfig:
         if not any(getattr(self, name) for name in self.losses()):
             names = ", ".join(f"--{name}" for name in self.losses())
             raise ValueError(f"every loss has weight 0: give one of {names} a weight")
-        patterns = Schedule.of(self.pattern, self.layers, self.dense_layers).patterns
+        first, patterns = (Schedule.of(text, self.layers, self.dense_layers).patterns for text in self.pattern_ends)
+        if [type(each) for each in first] != [type(each) for each in patterns]:
+            raise ValueError(f"--pattern {self.pattern!r}: the numbers may change, not {first[0]} to {patterns[0]}")
+        if varies(self.pattern) and not 0 < self.anneal <= 1:
+            raise ValueError(f"--anneal {self.anneal} must be a share of the run, above 0 and at most 1")
         if all(isinstance(pattern, Dense) for pattern in patterns):
             raise ValueError(f"--pattern {self.pattern!r} is what the teacher has: name a sparse or linear one")
         rowless = [str(p) for p in patterns if not isinstance(p, Dense | Linear | Agent)]
@@ -111,6 +121,20 @@ class RunConfig:
     def losses(cls) -> tuple[str, ...]:
         """The settings that are weights of losses."""
         raise NotImplementedError
+
+    @property
+    def staged(self) -> bool:
+        """Whether a part of the run trains a part of the parameters."""
+        return False
+
+    @property
+    def pattern_ends(self) -> tuple[str, str]:
+        """The pattern at the beginning of the run, and at its end."""
+        return at(self.pattern, 0.0), at(self.pattern, 1.0)
+
+    def pattern_at(self, done: float) -> str:
+        """The pattern when a share of the run is over."""
+        return at(self.pattern, stepped(done, self.anneal))
 
     @property
     def rate(self) -> float:
