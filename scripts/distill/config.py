@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from scripts.distill.masses import reason
+from scripts.distill.methods import METHODS, settings_of
 from scripts.distill.ranges import at
 from scripts.distill.settings import RunConfig, option
 from scripts.distill.stages import ALL, Stage, parse_stages
@@ -26,6 +29,11 @@ class Config(RunConfig):
         ValueError: If a value is out of range, or two of them contradict each other.
     """
 
+    method: str = option("", f"recipe of a published method: {', '.join(METHODS)}; other options win over it")
+    sparsity: float = option(0.95, "share of the blocks that --method does not list")
+    pattern: str = option(
+        "", 'attention of the student, like "clear(radius=3)"; "topk(keep=0.5..0.05)" changes over the run'
+    )
     samples: Path = field(metadata={"help": "folder that scripts/distill/cache_samples.py wrote"})
     model: str = option("digits", "teacher: an embedded model, a folder in diffusers' format, or a hub id")
     denoising: float = option(1.0, "weight of the denoising loss against the samples")
@@ -59,6 +67,8 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         # Not super(): a dataclass with slots is another class than the one that this function was made in.
+        if not self.pattern:
+            raise ValueError(f"--pattern is missing: give one, or --method {' or '.join(METHODS)}")
         RunConfig.__post_init__(self)
         wrong = [part for part in self.projections if part not in PROJECTIONS]
         if wrong:
@@ -124,6 +134,19 @@ class Config(RunConfig):
         model = json.loads((self.samples / "index.json").read_text())["model"]
         if model != self.model:
             raise ValueError(f"--samples {self.samples} were made by {model!r}, the teacher is --model {self.model!r}")
+
+    @classmethod
+    def preset(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the method that was asked for sets.
+
+        Raises:
+            ValueError: If there is none of that name, or a sparsity of no method.
+        """
+        if not given.get("method"):
+            if "sparsity" in given:
+                raise ValueError(f"--sparsity {given['sparsity']:g} is that of a --method: {', '.join(METHODS)}")
+            return {}
+        return settings_of(given["method"], given.get("sparsity", cls.__dataclass_fields__["sparsity"].default))
 
     @classmethod
     def losses(cls) -> tuple[str, ...]:

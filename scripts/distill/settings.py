@@ -27,9 +27,7 @@ class RunConfig:
         ValueError: If a value is out of range, or two of them contradict each other.
     """
 
-    pattern: str = field(
-        metadata={"help": 'attention of the student, like "clear(radius=3)"; "topk(keep=0.5..0.05)" changes over the run'}
-    )
+    pattern: str = field(metadata={"help": 'attention of the student, like "clear(radius=3)"'})
     out: Path = field(metadata={"help": "folder for checkpoint, log, pictures and student.safetensors"})
     layers: str | None = option(None, "layers that get the pattern, like 0-3,7; all")
     dense_layers: int = option(0, "so many of the first selected layers stay dense")
@@ -176,14 +174,16 @@ def parse(kind: type[Any], description: str | None, arguments: list[str] | None 
     hints = get_type_hints(kind)
     for entry in fields(kind):
         required = not isinstance(entry.default, (str, int, float, Path, types.NoneType))
-        settings: dict[str, Any] = {"help": entry.metadata["help"], "required": required}
+        settings: dict[str, Any] = {"help": entry.metadata["help"].replace("%", "%%"), "required": required}
         if not required:
-            settings["default"] = entry.default
+            # What is not given is left to presets.
+            settings["default"] = argparse.SUPPRESS
             if entry.default not in (None, "", False):
-                settings["help"] += " (%(default)s)"
+                settings["help"] += f" ({entry.default})"
         if hints[entry.name] is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings["type"] = next(iter(get_args(hints[entry.name])), hints[entry.name])
         parser.add_argument(flag(entry), **settings)
-    return kind(**vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_args(arguments))
+    return kind(**(kind.preset(given) if hasattr(kind, "preset") else {}) | given)

@@ -13,6 +13,7 @@ from scripts.distill import loop, ranges, settings, stages, training
 from scripts.distill import pipeline as distill
 from scripts.distill.config import Config
 from scripts.distill.masses import Masses, block_mass, blocks_of
+from scripts.distill.methods import METHODS
 from tests.support.runs import equal, log_of, stopped
 from tests.support.tiny_distill import run, tiny_pipeline_with_samples, words
 from visattn import Layout, apply, attention_rows, parse
@@ -47,6 +48,39 @@ class TestRanges:
         assert found == sorted(found)
         assert set(found) == {0.0, 0.25, 0.5, 0.75, 1.0}
         assert found[49] == 0.75 and found[50] == 1.0
+
+
+class TestMethods:
+    @pytest.mark.parametrize("name", METHODS)
+    @pytest.mark.parametrize("sparsity", [0.3, 0.95])
+    def test_are_settings_of_a_run(self, folder, tmp_path, name, sparsity):
+        given = ["--model", folder / "model", "--samples", folder / "samples", "--out", tmp_path, "--method", name]
+        config = settings.parse(Config, None, [str(word) for word in [*given, "--sparsity", sparsity]])
+        final = parse(config.pattern_ends[1])
+        assert final == parse(METHODS[name].final(sparsity))
+        listed = getattr(getattr(final, "by", final), "keep", None)
+        assert listed is None or listed == pytest.approx(1 - sparsity)
+        assert all(getattr(config, key) == value for key, value in METHODS[name].options.items())
+
+    def test_what_is_given_wins(self, folder, tmp_path):
+        given = ["--model", folder / "model", "--samples", folder / "samples", "--out", tmp_path, "--method", "topk"]
+        config = settings.parse(Config, None, [str(word) for word in [*given, "--output", "0.25", "--stages", "all"]])
+        assert (config.output, config.stages, config.attention) == (0.25, "all", METHODS["topk"].options["attention"])
+        assert config.pattern == "topk(keep=0.5..0.05)"
+
+    @pytest.mark.parametrize(
+        ("more", "error"),
+        [
+            (["--method", "slam"], "'slam' does not exist: topk"),
+            (["--method", "topk", "--sparsity", "95"], "between 0 and 1"),
+            (["--sparsity", "0.9", "--pattern", "topk(keep=0.1)"], "that of a --method"),
+            ([], "--pattern is missing"),
+        ],
+    )
+    def test_wrong_ones(self, folder, tmp_path, more, error):
+        given = ["--model", str(folder / "model"), "--samples", str(folder / "samples"), "--out", str(tmp_path), *more]
+        with pytest.raises(SystemExit, match=error):
+            distill.main(given)
 
 
 class TestStages:
