@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from visattn.handle import Handle, apply
 from visattn.pipelines.embedded.pixel import PixelPipeline
 from visattn.pipelines.patch.targets import DENOISERS
-from visattn.pipelines.trained import load_own, load_trained, trained_weights
+from visattn.trained import load_own, load_trained, trained_weights
 from visattn.report import Report
 
 IMAGE, VIDEO = "image", "video"
@@ -49,7 +49,7 @@ class Settings:
         precise_steps: As in `visattn.apply`.
         precise_last_steps: As in `visattn.apply`.
         backend: As in `visattn.apply`.
-        weights: File of a distilled student, whose tensors the sparse runs have; see `pipelines.trained`.
+        weights: File of a distilled student, whose tensors the sparse runs have; see `visattn.trained`.
         compare: Whether the dense twin is generated too; it keeps the model's own weights.
         repeats: How often each image is generated; times are medians.
         parallel: As in `visattn.apply`.

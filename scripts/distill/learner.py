@@ -12,7 +12,7 @@ from scripts.distill.losses import Rows, map_distance
 from scripts.distill.settings import RunConfig
 from visattn import apply
 from visattn.handle import Handle
-from visattn.pipelines.trained import Trained
+from visattn.trained import Trained
 from visattn.watch import Watched, Watcher
 
 LORA = "default"

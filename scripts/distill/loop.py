@@ -22,7 +22,7 @@ from scripts.distill.optimizers import build_optimizer, rate_share
 from scripts.distill.settings import RunConfig
 from scripts.distill.sharing import share_weights, whole
 from scripts.distill.state import Progress, check_resume, load_checkpoint, save_checkpoint
-from visattn.pipelines.trained import save_trained
+from visattn.trained import save_trained
 
 CHECKPOINT, RESULT = "checkpoint.safetensors", "student.safetensors"
 

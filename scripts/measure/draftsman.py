@@ -17,7 +17,7 @@ from scripts.measure.emoji_judge import Judge
 from scripts.measure.emoji_prompts import KINDS
 from visattn import apply
 from visattn.canvas import row
-from visattn.pipelines.trained import Trained, load_own, load_trained, trained_weights
+from visattn.trained import Trained, load_own, load_trained, trained_weights
 
 DENSE, SHIPPED = "dense", "shipped"
 SHOWN, SHOWN_SIDE = 8, 128

@@ -33,7 +33,7 @@ from visattn.canvas import column, text
 from visattn.environment import devices, versions
 from visattn.files import written_whole
 from visattn.pipelines.load import load_pipeline
-from visattn.pipelines.trained import load_trained
+from visattn.trained import load_trained
 
 # Every pattern of the package that an image model of FLUX's kind takes: radial is for videos, agentsd for UNets.
 PATTERNS = (

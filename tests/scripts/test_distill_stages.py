@@ -18,7 +18,7 @@ from tests.support.runs import equal, log_of, stopped
 from tests.support.tiny_distill import run, tiny_pipeline_with_samples, words
 from visattn import Layout, apply, attention_rows, parse
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
-from visattn.pipelines.trained import load_trained, trained_weights
+from visattn.trained import load_trained, trained_weights
 from visattn.watch import Watched
 
 SITES = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
