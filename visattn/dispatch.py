@@ -116,6 +116,7 @@ BACKENDS = REGISTRY.declare(
         "sigmoid": "visattn.kernels.sigmoid:backend",
         "heads": "visattn.kernels.heads:backend",
         "gate": "visattn.kernels.gate:backend",
+        "hybrid": "visattn.kernels.hybrid.backend:backend",
         "ordered": "visattn.kernels.ordered:backend",
         "sdpa": "visattn.kernels.sdpa:backend",
         "tiles": "visattn.kernels.tiles.backend:backend",

@@ -217,6 +217,7 @@ def apply(
     precise_last_steps: int | float = 0,
     parallel: str | None = None,
     mesh: Any = None,
+    untrained: bool = False,
 ) -> Handle:
     """Make the self-attention of a model sparse, until the handle removes it.
 
@@ -261,6 +262,7 @@ def apply(
             diffusers' own `enable_parallelism`.
         mesh: Which processes: a DeviceMesh of one axis or a process group; None for those of the model's
             ContextParallelConfig, or all.
+        untrained: Let patterns that mean nothing before they are trained, `gate`, start from their initial parameters.
 
     Returns:
         The handle that reports and undoes; also a context manager.
@@ -286,8 +288,11 @@ def apply(
         if isinstance(each, MergingPattern) and package != "diffusers":
             raise ValueError(f"{each} merges tokens of a UNet of diffusers: use agent(agents=...) on a {package} model")
     for each in schedule.patterns:
-        if each.needs_weights and weights is None:
-            raise ValueError(f"{each} chooses by trained weights: pass weights= with a file that holds them")
+        if each.needs_weights and weights is None and not untrained:
+            raise ValueError(
+                f"{each} chooses by trained weights: pass weights= with a file that holds them, or untrained=True to "
+                "train them"
+            )
     if weights is not None:
         # Before anything is patched.
         read_weights(Path(weights))

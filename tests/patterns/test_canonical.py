@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from visattn import Layout, dense_mask, parse
 from visattn.patterns import (
     PATTERNS,
+    SLA,
+    SLA2,
+    VSA,
     Above,
     Agent,
     AgentSD,
@@ -104,6 +107,16 @@ KINDS = STATIC | {
         **CHOICE,
     ),
     Above: made(Above, tau=REAL, most=NUMBER, **CHOICE),
+    SLA: made(SLA, keep=NUMBER, marginal=NUMBER | st.just("all"), feature=st.sampled_from(["softmax", "elu", "relu"])),
+    SLA2: made(
+        SLA2,
+        keep=NUMBER,
+        router=st.sampled_from(["learned", "mean"]),
+        ratio=st.sampled_from(["learned", "mass"]),
+        soft=st.floats(0, 9),
+        block=st.none() | sides(),
+    ),
+    VSA: made(VSA, keep=NUMBER, gate=st.sampled_from(["token", "channel"]), every=WHOLE, drift=POSITIVE),
     Gate: made(
         Gate,
         by=made(TopK, keep=NUMBER, **(CHOICE | {"every": st.just(1), "rest": st.sampled_from(["drop", "mean"])})),

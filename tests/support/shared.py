@@ -126,6 +126,7 @@ OWN = {
     "sigmoid": "it runs sigmoid patterns only",
     "heads": "it runs patterns that differ from head to head",
     "gate": "it runs lists that trained weights choose",
+    "hybrid": "it runs sla, sla2 and vsa only",
     "ordered": "it runs patterns of groups of tokens",
 }
 

@@ -12,6 +12,10 @@ from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.flow import Flow
 from visattn.patterns.gate import Gate
 from visattn.patterns.halo import Halo
+from visattn.patterns.hybrid.base import HybridPattern
+from visattn.patterns.hybrid.sla import SLA
+from visattn.patterns.hybrid.sla2 import SLA2
+from visattn.patterns.hybrid.vsa import VSA
 from visattn.patterns.kinds import (
     BiasedPattern,
     ComposedPattern,
@@ -42,6 +46,9 @@ from visattn.patterns.topp import TopP
 
 __all__ = [
     "PATTERNS",
+    "SLA",
+    "SLA2",
+    "VSA",
     "Above",
     "Agent",
     "AgentSD",
@@ -55,6 +62,7 @@ __all__ = [
     "Gate",
     "Halo",
     "HeadsPattern",
+    "HybridPattern",
     "KMeans",
     "Linear",
     "ListedPattern",
@@ -95,6 +103,9 @@ PATTERNS: tuple[type[Pattern], ...] = (
     KMeans,
     Lsh,
     Gate,
+    SLA,
+    SLA2,
+    VSA,
     Best,
     PerHead,
     Agent,

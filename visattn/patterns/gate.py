@@ -83,8 +83,17 @@ class Gate(ComposedPattern):
         return {name: (heads, pools * head_dim, self.dim) for name, pools in found.items()}
 
     def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        """Zeros, until weights are loaded."""
-        return {name: torch.zeros(shape) for name, shape in self.parameter_shapes(heads, head_dim, grid).items()}
+        """Where training starts: scores like products of the means, or of what stands nearest to them.
+
+        Identities as far as they go for the averages; without those, half of one for each of max and min.
+        """
+        found = {}
+        for name, shape in self.parameter_shapes(heads, head_dim, grid).items():
+            pools = getattr(self, name).split("+")
+            of = ("avg",) if "avg" in pools else pools
+            parts = [torch.eye(head_dim, self.dim) * ((pool in of) / len(of)) for pool in pools]
+            found[name] = torch.cat(parts).expand(shape).clone()
+        return found
 
     def check(self, grid: tuple[int, ...]) -> None:
         """Raise a ValueError if `by` is not defined on this grid."""

@@ -63,16 +63,6 @@ PRESETS = {
         "topk(keep=0.15, always=none, rest=slope, block=64)",
         "PISA (2025), density 0.15",
     ),
-    "sla": Preset(
-        "topk(keep=0.1, always=none, rest=linear, block=64)",
-        "SLA (Zhang et al., 2025), TurboDiffusion; its map of channels is trained, before that nothing is added",
-        "the original rounds the number of blocks down",
-    ),
-    "vsa": Preset(
-        "topk(keep=0.1, always=none, rest=coarse, block=4x4x4)",
-        "VSA (Zhang et al., 2025), sparsity 0.9; the gate is trained, without it nothing is added",
-        "the original's gate is a linear map of the block's input, here it is a number per head and channel",
-    ),
     "svg1": Preset(
         "best(of=[na(window=5x-1x-1), na(window=-1x9x9)])",
         "Sparse VideoGen (Xi et al., ICML 2025): each head has a pattern of space or one of time, whichever is nearer",

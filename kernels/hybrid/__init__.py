@@ -1,0 +1,1 @@
+"""Patterns with two branches: whoever runs lists runs one, the other is added."""

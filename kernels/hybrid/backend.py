@@ -1,0 +1,106 @@
+"""Runs hybrid patterns: the backends for lists run the softmax branch, and the second branch is joined to it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from visattn.autocast import switched_off
+from visattn.dispatch import Backend, choose, overhead
+from visattn.patterns.choice.blocks import inner
+from visattn.patterns.choice.listening import choosing
+from visattn.patterns.hybrid.base import HybridPattern
+from visattn.patterns.hybrid.sla2 import SLA2
+from visattn.patterns.tailed import holding
+from visattn.prepare import run_call
+from visattn.problem import Call, Problem, Support
+
+# Time over that of dense attention's products, by operation count: sums over tokens are memory-bound.
+RATE = 4.0
+
+
+class HybridBackend(Backend):
+    """Runs sla, sla2 and vsa, and nothing else; their softmax branch goes to the cheapest other backend."""
+
+    name: ClassVar[str] = "hybrid"
+
+    def available(self) -> Support:
+        """Always: other backends do the work."""
+        return Support(True)
+
+    def supports(self, problem: Problem) -> Support:
+        """Hybrid patterns without log-sum-exp."""
+        if not isinstance(problem.pattern, HybridPattern):
+            return Support(False, f"it runs sla, sla2 and vsa only, not {problem.pattern.name}")
+        if problem.lse:
+            return Support(False, "a sum of two branches has no log-sum-exp")
+        return Support(True)
+
+    def cost(self, problem: Problem) -> float:
+        """The softmax branch, and products of every token with a state, or of all pairs of blocks with states."""
+        pattern, layout = problem.pattern, problem.layout
+        assert isinstance(pattern, HybridPattern)
+        if isinstance(pattern, SLA2) and pattern.soft:
+            return 2 * RATE * problem.dense_pairs
+        own = replace(problem, pattern=pattern.front)
+        blocks, linear = pattern.blocks(layout.grid), float(layout.length * problem.head_dim)
+        if pattern.needs_choice:
+            linear += blocks.rows * blocks.columns * problem.head_dim / 2
+        added = RATE * problem.batch * problem.heads * linear
+        return choose(own).cost(own) + added + overhead(problem, cpu_ms=0.5, cuda_us=200)
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.run`."""
+        pattern, layout = call.pattern, call.layout
+        assert isinstance(pattern, HybridPattern)
+        if isinstance(pattern, SLA2) and pattern.soft:
+            with switched_off(q.device):
+                return _soft(q, k, v, call, pattern), None
+        choice = None
+        if pattern.needs_choice:
+            with choosing():
+                choice = pattern.choose(q, k, layout, call.key_mask, call.scale, call.parameters)
+        with nullcontext() if choice is None else holding(pattern.front, choice):
+            out, _ = run_call(q, k, v, replace(call, pattern=pattern.front, parameters={}))
+        at = inner(layout)
+        with switched_off(q.device):
+            whole = pattern.join(out[:, at], q, k, v, layout, call.key_mask, call.scale, choice, call.parameters)
+        return _placed(whole.to(out.dtype), out, at), None
+
+
+def _soft(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, pattern: SLA2) -> torch.Tensor:
+    """Soft lists: dense tokens see everything as they always do."""
+    layout, at = call.layout, inner(call.layout)
+    found = pattern.joint(q, k, v, layout, call.key_mask, call.scale, call.parameters).to(q.dtype)
+    parts = [found]
+    for first, stop in ((0, at.start), (at.stop, layout.length)):
+        if stop > first:
+            parts.append(_dense_rows(q[:, first:stop], k, v, call))
+    if len(parts) == 1:
+        return found
+    before = parts[1:2] if layout.prefix else []
+    return torch.cat([*before, found, *parts[1 + len(before) :]], 1)
+
+
+def _dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+    """Softmax over all tokens."""
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
+    mask = None if call.key_mask is None else call.key_mask[:, None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), keys, values, mask, scale=call.scale)
+    return out.transpose(1, 2)
+
+
+def _placed(grid: torch.Tensor, out: torch.Tensor, at: slice) -> torch.Tensor:
+    """The rows of the grid in an output that has dense tokens around them."""
+    if grid.shape[1] == out.shape[1]:
+        return grid
+    return torch.cat([out[:, : at.start], grid, out[:, at.stop :]], 1)
+
+
+backend = HybridBackend()
