@@ -217,7 +217,8 @@ def _patched(pipe: Any, settings: Settings, kind: str, schedule: dict[str, Any])
     pattern = settings.pattern if kind == SPARSE else DENSE
     weights = trained_weights(denoiser(pipe), trained) if trained else nullcontext()
     # What is shown is the pattern, and the models that come along were trained with theirs.
-    with weights, apply(pipe, pattern, **schedule, always=True, parallel=settings.parallel) as handle:
+    given = schedule | {"always": True, "parallel": settings.parallel, "untrained": trained is not None}
+    with weights, apply(pipe, pattern, **given) as handle:
         if trained:
             load_own(handle, trained)
         yield handle

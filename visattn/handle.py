@@ -329,7 +329,7 @@ def _apply_student(target: Any, path: Path, fixed: dict[str, Any], how: dict[str
     handle = None
     try:
         # A model that was trained with a pattern needs it everywhere.
-        handle = apply(target, about["pattern"], **layers, **how, always=True)
+        handle = apply(target, about["pattern"], **layers, **how, always=True, untrained=True)
         load_own(handle, trained)
     except BaseException:
         if handle is not None:

@@ -66,6 +66,7 @@ class Learner(nn.Module):
             dense_layers=config.dense_layers,
             backend=config.backend,
             strict=True,
+            untrained=True,
             precision=getattr(config, "quantize", None) or None,
             parallel=parallel,
             mesh=mesh,

@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
-from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, Gate, Pattern
-from visattn.patterns.choice.blocks import Blocks, inner, token_block_table, token_blocks
+from visattn.patterns.choice.blocks import Blocks, inner
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.scores import Score, block_scores
+from visattn.patterns.hybrid.base import HybridPattern
+from visattn.patterns.hybrid.targets import block_attention, by_tokens, divergence
 from visattn.watch import Watched
 
 SMOOTH = ("mean", "parts", "bounds", "diagonal")  # scores that have gradients
-LEAST = 1e-6  # of a share of the mass
 
 
 class Masses:
@@ -68,19 +67,13 @@ class Masses:
 
     def _divergence(self, ours: Watched, theirs: Watched, layout: Layout) -> torch.Tensor:
         blocks = blocks_of(ours.pattern, layout)
-        rows = (self._places * blocks.rows).long()
+        some = (self._places * blocks.rows).long()
+        # A gate is trained by the largest weights of blocks, as in its paper.
+        pool = "max" if isinstance(ours.pattern, Gate) else "sum"
+        target = block_attention(theirs.q, theirs.k, layout, blocks, theirs.key_mask, theirs.scale, pool, some)
         scores, seen = router_scores(ours, layout)
-        with torch.no_grad():
-            mass = block_mass(theirs, layout, blocks, rows)
-            target = (mass.clamp(min=LEAST).log() / self._temperature).log_softmax(-1)
-        scores = scores[:, :, rows] / self._temperature
-        if seen.columns is not None:
-            hidden = ~seen.columns[:, None, None]
-            scores, target = (x.masked_fill(hidden, -1e9) for x in (scores, target))
-        found = (target.exp() * (target - scores.log_softmax(-1))).sum(-1)
-        if seen.rows is not None:
-            found = found * seen.rows[:, None, rows]
-        return found.mean()
+        seen = Seen(None if seen.rows is None else seen.rows[:, some], seen.columns)
+        return divergence(scores[:, :, some], target, seen, self._temperature)
 
     def loss(self) -> torch.Tensor:
         """Mean over the modules of the last forward.
@@ -95,7 +88,7 @@ class Masses:
 
 def reason(pattern: Pattern) -> str:
     """Why a pattern has no scores of blocks that could learn, empty if it has."""
-    if isinstance(pattern, Gate):
+    if isinstance(pattern, Gate | HybridPattern):
         return ""
     if not isinstance(pattern, DynamicPattern) or pattern.name not in ("topk", "topp", "above"):
         return f"{pattern} chooses no blocks by scores"
@@ -117,51 +110,16 @@ def router_scores(watched: Watched, layout: Layout) -> tuple[torch.Tensor, Seen]
     pattern, at, q, k = watched.pattern, inner(layout), watched.q.float(), watched.k.float()
     if isinstance(pattern, Gate):
         return pattern.scores(q.detach(), k.detach(), layout, watched.key_mask, watched.parameters)
+    if isinstance(pattern, HybridPattern):
+        if getattr(pattern, "router", "") == "learned":
+            q, k = q.detach(), k.detach()
+        given = layout, watched.key_mask, watched.scale, watched.parameters
+        scores, seen = pattern.router_scores(q, k, *given)
+        return by_tokens(scores, pattern.blocks(layout.grid), layout, watched.key_mask), seen
     assert isinstance(pattern, DynamicPattern)
-    valid = None if watched.key_mask is None else watched.key_mask[:, at]
-    seen, found = block_scores(
-        Score.of(pattern.score), q[:, at], k[:, at], pattern.blocks(layout.grid), valid, watched.scale
-    )
-    return torch.cat([scores for scores, _ in found], 1), seen
-
-
-def block_mass(watched: Watched, layout: Layout, blocks: Blocks, rows: torch.Tensor) -> torch.Tensor:
-    """Share of the dense attention of query blocks on each key block of the grid, means over their valid queries.
-
-    Args:
-        watched: The call.
-        layout: Where its tokens sit.
-        blocks: The blocks.
-        rows: Which query blocks [R].
-
-    Returns:
-        [B, H, R, columns], which sum to 1: text has no part.
-    """
-    device, at = watched.q.device, inner(layout)
-    q, k = watched.q.float(), watched.k.float()
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    table = _tokens(blocks.grid, blocks.queries, device)[rows.to(device)]
-    there, tokens = table >= 0, table.clamp(min=0) + layout.prefix
-    scores = torch.einsum("brhd,bkhd->bhrk", q[:, tokens.flatten()], k) * watched.scale
-    there = there.flatten()[None, None, :, None]
-    if watched.key_mask is not None:
-        scores = scores.masked_fill(~watched.key_mask[:, None, None], float("-inf"))
-        there = there & watched.key_mask[:, None, tokens.flatten(), None]
-    weights = scores.softmax(-1)[..., at] * there
-    # Sums over blocks as a product: they may be of unequal size.
-    of_key = torch.nn.functional.one_hot(token_blocks(blocks.grid, blocks.keys, device), blocks.columns).float()
-    mass = (weights @ of_key).unflatten(2, table.shape).sum(3)
-    return mass / mass.sum(-1, keepdim=True).clamp(min=LEAST)
-
-
-@kept
-def _tokens(grid: tuple[int, ...], box: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Tokens of each block [blocks, most], -1 behind the last."""
-    block = token_block_table(grid, box)
-    order, sizes = np.argsort(block, kind="stable"), np.bincount(block)
-    found = np.full((len(sizes), sizes.max()), -1)
-    found[block[order], np.arange(len(block)) - (np.cumsum(sizes) - sizes)[block[order]]] = order
-    return torch.from_numpy(found).to(device)
+    valid, blocks = None if watched.key_mask is None else watched.key_mask[:, at], pattern.blocks(layout.grid)
+    seen, found = block_scores(Score.of(pattern.score), q[:, at], k[:, at], blocks, valid, watched.scale)
+    return by_tokens(torch.cat([scores for scores, _ in found], 1), blocks, layout, watched.key_mask), seen
 
 
 def _sample(watched: Watched, i: int) -> Watched:

@@ -53,6 +53,23 @@ METHODS: dict[str, Method] = {
         "there p and k are fixed from the beginning",
         {"denoising": 0.0, "output": 1.0, "attention": 0.0},
     ),
+    "sla": Method(
+        "sla(keep={keep})",
+        "SLA (Zhang et al., 2025): softmax over the critical blocks, linear attention of all; there trained by the "
+        "samples' own noise",
+        _TRANSFER | {"own_lr": 5e-3},
+    ),
+    "sla2": Method(
+        "sla2(keep={keep})",
+        "SLA2 (2026): a router that learns, and a ratio that joins both branches to one softmax; there lists are soft "
+        "while the router learns",
+        _ROUTED,
+    ),
+    "vsa": Method(
+        "vsa(keep={keep})",
+        "VSA (Zhang et al., 2025): blocks chosen by the coarse branch, which a gate adds",
+        _TRANSFER | {"own_lr": 5e-3, "mass": 0.02},
+    ),
     "gate": Method(
         "gate(by=topk(keep={keep}))",
         "SeerAttention (Gao et al., 2024): a gate of pooled queries and keys learns the pooled map of its teacher; there "
