@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from visattn.handle import Handle, apply
 from visattn.pipelines.embedded.pixel import PixelPipeline
 from visattn.pipelines.patch.targets import DENOISERS
-from visattn.trained import load_own, load_trained, trained_weights
 from visattn.report import Report
+from visattn.trained import load_own, load_trained, trained_weights
 
 IMAGE, VIDEO = "image", "video"
 SPARSE, DENSE = "sparse", "dense"

@@ -40,7 +40,8 @@ def attention_through(
         return attention(q, k, v, pattern, layout, **options)
     with torch.no_grad():
         rounded = attention(q, k, v, pattern, layout, **options)
-    return _Through.apply(attention(q, k, v, pattern, layout, **options | {"precision": None}), rounded)
+    exact: dict[str, Any] = options | {"precision": None}
+    return _Through.apply(attention(q, k, v, pattern, layout, **exact), rounded)
 
 
 class _Through(torch.autograd.Function):

@@ -48,7 +48,9 @@ class Config(RunConfig):
         "shares of the run: router trains the pattern's own parameters, transfer the projections too, both layer by "
         "layer on the teacher's inputs, and all the student as it runs; like router:0.2,transfer:0.3,all:0.5",
     )
-    quantize: str = option("", "forward of attention in 8 bits, gradients of the exact one: int8 or fp8", ("", *PRECISIONS))
+    quantize: str = option(
+        "", "forward of attention in 8 bits, gradients of the exact one: int8 or fp8", ("", *PRECISIONS)
+    )
     attention_at: str = option("before", "attention output before or after its output projection", ("before", "after"))
     attention_layers: str | None = option(None, "layers whose attention is matched, like 0,4,8; all patched ones")
     attention_scale: str = option(
@@ -114,7 +116,11 @@ class Config(RunConfig):
             raise ValueError(
                 f"--stages {self.stages!r}: {patterns[0]} has no parameters of its own for a router stage: leave it out"
             )
-        for name, wrong in (("fsdp", self.fsdp), ("checkpointing", self.checkpointing), ("sequence", self.sequence > 1)):
+        for name, wrong in (
+            ("fsdp", self.fsdp),
+            ("checkpointing", self.checkpointing),
+            ("sequence", self.sequence > 1),
+        ):
             if wrong:
                 raise ValueError(f"--stages {self.stages!r} with --{name}: pass --stages all")
         if self.attention_layers is not None and not (self.mass or self.maps):

@@ -3,8 +3,8 @@
     python -m scripts.distill.export --model emoji --weights runs/sla2/student.safetensors --out runs/emoji-sla2
 
 LoRA is multiplied out. What the pattern itself learned (a router, feature maps) has no place in such a folder: it goes
-into a student.safetensors beside it, and `visattn.apply(pipe, "runs/emoji-sla2/student.safetensors")` gives the pipeline
-its attention in both cases.
+into a student.safetensors beside it. In both cases `visattn.apply(pipe, "runs/emoji-sla2/student.safetensors")` gives
+the pipeline its attention.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"export: {error}") from error
     own = sum(value.numel() for value in rest.own.values())
-    beside = f"{own:,} parameters of {rest.about['pattern']} beside it" if own else f"trained for {rest.about['pattern']}"
+    beside = (
+        f"{own:,} parameters of {rest.about['pattern']} beside it" if own else f"trained for {rest.about['pattern']}"
+    )
     print(f"{settings.out}: a plain pipeline, {beside}")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import KwargsHandler
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -41,7 +42,9 @@ def prepare(config: RunConfig) -> None:
 def begin(config: RunConfig) -> Accelerator:
     """Device, mixed precision, threads and the seed of a run."""
     # A stage may leave parameters without gradients, which processes wait for unless they are told.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if config.staged else None
+    handlers: list[KwargsHandler] = []
+    if config.staged:
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
     accelerator = Accelerator(cpu=config.cpu, mixed_precision=config.precision, kwargs_handlers=handlers)
     torch.manual_seed(config.seed)
     if config.threads:

@@ -49,8 +49,8 @@ METHODS: dict[str, Method] = {
     "topk": Method("topk(keep={keep})", "blocks by products of means, as SpargeAttn and VSA choose them", _TRANSFER),
     "sparge2": Method(
         "topp(p=0.3, least={least}, most={most})",
-        "SpargeAttention2 (Zhang et al., 2026): a mask of top-k and top-p, trained by the distance of predictions alone; "
-        "there p and k are fixed from the beginning",
+        "SpargeAttention2 (Zhang et al., 2026): a mask of top-k and top-p, trained by the distance of predictions "
+        "alone; there p and k are fixed from the beginning",
         {"denoising": 0.0, "output": 1.0, "attention": 0.0},
     ),
     "sla": Method(
@@ -72,8 +72,8 @@ METHODS: dict[str, Method] = {
     ),
     "gate": Method(
         "gate(by=topk(keep={keep}))",
-        "SeerAttention (Gao et al., 2024): a gate of pooled queries and keys learns the pooled map of its teacher; there "
-        "the model stays as it is (--train none)",
+        "SeerAttention (Gao et al., 2024): a gate of pooled queries and keys learns the pooled map of its teacher; "
+        "there the model stays as it is (--train none)",
         _ROUTED,
     ),
     "sparselinear": Method(

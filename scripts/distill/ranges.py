@@ -15,10 +15,9 @@ def varies(text: str) -> bool:
 
 
 def at(text: str, share: float) -> str:
-    """A text with each `a..b` at a share of its way: a at 0, b from 1 on, in between by equal factors; whole numbers
-    stay whole.
+    """A text with each `a..b` at a share of its way: a at 0, b from 1 on, in between by equal factors.
 
-    Equal factors, as what halves the lists costs about the same from 50 to 25 % as from 10 to 5 %.
+    Whole numbers stay whole. Equal factors: half as many lists are a step of the same size from 50 % as from 10 %.
 
     Raises:
         ValueError: If an end is 0.

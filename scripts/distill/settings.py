@@ -94,7 +94,9 @@ class RunConfig:
         if self.fsdp and self.optimizer == "prodigy":
             raise ValueError("--fsdp with --optimizer prodigy, which measures all weights at once: pass adamw")
         if self.fsdp and varies(self.pattern):
-            raise ValueError(f"--fsdp with --pattern {self.pattern!r}, which is applied anew as it changes: leave one out")
+            raise ValueError(
+                f"--fsdp with --pattern {self.pattern!r}, which is applied anew as it changes: leave one out"
+            )
         if self.fsdp and getattr(self, "sample_every", 0):
             raise ValueError(
                 "--fsdp with --sample-every: one process draws, and has a part of the weights: leave it out"

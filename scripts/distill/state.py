@@ -68,9 +68,7 @@ def save_checkpoint(
     save_tensors(path, tensors, {"run": json.dumps(known)})
 
 
-def load_checkpoint(
-    path: Path, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer
-) -> Progress:
+def load_checkpoint(path: Path, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer) -> Progress:
     """Restores what `save_checkpoint` wrote, in place; returns how far the run is."""
     with safe_open(path, framework="pt") as file:
         known = json.loads(file.metadata()["run"])

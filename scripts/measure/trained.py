@@ -7,7 +7,7 @@ Every student learns for --seconds by the recipe of its method (scripts.distill.
 model draws for captions of its training that are not measured. Then scripts.measure.emoji or scripts.measure.animoji
 measures the dense model and each pattern with the model's own weights and with the student's. Everything goes into one
 JSON file: rows, seconds and steps of each training, and its curve. Stop it at any time, or with --budget: what is there
-is neither trained nor measured again. With --pictures also drawn are a sheet of dense, untrained and trained pictures by
+is neither trained nor measured again. With --pictures also drawn are sheets of dense, untrained and trained pictures by
 sparsity, and a chart of the training curves.
 """
 

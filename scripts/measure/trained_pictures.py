@@ -41,7 +41,9 @@ def draw_sheet(folder: Path, figures: Mapping[str, Any], size: int) -> list[Path
             continue
         sheet = column([Image.open(path) for path in strips], gap=10, margin=8)
         if sheet.width > SHEET_WIDTH:
-            sheet = sheet.resize((SHEET_WIDTH, round(sheet.height * SHEET_WIDTH / sheet.width)), Image.Resampling.LANCZOS)
+            sheet = sheet.resize(
+                (SHEET_WIDTH, round(sheet.height * SHEET_WIDTH / sheet.width)), Image.Resampling.LANCZOS
+            )
         made.append(folder / f"{method}.png")
         sheet.save(made[-1], optimize=True)
     return made

@@ -1,4 +1,4 @@
-"""Distillation by stages: what learns when, on which inputs, towards the teacher's attention mass, under changing lists."""
+"""Distillation by stages: what learns when, on which inputs, towards the teacher's mass, under changing lists."""
 
 import functools
 
@@ -14,7 +14,7 @@ from scripts.distill import pipeline as distill
 from scripts.distill.config import Config
 from scripts.distill.masses import Masses
 from scripts.distill.methods import METHODS
-from tests.support.runs import equal, log_of, stopped
+from tests.support.runs import equal, stopped
 from tests.support.tiny_distill import run, tiny_pipeline_with_samples, words
 from visattn import Layout, apply, parse
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline

@@ -139,7 +139,7 @@ class TestStudentFile:
             visattn.apply(pipe, path, layers="0")
         with pytest.raises(ValueError, match="do not exist"):
             visattn.apply(pipe, tmp_path / "nothing.safetensors")
-        with pytest.raises(ValueError, match="unknown backend|no backend|backend"):
+        with pytest.raises(ValueError, match="nothing"):
             visattn.apply(pipe, path, backend="nothing")
         other = tmp_path / "other.safetensors"
         save_trained(other, Trained({"nowhere.weight": torch.zeros(2)}, {}, {}, {"model": "x", "pattern": "mala"}))

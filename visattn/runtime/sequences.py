@@ -93,7 +93,9 @@ class Sequences(NamedTuple):
             tensors = self.q, self.k, self.v
             if precision is None:
                 return attention(*tensors, pattern, layouts[0], **options)[..., : self.channels]
-            return attention_through(*tensors, pattern, layouts[0], **options, precision=precision)[..., : self.channels]
+            return attention_through(*tensors, pattern, layouts[0], **options, precision=precision)[
+                ..., : self.channels
+            ]
         parts = []
         for i, layout in enumerate(layouts):
             with beside(i):

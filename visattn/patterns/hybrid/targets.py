@@ -126,9 +126,7 @@ def router_losses(
     return found
 
 
-def by_tokens(
-    scores: torch.Tensor, blocks: Blocks, layout: Layout, key_mask: torch.Tensor | None
-) -> torch.Tensor:
+def by_tokens(scores: torch.Tensor, blocks: Blocks, layout: Layout, key_mask: torch.Tensor | None) -> torch.Tensor:
     """Scores of pairs of blocks [B, H, rows, columns] whose softmax counts a key block by its tokens."""
     number = block_weights(blocks, valid_of(key_mask, layout), scores.device)[:, None, None]
     return scores + number.clamp(min=1).to(scores.dtype).log()
