@@ -28,6 +28,7 @@ from scripts.figures_gpu import (
 )
 from scripts.figures_models import model_tables
 from scripts.figures_precision import precision_tables
+from scripts.figures_trained import trained_tables
 from scripts.figures_tuned import draw_all, tuned_tables
 from scripts.pages import with_table
 from scripts.results import RESULTS, ROOT, result, table
@@ -48,6 +49,7 @@ PAGES = tuple(
         "docs/dynamic.md",
         "docs/parallel.md",
         "docs/tuning.md",
+        "docs/trained.md",
     )
 )
 
@@ -159,6 +161,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **model_tables(),
     **tuned_tables(),
     **precision_tables(),
+    **trained_tables(),
 }
 
 
