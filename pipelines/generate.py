@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from visattn.handle import Handle, apply
 from visattn.pipelines.embedded.pixel import PixelPipeline
 from visattn.pipelines.patch.targets import DENOISERS
-from visattn.pipelines.trained import load_own, load_trained, trained_weights
 from visattn.report import Report
+from visattn.trained import load_own, load_trained, trained_weights
 
 IMAGE, VIDEO = "image", "video"
 SPARSE, DENSE = "sparse", "dense"
@@ -49,7 +49,7 @@ class Settings:
         precise_steps: As in `visattn.apply`.
         precise_last_steps: As in `visattn.apply`.
         backend: As in `visattn.apply`.
-        weights: File of a distilled student, whose tensors the sparse runs have; see `pipelines.trained`.
+        weights: File of a distilled student, whose tensors the sparse runs have; see `visattn.trained`.
         compare: Whether the dense twin is generated too; it keeps the model's own weights.
         repeats: How often each image is generated; times are medians.
         parallel: As in `visattn.apply`.
@@ -217,7 +217,8 @@ def _patched(pipe: Any, settings: Settings, kind: str, schedule: dict[str, Any])
     pattern = settings.pattern if kind == SPARSE else DENSE
     weights = trained_weights(denoiser(pipe), trained) if trained else nullcontext()
     # What is shown is the pattern, and the models that come along were trained with theirs.
-    with weights, apply(pipe, pattern, **schedule, always=True, parallel=settings.parallel) as handle:
+    given = schedule | {"always": True, "parallel": settings.parallel, "untrained": trained is not None}
+    with weights, apply(pipe, pattern, **given) as handle:
         if trained:
             load_own(handle, trained)
         yield handle

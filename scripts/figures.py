@@ -29,6 +29,7 @@ from scripts.figures_gpu import (
 )
 from scripts.figures_models import model_tables
 from scripts.figures_precision import precision_tables
+from scripts.figures_trained import trained_tables
 from scripts.figures_tuned import draw_all, tuned_tables
 from scripts.pages import with_table
 from scripts.results import RESULTS, ROOT, result, table
@@ -50,6 +51,7 @@ PAGES = tuple(
         "docs/dynamic.md",
         "docs/parallel.md",
         "docs/tuning.md",
+        "docs/trained.md",
     )
 )
 
@@ -163,6 +165,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **tuned_tables(),
     **precision_tables(),
     **control_tables(),
+    **trained_tables(),
 }
 
 

@@ -20,6 +20,7 @@ from visattn.registry import REGISTRY
 from visattn.report import Report, SiteReport
 from visattn.schedule import PatternLike, Schedule
 from visattn.selectors import Layers
+from visattn.trained import is_student, load_own, load_trained, student_model, write_trained
 from visattn.watch import Watched, Watcher
 
 
@@ -114,6 +115,7 @@ class Handle:
     def __init__(self, patches: Sequence[Patch], request: Request) -> None:
         self._patches = tuple(patches)
         self._request = request
+        self._undo: Callable[[], None] | None = None
         self.parameters = PatternParameters([each for patch in patches for each in patch.learnables()])
         self._caught = [Caught(request.caught) for _ in self._patches] if request.caught else []
         if self._caught:
@@ -159,9 +161,12 @@ class Handle:
             patch.watch(caught if watcher is None else functools.partial(_watch_both, caught, watcher))
 
     def remove(self) -> None:
-        """Put the original attention back, by identity; a second call does nothing."""
+        """Put the original attention back, by identity, and a student's weights away; a second call does nothing."""
         for patch in self._patches:
             patch.remove()
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
 
     def set_step(self, step: int | None, total: int | None = None) -> None:
         """Say which denoising step comes next, on a model without its pipeline: for `dense_steps`, `every` ...
@@ -224,7 +229,8 @@ def apply(
             steps that none names stay dense); the path of a JSON or YAML file with such a mapping, or of one that
             `visattn tune` wrote; or a `Schedule`. "auto" is the preset of this model that was measured to have 30 dB
             to dense attention, "auto(psnr=35)" one with more, and where there is none a careful schedule; the report
-            says which.
+            says which. The path of a `student.safetensors` that a distillation wrote gives the model its weights too,
+            until the handle removes them, with the pattern, layers and precision that it was trained for.
         layers: Layers to patch: indices, slices, ranges like "4-9", or names; None for all.
         dense_layers: The first so many selected layers stay dense.
         dense_steps: The first so many denoising steps stay dense: a count, or a fraction like 0.25.
@@ -267,6 +273,12 @@ def apply(
     """
     if backend != "auto":
         load(backend)
+    if is_student(pattern):
+        fixed = {"layers": layers, "dense_layers": dense_layers, "weights": weights}
+        how = {"dense_steps": dense_steps, "dense_last_steps": dense_last_steps, "backend": backend, "layout": layout}
+        how |= {"strict": strict, "caught": caught, "precision": precision, "precise_layers": precise_layers}
+        how |= {"precise_steps": precise_steps, "precise_last_steps": precise_last_steps}
+        return _apply_student(target, Path(str(pattern)), fixed, how | {"parallel": parallel, "mesh": mesh})
     package = _package(target)
     if isinstance(pattern, str) and is_auto(pattern):
         pattern = automatic(target, pattern)
@@ -297,6 +309,34 @@ def apply(
         except ValueError:
             handle.remove()
             raise
+    return handle
+
+
+def _apply_student(target: Any, path: Path, fixed: dict[str, Any], how: dict[str, Any]) -> Handle:
+    """`apply` of the pattern that a student was trained for, on the model with its weights."""
+    trained = load_trained(path)
+    given = [name for name, value in fixed.items() if value]
+    if given:
+        raise ValueError(f"{given[0]}={fixed[given[0]]!r}: {path} itself says which pattern, layers and weights")
+    about = trained.about
+    layers = {"layers": about.get("layers"), "dense_layers": about.get("dense_layers", 0)}
+    precision = how["precision"] or about.get("precision") or None
+    if precision is None:
+        how = {name: value for name, value in how.items() if not name.startswith("preci")}
+    else:
+        how = how | {"precision": precision}
+    undo = write_trained(student_model(target, trained), trained)
+    handle = None
+    try:
+        # A model that was trained with a pattern needs it everywhere.
+        handle = apply(target, about["pattern"], **layers, **how, always=True, untrained=True)
+        load_own(handle, trained)
+    except BaseException:
+        if handle is not None:
+            handle.remove()
+        undo()
+        raise
+    handle._undo = undo
     return handle
 
 

@@ -11,7 +11,7 @@ agent attention, its attention rows. `accelerate launch -m scripts.distill.class
 Stop or kill it at any time: the same command goes on from the last checkpoint to the very weights of an uninterrupted
 run. --out gets `checkpoint.safetensors`, `log.jsonl` and at the end `student.safetensors`; in Python:
 
-    trained = load_trained(Path("student.safetensors"))  # of visattn.pipelines.trained, with the other two
+    trained = load_trained(Path("student.safetensors"))  # of visattn.trained, with the other two
     with trained_weights(model, trained), visattn.apply(model, trained.about["pattern"]) as handle:
         load_own(handle, trained)
         logits = model(images)

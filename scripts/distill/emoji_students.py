@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,15 +84,28 @@ def prompts(pack: Pack, count: int, seed: int = 1) -> list[str]:
 
 def cache(settings: Settings) -> None:
     """Draws what the students learn from, unless it is there."""
-    settings.out.mkdir(parents=True, exist_ok=True)
-    file = settings.out / "prompts.txt"
+    captions = prompts(load_pack(settings.data, side=32), settings.cached)
+    words = ["--model", settings.model, "--steps", str(settings.draw_steps), "--size", str(settings.size)]
+    draw(captions, settings.out, [*words, "--batch", str(settings.chunk)], settings.cpu)
+
+
+def draw(captions: Sequence[str], out: Path, words: Sequence[str], cpu: bool) -> None:
+    """Draws a sample for each caption into OUT/samples, unless they are there.
+
+    Args:
+        captions: What is drawn.
+        out: The folder.
+        words: Options of scripts.distill.cache_samples: model, steps, size, batch.
+        cpu: Whether to stay on the CPU.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "prompts.txt"
     with written_whole(file) as path:
-        path.write_text("\n".join(prompts(load_pack(settings.data, side=32), settings.cached)) + "\n")
-    device = "cpu" if settings.cpu or not torch.cuda.is_available() else "cuda"
-    words = ["--model", settings.model, "--prompts", str(file), "--out", str(settings.out / "samples")]
-    words += ["--count", str(settings.cached), "--steps", str(settings.draw_steps), "--size", str(settings.size)]
-    words += ["--batch", str(settings.chunk), "--shard", str(settings.chunk), "--seed", "1000000", "--device", device]
-    cache_samples.main(words)
+        path.write_text("\n".join(captions) + "\n")
+    device = "cpu" if cpu or not torch.cuda.is_available() else "cuda"
+    shard = words[words.index("--batch") + 1]
+    given = [*words, "--prompts", str(file), "--out", str(out / "samples"), "--count", str(len(captions))]
+    cache_samples.main([*given, "--shard", shard, "--seed", "1000000", "--device", device])
 
 
 def train(name: str, settings: Settings) -> float:

@@ -12,7 +12,8 @@ from scripts.distill.losses import Rows, map_distance
 from scripts.distill.settings import RunConfig
 from visattn import apply, convert_heads
 from visattn.handle import Handle
-from visattn.pipelines.trained import Trained
+from visattn.trained import Trained
+from visattn.watch import Watched, Watcher
 
 LORA = "default"
 
@@ -36,6 +37,7 @@ class Learner(nn.Module):
         # In a list: the teacher is no part of what is trained, moved or saved.
         self._teacher = [teacher.requires_grad_(False)]
         self._rows = [Rows(), Rows()]
+        self._watchers: tuple[list[Watcher], list[Watcher]] = [], []
 
     @property
     def teacher(self) -> nn.Module:
@@ -49,28 +51,59 @@ class Learner(nn.Module):
             parallel: How processes share its tokens, and the teacher's.
             mesh: Which processes.
         """
-        config = self.config
-        self.handle = apply(
-            self.student,
-            config.pattern,
-            layers=config.layers,
-            dense_layers=config.dense_layers,
-            backend=config.backend,
-            strict=True,
-            parallel=parallel,
-            mesh=mesh,
-        )
+        self._shared = parallel, mesh
+        self.pattern = self.config.pattern_at(0.0)
+        self.handle = self._patched()
         if parallel:
             apply(self.teacher, "dense", parallel=parallel, mesh=mesh)
         self.own = self.handle.parameters
         return self.handle
 
+    def _patched(self) -> Handle:
+        config, (parallel, mesh) = self.config, self._shared
+        return apply(
+            self.student,
+            self.pattern,
+            layers=config.layers,
+            dense_layers=config.dense_layers,
+            backend=config.backend,
+            strict=True,
+            untrained=True,
+            precision=getattr(config, "quantize", None) or None,
+            parallel=parallel,
+            mesh=mesh,
+        )
+
+    def reach(self, done: float) -> bool:
+        """Makes the student what it is when a share of the run is over; returns whether a new stage begins."""
+        text = self.config.pattern_at(done)
+        if text != self.pattern:
+            self.pattern = text
+            self.handle.remove()
+            self.handle = self._patched()
+            # The optimizer, and who wraps this module, have the parameters that there are.
+            for site in self.handle.parameters:
+                for name in self.handle.parameters[site]:
+                    self.handle.parameters[site][name] = self.own[site][name]
+            self.own = self.handle.parameters
+            ours = self._watchers[1]
+            self.handle.watch((lambda watched: _tell(ours, watched)) if ours else None)
+        return False
+
+    def watch(self, watchers: tuple[Watcher, Watcher], sites: list[str]) -> None:
+        """Shows calls of the teacher (dense by visattn from now on) and of the student to one more watcher of each."""
+        ours, theirs = reversed(self._watchers)
+        if not theirs:
+            # Not "dense", and with a backend: a timm model would run its own attention, which cannot be watched.
+            handle = apply(self.teacher, dict.fromkeys(sites, "na(window=-1)"), backend="sdpa", strict=True)
+            handle.watch(lambda watched: _tell(theirs, watched))
+        for known, watcher in zip(self._watchers, watchers, strict=True):
+            known.append(watcher)
+        self.handle.watch(lambda watched: _tell(ours, watched))
+
     def watch_rows(self, sites: list[str]) -> None:
-        """Lets attention rows be kept, of the teacher (dense by visattn from now on) and of the student."""
-        # Not "dense", and with a backend: a timm model would run its own attention, which cannot be watched.
-        teacher_handle = apply(self.teacher, dict.fromkeys(sites, "na(window=-1)"), backend="sdpa", strict=True)
-        for handle, rows in zip((teacher_handle, self.handle), self._rows, strict=True):
-            handle.watch(rows)
+        """Lets attention rows be kept, of the teacher and of the student."""
+        self.watch((self._rows[0], self._rows[1]), sites)
 
     def row_distance(self) -> torch.Tensor:
         """Distance of the attention rows of the last forward of both.
@@ -95,6 +128,11 @@ class Learner(nn.Module):
                 f"--train none leaves nothing to train: {self.config.pattern} has no parameters of its own"
             )
         return found
+
+
+def _tell(watchers: list[Watcher], watched: Watched) -> None:
+    for watcher in watchers:
+        watcher(watched)
 
 
 def add_lora(model: nn.Module, paths: list[str], config: RunConfig) -> list[str]:
@@ -122,10 +160,11 @@ def as_trained(tensors: dict[str, torch.Tensor], config: Any, step: int) -> Trai
     whole = {} if lora else student
     about = {
         "model": config.model,
-        "pattern": config.pattern,
+        "pattern": config.pattern_ends[1],
         "layers": config.layers,
         "dense_layers": config.dense_layers,
         "heads": config.heads,
+        "precision": getattr(config, "quantize", ""),
         "steps": step,
         "lora_scale": (config.lora_alpha or config.lora) / config.lora if config.lora else 1.0,
     }

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import KwargsHandler
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -21,8 +22,8 @@ from scripts.distill.log import Log
 from scripts.distill.optimizers import build_optimizer, rate_share
 from scripts.distill.settings import RunConfig
 from scripts.distill.sharing import share_weights, whole
-from scripts.distill.state import check_resume, load_checkpoint, save_checkpoint
-from visattn.pipelines.trained import save_trained
+from scripts.distill.state import Progress, check_resume, load_checkpoint, save_checkpoint
+from visattn.trained import save_trained
 
 CHECKPOINT, RESULT = "checkpoint.safetensors", "student.safetensors"
 
@@ -40,7 +41,11 @@ def prepare(config: RunConfig) -> None:
 
 def begin(config: RunConfig) -> Accelerator:
     """Device, mixed precision, threads and the seed of a run."""
-    accelerator = Accelerator(cpu=config.cpu, mixed_precision=config.precision)
+    # A stage may leave parameters without gradients, which processes wait for unless they are told.
+    handlers: list[KwargsHandler] = []
+    if config.staged:
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
+    accelerator = Accelerator(cpu=config.cpu, mixed_precision=config.precision, kwargs_handlers=handlers)
     torch.manual_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -66,11 +71,23 @@ class Run:
         self.trained = learner.trained()
         self.optimizer = build_optimizer(self.trained, config)
         self.average = {name: value.detach().clone() for name, value in self.trained.items()} if config.ema else {}
-        self.step, self.seconds = 0, 0.0
+        self.progress = Progress()
         self.checkpoint = config.out / CHECKPOINT
         if config.resume and self.checkpoint.is_file():
-            self.step, self.seconds = load_checkpoint(self.checkpoint, self.trained, self.average, self.optimizer)
+            self.progress = load_checkpoint(self.checkpoint, self.trained, self.average, self.optimizer)
         self.wrapped: Any = learner if self.shared else accelerator.prepare(learner)
+        # Behind the wrapper, which has to know of all that learns at some time.
+        learner.reach(self.done)
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.progress.step
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of steps."""
+        return self.progress.seconds
 
     def draw(self, part: slice) -> Any:
         """A part of the batch of the coming step, on the device; it depends on seed, step and part alone."""
@@ -82,6 +99,8 @@ class Run:
     def train_step(self) -> dict[str, float]:
         """Runs one step and returns its figures for the log."""
         config, figures, start = self.config, {}, time.perf_counter()
+        if self.learner.reach(self.done):
+            self.progress = self.progress._replace(began=self.step)
         for i, part in enumerate(self.parts):
             batch, last = self.draw(part), i + 1 == len(self.parts)
             with self._together(last):
@@ -91,14 +110,14 @@ class Run:
             for name, value in losses.items():
                 figures[name] = figures.get(name, 0.0) + value.detach() / len(self.parts)
         norm = whole(clip_grad_norm_(self.trained.values(), config.clip or math.inf))
-        share = rate_share(self.step, self.done, config)
+        share = rate_share(self.step - self.progress.began, self.done, config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
-        self.step += 1
-        self.seconds += self._agreed(time.perf_counter() - start)
+        seconds = self.seconds + self._agreed(time.perf_counter() - start)
+        self.progress = self.progress._replace(step=self.step + 1, seconds=seconds)
         return figures | {"gradient": norm, "lr": config.rate * share}
 
     @property
@@ -152,7 +171,7 @@ class Run:
         """Writes the checkpoint; every process makes this call."""
         first = self.accelerator.is_main_process
         if first or self.shared:
-            given = self.config, (self.step, self.seconds), self.trained, self.average, self.optimizer
+            given = self.config, self.progress, self.trained, self.average, self.optimizer
             save_checkpoint(self.checkpoint, *given, writes=first)
 
     def export(self) -> Path:

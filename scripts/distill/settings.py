@@ -9,6 +9,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from scripts.distill.ranges import at, stepped, varies
 from visattn.patterns import Agent, Dense, Linear
 from visattn.schedule import Schedule
 
@@ -30,6 +31,7 @@ class RunConfig:
     out: Path = field(metadata={"help": "folder for checkpoint, log, pictures and student.safetensors"})
     layers: str | None = option(None, "layers that get the pattern, like 0-3,7; all")
     dense_layers: int = option(0, "so many of the first selected layers stay dense")
+    anneal: float = option(0.5, "share of the run after which numbers of the pattern like 0.5..0.05 are at their end")
     backend: str = option("auto", "backend of the pattern")
     query_heads: float = option(0.0, "query heads of the student, or a share of the teacher's below 1; 0: as many")
     kv_heads: float = option(0.0, "its key heads, which query heads share, alike; 0: one for each query head")
@@ -98,6 +100,10 @@ class RunConfig:
     def _check_sharing(self) -> None:
         if self.fsdp and self.optimizer == "prodigy":
             raise ValueError("--fsdp with --optimizer prodigy, which measures all weights at once: pass adamw")
+        if self.fsdp and varies(self.pattern):
+            raise ValueError(
+                f"--fsdp with --pattern {self.pattern!r}, which is applied anew as it changes: leave one out"
+            )
         if self.fsdp and getattr(self, "sample_every", 0):
             raise ValueError(
                 "--fsdp with --sample-every: one process draws, and has a part of the weights: leave it out"
@@ -124,7 +130,11 @@ class RunConfig:
         if not any(getattr(self, name) for name in self.losses()):
             names = ", ".join(f"--{name}" for name in self.losses())
             raise ValueError(f"every loss has weight 0: give one of {names} a weight")
-        patterns = Schedule.of(self.pattern, self.layers, self.dense_layers).patterns
+        first, patterns = (Schedule.of(text, self.layers, self.dense_layers).patterns for text in self.pattern_ends)
+        if [type(each) for each in first] != [type(each) for each in patterns]:
+            raise ValueError(f"--pattern {self.pattern!r}: the numbers may change, not {first[0]} to {patterns[0]}")
+        if varies(self.pattern) and not 0 < self.anneal <= 1:
+            raise ValueError(f"--anneal {self.anneal} must be a share of the run, above 0 and at most 1")
         if all(isinstance(pattern, Dense) for pattern in patterns):
             raise ValueError(
                 f"--pattern {self.pattern!r} is what the teacher has: name a sparse or linear one, or "
@@ -138,6 +148,20 @@ class RunConfig:
     def losses(cls) -> tuple[str, ...]:
         """The settings that are weights of losses."""
         raise NotImplementedError
+
+    @property
+    def staged(self) -> bool:
+        """Whether a part of the run trains a part of the parameters."""
+        return False
+
+    @property
+    def pattern_ends(self) -> tuple[str, str]:
+        """The pattern at the beginning of the run, and at its end."""
+        return at(self.pattern, 0.0), at(self.pattern, 1.0)
+
+    def pattern_at(self, done: float) -> str:
+        """The pattern when a share of the run is over."""
+        return at(self.pattern, stepped(done, self.anneal))
 
     @property
     def rate(self) -> float:
@@ -179,14 +203,16 @@ def parse(kind: type[Any], description: str | None, arguments: list[str] | None 
     hints = get_type_hints(kind)
     for entry in fields(kind):
         required = not isinstance(entry.default, (str, int, float, Path, types.NoneType))
-        settings: dict[str, Any] = {"help": entry.metadata["help"], "required": required}
+        settings: dict[str, Any] = {"help": entry.metadata["help"].replace("%", "%%"), "required": required}
         if not required:
-            settings["default"] = entry.default
+            # What is not given is left to presets.
+            settings["default"] = argparse.SUPPRESS
             if entry.default not in (None, "", False):
-                settings["help"] += " (%(default)s)"
+                settings["help"] += f" ({entry.default})"
         if hints[entry.name] is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings["type"] = next(iter(get_args(hints[entry.name])), hints[entry.name])
         parser.add_argument(flag(entry), **settings)
-    return kind(**vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_args(arguments))
+    return kind(**(kind.preset(given) if hasattr(kind, "preset") else {}) | given)

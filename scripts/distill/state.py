@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -17,10 +17,24 @@ from scripts.distill.sharing import like, whole
 Tensors = Mapping[str, torch.Tensor]
 
 
+class Progress(NamedTuple):
+    """How far a run is.
+
+    Attributes:
+        step: Steps that are done.
+        seconds: Seconds that they took.
+        began: Steps that were done when its stage began.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    began: int = 0
+
+
 def save_checkpoint(
     path: Path,
     config: RunConfig,
-    done: tuple[int, float],
+    done: Progress,
     trained: Tensors,
     average: Tensors,
     optimizer: torch.optim.Optimizer,
@@ -31,7 +45,7 @@ def save_checkpoint(
     Args:
         path: The file.
         config: Settings.
-        done: Steps, and seconds of steps.
+        done: How far the run is.
         trained: The parameters that learn.
         average: Their averages.
         optimizer: Their optimizer.
@@ -50,14 +64,12 @@ def save_checkpoint(
     if not writes:
         return
     groups = [{k: v.item() if isinstance(v, torch.Tensor) else v for k, v in g.items()} for g in state["param_groups"]]
-    known = {"config": config.to_json(), "step": done[0], "seconds": done[1], "plain": plain, "groups": groups}
+    known = {"config": config.to_json(), **done._asdict(), "plain": plain, "groups": groups}
     save_tensors(path, tensors, {"run": json.dumps(known)})
 
 
-def load_checkpoint(
-    path: Path, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
-    """Restores what `save_checkpoint` wrote, in place; returns the steps done and their seconds."""
+def load_checkpoint(path: Path, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restores what `save_checkpoint` wrote, in place; returns how far the run is."""
     with safe_open(path, framework="pt") as file:
         known = json.loads(file.metadata()["run"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -76,7 +88,7 @@ def load_checkpoint(
         i, name = key.split(".", 1)
         state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": known["groups"]})
-    return known["step"], known["seconds"]
+    return Progress(known["step"], known["seconds"], known["began"])
 
 
 def check_resume(path: Path, config: RunConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,18 @@ import torch
 from torch import nn
 
 from scripts.distill.config import Config
+from scripts.distill.forcing import Forcing
 from scripts.distill.learner import Learner, add_lora
 from scripts.distill.losses import Recorder, attention_distance, distance
+from scripts.distill.masses import Masses
 from scripts.distill.noise import Noise
+from scripts.distill.ranges import at
 from scripts.distill.samples import SampleSet, nested
+from scripts.distill.stages import parse_stages, stage_at
 from visattn.patterns import Dense
 from visattn.pipelines.families import find_family
 from visattn.schedule import Schedule
+from visattn.straight import straight_through
 
 # Module names of each projection in diffusers' attention classes; fused ones train all three.
 MODULES = {"q": ("to_q", "to_qkv"), "k": ("to_k", "to_qkv"), "v": ("to_v", "to_qkv"), "out": ("to_out.0",)}
@@ -75,26 +81,57 @@ class Distiller(Learner):
         self._seen = [Recorder({p: m.get_submodule(p) for p in watched}, before) for m in (teacher, self.student)]
         if config.maps:
             self.watch_rows(list(self.sites))
+        self._masses = Masses()
+        if config.mass:
+            self.watch((self._masses.teacher, self._masses.student), list(self.sites))
+        self._forcing = Forcing(teacher, self.student, self.sites) if config.staged else None
+        self._stages = parse_stages(config.stages)
+        # As the optimizer is made: all that learns at some time does.
+        self.stage, self._done = self._stages[-1], 0.0
+
+    def reach(self, done: float) -> bool:
+        """See `Learner.reach`."""
+        super().reach(done)
+        self._done, before, self.stage = done, self.stage, stage_at(self._stages, done)
+        if self.stage == before:
+            return False
+        for name, parameter in self._learning.items():
+            parameter.requires_grad_(self.stage.whole or name.startswith("own."))
+        return True
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """See `Learner.trained`."""
+        self._learning = super().trained()
+        return self._learning
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Losses of a batch, without their weights; those of weight 0 are left out."""
-        config, losses = self.config, {}
-        needs_teacher = config.output or config.attention or config.maps
-        with self._rows[1].of(batch.places):
-            predicted, attended = self._predict(self.student, self._seen[1], batch)
-        if config.denoising:
+        config, losses, forced = self.config, {}, self.stage.forced
+        temperature = float(at(config.temperature, self._done))
+        with (
+            self._forcing.active(forced) if self._forcing else nullcontext(),
+            self._masses.of(batch.places[: config.mass_blocks], temperature) if config.mass else nullcontext(),
+        ):
+            truth = expected = None
+            if config.output or config.attention or config.maps or config.mass:
+                with torch.no_grad(), self._rows[0].of(batch.places):
+                    truth, expected = self._predict(self.teacher, self._seen[0], batch)
+            with self._rows[1].of(batch.places), straight_through():
+                predicted, attended = self._predict(self.student, self._seen[1], batch)
+        if config.denoising and not forced:
             losses["denoising"] = distance(predicted, batch.target, batch.weights)
-        if needs_teacher:
-            with torch.no_grad(), self._rows[0].of(batch.places):
-                truth, expected = self._predict(self.teacher, self._seen[0], batch)
-            if config.output:
-                losses["output"] = distance(predicted, truth, batch.weights)
-            if config.attention:
-                self._check_slabs()
-                relative = config.attention_scale == "relative"
-                losses["attention"] = attention_distance(attended, expected, relative, self._among)
-            if config.maps:
-                losses["maps"] = self.row_distance()
+        if config.output and not forced:
+            assert truth is not None
+            losses["output"] = distance(predicted, truth, batch.weights)
+        if config.attention:
+            assert expected is not None
+            self._check_slabs()
+            relative = config.attention_scale == "relative"
+            losses["attention"] = attention_distance(attended, expected, relative, self._among)
+        if config.maps:
+            losses["maps"] = self.row_distance()
+        if config.mass:
+            losses["mass"] = self._masses.loss()
         return losses
 
     def _check_slabs(self) -> None:
@@ -142,7 +179,7 @@ def _assigned(model: nn.Module, config: Config) -> list[tuple[str, nn.Module, An
     if family is None:
         raise ValueError(f"{type(model).__name__} is a model class that visattn.apply does not know")
     found = family.find_sites(model)
-    schedule = Schedule.of(config.pattern, config.layers, config.dense_layers)
+    schedule = Schedule.of(config.pattern_ends[0], config.layers, config.dense_layers)
     patterns = schedule.assign([site for site, _ in found], type(model).__name__)
     return [(s.path, module, p) for (s, module), p in zip(found, patterns, strict=True) if p is not None]
 

@@ -26,7 +26,7 @@ from scripts.train.digits_data import upscale
 from scripts.train.digits_vit_model import SIZE, load_vit, split
 from visattn import apply
 from visattn.files import written_whole
-from visattn.pipelines.trained import Trained, load_own, load_trained, trained_weights
+from visattn.trained import Trained, load_own, load_trained, trained_weights
 
 PATTERNS = "na(window=3x3); na(window=5x5); clear(radius=4); linear(feature=hedgehog); mala; agent(agents=4x4)"
 

@@ -17,7 +17,6 @@ from scripts.measure.emoji_judge import Judge
 from scripts.measure.emoji_prompts import KINDS
 from visattn import apply
 from visattn.canvas import row
-from visattn.pipelines.trained import Trained, load_own, load_trained, trained_weights
 
 DENSE, SHIPPED = "dense", "shipped"
 SHOWN, SHOWN_SIDE = 8, 128
@@ -127,14 +126,10 @@ def patched(pipe: Any, student: Student, backend: str) -> Iterator[Any]:
             student.pattern,
             backend="auto" if student.pattern == DENSE else backend,
             strict=True,
+            untrained=True,
             dense_steps=student.dense_steps,
         ) as handle:
             yield handle
         return
-    trained: Trained = load_trained(student.weights)
-    with (
-        trained_weights(pipe.transformer, trained),
-        apply(pipe, student.pattern, backend=backend, strict=True, dense_steps=student.dense_steps) as handle,
-    ):
-        load_own(handle, trained)
+    with apply(pipe, student.weights, backend=backend, strict=True, dense_steps=student.dense_steps) as handle:
         yield handle

@@ -33,7 +33,7 @@ from visattn.canvas import column, text
 from visattn.environment import devices, versions
 from visattn.files import written_whole
 from visattn.pipelines.load import load_pipeline
-from visattn.pipelines.trained import load_trained
+from visattn.trained import load_trained
 
 # Every pattern of the package that an image model of FLUX's kind takes: radial is for videos, agentsd for UNets.
 PATTERNS = (
@@ -202,10 +202,15 @@ def save_strip(sheet: Image.Image, folder: Path, student: Student, size: int) ->
     """Saves the first samples of a row, and puts all strips of this size in the folder on one sheet."""
     folder.mkdir(parents=True, exist_ok=True)
     strip = column([text(student.key(size)), sheet], gap=4)
-    name = "".join(sign if sign.isalnum() else "-" for sign in f"{student.pattern}-{student.name}")
-    strip.save(folder / f"strip-{size}-{name}.png")
+    strip.save(strip_path(folder, student, size))
     strips = sorted(folder.glob(f"strip-{size}-*.png"), key=lambda path: path.stat().st_mtime)
     column([Image.open(path) for path in strips], margin=8).save(folder / f"sheet-{size}.png", optimize=True)
+
+
+def strip_path(folder: Path, student: Student, size: int) -> Path:
+    """Where `save_strip` saves the samples of a row."""
+    name = "".join(sign if sign.isalnum() else "-" for sign in f"{student.pattern}-{student.name}")
+    return folder / f"strip-{size}-{name}.png"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

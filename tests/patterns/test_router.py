@@ -39,6 +39,8 @@ def test_exact_attention_of_pairs_of_blocks(pool, masked):
                     expected[b, :, i, j] = part.sum((1, 2)) if pool == "sum" else part.amax((1, 2))
     expected = expected / expected.sum(-1, keepdim=True).clamp_min(1e-300)
     assert (found - expected).abs().max() < 1e-12
+    some = block_attention(q, k, layout, blocks, valid if masked else None, 0.7, pool, torch.tensor([2, 0]))
+    assert (some - expected[:, :, [2, 0]]).abs().max() < 1e-12
     assert ((found.sum(-1) - 1).abs() < 1e-12).logical_or(found.sum(-1) == 0).all()
 
 

@@ -33,7 +33,7 @@ from tests.support.runs import equal, killed, log_of, stopped
 from tests.support.tiny_digits import tiny_transformer
 from tests.support.tiny_distill import cache, run, tiny_pipeline_with_samples, words
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
-from visattn.pipelines.trained import load_own, load_trained
+from visattn.trained import load_own, load_trained
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tests.support.runs import equal
 from tests.support.tiny_digits import tiny_transformer
 from tests.support.tiny_distill import run, tiny_pipeline_with_samples, words
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
-from visattn.pipelines.trained import Trained, load_own, load_trained, save_trained, trained_weights
+from visattn.trained import Trained, load_own, load_trained, save_trained, trained_weights
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,83 @@ class TestTrained:
             assert result.exit_code == 0, result.output
         one, other = ((tmp_path / name / "sparse-000.png").read_bytes() for name in ("with", "without"))
         assert one != other
+
+
+class TestStudentFile:
+    """`apply(target, "student.safetensors")`: weights, pattern and layers of a student at once."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def path(folder, tmp_path_factory):
+        out = tmp_path_factory.mktemp("student")
+        more = ("--pattern", "linear(feature=hedgehog)", "--lora", "2", "--own-lr", "0.1", "--dense-layers", "1")
+        run(folder, out, *more)
+        return out / "student.safetensors"
+
+    @staticmethod
+    def draw(pipe):
+        return pipe([1], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+    def test_one_argument(self, folder, path):
+        import visattn
+
+        pipe = PixelDiTPipeline.from_pretrained(folder / "model")
+        before, dense = {n: v.clone() for n, v in pipe.transformer.state_dict().items()}, self.draw(pipe)
+        trained = load_trained(path)
+        with (
+            trained_weights(pipe.transformer, trained),
+            visattn.apply(pipe, "linear(feature=hedgehog)", dense_layers=1, strict=True) as handle,
+        ):
+            load_own(handle, trained)
+            expected = self.draw(pipe)
+        for target in (pipe, pipe.transformer):
+            with visattn.apply(target, str(path)) as handle:
+                assert self.draw(pipe).equal(expected)
+                assert [str(site.pattern) for site in handle.report().sites] == ["dense", "linear(feature=hedgehog)"]
+            assert equal(dict(pipe.transformer.state_dict()), before)
+            assert self.draw(pipe).equal(dense) and not dense.equal(expected)
+
+    def test_wrong_ones_change_nothing(self, folder, path, tmp_path):
+        import visattn
+
+        pipe = PixelDiTPipeline.from_pretrained(folder / "model")
+        before = {n: v.clone() for n, v in pipe.transformer.state_dict().items()}
+        with pytest.raises(ValueError, match=r"layers='0': .*itself says"):
+            visattn.apply(pipe, path, layers="0")
+        with pytest.raises(ValueError, match="do not exist"):
+            visattn.apply(pipe, tmp_path / "nothing.safetensors")
+        with pytest.raises(ValueError, match="nothing"):
+            visattn.apply(pipe, path, backend="nothing")
+        other = tmp_path / "other.safetensors"
+        save_trained(other, Trained({"nowhere.weight": torch.zeros(2)}, {}, {}, {"model": "x", "pattern": "mala"}))
+        with pytest.raises(ValueError, match="fit no model of PixelDiTPipeline: the weights are for 'x'"):
+            visattn.apply(pipe, other)
+        # Its weights fit, its pattern does not.
+        trained = load_trained(path)
+        save_trained(other, Trained({}, trained.lora, trained.own, trained.about | {"pattern": "mala"}))
+        with pytest.raises(ValueError, match="parameters of the pattern"):
+            visattn.apply(pipe, other)
+        assert equal(dict(pipe.transformer.state_dict()), before)
+        with visattn.apply(pipe, path):
+            pass
+
+    def test_export_is_a_plain_folder(self, folder, path, tmp_path):
+        import visattn
+        from scripts.distill import export
+
+        export.main(["--model", str(folder / "model"), "--weights", str(path), "--out", str(tmp_path / "out")])
+        plain, pipe = (PixelDiTPipeline.from_pretrained(each) for each in (tmp_path / "out", folder / "model"))
+        with trained_weights(pipe.transformer, load_trained(path)):
+            assert self.draw(plain).equal(self.draw(pipe))
+        with visattn.apply(pipe, path), visattn.apply(plain, tmp_path / "out" / "student.safetensors"):
+            assert self.draw(plain).equal(self.draw(pipe))
+
+    def test_export_refuses_before_a_model_is_loaded(self, folder, tmp_path, monkeypatch):
+        from scripts.distill import export
+
+        monkeypatch.setattr(export, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        given = ["--model", str(folder / "model"), "--weights", str(tmp_path / "no.safetensors")]
+        with pytest.raises(SystemExit, match="do not exist"):
+            export.main([*given, "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit, match="is not empty"):
+            export.main([*given, "--out", str(folder)])

@@ -22,7 +22,7 @@ from scripts.distill.vit_config import VitConfig
 from scripts.measure import distilled_vit as measure_distill_vit
 from tests.support.runs import equal, killed, log_of, stopped
 from visattn import apply
-from visattn.pipelines.trained import load_own, load_trained, trained_weights
+from visattn.trained import load_own, load_trained, trained_weights
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,7 @@ def _generate(
     from visattn.pipelines.load import load_pipeline
     from visattn.pipelines.report.compare import frame_rate, summarize, write
     from visattn.pipelines.report.video_files import need_encoder
-    from visattn.pipelines.trained import load_trained
+    from visattn.trained import load_trained
 
     settings = Settings(**options)
     _check_pattern(settings)

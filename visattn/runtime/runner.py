@@ -27,6 +27,7 @@ from visattn.runtime.verdict import MANY, Mode, Ready, Verdict, judge
 from visattn.runtime.watching import show
 from visattn.schedule import Given
 from visattn.staged import Staged
+from visattn.straight import attention_through
 from visattn.tally import tells
 
 
@@ -248,10 +249,11 @@ class Runner:
         self.run.here.rested = False
         pattern, verdict = self.pattern, ready.verdict
         options: dict[str, Any] = {"scale": scale, "backend": verdict.backend, "precision": verdict.precision}
+        run = attention if verdict.precision is None else attention_through
         if ready.plain:
-            return attention(q, k, v, pattern, verdict.layouts[0], **options)
+            return run(q, k, v, pattern, verdict.layouts[0], **options)
         with self.run.tally.hearing(cells, begun), placing(self.run.place(name, pattern)):
-            return attention(q, k, v, pattern, verdict.layouts[0], **options)
+            return run(q, k, v, pattern, verdict.layouts[0], **options)
 
     def leave(self, call: AttentionCall, site: str | None, why: str) -> torch.Tensor:
         """Run the stock attention and count it, with the reason ("" means that it was to be dense)."""

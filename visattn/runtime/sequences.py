@@ -14,6 +14,7 @@ from visattn.patterns import Pattern
 from visattn.patterns.choice.memory import beside
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import carry_bias
+from visattn.straight import attention_through
 
 
 class Sequences(NamedTuple):
@@ -87,11 +88,14 @@ class Sequences(NamedTuple):
             options: dict[str, Any] = {"scale": self.scale, "key_mask": self.keys, "backend": backend}
             if parameters:
                 options["parameters"] = parameters
-            if precision is not None:
-                options["precision"] = precision
             if self.rpb is not None:
                 options["rpb"] = self.rpb
-            return attention(self.q, self.k, self.v, pattern, layouts[0], **options)[..., : self.channels]
+            tensors = self.q, self.k, self.v
+            if precision is None:
+                return attention(*tensors, pattern, layouts[0], **options)[..., : self.channels]
+            return attention_through(*tensors, pattern, layouts[0], **options, precision=precision)[
+                ..., : self.channels
+            ]
         parts = []
         for i, layout in enumerate(layouts):
             with beside(i):

@@ -29,6 +29,7 @@ def block_attention(
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
     pool: str = "sum",
+    some: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact attention of grid queries to grid keys, pooled to pairs of blocks: [B, H, rows, columns].
 
@@ -44,6 +45,7 @@ def block_attention(
         scale: Factor on the logits, D**-0.5 if None.
         pool: "sum" for the mass of a block, a mean over queries of sums over keys (SLA2); "max" for its largest
             weight, divided by the row's sum (SeerAttention).
+        some: Which query blocks, None for all.
 
     Raises:
         ValueError: If there is no such pool.
@@ -53,12 +55,14 @@ def block_attention(
     scale, at, heads = float(q.shape[3] ** -0.5 if scale is None else scale), inner(layout), q.shape[2]
     valid = valid_of(key_mask, layout)
     (rows, in_row), (columns, in_column) = (slots(*side, q.device) for side in blocks.sides)
+    if some is not None:
+        rows, in_row = rows[some], in_row[some]
     queries = wide(q[:, at]).transpose(1, 2)
     keys = repeated(wide(k[:, at]), heads).permute(0, 2, 3, 1)
     asks = in_row[None] if valid is None else in_row & valid[:, rows]
     step = max(1, PAIRS // (len(q) * heads * layout.tokens * rows.shape[1]))
     found = []
-    for first in range(0, blocks.rows, step):
+    for first in range(0, len(rows), step):
         part = slice(first, first + step)
         logits = scale * queries[:, :, rows[part].flatten()] @ keys
         if valid is not None:
@@ -113,18 +117,23 @@ def router_losses(
         target = block_attention(q, k, layout, blocks, key_mask, scale, pool)
     if isinstance(pattern, Gate):
         scores, seen = pattern.scores(q, k, layout, key_mask, parameters)
-        return {"router": _divergence(scores, target, seen, temperature)}
+        return {"router": divergence(scores, target, seen, temperature)}
     scores, seen = pattern.router_scores(q, k, layout, key_mask, scale, parameters)
-    number = block_weights(blocks, valid_of(key_mask, layout), q.device)[:, None, None]
-    counted = scores + number.clamp(min=1).to(scores.dtype).log()
-    found = {"router": _divergence(counted, target, seen, temperature)}
+    counted = by_tokens(scores, blocks, layout, key_mask)
+    found = {"router": divergence(counted, target, seen, temperature)}
     if isinstance(pattern, SLA2) and pattern.ratio == "learned":
         found["ratio"] = _ratio_loss(pattern, scores, seen, target, q, layout, key_mask, parameters)
     return found
 
 
-def _divergence(scores: torch.Tensor, target: torch.Tensor, seen: Seen, temperature: float) -> torch.Tensor:
-    """Mean KL of rows."""
+def by_tokens(scores: torch.Tensor, blocks: Blocks, layout: Layout, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores of pairs of blocks [B, H, rows, columns] whose softmax counts a key block by its tokens."""
+    number = block_weights(blocks, valid_of(key_mask, layout), scores.device)[:, None, None]
+    return scores + number.clamp(min=1).to(scores.dtype).log()
+
+
+def divergence(scores: torch.Tensor, target: torch.Tensor, seen: Seen, temperature: float) -> torch.Tensor:
+    """Mean over heads and query blocks of KL(target || softmax(scores)), both logarithms divided by `temperature`."""
     if seen.columns is not None:
         scores = scores.masked_fill(~seen.columns[:, None, None], torch.finfo(scores.dtype).min)
     logs = (scores / temperature).log_softmax(-1)

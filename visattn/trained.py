@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,87 @@ def trained_weights(model: torch.nn.Module, trained: Trained) -> Iterator[None]:
             yield
         finally:
             _write(parameters, kept)
+    undo = write_trained(model, trained)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def write_trained(model: torch.nn.Module, trained: Trained) -> Callable[[], None]:
+    """Gives the model the trained weights; returns what gives it back, bit by bit, those it had before.
+
+    Raises:
+        ValueError: If a tensor does not fit the model, or the model's weights are elsewhere.
+    """
+    new = _new_weights(model, trained)
+    parameters = dict(model.named_parameters())
+    away = [name for name in new if parameters[name].is_meta]
+    if away:
+        raise ValueError(
+            f"{away[0]} of {type(model).__name__} has no values here (device meta), so that no trained ones can be "
+            "written: apply before enable_sequential_cpu_offload()"
+        )
+    kept = {name: parameters[name].detach().clone() for name in new}
+    _write(parameters, new)
+    return partial(_write, parameters, kept)
+
+
+def is_student(pattern: object) -> bool:
+    """Whether what `apply` is given for a pattern is the file of a student."""
+    return isinstance(pattern, str | Path) and str(pattern).lower().endswith(".safetensors")
+
+
+def student_model(target: Any, trained: Trained) -> torch.nn.Module:
+    """The model of a pipeline, or the model itself, that the trained weights are for.
+
+    Raises:
+        ValueError: If they fit none, or several.
+    """
+    if isinstance(target, torch.nn.Module):
+        return getattr(target, "_orig_mod", target)
+    parts = getattr(target, "components", {})
+    models = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    names = [*trained.model, *(f"{path}.weight" for path in trained.lora)]
+    names += [f"{path.replace('/', '.').rpartition('.')[0]}." for path in trained.own]
+    fit = {name: model for name, model in models.items() if _has(model, names)}
+    if len(fit) != 1:
+        found = "no model of" if not fit else f"{' and '.join(fit)}, several models of"
+        raise ValueError(f"the trained weights fit {found} {type(target).__name__}: {_made_for(trained)}")
+    return next(iter(fit.values()))
+
+
+def _has(model: torch.nn.Module, names: list[str]) -> bool:
+    """Whether a model has parameters of these names, or some that begin so where a name ends in a dot."""
+    own = [name for name, _ in model.named_parameters()]
+    known = set(own)
+    return all(name in known or (name.endswith(".") and any(each.startswith(name) for each in own)) for name in names)
+
+
+def export_student(pipe: Any, path: Path, folder: Path) -> Trained:
+    """Writes a pipeline with a student's weights as a plain folder of diffusers, LoRA multiplied out.
+
+    What the pattern itself learned has no place in such a folder: it goes into student.safetensors beside it, with
+    the name of the pattern, which `apply(pipe, folder / "student.safetensors")` takes. Without that the folder's
+    pipeline runs dense attention.
+
+    Args:
+        pipe: The teacher's pipeline, not patched.
+        path: File of the student.
+        folder: For the result.
+
+    Returns:
+        What is in that file.
+
+    Raises:
+        ValueError: If the weights do not fit the pipeline.
+    """
+    trained = load_trained(path)
+    with trained_weights(student_model(pipe, trained), trained):
+        pipe.save_pretrained(folder)
+    rest = Trained({}, {}, trained.own, dict(trained.about) | {"model": str(folder)})
+    save_trained(folder / path.name, rest)
+    return rest
 
 
 def load_own(handle: Any, trained: Trained) -> None:

@@ -1,0 +1,221 @@
+"""Trains methods of sparse attention at several sparsities, and measures their pictures or clips before and after.
+
+    python -m scripts.measure.trained emoji --data out/emoji-data --runs runs/trained --device cuda --seconds 150
+    python -m scripts.measure.trained animoji --data out/animoji-data --runs runs/trained-clips --device cuda
+
+Every student learns for --seconds by the recipe of its method (scripts.distill.methods) from samples that the dense
+model draws for captions of its training that are not measured. Then scripts.measure.emoji or scripts.measure.animoji
+measures the dense model and each pattern with the model's own weights and with the student's. Everything goes into one
+JSON file: rows, seconds and steps of each training, and its curve. Stop it at any time, or with --budget: what is there
+is neither trained nor measured again. With --pictures also drawn are sheets of dense, untrained and trained pictures by
+sparsity, and a chart of the training curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.distill.emoji_students import draw, prompts
+from scripts.distill.methods import METHODS, settings_of
+from scripts.distill.process import train_student
+from scripts.measure import animoji, emoji
+from scripts.measure.draftsman import DENSE, Draftsman
+from scripts.measure.trained_pictures import draw_curves, draw_sheet
+from scripts.train import animoji_data, emoji_data
+
+START = 90  # seconds beside its steps after which a training is asked to stop
+POINTS = 60  # of a curve
+# One row that was measured says how long the next one takes; before that, this many seconds.
+ROW_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is drawn.
+
+    Attributes:
+        judge: Makes its judge.
+        drawn_by: Draws.
+        captions: Captions to draw for, of a folder of the pack and their number.
+        size: Side in pixels.
+        cached: Samples that are learned from.
+        chunk: Samples drawn at once.
+        batch: Samples of a step.
+    """
+
+    judge: Callable[..., Any]
+    drawn_by: type[Draftsman]
+    captions: Callable[[Path, int], list[str]]
+    size: int
+    cached: int
+    chunk: int
+    batch: int
+
+
+KINDS = {
+    "emoji": Kind(
+        emoji.judge_of, Draftsman, lambda data, n: prompts(emoji_data.load_pack(data, side=32), n), 256, 400, 50, 8
+    ),
+    "animoji": Kind(
+        animoji.judge_of,
+        animoji.ClipDraftsman,
+        lambda data, n: prompts(animoji_data.load_pack(data), n),
+        animoji_data.SIDE,
+        400,
+        50,
+        8,
+    ),
+}
+
+
+def name_of(method: str, sparsity: float) -> str:
+    """Of a student, and of its folder."""
+    return f"{method}-{round(100 * sparsity, 1):g}"
+
+
+def train(options: argparse.Namespace, start: float) -> dict[str, Any]:
+    """Trains the students that are missing, while the budget lasts; what their logs say, by name."""
+    kind = KINDS[options.kind]
+    captions = kind.captions(options.data, options.cached or kind.cached)
+    words = ["--model", options.model, "--steps", str(options.draw_steps), "--size", str(options.size)]
+    draw(captions, options.runs, [*words, "--batch", str(options.chunk or kind.chunk)], options.device == "cpu")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        waiting: dict[tuple[str, float], Future[str]] = {
+            (method, sparsity): pool.submit(_train, method, sparsity, options, start)
+            for sparsity in options.sparsities
+            for method in options.methods
+        }
+        found = {}
+        for (method, sparsity), future in waiting.items():
+            name, problem = name_of(method, sparsity), future.result()
+            if problem:
+                print(f"{name}: {problem}", flush=True)
+                found[name] = {"error": problem.splitlines()[0]}
+            else:
+                found[name] = _told(options.runs / name, method, sparsity)
+                brief = {key: value for key, value in found[name].items() if key != "curve"}
+                print(json.dumps({name: brief}), flush=True)
+    return found
+
+
+def _train(method: str, sparsity: float, options: argparse.Namespace, start: float) -> str:
+    """Trains a student in a process of its own; returns why there is none, or nothing."""
+    folder, kind = options.runs / name_of(method, sparsity), KINDS[options.kind]
+    if (folder / "seconds.json").is_file():
+        return ""
+    if options.budget and time.monotonic() - start + options.seconds > options.budget:
+        return "not trained: the budget is over"
+    words = ["--model", options.model, "--method", method, "--sparsity", str(sparsity), "--backend", options.backend]
+    words += ["--samples", str(options.runs / "samples"), "--batch", str(options.batch or kind.batch)]
+    words += ["--steps", str(options.train_steps), "--seconds", str(options.seconds), "--lr", str(options.lr)]
+    words += ["--ema", "0.99", "--save-every", "1000000", "--warmup", "20", "--threads", str(options.threads)]
+    words += ["--precision", "no" if options.device == "cpu" else "bf16"] + ["--cpu"] * (options.device == "cpu")
+    try:
+        seconds = train_student([*words, *options.also], folder, options.seconds + START if options.seconds else 0)
+    except RuntimeError as error:
+        return str(error)
+    (folder / "seconds.json").write_text(json.dumps({"seconds": round(seconds, 1)}) + "\n")
+    return ""
+
+
+def _told(folder: Path, method: str, sparsity: float) -> dict[str, Any]:
+    """What a trained student's files say."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found = {"method": method, "sparsity": sparsity, "pattern": METHODS[method].final(sparsity)}
+    found |= {"steps": log[-1]["step"], "megabytes": round((folder / "student.safetensors").stat().st_size / 1e6, 3)}
+    found |= json.loads((folder / "seconds.json").read_text())
+    # Of the last stage: earlier ones have other losses.
+    last = [line for line in log if "output" in line] or log
+    every = max(1, len(last) // POINTS)
+    return found | {"curve": [[line["step"], line.get("output", line.get("attention"))] for line in last[::every]]}
+
+
+def measure(options: argparse.Namespace, trained: dict[str, Any], start: float) -> dict[str, Any]:
+    """Measures dense attention, and every student's pattern without and with its weights, while the budget lasts."""
+    kind, ready = KINDS[options.kind], {name: each for name, each in trained.items() if "error" not in each}
+    parser = argparse.ArgumentParser()
+    emoji.add_options(parser)
+    left = max(1.0, options.budget - (time.monotonic() - start) - ROW_SECONDS) if options.budget else 0.0
+    words = ["--patterns", DENSE, *dict.fromkeys(each["pattern"] for each in ready.values())]
+    words += ["--weights", *(str(options.runs / name / "student.safetensors") for name in ready)]
+    words += ["--sizes", str(options.size), "--captions", str(options.captions), "--steps", str(options.steps)]
+    words += ["--model", options.model, "--data", str(options.data), "--device", options.device]
+    words += ["--threads", str(options.threads), "--out", str(options.out), "--seconds", str(left)]
+    words += ["--backend", options.backend, "--batch", str(options.draw_batch)]
+    words += ["--shared"] * options.shared + ["--force"] * options.force
+    words += ["--pictures", str(options.pictures)] if options.pictures else []
+    words += ["--encoder", str(options.encoder)] if options.encoder else []
+    given = parser.parse_args(words)
+    figures = emoji.measure(given, kind.judge, kind.drawn_by)
+    return figures | {"trained": figures.get("trained", {}) | trained, "kind": options.kind}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains, measures, draws; returns everything, which is in --out too."""
+    start = time.monotonic()
+    for method in options.methods:
+        for sparsity in options.sparsities:
+            settings_of(method, sparsity)
+    trained = train(options, start)
+    figures = measure(options, trained, start)
+    emoji.write(figures, options.out)
+    emoji.report(figures)
+    if options.pictures:
+        draw_curves(options.pictures / "curves.svg", figures["trained"])
+        draw_sheet(options.pictures, figures, options.size)
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("kind", choices=list(KINDS), help="emoji: pictures of 64x64 tokens, animoji: clips of 16x16x16")
+    add("--methods", nargs="+", default=list(METHODS), help=f"of {', '.join(METHODS)}")
+    add("--sparsities", nargs="+", type=float, default=[0.9, 0.95, 0.97], help="shares that are not listed")
+    add("--seconds", type=float, default=150.0, help="of steps of each training; 0: --train-steps alone end it")
+    add("--train-steps", type=int, default=100_000, help="optimizer steps at most")
+    add("--lr", type=float, default=1e-3)
+    add("--batch", type=int, default=0, help="samples of a step; 0: the model's own")
+    add("--also", nargs=argparse.REMAINDER, default=[], help="further options of scripts.distill.pipeline, last of all")
+    add("--jobs", type=int, default=1, help="students trained at the same time")
+    add("--budget", type=float, default=0.0, help="begin nothing that would end after so many seconds; 0: no limit")
+    add("--cached", type=int, default=0, help="samples that are learned from; 0: the model's own number")
+    add("--draw-steps", type=int, default=16, help="denoising steps of a sample")
+    add("--chunk", type=int, default=0, help="samples drawn at once; 0: the model's own number")
+    add("--runs", type=Path, default=None, help="folder for samples and students; runs/trained-KIND")
+    add("--model", help="teacher: the embedded model, or a folder of one of its kind")
+    add("--data", type=Path, help="folder of the pack")
+    add("--size", type=int, default=0, help="side in pixels; 0: the model's own")
+    add("--captions", type=int, default=100, help="seen ones, and as many unseen ones")
+    add("--steps", type=int, default=24, help="denoising steps of what is measured")
+    add("--draw-batch", type=int, default=50, help="samples measured at once")
+    add("--encoder", type=Path, help="file of the judge")
+    add("--backend", default="auto")
+    add("--device", default="cpu")
+    add("--threads", type=int, default=2)
+    add("--shared", action="store_true", help="others use the device too: leave out the times")
+    add("--force", action="store_true", help="begin the measurements of --out anew")
+    add("--out", type=Path, default=None, help="docs/results/trained-KIND.json")
+    add("--pictures", type=Path, help="folder for some of the samples, the sheet and the curves")
+    options = parser.parse_args(arguments)
+    options.model = options.model or options.kind
+    options.data = options.data or Path(f"out/{options.kind}-data")
+    options.runs = options.runs or Path(f"runs/trained-{options.kind}")
+    options.out = options.out or Path(f"docs/results/trained-{options.kind}.json")
+    options.size = options.size or KINDS[options.kind].size
+    try:
+        run(options)
+    except ValueError as error:
+        raise SystemExit(f"measure_trained: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Training through 8 bits: values of the rounded call, gradients of the exact one."""
+
+import pytest
+import torch
+
+import visattn
+from visattn.straight import attention_through, straight_through
+
+LAYOUT = visattn.Layout((4, 4))
+
+
+def call(precision, pattern="na(window=3x3)"):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 16, 2, 8, generator=generator).requires_grad_() for _ in range(3))
+    out = attention_through(q, k, v, visattn.parse(pattern), LAYOUT, precision=precision)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    return out.detach(), (q.grad, k.grad, v.grad)
+
+
+@pytest.mark.parametrize("pattern", ["na(window=3x3)", "topk(keep=0.5, block=2x2)"])
+def test_the_forward_rounds_and_the_backward_does_not(pattern):
+    exact, gradients = call(None, pattern)
+    with straight_through():
+        ours, found = call("int8", pattern)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 16, 2, 8, generator=generator) for _ in range(3))
+    assert ours.equal(visattn.attention(q, k, v, pattern, LAYOUT, precision="int8"))
+    assert not ours.equal(exact)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, found, strict=True))
+
+
+def test_outside_of_it_gradients_are_refused():
+    with pytest.raises(ValueError, match="for inference"):
+        call("fp8")
+
+
+def test_a_model_in_8_bits_learns():
+    from tests.support.tiny_digits import tiny_transformer
+
+    model = tiny_transformer()
+    given = {"timestep": torch.tensor([300.0]), "class_labels": torch.tensor([1])}
+    x = torch.randn(1, 1, 8, 8)
+    with visattn.apply(model, "na(window=3x3)", precision="int8"):
+        with torch.no_grad():
+            truth = model(x, **given).sample
+        with straight_through():
+            out = model(x, **given).sample
+            out.sum().backward()
+    torch.testing.assert_close(out.detach(), truth)
+    assert model.transformer_blocks[0].attn1.to_q.weight.grad.abs().sum() > 0

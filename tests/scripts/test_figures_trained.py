@@ -1,0 +1,48 @@
+"""Tables of trained methods, made from results."""
+
+import json
+
+import pytest
+
+from scripts import figures_trained, results
+from scripts.figures_trained import closed, trained_table, trained_tables
+
+
+def row(pattern, weights, top1, frechet, **more):
+    kinds = {name: {"top1": top1, "frechet": frechet, "flicker": 0.01} for name in ("seen", "unseen")}
+    return {"pattern": pattern, "weights": weights, "seconds": 0.05, "attention_seconds": 0.004} | kinds | more
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    for module in (figures_trained, results):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    rows = [
+        row("dense", "shipped", 0.8, 0.06, density=1.0),
+        row("vsa(keep=0.05)", "shipped", 0.2, 0.56, density=0.05, psnr=10.0),
+        row("vsa(keep=0.05)", "vsa-95", 0.74, 0.11, density=0.05, psnr=15.5),
+    ]
+    told = {"pattern": "vsa(keep=0.05)", "sparsity": 0.95, "seconds": 150.0, "steps": 900, "megabytes": 6.5}
+    trained = {"vsa-95": told, "sla-95": {"error": "out of memory"}, "vsa-97": told | {"pattern": "vsa(keep=0.03)"}}
+    settings = {"device": "cpu", "dtype": "float32", "steps": 24}
+    found = {"rows": dict(enumerate(rows)), "trained": trained, "settings": settings}
+    (tmp_path / "trained-animoji.json").write_text(json.dumps(found))
+
+
+def test_before_and_after(measured):
+    assert list(trained_tables()) == ["trained-animoji"]
+    lines = trained_table("animoji").splitlines()
+    assert lines[2] == "| dense (teacher) | 100 % | 80% | 80% | 0.060 |  | 2.6 | 4.0 ms | 50.0 ms |  |  |"
+    top = "20% to 74% (90%)"
+    assert lines[3] == (
+        f"| `vsa(keep=0.05)` | 5.0% | {top} | {top} | 0.560 to 0.110 (90%) | 10.0 to 15.5 dB | 2.6 to 2.6 | 4.0 ms | "
+        "50.0 ms | 2.5 min, 900 steps | 6.5 MB |"
+    )
+    assert "Times a clip on cpu, float32, 24 steps." in lines
+    assert "`sla-95`: out of memory." in lines
+    assert "`vsa-97`: not measured, the budget was over." in lines
+
+
+def test_no_gap_no_share():
+    assert closed(0.79, 0.8, 0.8) == ""
+    assert closed(0.4, 0.6, 0.8) == " (50%)"

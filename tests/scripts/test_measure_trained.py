@@ -1,0 +1,90 @@
+"""Methods trained and measured by one command: rows before and after, resuming, the budget, pictures, bad input."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from scripts.distill import pipeline as distill
+from scripts.measure import trained
+from scripts.measure.emoji_encoder_model import DualEncoder, save_encoder
+from tests.support.tiny_emoji import tiny_pack
+from tests.support.tiny_pixel_flux import tiny_pixel_flux
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    tiny_pack(folder / "pack")
+    tiny_pixel_flux().save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    save_encoder(DualEncoder(), folder / "encoder.safetensors", {"steps": 0})
+    return folder
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Trainings run in this process, which has imported everything."""
+
+    def train(options, folder, seconds):
+        distill.main(["--out", str(folder), *options])
+        return 1.0
+
+    monkeypatch.setattr(trained, "train_student", train)
+
+
+def words(places, out, *more):
+    known = ["emoji", "--data", places / "pack", "--encoder", places / "encoder.safetensors", "--out", out / "out.json"]
+    known += ["--model", places / "model", "--runs", out / "runs", "--size", 32, "--captions", 2, "--steps", 1]
+    known += ["--draw-steps", 1, "--cached", 2, "--chunk", 2, "--batch", 1, "--threads", 1, "--seconds", 0]
+    return [str(word) for word in [*known, *more]]
+
+
+def test_methods_are_trained_and_measured_once(places, tmp_path, here, monkeypatch):
+    more = ["--train-steps", 2, "--sparsities", 0.5, "--methods", "sla2", "--pictures", tmp_path / "look"]
+    trained.main(words(places, tmp_path, *more, "--also", "--log-every", 1))
+    figures = json.loads((tmp_path / "out.json").read_text())
+    told = figures["trained"]["sla2-50"]
+    assert told["steps"] == 2 and told["seconds"] == 1 and told["megabytes"] > 0
+    assert [step for step, _ in told["curve"]] == [1, 2] or len(told["curve"]) == 1
+    final = trained.METHODS["sla2"].final(0.5)
+    assert list(figures["rows"]) == ["dense, 32 px, shipped", f"{final}, 32 px, shipped", f"{final}, 32 px, sla2-50"]
+    after = figures["rows"][f"{final}, 32 px, sla2-50"]
+    assert after["psnr"] > 0 and after["seen"]["pictures"] == 2 and after["attention_seconds"] > 0
+    assert (tmp_path / "look" / "sla2.png").is_file()
+
+    monkeypatch.setattr(trained, "train_student", lambda *_: pytest.fail("trained again"))
+    before = figures["rows"]
+    trained.main(words(places, tmp_path, *more))
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == before
+
+
+def test_the_budget_ends_it_with_what_there_is(places, tmp_path):
+    more = ["--train-steps", 1, "--methods", "vsa", "--sparsities", 0.5, "--budget", 0.01, "--seconds", 1]
+    trained.main(words(places, tmp_path, *more))
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["trained"] == {"vsa-50": {"error": "not trained: the budget is over"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [(["--methods", "slam"], "'slam' does not exist"), (["--sparsities", "90"], "between 0 and 1")],
+)
+def test_wrong_settings_before_anything_is_drawn(places, tmp_path, more, error, monkeypatch):
+    monkeypatch.setattr(trained, "draw", lambda *_: pytest.fail("samples were drawn"))
+    with pytest.raises(SystemExit, match=error):
+        trained.main(words(places, tmp_path, *more))
+
+
+def test_curves_are_drawn(tmp_path):
+    from scripts.measure.trained_pictures import draw_curves
+
+    lines = {f"a-{i}": {"curve": [[1, 1.0], [2, 0.5 / (i + 1)]]} for i in range(20)}
+    draw_curves(tmp_path / "curves.svg", lines | {"b": {"error": "none"}})
+    text = (tmp_path / "curves.svg").read_text()
+    assert text.count("<polyline") == 20
+    assert text.count('stroke-dasharray="2 2"') == 2 * 4
