@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.counts import Cell, Kind, Row, joined
-from visattn.patterns import DynamicPattern, Gate, HeadsPattern, OrderedPattern, Pattern, Wrapped
-from visattn.patterns import DynamicPattern, Gate, HeadsPattern, HybridPattern, OrderedPattern, Pattern
+from visattn.patterns import DynamicPattern, Gate, HeadsPattern, HybridPattern, OrderedPattern, Pattern, Wrapped
 from visattn.patterns.choice.listening import listening
 from visattn.problem import Problem
 

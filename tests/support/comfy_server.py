@@ -54,8 +54,8 @@ app.registerExtension({
       await app.loadApiJson(graph, "visattn");
       const places = {
         VisattnTiny: [0, 0, 250, 130], VisattnSparseAttention: [300, 0, 300, 230], KSampler: [650, 0, 280, 270],
-        VisattnAttentionReport: [980, 0, 230, 80], PreviewAny: [980, 150, 640, 300], PreviewImage: [1260, -280, 360, 400],
-        SaveLatent: [650, 340, 280, 60],
+        VisattnAttentionReport: [980, 0, 230, 80], PreviewAny: [980, 150, 640, 300],
+        PreviewImage: [1260, -280, 360, 400], SaveLatent: [650, 340, 280, 60],
       };
       for (const node of app.graph._nodes) {
         const [x, y, width, height] = places[node.type];

@@ -23,9 +23,7 @@ from visattn.selectors import SiteName
 MOST_LAYERS = 512
 # Where self-attention of other sequences than the grid's is counted.
 ELSEWHERE = "other sequences"
-UNASKED = (
-    "no attention of this forward asked for an override: this version of ComfyUI does not hand the model's options to it"
-)
+UNASKED = "no attention of this forward asked for an override: this version of ComfyUI hands it no options of the model"
 
 
 @dataclass(frozen=True)
