@@ -11,18 +11,17 @@ from visattn.kernels.triton.hybrid.router import routed
 from visattn.patterns.choice.blocks import inner
 
 CASES = [
-    ("sla(keep=0.3, block=2x3)", Layout((7, 11), 3, 1), 2, False, 24),
-    ("sla(keep=2, marginal=3, feature=elu, block=4x4)", Layout((9, 6), 1), 2, True, 16),
-    ("sla(keep=2, feature=relu, block=4)", Layout(70), 1, True, 20),
-    ("sla2(keep=3, block=4x4)", Layout((9, 7), 2), 1, True, 16),
-    ("sla2(keep=3, block=12x8, key_block=4x4, ratio=mass, router=mean)", Layout((13, 9)), 2, False, 33),
-    ("vsa(keep=3, block=4x2)", Layout((9, 7), 2, 2), 1, True, 16),
-    ("vsa(keep=3, gate=channel, block=3)", Layout(70), 2, False, 24),
+    ("sla(keep=0.3, block=2x3)", Layout((7, 11), 3, 1), 2, False, 24, torch.float16),
+    ("sla(keep=2, marginal=3, feature=elu, block=4x4)", Layout((9, 6), 1), 2, True, 16, torch.float32),
+    ("sla(keep=2, feature=relu, block=4)", Layout(70), 1, True, 20, torch.float32),
+    ("sla2(keep=3, block=4x4)", Layout((9, 7), 2), 1, True, 16, torch.float16),
+    ("sla2(keep=3, block=12x8, key_block=4x4, ratio=mass, router=mean)", Layout((13, 9)), 2, False, 33, torch.float32),
+    ("vsa(keep=3, block=4x4)", Layout((9, 7), 2, 2), 1, True, 16, torch.float32),
+    ("vsa(keep=2, gate=channel, block=9)", Layout(40), 2, False, 24, torch.float16),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("text", "layout", "kv_heads", "masked", "dim"), CASES)
+@pytest.mark.parametrize(("text", "layout", "kv_heads", "masked", "dim", "dtype"), CASES)
 def test_equals_torch(text, layout, kv_heads, masked, dim, dtype):
     pattern = parse(text)
     assert run.runs(pattern, dtype, dim)
@@ -49,12 +48,12 @@ def test_equals_torch(text, layout, kv_heads, masked, dim, dtype):
     ("text", "layout", "masked"),
     [
         ("sla2(keep=3, block=4x4, key_block=2x4, always=self)", Layout((9, 7), 2), True),
-        ("sla2(keep=0.2, block=3, router=mean)", Layout(70), False),
+        ("sla2(keep=0.3, block=4, router=mean)", Layout(22), False),
         ("sla2(keep=1.0, block=4x4)", Layout((7, 5)), False),
     ],
 )
 def test_the_router_by_kernels(text, layout, masked, monkeypatch):
-    monkeypatch.setattr(choose, "SCORES", 2000)
+    monkeypatch.setattr(choose, "SCORES", 200)
     pattern = parse(text)
     q, k, _ = (x.mul(64).round() / 64 for x in qkv(layout, 4, 2, 16, batch=2, dtype=torch.float32))
     mask = torch.rand(2, layout.length, generator=torch.Generator().manual_seed(5)) < 0.7 if masked else None
