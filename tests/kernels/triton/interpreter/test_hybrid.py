@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from tests.support.cases import qkv
-from visattn import Layout, parse
+from visattn import Layout, attention, parse
+from visattn.kernels.hybrid import backend
 from visattn.kernels.triton.choosing import choose
 from visattn.kernels.triton.hybrid import run
 from visattn.kernels.triton.hybrid.router import routed
 from visattn.patterns.choice.blocks import inner
+from visattn.problem import Support
 
 CASES = [
     ("sla(keep=0.3, block=2x3)", Layout((7, 11), 3, 1), 2, False, 24, torch.float16),
@@ -73,3 +75,22 @@ def test_what_kernels_have_not():
     assert not run.runs(parse("sla2(soft=0.1)"), torch.float32, 64)
     assert not run.runs(parse("sla"), torch.float64, 64)
     assert not run.runs(parse("vsa"), torch.bfloat16, 256)
+
+
+@pytest.mark.parametrize("text", ["sla(keep=2, block=4x4)", "sla2(keep=2, block=4x4)", "vsa(keep=2, block=4x4)"])
+def test_whole_calls_take_the_kernels(text, monkeypatch):
+    pattern, layout = parse(text), Layout((7, 9), 2)
+    q, k, v = qkv(layout, 2, 1, 16, dtype=torch.float32)
+    made = torch.Generator().manual_seed(1)
+    shapes = pattern.parameter_shapes(2, 16, layout.grid)
+    given = {n: torch.randn(s, generator=made) / 4 for n, s in shapes.items()}
+    expected = attention(q, k, v, pattern, layout, parameters=given)
+    monkeypatch.setattr(backend, "on_gpu", lambda q: Support(True))
+    joined = []
+    monkeypatch.setattr(run, "join", lambda *all, join=run.join: (joined.append(all[0]), join(*all)))
+    torch.testing.assert_close(attention(q, k, v, pattern, layout, parameters=given), expected, atol=1e-4, rtol=1e-4)
+    assert joined == [pattern]
+    # Gradients are those of torch's operators.
+    learned = {n: p.requires_grad_() for n, p in given.items()}
+    attention(q, k, v, pattern, layout, parameters=learned).sum().backward()
+    assert joined == [pattern] and all(p.grad is not None for p in learned.values())
