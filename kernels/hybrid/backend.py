@@ -14,6 +14,8 @@ from visattn.kernels.triton.backend import on_gpu
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.listening import choosing
 from visattn.patterns.hybrid.base import HybridPattern
+from visattn.patterns.hybrid.parts import valid_of
+from visattn.patterns.hybrid.sla import SLA
 from visattn.patterns.hybrid.sla2 import SLA2
 from visattn.patterns.routes import Routes
 from visattn.patterns.tailed import holding
@@ -80,8 +82,34 @@ class HybridBackend(Backend):
             return out, None
         at = inner(layout)
         with switched_off(q.device):
+            if learns and isinstance(pattern, SLA) and choice is None and _sums(q):
+                return _placed(_learning(pattern, out[:, at], q, k, v, call), out, at), None
             whole = pattern.join(out[:, at], q, k, v, layout, call.key_mask, call.scale, choice, call.parameters)
         return _placed(whole.to(out.dtype), out, at), None
+
+
+def _sums(q: torch.Tensor) -> bool:
+    """Whether kernels sum over all keys, forward and backward."""
+    return on_gpu(q).ok and q.shape[3] <= 256
+
+
+def _learning(
+    pattern: SLA, soft: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+) -> torch.Tensor:
+    """`SLA.join` by the kernels of linear attention, in the dtype of q and with their gradients.
+
+    They add nothing to a denominator, which `LEAST` does to keep it above 0: no more than rounding.
+    """
+    from visattn.kernels.triton.linear.attention import linear_attention
+
+    at, feature = inner(call.layout), pattern.feature
+    q, k, v = (x[:, at] for x in (q, k, v))
+    if feature == "softmax":
+        # Torch sums in float32 whatever it is given.
+        q, k, feature = q.softmax(-1), k.softmax(-1), "given"
+    found = linear_attention(q, k, v, valid_of(call.key_mask, call.layout), feature)
+    own = pattern.own(call.parameters, q, call.layout.grid)
+    return soft + found @ own["weight"].T.to(q.dtype) + own["bias"].to(q.dtype)
 
 
 def _kernels(pattern: HybridPattern, q: torch.Tensor) -> Any:

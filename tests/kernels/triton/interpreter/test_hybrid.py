@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.cases import qkv
+from tests.support.cases import gradients, qkv
 from visattn import Layout, attention, parse
 from visattn.kernels.hybrid import backend
 from visattn.kernels.triton.choosing import choose
@@ -90,7 +90,11 @@ def test_whole_calls_take_the_kernels(text, monkeypatch):
     monkeypatch.setattr(run, "join", lambda *all, join=run.join: (joined.append(all[0]), join(*all)))
     torch.testing.assert_close(attention(q, k, v, pattern, layout, parameters=given), expected, atol=1e-4, rtol=1e-4)
     assert joined == [pattern]
-    # Gradients are those of torch's operators.
-    learned = {n: p.requires_grad_() for n, p in given.items()}
-    attention(q, k, v, pattern, layout, parameters=learned).sum().backward()
-    assert joined == [pattern] and all(p.grad is not None for p in learned.values())
+    # Gradients take the kernels of linear attention, or torch's operators.
+    learned = [*(x.requires_grad_() for x in (q, k, v)), *(p.requires_grad_() for p in given.values())]
+    found = gradients(attention(q, k, v, pattern, layout, parameters=given), learned)
+    assert joined == [pattern]
+    monkeypatch.setattr(backend, "on_gpu", lambda q: Support(False))
+    wanted = gradients(attention(q, k, v, pattern, layout, parameters=given), learned)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
