@@ -182,6 +182,12 @@ class TestTraining:
         assert moved == [{"own"}, {"own", "student"}, {"own", "student"}, {"own", "student"}]
         assert made.progress.began == 2
 
+    def test_a_stage_that_no_loss_reaches_is_named(self, folder, tmp_path):
+        gate = ("--pattern", "gate(by=topk(keep=0.5, block=2x2), dim=4)", "--stages", "router:0.5,all:0.5")
+        with pytest.raises(SystemExit, match=r"no loss \(attention\) reaches what learns here"):
+            run(folder, tmp_path, *gate)
+        run(folder, tmp_path, *gate, "--mass", "1")
+
     def test_layers_learn_from_the_teachers_inputs(self, folder, tmp_path):
         made = trained_of(folder, tmp_path, "--stages", "transfer", "--attention-at", "after")
         seen = {}
