@@ -7,7 +7,7 @@ import torch
 from visattn.kernels.heads import best_patterns
 from visattn.kernels.rows import attention_rows, sampled_rows, visible_rows
 from visattn.layout import Layout
-from visattn.patterns import Best, DynamicPattern, Gate, ListedPattern, OrderedPattern, Pattern, PerHead
+from visattn.patterns import Best, DynamicPattern, Gate, Gated, ListedPattern, OrderedPattern, Pattern, PerHead
 from visattn.patterns.choice.blocks import inner, token_blocks
 from visattn.patterns.tailed import holding
 from visattn.problem import Call
@@ -24,6 +24,8 @@ def caught_mass(watched: Watched, layout: Layout, some: slice, rows: int) -> tor
         rows: How many queries at most.
     """
     pattern = watched.pattern
+    while isinstance(pattern, Gated):
+        pattern = pattern.of
     if pattern.covers(layout.grid) or not isinstance(pattern, ListedPattern | OrderedPattern | PerHead | Best | Gate):
         return None
     q, k, v = (t[some] for t in (watched.q, watched.k, watched.v))

@@ -13,15 +13,19 @@ import torch
 from visattn.autocast import switched_off
 from visattn.checks import check_call, factor
 from visattn.kernels.agent.attention import pool_queries
+from visattn.kernels.clipped import clipped
 from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
 from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights
+from visattn.kernels.wrapped import gates, inside, query_factors
 from visattn.layout import Layout
 from visattn.patterns import (
     Agent,
     Best,
+    Clipped,
     DynamicPattern,
     Flow,
+    Gated,
     Linear,
     ListedPattern,
     Mala,
@@ -32,6 +36,7 @@ from visattn.patterns import (
     RoutedPattern,
     Sigmoid,
     SparseLinear,
+    Wrapped,
     parse,
 )
 from visattn.patterns.choice.blocks import token_blocks
@@ -54,7 +59,7 @@ def attention_rows(
     """The weight of every token in the output of chosen queries: attention(q, k, v, ...)[:, rows] = weights v.
 
     Weights of pooled keys (clear) and of agents are passed on to the tokens they stand for. Rows of softmax, linear,
-    flow-free mixes of them and agent sum to 1; those of sigmoid and flow do not, and mala's may be negative.
+    flow-free mixes of them and agent sum to 1; those of sigmoid, clipped and flow do not, and mala's may be negative.
     Differentiable in q, k and the parameters. Memory is that of the result.
 
     Args:
@@ -107,11 +112,25 @@ def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> 
         return _sparse_linear(q, k, pattern, call, index)
     if isinstance(pattern, DynamicPattern) and not pattern.of_products:
         raise ValueError(f"{pattern} adds something to its output that is no weight of a token: rest=mean has rows")
+    if isinstance(pattern, Wrapped):
+        return _wrapped(q, k, pattern, call, index)
     if isinstance(pattern, PerHead):
         return _perhead(q, k, pattern, call, index)
     if isinstance(pattern, Best):
         raise ValueError(f"{pattern} chooses by outputs, and rows have no values: ask for the rows of its patterns")
     return _listed(q, k, call, index)
+
+
+def _wrapped(q: torch.Tensor, k: torch.Tensor, pattern: Wrapped, call: Call, index: torch.Tensor) -> torch.Tensor:
+    """The rows of the pattern inside, of queries and with gates as they are there."""
+    own = replace(call, pattern=pattern.of, parameters=inside(pattern, call.parameters))
+    if isinstance(pattern, Gated):
+        factors = gates(q[:, index], pattern, call.parameters)[..., 0].transpose(1, 2)
+        return _rows(q, k, own, index) * factors[..., None]
+    if any(name.startswith("value") for name in call.parameters):
+        raise ValueError(f"{pattern} scales values by what they are, and rows have none: leave values out of it")
+    keys = k.shape[1] if call.key_mask is None else call.key_mask.sum(1)
+    return _rows(q * query_factors(q, keys, call.parameters), k, own, index)
 
 
 def _perhead(q: torch.Tensor, k: torch.Tensor, pattern: PerHead, call: Call, index: torch.Tensor) -> torch.Tensor:
@@ -171,9 +190,9 @@ def _sparse_linear(
 
 
 def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) -> torch.Tensor:
-    """Softmax or sigmoid over the visible keys, those that a pattern appends included."""
+    """Softmax, clipped or not, or sigmoid over the visible keys, those that a pattern appends included."""
     pattern, pool = call.pattern, call.parameters.get("pool_weight")
-    listed = pattern.sparse if isinstance(pattern, Sigmoid) else pattern
+    listed = pattern.sparse if isinstance(pattern, Sigmoid | Clipped) else pattern
     assert isinstance(listed, ListedPattern)
     if isinstance(listed, DynamicPattern) and listed.pools_rest:
         return _with_rest(q, k, listed, call, rows)
@@ -189,6 +208,8 @@ def _listed(q: torch.Tensor, k: torch.Tensor, call: Call, rows: torch.Tensor) ->
         weights = logits.sigmoid() * seen
     else:
         weights = _softmax(logits, seen)
+        if isinstance(pattern, Clipped):
+            weights = clipped(weights, seen, pattern) * seen
     return _unpooled(weights, listed, call, pool)
 
 

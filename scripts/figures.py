@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from scripts.figures_control import control_tables
 from scripts.figures_dynamic import dynamic_tables
 from scripts.figures_emoji import emoji_tables
 from scripts.figures_gpu import (
@@ -46,6 +47,7 @@ PAGES = tuple(
         "docs/performance.md",
         "docs/diffusers.md",
         "docs/precision.md",
+        "docs/inversion.md",
         "docs/dynamic.md",
         "docs/parallel.md",
         "docs/tuning.md",
@@ -63,6 +65,7 @@ COMMANDS = {
     "digits-vit": "python -m scripts.measure.digits_vit --out {out}",
     "timm-highres": "python -m scripts.bench.timm_models --out {out}",
     "eightbit": "python -m scripts.measure.eightbit --steps 6 --out {out}",
+    "inversion": "python -m scripts.measure.inversion --out {out}",
     "moh": "python -m scripts.bench.moh --out {out}",
 }
 
@@ -161,6 +164,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **model_tables(),
     **tuned_tables(),
     **precision_tables(),
+    **control_tables(),
     **trained_tables(),
 }
 

@@ -26,11 +26,11 @@ def trained_table(name: str) -> str:
     dense = rows[DENSE, SHIPPED]
     lines, missing = [_dense(dense)], []
     for student, told in sorted(found["trained"].items(), key=lambda item: (item[1].get("sparsity", 0.0), item[0])):
-        pair = [rows.get((told.get("pattern"), weights)) for weights in (SHIPPED, student)]
-        if None in pair:
+        before, after = (rows.get((told.get("pattern"), weights)) for weights in (SHIPPED, student))
+        if before is None or after is None:
             missing.append(f"`{student}`: {told.get('error', 'not measured, the budget was over')}.")
         else:
-            lines.append(_line(told, *pair, dense))
+            lines.append(_line(told, before, after, dense))
     clips = "flicker" in dense["seen"]
     head = ["attention", "listed", *(f"{kind}: top 1" for kind in KINDS), "Frechet", "PSNR to dense"]
     head += ["flicker"] * clips + ["attention", "whole", "trained for", "file"]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         register_pattern,
     )
     from visattn.handle import Handle, apply
+    from visattn.heads.convert import HeadConversion, convert_heads
     from visattn.keep import clear_caches
     from visattn.kernels.rows import attention_rows
     from visattn.layout import Layout
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Handle",
+    "HeadConversion",
     "Layout",
     "TilePlan",
     "__version__",
@@ -43,6 +45,7 @@ __all__ = [
     "attention_rows",
     "backends",
     "clear_caches",
+    "convert_heads",
     "dense_mask",
     "explain",
     "guide",
@@ -68,6 +71,7 @@ def __getattr__(name: str) -> Any:
     # No submodule carries the name of a public function: importing it would replace the function here.
     homes = {
         "Handle": "visattn.handle",
+        "HeadConversion": "visattn.heads.convert",
         "Layout": "visattn.layout",
         "TilePlan": "visattn.plans",
         "apply": "visattn.handle",
@@ -75,6 +79,7 @@ def __getattr__(name: str) -> Any:
         "attention_rows": "visattn.kernels.rows",
         "backends": "visattn.attend",
         "clear_caches": "visattn.keep",
+        "convert_heads": "visattn.heads.convert",
         "dense_mask": "visattn.patterns",
         "explain": "visattn.attend",
         "guide": "visattn.pipelines.guidance.handle",

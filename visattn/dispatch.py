@@ -83,6 +83,10 @@ class Backend(ABC):
         """
         return partial(_anew, self.run, replace(call, key_mask=None, rpb=None))
 
+    def compiled(self) -> str:
+        """What it has compiled on this machine and keeps, in words; empty if nothing or if others say so."""
+        return ""
+
     def keeps_results(self, problem: Problem) -> bool:
         """Whether compiled code keeps output and log-sum-exp for the backward, instead of running the call again there.
 
@@ -110,10 +114,13 @@ BACKENDS = REGISTRY.declare(
     "backend",
     {
         "triton": "visattn.kernels.triton.backend:backend",
+        "fa4": "visattn.kernels.fa4.backend:backend",
         "agent": "visattn.kernels.agent.backend:backend",
         "linear": "visattn.kernels.linear.backend:backend",
         "sparse_linear": "visattn.kernels.linear.sparse_linear:backend",
         "sigmoid": "visattn.kernels.sigmoid:backend",
+        "clipped": "visattn.kernels.clipped:backend",
+        "wrapped": "visattn.kernels.wrapped:backend",
         "heads": "visattn.kernels.heads:backend",
         "gate": "visattn.kernels.gate:backend",
         "hybrid": "visattn.kernels.hybrid.backend:backend",

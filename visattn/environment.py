@@ -20,6 +20,8 @@ PACKAGES = (
     "timm",
     "natten",
     "xformers",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
     "matplotlib",
     "scikit-image",
 )
@@ -114,11 +116,15 @@ def check_device(device: str) -> torch.device:
 def environment() -> dict[str, Any]:
     """Versions, devices, backends and plug-ins, as `visattn doctor --json` prints them."""
     from visattn import backends, plugins
+    from visattn.dispatch import load
 
     return {
         "system": platform.platform(),
         "versions": versions(),
         "devices": devices(),
-        "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends().items()},
+        "backends": {
+            name: {"available": ok, "reason": reason, "compiled": load(name).compiled()}
+            for name, (ok, reason) in backends().items()
+        },
         "plugins": [plugin._asdict() for plugin in plugins()],
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -16,6 +18,30 @@ except ImportError:  # Windows, where folders cannot be locked.
 
 # Begins the name of the hidden folder that a run writes to before it ends well.
 UNFINISHED = ".unfinished-"
+
+
+def cache_folder() -> Path:
+    """$VISATTN_CACHE, by default a folder of ours in the user's cache folder."""
+    base = os.environ.get("VISATTN_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache"), "visattn"
+    )
+    return Path(base)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """What a JSON file of values by name holds; nothing where it is not there or not whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def add_values(path: Path, more: Mapping[str, Any]) -> None:
+    """Add values to such a file; whole, so that another process never reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(read_values(path) | dict(more), indent=1))
+    part.replace(path)
 
 
 def check_writable_file(path: Path, suffixes: tuple[str, ...], force: bool = False) -> Path:

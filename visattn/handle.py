@@ -244,10 +244,10 @@ def apply(
             starts from their initial values.
         always: Run the pattern wherever it can run. Without it "auto" leaves a module of a model on a GPU its own
             dense attention where a call is estimated to take longer with the pattern (few tokens, where a call
-            costs the host more than the device), or to save the device less than a call in a model costs the host, and
-            the report counts such calls with both estimates. Calls with
-            gradients, learnable patterns, named backends, `strict` and `weights` always run the pattern; a model that
-            was trained with a pattern should be given it with `always`.
+            costs the host more than the device), or not to save the device twice what a call in a model costs the
+            host, and the report counts such calls with both estimates. Calls with gradients, learnable patterns,
+            named backends, `strict` and `weights` always run the pattern; a model that was trained with a pattern
+            should be given it with `always`.
         caught: So many queries of the grid of every call are compared with dense attention: the report says which share
             of their exact attention falls on what the pattern lists. It costs about as many queries of dense attention,
             and compiled code is not looked at. 0 for none.

@@ -47,7 +47,8 @@ def head_shape(module: Any) -> tuple[int, int]:
     for name, parts in (("to_q", 1), ("to_query", 1), ("q_proj", 1), ("query", 1), ("to_qkv", 3), ("qkv", 3)):
         projection = getattr(module, name, None)
         if projection is not None and hasattr(projection, "out_features"):
-            inner = projection.out_features // parts
+            # Layers whose key heads are shared say how many channels come out of them.
+            inner = getattr(projection, "expanded_features", projection.out_features) // parts
             break
     else:
         inner = getattr(module, "inner_dim", None)

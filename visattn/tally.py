@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.counts import Cell, Kind, Row, joined
-from visattn.patterns import DynamicPattern, Gate, HeadsPattern, HybridPattern, OrderedPattern, Pattern
+from visattn.patterns import DynamicPattern, Gate, HeadsPattern, HybridPattern, OrderedPattern, Pattern, Wrapped
 from visattn.patterns.choice.listening import listening
 from visattn.problem import Problem
 
@@ -49,6 +49,9 @@ def all_timed() -> Iterator[None]:
 
 def tells(pattern: Pattern) -> bool:
     """Whether what a pattern lists is known only when it has chosen, and told then."""
+    if isinstance(pattern, Wrapped):
+        return tells(pattern.of)
+    return isinstance(pattern, DynamicPattern | HeadsPattern | OrderedPattern | Gate)
     return isinstance(pattern, DynamicPattern | HeadsPattern | OrderedPattern | Gate | HybridPattern)
 
 

@@ -2,14 +2,15 @@
 
 Keys: `model.` and a parameter's path for a weight that was trained whole, `lora.` and a module's path for the two
 factors `.A` [rank, in] and `.B` [out, rank] of a LoRA, `own.` for what belongs to the pattern itself (see
-`Handle.parameters`). The metadata's entry "visattn" is JSON: model, pattern, layers, the scale of LoRA.
+`Handle.parameters`). The metadata's entry "visattn" is JSON: model, pattern, layers, the scale of LoRA, and the
+arguments of `visattn.convert_heads` where the student has other heads.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from visattn.files import written_whole
+from visattn.heads.convert import convert_heads
 
 ABOUT = "visattn"
 
@@ -90,11 +92,21 @@ def _below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.
 
 @contextmanager
 def trained_weights(model: torch.nn.Module, trained: Trained) -> Iterator[None]:
-    """Context in which the model has the trained weights; after it, bit by bit those it had before.
+    """Context in which the model has the trained weights, and the heads they are for; after it all is as before.
 
     Raises:
         ValueError: If a tensor does not fit the model.
     """
+    heads = trained.about.get("heads")
+    with nullcontext() if heads is None else convert_heads(model, **heads):
+        new = _new_weights(model, trained)
+        parameters = dict(model.named_parameters())
+        kept = {name: parameters[name].detach().clone() for name in new}
+        _write(parameters, new)
+        try:
+            yield
+        finally:
+            _write(parameters, kept)
     undo = write_trained(model, trained)
     try:
         yield

@@ -1,9 +1,9 @@
 """Attention in 8 bits by operators of torch: the errors of the kernels of 8 bits, on any device, without their speed.
 
 Rounds where the kernels round: queries to int8 with a scale each, keys to int8 with a scale per tile after their mean
-per head is taken away, values to int8 or e4m3 with a scale per channel after the middle of their range is, and the
-weights of 128 keys, two tiles of a list, relative to the largest among them. Products are in float32, or float64 for
-float64 inputs. The mask of all pairs of tokens is made.
+per head is taken away, values to int8 or e4m3 with a scale per channel after the middle of their range or their mean
+is, and the weights of 128 keys, two tiles of a list, relative to the largest among them. Products are in float32, or
+float64 for float64 inputs. The mask of all pairs of tokens is made.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def simulate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> t
     walk = walk_of(listed, call.layout, q.device)
     queries, q_scale = as_bytes(q.to(wide), (3,))
     shift = k.to(wide).mean(1, keepdim=True)
-    middle = 0.5 * (v.to(wide).amax(1, keepdim=True) + v.to(wide).amin(1, keepdim=True))
+    middle = v.to(wide).mean(1, keepdim=True)
+    if not fp8:
+        middle = 0.5 * (v.to(wide).amax(1, keepdim=True) + v.to(wide).amin(1, keepdim=True))
     keys, k_scale = as_bytes(_taken(k.to(wide) - shift, walk.tokens), (2, 4))
     values, v_scale = _values(v.to(wide) - middle, fp8)
     values = _taken(values, walk.tokens)

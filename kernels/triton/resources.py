@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 
+from visattn.files import cache_folder
 from visattn.kernels.triton.ahead import Resources, compiled
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, SHARED_MEMORY, Config, config, largest_head_dim
-from visattn.kernels.triton.tune import cache_folder
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 128, 256)

@@ -7,15 +7,14 @@ decided with: set the variable before the first, or call `clear_caches()`.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from visattn.files import add_values, cache_folder, read_values
 from visattn.kernels.triton.config import DIRECTIONS, Config, config
 from visattn.layout import Layout
 from visattn.patterns import Pattern, RoutedPattern
@@ -30,14 +29,6 @@ REPEATS = 5
 def enabled() -> bool:
     """Whether the user asked for tuning."""
     return os.environ.get("VISATTN_AUTOTUNE", "0") not in ("", "0")
-
-
-def cache_folder() -> Path:
-    """$VISATTN_CACHE, by default a folder of ours in the user's cache folder."""
-    base = os.environ.get("VISATTN_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache"), "visattn"
-    )
-    return Path(base)
 
 
 def cache_file() -> Path:
@@ -66,7 +57,7 @@ def tuned(
     from visattn.kernels.triton.backend import architecture
 
     number, path = architecture(device), cache_file()
-    known = _read(path)
+    known = read_values(path)
     chosen = {d: config(number, dtype, head_dim, d) for d in DIRECTIONS}
     for direction in DIRECTIONS:
         key = _key(pattern, layout, dtype, head_dim, device, direction)
@@ -74,7 +65,7 @@ def tuned(
             clock = timer(pattern, layout, dtype, head_dim, device, direction, dict(chosen))
             best = fastest(candidates(number, dtype, head_dim, direction), clock)
             known[key] = list(best)
-            _write(path, {key: list(best)})
+            add_values(path, {key: list(best)})
         chosen[direction] = Config(*known[key])
     return chosen
 
@@ -155,18 +146,3 @@ def _median_ms(run: Callable[[], None]) -> float:
         stop.synchronize()
         times.append(start.elapsed_time(stop))
     return statistics.median(times)
-
-
-def _read(path: Path) -> dict[str, list[Any]]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def _write(path: Path, more: dict[str, list[int]]) -> None:
-    """Add choices to the file; whole, so that another process never reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(_read(path) | more, indent=1))
-    part.replace(path)

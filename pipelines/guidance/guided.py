@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from visattn.patterns import Pattern
 from visattn.pipelines.guidance.halves import corrected, half_of, prediction_of, with_prediction
+from visattn.pipelines.guidance.perturbing import Perturbation, check_cache
 from visattn.pipelines.guidance.sums import read_sum
 from visattn.pipelines.patch.install import PatchedModel
-from visattn.pipelines.patch.sites import Site
 from visattn.pipelines.patch.steps import ContextSteps
-from visattn.runtime.perturbed import Blur, Perturbed
-from visattn.schedule import Schedule, check_dims
-from visattn.selectors import Layers
 
 HOOK = "visattn_guidance"
 CONTEXT = "visattn_perturbed"
-# Caches that keep what modules returned last, whatever the pipeline calls the forward.
-MIXING = ("FasterCacheConfig", "PyramidAttentionBroadcastConfig")
 
 
 class Guided:
@@ -33,28 +26,15 @@ class Guided:
     """
 
     def __init__(
-        self,
-        patched: PatchedModel,
-        scale: float,
-        by: Pattern | Blur,
-        chosen: list[tuple[Site, frozenset[int] | None]],
-        strength: float,
-        span: tuple[float, float],
+        self, patched: PatchedModel, scale: float, perturbation: Perturbation, span: tuple[float, float]
     ) -> None:
         model = patched.model
-        name = type(model).__name__
-        if any(getattr(each, "_compiled_call_impl", None) is not None for each in model.modules()):
-            raise ValueError(f"{name} is compiled, which hides its attention modules: guide it uncompiled")
         if any(isinstance(getattr(hook, "__self__", None), Guided) for hook in model._forward_hooks.values()):
-            raise ValueError(f"{name} is guided already: call remove() on what guide() returned, and guide it anew")
-        if isinstance(by, Pattern):
-            check_dims(by, patched.family.dims, name)
-        # Nothing of a perturbation is no perturbation, and exactly so.
-        self._patched, self._scale, self._by, self._span = patched, scale if strength else 0.0, by, span
-        self._perturbed: dict[str, Perturbed] = {}
-        for site, heads in chosen:
-            assert site.group is not None
-            self._perturbed[site.name.path] = Perturbed(patched.run, site.group, by, strength, heads)
+            raise ValueError(
+                f"{type(model).__name__} is guided already: call remove() on what guide() returned, and guide it anew"
+            )
+        self._patched, self._scale, self._span = patched, scale, span
+        self._perturbation = perturbation
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._context: ContextSteps | None = None
         self._hook: Any = None
@@ -81,13 +61,9 @@ class Guided:
     def said(self) -> str:
         """What happened, in a line."""
         name = type(self._patched.model).__name__
-        calls = sum(each.calls for each in self._perturbed.values())
-        paths = list(self._perturbed)
-        places = f"{', '.join(paths[:4])}{', ...' if len(paths) > 4 else ''}"
         return (
             f"{name}: {self.guided} of {self.calls} forwards guided by {self._scale:g} times the difference to "
-            f"{self._by} in {len(paths)} attention modules ({places}): {self.guided} forwards more, {calls} perturbed "
-            "calls"
+            f"{self._perturbation.said()}: {self.guided} forwards more, {self._perturbation.calls} perturbed calls"
         )
 
     def _correct(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -122,17 +98,12 @@ class Guided:
             raise ValueError(
                 "guide: the handle of the pipeline was removed: call remove() on what guide() returned, too"
             )
-        cache = type(getattr(model, "_cache_config", None)).__name__
-        if cache in MIXING:
-            raise ValueError(
-                f"guide: the cache of {cache} would mix perturbed attention with plain: use one that tells forwards "
-                "apart, like FirstBlockCacheConfig or MagCacheConfig"
-            )
+        check_cache(model)
 
     def _forward(self, model: torch.nn.Module, given: dict[str, Any]) -> Any:
         """The perturbed prediction."""
-        here = self._patched.run.here
-        self._busy, here.perturbed = True, self._perturbed
+        self._busy = True
+        self._perturbation.begin()
         try:
             if self._context is None:
                 found = prediction_of(model(**given))
@@ -141,38 +112,7 @@ class Guided:
                 with model.cache_context(CONTEXT, **self._context.told):  # type: ignore[operator]
                     found = prediction_of(model(**given))
         finally:
-            self._busy, here.perturbed = False, None
-        if not any(each.calls for each in self._perturbed.values()):
-            raise ValueError(f"guide: {type(model).__name__} did not call {', '.join(self._perturbed)}: choose others")
+            self._busy = False
+            self._perturbation.stop()
+        self._perturbation.end()
         return found
-
-
-def chosen_sites(
-    patched: PatchedModel, layers: Layers, heads: Mapping[str, Sequence[int]] | None
-) -> list[tuple[Site, frozenset[int] | None]]:
-    """The modules that are perturbed, each with its heads, None for all."""
-    sites, model = patched.sites, type(patched.model).__name__
-    names = [site.name for site in sites]
-    if heads is None:
-        picked = _middle(sites) if layers is None else layers
-        given = Schedule.of("dense", picked).assign(names, model)
-        return [(site, None) for site, each in zip(sites, given, strict=True) if each is not None]
-    found: dict[int, frozenset[int]] = {}
-    for layer, numbers in heads.items():
-        chosen = frozenset(numbers)
-        if not chosen or not all(isinstance(n, int) and n >= 0 for n in chosen):
-            raise ValueError(f"heads[{layer!r}]={numbers!r} must be indices of heads, from 0")
-        for i, each in enumerate(Schedule.of("dense", str(layer)).assign(names, model)):
-            if each is not None:
-                found[i] = found.get(i, frozenset()) | chosen
-    return [(sites[i], found[i]) for i in sorted(found)]
-
-
-def _middle(sites: Sequence[Site]) -> list[str]:
-    """Names of the layers in the middle: a UNet's middle block, else a fifth of all."""
-    layers = list(dict.fromkeys(site.name.layer for site in sites))
-    blocks = [layer for layer in layers if layer.startswith("mid_block")]
-    if blocks:
-        return blocks
-    middle, around = len(layers) // 2, len(layers) // 10
-    return layers[middle - around : middle + around + 1]

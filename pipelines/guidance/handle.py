@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -11,8 +9,9 @@ from typing import Any
 import torch
 
 from visattn.handle import Handle, apply
-from visattn.patterns import MergingPattern, Pattern, parse
-from visattn.pipelines.guidance.guided import Guided, chosen_sites
+from visattn.patterns import Pattern
+from visattn.pipelines.guidance.guided import Guided
+from visattn.pipelines.guidance.perturbing import Perturbation, check_options, perturbation_of
 from visattn.pipelines.patch.install import PatchedModel
 from visattn.pipelines.patch.targets import DENOISERS
 from visattn.runtime.perturbed import Blur
@@ -62,10 +61,8 @@ def guide(
         ValueError: If an option is out of its range, nothing is selected, the pipeline is compiled or has no denoiser
             that visattn knows; and while it runs, if it does not tell which of its predictions have the prompt.
     """
-    by = _perturbation(perturb)
-    _check(scale, strength, start, stop)
-    if layers is not None and heads is not None:
-        raise ValueError("layers and heads both say which layers are perturbed: give one of them")
+    by = perturbation_of(perturb)
+    check_options(scale, strength, start, stop, layers, heads)
     if isinstance(pipe, torch.nn.Module):
         raise ValueError(f"guide() needs the pipeline that adds up the predictions, not {type(pipe).__name__} alone")
     if handle is not None and options:
@@ -109,8 +106,10 @@ class Guidance:
         found = [each for each in found if any(each.model is model for model in denoisers)]
         if not found:
             raise ValueError(f"{type(pipe).__name__} has no denoiser that this handle patched")
+        # Nothing of a perturbation is no perturbation, and exactly so.
+        scale = scale if strength else 0.0
         self._guided = [
-            Guided(patched, scale, by, chosen_sites(patched, layers, heads), strength, span) for patched in found
+            Guided(patched, scale, Perturbation(patched, by, layers, heads, strength), span) for patched in found
         ]
         for each in self._guided:
             each.install()
@@ -133,25 +132,3 @@ class Guidance:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
-
-
-def _perturbation(perturb: str | Pattern) -> Pattern | Blur:
-    if isinstance(perturb, str):
-        match = re.fullmatch(r"blur(?:\(sigma=(\d+(?:\.\d+)?)\))?", perturb.strip())
-        if match:
-            return Blur(float(match[1]) if match[1] else math.inf)
-    by = parse("na(window=1)" if perturb == "identity" else perturb)
-    if isinstance(by, MergingPattern) or by.needs_weights or by.learnable:
-        raise ValueError(
-            f"perturb={perturb!r} must be 'identity', 'blur', 'blur(sigma=2)' or a pattern without weights"
-        )
-    return by
-
-
-def _check(scale: float, strength: float, start: float, stop: float) -> None:
-    if not (math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"scale={scale} must be a number from 0 up, 3 as in the paper")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength={strength} must be from 0 to 1, the share of the perturbation that heads get")
-    if not 0 <= start < stop <= 1:
-        raise ValueError(f"start={start} and stop={stop} must be shares of the steps, 0 <= start < stop <= 1")

@@ -84,7 +84,9 @@ def _check(pipeline: Any, names: dict[str, Any]) -> None:
     if names.get("use_dynamic_cfg"):
         raise ValueError(f"guide: {name} sets its scale after its predictions: leave use_dynamic_cfg out")
     if getattr(pipeline, "guider", None) is not None:
-        raise ValueError(f"guide: the sum of {name} is its guider's: guide() knows pipelines that add up themselves")
+        raise ValueError(
+            f"guide: the sum of {name} is its guider's: give it visattn.pipelines.guidance.guider.PerturbedGuidance"
+        )
 
 
 def _scale(pipeline: Any, names: dict[str, Any]) -> float | None:

@@ -13,7 +13,7 @@ from visattn.handle import Request
 from visattn.parameters import Learnable
 from visattn.patterns import Dense, Pattern
 from visattn.pipelines.patch import bare, targets
-from visattn.pipelines.patch.hooks import Hooks
+from visattn.pipelines.patch.hooks import Begin, Hooks
 from visattn.pipelines.patch.processors import Processors
 from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.schedulers import SchedulerSteps
@@ -47,6 +47,14 @@ def install(target: Any, request: Request) -> list[PatchedModel]:
         scheduler.remove()
         raise
     return patched
+
+
+def patched_model(model: torch.nn.Module) -> PatchedModel | None:
+    """The patch that a model has, None without one."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, Begin):
+            return hook.keep.patched
+    return None
 
 
 class PatchedModel:
@@ -83,6 +91,7 @@ class PatchedModel:
             self.remove()
             raise
         self._hooks = hooks = Hooks(model, self._run, self.sites)
+        self._run.patched = self
         if self._run.sharding is not None:
             # After the hook that reads where the tokens sit.
             self._run.sharding.install(model)

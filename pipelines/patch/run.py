@@ -30,6 +30,7 @@ class DiffusersRun(Run):
         number: By which hooks and compiled code know it.
         lease: The right to it, None after the patch.
         sharding: How processes share the model's tokens, None if they do not.
+        patched: The patch, None until it is whole.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class DiffusersRun(Run):
         self.lease: numbering.Lease | None = numbering.register(self)
         self.number: int = self.lease.number
         self.sharding: Sharding | None = None
+        self.patched: Any = None
         self._read: tuple[weakref.ref[torch.Tensor], int, Seen, tuple[Any, ...]] | None = None
 
     def release(self) -> None:

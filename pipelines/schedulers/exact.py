@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
+from visattn.pipelines.schedulers.settings import check_known, init_names, plain_kind, taken
 from visattn.pipelines.schedulers.steps import Steps
 
 State = tuple[torch.Tensor, torch.Tensor]
 # Of the rounding of states that a round trip may give back enlarged.
 TOLERANCE = 1e-4
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of DDIM, or of flow matching, that a configuration has."""
-    kind = FlowMatchEulerDiscreteScheduler if "shift" in config else DDIMScheduler
-    known = set(inspect.signature(kind.__init__).parameters) - {"self"}
-    return {name: value for name, value in config.items() if name in known}
 
 
 class ExactScheduler(SchedulerMixin, ConfigMixin):
@@ -35,6 +26,9 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         **settings: Of a `DDIMScheduler`, or of a `FlowMatchEulerDiscreteScheduler` if there is a `shift`.
+
+    Raises:
+        ValueError: If a setting is unknown or has no inverse.
 
     Attributes:
         timesteps: When the model is evaluated, in order.
@@ -49,6 +43,7 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
     _behind = 0
 
     def __init__(self, **settings: Any) -> None:
+        check_known(settings, init_names(type(self)), plain_kind(settings), type(self).__name__)
         self._steps = Steps(settings)
         self.register_to_config(**dict(self._steps.plain.config), **self._own())
         self.num_inference_steps: int | None = None
@@ -60,14 +55,23 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:
         """A scheduler with the settings of another one, DDIM, flow matching by Euler steps or exact.
 
+        Solvers that run flow matching (`prediction_type="flow_prediction"`) give their `flow_shift`. What only the
+        other scheduler has is left out, as diffusers does.
+
         Args:
-            config: The other one's `config`.
-            return_unused_kwargs: Whether to return options that it does not know as well.
+            config: The other one's `config`; names in it that no scheduler has are warned of.
+            return_unused_kwargs: Whether to return options that it does not know as well, rather than to refuse them.
             **options: Settings instead of those.
+
+        Raises:
+            ValueError: If an option is unknown, or a setting has no inverse.
         """
-        own = set(inspect.signature(cls.__init__).parameters) - {"self", "settings"}
-        given = {**dict(config or {}), **options}
-        settings = {**_settings(given), **{name: given[name] for name in own if name in given}}
+        own = init_names(cls)
+        found = {**taken(config or {}, own, cls.__name__), **options}
+        plain = plain_kind(found)
+        if not return_unused_kwargs:
+            check_known(options, own, plain, cls.__name__)
+        settings = {name: value for name, value in found.items() if name in own | init_names(plain)}
         made = cls(**settings)
         return (made, {k: v for k, v in options.items() if k not in settings}) if return_unused_kwargs else made
 

@@ -16,6 +16,7 @@ _LOSSY = {
     "rescale_betas_zero_snr": "its first step divides by zero",
     "invert_sigmas": "its sigmas run the other way",
 }
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class Steps:
@@ -37,6 +38,11 @@ class Steps:
             if settings.get(name):
                 raise ValueError(f"{name}={settings[name]!r} has no exact inverse ({why}): give {name}=False")
         self.flow = "shift" in settings
+        predicted = settings.get("prediction_type", "epsilon")
+        if predicted not in _PREDICTIONS:
+            raise ValueError(
+                f"prediction_type={predicted!r} must be one of {', '.join(_PREDICTIONS)}; flow matching needs a shift"
+            )
         # DDIM clips unless it is told not to.
         self.plain: Any = (
             FlowMatchEulerDiscreteScheduler(**settings)

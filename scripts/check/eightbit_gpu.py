@@ -60,6 +60,7 @@ CASES = [
     Case("topk(keep=0.2,block=8x16)", Layout((48, 64))),
     Case("topk(keep=5,block=8x16,key_block=8x8)", Layout((45, 70), prefix=7, suffix=130), 64, kv_heads=2),
     Case("na(window=5x9x9,causal=true)", Layout((7, 20, 13))),
+    Case("na(window=9x9)", Layout((36, 40), prefix=1, key_layout=Layout((18, 20), suffix=77))),
     Case("na(window=13x13)", JOINT, general=True),
     Case("na(window=16x16,stride=8x8)", Layout((64, 64)), general=True),
     Case("na(window=13x13)", JOINT, 72, mask=True),
@@ -76,8 +77,8 @@ def inputs_of(case: Case) -> tuple[Tensors, torch.Tensor | None]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=made, device="cuda")
 
-    length = case.layout.length
-    q = normal(2, length, 4, case.dim)
+    length = case.layout.keys.length
+    q = normal(2, case.layout.length, 4, case.dim)
     k = normal(2, length, case.kv_heads, case.dim) + 2 * normal(2, 1, case.kv_heads, case.dim)
     mean = 0.25 if case.dtype == torch.bfloat16 else 3
     v = normal(2, length, case.kv_heads, case.dim) + mean * normal(2, 1, case.kv_heads, case.dim)

@@ -87,6 +87,8 @@ class Config(RunConfig):
             raise ValueError(f"--sequence {self.sequence} must be at least 1")
         if self.sequence > 1 and self.maps:
             raise ValueError(f"--maps with --sequence {self.sequence}: a process has rows of its own tokens only")
+        if self.query_heads and self.attention and self.attention_at == "before":
+            raise ValueError("--query-heads leaves other heads before the output projection: pass --attention-at after")
         self._check_data()
 
     def _check_mass(self) -> None:

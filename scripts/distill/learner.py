@@ -10,7 +10,7 @@ from torch import nn
 
 from scripts.distill.losses import Rows, map_distance
 from scripts.distill.settings import RunConfig
-from visattn import apply
+from visattn import apply, convert_heads
 from visattn.handle import Handle
 from visattn.trained import Trained
 from visattn.watch import Watched, Watcher
@@ -32,6 +32,8 @@ class Learner(nn.Module):
         super().__init__()
         self.config = config
         self.student = copy.deepcopy(teacher).float().requires_grad_(False)
+        if config.heads is not None:
+            convert_heads(self.student, **config.heads)
         # In a list: the teacher is no part of what is trained, moved or saved.
         self._teacher = [teacher.requires_grad_(False)]
         self._rows = [Rows(), Rows()]
@@ -161,6 +163,7 @@ def as_trained(tensors: dict[str, torch.Tensor], config: Any, step: int) -> Trai
         "pattern": config.pattern_ends[1],
         "layers": config.layers,
         "dense_layers": config.dense_layers,
+        "heads": config.heads,
         "precision": getattr(config, "quantize", ""),
         "steps": step,
         "lora_scale": (config.lora_alpha or config.lora) / config.lora if config.lora else 1.0,

@@ -33,6 +33,12 @@ class RunConfig:
     dense_layers: int = option(0, "so many of the first selected layers stay dense")
     anneal: float = option(0.5, "share of the run after which numbers of the pattern like 0.5..0.05 are at their end")
     backend: str = option("auto", "backend of the pattern")
+    query_heads: float = option(0.0, "query heads of the student, or a share of the teacher's below 1; 0: as many")
+    kv_heads: float = option(0.0, "its key heads, which query heads share, alike; 0: one for each query head")
+    heads_by: str = option("mean", "merge neighbouring heads, or keep the ones that weigh the most", ("mean", "norm"))
+    allocation: str = option(
+        "even", "who gives key heads to query heads: even, or norms of the keys at each forward", ("even", "norms")
+    )
     lora: int = option(0, "rank of LoRA on what --train names; 0 trains it whole")
     lora_alpha: float = option(0.0, "LoRA is scaled by alpha / rank; 0: alpha = rank")
     map_rows: int = option(64, "queries per image whose attention rows are matched by --maps")
@@ -68,6 +74,7 @@ class RunConfig:
             if choices and getattr(self, entry.name) not in choices:
                 raise ValueError(f"{flag(entry)} {getattr(self, entry.name)!r} does not exist: {' or '.join(choices)}")
         self._check_pattern()
+        self._check_heads()
         self._check_sharing()
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
@@ -102,6 +109,23 @@ class RunConfig:
                 "--fsdp with --sample-every: one process draws, and has a part of the weights: leave it out"
             )
 
+    @property
+    def heads(self) -> dict[str, Any] | None:
+        """How the student's heads are converted (arguments of `visattn.convert_heads`), None if they are not."""
+        if not self.query_heads and not self.kv_heads:
+            return None
+        found = {name: getattr(self, name) or None for name in ("query_heads", "kv_heads")}
+        found = {n: int(v) if v is not None and v >= 1 and v == int(v) else v for n, v in found.items()}
+        return found | {"by": self.heads_by, "allocation": self.allocation, "layers": self.layers}
+
+    def _check_heads(self) -> None:
+        if self.heads is None:
+            return
+        if getattr(self, "maps", 0):
+            raise ValueError("--maps compares rows head by head, and the student has other heads: leave it out")
+        if self.lora and self.kv_heads:
+            raise ValueError(f"--lora {self.lora} goes on layers of one head after the other, not with --kv-heads")
+
     def _check_pattern(self) -> None:
         if not any(getattr(self, name) for name in self.losses()):
             names = ", ".join(f"--{name}" for name in self.losses())
@@ -112,7 +136,10 @@ class RunConfig:
         if varies(self.pattern) and not 0 < self.anneal <= 1:
             raise ValueError(f"--anneal {self.anneal} must be a share of the run, above 0 and at most 1")
         if all(isinstance(pattern, Dense) for pattern in patterns):
-            raise ValueError(f"--pattern {self.pattern!r} is what the teacher has: name a sparse or linear one")
+            raise ValueError(
+                f"--pattern {self.pattern!r} is what the teacher has: name a sparse or linear one, or "
+                "na(window=-1), which is dense, with --query-heads"
+            )
         rowless = [str(p) for p in patterns if not isinstance(p, Dense | Linear | Agent)]
         if getattr(self, "maps", 0) and rowless:
             raise ValueError(f"--maps needs weights that are positive everywhere: linear or agent, not {rowless[0]}")

@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import visattn.models
+import visattn.models.run
 from visattn.cli import app
 from visattn.models.load import create_with_weights, open_image, read_weights
 from visattn.models.measure import compare, create, peak_memory
@@ -188,17 +189,19 @@ def test_peak_memory():
     assert 2**26 * 0.9 < megabytes < 2**26 * 1.5
 
 
-def test_run_registers_the_backbones_for_a_script(tmp_path):
+def test_run_registers_the_backbones_for_a_script(tmp_path, monkeypatch, capsys):
     (tmp_path / "beside.py").write_text("WORD = 'beside'")
     (tmp_path / "script.py").write_text(
         "import sys, timm, beside\nprint(timm.is_model('nat_tiny'), sys.argv[1:], __name__, beside.WORD)"
     )
-    base = [sys.executable, "-m", "visattn.models.run"]
-    out = subprocess.run([*base, str(tmp_path / "script.py"), "--model", "x"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "visattn.models.run", str(tmp_path / "script.py"), "--model", "x"]
+    out = subprocess.run(command, capture_output=True, text=True)
     assert out.stdout == "True ['--model', 'x'] __main__ beside\n"
-    missing = subprocess.run([*base, "none.py"], capture_output=True, text=True)
-    assert missing.returncode and "none.py is not a file" in missing.stderr
-    assert subprocess.run(base, capture_output=True, text=True).returncode == 2
+    for given, status in (["none.py"], "visattn.models.run: none.py is not a file; usage"), ([], "2"), (["-h"], "0"):
+        monkeypatch.setattr(sys, "argv", ["run.py", *given])
+        with pytest.raises(SystemExit, match=status):
+            visattn.models.run.main()
+    assert capsys.readouterr().out == 2 * f"{visattn.models.run.USAGE}\n"
 
 
 def test_every_backbone_is_registered():

@@ -94,13 +94,16 @@ def test_a_captured_call_costs_no_host_and_an_operator_costs_more(only_triton):
 
 
 def test_a_model_keeps_dense_what_saves_the_device_less_than_it_costs_the_host(only_triton):
-    """SDXL at 1024 pixels: 32x32 tokens, where a call in a loop is as fast with a pattern, and 64x64."""
-    small, large = (problem("na(window=16x16,stride=8x8)", (n, n), h, 64, batch=2) for n, h in ((32, 20), (64, 10)))
-    assert crossing(small).dense_pays_inside and not crossing(large).dense_pays_inside
-    assert crossing(large).saved_ms > 0.07 > crossing(small).saved_ms
+    """SDXL at 1024 pixels waits for its host, at 2048 for the device: 32x32 and 64x64 tokens, and 128x128."""
+    small, middle, large = (
+        problem("na(window=16x16,stride=8x8)", (n, n), h, 64, batch=2) for n, h in ((32, 20), (64, 10), (128, 10))
+    )
+    assert crossing(small).dense_pays_inside and crossing(middle).dense_pays_inside
+    assert not crossing(large).dense_pays_inside
+    assert crossing(large).saved_ms > 0.14 > crossing(middle).saved_ms > 0.07 > crossing(small).saved_ms
     assert not crossing(replace(large, mode="captured")).dense_pays_inside
     held = replace(crossing(small), dense_ms=1.0)
-    assert "less than what a call in a model costs the host (0.07 ms)" in held.reason and not held.dense_pays
+    assert "less than 2 times what a call in a model costs the host (0.07 ms)" in held.reason and not held.dense_pays
 
 
 def test_large_calls_cost_the_same_however_they_are_made(only_triton):

@@ -35,12 +35,12 @@ SMALL = {
     "dinat_s_tiny": {**_SWIN, "depths": (1, 1, 2, 1), "kernel_size": 3, "dilations": ((2,), (3,), (1, 2), (1,))},
     "biformer_tiny": {"depth": (1, 1, 2, 1), "embed_dim": (16, 32, 48, 64), "head_dim": 8},
     "biformer_stl": {"depth": (1, 1, 2, 1), "embed_dim": (16, 32, 48, 64), "head_dim": 8},
-    "agent_deit_base": {"embed_dim": 48, "num_heads": 3, "depth": 6, "agent_num": 9},
-    "agent_swin_base": {**_SWIN, "depths": (1, 2, 3, 2)},
+    "agent_deit_base": {"embed_dim": 48, "num_heads": 3, "depth": 4, "agent_num": 9},
+    "agent_swin_base": {**_SWIN, "depths": (1, 2, 3, 1)},
     "agent_pvt_tiny": {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 2, 1)},
     "mavit_base": {
         "embed_dims": (16, 32, 48, 64),
-        "depths": (1, 2, 2, 1),
+        "depths": (1, 1, 2, 1),
         "num_heads": (1, 2, 3, 4),
         "projection": 80,
         "layer_init_values": (1.0, 1.0, 0.1, None),
@@ -229,7 +229,8 @@ def test_compiled_and_exported(name):
     torch._dynamo.reset()
     with torch.no_grad():
         wanted = model(x)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        # Whether the operators can be traced without data is what the export shows.
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), wanted, rtol=1e-4, atol=1e-5)
 

@@ -54,10 +54,13 @@ EVERY = [
     *("lsh(block=8, samples=0)", "topk(keep=0.5, block=2x2)", "topp(p=0.6, block=2x2)", "above(tau=0.1, block=2x2)"),
     *("agent(agents=2x2)", "linear", "flow", "mala", "best(of=[na(window=3x3), clear(radius=2)])"),
     "kmeans(queries=4, keys=6)",
+    "clipped(na(window=3x3))",
     "perhead(heads={0: dense, 1-2: na(window=3x3)}, rest=clear(radius=2))",
 ]
 REFUSED = {
     "sigmoid": "parameters",
+    "gated(na(window=3x3))": "parameters",
+    "selective(na(window=3x3))": "parameters",
     "sparselinear(na(window=3x3))": "parameters",
     "gate(by=topk(keep=0.5, block=2x2))": "parameters",
     "agentsd": "merges",

@@ -19,9 +19,11 @@ from visattn.patterns import (
     AgentSD,
     Best,
     Clear,
+    Clipped,
     Dense,
     Flow,
     Gate,
+    Gated,
     Halo,
     KMeans,
     Linear,
@@ -31,6 +33,7 @@ from visattn.patterns import (
     PerHead,
     Radial,
     Routing,
+    Selective,
     Sigmoid,
     SparseLinear,
     TopK,
@@ -163,6 +166,15 @@ KINDS = STATIC | {
     Mala: made(Mala),
     SparseLinear: made(SparseLinear, sparse=INNER, feature=WORDS),
     Sigmoid: made(Sigmoid, sparse=INNER, bias=st.none() | REAL),
+    Gated: made(Gated, of=INNER, init=st.floats(0.01, 0.99), rescale=st.booleans()),
+    Selective: made(Selective, of=INNER, values=st.booleans()),
+    Clipped: made(
+        Clipped,
+        sparse=INNER,
+        alpha=st.none() | st.floats(0, 9),
+        gamma=st.none() | st.floats(-1, 0),
+        zeta=st.floats(1, 2),
+    ),
 }
 
 
@@ -182,7 +194,7 @@ def build(parameters):
         assume(
             not any(
                 word in str(error)
-                for word in ("stride", "dilation", "give at least two", "parameters to train", "leave per=")
+                for word in ("stride", "dilation", "give at least two", "parameters to train", "leave per=", "exclude")
             )
         )
         raise
@@ -235,6 +247,8 @@ def test_spellings_of_one_pattern_are_one_pattern(parameters, flips):
         ("halo(block=8x8, halo=3)", [Halo(8, (3, 3)), Halo([8.0, 8.0], 3)]),
         ("agent(agents=(7,))", [Agent((7,)), Agent([np.int64(7)])]),
         ("sigmoid(sparse=na(window=(7,)), bias=0.0)", [Sigmoid("na((7,))", -0.0), Sigmoid(Neighborhood((7,)), 0)]),
+        ("clipped(sparse=dense)", [Clipped(), Clipped(alpha=4), parse("clipped(zeta=1)")]),
+        ("clipped(sparse=dense, gamma=0.0)", [Clipped(gamma=-0.0), Clipped("dense", None, 0)]),
         ("agentsd(ratio=0.0)", [AgentSD(ratio=0), AgentSD(ratio=-0.0, cell=(4, 4), read_scale=np.float64(0.3))]),
         ("agentsd(early=0)", [AgentSD(early=0.0), AgentSD(early=0)]),
         ("radial(decay=2.0)", [Radial(2, sink=1), Radial(np.float32(2), True, block=128.0)]),

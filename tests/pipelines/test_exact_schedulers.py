@@ -1,11 +1,14 @@
 """Schedulers with an exact inverse: what the originals give, and the way back to the same noise."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
+import diffusers
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 import visattn
@@ -185,6 +188,43 @@ def test_settings_are_saved_and_loaded(tmp_path):
 def test_bad_settings_are_refused(settings, text):
     with pytest.raises(ValueError, match=text):
         EDICTScheduler(**settings)
+
+
+@pytest.mark.parametrize("source, name", [(DDIM, "shfit"), (FLOW, "beta_start")])
+def test_unknown_options_are_refused(source, name):
+    for make in (BDIAScheduler, EDICTInverseScheduler):
+        with pytest.raises(ValueError, match=rf"{make.__name__} does not know {name}: its options are .*num_train"):
+            make.from_config(source.config, **{name: 3.0})
+        plain = {"shift": 1.0} if source is FLOW else {}
+        with pytest.raises(ValueError, match=f"{make.__name__} does not know {name}"):
+            make(**plain, **{name: 3.0})
+    made, unused = BDIAScheduler.from_config(source.config, return_unused_kwargs=True, gamma=0.9, **{name: 3.0})
+    assert made.gamma == 0.9 and unused == {name: 3.0}
+
+
+def test_names_of_no_scheduler_in_a_configuration_are_warned_of():
+    with pytest.warns(UserWarning, match="EDICTScheduler does not know mixng of the configuration"):
+        EDICTScheduler.from_config({**DDIM.config, "mixng": 0.9})
+
+
+@pytest.mark.parametrize("name", ["PNDM", "EulerDiscrete", "DPMSolverMultistep", "FlowMatchHeunDiscrete"])
+def test_what_only_another_scheduler_has_is_left_out(name):
+    source = getattr(diffusers, f"{name}Scheduler")()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = BDIAScheduler.from_config(EDICTScheduler.from_config(source.config).config)
+    assert made.config.num_train_timesteps == 1000 and ("shift" in made.config) == ("shift" in source.config)
+
+
+def test_flow_matching_of_other_solvers_is_flow_matching():
+    """Wan's UniPC says that its model predicts a velocity, and calls the shift otherwise."""
+    source = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    made, plain = EDICTScheduler.from_config(source.config), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    made.set_timesteps(5)
+    plain.set_timesteps(5)
+    assert torch.equal(made.timesteps[::2], plain.timesteps)
+    with pytest.raises(ValueError, match="prediction_type='flow_prediction' must be one of epsilon"):
+        EDICTScheduler(prediction_type="flow_prediction")
 
 
 def test_bad_use_is_refused():

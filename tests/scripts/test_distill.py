@@ -124,6 +124,7 @@ class TestConfig:
             (["--ema", "1"], "from 0 to below 1"),
             (["--optimizer", "adam"], "adamw or prodigy"),
             (["--train", "q,z"], "'z' is none of"),
+            (["--query-heads", "1"], "pass --attention-at after"),
             (["--train", "none", "--lora", "4"], "--train is none"),
             (["--denoising", "0", "--output", "0", "--attention", "0"], "every loss has weight 0"),
             (["--maps", "1"], r"linear or agent, not na\(window=3x3\)"),

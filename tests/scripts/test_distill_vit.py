@@ -66,6 +66,9 @@ def run(folder, out, *more):
         (["--lora", "2", "--train", "all"], "but --train is all"),
         (["--data", "digits"], "digits goes with digits only"),
         (["--logits", "0", "--features", "0", "--attention", "0"], "every loss has weight 0"),
+        (["--maps", "1", "--query-heads", "1", "--pattern", "mala"], "linear or agent, not mala"),
+        (["--maps", "1", "--query-heads", "1", "--pattern", "linear"], "the student has other heads"),
+        (["--lora", "2", "--kv-heads", "1"], "not with --kv-heads"),
         (["--maps", "1"], r"linear or agent, not na\(window=3\)"),
     ],
 )
@@ -116,7 +119,13 @@ def test_killed_and_resumed_is_the_same(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [("--lora", "2", "--ema", "0"), ("--pattern", "linear(feature=hedgehog)", "--ema", "0")]
+    "more",
+    [
+        ("--lora", "2", "--ema", "0"),
+        ("--pattern", "linear(feature=hedgehog)", "--ema", "0"),
+        ("--query-heads", "0.5", "--ema", "0"),
+        ("--kv-heads", "1", "--allocation", "norms", "--ema", "0"),
+    ],
 )
 def test_the_result_is_the_student(folder, tmp_path, more):
     config = parse(VitConfig, None, words(folder, tmp_path / "out", *more))

@@ -31,7 +31,8 @@ def optimized_attention(
 ):
     if not skip_reshape:
         head_dim = q.shape[-1] // heads
-        q, k, v = (t.unflatten(2, (-1, head_dim)).transpose(1, 2) for t in (q, k, v))
+        b = len(q)
+        q, k, v = (t.reshape(b, t.shape[1], -1, head_dim).transpose(1, 2) for t in (q, k, v))
     if mask is not None and mask.ndim < 4:
         mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
     out = functional.scaled_dot_product_attention(
@@ -87,12 +88,24 @@ class ModelPatcher:
             callback(self, None, self.model_options)
         for sigma in sigmas[:-1]:
             options = {**self.model_options["transformer_options"], "sample_sigmas": sigmas, "sigmas": sigma[None]}
-            wrappers = [w for found in options.get("wrappers", {}).get("diffusion_model", {}).values() for w in found]
-            run = Executor(self.model._forward, self.model, wrappers)
-            x = x - 0.3 * run(x, sigma, context, transformer_options=options, **kwargs)
+            x = x - 0.3 * self._applied(x, sigma, context, options, kwargs)
         for callback in self.callbacks.get("on_cleanup", {}).values():
             callback(self)
         return x
+
+    def _applied(self, x, sigma, context, options, kwargs):
+        """One evaluation: wrappers around what holds the model, and around the model if its class calls any."""
+
+        def wrappers(kind):
+            return [each for found in options.get("wrappers", {}).get(kind, {}).values() for each in found]
+
+        def apply(x, sigma, concat, context, control, options):
+            inner = wrappers("diffusion_model") if self.model.calls_wrappers else []
+            run = Executor(self.model._forward, self.model, inner)
+            return run(x, sigma, context, transformer_options=options, **kwargs)
+
+        holder = types.SimpleNamespace(diffusion_model=self.model)
+        return Executor(apply, holder, wrappers("apply_model"))(x, sigma, None, context, None, options)
 
 
 class Block(nn.Module):
@@ -113,6 +126,7 @@ class Block(nn.Module):
 class WanModel(nn.Module):
     """Video tokens alone, with cross-attention to the text."""
 
+    calls_wrappers = True
     patch_size = (1, 2, 2)
 
     def __init__(self, width=32, heads=2, layers=2):
@@ -133,6 +147,7 @@ class WanModel(nn.Module):
 class Flux(nn.Module):
     """Text, then image tokens, then references, in [B, heads, S, D]."""
 
+    calls_wrappers = True
     patch_size = 2
 
     def __init__(self, width=32, heads=2, layers=2):
@@ -151,16 +166,33 @@ class Flux(nn.Module):
 
         tokens = torch.cat([context, tokens_of(x), *map(tokens_of, ref_latents or [])], 1)
         for qkv in self.qkvs:
-            q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in qkv(tokens).chunk(3, -1))
-            options = {"skip_reshape": True, "mask": attn_mask, "transformer_options": transformer_options}
-            tokens = tokens + optimized_attention(q, k, v, heads=self.heads, **options)
+            tokens = tokens + self._attend(qkv(tokens).chunk(3, -1), attn_mask, transformer_options)
         start = context.shape[1]
         out = self.head(tokens[:, start : start + h * w // 4]).reshape(b, h // 2, w // 2, c, 2, 2)
         return out.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
+    def _attend(self, qkv, mask, options):
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in qkv)
+        given = {"skip_reshape": True, "mask": mask, "transformer_options": options}
+        return optimized_attention(q, k, v, heads=self.heads, **given)
+
+
+class MMDiT(Flux):
+    """Text, then image tokens; the heads of v alone are split, and no wrapper is called around its forward."""
+
+    calls_wrappers = False
+
+    def _attend(self, qkv, mask, options):
+        q, k, v = qkv
+        return optimized_attention(
+            q, k, v.unflatten(2, (self.heads, -1)), heads=self.heads, transformer_options=options
+        )
+
 
 class UNetModel(nn.Module):
     """Two levels, the second of half the sides rounded up."""
+
+    calls_wrappers = True
 
     def __init__(self, width=32, heads=2):
         super().__init__()

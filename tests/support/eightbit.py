@@ -52,7 +52,8 @@ def attend(
     out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -math.inf, dtype=q.dtype)
     for head in range(q.shape[1]):
         keys, values = k[:, head // group], v[:, head // group]
-        shift, middle = keys[list(summed)].mean(0), (values.amax(0) + values.amin(0)) / 2
+        shift = keys[list(summed)].mean(0)
+        middle = (values.amax(0) + values.amin(0)) / 2 if precision == "int8" else values.mean(0)
         keys, values = keys - shift, values - middle
         unit = values.abs().amax(0) / (127.0 if precision == "int8" else 448.0)
         unit = torch.where(unit > 0, unit, 1.0)

@@ -124,6 +124,8 @@ OWN = {
     "linear": "it runs linear, flow and mala only",
     "sparse_linear": "it runs sparselinear patterns only",
     "sigmoid": "it runs sigmoid patterns only",
+    "wrapped": "it runs gated and selective patterns only",
+    "clipped": "it runs clipped patterns only",
     "heads": "it runs patterns that differ from head to head",
     "gate": "it runs lists that trained weights choose",
     "hybrid": "it runs sla, sla2 and vsa only",

@@ -7,6 +7,7 @@ from visattn.patterns.agent import Agent
 from visattn.patterns.agent_sd import AgentSD
 from visattn.patterns.base import Pattern
 from visattn.patterns.clear import Clear
+from visattn.patterns.clipped import Clipped
 from visattn.patterns.dense import Dense
 from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.flow import Flow
@@ -43,6 +44,7 @@ from visattn.patterns.sparse_linear import SparseLinear
 from visattn.patterns.text import parse
 from visattn.patterns.topk import TopK
 from visattn.patterns.topp import TopP
+from visattn.patterns.wrapped import Gated, Selective, Wrapped
 
 __all__ = [
     "PATTERNS",
@@ -55,11 +57,13 @@ __all__ = [
     "Best",
     "BiasedPattern",
     "Clear",
+    "Clipped",
     "ComposedPattern",
     "Dense",
     "DynamicPattern",
     "Flow",
     "Gate",
+    "Gated",
     "Halo",
     "HeadsPattern",
     "HybridPattern",
@@ -79,12 +83,14 @@ __all__ = [
     "Routes",
     "Routing",
     "RuledPattern",
+    "Selective",
     "Sigmoid",
     "SpannedPattern",
     "SparseLinear",
     "StaticPattern",
     "TopK",
     "TopP",
+    "Wrapped",
     "dense_mask",
     "parse",
     "routed_mask",
@@ -115,4 +121,7 @@ PATTERNS: tuple[type[Pattern], ...] = (
     Mala,
     SparseLinear,
     Sigmoid,
+    Clipped,
+    Gated,
+    Selective,
 )

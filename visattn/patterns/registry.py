@@ -51,6 +51,9 @@ KINDS = REGISTRY.declare(
         "mala": "visattn.patterns.mala:Mala",
         "sparselinear": "visattn.patterns.sparse_linear:SparseLinear",
         "sigmoid": "visattn.patterns.sigmoid:Sigmoid",
+        "clipped": "visattn.patterns.clipped:Clipped",
+        "gated": "visattn.patterns.wrapped:Gated",
+        "selective": "visattn.patterns.wrapped:Selective",
     },
     _accept,
 )

@@ -118,7 +118,7 @@ def quantised(
     tiles, slots = columns.tokens.shape
     chunks, step = -(-length // CHUNK), unit(q, k, v)
     device = q.device
-    found = torch.empty((pairs, chunks, 3, dim), dtype=torch.float32, device=device)
+    found = torch.empty((pairs, chunks, 4, dim), dtype=torch.float32, device=device)
     per_channel = torch.empty((3, pairs, dim), dtype=torch.float32, device=device)
     q_scale = torch.empty((rows, run.row_tiles, run.rows), dtype=torch.float32, device=device)
     made = Bytes(
@@ -140,7 +140,8 @@ def quantised(
         "block": BLOCK, "every": EVERY, **sizes, "ROWS": 16, "UNIT": step,
     }, 4, 1)  # fmt: skip
     launch_like(quantise.column_scales, (pairs,), {
-        "found": found, **shared, "summed": float(summed), "chunks": chunks, **sizes, "PARTS": 16, "FP8": fp8,
+        "found": found, **shared, "summed": float(summed), "length": length, "chunks": chunks,
+        **sizes, "PARTS": 16, "FP8": fp8,
     }, 4, 1)  # fmt: skip
     launch_like(quantise.quantise_columns, (tiles, pairs), {
         "k": k, "v": v, "tokens": columns.tokens, **shared, "k8": made.k8, "v8": made.v8, "k_scale": made.k_scale,

@@ -1,7 +1,8 @@
 """Kernels that turn q, k and v into 8 bits, in the order in which the tiles of a plan are read.
 
 Softmax does not change when all keys of a row are shifted alike, and a shift of the values shifts the output: so keys
-lose their mean per head and channel, values the middle of their range. Queries then have a scale each, keys one per
+lose their mean per head and channel, values the middle of their range, which makes the most of integers, or their mean
+where they become floats of 8 bits, whose errors grow with what they are. Queries then have a scale each, keys one per
 tile, values one per channel. Tiles lie one behind the other, values with channels as rows, as products of bytes want
 them.
 """
@@ -23,6 +24,8 @@ ROUND = tl.constexpr(12582912.0)
 # The largest number of each kind.
 INT8_MAX = tl.constexpr(127.0)
 FP8_MAX = tl.constexpr(448.0)
+# Loads of the statistics that are under way together.
+AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -30,7 +33,9 @@ def column_statistics(
     k, v, found, k_batch, k_token, k_head, v_batch, v_token, v_head, heads, length, chunk, chunks, block, every,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Sums of some keys, and the least and the largest value, of a run of tokens: `found` [pairs, chunks, 3, dim].
+    """Sums of some keys and of all values, and the least and the largest value, of a run of tokens.
+
+    They go to `found` [pairs, chunks, 4, dim].
 
     Args:
         k: Keys [B, N, H, D], as v; strides are in units of UNIT elements.
@@ -46,12 +51,12 @@ def column_statistics(
         length: Tokens.
         chunk: Tokens of a program, a multiple of `block * every`.
         chunks: Programs of a (sample, head) pair.
-        block: A multiple of ROWS.
+        block: A multiple of AT_ONCE * ROWS.
         every: Keys of one block of `block` tokens in so many are added up: any shift of all keys leaves softmax as it
             is, and the mean of some is near that of all.
         HEAD_DIM: Channels per head.
         BLOCK_DIM: The next power of two.
-        ROWS: Tokens that are read at once.
+        ROWS: Tokens of a load.
         UNIT: Of strides.
     """
     part, pair = tl.program_id(0), tl.program_id(1)
@@ -62,31 +67,38 @@ def column_statistics(
     v += (sample * v_batch + head * v_head) * UNIT + d[None, :]
     # Kept apart by row until the end: a maximum over rows in each step would be one over threads.
     total = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    values = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     least = tl.full([ROWS, BLOCK_DIM], float("inf"), tl.float32)
     most = tl.full([ROWS, BLOCK_DIM], float("-inf"), tl.float32)
     begin = part * chunk
     end = tl.minimum(begin + chunk, length)
-    for first in range(begin, end, ROWS):
-        token = first + rows
-        inside = (token < end)[:, None] & has_d[None, :]
-        value = tl.load(v + token.to(tl.int64)[:, None] * (v_token * UNIT), mask=inside, other=0.0).to(tl.float32)
-        least = tl.minimum(least, tl.where(inside, value, float("inf")))
-        most = tl.maximum(most, tl.where(inside, value, float("-inf")))
-    for first in range(begin, end, block * every):
-        for row in range(first, tl.minimum(first + block, end), ROWS):
-            token = row + rows
+    # Several loads at a time, whose latency is the time that this takes.
+    for first in range(begin, end, AT_ONCE * ROWS):
+        for i in tl.static_range(AT_ONCE):
+            token = first + i * ROWS + rows
             inside = (token < end)[:, None] & has_d[None, :]
-            total += tl.load(k + token.to(tl.int64)[:, None] * (k_token * UNIT), mask=inside, other=0.0).to(tl.float32)
-    total, least, most = tl.sum(total, 0), tl.min(least, 0), tl.max(most, 0)
-    to = found + ((pair * chunks + part) * 3).to(tl.int64) * BLOCK_DIM + d
+            value = tl.load(v + token.to(tl.int64)[:, None] * (v_token * UNIT), mask=inside, other=0.0).to(tl.float32)
+            values += value
+            least = tl.minimum(least, tl.where(inside, value, float("inf")))
+            most = tl.maximum(most, tl.where(inside, value, float("-inf")))
+    for first in range(begin, end, block * every):
+        for row in range(first, tl.minimum(first + block, end), AT_ONCE * ROWS):
+            for i in tl.static_range(AT_ONCE):
+                token = row + i * ROWS + rows
+                inside = (token < end)[:, None] & has_d[None, :]
+                at = k + token.to(tl.int64)[:, None] * (k_token * UNIT)
+                total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    total, values, least, most = tl.sum(total, 0), tl.sum(values, 0), tl.min(least, 0), tl.max(most, 0)
+    to = found + ((pair * chunks + part) * 4).to(tl.int64) * BLOCK_DIM + d
     tl.store(to, total)
     tl.store(to + BLOCK_DIM, least)
     tl.store(to + 2 * BLOCK_DIM, most)
+    tl.store(to + 3 * BLOCK_DIM, values)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def column_scales(
-    found, k_shift, v_shift, v_scale, summed, chunks,
+    found, k_shift, v_shift, v_scale, summed, length, chunks,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PARTS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """What keys and values are shifted by, and the scale of the values, of one pair, from `column_statistics`.
@@ -94,9 +106,10 @@ def column_scales(
     Args:
         found: See there.
         k_shift: Mean of the keys: float32 [pairs, BLOCK_DIM], as the two behind it.
-        v_shift: Middle of the values' range.
+        v_shift: Middle of the values' range, or their mean where FP8.
         v_scale: What their numbers of 8 bits are to be multiplied by.
         summed: Keys that were added up.
+        length: Tokens.
         chunks: See there.
         HEAD_DIM: Channels per head.
         BLOCK_DIM: The next power of two.
@@ -105,19 +118,21 @@ def column_scales(
     """
     pair, d = tl.program_id(0), tl.arange(0, BLOCK_DIM)
     parts = tl.arange(0, PARTS)
-    own = found + (pair * chunks * 3).to(tl.int64) * BLOCK_DIM + d[None, :]
+    own = found + (pair * chunks * 4).to(tl.int64) * BLOCK_DIM + d[None, :]
     total = tl.zeros([PARTS, BLOCK_DIM], tl.float32)
+    values = tl.zeros([PARTS, BLOCK_DIM], tl.float32)
     least = tl.full([PARTS, BLOCK_DIM], float("inf"), tl.float32)
     most = tl.full([PARTS, BLOCK_DIM], float("-inf"), tl.float32)
     for i in range(0, chunks, PARTS):
-        at = own + (i + parts)[:, None] * (3 * BLOCK_DIM)
+        at = own + (i + parts)[:, None] * (4 * BLOCK_DIM)
         there = (i + parts < chunks)[:, None]
         total += tl.load(at, mask=there, other=0.0)
         least = tl.minimum(least, tl.load(at + BLOCK_DIM, mask=there, other=float("inf")))
         most = tl.maximum(most, tl.load(at + 2 * BLOCK_DIM, mask=there, other=float("-inf")))
-    total, least, most = tl.sum(total, 0), tl.min(least, 0), tl.max(most, 0)
+        values += tl.load(at + 3 * BLOCK_DIM, mask=there, other=0.0)
+    total, values, least, most = tl.sum(total, 0), tl.sum(values, 0), tl.min(least, 0), tl.max(most, 0)
     has = d < HEAD_DIM
-    middle = tl.where(has, 0.5 * (least + most), 0.0)
+    middle = tl.where(has, values / length if FP8 else 0.5 * (least + most), 0.0)
     half = tl.where(has, tl.maximum(most - middle, middle - least), 0.0)
     to = pair * BLOCK_DIM + d
     tl.store(k_shift + to, tl.where(has, total / summed, 0.0))

@@ -33,8 +33,8 @@ from visattn.kernels.triton.hopper.parts import (
     GROUP_ROWS,
     GROUPS,
     LN2,
-    dense_run,
     following,
+    hide_behind,
     hide_masked,
     mask_bits,
     next_left_out,
@@ -67,15 +67,7 @@ def _hide(scores, words, masked, step, listed, runs, layout: gl.constexpr, PARTI
         if masked:
             scores = hide_masked(scores, words, layout)
     if DENSE:
-        prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
-        columns: gl.constexpr = scores.shape[1]
-        run = step - listed
-        first, end = dense_run(run, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, columns)
-        if (run >= 0) & (first + columns > end):
-            # Split as in `hide_masked`: one number a thread against constants.
-            column = gl.arange(0, columns, gl.SliceLayout(0, layout))
-            inside = end - first - (column & 6) > (column & 121)
-            scores = gl.where(inside[None, :], scores, float("-inf"))
+        scores = hide_behind(scores, step - listed, runs, layout)
     return scores
 
 

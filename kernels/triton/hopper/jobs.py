@@ -96,6 +96,54 @@ def _fetch_rows(q, q_token, jobs, slot, BLOCK_DIM: gl.constexpr, HEAD_DIM: gl.co
 
 
 @gluon.jit
+def take(taken, total):
+    """The tile that a program takes next, `total` or more if none is left."""
+    before = gl.atomic_add(taken, 1, sem="relaxed")
+    # Every tile is taken once: whoever takes the last leaves the counter as the next launch needs it.
+    if before == total - 1:
+        gl.store(taken, 0)
+    return gl.num_programs(0) + before
+
+
+@gluon.jit
+def describe(
+    tokens, bounds, halves, jobs, number, row, pair, owned, ROWS: gl.constexpr, HALVES: gl.constexpr
+):  # fmt: skip
+    """Put the numbers and the tokens of a program's number-th job into the ring, once its slot is free: that slot."""
+    bounds_batch, list_batch, list_heads = owned
+    fields, token_ring, _, _, free = jobs
+    wide: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    index = gl.arange(0, FIELDS, wide)
+    slots = gl.arange(0, GROUP_ROWS, wide)
+    owner = pair // list_heads
+    own_bounds = bounds + owner.to(gl.int64) * bounds_batch + row * 4
+    bound = gl.load(own_bounds + index - 2, mask=(index >= 2) & (index < 6), other=0)
+    # Start, split and stop count from the first entry of all owners.
+    bound += gl.where((index >= 2) & (index < 5), owner * list_batch, 0)
+    if HALVES:
+        # Lists that are known beforehand have one owner.
+        bound += gl.load(halves + row * 4 + index - 6, mask=(index >= 6) & (index < 9), other=0)
+    described = gl.where(index == 0, row, gl.where(index == 1, pair, bound))
+    slot = number % JOBS
+    mbarrier.wait(free.index(slot), ((number // JOBS) & 1) ^ 1)
+    fields.index(slot).store(described)
+    for g in gl.static_range(GROUPS):
+        token_ring.index(slot * GROUPS + g).store(gl.load(tokens + row * ROWS + g * GROUP_ROWS + slots))
+    return slot
+
+
+@gluon.jit
+def end_jobs(jobs, number):
+    """Tell the other warps that there is no number-th job."""
+    fields, _, _, ready, free = jobs
+    slot = number % JOBS
+    mbarrier.wait(free.index(slot), ((number // JOBS) & 1) ^ 1)
+    fields.index(slot).store(gl.full([FIELDS], -1, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    wait_for_threads()
+    mbarrier.arrive(ready.index(slot), count=1)
+
+
+@gluon.jit
 def deal(
     q, tokens, bounds, halves, taken, jobs, steps, heads, dense_rows, grid_rows, pairs, owned,
     SIZES: gl.constexpr, UNIT: gl.constexpr,
@@ -105,47 +153,21 @@ def deal(
     `taken` counts how often programs have looked for a tile behind their first one, which is once per tile. `owned` are
     the distances of the bounds and of the lists of two owners, and the query heads of an owner.
     """
-    bounds_batch, list_batch, list_heads = owned
-    fields, token_ring, _, ready, free = jobs
     q_batch, q_token, q_head = steps
     BLOCK_DIM: gl.constexpr = SIZES[0]
     ROWS: gl.constexpr = SIZES[1]
     HALVES: gl.constexpr = SIZES[7]
-    wide: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    index = gl.arange(0, FIELDS, wide)
-    slots = gl.arange(0, GROUP_ROWS, wide)
     total = (dense_rows + grid_rows) * pairs
     tile = gl.program_id(0)
     number = 0
     while tile < total:
-        before = gl.atomic_add(taken, 1, sem="relaxed")
-        # Every tile is taken once: whoever takes the last leaves the counter as the next launch needs it.
-        if before == total - 1:
-            gl.store(taken, 0)
-        following = gl.num_programs(0) + before
+        following = take(taken, total)
         row, pair = place(tile, dense_rows, grid_rows, pairs)
-        owner = pair // list_heads
-        own_bounds = bounds + owner.to(gl.int64) * bounds_batch + row * 4
-        bound = gl.load(own_bounds + index - 2, mask=(index >= 2) & (index < 6), other=0)
-        # Start, split and stop count from the first entry of all owners.
-        bound += gl.where((index >= 2) & (index < 5), owner * list_batch, 0)
-        if HALVES:
-            # Lists that are known beforehand have one owner.
-            bound += gl.load(halves + row * 4 + index - 6, mask=(index >= 6) & (index < 9), other=0)
-        described = gl.where(index == 0, row, gl.where(index == 1, pair, bound))
-        slot = number % JOBS
-        mbarrier.wait(free.index(slot), ((number // JOBS) & 1) ^ 1)
-        fields.index(slot).store(described)
-        for g in gl.static_range(GROUPS):
-            token_ring.index(slot * GROUPS + g).store(gl.load(tokens + row * ROWS + g * GROUP_ROWS + slots))
+        slot = describe(tokens, bounds, halves, jobs, number, row, pair, owned, ROWS, HALVES)
         sample, head = (pair // heads).to(gl.int64), (pair % heads).to(gl.int64)
         _fetch_rows(q + (sample * q_batch + head * q_head) * UNIT, q_token, jobs, slot, BLOCK_DIM, SIZES[10], UNIT)
         wait_for_threads()
-        mbarrier.arrive(ready.index(slot), count=1)
+        mbarrier.arrive(jobs[3].index(slot), count=1)
         tile = following
         number += 1
-    slot = number % JOBS
-    mbarrier.wait(free.index(slot), ((number // JOBS) & 1) ^ 1)
-    fields.index(slot).store(gl.full([FIELDS], -1, gl.int32, wide))
-    wait_for_threads()
-    mbarrier.arrive(ready.index(slot), count=1)
+    end_jobs(jobs, number)

@@ -44,7 +44,7 @@ from visattn.kernels.triton.parts import RUNTIME_SIZES
 
 
 @gluon.jit
-def _step(
+def add_tile(
     i, shared, rings, lists, score_scale, state, at,
     GROUP: gl.constexpr, SIZES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -86,63 +86,35 @@ def _step(
 
 
 @gluon.jit
-def _consume(
-    k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
-    GROUP: gl.constexpr, SIZES: gl.constexpr, UNIT: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
-    KEY_MASK: gl.constexpr, HALVES: gl.constexpr,
-):  # fmt: skip
-    """One group of four warps: its 64 keys and values against every query tile, and their gradients."""
-    keys, values, _, _, _, _, _ = shared
-    row, start, split, stop, dense = where
-    k_token, v_token, grad_token, score_scale = sizes
-    BLOCK_DIM: gl.constexpr = SIZES[0]
-    ROWS: gl.constexpr = SIZES[1]
-    o_layout: gl.constexpr = product_layout(BLOCK_DIM)
+def load_rows(k, v, tokens, k_step, v_step, keys, values, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Put a group's keys and values, of a row tile whose tokens begin at `tokens`, into shared memory."""
+    BLOCK_DIM: gl.constexpr = keys.shape[2]
     io: gl.constexpr = row_layout(BLOCK_DIM)
-    dtype: gl.constexpr = keys.dtype
-
     slots = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, io))
     d = gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, io))
-    token = gl.load(lists[0] + row * ROWS + slots)
-    here = rows_inside(token, d, SIZES[5], BLOCK_DIM)
+    token = gl.load(tokens + slots)
+    here = rows_inside(token, d, HEAD_DIM, BLOCK_DIM)
     wide = token.to(gl.int64)[:, None]
-    keys.index(GROUP).store(gl.load(k + wide * (k_token * UNIT) + d[None, :], mask=here, other=0.0))
-    values.index(GROUP).store(gl.load(v + wide * (v_token * UNIT) + d[None, :], mask=here, other=0.0))
-    fence_async_shared()
+    keys.index(GROUP).store(gl.load(k + wide * k_step + d[None, :], mask=here, other=0.0))
+    values.index(GROUP).store(gl.load(v + wide * v_step + d[None, :], mask=here, other=0.0))
 
-    nothing = gl.zeros([GROUP_ROWS, BLOCK_DIM], gl.float32, o_layout)
-    state = (nothing, nothing)
-    at = (0, 0)
-    alone = stop
-    turns = 0
-    if HALVES:
-        split, alone, turns = half_of_row(lists[3], row, split, GROUP)
-    for i in range(start, split):
-        state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
-        if HALVES and GROUP == 1:
-            if next_left_out(i, alone, turns, GROUP):
-                at = leave_out((shared[4], shared[6]), shared[5], at, SIZES[4])
-    if PARTIAL:
-        for index in range(split, stop - turns):
-            i = index
-            if HALVES:
-                i = visit_of_half(index, alone, turns, GROUP)
-            state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, True)
-            if HALVES:
-                if next_left_out(index, alone, turns, GROUP):
-                    at = leave_out((shared[4], shared[6]), shared[5], at, SIZES[4])
-    if DENSE:
-        for i in range(0, dense):
-            state, at = _step(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
-    acc_k, acc_v = state
 
-    # Through the memory of keys and values to a layout whose stores are whole lines.
-    keys.index(GROUP).store((acc_k * (score_scale * LN2)).to(dtype))
-    values.index(GROUP).store(acc_v.to(dtype))
+@gluon.jit
+def store_rows(
+    own_k, own_v, grad_k, grad_v, key_mask, tokens, step, keys, values,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, KEY_MASK: gl.constexpr,
+):  # fmt: skip
+    """Store the gradients of a group's rows, through the memory of its keys and values to whole lines."""
+    BLOCK_DIM: gl.constexpr = keys.shape[2]
+    io: gl.constexpr = row_layout(BLOCK_DIM)
+    slots = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, io))
+    d = gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, io))
+    keys.index(GROUP).store(own_k.to(keys.dtype))
+    values.index(GROUP).store(own_v.to(keys.dtype))
     # Loaded again (volatile: not merged with the first load) to hold fewer registers in the loops.
-    token = gl.load(lists[0] + row * ROWS + slots, volatile=True)
-    here = rows_inside(token, d, SIZES[5], BLOCK_DIM)
-    out_row = token.to(gl.int64)[:, None] * grad_token + d[None, :]
+    token = gl.load(tokens + slots, volatile=True)
+    here = rows_inside(token, d, HEAD_DIM, BLOCK_DIM)
+    out_row = token.to(gl.int64)[:, None] * step + d[None, :]
     own_k = keys.index(GROUP).load(io)
     own_v = values.index(GROUP).load(io)
     if KEY_MASK:
@@ -155,7 +127,56 @@ def _consume(
 
 
 @gluon.jit
-def _copy_columns(
+def _consume(
+    k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
+    GROUP: gl.constexpr, SIZES: gl.constexpr, UNIT: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
+    KEY_MASK: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    """One group of four warps: its 64 keys and values against every query tile, and their gradients."""
+    keys, values, _, _, _, _, _ = shared
+    row, start, split, stop, dense = where
+    k_token, v_token, grad_token, score_scale = sizes
+    BLOCK_DIM: gl.constexpr = SIZES[0]
+    ROWS: gl.constexpr = SIZES[1]
+    o_layout: gl.constexpr = product_layout(BLOCK_DIM)
+
+    load_rows(k, v, lists[0] + row * ROWS, k_token * UNIT, v_token * UNIT, keys, values, GROUP, SIZES[5])
+    fence_async_shared()
+
+    nothing = gl.zeros([GROUP_ROWS, BLOCK_DIM], gl.float32, o_layout)
+    state = (nothing, nothing)
+    at = (0, 0)
+    alone = stop
+    turns = 0
+    if HALVES:
+        split, alone, turns = half_of_row(lists[3], row, split, GROUP)
+    for i in range(start, split):
+        state, at = add_tile(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
+        if HALVES and GROUP == 1:
+            if next_left_out(i, alone, turns, GROUP):
+                at = leave_out((shared[4], shared[6]), shared[5], at, SIZES[4])
+    if PARTIAL:
+        for index in range(split, stop - turns):
+            i = index
+            if HALVES:
+                i = visit_of_half(index, alone, turns, GROUP)
+            state, at = add_tile(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, True)
+            if HALVES:
+                if next_left_out(index, alone, turns, GROUP):
+                    at = leave_out((shared[4], shared[6]), shared[5], at, SIZES[4])
+    if DENSE:
+        for i in range(0, dense):
+            state, at = add_tile(i, shared, rings, lists, score_scale, state, at, GROUP, SIZES, False)
+    acc_k, acc_v = state
+
+    store_rows(
+        acc_k * (score_scale * LN2), acc_v, grad_k, grad_v, key_mask, lists[0] + row * ROWS, grad_token, keys, values,
+        GROUP, SIZES[5], KEY_MASK,
+    )  # fmt: skip
+
+
+@gluon.jit
+def copy_columns(
     q_grid, grad_grid, q_runs, grad_runs, copied, bases, where, place, runs,
     BOX: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
@@ -244,7 +265,7 @@ def key_gradients(
                         gl.constexpr(0), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK, HALVES)),
             (_consume, (k, v, grad_k, grad_v, key_mask, shared, rings, lists, where, sizes,
                         gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE, KEY_MASK, HALVES)),
-            (_copy_columns, (q_grid, grad_grid, q_runs, grad_runs, copied, bases, where,
+            (copy_columns, (q_grid, grad_grid, q_runs, grad_runs, copied, bases, where,
                              (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs, BOX, SIZES)),
             (put_statistics, (lse, delta, bases, offsets, rings, where, runs, scale, length, COLUMNS, STAGES)),
         ],

@@ -80,9 +80,6 @@ def hopper_config(
     launch = HOPPER.get(direction, {}).get(width(head_dim))
     if architecture != 90 or launch is None or dtype.itemsize != 2 or not installed():
         return None
-    if layout.key_layout is not None:
-        # Not shown right on a GPU: `scripts.check.lists_gpu --only "with keys"` without these lines shows it.
-        return None
     plan = plan_of(pattern, layout, direction, launch)
     if isinstance(pattern, RoutedPattern) and not writes_lists(pattern, plan):
         return None

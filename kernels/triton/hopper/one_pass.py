@@ -26,9 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from visattn.kernels.triton.hopper.copy import produce
 from visattn.kernels.triton.hopper.fill import put_statistics
-from visattn.kernels.triton.hopper.key_grad import _step as add_run
+from visattn.kernels.triton.hopper.key_grad import add_tile, copy_columns, load_rows, store_rows
 from visattn.kernels.triton.hopper.parts import (
     GROUP_ROWS,
     GROUPS,
@@ -37,7 +36,6 @@ from visattn.kernels.triton.hopper.parts import (
     hide_masked,
     mask_bits,
     product_layout,
-    row_layout,
     view,
     wait_for_threads,
 )
@@ -158,16 +156,8 @@ def _consume(
     HEAD_DIM: gl.constexpr = SIZES[0]
     ROWS: gl.constexpr = SIZES[1]
     o_layout: gl.constexpr = product_layout(HEAD_DIM)
-    io: gl.constexpr = row_layout(HEAD_DIM)
-    dtype: gl.constexpr = keys.dtype
 
-    slots = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, io))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, io))
-    token = gl.load(tokens + row * ROWS + slots)
-    here = (token >= 0)[:, None]
-    wide = token.to(gl.int64)[:, None]
-    keys.index(GROUP).store(gl.load(k + wide * (k_token * UNIT) + d[None, :], mask=here, other=0.0))
-    values.index(GROUP).store(gl.load(v + wide * (v_token * UNIT) + d[None, :], mask=here, other=0.0))
+    load_rows(k, v, tokens + row * ROWS, k_token * UNIT, v_token * UNIT, keys, values, GROUP, HEAD_DIM)
     fence_async_shared()
     wait_for_threads()
 
@@ -184,20 +174,15 @@ def _consume(
     ring = (slot, phase)
     if DENSE:
         for i in range(0, dense):
-            state, ring = add_run(i, shared, rings, lists, score_scale, state, ring, GROUP, SIZES, False)
+            state, ring = add_tile(i, shared, rings, lists, score_scale, state, ring, GROUP, SIZES, False)
     acc_k, acc_v = state
 
     # The other group may still read the keys of this one; the part that it then hands over has been taken.
     mbarrier.wait(parts[4], (at[2] & 1) ^ 1)
-    # Through the memory of keys and values to a layout whose stores are whole lines.
-    keys.index(GROUP).store((acc_k * (score_scale * LN2)).to(dtype))
-    values.index(GROUP).store(acc_v.to(dtype))
-    # Loaded again (volatile: not merged with the first load) to hold fewer registers in the loops.
-    token = gl.load(tokens + row * ROWS + slots, volatile=True)
-    here = (token >= 0)[:, None]
-    out_row = token.to(gl.int64)[:, None] * grad_token + d[None, :]
-    gl.store(grad_k + out_row, keys.index(GROUP).load(io), mask=here)
-    gl.store(grad_v + out_row, values.index(GROUP).load(io), mask=here)
+    store_rows(
+        acc_k * (score_scale * LN2), acc_v, grad_k, grad_v, tokens, tokens + row * ROWS, grad_token, keys, values,
+        GROUP, HEAD_DIM, False,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -229,19 +214,6 @@ def _add_parts(sum_tiles, visits, turns, parts, where, first_tile, SIZES: gl.con
         )
         wait_for_threads()
         gl.atomic_add(turns + tile, 1, sem="release")
-
-
-@gluon.jit
-def _copy_columns(
-    q_grid, grad_grid, q_runs, grad_runs, copied, bases, where, place, runs,
-    BOX: gl.constexpr, SIZES: gl.constexpr,
-):  # fmt: skip
-    """The copying warp: queries and the gradients of their outputs."""
-    _, start, _, stop, dense = where
-    slot = 0
-    phase = 1
-    produce(q_grid, grad_grid, q_runs, grad_runs, copied, bases, (start, stop, dense), place, runs, slot, phase,
-            slot, phase, BOX, SIZES[2], SIZES[3], SIZES[0], SIZES[4], SIZES[4], True)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=[*RUNTIME_SIZES, "side_y", "side_x", "tiles", "together"])
@@ -327,7 +299,7 @@ def gradients(
                         gl.constexpr(0), SIZES, UNIT, PARTIAL, DENSE)),
             (_consume, (k, v, grad_k, grad_v, shared, rings, parts, lists, where, sizes,
                         gl.constexpr(1), SIZES, UNIT, PARTIAL, DENSE)),
-            (_copy_columns, (q_grid, grad_grid, q_runs, grad_runs, copied, bases, where,
+            (copy_columns, (q_grid, grad_grid, q_runs, grad_runs, copied, bases, where,
                              (outer.to(gl.int32), column.to(gl.int32), side_y, side_x), runs, BOX, SIZES)),
             (put_statistics, (lse, delta, bases, offsets, rings, where, runs, scale, length, COLUMNS, STAGES)),
             (_add_parts, (sum_tiles, visits, turns, parts, where, pair * tiles, SIZES)),

@@ -147,3 +147,17 @@ def hide_masked(scores, bits, layout: gl.constexpr):
     seen = (bits[:, None, :, None] & tested) != 0
     seen = gl.convert_layout(seen.reshape(scores.shape[0], columns), layout, assert_trivial=True)
     return gl.where(seen, scores, float("-inf"))
+
+
+@gluon.jit
+def hide_behind(scores, run, runs, layout: gl.constexpr):
+    """Scores of a step with -inf behind the end of the run-th run of dense tokens; steps before 0 are none."""
+    prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
+    columns: gl.constexpr = scores.shape[1]
+    first, end = dense_run(run, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, columns)
+    if (run >= 0) & (first + columns > end):
+        # Split as in `hide_masked`: one number a thread against constants.
+        column = gl.arange(0, columns, gl.SliceLayout(0, layout))
+        inside = end - first - (column & 6) > (column & 121)
+        scores = gl.where(inside[None, :], scores, float("-inf"))
+    return scores

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 import visattn
-from tests.support.comfy import Executor, Flux, ModelPatcher, UNetModel, WanModel, optimized_attention
+from tests.support.comfy import Executor, Flux, MMDiT, ModelPatcher, UNetModel, WanModel, optimized_attention
 from visattn import Layout
 from visattn.clients.comfy.patch import OVERRIDE, patch, run_of
 
@@ -13,6 +13,7 @@ CASES = {
     "wan": (WanModel, (1, 4, 3, 12, 16), {}, "na(window=3x3x3)", [Layout((3, 6, 8))]),
     "flux": (Flux, (2, 4, 12, 16), {}, "na(window=3)", [Layout((6, 8), prefix=7)]),
     "kontext": (Flux, (1, 4, 12, 16), {"refs": (1, 4, 8, 8)}, "na(window=3)", [Layout((6, 8), prefix=7, suffix=16)]),
+    "mmdit": (MMDiT, (2, 4, 12, 16), {}, "na(window=3)", [Layout((6, 8), prefix=7)]),
     "unet": (UNetModel, (1, 4, 7, 9), {}, "na(window=3)", [Layout((7, 9)), Layout((4, 5))]),
 }
 
@@ -139,6 +140,19 @@ def test_masks_of_keys_are_kept():
     found, wanted = (p.sample(x, text, attn_mask=hidden.expand(2, 55, 55)) for p in (sparse, patcher))
     assert (found - wanted).abs().max() <= 1e-5
     assert (wanted - patcher.sample(x, text)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_attention_that_asks_for_no_override_is_told(monkeypatch):
+    patcher, x, text, _ = made("flux")
+    stock = patcher.sample(x, text)
+    # As versions of ComfyUI whose model hands its options to no attention.
+    attend = Flux._attend
+    monkeypatch.setattr(Flux, "_attend", lambda self, qkv, mask, options: attend(self, qkv, mask, None))
+    with pytest.warns(UserWarning, match="no attention of this forward asked for an override"):
+        assert torch.equal(patch(patcher, "na(window=3)", layers="1").sample(x, text), stock)
+    with pytest.raises(ValueError, match=r"strict: 1 of 1 .*asked for an override.*: attention.1"):
+        patch(patcher, "na(window=3)", layers="1", strict=True).sample(x, text)
 
 
 def test_what_cannot_be_patched_says_so():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from visattn import Layout, parse
+from visattn.files import add_values
 from visattn.kernels.triton import tune
 from visattn.kernels.triton.config import DIRECTIONS, Config, config
 
@@ -63,7 +64,7 @@ def test_remembers_on_disk(monkeypatch, tmp_path):
 def test_a_broken_file_is_written_anew(monkeypatch, tmp_path):
     path = tmp_path / "triton.json"
     path.write_text("{ not json")
-    tune._write(path, {"a": [1]})
+    add_values(path, {"a": [1]})
     assert json.loads(path.read_text()) == {"a": [1]}
 
 

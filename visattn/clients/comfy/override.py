@@ -23,6 +23,7 @@ from visattn.selectors import SiteName
 MOST_LAYERS = 512
 # Where self-attention of other sequences than the grid's is counted.
 ELSEWHERE = "other sequences"
+UNASKED = "no attention of this forward asked for an override: this version of ComfyUI hands it no options of the model"
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,10 @@ class ComfyRun(Run):
     def forward_ends(self) -> None:
         """A forward of the model is over: see whether it reached what was selected."""
         forward = self.here.forward
-        if forward is not None and not self.at.turn and ELSEWHERE in forward.reasons and self.runner(0) is not None:
-            forward.reasons["attention.0"] = forward.reasons[ELSEWHERE]
+        if forward is not None and not self.at.turn:
+            first = next((layer for layer, given in enumerate(self._assigned) if given is not None), None)
+            if first is not None and self.runner(first) is not None:
+                forward.reasons[f"attention.{first}"] = forward.reasons.get(ELSEWHERE, UNASKED)
         self.finish()
 
     def _told(self) -> Step:
@@ -210,8 +213,8 @@ def _call(
     if given.get("skip_reshape"):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     elif q.ndim == 3 and q.shape[2] % heads == 0:
-        split = (-1, q.shape[2] // heads)
-        q, k, v = q.unflatten(2, split), k.unflatten(2, split), v.unflatten(2, split)
+        # Stable Diffusion 3 splits the heads of v alone.
+        q, k, v = (t.unflatten(2, (-1, q.shape[2] // heads)) if t.ndim == 3 else t for t in (q, k, v))
     else:
         return None
     mask = given.get("mask")

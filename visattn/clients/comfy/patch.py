@@ -14,7 +14,7 @@ from visattn.schedule import PatternLike, Schedule
 from visattn.selectors import Selector
 
 # What ComfyUI calls the things that a patch uses.
-WRAPPER, PREPARE, CLEANUP = "diffusion_model", "on_prepare_state", "on_cleanup"
+PREPARE, CLEANUP = "on_prepare_state", "on_cleanup"
 OVERRIDE = "optimized_attention_override"
 # Under this name the patch is among the model's options.
 KEY = "visattn"
@@ -77,7 +77,7 @@ def _clone(patcher: Any, run: ComfyRun) -> Any:
     options = made.model_options.setdefault("transformer_options", {})
     override = Override(run, options.get(OVERRIDE))
     options[OVERRIDE], options[KEY] = override, run
-    made.add_wrapper_with_key(WRAPPER, KEY, _wrapper(run))
+    made.add_wrapper_with_key(run.record.around, KEY, _wrapper(run))
     made.add_callback_with_key(PREPARE, KEY, _on_top(override))
     made.add_callback_with_key(CLEANUP, KEY, lambda *args: run.finish())
     return made
@@ -96,7 +96,7 @@ def _wrapper(run: ComfyRun) -> Callable[..., Any]:
         if "transformer_options" not in given:
             options = [each for each in args if isinstance(each, dict) and (OVERRIDE in each or "sigmas" in each)]
             given = {**given, "transformer_options": options[0] if options else {}}
-        run.forward_begins(executor.class_obj, x, given)
+        run.forward_begins(getattr(executor.class_obj, "diffusion_model", executor.class_obj), x, given)
         try:
             out = executor(x, *args, **kwargs)
         except BaseException:

@@ -24,6 +24,8 @@ class Record:
         suffix: Tokens after the grid, REST for text or references.
         levels: How an odd grid is halved from level to level, "ceil" or "floor"; "" if it is not.
         text_first: Whether the text precedes the grid, and references follow it where there are any.
+        around: Wrappers that ComfyUI calls around a forward: of the class itself, or, where the class calls none, of
+            what holds it.
     """
 
     name: str
@@ -34,12 +36,13 @@ class Record:
     suffix: int = 0
     levels: str = ""
     text_first: bool = False
+    around: str = "diffusion_model"
 
 
 RECORDS = (
     Record("UNetModel", "Stable Diffusion 1, 2 and XL", patch="", levels="ceil"),
     Record("Flux", "FLUX.1, FLUX.1 Kontext", prefix=REST, text_first=True),
-    Record("MMDiT", "Stable Diffusion 3 and 3.5", prefix=REST),
+    Record("MMDiT", "Stable Diffusion 3 and 3.5", prefix=REST, around="apply_model"),
     Record("QwenImageTransformer2DModel", "Qwen-Image, Qwen-Image Edit", prefix=REST, text_first=True),
     Record("WanModel", "Wan 2.1 and 2.2", dims=3),
     Record("HunyuanVideo", "HunyuanVideo", dims=3, suffix=REST),

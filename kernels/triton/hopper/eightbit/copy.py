@@ -14,8 +14,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from visattn.kernels.triton.hopper.jobs import FIELDS, JOBS, finish_job, next_job, wait_for_threads
-from visattn.kernels.triton.hopper.parts import GROUP_ROWS, GROUPS, following, place, view
+from visattn.kernels.triton.hopper.jobs import describe, end_jobs, finish_job, next_job, take
+from visattn.kernels.triton.hopper.parts import GROUP_ROWS, GROUPS, following, place, view, wait_for_threads
 
 # Triton 3.6 knows it under another name.
 _copy = getattr(tma, "async_load", tma.async_copy_global_to_shared)
@@ -93,34 +93,16 @@ def deal(
     q8, tokens, bounds, taken, jobs, dense_rows, grid_rows, pairs, row_tiles, owned, SIZES: gl.constexpr
 ):  # fmt: skip
     """The dealing warp: takes row tiles until none is left, and fetches their rows; see `jobs.deal`."""
-    bounds_batch, list_batch, list_heads = owned
-    fields, token_ring, queries, ready, free = jobs
+    queries, ready = jobs[2], jobs[3]
     HEAD_DIM: gl.constexpr = SIZES[0]
     ROWS: gl.constexpr = SIZES[1]
-    wide: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    index = gl.arange(0, FIELDS, wide)
-    slots = gl.arange(0, GROUP_ROWS, wide)
     total = (dense_rows + grid_rows) * pairs
     tile = gl.program_id(0)
     number = 0
     while tile < total:
-        before = gl.atomic_add(taken, 1, sem="relaxed")
-        # Every tile is taken once: whoever takes the last leaves the counter as the next launch needs it.
-        if before == total - 1:
-            gl.store(taken, 0)
-        upcoming = gl.num_programs(0) + before
+        upcoming = take(taken, total)
         row, pair = place(tile, dense_rows, grid_rows, pairs)
-        owner = pair // list_heads
-        own_bounds = bounds + owner.to(gl.int64) * bounds_batch + row * 4
-        bound = gl.load(own_bounds + index - 2, mask=(index >= 2) & (index < 6), other=0)
-        # Start, split and stop count from the first entry of all owners.
-        bound += gl.where((index >= 2) & (index < 5), owner * list_batch, 0)
-        described = gl.where(index == 0, row, gl.where(index == 1, pair, bound))
-        slot = number % JOBS
-        mbarrier.wait(free.index(slot), ((number // JOBS) & 1) ^ 1)
-        fields.index(slot).store(described)
-        for g in gl.static_range(GROUPS):
-            token_ring.index(slot * GROUPS + g).store(gl.load(tokens + row * ROWS + g * GROUP_ROWS + slots))
+        slot = describe(tokens, bounds, bounds, jobs, number, row, pair, owned, ROWS, False)
         wait_for_threads()
         mbarrier.expect(ready.index(slot), ROWS * HEAD_DIM)
         for g in gl.static_range(GROUPS):
@@ -128,8 +110,4 @@ def deal(
             _copy(q8, [at, 0], ready.index(slot), queries.index(slot * GROUPS + g))
         tile = upcoming
         number += 1
-    slot = number % JOBS
-    mbarrier.wait(free.index(slot), ((number // JOBS) & 1) ^ 1)
-    fields.index(slot).store(gl.full([FIELDS], -1, gl.int32, wide))
-    wait_for_threads()
-    mbarrier.arrive(ready.index(slot), count=1)
+    end_jobs(jobs, number)

@@ -42,8 +42,8 @@ from visattn.kernels.triton.hopper.parts import (
     GROUP_ROWS,
     GROUPS,
     LN2,
-    dense_run,
     following,
+    hide_behind,
     hide_masked,
     mask_bits,
     row_layout,
@@ -61,14 +61,7 @@ def _hide(scores, bits, step, where, runs, layout: gl.constexpr, PARTIAL: gl.con
         if (step >= where[0]) & (step < where[1]):
             scores = hide_masked(scores, bits, layout)
     if DENSE:
-        prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra = runs
-        columns: gl.constexpr = scores.shape[1]
-        run = step - where[1]
-        first, end = dense_run(run, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, columns)
-        if (run >= 0) & (first + columns > end):
-            column = gl.arange(0, columns, gl.SliceLayout(0, layout))
-            inside = end - first - (column & 6) > (column & 121)
-            scores = gl.where(inside[None, :], scores, float("-inf"))
+        scores = hide_behind(scores, step - where[1], runs, layout)
     return scores
 
 

@@ -6,6 +6,11 @@ import warnings
 import pytest
 import torch
 
+from tests.support.swift_interpreter import hasten
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    hasten(pytest.importorskip("triton.runtime.interpreter"))
+
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 

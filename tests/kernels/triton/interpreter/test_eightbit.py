@@ -7,6 +7,7 @@ from tests.support import eightbit as oracle
 from visattn import Layout, attention, dense_mask, parse
 from visattn.kernels.triton.arguments import plan_of
 from visattn.kernels.triton.config import EIGHT
+from visattn.kernels.triton.eightbit import quantise
 from visattn.kernels.triton.lists.program import program
 
 CONFIG = EIGHT["interpreter"][128]
@@ -69,3 +70,19 @@ def test_negative_scale():
     given = {"scale": -0.2, "precision": "int8", "backend": "triton"}
     mirrored = attention(-q, k, v, "na(window=3x3)", layout, **(given | {"scale": 0.2}))
     assert attention(q, k, v, "na(window=3x3)", layout, **given).equal(mirrored)
+
+
+def test_statistics_of_a_long_sequence():
+    made = torch.Generator().manual_seed(0)
+    length, chunk, dim = 700, 512, 32
+    k, v = (torch.randn(1, length, 1, dim, generator=made) for _ in range(2))
+    found = torch.empty(1, 2, 4, dim)
+    numbers = {"heads": 1, "length": length, "chunk": chunk, "chunks": 2, "block": 64, "every": 4}
+    strides = {f"{x}_{axis}": n for x in "kv" for axis, n in (("batch", length * dim), ("token", dim), ("head", dim))}
+    constants = {"HEAD_DIM": dim, "BLOCK_DIM": dim, "ROWS": 16, "UNIT": 1}
+    quantise.column_statistics[(2, 1)](k=k, v=v, found=found, **numbers, **strides, **constants)
+    for part, own in enumerate((range(chunk), range(chunk, length))):
+        added = [t for t in own if t // 64 % 4 == 0]
+        values = v[0, list(own), 0]
+        right = torch.stack([k[0, added, 0].sum(0), values.amin(0), values.amax(0), values.sum(0)])
+        torch.testing.assert_close(found[0, part], right, atol=1e-4, rtol=1e-5)

@@ -1,0 +1,49 @@
+"""Gates and temperatures in models: they start as the pattern inside, learn, are kept in a file, and are undone."""
+
+import pytest
+import timm
+import torch
+
+import visattn
+from tests.golden.fill import fill
+from tests.support.tiny_flux import flux
+
+
+def vit():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3, embed_dim=24, num_heads=3)
+    return fill(model), {"x": torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))}
+
+
+def run(model, inputs):
+    out = model(**inputs)
+    return out if isinstance(out, torch.Tensor) else out.sample
+
+
+@pytest.mark.parametrize("make", [vit, flux])
+@pytest.mark.parametrize("outer", ["gated", "selective"])
+def test_a_model_starts_learns_keeps_and_forgets(make, outer, tmp_path):
+    model, inputs = make()
+    model.requires_grad_(False)
+    form = f"{outer}(of=na(window=3x3))"
+    with torch.no_grad():
+        stock = run(model, inputs)
+        with visattn.apply(model, "na(window=3x3)", always=True):
+            sparse = run(model, inputs)
+    assert (sparse - stock).abs().max() > 1e-3
+    with visattn.apply(model, form) as handle:
+        out = run(model, inputs)
+        assert (out - sparse).abs().max() < 1e-5
+        (out - stock).square().mean().backward()
+        learned = list(handle.parameters.parameters())
+        assert learned and all(p.grad is not None and p.grad.isfinite().all() for p in learned)
+        assert any(p.grad.abs().max() > 0 for p in learned)
+        with torch.no_grad():
+            for parameter in learned:
+                parameter += 0.3
+            moved = run(model, inputs)
+        handle.save(tmp_path / "factors.safetensors")
+    with visattn.apply(model, form, weights=tmp_path / "factors.safetensors"), torch.no_grad():
+        again = run(model, inputs)
+    assert torch.equal(again, moved) and (moved - sparse).abs().max() > 1e-3
+    with torch.no_grad():
+        assert torch.equal(run(model, inputs), stock)

@@ -1,0 +1,132 @@
+"""style_transfer: what the original computes, joint sequences, whole pipelines, what it leaves behind."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import visattn
+from tests.support import tiny_pipelines
+from tests.support.places import GOLDEN
+from tests.support.tiny_pixel_flux import SIDE, tiny_pixel_flux
+from visattn.pipelines.control import style_transfer
+from visattn.pipelines.control.injection import CONTENT, RESULT, STYLE, adain, inject
+from visattn.runtime.call import AttentionCall
+
+GOLD = torch.load(GOLDEN / "style.pt", weights_only=True)
+EVERYTHING = slice(None)
+
+
+def test_injection_gives_what_the_original_gives():
+    """A module of the original: the queries of x, in part the content's, at the style's keys and values."""
+    state, heads = GOLD["state"], GOLD["q"].shape[0]
+    own = [(GOLD["x"] @ state[f"to_{name}.weight"].T)[0].unflatten(1, (heads, -1)) for name in "qkv"]
+    content, style = GOLD["q"].transpose(0, 1), [GOLD[name].transpose(0, 1) for name in "kv"]
+    q = torch.stack([content, content, own[0]])
+    k, v = (torch.stack([mine, theirs, mine]) for mine, theirs in zip(own[1:], style, strict=True))
+    out = inject(AttentionCall(q, k, v), EVERYTHING, None, float(GOLD["gamma"]), float(GOLD["T"]))
+    out = out.flatten(2) @ state["to_out.0.weight"].T + state["to_out.0.bias"]
+    torch.testing.assert_close(out, GOLD["out"], rtol=1e-10, atol=1e-10)
+
+
+def test_adain_gives_what_the_original_gives():
+    content, style, expected = GOLD["adain"]
+    torch.testing.assert_close(adain(content, style), expected, rtol=1e-10, atol=1e-10)
+    flat = torch.ones_like(content)
+    assert torch.equal(adain(flat, style, 1e-4), style.mean((2, 3), keepdim=True).expand_as(flat))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_text_stays_the_results_own(kv_heads):
+    made = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 9, 2, 4, generator=made, dtype=torch.float64)
+    k, v = torch.randn(2, 3, 9, kv_heads, 4, generator=made, dtype=torch.float64)
+    rows, valid = slice(3, 8), torch.rand(3, 9, generator=made) > 0.3
+    valid[:, 3:8] = True
+    out = inject(AttentionCall(q, k, v), rows, valid, 0.6, 1.5)[0]
+    queries = 0.6 * q[CONTENT, rows] + 0.4 * q[RESULT, rows]
+    for head in range(2):
+        of = head * kv_heads // 2
+        keys, values = (torch.cat([x[RESULT, :3], x[STYLE, rows], x[RESULT, 8:]])[:, of] for x in (k, v))
+        logits = 1.5 * 0.5 * queries[:, head] @ keys.T
+        expected = logits.masked_fill(~valid[RESULT], float("-inf")).softmax(-1) @ values
+        torch.testing.assert_close(out[:, head], expected)
+
+
+def pictures(height, width):
+    made = np.random.default_rng(0)
+    return made.random((height, width, 3), dtype=np.float32), made.random((height, width, 3), dtype=np.float32)
+
+
+def same(model, before):
+    found = {name: module.processor for name, module in model.named_modules() if hasattr(module, "processor")}
+    assert found.keys() == before.keys() and all(found[name] is before[name] for name in found)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def processors(model):
+    return {name: module.processor for name, module in model.named_modules() if hasattr(module, "processor")}
+
+
+def test_a_latent_pipeline():
+    """Stable Diffusion: up blocks beyond the first with attention, the other layers sparse, and nothing left behind."""
+    pipe, options = tiny_pipelines.stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    scheduler, before, (content, style) = pipe.scheduler, processors(pipe.unet), pictures(24, 16)
+    given = {**options, "steps": 2, "output_type": "np", "layers": ["up_blocks.*"]}
+    with visattn.apply(pipe, "na(window=3x3)", strict=True, always=True) as handle:
+        found = style_transfer(pipe, content, style, handle=handle, **given)
+        by_site = {site.site: site for site in handle.report().sites}
+        injected = [name for name in by_site if name.startswith("up_blocks")]
+        # Two steps of inversion and one of the way back run the pattern, then one injects.
+        assert injected and all(by_site[name].fallbacks == {"style injection": 1} for name in injected)
+        assert all(by_site[name].hits == 3 for name in injected)
+        assert all(site.hits == 4 for name, site in by_site.items() if name not in injected)
+    assert pipe.scheduler is scheduler and found.image.shape == (24, 16, 3)
+    same(pipe.unet, before)
+    plain = style_transfer(pipe, content, 1 - style, **given)
+    assert np.abs(plain.image - found.image).max() > 1e-4 and not plain.report.hits
+    same(pipe.unet, before)
+
+
+def test_one_step_of_a_picture_in_its_own_style_is_the_pipelines_own():
+    """All samples are alike: the content's queries and the style's keys are the result's own."""
+    pipe = tiny_pixel_flux()
+    content, _ = pictures(SIDE, SIDE)
+    size = {"height": SIDE, "width": SIDE, "output_type": "np"}
+    words = {"prompt": "a red apple, 3d", "generator": torch.Generator().manual_seed(3)}
+    found = style_transfer(
+        pipe, content, content, gamma=0.3, temperature=1.0, steps=1, start=0, noise="drawn", **words, **size
+    )
+    noise = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+    expected = pipe(words["prompt"], latents=noise, guidance_scale=1.0, num_inference_steps=1, **size).images[0]
+    np.testing.assert_allclose(found.image, expected, atol=1e-5)
+    assert {"style injection"} == set(found.report.fallbacks)
+    sharper = style_transfer(
+        pipe, content, content, steps=1, start=0, noise="drawn", **{**words, "generator": None}, **size
+    )
+    assert np.abs(sharper.image - expected).max() > 1e-4
+
+
+WRONG = {
+    "gamma": ({"gamma": 1.5}, r"gamma=1.5 must be from 0 to 1"),
+    "temperature": ({"temperature": 0.0}, r"temperature=0.0 must be a positive number"),
+    "start": ({"steps": 2, "start": 2}, r"start=2 and steps=2 must leave steps"),
+    "noise": ({"noise": "white"}, "noise='white' must be"),
+    "option": ({"latents": 1}, "sets latents itself"),
+    "size": ({"height": None}, "needs the size"),
+    "layers": ({"layers": [99]}, "selects nothing"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use_is_refused(name):
+    options, text = WRONG[name]
+    pipe = tiny_pixel_flux()
+    before, scheduler = processors(pipe.transformer), pipe.scheduler
+    content, style = pictures(SIDE, SIDE)
+    with pytest.raises(ValueError, match=text):
+        style_transfer(pipe, content, style, **{"prompt": "a cat", "height": SIDE, "width": SIDE, **options})
+    same(pipe.transformer, before)
+    assert pipe.scheduler is scheduler
