@@ -108,7 +108,7 @@ class Run:
                 total = sum(getattr(config, name) * value for name, value in losses.items()) / len(self.parts)
                 if not (isinstance(total, torch.Tensor) and total.requires_grad):
                     raise ValueError(
-                        f"no loss ({', '.join(losses)}) reaches what learns here: give another one a weight, or train more"
+                        f"no loss ({', '.join(losses)}) reaches what learns here: give others a weight, or train more"
                     )
                 self.accelerator.backward(total)
             for name, value in losses.items():

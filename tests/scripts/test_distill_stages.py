@@ -234,6 +234,15 @@ class TestTraining:
         stopped(monkeypatch, loop.Run, "train_step", lambda run: run.step == 2, go_on)
         assert equal(whole, go_on())
 
+    def test_low_rank_and_a_router_leave_the_base_as_it_is(self, folder, tmp_path):
+        more = ("--method", "sla2", "--sparsity", "0.5", "--pattern", "sla2(keep=0.5, block=2x2)", "--lora", "1")
+        run(folder, tmp_path, *more)
+        trained = load_trained(tmp_path / "student.safetensors")
+        assert not trained.model
+        assert {path.rpartition(".")[2] for path in trained.lora} == {"to_q", "to_k", "to_v", "0"}
+        assert {path.rpartition(".")[2] for path in trained.own} == {"route_query", "route_key", "ratio"}
+        assert all(b.abs().sum() > 0 for _, b in trained.lora.values())
+
     def test_trained_through_8_bits(self, folder, tmp_path):
         made = trained_of(folder, tmp_path, *TOPK, "--quantize", "int8", "--ema", "0")
         made.train_step()
