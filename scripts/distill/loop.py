@@ -106,6 +106,10 @@ class Run:
             with self._together(last):
                 losses = self.wrapped(batch)
                 total = sum(getattr(config, name) * value for name, value in losses.items()) / len(self.parts)
+                if not (isinstance(total, torch.Tensor) and total.requires_grad):
+                    raise ValueError(
+                        f"no loss ({', '.join(losses)}) reaches what learns here: give others a weight, or train more"
+                    )
                 self.accelerator.backward(total)
             for name, value in losses.items():
                 figures[name] = figures.get(name, 0.0) + value.detach() / len(self.parts)

@@ -10,7 +10,8 @@ from tests.support.cases import gradients, qkv
 from visattn import Layout, attention, attention_rows, parse
 from visattn.patterns.choice.blocks import token_blocks
 from visattn.patterns.hybrid.parts import soft_lists
-from visattn.patterns.hybrid.targets import block_attention, losses_of_call, router_losses
+from visattn.patterns.hybrid.targets import block_attention, router_losses
+from visattn.router import losses_of_call
 
 LAYOUT = Layout((4, 6), 2, 1)
 

@@ -182,6 +182,12 @@ class TestTraining:
         assert moved == [{"own"}, {"own", "student"}, {"own", "student"}, {"own", "student"}]
         assert made.progress.began == 2
 
+    def test_a_stage_that_no_loss_reaches_is_named(self, folder, tmp_path):
+        gate = ("--pattern", "gate(by=topk(keep=0.5, block=2x2), dim=4)", "--stages", "router:0.5,all:0.5")
+        with pytest.raises(SystemExit, match=r"no loss \(attention\) reaches what learns here"):
+            run(folder, tmp_path, *gate)
+        run(folder, tmp_path, *gate, "--mass", "1")
+
     def test_layers_learn_from_the_teachers_inputs(self, folder, tmp_path):
         made = trained_of(folder, tmp_path, "--stages", "transfer", "--attention-at", "after")
         seen = {}
@@ -227,6 +233,15 @@ class TestTraining:
         go_on = functools.partial(run, folder, tmp_path / "parts", *more)
         stopped(monkeypatch, loop.Run, "train_step", lambda run: run.step == 2, go_on)
         assert equal(whole, go_on())
+
+    def test_low_rank_and_a_router_leave_the_base_as_it_is(self, folder, tmp_path):
+        more = ("--method", "sla2", "--sparsity", "0.5", "--pattern", "sla2(keep=0.5, block=2x2)", "--lora", "1")
+        run(folder, tmp_path, *more)
+        trained = load_trained(tmp_path / "student.safetensors")
+        assert not trained.model
+        assert {path.rpartition(".")[2] for path in trained.lora} == {"to_q", "to_k", "to_v", "0"}
+        assert {path.rpartition(".")[2] for path in trained.own} == {"route_query", "route_key", "ratio"}
+        assert all(b.abs().sum() > 0 for _, b in trained.lora.values())
 
     def test_trained_through_8_bits(self, folder, tmp_path):
         made = trained_of(folder, tmp_path, *TOPK, "--quantize", "int8", "--ema", "0")

@@ -12,8 +12,10 @@ pytest.importorskip("accelerate")
 from scripts.distill import pipeline as distill
 from scripts.measure import trained
 from scripts.measure.emoji_encoder_model import DualEncoder, save_encoder
+from tests.support.tiny_animoji import tiny_pack as tiny_clips
 from tests.support.tiny_emoji import tiny_pack
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
+from tests.support.tiny_pixel_wan_text import tiny_pixel_wan_text
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,17 @@ def test_methods_are_trained_and_measured_once(places, tmp_path, here, monkeypat
     before = figures["rows"]
     trained.main(words(places, tmp_path, *more))
     assert json.loads((tmp_path / "out.json").read_text())["rows"] == before
+
+
+def test_clips_are_trained_and_measured_too(tmp_path, here):
+    tiny_clips(tmp_path / "pack")
+    tiny_pixel_wan_text().save_pretrained(tmp_path / "model")
+    save_encoder(DualEncoder(), tmp_path / "encoder.safetensors", {"steps": 0})
+    given = words(tmp_path, tmp_path, "--methods", "vsa", "--sparsities", 0.5, "--train-steps", 1, "--size", 16)
+    trained.main(["animoji", *given[1:]])
+    figures = json.loads((tmp_path / "out.json").read_text())
+    before, after = list(figures["rows"].values())[1:]
+    assert after["weights"] == "vsa-50" and after["seen"]["flicker"] >= 0 and before["psnr"] > 0
 
 
 def test_the_budget_ends_it_with_what_there_is(places, tmp_path):

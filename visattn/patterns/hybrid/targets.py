@@ -13,7 +13,6 @@ from visattn.patterns.gate import Gate
 from visattn.patterns.hybrid.base import HybridPattern
 from visattn.patterns.hybrid.parts import block_weights, repeated, slots, valid_of, wide
 from visattn.patterns.hybrid.sla2 import SLA2
-from visattn.watch import Watched
 
 # Attention weights at a time.
 PAIRS = 2**26
@@ -172,24 +171,3 @@ def _ratio_loss(
     mass = (target.to(scores.dtype) * listed).sum(-1).clamp(0, 1)
     found = torch.xlogy(mass, mass) + torch.xlogy(1 - mass, 1 - mass)
     return _mean(found - mass * share.log() - (1 - mass) * (1 - share).log(), seen)
-
-
-def losses_of_call(watched: Watched, temperature: float = 1.0) -> dict[str, torch.Tensor]:
-    """`router_losses` of what a handle's `watch` shows, its mean over layouts; empty for patterns without scores.
-
-    q and k are detached: only the pattern's own parameters learn from it.
-
-    Args:
-        watched: A call.
-        temperature: As in `router_losses`.
-    """
-    pattern = watched.pattern
-    if not isinstance(pattern, Gate | HybridPattern):
-        return {}
-    alone, found = len(watched.layouts) == 1, []
-    for i, layout in enumerate(watched.layouts):
-        some = slice(None) if alone else slice(i, i + 1)
-        mask = None if watched.key_mask is None else watched.key_mask[some]
-        given = watched.q[some].detach(), watched.k[some].detach(), layout, watched.parameters, mask, watched.scale
-        found.append(router_losses(pattern, *given, temperature=temperature))
-    return {name: torch.stack([each[name] for each in found]).mean() for name in (found[0] if found else ())}
