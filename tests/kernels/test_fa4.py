@@ -11,6 +11,7 @@ from tests.kernels.test_flex_visible import neighborhoods
 from tests.support.cases import gradients, qkv
 from visattn import Layout, dense_mask, parse
 from visattn.dispatch import load, milliseconds, visited_pairs
+from visattn.environment import environment
 from visattn.kernels.fa4 import package, trial
 from visattn.kernels.fa4.backend import backend
 from visattn.kernels.fa4.blocks import blocks, patterns_of, tile_plan
@@ -226,6 +227,7 @@ def test_each_kernel_is_tried_once_and_its_time_remembered(doubled):
     backend.run(*qkv(layout, dtype=torch.float32, dim=8, batch=2), Call(parse("clear(radius=4)"), layout, 0.3))
     assert len(calls) == 6 and backend.compiled().startswith("2 kernels took ")
     assert all("forward, " in name for name in package.compiled())
+    assert "2 kernels took" in environment()["backends"]["fa4"]["compiled"]
 
 
 def problem(text, grid=(64, 64), **given):
