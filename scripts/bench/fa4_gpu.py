@@ -20,7 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from scripts.bench.gpu import CASES as MAIN_CASES
-from scripts.bench.gpu import Contender, compared, dense_by
+from scripts.bench.gpu import Contender, compared, dense_by, in_turns
 from scripts.gpu_common import compile_first, measure_cases, sampled_error, versions
 from visattn import Layout, attention, parse
 from visattn.dispatch import choose, load, milliseconds
@@ -74,6 +74,21 @@ def contenders_of(name: str, inputs: list[torch.Tensor]) -> dict[str, Contender]
     return found
 
 
+def moves_of(name: str, q: torch.Tensor) -> dict[str, float]:
+    """Milliseconds of moving one tensor into tile order: as it is done, and as rows of a matrix."""
+    pattern, layout, _ = CASES[name]
+    parsed = parse(pattern)
+    token = None
+    if not isinstance(parsed, Dense):
+        token = blocks(parsed, layout, 1, ROWS[package.generation()], q.device).queries.token
+    if token is None:
+        return {}
+    rows = q.flatten(0, 1).flatten(1)
+    ways = {"by axis": lambda: q.index_select(1, token), "by rows": lambda: rows.index_select(0, token)}
+    ways["gathered"] = lambda: rows[token]
+    return in_turns(ways)
+
+
 def case_of(name: str) -> dict[str, Any]:
     """Check and time a case, beside what `auto` would take."""
     pattern, layout, dim = CASES[name]
@@ -89,6 +104,7 @@ def case_of(name: str) -> dict[str, Any]:
             result["error"] = sampled_error(q, k, v, out, pattern, layout)
         assert result["error"] < 1e-2, f"{name} is off by {result['error']}"
         result |= compared(contenders_of(name, inputs))
+        result["moves_ms"] = moves_of(name, q)
     except Exception as error:  # A case that fails is a line of the report.
         return result | {"failed": f"{type(error).__name__}: {error}"[:600]}
     problem = Problem.of(q, k, v, Call(parse(pattern), layout, dim**-0.5))
@@ -104,6 +120,7 @@ def case_of(name: str) -> dict[str, Any]:
     ]
     shape = f"bound {result['tile_bound']:.2f}x, full {result['full_share']:.0%}"
     print(f"{name}: {shape}; times cuDNN forward, backward: {', '.join(ratios)}; auto {result['auto']}", flush=True)
+    print(f"    moves of a tensor: {result['moves_ms']}", flush=True)
     return result
 
 
