@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, overhead
+from visattn.kernels.linear.causal import TILE, causal_attention
 from visattn.kernels.linear.features import elu_plus_one, features, repeated
 from visattn.kernels.linear.flow import flow_attention
 from visattn.kernels.linear.mala import mala_attention
@@ -44,6 +45,9 @@ class LinearBackend(Backend):
         channels = problem.head_dim
         if isinstance(pattern, Linear):
             channels = feature_channels(pattern.feature, problem.head_dim)
+        if isinstance(pattern, Linear) and pattern.causal:
+            # The products inside tiles, and reading the states of all before.
+            channels += 2 * TILE
         pairs = float(problem.batch * problem.heads) * problem.layout.length * channels
         return RATE * pairs + overhead(problem, cpu_ms=0.3, cuda_us=100)
 
@@ -58,6 +62,9 @@ class LinearBackend(Backend):
             mapped = elu_plus_one(q), elu_plus_one(k)
             return mala_attention(*mapped, v, scale=call.scale, key_mask=call.key_mask), None
         assert isinstance(pattern, Linear)
+        if pattern.causal:
+            mapped = features(q, k, pattern.feature, call.parameters, call.key_mask)
+            return causal_attention(*mapped, v, pattern, call.layout), None
         if on_gpu(q).ok and feature_channels(pattern.feature, q.shape[3]) <= 256:
             return _in_triton(q, k, v, pattern.feature, call), None
         mapped = features(q, k, pattern.feature, call.parameters, call.key_mask)
