@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -16,6 +16,9 @@ from visattn.kernels.triton.backend import on_gpu
 from visattn.patterns import Flow, Linear, Mala
 from visattn.patterns.linear import LinearForm, feature_channels
 from visattn.problem import Call, Problem, Support
+
+if TYPE_CHECKING:
+    from visattn.parallel.slabs import Slabs
 
 # Time over that of dense attention's products, by operation count: the sums are memory-bound.
 RATE = 4.0
@@ -69,6 +72,21 @@ class LinearBackend(Backend):
             return _in_triton(q, k, v, pattern.feature, call), None
         mapped = features(q, k, pattern.feature, call.parameters, call.key_mask)
         return linear_attention(*mapped, v), None
+
+    def on_slabs(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pattern: Linear,
+        slabs: Slabs,
+        rank: int,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Attention of a rank's tokens of a sequence that is cut in slabs, see `linear_on_slabs`."""
+        from visattn.kernels.linear.slabs import linear_on_slabs
+
+        return linear_on_slabs(q, k, v, pattern, slabs, rank, **options)
 
 
 def _in_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature: str, call: Call) -> torch.Tensor:

@@ -71,7 +71,7 @@ def causal_attention(
     # The sum of the weights is one channel more.
     values = torch.cat([values, values.new_ones(*values.shape[:3], 1)], 3)
     queries, keys, values_ = (Sides.of(x, layout, axis) for x in (q, k, values))
-    dense = sum(torch.einsum("bshf,bshd->bhfd", keys[i], values_[i]) for i in (0, 2))
+    dense = torch.stack([torch.einsum("bshf,bshd->bhfd", keys[i], values_[i]) for i in (0, 2)]).sum(0)
     everything = dense + torch.einsum("bnrhf,bnrhd->bhfd", keys.grid, values_.grid)
     grid = earlier(queries.grid, keys.grid, values_.grid, rates)
     grid = grid + torch.einsum("bnrhf,bhfd->bnrhd", queries.grid, dense)
