@@ -15,6 +15,7 @@ from visattn.checks import check_call, factor
 from visattn.kernels.agent.attention import pool_queries
 from visattn.kernels.clipped import clipped
 from visattn.kernels.hybrid.rows import hybrid_rows
+from visattn.kernels.linear.causal import causal_factors
 from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
 from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights
@@ -179,6 +180,8 @@ def _linear(
 ) -> torch.Tensor:
     mapped_q, mapped_k = features(q, k, feature, call.parameters, call.key_mask)
     weights = _products(mapped_q[:, rows], mapped_k)
+    if isinstance(call.pattern, Linear) and call.pattern.causal:
+        weights = weights * causal_factors(call.pattern, call.layout, q.shape[2], rows, weights)
     if hidden is not None:
         weights = weights * hidden
     total = weights.sum(-1, keepdim=True)
