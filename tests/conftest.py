@@ -3,13 +3,14 @@
 import gc
 import os
 
-# Imports make millions of objects that stay: looking through them again and again takes a tenth of the suite's time.
-gc.disable()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import pytest
 import torch
+
+# Imports make millions of objects that stay: looking through them again and again takes a tenth of the suite's time.
+gc.disable()
 
 hypothesis.settings.register_profile("visattn", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("visattn")
