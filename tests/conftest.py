@@ -1,5 +1,6 @@
 """What every test relies on: no network, few threads, seeded randomness, GPU tests only where there is one."""
 
+import collections
 import gc
 import os
 
@@ -26,12 +27,20 @@ def pytest_runtestloop():
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what needs a GPU on a machine without one: a skip apiece would hide those that a person can act on."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        long_files_first(items)
     if torch.cuda.is_available():
         return
     left_out = [item for item in items if "gpu" in item.keywords]
     if left_out:
         items[:] = [item for item in items if "gpu" not in item.keywords]
         config.hook.pytest_deselected(items=left_out)
+
+
+def long_files_first(items):
+    """Files that are marked so and then those of many tests come first, so that the workers end together."""
+    tests = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: ("early" not in item.keywords, -tests[item.path]))
 
 
 def pytest_terminal_summary(terminalreporter):

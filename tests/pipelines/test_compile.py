@@ -11,6 +11,8 @@ from torch._dynamo.testing import CompileCounter
 import visattn
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.early
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
