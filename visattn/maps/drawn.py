@@ -9,7 +9,7 @@ from visattn.maps import heat
 from visattn.maps.overview import Overview
 from visattn.maps.svg import shades, shortened
 
-CELL, NAMES, TOP = 32, 250, 26
+CELL, NAMES, TOP = 32, 280, 26
 # Lines are drawn so many times too large and shrunk, which smooths them.
 FINE = 4
 

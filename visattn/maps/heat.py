@@ -19,7 +19,7 @@ _SCALE = np.array(
 _BELOW, _ABOVE = np.array((33, 102, 172), float), np.array((178, 24, 43), float)
 _NOTHING = 255
 # Pixels of a map's longer side.
-SIDE = 120
+SIDE = 192
 
 
 def colors(values: NDArray, low: float, high: float) -> NDArray[np.uint8]:
@@ -63,6 +63,11 @@ def plane(values: torch.Tensor | NDArray, grid: Sequence[int]) -> NDArray:
     return found
 
 
+def rooted(weights: NDArray) -> NDArray[np.uint8]:
+    """Weights as colours of their square roots: a few large ones leave the others visible."""
+    return colors(np.sqrt(np.clip(weights, 0, None)), 0, float(np.sqrt(np.nanmax(weights))))
+
+
 def picture(values: NDArray, side: int = SIDE) -> Picture:
     """Colours [height, width, 3] as a picture whose longer side has about so many pixels."""
     factor = max(1, side // max(values.shape[:2]))
@@ -77,9 +82,7 @@ def strip(planes: Sequence[NDArray], most: float | None = None, side: int = SIDE
         most: Largest absolute value of signed maps.
         side: Pixels of a map's longer side.
     """
-    made = [
-        picture(colors(one, 0, float(np.nanmax(one))) if most is None else signed(one, most), side) for one in planes
-    ]
+    made = [picture(rooted(one) if most is None else signed(one, most), side) for one in planes]
     return row([column([text(f"head {i}", size=12), each], gap=2) for i, each in enumerate(made)], gap=6, wrap=1080)
 
 

@@ -32,8 +32,8 @@ def page(shown: Shown) -> str:
         _pictures(shown),
         "<h2>Every head</h2>",
         _legend(shown),
-        '<div class="columns">',
-        f"<figure>{svg.heads(overview)}</figure>",
+        '<div class="columns four">',
+        f"<figure><h4>Locality, importance and entropy</h4>{svg.heads(overview)}</figure>",
         _similarity(overview),
         f"<figure><h4>{_scatter_name(shown)}</h4>{svg.scatter(overview)}</figure>",
         f"<figure><h4>Over the depth</h4>{_trend(overview)}</figure>",
@@ -150,13 +150,13 @@ def _cell(site: Site, name: str) -> str:
 
 def _layer(i: int, site: Site, shown: Shown) -> str:
     found = shown.details.get(site.site, Details())
-    parts = [_heads(f"Row of {shown.query}", [_scaled(p) for p in found.dense])]
+    parts = [_heads(f"Row of {shown.query} (colours: roots of the weights)", [heat.rooted(p) for p in found.dense])]
     if found.sparse:
         most = max(float(np.nanmax(np.abs(s - d))) for s, d in zip(found.sparse, found.dense, strict=True))
         apart = [heat.signed(s - d, most) for s, d in zip(found.sparse, found.dense, strict=True)]
-        parts.append(_heads(f"The same under {shown.pattern}", [_scaled(p) for p in found.sparse]))
+        parts.append(_heads(f"The same under {shown.pattern}", [heat.rooted(p) for p in found.sparse]))
         parts.append(_heads("The difference: red more, blue less", apart))
-    parts.append(_heads("Key position minus query position, the middle is 0", [_scaled(p) for p in found.offsets]))
+    parts.append(_heads("Key position minus query position, the middle is 0", [heat.rooted(p) for p in found.offsets]))
     if site.hops:
         lines = {f"head {h}": [float(values[h]) for values in site.hops.values()] for h in range(site.heads)}
         drawn = svg.curves(lines, [str(k) for k in site.hops], "k of a window of 2k + 1 tokens an axis")
@@ -166,10 +166,6 @@ def _layer(i: int, site: Site, shown: Shown) -> str:
         f"{site.heads} heads on {_text(site.layout)}</summary>"
         f'<div class="columns">{"".join(filter(None, parts))}</div></details>'
     )
-
-
-def _scaled(values: NDArray) -> NDArray[np.uint8]:
-    return heat.colors(values, 0, float(np.nanmax(values)))
 
 
 def _heads(name: str, maps: Sequence[NDArray[np.uint8]]) -> str:

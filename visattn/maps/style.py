@@ -14,6 +14,9 @@ p { margin: 4px 0; } .soft { color: var(--soft); }
 code { font: 0.92em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 .columns { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
 .columns > * { min-width: 0; }
+.four { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+@media (max-width: 800px) { .four { grid-template-columns: minmax(0, 1fr); } }
+@media (min-width: 1900px) { .four { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
 figure { margin: 0; } figcaption { color: var(--soft); font-size: 13px; }
 .heads { display: grid; gap: 6px; grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); }
 .heads img { width: 100%; display: block; image-rendering: pixelated; border-radius: 3px; background: #fff; }
@@ -23,6 +26,7 @@ details { border-top: 1px solid var(--line); padding: 8px 0; } summary { cursor:
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; width: 100%; }
 th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
+th code { white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 td svg { display: block; min-width: 70px; }
 .scale { display: inline-block; width: 120px; height: 12px; border-radius: 3px; vertical-align: middle; margin: 0 6px; }

@@ -13,7 +13,7 @@ LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 260, 46, 38, 14, 12
 # Side of a head's cell, and room for the names of modules.
-CELL, NAMES = 30, 230
+CELL, NAMES = 30, 260
 
 
 def shades(site: Site, overview: Overview) -> list[tuple[float, float, float]]:
@@ -97,7 +97,7 @@ def curves(lines: Mapping[str, Sequence[float]], ticks: Sequence[str], name: str
     return svg(whole, WIDTH, HEIGHT + top, name)
 
 
-def shortened(site: str, length: int = 30) -> str:
+def shortened(site: str, length: int = 36) -> str:
     """A path that fits: its end."""
     return site if len(site) <= length else "..." + site[3 - length :]
 
