@@ -74,6 +74,22 @@ def test_recorded_calls(command, folder):
     assert status == 2 and "has no step 1: pass --step 2" in error
 
 
+def test_a_model_of_transformers(command, folder):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 12, "intermediate_size": 16, "image_size": 32, "patch_size": 8, "num_labels": 5}
+    config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+    transformers.ViTForImageClassification(config).save_pretrained(folder / "vit")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
+    out = folder / "transformers"
+    status, said, error = command("maps", folder / "vit", folder / "a.png", "--out", out, "--pattern", "na(window=3x3)")
+    assert status == 0, error
+    assert "2 modules, 4 heads" in said
+    found = json.loads((out / "maps.json").read_text())
+    assert all(len(site["importance"]) == 2 and site["prefix"] == 1 for site in found["sites"])
+    status, _, error = command("maps", folder / "vit", "--out", folder / "none")
+    assert status == 2 and "looks at images" in error
+
+
 @browser
 def test_the_page_in_a_browser(command, folder, tmp_path):
     out = folder / "shown"

@@ -242,5 +242,29 @@ def test_maps_need_no_map():
     assert max(shapes) < layout.length**2 / 8
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_gpu_gives_the_same(name):
+    here = [made(name, seed, f"layer.{seed}") for seed in range(2)]
+    there = [
+        call._replace(
+            q=call.q.float().cuda(),
+            k=call.k.float().cuda(),
+            v=call.v.float().cuda(),
+            key_mask=None if call.key_mask is None else call.key_mask.cuda(),
+        )
+        for call in here
+    ]
+    patterns = ["na(window=3)", "topk(keep=0.5, block=2)"]
+    one, two = maps.overview(here, patterns), maps.overview(there, patterns)
+    for a, b in zip(one.sites, two.sites, strict=True):
+        for field in ("mass", "distance", "offset", "entropy"):
+            torch.testing.assert_close(getattr(b, field).double(), getattr(a, field), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(b.kept["na(window=3)"].double(), a.kept["na(window=3)"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(two.similarity.double(), one.similarity.double(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(maps.rollout(there).double().cpu(), maps.rollout(here), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(maps.offsets(there[0]).double().cpu(), maps.offsets(here[0]), rtol=1e-3, atol=1e-4)
+
+
 def test_public_names():
     assert visattn.maps is maps and all(hasattr(maps, name) for name in maps.__all__)

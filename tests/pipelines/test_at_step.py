@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
+import visattn
 from tests.support import tiny_pipelines
 from visattn import maps
 from visattn.pipelines.at_step import at_step
@@ -33,6 +34,10 @@ def test_a_step_is_run_again(name):
     assert len(steps) == 3 and times == [steps[1]]
     calls = maps.calls(found.model, found.forward)
     assert calls and all(call.layout.tokens > 1 for call in calls)
+    schedule = maps.overview(calls, ["na(window=3)"], hops=False).schedule(0.2)
+    with visattn.apply(pipeline, schedule, always=True) as handle:
+        pipeline(**arguments | {"generator": torch.Generator().manual_seed(0)})
+        assert {site.site for site in handle.report().sites} == {call.site for call in calls}
     pruned = maps.pruning(found.model, found.forward, layers="0")
     assert all((each.change > 0).all() for each in pruned.values())
     learned = maps.gradient(found.model, found.forward, layers="0", probes=1)

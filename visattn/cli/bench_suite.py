@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -102,8 +101,7 @@ def charts(found: Sequence[Measured]) -> list[Any]:
             panels.append(chart(f"{mine[0].entry.kind}, {shape}", series))
     if not panels:
         raise ValueError("nothing was measured, so there is nothing to plot: pass a larger --budget")
-    across = max(1, math.ceil(math.sqrt(len(panels))))
-    return [row(panels[i : i + across]) for i in range(0, len(panels), across)]
+    return [row(panels[i : i + 2]) for i in range(0, len(panels), 2)]
 
 
 def _tokens(series: dict[str, list[Any]]) -> set[int]:

@@ -122,11 +122,12 @@ def _kept(shown: Shown) -> str:
     for i, site in enumerate(overview.sites):
         cells = "".join(f"<td>{_cell(site, name)}</td>" for name in overview.patterns)
         bears = _text(of_heads(table[site.site]))
-        rows.append(f'<tr><td><a href="#layer-{i}">{i}</a></td>{cells}<td><code>{bears}</code></td></tr>')
-    head = f"<tr><th>module</th>{names}<th>bears at {shown.mass:.0%}</th></tr>"
+        link = f'<a href="#layer-{i}">{i} {_text(svg.shortened(site.site))}</a>'
+        rows.append(f'<tr><td>{link}</td><td class="bears"><code>{bears}</code></td>{cells}</tr>')
+    head = f"<tr><th>module</th><th>bears at {shown.mass:.0%}</th>{names}</tr>"
     note = (
         "Mass of dense attention that each pattern keeps, a square a head (dark 0, light 1), and the heads' mean. "
-        "The last column has the sparsest pattern that keeps enough, head by head: schedule.json is that for "
+        "The second column has the sparsest pattern that keeps enough, head by head: schedule.json is that for "
         "visattn.apply, candidates.txt for visattn tune --candidates."
     )
     return (

@@ -28,6 +28,7 @@ table { border-collapse: collapse; font-size: 13px; width: 100%; }
 th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
 th code { white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
+td.bears { min-width: 260px; }
 td svg { display: block; min-width: 70px; }
 .scale { display: inline-block; width: 120px; height: 12px; border-radius: 3px; vertical-align: middle; margin: 0 6px; }
 """
