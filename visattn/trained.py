@@ -99,19 +99,11 @@ def trained_weights(model: torch.nn.Module, trained: Trained) -> Iterator[None]:
     """
     heads = trained.about.get("heads")
     with nullcontext() if heads is None else convert_heads(model, **heads):
-        new = _new_weights(model, trained)
-        parameters = dict(model.named_parameters())
-        kept = {name: parameters[name].detach().clone() for name in new}
-        _write(parameters, new)
+        undo = write_trained(model, trained)
         try:
             yield
         finally:
-            _write(parameters, kept)
-    undo = write_trained(model, trained)
-    try:
-        yield
-    finally:
-        undo()
+            undo()
 
 
 def write_trained(model: torch.nn.Module, trained: Trained) -> Callable[[], None]:
