@@ -20,29 +20,30 @@ from visattn.models.swap.runtime import is_swapped
 from visattn.offsets import offsets_of
 from visattn.patterns import Neighborhood
 
+NARROW = {"embed_dim": 96, "num_heads": 3}
 # Two blocks each, on a grid of 6 x 6 patches or near it.
 TOKENS = {
     "vit_tiny_patch16_224": {"img_size": 96},
     "deit_tiny_distilled_patch16_224": {"img_size": 96},
     "deit3_small_patch16_224": {"img_size": 96},
     "vit_small_patch14_reg4_dinov2": {"img_size": 98},
-    "vit_base_patch32_clip_224": {"img_size": 192},
-    "vit_base_patch16_siglip_224": {"img_size": 96},
+    "vit_base_patch32_clip_224": {"img_size": 192, **NARROW},
+    "vit_base_patch16_siglip_224": {"img_size": 96, **NARROW},
     "vit_tiny_r_s16_p8_224": {"img_size": 192},
     "vitamin_small_224": {"img_size": 96},
-    "aimv2_large_patch14_224": {"img_size": 84},
+    "aimv2_large_patch14_224": {"img_size": 84, **NARROW},
     "eva02_tiny_patch14_224": {"img_size": 98},
-    "eva_large_patch14_196": {"img_size": 98},
+    "eva_large_patch14_196": {"img_size": 98, **NARROW},
     "vit_small_patch16_dinov3": {"img_size": 96},
     "vit_small_patch16_rope_224": {"img_size": 96},
-    "vit_base_patch16_rope_mixed_224": {"img_size": 96},
+    "vit_base_patch16_rope_mixed_224": {"img_size": 96, **NARROW},
     "vit_pe_core_tiny_patch16_384": {"img_size": 96},
-    "beit_base_patch16_224": {"img_size": 96},
-    "beitv2_base_patch16_224": {"img_size": 96},
+    "beit_base_patch16_224": {"img_size": 96, **NARROW},
+    "beitv2_base_patch16_224": {"img_size": 96, **NARROW},
     "naflexvit_base_patch16_gap": {},
     "vit_relpos_small_patch16_224": {"img_size": 96},
-    "vit_relpos_base_patch16_cls_224": {"img_size": 96, "embed_dim": 96, "num_heads": 3},
-    "vit_relpos_base_patch16_clsgap_224": {"img_size": 96, "embed_dim": 96, "num_heads": 3, "rel_pos_type": "bias"},
+    "vit_relpos_base_patch16_cls_224": {"img_size": 96, **NARROW},
+    "vit_relpos_base_patch16_clsgap_224": {"img_size": 96, **NARROW, "rel_pos_type": "bias"},
 }
 SWINS = {
     "swin_tiny_patch4_window7_224": {"img_size": 112, "embed_dim": 32, "num_heads": (1, 2, 4, 8)},
