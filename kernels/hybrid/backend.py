@@ -19,7 +19,7 @@ from visattn.patterns.hybrid.sla import SLA
 from visattn.patterns.hybrid.sla2 import SLA2
 from visattn.patterns.routes import Routes
 from visattn.patterns.tailed import holding
-from visattn.prepare import run_call
+from visattn.prepare import run_like
 from visattn.problem import PRECISIONS, Call, Problem, Support
 
 # Time over that of dense attention's products, by operation count: sums over tokens are memory-bound.
@@ -76,7 +76,7 @@ class HybridBackend(Backend):
             with choosing():
                 choice, odds = _choice(pattern, q, k, call, fused)
         with nullcontext() if choice is None else holding(pattern.front, choice):
-            out, _ = run_call(q, k, v, replace(call, pattern=pattern.front, parameters={}))
+            out, _ = run_like(q, k, v, replace(call, pattern=pattern.front, parameters={}), "auto")
         if fused is not None and out.stride(3) == 1:
             fused.join(pattern, out, q, k, v, layout, call.key_mask, call.scale, choice, call.parameters, odds)
             return out, None
