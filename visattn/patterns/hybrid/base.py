@@ -34,6 +34,7 @@ class HybridPattern(ComposedPattern):
     always: str | None
 
     of_products: ClassVar[bool] = False
+    runs_lists: ClassVar[bool] = True
 
     def put_in_form(self) -> None:
         """Check what all of them have, and give it the form that equal patterns share."""
