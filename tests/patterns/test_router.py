@@ -122,7 +122,6 @@ def test_a_router_that_is_right_has_no_loss():
 @pytest.mark.parametrize(
     "text",
     [
-        "sla(keep=0.3, block=2x3)",
         "sla2(keep=0.3, block=2x3)",
         "vsa(keep=0.3, block=2x3)",
         "gate(by=topk(keep=0.3, block=2x3), dim=6)",
