@@ -72,11 +72,11 @@ class HybridBackend(Backend):
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *call.parameters.values()))
         fused = _kernels(pattern, q) if not learns else None
         choice, routed = None, None
-        kept = isinstance(pattern, VSA) and pattern.every > 1
-        by_means = fused is not None and isinstance(pattern, SLA2 | VSA) and not kept
-        if by_means or pattern.needs_choice:
+        # What is kept from step to step is the front's.
+        asks = pattern if isinstance(pattern, SLA2) or (isinstance(pattern, VSA) and pattern.every == 1) else None
+        if pattern.needs_choice or (asks is not None and fused is not None):
             with choosing():
-                routed = _routed(pattern, q, k, call) if by_means else None
+                routed = None if asks is None or fused is None else _routed(asks, q, k, call)
                 if routed is not None:
                     choice = routed.choice
                 elif pattern.needs_choice:
