@@ -11,7 +11,7 @@ from visattn.dispatch import Backend, choose, overhead
 from visattn.patterns import Gate
 from visattn.patterns.choice.listening import choosing
 from visattn.patterns.tailed import holding
-from visattn.prepare import run_call
+from visattn.prepare import run_like
 from visattn.problem import PRECISIONS, Call, Problem, Support
 
 
@@ -47,7 +47,7 @@ class GateBackend(Backend):
         with choosing():
             choice = pattern.choose(q, k, call.layout, call.key_mask, call.parameters)
         with holding(pattern.by, choice):
-            return run_call(q, k, v, replace(call, pattern=pattern.by, parameters={}))
+            return run_like(q, k, v, replace(call, pattern=pattern.by, parameters={}), "auto")
 
 
 backend = GateBackend()

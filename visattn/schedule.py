@@ -132,7 +132,8 @@ class Schedule:
         if self.precision is None and (self.precise_layers or self.precise_steps or self.precise_last_steps):
             what = "precise_layers, precise_steps and precise_last_steps"
             raise ValueError(f"{what} are what a precision leaves out: pass precision= too")
-        unlisted = [pattern for pattern in self.patterns if not isinstance(pattern, ListedPattern)]
+        lists = [isinstance(p, ListedPattern) or getattr(p, "runs_lists", False) for p in self.patterns]
+        unlisted = [pattern for pattern, listed in zip(self.patterns, lists, strict=True) if not listed]
         if self.precision is not None and unlisted:
             raise ValueError(
                 f"precision={self.precision!r} is for patterns that list key tiles, which {unlisted[0]} does not"

@@ -17,9 +17,9 @@ from visattn.patterns.hybrid.base import HybridPattern
 from visattn.patterns.hybrid.parts import valid_of
 from visattn.patterns.hybrid.sla import SLA
 from visattn.patterns.hybrid.sla2 import SLA2
-from visattn.patterns.routes import Routes
+from visattn.patterns.hybrid.vsa import VSA
 from visattn.patterns.tailed import holding
-from visattn.prepare import run_call
+from visattn.prepare import run_like
 from visattn.problem import PRECISIONS, Call, Problem, Support
 
 # Time over that of dense attention's products, by operation count: sums over tokens are memory-bound.
@@ -71,14 +71,20 @@ class HybridBackend(Backend):
                 return _soft(q, k, v, call, pattern), None
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *call.parameters.values()))
         fused = _kernels(pattern, q) if not learns else None
-        choice, odds = None, None
-        if pattern.needs_choice:
+        choice, routed = None, None
+        # What is kept from step to step is the front's.
+        asks = pattern if isinstance(pattern, SLA2) or (isinstance(pattern, VSA) and pattern.every == 1) else None
+        if pattern.needs_choice or (asks is not None and fused is not None):
             with choosing():
-                choice, odds = _choice(pattern, q, k, call, fused)
+                routed = None if asks is None or fused is None else _routed(asks, q, k, call)
+                if routed is not None:
+                    choice = routed.choice
+                elif pattern.needs_choice:
+                    choice = pattern.choose(q, k, layout, call.key_mask, call.scale, call.parameters)
         with nullcontext() if choice is None else holding(pattern.front, choice):
-            out, _ = run_call(q, k, v, replace(call, pattern=pattern.front, parameters={}))
+            out, _ = run_like(q, k, v, replace(call, pattern=pattern.front, parameters={}), "auto")
         if fused is not None and out.stride(3) == 1:
-            fused.join(pattern, out, q, k, v, layout, call.key_mask, call.scale, choice, call.parameters, odds)
+            fused.join(pattern, out, q, k, v, layout, call.key_mask, call.scale, choice, call.parameters, routed)
             return out, None
         at = inner(layout)
         with switched_off(q.device):
@@ -122,18 +128,11 @@ def _kernels(pattern: HybridPattern, q: torch.Tensor) -> Any:
     return run if run.runs(pattern, q.dtype, q.shape[3]) else None
 
 
-def _choice(
-    pattern: HybridPattern, q: torch.Tensor, k: torch.Tensor, call: Call, fused: Any
-) -> tuple[Routes, torch.Tensor | None]:
-    """The lists, and the odds of a router's mass on them where kernels have found both."""
-    given = q, k, call.layout, call.key_mask, call.scale, call.parameters
-    if fused is not None and isinstance(pattern, SLA2):
-        from visattn.kernels.triton.hybrid.router import routed
+def _routed(pattern: SLA2 | VSA, q: torch.Tensor, k: torch.Tensor, call: Call) -> Any:
+    """What the router finds by kernels, None where torch's operators choose."""
+    from visattn.kernels.triton.hybrid.router import routed
 
-        found = routed(pattern, *given)
-        if found is not None:
-            return found.choice, found.odds
-    return pattern.choose(*given), None
+    return routed(pattern, q, k, call.layout, call.key_mask, call.scale, call.parameters)
 
 
 def _soft(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, pattern: SLA2) -> torch.Tensor:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
+from scripts.bench.dynamic_gpu import host_us
+from scripts.bench.eightbit_gpu import kernels_us
 from scripts.bench.gpu import DIM, HEADS, compared, dense_by, in_turns
 from scripts.gpu_common import measure_cases, versions
 from visattn import Layout, attention, parse
@@ -91,6 +93,8 @@ def measured(name: str, backward: bool) -> dict[str, Any]:
                 attention, q, k, v, pattern.front, layout, backend="triton", precision=precision
             )
         result["ms"] = in_turns(runs)
+        result["host_us"] = host_us(runs["ours"])
+        result["kernels_us"] = kernels_us(runs["ours"])
     result["times_cudnn"] = {who: result["ms"]["cudnn"] / ms for who, ms in result["ms"].items() if who != "cudnn"}
     result["by_torch"] = compared_to_torch(pattern, inputs, layout, parameters)
     if backward:

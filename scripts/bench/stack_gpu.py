@@ -23,24 +23,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from scripts.bench.gpu import median_ms
 from scripts.bench.stack_models import Attend, Flux, Wan, dense, turns
 from scripts.gpu_common import compile_first, versions
-from visattn import Layout, attention
+from visattn import Layout, attention, parse
 
 MODELS = {"flux": Flux, "wan": Wan}
 DENSE = "dense"
 
 
-def sparse(pattern: str, layout: Layout) -> Attend:
-    """Attention along a pattern."""
-    return lambda q, k, v: attention(q, k, v, pattern, layout, backend="triton")
+def sparse(pattern: str, layout: Layout, heads: int, head_dim: int) -> Attend:
+    """Attention along a pattern, whose learnable parameters are where training starts."""
+    text, _, precision = pattern.partition(" in ")
+    made = parse(text)
+    # Lists run on one engine; what is learned is added by its own.
+    backend = "auto" if made.learnable else "triton"
+    learned = {n: p.cuda() for n, p in made.initial_parameters(heads, head_dim, layout.grid).items()}
+    how: dict[str, Any] = {"backend": backend, "parameters": learned or None, "precision": precision or None}
+    return lambda q, k, v: attention(q, k, v, made, layout, **how)
 
 
-def cases(only: str, chosen: str) -> list[tuple[str, tuple[int, ...], str, bool]]:
+def cases(only: str, chosen: str, also: list[str]) -> list[tuple[str, tuple[int, ...], str, bool]]:
     """Model, grid, pattern, and whether it is compiled."""
     found = []
     for name, kind in MODELS.items():
-        for grid, pattern, compiled in itertools.product(kind.grids, (DENSE, *kind.patterns), (False, True)):
+        for grid, pattern, compiled in itertools.product(kind.grids, (DENSE, *kind.patterns, *also), (False, True)):
             found.append((name, grid, pattern, compiled))
-    return [case for case in found if only in case[0] and (case[2] == DENSE or chosen in case[2])]
+    return [case for case in found if only in case[0] and (case[2] in (DENSE, *also) or chosen in case[2])]
 
 
 def stack_of(name: str, grid: tuple[int, ...], pattern: str, compiled: bool) -> tuple[Any, tuple[Any, ...]]:
@@ -55,12 +61,13 @@ def stack_of(name: str, grid: tuple[int, ...], pattern: str, compiled: bool) -> 
         text = torch.randn(1, kind.text, kind.hidden, dtype=torch.bfloat16)
         vector = torch.randn(1, kind.hidden, dtype=torch.bfloat16)
         turn = turns(layout.length, kind.hidden // kind.heads, "cuda")
+        attend = dense if pattern == DENSE else sparse(pattern, layout, kind.heads, kind.hidden // kind.heads)
     if compiled:
         torch._dynamo.reset()
         for block in model.modules():
             if type(block).__name__.endswith("Block"):
                 block.compile(fullgraph=True, dynamic=False)
-    return model, (x, text, vector, turn, dense if pattern == DENSE else sparse(pattern, layout))
+    return model, (x, text, vector, turn, attend)
 
 
 def measure(name: str, grid: tuple[int, ...], pattern: str, compiled: bool, once: bool) -> dict[str, float]:
@@ -88,12 +95,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--pattern", default="", help="patterns whose text contains this, beside dense")
+    parser.add_argument("--also", nargs="*", default=[], help="more patterns, like 'sla2(keep=0.05)' or 'sla in fp8'")
     parser.add_argument("--grid", default="", help="grids like 21x45x80 alone")
     parser.add_argument("--compiled", action="store_true", help="compiled blocks alone")
     parser.add_argument("--out")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    todo = [case for case in cases(chosen.only, chosen.pattern) if case[3] or not chosen.compiled]
+    todo = [case for case in cases(chosen.only, chosen.pattern, chosen.also) if case[3] or not chosen.compiled]
     todo = [case for case in todo if not chosen.grid or "x".join(map(str, case[1])) == chosen.grid]
     if chosen.compile:
         index, of = map(int, chosen.compile.split("/"))

@@ -122,7 +122,6 @@ def test_a_router_that_is_right_has_no_loss():
 @pytest.mark.parametrize(
     "text",
     [
-        "sla(keep=0.3, block=2x3)",
         "sla2(keep=0.3, block=2x3)",
         "vsa(keep=0.3, block=2x3)",
         "gate(by=topk(keep=0.3, block=2x3), dim=6)",
@@ -154,3 +153,18 @@ def test_patched_models_train_and_keep_what_is_learned(text, tmp_path):
         torch.testing.assert_close(tiny_models.run(model, inputs), changed)
         site = handle.report().sites[0]
         assert 0 < site.density < 1 and 0 < site.caught.mean < 1
+
+
+def test_the_softmax_branch_of_a_patched_model_in_8_bits():
+    pytest.importorskip("diffusers")
+    from tests.support import tiny_models
+
+    model, inputs = tiny_models.flux(single=1)
+    found = []
+    for precision in (None, "int8"):
+        with torch.no_grad(), visattn.apply(model, "sla2(keep=0.3, block=2x3)", precision=precision) as handle:
+            found.append(tiny_models.run(model, inputs))
+            assert all(call.problem.precision == precision for site in handle.report().sites for call in site.calls)
+    assert 0 < (found[1] - found[0]).norm() < 0.05 * found[0].norm()
+    with pytest.raises(ValueError, match="for patterns that list key tiles, which mala does not"):
+        visattn.apply(model, "mala", precision="int8")

@@ -97,6 +97,15 @@ def test_lists_are_kept_for_so_many_steps_for_each_module_and_half(made, told, e
     assert not torch.equal(told[0], told[SITES])
 
 
+@pytest.mark.parametrize("name", ["sla", "vsa"])
+def test_lists_of_a_softmax_branch_are_kept_too(made, name):
+    model, inputs = tiny_models.wan()
+    pipe = Pipe(model)
+    with visattn.apply(pipe, f"{name}(keep=0.3, block=1x2x2, every=2, drift=inf)", strict=True):
+        pipe(inputs)
+    assert len(made) == 2 * 2 * SITES
+
+
 def test_lists_are_chosen_again_where_queries_or_keys_drift(made):
     model, inputs = tiny_models.wan()
     pipe = Pipe(model)

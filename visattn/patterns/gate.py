@@ -48,6 +48,7 @@ class Gate(ComposedPattern):
     name: ClassVar[str] = "gate"
     # Its maps are of the channels themselves.
     of_products: ClassVar[bool] = False
+    runs_lists: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         pattern = parse(self.by)

@@ -244,6 +244,8 @@ class ComposedPattern(Pattern):
 
     # Whether its weights are a function of the products q . k, so that extra channels of both can carry a bias.
     of_products: ClassVar[bool] = True
+    # Whether engines for lists run a part of it, so that this part may be in 8 bits.
+    runs_lists: ClassVar[bool] = False
 
     @property
     def inner(self) -> StaticPattern | None:

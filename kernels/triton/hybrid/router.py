@@ -1,4 +1,4 @@
-"""The router of sla2 on a GPU: lists by means behind learned maps, and how much of the router's mass is on them."""
+"""Routers on a GPU: lists by means, behind the learned maps of sla2, and how much of its mass is on them."""
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing.
 # ruff: noqa: ANN001, ANN201
@@ -30,6 +30,7 @@ from visattn.patterns.choice.always import always_on, terms_of
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.listening import tell
 from visattn.patterns.hybrid.sla2 import SLA2
+from visattn.patterns.hybrid.vsa import VSA
 from visattn.patterns.routes import Routes
 
 
@@ -38,11 +39,13 @@ class Routed(NamedTuple):
 
     Attributes:
         choice: The lists.
-        odds: log(m / (1 - m)) of its mass m on what is listed: float32 [B, H, rows], inf where all is.
+        means: Scaled means of queries, and means of keys, before any map.
+        odds: log(m / (1 - m)) of its mass m on what is listed, of `sla2`: float32 [B, H, rows], inf where all is.
     """
 
     choice: Routes
-    odds: torch.Tensor
+    means: tuple[Means, Means]
+    odds: torch.Tensor | None
 
 
 @triton.jit
@@ -91,7 +94,7 @@ def row_odds(
 
 
 def routed(
-    pattern: SLA2,
+    pattern: SLA2 | VSA,
     q: torch.Tensor,
     k: torch.Tensor,
     layout: Layout,
@@ -99,7 +102,7 @@ def routed(
     scale: float,
     parameters: Mapping[str, torch.Tensor],
 ) -> Routed | None:
-    """What the router lists, and the odds of its mass on that; None where no kernel does.
+    """What the router lists, and what else it has found by that; None where no kernel lists.
 
     Arguments as of `HybridPattern.choose`.
     """
@@ -110,16 +113,18 @@ def routed(
     grid = [x if x.stride(3) == 1 else x.contiguous() for x in (q[:, at], k[:, at])]
     mask = None if key_mask is None else key_mask[:, at].contiguous().view(torch.uint8)
     with on(q.device), torch.no_grad():
-        query, key = (
+        query, key = means = tuple(
             part_mean(x, part_tokens(*side, 1, q.device), mask, factor)
             for x, side, factor in zip(grid, blocks.sides, (scale, 1.0), strict=True)
         )
-        if pattern.router == "learned":
+        odds = None
+        if isinstance(pattern, SLA2) and pattern.router == "learned":
             own, each = pattern.own(parameters, q, layout.grid), q.shape[2] // k.shape[2]
             wide = key.mean if each == 1 else key.mean.repeat_interleave(each, 1)
             query = Means(query.mean @ own["route_query"], query.count)
             key = Means(wide @ own["route_key"], key.count)
-        odds = torch.empty(query.mean.shape[:3], dtype=torch.float32, device=q.device)
+        if isinstance(pattern, SLA2):
+            odds = torch.empty(query.mean.shape[:3], dtype=torch.float32, device=q.device)
         width = 1 << (blocks.columns - 1).bit_length()
         warps = next(n for columns, n in ROW_WARPS.items() if width <= columns)
 
@@ -132,7 +137,8 @@ def routed(
             launch_like(row_odds, (blocks.rows, len(q) * some["some"]), given, warps, None)
 
         forced = always_on(terms_of(pattern.always), blocks, q.device)
-        made = listed_by_means(rule, (1, 1), query, key, blocks, forced, mask is not None, weigh)
+        then = None if odds is None else weigh
+        made = listed_by_means(rule, (1, 1), query, key, blocks, forced, mask is not None, then)
     choice = Routes(made.tiles, None)
     tell(choice, blocks)
-    return Routed(choice, odds)
+    return Routed(choice, (means[0], means[1]), odds)

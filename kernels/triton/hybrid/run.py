@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from visattn.kernels.triton.choosing.choose import block_means, part_tokens
+from visattn.kernels.triton.choosing.choose import Means, block_means, part_tokens
 from visattn.kernels.triton.hybrid.gated import add_gated
 from visattn.kernels.triton.hybrid.join import join_states
+from visattn.kernels.triton.hybrid.router import Routed
 from visattn.kernels.triton.hybrid.states import group_states
 from visattn.kernels.triton.linear.attention import power, splitting
 from visattn.kernels.triton.start import launch_like, on
@@ -47,7 +48,7 @@ def join(
     scale: float,
     choice: Routes | None,
     parameters: Mapping[str, torch.Tensor],
-    odds: torch.Tensor | None = None,
+    routed: Routed | None = None,
 ) -> None:
     """Join the second branch to `out`, which has the first.
 
@@ -62,7 +63,7 @@ def join(
         scale: Factor on the logits.
         choice: The lists, where the pattern needs them.
         parameters: What is learned.
-        odds: Of the router's mass on the lists, where they came with it.
+        routed: What a router has found, where the lists came with it.
     """
     at = inner(layout)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -73,7 +74,8 @@ def join(
     own = pattern.own(parameters, q, layout.grid)
     with on(q.device), torch.no_grad():
         if isinstance(pattern, VSA):
-            _add_coarse(grid, pattern.blocks(layout.grid), valid, scale, own)
+            blocks = pattern.blocks(layout.grid)
+            _add_coarse(grid, blocks, valid, _means(grid, blocks, valid, scale, routed), own)
         elif choice is None:
             assert isinstance(pattern, SLA)
             _add_all(grid, valid, pattern.feature, own)
@@ -85,6 +87,7 @@ def join(
             assert isinstance(pattern, SLA2)
             blocks = pattern.blocks(layout.grid)
             listed = choice.mask(0, blocks.columns)
+            odds = None if routed is None else routed.odds
             if odds is None:
                 scores, seen = pattern.router_scores(q, k, layout, key_mask, scale, parameters)
                 odds = pattern.odds(scores, seen, listed.to(scores.dtype), layout, key_mask)
@@ -246,27 +249,34 @@ def _join_blocks(
         _start_join(join_arguments(q[:, :, own], out[:, :, own], *given))
 
 
+def _means(
+    grid: list[torch.Tensor], blocks: Blocks, valid: torch.Tensor | None, scale: float, routed: Routed | None
+) -> tuple[Means, Means]:
+    """Scaled means of queries and means of keys, those of the router where it has listed."""
+    if routed is not None:
+        return routed.means
+    query, key = (block_means(x, *side, valid) for x, side in zip(grid[:2], blocks.sides, strict=True))
+    return Means(scale * query.mean, query.count), key
+
+
 def _add_coarse(
     grid: list[torch.Tensor],
     blocks: Blocks,
     valid: torch.Tensor | None,
-    scale: float,
+    means: tuple[Means, Means],
     own: Mapping[str, torch.Tensor],
 ) -> None:
-    """VSA: attention of means, behind a gate."""
+    """VSA: attention of means, queries scaled, behind a gate."""
     q, k, v, out = grid
-    sides = (blocks.sides[0], blocks.sides[1], blocks.sides[1])
-    (query, _), (key, count), (value, _) = (
-        block_means(x, *side, valid) for x, side in zip((q, k, v), sides, strict=True)
-    )
-    each = q.shape[2] // k.shape[2]
+    (query, _), (key, count) = means
+    value, each = block_means(v, *blocks.sides[1], valid).mean, q.shape[2] // k.shape[2]
     key, value = (x if each == 1 else x.repeat_interleave(each, 1) for x in (key, value))
     mask = blind = None
     if valid is not None:
         mask = count[:, None, None] > 0
         blind = ~mask.any(-1, keepdim=True)
         mask = mask | blind
-    coarse = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    coarse = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=1.0)
     coarse = coarse if blind is None else coarse.masked_fill(blind, 0)
     tokens = part_tokens(*blocks.sides[0], 1, q.device)
     _start_gated(gated_arguments(q, out, coarse, own["gate"], own.get("gate_map"), tokens))

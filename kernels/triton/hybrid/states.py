@@ -15,17 +15,17 @@ import triton.language as tl
 def raised(x, has_f, FEATURE: tl.constexpr):
     """Features of tokens [ROWS, F] in float32, 0 where there is no channel, and what divides them [ROWS]."""
     x = x.to(tl.float32)
+    norm = tl.full([x.shape[0]], 1.0, tl.float32)
     if FEATURE == "softmax":
         shown = tl.where(has_f[None, :], x, float("-inf"))
         x = tl.exp(shown - tl.max(shown, 1)[:, None])
-        return x, tl.sum(x, 1)
-    if FEATURE == "elu":
+        norm = tl.sum(x, 1)
+    elif FEATURE == "elu":
         # The exponential is of min(x, 0), so that the branch not taken cannot overflow.
         x = tl.where(x > 0.0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
-    if FEATURE == "relu":
+    else:
         x = tl.maximum(x, 0.0)
-    x = tl.where(has_f[None, :], x, 0.0)
-    return x, tl.full([x.shape[0]], 1.0, tl.float32)
+    return tl.where(has_f[None, :], x, 0.0), norm
 
 
 @triton.jit

@@ -34,6 +34,7 @@ class HybridPattern(ComposedPattern):
     always: str | None
 
     of_products: ClassVar[bool] = False
+    runs_lists: ClassVar[bool] = True
 
     def put_in_form(self) -> None:
         """Check what all of them have, and give it the form that equal patterns share."""
@@ -131,9 +132,12 @@ class HybridPattern(ComposedPattern):
         self, parameters: Mapping[str, torch.Tensor], q: torch.Tensor, grid: tuple[int, ...]
     ) -> dict[str, torch.Tensor]:
         """All parameters, in float32 at least and on the device of q; missing ones as they are at first."""
+        heads, head_dim = q.shape[2], q.shape[3]
+        names = self.parameter_shapes(heads, head_dim, grid)
+        missing = not parameters.keys() >= names.keys()
+        found = (self.initial_parameters(heads, head_dim, grid) if missing else {}) | dict(parameters)
         wide = torch.promote_types(q.dtype, torch.float32)
-        initial = self.initial_parameters(q.shape[2], q.shape[3], grid)
-        return {name: parameters.get(name, value).to(q.device, wide) for name, value in initial.items()}
+        return {name: found[name].to(q.device, wide) for name in names}
 
     # A share of 1.0 is all blocks and a count of 1 is one: numbers that are equal, patterns that are not.
     def __eq__(self, other: object) -> bool:

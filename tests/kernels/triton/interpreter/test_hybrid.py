@@ -68,6 +68,12 @@ def test_the_router_by_kernels(text, layout, masked, monkeypatch):
     listed = found.choice.mask(0, blocks.columns)
     assert torch.equal(listed, choice.mask(0, blocks.columns))
     odds = pattern.odds(scores, seen, listed.to(scores.dtype), layout, mask)
+    assert torch.equal(
+        found.means[1].mean,
+        choose.block_means(
+            k[:, inner(layout)], *blocks.sides[1], None if mask is None else mask[:, inner(layout)]
+        ).mean,
+    )
     torch.testing.assert_close(found.odds, odds, atol=1e-4, rtol=1e-4)
 
 
