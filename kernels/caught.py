@@ -7,7 +7,17 @@ import torch
 from visattn.kernels.heads import best_patterns
 from visattn.kernels.rows import attention_rows, sampled_rows, visible_rows
 from visattn.layout import Layout
-from visattn.patterns import Best, DynamicPattern, Gate, Gated, ListedPattern, OrderedPattern, Pattern, PerHead
+from visattn.patterns import (
+    Best,
+    DynamicPattern,
+    Gate,
+    Gated,
+    HybridPattern,
+    ListedPattern,
+    OrderedPattern,
+    Pattern,
+    PerHead,
+)
 from visattn.patterns.choice.blocks import inner, token_blocks
 from visattn.patterns.tailed import holding
 from visattn.problem import Call
@@ -26,7 +36,8 @@ def caught_mass(watched: Watched, layout: Layout, some: slice, rows: int) -> tor
     pattern = watched.pattern
     while isinstance(pattern, Gated):
         pattern = pattern.of
-    if pattern.covers(layout.grid) or not isinstance(pattern, ListedPattern | OrderedPattern | PerHead | Best | Gate):
+    lists = ListedPattern | OrderedPattern | PerHead | Best | Gate | HybridPattern
+    if pattern.covers(layout.grid) or not isinstance(pattern, lists):
         return None
     q, k, v = (t[some] for t in (watched.q, watched.k, watched.v))
     mask = None if watched.key_mask is None else watched.key_mask[some]
@@ -65,6 +76,10 @@ def _seen(
     if isinstance(pattern, Gate):
         with holding(pattern.by, pattern.choose(q, k, layout, mask, watched.parameters)):
             return _seen(pattern.by, q, k, v, layout, rows, watched, mask)
+    if isinstance(pattern, HybridPattern):
+        choice = pattern.choose(q, k, layout, mask, watched.scale, watched.parameters)
+        with holding(pattern.front, choice):
+            return _seen(pattern.front, q, k, v, layout, rows, watched, mask)
     if isinstance(pattern, PerHead | Best):
         parts = [_seen(each, q, k, v, layout, rows, watched, mask) for each in pattern.patterns]
         whole = torch.stack([each.expand(*q.shape[:1], q.shape[2], len(rows), layout.length) for each in parts])

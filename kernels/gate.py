@@ -12,13 +12,15 @@ from visattn.patterns import Gate
 from visattn.patterns.choice.listening import choosing
 from visattn.patterns.tailed import holding
 from visattn.prepare import run_call
-from visattn.problem import Call, Problem, Support
+from visattn.problem import PRECISIONS, Call, Problem, Support
 
 
 class GateBackend(Backend):
     """Runs gates, by the backends that run the pattern that picks."""
 
     name: ClassVar[str] = "gate"
+    # Of the backend that runs the lists, which is asked in turn.
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
 
     def available(self) -> Support:
         """Always: other backends do the work."""

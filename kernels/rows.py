@@ -14,6 +14,8 @@ from visattn.autocast import switched_off
 from visattn.checks import check_call, factor
 from visattn.kernels.agent.attention import pool_queries
 from visattn.kernels.clipped import clipped
+from visattn.kernels.hybrid.rows import hybrid_rows
+from visattn.kernels.linear.causal import causal_factors
 from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
 from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights
@@ -25,7 +27,9 @@ from visattn.patterns import (
     Clipped,
     DynamicPattern,
     Flow,
+    Gate,
     Gated,
+    HybridPattern,
     Linear,
     ListedPattern,
     Mala,
@@ -41,6 +45,7 @@ from visattn.patterns import (
 )
 from visattn.patterns.choice.blocks import token_blocks
 from visattn.patterns.kinds import with_pooled_keys
+from visattn.patterns.tailed import holding
 from visattn.plans import TilePlan, plan, with_routes
 from visattn.problem import Call
 
@@ -112,6 +117,11 @@ def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> 
         return _sparse_linear(q, k, pattern, call, index)
     if isinstance(pattern, DynamicPattern) and not pattern.of_products:
         raise ValueError(f"{pattern} adds something to its output that is no weight of a token: rest=mean has rows")
+    if isinstance(pattern, HybridPattern):
+        return hybrid_rows(q, k, call, index, lambda own: _rows(q, k, own, index))
+    if isinstance(pattern, Gate):
+        with holding(pattern.by, pattern.choose(q, k, call.layout, call.key_mask, call.parameters)):
+            return _rows(q, k, replace(call, pattern=pattern.by, parameters={}), index)
     if isinstance(pattern, Wrapped):
         return _wrapped(q, k, pattern, call, index)
     if isinstance(pattern, PerHead):
@@ -170,6 +180,8 @@ def _linear(
 ) -> torch.Tensor:
     mapped_q, mapped_k = features(q, k, feature, call.parameters, call.key_mask)
     weights = _products(mapped_q[:, rows], mapped_k)
+    if isinstance(call.pattern, Linear) and call.pattern.causal:
+        weights = weights * causal_factors(call.pattern, call.layout, q.shape[2], rows, weights)
     if hidden is not None:
         weights = weights * hidden
     total = weights.sum(-1, keepdim=True)

@@ -7,4 +7,5 @@ install_extras dev
 if ! "$PY" -c "import natten" 2>/dev/null && [ ! -e "$venv/.no-natten" ]; then
     "$PY" -m pip install --quiet --disable-pip-version-check --no-build-isolation natten || touch "$venv/.no-natten"
 fi
-"$PY" -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow" "$@"
+# tests/conftest.py has the order of the files.
+"$PY" -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not slow" "$@"

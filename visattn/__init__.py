@@ -13,7 +13,7 @@ from visattn.discovery import install as _install
 from visattn.version import __version__
 
 if TYPE_CHECKING:
-    from visattn import patterns
+    from visattn import maps, patterns
     from visattn.attend import attention, backends, explain
     from visattn.chosen import tile_choice
     from visattn.clients.transformers.named import register
@@ -49,6 +49,7 @@ __all__ = [
     "dense_mask",
     "explain",
     "guide",
+    "maps",
     "parse",
     "patterns",
     "plan",
@@ -94,8 +95,8 @@ def __getattr__(name: str) -> Any:
         "register_pattern": "visattn.doors",
         "tile_choice": "visattn.chosen",
     }
-    if name == "patterns":
-        return importlib.import_module("visattn.patterns")
+    if name in ("maps", "patterns"):
+        return importlib.import_module(f"visattn.{name}")
     if name not in homes:
         raise AttributeError(f"module 'visattn' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(homes[name]), name)

@@ -13,7 +13,7 @@ import torch
 from visattn.attend import attention, explain
 from visattn.dispatch import BACKENDS, load
 from visattn.layout import Layout
-from visattn.patterns import ListedPattern, parse
+from visattn.patterns import ListedPattern, Neighborhood, parse
 from visattn.plans import plan
 from visattn.problem import Problem
 from visattn.timing import Timing, interleave, time_once
@@ -28,7 +28,7 @@ class Case:
 
     Attributes:
         pattern: A pattern's text.
-        layout: The tokens.
+        layout: The tokens; keys are elsewhere where its key layout says so.
         batch: Batch size.
         heads: Heads.
         dim: Channels per head.
@@ -48,6 +48,13 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.pattern} on {self.layout}"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether torch's causal mask is the one that its pattern is a part of: on a line, and alone there."""
+        pattern, layout = parse(self.pattern), self.layout
+        alone = layout.dims == 1 and layout.key_layout is None and layout.length == layout.tokens
+        return alone and isinstance(pattern, Neighborhood) and pattern.causal is True
 
 
 # Patterns and grids by name; the other options of a case come from the command line.
@@ -135,7 +142,7 @@ def backend_names(text: str) -> tuple[str, ...]:
 
 def check_case(case: Case) -> None:
     """Raise a ValueError if a case cannot be, before any is timed."""
-    parse(case.pattern).check(case.layout.grid)
+    parse(case.pattern).check(*case.layout.grids)
     if min(case.batch, case.heads, case.dim) < 1:
         raise ValueError(f"batch {case.batch}, heads {case.heads} and dim {case.dim} must be at least 1")
     if case.dtype not in DTYPES:
@@ -161,6 +168,7 @@ def run_case(case: Case, backends: Sequence[str], *, repeats: int = 5, patience:
     q, k, v, grad = _tensors(case)
     problem = explain(case.pattern, case.layout, q)
     runs, reasons = _contenders(case, backends, (q, k, v, grad), problem.problem)
+    _try(runs, reasons)
     errors = _errors(case, [name for name in runs if name != DENSE], q, k, v)
     timings = _time(runs, reasons, repeats, patience, case.device)
     dense = timings[DENSE].median
@@ -186,7 +194,7 @@ def _contenders(
     problem: Problem,
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """What runs a case once, by backend, and why others cannot."""
-    runs: dict[str, Callable[[], object]] = {DENSE: _dense_run(*tensors)}
+    runs: dict[str, Callable[[], object]] = {DENSE: _dense_run(*tensors, causal=case.is_causal)}
     reasons: dict[str, str] = {}
     for name in backends:
         able = load(name).available()
@@ -198,10 +206,23 @@ def _contenders(
     return runs, reasons
 
 
+def _try(runs: dict[str, Callable[[], object]], reasons: dict[str, str]) -> None:
+    """Run each backend once; one that fails, for lack of memory most often, is left out with its reason."""
+    for name in [name for name in runs if name != DENSE]:
+        try:
+            runs[name]()
+        except (RuntimeError, MemoryError) as error:
+            del runs[name]
+            reasons[name] = f"failed: {str(error).strip().splitlines()[0]}"
+
+
 def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     generator = torch.Generator().manual_seed(0)
-    shape = (case.batch, case.layout.length, case.heads, case.dim)
-    q, k, v, grad = (torch.randn(shape, generator=generator).to(case.device, DTYPES[case.dtype]) for _ in range(4))
+    own, keys = case.layout.length, case.layout.keys.length
+    q, k, v, grad = (
+        torch.randn(case.batch, n, case.heads, case.dim, generator=generator).to(case.device, DTYPES[case.dtype])
+        for n in (own, keys, keys, own)
+    )
     if not case.backward:
         return q, k, v, None
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
@@ -216,12 +237,14 @@ def _run(
     return _with_gradients(call, (q, k, v), grad)
 
 
-def _dense_run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor | None) -> Callable[[], object]:
+def _dense_run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor | None, causal: bool = False
+) -> Callable[[], object]:
     """Plain SDPA in the memory order that it likes best: heads before tokens."""
     q, k, v = (t.detach().transpose(1, 2).contiguous().requires_grad_(grad is not None) for t in (q, k, v))
 
     def call() -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     return _with_gradients(call, (q, k, v), None if grad is None else grad.transpose(1, 2).contiguous())
 

@@ -150,7 +150,8 @@ class Handle:
         """Call `watcher(watched)` after every attention call of a patched module; None stops that.
 
         It sees calls that ran a pattern and, in diffusers models, calls of modules that are dense by pattern or
-        schedule; neither fallbacks nor compiled code. `watched.rows(tokens)` gives the attention map that a loss
+        schedule; neither fallbacks nor compiled code. A pattern that lists everything, like topk(keep=1.0), shows a
+        model's own dense attention. `watched.rows(tokens)` gives the attention map that a loss
         compares with a teacher's.
         """
         for i, patch in enumerate(self._patches):

@@ -51,7 +51,6 @@ def tells(pattern: Pattern) -> bool:
     """Whether what a pattern lists is known only when it has chosen, and told then."""
     if isinstance(pattern, Wrapped):
         return tells(pattern.of)
-    return isinstance(pattern, DynamicPattern | HeadsPattern | OrderedPattern | Gate)
     return isinstance(pattern, DynamicPattern | HeadsPattern | OrderedPattern | Gate | HybridPattern)
 
 

@@ -19,7 +19,7 @@ class Watched(NamedTuple):
         q: Queries [B, S, H, D].
         k: Keys [B, S, Hkv, D].
         v: Values [B, S, Hkv, D].
-        out: What the call returned [B, S, H, D].
+        out: What the call returned [B, S, H, D]; changed in place without gradients, the model goes on with the change.
         pattern: What it ran: the module's pattern, or dense where a schedule keeps it dense.
         layouts: Where the tokens sit; one for each sample where samples differ.
         scale: Factor on the logits.
@@ -61,6 +61,12 @@ class Watched(NamedTuple):
                 for at, layout in zip(samples, self.layouts, strict=True)
             ]
         )
+
+    def sampled(self, number: int) -> torch.Tensor:
+        """At most so many tokens of the first layout's grid, evenly spaced [R]."""
+        from visattn.kernels.rows import sampled_rows
+
+        return sampled_rows(self.layouts[0], number, self.q.device)
 
     def caught(self, rows: int) -> list[torch.Tensor]:
         """Share of the exact attention on what the pattern lists, of at most so many queries of the grid.

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from visattn.dispatch import BACKENDS, Backend, cheapest, overhead, unlisted, visited_pairs, wall
-from visattn.kernels.fa4 import package
+from visattn.kernels.fa4 import chosen, package
 from visattn.kernels.fa4.blocks import Blocks, blocks, patterns_of, same_tiles, tile_plan
 from visattn.kernels.fa4.trial import Kernel, fault, wrong
 from visattn.kernels.fa4.words import Bits, packs
 from visattn.kernels.second_order import lists_with_formula
 from visattn.layout import Layout
-from visattn.patterns import ListedPattern, Pattern, PerHead
+from visattn.patterns import DynamicPattern, ListedPattern, Pattern, PerHead
 from visattn.plans import TilePlan
 from visattn.problem import Call, Problem, Support, sees_all
 from visattn.tiling import Tiling
@@ -62,7 +62,10 @@ class FlashAttention4(Backend):
         tokens = max(1, problem.batch) * problem.heads * problem.layout.length
         copies = (moved + _moved(plans[0][1].queries)) * (2 if problem.grad else 1)
         seconds = copies * tokens * problem.head_dim * problem.dtype.itemsize / COPY_RATE
-        return wall(problem, pairs + overhead(problem, 0, 1e6 * seconds), cpu_ms=0, host_us=HOST_US)
+        host_us, device_us = HOST_US, 1e6 * seconds
+        if isinstance(problem.pattern, DynamicPattern):
+            host_us, device_us = host_us + CHOSEN_US[0], device_us + CHOSEN_US[1]
+        return wall(problem, pairs + overhead(problem, 0, device_us), cpu_ms=0, host_us=host_us)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
@@ -70,7 +73,8 @@ class FlashAttention4(Backend):
         """See `Backend.run`."""
         problem = Problem.of(q, k, v, call)
         made = _blocks(call.pattern, call.layout, q)
-        found = wrong(Kernel.of(q, k, made, problem.grad), q.device, _small)
+        kernel = Kernel.of(q, k, made, problem.grad, isinstance(call.pattern, DynamicPattern))
+        found = wrong(kernel, q.device, _small)
         if found:
             others = (each for each in BACKENDS.usable().values() if each.name != self.name)
             other = cheapest(problem, others)
@@ -93,6 +97,8 @@ class FlashAttention4(Backend):
 RATE, DENSE_RATE = {False: 1.0, True: 1.05}, 1.1
 PARTIAL = {False: 4.0, True: 2.0}
 HOST_US = 200
+# What choosing blocks (docs/results/h200-dynamic.json) and writing their lists (assumed) keep the host and the device.
+CHOSEN_US = (400, 160)
 # Moves of one tensor into tile order or back, read and written: bytes per second of an H100 (as for NATTEN's).
 COPY_RATE = 1.5e12
 
@@ -113,6 +119,9 @@ def _blocks(pattern: Pattern, layout: Layout, q: torch.Tensor) -> Blocks | None:
 def _attend(
     made: Blocks | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if made is not None and isinstance(call.pattern, DynamicPattern):
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        made = chosen.with_choice(made, call.pattern, call.layout, q, k, call.scale, grad)
     if made is None:
         found, reason = package.load()
         assert found is not None, reason
@@ -195,7 +204,9 @@ def _moved(tiling: Tiling) -> bool:
 
 
 def _unlisted(problem: Problem) -> str:
-    """Why the pattern is no list that is known before q and k, empty if it is."""
+    """Why the pattern is no list that is known before q and k, or that blocks of them choose; empty if it is."""
+    if isinstance(problem.pattern, DynamicPattern) and not problem.is_dense:
+        return chosen.refusal(problem.pattern, problem.layout, ROWS.get(package.generation(), 128))
     if not isinstance(problem.pattern, PerHead):
         return unlisted(problem)
     found = (unlisted(replace(problem, pattern=each)) for each in problem.pattern.patterns)

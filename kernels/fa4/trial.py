@@ -18,7 +18,7 @@ from visattn.kernels.fa4.blocks import Blocks
 from visattn.kernels.fa4.words import Packed
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
-from visattn.patterns.masks import dense_mask
+from visattn.patterns.masks import dense_mask, routed_mask
 
 # Relative error from which a result is no matter of rounding; a list that is ignored gives 0.5 and more.
 LIMIT = 0.03
@@ -33,6 +33,8 @@ SMALL = {
     "2 axes": ("na(window=15x15)", Layout((30, 44), suffix=70)),
     "3 axes": ("na(window=5x13x13)", Layout((6, 20, 18), suffix=70)),
     "bits": ("clear(radius=12)", Layout((30, 44), suffix=70)),
+    # Blocks of queries are as large as the kernels' own.
+    "chosen": ("topk(keep=2,block={},key_block=8x16)", Layout((32, 48), suffix=70)),
 }
 # The second pattern of calls in which heads differ; both sides have the same tiles.
 OTHER = {
@@ -67,12 +69,12 @@ class Kernel(NamedTuple):
     grad: bool
 
     @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor, made: Blocks | None, grad: bool) -> Kernel:
-        """The kernels of a call; `made` is None for dense attention."""
+    def of(cls, q: torch.Tensor, k: torch.Tensor, made: Blocks | None, grad: bool, chosen: bool = False) -> Kernel:
+        """The kernels of a call; `made` is None for dense attention, `chosen` says that q and k choose the blocks."""
         form, group = "dense", q.shape[2] // k.shape[2]
         if made is not None:
             axes = {1: "1 axis", 2: "2 axes", 3: "3 axes"}
-            form = axes[made.words.dims] if isinstance(made.words, Packed) else "bits"
+            form = axes[made.words.dims] if isinstance(made.words, Packed) else "chosen" if chosen else "bits"
         by_head = made is not None and made.first is not None
         return cls(form, by_head, q.dtype, q.shape[3], group, q.shape[0] > 1, k.shape[2] > 1, grad)
 
@@ -117,7 +119,7 @@ def _try(kernel: Kernel, device: torch.device, attend: Attend) -> str:
             raise
         except Exception as error:  # A compiler and a package that change fail in many ways.
             return f"{type(error).__name__}: {str(error)[:300]}"
-        seen = _mask(kernel, pattern, layout).to(device)
+        seen = _mask(kernel, pattern, layout, leaves).to(device)
         truth = _results(lambda q, k, v: _dense(q, k, v, seen, 0.3), leaves, weights, kernel.grad)
     for name, a, b in zip(("output", "log-sum-exp", "dq", "dk", "dv"), ours, truth, strict=False):
         off = ((a - b).norm() / b.norm()).item()
@@ -129,6 +131,7 @@ def _try(kernel: Kernel, device: torch.device, attend: Attend) -> str:
 def _problem(kernel: Kernel, device: torch.device) -> tuple[Pattern, Layout, list[torch.Tensor], list[torch.Tensor]]:
     """Pattern, layout, q, k, v and the gradients of output and log-sum-exp; always the same numbers."""
     text, layout = SMALL[kernel.form]
+    text = text.format("16x16" if package.generation() > 9 else "8x16")
     heads = kernel.group * (2 if kernel.heads else 1)
     if kernel.by_head:
         text = f"perhead(heads={{0: {OTHER[kernel.form]}}}, rest={text})"
@@ -156,8 +159,11 @@ def _seen(pattern: Pattern, layout: Layout) -> torch.Tensor:
     return dense_mask(pattern, layout)
 
 
-def _mask(kernel: Kernel, pattern: Pattern, layout: Layout) -> torch.Tensor:
-    """Which keys a query sees: bool [1 or heads, S, S]."""
+def _mask(kernel: Kernel, pattern: Pattern, layout: Layout, leaves: list[torch.Tensor]) -> torch.Tensor:
+    """Which keys a query sees: bool [1 or heads, S, S], of every sample where blocks are chosen."""
+    if kernel.form == "chosen":
+        q, k, _ = (t.detach() for t in leaves)
+        return routed_mask(pattern, layout, q, k, scale=0.3)
     if not kernel.by_head:
         return _seen(pattern, layout)[None]
     number = kernel.group * (2 if kernel.heads else 1)

@@ -1,1 +1,4 @@
-"""Patterns with two branches: whoever runs lists runs one, the other is added."""
+"""Patterns with two branches: whoever runs lists runs one, the other is added.
+
+`rows` has the weights of tokens in the mix of both.
+"""

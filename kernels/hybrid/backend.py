@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from visattn.autocast import switched_off
 from visattn.dispatch import Backend, choose, overhead
+from visattn.kernels.triton.backend import on_gpu
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.listening import choosing
 from visattn.patterns.hybrid.base import HybridPattern
+from visattn.patterns.hybrid.parts import valid_of
+from visattn.patterns.hybrid.sla import SLA
 from visattn.patterns.hybrid.sla2 import SLA2
+from visattn.patterns.routes import Routes
 from visattn.patterns.tailed import holding
 from visattn.prepare import run_call
-from visattn.problem import Call, Problem, Support
+from visattn.problem import PRECISIONS, Call, Problem, Support
 
 # Time over that of dense attention's products, by operation count: sums over tokens are memory-bound.
 RATE = 4.0
@@ -26,6 +30,8 @@ class HybridBackend(Backend):
     """Runs sla, sla2 and vsa, and nothing else; their softmax branch goes to the cheapest other backend."""
 
     name: ClassVar[str] = "hybrid"
+    # Of the softmax branch, which is asked in turn; the other stays in the dtype of q.
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
 
     def available(self) -> Support:
         """Always: other backends do the work."""
@@ -35,6 +41,8 @@ class HybridBackend(Backend):
         """Hybrid patterns without log-sum-exp."""
         if not isinstance(problem.pattern, HybridPattern):
             return Support(False, f"it runs sla, sla2 and vsa only, not {problem.pattern.name}")
+        if problem.precision and isinstance(problem.pattern, SLA2) and problem.pattern.soft:
+            return Support(False, f"soft lists are for training, not for {problem.precision}")
         if problem.lse:
             return Support(False, "a sum of two branches has no log-sum-exp")
         return Support(True)
@@ -61,16 +69,71 @@ class HybridBackend(Backend):
         if isinstance(pattern, SLA2) and pattern.soft:
             with switched_off(q.device):
                 return _soft(q, k, v, call, pattern), None
-        choice = None
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *call.parameters.values()))
+        fused = _kernels(pattern, q) if not learns else None
+        choice, odds = None, None
         if pattern.needs_choice:
             with choosing():
-                choice = pattern.choose(q, k, layout, call.key_mask, call.scale, call.parameters)
+                choice, odds = _choice(pattern, q, k, call, fused)
         with nullcontext() if choice is None else holding(pattern.front, choice):
             out, _ = run_call(q, k, v, replace(call, pattern=pattern.front, parameters={}))
+        if fused is not None and out.stride(3) == 1:
+            fused.join(pattern, out, q, k, v, layout, call.key_mask, call.scale, choice, call.parameters, odds)
+            return out, None
         at = inner(layout)
         with switched_off(q.device):
+            if learns and isinstance(pattern, SLA) and choice is None and _sums(q):
+                return _placed(_learning(pattern, out[:, at], q, k, v, call), out, at), None
             whole = pattern.join(out[:, at], q, k, v, layout, call.key_mask, call.scale, choice, call.parameters)
         return _placed(whole.to(out.dtype), out, at), None
+
+
+def _sums(q: torch.Tensor) -> bool:
+    """Whether kernels sum over all keys, forward and backward."""
+    return on_gpu(q).ok and q.shape[3] <= 256
+
+
+def _learning(
+    pattern: SLA, soft: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+) -> torch.Tensor:
+    """`SLA.join` by the kernels of linear attention, in the dtype of q and with their gradients.
+
+    They add nothing to a denominator, which `LEAST` does to keep it above 0: no more than rounding.
+    """
+    from visattn.kernels.triton.linear.attention import linear_attention
+
+    at, feature = inner(call.layout), pattern.feature
+    q, k, v = (x[:, at] for x in (q, k, v))
+    if feature == "softmax":
+        # Torch sums in float32 whatever it is given.
+        q, k, feature = q.softmax(-1), k.softmax(-1), "given"
+    found = linear_attention(q, k, v, valid_of(call.key_mask, call.layout), feature)
+    own = pattern.own(call.parameters, q, call.layout.grid)
+    return soft + found @ own["weight"].T.to(q.dtype) + own["bias"].to(q.dtype)
+
+
+def _kernels(pattern: HybridPattern, q: torch.Tensor) -> Any:
+    """The kernels of the second branch, None where torch's operators run it."""
+    if not on_gpu(q).ok:
+        return None
+    # Only here, so that listing backends does not import triton.
+    from visattn.kernels.triton.hybrid import run
+
+    return run if run.runs(pattern, q.dtype, q.shape[3]) else None
+
+
+def _choice(
+    pattern: HybridPattern, q: torch.Tensor, k: torch.Tensor, call: Call, fused: Any
+) -> tuple[Routes, torch.Tensor | None]:
+    """The lists, and the odds of a router's mass on them where kernels have found both."""
+    given = q, k, call.layout, call.key_mask, call.scale, call.parameters
+    if fused is not None and isinstance(pattern, SLA2):
+        from visattn.kernels.triton.hybrid.router import routed
+
+        found = routed(pattern, *given)
+        if found is not None:
+            return found.choice, found.odds
+    return pattern.choose(*given), None
 
 
 def _soft(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, pattern: SLA2) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from visattn.dispatch import Backend, overhead
+from visattn.kernels.linear.causal import TILE, causal_attention
 from visattn.kernels.linear.features import elu_plus_one, features, repeated
 from visattn.kernels.linear.flow import flow_attention
 from visattn.kernels.linear.mala import mala_attention
@@ -15,6 +16,9 @@ from visattn.kernels.triton.backend import on_gpu
 from visattn.patterns import Flow, Linear, Mala
 from visattn.patterns.linear import LinearForm, feature_channels
 from visattn.problem import Call, Problem, Support
+
+if TYPE_CHECKING:
+    from visattn.parallel.slabs import Slabs
 
 # Time over that of dense attention's products, by operation count: the sums are memory-bound.
 RATE = 4.0
@@ -44,6 +48,9 @@ class LinearBackend(Backend):
         channels = problem.head_dim
         if isinstance(pattern, Linear):
             channels = feature_channels(pattern.feature, problem.head_dim)
+        if isinstance(pattern, Linear) and pattern.causal:
+            # The products inside tiles, and reading the states of all before.
+            channels += 2 * TILE
         pairs = float(problem.batch * problem.heads) * problem.layout.length * channels
         return RATE * pairs + overhead(problem, cpu_ms=0.3, cuda_us=100)
 
@@ -58,10 +65,28 @@ class LinearBackend(Backend):
             mapped = elu_plus_one(q), elu_plus_one(k)
             return mala_attention(*mapped, v, scale=call.scale, key_mask=call.key_mask), None
         assert isinstance(pattern, Linear)
+        if pattern.causal:
+            mapped = features(q, k, pattern.feature, call.parameters, call.key_mask)
+            return causal_attention(*mapped, v, pattern, call.layout), None
         if on_gpu(q).ok and feature_channels(pattern.feature, q.shape[3]) <= 256:
             return _in_triton(q, k, v, pattern.feature, call), None
         mapped = features(q, k, pattern.feature, call.parameters, call.key_mask)
         return linear_attention(*mapped, v), None
+
+    def on_slabs(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pattern: Linear,
+        slabs: Slabs,
+        rank: int,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Attention of a rank's tokens of a sequence that is cut in slabs, see `linear_on_slabs`."""
+        from visattn.kernels.linear.slabs import linear_on_slabs
+
+        return linear_on_slabs(q, k, v, pattern, slabs, rank, **options)
 
 
 def _in_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature: str, call: Call) -> torch.Tensor:

@@ -52,7 +52,7 @@ def features(
     if feature in ("elu", "relu"):
         q, k = (elu_plus_one(x) if feature == "elu" else widened(x).relu() for x in (q, k))
         k = _shown(k, key_mask)
-        return q / _peak(q, (3,)), k / _peak(k, (1, 3))
+        return q / peak(q, (3,)), k / peak(k, (1, 3))
     maps = parameters.get("query_map"), parameters.get("key_map")
     if maps[1] is not None:
         k = repeated(k, q.shape[2])
@@ -74,7 +74,7 @@ def _at_most_zero(x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(x > 0, 0)
 
 
-def _peak(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+def peak(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """The largest value over some axes, 1 where all are zero."""
     top = x.detach().amax(dims, keepdim=True)
     return top.masked_fill(top == 0, 1)

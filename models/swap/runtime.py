@@ -202,6 +202,9 @@ class Swapped:
         verdict, cells = found
         if verdict.layouts or (masked and not verdict.slower):
             return False
+        if self.run.watcher is not None and verdict.kind == "sparse" and not rpb:
+            # The module's own attention, which is the pattern, shows no call: SDPA computes the same.
+            return False
         self.run.tally.end(cells, None)
         self._note(verdict)
         return True

@@ -16,7 +16,10 @@ from visattn.pipelines.patch.schedulers import running_pipeline
 # How the names of pipelines begin whose sum is c + s (c - u), so that c counts 1 + s times.
 FROM_PROMPT = ("Cosmos2", "CosmosT", "CosmosV", "Kandinsky3", "Krea2", "ZImage")
 # Those that stack [c, u].
-PROMPT_FIRST = ("DiT", "OmniGen", "StableCascade", "Wuerstchen", "ZImage")
+PROMPT_FIRST = ("DiT", "OmniGen", "Pixel", "StableCascade", "Wuerstchen", "ZImage")
+# Packages whose pipelines were read; what others stack first is found out from what they stack.
+READ = ("diffusers", "visattn")
+GENERAL = ("DiffusionPipeline", "ModularPipeline")
 UNCONDITIONAL = "uncond"
 
 
@@ -52,12 +55,11 @@ def read_sum(model: torch.nn.Module, given: Mapping[str, Any], batch: int, conte
         )
     pipeline, frame = found
     names = frame.f_locals
-    name = type(pipeline).__name__
     if context is not None and context.startswith(UNCONDITIONAL):
         return None
     _check(pipeline, names)
     scale = _scale(pipeline, names)
-    from_prompt = name.startswith(FROM_PROMPT)
+    from_prompt = _is_one_of(pipeline, FROM_PROMPT)
     if scale is None or (from_prompt and scale == 0):
         return Sum(1.0)
     factor = scale + 1.0 if from_prompt else scale
@@ -66,13 +68,16 @@ def read_sum(model: torch.nn.Module, given: Mapping[str, Any], batch: int, conte
     latents = names.get("latents")
     samples = len(latents) if isinstance(latents, torch.Tensor | list) else None
     if samples is not None and batch == 2 * samples:
-        return Sum(factor, slice(samples) if name.startswith(PROMPT_FIRST) else slice(samples, None))
+        first = _prompt_first(pipeline, given, names, samples)
+        if first is not None:
+            return Sum(factor, slice(samples) if first else slice(samples, None))
     prompted = _prompted(given, names) if samples in (None, batch) else None
     if prompted is not None:
         return Sum(factor) if prompted else None
     raise ValueError(
-        f"guide: {name} guides with scale {scale:g}, and a call of {type(model).__name__} with {batch} samples does "
-        "not tell which of them have the prompt: run it without classifier-free guidance, or guide another pipeline"
+        f"guide: {type(pipeline).__name__} guides with scale {scale:g}, and a call of {type(model).__name__} with "
+        f"{batch} samples does not tell which of them have the prompt: run it without classifier-free guidance, or "
+        "guide another pipeline"
     )
 
 
@@ -112,6 +117,29 @@ def _scale(pipeline: Any, names: dict[str, Any]) -> float | None:
     if scale is None:
         raise ValueError(f"guide: {type(pipeline).__name__} guides, and does not tell its guidance_scale")
     return float(scale)
+
+
+def _is_one_of(pipeline: Any, names: tuple[str, ...]) -> bool:
+    """Whether a pipeline is of a class with such a name, or of one that was made from it."""
+    return any(kind.__name__.startswith(names) for kind in type(pipeline).__mro__)
+
+
+def _prompt_first(pipeline: Any, given: Mapping[str, Any], names: dict[str, Any], samples: int) -> bool | None:
+    """Whether the first half of a stacked batch has the prompt, None if nothing tells."""
+    known = [kind for kind in type(pipeline).__mro__ if kind.__name__ not in GENERAL]
+    if any(kind.__module__.split(".")[0] in READ and kind.__name__.endswith("Pipeline") for kind in known):
+        return _is_one_of(pipeline, PROMPT_FIRST)
+    stacked = [t for value in given.values() for t in _tensors(value) if t.ndim and len(t) == 2 * samples]
+    found = set()
+    for name, value in names.items():
+        if not (_is_negative(name) or "prompt" in name):
+            continue
+        for tensor in _tensors(value):
+            for both in stacked:
+                at = [half.shape == tensor.shape and torch.equal(half, tensor) for half in both.chunk(2)]
+                if at.count(True) == 1:
+                    found.add(at[0] != _is_negative(name))
+    return found.pop() if len(found) == 1 else None
 
 
 def _prompted(given: Mapping[str, Any], names: dict[str, Any]) -> bool | None:

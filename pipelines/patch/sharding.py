@@ -16,7 +16,7 @@ from visattn.layout import Layout
 from visattn.parallel import Slabs, best_axis
 from visattn.parallel.dense import gathered_slabs
 from visattn.parallel.ulysses import JOINS_HEADS
-from visattn.patterns import ComposedPattern, MergingPattern, Pattern, RoutedPattern
+from visattn.patterns import ComposedPattern, Linear, MergingPattern, Pattern, RoutedPattern
 from visattn.patterns.radial import Radial
 from visattn.pipelines.patch.cuts import CutInputs, CutOutputs, Join, Stand
 from visattn.runtime.run import Run
@@ -196,9 +196,10 @@ def check_pattern(pattern: Pattern, how: str) -> None:
     """Raise a ValueError for patterns that no rank can run on its share."""
     if pattern.learnable or isinstance(pattern, MergingPattern):
         raise ValueError(f"{pattern} under parallel={how!r}: it has parameters or tokens of all heads and ranks")
-    if pattern.joins_heads:
+    if pattern.joins_heads and not (how == "halo" and isinstance(pattern, Linear)):
         raise ValueError(f"{pattern} under parallel={how!r}: {JOINS_HEADS}")
-    if how == "halo" and isinstance(pattern, RoutedPattern | ComposedPattern):
+    composed = isinstance(pattern, ComposedPattern) and not isinstance(pattern, Linear)
+    if how == "halo" and (composed or isinstance(pattern, RoutedPattern)):
         raise ValueError(
             f"{pattern} under parallel='halo': which keys it reads is known only from q and k of every rank: use "
             "parallel='ulysses'"

@@ -20,14 +20,14 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from scripts.bench.gpu import CASES as MAIN_CASES
-from scripts.bench.gpu import Contender, compared, dense_by
+from scripts.bench.gpu import Contender, compared, dense_by, in_turns
 from scripts.gpu_common import compile_first, measure_cases, sampled_error, versions
 from visattn import Layout, attention, parse
 from visattn.dispatch import choose, load, milliseconds
 from visattn.kernels.fa4 import package
 from visattn.kernels.fa4.backend import ROWS, attend_slots
 from visattn.kernels.fa4.blocks import blocks, tile_plan
-from visattn.patterns import ListedPattern
+from visattn.patterns import Dense, DynamicPattern, ListedPattern
 from visattn.problem import Call, Problem
 
 HEADS = 24
@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, Layout, int]] = {
     "radial-wan": (*MAIN_CASES["radial-wan"], 128),
     "dense-16k": (*MAIN_CASES["dense-16k"], 128),
     "clear16-256": (*MAIN_CASES["clear16-256"], 128),
+    "topk10-flat": ("topk(keep=0.1,block=128)", MAIN_CASES["flux-s16"][1], 128),
     "hunyuan-s16": (*MAIN_CASES["hunyuan-s16"], 128),
     "flux-s16-64": (*MAIN_CASES["flux-s16"], 64),
     "dense-16k-64": (*MAIN_CASES["dense-16k"], 64),
@@ -63,7 +64,7 @@ def contenders_of(name: str, inputs: list[torch.Tensor]) -> dict[str, Contender]
     }
     found["cudnn"] = dense_by(SDPBackend.CUDNN_ATTENTION, inputs)
     parsed = parse(pattern)
-    if pattern != "dense":
+    if not isinstance(parsed, Dense | DynamicPattern):
         made = blocks(parsed, layout, 1, ROWS[package.generation()], inputs[0].device)
         slots = [
             side.into(t).contiguous() for side, t in zip((made.queries, made.keys, made.keys), inputs, strict=True)
@@ -71,6 +72,21 @@ def contenders_of(name: str, inputs: list[torch.Tensor]) -> dict[str, Contender]
         alone = lambda q, k, v: attend_slots(made, q, k, v, dim**-0.5)[0]  # noqa: E731
         found["fa4 alone"] = alone, slots
     return found
+
+
+def moves_of(name: str, q: torch.Tensor) -> dict[str, float]:
+    """Milliseconds of moving one tensor into tile order: as it is done, and as rows of a matrix."""
+    pattern, layout, _ = CASES[name]
+    parsed = parse(pattern)
+    token = None
+    if not isinstance(parsed, Dense):
+        token = blocks(parsed, layout, 1, ROWS[package.generation()], q.device).queries.token
+    if token is None:
+        return {}
+    rows = q.flatten(0, 1).flatten(1)
+    ways = {"by axis": lambda: q.index_select(1, token), "by rows": lambda: rows.index_select(0, token)}
+    ways["gathered"] = lambda: rows[token]
+    return in_turns(ways)
 
 
 def case_of(name: str) -> dict[str, Any]:
@@ -81,9 +97,14 @@ def case_of(name: str) -> dict[str, Any]:
     result: dict[str, Any] = {"pattern": pattern, "layout": str(layout), "dim": dim}
     try:
         out = attention(q, k, v, pattern, layout, backend="fa4")
-        result["error"] = sampled_error(q, k, v, out, pattern, layout)
+        if isinstance(parse(pattern), DynamicPattern):
+            theirs = attention(q, k, v, pattern, layout, backend="triton")
+            result["error"] = float((out.float() - theirs.float()).norm() / theirs.float().norm())
+        else:
+            result["error"] = sampled_error(q, k, v, out, pattern, layout)
         assert result["error"] < 1e-2, f"{name} is off by {result['error']}"
         result |= compared(contenders_of(name, inputs))
+        result["moves_ms"] = moves_of(name, q)
     except Exception as error:  # A case that fails is a line of the report.
         return result | {"failed": f"{type(error).__name__}: {error}"[:600]}
     problem = Problem.of(q, k, v, Call(parse(pattern), layout, dim**-0.5))
@@ -99,6 +120,7 @@ def case_of(name: str) -> dict[str, Any]:
     ]
     shape = f"bound {result['tile_bound']:.2f}x, full {result['full_share']:.0%}"
     print(f"{name}: {shape}; times cuDNN forward, backward: {', '.join(ratios)}; auto {result['auto']}", flush=True)
+    print(f"    moves of a tensor: {result['moves_ms']}", flush=True)
     return result
 
 

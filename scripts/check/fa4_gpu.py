@@ -31,6 +31,7 @@ CASES = [
     Case("na(window=5x9x9)", CLIP, dim=128),
     Case("dense", Layout(1500, prefix=5), dim=128),
     Case("na(window=13x13)", JOINT, dim=64),
+    Case("topk(keep=0.2,block=8x16)", Layout((48, 64), prefix=7, suffix=130), dim=128, kv_heads=2),
     Case("perhead(heads={0: na(window=25x25), 2: dense}, rest=na(window=9x9))", JOINT, dim=128),
     Case("radial(decay=0.5)", Layout((8, 16, 16)), dim=128),
     Case("na(window=300)", Layout(1333, suffix=70), dim=128),
@@ -44,6 +45,7 @@ CASES = [
     Case("na(window=13x13,circular=0x1)", Layout((36, 72), 3), dim=64),
     Case("perhead(heads={1: clear(radius=5)}, rest=na(window=9x9))", JOINT, dim=64),
     Case("radial(decay=0.2)", Layout((6, 15, 20), prefix=20), dim=64),
+    Case("topp(p=0.5,block=128)", Layout((32, 40), suffix=130), dim=64),
 ]
 
 

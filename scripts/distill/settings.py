@@ -140,7 +140,7 @@ class RunConfig:
                 f"--pattern {self.pattern!r} is what the teacher has: name a sparse or linear one, or "
                 "na(window=-1), which is dense, with --query-heads"
             )
-        rowless = [str(p) for p in patterns if not isinstance(p, Dense | Linear | Agent)]
+        rowless = [str(p) for p in patterns if not isinstance(p, Dense | Linear | Agent) or getattr(p, "causal", False)]
         if getattr(self, "maps", 0) and rowless:
             raise ValueError(f"--maps needs weights that are positive everywhere: linear or agent, not {rowless[0]}")
 

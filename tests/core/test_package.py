@@ -50,7 +50,7 @@ def test_every_public_name_resolves():
 def test_no_submodule_hides_a_public_name():
     # Importing a submodule binds its name in the package, so one called `plan` would replace the function.
     submodules = {module.name for module in pkgutil.iter_modules(visattn.__path__)}
-    assert submodules & set(visattn.__all__) == {"patterns"}
+    assert submodules & set(visattn.__all__) == {"maps", "patterns"}
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -14,6 +14,7 @@ MODELS = {
     "wan": (tiny_models.wan, "na(window=3x3x3)", {}),
     "wan, a layer and a step dense": (tiny_models.wan, "na(window=3x3x3)", {"dense_layers": 1}),
     "wan, one layer selected": (tiny_models.wan, "radial(block=4)", {"layers": 1}),
+    "wan, states": (tiny_models.wan, "linear(causal=1x0x0, decay=0.5)", {}),
     "flux": (lambda: tiny_models.flux(text=5), "na(window=3x3, dilation=1x2)", {}),
     "flux, reference image": (lambda: tiny_models.flux(text=5, reference=(2, 3)), "clear(radius=2)", {}),
     "flux2": (tiny_models.flux2, "halo(block=2x2, halo=1)", {}),

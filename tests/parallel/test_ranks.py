@@ -139,6 +139,26 @@ def test_halo_equals_one_process_and_moves_what_the_mask_needs(ranks, case):
     assert sum(one.sent for one in moved) == sum(one.received for one in moved)
 
 
+STATES = [
+    ("linear", Layout((5, 6), prefix=2, suffix=1), 0, (2, 3)),
+    ("linear(feature=relu)", Layout((4, 5)), 1, (2, 3)),
+    ("linear(causal=1x0x0, decay=heads)", Layout((7, 3, 2), prefix=2), 0, (2, 1, 4)),
+    ("linear(causal=1x0, decay=0.3)", Layout((6, 5), suffix=2), 1, (3, 2)),
+    ("linear(causal=true)", Layout((40,), prefix=1), 0, (9, 20, 11)),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", STATES, ids=lambda case: case[0])
+def test_states_of_linear_attention_are_all_that_travels(ranks, case, masked):
+    slabs, moved = compare(ranks, "halo", *case, masked=masked)
+    # A number of states, each of the features x (channels and the sum of weights), and the peak of the features.
+    causal = parse(case[0]).causal_axis(slabs.layout.grid)
+    states = 1 if causal is None else 2 if causal == slabs.axis else slabs.layout.grid[causal]
+    size = 2 * 4 * states * (8 * 9 + 1) * 8 * (slabs.ranks - 1)
+    assert all(one.sent == one.received == size for one in moved)
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[12], CASES[14]], ids=lambda case: case[0])
 def test_masked_keys_stay_masked_on_every_rank(ranks, case):
     compare(ranks, "halo", *case, heads=3, kv_heads=3, masked=True)
@@ -181,7 +201,8 @@ def test_what_slabs_cannot_run_is_refused_with_the_reason(ranks):
     grid = Layout((6, 6))
     for pattern, why in (
         ("topk(keep=0.5, block=2x2)", "computed from q and k"),
-        ("linear", "composition whose parts read tokens of every rank"),
+        ("mala", "composition whose parts read tokens of every rank"),
+        ("linear(feature=hedgehog)", "its feature map has parameters"),
         ("clear(radius=2, pool=3)", "pooled keys are means of cells"),
         ("clear(radius=4, circular=1x0)", "goes around the ring"),
     ):
@@ -305,7 +326,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(ranks):
         ("hunyuan_video", "na(window=3x3x3)", "halo", "no _cp_plan"),
         ("ltx2", "na(window=3x3x3)", "ulysses", "a second stream"),
         ("wan", "topk(keep=0.5, block=2x2x2)", "halo", "use parallel='ulysses'"),
-        ("wan", "linear", "halo", "use parallel='ulysses'"),
+        ("wan", "mala", "halo", "use parallel='ulysses'"),
         ("wan", "routing(regions=2, topk=1)", "ulysses", "depends on the other heads"),
     ):
         assert all(why in text for text in ranks.run(2, models.refused, build, pattern, how)), build

@@ -161,7 +161,12 @@ KINDS = STATIC | {
         shortcut=REAL,
         seed=st.integers(0, 2**63),
     ),
-    Linear: made(Linear, feature=WORDS),
+    Linear: made(
+        Linear,
+        feature=WORDS,
+        causal=st.sampled_from([False, (True,), (True, False), (False, True, False)]),
+        decay=st.sampled_from([0.0, "heads"]) | st.floats(0, 9),
+    ),
     Flow: made(Flow),
     Mala: made(Mala),
     SparseLinear: made(SparseLinear, sparse=INNER, feature=WORDS),
@@ -194,7 +199,15 @@ def build(parameters):
         assume(
             not any(
                 word in str(error)
-                for word in ("stride", "dilation", "give at least two", "parameters to train", "leave per=", "exclude")
+                for word in (
+                    "stride",
+                    "dilation",
+                    "give at least two",
+                    "parameters to train",
+                    "leave per=",
+                    "exclude",
+                    "fades",
+                )
             )
         )
         raise

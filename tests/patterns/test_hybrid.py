@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.golden.fill import fill_value, make_input
 from tests.support.cases import gradients, layouts, qkv
-from visattn import Layout, attention, parse
+from visattn import Layout, attention, attention_rows, parse
 from visattn.patterns.choice.blocks import token_blocks
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -197,11 +197,47 @@ def test_training_starts_from_the_sparse_pattern():
             assert (out - attention(q, k, v, pattern.front, layout)).abs().max() < 1e-12
 
 
+def test_the_softmax_branch_in_8_bits():
+    layout = Layout((8, 8), 2)
+    q, k, v = qkv(layout, 2, dim=64, dtype=torch.float32)
+    for text in ("sla(keep=0.3, block=2x2)", "sla2(keep=0.3, block=2x2)", "vsa(keep=0.3, block=2x2)"):
+        initial = parse(text).initial_parameters(2, 64, layout.grid)
+        exact = attention(q, k, v, text, layout, parameters=initial)
+        for precision in ("int8", "fp8"):
+            off = attention(q, k, v, text, layout, parameters=initial, precision=precision) - exact
+            assert 1e-4 < off.norm() / exact.norm() < 0.05
+    with pytest.raises(ValueError, match="soft lists are for training, not for fp8"):
+        attention(q, k, v, "sla2(soft=0.1)", layout, precision="fp8")
+
+
 def test_sla2_that_lists_everything_is_dense():
     layout = Layout((6, 6), 2)
     q, k, v = qkv(layout, 2, dim=4)
     for text in ("sla2(keep=1.0, block=2x2)", "sla2(keep=1.0, block=2x2, soft=0.2)"):
         assert (attention(q, k, v, text, layout) - attention(q, k, v, "dense", layout)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("text", ["sla2(keep=3, block=2x2)", "gate(by=topk(keep=2, block=2x2), dim=3)"])
+def test_rows_are_what_values_are_weighed_by(text):
+    layout, pattern = Layout((4, 5), 2, 1), parse(text)
+    q, k, v = qkv(layout, 2, 1, 4, batch=2)
+    mask = torch.rand(2, layout.length, generator=torch.Generator().manual_seed(5)) < 0.8
+    made = torch.Generator().manual_seed(1)
+    shapes = pattern.parameter_shapes(2, 4, layout.grid)
+    parameters = {n: torch.randn(s, generator=made, dtype=q.dtype) for n, s in shapes.items()}
+    index = torch.tensor([0, 2, 9, 17, 21, 22])
+    rows = attention_rows(q, k, pattern, layout, index, parameters=parameters, key_mask=mask)
+    out = attention(q, k, v, pattern, layout, parameters=parameters, key_mask=mask)[:, index]
+    given = torch.einsum("bhrs,bshd->brhd", rows, v.expand(-1, -1, 2, -1))
+    assert ((out - given) * mask[:, index, None, None]).abs().max() < 1e-12
+
+
+def test_what_has_no_rows_says_so():
+    layout = Layout((4, 4))
+    q, k, _ = qkv(layout, 2, dim=4)
+    for text in ("sla(keep=2, block=2x2)", "vsa(keep=2, block=2x2)", "sla2(keep=2, block=2x2, soft=0.1)"):
+        with pytest.raises(ValueError, match="has no weight for each token: sla2 with hard lists has rows"):
+            attention_rows(q, k, text, layout, [0])
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def test_patched_models_train_and_keep_what_is_learned(text, tmp_path):
         changed = tiny_models.run(model, inputs)
         handle.save(weights)
     torch.testing.assert_close(tiny_models.run(model, inputs), stock)
-    with visattn.apply(model, text, weights=weights) as handle:
+    with visattn.apply(model, text, weights=weights, caught=8) as handle:
         torch.testing.assert_close(tiny_models.run(model, inputs), changed)
-        assert 0 < handle.report().sites[0].density < 1
+        site = handle.report().sites[0]
+        assert 0 < site.density < 1 and 0 < site.caught.mean < 1

@@ -11,6 +11,8 @@ from torch._dynamo.testing import CompileCounter
 import visattn
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.early
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -23,8 +25,8 @@ BUILDERS = {"flux": lambda: tiny_models.flux(single=1), "wan": tiny_models.wan, 
 PATTERNS = {"flux": "na(window=3x3)", "wan": "na(window=3x3x3)", "sd15": "na(window=3x3)"}
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.parametrize("in_place", [False, True])
+# What the others have out of place is compiled below.
+@pytest.mark.parametrize(("name", "in_place"), [("wan", False), *((name, True) for name in BUILDERS)])
 def test_whole_model_in_one_graph(name, in_place):
     model, inputs = BUILDERS[name]()
     with visattn.apply(model, PATTERNS[name], strict=True) as handle:
@@ -82,7 +84,7 @@ def test_grid_shapes_recompile_no_more_than_stock():
         handle = visattn.apply(model, "na(window=3x3x3)") if patched else None
         counter = CompileCounter()
         compiled = torch.compile(model, backend=counter, fullgraph=True)
-        for frames, height, width in ((3, 12, 8), (3, 8, 12), (4, 10, 6), (2, 16, 14)):
+        for frames, height, width in ((3, 12, 8), (4, 8, 14), (4, 14, 8)):
             inputs = tiny_models.wan_inputs(frames, height, width)
             got = tiny_models.run(compiled, inputs)
             torch.testing.assert_close(got, tiny_models.run(model, inputs))

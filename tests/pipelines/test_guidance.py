@@ -10,6 +10,7 @@ import torch
 import visattn
 from tests.support import tiny_images, tiny_models, tiny_pipelines
 from tests.support.oracles import grid_tokens
+from tests.support.tiny_pixel_flux import SIDE, tiny_pixel_flux
 from visattn import Layout
 from visattn.runtime.perturbed import Blur
 from visattn.runtime.rest import Rest, Rested
@@ -60,6 +61,27 @@ def test_sum(name):
     with visattn.apply(pipe, "na(window=1)", layers=[0]):
         p = latents(pipe, options, **alone)
     assert (c - p).abs().max() > 1e-3
+    near(found, plain + 2.0 * (c - p))
+
+
+def test_embedded_pipeline():
+    """Those that ship with the package stack [c, u]."""
+    pipe = tiny_pixel_flux()
+    noise = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+    def run(scale):
+        options = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "latents": noise, "output_type": "pt"}
+        states = []
+        keep = lambda pipe, step, t, tensors: states.append(tensors["latents"]) or tensors  # noqa: E731
+        pipe(["a cat", "a dog"], guidance_scale=scale, callback_on_step_end=keep, **options)
+        return states[0]
+
+    plain, c = run(4.0), run(1.0)
+    with visattn.guide(pipe, 2.0, layers=[0]):
+        found = run(4.0)
+    with visattn.apply(pipe, "na(window=1)", layers=[0]):
+        p = run(1.0)
+    assert (c - p).abs().max() > 1e-4
     near(found, plain + 2.0 * (c - p))
 
 

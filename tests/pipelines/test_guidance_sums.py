@@ -30,11 +30,16 @@ READ = {
 }
 
 
+def of(kind, module="diffusers.pipelines.x", bases=()):
+    """A pipeline of a class of that name; "X" stands for one of diffusers' that is like most."""
+    return type("XPipeline" if kind == "X" else kind, bases, {"__module__": module})()
+
+
 @pytest.mark.parametrize("name", READ)
 def test_read_sum(name, monkeypatch):
     kind, names, batch, context, expected = READ[name]
     frame = SimpleNamespace(f_locals={"latents": TWO, **names})
-    monkeypatch.setattr(sums, "running_pipeline", lambda model: (type(kind, (), {})(), frame))
+    monkeypatch.setattr(sums, "running_pipeline", lambda model: (of(kind), frame))
     given = {"hidden_states": torch.zeros(batch), "text": TWO}
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
@@ -48,3 +53,23 @@ def test_guider_is_refused(monkeypatch):
     monkeypatch.setattr(sums, "running_pipeline", lambda model: (pipeline, SimpleNamespace(f_locals={})))
     with pytest.raises(ValueError, match="guider's"):
         sums.read_sum(torch.nn.Module(), {}, 1, "pred_cond")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_stacks_of_pipelines_that_nobody_read(first, monkeypatch):
+    """A class that is not diffusers' own: which half has the prompt is seen from what it stacks, or nothing is done."""
+    with_, without = torch.ones(2, 3), torch.zeros(2, 3)
+    names = {**CFG, "latents": TWO, "prompt_embeds": with_, "negative_prompt_embeds": without}
+    given = {"text": torch.cat([with_, without] if first else [without, with_])}
+
+    def read(names, base=()):
+        pipeline = of("OwnPipeline", "somewhere", base)
+        monkeypatch.setattr(sums, "running_pipeline", lambda model: (pipeline, SimpleNamespace(f_locals=names)))
+        return sums.read_sum(torch.nn.Module(), given, 4, None)
+
+    assert read(names) == (4.0, slice(2) if first else slice(2, None))
+    for unclear in ({"negative_prompt_embeds": with_}, {"prompt_embeds": None, "negative_prompt_embeds": None}):
+        with pytest.raises(ValueError, match="does not tell which"):
+            read(names | unclear)
+    # One that is made from a class that was read stacks as that one does.
+    assert read({**CFG, "latents": TWO}, (type(of("ZImagePipeline")),)) == (5.0, slice(2))

@@ -15,6 +15,7 @@ from visattn.cli.classify import classify
 from visattn.cli.comfy import comfy
 from visattn.cli.doctor import doctor
 from visattn.cli.generate import generate
+from visattn.cli.maps import maps
 from visattn.cli.messages import held_messages
 from visattn.cli.models import models
 from visattn.cli.patterns import patterns
@@ -33,7 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (doctor, patterns, show, simulate, bench, models, presets, record, classify, bench_model, comfy, tune):
+COMMANDS = doctor, patterns, show, simulate, bench, models, presets, record, maps, classify, bench_model, comfy, tune
+for command in COMMANDS:
     app.command()(command)
 app.add_typer(generate, name="generate")
 

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 
 def bench(
-    patterns: Annotated[list[str], typer.Argument(help="Patterns, or names of suites: small, image, video, growth.")],
+    patterns: Annotated[
+        list[str] | None, typer.Argument(help="Patterns, or names of suites: small, image, video, growth.")
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="longca or cab instead: masks x lengths x self and cross x causal and not x scale."),
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Of --suite: seconds for all cases, short sequences first.")] = 120.0,
     grid: Annotated[str, typer.Option(help="Tokens per axis, several with commas: 32x32,64x64,128x128.")] = "",
     prefix: PrefixOption = 0,
     suffix: SuffixOption = 0,
@@ -38,6 +45,20 @@ def bench(
     json: JsonOption = False,
 ) -> None:
     """Time the backends on patterns, with dense SDPA in the same turns: medians and quartiles."""
+    if suite is not None:
+        if patterns or grid or prefix or suffix or calls or (heads, dim) != (4, 64):
+            raise ValueError(
+                f"--suite {suite} has its own patterns, grids, heads and channels: leave them and --calls out"
+            )
+        from visattn.cli import bench_suite
+
+        check_files(save, plot, force)
+        options = {"batch": batch, "dtype": dtype, "backward": backward}
+        timed = bench_suite.run(suite, device, backend, budget, repeats, patience, json, **options)
+        give(timed, bench_suite.show, bench_suite.charts, save, plot, json)
+        return
+    if not patterns:
+        raise ValueError("pass a pattern with --grid, the name of a suite, or --suite longca or cab")
     grids = [sizes(part, "--grid") for part in grid.split(",")] if grid else []
     check_files(save, plot, force)
     options = {"batch": batch, "heads": heads, "dim": dim, "dtype": dtype, "backward": backward}

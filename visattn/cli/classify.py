@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def classify(
-    image: Annotated[Path, typer.Argument(help="An image file.")],
+    image: Annotated[Path, typer.Argument(help="An image file; with --probe a folder with a subfolder a class.")],
     model: Annotated[str, typer.Option(help="A model of timm, or a folder or repository of transformers.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .safetensors, or .pth of tensors only.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Download the weights.")] = False,
@@ -24,12 +24,20 @@ def classify(
     size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels; the model's own.")] = None,
     classes: Annotated[int | None, typer.Option(min=1, help="Classes of the head; the checkpoint's.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 5,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Train a probe on the frozen model instead: what it knows of these classes.")
+    ] = False,
+    queries: Annotated[int, typer.Option(min=1, help="Of the probe.")] = 32,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the probe's training.")] = 90,
+    rate: Annotated[float, typer.Option(help="Its learning rate, of 256 images at once.")] = 0.1,
     json: JsonOption = False,
 ) -> None:
-    """Print the most likely classes of an image."""
+    """Print the most likely classes of an image, or what a probe learns of a folder of images."""
     from visattn.clients.transformers.load import is_of_transformers
 
     if is_of_transformers(model):
+        if probe:
+            raise ValueError(f"--probe is for models of timm, and {model} is one of transformers")
         if checkpoint is not None or classes is not None:
             raise ValueError(
                 f"{model} of transformers has its weights and classes: leave --checkpoint and --classes out"
@@ -40,6 +48,14 @@ def classify(
         raise ValueError("classify needs weights: pass --checkpoint FILE, or --pretrained to download timm's")
     if checkpoint is not None and pretrained:
         raise ValueError("--checkpoint and --pretrained both give weights: pass one of them")
+    if probe:
+        from visattn.cli.classify_probe import probe as run
+
+        if classes is not None:
+            raise ValueError("--classes is of the model's head, and --probe has a classifier of its own: leave it out")
+        options = {"queries": queries, "epochs": epochs, "rate": rate}
+        run(image, model, checkpoint, pretrained, pattern, size, options, json)
+        return
     _give(_run(image, model, checkpoint, pretrained, pattern, size, classes, top), pattern, json)
 
 

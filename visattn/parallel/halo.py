@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 
 from visattn.attend import attention
+from visattn.dispatch import load
 from visattn.parallel.dense import share_dense
 from visattn.parallel.exchange import Arrive, Exchange, Post, buffers
 from visattn.parallel.merge import add_rows
 from visattn.parallel.moved import Moved
-from visattn.parallel.needs import Needs, halo_needs
+from visattn.parallel.needs import Needs, check, halo_needs
 from visattn.parallel.ranks import checked_rank
 from visattn.parallel.slabs import Slabs
-from visattn.patterns import Pattern, parse
+from visattn.patterns import Linear, Pattern, parse
 
 
 def halo_attention(
@@ -44,7 +45,8 @@ def halo_attention(
         k: Keys [B, S, Hkv, D] of the same tokens.
         v: Values [B, S, Hkv, D].
         pattern: A pattern or its text: na (with stride, dilation, causal and circular axes), halo, clear without pooled
-            keys, radial (cut along frames), or dense.
+            keys, radial (cut along frames), dense, or linear without parameters, of which ranks exchange states: sums
+            of features x channels, whatever the length (LASP-2).
         slabs: How the whole sequence is cut; one slab for each rank of the group.
         group: The process group, the default one if None.
         scale: Factor on the logits, D**-0.5 if None.
@@ -61,6 +63,11 @@ def halo_attention(
     """
     pattern = parse(pattern)
     rank = checked_rank(slabs, group)
+    if isinstance(pattern, Linear):
+        check(pattern, slabs)
+        slabs.local(rank).check_length(q.shape[1])
+        linear: Any = load("linear")
+        return linear.on_slabs(q, k, v, pattern, slabs, rank, group=group, key_mask=key_mask, moved=moved)
     needs = halo_needs(pattern, slabs, rank)
     local = slabs.local(rank)
     local.check_length(q.shape[1])

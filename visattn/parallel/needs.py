@@ -12,7 +12,16 @@ from visattn.layout import Layout
 from visattn.parallel.block_part import BlockPart
 from visattn.parallel.parts import BallPart, Part, Rows, SpannedPart, spans_of
 from visattn.parallel.slabs import Slabs
-from visattn.patterns import ComposedPattern, Dense, MergingPattern, Pattern, RoutedPattern, SpannedPattern, parse
+from visattn.patterns import (
+    ComposedPattern,
+    Dense,
+    Linear,
+    MergingPattern,
+    Pattern,
+    RoutedPattern,
+    SpannedPattern,
+    parse,
+)
 from visattn.patterns.clear import Clear
 from visattn.patterns.geometry import Bools, Spans
 from visattn.patterns.radial import Radial
@@ -77,6 +86,8 @@ def refusal(pattern: Pattern | str, slabs: Slabs) -> str:
     pattern = parse(pattern)
     if isinstance(pattern, RoutedPattern):
         return "its lists are computed from q and k, and say only then which keys are needed: use Ulysses"
+    if isinstance(pattern, Linear):
+        return "its feature map has parameters, of which no rank has a part: use elu or relu" * pattern.learnable
     if isinstance(pattern, MergingPattern | ComposedPattern):
         return "it is a composition whose parts read tokens of every rank, and no list of keys: use Ulysses"
     if isinstance(pattern, Clear):
@@ -153,8 +164,13 @@ def halo_needs(pattern: Pattern, slabs: Slabs, rank: int) -> Needs:
         pattern: The pattern, which `refusal` lets pass.
         slabs: How the sequence is cut.
         rank: Whose needs.
+
+    Raises:
+        ValueError: If it cannot run on slabs, or ranks exchange sums instead of keys for it.
     """
     check(pattern, slabs)
+    if isinstance(pattern, Linear):
+        raise ValueError(f"{pattern} on slabs fetches no keys: ranks exchange their states")
     seen = rows_seen(pattern, slabs)
     fetch = {other: rows for other, rows in _wanted(seen, slabs, rank).items() if other != rank}
     everybody = (r for r in range(slabs.ranks) if r != rank)

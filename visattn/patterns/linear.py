@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from visattn.patterns.kinds import ComposedPattern
+from visattn.patterns.values import as_text, is_number, real_number
 
 if TYPE_CHECKING:
     import torch
@@ -46,22 +49,67 @@ class Linear(LinearForm):
     Sums are float32 at least. Tested in bfloat16 and float16 with queries and keys up to 80 in absolute value, where
     the error stays that of rounding the output.
 
+    With a causal axis (the frames of a video) a token of the grid reads the keys of its own and of earlier positions
+    of that axis, those of t positions before with the factor exp(-decay t); "heads" gives head h of H the decay
+    2^(-8 (h + 1) / H). Dense tokens read and are read by all, without decay. It runs by tiles, in time linear in the
+    tokens. Source: Qin et al., "Lightning Attention-2" (2024), section 3, without its norm of the output: here weights
+    are divided by their sum.
+
     Attributes:
         feature: Name of the feature map.
+        causal: Whether each axis is causal, one of them at most.
+        decay: How fast earlier positions fade, at least 0, or "heads".
 
     Raises:
-        ValueError: If there is no such feature map.
+        ValueError: If there is no such feature map, several axes are causal, or decay has no axis or is below 0.
     """
 
     feature: str = "elu"
+    causal: bool | tuple[bool, ...] = False
+    decay: float | str = 0.0
 
     name: ClassVar[str] = "linear"
 
     def __post_init__(self) -> None:
         check_feature(self.feature)
+        given = self.causal if isinstance(self.causal, tuple | list) else (self.causal,)
+        if not given or any(not isinstance(c, bool | np.bool_) and c not in (0, 1) for c in given) or sum(given) > 1:
+            raise ValueError(f"causal={self.causal!r} must be true or false for each axis, true for at most one")
+        # All axes alike are one word; of several only one may be causal.
+        causal = tuple(bool(c) for c in given)
+        object.__setattr__(self, "causal", causal if any(causal) else False)
+        if isinstance(self.decay, str):
+            if self.decay != "heads":
+                raise ValueError(f"decay={self.decay!r} must be a number of at least 0, or heads")
+        elif not is_number(self.decay) or self.decay < 0:
+            raise ValueError(f"decay={self.decay!r} must be a number of at least 0, or heads")
+        else:
+            object.__setattr__(self, "decay", real_number(self.decay))
+        if self.decay != 0 and not self.causal:
+            raise ValueError(f"decay={self.decay!r} fades what is earlier: give a causal axis too, like causal=1x0x0")
 
     def __str__(self) -> str:
-        return f"{self.name}(feature={self.feature})"
+        more = f", causal={as_text(self.causal)}" if self.causal else ""
+        more += f", decay={self.decay}" if self.decay != 0 else ""
+        return f"{self.name}(feature={self.feature}{more})"
+
+    @property
+    def joins_heads(self) -> bool:
+        """Whether heads decay by their number."""
+        return self.decay == "heads"
+
+    def check(self, grid: tuple[int, ...]) -> None:
+        """Raise a ValueError if `causal` is for another number of axes."""
+        if self.causal and len(self.causal) != len(grid):  # type: ignore[arg-type]
+            raise ValueError(f"{self} is for grids of {len(self.causal)} axes, not {len(grid)}")  # type: ignore[arg-type]
+
+    def causal_axis(self, grid: tuple[int, ...]) -> int | None:
+        """The axis whose earlier positions are read, None if all are."""
+        return self.causal.index(True) if isinstance(self.causal, tuple) else None
+
+    def instead(self, grid: tuple[int, ...]) -> str:
+        """A product."""
+        return "a product with sums over keys of earlier positions" if self.causal else super().instead(grid)
 
     @property
     def learnable(self) -> bool:

@@ -6,6 +6,7 @@ Work and results depend on shapes alone, nothing waits for the device, and the s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,7 +92,7 @@ class Means(NamedTuple):
     count: torch.Tensor
 
 
-def _means(x: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor | None, scale: float) -> Means:
+def part_mean(x: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor | None, scale: float) -> Means:
     """Means of the parts of grid tokens [B, tokens, heads, D], times a factor."""
     batch, _, heads, head_dim = x.shape
     parts, slots = tokens.shape
@@ -115,7 +116,7 @@ def block_means(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], va
     x = x if x.stride(3) == 1 else x.contiguous()
     bytes_of_mask = None if valid is None else valid.contiguous().view(torch.uint8)
     with on(x.device):
-        return _means(x, part_tokens(grid, box, 1, x.device), bytes_of_mask, 1.0)
+        return part_mean(x, part_tokens(grid, box, 1, x.device), bytes_of_mask, 1.0)
 
 
 def chosen(
@@ -164,23 +165,68 @@ def chosen(
     with on(q.device), recording() as launches:
         sides = zip((q, k), (blocks.queries, blocks.keys), parts, (scale, 1.0), strict=True)
         query, key_means = (
-            _means(x, part_tokens(blocks.grid, box, n, x.device), bytes_of_mask, factor) for x, box, n, factor in sides
+            part_mean(x, part_tokens(blocks.grid, box, n, x.device), bytes_of_mask, factor)
+            for x, box, n, factor in sides
         )
-        (batch, _, heads), (rows, columns) = q.shape[:3], (blocks.rows, blocks.columns)
-        tiles = torch.empty((batch, heads, rows, rule.most), dtype=torch.int32, device=q.device)
-        counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=q.device)
-        each = max(1, min(heads, SCORES // max(1, batch * rows * columns)))
-        scores = torch.empty((batch, each, rows, columns), dtype=torch.float32, device=q.device)
-        for first in range(0, heads, each):
-            some = {"heads": heads, "first_head": first, "some": min(each, heads - first)}
-            some |= {"rows": rows, "columns": columns}
-            _score(query, key_means, scores, parts, some)
-            _select(scores, forced, query, key_means, tiles, counts, parts, valid is not None, rule, some)
+        made = listed_by_means(rule, parts, query, key_means, blocks, forced, valid is not None)
     counted = pattern.least_listed(blocks) != rule.most
     if key is not None and launches and all(start is not None for start, _ in launches):
-        again = Again(launches, given, (tiles, counts), (scores, *query, *key_means))
+        again = Again(launches, given, made[:2], (made.scores, *query, *key_means))
         STORE.put(key, (again, counted), CALL_BYTES)
-    return Routes(tiles, counts if counted else None)
+    return Routes(made.tiles, made.counts if counted else None)
+
+
+class Lists(NamedTuple):
+    """What rows list.
+
+    Attributes:
+        tiles: int32 [B, heads, rows, most].
+        counts: int32 [B, heads, rows].
+        scores: Of the heads that came last: float32 [B, some, rows, columns].
+    """
+
+    tiles: torch.Tensor
+    counts: torch.Tensor
+    scores: torch.Tensor
+
+
+def listed_by_means(
+    rule: Rule,
+    parts: tuple[int, int],
+    query: Means,
+    key: Means,
+    blocks: Blocks,
+    forced: torch.Tensor | None,
+    masked: bool,
+    then: Callable[[Lists, dict[str, int]], None] | None = None,
+) -> Lists:
+    """What rows list by the products of means, scores of some heads at a time.
+
+    Args:
+        rule: How they pick.
+        parts: Parts of a query and of a key block.
+        query: Scaled means of queries.
+        key: Means of keys.
+        blocks: The blocks.
+        forced: What is listed whatever its score: bool [rows, columns], or None.
+        masked: Whether some tokens take no part.
+        then: Called for each slice of heads while their scores are there, with the sizes that kernels take.
+    """
+    (batch, heads), (rows, columns), device = query.mean.shape[:2], (blocks.rows, blocks.columns), query.mean.device
+    each = max(1, min(heads, SCORES // max(1, batch * rows * columns)))
+    made = Lists(
+        torch.empty((batch, heads, rows, rule.most), dtype=torch.int32, device=device),
+        torch.empty((batch, heads, rows), dtype=torch.int32, device=device),
+        torch.empty((batch, each, rows, columns), dtype=torch.float32, device=device),
+    )
+    for first in range(0, heads, each):
+        some = {"heads": heads, "first_head": first, "some": min(each, heads - first)}
+        some |= {"rows": rows, "columns": columns}
+        _score(query, key, made.scores, parts, some)
+        _select(made.scores, forced, query, key, made.tiles, made.counts, parts, masked, rule, some)
+        if then is not None:
+            then(made, some)
+    return made
 
 
 def _score(query: Means, key: Means, scores: torch.Tensor, parts: tuple[int, int], some: dict[str, int]) -> None:

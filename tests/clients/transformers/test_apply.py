@@ -128,7 +128,7 @@ def test_compiled_models_run_their_patterns_without_breaks(folder):
     stock = first(model(**x))
     with visattn.apply(model, **SPARSE):
         wanted = first(model(**x))
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
         found = first(compiled(**x))
     assert (found - wanted).abs().max() <= 1e-4 * wanted.std()
     assert torch.equal(first(model(**x)), stock)

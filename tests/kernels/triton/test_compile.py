@@ -28,6 +28,8 @@ from visattn.kernels.triton.config import (
     family,
     shorter,
 )
+from visattn.kernels.triton.hybrid import router as hybrid_router
+from visattn.kernels.triton.hybrid import run as hybrid_run
 from visattn.kernels.triton.lists.forward import attend
 from visattn.kernels.triton.lists.key_grad import key_gradients
 from visattn.kernels.triton.lists.query_grad import query_gradients
@@ -265,3 +267,37 @@ def test_every_architecture_dtype_and_head_dim_has_a_configuration():
     assert family(90) == "large" and family(87) == "small"
     assert [block_dim(d) for d in (8, 16, 40, 72, 256)] == [16, 16, 64, 128, 256]
     assert max(BLOCK_DIMS) == 256
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "names"),
+    [
+        ("sla", torch.bfloat16, {"group_states", "join_states"}),
+        pytest.param(
+            "sla2", torch.bfloat16, {"part_means", "pair_scores", "select", "row_odds"}, marks=pytest.mark.slow
+        ),
+        pytest.param("sla(marginal=0.5)", torch.float16, {"group_states", "join_states"}, marks=pytest.mark.slow),
+        pytest.param("vsa", torch.bfloat16, {"part_means", "add_gated"}, marks=pytest.mark.slow),
+    ],
+)
+def test_second_branches_compile(monkeypatch, text, dtype, names):
+    found = {}
+
+    def compile_only(kernel, grid, given, warps, stages):
+        options = {"num_warps": warps, "enable_fp_fusion": True} | ({} if stages is None else {"num_stages": stages})
+        made = triton.compile(ahead.source(kernel, given), target=GPUTarget("cuda", 90, 32), options=options)
+        found[kernel.fn.__name__] = ahead._used(made, True)
+
+    for module in (choose, hybrid_run, hybrid_router):
+        monkeypatch.setattr(module, "launch_like", compile_only)
+    pattern, layout = parse(text), Layout((32, 32), 16)
+    q = torch.randn(1, layout.length, 2, 128).to(dtype)
+    parameters = pattern.initial_parameters(2, 128, layout.grid)
+    choice = pattern.choose(q, q, layout, None, 0.1, parameters) if pattern.needs_choice else None
+    if text == "sla2":
+        hybrid_router.routed(pattern, q, q, layout, None, 0.1, parameters)
+    else:
+        hybrid_run.join(pattern, q.clone(), q, q, q, layout, None, 0.1, choice, parameters)
+    assert set(found) == names
+    for name, used in found.items():
+        assert used.fits(SHARED_MEMORY[90]), (name, used)

@@ -6,6 +6,8 @@ from tests.support.interpreted import passes
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.early
+
 
 def test_kernels_in_the_interpreter():
     passes(lists=False)

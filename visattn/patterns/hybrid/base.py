@@ -65,7 +65,7 @@ class HybridPattern(ComposedPattern):
 
     def instead(self, grid: tuple[int, ...]) -> str:
         """Two branches."""
-        return f"two branches, and {self.front}, which has a plan, is only the first"
+        return f"a softmax over the lists of {self.front}, which has a plan, beside a second branch"
 
     def choose(
         self,

@@ -144,18 +144,19 @@ def _linear_of_blocks(
     """The same for heads whose states fit, with as many key heads."""
     (at, there), (rows, _) = (slots(*side, q.device) for side in reversed(blocks.sides))
     counted = there if valid is None else there & valid[:, at]
-    keys = mapped(grid_of(k, layout), feature).transpose(1, 2)[:, :, at]
-    keys = keys * counted.view(-1, 1, *there.shape)[..., None].to(keys.dtype)
-    values = wide(grid_of(v, layout, valid)).transpose(1, 2)[:, :, at]
-    values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
+    # Products of bfloat16 are its own, of its range; sums of features stay wide.
+    dtype = q.dtype if q.dtype == torch.bfloat16 else wide(q[:0]).dtype
+    keys = mapped(grid_of(k, layout), feature).to(dtype).transpose(1, 2)[:, :, at]
+    keys = keys * counted.view(-1, 1, *there.shape)[..., None].to(dtype)
+    values = grid_of(v, layout, valid).to(dtype).transpose(1, 2)[:, :, at]
     states = keys.transpose(3, 4) @ values
-    state = (of.to(states.dtype) @ states.flatten(3)).unflatten(3, states.shape[3:])
-    queries = mapped(grid_of(q, layout), feature).transpose(1, 2)[:, :, rows]
-    product = (queries @ state).flatten(2, 3)
+    state = (of.to(dtype) @ states.flatten(3)).unflatten(3, states.shape[3:])
+    sums = wide(keys).sum(3)
+    total = of.to(sums.dtype) @ sums
+    queries = mapped(grid_of(q, layout), feature).to(dtype).transpose(1, 2)[:, :, rows]
+    product = wide(queries @ state) / (LEAST + wide(queries) @ total[..., None])
     # Back from blocks: where each token is among them.
-    place = _places(*blocks.sides[0], q.device)
-    product = product[:, :, place]
-    return (product[..., :-1] / (LEAST + product[..., -1:])).transpose(1, 2)
+    return product.flatten(2, 3)[:, :, _places(*blocks.sides[0], q.device)].transpose(1, 2)
 
 
 @kept

@@ -1,0 +1,93 @@
+"""Reading states for every query, and joining what comes out to the softmax branch, in place."""
+
+# What a kernel takes and returns exists on the GPU only: Python types would say nothing.
+# ruff: noqa: ANN001, ANN201
+
+# The language of Triton kernels is not quite Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from visattn.kernels.triton.hybrid.states import raised
+
+
+@triton.jit
+def join_states(
+    q, state, sums, bias, share, out, tokens,
+    q_batch, q_token, q_head, out_batch, out_token, out_head, heads, group, groups, states, slots, least,
+    FEATURES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    FEATURE: tl.constexpr, SHARE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute ROWS queries of one group of one head: lin = f(q) state / (f(q) sums + least).
+
+    out becomes out + lin + bias, or with SHARE lin + share * (out - lin).
+
+    Args:
+        q: Queries [B, tokens, heads, FEATURES]; channels are contiguous.
+        state: [B, heads / group, states, FEATURES, CHANNELS].
+        sums: float32 [B, heads / group, states, FEATURES].
+        bias: float32 [CHANNELS], read without SHARE.
+        share: float32 [B, heads, groups], read with SHARE.
+        out: The softmax branch [B, tokens, heads, CHANNELS], then the result; channels are contiguous.
+        tokens: Queries of each group, -1 where it has fewer than others: int32 [groups, slots].
+        q_batch: Distance of two samples; the others of tokens and heads likewise.
+        q_token: See q_batch.
+        q_head: See q_batch.
+        out_batch: See q_batch.
+        out_token: See q_batch.
+        out_head: See q_batch.
+        heads: Query heads.
+        group: Query heads that share a state.
+        groups: Groups of queries.
+        states: Their states: 1 for all groups together, or one each.
+        slots: Queries of a group at most.
+        least: What is added to denominators.
+        FEATURES: Channels of queries.
+        CHANNELS: Channels of values.
+        BLOCK_F: A power of two that is at least FEATURES.
+        BLOCK_D: A power of two that is at least CHANNELS.
+        ROWS: Queries of a program.
+        FEATURE: f: "softmax", "elu" or "relu".
+        SHARE: Whether the two are mixed.
+        HALF: Whether features are rounded to the state's dtype and multiplied in it.
+        PRECISION: Of float32 products.
+    """
+    parts = tl.cdiv(slots, ROWS)
+    number, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    slot = part * ROWS + tl.arange(0, ROWS)
+    token = tl.load(tokens + number * slots + slot, mask=slot < slots, other=-1)
+    here = token >= 0
+    wide = token.to(tl.int64)[:, None]
+    f, d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
+    has_f, has_d = f < FEATURES, d < CHANNELS
+    x = tl.load(
+        q + sample * q_batch + head * q_head + wide * q_token + f[None, :],
+        mask=here[:, None] & has_f[None, :],
+        other=0.0,
+    )
+    # Divided by its sum only where `least` is weighed against it: elsewhere that cancels.
+    phi, norm = raised(x, has_f, FEATURE)
+    at = (sample * (heads // group) + head // group) * states + tl.where(states == 1, 0, number)
+    block = tl.load(
+        state + (at * FEATURES + f[:, None]) * CHANNELS + d[None, :],
+        mask=has_f[:, None] & has_d[None, :],
+        other=0.0,
+    )
+    total = tl.load(sums + at * FEATURES + f, mask=has_f, other=0.0)
+    if HALF:
+        phi = phi.to(block.dtype)
+        found = tl.dot(phi, block)
+    else:
+        found = tl.dot(phi, block.to(tl.float32), input_precision=PRECISION)
+    found = found / (tl.sum(phi.to(tl.float32) * total[None, :], 1) + least * norm)[:, None]
+    rows = out + sample * out_batch + head * out_head + wide * out_token + d[None, :]
+    mask = here[:, None] & has_d[None, :]
+    soft = tl.load(rows, mask=mask, other=0.0).to(tl.float32)
+    if SHARE:
+        found += tl.load(share + (sample * heads + head) * groups + number) * (soft - found)
+    else:
+        found += soft + tl.load(bias + d, mask=has_d, other=0.0)[None, :]
+    tl.store(rows, found.to(out.dtype.element_ty), mask=mask)

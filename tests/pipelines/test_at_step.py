@@ -1,0 +1,49 @@
+"""One step of a pipeline, run again: the same call, and maps of it."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import visattn
+from tests.support import tiny_pipelines
+from visattn import maps
+from visattn.pipelines.at_step import at_step
+
+
+@pytest.mark.parametrize("name", ["wan", "stable_diffusion"])
+def test_a_step_is_run_again(name):
+    pipeline, options = getattr(tiny_pipelines, name)()
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {"prompt": "a cat", "num_inference_steps": 3, "output_type": "latent", **options}
+    times = []
+    model = getattr(pipeline, "transformer", None) or pipeline.unet
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: times.append(
+            float(torch.as_tensor(kwargs.get("timestep", args[1:2] or 0)).flatten()[0])
+        ),
+        with_kwargs=True,
+    )
+    found = at_step(pipeline, arguments | {"generator": torch.Generator().manual_seed(0)}, 1)
+    assert found.model is model and found.made is not None
+    steps = list(dict.fromkeys(times))
+    times.clear()
+    with torch.no_grad():
+        out = found.forward()
+    hook.remove()
+    assert len(steps) == 3 and times == [steps[1]]
+    calls = maps.calls(found.model, found.forward)
+    assert calls and all(call.layout.tokens > 1 for call in calls)
+    schedule = maps.overview(calls, ["na(window=3)"], hops=False).schedule(0.2)
+    with visattn.apply(pipeline, schedule, always=True) as handle:
+        pipeline(**arguments | {"generator": torch.Generator().manual_seed(0)})
+        assert {site.site for site in handle.report().sites} == {call.site for call in calls}
+    pruned = maps.pruning(found.model, found.forward, layers="0")
+    assert all((each.change > 0).all() for each in pruned.values())
+    learned = maps.gradient(found.model, found.forward, layers="0", probes=1)
+    assert learned.keys() == pruned.keys() and all((each > 0).all() for each in learned.values())
+    assert torch.equal(torch.as_tensor(out[0]), torch.as_tensor(found.forward()[0].detach()))
+    with pytest.raises(ValueError, match="step 9 did not run: those that did were 0 to 2"):
+        at_step(pipeline, arguments | {"generator": torch.Generator().manual_seed(0)}, 9)
+    with pytest.raises(ValueError, match="step -1"):
+        at_step(pipeline, arguments, -1)
