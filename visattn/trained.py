@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -104,25 +104,34 @@ def trained_weights(model: torch.nn.Module, trained: Trained) -> Iterator[None]:
             yield
         finally:
             undo()
+    undo = write_trained(model, trained)
+    try:
+        yield
+    finally:
+        undo()
 
 
 def write_trained(model: torch.nn.Module, trained: Trained) -> Callable[[], None]:
-    """Gives the model the trained weights; returns what gives it back, bit by bit, those it had before.
+    """Gives the model the trained weights, and the heads they are for; returns what makes all as it was, bit by bit.
 
     Raises:
         ValueError: If a tensor does not fit the model, or the model's weights are elsewhere.
     """
-    new = _new_weights(model, trained)
-    parameters = dict(model.named_parameters())
-    away = [name for name in new if parameters[name].is_meta]
-    if away:
-        raise ValueError(
-            f"{away[0]} of {type(model).__name__} has no values here (device meta), so that no trained ones can be "
-            "written: apply before enable_sequential_cpu_offload()"
-        )
-    kept = {name: parameters[name].detach().clone() for name in new}
-    _write(parameters, new)
-    return partial(_write, parameters, kept)
+    with ExitStack() as stack:
+        heads = trained.about.get("heads")
+        if heads is not None:
+            stack.enter_context(convert_heads(model, **heads))
+        new = _new_weights(model, trained)
+        parameters = dict(model.named_parameters())
+        away = [name for name in new if parameters[name].is_meta]
+        if away:
+            raise ValueError(
+                f"{away[0]} of {type(model).__name__} has no values here (device meta), so that no trained ones can be "
+                "written: apply before enable_sequential_cpu_offload()"
+            )
+        stack.callback(_write, parameters, {name: parameters[name].detach().clone() for name in new})
+        _write(parameters, new)
+        return stack.pop_all().close
 
 
 def is_student(pattern: object) -> bool:

@@ -90,6 +90,10 @@ class Learner(nn.Module):
             self.handle.watch((lambda watched: _tell(ours, watched)) if ours else None)
         return False
 
+    def stage_share(self, done: float) -> float:
+        """Share of its stage that is over when one of the run is: the learning rate of each falls by itself."""
+        return done
+
     def watch(self, watchers: tuple[Watcher, Watcher], sites: list[str]) -> None:
         """Shows calls of the teacher (dense by visattn from now on) and of the student to one more watcher of each."""
         ours, theirs = reversed(self._watchers)

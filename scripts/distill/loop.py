@@ -114,7 +114,7 @@ class Run:
             for name, value in losses.items():
                 figures[name] = figures.get(name, 0.0) + value.detach() / len(self.parts)
         norm = whole(clip_grad_norm_(self.trained.values(), config.clip or math.inf))
-        share = rate_share(self.step - self.progress.began, self.done, config)
+        share = rate_share(self.step - self.progress.began, self.learner.stage_share(self.done), config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         self.optimizer.step()

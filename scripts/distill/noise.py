@@ -29,16 +29,17 @@ class Noise:
     alphas: torch.Tensor | None = None
 
     def draw(self, count: int, how: str, generator: torch.Generator) -> torch.Tensor:
-        """Times [count] from 0 to 1000.
+        """Times [count] from 0 to 1000, one in each `count`-th of the distribution: losses differ most by their noise.
 
         Args:
             count: Of the batch.
             how: "sampler" follows the density of the sampler's own steps, "uniform", or "logit-normal".
             generator: On the CPU.
         """
+        # In any order: parts of a batch have parts of the range by chance alone.
+        position = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
         if how == "logit-normal":
-            return TRAIN_TIMES * torch.randn(count, generator=generator).sigmoid()
-        position = torch.rand(count, generator=generator)
+            return TRAIN_TIMES * torch.special.ndtri(position.clamp(1e-6, 1 - 1e-6)).sigmoid()
         if how == "uniform":
             return TRAIN_TIMES * position
         table = torch.tensor([*self.timesteps, 0.0])

@@ -99,6 +99,10 @@ class Distiller(Learner):
             parameter.requires_grad_(self.stage.whole or name.startswith("own."))
         return True
 
+    def stage_share(self, done: float) -> float:
+        """See `Learner.stage_share`."""
+        return (done - self.stage.start) / (self.stage.end - self.stage.start)
+
     def trained(self) -> dict[str, nn.Parameter]:
         """See `Learner.trained`."""
         self._learning = super().trained()

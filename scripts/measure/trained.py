@@ -32,8 +32,7 @@ from scripts.train import animoji_data, emoji_data
 
 START = 90  # seconds beside its steps after which a training is asked to stop
 POINTS = 60  # of a curve
-# One row that was measured says how long the next one takes; before that, this many seconds.
-ROW_SECONDS = 20.0
+ROW_SECONDS = 20.0  # of the budget, which the row that has begun may take
 
 
 @dataclass(frozen=True)

@@ -86,3 +86,16 @@ class TestLosses:
         with torch.no_grad():
             model(torch.randn(1, 1, 8, 8), **arguments)
         assert recorder.kept["it"] is inside, "it records outside of its context"
+
+
+@pytest.mark.parametrize("how", ["sampler", "uniform", "logit-normal"])
+def test_the_times_of_a_batch_are_spread_over_their_distribution(how):
+    flow = noise.Noise("flow", (1000.0, 900.0, 500.0, 100.0))
+    batches = [flow.draw(8, how, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    assert all(batch.min() >= 0 and batch.max() <= 1000 for batch in batches)
+    # Each has one time in every eighth, in any order.
+    times = torch.stack([batch.sort().values for batch in batches])
+    assert (times[:, :-1].amax(0) <= times[:, 1:].amin(0) + 1e-3).all()
+    assert len({tuple(batch.argsort().tolist()) for batch in batches}) > 100
+    median = torch.cat(batches).median().item()
+    assert median == pytest.approx({"sampler": 500, "uniform": 500, "logit-normal": 500}[how], abs=25)

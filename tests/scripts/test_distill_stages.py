@@ -181,6 +181,7 @@ class TestTraining:
                 assert not any("to_out" in name for name in changed)
         assert moved == [{"own"}, {"own", "student"}, {"own", "student"}, {"own", "student"}]
         assert made.progress.began == 2
+        assert [made.learner.stage_share(done) for done in (0.5, 0.75, 1)] == [0, 0.5, 1]
 
     def test_a_stage_that_no_loss_reaches_is_named(self, folder, tmp_path):
         gate = ("--pattern", "gate(by=topk(keep=0.5, block=2x2), dim=4)", "--stages", "router:0.5,all:0.5")

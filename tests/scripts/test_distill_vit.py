@@ -171,3 +171,19 @@ def test_figures_of_the_digits_vit(tmp_path, monkeypatch):
     assert [row["pattern"] for row in found["rows"]] == ["na(window=3x3)", "mala"] and found["held_out"] == 6
     for row in found["rows"]:
         assert all(0 <= row[when][what] <= 1 for when in ("before", "after") for what in ("accuracy", "agreement"))
+
+
+def test_a_window_that_shrinks_reaches_its_end(folder, tmp_path):
+    """The student is patched anew as it does: what is trained, recorded and saved stays the same."""
+    more = ("--attention", "1", "--ema", "0")
+    made = vit.VitTraining(parse(VitConfig, None, words(folder, tmp_path, "--pattern", "na(window=7..3)", *more)))
+    windows, names = [], list(made.trained)
+    for _ in range(3):
+        before = {name: value.detach().clone() for name, value in made.trained.items()}
+        assert made.train_step()["attention"] > 0
+        windows.append(made.learner.pattern)
+        assert any(not value.equal(before[name]) for name, value in made.trained.items())
+    assert windows[0] == "na(window=7)" and windows[-1] == "na(window=3)"
+    made.config.out.mkdir(exist_ok=True)
+    trained = load_trained(made.export())
+    assert trained.about["pattern"] == "na(window=3)" and list(made.learner.trained()) == names
