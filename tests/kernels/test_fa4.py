@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.test_flex_visible import neighborhoods
 from tests.support.cases import gradients, qkv
-from visattn import Layout, dense_mask, parse
+from visattn import Layout, dense_mask, parse, plan
 from visattn.dispatch import load, milliseconds, visited_pairs
 from visattn.environment import environment
 from visattn.kernels.fa4 import package, trial
@@ -265,7 +265,7 @@ def test_refuses_with_the_reason(monkeypatch, text, given, reason):
 
 def test_without_the_package_nothing_is_planned_and_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(package, "version", lambda: None)
-    monkeypatch.setattr("visattn.kernels.fa4.backend.tile_plan", None)
+    monkeypatch.setattr("visattn.kernels.fa4.backend.plans_of", None)
     missing = Support(False, "flash-attn-4 is not installed (pip install visattn[fa4])")
     assert backend.supports(problem("na(window=5x5)")) == backend.available() == missing
 
@@ -290,3 +290,16 @@ def test_costs_count_the_moves_and_partial_blocks(monkeypatch):
     assert backend.cost(problem(text.format(""), grid, **big)) > 1.2 * backend.cost(strided)
     dense = problem("dense", grid, **big)
     assert backend.cost(dense) < load("sdpa").cost(dense)
+
+
+def test_boxes_follow_the_stride_and_heads_share_those_of_the_first_window():
+    strided = parse("na(window=6x8x48,stride=1x8x16)")
+    layout = Layout((6, 32, 64))
+    assert (
+        tile_plan(strided, layout, 128).full_share
+        == 1
+        > plan(strided, layout, strided.tile(layout.grid, 128)).full_share
+    )
+    text = "perhead(heads={0: dense, 1: na(window=4x16,stride=4x16)}, rest=na(window=3x3))"
+    made = check(parse(text), Layout((8, 32)), heads=3)
+    assert made.first is not None and made.forward.full_block_cnt[0].tolist() == [[2, 2], [0, 0], [0, 0]]
