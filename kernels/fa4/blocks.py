@@ -18,6 +18,9 @@ from visattn.patterns import ListedPattern, Pattern, PerHead, SpannedPattern
 from visattn.plans import TileLists, TilePlan, plan
 from visattn.tiling import Ints, Tiling, box_shape
 
+# The widest element that torch's kernels move.
+WIDE = torch.complex128
+
 
 class Order(NamedTuple):
     """The tokens of one side in tile order.
@@ -51,6 +54,18 @@ class Order(NamedTuple):
         return x if self.slot is None else _Returned.apply(x, self.slot, self.token)
 
 
+def rows_of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows [B, index, ...] of [B, rows, ...]."""
+    return wide(x).index_select(1, index).view(x.dtype)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """The same memory in elements of 16 bytes where it can be: torch's kernels move an element a thread."""
+    steps = (*x.stride()[:-1], x.shape[-1], x.storage_offset())
+    even = x.stride(-1) == 1 and all(step * x.itemsize % WIDE.itemsize == 0 for step in steps)
+    return x.view(WIDE) if even else x
+
+
 class _Moved(torch.autograd.Function):
     """Tokens to slots; what a slot without a token holds is nobody's."""
 
@@ -58,12 +73,12 @@ class _Moved(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, token: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """Rows of each slot."""
         ctx.slot = slot
-        return x.index_select(1, token)
+        return rows_of(x, token)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         """The gradient of the slot of each token."""
-        return grad.index_select(1, ctx.slot), None, None
+        return rows_of(grad, ctx.slot), None, None
 
 
 class _Returned(torch.autograd.Function):
@@ -73,15 +88,17 @@ class _Returned(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, slot: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """Rows of each token."""
         ctx.slot, ctx.token = slot, token
-        return x.index_select(1, slot)
+        return rows_of(x, slot)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         """Zeros where there is no token."""
         if len(ctx.slot) == len(ctx.token):
-            return grad.index_select(1, ctx.token), None, None
+            return rows_of(grad, ctx.token), None, None
         zeros = grad.new_zeros(grad.shape[0], len(ctx.token), *grad.shape[2:])
-        return zeros.index_copy_(1, ctx.slot, grad), None, None
+        if zeros.numel() and grad.numel():
+            wide(zeros).index_copy_(1, ctx.slot, wide(grad.contiguous()))
+        return zeros, None, None
 
 
 class Lists(NamedTuple):

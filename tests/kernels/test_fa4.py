@@ -14,7 +14,7 @@ from visattn.dispatch import load, milliseconds, visited_pairs
 from visattn.environment import environment
 from visattn.kernels.fa4 import package, trial
 from visattn.kernels.fa4.backend import backend
-from visattn.kernels.fa4.blocks import blocks, patterns_of, tile_plan
+from visattn.kernels.fa4.blocks import Order, blocks, patterns_of, tile_plan, wide
 from visattn.kernels.fa4.words import COLUMNS, Bits, Packed, packs
 from visattn.problem import Call, Problem, Support
 
@@ -112,6 +112,23 @@ def test_tile_order_that_is_the_tokens_own_moves_nothing():
     assert blocks(parse("radial(decay=0.5)"), Layout((4, 16, 8)), 1, 128, CPU).queries.token is None
     assert blocks(parse("na(window=9)"), Layout(256), 1, 128, CPU).keys.slot is None
     assert blocks(parse("na(window=9)"), Layout(255), 1, 128, CPU).keys.slot is not None
+
+
+@pytest.mark.parametrize("dim", [8, 5])
+def test_moves_are_gathers_of_any_memory(dim):
+    token = torch.tensor([3, 0, 0, 2, 1])
+    order = Order(token, torch.tensor([1, 4, 3, 0]))
+    for x in (
+        torch.randn(2, 4, 3, dim),
+        torch.randn(2, 3, 4, dim).transpose(1, 2),
+        torch.randn(2, 4, 3, dim + 3)[..., :dim],
+    ):
+        x = x.detach().requires_grad_()
+        assert torch.equal(order.into(x), x[:, token]) and torch.equal(order.back(order.into(x)), x)
+        (grad,) = torch.autograd.grad((order.back(order.into(x)) * 2).sum(), x)
+        assert torch.equal(grad, torch.full_like(x, 2))
+    assert wide(torch.empty(1, 2, 8, dtype=torch.bfloat16)).shape == (1, 2, 1)
+    assert wide(torch.empty(1, 2, 9, dtype=torch.bfloat16)[..., 1:]).dtype == torch.bfloat16
 
 
 def double(honest=True, calls=None):
