@@ -13,7 +13,7 @@ from visattn import Layout, dense_mask, parse, plan
 from visattn.dispatch import load, milliseconds, visited_pairs
 from visattn.environment import environment
 from visattn.kernels.fa4 import package, trial
-from visattn.kernels.fa4.backend import backend
+from visattn.kernels.fa4.backend import _small, backend
 from visattn.kernels.fa4.blocks import Order, blocks, patterns_of, tile_plan, wide
 from visattn.kernels.fa4.words import COLUMNS, Bits, Packed, packs
 from visattn.problem import Call, Problem, Support
@@ -245,6 +245,16 @@ def test_each_kernel_is_tried_once_and_its_time_remembered(doubled):
     assert len(calls) == 6 and backend.compiled().startswith("2 kernels took ")
     assert all("forward, " in name for name in package.compiled())
     assert "2 kernels took" in environment()["backends"]["fa4"]["compiled"]
+
+
+@pytest.mark.parametrize("form", ["2 axes", "chosen"])
+def test_gradients_are_tried_below_autograd_and_without_it_too(doubled, monkeypatch, form):
+    monkeypatch.setitem(trial.SMALL, "chosen", ("topk(keep=2,block=8x16)", Layout((16, 32), suffix=5)))
+    kernel = trial.Kernel(form, False, torch.float32, 8, 2, True, True, grad=True)
+    with torch.inference_mode(), torch._C._AutoDispatchBelowAutograd():
+        assert trial.wrong(kernel, CPU, _small) == ""
+    doubled(honest=False)
+    assert "off by" in trial.wrong(kernel._replace(samples=False), CPU, _small)
 
 
 def problem(text, grid=(64, 64), **given):
