@@ -12,7 +12,7 @@ import torch
 
 from visattn.dispatch import BACKENDS, Backend, cheapest, overhead, unlisted, visited_pairs, wall
 from visattn.kernels.fa4 import chosen, package
-from visattn.kernels.fa4.blocks import Blocks, blocks, patterns_of, same_tiles, tile_plan
+from visattn.kernels.fa4.blocks import Blocks, blocks, patterns_of, plans_of, same_tiles
 from visattn.kernels.fa4.trial import Kernel, fault, wrong
 from visattn.kernels.fa4.words import Bits, packs
 from visattn.kernels.second_order import lists_with_formula
@@ -60,7 +60,8 @@ class FlashAttention4(Backend):
             pairs += visited_pairs(problem, tiles) * partial / len(plans) / RATE[problem.grad]
         moved = sum(_moved(side) for side in (plans[0][1].queries, plans[0][1].keys, plans[0][1].keys))
         tokens = max(1, problem.batch) * problem.heads * problem.layout.length
-        copies = (moved + _moved(plans[0][1].queries)) * (2 if problem.grad else 1)
+        # With gradients twice as many, of which a call of three and a half forwards has as many a forward.
+        copies = (moved + _moved(plans[0][1].queries)) * (2 / 3.5 if problem.grad else 1)
         seconds = copies * tokens * problem.head_dim * problem.dtype.itemsize / COPY_RATE
         host_us, device_us = HOST_US, 1e6 * seconds
         if isinstance(problem.pattern, DynamicPattern):
@@ -195,7 +196,8 @@ def _plans(problem: Problem) -> list[tuple[ListedPattern, TilePlan]]:
     """The pattern and the plan of each head, of one head where all have the same."""
     rows = ROWS.get(package.generation(), 128)
     of_head = patterns_of(problem.pattern, problem.heads)
-    plans = {each: tile_plan(each, problem.layout, rows) for each in dict.fromkeys(of_head)}
+    patterns = list(dict.fromkeys(of_head))
+    plans = dict(zip(patterns, plans_of(patterns, problem.layout, rows), strict=True))
     return [(each, plans[each]) for each in of_head]
 
 

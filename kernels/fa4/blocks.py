@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,10 +12,14 @@ import torch
 
 from visattn.keep import kept
 from visattn.kernels.fa4.words import COLUMNS, Words, words_of
+from visattn.kernels.triton.boxes import Box, best_boxes
 from visattn.layout import Layout
-from visattn.patterns import ListedPattern, Pattern, PerHead
+from visattn.patterns import ListedPattern, Pattern, PerHead, SpannedPattern
 from visattn.plans import TileLists, TilePlan, plan
 from visattn.tiling import Ints, Tiling, box_shape
+
+# The widest element that torch's kernels move.
+WIDE = torch.complex128
 
 
 class Order(NamedTuple):
@@ -49,6 +54,18 @@ class Order(NamedTuple):
         return x if self.slot is None else _Returned.apply(x, self.slot, self.token)
 
 
+def rows_of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows [B, index, ...] of [B, rows, ...]."""
+    return wide(x).index_select(1, index).view(x.dtype)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """The same memory in elements of 16 bytes where it can be: torch's kernels move an element a thread."""
+    steps = (*x.stride()[:-1], x.shape[-1], x.storage_offset())
+    even = x.stride(-1) == 1 and all(step * x.itemsize % WIDE.itemsize == 0 for step in steps)
+    return x.view(WIDE) if even else x
+
+
 class _Moved(torch.autograd.Function):
     """Tokens to slots; what a slot without a token holds is nobody's."""
 
@@ -56,12 +73,12 @@ class _Moved(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, token: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """Rows of each slot."""
         ctx.slot = slot
-        return x.index_select(1, token)
+        return rows_of(x, token)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         """The gradient of the slot of each token."""
-        return grad.index_select(1, ctx.slot), None, None
+        return rows_of(grad, ctx.slot), None, None
 
 
 class _Returned(torch.autograd.Function):
@@ -71,15 +88,17 @@ class _Returned(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, slot: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """Rows of each token."""
         ctx.slot, ctx.token = slot, token
-        return x.index_select(1, slot)
+        return rows_of(x, slot)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         """Zeros where there is no token."""
         if len(ctx.slot) == len(ctx.token):
-            return grad.index_select(1, ctx.token), None, None
+            return rows_of(grad, ctx.token), None, None
         zeros = grad.new_zeros(grad.shape[0], len(ctx.token), *grad.shape[2:])
-        return zeros.index_copy_(1, ctx.slot, grad), None, None
+        if zeros.numel() and grad.numel():
+            wide(zeros).index_copy_(1, ctx.slot, wide(grad.contiguous()))
+        return zeros, None, None
 
 
 class Lists(NamedTuple):
@@ -137,14 +156,36 @@ def patterns_of(pattern: Pattern, heads: int) -> list[ListedPattern]:
 
 def tile_plan(pattern: ListedPattern, layout: Layout, rows: int) -> TilePlan:
     """The plan with tiles of so many query slots and as many key slots as the kernels take."""
-    return plan(pattern, layout, tile=(_box(pattern, layout.queries, rows), _box(pattern, layout.keys, COLUMNS)))
+    return plans_of([pattern], layout, rows)[0]
 
 
-def _box(pattern: ListedPattern, layout: Layout, volume: int) -> tuple[int, ...]:
+def plans_of(patterns: Sequence[ListedPattern], layout: Layout, rows: int) -> list[TilePlan]:
+    """Plans of patterns that are one launch: in the boxes with the least work for the first that says it.
+
+    Args:
+        patterns: The patterns.
+        layout: The tokens.
+        rows: Slots of a query tile.
+    """
+    spanned = next((each for each in patterns if isinstance(each, SpannedPattern)), None)
+    boxes = None if spanned is None else best_boxes(spanned.spans(*layout.grids), rows, COLUMNS)
+    found = []
+    for pattern in patterns:
+        grid = pattern.tiled_layout(layout.queries).grid
+        own = boxes is None or len(grid) != layout.dims
+        found.append(plan(pattern, layout, tile=_own_boxes(pattern, layout, rows) if own else boxes))
+    return found
+
+
+def _own_boxes(pattern: ListedPattern, layout: Layout, rows: int) -> tuple[Box, Box]:
+    return _own_box(pattern, layout.queries, rows), _own_box(pattern, layout.keys, COLUMNS)
+
+
+def _own_box(pattern: ListedPattern, layout: Layout, volume: int) -> Box:
     """The pattern's own box where it has that volume."""
     grid = pattern.tiled_layout(layout).grid
     box = pattern.tile(grid, volume)
-    return box if np.prod(box) == volume else box_shape(grid, volume)
+    return box if math.prod(box) == volume else box_shape(grid, volume)
 
 
 def same_tiles(plans: Sequence[TilePlan]) -> bool:
@@ -169,7 +210,7 @@ def blocks(pattern: Pattern, layout: Layout, heads: int, rows: int, device: torc
     """
     of_head = patterns_of(pattern, heads)
     patterns = list(dict.fromkeys(of_head))
-    plans = [tile_plan(each, layout, rows) for each in patterns]
+    plans = plans_of(patterns, layout, rows)
     assert same_tiles(plans), f"{pattern} has lists of different tiles on {layout}"
     queries, keys = plans[0].queries, plans[0].keys
     words = words_of(patterns, plans, device)

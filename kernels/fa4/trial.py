@@ -19,6 +19,7 @@ from visattn.kernels.fa4.words import Packed
 from visattn.layout import Layout
 from visattn.patterns import Pattern, parse
 from visattn.patterns.masks import dense_mask, routed_mask
+from visattn.rerun import autograd_inside_operator
 
 # Relative error from which a result is no matter of rounding; a list that is ignored gives 0.5 and more.
 LIMIT = 0.03
@@ -109,18 +110,24 @@ def fault() -> str:
 
 
 def _try(kernel: Kernel, device: torch.device, attend: Attend) -> str:
-    with torch.inference_mode(False), torch.set_grad_enabled(kernel.grad), torch.autocast(device.type, enabled=False):
-        pattern, layout, leaves, weights = _problem(kernel, device)
-        try:
-            with package.compiling(str(kernel)):
-                ours = _results(lambda q, k, v: attend(q, k, v, pattern, layout, 0.3), leaves, weights, kernel.grad)
-                ours = [t.float() for t in ours]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # A compiler and a package that change fail in many ways.
-            return f"{type(error).__name__}: {str(error)[:300]}"
-        seen = _mask(kernel, pattern, layout, leaves).to(device)
-        truth = _results(lambda q, k, v: _dense(q, k, v, seen, 0.3), leaves, weights, kernel.grad)
+    """`wrong`, wherever the call that asks for it stands: in other modes, or in an operator below autograd."""
+    plain = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), plain, autograd_inside_operator(), torch.set_grad_enabled(kernel.grad):
+        return _compare(kernel, device, attend)
+
+
+def _compare(kernel: Kernel, device: torch.device, attend: Attend) -> str:
+    pattern, layout, leaves, weights = _problem(kernel, device)
+    try:
+        with package.compiling(str(kernel)):
+            ours = _results(lambda q, k, v: attend(q, k, v, pattern, layout, 0.3), leaves, weights, kernel.grad)
+            ours = [t.float() for t in ours]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # A compiler and a package that change fail in many ways.
+        return f"{type(error).__name__}: {str(error)[:300]}"
+    seen = _mask(kernel, pattern, layout, leaves).to(device)
+    truth = _results(lambda q, k, v: _dense(q, k, v, seen, 0.3), leaves, weights, kernel.grad)
     for name, a, b in zip(("output", "log-sum-exp", "dq", "dk", "dv"), ours, truth, strict=False):
         off = ((a - b).norm() / b.norm()).item()
         if not off <= LIMIT:

@@ -26,7 +26,7 @@ from visattn import Layout, attention, parse
 from visattn.dispatch import choose, load, milliseconds
 from visattn.kernels.fa4 import package
 from visattn.kernels.fa4.backend import ROWS, attend_slots
-from visattn.kernels.fa4.blocks import blocks, tile_plan
+from visattn.kernels.fa4.blocks import blocks, rows_of, tile_plan
 from visattn.patterns import Dense, DynamicPattern, ListedPattern
 from visattn.problem import Call, Problem
 
@@ -75,7 +75,7 @@ def contenders_of(name: str, inputs: list[torch.Tensor]) -> dict[str, Contender]
 
 
 def moves_of(name: str, q: torch.Tensor) -> dict[str, float]:
-    """Milliseconds of moving one tensor into tile order: as it is done, and as rows of a matrix."""
+    """Milliseconds of moving one tensor into tile order: as it is done, by its own elements, as rows of a matrix."""
     pattern, layout, _ = CASES[name]
     parsed = parse(pattern)
     token = None
@@ -84,9 +84,14 @@ def moves_of(name: str, q: torch.Tensor) -> dict[str, float]:
     if token is None:
         return {}
     rows = q.flatten(0, 1).flatten(1)
-    ways = {"by axis": lambda: q.index_select(1, token), "by rows": lambda: rows.index_select(0, token)}
-    ways["gathered"] = lambda: rows[token]
-    return in_turns(ways)
+    return in_turns(
+        {
+            "wide": lambda: rows_of(q, token),
+            "narrow": lambda: q.index_select(1, token),
+            "matrix": lambda: rows.index_select(0, token),
+            "gathered": lambda: rows[token],
+        }
+    )
 
 
 def case_of(name: str) -> dict[str, Any]:

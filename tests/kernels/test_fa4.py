@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from tests.kernels.test_flex_visible import neighborhoods
 from tests.support.cases import gradients, qkv
-from visattn import Layout, dense_mask, parse
+from visattn import Layout, dense_mask, parse, plan
 from visattn.dispatch import load, milliseconds, visited_pairs
 from visattn.environment import environment
 from visattn.kernels.fa4 import package, trial
-from visattn.kernels.fa4.backend import backend
-from visattn.kernels.fa4.blocks import blocks, patterns_of, tile_plan
+from visattn.kernels.fa4.backend import _small, backend
+from visattn.kernels.fa4.blocks import Order, blocks, patterns_of, tile_plan, wide
 from visattn.kernels.fa4.words import COLUMNS, Bits, Packed, packs
 from visattn.problem import Call, Problem, Support
 
@@ -112,6 +112,23 @@ def test_tile_order_that_is_the_tokens_own_moves_nothing():
     assert blocks(parse("radial(decay=0.5)"), Layout((4, 16, 8)), 1, 128, CPU).queries.token is None
     assert blocks(parse("na(window=9)"), Layout(256), 1, 128, CPU).keys.slot is None
     assert blocks(parse("na(window=9)"), Layout(255), 1, 128, CPU).keys.slot is not None
+
+
+@pytest.mark.parametrize("dim", [8, 5])
+def test_moves_are_gathers_of_any_memory(dim):
+    token = torch.tensor([3, 0, 0, 2, 1])
+    order = Order(token, torch.tensor([1, 4, 3, 0]))
+    for x in (
+        torch.randn(2, 4, 3, dim),
+        torch.randn(2, 3, 4, dim).transpose(1, 2),
+        torch.randn(2, 4, 3, dim + 3)[..., :dim],
+    ):
+        x = x.detach().requires_grad_()
+        assert torch.equal(order.into(x), x[:, token]) and torch.equal(order.back(order.into(x)), x)
+        (grad,) = torch.autograd.grad((order.back(order.into(x)) * 2).sum(), x)
+        assert torch.equal(grad, torch.full_like(x, 2))
+    assert wide(torch.empty(1, 2, 8, dtype=torch.bfloat16)).shape == (1, 2, 1)
+    assert wide(torch.empty(1, 2, 9, dtype=torch.bfloat16)[..., 1:]).dtype == torch.bfloat16
 
 
 def double(honest=True, calls=None):
@@ -230,6 +247,16 @@ def test_each_kernel_is_tried_once_and_its_time_remembered(doubled):
     assert "2 kernels took" in environment()["backends"]["fa4"]["compiled"]
 
 
+@pytest.mark.parametrize("form", ["2 axes", "chosen"])
+def test_gradients_are_tried_below_autograd_and_without_it_too(doubled, monkeypatch, form):
+    monkeypatch.setitem(trial.SMALL, "chosen", ("topk(keep=2,block=8x16)", Layout((16, 32), suffix=5)))
+    kernel = trial.Kernel(form, False, torch.float32, 8, 2, True, True, grad=True)
+    with torch.inference_mode(), torch._C._AutoDispatchBelowAutograd():
+        assert trial.wrong(kernel, CPU, _small) == ""
+    doubled(honest=False)
+    assert "off by" in trial.wrong(kernel._replace(samples=False), CPU, _small)
+
+
 def problem(text, grid=(64, 64), **given):
     made = Problem(parse(text), Layout(grid), 1, 4, 4, 64, torch.bfloat16, "cuda")
     return dataclasses.replace(made, **given)
@@ -265,7 +292,7 @@ def test_refuses_with_the_reason(monkeypatch, text, given, reason):
 
 def test_without_the_package_nothing_is_planned_and_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(package, "version", lambda: None)
-    monkeypatch.setattr("visattn.kernels.fa4.backend.tile_plan", None)
+    monkeypatch.setattr("visattn.kernels.fa4.backend.plans_of", None)
     missing = Support(False, "flash-attn-4 is not installed (pip install visattn[fa4])")
     assert backend.supports(problem("na(window=5x5)")) == backend.available() == missing
 
@@ -290,3 +317,16 @@ def test_costs_count_the_moves_and_partial_blocks(monkeypatch):
     assert backend.cost(problem(text.format(""), grid, **big)) > 1.2 * backend.cost(strided)
     dense = problem("dense", grid, **big)
     assert backend.cost(dense) < load("sdpa").cost(dense)
+
+
+def test_boxes_follow_the_stride_and_heads_share_those_of_the_first_window():
+    strided = parse("na(window=6x8x48,stride=1x8x16)")
+    layout = Layout((6, 32, 64))
+    assert (
+        tile_plan(strided, layout, 128).full_share
+        == 1
+        > plan(strided, layout, strided.tile(layout.grid, 128)).full_share
+    )
+    text = "perhead(heads={0: dense, 1: na(window=4x16,stride=4x16)}, rest=na(window=3x3))"
+    made = check(parse(text), Layout((8, 32)), heads=3)
+    assert made.first is not None and made.forward.full_block_cnt[0].tolist() == [[2, 2], [0, 0], [0, 0]]
