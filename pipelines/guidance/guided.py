@@ -114,5 +114,5 @@ class Guided:
         finally:
             self._busy = False
             self._perturbation.stop()
-        self._perturbation.end()
+        self._perturbation.check_called()
         return found

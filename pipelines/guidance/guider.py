@@ -118,7 +118,7 @@ class PerturbedGuidance(BaseGuidance):
             return
         perturbation = self._running[0]
         self._release()
-        perturbation.end()
+        perturbation.check_called(self._calls)
         self._guided += 1
         self._calls += perturbation.calls
         self._said = perturbation.said()

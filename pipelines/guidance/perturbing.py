@@ -20,7 +20,7 @@ MIXING = ("FasterCacheConfig", "PyramidAttentionBroadcastConfig")
 
 
 class Perturbation:
-    """What perturbs a model between `begin` and `end`.
+    """What perturbs a model between `begin` and `stop`.
 
     Args:
         patched: The model.
@@ -73,20 +73,22 @@ class Perturbation:
         check_cache(self._patched.model)
         self._patched.run.here.perturbed = self.modules
 
-    def end(self) -> None:
-        """Forwards are as ever again.
+    def stop(self) -> None:
+        """Forwards are as ever again."""
+        self._patched.run.here.perturbed = None
+
+    def check_called(self, earlier: int = 0) -> None:
+        """Refuse modules that the model does not call.
+
+        Args:
+            earlier: Calls that are known from forwards before: a cache may skip them in some.
 
         Raises:
-            ValueError: If none of the modules was called.
+            ValueError: If there was none.
         """
-        self.stop()
-        if not self.calls:
+        if not (earlier or self.calls):
             name = type(self._patched.model).__name__
             raise ValueError(f"guide: {name} did not call {', '.join(self.modules)}: choose others")
-
-    def stop(self) -> None:
-        """The same where a forward failed."""
-        self._patched.run.here.perturbed = None
 
     def said(self) -> str:
         """What is perturbed, in words."""

@@ -16,8 +16,8 @@ from visattn.pipelines.patch.schedulers import running_pipeline
 # How the names of pipelines begin whose sum is c + s (c - u), so that c counts 1 + s times.
 FROM_PROMPT = ("Cosmos2", "CosmosT", "CosmosV", "Kandinsky3", "Krea2", "ZImage")
 # Those that stack [c, u].
-PROMPT_FIRST = ("DiT", "OmniGen", "Pixel", "StableCascade", "Wuerstchen", "ZImage")
-# Packages whose pipelines were read; what others stack first is found out from what they stack.
+PROMPT_FIRST = ("DiT", "Lumina", "OmniGen", "Pixel", "StableCascade", "Wuerstchen", "ZImage")
+# Packages whose pipelines were read: where what they stack does not tell, their names do.
 READ = ("diffusers", "visattn")
 GENERAL = ("DiffusionPipeline", "ModularPipeline")
 UNCONDITIONAL = "uncond"
@@ -126,9 +126,6 @@ def _is_one_of(pipeline: Any, names: tuple[str, ...]) -> bool:
 
 def _prompt_first(pipeline: Any, given: Mapping[str, Any], names: dict[str, Any], samples: int) -> bool | None:
     """Whether the first half of a stacked batch has the prompt, None if nothing tells."""
-    known = [kind for kind in type(pipeline).__mro__ if kind.__name__ not in GENERAL]
-    if any(kind.__module__.split(".")[0] in READ and kind.__name__.endswith("Pipeline") for kind in known):
-        return _is_one_of(pipeline, PROMPT_FIRST)
     stacked = [t for value in given.values() for t in _tensors(value) if t.ndim and len(t) == 2 * samples]
     found = set()
     for name, value in names.items():
@@ -136,10 +133,19 @@ def _prompt_first(pipeline: Any, given: Mapping[str, Any], names: dict[str, Any]
             continue
         for tensor in _tensors(value):
             for both in stacked:
-                at = [half.shape == tensor.shape and torch.equal(half, tensor) for half in both.chunk(2)]
+                at = [_same(half, tensor) for half in both.chunk(2)]
                 if at.count(True) == 1:
                     found.add(at[0] != _is_negative(name))
-    return found.pop() if len(found) == 1 else None
+    if len(found) == 1:
+        return found.pop()
+    kinds = [kind for kind in type(pipeline).__mro__ if kind.__name__ not in GENERAL]
+    if any(kind.__module__.split(".")[0] in READ and kind.__name__.endswith("Pipeline") for kind in kinds):
+        return _is_one_of(pipeline, PROMPT_FIRST)
+    return None
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def _prompted(given: Mapping[str, Any], names: dict[str, Any]) -> bool | None:

@@ -12,6 +12,7 @@ import diffusers
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 import visattn
+from tests.support import tiny_pipelines
 from tests.support.places import GOLDEN
 from tests.support.tiny_pixel_flux import SIDE, tiny_pixel_flux
 from visattn.pipelines.schedulers import BDIAInverseScheduler, BDIAScheduler, EDICTInverseScheduler, EDICTScheduler
@@ -146,6 +147,29 @@ def test_a_pipeline_finds_its_noise_again(kind, value, pattern, guidance):
         pipeline.scheduler = forward.from_config(pipeline.scheduler.config)
         latents = pipeline.scheduler.set_state(found, 3).float()
         np.testing.assert_allclose(run(latents), picture, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "flux"])
+def test_edict_is_a_scheduler_of_order_2_in_stock_pipelines(name):
+    """Every timestep twice: the pipeline's own loop runs both evaluations of a step, and back again."""
+    pipe, options = tiny_pipelines.PIPELINES[name][0]()
+    pipe.set_progress_bar_config(disable=True)
+    latents = (1, 4, 12, 8) if name == "stable_diffusion" else (1, 48, 4)
+    noise = torch.randn(latents, generator=torch.Generator().manual_seed(0))
+    config = {**pipe.scheduler.config, **({"clip_sample": False} if name == "stable_diffusion" else {})}
+    steps = []
+
+    def run(scheduler, latents):
+        pipe.scheduler, given = scheduler, {**options, "num_inference_steps": 3, "output_type": "latent"}
+        keep = lambda pipe, i, t, tensors: steps.append(i) or {}  # noqa: E731
+        return pipe("a cat", latents=latents, callback_on_step_end=keep, **given)[0]
+
+    there, back = EDICTScheduler.from_config(config), EDICTInverseScheduler.from_config(config)
+    end = run(there, noise)
+    assert steps == list(range(6)) and there.order == 2
+    assert torch.equal(end.flatten(), there.state()[0].float().flatten())
+    run(back, back.set_state(there.state(), 3).float())
+    assert (back.state()[0] - noise).abs().max() < EXACT * end.abs().max()
 
 
 def test_half_of_a_run_begins_where_it_is_told():

@@ -13,6 +13,7 @@ READ = {
     "stacked": ("X", CFG, 4, None, (4.0, slice(2, None))),
     "stacked, named": ("X", CFG, 4, "cond_uncond", (4.0, slice(2, None))),
     "prompt first": ("ZImagePipeline", CFG, 4, None, (5.0, slice(2))),
+    "prompt first, Lumina-Next": ("LuminaPipeline", CFG, 4, None, (4.0, slice(2))),
     "truncated": ("ZImagePipeline", {**CFG, "current_guidance_scale": 0.0}, 2, None, (1.0, slice(None))),
     "truncated, flag": ("X", {**CFG, "do_classifier_free_truncation": True}, 2, None, (1.0, slice(None))),
     "from the prompt": ("Cosmos2TextToImagePipeline", {**CFG, "prompt_embeds": TWO}, 2, None, (5.0, slice(None))),
@@ -57,9 +58,11 @@ def test_guider_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_stacks_of_pipelines_that_nobody_read(first, monkeypatch):
-    """A class that is not diffusers' own: which half has the prompt is seen from what it stacks, or nothing is done."""
+    """Which half has the prompt is seen from what is stacked; where that does not tell, classes that were read say it."""
     with_, without = torch.ones(2, 3), torch.zeros(2, 3)
     names = {**CFG, "latents": TWO, "prompt_embeds": with_, "negative_prompt_embeds": without}
+    # Nothing that could be compared with what is stacked.
+    names |= {"prompt_mask": torch.ones(2, 3, dtype=torch.int64), "prompt_ids": torch.ones(2, 3, device="meta")}
     given = {"text": torch.cat([with_, without] if first else [without, with_])}
 
     def read(names, base=()):
@@ -71,5 +74,7 @@ def test_stacks_of_pipelines_that_nobody_read(first, monkeypatch):
     for unclear in ({"negative_prompt_embeds": with_}, {"prompt_embeds": None, "negative_prompt_embeds": None}):
         with pytest.raises(ValueError, match="does not tell which"):
             read(names | unclear)
+    # What is stacked says more than a name.
+    assert read(names, (type(of("ZImagePipeline")),)) == (5.0, slice(2) if first else slice(2, None))
     # One that is made from a class that was read stacks as that one does.
     assert read({**CFG, "latents": TWO}, (type(of("ZImagePipeline")),)) == (5.0, slice(2))

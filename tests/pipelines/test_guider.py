@@ -9,13 +9,14 @@ pytest.importorskip("diffusers", minversion="0.42")
 
 import diffusers
 from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
+from diffusers.modular_pipelines.ltx.modular_blocks_ltx import LTXCoreDenoiseStep
 from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (
     StableDiffusion3T2ICoreDenoiseStep,
 )
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 
 import visattn
-from tests.support import tiny_models, tiny_pipelines
+from tests.support import tiny_models, tiny_pipelines, tiny_videos
 from tests.support.tiny import noise, seeded
 from tests.support.tiny_flux import flux
 from visattn.pipelines.guidance.guider import PerturbedGuidance
@@ -41,6 +42,15 @@ def sd3():
 
 PIPES = {"wan": wan, "sd3": sd3}
 WITHOUT, WITH = {"guidance_scale": 1.0}, {"guidance_scale": 4.0}
+
+
+def ltx():
+    pipe = LTXCoreDenoiseStep().init_pipeline()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe.update_components(transformer=tiny_videos.ltx()[0], scheduler=scheduler)
+    masks = {"prompt_attention_mask": torch.ones(1, 8), "negative_prompt_attention_mask": torch.ones(1, 8)}
+    given = {"prompt_embeds": noise(1, 8, 16), "negative_prompt_embeds": noise(1, 8, 16, seed=1)}
+    return pipe, {**given, **masks, "height": 128, "width": 192, "num_frames": 9}
 
 
 def run(pipe, options, guider=None, steps=1):
@@ -93,6 +103,29 @@ def test_steps_and_patches_that_stand():
     for off in ({"scale": 0.0}, {"strength": 0.0}, {"enabled": False}):
         cfg = WITHOUT if "enabled" in off else WITH
         assert torch.equal(run(pipe, options, PerturbedGuidance(**WITH, **off)), run(pipe, options, plain(**cfg)))
+
+
+def test_caches_keep_predictions_apart():
+    """LTX names its forwards: p is computed although what it differs in is behind the block that the cache looks at."""
+    pipe, options = ltx()
+    guider = PerturbedGuidance(**WITH, scale=2.0, layers=[1])
+    stock, plain = run(pipe, options, guider), run(pipe, options, diffusers.ClassifierFreeGuidance(**WITH))
+    assert (stock - plain).abs().max() > 1e-4
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e9))
+    try:
+        torch.testing.assert_close(run(pipe, options, guider), stock, rtol=1e-5, atol=1e-5)
+        run(pipe, options, guider, 3)
+        assert "5 of 5 steps guided" in guider.report()
+    finally:
+        pipe.transformer.disable_cache()
+    torch.testing.assert_close(run(pipe, options, guider), stock, rtol=1e-5, atol=1e-5)
+    mixing = diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    )
+    pipe.transformer.enable_cache(mixing)
+    with pytest.raises(ValueError, match="would mix perturbed attention with plain"):
+        run(pipe, options, guider)
+    assert not pipe.transformer._forward_pre_hooks
 
 
 def test_other_sums():
