@@ -10,9 +10,21 @@ from visattn.models.backbones import (
     biformer,
     dinat_s,
     flowformer,
+    lrgt,
     mavit,
     moh_vit,
     nat,
 )
 
-__all__ = ["agent_deit", "agent_pvt", "agent_swin", "biformer", "dinat_s", "flowformer", "mavit", "moh_vit", "nat"]
+__all__ = [
+    "agent_deit",
+    "agent_pvt",
+    "agent_swin",
+    "biformer",
+    "dinat_s",
+    "flowformer",
+    "lrgt",
+    "mavit",
+    "moh_vit",
+    "nat",
+]

@@ -84,6 +84,41 @@ def routed(
 
 
 @register_notrace_function
+def fold_views(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Images [B, C, H, W] as they are, views [B, V, C, H, W] as B * V images; the number of views."""
+    if x.ndim == 5:
+        return x.flatten(0, 1), x.shape[1]
+    return x, 1
+
+
+@register_notrace_function
+def unfold_views(x: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Tokens [B * V, S, dim] of what `fold_views` made of images, as [B, V, S, dim] where there are views."""
+    if images.ndim == 5:
+        return x.reshape(images.shape[0], images.shape[1], x.shape[1], x.shape[2])
+    return x
+
+
+@register_notrace_function
+def mean_token(x: torch.Tensor) -> torch.Tensor:
+    """The mean of tokens [B, S, dim], or of those of all views [B, V, S, dim]."""
+    return x.flatten(1, -2).mean(dim=1)
+
+
+@register_notrace_function
+@unscripted
+def grouped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, views: int, height: int, width: int, groups: int, scale: float
+) -> torch.Tensor:
+    """Attention of q, k, v [B, views * height * width, heads, head_dim] in groups that are spread over all views."""
+    if q.is_meta:
+        return torch.empty_like(q)
+    check_fixed((height, width))
+    pattern = f"groups(count=1x{groups}x{groups})"  # as text, like that of `neighborhood`
+    return attention(q, k, v, pattern, Layout((views, height, width)), scale=scale)
+
+
+@register_notrace_function
 @unscripted
 def through_agents(
     q: torch.Tensor,

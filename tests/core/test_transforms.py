@@ -22,6 +22,9 @@ CALLS = {
     "linear": ("linear(feature=hedgehog)", "auto"),
     "sigmoid": ("sigmoid(sparse=na(window=3))", "auto"),
     "sparse and linear": ("sparselinear(sparse=na(window=3))", "auto"),
+    "clipped": ("clipped(sparse=na(window=3), alpha=0.5)", "auto"),
+    "gated": ("gated(of=na(window=3))", "auto"),
+    "causal linear": ("linear(causal=1x0, decay=0.5)", "auto"),
     "dense": ("dense", "auto"),
 }
 

@@ -14,7 +14,8 @@ CALLS = [
     ("routing(regions=2, topk=2)", "tiles"),
     *((text, "auto") for text in ("agent(agents=2)", "linear", "linear(feature=exp)", "flow", "mala")),
     ("sparselinear(sparse=na(window=3))", "auto"),
-    ("sigmoid(sparse=na(window=3))", "auto"),
+    *((f"{outer}(na(window=3))", "auto") for outer in ("sigmoid", "clipped", "gated", "selective")),
+    ("linear(causal=1x0, decay=0.5)", "auto"),
 ]
 
 

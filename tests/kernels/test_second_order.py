@@ -107,6 +107,8 @@ COMPOSED = [
     "mala",
     "sparselinear(sparse=na(window=3))",
     "sigmoid(sparse=clear(radius=1))",
+    "gated(of=selective(of=na(window=3)))",
+    "linear(causal=1x0, decay=0.5)",
 ]
 
 

@@ -87,6 +87,7 @@ def test_neighborhoods_equal_masked_dense_attention(data):
     "text",
     [
         "halo(block=4, halo=2)",
+        "groups(4)",
         "clear(radius=4)",
         "clear(radius=3, pool=4)",
         "routing(regions=3, topk=2)",

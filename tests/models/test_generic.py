@@ -46,6 +46,7 @@ SMALL = {
         "layer_init_values": (1.0, 1.0, 0.1, None),
     },
     "flowformer_small": {"embed_dim": (16, 32, 48, 64), "depth": (1, 1, 2, 1), "num_heads": 4},
+    "lrgt_base": {"embed_dim": 48, "num_heads": 3, "depth": 4, "lga_layer": (1, 3), "patch_group": 3},
     "moh_vit_base_50": {
         "embed_dims": (16, 32, 64, 64),
         "num_heads": (4, 8, 16, 16),
@@ -151,7 +152,7 @@ def test_forward_intermediates(name):
     if other == "NHWC":
         torch.testing.assert_close(last if model.output_fmt == "NHWC" else last.permute(0, 3, 1, 2), out)
     else:
-        torch.testing.assert_close(last, out[:, 1:])
+        torch.testing.assert_close(last, out[:, model.num_prefix_tokens :])
     with pytest.raises(ValueError, match="output_fmt 'CHWN' must be"):
         model.forward_intermediates(x, output_fmt="CHWN")
     model.set_grad_checkpointing()
@@ -259,6 +260,10 @@ def test_pools_and_positions_that_do_not_exist():
         make("biformer_tiny", topks=(0, 4, 16, -2))
     with pytest.raises(ValueError, match=r"flags \('l', 'x'\) must have 'l' \(linear\) or 'v' \(softmax\)"):
         make("mavit_base", flags=("l", "x"))
+    with pytest.raises(ValueError, match="patch_group=0 must be at least 1"):
+        make("lrgt_base", patch_group=0)
+    with pytest.raises(ValueError, match="embed_dim 48 must be a multiple of the 5 heads"):
+        make("lrgt_base", num_heads=5)
     with pytest.raises(ValueError, match="embed_dim 16 must be a multiple of the 12 heads"):
         make("flowformer_small", num_heads=12)
     with pytest.raises(ValueError, match="2 shared and 0 routed heads do not fit 4 heads"):

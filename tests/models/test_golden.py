@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import visattn.models
-from tests.golden.fill import fill, make_input
+from tests.golden.fill import fill, fill_value, make_input
 from tests.support.places import GOLDEN
 from visattn.models.backbones.agent_deit import AgentDeit
 from visattn.models.backbones.agent_swin import AgentSwin
@@ -87,6 +87,35 @@ def test_moh_computes_the_same_with_and_without_unused_heads():
         assert torch.allclose(model(x), dense, rtol=1e-4, atol=1e-5)
 
 
+def test_views_of_an_object_are_those_of_the_original(tmp_path):
+    golden = torch.load(GOLDEN / "lrgt_micro.pt", weights_only=True)
+    # As released: behind the name of the encoder, with what it keeps and never uses.
+    filled = {f"module.encoder.{key}": fill_value(key, shape) for key, shape in golden["keys"].items()}
+    torch.save({"encoder_state_dict": filled}, tmp_path / "file.pth")
+    config = golden["config"] | {"num_classes": 0, "global_pool": ""}
+    model = timm.create_model("lrgt_base", checkpoint_path=str(tmp_path / "file.pth"), **config).eval()
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    unused = {
+        "cls_token",
+        "dist_token",
+        *(f"blocks.{i}.attn.IFS.{part}" for i in (0, 2) for part in ("weight", "bias")),
+    }
+    assert own == {key: tuple(shape) for key, shape in golden["keys"].items() if key not in unused}
+    x = make_input(golden["input_shapes"][0], golden["input_seed"])
+    with torch.no_grad():
+        found = model(x)
+        assert found.flatten(0, 1).shape == golden["output_shape"]
+        wanted = golden["output"]
+        assert (found.flatten()[:: golden["output_stride"]][: len(wanted)] - wanted).abs().max() <= 1e-5 * wanted.std()
+        # One view alone is another thing, and the head takes the mean of all.
+        assert (model(x[:, 0]) - found[:, 0]).abs().max() > 1e-3
+        pooled = timm.create_model("lrgt_base", **golden["config"], num_classes=2).eval()
+        out, maps = pooled.forward_intermediates(x, indices=[1, 3])
+        assert pooled(x).shape == (2, 2) and out.shape == (2, 3, 196, 24)
+        assert [tuple(each.shape) for each in maps] == [(6, 24, 14, 14)] * 2
+        assert torch.allclose(pooled.forward_head(out, pre_logits=True), out.mean((1, 2)))
+
+
 # Millions of parameters in the papers' and repositories' tables (which cut dinat_large to 200 and round 22.65 up).
 SIZES = {
     "nat_mini": 20, "nat_tiny": 28, "nat_small": 51, "nat_base": 90,
@@ -97,6 +126,7 @@ SIZES = {
     "agent_swin_tiny": 28.90, "agent_swin_small": 50, "agent_swin_base": 88,
     "agent_pvt_tiny": 11.57, "agent_pvt_small": 20.6, "agent_pvt_medium": 35.9, "agent_pvt_large": 48.7,
     "mavit_tiny": 16.45, "mavit_small": 27.14, "mavit_base": 49.79, "mavit_large": 97.77,
+    "lrgt_tiny": 5.73, "lrgt_small": 22.07, "lrgt_base": 86.60,
     "flowformer_tiny": 43.31, "flowformer_small": 49.84,
     "moh_vit_small_80": 49.91, "moh_vit_small_75": 49.91, "moh_vit_base_75": 90.02, "moh_vit_base_50": 90.02,
 }  # fmt: skip

@@ -41,6 +41,7 @@ CASES = [
     ("radial(decay=0.5, block=8)", Layout((7, 5, 6), prefix=3), 0, (3, 4)),
     ("radial(decay=0.2, sink=false, block=16)", Layout((9, 20)), 0, (3, 1, 5)),
     ("dense", Layout((5, 6), prefix=2), 0, (2, 1, 2)),
+    ("groups(1x3)", Layout((4, 7), prefix=1), 1, (3, 4)),
     ("na(window=7x3)", Layout((9, 4), prefix=2, suffix=1), 0, (3, 1, 2, 3)),
     ("clear(radius=2)", Layout((3, 9), prefix=1, suffix=2), 1, (2, 3, 1, 3)),
 ]
@@ -50,7 +51,7 @@ CASES = [
 LATER = {1, 3, 6, 9, 11, 15, 18}
 # Of each class of patterns one: those that Ulysses runs, and why it refuses the others.
 EVERY = [
-    *("dense", "na(window=3x3)", "halo(block=2x2, halo=1)", "clear(radius=2)", "radial(block=4)"),
+    *("dense", "na(window=3x3)", "halo(block=2x2, halo=1)", "clear(radius=2)", "radial(block=4)", "groups(2x2)"),
     *("lsh(block=8, samples=0)", "topk(keep=0.5, block=2x2)", "topp(p=0.6, block=2x2)", "above(tau=0.1, block=2x2)"),
     *("agent(agents=2x2)", "linear", "flow", "mala", "best(of=[na(window=3x3), clear(radius=2)])"),
     "kmeans(queries=4, keys=6)",
@@ -62,6 +63,7 @@ REFUSED = {
     "gated(na(window=3x3))": "parameters",
     "selective(na(window=3x3))": "parameters",
     "sparselinear(na(window=3x3))": "parameters",
+    **dict.fromkeys(("sla", "sla2", "vsa"), "parameters"),
     "gate(by=topk(keep=0.5, block=2x2))": "parameters",
     "agentsd": "merges",
     "lsh": "depends on the other heads",

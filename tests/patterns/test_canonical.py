@@ -24,6 +24,7 @@ from visattn.patterns import (
     Flow,
     Gate,
     Gated,
+    Groups,
     Halo,
     KMeans,
     Linear,
@@ -146,6 +147,7 @@ KINDS = STATIC | {
         ),
         rest=PARTS,
     ),
+    Groups: made(Groups, count=sides()),
     Routing: made(Routing, regions=sides(), topk=WHOLE),
     Agent: made(Agent, agents=sides(also=(-1,))),
     AgentSD: made(

@@ -151,6 +151,21 @@ def test_lse_and_precision_are_those_of_the_pattern_inside():
         attention(q, k, v, "gated(of=linear)", layout, return_lse=True)
 
 
+def test_compiled_code_learns_the_factors_in_one_graph():
+    layout = Layout((5, 4), 1)
+    pattern = parse("gated(of=selective(of=na(window=3)))")
+    names = pattern.parameter_shapes(2, 10, layout.grid)
+    made = torch.Generator().manual_seed(1)
+    factors = [torch.randn(s, generator=made, dtype=torch.float64, requires_grad=True) for s in names.values()]
+
+    def step(q, k, v, *factors):
+        return attention(q, k, v, pattern, layout, parameters=dict(zip(names, factors, strict=True))).sin()
+
+    torch._dynamo.reset()
+    inputs = [*qkv(layout, grad=True), *factors]
+    compare(torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs), step(*inputs), inputs)
+
+
 def test_text_and_refusals():
     assert (
         parse("gated") == Gated() and str(parse("gated(na(window=3), init=0.9)")) == "gated(of=na(window=3), init=0.9)"

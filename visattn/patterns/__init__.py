@@ -12,6 +12,7 @@ from visattn.patterns.dense import Dense
 from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.flow import Flow
 from visattn.patterns.gate import Gate
+from visattn.patterns.groups import Groups
 from visattn.patterns.halo import Halo
 from visattn.patterns.hybrid.base import HybridPattern
 from visattn.patterns.hybrid.sla import SLA
@@ -64,6 +65,7 @@ __all__ = [
     "Flow",
     "Gate",
     "Gated",
+    "Groups",
     "Halo",
     "HeadsPattern",
     "HybridPattern",
@@ -100,6 +102,7 @@ PATTERNS: tuple[type[Pattern], ...] = (
     Dense,
     Neighborhood,
     Halo,
+    Groups,
     Clear,
     Radial,
     Routing,

@@ -30,6 +30,7 @@ KINDS = REGISTRY.declare(
         "dense": "visattn.patterns.dense:Dense",
         "na": "visattn.patterns.neighborhood:Neighborhood",
         "halo": "visattn.patterns.halo:Halo",
+        "groups": "visattn.patterns.groups:Groups",
         "clear": "visattn.patterns.clear:Clear",
         "radial": "visattn.patterns.radial:Radial",
         "routing": "visattn.patterns.routing:Routing",
