@@ -15,6 +15,8 @@ from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.plans import plan
 from visattn.recorded import Recorded
 
+# Shares of dense attention that candidates for tuning keep.
+MASSES = (0.8, 0.9, 0.95)
 # Queries whose outputs tell how alike heads are.
 COMPARED = 128
 # Share of the queries of a head that keep at least what `Site.least` says.
@@ -116,7 +118,7 @@ class Overview:
         """
         return {site: of_heads(heads) for site, heads in self.table(mass).items()}
 
-    def candidates(self, masses: Sequence[float] = (0.8, 0.9, 0.95)) -> list[str]:
+    def candidates(self, masses: Sequence[float] = MASSES) -> list[str]:
         """Patterns for `visattn tune --candidates`: those looked at, and those of heads that `schedule` makes.
 
         Args:

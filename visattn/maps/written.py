@@ -12,7 +12,7 @@ from visattn.canvas import Picture, column, text
 from visattn.files import written_whole
 from visattn.maps import heat
 from visattn.maps.drawn import head_table, kept_table
-from visattn.maps.overview import Site
+from visattn.maps.overview import MASSES, Site
 from visattn.maps.page import page
 from visattn.maps.shown import Details, Shown, rollout_picture
 
@@ -40,7 +40,7 @@ def write(folder: Path, shown: Shown) -> list[Path]:
     texts = {"maps.html": page(shown), "maps.json": json.dumps(_numbers(shown), indent=1) + "\n"}
     if overview.patterns:
         texts["schedule.json"] = json.dumps(overview.schedule(shown.mass), indent=2) + "\n"
-        texts["candidates.txt"] = "\n".join(overview.candidates()) + "\n"
+        texts["candidates.txt"] = "\n".join(overview.candidates([shown.mass, *MASSES])) + "\n"
     for name, words in texts.items():
         with written_whole(folder / name) as temporary:
             temporary.write_text(words, encoding="utf-8")
