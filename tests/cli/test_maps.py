@@ -56,6 +56,8 @@ def test_a_model_of_images(command, folder):
     found = json.loads((out / "maps.json").read_text())
     assert [site["site"] for site in found["sites"]] == ["blocks.3.attn", "blocks.4.attn"]
     assert len(found["sites"][0]["importance"]) == 3
+    assert found["pruned"]["blocks.3.attn"].keys() == {"change", "cosine", "drop", "divergence"}
+    assert found["pruned"]["blocks.3.attn"]["divergence"] == pytest.approx(found["sites"][0]["importance"], abs=1e-5)
     assert Schedule.of(out / "schedule.json").patterns
     assert parse((out / "candidates.txt").read_text().splitlines()[0]) == parse("na(window=3x3)")
     for name in ("heads", "kept", "similarity", "rollout", "rows-000", "offsets-001"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,6 +158,7 @@ def _of_model(subject: Subject, chosen: dict[str, Any]) -> Shown:
     options = {"layers": chosen["layers"]}
     calls = maps.calls(subject.model, subject.forward, **options)
     found: dict[str, Any] = {}
+    pruned: dict[str, maps.Pruned] = {}
     words = ""
     if chosen["importance"] == "gradient":
         found = maps.gradient(subject.model, subject.forward, classes=subject.classes, **options)
@@ -168,7 +170,8 @@ def _of_model(subject: Subject, chosen: dict[str, Any]) -> Shown:
         words = "relative change of the output" if not subject.classes else "divergence of the class probabilities"
         words += " when the head is zeroed"
     name = type(subject.model).__name__
-    return _shown(f"Attention of {name}", subject.about, calls, chosen, found, words, subject)
+    shown = _shown(f"Attention of {name}", subject.about, calls, chosen, found, words, subject)
+    return replace(shown, pruned={site: each.to_dict() for site, each in pruned.items()})
 
 
 def _shown(

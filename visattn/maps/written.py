@@ -50,7 +50,8 @@ def write(folder: Path, shown: Shown) -> list[Path]:
 
 def _numbers(shown: Shown) -> dict[str, Any]:
     found = {"title": shown.title, "about": shown.about, "query": shown.query, "importance": shown.importance}
-    return found | {"notes": list(shown.notes), "mass": shown.mass, **shown.overview.to_dict()}
+    found |= {"notes": list(shown.notes), "mass": shown.mass, **shown.overview.to_dict()}
+    return found | ({"pruned": dict(shown.pruned)} if shown.pruned else {})
 
 
 def _strips(site: Site, shown: Shown) -> dict[str, Picture]:
