@@ -8,7 +8,8 @@ import torch
 
 import visattn
 from visattn import Layout, dense_mask, maps, parse
-from visattn.maps.overview import hop_windows, of_heads
+from visattn.maps.overview import of_heads
+from visattn.maps.summary import hop_windows
 from visattn.patterns import routed_mask
 from visattn.recorded import Recorded
 from visattn.tuning.candidates import checked
