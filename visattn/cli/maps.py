@@ -86,7 +86,7 @@ def maps(
         shown = of_file(Path(model), step, chosen)
     else:
         subject = _subject(model, images or [], settings, step, checkpoint, pretrained, device, dtype)
-        shown = of_model(subject, chosen)
+        shown = of_model(subject, chosen, lambda what: None if json else typer.echo(what, err=True))
     out.mkdir(parents=True, exist_ok=True)
     from visattn.maps.written import write
 

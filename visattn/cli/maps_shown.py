@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,15 +32,18 @@ def of_file(path: Path, step: int, chosen: dict[str, Any]) -> Shown:
     return _shown(f"Attention of {about.get('model', path.name)}", said, here, chosen, {}, "", None)
 
 
-def of_model(subject: Subject, chosen: dict[str, Any]) -> Shown:
-    """One forward of a model."""
+def of_model(subject: Subject, chosen: dict[str, Any], tell: Callable[[str], None]) -> Shown:
+    """One forward of a model; `tell` hears what is being done."""
     from visattn import maps
 
     options = {"layers": chosen["layers"]}
+    tell("looking at its attention")
     calls = maps.calls(subject.model, subject.forward, **options)
     found: dict[str, Any] = {}
     pruned: dict[str, maps.Pruned] = {}
     words = ""
+    if chosen["importance"] != "none":
+        tell("importance of heads")
     if chosen["importance"] == "gradient":
         found = maps.gradient(subject.model, subject.forward, classes=subject.classes, **options)
         words = "how the logarithm of the predicted class' probability" if subject.classes else "how far the output"
@@ -50,6 +54,7 @@ def of_model(subject: Subject, chosen: dict[str, Any]) -> Shown:
         words = "relative change of the output" if not subject.classes else "divergence of the class probabilities"
         words += " when the head is zeroed"
     name = type(subject.model).__name__
+    tell(f"maps of {len(calls)} modules")
     shown = _shown(f"Attention of {name}", subject.about, calls, chosen, found, words, subject)
     return replace(shown, pruned={site: each.to_dict() for site, each in pruned.items()})
 

@@ -19,11 +19,13 @@ class Details:
     Attributes:
         dense: Row of the chosen query on the grid, a plane a head.
         sparse: The same under a pattern; () without one.
+        read: Which tokens of the grid all its queries read together, likewise.
         offsets: Histogram of offsets, a plane a head; () where they were left out.
     """
 
     dense: Sequence[NDArray] = ()
     sparse: Sequence[NDArray] = ()
+    read: Sequence[NDArray] = ()
     offsets: Sequence[NDArray] = ()
 
 

@@ -66,6 +66,9 @@ def _strips(site: Site, shown: Shown) -> dict[str, Picture]:
             parts += [text(f"the same under {shown.pattern}", size=14), heat.strip(found.sparse)]
             parts += [text("the difference: red more, blue less", size=14), heat.strip(apart, most)]
         made["rows"] = column(parts, gap=6, margin=10)
+    if found.read:
+        name = text(f"{site.site}: who is read, by the mean of all queries", size=14)
+        made["read"] = column([name, heat.strip(found.read)], gap=6, margin=10)
     if found.offsets:
         name = text(f"{site.site}: key position minus query position, the middle is 0", size=14)
         made["offsets"] = column([name, heat.strip(found.offsets)], gap=6, margin=10)
