@@ -50,15 +50,17 @@ def test_a_model_of_images(command, folder):
     assert "2 modules, 6 heads" in said and "heads bear na(window=3x3)" in said
     page = (out / "maps.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "<script src" not in page
-    # Two modules, three heads: dense, sparse, their difference and offsets of each.
-    assert page.count("<figure data-head=") == 2 * 3 * 4 and page.count("<details open") == 2
+    # Two modules, three heads: dense, sparse, their difference, who is read, and offsets of each.
+    assert page.count("<figure data-head=") == 2 * 3 * 5 and page.count("<details open") == 2
     assert "average drop" in page and "rollout of the class token through 2 modules" in page
     found = json.loads((out / "maps.json").read_text())
     assert [site["site"] for site in found["sites"]] == ["blocks.3.attn", "blocks.4.attn"]
     assert len(found["sites"][0]["importance"]) == 3
+    assert found["pruned"]["blocks.3.attn"].keys() == {"change", "cosine", "drop", "divergence"}
+    assert found["pruned"]["blocks.3.attn"]["divergence"] == pytest.approx(found["sites"][0]["importance"], abs=1e-5)
     assert Schedule.of(out / "schedule.json").patterns
     assert parse((out / "candidates.txt").read_text().splitlines()[0]) == parse("na(window=3x3)")
-    for name in ("heads", "kept", "similarity", "rollout", "rows-000", "offsets-001"):
+    for name in ("heads", "kept", "similarity", "rollout", "rows-000", "read-001", "offsets-001"):
         picture = np.asarray(Image.open(out / f"{name}.png").convert("L"))
         assert min(picture.shape) > 60 and picture.std() > 3, name
     status, _, error = command("maps", *words, "--out", out)
@@ -105,7 +107,7 @@ def test_the_page_in_a_browser(command, folder, tmp_path):
           page: document.documentElement.scrollWidth, view: innerWidth,
           marked: document.querySelectorAll('.on').length});"""
     found = dom(out / "maps.html", tmp_path, script)
-    assert found["open"] == [False, True] and found["marked"] == 4
+    assert found["open"] == [False, True] and found["marked"] == 5
     assert found["page"] <= found["view"]
     assert all(len(set(row)) == 1 for row in found["wide"] if row and row[0])
 

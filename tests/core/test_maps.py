@@ -8,7 +8,9 @@ import torch
 
 import visattn
 from visattn import Layout, dense_mask, maps, parse
-from visattn.maps.overview import hop_windows, of_heads
+from visattn.maps.look import read_by_head
+from visattn.maps.overview import of_heads
+from visattn.maps.summary import hop_windows
 from visattn.patterns import routed_mask
 from visattn.recorded import Recorded
 from visattn.tuning.candidates import checked
@@ -157,6 +159,13 @@ def test_offsets_are_those_of_all_queries(name):
     assert maps.offsets(call, 4).shape == wanted.shape
     with pytest.raises(ValueError, match="samples=0"):
         maps.offsets(call, 0)
+
+
+@pytest.mark.parametrize("name", ["text and grouped heads", "hidden keys"])
+def test_who_is_read_head_by_head(name):
+    call = made(name)
+    inner = slice(call.layout.prefix, call.layout.prefix + call.layout.tokens)
+    same(read_by_head(call), weights(call)[0, :, inner].mean(1))
 
 
 def test_rows_are_dense_sparse_and_their_difference():

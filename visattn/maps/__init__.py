@@ -9,10 +9,11 @@ from __future__ import annotations
 from visattn.maps.gather import calls
 from visattn.maps.importance import Pruned, gradient, pruning
 from visattn.maps.measures import Spread, kept, received, spread
-from visattn.maps.overview import Overview, Site, overview
+from visattn.maps.overview import Overview, Site
 from visattn.maps.rollout import rollout
 from visattn.maps.rows import Rows, offsets, rows
 from visattn.maps.scores import average_drop, confidence_gain, top_share
+from visattn.maps.summary import overview
 
 __all__ = [
     "Overview",

@@ -31,6 +31,10 @@ class Pruned(NamedTuple):
     drop: torch.Tensor | None
     divergence: torch.Tensor | None
 
+    def to_dict(self) -> dict[str, list[float]]:
+        """As JSON, what is known."""
+        return {name: values.tolist() for name, values in self._asdict().items() if values is not None}
+
 
 def pruning(
     model: Any, forward: Callable[[], Any], *, classes: bool = False, layers: Layers = None

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from visattn.layout import Layout
 from visattn.maps.heat import plane
+from visattn.maps.measures import received
 from visattn.maps.rollout import rollout
 from visattn.maps.rows import offsets, rows
 from visattn.maps.scores import average_drop, confidence_gain, top_share
@@ -98,8 +99,18 @@ def details(
             moved = moved.sum(1)
         elif layout.dims == 1:
             moved = moved[:, None]
-        found[call.site] = Details(dense, sparse, [each.double().numpy() for each in moved])
+        read = [plane(each, layout.grid) for each in read_by_head(one)[:, inner].cpu()]
+        found[call.site] = Details(dense, sparse, read, [each.double().numpy() for each in moved])
     return found
+
+
+def read_by_head(call: Recorded) -> torch.Tensor:
+    """How much the mean query of the grid reads each token, by each head of the first sample [H, S]."""
+    layout, heads = call.layout, call.q.shape[2]
+    mean = torch.zeros(layout.length, dtype=torch.promote_types(call.q.dtype, torch.float32), device=call.q.device)
+    mean[layout.prefix : layout.prefix + layout.tokens] = 1 / layout.tokens
+    # One row a head, which is the others' nothing.
+    return received(of_sample(call, 0), torch.eye(heads).to(mean)[None, :, :, None] * mean)[0]
 
 
 def of_sample(call: Recorded, sample: int) -> Recorded:

@@ -157,6 +157,7 @@ def _layer(i: int, site: Site, shown: Shown) -> str:
         apart = [heat.signed(s - d, most) for s, d in zip(found.sparse, found.dense, strict=True)]
         parts.append(_heads(f"The same under {shown.pattern}", [heat.rooted(p) for p in found.sparse]))
         parts.append(_heads("The difference: red more, blue less", apart))
+    parts.append(_heads("Who is read, by the mean of all queries", [heat.rooted(p) for p in found.read]))
     parts.append(_heads("Key position minus query position, the middle is 0", [heat.rooted(p) for p in found.offsets]))
     if site.hops:
         lines = {f"head {h}": [float(values[h]) for values in site.hops.values()] for h in range(site.heads)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from numpy.typing import NDArray
@@ -19,11 +19,13 @@ class Details:
     Attributes:
         dense: Row of the chosen query on the grid, a plane a head.
         sparse: The same under a pattern; () without one.
+        read: Which tokens of the grid all its queries read together, likewise.
         offsets: Histogram of offsets, a plane a head; () where they were left out.
     """
 
     dense: Sequence[NDArray] = ()
     sparse: Sequence[NDArray] = ()
+    read: Sequence[NDArray] = ()
     offsets: Sequence[NDArray] = ()
 
 
@@ -43,6 +45,7 @@ class Shown:
         picture: What the model saw or made, with its name; None without.
         rollout: Rollout on the grid, and whose, in words; None without, with the reason.
         notes: Further lines, such as scores.
+        pruned: What zeroing each head does, by module and name, where heads were pruned: for maps.json.
     """
 
     title: str
@@ -56,6 +59,7 @@ class Shown:
     picture: tuple[Picture, str] | None = None
     rollout: tuple[NDArray | None, str] = (None, "")
     notes: Sequence[str] = field(default_factory=tuple)
+    pruned: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)
 
 
 def rollout_picture(shown: Shown) -> Picture:

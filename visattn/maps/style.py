@@ -18,7 +18,8 @@ code { font: 0.92em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wr
 @media (max-width: 800px) { .four { grid-template-columns: minmax(0, 1fr); } }
 @media (min-width: 1900px) { .four { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
 figure { margin: 0; } figcaption { color: var(--soft); font-size: 13px; }
-.heads { display: grid; gap: 6px; grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); }
+.heads { display: grid; gap: 6px; grid-template-columns: repeat(auto-fit, minmax(76px, 1fr)); }
+.heads figure { max-width: 180px; }
 .heads img { width: 100%; display: block; image-rendering: pixelated; border-radius: 3px; background: #fff; }
 .heads .on img { outline: 3px solid #d55e00; }
 .picture { width: 100%; max-width: 420px; display: block; border-radius: 6px; image-rendering: pixelated; }

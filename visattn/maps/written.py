@@ -12,7 +12,7 @@ from visattn.canvas import Picture, column, text
 from visattn.files import written_whole
 from visattn.maps import heat
 from visattn.maps.drawn import head_table, kept_table
-from visattn.maps.overview import Site
+from visattn.maps.overview import MASSES, Site
 from visattn.maps.page import page
 from visattn.maps.shown import Details, Shown, rollout_picture
 
@@ -40,7 +40,7 @@ def write(folder: Path, shown: Shown) -> list[Path]:
     texts = {"maps.html": page(shown), "maps.json": json.dumps(_numbers(shown), indent=1) + "\n"}
     if overview.patterns:
         texts["schedule.json"] = json.dumps(overview.schedule(shown.mass), indent=2) + "\n"
-        texts["candidates.txt"] = "\n".join(overview.candidates()) + "\n"
+        texts["candidates.txt"] = "\n".join(overview.candidates([shown.mass, *MASSES])) + "\n"
     for name, words in texts.items():
         with written_whole(folder / name) as temporary:
             temporary.write_text(words, encoding="utf-8")
@@ -50,7 +50,8 @@ def write(folder: Path, shown: Shown) -> list[Path]:
 
 def _numbers(shown: Shown) -> dict[str, Any]:
     found = {"title": shown.title, "about": shown.about, "query": shown.query, "importance": shown.importance}
-    return found | {"notes": list(shown.notes), "mass": shown.mass, **shown.overview.to_dict()}
+    found |= {"notes": list(shown.notes), "mass": shown.mass, **shown.overview.to_dict()}
+    return found | ({"pruned": dict(shown.pruned)} if shown.pruned else {})
 
 
 def _strips(site: Site, shown: Shown) -> dict[str, Picture]:
@@ -65,6 +66,9 @@ def _strips(site: Site, shown: Shown) -> dict[str, Picture]:
             parts += [text(f"the same under {shown.pattern}", size=14), heat.strip(found.sparse)]
             parts += [text("the difference: red more, blue less", size=14), heat.strip(apart, most)]
         made["rows"] = column(parts, gap=6, margin=10)
+    if found.read:
+        name = text(f"{site.site}: who is read, by the mean of all queries", size=14)
+        made["read"] = column([name, heat.strip(found.read)], gap=6, margin=10)
     if found.offsets:
         name = text(f"{site.site}: key position minus query position, the middle is 0", size=14)
         made["offsets"] = column([name, heat.strip(found.offsets)], gap=6, margin=10)
