@@ -21,7 +21,8 @@ def pictures_table() -> str:
     rows = []
     for key, found in result("eightbit")["pictures"].items():
         pattern, _, prompt = key.partition(": ")
-        cells = [f"`{pattern}`", prompt, *(f"{found[name]['psnr']:.1f} dB" for name in NAMES)]
+        both = [[found[name][way] for way in ("psnr", "psnr_later") if way in found[name]] for name in NAMES]
+        cells = [f"`{pattern}`", prompt, *("; ".join(f"{own:.1f} dB" for own in each) for each in both)]
         seen = [f"{found[name]['cosine']:.5f}" if "cosine" in found[name] else "" for name in NAMES]
         rows.append([*cells, *seen])
     ways = [*(f"PSNR, {name}" for name in NAMES.values()), *(f"mean cosine, {name}" for name in NAMES.values())]

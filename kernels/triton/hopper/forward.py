@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from visattn.kernels.triton.hopper.copy import produce
 from visattn.kernels.triton.hopper.fill import put_masks
-from visattn.kernels.triton.hopper.jobs import FIELDS, JOBS, deal, finish_job, halves_of_job, next_job
+from visattn.kernels.triton.hopper.jobs import JOBS, deal, finish_job, halves_of_job, next_job, ring_of_jobs
 from visattn.kernels.triton.hopper.parts import (
     GROUP_ROWS,
     GROUPS,
@@ -329,14 +329,8 @@ def attend(
         for i in gl.static_range(GROUPS):
             mbarrier.init(turns.index(i), count=1)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    row_tokens = gl.allocate_shared_memory(gl.int32, [JOBS * GROUPS, GROUP_ROWS], plain)
-    fields = gl.allocate_shared_memory(gl.int32, [JOBS, FIELDS], plain)
-    job_ready = gl.allocate_shared_memory(gl.int64, [JOBS, 1], mbarrier.MBarrierLayout())
-    job_free = gl.allocate_shared_memory(gl.int64, [JOBS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(JOBS):
-        mbarrier.init(job_ready.index(i), count=1)
-        # Both groups, the copying warp, and the one for the mask.
-        mbarrier.init(job_free.index(i), count=GROUPS + 2 if KEY_MASK else GROUPS + 1)
+    # Both groups, the copying warp, and the one for the mask.
+    jobs = ring_of_jobs(queries, GROUPS + 2 if KEY_MASK else GROUPS + 1)
     visible = keys
     if KEY_MASK:
         visible = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], plain)
@@ -358,7 +352,6 @@ def attend(
     rings = (keys, values, k_ready, k_free, v_ready, v_free)
     shared = (keys, values, k_ready, k_free, v_ready, v_free, turns, visible)
     runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)
-    jobs = (fields, row_tokens, queries, job_ready, job_free)
     lists = (masks, mask_ids)
     sizes = (heads, length, scale)
     gl.warp_specialize(

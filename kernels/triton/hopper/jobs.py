@@ -30,6 +30,20 @@ _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_
 
 
 @gluon.jit
+def ring_of_jobs(queries, READERS: gl.constexpr):
+    """The ring of jobs, with `queries` for their rows; so many groups and warps read each job."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    row_tokens = gl.allocate_shared_memory(gl.int32, [JOBS * GROUPS, GROUP_ROWS], plain)
+    fields = gl.allocate_shared_memory(gl.int32, [JOBS, FIELDS], plain)
+    ready = gl.allocate_shared_memory(gl.int64, [JOBS, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [JOBS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(JOBS):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=READERS)
+    return fields, row_tokens, queries, ready, free
+
+
+@gluon.jit
 def _field(values, index, i: gl.constexpr):
     """The i-th number of a job, which every thread holds whole."""
     return gl.sum(gl.where(index == i, values, 0), 0)
