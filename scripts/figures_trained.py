@@ -41,7 +41,7 @@ def trained_table(name: str) -> str:
 
 def _dense(dense: dict[str, Any]) -> list[str]:
     cells = ["dense (teacher)", "100 %", *(f"{dense[kind]['top1']:.0%}" for kind in KINDS), f"{_mean(dense):.3f}", ""]
-    cells += [_flicker(dense)] * ("flicker" in dense["seen"])
+    cells += [_flicker(dense)] if "flicker" in dense["seen"] else []
     return [*cells, _milliseconds(dense["attention_seconds"]), _milliseconds(dense["seconds"]), "", ""]
 
 

@@ -43,6 +43,17 @@ def test_before_and_after(measured):
     assert "`vsa-97`: not measured, the budget was over." in lines
 
 
+def test_pictures_do_not_flicker(measured, tmp_path):
+    found = json.loads((tmp_path / "trained-animoji.json").read_text())
+    for each in found["rows"].values():
+        for name in ("seen", "unseen"):
+            del each[name]["flicker"]
+    (tmp_path / "trained-emoji.json").write_text(json.dumps(found))
+    lines = trained_table("emoji").splitlines()
+    assert lines[2] == "| dense (teacher) | 100 % | 80% | 80% | 0.060 |  | 4.0 ms | 50.0 ms |  |  |"
+    assert "Times a picture on cpu, float32, 24 steps." in lines
+
+
 def test_no_gap_no_share():
     assert closed(0.79, 0.8, 0.8) == ""
     assert closed(0.4, 0.6, 0.8) == " (50%)"
