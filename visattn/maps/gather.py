@@ -107,7 +107,7 @@ class Watching:
         """Raise a ValueError that says why, if no call was seen."""
         if not seen:
             said = "; ".join(self._handle.report().fallbacks)
-            why = said or "its keys are other tokens than its queries, it has a position bias of pairs, or none was called"
+            why = said or "its keys are not its queries' tokens, it has a position bias, or none was called"
             raise ValueError(f"no attention of {self.name} can be looked at: {why}")
 
     def __enter__(self) -> Watching:
