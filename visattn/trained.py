@@ -97,13 +97,6 @@ def trained_weights(model: torch.nn.Module, trained: Trained) -> Iterator[None]:
     Raises:
         ValueError: If a tensor does not fit the model.
     """
-    heads = trained.about.get("heads")
-    with nullcontext() if heads is None else convert_heads(model, **heads):
-        undo = write_trained(model, trained)
-        try:
-            yield
-        finally:
-            undo()
     undo = write_trained(model, trained)
     try:
         yield

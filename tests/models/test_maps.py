@@ -106,6 +106,23 @@ def test_random_directions_estimate_the_derivative_of_outputs_without_classes(vi
         torch.testing.assert_close(found[f"blocks.{layer}.attn"], wanted[layer], rtol=0.4, atol=0.0)
 
 
+def test_parts_of_samples_may_be_the_samples_of_a_module():
+    model, x = make("mobilevit")
+    randomise(model.eval())
+    found = maps.gradient(model, lambda: model(x), classes=True)
+    site = next(iter(found))
+    gate = torch.ones(len(found[site]), requires_grad=True)
+
+    def scale(module, args):
+        return (args[0].unflatten(-1, (len(gate), -1)) * gate[:, None]).flatten(-2)
+
+    hook = model.get_submodule(site).proj.register_forward_pre_hook(scale)
+    wanted = torch.autograd.grad(model(x).log_softmax(-1).amax(-1).sum(), gate)[0].abs() / 2
+    hook.remove()
+    torch.testing.assert_close(found[site], wanted, rtol=1e-3, atol=1e-7)
+    assert all((each > 0).all() for each in maps.gradient(model, lambda: model(x)).values())
+
+
 def test_models_whose_attention_is_not_dense_are_refused():
     nest, x = make("nest")
     randomise(nest.eval())

@@ -58,7 +58,7 @@ def test_guider_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_stacks_of_pipelines_that_nobody_read(first, monkeypatch):
-    """Which half has the prompt is seen from what is stacked; where that does not tell, classes that were read say it."""
+    """Which half has the prompt is seen from what is stacked; where that does not tell, classes that were read do."""
     with_, without = torch.ones(2, 3), torch.zeros(2, 3)
     names = {**CFG, "latents": TWO, "prompt_embeds": with_, "negative_prompt_embeds": without}
     # Nothing that could be compared with what is stacked.

@@ -106,7 +106,8 @@ class Watching:
     def need(self, seen: Sized) -> None:
         """Raise a ValueError that says why, if no call was seen."""
         if not seen:
-            why = "; ".join(self._handle.report().fallbacks) or "it has a position bias of pairs, or none was called"
+            said = "; ".join(self._handle.report().fallbacks)
+            why = said or "its keys are not its queries' tokens, it has a position bias, or none was called"
             raise ValueError(f"no attention of {self.name} can be looked at: {why}")
 
     def __enter__(self) -> Watching:

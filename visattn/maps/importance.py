@@ -118,27 +118,29 @@ def gradient(
         _check_classes(found, classes)
         if classes:
             objective = found.float().log_softmax(-1).amax(-1).sum()
-            return {site: each.abs().mean(0) for site, each in _gates(objective, outs).items()}
+            found_by = _gates(objective, outs, len(found))
+            return {site: each.abs().sum(0) / len(found) for site, each in found_by.items()}
         generator = torch.Generator().manual_seed(0)
         total = {site: torch.zeros((), device=out.device) for site, out in outs.items()}
-        norms = found.detach().float().flatten(1).square().sum(1)
+        norms = found.detach().float().flatten(1).square().sum(1)[:, None].clamp(min=1e-30)
         for _ in range(probes):
             direction = torch.randn(found.shape, generator=generator).to(found.device)
             objective = (found.float() * direction).sum()
-            for site, each in _gates(objective, outs).items():
-                total[site] = total[site] + each.square() / norms[:, None].clamp(min=1e-30)
+            for site, each in _gates(objective, outs, len(found)).items():
+                total[site] = total[site] + each.square() / (norms if len(each) == len(norms) else norms.sum())
     return {site: (each / probes).sqrt().mean(0) for site, each in total.items()}
 
 
-def _gates(objective: torch.Tensor, outs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gradient of a gate of 1 on each head [B, H]."""
+def _gates(objective: torch.Tensor, outs: dict[str, torch.Tensor], samples: int) -> dict[str, torch.Tensor]:
+    """Gradient of a gate of 1 on each head [samples, H]; [1, H], of all samples, where a module has another batch."""
     gradients = torch.autograd.grad(objective, list(outs.values()), retain_graph=True, allow_unused=True)
-    return {
-        site: out.new_zeros(out.shape[0], out.shape[2]).float()
-        if g is None
-        else (g.float() * out.detach().float()).sum((1, 3))
-        for (site, out), g in zip(outs.items(), gradients, strict=True)
-    }
+    found = {}
+    for (site, out), g in zip(outs.items(), gradients, strict=True):
+        each = torch.zeros_like(out) if g is None else g
+        gate = (each.float() * out.detach().float()).sum((1, 3))
+        # Parts of a sample may be samples of a module: patches of MobileViT.
+        found[site] = gate if len(gate) == samples else gate.sum(0, keepdim=True)
+    return found
 
 
 @contextmanager
