@@ -35,7 +35,11 @@ def trained_table(name: str) -> str:
     head = ["attention", "listed", *(f"{kind}: top 1" for kind in KINDS), "Frechet", "PSNR to dense"]
     head += ["flicker"] * clips + ["attention", "whole", "trained for", "file"]
     where = found["settings"]
-    note = f"Times a {'clip' if clips else 'picture'} on {where['device']}, {where['dtype']}, {where['steps']} steps."
+    note = (
+        f"{where['captions']} captions of each kind, {where['steps']} steps, {where['dtype']}, on {where['device']}; "
+    )
+    timed = dense["seconds"] is not None
+    note += f"times of a {'clip' if clips else 'picture'}." if timed else "no times, as others used it too."
     return "\n\n".join([table(head, lines), note, *missing])
 
 
