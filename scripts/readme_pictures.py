@@ -94,7 +94,7 @@ def draw(sheet: Sheet, options: argparse.Namespace) -> list[list[list[Picture]]]
     pipe.set_progress_bar_config(disable=True)
     found = []
     for pattern, dense in sheet.rows:
-        with apply(pipe, pattern, dense_steps=dense):
+        with apply(pipe, pattern, dense_steps=dense, always=True):
             made = [_one(pipe, prompt, seed, options) for seed, prompt in enumerate(sheet.prompts)]
         found.append(made)
         print(f"{sheet.model}: {pattern}", flush=True)

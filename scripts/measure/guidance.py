@@ -89,7 +89,7 @@ def draw(pipe: Any, variant: Variant, prompts: Sequence[str], options: argparse.
     """Pictures [N, 3, H, W], values 0 to 1; the noise of each is that of its number."""
     found = []
     with ExitStack() as stack:
-        handle = stack.enter_context(apply(pipe, variant.pattern))
+        handle = stack.enter_context(apply(pipe, variant.pattern, always=True))
         if variant.scale:
             stack.enter_context(guide(pipe, variant.scale, variant.perturb, handle=handle))
         for first in range(0, len(prompts), options.batch):

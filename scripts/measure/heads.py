@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "sharpness": lambda: sharpness,
             "palette": lambda: palette(read_pictures(options.examples, options.size)),
         }[options.objective]()
-        with apply(pipe, options.pattern) as handle:
+        with apply(pipe, options.pattern, always=True) as handle:
             found = find_heads(
                 pipe,
                 PROMPTS[: options.prompts],
