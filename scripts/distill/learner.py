@@ -139,6 +139,18 @@ def _tell(watchers: list[Watcher], watched: Watched) -> None:
         watcher(watched)
 
 
+def round_frozen(model: nn.Module) -> None:
+    """Keeps what never learns of linear layers and convolutions in bfloat16, to which autocast rounds it in each call.
+
+    A forward under autocast gives the same bits, by a rounding less for each such weight and bias.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def add_lora(model: nn.Module, paths: list[str], config: RunConfig) -> list[str]:
     """Puts LoRA on the linear layers at some paths; returns the paths."""
     from peft import LoraConfig, inject_adapter_in_model

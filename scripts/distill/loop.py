@@ -17,7 +17,7 @@ from accelerate.utils import KwargsHandler
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from scripts.distill.learner import Learner, as_trained
+from scripts.distill.learner import Learner, as_trained, round_frozen
 from scripts.distill.log import Log
 from scripts.distill.optimizers import build_optimizer, rate_share
 from scripts.distill.settings import RunConfig
@@ -70,6 +70,9 @@ class Run:
             share_weights(learner, accelerator.device)
         self.trained = learner.trained()
         self.optimizer = build_optimizer(self.trained, config)
+        if config.precision == "bf16" and not self.shared:
+            for model in (learner.teacher, learner.student):
+                round_frozen(model)
         self.average = {name: value.detach().clone() for name, value in self.trained.items()} if config.ema else {}
         self.progress = Progress()
         self.checkpoint = config.out / CHECKPOINT

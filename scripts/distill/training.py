@@ -50,5 +50,5 @@ class Training(Run):
 
     def picture(self) -> None:
         """A row of samples."""
-        with self.averaged() as student:
+        with self.averaged() as student, self.accelerator.autocast():
             self.pictures.save(student, f"{self.step:06d}")

@@ -235,6 +235,22 @@ class TestTraining:
         stopped(monkeypatch, loop.Run, "train_step", lambda run: run.step == 2, go_on)
         assert equal(whole, go_on())
 
+    @pytest.mark.parametrize("more", [(), ("--lora", "2")])
+    def test_frozen_weights_are_rounded_once(self, folder, tmp_path, more, monkeypatch, request):
+        from accelerate.state import AcceleratorState
+
+        # One for the process, in one precision.
+        AcceleratorState._reset_state(True)
+        request.addfinalizer(lambda: AcceleratorState._reset_state(True))
+        given = (*HEDGEHOG, "--precision", "bf16", *more)
+        made = trained_of(folder, tmp_path, *given)
+        kinds = {value.dtype for value in made.learner.student.parameters() if not value.requires_grad}
+        assert torch.bfloat16 in kinds and all(value.dtype == torch.float32 for value in made.trained.values())
+        ours = made.train_step()
+        monkeypatch.setattr(loop, "round_frozen", lambda model: None)
+        plain = trained_of(folder, tmp_path, *given).train_step()
+        assert {name: float(value) for name, value in ours.items()} == {name: float(v) for name, v in plain.items()}
+
     def test_guidance_compares_pairs(self, folder, tmp_path):
         made = trained_of(folder, tmp_path, "--guidance", "3", "--denoising", "0", "--attention", "0", "--output", "1")
         batch = made.draw(made.parts[0])
