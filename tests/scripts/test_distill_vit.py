@@ -22,7 +22,7 @@ from scripts.distill.vit_config import VitConfig
 from scripts.measure import distilled_vit as measure_distill_vit
 from tests.support.runs import equal, killed, log_of, stopped
 from visattn import apply
-from visattn.trained import load_own, load_trained, trained_weights
+from visattn.trained import export_student, load_own, load_trained, trained_weights
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +132,20 @@ def test_the_result_is_the_student(folder, tmp_path, more):
     loop.prepare(config)
     made = vit.VitTraining(config)
     made.train_step()
-    trained = load_trained(made.export())
+    path = made.export()
+    trained = load_trained(path)
     model, x = vit.load_teacher(config), torch.randn(1, 3, 160, 160)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad(), trained_weights(model, trained), apply(model, config.pattern) as handle:
         load_own(handle, trained)
         torch.testing.assert_close(model(x), made.learner.student(x), atol=1e-5, rtol=1e-4)
+    with torch.no_grad(), apply(model, path):
+        torch.testing.assert_close(model(x), made.learner.student(x), atol=1e-5, rtol=1e-4)
+    # Weights and heads are the teacher's again.
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    if trained.about["heads"] is not None:
+        with pytest.raises(ValueError, match="is of a student with other heads"):
+            export_student(model, path, tmp_path / "folder")
 
 
 def test_pictures_depend_on_seed_step_and_part_alone(folder, tmp_path):
