@@ -179,8 +179,8 @@ def export_student(pipe: Any, path: Path, folder: Path) -> Trained:
     trained = load_trained(path)
     if trained.about.get("heads") is not None:
         raise ValueError(
-            f"{path} is of a student with other heads, which the configuration of {type(pipe).__name__} has no words for: "
-            "keep the file, and apply(pipe, file)"
+            f"{path} is of a student with other heads, which a folder of {type(pipe).__name__} cannot tell: keep the "
+            "file, and apply(pipe, file)"
         )
     with trained_weights(student_model(pipe, trained), trained):
         pipe.save_pretrained(folder)
