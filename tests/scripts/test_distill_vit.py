@@ -165,7 +165,8 @@ def test_logit_distance():
     assert vit.logit_distance(truth, truth, 3.0).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_figures_of_the_digits_vit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("--query-heads", "0.5")])
+def test_figures_of_the_digits_vit(tmp_path, monkeypatch, more):
     from scripts.train import digits_vit_model as digits_vit
 
     own = digits_vit.split
@@ -175,10 +176,11 @@ def test_figures_of_the_digits_vit(tmp_path, monkeypatch):
     optimizer = digits_vit.build_optimizer(model)
     digits_vit.save_state(tmp_path / "vit.safetensors", config, 1, model, optimizer)
     given = ["--checkpoint", str(tmp_path / "vit.safetensors"), "--out", str(tmp_path / "out"), "--cpu"]
-    measure_distill_vit.main([*given, "--steps", "1", "--batch", "1", "--patterns", "na(window=3x3); mala"])
+    measure_distill_vit.main([*given, "--steps", "1", "--batch", "1", "--patterns", "na(window=3x3); mala", *more])
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert [row["pattern"] for row in found["rows"]] == ["na(window=3x3)", "mala"] and found["held_out"] == 6
     for row in found["rows"]:
+        assert (row["heads"] is None) == (not more)
         assert all(0 <= row[when][what] <= 1 for when in ("before", "after") for what in ("accuracy", "agreement"))
 
 
