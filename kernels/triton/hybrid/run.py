@@ -271,6 +271,8 @@ def _add_coarse(
     q, k, v, out = grid
     (query, _), (key, count) = means
     value, each = block_means(v, *blocks.sides[1], valid).mean, q.shape[2] // k.shape[2]
+    # In the dtype of q, for which torch has the faster kernels.
+    query, key, value = (x.to(q.dtype) for x in (query, key, value))
     key, value = (x if each == 1 else x.repeat_interleave(each, 1) for x in (key, value))
     mask = blind = None
     if valid is not None:
