@@ -35,13 +35,17 @@ def trained_table(name: str) -> str:
     head = ["attention", "listed", *(f"{kind}: top 1" for kind in KINDS), "Frechet", "PSNR to dense"]
     head += ["flicker"] * clips + ["attention", "whole", "trained for", "file"]
     where = found["settings"]
-    note = f"Times a {'clip' if clips else 'picture'} on {where['device']}, {where['dtype']}, {where['steps']} steps."
+    note = (
+        f"{where['captions']} captions of each kind, {where['steps']} steps, {where['dtype']}, on {where['device']}; "
+    )
+    timed = dense["seconds"] is not None
+    note += f"times of a {'clip' if clips else 'picture'}." if timed else "no times, as others used it too."
     return "\n\n".join([table(head, lines), note, *missing])
 
 
 def _dense(dense: dict[str, Any]) -> list[str]:
     cells = ["dense (teacher)", "100 %", *(f"{dense[kind]['top1']:.0%}" for kind in KINDS), f"{_mean(dense):.3f}", ""]
-    cells += [_flicker(dense)] * ("flicker" in dense["seen"])
+    cells += [_flicker(dense)] if "flicker" in dense["seen"] else []
     return [*cells, _milliseconds(dense["attention_seconds"]), _milliseconds(dense["seconds"]), "", ""]
 
 

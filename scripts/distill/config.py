@@ -43,6 +43,11 @@ class Config(RunConfig):
     mass: float = option(0.0, "weight of the distance of block scores to the teacher's mass on blocks (topk, gate ...)")
     mass_blocks: int = option(8, "query blocks per image and head whose scores are compared by --mass")
     temperature: str = option("1", "of --mass: above 1 blocks with little mass count more; 4..1 falls over the run")
+    guidance: float = option(
+        0.0,
+        "compare by --output what guidance of this scale makes of both predictions of a sample, with the condition and "
+        "without it, as its sampler does; 0: each by itself",
+    )
     stages: str = option(
         "all",
         "shares of the run: router trains the pattern's own parameters, transfer the projections too, both layer by "
@@ -83,6 +88,8 @@ class Config(RunConfig):
             self._check_staged(stages)
         if self.quantize:
             Schedule.of(self.pattern_ends[1], self.layers, self.dense_layers, precision=self.quantize)
+        if self.guidance and (self.batch % 2 or self.micro_batch % 2):
+            raise ValueError(f"--guidance {self.guidance:g} runs pairs: --batch and --micro-batch must be even")
         if self.sequence < 1:
             raise ValueError(f"--sequence {self.sequence} must be at least 1")
         if self.sequence > 1 and self.maps:

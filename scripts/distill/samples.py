@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from visattn.files import written_whole
 
 LATENTS = "latents"
+NULL_SAMPLES = 4  # that are looked at for the row without a condition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,26 @@ class SampleSet:
     @cached_property
     def _files(self) -> list[Any]:
         return [safe_open(shard_path(self.folder, s), framework="pt") for s in range(len(self.index.shards))]
+
+    @cached_property
+    def null_row(self) -> int:
+        """Which of the two rows of each sample's arguments is that without a condition: the same for all samples.
+
+        Raises:
+            ValueError: If the samples were not drawn with guidance by two rows, or with one condition alone.
+        """
+        some = range(0, len(self), max(1, len(self) // NULL_SAMPLES))
+        found = [self.take([i] * 2, torch.tensor([0.25, 0.75]))[1] for i in some]
+        alike = [
+            all(torch.equal(each[name][row], found[0][name][row]) for each in found for name in each)
+            for row in range(2)
+        ]
+        if sum(alike) != 1:
+            raise ValueError(
+                f"{self.folder} does not tell rows with a condition from those without: --guidance needs samples that "
+                "were drawn with guidance, of several prompts or labels"
+            )
+        return alike.index(True)
 
     def take(self, picks: list[int], rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Latents [B, ...] and arguments [B, ...] of some samples.

@@ -126,7 +126,7 @@ class Distiller(Learner):
             losses["denoising"] = distance(predicted, batch.target, batch.weights)
         if config.output and not forced:
             assert truth is not None
-            losses["output"] = distance(predicted, truth, batch.weights)
+            losses["output"] = self._output_distance(predicted, truth, batch.weights)
         if config.attention:
             assert expected is not None
             self._check_slabs()
@@ -137,6 +137,16 @@ class Distiller(Learner):
         if config.mass:
             losses["mass"] = self._masses.loss()
         return losses
+
+    def _output_distance(
+        self, predicted: torch.Tensor, truth: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Distance of predictions; under guidance of what it makes of each pair, without and with the condition."""
+        scale = self.config.guidance
+        if not scale:
+            return distance(predicted, truth, weights)
+        ours, theirs = (torch.lerp(x[::2], x[1::2], scale) for x in (predicted, truth))
+        return distance(ours, theirs, None if weights is None else weights[::2])
 
     def _check_slabs(self) -> None:
         """See that no process's attention outputs hold tokens that others have too.
@@ -220,11 +230,21 @@ def build_batch(
 ) -> Batch:
     """A part of the batch of a step; it depends on seed and step alone, not on how many processes share it."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    picks = torch.randint(len(samples), (config.batch,), generator=generator)[part].tolist()
-    rows = torch.rand(config.batch, generator=generator)[part]
-    times = noise.draw(config.batch, config.times, generator)[part].to(device)
+    # Under guidance both rows of a sample, the one without a condition first, with the same noise.
+    each = 2 if config.guidance else 1
+    if (part.stop - part.start) % each:
+        raise ValueError(
+            f"--guidance {config.guidance:g} runs pairs, and a process has {part.stop - part.start} samples"
+        )
+    count = config.batch // each
+    picks = torch.randint(len(samples), (count,), generator=generator).repeat_interleave(each)[part].tolist()
+    rows = torch.rand(count, generator=generator).repeat_interleave(each)[part]
+    if config.guidance:
+        null = samples.null_row
+        rows = torch.tensor([0.25 + 0.5 * null, 0.75 - 0.5 * null]).repeat(len(rows) // 2)
+    times = noise.draw(count, config.times, generator).repeat_interleave(each)[part].to(device)
     latents, tensors = samples.take(picks, rows)
-    dirt = torch.randn((config.batch, *latents.shape[1:]), generator=generator)[part].to(device)
+    dirt = torch.randn((count, *latents.shape[1:]), generator=generator).repeat_interleave(each, 0)[part].to(device)
     noisy, target, told = noise.mix(latents.float().to(device), dirt, times)
     places = torch.rand(config.map_rows, generator=generator).to(device)
     fixed = {name: value for name, value in samples.constants.items() if not name.startswith("noise.")}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +32,7 @@ from scripts.measure.trained_pictures import draw_curves, draw_sheet
 from scripts.train import animoji_data, emoji_data
 
 START = 90  # seconds beside its steps after which a training is asked to stop
-POINTS = 60  # of a curve
+POINTS = 24  # of a curve: means, as a batch's distance says more about its noise
 ROW_SECONDS = 20.0  # of the budget, which the row that has begun may take
 
 
@@ -130,10 +131,12 @@ def _told(folder: Path, method: str, sparsity: float) -> dict[str, Any]:
     found = {"method": method, "sparsity": sparsity, "pattern": METHODS[method].final(sparsity)}
     found |= {"steps": log[-1]["step"], "megabytes": round((folder / "student.safetensors").stat().st_size / 1e6, 3)}
     found |= json.loads((folder / "seconds.json").read_text())
+    found["options"] = METHODS[method].options
     # Of the last stage: earlier ones have other losses.
-    last = [line for line in log if "output" in line] or log
+    last = [(line["step"], line["output"]) for line in log if "output" in line]
     every = max(1, len(last) // POINTS)
-    return found | {"curve": [[line["step"], line.get("output", line.get("attention"))] for line in last[::every]]}
+    groups = [last[first : first + every] for first in range(0, len(last), every)]
+    return found | {"curve": [[some[-1][0], statistics.fmean(value for _, value in some)] for some in groups]}
 
 
 def measure(options: argparse.Namespace, trained: dict[str, Any], start: float) -> dict[str, Any]:

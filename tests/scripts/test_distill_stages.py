@@ -235,6 +235,22 @@ class TestTraining:
         stopped(monkeypatch, loop.Run, "train_step", lambda run: run.step == 2, go_on)
         assert equal(whole, go_on())
 
+    def test_guidance_compares_pairs(self, folder, tmp_path):
+        made = trained_of(folder, tmp_path, "--guidance", "3", "--denoising", "0", "--attention", "0", "--output", "1")
+        batch = made.draw(made.parts[0])
+        assert batch.noisy[0].equal(batch.noisy[1]) and not batch.noisy[0].equal(batch.noisy[2])
+        # The null class is 3; see test_rows_of_guidance_belong_to_the_sample.
+        labels = batch.arguments["class_labels"].tolist()
+        assert labels[::2] == [3, 3] and max(labels[1::2]) < 3
+        with torch.no_grad():
+            given = {"hidden_states": batch.noisy, "timestep": batch.times} | batch.arguments
+            both = [model(**given).sample for model in (made.learner.student, made.learner.teacher)]
+            guided = [x[::2] + 3 * (x[1::2] - x[::2]) for x in both]
+            found = made.learner(batch)["output"]
+        torch.testing.assert_close(found, (guided[0] - guided[1]).square().mean())
+        with pytest.raises(SystemExit, match="must be even"):
+            run(folder, tmp_path, "--guidance", "3", "--batch", "3")
+
     def test_low_rank_and_a_router_leave_the_base_as_it_is(self, folder, tmp_path):
         more = ("--method", "sla2", "--sparsity", "0.5", "--pattern", "sla2(keep=0.5, block=2x2)", "--lora", "1")
         run(folder, tmp_path, *more)

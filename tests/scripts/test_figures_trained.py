@@ -24,7 +24,7 @@ def measured(tmp_path, monkeypatch):
     ]
     told = {"pattern": "vsa(keep=0.05)", "sparsity": 0.95, "seconds": 150.0, "steps": 900, "megabytes": 6.5}
     trained = {"vsa-95": told, "sla-95": {"error": "out of memory"}, "vsa-97": told | {"pattern": "vsa(keep=0.03)"}}
-    settings = {"device": "cpu", "dtype": "float32", "steps": 24}
+    settings = {"device": "cpu", "dtype": "float32", "steps": 24, "captions": 60}
     found = {"rows": dict(enumerate(rows)), "trained": trained, "settings": settings}
     (tmp_path / "trained-animoji.json").write_text(json.dumps(found))
 
@@ -38,9 +38,20 @@ def test_before_and_after(measured):
         f"| `vsa(keep=0.05)` | 5.0% | {top} | {top} | 0.560 to 0.110 (90%) | 10.0 to 15.5 dB | 2.6 to 2.6 | 4.0 ms | "
         "50.0 ms | 2.5 min, 900 steps | 6.5 MB |"
     )
-    assert "Times a clip on cpu, float32, 24 steps." in lines
+    assert "60 captions of each kind, 24 steps, float32, on cpu; times of a clip." in lines
     assert "`sla-95`: out of memory." in lines
     assert "`vsa-97`: not measured, the budget was over." in lines
+
+
+def test_pictures_do_not_flicker(measured, tmp_path):
+    found = json.loads((tmp_path / "trained-animoji.json").read_text())
+    for each in found["rows"].values():
+        for name in ("seen", "unseen"):
+            del each[name]["flicker"]
+    (tmp_path / "trained-emoji.json").write_text(json.dumps(found))
+    lines = trained_table("emoji").splitlines()
+    assert lines[2] == "| dense (teacher) | 100 % | 80% | 80% | 0.060 |  | 4.0 ms | 50.0 ms |  |  |"
+    assert "60 captions of each kind, 24 steps, float32, on cpu; times of a picture." in lines
 
 
 def test_no_gap_no_share():
