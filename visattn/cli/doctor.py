@@ -66,7 +66,8 @@ def _print_tables(found: dict[str, Any]) -> None:
     table.add_row()
     for name, support in found["backends"].items():
         verdict = "[green]ok[/]" if support["available"] else f"[yellow]no[/]: {escape(support['reason'])}"
-        table.add_row(f"backend {name}", f"{verdict}; {escape(support['compiled'])}" if support["compiled"] else verdict)
+        compiled = f"; {escape(support['compiled'])}" if support["compiled"] else ""
+        table.add_row(f"backend {name}", verdict + compiled)
     if found["plugins"]:
         table.add_row()
     for plugin in found["plugins"]:
