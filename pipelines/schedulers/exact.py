@@ -121,7 +121,8 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
         if growth > TOLERANCE:
             warnings.warn(
                 f"{type(self).__name__} with {len(found)} steps enlarges what float64 rounds to {growth:.0e}: its "
-                f"inverse is not exact. Take fewer steps, or {self._remedy}",
+                "inverse is exact only from what state() gives, by a model that repeats every bit. Take fewer steps, "
+                f"or {self._remedy}",
                 stacklevel=2,
             )
         self._reset()
