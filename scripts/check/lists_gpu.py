@@ -81,6 +81,8 @@ def cases() -> list[Case]:
         found += [Case("na(window=13x13)", joint, dtype, dim, heads_first=first) for first in (False, True)]
         found += [Case("clear(radius=9,pool=4)", Layout((38, 41), suffix=300), dtype, dim, mask=True)]
         found += [Case("dense", Layout(1536), dtype, dim)]
+        found += [Case("topk(keep=5,block=8x16,key_block=8x8)", Layout((45, 70), prefix=7, suffix=130), dtype, dim, 2)]
+        found += [Case("na(window=9x9)", Layout((36, 40), 1, 0, Layout((18, 20), 0, 77)), dtype, dim, mask=True)]
     for dtype, dim in (("bf16", 128), ("fp32", 64)):
         found += [
             Case("dense", Layout(1500, prefix=5), dtype, dim),
