@@ -168,7 +168,8 @@ class Measurer:
         if not found:
             raise ValueError("no candidate but dense runs on this model: pass --candidates")
         count = min(self.plan.probes, len(found))
-        return [found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count)]
+        # One alone is the finest, whose error is nearest to that of what holds a bound.
+        return [found[round(i * (len(found) - 1) / (count - 1))] for i in range(count)] if count > 1 else found[-1:]
 
     def _error(self, local: list[list[dict[str, Local]]], unit: tuple[int, int], name: str) -> float:
         group, stage = unit
