@@ -48,6 +48,7 @@ PAGES = tuple(
         "docs/diffusers.md",
         "docs/precision.md",
         "docs/inversion.md",
+        "docs/guidance.md",
         "docs/dynamic.md",
         "docs/parallel.md",
         "docs/tuning.md",

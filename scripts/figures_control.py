@@ -1,4 +1,4 @@
-"""The tables of docs/inversion.md: how exactly the emoji model finds its noise again."""
+"""The tables of docs/inversion.md and docs/guidance.md, both about the emoji model."""
 
 from __future__ import annotations
 
@@ -24,6 +24,25 @@ def inversion_table() -> str:
     return f"{table(['steps', 'attention', *heads], rows)}\n\n{size}."
 
 
+def guidance_table() -> str:
+    """Pictures named right under each guidance, measured by scripts/measure/guidance.py."""
+    found = result("guidance")
+    patterns = list(dict.fromkeys(each["pattern"] for each in found["rows"].values()))
+    rows: dict[str, dict[str, str]] = {}
+    for each in found["rows"].values():
+        perturbed = f"{each['scale']:g} x `{each['perturb']}`" if each["scale"] else ""
+        guided = f"guidance {each['guidance']:g}" if each["guidance"] != 1 else ""
+        name = " + ".join(filter(None, (guided, perturbed))) or "none"
+        value = f"{each['top1']:.0%}, {each['score']:.2f} +- {each['score_error']:.2f}"
+        rows.setdefault(name, {})[each["pattern"]] = value
+    # Without classifier-free guidance first, each by the scale.
+    order = sorted(rows, key=lambda name: name.startswith("guidance"))
+    body = [[name, *(rows[name].get(pattern, "") for pattern in patterns)] for name in order]
+    on = found["settings"]
+    size = f"{on['prompts']} prompts, {on['size']}x{on['size']} pixels, {on['steps']} steps"
+    return f"{table(['guidance', *(f'`{pattern}`' for pattern in patterns)], body)}\n\n{size}."
+
+
 def control_tables() -> dict[str, Callable[[], str]]:
     """Each table by its name."""
-    return {"inversion": inversion_table}
+    return {"inversion": inversion_table, "guidance": guidance_table}

@@ -15,6 +15,7 @@ SOURCES = {
     "dynamic-pictures": "emoji-dynamic",
     "dynamic-clips": "animoji-dynamic",
     "dynamic-gpu": "h200-dynamic",
+    "dynamic-hybrid": "h200-hybrid",
 }
 # Rows of static patterns begin with these.
 STATIC = ("na(", "clear(", "radial(", "halo(", "best(of=[na(")
@@ -23,6 +24,7 @@ STATIC = ("na(", "clear(", "radial(", "halo(", "best(of=[na(")
 def dynamic_tables() -> dict[str, Callable[[], str]]:
     """The tables; those of pictures and clips say so where they have not been measured."""
     makers = {"dynamic-mass": mass_table, "dynamic-errors": errors_table, "dynamic-gpu": gpu_table}
+    makers["dynamic-hybrid"] = hybrid_table
     return makers | {name: partial(quality_table, SOURCES[name]) for name in ("dynamic-pictures", "dynamic-clips")}
 
 
@@ -137,6 +139,20 @@ def gpu_table() -> str:
     if (RESULTS / "h200-stack-dynamic.json").is_file():
         lines.append(_stack())
     return "\n\n".join(lines)
+
+
+def hybrid_table() -> str:
+    """Times of scripts/bench/hybrid_gpu.py: whole calls, their softmax branch, and both in 8 bits."""
+    rows = []
+    for case in result("h200-hybrid")["cases"].values():
+        if "ms" in case:
+            ms = case["ms"]
+            cells = [f"`{case['pattern']}`", case["layout"], f"{ms['ours']:.2f} ms", f"{ms['front']:.2f} ms"]
+            cells += [f"{ms['cudnn']:.1f} ms", f"{ms['cudnn'] / ms['ours']:.1f}x"]
+            cells += [f"{ms['fp8']:.2f} ms, {ms['cudnn'] / ms['fp8']:.1f}x" if "fp8" in ms else ""]
+            rows.append(cells)
+    head = ["pattern", "grid", "call", "softmax branch alone", "cuDNN, dense", "speed-up", "in fp8"]
+    return table(head, rows)
 
 
 def _skip() -> str:

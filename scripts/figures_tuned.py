@@ -47,7 +47,7 @@ def tuned_table() -> str:
                     f"**{tuned:.2f} ms**",
                     f"{single:.2f} ms: {pattern}",
                     f"{dense:.2f} ms",
-                    f"{1 - tuned / min(single, dense):.0%}",
+                    f"{round(1 - tuned / min(single, dense), 2) + 0.0:.0%}",
                     f"{figures['psnr_mean']:.1f}, {figures['psnr_worst']:.1f} dB" if figures["psnr_mean"] else "equal",
                     f"{row['held_in']} of {figures['samples']}",
                 ]

@@ -174,9 +174,14 @@ def export_student(pipe: Any, path: Path, folder: Path) -> Trained:
         What is in that file.
 
     Raises:
-        ValueError: If the weights do not fit the pipeline.
+        ValueError: If the weights do not fit the pipeline, or are of other heads than such a folder can tell.
     """
     trained = load_trained(path)
+    if trained.about.get("heads") is not None:
+        raise ValueError(
+            f"{path} is of a student with other heads, which a folder of {type(pipe).__name__} cannot tell: keep the "
+            "file, and apply(pipe, file)"
+        )
     with trained_weights(student_model(pipe, trained), trained):
         pipe.save_pretrained(folder)
     rest = Trained({}, {}, trained.own, dict(trained.about) | {"model": str(folder)})

@@ -126,10 +126,8 @@ HOPPER = {
     "query_grad": {64: Config(128, 64, 4, 4, 1, True, True), 128: Config(128, 64, 4, 4, 1, True, True)},
 }
 
-# Channels that they compute with, by the head dims that they take; and those of other head dims, which no call takes
-# unless a script says so (`scripts.check.lists_gpu --padded`).
-HOPPER_WIDTHS = {64: 64, 128: 128}
-PADDED_WIDTHS = {dim: 64 if dim < 64 else 128 for dim in (40, 48, 56, 72, 80, 88, 96, 104, 112, 120)}
+# Channels that they compute with, by the head dims that they take.
+HOPPER_WIDTHS = {dim: 64 if dim <= 64 else 128 for dim in (*range(40, 65, 8), *range(72, 129, 8))}
 
 # The backward in one pass over the lists, which no call takes unless a script says so (scripts/bench/hopper_gpu.py).
 ONE_PASS = {64: Config(128, 64, 4, 4, 1, True, one_pass=1), 128: Config(128, 64, 4, 3, 1, True, one_pass=1)}

@@ -84,6 +84,29 @@ def routed(
 
 
 @register_notrace_function
+@unscripted
+def to_groups(x: torch.Tensor, side: int) -> torch.Tensor:
+    """A map [B, H, W, C] as squares of `side` x `side` tokens: [B * squares, side**2, C], row by row.
+
+    Raises:
+        ValueError: If the squares do not divide the map.
+    """
+    batch, height, width, channels = x.shape
+    check_fixed((height, width))
+    if height % side or width % side:
+        raise ValueError(f"a map of {height} x {width} tokens has no whole groups of {side} x {side}: resize the image")
+    x = x.reshape(batch, height // side, side, width // side, side, channels).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, side * side, channels)
+
+
+@register_notrace_function
+def from_groups(x: torch.Tensor, side: int, height: int, width: int) -> torch.Tensor:
+    """The inverse of `to_groups`, as tokens [B, H * W, C]."""
+    x = x.reshape(-1, height // side, width // side, side, side, x.shape[2]).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(x.shape[0], height * width, x.shape[5])
+
+
+@register_notrace_function
 def fold_views(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Images [B, C, H, W] as they are, views [B, V, C, H, W] as B * V images; the number of views."""
     if x.ndim == 5:

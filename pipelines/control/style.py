@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -80,6 +81,7 @@ def style_transfer(
         ValueError: If an option is out of its range, or the pipeline or a chosen layer cannot do it.
     """
     _check(gamma, temperature, steps, start, noise, options)
+    _check_pipeline(pipe)
     own, applied = handle is None, apply(pipe, "dense") if handle is None else handle
     before = pipe.scheduler
     try:
@@ -127,6 +129,18 @@ def _check(gamma: float, temperature: float, steps: int, start: int, noise: str,
         raise ValueError(f"style_transfer sets {', '.join(sorted(taken))} itself: leave it out")
 
 
+def _check_pipeline(pipe: Any) -> None:
+    needed = ("prompt", "latents", "guidance_scale", "callback_on_step_end")
+    missing = [name for name in needed if name not in inspect.signature(type(pipe).__call__).parameters]
+    why = f"takes no {missing[0]}" if missing else ""
+    if not why and not hasattr(pipe, "image_processor"):
+        why = "has no image processor"
+    if not why and hasattr(pipe, "_pack_latents"):
+        why = "packs its latents, so that they are no [B, C, H, W]"
+    if why:
+        raise ValueError(f"style_transfer: {type(pipe).__name__} {why}: use Stable Diffusion 1.x to 3 or one like it")
+
+
 def _denoiser(pipe: Any, handle: Handle) -> PatchedModel:
     models = [getattr(pipe, name, None) for name in DENOISERS]
     found = [each for each in handle.patches if isinstance(each, PatchedModel)]
@@ -161,7 +175,8 @@ def _encoded(pipe: Any, pictures: list[Any], given: dict[str, Any]) -> torch.Ten
     if vae is None:
         return both
     with torch.no_grad():
-        found = vae.encode(both.to(vae.dtype)).latent_dist.mean
+        encoded = vae.encode(both.to(vae.dtype))
+    found = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return ((found - shift) * vae.config.scaling_factor).to(model.dtype)
 

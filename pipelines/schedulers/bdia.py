@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from visattn.pipelines.schedulers.exact import ExactScheduler, State
+from visattn.pipelines.schedulers.exact import ExactScheduler, Pair
+from visattn.pipelines.schedulers.wide import Wide
 
 
 class BDIAScheduler(ExactScheduler):
@@ -49,19 +50,19 @@ class BDIAScheduler(ExactScheduler):
         # The plain step back from the clean sample takes the timestep of the state that it leads to.
         return torch.cat([timesteps[-1:], timesteps[1:].flip(0)])
 
-    def _begin_from(self, sample: torch.Tensor) -> None:
+    def _begin_from(self, sample: Wide) -> None:
         self._pair = [sample]
 
-    def state(self) -> State:
-        """The last two states, the noisier one first."""
-        first, second = super().state()
+    def _ends(self) -> Pair:
+        # The noisier one first.
+        first, second = super()._ends()
         return (second, first) if self.inverse else (first, second)
 
-    def _resumed(self, state: State, steps: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _resumed(self, state: Pair, steps: int) -> tuple[list[Wide], Wide]:
         pair = [state[1], state[0]] if self.inverse else list(state)
         return pair, pair[1]
 
-    def _advance(self, output: torch.Tensor, at: int) -> torch.Tensor:
+    def _advance(self, output: torch.Tensor, at: int) -> Wide:
         assert self.num_inference_steps is not None
         # Evaluations that are behind the states with which the run began are not in its list.
         at += self.num_inference_steps - len(self.timesteps)
@@ -71,11 +72,11 @@ class BDIAScheduler(ExactScheduler):
             return self._plain(output, z, level)
         said, other = steps.said(output, z, level), self._pair[0]
         back, on = steps.move(z, said, level, level - 1), steps.move(z, said, level, level + 1)
-        found = (other - on) / self.gamma + back if self.inverse else on + self.gamma * (other - back)
+        found = (other - on) / self.gamma + back if self.inverse else on + (other - back) * self.gamma
         self._pair = [z, found]
         return found
 
-    def _plain(self, output: torch.Tensor, z: torch.Tensor, level: int) -> torch.Tensor:
+    def _plain(self, output: torch.Tensor, z: Wide, level: int) -> Wide:
         """A step from the only state there is."""
         steps = self._steps
         start = level - 1 if self.inverse else level

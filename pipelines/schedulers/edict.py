@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from visattn.pipelines.schedulers.exact import ExactScheduler, State
+from visattn.pipelines.schedulers.exact import ExactScheduler, Pair
+from visattn.pipelines.schedulers.wide import Wide
 
 
 class EDICTScheduler(ExactScheduler):
@@ -47,10 +48,10 @@ class EDICTScheduler(ExactScheduler):
     def _evaluated(self, timesteps: torch.Tensor) -> torch.Tensor:
         return (timesteps.flip(0) if self.inverse else timesteps).repeat_interleave(2)
 
-    def _begin_from(self, sample: torch.Tensor) -> None:
+    def _begin_from(self, sample: Wide) -> None:
         self._pair = self._unmixed([sample, sample]) if self.inverse else [sample, sample]
 
-    def _resumed(self, state: State, steps: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _resumed(self, state: Pair, steps: int) -> tuple[list[Wide], Wide]:
         pair = self._unmixed(state) if self.inverse else list(state)
         return pair, pair[self._chosen(0, steps)]
 
@@ -64,7 +65,7 @@ class EDICTScheduler(ExactScheduler):
         first = self._step_of(at, steps) % 2
         return first ^ (at % 2) ^ (not self.inverse)
 
-    def _advance(self, output: torch.Tensor, at: int) -> torch.Tensor:
+    def _advance(self, output: torch.Tensor, at: int) -> Wide:
         assert self.num_inference_steps is not None
         steps, number = self._steps, self.num_inference_steps
         step, seen, last = self._step_of(at, number), self._chosen(at, number), at + 1 == len(self.timesteps)
@@ -73,17 +74,17 @@ class EDICTScheduler(ExactScheduler):
         self._pair[1 - seen] = turn(self._pair[1 - seen], said, step, step + 1)
         if at % 2 and not self.inverse:
             x, y, p = *self._pair, self.mixing
-            x = p * x + (1 - p) * y
-            self._pair = [x, p * y + (1 - p) * x]
+            x = x * p + y * (1 - p)
+            self._pair = [x, y * p + x * (1 - p)]
         elif at % 2 and not last:
             self._pair = self._unmixed(self._pair)
         return self._pair[0 if last else self._chosen(at + 1, number)]
 
-    def _unmixed(self, pair: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _unmixed(self, pair: Sequence[Wide]) -> list[Wide]:
         """Two states as they were before a step mixed them."""
         x, y, p = *pair, self.mixing
-        y = (y - (1 - p) * x) / p
-        return [(x - (1 - p) * y) / p, y]
+        y = (y - x * (1 - p)) / p
+        return [(x - y * (1 - p)) / p, y]
 
 
 class EDICTInverseScheduler(EDICTScheduler):

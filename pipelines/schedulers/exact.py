@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 
 from visattn.pipelines.schedulers.settings import check_known, init_names, plain_kind, taken
 from visattn.pipelines.schedulers.steps import Steps
+from visattn.pipelines.schedulers.wide import State, Wide
 
-State = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Wide, Wide]
 # Of the rounding of states that a round trip may give back enlarged.
 TOLERANCE = 1e-4
 
 
 class ExactScheduler(SchedulerMixin, ConfigMixin):
-    """A scheduler with two states in float64, whose steps have an exact inverse.
+    """A scheduler with two states of twice float64's precision, whose steps have an exact inverse.
 
     The model's input and `prev_sample` have the dtype of the sample that came in; what is kept are the states. The
     model must give equal outputs for equal inputs, so the way back needs the same batches and the same patterns.
@@ -48,7 +50,7 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(**dict(self._steps.plain.config), **self._own())
         self.num_inference_steps: int | None = None
         self.timesteps = self._steps.plain.timesteps
-        self._pending: tuple[State, int] | None = None
+        self._pending: tuple[Pair, int] | None = None
         self._reset()
 
     @classmethod
@@ -119,16 +121,18 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
         if growth > TOLERANCE:
             warnings.warn(
                 f"{type(self).__name__} with {len(found)} steps enlarges what float64 rounds to {growth:.0e}: its "
-                f"inverse is not exact. Take fewer steps, or {self._remedy}",
+                "inverse is exact only from what state() gives, by a model that repeats every bit. Take fewer steps, "
+                f"or {self._remedy}",
                 stacklevel=2,
             )
         self._reset()
         self.timesteps = self._evaluated(found)
         if self._pending is not None:
-            state, steps = self._pending
+            pair, steps = self._pending
             if steps != len(found):
                 raise ValueError(f"set_state was told {steps} steps, and this run has {len(found)}: give both the same")
-            self._pair, self._given = self._resumed(state, steps)
+            self._pair, following = self._resumed(pair, steps)
+            self._given = following.hi
             self.timesteps = self.timesteps[self._behind :]
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
@@ -147,18 +151,23 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
     def state(self) -> State:
         """The two states in float64, for the way back: `set_state` of the inverse takes them.
 
+        Pass on what this gives, not its two tensors: it has what float64 leaves out beside them.
+
         Raises:
             ValueError: If no step ran.
         """
+        return State.of(self._ends())
+
+    def _ends(self) -> Pair:
         if len(self._pair) < 2:
             raise ValueError(f"{type(self).__name__} has no states yet: run its steps first")
         return self._pair[0], self._pair[1]
 
-    def set_state(self, state: State, num_inference_steps: int) -> torch.Tensor:
+    def set_state(self, state: Sequence[torch.Tensor], num_inference_steps: int) -> torch.Tensor:
         """Begin the next run, whose `set_timesteps` follows, from the two states at which a way ended.
 
         Args:
-            state: What `state()` gave there.
+            state: What `state()` gave there; two tensors do as well, and are as exact as float64.
             num_inference_steps: Steps of that way, and of the next run.
 
         Returns:
@@ -169,8 +178,8 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
         """
         if len(state) != 2 or state[0].shape != state[1].shape:
             raise ValueError(f"a state is two tensors of one shape, not {[tuple(t.shape) for t in state]}")
-        self._pending = (state[0].double(), state[1].double()), num_inference_steps
-        return self._resumed(*self._pending)[1]
+        self._pending = State.wide(state), num_inference_steps
+        return self._resumed(*self._pending)[1].hi
 
     def step(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool = True
@@ -198,17 +207,17 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
                 "(inpainting, callbacks) has no exact inverse; use DDIM or Euler steps for it"
             )
         if not self._pair:
-            self._begin_from(sample.double())
+            self._begin_from(Wide(sample.double()))
         found = self._advance(model_output, self._at)
         self._at += 1
-        self._given = found.to(sample.dtype)
+        self._given = found.hi.to(sample.dtype)
         return SchedulerOutput(prev_sample=self._given) if return_dict else (self._given,)
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def _reset(self) -> None:
-        self._pair: list[torch.Tensor] = []
+        self._pair: list[Wide] = []
         self._given: torch.Tensor | None = None
         self._at: int | None = None
         self._begin: int | None = None
@@ -240,13 +249,13 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
         """The timestep of each evaluation, from those of the steps."""
 
     @abstractmethod
-    def _begin_from(self, sample: torch.Tensor) -> None:
+    def _begin_from(self, sample: Wide) -> None:
         """Begin with one state."""
 
     @abstractmethod
-    def _resumed(self, state: State, steps: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _resumed(self, state: Pair, steps: int) -> tuple[list[Wide], Wide]:
         """The states with which a run of so many steps goes on from these, and what it evaluates first."""
 
     @abstractmethod
-    def _advance(self, output: torch.Tensor, at: int) -> torch.Tensor:
+    def _advance(self, output: torch.Tensor, at: int) -> Wide:
         """Use the evaluation at a position; returns what is to be evaluated next, at the end the sample."""

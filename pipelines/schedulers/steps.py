@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from visattn.pipelines.schedulers.wide import Wide
+
 # What has no inverse, by the name of its setting.
 _LOSSY = {
     "clip_sample": "clipping loses values",
@@ -67,18 +69,19 @@ class Steps:
             self._levels = [(alpha**0.5, (1 - alpha) ** 0.5) for alpha in each]
         return timesteps
 
-    def move(self, z: torch.Tensor, e: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    def move(self, z: Wide, e: torch.Tensor, start: int, end: int) -> Wide:
         """The state at level `end` that a step from level `start` gives."""
         a, b = self._factors(start, end)
-        return a * z + b * e
+        return z * a + e * b
 
-    def back(self, z: torch.Tensor, e: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    def back(self, z: Wide, e: torch.Tensor, start: int, end: int) -> Wide:
         """The state at level `start` from which a step gives `z` at level `end`."""
         a, b = self._factors(start, end)
-        return (z - b * e) / a
+        return (z - e * b) / a
 
-    def said(self, output: torch.Tensor, z: torch.Tensor, at: int) -> torch.Tensor:
-        """What the model's output at a state says: its noise, or the velocity."""
+    def said(self, output: torch.Tensor, state: Wide, at: int) -> torch.Tensor:
+        """What the model's output at a state says: its noise, or the velocity, in float64."""
+        z = state.hi
         output = output.to(z.dtype)
         kind = "epsilon" if self.flow else self.plain.config.prediction_type
         signal, noise = self._levels[at]

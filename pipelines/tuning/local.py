@@ -20,8 +20,8 @@ from visattn.watch import Watched
 
 # Measurements of a candidate's time, and sites of one shape at which it is measured if it depends on no values.
 TURNS, TIMED = 3, 4
-# Calls of one on a GPU, one behind the other as in a model.
-CALLS = 4
+# Calls of one on a GPU, one behind the other as in a model; seconds of so many from which one measurement is enough.
+CALLS, LONG = 4, 0.02
 # Samples whose error is measured, of both halves of guidance; times are of all.
 SAMPLES = 4
 # Cycles of a GPU in a second, at least.
@@ -202,7 +202,9 @@ def _seconds(watched: Watched, run: Callable[[], object]) -> float:
         # How long the host needs for the calls, and not less than their time on the device.
         torch.cuda.synchronize()
         ahead = time.perf_counter() - start
-        return statistics.median(_device_seconds(run, ahead) for _ in range(TURNS))
+        # Long calls vary little, and take the time of the search.
+        turns = TURNS if ahead < LONG else 1
+        return statistics.median(_device_seconds(run, ahead) for _ in range(turns))
 
 
 def _device_seconds(run: Callable[[], object], ahead: float) -> float:

@@ -1,6 +1,7 @@
 """The Hopper kernels that ship against other ways to launch them, kernel by kernel, in turns in one process.
 
-    python3 -m scripts.bench.hopper_gpu [--jobs 10] [--only flux-s1 ...] [--budget 120] [--out FILE]
+    python3 -m scripts.bench.hopper_gpu [--jobs 10] [--only flux-s1 ...] [--directions backward ...]
+        [--budget 120] [--out FILE]
 
 Each contender's results are compared with the shipped kernel's first. Milliseconds of one kernel, and of cuDNN's dense
 forward and backward; what is left of the time when the budget is spent is not begun. Prints a line each, writes JSON.
@@ -134,12 +135,14 @@ class Case:
         return partial(_under, run, way.constants)
 
 
-def measured(name: str) -> dict[str, Any]:
+def measured(name: str, directions: list[str]) -> dict[str, Any]:
     """Differences and milliseconds of a case."""
     pattern, layout, dim = CASES[name]
     case = Case(pattern, layout, dim)
     result: dict[str, Any] = {"pattern": pattern, "layout": str(layout), "head_dim": dim}
     for direction, configs in contenders(dim).items():
+        if direction not in directions:
+            continue
         runs, failed, truth = {}, {}, None
         for label, way in configs.items():
             try:
@@ -162,11 +165,10 @@ def measured(name: str) -> dict[str, Any]:
     return result
 
 
-def compile_part(names: list[str], index: int, of: int) -> None:
+def compile_part(names: list[str], directions: list[str], index: int, of: int) -> None:
     """Run every of-th contender of the cases once, which compiles it."""
-    todo = [
-        (name, d, way) for name in names for d, all_of in contenders(CASES[name][2]).items() for way in all_of.values()
-    ]
+    found = {name: contenders(CASES[name][2]) for name in names}
+    todo = [(name, d, way) for name in names for d in directions for way in found[name][d].values()]
     for name, direction, way in todo[index::of]:
         # What does not run is reported where it is timed.
         with contextlib.suppress(Exception):
@@ -181,13 +183,14 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=120, help="seconds after which no case is begun")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--directions", nargs="*", choices=[*DIRECTIONS, "backward"], default=[*DIRECTIONS, "backward"])
     parser.add_argument("--no-one-pass", action="store_true", help="without the backward in one pass")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.no_one_pass:
         ONE_PASS.clear()
     if chosen.compile:
-        compile_part(chosen.only, *map(int, chosen.compile.split("/")))
+        compile_part(chosen.only, chosen.directions, *map(int, chosen.compile.split("/")))
         return 0
     begin = time.perf_counter()
     if chosen.jobs > 1:
@@ -197,12 +200,12 @@ def main() -> int:
     print(report["versions"], flush=True)
 
     def told(name: str) -> dict[str, Any]:
-        result = measured(name)
+        result = measured(name, chosen.directions)
         print(f"{name} at {time.perf_counter() - begin:.0f} s", flush=True)
         return result
 
     measure_cases(chosen.only, told, report, chosen.out, begin + chosen.budget)
-    return int(any(c[d]["failed"] for c in report["cases"].values() for d in DIRECTIONS))
+    return int(any(c[d]["failed"] for c in report["cases"].values() for d in chosen.directions))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """TFLOP/s over visited tiles for shapes that models have: head dims 40 to 256, few and many heads, samples of guidance.
 
-    python3 -m scripts.bench.shapes_gpu [--jobs 10] [--only NAME ...] [--padded] [--budget 90] [--out FILE]
+    python3 -m scripts.bench.shapes_gpu [--jobs 10] [--only NAME ...] [--budget 90] [--out FILE]
 
 Ours and cuDNN's dense attention take turns, bfloat16; a backward counts 2.5 times the products of its forward. What is
 left of the time when the budget is spent is not begun. Prints a line each, writes JSON. `--jobs` compiles in that many
-processes first; `--padded` takes the Hopper kernels for head dims with fewer channels than they compute with.
+processes first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from scripts.gpu_common import compile_first, measure_cases, versions
 from visattn import Layout, attention, parse
 from visattn.kernels.triton.backend import launches
 from visattn.kernels.triton.boxes import QUERY_HALVES, tiled
-from visattn.kernels.triton.config import HOPPER_WIDTHS, PADDED_WIDTHS
 from visattn.patterns import RoutedPattern
 from visattn.problem import Call
 
@@ -104,11 +103,8 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=90, help="seconds after which no case is begun")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--padded", action="store_true", help="the Hopper kernels for head dims 40 to 120 too")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.padded:
-        HOPPER_WIDTHS.update(PADDED_WIDTHS)
     if chosen.compile:
         compile_part(chosen.only, *map(int, chosen.compile.split("/")))
         return 0

@@ -1,11 +1,11 @@
 """Correctness of every Triton kernel on a real GPU.
 
-    python3 -m scripts.check.lists_gpu [--jobs 8] [--only TEXT] [--whole] [--one-pass] [--padded]
+    python3 -m scripts.check.lists_gpu [--jobs 8] [--only TEXT] [--whole] [--one-pass]
 
 Forward and gradients against the float64 reference on shapes with many tiles, outputs poisoned with NaN, every
 call twice (bit-equal), head dims 32 to 256, three dtypes. `--whole` takes the Hopper kernels without lists by halves,
-as they run for lists that are made at run time, `--one-pass` their backward in one pass, `--padded` them for head dims
-with fewer channels than they compute with. Exit status 1 if anything is off.
+as they run for lists that are made at run time, `--one-pass` their backward in one pass. Exit status 1 if anything is
+off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from scripts.gpu_common import itself, versions
 from visattn import Layout, attention, parse
-from visattn.kernels.triton.config import HOPPER, HOPPER_WIDTHS, ONE_PASS, PADDED_WIDTHS
+from visattn.kernels.triton.config import HOPPER, ONE_PASS
 from visattn.patterns import BiasedPattern, RoutedPattern
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,11 +76,13 @@ def cases() -> list[Case]:
         # Halves of row tiles see different tiles.
         found += [Case("na(window=16x16,stride=8x8)", Layout((64, 56), 70), dtype, dim, 4, m) for m in (False, True)]
         found += [Case("clear(radius=16)", Layout((70, 64)), dtype, dim), Case("na(window=24x24)", joint, dtype, dim)]
-    # With --padded so do these, which have fewer channels than the kernels compute with.
+    # These have fewer channels than the kernels compute with.
     for dim, dtype in ((40, "bf16"), (80, "bf16"), (72, "fp16")):
         found += [Case("na(window=13x13)", joint, dtype, dim, heads_first=first) for first in (False, True)]
         found += [Case("clear(radius=9,pool=4)", Layout((38, 41), suffix=300), dtype, dim, mask=True)]
         found += [Case("dense", Layout(1536), dtype, dim)]
+        found += [Case("topk(keep=5,block=8x16,key_block=8x8)", Layout((45, 70), prefix=7, suffix=130), dtype, dim, 2)]
+        found += [Case("na(window=9x9)", Layout((36, 40), 1, 0, Layout((18, 20), 0, 77)), dtype, dim, mask=True)]
     for dtype, dim in (("bf16", 128), ("fp32", 64)):
         found += [
             Case("dense", Layout(1500, prefix=5), dtype, dim),
@@ -198,17 +200,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose text contains this")
     parser.add_argument("--whole", action="store_true", help="the Hopper kernels without lists by halves")
     parser.add_argument("--one-pass", action="store_true", help="the Hopper backward in one pass")
-    parser.add_argument("--padded", action="store_true", help="the Hopper kernels for head dims 40 to 120 too")
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.jobs > 1:
-        given = (("--whole", chosen.whole), ("--one-pass", chosen.one_pass), ("--padded", chosen.padded))
+        given = (("--whole", chosen.whole), ("--one-pass", chosen.one_pass))
         flags = [flag for flag, on in given if on]
         command = itself("--only", chosen.only, *flags, "--shard")
         running = [subprocess.Popen([*command, f"{i}/{chosen.jobs}"]) for i in range(chosen.jobs)]
         return max(abs(p.wait()) for p in running)
-    if chosen.padded:
-        HOPPER_WIDTHS.update(PADDED_WIDTHS)
     if chosen.one_pass:
         HOPPER["key_grad"].update(ONE_PASS)
     if chosen.whole:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from scripts.distill.vit import VitTraining
 from scripts.distill.vit_config import DIGITS, VitConfig
 from scripts.train.digits_data import upscale
 from scripts.train.digits_vit_model import SIZE, load_vit, split
-from visattn import apply
+from visattn import apply, convert_heads
 from visattn.files import written_whole
 from visattn.trained import Trained, load_own, load_trained, trained_weights
 
@@ -42,6 +43,10 @@ class Settings:
     steps: int = option(300, "optimizer steps of each")
     batch: int = option(32, "digits of a step")
     lr: float = option(5e-4, "learning rate")
+    query_heads: float = option(0.0, "query heads of the students, as of scripts.distill.classifier")
+    kv_heads: float = option(0.0, "their key heads, alike")
+    heads_by: str = option("mean", "mean or norm, alike")
+    allocation: str = option("even", "even or norms, alike")
     cpu: bool = option(False, "stay on the CPU")
     threads: int = option(0, "threads of torch on the CPU; 0: its own choice")
 
@@ -59,7 +64,11 @@ class Settings:
             lr=self.lr,
             ema=0.98,
             augment=1.5,
-            maps=0.1 if pattern.startswith("linear") else 0.0,
+            maps=0.1 if pattern.startswith("linear") and not (self.query_heads or self.kv_heads) else 0.0,
+            query_heads=self.query_heads,
+            kv_heads=self.kv_heads,
+            heads_by=self.heads_by,
+            allocation=self.allocation,
             cpu=self.cpu,
             threads=self.threads,
         )
@@ -73,12 +82,13 @@ def read(model: nn.Module, batch: int = 199) -> torch.Tensor:
     return torch.cat([model(upscale(some, SIZE).to(device)).argmax(1).cpu() for some in images.split(batch)])
 
 
-def read_swapped(model: nn.Module, pattern: str, trained: Trained | None) -> torch.Tensor:
-    """The same with other attention, and with trained weights if there are any."""
+def read_swapped(model: nn.Module, config: VitConfig, trained: Trained | None) -> torch.Tensor:
+    """The same with other attention and heads, and with trained weights if there are any."""
     if trained is None:
-        with apply(model, pattern, strict=True):
+        heads = nullcontext() if config.heads is None else convert_heads(model, **config.heads)
+        with heads, apply(model, config.pattern, strict=True):
             return read(model)
-    with trained_weights(model, trained), apply(model, pattern, strict=True) as handle:
+    with trained_weights(model, trained), apply(model, config.pattern, strict=True) as handle:
         load_own(handle, trained)
         return read(model)
 
@@ -88,9 +98,13 @@ def measure(model: nn.Module, config: VitConfig) -> dict[str, Any]:
     truth, teacher, start = split(seen=False)[1], read(model), time.monotonic()
     prepare(config)
     train(VitTraining(config))
-    row: dict[str, Any] = {"pattern": config.pattern, "seconds": round(time.monotonic() - start, 1)}
+    row: dict[str, Any] = {
+        "pattern": config.pattern,
+        "heads": config.heads,
+        "seconds": round(time.monotonic() - start, 1),
+    }
     for name, trained in (("before", None), ("after", load_trained(config.out / RESULT))):
-        found = read_swapped(model, config.pattern, trained)
+        found = read_swapped(model, config, trained)
         shares = {"accuracy": found == truth, "agreement": found == teacher}
         row[name] = {key: value.float().mean().item() for key, value in shares.items()}
     return row

@@ -25,7 +25,7 @@ from scripts.measure.emoji_encoder_model import ENCODER, DualEncoder, load_encod
 from scripts.measure.emoji_judge import shares
 from visattn import apply, guide
 from visattn.canvas import Picture, column, row, text
-from visattn.environment import versions
+from visattn.environment import devices, versions
 from visattn.files import written_whole
 from visattn.pipelines.embedded.prompts import tokenize
 from visattn.pipelines.load import load_pipeline
@@ -69,7 +69,7 @@ def variants(pattern: str) -> list[Variant]:
     for each in ("dense", pattern):
         found += [Variant(pattern=each), Variant(4.5, pattern=each)]
         for cfg in (1.0, 4.5):
-            found += [Variant(cfg, scale, pattern=each) for scale in (1.0, 3.0)]
+            found += [Variant(cfg, scale, pattern=each) for scale in (0.3, 1.0, 3.0)]
             found += [Variant(cfg, 3.0, "blur", each), Variant(cfg, 1.0, "na(window=3x3)", each)]
     return found
 
@@ -128,7 +128,7 @@ def measure(pipe: Any, options: argparse.Namespace) -> None:
     start, encoder = time.monotonic(), load_encoder(ENCODER, options.device)[0]
     prompts = PROMPTS[: options.prompts]
     settings = {name: getattr(options, name) for name in ("size", "steps", "prompts")} | {"device": options.device}
-    report: dict[str, Any] = {"settings": settings, "versions": versions(), "rows": {}}
+    report: dict[str, Any] = {"settings": settings, "versions": versions(), "devices": devices(), "rows": {}}
     if options.out.exists():
         report = json.loads(options.out.read_text())
         if report["settings"] != settings:

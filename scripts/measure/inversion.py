@@ -142,11 +142,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if report["settings"] != settings:
             raise SystemExit(f"inversion: {options.out} has {report['settings']}, not {settings}: name another file")
     done = [{name: row[name] for name in ("kind", "pattern", "back", "guidance")} for row in report["rows"]]
+    order = [tuple(case.values()) for case in cases()]
     for case in cases():
         if case in done:
             continue
         report["rows"].append({**case, **trip(pipe, case, noise, options.steps)})
         print(json.dumps(report["rows"][-1]), flush=True)
+        report["rows"].sort(
+            key=lambda each: order.index((each["kind"], each["pattern"], each["back"], each["guidance"]))
+        )
         with written_whole(options.out) as path:
             path.write_text(json.dumps(report, indent=1) + "\n")
 

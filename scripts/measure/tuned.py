@@ -2,15 +2,16 @@
 
     python -m scripts.measure.tuned --model emoji --device cuda --seconds 280 --out out/tuned
 
-The grid has each pattern for all layers, once for all steps and once with the first part of the steps dense. For each
-bound (PSNR to dense, in 95 % of the samples) `visattn.tuning` searches a schedule. Both are chosen on the same
-samples with the same margin, and verified on the same 20 held-out ones. What is measured is in a journal in --out, so
-that the same command goes on where it was stopped; MODEL-results.json has what is done so far.
+For each bound (PSNR to dense, in 95 % of the samples) `visattn.tuning` searches a schedule. The grid has each pattern
+for all layers, once for all steps and once with the first part of the steps dense. Both are chosen on the same samples
+with the same margin, and verified on the same 20 held-out ones. What is measured is in a journal in --out, so that the
+same command goes on where it was stopped; MODEL-results.json has what is done so far.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -39,16 +40,45 @@ PROMPTS = {
 }
 # Further windows of the grid beyond the candidates of the search, as shares of the axes.
 WINDOWS = (0.2, 0.3, 0.6, 0.9)
-# Single patterns this much below the lowest bound in the quick samples are measured no further, in dB.
-FAR = 3.0
+# What patterns list more of the larger it is.
+SHARES = ("keep", "p", "window")
+# Of --seconds, for the searches and for the grid after them.
+SEARCHES, GRID = 0.65, 0.9
 # Times that what is compared runs.
 TURNS = 2
 
 
-def grid_of(shape: tuple[int, ...], every: int) -> tuple[str, ...]:
-    """Single patterns for a grid of tokens: the candidates of the search, and more windows."""
+def grid_of(names: Sequence[str], shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Single patterns for a grid of tokens: the candidates of the search, those without means, and more windows."""
     more = [f"na(window={'x'.join(str(max(1, round(w * n)) | 1) for n in shape)})" for w in WINDOWS]
-    return checked([*candidates(shape, every), *more], shape)[1:]
+    bare: list[Any] = [parse(name) for name in names if "rest=mean" in name]
+    return checked([*names, *(str(dataclasses.replace(each, rest="drop")) for each in bare), *more], shape)[1:]
+
+
+def fields_of(name: str) -> dict[str, Any]:
+    """Parameters of a pattern."""
+    pattern: Any = parse(name)
+    return dataclasses.asdict(pattern)
+
+
+def is_within(one: str, other: str) -> bool:
+    """Whether a pattern lists no more than another one of its kind for every query."""
+    a, b = (fields_of(name) | {"kind": parse(name).name} for name in (one, other))
+    share = next((name for name in SHARES if name in a), "")
+    if not share or share not in b or {**a, share: None} != {**b, share: None}:
+        return one == other
+    x, y = a[share], b[share]
+    return all(i <= j for i, j in zip(x, y, strict=True)) if isinstance(x, tuple) else x <= y
+
+
+def largest_first(names: Sequence[str]) -> list[str]:
+    """Patterns in an order in which those within others come behind them."""
+    sizes = {}
+    for name in names:
+        values = fields_of(name)
+        size = next((values[share] for share in SHARES if share in values), 0.0)
+        sizes[name] = math.prod(size) if isinstance(size, tuple) else size
+    return sorted(names, key=lambda name: -sizes[name])
 
 
 def is_coarse(name: str) -> bool:
@@ -63,29 +93,30 @@ def everywhere(pattern: str, measurer: Measurer, first: int) -> Assignment:
     return (row,) * measurer.subject.layers
 
 
-def measure_grid(measurer: Measurer, every: int, lowest: float) -> list[dict[str, Any]]:
+def measure_grid(measurer: Measurer, patterns: Sequence[str], goal: Goal) -> list[dict[str, Any]]:
     """Quality and time of every single pattern, as far as the time reaches; of those left out it says why.
 
     Args:
         measurer: Measures.
-        every: Steps that lists are kept for, in patterns that keep them.
-        lowest: The lowest bound, in dB.
+        patterns: The single patterns.
+        goal: With the lowest bound.
     """
     found: list[dict[str, Any]] = []
-    patterns, times, far = grid_of(measurer.subject.grid, every), known_times(measurer), set()
+    times, far = known_times(measurer), []
     try:
         # What is far off even with the first steps dense is farther without.
         for first in (1, 0):
-            for pattern in patterns:
+            for pattern in largest_first(patterns):
                 row: dict[str, Any] = {"pattern": pattern, "dense_stages": first}
+                farther = next((name for name in far if is_within(pattern, name)), None)
                 if times.get(pattern, 0.0) > times.get(DENSE, math.inf):
                     row["error"] = "takes longer than dense attention"
-                elif pattern in far:
-                    row["error"] = "far from all bounds with the first steps dense"
+                elif farther is not None:
+                    row["error"] = f"far from all bounds, as {farther} with as many dense steps or more"
                 else:
-                    measure_single(row, measurer, lowest)
+                    measure_single(row, measurer, goal)
                 if "quick" in row:
-                    far.add(pattern)
+                    far.append(pattern)
                 found.append(row)
                 print(f"grid {len(found)} of {2 * len(patterns)}: {pattern}, {first}", flush=True)
     except OutOfTime:
@@ -93,15 +124,18 @@ def measure_grid(measurer: Measurer, every: int, lowest: float) -> list[dict[str
     return found
 
 
-def measure_single(row: dict[str, Any], measurer: Measurer, lowest: float) -> None:
-    """Measure a row of the grid: if a few samples are near enough to the lowest bound, all of them."""
-    assignment = everywhere(row["pattern"], measurer, row["dense_stages"])
+def measure_single(row: dict[str, Any], measurer: Measurer, goal: Goal) -> None:
+    """Measure a row of the grid: unless its quick samples alone say that it misses the bound, all of them."""
+    assert goal.psnr is not None
+    assignment, samples = everywhere(row["pattern"], measurer, row["dense_stages"]), measurer.plan.samples
     try:
         quick = measurer.quality(assignment)
-        if quick.held(0.5) < lowest - FAR:
+        # The quick samples are some of all: more of them below the bound than may be of all is enough.
+        below = sum(value < goal.psnr + goal.margin for value in quick.psnr)
+        if below > int((1 - goal.share) * len(samples) + 1e-9):
             row["quick"] = list(quick.psnr)
         else:
-            row |= measurer.outcome(assignment, measurer.plan.samples).to_dict()
+            row |= measurer.outcome(assignment, samples).to_dict()
     except (ValueError, RuntimeError) as error:
         row["error"] = str(error).splitlines()[0]
 
@@ -132,7 +166,8 @@ def best_single(rows: Sequence[dict[str, Any]], goal: Goal, measurer: Measurer) 
 
 def in_turns(assignments: dict[str, Assignment], goal: Goal, measurer: Measurer) -> dict[str, Any]:
     """Seconds of a sample in attention and in all, medians of turns: what is compared runs close together."""
-    seeds = range(measurer.plan.seed + HELD_OUT, measurer.plan.seed + HELD_OUT + goal.held_out)
+    first = measurer.plan.seed + HELD_OUT
+    seeds = range(first, first + min(goal.held_out, measurer.plan.seeds))
     subject, edges = measurer.subject, measurer.plan.edges
     found: dict[str, list[Outcome]] = {name: [] for name in assignments}
     for turn in range(TURNS):
@@ -161,8 +196,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     subject = PipelineSubject(pipe, samples, options.model)
     # Lists that are kept for all steps of a stage.
     every = max(1, round(subject.steps / options.stages))
-    names = [name for name in candidates(subject.grid, every) if not (options.lean and is_coarse(name))]
-    plan = Plan(tuple(names), options.stages, seeds=options.seeds, quick=options.quick)
+    given = options.candidates and checked(options.candidates, subject.grid)
+    names = given or [name for name in candidates(subject.grid, every) if not (options.lean and is_coarse(name))]
+    plan = Plan(
+        tuple(names),
+        options.stages,
+        probes=options.probes,
+        checks=options.checks,
+        seeds=options.seeds,
+        quick=options.quick,
+    )
     journal = Journal(
         options.out / f"{options.model}.jsonl", subject.about() | {"candidates": plan.candidates, "stages": plan.stages}
     )
@@ -170,37 +213,34 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     def tell(what: str, done: int, of: int) -> None:
         print(f"{time.monotonic() - start:6.1f} s  {what}: {done} of {of}", flush=True)
 
-    measurer = Measurer(subject, plan, journal, start + 0.7 * options.seconds, tell)
+    measurer = Measurer(subject, plan, journal, start + SEARCHES * options.seconds, tell)
     results: dict[str, Any] = {"about": subject.about(), "versions": versions(), "devices": devices(), "bounds": {}}
-    results["grid"] = measure_grid(measurer, every, min(options.psnr))
-    for bound in options.psnr:
+    goals = {f"{bound:g}": Goal(psnr=bound, held_out=options.held_out) for bound in options.psnr}
+    for bound, goal in goals.items():
         # Dense twins, verifying and what is compared are measured whatever the clock says.
-        measurer.deadline = start + options.seconds
-        results["bounds"][f"{bound:g}"] = measure_bound(
-            Goal(psnr=bound, held_out=options.held_out), measurer, results, options
-        )
+        measurer.deadline = start + SEARCHES * options.seconds
+        results["bounds"][bound] = search(goal, measurer, options)
         write(results, options)
+    measurer.deadline = start + GRID * options.seconds
+    results["grid"] = measure_grid(measurer, grid_of(names, subject.grid), Goal(psnr=min(options.psnr)))
+    write(results, options)
+    measurer.deadline = math.inf
+    for bound, goal in goals.items():
+        if "tuned" in results["bounds"][bound]:
+            results["bounds"][bound] |= compare(goal, measurer, results, results["bounds"][bound]["assignment"])
+            write(results, options)
     return results
 
 
-def measure_bound(
-    goal: Goal, measurer: Measurer, results: dict[str, Any], options: argparse.Namespace
-) -> dict[str, Any]:
-    """A tuned schedule, and the best single pattern beside it."""
-    search = Search(measurer, goal)
+def search(goal: Goal, measurer: Measurer, options: argparse.Namespace) -> dict[str, Any]:
+    """A tuned schedule, verified."""
+    searched = Search(measurer, goal)
     try:
-        found = search.run()
+        found = searched.run()
     except ValueError as error:
         return {"error": str(error)}
-    made = tuned(search, found)
+    made = tuned(searched, found)
     made.write(options.out / f"{options.model}-{goal.psnr:g}.json")
-    measurer.deadline = math.inf
-    single = best_single(results["grid"], goal, measurer)
-    compared = {
-        "tuned": found.assignment,
-        "single": everywhere(single["pattern"], measurer, single["dense_stages"]),
-        "dense": everywhere(DENSE, measurer, 0),
-    }
     return {
         "assignment": found.assignment,
         "tuned": found.verified.to_dict(),
@@ -210,9 +250,18 @@ def measure_bound(
         "missed": found.missed,
         "rank_correlation": found.ranks,
         "tried": found.tried,
-        "single": single,
-        "times": in_turns(compared, goal, measurer),
     }
+
+
+def compare(goal: Goal, measurer: Measurer, results: dict[str, Any], assignment: Assignment) -> dict[str, Any]:
+    """The best single pattern for a bound, and the times of a tuned schedule, that pattern and dense attention."""
+    single = best_single(results["grid"], goal, measurer)
+    compared = {
+        "tuned": assignment,
+        "single": everywhere(single["pattern"], measurer, single["dense_stages"]),
+        "dense": everywhere(DENSE, measurer, 0),
+    }
+    return {"single": single, "times": in_turns(compared, goal, measurer)}
 
 
 def write(results: dict[str, Any], options: argparse.Namespace) -> None:
@@ -224,8 +273,8 @@ def write(results: dict[str, Any], options: argparse.Namespace) -> None:
 def report(results: dict[str, Any]) -> None:
     """Prints a line for each bound."""
     for bound, row in results["bounds"].items():
-        if "tuned" not in row:
-            print(f"{bound} dB: {row['error']}")
+        if "times" not in row:
+            print(f"{bound} dB: {row.get('error', 'not compared')}")
             continue
         times = {name: 1e3 * each["attention_seconds"] for name, each in row["times"].items()}
         gain, single = 1 - times["tuned"] / min(times["single"], times["dense"]), row["single"]
@@ -247,6 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--quick", type=int, default=8, help="samples of an injection")
     add("--stages", type=int, default=4, help="equal parts of the steps with patterns of their own")
     add("--lean", action="store_true", help="search without patterns that drop what they do not list")
+    add("--candidates", nargs="+", help="patterns for the search instead of its own, dense always among them")
+    add("--probes", type=int, default=2, help="candidates that are injected at each layer and part")
+    add("--checks", type=int, default=12, help="further injections, to see how well those predict")
     add("--held-out", type=int, default=20, help="samples that verify")
     add("--batch", type=int, default=20, help="samples at once")
     add("--steps", type=int, help="the model's own")

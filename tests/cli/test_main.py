@@ -100,8 +100,12 @@ def test_doctor_names_versions_devices_and_backends(run):
 
     for text in ("python", importlib.metadata.version("torch"), "backend sdpa", "cpu"):
         assert text in out
+    shown = " ".join(out.split())
     status, out, _ = run("doctor", "--json")
     found = json.loads(out)
+    # What stands in brackets is no markup.
+    reason = found["backends"]["fa4"]["reason"]
+    assert not reason or reason.split("install ")[-1] in shown
     assert found["versions"]["torch"]
     assert found["devices"][0]["threads"] == torch.get_num_threads()
     assert set(found["backends"]) == set(visattn.backends())

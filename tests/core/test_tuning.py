@@ -1,5 +1,6 @@
 """The search for a schedule: ladders against brute force, journals that survive, goals on a model of numbers."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from visattn.tuned import Tuned
 from visattn.tuning.candidates import candidates, checked
 from visattn.tuning.journal import Journal
 from visattn.tuning.measure import Measurer, Plan
+from visattn.tuning.overhead import overheads
 from visattn.tuning.page import page
 from visattn.tuning.search import Goal, Search, stages_of, tuned
 from visattn.tuning.sensitivity import Response, rank_correlation
@@ -140,6 +142,17 @@ class Numbers:
             raise KeyboardInterrupt
 
 
+class Late(Numbers):
+    """The same where a call with `topk` costs more in a whole run than alone."""
+
+    beyond = 8.0
+
+    def outcome(self, edges, assignment, seeds, timed=True):
+        found = super().outcome(edges, assignment, seeds, timed)
+        late = sum(self.beyond for row in assignment for name in row if name.startswith("topk"))
+        return dataclasses.replace(found, attention_seconds=found.attention_seconds + late)
+
+
 def search(goal, journal=None, subject=None, **more):
     subject = subject or Numbers()
     plan = Plan(tuple(COSTS), stages=2, seeds=4, quick=2, checks=6)
@@ -213,6 +226,17 @@ class TestSearch:
         assert json.loads((tmp_path / "tuned.json").read_text())["settings"]["goal"]["psnr"] == 25
         text = page(read, found)
         assert text.count("<circle") >= 2 and text.count("<rect") >= 3 and "NaN" not in text
+
+    def test_what_a_call_costs_in_a_whole_run_is_counted(self):
+        late = Late()
+        made = search(Goal(psnr=25.0, margin=0.0, held_out=20), subject=late)
+        found, plain = made.run(), search(Goal(psnr=25.0, margin=0.0, held_out=20)).run()
+        # In every call of `topk` the device waits for longer than it saves.
+        assert {name for row in found.assignment for name in row} <= {DENSE, "na(window=3x3)"}
+        assert "topk(keep=0.5)" in {name for row in plain.assignment for name in row}
+        used = overheads(made.measurer, made.measurer.local())
+        assert used == {"topk": pytest.approx(Late.beyond), "na": pytest.approx(0.0, abs=1e-9)}
+        assert overheads(search(Goal(psnr=25.0), deadline=-1).measurer, made.measurer.local()) == {}
 
     def test_one_of_the_goals(self):
         for goal in (Goal(), Goal(psnr=30.0, speedup=2.0)):

@@ -16,6 +16,13 @@ A file is a dict, read with `torch.load(path, weights_only=True)`:
     float64_max_abs_diff   the original's own float32 error against float64
 `radial_blocks.pt` is a list of {frames, tokens_per_frame, text, decay, sink, block, mask}: the
 block mask of the original Radial Attention for that video (text tokens last).
+`quantizable.pt` (outlier-free-transformers, one BERT attention module without its output
+projection, the query's weights times 3), `key_driven.pt` (key-driven-gqa, modules loaded from
+one ViT attention; `rules`: counts of query heads for norms), `lightning.pt`
+(lightning-attention's torch form, product and sum of weights apart; queries and keys are
+absolute values), `layers.pt` (ULSAM and Gaussian-Adaptive-Attention) and `lrgt_micro.pt`
+(Long-Range-Grouping-Transformer's encoder on three views) were made in float64 but for the
+last, with weights filled by the originals' own names.
 """
 
 import hashlib

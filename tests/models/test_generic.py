@@ -46,6 +46,15 @@ SMALL = {
         "layer_init_values": (1.0, 1.0, 0.1, None),
     },
     "flowformer_small": {"embed_dim": (16, 32, 48, 64), "depth": (1, 1, 2, 1), "num_heads": 4},
+    "fit_small": {
+        "layers": "(1)1(1)1(1)",
+        "patch_size": 16,
+        "group": 2,
+        "latents": 3,
+        "embed_dim": 24,
+        "latent_dim": 32,
+        "num_heads": (3, 4),
+    },
     "lrgt_base": {"embed_dim": 48, "num_heads": 3, "depth": 4, "lga_layer": (1, 3), "patch_group": 3},
     "moh_vit_base_50": {
         "embed_dims": (16, 32, 64, 64),
@@ -260,6 +269,12 @@ def test_pools_and_positions_that_do_not_exist():
         make("biformer_tiny", topks=(0, 4, 16, -2))
     with pytest.raises(ValueError, match=r"flags \('l', 'x'\) must have 'l' \(linear\) or 'v' \(softmax\)"):
         make("mavit_base", flags=("l", "x"))
+    with pytest.raises(ValueError, match=r"layers '\(2\)4' must be numbers of local layers"):
+        make("fit_small", layers="(2)4")
+    with pytest.raises(ValueError, match="img_size 224 must be a multiple of a group's 48 pixels"):
+        make("fit_small", group=3)
+    with pytest.raises(ValueError, match="5 x 4 tokens has no whole groups of 2 x 2"):
+        make("fit_small")(torch.randn(1, 3, 80, 64))
     with pytest.raises(ValueError, match="patch_group=0 must be at least 1"):
         make("lrgt_base", patch_group=0)
     with pytest.raises(ValueError, match="embed_dim 48 must be a multiple of the 5 heads"):

@@ -126,6 +126,7 @@ SIZES = {
     "agent_swin_tiny": 28.90, "agent_swin_small": 50, "agent_swin_base": 88,
     "agent_pvt_tiny": 11.57, "agent_pvt_small": 20.6, "agent_pvt_medium": 35.9, "agent_pvt_large": 48.7,
     "mavit_tiny": 16.45, "mavit_small": 27.14, "mavit_base": 49.79, "mavit_large": 97.77,
+    "fit_tiny": 7.11, "fit_small": 27.79, "fit_base": 109.85,
     "lrgt_tiny": 5.73, "lrgt_small": 22.07, "lrgt_base": 86.60,
     "flowformer_tiny": 43.31, "flowformer_small": 49.84,
     "moh_vit_small_80": 49.91, "moh_vit_small_75": 49.91, "moh_vit_base_75": 90.02, "moh_vit_base_50": 90.02,

@@ -1,6 +1,7 @@
 """Schedulers with an exact inverse: what the originals give, and the way back to the same noise."""
 
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.support import tiny_pipelines
 from tests.support.places import GOLDEN
 from tests.support.tiny_pixel_flux import SIDE, tiny_pixel_flux
 from visattn.pipelines.schedulers import BDIAInverseScheduler, BDIAScheduler, EDICTInverseScheduler, EDICTScheduler
+from visattn.pipelines.schedulers.wide import Wide
 
 GOLD = torch.load(GOLDEN / "inversion.pt", weights_only=True)
 DDIM = DDIMScheduler(
@@ -92,6 +94,56 @@ def test_there_and_back_again(kind, value, steps, source, model):
     assert (found - GOLD["z_start"].float()).abs().max() < EXACT * end.abs().max()
     if steps > 1 or kind == "edict":
         assert torch.equal(z, found.float())
+
+
+@pytest.mark.parametrize("kind, value", [("edict", "0.8"), ("bdia", "0.7")])
+@pytest.mark.parametrize("source, model", [(DDIM, noise_of), (FLOW, velocity_of)])
+def test_no_float_input_rounds_another_way_back(kind, value, source, model):
+    """So many values that in float64 states of some come out on the other side of the middle of two floats."""
+    there, back = way(kind, value, source), way(kind, value, source, inverse=True)
+    start = torch.randn(4000, 12, generator=torch.Generator().manual_seed(0))
+    seen = {False: [], True: []}
+
+    def run(scheduler, z):
+        scheduler.set_timesteps(12)
+
+        def says(z, t):
+            seen[scheduler.inverse].append(z)
+            return model(z, t).float()
+
+        return loop(scheduler, z, says)
+
+    run(there, start)
+    state = there.state()
+    run(back, back.set_state(state, 12).float())
+    assert (back.state()[0] - start).abs().max() <= 1e-16
+    # BDIA's way back has no need of the first one.
+    pairs = zip(seen[False][-len(seen[True]) :], reversed(seen[True]), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    # Two plain tensors are float64, and the same way back is only as exact as that.
+    run(back, back.set_state((state[0], state[1]), 12).float())
+    assert 1e-16 < (back.state()[0] - start).abs().max() < 1e-4
+
+
+def test_wide_numbers_have_twice_the_precision():
+    made = torch.Generator().manual_seed(0)
+    hi = torch.randn(2, 50, generator=made, dtype=torch.float64)
+    lo = 1e-17 * hi.abs() * (torch.rand(2, 50, generator=made, dtype=torch.float64) - 0.5)
+    x, y, f = Wide(hi[0], lo[0]), Wide(hi[1], lo[1]), 0.93
+
+    def exact(wide):
+        return [Fraction(a) + Fraction(b) for a, b in zip(wide.hi.tolist(), wide.lo.tolist(), strict=True)]
+
+    pairs = list(zip(exact(x), exact(y), strict=True))
+    cases = [
+        (x + y, [a + b for a, b in pairs]),
+        (x - y, [a - b for a, b in pairs]),
+        (x + y.hi, [a + Fraction(b) for (a, _), b in zip(pairs, y.hi.tolist(), strict=True)]),
+        (x * f, [a * Fraction(f) for a, _ in pairs]),
+        (x / f, [a / Fraction(f) for a, _ in pairs]),
+    ]
+    for found, expected in cases:
+        assert all(abs(a - b) < 1e-31 for a, b in zip(exact(found), expected, strict=True))
 
 
 @pytest.mark.parametrize("kind, value", CASES)

@@ -130,3 +130,11 @@ def test_wrong_use_is_refused(name):
         style_transfer(pipe, content, style, **{"prompt": "a cat", "height": SIDE, "width": SIDE, **options})
     same(pipe.transformer, before)
     assert pipe.scheduler is scheduler
+
+
+def test_pipelines_that_cannot_are_named():
+    content, style = pictures(16, 16)
+    for name, text in (("flux", "packs its latents"), ("wan", "has no image processor")):
+        pipe, options = tiny_pipelines.PIPELINES[name][0]()
+        with pytest.raises(ValueError, match=rf"style_transfer: \w+ {text}"):
+            style_transfer(pipe, content, style, **options)

@@ -22,7 +22,7 @@ from scripts.distill.vit_config import VitConfig
 from scripts.measure import distilled_vit as measure_distill_vit
 from tests.support.runs import equal, killed, log_of, stopped
 from visattn import apply
-from visattn.trained import load_own, load_trained, trained_weights
+from visattn.trained import export_student, load_own, load_trained, trained_weights
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +132,20 @@ def test_the_result_is_the_student(folder, tmp_path, more):
     loop.prepare(config)
     made = vit.VitTraining(config)
     made.train_step()
-    trained = load_trained(made.export())
+    path = made.export()
+    trained = load_trained(path)
     model, x = vit.load_teacher(config), torch.randn(1, 3, 160, 160)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad(), trained_weights(model, trained), apply(model, config.pattern) as handle:
         load_own(handle, trained)
         torch.testing.assert_close(model(x), made.learner.student(x), atol=1e-5, rtol=1e-4)
+    with torch.no_grad(), apply(model, path):
+        torch.testing.assert_close(model(x), made.learner.student(x), atol=1e-5, rtol=1e-4)
+    # Weights and heads are the teacher's again.
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    if trained.about["heads"] is not None:
+        with pytest.raises(ValueError, match="is of a student with other heads"):
+            export_student(model, path, tmp_path / "folder")
 
 
 def test_pictures_depend_on_seed_step_and_part_alone(folder, tmp_path):
@@ -156,7 +165,8 @@ def test_logit_distance():
     assert vit.logit_distance(truth, truth, 3.0).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_figures_of_the_digits_vit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("--query-heads", "0.5")])
+def test_figures_of_the_digits_vit(tmp_path, monkeypatch, more):
     from scripts.train import digits_vit_model as digits_vit
 
     own = digits_vit.split
@@ -166,10 +176,11 @@ def test_figures_of_the_digits_vit(tmp_path, monkeypatch):
     optimizer = digits_vit.build_optimizer(model)
     digits_vit.save_state(tmp_path / "vit.safetensors", config, 1, model, optimizer)
     given = ["--checkpoint", str(tmp_path / "vit.safetensors"), "--out", str(tmp_path / "out"), "--cpu"]
-    measure_distill_vit.main([*given, "--steps", "1", "--batch", "1", "--patterns", "na(window=3x3); mala"])
+    measure_distill_vit.main([*given, "--steps", "1", "--batch", "1", "--patterns", "na(window=3x3); mala", *more])
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert [row["pattern"] for row in found["rows"]] == ["na(window=3x3)", "mala"] and found["held_out"] == 6
     for row in found["rows"]:
+        assert (row["heads"] is None) == (not more)
         assert all(0 <= row[when][what] <= 1 for when in ("before", "after") for what in ("accuracy", "agreement"))
 
 

@@ -38,6 +38,12 @@ def test_each_bound_that_was_measured_is_a_row(folder):
     assert lines[-1] == "`tuned-emoji`: H200, bfloat16, 24 steps, best of 2 single patterns."
 
 
+def test_what_is_no_faster_is_none_percent(folder):
+    times = {kind: {"attention_seconds": value} for kind, value in (("tuned", 1.002), ("single", 1.1), ("dense", 1.0))}
+    (folder / "tuned-emoji.json").write_text(json.dumps(FOUND | {"bounds": {"25": BOUND | {"times": times}}}))
+    assert "| 1000.00 ms | 0% |" in tuned_table()
+
+
 def test_the_chart_has_a_dot_for_each_schedule(tmp_path):
     draw(FOUND, tmp_path / "pictures" / "tuned-emoji.svg")
     dots = [each for each in ET.parse(tmp_path / "pictures" / "tuned-emoji.svg").iter() if each.tag.endswith("circle")]

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from scripts.measure.tuned import best_single, everywhere, grid_of, in_turns, measure_grid
+from scripts.measure.tuned import best_single, everywhere, grid_of, in_turns, is_within, largest_first, measure_grid
 from visattn import parse
 from visattn.pipelines.embedded import EMBEDDED
+from visattn.tuning.candidates import candidates
 from visattn.tuning.journal import Journal
 from visattn.tuning.measure import Measurer, Plan
 from visattn.tuning.search import Goal
@@ -36,13 +37,14 @@ class Listed:
 
 @pytest.mark.parametrize("name", ["emoji", "animoji"])
 def test_there_are_at_least_60_in_the_grid(name):
-    found = grid_of(EMBEDDED[name].grid, 6)
+    grid = EMBEDDED[name].grid
+    found = grid_of(candidates(grid, 6), grid)
     assert DENSE not in found and len(found) == len(set(found)) and 2 * len(found) >= 60
 
 
 def test_the_fastest_that_holds_is_the_best_and_what_is_left_out_says_why():
     measurer = Measurer(Listed(), Plan((DENSE, "topk"), seeds=2, quick=1), Journal(None, {}))
-    rows = measure_grid(measurer, 4, 25.0)
+    rows = measure_grid(measurer, grid_of(candidates((16, 16), 4), (16, 16)), Goal(psnr=25.0))
     assert len(rows) >= 60 and all({"error", "quick", "psnr"} & set(row) for row in rows)
     assert [row["error"] for row in rows if row["pattern"] == FAILS] == ["no kernel"] * 2
     # What is far from the bound with the first steps dense is not measured without.
@@ -55,6 +57,24 @@ def test_the_fastest_that_holds_is_the_best_and_what_is_left_out_says_why():
     assert len(best["psnr"]) == 3
     assert best_single(rows, Goal(psnr=90.0), measurer)["pattern"] == DENSE
     assert everywhere("topk", measurer, 1) == ((DENSE, "topk", "topk", "topk"),) * 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "within"),
+    [
+        ("topk(keep=0.2)", "topk(keep=0.5)", True),
+        ("topk(keep=0.5)", "topk(keep=0.2)", False),
+        ("topk(keep=0.2)", "topk(keep=0.5, rest=mean)", False),
+        ("topk(keep=0.2)", "topp(p=0.9)", False),
+        ("na(window=3x5)", "na(window=5x5)", True),
+        ("na(window=3x7)", "na(window=5x5)", False),
+        ("na(window=3x3)", "na(window=3x3)", True),
+    ],
+)
+def test_patterns_within_others_come_behind_them(one, other, within):
+    assert is_within(one, other) == within
+    if within and one != other:
+        assert largest_first([one, other]) == [other, one]
 
 
 def test_what_is_compared_takes_turns_and_is_not_measured_again():

@@ -65,8 +65,9 @@ def _print_tables(found: dict[str, Any]) -> None:
         table.add_row(device["device"], f"{device['name']}, {memory}, {device['capability']}{threads}")
     table.add_row()
     for name, support in found["backends"].items():
-        verdict = "[green]ok[/]" if support["available"] else f"[yellow]no[/]: {support['reason']}"
-        table.add_row(f"backend {name}", f"{verdict}; {support['compiled']}" if support["compiled"] else verdict)
+        verdict = "[green]ok[/]" if support["available"] else f"[yellow]no[/]: {escape(support['reason'])}"
+        compiled = f"; {escape(support['compiled'])}" if support["compiled"] else ""
+        table.add_row(f"backend {name}", verdict + compiled)
     if found["plugins"]:
         table.add_row()
     for plugin in found["plugins"]:

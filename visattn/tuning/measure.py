@@ -7,10 +7,12 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from visattn.patterns import parse
 from visattn.tuning.candidates import is_steady
 from visattn.tuning.journal import Journal
 from visattn.tuning.sensitivity import Response, rank_correlation
@@ -135,8 +137,19 @@ class Measurer:
         stages = range(plan.stages)
         return [[fits[by_layer[layer], stage] for stage in stages] for layer in range(self.subject.layers)], ranks
 
-    def choices(self, local: list[list[dict[str, Local]]], responses: list[list[Response]]) -> list[list[Choice]]:
-        """Candidates of each unit (layer by layer, stage by stage) with time and predicted loss."""
+    def choices(
+        self,
+        local: list[list[dict[str, Local]]],
+        responses: list[list[Response]],
+        overheads: Mapping[str, float] = MappingProxyType({}),
+    ) -> list[list[Choice]]:
+        """Candidates of each unit (layer by layer, stage by stage) with time and predicted loss.
+
+        Args:
+            local: What they do, by layer and stage.
+            responses: What an error of a layer does to the output, likewise.
+            overheads: Seconds of a call beyond those in `local`, by kind of pattern.
+        """
         found = []
         edges = [round(e * self.subject.steps) for e in self.plan.edges]
         group_of = {layer: group for group in self.groups for layer in group}
@@ -149,7 +162,8 @@ class Measurer:
                 whole = sum(local[other][stage].get(name, Local(math.inf, 0.0)).error for other in group)
                 loss = 0.0 if name == DENSE or whole <= 0 else respond(whole) * error / whole
                 if math.isfinite(loss):
-                    unit.append(Choice(name, seconds * calls, loss))
+                    beyond = 0.0 if name == DENSE else overheads.get(parse(name).name, 0.0)
+                    unit.append(Choice(name, (seconds + beyond) * calls, loss))
             found.append(unit)
         return found
 
@@ -168,7 +182,8 @@ class Measurer:
         if not found:
             raise ValueError("no candidate but dense runs on this model: pass --candidates")
         count = min(self.plan.probes, len(found))
-        return [found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count)]
+        # One alone is the finest, whose error is nearest to that of what holds a bound.
+        return [found[round(i * (len(found) - 1) / (count - 1))] for i in range(count)] if count > 1 else found[-1:]
 
     def _error(self, local: list[list[dict[str, Local]]], unit: tuple[int, int], name: str) -> float:
         group, stage = unit

@@ -9,6 +9,7 @@ from typing import Any
 
 from visattn.tuned import Tuned
 from visattn.tuning.measure import Measurer, OutOfTime
+from visattn.tuning.overhead import overheads
 from visattn.tuning.sensitivity import rank_correlation
 from visattn.tuning.solve import Rung, ladder
 from visattn.tuning.subject import DENSE, Assignment, Outcome
@@ -99,7 +100,7 @@ class Search:
         try:
             local = measurer.local()
             responses, ranks = measurer.responses(local)
-            self._rungs = ladder(measurer.choices(local, responses))
+            self._rungs = ladder(measurer.choices(local, responses, overheads(measurer, local)))
             rung = self._find(margin)
         except OutOfTime:
             complete = False

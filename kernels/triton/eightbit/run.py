@@ -33,9 +33,7 @@ def eight_config(
         masked: Whether there is a key mask.
     """
     own = EIGHT_HOPPER.get(head_dim)
-    # Keys on another grid: not shown right on a GPU; the case "with keys" of `scripts.check.eightbit_gpu` shows it.
-    refused = masked or layout.key_layout is not None
-    if own is not None and not refused and hopper_config(architecture, dtype, head_dim, pattern, layout) is not None:
+    if own is not None and not masked and hopper_config(architecture, dtype, head_dim, pattern, layout) is not None:
         return own
     rows = EIGHT[family(architecture)]
     return rows[min(d for d in rows if d >= head_dim)]

@@ -80,6 +80,8 @@ def hopper_config(
     launch = HOPPER.get(direction, {}).get(width(head_dim))
     if architecture != 90 or launch is None or dtype.itemsize != 2 or not installed():
         return None
+    if launch.one_pass and head_dim != width(head_dim):
+        return None
     plan = plan_of(pattern, layout, direction, launch)
     if isinstance(pattern, RoutedPattern) and not writes_lists(pattern, plan):
         return None

@@ -54,6 +54,11 @@ def add_gated(
     wide = token.to(tl.int64)[:, None]
     d = tl.arange(0, BLOCK_D)
     has_d = d < CHANNELS
+    # All that is read is asked for before anything waits for it.
+    rows = out + sample * out_batch + head * out_head + wide * out_token + d[None, :]
+    mask = here[:, None] & has_d[None, :]
+    soft = tl.load(rows, mask=mask, other=0.0)
+    block = tl.load(coarse + ((sample * heads + head) * groups + number) * CHANNELS + d, mask=has_d, other=0.0)
     by = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if MAP:
         f = tl.arange(0, BLOCK_F)
@@ -73,8 +78,4 @@ def add_gated(
         else:
             by = tl.dot(x.to(tl.float32), weight.to(tl.float32), by, input_precision=PRECISION)
     by += tl.load(gate + head * CHANNELS + d, mask=has_d, other=0.0)[None, :]
-    block = tl.load(coarse + ((sample * heads + head) * groups + number) * CHANNELS + d, mask=has_d, other=0.0)
-    rows = out + sample * out_batch + head * out_head + wide * out_token + d[None, :]
-    mask = here[:, None] & has_d[None, :]
-    soft = tl.load(rows, mask=mask, other=0.0).to(tl.float32)
-    tl.store(rows, (soft + by * block[None, :]).to(out.dtype.element_ty), mask=mask)
+    tl.store(rows, (soft.to(tl.float32) + by * block[None, :]).to(out.dtype.element_ty), mask=mask)

@@ -16,9 +16,9 @@ from visattn.kernels.triton.hybrid.states import raised
 @triton.jit
 def join_states(
     q, state, sums, bias, share, out, tokens,
-    q_batch, q_token, q_head, out_batch, out_token, out_head, heads, group, groups, states, slots, least,
+    q_batch, q_token, q_head, out_batch, out_token, out_head, heads, group, groups, states, slots, length, least,
     FEATURES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    FEATURE: tl.constexpr, SHARE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+    FEATURE: tl.constexpr, RUNS: tl.constexpr, SHARE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute ROWS queries of one group of one head: lin = f(q) state / (f(q) sums + least).
 
@@ -31,7 +31,7 @@ def join_states(
         bias: float32 [CHANNELS], read without SHARE.
         share: float32 [B, heads, groups], read with SHARE.
         out: The softmax branch [B, tokens, heads, CHANNELS], then the result; channels are contiguous.
-        tokens: Queries of each group, -1 where it has fewer than others: int32 [groups, slots].
+        tokens: Queries of each group, -1 where it has fewer than others: int32 [groups, slots]; not read with RUNS.
         q_batch: Distance of two samples; the others of tokens and heads likewise.
         q_token: See q_batch.
         q_head: See q_batch.
@@ -43,6 +43,7 @@ def join_states(
         groups: Groups of queries.
         states: Their states: 1 for all groups together, or one each.
         slots: Queries of a group at most.
+        length: Queries of all groups.
         least: What is added to denominators.
         FEATURES: Channels of queries.
         CHANNELS: Channels of values.
@@ -50,6 +51,7 @@ def join_states(
         BLOCK_D: A power of two that is at least CHANNELS.
         ROWS: Queries of a program.
         FEATURE: f: "softmax", "elu" or "relu".
+        RUNS: Whether groups are runs of `slots` queries.
         SHARE: Whether the two are mixed.
         HALF: Whether features are rounded to the state's dtype and multiplied in it.
         PRECISION: Of float32 products.
@@ -58,8 +60,12 @@ def join_states(
     number, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     slot = part * ROWS + tl.arange(0, ROWS)
-    token = tl.load(tokens + number * slots + slot, mask=slot < slots, other=-1)
-    here = token >= 0
+    if RUNS:
+        token = number * slots + slot
+        here = (slot < slots) & (token < length)
+    else:
+        token = tl.load(tokens + number * slots + slot, mask=slot < slots, other=-1)
+        here = token >= 0
     wide = token.to(tl.int64)[:, None]
     f, d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
     has_f, has_d = f < FEATURES, d < CHANNELS
@@ -68,8 +74,10 @@ def join_states(
         mask=here[:, None] & has_f[None, :],
         other=0.0,
     )
-    # Divided by its sum only where `least` is weighed against it: elsewhere that cancels.
-    phi, norm = raised(x, has_f, FEATURE)
+    # All that is read is asked for before anything waits for it.
+    rows = out + sample * out_batch + head * out_head + wide * out_token + d[None, :]
+    mask = here[:, None] & has_d[None, :]
+    soft = tl.load(rows, mask=mask, other=0.0)
     at = (sample * (heads // group) + head // group) * states + tl.where(states == 1, 0, number)
     block = tl.load(
         state + (at * FEATURES + f[:, None]) * CHANNELS + d[None, :],
@@ -77,17 +85,16 @@ def join_states(
         other=0.0,
     )
     total = tl.load(sums + at * FEATURES + f, mask=has_f, other=0.0)
+    # Divided by its sum only where `least` is weighed against it: elsewhere that cancels.
+    phi, norm = raised(x, has_f, FEATURE)
     if HALF:
         phi = phi.to(block.dtype)
         found = tl.dot(phi, block)
     else:
         found = tl.dot(phi, block.to(tl.float32), input_precision=PRECISION)
     found = found / (tl.sum(phi.to(tl.float32) * total[None, :], 1) + least * norm)[:, None]
-    rows = out + sample * out_batch + head * out_head + wide * out_token + d[None, :]
-    mask = here[:, None] & has_d[None, :]
-    soft = tl.load(rows, mask=mask, other=0.0).to(tl.float32)
     if SHARE:
-        found += tl.load(share + (sample * heads + head) * groups + number) * (soft - found)
+        found += tl.load(share + (sample * heads + head) * groups + number) * (soft.to(tl.float32) - found)
     else:
-        found += soft + tl.load(bias + d, mask=has_d, other=0.0)[None, :]
+        found += soft.to(tl.float32) + tl.load(bias + d, mask=has_d, other=0.0)[None, :]
     tl.store(rows, found.to(out.dtype.element_ty), mask=mask)

@@ -176,7 +176,7 @@ def join_arguments(
     sums: torch.Tensor,
     share: torch.Tensor | None,
     bias: torch.Tensor,
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | None,
     feature: str,
 ) -> dict[str, Any]:
     """Arguments of `join_states`.
@@ -188,21 +188,23 @@ def join_arguments(
         sums: [B, heads, 1 or groups, F].
         share: [B, H, groups], or None to add.
         bias: [D] where there is no share.
-        tokens: Queries of each group.
+        tokens: Queries of each group; None for runs of all.
         feature: Name of the feature map.
     """
+    sizes, length = _sizes(q.shape[3], out.shape[3], q.dtype), q.shape[1]
+    slots = sizes["ROWS"] if tokens is None else tokens.shape[1]
+    groups = -(-length // slots) if tokens is None else len(tokens)
     return {
         "q": q, "state": state, "sums": sums, "bias": bias, "share": bias if share is None else share,
-        "out": out, "tokens": tokens, **_strides("q", q), **_strides("out", out),
-        "heads": q.shape[2], "group": q.shape[2] // state.shape[1], "groups": len(tokens), "states": state.shape[2],
-        "slots": tokens.shape[1], "least": LEAST,
-        **_sizes(q.shape[3], out.shape[3], q.dtype), "FEATURE": feature, "SHARE": share is not None,
+        "out": out, "tokens": q if tokens is None else tokens, **_strides("q", q), **_strides("out", out),
+        "heads": q.shape[2], "group": q.shape[2] // state.shape[1], "groups": groups, "states": state.shape[2],
+        "slots": slots, "length": length, "least": LEAST,
+        **sizes, "FEATURE": feature, "RUNS": tokens is None, "SHARE": share is not None,
     }  # fmt: skip
 
 
 def _start_join(given: dict[str, Any]) -> None:
-    q, tokens = given["q"], given["tokens"]
-    programs = len(tokens) * -(-tokens.shape[1] // given["ROWS"])
+    q, programs = given["q"], given["groups"] * -(-given["slots"] // given["ROWS"])
     launch_like(join_states, (programs, q.shape[2], len(q)), given, _warps(given), 1)
 
 
@@ -215,9 +217,8 @@ def _add_all(
     states, sums = _states(k, v, None, (groups, slots), valid, feature)
     state = states.sum(2, keepdim=True) @ own["weight"].T
     state = state.to(v.dtype if _half(v.dtype) else torch.float32).contiguous()
-    tokens = part_tokens((q.shape[1],), (ROWS,), 1, q.device)
     bias = own["bias"].contiguous()
-    _start_join(join_arguments(q, out, state, sums.sum(2, keepdim=True), None, bias, tokens, feature))
+    _start_join(join_arguments(q, out, state, sums.sum(2, keepdim=True), None, bias, None, feature))
 
 
 def _join_blocks(
@@ -270,6 +271,8 @@ def _add_coarse(
     q, k, v, out = grid
     (query, _), (key, count) = means
     value, each = block_means(v, *blocks.sides[1], valid).mean, q.shape[2] // k.shape[2]
+    # In the dtype of q, for which torch has the faster kernels.
+    query, key, value = (x.to(q.dtype) for x in (query, key, value))
     key, value = (x if each == 1 else x.repeat_interleave(each, 1) for x in (key, value))
     mask = blind = None
     if valid is not None:

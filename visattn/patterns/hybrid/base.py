@@ -141,7 +141,7 @@ class HybridPattern(ComposedPattern):
 
     # A share of 1.0 is all blocks and a count of 1 is one: numbers that are equal, patterns that are not.
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and str(other) == str(self)
+        return other is self or (type(other) is type(self) and str(other) == str(self))
 
     def __hash__(self) -> int:
         return self._hash

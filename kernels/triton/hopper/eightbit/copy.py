@@ -24,7 +24,7 @@ _copy = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 @gluon.jit
 def _fetch(k8, v8, shared, slot, phase, first, second, number, masks, SIZES: gl.constexpr, k_scale):
     """Fill a slot of the rings with the column tiles `first` and, where a step has two, `second`, and their masks."""
-    keys, values, scales, seen, ready, free, _ = shared
+    keys, values, scales, seen, ready, free, _, _ = shared
     HEAD_DIM: gl.constexpr = SIZES[0]
     COLUMNS: gl.constexpr = SIZES[2]
     TILES: gl.constexpr = SIZES[3]

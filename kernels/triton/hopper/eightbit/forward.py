@@ -1,11 +1,12 @@
 """Forward kernel for Hopper in 8 bits: products of int8, or of int8 with queries and keys and e4m3 with values.
 
-The schedule is that of `hopper.forward`: a warp copies column tiles, one deals row tiles, two groups of four warps
-multiply. What `quantise` wrote lies in the order of tiles, so every copy is one box.
+A warp copies column tiles, one deals row tiles, two groups of four warps multiply. What `quantise` wrote lies in the
+order of tiles, so every copy is one box. The groups take turns in making weights, which keeps the unit for exponentials
+busy with one of them while the tensor cores multiply for the other.
 
-Integer weights are relative to the largest of their step, which makes the most of their 8 bits, so each step's product
-has a factor of its own; those of e4m3 are floats, and relative to the largest so far. Both are added up here, in
-float32, and not in the tensor cores: no sum of e4m3 products is longer than a step, of which Hopper keeps 14 bits.
+Weights of a step are relative to its largest, which makes the most of 8 bits, and so are what was added before and the
+sums then: a step's product is added as it is. That is done in float32 and not in the tensor cores: no sum of e4m3
+products is longer than a step, of which Hopper keeps 14 bits.
 """
 
 # What a kernel takes and returns exists on the GPU only: Python types would say nothing. Conditions known to the
@@ -29,15 +30,15 @@ from visattn.kernels.triton.hopper.eightbit.copy import copy_columns, deal
 from visattn.kernels.triton.hopper.eightbit.softmax import (
     FP8_TOP,
     INT8_TOP,
-    ROUND,
     ROUND_BITS,
     bytes_of,
+    level_of,
     logits_of,
     no_sums,
     product_layout,
     weights_of,
 )
-from visattn.kernels.triton.hopper.jobs import FIELDS, JOBS, finish_job, next_job
+from visattn.kernels.triton.hopper.jobs import JOBS, finish_job, next_job, ring_of_jobs
 from visattn.kernels.triton.hopper.parts import (
     GROUP_ROWS,
     GROUPS,
@@ -104,61 +105,59 @@ def _step(
     first_row: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
-    """One step: weights of its scores, the next step's scores, and the product with the values, which is added up here.
+    """One step: its weights while the next scores are multiplied, then the largest of those while its values are.
 
-    The next scores are multiplied while this step's weights are made: their registers are free as soon as this step's
-    have become exponents. The last step multiplies its own again, which nobody reads.
+    The last step multiplies its own scores again, which nobody reads.
 
-    `state` is this step's scores, the scales of its keys and bits of its masks, the output so far, the largest logit
-    of each row and the sums of its weights; `at` slot and phase.
+    `state` is this step's scores and the level of its weights, by what what was added before is to be multiplied, the
+    output so far and the sums of its weights; `at` slot and phase, and whose turn it is.
 
     Returns:
-        The next step's state, slot and phase.
+        The next step's state, with this step's level instead of its own; that one; slot and phase.
     """
-    keys, values, scales, seen, ready, free, _ = shared
-    products, k_scales, bits, acc, top, total = state
-    slot, phase = at
+    keys, values, scales, seen, ready, free, turns, _ = shared
+    scores, level, kept, acc, total = state
+    slot, phase, turn = at
     COLUMNS: gl.constexpr = SIZES[2]
     TILES: gl.constexpr = SIZES[3]
     FP8: gl.constexpr = SIZES[5]
-    of_output: gl.constexpr = gl.SliceLayout(1, o_layout)
-    logits = products.to(gl.float32, bitcast=True)
-    logits = _hide(logits, bits, step, where, runs, s_layout, PARTIAL, DENSE)
-    logits, top, alpha, beta = logits_of(logits, k_scales, q_scale, top, FP8)
+    GROUP: gl.constexpr = first_row // GROUP_ROWS
     next_slot, next_phase = following(slot, phase, SIZES[4])
-    more = step + 1 < steps
-    ahead = gl.where(more, next_slot, slot)
-    mbarrier.wait(ready.index(ahead), gl.where(more, next_phase, phase))
+    ahead = gl.where(step + 1 < steps, next_slot, slot)
+    bits = _bits(masks, seen, ahead, step + 1, where, first_row, SIZES, PARTIAL)
+    mbarrier.wait(turns.index(GROUP), turn)
+    # Scales are read here, so that the assembler cannot move weights before the wait for the turn.
+    logits = logits_of(scores, _pair_of(scales, slot, TILES), q_scale, level[1], FP8)
     products = _scores(mine, keys, ahead, COLUMNS, s_layout)
-    k_scales = _pair_of(scales, ahead, TILES)
     weights, sums = weights_of(logits, FP8)
     weights = bytes_of(weights, p_layout, FP8)
+    part = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32 if FP8 else gl.int32, o_layout)
+    part = warpgroup_mma(weights, values.index(slot).permute((1, 0)), part, use_acc=False, is_async=True)
+    mbarrier.arrive(turns.index(1 - GROUP), count=1)
     of_sums: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    sums = gl.convert_layout(sums, total.type.layout)
-    kept = gl.convert_layout(alpha, of_sums)[:, None]
-    if FP8:
-        total = total * kept + sums
-        part = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
-    else:
-        total = total * kept + sums * gl.convert_layout(beta, of_sums)[:, None]
-        part = gl.full([GROUP_ROWS, SIZES[0]], ROUND_BITS, gl.int32, o_layout)
-    part = warpgroup_mma(weights, values.index(slot).permute((1, 0)), part, use_acc=not FP8, is_async=True)
-    bits = _bits(masks, seen, ahead, step + 1, where, first_row, SIZES, PARTIAL)
-    alpha, beta = gl.convert_layout(alpha, of_output)[:, None], gl.convert_layout(beta, of_output)[:, None]
-    part, products = warpgroup_mma_wait(0, deps=[part, products])
+    total = total * gl.convert_layout(kept, of_sums)[:, None] + gl.convert_layout(sums, total.type.layout)
+    kept = gl.convert_layout(kept, gl.SliceLayout(1, o_layout))[:, None]
+    products = warpgroup_mma_wait(1, deps=[products])
+    scores = products.to(gl.float32, bitcast=True)
+    scores = _hide(scores, bits, step + 1, where, runs, s_layout, PARTIAL, DENSE)
+    next_level, next_kept = level_of(scores, _pair_of(scales, ahead, TILES), q_scale, level)
+    # Waiting here for the keys after keeps the assembler from moving the largest behind the wait for the product.
+    after, after_phase = following(next_slot, next_phase, SIZES[4])
+    mbarrier.wait(ready.index(after), after_phase, pred=step + 2 < steps)
+    part, scores = warpgroup_mma_wait(0, deps=[part, scores])
     mbarrier.arrive(free.index(slot), count=1)
-    acc = acc * alpha + part if FP8 else acc * alpha - ROUND * beta + part.to(gl.float32, bitcast=True) * beta
-    return (products, k_scales, bits, acc, top, total), (next_slot, next_phase)
+    acc = acc * kept + part.to(gl.float32)
+    return (scores, next_level, next_kept, acc, total), level, (next_slot, next_phase, turn ^ 1)
 
 
 @gluon.jit
 def _write(
-    acc, top, total, rows_of, staging, out, lse, v_shift, v_scale, pair, sizes,
+    acc, unit, total, rows_of, staging, out, lse, v_shift, v_scale, pair, sizes,
     LSE: gl.constexpr, FP8: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Store the results of a group's rows, through shared memory to a layout whose stores are whole lines."""
     heads, group, length, _ = sizes
-    q_scale, offset, tokens = rows_of
+    offset, tokens = rows_of
     o_layout: gl.constexpr = acc.type.layout
     HEAD_DIM: gl.constexpr = acc.shape[1]
     io: gl.constexpr = row_layout(HEAD_DIM)
@@ -176,12 +175,12 @@ def _write(
     gl.store(out + out_row[:, None] + d[None, :], staging.load(io), mask=(token >= 0)[:, None])
     if LSE:
         row_token = tokens.load(gl.SliceLayout(1, s_layout))
-        # total = 0 gives log2 -inf, as it should be; weights count in units of the largest.
-        peak = gl.where(total == 0.0, 0.0, top * q_scale)
+        # total = 0 gives log2 -inf, as it should be.
+        peak = gl.where(total == 0.0, 0.0, unit)
         to = lse + pair.to(gl.int64) * length + row_token
-        unit: gl.constexpr = FP8_TOP if FP8 else INT8_TOP
+        largest: gl.constexpr = FP8_TOP if FP8 else INT8_TOP
         rows = gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, s_layout))
-        gl.store(to, (peak + gl.log2(total) - unit + gl.load(offset + rows)) * LN2, mask=row_token >= 0)
+        gl.store(to, (peak + gl.log2(total) - largest + gl.load(offset + rows)) * LN2, mask=row_token >= 0)
 
 
 @gluon.jit
@@ -197,7 +196,7 @@ def _consume(
     of_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     rows = gl.arange(0, GROUP_ROWS, of_row)
     number = 0
-    at = (0, 0)
+    at = (0, 0, 0)
     row, pair, start, split, stop, dense = next_job(jobs, number, 4)
     while row >= 0:
         first_row = (pair * sizes[3] + row).to(gl.int64) * SIZES[1] + GROUP * GROUP_ROWS
@@ -211,22 +210,28 @@ def _consume(
         k_scales = _pair_of(shared[2], at[0], SIZES[3])
         bits = _bits(masks, shared[3], at[0], 0, where, GROUP * GROUP_ROWS, SIZES, PARTIAL)
         products = warpgroup_mma_wait(0, deps=[products])
-        top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, of_row)
+        scores = products.to(gl.float32, bitcast=True)
+        scores = _hide(scores, bits, 0, where, runs, s_layout, PARTIAL, DENSE)
+        level = gl.full([GROUP_ROWS], float("-inf"), gl.float32, of_row)
+        level = (level, level)
+        next_level, kept = level_of(scores, k_scales, q_scale, level)
+        second, second_phase = following(at[0], at[1], SIZES[4])
+        mbarrier.wait(shared[4].index(second), second_phase, pred=steps > 1)
         total = no_sums(products)
         acc = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32, o_layout)
-        state = (products, k_scales, bits, acc, top, total)
+        state = (scores, next_level, kept, acc, total)
         for step in range(0, steps):
-            state, at = _step(
+            state, level, at = _step(
                 step, steps, mine, q_scale, shared, masks, where, runs, state, at,
                 GROUP * GROUP_ROWS, SIZES, PARTIAL, DENSE, s_layout, o_layout, p_layout,
             )  # fmt: skip
-        _products, _scales, _mask, acc, top, total = state
+        _products, _level, _kept, acc, total = state
         # Read again, they need not be kept in registers meanwhile.
         row, pair, _start, _split, _stop, _dense = next_job(jobs, number, 4)
         first_row = (pair * sizes[3] + row).to(gl.int64) * SIZES[1] + GROUP * GROUP_ROWS
-        rows_of = (q_scale, q_offset + first_row, jobs[1].index(of_job))
+        rows_of = (q_offset + first_row, jobs[1].index(of_job))
         total = gl.convert_layout(gl.sum(total, 1), of_row)
-        _write(acc, top, total, rows_of, shared[6].index(GROUP), out, lse, v_shift, v_scale, pair, sizes,
+        _write(acc, level[1], total, rows_of, shared[7].index(GROUP), out, lse, v_shift, v_scale, pair, sizes,
                LSE, SIZES[5], s_layout)  # fmt: skip
         finish_job(jobs, number)
         number += 1
@@ -270,22 +275,19 @@ def attend_8bit(
     )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    row_tokens = gl.allocate_shared_memory(gl.int32, [JOBS * GROUPS, GROUP_ROWS], plain)
-    fields = gl.allocate_shared_memory(gl.int32, [JOBS, FIELDS], plain)
-    job_ready = gl.allocate_shared_memory(gl.int64, [JOBS, 1], mbarrier.MBarrierLayout())
-    job_free = gl.allocate_shared_memory(gl.int64, [JOBS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(JOBS):
-        mbarrier.init(job_ready.index(i), count=1)
-        mbarrier.init(job_free.index(i), count=GROUPS + 1)
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(turns.index(i), count=1)
+    jobs = ring_of_jobs(queries, GROUPS + 1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=GROUPS)
     fence_async_shared()
+    mbarrier.arrive(turns.index(0), count=1)
 
     SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, FP8)
-    shared = (keys, values, scales, seen, ready, free, staging)
+    shared = (keys, values, scales, seen, ready, free, turns, staging)
     runs = (prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra)
-    jobs = (fields, row_tokens, queries, job_ready, job_free)
     sizes = (heads, group, length, row_tiles)
     per_row = (q_scale, q_offset)
     gl.warp_specialize(

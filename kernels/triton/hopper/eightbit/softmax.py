@@ -16,15 +16,18 @@ from triton.experimental.gluon import language as gl
 
 # Weights of a step reach from 0 to 2 to this power: 127, and 256 where they are e4m3, which reaches 448.
 INT8_TOP, FP8_TOP = gl.constexpr(6.988684686772166), gl.constexpr(8.0)
+# How far below the largest logit so far, in powers of 2, that of a step may lie whose weights are relative to it.
+FALL = gl.constexpr(64.0)
 # Added to a float of up to 2^22 it leaves the nearest integer in the lowest bits.
 ROUND = gl.constexpr(12582912.0)
 ROUND_BITS = gl.constexpr(0x4B400000)
 # The sum of a register's four bytes.
 SUM = gl.constexpr("dp4a.s32.s32 $0, $1, 0x01010101, 0;")
-# Four floats up to 127 that become one register of integers: halves of 1024 and more count by ones.
+# The least half, as a power of 2: smaller halves than 2^-14 count by it, so that their bits are an integer.
+LEAST = gl.constexpr(-24.0)
+# Four floats up to 127 * 2^LEAST that become one register of integers.
 PACK = gl.constexpr(
-    "{ .reg .b32 a, b, c; mov.b32 c, 0x64006400; cvt.rn.f16x2.f32 a, $2, $1; cvt.rn.f16x2.f32 b, $4, $3; "
-    "add.rn.f16x2 a, a, c; add.rn.f16x2 b, b, c; prmt.b32 $0, a, b, 0x6420; }"
+    "{ .reg .b32 a, b; cvt.rn.f16x2.f32 a, $2, $1; cvt.rn.f16x2.f32 b, $4, $3; prmt.b32 $0, a, b, 0x6420; }"
 )
 # Four floats that become one register of e4m3.
 PACK_FP8 = gl.constexpr(
@@ -76,39 +79,47 @@ def bytes_of(words, layout: gl.constexpr, FP8: gl.constexpr):
 
 
 @gluon.jit
-def logits_of(scores, k_scales, q_scale, top, FP8: gl.constexpr):
-    """Exponents, base 2, of the weights of a step, with a scale for each half of the scores' columns.
+def level_of(scores, k_scales, q_scale, level):
+    """The level that weights of a step are relative to, with a scale for each half of the scores' columns.
 
-    Weights of bytes are relative to the largest of the step, those of e4m3 to the largest so far.
+    `level` is the largest logit of each row so far, base 2, and what the weights of the step before are relative to:
+    the largest of their step, or what lies `FALL` below the largest so far.
 
     Returns:
-        Exponents; largest logits so far; by what what was added so far, and this step, are to be multiplied.
+        The level; by what what was added so far is to be multiplied.
     """
-    of_row: gl.constexpr = q_scale.type.layout
-    rows: gl.constexpr = scores.shape[0]
-    columns: gl.constexpr = scores.shape[1]
     peaks = _peaks_of(scores) - ROUND
     of_halves: gl.constexpr = gl.SliceLayout(2, peaks.type.layout)
     halves = gl.arange(0, 2, gl.SliceLayout(0, of_halves))
     k_scale = gl.where(halves == 0, k_scales[0], k_scales[1])[None, :]
     own = gl.max(gl.max(peaks * k_scale[:, :, None], 1), 1)
-    own = gl.convert_layout(own, of_row)
-    new = gl.maximum(top, own)
-    base = gl.where(new == float("-inf"), 0.0, new) * q_scale
-    alpha = gl.exp2(top * q_scale - base)
-    if FP8:
-        beta = alpha
-        base -= FP8_TOP
-    else:
-        beta = gl.exp2(own * q_scale - base)
-        base = gl.where(own == float("-inf"), 0.0, own) * q_scale - INT8_TOP
+    own = gl.convert_layout(own, q_scale.type.layout) * q_scale
+    top = gl.maximum(level[0], own)
+    unit = gl.maximum(own, top - FALL)
+    return (top, unit), gl.exp2(level[1] - _finite(unit))
+
+
+@gluon.jit
+def _finite(unit):
+    """A row that has seen no key yet has -inf: 0 instead keeps exp2 free of nan."""
+    return gl.where(unit == float("-inf"), 0.0, unit)
+
+
+@gluon.jit
+def logits_of(scores, k_scales, q_scale, unit, FP8: gl.constexpr):
+    """Exponents, base 2, of the weights of a step relative to `unit`; integers are to count by 2^LEAST."""
+    rows: gl.constexpr = scores.shape[0]
+    columns: gl.constexpr = scores.shape[1]
     scores = scores.reshape([rows, 2, columns // 2])
     of_factor: gl.constexpr = gl.SliceLayout(2, scores.type.layout)
-    k_scale = gl.convert_layout(k_scale, of_factor)
-    factor = gl.convert_layout(q_scale, gl.SliceLayout(1, of_factor))[:, None] * k_scale
-    base = gl.convert_layout(base, gl.SliceLayout(1, of_factor))[:, None] + ROUND * factor
+    of_rows: gl.constexpr = gl.SliceLayout(1, of_factor)
+    halves = gl.arange(0, 2, gl.SliceLayout(0, of_factor))
+    k_scale = gl.where(halves == 0, k_scales[0], k_scales[1])[None, :]
+    factor = gl.convert_layout(q_scale, of_rows)[:, None] * k_scale
+    base = _finite(unit) - (FP8_TOP if FP8 else INT8_TOP + LEAST)
+    base = gl.convert_layout(base, of_rows)[:, None] + ROUND * factor
     scores = scores * factor[:, :, None] - base[:, :, None]
-    return scores.reshape([rows, columns]), new, alpha, beta
+    return scores.reshape([rows, columns])
 
 
 @gluon.jit
