@@ -14,7 +14,8 @@ def inversion_table() -> str:
     for each in found["rows"]:
         there, back = each["pattern"], each["back"]
         where = f"`{there}`" if there == back else f"`{there}` there, `{back}` back"
-        value = f"{each['error']:.1e}" if each["error"] < 0.01 else f"{each['error']:.1f}"
+        error = each["error"]
+        value = f"{error:.1e}" if 0 < error < 0.01 else f"{error:.1f}" if error else "0"
         errors.setdefault((each["kind"], where), {})[each["guidance"]] = value
     guidances = sorted({each["guidance"] for each in found["rows"]})
     rows = [[*key, *(row.get(guidance, "") for guidance in guidances)] for key, row in errors.items()]
