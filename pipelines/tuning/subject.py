@@ -131,7 +131,8 @@ class PipelineSubject:
         if timed:
             self._warm_up(schedule, seeds)
         pictures, seconds, attention = self.run(schedule, seeds)
-        quality = self.quality(pictures, twins)
+        # What is not timed says how far outputs are moved, for which the error is enough.
+        quality = self.quality(pictures, twins, perceived=timed)
         return Outcome(*quality, seconds / len(seeds), attention / len(seeds))
 
     def twins(self, seeds: Sequence[int]) -> torch.Tensor:
@@ -144,14 +145,16 @@ class PipelineSubject:
         return self._twins[key]
 
     def quality(
-        self, pictures: torch.Tensor, twins: torch.Tensor
+        self, pictures: torch.Tensor, twins: torch.Tensor, perceived: bool = True
     ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
-        """PSNR of each sample, over all its frames, and means of SSIM and LPIPS over them."""
+        """PSNR of each sample, over all its frames, and if `perceived` means of SSIM and LPIPS over them."""
         found: tuple[list[float], list[float], list[float]] = ([], [], [])
         for one, other in zip(pictures, twins, strict=True):
             # All frames above each other: the error is over all of them.
             whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in (one, other)]
             found[0].append(float(psnr(*whole)[0]))
+            if not perceived:
+                continue
             if min(one.shape[-2:]) >= SSIM_SIDE:
                 found[1].append(float(ssim(one, other).mean()))
             if self._lpips is not None:

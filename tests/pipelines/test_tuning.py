@@ -100,6 +100,9 @@ def test_assignments_are_schedules(subject):
 def test_better_patterns_have_a_higher_psnr(subject):
     cheap, good = (subject.outcome(EDGES, ((name, DENSE),) * 2, (0, 1)) for name in (CHEAP, GOOD))
     assert cheap.error > good.error > 0
+    # How far outputs are moved is all that an injection asks for.
+    moved = subject.outcome(EDGES, ((GOOD, DENSE),) * 2, (0, 1), timed=False)
+    assert moved.psnr == good.psnr and good.ssim and not moved.ssim
 
 
 def test_two_transformers_with_guidance_in_two_forwards_share_a_schedule():

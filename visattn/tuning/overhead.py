@@ -41,7 +41,11 @@ def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -
         if dense <= 0:
             return {}
         middle = {kind: some[len(some) // 2] for kind, some in kinds.items()}
-        beyond = {kind: _measured(measurer, name) * times[DENSE] / dense - times[name] for kind, name in middle.items()}
+        beyond = {}
+        for done, (kind, name) in enumerate(middle.items()):
+            measurer.tell("candidates in whole runs", done, len(middle))
+            beyond[kind] = _measured(measurer, name) * times[DENSE] / dense - times[name]
+        measurer.tell("candidates in whole runs", len(middle), len(middle))
     except OutOfTime:
         return {}
     return {kind: max(seconds, 0.0) / (sum(calls) * len(local)) for kind, seconds in beyond.items()}

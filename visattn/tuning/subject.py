@@ -144,6 +144,7 @@ class Subject(Protocol):
             edges: Where stages begin and end, as shares of the run.
             assignment: Patterns by layer and stage.
             seeds: Of the samples.
-            timed: Whether times are wanted too: without, they are those of a run that may compile something.
+            timed: Whether times are wanted too: without, they are those of a run that may compile something, and of
+                quality there may be PSNR alone.
         """
         ...
