@@ -10,7 +10,7 @@ import sys
 FOLDER = sys.argv[1] if __name__ == "__main__" else ""
 
 STEPS = 3
-# Kind -> shape of the latents, pattern, and size of the text [tokens, channels], which ones count where some are padding.
+# Kind -> shape of the latents, pattern, and size of the text: tokens, channels, those that count (all without one).
 KINDS = {
     "wan": ((1, 16, 3, 12, 16), "na(window=3x3x3)", (7, 32)),
     "flux": ((1, 16, 12, 16), "na(window=3)", (7, 32)),

@@ -1,6 +1,6 @@
 """A tiny Wan of vLLM-Omni itself with the backend "VISATTN" against its own layers with a mask.
 
-`python -m tests.support.omni_wan FOLDER` prints a line of JSON, and then what its report says; FOLDER has both packages.
+`python -m tests.support.omni_wan FOLDER` prints a line of JSON, then what its report says; FOLDER has the packages.
 """
 
 import contextlib
@@ -107,7 +107,8 @@ def main():
     """Entry point."""
     sys.path.append(sys.argv[1])
     os.environ.update({**SETTINGS, **GROUP, "VLLM_LOGGING_LEVEL": "ERROR"})
-    row, report = compared()
+    with contextlib.redirect_stdout(sys.stderr):
+        row, report = compared()
     print(json.dumps(row))
     print(report)
 

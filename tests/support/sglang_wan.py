@@ -4,6 +4,7 @@
 SGLang and what it imports. Its models run kernels that need a GPU; their attention layers do not.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -31,6 +32,10 @@ def built():
     """Its transformer, after its plug-ins and their hooks are in place."""
     from sglang.multimodal_gen.runtime.platforms import plugins
 
+    from visattn.clients.sglang.plugin import register
+
+    # As the entry point does, which a checkout that is not installed has not.
+    register()
     plugins.apply_plugin_hooks()
     from sglang.multimodal_gen.configs.models.dits.wanvideo import WanVideoArchConfig, WanVideoConfig
     from sglang.multimodal_gen.runtime import server_args
@@ -81,7 +86,8 @@ def main():
     """Entry point."""
     sys.path.extend(sys.argv[1:])
     os.environ.update({**SETTINGS, **GROUP})
-    row, report = compared()
+    with contextlib.redirect_stdout(sys.stderr):
+        row, report = compared()
     print(json.dumps(row))
     print(report)
 
