@@ -22,7 +22,7 @@ def test_the_table_is_that_of_the_records():
     assert counts == {name: len(models.split("; ")) for name, _, _, models in rows}
     assert all((PAGE.parent / file).is_file() for _, file, _, _ in rows)
     towers = [record for record in TOWERS if not record.refused]
-    assert counts["transformers"] == len(towers) == 48 and counts["ComfyUI"] == len(COMFY) == 6
+    assert counts["transformers"] == len(towers) == 48 and counts["ComfyUI"] == len(COMFY) == 8
     assert counts["diffusers"] == len({FAMILIES[name].name for name in FAMILIES})
     assert counts["timm"] == len({ATTENTION[name].models for name in ATTENTION})
     assert counts["vLLM-Omni"] == 3 and counts["SGLang"] == 1 and len(counts) == len(clients())

@@ -5,29 +5,18 @@ import torch
 
 pytest.importorskip("diffusers", minversion="0.42")
 
-from diffusers import FlowMatchEulerDiscreteScheduler, ModularPipelineBlocks
+from diffusers import ModularPipelineBlocks
 from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
 
 import visattn
-from tests.support.tiny import noise, seeded
-from tests.support.tiny_flux import flux
+from tests.support.modular_run import pipeline as made
+from tests.support.modular_run import run
 from visattn.pipelines.modular import sparse_attention
 
 
 @pytest.fixture
 def pipeline():
-    model = flux()[0]
-    kind = type(model)
-    model = seeded(kind, **{**dict(model.config), "in_channels": 16})
-    made = sparse_attention(FluxCoreDenoiseStep()).init_pipeline()
-    made.update_components(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler())
-    return made
-
-
-def run(pipeline, **more):
-    given = {"prompt_embeds": noise(1, 5, 32), "pooled_prompt_embeds": noise(1, 32), "num_inference_steps": 3}
-    sizes = {"height": 96, "width": 128, "generator": torch.Generator().manual_seed(0), "guidance_scale": 1.0}
-    return pipeline(**given, **sizes, **more)
+    return made()
 
 
 @torch.no_grad()

@@ -144,6 +144,34 @@ class WanModel(nn.Module):
         return out.permute(0, 4, 1, 2, 5, 3, 6).reshape(x.shape)
 
 
+class HunyuanVideo(nn.Module):
+    """Text that refines itself, then a frame to start from, video tokens and the text; or an image."""
+
+    calls_wrappers = True
+
+    def __init__(self, width=32, heads=2, layers=2, patch_size=(1, 2, 2)):
+        super().__init__()
+        self.patch_size = patch_size
+        self.embed, self.head = nn.Linear(4, width), nn.Linear(width, 4)
+        self.refiner = Block(width, heads)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
+
+    def _forward(self, x, timestep, context, ref_latent=None, transformer_options=None, **kwargs):
+        def tokens_of(latents):
+            kept = tuple(slice(None, None, step) for step in self.patch_size)
+            return self.embed(latents[:, :, *kept].flatten(2).transpose(1, 2))
+
+        text = self.refiner(context, None, transformer_options)
+        before = [] if ref_latent is None else [tokens_of(ref_latent)]
+        first = before[0].shape[1] if before else 0
+        tokens = tokens_of(x)
+        joint = torch.cat([*before, tokens, text], 1)
+        for block in self.blocks:
+            joint = block(joint, None, transformer_options)
+        out = self.head(joint[:, first : first + tokens.shape[1]]).transpose(1, 2)
+        return x + out.mean(2).reshape(*out.shape[:2], *[1] * len(self.patch_size)) + out.std()
+
+
 class Flux(nn.Module):
     """Text, then image tokens, then references, in [B, heads, S, D]."""
 

@@ -10,7 +10,7 @@ import sys
 FOLDER = sys.argv[1] if __name__ == "__main__" else ""
 
 STEPS = 3
-# Kind -> shape of the latents, pattern, and size of the text [tokens, channels].
+# Kind -> shape of the latents, pattern, and size of the text: tokens, channels, those that count (all without one).
 KINDS = {
     "wan": ((1, 16, 3, 12, 16), "na(window=3x3x3)", (7, 32)),
     "flux": ((1, 16, 12, 16), "na(window=3)", (7, 32)),
@@ -18,6 +18,10 @@ KINDS = {
     "mmdit": ((1, 16, 12, 16), "na(window=3)", (7, 32)),
     "qwen": ((1, 16, 1, 12, 16), "na(window=3)", (7, 32)),
     "hunyuan": ((1, 16, 3, 12, 16), "na(window=3x3x3)", (7, 32)),
+    "hunyuan_image": ((1, 64, 12, 16), "na(window=3)", (7, 32)),
+    "chroma": ((1, 16, 12, 16), "na(window=3)", (7, 32)),
+    "aura": ((1, 4, 12, 16), "na(window=3)", (7, 32)),
+    "lumina": ((1, 16, 12, 16), "na(window=3)", (7, 32, 7)),
 }
 
 
@@ -47,7 +51,19 @@ def built(kind):
         "byt5": False,
         "meanflow": False,
     }
+    image = {**hunyuan, "patch_size": [1, 1], "in_channels": 64, "out_channels": 64, "vec_in_dim": None}
+    image |= {"axes_dim": [8, 8]}
+    chroma = {name: value for name, value in flux.items() if name != "vec_in_dim"}
+    chroma |= {"in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 32, "hidden_dim": 32, "n_layers": 1}
+    aura = {"cond_seq_dim": 32, "dim": 32, "n_layers": 3, "n_double_layers": 1, "n_heads": 2, "global_conddim": 32}
+    lumina = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 32, "n_layers": 2, "n_heads": 2}
+    lumina |= {"n_refiner_layers": 1, "n_kv_heads": 1, "qk_norm": True, "cap_feat_dim": 32, "axes_dims": [4, 6, 6]}
+    lumina |= {"axes_lens": [300, 512, 512]}
     classes = {
+        "hunyuan_image": (known.HunyuanImage21, image),
+        "chroma": (known.Chroma, {"image_model": "chroma", **chroma}),
+        "aura": (known.AuraFlow, {**aura, "max_seq": 256}),
+        "lumina": (known.Lumina2, lumina),
         "wan": (known.WAN21_T2V, {**wan, "num_heads": 2, "num_layers": 2}),
         "flux": (known.Flux, {"image_model": "flux", "guidance_embed": True, **flux}),
         "unet": (known.SD15, unet),
@@ -85,12 +101,15 @@ def sampled(patcher, shape, text):
 
 
 def conditioned(text):
-    """A prompt and a negative one of random text [tokens, channels], as nodes hand them on."""
+    """A prompt and a negative one of random text [tokens, channels, those that count], as nodes hand them on."""
     import torch
 
     make = torch.Generator().manual_seed(2)
+    tokens, channels, *some = text
     pooled = {"pooled_output": torch.randn(1, 8, generator=make), "guidance": 3.5}
-    return tuple([[torch.randn(1, *text, generator=make), dict(pooled)]] for _ in range(2))
+    if some:
+        pooled["attention_mask"] = (torch.arange(tokens) < some[0]).long()[None]
+    return tuple([[torch.randn(1, tokens, channels, generator=make), dict(pooled)]] for _ in range(2))
 
 
 def masked(patcher, pattern, layouts):

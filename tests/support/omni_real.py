@@ -7,6 +7,8 @@ import tempfile
 import types
 from pathlib import Path
 
+import torch
+
 from tests.support import omni
 
 
@@ -23,6 +25,9 @@ class Real:
 
             _omni_enum = OmniPlatformEnum.UNSPECIFIED
             get_diffusion_attn_backend_cls = omni.Platform.get_diffusion_attn_backend_cls
+            get_device_count = classmethod(lambda cls: 1)
+            get_torch_device = classmethod(lambda cls, index=None: torch.device("cpu"))
+            set_device = classmethod(lambda cls, device: None)
 
         platforms._current_omni_platform = Cpu()
         self.Backends = registry.DiffusionAttentionBackendEnum

@@ -82,4 +82,4 @@ def test_the_folder_for_custom_nodes(tmp_path, monkeypatch):
 def test_the_page_lists_every_record():
     page = (ROOT / "docs" / "comfyui.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page, re.MULTILINE))
-    assert rows == {record.name: record.models for record in RECORDS} and len(rows) == 6
+    assert rows == {record.name: record.models for record in RECORDS} and len(rows) == 8

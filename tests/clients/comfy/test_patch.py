@@ -5,7 +5,16 @@ import torch
 from torch.nn import functional
 
 import visattn
-from tests.support.comfy import Executor, Flux, MMDiT, ModelPatcher, UNetModel, WanModel, optimized_attention
+from tests.support.comfy import (
+    Executor,
+    Flux,
+    HunyuanVideo,
+    MMDiT,
+    ModelPatcher,
+    UNetModel,
+    WanModel,
+    optimized_attention,
+)
 from visattn import Layout
 from visattn.clients.comfy.patch import OVERRIDE, patch, run_of
 
@@ -83,6 +92,36 @@ def test_a_sampler_of_two_evaluations_stays_in_its_step():
         run = Executor(sparse.model._forward, sparse.model, [wrapper])
         run(x, sigma, text, transformer_options=given)
         assert run_of(sparse).report().hits == hits
+
+
+# Arguments of the model, latents, of a frame to start from, and the layout; the text has 55 tokens.
+HUNYUAN = {
+    "video": ({}, (1, 4, 3, 6, 8), None, Layout((3, 3, 4), suffix=55)),
+    "frame": ({}, (1, 4, 3, 6, 8), (1, 4, 1, 6, 8), Layout((3, 3, 4), prefix=12, suffix=55)),
+    "image": ({"patch_size": (1, 1)}, (1, 4, 6, 8), None, Layout((6, 8), suffix=55)),
+}
+
+
+@pytest.mark.parametrize("name", HUNYUAN)
+@torch.no_grad()
+def test_text_longer_than_the_grid_refines_itself_densely(name, monkeypatch):
+    options, shape, frame, layout = HUNYUAN[name]
+    torch.manual_seed(0)
+    patcher, x, text = ModelPatcher(HunyuanVideo(**options).eval()), torch.randn(shape), torch.randn(1, 55, 32)
+    given = {} if frame is None else {"ref_latent": torch.randn(frame)}
+    pattern = "na(window=3)"
+    sparse = patch(patcher, pattern, backend="tiles", strict=True)
+    found = sparse.sample(x, text, **given)
+    report = run_of(sparse).report()
+    assert {call.problem.layout for site in report.sites for call in site.calls} == {layout} and report.hits == 6
+    mask, attend = visattn.dense_mask(visattn.parse(pattern), layout), functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, *args, **more: attend(q, k, v, attn_mask=mask if q.shape[2] == layout.length else None),
+    )
+    stock = patcher.sample(x, text, **given)
+    assert (found - stock).abs().max() <= 1e-5
 
 
 @torch.no_grad()

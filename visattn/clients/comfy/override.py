@@ -16,6 +16,7 @@ from visattn.report import Report
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.run import Run, Step
 from visattn.runtime.runner import Runner
+from visattn.runtime.where import REST
 from visattn.schedule import Given, check_dims
 from visattn.selectors import SiteName
 
@@ -49,11 +50,13 @@ class At(threading.local):
     Attributes:
         options: What ComfyUI hands to the model.
         turn: Self-attention calls of this forward so far.
+        text: Tokens of the text, None if unknown.
         stock: Whether it runs the attention of others.
     """
 
     options: Mapping[str, Any] = {}
     turn: int = 0
+    text: int | None = None
     stock: bool = False
 
 
@@ -78,6 +81,8 @@ class ComfyRun(Run):
     def forward_begins(self, model: Any, x: torch.Tensor, given: Mapping[str, Any]) -> None:
         """A forward of the model begins."""
         self.at.options, self.at.turn = given.get("transformer_options") or {}, 0
+        context = given.get("context")
+        self.at.text = context.shape[1] if isinstance(context, torch.Tensor) and context.ndim == 3 else None
         self.start(where(self.record, model, x, given), dense=not self.span.has(self.sigma))
 
     def forward_ends(self) -> None:
@@ -182,7 +187,10 @@ class Override:
         run, at = self.run, self.run.at
         forward = run.here.forward
         assert forward is not None
-        layouts = forward.layouts(call.q.shape[1])
+        layouts: Any = forward.layouts(call.q.shape[1])
+        if call.q.shape[1] == at.text and REST in (run.record.prefix, run.record.suffix):
+            # A long text is no grid with little text around it.
+            layouts = f"a sequence of {at.text} tokens is as long as the text"
         if isinstance(layouts, str):
             # Text that refines itself, or nothing that the record knows.
             return run.shared(Dense()).leave(call, ELSEWHERE, layouts)

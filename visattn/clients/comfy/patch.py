@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from visattn.clients.comfy.override import ComfyRun, Override, Span
@@ -92,10 +93,7 @@ def _wrapper(run: ComfyRun) -> Callable[..., Any]:
     """Around a forward of the model."""
 
     def visattn_forward(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {"context": args[1], **kwargs} if len(args) > 1 and "context" not in kwargs else kwargs
-        if "transformer_options" not in given:
-            options = [each for each in args if isinstance(each, dict) and (OVERRIDE in each or "sigmas" in each)]
-            given = {**given, "transformer_options": options[0] if options else {}}
+        given = _named(executor.original, (x, *args), kwargs)
         run.forward_begins(getattr(executor.class_obj, "diffusion_model", executor.class_obj), x, given)
         try:
             out = executor(x, *args, **kwargs)
@@ -106,6 +104,14 @@ def _wrapper(run: ComfyRun) -> Callable[..., Any]:
         return out
 
     return visattn_forward
+
+
+def _named(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name, those that it takes under any name with them."""
+    given = signature(forward).bind(*args, **kwargs)
+    more = [each.name for each in given.signature.parameters.values() if each.kind is each.VAR_KEYWORD]
+    found = {name: value for name, value in given.arguments.items() if name not in more}
+    return found | {name: value for each in more for name, value in given.arguments.get(each, {}).items()}
 
 
 def _on_top(override: Override) -> Callable[..., None]:
