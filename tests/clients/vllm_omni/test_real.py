@@ -1,4 +1,4 @@
-"""The same on vLLM-Omni 0.30 with a vLLM for CPUs, in a folder that VISATTN_TEST_OMNI names, and a whole transformer."""
+"""The same on vLLM-Omni 0.30 with a vLLM for CPUs, where VISATTN_TEST_OMNI names the folder of both."""
 
 import json
 import os
