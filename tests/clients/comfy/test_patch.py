@@ -204,6 +204,11 @@ def test_what_cannot_be_patched_says_so():
         patch(patcher, "na(window=3x3)")
     with pytest.raises(ValueError, match="has parameters or merges tokens"):
         patch(patcher, "sigmoid()")
+    padding = patch(patcher, "na(window=3x3x3)", strict=True)
+    padding.model.pad_tokens_multiple = 32
+    with torch.no_grad(), pytest.raises(ValueError, match="pads its text and its grid to multiples of 32 tokens"):
+        padding.sample(x, text)
+    del padding.model.pad_tokens_multiple
     odd = patch(patcher, "na(window=3x3x3)", strict=True)
     with (
         torch.no_grad(),

@@ -74,6 +74,10 @@ def where(record: Record, model: Any, x: torch.Tensor, given: Mapping[str, Any])
         x: Latents [B, C, (T,) H, W].
         given: Other arguments of its forward by name.
     """
+    padded = getattr(model, "pad_tokens_multiple", None)
+    if padded:
+        # Z-Image has the class of Lumina 2 in later versions.
+        return Where((), why=f"it pads its text and its grid to multiples of {padded} tokens")
     sides = tuple(int(n) for n in x.shape[2:])
     if record.dims == 2 and len(sides) == 3 and sides[0] == 1:
         # Image models that share the latents of video models.
