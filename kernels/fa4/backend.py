@@ -24,6 +24,8 @@ from visattn.tiling import Tiling
 
 DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 128
+# On an H200 4.0.0b36 gave wrong dQ along lists for 40, 72 and 80 channels, and right ones for 64, 96 and 128.
+GRAD_HEAD_DIMS = 32
 # Entries of a table of pairs of tiles, 64 MiB.
 LARGEST_TABLE = 2**24
 # Slots of a query tile by generation: Blackwell's kernels compute two tiles of 128 queries side by side.
@@ -45,7 +47,7 @@ class FlashAttention4(Backend):
         reason = _unlisted(problem) or _refusal(problem)
         if not reason and package.version() is None:
             return package.here()
-        reason = reason or fault() or _table_refusal(problem)
+        reason = reason or fault(problem.dtype, problem.head_dim, problem.grad) or _table_refusal(problem)
         return Support(not reason, reason)
 
     def cost(self, problem: Problem) -> float:
@@ -223,6 +225,8 @@ def _refusal(problem: Problem) -> str:
         return f"it computes in bfloat16 and float16, not in {problem.dtype}"
     if problem.head_dim % 8 or not 8 <= problem.head_dim <= LARGEST_HEAD_DIM:
         return f"its blocks take 8 to {LARGEST_HEAD_DIM} channels per head in steps of 8, not {problem.head_dim}"
+    if problem.grad and problem.head_dim % GRAD_HEAD_DIMS and not problem.is_dense:
+        return f"its backward is wrong for head dims that are no multiple of {GRAD_HEAD_DIMS}, like {problem.head_dim}"
     if problem.key_mask:
         return "a key mask would put every block through its mask function"
     if problem.rpb:

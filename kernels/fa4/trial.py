@@ -104,9 +104,12 @@ def wrong(kernel: Kernel, device: torch.device, attend: Attend) -> str:
 _TRIED: dict[tuple[Kernel, torch.device], str] = {}
 
 
-def fault() -> str:
-    """What was wrong with any kernel of this process, empty if nothing was."""
-    return next((f"{fault} ({kernel})" for (kernel, _), fault in _TRIED.items() if fault), "")
+def fault(dtype: torch.dtype, head_dim: int, grad: bool) -> str:
+    """What was wrong in this process with a kernel of such calls, empty if nothing was."""
+    for (kernel, _), found in _TRIED.items():
+        if found and (kernel.dtype, kernel.head_dim, kernel.grad) == (dtype, head_dim, grad):
+            return f"{found} ({kernel})"
+    return ""
 
 
 def _try(kernel: Kernel, device: torch.device, attend: Attend) -> str:

@@ -21,7 +21,7 @@ import torch
 from scripts.gpu_common import itself, versions
 from visattn import Layout, attention, parse
 from visattn.kernels.triton.config import HOPPER, ONE_PASS
-from visattn.patterns import BiasedPattern, RoutedPattern
+from visattn.patterns import BiasedPattern, HeadsPattern, RoutedPattern
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative error of forward and gradients: rounding of inputs, probabilities and outputs.
@@ -187,6 +187,8 @@ def check(case: Case, backend: str = "triton", repeats: bool = True) -> str:
 
 def attention_reference(case: Case, tensors: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
     """The reference on the same inputs in float64."""
+    if isinstance(parse(case.pattern), HeadsPattern):
+        return run(case, [t.double() for t in tensors], "heads", mask)
     if not isinstance(parse(case.pattern), RoutedPattern):
         return run(case, [t.double() for t in tensors], "reference", mask)
     # The choice must be made from the same q and k: rounding could tip it.

@@ -222,7 +222,7 @@ def test_calls_are_the_references_forward_and_backward(doubled, monkeypatch, tex
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
-def test_lists_that_are_ignored_are_found_by_a_trial_and_another_backend_runs(doubled):
+def test_lists_that_are_ignored_are_found_by_a_trial_and_another_backend_runs(doubled, monkeypatch):
     doubled(honest=False)
     layout = Layout((12, 13))
     call = Call(parse("na(window=5x5)"), layout, 0.3)
@@ -230,8 +230,10 @@ def test_lists_that_are_ignored_are_found_by_a_trial_and_another_backend_runs(do
     with pytest.warns(UserWarning, match="FlashAttention-4 gets wrong here: its output is off by"):
         out, _ = backend.run(q, k, v, call)
     torch.testing.assert_close(out, load("reference").run(q, k, v, call)[0])
-    said = backend.supports(problem("na(window=5x5)"))
+    monkeypatch.setattr("visattn.kernels.fa4.backend.DTYPES", (torch.float32,))
+    said = backend.supports(problem("na(window=5x5)", dtype=torch.float32, head_dim=8))
     assert not said.ok and "off by" in said.reason
+    assert backend.supports(problem("na(window=5x5)", dtype=torch.float32, head_dim=64)).ok
 
 
 def test_each_kernel_is_tried_once_and_its_time_remembered(doubled):
@@ -277,6 +279,7 @@ REFUSALS = [
     ("na(window=5x5)", {"dtype": torch.float32}, "it computes in bfloat16 and float16, not in torch.float32"),
     ("na(window=5x5)", {"head_dim": 256}, "its blocks take 8 to 128 channels per head in steps of 8, not 256"),
     ("na(window=5x5)", {"head_dim": 36}, "not 36"),
+    ("na(window=5x5)", {"head_dim": 80, "grad": True}, "wrong for head dims that are no multiple of 32, like 80"),
     ("na(window=5x5)", {"key_mask": True}, "a key mask would put every block through its mask function"),
     ("na(window=5x5)", {"rpb": True}, "relative position bias"),
     ("perhead(heads={0: na(window=5x5,dilation=2)}, rest=na(window=5x5))", {}, "cannot be one launch"),
