@@ -10,6 +10,7 @@ import torch
 
 from tests.support.cases import qkv
 from visattn.attend import attention
+from visattn.dispatch import load
 from visattn.layout import Layout
 from visattn.patterns import BiasedPattern, parse
 from visattn.problem import Call, Problem
@@ -147,6 +148,8 @@ def refusal(backend: str, case: Case, asked: Asked) -> str:
         return _xformers(case, asked)
     if backend == "natten":
         return _natten(case, asked)
+    if backend == "fa4":
+        return _fa4(case, asked)
     return _flex(case, asked) if backend == "flex" else ""
 
 
@@ -172,6 +175,19 @@ def _natten(case: Case, asked: Asked) -> str:
     if case.variant in ("key mask", "rpb"):
         return {"key mask": "NATTEN takes no key mask", "rpb": "NATTEN has no relative position bias"}[case.variant]
     return "NATTEN has no backward on a CPU" if case.device == "cpu" and asked.grad else ""
+
+
+def _fa4(case: Case, asked: Asked) -> str:
+    if case.name == "routing":
+        return "routing computes its lists from q and k"
+    if case.device == "cpu":
+        return "it runs on cuda, not on cpu"
+    if case.dtype == torch.float32:
+        return "it computes in bfloat16 and float16, not in torch.float32"
+    if asked.grad and case.name != "dense":
+        return f"its backward is wrong for head dims that are no multiple of 32, like {DIM}"
+    # On a machine without the package it refuses what it would run.
+    return load("fa4").available().reason
 
 
 def _flex(case: Case, asked: Asked) -> str:
