@@ -8,7 +8,7 @@ their names and take them.
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # timm exports it nowhere else
 from torch import nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from visattn.models.backbones.agent import AgentAttention
 from visattn.models.backbones.factory import build, cfg
+from visattn.models.backbones.flat import Flat
 from visattn.models.backbones.functional import resize, unscripted
 from visattn.models.backbones.pyramid import drop_paths, init_weights
 
@@ -57,7 +58,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class AgentDeit(nn.Module):
+class AgentDeit(Flat):
     """Agent-DeiT.
 
     Any image of whole patches works: position embedding and agent biases are resampled.
@@ -79,6 +80,8 @@ class AgentDeit(nn.Module):
         device: Where the weights are made.
         dtype: Of the weights.
     """
+
+    pools = ("token", "avg", "")
 
     output_fmt = "NLC"
     num_prefix_tokens = 1
@@ -105,7 +108,7 @@ class AgentDeit(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.global_pool = _known_pool(global_pool)
+        self.global_pool = self.known_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(
@@ -207,40 +210,6 @@ class AgentDeit(nn.Module):
         return maps if intermediates_only else (self.norm(x), maps)
 
     @unscripted
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the outputs of some blocks do not need; returns the blocks taken."""
-        wanted, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return wanted
-
-    @unscripted
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    @unscripted
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
-
-    @unscripted
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head; 0 classes removes it. `global_pool` None keeps the pooling."""
-        if global_pool is not None:
-            self.global_pool = _known_pool(global_pool)
-        self.num_classes = num_classes
-        dd: dict[str, Any] = get_device_dtype(self)
-        head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.head = head.train(self.training)
-        init_weights(self.head)
-
-    @unscripted
     def no_weight_decay(self) -> set[str]:
         """Parameters that should not decay: positions, the class token and the agent biases."""
         biases = {n for n, p in self.named_parameters() if n.endswith("_bias") and p.ndim > 1}
@@ -251,12 +220,6 @@ class AgentDeit(nn.Module):
         """Parameters by depth, for layer-wise learning rates."""
         blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": r"^blocks\.(\d+)" if coarse else blocks}
-
-
-def _known_pool(pool: str) -> str:
-    if pool not in ("token", "avg", ""):
-        raise ValueError(f"global_pool {pool!r} must be 'token', 'avg' or ''")
-    return pool
 
 
 def _cfg() -> dict[str, Any]:

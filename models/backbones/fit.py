@@ -10,13 +10,14 @@ import re
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # timm exports it nowhere else
 from torch import nn
 from torch.nn import functional as F
 
 from visattn.models.backbones.factory import build, cfg
+from visattn.models.backbones.flat import Flat
 from visattn.models.backbones.functional import from_groups, resize, to_groups, unscripted
 from visattn.models.backbones.pyramid import drop_paths, init_weights
 
@@ -117,7 +118,7 @@ class Stage(nn.Module):
         return self.x2l_cross_attn(x, latents), latents
 
 
-class FIT(nn.Module):
+class FIT(Flat):
     """FIT for images, with a head over the mean of all tokens.
 
     Images of whole groups (`patch_size` times `group` pixels) of any size work: the latents' positions are resampled.
@@ -144,6 +145,7 @@ class FIT(nn.Module):
         ValueError: If the layers are written otherwise or end with global ones, or sizes do not fit.
     """
 
+    depth = "stages"
     output_fmt = "NLC"
     num_prefix_tokens = 0
 
@@ -172,7 +174,7 @@ class FIT(nn.Module):
         if img_size % (patch_size * group):
             raise ValueError(f"img_size {img_size} must be a multiple of a group's {patch_size * group} pixels")
         self.in_chans, self.num_classes, self.group, self.latents = in_chans, num_classes, group, latents
-        self.global_pool = _known_pool(global_pool)
+        self.global_pool = self.known_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.grad_checkpointing = False
         self.stem = PatchEmbed(
@@ -267,40 +269,6 @@ class FIT(nn.Module):
         return found if intermediates_only else (self.norm(from_groups(x, self.group, height, width)), found)
 
     @unscripted
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the outputs of some stages do not need; returns the stages taken."""
-        wanted, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return wanted
-
-    @unscripted
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the stages in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    @unscripted
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
-
-    @unscripted
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head; 0 classes removes it. `global_pool` None keeps the pooling."""
-        if global_pool is not None:
-            self.global_pool = _known_pool(global_pool)
-        self.num_classes = num_classes
-        dd: dict[str, Any] = get_device_dtype(self)
-        head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.head = head.train(self.training)
-        init_weights(self.head)
-
-    @unscripted
     def no_weight_decay(self) -> set[str]:
         """Parameters that should not decay: the positions."""
         return {"x_pos_emb", "latent_pos_emb"}
@@ -324,12 +292,6 @@ def layer_counts(layers: str) -> list[tuple[int, int]]:
             "local ones at the end, like '(2)4(2)4(2)'"
         )
     return [(int(local), int(far or 0)) for local, far in re.findall(r"\((\d+)\)(\d*)", layers)]
-
-
-def _known_pool(pool: str) -> str:
-    if pool not in ("avg", ""):
-        raise ValueError(f"global_pool {pool!r} must be 'avg' or ''")
-    return pool
 
 
 def _cfg() -> dict[str, Any]:

@@ -11,13 +11,14 @@ import re
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # timm exports it nowhere else
 from torch import nn
 from torch.nn import functional as F
 
 from visattn.models.backbones.factory import build, cfg
+from visattn.models.backbones.flat import Flat
 from visattn.models.backbones.functional import fold_views, grouped, mean_token, resize, unfold_views, unscripted
 from visattn.models.backbones.pyramid import drop_paths, init_weights
 
@@ -73,7 +74,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class LRGT(nn.Module):
+class LRGT(Flat):
     """The encoder, with a head over the mean of all tokens.
 
     Takes images [B, C, H, W] as single views, or several views of each object [B, V, C, H, W]. Images of whole patches
@@ -124,7 +125,7 @@ class LRGT(nn.Module):
             raise ValueError(f"patch_group={patch_group} must be at least 1: groups per axis of a view")
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.global_pool = _known_pool(global_pool)
+        self.global_pool = self.known_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(
@@ -223,40 +224,6 @@ class LRGT(nn.Module):
         return unfold_views(self.norm(x), images), found
 
     @unscripted
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the outputs of some blocks do not need; returns the blocks taken."""
-        wanted, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return wanted
-
-    @unscripted
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    @unscripted
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
-
-    @unscripted
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head; 0 classes removes it. `global_pool` None keeps the pooling."""
-        if global_pool is not None:
-            self.global_pool = _known_pool(global_pool)
-        self.num_classes = num_classes
-        dd: dict[str, Any] = get_device_dtype(self)
-        head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.head = head.train(self.training)
-        init_weights(self.head)
-
-    @unscripted
     def no_weight_decay(self) -> set[str]:
         """Parameters that should not decay: the positions."""
         return {"pos_embed"}
@@ -282,12 +249,6 @@ def _released(module: nn.Module, weights: dict[str, Any], *_: Any) -> None:
         layer = module.get_submodule(f"blocks.{block[1]}.attn.IFS") if block else None
         if own not in ("cls_token", "dist_token") and not isinstance(layer, nn.Identity):
             weights[own] = value
-
-
-def _known_pool(pool: str) -> str:
-    if pool not in ("avg", ""):
-        raise ValueError(f"global_pool {pool!r} must be 'avg' or ''")
-    return pool
 
 
 def _cfg() -> dict[str, Any]:
