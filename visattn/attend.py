@@ -27,6 +27,7 @@ from visattn.dispatch import BACKENDS, Candidate, available, candidates, choose
 from visattn.layout import Layout, check_layout
 from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.patterns.kinds import reads_products
+from visattn.patterns.traced import constant
 from visattn.plans import plan
 from visattn.problem import Call, Problem, Support
 
@@ -185,7 +186,7 @@ def _filled_up(
     rest: dict[str, Any],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention` with values of other channels than the keys': the narrower of both get channels of zeros."""
-    if not _of_products(pattern):
+    if not constant(reads_products, pattern):
         raise ValueError(
             f"v has {v.shape[3]} channels and k {k.shape[3]}, and {pattern} takes as many of both, as its weights are "
             f"more than products of q and k: cut v in parts of {k.shape[3]} channels, one call each"
@@ -196,15 +197,6 @@ def _filled_up(
     given = rest | {"scale": scale, "backend": how[0], "precision": how[1]}
     found: Any = attention(*filled, pattern, layout, **given, return_lse=return_lse)  # pyright: ignore[reportCallIssue]
     return (found[0][..., :channels], found[1]) if return_lse else found[..., :channels]
-
-
-def _of_products(pattern: Pattern | str) -> bool:
-    """`reads_products` of a pattern or its text."""
-    return reads_products(parse(pattern))
-
-
-# What `torch.compiler.assume_constant_result` does: the tracer cannot follow the parser.
-_of_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _joined(layout: Layout, key_layout: Layout) -> Layout:

@@ -15,6 +15,7 @@ from visattn.keep import stands_in, untraced
 from visattn.layout import Layout
 from visattn.operator import above, below, define
 from visattn.patterns import Pattern, parse
+from visattn.patterns.traced import constant
 from visattn.prepare import find, gradients_like, run_like
 from visattn.problem import Call, Problem
 from visattn.rerun import recompute_gradients
@@ -60,14 +61,14 @@ def attend(
     where = [number for side in _sides(layout) for number in side]
     # In the order of their names: a compiled graph does not depend on who filled the mapping in which order.
     names = sorted(parameters)
-    about = SEPARATOR.join([_text(pattern), backend, ",".join(names), precision or ""])
+    about = SEPARATOR.join([constant(_text, pattern), backend, ",".join(names), precision or ""])
     return ATTEND(q, k, v, key_mask, rpb, [parameters[n] for n in names], about, where, scale, lse)
 
 
-def _text(pattern: Pattern | str) -> str:
+def _text(pattern: Pattern) -> str:
     """The text by which the operator finds the pattern again."""
-    text = str(parse(pattern))
-    if isinstance(pattern, Pattern) and type(parse(text)) is not type(pattern):
+    text = str(pattern)
+    if type(parse(text)) is not type(pattern):
         raise ValueError(f"{text!r} is another pattern than this {type(pattern).__qualname__}: register_pattern it")
     return text
 
@@ -127,11 +128,6 @@ def _about(about: str, where: Sequence[int]) -> About:
 def _known(about: str, where: tuple[int, ...]) -> About:
     pattern, backend, names, precision = about.split(SEPARATOR)
     return About(parse(pattern), _layout(where), backend, tuple(names.split(",")) if names else (), precision or None)
-
-
-# What `torch.compiler.assume_constant_result` does, without importing the compiler (a second) for those who do not
-# compile.
-_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _attend(

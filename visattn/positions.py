@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from visattn.patterns import Halo, Neighborhood, Pattern
+from visattn.patterns.traced import constant
 
 
 def resized(table: torch.Tensor, length: int) -> torch.Tensor:
@@ -50,7 +51,7 @@ def with_positions(
     q_map = q.unflatten(2, grid)
     queries, places = [q], [k]
     for axis, (table, product) in enumerate(zip(tables, ("bhyxd,ypd->bhyxp", "bhyxd,xpd->bhyxp"), strict=True)):
-        distance, place = _places(pattern, grid, axis, keys)
+        distance, place = constant(_places, pattern, grid, axis, keys)
         middle = len(table) // 2
         row = torch.tensor(distance, device=q.device).clamp(-middle, middle) + middle
         logits = torch.einsum(product, q_map, table[row].to(q.dtype)) / scale
@@ -68,10 +69,6 @@ Places = tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]
 def _places(pattern: Pattern, grid: tuple[int, int], axis: int, keys: tuple[int, ...]) -> Places:
     """Along one axis, query minus key for each query and each place of a key, and the place of each key."""
     return _cached_places(pattern, grid, axis, keys)
-
-
-# What `torch.compiler.assume_constant_result` does: the tracer cannot follow numpy through a cache.
-_places._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=128)

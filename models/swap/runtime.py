@@ -19,6 +19,7 @@ from visattn.models.swap.sources import between
 from visattn.models.swap.weights import show_weights
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
+from visattn.patterns.traced import constant
 from visattn.problem import Call, Problem
 from visattn.registry import REGISTRY
 from visattn.runtime.run import Run
@@ -183,7 +184,7 @@ class Swapped:
             if self.precision is None and self.pattern.covers(*layout.grids):
                 return not masked
             told = heads, x.dtype, device.type, torch.is_grad_enabled(), masked, rpb
-            return not always and _dense_pays_compiled(self.pattern, _sides(layout), told)
+            return not always and constant(_dense_pays_compiled, self.pattern, _sides(layout), told)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
         key = layout, x.shape[0], heads, dtype, device, torch.is_grad_enabled(), masked, rpb, REGISTRY.version
         found = self._own.get(key)
@@ -316,10 +317,6 @@ def _dense_pays_compiled(pattern: Pattern, sides: tuple[Sides, Sides], told: tup
         if found is None or not found.dense_pays_inside:
             return False
     return True
-
-
-# What `torch.compiler.assume_constant_result` does: the tracer cannot follow estimates through their caches.
-_dense_pays_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Undone(Swapped):

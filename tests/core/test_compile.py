@@ -6,7 +6,7 @@ import torch
 import visattn
 from tests.support.cases import gradients, qkv
 from visattn.layout import Layout
-from visattn.patterns import Neighborhood
+from visattn.patterns import PATTERNS, Neighborhood
 
 LAYOUT = Layout((5, 6), 2, 1)
 
@@ -101,3 +101,71 @@ def test_through_the_code_generator():
     assert (ours - theirs).abs().max() < 1e-5
     for a, b in zip(gradients(ours, (q, k, v)), gradients(theirs, (q, k, v)), strict=True):
         assert (a - b).abs().max() < 1e-5
+
+
+# One of each kind, and all with parts of their own; agentsd merges tokens and is none of `attention`.
+EACH = {
+    "dense", "na(window=3)", "halo(block=2, halo=1)", "clear(radius=2, pool=2)", "radial", "groups(2)",
+    "routing(regions=2, topk=1)", "topk(keep=0.5)", "topp(p=0.5)", "above(tau=0.5)", "agent(agents=2)", "linear",
+    "flow", "mala", "sigmoid(sparse=na(window=3))", "sparselinear(na(window=3))", "clipped", "gated", "selective",
+    "sla", "sla2", "vsa", "gate(by=topk(keep=0.5))", "kmeans(queries=3, keys=4)", "lsh",
+    "best(of=[dense, na(window=3)])", "perhead(heads={0: dense})",
+}  # fmt: skip
+
+
+@pytest.fixture
+def traced():
+    """Compiled `attention`, and the code that the tracer made for it so far."""
+    made = []
+
+    def keep(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    def step(q, k, v, pattern, parameters=None):
+        return visattn.attention(q, k, v, pattern, LAYOUT, parameters=parameters)
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield torch.compile(step, fullgraph=True, backend=keep), made
+
+
+def test_objects_of_every_pattern(traced):
+    assert {type(visattn.parse(text)) for text in EACH} == {kind for kind in PATTERNS if kind.name != "agentsd"}
+    run, made = traced
+    inputs = qkv(LAYOUT, dim=8)
+    for text in sorted(EACH):
+        pattern = visattn.parse(text)
+        shapes = pattern.parameter_shapes(2, 8, LAYOUT.grid)
+        learned = {name: torch.rand(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        ours = run(*inputs, pattern, learned)
+        assert torch.equal(ours, visattn.attention(*inputs, pattern, LAYOUT, parameters=learned)), text
+    assert len(made) == len(EACH)
+    assert all(len([n for n in graph.graph.nodes if "visattn" in str(n.target)]) == 1 for graph in made)
+
+
+def test_equal_objects_are_traced_once_and_others_again(traced):
+    run, made = traced
+    inputs = qkv(LAYOUT)
+    for window, count in ((3, 1), (3, 1), (5, 2), (3, 2)):
+        pattern = Neighborhood(window)
+        assert torch.equal(run(*inputs, pattern), visattn.attention(*inputs, pattern, LAYOUT))
+        assert len(made) == count
+
+
+def test_pattern_made_in_compiled_code():
+    def step(q, k, v):
+        return visattn.attention(q, k, v, Neighborhood((3, 4), stride=2), LAYOUT)
+
+    inputs = qkv(LAYOUT)
+    assert torch.equal(compiled(step)(*inputs), step(*inputs))
+
+
+def test_object_with_values_of_other_channels_than_keys():
+    q, k, v = qkv(LAYOUT)
+    pattern = Neighborhood(3)
+
+    def step(q, k, v):
+        return visattn.attention(q, k, v, pattern, LAYOUT)
+
+    assert torch.equal(compiled(step)(q, k, v[..., :6]), step(q, k, v[..., :6]))

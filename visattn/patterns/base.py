@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from abc import ABCMeta, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from visattn.patterns.values import as_text
 
@@ -12,7 +13,16 @@ if TYPE_CHECKING:
     import torch
 
 
-class Pattern(ABC):
+class _Written(ABCMeta):
+    """Gives every pattern its text: the tracer of torch.compile reads an attribute, and cannot follow `str`."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        made = super().__call__(*args, **kwargs)
+        object.__setattr__(made, "_written", str(made))
+        return made
+
+
+class Pattern(metaclass=_Written):
     """A frozen dataclass that says which keys of a grid each query of that grid sees, or what stands in for that.
 
     Backends and adapters ask for its kind, one of the classes of `visattn.patterns.kinds`:
@@ -30,6 +40,8 @@ class Pattern(ABC):
     """
 
     name: ClassVar[str]
+    # Its text, `str` of it.
+    _written: str
     # Whether its methods take a second grid, that of the keys, where queries and keys are on grids that differ.
     two_grids: ClassVar[bool] = False
 
@@ -80,6 +92,17 @@ class Pattern(ABC):
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Whether every token of this grid sees every other and nothing else: dense attention is the same."""
         return False
+
+    def _constant(self, function: Callable[..., Any], written: str, *given: Any) -> Any:
+        """function(pattern, *given), which the tracer of torch.compile runs and takes as a constant.
+
+        See `visattn.patterns.traced.constant`, which passes the text.
+        """
+        return function(self, *given)
+
+    # What `torch.compiler.assume_constant_result` does, without importing the compiler (a second) for those who do not
+    # compile.
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
         parts = []
