@@ -25,14 +25,19 @@ from visattn.models.sizes import check_fixed
 SKIP_FROM = 1024
 
 
-def _axis(length: int, keys: int, pretrained: int) -> tuple[np.ndarray, np.ndarray]:
+def _axis(length: int, keys: int, pretrained: int) -> tuple[tuple[float, ...], tuple[tuple[int, ...], ...]]:
     """Distinct scaled distances from queries to pooled keys along an axis, and which one each pair has."""
     starts = np.arange(keys) * length // keys
     ends = -(-(np.arange(keys) + 1) * length // keys)
     centres = (starts + ends - 1) / 2
     distance = (np.arange(length)[:, None] - centres[None, :]) * 8 / max(pretrained - 1, 1)
     values, index = np.unique(distance.astype(np.float32), return_inverse=True)
-    return np.sign(values) * np.log2(np.abs(values) + 1) / math.log2(8), index.reshape(distance.shape)
+    logs = np.sign(values) * np.log2(np.abs(values) + 1) / math.log2(8)
+    return tuple(logs.tolist()), tuple(tuple(row.tolist()) for row in index.reshape(distance.shape))
+
+
+# What `torch.compiler.assume_constant_result` does: how many distances are distinct is no size that a tracer knows.
+_axis._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @kept
@@ -40,7 +45,8 @@ def _log_coordinates(
     grid: tuple[int, int], pool: tuple[int, int], pretrained: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct log distances [pairs, 2], and which one each query and key has [grid tokens, pooled tokens]."""
-    (rows, row), (columns, column) = (_axis(n, p, pretrained) for n, p in zip(grid, pool, strict=True))
+    (rows, rows_of), (columns, columns_of) = (_axis(n, p, pretrained) for n, p in zip(grid, pool, strict=True))
+    row, column = np.array(rows_of), np.array(columns_of)
     table = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
     index = row[:, None, :, None] * len(columns) + column[None, :, None, :]
     index = index.reshape(grid[0] * grid[1], pool[0] * pool[1])
