@@ -193,8 +193,7 @@ class AgentDeit(Flat):
         Raises:
             ValueError: If `output_fmt` is neither.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NLC'")
+        self.known_format(output_fmt)
         wanted, last = feature_take_indices(len(self.blocks), indices)
         x, height, width = self.embed(x)
         found = []

@@ -250,8 +250,7 @@ class FIT(Flat):
         Raises:
             ValueError: If `output_fmt` is neither "NCHW" nor "NLC".
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NLC'")
+        self.known_format(output_fmt)
         wanted, last = feature_take_indices(len(self.stages), indices)
         x, latents, height, width = self.embed(x)
         groups = (height // self.group) * (width // self.group)

@@ -32,6 +32,12 @@ class Flat(nn.Module):
         return pool
 
     @unscripted
+    def known_format(self, output_fmt: str) -> None:
+        """Raise a ValueError for a format that intermediate outputs do not have."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NLC'")
+
+    @unscripted
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 
+from visattn.patterns.base import ByText
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.picks import Seen, at_most, number_of, pick_above
 from visattn.patterns.choice.pooling import means
@@ -20,8 +20,8 @@ from visattn.patterns.values import PerAxis, is_number, real_number
 BARS = ("exact", "diag")
 
 
-@dataclass(frozen=True)
-class Above(DynamicPattern):
+@dataclass(frozen=True, eq=False)
+class Above(ByText, DynamicPattern):
     """Each block of queries lists the key blocks that score `tau` standard deviations above the mean of its row.
 
     Source: "Sol-Attn" (2025), the exact form of its bar: mean and variance of the scores in base 2 over the key
@@ -73,18 +73,6 @@ class Above(DynamicPattern):
         self.put_in_form()
         if self.bar == "diag" and (self.score, self.per, self.share) != ("mean", "row", 1):
             raise ValueError("bar=diag is made of means of blocks, head by head: it needs score=mean, per=row, share=1")
-
-    # As `TopK`: a share of 1.0 is no count of 1.
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and str(other) == str(self)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        # Every call of attention looks things up by its pattern.
-        return hash(str(self))
 
     def most_listed(self, blocks: Blocks) -> int:
         """`most`."""

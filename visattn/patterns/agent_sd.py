@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, NoReturn
 
+from visattn.patterns.base import ByText
 from visattn.patterns.kinds import MergingPattern
 from visattn.patterns.values import PerAxis, is_number, per_axis, real_number, uniform, whole_numbers
 
@@ -23,8 +24,8 @@ class Merge(NamedTuple):
     agents: float
 
 
-@dataclass(frozen=True)
-class AgentSD(MergingPattern):
+@dataclass(frozen=True, eq=False)
+class AgentSD(ByText, MergingPattern):
     """Self-attention of a UNet among merged tokens, through agents that are the same tokens merged further.
 
     Source: Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention" (ECCV 2024), section
@@ -86,13 +87,6 @@ class AgentSD(MergingPattern):
             if not is_number(value):
                 raise ValueError(f"{name}={value!r} must be a finite number")
             object.__setattr__(self, name, real_number(value))
-
-    # One step is early with early=1, every step with early=1.0: numbers that are equal, patterns that are not.
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and str(other) == str(self)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
 
     @property
     def stepped(self) -> bool:

@@ -112,3 +112,17 @@ class Pattern(metaclass=_Written):
             if as_text(value) != as_text(field.default):
                 parts.append(f"{field.name}={as_text(value)}")
         return f"{self.name}({', '.join(parts)})" if parts else self.name
+
+
+class ByText(Pattern):
+    """Patterns that are equal if they are written alike; their dataclasses are made with `eq=False`.
+
+    A share of 1.0 is all and a count of 1 is one: numbers that are equal, patterns that are not.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or (type(other) is type(self) and other._written == self._written)
+
+    def __hash__(self) -> int:
+        # Every call of attention looks things up by its pattern.
+        return hash(self._written)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 
+from visattn.patterns.base import ByText
 from visattn.patterns.choice.always import always_mask, terms_of
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.picks import Seen, number_of, pick_number, pick_number_of_all
@@ -16,8 +16,8 @@ from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.values import PerAxis
 
 
-@dataclass(frozen=True)
-class TopK(DynamicPattern):
+@dataclass(frozen=True, eq=False)
+class TopK(ByText, DynamicPattern):
     """Each block of queries lists the `keep` key blocks with the best scores, for each head on its own.
 
     Sources: Zhang et al., "VSA: Faster Video Diffusion with Trainable Sparse Attention" (2025), whose blocks are boxes
@@ -69,18 +69,6 @@ class TopK(DynamicPattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", share_or_count(self.keep, "keep"))
         self.put_in_form()
-
-    # A share of 1.0 is all blocks and a count of 1 is one: numbers that are equal, patterns that are not.
-    def __eq__(self, other: object) -> bool:
-        return other is self or (type(other) is type(self) and str(other) == str(self))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        # Every call of attention looks things up by its pattern.
-        return hash(str(self))
 
     def number(self, blocks: Blocks) -> int:
         """Key blocks per query block."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 
+from visattn.patterns.base import ByText
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.picks import Seen, at_most, number_of, pick_height, pick_mass, pick_number
 from visattn.patterns.choice.values import share_or_count
@@ -21,8 +21,8 @@ SHARES = ("softmax", "height")
 SPREAD = 2.0
 
 
-@dataclass(frozen=True)
-class TopP(DynamicPattern):
+@dataclass(frozen=True, eq=False)
+class TopP(ByText, DynamicPattern):
     """Each block of queries lists the best key blocks until their estimated attention reaches `p`.
 
     The estimate is the softmax of the scores over all key blocks. Sources: Mikhailov et al.,
@@ -83,18 +83,6 @@ class TopP(DynamicPattern):
         if self.of not in SHARES:
             raise ValueError(f"of={self.of!r} must be {' or '.join(SHARES)}")
         self.put_in_form()
-
-    # As `TopK`: a share of 1.0 is no count of 1.
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and str(other) == str(self)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        # Every call of attention looks things up by its pattern.
-        return hash(str(self))
 
     def check(self, grid: tuple[int, ...]) -> None:
         """Raise a ValueError if blocks or rules do not fit the grid."""

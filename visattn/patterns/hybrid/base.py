@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from visattn.layout import Layout
+from visattn.patterns.base import ByText
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.kinds import ComposedPattern
@@ -17,8 +18,11 @@ from visattn.patterns.routes import Routes
 from visattn.patterns.topk import TopK
 from visattn.patterns.values import PerAxis
 
+# Parameters of the softmax branch, as of `topk`; not all patterns have the last two.
+FRONT = ("keep", "block", "key_block", "always", "every", "drift")
 
-class HybridPattern(ComposedPattern):
+
+class HybridPattern(ByText, ComposedPattern):
     """Softmax over the key blocks that `front` lists, which engines for lists run, and a branch that is learned.
 
     Attributes:
@@ -38,13 +42,22 @@ class HybridPattern(ComposedPattern):
 
     def put_in_form(self) -> None:
         """Check what all of them have, and give it the form that equal patterns share."""
-        for name in ("keep", "block", "key_block", "always"):
+        for name in self._of_front():
             object.__setattr__(self, name, getattr(self.front, name))
+
+    def _of_front(self) -> list[str]:
+        """Which parameters are those of the softmax branch."""
+        return [name for name in FRONT if hasattr(self, name)]
 
     @cached_property
     def front(self) -> TopK:
         """The pattern of the softmax branch."""
-        return TopK(keep=self.keep, block=self.block, key_block=self.key_block, always=self.always)
+        return TopK(**{name: getattr(self, name) for name in self._of_front()})
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether lists are kept from step to step."""
+        return self.front.needs_steps
 
     @property
     def learnable(self) -> bool:
@@ -138,15 +151,3 @@ class HybridPattern(ComposedPattern):
         found = (self.initial_parameters(heads, head_dim, grid) if missing else {}) | dict(parameters)
         wide = torch.promote_types(q.dtype, torch.float32)
         return {name: found[name].to(q.device, wide) for name in names}
-
-    # A share of 1.0 is all blocks and a count of 1 is one: numbers that are equal, patterns that are not.
-    def __eq__(self, other: object) -> bool:
-        return other is self or (type(other) is type(self) and str(other) == str(self))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        # Every call of attention looks things up by its pattern.
-        return hash(str(self))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -21,7 +20,6 @@ from visattn.patterns.hybrid.parts import (
     mean_scores,
 )
 from visattn.patterns.routes import Routes
-from visattn.patterns.topk import TopK
 from visattn.patterns.values import PerAxis
 
 
@@ -67,8 +65,6 @@ class SLA(HybridPattern):
 
     def __post_init__(self) -> None:
         self.put_in_form()
-        for name in ("every", "drift"):
-            object.__setattr__(self, name, getattr(self.front, name))
         check_features(self.feature)
         if self.marginal != "all":
             if isinstance(self.marginal, str):
@@ -76,23 +72,6 @@ class SLA(HybridPattern):
             object.__setattr__(self, "marginal", share_or_count(self.marginal, "marginal"))
             if self.every != 1:
                 raise ValueError(f"every={self.every} keeps critical blocks, not marginal ones: give marginal=all")
-
-    @cached_property
-    def front(self) -> TopK:
-        """The critical blocks."""
-        return TopK(
-            keep=self.keep,
-            block=self.block,
-            key_block=self.key_block,
-            always=self.always,
-            every=self.every,
-            drift=self.drift,
-        )
-
-    @property
-    def needs_steps(self) -> bool:
-        """Whether lists are kept from step to step."""
-        return self.front.needs_steps
 
     @property
     def needs_choice(self) -> bool:

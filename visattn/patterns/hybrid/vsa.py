@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -15,7 +14,6 @@ from visattn.patterns.choice.tail import coarse
 from visattn.patterns.hybrid.base import HybridPattern
 from visattn.patterns.hybrid.parts import grid_of, mean_scores, wide
 from visattn.patterns.routes import Routes
-from visattn.patterns.topk import TopK
 from visattn.patterns.values import PerAxis
 
 GATES = ("token", "channel")
@@ -62,27 +60,8 @@ class VSA(HybridPattern):
 
     def __post_init__(self) -> None:
         self.put_in_form()
-        for name in ("every", "drift"):
-            object.__setattr__(self, name, getattr(self.front, name))
         if self.gate not in GATES:
             raise ValueError(f"gate={self.gate!r} must be token or channel")
-
-    @cached_property
-    def front(self) -> TopK:
-        """The listed blocks."""
-        return TopK(
-            keep=self.keep,
-            block=self.block,
-            key_block=self.key_block,
-            always=self.always,
-            every=self.every,
-            drift=self.drift,
-        )
-
-    @property
-    def needs_steps(self) -> bool:
-        """Whether lists are kept from step to step."""
-        return self.front.needs_steps
 
     @property
     def needs_choice(self) -> bool:
