@@ -23,6 +23,7 @@ from visattn.patterns import Dense
 from visattn.pipelines.families import find_family
 from visattn.schedule import Schedule
 from visattn.straight import straight_through
+from visattn.trained import load_own, load_trained, write_trained
 
 # Module names of each projection in diffusers' attention classes; fused ones train all three.
 MODULES = {"q": ("to_q", "to_qkv"), "k": ("to_k", "to_qkv"), "v": ("to_v", "to_qkv"), "out": ("to_out.0",)}
@@ -74,8 +75,12 @@ class Distiller(Learner):
         self.lora = add_lora(self.student, list(learning), config) if config.lora else []
         self.swap(*(() if mesh is None else (config.parallel, mesh)))
         self._among = None if mesh is None else mesh.get_group()
-        for module in () if config.lora else learning.values():
+        for module in () if config.lora else [self.student] if config.train == "all" else learning.values():
             module.requires_grad_(True)
+        if config.start is not None:
+            begun = load_trained(config.start)
+            write_trained(self.student, begun)
+            load_own(self.handle, begun)
         watched = [path for path, _ in matched_sites(teacher, self.sites, config)]
         before = config.attention_at == "before"
         self._seen = [Recorder({p: m.get_submodule(p) for p in watched}, before) for m in (teacher, self.student)]
