@@ -136,7 +136,7 @@ def cache(settings: Settings) -> None:
     for smaller in settings.smaller:
         words = ["--model", settings.model, "--steps", str(settings.draw_steps), "--size", str(settings.side(smaller))]
         words += ["--batch", str(settings.chunk * smaller**2)]
-        draw(prompts(pack, settings.cached * smaller), settings.samples(smaller), words, settings.cpu)
+        draw(prompts(pack, settings.cached * smaller**2), settings.samples(smaller), words, settings.cpu)
 
 
 def draw(captions: Sequence[str], out: Path, words: Sequence[str], cpu: bool) -> None:
