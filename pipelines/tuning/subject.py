@@ -90,6 +90,11 @@ class PipelineSubject:
         self._lpips = find_lpips()[0]
         self.grid = self._find_grid()
 
+    @property
+    def queued(self) -> bool:
+        """See `Subject.queued`."""
+        return torch.device(self.pipe.device).type != "cpu"
+
     def about(self) -> dict[str, Any]:
         """See `Subject.about`."""
         device = torch.device(self.pipe.device)

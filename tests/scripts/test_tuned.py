@@ -20,6 +20,7 @@ class Listed:
     """Attention that takes as long as its pattern is dense, and an output that is off by what is left out."""
 
     measure = "psnr"
+    queued = True
     model, layers, parameters, steps, grid = "Listed", 2, 17, 8, (16, 16)
 
     def local(self, step, names, seeds, timed):
