@@ -90,6 +90,11 @@ class Learner(nn.Module):
             self.handle.watch((lambda watched: _tell(ours, watched)) if ours else None)
         return False
 
+    @property
+    def phase(self) -> Any:
+        """What a forward depends on beside its batch: where it is equal, forwards do the same."""
+        return self.pattern
+
     def stage_share(self, done: float) -> float:
         """Share of its stage that is over when one of the run is: the learning rate of each falls by itself."""
         return done

@@ -35,7 +35,9 @@ def build_optimizer(trained: dict[str, nn.Parameter], config: RunConfig) -> torc
         from prodigyopt import Prodigy
 
         return Prodigy(groups, lr=1.0, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    # One launch for all parameters; parts of shared ones have no such form.
+    fused = all(value.is_cuda for value in trained.values()) and not config.fsdp
+    return torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=fused)
 
 
 def rate_share(step: int, done: float, config: RunConfig) -> float:

@@ -58,6 +58,9 @@ class RunConfig:
     clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
     ema: float = option(0.998, "decay of the averaged weights that are exported; 0: no average")
     precision: str = option("no", "mixed precision", ("no", "bf16"))
+    graphs: bool = option(
+        False, "record a step as a CUDA graph and replay it: several times as fast for small models on one GPU"
+    )
     fsdp: bool = option(False, "processes share weights and optimizer states (FSDP2) instead of having all (DDP)")
     cpu: bool = option(False, "run on the CPU though there is a GPU")
     threads: int = option(0, "threads of torch on the CPU; 0: its own choice")
@@ -98,6 +101,10 @@ class RunConfig:
             raise ValueError(f"--ema {self.ema} must be from 0 to below 1")
 
     def _check_sharing(self) -> None:
+        if self.graphs and self.cpu:
+            raise ValueError("--graphs are CUDA graphs, not with --cpu: leave one out")
+        if self.graphs and getattr(self, "checkpointing", False):
+            raise ValueError("--graphs with --checkpointing, which asks the device for random states: leave one out")
         if self.fsdp and self.optimizer == "prodigy":
             raise ValueError("--fsdp with --optimizer prodigy, which measures all weights at once: pass adamw")
         if self.fsdp and varies(self.pattern):
@@ -181,6 +188,7 @@ CHANGEABLE = {
     "sample_every",
     "tensorboard",
     "threads",
+    "graphs",
     "resume",
     "fsdp",
     "sequence",
