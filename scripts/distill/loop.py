@@ -17,7 +17,7 @@ from accelerate.utils import KwargsHandler
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from scripts.distill.learner import Learner, as_trained, round_frozen
+from scripts.distill.learner import Learner, as_trained, round_frozen, write_start
 from scripts.distill.log import Log
 from scripts.distill.optimizers import build_optimizer, rate_share
 from scripts.distill.recorded import Recorded
@@ -77,6 +77,8 @@ class Run:
         if self.shared:
             share_weights(learner, accelerator.device)
         self.trained = learner.trained()
+        if config.weights is not None:
+            write_start(self.trained, config.weights)
         self.optimizer = build_optimizer(self.trained, config)
         if config.precision == "bf16" and not self.shared:
             for model in (learner.teacher, learner.student):

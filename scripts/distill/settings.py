@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from scripts.distill.ranges import at, stepped, varies
 from visattn.patterns import Agent, Dense, Linear
 from visattn.schedule import Schedule
+from visattn.trained import load_trained
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -29,6 +30,7 @@ class RunConfig:
 
     pattern: str = field(metadata={"help": 'attention of the student, like "clear(radius=3)"'})
     out: Path = field(metadata={"help": "folder for checkpoint, log, pictures and student.safetensors"})
+    weights: Path | None = option(None, "student.safetensors of an earlier run that this one starts from")
     layers: str | None = option(None, "layers that get the pattern, like 0-3,7; all")
     dense_layers: int = option(0, "so many of the first selected layers stay dense")
     anneal: float = option(0.5, "share of the run after which numbers of the pattern like 0.5..0.05 are at their end")
@@ -79,6 +81,8 @@ class RunConfig:
         self._check_pattern()
         self._check_heads()
         self._check_sharing()
+        if self.weights is not None:
+            load_trained(self.weights)
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
         for wanted, package, why in (
