@@ -17,7 +17,6 @@ from visattn.checks import PRECISIONS
 from visattn.patterns import Dense
 from visattn.pipelines.embedded import EMBEDDED
 from visattn.schedule import Schedule
-from visattn.trained import load_trained
 
 PROJECTIONS = ("q", "k", "v", "out")
 
@@ -66,7 +65,6 @@ class Config(RunConfig):
         "q,k,v,out",
         "projections that are trained, of q,k,v,out; none: only the pattern's own; all: every weight of the model",
     )
-    start: Path | None = option(None, "student.safetensors of the same pattern to begin with, of other samples, say")
     times: str = option(
         "sampler",
         "noise levels: as the sampler that made the samples visits them, uniform, or logit-normal",
@@ -87,8 +85,6 @@ class Config(RunConfig):
             raise ValueError(f"--train {self.train!r}: {wrong[0]!r} is none of {', '.join(PROJECTIONS)} (or none, all)")
         if self.lora and not self.projections:
             raise ValueError(f"--lora {self.lora} needs projections to be put on, but --train is {self.train}")
-        if self.start is not None:
-            self._check_start(self.start)
         stages = parse_stages(self.stages)
         self._check_mass()
         if self.staged:
@@ -104,15 +100,6 @@ class Config(RunConfig):
         if self.query_heads and self.attention and self.attention_at == "before":
             raise ValueError("--query-heads leaves other heads before the output projection: pass --attention-at after")
         self._check_data()
-
-    def _check_start(self, path: Path) -> None:
-        about = load_trained(path).about
-        if about.get("pattern") != self.pattern_ends[1]:
-            raise ValueError(f"--start {path} is a student of {about.get('pattern')}, not of {self.pattern_ends[1]}")
-        if self.lora:
-            raise ValueError(f"--start {path} with --lora {self.lora}: LoRA is put on the teacher's weights")
-        if self.heads is not None or about.get("heads") is not None:
-            raise ValueError(f"--start {path} with other heads than the teacher's: train such a student in one run")
 
     def _check_mass(self) -> None:
         try:

@@ -163,14 +163,16 @@ def train(name: str, settings: Settings) -> float:
     pattern, phases = STUDENTS[name]
     words = ["--model", settings.model, "--pattern", pattern, "--optimizer", settings.optimizer]
     words += ["--ema", "0.99", "--threads", str(settings.threads), "--backend", settings.backend]
-    words += ["--precision", settings.precision, *LOSSES] + ["--cpu"] * settings.cpu
+    words += ["--precision", settings.precision, *LOSSES]
+    words += ["--graphs"] if torch.cuda.is_available() and not settings.cpu else []
+    words += ["--cpu"] * settings.cpu
     taken, before = 0.0, None
     for number, phase in enumerate(phases):
         steps, seconds = math.ceil(settings.steps * phase.share), settings.seconds * phase.share
         given = ["--samples", str(settings.samples(phase.smaller) / "samples"), "--steps", str(steps)]
         given += ["--batch", str(settings.batch * phase.smaller**2), "--lr", str(settings.lr), *phase.options]
         given += ["--seconds", str(seconds), "--save-every", str(steps)]
-        given += ["--start", str(before / RESULT)] if before else []
+        given += ["--weights", str(before / RESULT)] if before else []
         before = settings.folder(name, number)
         taken += train_student([*words, *given], before, seconds and seconds + START)
     return taken

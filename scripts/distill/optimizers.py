@@ -49,7 +49,10 @@ def build_optimizer(trained: dict[str, nn.Parameter], config: RunConfig) -> torc
         parts.append(Muon(inner, config.rate, weight_decay=config.weight_decay))
         parts[0].param_groups[0]["peak"] = config.rate
     if groups:
-        parts.append(torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, 0.99), weight_decay=config.weight_decay))
+        # One launch for all parameters; parts of shared ones have no such form.
+        fused = all(value.is_cuda for value in trained.values()) and not config.fsdp
+        given = {"betas": (0.9, 0.99), "weight_decay": config.weight_decay, "fused": fused}
+        parts.append(torch.optim.AdamW(groups, lr=config.rate, **given))
     return parts[0] if len(parts) == 1 else Together(*parts)
 
 

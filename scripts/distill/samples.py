@@ -136,6 +136,11 @@ class SampleSet:
         return tensors.pop(LATENTS), tensors
 
 
+def sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device; a GPU that works is not waited for."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
     """`{"a.b": 1}` as `{"a": {"b": 1}}`, for arguments that are dictionaries."""
     found: dict[str, Any] = {}

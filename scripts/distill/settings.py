@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from scripts.distill.ranges import at, stepped, varies
 from visattn.patterns import Agent, Dense, Linear
 from visattn.schedule import Schedule
+from visattn.trained import load_trained
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -29,6 +30,7 @@ class RunConfig:
 
     pattern: str = field(metadata={"help": 'attention of the student, like "clear(radius=3)"'})
     out: Path = field(metadata={"help": "folder for checkpoint, log, pictures and student.safetensors"})
+    weights: Path | None = option(None, "student.safetensors of an earlier run that this one starts from")
     layers: str | None = option(None, "layers that get the pattern, like 0-3,7; all")
     dense_layers: int = option(0, "so many of the first selected layers stay dense")
     anneal: float = option(0.5, "share of the run after which numbers of the pattern like 0.5..0.05 are at their end")
@@ -63,6 +65,9 @@ class RunConfig:
     clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
     ema: float = option(0.998, "decay of the averaged weights that are exported; 0: no average")
     precision: str = option("no", "mixed precision", ("no", "bf16"))
+    graphs: bool = option(
+        False, "record a step as a CUDA graph and replay it: several times as fast for small models on one GPU"
+    )
     fsdp: bool = option(False, "processes share weights and optimizer states (FSDP2) instead of having all (DDP)")
     cpu: bool = option(False, "run on the CPU though there is a GPU")
     threads: int = option(0, "threads of torch on the CPU; 0: its own choice")
@@ -81,6 +86,8 @@ class RunConfig:
         self._check_pattern()
         self._check_heads()
         self._check_sharing()
+        if self.weights is not None:
+            load_trained(self.weights)
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
         for wanted, package, why in (
@@ -103,6 +110,10 @@ class RunConfig:
             raise ValueError(f"--ema {self.ema} must be from 0 to below 1")
 
     def _check_sharing(self) -> None:
+        if self.graphs and self.cpu:
+            raise ValueError("--graphs are CUDA graphs, not with --cpu: leave one out")
+        if self.graphs and getattr(self, "checkpointing", False):
+            raise ValueError("--graphs with --checkpointing, which asks the device for random states: leave one out")
         if self.fsdp and self.optimizer != "adamw":
             raise ValueError(f"--fsdp with --optimizer {self.optimizer}, which needs whole weights: pass adamw")
         if self.fsdp and varies(self.pattern):
@@ -186,6 +197,7 @@ CHANGEABLE = {
     "sample_every",
     "tensorboard",
     "threads",
+    "graphs",
     "resume",
     "fsdp",
     "sequence",

@@ -119,7 +119,7 @@ def test_linear_students_learn_from_small_samples_first(folder, tmp_path, monkey
         (SIDE // 2, 4, 2),
         (SIDE, 1, 2),
     ]
-    assert [each.start for each in runs] == [None, *(each.out / "student.safetensors" for each in runs[:2])]
+    assert [each.weights for each in runs] == [None, *(each.out / "student.safetensors" for each in runs[:2])]
     assert runs[-1].out == tmp_path / "mala"
     found = json.loads((tmp_path / "students.json").read_text())["students"]["mala"]
     assert found["steps"] == 6
