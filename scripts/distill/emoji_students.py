@@ -85,6 +85,7 @@ class Settings:
     precision: str = option("bf16", "mixed precision: no or bf16", ("no", "bf16"))
     jobs: int = option(1, "students trained at the same time")
     seconds: int = option(0, "end a training after so many seconds of steps; 0: never")
+    graphs: bool = option(True, "record steps as CUDA graphs, where there is a GPU")
     cpu: bool = option(False, "stay on the CPU")
     threads: int = option(2, "threads on the CPU")
 
@@ -164,7 +165,7 @@ def train(name: str, settings: Settings) -> float:
     words = ["--model", settings.model, "--pattern", pattern, "--optimizer", settings.optimizer]
     words += ["--ema", "0.99", "--threads", str(settings.threads), "--backend", settings.backend]
     words += ["--precision", settings.precision, *LOSSES]
-    words += ["--graphs"] if torch.cuda.is_available() and not settings.cpu else []
+    words += ["--graphs"] * (settings.graphs and torch.cuda.is_available() and not settings.cpu)
     words += ["--cpu"] * settings.cpu
     taken, before = 0.0, None
     for number, phase in enumerate(phases):
