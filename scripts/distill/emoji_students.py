@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from scripts.distill import cache_samples
-from scripts.distill.loop import RESULT
+from scripts.distill.pipeline import THEN
 from scripts.distill.process import collect, train_student
 from scripts.distill.settings import option, parse
 from scripts.measure.emoji_prompts import CAPTIONS, SEEN, choose
@@ -51,8 +51,8 @@ LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.1")
 # weight learns.
 LINEAR = (
     Phase(0.3, 4, ("--train", "all", "--stages", "transfer:0.2,all:0.8")),
-    Phase(0.3, 2, ("--train", "all")),
-    Phase(0.4, 1, ("--train", "all", "--lr", "1e-3")),
+    Phase(0.3, 2, ("--train", "all", "--stages", "all")),
+    Phase(0.4, 1, ("--train", "all", "--stages", "all", "--lr", "1e-3")),
 )
 # Pattern and training of each student.
 STUDENTS: dict[str, tuple[str, tuple[Phase, ...]]] = {
@@ -160,23 +160,20 @@ def draw(captions: Sequence[str], out: Path, words: Sequence[str], cpu: bool) ->
 
 
 def train(name: str, settings: Settings) -> float:
-    """Trains one student, each phase in a process of its own; returns the seconds."""
+    """Trains one student in a process of its own; returns the seconds."""
     pattern, phases = STUDENTS[name]
     words = ["--model", settings.model, "--pattern", pattern, "--optimizer", settings.optimizer]
     words += ["--ema", "0.99", "--threads", str(settings.threads), "--backend", settings.backend]
     words += ["--precision", settings.precision, *LOSSES]
     words += ["--graphs"] * (settings.graphs and torch.cuda.is_available() and not settings.cpu)
     words += ["--cpu"] * settings.cpu
-    taken, before = 0.0, None
     for number, phase in enumerate(phases):
         steps, seconds = math.ceil(settings.steps * phase.share), settings.seconds * phase.share
-        given = ["--samples", str(settings.samples(phase.smaller) / "samples"), "--steps", str(steps)]
-        given += ["--batch", str(settings.batch * phase.smaller**2), "--lr", str(settings.lr), *phase.options]
-        given += ["--seconds", str(seconds), "--save-every", str(steps)]
-        given += ["--weights", str(before / RESULT)] if before else []
-        before = settings.folder(name, number)
-        taken += train_student([*words, *given], before, seconds and seconds + START)
-    return taken
+        words += [THEN] * (number > 0) + ["--out", str(settings.folder(name, number))]
+        words += ["--samples", str(settings.samples(phase.smaller) / "samples"), "--steps", str(steps)]
+        words += ["--batch", str(settings.batch * phase.smaller**2), "--lr", str(settings.lr), *phase.options]
+        words += ["--seconds", str(seconds), "--save-every", str(steps)]
+    return train_student(words, settings.folder(name, len(phases) - 1), settings.seconds and settings.seconds + START)
 
 
 def entry_of(name: str, seconds: float, settings: Settings) -> dict[str, Any]:
