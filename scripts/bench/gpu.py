@@ -251,6 +251,7 @@ def main() -> int:
 
     def told(name: str) -> dict[str, Any]:
         begin = time.perf_counter()
+        result: dict[str, Any]
         try:
             result = case_of(name, flash, chosen.peers, report["ceilings"])
         except Exception as error:
