@@ -1,6 +1,7 @@
 """Peers of the GPU benchmarks: compared with our results before they are timed, refused with a reason."""
 
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,15 @@ def test_a_peer_that_computes_the_same_is_taken():
 def test_a_peer_that_computes_something_else_is_not(wrong, what):
     with pytest.raises(ValueError, match=f"its {what} is off by"):
         peers.checked((wrong, tensors()), ours)
+
+
+def test_a_backend_that_hands_the_call_on_is_no_peer():
+    def handed_on(q, k, v):
+        warnings.warn("triton runs what FlashAttention-4 gets wrong here: dQ", stacklevel=2)
+        return ours(q, k, v)
+
+    with pytest.raises(UserWarning, match="gets wrong here"):
+        peers.checked((handed_on, tensors()), ours)
 
 
 def test_natten_is_called_as_its_users_call_it(monkeypatch):
