@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from scripts.measure.draftsman import DENSE, Draftsman, Drawn, Student
-from scripts.measure.emoji_encoder_model import ENCODER, SIDE, load_encoder
+from scripts.measure.emoji_encoder_model import ENCODER, SIDE, check_tokens, load_encoder
 from scripts.measure.emoji_judge import Judge
 from scripts.measure.emoji_prompts import CAPTIONS, KINDS
 from scripts.train.emoji_data import load_pack
@@ -80,6 +80,7 @@ def measure(
     students += [Student(load_trained(path).about["pattern"], path, options.dense_steps) for path in options.weights]
     encoder, about = load_encoder(options.encoder, options.device)
     judge = judge_of(encoder, options)
+    check_tokens(about, judge.pack)
     pipe: Any = load_pipeline(options.model, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     figures = begin(options, pipe, judge, about)

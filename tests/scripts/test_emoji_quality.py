@@ -13,9 +13,9 @@ from scripts.measure.emoji import PATTERNS, main
 from scripts.measure.emoji_encoder_model import DualEncoder, save_encoder
 from scripts.measure.emoji_judge import BEST, Judge
 from scripts.measure.emoji_prompts import SEEN, UNSEEN
-from scripts.train.emoji_captions import NEW_PAIR, TRAIN
-from scripts.train.emoji_data import load_pack
-from tests.support.tiny_emoji import tiny_pack
+from scripts.train.emoji_captions import NEW_PAIR, TRAIN, digest
+from scripts.train.emoji_data import load_pack, load_tokenizer, write_pack
+from tests.support.tiny_emoji import drawn, tiny_pack
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
 from visattn import apply, parse
 
@@ -63,6 +63,16 @@ def test_rows_say_what_a_pattern_costs_and_are_not_measured_twice(places, tmp_pa
     before = out.read_text()
     main(words(places, out, "--patterns", SPARSE))
     assert out.read_text() == before
+
+
+def test_a_pack_with_another_tokenizer_than_the_judge_is_refused(places, tmp_path):
+    write_pack(drawn(), tmp_path / "pack", new_tokenizer=True)
+    given = words(places, tmp_path / "quality.json", "--patterns", "dense", "--data", tmp_path / "pack")
+    with pytest.raises(SystemExit, match=r"the pack's tokenizer .* is not the encoder's"):
+        main(given)
+    about = {"steps": 0, "tokenizer": digest(load_tokenizer(tmp_path / "pack"))}
+    save_encoder(DualEncoder(), tmp_path / "encoder.safetensors", about)
+    main([*given, "--encoder", str(tmp_path / "encoder.safetensors")])
 
 
 def test_dense_pictures_are_those_of_the_stock_pipeline(places, tmp_path):
