@@ -60,7 +60,9 @@ def _line(told: dict[str, Any], before: Any, after: Any, dense: dict[str, Any]) 
     if "flicker" in dense["seen"]:
         cells.append(f"{_flicker(before)} to {_flicker(after)}")
     cells += [_milliseconds(after["attention_seconds"]), _milliseconds(after["seconds"])]
-    return [*cells, f"{told['seconds'] / 60:.1f} min, {told['steps']} steps", f"{told['megabytes']:.1f} MB"]
+    cells.append(f"{told['seconds'] / 60:.1f} min, {told['steps']} steps")
+    cells[-1] += f", after `{told['after']}`" if "after" in told else ""
+    return [*cells, f"{told['megabytes']:.1f} MB"]
 
 
 def closed(before: float, after: float, whole: float) -> str:

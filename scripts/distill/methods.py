@@ -25,12 +25,12 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     anneals: bool = True
 
-    def text(self, sparsity: float) -> str:
-        """The pattern at a sparsity, with ranges where it anneals."""
+    def text(self, sparsity: float, first: float = FIRST) -> str:
+        """The pattern at a sparsity, with ranges from a first share of listed blocks where it anneals."""
         keep = round(1 - sparsity, 6)
         shares = {"keep": keep, "least": round(0.6 * keep, 6), "most": min(1.0, round(1.4 * keep, 6))}
         ranges = {
-            name: f"{FIRST}..{share}" if self.anneals and share < FIRST else f"{share}"
+            name: f"{first}..{share}" if self.anneals and share < first else f"{share}"
             for name, share in shares.items()
         }
         return self.pattern.format(**ranges)
