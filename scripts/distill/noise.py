@@ -65,14 +65,30 @@ class Noise:
         targets = {"epsilon": noise, "sample": clean, "v_prediction": signal * noise - dirt * clean}
         return signal * clean + dirt * noise, targets[self.kind], index * self.time_scale
 
-    def weights(self, times: torch.Tensor) -> torch.Tensor | None:
+    def weights(self, times: torch.Tensor, errors: str = "velocity") -> torch.Tensor | None:
         """Weights [B] of squared errors at times [B], None for equal ones.
 
         A sampler of flow matching steps along the velocity (x - x0) / s, so an error of a predicted x0 counts by s.
+
+        Args:
+            times: 0 to 1000.
+            errors: Which errors are squared: those of the "velocity", or those that the latents have behind the
+                "step" of the sampler that begins there, velocity times length, in units of a mean step.
+
+        Raises:
+            ValueError: If steps are asked for and the sampler does not step along a velocity.
         """
+        share = times / TRAIN_TIMES
+        if errors == "step":
+            if self.alphas is not None:
+                raise ValueError("--errors step is for samplers of flow matching: leave it out for this teacher")
+            table = torch.tensor([*self.timesteps, 0.0], device=times.device) / TRAIN_TIMES
+            after = torch.bucketize(share, table.flip(0)).clamp(1, len(table) - 1)
+            length = (table.flip(0)[after] - table.flip(0)[after - 1]) * (len(table) - 1)
+            return (length / share if self.kind == "sample" else length).clamp(max=len(table) - 1) ** 2
         if self.kind != "sample" or self.alphas is not None:
             return None
-        return (times / TRAIN_TIMES).clamp(min=LEAST_NOISE) ** -2
+        return share.clamp(min=LEAST_NOISE) ** -2
 
 
 def _like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

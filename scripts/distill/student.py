@@ -251,14 +251,22 @@ def build_batch(
     if config.guidance:
         null = samples.null_row
         rows = torch.tensor([0.25 + 0.5 * null, 0.75 - 0.5 * null]).repeat(len(rows) // 2)
-    times = sent(noise.draw(count, config.times, generator).repeat_interleave(each)[part], device)
+    drawn = noise.draw(count, config.times, generator).repeat_interleave(each)[part]
+    times, weights = sent(drawn, device), noise.weights(drawn, config.errors)
     latents, tensors = samples.take(picks, rows)
     dirt = torch.randn((count, *latents.shape[1:]), generator=generator).repeat_interleave(each, 0)[part]
     noisy, target, told = noise.mix(sent(latents.float(), device), sent(dirt, device), times)
     places = sent(torch.rand(config.map_rows, generator=generator), device)
     fixed = {name: value for name, value in samples.constants.items() if not name.startswith("noise.")}
     flat = {name: _ready(value, device) for name, value in (tensors | fixed).items()}
-    return Batch(noisy, target, told, nested(flat | samples.index.plain), places, noise.weights(times))
+    return Batch(
+        noisy,
+        target,
+        told,
+        nested(flat | samples.index.plain),
+        places,
+        None if weights is None else sent(weights, device),
+    )
 
 
 def _ready(value: torch.Tensor, device: torch.device) -> torch.Tensor:

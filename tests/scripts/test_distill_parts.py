@@ -47,6 +47,23 @@ class TestNoise:
         assert process.weights(torch.zeros(1)).isfinite().all()
         assert self.flow.weights(times) is None
 
+    @pytest.mark.parametrize("kind", ["flow", "sample"])
+    def test_errors_of_steps_are_those_behind_a_step_of_the_sampler(self, kind):
+        visited = (1000.0, 800.0, 500.0, 100.0)
+        process, lengths = noise.Noise(kind, visited), (0.2, 0.3, 0.4, 0.1)
+        found = process.weights(torch.tensor(visited), "step")
+        for i, (time, length) in enumerate(zip(visited, lengths, strict=True)):
+            # A wrong prediction moves the latents behind the step by so much.
+            latents, guess = torch.tensor([2.0]), torch.tensor([0.7])
+            velocity = (latents - guess) / (time / 1000) if kind == "sample" else guess
+            off = (latents - guess - 0.1) / (time / 1000) if kind == "sample" else guess + 0.1
+            moved = length * (off - velocity)
+            torch.testing.assert_close(found[i] * 0.1**2, (moved * len(visited)).square()[0])
+        between = process.weights(torch.tensor([600.0, 0.0]), "step")
+        assert between.isfinite().all() and between[0] == pytest.approx((1.2 / (0.6 if kind == "sample" else 1)) ** 2)
+        with pytest.raises(ValueError, match="flow matching"):
+            noise.Noise("epsilon", visited, alphas=torch.rand(1000)).weights(torch.ones(1), "step")
+
     def test_sampler_times_have_its_density(self):
         times = self.flow.draw(30_000, "sampler", torch.Generator().manual_seed(0))
         assert times.min() >= 0 and times.max() <= 1000
