@@ -73,22 +73,37 @@ class Noise:
         Args:
             times: 0 to 1000.
             errors: Which errors are squared: those of the "velocity", or those that the latents have behind the
-                "step" of the sampler that begins there, velocity times length, in units of a mean step.
-
-        Raises:
-            ValueError: If steps are asked for and the sampler does not step along a velocity.
+                "step" of the sampler that begins there (Euler's, or DDIM's), in units of a mean step.
         """
-        share = times / TRAIN_TIMES
         if errors == "step":
-            if self.alphas is not None:
-                raise ValueError("--errors step is for samplers of flow matching: leave it out for this teacher")
-            table = torch.tensor([*self.timesteps, 0.0], device=times.device) / TRAIN_TIMES
-            after = torch.bucketize(share, table.flip(0)).clamp(1, len(table) - 1)
-            length = (table.flip(0)[after] - table.flip(0)[after - 1]) * (len(table) - 1)
-            return (length / share if self.kind == "sample" else length).clamp(max=len(table) - 1) ** 2
+            return self._of_steps(times)
         if self.kind != "sample" or self.alphas is not None:
             return None
-        return share.clamp(min=LEAST_NOISE) ** -2
+        return (times / TRAIN_TIMES).clamp(min=LEAST_NOISE) ** -2
+
+    def _of_steps(self, times: torch.Tensor) -> torch.Tensor:
+        table = torch.tensor([0.0, *reversed(self.timesteps)], device=times.device)
+        index = torch.bucketize(times, table).clamp(1, len(table) - 1)
+        # A step is as long wherever in it a time lies.
+        after = (times - table[index] + table[index - 1]).clamp(min=0)
+        signal, dirt, next_signal, next_dirt = *self._shares(times), *self._shares(after)
+        moved = {
+            "flow": next_dirt - dirt,
+            "sample": next_signal - next_dirt * signal / dirt,
+            "epsilon": next_dirt - next_signal * dirt / signal,
+            "v_prediction": next_dirt * signal - next_signal * dirt,
+        }[self.kind]
+        return (len(self.timesteps) * moved).square()
+
+    def _shares(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much of the clean sample and of the noise there is at some times; never none of either."""
+        if self.alphas is None:
+            dirt = times / TRAIN_TIMES
+            return 1 - dirt, dirt.clamp(min=torch.finfo(dirt.dtype).tiny)
+        # Behind the last step nothing is left of the noise.
+        alphas = torch.cat([self.alphas.new_ones(1), self.alphas]).to(times.device)
+        alpha = alphas[(times.long() + (times > 0)).clamp(max=len(alphas) - 1)]
+        return alpha.sqrt(), (1 - alpha).clamp(min=torch.finfo(alpha.dtype).tiny).sqrt()
 
 
 def _like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
