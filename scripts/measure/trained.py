@@ -49,7 +49,7 @@ class Kind:
         size: Side in pixels.
         cached: Samples that are learned from.
         chunk: Samples drawn at once.
-        batch: Samples of a step.
+        batch: Rows of a step.
     """
 
     judge: Callable[..., Any]
@@ -136,6 +136,7 @@ def _train(method: str, sparsity: float, before: float | None, options: argparse
     words = ["--model", options.model, "--method", method, "--sparsity", str(sparsity), "--backend", options.backend]
     words += ["--samples", str(options.runs / "samples"), "--batch", str(options.batch or kind.batch)]
     words += ["--steps", str(options.train_steps), "--seconds", str(options.seconds), "--lr", str(options.lr)]
+    words += ["--guidance", str(options.guidance)]
     words += ["--ema", "0.99", "--save-every", "1000000", "--warmup", "20", "--threads", str(options.threads)]
     words += ["--precision", "no" if options.device == "cpu" else "bf16"] + ["--cpu"] * (options.device == "cpu")
     if before is not None:
@@ -174,7 +175,7 @@ def measure(options: argparse.Namespace, trained: dict[str, Any], start: float) 
     words += ["--sizes", str(options.size), "--captions", str(options.captions), "--steps", str(options.steps)]
     words += ["--model", options.model, "--data", str(options.data), "--device", options.device]
     words += ["--threads", str(options.threads), "--out", str(options.out), "--seconds", str(left)]
-    words += ["--backend", options.backend, "--batch", str(options.draw_batch)]
+    words += ["--backend", options.backend, "--batch", str(options.draw_batch), "--guidance", str(options.guidance)]
     words += ["--shared"] * options.shared + ["--force"] * options.force
     words += ["--pictures", str(options.pictures)] if options.pictures else []
     words += ["--encoder", str(options.encoder)] if options.encoder else []
@@ -214,7 +215,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seconds", type=float, default=150.0, help="of steps of each training; 0: --train-steps alone end it")
     add("--train-steps", type=int, default=100_000, help="optimizer steps at most")
     add("--lr", type=float, default=1e-3)
-    add("--batch", type=int, default=0, help="samples of a step; 0: the model's own")
+    add("--batch", type=int, default=0, help="rows of a step, two for each sample under guidance; 0: the model's own")
+    add(
+        "--guidance",
+        type=float,
+        default=4.5,
+        help="of what is drawn; students learn what it makes of their predictions",
+    )
     add("--also", nargs=argparse.REMAINDER, default=[], help="further options of scripts.distill.pipeline, last of all")
     add("--jobs", type=int, default=1, help="students trained at the same time")
     add("--budget", type=float, default=0.0, help="begin nothing that would end after so many seconds; 0: no limit")

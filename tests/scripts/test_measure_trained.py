@@ -42,7 +42,7 @@ def here(monkeypatch):
 def words(places, out, *more):
     known = ["emoji", "--data", places / "pack", "--encoder", places / "encoder.safetensors", "--out", out / "out.json"]
     known += ["--model", places / "model", "--runs", out / "runs", "--size", 32, "--captions", 2, "--steps", 1]
-    known += ["--draw-steps", 1, "--cached", 2, "--chunk", 2, "--batch", 1, "--threads", 1, "--seconds", 0]
+    known += ["--draw-steps", 1, "--cached", 2, "--chunk", 2, "--batch", 2, "--threads", 1, "--seconds", 0]
     return [str(word) for word in [*known, *more]]
 
 
