@@ -16,7 +16,7 @@ from scripts.distill.learner import Learner, add_lora
 from scripts.distill.losses import Recorder, attention_distance, distance
 from scripts.distill.masses import Masses
 from scripts.distill.noise import Noise
-from scripts.distill.ranges import LEVELS, at
+from scripts.distill.ranges import at
 from scripts.distill.samples import SampleSet, nested, sent
 from scripts.distill.stages import parse_stages, stage_at
 from visattn.patterns import Dense
@@ -26,6 +26,9 @@ from visattn.straight import straight_through
 
 # Module names of each projection in diffusers' attention classes; fused ones train all three.
 MODULES = {"q": ("to_q", "to_qkv"), "k": ("to_k", "to_qkv"), "v": ("to_v", "to_qkv"), "out": ("to_out.0",)}
+
+# Steps in which a temperature falls.
+TEMPERATURES = 4
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ class Distiller(Learner):
 
     @property
     def _temperature(self) -> float:
-        """Of --mass, in steps as patterns change: between them a forward does the same."""
-        return float(at(self.config.temperature, round(self._done * LEVELS) / LEVELS))
+        """Of --mass, in steps: between them a forward does the same, and recorded ones go on."""
+        return float(at(self.config.temperature, round(self._done * TEMPERATURES) / TEMPERATURES))
 
     @property
     def phase(self) -> Any:

@@ -139,10 +139,11 @@ def _train(method: str, sparsity: float, before: float | None, options: argparse
     words += ["--guidance", str(options.guidance)]
     words += ["--ema", "0.99", "--save-every", "1000000", "--warmup", "20", "--threads", str(options.threads)]
     words += ["--precision", "no" if options.device == "cpu" else "bf16"] + ["--cpu"] * (options.device == "cpu")
+    if options.chain:
+        # Lists shrink from run to run.
+        words += ["--pattern", METHODS[method].final(sparsity)]
     if before is not None:
-        earlier = options.runs / name_of(method, before) / "student.safetensors"
-        words += ["--weights", str(earlier), "--stages", "all"]
-        words += ["--pattern", METHODS[method].text(sparsity, round(1 - before, 6))]
+        words += ["--weights", str(options.runs / name_of(method, before) / "student.safetensors"), "--stages", "all"]
     try:
         seconds = train_student([*words, *options.also], folder, options.seconds + START if options.seconds else 0)
     except RuntimeError as error:

@@ -79,7 +79,7 @@ def test_each_of_a_chain_starts_from_the_one_before(places, tmp_path, monkeypatc
     figures = json.loads((tmp_path / "out.json").read_text())
     assert "--weights" not in given[0]
     assert given[1][given[1].index("--weights") + 1] == str(tmp_path / "runs" / "sla2-50" / "student.safetensors")
-    assert given[1][given[1].index("--pattern") + 1] == "sla2(keep=0.5..0.25)"
+    assert given[1][given[1].index("--pattern") + 1] == "sla2(keep=0.25)"
     assert figures["trained"]["sla2-75"]["after"] == "sla2-50" and "after" not in figures["trained"]["sla2-50"]
     assert len(figures["rows"]) == 5
 
