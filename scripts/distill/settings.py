@@ -51,8 +51,13 @@ class RunConfig:
     )
     batch: int = option(16, "samples of an optimizer step, over all processes")
     micro_batch: int = option(0, "samples of one forward in one process; 0: all of its share at once")
-    optimizer: str = option("adamw", "adamw, or prodigy (package prodigyopt)", ("adamw", "prodigy"))
-    lr: float = option(0.0, "learning rate; 0: 5e-4 for adamw, 1 for prodigy")
+    optimizer: str = option(
+        "adamw",
+        "adamw, prodigy (package prodigyopt), or muon: steps of matrices inside of blocks are made orthogonal, all "
+        "others are adamw's",
+        ("adamw", "prodigy", "muon"),
+    )
+    lr: float = option(0.0, "learning rate; 0: 5e-4 for adamw, 1 for prodigy, 2e-3 for muon")
     own_lr: float = option(0.0, "learning rate of the pattern's own parameters; 0: the same")
     weight_decay: float = option(0.0, "weight decay")
     schedule: str = option("cosine", "learning rate after the warm-up", ("cosine", "constant"))
@@ -109,8 +114,8 @@ class RunConfig:
             raise ValueError("--graphs are CUDA graphs, not with --cpu: leave one out")
         if self.graphs and getattr(self, "checkpointing", False):
             raise ValueError("--graphs with --checkpointing, which asks the device for random states: leave one out")
-        if self.fsdp and self.optimizer == "prodigy":
-            raise ValueError("--fsdp with --optimizer prodigy, which measures all weights at once: pass adamw")
+        if self.fsdp and self.optimizer != "adamw":
+            raise ValueError(f"--fsdp with --optimizer {self.optimizer}, which needs whole weights: pass adamw")
         if self.fsdp and varies(self.pattern):
             raise ValueError(
                 f"--fsdp with --pattern {self.pattern!r}, which is applied anew as it changes: leave one out"
@@ -177,7 +182,7 @@ class RunConfig:
     @property
     def rate(self) -> float:
         """Learning rate at its peak."""
-        return self.lr or {"adamw": 5e-4, "prodigy": 1.0}[self.optimizer]
+        return self.lr or {"adamw": 5e-4, "prodigy": 1.0, "muon": 2e-3}[self.optimizer]
 
     def to_json(self) -> dict[str, Any]:
         """Settings as plain values."""

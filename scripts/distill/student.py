@@ -77,7 +77,7 @@ class Distiller(Learner):
         self.lora = add_lora(self.student, list(learning), config) if config.lora else []
         self.swap(*(() if mesh is None else (config.parallel, mesh)))
         self._among = None if mesh is None else mesh.get_group()
-        for module in () if config.lora else learning.values():
+        for module in () if config.lora else [self.student] if config.train == "all" else learning.values():
             module.requires_grad_(True)
         watched = [path for path, _ in matched_sites(teacher, self.sites, config)]
         before = config.attention_at == "before"
