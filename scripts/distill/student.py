@@ -17,7 +17,7 @@ from scripts.distill.losses import Recorder, attention_distance, distance
 from scripts.distill.masses import Masses
 from scripts.distill.noise import Noise
 from scripts.distill.ranges import at
-from scripts.distill.samples import SampleSet, nested, sent
+from scripts.distill.samples import SampleSet, nested, ready, sent
 from scripts.distill.stages import parse_stages, stage_at
 from visattn.patterns import Dense
 from visattn.pipelines.families import find_family
@@ -260,8 +260,7 @@ def build_batch(
     dirt = torch.randn((count, *latents.shape[1:]), generator=generator).repeat_interleave(each, 0)[part]
     noisy, target, told = noise.mix(sent(latents.float(), device), sent(dirt, device), times)
     places = sent(torch.rand(config.map_rows, generator=generator), device)
-    fixed = {name: value for name, value in samples.constants.items() if not name.startswith("noise.")}
-    flat = {name: _ready(value, device) for name, value in (tensors | fixed).items()}
+    flat = {name: ready(value, device) for name, value in tensors.items()} | samples.told(device)
     return Batch(
         noisy,
         target,
@@ -270,7 +269,3 @@ def build_batch(
         places,
         None if weights is None else sent(weights, device),
     )
-
-
-def _ready(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return sent(value.float() if value.is_floating_point() else value, device)

@@ -135,3 +135,17 @@ def test_the_times_of_a_batch_are_spread_over_their_distribution(how):
     assert len({tuple(batch.argsort().tolist()) for batch in batches}) > 100
     median = torch.cat(batches).median().item()
     assert median == pytest.approx({"sampler": 500, "uniform": 500, "logit-normal": 500}[how], abs=25)
+
+
+def test_what_all_calls_are_told_is_sent_once(tmp_path):
+    from scripts.distill import samples
+
+    constants = {"img_ids": torch.arange(6).view(2, 3), "noise.alphas": torch.rand(3), "w": torch.rand(2).double()}
+    samples.save_tensors(tmp_path / "constants.safetensors", constants)
+    samples.save_tensors(samples.shard_path(tmp_path, 0), {samples.LATENTS: torch.zeros(1, 2)})
+    plain = {"kind": "flow", "timesteps": [1000.0], "plain": {}, "settings": {}, "shards": [1]}
+    samples.Index(model="x", denoiser="x", anchor="x", time_scale=1.0, **plain).save(tmp_path)
+    found = samples.SampleSet(tmp_path)
+    one, again = found.told(torch.device("cpu")), found.told(torch.device("cpu"))
+    assert set(one) == {"img_ids", "w"} and one["w"].dtype == torch.float32
+    assert one["img_ids"] is again["img_ids"]
