@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from visattn.dispatch import Backend, overhead
-from visattn.kernels.linear.causal import TILE, causal_attention
+from visattn.kernels.linear.causal import TILE, causal_attention, decay_rates
 from visattn.kernels.linear.features import elu_plus_one, features, repeated
 from visattn.kernels.linear.flow import flow_attention
 from visattn.kernels.linear.mala import mala_attention
@@ -65,12 +65,11 @@ class LinearBackend(Backend):
             mapped = elu_plus_one(q), elu_plus_one(k)
             return mala_attention(*mapped, v, scale=call.scale, key_mask=call.key_mask), None
         assert isinstance(pattern, Linear)
-        if pattern.causal:
-            mapped = features(q, k, pattern.feature, call.parameters, call.key_mask)
-            return causal_attention(*mapped, v, pattern, call.layout), None
         if on_gpu(q).ok and feature_channels(pattern.feature, q.shape[3]) <= 256:
-            return _in_triton(q, k, v, pattern.feature, call), None
+            return _in_triton(q, k, v, pattern, call), None
         mapped = features(q, k, pattern.feature, call.parameters, call.key_mask)
+        if pattern.causal:
+            return causal_attention(*mapped, v, pattern, call.layout), None
         return linear_attention(*mapped, v), None
 
     def on_slabs(
@@ -89,15 +88,21 @@ class LinearBackend(Backend):
         return linear_on_slabs(q, k, v, pattern, slabs, rank, **options)
 
 
-def _in_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature: str, call: Call) -> torch.Tensor:
+def _in_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Linear, call: Call) -> torch.Tensor:
     """The same in Triton, which applies the feature maps without parameters itself."""
     # Only here, so that listing backends does not import triton.
     from visattn.kernels.triton.linear import attention as linear
+    from visattn.kernels.triton.linear.causal import attention as causal
 
-    if feature in linear.FEATURES:
-        return linear.linear_attention(q, k, v, call.key_mask, feature)
-    mapped = features(q, k, feature, call.parameters, call.key_mask)
-    return linear.linear_attention(mapped[0], mapped[1], repeated(v, mapped[1].shape[2]), None, "given")
+    feature, key_mask = pattern.feature, call.key_mask
+    if feature not in linear.FEATURES:
+        q, k = features(q, k, feature, call.parameters, key_mask)
+        v, feature, key_mask = repeated(v, k.shape[2]), "given", None
+    axis = pattern.causal_axis(call.layout.grid)
+    if axis is None:
+        return linear.linear_attention(q, k, v, key_mask, feature)
+    rates = decay_rates(pattern, q.shape[2], q.new_empty(0, dtype=torch.float32)) if pattern.decay else None
+    return causal.causal_linear_attention(q, k, v, call.layout, axis, rates, key_mask, feature)
 
 
 backend = LinearBackend()
