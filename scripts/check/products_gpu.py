@@ -270,11 +270,7 @@ def main() -> int:
     chosen = parser.parse_args()
     wrong = 0
     if chosen.jobs > 1:
-        command = itself(
-            "--no-times",
-            "--only",
-            *chosen.only,
-        )
+        command = itself("--no-times", "--only", *chosen.only)
         running = [subprocess.Popen([*command, "--shard", f"{i}/{chosen.jobs}"]) for i in range(chosen.jobs)]
         wrong = sum(p.wait() for p in running)
     elif chosen.jobs:
