@@ -48,7 +48,7 @@ def gpu_peers_table() -> str:
 
 
 def gpu_causal_table() -> str:
-    """Causal linear attention by its kernels against torch's form and dense attention, by scripts/check/products_gpu.py."""
+    """Causal linear attention by its kernels, against the tiled form in torch and dense attention."""
     found, rows = result("h200-causal"), []
     for name, times in found["times"].items():
         own, plain, dense = (times[who] for who in ("triton", "torch", "dense"))
