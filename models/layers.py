@@ -16,10 +16,10 @@ from torch import nn
 class ELA(nn.Module):
     """Efficient Local Attention: x times a gate per row and one per column, each from the means over the other axis.
 
-    Source: Xu and Wan, "ELA: Efficient Local Attention for Deep Convolutional Neural Networks" (2024), section 3.2: both
-    axes share one convolution and one norm. Its four sizes are `kernel_size=5, norm_groups=32` (T), the defaults (B),
-    `kernel_size=5, groups=channels // 8` (S) and `groups=channels // 8` (L). timm's own "ela" is another layer: a
-    convolution and a norm for each axis, over all channels, and a SiLU before the gates.
+    Source: Xu and Wan, "ELA: Efficient Local Attention for Deep Convolutional Neural Networks" (2024), section 3.2:
+    both axes share one convolution and one norm. Its four sizes are `kernel_size=5, norm_groups=32` (T), the defaults
+    (B), `kernel_size=5, groups=channels // 8` (S) and `groups=channels // 8` (L). timm's own "ela" is another layer: a
+    convolution and a norm for each axis, the norm over all channels, and a SiLU before the gates.
 
     Args:
         channels: Of the input and output.

@@ -1,5 +1,7 @@
 """Combiner by a preset: full attention whose probability of a token is a region's times the token's within it."""
 
+import math
+
 import pytest
 import torch
 
@@ -22,9 +24,7 @@ def combined(q, k, v, layout, block, scale):
                 others = [own for own in regions if i in grid and i not in own]
                 logits = [scale * q[b, i, h] @ keys[j] for j in (*direct, *dense)]
                 # p(j) = p(region) p(j within it), with the mean key of a region for each of its tokens.
-                regional = [
-                    scale * q[b, i, h] @ keys[own].mean(0) + torch.tensor(float(len(own))).log() for own in others
-                ]
+                regional = [scale * q[b, i, h] @ keys[own].mean(0) + math.log(len(own)) for own in others]
                 weights = torch.stack([*logits, *regional]).softmax(0)
                 probability = torch.zeros(length, dtype=q.dtype)
                 probability[[*direct, *dense]] = weights[: len(logits)]
