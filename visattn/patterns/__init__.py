@@ -45,6 +45,7 @@ from visattn.patterns.sparse_linear import SparseLinear
 from visattn.patterns.text import parse
 from visattn.patterns.topk import TopK
 from visattn.patterns.topp import TopP
+from visattn.patterns.wersa import Wersa
 from visattn.patterns.wrapped import Gated, Selective, Wrapped
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "StaticPattern",
     "TopK",
     "TopP",
+    "Wersa",
     "Wrapped",
     "dense_mask",
     "parse",
@@ -122,6 +124,7 @@ PATTERNS: tuple[type[Pattern], ...] = (
     Linear,
     Flow,
     Mala,
+    Wersa,
     SparseLinear,
     Sigmoid,
     Clipped,
