@@ -42,6 +42,7 @@ class Above(ByText, DynamicPattern):
         bar: "exact" for the variance of the scores, "diag" for that of the mean keys, channel by channel, with the
             squares of the mean query as weights: Sol-Attn's cheaper form. It needs `score=mean`, `per=row`, `share=1`.
         skip: As in `topk`.
+        causal: As in `topk`.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -60,6 +61,7 @@ class Above(ByText, DynamicPattern):
     share: int | str = 1
     bar: str = "exact"
     skip: float = 0.0
+    causal: bool | tuple[bool, ...] = False
 
     name: ClassVar[str] = "above"
 

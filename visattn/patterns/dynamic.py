@@ -21,6 +21,7 @@ from visattn.patterns.choice.blocks import (
     spread,
     token_blocks,
 )
+from visattn.patterns.choice.causal import check_causal, reachable, reachable_on, seen_tokens
 from visattn.patterns.choice.guards import checked_together
 from visattn.patterns.choice.listening import choosing, tell
 from visattn.patterns.choice.memory import Means, kept_for
@@ -34,7 +35,7 @@ from visattn.patterns.choice.tail import TAILS
 from visattn.patterns.kinds import Tiled
 from visattn.patterns.routes import Routes, lists_of
 from visattn.patterns.tailed import TailedPattern, held_for
-from visattn.patterns.values import PerAxis, drift_of, whole_numbers
+from visattn.patterns.values import PerAxis, drift_of, flags, uniform, whole_numbers
 from visattn.tiling import Tiling
 
 PER = ("row", "head", "all")
@@ -63,6 +64,8 @@ class DynamicPattern(TailedPattern):
         alike: Blocks whose tokens are less alike than this list everything, or are listed by everyone; None for no such
             guard.
         skip: Listed blocks whose largest weight is below this share of the largest so far are passed over; 0 for none.
+        causal: Whether a query sees no key after itself, on each axis; true alone is on all, or along the runs of the
+            flat sequence.
     """
 
     score: str
@@ -76,6 +79,7 @@ class DynamicPattern(TailedPattern):
     share: int | str
     alike: float | None = None
     skip: float = 0.0
+    causal: bool | tuple[bool, ...] = False
 
     def put_in_form(self) -> None:
         """Check the parameters that all dynamic patterns have, and give them the form that equal patterns share."""
@@ -93,6 +97,7 @@ class DynamicPattern(TailedPattern):
             object.__setattr__(self, "key_block", None)
         if self.share != "all" and (not isinstance(self.share, int) or isinstance(self.share, bool) or self.share < 1):
             raise ValueError(f"share={self.share!r} must be a number of heads that choose together like 2, or all")
+        object.__setattr__(self, "causal", uniform(flags(self.causal, "causal")))
         for name, value in checked_together(self).items():
             object.__setattr__(self, name, value)
         if isinstance(self.every, tuple | list):
@@ -135,11 +140,12 @@ class DynamicPattern(TailedPattern):
 
     def blocks(self, grid: tuple[int, ...]) -> Blocks:
         """The blocks of a grid."""
-        return Blocks.of(grid, self.block, self.key_block)
+        return Blocks.of(grid, self.block, self.key_block, self.causal)
 
     def check(self, grid: tuple[int, ...]) -> None:
         """Raise a ValueError if blocks or rules do not fit the grid."""
         blocks = self.blocks(grid)
+        check_causal(blocks)
         Score.of(self.score).check(blocks)
         if self.per != "row" or self.most_listed(blocks) >= blocks.columns:
             return
@@ -153,7 +159,7 @@ class DynamicPattern(TailedPattern):
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Whether every block is listed whatever q and k are."""
         blocks = self.blocks(grid)
-        if self.skip or self.learnable:
+        if self.skip or self.learnable or any(blocks.causal):
             return False
         return self.least_listed(blocks) >= blocks.columns or bool(always_mask(terms_of(self.always), blocks).all())
 
@@ -188,11 +194,18 @@ class DynamicPattern(TailedPattern):
 
     def visible_pairs(self, grid: tuple[int, ...]) -> int:
         """What is expected to be listed."""
-        return round(math.prod(grid) ** 2 * self.expected(self.blocks(grid)))
+        return round(math.prod(grid) ** 2 * self._expected_of(self.blocks(grid)))
+
+    def _expected_of(self, blocks: Blocks) -> float:
+        """Share of all pairs of blocks that is listed on average: `expected`, of as many as a row may see."""
+        share = self.expected(blocks)
+        if not any(blocks.causal):
+            return share
+        return float(reachable(blocks).sum(1).clip(max=share * blocks.columns).mean()) / blocks.columns
 
     def routed_tiles(self, grid: tuple[int, ...], keys: Tiling) -> int:
         """What is expected to be listed."""
-        return max(1, math.ceil(self.expected(self.blocks(grid)) * keys.runs[1]))
+        return max(1, math.ceil(self._expected_of(self.blocks(grid)) * keys.runs[1]))
 
     @property
     def estimated(self) -> str:
@@ -327,7 +340,7 @@ class DynamicPattern(TailedPattern):
         """Lists of some heads after the other as those of all query heads, or of one group."""
         tiles = torch.cat([routes.tiles for routes in found], 1)
         counts: torch.Tensor | None = torch.cat([r.counts for r in found if r.counts is not None], 1)
-        if self.least_listed(blocks) == tiles.shape[3]:
+        if self.least_listed(blocks) == tiles.shape[3] and not any(blocks.causal):
             counts = None
         if 1 < share < heads:
             tiles = tiles.repeat_interleave(share, 1)
@@ -345,20 +358,25 @@ class DynamicPattern(TailedPattern):
         variance: torch.Tensor | None,
     ) -> torch.Tensor:
         """`marked` for heads that share a choice or a budget, or whose blocks may differ too much for a mean."""
-        forced = always_on(terms_of(self.always), blocks, scores.device)
+        forced, reach = always_on(terms_of(self.always), blocks, scores.device), reachable_on(blocks, scores.device)
         if share > 1:
             scores = scores.unflatten(1, (-1, share)).mean(2)
+        if reach is not None:
+            # What nobody may see competes for nothing, and is not listed to fill a budget up.
+            scores, forced = scores.masked_fill(~reach, float("-inf")), None if forced is None else forced & reach
         if guard is not None:
             scores = scores.masked_fill(~guard.columns[:, which, None], float("-inf"))
-            return self.marked(scores, seen, forced, blocks, variance) | guard.forced(which)
-        if self.per != "all":
-            return self.marked(scores, seen, forced, blocks, variance)
-        # The rows of all heads are those of one.
-        heads = scores.shape[1]
-        rows = None if seen.rows is None else seen.rows.repeat(1, heads)
-        forced = None if forced is None else forced.repeat(heads, 1)
-        found = self.marked(scores.flatten(1, 2)[:, None], Seen(rows, seen.columns), forced, blocks)
-        return found.view(scores.shape)
+            found = self.marked(scores, seen, forced, blocks, variance) | guard.forced(which)
+        elif self.per != "all":
+            found = self.marked(scores, seen, forced, blocks, variance)
+        else:
+            # The rows of all heads are those of one.
+            heads = scores.shape[1]
+            rows = None if seen.rows is None else seen.rows.repeat(1, heads)
+            forced = None if forced is None else forced.repeat(heads, 1)
+            joined = self.marked(scores.flatten(1, 2)[:, None], Seen(rows, seen.columns), forced, blocks)
+            found = joined.view(scores.shape)
+        return found if reach is None else found & reach
 
     def route(
         self,
@@ -393,8 +411,22 @@ class DynamicPattern(TailedPattern):
         key_mask: torch.Tensor | None = None,
         scale: float | None = None,
     ) -> torch.Tensor:
-        """Every token of a block sees every token of the blocks that it lists: bool [B, H, tokens, tokens]."""
-        blocks = self.blocks(layout.grid)
-        sees = self.choose(q, k, layout, key_mask, scale).mask(0, blocks.columns)
-        rows, columns = (token_blocks(blocks.grid, box, q.device) for box in (blocks.queries, blocks.keys))
-        return sees[:, :, rows][..., columns]
+        """Every token of a block sees the tokens of the blocks that it lists: bool [B, H, tokens, tokens].
+
+        All of them, but for those after itself on causal axes.
+        """
+        return self.token_mask(self.choose(q, k, layout, key_mask, scale), layout)
+
+    def token_mask(self, choice: Routes, layout: Layout, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """What tokens of the grid see where their blocks list these: bool [B, G, tokens, grid tokens].
+
+        Args:
+            choice: What `choose` gave.
+            layout: The tokens.
+            tokens: Of the grid, counted from its first one; None for all.
+        """
+        blocks, device = self.blocks(layout.grid), choice.tiles.device
+        rows, columns = (token_blocks(blocks.grid, box, device) for box in (blocks.queries, blocks.keys))
+        listed = choice.mask(0, blocks.columns)[:, :, rows if tokens is None else rows[tokens]][..., columns]
+        seen = seen_tokens(blocks, device, tokens)
+        return listed if seen is None else listed & seen

@@ -48,6 +48,7 @@ class TopP(ByText, DynamicPattern):
         share: As in `topk`.
         alike: As in `topk`.
         skip: As in `topk`.
+        causal: As in `topk`.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -69,6 +70,7 @@ class TopP(ByText, DynamicPattern):
     share: int | str = 1
     alike: float | None = None
     skip: float = 0.0
+    causal: bool | tuple[bool, ...] = False
 
     name: ClassVar[str] = "topp"
 

@@ -48,7 +48,7 @@ class Rule(NamedTuple):
 
 def rule_of(pattern: DynamicPattern, blocks: Blocks) -> Rule | None:
     """The rule of a pattern, None where no kernel has it."""
-    if pattern.per != "row" or pattern.share != 1 or pattern.alike is not None:
+    if pattern.per != "row" or pattern.share != 1 or pattern.alike is not None or any(blocks.causal):
         return None
     most = pattern.most_listed(blocks)
     # Exactly these: what derives from them may pick otherwise.
