@@ -68,7 +68,8 @@ def _seen(
     if isinstance(pattern, OrderedPattern):
         found = pattern.cluster(q, k, layout, mask, watched.scale)
         at = inner(layout)
-        which = found.queries.gather(2, (rows - layout.prefix).expand(*q.shape[:1], q.shape[2], -1))
+        index = (rows - layout.prefix).expand(*q.shape[:1], q.shape[2], -1)
+        which = found.queries.gather(2, index if found.copied is None else found.copied.gather(2, index))
         listed = found.listed.gather(2, which[..., None].expand(-1, -1, -1, found.listed.shape[3]))
         seen = torch.ones(*listed.shape[:3], layout.length, dtype=torch.bool, device=q.device)
         seen[..., at] = listed.gather(3, found.keys[:, :, None].expand(-1, -1, len(rows), -1))

@@ -127,7 +127,8 @@ def ordered_attention(
     given = replace(call, pattern=own, layout=sequence, key_mask=mask, parameters={})
     with carrying(own, routes):
         out, lse = run_call(made[0], made[1], made[2], given)
-    back = _places(queries.place, layout)
+    place = queries.place if found.copied is None else queries.place.gather(1, found.copied.flatten(0, 1))
+    back = _places(place, layout)
     out = out[:, :, 0, :dim].gather(1, back[..., None].expand(-1, -1, dim))
     out = out.unflatten(0, (batch, heads)).transpose(1, 2)
     if lse is None:

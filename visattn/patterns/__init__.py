@@ -36,6 +36,7 @@ from visattn.patterns.masks import dense_mask, routed_mask
 from visattn.patterns.neighborhood import Neighborhood
 from visattn.patterns.ordered import OrderedPattern
 from visattn.patterns.perhead import Best, HeadsPattern, PerHead
+from visattn.patterns.pruned import Pruned
 from visattn.patterns.radial import Radial
 from visattn.patterns.routes import Routes
 from visattn.patterns.routing import Routing
@@ -80,6 +81,7 @@ __all__ = [
     "Pattern",
     "PerHead",
     "PooledPattern",
+    "Pruned",
     "Radial",
     "RoutedPattern",
     "Routes",
@@ -111,6 +113,7 @@ PATTERNS: tuple[type[Pattern], ...] = (
     Above,
     KMeans,
     Lsh,
+    Pruned,
     Gate,
     SLA,
     SLA2,

@@ -320,13 +320,17 @@ class DynamicPattern(TailedPattern):
         return self._joined(found, blocks, heads, share)
 
     def pick(self, scores: torch.Tensor, seen: Seen, blocks: Blocks) -> Routes:
-        """What scores of all heads [B, H, rows, columns] choose, whoever made them."""
+        """What scores of all heads [B, H, rows, columns] choose, whoever made them; who listens is told."""
+        choice = self.picked(scores, seen, blocks)
+        tell(choice, blocks)
+        return choice
+
+    def picked(self, scores: torch.Tensor, seen: Seen, blocks: Blocks) -> Routes:
+        """The same where others tell what is seen."""
         heads = scores.shape[1]
         share = self._shared(heads)
         mask = self._marked(scores, slice(0, heads), seen, blocks, None, share, None)
-        choice = self._joined([lists_of(mask, self.most_listed(blocks))], blocks, heads, share)
-        tell(choice, blocks)
-        return choice
+        return self._joined([lists_of(mask, self.most_listed(blocks))], blocks, heads, share)
 
     def _shared(self, heads: int) -> int:
         """Heads that share one choice."""

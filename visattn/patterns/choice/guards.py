@@ -28,7 +28,7 @@ def checked_together(pattern: Any) -> dict[str, Any]:
             (f"rest={pattern.rest}", pattern.rest != "drop"),
             (f"skip={pattern.skip}", bool(pattern.skip)),
             (f"score={pattern.score}", name in ("lowbit", "tree")),
-            ("bar=diag", getattr(pattern, "bar", "exact") != "exact"),
+            ("bar=diag", getattr(pattern, "bar", "exact") == "diag"),
         ) if bad]
         if given:
             raise ValueError(
