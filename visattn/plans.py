@@ -277,7 +277,7 @@ def with_routes(made: TilePlan, routes: Routes, sample: int = 0, group: int = 0)
 
 
 def _in_order(made: TilePlan, row: Ints, tile: Ints, mask: Ints, masks: Bools) -> tuple[Ints, Bools]:
-    """Masks of visits, and all masks, where the grid is a causal line: the keys after a query are hidden in addition."""
+    """Masks of visits, and all masks, where the grid is a causal line: keys after a query are hidden besides."""
     queries, keys = made.queries.tokens[row], made.keys.tokens[tile]
     everything = np.ones((1, *masks.shape[1:]), bool)
     seen = np.concatenate([masks, everything])[mask] & ~later_slots(queries, keys)

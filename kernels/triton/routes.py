@@ -102,7 +102,7 @@ def static_part(plan: TilePlan, by_keys: bool, device: torch.device, in_order: b
 
 
 def _order(plan: TilePlan, by_keys: bool, rows: np.ndarray, device: torch.device) -> tuple[Order, np.ndarray]:
-    """Masks of a causal line by the distance of two tiles, behind those of column tiles: all of them, one after another.
+    """Masks of a causal line by the distance of two tiles, and all masks: those of column tiles come first.
 
     Args:
         plan: The plan.

@@ -6,6 +6,7 @@ from visattn.patterns.above import Above
 from visattn.patterns.agent import Agent
 from visattn.patterns.agent_sd import AgentSD
 from visattn.patterns.base import Pattern
+from visattn.patterns.centroids import Centroids
 from visattn.patterns.clear import Clear
 from visattn.patterns.clipped import Clipped
 from visattn.patterns.dense import Dense
@@ -58,6 +59,7 @@ __all__ = [
     "AgentSD",
     "Best",
     "BiasedPattern",
+    "Centroids",
     "Clear",
     "Clipped",
     "ComposedPattern",
@@ -114,6 +116,7 @@ PATTERNS: tuple[type[Pattern], ...] = (
     KMeans,
     Lsh,
     Pruned,
+    Centroids,
     Gate,
     SLA,
     SLA2,

@@ -77,7 +77,9 @@ class Above(ByText, DynamicPattern):
             raise ValueError(f"bar={self.bar!r} must be {' or '.join(BARS)}")
         self.put_in_form()
         if self.bar == "share" and (self.per != "row" or not 0 < self.tau < 1):
-            raise ValueError(f"bar=share, tau={self.tau!r}: a share of the attention of a row is above 0 and below 1, per=row")
+            raise ValueError(
+                f"bar=share, tau={self.tau!r}: a share of the attention of a row is above 0 and below 1, per=row"
+            )
         if self.bar == "diag" and (self.score, self.per, self.share) != ("mean", "row", 1):
             raise ValueError("bar=diag is made of means of blocks, head by head: it needs score=mean, per=row, share=1")
 

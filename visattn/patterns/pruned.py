@@ -24,9 +24,9 @@ class Pruned(OrderedPattern):
     """Of each block of queries only those attend that resemble its middle one least; the others copy an output.
 
     The kept share has the lowest cosines with the middle token of its block, in row-major order. Blocks are scored by
-    the mean of the kept queries and the mean of the keys, and `by` picks; a query that is left out has the output of the
-    nearest kept one, of two equally near ones the earlier. Source: BSA of FastVideo (Zhan et al., "Bidirectional Sparse
-    Attention for Faster Video Diffusion Training", 2025).
+    the mean of the kept queries and the mean of the keys, and `by` picks; a query that is left out has the output of
+    the nearest kept one, of two equally near ones the earlier. Source: BSA of FastVideo (Zhan et al., "Bidirectional
+    Sparse Attention for Faster Video Diffusion Training", 2025).
 
     Attributes:
         by: Who picks: topk, topp or above, with its blocks and its `always`.
@@ -127,7 +127,7 @@ class Pruned(OrderedPattern):
         return Seen(*(block_means(there, *side, None)[..., 0, 0] > 0 for side in blocks.sides))
 
     def _kept(self, q: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which grid queries are kept: bool [B, tokens, H]; the token of the grid whose output each has, likewise int64.
+        """Which grid queries are kept: bool [B, tokens, H]; the grid token whose output each has: int64, alike.
 
         Padding is left out, and counts for no block; where a block has nothing else its tokens are kept as if valid.
         """
@@ -147,7 +147,9 @@ class Pruned(OrderedPattern):
         of_middle = unit.gather(2, middle[..., None, None, None].expand(-1, -1, 1, *unit.shape[3:]))
         alike = (unit * of_middle).sum(-1).masked_fill(~shown[..., None], math.inf)
         order = alike.sort(dim=2, stable=True).indices
-        rank = torch.zeros_like(order).scatter(2, order, torch.arange(order.shape[2], device=q.device)[:, None].expand_as(order))
+        rank = torch.zeros_like(order).scatter(
+            2, order, torch.arange(order.shape[2], device=q.device)[:, None].expand_as(order)
+        )
         most = (self.keep * count - 1e-9).ceil().clamp(min=1)
         kept = (rank < most[..., None]) & shown[..., None]
         slot = torch.arange(kept.shape[2], device=q.device)[:, None]

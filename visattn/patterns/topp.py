@@ -94,7 +94,9 @@ class TopP(ByText, DynamicPattern):
             raise ValueError(f"of={self.of!r} must be {' or '.join(SHARES)}")
         object.__setattr__(self, "counted", flag(self.counted, "counted"))
         if self.counted and (self.of == "height" or self.alike is not None):
-            raise ValueError("counted=true is for shares of the softmax without alike: of=height always counts, so leave it out")
+            raise ValueError(
+                "counted=true is for shares of the softmax without alike: of=height always counts, so leave it out"
+            )
         self.put_in_form()
 
     def check(self, grid: tuple[int, ...]) -> None:

@@ -53,7 +53,9 @@ class Blocks(NamedTuple):
         """
         if block is None:
             flags = per_axis(causal, len(grid), "causal")
-            box = box_shape(tuple(1 if flag and len(grid) > 1 else n for n, flag in zip(grid, flags, strict=True)), VOLUME)
+            box = box_shape(
+                tuple(1 if flag and len(grid) > 1 else n for n, flag in zip(grid, flags, strict=True)), VOLUME
+            )
             return cls(grid, box, box, flags)
         key_block = block if key_block is None else key_block
         if isinstance(block, tuple) != isinstance(key_block, tuple):
