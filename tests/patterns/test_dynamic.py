@@ -67,8 +67,8 @@ def test_lists_what_the_published_method_lists(case):
 
 
 def test_text_is_listed_beside_the_budget_as_in_published_methods():
-    """Text blocks of Jenga, and tiles of a prefix that are exempt from VSA's budget."""
-    jenga, vsa = torch.load(Path(__file__).parents[1] / "golden" / "dynamic_text.pt", weights_only=True)
+    """Text blocks of Jenga, and tiles of a prefix that are exempt from VSA's budget, or compete as if of the grid."""
+    jenga, vsa, competing = torch.load(Path(__file__).parents[1] / "golden" / "dynamic_text.pt", weights_only=True)
     q, k, _ = golden_inputs(jenga)
     chosen = parse("topp(p=0.5, least=3, always=near(1), block=64)").choose(q, k, Layout(1024, 0, 128)).mask(0, 16)
     # There the neighbours of the first block and of the last are each other.
@@ -79,6 +79,9 @@ def test_text_is_listed_beside_the_budget_as_in_published_methods():
     chosen = pattern.pick(scores, Seen(), pattern.blocks((9 * 64,))).mask(0, 9)
     assert torch.equal(chosen, vsa["mask"][:, :, first:, first:])
     assert vsa["mask"][:, :, :first].all() and vsa["mask"][:, :, :, :first].all()
+    whole, pattern = make_input(vsa["shape"], vsa["seed"]), parse(f"topk(keep={first + 4}, always=none, block=64)")
+    chosen = pattern.pick(whole, Seen(), pattern.blocks((12 * 64,))).mask(0, 12)
+    assert torch.equal(chosen[:, :, first:], competing["mask"][:, :, first:])
 
 
 RULES = (
