@@ -54,8 +54,9 @@ class CentroidsBackend(Backend):
             rows, columns = _taken(q, k, call)
         queries = _gathered(q[:, at], rows)
         keys, values = (torch.cat([_gathered(t[:, at], columns), _dense(t, at, rows)], 3) for t in (k, v))
-        mask, alive = _shown(call, columns, keys)
-        own = attend(*(t.flatten(0, 2)[:, None] for t in (queries, keys, values)), mask, call.scale)
+        mask, alive = _shown(call, columns)
+        queries, keys, values = (t.flatten(0, 2)[:, None] for t in (queries, keys, values))
+        own = attend(queries, keys, values, mask, call.scale)
         own = own[:, 0].unflatten(0, rows.shape[:3])
         own = own if alive is None else own.masked_fill(~alive[..., None], 0)
         wide = own.to(torch.promote_types(own.dtype, torch.float32)).flatten(2, 3)
@@ -136,7 +137,7 @@ def _dense(x: torch.Tensor, at: slice, index: torch.Tensor) -> torch.Tensor:
     return own.expand(-1, -1, index.shape[2], -1, -1)
 
 
-def _shown(call: Call, columns: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _shown(call: Call, columns: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Which keys of each cluster are valid: bool [B H clusters, 1, 1, keys], and which clusters have one [B, H, c, 1].
 
     A cluster without any sees all and is to be blanked: no row of the softmax is empty.
@@ -147,7 +148,6 @@ def _shown(call: Call, columns: torch.Tensor, keys: torch.Tensor) -> tuple[torch
     valid = mask[:, None, at].expand(-1, columns.shape[1], -1).gather(2, columns.flatten(2)).view_as(columns)
     dense = torch.cat([mask[:, : at.start], mask[:, at.stop :]], 1)[:, None, None]
     valid = torch.cat([valid, dense.expand(*valid.shape[:3], -1)], 3)
-    assert valid.shape[3] == keys.shape[3]
     alive = valid.any(-1, keepdim=True)
     return (valid | ~alive).flatten(0, 2)[:, None, None], alive
 
@@ -158,7 +158,8 @@ def _of_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> 
     if call.key_mask is not None:
         alive = call.key_mask.any(1)[:, None, None, None]
         mask = call.key_mask[:, None, None] | ~alive
-    out = attend(*(t.transpose(1, 2) for t in (q, k, v)), mask, call.scale)
+    queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
+    out = attend(queries, keys, values, mask, call.scale)
     return (out if alive is None else out.masked_fill(~alive, 0)).transpose(1, 2)
 
 

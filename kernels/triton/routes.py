@@ -123,7 +123,7 @@ def _order(plan: TilePlan, by_keys: bool, rows: np.ndarray, device: torch.device
     both = own[~whole][:, None] & rows
     first = [torch.from_numpy(first_tokens(side).astype(np.int64)).to(device) for side in (plan.queries, plan.keys)]
     table = torch.from_numpy(masks.astype(np.int32)).to(device)
-    return Order(*first, table, queries, step), np.concatenate([rows, both.reshape(-1, *rows.shape[1:])])
+    return Order(first[0], first[1], table, queries, step), np.concatenate([rows, both.reshape(-1, *rows.shape[1:])])
 
 
 def routed_program(

@@ -11,7 +11,7 @@ from tests.golden.fill import make_input
 from tests.support.cases import gradients, layouts, qkv
 from tests.support.oracles import dense_attention
 from visattn import Layout, attention, attention_rows, dense_mask, parse, plan, tile_choice
-from visattn.patterns import PATTERNS, DynamicPattern, HeadsPattern, OrderedPattern, routed_mask
+from visattn.patterns import PATTERNS, DynamicPattern, Gate, HeadsPattern, OrderedPattern, routed_mask
 from visattn.patterns.choice.blocks import inner, token_blocks
 from visattn.patterns.choice.picks import Seen, pick_number_of_all
 from visattn.patterns.choice.scores import Score, block_scores
@@ -381,9 +381,8 @@ def test_every_preset_is_a_pattern_and_named_where_patterns_are_listed():
     names = {kind.name for kind in PATTERNS}
     for name, preset in PRESETS.items():
         assert name not in names
-        assert isinstance(parse(name), DynamicPattern | HeadsPattern | OrderedPattern) and str(parse(name)) == str(
-            parse(preset.pattern)
-        )
+        assert isinstance(parse(name), DynamicPattern | HeadsPattern | OrderedPattern | Gate)
+        assert str(parse(name)) == str(parse(preset.pattern))
 
 
 def test_the_density_that_is_expected_is_near_what_random_scores_reach():

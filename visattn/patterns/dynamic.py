@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns.choice.alike import Alike, alike_blocks
-from visattn.patterns.choice.always import always_mask, always_on, terms_of
+from visattn.patterns.choice.alike import alike_blocks
+from visattn.patterns.choice.always import always_mask, terms_of
 from visattn.patterns.choice.blocks import (
     Blocks,
     block_of_rows,
@@ -21,9 +20,10 @@ from visattn.patterns.choice.blocks import (
     spread,
     token_blocks,
 )
-from visattn.patterns.choice.causal import check_causal, reachable, reachable_on, seen_tokens
+from visattn.patterns.choice.causal import check_causal, reachable, seen_tokens
 from visattn.patterns.choice.guards import checked_together
 from visattn.patterns.choice.listening import choosing, tell
+from visattn.patterns.choice.marking import joined_heads, marked_for
 from visattn.patterns.choice.memory import Means, kept_for
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.quick import by_kernels, quick_means
@@ -315,9 +315,9 @@ class DynamicPattern(TailedPattern):
         # No scores of all heads at a time: only the lists are kept.
         for scores, which in some:
             own = None if variance is None else variance[:, which]
-            mask = self._marked(scores, which, seen, blocks, guard, share, own)
+            mask = marked_for(self, scores, which, seen, blocks, guard, share, own)
             found.append(lists_of(mask, blocks.columns if guard else leaves))
-        return self._joined(found, blocks, heads, share)
+        return joined_heads(self, found, blocks, heads, share)
 
     def pick(self, scores: torch.Tensor, seen: Seen, blocks: Blocks) -> Routes:
         """What scores of all heads [B, H, rows, columns] choose, whoever made them; who listens is told."""
@@ -329,8 +329,8 @@ class DynamicPattern(TailedPattern):
         """The same where others tell what is seen."""
         heads = scores.shape[1]
         share = self._shared(heads)
-        mask = self._marked(scores, slice(0, heads), seen, blocks, None, share, None)
-        return self._joined([lists_of(mask, self.most_listed(blocks))], blocks, heads, share)
+        mask = marked_for(self, scores, slice(0, heads), seen, blocks, None, share, None)
+        return joined_heads(self, [lists_of(mask, self.most_listed(blocks))], blocks, heads, share)
 
     def _shared(self, heads: int) -> int:
         """Heads that share one choice."""
@@ -339,48 +339,6 @@ class DynamicPattern(TailedPattern):
         if heads % share:
             raise ValueError(f"{self}: {heads} heads cannot be shared by {share}: give a divisor of {heads}, or all")
         return share
-
-    def _joined(self, found: Sequence[Routes], blocks: Blocks, heads: int, share: int) -> Routes:
-        """Lists of some heads after the other as those of all query heads, or of one group."""
-        tiles = torch.cat([routes.tiles for routes in found], 1)
-        counts: torch.Tensor | None = torch.cat([r.counts for r in found if r.counts is not None], 1)
-        if self.least_listed(blocks) == tiles.shape[3] and not any(blocks.causal):
-            counts = None
-        if 1 < share < heads:
-            tiles = tiles.repeat_interleave(share, 1)
-            counts = None if counts is None else counts.repeat_interleave(share, 1)
-        return Routes(tiles, counts)
-
-    def _marked(
-        self,
-        scores: torch.Tensor,
-        which: slice,
-        seen: Seen,
-        blocks: Blocks,
-        guard: Alike | None,
-        share: int,
-        variance: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`marked` for heads that share a choice or a budget, or whose blocks may differ too much for a mean."""
-        forced, reach = always_on(terms_of(self.always), blocks, scores.device), reachable_on(blocks, scores.device)
-        if share > 1:
-            scores = scores.unflatten(1, (-1, share)).mean(2)
-        if reach is not None:
-            # What nobody may see competes for nothing, and is not listed to fill a budget up.
-            scores, forced = scores.masked_fill(~reach, float("-inf")), None if forced is None else forced & reach
-        if guard is not None:
-            scores = scores.masked_fill(~guard.columns[:, which, None], float("-inf"))
-            found = self.marked(scores, seen, forced, blocks, variance) | guard.forced(which)
-        elif self.per != "all":
-            found = self.marked(scores, seen, forced, blocks, variance)
-        else:
-            # The rows of all heads are those of one.
-            heads = scores.shape[1]
-            rows = None if seen.rows is None else seen.rows.repeat(1, heads)
-            forced = None if forced is None else forced.repeat(heads, 1)
-            joined = self.marked(scores.flatten(1, 2)[:, None], Seen(rows, seen.columns), forced, blocks)
-            found = joined.view(scores.shape)
-        return found if reach is None else found & reach
 
     def route(
         self,
