@@ -75,7 +75,8 @@ def main() -> None:
             times = [f"{line.backend} {line.timing.median * 1e3:.3f} ms" for line in last.result.lines if line.timing]
             print(f"  {', '.join(times)}", flush=True)
 
-    left = given.seconds - (time.monotonic() - start)
+    # A long case may have held the compiling processes.
+    left = max(given.seconds / 3, given.seconds - (time.monotonic() - start))
     found = run_suite(entries, names, budget=left, repeats=given.repeats, tell=tell, done=keep)
     print(f"{sum(each.result is not None for each in found)} of {len(found)} cases: {given.out}")
 
