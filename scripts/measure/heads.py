@@ -53,8 +53,9 @@ KEPT = (
 )
 
 
-def caption_objective(pipe: Any, encoder: DualEncoder) -> Objective:
+def caption_objective(pipe: Any, encoder: DualEncoder | None) -> Objective:
     """How near pictures are to their prompts, by the judge."""
+    assert encoder is not None
 
     def caption(pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return cosines(pictures, prompts, pipe, encoder)
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = {**found._asdict(), **{name: getattr(options, name) for name in KEPT}, "candidates": len(candidates)}
     report |= {"versions": versions(), "devices": devices()}
     _write(report, options.out)
-    if unseen:
+    if encoder is not None and unseen:
         report["held_out"] = held_out(pipe, found, candidates, unseen, encoder, options)
         _write(report, options.out)
 
