@@ -77,16 +77,17 @@ def causal_linear_attention(
     grid = [t[:, first:behind] for t in (q, k, v)]
     if behind - first == layout.length:
         return CausalLinearAttention.apply(*grid, mask, None, rates.contiguous(), steps, setting).to(dtype)
-    dense = _dense_state(*(_ends(t, first, behind) for t in (k, v, key_mask)), feature, q.shape[2])
+    mask_ends = None if key_mask is None else _ends(key_mask, first, behind)
+    dense = _dense_state(_ends(k, first, behind), _ends(v, first, behind), mask_ends, feature, q.shape[2])
     out = CausalLinearAttention.apply(*grid, mask, dense, rates.contiguous(), steps, setting)
     # Dense tokens see all without decay.
     ends = linear_attention(_ends(q, first, behind), k, v, key_mask, feature)
     return torch.cat([ends[:, :first], out, ends[:, first:]], 1).to(dtype)
 
 
-def _ends(x: Any, first: int, behind: int) -> Any:
+def _ends(x: torch.Tensor, first: int, behind: int) -> torch.Tensor:
     """The tokens before and behind the grid."""
-    return None if x is None else torch.cat([x[:, :first], x[:, behind:]], 1)
+    return torch.cat([x[:, :first], x[:, behind:]], 1)
 
 
 def _dense_state(
@@ -163,8 +164,8 @@ class CausalLinearAttention(torch.autograd.Function):
                     q, k, v, shown, dense, rates, steps.positions, steps.inner, setting.feature
                 )
             )
-            grads = plain((q, k, v, dense), (grad_out,))
-            return *grads[:3], None, grads[3], None, None, None
+            own = plain((q, k, v, dense), (grad_out,))
+            return *own[:3], None, own[3], None, None, None
         if out is None:
             made = [None if t is None else torch.zeros_like(t) for t in (q, k, v, dense)]
             return *made[:3], None, made[3], None, None, None
