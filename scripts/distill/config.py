@@ -48,6 +48,12 @@ class Config(RunConfig):
         "compare by --output what guidance of this scale makes of both predictions of a sample, with the condition and "
         "without it, as its sampler does; 0: each by itself",
     )
+    errors: str = option(
+        "velocity",
+        "predictions are compared by their velocity, or by what a step of the sampler makes of it, which does not "
+        "magnify errors at little noise",
+        ("velocity", "step"),
+    )
     stages: str = option(
         "all",
         "shares of the run: router trains the pattern's own parameters, transfer the projections too, both layer by "

@@ -58,7 +58,8 @@ class Recorded:
                 return self._plainly(batches)
         else:
             for held, new in zip(_tensors(self._batches), _tensors(batches), strict=True):
-                held.copy_(new)
+                if held is not new:
+                    held.copy_(new)
         assert self._graph is not None
         self._graph.replay()
         return self._figures

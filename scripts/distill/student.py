@@ -16,8 +16,8 @@ from scripts.distill.learner import Learner, add_lora
 from scripts.distill.losses import Recorder, attention_distance, distance
 from scripts.distill.masses import Masses
 from scripts.distill.noise import Noise
-from scripts.distill.ranges import LEVELS, at
-from scripts.distill.samples import SampleSet, nested, sent
+from scripts.distill.ranges import at
+from scripts.distill.samples import SampleSet, nested, ready, sent
 from scripts.distill.stages import parse_stages, stage_at
 from visattn.patterns import Dense
 from visattn.pipelines.families import find_family
@@ -26,6 +26,9 @@ from visattn.straight import straight_through
 
 # Module names of each projection in diffusers' attention classes; fused ones train all three.
 MODULES = {"q": ("to_q", "to_qkv"), "k": ("to_k", "to_qkv"), "v": ("to_v", "to_qkv"), "out": ("to_out.0",)}
+
+# Steps in which a temperature falls.
+TEMPERATURES = 4
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ class Distiller(Learner):
 
     @property
     def _temperature(self) -> float:
-        """Of --mass, in steps as patterns change: between them a forward does the same."""
-        return float(at(self.config.temperature, round(self._done * LEVELS) / LEVELS))
+        """Of --mass, in steps: between them a forward does the same, and recorded ones go on."""
+        return float(at(self.config.temperature, round(self._done * TEMPERATURES) / TEMPERATURES))
 
     @property
     def phase(self) -> Any:
@@ -251,15 +254,18 @@ def build_batch(
     if config.guidance:
         null = samples.null_row
         rows = torch.tensor([0.25 + 0.5 * null, 0.75 - 0.5 * null]).repeat(len(rows) // 2)
-    times = sent(noise.draw(count, config.times, generator).repeat_interleave(each)[part], device)
+    drawn = noise.draw(count, config.times, generator).repeat_interleave(each)[part]
+    times, weights = sent(drawn, device), noise.weights(drawn, config.errors)
     latents, tensors = samples.take(picks, rows)
     dirt = torch.randn((count, *latents.shape[1:]), generator=generator).repeat_interleave(each, 0)[part]
     noisy, target, told = noise.mix(sent(latents.float(), device), sent(dirt, device), times)
     places = sent(torch.rand(config.map_rows, generator=generator), device)
-    fixed = {name: value for name, value in samples.constants.items() if not name.startswith("noise.")}
-    flat = {name: _ready(value, device) for name, value in (tensors | fixed).items()}
-    return Batch(noisy, target, told, nested(flat | samples.index.plain), places, noise.weights(times))
-
-
-def _ready(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return sent(value.float() if value.is_floating_point() else value, device)
+    flat = {name: ready(value, device) for name, value in tensors.items()} | samples.told(device)
+    return Batch(
+        noisy,
+        target,
+        told,
+        nested(flat | samples.index.plain),
+        places,
+        None if weights is None else sent(weights, device),
+    )
