@@ -51,7 +51,7 @@ LOCAL = (Phase(1.0, 1, ("--lr", "1e-3")),)
 # samples first, layer by layer at the very beginning. Nothing of such a student is like its teacher then, so every
 # weight learns.
 LINEAR = (
-    Phase(0.3, 4, ("--train", "all", "--own-lr", "5e-3", "--stages", "transfer:0.2,all:0.8")),
+    Phase(0.3, 4, ("--train", "all", "--own-lr", "2e-2", "--stages", "transfer:0.2,all:0.8")),
     Phase(0.3, 2, ("--stages", "all")),
     Phase(0.4, 1, ("--stages", "all", "--lr", "1e-3")),
 )
