@@ -49,7 +49,7 @@ LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.1")
 LOCAL = (Phase(1.0, 1, ("--lr", "1e-3")),)
 # What sums over all keys see does not depend on how near tokens are to each other: it is learned from many small
 # samples first. Nothing of such a student is like its teacher then, so every weight learns; layer by layer on the
-# teacher's inputs, which are not what it will get, it learns less in the same steps.
+# teacher's inputs, which are not what it will get, it learns less in as many steps.
 LINEAR = (
     Phase(0.3, 4, ("--train", "all", "--own-lr", "2e-2")),
     Phase(0.3, 2, ()),
@@ -63,6 +63,7 @@ STUDENTS: dict[str, tuple[str, tuple[Phase, ...]]] = {
     "mala": ("mala", LINEAR),
     "agent": ("agent(agents=8x8)", LINEAR),
 }
+SAVE = 200  # steps after which a killed training goes on
 START = 120  # seconds beside its steps after which a training is asked to stop
 
 
@@ -173,7 +174,7 @@ def train(name: str, settings: Settings) -> float:
         words += [THEN] * (number > 0) + ["--out", str(settings.folder(name, number))]
         words += ["--samples", str(settings.samples(phase.smaller) / "samples"), "--steps", str(steps)]
         words += ["--batch", str(settings.batch * phase.smaller**2), "--lr", str(settings.lr), *phase.options]
-        words += ["--seconds", str(seconds), "--save-every", str(steps)]
+        words += ["--seconds", str(seconds), "--save-every", str(SAVE)]
     return train_student(words, settings.folder(name, len(phases) - 1), settings.seconds and settings.seconds + START)
 
 
