@@ -68,7 +68,7 @@ _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
             4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 1)},
         },
         "key_grad": {
-            2: {64: Config(64, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+            2: {64: Config(128, 32, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
             4: {16: Config(32, 32, 8, 1), 32: Config(32, 16, 8, 1), 64: Config(32, 32, 8, 1),
                 128: Config(16, 32, 8, 1)},
         },
