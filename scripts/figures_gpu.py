@@ -62,6 +62,19 @@ def gpu_peers_table() -> str:
     return table(head, rows) + _machine(MAIN)
 
 
+def gpu_causal_table() -> str:
+    """Causal linear attention by its kernels, against the tiled form in torch and dense attention."""
+    found, rows = result("h200-causal"), []
+    for name, times in found["times"].items():
+        own, plain, dense = (times[who] for who in ("triton", "torch", "dense"))
+        cells = [name.removeprefix("causal ")]
+        for key in ("forward_ms", "backward_ms"):
+            cells.append(f"{own[key]:.2f} ms, {plain[key]:.2f} ms: {plain[key] / own[key]:.1f}x")
+        rows.append([*cells, f"{dense['forward_ms']:.2f} ms: {dense['forward_ms'] / own['forward_ms']:.1f}x"])
+    head = ["grid", "forward, torch's form", "backward, torch's form", "dense forward"]
+    return table(head, rows) + f"\n\n{found['versions']['gpu']}, torch {found['versions']['torch']}."
+
+
 def gpu_stack_table() -> str:
     """Whole models of random weights, measured by scripts/bench/stack_gpu.py."""
     found: dict[tuple[str, str], dict[str, dict[str, dict[str, float]]]] = {}

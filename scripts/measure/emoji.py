@@ -100,7 +100,7 @@ def _missing(
 ) -> Iterator[tuple[int, Student, Callable[[], dict[str, Any]]]]:
     """Size, student and what makes its row, for each row that is not there or has no times yet."""
     for size in options.sizes:
-        missing = [each for each in students if "error" in rows.get(each.key(size), {"error": "not measured"})]
+        missing = [each for each in students if not _measured(each, rows.get(each.key(size)))]
         dense = draftsman.draw(Student(DENSE), size) if missing else None
         for student in missing:
             assert dense is not None
@@ -109,6 +109,11 @@ def _missing(
             known = rows[student.key(size)]
             if not options.shared and known.get("seconds", 0) is None:
                 yield size, student, partial(_timed, known, student, size, draftsman)
+
+
+def _measured(student: Student, row: dict[str, Any] | None) -> bool:
+    """Whether a row is there, and of these weights."""
+    return row is not None and "error" not in row and row.get("weights_hash") == student.hash
 
 
 def _timed(known: dict[str, Any], student: Student, size: int, draftsman: Draftsman) -> dict[str, Any]:
@@ -125,6 +130,8 @@ def entry(
 ) -> dict[str, Any]:
     """One row of the results; a pattern that cannot run says why."""
     found: dict[str, Any] = {"pattern": student.pattern, "size": size, "weights": student.name}
+    if student.hash:
+        found["weights_hash"] = student.hash
     if student.dense_steps:
         found["dense_steps"] = student.dense_steps
     twin = student == Student(DENSE)

@@ -18,6 +18,7 @@ from scripts.train.emoji_data import load_pack, load_tokenizer, write_pack
 from tests.support.tiny_emoji import drawn, tiny_pack
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
 from visattn import apply, parse
+from visattn.trained import Trained, save_trained
 
 SPARSE = "na(window=3x3)"
 
@@ -118,6 +119,25 @@ def test_times_on_a_shared_device_are_left_out_and_added_later(places, tmp_path)
     assert after["dense, 32 px, shipped"]["seconds"] is None
     assert 0 < after[row].pop("attention_seconds") < after[row].pop("seconds")
     assert after[row].items() <= before.items()
+
+
+def test_a_row_of_other_weights_of_the_same_name_is_measured_anew(places, tmp_path):
+    out, found = tmp_path / "quality.json", []
+    for number in range(3):
+        # The third is the second again.
+        name = "transformer_blocks.0.attn.to_q.weight"
+        weight = dict(tiny_pixel_flux().transformer.named_parameters())[name] * (1 + min(number, 1))
+        file = tmp_path / str(number) / "clear" / "student.safetensors"
+        file.parent.mkdir(parents=True)
+        save_trained(file, Trained({name: weight}, {}, {}, {"pattern": SPARSE, "layers": None, "dense_layers": 0}))
+        main(words(places, out, "--patterns", "dense", SPARSE, "--weights", file))
+        found.append(json.loads(out.read_text())["rows"])
+    key = f"{SPARSE}, 32 px, clear"
+    plain = found[0][f"{SPARSE}, 32 px, shipped"]
+    assert found[0][key]["psnr"] == plain["psnr"]
+    assert found[1][key]["psnr"] != plain["psnr"]
+    assert found[2] == found[1]
+    assert found[1][f"{SPARSE}, 32 px, shipped"] == plain
 
 
 def test_every_pattern_of_the_table_runs_on_the_model():
