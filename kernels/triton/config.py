@@ -59,7 +59,7 @@ class Config(NamedTuple):
 
 
 # By family of architectures, then direction, then bytes per element and padded head dim. A head dim that is not
-# listed takes the next larger one. None of these spills registers: `resources` checks it.
+# listed takes the next larger one. None of these spills registers (`ahead.stray`): `resources` checks it.
 _TABLE: dict[str, dict[str, dict[int, dict[int, Config]]]] = {
     # 163 KiB of shared memory: A100.
     "ampere": {
