@@ -21,7 +21,7 @@ def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -
         local: What candidates do, by layer and stage.
 
     Returns:
-        Seconds by the name of a kind such as "topk"; empty where the time is over, no time is measured, or the device is
+        Seconds by the name of a kind such as "topk"; empty where the time is over, nothing is timed, or the device is
         the host.
     """
     if not measurer.subject.queued:
