@@ -130,12 +130,14 @@ def _there(values: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
 
 
 def _apart(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
-    """Relative distance of what two steps gave; 0 where the second is not finite, which says nothing."""
+    """Relative distance of what two steps gave; 0 where the second is none or not finite, which says nothing."""
     if len(ours) != len(theirs):
         return math.inf
     one, other = (torch.cat([each.flatten().float() for each in side]) for side in (ours, theirs))
-    found = ((one - other).norm() / other.norm()).item()
-    return found if math.isfinite(found) else 0.0
+    apart, size = torch.stack([(one - other).norm(), other.norm()]).tolist()
+    if not (math.isfinite(size) and size):
+        return 0.0
+    return apart / size if math.isfinite(apart) else math.inf
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
