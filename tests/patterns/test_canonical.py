@@ -41,6 +41,7 @@ from visattn.patterns import (
     SparseLinear,
     TopK,
     TopP,
+    Wersa,
 )
 from visattn.patterns.linear import FEATURES
 
@@ -177,6 +178,7 @@ KINDS = STATIC | {
     ),
     Flow: made(Flow),
     Mala: made(Mala),
+    Wersa: made(Wersa, levels=st.integers(1, 4), features=st.integers(1, 512)),
     SparseLinear: made(SparseLinear, sparse=INNER, feature=WORDS),
     Sigmoid: made(Sigmoid, sparse=INNER, bias=st.none() | REAL),
     Gated: made(Gated, of=INNER, init=st.floats(0.01, 0.99), rescale=st.booleans()),

@@ -47,6 +47,7 @@ from visattn.patterns.sparse_linear import SparseLinear
 from visattn.patterns.text import parse
 from visattn.patterns.topk import TopK
 from visattn.patterns.topp import TopP
+from visattn.patterns.wersa import Wersa
 from visattn.patterns.wrapped import Gated, Selective, Wrapped
 
 __all__ = [
@@ -96,6 +97,7 @@ __all__ = [
     "StaticPattern",
     "TopK",
     "TopP",
+    "Wersa",
     "Wrapped",
     "dense_mask",
     "parse",
@@ -128,6 +130,7 @@ PATTERNS: tuple[type[Pattern], ...] = (
     Linear,
     Flow,
     Mala,
+    Wersa,
     SparseLinear,
     Sigmoid,
     Clipped,

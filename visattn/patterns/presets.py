@@ -92,6 +92,12 @@ PRESETS = {
         "SeerAttention (Gao et al., 2024), the threshold 0.005 on shares that trained weights give",
         "the original pools before the rotary embedding, adds causal=true and keeps the last rows dense",
     ),
+    "combiner": Preset(
+        "topk(keep=1, rest=mean, block=64)",
+        "Combiner (Ren et al., NeurIPS 2021), its fixed form with regions of 64 tokens and means as summaries",
+        "the original weighs the values of a region by the region's own query, does not count a region's tokens, and "
+        "its regions have the square root of the tokens",
+    ),
     "hyper": Preset(
         "lsh(planes=7, block=256, samples=256)",
         "HyperAttention (Han et al., 2023)",

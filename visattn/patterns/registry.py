@@ -52,6 +52,7 @@ KINDS = REGISTRY.declare(
         "linear": "visattn.patterns.linear:Linear",
         "flow": "visattn.patterns.flow:Flow",
         "mala": "visattn.patterns.mala:Mala",
+        "wersa": "visattn.patterns.wersa:Wersa",
         "sparselinear": "visattn.patterns.sparse_linear:SparseLinear",
         "sigmoid": "visattn.patterns.sigmoid:Sigmoid",
         "clipped": "visattn.patterns.clipped:Clipped",
