@@ -114,6 +114,7 @@ def compiled_launches(monkeypatch, text, dtype, dim):
     [
         ("topk(keep=0.2,block=8x16,key_block=8x8,rest=mean)", torch.bfloat16, 128, 6),
         pytest.param("topp(p=0.5,block=8x16,most=0.5,rest=mean)", torch.float32, 128, 6, marks=pytest.mark.slow),
+        pytest.param("topk(keep=0.2,block=1x64,causal=1x0)", torch.bfloat16, 128, 4, marks=pytest.mark.slow),
         pytest.param("above(score=parts(4x4),block=8x8,rest=mean)", torch.float16, 256, 6, marks=pytest.mark.slow),
     ],
 )
