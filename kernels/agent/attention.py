@@ -94,10 +94,10 @@ def through_agents(
     q, agents, k, v = (t.transpose(1, 2) for t in (q, agents, k, v))
     gather, alive = _mask(key_mask, gather_bias)
     read, some = _mask(agent_mask, read_bias)
-    gathered = _attend(agents, k, v, gather, scale)
+    gathered = attend(agents, k, v, gather, scale)
     for there in (alive, some):
         gathered = gathered if there is None else gathered.masked_fill(~there, 0.0)
-    return _attend(q, agents, gathered, read, scale).transpose(1, 2)
+    return attend(q, agents, gathered, read, scale).transpose(1, 2)
 
 
 def _mask(shown: torch.Tensor | None, bias: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -153,7 +153,7 @@ def _channels_first(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     return inner.unflatten(1, layout.grid).permute(0, layout.dims + 1, *range(1, layout.dims + 1))
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Dense attention, heads before tokens, with a bool mask or a bias."""
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)

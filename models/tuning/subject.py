@@ -56,6 +56,11 @@ class BackboneSubject:
         self._twins: dict[tuple[int, ...], torch.Tensor] = {}
         self._warm: set[tuple[str, int]] = set()
 
+    @property
+    def queued(self) -> bool:
+        """See `Subject.queued`."""
+        return self._device.type != "cpu"
+
     def about(self) -> dict[str, Any]:
         """See `Subject.about`."""
         on_gpu = self._device.type == "cuda"

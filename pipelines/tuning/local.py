@@ -20,8 +20,10 @@ from visattn.watch import Watched
 
 # Measurements of a candidate's time, and sites of one shape at which it is measured if it depends on no values.
 TURNS, TIMED = 3, 4
-# Calls of one on a GPU, one behind the other as in a model; seconds of so many from which one measurement is enough.
+# Calls of one on a GPU, one behind the other as in a model; seconds from which one measurement is enough.
 CALLS, LONG = 4, 0.02
+# How many times longer than dense attention a candidate takes that nothing would choose, whatever its error is.
+HOPELESS = 1.15
 # Samples whose error is measured, of both halves of guidance; times are of all.
 SAMPLES = 4
 # Cycles of a GPU in a second, at least.
@@ -65,6 +67,8 @@ class Probe:
         self._shapes: dict[str, Hashable] = {}
         self._steady: dict[tuple[Hashable, str], list[float]] = {}
         self._failed: set[str] = set()
+        # By what their time depends on.
+        self._hopeless: set[tuple[Hashable, str]] = set()
         # Calls of each site in a step so far.
         self._calls: dict[tuple[str, int], int] = {}
 
@@ -74,10 +78,10 @@ class Probe:
         if step is None or len(watched.layouts) != 1:
             return
         (layout,) = watched.layouts
-        self._shapes[watched.site] = watched.q.shape, watched.k.shape, layout
+        shape = self._shapes[watched.site] = watched.q.shape, watched.k.shape, layout
         number = self._calls[watched.site, step] = self._calls.get((watched.site, step), -1) + 1
         for name, pattern in self._patterns.items():
-            if _every(pattern) > 1 and step == self._chosen_at[name]:
+            if _every(pattern) > 1 and step == self._chosen_at[name] and (shape, name) not in self._hopeless:
                 self._choose(watched, (watched.site, number, name), pattern)
         if step != self._step:
             return
@@ -86,11 +90,20 @@ class Probe:
         size = dense.square().sum()
         here = self._seen.setdefault(watched.site, {})
         for name, pattern in self._patterns.items():
+            if (shape, name) in self._hopeless:
+                continue
             local = self._try(watched, (watched.site, number, name), pattern, dense, size, weight)
             if local is not None:
                 here.setdefault(name, []).append(local)
+        self._give_up(shape, here)
         # What was kept for this call has served.
         self._memories = {key: kept for key, kept in self._memories.items() if key[:2] != (watched.site, number)}
+
+    def _give_up(self, shape: Hashable, here: Mapping[str, Sequence[Local]]) -> None:
+        """Leave out at sites of a shape what takes longer than dense attention and as long at each of them."""
+        longest = HOPELESS * here[DENSE][-1].seconds if DENSE in here else 0.0
+        slow = {name for name, values in here.items() if is_steady(name) and values[-1].seconds > longest > 0}
+        self._hopeless |= {(shape, name) for name in slow - {DENSE}}
 
     def _choose(self, watched: Watched, key: tuple[str, int, str], pattern: Pattern) -> None:
         """Choose lists for a later step, and measure how long that takes."""
@@ -163,7 +176,7 @@ class Probe:
             result[site] = {
                 name: Local(statistics.fmean(v.error for v in values), self._time(site, name, values))
                 for name, values in here.items()
-                if len(values) == most
+                if len(values) == most and (self._shapes[site], name) not in self._hopeless
             }
         return result
 
@@ -194,7 +207,8 @@ def _some(out: torch.Tensor) -> torch.Tensor:
 def _seconds(watched: Watched, run: Callable[[], object]) -> float:
     """Time of a call that has run before, the median of some measurements."""
     if watched.q.device.type != "cuda":
-        return statistics.median(per_call(run, 1) for _ in range(TURNS))
+        first = per_call(run, 1)
+        return first if first > LONG else statistics.median([first, *(per_call(run, 1) for _ in range(TURNS - 1))])
     with torch.cuda.device(watched.q.device):
         start = time.perf_counter()
         for _ in range(CALLS):

@@ -1,4 +1,6 @@
-"""FIT against its formula: one group, token and head at a time, in float64."""
+"""FIT against its authors' outputs, and its formula: one group, token and head at a time, in float64."""
+
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +88,15 @@ def test_it_equals_its_formula():
     assert (model.forward_features(x).unflatten(1, (4, 4)) - found)[:, 0, 0].abs().max() > 1e-4
     logits = model(x)
     assert torch.allclose(logits, model.head(model.forward_features(x).mean(1))) and logits.shape == (2, 4)
+
+
+def test_outputs_of_the_authors_code():
+    golden = torch.load(Path(__file__).parents[1] / "golden" / "fit_micro.pt", weights_only=True)
+    model = fill(timm.create_model("fit_small", num_classes=0, **golden["config"])).double()
+    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == golden["keys"]
+    x = make_input(golden["input_shape"], golden["input_seed"]).double()
+    # TensorFlow rounds constants of the GELU to float32.
+    assert (model.forward_features(x) - golden["output"]).abs().max() < 1e-6
 
 
 def test_layers_as_text():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import random
@@ -18,6 +19,9 @@ from visattn.tuning.journal import Journal
 from visattn.tuning.sensitivity import Response, rank_correlation
 from visattn.tuning.solve import Choice, hull
 from visattn.tuning.subject import DENSE, Assignment, Local, Outcome, Subject
+
+# How many times the error on a layer's hull a candidate may have that is measured in all stages.
+NEAR = 1.5
 
 
 class OutOfTime(Exception):
@@ -95,24 +99,38 @@ class Measurer:
         key = ["quality", assignment, list(seeds)]
         return Outcome.of(self._get(key, lambda: self.subject.outcome(edges, assignment, seeds, False).to_dict()))
 
+    def middle(self) -> list[dict[str, Local]]:
+        """What all candidates do in the middle stage, by layer."""
+        return self._stage(self.plan.stages // 2, self.plan.candidates, self.plan.candidates)
+
     def local(self) -> list[list[dict[str, Local]]]:
-        """What candidates do, by layer and stage: in the middle step of each stage."""
-        plan, found = self.plan, []
+        """What candidates do, by layer and stage: in the middle step of each stage.
+
+        Those that no layer would choose in the middle stage are not measured in the others, and left out.
+        """
+        plan, middle = self.plan, self.plan.stages // 2
+        self.tell("candidates in each layer", 0, plan.stages)
+        found = {middle: self.middle()}
+        names = promising(found[middle], plan.candidates)
+        # Times that do not depend on values are measured once.
+        timed = [name for name in names if not is_steady(name)]
         for stage in range(plan.stages):
-            step = int((plan.edges[stage] + plan.edges[stage + 1]) / 2 * self.subject.steps)
-            self.tell("candidates in each layer", stage, plan.stages)
-            seeds = plan.samples
-            # Times that do not depend on values are measured once.
-            timed = [name for name in plan.candidates if not stage or not is_steady(name)]
-            found.append(
-                self._get(
-                    ["local", step, list(seeds)],
-                    lambda: self.subject.local(step, plan.candidates, seeds, timed),  # noqa: B023
-                )
-            )
+            if stage != middle:
+                self.tell("candidates in each layer", len(found), plan.stages)
+                found[stage] = self._stage(stage, names, timed)
         self.tell("candidates in each layer", plan.stages, plan.stages)
-        by_layer = [[found[stage][layer] for stage in range(plan.stages)] for layer in range(self.subject.layers)]
-        return _steadied([[{n: Local(*v) for n, v in each.items()} for each in layer] for layer in by_layer])
+        return _steadied(
+            [
+                [{n: v for n, v in found[stage][layer].items() if n in names} for stage in range(plan.stages)]
+                for layer in range(self.subject.layers)
+            ]
+        )
+
+    def _stage(self, stage: int, names: Sequence[str], timed: Sequence[str]) -> list[dict[str, Local]]:
+        step = int((self.plan.edges[stage] + self.plan.edges[stage + 1]) / 2 * self.subject.steps)
+        seeds = self.plan.samples[: self.plan.quick]
+        rows = self._get(["local", step, list(seeds)], lambda: self.subject.local(step, names, seeds, timed))
+        return [{name: Local(*value) for name, value in row.items()} for row in rows]
 
     def responses(self, local: list[list[dict[str, Local]]]) -> tuple[list[list[Response]], float | None]:
         """The output's error over each layer's, by layer and stage, and its rank correlation with other injections."""
@@ -179,8 +197,6 @@ class Measurer:
             for n in names
         ]
         found = [choice.name for choice in hull(sums) if choice.name != DENSE] or [n for n in names if n != DENSE]
-        if not found:
-            raise ValueError("no candidate but dense runs on this model: pass --candidates")
         count = min(self.plan.probes, len(found))
         # One alone is the finest, whose error is nearest to that of what holds a bound.
         return [found[round(i * (len(found) - 1) / (count - 1))] for i in range(count)] if count > 1 else found[-1:]
@@ -201,6 +217,24 @@ class Measurer:
         if not self.journal.knows(key) and time.monotonic() > self.deadline:
             raise OutOfTime
         return self.journal.get(key, measure)
+
+
+def promising(layers: Sequence[Mapping[str, Local]], names: Sequence[str]) -> tuple[str, ...]:
+    """Candidates that are near what some layer would choose: with `NEAR` times less error, on its convex hull."""
+    kept = {DENSE}
+    for layer in layers:
+        points = hull([Choice(name, seconds, error) for name, (error, seconds) in layer.items()])
+        kept |= {name for name, (error, seconds) in layer.items() if error <= NEAR * _error_at(points, seconds)}
+    return tuple(name for name in names if name in kept)
+
+
+def _error_at(points: Sequence[Choice], seconds: float) -> float:
+    """Error on a hull at a time, infinite before its first point."""
+    i = bisect.bisect_right([point.time for point in points], seconds)
+    if i in (0, len(points)):
+        return points[-1].loss if i else math.inf
+    one, two = points[i - 1], points[i]
+    return one.loss + (two.loss - one.loss) * (seconds - one.time) / (two.time - one.time)
 
 
 def _steadied(local: list[list[dict[str, Local]]]) -> list[list[dict[str, Local]]]:

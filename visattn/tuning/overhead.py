@@ -21,8 +21,11 @@ def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -
         local: What candidates do, by layer and stage.
 
     Returns:
-        Seconds by the name of a kind such as "topk"; empty where the time is over or no time is measured.
+        Seconds by the name of a kind such as "topk"; empty where the time is over, nothing is timed, or the device is
+        the host.
     """
+    if not measurer.subject.queued:
+        return {}
     plan = measurer.plan
     edges = [round(edge * measurer.subject.steps) for edge in plan.edges]
     calls = [end - first for first, end in itertools.pairwise(edges)]

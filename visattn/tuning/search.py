@@ -16,6 +16,10 @@ from visattn.tuning.subject import DENSE, Assignment, Outcome
 
 # Seeds of the samples that verify begin so far behind those that are measured; another round begins as far again.
 HELD_OUT = 1_000_000
+# A schedule that takes so much longer than one that does not hold is near enough to the fastest that does.
+CLOSE = 0.01
+# Schedules that predictions choose before halves of what is left do, and by how many dB these go beyond the bound.
+GUESSES, BEYOND = 6, 0.3
 
 
 @dataclass(frozen=True)
@@ -130,18 +134,50 @@ class Search:
             most = self._dense_time / goal.speedup
             within = [i for i, rung in enumerate(self._rungs) if rung.time <= most]
             return within[-1] if within else 0
-        low, high = 0, len(self._rungs) - 1
+        low, high = self._bracket(margin)
         rounds = max(1, math.ceil(math.log2(high + 1)))
         done = 0
-        while low < high:
+        while low < high and not self._alike(low - 1, high):
             self.measurer.tell("schedules", min(done, rounds), rounds)
-            middle, done = (low + high) // 2, done + 1
-            if self._holds(middle, margin):
-                high = middle
+            # Predictions may be off all in one direction: then halves end it.
+            rung = self._guess(low, high, margin) if done < GUESSES else (low + high) // 2
+            done += 1
+            if self._holds(rung, margin):
+                high = rung
             else:
-                low = middle + 1
+                low = rung + 1
         self.measurer.tell("schedules", rounds, rounds)
-        return low
+        return high
+
+    def _bracket(self, margin: float) -> tuple[int, int]:
+        """The first rung that may hold, and the first that is known to: what was measured for another margin counts."""
+        scores = {}
+        for rung in range(len(self._rungs)):
+            each = self.tried.get(self._assignment(rung))
+            if each is not None:
+                scores[rung] = math.inf if each["score"] is None else each["score"]
+        needed = self.goal.least + margin
+        high = min((i for i, score in scores.items() if score >= needed), default=len(self._rungs) - 1)
+        return max((i + 1 for i, score in scores.items() if i < high and score < needed), default=0), high
+
+    def _alike(self, failed: int, held: int) -> bool:
+        """Whether a rung that holds takes hardly longer than one that does not."""
+        return failed >= 0 and self._rungs[held].time <= self._rungs[failed].time * (1 + CLOSE)
+
+    def _guess(self, low: int, high: int, margin: float) -> int:
+        """The rung that is predicted to be the first that holds, from the nearest one that was measured.
+
+        It goes a little beyond, to the side of which less is known, so that both ends of what is left come near.
+        """
+        seen = {i: self.tried.get(self._assignment(i), {}).get("score") for i in {low - 1, high} if i >= 0}
+        offsets = [score - _decibels(self._rungs[i].loss) for i, score in seen.items() if score is not None]
+        middle = (low + high) // 2
+        if self.goal.psnr is None or not offsets:
+            return middle
+        # Of what holds the fastest is looked for: a guess that should just fail after one that held, and the reverse.
+        beyond = BEYOND if seen.get(high) is None else -BEYOND if seen.get(low - 1) is None else 0.0
+        needed = self.goal.least + margin + beyond - sum(offsets) / len(offsets)
+        return next((i for i in range(low, high) if _decibels(self._rungs[i].loss) >= needed), high - 1)
 
     def _holds(self, rung: int, margin: float) -> bool:
         return self.goal.score(self._outcome(rung)) >= self.goal.least + margin
@@ -206,6 +242,11 @@ class Search:
             f"no schedule faster than dense {self.goal}{seen}: pass {other}, more --candidates (such as topk with a "
             "larger keep), or more --seeds"
         )
+
+
+def _decibels(loss: float) -> float:
+    """A squared error as PSNR."""
+    return math.inf if loss <= 0 else -10 * math.log10(loss)
 
 
 def stages_of(edges: Sequence[float], row: Sequence[str]) -> dict[str, str]:

@@ -99,6 +99,11 @@ class Subject(Protocol):
         ...
 
     @property
+    def queued(self) -> bool:
+        """Whether its device works behind the host, so that short calls may wait for it."""
+        ...
+
+    @property
     def layers(self) -> int:
         """How many layers have attention that can be given a pattern."""
         ...

@@ -48,13 +48,18 @@ class Rule(NamedTuple):
 
 def rule_of(pattern: DynamicPattern, blocks: Blocks) -> Rule | None:
     """The rule of a pattern, None where no kernel has it."""
-    if pattern.per != "row" or pattern.share != 1 or pattern.alike is not None:
+    if pattern.per != "row" or pattern.share != 1 or pattern.alike is not None or any(blocks.causal):
         return None
     most = pattern.most_listed(blocks)
     # Exactly these: what derives from them may pick otherwise.
     if type(pattern) is TopK:
         return Rule(RULE_NUMBER.value, most, number=pattern.number(blocks))
-    if type(pattern) is TopP and pattern.of == "softmax" and pattern.least_listed(blocks) < blocks.columns:
+    if (
+        type(pattern) is TopP
+        and pattern.of == "softmax"
+        and not pattern.counted
+        and pattern.least_listed(blocks) < blocks.columns
+    ):
         cover, least = pattern.rule == "cover", pattern.least_listed(blocks)
         return Rule(RULE_MASS.value, most, least=least, share=pattern.p, cover=cover)
     if type(pattern) is Above and pattern.bar == "exact":

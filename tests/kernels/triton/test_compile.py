@@ -33,6 +33,7 @@ from visattn.kernels.triton.hybrid import run as hybrid_run
 from visattn.kernels.triton.lists.forward import attend
 from visattn.kernels.triton.lists.key_grad import key_gradients
 from visattn.kernels.triton.lists.query_grad import query_gradients
+from visattn.kernels.triton.products import CHUNKS
 from visattn.kernels.triton.routes import MergedLists
 from visattn.kernels.triton.start import Starts
 from visattn.patterns import Routes
@@ -47,6 +48,25 @@ def test_compiles_without_spills(arch, direction):
     used = resources.compiled(arch, direction, torch.bfloat16, 64, launch)
     assert used.fits(SHARED_MEMORY[arch]), used
     assert used.registers > 0 and used.shared > 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "kernel"),
+    [
+        (90, "chunk_read"),
+        (80, "chunk_keys"),
+        *(
+            pytest.param(arch, kernel, marks=pytest.mark.slow)
+            for arch in (80, 90)
+            for kernel in CHUNKS
+            if (arch, kernel) not in {(90, "chunk_read"), (80, "chunk_keys")}
+        ),
+    ],
+)
+def test_causal_kernels_compile_without_spills(arch, kernel):
+    launch = resources.launch_of(arch, torch.bfloat16, 64, kernel)
+    used = resources.compiled(arch, kernel, torch.bfloat16, 64, launch, bias=True)
+    assert used.fits(SHARED_MEMORY[arch]) and used.registers > 0, used
 
 
 @pytest.mark.parametrize(("direction", "dim"), [(d, n) for d, configs in HOPPER.items() for n in configs])
