@@ -91,13 +91,13 @@ class PipelineSubject:
         self.grid = self._find_grid()
 
     @property
-    def queued(self) -> bool:
-        """See `Subject.queued`."""
-        return torch.device(self.pipe.device).type != "cpu"
+    def device(self) -> torch.device:
+        """See `Subject.device`."""
+        return torch.device(self.pipe.device)
 
     def about(self) -> dict[str, Any]:
         """See `Subject.about`."""
-        device = torch.device(self.pipe.device)
+        device = self.device
         given = {k: v for k, v in vars(self.samples).items() if v is not None}
         return {
             "model": self.name or self.model,
@@ -251,6 +251,10 @@ class PipelineSubject:
             handle.watch(watch)
             with contextlib.suppress(_Enough):
                 self.pipe(**self.arguments(seeds[: self.samples.batch]))
+        # A run that did not end leaves caches in the middle of a step.
+        for model, _ in self._models:
+            if hasattr(model, "_reset_stateful_cache"):
+                model._reset_stateful_cache()
 
     def _find_grid(self) -> tuple[int, ...]:
         grids: list[tuple[int, ...]] = []
@@ -267,8 +271,8 @@ class PipelineSubject:
         return max(grids)
 
     def _wait(self) -> None:
-        if torch.device(self.pipe.device).type == "cuda":
-            torch.cuda.synchronize(self.pipe.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def schedule_of(edges: Sequence[float], assignment: Assignment) -> Schedule:

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,7 +111,7 @@ class Numbers:
     """A model whose output's error is a weighted sum of its layers' errors, with noise of the seed."""
 
     measure = "psnr"
-    queued = True
+    device = torch.device("cuda")
     model, layers, parameters, steps, grid = "Numbers", 3, 17, 8, (16, 16)
     # The first layer in the first steps matters most.
     weights = ((0.3, 0.02), (0.03, 0.002), (0.003, 0.0002))
@@ -238,7 +239,7 @@ class TestSearch:
         used = overheads(made.measurer, made.measurer.local())
         assert used == {"topk": pytest.approx(Late.beyond), "na": pytest.approx(0.0, abs=1e-9)}
         assert overheads(search(Goal(psnr=25.0), deadline=-1).measurer, made.measurer.local()) == {}
-        late.queued = False
+        late.device = torch.device("cpu")
         assert overheads(made.measurer, made.measurer.local()) == {}
 
     def test_one_of_the_goals(self):

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from visattn.patterns import parse
-from visattn.tuning.candidates import is_steady
+from visattn.tuning.candidates import is_steady, kind_of
 from visattn.tuning.journal import Journal
 from visattn.tuning.sensitivity import Response, rank_correlation
 from visattn.tuning.solve import Choice, hull
@@ -180,7 +179,7 @@ class Measurer:
                 whole = sum(local[other][stage].get(name, Local(math.inf, 0.0)).error for other in group)
                 loss = 0.0 if name == DENSE or whole <= 0 else respond(whole) * error / whole
                 if math.isfinite(loss):
-                    beyond = 0.0 if name == DENSE else overheads.get(parse(name).name, 0.0)
+                    beyond = 0.0 if name == DENSE else overheads.get(kind_of(name), 0.0)
                     unit.append(Choice(name, (seconds + beyond) * calls, loss))
             found.append(unit)
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from visattn.patterns import parse
+from visattn.tuning.candidates import kind_of
 from visattn.tuning.measure import Measurer, OutOfTime
 from visattn.tuning.subject import DENSE, Local
 
@@ -24,7 +24,7 @@ def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -
         Seconds by the name of a kind such as "topk"; empty where the time is over, nothing is timed, or the device is
         the host.
     """
-    if not measurer.subject.queued:
+    if measurer.subject.device.type == "cpu":
         return {}
     plan = measurer.plan
     edges = [round(edge * measurer.subject.steps) for edge in plan.edges]
@@ -37,7 +37,7 @@ def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -
     kinds: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: times[name]):
         if name != DENSE and times[name] < times.get(DENSE, 0.0):
-            kinds.setdefault(parse(name).name, []).append(name)
+            kinds.setdefault(kind_of(name), []).append(name)
     try:
         # Dense attention says what a second of a layer is in these figures, which are of one sample.
         dense = _measured(measurer, DENSE) if kinds else 0.0

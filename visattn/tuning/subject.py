@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 DENSE = "dense"
 # The pattern of each stage of the run, for each layer.
 Assignment = tuple[tuple[str, ...], ...]
@@ -99,8 +101,8 @@ class Subject(Protocol):
         ...
 
     @property
-    def queued(self) -> bool:
-        """Whether its device works behind the host, so that short calls may wait for it."""
+    def device(self) -> torch.device:
+        """Where it runs."""
         ...
 
     @property
