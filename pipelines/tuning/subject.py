@@ -183,12 +183,13 @@ class PipelineSubject:
         found: tuple[list[float], list[float], list[float]] = ([], [], [])
         for one, other in zip(pictures, twins, strict=True):
             # All frames above each other: the error is over all of them.
-            whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in (one, other)]
+            here = [x.to(self.device) for x in (one, other)]
+            whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in here]
             found[0].append(float(psnr(*whole)[0]))
             if not perceived:
                 continue
             if min(one.shape[-2:]) >= SSIM_SIDE:
-                found[1].append(float(ssim(one, other).mean()))
+                found[1].append(float(ssim(*here).mean()))
             if self._lpips is not None:
                 found[2].append(float(self._lpips(one, other).mean()))
         return tuple(found[0]), tuple(found[1]), tuple(found[2])

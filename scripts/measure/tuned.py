@@ -244,7 +244,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     subject = PipelineSubject(pipe, samples, options.model)
     # Lists that are kept for all steps of a stage.
     every = max(1, round(subject.steps / options.stages))
-    kinds = precisions_of(subject.device)
+    kinds = precisions_of(subject.device) if options.eight_bits else ()
     given = options.candidates and checked(options.candidates, subject.grid)
     names = given or [name for name in candidates(subject.grid, every, kinds) if not (options.lean and is_coarse(name))]
     plan = Plan(
@@ -347,6 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--stages", type=int, default=4, help="equal parts of the steps with patterns of their own")
     add("--groups", type=int, default=12, help="groups of neighbouring layers that are injected together")
     add("--lean", action="store_true", help="search without patterns that drop what they do not list")
+    add("--eight-bits", action=argparse.BooleanOptionalAction, default=True, help="candidates in int8 and fp8 too")
     add("--candidates", nargs="+", help="patterns for the search instead of its own, dense always among them")
     add("--probes", type=int, default=2, help="candidates that are injected at each layer and part")
     add("--checks", type=int, default=12, help="further injections, to see how well those predict")
