@@ -254,8 +254,9 @@ class PipelineSubject:
                 self.pipe(**self.arguments(seeds[: self.samples.batch]))
         # A run that did not end leaves caches in the middle of a step.
         for model, _ in self._models:
-            if hasattr(model, "_reset_stateful_cache"):
-                model._reset_stateful_cache()
+            reset: Any = getattr(model, "_reset_stateful_cache", None)
+            if reset is not None:
+                reset()
 
     def _find_grid(self) -> tuple[int, ...]:
         grids: list[tuple[int, ...]] = []
