@@ -113,7 +113,7 @@ class Schedule:
             rules = [(selectors_of(key), _given(value)) for key, value in pattern.items()]
         else:
             own = {}
-            rules = [(None if layers is None else selectors_of(layers), parse(pattern))]
+            rules = [(None if layers is None else selectors_of(layers), _given(pattern))]
         if isinstance(dense_layers, bool) or not isinstance(dense_layers, int) or dense_layers < 0:
             raise ValueError(f"dense_layers={dense_layers!r} must be a count of layers, 0 or more")
         precise = () if precise_layers is None else selectors_of(precise_layers, "precise_layers")

@@ -72,6 +72,11 @@ class Stage(NamedTuple):
         last = "" if self.end is None else int(self.end) - 1
         return f"{self.first}" if last == self.first else f"{self.first}-{last}"
 
+    @property
+    def text(self) -> str:
+        """Its pattern and precision as text."""
+        return str(self.pattern) if self.precision is None else f"{self.pattern} in {self.precision}"
+
     def has(self, step: int, total: int | None) -> bool:
         """Whether a step of so many is one of its steps."""
         if not self.shares:
@@ -172,8 +177,8 @@ class Staged:
 
     def __str__(self) -> str:
         if self.constant:
-            return str(self.stages[0].pattern)
-        return f"{{{', '.join(f'{stage.steps}: {stage.pattern}' for stage in self.stages)}}}"
+            return self.stages[0].text
+        return f"{{{', '.join(f'{stage.steps}: {stage.text}' for stage in self.stages)}}}"
 
 
 def with_precision(text: Pattern | str) -> tuple[Pattern, str | None]:
