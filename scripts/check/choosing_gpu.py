@@ -3,8 +3,9 @@
     python -m scripts.check.choosing_gpu
 
 Whole numbers, whose means (of 1, 2, 4, ... tokens: no border leaves another number) and products are exact, must give
-equal lists, ties included; where exponentials are taken, all but 1 in a million. Noise may tip pairs of blocks whose scores differ by rounding: at most 1 in 10,000 entries.
-Choices are made twice and must be equal. Exit status 1 if anything is off.
+equal lists, ties included; where exponentials are taken, all but 1 in a million. Noise may tip pairs of blocks whose
+scores differ by rounding: at most 1 in 10,000 entries. Choices are made twice and must be equal. Exit status 1 if
+anything is off.
 """
 
 from __future__ import annotations
