@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=4.5,
         help="of what is drawn; students learn what it makes of their predictions",
     )
-    add("--train", default="all", help="what learns, of scripts.distill.pipeline")
+    add("--train", default="q,k,v,out", help="what learns, of scripts.distill.pipeline")
     add("--also", nargs=argparse.REMAINDER, default=[], help="further options of scripts.distill.pipeline, last of all")
     add("--jobs", type=int, default=1, help="students trained at the same time")
     add("--budget", type=float, default=0.0, help="begin nothing that would end after so many seconds; 0: no limit")
