@@ -13,6 +13,7 @@ import torch
 from visattn.autocast import switched_off
 from visattn.checks import check_call, factor
 from visattn.kernels.agent.attention import pool_queries
+from visattn.kernels.centroids import centroid_rows
 from visattn.kernels.clipped import clipped
 from visattn.kernels.hybrid.rows import hybrid_rows
 from visattn.kernels.linear.causal import causal_factors
@@ -20,11 +21,13 @@ from visattn.kernels.linear.features import elu_plus_one, features, repeated, wi
 from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights
 from visattn.kernels.linear.wersa import wersa_features
+from visattn.kernels.ordered import ordered_rows
 from visattn.kernels.wrapped import gates, inside, query_factors
 from visattn.layout import Layout
 from visattn.patterns import (
     Agent,
     Best,
+    Centroids,
     Clipped,
     DynamicPattern,
     Flow,
@@ -35,6 +38,7 @@ from visattn.patterns import (
     ListedPattern,
     Mala,
     MergingPattern,
+    OrderedPattern,
     Pattern,
     PerHead,
     PooledPattern,
@@ -131,6 +135,10 @@ def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> 
         return _wrapped(q, k, pattern, call, index)
     if isinstance(pattern, PerHead):
         return _perhead(q, k, pattern, call, index)
+    if isinstance(pattern, OrderedPattern):
+        return ordered_rows(q, k, call, index)
+    if isinstance(pattern, Centroids):
+        return centroid_rows(q, k, call, index)
     if isinstance(pattern, Best):
         raise ValueError(f"{pattern} chooses by outputs, and rows have no values: ask for the rows of its patterns")
     return _listed(q, k, call, index)

@@ -19,6 +19,7 @@ from visattn.pipelines.patch import targets
 from visattn.pipelines.record import EVERYTHING
 from visattn.pipelines.report.lpips import find_lpips
 from visattn.pipelines.tuning.local import Probe
+from visattn.pipelines.tuning.played import Played
 from visattn.pipelines.tuning.projection import projection
 from visattn.schedule import Schedule
 from visattn.staged import Staged
@@ -82,14 +83,21 @@ class PipelineSubject:
         self._video = "num_frames" in parameters
         self._labels = "class_labels" in parameters
         self._twins: dict[tuple[int, ...], torch.Tensor] = {}
+        # What the models gave in the dense run that injections begin like, and of which samples that was.
+        self._played: tuple[tuple[int, ...], Played] | None = None
         # Patterns that have run with so many samples: nothing of them is left to be compiled.
         self._warm: set[tuple[Pattern, int]] = set()
         self._lpips = find_lpips()[0]
         self.grid = self._find_grid()
 
+    @property
+    def device(self) -> torch.device:
+        """See `Subject.device`."""
+        return torch.device(self.pipe.device)
+
     def about(self) -> dict[str, Any]:
         """See `Subject.about`."""
-        device = torch.device(self.pipe.device)
+        device = self.device
         given = {k: v for k, v in vars(self.samples).items() if v is not None}
         return {
             "model": self.name or self.model,
@@ -127,10 +135,15 @@ class PipelineSubject:
         self, edges: Sequence[float], assignment: Assignment, seeds: Sequence[int], timed: bool = True
     ) -> Outcome:
         """See `Subject.outcome`."""
-        twins, schedule = self.twins(seeds), schedule_of(edges, assignment)
+        schedule = schedule_of(edges, assignment)
         if timed:
+            twins = self.twins(seeds)
             self._warm_up(schedule, seeds)
-        pictures, seconds, attention = self.run(schedule, seeds)
+            pictures, seconds, attention = self.run(schedule, seeds)
+        else:
+            twins, played = self._played_twins(seeds)
+            with played.until(self._dense_steps(edges, assignment)):
+                pictures, seconds, attention = self.run(schedule, seeds)
         # What is not timed says how far outputs are moved, for which the error is enough.
         quality = self.quality(pictures, twins, perceived=timed)
         return Outcome(*quality, seconds / len(seeds), attention / len(seeds))
@@ -144,6 +157,25 @@ class PipelineSubject:
             self._twins[key] = self.run(Schedule.of(DENSE), seeds)[0]
         return self._twins[key]
 
+    def _played_twins(self, seeds: Sequence[int]) -> tuple[torch.Tensor, Played]:
+        """Dense twins, and what the models gave in their run."""
+        key = tuple(seeds)
+        if self._played is None or self._played[0] != key:
+            compiled = any(hasattr(each, "_orig_mod") for each in self.pipe.components.values())
+            models = [] if compiled else [model for model, _ in self._models]
+            played = Played(models, self.steps, -(-len(key) // self.samples.batch))
+            self._twins.pop(key, None)
+            with played.recorded():
+                self.twins(seeds)
+            self._played = key, played
+        return self.twins(seeds), self._played[1]
+
+    def _dense_steps(self, edges: Sequence[float], assignment: Assignment) -> int:
+        """Steps from the first one on in which an assignment is dense everywhere."""
+        stages = len(edges) - 1
+        first = next((s for s in range(stages) if any(row[s] != DENSE for row in assignment)), stages)
+        return round(edges[first] * self.steps)
+
     def quality(
         self, pictures: torch.Tensor, twins: torch.Tensor, perceived: bool = True
     ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
@@ -151,12 +183,13 @@ class PipelineSubject:
         found: tuple[list[float], list[float], list[float]] = ([], [], [])
         for one, other in zip(pictures, twins, strict=True):
             # All frames above each other: the error is over all of them.
-            whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in (one, other)]
+            here = [x.to(self.device) for x in (one, other)]
+            whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in here]
             found[0].append(float(psnr(*whole)[0]))
             if not perceived:
                 continue
             if min(one.shape[-2:]) >= SSIM_SIDE:
-                found[1].append(float(ssim(one, other).mean()))
+                found[1].append(float(ssim(*here).mean()))
             if self._lpips is not None:
                 found[2].append(float(self._lpips(one, other).mean()))
         return tuple(found[0]), tuple(found[1]), tuple(found[2])
@@ -219,6 +252,11 @@ class PipelineSubject:
             handle.watch(watch)
             with contextlib.suppress(_Enough):
                 self.pipe(**self.arguments(seeds[: self.samples.batch]))
+        # A run that did not end leaves caches in the middle of a step.
+        for model, _ in self._models:
+            reset: Any = getattr(model, "_reset_stateful_cache", None)
+            if reset is not None:
+                reset()
 
     def _find_grid(self) -> tuple[int, ...]:
         grids: list[tuple[int, ...]] = []
@@ -235,8 +273,8 @@ class PipelineSubject:
         return max(grids)
 
     def _wait(self) -> None:
-        if torch.device(self.pipe.device).type == "cuda":
-            torch.cuda.synchronize(self.pipe.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def schedule_of(edges: Sequence[float], assignment: Assignment) -> Schedule:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -28,7 +29,8 @@ from visattn.patterns import parse
 from visattn.pipelines.embedded import EMBEDDED
 from visattn.pipelines.load import load_pipeline
 from visattn.pipelines.tuning.subject import PipelineSubject, Samples
-from visattn.tuning.candidates import candidates, checked
+from visattn.staged import with_precision
+from visattn.tuning.candidates import candidates, checked, kind_of, precisions_of
 from visattn.tuning.journal import Journal
 from visattn.tuning.measure import Measurer, OutOfTime, Plan
 from visattn.tuning.search import HELD_OUT, Goal, Search, tuned
@@ -57,13 +59,13 @@ def grid_of(names: Sequence[str], shape: tuple[int, ...]) -> tuple[str, ...]:
 
 def fields_of(name: str) -> dict[str, Any]:
     """Parameters of a pattern."""
-    pattern: Any = parse(name)
+    pattern: Any = with_precision(name)[0]
     return dataclasses.asdict(pattern)
 
 
 def is_within(one: str, other: str) -> bool:
     """Whether a pattern lists no more than another one of its kind for every query."""
-    a, b = (fields_of(name) | {"kind": parse(name).name} for name in (one, other))
+    a, b = (fields_of(name) | {"kind": kind_of(name)} for name in (one, other))
     share = next((name for name in SHARES if name in a), "")
     if not share or share not in b or {**a, share: None} != {**b, share: None}:
         return one == other
@@ -83,7 +85,8 @@ def largest_first(names: Sequence[str]) -> list[str]:
 
 def is_coarse(name: str) -> bool:
     """Whether a pattern chooses blocks and has nothing for the rest."""
-    return getattr(parse(name), "rest", "") == "drop"
+    pattern, precision = with_precision(name)
+    return precision is None and getattr(pattern, "rest", "") == "drop"
 
 
 def everywhere(pattern: str, measurer: Measurer, first: int) -> Assignment:
@@ -93,35 +96,82 @@ def everywhere(pattern: str, measurer: Measurer, first: int) -> Assignment:
     return (row,) * measurer.subject.layers
 
 
-def measure_grid(measurer: Measurer, patterns: Sequence[str], goal: Goal) -> list[dict[str, Any]]:
+def families(names: Sequence[str]) -> list[list[str]]:
+    """Patterns that differ in how much they list alone, from the least to the most."""
+    found: list[list[str]] = []
+    for name in reversed(largest_first(names)):
+        home = next((some for some in found if is_within(some[-1], name)), None)
+        if home is None:
+            found.append([name])
+        else:
+            home.append(name)
+    return found
+
+
+def measure_grid(measurer: Measurer, patterns: Sequence[str], goals: Sequence[Goal]) -> list[dict[str, Any]]:
     """Quality and time of every single pattern, as far as the time reaches; of those left out it says why.
+
+    Of patterns that differ in how much they list alone, those are left out that list less than one far from all bounds,
+    or more than one that holds all of them.
 
     Args:
         measurer: Measures.
         patterns: The single patterns.
-        goal: With the lowest bound.
+        goals: One for each bound.
     """
-    found: list[dict[str, Any]] = []
-    times, far = known_times(measurer), []
+    lowest, highest = (pick(goals, key=lambda goal: goal.psnr or 0.0) for pick in (min, max))
+    slow, far = slower_than_dense(measurer), []
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def visit(pattern: str, first: int) -> dict[str, Any]:
+        row = rows[pattern, first] = {"pattern": pattern, "dense_stages": first}
+        measure_single(row, measurer, lowest)
+        if "quick" in row:
+            far.append(pattern)
+        print(f"grid {len(rows)} of {2 * len(patterns)}: {pattern}, {first}", flush=True)
+        return row
+
     try:
         # What is far off even with the first steps dense is farther without.
-        for first in (1, 0):
-            for pattern in largest_first(patterns):
-                row: dict[str, Any] = {"pattern": pattern, "dense_stages": first}
+        for first, family in itertools.product((1, 0), families(patterns)):
+            left = []
+            for pattern in family:
                 farther = next((name for name in far if is_within(pattern, name)), None)
-                if times.get(pattern, 0.0) > times.get(DENSE, math.inf):
-                    row["error"] = "takes longer than dense attention"
+                if pattern in slow:
+                    why = "takes longer than dense attention"
                 elif farther is not None:
-                    row["error"] = f"far from all bounds, as {farther} with as many dense steps or more"
+                    why = f"far from all bounds, as {farther} with as many dense steps or more"
                 else:
-                    measure_single(row, measurer, goal)
-                if "quick" in row:
-                    far.append(pattern)
-                found.append(row)
-                print(f"grid {len(found)} of {2 * len(patterns)}: {pattern}, {first}", flush=True)
+                    left.append(pattern)
+                    continue
+                rows[pattern, first] = {"pattern": pattern, "dense_stages": first, "error": why}
+            # Halves find where bounds begin to hold, then one by one until all of them do.
+            low, high = 0, len(left)
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (middle + 1, high) if "quick" in visit(left[middle], first) else (low, middle)
+            for at, pattern in enumerate(left):
+                if (pattern, first) in rows and "psnr" not in rows[pattern, first]:
+                    continue
+                if at < low:
+                    why = f"far from all bounds, as {left[low - 1]}"
+                    rows[pattern, first] = {"pattern": pattern, "dense_stages": first, "error": why}
+                    continue
+                row = rows.get((pattern, first)) or visit(pattern, first)
+                if "psnr" in row and holds(row, highest):
+                    for more in left[at + 1 :]:
+                        why = f"lists more than {pattern}, which holds all bounds"
+                        rows.setdefault((more, first), {"pattern": more, "dense_stages": first, "error": why})
+                    break
     except OutOfTime:
         print("the grid is cut by --seconds", flush=True)
-    return found
+    return list(rows.values())
+
+
+def holds(row: dict[str, Any], goal: Goal) -> bool:
+    """Whether the measured samples of a row have a bound and its margin."""
+    assert goal.psnr is not None
+    return Outcome.of(row).held(goal.share) >= goal.psnr + goal.margin
 
 
 def measure_single(row: dict[str, Any], measurer: Measurer, goal: Goal) -> None:
@@ -140,22 +190,20 @@ def measure_single(row: dict[str, Any], measurer: Measurer, goal: Goal) -> None:
         row["error"] = str(error).splitlines()[0]
 
 
-def known_times(measurer: Measurer) -> dict[str, float]:
-    """Time of a call of each candidate, the mean of the layers; nothing where none was measured."""
+def slower_than_dense(measurer: Measurer) -> set[str]:
+    """Candidates whose calls take longer than dense ones in every layer; none where no times were measured."""
     try:
-        local = measurer.local()
+        rows = measurer.middle()
     except OutOfTime:
-        return {}
-    rows = [stages[0] for stages in local]
-    names = [name for name in rows[0] if all(name in row for row in rows)]
-    return {name: sum(row[name].seconds for row in rows) / len(rows) for name in names}
+        return set()
+    faster = {name for row in rows for name, each in row.items() if each.seconds < row[DENSE].seconds}
+    return set(measurer.plan.candidates) - faster - {DENSE}
 
 
 def best_single(rows: Sequence[dict[str, Any]], goal: Goal, measurer: Measurer) -> dict[str, Any]:
     """The fastest that holds on the measured samples, verified on held-out ones: of the grid, or dense attention."""
-    assert goal.psnr is not None
     dense = everywhere(DENSE, measurer, 0)
-    good = [row for row in rows if "psnr" in row and Outcome.of(row).held(goal.share) >= goal.psnr + goal.margin]
+    good = [row for row in rows if "psnr" in row and holds(row, goal)]
     good.append({"pattern": DENSE, "dense_stages": 0} | measurer.outcome(dense, measurer.plan.samples).to_dict())
     best = min(good, key=lambda row: row["attention_seconds"])
     first = measurer.plan.seed + HELD_OUT
@@ -196,11 +244,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     subject = PipelineSubject(pipe, samples, options.model)
     # Lists that are kept for all steps of a stage.
     every = max(1, round(subject.steps / options.stages))
+    kinds = precisions_of(subject.device) if options.eight_bits else ()
     given = options.candidates and checked(options.candidates, subject.grid)
-    names = given or [name for name in candidates(subject.grid, every) if not (options.lean and is_coarse(name))]
+    names = given or [name for name in candidates(subject.grid, every, kinds) if not (options.lean and is_coarse(name))]
     plan = Plan(
         tuple(names),
         options.stages,
+        options.groups,
         probes=options.probes,
         checks=options.checks,
         seeds=options.seeds,
@@ -222,7 +272,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         results["bounds"][bound] = search(goal, measurer, options)
         write(results, options)
     measurer.deadline = start + GRID * options.seconds
-    results["grid"] = measure_grid(measurer, grid_of(names, subject.grid), Goal(psnr=min(options.psnr)))
+    results["grid"] = measure_grid(measurer, grid_of(names, subject.grid), list(goals.values()))
     write(results, options)
     measurer.deadline = math.inf
     for bound, goal in goals.items():
@@ -295,7 +345,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seeds", type=int, default=20, help="samples of a schedule's quality")
     add("--quick", type=int, default=8, help="samples of an injection")
     add("--stages", type=int, default=4, help="equal parts of the steps with patterns of their own")
+    add("--groups", type=int, default=12, help="groups of neighbouring layers that are injected together")
     add("--lean", action="store_true", help="search without patterns that drop what they do not list")
+    add("--eight-bits", action=argparse.BooleanOptionalAction, default=True, help="candidates in int8 and fp8 too")
     add("--candidates", nargs="+", help="patterns for the search instead of its own, dense always among them")
     add("--probes", type=int, default=2, help="candidates that are injected at each layer and part")
     add("--checks", type=int, default=12, help="further injections, to see how well those predict")

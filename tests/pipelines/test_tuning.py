@@ -2,18 +2,26 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 
 import visattn
 from tests.support import tiny_pipelines
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
+from visattn.pipelines.tuning import local
 from visattn.pipelines.tuning.projection import projection
 from visattn.pipelines.tuning.subject import PipelineSubject, Samples, schedule_of
 from visattn.tuning.subject import DENSE
 
 EDGES = (0.0, 0.5, 1.0)
 CHEAP, GOOD = "topk(keep=0.05)", "topk(keep=0.5, rest=mean)"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Tiny models run dense attention faster than anything else."""
+    monkeypatch.setattr(local, "HOPELESS", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +53,7 @@ def test_errors_are_ordered_and_times_are_there(subject):
     for layer in found:
         assert set(layer) == {DENSE, CHEAP, GOOD}
         assert layer[DENSE].error == 0 < layer[GOOD].error < layer[CHEAP].error
-        assert all(local.seconds > 0 for local in layer.values())
+        assert all(each.seconds > 0 for each in layer.values())
 
 
 def test_kept_lists_are_as_old_as_in_the_mean_and_times_are_only_those_asked_for(subject):
@@ -68,7 +76,7 @@ def test_what_is_new_is_warmed_up_once(subject, monkeypatch):
         return real(self, **arguments)
 
     monkeypatch.setattr(type(subject.pipe), "__call__", called)
-    subject.twins((0, 1, 2))
+    subject.outcome(EDGES, ((GOOD, DENSE),) * 2, (0, 1, 2), timed=False)
     rows = (("topk(keep=0.3)", DENSE),) * 2
     for timed, runs in ((False, 2), (True, 4), (True, 2)):
         calls.clear()
@@ -119,3 +127,34 @@ def test_two_transformers_with_guidance_in_two_forwards_share_a_schedule():
     assert found[0][0][names[1]].error != found[1][0][names[1]].error
     late, early = (subject.outcome(EDGES, (rows,) * 2, (0,), False) for rows in ((DENSE, names[1]), (names[1], DENSE)))
     assert all(0 < each.error < 1 and each.attention_seconds > 0 for each in (late, early)) and late != early
+
+
+@pytest.mark.filterwarnings("error:no attention module")
+def test_injections_do_not_run_again_what_is_dense_before_them():
+    samples = Samples(("red disc, flat", "blue bar, 3d"), steps=4, size=(64, 64), batch=2)
+    subject = PipelineSubject(tiny_pixel_flux(), samples)
+    model, calls = subject.pipe.transformer, []
+    hook = model.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    seeds, late = (0, 1, 2), ((DENSE, CHEAP),) * 2
+    subject.outcome(EDGES, ((CHEAP, CHEAP),) * 2, seeds)
+    counts, outcomes = [], []
+    for timed in (False, False, True):
+        calls.clear()
+        outcomes.append(subject.outcome(EDGES, late, seeds, timed))
+        counts.append(len(calls))
+    hook.remove()
+    # In two batches of four steps: the first time beside a dense run, whose first half is played from then on;
+    # what is timed is warmed up for two steps.
+    assert counts == [8 + 4, 4, 8 + 4]
+    assert outcomes[0].psnr == outcomes[1].psnr == outcomes[2].psnr and 0 < outcomes[0].error < 1
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "FirstBlockCacheConfig"), reason="this diffusers has no such cache")
+def test_with_a_cache_nothing_is_played_for_it_would_miss_what_was():
+    pipe = tiny_pipelines.flux()[0]
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e9))
+    subject = PipelineSubject(pipe, Samples(("a cat",), steps=4, size=(64, 64), batch=1))
+    late = ((DENSE, CHEAP),) * 2
+    assert subject.outcome(EDGES, late, (0,), timed=False).psnr == subject.outcome(EDGES, late, (0,)).psnr

@@ -1,14 +1,19 @@
 """scripts.measure.heads and scripts.measure.guidance on a tiny model: files, going on, and refusals."""
 
 import json
+from itertools import count
 
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from scripts.measure import guidance, heads
+from scripts.train.emoji_captions import NEW_EMOJI, NEW_PAIR
+from scripts.train.emoji_data import load_pack
+from tests.support.tiny_emoji import tiny_pack
 from tests.support.tiny_pixel_flux import SIDE, tiny_pixel_flux
 
 WORDS = ["--size", str(SIDE), "--steps", "1", "--prompts", "2"]
@@ -33,6 +38,32 @@ def test_search_of_a_palette(tmp_path, capsys):
         heads.main([*given, "--objective", "sharpness"])
     with pytest.raises(SystemExit, match="needs --examples"):
         heads.main([*given, "--objective", "palette"])
+
+
+def test_heads_are_measured_on_captions_that_nobody_had(tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        heads, "draw", lambda *given: asked.append(given[1:3]) or torch.rand(len(given[2]), 3, SIDE, SIDE)
+    )
+    batches = count()
+    # The first candidate scores best; pictures without guidance are drawn last.
+    monkeypatch.setattr(
+        heads, "caption_objective", lambda *_: lambda pictures, _: torch.linspace(0, 0.1, len(pictures)) - next(batches)
+    )
+    given = ["--out", str(tmp_path / "a.jsonl"), *WORDS, "--seeds", "1", "--most", "1", "--scale", "1"]
+    heads.main([*given, "--data", str(tiny_pack(tmp_path / "pack")), "--held-out", "4"])
+    found = json.loads((tmp_path / "a.json").read_text())
+    rows = found["held_out"]
+    assert list(rows) == ["no perturbation", "the middle layers", "1 heads, drawn", "1 heads, found"]
+    assert rows["1 heads, found"]["heads"] == found["heads"] and found["candidates"] == 2
+    assert rows["no perturbation"]["gain"] == 0 != rows["the middle layers"]["gain"]
+    assert [variant.scale for variant, _ in asked] == [0, 1, 1, 1]
+    searched = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["settings"]["prompts"]
+    for _, prompts in asked:
+        assert len(prompts) == 4 and not set(prompts) & set(searched)
+    pack = load_pack(tmp_path / "pack", side=SIDE)
+    held = {pack.pictures[i].caption for i in pack.of(NEW_PAIR, NEW_EMOJI).tolist()}
+    assert set(asked[0][1]) <= held and not held & set(searched)
 
 
 def test_rows_and_picture_of_guidance(tmp_path, monkeypatch):

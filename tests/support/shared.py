@@ -131,6 +131,7 @@ OWN = {
     "gate": "it runs lists that trained weights choose",
     "hybrid": "it runs sla, sla2 and vsa only",
     "ordered": "it runs patterns of groups of tokens",
+    "centroids": "it runs clusters around trained centroids only",
 }
 
 

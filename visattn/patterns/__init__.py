@@ -6,6 +6,7 @@ from visattn.patterns.above import Above
 from visattn.patterns.agent import Agent
 from visattn.patterns.agent_sd import AgentSD
 from visattn.patterns.base import Pattern
+from visattn.patterns.centroids import Centroids
 from visattn.patterns.clear import Clear
 from visattn.patterns.clipped import Clipped
 from visattn.patterns.dense import Dense
@@ -36,6 +37,7 @@ from visattn.patterns.masks import dense_mask, routed_mask
 from visattn.patterns.neighborhood import Neighborhood
 from visattn.patterns.ordered import OrderedPattern
 from visattn.patterns.perhead import Best, HeadsPattern, PerHead
+from visattn.patterns.pruned import Pruned
 from visattn.patterns.radial import Radial
 from visattn.patterns.routes import Routes
 from visattn.patterns.routing import Routing
@@ -58,6 +60,7 @@ __all__ = [
     "AgentSD",
     "Best",
     "BiasedPattern",
+    "Centroids",
     "Clear",
     "Clipped",
     "ComposedPattern",
@@ -81,6 +84,7 @@ __all__ = [
     "Pattern",
     "PerHead",
     "PooledPattern",
+    "Pruned",
     "Radial",
     "RoutedPattern",
     "Routes",
@@ -113,6 +117,8 @@ PATTERNS: tuple[type[Pattern], ...] = (
     Above,
     KMeans,
     Lsh,
+    Pruned,
+    Centroids,
     Gate,
     SLA,
     SLA2,

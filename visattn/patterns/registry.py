@@ -39,6 +39,8 @@ KINDS = REGISTRY.declare(
         "above": "visattn.patterns.above:Above",
         "kmeans": "visattn.patterns.kmeans:KMeans",
         "lsh": "visattn.patterns.lsh:Lsh",
+        "pruned": "visattn.patterns.pruned:Pruned",
+        "centroids": "visattn.patterns.centroids:Centroids",
         "gate": "visattn.patterns.gate:Gate",
         "sla": "visattn.patterns.hybrid.sla:SLA",
         "sla2": "visattn.patterns.hybrid.sla2:SLA2",

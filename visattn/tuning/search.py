@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,13 +10,17 @@ from typing import Any
 
 from visattn.tuned import Tuned
 from visattn.tuning.measure import Measurer, OutOfTime
-from visattn.tuning.overhead import overheads
+from visattn.tuning.overhead import excess, overheads
 from visattn.tuning.sensitivity import rank_correlation
 from visattn.tuning.solve import Rung, ladder
 from visattn.tuning.subject import DENSE, Assignment, Outcome
 
 # Seeds of the samples that verify begin so far behind those that are measured; another round begins as far again.
 HELD_OUT = 1_000_000
+# A schedule that takes so much longer than one that does not hold is near enough to the fastest that does.
+CLOSE = 0.02
+# Schedules that predictions choose before halves of what is left do, and by how many dB these go beyond the bound.
+GUESSES, BEYOND = 5, 0.5
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ class Search:
         try:
             local = measurer.local()
             responses, ranks = measurer.responses(local)
-            self._rungs = ladder(measurer.choices(local, responses, overheads(measurer, local)))
+            beyond = overheads(measurer, local), excess(measurer, local, responses)
+            self._rungs = ladder(measurer.choices(local, responses, *beyond))
             rung = self._find(margin)
         except OutOfTime:
             complete = False
@@ -130,18 +136,51 @@ class Search:
             most = self._dense_time / goal.speedup
             within = [i for i, rung in enumerate(self._rungs) if rung.time <= most]
             return within[-1] if within else 0
-        low, high = 0, len(self._rungs) - 1
+        low, high = self._bracket(margin)
         rounds = max(1, math.ceil(math.log2(high + 1)))
         done = 0
-        while low < high:
+        while low < high and not self._alike(low - 1, high):
             self.measurer.tell("schedules", min(done, rounds), rounds)
-            middle, done = (low + high) // 2, done + 1
-            if self._holds(middle, margin):
-                high = middle
+            # Predictions may be off all in one direction: then halves end it.
+            rung = self._guess(low, high, margin) if done < GUESSES else (low + high) // 2
+            done += 1
+            if self._holds(rung, margin):
+                high = rung
             else:
-                low = middle + 1
+                low = rung + 1
         self.measurer.tell("schedules", rounds, rounds)
-        return low
+        return high
+
+    def _bracket(self, margin: float) -> tuple[int, int]:
+        """The first rung that may hold, and the first that is known to: what was measured for another margin counts."""
+        scores = {}
+        for rung in range(len(self._rungs)):
+            each = self.tried.get(self._assignment(rung))
+            if each is not None:
+                scores[rung] = math.inf if each["score"] is None else each["score"]
+        needed = self.goal.least + margin
+        high = min((i for i, score in scores.items() if score >= needed), default=len(self._rungs) - 1)
+        return max((i + 1 for i, score in scores.items() if i < high and score < needed), default=0), high
+
+    def _alike(self, failed: int, held: int) -> bool:
+        """Whether a rung that holds takes hardly longer than one that does not."""
+        return failed >= 0 and self._rungs[held].time <= self._rungs[failed].time * (1 + CLOSE)
+
+    def _guess(self, low: int, high: int, margin: float) -> int:
+        """The next rung to measure: with one end of what is left measured, the first that is predicted to hold.
+
+        It goes a little beyond, to the side that is not measured. With both ends, or none, it is the middle in time.
+        """
+        seen = {i: self.tried.get(self._assignment(i), {}).get("score") for i in {low - 1, high} if i >= 0}
+        offsets = [score - _decibels(self._rungs[i].loss) for i, score in seen.items() if score is not None]
+        times = [rung.time for rung in self._rungs[low:high]]
+        middle = min(low + bisect.bisect(times, (times[0] + self._rungs[high].time) / 2), high - 1)
+        if self.goal.psnr is None or len(offsets) != 1:
+            return middle
+        # Of what holds the fastest is looked for: a guess that should just fail after one that held, and the reverse.
+        beyond = BEYOND if seen.get(high) is None else -BEYOND
+        needed = self.goal.least + margin + beyond - offsets[0]
+        return next((i for i in range(low, high) if _decibels(self._rungs[i].loss) >= needed), high - 1)
 
     def _holds(self, rung: int, margin: float) -> bool:
         return self.goal.score(self._outcome(rung)) >= self.goal.least + margin
@@ -206,6 +245,11 @@ class Search:
             f"no schedule faster than dense {self.goal}{seen}: pass {other}, more --candidates (such as topk with a "
             "larger keep), or more --seeds"
         )
+
+
+def _decibels(loss: float) -> float:
+    """A squared error as PSNR."""
+    return math.inf if loss <= 0 else -10 * math.log10(loss)
 
 
 def stages_of(edges: Sequence[float], row: Sequence[str]) -> dict[str, str]:
