@@ -66,8 +66,8 @@ def test_heads_are_measured_on_captions_that_nobody_had(tmp_path, capsys, monkey
     heads.main([*given, "--data", "pack", "--held-out", "4"])
     found = json.loads((tmp_path / "a.json").read_text())
     rows = found["held_out"]
-    assert list(rows) == ["no perturbation", "the middle layers", "1 heads, drawn", "1 heads, found"]
-    assert rows["1 heads, found"]["heads"] == found["heads"] and found["candidates"] == 2
+    assert list(rows) == ["no perturbation", "the middle layers", "1 head, drawn", "1 head, found"]
+    assert rows["1 head, found"]["heads"] == found["heads"] and found["candidates"] == 2
     assert rows["no perturbation"]["gain"] == 0 != rows["the middle layers"]["gain"]
     assert [variant.scale for variant, _ in asked] == [0, 1, 1, 1]
     searched = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["settings"]["prompts"]

@@ -43,6 +43,7 @@ def show(found: Sequence[Measured]) -> None:
     from rich.table import Table
 
     from visattn.chart import duration
+    from visattn.dispatch import load
 
     done = [each for each in found if each.result is not None]
     names = [name for name in _backends(done) if any(_line(each, name) for each in done)]
@@ -63,11 +64,13 @@ def show(found: Sequence[Measured]) -> None:
     # As wide as it is: a table of a benchmark is read in files too.
     Console(highlight=False, width=400).print(table)
     typer.echo("x: against plain SDPA in the same turns (its causal kernel where all is causal); *: taken by auto")
-    for name in _backends(done):
-        if name not in names:
-            lines = [line for each in done if each.result is not None for line in each.result.lines]
-            reasons = {line.reason for line in lines if line.backend == name}
-            typer.echo(f"{name} runs none: {sorted(reasons)[0]}")
+    absent = [name for name in _backends(done) if name not in names]
+    others = [name for name in absent if load(name).available().ok]
+    for name in absent:
+        if name not in others:
+            typer.echo(f"{name} runs none: {load(name).available().reason}")
+    if others:
+        typer.echo(f"for other patterns or calls: {', '.join(others)}")
     left = len(found) - len(done)
     if left:
         typer.echo(f"{left} of {len(found)} cases were left out, as the budget would be over: pass a larger --budget")
