@@ -272,8 +272,8 @@ def _check_pipeline(pipe: Any) -> None:
     why = why or why_not(pipe)
     if why:
         raise ValueError(
-            f"style_transfer: {type(pipe).__name__} {why}: use Stable Diffusion 1.x to 3, FLUX.1, QwenImage, or one that "
-            "is like these"
+            f"style_transfer: {type(pipe).__name__} {why}: use Stable Diffusion 1.x to 3, FLUX.1, QwenImage, or one "
+            "like these"
         )
 
 
