@@ -35,6 +35,8 @@ CASES: dict[str, tuple[str, Layout]] = {
     "topp": ("topp(p=0.5,most=0.5,least=2)", Layout((21, 45, 80))),
     "topp, under": ("topp(p=0.5,rule=under)", Layout((90, 100))),
     "above": ("above(tau=1.0,most=0.3,always=near(1))", Layout((21, 45, 80))),
+    "topk, causal frames": ("topk(keep=0.1,block=1x8x16,key_block=1x8x8,causal=1x0x0)", Layout((21, 45, 80), 7)),
+    "topp, causal line": ("topp(p=0.5,block=64,always=self+first(1),causal=true)", Layout(20_000)),
     "long rows": ("topk(keep=64,block=32,always=first(1))", Layout(200_000)),
 }
 

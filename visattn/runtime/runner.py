@@ -358,10 +358,15 @@ class Runner:
         if sequences is None:
             return Verdict("dense", shapes=_shapes(call), why=fit.why)
         forward = self.run.forward
-        precision = None if forward is None or forward.precise else self.precision
+        precision = None if forward is None or forward.precise else self._precision(forward)
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode, precision))
         always = self._always or bool(parameters)
         return judge(self.pattern, problems, fit.layouts, self.backend, always, not call.local)
+
+    def _precision(self, forward: Forward) -> str | None:
+        """What the pattern is computed in, in a forward."""
+        own = forward.precision(self.given) if isinstance(self.given, Staged) else None
+        return own or self.precision
 
     def _problems(
         self,

@@ -64,7 +64,7 @@ def causal_launches(dtype: torch.dtype, features: int, channels: int) -> dict[st
     if dtype == torch.float32:
         return table | {
             "read_chunks": Launch(16, d, 32, 4 if d <= 128 else 8, 1),
-            "chunk_grad": Launch(min(f, 32), min(d, 16), 32, 4, 1),
+            "chunk_grad": Launch(min(f, 32), min(d, 32), 16, 4, 1),
         }
     # Found by compiling for every architecture: none of these spills (`visattn.kernels.triton.resources`).
     read = 32 if d <= 64 and dtype == torch.bfloat16 else 16
