@@ -42,6 +42,7 @@ def show(found: Sequence[Measured]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from visattn.bench import FAILED
     from visattn.chart import duration
     from visattn.dispatch import load
 
@@ -64,11 +65,16 @@ def show(found: Sequence[Measured]) -> None:
     # As wide as it is: a table of a benchmark is read in files too.
     Console(highlight=False, width=400).print(table)
     typer.echo("x: against plain SDPA in the same turns (its causal kernel where all is causal); *: taken by auto")
-    absent = [name for name in _backends(done) if name not in names]
-    others = [name for name in absent if load(name).available().ok]
-    for name in absent:
-        if name not in others:
-            typer.echo(f"{name} runs none: {load(name).available().reason}")
+    others = []
+    for name in _backends(done):
+        if name in names:
+            continue
+        lines = [line for each in done if each.result is not None for line in each.result.lines if line.backend == name]
+        failed = [line.reason for line in lines if line.reason.startswith(FAILED)]
+        if failed or not load(name).available().ok:
+            typer.echo(f"{name} runs none: {failed[0] if failed else load(name).available().reason}")
+        else:
+            others.append(name)
     if others:
         typer.echo(f"for other patterns or calls: {', '.join(others)}")
     left = len(found) - len(done)
