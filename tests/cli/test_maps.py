@@ -113,14 +113,21 @@ def test_a_pipeline_whose_heads_differ_is_tuned_head_by_head(command, folder, mo
     assert f"{len(sites)} modules, {2 * len(sites)} heads" in said
     candidates = (out / "candidates.txt").read_text().splitlines()
     own = [text for text in candidates if text.startswith("perhead")]
-    assert own and any(text in json.loads((out / "schedule.json").read_text()).values() for text in own)
+    schedule, places = json.loads((out / "schedule.json").read_text()), [text.split(" @ ") for text in own]
+    assert own and any(text == schedule.get(site) for text, site in places)
     (out / "own.txt").write_text("\n".join(own))
     few = ["--stages", 1, "--seeds", 2, "--held-out", 1, "--batch", 2, "--psnr", 1]
     tuned = ["--candidates", out / "own.txt", "--out", folder / "tuned.json"]
     status, said, error = command("tune", "--model", folder / "pipeline", *words, *few, *tuned)
     assert status == 0, error
-    measured = (folder / "tuned.jsonl").read_text()
-    assert all(text in measured for text in own)
+    lines = [json.loads(line) for line in (folder / "tuned.jsonl").read_text().splitlines()]
+    (local,) = [line["value"] for line in lines if line.get("key", "").startswith('["local"')]
+    for layer, found in zip(sites, local, strict=True):
+        assert {name for name in found if name != "dense"} == {text for text, site in places if site == layer["site"]}
+    tuned[1] = out / "wrong.txt"
+    tuned[1].write_text(f"{places[0][0]} @ nosuch")
+    status, _, error = command("tune", "--model", folder / "pipeline", *words, *few, *tuned, "--force")
+    assert status == 2 and "is for nosuch, which is no layer here" in error
 
 
 @browser
