@@ -86,6 +86,7 @@ def tune(
     texts: tuple[Any, ...] = () if of_timm else (*(prompt or ()), *_lines(prompts)) or parse_labels(label)
     listed = _lines(candidates)
     output_file(out, (".json",), force)
+    from visattn.tuning.budget import fitted
     from visattn.tuning.candidates import candidates as of_grid
     from visattn.tuning.candidates import checked, precisions_of
     from visattn.tuning.journal import Journal
@@ -106,7 +107,11 @@ def tune(
     goal = Goal(psnr, speedup, accuracy, share, margin, held_out)
     kept = Journal(journal or out.with_suffix(".jsonl"), subject.about() | {"candidates": chosen, "stages": stages})
     with _progress() as tell:
-        search = Search(Measurer(subject, plan, kept, deadline, tell), goal)
+        measurer = Measurer(subject, plan, kept, deadline, tell)
+        if minutes:
+            plan = fitted(measurer, 60 * minutes, held_out)
+            measurer = Measurer(subject, plan, kept, deadline, tell)
+        search = Search(measurer, goal)
         found = search.run()
         made = tuned(search, found)
     made.write(out)

@@ -1,0 +1,64 @@
+"""How much of a search is measured, so that it ends in the time that is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from visattn.tuning.measure import Measurer, Plan
+from visattn.tuning.subject import DENSE
+
+# Schedules that a search measures before it finds the one to verify.
+SCHEDULES = 5
+# Runs of a candidate in a layer for its error and its time, in dense calls; share of the candidates that stay for
+# stages other than the middle one.
+RUNS, STAY = 2.0, 0.5
+
+
+def fitted(measurer: Measurer, seconds: float, held_out: int) -> Plan:
+    """The plan, or one with fewer injections and candidates that is estimated to end in time.
+
+    Args:
+        measurer: Measures, or knows, how long dense samples take.
+        seconds: For the whole search.
+        held_out: Samples that verify.
+    """
+    subject, plan = measurer.subject, measurer.plan
+    row = (DENSE,) * plan.stages
+    sample = measurer.quality((row,) * subject.layers).seconds
+    smaller = plan
+    for smaller in _smaller(plan):
+        if estimated(smaller, sample, subject.steps, held_out) <= seconds:
+            break
+    return smaller
+
+
+def estimated(plan: Plan, sample: float, steps: int, held_out: int) -> float:
+    """Seconds of a search.
+
+    Args:
+        plan: What is measured.
+        sample: Seconds of a dense sample.
+        steps: Denoising steps.
+        held_out: Samples that verify.
+    """
+    quick = plan.quick * sample
+    # An injection runs from its stage on, and they are in all stages alike.
+    share = (plan.stages + 1) / (2 * plan.stages)
+    injections = (plan.groups * plan.probes + 1) * plan.stages + plan.checks
+    candidates = len(plan.candidates) * RUNS * (1 + STAY * (plan.stages - 1)) / steps
+    whole = SCHEDULES * plan.seeds + 2 * held_out + plan.seeds
+    return quick * (injections * share + candidates) + sample * whole
+
+
+def _smaller(plan: Plan) -> Iterator[Plan]:
+    """Plans with ever less to measure."""
+    yield plan
+    plan = dataclasses.replace(plan, checks=min(plan.checks, 4), probes=1)
+    yield plan
+    for groups in (6, 4, 2):
+        plan = dataclasses.replace(plan, groups=min(plan.groups, groups))
+        yield plan
+        # Neighbours of a list are alike but for how much they keep.
+        plan = dataclasses.replace(plan, candidates=plan.candidates[:1] + plan.candidates[2::2])
+        yield plan
