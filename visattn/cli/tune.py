@@ -105,8 +105,9 @@ def tune(
     chosen = checked(listed, subject.grid) if listed else of_grid(subject.grid, every, precisions_of(subject.device))
     plan = Plan(chosen, stages, seeds=seeds, quick=min(seeds, batch), seed=seed)
     goal = Goal(psnr, speedup, accuracy, share, margin, held_out)
-    kept = Journal(journal or out.with_suffix(".jsonl"), subject.about() | {"candidates": chosen, "stages": stages})
-    with _progress() as tell:
+    lines = journal or out.with_suffix(".jsonl")
+    kept = Journal(lines, subject.about() | {"candidates": chosen, "stages": stages})
+    with _goes_on(lines), _progress() as tell:
         measurer = Measurer(subject, plan, kept, deadline, tell)
         if minutes:
             plan = fitted(measurer, 60 * minutes, held_out)
@@ -120,6 +121,16 @@ def tune(
     with written_whole(out.with_suffix(".html")) as temporary:
         temporary.write_text(page(made, found), encoding="utf-8")
     _say(out, goal, plan, found, dict(made.verified))
+
+
+@contextmanager
+def _goes_on(journal: Path) -> Iterator[None]:
+    """Says after Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: the same command goes on behind the last line of {journal}", err=True)
+        raise
 
 
 def _pipeline(model: str, device: str, dtype: str | None, samples: tuple[Any, ...]) -> Subject:
