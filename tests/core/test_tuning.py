@@ -308,10 +308,12 @@ class TestSearch:
         assert used[0] == {"topk": pytest.approx(1.0, rel=0.05), "na": pytest.approx(1.0, rel=0.05)}
         assert used[1] == {"topk": 1.0, "na": pytest.approx(10.0, rel=0.05)}
 
-    def test_minutes_measure_less_where_samples_are_slow(self):
+    def test_minutes_measure_less_where_samples_are_slow(self, monkeypatch):
+        clock = itertools.count(0, 240)
+        monkeypatch.setattr("time.perf_counter", lambda: next(clock))
         plan = Plan(candidates((64, 64)), stages=2, seeds=8, quick=4)
         made = Measurer(Numbers(), plan, Journal(None, {}))
-        # Of 3 layers in 2 stages of 10 seconds.
+        # Four samples take four minutes.
         whole = estimated(plan, 60.0, 8, 20)
         found = [fitted(made, whole * share, 20) for share in (1.01, 0.75, 0.6, 0.01)]
         assert found[0] == plan and found[1].probes == 1 and found[1].candidates == plan.candidates

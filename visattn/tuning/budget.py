@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 
 from visattn.tuning.measure import Measurer, Plan
@@ -23,14 +24,21 @@ def fitted(measurer: Measurer, seconds: float, held_out: int) -> Plan:
         seconds: For the whole search.
         held_out: Samples that verify.
     """
-    subject, plan = measurer.subject, measurer.plan
-    row = (DENSE,) * plan.stages
-    sample = measurer.quality((row,) * subject.layers).seconds
+    plan = measurer.plan
+    # In the journal, so that a search that goes on has the same plan.
+    sample = measurer.journal.get(["sample", plan.quick], lambda: _sample(measurer))
     smaller = plan
     for smaller in _smaller(plan):
-        if estimated(smaller, sample, subject.steps, held_out) <= seconds:
+        if estimated(smaller, sample, measurer.subject.steps, held_out) <= seconds:
             break
     return smaller
+
+
+def _sample(measurer: Measurer) -> float:
+    """Seconds of a dense sample, the first time that it runs: what is known of it would be played."""
+    start = time.perf_counter()
+    measurer.quality(((DENSE,) * measurer.plan.stages,) * measurer.subject.layers)
+    return (time.perf_counter() - start) / measurer.plan.quick
 
 
 def estimated(plan: Plan, sample: float, steps: int, held_out: int) -> float:
