@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from visattn.kernels.linear.features import elu_plus_one, repeated, widened
+from visattn.kernels.linear.features import feature_map, repeated, widened
 from visattn.kernels.linear.plain import divided
 from visattn.layout import Layout
 from visattn.patterns.linear import Linear
@@ -116,8 +116,7 @@ def plain_grid_attention(
         [B, S, H, D] in v's dtype.
     """
     heads = q.shape[2]
-    maps = {"elu": elu_plus_one, "relu": lambda x: widened(x).relu(), "given": widened}
-    q, k, values = maps[feature](q), repeated(maps[feature](k), heads), repeated(widened(v), heads)
+    q, k, values = feature_map(q, feature), repeated(feature_map(k, feature), heads), repeated(widened(v), heads)
     if key_mask is not None:
         k = k * key_mask[:, :, None, None]
     values = torch.cat([values, values.new_ones(*values.shape[:3], 1)], 3)

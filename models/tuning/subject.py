@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from visattn.models.swap.install import own_grid
 from visattn.models.swap.sites import find_sites
 from visattn.models.tuning.pictures import Pictures
 from visattn.schedule import Schedule
+from visattn.tuning.places import Only, by_layer, names_at
 from visattn.tuning.subject import DENSE, Assignment, Local, Outcome
 
 # Measurements of the time of a candidate, and of a schedule.
@@ -34,16 +36,32 @@ class BackboneSubject:
     measure = "snr"
     steps = 1
 
-    def __init__(self, model: nn.Module, pictures: Pictures, name: str = "", batch: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pictures: Pictures,
+        name: str = "",
+        batch: int = 8,
+        only: Only = MappingProxyType({}),
+    ) -> None:
         """Look at a model.
 
+        Args:
+            model: The model.
+            pictures: What it sees.
+            name: As it was asked for.
+            batch: Pictures at once.
+            only: Candidates that are for some layers alone, see `visattn.tuning.places`.
+
         Raises:
-            ValueError: If its attention cannot be swapped, or it does not say on which grid its tokens sit.
+            ValueError: If its attention cannot be swapped, it does not say on which grid its tokens sit, or it has no
+                layer that a candidate is for.
         """
         self._net, self.pictures, self.name, self.batch = model.eval(), pictures, name, batch
         self.model = type(model).__name__
         sites = find_sites(model, self.model)
         self._layers = list(dict.fromkeys(site.name.layer for site in sites))
+        self._only = by_layer(only, self._layers, {site.name.path: site.name.layer for site in sites})
         self._modules = [[s.module for s in sites if s.name.layer == layer] for layer in self._layers]
         self.layers, self.parameters = len(self._layers), sum(each.numel() for each in model.parameters())
         grid = own_grid(model)
@@ -52,24 +70,19 @@ class BackboneSubject:
                 f"{self.model} does not say on which grid its tokens sit, so no schedule can be tuned for it"
             )
         self.grid = grid
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         self._twins: dict[tuple[int, ...], torch.Tensor] = {}
         self._warm: set[tuple[str, int]] = set()
 
-    @property
-    def queued(self) -> bool:
-        """See `Subject.queued`."""
-        return self._device.type != "cpu"
-
     def about(self) -> dict[str, Any]:
         """See `Subject.about`."""
-        on_gpu = self._device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
         return {
             "model": self.name or self.model,
             "grid": list(self.grid),
             "pictures": [self.pictures.name, self.pictures.count],
             "batch": self.batch,
-            "device": torch.cuda.get_device_name(self._device) if on_gpu else cpu_name(),
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu_name(),
             "dtype": str(next(self._net.parameters()).dtype).removeprefix("torch."),
             "torch": versions()["torch"],
         }
@@ -83,7 +96,7 @@ class BackboneSubject:
         found: list[dict[str, Local]] = []
         for layer in range(self.layers):
             here: dict[str, Local] = {}
-            for name in candidates:
+            for name in names_at(self._layers[layer], candidates, self._only):
                 if name in failed:
                     continue
                 try:
@@ -140,7 +153,7 @@ class BackboneSubject:
                 for first in range(0, len(seeds), self.batch):
                     which = self.pictures.of_seeds(seeds)[first : first + self.batch]
                     x = torch.stack([self.pictures.get(i) for i in which])
-                    parts.append(self._net(x.to(self._device, next(self._net.parameters()).dtype)).float().cpu())
+                    parts.append(self._net(x.to(self.device, next(self._net.parameters()).dtype)).float().cpu())
             finally:
                 if handle is not None:
                     handle.remove()
@@ -170,8 +183,8 @@ class BackboneSubject:
                 hook.remove()
 
     def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def _snr(one: torch.Tensor, twin: torch.Tensor) -> float:

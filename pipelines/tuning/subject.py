@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from visattn.pipelines.tuning.projection import projection
 from visattn.schedule import Schedule
 from visattn.staged import Staged
 from visattn.tally import all_timed
+from visattn.tuning.places import Only, by_layer, names_at
 from visattn.tuning.search import stages_of
 from visattn.tuning.subject import DENSE, Assignment, Local, Outcome
 from visattn.watch import Watched
@@ -62,16 +64,27 @@ class PipelineSubject:
 
     measure = "psnr"
 
-    def __init__(self, pipe: Any, samples: Samples, name: str = "", backend: str = "auto") -> None:
+    def __init__(
+        self, pipe: Any, samples: Samples, name: str = "", backend: str = "auto", only: Only = MappingProxyType({})
+    ) -> None:
         """Look at a pipeline.
 
+        Args:
+            pipe: The pipeline.
+            samples: What is generated.
+            name: Of the model, as it was asked for.
+            backend: "auto" or the name of a backend.
+            only: Candidates that are for some layers alone, see `visattn.tuning.places`.
+
         Raises:
-            ValueError: If it has several kinds of denoising models, which a schedule cannot tell apart.
+            ValueError: If it has several kinds of denoising models, which a schedule cannot tell apart, or no layer
+                that a candidate is for.
         """
         self.pipe, self.samples, self.name, self.backend = pipe, samples, name, backend
         found = targets.find(pipe, Request(Schedule.of(DENSE)))
         self._models = [(one.model, one.family.find_sites(one.model)) for one in found]
         self._layers = list(dict.fromkeys(site.layer for site, _ in self._models[0][1]))
+        self._only = by_layer(only, self._layers, {site.path: site.layer for site, _ in self._models[0][1]})
         self.model = type(found[0].model).__name__
         kinds = {(type(m).__name__, tuple(site.path for site, _ in sites)) for m, sites in self._models}
         if len(kinds) > 1:
@@ -91,13 +104,13 @@ class PipelineSubject:
         self.grid = self._find_grid()
 
     @property
-    def queued(self) -> bool:
-        """See `Subject.queued`."""
-        return torch.device(self.pipe.device).type != "cpu"
+    def device(self) -> torch.device:
+        """See `Subject.device`."""
+        return torch.device(self.pipe.device)
 
     def about(self) -> dict[str, Any]:
         """See `Subject.about`."""
-        device = torch.device(self.pipe.device)
+        device = self.device
         given = {k: v for k, v in vars(self.samples).items() if v is not None}
         return {
             "model": self.name or self.model,
@@ -114,7 +127,8 @@ class PipelineSubject:
     ) -> list[dict[str, Local]]:
         """See `Subject.local`."""
         model = self._models[0][0]
-        probe = Probe(candidates, step, lambda path, channels: projection(model, path, channels), timed)
+        of_site = {site.path: names_at(site.layer, candidates, self._only) for site, _ in self._models[0][1]}
+        probe = Probe(candidates, step, lambda path, channels: projection(model, path, channels), timed, of_site)
         self._watch(probe, step, seeds)
         found = probe.found
         result: list[dict[str, Local]] = []
@@ -183,12 +197,13 @@ class PipelineSubject:
         found: tuple[list[float], list[float], list[float]] = ([], [], [])
         for one, other in zip(pictures, twins, strict=True):
             # All frames above each other: the error is over all of them.
-            whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in (one, other)]
+            here = [x.to(self.device) for x in (one, other)]
+            whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in here]
             found[0].append(float(psnr(*whole)[0]))
             if not perceived:
                 continue
             if min(one.shape[-2:]) >= SSIM_SIDE:
-                found[1].append(float(ssim(one, other).mean()))
+                found[1].append(float(ssim(*here).mean()))
             if self._lpips is not None:
                 found[2].append(float(self._lpips(one, other).mean()))
         return tuple(found[0]), tuple(found[1]), tuple(found[2])
@@ -251,6 +266,11 @@ class PipelineSubject:
             handle.watch(watch)
             with contextlib.suppress(_Enough):
                 self.pipe(**self.arguments(seeds[: self.samples.batch]))
+        # A run that did not end leaves caches in the middle of a step.
+        for model, _ in self._models:
+            reset: Any = getattr(model, "_reset_stateful_cache", None)
+            if reset is not None:
+                reset()
 
     def _find_grid(self) -> tuple[int, ...]:
         grids: list[tuple[int, ...]] = []
@@ -267,8 +287,8 @@ class PipelineSubject:
         return max(grids)
 
     def _wait(self) -> None:
-        if torch.device(self.pipe.device).type == "cuda":
-            torch.cuda.synchronize(self.pipe.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def schedule_of(edges: Sequence[float], assignment: Assignment) -> Schedule:

@@ -41,6 +41,30 @@ def reachable_on(blocks: Blocks, device: torch.device) -> torch.Tensor | None:
 
 
 @kept
+def reach_of(blocks: Blocks) -> Ints | None:
+    """How many key blocks each query block may see: [rows]; None where those are not the first ones.
+
+    They are where the first axis is the causal one.
+    """
+    reach = reachable(blocks)
+    number = reach.sum(1)
+    return number if (reach == (np.arange(blocks.columns) < number[:, None])).all() else None
+
+
+@kept
+def reach_on(blocks: Blocks, device: torch.device) -> torch.Tensor:
+    """The same on a device: int32 [rows].
+
+    Raises:
+        ValueError: If they are others.
+    """
+    number = reach_of(blocks)
+    if number is None:
+        raise ValueError(f"what blocks of {blocks} may see does not begin with the first one")
+    return torch.from_numpy(number.astype(np.int32)).to(device)
+
+
+@kept
 def pairs_on(blocks: Blocks, device: torch.device) -> torch.Tensor:
     """Pairs of tokens of which one sees the other, of each pair of blocks: float64 [rows, columns]."""
     pairs = np.ones((1, 1))

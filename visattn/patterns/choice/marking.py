@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -14,12 +14,31 @@ from visattn.patterns.choice.causal import reachable_on
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.routes import Routes
 
-if TYPE_CHECKING:
-    from visattn.patterns.dynamic import DynamicPattern
+
+class Picker(Protocol):
+    """What of a `DynamicPattern` says which scores are listed."""
+
+    always: str | None
+    per: str
+
+    def least_listed(self, blocks: Blocks) -> int:
+        """Key blocks that a query block lists at least."""
+        ...
+
+    def marked(
+        self,
+        scores: torch.Tensor,
+        seen: Seen,
+        forced: torch.Tensor | None,
+        blocks: Blocks,
+        variance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Which key blocks are listed, what is forced included."""
+        ...
 
 
 def marked_for(
-    pattern: DynamicPattern,
+    pattern: Picker,
     scores: torch.Tensor,
     which: slice,
     seen: Seen,
@@ -28,7 +47,18 @@ def marked_for(
     share: int,
     variance: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`marked` for heads that share a choice or a budget, or whose blocks may differ too much for a mean."""
+    """What a pattern lists of what heads may see: `marked`, where they share a choice or a budget, or have a guard.
+
+    Args:
+        pattern: The pattern.
+        scores: Of some heads [B, h, rows, columns].
+        which: Those heads.
+        seen: Which blocks take part.
+        blocks: The blocks of one head.
+        guard: Blocks whose tokens differ too much for a mean, or None.
+        share: Heads that share one choice.
+        variance: Of the scores of each row, if they do not tell it themselves.
+    """
     forced, reach = always_on(terms_of(pattern.always), blocks, scores.device), reachable_on(blocks, scores.device)
     if share > 1:
         scores = scores.unflatten(1, (-1, share)).mean(2)
@@ -50,7 +80,7 @@ def marked_for(
     return found if reach is None else found & reach
 
 
-def joined_heads(pattern: DynamicPattern, found: Sequence[Routes], blocks: Blocks, heads: int, share: int) -> Routes:
+def joined_heads(pattern: Picker, found: Sequence[Routes], blocks: Blocks, heads: int, share: int) -> Routes:
     """Lists of some heads after the other as those of all query heads, or of one group."""
     tiles = torch.cat([routes.tiles for routes in found], 1)
     counts: torch.Tensor | None = torch.cat([r.counts for r in found if r.counts is not None], 1)
