@@ -78,7 +78,7 @@ class Settings:
     steps: int = option(2000, "optimizer steps of each, at most")
     batch: int = option(16, "samples of a step; of smaller ones more")
     optimizer: str = option("muon", "of scripts.distill.pipeline")
-    lr: float = option(0.0, "learning rate; 0: the optimizer's own")
+    lr: float = option(0.0, "learning rate; 0: that of each phase")
     cached: int = option(400, "samples that are learned from; of smaller ones more")
     draw_steps: int = option(16, "denoising steps of a sample")
     chunk: int = option(50, "samples drawn at once")
@@ -173,7 +173,8 @@ def train(name: str, settings: Settings) -> float:
         steps, seconds = math.ceil(settings.steps * phase.share), settings.seconds * phase.share
         words += [THEN] * (number > 0) + ["--out", str(settings.folder(name, number))]
         words += ["--samples", str(settings.samples(phase.smaller) / "samples"), "--steps", str(steps)]
-        words += ["--batch", str(settings.batch * phase.smaller**2), "--lr", str(settings.lr), *phase.options]
+        words += ["--batch", str(settings.batch * phase.smaller**2), *phase.options]
+        words += ["--lr", str(settings.lr)] if settings.lr else []
         words += ["--seconds", str(seconds), "--save-every", str(SAVE)]
     return train_student(words, settings.folder(name, len(phases) - 1), settings.seconds and settings.seconds + START)
 
