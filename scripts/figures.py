@@ -23,6 +23,7 @@ from scripts.figures_gpu import (
     gpu_calls_table,
     gpu_causal_table,
     gpu_hopper_table,
+    gpu_packages_table,
     gpu_parallel_table,
     gpu_peers_table,
     gpu_real_table,
@@ -168,6 +169,7 @@ def _before_and_after(row: dict[str, Any]) -> list[str]:
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "gpu": gpu_table,
+    "gpu-packages": gpu_packages_table,
     "gpu-peers": gpu_peers_table,
     "gpu-stack": gpu_stack_table,
     "gpu-calls": gpu_calls_table,
