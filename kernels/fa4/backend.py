@@ -95,7 +95,7 @@ class FlashAttention4(Backend):
 
 # Rate of visited pairs in full blocks, of a forward and with its backward, over cuDNN's dense attention, and what a
 # pair costs in partial blocks by intervals over one in full blocks: flash-attn-4 4.0.0b36 on an H200, windows with 128
-# channels on 256x256 and 30x48x80 tokens (forward alone 1.02, and 1.35 and 1.34; docs/results/h200.json, h200-fa4.json).
+# channels on 256x256 and 30x48x80 tokens (forward alone 1.02; 1.35 and 1.34; docs/results/h200.json, h200-fa4.json).
 # Dense attention's rate is that of an H100; what bits cost, and what a call keeps the host, are assumed.
 RATE, DENSE_RATE = {False: 1.0, True: 1.03}, 1.1
 PARTIAL = {False: 4.0, True: 1.35}
