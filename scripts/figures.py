@@ -152,7 +152,9 @@ def distilled_heads_table() -> str:
     """The same of students with fewer query heads, or key heads that several of them share."""
     found, rows = result("distill-heads"), []
     for row in found["rows"]:
-        heads = ", ".join(f"{name}={value}" for name, value in row["heads"].items() if value not in (None, "even"))
+        heads = ", ".join(
+            f"{name}={value}" for name, value in row["heads"].items() if value not in (None, "even", "mean")
+        )
         name = "dense" if row["pattern"] == "na(window=-1)" else f"`{row['pattern']}`"
         rows.append([name, f"`{heads}`", *_before_and_after(row)])
     return table(

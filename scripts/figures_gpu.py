@@ -73,7 +73,7 @@ def gpu_causal_table() -> str:
         for key in ("forward_ms", "backward_ms"):
             cells.append(f"{own[key]:.2f} ms, {plain[key]:.2f} ms: {plain[key] / own[key]:.1f}x")
         rows.append([*cells, f"{dense['forward_ms']:.2f} ms: {dense['forward_ms'] / own['forward_ms']:.1f}x"])
-    head = ["grid", "forward, torch's form", "backward, torch's form", "dense forward"]
+    head = ["grid", "forward: ours, torch's", "backward: ours, torch's", "dense forward"]
     return table(head, rows) + f"\n\n{found['versions']['gpu']}, torch {found['versions']['torch']}."
 
 
