@@ -19,6 +19,8 @@ from visattn.problem import Problem
 from visattn.timing import Timing, interleave, time_once
 
 DENSE = "dense"
+# Beginning of the reason why a backend that should run a case does not.
+FAILED = "failed"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -232,7 +234,7 @@ def _try(runs: dict[str, Callable[[], object]], reasons: dict[str, str]) -> None
             runs[name]()
         except (RuntimeError, MemoryError) as error:
             del runs[name]
-            reasons[name] = f"failed: {str(error).strip().splitlines()[0]}"
+            reasons[name] = f"{FAILED}: {str(error).strip().splitlines()[0]}"
 
 
 def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -20,13 +20,6 @@ def why_not(pipe: Any) -> str:
         return ""
     if list(inspect.signature(pack).parameters) != PACKS:
         return "packs its latents in a way of its own"
-    vae = getattr(pipe, "vae", None)
-    if (
-        vae is None
-        or getattr(vae.config, "latents_mean", None) is not None
-        or not hasattr(vae.config, "scaling_factor")
-    ):
-        return "packs latents that are not scaled by one factor"
     return ""
 
 
@@ -44,11 +37,23 @@ def encode(pipe: Any, pictures: list[Any], size: dict[str, int]) -> torch.Tensor
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return pixels
+    # A VAE of clips takes a picture for one frame.
+    clips = any(isinstance(each, torch.nn.Conv3d) for each in vae.modules())
+    pixels = pixels.to(vae.dtype).unsqueeze(2) if clips else pixels.to(vae.dtype)
     with torch.no_grad():
-        encoded = vae.encode(pixels.to(vae.dtype))
-    found = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return ((found - shift) * vae.config.scaling_factor).to(model.dtype)
+        encoded = vae.encode(pixels)
+    found = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    return _scaled(found.squeeze(2) if clips else found, vae.config).to(model.dtype)
+
+
+def _scaled(latents: torch.Tensor, config: Any) -> torch.Tensor:
+    """As denoisers see them: without the mean of latents, in their deviation."""
+    mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    scale = getattr(config, "scaling_factor", None) or 1.0
+    if mean is None or deviation is None:
+        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * scale
+    mean, deviation = (torch.tensor(each).to(latents).view(1, -1, 1, 1) for each in (mean, deviation))
+    return (latents - mean) * scale / deviation
 
 
 def packed(pipe: Any, latents: torch.Tensor) -> torch.Tensor:

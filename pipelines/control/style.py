@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -101,8 +101,14 @@ def style_transfer(
     given = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "pil", **options}
     try:
         patched = _denoiser(pipe, applied)
-        runs = _Runs(pipe, patched, given, start, Features(steps - start, memory) if mode == "store" else None)
-        runs.choose(_sites(patched, layers), gamma, temperature)
+        groups: dict[str, Any] = {site.name.path: site.group for site in _sites(patched, layers)}
+        features = Features(steps - start, memory) if mode == "store" else None
+        injections = {
+            path: Injection(patched.run, group, gamma, temperature, features) for path, group in groups.items()
+        }
+        runs = _Runs(pipe, patched, given, start, injections)
+        if features is not None:
+            runs.store(features, {path: Recording(patched.run, group, features) for path, group in groups.items()})
         clean = encode(pipe, [content, style], size)
         prompts = [prompt, prompt if style_prompt is None else style_prompt]
         path: Trajectory
@@ -136,24 +142,21 @@ class _Runs:
         patched: Its denoiser.
         given: Options of each run.
         start: How many first steps are not injected.
-        features: Where content and style are stored, None if they are samples of the batch.
+        injections: What stands for attention modules where styles are injected, by their path.
     """
 
     def __init__(
-        self, pipe: Any, patched: PatchedModel, given: dict[str, Any], start: int, features: Features | None
+        self, pipe: Any, patched: PatchedModel, given: dict[str, Any], start: int, injections: dict[str, Injection]
     ) -> None:
         self._pipe, self._patched, self._given = pipe, patched, given
-        self._start, self._features = start, features
+        self._start, self._injections = start, injections
         self._steps = given["num_inference_steps"]
+        self._features: Features | None = None
+        self._recordings: dict[str, Recording] | None = None
 
-    def choose(self, sites: list[Site], gamma: float, temperature: float) -> None:
-        """The modules that inject."""
-        run, features = self._patched.run, self._features
-        groups: dict[str, Any] = {site.name.path: site.group for site in sites}
-        self._injections = {path: Injection(run, group, gamma, temperature, features) for path, group in groups.items()}
-        self._recordings = (
-            {path: Recording(run, group, features) for path, group in groups.items()} if features is not None else None
-        )
+    def store(self, features: Features, recordings: dict[str, Recording]) -> None:
+        """Store content and style in the runs that pass them, instead of having them in the batch."""
+        self._features, self._recordings = features, recordings
 
     def invert(self, latents: torch.Tensor, prompts: list[str]) -> list[torch.Tensor]:
         """The states from clean to noise of content and style; stores them where that is asked for."""
@@ -200,7 +203,7 @@ class _Runs:
         self,
         latents: torch.Tensor,
         prompts: list[str],
-        modules: dict[str, Any] | None,
+        modules: Mapping[str, Injection | Recording] | None,
         step_of: Callable[[int], int] = lambda done: done,
         put: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
         **options: Any,
@@ -272,7 +275,8 @@ def _check_pipeline(pipe: Any) -> None:
     why = why or why_not(pipe)
     if why:
         raise ValueError(
-            f"style_transfer: {type(pipe).__name__} {why}: use Stable Diffusion 1.x to 3, FLUX.1, or one like these"
+            f"style_transfer: {type(pipe).__name__} {why}: use Stable Diffusion 1.x to 3, FLUX.1, QwenImage, or one "
+            "like these"
         )
 
 

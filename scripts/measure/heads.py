@@ -82,10 +82,9 @@ def held_out(
     rows = {"no perturbation": plain, "the middle layers": guided}
     count = sum(len(heads) for heads in found.heads.values())
     if count:
-        rows[f"{count} heads, drawn"] = guided._replace(
-            heads=by_layer(random.Random(0).sample(list(candidates), count))
-        )
-        rows[f"{count} heads, found"] = guided._replace(heads=found.heads)
+        some = f"{count} head{'s' * (count > 1)}"
+        rows[f"{some}, drawn"] = guided._replace(heads=by_layer(random.Random(0).sample(list(candidates), count)))
+        rows[f"{some}, found"] = guided._replace(heads=found.heads)
     report: dict[str, Any] = {}
     before: torch.Tensor | None = None
     for name, variant in rows.items():
