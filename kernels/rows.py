@@ -78,7 +78,7 @@ def attention_rows(
         k: Keys [B, S, Hkv, D].
         pattern: A pattern or its text.
         layout: Where the tokens sit.
-        rows: Tokens whose queries are asked for: whole numbers [R].
+        rows: Tokens whose queries are asked for: whole numbers [R]; those of a tensor on a GPU are taken as they are.
         parameters: Learnable parameters, as for `attention`.
         scale: Factor on the logits, D**-0.5 if None.
         key_mask: bool [B, S], True where a key may be attended.
@@ -89,17 +89,16 @@ def attention_rows(
     Raises:
         ValueError: If the arguments do not fit together, a row is no token, or the pattern merges tokens.
     """
-    pattern, index = parse(pattern), torch.as_tensor(rows, device=q.device)
+    pattern, given = parse(pattern), torch.as_tensor(rows)
     parameters = MappingProxyType({}) if parameters is None else parameters
     check_call(q, k, k, pattern, layout, key_mask, None, parameters)
     if isinstance(pattern, MergingPattern):
         raise ValueError(f"{pattern} merges tokens before they become queries and keys: it has no rows of its own")
-    if (
-        index.ndim != 1
-        or index.is_floating_point()
-        or (len(index) and not 0 <= index.min() <= index.max() < q.shape[1])
-    ):
-        raise ValueError(f"rows {list(index.shape)} must be whole numbers [R] from 0 to {q.shape[1] - 1}")
+    # Looking at rows that are on a GPU would wait for all that it has to do: a loss asks for them at every layer.
+    inside = given.is_cuda or not given.numel() or 0 <= given.min() <= given.max() < q.shape[1]
+    if given.ndim != 1 or given.is_floating_point() or not inside:
+        raise ValueError(f"rows {list(given.shape)} must be whole numbers [R] from 0 to {q.shape[1] - 1}")
+    index = given.to(q.device)
     call = Call(pattern, layout, factor(scale, q.shape[3]), key_mask, parameters=parameters)
     if not q.shape[0]:
         return _products(widened(q)[:, index], widened(k))

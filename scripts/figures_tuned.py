@@ -14,8 +14,8 @@ TUNED, SINGLE = "#0072b2", "#d55e00"
 
 
 def tuned_tables() -> dict[str, Callable[[], str]]:
-    """The table, which says so where nothing has been measured."""
-    return {"tuned": tuned_table}
+    """The tables, which say so where nothing has been measured."""
+    return {"tuned": tuned_table, "tuned-timm": timm_table}
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -70,6 +70,47 @@ def tuned_table() -> str:
         "held",
     ]
     return f"{table(head, rows)}\n\n{'; '.join(where)}."
+
+
+def timm_table() -> str:
+    """Tuned schedules of timm models, verified on pictures that were held out."""
+    import json
+
+    rows = []
+    for path in sorted(RESULTS.glob("timm-tuned-*.json")):
+        found = json.loads(path.read_text())
+        about, figures = found["about"], found["verified"]
+        patterns = [name for stages in found["layers"].values() for name in stages.values()]
+        lost = (
+            f"{figures['accuracy_lost']:+.2f} points of {figures['accuracy_dense']:.1%}"
+            if "accuracy_lost" in figures
+            else ""
+        )
+        seen = lost or f"{figures['snr_mean']:.1f}, {figures['snr_worst']:.1f} dB"
+        tuned, dense = (1e3 * figures[f"attention_seconds{twin}"] for twin in ("", "_dense"))
+        rows.append(
+            [
+                f"{about['model']}, {'x'.join(map(str, about['grid']))}",
+                f"{about['device']}, {about['dtype']}",
+                found["goal"],
+                f"{sum(name != 'dense' for name in patterns)} of {len(patterns)}",
+                f"{tuned:.2f} ms",
+                f"{dense:.2f} ms",
+                f"{1 - tuned / dense:.0%}",
+                f"{seen}, {figures['samples']} pictures",
+            ]
+        )
+    head = [
+        "model, grid",
+        "device",
+        "goal",
+        "layers with a pattern",
+        "attention",
+        "dense",
+        "less",
+        "held out: lost, or SNR mean and worst",
+    ]
+    return table(head, rows) if rows else "Not measured."
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -48,12 +48,12 @@ class Phase:
 LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.1")
 LOCAL = (Phase(1.0, 1, ("--lr", "1e-3")),)
 # What sums over all keys see does not depend on how near tokens are to each other: it is learned from many small
-# samples first, layer by layer at the very beginning. Nothing of such a student is like its teacher then, so every
-# weight learns.
+# samples first. Nothing of such a student is like its teacher then, so every weight learns; layer by layer on the
+# teacher's inputs, which are not what it will get, it learns less in the same steps.
 LINEAR = (
-    Phase(0.3, 4, ("--train", "all", "--own-lr", "5e-3", "--stages", "transfer:0.2,all:0.8")),
-    Phase(0.3, 2, ("--stages", "all")),
-    Phase(0.4, 1, ("--stages", "all", "--lr", "1e-3")),
+    Phase(0.3, 4, ("--train", "all", "--own-lr", "2e-2")),
+    Phase(0.3, 2, ()),
+    Phase(0.4, 1, ("--lr", "1e-3")),
 )
 # Pattern and training of each student.
 STUDENTS: dict[str, tuple[str, tuple[Phase, ...]]] = {

@@ -137,6 +137,7 @@ def _train(method: str, sparsity: float, before: float | None, options: argparse
     words += ["--samples", str(options.runs / "samples"), "--batch", str(options.batch or kind.batch)]
     words += ["--steps", str(options.train_steps), "--seconds", str(options.seconds), "--lr", str(options.lr)]
     words += ["--guidance", str(options.guidance), "--optimizer", options.optimizer]
+    words += ["--train", options.train] + ["--graphs"] * (options.device != "cpu")
     words += ["--ema", "0.99", "--save-every", "1000000", "--warmup", "20", "--threads", str(options.threads)]
     words += ["--precision", "no" if options.device == "cpu" else "bf16"] + ["--cpu"] * (options.device == "cpu")
     if options.chain:
@@ -224,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=4.5,
         help="of what is drawn; students learn what it makes of their predictions",
     )
+    add("--train", default="q,k,v,out", help="what learns, of scripts.distill.pipeline")
     add("--also", nargs=argparse.REMAINDER, default=[], help="further options of scripts.distill.pipeline, last of all")
     add("--jobs", type=int, default=1, help="students trained at the same time")
     add("--budget", type=float, default=0.0, help="begin nothing that would end after so many seconds; 0: no limit")

@@ -51,6 +51,27 @@ def test_it_writes_a_schedule_a_page_and_a_journal_that_goes_on(tune, tmp_path):
     assert shown.exit_code == 0 and "layer" in shown.output and json.dumps(found.verified["samples"]) in shown.output
 
 
+def test_ctrl_c_says_that_nothing_is_lost(tune, tmp_path, monkeypatch):
+    from visattn.pipelines.tuning.subject import PipelineSubject
+
+    real, calls = PipelineSubject.outcome, []
+
+    def outcome(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(PipelineSubject, "outcome", outcome)
+    stopped = tune("--psnr", "15")
+    assert stopped.exit_code == 130 and "goes on behind the last line of" in stopped.output
+    assert not (tmp_path / "tuned.json").exists()
+    lines = (tmp_path / "tuned.jsonl").read_text().splitlines()
+    done = tune("--psnr", "15")
+    assert done.exit_code == 0 and (tmp_path / "tuned.json").exists()
+    assert (tmp_path / "tuned.jsonl").read_text().splitlines()[: len(lines)] == lines
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.support.browser import browser, dom
 from visattn import parse
 from visattn.tuned import Tuned
+from visattn.tuning.budget import estimated, fitted
 from visattn.tuning.candidates import candidates, checked, is_steady, kind_of
 from visattn.tuning.journal import Journal
 from visattn.tuning.measure import Measurer, Plan, promising
@@ -294,10 +295,8 @@ class TestSearch:
 
             def outcome(self, edges, assignment, seeds, timed=True):
                 found = super().outcome(edges, assignment, seeds, timed)
-                names = {name for row in assignment for name in row}
-                return dataclasses.replace(
-                    found, psnr=tuple(p - 10 * (names == {"na(window=3x3)"}) for p in found.psnr)
-                )
+                whole = {name for row in assignment for name in row} == {"na(window=3x3)"}
+                return dataclasses.replace(found, psnr=tuple(p - 10 * whole for p in found.psnr))
 
         used = []
         for subject in (Numbers(), Worse()):
@@ -308,6 +307,19 @@ class TestSearch:
             used.append(excess(measurer, local, measurer.responses(local)[0]))
         assert used[0] == {"topk": pytest.approx(1.0, rel=0.05), "na": pytest.approx(1.0, rel=0.05)}
         assert used[1] == {"topk": 1.0, "na": pytest.approx(10.0, rel=0.05)}
+
+    def test_minutes_measure_less_where_samples_are_slow(self, monkeypatch):
+        clock = itertools.count(0, 240)
+        monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+        plan = Plan(candidates((64, 64)), stages=2, seeds=8, quick=4)
+        made = Measurer(Numbers(), plan, Journal(None, {}))
+        # Four samples take four minutes.
+        whole = estimated(plan, 60.0, 8, 20)
+        found = [fitted(made, whole * share, 20) for share in (1.01, 0.75, 0.6, 0.01)]
+        assert found[0] == plan and found[1].probes == 1 and found[1].candidates == plan.candidates
+        sizes = [estimated(each, 60.0, 8, 20) for each in found]
+        assert sizes == sorted(sizes, reverse=True) and sizes[1] <= 0.75 * whole and sizes[2] <= 0.6 * whole
+        assert found[3].groups == 2 and found[3].candidates[0] == DENSE and 1 < len(found[3].candidates) < 10
 
     def test_one_of_the_goals(self):
         for goal in (Goal(), Goal(psnr=30.0, speedup=2.0)):

@@ -158,3 +158,19 @@ def test_with_a_cache_nothing_is_played_for_it_would_miss_what_was():
     subject = PipelineSubject(pipe, Samples(("a cat",), steps=4, size=(64, 64), batch=1))
     late = ((DENSE, CHEAP),) * 2
     assert subject.outcome(EDGES, late, (0,), timed=False).psnr == subject.outcome(EDGES, late, (0,)).psnr
+
+
+def test_a_lora_is_part_of_what_is_tuned():
+    peft = pytest.importorskip("peft")
+    pipe, samples = tiny_pixel_flux(), Samples(("red disc, flat",), steps=2, size=(64, 64), batch=1)
+    plain = PipelineSubject(pipe, samples).twins((0,))
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(
+        peft.LoraConfig(r=2, target_modules=["to_q", "to_out.0", "proj_out"], init_lora_weights=False)
+    )
+    subject = PipelineSubject(pipe, samples)
+    found = subject.local(1, (DENSE, CHEAP, GOOD), (0,), ())
+    assert all(layer[DENSE].error == 0 < layer[GOOD].error < layer[CHEAP].error for layer in found)
+    assert not torch.equal(subject.twins((0,)), plain)
+    late = ((DENSE, CHEAP),) * 2
+    assert subject.outcome(EDGES, late, (0,), timed=False).psnr == subject.outcome(EDGES, late, (0,)).psnr

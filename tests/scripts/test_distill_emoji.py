@@ -120,7 +120,6 @@ def test_linear_students_learn_from_small_samples_first(folder, tmp_path, monkey
         (SIDE, 1, 2),
     ]
     assert [each.out for each in runs] == [*(tmp_path / "mala" / f"phase-{i}" for i in (1, 2)), tmp_path / "mala"]
-    assert [each.staged for each in runs] == [True, False, False]
     assert all(each.train == "all" and each.pattern == "mala" for each in runs)
     found = json.loads((tmp_path / "students.json").read_text())["students"]["mala"]
     assert found["steps"] == 6

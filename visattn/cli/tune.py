@@ -90,6 +90,7 @@ def tune(
         raise ValueError(f"--stages {stages}, --seeds {seeds}, --held-out {held_out}, --batch {batch}: at least 1 each")
     texts: tuple[Any, ...] = () if of_timm else (*(prompt or ()), *_lines(prompts)) or parse_labels(label)
     output_file(out, (".json",), force)
+    from visattn.tuning.budget import fitted
     from visattn.tuning.candidates import candidates as of_grid
     from visattn.tuning.candidates import checked, precisions_of
     from visattn.tuning.journal import Journal
@@ -113,9 +114,14 @@ def tune(
     goal = Goal(psnr, speedup, accuracy, share, margin, held_out)
     about = subject.about() | {"candidates": chosen, "stages": stages}
     about |= {"only": {name: sorted(some) for name, some in only.items()}} if only else {}
-    kept = Journal(journal or out.with_suffix(".jsonl"), about)
-    with _progress() as tell:
-        search = Search(Measurer(subject, plan, kept, deadline, tell), goal)
+    lines = journal or out.with_suffix(".jsonl")
+    kept = Journal(lines, about)
+    with _goes_on(lines), _progress() as tell:
+        measurer = Measurer(subject, plan, kept, deadline, tell)
+        if minutes:
+            plan = fitted(measurer, 60 * minutes, held_out)
+            measurer = Measurer(subject, plan, kept, deadline, tell)
+        search = Search(measurer, goal)
         found = search.run()
         made = tuned(search, found)
     made.write(out)
@@ -124,6 +130,16 @@ def tune(
     with written_whole(out.with_suffix(".html")) as temporary:
         temporary.write_text(page(made, found), encoding="utf-8")
     _say(out, goal, plan, found, dict(made.verified))
+
+
+@contextmanager
+def _goes_on(journal: Path) -> Iterator[None]:
+    """Says after Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: the same command goes on behind the last line of {journal}", err=True)
+        raise
 
 
 def _pipeline(model: str, device: str, dtype: str | None, samples: tuple[Any, ...], only: Only) -> Subject:

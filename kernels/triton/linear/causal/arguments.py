@@ -63,16 +63,15 @@ def causal_launches(dtype: torch.dtype, features: int, channels: int) -> dict[st
     table = {"gather_chunks": gathers["gather"], "gather_chunks_grad": gathers["gather_grad"]}
     if dtype == torch.float32:
         return table | {
+            "gather_chunks": Launch(min(f, 64), min(d, 32), 32, 4, 1),
             "read_chunks": Launch(16, d, 32, 4 if d <= 128 else 8, 1),
             "chunk_grad": Launch(min(f, 32), min(d, 32), 16, 4, 1),
         }
     # Found by compiling for every architecture: none of these spills (`visattn.kernels.triton.resources`).
-    read = 32 if d <= 64 and dtype == torch.bfloat16 else 16
-    wide = Launch(128 if f == 128 else 64, min(d, 16), 64, 8, 2)
-    return table | {
-        "read_chunks": Launch(min(f, read), d, 64 if d <= 128 else 32, 4 if d <= 32 else 8, 2),
-        "chunk_grad": Launch(f, min(d, 32), 64, 8 if f == 32 else 4, 2) if f <= 64 else wide,
-    }
+    rows = 16 if d > 128 else 32 if d == 128 and dtype == torch.float16 else 64
+    some = 32 if rows == 32 or (d == 64 and dtype == torch.bfloat16) else 16
+    grad = Launch(128, min(d, 16), 64, 8, 2) if f == 128 else Launch(min(f, 64), min(d, 32), 32, 4, 2)
+    return table | {"read_chunks": Launch(min(f, some), d, rows, 8 if 32 < d <= 128 else 4, 2), "chunk_grad": grad}
 
 
 def chunk_arguments(
