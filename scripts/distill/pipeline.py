@@ -34,8 +34,10 @@ def main(arguments: list[str] | None = None) -> Path | None:
     result = None
     try:
         runs = split(sys.argv[1:] if arguments is None else arguments)
-        for words in runs:
-            parse(Config, __doc__, words)
+        folders = [parse(Config, __doc__, words).out for words in runs]
+        again = [str(folder) for folder in folders if folders.count(folder) > 1]
+        if again:
+            raise ValueError(f"--out {again[0]} is that of two runs: give each one behind {THEN} its own")
         # Only now what takes seconds to import: a wrong setting is answered at once.
         from scripts.distill.loop import prepare, train
         from scripts.distill.training import Training

@@ -116,6 +116,8 @@ class TestConfig:
         [
             (["--pattern", "na(windows=3)"], "no parameter 'windows'"),
             (["--pattern", "dense"], "what the teacher has"),
+            (["--pattern", "centroids(clusters=4)"], r"no gradient.*centroids\.followed, or take kmeans"),
+            (["--quantize", "int4"], "'int4' does not exist: int8 or fp8"),
             (["--samples", "nowhere"], r"no index\.json"),
             (["--model", "nowhere"], "neither an embedded model"),
             (["--model", "digits"], "were made by"),
@@ -197,6 +199,8 @@ class TestTraining:
         monkeypatch.setattr(training, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
         with pytest.raises(SystemExit, match="--ema 2"):
             run(folder, tmp_path / "out", "--then", "--steps", "2", "--then", "--ema", "2")
+        with pytest.raises(SystemExit, match=r"out is that of two runs: give each one behind --then its own"):
+            run(folder, tmp_path / "out", "--then", "--steps", "2")
 
     def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(self, folder, tmp_path):
         more = ("--optimizer", "muon", "--lr", "0.01", "--own-lr", "0.3")

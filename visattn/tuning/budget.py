@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
-from visattn.tuning.measure import Measurer, Plan
+from visattn.tuning.measure import Measurer, OutOfTime, Plan
 from visattn.tuning.subject import DENSE
 
 # Schedules that a search measures before it finds the one to verify.
@@ -23,10 +23,16 @@ def fitted(measurer: Measurer, seconds: float, held_out: int) -> Plan:
         measurer: Measures, or knows, how long dense samples take.
         seconds: For the whole search.
         held_out: Samples that verify.
+
+    Raises:
+        ValueError: If the time was over when the model was ready, before any sample.
     """
     plan = measurer.plan
-    # In the journal, so that a search that goes on has the same plan.
-    sample = measurer.journal.get(["sample", plan.quick], lambda: _sample(measurer))
+    try:
+        # In the journal, so that a search that goes on has the same plan.
+        sample = measurer.journal.get(["sample", plan.quick], lambda: _sample(measurer))
+    except OutOfTime:
+        raise ValueError(f"{seconds / 60:g} minutes were over before a dense sample was drawn: give more") from None
     smaller = plan
     for smaller in _smaller(plan):
         if estimated(smaller, sample, measurer.subject.steps, held_out) <= seconds:

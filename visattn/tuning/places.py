@@ -19,13 +19,19 @@ def read_lines(lines: Iterable[str]) -> tuple[tuple[str, ...], Only]:
 
     Returns:
         Canonical texts, each once, and the names behind those that are for some alone.
+
+    Raises:
+        ValueError: If a line has no pattern, none behind the "@" or an unknown one.
     """
     found: dict[str, set[str] | None] = {}
     for line in lines:
-        text, at, names = line.partition(AT)
-        name, known = canonical(text), found.get(canonical(text), set())
+        text, at, names = f" {line} ".partition(AT)
+        places = {each.strip() for each in names.split(",")}
+        if not text.strip() or (at and "" in places):
+            raise ValueError(f"candidate {line!r} is not of the form PATTERN, or PATTERN @ LAYER, LAYER")
+        name, known = canonical(text.strip()), found.get(canonical(text.strip()), set())
         # A line without layers is for all, whatever another one says.
-        found[name] = known | {each.strip() for each in names.split(",")} if at and known is not None else None
+        found[name] = known | places if at and known is not None else None
     return tuple(found), {name: frozenset(some) for name, some in found.items() if some is not None}
 
 
@@ -44,7 +50,10 @@ def by_layer(only: Only, layers: Collection[str], modules: Mapping[str, str]) ->
     for name, places in only.items():
         unknown = sorted(places - {*layers, *modules})
         if unknown:
-            raise ValueError(f"candidate {name} is for {unknown[0]}, which is no layer here: {', '.join(layers)}")
+            raise ValueError(
+                f"candidate {name} is for {unknown[0]!r}, which is no layer here: give one of {', '.join(layers)}, or "
+                "a module of theirs by its whole name"
+            )
         found[name] = frozenset(modules.get(place, place) for place in places)
     return found
 
