@@ -18,7 +18,7 @@ from visattn.patterns import (
     Pattern,
     PerHead,
 )
-from visattn.patterns.choice.blocks import inner, token_blocks
+from visattn.patterns.choice.blocks import inner
 from visattn.patterns.tailed import holding
 from visattn.problem import Call
 from visattn.watch import Watched
@@ -68,7 +68,8 @@ def _seen(
     if isinstance(pattern, OrderedPattern):
         found = pattern.cluster(q, k, layout, mask, watched.scale)
         at = inner(layout)
-        which = found.queries.gather(2, (rows - layout.prefix).expand(*q.shape[:1], q.shape[2], -1))
+        index = (rows - layout.prefix).expand(*q.shape[:1], q.shape[2], -1)
+        which = found.queries.gather(2, index if found.copied is None else found.copied.gather(2, index))
         listed = found.listed.gather(2, which[..., None].expand(-1, -1, -1, found.listed.shape[3]))
         seen = torch.ones(*listed.shape[:3], layout.length, dtype=torch.bool, device=q.device)
         seen[..., at] = listed.gather(3, found.keys[:, :, None].expand(-1, -1, len(rows), -1))
@@ -91,11 +92,7 @@ def _seen(
         return whole.gather(0, chosen[None, :, :, None, None].expand(1, *whole.shape[1:]))[0]
     if isinstance(pattern, DynamicPattern):
         pattern = pattern.front
-        blocks, at = pattern.blocks(layout.grid), inner(layout)
-        listed = pattern.choose(q, k, layout, mask, watched.scale).mask(0, blocks.columns)
-        of_rows, columns = (token_blocks(blocks.grid, box, q.device) for box in (blocks.queries, blocks.keys))
-        seen = torch.ones(*listed.shape[:2], len(rows), layout.length, dtype=torch.bool, device=q.device)
-        seen[..., at] = listed[:, :, of_rows[rows - layout.prefix]][..., columns]
-        return seen
+        own = pattern.token_mask(pattern.choose(q, k, layout, mask, watched.scale), layout, rows - layout.prefix)
+        return torch.nn.functional.pad(own, (layout.prefix, layout.suffix), value=True)
     assert isinstance(pattern, ListedPattern)
     return visible_rows(pattern, *given)[..., : layout.length]

@@ -50,12 +50,14 @@ class Rest(NamedTuple):
         v: Values, alike.
         seen: Which keys each query sees, the key mask included: bool [B, H, S, S + blocks].
         bias: Added to the scores: [1 or B, 1, 1, S + blocks].
+        copied: The token whose output each query has: int64 [B, H, S]; None for its own.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     seen: torch.Tensor
     bias: torch.Tensor
+    copied: torch.Tensor | None = None
 
 
 def rest_of(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Rest | None:
@@ -93,15 +95,18 @@ def ordered_rest(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     if call.key_mask is not None:
         seen = seen & call.key_mask[:, None, None]
     k, v = (t.repeat_interleave(heads // t.shape[2], 2) for t in (k, v))
+    at, copied = inner(layout), None
+    if groups.copied is not None:
+        copied = torch.arange(layout.length, device=q.device).repeat(*groups.copied.shape[:2], 1)
+        copied[:, :, at] = groups.copied + at.start
     if groups.extra is None or groups.weight is None:
-        return Rest(k, v, seen, torch.zeros(1, 1, 1, seen.shape[3], device=q.device))
-    at = inner(layout)
+        return Rest(k, v, seen, torch.zeros(1, 1, 1, seen.shape[3], device=q.device), copied)
     index = groups.extra.transpose(1, 2)[..., None].expand(-1, -1, -1, q.shape[3])
     k, v = (torch.cat([t, t[:, at].gather(1, index)], 1) for t in (k, v))
     more = torch.zeros(*seen.shape[:3], index.shape[1], dtype=torch.bool, device=q.device)
     more[:, :, at] = groups.weight.isfinite()[:, :, None]
     bias = torch.nn.functional.pad(groups.weight.nan_to_num(neginf=0.0), (layout.length, 0))[:, :, None]
-    return Rest(k, v, torch.cat([seen, more], 3), bias)
+    return Rest(k, v, torch.cat([seen, more], 3), bias, copied)
 
 
 @kept

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from visattn.dispatch import Backend, choose, overhead
+from visattn.kernels.masks import ordered_rest
 from visattn.layout import Layout
 from visattn.patterns import OrderedPattern, Routes
 from visattn.patterns.choice.blocks import inner
@@ -127,12 +128,43 @@ def ordered_attention(
     given = replace(call, pattern=own, layout=sequence, key_mask=mask, parameters={})
     with carrying(own, routes):
         out, lse = run_call(made[0], made[1], made[2], given)
-    back = _places(queries.place, layout)
+    place = queries.place if found.copied is None else queries.place.gather(1, found.copied.flatten(0, 1))
+    back = _places(place, layout)
     out = out[:, :, 0, :dim].gather(1, back[..., None].expand(-1, -1, dim))
     out = out.unflatten(0, (batch, heads)).transpose(1, 2)
     if lse is None:
         return out, None
     return out, lse[:, :, 0].gather(1, back).unflatten(0, (batch, heads)).transpose(1, 2)
+
+
+def ordered_rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> torch.Tensor:
+    """The weights with which chosen queries read all tokens: [B, H, R, S].
+
+    Those of sampled keys are their tokens', and a query that has the output of another one has its weights.
+
+    Args:
+        q: Queries [B, S, H, D], float32 at least.
+        k: Keys [B, S, Hkv, D].
+        call: The call.
+        index: Tokens [R].
+    """
+    pattern, layout, heads = call.pattern, call.layout, q.shape[2]
+    assert isinstance(pattern, OrderedPattern)
+    found = pattern.cluster(q, k, layout, call.key_mask, call.scale)
+    rest = ordered_rest(call, q, k, k, found)
+    seen, queries = rest.seen[:, :, index], q[:, index]
+    if rest.copied is not None:
+        own = rest.copied[:, :, index].transpose(1, 2)[..., None]
+        queries = q.gather(1, own.expand(-1, -1, -1, q.shape[3]))
+    bias = rest.bias.expand(-1, heads, -1, -1)
+    logits = torch.einsum("brhd,bshd->bhrs", queries, rest.k) * call.scale + bias.to(q.dtype)
+    empty = ~seen.any(-1, keepdim=True)
+    logits = logits.masked_fill(~seen, float("-inf")).masked_fill(empty, 0)
+    weights = logits.softmax(-1).masked_fill(empty, 0)
+    if found.extra is None:
+        return weights
+    place = (found.extra + layout.prefix)[:, :, None].expand(-1, -1, len(index), -1)
+    return weights[..., : layout.length].scatter_add(3, place, weights[..., layout.length :])
 
 
 def _routes(rows: torch.Tensor, columns: torch.Tensor, listed: torch.Tensor) -> Routes:

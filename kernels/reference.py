@@ -57,6 +57,9 @@ class Reference(Backend):
         scores = scores.masked_fill(~seen, float("-inf")).masked_fill(empty, 0.0)
         weights = scores.softmax(-1).masked_fill(empty, 0.0)
         lse = scores.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
+        if rest is not None and rest.copied is not None:
+            weights = weights.gather(2, rest.copied[..., None].expand_as(weights))
+            lse = lse.gather(2, rest.copied)
         out = torch.einsum("bhqk,bkhd->bqhd", weights, values)
         return out.to(q.dtype), lse.transpose(1, 2)
 

@@ -13,17 +13,21 @@ import torch
 from visattn.autocast import switched_off
 from visattn.checks import check_call, factor
 from visattn.kernels.agent.attention import pool_queries
+from visattn.kernels.centroids import centroid_rows
 from visattn.kernels.clipped import clipped
 from visattn.kernels.hybrid.rows import hybrid_rows
 from visattn.kernels.linear.causal import causal_factors
 from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
 from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights
+from visattn.kernels.linear.wersa import wersa_features
+from visattn.kernels.ordered import ordered_rows
 from visattn.kernels.wrapped import gates, inside, query_factors
 from visattn.layout import Layout
 from visattn.patterns import (
     Agent,
     Best,
+    Centroids,
     Clipped,
     DynamicPattern,
     Flow,
@@ -34,12 +38,14 @@ from visattn.patterns import (
     ListedPattern,
     Mala,
     MergingPattern,
+    OrderedPattern,
     Pattern,
     PerHead,
     PooledPattern,
     RoutedPattern,
     Sigmoid,
     SparseLinear,
+    Wersa,
     Wrapped,
     parse,
 )
@@ -72,7 +78,7 @@ def attention_rows(
         k: Keys [B, S, Hkv, D].
         pattern: A pattern or its text.
         layout: Where the tokens sit.
-        rows: Tokens whose queries are asked for: whole numbers [R].
+        rows: Tokens whose queries are asked for: whole numbers [R]; those of a tensor on a GPU are taken as they are.
         parameters: Learnable parameters, as for `attention`.
         scale: Factor on the logits, D**-0.5 if None.
         key_mask: bool [B, S], True where a key may be attended.
@@ -83,17 +89,16 @@ def attention_rows(
     Raises:
         ValueError: If the arguments do not fit together, a row is no token, or the pattern merges tokens.
     """
-    pattern, index = parse(pattern), torch.as_tensor(rows, device=q.device)
+    pattern, given = parse(pattern), torch.as_tensor(rows)
     parameters = MappingProxyType({}) if parameters is None else parameters
     check_call(q, k, k, pattern, layout, key_mask, None, parameters)
     if isinstance(pattern, MergingPattern):
         raise ValueError(f"{pattern} merges tokens before they become queries and keys: it has no rows of its own")
-    if (
-        index.ndim != 1
-        or index.is_floating_point()
-        or (len(index) and not 0 <= index.min() <= index.max() < q.shape[1])
-    ):
-        raise ValueError(f"rows {list(index.shape)} must be whole numbers [R] from 0 to {q.shape[1] - 1}")
+    # Looking at rows that are on a GPU would wait for all that it has to do: a loss asks for them at every layer.
+    inside = given.is_cuda or not given.numel() or 0 <= given.min() <= given.max() < q.shape[1]
+    if given.ndim != 1 or given.is_floating_point() or not inside:
+        raise ValueError(f"rows {list(given.shape)} must be whole numbers [R] from 0 to {q.shape[1] - 1}")
+    index = given.to(q.device)
     call = Call(pattern, layout, factor(scale, q.shape[3]), key_mask, parameters=parameters)
     if not q.shape[0]:
         return _products(widened(q)[:, index], widened(k))
@@ -111,6 +116,9 @@ def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> 
         return mala_weights(elu_plus_one(q)[:, index], elu_plus_one(k), call.scale, call.key_mask)
     if isinstance(pattern, Flow):
         return flow_weights(q, k, index, call.key_mask)
+    if isinstance(pattern, Wersa):
+        mapped = wersa_features(q, k, pattern, call.layout, call.parameters, call.key_mask)
+        return _normalised(_products(mapped[0][:, index], mapped[1]))
     if isinstance(pattern, Linear):
         return _linear(q, k, pattern.feature, call, index, None)
     if isinstance(pattern, SparseLinear):
@@ -126,6 +134,10 @@ def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> 
         return _wrapped(q, k, pattern, call, index)
     if isinstance(pattern, PerHead):
         return _perhead(q, k, pattern, call, index)
+    if isinstance(pattern, OrderedPattern):
+        return ordered_rows(q, k, call, index)
+    if isinstance(pattern, Centroids):
+        return centroid_rows(q, k, call, index)
     if isinstance(pattern, Best):
         raise ValueError(f"{pattern} chooses by outputs, and rows have no values: ask for the rows of its patterns")
     return _listed(q, k, call, index)
@@ -184,6 +196,11 @@ def _linear(
         weights = weights * causal_factors(call.pattern, call.layout, q.shape[2], rows, weights)
     if hidden is not None:
         weights = weights * hidden
+    return _normalised(weights)
+
+
+def _normalised(weights: torch.Tensor) -> torch.Tensor:
+    """Weights over their sums, zeros where there are none."""
     total = weights.sum(-1, keepdim=True)
     return weights / total.masked_fill(total < torch.finfo(total.dtype).tiny, 1)
 

@@ -1,9 +1,7 @@
-"""Attention layers for the blocks of timm's CNNs, as their `attn_layer`: one map for each group of channels, Gaussians.
+"""Attention layers for the blocks of timm's CNNs, as their `attn_layer`: strips, maps of groups of channels, Gaussians.
 
-    timm.create_model("resnet18", block_args={"attn_layer": visattn.models.layers.ULSAM})
-    timm.create_model("resnet18", block_args={"attn_layer": functools.partial(GAAM, heads=8)})
-
-timm's own `attn_layer="ela"` is Efficient Local Attention.
+timm.create_model("resnet18", block_args={"attn_layer": visattn.models.layers.ELA})
+timm.create_model("resnet18", block_args={"attn_layer": functools.partial(GAAM, heads=8)})
 """
 
 from __future__ import annotations
@@ -13,6 +11,54 @@ from typing import Any
 
 import torch
 from torch import nn
+
+
+class ELA(nn.Module):
+    """Efficient Local Attention: x times a gate per row and one per column, each from the means over the other axis.
+
+    Source: Xu and Wan, "ELA: Efficient Local Attention for Deep Convolutional Neural Networks" (2024), section 3.2:
+    both axes share one convolution and one norm. Its four sizes are `kernel_size=5, norm_groups=32` (T), the defaults
+    (B), `kernel_size=5, groups=channels // 8` (S) and `groups=channels // 8` (L). timm's own "ela" is another layer: a
+    convolution and a norm for each axis, the norm over all channels, and a SiLU before the gates.
+
+    Args:
+        channels: Of the input and output.
+        kernel_size: Of the convolution along an axis, odd.
+        groups: Of the convolution; None for one per channel.
+        norm_groups: Of the norm.
+        device: Where parameters are.
+        dtype: What they are.
+
+    Raises:
+        ValueError: If groups do not divide the channels, or the kernel is even.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 7,
+        groups: int | None = None,
+        norm_groups: int = 16,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        options = {"device": device, "dtype": dtype}
+        groups = channels if groups is None else groups
+        for name, number in (("groups", groups), ("norm_groups", norm_groups)):
+            if number < 1 or channels % number:
+                raise ValueError(f"{name}={number} must divide the {channels} channels of the layer")
+        if kernel_size % 2 != 1:
+            raise ValueError(f"kernel_size={kernel_size} must be odd")
+        self.conv = nn.Conv1d(
+            channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False, **options
+        )
+        self.gn = nn.GroupNorm(norm_groups, channels, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, channels, H, W] alike."""
+        rows, columns = (self.gn(self.conv(x.mean(axis))).sigmoid() for axis in (3, 2))
+        return x * rows[:, :, :, None] * columns[:, :, None]
 
 
 class Subspace(nn.Module):

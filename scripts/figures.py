@@ -14,12 +14,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from scripts.figures_control import control_tables
 from scripts.figures_dynamic import dynamic_tables
 from scripts.figures_emoji import emoji_tables
 from scripts.figures_gpu import (
     gpu_calls_table,
+    gpu_causal_table,
     gpu_hopper_table,
     gpu_parallel_table,
     gpu_peers_table,
@@ -137,14 +139,30 @@ def moh_table() -> str:
 
 def distilled_vit_table() -> str:
     """Students of the ViT that reads digits before and after scripts.distill."""
-    found, rows = result("distill-vit"), []
-    for row in found["rows"]:
-        cells = [f"{row['before'][key]:.1%} to {row['after'][key]:.1%}" for key in ("accuracy", "agreement")]
-        rows.append([f"`{row['pattern']}`", *cells])
+    found = result("distill-vit")
+    rows = [[f"`{row['pattern']}`", *_before_and_after(row)] for row in found["rows"]]
     return table(
         ["attention", "read right", "read as the teacher does"],
         [["dense (teacher)", f"{found['teacher']:.1%}", ""], *rows],
     )
+
+
+def distilled_heads_table() -> str:
+    """The same of students with fewer query heads, or key heads that several of them share."""
+    found, rows = result("distill-heads"), []
+    for row in found["rows"]:
+        heads = ", ".join(f"{name}={value}" for name, value in row["heads"].items() if value not in (None, "even"))
+        name = "dense" if row["pattern"] == "na(window=-1)" else f"`{row['pattern']}`"
+        rows.append([name, f"`{heads}`", *_before_and_after(row)])
+    return table(
+        ["attention", "`convert_heads`", "read right", "read as the teacher does"],
+        [["dense (teacher)", "", f"{found['teacher']:.1%}", ""], *rows],
+    )
+
+
+def _before_and_after(row: dict[str, Any]) -> list[str]:
+    """What a student reads right, and as its teacher does, before and after it was taught."""
+    return [f"{row['before'][key]:.1%} to {row['after'][key]:.1%}" for key in ("accuracy", "agreement")]
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -153,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-peers": gpu_peers_table,
     "gpu-stack": gpu_stack_table,
     "gpu-calls": gpu_calls_table,
+    "gpu-causal": gpu_causal_table,
     "gpu-hopper": gpu_hopper_table,
     "gpu-real": gpu_real_table,
     "gpu-parallel": gpu_parallel_table,
@@ -160,6 +179,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "timm": timm_table,
     "moh": moh_table,
     "distilled-vit": distilled_vit_table,
+    "distilled-heads": distilled_heads_table,
     **emoji_tables(),
     **dynamic_tables(),
     **model_tables(),

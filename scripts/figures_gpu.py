@@ -6,12 +6,24 @@ from typing import Any
 
 from scripts.results import RESULTS, result, table
 
-PEERS = ("cudnn", "flash", "flex")
+PACKAGES = {"natten": "natten", "fa4": "flash-attn-4"}
+PEERS = {"cudnn": "cuDNN", "flash": "flash", "flex": "flex", "natten": "NATTEN", "fa4": "FlashAttention-4"}
 STACKS = {"flux": "FLUX size", "wan": "Wan 1.3B size"}
 
 
+# What scripts/bench/gpu.py measured.
+MAIN = "h100"
+
+
+def _faster(case: dict[str, Any], who: str, than: str) -> list[str]:
+    """How many times faster a contender is than another, forward and backward; empty where one of them has no time."""
+    keys = ("forward_ms", "backward_ms")
+    own, other = (case.get(name, {}) for name in (who, than))
+    return [f"{other[key] / own[key]:.1f}x" if key in own and key in other else "" for key in keys]
+
+
 def gpu_table() -> str:
-    """The Triton engine against cuDNN, measured by scripts/bench/gpu.py: what is asked for most."""
+    """The Triton engine and its peers against cuDNN: what is asked for most."""
     names = (
         "flux-s1",
         "flux-s16",
@@ -22,29 +34,45 @@ def gpu_table() -> str:
         "radial-wan",
         "dense-64k",
     )
-    rows = []
-    for case in map(result("h100")["cases"].__getitem__, names):
-        own, peer = case["triton"], case["cudnn"]
-        ratios = [f"{peer[key] / own[key]:.1f}x" for key in ("forward_ms", "backward_ms")]
-        times = f"{own['forward_ms']:.1f} ms, {peer['forward_ms']:.1f} ms"
-        rows.append([f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", *ratios, times])
-    return table(["case", "tile bound", "forward", "backward", "forward time, cuDNN's"], rows)
+    found, rows = result(MAIN), []
+    packages = [who for who, name in PACKAGES.items() if name in found["versions"]]
+    for case in (found["cases"][name] for name in names if "triton" in found["cases"].get(name, {})):
+        times = f"{case['triton']['forward_ms']:.1f} ms, {case['cudnn']['forward_ms']:.1f} ms"
+        theirs = [", ".join(filter(None, _faster(case, who, "cudnn"))) for who in packages]
+        head = [f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x"]
+        rows.append([*head, *_faster(case, "triton", "cudnn"), *theirs, times])
+    peers = [f"{PEERS[who]}: forward, backward" for who in packages]
+    made = table(["case", "tile bound", "forward", "backward", *peers, "forward time, cuDNN's"], rows)
+    return made + _machine(MAIN)
 
 
 def gpu_peers_table() -> str:
     """All cases of scripts/bench/gpu.py against all peers, and the two floors."""
-    rows = []
-    for case in result("h100")["cases"].values():
+    cases, rows = [case for case in result(MAIN)["cases"].values() if "triton" in case], []
+    peers = [who for who in PEERS if any("forward_ms" in case.get(who, {}) for case in cases)]
+    for case in cases:
         own, floors = case["triton"], case["floor_ms"]
         cells = [f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", f"{case['full_share']:.0%}"]
-        for key in ("forward_ms", "backward_ms"):
-            faster = [f"{case[peer][key] / own[key]:.1f}x" if key in case.get(peer, {}) else "" for peer in PEERS]
-            cells += [f"{own[key]:.2f}", *faster]
+        forward, backward = zip(*(_faster(case, "triton", who) for who in peers), strict=True)
+        cells += [f"{own['forward_ms']:.2f}", *forward, f"{own['backward_ms']:.2f}", *backward]
         floor = f"{floors['arithmetic']:.2f}, {floors['bytes']:.2f}"
         rows.append([*cells, f"{case['tflops_visited']:.0f}", floor])
-    way = [f"than {name}" for name in ("cuDNN", "flash", "flex")]
+    way = [f"than {PEERS[who]}" for who in peers]
     head = ["case", "tile bound", "no mask", "forward, ms", *way, "backward, ms", *way, "TFLOP/s", "floors, ms"]
-    return table(head, rows)
+    return table(head, rows) + _machine(MAIN)
+
+
+def gpu_causal_table() -> str:
+    """Causal linear attention by its kernels, against the tiled form in torch and dense attention."""
+    found, rows = result("h200-causal"), []
+    for name, times in found["times"].items():
+        own, plain, dense = (times[who] for who in ("triton", "torch", "dense"))
+        cells = [name.removeprefix("causal ")]
+        for key in ("forward_ms", "backward_ms"):
+            cells.append(f"{own[key]:.2f} ms, {plain[key]:.2f} ms: {plain[key] / own[key]:.1f}x")
+        rows.append([*cells, f"{dense['forward_ms']:.2f} ms: {dense['forward_ms'] / own['forward_ms']:.1f}x"])
+    head = ["grid", "forward, torch's form", "backward, torch's form", "dense forward"]
+    return table(head, rows) + f"\n\n{found['versions']['gpu']}, torch {found['versions']['torch']}."
 
 
 def gpu_stack_table() -> str:
@@ -141,7 +169,7 @@ def gpu_real_table() -> str:
 def _machine(name: str) -> str:
     """A line that says what a result was measured on."""
     found = result(name)["versions"]
-    also = f", diffusers {found['diffusers']}" if "diffusers" in found else ""
+    also = "".join(f", {name} {found[name]}" for name in ("diffusers", *PACKAGES.values()) if name in found)
     return f"\n\n{found['gpu']}, torch {found['torch']}, triton {found['triton']}{also}."
 
 

@@ -11,12 +11,15 @@ from scripts.results import RESULTS, result, table
 DENSE, SHIPPED = "dense", "shipped"
 KINDS = ("seen", "unseen")
 NAMES = ("emoji", "animoji")
+STEPS = "h200-stack-trained"
 
 
 def trained_tables() -> dict[str, Callable[[], str]]:
     """The tables whose results have been measured."""
     known = [name for name in NAMES if (RESULTS / f"trained-{name}.json").is_file()]
-    return {f"trained-{name}": partial(trained_table, name) for name in known}
+    found: dict[str, Callable[[], str]] = {f"trained-{name}": partial(trained_table, name) for name in known}
+    steps = {"trained-steps": steps_table} if (RESULTS / f"{STEPS}.json").is_file() else {}
+    return found | steps
 
 
 def trained_table(name: str) -> str:
@@ -43,6 +46,18 @@ def trained_table(name: str) -> str:
     return "\n\n".join([table(head, lines), note, *missing])
 
 
+def steps_table() -> str:
+    """Compiled steps of a model of FLUX's size, with random weights, measured by scripts/bench/stack_gpu.py."""
+    cases = [case for case in result(STEPS)["cases"] if "failed" not in case]
+    dense = next(case["model_ms"] for case in cases if case["pattern"] == DENSE)
+    rows = []
+    for case in cases:
+        name = DENSE if case["pattern"] == DENSE else f"`{case['pattern'].replace(' in ', '` in `')}`"
+        faster = "" if case["pattern"] == DENSE else f"{dense / case['model_ms']:.2f}x"
+        rows.append([name, f"{case['model_ms'] / 1e3:.2f} s", faster])
+    return table(["attention", "a step, compiled", "times dense"], rows)
+
+
 def _dense(dense: dict[str, Any]) -> list[str]:
     cells = ["dense (teacher)", "100 %", *(f"{dense[kind]['top1']:.0%}" for kind in KINDS), f"{_mean(dense):.3f}", ""]
     cells += [_flicker(dense)] if "flicker" in dense["seen"] else []
@@ -60,7 +75,9 @@ def _line(told: dict[str, Any], before: Any, after: Any, dense: dict[str, Any]) 
     if "flicker" in dense["seen"]:
         cells.append(f"{_flicker(before)} to {_flicker(after)}")
     cells += [_milliseconds(after["attention_seconds"]), _milliseconds(after["seconds"])]
-    return [*cells, f"{told['seconds'] / 60:.1f} min, {told['steps']} steps", f"{told['megabytes']:.1f} MB"]
+    cells.append(f"{told['seconds'] / 60:.1f} min, {told['steps']} steps")
+    cells[-1] += f", after `{told['after']}`" if "after" in told else ""
+    return [*cells, f"{told['megabytes']:.1f} MB"]
 
 
 def closed(before: float, after: float, whole: float) -> str:

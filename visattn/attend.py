@@ -93,7 +93,7 @@ def attention(
 
     The numbers are those of `torch.nn.functional.scaled_dot_product_attention` with the mask
     `dense_mask(pattern, layout)`, without ever building that mask on large grids. Composed patterns (agent, linear,
-    flow, mala, sparselinear, sigmoid, clipped, gated, selective) change the softmax; each says how.
+    flow, mala, wersa, sparselinear, sigmoid, clipped, gated, selective) change the softmax; each says how.
 
     Args:
         q: Queries [B, S, H, D] with S = layout.length.

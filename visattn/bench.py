@@ -13,12 +13,14 @@ import torch
 from visattn.attend import attention, explain
 from visattn.dispatch import BACKENDS, load
 from visattn.layout import Layout
-from visattn.patterns import ListedPattern, Neighborhood, parse
+from visattn.patterns import Dense, ListedPattern, Neighborhood, parse
 from visattn.plans import plan
 from visattn.problem import Problem
 from visattn.timing import Timing, interleave, time_once
 
 DENSE = "dense"
+# Beginning of the reason why a backend that should run a case does not.
+FAILED = "failed"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -99,6 +101,12 @@ class Line:
         timing = None if self.timing is None else self.timing.to_dict()
         return {**dataclasses.asdict(self), "timing": timing}
 
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Line:
+        """From what `to_dict` gave."""
+        timing = None if found["timing"] is None else Timing(tuple(found["timing"]["seconds"]))
+        return cls(**{**found, "timing": timing})
+
 
 @dataclass(frozen=True)
 class Result:
@@ -108,7 +116,7 @@ class Result:
         case: The problem.
         lines: One per backend, dense SDPA first.
         density: Visible share of all pairs, None for a pattern that is no list of pairs.
-        flop_bound: Bound on the gain over dense attention by visible pairs.
+        flop_bound: Bound on the gain over dense attention by visible pairs, None for dense attention itself.
         tile_bound: The same by visited tiles.
     """
 
@@ -124,6 +132,19 @@ class Result:
         case["layout"]["tokens"] = self.case.layout.length
         bounds = {name: getattr(self, name) for name in ("density", "flop_bound", "tile_bound")}
         return {"case": case, **bounds, "lines": [line.to_dict() for line in self.lines]}
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Result:
+        """From what `to_dict` gave."""
+        bounds = {name: found[name] for name in ("density", "flop_bound", "tile_bound")}
+        case = Case(**{**found["case"], "layout": _layout(found["case"]["layout"])})
+        return cls(case, tuple(Line.of(line) for line in found["lines"]), **bounds)
+
+
+def _layout(found: dict[str, Any]) -> Layout:
+    """Of its fields as JSON."""
+    keys = found["key_layout"]
+    return Layout(found["grid"], found["prefix"], found["suffix"], None if keys is None else _layout(keys))
 
 
 def backend_names(text: str) -> tuple[str, ...]:
@@ -213,19 +234,22 @@ def _try(runs: dict[str, Callable[[], object]], reasons: dict[str, str]) -> None
             runs[name]()
         except (RuntimeError, MemoryError) as error:
             del runs[name]
-            reasons[name] = f"failed: {str(error).strip().splitlines()[0]}"
+            reasons[name] = f"{FAILED}: {str(error).strip().splitlines()[0]}"
 
 
 def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(case.device).manual_seed(0)
+
+    def drawn(tokens: int) -> torch.Tensor:
+        # On the device: a CPU would need minutes for the longest sequences.
+        shape = (case.batch, tokens, case.heads, case.dim)
+        return torch.randn(shape, generator=generator, device=case.device).to(DTYPES[case.dtype])
+
     own, keys = case.layout.length, case.layout.keys.length
-    q, k, v, grad = (
-        torch.randn(case.batch, n, case.heads, case.dim, generator=generator).to(case.device, DTYPES[case.dtype])
-        for n in (own, keys, keys, own)
-    )
+    q, k, v = drawn(own), drawn(keys), drawn(keys)
     if not case.backward:
         return q, k, v, None
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), drawn(own)
 
 
 def _run(
@@ -280,6 +304,9 @@ def _time(
 def _bounds(problem: Problem) -> tuple[float | None, float | None, float | None]:
     if not isinstance(problem.pattern, ListedPattern):
         return None, None, None
+    if isinstance(problem.pattern, Dense):
+        # Its plan lists all pairs of tiles: half a minute on 262,144 tokens.
+        return 1.0, None, None
     made = plan(problem.pattern, problem.layout)
     return made.density, made.flop_bound, made.tile_bound
 

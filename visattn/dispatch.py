@@ -125,6 +125,7 @@ BACKENDS = REGISTRY.declare(
         "gate": "visattn.kernels.gate:backend",
         "hybrid": "visattn.kernels.hybrid.backend:backend",
         "ordered": "visattn.kernels.ordered:backend",
+        "centroids": "visattn.kernels.centroids:backend",
         "sdpa": "visattn.kernels.sdpa:backend",
         "tiles": "visattn.kernels.tiles.backend:backend",
         "flex": "visattn.kernels.flex.backend:backend",

@@ -12,6 +12,7 @@ from visattn.keep import kept
 from visattn.layout import Layout, check_layout
 from visattn.patterns import (
     ComposedPattern,
+    DynamicPattern,
     ListedPattern,
     Pattern,
     PooledPattern,
@@ -20,6 +21,7 @@ from visattn.patterns import (
     SpannedPattern,
     parse,
 )
+from visattn.patterns.choice.causal import later_slots
 from visattn.patterns.geometry import Bools, TilePairs
 from visattn.patterns.masks import check_defined
 from visattn.tiling import Ints, Tiling
@@ -264,12 +266,26 @@ def with_routes(made: TilePlan, routes: Routes, sample: int = 0, group: int = 0)
     tile = tiles[keep]
     row = np.repeat(np.arange(made.queries.tiles)[made.queries.grid_tiles], keep.sum(1))
     mask = np.where(short[tile] >= 0, short[tile] + len(made.masks), -1)
+    masks = np.concatenate([made.masks, more])
+    if isinstance(made.pattern, DynamicPattern) and made.pattern.blocks(made.layout.grid).in_order:
+        mask, masks = _in_order(made, row, tile, mask, masks)
     old = made.lists
     joined = [np.concatenate(pair) for pair in ((old.rows, row), (old.tile, tile), (old.mask, mask))]
     lists = _lists(joined[0], joined[1], joined[2], made.queries.tiles)
     visible = int(made.queries.sizes[row] @ made.keys.sizes[tile]) + _dense_token_pairs(made.layout, made.keys.extra)
-    masks = np.concatenate([made.masks, more])
     return replace(made, lists=lists, masks=masks, visible=visible, routed_tiles=0)
+
+
+def _in_order(made: TilePlan, row: Ints, tile: Ints, mask: Ints, masks: Bools) -> tuple[Ints, Bools]:
+    """Masks of visits, and all masks, where the grid is a causal line: keys after a query are hidden besides."""
+    queries, keys = made.queries.tokens[row], made.keys.tokens[tile]
+    everything = np.ones((1, *masks.shape[1:]), bool)
+    seen = np.concatenate([masks, everything])[mask] & ~later_slots(queries, keys)
+    found, which = np.unique(seen, axis=0, return_inverse=True)
+    # Empty slots of queries see anything, so that whole tiles stay without a mask.
+    whole = found.all((1, 2))
+    number = np.where(whole, -1, len(masks) + np.cumsum(~whole) - 1)
+    return number[which.ravel()], np.concatenate([masks, found[~whole]])
 
 
 def _validity(queries: Tiling, keys: Tiling) -> tuple[Ints, Bools]:

@@ -94,6 +94,16 @@ class Measured:
             return about | {"case": str(entry.case), "lines": [], "reason": "the budget was over"}
         return about | self.result.to_dict()
 
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Measured | None:
+        """From what `to_dict` gave; None where nothing was measured."""
+        if not found["lines"]:
+            return None
+        result = Result.of(found)
+        layout, causal = result.case.layout, found["kind"].startswith("causal")
+        entry = Entry(found["mask"], layout.key_layout is not None, causal, found["scale"], result.case)
+        return cls(entry, result)
+
 
 def suite(name: str, device: str, **options: Any) -> list[Entry]:
     """The cases of a suite, short sequences first.
@@ -178,7 +188,8 @@ def run_suite(
     """Time cases one after the other, as many as fit into a budget.
 
     A case is left out when it would be over, and a backend when a call of it would take longer than `patience`: both by
-    what a shorter sequence of the same mask took, times the products that there are more.
+    what calls took for a shorter sequence of the same mask, times the products that there are more, and by what that
+    case took beside its calls (compilers, mostly).
 
     Args:
         entries: What `suite` gave.
@@ -201,8 +212,10 @@ def run_suite(
     for number, entry in enumerate(entries, 1):
         products, whole, calls = before.get(entry.key, (entry.products, 0.0, {}))
         growth = entry.products / products
+        # A case is tried, compared with the others, warmed up and timed once before it is measured.
+        called = min(whole, (repeats + 4) * sum(calls.values()))
         start = clock()
-        if start - begun + growth * whole > budget:
+        if start - begun + whole + (growth - 1) * called > budget:
             found.append(Measured(entry, None))
             continue
         if tell is not None:

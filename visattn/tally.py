@@ -267,7 +267,8 @@ def _noted(known: torch.Tensor | None, shares: list[torch.Tensor], i: int, cells
     """What is known with the shares that came from the i-th of so many cells, which ran one after the other."""
     each = len(shares) // cells
     for share in shares[i * each : (i + 1) * each]:
-        new = torch.stack([share.sum(), share.new_tensor(share.numel()), share.min(), share.max()])
+        # Filled in on the device: a number that is copied there would wait for all that runs on it.
+        new = torch.stack([share.sum(), share.new_full((), share.numel()), share.min(), share.max()])
         known = joined(known, new)
     return known
 

@@ -28,6 +28,8 @@ def refusal(pattern: DynamicPattern, layout: Layout, rows: int) -> str:
     if pattern.skip or pattern.pools_rest:
         return "its kernels neither pass over listed blocks nor add pooled keys"
     blocks = pattern.blocks(layout.grid)
+    if blocks.in_order:
+        return "its blocks that are chosen are seen whole, and those of a causal line in part"
     if math.prod(blocks.queries) != rows or math.prod(blocks.keys) != COLUMNS:
         own = f"{math.prod(blocks.queries)} queries and {math.prod(blocks.keys)} keys"
         return f"its blocks are of {rows} queries and {COLUMNS} keys, and {pattern.name} chooses blocks of {own}"

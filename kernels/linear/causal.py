@@ -8,11 +8,12 @@ there are features is a tile of its own, and needs no products at all.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
-from visattn.kernels.linear.features import repeated, widened
+from visattn.kernels.linear.features import feature_map, repeated, widened
 from visattn.kernels.linear.plain import divided
 from visattn.layout import Layout
 from visattn.patterns.linear import Linear
@@ -38,15 +39,22 @@ class Sides(NamedTuple):
     def of(cls, x: torch.Tensor, layout: Layout, axis: int) -> Sides:
         """Of tokens [B, S, H, ...]."""
         before, grid, after = x.split([layout.prefix, layout.tokens, layout.suffix], 1)
-        grid = grid.unflatten(1, layout.grid).movedim(1 + axis, 1)
-        return cls(before, grid.flatten(2, layout.dims) if layout.dims > 1 else grid[:, :, None], after)
+        return cls(before, by_position(grid, layout.grid[axis], math.prod(layout.grid[axis + 1 :])), after)
 
     def joined(self, layout: Layout, axis: int) -> torch.Tensor:
         """The tokens in their order again."""
-        others = (*layout.grid[:axis], *layout.grid[axis + 1 :])
-        grid = self.grid.unflatten(2, others) if others else self.grid[:, :, 0]
-        grid = grid.movedim(1, 1 + axis).flatten(1, layout.dims)
+        grid = in_order(self.grid, math.prod(layout.grid[axis + 1 :]))
         return torch.cat([self.before, grid, self.after], 1)
+
+
+def by_position(x: torch.Tensor, positions: int, inner: int) -> torch.Tensor:
+    """Tokens of a grid [B, S, ...] by their position on an axis, `inner` of one in a row: [B, positions, R, ...]."""
+    return x.unflatten(1, (-1, positions, inner)).transpose(1, 2).flatten(2, 3)
+
+
+def in_order(x: torch.Tensor, inner: int) -> torch.Tensor:
+    """Its inverse."""
+    return x.unflatten(2, (-1, inner)).transpose(1, 2).flatten(1, 3)
 
 
 def causal_attention(
@@ -77,6 +85,47 @@ def causal_attention(
     grid = grid + torch.einsum("bnrhf,bhfd->bnrhd", queries.grid, dense)
     ends = [torch.einsum("bshf,bhfd->bshd", queries[i], everything) for i in (0, 2)]
     out = Sides(ends[0], grid, ends[1]).joined(layout, axis)
+    return divided(out[..., :-1], out[..., -1]).to(v.dtype)
+
+
+def plain_grid_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    dense: torch.Tensor | None,
+    rates: torch.Tensor,
+    positions: int,
+    inner: int,
+    feature: str,
+) -> torch.Tensor:
+    """The grid's tokens alone, from what features are made of ("elu", "relu") or from features ("given").
+
+    Args:
+        q: Of the queries [B, S, H, F].
+        k: Of the keys [B, S, Hkv, F].
+        v: Values [B, S, Hkv, D].
+        key_mask: bool [B, S], or None.
+        dense: State and sums of features of dense keys [B, H, F * D + F], or None.
+        rates: Exponents of the decay [H].
+        positions: Of the causal axis.
+        inner: Tokens of a position that lie in a row.
+        feature: Name of the feature map.
+
+    Returns:
+        [B, S, H, D] in v's dtype.
+    """
+    heads = q.shape[2]
+    q, k, values = feature_map(q, feature), repeated(feature_map(k, feature), heads), repeated(widened(v), heads)
+    if key_mask is not None:
+        k = k * key_mask[:, :, None, None]
+    values = torch.cat([values, values.new_ones(*values.shape[:3], 1)], 3)
+    sides = [by_position(x, positions, inner) for x in (q, k, values)]
+    out = in_order(earlier(sides[0], sides[1], sides[2], rates.to(q.dtype)), inner)
+    if dense is not None:
+        shape = q.shape[3], v.shape[3]
+        state, sums = dense.to(q.dtype).split([math.prod(shape), shape[0]], 2)
+        out = out + torch.einsum("bshf,bhfd->bshd", q, torch.cat([state.unflatten(2, shape), sums[..., None]], 3))
     return divided(out[..., :-1], out[..., -1]).to(v.dtype)
 
 

@@ -238,7 +238,8 @@ def listed_call(
     else:
         routes = pattern.route(q, k, tiles, mask, call.scale)
     heads = Heads(routes.groups, q.shape[2], k.shape[2])
-    group = routed_group(tiles, routes.flat(), fixed, rest, merged)
+    in_order = isinstance(pattern, DynamicPattern) and pattern.blocks(layout.grid).in_order
+    group = routed_group(tiles, routes.flat(), fixed, rest, merged, in_order)
     return Listed((q, k, v), mask, Problems((group, *dense)), heads)
 
 

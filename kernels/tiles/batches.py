@@ -221,7 +221,7 @@ def _by_sample(
     """Batches of problems of one sample each, which may have keys and masks of its own."""
     bias = hidden = None
     alike = key_mask is None and group.mask is None and not group.short_keys
-    alike = alike and group.counts is None and group.rest is None
+    alike = alike and group.counts is None and group.rest is None and not group.in_order
     if alike:
         bias, hidden = shapes.bias(group.visible(None), rpb, group)
     for own, problem in _together(group, q, size):
@@ -234,8 +234,12 @@ def _by_sample(
         visible = None if alike else own.visible(tile)
         if own.routed and (shown := own.lengths(problem)) is not None:
             visible = _and(visible, shown)
-        if own.routed and (rows := own.rows_see(problem)) is not None:
-            visible = rows if visible is None else visible & rows
+        if own.routed and own.key_tiles is not None:
+            rows = own.rows_see(problem, own.key_tiles.shape[1])
+            if rows is not None:
+                # Every query sees what is not listed.
+                rows = torch.nn.functional.pad(rows, (0, own.length - rows.shape[2]), value=True)
+                visible = rows if visible is None else visible & rows
         if keys is not None:
             if own.short_keys:
                 visible = _and(visible, keys >= 0)

@@ -44,6 +44,7 @@ class Group:
         words: Of a routed group whose tiles hold several query blocks, which of them list each key tile, a bit each:
             int64 [B * n, m]; None where a tile is of one block.
         bits: With `words`, the bit of each query slot: int64 [T].
+        in_order: Of a routed group, whether queries see no later token of the listed tiles.
     """
 
     queries: torch.Tensor
@@ -64,6 +65,7 @@ class Group:
     rest: torch.Tensor | None = None
     words: torch.Tensor | None = None
     bits: torch.Tensor | None = None
+    in_order: bool = False
 
     @property
     def listed(self) -> bool:
@@ -104,22 +106,24 @@ class Group:
             shown[:, self.length - self.rest.shape[1] :] = self.rest[problem].isfinite()
         return shown
 
-    def listed_by_rows(self, problem: torch.Tensor | slice, number: int) -> torch.Tensor | None:
-        """Which of their first `number` key tiles the queries of some problems list: bool [problems, T, number].
+    def rows_see(self, problem: torch.Tensor | slice, number: int) -> torch.Tensor | None:
+        """Which tokens of their first `number` key tiles the queries of some problems see: bool [problems, T, tokens].
 
-        None where all queries of a tile list the same.
+        None where all queries of a tile see the same; what is hidden from all of them is not told.
         """
-        if self.words is None or self.bits is None:
+        if self.key_tiles is None or self.tile_tokens is None or (self.words is None and not self.in_order):
             return None
-        return ((self.words[problem][:, None, :number] >> self.bits[:, None]) & 1) != 0
-
-    def rows_see(self, problem: torch.Tensor) -> torch.Tensor | None:
-        """The same key by key, with what every query sees: bool [problems, T, L], or None."""
-        listed = None if self.key_tiles is None else self.listed_by_rows(problem, self.key_tiles.shape[1])
-        if listed is None or self.tile_tokens is None:
-            return None
-        own = listed.repeat_interleave(self.tile_tokens.shape[1], 2)
-        return torch.nn.functional.pad(own, (0, self.length - own.shape[2]), value=True)
+        seen, slots = None, self.tile_tokens.shape[1]
+        if self.words is not None and self.bits is not None:
+            listed = ((self.words[problem][:, None, :number] >> self.bits[:, None]) & 1) != 0
+            seen = listed.repeat_interleave(slots, 2)
+        if self.in_order:
+            tile = torch.arange(len(self.key_tiles), device=self.queries.device)[problem] % len(self.queries)
+            queries, keys = self.queries[tile][..., None], self.tile_tokens[self.key_tiles[problem][:, :number]]
+            # What an empty slot of queries sees does not matter, as long as it sees something.
+            earlier = (keys.flatten(1)[:, None] <= queries) | (queries < 0)
+            seen = earlier if seen is None else seen & earlier
+        return seen
 
     def cut(self, size: int) -> Iterator[tuple[Group, torch.Tensor]]:
         """The problems of a routed group in batches, the longest lists first, as [problems] and a group so long.
@@ -235,6 +239,7 @@ def routed_group(
     fixed: torch.Tensor | None,
     rest: torch.Tensor | None = None,
     merged: Merged | None = None,
+    in_order: bool = False,
 ) -> Group:
     """The problems of a routed pattern's grid query tiles.
 
@@ -244,6 +249,7 @@ def routed_group(
         fixed: Dense and pooled key tokens, or None; those with a weight in `rest` come last.
         rest: What is added to the scores of pooled keys: [B, 1, grid query tiles, R], or None.
         merged: Which query blocks of a tile list each key tile, None where a tile is of one block.
+        in_order: Whether queries see no later token of the tiles.
     """
     assert routes.groups == 1, "heads that choose for themselves are samples of their own"
     queries = plan.queries.tokens[plan.queries.grid_tiles]
@@ -259,4 +265,5 @@ def routed_group(
         rest=None if rest is None else rest.flatten(0, 2),
         words=None if merged is None else merged.words.flatten(0, 2),
         bits=None if merged is None else merged.slots,
+        in_order=in_order,
     )

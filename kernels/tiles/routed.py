@@ -167,7 +167,7 @@ class Routed:
             bias = self._weights.index_select(0, keys).view(count, -1)[:, :length]
         elif counts is not None or group.rest is not None:
             bias = torch.zeros(count, length, dtype=self.shapes.wide, device=keys.device)
-        places, by_rows = (*self._slots(queries), keys, length), group.listed_by_rows(queries, number)
+        places, by_rows = (*self._slots(queries), keys, length), group.rows_see(queries, number)
         if bias is None and by_rows is None:
             return Run(*places, None, None)
         if bias is None:
@@ -187,16 +187,15 @@ class Routed:
             hidden = none if none.any() else None
         return Run(*places, bias[:, None], hidden)
 
-    def _by_rows(self, bias: torch.Tensor, listed: torch.Tensor) -> torch.Tensor:
-        """What is added to the scores, -inf in rows that do not list a tile: [n, rows, keys].
+    def _by_rows(self, bias: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores, -inf where a row does not see a token of a listed tile: [n, rows, keys].
 
         Args:
             bias: The same for all rows: [n, 1, keys].
-            listed: bool [n, T, tiles].
+            seen: bool [n, T, tokens of the listed tiles].
         """
-        number = listed.shape[2] * self.keys.slots
-        own = bias.expand(-1, listed.shape[1], -1).clone()
-        own[:, :, :number].unflatten(2, (-1, self.keys.slots)).masked_fill_(~listed[..., None], float("-inf"))
+        own = bias.expand(-1, seen.shape[1], -1).clone()
+        own[:, :, : seen.shape[2]].masked_fill_(~seen, float("-inf"))
         return own.repeat(1, self.shapes.each, 1) if self.shapes.each > 1 else own
 
     def _slots(self, queries: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

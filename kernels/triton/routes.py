@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +27,7 @@ class Static:
         mask: Mask of each column tile, which hides its empty slots: int32 [column tiles].
         whole: Whether no grid column tile has empty slots, so that routed visits need no mask.
         short: Which column tiles have empty slots, where only some grid ones have: bool [column tiles], else None.
+        order: Of a causal line, else None.
     """
 
     base: Program
@@ -33,15 +35,51 @@ class Static:
     mask: torch.Tensor
     whole: bool
     short: torch.Tensor | None
+    order: Order | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """How masks of a causal line follow from where two tiles begin.
+
+    Attributes:
+        queries: First token of each query tile: int64 [tiles].
+        keys: The same of key tiles.
+        masks: How far behind the mask of a column tile the one is that hides later tokens too, by how far a query tile
+            begins behind a key tile: int32, from -`first` tokens on in steps of `step`; 0 where nothing is later.
+        first: Tokens.
+        step: Tokens.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    masks: torch.Tensor
+    first: int
+    step: int
+
+    def moved(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """How far behind the masks of pairs of tiles are: int32, like `queries` and `keys`, which broadcast."""
+        distance = self.queries[queries] - self.keys[keys]
+        return self.masks[((distance + self.first) // self.step).clamp(0, len(self.masks) - 1)]
 
 
 @kept
-def static_part(plan: TilePlan, by_keys: bool, device: torch.device) -> Static:
-    """What of a plan's program does not depend on q and k."""
+def static_part(plan: TilePlan, by_keys: bool, device: torch.device, in_order: bool = False) -> Static:
+    """What of a plan's program does not depend on q and k.
+
+    Args:
+        plan: The plan.
+        by_keys: Whether key tiles are the rows.
+        device: Where the tensors go.
+        in_order: Whether the grid is a causal line.
+    """
     base = program(plan, by_keys, 1, device)
     columns = base.column_tiling
     kind, slots = fill_kinds(columns)
     rows = np.broadcast_to(slots[:, None, :], (len(slots), base.rows, columns.capacity))
+    order = None
+    if in_order:
+        order, rows = _order(plan, by_keys, rows, device)
     more = torch.from_numpy(pack(rows, base.rows, base.columns)).to(device)
     short: np.ndarray = np.logical_not(slots[kind].all(1))
     fits = columns.capacity == base.columns
@@ -52,16 +90,45 @@ def static_part(plan: TilePlan, by_keys: bool, device: torch.device) -> Static:
         return torch.from_numpy(array.astype(np.int32)).to(device)
 
     mask = tensor(kind + len(base.masks))
+    cut = base.partial or not whole or in_order
     return Static(
-        replace(base, masks=torch.cat([base.masks, more]), full=base.full or whole, partial=base.partial or not whole),
+        replace(base, masks=torch.cat([base.masks, more]), full=base.full or whole, partial=cut),
         tensor(first_tokens(columns)),
         mask,
         whole,
         torch.from_numpy(short).to(device) if mixed else None,
+        order,
     )
 
 
-def routed_program(plan: TilePlan, by_keys: bool, routes: Routes, merged: Merged | None = None) -> Program:
+def _order(plan: TilePlan, by_keys: bool, rows: np.ndarray, device: torch.device) -> tuple[Order, np.ndarray]:
+    """Masks of a causal line by the distance of two tiles, and all masks: those of column tiles come first.
+
+    Args:
+        plan: The plan.
+        by_keys: Whether key tiles are the rows.
+        rows: Masks of the kinds of column tiles: bool [kinds, rows, columns].
+        device: Where the tensors go.
+    """
+    queries, keys = plan.queries.capacity, plan.keys.capacity
+    # From where no query sees a key to where every query sees all.
+    step = math.gcd(queries, keys)
+    distances = np.arange(-queries, keys + step, step)
+    seen = np.arange(keys) <= distances[:, None, None] + np.arange(queries)[:, None]
+    seen = seen.transpose(0, 2, 1) if by_keys else seen
+    own = np.zeros((len(distances), *rows.shape[1:]), bool)
+    own[:, : seen.shape[1]] = seen
+    whole = seen.all((1, 2))
+    masks = np.where(whole, 0, len(rows) * np.cumsum(~whole))
+    both = own[~whole][:, None] & rows
+    first = [torch.from_numpy(first_tokens(side).astype(np.int64)).to(device) for side in (plan.queries, plan.keys)]
+    table = torch.from_numpy(masks.astype(np.int32)).to(device)
+    return Order(first[0], first[1], table, queries, step), np.concatenate([rows, both.reshape(-1, *rows.shape[1:])])
+
+
+def routed_program(
+    plan: TilePlan, by_keys: bool, routes: Routes, merged: Merged | None = None, in_order: bool = False
+) -> Program:
     """The program of a routed plan for one batch, without waiting for the device.
 
     Args:
@@ -69,43 +136,49 @@ def routed_program(plan: TilePlan, by_keys: bool, routes: Routes, merged: Merged
         by_keys: Whether key tiles are the rows.
         routes: What `pattern.route` gave.
         merged: Which query blocks of a tile list each entry of `routes`, None where a tile is of one block.
+        in_order: Whether the grid is a causal line.
     """
     groups, flat = routes.groups, routes.flat()
     tiles, counts = flat.tiles[:, 0], None if flat.counts is None else flat.counts[:, 0]
-    static = static_part(plan, by_keys, tiles.device)
+    static = static_part(plan, by_keys, tiles.device, in_order)
     owners, queries, number = tiles.shape
-    first_row = plan.keys.grid_tiles.start if by_keys else plan.queries.grid_tiles.start
+    first_query = plan.queries.grid_tiles.start
+    first_row = plan.keys.grid_tiles.start if by_keys else first_query
     rows = plan.keys.runs[1] if by_keys else queries
+    query = torch.arange(first_query, first_query + queries, device=tiles.device)[:, None]
     # Whole tiles first, which need no mask. Routing keeps the order of its choice.
-    short = static.short if isinstance(plan.pattern, DynamicPattern) and merged is None else None
+    sorts = isinstance(plan.pattern, DynamicPattern) and merged is None
+    partial = _partial(static, by_keys, query, tiles) if sorts else None
     words = None if merged is None else merged.words.flatten(0, 1).flatten(1)
     if by_keys:
-        own = None if short is None else short[plan.queries.grid_tiles]
-        order, start, split, stop = _transposed(tiles, flat.listed(), first_row, rows, own)
-        column = order // number + plan.queries.grid_tiles.start
+        order, start, split, stop = _transposed(tiles, flat.listed(), first_row, rows, partial)
+        column = order // number + first_query
+        pairs = column, tiles.flatten(1).gather(1, order)
         words = None if words is None else words.gather(1, order)
     else:
         start = torch.arange(rows, device=tiles.device)[None] * number
         stop = split = start + (number if counts is None else counts)
-        if short is not None:
-            tiles, whole = _whole_first(tiles, flat.listed(), short)
+        if partial is not None:
+            tiles, whole = _whole_first(tiles, flat.listed(), partial)
             split = start + whole
         column = tiles.flatten(1)
-    base = static.base if short is None else replace(static.base, full=True)
+        pairs = query.expand(tiles.shape).flatten(1), column
+    masks = static.mask[column] if static.order is None else static.mask[column] + static.order.moved(*pairs)
+    base = static.base if partial is None else replace(static.base, full=True)
     skip = len(base.bases)
     start, split, stop = start + skip, split + skip, stop + skip
     # Grid rows lie behind the dense ones, in their own order: without static visits the sort leaves them alone.
     bounds = base.bounds.expand(owners, -1, -1).clone()
     grid = bounds[:, base.dense_rows :]
     grid[..., 0], grid[..., 2] = start, stop
-    grid[..., 1] = split if (static.whole or short is not None) and merged is None else start
+    grid[..., 1] = split if (static.whole or partial is not None) and merged is None else start
     if merged is not None and words is not None:
         base = _with_words(base, merged, words)
     return replace(
         base,
         bounds=bounds,
         bases=torch.cat([base.bases.expand(owners, -1), static.first[column]], 1),
-        mask_ids=torch.cat([base.mask_ids.expand(owners, -1), static.mask[column]], 1),
+        mask_ids=torch.cat([base.mask_ids.expand(owners, -1), masks], 1),
         bounds_batch=bounds[0].numel() if owners > 1 else 0,
         list_batch=skip + queries * number,
         groups=groups,
@@ -124,13 +197,29 @@ def _with_words(base: Program, merged: Merged, words: torch.Tensor) -> Program:
     return replace(base, full=full, partial=True, words=torch.cat([everybody, words], 1), bits=bits)
 
 
+def _partial(static: Static, by_keys: bool, query: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor | None:
+    """Which visits need a mask, where only some do: bool, broadcasts to [owners, query tiles, n]; None elsewhere.
+
+    Args:
+        static: Of the plan.
+        by_keys: Whether key tiles are the rows.
+        query: Each grid query tile: [query tiles, 1].
+        tiles: Key tiles that each lists: [owners, query tiles, n].
+    """
+    short = None if static.short is None else static.short[query if by_keys else tiles]
+    if static.order is None or not (static.whole or short is not None):
+        return short
+    later = static.order.moved(query, tiles) > 0
+    return later if short is None else later | short
+
+
 def _whole_first(
-    tiles: torch.Tensor, listed: torch.Tensor | None, short: torch.Tensor
+    tiles: torch.Tensor, listed: torch.Tensor | None, partial: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists [owners, query tiles, n] with their whole tiles in front, else in order, and how many those are."""
+    """Lists [owners, query tiles, n] with what needs no mask in front, else in order, and how much that is."""
     number = tiles.shape[2]
-    partial = short[tiles] if listed is None else short[tiles] & listed[:, 0]
-    whole = ~short[tiles] if listed is None else ~short[tiles] & listed[:, 0]
+    whole = ~partial if listed is None else ~partial & listed[:, 0]
+    partial = partial if listed is None else partial & listed[:, 0]
     count = whole.sum(-1, keepdim=True)
     place = torch.where(whole, whole.cumsum(-1) - 1, count + partial.cumsum(-1) - 1)
     # What does not count goes behind the end.
@@ -141,7 +230,7 @@ def _whole_first(
 
 
 def _transposed(
-    tiles: torch.Tensor, listed: torch.Tensor | None, first: int, rows: int, short: torch.Tensor | None
+    tiles: torch.Tensor, listed: torch.Tensor | None, first: int, rows: int, partial: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The entries that name each grid key tile: [owners, entries], and where its own start, turn partial and stop.
 
@@ -150,13 +239,11 @@ def _transposed(
         listed: Which of them count: bool [owners, 1, query tiles, n], None for all.
         first: The first grid key tile.
         rows: Grid key tiles.
-        short: Which grid query tiles have empty slots and go behind the others, None for none.
+        partial: Which of them need a mask and go behind the others, None for none; broadcasts to `tiles`.
     """
-    queries = tiles.shape[1]
     # What does not count goes behind the lists of all key tiles.
-    kept = tiles if listed is None else tiles.masked_fill(~listed[:, 0], first + rows)
-    ranks = torch.zeros(queries, dtype=torch.int64, device=tiles.device) if short is None else short.long()
-    keys, order = (2 * kept + ranks[:, None]).flatten(1).sort(dim=1, stable=True)
+    kept = 2 * (tiles if listed is None else tiles.masked_fill(~listed[:, 0], first + rows))
+    keys, order = (kept if partial is None else kept + partial.long()).flatten(1).sort(dim=1, stable=True)
     wanted = 2 * torch.arange(first, first + rows, device=tiles.device).expand(len(tiles), -1)
     start, split, stop = (torch.searchsorted(keys, (wanted + more).contiguous()) for more in (0, 1, 2))
     return order, start, split, stop
@@ -183,7 +270,8 @@ class MergedLists:
             if plan not in self._merged:
                 self._merged[plan] = merge(self._choice, plan, self._blocks)
             own = self._merged[plan]
-            self._programs[direction] = routed_program(plan, direction == "key_grad", own.routes, own)
+            in_order = self._blocks.in_order
+            self._programs[direction] = routed_program(plan, direction == "key_grad", own.routes, own, in_order)
         return self._programs[direction]
 
     def addresses(self, direction: str) -> list[int]:

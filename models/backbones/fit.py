@@ -1,9 +1,8 @@
 """FIT: data tokens attend in groups, a few latents of each group attend to all others, and both read each other.
 
 Paper: Chen and Li, "FIT: Far-reaching Interleaved Transformers" (2023), https://arxiv.org/abs/2305.12689, section 2,
-for images: a group is a square of patches. The released code is TensorFlow's and has no weights; the structure (which
-norms, which widths attend, positions shared by groups) and the names of parts follow it, and nothing here was compared
-with outputs of it. The sizes are ours, of the widths of ViTs.
+for images: a group is a square of patches. The released code is TensorFlow's and has no weights; with its weights under
+the names here outputs are equal (`tests/models/test_fit.py`). The sizes are ours, of the widths of ViTs.
 """
 
 import re
@@ -208,9 +207,7 @@ class FIT(Flat):
         batch, height, width = x.shape[0], x.shape[1], x.shape[2]
         rows, columns = height // self.group, width // self.group
         x = to_groups(x, self.group) + self.x_pos_emb
-        places = self.latent_pos_emb.flatten(1).T.reshape(1, -1, self.side, self.side)
-        places = resize(places, rows, columns).flatten(2)[0].T
-        latents = places.reshape(rows * columns, self.latents, -1)
+        latents = latent_places(self.latent_pos_emb, self.side, rows, columns)
         return x, latents.repeat(batch, 1, 1), height, width
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -277,6 +274,13 @@ class FIT(Flat):
         """Parameters by depth, for layer-wise learning rates."""
         blocks = [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^stem|x_pos_emb|latent_pos_emb", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+
+def latent_places(table: torch.Tensor, side: int, rows: int, columns: int) -> torch.Tensor:
+    """Positions of latents [side * side, m, latent_dim] for other groups: [rows * columns, m, latent_dim]."""
+    places = table.flatten(1).T.reshape(1, -1, side, side)
+    places = resize(places, rows, columns).flatten(2)[0].T
+    return places.reshape(rows * columns, table.shape[1], table.shape[2])
 
 
 def layer_counts(layers: str) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from visattn.models.swap.install import own_grid
 from visattn.models.swap.sites import find_sites
 from visattn.models.tuning.pictures import Pictures
 from visattn.schedule import Schedule
+from visattn.tuning.places import Only, by_layer, names_at
 from visattn.tuning.subject import DENSE, Assignment, Local, Outcome
 
 # Measurements of the time of a candidate, and of a schedule.
@@ -34,16 +36,32 @@ class BackboneSubject:
     measure = "snr"
     steps = 1
 
-    def __init__(self, model: nn.Module, pictures: Pictures, name: str = "", batch: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pictures: Pictures,
+        name: str = "",
+        batch: int = 8,
+        only: Only = MappingProxyType({}),
+    ) -> None:
         """Look at a model.
 
+        Args:
+            model: The model.
+            pictures: What it sees.
+            name: As it was asked for.
+            batch: Pictures at once.
+            only: Candidates that are for some layers alone, see `visattn.tuning.places`.
+
         Raises:
-            ValueError: If its attention cannot be swapped, or it does not say on which grid its tokens sit.
+            ValueError: If its attention cannot be swapped, it does not say on which grid its tokens sit, or it has no
+                layer that a candidate is for.
         """
         self._net, self.pictures, self.name, self.batch = model.eval(), pictures, name, batch
         self.model = type(model).__name__
         sites = find_sites(model, self.model)
         self._layers = list(dict.fromkeys(site.name.layer for site in sites))
+        self._only = by_layer(only, self._layers, {site.name.path: site.name.layer for site in sites})
         self._modules = [[s.module for s in sites if s.name.layer == layer] for layer in self._layers]
         self.layers, self.parameters = len(self._layers), sum(each.numel() for each in model.parameters())
         grid = own_grid(model)
@@ -78,7 +96,7 @@ class BackboneSubject:
         found: list[dict[str, Local]] = []
         for layer in range(self.layers):
             here: dict[str, Local] = {}
-            for name in candidates:
+            for name in names_at(self._layers[layer], candidates, self._only):
                 if name in failed:
                     continue
                 try:

@@ -1,24 +1,28 @@
-"""Style injection: one sample of a batch attends to what another one shows, with queries that a third one had in part.
+"""Style injection: attention to what a style's picture shows, with queries that another picture's content had in part.
 
-Chung, Hyun and Heo, Style Injection in Diffusion (https://arxiv.org/abs/2312.09008), sections 4.1 to 4.3. Samples are
-[content, style, result]. Style keys do not sit where the content's queries do, so no local pattern can stand for such
-a call: modules run dense where they inject.
+Chung, Hyun and Heo, Style Injection in Diffusion (https://arxiv.org/abs/2312.09008), sections 4.1 to 4.3. Content and
+style are samples of the same batch, or features that an earlier run left. Style keys do not sit where the content's
+queries do, so no local pattern can stand for such a call: modules run dense where they inject.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from visattn.layout import Layout
+from visattn.pipelines.control.features import Features, Source
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import key_validity
 from visattn.runtime.run import Run
 from visattn.runtime.runner import Runner
+from visattn.runtime.sequences import with_queries
 
 CONTENT, STYLE, RESULT = 0, 1, 2
+# What a batch of so many samples is.
+SAMPLES = {1: "the result", 2: "content and style", 3: "content, style and result"}
 # What reports say of calls that inject.
 REASON = "style injection"
 
@@ -38,29 +42,54 @@ def adain(content: torch.Tensor, style: torch.Tensor, eps: float = 0.0) -> torch
     return to_spread * (content - mean) / (spread + eps) + to_mean
 
 
-def inject(call: AttentionCall, rows: slice, keys: torch.Tensor | None, gamma: float, temperature: float) -> Any:
-    """What the queries of the result's grid get: [1, grid, H, D].
+class Where(NamedTuple):
+    """Where a call's tokens are.
+
+    Attributes:
+        queries: Those of the grid.
+        rows: Keys of the grid; others are text.
+        keys: Valid keys [B, S], None for all.
+    """
+
+    queries: slice
+    rows: slice
+    keys: torch.Tensor | None
+
+
+def source_of(call: AttentionCall, where: Where) -> Source:
+    """What samples [content, style, ...] of a call give to others."""
+    keys = None if where.keys is None else where.keys[STYLE, where.rows]
+    return Source(call.q[CONTENT, where.queries], call.k[STYLE, where.rows], call.v[STYLE, where.rows], keys)
+
+
+def inject(
+    call: AttentionCall, sample: int, where: Where, source: Source, gamma: float, temperature: float
+) -> torch.Tensor:
+    """What the queries of a sample's grid get: [grid, H, D].
 
     Args:
-        call: Samples [content, style, result]; [3, S, H, D].
-        rows: Tokens of the grid. Keys and values beside them, of text, stay the result's own.
-        keys: Valid keys [3, S], None for all.
-        gamma: Share of the content's queries in the result's.
+        call: A call whose tensors are [B, S, H, D].
+        sample: Which of its samples. Its keys and values beside the grid, of text, stay its own.
+        where: Its tokens.
+        source: Content and style.
+        gamma: Share of the content's queries in the sample's.
         temperature: Factor on the logits.
     """
-    q = temperature * (gamma * call.q[CONTENT, rows] + (1 - gamma) * call.q[RESULT, rows])
-    k, v = (x[RESULT].clone() for x in (call.k, call.v))
-    k[rows], v[rows] = call.k[STYLE, rows], call.v[STYLE, rows]
+    rows = where.rows
+    q = temperature * (gamma * source.q + (1 - gamma) * call.q[sample, where.queries])
+    k, v = (x[sample].clone() for x in (call.k, call.v))
+    k[rows], v[rows] = source.k, source.v
     mask = None
-    if keys is not None:
-        mask = keys[RESULT].clone()
-        mask[rows] = keys[STYLE, rows]
+    if where.keys is not None:
+        mask = where.keys[sample].clone()
+        if source.keys is not None:
+            mask[rows] = source.keys
         mask = mask[None, None, None]
     q, k, v = (x.transpose(0, 1)[None] for x in (q.to(k.dtype), k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=call.factor, enable_gqa=q.shape[1] != k.shape[1]
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.factor, enable_gqa=grouped)[0].transpose(
+        0, 1
     )
-    return out.transpose(1, 2)
 
 
 class Injection:
@@ -71,45 +100,92 @@ class Injection:
         plain: What the module runs otherwise.
         gamma: Share of the content's queries.
         temperature: Factor on the logits.
+        features: What an earlier run left of content and style; None where they are samples of the batch.
 
     Attributes:
         calls: How many it stood in for.
     """
 
-    def __init__(self, run: Run, plain: Runner, gamma: float, temperature: float) -> None:
+    def __init__(
+        self, run: Run, plain: Runner, gamma: float, temperature: float, features: Features | None = None
+    ) -> None:
         self._run, self._plain = run, plain
-        self._gamma, self._temperature = gamma, temperature
+        self._gamma, self._temperature, self._features = gamma, temperature, features
         self.calls = 0
 
     def __call__(self, call: AttentionCall, site: str) -> torch.Tensor:
-        """The output [3, S, H, D], the model's own but for the grid of the result.
+        """The output [B, S, H, D], the model's own but for the grid of the result.
 
         Raises:
-            ValueError: If the call is not one of three samples on one grid.
+            ValueError: If the call is not one of such samples on one grid.
         """
-        layout = self._layout(call, site)
-        keys = key_validity(call.mask, call.q, self._run.mask_row, call.k.shape[1])
-        if isinstance(keys, str) or (keys is not None and keys.dtype != torch.bool):
-            raise ValueError(f"style_transfer: {site} has a mask that says more than which keys are valid")
-        out = self._plain.leave(call, site, REASON).clone()
-        rows = slice(layout.prefix, layout.prefix + layout.tokens)
-        out[RESULT, rows] = inject(call, rows, keys, self._gamma, self._temperature)[0].to(out.dtype)
-        forward = self._run.forward
-        if forward is not None:
-            # Not what `strict` is to complain of.
-            forward.excused.add(site)
+        stored = self._features is not None
+        sample = 0 if stored else RESULT
+        where = find_grid(self._run, self._plain, call, site, sample + 1)
+        source = self._features.of(site) if self._features is not None else source_of(call, where)
+        if len(source.q) != where.queries.stop - where.queries.start:
+            raise ValueError(f"style_transfer: {site} has another grid than when content and style were stored")
+        out = leave(self._run, self._plain, call, site).clone()
+        out[sample, where.queries] = inject(call, sample, where, source, self._gamma, self._temperature).to(out.dtype)
         self.calls += 1
         return out
 
-    def _layout(self, call: AttentionCall, site: str) -> Layout:
-        forward = self._run.forward
-        found = "called outside of the model's forward" if forward is None else forward.layouts(call.k.shape[1])
-        if not isinstance(found, str) and len(set(found)) > 1:
-            found = "its samples sit in different places"
-        if not isinstance(found, str) and call.q.shape[1] != call.k.shape[1]:
-            found = "it has keys beyond its queries"
-        if not isinstance(found, str) and len(call.q) != 3:
-            found = f"its batch is {len(call.q)} and not content, style and result"
-        if isinstance(found, str):
-            raise ValueError(f"style_transfer: {site} cannot take a style: {found}; leave it out of layers=")
-        return next(iter(found))
+
+class Recording:
+    """What stands for the attention of one module while content and style are stored: dense, as beside the result.
+
+    Args:
+        run: The state of the model.
+        plain: What the module runs.
+        features: Where they go.
+    """
+
+    def __init__(self, run: Run, plain: Runner, features: Features) -> None:
+        self._run, self._plain, self._features = run, plain, features
+
+    def __call__(self, call: AttentionCall, site: str) -> torch.Tensor:
+        """The output [2, S, H, D].
+
+        Raises:
+            ValueError: If the call is not one of two samples on one grid, or there is too much to store.
+        """
+        where = find_grid(self._run, self._plain, call, site, STYLE + 1)
+        self._features.keep(site, source_of(call, where))
+        return leave(self._run, self._plain, call, site)
+
+
+def leave(run: Run, plain: Runner, call: AttentionCall, site: str) -> torch.Tensor:
+    """What the model itself makes of a call, counted as style injection."""
+    out = plain.leave(call, site, REASON)
+    if run.forward is not None:
+        # Not what `strict` is to complain of.
+        run.forward.excused.add(site)
+    return out
+
+
+def find_grid(run: Run, plain: Runner, call: AttentionCall, site: str, samples: int) -> Where:
+    """Where the tokens of a call of so many samples are.
+
+    Raises:
+        ValueError: If they are not the samples that are expected, on one grid.
+    """
+    found = plain.places(call)
+    if not isinstance(found, str) and len(set(found)) > 1:
+        found = "its samples sit in different places"
+    elif len(call.q) != samples:
+        found = f"its batch is {len(call.q)} and not {SAMPLES[samples]}"
+    of_queries = found
+    if not isinstance(found, str) and call.q.shape[1] < call.k.shape[1]:
+        of_queries = with_queries(call.q.shape[1], found[:1])
+    if isinstance(found, str) or isinstance(of_queries, str):
+        why = found if isinstance(found, str) else of_queries
+        raise ValueError(f"style_transfer: {site} cannot take a style: {why}; leave it out of layers=")
+    keys = key_validity(call.mask, call.q, run.mask_row, call.k.shape[1])
+    if isinstance(keys, str) or (keys is not None and keys.dtype != torch.bool):
+        raise ValueError(f"style_transfer: {site} has a mask that says more than which keys are valid")
+    return Where(_grid(next(iter(of_queries))), _grid(next(iter(found))), keys)
+
+
+def _grid(layout: Layout) -> slice:
+    """Tokens of the grid."""
+    return slice(layout.prefix, layout.prefix + layout.tokens)

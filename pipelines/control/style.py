@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from visattn.handle import Handle, apply
-from visattn.pipelines.control.injection import RESULT, Injection, adain
+from visattn.pipelines.control.features import Features
+from visattn.pipelines.control.injection import RESULT, Injection, Recording, adain
+from visattn.pipelines.control.latents import encode, packed, unpacked, why_not
 from visattn.pipelines.control.trajectory import Inverted, Noised, Trajectory, inverse_scheduler, plain_scheduler
 from visattn.pipelines.guidance.perturbing import chosen_sites
 from visattn.pipelines.patch.install import PatchedModel
@@ -44,6 +47,8 @@ def style_transfer(
     prompt: str = "",
     style_prompt: str | None = None,
     noise: Literal["inverted", "drawn"] = "inverted",
+    mode: Literal["batch", "store"] = "batch",
+    memory: float = 8.0,
     generator: torch.Generator | None = None,
     handle: Handle | None = None,
     **options: Any,
@@ -52,12 +57,14 @@ def style_transfer(
 
     Both pictures are led to noise. From there content, style and result are denoised together, as a batch of three: in
     the chosen layers the result's queries, in part the content's, attend to the keys and values of the style. Content
-    and style are put back to their own states after every step. There is no classifier-free guidance. Chung et al.,
+    and style are put back to their own states after every step. Or, with `mode="store"`, the result is denoised alone,
+    with features that content and style left on their way to noise. There is no classifier-free guidance. Chung et al.,
     https://arxiv.org/abs/2312.09008. The form for sequences with text is ours: queries of the grid see the style's grid
     and the result's own text.
 
     Args:
-        pipe: A diffusers pipeline that takes `latents` [B, C, H, W] and `callback_on_step_end`.
+        pipe: A diffusers pipeline that takes `latents` [B, C, H, W], or packs those as FLUX does, and
+            `callback_on_step_end`.
         content: A picture, as the pipeline's image processor takes it.
         style: Another one; both are brought to the same size.
         gamma: Share of the content's queries, from 0 to 1; less is more style.
@@ -70,6 +77,10 @@ def style_transfer(
         style_prompt: Of the style, `prompt` if None.
         noise: "inverted": the noise of DDIM inversion, or of Euler steps backwards, and its statistics are moved to
             those of the style's. "drawn": drawn noise for all (ours), for models whose inversion finds none.
+        mode: "batch": needs no memory beyond a batch of three. "store", as in the source: the content's queries and the
+            style's keys and values are kept for every step, where their pictures pass it on the way to noise (with
+            drawn noise: in a run before), so that the result is a batch of one.
+        memory: GiB that "store" may take, where the model is.
         generator: Draws the noise.
         handle: That of a pipeline which is patched already: its patterns run in the other layers.
         options: Given to the pipeline; `height` and `width` are the size.
@@ -80,42 +91,164 @@ def style_transfer(
     Raises:
         ValueError: If an option is out of its range, or the pipeline or a chosen layer cannot do it.
     """
-    _check(gamma, temperature, steps, start, noise, options)
+    _check(gamma, temperature, steps, start, noise, mode, memory, options)
     _check_pipeline(pipe)
+    size = {name: options[name] for name in ("height", "width") if options.get(name) is not None}
+    if len(size) < 2:
+        raise ValueError("style_transfer needs the size: pass height= and width= in pixels")
     own, applied = handle is None, apply(pipe, "dense") if handle is None else handle
     before = pipe.scheduler
+    given = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "pil", **options}
     try:
         patched = _denoiser(pipe, applied)
-        modules = {
-            site.name.path: Injection(patched.run, site.group, gamma, temperature)  # type: ignore[arg-type]
-            for site in _sites(patched, layers)
+        groups: dict[str, Any] = {site.name.path: site.group for site in _sites(patched, layers)}
+        features = Features(steps - start, memory) if mode == "store" else None
+        injections = {
+            path: Injection(patched.run, group, gamma, temperature, features) for path, group in groups.items()
         }
+        runs = _Runs(pipe, patched, given, start, injections)
+        if features is not None:
+            runs.store(features, {path: Recording(patched.run, group, features) for path, group in groups.items()})
+        clean = encode(pipe, [content, style], size)
         prompts = [prompt, prompt if style_prompt is None else style_prompt]
-        given = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "pil", **options}
-        clean = _encoded(pipe, [content, style], given)
-        config = before.config
         path: Trajectory
         if noise == "inverted":
-            pipe.scheduler = inverse_scheduler(config)
-            path = Inverted(_inverted(pipe, clean, prompts, given))
-            both = path.at(0, pipe.scheduler)
+            pipe.scheduler = inverse_scheduler(before.config)
+            path = Inverted(runs.invert(packed(pipe, clean), prompts))
+            both = unpacked(path.at(0, pipe.scheduler), clean.shape)
             # The channels of an inverted white picture may be constant.
-            begin = adain(both[:1], both[1:], 1e-4)
+            begin = packed(pipe, adain(both[:1], both[1:], 1e-4))
+            pipe.scheduler = plain_scheduler(before.config)
         else:
-            path = Noised(clean, _drawn(clean, generator))
-            both = path.at(0, None)
-            begin = both[:1]
-        pipe.scheduler = plain_scheduler(config)
-        images = _denoised(pipe, patched, modules, path, torch.cat([both, begin]), [*prompts, prompt], given, start)
+            path = Noised(packed(pipe, clean), packed(pipe, _drawn(clean, generator)))
+            pipe.scheduler = plain_scheduler(before.config)
+            if mode == "store":
+                runs.record(path, prompts)
+            begin = path.at(0, None)[:1]
+        image = runs.alone(begin, prompt) if mode == "store" else runs.together(path, begin, [*prompts, prompt])
         report = applied.report()
     finally:
         pipe.scheduler = before
         if own:
             applied.remove()
-    return Styled(images[RESULT], report)
+    return Styled(image, report)
 
 
-def _check(gamma: float, temperature: float, steps: int, start: int, noise: str, options: dict[str, Any]) -> None:
+class _Runs:
+    """The runs of a pipeline for one picture.
+
+    Args:
+        pipe: The pipeline.
+        patched: Its denoiser.
+        given: Options of each run.
+        start: How many first steps are not injected.
+        injections: What stands for attention modules where styles are injected, by their path.
+    """
+
+    def __init__(
+        self, pipe: Any, patched: PatchedModel, given: dict[str, Any], start: int, injections: dict[str, Injection]
+    ) -> None:
+        self._pipe, self._patched, self._given = pipe, patched, given
+        self._start, self._injections = start, injections
+        self._steps = given["num_inference_steps"]
+        self._features: Features | None = None
+        self._recordings: dict[str, Recording] | None = None
+
+    def store(self, features: Features, recordings: dict[str, Recording]) -> None:
+        """Store content and style in the runs that pass them, instead of having them in the batch."""
+        self._features, self._recordings = features, recordings
+
+    def invert(self, latents: torch.Tensor, prompts: list[str]) -> list[torch.Tensor]:
+        """The states from clean to noise of content and style; stores them where that is asked for."""
+        states = [latents]
+
+        def keep(done: int, latents: torch.Tensor) -> torch.Tensor:
+            states.append(latents)
+            return latents
+
+        # The last step towards noise is at the time of the first one from it.
+        modules, last = self._recordings, self._steps - 1
+        self._run(latents, prompts, modules, lambda done: last - done, keep, output_type="pt")
+        return states
+
+    def record(self, path: Trajectory, prompts: list[str]) -> None:
+        """Store content and style in a run of their own."""
+        self._run(path.at(0, None), prompts, self._recordings, put=self._put_back(path), output_type="pt")
+
+    def together(self, path: Trajectory, begin: torch.Tensor, prompts: list[str]) -> Any:
+        """The result, denoised beside content and style."""
+        latents = torch.cat([path.at(0, None), begin])
+        return self._injected(latents, prompts, self._put_back(path))[RESULT]
+
+    def alone(self, begin: torch.Tensor, prompt: str) -> Any:
+        """The result, with what was stored."""
+        return self._injected(begin, [prompt])[0]
+
+    def _put_back(self, path: Trajectory) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        """Content and style stay on their path."""
+
+        def put_back(done: int, latents: torch.Tensor) -> torch.Tensor:
+            return torch.cat([path.at(done, self._pipe.scheduler).to(latents), latents[RESULT:]])
+
+        return put_back
+
+    def _injected(self, latents: torch.Tensor, prompts: list[str], put: Any = None) -> Any:
+        images = self._run(latents, prompts, self._injections, put=put)
+        missed = [path for path, module in self._injections.items() if not module.calls]
+        if missed:
+            raise ValueError(f"style_transfer: {type(self._patched.model).__name__} did not call {', '.join(missed)}")
+        return images
+
+    def _run(
+        self,
+        latents: torch.Tensor,
+        prompts: list[str],
+        modules: Mapping[str, Injection | Recording] | None,
+        step_of: Callable[[int], int] = lambda done: done,
+        put: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Pictures of one run.
+
+        Args:
+            latents: What it begins with.
+            prompts: One for each sample.
+            modules: What stands for attention modules, from step `start` on.
+            step_of: Number of a step, counted from noise, after so many that are done.
+            put: What takes the place of latents after so many steps.
+            options: Of the pipeline.
+        """
+        here: Any = self._patched.run.here
+
+        def begin(done: int) -> None:
+            step = step_of(done)
+            here.perturbed = modules if step >= self._start else None
+            if self._features is not None:
+                self._features.step = step
+
+        def after(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            begin(step + 1)
+            return tensors if put is None else {**tensors, "latents": put(step + 1, tensors["latents"])}
+
+        begin(0)
+        try:
+            return self._pipe(
+                prompt=prompts, latents=latents, callback_on_step_end=after, **{**self._given, **options}
+            )[0]
+        finally:
+            here.perturbed = None
+
+
+def _check(
+    gamma: float,
+    temperature: float,
+    steps: int,
+    start: int,
+    noise: str,
+    mode: str,
+    memory: float,
+    options: dict[str, Any],
+) -> None:
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma} must be from 0 to 1, the share of the content's queries: 0.75 is usual")
     if not (math.isfinite(temperature) and temperature > 0):
@@ -124,6 +257,10 @@ def _check(gamma: float, temperature: float, steps: int, start: int, noise: str,
         raise ValueError(f"start={start} and steps={steps} must leave steps to inject in: 0 <= start < steps")
     if noise not in ("inverted", "drawn"):
         raise ValueError(f"noise={noise!r} must be 'inverted' or 'drawn'")
+    if mode not in ("batch", "store"):
+        raise ValueError(f"mode={mode!r} must be 'batch' or 'store'")
+    if not memory > 0:
+        raise ValueError(f"memory={memory} must be GiB above 0")
     taken = {"latents", "prompt", "guidance_scale", "num_inference_steps", "callback_on_step_end"} & options.keys()
     if taken:
         raise ValueError(f"style_transfer sets {', '.join(sorted(taken))} itself: leave it out")
@@ -135,10 +272,12 @@ def _check_pipeline(pipe: Any) -> None:
     why = f"takes no {missing[0]}" if missing else ""
     if not why and not hasattr(pipe, "image_processor"):
         why = "has no image processor"
-    if not why and hasattr(pipe, "_pack_latents"):
-        why = "packs its latents, so that they are no [B, C, H, W]"
+    why = why or why_not(pipe)
     if why:
-        raise ValueError(f"style_transfer: {type(pipe).__name__} {why}: use Stable Diffusion 1.x to 3 or one like it")
+        raise ValueError(
+            f"style_transfer: {type(pipe).__name__} {why}: use Stable Diffusion 1.x to 3, FLUX.1, QwenImage, or one "
+            "like these"
+        )
 
 
 def _denoiser(pipe: Any, handle: Handle) -> PatchedModel:
@@ -163,65 +302,6 @@ def _sites(patched: PatchedModel, layers: Layers) -> list[Site]:
     return [site for site, _ in chosen_sites(patched, layers, None)]
 
 
-def _encoded(pipe: Any, pictures: list[Any], given: dict[str, Any]) -> torch.Tensor:
-    """Clean latents [2, C, H, W] of content and style."""
-    size = {name: given[name] for name in ("height", "width") if given.get(name) is not None}
-    if len(size) < 2:
-        raise ValueError("style_transfer needs the size: pass height= and width= in pixels")
-    model = next(getattr(pipe, name) for name in DENOISERS if getattr(pipe, name, None) is not None)
-    processed = [pipe.image_processor.preprocess(picture, **size) for picture in pictures]
-    both = torch.cat(processed).to(device=pipe._execution_device, dtype=model.dtype)
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
-        return both
-    with torch.no_grad():
-        encoded = vae.encode(both.to(vae.dtype))
-    found = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return ((found - shift) * vae.config.scaling_factor).to(model.dtype)
-
-
 def _drawn(clean: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     device = clean.device if generator is None else generator.device
     return torch.randn(clean[:1].shape, generator=generator, device=device, dtype=torch.float32).to(clean)
-
-
-def _inverted(pipe: Any, clean: torch.Tensor, prompts: list[str], given: dict[str, Any]) -> list[torch.Tensor]:
-    """The states from clean to noise."""
-    states = [clean]
-
-    def keep(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        states.append(tensors["latents"])
-        return tensors
-
-    pipe(prompt=prompts, latents=clean, callback_on_step_end=keep, **{**given, "output_type": "pt"})
-    return states
-
-
-def _denoised(
-    pipe: Any,
-    patched: PatchedModel,
-    modules: dict[str, Injection],
-    path: Trajectory,
-    latents: torch.Tensor,
-    prompts: list[str],
-    given: dict[str, Any],
-    start: int,
-) -> Any:
-    """Pictures of content, style and result."""
-    here: Any = patched.run.here
-
-    def put_back(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        here.perturbed = modules if step + 1 >= start else None
-        both = path.at(step + 1, pipe.scheduler).to(tensors["latents"])
-        return {**tensors, "latents": torch.cat([both, tensors["latents"][RESULT:]])}
-
-    here.perturbed = modules if start == 0 else None
-    try:
-        found = pipe(prompt=prompts, latents=latents, callback_on_step_end=put_back, **given)[0]
-    finally:
-        here.perturbed = None
-    missed = [path for path, module in modules.items() if not module.calls]
-    if missed:
-        raise ValueError(f"style_transfer: {type(patched.model).__name__} did not call {', '.join(missed)}")
-    return found

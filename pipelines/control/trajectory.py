@@ -14,9 +14,17 @@ class EulerInverseScheduler(FlowMatchEulerDiscreteScheduler):
     Each step takes the velocity at the noisier end's time. Not exact; those of `visattn.pipelines.schedulers` are.
     """
 
-    def set_timesteps(self, *args: Any, **options: Any) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
         """Those of the way from noise, the other way round."""
-        super().set_timesteps(*args, **options)
+        # Pipelines read from the names whether they may pass their own.
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         self.sigmas, self.timesteps = self.sigmas.flip(0), self.timesteps.flip(0)
 
 

@@ -104,7 +104,7 @@ def find_heads(
     given |= {"objective": getattr(objective, "__name__", str(objective)), "model": type(pipe).__name__}
     ends = time.monotonic() + seconds
     with apply(pipe, "dense") if handle is None else nullcontext(handle) as applied:
-        heads = list(candidates) if candidates is not None else _all_heads(pipe, applied, layers)
+        heads = list(candidates) if candidates is not None else all_heads(pipe, applied, layers)
         with Trials(out, given) as trials:
 
             def scores(chosen: Heads, count: int) -> torch.Tensor:
@@ -149,6 +149,14 @@ def palette(examples: torch.Tensor) -> Objective:
     return like_examples
 
 
+def by_layer(heads: Sequence[Head]) -> dict[str, list[int]]:
+    """Heads by layer, as `guide` takes them."""
+    found: dict[str, list[int]] = {}
+    for layer, head in sorted(heads):
+        found.setdefault(layer, []).append(head)
+    return found
+
+
 def _search(
     heads: Sequence[Head],
     scores: Callable[[Heads, int], torch.Tensor],
@@ -169,10 +177,7 @@ def _search(
             chosen = (*chosen, *found["added"])
     except _OutOfTime:
         finished = False
-    by_layer: dict[str, list[int]] = {}
-    for layer, head in sorted(chosen):
-        by_layer.setdefault(layer, []).append(head)
-    return FoundHeads(by_layer, sum(each["gain"] for each in rounds), rounds, finished)
+    return FoundHeads(by_layer(chosen), sum(each["gain"] for each in rounds), rounds, finished)
 
 
 def _round(
@@ -218,16 +223,14 @@ def _draw(
 ) -> torch.Tensor:
     """Pictures of all prompts with the noise of a seed."""
     scale, perturb, strength = perturbation
-    heads: dict[str, list[int]] = {}
-    for layer, head in chosen:
-        heads.setdefault(layer, []).append(head)
+    heads = by_layer(chosen)
     noise = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
     guided = guide(pipe, scale, perturb, heads=heads, strength=strength, handle=handle) if heads else nullcontext()
     with guided, torch.no_grad():
         return pipe(prompt=list(prompts), generator=noise, output_type="pt", **options)[0]
 
 
-def _all_heads(pipe: Any, handle: Handle, layers: Layers) -> list[Head]:
+def all_heads(pipe: Any, handle: Handle, layers: Layers) -> list[Head]:
     """Every head of some layers."""
     found: dict[str, int] = {}
     for patched in handle.patches:

@@ -6,6 +6,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -46,6 +47,7 @@ class Probe:
         step: int,
         weight_of: Callable[[str, int], torch.Tensor | None],
         timed: Collection[str] | None = None,
+        of_site: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
         """Watch.
 
@@ -54,7 +56,9 @@ class Probe:
             step: The denoising step.
             weight_of: Output projection of a site with so many channels.
             timed: Candidates whose time is measured, None for all; that of the others is 0.
+            of_site: Those that are run at a site; all where it says nothing of one.
         """
+        self._of_site = of_site
         read = {name: with_precision(name) for name in candidates}
         self._patterns = {name: pattern for name, (pattern, _) in read.items()}
         self._precisions = {name: precision for name, (_, precision) in read.items()}
@@ -81,7 +85,8 @@ class Probe:
         (layout,) = watched.layouts
         shape = self._shapes[watched.site] = watched.q.shape, watched.k.shape, layout
         number = self._calls[watched.site, step] = self._calls.get((watched.site, step), -1) + 1
-        for name in self._patterns:
+        names = self._of_site.get(watched.site, tuple(self._patterns))
+        for name in names:
             if self._every(name) > 1 and step == self._chosen_at[name] and (shape, name) not in self._hopeless:
                 self._choose(watched, (watched.site, number, name))
         if step != self._step:
@@ -90,7 +95,7 @@ class Probe:
         dense = _projected(_some(watched.out), weight)
         size = dense.square().sum()
         here = self._seen.setdefault(watched.site, {})
-        for name in self._patterns:
+        for name in names:
             if (shape, name) in self._hopeless:
                 continue
             local = self._try(watched, (watched.site, number, name), dense, size, weight)

@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from visattn.pipelines.tuning.projection import projection
 from visattn.schedule import Schedule
 from visattn.staged import Staged
 from visattn.tally import all_timed
+from visattn.tuning.places import Only, by_layer, names_at
 from visattn.tuning.search import stages_of
 from visattn.tuning.subject import DENSE, Assignment, Local, Outcome
 from visattn.watch import Watched
@@ -62,16 +64,27 @@ class PipelineSubject:
 
     measure = "psnr"
 
-    def __init__(self, pipe: Any, samples: Samples, name: str = "", backend: str = "auto") -> None:
+    def __init__(
+        self, pipe: Any, samples: Samples, name: str = "", backend: str = "auto", only: Only = MappingProxyType({})
+    ) -> None:
         """Look at a pipeline.
 
+        Args:
+            pipe: The pipeline.
+            samples: What is generated.
+            name: Of the model, as it was asked for.
+            backend: "auto" or the name of a backend.
+            only: Candidates that are for some layers alone, see `visattn.tuning.places`.
+
         Raises:
-            ValueError: If it has several kinds of denoising models, which a schedule cannot tell apart.
+            ValueError: If it has several kinds of denoising models, which a schedule cannot tell apart, or no layer
+                that a candidate is for.
         """
         self.pipe, self.samples, self.name, self.backend = pipe, samples, name, backend
         found = targets.find(pipe, Request(Schedule.of(DENSE)))
         self._models = [(one.model, one.family.find_sites(one.model)) for one in found]
         self._layers = list(dict.fromkeys(site.layer for site, _ in self._models[0][1]))
+        self._only = by_layer(only, self._layers, {site.path: site.layer for site, _ in self._models[0][1]})
         self.model = type(found[0].model).__name__
         kinds = {(type(m).__name__, tuple(site.path for site, _ in sites)) for m, sites in self._models}
         if len(kinds) > 1:
@@ -114,7 +127,8 @@ class PipelineSubject:
     ) -> list[dict[str, Local]]:
         """See `Subject.local`."""
         model = self._models[0][0]
-        probe = Probe(candidates, step, lambda path, channels: projection(model, path, channels), timed)
+        of_site = {site.path: names_at(site.layer, candidates, self._only) for site, _ in self._models[0][1]}
+        probe = Probe(candidates, step, lambda path, channels: projection(model, path, channels), timed, of_site)
         self._watch(probe, step, seeds)
         found = probe.found
         result: list[dict[str, Local]] = []

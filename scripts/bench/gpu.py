@@ -1,8 +1,10 @@
-"""Time of the Triton kernels against cuDNN, flash and FlexAttention.
+"""Time of the Triton kernels against cuDNN, flash, FlexAttention, NATTEN and FlashAttention-4.
 
-    python3 -m scripts.bench.gpu [--quick] [--only NAME ...] [--jobs 8] [--out FILE]
+    python3 -m scripts.bench.gpu [--quick] [--only NAME ...] [--jobs 8] [--budget 300] [--out FILE]
 
-Each case is checked first, then timed: median of CUDA events, all in one run. Prints a table, writes JSON. `--jobs`
+Each case is checked first, then timed: medians of CUDA events, everyone in turns in one run. A peer that does not run a
+case, or whose results are not ours, is a line of the report with its reason. Prints a table, writes JSON; what is left
+of the cases when the budget is spent is not begun, and cases that FILE has from the same versions are kept. `--jobs`
 compiles in that many processes first. FlexAttention is compiled for the cases of `--quick` only.
 """
 
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +26,8 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from scripts.gpu_common import compile_first, sampled_error, versions
+from scripts.bench.peers import PACKAGES, Contender, checked, package_versions, peer
+from scripts.gpu_common import compile_first, measure_cases, sampled_error, versions
 from visattn import Layout, attention, parse, plan
 from visattn.kernels.triton.backend import launches
 from visattn.kernels.triton.boxes import tiled
@@ -58,25 +62,28 @@ FLASH_TOKENS = 2**16
 functorch_config.donated_buffer = False
 # Times that each contender comes up.
 TURNS = 5
-# An attention function of q, k and v, and these.
-Contender = tuple[Callable[..., torch.Tensor], list[torch.Tensor]]
+PEERS = ["cudnn", "flash", *PACKAGES]
 # What is compared in a quick run.
 MAIN = ("flux-s1", "flux-s16", "hunyuan-s1", "hunyuan-s16", "clear16-256", "radial-wan", "dense-16k")
 
 
 def median_ms(run: Callable[[], Any], budget: float = 0.6) -> float:
     """Median of CUDA-event times in milliseconds, over about `budget` seconds of calls that wait in a queue."""
+
+    def timed() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        return start, stop
+
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    run()
+    first = timed()
     torch.cuda.synchronize()
-    once = time.perf_counter() - begin
-    times = []
-    for _ in range(max(1, min(30, int(budget / once)))):
-        times.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-        times[-1][0].record()
-        run()
-        times[-1][1].record()
+    # A call that takes longer than all of the time is measured by the one that says so.
+    calls = min(30, int(budget / (time.perf_counter() - begin)))
+    times = [timed() for _ in range(calls)] or [first]
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(stop) for start, stop in times)
 
@@ -135,6 +142,11 @@ def alone(contender: Contender) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
+def called(name: str, peers: list[str]) -> list[str]:
+    """Those of the peers that are asked for a case and compute what we do."""
+    return [who for who in PACKAGES if who in peers and (who != "flex" or name in MAIN)]
+
+
 def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: dict[str, float]) -> dict[str, Any]:
     """Check and time one case, in turns with cuDNN; `flash` keeps what does not depend on the pattern."""
     pattern, layout = CASES[name]
@@ -159,9 +171,14 @@ def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: 
         keys, values, _ = with_pooled_keys(parsed, k, v, None, layout, None)
         result["error"] = sampled_error(q, keys, values, ours(q, k, v), pattern, layout)
         assert result["error"] < 1e-2, f"{name} is off by {result['error']}"
-    contenders = {"triton": (ours, inputs)}
+    contenders: dict[str, Contender] = {"triton": (ours, inputs)}
     if "cudnn" in peers:
         contenders["cudnn"] = dense_by(SDPBackend.CUDNN_ATTENTION, inputs)
+    for who in called(name, peers):
+        try:
+            contenders[who] = checked(peer(who, pattern, layout, inputs), ours)
+        except Exception as error:  # Whatever it is, it is why this peer has no figures.
+            result[who] = {"error": f"{type(error).__name__}: {error}"[:300]}
     result |= compared(contenders)
     flops = 4 * DIM * HEADS * layout.pairs
     result["tflops_visited"] = flops / tiles.tile_bound / result["triton"]["forward_ms"] / 1e9
@@ -169,8 +186,6 @@ def case_of(name: str, flash: dict[int, dict[str, Any]], peers: list[str], top: 
         "arithmetic": flops / tiles.flop_bound / top["matmul_tflops"] / 1e9,
         "bytes": 4 * inputs[0].numel() * 2 / top["copy_tbs"] / 1e9,
     }
-    if "flex" in peers and name in MAIN:
-        result["flex"] = alone((lambda q, k, v: attention(q, k, v, pattern, layout, backend="flex"), inputs))
     if "flash" in peers and layout.length <= FLASH_TOKENS:
         if layout.length not in flash:
             flash[layout.length] = alone(dense_by(SDPBackend.FLASH_ATTENTION, inputs))
@@ -183,7 +198,7 @@ def once(name: str, peers: list[str]) -> None:
     pattern, layout = CASES[name]
     shape = (1, layout.length, HEADS, DIM)
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    for backend in ("triton", *(["flex"] if "flex" in peers and name in MAIN else [])):
+    for backend in ("triton", *(who for who in called(name, peers) if who != "natten")):
         # What does not compile is reported where it is timed.
         with contextlib.suppress(Exception):
             with torch.no_grad():
@@ -210,35 +225,42 @@ def line(name: str, result: dict[str, Any]) -> str:
 def main() -> int:
     """Run the chosen cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help=f"names out of {', '.join(CASES)}; default all")
+    parser.add_argument("--only", nargs="*", choices=CASES, help=f"names out of {', '.join(CASES)}; default all")
     parser.add_argument("--quick", action="store_true", help="the main cases only")
-    parser.add_argument("--peers", nargs="*", default=["cudnn", "flash", "flex"])
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", default="", help="JSON file")
+    parser.add_argument("--budget", type=float, default=300, help="seconds after which no case is begun")
+    parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    names = chosen.only or (MAIN if chosen.quick else list(CASES))
+    end = time.perf_counter() + chosen.budget
+    using = versions() | package_versions(chosen.peers)
+    before = json.loads(chosen.out.read_text()) if chosen.out and chosen.out.exists() else {}
+    kept = before["cases"] if before.get("versions") == using else {}
+    names = [name for name in chosen.only or (MAIN if chosen.quick else CASES) if "triton" not in kept.get(name, {})]
     if chosen.compile:
         index, of = map(int, chosen.compile.split("/"))
         for name in names[index::of]:
             once(name, chosen.peers)
         return 0
-    if chosen.jobs > 1:
+    if names and chosen.jobs > 1:
         compile_first(chosen.jobs)
-    report: dict[str, Any] = {"versions": versions(), "ceilings": rates(), "heads": HEADS, "dim": DIM, "cases": {}}
+    report: dict[str, Any] = {"versions": using, "ceilings": rates(), "heads": HEADS, "dim": DIM, "cases": kept}
     print(report["versions"], report["ceilings"], flush=True)
     flash: dict[int, dict[str, Any]] = {}
-    for name in names:
+
+    def told(name: str) -> dict[str, Any]:
         begin = time.perf_counter()
+        result: dict[str, Any]
         try:
-            report["cases"][name] = case_of(name, flash, chosen.peers, report["ceilings"])
+            result = case_of(name, flash, chosen.peers, report["ceilings"])
         except Exception as error:
-            report["cases"][name] = {"failed": f"{type(error).__name__}: {error}"[:600]}
-        report["cases"][name]["wall_s"] = time.perf_counter() - begin
-        print(name, json.dumps(report["cases"][name]), flush=True)
-        if chosen.out:
-            with open(chosen.out, "w") as file:
-                json.dump(report, file, indent=1)
+            result = {"failed": f"{type(error).__name__}: {error}"[:600]}
+        result["wall_s"] = time.perf_counter() - begin
+        print(name, json.dumps(result), flush=True)
+        return result
+
+    measure_cases(names, told, report, chosen.out, end)
     print(f"{'case':<18}{'bound':>8}{'full':>6}{'TF/s':>7}{'fwd ms':>9}{'cudnn':>9}{'ratio':>8}{'/flex':>8}"
           f"{'bwd ms':>9}{'cudnn':>9}{'ratio':>8}{'/flex':>8}")  # fmt: skip
     for name, result in report["cases"].items():

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, Layout, int]] = {
     "wan-na": ("na(window=13x15x15)", Layout((21, 30, 52)), 128),
     "hunyuan-s16": (*MAIN_CASES["hunyuan-s16"], 128),
     "dense-64k": (*MAIN_CASES["dense-64k"], 128),
+    "radial-wan": (*MAIN_CASES["radial-wan"], 128),
 }
 
 

@@ -1,21 +1,48 @@
 """The suites after LongCA-bench and CAB on a GPU, within a budget: results are written after every case.
 
-python3 -m scripts.bench.suites_gpu --suite longca --seconds 150 --out longca.json
+    python3 -m scripts.bench.suites_gpu --suite longca --seconds 150 --jobs 12 --out longca.json
+
+`--jobs` compiles in that many processes first, for a third of the budget at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from visattn.bench import backend_names
+from scripts.gpu_common import compile_first
+from visattn.bench import DENSE, Case, backend_names, contenders
 from visattn.environment import devices, versions
 from visattn.suites import NAMES, Entry, Measured, run_suite, suite
 
 
+def compile_share(entries: Sequence[Entry], names: Sequence[str], share: str, seconds: float) -> None:
+    """Call what runs a share "i/n" of the cases once, so that compilers have their results on disk."""
+    index, of = map(int, share.split("/"))
+    start = time.monotonic()
+    for entry in entries[index::of]:
+        if time.monotonic() - start > seconds:
+            return
+        try:
+            _call_each(entry.case, names)
+        except (RuntimeError, MemoryError) as error:
+            # The measurement says why, too.
+            print(f"{entry.case}: {error}", flush=True)
+
+
+def _call_each(case: Case, names: Sequence[str]) -> None:
+    """Its tensors are gone when it returns: others of the share may be large."""
+    for name, run in contenders(case, names)[0].items():
+        if name != DENSE:
+            run()
+
+
 def main() -> None:
     """Run one suite."""
+    start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=NAMES, required=True)
     parser.add_argument("--seconds", type=float, default=150.0, help="for all cases, short sequences first")
@@ -23,12 +50,19 @@ def main() -> None:
     parser.add_argument("--scale", default="", help="only the cases of this scale: small or large")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     parser.add_argument("--backward", action="store_true", help="time forward and backward together")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     dtype = "float32" if given.device == "cpu" else "bfloat16"
     entries = suite(given.suite, given.device, dtype=dtype, backward=given.backward)
     entries = [entry for entry in entries if given.scale in ("", entry.scale)]
+    names = backend_names(given.backend)
+    if given.compile:
+        return compile_share(entries, names, given.compile, given.seconds / 3)
+    if given.jobs > 1:
+        compile_first(given.jobs)
     about = {"versions": versions(), "devices": devices(), "suite": given.suite, "seconds": given.seconds}
 
     def tell(number: int, entry: Entry) -> None:
@@ -41,8 +75,9 @@ def main() -> None:
             times = [f"{line.backend} {line.timing.median * 1e3:.3f} ms" for line in last.result.lines if line.timing]
             print(f"  {', '.join(times)}", flush=True)
 
-    names = backend_names(given.backend)
-    found = run_suite(entries, names, budget=given.seconds, repeats=given.repeats, tell=tell, done=keep)
+    # A long case may have held the compiling processes.
+    left = max(given.seconds / 3, given.seconds - (time.monotonic() - start))
+    found = run_suite(entries, names, budget=left, repeats=given.repeats, tell=tell, done=keep)
     print(f"{sum(each.result is not None for each in found)} of {len(found)} cases: {given.out}")
 
 

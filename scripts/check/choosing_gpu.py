@@ -2,9 +2,10 @@
 
     python -m scripts.check.choosing_gpu
 
-Whole numbers, whose means and products are exact, must give equal lists, ties included; where exponentials are taken,
-all but 1 in a million. Noise may tip pairs of blocks whose scores differ by rounding: at most 1 in 10,000 entries.
-Choices are made twice and must be equal. Exit status 1 if anything is off.
+Whole numbers, whose means (of 1, 2, 4, ... tokens: no border leaves another number) and products are exact, must give
+equal lists, ties included; where exponentials are taken, all but 1 in a million. Noise may tip pairs of blocks whose
+scores differ by rounding: at most 1 in 10,000 entries. Choices are made twice and must be equal. Exit status 1 if
+anything is off.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ CASES: dict[str, tuple[str, Layout]] = {
     "topp": ("topp(p=0.5,most=0.5,least=2)", Layout((21, 45, 80))),
     "topp, under": ("topp(p=0.5,rule=under)", Layout((90, 100))),
     "above": ("above(tau=1.0,most=0.3,always=near(1))", Layout((21, 45, 80))),
+    "topk, causal frames": ("topk(keep=0.1,block=1x8x16,key_block=1x8x8,causal=1x0x0)", Layout((21, 44, 80), 7)),
+    "topp, causal line": ("topp(p=0.5,block=64,always=self+first(1),causal=true)", Layout(20_000)),
     "long rows": ("topk(keep=64,block=32,always=first(1))", Layout(200_000)),
 }
 

@@ -109,6 +109,10 @@ def cases() -> list[Case]:
             Case("topk(keep=0.2,block=1x1,key_block=8x8)", Layout((35, 38), prefix=7), dtype, dim, 2, mask=True),
             Case("topp(p=0.3,of=height,block=1x2,key_block=4x16)", Layout((48, 64), suffix=30), dtype, dim),
             Case("topk(keep=2,block=64,key_block=256,per=head,always=none)", Layout(3333), dtype, dim, mask=True),
+            Case("topk(keep=0.2,block=64,causal=true)", Layout(1333, 7, 50), dtype, dim, 2, mask=True),
+            Case("topp(p=0.6,block=128,key_block=64,causal=true)", Layout(1333), dtype, dim, heads_first=True),
+            Case("topk(keep=3,block=1,key_block=64,causal=true)", Layout(1000, 7), dtype, dim, 2),
+            Case("topk(keep=0.3,block=1x8x16,key_block=1x8x8,causal=1x0x0)", Layout((5, 24, 32), 7), dtype, dim),
         ]
     for dtype, dim in (("bf16", 64), ("fp16", 128), ("fp32", 64)):
         found += [

@@ -1,6 +1,6 @@
-"""Correctness and time of the Triton kernels of linear and agent attention on a real GPU.
+"""Correctness and time of the Triton kernels of linear, causal linear and agent attention on a real GPU.
 
-    python3 -m scripts.check.products_gpu [--jobs 12] [--only linear] [--no-times] [--out FILE]
+    python3 -m scripts.check.products_gpu [--jobs 12] [--only linear causal] [--no-times] [--out FILE]
 
 First every dtype and several head dims against float64, outputs poisoned with NaN, twice (bit-equal); then medians of
 CUDA events next to torch's forms of the same. Exit status 1 if anything is off.
@@ -24,14 +24,18 @@ from scripts.bench.gpu import forward_and_backward, median_ms
 from scripts.gpu_common import itself, versions
 from visattn import Layout
 from visattn.kernels.agent.attention import pool_queries, through_agents
+from visattn.kernels.linear.causal import causal_attention, decay_rates
+from visattn.kernels.linear.features import elu_plus_one
 from visattn.kernels.triton.agent.attention import agent_attention
 from visattn.kernels.triton.linear.attention import linear_attention
-from visattn.patterns import Agent
+from visattn.kernels.triton.linear.causal.attention import causal_linear_attention
+from visattn.patterns import Agent, Linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMIT = {"fp32": 2e-5, "bf16": 1.5e-2, "fp16": 3e-3}
 PHI = {"elu": lambda x: elu(x) + 1, "relu": torch.relu, "given": lambda x: x}
 HEADS, DIM = 24, 128
+KINDS = ("linear", "causal", "agent")
 
 
 def linear_form(
@@ -111,6 +115,54 @@ def linear_case(dtype: str, feature: str, f: int, d: int) -> bool:
     return check(f"linear {feature} {dtype} F {f} D {d}", ours, truth, [q, k, v], dtype)
 
 
+def causal_cases() -> Iterator[Case]:
+    """Single tokens in chunks with products, positions of many tokens without, each axis, text, grouped heads, a mask.
+
+    The sizes of `linear_cases`, so that every launch is run.
+    """
+    layouts = ((Layout((1501,)), 0), (Layout((20, 11, 7), 33, 5), 1), (Layout((4, 15, 21), 17), 0))
+    sizes = (("elu", 32, 32), ("relu", 64, 64), ("elu", 72, 72), ("elu", 128, 128), ("given", 256, 256))
+    for dtype, (i, (feature, f, d)) in itertools.product(DTYPES, enumerate(sizes)):
+        for j, (layout, axis) in enumerate(layouts):
+            decay = (0.0, "heads", 0.3)[(i + j) % 3]
+            yield lambda dtype=dtype, feature=feature, f=f, d=d, layout=layout, axis=axis, decay=decay: causal_case(
+                dtype, feature, f, d, layout, axis, decay
+            )
+
+
+def causal_case(dtype: str, feature: str, f: int, d: int, layout: Layout, axis: int, decay: float | str) -> bool:
+    """One of them."""
+    shapes = ((4, f), (2, f), (2, d))
+    q, k, v = (random(2, layout.length, *shape, seed=i, dtype=DTYPES[dtype]) for i, shape in enumerate(shapes))
+    if feature == "given":
+        q, k = q.float().softmax(-1).to(q.dtype), k.float().softmax(-1).to(k.dtype)
+    mask = some(layout.length)
+    pattern = Linear("elu" if feature == "given" else feature, tuple(i == axis for i in range(layout.dims)), decay)
+    rates = decay_rates(pattern, 4, q.new_empty(0, dtype=torch.float32)) if decay else None
+    ours = lambda q, k, v: causal_linear_attention(q, k, v, layout, axis, rates, mask, feature)  # noqa: E731
+    truth = lambda q, k, v: causal_form(q, k, v, mask, feature, pattern, layout)  # noqa: E731
+    name = f"linear causal {feature} {dtype} F {f} D {d} on {layout}, axis {axis}, decay {decay}"
+    return check(name, ours, truth, [q, k, v], dtype)
+
+
+def causal_form(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    feature: str,
+    pattern: Linear,
+    layout: Layout,
+) -> torch.Tensor:
+    """The same in torch, by its tiles, in float32 at least."""
+    maps = {**PHI, "elu": elu_plus_one}
+    phi_q, phi_k = maps[feature](q), maps[feature](k)
+    if mask is not None:
+        phi_k = phi_k * mask[:, :, None, None]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return causal_attention(phi_q.to(wide), phi_k.to(wide), v, pattern, layout)
+
+
 def agent_cases() -> Iterator[Case]:
     """Every dtype and several head dims, grouped heads, few and many agents, with and without a mask."""
     sizes = ((32, 49, True), (64, 49, False), (72, 100, True), (128, 256, False), (128, 9, True))
@@ -140,6 +192,20 @@ def linear_times(side: int) -> dict[str, Any]:
         "triton": lambda q, k, v: linear_attention(q, k, v, None, "elu"),
         "torch": lambda q, k, v: linear_form(q, k, v, None, "elu"),
         "torch compiled": torch.compile(lambda q, k, v: linear_form(q, k, v, None, "elu")),
+    }
+    found: dict[str, Any] = {name: forward_and_backward(form, inputs) for name, form in forms.items()}
+    found["dense"] = dense_times(inputs)
+    return found
+
+
+def causal_times(layout: Layout) -> dict[str, Any]:
+    """Forward and backward next to torch's form and to dense attention, which sees later positions too."""
+    inputs = [random(1, layout.length, HEADS, DIM, seed=i, dtype=torch.bfloat16) for i in range(3)]
+    pattern = Linear("elu", (True, *[False] * (layout.dims - 1)), "heads")
+    rates = decay_rates(pattern, HEADS, inputs[0].new_empty(0, dtype=torch.float32))
+    forms = {
+        "triton": lambda q, k, v: causal_linear_attention(q, k, v, layout, 0, rates),
+        "torch": lambda q, k, v: causal_form(q, k, v, None, "elu", pattern, layout),
     }
     found: dict[str, Any] = {name: forward_and_backward(form, inputs) for name, form in forms.items()}
     found["dense"] = dense_times(inputs)
@@ -196,20 +262,18 @@ def dense_times(inputs: list[torch.Tensor]) -> dict[str, float]:
 def main() -> int:
     """Check in several processes if asked (most of the time goes into compiling), then time in this one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("linear", "agent"), help="one of the two")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", nargs="*", choices=KINDS, default=list(KINDS), help="some of them")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that check; 0 checks nothing")
     parser.add_argument("--no-times", action="store_true")
     parser.add_argument("--out")
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    wrong = 0
     if chosen.jobs > 1:
-        command = itself(
-            "--no-times",
-            *(["--only", chosen.only] if chosen.only else []),
-        )
+        command = itself("--no-times", "--only", *chosen.only)
         running = [subprocess.Popen([*command, "--shard", f"{i}/{chosen.jobs}"]) for i in range(chosen.jobs)]
         wrong = sum(p.wait() for p in running)
-    else:
+    elif chosen.jobs:
         wrong = checks(chosen.only, *map(int, chosen.shard.split("/")))
     if not chosen.no_times:
         report = {"versions": versions(), "heads": HEADS, "dim": DIM, "dtype": "bfloat16", "times": times(chosen.only)}
@@ -219,27 +283,32 @@ def main() -> int:
     return int(wrong > 0)
 
 
-def checks(only: str | None, shard: int, of: int) -> int:
+def checks(only: list[str], shard: int, of: int) -> int:
     """How many cases of a shard are wrong."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic: Any = torch.utils.deterministic
     deterministic.fill_uninitialized_memory = True
-    cases = [*(linear_cases() if only != "agent" else ()), *(agent_cases() if only != "linear" else ())]
+    made = {"linear": linear_cases, "causal": causal_cases, "agent": agent_cases}
+    cases = [case for kind in only for case in made[kind]()]
     wrong = sum(not case() for case in cases[shard::of])
     deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(False)
     return wrong
 
 
-def times(only: str | None) -> dict[str, Any]:
+def times(only: list[str]) -> dict[str, Any]:
     """All times, printed as a table."""
     found: dict[str, Any] = {}
     for side in (128, 256):
-        if only != "agent":
+        if "linear" in only:
             found[f"linear {side}x{side}"] = linear_times(side)
-        if only != "linear":
+        if "agent" in only:
             for agents in (7, 16):
                 found[f"agent {agents}x{agents} on {side}x{side}"] = agent_times(side, agents)
+    if "causal" in only:
+        # Frames of many tokens, a sequence of single ones, and rows of an image.
+        for layout in (Layout((21, 45, 80)), Layout((65536,)), Layout((128, 128))):
+            found[f"causal {layout}"] = causal_times(layout)
     for name, rows in found.items():
         for who, row in rows.items():
             cells = (f"{key} {value:.3f}" if key != "error" else value for key, value in row.items())

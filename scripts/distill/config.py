@@ -48,6 +48,12 @@ class Config(RunConfig):
         "compare by --output what guidance of this scale makes of both predictions of a sample, with the condition and "
         "without it, as its sampler does; 0: each by itself",
     )
+    errors: str = option(
+        "velocity",
+        "predictions are compared by their velocity, or by what a step of the sampler makes of it, which does not "
+        "magnify errors at little noise",
+        ("velocity", "step"),
+    )
     stages: str = option(
         "all",
         "shares of the run: router trains the pattern's own parameters, transfer the projections too, both layer by "
@@ -61,7 +67,10 @@ class Config(RunConfig):
     attention_scale: str = option(
         "relative", "divide attention distances by the teacher's mean square, or not (CLEAR)", ("relative", "plain")
     )
-    train: str = option("q,k,v,out", "projections that are trained, of q,k,v,out; none: only the pattern's own")
+    train: str = option(
+        "q,k,v,out",
+        "projections that are trained, of q,k,v,out; none: only the pattern's own; all: every weight of the model",
+    )
     times: str = option(
         "sampler",
         "noise levels: as the sampler that made the samples visits them, uniform, or logit-normal",
@@ -79,9 +88,9 @@ class Config(RunConfig):
         RunConfig.__post_init__(self)
         wrong = [part for part in self.projections if part not in PROJECTIONS]
         if wrong:
-            raise ValueError(f"--train {self.train!r}: {wrong[0]!r} is none of {', '.join(PROJECTIONS)} (or none)")
+            raise ValueError(f"--train {self.train!r}: {wrong[0]!r} is none of {', '.join(PROJECTIONS)} (or none, all)")
         if self.lora and not self.projections:
-            raise ValueError(f"--lora {self.lora} needs projections to be put on, but --train is none")
+            raise ValueError(f"--lora {self.lora} needs projections to be put on, but --train is {self.train}")
         stages = parse_stages(self.stages)
         self._check_mass()
         if self.staged:
@@ -175,5 +184,5 @@ class Config(RunConfig):
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Projections that are trained."""
-        return () if self.train == "none" else tuple(part.strip() for part in self.train.split(","))
+        """Projections that are trained by themselves."""
+        return () if self.train in ("none", "all") else tuple(part.strip() for part in self.train.split(","))

@@ -10,6 +10,7 @@ measure. Stop it at any time: students that are done are not trained again, the 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from scripts.distill import cache_samples
+from scripts.distill.pipeline import THEN
 from scripts.distill.process import collect, train_student
 from scripts.distill.settings import option, parse
 from scripts.measure.emoji_prompts import CAPTIONS, SEEN, choose
@@ -27,18 +29,41 @@ from scripts.train.emoji_captions import TRAIN
 from scripts.train.emoji_data import Pack, load_pack
 from visattn.files import written_whole
 
-# Linear forms begin far from their teacher: they learn faster, and more from what each layer should give.
-LINEAR = ("--lr", "1.5e-3", "--attention", "0.3")
-# Pattern and further options of scripts.distill.pipeline for each student.
-STUDENTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "clear": ("clear(radius=8)", ()),
-    "na": ("na(window=16x16,stride=8x8)", ()),
-    "hedgehog": ("linear(feature=hedgehog)", (*LINEAR, "--maps", "0.05", "--own-lr", "5e-3")),
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a student's training.
+
+    Attributes:
+        share: Of the student's time and steps.
+        smaller: By how much the side of its samples is smaller than --size; a step has this squared as many of them.
+        options: Further ones of scripts.distill.pipeline; later phases have those of the first too.
+    """
+
+    share: float
+    smaller: int
+    options: tuple[str, ...]
+
+
+LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.1")
+LOCAL = (Phase(1.0, 1, ("--lr", "1e-3")),)
+# What sums over all keys see does not depend on how near tokens are to each other: it is learned from many small
+# samples first. Nothing of such a student is like its teacher then, so every weight learns; layer by layer on the
+# teacher's inputs, which are not what it will get, it learns less in the same steps.
+LINEAR = (
+    Phase(0.3, 4, ("--train", "all", "--own-lr", "2e-2")),
+    Phase(0.3, 2, ()),
+    Phase(0.4, 1, ("--lr", "1e-3")),
+)
+# Pattern and training of each student.
+STUDENTS: dict[str, tuple[str, tuple[Phase, ...]]] = {
+    "clear": ("clear(radius=8)", LOCAL),
+    "na": ("na(window=16x16,stride=8x8)", LOCAL),
+    "hedgehog": ("linear(feature=hedgehog)", LINEAR),
     "mala": ("mala", LINEAR),
     "agent": ("agent(agents=8x8)", LINEAR),
 }
 START = 120  # seconds beside its steps after which a training is asked to stop
-LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +75,10 @@ class Settings:
     model: str = option("emoji", "teacher: the embedded model, or a folder of one of its kind")
     students: str = option(",".join(STUDENTS), "which of them")
     steps: int = option(2000, "optimizer steps of each, at most")
-    batch: int = option(8, "samples of a step")
-    lr: float = option(1e-3, "learning rate of students that are not linear")
-    cached: int = option(400, "samples that are learned from")
+    batch: int = option(16, "samples of a step; of smaller ones more")
+    optimizer: str = option("muon", "of scripts.distill.pipeline")
+    lr: float = option(0.0, "learning rate; 0: the optimizer's own")
+    cached: int = option(400, "samples that are learned from; of smaller ones more")
     draw_steps: int = option(16, "denoising steps of a sample")
     chunk: int = option(50, "samples drawn at once")
     size: int = option(256, "side of the samples in pixels")
@@ -60,6 +86,7 @@ class Settings:
     precision: str = option("bf16", "mixed precision: no or bf16", ("no", "bf16"))
     jobs: int = option(1, "students trained at the same time")
     seconds: int = option(0, "end a training after so many seconds of steps; 0: never")
+    graphs: bool = option(True, "record steps as CUDA graphs, where there is a GPU")
     cpu: bool = option(False, "stay on the CPU")
     threads: int = option(2, "threads on the CPU")
 
@@ -67,11 +94,34 @@ class Settings:
         unknown = [name for name in self.names if name not in STUDENTS]
         if unknown:
             raise ValueError(f"--students {unknown[0]!r} does not exist: {', '.join(STUDENTS)}")
+        most = max(self.smaller)
+        if self.size % (4 * most):
+            raise ValueError(
+                f"--size {self.size} must be a multiple of {4 * most}: samples {most} times smaller are drawn too"
+            )
 
     @property
     def names(self) -> list[str]:
         """Students."""
         return [name.strip() for name in self.students.split(",")]
+
+    @property
+    def smaller(self) -> list[int]:
+        """By how much samples are smaller than --size, the smallest first."""
+        return sorted({phase.smaller for name in self.names for phase in STUDENTS[name][1]}, reverse=True)
+
+    def side(self, smaller: int) -> int:
+        """Of samples that are so much smaller, in pixels."""
+        return self.size // smaller
+
+    def samples(self, smaller: int) -> Path:
+        """Folder of the samples of this side."""
+        return self.out / f"samples-{self.side(smaller)}"
+
+    def folder(self, name: str, number: int) -> Path:
+        """Of a student's phase; that of its last is the student's."""
+        last = number + 1 == len(STUDENTS[name][1])
+        return self.out / name if last else self.out / name / f"phase-{number + 1}"
 
 
 def prompts(pack: Pack, count: int, seed: int = 1) -> list[str]:
@@ -84,9 +134,11 @@ def prompts(pack: Pack, count: int, seed: int = 1) -> list[str]:
 
 def cache(settings: Settings) -> None:
     """Draws what the students learn from, unless it is there."""
-    captions = prompts(load_pack(settings.data, side=32), settings.cached)
-    words = ["--model", settings.model, "--steps", str(settings.draw_steps), "--size", str(settings.size)]
-    draw(captions, settings.out, [*words, "--batch", str(settings.chunk)], settings.cpu)
+    pack = load_pack(settings.data, side=32)
+    for smaller in settings.smaller:
+        words = ["--model", settings.model, "--steps", str(settings.draw_steps), "--size", str(settings.side(smaller))]
+        words += ["--batch", str(settings.chunk * smaller**2)]
+        draw(prompts(pack, settings.cached * smaller**2), settings.samples(smaller), words, settings.cpu)
 
 
 def draw(captions: Sequence[str], out: Path, words: Sequence[str], cpu: bool) -> None:
@@ -110,20 +162,30 @@ def draw(captions: Sequence[str], out: Path, words: Sequence[str], cpu: bool) ->
 
 def train(name: str, settings: Settings) -> float:
     """Trains one student in a process of its own; returns the seconds."""
-    pattern, options = STUDENTS[name]
-    words = ["--model", settings.model, "--pattern", pattern, "--samples", str(settings.out / "samples")]
-    words += ["--steps", str(settings.steps), "--batch", str(settings.batch), "--lr", str(settings.lr)]
+    pattern, phases = STUDENTS[name]
+    words = ["--model", settings.model, "--pattern", pattern, "--optimizer", settings.optimizer]
     words += ["--ema", "0.99", "--threads", str(settings.threads), "--backend", settings.backend]
-    words += ["--save-every", str(settings.steps)] + ["--cpu"] * settings.cpu
-    words += ["--seconds", str(settings.seconds), "--precision", settings.precision, *LOSSES, *options]
-    return train_student(words, settings.out / name, settings.seconds and settings.seconds + START)
+    words += ["--precision", settings.precision, "--warmup", "20", *LOSSES]
+    words += ["--graphs"] * (settings.graphs and torch.cuda.is_available() and not settings.cpu)
+    words += ["--cpu"] * settings.cpu
+    for number, phase in enumerate(phases):
+        steps, seconds = math.ceil(settings.steps * phase.share), settings.seconds * phase.share
+        words += [THEN] * (number > 0) + ["--out", str(settings.folder(name, number))]
+        words += ["--samples", str(settings.samples(phase.smaller) / "samples"), "--steps", str(steps)]
+        words += ["--batch", str(settings.batch * phase.smaller**2), "--lr", str(settings.lr), *phase.options]
+        words += ["--seconds", str(seconds), "--save-every", str(steps)]
+    return train_student(words, settings.folder(name, len(phases) - 1), settings.seconds and settings.seconds + START)
 
 
 def entry_of(name: str, seconds: float, settings: Settings) -> dict[str, Any]:
-    """What a trained student's log says."""
-    log = [json.loads(line) for line in (settings.out / name / "log.jsonl").read_text().splitlines()]
-    found = {"pattern": STUDENTS[name][0], "steps": log[-1]["step"], "seconds": round(seconds, 1)}
-    return found | {"first": log[0], "last": log[-1]}
+    """What a trained student's logs say."""
+    pattern, phases = STUDENTS[name]
+    found: dict[str, Any] = {"pattern": pattern, "seconds": round(seconds, 1), "phases": []}
+    for number, phase in enumerate(phases):
+        log = (settings.folder(name, number) / "log.jsonl").read_text().splitlines()
+        first, last = json.loads(log[0]), json.loads(log[-1])
+        found["phases"].append({"size": settings.side(phase.smaller), "first": first, "last": last})
+    return found | {"steps": sum(each["last"]["step"] for each in found["phases"])}
 
 
 def run(settings: Settings) -> dict[str, Any]:

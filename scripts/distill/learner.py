@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ from torch import nn
 
 from scripts.distill.losses import Rows, map_distance
 from scripts.distill.settings import RunConfig
+from scripts.distill.sharing import like
 from visattn import apply, convert_heads
 from visattn.handle import Handle
-from visattn.trained import Trained
+from visattn.trained import Trained, load_trained
 from visattn.watch import Watched, Watcher
 
 LORA = "default"
@@ -90,6 +93,11 @@ class Learner(nn.Module):
             self.handle.watch((lambda watched: _tell(ours, watched)) if ours else None)
         return False
 
+    @property
+    def phase(self) -> Any:
+        """What a forward depends on beside its batch: where it is equal, forwards do the same."""
+        return self.pattern
+
     def stage_share(self, done: float) -> float:
         """Share of its stage that is over when one of the run is: the learning rate of each falls by itself."""
         return done
@@ -161,6 +169,30 @@ def add_lora(model: nn.Module, paths: list[str], config: RunConfig) -> list[str]
         lora = LoraConfig(r=config.lora, lora_alpha=alpha, target_modules=paths)  # type: ignore[arg-type]
         inject_adapter_in_model(lora, model, adapter_name=LORA)
     return paths
+
+
+def write_start(learning: Mapping[str, nn.Parameter], path: Path) -> None:
+    """Gives what learns the values that an earlier student's file holds; what is not in there stays as it is.
+
+    Raises:
+        ValueError: If the file holds something that does not learn here, or has another shape.
+    """
+    trained = load_trained(path)
+    held = {f"student.{name}": value for name, value in trained.model.items()}
+    held |= {f"own.{name}": value for name, value in trained.own.items()}
+    for name, factors in trained.lora.items():
+        held |= {f"student.{name}.lora_{each}.{LORA}.weight": x for each, x in zip("AB", factors, strict=True)}
+    for name, value in held.items():
+        own = learning.get(name)
+        if own is None or own.shape != value.shape:
+            has = "which does not learn here" if own is None else f"which is {list(own.shape)} here"
+            raise ValueError(
+                f"--weights {path} (of {trained.about.get('pattern')}) holds {name} {list(value.shape)}, {has}: train "
+                "the same projections, by a pattern of the same kind, as that student's run"
+            )
+    with torch.no_grad():
+        for name, value in held.items():
+            learning[name].copy_(like(value, learning[name]))
 
 
 def as_trained(tensors: dict[str, torch.Tensor], config: Any, step: int) -> Trained:

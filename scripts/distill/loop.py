@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from accelerate.utils import KwargsHandler
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from scripts.distill.learner import Learner, as_trained, round_frozen
+from scripts.distill.learner import Learner, as_trained, round_frozen, write_start
 from scripts.distill.log import Log
 from scripts.distill.optimizers import build_optimizer, rate_share
+from scripts.distill.recorded import Recorded
 from scripts.distill.settings import RunConfig
 from scripts.distill.sharing import share_weights, whole
 from scripts.distill.state import Progress, check_resume, load_checkpoint, save_checkpoint
@@ -40,12 +41,19 @@ def prepare(config: RunConfig) -> None:
 
 
 def begin(config: RunConfig) -> Accelerator:
-    """Device, mixed precision, threads and the seed of a run."""
+    """Device, mixed precision, threads and the seed of a run.
+
+    Raises:
+        ValueError: If CUDA graphs are asked for where there are none.
+    """
     # A stage may leave parameters without gradients, which processes wait for unless they are told.
     handlers: list[KwargsHandler] = []
     if config.staged:
         handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
     accelerator = Accelerator(cpu=config.cpu, mixed_precision=config.precision, kwargs_handlers=handlers)
+    if config.graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        where = f"{accelerator.num_processes} processes on {accelerator.device.type}"
+        raise ValueError(f"--graphs records steps of one process on a CUDA device, these are {where}: leave it out")
     torch.manual_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -69,6 +77,8 @@ class Run:
         if self.shared:
             share_weights(learner, accelerator.device)
         self.trained = learner.trained()
+        if config.weights is not None:
+            write_start(self.trained, config.weights)
         self.optimizer = build_optimizer(self.trained, config)
         if config.precision == "bf16" and not self.shared:
             for model in (learner.teacher, learner.student):
@@ -81,6 +91,7 @@ class Run:
         self.wrapped: Any = learner if self.shared else accelerator.prepare(learner)
         # Behind the wrapper, which has to know of all that learns at some time.
         learner.reach(self.done)
+        self.recorded = Recorded(self._gradients, list(self.trained.values())) if config.graphs else None
 
     @property
     def step(self) -> int:
@@ -99,33 +110,50 @@ class Run:
     def picture(self) -> None:
         """Saves a picture of what the averaged student does; none by default."""
 
-    def train_step(self) -> dict[str, float]:
+    def train_step(self) -> dict[str, Any]:
         """Runs one step and returns its figures for the log."""
-        config, figures, start = self.config, {}, time.perf_counter()
+        config, start = self.config, time.perf_counter()
         if self.learner.reach(self.done):
             self.progress = self.progress._replace(began=self.step)
-        for i, part in enumerate(self.parts):
-            batch, last = self.draw(part), i + 1 == len(self.parts)
-            with self._together(last):
+        batches = [self.draw(part) for part in self.parts]
+        figures = self.recorded.run(batches, self.learner.phase) if self.recorded else self._gradients(batches)
+        norm = self._clip()
+        share = rate_share(self.step - self.progress.began, self.learner.stage_share(self.done), config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        self.optimizer.step()
+        if self.recorded is None or not self.recorded.replays:
+            self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        seconds = self.seconds + self._agreed(time.perf_counter() - start)
+        self.progress = self.progress._replace(step=self.step + 1, seconds=seconds)
+        return {**figures, "gradient": norm, "lr": config.rate * share}
+
+    def _gradients(self, batches: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Runs the batches of a step forward and backward; returns the mean of each loss."""
+        config, figures = self.config, {}
+        for i, batch in enumerate(batches):
+            with self._together(i + 1 == len(batches)):
                 losses = self.wrapped(batch)
-                total = sum(getattr(config, name) * value for name, value in losses.items()) / len(self.parts)
+                total = sum(getattr(config, name) * value for name, value in losses.items()) / len(batches)
                 if not (isinstance(total, torch.Tensor) and total.requires_grad):
                     raise ValueError(
                         f"no loss ({', '.join(losses)}) reaches what learns here: give others a weight, or train more"
                     )
                 self.accelerator.backward(total)
             for name, value in losses.items():
-                figures[name] = figures.get(name, 0.0) + value.detach() / len(self.parts)
-        norm = whole(clip_grad_norm_(self.trained.values(), config.clip or math.inf))
-        share = rate_share(self.step - self.progress.began, self.learner.stage_share(self.done), config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._average()
-        seconds = self.seconds + self._agreed(time.perf_counter() - start)
-        self.progress = self.progress._replace(step=self.step + 1, seconds=seconds)
-        return figures | {"gradient": norm, "lr": config.rate * share}
+                figures[name] = figures.get(name, 0.0) + value.detach() / len(batches)
+        return figures
+
+    def _clip(self) -> torch.Tensor:
+        """Clips the gradients and returns their norm; where that is not finite the step learns nothing."""
+        norm = whole(clip_grad_norm_(self.trained.values(), self.config.clip or math.inf))
+        if not self.shared:
+            # Kernels of bfloat16 give one of thousands of gradients that is not; nobody waits here to look.
+            for parameter in self.trained.values():
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(~norm.isfinite(), 0)
+        return norm
 
     @property
     def done(self) -> float:

@@ -42,7 +42,7 @@ class Method:
 
 # What a student gives matters more than the samples' own noise; layers are matched all along. Most of the run is at the
 # final sparsity, and no layer by layer stage before it: with half of the blocks it has nothing to learn.
-_COMMON = {"denoising": 0.1, "output": 1.0, "attention": 0.1, "anneal": 0.25}
+_COMMON = {"denoising": 0.1, "output": 1.0, "attention": 0.1, "errors": "step", "anneal": 0.25}
 _ROUTED = _COMMON | {"stages": "router:0.1,all:0.9", "mass": 0.05, "temperature": "2..1", "own_lr": 5e-3}
 
 METHODS: dict[str, Method] = {
@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = {
         "topp(p=0.3, least={least}, most={most})",
         "SpargeAttention2 (Zhang et al., 2026): a mask of top-k and top-p, trained by the distance of predictions "
         "alone; there p and k are fixed from the beginning",
-        {"denoising": 0.0, "output": 1.0, "attention": 0.0, "anneal": 0.25},
+        {"denoising": 0.0, "output": 1.0, "attention": 0.0, "errors": "step", "anneal": 0.25},
     ),
     "sla": Method(
         "sla(keep={keep})",

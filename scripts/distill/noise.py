@@ -65,14 +65,45 @@ class Noise:
         targets = {"epsilon": noise, "sample": clean, "v_prediction": signal * noise - dirt * clean}
         return signal * clean + dirt * noise, targets[self.kind], index * self.time_scale
 
-    def weights(self, times: torch.Tensor) -> torch.Tensor | None:
+    def weights(self, times: torch.Tensor, errors: str = "velocity") -> torch.Tensor | None:
         """Weights [B] of squared errors at times [B], None for equal ones.
 
         A sampler of flow matching steps along the velocity (x - x0) / s, so an error of a predicted x0 counts by s.
+
+        Args:
+            times: 0 to 1000.
+            errors: Which errors are squared: those of the "velocity", or those that the latents have behind the
+                "step" of the sampler that begins there (Euler's, or DDIM's), in units of a mean step.
         """
+        if errors == "step":
+            return self._of_steps(times)
         if self.kind != "sample" or self.alphas is not None:
             return None
         return (times / TRAIN_TIMES).clamp(min=LEAST_NOISE) ** -2
+
+    def _of_steps(self, times: torch.Tensor) -> torch.Tensor:
+        table = torch.tensor([0.0, *reversed(self.timesteps)], device=times.device)
+        index = torch.bucketize(times, table).clamp(1, len(table) - 1)
+        # A step is as long wherever in it a time lies.
+        after = (times - table[index] + table[index - 1]).clamp(min=0)
+        signal, dirt, next_signal, next_dirt = *self._shares(times), *self._shares(after)
+        moved = {
+            "flow": next_dirt - dirt,
+            "sample": next_signal - next_dirt * signal / dirt,
+            "epsilon": next_dirt - next_signal * dirt / signal,
+            "v_prediction": next_dirt * signal - next_signal * dirt,
+        }[self.kind]
+        return (len(self.timesteps) * moved).square()
+
+    def _shares(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much of the clean sample and of the noise there is at some times; never none of either."""
+        if self.alphas is None:
+            dirt = times / TRAIN_TIMES
+            return 1 - dirt, dirt.clamp(min=torch.finfo(dirt.dtype).tiny)
+        # Behind the last step nothing is left of the noise.
+        alphas = torch.cat([self.alphas.new_ones(1), self.alphas]).to(times.device)
+        alpha = alphas[(times.long() + (times > 0)).clamp(max=len(alphas) - 1)]
+        return alpha.sqrt(), (1 - alpha).clamp(min=torch.finfo(alpha.dtype).tiny).sqrt()
 
 
 def _like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,7 @@ class SampleSet:
         known = json.loads((folder / "index.json").read_text())
         self.folder = folder
         self.index = Index(**{entry.name: known[entry.name] for entry in fields(Index)})
+        self._told: dict[torch.device, dict[str, torch.Tensor]] = {}
         self._places = [(s, i) for s, count in enumerate(self.index.shards) for i in range(count)]
         missing = [s for s in range(len(self.index.shards)) if not shard_path(folder, s).is_file()]
         if missing or not self._places:
@@ -91,6 +92,16 @@ class SampleSet:
     def constants(self) -> dict[str, torch.Tensor]:
         """Arguments of the denoiser that are the same for every sample."""
         return load_file(self.folder / "constants.safetensors")
+
+    def told(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """What every denoising call is told alike, on a device: the very same tensors at each call.
+
+        visattn reads the grid from position ids once for a tensor, which waits for the device.
+        """
+        if device not in self._told:
+            fixed = {name: value for name, value in self.constants.items() if not name.startswith("noise.")}
+            self._told[device] = {name: ready(value, device) for name, value in fixed.items()}
+        return self._told[device]
 
     @cached_property
     def _files(self) -> list[Any]:
@@ -134,6 +145,16 @@ class SampleSet:
                 found.setdefault(name, []).append(value)
         tensors = {name: torch.cat(values) for name, values in found.items()}
         return tensors.pop(LATENTS), tensors
+
+
+def sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device; a GPU that works is not waited for."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
+def ready(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An argument of a denoiser on a device, float32 if it is of floating point."""
+    return sent(value.float() if value.is_floating_point() else value, device)
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

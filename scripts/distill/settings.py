@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from scripts.distill.ranges import at, stepped, varies
 from visattn.patterns import Agent, Dense, Linear
 from visattn.schedule import Schedule
+from visattn.trained import load_trained
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -29,6 +30,7 @@ class RunConfig:
 
     pattern: str = field(metadata={"help": 'attention of the student, like "clear(radius=3)"'})
     out: Path = field(metadata={"help": "folder for checkpoint, log, pictures and student.safetensors"})
+    weights: Path | None = option(None, "student.safetensors of an earlier run that this one starts from")
     layers: str | None = option(None, "layers that get the pattern, like 0-3,7; all")
     dense_layers: int = option(0, "so many of the first selected layers stay dense")
     anneal: float = option(0.5, "share of the run after which numbers of the pattern like 0.5..0.05 are at their end")
@@ -49,8 +51,13 @@ class RunConfig:
     )
     batch: int = option(16, "samples of an optimizer step, over all processes")
     micro_batch: int = option(0, "samples of one forward in one process; 0: all of its share at once")
-    optimizer: str = option("adamw", "adamw, or prodigy (package prodigyopt)", ("adamw", "prodigy"))
-    lr: float = option(0.0, "learning rate; 0: 5e-4 for adamw, 1 for prodigy")
+    optimizer: str = option(
+        "adamw",
+        "adamw, prodigy (package prodigyopt), or muon: steps of matrices inside of blocks are made orthogonal, all "
+        "others are adamw's",
+        ("adamw", "prodigy", "muon"),
+    )
+    lr: float = option(0.0, "learning rate; 0: 5e-4 for adamw, 1 for prodigy, 2e-3 for muon")
     own_lr: float = option(0.0, "learning rate of the pattern's own parameters; 0: the same")
     weight_decay: float = option(0.0, "weight decay")
     schedule: str = option("cosine", "learning rate after the warm-up", ("cosine", "constant"))
@@ -58,6 +65,9 @@ class RunConfig:
     clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
     ema: float = option(0.998, "decay of the averaged weights that are exported; 0: no average")
     precision: str = option("no", "mixed precision", ("no", "bf16"))
+    graphs: bool = option(
+        False, "record a step as a CUDA graph and replay it: several times as fast for small models on one GPU"
+    )
     fsdp: bool = option(False, "processes share weights and optimizer states (FSDP2) instead of having all (DDP)")
     cpu: bool = option(False, "run on the CPU though there is a GPU")
     threads: int = option(0, "threads of torch on the CPU; 0: its own choice")
@@ -76,6 +86,8 @@ class RunConfig:
         self._check_pattern()
         self._check_heads()
         self._check_sharing()
+        if self.weights is not None:
+            load_trained(self.weights)
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
         for wanted, package, why in (
@@ -98,8 +110,12 @@ class RunConfig:
             raise ValueError(f"--ema {self.ema} must be from 0 to below 1")
 
     def _check_sharing(self) -> None:
-        if self.fsdp and self.optimizer == "prodigy":
-            raise ValueError("--fsdp with --optimizer prodigy, which measures all weights at once: pass adamw")
+        if self.graphs and self.cpu:
+            raise ValueError("--graphs are CUDA graphs, not with --cpu: leave one out")
+        if self.graphs and getattr(self, "checkpointing", False):
+            raise ValueError("--graphs with --checkpointing, which asks the device for random states: leave one out")
+        if self.fsdp and self.optimizer != "adamw":
+            raise ValueError(f"--fsdp with --optimizer {self.optimizer}, which needs whole weights: pass adamw")
         if self.fsdp and varies(self.pattern):
             raise ValueError(
                 f"--fsdp with --pattern {self.pattern!r}, which is applied anew as it changes: leave one out"
@@ -166,7 +182,7 @@ class RunConfig:
     @property
     def rate(self) -> float:
         """Learning rate at its peak."""
-        return self.lr or {"adamw": 5e-4, "prodigy": 1.0}[self.optimizer]
+        return self.lr or {"adamw": 5e-4, "prodigy": 1.0, "muon": 2e-3}[self.optimizer]
 
     def to_json(self) -> dict[str, Any]:
         """Settings as plain values."""
@@ -181,6 +197,7 @@ CHANGEABLE = {
     "sample_every",
     "tensorboard",
     "threads",
+    "graphs",
     "resume",
     "fsdp",
     "sequence",

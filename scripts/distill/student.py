@@ -17,7 +17,7 @@ from scripts.distill.losses import Recorder, attention_distance, distance
 from scripts.distill.masses import Masses
 from scripts.distill.noise import Noise
 from scripts.distill.ranges import at
-from scripts.distill.samples import SampleSet, nested
+from scripts.distill.samples import SampleSet, nested, ready, sent
 from scripts.distill.stages import parse_stages, stage_at
 from visattn.patterns import Dense
 from visattn.pipelines.families import find_family
@@ -26,6 +26,9 @@ from visattn.straight import straight_through
 
 # Module names of each projection in diffusers' attention classes; fused ones train all three.
 MODULES = {"q": ("to_q", "to_qkv"), "k": ("to_k", "to_qkv"), "v": ("to_v", "to_qkv"), "out": ("to_out.0",)}
+
+# Steps in which a temperature falls.
+TEMPERATURES = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Distiller(Learner):
         self.lora = add_lora(self.student, list(learning), config) if config.lora else []
         self.swap(*(() if mesh is None else (config.parallel, mesh)))
         self._among = None if mesh is None else mesh.get_group()
-        for module in () if config.lora else learning.values():
+        for module in () if config.lora else [self.student] if config.train == "all" else learning.values():
             module.requires_grad_(True)
         watched = [path for path, _ in matched_sites(teacher, self.sites, config)]
         before = config.attention_at == "before"
@@ -99,6 +102,16 @@ class Distiller(Learner):
             parameter.requires_grad_(self.stage.whole or name.startswith("own."))
         return True
 
+    @property
+    def _temperature(self) -> float:
+        """Of --mass, in steps: between them a forward does the same, and recorded ones go on."""
+        return float(at(self.config.temperature, round(self._done * TEMPERATURES) / TEMPERATURES))
+
+    @property
+    def phase(self) -> Any:
+        """See `Learner.phase`."""
+        return self.pattern, self.stage, self._temperature
+
     def stage_share(self, done: float) -> float:
         """See `Learner.stage_share`."""
         return (done - self.stage.start) / (self.stage.end - self.stage.start)
@@ -110,8 +123,7 @@ class Distiller(Learner):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Losses of a batch, without their weights; those of weight 0 are left out."""
-        config, losses, forced = self.config, {}, self.stage.forced
-        temperature = float(at(config.temperature, self._done))
+        config, losses, forced, temperature = self.config, {}, self.stage.forced, self._temperature
         with (
             self._forcing.active(forced) if self._forcing else nullcontext(),
             self._masses.of(batch.places[: config.mass_blocks], temperature) if config.mass else nullcontext(),
@@ -242,15 +254,18 @@ def build_batch(
     if config.guidance:
         null = samples.null_row
         rows = torch.tensor([0.25 + 0.5 * null, 0.75 - 0.5 * null]).repeat(len(rows) // 2)
-    times = noise.draw(count, config.times, generator).repeat_interleave(each)[part].to(device)
+    drawn = noise.draw(count, config.times, generator).repeat_interleave(each)[part]
+    times, weights = sent(drawn, device), noise.weights(drawn, config.errors)
     latents, tensors = samples.take(picks, rows)
-    dirt = torch.randn((count, *latents.shape[1:]), generator=generator).repeat_interleave(each, 0)[part].to(device)
-    noisy, target, told = noise.mix(latents.float().to(device), dirt, times)
-    places = torch.rand(config.map_rows, generator=generator).to(device)
-    fixed = {name: value for name, value in samples.constants.items() if not name.startswith("noise.")}
-    flat = {name: _ready(value, device) for name, value in (tensors | fixed).items()}
-    return Batch(noisy, target, told, nested(flat | samples.index.plain), places, noise.weights(times))
-
-
-def _ready(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return value.to(device, torch.float32 if value.is_floating_point() else None)
+    dirt = torch.randn((count, *latents.shape[1:]), generator=generator).repeat_interleave(each, 0)[part]
+    noisy, target, told = noise.mix(sent(latents.float(), device), sent(dirt, device), times)
+    places = sent(torch.rand(config.map_rows, generator=generator), device)
+    flat = {name: ready(value, device) for name, value in tensors.items()} | samples.told(device)
+    return Batch(
+        noisy,
+        target,
+        told,
+        nested(flat | samples.index.plain),
+        places,
+        None if weights is None else sent(weights, device),
+    )

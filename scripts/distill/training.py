@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from scripts.distill.config import Config
 from scripts.distill.loop import Run, begin
 from scripts.distill.noise import Noise
@@ -35,6 +37,8 @@ class Training(Run):
         self.noise = Noise(
             index.kind, tuple(index.timesteps), index.time_scale, self.samples.constants.get("noise.alphas")
         )
+        # What does not fit is refused before anything is loaded.
+        self.noise.weights(torch.ones(1), config.errors)
         pipe: Any = load_pipeline(config.model, str(accelerator.device), "float32")
         if not hasattr(pipe, index.denoiser):
             raise ValueError(

@@ -2,6 +2,8 @@
 
     python -m scripts.train.digits_vit --out out/digits-vit
     python -m scripts.measure.distilled_vit --checkpoint out/digits-vit/model.safetensors --out runs/distill-vit
+    python -m scripts.measure.distilled_vit --checkpoint out/digits-vit/model.safetensors --out runs/distill-heads \
+        --patterns "na(window=-1)" --heads "query_heads=0.5; query_heads=0.5, by=norm; kv_heads=0.5"
 
 Students learn from pictures of 1200 digits without their labels (scripts.distill.classifier); 597 others are read. Stop
 it at any time: the same command goes on. `agreement` is the share of digits that student and teacher read alike.
@@ -43,16 +45,21 @@ class Settings:
     steps: int = option(300, "optimizer steps of each")
     batch: int = option(32, "digits of a step")
     lr: float = option(5e-4, "learning rate")
-    query_heads: float = option(0.0, "query heads of the students, as of scripts.distill.classifier")
-    kv_heads: float = option(0.0, "their key heads, alike")
-    heads_by: str = option("mean", "mean or norm, alike")
-    allocation: str = option("even", "even or norms, alike")
+    heads: str = option(
+        "", "heads of the students, with semicolons between them: query_heads, kv_heads, by, allocation; '': as many"
+    )
     cpu: bool = option(False, "stay on the CPU")
     threads: int = option(0, "threads of torch on the CPU; 0: its own choice")
 
-    def student(self, pattern: str) -> VitConfig:
-        """Settings of one student's training; attention rows are matched where they are positive everywhere."""
-        name = "".join(c if c.isalnum() else "-" for c in pattern).strip("-")
+    def students(self) -> list[VitConfig]:
+        """Settings of each student's training: every pattern with all heads that are asked for."""
+        heads = [heads_of(text) for text in self.heads.split(";")]
+        return [self.student(pattern.strip(), own) for pattern in self.patterns.split(";") for own in heads]
+
+    def student(self, pattern: str, heads: dict[str, Any]) -> VitConfig:
+        """Settings of one of them; attention rows are matched where they are positive everywhere."""
+        words = [pattern, *(f"{name}={value}" for name, value in heads.items())]
+        name = "".join(c if c.isalnum() else "-" for c in " ".join(words)).strip("-")
         return VitConfig(
             model=DIGITS,
             data=DIGITS,
@@ -64,14 +71,31 @@ class Settings:
             lr=self.lr,
             ema=0.98,
             augment=1.5,
-            maps=0.1 if pattern.startswith("linear") and not (self.query_heads or self.kv_heads) else 0.0,
-            query_heads=self.query_heads,
-            kv_heads=self.kv_heads,
-            heads_by=self.heads_by,
-            allocation=self.allocation,
+            maps=0.1 if pattern.startswith("linear") and not heads else 0.0,
+            **heads,
             cpu=self.cpu,
             threads=self.threads,
         )
+
+
+def heads_of(text: str) -> dict[str, Any]:
+    """Settings of `VitConfig` from text like "query_heads=0.5, by=norm".
+
+    Raises:
+        ValueError: If it is written otherwise.
+    """
+    names = {"query_heads": "query_heads", "kv_heads": "kv_heads", "by": "heads_by", "allocation": "allocation"}
+    found: dict[str, Any] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, value = (word.strip() for word in part.partition("="))
+        try:
+            if not value:
+                raise ValueError
+            found[names[name]] = float(value) if name.endswith("heads") else value
+        except (KeyError, ValueError):
+            known = "query_heads=, kv_heads=, by= or allocation="
+            raise ValueError(f"--heads {text!r}: {part!r} must be {known} and a value, with commas between") from None
+    return found
 
 
 @torch.no_grad()
@@ -112,6 +136,7 @@ def measure(model: nn.Module, config: VitConfig) -> dict[str, Any]:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Every student; returns the figures."""
+    students = settings.students()
     device = torch.device("cuda" if torch.cuda.is_available() and not settings.cpu else "cpu")
     model = load_vit(settings.checkpoint).to(device)
     truth = split(seen=False)[1]
@@ -125,8 +150,8 @@ def run(settings: Settings) -> dict[str, Any]:
     }
     result = settings.result or settings.out / "figures.json"
     settings.out.mkdir(parents=True, exist_ok=True)
-    for pattern in settings.patterns.split(";"):
-        figures["rows"].append(measure(model, settings.student(pattern.strip())))
+    for student in students:
+        figures["rows"].append(measure(model, student))
         print(json.dumps(figures["rows"][-1]), flush=True)
         with written_whole(result) as path:
             path.write_text(json.dumps(figures, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ class Student:
     def name(self) -> str:
         """Name of the weights."""
         return SHIPPED if self.weights is None else self.weights.parent.name
+
+    @property
+    def hash(self) -> str | None:
+        """What tells these weights from others of the same name; none of the model's own."""
+        return None if self.weights is None else hashlib.sha256(self.weights.read_bytes()).hexdigest()[:12]
 
     def key(self, size: int) -> str:
         """Of the row in the results."""

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from scripts.measure.draftsman import DENSE, Draftsman, Drawn, Student
-from scripts.measure.emoji_encoder_model import ENCODER, SIDE, load_encoder
+from scripts.measure.emoji_encoder_model import ENCODER, SIDE, check_tokens, load_encoder
 from scripts.measure.emoji_judge import Judge
 from scripts.measure.emoji_prompts import CAPTIONS, KINDS
 from scripts.train.emoji_data import load_pack
@@ -80,6 +80,7 @@ def measure(
     students += [Student(load_trained(path).about["pattern"], path, options.dense_steps) for path in options.weights]
     encoder, about = load_encoder(options.encoder, options.device)
     judge = judge_of(encoder, options)
+    check_tokens(about, judge.pack)
     pipe: Any = load_pipeline(options.model, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     figures = begin(options, pipe, judge, about)
@@ -99,7 +100,7 @@ def _missing(
 ) -> Iterator[tuple[int, Student, Callable[[], dict[str, Any]]]]:
     """Size, student and what makes its row, for each row that is not there or has no times yet."""
     for size in options.sizes:
-        missing = [each for each in students if "error" in rows.get(each.key(size), {"error": "not measured"})]
+        missing = [each for each in students if not _measured(each, rows.get(each.key(size)))]
         dense = draftsman.draw(Student(DENSE), size) if missing else None
         for student in missing:
             assert dense is not None
@@ -108,6 +109,11 @@ def _missing(
             known = rows[student.key(size)]
             if not options.shared and known.get("seconds", 0) is None:
                 yield size, student, partial(_timed, known, student, size, draftsman)
+
+
+def _measured(student: Student, row: dict[str, Any] | None) -> bool:
+    """Whether a row is there, and of these weights."""
+    return row is not None and "error" not in row and row.get("weights_hash") == student.hash
 
 
 def _timed(known: dict[str, Any], student: Student, size: int, draftsman: Draftsman) -> dict[str, Any]:
@@ -124,6 +130,8 @@ def entry(
 ) -> dict[str, Any]:
     """One row of the results; a pattern that cannot run says why."""
     found: dict[str, Any] = {"pattern": student.pattern, "size": size, "weights": student.name}
+    if student.hash:
+        found["weights_hash"] = student.hash
     if student.dense_steps:
         found["dense_steps"] = student.dense_steps
     twin = student == Student(DENSE)

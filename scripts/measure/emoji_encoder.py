@@ -24,9 +24,9 @@ import torch
 from torch.nn import functional as F
 
 from scripts.measure.emoji_augment import augment, may_mirror
-from scripts.measure.emoji_encoder_model import SIDE, DualEncoder, load_encoder, save_encoder
+from scripts.measure.emoji_encoder_model import SIDE, DualEncoder, check_tokens, load_encoder, save_encoder
 from scripts.measure.emoji_prompts import CAPTIONS, choose
-from scripts.train.emoji_captions import SPLITS
+from scripts.train.emoji_captions import SPLITS, digest
 from scripts.train.emoji_data import Pack, load_pack
 from scripts.train.flow_loop import autocast
 
@@ -185,6 +185,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     pack = load_pack(options.data, options.device, SIDE)
     if options.measure_only:
         encoder, about = load_encoder(options.out, options.device)
+        check_tokens(about, pack)
         return about | {"limit": limit(encoder, pack, options.captions)}
     training = Training(pack, settings)
     seconds = training.run(lambda line: print(line, flush=True))
@@ -197,6 +198,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "steps": training.done,
         "pictures": training.done * training.batch,
         "real_pictures": len(pack.pictures),
+        "tokenizer": digest(pack.tokenizer),
         "limit": limit(training.average, pack, options.captions),
     }
     about["bytes"] = save_encoder(training.average, options.out, about)

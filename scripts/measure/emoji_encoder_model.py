@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from scripts.train.emoji_captions import TOKENS, VOCABULARY
+from scripts.train.emoji_captions import TOKENS, VOCABULARY, digest, shipped_tokenizer
+from scripts.train.emoji_data import Pack
 from visattn.files import written_whole
 
 # The judge that the project measures with.
@@ -175,3 +176,19 @@ def load_encoder(path: Path, device: str | torch.device = "cpu") -> tuple[DualEn
     if about is None:
         raise ValueError(f"{path} was not written by scripts.measure.emoji_encoder: it says nothing about itself")
     return encoder.to(device).eval().requires_grad_(False), json.loads(about)
+
+
+def check_tokens(about: Mapping[str, Any], pack: Pack) -> None:
+    """Raises ValueError if an encoder would misread the captions of a pack, of which it only sees the tokens.
+
+    Args:
+        about: What is written about the encoder.
+        pack: The pack.
+    """
+    # Encoders that do not say read the tokenizer that ships.
+    expected, found = about.get("tokenizer", digest(shipped_tokenizer())), digest(pack.tokenizer)
+    if found != expected:
+        raise ValueError(
+            f"the pack's tokenizer ({found}) is not the encoder's ({expected}): pack again by "
+            "python -m scripts.train.emoji_data, or pass the --encoder that was trained on this pack"
+        )

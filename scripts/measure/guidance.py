@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,12 +50,16 @@ class Variant(NamedTuple):
         scale: Of perturbed attention, 0 for none.
         perturb: The perturbation.
         pattern: Attention of all predictions.
+        heads: Heads of layers that are perturbed, None for all heads of the middle layers.
+        strength: How much of the perturbation they get.
     """
 
     guidance: float = 1.0
     scale: float = 0.0
     perturb: str = "identity"
     pattern: str = "dense"
+    heads: Mapping[str, Sequence[int]] | None = None
+    strength: float = 1.0
 
     def __str__(self) -> str:
         guided = [f"guidance {self.guidance:g}"] if self.guidance != 1 else []
@@ -91,7 +95,8 @@ def draw(pipe: Any, variant: Variant, prompts: Sequence[str], options: argparse.
     with ExitStack() as stack:
         handle = stack.enter_context(apply(pipe, variant.pattern, always=True))
         if variant.scale:
-            stack.enter_context(guide(pipe, variant.scale, variant.perturb, handle=handle))
+            heads = {"heads": variant.heads, "strength": variant.strength}
+            stack.enter_context(guide(pipe, variant.scale, variant.perturb, handle=handle, **heads))
         for first in range(0, len(prompts), options.batch):
             some = list(prompts[first : first + options.batch])
             noise = [torch.Generator().manual_seed(first + i) for i in range(len(some))]
@@ -101,13 +106,18 @@ def draw(pipe: Any, variant: Variant, prompts: Sequence[str], options: argparse.
     return torch.cat(found)
 
 
-def judged(pictures: torch.Tensor, prompts: Sequence[str], pipe: Any, encoder: DualEncoder) -> dict[str, Any]:
-    """How many are named right, and how near they are to their prompts."""
+def cosines(pictures: torch.Tensor, prompts: Sequence[str], pipe: Any, encoder: DualEncoder) -> torch.Tensor:
+    """How near pictures are to their own prompts, by the judge: [N], float64."""
     ids = tokenize(pipe.tokenizer, prompts).to(encoder.heat.device)
     said = torch.nn.functional.normalize(encoder.caption(ids).float(), dim=1).double().cpu()
-    own = (encoder.features(pictures) * said).sum(1)
-    error = own.std() / len(own) ** 0.5
-    return shares(encoder.ranks(pictures, ids)) | {"score": float(own.mean()), "score_error": float(error)}
+    return (encoder.features(pictures) * said).sum(1)
+
+
+def judged(pictures: torch.Tensor, prompts: Sequence[str], pipe: Any, encoder: DualEncoder) -> dict[str, Any]:
+    """How many are named right, and how near they are to their prompts."""
+    own = cosines(pictures, prompts, pipe, encoder)
+    ranks = encoder.ranks(pictures, tokenize(pipe.tokenizer, prompts))
+    return shares(ranks) | {"score": float(own.mean()), "score_error": float(own.std() / len(own) ** 0.5)}
 
 
 def sheet(pipe: Any, options: argparse.Namespace, pattern: str) -> Picture:

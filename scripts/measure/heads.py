@@ -2,10 +2,15 @@
 
     python -m scripts.measure.heads --out out/heads.jsonl --objective caption --device cuda [--seconds 300]
     python -m scripts.measure.heads --out out/heads.jsonl --objective palette --examples out/style/*.png
+    python -m scripts.measure.heads --out out/heads.jsonl --data out/emoji-data --device cuda [--seconds 120]
 
 `caption` is the cosine of pictures and their prompts by the judge (scripts.measure.emoji_encoder), `sharpness` the mean
 square of the Laplacian, `palette` how near colours are to those of the examples. Stop it at any time: the same command
 goes on, from the scores in --out. The heads go into a file beside it that ends in .json, as `visattn.guide` takes them.
+
+With --data (the pack of scripts.train.emoji_data) the search is on captions that training knew, and what it found is
+measured on --held-out others, which neither training nor the search had: beside no guidance, the middle layers that
+`guide` takes by itself, and as many heads that were drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,25 +27,75 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.measure.emoji_encoder_model import ENCODER, load_encoder
-from scripts.measure.guidance import PROMPTS
+from scripts.measure.emoji_encoder_model import ENCODER, SIDE, DualEncoder, load_encoder
+from scripts.measure.emoji_prompts import SEEN, UNSEEN, choose
+from scripts.measure.guidance import PROMPTS, Variant, cosines, draw, judged
+from scripts.train.emoji_data import load_pack
 from visattn import apply
+from visattn.environment import devices, versions
 from visattn.files import written_whole
-from visattn.pipelines.embedded.prompts import tokenize
-from visattn.pipelines.guidance.search import Objective, find_heads, palette, sharpness
+from visattn.pipelines.guidance.search import FoundHeads, Objective, all_heads, by_layer, find_heads, palette, sharpness
+from visattn.pipelines.guidance.trials import Head
 from visattn.pipelines.load import load_pipeline
 
+# Options that the file of the heads repeats.
+KEPT = (
+    "scale",
+    "strength",
+    "perturb",
+    "objective",
+    "pattern",
+    "guidance",
+    "prompts",
+    "seeds",
+    "size",
+    "steps",
+)
 
-def caption_objective(pipe: Any, device: str) -> Objective:
+
+def caption_objective(pipe: Any, encoder: DualEncoder | None) -> Objective:
     """How near pictures are to their prompts, by the judge."""
-    encoder = load_encoder(ENCODER, device)[0]
+    assert encoder is not None
 
     def caption(pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        ids = tokenize(pipe.tokenizer, prompts).to(device)
-        said = torch.nn.functional.normalize(encoder.caption(ids).float(), dim=1).double().cpu()
-        return (encoder.features(pictures) * said).sum(1)
+        return cosines(pictures, prompts, pipe, encoder)
 
     return caption
+
+
+def held_out(
+    pipe: Any,
+    found: FoundHeads,
+    candidates: Sequence[Head],
+    prompts: Sequence[str],
+    encoder: DualEncoder,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """What guidance by the found heads does to prompts that the search did not have, and what others do to them.
+
+    Returns:
+        Figures of `judged` by the kind of guidance, with the mean difference to pictures of the same prompt and noise
+        without guidance (`gain`) and its standard error (`gain_error`).
+    """
+    plain = Variant(options.guidance, 0.0, options.perturb, options.pattern, strength=options.strength)
+    guided = plain._replace(scale=options.scale)
+    rows = {"no perturbation": plain, "the middle layers": guided}
+    count = sum(len(heads) for heads in found.heads.values())
+    if count:
+        some = f"{count} head{'s' * (count > 1)}"
+        rows[f"{some}, drawn"] = guided._replace(heads=by_layer(random.Random(0).sample(list(candidates), count)))
+        rows[f"{some}, found"] = guided._replace(heads=found.heads)
+    report: dict[str, Any] = {}
+    before: torch.Tensor | None = None
+    for name, variant in rows.items():
+        pictures = draw(pipe, variant, prompts, options)
+        own = cosines(pictures, prompts, pipe, encoder)
+        before = own if before is None else before
+        error = (own - before).std() / len(own) ** 0.5
+        report[name] = judged(pictures, prompts, pipe, encoder) | {"heads": variant.heads}
+        report[name] |= {"gain": float((own - before).mean()), "gain_error": float(error)}
+        print(f"{name}: {report[name]['top1']:.0%} named, {report[name]['gain']:+.4f} +- {error:.4f}", flush=True)
+    return report
 
 
 def read_pictures(paths: Sequence[Path], side: int) -> torch.Tensor:
@@ -48,8 +104,8 @@ def read_pictures(paths: Sequence[Path], side: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point."""
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="file of all scores, JSON lines")
@@ -66,30 +122,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--most", type=int, default=8, help="heads in all")
     add("--size", type=int, default=256, help="side in pixels")
     add("--steps", type=int, default=12)
-    add("--seconds", type=float, default=math.inf, help="draw nothing more after so long")
+    add("--seconds", type=float, default=math.inf, help="search no more after so long")
     add("--device", default="cpu")
     add("--model", default="emoji", help="embedded model, or folder of a pipeline of its kind")
-    options = parser.parse_args(arguments)
+    add("--data", type=Path, help="folder of the pack, for captions that training knew and others")
+    add("--held-out", type=int, default=200, help="captions of --data that the heads are measured on")
+    add("--batch", type=int, default=50, help="held-out pictures at once")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    options = options_of(arguments)
     pipe: Any = load_pipeline(options.model, options.device)
     pipe.set_progress_bar_config(disable=True)
     size = {"height": options.size, "width": options.size, "num_inference_steps": options.steps}
     try:
         if options.objective == "palette" and not options.examples:
             raise ValueError("--objective palette needs --examples: pictures with the colours that are wanted")
+        encoder = load_encoder(ENCODER, options.device)[0] if options.objective == "caption" or options.data else None
+        known, unseen = captions_of(options.data, options.prompts, options.held_out)
         objective: Objective = {
-            "caption": lambda: caption_objective(pipe, options.device),
+            "caption": lambda: caption_objective(pipe, encoder),
             "sharpness": lambda: sharpness,
             "palette": lambda: palette(read_pictures(options.examples, options.size)),
         }[options.objective]()
         with apply(pipe, options.pattern, always=True) as handle:
+            candidates = all_heads(pipe, handle, None)
             found = find_heads(
                 pipe,
-                PROMPTS[: options.prompts],
+                known,
                 objective,
                 options.out,
                 scale=options.scale,
                 strength=options.strength,
                 perturb=options.perturb,
+                candidates=candidates,
                 seeds=options.seeds,
                 add=options.add,
                 most=options.most,
@@ -100,14 +168,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except ValueError as error:
         raise SystemExit(f"measure_heads: {error}") from error
-    kept = {
-        name: getattr(options, name) for name in ("scale", "strength", "perturb", "objective", "pattern", "guidance")
-    }
-    with written_whole(options.out.with_suffix(".json")) as path:
-        path.write_text(json.dumps({**found._asdict(), **kept}, indent=1) + "\n")
     for each in found.rounds:
         print(f"added {each['added']}: {each['gain']:+.4f} +- {each['error']:.4f}")
     print(f"{found.heads or 'no head helps'}{'' if found.finished else '; stopped early: the same command goes on'}")
+    report = {**found._asdict(), **{name: getattr(options, name) for name in KEPT}, "candidates": len(candidates)}
+    report |= {"versions": versions(), "devices": devices()}
+    _write(report, options.out)
+    if encoder is not None and unseen:
+        report["held_out"] = held_out(pipe, found, candidates, unseen, encoder, options)
+        _write(report, options.out)
+
+
+def captions_of(data: Path | None, known: int, unseen: int) -> tuple[list[str], list[str]]:
+    """Captions to search on, and held-out ones; without a pack those of `PROMPTS`, and none."""
+    if data is None:
+        return list(PROMPTS[:known]), []
+    pack = load_pack(data, "cpu", SIDE)
+    chosen = choose(pack, max(known, unseen))
+    seen, others = ([pack.pictures[i].caption for i in chosen[kind]] for kind in (SEEN, UNSEEN))
+    return seen[:known], others[:unseen]
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    """Write the heads, beside the scores."""
+    with written_whole(out.with_suffix(".json")) as path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """How exactly the embedded emoji model finds the noise of a picture again, by each scheduler with an inverse.
 
-    python -m scripts.measure.inversion --out docs/results/inversion.json [--steps 50] [--size 64]
+    python -m scripts.measure.inversion --out docs/results/inversion.json [--steps 50] [--size 64] [--seconds 120]
     python -m scripts.measure.inversion --picture docs/pictures/inversion.png [--steps 24]
 
 Each case draws a picture from noise in so many steps and goes back with the same prompt, guidance and pattern, all by
 the pipeline itself, the model in float32. Errors are the largest of any value, as a share of the largest of states and
-noise. `back` of a case is other attention on the way back. What the file has is not measured again. The picture has
-what each scheduler draws from the same noise, a row for each guidance.
+noise. `back` of a case is other attention on the way back. What the file has is not measured again; `--seconds` begins
+no case after so long. The picture has what each scheduler draws from the same noise, a row for each guidance.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from PIL import Image
 
 from visattn import apply
 from visattn.canvas import WHITE, Picture, column, row, text
+from visattn.environment import devices
 from visattn.files import written_whole
 from visattn.pipelines.control.trajectory import EulerInverseScheduler
 from visattn.pipelines.load import load_pipeline
@@ -124,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=0.0, help="begin no case after so long; 0: no limit")
     options = parser.parse_args(arguments)
+    start = time.monotonic()
     torch.set_num_threads(options.threads)
     # As float32 on any device: states are in float64, and the model is what rounds.
     pipe: Any = load_pipeline("emoji", options.device, "float32")
@@ -136,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             made.quantize(256).save(path, format="png", optimize=True)
         return
     settings = {"steps": options.steps, "size": options.size, "prompt": PROMPT, "torch": torch.__version__}
-    report: dict[str, Any] = {"settings": settings, "rows": []}
+    report: dict[str, Any] = {"settings": settings, "devices": devices(), "rows": []}
     if options.out.exists():
         report = json.loads(options.out.read_text())
         if report["settings"] != settings:
@@ -146,6 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in cases():
         if case in done:
             continue
+        if options.seconds and time.monotonic() - start > options.seconds:
+            print(f"stopped after {options.seconds:g} s: the same command goes on", flush=True)
+            break
         report["rows"].append({**case, **trip(pipe, case, noise, options.steps)})
         print(json.dumps(report["rows"][-1]), flush=True)
         report["rows"].sort(

@@ -3,6 +3,8 @@
     python -m scripts.measure.trained emoji --data out/emoji-data --runs runs/trained --device cuda --seconds 150
     python -m scripts.measure.trained animoji --data out/animoji-data --runs runs/trained-clips --device cuda
 
+With --chain the students of a method are trained one after the other, least sparse first, each from the one before it.
+
 Every student learns for --seconds by the recipe of its method (scripts.distill.methods) from samples that the dense
 model draws for captions of its training that are not measured. Then scripts.measure.emoji or scripts.measure.animoji
 measures the dense model and each pattern with the model's own weights and with the student's. Everything goes into one
@@ -18,7 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from scripts.distill.emoji_students import draw, prompts
 from scripts.distill.methods import METHODS, settings_of
 from scripts.distill.process import train_student
 from scripts.measure import animoji, emoji
-from scripts.measure.draftsman import DENSE, Draftsman
+from scripts.measure.draftsman import DENSE, Draftsman, Student
 from scripts.measure.trained_pictures import draw_curves, draw_sheet
 from scripts.train import animoji_data, emoji_data
 
@@ -47,7 +49,7 @@ class Kind:
         size: Side in pixels.
         cached: Samples that are learned from.
         chunk: Samples drawn at once.
-        batch: Samples of a step.
+        batch: Rows of a step.
     """
 
     judge: Callable[..., Any]
@@ -86,27 +88,46 @@ def train(options: argparse.Namespace, start: float) -> dict[str, Any]:
     captions = kind.captions(options.data, options.cached or kind.cached)
     words = ["--model", options.model, "--steps", str(options.draw_steps), "--size", str(options.size)]
     draw(captions, options.runs, [*words, "--batch", str(options.chunk or kind.chunk)], options.device == "cpu")
+    alone = [[(method, sparsity)] for sparsity in options.sparsities for method in options.methods]
+    chains = [[(method, each) for each in sorted(options.sparsities)] for method in options.methods]
+    found = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        waiting: dict[tuple[str, float], Future[str]] = {
-            (method, sparsity): pool.submit(_train, method, sparsity, options, start)
-            for sparsity in options.sparsities
-            for method in options.methods
-        }
-        found = {}
-        for (method, sparsity), future in waiting.items():
-            name, problem = name_of(method, sparsity), future.result()
-            if problem:
-                print(f"{name}: {problem}", flush=True)
-                found[name] = {"error": problem.splitlines()[0]}
-            else:
-                found[name] = _told(options.runs / name, method, sparsity)
-                brief = {key: value for key, value in found[name].items() if key != "curve"}
-                print(json.dumps({name: brief}), flush=True)
+        for trained in pool.map(
+            lambda students: _train_chain(students, options, start), chains if options.chain else alone
+        ):
+            for name, told in trained.items():
+                print(json.dumps({name: {key: value for key, value in told.items() if key != "curve"}}), flush=True)
+            found |= trained
     return found
 
 
-def _train(method: str, sparsity: float, options: argparse.Namespace, start: float) -> str:
-    """Trains a student in a process of its own; returns why there is none, or nothing."""
+def _train_chain(
+    students: Sequence[tuple[str, float]], options: argparse.Namespace, start: float
+) -> dict[str, dict[str, Any]]:
+    """Trains students, each from the one before it; what their logs say, or why there is none, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    before = None
+    for method, sparsity in students:
+        name, problem = name_of(method, sparsity), _train(method, sparsity, before, options, start)
+        if problem:
+            found[name] = {"error": problem.splitlines()[0]}
+        else:
+            found[name] = _told(options.runs / name, method, sparsity)
+            found[name] |= {} if before is None else {"after": name_of(method, before)}
+            before = sparsity
+    return found
+
+
+def _train(method: str, sparsity: float, before: float | None, options: argparse.Namespace, start: float) -> str:
+    """Trains a student in a process of its own; returns why there is none, or nothing.
+
+    Args:
+        method: Name of the method.
+        sparsity: Share of the blocks that are not listed in the end.
+        before: That of the student that it starts from, None for the model's own weights.
+        options: Of the command line.
+        start: When the budget began.
+    """
     folder, kind = options.runs / name_of(method, sparsity), KINDS[options.kind]
     if (folder / "seconds.json").is_file():
         return ""
@@ -115,8 +136,15 @@ def _train(method: str, sparsity: float, options: argparse.Namespace, start: flo
     words = ["--model", options.model, "--method", method, "--sparsity", str(sparsity), "--backend", options.backend]
     words += ["--samples", str(options.runs / "samples"), "--batch", str(options.batch or kind.batch)]
     words += ["--steps", str(options.train_steps), "--seconds", str(options.seconds), "--lr", str(options.lr)]
+    words += ["--guidance", str(options.guidance), "--optimizer", options.optimizer]
+    words += ["--train", options.train] + ["--graphs"] * (options.device != "cpu")
     words += ["--ema", "0.99", "--save-every", "1000000", "--warmup", "20", "--threads", str(options.threads)]
     words += ["--precision", "no" if options.device == "cpu" else "bf16"] + ["--cpu"] * (options.device == "cpu")
+    if options.chain:
+        # Lists shrink from run to run.
+        words += ["--pattern", METHODS[method].final(sparsity)]
+    if before is not None:
+        words += ["--weights", str(options.runs / name_of(method, before) / "student.safetensors"), "--stages", "all"]
     try:
         seconds = train_student([*words, *options.also], folder, options.seconds + START if options.seconds else 0)
     except RuntimeError as error:
@@ -145,17 +173,20 @@ def measure(options: argparse.Namespace, trained: dict[str, Any], start: float) 
     parser = argparse.ArgumentParser()
     emoji.add_options(parser)
     left = max(1.0, options.budget - (time.monotonic() - start) - ROW_SECONDS) if options.budget else 0.0
-    words = ["--patterns", DENSE, *dict.fromkeys(each["pattern"] for each in ready.values())]
-    words += ["--weights", *(str(options.runs / name / "student.safetensors") for name in ready)]
+    words = ["--patterns", DENSE]
     words += ["--sizes", str(options.size), "--captions", str(options.captions), "--steps", str(options.steps)]
     words += ["--model", options.model, "--data", str(options.data), "--device", options.device]
     words += ["--threads", str(options.threads), "--out", str(options.out), "--seconds", str(left)]
-    words += ["--backend", options.backend, "--batch", str(options.draw_batch)]
+    words += ["--backend", options.backend, "--batch", str(options.draw_batch), "--guidance", str(options.guidance)]
     words += ["--shared"] * options.shared + ["--force"] * options.force
     words += ["--pictures", str(options.pictures)] if options.pictures else []
     words += ["--encoder", str(options.encoder)] if options.encoder else []
     given = parser.parse_args(words)
-    figures = emoji.measure(given, kind.judge, kind.drawn_by)
+    # A line of the table needs both rows of a student: whole lines first, where the budget does not reach to the end.
+    students: list[Student] = []
+    for name, each in ready.items():
+        students += [Student(each["pattern"]), Student(each["pattern"], options.runs / name / "student.safetensors")]
+    figures = emoji.measure(given, kind.judge, kind.drawn_by, lambda *_: list(dict.fromkeys(students)))
     return figures | {"trained": figures.get("trained", {}) | trained, "kind": options.kind}
 
 
@@ -182,10 +213,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("kind", choices=list(KINDS), help="emoji: pictures of 64x64 tokens, animoji: clips of 16x16x16")
     add("--methods", nargs="+", default=list(METHODS), help=f"of {', '.join(METHODS)}")
     add("--sparsities", nargs="+", type=float, default=[0.9, 0.95, 0.97], help="shares that are not listed")
+    add("--chain", action="store_true", help="each sparsity starts from its method's student of the next lower one")
     add("--seconds", type=float, default=150.0, help="of steps of each training; 0: --train-steps alone end it")
     add("--train-steps", type=int, default=100_000, help="optimizer steps at most")
     add("--lr", type=float, default=1e-3)
-    add("--batch", type=int, default=0, help="samples of a step; 0: the model's own")
+    add("--optimizer", default="muon", help="of scripts.distill.pipeline")
+    add("--batch", type=int, default=0, help="rows of a step, two for each sample under guidance; 0: the model's own")
+    add(
+        "--guidance",
+        type=float,
+        default=4.5,
+        help="of what is drawn; students learn what it makes of their predictions",
+    )
+    add("--train", default="q,k,v,out", help="what learns, of scripts.distill.pipeline")
     add("--also", nargs=argparse.REMAINDER, default=[], help="further options of scripts.distill.pipeline, last of all")
     add("--jobs", type=int, default=1, help="students trained at the same time")
     add("--budget", type=float, default=0.0, help="begin nothing that would end after so many seconds; 0: no limit")

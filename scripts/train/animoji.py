@@ -25,11 +25,11 @@ import torch
 
 from scripts.train import flow_loop
 from scripts.train.animoji_captions import MOVING
-from scripts.train.animoji_data import SIDE, load_pack, load_tokenizer
+from scripts.train.animoji_data import SIDE, load_pack
 from scripts.train.animoji_model import FPS, build_pipeline, export
 from scripts.train.animoji_pictures import clip_weights, stage_weights, with_pictures
 from scripts.train.animoji_training import Config, draw, loss_of
-from scripts.train.emoji_captions import NEW_EMOJI, TRAIN
+from scripts.train.emoji_captions import NEW_EMOJI, TRAIN, shipped_tokenizer
 from scripts.train.emoji_data import Pack
 from scripts.train.emoji_data import load_pack as load_pictures
 from scripts.train.flow import EVEN, Batch
@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.animate_only:
             animate(options.out / "samples.png", options.out / "samples.webp")
         elif options.export_only:
-            size = export(averaged(options.out, Config), load_tokenizer(), options.out / EXPORT)
+            size = export(averaged(options.out, Config), shipped_tokenizer(), options.out / EXPORT)
             print(f"{size / 1e6:.2f} MB exported to {options.out / EXPORT}")
         else:
             train(options, started)

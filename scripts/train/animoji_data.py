@@ -19,14 +19,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from scripts.train.animoji_captions import MOVING, STILL, STYLE, caption, captions, split_of
 from scripts.train.animoji_sources import FRAMES, PACKAGES, read_clips
-from scripts.train.emoji_captions import TRAIN, split_of_base
+from scripts.train.emoji_captions import TRAIN, shipped_tokenizer, split_of_base
 from scripts.train.emoji_data import Pack, Picture, load_pictures, save_pictures, tokens_of
 from scripts.train.emoji_sources import Emoji, fetch
-from visattn.pipelines.embedded import EMBEDDED
 
 FILE = "clips.safetensors"
 SIDE = 64
@@ -65,7 +63,7 @@ def write_pack(clips: Sequence[tuple[Emoji, tuple[str, bytes]]], out: Path) -> i
     ]
     texts = [captions(emoji, kind) for emoji, (kind, _) in clips]
     out.mkdir(parents=True, exist_ok=True)
-    tokens = tokens_of(load_tokenizer(), pictures, texts)
+    tokens = tokens_of(shipped_tokenizer(), pictures, texts)
     save_pictures(out / FILE, pictures, [data for _, (_, data) in clips], tokens)
     return len(pictures)
 
@@ -101,16 +99,10 @@ def load_pack(folder: Path, device: str | torch.device = "cpu", threads: int = 8
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: run python -m scripts.train.animoji_data --out {folder}")
-    found = load_pictures(path, load_tokenizer(), decode_clip, threads)
+    found = load_pictures(path, shipped_tokenizer(), decode_clip, threads)
     # Of the names, not of the file: what is held out does not depend on when it was packed.
     pictures = tuple(replace(each, split=split_of_base(each.base, STYLE)) for each in found.pictures)
     return replace(found, pictures=pictures).to(device)
-
-
-def load_tokenizer() -> PreTrainedTokenizerFast:
-    """The emoji model's tokenizer."""
-    folder = EMBEDDED["emoji"].folder / "tokenizer"
-    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

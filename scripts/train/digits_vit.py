@@ -40,12 +40,13 @@ class Training:
         config: Settings.
         out: Folder of the checkpoint, from which a resumed run goes on, and of the log.
         resume: Whether to go on from a checkpoint in `out`.
+        device: Where it trains.
     """
 
-    def __init__(self, config: Config, out: Path, resume: bool = True) -> None:
+    def __init__(self, config: Config, out: Path, resume: bool = True, device: str = "cpu") -> None:
         torch.manual_seed(config.seed)
         self.config, self.out, self.done = config, out, 0
-        self.model, self.batches = build_vit(), Batches(config)
+        self.model, self.batches = build_vit().to(device), Batches(config)
         self.optimizer = build_optimizer(self.model)
         self.checkpoint = out / "model.safetensors"
         out.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,8 @@ class Training:
         images, labels = self.batches.draw(self.done, self.config.size(self.done))
         self.model.train()
         lr = learning_rate(self.config.lr, self.done, self.config.steps)
-        loss = train_step(self.model, self.optimizer, images, labels, lr)
+        device = next(self.model.parameters()).device
+        loss = train_step(self.model, self.optimizer, images.to(device), labels.to(device), lr)
         self.done += 1
         return loss
 
@@ -93,6 +95,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for field in fields(Config):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     parser.add_argument("--out", type=Path, default=Path("out/digits-vit"))
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(arguments)
@@ -104,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     try:
         config = Config(**{field.name: getattr(options, field.name) for field in fields(Config)})
-        training = Training(config, options.out, options.resume)
+        training = Training(config, options.out, options.resume, options.device)
     except ValueError as error:
         raise SystemExit(f"train_digits_vit: {error}") from error
     accuracy = run(training, lambda line: print(line, flush=True))

@@ -134,7 +134,8 @@ def held_out_accuracy(model: nn.Module, size: int = SIZE, batch: int = 64) -> fl
     """Share of the held-out digits that the model reads right."""
     images, labels = split(seen=False)
     model.eval()
-    read = torch.cat([model(upscale(some, size)).argmax(1) for some in images.split(batch)])
+    device = next(model.parameters()).device
+    read = torch.cat([model(upscale(some, size).to(device)).argmax(1).cpu() for some in images.split(batch)])
     return (read == labels).float().mean().item()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Sequence
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from scripts.train.emoji_sources import Emoji
+from visattn.pipelines.embedded import EMBEDDED
 
 TOKENS = 32
 VOCABULARY = 4096
@@ -94,6 +96,17 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=TOKENS
     )
+
+
+def shipped_tokenizer() -> PreTrainedTokenizerFast:
+    """The emoji model's tokenizer, which the judge in scripts/measure and the animoji model read with too."""
+    folder = EMBEDDED["emoji"].folder / "tokenizer"
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Equal for tokenizers that give each piece the same number, nearly surely."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:

@@ -4,6 +4,10 @@
 
 The pack is `pictures.safetensors` (WebP files end to end, every caption's tokens) and `tokenizer/`; it holds what
 training and measuring need, about 23 MB, for a machine without network. Needs npm, and resvg-py from PyPI for drawing.
+
+Captions are in the tokens of the emoji model that ships, which its judge (scripts.measure) was trained with.
+--new-tokenizer trains another one on the captions: no two such trainings number all pieces alike, so model and judge
+have to be trained with it.
 """
 
 from __future__ import annotations
@@ -26,7 +30,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
-from scripts.train.emoji_captions import TOKENS, TRAIN, caption, captions, encode, split_of, train_tokenizer
+from scripts.train.emoji_captions import (
+    TOKENS,
+    TRAIN,
+    caption,
+    captions,
+    encode,
+    shipped_tokenizer,
+    split_of,
+    train_tokenizer,
+)
 from scripts.train.emoji_sources import SIDE, STYLES, Emoji, draw_all, fetch
 from visattn.files import written_whole
 
@@ -90,13 +103,14 @@ class Pack:
         return replace(self, **{name: getattr(self, name).to(device).contiguous() for name in names})
 
 
-def pack(sources: Path, out: Path, limit: int | None = None) -> int:
+def pack(sources: Path, out: Path, limit: int | None = None, new_tokenizer: bool = False) -> int:
     """Draws and packs every picture; returns their number.
 
     Args:
         sources: Folder with the packages.
         out: Folder of the pack, replaced whole.
         limit: At most so many pictures of each style, for tests.
+        new_tokenizer: As for `write_pack`.
     """
     drawn: list[tuple[Emoji, str, bytes]] = []
     count: dict[str, int] = defaultdict(int)
@@ -104,11 +118,17 @@ def pack(sources: Path, out: Path, limit: int | None = None) -> int:
         if limit is None or count[style] < limit:
             count[style] += 1
             drawn.append((emoji, style, encode_picture(picture, style)))
-    return write_pack(drawn, out)
+    return write_pack(drawn, out, new_tokenizer)
 
 
-def write_pack(drawn: list[tuple[Emoji, str, bytes]], out: Path) -> int:
-    """Writes a pack of encoded pictures, trains its tokenizer; returns the number of pictures."""
+def write_pack(drawn: list[tuple[Emoji, str, bytes]], out: Path, new_tokenizer: bool = False) -> int:
+    """Writes a pack of encoded pictures; returns their number.
+
+    Args:
+        drawn: Emoji, style and file of each picture.
+        out: The folder.
+        new_tokenizer: Whether to train a tokenizer on the captions instead of taking the one that ships.
+    """
     tones: dict[tuple[str, str], int] = defaultdict(int)
     for emoji, style, _ in drawn:
         tones[emoji.base, style] += bool(emoji.tone)
@@ -124,7 +144,7 @@ def write_pack(drawn: list[tuple[Emoji, str, bytes]], out: Path) -> int:
         for emoji, style, _ in drawn
     ]
     texts = [captions(emoji, style) for emoji, style, _ in drawn]
-    tokenizer = train_tokenizer(text for each in texts for text in each)
+    tokenizer = train_tokenizer(text for each in texts for text in each) if new_tokenizer else shipped_tokenizer()
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / TOKENIZER, ignore_errors=True)
     tokenizer.save_pretrained(out / TOKENIZER)
@@ -224,12 +244,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=Path, default=Path("out/emoji-sources"))
     parser.add_argument("--out", type=Path, default=Path("out/emoji-data"))
+    parser.add_argument("--new-tokenizer", action="store_true", help="train one instead of taking the emoji model's")
     options = parser.parse_args(arguments)
     try:
         fetch(options.sources)
     except ValueError as error:
         raise SystemExit(f"emoji_data: {error}") from error
-    count = pack(options.sources, options.out)
+    count = pack(options.sources, options.out, new_tokenizer=options.new_tokenizer)
     pictures = load_pack(options.out, side=32).pictures
     held = sum(each.split != TRAIN for each in pictures)
     print(f"{count} pictures, {held} of them held out, {(options.out / FILE).stat().st_size / 1e6:.1f} MB")

@@ -117,6 +117,36 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     return x if wide else x.mT
 
 
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one, whose groups and states are those of its parts.
+
+    Args:
+        parts: Of parameters that no two of them share.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        first = 0
+        for part in self.parts:
+            last = first + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first:last], self.state
+            first = last
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """See torch; what is loaded are new groups and states."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Any = None) -> None:
+        """Runs a step of each."""
+        for part in self.parts:
+            part.step()
+
+
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon trains it: attention and MLP matrices of blocks, not embeddings, modulations and outer layers."""
     inside = any(f".{kind}." in f".{name}" for kind in BLOCKS)

@@ -21,10 +21,11 @@ def small(monkeypatch):
 
 def test_the_command_gives_one_table_and_one_plot(small, command, tmp_path):
     save, plot = tmp_path / "a.json", tmp_path / "a.png"
-    words = ["--budget", 60, "--repeats", 1, "--backend", "sdpa,tiles,xformers", "--device", "cpu"]
+    words = ["--budget", 60, "--repeats", 1, "--backend", "sdpa,tiles,xformers,agent,gate", "--device", "cpu"]
     status, said, error = command("bench", "--suite", "cab", *words, "--save", save, "--plot", plot)
     assert status == 0, error
     assert "causal cross" in said and "256 x 64" in said and "xformers runs none" in said
+    assert "for other patterns or calls: agent, gate" in said
     found = json.loads(save.read_text())["results"]
     assert len(found) == len(suite("cab", "cpu")) and all(each["lines"] for each in found)
     picture = np.asarray(Image.open(plot).convert("L"))

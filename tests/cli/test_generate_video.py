@@ -233,36 +233,52 @@ class TestLpips:
         from visattn.pipelines.report import lpips
 
         monkeypatch.setattr(lpips.importlib.util, "find_spec", lambda name: None)
-        assert lpips.find_lpips() == (None, "left out: the package lpips is not installed")
+        assert lpips.find_lpips() == (
+            None,
+            "left out: neither the package lpips nor torchmetrics is installed",
+        )
+        monkeypatch.setattr(lpips.importlib.util, "find_spec", lambda name: None if name == "torchvision" else name)
+        assert lpips.find_lpips() == (
+            None,
+            "left out: the package torchvision, which has AlexNet, is not installed",
+        )
         monkeypatch.setattr(lpips.importlib.util, "find_spec", lambda name: name)
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
         metric, why = lpips.find_lpips()
         assert metric is None and "has no alexnet-owt-7be5be79.pth, and nothing is downloaded" in why
 
-    def test_feeds_the_package_what_it_takes(self, monkeypatch, tmp_path):
-        from types import ModuleType
+    @pytest.mark.parametrize("name", ["lpips", "torchmetrics"])
+    def test_feeds_the_package_what_it_takes(self, name, monkeypatch, tmp_path):
+        from types import ModuleType, SimpleNamespace
 
         from visattn.pipelines.report import lpips
 
         class Stand(torch.nn.Module):
             """Takes what the package takes, and returns a distance shaped like its own."""
 
-            def __init__(self, net, verbose):
-                super().__init__()
-                assert net == "alex"
-
             def forward(self, a, b, normalize):
                 assert normalize and a.shape == b.shape and a.shape[1] == 3 and min(a.shape[2:]) >= 32
                 return (a - b).abs().mean((1, 2, 3), keepdim=True)
 
-        package = ModuleType("lpips")
-        package.LPIPS = Stand
+        def from_lpips(net, verbose):
+            assert net == "alex" and not verbose
+            return Stand()
+
+        def from_torchmetrics(net):
+            assert net == "alex"
+            return SimpleNamespace(net=Stand())
+
+        package = ModuleType(name)
+        package.LPIPS, package.LearnedPerceptualImagePatchSimilarity = from_lpips, from_torchmetrics
         monkeypatch.setitem(sys.modules, "lpips", package)
-        monkeypatch.setattr(lpips.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", package)
+        monkeypatch.setattr(
+            lpips.importlib.util, "find_spec", lambda asked: asked if asked in (name, "torchvision") else None
+        )
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints/alexnet-owt-7be5be79.pth").touch()
         metric, why = lpips.find_lpips()
-        assert "AlexNet" in why
+        assert f"AlexNet, package {name}" in why
         a, b = torch.zeros(2, 1, 16, 20), torch.full((2, 1, 16, 20), 0.25)
         torch.testing.assert_close(metric(a, b), torch.tensor([0.25, 0.25]))

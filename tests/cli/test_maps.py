@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.support.browser import browse, browser, dom
+from tests.support.tiny_pixel_flux import SIDE, tiny_pixel_flux
 from visattn import Layout, parse
 from visattn.recorded import Recorded, save_recorded
 from visattn.schedule import Schedule
@@ -90,6 +91,43 @@ def test_a_model_of_transformers(command, folder):
     assert all(len(site["importance"]) == 2 and site["prefix"] == 1 for site in found["sites"])
     status, _, error = command("maps", folder / "vit", "--out", folder / "none")
     assert status == 2 and "looks at images" in error
+
+
+def test_a_pipeline_whose_heads_differ_is_tuned_head_by_head(command, folder, monkeypatch):
+    """Which heads bear which pattern: the candidates of `tune`, and what `apply` takes."""
+    pytest.importorskip("diffusers")
+    # The tiny model runs dense attention faster than anything else.
+    monkeypatch.setattr("visattn.pipelines.tuning.local.HOPELESS", float("inf"))
+    monkeypatch.setattr("visattn.tuning.measure.promising", lambda layers, names: names)
+    tiny_pixel_flux(2).save_pretrained(folder / "pipeline")
+    out, words = folder / "denoiser", ["--prompt", "a red apple, 3d", "--size", SIDE, "--steps", 2]
+    patterns = ["--pattern", "na(window=3x3)", "--pattern", "na(window=5x5)"]
+    # Between what the two heads of some module keep.
+    status, said, error = command("maps", folder / "pipeline", *words, *patterns, "--out", out, "--importance", "none")
+    assert status == 0, error
+    sites = json.loads((out / "maps.json").read_text())["sites"]
+    kept = max((site["kept"]["na(window=3x3)"] for site in sites), key=lambda heads: abs(heads[0] - heads[1]))
+    mass = ["--mass", sum(kept) / 2]
+    status, said, error = command("maps", folder / "pipeline", *words, *patterns, *mass, "--out", out, "--force")
+    assert status == 0, error
+    assert f"{len(sites)} modules, {2 * len(sites)} heads" in said
+    candidates = (out / "candidates.txt").read_text().splitlines()
+    own = [text for text in candidates if text.startswith("perhead")]
+    schedule, places = json.loads((out / "schedule.json").read_text()), [text.split(" @ ") for text in own]
+    assert own and any(text == schedule.get(site) for text, site in places)
+    (out / "own.txt").write_text("\n".join(own))
+    few = ["--stages", 1, "--seeds", 2, "--held-out", 1, "--batch", 2, "--psnr", 1]
+    tuned = ["--candidates", out / "own.txt", "--out", folder / "tuned.json"]
+    status, said, error = command("tune", "--model", folder / "pipeline", *words, *few, *tuned)
+    assert status == 0, error
+    lines = [json.loads(line) for line in (folder / "tuned.jsonl").read_text().splitlines()]
+    (local,) = [line["value"] for line in lines if line.get("key", "").startswith('["local"')]
+    for layer, found in zip(sites, local, strict=True):
+        assert {name for name in found if name != "dense"} == {text for text, site in places if site == layer["site"]}
+    tuned[1] = out / "wrong.txt"
+    tuned[1].write_text(f"{places[0][0]} @ nosuch")
+    status, _, error = command("tune", "--model", folder / "pipeline", *words, *few, *tuned, "--force")
+    assert status == 2 and "is for nosuch, which is no layer here" in error
 
 
 @browser

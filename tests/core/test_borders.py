@@ -19,6 +19,7 @@ LAYOUT = Layout((7, 6), prefix=2, suffix=1)
 PATTERNS = (
     "dense", "na(window=3)", "na(window=3, dilation=2, causal=1x0)", "halo(block=2, halo=1)", "clear(radius=2, pool=2)",
     "radial(block=8)", "routing(regions=2, topk=2)", "agent(agents=2)", "linear(feature=hedgehog)", "flow", "mala",
+    "wersa(features=8)",
     "sparselinear(sparse=na(window=3), feature=exp)", "sigmoid(sparse=clear(radius=2, pool=2))",
     "clipped(sparse=clear(radius=2, pool=2), alpha=1)", "gated(of=na(window=3))", "selective(values=false)",
     "groups(3)", "linear(causal=0x1, decay=heads)",

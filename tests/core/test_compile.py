@@ -107,9 +107,11 @@ def test_through_the_code_generator():
 EACH = {
     "dense", "na(window=3)", "halo(block=2, halo=1)", "clear(radius=2, pool=2)", "radial", "groups(2)",
     "routing(regions=2, topk=1)", "topk(keep=0.5)", "topp(p=0.5)", "above(tau=0.5)", "agent(agents=2)", "linear",
-    "flow", "mala", "sigmoid(sparse=na(window=3))", "sparselinear(na(window=3))", "clipped", "gated", "selective",
+    "flow", "mala", "wersa(features=8)",
+    "sigmoid(sparse=na(window=3))", "sparselinear(na(window=3))", "clipped", "gated", "selective",
     "sla", "sla2", "vsa", "gate(by=topk(keep=0.5))", "kmeans(queries=3, keys=4)", "lsh",
-    "best(of=[dense, na(window=3)])", "perhead(heads={0: dense})",
+    "best(of=[dense, na(window=3)])", "perhead(heads={0: dense})", "pruned(by=topk(keep=0.5))",
+    "centroids(clusters=2, window=3)",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from visattn.maps.summary import hop_windows
 from visattn.patterns import routed_mask
 from visattn.recorded import Recorded
 from visattn.tuning.candidates import checked
+from visattn.tuning.places import read_lines
 
 SHAPES = {
     "plain": (Layout((5, 7)), 3, 3, False),
@@ -201,7 +202,10 @@ def test_the_overview_says_which_heads_bear_which_pattern():
     assert not maps.overview(calls, hops=False).sites[0].hops
     schedule = found.schedule()
     assert schedule == dict.fromkeys(["layer.0", "layer.1"], "perhead(heads={0: na(window=1x1), 1: dense}, rest=dense)")
-    assert set(checked(found.candidates(), (4, 4))) == {"dense", *found.candidates()}
+    names, only = read_lines(found.candidates())
+    assert set(checked(names, (4, 4))) == {"dense", *names} and set(found.patterns) < set(names)
+    # What is for heads is for the layers whose heads those are.
+    assert only == {name: {"layer.0", "layer.1"} for name in names if name.startswith("perhead")} != {}
     assert json.loads(json.dumps(found.to_dict()))["sites"][0]["kept"]["na(window=1x1)"][1] == 0.0625
     with pytest.raises(ValueError, match="mass=0 must be"):
         found.table(0)

@@ -18,7 +18,8 @@ from visattn.problem import Call, Problem
 PATTERNS = (
     "dense", "na(window=3)", "na(window=4, stride=2, causal=true)", "halo(block=2, halo=1)", "clear(radius=2)",
     "clear(radius=2, pool=2)", "routing(regions=2, topk=1)", "routing(regions=3, topk=2)", "agent(agents=2)",
-    "linear(feature=elu)", "linear(feature=hedgehog)", "flow", "mala", "sigmoid(sparse=halo(block=2, halo=1))",
+    "linear(feature=elu)", "linear(feature=hedgehog)", "flow", "mala", "wersa(features=8)",
+    "sigmoid(sparse=halo(block=2, halo=1))",
     "sparselinear(sparse=na(window=3))", "clipped(sparse=clear(radius=2), alpha=1)", "groups(2)",
     "selective(of=gated(of=na(window=3)))",
 )  # fmt: skip

@@ -1,13 +1,16 @@
 """Suites after LongCA-bench and CAB: every axis is there, causal is causal, a budget holds."""
 
+import json
+
 import pytest
 import torch
 
 from visattn import attention, dense_mask, suites
-from visattn.bench import Case, run_case
+from visattn.bench import Case, Line, Result, run_case
 from visattn.layout import Layout
 from visattn.patterns import RoutedPattern, parse
-from visattn.suites import Entry, run_suite, suite
+from visattn.suites import Entry, Measured, run_suite, suite
+from visattn.timing import Timing
 
 
 @pytest.fixture
@@ -65,6 +68,14 @@ def test_cross_cases_are_timed_and_right():
     torch.testing.assert_close(attention(q, q, q, causal.pattern, causal.layout), whole.transpose(1, 2))
 
 
+def test_what_was_measured_is_read_again(small):
+    for entry in suite("cab", "cpu")[:10:3]:
+        found = Measured(entry, run_case(entry.case, ("sdpa", "xformers"), repeats=1))
+        again = Measured.of(json.loads(json.dumps(found.to_dict())))
+        assert again == found and again.entry.products == entry.products
+    assert Measured.of(Measured(entry, None).to_dict()) is None
+
+
 def entries(lengths):
     return [
         Entry("full", False, False, "small", Case(pattern="dense", layout=Layout(n), heads=1, dim=8)) for n in lengths
@@ -72,21 +83,29 @@ def entries(lengths):
 
 
 def test_a_budget_holds():
-    now, told = [0.0], []
+    told = []
     found = run_suite(
         entries((8, 16)), ("reference",), budget=9, repeats=1, tell=lambda i, _: told.append(i), clock=lambda: 0
     )
     assert told == [1, 2] and all(each.result is not None for each in found)
-
-    def slow():
-        now[0] += 1.0
-        return now[0]
-
-    # Each case reads the clock twice, so that it takes a second; the second has 4 times the products.
-    found = run_suite(entries((8, 16)), ("reference",), budget=5.5, repeats=1, clock=slow)
-    assert [each.result is not None for each in found] == [True, False]
-    assert found[1].to_dict()["reason"] == "the budget was over" and found[1].best is None
     found = run_suite(entries((8, 16)), ("reference",), budget=1e9, repeats=1, patience=1e-9)
     assert found[1].result.lines[-1].reason == "a call would take more than 1e-09 s"
     with pytest.raises(ValueError, match="budget 0 must be seconds"):
         run_suite([], (), budget=0)
+
+
+@pytest.mark.parametrize(("budget", "measured"), [(91.9, [True, False]), (92.1, [True, True])])
+def test_what_a_longer_case_takes_is_told_before(monkeypatch, budget, measured):
+    """Calls grow with the products, what compilers take does not."""
+    now = [0.0]
+
+    def took(case, names, **_):
+        # Seven calls of each of two contenders take 12 seconds, what is beside them 16.
+        now[0] += 28
+        return Result(case, tuple(Line(name, Timing((6 / 7,))) for name in ("dense", *names)))
+
+    monkeypatch.setattr(suites, "run_case", took)
+    found = run_suite(entries((8, 16)), ("reference",), budget=budget, repeats=3, clock=lambda: now[0])
+    assert [each.result is not None for each in found] == measured
+    left = Measured(found[1].entry, None)
+    assert left.to_dict()["reason"] == "the budget was over" and left.best is None

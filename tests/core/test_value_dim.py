@@ -70,7 +70,7 @@ def test_compiled():
 
 def test_weights_that_are_no_products_are_refused():
     q, k, v = inputs(20)
-    for text in ("linear", "mala", "flow", "sparselinear(sparse=na(window=3))"):
+    for text in ("linear", "mala", "flow", "wersa", "sparselinear(sparse=na(window=3))"):
         with pytest.raises(
             ValueError, match=r"v has 20 channels and k 12, .*: cut v in parts of 12 channels, one call"
         ):

@@ -22,7 +22,10 @@ one ViT attention; `rules`: counts of query heads for norms), `lightning.pt`
 (lightning-attention's torch form, product and sum of weights apart; queries and keys are
 absolute values), `layers.pt` (ULSAM and Gaussian-Adaptive-Attention) and `lrgt_micro.pt`
 (Long-Range-Grouping-Transformer's encoder on three views) were made in float64 but for the
-last, with weights filled by the originals' own names.
+last, with weights filled by the originals' own names. `fit_micro.pt` and
+`fit_denoiser_micro.pt` (pix2seq's FIT and its denoiser, of TensorFlow, in float64: tokens after
+the last norm, row by row; pictures and latents, with sines and cosines in float64 too) have weights
+filled by the names of ours, which `keys` are.
 """
 
 import hashlib

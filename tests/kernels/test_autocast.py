@@ -12,7 +12,10 @@ CALLS = [
     *(("na(window=3)", backend) for backend in ("tiles", "sdpa", "reference")),
     ("clear(radius=2, pool=2)", "auto"),
     ("routing(regions=2, topk=2)", "tiles"),
-    *((text, "auto") for text in ("agent(agents=2)", "linear", "linear(feature=exp)", "flow", "mala")),
+    *(
+        (text, "auto")
+        for text in ("agent(agents=2)", "linear", "linear(feature=exp)", "flow", "mala", "wersa(features=8)")
+    ),
     ("sparselinear(sparse=na(window=3))", "auto"),
     *((f"{outer}(na(window=3))", "auto") for outer in ("sigmoid", "clipped", "gated", "selective")),
     ("linear(causal=1x0, decay=0.5)", "auto"),

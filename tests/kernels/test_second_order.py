@@ -105,6 +105,7 @@ COMPOSED = [
     *(f"linear(feature={feature})" for feature in ("elu", "relu", "exp", "hedgehog")),
     "flow",
     "mala",
+    "wersa(levels=1, features=8)",
     "sparselinear(sparse=na(window=3))",
     "sigmoid(sparse=clear(radius=1))",
     "gated(of=selective(of=na(window=3)))",

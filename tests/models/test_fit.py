@@ -1,4 +1,6 @@
-"""FIT against its formula: one group, token and head at a time, in float64."""
+"""FIT against its authors' outputs, and its formula: one group, token and head at a time, in float64."""
+
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 import visattn.models
 from tests.golden.fill import fill, make_input
 from visattn.models.backbones.fit import layer_counts
+from visattn.models.backbones.fit_denoiser import FITDenoiser
 
 assert "fit" in visattn.models.__all__
 
@@ -86,6 +89,61 @@ def test_it_equals_its_formula():
     assert (model.forward_features(x).unflatten(1, (4, 4)) - found)[:, 0, 0].abs().max() > 1e-4
     logits = model(x)
     assert torch.allclose(logits, model.head(model.forward_features(x).mean(1))) and logits.shape == (2, 4)
+
+
+def test_outputs_of_the_authors_code():
+    golden = torch.load(Path(__file__).parents[1] / "golden" / "fit_micro.pt", weights_only=True)
+    model = fill(timm.create_model("fit_small", num_classes=0, **golden["config"])).double()
+    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == golden["keys"]
+    x = make_input(golden["input_shape"], golden["input_seed"]).double()
+    # TensorFlow rounds constants of the GELU to float32.
+    assert (model.forward_features(x) - golden["output"]).abs().max() < 1e-6
+
+
+DENOISER = torch.load(Path(__file__).parents[1] / "golden" / "fit_denoiser_micro.pt", weights_only=True)
+
+
+def denoiser(**more):
+    return fill(FITDenoiser(**{**DENOISER["config"], **more})).double()
+
+
+def noisy():
+    """What the denoiser's outputs are of."""
+    shapes, seeds = DENOISER["input_shapes"], DENOISER["input_seeds"]
+    found = {name: make_input(shape, seeds[name]).double() for name, shape in shapes.items()}
+    return {**found, "time": torch.tensor(DENOISER["time"], dtype=torch.float64)}
+
+
+def test_outputs_of_the_authors_denoiser():
+    model = denoiser()
+    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == DENOISER["keys"]
+    pictures, latents = model(**noisy())
+    assert (pictures - DENOISER["output"]).abs().max() < 1e-6 and (latents - DENOISER["latents"]).abs().max() < 1e-6
+
+
+def test_the_denoiser_reads_time_and_conditions():
+    inputs = noisy()
+    before = inputs.pop("latents_prev")
+    model = denoiser(out_chans=2)
+    pictures, latents = model(**inputs)
+    assert pictures.shape == (2, 2, 16, 16) and latents.shape == before.shape
+    for name in ("time", "cond", "x"):
+        moved = {**inputs, name: inputs[name] + 0.1 * torch.arange(2).view(-1, *[1] * (inputs[name].ndim - 1))}
+        change = (model(**moved)[0] - pictures).abs().amax((1, 2, 3))
+        assert change[0] < 1e-12 and change[1] > 1e-3, name
+    one = {**inputs, "cond": inputs["cond"][:, 0]}
+    assert (model(**one)[0] - model(**{**inputs, "cond": inputs["cond"][:, :1]})[0]).abs().max() < 1e-12
+    # Other sizes resample what was learned for this one.
+    larger = {**inputs, "x": make_input((2, 3, 24, 16), 4).double()}
+    assert model(**larger)[0].shape == (2, 2, 24, 16) and model(**larger)[1].shape == (2, 6, 3, 16)
+    model.train()(**inputs)[0].square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if "prev" not in n)
+    with pytest.raises(ValueError, match="no whole groups of 2 x 2"):
+        model(**{**inputs, "x": make_input((2, 3, 20, 16), 4).double()})
+    with pytest.raises(ValueError, match="latents_prev is for a model with self_cond=True"):
+        denoiser(self_cond=False)(**inputs, latents_prev=before)
+    with pytest.raises(ValueError, match="latent_dim 12 must be a multiple of 8"):
+        denoiser(latent_dim=12)
 
 
 def test_layers_as_text():

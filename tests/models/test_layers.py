@@ -9,7 +9,7 @@ import timm
 import torch
 
 from tests.golden.fill import fill, make_input
-from visattn.models.layers import GAAM, ULSAM
+from visattn.models.layers import ELA, GAAM, ULSAM
 
 GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "layers.pt", weights_only=True)
 LAYERS = {"ulsam": lambda: ULSAM(12, 4), "gaam": lambda: GAAM(12, 5, 3, residual=False)}
@@ -22,6 +22,29 @@ def test_outputs_of_the_authors_code(name):
     assert keys == GOLDEN[name]["keys"]
     x = make_input(GOLDEN["input_shape"], GOLDEN["input_seed"]).double()
     assert (layer(x) - GOLDEN[name]["output"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 5, "groups": 4, "norm_groups": 8}])
+def test_gates_of_rows_and_columns_value_by_value(options):
+    layer = fill(ELA(16, **options)).double()
+    x = make_input((2, 16, 5, 4), 3).double()
+    each, reach = 16 // layer.conv.groups, layer.conv.kernel_size[0] // 2
+
+    def gates(means):
+        """[C, n] -> [C, n]."""
+        sums = torch.zeros_like(means)
+        for c in range(16):
+            for i in range(means.shape[1]):
+                for j in range(means.shape[1]):
+                    if abs(j - i) <= reach:
+                        own = means[c // each * each : c // each * each + each, j]
+                        sums[c, i] += own @ layer.conv.weight[c, :, j - i + reach]
+        parts = sums.view(layer.gn.num_groups, -1)
+        normed = (parts - parts.mean(1, keepdim=True)) / (parts.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+        return (normed.view_as(sums) * layer.gn.weight[:, None] + layer.gn.bias[:, None]).sigmoid()
+
+    truth = torch.stack([one * gates(one.mean(2))[:, :, None] * gates(one.mean(1))[:, None] for one in x])
+    assert (layer(x) - truth).abs().max() < 1e-12
 
 
 def test_gaussians_value_by_value():
@@ -56,7 +79,7 @@ def test_gaussians_along_any_axis_and_in_half(axis):
     assert half.dtype == torch.bfloat16 and (half.float() - layer.float()(x)).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("layer", [ULSAM, functools.partial(GAAM, heads=2)])
+@pytest.mark.parametrize("layer", [ELA, ULSAM, functools.partial(GAAM, heads=2)])
 def test_models_of_timm_take_them(layer):
     options = {"channels": (16, 16, 32, 32), "num_classes": 3, "block_args": {"attn_layer": layer}}
     # timm starts what adds to a block at zero.
@@ -74,6 +97,9 @@ def test_models_of_timm_take_them(layer):
 
 def test_refusals():
     for wrong, message in (
+        (lambda: ELA(24), "norm_groups=16 must divide the 24 channels"),
+        (lambda: ELA(16, groups=3), "groups=3 must divide"),
+        (lambda: ELA(16, 4), "kernel_size=4 must be odd"),
         (lambda: ULSAM(10, 4), "groups=4 must divide the 10 channels"),
         (lambda: ULSAM(8, 0), "groups=0 must divide"),
         (lambda: GAAM(8, 0), "heads=0 and gaussians=5 must both be at least 1"),

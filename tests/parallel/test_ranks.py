@@ -55,6 +55,7 @@ EVERY = [
     *("lsh(block=8, samples=0)", "topk(keep=0.5, block=2x2)", "topp(p=0.6, block=2x2)", "above(tau=0.1, block=2x2)"),
     *("agent(agents=2x2)", "linear", "flow", "mala", "best(of=[na(window=3x3), clear(radius=2)])"),
     "kmeans(queries=4, keys=6)",
+    "pruned(by=topk(keep=0.5, block=2x2))",
     "clipped(na(window=3x3))",
     "perhead(heads={0: dense, 1-2: na(window=3x3)}, rest=clear(radius=2))",
 ]
@@ -65,6 +66,7 @@ REFUSED = {
     "sparselinear(na(window=3x3))": "parameters",
     **dict.fromkeys(("sla", "sla2", "vsa"), "parameters"),
     "gate(by=topk(keep=0.5, block=2x2))": "parameters",
+    "centroids": "parameters",
     "agentsd": "merges",
     "lsh": "depends on the other heads",
     "routing(regions=2x2, topk=1)": "depends on the other heads",

@@ -18,6 +18,7 @@ from visattn.patterns import (
     Agent,
     AgentSD,
     Best,
+    Centroids,
     Clear,
     Clipped,
     Dense,
@@ -32,6 +33,7 @@ from visattn.patterns import (
     Mala,
     Neighborhood,
     PerHead,
+    Pruned,
     Radial,
     Routing,
     Selective,
@@ -39,6 +41,7 @@ from visattn.patterns import (
     SparseLinear,
     TopK,
     TopP,
+    Wersa,
 )
 from visattn.patterns.linear import FEATURES
 
@@ -96,6 +99,7 @@ CHOICE = {
     "every": st.integers(1, 9),
     "drift": POSITIVE | st.just(math.inf),
     "share": st.integers(1, 4) | st.just("all"),
+    "causal": st.booleans() | st.tuples(st.booleans(), st.booleans()),
 }
 TOPK = made(TopK, keep=st.floats(0, 1, exclude_min=True) | st.integers(1, 100), **CHOICE)
 PARTS = st.one_of(*STATIC.values(), TOPK)
@@ -108,9 +112,10 @@ KINDS = STATIC | {
         least=NUMBER | st.just(0),
         most=NUMBER,
         rule=st.sampled_from(["cover", "under"]),
+        counted=st.booleans(),
         **CHOICE,
     ),
-    Above: made(Above, tau=REAL, most=NUMBER, **CHOICE),
+    Above: made(Above, tau=REAL, most=NUMBER, bar=st.sampled_from(["exact", "diag", "share"]), **CHOICE),
     SLA: made(SLA, keep=NUMBER, marginal=NUMBER | st.just("all"), feature=st.sampled_from(["softmax", "elu", "relu"])),
     SLA2: made(
         SLA2,
@@ -137,6 +142,8 @@ KINDS = STATIC | {
         start=WHOLE,
         step=WHOLE,
     ),
+    Pruned: made(Pruned, by=made(TopK, keep=NUMBER, block=sides()), keep=st.floats(0, 1, exclude_min=True)),
+    Centroids: made(Centroids, clusters=WHOLE, window=WHOLE),
     Lsh: made(Lsh, planes=st.integers(1, 30), block=WHOLE, samples=st.integers(0, 9), seed=st.integers(0, 9)),
     Best: made(Best, of=st.lists(PARTS, min_size=2, max_size=4), rows=WHOLE, every=WHOLE, drift=POSITIVE),
     PerHead: made(
@@ -171,6 +178,7 @@ KINDS = STATIC | {
     ),
     Flow: made(Flow),
     Mala: made(Mala),
+    Wersa: made(Wersa, levels=st.integers(1, 4), features=st.integers(1, 512)),
     SparseLinear: made(SparseLinear, sparse=INNER, feature=WORDS),
     Sigmoid: made(Sigmoid, sparse=INNER, bias=st.none() | REAL),
     Gated: made(Gated, of=INNER, init=st.floats(0.01, 0.99), rescale=st.booleans()),
@@ -208,6 +216,8 @@ def build(parameters):
                     "parameters to train",
                     "leave per=",
                     "exclude",
+                    "causal is for",
+                    "bar=",
                     "fades",
                 )
             )

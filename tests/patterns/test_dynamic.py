@@ -11,7 +11,7 @@ from tests.golden.fill import make_input
 from tests.support.cases import gradients, layouts, qkv
 from tests.support.oracles import dense_attention
 from visattn import Layout, attention, attention_rows, dense_mask, parse, plan, tile_choice
-from visattn.patterns import PATTERNS, DynamicPattern, HeadsPattern, OrderedPattern, routed_mask
+from visattn.patterns import PATTERNS, DynamicPattern, Gate, HeadsPattern, OrderedPattern, routed_mask
 from visattn.patterns.choice.blocks import inner, token_blocks
 from visattn.patterns.choice.picks import Seen, pick_number_of_all
 from visattn.patterns.choice.scores import Score, block_scores
@@ -67,8 +67,8 @@ def test_lists_what_the_published_method_lists(case):
 
 
 def test_text_is_listed_beside_the_budget_as_in_published_methods():
-    """Text blocks of Jenga, and tiles of a prefix that are exempt from VSA's budget."""
-    jenga, vsa = torch.load(Path(__file__).parents[1] / "golden" / "dynamic_text.pt", weights_only=True)
+    """Text blocks of Jenga, and tiles of a prefix that are exempt from VSA's budget, or compete as if of the grid."""
+    jenga, vsa, competing = torch.load(Path(__file__).parents[1] / "golden" / "dynamic_text.pt", weights_only=True)
     q, k, _ = golden_inputs(jenga)
     chosen = parse("topp(p=0.5, least=3, always=near(1), block=64)").choose(q, k, Layout(1024, 0, 128)).mask(0, 16)
     # There the neighbours of the first block and of the last are each other.
@@ -79,6 +79,9 @@ def test_text_is_listed_beside_the_budget_as_in_published_methods():
     chosen = pattern.pick(scores, Seen(), pattern.blocks((9 * 64,))).mask(0, 9)
     assert torch.equal(chosen, vsa["mask"][:, :, first:, first:])
     assert vsa["mask"][:, :, :first].all() and vsa["mask"][:, :, :, :first].all()
+    whole, pattern = make_input(vsa["shape"], vsa["seed"]), parse(f"topk(keep={first + 4}, always=none, block=64)")
+    chosen = pattern.pick(whole, Seen(), pattern.blocks((12 * 64,))).mask(0, 12)
+    assert torch.equal(chosen[:, :, first:], competing["mask"][:, :, first:])
 
 
 RULES = (
@@ -378,9 +381,8 @@ def test_every_preset_is_a_pattern_and_named_where_patterns_are_listed():
     names = {kind.name for kind in PATTERNS}
     for name, preset in PRESETS.items():
         assert name not in names
-        assert isinstance(parse(name), DynamicPattern | HeadsPattern | OrderedPattern) and str(parse(name)) == str(
-            parse(preset.pattern)
-        )
+        assert isinstance(parse(name), DynamicPattern | HeadsPattern | OrderedPattern | Gate)
+        assert str(parse(name)) == str(parse(preset.pattern))
 
 
 def test_the_density_that_is_expected_is_near_what_random_scores_reach():

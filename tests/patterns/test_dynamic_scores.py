@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import visattn
+from tests.patterns.test_dynamic import GOLDEN, golden_inputs
 from tests.support.cases import qkv
 from visattn import Layout, attention, parse, plan, tile_choice
 from visattn.patterns.choice import tree
@@ -34,6 +35,19 @@ def valid_tokens(masked):
 def scores_of(text, q, k, blocks, valid, leaves=0):
     seen, some = block_scores(Score.of(text), q, k, blocks, valid if not valid.all() else None, 0.4, leaves=leaves)
     return torch.cat([each.scores for each in some], 1), seen
+
+
+@pytest.mark.parametrize("case", [case for case in GOLDEN if "scores" in case], ids=lambda case: case["method"])
+def test_scores_are_those_of_the_published_method(case):
+    q, k, _ = golden_inputs(case)
+    pattern, dim = parse(case["pattern"]), q.shape[3]
+    blocks = pattern.blocks(tuple(case["grid"]))
+    _, some = block_scores(Score.of(pattern.score), q, k, blocks, None, dim**-0.5)
+    found = torch.cat([each.scores for each in some], 1)
+    if case["method"] == "xattention":
+        # There the shares of the 16 runs of 8 tokens of a block of queries are summed, not averaged.
+        found = 16 * found.exp()
+    assert (found - case["scores"]).abs().max() < 1e-4 * case["scores"].std()
 
 
 @pytest.mark.parametrize("masked", [False, True])

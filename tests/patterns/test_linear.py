@@ -296,7 +296,7 @@ def test_refusals():
         visattn.dense_mask("linear", layout)
     with pytest.raises(ValueError, match=r"mala has no tile plan: it is a product with sums over all keys"):
         plan("mala", layout)
-    with pytest.raises(ValueError, match=r"'linear' cannot run this call: it runs linear, flow and mala only, not na"):
+    with pytest.raises(ValueError, match=r"'linear' cannot run this call: it runs linear, flow, mala and wersa only"):
         attention(q, k, v, "na(window=3)", layout, backend="linear")
     with pytest.raises(ValueError, match=r"linear: linear attention has no log-sum-exp"):
         attention(q, k, v, "flow", layout, return_lse=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.golden.fill import make_input
 from tests.support.cases import gradients, layouts, qkv
-from visattn import Layout, attention, parse
+from visattn import Layout, attention, attention_rows, parse
 from visattn.kernels.ordered import order, slots_of
 from visattn.patterns import lsh as hashing
 from visattn.patterns.choice.clusters import first_centres, k_means
@@ -61,6 +61,17 @@ def test_runs_and_samples_are_those_of_hyper_attention(case, monkeypatch):
     for backend in ("reference", "ordered"):
         out, lse = attention(q, k, v, pattern, Layout(q.shape[1]), backend=backend, return_lse=True)
         assert near(out, case["output"]) and near(lse, case["lse"])
+
+
+@pytest.mark.parametrize("text", ["kmeans(queries=3, keys=5, p=0.6)", "lsh(planes=3, block=4, samples=6)"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_are_the_weights_of_the_output(text, masked):
+    layout = Layout((4, 5), 2, 1)
+    q, k, v = qkv(layout, 4, 2, dim=6, batch=2)
+    mask = torch.rand(2, 23, generator=torch.Generator().manual_seed(5)) < 0.7 if masked else None
+    weights = attention_rows(q, k, text, layout, torch.arange(23), key_mask=mask)
+    out = attention(q, k, v, text, layout, key_mask=mask)
+    assert (torch.einsum("bhrs,bshd->brhd", weights, v.repeat_interleave(2, 2)) - out).abs().max() < 1e-10
 
 
 def order_of_keys(k, planes, case):

@@ -122,7 +122,9 @@ class TestConfig:
             (["--steps", "0"], "at least 1"),
             (["--clip", "-1"], "at least 0"),
             (["--ema", "1"], "from 0 to below 1"),
-            (["--optimizer", "adam"], "adamw or prodigy"),
+            (["--optimizer", "adam"], "adamw or prodigy or muon"),
+            (["--optimizer", "muon", "--fsdp"], "needs whole weights"),
+            (["--train", "all", "--lora", "2"], "needs projections to be put on, but --train is all"),
             (["--train", "q,z"], "'z' is none of"),
             (["--query-heads", "1"], "pass --attention-at after"),
             (["--train", "none", "--lora", "4"], "--train is none"),
@@ -174,6 +176,54 @@ class TestTraining:
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
         assert {"denoising", "output", "attention", "gradient", "lr"} <= lines[0].keys()
 
+    def test_every_weight_is_trained_if_asked_for(self, folder, tmp_path):
+        found = run(folder, tmp_path / "out", "--train", "all", "--optimizer", "muon")
+        model = PixelDiTPipeline.from_pretrained(folder / "model").transformer
+        own = dict(model.named_parameters())
+        assert {f"model.{name}" for name in own} == set(found)
+        same = [name for name, value in own.items() if torch.equal(value, found[f"model.{name}"])]
+        assert len(same) < len(own) / 2
+
+    def test_runs_one_after_the_other(self, folder, tmp_path):
+        more = ("--pattern", "linear(feature=hedgehog)", "--own-lr", "0.1")
+        run(folder, tmp_path / "first", *more)
+        start = ("--weights", str(tmp_path / "first" / "student.safetensors"))
+        apart = run(folder, tmp_path / "second", *more, "--steps", "2", *start)
+        both = run(folder, tmp_path / "small", *more, "--then", "--steps", "2", "--out", str(tmp_path / "both"))
+        assert load_trained(tmp_path / "both" / "student.safetensors").about["steps"] == 2
+        assert equal(apart, both)
+
+    def test_a_wrong_run_is_told_before_the_first_begins(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(training, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit, match="--ema 2"):
+            run(folder, tmp_path / "out", "--then", "--steps", "2", "--then", "--ema", "2")
+
+    def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(self, folder, tmp_path):
+        more = ("--optimizer", "muon", "--lr", "0.01", "--own-lr", "0.3")
+        config = settings.parse(Config, None, words(folder, tmp_path, *more))
+        named = {
+            "student.transformer_blocks.0.attn1.to_q.weight": torch.nn.Parameter(torch.ones(4, 4)),
+            "student.transformer_blocks.0.attn1.to_q.bias": torch.nn.Parameter(torch.ones(4)),
+            "student.proj_out.weight": torch.nn.Parameter(torch.ones(4, 4)),
+            "own.site.query_map": torch.nn.Parameter(torch.ones(4, 4)),
+        }
+        optimizer = optimizers.build_optimizer(named, config)
+        muon, adam = optimizer.parts
+        inner, *rest = named.values()
+        assert [p for group in muon.param_groups for p in group["params"]] == [inner]
+        assert [p for group in adam.param_groups for p in group["params"]] == rest
+        assert [group["peak"] for group in optimizer.param_groups] == [0.01, 0.005, 0.3]
+        for each in named.values():
+            each.grad = torch.randn(each.shape, generator=torch.Generator().manual_seed(1))
+        optimizer.step()
+        other = optimizers.build_optimizer(named, config)
+        other.load_state_dict(optimizer.state_dict())
+        assert set(other.parts[0].state) == set(named.values())
+        assert torch.equal(other.parts[0].state[inner]["momentum"], optimizer.state[inner]["momentum"])
+        # Singular values of an orthogonal step are about 1, whatever those of the gradient.
+        change = torch.linalg.svdvals((1 - inner.detach()) / (0.01 * 0.2 * 2))
+        assert 0.5 < change.min() < change.max() < 1.5
+
     def test_comes_closer_to_the_teacher(self, folder, tmp_path):
         more = ("--steps", "60", "--denoising", "0", "--output", "1", "--save-every", "60", "--lr", "0.003")
         run(folder, tmp_path / "out", *more)
@@ -181,7 +231,15 @@ class TestTraining:
         first, last = ([line["output"] for line in part] for part in (lines[:10], lines[-10:]))
         assert sum(last) < 0.7 * sum(first)
 
-    @pytest.mark.parametrize("more", [(), ("--lora", "2", "--schedule", "constant"), ("--ema", "0", "--checkpointing")])
+    @pytest.mark.parametrize(
+        "more",
+        [
+            (),
+            ("--lora", "2", "--schedule", "constant"),
+            ("--ema", "0", "--checkpointing"),
+            ("--optimizer", "muon", "--train", "all", "--pattern", "linear(feature=hedgehog)"),
+        ],
+    )
     def test_stopped_and_resumed_is_the_same(self, folder, tmp_path, more, monkeypatch):
         whole = run(folder, tmp_path / "whole", *more)
         go_on = functools.partial(run, folder, tmp_path / "parts", *more)

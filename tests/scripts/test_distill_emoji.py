@@ -11,7 +11,10 @@ pytest.importorskip("sklearn")
 
 from scripts.distill import cache_samples, emoji_students
 from scripts.distill import pipeline as distill
+from scripts.distill.config import Config
+from scripts.distill.pipeline import split
 from scripts.distill.samples import SampleSet
+from scripts.distill.settings import parse
 from scripts.distill.training import Training
 from scripts.measure.emoji_prompts import SEEN, choose
 from scripts.train.emoji_captions import TRAIN
@@ -54,9 +57,6 @@ def test_samples_are_the_tokens_of_what_the_pipeline_draws(folder):
 
 
 def test_the_target_is_what_the_noise_was_added_to(folder, tmp_path):
-    from scripts.distill.config import Config
-    from scripts.distill.settings import parse
-
     training = Training(parse(Config, None, words(folder, tmp_path)))
     batch = training.draw(training.parts[0])
     # What the denoiser is told is the time by a factor, which rounds.
@@ -85,29 +85,50 @@ def test_prompts_are_not_those_that_are_measured(folder):
     assert emoji_students.prompts(pack, 3) == found[:3]
 
 
+def given(folder, out, students):
+    found = ["--model", folder / "model", "--data", folder / "pack", "--out", out, "--students", students, "--cpu"]
+    found += ["--steps", 4, "--batch", 1, "--cached", 2, "--chunk", 2, "--draw-steps", 1, "--size", SIDE]
+    return [str(word) for word in [*found, "--threads", 1]]
+
+
 def test_every_student_is_trained_and_listed(folder, tmp_path):
-    given = ["--model", folder / "model", "--data", folder / "pack", "--out", tmp_path, "--students", "mala", "--cpu"]
-    given += [
-        "--steps",
-        1,
-        "--batch",
-        1,
-        "--cached",
-        2,
-        "--chunk",
-        2,
-        "--draw-steps",
-        1,
-        "--size",
-        SIDE,
-        "--threads",
-        1,
+    emoji_students.main(given(folder, tmp_path, "clear"))
+    found = json.loads((tmp_path / "students.json").read_text())["students"]["clear"]
+    assert found["steps"] == 4
+    assert found["pattern"] == "clear(radius=8)"
+    assert (tmp_path / "clear" / "student.safetensors").is_file()
+
+
+def test_linear_students_learn_from_small_samples_first(folder, tmp_path, monkeypatch):
+    runs = []
+
+    def train_student(options, place, seconds):
+        # Whatever is asked for are runs that can be.
+        for words in split(["--out", str(place), *options]):
+            told = parse(Config, None, words)
+            runs.append(told)
+            told.out.mkdir(parents=True, exist_ok=True)
+            (told.out / "log.jsonl").write_text(json.dumps({"step": told.steps}))
+        return 1.0
+
+    monkeypatch.setattr(emoji_students, "train_student", train_student)
+    emoji_students.main(given(folder, tmp_path, "mala"))
+    sizes = [SampleSet(each.samples).index.settings["size"] for each in runs]
+    assert [(int(size), each.batch, each.steps) for size, each in zip(sizes, runs, strict=True)] == [
+        (SIDE // 4, 16, 2),
+        (SIDE // 2, 4, 2),
+        (SIDE, 1, 2),
     ]
-    emoji_students.main([str(word) for word in given])
+    assert [each.out for each in runs] == [*(tmp_path / "mala" / f"phase-{i}" for i in (1, 2)), tmp_path / "mala"]
+    assert all(each.train == "all" and each.pattern == "mala" for each in runs)
     found = json.loads((tmp_path / "students.json").read_text())["students"]["mala"]
-    assert found["steps"] == 1
-    assert found["pattern"] == "mala"
-    assert (tmp_path / "mala" / "student.safetensors").is_file()
+    assert found["steps"] == 6
+    assert [each["size"] for each in found["phases"]] == [SIDE // 4, SIDE // 2, SIDE]
+
+
+def test_a_size_that_small_samples_cannot_have_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match="--size 40 must be a multiple of 16"):
+        emoji_students.main(["--out", str(tmp_path), "--size", "40"])
 
 
 def test_unknown_students_are_named(tmp_path):

@@ -47,6 +47,42 @@ class TestNoise:
         assert process.weights(torch.zeros(1)).isfinite().all()
         assert self.flow.weights(times) is None
 
+    @pytest.mark.parametrize("kind", noise.KINDS)
+    @pytest.mark.parametrize("diffusion", [False, True])
+    def test_errors_of_steps_are_those_behind_a_step_of_the_sampler(self, kind, diffusion):
+        if not diffusion and kind in ("epsilon", "v_prediction"):
+            return
+        visited = (900.0, 800.0, 500.0, 100.0)
+        alphas = torch.linspace(0.999, 0.01, 1000) if diffusion else None
+        process, x, off = noise.Noise(kind, visited, alphas=alphas), torch.tensor([2.0]), 0.1
+
+        def shares(time):
+            if alphas is None:
+                return 1 - time / 1000, time / 1000
+            alpha = alphas[int(time)].item() if time else 1.0
+            return alpha**0.5, (1 - alpha) ** 0.5
+
+        def step(guess, time, after):
+            # What each kind says about the clean sample and the noise, and both mixed for the next time.
+            (signal, dirt), (next_signal, next_dirt) = shares(time), shares(after)
+            if kind == "flow":
+                return x + (next_dirt - dirt) * guess
+            if kind == "v_prediction":
+                clean, e = signal * x - dirt * guess, dirt * x + signal * guess
+            elif kind == "sample":
+                clean, e = guess, (x - signal * guess) / dirt
+            else:
+                clean, e = (x - dirt * guess) / signal, guess
+            return next_signal * clean + next_dirt * e
+
+        if kind == "flow" and diffusion:
+            return
+        found = process.weights(torch.tensor(visited), "step")
+        for i, (time, after) in enumerate(zip(visited, (*visited[1:], 0.0), strict=True)):
+            moved = step(torch.tensor([0.7 + off]), time, after) - step(torch.tensor([0.7]), time, after)
+            torch.testing.assert_close(found[i] * off**2, (moved * len(visited)).square()[0], rtol=1e-4, atol=1e-6)
+        assert process.weights(torch.tensor([950.0, 600.0, 50.0, 0.0]), "step").isfinite().all()
+
     def test_sampler_times_have_its_density(self):
         times = self.flow.draw(30_000, "sampler", torch.Generator().manual_seed(0))
         assert times.min() >= 0 and times.max() <= 1000
@@ -99,3 +135,17 @@ def test_the_times_of_a_batch_are_spread_over_their_distribution(how):
     assert len({tuple(batch.argsort().tolist()) for batch in batches}) > 100
     median = torch.cat(batches).median().item()
     assert median == pytest.approx({"sampler": 500, "uniform": 500, "logit-normal": 500}[how], abs=25)
+
+
+def test_what_all_calls_are_told_is_sent_once(tmp_path):
+    from scripts.distill import samples
+
+    constants = {"img_ids": torch.arange(6).view(2, 3), "noise.alphas": torch.rand(3), "w": torch.rand(2).double()}
+    samples.save_tensors(tmp_path / "constants.safetensors", constants)
+    samples.save_tensors(samples.shard_path(tmp_path, 0), {samples.LATENTS: torch.zeros(1, 2)})
+    plain = {"kind": "flow", "timesteps": [1000.0], "plain": {}, "settings": {}, "shards": [1]}
+    samples.Index(model="x", denoiser="x", anchor="x", time_scale=1.0, **plain).save(tmp_path)
+    found = samples.SampleSet(tmp_path)
+    one, again = found.told(torch.device("cpu")), found.told(torch.device("cpu"))
+    assert set(one) == {"img_ids", "w"} and one["w"].dtype == torch.float32
+    assert one["img_ids"] is again["img_ids"]

@@ -96,6 +96,38 @@ class TestTrained:
         assert one != other
 
 
+class TestStart:
+    """`--weights`: a run that starts from an earlier student."""
+
+    STILL = ("--lr", "1e-12", "--own-lr", "1e-12", "--ema", "0", "--steps", "1")
+
+    @pytest.mark.parametrize("more", [(), ("--pattern", "linear(feature=hedgehog)", "--lora", "2", "--own-lr", "0.1")])
+    def test_is_that_student(self, folder, tmp_path, more):
+        first = run(folder, tmp_path / "first", *more)
+        start = ("--weights", str(tmp_path / "first" / "student.safetensors"))
+        again = run(folder, tmp_path / "again", *more, *start, *self.STILL)
+        plain = run(folder, tmp_path / "plain", *more, *self.STILL)
+        assert first.keys() == again.keys()
+        for name, value in first.items():
+            torch.testing.assert_close(again[name], value, atol=1e-7, rtol=0)
+        assert not all(torch.equal(plain[name], value) for name, value in first.items())
+
+    def test_another_pattern_of_its_kind(self, folder, tmp_path):
+        run(folder, tmp_path / "first")
+        start = ("--weights", str(tmp_path / "first" / "student.safetensors"), "--pattern", "na(window=2x2)")
+        run(folder, tmp_path / "again", *start)
+        assert load_trained(tmp_path / "again" / "student.safetensors").about["pattern"] == "na(window=2x2)"
+
+    def test_wrong_ones(self, folder, tmp_path, monkeypatch):
+        run(folder, tmp_path / "first")
+        path = str(tmp_path / "first" / "student.safetensors")
+        with pytest.raises(SystemExit, match=r"first/student.safetensors .* which does not learn here: train the same"):
+            run(folder, tmp_path / "again", "--weights", path, "--train", "q")
+        monkeypatch.setattr(training, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit, match="do not exist"):
+            run(folder, tmp_path / "again", "--weights", str(tmp_path / "nothing.safetensors"))
+
+
 class TestStudentFile:
     """`apply(target, "student.safetensors")`: weights, pattern and layers of a student at once."""
 

@@ -165,7 +165,7 @@ def test_logit_distance():
     assert vit.logit_distance(truth, truth, 3.0).item() == pytest.approx(0, abs=1e-7)
 
 
-@pytest.mark.parametrize("more", [(), ("--query-heads", "0.5")])
+@pytest.mark.parametrize("more", [(), ("--heads", "query_heads=0.5, by=norm; kv_heads=0.5")])
 def test_figures_of_the_digits_vit(tmp_path, monkeypatch, more):
     from scripts.train import digits_vit_model as digits_vit
 
@@ -178,10 +178,21 @@ def test_figures_of_the_digits_vit(tmp_path, monkeypatch, more):
     given = ["--checkpoint", str(tmp_path / "vit.safetensors"), "--out", str(tmp_path / "out"), "--cpu"]
     measure_distill_vit.main([*given, "--steps", "1", "--batch", "1", "--patterns", "na(window=3x3); mala", *more])
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
-    assert [row["pattern"] for row in found["rows"]] == ["na(window=3x3)", "mala"] and found["held_out"] == 6
-    for row in found["rows"]:
-        assert (row["heads"] is None) == (not more)
+    each = 2 if more else 1
+    assert [row["pattern"] for row in found["rows"]] == ["na(window=3x3)"] * each + ["mala"] * each
+    assert found["held_out"] == 6
+    shares = {"query_heads": 0.5, "kv_heads": None, "by": "norm"}, {"query_heads": None, "kv_heads": 0.5, "by": "mean"}
+    for i, row in enumerate(found["rows"]):
+        assert row["heads"] == ({**shares[i % 2], "allocation": "even", "layers": None} if more else None)
         assert all(0 <= row[when][what] <= 1 for when in ("before", "after") for what in ("accuracy", "agreement"))
+
+
+@pytest.mark.parametrize("heads", ["query=2", "query_heads=two", "by"])
+def test_heads_that_are_written_wrong(tmp_path, heads):
+    (tmp_path / "vit.safetensors").touch()
+    given = ["--checkpoint", str(tmp_path / "vit.safetensors"), "--out", str(tmp_path / "out"), "--heads", heads]
+    with pytest.raises(SystemExit, match="must be query_heads=, kv_heads=, by= or allocation= and a value"):
+        measure_distill_vit.main(given)
 
 
 def test_a_window_that_shrinks_reaches_its_end(folder, tmp_path):

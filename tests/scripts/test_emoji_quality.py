@@ -13,11 +13,12 @@ from scripts.measure.emoji import PATTERNS, main
 from scripts.measure.emoji_encoder_model import DualEncoder, save_encoder
 from scripts.measure.emoji_judge import BEST, Judge
 from scripts.measure.emoji_prompts import SEEN, UNSEEN
-from scripts.train.emoji_captions import NEW_PAIR, TRAIN
-from scripts.train.emoji_data import load_pack
-from tests.support.tiny_emoji import tiny_pack
+from scripts.train.emoji_captions import NEW_PAIR, TRAIN, digest
+from scripts.train.emoji_data import load_pack, load_tokenizer, write_pack
+from tests.support.tiny_emoji import drawn, tiny_pack
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
 from visattn import apply, parse
+from visattn.trained import Trained, save_trained
 
 SPARSE = "na(window=3x3)"
 
@@ -65,6 +66,16 @@ def test_rows_say_what_a_pattern_costs_and_are_not_measured_twice(places, tmp_pa
     assert out.read_text() == before
 
 
+def test_a_pack_with_another_tokenizer_than_the_judge_is_refused(places, tmp_path):
+    write_pack(drawn(), tmp_path / "pack", new_tokenizer=True)
+    given = words(places, tmp_path / "quality.json", "--patterns", "dense", "--data", tmp_path / "pack")
+    with pytest.raises(SystemExit, match=r"the pack's tokenizer .* is not the encoder's"):
+        main(given)
+    about = {"steps": 0, "tokenizer": digest(load_tokenizer(tmp_path / "pack"))}
+    save_encoder(DualEncoder(), tmp_path / "encoder.safetensors", about)
+    main([*given, "--encoder", str(tmp_path / "encoder.safetensors")])
+
+
 def test_dense_pictures_are_those_of_the_stock_pipeline(places, tmp_path):
     out = tmp_path / "quality.json"
     main(words(places, out, "--patterns", "dense", "na(window=8x8)"))
@@ -108,6 +119,25 @@ def test_times_on_a_shared_device_are_left_out_and_added_later(places, tmp_path)
     assert after["dense, 32 px, shipped"]["seconds"] is None
     assert 0 < after[row].pop("attention_seconds") < after[row].pop("seconds")
     assert after[row].items() <= before.items()
+
+
+def test_a_row_of_other_weights_of_the_same_name_is_measured_anew(places, tmp_path):
+    out, found = tmp_path / "quality.json", []
+    for number in range(3):
+        # The third is the second again.
+        name = "transformer_blocks.0.attn.to_q.weight"
+        weight = dict(tiny_pixel_flux().transformer.named_parameters())[name] * (1 + min(number, 1))
+        file = tmp_path / str(number) / "clear" / "student.safetensors"
+        file.parent.mkdir(parents=True)
+        save_trained(file, Trained({name: weight}, {}, {}, {"pattern": SPARSE, "layers": None, "dense_layers": 0}))
+        main(words(places, out, "--patterns", "dense", SPARSE, "--weights", file))
+        found.append(json.loads(out.read_text())["rows"])
+    key = f"{SPARSE}, 32 px, clear"
+    plain = found[0][f"{SPARSE}, 32 px, shipped"]
+    assert found[0][key]["psnr"] == plain["psnr"]
+    assert found[1][key]["psnr"] != plain["psnr"]
+    assert found[2] == found[1]
+    assert found[1][f"{SPARSE}, 32 px, shipped"] == plain
 
 
 def test_every_pattern_of_the_table_runs_on_the_model():

@@ -21,9 +21,15 @@ def measured(tmp_path, monkeypatch):
         row("dense", "shipped", 0.8, 0.06, density=1.0),
         row("vsa(keep=0.05)", "shipped", 0.2, 0.56, density=0.05, psnr=10.0),
         row("vsa(keep=0.05)", "vsa-95", 0.74, 0.11, density=0.05, psnr=15.5),
+        row("vsa(keep=0.05)", "vsa-96", 0.74, 0.11, density=0.05, psnr=15.5),
     ]
     told = {"pattern": "vsa(keep=0.05)", "sparsity": 0.95, "seconds": 150.0, "steps": 900, "megabytes": 6.5}
-    trained = {"vsa-95": told, "sla-95": {"error": "out of memory"}, "vsa-97": told | {"pattern": "vsa(keep=0.03)"}}
+    trained = {
+        "vsa-95": told,
+        "vsa-96": told | {"sparsity": 0.96, "after": "vsa-90"},
+        "sla-95": {"error": "out of memory"},
+        "vsa-97": told | {"pattern": "vsa(keep=0.03)"},
+    }
     settings = {"device": "cpu", "dtype": "float32", "steps": 24, "captions": 60}
     found = {"rows": dict(enumerate(rows)), "trained": trained, "settings": settings}
     (tmp_path / "trained-animoji.json").write_text(json.dumps(found))
@@ -40,6 +46,7 @@ def test_before_and_after(measured):
     )
     assert "60 captions of each kind, 24 steps, float32, on cpu; times of a clip." in lines
     assert "`sla-95`: out of memory." in lines
+    assert lines[4].endswith("| 2.5 min, 900 steps, after `vsa-90` | 6.5 MB |")
     assert "`vsa-97`: not measured, the budget was over." in lines
 
 
@@ -57,3 +64,17 @@ def test_pictures_do_not_flicker(measured, tmp_path):
 def test_no_gap_no_share():
     assert closed(0.79, 0.8, 0.8) == ""
     assert closed(0.4, 0.6, 0.8) == " (50%)"
+
+
+def test_compiled_steps(tmp_path, monkeypatch):
+    for module in (figures_trained, results):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    cases = [
+        {"pattern": "dense", "model_ms": 6500.0},
+        {"pattern": "sla(keep=0.05) in fp8", "model_ms": 2000.0},
+        {"pattern": "vsa(keep=0.05)", "failed": "RuntimeError: no"},
+    ]
+    (tmp_path / "h200-stack-trained.json").write_text(json.dumps({"cases": cases}))
+    assert list(trained_tables()) == ["trained-steps"]
+    lines = trained_tables()["trained-steps"]().splitlines()
+    assert lines[2:] == ["| dense | 6.50 s |  |", "| `sla(keep=0.05)` in `fp8` | 2.00 s | 3.25x |"]

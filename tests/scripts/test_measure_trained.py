@@ -42,7 +42,7 @@ def here(monkeypatch):
 def words(places, out, *more):
     known = ["emoji", "--data", places / "pack", "--encoder", places / "encoder.safetensors", "--out", out / "out.json"]
     known += ["--model", places / "model", "--runs", out / "runs", "--size", 32, "--captions", 2, "--steps", 1]
-    known += ["--draw-steps", 1, "--cached", 2, "--chunk", 2, "--batch", 1, "--threads", 1, "--seconds", 0]
+    known += ["--draw-steps", 1, "--cached", 2, "--chunk", 2, "--batch", 2, "--threads", 1, "--seconds", 0]
     return [str(word) for word in [*known, *more]]
 
 
@@ -63,6 +63,25 @@ def test_methods_are_trained_and_measured_once(places, tmp_path, here, monkeypat
     before = figures["rows"]
     trained.main(words(places, tmp_path, *more))
     assert json.loads((tmp_path / "out.json").read_text())["rows"] == before
+
+
+def test_each_of_a_chain_starts_from_the_one_before(places, tmp_path, monkeypatch):
+    given = []
+
+    def train(options, folder, seconds):
+        given.append(options)
+        distill.main(["--out", str(folder), *options])
+        return 1.0
+
+    monkeypatch.setattr(trained, "train_student", train)
+    more = ["--train-steps", 1, "--sparsities", 0.75, 0.5, "--methods", "sla2", "--chain"]
+    trained.main(words(places, tmp_path, *more))
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert "--weights" not in given[0]
+    assert given[1][given[1].index("--weights") + 1] == str(tmp_path / "runs" / "sla2-50" / "student.safetensors")
+    assert given[1][given[1].index("--pattern") + 1] == "sla2(keep=0.25)"
+    assert figures["trained"]["sla2-75"]["after"] == "sla2-50" and "after" not in figures["trained"]["sla2-50"]
+    assert len(figures["rows"]) == 5
 
 
 def test_clips_are_trained_and_measured_too(tmp_path, here):

@@ -81,7 +81,7 @@ def dense_attention(
         logits = scale * q[b, :, h] @ k[b, :, h // group].T
         if bias is not None:
             logits = logits + bias[h]
-        seen = mask[b] if mask.ndim == 3 else mask
+        seen = mask[b, h] if mask.ndim == 4 else mask[b] if mask.ndim == 3 else mask
         empty = ~seen.any(1, keepdim=True)
         logits = logits.masked_fill(~seen, -math.inf).masked_fill(empty, 0.0)
         rows.append((logits.softmax(-1) * ~empty) @ v[b, :, h // group])

@@ -122,7 +122,7 @@ class Case:
 # What the backends of one kind of pattern say to any other.
 OWN = {
     "agent": "it runs agent patterns only",
-    "linear": "it runs linear, flow and mala only",
+    "linear": "it runs linear, flow, mala and wersa only",
     "sparse_linear": "it runs sparselinear patterns only",
     "sigmoid": "it runs sigmoid patterns only",
     "wrapped": "it runs gated and selective patterns only",
@@ -131,6 +131,7 @@ OWN = {
     "gate": "it runs lists that trained weights choose",
     "hybrid": "it runs sla, sla2 and vsa only",
     "ordered": "it runs patterns of groups of tokens",
+    "centroids": "it runs clusters around trained centroids only",
 }
 
 

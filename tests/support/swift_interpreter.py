@@ -1,4 +1,7 @@
-"""Triton's interpreter without what it does again and again: about half of its time, and nothing of its results."""
+"""Triton's interpreter without what it does again and again: about half of its time, and nothing of its results.
+
+And with what numpy 2.4 takes from Triton 3.6, which makes numbers of arrays that have a dimension of one element.
+"""
 
 import functools
 
@@ -8,6 +11,7 @@ def hasten(interpreter):
     core = interpreter.tl.core
     for place, name, make in (
         (interpreter, "_patch_builtin", _patching),
+        (interpreter, "_patch_lang_tensor", _numbers),
         (interpreter, "_get_np_dtype", _dtypes),
         (core.block_type, "__init__", _block_types),
         (core.tensor, "__init__", _tensors),
@@ -28,6 +32,17 @@ def _patching(core, own):
         # A launch patches all of these, and restores them all.
         if names and core.is_builtin(getattr(package, names[0])):
             own(package, *args)
+
+    return patch
+
+
+def _numbers(core, own):
+    """Bounds of loops are arrays of one element."""
+
+    @functools.wraps(own)
+    def patch(tensor, scope):
+        own(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     return patch
 

@@ -5,7 +5,7 @@ import torch
 SIDE = 32  # pixels at which the position ids are one apart
 
 
-def tiny_pixel_flux():
+def tiny_pixel_flux(heads=1):
     from transformers import PreTrainedTokenizerFast
 
     from scripts.train.emoji_model import EmojiModel, build_scheduler
@@ -13,7 +13,7 @@ def tiny_pixel_flux():
     from visattn.pipelines.embedded.pixel_flux import PixelFluxPipeline
 
     torch.manual_seed(0)
-    model = EmojiModel(heads=1, double=1, single=1, text=1).eval()
+    model = EmojiModel(heads=heads, double=1, single=1, text=1).eval()
     for parameter in model.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(EMBEDDED["emoji"].folder / "tokenizer")

@@ -154,7 +154,7 @@ def _print(results: Sequence[Result]) -> None:
     console = Console(highlight=False)
     for result in results:
         typer.echo(f"{result.case}, {result.case.layout.length} tokens\n{_shape(result)}")
-        if result.density is not None:
+        if result.tile_bound is not None:
             bounds = f"{result.flop_bound:.1f}x by visible pairs, {result.tile_bound:.1f}x by visited tiles"
             typer.echo(f"density {result.density:.2%}, bounds on the gain: {bounds}")
         console.print(_table(result))

@@ -42,7 +42,9 @@ def show(found: Sequence[Measured]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from visattn.bench import FAILED
     from visattn.chart import duration
+    from visattn.dispatch import load
 
     done = [each for each in found if each.result is not None]
     names = [name for name in _backends(done) if any(_line(each, name) for each in done)]
@@ -63,11 +65,18 @@ def show(found: Sequence[Measured]) -> None:
     # As wide as it is: a table of a benchmark is read in files too.
     Console(highlight=False, width=400).print(table)
     typer.echo("x: against plain SDPA in the same turns (its causal kernel where all is causal); *: taken by auto")
+    others = []
     for name in _backends(done):
-        if name not in names:
-            lines = [line for each in done if each.result is not None for line in each.result.lines]
-            reasons = {line.reason for line in lines if line.backend == name}
-            typer.echo(f"{name} runs none: {sorted(reasons)[0]}")
+        if name in names:
+            continue
+        lines = [line for each in done if each.result is not None for line in each.result.lines if line.backend == name]
+        failed = [line.reason for line in lines if line.reason.startswith(FAILED)]
+        if failed or not load(name).available().ok:
+            typer.echo(f"{name} runs none: {failed[0] if failed else load(name).available().reason}")
+        else:
+            others.append(name)
+    if others:
+        typer.echo(f"for other patterns or calls: {', '.join(others)}")
     left = len(found) - len(done)
     if left:
         typer.echo(f"{left} of {len(found)} cases were left out, as the budget would be over: pass a larger --budget")

@@ -25,6 +25,7 @@ from visattn.cli.options import ForceOption, output_file
 
 if TYPE_CHECKING:
     from visattn.tuning.measure import Plan
+    from visattn.tuning.places import Only
     from visattn.tuning.search import Found, Goal
     from visattn.tuning.subject import Subject
 
@@ -51,7 +52,11 @@ def tune(
     share: Annotated[float, typer.Option(help="Share of the samples that has to reach --psnr.")] = 0.95,
     margin: Annotated[float, typer.Option(help="By how many dB measured samples have to be better.")] = 0.5,
     candidates: Annotated[
-        Path | None, typer.Option(help="Text file with a pattern in each line, instead of the list of the grid.")
+        Path | None,
+        typer.Option(
+            help="Text file with a pattern in each line, instead of the list of the grid; PATTERN @ LAYER, LAYER "
+            "for some layers alone."
+        ),
     ] = None,
     stages: Annotated[int, typer.Option(help="Equal parts of the steps with patterns of their own.")] = 4,
     seeds: Annotated[int, typer.Option(help="Samples whose quality is measured.")] = 8,
@@ -84,7 +89,6 @@ def tune(
     if min(stages, seeds, held_out, batch) < 1:
         raise ValueError(f"--stages {stages}, --seeds {seeds}, --held-out {held_out}, --batch {batch}: at least 1 each")
     texts: tuple[Any, ...] = () if of_timm else (*(prompt or ()), *_lines(prompts)) or parse_labels(label)
-    listed = _lines(candidates)
     output_file(out, (".json",), force)
     from visattn.tuning.budget import fitted
     from visattn.tuning.candidates import candidates as of_grid
@@ -92,21 +96,26 @@ def tune(
     from visattn.tuning.journal import Journal
     from visattn.tuning.measure import Measurer, Plan
     from visattn.tuning.page import page
+    from visattn.tuning.places import read_lines
     from visattn.tuning.search import Goal, Search, tuned
 
     if not texts and not of_timm:
         raise ValueError("pass --prompts FILE or --prompt TEXT, or --label for a model of classes")
+    listed, only = read_lines(_lines(candidates))
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     if pictures is not None:
-        subject, stages = _backbone(model, pictures, checkpoint, pixels(size), batch, device, accuracy is not None), 1
+        seen = pictures, pixels(size), accuracy is not None
+        subject, stages = _backbone(model, checkpoint, seen, batch, device, only), 1
     else:
-        subject = _pipeline(model, device, dtype, (texts, steps, guidance, pixels(size), frames, batch))
+        subject = _pipeline(model, device, dtype, (texts, steps, guidance, pixels(size), frames, batch), only)
     every = max(1, round(subject.steps / stages))
     chosen = checked(listed, subject.grid) if listed else of_grid(subject.grid, every, precisions_of(subject.device))
     plan = Plan(chosen, stages, seeds=seeds, quick=min(seeds, batch), seed=seed)
     goal = Goal(psnr, speedup, accuracy, share, margin, held_out)
+    about = subject.about() | {"candidates": chosen, "stages": stages}
+    about |= {"only": {name: sorted(some) for name, some in only.items()}} if only else {}
     lines = journal or out.with_suffix(".jsonl")
-    kept = Journal(lines, subject.about() | {"candidates": chosen, "stages": stages})
+    kept = Journal(lines, about)
     with _goes_on(lines), _progress() as tell:
         measurer = Measurer(subject, plan, kept, deadline, tell)
         if minutes:
@@ -133,24 +142,25 @@ def _goes_on(journal: Path) -> Iterator[None]:
         raise
 
 
-def _pipeline(model: str, device: str, dtype: str | None, samples: tuple[Any, ...]) -> Subject:
+def _pipeline(model: str, device: str, dtype: str | None, samples: tuple[Any, ...], only: Only) -> Subject:
     from visattn.pipelines.load import load_pipeline
     from visattn.pipelines.tuning.subject import PipelineSubject, Samples
 
     pipe: Any = load_pipeline(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    return PipelineSubject(pipe, Samples(*samples), model)
+    return PipelineSubject(pipe, Samples(*samples), model, only=only)
 
 
 def _backbone(
     model: str,
-    pictures: Path,
     checkpoint: Path | None,
-    size: tuple[int, int] | None,
+    seen: tuple[Path, tuple[int, int] | None, bool],
     batch: int,
     device: str,
-    labelled: bool,
+    only: Only,
 ) -> Subject:
+    """A model of timm, and what it sees: a folder of pictures, their size, and whether they need labels."""
+    pictures, size, labelled = seen
     from visattn.models.load import create_with_weights
     from visattn.models.tuning.pictures import Pictures
     from visattn.models.tuning.subject import BackboneSubject
@@ -160,7 +170,7 @@ def _backbone(
     found = Pictures.of_folder(pictures, net, side)
     if labelled and found.labels is None:
         raise ValueError(f"--accuracy needs classes: give {pictures} a subfolder with the images of each")
-    return BackboneSubject(net, found, model, batch)
+    return BackboneSubject(net, found, model, batch, only)
 
 
 def _lines(path: Path | None) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from visattn.layout import Layout
 from visattn.patterns import parse
+from visattn.tuning.places import AT
 
 # Shares of dense attention that candidates for tuning keep.
 MASSES = (0.8, 0.9, 0.95)
@@ -117,13 +118,15 @@ class Overview:
             masses: As in `table`, one schedule each.
 
         Returns:
-            Texts, each once.
+            Lines, each once: what is for heads of some modules has their names, `perhead(...) @ blocks.3.attn`.
         """
-        found = dict.fromkeys(self.patterns)
+        found: dict[str, list[str]] = {text: [] for text in self.patterns}
         for mass in masses:
-            found |= dict.fromkeys(self.schedule(mass).values())
+            for site, text in self.schedule(mass).items():
+                if text not in self.patterns and site not in found.setdefault(text, []):
+                    found[text].append(site)
         found.pop("dense", None)
-        return list(found)
+        return [f"{text}{AT}{', '.join(sites)}" if sites else text for text, sites in found.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

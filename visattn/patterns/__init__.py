@@ -6,6 +6,7 @@ from visattn.patterns.above import Above
 from visattn.patterns.agent import Agent
 from visattn.patterns.agent_sd import AgentSD
 from visattn.patterns.base import Pattern
+from visattn.patterns.centroids import Centroids
 from visattn.patterns.clear import Clear
 from visattn.patterns.clipped import Clipped
 from visattn.patterns.dense import Dense
@@ -36,6 +37,7 @@ from visattn.patterns.masks import dense_mask, routed_mask
 from visattn.patterns.neighborhood import Neighborhood
 from visattn.patterns.ordered import OrderedPattern
 from visattn.patterns.perhead import Best, HeadsPattern, PerHead
+from visattn.patterns.pruned import Pruned
 from visattn.patterns.radial import Radial
 from visattn.patterns.routes import Routes
 from visattn.patterns.routing import Routing
@@ -45,6 +47,7 @@ from visattn.patterns.sparse_linear import SparseLinear
 from visattn.patterns.text import parse
 from visattn.patterns.topk import TopK
 from visattn.patterns.topp import TopP
+from visattn.patterns.wersa import Wersa
 from visattn.patterns.wrapped import Gated, Selective, Wrapped
 
 __all__ = [
@@ -57,6 +60,7 @@ __all__ = [
     "AgentSD",
     "Best",
     "BiasedPattern",
+    "Centroids",
     "Clear",
     "Clipped",
     "ComposedPattern",
@@ -80,6 +84,7 @@ __all__ = [
     "Pattern",
     "PerHead",
     "PooledPattern",
+    "Pruned",
     "Radial",
     "RoutedPattern",
     "Routes",
@@ -92,6 +97,7 @@ __all__ = [
     "StaticPattern",
     "TopK",
     "TopP",
+    "Wersa",
     "Wrapped",
     "dense_mask",
     "parse",
@@ -111,6 +117,8 @@ PATTERNS: tuple[type[Pattern], ...] = (
     Above,
     KMeans,
     Lsh,
+    Pruned,
+    Centroids,
     Gate,
     SLA,
     SLA2,
@@ -122,6 +130,7 @@ PATTERNS: tuple[type[Pattern], ...] = (
     Linear,
     Flow,
     Mala,
+    Wersa,
     SparseLinear,
     Sigmoid,
     Clipped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,14 +11,14 @@ import torch
 
 from visattn.patterns.base import ByText
 from visattn.patterns.choice.blocks import Blocks
-from visattn.patterns.choice.picks import Seen, at_most, number_of, pick_above
+from visattn.patterns.choice.picks import SPREAD, Seen, at_most, number_of, pick_above, probabilities
 from visattn.patterns.choice.pooling import means
 from visattn.patterns.choice.scores import block_means
 from visattn.patterns.choice.values import share_or_count
 from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.values import PerAxis, is_number, real_number
 
-BARS = ("exact", "diag")
+BARS = ("exact", "diag", "share")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,10 @@ class Above(ByText, DynamicPattern):
         share: As in `topk`.
         bar: "exact" for the variance of the scores, "diag" for that of the mean keys, channel by channel, with the
             squares of the mean query as weights: Sol-Attn's cheaper form. It needs `score=mean`, `per=row`, `share=1`.
+            "share" for a bar that is the same for all rows: blocks are listed that carry more than `tau` of the softmax
+            of the scores of their row, as SeerAttention has it. It needs `per=row`.
         skip: As in `topk`.
+        causal: As in `topk`.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -60,6 +64,7 @@ class Above(ByText, DynamicPattern):
     share: int | str = 1
     bar: str = "exact"
     skip: float = 0.0
+    causal: bool | tuple[bool, ...] = False
 
     name: ClassVar[str] = "above"
 
@@ -71,6 +76,10 @@ class Above(ByText, DynamicPattern):
         if self.bar not in BARS:
             raise ValueError(f"bar={self.bar!r} must be {' or '.join(BARS)}")
         self.put_in_form()
+        if self.bar == "share" and (self.per != "row" or not 0 < self.tau < 1):
+            raise ValueError(
+                f"bar=share, tau={self.tau!r}: a share of the attention of a row is above 0 and below 1, per=row"
+            )
         if self.bar == "diag" and (self.score, self.per, self.share) != ("mean", "row", 1):
             raise ValueError("bar=diag is made of means of blocks, head by head: it needs score=mean, per=row, share=1")
 
@@ -84,7 +93,11 @@ class Above(ByText, DynamicPattern):
 
     def expected(self, blocks: Blocks) -> float:
         """The tail of normally distributed scores."""
-        share = max(statistics.NormalDist().cdf(-self.tau), 1 / blocks.columns)
+        bar = self.tau
+        if self.bar == "share":
+            # In standard deviations, where a block of score s carries exp(s) of what all carry together.
+            bar = (math.log(self.tau * blocks.columns) + SPREAD**2 / 2) / SPREAD
+        share = max(statistics.NormalDist().cdf(-bar), 1 / blocks.columns)
         return min(share, self.most_listed(blocks) / blocks.columns)
 
     @property
@@ -99,7 +112,7 @@ class Above(ByText, DynamicPattern):
         self, q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None, scale: float
     ) -> torch.Tensor | None:
         """With `bar=diag` that of independent channels."""
-        if self.bar == "exact":
+        if self.bar != "diag":
             return None
         query = block_means(q, *blocks.sides[0], valid) * scale
         keys, count = means(k, *blocks.sides[1], 1, valid)
@@ -119,6 +132,9 @@ class Above(ByText, DynamicPattern):
         variance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What stands out, and what is forced."""
-        mask = pick_above(scores, seen, self.tau, self.per != "row", variance)
+        if self.bar == "share":
+            mask = probabilities(scores, seen) > self.tau
+        else:
+            mask = pick_above(scores, seen, self.tau, self.per != "row", variance)
         mask = mask if forced is None else mask | forced
         return at_most(mask, scores, forced, self.most_listed(blocks))

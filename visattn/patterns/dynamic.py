@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns.choice.alike import Alike, alike_blocks
-from visattn.patterns.choice.always import always_mask, always_on, terms_of
+from visattn.patterns.choice.alike import alike_blocks
+from visattn.patterns.choice.always import always_mask, terms_of
 from visattn.patterns.choice.blocks import (
     Blocks,
     block_of_rows,
@@ -21,8 +20,10 @@ from visattn.patterns.choice.blocks import (
     spread,
     token_blocks,
 )
+from visattn.patterns.choice.causal import check_causal, reachable, seen_tokens
 from visattn.patterns.choice.guards import checked_together
 from visattn.patterns.choice.listening import choosing, tell
+from visattn.patterns.choice.marking import joined_heads, marked_for
 from visattn.patterns.choice.memory import Means, kept_for
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.quick import by_kernels, quick_means
@@ -34,7 +35,7 @@ from visattn.patterns.choice.tail import TAILS
 from visattn.patterns.kinds import Tiled
 from visattn.patterns.routes import Routes, lists_of
 from visattn.patterns.tailed import TailedPattern, held_for
-from visattn.patterns.values import PerAxis, drift_of, whole_numbers
+from visattn.patterns.values import PerAxis, drift_of, flags, uniform, whole_numbers
 from visattn.tiling import Tiling
 
 PER = ("row", "head", "all")
@@ -63,6 +64,8 @@ class DynamicPattern(TailedPattern):
         alike: Blocks whose tokens are less alike than this list everything, or are listed by everyone; None for no such
             guard.
         skip: Listed blocks whose largest weight is below this share of the largest so far are passed over; 0 for none.
+        causal: Whether a query sees no key after itself, on each axis; true alone is on all, or along the runs of the
+            flat sequence.
     """
 
     score: str
@@ -76,6 +79,7 @@ class DynamicPattern(TailedPattern):
     share: int | str
     alike: float | None = None
     skip: float = 0.0
+    causal: bool | tuple[bool, ...] = False
 
     def put_in_form(self) -> None:
         """Check the parameters that all dynamic patterns have, and give them the form that equal patterns share."""
@@ -93,6 +97,7 @@ class DynamicPattern(TailedPattern):
             object.__setattr__(self, "key_block", None)
         if self.share != "all" and (not isinstance(self.share, int) or isinstance(self.share, bool) or self.share < 1):
             raise ValueError(f"share={self.share!r} must be a number of heads that choose together like 2, or all")
+        object.__setattr__(self, "causal", uniform(flags(self.causal, "causal")))
         for name, value in checked_together(self).items():
             object.__setattr__(self, name, value)
         if isinstance(self.every, tuple | list):
@@ -135,11 +140,12 @@ class DynamicPattern(TailedPattern):
 
     def blocks(self, grid: tuple[int, ...]) -> Blocks:
         """The blocks of a grid."""
-        return Blocks.of(grid, self.block, self.key_block)
+        return Blocks.of(grid, self.block, self.key_block, self.causal)
 
     def check(self, grid: tuple[int, ...]) -> None:
         """Raise a ValueError if blocks or rules do not fit the grid."""
         blocks = self.blocks(grid)
+        check_causal(blocks)
         Score.of(self.score).check(blocks)
         if self.per != "row" or self.most_listed(blocks) >= blocks.columns:
             return
@@ -153,7 +159,7 @@ class DynamicPattern(TailedPattern):
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Whether every block is listed whatever q and k are."""
         blocks = self.blocks(grid)
-        if self.skip or self.learnable:
+        if self.skip or self.learnable or any(blocks.causal):
             return False
         return self.least_listed(blocks) >= blocks.columns or bool(always_mask(terms_of(self.always), blocks).all())
 
@@ -188,11 +194,18 @@ class DynamicPattern(TailedPattern):
 
     def visible_pairs(self, grid: tuple[int, ...]) -> int:
         """What is expected to be listed."""
-        return round(math.prod(grid) ** 2 * self.expected(self.blocks(grid)))
+        return round(math.prod(grid) ** 2 * self._expected_of(self.blocks(grid)))
+
+    def _expected_of(self, blocks: Blocks) -> float:
+        """Share of all pairs of blocks that is listed on average: `expected`, of as many as a row may see."""
+        share = self.expected(blocks)
+        if not any(blocks.causal):
+            return share
+        return float(reachable(blocks).sum(1).clip(max=share * blocks.columns).mean()) / blocks.columns
 
     def routed_tiles(self, grid: tuple[int, ...], keys: Tiling) -> int:
         """What is expected to be listed."""
-        return max(1, math.ceil(self.expected(self.blocks(grid)) * keys.runs[1]))
+        return max(1, math.ceil(self._expected_of(self.blocks(grid)) * keys.runs[1]))
 
     @property
     def estimated(self) -> str:
@@ -302,18 +315,22 @@ class DynamicPattern(TailedPattern):
         # No scores of all heads at a time: only the lists are kept.
         for scores, which in some:
             own = None if variance is None else variance[:, which]
-            mask = self._marked(scores, which, seen, blocks, guard, share, own)
+            mask = marked_for(self, scores, which, seen, blocks, guard, share, own)
             found.append(lists_of(mask, blocks.columns if guard else leaves))
-        return self._joined(found, blocks, heads, share)
+        return joined_heads(self, found, blocks, heads, share)
 
     def pick(self, scores: torch.Tensor, seen: Seen, blocks: Blocks) -> Routes:
-        """What scores of all heads [B, H, rows, columns] choose, whoever made them."""
-        heads = scores.shape[1]
-        share = self._shared(heads)
-        mask = self._marked(scores, slice(0, heads), seen, blocks, None, share, None)
-        choice = self._joined([lists_of(mask, self.most_listed(blocks))], blocks, heads, share)
+        """What scores of all heads [B, H, rows, columns] choose, whoever made them; who listens is told."""
+        choice = self.picked(scores, seen, blocks)
         tell(choice, blocks)
         return choice
+
+    def picked(self, scores: torch.Tensor, seen: Seen, blocks: Blocks) -> Routes:
+        """The same where others tell what is seen."""
+        heads = scores.shape[1]
+        share = self._shared(heads)
+        mask = marked_for(self, scores, slice(0, heads), seen, blocks, None, share, None)
+        return joined_heads(self, [lists_of(mask, self.most_listed(blocks))], blocks, heads, share)
 
     def _shared(self, heads: int) -> int:
         """Heads that share one choice."""
@@ -322,43 +339,6 @@ class DynamicPattern(TailedPattern):
         if heads % share:
             raise ValueError(f"{self}: {heads} heads cannot be shared by {share}: give a divisor of {heads}, or all")
         return share
-
-    def _joined(self, found: Sequence[Routes], blocks: Blocks, heads: int, share: int) -> Routes:
-        """Lists of some heads after the other as those of all query heads, or of one group."""
-        tiles = torch.cat([routes.tiles for routes in found], 1)
-        counts: torch.Tensor | None = torch.cat([r.counts for r in found if r.counts is not None], 1)
-        if self.least_listed(blocks) == tiles.shape[3]:
-            counts = None
-        if 1 < share < heads:
-            tiles = tiles.repeat_interleave(share, 1)
-            counts = None if counts is None else counts.repeat_interleave(share, 1)
-        return Routes(tiles, counts)
-
-    def _marked(
-        self,
-        scores: torch.Tensor,
-        which: slice,
-        seen: Seen,
-        blocks: Blocks,
-        guard: Alike | None,
-        share: int,
-        variance: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`marked` for heads that share a choice or a budget, or whose blocks may differ too much for a mean."""
-        forced = always_on(terms_of(self.always), blocks, scores.device)
-        if share > 1:
-            scores = scores.unflatten(1, (-1, share)).mean(2)
-        if guard is not None:
-            scores = scores.masked_fill(~guard.columns[:, which, None], float("-inf"))
-            return self.marked(scores, seen, forced, blocks, variance) | guard.forced(which)
-        if self.per != "all":
-            return self.marked(scores, seen, forced, blocks, variance)
-        # The rows of all heads are those of one.
-        heads = scores.shape[1]
-        rows = None if seen.rows is None else seen.rows.repeat(1, heads)
-        forced = None if forced is None else forced.repeat(heads, 1)
-        found = self.marked(scores.flatten(1, 2)[:, None], Seen(rows, seen.columns), forced, blocks)
-        return found.view(scores.shape)
 
     def route(
         self,
@@ -393,8 +373,22 @@ class DynamicPattern(TailedPattern):
         key_mask: torch.Tensor | None = None,
         scale: float | None = None,
     ) -> torch.Tensor:
-        """Every token of a block sees every token of the blocks that it lists: bool [B, H, tokens, tokens]."""
-        blocks = self.blocks(layout.grid)
-        sees = self.choose(q, k, layout, key_mask, scale).mask(0, blocks.columns)
-        rows, columns = (token_blocks(blocks.grid, box, q.device) for box in (blocks.queries, blocks.keys))
-        return sees[:, :, rows][..., columns]
+        """Every token of a block sees the tokens of the blocks that it lists: bool [B, H, tokens, tokens].
+
+        All of them, but for those after itself on causal axes.
+        """
+        return self.token_mask(self.choose(q, k, layout, key_mask, scale), layout)
+
+    def token_mask(self, choice: Routes, layout: Layout, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """What tokens of the grid see where their blocks list these: bool [B, G, tokens, grid tokens].
+
+        Args:
+            choice: What `choose` gave.
+            layout: The tokens.
+            tokens: Of the grid, counted from its first one; None for all.
+        """
+        blocks, device = self.blocks(layout.grid), choice.tiles.device
+        rows, columns = (token_blocks(blocks.grid, box, device) for box in (blocks.queries, blocks.keys))
+        listed = choice.mask(0, blocks.columns)[:, :, rows if tokens is None else rows[tokens]][..., columns]
+        seen = seen_tokens(blocks, device, tokens)
+        return listed if seen is None else listed & seen

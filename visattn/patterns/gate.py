@@ -56,7 +56,7 @@ class Gate(ComposedPattern):
             raise ValueError(f"by={pattern} lists no blocks by scores: give topk(...), topp(...) or above(...)")
         if (pattern.alike, pattern.every, pattern.skip, pattern.has_tail) != (None, 1, 0.0, False):
             raise ValueError(f"by={pattern}: leave alike, every, skip and rests but drop and mean out of a gate")
-        if getattr(pattern, "bar", "exact") != "exact":
+        if getattr(pattern, "bar", "exact") == "diag":
             raise ValueError(f"by={pattern}: bar=diag is made of means, a gate has none")
         object.__setattr__(self, "by", pattern)
         if isinstance(self.dim, tuple | list):

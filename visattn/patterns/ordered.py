@@ -29,6 +29,7 @@ class Clustered(NamedTuple):
         listed: Which groups of keys each group of queries sees: bool [B, H, query groups, key groups].
         extra: Keys of the grid that all queries of a head see once more, int64 [B, H, m]; None for none.
         weight: What is added to their scores, -inf for those that are not valid: [B, H, m].
+        copied: The grid token whose output each query has, int64 [B, H, tokens]; None for its own.
     """
 
     queries: torch.Tensor
@@ -36,6 +37,7 @@ class Clustered(NamedTuple):
     listed: torch.Tensor
     extra: torch.Tensor | None = None
     weight: torch.Tensor | None = None
+    copied: torch.Tensor | None = None
 
 
 class OrderedPattern(ComposedPattern):
@@ -69,8 +71,12 @@ class OrderedPattern(ComposedPattern):
         """Share of the grid's pairs that is seen, for estimates."""
 
     def token_mask(self, found: Clustered, layout: Layout) -> torch.Tensor:
-        """Visibility of all tokens to each other, without the extra keys: bool [B, H, S, S]."""
-        rows = found.listed.gather(2, found.queries[..., None].expand(-1, -1, -1, found.listed.shape[3]))
+        """Visibility of all tokens to each other, without the extra keys: bool [B, H, S, S].
+
+        A query that has the output of another sees what that one sees.
+        """
+        queries = found.queries if found.copied is None else found.queries.gather(2, found.copied)
+        rows = found.listed.gather(2, queries[..., None].expand(-1, -1, -1, found.listed.shape[3]))
         grid = rows.gather(3, found.keys[:, :, None].expand(-1, -1, rows.shape[2], -1))
         mask = torch.ones(*grid.shape[:2], layout.length, layout.length, dtype=torch.bool, device=grid.device)
         at = inner(layout)

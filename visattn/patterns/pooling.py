@@ -33,7 +33,7 @@ def append_pooled(
     """
     inner = slice(layout.prefix, layout.prefix + layout.tokens)
     keep = None if key_mask is None else key_mask[:, inner]
-    count = _count(layout.grid, cell, keep, k.device)
+    count = tokens_of_cells(layout.grid, cell, keep, k.device)
     if key_mask is not None:
         key_mask = torch.cat([key_mask, count > 0], 1)
     pooled = [pool(t[:, inner], layout.grid, cell, weight, keep, count) for t in (k, v)]
@@ -63,10 +63,10 @@ def pool(
     return out.to(x.dtype).unflatten(2, x.shape[2:])
 
 
-def _count(
+def tokens_of_cells(
     grid: tuple[int, ...], cell: tuple[int, ...], keep: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    """Tokens of each cell: [1 or B, cells]."""
+    """How many tokens each cell has: [1 or B, cells]."""
     there = torch.ones(1, math.prod(grid), dtype=torch.bool, device=device) if keep is None else keep
     return _boxes(there[..., None].to(torch.int32), grid, cell).sum((2, 3))
 

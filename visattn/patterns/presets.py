@@ -34,7 +34,7 @@ PRESETS = {
     "xattention": Preset(
         "topp(p=0.9, score=diagonal(8), always=first(1), block=128)",
         "XAttention (Xu et al., ICML 2025), HunyuanVideo",
-        "the original tunes p per head for language models",
+        "for language models the original tunes p per head, and adds always=self+first(1), counted=true, causal=true",
     ),
     "nabla": Preset(
         "topp(p=0.9, always=window(11x3x3), block=1x8x8)",
@@ -50,9 +50,8 @@ PRESETS = {
         "the original's blocks of 128 tokens follow a space-filling curve, and its drop grows over the steps",
     ),
     "bsa": Preset(
-        "topp(p=0.9, least=4, always=none, block=64)",
-        "BSA of FastVideo (2025)",
-        "the original leaves out half of the queries of a block and copies the outputs of others for them",
+        "pruned(by=topp(p=0.9, least=4, always=none, block=64))",
+        "BSA of FastVideo (2025), half of the queries of a block pruned",
     ),
     "draft": Preset(
         "topk(keep=0.1, always=none, per=head, block=1x8x16)",
@@ -86,7 +85,18 @@ PRESETS = {
     "moba": Preset(
         "topk(keep=3, block=1, key_block=512)",
         "MoBA (Lu et al., 2025), blocks of 512 tokens, each token by itself",
-        "the original is causal",
+        "the original adds causal=true",
+    ),
+    "seer": Preset(
+        "gate(by=above(tau=0.005, bar=share, always=none, block=64))",
+        "SeerAttention (Gao et al., 2024), the threshold 0.005 on shares that trained weights give",
+        "the original pools before the rotary embedding, adds causal=true and keeps the last rows dense",
+    ),
+    "combiner": Preset(
+        "topk(keep=1, rest=mean, block=64)",
+        "Combiner (Ren et al., NeurIPS 2021), its fixed form with regions of 64 tokens and means as summaries",
+        "the original weighs the values of a region by the region's own query, does not count a region's tokens, and "
+        "its regions have the square root of the tokens",
     ),
     "hyper": Preset(
         "lsh(planes=7, block=256, samples=256)",

@@ -46,6 +46,9 @@ class TopK(ByText, DynamicPattern):
             their products list everything, and such key blocks are listed by everyone, beside `keep`. None for none.
         skip: Listed blocks are met in ascending order, dense tokens first; one whose largest weight is below this share
             of the largest so far, for every query of the block, is passed over. Forward only. 0 for none.
+        causal: Whether a query sees no key after itself, on each axis: blocks have one token along such axes, so that a
+            frame sees itself and earlier ones. true for runs of the flat sequence, which see a part of their own block.
+            Blocks that nobody may see compete for nothing; a block that sees fewer than it may list lists those.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -63,6 +66,7 @@ class TopK(ByText, DynamicPattern):
     share: int | str = 1
     alike: float | None = None
     skip: float = 0.0
+    causal: bool | tuple[bool, ...] = False
 
     name: ClassVar[str] = "topk"
 

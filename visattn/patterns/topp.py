@@ -10,15 +10,21 @@ import torch
 
 from visattn.patterns.base import ByText
 from visattn.patterns.choice.blocks import Blocks
-from visattn.patterns.choice.picks import Seen, at_most, number_of, pick_height, pick_mass, pick_number
+from visattn.patterns.choice.picks import (
+    SPREAD,
+    Seen,
+    at_most,
+    number_of,
+    pick_height,
+    pick_mass,
+    pick_number,
+)
 from visattn.patterns.choice.values import share_or_count
 from visattn.patterns.dynamic import DynamicPattern
-from visattn.patterns.values import PerAxis, is_number, real_number
+from visattn.patterns.values import PerAxis, flag, is_number, real_number
 
 RULES = ("cover", "under")
 SHARES = ("softmax", "height")
-# Standard deviation of the scores of a row that estimates assume; what is reached stands in the report.
-SPREAD = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +45,7 @@ class TopP(ByText, DynamicPattern):
             forced blocks count first, and at least one other is listed.
         score: As in `topk`.
         always: As in `topk`; forced blocks are listed beside those that carry the share.
+        counted: Whether the share of forced blocks counts too, before all others, so that fewer others are listed.
         per: As in `topk`.
         rest: As in `topk`.
         block: As in `topk`.
@@ -48,6 +55,7 @@ class TopP(ByText, DynamicPattern):
         share: As in `topk`.
         alike: As in `topk`.
         skip: As in `topk`.
+        causal: As in `topk`.
 
     Raises:
         ValueError: If a parameter is out of range, here or on the grid it is used with.
@@ -69,6 +77,8 @@ class TopP(ByText, DynamicPattern):
     share: int | str = 1
     alike: float | None = None
     skip: float = 0.0
+    causal: bool | tuple[bool, ...] = False
+    counted: bool = False
 
     name: ClassVar[str] = "topp"
 
@@ -82,6 +92,11 @@ class TopP(ByText, DynamicPattern):
             raise ValueError(f"rule={self.rule!r} must be {' or '.join(RULES)}")
         if self.of not in SHARES:
             raise ValueError(f"of={self.of!r} must be {' or '.join(SHARES)}")
+        object.__setattr__(self, "counted", flag(self.counted, "counted"))
+        if self.counted and (self.of == "height" or self.alike is not None):
+            raise ValueError(
+                "counted=true is for shares of the softmax without alike: of=height always counts, so leave it out"
+            )
         self.put_in_form()
 
     def check(self, grid: tuple[int, ...]) -> None:
@@ -138,6 +153,7 @@ class TopP(ByText, DynamicPattern):
             mask = pick_height(scores, seen, forced, self.p, self.rule == "cover", of_all)
             mask = mask | pick_number(scores, seen, forced, least) if least else mask
         else:
-            mask = pick_mass(scores, seen, self.p, self.rule == "cover", least, of_all)
+            first = forced if self.counted else None
+            mask = pick_mass(scores, seen, self.p, self.rule == "cover", least, of_all, first)
             mask = mask if forced is None else mask | forced
         return at_most(mask, scores, forced, self.most_listed(blocks))

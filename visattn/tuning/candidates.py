@@ -68,11 +68,19 @@ def checked(texts: Sequence[str], grid: tuple[int, ...]) -> tuple[str, ...]:
         pattern.check(grid)
         if pattern.learnable or pattern.needs_weights:
             raise ValueError(f"candidate {pattern} has parameters to train, which a search does not: leave it out")
-        if precision is not None:
-            found.append(f"{pattern} in {precision}")
-        elif not pattern.covers(grid):
-            found.append(str(pattern))
+        if precision is not None or not pattern.covers(grid):
+            found.append(canonical(text))
     return tuple(dict.fromkeys(found))
+
+
+def canonical(text: str) -> str:
+    """The one text of a candidate.
+
+    Raises:
+        ValueError: If it is no pattern.
+    """
+    pattern, precision = with_precision(text)
+    return str(pattern) if precision is None else f"{pattern} in {precision}"
 
 
 def precisions_of(device: torch.device) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from visattn.kernels.triton.start import launch_like, on, recording
 from visattn.patterns import Above, DynamicPattern, Routes, TopK, TopP
 from visattn.patterns.choice.always import always_on, terms_of
 from visattn.patterns.choice.blocks import Blocks
+from visattn.patterns.choice.causal import reach_of, reach_on
 from visattn.patterns.choice.scores import Score
 
 # Key blocks of a row that one program holds.
@@ -50,11 +51,18 @@ def rule_of(pattern: DynamicPattern, blocks: Blocks) -> Rule | None:
     """The rule of a pattern, None where no kernel has it."""
     if pattern.per != "row" or pattern.share != 1 or pattern.alike is not None:
         return None
+    if any(blocks.causal) and reach_of(blocks) is None:
+        return None
     most = pattern.most_listed(blocks)
     # Exactly these: what derives from them may pick otherwise.
     if type(pattern) is TopK:
         return Rule(RULE_NUMBER.value, most, number=pattern.number(blocks))
-    if type(pattern) is TopP and pattern.of == "softmax" and pattern.least_listed(blocks) < blocks.columns:
+    if (
+        type(pattern) is TopP
+        and pattern.of == "softmax"
+        and not pattern.counted
+        and pattern.least_listed(blocks) < blocks.columns
+    ):
         cover, least = pattern.rule == "cover", pattern.least_listed(blocks)
         return Rule(RULE_MASS.value, most, least=least, share=pattern.p, cover=cover)
     if type(pattern) is Above and pattern.bar == "exact":
@@ -169,7 +177,7 @@ def chosen(
             for x, box, n, factor in sides
         )
         made = listed_by_means(rule, parts, query, key_means, blocks, forced, valid is not None)
-    counted = pattern.least_listed(blocks) != rule.most
+    counted = pattern.least_listed(blocks) != rule.most or any(blocks.causal)
     if key is not None and launches and all(start is not None for start, _ in launches):
         again = Again(launches, given, made[:2], (made.scores, *query, *key_means))
         STORE.put(key, (again, counted), CALL_BYTES)
@@ -219,11 +227,12 @@ def listed_by_means(
         torch.empty((batch, heads, rows), dtype=torch.int32, device=device),
         torch.empty((batch, each, rows, columns), dtype=torch.float32, device=device),
     )
+    reach = reach_on(blocks, device) if any(blocks.causal) else None
     for first in range(0, heads, each):
         some = {"heads": heads, "first_head": first, "some": min(each, heads - first)}
         some |= {"rows": rows, "columns": columns}
         _score(query, key, made.scores, parts, some)
-        _select(made.scores, forced, query, key, made.tiles, made.counts, parts, masked, rule, some)
+        _select(made.scores, forced, reach, query, key, made.tiles, made.counts, parts, masked, rule, some)
         if then is not None:
             then(made, some)
     return made
@@ -247,6 +256,7 @@ def _score(query: Means, key: Means, scores: torch.Tensor, parts: tuple[int, int
 def _select(
     scores: torch.Tensor,
     forced: torch.Tensor | None,
+    reach: torch.Tensor | None,
     query: Means,
     key: Means,
     tiles: torch.Tensor,
@@ -260,10 +270,12 @@ def _select(
     width = 1 << (some["columns"] - 1).bit_length()
     given: dict[str, Any] = {
         "scores": scores, "forced": query.count if forced is None else forced.view(torch.uint8),
+        "reach": query.count if reach is None else reach,
         "count_q": query.count, "count_k": key.count, "tiles": tiles, "counts": counts,
         **some, "query_parts": parts[0], "key_parts": parts[1],
         "number": rule.number, "least": rule.least, "most": rule.most, "share": float(rule.share),
         "RULE": rule.kind, "COVER": rule.cover, "FORCED": forced is not None, "VALID": masked,
+        "CAUSAL": reach is not None,
         "COLUMNS": width, "MOST": 1 << (rule.most - 1).bit_length(), "LEAST": rule.least > 0,
         "LIMITED": rule.most < some["columns"],
     }  # fmt: skip

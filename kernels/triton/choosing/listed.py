@@ -94,7 +94,8 @@ class DynamicLists:
         wide = Routes(tiles.long(), None if counts is None else counts.long())
         pattern = self._work.pattern
         assert isinstance(pattern, DynamicPattern)
-        return routed_program(way.plan, way.key == "key_grad", pattern.spread(wide, way.plan))
+        in_order = pattern.blocks(way.plan.layout.grid).in_order
+        return routed_program(way.plan, way.key == "key_grad", pattern.spread(wide, way.plan), in_order=in_order)
 
 
 class Prepared(NamedTuple):

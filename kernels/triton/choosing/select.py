@@ -80,16 +80,17 @@ def _standing_out(x, part, tau):
 
 @triton.jit
 def select(
-    scores, forced, count_q, count_k, tiles, counts,
+    scores, forced, reach, count_q, count_k, tiles, counts,
     heads, first_head, some, rows, columns, query_parts, key_parts, number, least, most, share,
-    RULE: tl.constexpr, COVER: tl.constexpr, FORCED: tl.constexpr, VALID: tl.constexpr, COLUMNS: tl.constexpr,
-    MOST: tl.constexpr, LEAST: tl.constexpr, LIMITED: tl.constexpr,
+    RULE: tl.constexpr, COVER: tl.constexpr, FORCED: tl.constexpr, VALID: tl.constexpr, CAUSAL: tl.constexpr,
+    COLUMNS: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     """The list of one query block of one head.
 
     Args:
         scores: float32 [B, some, rows, columns].
         forced: Which blocks are listed whatever they score: uint8 [rows, columns], read with FORCED.
+        reach: How many blocks, the first ones, a row may list: int32 [rows], read with CAUSAL.
         count_q: Valid tokens of the parts of query blocks: int32 [B, rows * query_parts], read with VALID.
         count_k: Valid tokens of the parts of key blocks: int32 [B, columns * key_parts], read with VALID.
         tiles: Listed blocks in their order, zeros behind them: int32 [B, heads, rows, most].
@@ -109,6 +110,7 @@ def select(
         COVER: See `_carrying`.
         FORCED: Whether anything is forced.
         VALID: Whether some tokens take no part.
+        CAUSAL: Whether rows may list some blocks only.
         COLUMNS: A power of two that is at least `columns`.
         MOST: A power of two that is at least `most`.
         LEAST: Whether `least` is above 0.
@@ -117,6 +119,10 @@ def select(
     row, sample, own = tl.program_id(0), (tl.program_id(1) // some).to(tl.int64), tl.program_id(1) % some
     c = tl.arange(0, COLUMNS)
     here = c < columns
+    if CAUSAL:
+        within = tl.load(reach + row)
+        here = c < within
+        number, least = tl.minimum(number, within), tl.minimum(least, within)
     x = tl.load(scores + ((sample * some + own) * rows + row) * columns + c, mask=here, other=float("-inf"))
     must = c < 0
     if FORCED:

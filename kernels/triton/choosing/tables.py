@@ -25,8 +25,14 @@ def lists_by_blocks(pattern: Pattern) -> bool:
 
 
 def writes_lists(pattern: Pattern, plan: TilePlan) -> bool:
-    """Whether the kernel `lists` writes the lists of a pattern: such lists, of tiles that fit in a program."""
-    return lists_by_blocks(pattern) and plan.keys.runs[1] <= LONGEST
+    """Whether the kernel `lists` writes the lists of a pattern: such lists, of tiles that fit in a program.
+
+    Its masks are those of key tiles alone.
+    """
+    if not lists_by_blocks(pattern) or plan.keys.runs[1] > LONGEST:
+        return False
+    assert isinstance(pattern, DynamicPattern)
+    return not pattern.blocks(plan.layout.grid).in_order
 
 
 @dataclass(frozen=True, eq=False)

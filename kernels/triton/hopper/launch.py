@@ -47,7 +47,7 @@ PLAIN = 0.9
 GIVE_BACK_TOGETHER = False
 # Pairs of a sample and a head whose key tiles start together in the one-pass backward: of fewer pairs more key tiles
 # run at a time and wait for their turns, of more pairs the tiles that they share have left the L2 cache.
-TOGETHER = 8
+TOGETHER = 4
 
 
 @lru_cache(maxsize=1)

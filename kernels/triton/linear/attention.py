@@ -105,18 +105,30 @@ def linear_attention(
     Raises:
         ValueError: If the feature is unknown, or there are more than 256 features or channels.
     """
+    dtype = v.dtype
+    q, k, v = readable(q, k, v, feature)
+    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    setting = Setting(feature, bool(torch.backends.cuda.matmul.allow_tf32))
+    return LinearAttention.apply(q, k, v, mask, setting).to(dtype)
+
+
+def readable(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values as kernels read them: channels in a row.
+
+    Raises:
+        ValueError: If the feature is unknown, or there are more than 256 features or channels.
+    """
     if feature not in FEATURES:
         raise ValueError(f"feature {feature!r} must be one of {', '.join(FEATURES)}")
     if max(q.shape[-1], v.shape[-1]) > LARGEST:
         raise ValueError(f"{q.shape[-1]} features and {v.shape[-1]} channels: both must be at most {LARGEST}")
     q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
-    dtype = v.dtype
     if q.device.type == "cpu":
         # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
         q, k, v = (t.float() if t.dtype == torch.bfloat16 else t for t in (q, k, v))
-    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    setting = Setting(feature, bool(torch.backends.cuda.matmul.allow_tf32))
-    return LinearAttention.apply(q, k, v, mask, setting).to(dtype)
+    return q, k, v
 
 
 class Weights(NamedTuple):
@@ -238,7 +250,7 @@ def grad_arguments(
     }  # fmt: skip
 
 
-def _run(kernel: Any, given: dict[str, Any], launch: Launch) -> None:
+def run(kernel: Any, given: dict[str, Any], launch: Launch) -> None:
     """Start a kernel with as many programs as it has blocks."""
     first = next(given[name] for name in ("k", "q", "x") if name in given)
     pairs = first.shape[0] * first.shape[2]
@@ -266,10 +278,10 @@ class LinearAttention(torch.autograd.Function):
         table = launches(q.dtype, q.shape[3], v.shape[3])
         with start.on(q.device):
             given = gather_arguments(k, v, key_mask, None, setting, table["gather"])
-            _run(gather, given, table["gather"])
+            run(gather, given, table["gather"])
             state, sums = summed(given, 1)
             given = read_arguments(q, state, sums, None, v.dtype, True, setting, table["read"])
-            _run(read, given, table["read"])
+            run(read, given, table["read"])
         out = given["out"]
         ctx.save_for_backward(q, k, v, key_mask, out, given["den"], given["peak"], state, sums)
         ctx.setting = setting
@@ -291,27 +303,27 @@ class LinearAttention(torch.autograd.Function):
         want_q, want_k, want_v = ctx.needs_input_grad[:3]
         grads: list[torch.Tensor | None] = [None, None, None]
         with start.on(q.device):
-            weights = Weights(den, _row_sums(out, grad_out), peak)
+            weights = Weights(den, row_sums(out, grad_out), peak)
             if want_q:
                 given = grad_arguments(q, grad_out, state, sums, None, weights, setting, table["feature_grad"])
-                _run(feature_gradients, given, table["feature_grad"])
+                run(feature_gradients, given, table["feature_grad"])
                 grads[0] = given["grad_x"]
             if want_k or want_v:
                 given = gather_arguments(q, grad_out, None, weights, setting, table["gather_grad"])
-                _run(gather, given, table["gather_grad"])
+                run(gather, given, table["gather_grad"])
                 grad_state, grad_sums = summed(given, q.shape[2] // k.shape[2])
             if want_k:
                 given = grad_arguments(k, v, grad_state, grad_sums, key_mask, None, setting, table["feature_grad"])
-                _run(feature_gradients, given, table["feature_grad"])
+                run(feature_gradients, given, table["feature_grad"])
                 grads[1] = given["grad_x"]
             if want_v:
                 given = read_arguments(k, grad_state, grad_sums, key_mask, v.dtype, False, setting, table["read"])
-                _run(read, given, table["read"])
+                run(read, given, table["read"])
                 grads[2] = given["out"]
         return *grads, None, None
 
 
-def _row_sums(out: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
+def row_sums(out: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
     """rowsum(out * grad_out), float32 [B, H, S]."""
     delta = out.new_empty((out.shape[0], out.shape[2], out.shape[1]), dtype=torch.float32)
     given = delta_arguments(out, grad_out, None, delta)

@@ -12,7 +12,7 @@ from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns.kinds import Tiled
 from visattn.patterns.routes import Routes
-from visattn.patterns.values import PerAxis, as_text, whole_numbers
+from visattn.patterns.values import PerAxis, as_text, per_axis, whole_numbers
 from visattn.tiling import Ints, Tiling, box_shape
 
 # Tokens of a block where the pattern does not say.
@@ -27,22 +27,36 @@ class Blocks(NamedTuple):
         grid: Tokens per axis of what is cut: the layout's, or all tokens in one axis.
         queries: Sides of a block of queries.
         keys: Sides of a block of keys.
+        causal: Whether a query sees no key after itself, per axis of `grid`.
     """
 
     grid: Box
     queries: Box
     keys: Box
+    causal: tuple[bool, ...]
 
     @classmethod
-    def of(cls, grid: Box, block: PerAxis | None, key_block: PerAxis | None) -> Blocks:
+    def of(
+        cls,
+        grid: Box,
+        block: PerAxis | None,
+        key_block: PerAxis | None,
+        causal: bool | tuple[bool, ...] = False,
+    ) -> Blocks:
         """The blocks of a grid: boxes for a value per axis, runs of the flat sequence for a number.
 
+        Without a block they are boxes, of one token along causal axes.
+
         Raises:
-            ValueError: If a box has another number of axes than the grid, or only one of the two is a box.
+            ValueError: If a box has another number of axes than the grid, only one of the two is a box, or runs of the
+                flat sequence are causal along some axes.
         """
         if block is None:
-            box = box_shape(grid, VOLUME)
-            return cls(grid, box, box)
+            flags = per_axis(causal, len(grid), "causal")
+            box = box_shape(
+                tuple(1 if flag and len(grid) > 1 else n for n, flag in zip(grid, flags, strict=True)), VOLUME
+            )
+            return cls(grid, box, box, flags)
         key_block = block if key_block is None else key_block
         if isinstance(block, tuple) != isinstance(key_block, tuple):
             raise ValueError(
@@ -51,6 +65,11 @@ class Blocks(NamedTuple):
             )
         if not isinstance(block, tuple):
             assert not isinstance(key_block, tuple)
+            if isinstance(causal, tuple) and len(causal) > 1:
+                raise ValueError(
+                    f"causal={as_text(causal)} is for axes of the grid and block={as_text(block)} is a run of the flat "
+                    "sequence: give causal=true, or a box of one token along the causal axes like block=1x8x8"
+                )
             grid, block, key_block = (math.prod(grid),), (block,), (key_block,)
         assert isinstance(key_block, tuple)
         for name, box in (("block", block), ("key_block", key_block)):
@@ -59,7 +78,12 @@ class Blocks(NamedTuple):
                     f"{name}={as_text(box)} has {len(box)} sides but the grid {grid} has {len(grid)} axes: give "
                     f"{len(grid)} sides, or one number of tokens for runs of the flat sequence"
                 )
-        return cls(grid, block, key_block)
+        return cls(grid, block, key_block, per_axis(causal, len(grid), "causal"))
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the tokens are a causal line, so that a block sees a part of the blocks that it begins or ends in."""
+        return self.causal == (True,)
 
     @property
     def sides(self) -> tuple[tuple[Box, Box], tuple[Box, Box]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
 from visattn.patterns.choice.blocks import Blocks
+from visattn.patterns.choice.causal import reachable_on
 from visattn.patterns.choice.pooling import tokens_of_blocks
 from visattn.patterns.choice.slices import Slices
 
@@ -35,6 +37,8 @@ def scores(
     query, query_there = _runs(q, blocks.grid, blocks.queries, length, valid, True)
     keys, keys_there = _runs(k, blocks.grid, blocks.keys, length, valid, False)
     pairs = query_there.flatten(1, 2) @ keys_there.flatten(1, 2).transpose(1, 2)
+    hidden = _later_runs(blocks, length, q.device)
+    pairs = pairs if hidden is None else pairs.masked_fill(hidden, 0)
     runs = (query_there.sum(-1) > 0).sum(-1).clamp(min=1).to(query.dtype)
     (rows, each), (columns, others) = query.shape[2:4], keys.shape[2:4]
     query, keys = query.flatten(2, 3), keys.flatten(2, 3).transpose(2, 3)
@@ -44,6 +48,17 @@ def scores(
         # A run of padding meets nobody.
         share = found.softmax(-1).nan_to_num(0.0).unflatten(3, (columns, others)).unflatten(2, (rows, each))
         yield (share.sum((3, 5)) / runs[:, None, :, None]).log(), some
+
+
+def _later_runs(blocks: Blocks, length: int, device: torch.device) -> torch.Tensor | None:
+    """Runs of keys that come after a run of queries: bool [runs, runs]; None where no axis is causal."""
+    reach = reachable_on(blocks, device)
+    if reach is None:
+        return None
+    each, others = (math.prod(box) // length for box in (blocks.queries, blocks.keys))
+    if not blocks.in_order:
+        return ~reach.repeat_interleave(each, 0).repeat_interleave(others, 1)
+    return torch.ones(blocks.rows * each, blocks.columns * others, dtype=torch.bool, device=device).triu(1)
 
 
 def _runs(

@@ -21,6 +21,24 @@ def checked_together(pattern: Any) -> dict[str, Any]:
         raise ValueError(
             f"skip={real_number(pattern.skip)} leaves what it passes over out: leave rest={pattern.rest} out, or skip"
         )
+    causal = pattern.causal is True or (isinstance(pattern.causal, tuple) and any(pattern.causal))
+    if causal:
+        name = pattern.score.split("(")[0]
+        given = [
+            text
+            for text, bad in (
+                (f"rest={pattern.rest}", pattern.rest != "drop"),
+                (f"skip={pattern.skip}", bool(pattern.skip)),
+                (f"score={pattern.score}", name in ("lowbit", "tree")),
+                ("bar=diag", getattr(pattern, "bar", "exact") == "diag"),
+            )
+            if bad
+        ]
+        if given:
+            raise ValueError(
+                "causal is for means, parts, bounds and diagonals of blocks, and what is not listed is left out: leave "
+                f"{' and '.join(given)} out"
+            )
     found: dict[str, Any] = {"skip": real_number(pattern.skip)}
     if pattern.alike is None:
         return found

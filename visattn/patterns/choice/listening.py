@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -9,6 +10,7 @@ from contextvars import ContextVar
 import torch
 
 from visattn.patterns.choice.blocks import Blocks, block_tokens
+from visattn.patterns.choice.causal import pairs_on
 from visattn.patterns.routes import Routes
 
 Listener = Callable[[torch.Tensor], None]
@@ -89,6 +91,12 @@ def tell_met(choice: Routes, met: torch.Tensor, blocks: Blocks) -> None:
 
 
 def _share(choice: Routes, blocks: Blocks, met: torch.Tensor | None = None) -> torch.Tensor:
+    if any(blocks.causal):
+        # Of what passes over blocks there is nothing causal.
+        pairs, listed = pairs_on(blocks, choice.tiles.device), choice.listed()
+        own = pairs[torch.arange(blocks.rows, device=pairs.device)[:, None], choice.tiles.long()]
+        own = own if listed is None else own.masked_fill(~listed, 0)
+        return own.sum((-2, -1)) / math.prod(blocks.grid) ** 2
     rows, columns = (
         block_tokens(blocks.grid, box, choice.tiles.device).double() for box in (blocks.queries, blocks.keys)
     )

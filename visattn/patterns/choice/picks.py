@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 LOG2E = 1.4426950408889634
+# Standard deviation of the scores of a row that estimates assume; what is reached stands in the report.
+SPREAD = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,13 @@ def pick_number_of_all(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | 
 
 
 def pick_mass(
-    scores: torch.Tensor, seen: Seen, mass: float, cover: bool, least: int, of_all: bool = False
+    scores: torch.Tensor,
+    seen: Seen,
+    mass: float,
+    cover: bool,
+    least: int,
+    of_all: bool = False,
+    first: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The best of each row (or of all pairs of a head) that carry a share of the probability.
 
@@ -84,17 +92,20 @@ def pick_mass(
         cover: Whether the block that crosses the share is listed.
         least: Blocks that are listed anyway.
         of_all: Whether a head's rows share the budget.
+        first: What carries its part of the share before all others: bool [rows, columns]; None for nothing.
 
     Returns:
         bool like the scores.
     """
     scores = _hidden(scores, seen)
     value = probabilities(scores, seen)
+    wanted = value if of_all else scores
+    wanted = wanted if first is None else wanted.masked_fill(first, float("inf"))
     if of_all:
         rows = scores.shape[2] if seen.rows is None else seen.rows.sum(-1)[:, None, None]
-        order, bar = ranked(value.flatten(2)), mass * rows
+        order, bar = ranked(wanted.flatten(2)), mass * rows
     else:
-        order, bar = ranked(scores), mass
+        order, bar = ranked(wanted), mass
     carried = value.flatten(2) if of_all else value
     summed = carried.gather(-1, order).cumsum(-1)
     # With `cover`, one is listed while those before it carry no more than the share.

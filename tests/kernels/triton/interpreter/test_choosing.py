@@ -110,6 +110,9 @@ CHOICES = {
     ),
     "above, limit, mask": ("above(tau=-0.3,block=4x4,most=0.6)", Layout((7, 9), 0, 4), "masked"),
     "parts": ("topk(keep=0.3,block=4x4,score=parts(4x2))", Layout((7, 9)), "masked"),
+    "topk, causal frames": ("topk(keep=0.3,block=1x4x4,causal=1x0x0)", Layout((4, 7, 5), 2), "exact", "masked"),
+    "topp, causal line": ("topp(p=0.7,least=2,most=4,block=8,key_block=4,always=first(1),causal=true)", Layout(50)),
+    "above, causal line": ("above(tau=0.2,block=8,score=parts(2x4),causal=true)", Layout(61, 1), "masked"),
 }
 
 
@@ -148,7 +151,9 @@ def test_scores_of_some_heads_at_a_time(monkeypatch):
     assert torch.equal(chosen(*args).tiles, want.tiles)
 
 
-@pytest.mark.parametrize("more", ["per=head", "score=bounds", "score=parts(64x1)", "share=2", "alike=0.5"])
+@pytest.mark.parametrize(
+    "more", ["per=head", "score=bounds", "score=parts(64x1)", "share=2", "alike=0.5", "causal=0x1,block=8x1"]
+)
 def test_leaves_other_rules_and_scores_to_torch(more):
     pattern, layout = parse(f"topk(keep=0.3,{more})"), Layout((16, 16))
     q = torch.randn(1, layout.length, 2, 16)

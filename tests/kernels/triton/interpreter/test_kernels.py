@@ -77,6 +77,15 @@ PROBLEMS = {
         Layout((6, 8)),
         {"heads": 2, "kv_heads": 1},
     ),
+    "blocks of a causal line, text, mask": (
+        "topk(keep=0.4,block=16,causal=true)",
+        Layout(75, 2, 3),
+        {"batch": 2, "heads": 2, "kv_heads": 1, "masked": True},
+    ),
+    "larger blocks of queries on a causal line": ("topp(p=0.7,block=24,key_block=16,causal=true)", Layout(64), {}),
+    "larger blocks of keys on a causal line": ("above(tau=0,block=8,key_block=32,causal=true)", Layout(70), {}),
+    "tokens of a causal line that choose": ("topk(keep=2,block=1,key_block=16,causal=true)", Layout(70, 2), {}),
+    "causal frames": ("topk(keep=2,block=1x4x4,causal=1x0x0)", Layout((3, 5, 8), 3), {"batch": 2}),
     "head dim 40": ("na(window=3x3)", Layout((5, 8)), {"dim": 40}),
     "head dim 8": ("na(window=3x3)", Layout((5, 8)), {"dim": 8}),
 }

@@ -1,0 +1,97 @@
+"""How long a step of distillation takes on a real GPU: launch by launch, and recorded as a CUDA graph.
+
+    python -m scripts.distill.cache_samples --model emoji --prompts prompts.txt --count 16 --steps 4 --out runs/few
+    python -m scripts.bench.distill_gpu --samples runs/few --methods topk sla2 --batches 4 8
+
+For each method at 95 % and each batch: milliseconds of a step both ways, what the GPU works in one of them (its kernels
+added up), how many kernels that are, and the loss behind the last step: both ways learn the same, up to the rounding of
+other kernels. With --model animoji the same of clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.distill.config import Config
+from scripts.distill.loop import prepare
+from scripts.distill.methods import METHODS, settings_of
+from scripts.distill.training import Training
+from scripts.gpu_common import versions
+
+STEPS, PROFILED = 40, 3
+SPARSITY = 0.95
+
+
+def measure(options: argparse.Namespace, method: str, batch: int, graphs: bool) -> dict[str, Any]:
+    """Figures of a short run at its final pattern."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_of(method, SPARSITY) | {"pattern": METHODS[method].final(SPARSITY), "stages": "all"}
+        given = {"model": options.model, "samples": options.samples, "out": Path(folder) / "run", "batch": batch}
+        config = Config(**settings, **given, precision="bf16", graphs=graphs, warmup=5, lr=1e-3, steps=10_000)
+        prepare(config)
+        run = Training(config)
+        start = time.perf_counter()
+        for _ in range(5):
+            run.train_step()
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(STEPS):
+            figures = run.train_step()
+        torch.cuda.synchronize()
+        ended = time.perf_counter()
+        found: dict[str, Any] = {
+            "first_s": begun - start,
+            "step_ms": 1000 * (ended - begun) / STEPS,
+            "output": float(figures["output"]),
+        }
+        recorded = run.recorded is not None and run.recorded.replays
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(PROFILED):
+                run.train_step()
+            torch.cuda.synchronize()
+        kernels = [event for event in profile.events() or () if event.device_type == torch.autograd.DeviceType.CUDA]
+        found |= {"kernels_ms": sum(event.time_range.elapsed_us() for event in kernels) / 1000 / PROFILED}
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        found |= {"kernels": len(kernels) // PROFILED, "recorded": recorded, "peak_gb": peak}
+        if options.top:
+            table = profile.key_averages()
+            found["top"] = {each.key[:70]: round(each.self_device_time_total / 1000 / PROFILED, 2) for each in
+                            sorted(table, key=lambda each: -each.self_device_time_total)[: options.top]}  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji", help="teacher")
+    parser.add_argument("--samples", type=Path, required=True, help="folder that scripts.distill.cache_samples wrote")
+    parser.add_argument("--methods", nargs="+", default=["topk"], choices=list(METHODS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[8])
+    parser.add_argument("--top", type=int, default=0, help="also the so many longest kernels of a step, in ms")
+    parser.add_argument("--seconds", type=float, default=0.0, help="begin no case after so long; 0: no limit")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    options = parser.parse_args()
+    start, report = time.monotonic(), {"versions": versions(), "model": options.model, "cases": []}
+    for method in options.methods:
+        for batch in options.batches:
+            for graphs in (False, True):
+                if options.seconds and time.monotonic() - start > options.seconds:
+                    return
+                case: dict[str, Any] = {"method": method, "batch": batch, "graphs": graphs}
+                case |= measure(options, method, batch, graphs)
+                report["cases"].append(case)
+                print(json.dumps(case), flush=True)
+                torch.cuda.reset_peak_memory_stats()
+                if options.out:
+                    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

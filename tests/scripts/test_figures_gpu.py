@@ -1,0 +1,28 @@
+"""The tables of the GPU's figures: peers that were measured, and rows that were."""
+
+from scripts import figures_gpu
+
+TIMES = {"triton": (10.0, 40.0), "cudnn": (80.0, 240.0), "natten": (20.0, 80.0)}
+
+
+def case(**more):
+    times = {who: {"forward_ms": a, "backward_ms": b} for who, (a, b) in TIMES.items()}
+    shape = {"pattern": "na(window=80x80)", "layout": "256x256", "tile_bound": 8.4, "full_share": 0.66}
+    return {**shape, **times, "tflops_visited": 600.0, "floor_ms": {"arithmetic": 6.5, "bytes": 0.5}, **more}
+
+
+def test_peers_and_rows_that_were_not_measured_have_no_cells(monkeypatch):
+    refused = {"natten": {"error": "ValueError: NATTEN runs na(...) only, not clear"}}
+    cases = {"flux-s1": case(), "clear16-256": case(**refused), "dense-64k": {"failed": "out of memory"}}
+    versions = {"gpu": "A card", "torch": "2.11", "triton": "3.6", "natten": "0.21.7"}
+    monkeypatch.setattr(figures_gpu, "result", lambda name: {"versions": versions, "cases": cases})
+    head, _, *rows, _, machine = figures_gpu.gpu_table().splitlines()
+    assert "NATTEN" in head and "FlashAttention-4" not in head
+    assert [row.split(" | ")[2:5] for row in rows] == [["8.0x", "6.0x", "4.0x, 3.0x"], ["8.0x", "6.0x", ""]]
+    assert machine == "A card, torch 2.11, triton 3.6, natten 0.21.7."
+    head, _, *rows, _, _ = figures_gpu.gpu_peers_table().splitlines()
+    assert head.count("than NATTEN") == 2 and "flash" not in head
+    assert [row.split(" | ")[3:9] for row in rows] == [
+        ["10.00", "8.0x", "2.0x", "40.00", "6.0x", "2.0x"],
+        ["10.00", "8.0x", "", "40.00", "6.0x", ""],
+    ]

@@ -1,0 +1,54 @@
+"""Candidates that are for some layers alone, as `visattn maps` finds them head by head."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from visattn.tuning.candidates import canonical
+
+# Between a pattern and the layers, in a line of a file of candidates.
+AT = " @ "
+Only = Mapping[str, frozenset[str]]
+
+
+def read_lines(lines: Iterable[str]) -> tuple[tuple[str, ...], Only]:
+    """Candidates of the lines of a file.
+
+    Args:
+        lines: Patterns, or "PATTERN @ LAYER, LAYER" for layers or modules of such names alone.
+
+    Returns:
+        Canonical texts, each once, and the names behind those that are for some alone.
+    """
+    found: dict[str, set[str] | None] = {}
+    for line in lines:
+        text, at, names = line.partition(AT)
+        name, known = canonical(text), found.get(canonical(text), set())
+        # A line without layers is for all, whatever another one says.
+        found[name] = known | {each.strip() for each in names.split(",")} if at and known is not None else None
+    return tuple(found), {name: frozenset(some) for name, some in found.items() if some is not None}
+
+
+def by_layer(only: Only, layers: Collection[str], modules: Mapping[str, str]) -> Only:
+    """The layers of each candidate that is for some alone.
+
+    Args:
+        only: What `read_lines` gave.
+        layers: Of the model.
+        modules: Layer of each attention module.
+
+    Raises:
+        ValueError: If the model has no layer or module of a name.
+    """
+    found = {}
+    for name, places in only.items():
+        unknown = sorted(places - {*layers, *modules})
+        if unknown:
+            raise ValueError(f"candidate {name} is for {unknown[0]}, which is no layer here: {', '.join(layers)}")
+        found[name] = frozenset(modules.get(place, place) for place in places)
+    return found
+
+
+def names_at(layer: str, candidates: Iterable[str], only: Only) -> list[str]:
+    """Those of some candidates that are for a layer."""
+    return [name for name in candidates if name not in only or layer in only[name]]
