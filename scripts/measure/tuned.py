@@ -348,7 +348,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--psnr", nargs="+", type=float, default=[25.0, 30.0, 35.0], help="bounds in dB")
     add("--seeds", type=int, default=20, help="samples of a schedule's quality")
     add("--quick", type=int, default=8, help="samples of an injection")
-    add("--stages", type=int, default=4, help="equal parts of the steps with patterns of their own")
+    add(
+        "--stages",
+        type=int,
+        default=4,
+        help="parts of the steps with patterns of their own, each as long as those before it",
+    )
     add("--groups", type=int, default=12, help="groups of neighbouring layers that are injected together")
     add("--lean", action="store_true", help="search without patterns that drop what they do not list")
     add("--eight-bits", action=argparse.BooleanOptionalAction, default=True, help="candidates in int8 and fp8 too")

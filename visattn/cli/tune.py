@@ -58,7 +58,9 @@ def tune(
             "for some layers alone."
         ),
     ] = None,
-    stages: Annotated[int, typer.Option(help="Equal parts of the steps with patterns of their own.")] = 4,
+    stages: Annotated[
+        int, typer.Option(help="Parts of the steps with patterns of their own, each as long as those before it.")
+    ] = 4,
     seeds: Annotated[int, typer.Option(help="Samples whose quality is measured.")] = 8,
     held_out: Annotated[int, typer.Option(help="Samples with other seeds that verify the result.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
