@@ -352,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--stages",
         type=int,
         default=4,
-        help="parts of the steps with patterns of their own, each as long as those before it",
+        help="parts of the steps with own patterns, each as long as those before it",
     )
     add("--groups", type=int, default=12, help="groups of neighbouring layers that are injected together")
     add("--lean", action="store_true", help="search without patterns that drop what they do not list")

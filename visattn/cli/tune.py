@@ -59,7 +59,7 @@ def tune(
         ),
     ] = None,
     stages: Annotated[
-        int, typer.Option(help="Parts of the steps with patterns of their own, each as long as those before it.")
+        int, typer.Option(help="Parts of the steps with own patterns, each as long as those before it.")
     ] = 4,
     seeds: Annotated[int, typer.Option(help="Samples whose quality is measured.")] = 8,
     held_out: Annotated[int, typer.Option(help="Samples with other seeds that verify the result.")] = 20,
