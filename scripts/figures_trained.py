@@ -10,7 +10,7 @@ from scripts.results import RESULTS, result, table
 
 DENSE, SHIPPED = "dense", "shipped"
 KINDS = ("seen", "unseen")
-NAMES = ("emoji", "animoji")
+NAMES = ("emoji", "emoji-velocity", "animoji")
 STEPS = "h200-stack-trained"
 
 

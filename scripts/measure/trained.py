@@ -186,8 +186,13 @@ def measure(options: argparse.Namespace, trained: dict[str, Any], start: float) 
     students: list[Student] = []
     for name, each in ready.items():
         students += [Student(each["pattern"]), Student(each["pattern"], options.runs / name / "student.safetensors")]
-    figures = emoji.measure(given, kind.judge, kind.drawn_by, lambda *_: list(dict.fromkeys(students)))
-    return figures | {"trained": figures.get("trained", {}) | trained, "kind": options.kind}
+
+    def also(draftsman: Draftsman, figures: dict[str, Any]) -> list[Student]:
+        # Written with the first row: whoever is interrupted has it.
+        figures |= {"trained": figures.get("trained", {}) | trained, "kind": options.kind}
+        return list(dict.fromkeys(students))
+
+    return emoji.measure(given, kind.judge, kind.drawn_by, also)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
