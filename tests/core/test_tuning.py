@@ -225,6 +225,32 @@ class TestSearch:
         ]
         assert found.verified.seconds <= min(times) + 4.0
 
+    def test_where_early_errors_turn_samples_into_others_the_first_steps_are_dense(self):
+        class Turning(Numbers):
+            """The same where any error of the first stage makes another sample of every fourth."""
+
+            def outcome(self, edges, assignment, seeds, timed=True):
+                found = super().outcome(edges, assignment, seeds, timed)
+                early = any(row[0] != DENSE for row in assignment)
+                psnr = tuple(min(p, 12.0) if early and not s % 4 else p for p, s in zip(found.psnr, seeds, strict=True))
+                return dataclasses.replace(found, psnr=psnr)
+
+        # The samples of injections are none of those.
+        plan = Plan(tuple(COSTS), stages=2, seeds=8, quick=2, checks=6, seed=1)
+        goal = Goal(psnr=25.0, margin=0.0, held_out=20)
+        found = Search(Measurer(Turning(), plan, Journal(None, {})), goal).run()
+        assert found.held and {row[0] for row in found.assignment} == {DENSE}
+        # The rest is as sparse as the bound allows.
+        best = Search(Measurer(Numbers(), plan, Journal(None, {})), goal)
+        best.run()
+        rest = next(r for r in best._ladders[1] if best._holds(r, 0.0))
+        assert found.verified.seconds == pytest.approx(rest.time / 4, rel=0.02)
+
+    def test_stages_are_as_long_as_those_before_them_where_the_steps_allow_it(self):
+        assert Plan((DENSE,), stages=4, steps=24).edges == (0.0, 0.125, 0.25, 0.5, 1.0)
+        assert Plan((DENSE,), stages=4, steps=4).edges == (0.0, 0.25, 0.5, 0.75, 1.0)
+        assert Plan((DENSE,), stages=1, steps=1).edges == (0.0, 1.0) == Plan((DENSE,), stages=1).edges
+
     def test_a_speed_up_is_reached_with_the_least_error(self):
         found = search(Goal(speedup=2.0, held_out=4)).run()
         dense = 6 * COSTS[DENSE][1]
