@@ -23,6 +23,7 @@ from scripts.figures_gpu import (
     gpu_calls_table,
     gpu_causal_table,
     gpu_hopper_table,
+    gpu_packages_table,
     gpu_parallel_table,
     gpu_peers_table,
     gpu_real_table,
@@ -151,7 +152,9 @@ def distilled_heads_table() -> str:
     """The same of students with fewer query heads, or key heads that several of them share."""
     found, rows = result("distill-heads"), []
     for row in found["rows"]:
-        heads = ", ".join(f"{name}={value}" for name, value in row["heads"].items() if value not in (None, "even"))
+        heads = ", ".join(
+            f"{name}={value}" for name, value in row["heads"].items() if value not in (None, "even", "mean")
+        )
         name = "dense" if row["pattern"] == "na(window=-1)" else f"`{row['pattern']}`"
         rows.append([name, f"`{heads}`", *_before_and_after(row)])
     return table(
@@ -168,6 +171,7 @@ def _before_and_after(row: dict[str, Any]) -> list[str]:
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "gpu": gpu_table,
+    "gpu-packages": gpu_packages_table,
     "gpu-peers": gpu_peers_table,
     "gpu-stack": gpu_stack_table,
     "gpu-calls": gpu_calls_table,

@@ -45,25 +45,26 @@ def guidance_table() -> str:
 
 
 def heads_table() -> str:
-    """What guidance by found heads does to captions that nobody had, measured by scripts/measure/heads.py."""
-    rows = []
-    for name in ("heads-dense", "heads-sparse"):
-        found = result(name)
-        for kind, each in found["held_out"].items():
-            heads = each["heads"] or {}
-            named = ", ".join(f"{layer}: {' '.join(map(str, some))}" for layer, some in heads.items())
-            gain = "" if not each["gain_error"] else f"{each['gain']:+.3f} +- {each['gain_error']:.3f}"
-            rows.append([f"`{found['pattern']}`", kind, named, f"{each['top1']:.0%}", f"{each['score']:.3f}", gain])
-    on = result("heads-dense")
+    """What guidance does to captions that nobody had, by which heads: measured by scripts/measure/heads.py."""
+    on, rows = result("heads-sparse"), []
+    for kind, each in on["held_out"].items():
+        heads = ", ".join(f"{layer}: {' '.join(map(str, some))}" for layer, some in (each["heads"] or {}).items())
+        gain = "" if not each["gain_error"] else f"{each['gain']:+.3f} +- {each['gain_error']:.3f}"
+        rows.append([kind, heads, f"{each['top1']:.0%}", f"{each['score']:.3f}", gain])
     captions = next(iter(on["held_out"].values()))["pictures"]
     size = (
-        f"{captions} held-out captions, {on['size']}x{on['size']} pixels, {on['steps']} steps, scale {on['scale']:g}, "
-        f"no classifier-free guidance; searched on {on['prompts']} captions with up to {on['seeds'][-1]} seeds."
+        f"`{on['pattern']}`, {captions} captions, {on['size']}x{on['size']} pixels, {on['steps']} steps, scale "
+        f"{on['scale']:g}, no classifier-free guidance."
     )
-    heads = ["attention", "perturbed", "heads by layer", "named right", "cosine", "gain over no perturbation"]
+    heads = ["perturbed", "heads by layer", "named right", "cosine", "gain over no perturbation"]
     return f"{table(heads, rows)}\n\n{size}"
 
 
 def control_tables() -> dict[str, Callable[[], str]]:
     """Each table by its name."""
-    return {"inversion": inversion_table, "guidance": guidance_table}
+    return {
+        "inversion": inversion_table,
+        "inversion-256": lambda: inversion_table("inversion-256"),
+        "guidance": guidance_table,
+        "heads": heads_table,
+    }

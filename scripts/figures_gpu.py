@@ -6,13 +6,11 @@ from typing import Any
 
 from scripts.results import RESULTS, result, table
 
-PACKAGES = {"natten": "natten", "fa4": "flash-attn-4"}
-PEERS = {"cudnn": "cuDNN", "flash": "flash", "flex": "flex", "natten": "NATTEN", "fa4": "FlashAttention-4"}
 STACKS = {"flux": "FLUX size", "wan": "Wan 1.3B size"}
 
 
-# What scripts/bench/gpu.py measured.
-MAIN = "h100"
+# What scripts/bench/gpu.py measured: with all peers, and before that.
+PEERED, EARLIER = "h200", "h100"
 
 
 def _faster(case: dict[str, Any], who: str, than: str) -> list[str]:
@@ -22,44 +20,48 @@ def _faster(case: dict[str, Any], who: str, than: str) -> list[str]:
     return [f"{other[key] / own[key]:.1f}x" if key in own and key in other else "" for key in keys]
 
 
-def gpu_table() -> str:
-    """The Triton engine and its peers against cuDNN: what is asked for most."""
-    names = (
-        "flux-s1",
-        "flux-s16",
-        "hunyuan-s1",
-        "hunyuan-s16",
-        "clear16-256",
-        "clear16-512",
-        "radial-wan",
-        "dense-64k",
-    )
-    found, rows = result(MAIN), []
-    packages = [who for who, name in PACKAGES.items() if name in found["versions"]]
-    for case in (found["cases"][name] for name in names if "triton" in found["cases"].get(name, {})):
+def _cases(name: str) -> dict[str, dict[str, Any]]:
+    """The cases of a result that were measured."""
+    return {key: case for key, case in result(name)["cases"].items() if "triton" in case}
+
+
+def gpu_packages_table() -> str:
+    """The Triton engine, NATTEN, FlashAttention-4 and FlexAttention against cuDNN, whole calls."""
+    versions, rows = result(PEERED)["versions"], []
+    ours = {"triton": "visattn", "natten": f"NATTEN {versions['natten']}"}
+    named = ours | {"fa4": f"FlashAttention-4 {versions['flash-attn-4']}", "flex": "FlexAttention"}
+    for case in _cases(PEERED).values():
         times = f"{case['triton']['forward_ms']:.1f} ms, {case['cudnn']['forward_ms']:.1f} ms"
-        theirs = [", ".join(filter(None, _faster(case, who, "cudnn"))) for who in packages]
+        cells = [" / ".join(filter(None, _faster(case, who, "cudnn"))) for who in named]
+        rows.append([f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", *cells, times])
+    made = table(["case", "tile bound", *named.values(), "forward time, cuDNN's"], rows)
+    return made + _machine(PEERED)
+
+
+def gpu_table() -> str:
+    """An earlier version of the engine against cuDNN: cases that were not measured with all peers yet."""
+    names, rows = ("clear16-256", "clear16-512", "radial-wan", "dense-64k"), []
+    for case in map(_cases(EARLIER).__getitem__, names):
+        times = f"{case['triton']['forward_ms']:.1f} ms, {case['cudnn']['forward_ms']:.1f} ms"
         head = [f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x"]
-        rows.append([*head, *_faster(case, "triton", "cudnn"), *theirs, times])
-    peers = [f"{PEERS[who]}: forward, backward" for who in packages]
-    made = table(["case", "tile bound", "forward", "backward", *peers, "forward time, cuDNN's"], rows)
-    return made + _machine(MAIN)
+        rows.append([*head, *_faster(case, "triton", "cudnn"), times])
+    made = table(["case", "tile bound", "forward", "backward", "forward time, cuDNN's"], rows)
+    return made + _machine(EARLIER)
 
 
 def gpu_peers_table() -> str:
-    """All cases of scripts/bench/gpu.py against all peers, and the two floors."""
-    cases, rows = [case for case in result(MAIN)["cases"].values() if "triton" in case], []
-    peers = [who for who in PEERS if any("forward_ms" in case.get(who, {}) for case in cases)]
-    for case in cases:
+    """All cases of scripts/bench/gpu.py against cuDNN, flash and FlexAttention, and the two floors."""
+    rows, peers = [], {"cudnn": "cuDNN", "flash": "flash", "flex": "flex"}
+    for case in _cases(EARLIER).values():
         own, floors = case["triton"], case["floor_ms"]
         cells = [f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", f"{case['full_share']:.0%}"]
         forward, backward = zip(*(_faster(case, "triton", who) for who in peers), strict=True)
         cells += [f"{own['forward_ms']:.2f}", *forward, f"{own['backward_ms']:.2f}", *backward]
         floor = f"{floors['arithmetic']:.2f}, {floors['bytes']:.2f}"
         rows.append([*cells, f"{case['tflops_visited']:.0f}", floor])
-    way = [f"than {PEERS[who]}" for who in peers]
+    way = [f"than {name}" for name in peers.values()]
     head = ["case", "tile bound", "no mask", "forward, ms", *way, "backward, ms", *way, "TFLOP/s", "floors, ms"]
-    return table(head, rows) + _machine(MAIN)
+    return table(head, rows) + _machine(EARLIER)
 
 
 def gpu_causal_table() -> str:
@@ -71,7 +73,7 @@ def gpu_causal_table() -> str:
         for key in ("forward_ms", "backward_ms"):
             cells.append(f"{own[key]:.2f} ms, {plain[key]:.2f} ms: {plain[key] / own[key]:.1f}x")
         rows.append([*cells, f"{dense['forward_ms']:.2f} ms: {dense['forward_ms'] / own['forward_ms']:.1f}x"])
-    head = ["grid", "forward, torch's form", "backward, torch's form", "dense forward"]
+    head = ["grid", "forward: ours, torch's", "backward: ours, torch's", "dense forward"]
     return table(head, rows) + f"\n\n{found['versions']['gpu']}, torch {found['versions']['torch']}."
 
 
@@ -169,7 +171,7 @@ def gpu_real_table() -> str:
 def _machine(name: str) -> str:
     """A line that says what a result was measured on."""
     found = result(name)["versions"]
-    also = "".join(f", {name} {found[name]}" for name in ("diffusers", *PACKAGES.values()) if name in found)
+    also = f", diffusers {found['diffusers']}" if "diffusers" in found else ""
     return f"\n\n{found['gpu']}, torch {found['torch']}, triton {found['triton']}{also}."
 
 

@@ -15,9 +15,9 @@ PICTURES = ROOT / "docs" / "pictures"
 
 
 def measured(name: str) -> list[Measured]:
-    """What was measured of a suite."""
+    """What was measured of a suite, short sequences first."""
     found = [Measured.of(each) for each in result(f"h200-{name}")["results"]]
-    return [each for each in found if each is not None]
+    return sorted((each for each in found if each is not None), key=lambda each: each.entry.products)
 
 
 def suite_table(name: str) -> str:

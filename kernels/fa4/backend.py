@@ -93,17 +93,17 @@ class FlashAttention4(Backend):
         return f"{len(times)} kernels took {sum(times.values()):.0f} s to compile, kept in {package.folder()}"
 
 
-# Rate of visited pairs in full blocks, of a forward and with its backward, over cuDNN's dense attention, and of dense
-# attention: kernels alone of flash-attn-4 4.0.0b36 on an H100, of random blocks and strided windows with 128 channels
-# (forward 0.93 to 1.06; backward 1.07 to 1.15 of ours by the same tiles). What a pair costs in partial blocks over one
-# in full blocks, by bits and by intervals, and what a call keeps the host, are assumed.
-RATE, DENSE_RATE = {False: 1.0, True: 1.05}, 1.1
-PARTIAL = {False: 4.0, True: 2.0}
+# Rate of visited pairs in full blocks, of a forward and with its backward, over cuDNN's dense attention, and what a
+# pair costs in partial blocks by intervals over one in full blocks: flash-attn-4 4.0.0b36 on an H200, windows with 128
+# channels on 256x256 and 30x48x80 tokens (forward alone 1.02; 1.35 and 1.34; docs/results/h200.json, h200-fa4.json).
+# Dense attention's rate is that of an H100; what bits cost, and what a call keeps the host, are assumed.
+RATE, DENSE_RATE = {False: 1.0, True: 1.03}, 1.1
+PARTIAL = {False: 4.0, True: 1.35}
 HOST_US = 200
 # What choosing blocks (docs/results/h200-dynamic.json) and writing their lists (assumed) keep the host and the device.
 CHOSEN_US = (400, 160)
-# Moves of one tensor into tile order or back, read and written: bytes per second of an H100 (as for NATTEN's).
-COPY_RATE = 1.5e12
+# Bytes of a tensor that is moved into tile order or back per second of an H200: of a whole call less its launch.
+COPY_RATE = 2.3e12
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:

@@ -234,7 +234,7 @@ def main() -> int:
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     end = time.perf_counter() + chosen.budget
-    using = versions() | package_versions(chosen.peers)
+    using = package_versions(chosen.peers) | versions()
     before = json.loads(chosen.out.read_text()) if chosen.out and chosen.out.exists() else {}
     kept = before["cases"] if before.get("versions") == using else {}
     names = [name for name in chosen.only or (MAIN if chosen.quick else CASES) if "triton" not in kept.get(name, {})]

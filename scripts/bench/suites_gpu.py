@@ -1,8 +1,10 @@
 """The suites after LongCA-bench and CAB on a GPU, within a budget: results are written after every case.
 
-    python3 -m scripts.bench.suites_gpu --suite longca --seconds 150 --jobs 12 --out longca.json
+    python3 -m scripts.bench.suites_gpu --suite longca --backend triton --seconds 90 --jobs 8 --out longca.json
+    python3 -m scripts.bench.suites_gpu --suite longca --backend flex --seconds 90 --jobs 8 --out longca.json
 
-`--jobs` compiles in that many processes first, for a third of the budget at most.
+`--jobs` compiles in that many processes first, for a third of the budget at most. What the file has of a case is not
+measured again: other backends are added, compared with dense attention in turns of their own.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from scripts.gpu_common import compile_first
-from visattn.bench import DENSE, Case, backend_names, contenders
+from visattn.bench import DENSE, Case, Result, backend_names, contenders
 from visattn.environment import devices, versions
 from visattn.suites import NAMES, Entry, Measured, run_suite, suite
 
@@ -40,6 +43,47 @@ def _call_each(case: Case, names: Sequence[str]) -> None:
             run()
 
 
+def case_of(each: dict[str, Any]) -> str:
+    """What tells one case of a suite from another."""
+    return json.dumps([each["mask"], each["kind"], each["scale"], each["case"]])
+
+
+def merged(known: dict[str, Any], each: dict[str, Any]) -> dict[str, Any]:
+    """What was known of a case, with the backends that are new."""
+    have = {line["backend"] for line in known["lines"]}
+    return known | {"lines": known["lines"] + [line for line in each["lines"] if line["backend"] not in have]}
+
+
+class Kept:
+    """The file of results, which other runs may have begun.
+
+    Args:
+        out: The file.
+        about: What is said of the results in a new one.
+    """
+
+    def __init__(self, out: Path, about: dict[str, Any]) -> None:
+        self._out, self._about = out, json.loads(out.read_text()) if out.exists() else about
+        self._known = {case_of(each): each for each in self._about.get("results", []) if each["lines"]}
+
+    def has(self, entry: Entry, names: Sequence[str]) -> bool:
+        """Whether a case is known for these backends."""
+        found = self._known.get(case_of(Measured(entry, Result(entry.case)).to_dict()))
+        return found is not None and set(names) <= {line["backend"] for line in found["lines"]}
+
+    def add(self, found: list[Measured]) -> None:
+        """Write the last case that was measured."""
+        last = found[-1]
+        if last.result is None:
+            return
+        each = last.to_dict()
+        key = case_of(each)
+        self._known[key] = merged(self._known[key], each) if key in self._known else each
+        self._out.write_text(json.dumps(self._about | {"results": list(self._known.values())}, indent=1) + "\n")
+        times = [f"{line.backend} {line.timing.median * 1e3:.3f} ms" for line in last.result.lines if line.timing]
+        print(f"  {', '.join(times)}", flush=True)
+
+
 def main() -> None:
     """Run one suite."""
     start = time.monotonic()
@@ -56,28 +100,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     dtype = "float32" if given.device == "cpu" else "bfloat16"
-    entries = suite(given.suite, given.device, dtype=dtype, backward=given.backward)
-    entries = [entry for entry in entries if given.scale in ("", entry.scale)]
     names = backend_names(given.backend)
+    kept = Kept(given.out, {"versions": versions(), "devices": devices(), "suite": given.suite})
+    entries = suite(given.suite, given.device, dtype=dtype, backward=given.backward)
+    entries = [each for each in entries if given.scale in ("", each.scale) and not kept.has(each, names)]
     if given.compile:
         return compile_share(entries, names, given.compile, given.seconds / 3)
     if given.jobs > 1:
         compile_first(given.jobs)
-    about = {"versions": versions(), "devices": devices(), "suite": given.suite, "seconds": given.seconds}
 
     def tell(number: int, entry: Entry) -> None:
         print(f"[{number}/{len(entries)}] {entry.kind}, {entry.scale}: {entry.case}", flush=True)
 
-    def keep(found: list[Measured]) -> None:
-        given.out.write_text(json.dumps(about | {"results": [each.to_dict() for each in found]}, indent=1) + "\n")
-        last = found[-1]
-        if last.result is not None:
-            times = [f"{line.backend} {line.timing.median * 1e3:.3f} ms" for line in last.result.lines if line.timing]
-            print(f"  {', '.join(times)}", flush=True)
-
     # A long case may have held the compiling processes.
     left = max(given.seconds / 3, given.seconds - (time.monotonic() - start))
-    found = run_suite(entries, names, budget=left, repeats=given.repeats, tell=tell, done=keep)
+    found = run_suite(entries, names, budget=left, repeats=given.repeats, tell=tell, done=kept.add)
     print(f"{sum(each.result is not None for each in found)} of {len(found)} cases: {given.out}")
 
 

@@ -170,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"measure_heads: {error}") from error
     for each in found.rounds:
         print(f"added {each['added']}: {each['gain']:+.4f} +- {each['error']:.4f}")
-    print(f"{found.heads or 'no head helps'}{'' if found.finished else '; stopped early: the same command goes on'}")
+    none = "no head helps" if found.finished else "no round is done"
+    print(f"{found.heads or none}{'' if found.finished else '; stopped early: the same command goes on'}")
     report = {**found._asdict(), **{name: getattr(options, name) for name in KEPT}, "candidates": len(candidates)}
     report |= {"versions": versions(), "devices": devices()}
     _write(report, options.out)

@@ -11,18 +11,25 @@ def case(**more):
     return {**shape, **times, "tflops_visited": 600.0, "floor_ms": {"arithmetic": 6.5, "bytes": 0.5}, **more}
 
 
-def test_peers_and_rows_that_were_not_measured_have_no_cells(monkeypatch):
-    refused = {"natten": {"error": "ValueError: NATTEN runs na(...) only, not clear"}}
-    cases = {"flux-s1": case(), "clear16-256": case(**refused), "dense-64k": {"failed": "out of memory"}}
-    versions = {"gpu": "A card", "torch": "2.11", "triton": "3.6", "natten": "0.21.7"}
+def shown(monkeypatch, cases):
+    versions = {"gpu": "A card", "torch": "2.11", "triton": "3.6", "natten": "0.21.7", "flash-attn-4": "4.0"}
     monkeypatch.setattr(figures_gpu, "result", lambda name: {"versions": versions, "cases": cases})
-    head, _, *rows, _, machine = figures_gpu.gpu_table().splitlines()
-    assert "NATTEN" in head and "FlashAttention-4" not in head
-    assert [row.split(" | ")[2:5] for row in rows] == [["8.0x", "6.0x", "4.0x, 3.0x"], ["8.0x", "6.0x", ""]]
-    assert machine == "A card, torch 2.11, triton 3.6, natten 0.21.7."
-    head, _, *rows, _, _ = figures_gpu.gpu_peers_table().splitlines()
-    assert head.count("than NATTEN") == 2 and "flash" not in head
-    assert [row.split(" | ")[3:9] for row in rows] == [
-        ["10.00", "8.0x", "2.0x", "40.00", "6.0x", "2.0x"],
-        ["10.00", "8.0x", "", "40.00", "6.0x", ""],
+
+
+def test_packages_that_refuse_and_cases_that_failed_have_no_figures(monkeypatch):
+    refused = {"natten": {"error": "ValueError: NATTEN runs na(...) only, not clear"}}
+    shown(monkeypatch, {"flux-s1": case(), "clear16-256": case(**refused), "dense-64k": {"failed": "out of memory"}})
+    head, _, *rows, _, machine = figures_gpu.gpu_packages_table().splitlines()
+    assert "| NATTEN 0.21.7 | FlashAttention-4 4.0 |" in head
+    assert [row.split(" | ")[2:5] for row in rows] == [["8.0x / 6.0x", "4.0x / 3.0x", ""], ["8.0x / 6.0x", "", ""]]
+    assert machine == "A card, torch 2.11, triton 3.6."
+
+
+def test_peers_without_times_have_empty_cells(monkeypatch):
+    flash = {"flash": {"forward_ms": 160.0, "backward_ms": 400.0}}
+    shown(monkeypatch, {"flux-s1": case(**flash), "hunyuan-s1": case(), "dense-64k": {"failed": "out of memory"}})
+    _, _, *rows, _, _ = figures_gpu.gpu_peers_table().splitlines()
+    assert [row.split(" | ")[3:11] for row in rows] == [
+        ["10.00", "8.0x", "16.0x", "", "40.00", "6.0x", "10.0x", ""],
+        ["10.00", "8.0x", "", "", "40.00", "6.0x", "", ""],
     ]

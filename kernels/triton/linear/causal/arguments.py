@@ -59,19 +59,22 @@ class Steps(NamedTuple):
 def causal_launches(dtype: torch.dtype, features: int, channels: int) -> dict[str, Launch]:
     """The launch of each kernel by its name, for inputs of these sizes."""
     f, d = power(features), power(channels)
-    gathers = launches(dtype, features, channels)
-    table = {"gather_chunks": gathers["gather"], "gather_chunks_grad": gathers["gather_grad"]}
     if dtype == torch.float32:
-        return table | {
+        return {
             "gather_chunks": Launch(min(f, 64), min(d, 32), 32, 4, 1),
+            "gather_chunks_grad": launches(dtype, features, channels)["gather_grad"],
             "read_chunks": Launch(16, d, 32, 4 if d <= 128 else 8, 1),
             "chunk_grad": Launch(min(f, 32), min(d, 32), 16, 4, 1),
         }
     # Found by compiling for every architecture: none of these spills (`visattn.kernels.triton.resources`).
     rows = 16 if d > 128 else 32 if d == 128 and dtype == torch.float16 else 64
-    some = 32 if rows == 32 or (d == 64 and dtype == torch.bfloat16) else 16
-    grad = Launch(128, min(d, 16), 64, 8, 2) if f == 128 else Launch(min(f, 64), min(d, 32), 32, 4, 2)
-    return table | {"read_chunks": Launch(min(f, some), d, rows, 8 if 32 < d <= 128 else 4, 2), "chunk_grad": grad}
+    some = 32 if rows == 32 or (d in (64, 256) and dtype == torch.bfloat16) else 16
+    return {
+        "gather_chunks": launches(dtype, features, channels)["gather"],
+        "gather_chunks_grad": Launch(min(f, 64), min(d, 64), 32, 4, 2),
+        "read_chunks": Launch(min(f, some), d, rows, 8 if 32 < d <= 128 else 4, 2),
+        "chunk_grad": Launch(128, min(d, 16), 64, 8, 2) if f == 128 else Launch(min(f, 64), min(d, 32), 32, 4, 2),
+    }
 
 
 def chunk_arguments(
