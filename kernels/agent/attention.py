@@ -139,14 +139,18 @@ def pool_queries(
 
 
 def _pooled(x: torch.Tensor, layout: Layout, shape: tuple[int, ...]) -> torch.Tensor:
-    """Adaptive averages of the grid's tokens: [B, S, H, D] -> [B, agents, H * D]."""
+    """Adaptive averages of the grid's tokens: [B, S, H, D] -> [B, agents, H * D].
+
+    The channels of an agent are neighbors in memory, whatever order the pooling of torch left: its fused attention
+    takes nothing else and would make all weights instead.
+    """
     grid = _channels_first(x, layout)
     if x.is_cuda and layout.dims == 3 and not any(n % cells for n, cells in zip(layout.grid, shape, strict=True)):
-        return _equal_cells(grid, shape).flatten(2).transpose(1, 2)
+        return _equal_cells(grid, shape).flatten(2).transpose(1, 2).contiguous()
     pool = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
     # The 1-D form takes a number, the others one number per axis.
     sides = shape[0] if len(shape) == 1 else list(shape)
-    return pool[len(shape) - 1](grid, sides).flatten(2).transpose(1, 2)  # type: ignore[arg-type]
+    return pool[len(shape) - 1](grid, sides).flatten(2).transpose(1, 2).contiguous()  # type: ignore[arg-type]
 
 
 def _equal_cells(grid: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

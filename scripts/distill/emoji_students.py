@@ -49,7 +49,7 @@ LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.1")
 LOCAL = (Phase(1.0, 1, ("--lr", "1e-3")),)
 # What sums over all keys see does not depend on how near tokens are to each other: it is learned from many small
 # samples first. Nothing of such a student is like its teacher then, so every weight learns; layer by layer on the
-# teacher's inputs, which are not what it will get, it learns less in the same steps.
+# teacher's inputs, which are not what it will get, it learns less in as many steps.
 LINEAR = (
     Phase(0.3, 4, ("--train", "all", "--own-lr", "2e-2")),
     Phase(0.3, 2, ()),
@@ -63,6 +63,7 @@ STUDENTS: dict[str, tuple[str, tuple[Phase, ...]]] = {
     "mala": ("mala", LINEAR),
     "agent": ("agent(agents=8x8)", LINEAR),
 }
+SAVE = 200  # steps after which a killed training goes on
 START = 120  # seconds beside its steps after which a training is asked to stop
 
 
@@ -77,7 +78,7 @@ class Settings:
     steps: int = option(2000, "optimizer steps of each, at most")
     batch: int = option(16, "samples of a step; of smaller ones more")
     optimizer: str = option("muon", "of scripts.distill.pipeline")
-    lr: float = option(0.0, "learning rate; 0: the optimizer's own")
+    lr: float = option(0.0, "learning rate; 0: that of each phase")
     cached: int = option(400, "samples that are learned from; of smaller ones more")
     draw_steps: int = option(16, "denoising steps of a sample")
     chunk: int = option(50, "samples drawn at once")
@@ -172,8 +173,9 @@ def train(name: str, settings: Settings) -> float:
         steps, seconds = math.ceil(settings.steps * phase.share), settings.seconds * phase.share
         words += [THEN] * (number > 0) + ["--out", str(settings.folder(name, number))]
         words += ["--samples", str(settings.samples(phase.smaller) / "samples"), "--steps", str(steps)]
-        words += ["--batch", str(settings.batch * phase.smaller**2), "--lr", str(settings.lr), *phase.options]
-        words += ["--seconds", str(seconds), "--save-every", str(steps)]
+        words += ["--batch", str(settings.batch * phase.smaller**2), *phase.options]
+        words += ["--lr", str(settings.lr)] if settings.lr else []
+        words += ["--seconds", str(seconds), "--save-every", str(SAVE)]
     return train_student(words, settings.folder(name, len(phases) - 1), settings.seconds and settings.seconds + START)
 
 

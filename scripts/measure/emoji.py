@@ -90,8 +90,10 @@ def measure(
         if options.seconds and time.monotonic() - start > options.seconds:
             print(f"stopped after {options.seconds:g} s: the same command goes on", flush=True)
             break
-        figures["rows"][student.key(size)] = make()
+        row = figures["rows"][student.key(size)] = make()
         write(figures, options.out)
+        # Only now: nobody may be there to read it, and it took long.
+        print(json.dumps(row), flush=True)
     return figures
 
 
@@ -150,7 +152,6 @@ def entry(
         found |= judge.likeness(*pairs)
     if options.pictures:
         save_strip(draftsman.sheet(drawn), options.pictures, student, size)
-    print(json.dumps(found), flush=True)
     return found
 
 

@@ -51,6 +51,16 @@ def test_equal_cells_are_averaged_as_by_pooling():
     torch.testing.assert_close(ours, torch.nn.functional.adaptive_avg_pool3d(grid, (3, 2, 5)))
 
 
+@pytest.mark.parametrize("grid", [(12,), (6, 8), (4, 6, 8), (5, 6, 7)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_agents_are_such_as_fused_attention_takes(grid, masked):
+    layout = Layout(grid, prefix=2)
+    q = torch.randn(2, layout.length, 3, 8)
+    key_mask = torch.rand(2, layout.length) < 0.7 if masked else None
+    agents, _ = pool_queries(q, Agent((2,) * len(grid)), layout, key_mask)
+    assert agents.stride(-1) == 1
+
+
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
 def test_equals_two_dense_attentions(data):
