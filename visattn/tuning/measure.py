@@ -208,10 +208,11 @@ class Measurer:
     ) -> float:
         """Error of the output however small a layer's is in a stage: from the smallest that can be injected."""
         names = [name for name in self.plan.candidates if name != DENSE]
-        groups = range(len(self.groups))
-        error, group, name = min((self._error(local, (g, stage), n), g, n) for g in groups for n in names)
-        some = points[group, stage]
-        return floor_of((error, self._inject((group, stage), name)), max(some)) if some else 0.0
+        tried = [group for group in range(len(self.groups)) if points[group, stage]]
+        if not tried:
+            return 0.0
+        error, group, name = min((self._error(local, (g, stage), n), g, n) for g in tried for n in names)
+        return floor_of((error, self._inject((group, stage), name)), max(points[group, stage]))
 
     def _probes(self, local: list[list[dict[str, Local]]]) -> list[str]:
         """Candidates along the hull of all layers together, dense not among them: large enough to be no rounding."""
