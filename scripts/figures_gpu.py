@@ -66,6 +66,8 @@ def gpu_peers_table() -> str:
 
 def gpu_causal_table() -> str:
     """Causal linear attention by its kernels, against the tiled form in torch and dense attention."""
+    if not (RESULTS / "h200-causal.json").exists():
+        return "Not measured on a GPU yet."
     found, rows = result("h200-causal"), []
     for name, times in found["times"].items():
         own, plain, dense = (times[who] for who in ("triton", "torch", "dense"))

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from visattn.checks import check_precision
-from visattn.patterns import Dense, ListedPattern, MergingPattern, Pattern, Radial
+from visattn.patterns import Dense, MergingPattern, Pattern, Radial
 from visattn.patterns.values import axis_values, per_axis
 from visattn.selectors import Layers, Selector, SiteName, pick, selectors_of
-from visattn.staged import Staged, with_precision
+from visattn.staged import Staged, lists_tiles, with_precision
 from visattn.tuned import Tuned
 
 # What a layer may be given: a pattern, or one for each of its steps.
@@ -137,8 +137,7 @@ class Schedule:
             raise ValueError(
                 f"precision={self.precision!r} and a schedule whose own patterns are in {own}: leave one of them out"
             )
-        lists = [isinstance(p, ListedPattern) or getattr(p, "runs_lists", False) for p in self.patterns]
-        unlisted = [pattern for pattern, listed in zip(self.patterns, lists, strict=True) if not listed]
+        unlisted = [pattern for pattern in self.patterns if not lists_tiles(pattern)]
         if self.precision is not None and unlisted:
             raise ValueError(
                 f"precision={self.precision!r} is for patterns that list key tiles, which {unlisted[0]} does not"

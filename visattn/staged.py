@@ -181,6 +181,11 @@ class Staged:
         return f"{{{', '.join(f'{stage.steps}: {stage.text}' for stage in self.stages)}}}"
 
 
+def lists_tiles(pattern: Pattern) -> bool:
+    """Whether a pattern, or what it is built around, runs along lists of key tiles, which 8 bits are for."""
+    return isinstance(pattern, ListedPattern) or getattr(pattern, "runs_lists", False)
+
+
 def with_precision(text: Pattern | str) -> tuple[Pattern, str | None]:
     """A pattern, and what a text like "topk(keep=0.2) in fp8" says that it is computed in.
 
@@ -189,7 +194,7 @@ def with_precision(text: Pattern | str) -> tuple[Pattern, str | None]:
     """
     found = re.fullmatch(_IN, text.strip()) if isinstance(text, str) else None
     pattern = parse(text if found is None else found[1])
-    if found is not None and (isinstance(pattern, Dense) or not isinstance(pattern, ListedPattern)):
+    if found is not None and (isinstance(pattern, Dense) or not lists_tiles(pattern)):
         raise ValueError(
             f"{text}: 8 bits are for patterns that list key tiles, which {pattern} does not; dense attention in 8 bits "
             "is a window of the whole grid"

@@ -19,6 +19,7 @@ from visattn.models.swap.install import own_grid
 from visattn.models.swap.sites import find_sites
 from visattn.models.tuning.pictures import Pictures
 from visattn.schedule import Schedule
+from visattn.tuning.candidates import HOPELESS, is_steady
 from visattn.tuning.places import Only, by_layer, names_at
 from visattn.tuning.subject import DENSE, Assignment, Local, Outcome
 
@@ -92,24 +93,29 @@ class BackboneSubject:
     ) -> list[dict[str, Local]]:
         """See `Subject.local`."""
         some = list(seeds)[: self.batch]
-        twins, failed = self.twins(some), set()
+        twins, left_out = self.twins(some), set()
         found: list[dict[str, Local]] = []
         for layer in range(self.layers):
             here: dict[str, Local] = {}
             for name in names_at(self._layers[layer], candidates, self._only):
-                if name in failed:
+                if name in left_out:
                     continue
+                # What runs in the first layer is compiled and planned for all.
+                turns = TURNS if layer == 0 else max(1, TURNS - 1)
                 try:
                     out, times = self._run({layer: name}, some)
-                    runs = [times, *(self._run({layer: name}, some)[1] for _ in range(TURNS - 1))]
+                    runs = [times, *(self._run({layer: name}, some)[1] for _ in range(turns - 1))]
                 except (ValueError, RuntimeError) as error:
-                    failed.add(name)
+                    left_out.add(name)
                     warnings.warn(f"candidate {name} is left out: {error}", stacklevel=2)
                     continue
                 off = float((out - twins).square().sum() / twins.square().sum())
                 here[name] = Local(off, min(each[layer] for each in runs))
+                dense = here.get(DENSE)
+                if dense and name != DENSE and is_steady(name) and here[name].seconds > HOPELESS * dense.seconds:
+                    left_out.add(name)
             found.append(here)
-        return [{name: value for name, value in here.items() if name not in failed} for here in found]
+        return [{name: value for name, value in here.items() if name not in left_out} for here in found]
 
     def outcome(
         self, edges: Sequence[float], assignment: Assignment, seeds: Sequence[int], timed: bool = True

@@ -14,7 +14,7 @@ from visattn.attend import attention
 from visattn.patterns.choice.memory import Memory, Place, placed
 from visattn.staged import with_precision
 from visattn.timing import per_call
-from visattn.tuning.candidates import is_steady
+from visattn.tuning.candidates import HOPELESS, is_steady
 from visattn.tuning.subject import DENSE, Local
 from visattn.watch import Watched
 
@@ -22,8 +22,6 @@ from visattn.watch import Watched
 TURNS, TIMED = 3, 4
 # Calls of one on a GPU, one behind the other as in a model; seconds from which one measurement is enough.
 CALLS, LONG = 4, 0.02
-# How many times longer than dense attention a candidate takes that nothing would choose, whatever its error is.
-HOPELESS = 1.15
 # Samples whose error is measured, of both halves of guidance; times are of all.
 SAMPLES = 4
 # Cycles of a GPU in a second, at least.

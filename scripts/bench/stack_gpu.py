@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from scripts.bench.gpu import median_ms
 from scripts.bench.stack_models import Attend, Flux, Wan, dense, turns
 from scripts.gpu_common import compile_first, versions
-from visattn import Layout, attention, parse
+from visattn import Layout, attention
+from visattn.staged import with_precision
 
 MODELS = {"flux": Flux, "wan": Wan}
 DENSE = "dense"
@@ -31,12 +32,11 @@ DENSE = "dense"
 
 def sparse(pattern: str, layout: Layout, heads: int, head_dim: int) -> Attend:
     """Attention along a pattern, whose learnable parameters are where training starts."""
-    text, _, precision = pattern.partition(" in ")
-    made = parse(text)
+    made, precision = with_precision(pattern)
     # Lists run on one engine; what is learned is added by its own.
     backend = "auto" if made.learnable else "triton"
     learned = {n: p.cuda() for n, p in made.initial_parameters(heads, head_dim, layout.grid).items()}
-    how: dict[str, Any] = {"backend": backend, "parameters": learned or None, "precision": precision or None}
+    how: dict[str, Any] = {"backend": backend, "parameters": learned or None, "precision": precision}
     return lambda q, k, v: attention(q, k, v, made, layout, **how)
 
 

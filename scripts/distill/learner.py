@@ -148,12 +148,14 @@ def _tell(watchers: list[Watcher], watched: Watched) -> None:
 
 
 def round_frozen(model: nn.Module) -> None:
-    """Keeps what never learns of linear layers and convolutions in bfloat16, to which autocast rounds it in each call.
+    """Keeps what never learns of linear layers, convolutions and norms by root mean squares in bfloat16.
 
-    A forward under autocast gives the same bits, by a rounding less for each such weight and bias.
+    Autocast rounds weights and biases of the first two in each call: a forward gives the same bits by fewer roundings.
+    The norms, of queries and keys, are one kernel where their weights have the dtype of what they get, and some seven
+    kernels in float32 otherwise.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.RMSNorm):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)

@@ -150,9 +150,10 @@ class Run:
         norm = whole(clip_grad_norm_(self.trained.values(), self.config.clip or math.inf))
         if not self.shared:
             # Kernels of bfloat16 give one of thousands of gradients that is not; nobody waits here to look.
+            wrong = ~norm.isfinite()
             for parameter in self.trained.values():
                 if parameter.grad is not None:
-                    parameter.grad.masked_fill_(~norm.isfinite(), 0)
+                    parameter.grad.masked_fill_(wrong, 0)
         return norm
 
     @property

@@ -3,9 +3,9 @@
     python -m scripts.measure.tuned --model emoji --device cuda --seconds 280 --out out/tuned
 
 For each bound (PSNR to dense, in 95 % of the samples) `visattn.tuning` searches a schedule. The grid has each pattern
-for all layers, once for all steps and once with the first part of the steps dense. Both are chosen on the same samples
-with the same margin, and verified on the same 20 held-out ones. What is measured is in a journal in --out, so that the
-same command goes on where it was stopped; MODEL-results.json has what is done so far.
+for all layers, for all steps and with the first one or two parts of the steps dense. Both are chosen on the same
+samples with the same margin, and verified on the same 20 held-out ones. What is measured is in a journal in --out, so
+that the same command goes on where it was stopped; MODEL-results.json has what is done so far.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ WINDOWS = (0.2, 0.3, 0.6, 0.9)
 SHARES = ("keep", "p", "window")
 # Of --seconds, for the searches and for the grid after them.
 SEARCHES, GRID = 0.65, 0.9
+# First stages that single patterns leave dense, at most.
+DENSE_STAGES = 2
 # Times that what is compared runs.
 TURNS = 2
 
@@ -128,12 +130,13 @@ def measure_grid(measurer: Measurer, patterns: Sequence[str], goals: Sequence[Go
         measure_single(row, measurer, lowest)
         if "quick" in row:
             far.append(pattern)
-        print(f"grid {len(rows)} of {2 * len(patterns)}: {pattern}, {first}", flush=True)
+        print(f"grid {len(rows)} of at most {(DENSE_STAGES + 1) * len(patterns)}: {pattern}, {first}", flush=True)
         return row
 
     try:
         # What is far off even with the first steps dense is farther without.
-        for first, family in itertools.product((1, 0), families(patterns)):
+        stages = range(min(DENSE_STAGES, measurer.plan.stages - 1), -1, -1)
+        for first, family in itertools.product(stages, families(patterns)):
             left = []
             for pattern in family:
                 farther = next((name for name in far if is_within(pattern, name)), None)
@@ -255,9 +258,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         checks=options.checks,
         seeds=options.seeds,
         quick=options.quick,
+        steps=subject.steps,
     )
     journal = Journal(
-        options.out / f"{options.model}.jsonl", subject.about() | {"candidates": plan.candidates, "stages": plan.stages}
+        options.out / f"{options.model}.jsonl", subject.about() | {"candidates": plan.candidates, "edges": plan.edges}
     )
 
     def tell(what: str, done: int, of: int) -> None:
@@ -344,7 +348,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--psnr", nargs="+", type=float, default=[25.0, 30.0, 35.0], help="bounds in dB")
     add("--seeds", type=int, default=20, help="samples of a schedule's quality")
     add("--quick", type=int, default=8, help="samples of an injection")
-    add("--stages", type=int, default=4, help="equal parts of the steps with patterns of their own")
+    add(
+        "--stages",
+        type=int,
+        default=4,
+        help="parts of the steps with own patterns, each as long as those before it",
+    )
     add("--groups", type=int, default=12, help="groups of neighbouring layers that are injected together")
     add("--lean", action="store_true", help="search without patterns that drop what they do not list")
     add("--eight-bits", action=argparse.BooleanOptionalAction, default=True, help="candidates in int8 and fp8 too")

@@ -57,6 +57,8 @@ class TestSteps:
         assert [stage.precision for stage in staged.stages] == ["int8", None] and staged.precision == "int8"
         assert str(staged) == f"{{0-1: {NA} in int8, 2-: {NA}}}" and str(Staged.of(f"{NA} in fp8")) == f"{NA} in fp8"
         assert staged != Staged.of({"0-1": NA, "2-": NA})
+        # Patterns with two branches run one of them along lists.
+        assert str(Staged.of("sla(keep=0.05) in fp8")) == "sla in fp8"
         schedule = Schedule.of({"0": f"{NA} in fp8", "1": {"0-": f"{NA} in int8"}, "2": CLEAR})
         assert schedule.precisions(SITES, "Net") == ["fp8", "int8", None] and schedule.any_precision == "fp8"
         assert [str(p) for p in schedule.assign_stepless(SITES, "Net")] == [NA, NA, CLEAR]

@@ -225,6 +225,39 @@ class TestSearch:
         ]
         assert found.verified.seconds <= min(times) + 4.0
 
+    def test_where_early_errors_turn_samples_into_others_the_first_steps_are_dense(self):
+        class Turning(Numbers):
+            """The same where any error of the first stage makes another sample of every fourth."""
+
+            def outcome(self, edges, assignment, seeds, timed=True):
+                found = super().outcome(edges, assignment, seeds, timed)
+                early = any(row[0] != DENSE for row in assignment)
+                psnr = tuple(min(p, 12.0) if early and not s % 4 else p for p, s in zip(found.psnr, seeds, strict=True))
+                return dataclasses.replace(found, psnr=psnr)
+
+        # The samples of injections are none of those.
+        plan = Plan(tuple(COSTS), stages=2, seeds=8, quick=2, checks=6, seed=1)
+        goal = Goal(psnr=25.0, margin=0.0, held_out=20)
+        found = Search(Measurer(Turning(), plan, Journal(None, {})), goal).run()
+        assert found.held and {row[0] for row in found.assignment} == {DENSE}
+        # The rest is as sparse as the bound allows.
+        best = Search(Measurer(Numbers(), plan, Journal(None, {})), goal)
+        best.run()
+        rest = next(r for r in best._ladders[1] if best._holds(r, 0.0))
+        assert found.verified.seconds == pytest.approx(rest.time / 4, rel=0.02)
+
+    def test_stages_are_as_long_as_those_before_them_where_the_steps_allow_it(self):
+        assert Plan((DENSE,), stages=4, steps=24).edges == (0.0, 0.125, 0.25, 0.5, 1.0)
+        assert Plan((DENSE,), stages=4, steps=4).edges == (0.0, 0.25, 0.5, 0.75, 1.0)
+        assert Plan((DENSE,), stages=1, steps=1).edges == (0.0, 1.0) == Plan((DENSE,), stages=1).edges
+
+    def test_without_candidates_dense_attention_is_what_is_found(self):
+        made = Search(
+            Measurer(Numbers(), Plan((DENSE,), stages=2, seeds=4, quick=2), Journal(None, {})), Goal(psnr=25.0)
+        )
+        found = made.run()
+        assert found.held and "no candidate is faster than dense attention here" in found.missed
+
     def test_a_speed_up_is_reached_with_the_least_error(self):
         found = search(Goal(speedup=2.0, held_out=4)).run()
         dense = 6 * COSTS[DENSE][1]
@@ -319,7 +352,9 @@ class TestSearch:
         assert found[0] == plan and found[1].probes == 1 and found[1].candidates == plan.candidates
         sizes = [estimated(each, 60.0, 8, 20) for each in found]
         assert sizes == sorted(sizes, reverse=True) and sizes[1] <= 0.75 * whole and sizes[2] <= 0.6 * whole
-        assert found[3].groups == 2 and found[3].candidates[0] == DENSE and 1 < len(found[3].candidates) < 10
+        assert found[3].groups == 2 and found[3].candidates[0] == DENSE and 5 <= len(found[3].candidates) <= 10
+        few = Measurer(Numbers(), Plan(tuple(COSTS), stages=2, seeds=8, quick=4), Journal(None, {}))
+        assert fitted(few, 1.0, 20).candidates == tuple(COSTS)
 
     def test_one_of_the_goals(self):
         for goal in (Goal(), Goal(psnr=30.0, speedup=2.0)):

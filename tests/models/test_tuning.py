@@ -48,6 +48,12 @@ def make():
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """The tiny model runs dense attention faster than anything else."""
+    monkeypatch.setattr(tuning_subject, "HOPELESS", math.inf)
+
+
 @pytest.fixture(scope="module")
 def subject():
     torch.manual_seed(1)
@@ -66,6 +72,21 @@ def test_errors_are_those_of_the_output(subject):
     for layer in found:
         assert layer[DENSE].error == 0 < layer[GOOD].error < layer[CHEAP].error
         assert all(value.seconds > 0 for value in layer.values())
+
+
+def test_what_is_slower_than_dense_attention_is_tried_in_one_layer(subject, monkeypatch):
+    monkeypatch.setattr(tuning_subject, "HOPELESS", 0.0)
+    real, runs = BackboneSubject._run, []
+
+    def run(self, names, seeds):
+        runs.append(names)
+        return real(self, names, seeds)
+
+    monkeypatch.setattr(BackboneSubject, "_run", run)
+    subject.twins((0, 1))
+    runs.clear()
+    assert [set(layer) for layer in subject.local(0, NAMES, (0, 1), NAMES)] == [{DENSE}] * 2
+    assert [names for names in runs if 1 in names] == [{1: DENSE}] * (tuning_subject.TURNS - 1)
 
 
 def test_accuracy_is_lost_where_only_dense_attention_knows(subject):

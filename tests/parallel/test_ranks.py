@@ -67,6 +67,7 @@ REFUSED = {
     **dict.fromkeys(("sla", "sla2", "vsa"), "parameters"),
     "gate(by=topk(keep=0.5, block=2x2))": "parameters",
     "centroids": "parameters",
+    "wersa": "parameters",
     "agentsd": "merges",
     "lsh": "depends on the other heads",
     "routing(regions=2x2, topk=1)": "depends on the other heads",

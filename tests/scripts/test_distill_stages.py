@@ -264,6 +264,14 @@ class TestTraining:
         plain = trained_of(folder, tmp_path, *given).train_step()
         assert {name: float(value) for name, value in ours.items()} == {name: float(v) for name, v in plain.items()}
 
+    def test_norms_that_never_learn_have_the_dtype_of_what_they_get(self):
+        model = torch.nn.ModuleDict({"norm": torch.nn.RMSNorm(8), "learns": torch.nn.RMSNorm(8)})
+        model["norm"].requires_grad_(False)
+        loop.round_frozen(model)
+        assert model["norm"].weight.dtype == torch.bfloat16 and model["learns"].weight.dtype == torch.float32
+        x = torch.randn(3, 8).bfloat16()
+        torch.testing.assert_close(model["norm"](x).float(), model["learns"](x.float()), atol=2e-2, rtol=2e-2)
+
     def test_guidance_compares_pairs(self, folder, tmp_path):
         made = trained_of(folder, tmp_path, "--guidance", "3", "--denoising", "0", "--attention", "0", "--output", "1")
         batch = made.draw(made.parts[0])

@@ -48,7 +48,7 @@ def test_the_fastest_that_holds_is_the_best_and_what_is_left_out_says_why():
     measurer = Measurer(Listed(), Plan((DENSE, "topk"), seeds=2, quick=1), Journal(None, {}))
     rows = measure_grid(measurer, grid_of(candidates((16, 16), 4), (16, 16)), [Goal(psnr=25.0), Goal(psnr=30.0)])
     assert len(rows) >= 60 and all({"error", "quick", "psnr"} & set(row) for row in rows)
-    assert [row["error"] for row in rows if row["pattern"] == FAILS] == ["no kernel"] * 2
+    assert [row["error"] for row in rows if row["pattern"] == FAILS] == ["no kernel"] * 3
     # What is far from the bound with the first steps dense is not measured without.
     far = {row["pattern"] for row in rows if "quick" in row and row["dense_stages"]}
     assert far and all("far from" in row["error"] for row in rows if row["pattern"] in far and not row["dense_stages"])

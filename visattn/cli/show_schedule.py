@@ -21,7 +21,9 @@ def show_schedule(path: Path) -> None:
     edges = sorted(
         {float(e) for row in tuned.layers.values() for each in row for e in each.split("-") if e} | {0.0, 1.0}
     )
-    table = Table(title=f"{tuned.model} on {'x'.join(map(str, tuned.grid))}, density by layer and share of the run")
+    # A table of one column is narrower than a title.
+    typer.echo(f"{tuned.model} on {'x'.join(map(str, tuned.grid))}, density by layer and share of the run")
+    table = Table()
     table.add_column("layer", justify="right")
     for first, end in itertools.pairwise(edges):
         table.add_column(f"{first:g}-{end:g}", justify="right")

@@ -58,7 +58,9 @@ def tune(
             "for some layers alone."
         ),
     ] = None,
-    stages: Annotated[int, typer.Option(help="Equal parts of the steps with patterns of their own.")] = 4,
+    stages: Annotated[
+        int, typer.Option(help="Parts of the steps with own patterns, each as long as those before it.")
+    ] = 4,
     seeds: Annotated[int, typer.Option(help="Samples whose quality is measured.")] = 8,
     held_out: Annotated[int, typer.Option(help="Samples with other seeds that verify the result.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
@@ -115,9 +117,9 @@ def tune(
         subject = _pipeline(model, device, dtype, (texts, steps, guidance, pixels(size), frames, batch), only)
     every = max(1, round(subject.steps / stages))
     chosen = checked(listed, subject.grid) if listed else of_grid(subject.grid, every, precisions_of(subject.device))
-    plan = Plan(chosen, stages, seeds=seeds, quick=min(seeds, batch), seed=seed)
+    plan = Plan(chosen, stages, seeds=seeds, quick=min(seeds, batch), seed=seed, steps=subject.steps)
     goal = Goal(psnr, speedup, accuracy, share, margin, held_out)
-    about = subject.about() | {"candidates": chosen, "stages": stages}
+    about = subject.about() | {"candidates": chosen, "edges": plan.edges}
     about |= {"only": {name: sorted(some) for name, some in only.items()}} if only else {}
     lines = journal or out.with_suffix(".jsonl")
     kept = Journal(lines, about)

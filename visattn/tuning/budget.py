@@ -14,6 +14,8 @@ SCHEDULES = 5
 # Runs of a candidate in a layer for its error and its time, in dense calls; share of the candidates that stay for
 # stages other than the middle one.
 RUNS, STAY = 2.0, 0.5
+# Candidates that all stay.
+MANY = 10
 
 
 def fitted(measurer: Measurer, seconds: float, held_out: int) -> Plan:
@@ -73,6 +75,7 @@ def _smaller(plan: Plan) -> Iterator[Plan]:
     for groups in (6, 4, 2):
         plan = dataclasses.replace(plan, groups=min(plan.groups, groups))
         yield plan
-        # Neighbours of a list are alike but for how much they keep.
-        plan = dataclasses.replace(plan, candidates=plan.candidates[:1] + plan.candidates[2::2])
-        yield plan
+        # Neighbours of a long list are alike but for how much they keep.
+        if len(plan.candidates) > MANY:
+            plan = dataclasses.replace(plan, candidates=plan.candidates[:1] + plan.candidates[2::2])
+            yield plan

@@ -20,6 +20,8 @@ COVERED = (0.5, 0.7, 0.85, 0.95)
 ROUNDED, WIDEST = (0.2, 0.3, 0.5, 0.7), 0.75
 # Blocks of 64 keys, and of 128 queries, which fill the rows of a tile on a GPU.
 BLOCKS, WIDE = {1: "64", 2: "8x8", 3: "4x4x4"}, {1: "128", 2: "8x16", 3: "4x4x8"}
+# How many times longer than dense attention a candidate takes that nothing would choose, whatever its error is.
+HOPELESS = 1.15
 # Fewest tokens for which blocks can be chosen.
 FEWEST = 256
 

@@ -36,13 +36,14 @@ class Plan:
 
     Attributes:
         candidates: Texts of patterns, dense first.
-        stages: Equal parts of the run that have a pattern of their own each.
+        stages: Parts of the run that have a pattern of their own each.
         groups: Groups of neighbouring layers at most that are injected together.
         probes: Candidates that are injected in each group and stage.
         checks: Further injections, to see how well the others predict them.
         seeds: Samples of a schedule's quality.
         quick: Those of them for injections.
         seed: Of the first sample.
+        steps: Denoising steps of a run.
     """
 
     candidates: tuple[str, ...]
@@ -53,10 +54,18 @@ class Plan:
     seeds: int = 8
     quick: int = 4
     seed: int = 0
+    steps: int = 0
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """Where stages begin and end."""
+        """Where stages begin and end: each is as long as those before it, for the first steps matter most.
+
+        They are equal where the steps are too few for that.
+        """
+        halves = (0.0, *(0.5**i for i in range(self.stages - 1, -1, -1)))
+        counts = [round(edge * self.steps) for edge in halves]
+        if all(a < b for a, b in itertools.pairwise(counts)):
+            return halves
         return tuple(i / self.stages for i in range(self.stages + 1))
 
     @property
@@ -199,10 +208,11 @@ class Measurer:
     ) -> float:
         """Error of the output however small a layer's is in a stage: from the smallest that can be injected."""
         names = [name for name in self.plan.candidates if name != DENSE]
-        groups = range(len(self.groups))
-        error, group, name = min((self._error(local, (g, stage), n), g, n) for g in groups for n in names)
-        some = points[group, stage]
-        return floor_of((error, self._inject((group, stage), name)), max(some)) if some else 0.0
+        tried = [group for group in range(len(self.groups)) if points[group, stage]]
+        if not tried:
+            return 0.0
+        error, group, name = min((self._error(local, (g, stage), n), g, n) for g in tried for n in names)
+        return floor_of((error, self._inject((group, stage), name)), max(points[group, stage]))
 
     def _probes(self, local: list[list[dict[str, Local]]]) -> list[str]:
         """Candidates along the hull of all layers together, dense not among them: large enough to be no rounding."""
@@ -235,7 +245,7 @@ class Measurer:
             tuple(name if layer in self.groups[group] and s == stage else DENSE for s in range(self.plan.stages))
             for layer in range(self.subject.layers)
         ]
-        return self.quality(tuple(rows)).typical
+        return self.quality(tuple(rows)).error
 
     def _get(self, key: Any, measure: Callable[[], Any]) -> Any:
         if not self.journal.knows(key) and time.monotonic() > self.deadline:

@@ -73,7 +73,7 @@ def excess(
                 for each, respond in zip(layer, row, strict=True)
             )
             if predicted > 0:
-                seen = measurer.quality(((name,) * measurer.plan.stages,) * layers).typical
+                seen = measurer.quality(((name,) * measurer.plan.stages,) * layers).error
                 # A sample that is another one altogether says nothing of how much more error that took.
                 found[kind] = min(seen, LOST) / min(predicted, LOST)
     except OutOfTime:

@@ -12,7 +12,7 @@ from visattn.tuned import Tuned
 from visattn.tuning.measure import Measurer, OutOfTime
 from visattn.tuning.overhead import excess, overheads
 from visattn.tuning.sensitivity import rank_correlation
-from visattn.tuning.solve import Rung, ladder
+from visattn.tuning.solve import Choice, Rung, ladder
 from visattn.tuning.subject import DENSE, Assignment, Outcome
 
 # Seeds of the samples that verify begin so far behind those that are measured; another round begins as far again.
@@ -95,22 +95,27 @@ class Search:
             raise ValueError("pass either the least PSNR, the most accuracy to lose, or the speed-up that you need")
         self.measurer, self.goal = measurer, goal
         self.tried: dict[Assignment, dict[str, Any]] = {}
-        self._rungs: list[Rung] = []
+        # By how many first stages are dense; rungs of what was tried.
+        self._ladders: list[list[Rung]] = []
+        self._known: dict[Assignment, Rung] = {}
 
     def run(self) -> Found:
         """Search; with the minutes over, the best that was seen is verified."""
         measurer, complete, ranks = self.measurer, True, None
         # Points of accuracy are what they are: no margin before held-out samples say otherwise.
-        rung, margin = 0, self.goal.margin if self.goal.accuracy is None else 0.0
+        margin = self.goal.margin if self.goal.accuracy is None else 0.0
         try:
             local = measurer.local()
             responses, ranks = measurer.responses(local)
             beyond = overheads(measurer, local), excess(measurer, local, responses)
-            self._rungs = ladder(measurer.choices(local, responses, *beyond))
+            units, stages = measurer.choices(local, responses, *beyond), measurer.plan.stages
+            for dense in range(stages):
+                kept = [u if i % stages >= dense else _dense_alone(u) for i, u in enumerate(units)]
+                self._ladders.append(ladder(kept))
             rung = self._find(margin)
         except OutOfTime:
             complete = False
-            if not self._rungs:
+            if not self._ladders:
                 raise ValueError("the minutes were over before anything could be predicted: go on with more") from None
             rung = self._best(margin)
         # Held-out samples are measured whatever the clock says: no quality is reported without them.
@@ -118,10 +123,10 @@ class Search:
         for again in range(self.goal.rounds):
             verified = self._verify(rung, again)
             held = self.goal.score(verified) >= self.goal.least
-            if held or not complete or rung == len(self._rungs) - 1:
+            if held or not complete or rung == self._dense:
                 break
             margin += max(0.25, self.goal.least - self.goal.score(verified))
-            rung = max(self._find(margin), rung + 1)
+            rung = self._find(margin, rung.time)
         predicted = [(each["loss"], each["error"]) for each in self.tried.values() if each["error"]]
         whole = rank_correlation([a for a, _ in predicted], [b for _, b in predicted])
         assignment = self._assignment(rung)
@@ -129,89 +134,101 @@ class Search:
         tried = sorted(self.tried.values(), key=lambda each: each["time"])
         return Found(assignment, verified, held, tried, {"injections": ranks, "schedules": whole}, complete, missed)
 
-    def _find(self, margin: float) -> int:
-        """The first rung that does what is asked for: the ladder goes from fast to good."""
-        goal = self.goal
-        if goal.speedup is not None:
-            most = self._dense_time / goal.speedup
-            within = [i for i, rung in enumerate(self._rungs) if rung.time <= most]
-            return within[-1] if within else 0
-        low, high = self._bracket(margin)
+    def _find(self, margin: float, after: float = 0.0) -> Rung:
+        """The fastest schedule that does what is asked for: the first rung that does, on whichever ladder it is.
+
+        The first steps decide what a sample shows. An error there turns some samples into others, which no mean
+        predicts: schedules without any, whose first stages are dense, have ladders of their own.
+
+        Args:
+            margin: By how many dB the bound is passed.
+            after: Only schedules of more predicted time.
+        """
+        if self.goal.speedup is not None:
+            most = self._dense.time / self.goal.speedup
+            within = [rung for rung in self._ladders[0] if after < rung.time <= most]
+            return within[-1] if within else next((r for r in self._ladders[0] if r.time > after), self._dense)
+        best = self._dense
+        # With the first stage dense most has an answer.
+        for dense in sorted(range(len(self._ladders)), key=lambda dense: abs(dense - 1)):
+            left = [rung for rung in self._ladders[dense] if after < rung.time < best.time / (1 + CLOSE)]
+            # Where one ladder has an answer, another has a better one only if its last rung below holds.
+            if left and (best is self._dense or self._holds(left[-1], margin)):
+                best = self._first([*left, best], margin)
+        return best
+
+    def _first(self, rungs: Sequence[Rung], margin: float) -> Rung:
+        """The first rung that holds, of some of which the last does."""
+        low, high = self._bracket(rungs, margin)
         rounds = max(1, math.ceil(math.log2(high + 1)))
         done = 0
-        while low < high and not self._alike(low - 1, high):
+        while low < high and not (low and rungs[high].time <= rungs[low - 1].time * (1 + CLOSE)):
             self.measurer.tell("schedules", min(done, rounds), rounds)
             # Predictions may be off all in one direction: then halves end it.
-            rung = self._guess(low, high, margin) if done < GUESSES else (low + high) // 2
+            rung = self._guess(rungs, low, high, margin) if done < GUESSES else (low + high) // 2
             done += 1
-            if self._holds(rung, margin):
+            if self._holds(rungs[rung], margin):
                 high = rung
             else:
                 low = rung + 1
         self.measurer.tell("schedules", rounds, rounds)
-        return high
+        return rungs[high]
 
-    def _bracket(self, margin: float) -> tuple[int, int]:
+    def _bracket(self, rungs: Sequence[Rung], margin: float) -> tuple[int, int]:
         """The first rung that may hold, and the first that is known to: what was measured for another margin counts."""
-        scores = {}
-        for rung in range(len(self._rungs)):
-            each = self.tried.get(self._assignment(rung))
-            if each is not None:
-                scores[rung] = math.inf if each["score"] is None else each["score"]
+        scores = {i: self._score(rung) for i, rung in enumerate(rungs)}
+        known = {i: score for i, score in scores.items() if score is not None}
         needed = self.goal.least + margin
-        high = min((i for i, score in scores.items() if score >= needed), default=len(self._rungs) - 1)
-        return max((i + 1 for i, score in scores.items() if i < high and score < needed), default=0), high
+        high = min((i for i, score in known.items() if score >= needed), default=len(rungs) - 1)
+        return max((i + 1 for i, score in known.items() if i < high and score < needed), default=0), high
 
-    def _alike(self, failed: int, held: int) -> bool:
-        """Whether a rung that holds takes hardly longer than one that does not."""
-        return failed >= 0 and self._rungs[held].time <= self._rungs[failed].time * (1 + CLOSE)
-
-    def _guess(self, low: int, high: int, margin: float) -> int:
+    def _guess(self, rungs: Sequence[Rung], low: int, high: int, margin: float) -> int:
         """The next rung to measure: with one end of what is left measured, the first that is predicted to hold.
 
         It goes a little beyond, to the side that is not measured. With both ends, or none, it is the middle in time.
         """
-        seen = {i: self.tried.get(self._assignment(i), {}).get("score") for i in {low - 1, high} if i >= 0}
-        offsets = [score - _decibels(self._rungs[i].loss) for i, score in seen.items() if score is not None]
-        times = [rung.time for rung in self._rungs[low:high]]
-        middle = min(low + bisect.bisect(times, (times[0] + self._rungs[high].time) / 2), high - 1)
+        seen = {i: self._score(rungs[i]) for i in {low - 1, high} if i >= 0}
+        offsets = [s - _decibels(rungs[i].loss) for i, s in seen.items() if s is not None and math.isfinite(s)]
+        times = [rung.time for rung in rungs[low:high]]
+        middle = min(low + bisect.bisect(times, (times[0] + rungs[high].time) / 2), high - 1)
         if self.goal.psnr is None or len(offsets) != 1:
             return middle
         # Of what holds the fastest is looked for: a guess that should just fail after one that held, and the reverse.
         beyond = BEYOND if seen.get(high) is None else -BEYOND
         needed = self.goal.least + margin + beyond - offsets[0]
-        return next((i for i in range(low, high) if _decibels(self._rungs[i].loss) >= needed), high - 1)
+        return next((i for i in range(low, high) if _decibels(rungs[i].loss) >= needed), high - 1)
 
-    def _holds(self, rung: int, margin: float) -> bool:
+    def _score(self, rung: Rung) -> float | None:
+        """How good a rung was, None where it was not measured."""
+        each = self.tried.get(self._assignment(rung))
+        return None if each is None else math.inf if each["score"] is None else each["score"]
+
+    def _holds(self, rung: Rung, margin: float) -> bool:
         return self.goal.score(self._outcome(rung)) >= self.goal.least + margin
 
-    def _best(self, margin: float) -> int:
+    def _best(self, margin: float) -> Rung:
         """The fastest measured rung that holds; dense where none does."""
-        known = {self._assignment(i): i for i in range(len(self._rungs))}
-        good = [
-            known[a]
-            for a, each in self.tried.items()
-            if (math.inf if each["score"] is None else each["score"]) >= self.goal.least + margin
-        ]
-        return min(good, default=len(self._rungs) - 1)
+        good = [rung for rung in self._known.values() if (self._score(rung) or 0.0) >= self.goal.least + margin]
+        return min(good, key=lambda rung: rung.time, default=self._dense)
 
-    def _outcome(self, rung: int) -> Outcome:
-        assignment, found = self._assignment(rung), self._rungs[rung]
+    def _outcome(self, rung: Rung) -> Outcome:
+        assignment = self._assignment(rung)
         outcome = self.measurer.outcome(assignment, self.measurer.plan.samples)
         held, score = outcome.held(self.goal.share), self.goal.score(outcome)
+        self._known[assignment] = rung
         self.tried[assignment] = {
-            "time": found.time,
-            "loss": found.loss,
+            "time": rung.time,
+            "loss": rung.loss,
             "error": outcome.error,
             "held": None if math.isinf(held) else held,
             "score": None if math.isinf(score) else score,
-            "speedup": self._dense_time / found.time if found.time else None,
+            "speedup": self._dense.time / rung.time if rung.time else None,
             "seconds": outcome.seconds,
             "attention_seconds": outcome.attention_seconds,
         }
         return outcome
 
-    def _verify(self, rung: int, again: int) -> Outcome:
+    def _verify(self, rung: Rung, again: int) -> Outcome:
         first = self.measurer.plan.seed + HELD_OUT * (again + 1)
         self.measurer.tell("verifying", 0, 1)
         found = self.measurer.outcome(self._assignment(rung), range(first, first + self.goal.held_out))
@@ -219,19 +236,19 @@ class Search:
         return found
 
     @property
-    def _dense_time(self) -> float:
-        """Predicted time of dense attention."""
-        return self._rungs[-1].time
+    def _dense(self) -> Rung:
+        """Dense attention, or what has as little error and takes less time: the end of all ladders."""
+        return self._ladders[0][-1]
 
-    def _assignment(self, rung: int) -> Assignment:
-        names, stages = self._rungs[rung].names, self.measurer.plan.stages
+    def _assignment(self, rung: Rung) -> Assignment:
+        names, stages = rung.names, self.measurer.plan.stages
         return tuple(names[i : i + stages] for i in range(0, len(names), stages))
 
     def _missed(self, assignment: Assignment) -> str:
         """Why only dense attention does what is asked for, in words; empty where something else does."""
         if any(name != DENSE for row in assignment for name in row) or self.goal.speedup is not None:
             return ""
-        if len(self._rungs) == 1:
+        if all(len(rungs) == 1 for rungs in self._ladders):
             return "no candidate is faster than dense attention here: tune with more tokens, or on another device"
         best = max((each["score"] for each in self.tried.values() if each["score"] is not None), default=None)
         if self.goal.accuracy is not None:
@@ -245,6 +262,10 @@ class Search:
             f"no schedule faster than dense {self.goal}{seen}: pass {other}, more --candidates (such as topk with a "
             "larger keep), or more --seeds"
         )
+
+
+def _dense_alone(unit: Sequence[Choice]) -> list[Choice]:
+    return [choice for choice in unit if choice.name == DENSE]
 
 
 def _decibels(loss: float) -> float:
@@ -295,7 +316,7 @@ def tuned(search: Search, found: Found) -> Tuned:
             figures[f"{name}_mean"] = round(sum(values) / len(values), 4)
             figures[f"{name}_worst"] = round((min if name == "ssim" else max)(values), 4)
     settings = {"goal": {k: v for k, v in vars(goal).items() if v is not None}, "subject": subject.about()}
-    settings |= {"stages": plan.stages, "seeds": plan.seeds, "seed": plan.seed, "rank_correlation": found.ranks}
+    settings |= {"edges": plan.edges, "seeds": plan.seeds, "seed": plan.seed, "rank_correlation": found.ranks}
     return Tuned(
         subject.model,
         subject.layers,

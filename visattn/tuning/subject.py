@@ -10,8 +10,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 DENSE = "dense"
-# PSNR in dB that counts for a sample without any error.
-MOST = 120.0
 # The pattern of each stage of the run, for each layer.
 Assignment = tuple[tuple[str, ...], ...]
 
@@ -50,11 +48,6 @@ class Outcome:
     attention_seconds: float = 0.0
     lost: tuple[int, ...] = ()
     twin_accuracy: float | None = None
-
-    @property
-    def typical(self) -> float:
-        """Squared error of a sample, the geometric mean: one sample that turned into another does not decide it."""
-        return 10 ** (-sum(min(value, MOST) for value in self.psnr) / len(self.psnr) / 10)
 
     @property
     def lost_points(self) -> float:

@@ -14,6 +14,12 @@ from visattn.kernels.triton.linear.attention import Launch, Setting, Weights, la
 CHUNK = 64
 # Numbers of a block of `run_states`.
 BLOCK = 512
+# Features, rows and warps of `read_chunks` by channels: what has more numbers at a time spills on some architecture
+# (`visattn.kernels.triton.resources`).
+READS = {
+    torch.bfloat16: {16: (16, 32, 4), 32: (16, 64, 4), 64: (32, 64, 8), 128: (16, 64, 8), 256: (32, 16, 4)},
+    torch.float16: {16: (16, 32, 4), 32: (16, 64, 4), 64: (16, 64, 8), 128: (32, 32, 8), 256: (16, 16, 8)},
+}
 
 
 class Steps(NamedTuple):
@@ -66,13 +72,11 @@ def causal_launches(dtype: torch.dtype, features: int, channels: int) -> dict[st
             "read_chunks": Launch(16, d, 32, 4 if d <= 128 else 8, 1),
             "chunk_grad": Launch(min(f, 32), min(d, 32), 16, 4, 1),
         }
-    # Found by compiling for every architecture: none of these spills (`visattn.kernels.triton.resources`).
-    rows = 16 if d > 128 else 32 if d == 128 and dtype == torch.float16 else 64
-    some = 32 if rows == 32 or (d in (64, 256) and dtype == torch.bfloat16) else 16
+    some, rows, warps = READS[dtype][d]
     return {
-        "gather_chunks": launches(dtype, features, channels)["gather"],
+        "gather_chunks": Launch(min(f, 128), min(d, 64 if dtype == torch.float16 else 128), 64, 8, 2),
         "gather_chunks_grad": Launch(min(f, 64), min(d, 64), 32, 4, 2),
-        "read_chunks": Launch(min(f, some), d, rows, 8 if 32 < d <= 128 else 4, 2),
+        "read_chunks": Launch(min(f, some), d, rows, warps, 2),
         "chunk_grad": Launch(128, min(d, 16), 64, 8, 2) if f == 128 else Launch(min(f, 64), min(d, 32), 32, 4, 2),
     }
 
