@@ -358,6 +358,8 @@ def test_tile_choice_is_the_lists_of_the_grid(grid):
         ("topk(score=parts(3x4), block=4x4)", "cuts query blocks of 16 tokens in 3 parts"),
         ("topk(keep=2, always=near(1), block=4x4)", "lists up to 9 of 16 key blocks, more than the 2"),
         ("topp(most=0.2, always=near(1), block=4x4)", "lists up to 9 of 16 key blocks, more than the 4"),
+        ("above(most=0.5, per=head, always=near(2), block=4x4)", "lists up to 16 of 16 key blocks, more than the 8"),
+        ("topp(most=3, per=all, always=near(1), block=4x4)", "lists up to 9 of 16 key blocks, more than the 3"),
         ("topk(keep=1, per=head, always=near(1), block=4x4)", "lists 100 pairs of blocks of a head, more than the 16"),
         ("topp(least=4, most=2, block=4x4)", "least=4 is 4 blocks, most=2 only 2"),
         ("topk(always=window(3x3x3), block=4x4)", "has 3 sides but the blocks have 2 axes"),

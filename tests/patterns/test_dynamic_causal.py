@@ -131,6 +131,16 @@ def test_what_is_later_changes_nothing():
     assert torch.equal(attention(*other, pattern, layout)[:, 2 : 2 + 40], out[:, 2 : 2 + 40])
 
 
+def test_what_nobody_may_see_is_not_forced():
+    """Of its neighbours a block of a causal line may list the one before alone, which two places are enough for."""
+    pattern = parse("topk(keep=2, always=near(1), block=4, causal=true)")
+    pattern.check((32,))
+    q, k, _ = qkv(Layout(32), 2, dim=4)
+    chosen = pattern.choose(q, k, Layout(32)).mask(0, 8)
+    assert torch.equal(chosen, torch.ones(8, 8, dtype=torch.bool).tril().triu(-1).expand(1, 2, -1, -1))
+    parse("topk(keep=2, per=head, always=near(1), block=4, causal=true)").check((32,))
+
+
 def test_a_full_list_is_causal_attention():
     layout = Layout((3, 4, 5), 2, 1)
     q, k, v = qkv(layout, 2, dim=8)

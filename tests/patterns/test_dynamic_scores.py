@@ -214,3 +214,25 @@ def test_choices_keep_no_scores_and_see_some_heads_at_a_time(monkeypatch):
     assert torch.equal(pattern.choose(q, k, layout).tiles, whole.tiles)
     visattn.clear_caches()
     assert np.isfinite(plan(pattern, layout).density)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "topp(p=0.99, most=3, always=self+first(1), block=4)",
+        "above(tau=-9.0, most=3, always=self+first(1), block=4)",
+        "above(tau=-9.0, most=3, always=self+first(1), per=all, block=4)",
+        "topk(keep=3, per=all, always=first(2), block=4)",
+    ],
+)
+def test_padding_that_is_forced_takes_no_place(text):
+    """What is listed is what would be, were the block of padding not forced."""
+    layout = Layout(32)
+    q, k, _ = qkv(layout, 2, dim=4, batch=2)
+    mask = torch.ones(2, 32, dtype=torch.bool)
+    mask[0, :4] = False
+    chosen = parse(text).choose(q, k, layout, mask).mask(0, 8)
+    listed = chosen[0].sum(-1)
+    # A row of its own, or 16 rows that share.
+    assert listed.sum() == 48 if "topk" in text else (listed[:, 1:] == 3).all()
+    assert not chosen[0, :, 1:, 0].any()

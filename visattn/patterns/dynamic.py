@@ -32,6 +32,7 @@ from visattn.patterns.choice.scores import Score, block_scores
 from visattn.patterns.choice.skipping import not_skipped, refuse_gradients
 from visattn.patterns.choice.slices import Slices
 from visattn.patterns.choice.tail import TAILS
+from visattn.patterns.geometry import Bools
 from visattn.patterns.kinds import Tiled
 from visattn.patterns.routes import Routes, lists_of
 from visattn.patterns.tailed import TailedPattern, held_for
@@ -127,7 +128,7 @@ class DynamicPattern(TailedPattern):
         Args:
             scores: Of some heads; with a budget of all heads these are the rows of one.
             seen: Which blocks take part.
-            forced: What is listed whatever its score: bool [rows, columns].
+            forced: What is listed whatever its score: bool [rows, columns], or for each sample [B, 1, rows, columns].
             blocks: The blocks of one head.
             variance: What `variance` gave for these heads.
         """
@@ -147,21 +148,25 @@ class DynamicPattern(TailedPattern):
         blocks = self.blocks(grid)
         check_causal(blocks)
         Score.of(self.score).check(blocks)
-        if self.per != "row" or self.most_listed(blocks) >= blocks.columns:
+        if self.most_listed(blocks) >= blocks.columns:
             return
-        forced = int(always_mask(terms_of(self.always), blocks).sum(1).max(initial=0))
+        forced = int(self.forced(blocks).sum(1).max(initial=0))
         if forced > self.most_listed(blocks):
             raise ValueError(
                 f"{self} on grid {grid}: always={self.always} lists up to {forced} of {blocks.columns} key blocks, "
                 f"more than the {self.most_listed(blocks)} that it may list at most: allow more, or force fewer"
             )
 
+    def forced(self, blocks: Blocks) -> Bools:
+        """What `always` lists of what may be seen: bool [rows, columns]."""
+        return always_mask(terms_of(self.always), blocks) & reachable(blocks)
+
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Whether every block is listed whatever q and k are."""
         blocks = self.blocks(grid)
         if self.skip or self.learnable or any(blocks.causal):
             return False
-        return self.least_listed(blocks) >= blocks.columns or bool(always_mask(terms_of(self.always), blocks).all())
+        return self.least_listed(blocks) >= blocks.columns or bool(self.forced(blocks).all())
 
     @abstractmethod
     def least_listed(self, blocks: Blocks) -> int:

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 
 from visattn.patterns.base import ByText
-from visattn.patterns.choice.always import always_mask, terms_of
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.picks import Seen, number_of, pick_number, pick_number_of_all
 from visattn.patterns.choice.values import share_or_count
@@ -88,7 +87,7 @@ class TopK(ByText, DynamicPattern):
         """Raise a ValueError if blocks or rules do not fit the grid."""
         super().check(grid)
         blocks = self.blocks(grid)
-        forced = int(always_mask(terms_of(self.always), blocks).sum())
+        forced = int(self.forced(blocks).sum())
         if self.per != "row" and forced > self.pairs(blocks):
             raise ValueError(
                 f"{self} on grid {grid}: always={self.always} lists {forced} pairs of blocks of a head, more than the "

@@ -133,13 +133,15 @@ def select(
         for i in range(key_parts):
             seen += tl.load(count_k + (sample * columns + c) * key_parts + i, mask=here, other=0)
         part = seen > 0
+        # Padding takes no place of what may be listed.
+        must = must & part
         number_of_row = 0
         for i in range(query_parts):
             number_of_row += tl.load(count_q + (sample * rows + row) * query_parts + i)
         row_seen = number_of_row > 0
     hidden = tl.where(part, x, float("-inf"))
     if RULE == RULE_NUMBER:
-        mark = _best(_ordered(tl.where(part, tl.where(must, float("inf"), x), float("-inf")), here), number)
+        mark = _best(_ordered(tl.where(must, float("inf"), hidden), here), number)
     else:
         if RULE == RULE_MASS:
             top = tl.max(hidden, 0)

@@ -65,6 +65,9 @@ def marked_for(
     if reach is not None:
         # What nobody may see competes for nothing, and is not listed to fill a budget up.
         scores, forced = scores.masked_fill(~reach, float("-inf")), None if forced is None else forced & reach
+    if forced is not None and seen.columns is not None:
+        # Padding takes no place of what may be listed.
+        forced = forced & seen.columns[:, None, None]
     if guard is not None:
         scores = scores.masked_fill(~guard.columns[:, which, None], float("-inf"))
         found = pattern.marked(scores, seen, forced, blocks, variance) | guard.forced(which)
@@ -74,7 +77,7 @@ def marked_for(
         # The rows of all heads are those of one.
         heads = scores.shape[1]
         rows = None if seen.rows is None else seen.rows.repeat(1, heads)
-        forced = None if forced is None else forced.repeat(heads, 1)
+        forced = None if forced is None else torch.cat([forced] * heads, -2)
         joined = pattern.marked(scores.flatten(1, 2)[:, None], Seen(rows, seen.columns), forced, blocks)
         found = joined.view(scores.shape)
     return found if reach is None else found & reach
