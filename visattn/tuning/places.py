@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from visattn.tuning.candidates import canonical
+from visattn.tuning.subject import DENSE
 
 # Between a pattern and the layers, in a line of a file of candidates.
 AT = " @ "
@@ -19,13 +20,20 @@ def read_lines(lines: Iterable[str]) -> tuple[tuple[str, ...], Only]:
 
     Returns:
         Canonical texts, each once, and the names behind those that are for some alone.
+
+    Raises:
+        ValueError: If a line is no pattern, or names no layer where it should.
     """
     found: dict[str, set[str] | None] = {}
     for line in lines:
         text, at, names = line.partition(AT)
-        name, known = canonical(text), found.get(canonical(text), set())
-        # A line without layers is for all, whatever another one says.
-        found[name] = known | {each.strip() for each in names.split(",")} if at and known is not None else None
+        places = {each.strip() for each in names.split(",")}
+        if at and "" in places:
+            raise ValueError(f"candidate {line!r} has no layer beside a comma: write PATTERN @ LAYER, LAYER")
+        name = canonical(text)
+        known = found.get(name, set())
+        # A line without layers is for all, whatever another one says; dense attention always is.
+        found[name] = known | places if at and known is not None and name != DENSE else None
     return tuple(found), {name: frozenset(some) for name, some in found.items() if some is not None}
 
 
