@@ -249,7 +249,7 @@ class Search:
     def _best(self, margin: float, after: float = 0.0) -> Rung:
         """The fastest measured rung of more time that holds; dense where none does."""
         good = [rung for rung in self._known.values() if rung.time > after and self._has(rung, margin)]
-        return min(good, key=lambda rung: rung.time, default=self._dense)
+        return self._fastest(min(good, key=lambda rung: rung.time, default=self._dense), margin, after)
 
     def _outcome(self, rung: Rung) -> Outcome:
         assignment = self._assignment(rung)
