@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import torch
@@ -30,7 +31,13 @@ def encode(pipe: Any, pictures: list[Any], size: dict[str, int]) -> torch.Tensor
         pipe: The pipeline.
         pictures: As its image processor takes them.
         size: `height` and `width` in pixels.
+
+    Raises:
+        ValueError: If one is the name of a file, not its picture.
     """
+    for picture in pictures:
+        if isinstance(picture, str | os.PathLike):
+            raise ValueError(f"picture {str(picture)!r} is a name: open it first, with PIL.Image.open")
     model = next(getattr(pipe, name) for name in DENOISERS if getattr(pipe, name, None) is not None)
     processed = [pipe.image_processor.preprocess(picture, **size) for picture in pictures]
     pixels = torch.cat(processed).to(device=pipe._execution_device, dtype=model.dtype)

@@ -66,7 +66,7 @@ def check(configs: Sequence[Config]) -> None:
     """
     for number, config in enumerate(configs):
         if config.out.resolve() in [other.out.resolve() for other in configs[:number]]:
-            raise ValueError(f"--out {config.out} is the folder of two runs: give each behind {THEN} one of its own")
+            raise ValueError(f"--out {config.out} is that of two runs: give each one behind {THEN} its own")
         if number and config.weights != configs[0].weights:
             raise ValueError(
                 f"--weights {config.weights} behind {THEN}, where a run starts from the one before it: leave it out"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from scripts.distill.ranges import at, stepped, varies
-from visattn.patterns import Agent, Dense, Linear
+from visattn.patterns import Agent, Centroids, Dense, Linear
 from visattn.schedule import Schedule
 from visattn.trained import Trained, load_trained
 
@@ -83,7 +83,8 @@ class RunConfig:
         for entry in fields(self):
             choices = entry.metadata.get("choices")
             if choices and getattr(self, entry.name) not in choices:
-                raise ValueError(f"{flag(entry)} {getattr(self, entry.name)!r} does not exist: {' or '.join(choices)}")
+                known = " or ".join(choice for choice in choices if choice)
+                raise ValueError(f"{flag(entry)} {getattr(self, entry.name)!r} does not exist: {known}")
         self._check_pattern()
         self._check_heads()
         self._check_sharing()
@@ -152,6 +153,11 @@ class RunConfig:
             raise ValueError(f"--pattern {self.pattern!r}: the numbers may change, not {first[0]} to {patterns[0]}")
         if varies(self.pattern) and not 0 < self.anneal <= 1:
             raise ValueError(f"--anneal {self.anneal} must be a share of the run, above 0 and at most 1")
+        if any(isinstance(pattern, Centroids) for pattern in patterns):
+            raise ValueError(
+                f"--pattern {self.pattern!r}: centroids have no gradient and would stay where they are: train them in "
+                "a loop of your own with visattn.patterns.centroids.followed, or take kmeans(...), which finds its own"
+            )
         if all(isinstance(pattern, Dense) for pattern in patterns):
             raise ValueError(
                 f"--pattern {self.pattern!r} is what the teacher has: name a sparse or linear one, or "

@@ -223,8 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--chain", action="store_true", help="each sparsity starts from its method's student of the next lower one")
     add("--seconds", type=float, default=150.0, help="of steps of each training; 0: --train-steps alone end it")
     add("--train-steps", type=int, default=100_000, help="optimizer steps at most")
-    add("--lr", type=float, default=1e-3)
-    add("--optimizer", default="muon", help="of scripts.distill.pipeline")
+    add("--lr", type=float, default=1e-3, help="learning rate; 0: the optimizer's own")
+    add("--optimizer", default="muon", choices=("adamw", "prodigy", "muon"), help="whose steps a training takes")
     add("--batch", type=int, default=0, help="rows of a step, two for each sample under guidance; 0: the model's own")
     add(
         "--guidance",
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=4.5,
         help="of what is drawn; students learn what it makes of their predictions",
     )
-    add("--train", default="q,k,v,out", help="what learns, of scripts.distill.pipeline")
+    add("--train", default="q,k,v,out", help="what learns: some of q,k,v,out, or none, or all")
     add("--also", nargs=argparse.REMAINDER, default=[], help="further options of scripts.distill.pipeline, last of all")
     add("--jobs", type=int, default=1, help="students trained at the same time")
     add("--budget", type=float, default=0.0, help="begin nothing that would end after so many seconds; 0: no limit")

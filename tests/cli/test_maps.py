@@ -155,6 +155,7 @@ def test_the_page_in_a_browser(command, folder, tmp_path):
     [
         (["emoji", "--importance", "much"], "--importance 'much' must be one of"),
         (["emoji", "--mass", "0"], "--mass 0.0 must be"),
+        (["emoji", "--steps", "2", "--step", "2"], "--step 2 must be from 0 to 1"),
         (["emoji", "--pattern", "nosuch"], "nosuch"),
         (["emoji", "--query", "x"], "--query 'x' must be"),
         (["timm:vit_tiny_patch16_224"], "looks at images"),

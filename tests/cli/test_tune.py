@@ -78,6 +78,9 @@ def test_ctrl_c_says_that_nothing_is_lost(tune, tmp_path, monkeypatch):
         ((), "either --psnr or --speedup"),
         (("--psnr", "30", "--speedup", "2"), "either --psnr or --speedup"),
         (("--speedup", "0.5"), "must be above 1"),
+        (("--psnr", "30", "--journal", "nowhere/t.jsonl"), "folder nowhere does not exist"),
+        (("--psnr", "30", "--minutes", "-1"), "--minutes -1 must be above 0, or 0 for no limit"),
+        (("--psnr", "30", "--minutes", "1e-5"), "1e-05 minutes were over before a dense sample was drawn: give more"),
         (("--psnr", "30", "--stages", "0"), "at least 1 each"),
     ],
 )

@@ -434,7 +434,8 @@ class TestSearch:
         assert found[3].groups == 2 and found[3].candidates[0] == DENSE and 5 <= len(found[3].candidates) <= 10
         late = Measurer(Numbers(), plan, Journal(None, {}), -1.0)
         monkeypatch.setattr("time.monotonic", lambda: 0.0)
-        assert fitted(late, 1.0, 20) == plan
+        with pytest.raises(ValueError, match="before a dense sample was drawn: give more"):
+            fitted(late, 1.0, 20)
         few = Measurer(Numbers(), Plan(tuple(COSTS), stages=2, seeds=8, quick=4), Journal(None, {}))
         assert fitted(few, 1.0, 20).candidates == tuple(COSTS)
 

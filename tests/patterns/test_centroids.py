@@ -93,3 +93,7 @@ def test_centroids_follow_what_is_nearest():
     assert torch.equal(followed(directions, q, k, layout, 0.0, hidden)[0, 0], directions[0, 0])
     with pytest.raises(ValueError, match="decay=2 must be a share"):
         followed(directions, q, k, layout, 2)
+    with pytest.raises(ValueError, match=r"must be \[H, clusters, D\] of queries"):
+        followed(directions[:, :, 1:], q, k, layout)
+    with pytest.raises(ValueError, match=r"must have the .* tokens of"):
+        followed(directions, q[:, 1:], k[:, 1:], layout)

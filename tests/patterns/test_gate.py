@@ -104,7 +104,7 @@ def test_a_gate_without_weights_is_refused(tmp_path):
         ("gate(by=topk(every=2))", "leave alike, every, skip and rests but drop and mean out"),
         ("gate(by=topk(rest=slope))", "leave alike, every, skip"),
         ("gate(by=above(bar=diag))", "bar=diag is made of means, a gate has none"),
-        ("gate(by=topk, dim=0)", "dim=0 must be a whole number"),
+        ("gate(by=topk, dim=0)", "dim=0 must be one whole number"),
         ("gate(by=topk, query=sum)", "query='sum' must be of max, min and avg"),
         ("gate(by=topk, key=avg+avg)", "each once"),
     ],

@@ -207,7 +207,7 @@ def test_second_derivatives_are_those_of_the_mask():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kmeans(queries=0)", "queries=0 must be a whole number of at least 1"),
+        ("kmeans(queries=0)", "queries=0 must be one whole number of at least 1$"),
         ("kmeans(keys=2x2)", "must be one whole number"),
         ("kmeans(p=0)", "p=0 must be a share of the attention"),
         ("kmeans(floor=1.5)", "floor=1.5 must be a share of the clusters, from 0 to 1"),

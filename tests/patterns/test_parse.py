@@ -38,6 +38,7 @@ def test_every_pattern_has_a_name_and_a_place_in_the_registry():
     ("text", "message"),
     [
         ("na[7]", r"is not of the form name\(parameter=value"),
+        ("combner", r"did you mean 'combiner'\?.*names that stand for one: .*combiner"),
         ("nat(7)", r"unknown pattern 'nat' \(did you mean 'na'\?\); patterns: .*dense"),
         ("na(windw=7)", r"na has no parameter 'windw' \(did you mean 'window'\?\); parameters: window, stride"),
         ("na(window=7, window=5)", r"'window' is given twice"),

@@ -163,8 +163,8 @@ def test_text_and_refusals():
     assert parse(str(Wersa(3, 64))) == parse("wersa(levels=3, features=64)") == Wersa(3, 64)
     for form, message in {
         "wersa(levels=0)": "levels=0 must be",
-        "wersa(features=0)": "features=0 must be",
-        "wersa(levels=2x2)": "must be one whole number, like 2",
+        "wersa(features=0)": "features=0 must be one whole number of at least 1$",
+        "wersa(levels=2x2)": r"levels=\(2, 2\) must be one whole number of at least 1$",
     }.items():
         with pytest.raises(ValueError, match=message):
             parse(form)

@@ -300,6 +300,8 @@ def test_wrong_use_is_refused(name):
     content, style = pictures(SIDE, SIDE)
     with pytest.raises(ValueError, match=text):
         style_transfer(pipe, content, style, **{"prompt": "a cat", "height": SIDE, "width": SIDE, **options})
+    with pytest.raises(ValueError, match=r"'style\.png' is a name: open it first"):
+        style_transfer(pipe, content, "style.png", prompt="a cat", height=SIDE, width=SIDE)
     same(pipe.transformer, before)
     assert pipe.scheduler is scheduler
 

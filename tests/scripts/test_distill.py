@@ -116,6 +116,8 @@ class TestConfig:
         [
             (["--pattern", "na(windows=3)"], "no parameter 'windows'"),
             (["--pattern", "dense"], "what the teacher has"),
+            (["--pattern", "centroids(clusters=4)"], r"no gradient.*centroids\.followed, or take kmeans"),
+            (["--quantize", "int4"], "'int4' does not exist: int8 or fp8"),
             (["--samples", "nowhere"], r"no index\.json"),
             (["--model", "nowhere"], "neither an embedded model"),
             (["--model", "digits"], "were made by"),
@@ -197,11 +199,12 @@ class TestTraining:
         monkeypatch.setattr(training, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
         with pytest.raises(SystemExit, match="--ema 2"):
             run(folder, tmp_path / "out", "--then", "--steps", "2", "--then", "--ema", "2")
+        with pytest.raises(SystemExit, match=r"out is that of two runs: give each one behind --then its own"):
+            run(folder, tmp_path / "out", "--then", "--steps", "2")
 
     @pytest.mark.parametrize(
         ("more", "error"),
         [
-            (("--lr", "0.02"), "is the folder of two runs: give each behind --then one of its own"),
             (
                 ("--out", "{tmp}/b", "--weights", "{tmp}/old/student.safetensors"),
                 "starts from the one before it",

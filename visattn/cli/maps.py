@@ -71,6 +71,9 @@ def maps(
         raise ValueError(f"--importance {importance!r} must be one of {', '.join(IMPORTANCE)}")
     if not 0 < mass <= 1:
         raise ValueError(f"--mass {mass} must be above 0 and at most 1")
+    if step < 0 or (steps is not None and step >= steps):
+        last = "the last" if steps is None else str(steps - 1)
+        raise ValueError(f"--step {step} must be from 0 to {last}")
     at: Any = query if query == "cls" else position(query)
     _check_folder(out, force)
     import visattn

@@ -90,8 +90,13 @@ def tune(
         raise ValueError(f"--speedup {speedup} must be above 1, and --share {share} from above 0 to 1")
     if min(stages, seeds, held_out, batch) < 1:
         raise ValueError(f"--stages {stages}, --seeds {seeds}, --held-out {held_out}, --batch {batch}: at least 1 each")
-    texts: tuple[Any, ...] = () if of_timm else (*(prompt or ()), *_lines(prompts)) or parse_labels(label)
+    if minutes < 0:
+        raise ValueError(f"--minutes {minutes:g} must be above 0, or 0 for no limit")
+    texts: tuple[Any, ...] = () if of_timm else (*(prompt or ()), *_lines(prompts, "a prompt")) or parse_labels(label)
     output_file(out, (".json",), force)
+    if journal is not None:
+        # One that is there goes on.
+        output_file(journal, (journal.suffix.lower(),), True)
     from visattn.tuning.budget import fitted
     from visattn.tuning.candidates import candidates as of_grid
     from visattn.tuning.candidates import checked, precisions_of
@@ -103,7 +108,7 @@ def tune(
 
     if not texts and not of_timm:
         raise ValueError("pass --prompts FILE or --prompt TEXT, or --label for a model of classes")
-    listed, only = read_lines(_lines(candidates))
+    listed, only = read_lines(_lines(candidates, "a pattern"))
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     if pictures is not None:
         seen = pictures, pixels(size), accuracy is not None
@@ -175,15 +180,15 @@ def _backbone(
     return BackboneSubject(net, found, model, batch, only)
 
 
-def _lines(path: Path | None) -> tuple[str, ...]:
+def _lines(path: Path | None, what: str) -> tuple[str, ...]:
     """The lines of a text file that are not empty."""
     if path is None:
         return ()
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: pass a text file with one in each line")
+        raise ValueError(f"{path} does not exist: pass a text file with {what} in each line")
     found = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     if not found:
-        raise ValueError(f"{path} is empty: write one in each line")
+        raise ValueError(f"{path} is empty: write {what} in each line")
     return found
 
 

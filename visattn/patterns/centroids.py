@@ -11,7 +11,7 @@ import torch
 from visattn.layout import Layout
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.kinds import ComposedPattern
-from visattn.patterns.values import whole_numbers
+from visattn.patterns.values import whole_number
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ class Centroids(ComposedPattern):
 
     def __post_init__(self) -> None:
         for name in ("clusters", "window"):
-            value = getattr(self, name)
-            if isinstance(value, tuple | list):
-                raise ValueError(f"{name}={value!r} must be one whole number")
-            object.__setattr__(self, name, whole_numbers(value, name, 1))
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, 1))
 
     @property
     def needs_weights(self) -> bool:
@@ -129,10 +126,16 @@ def followed(
         Unit vectors like `centroids`.
 
     Raises:
-        ValueError: If `decay` is no share.
+        ValueError: If `decay` is no share, or centroids, queries, keys and layout do not fit.
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay={decay!r} must be a share of the old centroids, from 0 to 1")
+    if centroids.ndim != 3 or centroids.shape[::2] != q.shape[2:]:
+        raise ValueError(f"centroids {list(centroids.shape)} must be [H, clusters, D] of queries {list(q.shape)}")
+    if not q.shape[1] == k.shape[1] == layout.length:
+        raise ValueError(
+            f"queries {list(q.shape)} and keys {list(k.shape)} must have the {layout.length} tokens of {layout}"
+        )
     at, heads = inner(layout), q.shape[2]
     with torch.no_grad():
         x = torch.cat([q[:, at], k[:, at].repeat_interleave(heads // k.shape[2], 2)], 1)

@@ -13,7 +13,7 @@ from visattn.patterns.choice.clusters import Clusters, first_centres, k_means
 from visattn.patterns.choice.memory import usable
 from visattn.patterns.choice.picks import Seen, pick_number
 from visattn.patterns.ordered import Clustered, OrderedPattern
-from visattn.patterns.values import is_number, real_number, whole_numbers
+from visattn.patterns.values import is_number, real_number, whole_number
 
 # Tokens of a tile at most, and of the smallest one of keys.
 TILE, SMALLEST = 64, 16
@@ -51,10 +51,7 @@ class KMeans(OrderedPattern):
 
     def __post_init__(self) -> None:
         for name in ("queries", "keys", "start", "step"):
-            value = getattr(self, name)
-            if isinstance(value, tuple | list):
-                raise ValueError(f"{name}={value!r} must be one whole number")
-            object.__setattr__(self, name, whole_numbers(value, name, 1))
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, 1))
         if not is_number(self.p) or not 0 < self.p <= 1:
             raise ValueError(f"p={self.p!r} must be a share of the attention, above 0 and at most 1")
         if not is_number(self.floor) or not 0 <= self.floor <= 1:

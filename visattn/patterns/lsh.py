@@ -12,7 +12,7 @@ from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.ordered import Clustered, OrderedPattern
-from visattn.patterns.values import whole_numbers
+from visattn.patterns.values import whole_number
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,7 @@ class Lsh(OrderedPattern):
 
     def __post_init__(self) -> None:
         for name, low in (("planes", 1), ("block", 1), ("samples", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, tuple | list):
-                raise ValueError(f"{name}={value!r} must be one whole number")
-            object.__setattr__(self, name, whole_numbers(value, name, low))
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, low))
         if self.planes > 30:
             raise ValueError(f"planes={self.planes} must be at most 30: more have more buckets than there are tokens")
 

@@ -12,7 +12,7 @@ from visattn.patterns.base import Pattern
 from visattn.patterns.dense import Dense
 from visattn.patterns.kinds import ComposedPattern, ListedPattern
 from visattn.patterns.text import parse
-from visattn.patterns.values import drift_of, whole_numbers
+from visattn.patterns.values import drift_of, whole_number
 
 HEADS = re.compile(r"(\d+)(?:(-)(\d*))?")
 
@@ -207,10 +207,7 @@ class Best(HeadsPattern):
             raise ValueError(f"of has {len(found)} pattern{'s' * (len(found) != 1)}: give at least two to choose from")
         object.__setattr__(self, "of", found)
         for name in ("rows", "every"):
-            value = getattr(self, name)
-            if isinstance(value, tuple | list):
-                raise ValueError(f"{name}={value!r} must be one whole number")
-            object.__setattr__(self, name, whole_numbers(value, name, 1))
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, 1))
         object.__setattr__(self, "drift", drift_of(self.drift))
 
     @property

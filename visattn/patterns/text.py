@@ -58,7 +58,10 @@ def _parsed(text: str, version: int) -> Pattern:
             )
         return parse(PRESETS[name].pattern)
     if name not in KINDS:
-        raise ValueError(f"unknown pattern {name!r}{_nearest(name, KINDS)}; patterns: {', '.join(sorted(KINDS))}")
+        raise ValueError(
+            f"unknown pattern {name!r}{_nearest(name, (*KINDS, *PRESETS))}; patterns: {', '.join(sorted(KINDS))}; "
+            f"names that stand for one: {', '.join(sorted(PRESETS))}"
+        )
     kind = KINDS[name]
     types = _types(kind)
     fields = list(types)

@@ -38,6 +38,22 @@ def whole_numbers(value: Any, name: str, low: int, also: Sequence[int] = ()) -> 
     return tuple(whole) if isinstance(value, Sequence) else whole[0]
 
 
+def whole_number(value: Any, name: str, low: int) -> int:
+    """Check a parameter that is one whole number, never one per axis.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    wrong = ValueError(f"{name}={value!r} must be one whole number of at least {low}")
+    if isinstance(value, tuple | list):
+        raise wrong
+    try:
+        found = whole_numbers(value, name, low)
+    except ValueError:
+        raise wrong from None
+    return int(found)  # type: ignore[arg-type]
+
+
 def is_number(value: object) -> bool:
     """Whether a value is a finite real number and no boolean."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

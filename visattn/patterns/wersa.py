@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from visattn.patterns.linear import LinearForm
-from visattn.patterns.values import whole_numbers
+from visattn.patterns.values import whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +46,7 @@ class Wersa(LinearForm):
 
     def __post_init__(self) -> None:
         for name in ("levels", "features"):
-            value = getattr(self, name)
-            if isinstance(value, tuple | list):
-                raise ValueError(f"{name}={value!r} must be one whole number, like {type(self).__dict__[name]}")
-            object.__setattr__(self, name, whole_numbers(value, name, 1))
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, 1))
 
     @property
     def learnable(self) -> bool:

@@ -23,13 +23,15 @@ def fitted(measurer: Measurer, seconds: float, held_out: int) -> Plan:
         measurer: Measures, or knows, how long dense samples take.
         seconds: For the whole search.
         held_out: Samples that verify.
+
+    Raises:
+        ValueError: If the time was over when the model was ready, before any sample.
     """
     smaller = plan = measurer.plan
     try:
         sample = measurer.sample_seconds()
     except OutOfTime:
-        # What the journal has is enough for a search, or the search says that it is not.
-        return plan
+        raise ValueError(f"{seconds / 60:g} minutes were over before a dense sample was drawn: give more") from None
     for smaller in _smaller(plan):
         if estimated(smaller, sample, measurer.subject.steps, held_out) <= seconds:
             break

@@ -22,15 +22,15 @@ def read_lines(lines: Iterable[str]) -> tuple[tuple[str, ...], Only]:
         Canonical texts, each once, and the names behind those that are for some alone.
 
     Raises:
-        ValueError: If a line is no pattern, or names no layer where it should.
+        ValueError: If a line has no pattern, none behind the "@" or an unknown one.
     """
     found: dict[str, set[str] | None] = {}
     for line in lines:
-        text, at, names = line.partition(AT)
+        text, at, names = f" {line} ".partition(AT)
         places = {each.strip() for each in names.split(",")}
-        if at and "" in places:
-            raise ValueError(f"candidate {line!r} has no layer beside a comma: write PATTERN @ LAYER, LAYER")
-        name = canonical(text)
+        if not text.strip() or (at and "" in places):
+            raise ValueError(f"candidate {line!r} is not of the form PATTERN, or PATTERN @ LAYER, LAYER")
+        name = canonical(text.strip())
         known = found.get(name, set())
         # A line without layers is for all, whatever another one says; dense attention always is.
         found[name] = known | places if at and known is not None and name != DENSE else None
@@ -52,7 +52,10 @@ def by_layer(only: Only, layers: Collection[str], modules: Mapping[str, str]) ->
     for name, places in only.items():
         unknown = sorted(places - {*layers, *modules})
         if unknown:
-            raise ValueError(f"candidate {name} is for {unknown[0]}, which is no layer here: {', '.join(layers)}")
+            raise ValueError(
+                f"candidate {name} is for {unknown[0]!r}, which is no layer here: give one of {', '.join(layers)}, or "
+                "a module of theirs by its whole name"
+            )
         found[name] = frozenset(modules.get(place, place) for place in places)
     return found
 
