@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from visattn.files import written_whole
+
 
 def itself(*arguments: str) -> list[str]:
     """The command that starts the running script, `python -m scripts.ROOM.NAME`, with these arguments."""
@@ -44,7 +46,8 @@ def measure_cases(
             return
         report["cases"][name] = measured(name)
         if out is not None:
-            out.write_text(json.dumps(report, indent=1) + "\n")
+            with written_whole(out) as path:
+                path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

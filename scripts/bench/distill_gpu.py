@@ -24,6 +24,7 @@ from scripts.distill.loop import prepare
 from scripts.distill.methods import METHODS, settings_of
 from scripts.distill.training import Training
 from scripts.gpu_common import versions
+from visattn.files import written_whole
 
 STEPS, PROFILED = 40, 3
 SPARSITY = 0.95
@@ -90,7 +91,8 @@ def main() -> None:
                 print(json.dumps(case), flush=True)
                 torch.cuda.reset_peak_memory_stats()
                 if options.out:
-                    options.out.write_text(json.dumps(report, indent=1) + "\n")
+                    with written_whole(options.out) as path:
+                        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 from scripts.gpu_common import compile_first
 from visattn.bench import DENSE, Case, Result, backend_names, contenders
 from visattn.environment import devices, versions
+from visattn.files import written_whole
 from visattn.suites import NAMES, Entry, Measured, run_suite, suite
 
 
@@ -79,7 +80,8 @@ class Kept:
         each = last.to_dict()
         key = case_of(each)
         self._known[key] = merged(self._known[key], each) if key in self._known else each
-        self._out.write_text(json.dumps(self._about | {"results": list(self._known.values())}, indent=1) + "\n")
+        with written_whole(self._out) as path:
+            path.write_text(json.dumps(self._about | {"results": list(self._known.values())}, indent=1) + "\n")
         times = [f"{line.backend} {line.timing.median * 1e3:.3f} ms" for line in last.result.lines if line.timing]
         print(f"  {', '.join(times)}", flush=True)
 

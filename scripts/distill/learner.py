@@ -216,6 +216,6 @@ def as_trained(tensors: dict[str, torch.Tensor], config: Any, step: int) -> Trai
         "heads": config.heads,
         "precision": getattr(config, "quantize", ""),
         "steps": step,
-        "lora_scale": (config.lora_alpha or config.lora) / config.lora if config.lora else 1.0,
+        "lora_scale": config.lora_scale,
     }
     return Trained(whole, lora, own, about)

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,24 @@ def prepare(config: RunConfig) -> None:
     Raises:
         ValueError: If it was started with other settings.
     """
+    step = check_folder(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    if config.resume and (config.out / CHECKPOINT).is_file():
-        print(f"going on from step {check_resume(config.out / CHECKPOINT, config)}")
+    if step is not None:
+        print(f"going on from step {step}")
+
+
+def check_folder(config: RunConfig, unknown: Collection[str] = ()) -> int | None:
+    """Steps that are done of a run that may go on, None for one that begins.
+
+    Args:
+        config: Settings.
+        unknown: Names of those that are not known yet.
+
+    Raises:
+        ValueError: If the run in its folder was started with other settings.
+    """
+    checkpoint = config.out / CHECKPOINT
+    return check_resume(checkpoint, config, unknown) if config.resume and checkpoint.is_file() else None
 
 
 def begin(config: RunConfig) -> Accelerator:

@@ -86,7 +86,7 @@ class Noise:
         index = torch.bucketize(times, table).clamp(1, len(table) - 1)
         # A step is as long wherever in it a time lies.
         after = (times - table[index] + table[index - 1]).clamp(min=0)
-        signal, dirt, next_signal, next_dirt = *self._shares(times), *self._shares(after)
+        signal, dirt, next_signal, next_dirt = *self._shares(times), *self._shares(after, index == 1)
         moved = {
             "flow": next_dirt - dirt,
             "sample": next_signal - next_dirt * signal / dirt,
@@ -95,14 +95,15 @@ class Noise:
         }[self.kind]
         return (len(self.timesteps) * moved).square()
 
-    def _shares(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """How much of the clean sample and of the noise there is at some times; never none of either."""
+    def _shares(self, times: torch.Tensor, last: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much of the clean sample and of the noise there is at some times, behind the last step none."""
         if self.alphas is None:
             dirt = times / TRAIN_TIMES
             return 1 - dirt, dirt.clamp(min=torch.finfo(dirt.dtype).tiny)
-        # Behind the last step nothing is left of the noise.
-        alphas = torch.cat([self.alphas.new_ones(1), self.alphas]).to(times.device)
-        alpha = alphas[(times.long() + (times > 0)).clamp(max=len(alphas) - 1)]
+        alpha = self.alphas.to(times.device)[times.long().clamp(max=len(self.alphas) - 1)]
+        if last is not None:
+            # Behind the last step nothing is left of the noise, at time 0 there is some.
+            alpha = alpha.where(~last, 1.0)
         return alpha.sqrt(), (1 - alpha).clamp(min=torch.finfo(alpha.dtype).tiny).sqrt()
 
 

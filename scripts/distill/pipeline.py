@@ -20,6 +20,7 @@ give others, and starts from the student of the run before it:
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,14 +35,15 @@ def main(arguments: list[str] | None = None) -> Path | None:
     result = None
     try:
         runs = split(sys.argv[1:] if arguments is None else arguments)
-        folders = [parse(Config, __doc__, words).out for words in runs]
-        again = [str(folder) for folder in folders if folders.count(folder) > 1]
-        if again:
-            raise ValueError(f"--out {again[0]} is that of two runs: give each one behind {THEN} its own")
+        configs = [parse(Config, __doc__, words) for words in runs]
+        check(configs)
         # Only now what takes seconds to import: a wrong setting is answered at once.
-        from scripts.distill.loop import prepare, train
+        from scripts.distill.loop import check_folder, prepare, train
         from scripts.distill.training import Training
 
+        for config in configs[1:]:
+            # Its start is not there yet.
+            check_folder(config, {"weights"})
         for number, words in enumerate(runs):
             before = [] if result is None else ["--weights", str(result)]
             config = parse(Config, __doc__, [*words, *before])
@@ -54,6 +56,21 @@ def main(arguments: list[str] | None = None) -> Path | None:
     except ValueError as error:
         raise SystemExit(f"distill: {error}") from error
     return result
+
+
+def check(configs: Sequence[Config]) -> None:
+    """Looks at runs that follow each other, before the first begins.
+
+    Raises:
+        ValueError: If two of them have one folder, or one does not start from the student of the run before it.
+    """
+    for number, config in enumerate(configs):
+        if config.out.resolve() in [other.out.resolve() for other in configs[:number]]:
+            raise ValueError(f"--out {config.out} is that of two runs: give each one behind {THEN} its own")
+        if number and config.weights != configs[0].weights:
+            raise ValueError(
+                f"--weights {config.weights} behind {THEN}, where a run starts from the one before it: leave it out"
+            )
 
 
 def split(words: list[str]) -> list[list[str]]:

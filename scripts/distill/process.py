@@ -24,8 +24,10 @@ def train_student(options: Sequence[str], folder: Path, seconds: float) -> float
         seconds: After so long it is asked to stop, and what it has is taken; 0: never.
 
     Raises:
-        RuntimeError: If there is no student in the end.
+        RuntimeError: If it writes no student; an older one in the folder is none.
     """
+    student = folder / "student.safetensors"
+    older = _written(student)
     words = [sys.executable, "-m", "scripts.distill.pipeline", "--out", str(folder), *options]
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,10 +37,15 @@ def train_student(options: Sequence[str], folder: Path, seconds: float) -> float
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
             process.wait()
-    if not (folder / "student.safetensors").is_file():
+    if _written(student) in (None, older):
         tail = (folder / "output.txt").read_text()[-2000:]
-        raise RuntimeError(f"{folder.name} has no student.safetensors: {tail}")
+        raise RuntimeError(f"{folder.name} has no new student.safetensors: {tail}")
     return time.monotonic() - start
+
+
+def _written(file: Path) -> int | None:
+    """When a file was written, None if it is not there."""
+    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def collect(

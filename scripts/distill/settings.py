@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import types
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from scripts.distill.ranges import at, stepped, varies
 from visattn.patterns import Agent, Centroids, Dense, Linear
 from visattn.schedule import Schedule
-from visattn.trained import load_trained
+from visattn.trained import Trained, load_trained
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -88,7 +89,7 @@ class RunConfig:
         self._check_heads()
         self._check_sharing()
         if self.weights is not None:
-            load_trained(self.weights)
+            self._check_start(load_trained(self.weights))
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
         for wanted, package, why in (
@@ -165,6 +166,20 @@ class RunConfig:
         rowless = [str(p) for p in patterns if not isinstance(p, Dense | Linear | Agent) or getattr(p, "causal", False)]
         if getattr(self, "maps", 0) and rowless:
             raise ValueError(f"--maps needs weights that are positive everywhere: linear or agent, not {rowless[0]}")
+
+    def _check_start(self, start: Trained) -> None:
+        """LoRA of another scale would be another student."""
+        had = start.about.get("lora_scale", 1.0)
+        if self.lora and start.lora and not math.isclose(had, self.lora_scale):
+            raise ValueError(
+                f"--weights {self.weights} has LoRA that counts {had:g} times, here it counts {self.lora_scale:g} "
+                f"times: pass --lora-alpha {had * self.lora:g}"
+            )
+
+    @property
+    def lora_scale(self) -> float:
+        """How many times what LoRA adds counts."""
+        return (self.lora_alpha or self.lora) / self.lora if self.lora else 1.0
 
     @classmethod
     def losses(cls) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,8 +91,13 @@ def load_checkpoint(path: Path, trained: Tensors, average: Tensors, optimizer: t
     return Progress(known["step"], known["seconds"], known["began"])
 
 
-def check_resume(path: Path, config: RunConfig) -> int:
+def check_resume(path: Path, config: RunConfig, unknown: Collection[str] = ()) -> int:
     """Steps that a checkpoint has done; for a run that is about to go on, before any model is loaded.
+
+    Args:
+        path: The checkpoint.
+        config: Settings.
+        unknown: Names of those that are not compared.
 
     Raises:
         ValueError: If the run was started with other settings, `CHANGEABLE` ones aside.
@@ -100,7 +105,8 @@ def check_resume(path: Path, config: RunConfig) -> int:
     with safe_open(path, framework="pt") as file:
         known = json.loads(file.metadata()["run"])
     then, now = known["config"], config.to_json()
-    other = [f"{k} {then.get(k)!r} then, {now[k]!r} now" for k in now if k not in CHANGEABLE and then.get(k) != now[k]]
+    compared = now.keys() - CHANGEABLE - {*unknown}
+    other = [f"{k} {then.get(k)!r} then, {v!r} now" for k, v in now.items() if k in compared and then.get(k) != v]
     if other:
         raise ValueError(f"{path} is from another run ({'; '.join(other)}): pass --no-resume or another --out")
     return known["step"]

@@ -134,12 +134,12 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = options_of(arguments)
-    pipe: Any = load_pipeline(options.model, options.device)
-    pipe.set_progress_bar_config(disable=True)
     size = {"height": options.size, "width": options.size, "num_inference_steps": options.steps}
     try:
         if options.objective == "palette" and not options.examples:
             raise ValueError("--objective palette needs --examples: pictures with the colours that are wanted")
+        pipe: Any = load_pipeline(options.model, options.device)
+        pipe.set_progress_bar_config(disable=True)
         encoder = load_encoder(ENCODER, options.device)[0] if options.objective == "caption" or options.data else None
         known, unseen = captions_of(options.data, options.prompts, options.held_out)
         objective: Objective = {

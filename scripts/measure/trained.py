@@ -32,6 +32,7 @@ from scripts.measure import animoji, emoji
 from scripts.measure.draftsman import DENSE, Draftsman, Student
 from scripts.measure.trained_pictures import draw_curves, draw_sheet
 from scripts.train import animoji_data, emoji_data
+from visattn.files import written_whole
 
 START = 90  # seconds beside its steps after which a training is asked to stop
 POINTS = 24  # of a curve: means, as a batch's distance says more about its noise
@@ -113,7 +114,6 @@ def _train_chain(
             found[name] = {"error": problem.splitlines()[0]}
         else:
             found[name] = _told(options.runs / name, method, sparsity)
-            found[name] |= {} if before is None else {"after": name_of(method, before)}
             before = sparsity
     return found
 
@@ -149,7 +149,9 @@ def _train(method: str, sparsity: float, before: float | None, options: argparse
         seconds = train_student([*words, *options.also], folder, options.seconds + START if options.seconds else 0)
     except RuntimeError as error:
         return str(error)
-    (folder / "seconds.json").write_text(json.dumps({"seconds": round(seconds, 1)}) + "\n")
+    about = {"seconds": round(seconds, 1)} | ({} if before is None else {"after": name_of(method, before)})
+    with written_whole(folder / "seconds.json") as path:
+        path.write_text(json.dumps(about) + "\n")
     return ""
 
 

@@ -20,6 +20,10 @@ def test_lines_of_a_file():
     assert names_at("b", names, layers) == list(names) and HEADS not in names_at("c", names, layers)
     with pytest.raises(ValueError, match=r"is for 'a\.1', which is no layer here: give one of a\.0, b"):
         by_layer(only, ["a.0", "b"], {"b.attn": "b"})
+    # Dense attention is for all layers.
+    assert read_lines(["dense @ a"]) == (("dense",), {})
+    with pytest.raises(ValueError, match="is not of the form PATTERN, or PATTERN @ LAYER, LAYER"):
+        read_lines(["topk @ a,"])
     with pytest.raises(ValueError, match="nosuch"):
         read_lines(["nosuch @ a"])
     for line in ("topk @", "@ a", "topk @ a,", " "):

@@ -246,6 +246,67 @@ class TestSearch:
         rest = next(r for r in best._ladders[1] if best._holds(r, 0.0))
         assert found.verified.seconds == pytest.approx(rest.time / 4, rel=0.02)
 
+    @pytest.mark.parametrize(("dense", "psnr"), [(0, 13.0), (1, 20.0)])
+    def test_nothing_of_one_candidate_for_all_that_holds_is_faster(self, dense, psnr):
+        class Mixed(Numbers):
+            """The same where candidates beside others make more error, and any in a first stage to be dense."""
+
+            def outcome(self, edges, assignment, seeds, timed=True):
+                found = super().outcome(edges, assignment, seeds, timed)
+                kinds = {name for row in assignment for name in row[dense:]}
+                off = 15.0 * (len(kinds) > 1 or any(set(row[:dense]) - {DENSE} for row in assignment))
+                return dataclasses.replace(found, psnr=tuple(p - off for p in found.psnr))
+
+        goal = Goal(psnr=psnr, margin=0.0, held_out=20)
+        found = search(goal, subject=Mixed()).run()
+        times = []
+        for first, name in itertools.product(range(2), COSTS):
+            assignment = ((DENSE,) * first + (name,) * (2 - first),) * 3
+            seen = Mixed().outcome((), assignment, range(20))
+            times += [seen.attention_seconds] if seen.held(goal.share) >= goal.psnr else []
+        assert found.held and found.verified.attention_seconds <= min(times) < 60
+        assert {name for row in found.assignment for name in row[dense:]} == {"topk(keep=0.2)"}
+
+    def test_what_whole_runs_of_one_candidate_took_counts_more_than_what_is_predicted(self):
+        class Quick(Numbers):
+            """The same where whole runs of `topk(keep=0.5)` alone take no time at all."""
+
+            def outcome(self, edges, assignment, seeds, timed=True):
+                found = super().outcome(edges, assignment, seeds, timed)
+                quick = {name for row in assignment for name in row} == {"topk(keep=0.5)"}
+                return dataclasses.replace(found, attention_seconds=1.0) if quick else found
+
+        found = search(Goal(psnr=20.0, held_out=5), subject=Quick()).run()
+        assert found.held and found.assignment == (("topk(keep=0.5)",) * 2,) * 3
+
+    def test_a_schedule_that_never_verifies_is_told_with_its_own_figures(self):
+        class Unlucky(Numbers):
+            """The same where what is held out is far off, but for dense attention."""
+
+            def outcome(self, edges, assignment, seeds, timed=True):
+                found = super().outcome(edges, assignment, seeds, timed)
+                return dataclasses.replace(found, psnr=tuple(p - 3 * (min(seeds) > 999) for p in found.psnr))
+
+        found = search(Goal(psnr=20.0, margin=0.0, held_out=5, rounds=1), subject=Unlucky()).run()
+        assert not found.held and found.verified.seconds == sum(COSTS[n][1] for row in found.assignment for n in row)
+
+    def test_candidates_of_some_layers_of_a_group_are_chosen(self):
+        class Placed(Numbers):
+            """The same where the last layer alone has candidates."""
+
+            def local(self, step, names, seeds, timed):
+                *rest, last = super().local(step, names, seeds, timed)
+                return [*({DENSE: each[DENSE]} for each in rest), last]
+
+        for groups in (1, 3):
+            plan = Plan(tuple(COSTS), stages=2, groups=groups, seeds=4, quick=2, checks=6)
+            made = Search(Measurer(Placed(), plan, Journal(None, {})), Goal(psnr=30.0, margin=0.0, held_out=5))
+            found = made.run()
+            assert found.held and {name for row in found.assignment[:2] for name in row} == {DENSE}
+            assert DENSE not in found.assignment[2]
+            known = [json.loads(key) for key in made.measurer.journal._known]
+            assert all(row == [DENSE] * 2 for key in known if key[0] == "quality" for row in key[1][:2])
+
     def test_stages_are_as_long_as_those_before_them_where_the_steps_allow_it(self):
         assert Plan((DENSE,), stages=4, steps=24).edges == (0.0, 0.125, 0.25, 0.5, 1.0)
         assert Plan((DENSE,), stages=4, steps=4).edges == (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -297,6 +358,24 @@ class TestSearch:
         assert tuned(made, found).verified["seconds_dense"] > 0
         with pytest.raises(ValueError, match="before anything could be predicted"):
             search(Goal(psnr=25.0), deadline=-1).run()
+
+    def test_minutes_end_a_search_whose_schedules_do_not_verify(self, monkeypatch):
+        clock = [0.0]
+        monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+        class Late(Numbers):
+            """The same where the time is over with the first samples held out, which are far off."""
+
+            def outcome(self, edges, assignment, seeds, timed=True):
+                found = super().outcome(edges, assignment, seeds, timed)
+                late = min(seeds) > 999
+                clock[0] += late
+                return dataclasses.replace(found, psnr=tuple(p - 6 * late for p in found.psnr))
+
+        found = search(Goal(psnr=20.0, margin=0.0, held_out=5), subject=Late(), deadline=0.5).run()
+        whole = search(Goal(psnr=20.0, margin=0.0, held_out=5), subject=Late()).run()
+        assert not found.complete and whole.complete
+        assert len(found.tried) < len(whole.tried)
 
     def test_the_file_says_what_was_verified(self, tmp_path):
         made = search(Goal(psnr=25.0, held_out=5))
@@ -353,8 +432,18 @@ class TestSearch:
         sizes = [estimated(each, 60.0, 8, 20) for each in found]
         assert sizes == sorted(sizes, reverse=True) and sizes[1] <= 0.75 * whole and sizes[2] <= 0.6 * whole
         assert found[3].groups == 2 and found[3].candidates[0] == DENSE and 5 <= len(found[3].candidates) <= 10
+        late = Measurer(Numbers(), plan, Journal(None, {}), -1.0)
+        monkeypatch.setattr("time.monotonic", lambda: 0.0)
+        with pytest.raises(ValueError, match="before a dense sample was drawn: give more"):
+            fitted(late, 1.0, 20)
         few = Measurer(Numbers(), Plan(tuple(COSTS), stages=2, seeds=8, quick=4), Journal(None, {}))
         assert fitted(few, 1.0, 20).candidates == tuple(COSTS)
+
+    def test_more_minutes_measure_more_candidates_with_the_same_journal(self):
+        journal, few = Journal(None, {}), tuple(COSTS)[:2]
+        for names in (few, tuple(COSTS)):
+            measurer = Measurer(Numbers(), Plan(names, stages=2, seeds=4, quick=2), journal)
+            assert set(measurer.local()[0][0]) == set(names)
 
     def test_one_of_the_goals(self):
         for goal in (Goal(), Goal(psnr=30.0, speedup=2.0)):

@@ -202,6 +202,38 @@ class TestTraining:
         with pytest.raises(SystemExit, match=r"out is that of two runs: give each one behind --then its own"):
             run(folder, tmp_path / "out", "--then", "--steps", "2")
 
+    @pytest.mark.parametrize(
+        ("more", "error"),
+        [
+            (
+                ("--out", "{tmp}/b", "--weights", "{tmp}/old/student.safetensors"),
+                "starts from the one before it",
+            ),
+            (("--out", "{tmp}/old"), r"old.checkpoint\.safetensors is from another run \(steps 2 then, 4 now\)"),
+        ],
+    )
+    def test_folders_and_starts_of_later_runs_are_looked_at_before_the_first(
+        self, folder, tmp_path, more, error, monkeypatch
+    ):
+        run(folder, tmp_path / "old", "--steps", "2")
+        monkeypatch.setattr(training, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit, match=error):
+            run(folder, tmp_path / "a", "--then", *(each.format(tmp=tmp_path) for each in more))
+
+    def test_runs_that_are_stopped_in_the_second_go_on_to_the_same_weights(self, folder, tmp_path, monkeypatch):
+        whole = run(folder, tmp_path / "a", "--then", "--out", str(tmp_path / "b"), "--lr", "0.02")
+        again = functools.partial(run, folder, tmp_path / "c", "--then", "--out", str(tmp_path / "d"), "--lr", "0.02")
+        stopped(monkeypatch, loop.Run, "train_step", lambda each: each.config.out.name == "d" and each.step == 2, again)
+        assert equal(again(), whole)
+
+    def test_lora_of_another_scale_is_no_start(self, folder, tmp_path):
+        pytest.importorskip("peft")
+        run(folder, tmp_path / "a", "--lora", "2", "--lora-alpha", "4", "--steps", "1")
+        start = ("--weights", str(tmp_path / "a" / "student.safetensors"), "--steps", "1")
+        with pytest.raises(SystemExit, match="counts 2 times, here it counts 1 times: pass --lora-alpha 4"):
+            run(folder, tmp_path / "b", "--lora", "2", *start)
+        run(folder, tmp_path / "b", "--lora", "2", "--lora-alpha", "4", *start)
+
     def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(self, folder, tmp_path):
         more = ("--optimizer", "muon", "--lr", "0.01", "--own-lr", "0.3")
         config = settings.parse(Config, None, words(folder, tmp_path, *more))

@@ -13,6 +13,7 @@ from scripts.distill import cache_samples, emoji_students
 from scripts.distill import pipeline as distill
 from scripts.distill.config import Config
 from scripts.distill.pipeline import split
+from scripts.distill.process import train_student
 from scripts.distill.samples import SampleSet
 from scripts.distill.settings import parse
 from scripts.distill.training import Training
@@ -102,7 +103,7 @@ def test_every_student_is_trained_and_listed(folder, tmp_path):
 def test_linear_students_learn_from_small_samples_first(folder, tmp_path, monkeypatch):
     runs = []
 
-    def train_student(options, place, seconds):
+    def train(options, place, seconds):
         # Whatever is asked for are runs that can be.
         for words in split(["--out", str(place), *options]):
             told = parse(Config, None, words)
@@ -111,7 +112,7 @@ def test_linear_students_learn_from_small_samples_first(folder, tmp_path, monkey
             (told.out / "log.jsonl").write_text(json.dumps({"step": told.steps}))
         return 1.0
 
-    monkeypatch.setattr(emoji_students, "train_student", train_student)
+    monkeypatch.setattr(emoji_students, "train_student", train)
     emoji_students.main(given(folder, tmp_path, "mala"))
     sizes = [SampleSet(each.samples).index.settings["size"] for each in runs]
     assert [(int(size), each.batch, each.steps) for size, each in zip(sizes, runs, strict=True)] == [
@@ -124,6 +125,13 @@ def test_linear_students_learn_from_small_samples_first(folder, tmp_path, monkey
     found = json.loads((tmp_path / "students.json").read_text())["students"]["mala"]
     assert found["steps"] == 6
     assert [each["size"] for each in found["phases"]] == [SIDE // 4, SIDE // 2, SIDE]
+
+
+def test_an_older_student_is_not_what_a_training_gave(tmp_path, monkeypatch):
+    (tmp_path / "student.safetensors").touch()
+    monkeypatch.setattr("sys.executable", "false")
+    with pytest.raises(RuntimeError, match=r"has no new student\.safetensors"):
+        train_student([], tmp_path, 0)
 
 
 def test_a_size_that_small_samples_cannot_have_is_an_error(tmp_path):

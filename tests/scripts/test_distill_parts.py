@@ -83,6 +83,14 @@ class TestNoise:
             torch.testing.assert_close(found[i] * off**2, (moved * len(visited)).square()[0], rtol=1e-4, atol=1e-6)
         assert process.weights(torch.tensor([950.0, 600.0, 50.0, 0.0]), "step").isfinite().all()
 
+    def test_a_sampler_that_visits_time_0_has_a_step_from_there(self):
+        alphas = torch.linspace(0.999, 0.01, 1000)
+        process = noise.Noise("epsilon", (500.0, 0.0), alphas=alphas)
+        ratio = [((1 - alphas[i]) / alphas[i]).sqrt() for i in (500, 0)]
+        # An error of the noise moves x / sqrt(alpha) by the difference of these ratios.
+        expected = torch.stack([(2 * (ratio[1] - ratio[0]) * alphas[0].sqrt()) ** 2, (2 * ratio[1]) ** 2])
+        torch.testing.assert_close(process.weights(torch.tensor([500.0, 0.0]), "step"), expected)
+
     def test_sampler_times_have_its_density(self):
         times = self.flow.draw(30_000, "sampler", torch.Generator().manual_seed(0))
         assert times.min() >= 0 and times.max() <= 1000

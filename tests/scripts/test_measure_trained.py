@@ -82,6 +82,9 @@ def test_each_of_a_chain_starts_from_the_one_before(places, tmp_path, monkeypatc
     assert given[1][given[1].index("--pattern") + 1] == "sla2(keep=0.25)"
     assert figures["trained"]["sla2-75"]["after"] == "sla2-50" and "after" not in figures["trained"]["sla2-50"]
     assert len(figures["rows"]) == 5
+    # What it was trained from stays true, whatever is asked for later.
+    trained.main(words(places, tmp_path, *more[:-1]))
+    assert json.loads((tmp_path / "out.json").read_text())["trained"]["sla2-75"]["after"] == "sla2-50"
 
 
 def test_clips_are_trained_and_measured_too(tmp_path, here):

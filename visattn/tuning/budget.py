@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator
 
 from visattn.tuning.measure import Measurer, OutOfTime, Plan
-from visattn.tuning.subject import DENSE
 
-# Schedules that a search measures before it finds the one to verify.
+# Schedules that a search measures before it finds the one to verify, beside one of a single candidate for each stage.
 SCHEDULES = 5
 # Runs of a candidate in a layer for its error and its time, in dense calls; share of the candidates that stay for
 # stages other than the middle one.
@@ -29,24 +27,15 @@ def fitted(measurer: Measurer, seconds: float, held_out: int) -> Plan:
     Raises:
         ValueError: If the time was over when the model was ready, before any sample.
     """
-    plan = measurer.plan
+    smaller = plan = measurer.plan
     try:
-        # In the journal, so that a search that goes on has the same plan.
-        sample = measurer.journal.get(["sample", plan.quick], lambda: _sample(measurer))
+        sample = measurer.sample_seconds()
     except OutOfTime:
         raise ValueError(f"{seconds / 60:g} minutes were over before a dense sample was drawn: give more") from None
-    smaller = plan
     for smaller in _smaller(plan):
         if estimated(smaller, sample, measurer.subject.steps, held_out) <= seconds:
             break
     return smaller
-
-
-def _sample(measurer: Measurer) -> float:
-    """Seconds of a dense sample, the first time that it runs: what is known of it would be played."""
-    start = time.perf_counter()
-    measurer.quality(((DENSE,) * measurer.plan.stages,) * measurer.subject.layers)
-    return (time.perf_counter() - start) / measurer.plan.quick
 
 
 def estimated(plan: Plan, sample: float, steps: int, held_out: int) -> float:
@@ -63,7 +52,7 @@ def estimated(plan: Plan, sample: float, steps: int, held_out: int) -> float:
     share = (plan.stages + 1) / (2 * plan.stages)
     injections = (plan.groups * plan.probes + 1) * plan.stages + plan.checks
     candidates = len(plan.candidates) * RUNS * (1 + STAY * (plan.stages - 1)) / steps
-    whole = SCHEDULES * plan.seeds + 2 * held_out + plan.seeds
+    whole = (SCHEDULES + plan.stages) * plan.seeds + 2 * held_out + plan.seeds
     return quick * (injections * share + candidates) + sample * whole
 
 

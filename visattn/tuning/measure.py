@@ -8,7 +8,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -98,6 +99,15 @@ class Measurer:
         edges = [round(i * subject.layers / count) for i in range(count + 1)]
         self.groups = [range(a, b) for a, b in itertools.pairwise(edges)]
 
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Inside, measurements begin whatever the clock says."""
+        deadline, self.deadline = self.deadline, math.inf
+        try:
+            yield
+        finally:
+            self.deadline = deadline
+
     def outcome(self, assignment: Assignment, seeds: Sequence[int]) -> Outcome:
         """Quality and time of a schedule."""
         edges = self.plan.edges
@@ -140,27 +150,31 @@ class Measurer:
     def _stage(self, stage: int, names: Sequence[str], timed: Sequence[str]) -> list[dict[str, Local]]:
         step = int((self.plan.edges[stage] + self.plan.edges[stage + 1]) / 2 * self.subject.steps)
         seeds = self.plan.samples[: self.plan.quick]
-        rows = self._get(["local", step, list(seeds)], lambda: self.subject.local(step, names, seeds, timed))
+        # Another budget has other candidates.
+        key = ["local", step, list(seeds), list(names)]
+        rows = self._get(key, lambda: self.subject.local(step, names, seeds, timed))
         return [{name: Local(*value) for name, value in row.items()} for row in rows]
 
     def responses(self, local: list[list[dict[str, Local]]]) -> tuple[list[list[Response]], float | None]:
         """The output's error over each layer's, by layer and stage, and its rank correlation with other injections."""
         plan, units = self.plan, list(itertools.product(range(len(self.groups)), range(self.plan.stages)))
-        probes, total = self._probes(local), len(units) * plan.probes
+        probes = [self._probes(local, group) for group in self.groups]
+        injected = [(unit, probe) for unit in units for probe in probes[unit[0]]]
+        total = len(injected)
         points: dict[tuple[int, int], list[tuple[float, float]]] = {unit: [] for unit in units}
-        for done, (unit, probe) in enumerate(itertools.product(units, probes)):
+        for done, (unit, probe) in enumerate(injected):
             self.tell("injections", done, total)
-            points[unit].append((self._error(local, unit, probe), self._inject(unit, probe)))
+            points[unit].append((self._error(local, unit, probe), self._inject(local, unit, probe)))
         self.tell("injections", total, total)
         floors = [self._floor(local, stage, points) for stage in range(plan.stages)]
         fits = {unit: Response(some, floors[unit[1]]) for unit, some in points.items()}
-        others = [name for name in plan.candidates if name not in {*probes, DENSE}]
-        pairs = [(unit, name) for unit in units for name in others if math.isfinite(self._error(local, unit, name))]
+        others = [[name for name in plan.candidates if name not in {*some, DENSE}] for some in probes]
+        pairs = [(u, name) for u in units for name in others[u[0]] if math.isfinite(self._error(local, u, name))]
         chosen = random.Random(plan.seed).sample(pairs, min(plan.checks, len(pairs)))
         seen = []
         for done, (unit, name) in enumerate(chosen):
             self.tell("checks of what is predicted", done, len(chosen))
-            seen.append((floors[unit[1]] + fits[unit](self._error(local, unit, name)), self._inject(unit, name)))
+            seen.append((floors[unit[1]] + fits[unit](self._error(local, unit, name)), self._inject(local, unit, name)))
         self.tell("checks of what is predicted", len(chosen), len(chosen))
         ranks = rank_correlation([a for a, _ in seen], [b for _, b in seen])
         by_layer = {layer: g for g, group in enumerate(self.groups) for layer in group}
@@ -184,14 +198,14 @@ class Measurer:
         """
         found = []
         edges = [round(e * self.subject.steps) for e in self.plan.edges]
-        group_of = {layer: group for group in self.groups for layer in group}
+        group_of = {layer: number for number, group in enumerate(self.groups) for layer in group}
         for layer, stage in itertools.product(range(self.subject.layers), range(self.plan.stages)):
             calls, here = edges[stage + 1] - edges[stage], local[layer][stage]
             respond, group = responses[layer][stage], group_of[layer]
             unit = []
             for name, (error, seconds) in here.items():
                 # A group's loss is shared by its layers as their errors are.
-                whole = sum(local[other][stage].get(name, Local(math.inf, 0.0)).error for other in group)
+                whole = self._error(local, (group, stage), name)
                 loss = 0.0 if name == DENSE or whole <= 0 else respond(whole) * error / whole
                 loss *= excess.get(kind_of(name), 1.0)
                 if math.isfinite(loss):
@@ -212,21 +226,24 @@ class Measurer:
         if not tried:
             return 0.0
         error, group, name = min((self._error(local, (g, stage), n), g, n) for g in tried for n in names)
-        return floor_of((error, self._inject((group, stage), name)), max(points[group, stage]))
+        return floor_of((error, self._inject(local, (group, stage), name)), max(points[group, stage]))
 
-    def _probes(self, local: list[list[dict[str, Local]]]) -> list[str]:
-        """Candidates along the hull of all layers together, dense not among them: large enough to be no rounding."""
-        names = [n for n in self.plan.candidates if all(n in each for layer in local for each in layer)]
-        sums = [
-            Choice(
-                n,
-                sum(each[n].seconds for la in local for each in la),
-                sum(each[n].error for la in local for each in la),
-            )
-            for n in names
-        ]
-        found = [choice.name for choice in hull(sums) if choice.name != DENSE] or [n for n in names if n != DENSE]
-        size = {choice.name: choice.loss / (len(local) * self.plan.stages) for choice in sums}
+    def _probes(self, local: list[list[dict[str, Local]]], group: Sequence[int]) -> list[str]:
+        """Candidates along the hull of all layers together, dense not among them: large enough to be no rounding.
+
+        Where none is for all layers, those of the layers of a group that have any.
+        """
+        layers = local
+        names = [n for n in self.plan.candidates if n != DENSE and all(_runs(n, layer) for layer in layers)]
+        if not names:
+            layers = [local[layer] for layer in group]
+            names = [n for n in self.plan.candidates if n != DENSE and any(_runs(n, layer) for layer in layers)]
+        sums, size = [], {}
+        for name in (DENSE, *names):
+            some = [each[name] for layer in layers if _runs(name, layer) for each in layer]
+            sums.append(Choice(name, sum(each.seconds for each in some), sum(each.error for each in some)))
+            size[name] = sums[-1].loss / max(1, len(some))
+        found = [choice.name for choice in hull(sums) if choice.name != DENSE] or names
         count = min(self.plan.probes, len(found))
         probes: list[str] = []
         for i in range(count):
@@ -235,22 +252,49 @@ class Measurer:
             probes.append(min(left, key=lambda name: abs(math.log(max(size[name], 1e-12) / wanted))))
         return probes
 
-    def _error(self, local: list[list[dict[str, Local]]], unit: tuple[int, int], name: str) -> float:
+    def _with(self, local: list[list[dict[str, Local]]], unit: tuple[int, int], name: str) -> list[int]:
+        """The layers of a group that a candidate is for, and runs in."""
         group, stage = unit
-        return sum(local[layer][stage].get(name, Local(math.inf, 0.0)).error for layer in self.groups[group])
+        return [layer for layer in self.groups[group] if name in local[layer][stage]]
 
-    def _inject(self, unit: tuple[int, int], name: str) -> float:
-        group, stage = unit
+    def _error(self, local: list[list[dict[str, Local]]], unit: tuple[int, int], name: str) -> float:
+        layers = self._with(local, unit, name)
+        return sum(local[layer][unit[1]][name].error for layer in layers) if layers else math.inf
+
+    def _inject(self, local: list[list[dict[str, Local]]], unit: tuple[int, int], name: str) -> float:
+        layers = self._with(local, unit, name)
         rows = [
-            tuple(name if layer in self.groups[group] and s == stage else DENSE for s in range(self.plan.stages))
+            tuple(name if layer in layers and s == unit[1] else DENSE for s in range(self.plan.stages))
             for layer in range(self.subject.layers)
         ]
         return self.quality(tuple(rows)).error
+
+    def sample_seconds(self) -> float:
+        """Seconds of a dense sample, the first time that it runs: what is known of it would be played.
+
+        In the journal, so that a search that goes on has the same figure.
+
+        Raises:
+            OutOfTime: If the minutes are over.
+        """
+        quick, dense = self.plan.samples[: self.plan.quick], ((DENSE,) * self.plan.stages,) * self.subject.layers
+
+        def run() -> float:
+            start = time.perf_counter()
+            self.subject.outcome(self.plan.edges, dense, quick, False)
+            return (time.perf_counter() - start) / len(quick)
+
+        return self._get(["sample", len(quick)], run)
 
     def _get(self, key: Any, measure: Callable[[], Any]) -> Any:
         if not self.journal.knows(key) and time.monotonic() > self.deadline:
             raise OutOfTime
         return self.journal.get(key, measure)
+
+
+def _runs(name: str, stages: Sequence[Mapping[str, Local]]) -> bool:
+    """Whether a candidate runs in all stages of a layer."""
+    return all(name in each for each in stages)
 
 
 def promising(layers: Sequence[Mapping[str, Local]], names: Sequence[str]) -> tuple[str, ...]:

@@ -31,17 +31,17 @@ def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -
     if measurer.subject.device.type == "cpu":
         return {}
     calls = _calls(measurer)
-    times, middle = _middle(measurer, local)
+    times, chosen = middle(measurer, local)
     try:
         # Dense attention says what a second of a layer is in these figures, which are of one sample.
-        dense = _measured(measurer, DENSE) if middle else 0.0
+        dense = _measured(measurer, DENSE) if chosen else 0.0
         if dense <= 0:
             return {}
         beyond = {}
-        for done, (kind, name) in enumerate(middle.items()):
-            measurer.tell("candidates in whole runs", done, len(middle))
+        for done, (kind, name) in enumerate(chosen.items()):
+            measurer.tell("candidates in whole runs", done, len(chosen))
             beyond[kind] = _measured(measurer, name) * times[DENSE] / dense - times[name]
-        measurer.tell("candidates in whole runs", len(middle), len(middle))
+        measurer.tell("candidates in whole runs", len(chosen), len(chosen))
     except OutOfTime:
         return {}
     return {kind: max(seconds, 0.0) / (sum(calls) * len(local)) for kind, seconds in beyond.items()}
@@ -62,11 +62,11 @@ def excess(
     Returns:
         Factors from 1 by the name of a kind; empty where the time is over.
     """
-    _, middle = _middle(measurer, local)
+    _, chosen = middle(measurer, local)
     layers = measurer.subject.layers
     found = {}
     try:
-        for kind, name in middle.items():
+        for kind, name in chosen.items():
             predicted = sum(
                 respond(each[name].error)
                 for layer, row in zip(local, responses, strict=True)
@@ -82,7 +82,7 @@ def excess(
     return {kind: ratio / least for kind, ratio in found.items()}
 
 
-def _middle(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -> tuple[dict[str, float], dict[str, str]]:
+def middle(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -> tuple[dict[str, float], dict[str, str]]:
     """Time of candidates in all layers of a run, and of each kind that one of middle time that is faster than dense."""
     calls = _calls(measurer)
     names = [name for name in measurer.plan.candidates if all(name in each for layer in local for each in layer)]

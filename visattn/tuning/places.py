@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from visattn.tuning.candidates import canonical
+from visattn.tuning.subject import DENSE
 
 # Between a pattern and the layers, in a line of a file of candidates.
 AT = " @ "
@@ -29,9 +30,10 @@ def read_lines(lines: Iterable[str]) -> tuple[tuple[str, ...], Only]:
         places = {each.strip() for each in names.split(",")}
         if not text.strip() or (at and "" in places):
             raise ValueError(f"candidate {line!r} is not of the form PATTERN, or PATTERN @ LAYER, LAYER")
-        name, known = canonical(text.strip()), found.get(canonical(text.strip()), set())
-        # A line without layers is for all, whatever another one says.
-        found[name] = known | places if at and known is not None else None
+        name = canonical(text.strip())
+        known = found.get(name, set())
+        # A line without layers is for all, whatever another one says; dense attention always is.
+        found[name] = known | places if at and known is not None and name != DENSE else None
     return tuple(found), {name: frozenset(some) for name, some in found.items() if some is not None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,9 @@ from typing import Any
 
 from visattn.tuned import Tuned
 from visattn.tuning.measure import Measurer, OutOfTime
-from visattn.tuning.overhead import excess, overheads
+from visattn.tuning.overhead import excess, middle, overheads
 from visattn.tuning.sensitivity import rank_correlation
-from visattn.tuning.solve import Choice, Rung, ladder
+from visattn.tuning.solve import Choice, Rung, front, ladder, uniform
 from visattn.tuning.subject import DENSE, Assignment, Outcome
 
 # Seeds of the samples that verify begin so far behind those that are measured; another round begins as far again.
@@ -97,36 +98,33 @@ class Search:
         self.tried: dict[Assignment, dict[str, Any]] = {}
         # By how many first stages are dense; rungs of what was tried.
         self._ladders: list[list[Rung]] = []
+        # Schedules of one candidate for all that is not dense, likewise.
+        self._uniform: list[list[Rung]] = []
         self._known: dict[Assignment, Rung] = {}
 
     def run(self) -> Found:
         """Search; with the minutes over, the best that was seen is verified."""
-        measurer, complete, ranks = self.measurer, True, None
+        complete, ranks, rounds = True, None, self.goal.rounds
         # Points of accuracy are what they are: no margin before held-out samples say otherwise.
         margin = self.goal.margin if self.goal.accuracy is None else 0.0
         try:
-            local = measurer.local()
-            responses, ranks = measurer.responses(local)
-            beyond = overheads(measurer, local), excess(measurer, local, responses)
-            units, stages = measurer.choices(local, responses, *beyond), measurer.plan.stages
-            for dense in range(stages):
-                kept = [u if i % stages >= dense else _dense_alone(u) for i, u in enumerate(units)]
-                self._ladders.append(ladder(kept))
+            ranks = self._predict()
             rung = self._find(margin)
         except OutOfTime:
             complete = False
             if not self._ladders:
                 raise ValueError("the minutes were over before anything could be predicted: go on with more") from None
             rung = self._best(margin)
-        # Held-out samples are measured whatever the clock says: no quality is reported without them.
-        measurer.deadline = math.inf
-        for again in range(self.goal.rounds):
+        for again in range(rounds):
             verified = self._verify(rung, again)
             held = self.goal.score(verified) >= self.goal.least
-            if held or not complete or rung == self._dense:
+            if held or not complete or rung == self._dense or again + 1 == rounds:
                 break
             margin += max(0.25, self.goal.least - self.goal.score(verified))
-            rung = self._find(margin, rung.time)
+            try:
+                rung = self._find(margin, rung.time)
+            except OutOfTime:
+                complete, rung = False, self._best(margin, rung.time)
         predicted = [(each["loss"], each["error"]) for each in self.tried.values() if each["error"]]
         whole = rank_correlation([a for a, _ in predicted], [b for _, b in predicted])
         assignment = self._assignment(rung)
@@ -134,11 +132,30 @@ class Search:
         tried = sorted(self.tried.values(), key=lambda each: each["time"])
         return Found(assignment, verified, held, tried, {"injections": ranks, "schedules": whole}, complete, missed)
 
+    def _predict(self) -> float | None:
+        """Measure layers and injections, and make the ladders; returns the rank correlation of injections."""
+        measurer, stages = self.measurer, self.measurer.plan.stages
+        local = measurer.local()
+        responses, ranks = measurer.responses(local)
+        beyond = overheads(measurer, local)
+        units = measurer.choices(local, responses, beyond, excess(measurer, local, responses))
+        for dense in range(stages):
+            kept = [u if i % stages >= dense else _dense_alone(u) for i, u in enumerate(units)]
+            self._ladders.append(ladder(kept))
+            self._uniform.append(uniform(kept))
+        # Whole runs of these are measured: what they are good for is known.
+        known = set(middle(measurer, local)[1].values()) if beyond else set()
+        for rung in self._uniform[0]:
+            if known & set(rung.names):
+                self._outcome(rung)
+        return ranks
+
     def _find(self, margin: float, after: float = 0.0) -> Rung:
         """The fastest schedule that does what is asked for: the first rung that does, on whichever ladder it is.
 
         The first steps decide what a sample shows. An error there turns some samples into others, which no mean
-        predicts: schedules without any, whose first stages are dense, have ladders of their own.
+        predicts: schedules without any, whose first stages are dense, have ladders of their own. Nor do predictions see
+        all: what has one candidate for all layers is tried beside them.
 
         Args:
             margin: By how many dB the bound is passed.
@@ -150,12 +167,30 @@ class Search:
             return within[-1] if within else next((r for r in self._ladders[0] if r.time > after), self._dense)
         best = self._dense
         # With the first stage dense most has an answer.
-        for dense in sorted(range(len(self._ladders)), key=lambda dense: abs(dense - 1)):
-            left = [rung for rung in self._ladders[dense] if after < rung.time < best.time / (1 + CLOSE)]
+        order = sorted(range(len(self._ladders)), key=lambda dense: abs(dense - 1))
+        for dense in order:
+            left = _between(self._ladders[dense], after, best)
             # Where one ladder has an answer, another has a better one only if its last rung below holds.
             if left and (best is self._dense or self._holds(left[-1], margin)):
                 best = self._first([*left, best], margin)
+        for dense in order:
+            left = front(_between(self._uniform[dense], after, best))
+            if left and self._holds(left[-1], margin):
+                best = self._first(left, margin)
+        return self._fastest(best, margin, after)
+
+    def _fastest(self, best: Rung, margin: float, after: float) -> Rung:
+        """A rung, or what was measured with one candidate for all, if that holds too and took less time."""
+        for rung in itertools.chain(*self._uniform):
+            if rung.time > after and self._has(rung, margin) and self._is_faster(rung, best):
+                best = rung
         return best
+
+    def _is_faster(self, one: Rung, other: Rung) -> bool:
+        """Whether a rung takes less time than another one: as measured, or as predicted where that is not."""
+        seen = [self.tried.get(self._assignment(rung), {}).get("attention_seconds", 0.0) for rung in (one, other)]
+        a, b = seen if all(seen) else (one.time, other.time)
+        return a < b / (1 + CLOSE)
 
     def _first(self, rungs: Sequence[Rung], margin: float) -> Rung:
         """The first rung that holds, of some of which the last does."""
@@ -206,10 +241,15 @@ class Search:
     def _holds(self, rung: Rung, margin: float) -> bool:
         return self.goal.score(self._outcome(rung)) >= self.goal.least + margin
 
-    def _best(self, margin: float) -> Rung:
-        """The fastest measured rung that holds; dense where none does."""
-        good = [rung for rung in self._known.values() if (self._score(rung) or 0.0) >= self.goal.least + margin]
-        return min(good, key=lambda rung: rung.time, default=self._dense)
+    def _has(self, rung: Rung, margin: float) -> bool:
+        """Whether a rung was measured and holds."""
+        score = self._score(rung)
+        return score is not None and score >= self.goal.least + margin
+
+    def _best(self, margin: float, after: float = 0.0) -> Rung:
+        """The fastest measured rung of more time that holds; dense where none does."""
+        good = [rung for rung in self._known.values() if rung.time > after and self._has(rung, margin)]
+        return self._fastest(min(good, key=lambda rung: rung.time, default=self._dense), margin, after)
 
     def _outcome(self, rung: Rung) -> Outcome:
         assignment = self._assignment(rung)
@@ -231,7 +271,9 @@ class Search:
     def _verify(self, rung: Rung, again: int) -> Outcome:
         first = self.measurer.plan.seed + HELD_OUT * (again + 1)
         self.measurer.tell("verifying", 0, 1)
-        found = self.measurer.outcome(self._assignment(rung), range(first, first + self.goal.held_out))
+        # Whatever the clock says: no quality is reported without them.
+        with self.measurer.unhurried():
+            found = self.measurer.outcome(self._assignment(rung), range(first, first + self.goal.held_out))
         self.measurer.tell("verifying", 1, 1)
         return found
 
@@ -268,6 +310,11 @@ def _dense_alone(unit: Sequence[Choice]) -> list[Choice]:
     return [choice for choice in unit if choice.name == DENSE]
 
 
+def _between(rungs: Sequence[Rung], after: float, best: Rung) -> list[Rung]:
+    """Rungs of more predicted time than some, which are faster than the best so far."""
+    return [rung for rung in rungs if after < rung.time < best.time / (1 + CLOSE)]
+
+
 def _decibels(loss: float) -> float:
     """A squared error as PSNR."""
     return math.inf if loss <= 0 else -10 * math.log10(loss)
@@ -291,12 +338,9 @@ def tuned(search: Search, found: Found) -> Tuned:
     layers = {str(i): stages_of(plan.edges, row) for i, row in enumerate(found.assignment)}
     dense = tuple((DENSE,) * plan.stages for _ in range(subject.layers))
     first = plan.seed + HELD_OUT
-    # No quality without its dense twin, whatever the clock says.
-    deadline, measurer.deadline = measurer.deadline, math.inf
-    try:
+    # No quality without its dense twin.
+    with measurer.unhurried():
         twin = measurer.outcome(dense, range(first, first + goal.held_out))
-    finally:
-        measurer.deadline = deadline
     finite = [value for value in verified.psnr if math.isfinite(value)]
     figures: dict[str, Any] = {
         "held": found.held,

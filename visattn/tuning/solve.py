@@ -75,6 +75,27 @@ def ladder(units: Sequence[Sequence[Choice]]) -> list[Rung]:
     return rungs
 
 
+def uniform(units: Sequence[Sequence[Choice]]) -> list[Rung]:
+    """The rungs with one candidate for all units, from the fastest to the slowest.
+
+    Args:
+        units: The choices of each unit; one with a single choice keeps it.
+    """
+    free = [{choice.name: choice for choice in unit} for unit in units if len(unit) > 1]
+    names = [name for name in (free[0] if free else ()) if all(name in each for each in free)]
+    rungs = [_rung([u[0] if len(u) == 1 else next(c for c in u if c.name == name) for u in units]) for name in names]
+    return sorted(rungs, key=lambda rung: (rung.time, rung.loss, rung.names))
+
+
+def front(rungs: Sequence[Rung]) -> list[Rung]:
+    """Those of some rungs, sorted by time, that have less loss than all that take less time."""
+    found: list[Rung] = []
+    for rung in rungs:
+        if not found or rung.loss < found[-1].loss:
+            found.append(rung)
+    return found
+
+
 def _slope(one: Choice, two: Choice) -> float:
     """How fast loss falls with time: larger is steeper."""
     gained, took = one.loss - two.loss, two.time - one.time
