@@ -127,7 +127,7 @@ def test_a_pipeline_whose_heads_differ_is_tuned_head_by_head(command, folder, mo
     tuned[1] = out / "wrong.txt"
     tuned[1].write_text(f"{places[0][0]} @ nosuch")
     status, _, error = command("tune", "--model", folder / "pipeline", *words, *few, *tuned, "--force")
-    assert status == 2 and "is for nosuch, which is no layer here" in error
+    assert status == 2 and "is for 'nosuch', which is no layer here" in error
 
 
 @browser
