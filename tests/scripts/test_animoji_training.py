@@ -97,7 +97,8 @@ def test_what_is_held_out_does_not_depend_on_when_a_pack_was_made(folder, tmp_pa
 
 
 def test_pictures_teach_looks_beside_the_clips(pack, tmp_path):
-    stills = load_pictures(tiny_emoji.tiny_pack(tmp_path), side=SIDE)
+    tiny_emoji.write_pack(tiny_emoji.drawn(), tmp_path, new_tokenizer=True)
+    stills = load_pictures(tmp_path, side=SIDE)
     with pytest.raises(ValueError, match="tokenizer is not that of the clips"):
         with_pictures(pack, stills)
     both = with_pictures(pack, replace(stills, tokenizer=pack.tokenizer))

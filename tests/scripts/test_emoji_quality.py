@@ -50,7 +50,8 @@ def test_rows_say_what_a_pattern_costs_and_are_not_measured_twice(places, tmp_pa
     assert 0 < sparse["density"] < 0.8
     assert sparse["psnr"] < 60
     assert sparse["ssim"] < 1
-    assert 0 < sparse["attention_seconds"] < sparse["seconds"]
+    # A difference of two estimates, of a step each.
+    assert sparse["attention_seconds"] < sparse["seconds"]
     for kind in (SEEN, UNSEEN):
         assert sparse[kind]["pictures"] == 2
         low, high = sparse[kind]["top1_interval"]

@@ -90,7 +90,10 @@ def test_copies_and_saved_models_are_stock(tmp_path):
     assert list(model.state_dict()) == keys
     model.save_pretrained(tmp_path)
     assert "visattn" not in (tmp_path / "config.json").read_text()
-    assert torch.equal(ViTForImageClassification.from_pretrained(tmp_path)(x).logits, stock)
+    # Weights that were read lie at other addresses, where products may be rounded otherwise.
+    loaded = ViTForImageClassification.from_pretrained(tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    torch.testing.assert_close(loaded(x).logits, stock, rtol=0, atol=1e-6)
     for other in (copied, pickled):
         assert torch.equal(other(x).logits, stock)
         with visattn.apply(other, **SPARSE):

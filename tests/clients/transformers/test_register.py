@@ -45,9 +45,11 @@ def test_models_load_with_a_name_and_their_text_towers_stay(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = model(**x)
-    assert torch.equal(found.text_embeds, wanted.text_embeds)
+    # Weights that were read lie at other addresses, where products may be rounded otherwise.
+    torch.testing.assert_close(found.text_embeds, wanted.text_embeds, rtol=0, atol=1e-6)
     with visattn.apply(saved, "na(window=3x3)", backend="tiles"):
-        assert torch.equal(found.image_embeds, saved(**x).image_embeds)
+        torch.testing.assert_close(found.image_embeds, saved(**x).image_embeds, rtol=0, atol=1e-6)
+    assert not torch.allclose(found.image_embeds, wanted.image_embeds, rtol=0, atol=1e-4)
     only = AutoModel.from_pretrained(tmp_path, attn_implementation={"vision_config": name})
     assert only.config.text_config._attn_implementation == "sdpa"
 
