@@ -7,9 +7,9 @@ from collections.abc import Callable
 from scripts.results import result, table
 
 
-def inversion_table() -> str:
+def inversion_table(name: str = "inversion") -> str:
     """Errors of round trips, measured by scripts/measure/inversion.py."""
-    found = result("inversion")
+    found = result(name)
     errors: dict[tuple[str, str], dict[float, str]] = {}
     for each in found["rows"]:
         there, back = each["pattern"], each["back"]
@@ -42,6 +42,26 @@ def guidance_table() -> str:
     on = found["settings"]
     size = f"{on['prompts']} prompts, {on['size']}x{on['size']} pixels, {on['steps']} steps"
     return f"{table(['guidance', *(f'`{pattern}`' for pattern in patterns)], body)}\n\n{size}."
+
+
+def heads_table() -> str:
+    """What guidance by found heads does to captions that nobody had, measured by scripts/measure/heads.py."""
+    rows = []
+    for name in ("heads-dense", "heads-sparse"):
+        found = result(name)
+        for kind, each in found["held_out"].items():
+            heads = each["heads"] or {}
+            named = ", ".join(f"{layer}: {' '.join(map(str, some))}" for layer, some in heads.items())
+            gain = "" if not each["gain_error"] else f"{each['gain']:+.3f} +- {each['gain_error']:.3f}"
+            rows.append([f"`{found['pattern']}`", kind, named, f"{each['top1']:.0%}", f"{each['score']:.3f}", gain])
+    on = result("heads-dense")
+    captions = next(iter(on["held_out"].values()))["pictures"]
+    size = (
+        f"{captions} held-out captions, {on['size']}x{on['size']} pixels, {on['steps']} steps, scale {on['scale']:g}, "
+        f"no classifier-free guidance; searched on {on['prompts']} captions with up to {on['seeds'][-1]} seeds."
+    )
+    heads = ["attention", "perturbed", "heads by layer", "named right", "cosine", "gain over no perturbation"]
+    return f"{table(heads, rows)}\n\n{size}"
 
 
 def control_tables() -> dict[str, Callable[[], str]]:

@@ -19,19 +19,20 @@ SOURCES = {
     "emoji-quality": "emoji-quality",
     "emoji-students": "emoji-quality",
     "emoji-quality-512": "emoji-quality-512",
+    "emoji-students-512": "emoji-quality-512",
     "animoji-quality": "animoji-quality",
 }
 
 
 def emoji_tables() -> dict[str, Callable[[], str]]:
-    """The tables whose results have been measured; the students' needs students."""
+    """The tables whose results have been measured; those of students need students."""
     makers = {"emoji": pictures_table, "emoji-quality": quality_table, "emoji-students": students_table}
     makers["emoji-quality-512"] = partial(quality_table, "emoji-quality-512")
+    makers["emoji-students-512"] = partial(students_table, "emoji-quality-512")
     makers["animoji-quality"] = clips_table
     known = {name: make for name, make in makers.items() if (RESULTS / f"{SOURCES[name]}.json").is_file()}
-    if "emoji-students" in known and not _students(result("emoji-quality")):
-        del known["emoji-students"]
-    return known
+    without = [name for name in known if "students" in name and not _students(result(SOURCES[name]))]
+    return {name: make for name, make in known.items() if name not in without}
 
 
 def pictures_table() -> str:
@@ -103,9 +104,9 @@ def _of_clips(row: dict[str, Any]) -> list[str]:
     return found + [", ".join(f"{row[kind][name] * 255:.1f}" for kind in KINDS) for name in ("movement", "flicker")]
 
 
-def students_table() -> str:
+def students_table(name: str = "emoji-quality") -> str:
     """Every student before and after distillation, and how much of the gap to the dense model it won back."""
-    found = result("emoji-quality")
+    found = result(name)
     plain = {row["pattern"]: row for row in _measured(found, SHIPPED)}
     dense, rows = plain[DENSE], []
     for row in _students(found):

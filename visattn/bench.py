@@ -99,6 +99,12 @@ class Line:
         timing = None if self.timing is None else self.timing.to_dict()
         return {**dataclasses.asdict(self), "timing": timing}
 
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Line:
+        """From what `to_dict` gave."""
+        timing = None if found["timing"] is None else Timing(tuple(found["timing"]["seconds"]))
+        return cls(**{**found, "timing": timing})
+
 
 @dataclass(frozen=True)
 class Result:
@@ -124,6 +130,19 @@ class Result:
         case["layout"]["tokens"] = self.case.layout.length
         bounds = {name: getattr(self, name) for name in ("density", "flop_bound", "tile_bound")}
         return {"case": case, **bounds, "lines": [line.to_dict() for line in self.lines]}
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Result:
+        """From what `to_dict` gave."""
+        bounds = {name: found[name] for name in ("density", "flop_bound", "tile_bound")}
+        case = Case(**{**found["case"], "layout": _layout(found["case"]["layout"])})
+        return cls(case, tuple(Line.of(line) for line in found["lines"]), **bounds)
+
+
+def _layout(found: dict[str, Any]) -> Layout:
+    """Of its fields as JSON."""
+    keys = found["key_layout"]
+    return Layout(found["grid"], found["prefix"], found["suffix"], None if keys is None else _layout(keys))
 
 
 def backend_names(text: str) -> tuple[str, ...]:

@@ -300,7 +300,7 @@ def apply(
     if isinstance(caught, bool) or not isinstance(caught, int) or caught < 0:
         raise ValueError(f"caught={caught!r} must be how many queries of a call are looked at, 0 for none")
     if parallel is not None:
-        _check_parallel(parallel, package, caught, schedule.precision)
+        _check_parallel(parallel, package, caught, schedule.any_precision)
     always = always or strict or weights is not None or parallel is not None
     request = Request(schedule, backend, _layouts(layout), strict, always, caught, parallel, mesh)
     handle = Handle(ADAPTERS[package](target, request), request)

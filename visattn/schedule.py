@@ -14,7 +14,7 @@ from visattn.checks import check_precision
 from visattn.patterns import Dense, ListedPattern, MergingPattern, Pattern, Radial, parse
 from visattn.patterns.values import axis_values, per_axis
 from visattn.selectors import Layers, Selector, SiteName, pick, selectors_of
-from visattn.staged import Staged
+from visattn.staged import Staged, with_precision
 from visattn.tuned import Tuned
 
 # What a layer may be given: a pattern, or one for each of its steps.
@@ -113,7 +113,7 @@ class Schedule:
             rules = [(selectors_of(key), _given(value)) for key, value in pattern.items()]
         else:
             own = {}
-            rules = [(None if layers is None else selectors_of(layers), parse(pattern))]
+            rules = [(None if layers is None else selectors_of(layers), _given(pattern))]
         if isinstance(dense_layers, bool) or not isinstance(dense_layers, int) or dense_layers < 0:
             raise ValueError(f"dense_layers={dense_layers!r} must be a count of layers, 0 or more")
         precise = () if precise_layers is None else selectors_of(precise_layers, "precise_layers")
@@ -132,6 +132,11 @@ class Schedule:
         if self.precision is None and (self.precise_layers or self.precise_steps or self.precise_last_steps):
             what = "precise_layers, precise_steps and precise_last_steps"
             raise ValueError(f"{what} are what a precision leaves out: pass precision= too")
+        own = next((each.precision for each in self.staged if each.precision), None)
+        if self.precision is not None and own is not None:
+            raise ValueError(
+                f"precision={self.precision!r} and a schedule whose own patterns are in {own}: leave one of them out"
+            )
         lists = [isinstance(p, ListedPattern) or getattr(p, "runs_lists", False) for p in self.patterns]
         unlisted = [pattern for pattern, listed in zip(self.patterns, lists, strict=True) if not listed]
         if self.precision is not None and unlisted:
@@ -159,6 +164,11 @@ class Schedule:
     def counted(self) -> str:
         """The first argument that counts denoising steps, empty if none does."""
         return next((name for name in _COUNTED if getattr(self, name)), "")
+
+    @property
+    def any_precision(self) -> str | None:
+        """What anything is computed in but the model's own dtype, None if nothing is."""
+        return self.precision or next((each.precision for each in self.staged if each.precision), None)
 
     @functools.cached_property
     def needs_steps(self) -> bool:
@@ -208,7 +218,10 @@ class Schedule:
         """What each site computes in; the arguments are those of `assign`."""
         layers = list(dict.fromkeys(site.layer for site in sites))
         own = pick(self.precise_layers, sites, layers, model) if self.precise_layers else set()
-        return [None if i in own else self.precision for i in range(len(sites))]
+        given = self.assign(sites, model)
+        # What differs from step to step is known in its forward.
+        fixed = [each.precision if isinstance(each, Staged) and each.constant else None for each in given]
+        return [None if i in own else each or self.precision for i, each in enumerate(fixed)]
 
     def assign_stepless(
         self, sites: Sequence[SiteName], model: str, grid: tuple[int, ...] | None = None
@@ -330,7 +343,10 @@ def check_dims(pattern: Pattern, dims: int, model: str) -> None:
 
 
 def _given(value: Any) -> Given:
-    return Staged.of(value) if isinstance(value, Mapping) else parse(value)
+    if isinstance(value, Mapping):
+        return Staged.of(value)
+    pattern, precision = with_precision(value)
+    return pattern if precision is None else Staged.of(value)
 
 
 def _read(path: Path) -> Mapping[Any, str] | Schedule:

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from visattn.patterns import Dense, MergingPattern, Pattern, parse
+from visattn.patterns import Dense, ListedPattern, MergingPattern, Pattern, parse
+from visattn.problem import PRECISIONS
 from visattn.scaling import scaled
 
 _WHOLE = re.compile(r"(\d+)(?:(-)(\d*))?")
+_IN = re.compile(rf"(.+?)\s+in\s+({'|'.join(PRECISIONS)})\s*")
 _SHARE = re.compile(r"([01]?\.\d+|[01])\s*-\s*([01]?\.\d+|[01])?")
 
 
@@ -23,20 +25,22 @@ class Stage(NamedTuple):
         first: The first step, a count from 0, or a share of the run.
         end: The step behind the last, likewise; None for the end of the run.
         pattern: The pattern.
+        precision: What its products are computed in, as in `visattn.attention`; None for the model's own dtype.
     """
 
     first: int | float
     end: int | float | None
     pattern: Pattern
+    precision: str | None = None
 
     @classmethod
     def of(cls, steps: Any, pattern: Pattern | str) -> Stage:
         """From a text: "3", "0-3" (with step 3) and "4-" count, "0.25-0.5" and "0.5-" are shares of the run.
 
         Raises:
-            ValueError: If it is no such text, or the pattern is not one that steps may have one by one.
+            ValueError: If it is no such text, or the pattern is not one that steps may have one by one, or in 8 bits.
         """
-        made = parse(pattern)
+        made, precision = with_precision(pattern)
         if made.learnable or made.needs_weights or isinstance(made, MergingPattern):
             raise ValueError(f"steps {steps!r}: {made} must be the pattern of all steps: leave the steps away")
         text = str(steps).strip()
@@ -44,9 +48,9 @@ class Stage(NamedTuple):
         if found:
             first = int(found[1])
             last = first if not found[2] else int(found[3]) if found[3] else None
-            stage = cls(first, None if last is None else last + 1, made)
+            stage = cls(first, None if last is None else last + 1, made, precision)
         elif found := re.fullmatch(_SHARE, text):
-            stage = cls(float(found[1]), None if found[2] is None else float(found[2]), made)
+            stage = cls(float(found[1]), None if found[2] is None else float(found[2]), made, precision)
         else:
             raise ValueError(
                 f"steps {steps!r} must be counts like 0-3 or 4-, or shares of the run like 0.25-0.5 or 0.5-"
@@ -67,6 +71,11 @@ class Stage(NamedTuple):
             return f"{self.first:g}-{'' if self.end is None else f'{self.end:g}'}"
         last = "" if self.end is None else int(self.end) - 1
         return f"{self.first}" if last == self.first else f"{self.first}-{last}"
+
+    @property
+    def text(self) -> str:
+        """Its pattern and precision as text."""
+        return str(self.pattern) if self.precision is None else f"{self.pattern} in {self.precision}"
 
     def has(self, step: int, total: int | None) -> bool:
         """Whether a step of so many is one of its steps."""
@@ -104,7 +113,7 @@ class Staged:
             ValueError: If steps are named twice, or some are counted and others shares.
         """
         if not isinstance(given, Mapping):
-            return cls((Stage(0, None, parse(given)),), grid, scales)
+            return cls((Stage(0, None, *with_precision(given)),), grid, scales)
         if not given:
             raise ValueError("a layer's {} names no steps: pass e.g. {'0-3': 'dense', '4-': 'na(window=7x7)'}")
         stages = sorted((Stage.of(steps, pattern) for steps, pattern in given.items()), key=lambda stage: stage.first)
@@ -129,6 +138,11 @@ class Staged:
     def patterns(self) -> tuple[Pattern, ...]:
         """The patterns of its stages, each once."""
         return tuple(dict.fromkeys(stage.pattern for stage in self.stages))
+
+    @property
+    def precision(self) -> str | None:
+        """The first of the precisions that its stages have, None if all compute in the model's own dtype."""
+        return next((stage.precision for stage in self.stages if stage.precision), None)
 
     def index(self, step: int | None, total: int | None) -> int:
         """Which stage a step of so many is in, -1 for none."""
@@ -163,5 +177,21 @@ class Staged:
 
     def __str__(self) -> str:
         if self.constant:
-            return str(self.stages[0].pattern)
-        return f"{{{', '.join(f'{stage.steps}: {stage.pattern}' for stage in self.stages)}}}"
+            return self.stages[0].text
+        return f"{{{', '.join(f'{stage.steps}: {stage.text}' for stage in self.stages)}}}"
+
+
+def with_precision(text: Pattern | str) -> tuple[Pattern, str | None]:
+    """A pattern, and what a text like "topk(keep=0.2) in fp8" says that it is computed in.
+
+    Raises:
+        ValueError: If it is no pattern, or one that 8 bits are not for.
+    """
+    found = re.fullmatch(_IN, text.strip()) if isinstance(text, str) else None
+    pattern = parse(text if found is None else found[1])
+    if found is not None and (isinstance(pattern, Dense) or not isinstance(pattern, ListedPattern)):
+        raise ValueError(
+            f"{text}: 8 bits are for patterns that list key tiles, which {pattern} does not; dense attention in 8 bits "
+            "is a window of the whole grid"
+        )
+    return pattern, None if found is None else found[2]

@@ -94,6 +94,16 @@ class Measured:
             return about | {"case": str(entry.case), "lines": [], "reason": "the budget was over"}
         return about | self.result.to_dict()
 
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Measured | None:
+        """From what `to_dict` gave; None where nothing was measured."""
+        if not found["lines"]:
+            return None
+        result = Result.of(found)
+        layout, causal = result.case.layout, found["kind"].startswith("causal")
+        entry = Entry(found["mask"], layout.key_layout is not None, causal, found["scale"], result.case)
+        return cls(entry, result)
+
 
 def suite(name: str, device: str, **options: Any) -> list[Entry]:
     """The cases of a suite, short sequences first.

@@ -128,22 +128,32 @@ def pool_queries(
     """
     shape = pattern.shape(layout.grid)
     if key_mask is None:
-        return _pooled(_channels_first(q, layout), shape).unflatten(2, q.shape[2:]), None
+        return _pooled(q, layout, shape).unflatten(2, q.shape[2:]), None
     shown = key_mask[:, :, None, None]
-    agents = _pooled(_channels_first(q.masked_fill(~shown, 0.0), layout), shape)
+    agents = _pooled(q.masked_fill(~shown, 0.0), layout, shape)
     # In float32 at least: the share of a few tokens among many is small.
-    share = _pooled(_channels_first(shown.to(torch.promote_types(q.dtype, torch.float32)), layout), shape)
+    share = _pooled(shown.to(torch.promote_types(q.dtype, torch.float32)), layout, shape)
     there = share > 0
     agents = (agents / share.masked_fill(~there, 1.0)).to(q.dtype)
     return agents.unflatten(2, q.shape[2:]), there[:, :, 0]
 
 
-def _pooled(grid: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Adaptive averages [B, C, *grid] -> [B, agents, C]."""
+def _pooled(x: torch.Tensor, layout: Layout, shape: tuple[int, ...]) -> torch.Tensor:
+    """Adaptive averages of the grid's tokens: [B, S, H, D] -> [B, agents, H * D]."""
+    grid = _channels_first(x, layout)
+    if x.is_cuda and layout.dims == 3 and not any(n % cells for n, cells in zip(layout.grid, shape, strict=True)):
+        return _equal_cells(grid, shape).flatten(2).transpose(1, 2)
     pool = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
     # The 1-D form takes a number, the others one number per axis.
     sides = shape[0] if len(shape) == 1 else list(shape)
     return pool[len(shape) - 1](grid, sides).flatten(2).transpose(1, 2)  # type: ignore[arg-type]
+
+
+def _equal_cells(grid: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Averages [B, C, *shape] of equal cells; torch's pooling of three axes is slow on tokens in this order."""
+    for axis, cells in enumerate(shape):
+        grid = grid.unflatten(2 + 2 * axis, (cells, -1))
+    return grid.mean(tuple(range(3, 3 + 2 * len(shape), 2)))
 
 
 def _channels_first(x: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from visattn.kernels.linear.features import elu_plus_one, repeated, widened
+from visattn.kernels.linear.features import feature_map, repeated, widened
 from visattn.kernels.linear.plain import divided
 from visattn.layout import Layout
 from visattn.patterns.linear import Linear
@@ -116,16 +116,16 @@ def plain_grid_attention(
         [B, S, H, D] in v's dtype.
     """
     heads = q.shape[2]
-    maps = {"elu": elu_plus_one, "relu": lambda x: widened(x).relu(), "given": widened}
-    q, k, values = maps[feature](q), repeated(maps[feature](k), heads), repeated(widened(v), heads)
+    q, k, values = feature_map(q, feature), repeated(feature_map(k, feature), heads), repeated(widened(v), heads)
     if key_mask is not None:
         k = k * key_mask[:, :, None, None]
     values = torch.cat([values, values.new_ones(*values.shape[:3], 1)], 3)
-    out = in_order(earlier(*(by_position(x, positions, inner) for x in (q, k, values)), rates.to(q.dtype)), inner)
+    sides = [by_position(x, positions, inner) for x in (q, k, values)]
+    out = in_order(earlier(sides[0], sides[1], sides[2], rates.to(q.dtype)), inner)
     if dense is not None:
-        sides = q.shape[3], v.shape[3]
-        state, sums = dense.to(q.dtype).split([math.prod(sides), sides[0]], 2)
-        out = out + torch.einsum("bshf,bhfd->bshd", q, torch.cat([state.unflatten(2, sides), sums[..., None]], 3))
+        shape = q.shape[3], v.shape[3]
+        state, sums = dense.to(q.dtype).split([math.prod(shape), shape[0]], 2)
+        out = out + torch.einsum("bshf,bhfd->bshd", q, torch.cat([state.unflatten(2, shape), sums[..., None]], 3))
     return divided(out[..., :-1], out[..., -1]).to(v.dtype)
 
 

@@ -21,6 +21,11 @@ def elu_plus_one(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, x + 1, _at_most_zero(x).exp())
 
 
+def feature_map(x: torch.Tensor, feature: str) -> torch.Tensor:
+    """Features without parameters in float32 at least: "elu", "relu", or x where it is features already ("given")."""
+    return elu_plus_one(x) if feature == "elu" else widened(x).relu() if feature == "relu" else widened(x)
+
+
 def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Keys or values [B, S, Hkv, D] for every query head: [B, S, H, D]."""
     # Not repeat_interleave, which copies its count to the device and so cannot be captured in a CUDA graph.
@@ -50,7 +55,7 @@ def features(
         Features [B, S, H, F] and [B, S, Hkv or H, F]; F is D, or 2 D for the learnable ones.
     """
     if feature in ("elu", "relu"):
-        q, k = (elu_plus_one(x) if feature == "elu" else widened(x).relu() for x in (q, k))
+        q, k = feature_map(q, feature), feature_map(k, feature)
         k = _shown(k, key_mask)
         return q / peak(q, (3,)), k / peak(k, (1, 3))
     maps = parameters.get("query_map"), parameters.get("key_map")

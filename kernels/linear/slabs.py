@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from visattn.kernels.linear.causal import Sides, decay_rates, earlier, running
-from visattn.kernels.linear.features import elu_plus_one, peak, repeated, widened
+from visattn.kernels.linear.features import feature_map, peak, repeated, widened
 from visattn.kernels.linear.plain import divided
 from visattn.parallel.dense import Gathered
 from visattn.parallel.moved import Moved
@@ -50,7 +50,7 @@ def linear_on_slabs(
     """
     local, heads = slabs.local(rank), q.shape[2]
     axis = pattern.causal_axis(local.grid)
-    q, keys = (elu_plus_one(x) if pattern.feature == "elu" else widened(x).relu() for x in (q, k))
+    q, keys = feature_map(q, pattern.feature), feature_map(k, pattern.feature)
     if key_mask is not None:
         keys = keys * key_mask[:, :, None, None]
     # Factors per query are free; those of keys must be all ranks'.

@@ -52,24 +52,19 @@ class BackboneSubject:
                 f"{self.model} does not say on which grid its tokens sit, so no schedule can be tuned for it"
             )
         self.grid = grid
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         self._twins: dict[tuple[int, ...], torch.Tensor] = {}
         self._warm: set[tuple[str, int]] = set()
 
-    @property
-    def queued(self) -> bool:
-        """See `Subject.queued`."""
-        return self._device.type != "cpu"
-
     def about(self) -> dict[str, Any]:
         """See `Subject.about`."""
-        on_gpu = self._device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
         return {
             "model": self.name or self.model,
             "grid": list(self.grid),
             "pictures": [self.pictures.name, self.pictures.count],
             "batch": self.batch,
-            "device": torch.cuda.get_device_name(self._device) if on_gpu else cpu_name(),
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu_name(),
             "dtype": str(next(self._net.parameters()).dtype).removeprefix("torch."),
             "torch": versions()["torch"],
         }
@@ -140,7 +135,7 @@ class BackboneSubject:
                 for first in range(0, len(seeds), self.batch):
                     which = self.pictures.of_seeds(seeds)[first : first + self.batch]
                     x = torch.stack([self.pictures.get(i) for i in which])
-                    parts.append(self._net(x.to(self._device, next(self._net.parameters()).dtype)).float().cpu())
+                    parts.append(self._net(x.to(self.device, next(self._net.parameters()).dtype)).float().cpu())
             finally:
                 if handle is not None:
                     handle.remove()
@@ -170,8 +165,8 @@ class BackboneSubject:
                 hook.remove()
 
     def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def _snr(one: torch.Tensor, twin: torch.Tensor) -> float:

@@ -18,6 +18,7 @@ from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import key_validity
 from visattn.runtime.run import Run
 from visattn.runtime.runner import Runner
+from visattn.runtime.sequences import with_queries
 
 CONTENT, STYLE, RESULT = 0, 1, 2
 # What a batch of so many samples is.
@@ -45,10 +46,12 @@ class Where(NamedTuple):
     """Where a call's tokens are.
 
     Attributes:
-        rows: Tokens of the grid; others are text.
+        queries: Those of the grid.
+        rows: Keys of the grid; others are text.
         keys: Valid keys [B, S], None for all.
     """
 
+    queries: slice
     rows: slice
     keys: torch.Tensor | None
 
@@ -56,7 +59,7 @@ class Where(NamedTuple):
 def source_of(call: AttentionCall, where: Where) -> Source:
     """What samples [content, style, ...] of a call give to others."""
     keys = None if where.keys is None else where.keys[STYLE, where.rows]
-    return Source(call.q[CONTENT, where.rows], call.k[STYLE, where.rows], call.v[STYLE, where.rows], keys)
+    return Source(call.q[CONTENT, where.queries], call.k[STYLE, where.rows], call.v[STYLE, where.rows], keys)
 
 
 def inject(
@@ -73,7 +76,7 @@ def inject(
         temperature: Factor on the logits.
     """
     rows = where.rows
-    q = temperature * (gamma * source.q + (1 - gamma) * call.q[sample, rows])
+    q = temperature * (gamma * source.q + (1 - gamma) * call.q[sample, where.queries])
     k, v = (x[sample].clone() for x in (call.k, call.v))
     k[rows], v[rows] = source.k, source.v
     mask = None
@@ -118,12 +121,12 @@ class Injection:
         """
         stored = self._features is not None
         sample = 0 if stored else RESULT
-        where = find_grid(self._run, call, site, sample + 1)
+        where = find_grid(self._run, self._plain, call, site, sample + 1)
         source = self._features.of(site) if self._features is not None else source_of(call, where)
-        if len(source.q) != where.rows.stop - where.rows.start:
+        if len(source.q) != where.queries.stop - where.queries.start:
             raise ValueError(f"style_transfer: {site} has another grid than when content and style were stored")
         out = leave(self._run, self._plain, call, site).clone()
-        out[sample, where.rows] = inject(call, sample, where, source, self._gamma, self._temperature).to(out.dtype)
+        out[sample, where.queries] = inject(call, sample, where, source, self._gamma, self._temperature).to(out.dtype)
         self.calls += 1
         return out
 
@@ -146,7 +149,7 @@ class Recording:
         Raises:
             ValueError: If the call is not one of two samples on one grid, or there is too much to store.
         """
-        where = find_grid(self._run, call, site, STYLE + 1)
+        where = find_grid(self._run, self._plain, call, site, STYLE + 1)
         self._features.keep(site, source_of(call, where))
         return leave(self._run, self._plain, call, site)
 
@@ -160,24 +163,29 @@ def leave(run: Run, plain: Runner, call: AttentionCall, site: str) -> torch.Tens
     return out
 
 
-def find_grid(run: Run, call: AttentionCall, site: str, samples: int) -> Where:
+def find_grid(run: Run, plain: Runner, call: AttentionCall, site: str, samples: int) -> Where:
     """Where the tokens of a call of so many samples are.
 
     Raises:
         ValueError: If they are not the samples that are expected, on one grid.
     """
-    forward = run.forward
-    found = "called outside of the model's forward" if forward is None else forward.layouts(call.k.shape[1])
+    found = plain.places(call)
     if not isinstance(found, str) and len(set(found)) > 1:
         found = "its samples sit in different places"
-    if not isinstance(found, str) and call.q.shape[1] != call.k.shape[1]:
-        found = "it has keys beyond its queries"
-    if not isinstance(found, str) and len(call.q) != samples:
+    elif len(call.q) != samples:
         found = f"its batch is {len(call.q)} and not {SAMPLES[samples]}"
-    if isinstance(found, str):
-        raise ValueError(f"style_transfer: {site} cannot take a style: {found}; leave it out of layers=")
+    of_queries = found
+    if not isinstance(found, str) and call.q.shape[1] < call.k.shape[1]:
+        of_queries = with_queries(call.q.shape[1], found[:1])
+    if isinstance(found, str) or isinstance(of_queries, str):
+        why = found if isinstance(found, str) else of_queries
+        raise ValueError(f"style_transfer: {site} cannot take a style: {why}; leave it out of layers=")
     keys = key_validity(call.mask, call.q, run.mask_row, call.k.shape[1])
     if isinstance(keys, str) or (keys is not None and keys.dtype != torch.bool):
         raise ValueError(f"style_transfer: {site} has a mask that says more than which keys are valid")
-    layout: Layout = next(iter(found))
-    return Where(slice(layout.prefix, layout.prefix + layout.tokens), keys)
+    return Where(_grid(next(iter(of_queries))), _grid(next(iter(found))), keys)
+
+
+def _grid(layout: Layout) -> slice:
+    """Tokens of the grid."""
+    return slice(layout.prefix, layout.prefix + layout.tokens)

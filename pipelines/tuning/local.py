@@ -10,9 +10,8 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 import torch
 
 from visattn.attend import attention
-from visattn.layout import Layout
-from visattn.patterns import Pattern, parse
 from visattn.patterns.choice.memory import Memory, Place, placed
+from visattn.staged import with_precision
 from visattn.timing import per_call
 from visattn.tuning.candidates import is_steady
 from visattn.tuning.subject import DENSE, Local
@@ -56,10 +55,12 @@ class Probe:
             weight_of: Output projection of a site with so many channels.
             timed: Candidates whose time is measured, None for all; that of the others is 0.
         """
-        self._patterns = {name: parse(name) for name in candidates}
+        read = {name: with_precision(name) for name in candidates}
+        self._patterns = {name: pattern for name, (pattern, _) in read.items()}
+        self._precisions = {name: precision for name, (_, precision) in read.items()}
         self._step, self._weight_of = step, weight_of
         self._timed = set(candidates if timed is None else timed)
-        self._chosen_at = {name: max(0, step - _every(each) // 2) for name, each in self._patterns.items()}
+        self._chosen_at = {name: max(0, step - self._every(name) // 2) for name in self._patterns}
         self._memories: dict[tuple[str, int, str], Memory] = {}
         self._choosing: dict[tuple[str, int, str], float] = {}
         self._seen: dict[str, dict[str, list[Local]]] = {}
@@ -80,19 +81,19 @@ class Probe:
         (layout,) = watched.layouts
         shape = self._shapes[watched.site] = watched.q.shape, watched.k.shape, layout
         number = self._calls[watched.site, step] = self._calls.get((watched.site, step), -1) + 1
-        for name, pattern in self._patterns.items():
-            if _every(pattern) > 1 and step == self._chosen_at[name] and (shape, name) not in self._hopeless:
-                self._choose(watched, (watched.site, number, name), pattern)
+        for name in self._patterns:
+            if self._every(name) > 1 and step == self._chosen_at[name] and (shape, name) not in self._hopeless:
+                self._choose(watched, (watched.site, number, name))
         if step != self._step:
             return
         weight = self._weight_of(watched.site, watched.v.shape[2] * watched.v.shape[3])
         dense = _projected(_some(watched.out), weight)
         size = dense.square().sum()
         here = self._seen.setdefault(watched.site, {})
-        for name, pattern in self._patterns.items():
+        for name in self._patterns:
             if (shape, name) in self._hopeless:
                 continue
-            local = self._try(watched, (watched.site, number, name), pattern, dense, size, weight)
+            local = self._try(watched, (watched.site, number, name), dense, size, weight)
             if local is not None:
                 here.setdefault(name, []).append(local)
         self._give_up(shape, here)
@@ -105,14 +106,14 @@ class Probe:
         slow = {name for name, values in here.items() if is_steady(name) and values[-1].seconds > longest > 0}
         self._hopeless |= {(shape, name) for name in slow - {DENSE}}
 
-    def _choose(self, watched: Watched, key: tuple[str, int, str], pattern: Pattern) -> None:
+    def _choose(self, watched: Watched, key: tuple[str, int, str]) -> None:
         """Choose lists for a later step, and measure how long that takes."""
         memory = Memory()
         memory.begin(None, self._chosen_at[key[2]], None)
         try:
-            _run(watched, pattern, Place(memory, key))
+            self._run(watched, key[2], Place(memory, key))
             if self._times(key, len([k for k in self._choosing if self._alike(k, key)])):
-                self._choosing[key] = _seconds(watched, lambda: _run(watched, pattern, Place(None)))
+                self._choosing[key] = _seconds(watched, lambda: self._run(watched, key[2], Place(None)))
         except Exception as error:
             self._leave_out(key, error)
             return
@@ -122,35 +123,44 @@ class Probe:
         self,
         watched: Watched,
         key: tuple[str, int, str],
-        pattern: Pattern,
         dense: torch.Tensor,
         size: torch.Tensor,
         weight: torch.Tensor | None,
     ) -> Local | None:
         # Without a memory: each call chooses, as the first of those that share a choice does.
         place = Place(None)
-        if _every(pattern) > 1:
+        if self._every(key[2]) > 1:
             if key not in self._memories:
                 return None
             memory = self._memories[key]
             memory.begin(None, self._step, None)
             place = Place(memory, key)
         try:
-            out = _run(watched, pattern, place)
+            out = self._run(watched, key[2], place)
             times = self._times(key, len(self._steady.get((self._shapes[watched.site], key[2]), ())))
-            seconds = _seconds(watched, lambda: _run(watched, pattern, place)) if times else 0.0
+            seconds = _seconds(watched, lambda: self._run(watched, key[2], place)) if times else 0.0
         except Exception as error:
             self._leave_out(key, error)
             return None
         off = 0.0
         if key[2] != DENSE:
             off = float((_projected(_some(out), weight) - dense).square().sum() / size)
-        every = _every(pattern)
+        every = self._every(key[2])
         if every > 1:
             seconds = (self._choosing.get(key, 0.0) + (every - 1) * seconds) / every
         if seconds and is_steady(key[2]):
             self._steady.setdefault((self._shapes[watched.site], key[2]), []).append(seconds)
         return Local(off, seconds)
+
+    def _run(self, watched: Watched, name: str, place: Place) -> torch.Tensor:
+        """A candidate on what attention got in a call."""
+        options = {"scale": watched.scale, "key_mask": watched.key_mask, "precision": self._precisions[name]}
+        with placed(place):
+            return attention(watched.q, watched.k, watched.v, self._patterns[name], watched.layouts[0], **options)
+
+    def _every(self, name: str) -> int:
+        """Steps that a candidate keeps its lists for."""
+        return getattr(self._patterns[name], "every", 1)
 
     def _times(self, key: tuple[str, int, str], so_far: int) -> bool:
         """Whether the time of a candidate is measured at a site, when so many of its shape had it measured."""
@@ -184,19 +194,6 @@ class Probe:
         """Time of all calls of a site in a step."""
         steady = self._steady.get((self._shapes[site], name))
         return statistics.median(steady) * len(values) if steady else sum(value.seconds for value in values)
-
-
-def _every(pattern: Pattern) -> int:
-    """Steps that a pattern keeps its lists for."""
-    return getattr(pattern, "every", 1)
-
-
-def _run(watched: Watched, pattern: Pattern, place: Place) -> torch.Tensor:
-    layout: Layout = watched.layouts[0]
-    with placed(place):
-        return attention(
-            watched.q, watched.k, watched.v, pattern, layout, scale=watched.scale, key_mask=watched.key_mask
-        )
 
 
 def _some(out: torch.Tensor) -> torch.Tensor:

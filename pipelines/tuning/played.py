@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from visattn.pipelines.patch.steps import HOOK as STEPS
+
 # Bytes of outputs that are kept at most.
 KEPT = 2**30
 
@@ -96,5 +98,6 @@ def _copied(value: Any) -> Any:
 
 def _does_more(model: torch.nn.Module) -> bool:
     """Whether a forward changes more than what it returns, such as a cache, or is compiled."""
-    hooked = any(hasattr(module, "_diffusers_hook") for module in model.modules())
-    return hooked or model._compiled_call_impl is not None or isinstance(model, torch._dynamo.OptimizedModule)
+    registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    hooked = any(each is not None and set(each.hooks) - {STEPS} for each in registries)
+    return hooked or model._compiled_call_impl is not None

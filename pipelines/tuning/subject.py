@@ -91,13 +91,13 @@ class PipelineSubject:
         self.grid = self._find_grid()
 
     @property
-    def queued(self) -> bool:
-        """See `Subject.queued`."""
-        return torch.device(self.pipe.device).type != "cpu"
+    def device(self) -> torch.device:
+        """See `Subject.device`."""
+        return torch.device(self.pipe.device)
 
     def about(self) -> dict[str, Any]:
         """See `Subject.about`."""
-        device = torch.device(self.pipe.device)
+        device = self.device
         given = {k: v for k, v in vars(self.samples).items() if v is not None}
         return {
             "model": self.name or self.model,
@@ -183,12 +183,13 @@ class PipelineSubject:
         found: tuple[list[float], list[float], list[float]] = ([], [], [])
         for one, other in zip(pictures, twins, strict=True):
             # All frames above each other: the error is over all of them.
-            whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in (one, other)]
+            here = [x.to(self.device) for x in (one, other)]
+            whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in here]
             found[0].append(float(psnr(*whole)[0]))
             if not perceived:
                 continue
             if min(one.shape[-2:]) >= SSIM_SIDE:
-                found[1].append(float(ssim(one, other).mean()))
+                found[1].append(float(ssim(*here).mean()))
             if self._lpips is not None:
                 found[2].append(float(self._lpips(one, other).mean()))
         return tuple(found[0]), tuple(found[1]), tuple(found[2])
@@ -251,6 +252,11 @@ class PipelineSubject:
             handle.watch(watch)
             with contextlib.suppress(_Enough):
                 self.pipe(**self.arguments(seeds[: self.samples.batch]))
+        # A run that did not end leaves caches in the middle of a step.
+        for model, _ in self._models:
+            reset: Any = getattr(model, "_reset_stateful_cache", None)
+            if reset is not None:
+                reset()
 
     def _find_grid(self) -> tuple[int, ...]:
         grids: list[tuple[int, ...]] = []
@@ -267,8 +273,8 @@ class PipelineSubject:
         return max(grids)
 
     def _wait(self) -> None:
-        if torch.device(self.pipe.device).type == "cuda":
-            torch.cuda.synchronize(self.pipe.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def schedule_of(edges: Sequence[float], assignment: Assignment) -> Schedule:

@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace, method: str, batch: int, graphs: bool) 
             figures = run.train_step()
         torch.cuda.synchronize()
         ended = time.perf_counter()
-        found = {
+        found: dict[str, Any] = {
             "first_s": begun - start,
             "step_ms": 1000 * (ended - begun) / STEPS,
             "output": float(figures["output"]),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from scripts.distill import cache_samples
-from scripts.distill.loop import RESULT
+from scripts.distill.pipeline import THEN
 from scripts.distill.process import collect, train_student
 from scripts.distill.settings import option, parse
 from scripts.measure.emoji_prompts import CAPTIONS, SEEN, choose
@@ -37,27 +37,28 @@ class Phase:
     Attributes:
         share: Of the student's time and steps.
         smaller: By how much the side of its samples is smaller than --size; a step has this squared as many of them.
-        options: Further ones of scripts.distill.pipeline.
+        options: Further ones of scripts.distill.pipeline; later phases have those of the first too.
     """
 
-    share: float = 1.0
-    smaller: int = 1
-    options: tuple[str, ...] = ()
+    share: float
+    smaller: int
+    options: tuple[str, ...]
 
 
 LOSSES = ("--denoising", "0.1", "--output", "1", "--attention", "0.1")
+LOCAL = (Phase(1.0, 1, ("--lr", "1e-3")),)
 # What sums over all keys see does not depend on how near tokens are to each other: it is learned from many small
 # samples first, layer by layer at the very beginning. Nothing of such a student is like its teacher then, so every
 # weight learns.
 LINEAR = (
-    Phase(0.3, 4, ("--train", "all", "--stages", "transfer:0.2,all:0.8")),
-    Phase(0.3, 2, ("--train", "all")),
-    Phase(0.4, 1, ("--train", "all", "--lr", "1e-3")),
+    Phase(0.3, 4, ("--train", "all", "--own-lr", "5e-3", "--stages", "transfer:0.2,all:0.8")),
+    Phase(0.3, 2, ("--stages", "all")),
+    Phase(0.4, 1, ("--stages", "all", "--lr", "1e-3")),
 )
 # Pattern and training of each student.
 STUDENTS: dict[str, tuple[str, tuple[Phase, ...]]] = {
-    "clear": ("clear(radius=8)", (Phase(),)),
-    "na": ("na(window=16x16,stride=8x8)", (Phase(),)),
+    "clear": ("clear(radius=8)", LOCAL),
+    "na": ("na(window=16x16,stride=8x8)", LOCAL),
     "hedgehog": ("linear(feature=hedgehog)", LINEAR),
     "mala": ("mala", LINEAR),
     "agent": ("agent(agents=8x8)", LINEAR),
@@ -160,23 +161,20 @@ def draw(captions: Sequence[str], out: Path, words: Sequence[str], cpu: bool) ->
 
 
 def train(name: str, settings: Settings) -> float:
-    """Trains one student, each phase in a process of its own; returns the seconds."""
+    """Trains one student in a process of its own; returns the seconds."""
     pattern, phases = STUDENTS[name]
     words = ["--model", settings.model, "--pattern", pattern, "--optimizer", settings.optimizer]
     words += ["--ema", "0.99", "--threads", str(settings.threads), "--backend", settings.backend]
-    words += ["--precision", settings.precision, *LOSSES]
+    words += ["--precision", settings.precision, "--warmup", "20", *LOSSES]
     words += ["--graphs"] * (settings.graphs and torch.cuda.is_available() and not settings.cpu)
     words += ["--cpu"] * settings.cpu
-    taken, before = 0.0, None
     for number, phase in enumerate(phases):
         steps, seconds = math.ceil(settings.steps * phase.share), settings.seconds * phase.share
-        given = ["--samples", str(settings.samples(phase.smaller) / "samples"), "--steps", str(steps)]
-        given += ["--batch", str(settings.batch * phase.smaller**2), "--lr", str(settings.lr), *phase.options]
-        given += ["--seconds", str(seconds), "--save-every", str(steps)]
-        given += ["--weights", str(before / RESULT)] if before else []
-        before = settings.folder(name, number)
-        taken += train_student([*words, *given], before, seconds and seconds + START)
-    return taken
+        words += [THEN] * (number > 0) + ["--out", str(settings.folder(name, number))]
+        words += ["--samples", str(settings.samples(phase.smaller) / "samples"), "--steps", str(steps)]
+        words += ["--batch", str(settings.batch * phase.smaller**2), "--lr", str(settings.lr), *phase.options]
+        words += ["--seconds", str(seconds), "--save-every", str(steps)]
+    return train_student(words, settings.folder(name, len(phases) - 1), settings.seconds and settings.seconds + START)
 
 
 def entry_of(name: str, seconds: float, settings: Settings) -> dict[str, Any]:

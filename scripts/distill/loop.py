@@ -117,7 +117,7 @@ class Run:
             self.progress = self.progress._replace(began=self.step)
         batches = [self.draw(part) for part in self.parts]
         figures = self.recorded.run(batches, self.learner.phase) if self.recorded else self._gradients(batches)
-        norm = whole(clip_grad_norm_(self.trained.values(), config.clip or math.inf))
+        norm = self._clip()
         share = rate_share(self.step - self.progress.began, self.learner.stage_share(self.done), config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
@@ -144,6 +144,16 @@ class Run:
             for name, value in losses.items():
                 figures[name] = figures.get(name, 0.0) + value.detach() / len(batches)
         return figures
+
+    def _clip(self) -> torch.Tensor:
+        """Clips the gradients and returns their norm; where that is not finite the step learns nothing."""
+        norm = whole(clip_grad_norm_(self.trained.values(), self.config.clip or math.inf))
+        if not self.shared:
+            # Kernels of bfloat16 give one of thousands of gradients that is not; nobody waits here to look.
+            for parameter in self.trained.values():
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(~norm.isfinite(), 0)
+        return norm
 
     @property
     def done(self) -> float:

@@ -9,29 +9,56 @@
 command goes on from the last checkpoint to the very weights of an uninterrupted run. --out gets
 `checkpoint.safetensors`, `log.jsonl`, `samples/*.png` and at the end `student.safetensors`: the trained tensors and
 nothing else.
+
+What follows `--then` are options of one more run, which has those in front of the first `--then` too where it does not
+give others, and starts from the student of the run before it:
+
+    python -m scripts.distill.pipeline --model emoji --pattern mala --train all --out runs/mala/small \
+        --samples runs/samples-128 --batch 64 --then --out runs/mala --samples runs/samples-256 --batch 16
 """
 
 from __future__ import annotations
 
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 from scripts.distill.config import Config
 from scripts.distill.settings import parse
 
+THEN = "--then"
 
-def main(arguments: list[str] | None = None) -> Path:
-    """Entry point; returns the file of the result."""
+
+def main(arguments: list[str] | None = None) -> Path | None:
+    """Entry point; returns the file of the result, nothing if the last run did not begin."""
+    result = None
     try:
-        config = parse(Config, __doc__, arguments)
+        runs = split(sys.argv[1:] if arguments is None else arguments)
+        for words in runs:
+            parse(Config, __doc__, words)
         # Only now what takes seconds to import: a wrong setting is answered at once.
         from scripts.distill.loop import prepare, train
         from scripts.distill.training import Training
 
-        prepare(config)
-        result = train(Training(config))
+        for number, words in enumerate(runs):
+            before = [] if result is None else ["--weights", str(result)]
+            config = parse(Config, __doc__, [*words, *before])
+            prepare(config)
+            training = Training(config)
+            result = train(training)
+            if training.done < 1 and number + 1 < len(runs):
+                # Stopped: what follows would start from less than it should.
+                return None
     except ValueError as error:
         raise SystemExit(f"distill: {error}") from error
     return result
+
+
+def split(words: list[str]) -> list[list[str]]:
+    """The options of each run: those in front of the first `--then`, and behind them its own."""
+    ends = [i for i, word in enumerate(words) if word == THEN] + [len(words)]
+    own = [words[start + 1 : end] for start, end in pairwise(ends)]
+    return [words[: ends[0]], *(words[: ends[0]] + more for more in own)]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import nn
 
 # Steps that run as they are before one is recorded: what is planned, compiled and kept at first is ready then.
 WARM_UP = 2
+# Relative difference of the first replay on another batch to that step itself, above which a recording is given up:
+# kernels may be others in a recording, so that bits are equal up to rounding.
+LIMIT = 0.1
 
 Figures = Mapping[str, torch.Tensor]
 
@@ -60,9 +64,25 @@ class Recorded:
             for held, new in zip(_tensors(self._batches), _tensors(batches), strict=True):
                 if held is not new:
                     held.copy_(new)
+            if not self._checked and not self._is_right(batches):
+                self._give_up("a replay differs from the step itself")
+                return self._plainly(batches)
         assert self._graph is not None
         self._graph.replay()
         return self._figures
+
+    def _is_right(self, batches: Sequence[Any]) -> bool:
+        """Whether a replay gives what the step gives, on a batch that is not the recorded one."""
+        assert self._graph is not None
+        self._checked = True
+        self._graph.replay()
+        held = [parameter.grad for parameter in self._parameters]
+        replayed = [[each.clone() for each in side] for side in (self._figures.values(), _there(held))]
+        self._clear()
+        plain = [list(self._plainly(batches).values()), _there(parameter.grad for parameter in self._parameters)]
+        for parameter, grad in zip(self._parameters, held, strict=True):
+            parameter.grad = grad
+        return all(_apart(*sides) < LIMIT for sides in zip(replayed, plain, strict=True))
 
     def _plainly(self, batches: Sequence[Any]) -> Figures:
         """Runs a step that is not recorded."""
@@ -81,17 +101,21 @@ class Recorded:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._figures = self._gradients(batches)
         except RuntimeError as error:
-            self._works = False
-            self._forget()
-            reason = str(error).partition("\n")[0]
-            print(f"steps cannot be recorded as a CUDA graph, they run launch by launch: {reason}", file=sys.stderr)
+            self._give_up(str(error).partition("\n")[0])
             return False
-        self._graph, self._batches = graph, batches
+        self._graph, self._batches, self._checked = graph, batches, False
         return True
+
+    def _give_up(self, reason: str) -> None:
+        """Records nothing from now on."""
+        self._works = False
+        self._forget()
+        print(f"steps cannot be recorded as a CUDA graph, they run launch by launch: {reason}", file=sys.stderr)
 
     def _forget(self) -> None:
         """Lets go of a recorded step and its memory."""
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._checked = False
         self._batches: Sequence[Any] = ()
         self._figures: Figures = {}
         self._clear()
@@ -99,6 +123,21 @@ class Recorded:
     def _clear(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def _there(values: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
+    return [value for value in values if value is not None]
+
+
+def _apart(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    """Relative distance of what two steps gave; 0 where the second is none or not finite, which says nothing."""
+    if len(ours) != len(theirs):
+        return math.inf
+    one, other = (torch.cat([each.flatten().float() for each in side]) for side in (ours, theirs))
+    apart, size = torch.stack([(one - other).norm(), other.norm()]).tolist()
+    if not (math.isfinite(size) and size):
+        return 0.0
+    return apart / size if math.isfinite(apart) else math.inf
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

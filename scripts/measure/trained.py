@@ -136,7 +136,7 @@ def _train(method: str, sparsity: float, before: float | None, options: argparse
     words = ["--model", options.model, "--method", method, "--sparsity", str(sparsity), "--backend", options.backend]
     words += ["--samples", str(options.runs / "samples"), "--batch", str(options.batch or kind.batch)]
     words += ["--steps", str(options.train_steps), "--seconds", str(options.seconds), "--lr", str(options.lr)]
-    words += ["--guidance", str(options.guidance)]
+    words += ["--guidance", str(options.guidance), "--optimizer", options.optimizer]
     words += ["--ema", "0.99", "--save-every", "1000000", "--warmup", "20", "--threads", str(options.threads)]
     words += ["--precision", "no" if options.device == "cpu" else "bf16"] + ["--cpu"] * (options.device == "cpu")
     if options.chain:
@@ -216,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seconds", type=float, default=150.0, help="of steps of each training; 0: --train-steps alone end it")
     add("--train-steps", type=int, default=100_000, help="optimizer steps at most")
     add("--lr", type=float, default=1e-3)
+    add("--optimizer", default="muon", help="of scripts.distill.pipeline")
     add("--batch", type=int, default=0, help="rows of a step, two for each sample under guidance; 0: the model's own")
     add(
         "--guidance",

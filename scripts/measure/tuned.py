@@ -29,7 +29,8 @@ from visattn.patterns import parse
 from visattn.pipelines.embedded import EMBEDDED
 from visattn.pipelines.load import load_pipeline
 from visattn.pipelines.tuning.subject import PipelineSubject, Samples
-from visattn.tuning.candidates import candidates, checked
+from visattn.staged import with_precision
+from visattn.tuning.candidates import candidates, checked, kind_of, precisions_of
 from visattn.tuning.journal import Journal
 from visattn.tuning.measure import Measurer, OutOfTime, Plan
 from visattn.tuning.search import HELD_OUT, Goal, Search, tuned
@@ -58,13 +59,13 @@ def grid_of(names: Sequence[str], shape: tuple[int, ...]) -> tuple[str, ...]:
 
 def fields_of(name: str) -> dict[str, Any]:
     """Parameters of a pattern."""
-    pattern: Any = parse(name)
+    pattern: Any = with_precision(name)[0]
     return dataclasses.asdict(pattern)
 
 
 def is_within(one: str, other: str) -> bool:
     """Whether a pattern lists no more than another one of its kind for every query."""
-    a, b = (fields_of(name) | {"kind": parse(name).name} for name in (one, other))
+    a, b = (fields_of(name) | {"kind": kind_of(name)} for name in (one, other))
     share = next((name for name in SHARES if name in a), "")
     if not share or share not in b or {**a, share: None} != {**b, share: None}:
         return one == other
@@ -84,7 +85,8 @@ def largest_first(names: Sequence[str]) -> list[str]:
 
 def is_coarse(name: str) -> bool:
     """Whether a pattern chooses blocks and has nothing for the rest."""
-    return getattr(parse(name), "rest", "") == "drop"
+    pattern, precision = with_precision(name)
+    return precision is None and getattr(pattern, "rest", "") == "drop"
 
 
 def everywhere(pattern: str, measurer: Measurer, first: int) -> Assignment:
@@ -242,8 +244,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     subject = PipelineSubject(pipe, samples, options.model)
     # Lists that are kept for all steps of a stage.
     every = max(1, round(subject.steps / options.stages))
+    kinds = precisions_of(subject.device) if options.eight_bits else ()
     given = options.candidates and checked(options.candidates, subject.grid)
-    names = given or [name for name in candidates(subject.grid, every) if not (options.lean and is_coarse(name))]
+    names = given or [name for name in candidates(subject.grid, every, kinds) if not (options.lean and is_coarse(name))]
     plan = Plan(
         tuple(names),
         options.stages,
@@ -344,6 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--stages", type=int, default=4, help="equal parts of the steps with patterns of their own")
     add("--groups", type=int, default=12, help="groups of neighbouring layers that are injected together")
     add("--lean", action="store_true", help="search without patterns that drop what they do not list")
+    add("--eight-bits", action=argparse.BooleanOptionalAction, default=True, help="candidates in int8 and fp8 too")
     add("--candidates", nargs="+", help="patterns for the search instead of its own, dense always among them")
     add("--probes", type=int, default=2, help="candidates that are injected at each layer and part")
     add("--checks", type=int, default=12, help="further injections, to see how well those predict")

@@ -23,7 +23,7 @@ from visattn.environment import devices, versions
 from visattn.files import written_whole
 from visattn.models.tuning.pictures import Pictures
 from visattn.models.tuning.subject import BackboneSubject
-from visattn.tuning.candidates import candidates, checked
+from visattn.tuning.candidates import candidates, checked, precisions_of
 from visattn.tuning.journal import Journal
 from visattn.tuning.measure import Measurer, Plan
 from visattn.tuning.search import Goal, Search, tuned
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             names, seeds = checked(small, subject.grid), 290
         else:
             subject = dinov2(options.device, options.batch)
-            names, seeds = candidates(subject.grid), 8
+            names, seeds = candidates(subject.grid, precisions=precisions_of(subject.device)), 8
         measure(subject, GOALS[options.what], seeds, names, options)
     except ValueError as error:
         raise SystemExit(f"tuned_timm: {error}") from error

@@ -43,11 +43,25 @@ class TestSteps:
             ({"first": NA}, "must be counts like"),
             ({"0-3": "linear(feature=hedgehog)"}, "pattern of all steps"),
             ({}, "names no steps"),
+            ({"0-3": "dense in fp8"}, "a window of the whole grid"),
+            ({"0-3": "linear in int8"}, "8 bits are for patterns that list"),
+            ({"0-3": f"{NA} in fp4"}, "fp4"),
         ],
     )
     def test_what_means_nothing_is_refused(self, stages, why):
         with pytest.raises(ValueError, match=why):
             Staged.of(stages)
+
+    def test_stages_say_what_they_are_computed_in(self):
+        staged = Staged.of({"0-1": f"{NA} in int8", "2-": NA})
+        assert [stage.precision for stage in staged.stages] == ["int8", None] and staged.precision == "int8"
+        assert str(staged) == f"{{0-1: {NA} in int8, 2-: {NA}}}" and str(Staged.of(f"{NA} in fp8")) == f"{NA} in fp8"
+        assert staged != Staged.of({"0-1": NA, "2-": NA})
+        schedule = Schedule.of({"0": f"{NA} in fp8", "1": {"0-": f"{NA} in int8"}, "2": CLEAR})
+        assert schedule.precisions(SITES, "Net") == ["fp8", "int8", None] and schedule.any_precision == "fp8"
+        assert [str(p) for p in schedule.assign_stepless(SITES, "Net")] == [NA, NA, CLEAR]
+        with pytest.raises(ValueError, match="precision='int8' and a schedule whose own patterns are in fp8"):
+            Schedule.of({"0-": f"{NA} in fp8"}, precision="int8")
 
     def test_schedules_know_whether_they_need_steps(self):
         assert not Schedule.of({"0-": NA}).needs_steps

@@ -1,5 +1,7 @@
 """Suites after LongCA-bench and CAB: every axis is there, causal is causal, a budget holds."""
 
+import json
+
 import pytest
 import torch
 
@@ -64,6 +66,14 @@ def test_cross_cases_are_timed_and_right():
     q = torch.randn(1, 32, 1, 8)
     whole = torch.nn.functional.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3, is_causal=True)
     torch.testing.assert_close(attention(q, q, q, causal.pattern, causal.layout), whole.transpose(1, 2))
+
+
+def test_what_was_measured_is_read_again(small):
+    for entry in suite("cab", "cpu")[:10:3]:
+        found = Measured(entry, run_case(entry.case, ("sdpa", "xformers"), repeats=1))
+        again = Measured.of(json.loads(json.dumps(found.to_dict())))
+        assert again == found and again.entry.products == entry.products
+    assert Measured.of(Measured(entry, None).to_dict()) is None
 
 
 def entries(lengths):

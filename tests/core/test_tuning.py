@@ -6,19 +6,20 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.browser import browser, dom
 from visattn import parse
 from visattn.tuned import Tuned
-from visattn.tuning.candidates import candidates, checked
+from visattn.tuning.candidates import candidates, checked, is_steady, kind_of
 from visattn.tuning.journal import Journal
-from visattn.tuning.measure import Measurer, Plan
-from visattn.tuning.overhead import overheads
+from visattn.tuning.measure import Measurer, Plan, promising
+from visattn.tuning.overhead import excess, overheads
 from visattn.tuning.page import page
 from visattn.tuning.search import Goal, Search, stages_of, tuned
-from visattn.tuning.sensitivity import Response, rank_correlation
+from visattn.tuning.sensitivity import Response, floor_of, rank_correlation
 from visattn.tuning.solve import Choice, hull, ladder
 from visattn.tuning.subject import DENSE, Local, Outcome
 
@@ -58,6 +59,17 @@ class TestSensitivity:
         assert response(1e-3) == pytest.approx(1e-4) and response(1e-1) == pytest.approx(5e-3)
         assert (response(a) <= response(b) * (1 + 1e-9)) == (a <= b) or math.isclose(a, b, rel_tol=1e-6)
         assert response(0.0) == 0.0
+
+    def test_rounding_is_no_response(self):
+        # Any change moves the output by 1e-3, and a layer's error by its half.
+        seen = {error: 1e-3 + error / 2 for error in (1e-4, 1e-2)}
+        floor = floor_of((1e-4, seen[1e-4]), (1e-2, seen[1e-2]))
+        assert floor == pytest.approx(1e-3)
+        assert Response([(1e-2, seen[1e-2])], floor)(4e-3) == pytest.approx(2e-3)
+        # Without rounding there is no floor; what is nothing but rounding is not free.
+        assert floor_of((1e-4, 5e-5), (1e-2, 5e-3)) == pytest.approx(0.0, abs=1e-12)
+        assert Response([(1e-2, 1e-3)], floor)(1e-2) == pytest.approx(1e-4)
+        assert floor_of((1e-2, 1e-3), (1e-2, 1e-3)) == 0.0
 
     def test_rank_correlation(self):
         assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
@@ -103,6 +115,40 @@ def test_candidates_are_patterns_of_the_grid(grid):
         checked(["linear(feature=hedgehog)"], grid)
 
 
+@pytest.mark.parametrize("grid", [(64, 64), (16, 16, 16)])
+def test_candidates_in_8_bits_have_dense_attention_among_them(grid):
+    found = set(candidates(grid, 3, ("fp8",))) - set(candidates(grid, 3))
+    assert found and all(name.endswith(" in fp8") for name in found)
+    wide = "x".join(map(str, grid))
+    assert any(name.startswith(f"na(window={wide},") for name in found)
+    assert {kind_of(name) for name in found} == {"na in fp8", "topk in fp8"} and all(map(is_steady, found))
+    assert checked(found, grid)[1:] == tuple(found)
+    with pytest.raises(ValueError, match="8 bits are for patterns that list"):
+        checked(["linear in fp8"], grid)
+
+
+def test_what_no_layer_would_choose_is_measured_in_one_stage():
+    slow = {DENSE: Local(0.0, 10.0), "a": Local(0.01, 6.0), "near": Local(0.012, 6.0), "far": Local(0.1, 6.0)}
+    other = slow | {"far": Local(0.1, 1.0), "behind": Local(0.001, 11.0)}
+    assert promising([slow], ("a", DENSE, "near", "far")) == ("a", DENSE, "near")
+    assert promising([slow, other], (*slow, "behind")) == tuple(slow)
+    calls, real = [], Numbers.local
+
+    class Counted(Numbers):
+        def local(self, step, names, seeds, timed):
+            calls.append((step, set(names), set(timed)))
+            return real(self, step, names, seeds, timed)
+
+    # The middle stage first, with all; the times of topk and na depend on no values.
+    names = (*COSTS, "topk(keep=0.4)")
+    subject = Counted()
+    subject.costs = COSTS | {"topk(keep=0.4)": (0.2, 7.0)}
+    measurer = Measurer(subject, Plan(names, stages=2, seeds=4, quick=2), Journal(None, {}))
+    found = measurer.local()
+    assert calls == [(6, set(names), set(names)), (2, set(COSTS), set())]
+    assert all(set(each) == set(COSTS) for layer in found for each in layer)
+
+
 COSTS = {DENSE: (0.0, 10.0), "topk(keep=0.5)": (0.01, 6.0), "topk(keep=0.2)": (0.1, 3.0), "na(window=3x3)": (0.5, 1.0)}
 
 
@@ -110,8 +156,9 @@ class Numbers:
     """A model whose output's error is a weighted sum of its layers' errors, with noise of the seed."""
 
     measure = "psnr"
-    queued = True
+    device = torch.device("cuda")
     model, layers, parameters, steps, grid = "Numbers", 3, 17, 8, (16, 16)
+    costs = COSTS
     # The first layer in the first steps matters most.
     weights = ((0.3, 0.02), (0.03, 0.002), (0.003, 0.0002))
 
@@ -123,16 +170,16 @@ class Numbers:
 
     def local(self, step, names, seeds, timed):
         self._count("local")
-        return [{name: Local(*COSTS[name]) for name in names} for _ in range(self.layers)]
+        return [{name: Local(*self.costs[name]) for name in names} for _ in range(self.layers)]
 
     def outcome(self, edges, assignment, seeds, timed=True):
         self._count("outcome")
         error = sum(
-            self.weights[layer][stage] * COSTS[name][0]
+            self.weights[layer][stage] * self.costs[name][0]
             for layer, row in enumerate(assignment)
             for stage, name in enumerate(row)
         )
-        seconds = sum(COSTS[name][1] for row in assignment for name in row)
+        seconds = sum(self.costs[name][1] for row in assignment for name in row)
         noise = [1 + 0.2 * ((seed * 7919) % 11) / 10 for seed in seeds]
         psnr = tuple(-10 * math.log10(error * n) if error else math.inf for n in noise)
         return Outcome(psnr, (0.9,) * len(psnr), (), seconds, seconds)
@@ -238,8 +285,29 @@ class TestSearch:
         used = overheads(made.measurer, made.measurer.local())
         assert used == {"topk": pytest.approx(Late.beyond), "na": pytest.approx(0.0, abs=1e-9)}
         assert overheads(search(Goal(psnr=25.0), deadline=-1).measurer, made.measurer.local()) == {}
-        late.queued = False
+        late.device = torch.device("cpu")
         assert overheads(made.measurer, made.measurer.local()) == {}
+
+    def test_a_kind_that_is_worse_in_whole_runs_than_predicted_is_charged(self):
+        class Worse(Numbers):
+            """The same where whole runs of `na` have ten times the error that its calls say."""
+
+            def outcome(self, edges, assignment, seeds, timed=True):
+                found = super().outcome(edges, assignment, seeds, timed)
+                names = {name for row in assignment for name in row}
+                return dataclasses.replace(
+                    found, psnr=tuple(p - 10 * (names == {"na(window=3x3)"}) for p in found.psnr)
+                )
+
+        used = []
+        for subject in (Numbers(), Worse()):
+            measurer = search(Goal(psnr=25.0), subject=subject).measurer
+            # Small errors, of which no sample becomes another one.
+            subject.costs = {name: (error / 1000, time) for name, (error, time) in COSTS.items()}
+            local = measurer.local()
+            used.append(excess(measurer, local, measurer.responses(local)[0]))
+        assert used[0] == {"topk": pytest.approx(1.0, rel=0.05), "na": pytest.approx(1.0, rel=0.05)}
+        assert used[1] == {"topk": 1.0, "na": pytest.approx(10.0, rel=0.05)}
 
     def test_one_of_the_goals(self):
         for goal in (Goal(), Goal(psnr=30.0, speedup=2.0)):

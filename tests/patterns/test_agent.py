@@ -12,7 +12,7 @@ from tests.support.oracles import dense_attention
 from visattn import dense_mask, parse, plan
 from visattn.attend import backends
 from visattn.kernels.agent.agent_sd import agent_sd, agents_pay, match
-from visattn.kernels.agent.attention import Convolution, agent_attention, pool_queries
+from visattn.kernels.agent.attention import Convolution, _equal_cells, agent_attention, pool_queries
 from visattn.layout import Layout
 from visattn.patterns import Agent
 
@@ -43,6 +43,12 @@ def slow_agent(q, k, v, layout, shape, key_mask=None, gather_bias=None, read_bia
     return dense_attention(
         q, agents, gathered, there[:, None].expand(-1, q.shape[1], -1), q.shape[3] ** -0.5, read_bias
     )
+
+
+def test_equal_cells_are_averaged_as_by_pooling():
+    grid = torch.randn(2, 6, 8, 10, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).movedim(-1, 1)
+    ours = _equal_cells(grid, (3, 2, 5))
+    torch.testing.assert_close(ours, torch.nn.functional.adaptive_avg_pool3d(grid, (3, 2, 5)))
 
 
 @settings(deadline=None, max_examples=20)

@@ -16,6 +16,7 @@ import visattn
 from tests.support import tiny_pipelines
 from tests.support.places import GOLDEN
 from tests.support.tiny_pixel_flux import SIDE, tiny_pixel_flux
+from visattn.pipelines.control.trajectory import plain_scheduler
 from visattn.pipelines.schedulers import BDIAInverseScheduler, BDIAScheduler, EDICTInverseScheduler, EDICTScheduler
 from visattn.pipelines.schedulers.wide import Wide
 
@@ -77,6 +78,18 @@ def test_flow_steps_give_what_the_formula_gives(kind, value):
     made.set_timesteps(sigmas=GOLD["flow_sigmas"][:-1].tolist())
     loop(made, GOLD["z_start"], velocity_of)
     torch.testing.assert_close(torch.stack(made.state()), golden(f"flow_{kind}_28_{value}"), atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_plain_steps_give_what_the_originals_give(steps):
+    """Those of style injection, and of BDIA's first step."""
+    scheduler = plain_scheduler(DDIM.config)
+    scheduler.set_timesteps(steps)
+    torch.testing.assert_close(loop(scheduler, GOLD["z_start"], noise_of), GOLD[f"ddim_{steps}"], rtol=1e-5, atol=1e-5)
+    flow = plain_scheduler(FLOW.config)
+    flow.set_timesteps(sigmas=GOLD["flow_sigmas"][:-1].tolist())
+    found = loop(flow, GOLD["z_start"], velocity_of)
+    torch.testing.assert_close(found, GOLD["flow_euler"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind, value", CASES)

@@ -7,6 +7,7 @@ import torch
 import visattn
 from tests.pipelines.test_handle import Pipe
 from tests.support import tiny_models, tiny_pipelines
+from tests.support.tiny_pixel_flux import tiny_pixel_flux
 from visattn.schedule import Schedule
 from visattn.tuned import Tuned
 
@@ -53,6 +54,22 @@ def test_reports_tell_steps_and_layers_apart(pipe):
 def test_all_steps_one_pattern_is_that_pattern(pipe):
     staged, _ = draw(pipe, {"0-": {"0-0.5": "na(window=3x3)", "0.5-": "na(window=3x3)"}})
     assert torch.equal(staged, draw(pipe, "na(window=3x3)")[0])
+
+
+def test_a_stage_in_8_bits_is_8_bits_in_its_steps():
+    pipe = tiny_pixel_flux()
+    options = {"num_inference_steps": STEPS, "height": 64, "width": 64, "output_type": "np"}
+
+    def one(pattern, **more):
+        with visattn.apply(pipe, pattern, always=True, **more) as handle:
+            drawn = pipe("red disc, flat", generator=torch.Generator().manual_seed(0), **options).images
+            return torch.as_tensor(drawn), handle.report()
+
+    staged, report = one({"0-": {"0-0.5": "topk(keep=0.5)", "0.5-": "topk(keep=0.5) in int8"}})
+    assert torch.equal(staged, one("topk(keep=0.5)", precision="int8", precise_steps=2)[0])
+    assert not torch.equal(staged, one("topk(keep=0.5)")[0])
+    assert {call.problem.precision for site in report.sites for call in site.calls} == {None, "int8"}
+    assert torch.equal(one("topk(keep=0.5) in int8")[0], one("topk(keep=0.5)", precision="int8")[0])
 
 
 def test_choices_that_are_kept_follow_the_stage(pipe):

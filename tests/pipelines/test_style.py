@@ -29,7 +29,7 @@ def test_injection_gives_what_the_original_gives():
     content, style = GOLD["q"].transpose(0, 1), [GOLD[name].transpose(0, 1) for name in "kv"]
     q = torch.stack([content, content, own[0]])
     k, v = (torch.stack([mine, theirs, mine]) for mine, theirs in zip(own[1:], style, strict=True))
-    call, where = AttentionCall(q, k, v), Where(slice(None), None)
+    call, where = AttentionCall(q, k, v), Where(slice(None), slice(None), None)
     out = inject(call, RESULT, where, source_of(call, where), float(GOLD["gamma"]), float(GOLD["T"]))[None]
     out = out.flatten(2) @ state["to_out.0.weight"].T + state["to_out.0.bias"]
     torch.testing.assert_close(out, GOLD["out"], rtol=1e-10, atol=1e-10)
@@ -49,7 +49,7 @@ def test_text_stays_the_results_own(kv_heads):
     k, v = torch.randn(2, 3, 9, kv_heads, 4, generator=made, dtype=torch.float64)
     rows, valid = slice(3, 8), torch.rand(3, 9, generator=made) > 0.3
     valid[:, 3:8] = True
-    call, where = AttentionCall(q, k, v), Where(rows, valid)
+    call, where = AttentionCall(q, k, v), Where(rows, rows, valid)
     out = inject(call, RESULT, where, source_of(call, where), 0.6, 1.5)
     queries = 0.6 * q[CONTENT, rows] + 0.4 * q[RESULT, rows]
     for head in range(2):
@@ -136,7 +136,7 @@ def test_what_is_stored_is_what_a_batch_has(build):
     """With drawn noise both modes see the same content and style, so that only the batch differs."""
     pipe, options = build()
     content, style = pictures(options["height"], options["width"])
-    given = {**options, "steps": 2, "noise": "drawn", "output_type": "np"}
+    given = {**options, "steps": 3, "noise": "drawn", "output_type": "np"}
     with visattn.apply(pipe, "na(window=3x3)", always=True) as handle:
         batch, stored, other = (
             style_transfer(pipe, content, style, handle=handle, generator=torch.Generator().manual_seed(1), **each)
@@ -146,9 +146,9 @@ def test_what_is_stored_is_what_a_batch_has(build):
     # Products of a batch of one are rounded in other places than those of three.
     off = np.abs(stored.image - batch.image).max()
     assert off < 1e-5 and off < np.abs(other.image - batch.image).max() / 30
-    # One of two steps of each run: one in a batch, two that store, two with what was stored.
+    # Two of three steps of each run: one in a batch, two that store, two with what was stored.
     injected = [site for site in sites if site.fallbacks]
-    assert injected and all(site.fallbacks == {"style injection": 5} and site.hits == 5 for site in injected)
+    assert injected and all(site.fallbacks == {"style injection": 10} and site.hits == 5 for site in injected)
 
 
 def test_an_inversion_stores_what_it_has():
@@ -269,3 +269,16 @@ def test_pipelines_that_cannot_are_named():
     pipe.__class__ = OwnWay
     with pytest.raises(ValueError, match="OwnWay packs its latents in a way of its own"):
         style_transfer(pipe, content, style, **options)
+
+
+def test_keys_of_text_beyond_the_queries_stay_the_results_own():
+    """PRX: the grid alone asks, and text is before it among the keys."""
+    made = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, n, 2, 4, generator=made, dtype=torch.float64) for n in (4, 7, 7))
+    call, where = AttentionCall(q, k, v), Where(slice(0, 4), slice(3, 7), None)
+    out = inject(call, RESULT, where, source_of(call, where), 0.6, 1.0)
+    own = torch.cat([x[None, RESULT, :3] for x in (k, v)]), torch.cat([x[None, STYLE, 3:] for x in (k, v)])
+    keys, values = torch.cat(own, 1)
+    queries = 0.6 * q[CONTENT] + 0.4 * q[RESULT]
+    weights = (torch.einsum("qhd,khd->hqk", queries, keys) / 2).softmax(-1)
+    torch.testing.assert_close(out, torch.einsum("hqk,khd->qhd", weights, values))

@@ -184,6 +184,20 @@ class TestTraining:
         same = [name for name, value in own.items() if torch.equal(value, found[f"model.{name}"])]
         assert len(same) < len(own) / 2
 
+    def test_runs_one_after_the_other(self, folder, tmp_path):
+        more = ("--pattern", "linear(feature=hedgehog)", "--own-lr", "0.1")
+        run(folder, tmp_path / "first", *more)
+        start = ("--weights", str(tmp_path / "first" / "student.safetensors"))
+        apart = run(folder, tmp_path / "second", *more, "--steps", "2", *start)
+        both = run(folder, tmp_path / "small", *more, "--then", "--steps", "2", "--out", str(tmp_path / "both"))
+        assert load_trained(tmp_path / "both" / "student.safetensors").about["steps"] == 2
+        assert equal(apart, both)
+
+    def test_a_wrong_run_is_told_before_the_first_begins(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(training, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit, match="--ema 2"):
+            run(folder, tmp_path / "out", "--then", "--steps", "2", "--then", "--ema", "2")
+
     def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(self, folder, tmp_path):
         more = ("--optimizer", "muon", "--lr", "0.01", "--own-lr", "0.3")
         config = settings.parse(Config, None, words(folder, tmp_path, *more))

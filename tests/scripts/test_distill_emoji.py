@@ -12,6 +12,7 @@ pytest.importorskip("sklearn")
 from scripts.distill import cache_samples, emoji_students
 from scripts.distill import pipeline as distill
 from scripts.distill.config import Config
+from scripts.distill.pipeline import split
 from scripts.distill.samples import SampleSet
 from scripts.distill.settings import parse
 from scripts.distill.training import Training
@@ -21,7 +22,6 @@ from scripts.train.emoji_data import load_pack
 from tests.support.tiny_emoji import tiny_pack
 from tests.support.tiny_pixel_flux import SIDE, tiny_pixel_flux
 from visattn.pipelines.embedded.pixel_flux import to_picture
-from visattn.trained import Trained, save_trained
 
 PROMPTS = ("red disc, 3d", "blue bar, flat", "green square, 3d")
 
@@ -103,12 +103,12 @@ def test_linear_students_learn_from_small_samples_first(folder, tmp_path, monkey
     runs = []
 
     def train_student(options, place, seconds):
-        # Whatever is asked for is a run that can be.
-        told = parse(Config, None, [*options, "--out", str(place)])
-        runs.append(told)
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "log.jsonl").write_text(json.dumps({"step": told.steps}))
-        save_trained(place / "student.safetensors", Trained({}, {}, {}, {"pattern": told.pattern}))
+        # Whatever is asked for are runs that can be.
+        for words in split(["--out", str(place), *options]):
+            told = parse(Config, None, words)
+            runs.append(told)
+            told.out.mkdir(parents=True, exist_ok=True)
+            (told.out / "log.jsonl").write_text(json.dumps({"step": told.steps}))
         return 1.0
 
     monkeypatch.setattr(emoji_students, "train_student", train_student)
@@ -119,8 +119,9 @@ def test_linear_students_learn_from_small_samples_first(folder, tmp_path, monkey
         (SIDE // 2, 4, 2),
         (SIDE, 1, 2),
     ]
-    assert [each.weights for each in runs] == [None, *(each.out / "student.safetensors" for each in runs[:2])]
-    assert runs[-1].out == tmp_path / "mala"
+    assert [each.out for each in runs] == [*(tmp_path / "mala" / f"phase-{i}" for i in (1, 2)), tmp_path / "mala"]
+    assert [each.staged for each in runs] == [True, False, False]
+    assert all(each.train == "all" and each.pattern == "mala" for each in runs)
     found = json.loads((tmp_path / "students.json").read_text())["students"]["mala"]
     assert found["steps"] == 6
     assert [each["size"] for each in found["phases"]] == [SIDE // 4, SIDE // 2, SIDE]

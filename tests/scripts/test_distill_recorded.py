@@ -104,11 +104,31 @@ def test_later_steps_of_a_phase_are_replays_on_their_own_batches(no_cuda: dict[s
         assert recorded.replays == (step >= WARM_UP)
         if not recorded.replays:
             model.zero_grad()
-    assert len(ran) == WARM_UP + 1 and no_cuda["captures"] == 1
+    # The first replay on another batch is compared with that step itself.
+    assert len(ran) == WARM_UP + 2 and no_cuda["captures"] == 1
     assert all(a is b for a, b in zip(held[0], held[-1], strict=True))
     assert alike._version == 0
     recorded.run([batch_of(0), batch_of(1)], "second")
-    assert not recorded.replays and len(ran) == WARM_UP + 2
+    assert not recorded.replays and len(ran) == WARM_UP + 3
+
+
+def test_replays_that_are_not_the_step_are_given_up(
+    no_cuda: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Linear(3, 3)
+    gradients, _ = step_of(model)
+    recorded = Recorded(gradients, list(model.parameters()))
+    no_cuda["replay"] = lambda: None
+    for step in range(WARM_UP + 3):
+        total, grads = expected(model, [batch_of(step)])
+        found = recorded.run([batch_of(step)], 0)
+        assert recorded.replays == (step == WARM_UP)
+        # What is recorded of the first batch is right for that one.
+        torch.testing.assert_close(found["loss"], total)
+        torch.testing.assert_close(model.weight.grad, grads[0])
+        if not recorded.replays:
+            model.zero_grad()
+    assert capsys.readouterr().err.count("a replay differs from the step itself") == 1
 
 
 def test_steps_that_cannot_be_recorded_run_as_they_are(
@@ -144,4 +164,4 @@ def test_replays_on_a_gpu_are_the_steps_themselves() -> None:
         optimizer.step()
         if not recorded.replays:
             optimizer.zero_grad()
-    assert recorded.replays and len(ran) == WARM_UP + 1
+    assert recorded.replays and len(ran) == WARM_UP + 2

@@ -189,6 +189,19 @@ class TestTraining:
             run(folder, tmp_path, *gate)
         run(folder, tmp_path, *gate, "--mass", "1")
 
+    def test_a_gradient_that_is_not_finite_teaches_nothing(self, folder, tmp_path):
+        made = trained_of(folder, tmp_path)
+        made.train_step()
+        before = {name: value.detach().clone() for name, value in made.trained.items()}
+        broken = next(iter(made.trained.values())).register_hook(lambda grad: grad * float("nan"))
+        for group in made.optimizer.param_groups:
+            group["betas"] = (0.0, 0.0)
+        assert not made.train_step()["gradient"].isfinite()
+        assert all(torch.equal(value, before[name]) for name, value in made.trained.items())
+        broken.remove()
+        assert made.train_step()["gradient"].isfinite()
+        assert not all(torch.equal(value, before[name]) for name, value in made.trained.items())
+
     def test_layers_learn_from_the_teachers_inputs(self, folder, tmp_path):
         made = trained_of(folder, tmp_path, "--stages", "transfer", "--attention-at", "after")
         seen = {}

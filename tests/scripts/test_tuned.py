@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from scripts.measure.tuned import best_single, everywhere, grid_of, in_turns, is_within, largest_first, measure_grid
 from visattn import parse
@@ -20,7 +21,7 @@ class Listed:
     """Attention that takes as long as its pattern is dense, and an output that is off by what is left out."""
 
     measure = "psnr"
-    queued = True
+    device = torch.device("cuda")
     model, layers, parameters, steps, grid = "Listed", 2, 17, 8, (16, 16)
 
     def local(self, step, names, seeds, timed):

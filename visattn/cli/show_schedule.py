@@ -13,7 +13,7 @@ def show_schedule(path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from visattn.patterns import parse
+    from visattn.staged import with_precision
     from visattn.tuned import Tuned
     from visattn.tuning.density import density
 
@@ -30,7 +30,7 @@ def show_schedule(path: Path) -> None:
         cells = []
         for first in edges[:-1]:
             text = next((text for a, b, text in spans if a <= first < b), "dense")
-            share = density(parse(text), tuned.grid)
+            share = density(with_precision(text)[0], tuned.grid)
             # The 24 greys of a terminal, the darker the denser.
             grey = 252 - round(16 * (0.0 if share is None else share) ** 0.5)
             ink = "black" if grey > 243 else "white"

@@ -87,7 +87,7 @@ def tune(
     listed = _lines(candidates)
     output_file(out, (".json",), force)
     from visattn.tuning.candidates import candidates as of_grid
-    from visattn.tuning.candidates import checked
+    from visattn.tuning.candidates import checked, precisions_of
     from visattn.tuning.journal import Journal
     from visattn.tuning.measure import Measurer, Plan
     from visattn.tuning.page import page
@@ -100,7 +100,8 @@ def tune(
         subject, stages = _backbone(model, pictures, checkpoint, pixels(size), batch, device, accuracy is not None), 1
     else:
         subject = _pipeline(model, device, dtype, (texts, steps, guidance, pixels(size), frames, batch))
-    chosen = checked(listed, subject.grid) if listed else of_grid(subject.grid, max(1, round(subject.steps / stages)))
+    every = max(1, round(subject.steps / stages))
+    chosen = checked(listed, subject.grid) if listed else of_grid(subject.grid, every, precisions_of(subject.device))
     plan = Plan(chosen, stages, seeds=seeds, quick=min(seeds, batch), seed=seed)
     goal = Goal(psnr, speedup, accuracy, share, margin, held_out)
     kept = Journal(journal or out.with_suffix(".jsonl"), subject.about() | {"candidates": chosen, "stages": stages})

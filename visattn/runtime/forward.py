@@ -75,6 +75,11 @@ class Forward:
             self.chosen[id(staged)] = found = staged.at(self.step, self.total, self.where.grid)
         return found
 
+    def precision(self, staged: Staged) -> str | None:
+        """What the pattern of this step is computed in."""
+        index = staged.index(self.step, self.total)
+        return None if index < 0 else staged.stages[index].precision
+
     def layouts(self, length: int) -> tuple[Layout, ...] | str:
         """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""
         if length not in self.resolved:

@@ -20,6 +20,7 @@ from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Forward
 from visattn.runtime.run import Run
 from visattn.runtime.runner import Runner
+from visattn.runtime.sequences import with_queries
 
 # What counts call a module in a perturbed forward.
 SUFFIX = " (perturbed)"
@@ -122,10 +123,9 @@ class Perturbed(Runner):
         return out
 
     def _blurred(self, call: AttentionCall, site: str) -> torch.Tensor:
-        forward = self.run.forward
-        layouts = "called outside of the model's forward" if forward is None else forward.layouts(call.k.shape[1])
-        if not isinstance(layouts, str) and call.q.shape[1] != call.k.shape[1]:
-            layouts = "it has keys beyond its queries"
+        layouts = self.places(call)
+        if not isinstance(layouts, str) and call.q.shape[1] < call.k.shape[1]:
+            layouts = with_queries(call.q.shape[1], layouts)
         if isinstance(layouts, str):
             raise ValueError(f"guide: queries of {site} cannot be blurred: {layouts}; leave it out of layers=")
         assert isinstance(self.by, Blur)

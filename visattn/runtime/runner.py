@@ -22,7 +22,7 @@ from visattn.runtime.forward import Forward
 from visattn.runtime.masks import key_validity
 from visattn.runtime.rest import Mark, Rested
 from visattn.runtime.run import Run
-from visattn.runtime.sequences import Sequences, query_rows, with_keys
+from visattn.runtime.sequences import Sequences, with_keys, with_queries
 from visattn.runtime.verdict import MANY, Mode, Ready, Verdict, judge
 from visattn.runtime.watching import show
 from visattn.schedule import Given
@@ -291,25 +291,20 @@ class Runner:
     def fit(self, call: AttentionCall) -> Fit:
         """Whether the pattern can stand for a call."""
         forward = self.run.forward
-        if forward is None:
-            return Fit(why="called outside of the model's forward")
-        if self._rests(forward):
+        if forward is not None and self._rests(forward):
             return Fit()
-        if why := call.refusal(self.run.wider):
+        if forward is not None and (why := call.refusal(self.run.wider)):
             return Fit(why=why)
-        layouts = forward.layouts(call.k.shape[1]) if call.layouts is None else call.layouts
+        layouts = self.places(call)
         if isinstance(layouts, str):
             return Fit(why=layouts)
         if len(layouts) not in (1, call.q.shape[0]):
             return Fit(why=f"its batch of {call.q.shape[0]} is not the {len(layouts)} samples of the forward")
         if call.q.shape[1] < call.k.shape[1]:
-            if len(layouts) > 1:
-                return Fit(why="its samples, whose tokens sit in different places, have keys beyond their queries")
-            keys_layout = next(iter(layouts))
-            rows = query_rows(call.q.shape[1], keys_layout)
-            if isinstance(rows, str):
-                return Fit(why=rows)
-            layouts = (with_keys(rows, keys_layout),) if self._takes_keys() else layouts
+            wider = with_queries(call.q.shape[1], layouts)
+            if isinstance(wider, str):
+                return Fit(why=wider)
+            layouts = wider if self._takes_keys() else layouts
         elif self.run.apart and call.mask is not None:
             found = self._apart(layouts)
             if isinstance(found, str):
@@ -322,6 +317,13 @@ class Runner:
             given = () if call.mask is None else call.mask.shape
             return Fit(why=f"its mask {list(given)} is a bias, which {self.pattern.name} cannot add")
         return Fit(layouts, keys)
+
+    def places(self, call: AttentionCall) -> tuple[Layout, ...] | str:
+        """Where the tokens of a call's keys sit, of each sample where they differ, or why nothing tells."""
+        forward = self.run.forward
+        if forward is None:
+            return "called outside of the model's forward"
+        return forward.layouts(call.k.shape[1]) if call.layouts is None else call.layouts
 
     def _rests(self, forward: Forward) -> bool:
         """Whether calls of a forward are to be dense."""
@@ -356,10 +358,15 @@ class Runner:
         if sequences is None:
             return Verdict("dense", shapes=_shapes(call), why=fit.why)
         forward = self.run.forward
-        precision = None if forward is None or forward.precise else self.precision
+        precision = None if forward is None or forward.precise else self._precision(forward)
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode, precision))
         always = self._always or bool(parameters)
         return judge(self.pattern, problems, fit.layouts, self.backend, always, not call.local)
+
+    def _precision(self, forward: Forward) -> str | None:
+        """What the pattern is computed in, in a forward."""
+        own = forward.precision(self.given) if isinstance(self.given, Staged) else None
+        return own or self.precision
 
     def _problems(
         self,

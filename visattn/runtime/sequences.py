@@ -137,6 +137,20 @@ def with_keys(rows: slice, layout: Layout) -> Layout:
     return Layout(layout.grid, layout.prefix - rows.start, rows.stop - end, layout)
 
 
+def with_queries(queries: int, layouts: tuple[Layout, ...]) -> tuple[Layout, ...] | str:
+    """The layout of the queries of a call with more keys, with all of these, or why there is none.
+
+    Args:
+        queries: Number of queries, fewer than keys.
+        layouts: Of the keys, of each sample where they differ.
+    """
+    if len(layouts) > 1:
+        return "its samples, whose tokens sit in different places, have keys beyond their queries"
+    layout = next(iter(layouts))
+    rows = query_rows(queries, layout)
+    return rows if isinstance(rows, str) else (with_keys(rows, layout),)
+
+
 def query_rows(queries: int, layout: Layout) -> slice | str:
     """Which tokens ask, where a call has fewer queries than keys: those of the grid, or else the last; or why none do.
 

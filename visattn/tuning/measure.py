@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from visattn.patterns import parse
-from visattn.tuning.candidates import is_steady
+from visattn.tuning.candidates import is_steady, kind_of
 from visattn.tuning.journal import Journal
-from visattn.tuning.sensitivity import Response, rank_correlation
+from visattn.tuning.sensitivity import Response, floor_of, rank_correlation
 from visattn.tuning.solve import Choice, hull
 from visattn.tuning.subject import DENSE, Assignment, Local, Outcome, Subject
 
 # How many times the error on a layer's hull a candidate may have that is measured in all stages.
 NEAR = 1.5
+# Errors of layers that are injected, as shares of the square of their outputs: in proportion to what they do to the
+# output, and mostly above its rounding.
+PROBED = (0.03, 0.003)
 
 
 class OutOfTime(Exception):
@@ -141,14 +143,15 @@ class Measurer:
             self.tell("injections", done, total)
             points[unit].append((self._error(local, unit, probe), self._inject(unit, probe)))
         self.tell("injections", total, total)
-        fits = {unit: Response(some) for unit, some in points.items()}
+        floors = [self._floor(local, stage, points) for stage in range(plan.stages)]
+        fits = {unit: Response(some, floors[unit[1]]) for unit, some in points.items()}
         others = [name for name in plan.candidates if name not in {*probes, DENSE}]
         pairs = [(unit, name) for unit in units for name in others if math.isfinite(self._error(local, unit, name))]
         chosen = random.Random(plan.seed).sample(pairs, min(plan.checks, len(pairs)))
         seen = []
         for done, (unit, name) in enumerate(chosen):
             self.tell("checks of what is predicted", done, len(chosen))
-            seen.append((fits[unit](self._error(local, unit, name)), self._inject(unit, name)))
+            seen.append((floors[unit[1]] + fits[unit](self._error(local, unit, name)), self._inject(unit, name)))
         self.tell("checks of what is predicted", len(chosen), len(chosen))
         ranks = rank_correlation([a for a, _ in seen], [b for _, b in seen])
         by_layer = {layer: g for g, group in enumerate(self.groups) for layer in group}
@@ -160,6 +163,7 @@ class Measurer:
         local: list[list[dict[str, Local]]],
         responses: list[list[Response]],
         overheads: Mapping[str, float] = MappingProxyType({}),
+        excess: Mapping[str, float] = MappingProxyType({}),
     ) -> list[list[Choice]]:
         """Candidates of each unit (layer by layer, stage by stage) with time and predicted loss.
 
@@ -167,6 +171,7 @@ class Measurer:
             local: What they do, by layer and stage.
             responses: What an error of a layer does to the output, likewise.
             overheads: Seconds of a call beyond those in `local`, by kind of pattern.
+            excess: How many times more error than predicted, likewise.
         """
         found = []
         edges = [round(e * self.subject.steps) for e in self.plan.edges]
@@ -179,14 +184,28 @@ class Measurer:
                 # A group's loss is shared by its layers as their errors are.
                 whole = sum(local[other][stage].get(name, Local(math.inf, 0.0)).error for other in group)
                 loss = 0.0 if name == DENSE or whole <= 0 else respond(whole) * error / whole
+                loss *= excess.get(kind_of(name), 1.0)
                 if math.isfinite(loss):
-                    beyond = 0.0 if name == DENSE else overheads.get(parse(name).name, 0.0)
+                    beyond = 0.0 if name == DENSE else overheads.get(kind_of(name), 0.0)
                     unit.append(Choice(name, (seconds + beyond) * calls, loss))
             found.append(unit)
         return found
 
+    def _floor(
+        self,
+        local: list[list[dict[str, Local]]],
+        stage: int,
+        points: Mapping[tuple[int, int], Sequence[tuple[float, float]]],
+    ) -> float:
+        """Error of the output however small a layer's is in a stage: from the smallest that can be injected."""
+        names = [name for name in self.plan.candidates if name != DENSE]
+        groups = range(len(self.groups))
+        error, group, name = min((self._error(local, (g, stage), n), g, n) for g in groups for n in names)
+        some = points[group, stage]
+        return floor_of((error, self._inject((group, stage), name)), max(some)) if some else 0.0
+
     def _probes(self, local: list[list[dict[str, Local]]]) -> list[str]:
-        """Candidates along the hull of all layers together, dense not among them."""
+        """Candidates along the hull of all layers together, dense not among them: large enough to be no rounding."""
         names = [n for n in self.plan.candidates if all(n in each for layer in local for each in layer)]
         sums = [
             Choice(
@@ -197,9 +216,14 @@ class Measurer:
             for n in names
         ]
         found = [choice.name for choice in hull(sums) if choice.name != DENSE] or [n for n in names if n != DENSE]
+        size = {choice.name: choice.loss / (len(local) * self.plan.stages) for choice in sums}
         count = min(self.plan.probes, len(found))
-        # One alone is the finest, whose error is nearest to that of what holds a bound.
-        return [found[round(i * (len(found) - 1) / (count - 1))] for i in range(count)] if count > 1 else found[-1:]
+        probes: list[str] = []
+        for i in range(count):
+            wanted = PROBED[0] * (PROBED[1] / PROBED[0]) ** ((i + 0.5) / count)
+            left = [name for name in found if name not in probes]
+            probes.append(min(left, key=lambda name: abs(math.log(max(size[name], 1e-12) / wanted))))
+        return probes
 
     def _error(self, local: list[list[dict[str, Local]]], unit: tuple[int, int], name: str) -> float:
         group, stage = unit
@@ -211,7 +235,7 @@ class Measurer:
             tuple(name if layer in self.groups[group] and s == stage else DENSE for s in range(self.plan.stages))
             for layer in range(self.subject.layers)
         ]
-        return self.quality(tuple(rows)).error
+        return self.quality(tuple(rows)).typical
 
     def _get(self, key: Any, measure: Callable[[], Any]) -> Any:
         if not self.journal.knows(key) and time.monotonic() > self.deadline:

@@ -1,13 +1,17 @@
-"""What a call costs in a whole run beyond its time alone, where the host has to keep ahead of the device."""
+"""What whole runs with one candidate say beyond what is predicted of its calls: time, and error."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
-from visattn.patterns import parse
+from visattn.tuning.candidates import kind_of
 from visattn.tuning.measure import Measurer, OutOfTime
+from visattn.tuning.sensitivity import Response
 from visattn.tuning.subject import DENSE, Local
+
+# Squared error from which a sample is another one.
+LOST = 0.01
 
 
 def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -> dict[str, float]:
@@ -24,26 +28,15 @@ def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -
         Seconds by the name of a kind such as "topk"; empty where the time is over, nothing is timed, or the device is
         the host.
     """
-    if not measurer.subject.queued:
+    if measurer.subject.device.type == "cpu":
         return {}
-    plan = measurer.plan
-    edges = [round(edge * measurer.subject.steps) for edge in plan.edges]
-    calls = [end - first for first, end in itertools.pairwise(edges)]
-    names = [name for name in plan.candidates if all(name in each for layer in local for each in layer)]
-    times = {
-        name: sum(n * each[name].seconds for layer in local for n, each in zip(calls, layer, strict=True))
-        for name in names
-    }
-    kinds: dict[str, list[str]] = {}
-    for name in sorted(names, key=lambda name: times[name]):
-        if name != DENSE and times[name] < times.get(DENSE, 0.0):
-            kinds.setdefault(parse(name).name, []).append(name)
+    calls = _calls(measurer)
+    times, middle = _middle(measurer, local)
     try:
         # Dense attention says what a second of a layer is in these figures, which are of one sample.
-        dense = _measured(measurer, DENSE) if kinds else 0.0
+        dense = _measured(measurer, DENSE) if middle else 0.0
         if dense <= 0:
             return {}
-        middle = {kind: some[len(some) // 2] for kind, some in kinds.items()}
         beyond = {}
         for done, (kind, name) in enumerate(middle.items()):
             measurer.tell("candidates in whole runs", done, len(middle))
@@ -52,6 +45,62 @@ def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -
     except OutOfTime:
         return {}
     return {kind: max(seconds, 0.0) / (sum(calls) * len(local)) for kind, seconds in beyond.items()}
+
+
+def excess(
+    measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]], responses: Sequence[Sequence[Response]]
+) -> dict[str, float]:
+    """How many times more error than predicted a kind of pattern makes in a whole run, beside the kind that has least.
+
+    Lists that are kept, for one, are measured at one age, and how they fare at others depends on who chose them.
+
+    Args:
+        measurer: Measures.
+        local: What candidates do, by layer and stage.
+        responses: What an error of a layer does to the output, likewise.
+
+    Returns:
+        Factors from 1 by the name of a kind; empty where the time is over.
+    """
+    _, middle = _middle(measurer, local)
+    layers = measurer.subject.layers
+    found = {}
+    try:
+        for kind, name in middle.items():
+            predicted = sum(
+                respond(each[name].error)
+                for layer, row in zip(local, responses, strict=True)
+                for each, respond in zip(layer, row, strict=True)
+            )
+            if predicted > 0:
+                seen = measurer.quality(((name,) * measurer.plan.stages,) * layers).typical
+                # A sample that is another one altogether says nothing of how much more error that took.
+                found[kind] = min(seen, LOST) / min(predicted, LOST)
+    except OutOfTime:
+        return {}
+    least = min(found.values(), default=1.0)
+    return {kind: ratio / least for kind, ratio in found.items()}
+
+
+def _middle(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -> tuple[dict[str, float], dict[str, str]]:
+    """Time of candidates in all layers of a run, and of each kind that one of middle time that is faster than dense."""
+    calls = _calls(measurer)
+    names = [name for name in measurer.plan.candidates if all(name in each for layer in local for each in layer)]
+    times = {
+        name: sum(n * each[name].seconds for layer in local for n, each in zip(calls, layer, strict=True))
+        for name in names
+    }
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: times[name]):
+        if name != DENSE and times[name] < times.get(DENSE, 0.0):
+            kinds.setdefault(kind_of(name), []).append(name)
+    return times, {kind: some[len(some) // 2] for kind, some in kinds.items()}
+
+
+def _calls(measurer: Measurer) -> list[int]:
+    """Steps of each stage."""
+    edges = [round(edge * measurer.subject.steps) for edge in measurer.plan.edges]
+    return [end - first for first, end in itertools.pairwise(edges)]
 
 
 def _measured(measurer: Measurer, name: str) -> float:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from visattn.patterns import parse
+from visattn.staged import with_precision
 from visattn.tuned import Tuned
 from visattn.tuning.density import density
 from visattn.tuning.search import Found
@@ -78,7 +78,7 @@ def board(tuned: Tuned) -> str:
         for steps, text in stages.items():
             first, _, end = steps.partition("-")
             a, b = float(first), float(end or 1)
-            share = density(parse(text), tuned.grid)
+            share = density(with_precision(text)[0], tuned.grid)
             color = "#bbb" if share is None else f"hsl(205 70% {92 - 62 * math.sqrt(share):.0f}%)"
             name = f"layer {layer}, steps {steps}: {text}" + ("" if share is None else f", density {share:.3f}")
             parts.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 from visattn.tuned import Tuned
 from visattn.tuning.measure import Measurer, OutOfTime
-from visattn.tuning.overhead import overheads
+from visattn.tuning.overhead import excess, overheads
 from visattn.tuning.sensitivity import rank_correlation
 from visattn.tuning.solve import Rung, ladder
 from visattn.tuning.subject import DENSE, Assignment, Outcome
@@ -17,9 +18,9 @@ from visattn.tuning.subject import DENSE, Assignment, Outcome
 # Seeds of the samples that verify begin so far behind those that are measured; another round begins as far again.
 HELD_OUT = 1_000_000
 # A schedule that takes so much longer than one that does not hold is near enough to the fastest that does.
-CLOSE = 0.01
+CLOSE = 0.02
 # Schedules that predictions choose before halves of what is left do, and by how many dB these go beyond the bound.
-GUESSES, BEYOND = 6, 0.3
+GUESSES, BEYOND = 5, 0.5
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class Search:
         try:
             local = measurer.local()
             responses, ranks = measurer.responses(local)
-            self._rungs = ladder(measurer.choices(local, responses, overheads(measurer, local)))
+            beyond = overheads(measurer, local), excess(measurer, local, responses)
+            self._rungs = ladder(measurer.choices(local, responses, *beyond))
             rung = self._find(margin)
         except OutOfTime:
             complete = False
@@ -165,18 +167,19 @@ class Search:
         return failed >= 0 and self._rungs[held].time <= self._rungs[failed].time * (1 + CLOSE)
 
     def _guess(self, low: int, high: int, margin: float) -> int:
-        """The rung that is predicted to be the first that holds, from the nearest one that was measured.
+        """The next rung to measure: with one end of what is left measured, the first that is predicted to hold.
 
-        It goes a little beyond, to the side of which less is known, so that both ends of what is left come near.
+        It goes a little beyond, to the side that is not measured. With both ends, or none, it is the middle in time.
         """
         seen = {i: self.tried.get(self._assignment(i), {}).get("score") for i in {low - 1, high} if i >= 0}
         offsets = [score - _decibels(self._rungs[i].loss) for i, score in seen.items() if score is not None]
-        middle = (low + high) // 2
-        if self.goal.psnr is None or not offsets:
+        times = [rung.time for rung in self._rungs[low:high]]
+        middle = min(low + bisect.bisect(times, (times[0] + self._rungs[high].time) / 2), high - 1)
+        if self.goal.psnr is None or len(offsets) != 1:
             return middle
         # Of what holds the fastest is looked for: a guess that should just fail after one that held, and the reverse.
-        beyond = BEYOND if seen.get(high) is None else -BEYOND if seen.get(low - 1) is None else 0.0
-        needed = self.goal.least + margin + beyond - sum(offsets) / len(offsets)
+        beyond = BEYOND if seen.get(high) is None else -BEYOND
+        needed = self.goal.least + margin + beyond - offsets[0]
         return next((i for i in range(low, high) if _decibels(self._rungs[i].loss) >= needed), high - 1)
 
     def _holds(self, rung: int, margin: float) -> bool:

@@ -6,6 +6,22 @@ import bisect
 import math
 from collections.abc import Sequence
 
+# Share of an output's error that is a layer's at least, where all of it may be rounding.
+UNKNOWN = 0.1
+
+
+def floor_of(fine: tuple[float, float], coarse: tuple[float, float]) -> float:
+    """What an output's error tends to as a layer's does to zero: rounding, which any change of a run changes.
+
+    Args:
+        fine: A small error of a layer, and that of the output.
+        coarse: A larger one.
+    """
+    if not fine[0] < coarse[0]:
+        return 0.0
+    slope = max(0.0, coarse[1] - fine[1]) / (coarse[0] - fine[0])
+    return max(0.0, fine[1] - slope * fine[0])
+
 
 class Response:
     """Squared error of the output over the relative squared error of a layer's output, from a few injections.
@@ -13,13 +29,16 @@ class Response:
     Between measured points it is a power law; below and above them the output's error is in proportion to the layer's.
     """
 
-    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+    def __init__(self, points: Sequence[tuple[float, float]], floor: float = 0.0) -> None:
         """Fit.
 
         Args:
             points: Errors of the layer that were injected, and of the output that came of them.
+            floor: Error of the output however small that of a layer is, see `floor_of`.
         """
-        good = sorted((math.log(e), math.log(d)) for e, d in points if e > 0 and d > 0 and math.isfinite(e + d))
+        # What is hardly above the floor is not known, but not nothing.
+        above = [(e, max(d - floor, d * UNKNOWN)) for e, d in points]
+        good = sorted((math.log(e), math.log(d)) for e, d in above if e > 0 and d > 0 and math.isfinite(e + d))
         self._x = [x for x, _ in good]
         # More error in, no less error out: where noise says otherwise, the larger one holds.
         self._y: list[float] = []

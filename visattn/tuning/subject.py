@@ -7,7 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 DENSE = "dense"
+# PSNR in dB that counts for a sample without any error.
+MOST = 120.0
 # The pattern of each stage of the run, for each layer.
 Assignment = tuple[tuple[str, ...], ...]
 
@@ -46,6 +50,11 @@ class Outcome:
     attention_seconds: float = 0.0
     lost: tuple[int, ...] = ()
     twin_accuracy: float | None = None
+
+    @property
+    def typical(self) -> float:
+        """Squared error of a sample, the geometric mean: one sample that turned into another does not decide it."""
+        return 10 ** (-sum(min(value, MOST) for value in self.psnr) / len(self.psnr) / 10)
 
     @property
     def lost_points(self) -> float:
@@ -99,8 +108,8 @@ class Subject(Protocol):
         ...
 
     @property
-    def queued(self) -> bool:
-        """Whether its device works behind the host, so that short calls may wait for it."""
+    def device(self) -> torch.device:
+        """Where it runs."""
         ...
 
     @property

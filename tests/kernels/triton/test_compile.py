@@ -206,8 +206,8 @@ def fake(monkeypatch, **used):
     ("used", "status"),
     [
         ({"registers": 255, "shared": 1000}, 0),
-        ({"registers": 255, "shared": 1000, "spills": 8}, 1),
-        ({"registers": 255, "shared": 1000, "spills": 16}, 1),
+        ({"registers": 255, "shared": 1000, "spills": ahead.stray()}, 0),
+        ({"registers": 255, "shared": 1000, "spills": ahead.stray() + 8}, 1),
         ({"registers": 255, "shared": 10**6}, 1),
         ({"error": "CompilationError"}, 1),
     ],
@@ -322,3 +322,10 @@ def test_second_branches_compile(monkeypatch, text, dtype, names):
     assert set(found) == names
     for name, used in found.items():
         assert used.fits(SHARED_MEMORY[90]), (name, used)
+
+
+@pytest.mark.parametrize(("version", "bytes_"), [("3.6.0", 64), ("3.7.1", 64), ("3.8.0", 0), ("3.10.0+git1", 0)])
+def test_older_compilers_may_spill_a_little(monkeypatch, version, bytes_):
+    monkeypatch.setattr("triton.__version__", version)
+    assert resources.Resources(255, bytes_, 1000).fits(1000)
+    assert not resources.Resources(255, bytes_ + 8, 1000).fits(1000)

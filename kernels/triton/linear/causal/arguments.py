@@ -64,15 +64,14 @@ def causal_launches(dtype: torch.dtype, features: int, channels: int) -> dict[st
     if dtype == torch.float32:
         return table | {
             "read_chunks": Launch(16, d, 32, 4 if d <= 128 else 8, 1),
-            "chunk_grad": Launch(min(f, 32), min(d, 16), 32, 4, 1),
+            "chunk_grad": Launch(min(f, 32), min(d, 32), 16, 4, 1),
         }
     # Found by compiling for every architecture: none of these spills (`visattn.kernels.triton.resources`).
-    read = 32 if d <= 32 or (d == 64 and dtype == torch.bfloat16) else 16
+    read = 32 if d <= 64 and dtype == torch.bfloat16 else 16
+    wide = Launch(128 if f == 128 else 64, min(d, 16), 64, 8, 2)
     return table | {
         "read_chunks": Launch(min(f, read), d, 64 if d <= 128 else 32, 4 if d <= 32 else 8, 2),
-        "chunk_grad": Launch(
-            f if f <= 128 else 64, min(d, 32 if f <= 64 else 16), 64, 8 if f == 32 or f > 64 else 4, 2
-        ),
+        "chunk_grad": Launch(f, min(d, 32), 64, 8 if f == 32 else 4, 2) if f <= 64 else wide,
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from visattn.kernels.linear.causal import plain_grid_attention
-from visattn.kernels.linear.features import elu_plus_one, repeated, widened
+from visattn.kernels.linear.features import feature_map, repeated, widened
 from visattn.kernels.second_order import by_autograd
 from visattn.kernels.triton import start
 from visattn.kernels.triton.linear.attention import (
@@ -71,29 +71,29 @@ def causal_linear_attention(
     q, k, v = readable(q, k, v, feature)
     setting = Setting(feature, bool(torch.backends.cuda.matmul.allow_tf32))
     steps = Steps.of(layout.grid, axis, q.shape[3], rates is not None)
-    if rates is None:
-        rates = q.new_zeros(q.shape[2], dtype=torch.float32)
+    rates = q.new_zeros(q.shape[2], dtype=torch.float32) if rates is None else rates.contiguous()
     mask = None if key_mask is None else key_mask[:, first:behind].contiguous().view(torch.uint8)
     grid = [t[:, first:behind] for t in (q, k, v)]
     if behind - first == layout.length:
-        return CausalLinearAttention.apply(*grid, mask, None, rates.contiguous(), steps, setting).to(dtype)
-    dense = _dense_state(*(_ends(t, first, behind) for t in (k, v, key_mask)), feature, q.shape[2])
-    out = CausalLinearAttention.apply(*grid, mask, dense, rates.contiguous(), steps, setting)
+        return CausalLinearAttention.apply(*grid, mask, None, rates, steps, setting).to(dtype)
+    mask_ends = None if key_mask is None else _ends(key_mask, first, behind)
+    dense = _dense_state(_ends(k, first, behind), _ends(v, first, behind), mask_ends, feature, q.shape[2])
+    out = CausalLinearAttention.apply(*grid, mask, dense, rates, steps, setting)
     # Dense tokens see all without decay.
     ends = linear_attention(_ends(q, first, behind), k, v, key_mask, feature)
     return torch.cat([ends[:, :first], out, ends[:, first:]], 1).to(dtype)
 
 
-def _ends(x: Any, first: int, behind: int) -> Any:
+def _ends(x: torch.Tensor, first: int, behind: int) -> torch.Tensor:
     """The tokens before and behind the grid."""
-    return None if x is None else torch.cat([x[:, :first], x[:, behind:]], 1)
+    return torch.cat([x[:, :first], x[:, behind:]], 1)
 
 
 def _dense_state(
     k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, feature: str, heads: int
 ) -> torch.Tensor:
     """State and sums of dense keys, float32 [B, H, F * D + F]; there are few of them."""
-    k = repeated(elu_plus_one(k) if feature == "elu" else widened(k).relu() if feature == "relu" else widened(k), heads)
+    k = repeated(feature_map(k, feature), heads)
     if key_mask is not None:
         k = k * key_mask[:, :, None, None]
     state = torch.einsum("bshf,bshd->bhfd", k, repeated(widened(v), heads))
@@ -163,8 +163,8 @@ class CausalLinearAttention(torch.autograd.Function):
                     q, k, v, shown, dense, rates, steps.positions, steps.inner, setting.feature
                 )
             )
-            grads = plain((q, k, v, dense), (grad_out,))
-            return *grads[:3], None, grads[3], None, None, None
+            own = plain((q, k, v, dense), (grad_out,))
+            return *own[:3], None, own[3], None, None, None
         if out is None:
             made = [None if t is None else torch.zeros_like(t) for t in (q, k, v, dense)]
             return *made[:3], None, made[3], None, None, None
