@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from visattn.checks import check_precision
-from visattn.patterns import Dense, ListedPattern, MergingPattern, Pattern, Radial, parse
+from visattn.patterns import Dense, ListedPattern, MergingPattern, Pattern, Radial
 from visattn.patterns.values import axis_values, per_axis
 from visattn.selectors import Layers, Selector, SiteName, pick, selectors_of
 from visattn.staged import Staged, with_precision
