@@ -278,14 +278,16 @@ def with_routes(made: TilePlan, routes: Routes, sample: int = 0, group: int = 0)
 
 def _in_order(made: TilePlan, row: Ints, tile: Ints, mask: Ints, masks: Bools) -> tuple[Ints, Bools]:
     """Masks of visits, and all masks, where the grid is a causal line: keys after a query are hidden besides."""
-    queries, keys = made.queries.tokens[row], made.keys.tokens[tile]
+    queries, keys = made.queries.tokens, made.keys.tokens
+    # Tiles behind the others are seen whole: most of them.
+    first = np.where(queries >= 0, queries, queries.max(initial=0) + 1).min(1)
+    cut = np.flatnonzero(keys.max(1)[tile] > first[row])
     everything = np.ones((1, *masks.shape[1:]), bool)
-    seen = np.concatenate([masks, everything])[mask] & ~later_slots(queries, keys)
+    seen = np.concatenate([masks, everything])[mask[cut]] & ~later_slots(queries[row[cut]], keys[tile[cut]])
     found, which = np.unique(seen, axis=0, return_inverse=True)
-    # Empty slots of queries see anything, so that whole tiles stay without a mask.
-    whole = found.all((1, 2))
-    number = np.where(whole, -1, len(masks) + np.cumsum(~whole) - 1)
-    return number[which.ravel()], np.concatenate([masks, found[~whole]])
+    mask = mask.copy()
+    mask[cut] = len(masks) + which.ravel()
+    return mask, np.concatenate([masks, found])
 
 
 def _validity(queries: Tiling, keys: Tiling) -> tuple[Ints, Bools]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from visattn.checks import check_precision
-from visattn.patterns import Dense, MergingPattern, Pattern, Radial
+from visattn.patterns import Dense, DynamicPattern, HybridPattern, MergingPattern, Pattern, Radial
 from visattn.patterns.values import axis_values, per_axis
 from visattn.selectors import Layers, Selector, SiteName, pick, selectors_of
 from visattn.staged import Staged, lists_tiles, with_precision
@@ -329,9 +329,13 @@ def check_dims(pattern: Pattern, dims: int, model: str) -> None:
     if dims == 3 and given == {2}:
         each = {name: per_axis(v, 2, name) for name, v in values.items()}
         spatial = {name: (ONE_FRAME.get(name, 1), *v) for name, v in each.items()}
-        every = spatial | {name: (-1, *each[name]) for name in each if name in ("window", "block")}
+        # Lists of blocks are of all frames, and their blocks have no -1 for a whole axis.
+        listed = isinstance(pattern, DynamicPattern | HybridPattern)
+        whole = () if listed else ("window", "block")
+        every = spatial | {name: (-1, *each[name]) for name in each if name in whole}
         forms = [f"{dataclasses.replace(pattern, **every)} (every frame)"] if every != spatial else []  # type: ignore[type-var]
-        forms.append(f"{dataclasses.replace(pattern, **spatial)} (each frame alone)")  # type: ignore[type-var]
+        what = "blocks of one frame" if listed else "each frame alone"
+        forms.append(f"{dataclasses.replace(pattern, **spatial)} ({what})")  # type: ignore[type-var]
         message += f": use {' or '.join(forms)}"
     elif dims == 2 and given == {3}:
         flat = {name: v[1:] if isinstance(v, tuple) else v for name, v in values.items()}

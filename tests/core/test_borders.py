@@ -22,7 +22,8 @@ PATTERNS = (
     "wersa(features=8)",
     "sparselinear(sparse=na(window=3), feature=exp)", "sigmoid(sparse=clear(radius=2, pool=2))",
     "clipped(sparse=clear(radius=2, pool=2), alpha=1)", "gated(of=na(window=3))", "selective(values=false)",
-    "groups(3)", "linear(causal=0x1, decay=heads)",
+    "groups(3)", "linear(causal=0x1, decay=heads)", "topk(keep=2, block=2x1, causal=0x1)",
+    "topp(p=0.6, block=4, causal=true)", "verticalslash(least=1, block=8)", "pruned(by=topk(keep=2, block=3x2))",
 )  # fmt: skip
 # The interpreter and FlexAttention's compiler take seconds a case: they are tested in their own rooms.
 SLOW = ("triton", "flex")

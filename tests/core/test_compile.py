@@ -111,7 +111,7 @@ EACH = {
     "sigmoid(sparse=na(window=3))", "sparselinear(na(window=3))", "clipped", "gated", "selective",
     "sla", "sla2", "vsa", "gate(by=topk(keep=0.5))", "kmeans(queries=3, keys=4)", "lsh",
     "best(of=[dense, na(window=3)])", "perhead(heads={0: dense})", "pruned(by=topk(keep=0.5))",
-    "centroids(clusters=2, window=3)",
+    "centroids(clusters=2, window=3)", "verticalslash(block=8)",
 }  # fmt: skip
 
 

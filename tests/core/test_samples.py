@@ -21,7 +21,9 @@ PATTERNS = (
     "linear(feature=elu)", "linear(feature=hedgehog)", "flow", "mala", "wersa(features=8)",
     "sigmoid(sparse=halo(block=2, halo=1))",
     "sparselinear(sparse=na(window=3))", "clipped(sparse=clear(radius=2), alpha=1)", "groups(2)",
-    "selective(of=gated(of=na(window=3)))",
+    "selective(of=gated(of=na(window=3)))", "topk(keep=2, block=3)", "topp(p=0.6, block=3, causal=true)",
+    "above(tau=0.2, block=1, key_block=4, causal=true)", "topk(keep=1, block=4, rest=mean)",
+    "verticalslash(least=1, block=4)", "pruned(by=topk(keep=2, block=4))",
 )  # fmt: skip
 
 MODES = ("grad", "none", "inference")

@@ -56,6 +56,7 @@ EVERY = [
     *("agent(agents=2x2)", "linear", "flow", "mala", "best(of=[na(window=3x3), clear(radius=2)])"),
     "kmeans(queries=4, keys=6)",
     "pruned(by=topk(keep=0.5, block=2x2))",
+    "verticalslash(least=2, block=4)",
     "clipped(na(window=3x3))",
     "perhead(heads={0: dense, 1-2: na(window=3x3)}, rest=clear(radius=2))",
 ]

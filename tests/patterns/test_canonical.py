@@ -41,6 +41,7 @@ from visattn.patterns import (
     SparseLinear,
     TopK,
     TopP,
+    VerticalSlash,
     Wersa,
 )
 from visattn.patterns.linear import FEATURES
@@ -116,6 +117,14 @@ KINDS = STATIC | {
         **CHOICE,
     ),
     Above: made(Above, tau=REAL, most=NUMBER, bar=st.sampled_from(["exact", "diag", "share"]), **CHOICE),
+    VerticalSlash: made(
+        VerticalSlash,
+        p=st.floats(0, 1, exclude_min=True),
+        tau=st.floats(0, 1),
+        least=NUMBER,
+        most=NUMBER,
+        block=WHOLE,
+    ),
     SLA: made(SLA, keep=NUMBER, marginal=NUMBER | st.just("all"), feature=st.sampled_from(["softmax", "elu", "relu"])),
     SLA2: made(
         SLA2,

@@ -25,7 +25,7 @@ from visattn.patterns.geometry import TilePairs
 
 EXAMPLES = {
     StaticPattern: {"dense", "na(window=3)", "halo(block=2, halo=1)", "clear(radius=2, pool=2)", "radial", "groups(2)"},
-    RoutedPattern: {"routing(regions=2, topk=1)", "topk(keep=0.5)", "topp(p=0.5)", "above(tau=0.5)"},
+    RoutedPattern: {"routing(regions=2, topk=1)", "topk(keep=0.5)", "topp(p=0.5)", "above(tau=0.5)", "verticalslash"},
     ComposedPattern: {"agent(agents=2)", "linear", "flow", "mala", "wersa", "sigmoid", "sparselinear(na(window=3))"}
     | {"clipped", "gated", "selective", "sla", "sla2", "vsa", "centroids", "pruned(by=topk(keep=0.5))"}
     | {"gate(by=topk(keep=0.5))", "kmeans", "lsh", "best(of=[dense, na(window=3)])", "perhead(heads={0: dense})"},

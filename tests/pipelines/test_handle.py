@@ -208,6 +208,11 @@ def test_dims_that_do_not_fit_name_the_right_form():
     )
     assert error("na(window=3x7x7)", 2).endswith("a (height, width) grid: use na(window=7x7)")
     assert error("na(window=7x7)", 1).endswith("give 1 value")
+    listed = "has 2 axes but the tokens of M are a (frames, height, width) grid: use"
+    assert error("topk(block=8x8, causal=0x1)", 3).endswith(
+        f"{listed} topk(block=1x8x8, causal=0x0x1) (blocks of one frame)"
+    )
+    assert error("vsa(block=8x8)", 3) == f"vsa(block=8x8) {listed} vsa(block=1x8x8) (blocks of one frame)"
     check_dims(parse("na(window=7)"), 3, "M")
     model, _ = tiny_models.wan()
     with pytest.raises(ValueError, match="WanTransformer3DModel are a"):

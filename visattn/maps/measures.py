@@ -141,7 +141,7 @@ def selecting(pattern: Pattern, grid: tuple[int, ...]) -> Pattern:
         )
     if isinstance(pattern, PooledPattern) and pattern.pool_shape(grid) is not None:
         raise ValueError(f"{pattern} appends pooled keys, which are no keys of dense attention: leave pool out")
-    if isinstance(pattern, DynamicPattern):
+    if isinstance(pattern, DynamicPattern) and (pattern.rest, pattern.every) != ("drop", 1):
         pattern = replace(pattern, rest="drop", every=1)  # type: ignore[type-var]
     pattern.check(grid)
     return pattern

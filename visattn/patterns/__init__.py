@@ -47,6 +47,7 @@ from visattn.patterns.sparse_linear import SparseLinear
 from visattn.patterns.text import parse
 from visattn.patterns.topk import TopK
 from visattn.patterns.topp import TopP
+from visattn.patterns.vertical_slash import VerticalSlash
 from visattn.patterns.wersa import Wersa
 from visattn.patterns.wrapped import Gated, Selective, Wrapped
 
@@ -97,6 +98,7 @@ __all__ = [
     "StaticPattern",
     "TopK",
     "TopP",
+    "VerticalSlash",
     "Wersa",
     "Wrapped",
     "dense_mask",
@@ -115,6 +117,7 @@ PATTERNS: tuple[type[Pattern], ...] = (
     TopK,
     TopP,
     Above,
+    VerticalSlash,
     KMeans,
     Lsh,
     Pruned,

@@ -98,6 +98,15 @@ PRESETS = {
         "the original weighs the values of a region by the region's own query, does not count a region's tokens, and "
         "its regions have the square root of the tokens",
     ),
+    "flexprefill": Preset(
+        "verticalslash(p=0.9, tau=0.1, least=8, block=128)",
+        "FlexPrefill (Lai et al., ICLR 2025), at least 1024 tokens",
+    ),
+    "minference": Preset(
+        "verticalslash(columns=1000, slashes=6096, block=64)",
+        "MInference (Jiang et al., NeurIPS 2024), 1000 columns and 6096 distances",
+        "the original sees those tokens alone, here their blocks are seen; some heads have other patterns there",
+    ),
     "hyper": Preset(
         "lsh(planes=7, block=256, samples=256)",
         "HyperAttention (Han et al., 2023)",

@@ -37,6 +37,7 @@ KINDS = REGISTRY.declare(
         "topk": "visattn.patterns.topk:TopK",
         "topp": "visattn.patterns.topp:TopP",
         "above": "visattn.patterns.above:Above",
+        "verticalslash": "visattn.patterns.vertical_slash:VerticalSlash",
         "kmeans": "visattn.patterns.kmeans:KMeans",
         "lsh": "visattn.patterns.lsh:Lsh",
         "pruned": "visattn.patterns.pruned:Pruned",

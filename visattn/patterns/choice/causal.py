@@ -69,11 +69,19 @@ def pairs_on(blocks: Blocks, device: torch.device) -> torch.Tensor:
     """Pairs of tokens of which one sees the other, of each pair of blocks: float64 [rows, columns]."""
     pairs = np.ones((1, 1))
     for n, rows, columns, causal in zip(blocks.grid, blocks.queries, blocks.keys, blocks.causal, strict=True):
-        position = np.arange(n)
-        seen = position[None] <= position[:, None] if causal else np.ones((n, n), bool)
-        by_rows = np.add.reduceat(seen, np.arange(0, n, rows), 0, dtype=np.int64)
-        pairs = np.kron(pairs, np.add.reduceat(by_rows, np.arange(0, n, columns), 1))
+        start, first = np.arange(0, n, rows)[:, None], np.arange(0, n, columns)[None]
+        stop, length = np.minimum(start + rows, n), np.minimum(columns, n - first)
+        own = (stop - start) * length
+        if causal:
+            own = _up_to(stop - first, length) - _up_to(start - first, length)
+        pairs = np.kron(pairs, own.astype(np.float64))
     return torch.from_numpy(pairs).to(device)
+
+
+def _up_to(queries: Ints, length: Ints) -> Ints:
+    """Keys of a block of so many that the queries from its first token on see, for so many queries in all."""
+    inside = np.clip(queries, 0, length)
+    return inside * (inside + 1) // 2 + np.maximum(queries - length, 0) * length
 
 
 def seen_tokens(blocks: Blocks, device: torch.device, tokens: torch.Tensor | None = None) -> torch.Tensor | None:
