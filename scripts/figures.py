@@ -32,6 +32,7 @@ from scripts.figures_gpu import (
 )
 from scripts.figures_models import model_tables
 from scripts.figures_precision import precision_tables
+from scripts.figures_suites import draw_suites, suite_tables
 from scripts.figures_trained import trained_tables
 from scripts.figures_tuned import draw_all, tuned_tables
 from scripts.pages import with_table
@@ -190,6 +191,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **tuned_tables(),
     **precision_tables(),
     **control_tables(),
+    **suite_tables(),
     **trained_tables(),
 }
 
@@ -223,6 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     for page in PAGES:
         page.write_text(rendered(page.read_text()))
     draw_all()
+    draw_suites()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ PICTURES = ROOT / "docs" / "pictures"
 
 def measured(name: str) -> list[Measured]:
     """What was measured of a suite, short sequences first."""
-    found = [Measured.of(each) for each in result(f"h200-{name}")["results"]]
+    found = [Measured.of(each) for each in result(f"cpu-{name}")["results"]]
     return sorted((each for each in found if each is not None), key=lambda each: each.entry.products)
 
 

@@ -1,0 +1,154 @@
+"""Distillation: cached samples, and settings that are refused before a model is loaded."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+
+from safetensors.torch import load_file
+
+from scripts.distill import (
+    cache_samples,
+    samples,
+    settings,
+    training,
+)
+from scripts.distill import pipeline as distill
+from scripts.distill.config import Config
+from tests.support.runs import equal
+from tests.support.tiny_distill import cache, tiny_pipeline_with_samples, words
+from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_pipeline_with_samples(tmp_path_factory.mktemp("tiny"))
+
+
+class TestSamples:
+    def test_are_what_the_pipeline_made_and_told(self, folder):
+        found = samples.SampleSet(folder / "samples")
+        assert len(found) == 10
+        assert found.index.kind == "flow"
+        assert found.index.anchor == "hidden_states"
+        assert found.index.time_scale == 1.0
+        pipe = PixelDiTPipeline.from_pretrained(folder / "model")
+        generator = torch.Generator().manual_seed(5)
+        image = pipe([2], num_inference_steps=3, generator=generator, output_type="pt").images
+        latents, told = found.take([5], torch.zeros(1))
+        torch.testing.assert_close((latents / 2 + 0.5).clamp(0, 1), image, atol=1e-5, rtol=1e-4)
+        assert told["class_labels"].tolist() == [2]
+
+    def test_rows_of_guidance_belong_to_the_sample(self, folder):
+        found = samples.SampleSet(folder / "samples")
+        _, told = found.take([3, 7, 7], torch.tensor([0.9, 0.2, 0.6]))
+        # Row 0 is the label (index mod 3), row 1 the null class.
+        assert told["class_labels"].tolist() == [3, 1, 3]
+
+    def test_resume_makes_the_same_shards(self, folder, tmp_path):
+        out = tmp_path / "samples"
+        shutil.copytree(folder / "samples", out)
+        (out / "index.json").unlink()
+        samples.shard_path(out, 1).unlink()
+        cache(folder, out)
+        for path in (folder / "samples").glob("*.safetensors"):
+            assert equal(load_file(path), load_file(out / path.name))
+
+    def test_other_settings_are_refused(self, folder):
+        with pytest.raises(SystemExit, match="other settings"):
+            cache(folder, folder / "samples", "--seed", "3")
+
+    def test_images_with_labels_of_their_folders(self, folder, tmp_path):
+        from PIL import Image
+
+        for label in (0, 2):
+            (tmp_path / "in" / str(label)).mkdir(parents=True)
+            pixels = np.full((12, 10), 255 * (label == 2), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "in" / str(label) / "a.png")
+        cache(folder, tmp_path / "out", "--images", str(tmp_path / "in"))
+        latents, told = samples.SampleSet(tmp_path / "out").take([0, 1], torch.zeros(2))
+        assert latents.shape == (2, 1, 8, 8)
+        assert latents.mean((1, 2, 3)).tolist() == [-1.0, 1.0]
+        assert told["class_labels"].tolist() == [0, 2]
+
+    @pytest.mark.parametrize(
+        ("more", "error"),
+        [
+            (["--shard", "3"], "multiple of --batch"),
+            (["--count", "0"], "at least 1"),
+            (["--prompts", "nothing.txt"], "one of them"),
+            (["--images", "nowhere"], "does not exist"),
+            (["--size", "1x2x3"], "height x width"),
+            (["--steps", "-1"], "below 0"),
+        ],
+    )
+    def test_wrong_settings(self, folder, tmp_path, more, error, monkeypatch):
+        monkeypatch.setattr(cache_samples, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit, match=error):
+            cache(folder, tmp_path / "out", *more)
+
+    def test_a_missing_shard_is_named(self, folder, tmp_path):
+        shutil.copytree(folder / "samples", tmp_path / "samples")
+        samples.shard_path(tmp_path / "samples", 1).unlink()
+        with pytest.raises(ValueError, match=r"shard-00001\.safetensors"):
+            samples.SampleSet(tmp_path / "samples")
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("more", "error"),
+        [
+            (["--pattern", "na(windows=3)"], "no parameter 'windows'"),
+            (["--pattern", "dense"], "what the teacher has"),
+            (["--pattern", "centroids(clusters=4)"], r"no gradient.*centroids\.followed, or take kmeans"),
+            (["--quantize", "int4"], "'int4' does not exist: int8 or fp8"),
+            (["--samples", "nowhere"], r"no index\.json"),
+            (["--model", "nowhere"], "neither an embedded model"),
+            (["--model", "digits"], "were made by"),
+            (["--steps", "0"], "at least 1"),
+            (["--clip", "-1"], "at least 0"),
+            (["--ema", "1"], "from 0 to below 1"),
+            (["--optimizer", "adam"], "adamw or prodigy or muon"),
+            (["--optimizer", "muon", "--fsdp"], "needs whole weights"),
+            (["--train", "all", "--lora", "2"], "needs projections to be put on, but --train is all"),
+            (["--train", "q,z"], "'z' is none of"),
+            (["--query-heads", "1"], "pass --attention-at after"),
+            (["--train", "none", "--lora", "4"], "--train is none"),
+            (["--denoising", "0", "--output", "0", "--attention", "0"], "every loss has weight 0"),
+            (["--maps", "1"], r"linear or agent, not na\(window=3x3\)"),
+            (["--micro-batch", "3"], "must be a multiple of"),
+            (["--layers", "7"], "7"),
+            (["--train", "none"], "leaves nothing to train"),
+        ],
+    )
+    def test_wrong_settings(self, folder, tmp_path, more, error, monkeypatch):
+        late = ("--micro-batch", "--layers", "none")
+        if not any(word in more for word in late) or "--lora" in more:
+            monkeypatch.setattr(training, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit, match=error):
+            distill.main(words(folder, tmp_path / "out", *more))
+
+    def test_out_is_a_file(self, folder, tmp_path):
+        (tmp_path / "out").write_text("")
+        with pytest.raises(SystemExit, match="is a file"):
+            distill.main(words(folder, tmp_path / "out"))
+
+    @pytest.mark.parametrize(
+        ("more", "package"), [(["--optimizer", "prodigy"], "prodigyopt"), (["--tensorboard"], "tensorboard")]
+    )
+    def test_missing_packages_are_named(self, folder, tmp_path, more, package, monkeypatch):
+        found = settings.importlib.util.find_spec
+        monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None if name == package else found(name))
+        with pytest.raises(SystemExit, match=f"pip install {package}"):
+            distill.main(words(folder, tmp_path / "out", *more))
+
+    def test_help_has_every_setting(self, capsys):
+        with pytest.raises(SystemExit):
+            distill.main(["--help"])
+        shown = capsys.readouterr().out
+        assert all(settings.flag(entry) in shown for entry in settings.fields(Config))
