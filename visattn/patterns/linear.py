@@ -53,8 +53,8 @@ class Linear(LinearForm):
     of that axis, those of t positions before with the factor exp(-decay t); "heads" gives head h of H the decay
     2^(-8 (h + 1) / H). Dense tokens read and are read by all, without decay. What fades below the smallest number of
     float32 (t above 87 / decay) counts nothing: where a mask hides all nearer keys, the output is 0. It runs by tiles,
-    in time linear in the tokens. Source: Qin et al., "Lightning Attention-2" (2024), section 3, without its norm of the output: here weights
-    are divided by their sum.
+    in time linear in the tokens. Source: Qin et al., "Lightning Attention-2" (2024), section 3, without its norm of the
+    output: here weights are divided by their sum.
 
     Attributes:
         feature: Name of the feature map.
