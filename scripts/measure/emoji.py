@@ -80,7 +80,7 @@ def measure(
     students += [Student(load_trained(path).about["pattern"], path, options.dense_steps) for path in options.weights]
     encoder, about = load_encoder(options.encoder, options.device)
     judge = judge_of(encoder, options)
-    check_tokens(about, judge.pack)
+    check_tokens(about, judge.pack.tokenizer)
     pipe: Any = load_pipeline(options.model, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     figures = begin(options, pipe, judge, about)

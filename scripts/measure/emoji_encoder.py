@@ -185,7 +185,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     pack = load_pack(options.data, options.device, SIDE)
     if options.measure_only:
         encoder, about = load_encoder(options.out, options.device)
-        check_tokens(about, pack)
+        check_tokens(about, pack.tokenizer)
         return about | {"limit": limit(encoder, pack, options.captions)}
     training = Training(pack, settings)
     seconds = training.run(lambda line: print(line, flush=True))

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from scripts.train.emoji_captions import TOKENS, VOCABULARY, digest, shipped_tokenizer
-from scripts.train.emoji_data import Pack
 from visattn.files import written_whole
 
 # The judge that the project measures with.
@@ -178,15 +178,15 @@ def load_encoder(path: Path, device: str | torch.device = "cpu") -> tuple[DualEn
     return encoder.to(device).eval().requires_grad_(False), json.loads(about)
 
 
-def check_tokens(about: Mapping[str, Any], pack: Pack) -> None:
+def check_tokens(about: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     """Raises ValueError if an encoder would misread the captions of a pack, of which it only sees the tokens.
 
     Args:
         about: What is written about the encoder.
-        pack: The pack.
+        tokenizer: The pack's.
     """
     # Encoders that do not say read the tokenizer that ships.
-    expected, found = about.get("tokenizer", digest(shipped_tokenizer())), digest(pack.tokenizer)
+    expected, found = about.get("tokenizer", digest(shipped_tokenizer())), digest(tokenizer)
     if found != expected:
         raise ValueError(
             f"the pack's tokenizer ({found}) is not the encoder's ({expected}): pack again by "

@@ -25,13 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from scripts.distill.emoji_students import draw, prompts
 from scripts.distill.methods import METHODS, settings_of
 from scripts.distill.process import train_student
 from scripts.measure import animoji, emoji
 from scripts.measure.draftsman import DENSE, Draftsman, Student
+from scripts.measure.emoji_encoder_model import ENCODER, check_tokens, load_encoder
 from scripts.measure.trained_pictures import draw_curves, draw_sheet
 from scripts.train import animoji_data, emoji_data
+from scripts.train.emoji_captions import shipped_tokenizer
 from visattn.files import written_whole
 
 START = 90  # seconds beside its steps after which a training is asked to stop
@@ -47,6 +51,7 @@ class Kind:
         judge: Makes its judge.
         drawn_by: Draws.
         captions: Captions to draw for, of a folder of the pack and their number.
+        tokenizer: That of the pack, of its folder.
         size: Side in pixels.
         cached: Samples that are learned from.
         chunk: Samples drawn at once.
@@ -56,6 +61,7 @@ class Kind:
     judge: Callable[..., Any]
     drawn_by: type[Draftsman]
     captions: Callable[[Path, int], list[str]]
+    tokenizer: Callable[[Path], PreTrainedTokenizerFast]
     size: int
     cached: int
     chunk: int
@@ -64,12 +70,20 @@ class Kind:
 
 KINDS = {
     "emoji": Kind(
-        emoji.judge_of, Draftsman, lambda data, n: prompts(emoji_data.load_pack(data, side=32), n), 256, 400, 50, 8
+        emoji.judge_of,
+        Draftsman,
+        lambda data, n: prompts(emoji_data.load_pack(data, side=32), n),
+        emoji_data.load_tokenizer,
+        256,
+        400,
+        50,
+        8,
     ),
     "animoji": Kind(
         animoji.judge_of,
         animoji.ClipDraftsman,
         lambda data, n: prompts(animoji_data.load_pack(data), n),
+        lambda data: shipped_tokenizer(),
         animoji_data.SIDE,
         400,
         50,
@@ -87,6 +101,8 @@ def train(options: argparse.Namespace, start: float) -> dict[str, Any]:
     """Trains the students that are missing, while the budget lasts; what their logs say, by name."""
     kind = KINDS[options.kind]
     captions = kind.captions(options.data, options.cached or kind.cached)
+    # What measures has to fit before anything learns.
+    check_tokens(load_encoder(options.encoder or ENCODER)[1], kind.tokenizer(options.data))
     words = ["--model", options.model, "--steps", str(options.draw_steps), "--size", str(options.size)]
     draw(captions, options.runs, [*words, "--batch", str(options.chunk or kind.chunk)], options.device == "cpu")
     alone = [[(method, sparsity)] for sparsity in options.sparsities for method in options.methods]

@@ -12,8 +12,9 @@ pytest.importorskip("accelerate")
 from scripts.distill import pipeline as distill
 from scripts.measure import trained
 from scripts.measure.emoji_encoder_model import DualEncoder, save_encoder
+from scripts.train.emoji_data import write_pack
 from tests.support.tiny_animoji import tiny_pack as tiny_clips
-from tests.support.tiny_emoji import tiny_pack
+from tests.support.tiny_emoji import drawn, tiny_pack
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
 from tests.support.tiny_pixel_wan_text import tiny_pixel_wan_text
 
@@ -44,6 +45,13 @@ def words(places, out, *more):
     known += ["--model", places / "model", "--runs", out / "runs", "--size", 32, "--captions", 2, "--steps", 1]
     known += ["--draw-steps", 1, "--cached", 2, "--chunk", 2, "--batch", 2, "--threads", 1, "--seconds", 0]
     return [str(word) for word in [*known, *more]]
+
+
+def test_a_pack_that_the_judge_would_misread_is_told_before_anything_learns(places, tmp_path, monkeypatch):
+    write_pack(drawn(), tmp_path / "pack", new_tokenizer=True)
+    monkeypatch.setattr(trained, "draw", lambda *_: pytest.fail("drew"))
+    with pytest.raises(SystemExit, match=r"the pack's tokenizer .* is not the encoder's"):
+        trained.main(words(places, tmp_path, "--methods", "topk", "--data", tmp_path / "pack"))
 
 
 def test_methods_are_trained_and_measured_once(places, tmp_path, here, monkeypatch):
