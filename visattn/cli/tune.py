@@ -78,20 +78,10 @@ def tune(
     force: ForceOption = False,
 ) -> None:
     """Find which pattern each layer takes in which steps, for a quality or a speed; verified on samples held out."""
-    if sum(each is not None for each in (psnr, speedup, accuracy)) != 1:
-        raise ValueError("pass either --psnr or --speedup, or --accuracy of a timm model")
-    of_timm = model.startswith("timm:")
-    if of_timm != (pictures is not None) or (accuracy is not None and not of_timm):
-        raise ValueError(
-            f"--pictures and --accuracy are for a timm model, like timm:vit_small_patch14_dinov2: {model} is "
-            f"{'one, pass --pictures' if of_timm else 'none'}"
-        )
-    if (speedup is not None and speedup <= 1) or not 0 < share <= 1:
-        raise ValueError(f"--speedup {speedup} must be above 1, and --share {share} from above 0 to 1")
+    _check(model, pictures, (psnr, speedup, accuracy), share, minutes)
     if min(stages, seeds, held_out, batch) < 1:
         raise ValueError(f"--stages {stages}, --seeds {seeds}, --held-out {held_out}, --batch {batch}: at least 1 each")
-    if minutes < 0:
-        raise ValueError(f"--minutes {minutes:g} must be above 0, or 0 for no limit")
+    of_timm = pictures is not None
     texts: tuple[Any, ...] = () if of_timm else (*(prompt or ()), *_lines(prompts, "a prompt")) or parse_labels(label)
     output_file(out, (".json",), force)
     if journal is not None:
@@ -137,6 +127,29 @@ def tune(
     with written_whole(out.with_suffix(".html")) as temporary:
         temporary.write_text(page(made, found), encoding="utf-8")
     _say(out, goal, plan, found, dict(made.verified))
+
+
+def _check(
+    model: str,
+    pictures: Path | None,
+    goals: tuple[float | None, float | None, float | None],
+    share: float,
+    minutes: float,
+) -> None:
+    """Refuse goals that do not go together or not with the model; `goals` are PSNR, speedup and accuracy."""
+    psnr, speedup, accuracy = goals
+    if sum(each is not None for each in (psnr, speedup, accuracy)) != 1:
+        raise ValueError("pass either --psnr or --speedup, or --accuracy of a timm model")
+    of_timm = model.startswith("timm:")
+    if of_timm != (pictures is not None) or (accuracy is not None and not of_timm):
+        raise ValueError(
+            f"--pictures and --accuracy are for a timm model, like timm:vit_small_patch14_dinov2: {model} is "
+            f"{'one, pass --pictures' if of_timm else 'none'}"
+        )
+    if (speedup is not None and speedup <= 1) or not 0 < share <= 1:
+        raise ValueError(f"--speedup {speedup} must be above 1, and --share {share} from above 0 to 1")
+    if minutes < 0:
+        raise ValueError(f"--minutes {minutes:g} must be above 0, or 0 for no limit")
 
 
 @contextmanager
