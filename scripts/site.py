@@ -57,6 +57,19 @@ def shown(markdown: str) -> Iterator[tuple[list[str], str]]:
             yield words, words[words.index("--out") + 1]
 
 
+def to_pages(markdown: str, up: str | None = None) -> str:
+    """Markdown whose links to files of `TOP`, with or without an anchor, lead to their pages on the site.
+
+    Args:
+        markdown: The page's text.
+        up: The way from a page within docs to docs itself (`""`, `"../"`); None for a page of the top level.
+    """
+    before, after = ("", "") if up is None else (f"../{up}", up)
+    for name, source in TOP.items():
+        markdown = re.sub(rf"\]\({re.escape(before + source)}(#[^)\s]*)?\)", rf"]({after}{name}\1)", markdown)
+    return markdown
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages of the top level, and the pictures that pages draw."""
     from mkdocs.structure.files import File
@@ -72,8 +85,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if "/" in source:
             text = text.replace("](../", "](")
         text = text.replace("](docs/", "](")
-        for page, original in TOP.items():
-            text = text.replace(f"]({original})", f"]({page})")
+        text = to_pages(text)
         files.append(File.generated(config, name, content=text))
     return files
 
@@ -89,6 +101,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         drawn = [f"![{words[2]}]({up}drawn/{name})" for _, name in shown(block[0])]
         return "\n\n".join([block[0], *drawn])
 
-    for name, source in TOP.items():
-        markdown = markdown.replace(f"](../{up}{source})", f"]({up}{name})")
-    return BLOCK.sub(below, markdown)
+    return BLOCK.sub(below, to_pages(markdown, up))

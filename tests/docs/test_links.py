@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from scripts.pages import ROOT, anchors, links, outside, pages
+from scripts.site import to_pages
 
 PAGES = [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages()]
 
@@ -35,6 +36,19 @@ def test_a_broken_link_is_found(tmp_path):
         "\n```sh\n[e](not-a-link)\n```\n[f](page.md#x)\n"
     )
     assert broken(page) == [(3, "#two"), (3, "no.md"), (9, "page.md#x")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.values[0].is_relative_to(ROOT / "docs")])
+def test_links_out_of_docs_are_pages_of_the_site(page):
+    folder = page.parent.relative_to(ROOT / "docs")
+    markdown = to_pages(page.read_text(encoding="utf-8"), "../" * len(folder.parts))
+    targets = re.findall(r"\]\(((?:\.\./)+[^)\s#]*)", markdown)
+    assert not [target for target in targets if not (page.parent / target).resolve().is_relative_to(ROOT / "docs")]
+
+
+def test_links_keep_their_anchors_on_the_site():
+    assert to_pages("[a](../README.md#b) [c](../LICENSE)", "") == "[a](index.md#b) [c](license.txt)"
+    assert to_pages("[a](README.md) [b](scripts/README.md#c)") == "[a](index.md) [b](scripts.md#c)"
 
 
 @pytest.fixture(scope="module")
