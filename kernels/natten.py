@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from visattn.dispatch import Backend, overhead, visited_pairs, wall
-from visattn.kernels.sdpa import log_sum_exp
+from visattn.kernels.scores import log_sum_exp
 from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import ListedPattern, Neighborhood
 from visattn.plans import TilePlan, plan

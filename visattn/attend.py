@@ -245,6 +245,8 @@ class Explanation:
             return f"{share}, but no sparse backend runs this call"
         best = min(sparse, key=sparse.__getitem__)
         times = sparse[best] / cost[self.choice]
+        if self.choice == "sdpa" and problem.is_triangular and not problem.key_mask:
+            return f"{share}, and torch's causal kernel is an estimated {times:.1f} times as fast as {best}"
         few = f" and {problem.layout.keys.length} tokens are few" if part < 0.5 else ""
         return (
             f"{share}{few}, so {best} would take an estimated {times:.1f} times as long as dense attention with a mask"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import Pattern, SpannedPattern
 
 
 class Support(NamedTuple):
@@ -51,6 +51,17 @@ class Call:
 def sees_all(pattern: Pattern, layout: Layout) -> bool:
     """Whether a pattern shows every token all tokens and nothing else, so that it is dense attention."""
     return pattern.covers(*layout.grids)
+
+
+def is_triangular(pattern: Pattern, layout: Layout) -> bool:
+    """Whether a grid token sees itself, the grid tokens before it and all dense tokens, and nothing else.
+
+    With tokens of the prefix and suffix first, the rows of grid tokens are those of a lower triangular matrix then.
+    """
+    if layout.key_layout is not None or not isinstance(pattern, SpannedPattern):
+        return False
+    has_dense = layout.length > layout.tokens
+    return (pattern.dense_pairs or not has_dense) and pattern.triangular(layout.grid)
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,11 @@ class Problem:
     def is_dense(self) -> bool:
         """Whether every query sees every key but for the key mask."""
         return sees_all(self.pattern, self.layout)
+
+    @property
+    def is_triangular(self) -> bool:
+        """Whether the pattern is a line that is causal as a whole, beside its dense tokens and but for the key mask."""
+        return is_triangular(self.pattern, self.layout)
 
     @property
     def dense_pairs(self) -> float:

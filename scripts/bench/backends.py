@@ -17,6 +17,8 @@ import torch
 from visattn import Layout, attention, explain
 
 HEADS, DIM = 4, 64
+# Not on the grid, but on as many tokens in a line.
+LINE = "na(window=-1,causal=true)"
 
 
 def main() -> None:
@@ -35,33 +37,35 @@ def main() -> None:
         ("sdpa", "dense, key mask"): {"key_mask": key_mask},
         ("sdpa", "dense, lse"): {"return_lse": True},
         ("sdpa", "na(window=15x15)"): {},
+        ("sdpa", LINE): {},
         ("tiles", "na(window=15x15)"): {},
         ("flex", "na(window=15x15)"): {},
         ("flex", "na(window=16x16,stride=16x16)"): {},
         ("flex", "clear(radius=16)"): {},
         **({("natten", "na(window=15x15)"): {}} if options.natten else {}),
     }
-    runs = {}
+    line, runs = Layout(layout.length), {}
     for (name, text), given in cases.items():
         pattern = text.partition(", ")[0] if text.startswith("dense") else text
+        where = line if pattern == LINE else layout
         given_to_explain: dict[str, Any] = {"key_mask": "key_mask" in given, "return_lse": "return_lse" in given}
-        verdicts = {c.backend.name: c for c in explain(pattern, layout, q, **given_to_explain).candidates}
+        verdicts = {c.backend.name: c for c in explain(pattern, where, q, **given_to_explain).candidates}
         if verdicts[name].support.ok:
             estimate = verdicts[name].cost / (HEADS * layout.length**2)
-            runs[name, text] = (pattern, given, estimate)
+            runs[name, text] = (pattern, where, given, estimate)
     times: dict[tuple[str, str], list[float]] = {case: [] for case in runs}
     with torch.no_grad():
         for round_ in range(options.repeats + 1):
-            for (name, text), (pattern, given, _) in runs.items():
+            for (name, text), (pattern, where, given, _) in runs.items():
                 start = time.perf_counter()
-                attention(q, k, v, pattern, layout, backend=name, **given)
+                attention(q, k, v, pattern, where, backend=name, **given)
                 if device == "cuda":
                     torch.cuda.synchronize()
                 if round_:  # The first round compiles and builds plans.
                     times[name, text].append(time.perf_counter() - start)
     dense = statistics.median(times["sdpa", "dense"])
     print(f"dense SDPA {dense * 1e3:.2f} ms, grid {layout}, {HEADS} heads x {DIM}, {device}")
-    for (name, text), (_, _, estimate) in runs.items():
+    for (name, text), (_, _, _, estimate) in runs.items():
         measured = statistics.median(times[name, text]) / dense
         print(f"{name:<8} {text:<34} measured {measured:7.3f}  estimated {estimate:7.3f}")
 

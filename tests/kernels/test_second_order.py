@@ -18,6 +18,7 @@ from visattn.problem import Call
 CASES = {
     "dilated": ("na(window=2x3, dilation=2x1)", Layout((5, 4), 1, 2), True),
     "even window, stride, causal": ("na(window=4, stride=2, causal=true)", Layout(11), True),
+    "causal line": ("na(window=-1, causal=true)", Layout(9, 1, 2), True),
     "circle, pooled": ("clear(radius=2, pool=2)", Layout((4, 5), 0, 2), False),
     "radial": ("radial(decay=0.5, block=4)", Layout((2, 7), 1), False),
     "routing": ("routing(regions=2, topk=2)", Layout((5, 4), 1), False),
@@ -71,7 +72,7 @@ VARIANTS = [
     for variant in ("plain", "key mask", "rpb")
     if variant != "rpb" or (takes_bias and name == "tiles")
     # Both compute them by one formula: of other engines' calls a few are enough.
-    if name == "tiles" or case in ("routing", "blocks by their scores", "dense")
+    if name == "tiles" or case in ("routing", "blocks by their scores", "dense", "causal line")
 ]
 
 

@@ -72,6 +72,13 @@ class Spans:
         """Whether every query sees every key."""
         return self.step == 1 and bool((self.stop - self.start >= self.key_length).all())
 
+    @property
+    def triangular(self) -> bool:
+        """Whether every query sees itself and all keys before it, and nothing else."""
+        if self.step != 1 or self.circular or self.key_length != self.length:
+            return False
+        return not self.start.any() and bool((self.stop == np.arange(self.length) + 1).all())
+
     def sees(self, query: Ints, position: Ints) -> Bools:
         """Whether queries see keys at positions of their dilation groups; both arrays broadcast."""
         ahead = position - self.start[query]

@@ -74,6 +74,16 @@ class SpannedPattern(StaticPattern):
         """Distance of neighbouring tokens in a tile per axis (the dilation)."""
         return (1,) * len(grid)
 
+    def triangular(self, grid: tuple[int, ...]) -> bool:
+        """Whether every token sees itself and all tokens before it in the flat sequence, and nothing else.
+
+        That is a grid with one axis of more than a token, of which it is true. Two such axes that are both causal do
+        not do it: a token does not see all of the rows before its own.
+        """
+        if sum(n > 1 for n in grid) != 1:
+            return False
+        return all(axis.triangular for axis in self.spans(grid))
+
     def grid_mask(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> Bools:
         """AND over the axes of one interval each."""
         return product_mask(self.spans(grid) if keys is None else self.spans(grid, keys))
