@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.handle import Request, apply
+from visattn.handle import apply
 from visattn.pipelines.patch import targets
 from visattn.pipelines.record import EVERYTHING
+from visattn.request import Request
 from visattn.schedule import Schedule
 from visattn.watch import Watched
 

@@ -14,10 +14,10 @@ from visattn.registry import HOMES, REGISTRY, Registration
 
 if TYPE_CHECKING:
     from visattn.dispatch import Backend
-    from visattn.handle import Patch, Request
     from visattn.models.swap.records import Record
     from visattn.patterns import Pattern
     from visattn.pipelines.families.base import Family
+    from visattn.request import Patch, Request
 
 
 def register_pattern(kind: type[Pattern]) -> Registration:

@@ -1,201 +1,23 @@
-"""`apply()`: patch the attention of a model or pipeline, and the handle that undoes it."""
+"""`apply()`: patch the attention of a model or pipeline, checked before anything is changed."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, cast
+from typing import Any
 
-from visattn.caught import Caught
 from visattn.dispatch import load
 from visattn.layout import Layout, check_layout
-from visattn.parameters import Learnable, PatternParameters, read_weights
+from visattn.parameters import read_weights
+from visattn.patched import Handle
 from visattn.patterns import MergingPattern
 from visattn.presets import automatic, is_auto
-from visattn.reached import Reached
-from visattn.registry import REGISTRY
-from visattn.report import Report, SiteReport
+from visattn.request import ADAPTERS, Patch, Request, package_of
 from visattn.schedule import PatternLike, Schedule
 from visattn.selectors import Layers
 from visattn.trained import is_student, load_own, load_trained, student_model, write_trained
-from visattn.watch import Watched, Watcher
 
-
-@dataclass(frozen=True)
-class Request:
-    """What `apply` asks of an adapter.
-
-    Attributes:
-        schedule: Pattern of each layer, dense layers and steps.
-        backend: "auto" or the name of a backend.
-        layouts: Where the tokens sit, for models of unknown classes, one for each length of a sequence; () to find out.
-        strict: Whether a forward that misses a selected module raises.
-        always: Whether the pattern runs also where dense attention is estimated to be faster.
-        caught: Queries of each call whose caught attention is measured, 0 for none.
-        parallel: How processes share a model's tokens, "ulysses" or "halo"; None if they do not.
-        mesh: Which processes.
-    """
-
-    schedule: Schedule
-    backend: str = "auto"
-    layouts: tuple[Layout, ...] = ()
-    strict: bool = False
-    always: bool = False
-    caught: int = 0
-    parallel: str | None = None
-    mesh: Any = None
-
-    @property
-    def layout(self) -> Layout | None:
-        """The one layout of all sequences, None where it is to be found out.
-
-        Raises:
-            ValueError: If there are several.
-        """
-        if len(self.layouts) > 1:
-            raise ValueError(f"layout has {len(self.layouts)} layouts, which only models of diffusers take: pass one")
-        return self.layouts[0] if self.layouts else None
-
-
-class Patch(Protocol):
-    """One patched model."""
-
-    def remove(self) -> None:
-        """Put the original attention back; a second call does nothing."""
-        ...
-
-    def set_step(self, step: int | None, total: int | None) -> None:
-        """Say which denoising step (from 0) of how many comes next; None for "find out"."""
-        ...
-
-    def report(self) -> Sequence[SiteReport]:
-        """What happened at each patched module, in the order of the layers."""
-        ...
-
-    def learnables(self) -> Sequence[Learnable]:
-        """The modules whose pattern has learnable parameters, in the order of the layers."""
-        ...
-
-    def watch(self, watcher: Watcher | None) -> None:
-        """Call a function at every attention call, or no more."""
-        ...
-
-
-def _accept(package: str, install: Any) -> Callable[[Any, Request], Sequence[Patch]]:
-    if not callable(install):
-        raise ValueError(f"{install!r} must be a function install(target, request) that returns what undoes it")
-    return cast("Callable[[Any, Request], Sequence[Patch]]", install)
-
-
-# What patches the models of each package.
-ADAPTERS = REGISTRY.declare(
-    "adapter",
-    {
-        "diffusers": "visattn.pipelines.patch.install:install",
-        "timm": "visattn.models.swap.install:install",
-        "transformers": "visattn.clients.transformers.install:install",
-    },
-    _accept,
-)
-
-
-class Handle:
-    """A patched model or pipeline: says what happened, and undoes the patch.
-
-    Also a context manager that undoes the patch at its end.
-
-    Attributes:
-        parameters: Learnable parameters of the patterns, `parameters[site][name]`, a module of its own: train
-            `handle.parameters.parameters()`. They are no part of the model and stay when the patch is undone.
-    """
-
-    def __init__(self, patches: Sequence[Patch], request: Request) -> None:
-        self._patches = tuple(patches)
-        self._request = request
-        self._undo: Callable[[], None] | None = None
-        self.parameters = PatternParameters([each for patch in patches for each in patch.learnables()])
-        self._caught = [Caught(request.caught) for _ in self._patches] if request.caught else []
-        if self._caught:
-            self.watch(None)
-
-    @property
-    def patches(self) -> tuple[Patch, ...]:
-        """What was patched, one for each model."""
-        return self._patches
-
-    def save(self, path: str | Path) -> None:
-        """Write the learnable parameters to a safetensors file, for `apply(..., weights=path)`.
-
-        An older file is replaced, but only by a whole one.
-
-        Raises:
-            ValueError: If no pattern has any, or the file cannot be written.
-        """
-        self.parameters.save(path)
-
-    def report(self) -> Report:
-        """What happened at each patched attention module so far. Waits for the GPU."""
-        sites = []
-        for i, patch in enumerate(self._patches):
-            for site in patch.report():
-                found = self._caught[i].of(site.site) if self._caught else None
-                sites.append(site if found is None else replace(site, caught=Reached(*found)))
-        schedule = self._request.schedule
-        return Report(tuple(sites), schedule.dense_steps, schedule.dense_last_steps, schedule.label)
-
-    def watch(self, watcher: Watcher | None) -> None:
-        """Call `watcher(watched)` after every attention call of a patched module; None stops that.
-
-        It sees calls that ran a pattern and, in diffusers models, calls of modules that are dense by pattern or
-        schedule; neither fallbacks nor compiled code. A pattern that lists everything, like topk(keep=1.0), shows a
-        model's own dense attention. `watched.rows(tokens)` gives the attention map that a loss
-        compares with a teacher's.
-        """
-        for i, patch in enumerate(self._patches):
-            if not self._caught:
-                patch.watch(watcher)
-                continue
-            caught = self._caught[i]
-            patch.watch(caught if watcher is None else functools.partial(_watch_both, caught, watcher))
-
-    def remove(self) -> None:
-        """Put the original attention back, by identity, and a student's weights away; a second call does nothing."""
-        for patch in self._patches:
-            patch.remove()
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
-
-    def set_step(self, step: int | None, total: int | None = None) -> None:
-        """Say which denoising step comes next, on a model without its pipeline: for `dense_steps`, `every` ...
-
-        Args:
-            step: Index of the step, from 0. None returns to what the pipeline says.
-            total: Number of steps, needed when `dense_steps` is a fraction, and for `dense_last_steps`.
-
-        Raises:
-            ValueError: If the step is negative or not below the total.
-        """
-        if step is not None and (step < 0 or (total is not None and step >= total)):
-            raise ValueError(f"step {step} of {total} must be at least 0 and below the number of steps")
-        for patch in self._patches:
-            patch.set_step(step, total)
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
-
-def _watch_both(first: Watcher, second: Watcher, watched: Watched) -> None:
-    first(watched)
-    second(watched)
+__all__ = ["ADAPTERS", "Handle", "Patch", "Request", "apply"]
 
 
 def apply(
@@ -280,7 +102,7 @@ def apply(
         how |= {"strict": strict, "caught": caught, "precision": precision, "precise_layers": precise_layers}
         how |= {"precise_steps": precise_steps, "precise_last_steps": precise_last_steps}
         return _apply_student(target, Path(str(pattern)), fixed, how | {"parallel": parallel, "mesh": mesh})
-    package = _package(target)
+    package = package_of(target)
     if isinstance(pattern, str) and is_auto(pattern):
         pattern = automatic(target, pattern)
     precise = precision, precise_layers, precise_steps, precise_last_steps
@@ -379,18 +201,3 @@ def _layouts(given: Layout | Sequence[Layout] | None) -> tuple[Layout, ...]:
             f"layout has {' and '.join(map(str, layouts))}: pass layouts with equally many axes, one for each length"
         )
     return layouts
-
-
-def _package(target: Any) -> str:
-    """The package whose adapter patches the target, from the modules of its classes."""
-    kinds = type(getattr(target, "_orig_mod", target)).__mro__
-    for kind in kinds:
-        if kind.__module__.startswith("visattn.models."):
-            return "timm"  # which has registered it
-        package = kind.__module__.partition(".")[0]
-        if package in ADAPTERS:
-            return package
-    raise ValueError(
-        f"cannot apply to a {kinds[0].__module__}.{kinds[0].__qualname__}: pass a diffusers pipeline or model, a timm "
-        "or a transformers model; inside a model of your own call visattn.attention(q, k, v, pattern, layout)"
-    )

@@ -23,7 +23,7 @@ HOMES = {
     "backend": "visattn.dispatch",
     "family": "visattn.pipelines.families",
     "attention": "visattn.models.swap.records",
-    "adapter": "visattn.handle",
+    "adapter": "visattn.request",
 }
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from visattn.copies import copy_as_is, copy_as_stock
 from visattn.dispatch import choose
-from visattn.handle import Request
 from visattn.layout import Layout
 from visattn.models.swap.hooks import Begin, CountForeign, Finish, Follow, Hooks, PassBy, RefuseDroppedPatches, Resume
 from visattn.models.swap.places import Places
@@ -22,6 +21,7 @@ from visattn.outside import Outside
 from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense
 from visattn.report import SiteReport
+from visattn.request import Request
 from visattn.schedule import Given
 from visattn.watch import Watcher
 
@@ -121,7 +121,7 @@ class SwappedModel:
         self._hooks.after(model, Resume(places))
 
     def remove(self) -> None:
-        """See `visattn.handle.Patch`. A class that someone else has set since stays, and does as the stock class."""
+        """See `visattn.request.Patch`. A class that someone else has set since stays, and does as the stock class."""
         for site in self._sites:
             copy_as_is(site.module)
             site.restore()
@@ -131,18 +131,18 @@ class SwappedModel:
                 places.outside.leave()
 
     def learnables(self) -> Sequence[Learnable]:
-        """See `visattn.handle.Patch`."""
+        """See `visattn.request.Patch`."""
         return self._learnables
 
     def watch(self, watcher: Watcher | None) -> None:
-        """See `visattn.handle.Patch`."""
+        """See `visattn.request.Patch`."""
         self._run.watcher = watcher
 
     def set_step(self, step: int | None, total: int | None) -> None:
-        """See `visattn.handle.Patch`; a timm model has no steps and `dense_steps` is refused."""
+        """See `visattn.request.Patch`; a timm model has no steps and `dense_steps` is refused."""
 
     def report(self) -> Sequence[SiteReport]:
-        """See `visattn.handle.Patch`. Calls inside compiled code are not counted."""
+        """See `visattn.request.Patch`. Calls inside compiled code are not counted."""
         patterns: dict[str, Given] = {site.name.path: site.pattern for site in self._sites}
         found = self._run.reports(patterns, self._request.backend)
         return [self._named(site, report) for site, report in zip(self._sites, found, strict=True)]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from visattn.handle import Request
 from visattn.parameters import Learnable
 from visattn.patterns import Dense, Pattern
 from visattn.pipelines.patch import bare, targets
@@ -22,6 +21,7 @@ from visattn.pipelines.patch.sites import find_sites
 from visattn.pipelines.patch.steps import ContextSteps
 from visattn.pipelines.patch.targets import Target
 from visattn.report import SiteReport
+from visattn.request import Request
 from visattn.runtime.run import Step
 from visattn.watch import Watcher
 
@@ -107,12 +107,12 @@ class PatchedModel:
         return self._scheduler.running(weakref.ref(self.model))
 
     def report(self) -> Sequence[SiteReport]:
-        """See `visattn.handle.Patch`."""
+        """See `visattn.request.Patch`."""
         patterns = {site.name.path: site.pattern for site in self.sites}
         return self._run.reports(patterns, self._request.backend)
 
     def learnables(self) -> Sequence[Learnable]:
-        """See `visattn.handle.Patch`."""
+        """See `visattn.request.Patch`."""
         found = [(site.name.path, site.pattern, site.parameters) for site in self.sites]
         return [
             Learnable(self._run.name, path, pattern, p)
@@ -121,15 +121,15 @@ class PatchedModel:
         ]
 
     def watch(self, watcher: Watcher | None) -> None:
-        """See `visattn.handle.Patch`."""
+        """See `visattn.request.Patch`."""
         self._run.watcher = watcher
 
     def set_step(self, step: int | None, total: int | None) -> None:
-        """See `visattn.handle.Patch`."""
+        """See `visattn.request.Patch`."""
         self._run.step = step, total
 
     def remove(self) -> None:
-        """See `visattn.handle.Patch`. A processor that someone else has set since stays."""
+        """See `visattn.request.Patch`. A processor that someone else has set since stays."""
         self.removed = True
         if self._hooks is not None:
             self._hooks.remove()

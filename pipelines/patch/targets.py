@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.handle import Request
 from visattn.patterns import MergingPattern, Pattern
 from visattn.pipelines.families import find_family, known_classes, why_unknown
 from visattn.pipelines.families.base import Family, Seen
+from visattn.request import Request
 from visattn.schedule import check_dims
 
 # Names under which pipelines keep the models that denoise.

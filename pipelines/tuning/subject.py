@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from visattn.environment import cpu_name, versions
-from visattn.handle import Request, apply
+from visattn.handle import apply
 from visattn.metrics import SSIM_SIDE, psnr, ssim
 from visattn.patterns import Pattern
 from visattn.pipelines.patch import targets
@@ -22,6 +22,7 @@ from visattn.pipelines.report.lpips import find_lpips
 from visattn.pipelines.tuning.local import Probe
 from visattn.pipelines.tuning.played import Played
 from visattn.pipelines.tuning.projection import projection
+from visattn.request import Request
 from visattn.schedule import Schedule
 from visattn.staged import Staged
 from visattn.tally import all_timed

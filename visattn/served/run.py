@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from visattn.handle import Request
 from visattn.patterns import Dense
 from visattn.report import Report
+from visattn.request import Request
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.forward import Where
 from visattn.runtime.run import Run, Step

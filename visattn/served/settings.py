@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from visattn.dispatch import load
-from visattn.handle import Request
 from visattn.patterns import MergingPattern
+from visattn.request import Request
 from visattn.schedule import PatternLike, Schedule, check_dims
 from visattn.served.environment import BACKEND, CONFIG, DENSE_STEPS, PATTERN, STRICT
 

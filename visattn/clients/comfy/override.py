@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from visattn.clients.comfy.records import Record, where
-from visattn.handle import Request
 from visattn.patterns import Dense
 from visattn.report import Report
+from visattn.request import Request
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.run import Run, Step
 from visattn.runtime.runner import Runner

@@ -9,8 +9,8 @@ from typing import Any
 from visattn.clients.comfy.override import ComfyRun, Override, Span
 from visattn.clients.comfy.records import RECORDS, record_of
 from visattn.dispatch import load
-from visattn.handle import Request
 from visattn.patterns import MergingPattern
+from visattn.request import Request
 from visattn.schedule import PatternLike, Schedule
 from visattn.selectors import Selector
 

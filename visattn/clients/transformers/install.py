@@ -14,10 +14,10 @@ from visattn.clients.transformers.site import Site, TowerRun, run_stock
 from visattn.clients.transformers.swaps import swapped_class
 from visattn.clients.transformers.towers import Assigned, Tower, check_bias, check_free, find_towers
 from visattn.copies import copy_as_is, copy_as_stock
-from visattn.handle import Request
 from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense
 from visattn.report import SiteReport
+from visattn.request import Request
 from visattn.runtime.forward import Where
 from visattn.runtime.place import Samples
 from visattn.runtime.runner import Runner
@@ -114,7 +114,7 @@ class PatchedTower:
         return classes
 
     def remove(self) -> None:
-        """See `visattn.handle.Patch`. An implementation that someone else has set since stays."""
+        """See `visattn.request.Patch`. An implementation that someone else has set since stays."""
         for key, config in self._configs.items():
             if _is_ours(config._attn_implementation):
                 config._attn_implementation_internal = self._previous[key]
@@ -128,20 +128,20 @@ class PatchedTower:
         self._hooks.remove()
 
     def report(self) -> Sequence[SiteReport]:
-        """See `visattn.handle.Patch`. Calls inside compiled code are not counted."""
+        """See `visattn.request.Patch`. Calls inside compiled code are not counted."""
         patterns = {site.name.path: pattern for site, pattern in self._sites}
         return self._run.reports(patterns, self._request.backend)
 
     def learnables(self) -> Sequence[Learnable]:
-        """See `visattn.handle.Patch`."""
+        """See `visattn.request.Patch`."""
         return self._learnables
 
     def watch(self, watcher: Watcher | None) -> None:
-        """See `visattn.handle.Patch`."""
+        """See `visattn.request.Patch`."""
         self._run.watcher = watcher
 
     def set_step(self, step: int | None, total: int | None) -> None:
-        """See `visattn.handle.Patch`; these models have no steps and `dense_steps` is refused."""
+        """See `visattn.request.Patch`; these models have no steps and `dense_steps` is refused."""
 
 
 def _no_stock(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,111 @@
+"""What `apply` asks of the adapter for a target, what it gets from it, and which adapters there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from visattn.layout import Layout
+from visattn.parameters import Learnable
+from visattn.registry import REGISTRY
+from visattn.report import SiteReport
+from visattn.schedule import Schedule
+from visattn.watch import Watcher
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `apply` asks of an adapter.
+
+    Attributes:
+        schedule: Pattern of each layer, dense layers and steps.
+        backend: "auto" or the name of a backend.
+        layouts: Where the tokens sit, for models of unknown classes, one for each length of a sequence; () to find out.
+        strict: Whether a forward that misses a selected module raises.
+        always: Whether the pattern runs also where dense attention is estimated to be faster.
+        caught: Queries of each call whose caught attention is measured, 0 for none.
+        parallel: How processes share a model's tokens, "ulysses" or "halo"; None if they do not.
+        mesh: Which processes.
+    """
+
+    schedule: Schedule
+    backend: str = "auto"
+    layouts: tuple[Layout, ...] = ()
+    strict: bool = False
+    always: bool = False
+    caught: int = 0
+    parallel: str | None = None
+    mesh: Any = None
+
+    @property
+    def layout(self) -> Layout | None:
+        """The one layout of all sequences, None where it is to be found out.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        if len(self.layouts) > 1:
+            raise ValueError(f"layout has {len(self.layouts)} layouts, which only models of diffusers take: pass one")
+        return self.layouts[0] if self.layouts else None
+
+
+class Patch(Protocol):
+    """One patched model."""
+
+    def remove(self) -> None:
+        """Put the original attention back; a second call does nothing."""
+        ...
+
+    def set_step(self, step: int | None, total: int | None) -> None:
+        """Say which denoising step (from 0) of how many comes next; None for "find out"."""
+        ...
+
+    def report(self) -> Sequence[SiteReport]:
+        """What happened at each patched module, in the order of the layers."""
+        ...
+
+    def learnables(self) -> Sequence[Learnable]:
+        """The modules whose pattern has learnable parameters, in the order of the layers."""
+        ...
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Call a function at every attention call, or no more."""
+        ...
+
+
+def _accept(package: str, install: Any) -> Callable[[Any, Request], Sequence[Patch]]:
+    if not callable(install):
+        raise ValueError(f"{install!r} must be a function install(target, request) that returns what undoes it")
+    return cast("Callable[[Any, Request], Sequence[Patch]]", install)
+
+
+# What patches the models of each package.
+ADAPTERS = REGISTRY.declare(
+    "adapter",
+    {
+        "diffusers": "visattn.pipelines.patch.install:install",
+        "timm": "visattn.models.swap.install:install",
+        "transformers": "visattn.clients.transformers.install:install",
+    },
+    _accept,
+)
+
+
+def package_of(target: Any) -> str:
+    """The package whose adapter patches the target, from the modules of its classes.
+
+    Raises:
+        ValueError: If there is no adapter for it.
+    """
+    kinds = type(getattr(target, "_orig_mod", target)).__mro__
+    for kind in kinds:
+        if kind.__module__.startswith("visattn.models."):
+            return "timm"  # which has registered it
+        package = kind.__module__.partition(".")[0]
+        if package in ADAPTERS:
+            return package
+    raise ValueError(
+        f"cannot apply to a {kinds[0].__module__}.{kinds[0].__qualname__}: pass a diffusers pipeline or model, a timm "
+        "or a transformers model; inside a model of your own call visattn.attention(q, k, v, pattern, layout)"
+    )
