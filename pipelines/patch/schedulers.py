@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from visattn.pipelines.patch.counting import count_of, start_counting, stop_counting
+from visattn.pipelines.patch.targets import models_in
 from visattn.runtime.run import Step
 
 # What running code calls the object that has the scheduler and the model: a pipeline, or a modular one's components.
@@ -54,7 +55,8 @@ class SchedulerSteps:
             ValueError: With `strict`, if the pipeline has other models than those that were patched.
         """
         for name, reference in self._models.items():
-            model, found = reference(), getattr(self._pipeline, name, None)
+            # One of several ControlNets is named after what holds them.
+            model, found = reference(), getattr(self._pipeline, name.partition(".")[0], None)
             if not isinstance(found, torch.nn.Module) or any(each is model for each in found.modules()):
                 continue
             text = (
@@ -128,4 +130,4 @@ def _owner_in(frame: types.FrameType, model: torch.nn.Module | None) -> Any:
 
 def _has(owner: Any, model: torch.nn.Module | None) -> bool:
     values = getattr(owner, "__dict__", {}).values()
-    return model is not None and any(getattr(v, "_orig_mod", v) is model for v in values)
+    return model is not None and any(each is model for value in values for each in models_in(value))

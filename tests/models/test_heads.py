@@ -218,3 +218,24 @@ def test_refusals_come_before_anything_changes():
     rigid = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1).eval()
     with pytest.raises(ValueError, match=r"has no attention module|takes the channels of its heads"):
         visattn.convert_heads(rigid, 1)
+
+
+@pytest.mark.parametrize("make", [flux, sd15])
+def test_fused_projections_are_refused_and_unfused_ones_are_not(make):
+    """What a fused model projects with is another layer, so that a conversion would change nothing."""
+    model, inputs = make()
+    before = run(model, inputs)
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"are fused.*call unfuse_qkv_projections\(\) first"):
+        visattn.convert_heads(model, kv_heads=1)
+    model.unfuse_qkv_projections()
+    with visattn.convert_heads(model, kv_heads=1):
+        assert not torch.allclose(run(model, inputs), before)
+    torch.testing.assert_close(run(model, inputs), before)
+
+
+def test_a_model_that_got_another_dtype_keeps_it_when_all_is_undone():
+    model, _ = flux()
+    with visattn.convert_heads(model, 1):
+        model.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

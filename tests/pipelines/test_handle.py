@@ -112,6 +112,18 @@ class TestFallbacks:
             model.transformer_blocks[0].attn1(tiny_models.noise(1, 64, 16))
             assert handle.report().fallbacks == {"called outside of the model's forward": 1}
 
+    def test_module_called_alone_after_a_forward_that_raised(self):
+        model, inputs = tiny_models.dit()
+        module, tokens = model.transformer_blocks[0].attn1, tiny_models.noise(1, 64, 16)
+        stock = module(tokens)
+        with visattn.apply(model, "na(window=3x3)", strict=True):
+            tiny_models.run(model, inputs)
+            broken = model.transformer_blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                tiny_models.run(model, inputs)
+            broken.remove()
+            assert torch.equal(module(tokens), stock)
+
     def test_pattern_that_does_not_fit_the_grid_raises(self):
         model, inputs = tiny_models.dit()
         with visattn.apply(model, "na(window=5, dilation=3)"), pytest.raises(ValueError, match="larger than axis 0"):

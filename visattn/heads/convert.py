@@ -101,7 +101,7 @@ class HeadConversion:
         return "\n".join([*lines, f"all: parameters of projections {before:,} -> {after:,}"])
 
     def remove(self) -> None:
-        """Put the original layers back, by identity, on the device of those in their place; a second call does nothing.
+        """Put the original layers back, by identity, with device and dtype of those in their place, a second time nothing.
 
         Remove the handle of an `apply` whose pattern has parameters before: they are of the fewer heads.
         """
@@ -109,7 +109,7 @@ class HeadConversion:
             owner, name, value = self._undo.pop()
             if isinstance(value, nn.Module):
                 there = getattr(owner, name)
-                value.to(there.weight.device)
+                value.to(there.weight.device, there.weight.dtype)
             setattr(owner, name, value)
 
     def __enter__(self) -> HeadConversion:
@@ -157,7 +157,7 @@ def convert_heads(
         What changed; it undoes the conversion.
 
     Raises:
-        ValueError: If the model has no such module or is patched, or a number does not fit its heads.
+        ValueError: If the model has no such module, is patched or fused, or a number does not fit its heads.
     """
     wanted = Wanted(query_heads, kv_heads, by, allocation)
     if allocation not in ALLOCATIONS:
@@ -170,7 +170,7 @@ def convert_heads(
         raise ValueError(f"{type(model).__name__} is no module: pass a model, like pipe.transformer or pipe.unet")
     model = getattr(model, "_orig_mod", model)
     sites = find_sites(model, layers)
-    _check_unpatched(site.module for site in sites)
+    _check_plain(site.module for site in sites)
     chosen = [(site, _refusal(site, wanted)) for site in sites]
     if all(why for _, why in chosen):
         raise ValueError(f"nothing in {type(model).__name__} can be converted so: {chosen[0][1]}")
@@ -225,8 +225,18 @@ def _count(value: int | float | None, site: Site, name: str) -> int:
     return int(number)
 
 
-def _check_unpatched(modules: Any) -> None:
+def _check_plain(modules: Any) -> None:
+    """Raise a ValueError if something stands for the layers that would be converted."""
     for module in modules:
+        # Older classes of diffusers keep saying that they are fused, and only their processor tells.
+        fused = getattr(module, "fused_projections", False) and (
+            hasattr(module, "unfuse_projections") or type(module.processor).__name__.startswith("Fused")
+        )
+        if fused:
+            raise ValueError(
+                "the projections of the model are fused, and those that would be converted are not used: call "
+                "unfuse_qkv_projections() first"
+            )
         lease = getattr(getattr(module, "processor", None), "__dict__", {}).get("_visattn_lease")
         if "visattn_site" in getattr(module, "__dict__", {}) or (lease is not None and lease.owner is not None):
             raise ValueError("the model is patched: remove() the handle of apply() first, convert, and apply again")

@@ -141,9 +141,14 @@ class Run:
         if len(self._kinds) < 2:
             self._kinds[where, dense, step, total] = forward
 
+    def leave(self) -> None:
+        """This thread is in no forward any more."""
+        self.here.forward = self.here.site = None
+
     def finish(self) -> None:
         """A forward of the model is over: see whether it reached what was selected."""
-        forward, self.here.forward, self.here.site = self.here.forward, None, None
+        forward = self.here.forward
+        self.leave()
         if forward is None or forward.dense or not self.sparse_sites:
             return
         anonymous = sum(site in self.compiled_patterns for site in forward.hits) + forward.kept
