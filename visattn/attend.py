@@ -150,10 +150,10 @@ def attention(
         rest = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "pool_weight": pool_weight, "parameters": parameters}
         return _filled_up(q, k, v, pattern, layout, (backend, precision), return_lse, rest)
     check_tensors(q, k, v, layout)
-    check_precision(precision, (q, k, v))
+    given = merged(parameters, pool_weight)
+    check_precision(precision, (q, k, v, *given.values()))
     scale = factor(scale, q.shape[3])
     q, k, v = as_sdpa_casts(q, k, v)
-    given = merged(parameters, pool_weight)
     portable = ops.written_down()
     if not portable and ops.without_values(q):
         # Nothing there can be planned for: one operator, which checks the call and says what comes out.

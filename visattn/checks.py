@@ -63,15 +63,15 @@ def check_fit(
 
 
 def check_precision(precision: Any, tensors: Iterable[Any]) -> None:
-    """Raise a ValueError for a precision that there is not, or whose gradients are asked for."""
+    """Raise a ValueError for a precision that there is not, or whose gradients some of the tensors ask for."""
     if precision is None:
         return
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} must be None or one of {', '.join(map(repr, PRECISIONS))}")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
         raise ValueError(
             f"precision={precision!r} is for inference: rounding to 8 bits has no gradient. Call it under "
-            "torch.no_grad(), or leave precision out where gradients are needed"
+            "torch.no_grad(), or leave precision out where gradients (of q, k, v or parameters) are needed"
         )
 
 
@@ -124,7 +124,7 @@ def _check_others(
             raise ValueError(
                 f"rpb is {list(rpb.shape)} but {pattern} with {q.shape[2]} heads takes {[q.shape[2], *sides]}"
             )
-    check_parameters(parameters, pattern, q.shape[2], q.shape[3], layout.grid)
+    check_parameters(parameters, pattern, q.shape[2], q.shape[3], layout.keys.grid)
 
 
 def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
@@ -202,7 +202,10 @@ def factor(scale: Any, head_dim: int) -> float:
 def check_parameters(
     parameters: Mapping[str, torch.Tensor], pattern: Pattern, heads: int, head_dim: int, grid: tuple[int, ...]
 ) -> None:
-    """Raise a ValueError that names a parameter which the pattern does not have, or not in this shape."""
+    """Raise a ValueError that names a parameter which the pattern does not have, or not in this shape.
+
+    The grid is that of the keys, whose cells are pooled.
+    """
     # Cells over a whole axis have a weight per token too, but none that other grids could use.
     pooled = pooled_part(pattern)
     cell = None if pooled is None else pooled.pool_shape(grid)
