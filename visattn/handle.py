@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 from visattn.caught import Caught
 from visattn.dispatch import load
+from visattn.files import as_path
 from visattn.layout import Layout, check_layout
 from visattn.parameters import Learnable, PatternParameters, read_weights
 from visattn.patterns import MergingPattern
@@ -18,7 +19,7 @@ from visattn.presets import automatic, is_auto
 from visattn.reached import Reached
 from visattn.registry import REGISTRY
 from visattn.report import Report, SiteReport
-from visattn.schedule import PatternLike, Schedule
+from visattn.schedule import PatternLike, Schedule, check_step, check_switches
 from visattn.selectors import Layers
 from visattn.trained import is_student, load_own, load_trained, student_model, write_trained
 from visattn.watch import Watched, Watcher
@@ -179,8 +180,7 @@ class Handle:
         Raises:
             ValueError: If the step is negative or not below the total.
         """
-        if step is not None and (step < 0 or (total is not None and step >= total)):
-            raise ValueError(f"step {step} of {total} must be at least 0 and below the number of steps")
+        check_step(step, total)
         for patch in self._patches:
             patch.set_step(step, total)
 
@@ -272,6 +272,7 @@ def apply(
         ValueError: If the target is unknown or already patched, the pattern does not fit it, nothing is
             selected, or the weights are missing or of other layers, patterns or shapes.
     """
+    check_switches(strict=strict, always=always, untrained=untrained)
     if backend != "auto":
         load(backend)
     if is_student(pattern):
@@ -296,7 +297,7 @@ def apply(
             )
     if weights is not None:
         # Before anything is patched.
-        read_weights(Path(weights))
+        read_weights(as_path(weights))
     if isinstance(caught, bool) or not isinstance(caught, int) or caught < 0:
         raise ValueError(f"caught={caught!r} must be how many queries of a call are looked at, 0 for none")
     if parallel is not None:
