@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from visattn.dispatch import load
+from visattn.files import as_path
 from visattn.layout import Layout, check_layout
 from visattn.parameters import read_weights
 from visattn.patched import Handle
 from visattn.patterns import MergingPattern
 from visattn.presets import automatic, is_auto
 from visattn.request import ADAPTERS, Patch, Request, package_of
-from visattn.schedule import PatternLike, Schedule
+from visattn.schedule import PatternLike, Schedule, check_switches
 from visattn.selectors import Layers
 from visattn.trained import is_student, load_own, load_trained, student_model, write_trained
 
@@ -94,6 +95,7 @@ def apply(
         ValueError: If the target is unknown or already patched, the pattern does not fit it, nothing is
             selected, or the weights are missing or of other layers, patterns or shapes.
     """
+    check_switches(strict=strict, always=always, untrained=untrained)
     if backend != "auto":
         load(backend)
     if is_student(pattern):
@@ -118,7 +120,7 @@ def apply(
             )
     if weights is not None:
         # Before anything is patched.
-        read_weights(Path(weights))
+        read_weights(as_path(weights))
     if isinstance(caught, bool) or not isinstance(caught, int) or caught < 0:
         raise ValueError(f"caught={caught!r} must be how many queries of a call are looked at, 0 for none")
     if parallel is not None:

@@ -305,7 +305,7 @@ def _above_attend(
             if prepared is not None:
                 return detached(*prepared(q, k, v, key_mask, rpb), lse)
         return below(ATTEND, q, k, v, key_mask, rpb, parameters, about, where, scale, lse)
-    check_precision(known.precision, (q, k, v))
+    check_precision(known.precision, (q, k, v, *parameters))
     keeps = not parameters and rpb is None and _keeps(q, k, v, known.call(scale, lse, key_mask, rpb, ()), known.backend)
     out, sums = _Attend.apply(Rest(about, where, scale, lse), keeps, q, k, v, key_mask, rpb, *parameters)
     return out, sums if lse or not keeps else sums.new_empty(0)

@@ -13,6 +13,7 @@ from visattn.parameters import PatternParameters
 from visattn.reached import Reached
 from visattn.report import Report
 from visattn.request import Patch, Request
+from visattn.schedule import check_step
 from visattn.watch import Watched, Watcher
 
 
@@ -93,8 +94,7 @@ class Handle:
         Raises:
             ValueError: If the step is negative or not below the total.
         """
-        if step is not None and (step < 0 or (total is not None and step >= total)):
-            raise ValueError(f"step {step} of {total} must be at least 0 and below the number of steps")
+        check_step(step, total)
         for patch in self._patches:
             patch.set_step(step, total)
 

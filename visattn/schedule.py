@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -369,3 +370,19 @@ def _read(path: Path) -> Mapping[Any, str] | Schedule:
     if "visattn_schedule" in found:
         return Schedule.tuned(Tuned.of(found, str(path)))
     return found
+
+
+def check_step(step: Any, total: Any) -> None:
+    """Raise a ValueError for a step that is none, or not one of so many."""
+    for name, value in (("step", step), ("total", total)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+            raise ValueError(f"{name}={value!r} must be a whole number, or None")
+    if step is not None and (step < 0 or (total is not None and step >= total)):
+        raise ValueError(f"step {step} of {total} must be at least 0 and below the number of steps")
+
+
+def check_switches(**given: Any) -> None:
+    """Raise a ValueError for an argument that is neither on nor off."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
