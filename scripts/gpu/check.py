@@ -62,21 +62,21 @@ class _Parsed(Exception):
 
 
 def misunderstood(words: Sequence[str]) -> str:
-    """Why a command is not understood; empty if it is. Of `python -m` the module's own parser reads the options.
+    """Why a command is not understood; empty if it is. Of `python -m scripts...` the script's own parser reads them.
 
     Args:
         words: The command.
     """
-    if list(words[:2]) != ["python", "-m"] or len(words) < 3:
+    name = words[2] if list(words[:2]) == ["python", "-m"] and len(words) > 2 else ""
+    if not name.startswith("scripts."):
+        # Nobody knows what else would begin to run.
         return ""
-    name = words[2]
     if importlib.util.find_spec(name) is None:
         return f"there is no module {name}"
     said: list[str] = []
     with _only_parsing(said), _arguments(name, words[3:]):
         try:
-            module: Any = importlib.import_module(name)
-            module.main()
+            getattr(importlib.import_module(name), "main", lambda: None)()
         except _Parsed:
             return ""
         except SystemExit as ended:

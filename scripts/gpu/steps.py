@@ -121,8 +121,8 @@ def _step(name: str, values: dict[str, Any]) -> Step:
     step = Step(name=name, **{"least": values["seconds"], **values, **lists})
     if not 0 < step.least <= step.seconds:
         raise ValueError(f"step {name} takes {step.seconds} s, at least {step.least}: both above 0, least not above")
-    if not 0 <= step.margin < step.least:
-        raise ValueError(f"step {name}: margin {step.margin} must be from 0 to below least {step.least}")
+    if SECONDS in step.command and not 0 <= step.margin < step.least:
+        raise ValueError(f"step {name}: margin {step.margin} must be from 0 to below its least {step.least}")
     if step.cores < 1 or not step.words:
         raise ValueError(f"step {name}: cores {step.cores} must be at least 1, and the command not empty")
     for path in (*step.continues, *step.keeps, *step.makes, *step.needs):
