@@ -73,7 +73,7 @@ KINDS = {
     "emoji": Kind(
         emoji.judge_of,
         Draftsman,
-        lambda data, n: prompts(emoji_data.load_pack(data, side=32), n),
+        lambda data, n: prompts(emoji_data.load_pack(data, side=0), n),
         emoji_data.load_tokenizer,
         256,
         400,
@@ -83,7 +83,7 @@ KINDS = {
     "animoji": Kind(
         animoji.judge_of,
         animoji.ClipDraftsman,
-        lambda data, n: prompts(animoji_data.load_pack(data), n),
+        lambda data, n: prompts(animoji_data.load_pack(data, clips=False), n),
         lambda data: shipped_tokenizer(),
         animoji_data.SIDE,
         400,
