@@ -116,9 +116,9 @@ class HeadConversion:
         return "\n".join([*lines, f"all: parameters of projections {before:,} -> {after:,}"])
 
     def remove(self) -> None:
-        """Put the original layers back, by identity, with device and dtype of those in their place; once only.
+        """Put the original layers back, by identity, with device and dtype of those in their place.
 
-        Remove the handle of an `apply` whose pattern has parameters before: they are of the fewer heads.
+        A second call does nothing. Remove the handle of an `apply` whose pattern has parameters before: they are of the fewer heads.
 
         Raises:
             ValueError: If the model was converted again since: what was made last is removed first.
