@@ -118,7 +118,8 @@ class HeadConversion:
     def remove(self) -> None:
         """Put the original layers back, by identity, with device and dtype of those in their place.
 
-        A second call does nothing. Remove the handle of an `apply` whose pattern has parameters before: they are of the fewer heads.
+        A second call does nothing. Remove the handle of an `apply` whose pattern has parameters before: they are of the
+        fewer heads.
 
         Raises:
             ValueError: If the model was converted again since: what was made last is removed first.
