@@ -72,8 +72,9 @@ class Sdpa(Backend):
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention in torch's kernels, whose gradients have none; arguments as in `Backend.run`."""
     dense = call.pattern.covers(*call.layout.grids)
+    heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if not dense and call.key_mask is None and is_triangular(call.pattern, call.layout):
-        out, lse = attend_triangular(*(t.transpose(1, 2) for t in (q, k, v)), call.layout, call.scale, call.lse)
+        out, lse = attend_triangular(*heads_first, call.layout, call.scale, call.lse)
         return out.transpose(1, 2), None if lse is None else lse.transpose(1, 2)
     mask = None if dense and call.key_mask is None else _visible(q, k, call, dense)
     blind = None
@@ -81,7 +82,6 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tup
         # Kernels differ in what a row without visible keys gives, some NaN: let it see all, then zero it.
         blind = ~mask.any(-1, keepdim=True)
         mask = mask | blind
-    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
     # While torch.jit.trace records, sizes are tensors.
     grouped = bool(q.shape[2] != k.shape[2])
     out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
