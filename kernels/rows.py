@@ -23,7 +23,7 @@ from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights
 from visattn.kernels.linear.wersa import wersa_features
 from visattn.kernels.ordered import ordered_rows
-from visattn.kernels.wrapped import gates, inside, query_factors
+from visattn.kernels.wrapped import gates, query_factors
 from visattn.layout import Layout
 from visattn.patterns import (
     Agent,
@@ -160,7 +160,7 @@ def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> 
 
 def _wrapped(q: torch.Tensor, k: torch.Tensor, pattern: Wrapped, call: Call, index: torch.Tensor) -> torch.Tensor:
     """The rows of the pattern inside, of queries and with gates as they are there."""
-    own = replace(call, pattern=pattern.of, parameters=inside(pattern, call.parameters))
+    own = replace(call, pattern=pattern.of, parameters=pattern.inner_parameters(call.parameters))
     if isinstance(pattern, Gated):
         factors = gates(q[:, index], pattern, call.parameters)[..., 0].transpose(1, 2)
         return _rows(q, k, own, index) * factors[..., None]

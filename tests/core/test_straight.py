@@ -62,6 +62,23 @@ def test_parameters_alone_learn_like_queries(pattern, name, shape):
     assert torch.equal(found, wanted)
 
 
+def test_a_classifier_in_8_bits_learns():
+    timm = pytest.importorskip("timm")
+    options = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 3}
+    model = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with visattn.apply(model, "na(window=3x3)", precision="int8"):
+        with torch.no_grad():
+            truth = model(x)
+        with straight_through():
+            out = model(x)
+            out.sum().backward()
+        with pytest.raises(ValueError, match="for inference"):
+            model(x)
+    torch.testing.assert_close(out.detach(), truth)
+    assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
 def test_a_model_in_8_bits_learns():
     from tests.support.tiny_digits import tiny_transformer
 
