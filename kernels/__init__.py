@@ -6,6 +6,7 @@ one file: `sdpa` and `reference` (dense attention under a mask), `natten` and `x
 to head), `gate` (lists by trained weights), `ordered` (tokens in the order of their content), `centroids` (clusters
 around trained centroids). What several share: `masks` (dense masks and position biases), `plan_chunks` (a plan as
 chunks for plain operators), `weights` (other functions of a row's logits than the softmax), `second_order` (derivatives
-of gradients). For callers beside `attention`: `caught` (the share of attention that a pattern lists), `rows` (weights
-of chosen queries), `halo_padded` (HaloNet's attention as it was trained).
+of gradients), `unchanged` (what a backward reads again). For callers beside `attention`: `caught` (the share of
+attention that a pattern lists), `rows` (weights of chosen queries), `halo_padded` (HaloNet's attention as it was
+trained).
 """
