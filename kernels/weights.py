@@ -86,5 +86,7 @@ class WeightsBackend(Backend):
             # [B, Hkv, H / Hkv, c, T, D]
             return (weights @ values).flatten(1, 2).permute(0, 2, 3, 1, 4)
 
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *call.parameters.values()))
-        return run_chunks(made, tables, q.shape[0] * heads, compute, grad).to(q.dtype)
+        own = call.parameters.values()
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *own))
+        read = (*wide, call.key_mask, *own) if grad else None
+        return run_chunks(made, tables, q.shape[0] * heads, compute, read).to(q.dtype)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 
 from visattn.keep import kept
 from visattn.layout import Layout, check_layout
@@ -58,18 +57,6 @@ class TileLists:
         keep = (self.mask >= 0) == partial
         counts = np.bincount(self.rows[keep], minlength=len(self.start) - 1)
         return TileLists(np.concatenate([[0], np.cumsum(counts)]), self.tile[keep], self.mask[keep])
-
-
-@dataclass(frozen=True, eq=False)
-class PlanTensors:
-    """The arrays of a plan as int32 and bool tensors on one device, names as in the plan."""
-
-    query_tokens: torch.Tensor
-    key_tokens: torch.Tensor
-    start: torch.Tensor
-    tile: torch.Tensor
-    mask: torch.Tensor
-    masks: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,23 +119,10 @@ class TilePlan:
         routed = whole * self.queries.runs[1] * self.routed_tiles
         return (listed + routed) / self.entries if self.entries else 1.0
 
-    def tensors(self, device: torch.device | str) -> PlanTensors:
-        """The plan's arrays on a device, copied there once."""
-        return _tensors(self, torch.device(device))
-
 
 @kept
 def _transposed(made: TilePlan) -> TileLists:
     return _lists(made.lists.tile, made.lists.rows, made.lists.mask, made.keys.tiles)
-
-
-@kept
-def _tensors(made: TilePlan, device: torch.device) -> PlanTensors:
-    arrays = (made.queries.tokens, made.keys.tokens, made.lists.start, made.lists.tile, made.lists.mask)
-    return PlanTensors(
-        *(torch.from_numpy(a.astype(np.int32)).to(device) for a in arrays),
-        masks=torch.from_numpy(made.masks).to(device),
-    )
 
 
 def check_listed(pattern: Pattern) -> None:

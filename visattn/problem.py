@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,6 +48,12 @@ class Call:
     precision: str | None = None
 
 
+def is_strict() -> bool:
+    """Whether torch.use_deterministic_algorithms is on and more than a warning."""
+    library: Any = torch._C
+    return library._get_deterministic_algorithms() and not library._get_deterministic_algorithms_warn_only()
+
+
 def sees_all(pattern: Pattern, layout: Layout) -> bool:
     """Whether a pattern shows every token all tokens and nothing else, so that it is dense attention."""
     return pattern.covers(*layout.grids)
@@ -84,6 +90,7 @@ class Problem:
         mode: How calls are made: "eager", "compiled" (as operators of compiled code) or "captured" (in a CUDA graph,
             where they keep the host from nothing).
         precision: What products are computed in: one of `PRECISIONS`, or None for the dtype of q.
+        strict: Whether torch is told to refuse what is not deterministic.
     """
 
     pattern: Pattern
@@ -100,6 +107,7 @@ class Problem:
     lse: bool = False
     mode: str = "eager"
     precision: str | None = None
+    strict: bool = False
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Problem:
@@ -119,6 +127,7 @@ class Problem:
             grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
             lse=call.lse,
             precision=call.precision,
+            strict=is_strict(),
         )
 
     @property

@@ -180,12 +180,14 @@ class Triton(Backend):
         """See `Backend.prepare`."""
         # What is decided while a graph is captured is not tuned, and so not for later calls.
         untuned = tune.enabled() and not _tunes(q)
-        other = untuned or call.precision is not None or (recorded(q, k, v) and call.rpb is not None)
+        # A bias alone may learn, while q, k and v are frozen.
+        learns = recorded(q, k, v, call.rpb)
+        other = untuned or call.precision is not None or (learns and call.rpb is not None)
         if other or not _as_they_are(q, k, v, call):
             return super().prepare(q, k, v, call, grown)
         from visattn.kernels.triton.ready import Ready
 
-        return Ready(kernels_of(q, k, v, call, grown), call, recorded(q, k, v))
+        return Ready(kernels_of(q, k, v, call, grown), call, learns)
 
     def keeps_results(self, problem: Problem) -> bool:
         """See `Backend.keeps_results`; the gradient of a bias has a kernel that needs more."""

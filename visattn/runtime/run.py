@@ -12,6 +12,7 @@ import torch
 from visattn.counts import Row
 from visattn.patterns import Pattern
 from visattn.patterns.choice.memory import Memory, Place
+from visattn.problem import is_strict
 from visattn.recompute import Carrier
 from visattn.registry import REGISTRY
 from visattn.report import SiteReport
@@ -131,7 +132,7 @@ class Run:
         stage = self.schedule.stage(step, total)
         # Asked at every forward, and mostly there is none.
         precise = self.schedule.precision is not None and self.schedule.is_precise(step, total)
-        ready, rests = self._known_in((where, dense, stage, precise, REGISTRY.version))
+        ready, rests = self._known_in((where, dense, stage, precise, is_strict(), REGISTRY.version))
         self.here.forward = forward = Forward(
             where, dense, step, total, ready=ready, rests=rests, learns=learns, precise=precise
         )
