@@ -40,7 +40,8 @@ class SchedulerSteps:
         if self._attach(scheduler):
             # Set after apply(), or of another pipeline: its run has begun unseen.
             self._catch_up(scheduler)
-        return self._read(scheduler, getattr(pipeline, "_num_timesteps", None))
+        read = self._read(scheduler, getattr(pipeline, "_num_timesteps", None))
+        return _frame_by_frame(pipeline) or read
 
     def now(self) -> Step:
         """The step of the patched pipeline's scheduler, whoever calls the model."""
@@ -103,6 +104,20 @@ class SchedulerSteps:
         count = None if scheduler is None else count_of(scheduler)
         self._read_last.count = count
         return (None, None) if count is None else count.step(scheduler, ran if isinstance(ran, int) else None)
+
+
+def _frame_by_frame(pipeline: Any) -> Step | None:
+    """The step of a pipeline that gives each frame a time of its own (diffusion forcing), None for others.
+
+    The scheduler of such a one never steps, copies of it do, one for each frame. Its times are a row of a matrix with
+    all steps, and where that begins in memory tells the step without waiting for the device.
+    """
+    times, total = getattr(pipeline, "_current_timestep", None), getattr(pipeline, "_num_timesteps", None)
+    if not isinstance(times, torch.Tensor) or times.ndim != 1 or not isinstance(total, int):
+        return None
+    if not len(times) or times.untyped_storage().nbytes() != total * times.nbytes:
+        return None
+    return times.storage_offset() // len(times), total
 
 
 def running_pipeline(model: torch.nn.Module | None) -> tuple[Any, types.FrameType] | None:
