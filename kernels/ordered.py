@@ -35,7 +35,7 @@ class Ordered(Backend):
     def supports(self, problem: Problem) -> Support:
         """Patterns in the order of the content."""
         if not isinstance(problem.pattern, OrderedPattern):
-            return Support(False, f"it runs patterns of groups of tokens, not {problem.pattern.name}")
+            return Support(False, f"it runs patterns of groups of tokens, not {problem.pattern.name}", other=True)
         return Support(True)
 
     def cost(self, problem: Problem) -> float:

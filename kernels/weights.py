@@ -52,7 +52,7 @@ class WeightsBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Patterns of its kind without log-sum-exp."""
         if not isinstance(problem.pattern, self.kind):
-            return Support(False, f"it runs {self.kind.name} patterns only, not {problem.pattern.name}")
+            return Support(False, f"it runs {self.kind.name} patterns only, not {problem.pattern.name}", other=True)
         return Support(False, self.without_lse) if problem.lse else Support(True)
 
     def cost(self, problem: Problem) -> float:

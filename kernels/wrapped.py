@@ -28,7 +28,7 @@ class WrappedBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Wrapped patterns whose pattern inside has a backend."""
         if not isinstance(problem.pattern, Wrapped):
-            return Support(False, f"it runs gated and selective patterns only, not {problem.pattern.name}")
+            return Support(False, f"it runs gated and selective patterns only, not {problem.pattern.name}", other=True)
         try:
             choose(_inside(problem))
         except ValueError as error:

@@ -265,7 +265,10 @@ class Explanation:
             verdict = (
                 f"{cost / problem.dense_pairs:.2f} of dense SDPA's time (estimate)" if support.ok else support.reason
             )
-            lines.append(f"  {backend.name:<10} {verdict}")
+            if not support.other:
+                lines.append(f"  {backend.name:<10} {verdict}")
+        others = [backend.name for backend, support, _ in self.candidates if support.other]
+        lines += [f"  made for other patterns: {', '.join(others)}"] if others else []
         return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from visattn.keep import kept
 from visattn.layout import Layout, check_layout
+from visattn.memory import check_room
 from visattn.patterns import (
     ComposedPattern,
     DynamicPattern,
@@ -21,11 +22,14 @@ from visattn.patterns import (
     parse,
 )
 from visattn.patterns.choice.causal import later_slots
-from visattn.patterns.geometry import Bools, TilePairs
+from visattn.patterns.geometry import Bools, TilePairs, check_pairs
 from visattn.patterns.masks import check_defined
 from visattn.tiling import Ints, Tiling
 
 Tile = int | tuple[int, ...]
+
+# What a plan holds of a token of each side: where it sits, in the order of the tiles and while that is found.
+TOKEN_BYTES = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +175,8 @@ def _box(tile: object, grid: tuple[int, ...]) -> tuple[int, ...]:
 
 @kept
 def _plan(pattern: ListedPattern, layout: Layout, query_box: tuple[int, ...], key_box: tuple[int, ...]) -> TilePlan:
+    tokens = layout.length + layout.keys.length
+    check_room(TOKEN_BYTES * tokens, f"planning {pattern} on {layout}", "take a smaller grid")
     tiled, tiled_keys = pattern.tiled_layout(layout.queries), pattern.tiled_layout(layout.keys)
     # Axes on which queries and keys differ are not dilated, and patterns with parts have one sequence.
     step = pattern.step(tiled.grid) if isinstance(pattern, SpannedPattern) else None
@@ -210,6 +216,8 @@ def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling, joined: 
     plain_keys = plain_keys[keys.sizes[plain_keys] > 0]
     filled_queries = grid_queries[queries.sizes[grid_queries] > 0]
 
+    more_pairs = len(filled_queries) * len(dense_keys) + len(dense_queries) * len(plain_keys)
+    check_pairs(len(pairs.query) + more_pairs, *queries.axes)
     query = [
         grid_queries[pairs.query],
         np.repeat(filled_queries, len(dense_keys)),

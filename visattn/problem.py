@@ -13,10 +13,17 @@ from visattn.patterns import Pattern, SpannedPattern
 
 
 class Support(NamedTuple):
-    """Whether a backend can run a call, and if not, why."""
+    """Whether a backend can run a call, and if not, why.
+
+    Attributes:
+        ok: Whether it can.
+        reason: Why not.
+        other: Whether it is made for patterns of another kind, so that nothing would make it run this one.
+    """
 
     ok: bool
     reason: str = ""
+    other: bool = False
 
 
 # Queries and keys become int8 in both; weights and values become int8, or floats of 8 bits (e4m3).

@@ -121,7 +121,7 @@ def _why(problem: Problem, name: str, asked: str) -> str:
             found = crossing(problem)
             if found is not None:
                 reasons[0] += f", {found}"
-        elif not support.ok:
+        elif not support.ok and not support.other:
             reasons.append(f"{backend.name}: {support.reason}")
     return "; ".join(reasons)
 
@@ -348,9 +348,13 @@ class Report:
         ]
         lines += [f"  {self.schedule}"] if self.schedule else []
         width = max((len(site.site) for site in self.sites), default=0)
+        said = ""
         for site in self.sites:
             head = f"  {site.site:<{width}}  {site.pattern}: {site.hits} hits, {site.dense} dense"
-            head += "" if site.stages else "".join(f", {call} ({call.reason})" for call in site.calls[:1])
+            for call in () if site.stages else site.calls[:1]:
+                # Most modules of a model have the reason of the one before.
+                head += f", {call}" + f" ({call.reason})" * (call.reason != said)
+                said = call.reason
             if site.choosing_seconds and site.sparse_seconds:
                 head += f"; {site.choosing_seconds / site.sparse_seconds:.0%} of the time is choosing"
             if site.caught is not None:

@@ -87,7 +87,9 @@ class Schedule:
             ValueError: If a value is out of range, both `layers` and a mapping are given, or a pattern lists no key
                 tiles where a precision is given.
         """
+        file = ""
         if isinstance(pattern, Path) or (isinstance(pattern, str) and pattern.lower().endswith(_FILES)):
+            file = f"{Path(pattern)}: "
             pattern = _read(Path(pattern))
         if isinstance(pattern, Schedule):
             rules = list(pattern.rules)
@@ -111,7 +113,7 @@ class Schedule:
                 raise ValueError(f"layers={layers!r} and a pattern per layer both choose layers: pass one of them")
             if not pattern:
                 raise ValueError("pattern={} names no layer: pass e.g. {'0-3': 'dense', '4-': 'na(window=7x7)'}")
-            rules = [(selectors_of(key), _given(value)) for key, value in pattern.items()]
+            rules = [_rule(key, value, file) for key, value in pattern.items()]
         else:
             own = {}
             rules = [(None if layers is None else selectors_of(layers), _given(pattern))]
@@ -353,18 +355,36 @@ def _given(value: Any) -> Given:
     return pattern if precision is None else Staged.of(value)
 
 
+def _parsed(path: Path) -> Any:
+    """What a JSON or YAML file holds."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix.lower() == ".json":
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise ValueError(f"reading {path.name} needs PyYAML: pip install pyyaml, or write it as JSON") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+
+
+def _rule(layers: Any, value: Any, file: str) -> tuple[Any, Given]:
+    """One line of a mapping from layers to patterns; its errors say which of which file."""
+    try:
+        return selectors_of(layers), _given(value)
+    except ValueError as error:
+        raise ValueError(f"{file}layers {layers!r}: {error}") from None
+
+
 def _read(path: Path) -> Mapping[Any, str] | Schedule:
     if not path.is_file():
         raise ValueError(f"pattern file {str(path)!r} does not exist")
-    text = path.read_text()
-    if path.suffix.lower() == ".json":
-        found = json.loads(text)
-    else:
-        try:
-            import yaml
-        except ModuleNotFoundError:
-            raise ValueError(f"reading {path.name} needs PyYAML: pip install pyyaml, or write it as JSON") from None
-        found = yaml.safe_load(text)
+    found = _parsed(path)
     if not isinstance(found, Mapping):
         raise ValueError(f"{path.name} must map layers to patterns, like {{'0-3': 'dense', '4-': 'na(window=7x7)'}}")
     if "visattn_schedule" in found:

@@ -40,7 +40,7 @@ class HybridBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Hybrid patterns without log-sum-exp."""
         if not isinstance(problem.pattern, HybridPattern):
-            return Support(False, f"it runs sla, sla2 and vsa only, not {problem.pattern.name}")
+            return Support(False, f"it runs sla, sla2 and vsa only, not {problem.pattern.name}", other=True)
         if problem.precision and isinstance(problem.pattern, SLA2) and problem.pattern.soft:
             return Support(False, f"soft lists are for training, not for {problem.precision}")
         if problem.lse:

@@ -72,7 +72,7 @@ def test_the_command_prints_saves_and_draws(run, tmp_path):
         "8x8,8x16",
         "--heads",
         2,
-        "--dim",
+        "--head-dim",
         8,
         "--repeats",
         2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from typing import Annotated
@@ -71,7 +72,24 @@ def main() -> None:
     with held_messages() as messages:
         try:
             app(args, prog_name="visattn")
-        except (ValueError, OSError, MemoryError) as error:
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            said = _said(error)
+            if not said:
+                raise
             messages.drop()
-            typer.echo(f"visattn: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"visattn: {' '.join(said.split())}", err=True)
             sys.exit(2)
+
+
+def _said(error: Exception) -> str:
+    """What a user can do about an error, "" for a fault of the program."""
+    from visattn.memory import is_shortage
+
+    # Our own errors of memory name what needs it; those of numpy, torch and Python do not say what to do.
+    if (type(error) is MemoryError and str(error)) or isinstance(error, ValueError | OSError):
+        return str(error)
+    if is_shortage(error):
+        # torch begins with the place in its own code.
+        asked = re.sub(r"^\[[^]]*\] err == 0\. ", "", str(error)) or "Python was refused some"
+        return f"this needs more memory than there is ({asked}): choose a smaller size, grid or batch"
+    return ""

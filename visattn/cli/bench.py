@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visattn.cli.measured import PlotOption, SaveOption, check_files, give
+from visattn.cli.measured import PlotOption, SaveOption, check_files, give, say_who_cannot
 from visattn.cli.options import ForceOption, JsonOption, PrefixOption, SuffixOption, sizes
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def bench(
     suffix: SuffixOption = 0,
     batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
     heads: Annotated[int, typer.Option(help="Heads.")] = 4,
-    dim: Annotated[int, typer.Option(help="Channels per head.")] = 64,
+    dim: Annotated[int, typer.Option("--head-dim", "--dim", help="Channels per head.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Like cpu or cuda:1; auto takes a GPU if there is one.")] = "auto",
     backend: Annotated[str, typer.Option(help="Names with commas; all is every one but the reference.")] = "all",
@@ -84,14 +84,10 @@ def _cases(
     """Every case, checked before any is timed, and the names of the backends."""
     import dataclasses
 
-    import torch
-
     from visattn.bench import backend_names, cases, check_case
-    from visattn.environment import check_device
+    from visattn.environment import chosen_device
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    device = chosen_device(device)
     names = backend_names(backend)
     found = [dataclasses.replace(case, device=device, **options) for case in cases(patterns, grids, *dense)]
     for case in found:
@@ -158,9 +154,7 @@ def _print(results: Sequence[Result]) -> None:
             bounds = f"{result.flop_bound:.1f}x by visible pairs, {result.tile_bound:.1f}x by visited tiles"
             typer.echo(f"density {result.density:.2%}, bounds on the gain: {bounds}")
         console.print(_table(result))
-        for line in result.lines:
-            if line.timing is None:
-                typer.echo(f"{line.backend} cannot run it: {line.reason}")
+        say_who_cannot([line for line in result.lines if line.timing is None])
         typer.echo()
 
 

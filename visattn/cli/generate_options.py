@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from visattn.cli.options import sizes
-
 PatternOption = Annotated[
     str, typer.Option(help='Like "na(window=9x9)", or a .json or .yaml file with a pattern per layer.')
 ]
@@ -94,7 +92,7 @@ def pixels(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    height, *others = sizes(text, "--size")
-    if len(others) > 1:
-        raise ValueError(f"--size {text!r} must be a side like 64, or height x width like 512x768")
-    return height, others[0] if others else height
+    found = re.fullmatch(r"0*([1-9]\d*)(?:x0*([1-9]\d*))?", text.strip().lower())
+    if found is None:
+        raise ValueError(f"--size {text!r} must be a side in pixels like 64, or height x width like 512x768")
+    return int(found[1]), int(found[2] or found[1])

@@ -19,6 +19,7 @@ from visattn.cli.generate_options import (
     parse_labels,
     pixels,
 )
+from visattn.cli.loading import loaded_pipeline
 from visattn.cli.options import ForceOption, JsonOption, output_file, print_json
 
 
@@ -36,7 +37,7 @@ def record(
     guidance: GuidanceOption = None,
     size: SizeOption = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a video; the model's own.")] = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -73,12 +74,10 @@ def _record(
     import inspect
 
     from visattn.pipelines.generate import IMAGE, VIDEO, Settings, call_arguments, check
-    from visattn.pipelines.load import load_pipeline
     from visattn.pipelines.record import record as run
     from visattn.recorded import save_recorded
 
-    pipe: Any = load_pipeline(model, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loaded_pipeline(model, device, dtype, bars=True)
     output = VIDEO if "num_frames" in inspect.signature(pipe.__call__).parameters else IMAGE
     chosen = Settings(pattern="dense", output=output, **settings)
     check(pipe, chosen)
