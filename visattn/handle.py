@@ -14,7 +14,7 @@ from visattn.patched import Handle
 from visattn.patterns import MergingPattern
 from visattn.presets import automatic, is_auto
 from visattn.request import ADAPTERS, Patch, Request, package_of
-from visattn.schedule import PatternLike, Schedule, check_switches
+from visattn.schedule import PatternLike, Schedule
 from visattn.selectors import Layers
 from visattn.trained import is_student, load_own, load_trained, student_model, write_trained
 
@@ -95,7 +95,7 @@ def apply(
         ValueError: If the target is unknown or already patched, the pattern does not fit it, nothing is
             selected, or the weights are missing or of other layers, patterns or shapes.
     """
-    check_switches(strict=strict, always=always, untrained=untrained)
+    _check_switches(strict=strict, always=always, untrained=untrained)
     if backend != "auto":
         load(backend)
     if is_student(pattern):
@@ -203,3 +203,10 @@ def _layouts(given: Layout | Sequence[Layout] | None) -> tuple[Layout, ...]:
             f"layout has {' and '.join(map(str, layouts))}: pass layouts with equally many axes, one for each length"
         )
     return layouts
+
+
+def _check_switches(**given: Any) -> None:
+    """Raise a ValueError for an argument that is neither on nor off."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")

@@ -13,7 +13,7 @@ from visattn.parameters import PatternParameters
 from visattn.reached import Reached
 from visattn.report import Report
 from visattn.request import Patch, Request
-from visattn.schedule import check_step
+from visattn.steps import check_step
 from visattn.watch import Watched, Watcher
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from visattn.dims import check_dims
 from visattn.models.swap import hiera
 from visattn.models.swap.graphs import as_node
 from visattn.models.swap.grids import (
@@ -53,7 +54,6 @@ from visattn.models.swap.windows import SwinBlock, SwinV2Block
 from visattn.patterns import ComposedPattern, Dense, Neighborhood, Pattern
 from visattn.patterns.kinds import StaticPattern
 from visattn.registry import REGISTRY
-from visattn.schedule import check_dims
 
 
 @dataclass(frozen=True)

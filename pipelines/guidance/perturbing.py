@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from visattn.dims import check_dims
 from visattn.patterns import MergingPattern, Pattern, parse
 from visattn.pipelines.patch.install import PatchedModel
 from visattn.pipelines.patch.sites import Site
 from visattn.runtime.perturbed import Blur, Perturbed
-from visattn.schedule import Schedule, check_dims
+from visattn.schedule import Schedule
 from visattn.selectors import Layers
 
 # Caches that keep what modules returned last, whatever the pipeline calls the forward.

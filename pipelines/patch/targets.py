@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from visattn.dims import check_dims
 from visattn.patterns import MergingPattern, Pattern
 from visattn.pipelines.families import find_family, known_classes, why_unknown
 from visattn.pipelines.families.base import Family, Seen
 from visattn.request import Request
-from visattn.schedule import check_dims
 
 # Names under which pipelines keep the models that denoise.
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+import visattn
 from visattn import Layout, attention, attention_rows, explain
 from visattn.patterns import parse
-from visattn.schedule import check_step, check_switches
 from visattn.selectors import selectors_of
+from visattn.steps import check_step
 
 LAYOUT = Layout((4, 5))
 Q = torch.randn(1, 20, 2, 8, generator=torch.Generator().manual_seed(0))
@@ -74,7 +75,7 @@ def test_layers_steps_and_switches():
     with pytest.raises(ValueError, match="step 4 of 4"):
         check_step(4, 4)
     with pytest.raises(ValueError, match="always='no' must be True or False"):
-        check_switches(strict=False, always="no")
+        visattn.apply(None, "dense", always="no")
 
 
 def test_a_decay_beyond_the_dtype_leaves_each_position_to_itself():

@@ -19,7 +19,8 @@ from visattn.report import SiteReport
 from visattn.runtime.forward import Forward, Here, Where
 from visattn.runtime.rest import Rest
 from visattn.runtime.verdict import Ready
-from visattn.schedule import Given, Schedule, known_step
+from visattn.schedule import Given, Schedule
+from visattn.steps import known_step
 from visattn.tally import Tally
 from visattn.watch import Watcher
 
