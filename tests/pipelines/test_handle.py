@@ -68,7 +68,7 @@ def test_report_agrees_with_an_independent_count(monkeypatch):
     json.dumps(report.to_dict())
     assert report.to_dict()["sites"][0]["grid"] == [12, 10]
     assert "4 of 4 attention modules ran a pattern: 12 calls" in str(report)
-    assert "down_blocks.0.attentions.0-1.transformer_blocks.0.attn1" in str(report)
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1" in str(report)
 
 
 def test_time_of_dense_and_sparse_calls_is_measured(monkeypatch):

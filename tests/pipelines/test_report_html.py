@@ -107,7 +107,8 @@ def test_the_page_says_what_the_report_says_and_needs_nothing_else(images):
     assert len(pictures) == 3
     for shown in (
         "1.50x faster", "2.00x slower", "5.9%", "23.4 dB", "0.871", "blocks.0.attn1", "tiles", "0.059", "750 ms",
-        "2 x fell back: a mask that is more than &lt;padding&gt;", "digits &lt;b&gt;", "seed 7", "lpips is not installed",
+        "2 x fell back: a mask that is more than &lt;padding&gt;", "digits &lt;b&gt;", "seed 7",
+        "lpips is not installed",
     ):  # fmt: skip
         assert shown in text, shown
     assert "digits <b>" not in text
