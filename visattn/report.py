@@ -6,124 +6,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from visattn.call_report import CallReport, density, why_kept
 from visattn.counts import Row
-from visattn.crossing import crossing
-from visattn.dispatch import candidates, choose
-from visattn.patterns import ListedPattern, MergingPattern, Pattern
-from visattn.plans import plan
-from visattn.problem import Problem
+from visattn.patterns import Pattern
 from visattn.reached import Reached
+from visattn.report_text import as_text
 from visattn.staged import Staged
 
-
-@dataclass(frozen=True)
-class CallReport:
-    """The calls of one module that posed the same problem.
-
-    Attributes:
-        problem: Shapes, pattern and layout.
-        hits: How many calls.
-        backend: Who ran them.
-        reason: Why that one.
-        density: Visible share of all (query, key) pairs; None if the pattern does not say.
-        reached: The same as it was, where q and k choose; `density` is its mean then.
-        skipped: Mean share of all pairs that was listed and then passed over (`skip`), None where nothing can be.
-    """
-
-    problem: Problem
-    hits: int
-    backend: str
-    reason: str
-    density: float | None
-    reached: Reached | None = None
-    skipped: float | None = None
-
-    @classmethod
-    def of(
-        cls,
-        problem: Problem,
-        hits: int,
-        backend: str,
-        sums: torch.Tensor | None = None,
-        skips: torch.Tensor | None = None,
-    ) -> CallReport:
-        """Explain calls after the fact: the choice of a backend is a function of the problem."""
-        if isinstance(problem.pattern, MergingPattern):
-            return cls(problem, hits, problem.pattern.name, "the only one that merges tokens", None)
-        # A model's own attention stands for a pattern on plain tensors alone.
-        plain = problem.precision is None and not problem.rpb
-        if backend == "auto" and plain and problem.pattern.covers(*problem.layout.grids):
-            return cls(problem, hits, "stock", "the pattern covers the whole grid", 1.0)
-        name = choose(problem, backend).name
-        reached = None if sums is None else Reached.of(sums, problem.layout)
-        share = density(problem) if reached is None else reached.mean
-        skipped = None
-        if skips is not None:
-            skipped = float(skips[0] / skips[1]) * problem.layout.tokens**2 / problem.layout.length**2
-        return cls(problem, hits, name, _why(problem, name, backend), share, reached, skipped)
-
-    def __str__(self) -> str:
-        share = "" if self.density is None else f", density {self.density:.3f}"
-        if self.reached is not None:
-            share += f" ({self.reached.least:.3f} to {self.reached.most:.3f} over heads and calls)"
-        if self.skipped is not None:
-            share += f", {self.skipped:.3f} skipped"
-        return f"{self.backend}{self._precision()} on {self.problem.layout}{share}"
-
-    def _precision(self) -> str:
-        """What the calls were computed in, in words; nothing for the model's own dtype."""
-        precision = self.problem.precision
-        if precision is None:
-            return ""
-        return f" in {precision}, simulated for its errors" if self.backend == "tiles" else f" in {precision}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and texts."""
-        layout = self.problem.layout
-        return {
-            "pattern": str(self.problem.pattern),
-            "grid": list(layout.grid),
-            "prefix": layout.prefix,
-            "suffix": layout.suffix,
-            "batch": self.problem.batch,
-            "heads": self.problem.heads,
-            "head_dim": self.problem.head_dim,
-            "hits": self.hits,
-            "backend": self.backend,
-            "precision": self.problem.precision,
-            "reason": self.reason,
-            "density": self.density,
-            "reached": None if self.reached is None else self.reached._asdict(),
-            "skipped": self.skipped,
-        }
-
-
-def density(problem: Problem) -> float | None:
-    """Visible share of all (query, key) pairs, None for a composed pattern that is no list of pairs."""
-    listed = isinstance(problem.pattern, ListedPattern)
-    return plan(problem.pattern, problem.layout).density if listed else None
-
-
-def _why_kept(problem: Problem) -> str:
-    found = crossing(problem)
-    return "" if found is None else found.reason
-
-
-def _why(problem: Problem, name: str, asked: str) -> str:
-    if asked != "auto":
-        return "asked for"
-    reasons = []
-    for backend, support, cost in candidates(problem):
-        if backend.name == name:
-            reasons.insert(0, f"cheapest: {cost / problem.dense_pairs:.2f} of dense (estimate)")
-            found = crossing(problem)
-            if found is not None:
-                reasons[0] += f", {found}"
-        elif not support.ok and not support.other:
-            reasons.append(f"{backend.name}: {support.reason}")
-    return "; ".join(reasons)
+__all__ = ["CallReport", "Report", "SiteReport", "density"]
 
 
 @dataclass(frozen=True)
@@ -178,7 +68,7 @@ class SiteReport:
         seconds = row.seconds["sparse"], row.seconds["dense"]
         kept: Counter[str] = Counter()
         for problem, count in row.kept.items():
-            kept[f"{_why_kept(problem)} on {problem.layout}"] += count
+            kept[f"{why_kept(problem)} on {problem.layout}"] += count
         rest = dict(kept), row.first_seconds, row.timed, row.calls, None, row.choosing_seconds
         return cls(model, site, pattern, calls, row.dense, dict(row.fallbacks), *seconds, compiled, *rest)
 
@@ -340,63 +230,5 @@ class Report:
         }
 
     def __str__(self) -> str:
-        share = "" if self.density is None else f", density {self.density:.3f}"
-        lines = [
-            f"{self._who()}: {self.hits} calls{share}, "
-            f"{self.sparse_seconds:.3f} s; {self.dense} dense and {sum(self.fallbacks.values())} fallback calls, "
-            f"{self.dense_seconds:.3f} s{self._timing()}{self._moving()}"
-        ]
-        lines += [f"  {self.schedule}"] if self.schedule else []
-        width = max((len(site.site) for site in self.sites), default=0)
-        said = ""
-        for site in self.sites:
-            head = f"  {site.site:<{width}}  {site.pattern}: {site.hits} hits, {site.dense} dense"
-            for call in () if site.stages else site.calls[:1]:
-                # Most modules of a model have the reason of the one before.
-                head += f", {call}" + f" ({call.reason})" * (call.reason != said)
-                said = call.reason
-            if site.choosing_seconds and site.sparse_seconds:
-                head += f"; {site.choosing_seconds / site.sparse_seconds:.0%} of the time is choosing"
-            if site.caught is not None:
-                head += f"; {site.caught.mean:.3f} of the attention caught ({site.caught.least:.3f} at least)"
-            if site.moved:
-                head += f"; sent {_bytes(site.moved / max(1, site.called))} a call"
-            lines.append(head)
-            lines += [
-                f"  {'':<{width}}    steps {steps}: {call.problem.pattern}, {call.hits} hits, {call}"
-                for steps, calls in site.stages
-                for call in calls[:1]
-            ]
-            lines += [f"  {'':<{width}}    {count} x kept dense: {why}" for why, count in site.kept.items()]
-            lines += [f"  {'':<{width}}    {count} x fell back: {why}" for why, count in site.fallbacks.items()]
-        return "\n".join(lines)
-
-    def _who(self) -> str:
-        """Who ran a pattern, in words."""
-        modules = f"{self.sites_hit} of {len(self.modules)} attention modules"
-        compiled = sum(site.hits for site in self.sites if site.compiled)
-        if not compiled:
-            return f"{modules} ran a pattern"
-        found = f"compiled code, which does not tell its {len(self.modules)} modules, ran a pattern {compiled} times"
-        return f"{found}, outside of it {modules}" if self.sites_hit else found
-
-    def _moving(self) -> str:
-        """What went to other processes, in words."""
-        return f"; {_bytes(self.moved)} sent to other processes" if self.moved else ""
-
-    def _timing(self) -> str:
-        """What the times are, in words, where that is not plain."""
-        timed, called = (sum(getattr(site, name) for site in self.sites) for name in ("timed", "called"))
-        if not self.first_seconds:
-            return ""
-        sampled = f", estimated from {timed} of {called} calls" if timed else ""
-        return f" (first calls apart: {self.first_seconds:.3f} s{sampled})"
-
-
-def _bytes(number: float) -> str:
-    """A number of bytes in the largest unit below it."""
-    for unit in ("B", "KB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"
+        """A page: modules that did the same are one line, reasons stand once below (`visattn.report_text`)."""
+        return as_text(self.to_dict())

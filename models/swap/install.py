@@ -155,7 +155,7 @@ class SwappedModel:
         calls = []
         for call in found.calls:
             name = choose(call.problem, self._request.backend).name
-            calls.append(replace(call, backend=name, reason="with the position bias"))
+            calls.append(replace(call, backend=name, why="with the position bias", refused={}))
         return replace(found, calls=tuple(calls))
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageChops
 
 from visattn.pipelines.report.assets import SCRIPT, STYLE
 from visattn.pipelines.report.chart import line_chart
+from visattn.report_text import mean_density, named, refusals
 
 # Longer videos stay files beside the page: a data URI of this many bytes makes a page that opens slowly.
 LARGEST_VIDEO = 8_000_000
@@ -161,23 +162,28 @@ def _times(summary: dict[str, Any]) -> str:
 
 def _sites(attention: dict[str, Any]) -> str:
     rows = []
-    for site in attention["sites"]:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in site["fallbacks"].items())
+    for modules, alike in named(attention["sites"]):
+        site, each = alike[0], " each" * (len(alike) > 1)
+        why = [("kept dense", site["kept"]), ("fell back", site["fallbacks"])]
+        unusual = "; ".join(f"{count} x {how}{each}: {text}" for how, found in why for text, count in found.items())
         rows.append(
             [
-                site["site"],
+                ", ".join(modules),
                 site["pattern"],
                 " ".join(filter(None, (site["backend"] or "stock", site["precision"]))),
-                _number(site["density"], ".3f"),
-                str(site["hits"]),
-                str(site["dense"]),
-                reasons or "none",
-                _seconds(site["sparse_seconds"] + site["dense_seconds"]),
+                _number(mean_density(alike), ".3f"),
+                f"{site['hits']}{each}",
+                f"{site['dense']}{each}",
+                unusual or "none",
+                _seconds(sum(s["sparse_seconds"] + s["dense_seconds"] for s in alike)),
             ]
         )
-    names = ["module", "pattern", "backend", "density", "hits", "kept dense", "fallbacks", "time"]
-    reasons = sorted({site["reason"] for site in attention["sites"] if site["reason"]})
-    why = "".join(f'<p class="soft">Backend: {_text(reason)}</p>' for reason in reasons)
+    names = ["modules", "pattern", "backend", "density", "hits", "dense", "fallbacks", "time"]
+    reasons = dict.fromkeys(f"Backend: {c['backend']}, {c['why']}" for s in attention["sites"] for c in s["calls"])
+    told, foreign = refusals(attention["sites"])
+    told += [f"made for other patterns: {', '.join(foreign)}"] if foreign else []
+    lines = [*reasons, *(f"Not taken: {reason}" for reason in told)]
+    why = "".join(f'<p class="soft">{_text(line)}</p>' for line in lines)
     head = f"{attention['sites_hit']} of {attention['sites_patched']} attention modules ran a pattern"
     return f"<h2>Attention modules</h2><p>{head}.</p>{_table(names, rows, numbers={3, 4, 5, 7})}{why}"
 

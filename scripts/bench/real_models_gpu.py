@@ -38,6 +38,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from scripts.bench.real_models import MODELS, build
 from scripts.calls_gpu import kernels, profiled
 from visattn import apply
+from visattn.report_text import headline
 from visattn.timing import per_call
 from visattn.watch import Watched
 
@@ -184,7 +185,7 @@ def measure(
             rows = []
             for attention in attentions:
                 row = {"model": name, "mode": mode, "attention_ms": bound} | compared(attention, times)
-                rows.append(row | {"report": str(handles[attention].report()).partition("\n")[0]})
+                rows.append(row | {"report": headline(handles[attention].report().to_dict())})
                 print(json.dumps(rows[-1]), flush=True)
             if profiles is not None:
                 write_profiles(profiles, steps, f"{name} {mode}")

@@ -133,7 +133,7 @@ def test_compare_writes_videos_sheets_and_true_reports(generate, model, tmp_path
     assert page.count("data:video/mp4;base64,") == 4 and page.count("data:image/png;base64,") == 2
     assert "<polyline" in page and f"PSNR {first['psnr']:.1f} dB" in page
     assert f"{report['mean']['psnr']:.1f} dB" in printed and "s per video" in printed
-    assert "blocks.0.attn1 and 1 more" in printed
+    assert "blocks.0-1.attn1 (2)" in printed
 
 
 def test_the_sheet_has_dense_above_sparse():

@@ -42,7 +42,7 @@ def test_flux(tiny, tmp_path, capsys):
     said = capsys.readouterr().out
     # Two runs of three steps, of which the first is dense.
     assert re.search(
-        r"3 of 3 attention modules ran a pattern: 12 calls, density 0\.\d+, .*; 6 dense and 0 fallback", said
+        r"3 of 3 attention modules ran a pattern: 12 calls, density 0\.\d+, .* s\n  6 dense and 0 fallback", said
     )
     both = np.asarray(Image.open(tmp_path / "dense-and-sparse.png"))
     dense, sparse = np.split(both, 2, 1)
@@ -57,7 +57,7 @@ def test_wan(tiny, tmp_path, capsys):
     assert "9 frames" in said
     # Two of four steps are dense, and the first of two layers; each step runs twice, with and without the prompt.
     assert re.search(
-        r"1 of 2 attention modules ran a pattern: 4 calls, density 0\.\d+, .*; 12 dense and 0 fallback", said
+        r"1 of 2 attention modules ran a pattern: 4 calls, density 0\.\d+, .* s\n  12 dense and 0 fallback", said
     )
     with av.open(out) as video:
         assert sum(1 for _ in video.decode(video=0)) == 9

@@ -43,7 +43,7 @@ def dense_pays(monkeypatch):
 
     monkeypatch.setattr("visattn.runtime.verdict.crossing", crossing)
     monkeypatch.setattr("visattn.models.swap.runtime.crossing", crossing)
-    monkeypatch.setattr("visattn.report.crossing", lambda problem: found)
+    monkeypatch.setattr("visattn.call_report.crossing", lambda problem: found)
     return asked
 
 

@@ -34,8 +34,10 @@ def test_the_report_says_what_density_was_reached(text):
         shares = torch.stack(masks).double().mean((3, 4))
         assert call.reached == pytest.approx((shares.mean().item(), shares.min().item(), shares.max().item()))
         assert call.density == call.reached.mean
-        line = f"density {call.density:.3f} ({call.reached.least:.3f} to {call.reached.most:.3f} over heads and calls)"
-        assert line in str(report)
+    found = [site.calls[0].reached for site in report.modules]
+    least, most = min(each.least for each in found), max(each.most for each in found)
+    line = f"density {report.density:.3f} ({least:.3f} to {most:.3f} over heads and calls)"
+    assert line in " ".join(str(report).split())
     assert json.loads(json.dumps(report.to_dict()))["sites"][0]["calls"][0]["reached"].keys() == {
         "mean",
         "least",

@@ -20,7 +20,9 @@ from visattn.pipelines.report.video_files import contact_sheet, write_mp4
 
 def summary(output="image", **more):
     site = {
+        "model": "transformer",
         "site": "blocks.0.attn1",
+        "compiled": False,
         "pattern": "na(window=3x9x9)",
         "backend": "tiles",
         "precision": None,
@@ -28,6 +30,9 @@ def summary(output="image", **more):
         "density": 0.0593,
         "hits": 15,
         "dense": 1,
+        "kept": {},
+        "stages": [],
+        "calls": [],
         "fallbacks": {"a mask that is more than <padding>": 2},
         "sparse_seconds": 0.5,
         "dense_seconds": 0.25,
@@ -102,7 +107,8 @@ def test_the_page_says_what_the_report_says_and_needs_nothing_else(images):
     assert len(pictures) == 3
     for shown in (
         "1.50x faster", "2.00x slower", "5.9%", "23.4 dB", "0.871", "blocks.0.attn1", "tiles", "0.059", "750 ms",
-        "2 x a mask that is more than &lt;padding&gt;", "digits &lt;b&gt;", "seed 7", "lpips is not installed",
+        "2 x fell back: a mask that is more than &lt;padding&gt;", "digits &lt;b&gt;", "seed 7",
+        "lpips is not installed",
     ):  # fmt: skip
         assert shown in text, shown
     assert "digits <b>" not in text

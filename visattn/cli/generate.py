@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +41,7 @@ from visattn.cli.generate_options import (
 )
 from visattn.cli.loading import is_watched, loaded_pipeline, no_loading_bars
 from visattn.cli.options import ForceOption, JsonOption, print_json
+from visattn.report_text import mean_density, named
 
 if TYPE_CHECKING:
     from visattn.pipelines.generate import Settings
@@ -310,33 +311,30 @@ def _files(out: Path) -> str:
     return ", ".join(ordered if more <= 1 else [*ordered[:SHOWN], f"and {more} more"])
 
 
-def site_table(sites: list[dict[str, Any]]) -> list[str]:
-    """Lines of a table of attention modules; neighbors that did the same share a line.
+def site_table(sites: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table of attention modules; those that did the same share a row, with their names below each other.
 
     Args:
         sites: `sites` of a report as a dict.
     """
     rows: list[tuple[str, ...]] = [("modules", "pattern", "backend", "density", "hits", "dense", "fallbacks", "time")]
-    same: list[dict[str, Any]] = []
-    for i, site in enumerate(sites):
-        same.append(site)
-        if i + 1 == len(sites) or _did(sites[i + 1]) != _did(site):
-            seconds = sum(s["sparse_seconds"] + s["dense_seconds"] for s in same)
-            name = site["site"] if len(same) == 1 else f"{same[0]['site']} and {len(same) - 1} more"
-            rows.append((name, *_did(site), f"{seconds:.3f} s"))
-            same = []
+    for (first, *others), same in named(sites):
+        seconds = sum(s["sparse_seconds"] + s["dense_seconds"] for s in same)
+        rows.append((first, *_did(same), f"{seconds:.3f} s"))
+        rows += [(name, *[""] * (len(rows[0]) - 1)) for name in others]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
 
 
-def _did(site: dict[str, Any]) -> tuple[str, ...]:
-    density = "-" if site["density"] is None else f"{site['density']:.3f}"
+def _did(sites: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What modules that are alike did."""
+    site, density = sites[0], mean_density(sites)
     counts = (str(site["hits"]), str(site["dense"]), str(sum(site["fallbacks"].values())))
-    return site["pattern"], ran_by(site), density, *counts
+    return site["pattern"], ran_by(site), "-" if density is None else f"{density:.3f}", *counts
 
 
-def ran_by(site: dict[str, Any]) -> str:
+def ran_by(site: Mapping[str, Any]) -> str:
     """Which backend ran a module, and in what, if not in the model's own dtype."""
     return " ".join(filter(None, (site["backend"] or "stock", site["precision"])))

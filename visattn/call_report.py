@@ -1,0 +1,122 @@
+"""The calls of one attention module that posed the same problem: who ran them, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from visattn.crossing import crossing
+from visattn.dispatch import candidates, choose
+from visattn.patterns import ListedPattern, MergingPattern
+from visattn.plans import plan
+from visattn.problem import Problem
+from visattn.reached import Reached
+from visattn.report_text import call_text
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """The calls of one module that posed the same problem.
+
+    Attributes:
+        problem: Shapes, pattern and layout.
+        hits: How many calls.
+        backend: Who ran them.
+        why: Why that one.
+        refused: Why each other one could not, by name.
+        density: Visible share of all (query, key) pairs; None if the pattern does not say.
+        reached: The same as it was, where q and k choose; `density` is its mean then.
+        skipped: Mean share of all pairs that was listed and then passed over (`skip`), None where nothing can be.
+    """
+
+    problem: Problem
+    hits: int
+    backend: str
+    why: str
+    refused: dict[str, str]
+    density: float | None
+    reached: Reached | None = None
+    skipped: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        hits: int,
+        backend: str,
+        sums: torch.Tensor | None = None,
+        skips: torch.Tensor | None = None,
+    ) -> CallReport:
+        """Explain calls after the fact: the choice of a backend is a function of the problem."""
+        if isinstance(problem.pattern, MergingPattern):
+            return cls(problem, hits, problem.pattern.name, "the only one that merges tokens", {}, None)
+        # A model's own attention stands for a pattern on plain tensors alone.
+        plain = problem.precision is None and not problem.rpb
+        if backend == "auto" and plain and problem.pattern.covers(*problem.layout.grids):
+            return cls(problem, hits, "stock", "the pattern covers the whole grid", {}, 1.0)
+        name = choose(problem, backend).name
+        reached = None if sums is None else Reached.of(sums, problem.layout)
+        share = density(problem) if reached is None else reached.mean
+        skipped = None
+        if skips is not None:
+            skipped = float(skips[0] / skips[1]) * problem.layout.tokens**2 / problem.layout.length**2
+        return cls(problem, hits, name, *_why(problem, name, backend), share, reached, skipped)
+
+    def __str__(self) -> str:
+        return call_text(self.to_dict())
+
+    @property
+    def reason(self) -> str:
+        """Why that backend, and why no other."""
+        return "; ".join([self.why, *(f"{name}: {reason}" for name, reason in self.refused.items())])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and texts."""
+        layout = self.problem.layout
+        return {
+            "pattern": str(self.problem.pattern),
+            "layout": str(layout),
+            "grid": list(layout.grid),
+            "prefix": layout.prefix,
+            "suffix": layout.suffix,
+            "batch": self.problem.batch,
+            "heads": self.problem.heads,
+            "head_dim": self.problem.head_dim,
+            "hits": self.hits,
+            "backend": self.backend,
+            "precision": self.problem.precision,
+            "reason": self.reason,
+            "why": self.why,
+            "refused": dict(self.refused),
+            "density": self.density,
+            "reached": None if self.reached is None else self.reached._asdict(),
+            "skipped": self.skipped,
+        }
+
+
+def density(problem: Problem) -> float | None:
+    """Visible share of all (query, key) pairs, None for a composed pattern that is no list of pairs."""
+    listed = isinstance(problem.pattern, ListedPattern)
+    return plan(problem.pattern, problem.layout).density if listed else None
+
+
+def why_kept(problem: Problem) -> str:
+    """Why `auto` kept calls dense, in words."""
+    found = crossing(problem)
+    return "" if found is None else found.reason
+
+
+def _why(problem: Problem, name: str, asked: str) -> tuple[str, dict[str, str]]:
+    """Why a backend ran calls, and why each other one could not."""
+    if asked != "auto":
+        return "asked for", {}
+    why, refused = "", {}
+    for backend, support, cost in candidates(problem):
+        if backend.name == name:
+            found = crossing(problem)
+            why = f"cheapest: {cost / problem.dense_pairs:.2f} of dense (estimate)" + (f", {found}" if found else "")
+        elif not support.ok and not support.other:
+            refused[backend.name] = support.reason
+    return why, refused
