@@ -31,6 +31,7 @@ class Handle:
         self._patches = tuple(patches)
         self._request = request
         self._undo: Callable[[], None] | None = None
+        self._removed = False
         self.parameters = PatternParameters([each for patch in patches for each in patch.learnables()])
         self._caught = [Caught(request.caught) for _ in self._patches] if request.caught else []
         if self._caught:
@@ -78,8 +79,10 @@ class Handle:
 
     def remove(self) -> None:
         """Put the original attention back, by identity, and a student's weights away; a second call does nothing."""
-        for patch in self._patches:
+        # Somebody may have patched the model anew since.
+        for patch in () if self._removed else self._patches:
             patch.remove()
+        self._removed = True
         if self._undo is not None:
             self._undo()
             self._undo = None
