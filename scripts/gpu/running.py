@@ -117,12 +117,12 @@ class Queue:
         finally:
             for child in self.children.values():
                 child.signal(signal.SIGKILL)
+            packed.set()
+            packing.join()
         for step in order.waiting:
             self.told[step.name].state = "not begun: the queue was stopped"
         for step in order.late:
             self.told[step.name].state = "not begun: no time was left"
-        packed.set()
-        packing.join()
         self.keep()
         return list(self.told.values())
 
@@ -262,7 +262,7 @@ def last_line(log: Path) -> str:
 
 def table(told: Iterable[Told]) -> list[str]:
     """Lines of a table: step, card, when it began, how long it ran, exit code, state and last line."""
-    rows = [("step", "card", "began", "ran", "code", "state", "last line")]
+    rows: list[tuple[str, ...]] = [("step", "card", "began", "ran", "code", "state", "last line")]
     for each in told:
         times = ["" if value is None else f"{value:.0f} s" for value in (each.began, each.seconds)]
         card, code = ("" if value is None else str(value) for value in (each.card, each.code))

@@ -329,3 +329,15 @@ def test_the_command_line(tmp_path, capsys):
         program.main(["run", "--list", str(file), "--seconds", "10", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="--cards 0 must be at least 1"):
         program.main(["plan", "--list", str(file), "--cards", "0"])
+
+
+def test_a_queue_that_breaks_leaves_nothing_running(tmp_path, monkeypatch):
+    queue = queue_of([step("a", command=program_of(HANGS))], tmp_path)
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(queue, "_look", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        queue.run()
+    assert queue.children["a"].process.wait(10) == -signal.SIGKILL
