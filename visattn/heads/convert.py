@@ -101,9 +101,10 @@ class HeadConversion:
         return "\n".join([*lines, f"all: parameters of projections {before:,} -> {after:,}"])
 
     def remove(self) -> None:
-        """Put the original layers back, by identity, with device and dtype of those in their place, a second time nothing.
+        """Put the original layers back, by identity, with device and dtype of those in their place.
 
-        Remove the handle of an `apply` whose pattern has parameters before: they are of the fewer heads.
+        A second call does nothing. Remove the handle of an `apply` whose pattern has parameters before: they are of the
+        fewer heads.
         """
         while self._undo:
             owner, name, value = self._undo.pop()
