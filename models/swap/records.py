@@ -215,10 +215,20 @@ def swapped_class(kind: type, mixin: type) -> type:
 
 @lru_cache(maxsize=64)
 def _mixed(kind: type, mixin: type) -> type:
-    own = {"__module__": __name__, "visattn_site": UNDONE}
+    own = {"__module__": __name__, "visattn_site": UNDONE, "__prepare_scriptable__": _refuse_script}
     made = type(f"Swapped{kind.__name__}", (mixin, kind), own)
     made.forward = as_node(made.forward)  # type: ignore[attr-defined]
     return made
+
+
+def _refuse_script(self: nn.Module) -> Any:
+    """What torch.jit.script asks a module for before it reads its code."""
+    if self.visattn_site is UNDONE:
+        return self
+    raise ValueError(
+        f"torch.jit.script cannot read the attention of {self.visattn_site.path}, which runs a pattern: use "
+        "torch.jit.trace, or remove() the handle first"
+    )
 
 
 def _path(kind: type) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visattn.cli.measured import PlotOption, SaveOption, check_files, give, say_who_cannot
-from visattn.cli.options import ForceOption, JsonOption, PrefixOption, SuffixOption, sizes
+from visattn.cli.options import ForceOption, JsonOption, PrefixOption, SuffixOption, sizes, unused
 
 if TYPE_CHECKING:
     from visattn.bench import Case, Result
@@ -57,6 +57,7 @@ def bench(
         timed = bench_suite.run(suite, device, backend, budget, repeats, patience, json, **options)
         give(timed, bench_suite.show, bench_suite.charts, save, plot, json)
         return
+    unused("for --suite", budget=budget != 120.0)
     if not patterns:
         raise ValueError("pass a pattern with --grid, the name of a suite, or --suite longca or cab")
     grids = [sizes(part, "--grid") for part in grid.split(",")] if grid else []

@@ -51,7 +51,7 @@ ParallelOption = Annotated[
 DtypeOption = Annotated[str | None, typer.Option(help="float32 (the CPU's default), bfloat16 (elsewhere), float16.")]
 
 
-def parse_labels(text: str | None) -> tuple[int, ...]:
+def parse_labels(text: str | None, option: str = "--label") -> tuple[int, ...]:
     """`0,3,7` and `0-9` as whole numbers.
 
     Raises:
@@ -63,7 +63,7 @@ def parse_labels(text: str | None) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise ValueError(f"--label {text!r} must be whole numbers like 3 or 0,3,7 or 0-9")
+            raise ValueError(f"{option} {text!r} must be whole numbers like 3 or 0,3,7 or 0-9")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return tuple(found)
 

@@ -19,7 +19,7 @@ from visattn.cli.generate_options import (
     parse_labels,
     pixels,
 )
-from visattn.cli.options import ForceOption, JsonOption, position, print_json
+from visattn.cli.options import ForceOption, JsonOption, position, print_json, unused
 from visattn.files import output_folder
 
 if TYPE_CHECKING:
@@ -87,8 +87,15 @@ def maps(
     chosen = {"pattern": tuple(pattern or ()), "layers": layers, "query": at, "mass": mass, "importance": importance}
     from visattn.cli.maps_shown import of_file, of_model
 
+    recorded = Path(model).suffix == ".safetensors" and not images
+    if recorded:
+        unused(
+            "for models that run, and a file of recorded calls is only read",
+            **{"prompt": prompt, "label": label, "seed": seed, "steps": steps, "guidance": guidance, "size": size},
+            **{"frames": frames, "checkpoint": checkpoint, "pretrained": pretrained, "dtype": dtype},
+        )
     with output_folder(out, force, WRITTEN) as folder:
-        if Path(model).suffix == ".safetensors" and not images:
+        if recorded:
             shown = of_file(Path(model), step, chosen)
         else:
             subject = _subject(model, images or [], settings, step, checkpoint, pretrained, device, dtype)
@@ -133,9 +140,17 @@ def _subject(
         if checkpoint is not None or pretrained:
             raise ValueError(f"--checkpoint and --pretrained are for models of images, and {model} got none")
         return of_pipeline(model, device, dtype, settings, step)
-    if dtype not in (None, "float32") or step or settings["prompts"] or settings["labels"]:
-        raise ValueError("--dtype, --step, --prompt and --label are for pipelines, which take no image files")
+    unused(
+        "for pipelines, which take no image files",
+        **{"dtype": dtype not in (None, "float32"), "step": step, "prompt": settings["prompts"]},
+        **{"label": settings["labels"], **{name: settings[name] for name in ("seed", "steps", "guidance", "frames")}},
+    )
+    if settings["size"] is not None and len(set(settings["size"])) > 1:
+        raise ValueError(f"--size {'x'.join(map(str, settings['size']))}: models of images take squares: give one side")
+    if checkpoint is not None and pretrained:
+        raise ValueError("--checkpoint and --pretrained both give weights: pass one of them")
     if is_of_transformers(model):
+        unused(f"for models of timm, and {model} of transformers has its weights", checkpoint=checkpoint)
         return of_transformers(model, images, pretrained, side, device)
     return of_timm(model.removeprefix(TIMM), images, checkpoint, pretrained, side, device)
 

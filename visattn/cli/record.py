@@ -43,7 +43,7 @@ def record(
     json: JsonOption = False,
 ) -> None:
     """Record queries, keys and values of attention at some denoising steps, to look at what patterns list for them."""
-    labels, wanted = parse_labels(label), [*dict.fromkeys(parse_labels(at))]
+    labels, wanted = parse_labels(label), [*dict.fromkeys(parse_labels(at, "--at"))]
     if samples < 1 or limit < 1:
         raise ValueError(f"--samples {samples} and --limit {limit} must be at least 1")
     output_file(out, (".safetensors",), force)
