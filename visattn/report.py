@@ -341,18 +341,15 @@ class Report:
 
     def __str__(self) -> str:
         share = "" if self.density is None else f", density {self.density:.3f}"
-        lines = [
-            f"{self._who()}: {self.hits} calls{share}, "
-            f"{self.sparse_seconds:.3f} s; {self.dense} dense and {sum(self.fallbacks.values())} fallback calls, "
-            f"{self.dense_seconds:.3f} s{self._timing()}{self._moving()}"
-        ]
+        ran = f"{self._who()}: {self.hits} calls{share}, {self.sparse_seconds:.3f} s"
+        others = f"{self.dense} dense and {sum(self.fallbacks.values())} fallback calls, {self.dense_seconds:.3f} s"
+        lines = [f"{ran}; {others}{self._timing()}{self._moving()}"]
         lines += [f"  {self.schedule}"] if self.schedule else []
         width = max((len(site.site) for site in self.sites), default=0)
-        said = ""
+        said = None  # most modules have the reason of the one before, which is not repeated
         for site in self.sites:
             head = f"  {site.site:<{width}}  {site.pattern}: {site.hits} hits, {site.dense} dense"
             for call in () if site.stages else site.calls[:1]:
-                # Most modules of a model have the reason of the one before.
                 head += f", {call}" + f" ({call.reason})" * (call.reason != said)
                 said = call.reason
             if site.choosing_seconds and site.sparse_seconds:

@@ -83,8 +83,8 @@ def _read(path: Path, changed: int, size: int) -> Trained:
         said = json.loads(about)
     except ValueError:
         raise ValueError(
-            f"weights {path} were not written by scripts.distill.pipeline but are another file of visattn {about}, such "
-            "as `visattn record` writes: name a student.safetensors"
+            f"weights {path} were not written by scripts.distill.pipeline but are another file of visattn {about}, "
+            "such as `visattn record` writes: name a student.safetensors"
         ) from None
     parts = {part: _below(tensors, f"{part}.") for part in ("model", "lora", "own")}
     factors = parts["lora"]

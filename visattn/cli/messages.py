@@ -38,7 +38,7 @@ class Messages:
 
 @contextmanager
 def held_messages() -> Iterator[Messages]:
-    """Hold what other libraries warn of and log until the end of the block; our own warnings are a line each, at once."""
+    """Hold what other libraries warn of and log until the end of the block; ours are a line each, at once."""
     messages = Messages()
     logger_class, shown = logging.getLoggerClass(), warnings.showwarning
 
