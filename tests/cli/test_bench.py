@@ -105,7 +105,7 @@ def test_the_command_prints_saves_and_draws(run, tmp_path):
         (("smal",), "unknown pattern 'smal'"),
         (("dense", "--grid", "8x8", "--backend", "sdpa,fast"), "unknown backend 'fast'"),
         (("dense", "--grid", "8x8", "--dtype", "int8"), "dtype 'int8' does not exist here: pass one of float32"),
-        (("dense", "--grid", "8x8", "--heads", "0"), "batch 1, heads 0 and dim 64 must be at least 1"),
+        (("dense", "--grid", "8x8", "--heads", "0"), "batch 1, heads 0 and head dim 64 must be at least 1"),
         (("dense", "--grid", "8x8", "--device", "abacus"), "device 'abacus' cannot be used on this machine"),
         (("dense", "--grid", "8x8", "--save", "a.txt"), "a.txt must end in .json"),
         (("dense", "--grid", "8x8,4x"), "--grid '4x' must be 1 to 3 whole numbers"),

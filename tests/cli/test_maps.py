@@ -65,7 +65,7 @@ def test_a_model_of_images(command, folder):
         picture = np.asarray(Image.open(out / f"{name}.png").convert("L"))
         assert min(picture.shape) > 60 and picture.std() > 3, name
     status, _, error = command("maps", *words, "--out", out)
-    assert status == 2 and "has files in it" in error
+    assert status == 2 and "is not empty: pass --force" in error
 
 
 def test_recorded_calls(command, folder):

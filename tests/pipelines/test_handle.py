@@ -71,6 +71,15 @@ def test_report_agrees_with_an_independent_count(monkeypatch):
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1" in str(report)
 
 
+def test_a_report_says_the_reason_once_and_nothing_of_engines_for_other_patterns():
+    model, inputs = tiny_models.wan()
+    with visattn.apply(model, "na(window=3)") as handle, torch.no_grad():
+        model(**inputs)
+        text = str(handle.report())
+    assert text.count("cheapest:") == 1 and len(handle.report().modules) > 1
+    assert "runs agent patterns only" not in text
+
+
 def test_time_of_dense_and_sparse_calls_is_measured(monkeypatch):
     model, inputs = tiny_models.wan()
     clock = iter(range(0, 1000, 3))
