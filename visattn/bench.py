@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -320,6 +321,15 @@ def _bounds(problem: Problem) -> tuple[float | None, float | None, float | None]
     return made.density, made.flop_bound, made.tile_bound
 
 
+def _check_text(text: str) -> None:
+    """Raise a ValueError for what is no pattern; it may be meant as a suite."""
+    try:
+        parse(text)
+    except ValueError as error:
+        near = difflib.get_close_matches(text, SUITES, 1, 0.75)
+        raise ValueError(f"no suite is named {text!r}: did you mean {near[0]}?" if near else str(error)) from None
+
+
 def cases(patterns: Sequence[str], grids: Sequence[tuple[int, ...]], prefix: int, suffix: int) -> Iterator[Case]:
     """Patterns on grids; a suite stands for its own patterns and grids.
 
@@ -332,7 +342,7 @@ def cases(patterns: Sequence[str], grids: Sequence[tuple[int, ...]], prefix: int
                 raise ValueError(f"suite {text!r} has its own grids: leave --grid away")
             pairs = SUITES[text]
         else:
-            parse(text)
+            _check_text(text)
             if not grids:
                 raise ValueError(f"{text} needs --grid, like --grid 64x64; suites have their own: {', '.join(SUITES)}")
             pairs = tuple((text, grid) for grid in grids)

@@ -102,7 +102,8 @@ def test_the_command_prints_saves_and_draws(run, tmp_path):
     [
         (("na(3x3)",), "na(3x3) needs --grid, like --grid 64x64; suites have their own: small, image, video, growth"),
         (("small", "--grid", "8x8"), "suite 'small' has its own grids: leave --grid away"),
-        (("smal",), "unknown pattern 'smal'"),
+        (("smal",), "no suite is named 'smal': did you mean small?"),
+        (("malla", "--grid", "8x8"), "unknown pattern 'malla' (did you mean 'mala'?)"),
         (("dense", "--grid", "8x8", "--backend", "sdpa,fast"), "unknown backend 'fast'"),
         (("dense", "--grid", "8x8", "--dtype", "int8"), "dtype 'int8' does not exist here: pass one of float32"),
         (("dense", "--grid", "8x8", "--heads", "0"), "batch 1, heads 0 and head dim 64 must be at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -72,7 +73,7 @@ def main() -> None:
     with held_messages() as messages:
         try:
             app(args, prog_name="visattn")
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
             said = _said(error)
             if not said:
                 raise
@@ -81,10 +82,25 @@ def main() -> None:
             sys.exit(2)
 
 
+# Which extra of the package brings a library.
+EXTRAS = {
+    **dict.fromkeys(("diffusers", "accelerate", "peft", "av"), "diffusers"),
+    **{"timm": "timm", "transformers": "transformers"},
+    **dict.fromkeys(("matplotlib", "sklearn", "skimage"), "all"),
+}
+
+
 def _said(error: Exception) -> str:
     """What a user can do about an error, "" for a fault of the program."""
     from visattn.memory import is_shortage
 
+    if isinstance(error, ModuleNotFoundError):
+        library = (error.name or "").partition(".")[0]
+        extra = EXTRAS.get(library)
+        # A part that is missing of a library that is there is a fault of an installation, which the traceback tells.
+        if extra is None or importlib.util.find_spec(library) is not None:
+            return ""
+        return f"this needs {library}, which is not installed: pip install 'visattn[{extra}]'"
     # Our own errors of memory name what needs it; those of numpy, torch and Python do not say what to do.
     if (type(error) is MemoryError and str(error)) or isinstance(error, ValueError | OSError):
         return str(error)

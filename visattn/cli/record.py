@@ -46,6 +46,8 @@ def record(
     labels, wanted = parse_labels(label), [*dict.fromkeys(parse_labels(at, "--at"))]
     if samples < 1 or limit < 1:
         raise ValueError(f"--samples {samples} and --limit {limit} must be at least 1")
+    if steps is not None and max(wanted) >= steps:
+        raise ValueError(f"--at {at} must be of steps from 0 to {steps - 1}: there are --steps {steps}")
     output_file(out, (".safetensors",), force)
     settings = {"prompts": tuple(prompt or ()), "labels": labels, "seed": seed, "steps": steps, "guidance": guidance}
     settings |= {"size": pixels(size), "frames": frames}

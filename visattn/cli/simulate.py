@@ -47,7 +47,8 @@ def simulate(
     heads: Annotated[int, typer.Option(min=1, help="With --gpu: query heads.")] = 24,
     head_dim: Annotated[int, typer.Option(min=1, help="With --gpu: channels per head.")] = 128,
     gpus: Annotated[
-        int | None, typer.Option(help="With --gpu: a layer on 1 to so many GPUs, strong and weak scaling.")
+        int | None,
+        typer.Option(min=2, help="A layer on 1 to so many GPUs (h100 without --gpu), strong and weak scaling."),
     ] = None,
     parallel: Annotated[str, typer.Option(help="With --gpus: halo or ulysses.")] = "halo",
     link: Annotated[str, typer.Option(help="With --gpus: nvlink, pcie or ib.")] = "nvlink",
