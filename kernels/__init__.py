@@ -6,7 +6,7 @@ one file: `sdpa` and `reference` (dense attention under a mask), `natten` and `x
 to head), `gate` (lists by trained weights), `ordered` (tokens in the order of their content), `centroids` (clusters
 around trained centroids). What several share: `masks` (dense masks and position biases), `triangular` (lines that are
 causal as a whole), `scores` (log-sum-exps a block of scores at a time), `plan_chunks` (a plan as chunks for plain
-operators), `weights` (other functions of a row's logits than the softmax), `second_order` (derivatives of gradients).
-For callers beside `attention`: `caught` (the share of attention that a pattern lists), `rows` (weights of chosen
-queries), `halo_padded` (HaloNet's attention as it was trained).
+operators), `weights` (other functions of a row's logits than the softmax), `second_order` (derivatives of gradients),
+`unchanged` (what a backward reads again). For callers beside `attention`: `caught` (the share of attention that a
+pattern lists), `rows` (weights of chosen queries), `halo_padded` (HaloNet's attention as it was trained).
 """

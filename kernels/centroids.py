@@ -29,7 +29,9 @@ class CentroidsBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Such clusters without log-sum-exp."""
         if not isinstance(problem.pattern, Centroids):
-            return Support(False, f"it runs clusters around trained centroids only, not {problem.pattern.name}")
+            return Support(
+                False, f"it runs clusters around trained centroids only, not {problem.pattern.name}", other=True
+            )
         if problem.lse:
             return Support(False, "the mean of several attentions has no log-sum-exp")
         return Support(True)

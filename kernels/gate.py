@@ -29,7 +29,7 @@ class GateBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Gates."""
         if not isinstance(problem.pattern, Gate):
-            return Support(False, f"it runs lists that trained weights choose, not {problem.pattern.name}")
+            return Support(False, f"it runs lists that trained weights choose, not {problem.pattern.name}", other=True)
         return Support(True)
 
     def cost(self, problem: Problem) -> float:

@@ -37,7 +37,9 @@ class Heads(Backend):
     def supports(self, problem: Problem) -> Support:
         """Patterns of heads; each part must have a backend."""
         if not isinstance(problem.pattern, HeadsPattern):
-            return Support(False, f"it runs patterns that differ from head to head, not {problem.pattern.name}")
+            return Support(
+                False, f"it runs patterns that differ from head to head, not {problem.pattern.name}", other=True
+            )
         return Support(True)
 
     def cost(self, problem: Problem) -> float:

@@ -35,7 +35,7 @@ class Ordered(Backend):
     def supports(self, problem: Problem) -> Support:
         """Patterns in the order of the content."""
         if not isinstance(problem.pattern, OrderedPattern):
-            return Support(False, f"it runs patterns of groups of tokens, not {problem.pattern.name}")
+            return Support(False, f"it runs patterns of groups of tokens, not {problem.pattern.name}", other=True)
         return Support(True)
 
     def cost(self, problem: Problem) -> float:
@@ -219,11 +219,13 @@ def _weighted(made: list[torch.Tensor], weight: torch.Tensor, dense: int, scale:
     whole = weight.to(q.dtype)
     more_q, more_k = (torch.zeros(*t.shape[:3], CHANNELS, dtype=t.dtype, device=t.device) for t in (q, k))
     more_q[:, dense:, 0, :2] = 1
-    # Dense queries see every token once: sampled keys are hidden from them.
-    more_q[:, :dense, 0, 2] = 1
+    # Dense queries see every token once: sampled keys are hidden from them. Each side has the root of what hides, which
+    # as a whole is no number in half precision.
+    root = math.sqrt(-HIDDEN / abs(scale))
+    more_q[:, :dense, 0, 2] = root
     more_k[:, -number:, 0, 0] = whole
     more_k[:, -number:, 0, 1] = (weight - whole.to(weight.dtype)).to(q.dtype)
-    more_k[:, -number:, 0, 2] = HIDDEN / scale
+    more_k[:, -number:, 0, 2] = -math.copysign(root, scale)
     return [torch.cat([q, more_q], 3), torch.cat([k, more_k], 3), torch.nn.functional.pad(v, (0, CHANNELS))]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from visattn.keep import kept
+from visattn.kernels.unchanged import once_more
 from visattn.plans import TilePlan
 from visattn.tiling import Ints
 
@@ -114,7 +115,7 @@ def run_chunks(
     tables: PlanTables,
     weight: int,
     compute: Callable[[Chunk], torch.Tensor],
-    grad: bool,
+    read: Sequence[torch.Tensor | None] | None,
     fixed: int = 0,
 ) -> torch.Tensor:
     """Results of all query tiles as tokens.
@@ -124,17 +125,19 @@ def run_chunks(
         tables: Its tables.
         weight: Samples times heads.
         compute: Gives [B, c, T, ...] for a chunk; runs again in the backward, which keeps nothing of it.
-        grad: Whether gradients will be asked for.
+        read: The tensors that it reads, where gradients will be asked for; None elsewhere.
         fixed: As in `chunks`.
 
     Returns:
         [B, S, ...].
     """
-    parts = []
-    for chunk in chunks(plan, tables, weight, fixed):
-        part = checkpoint(compute, chunk, use_reentrant=False, preserve_rng_state=False) if grad else compute(chunk)
-        parts.append(part.flatten(1, 2))
+    run = compute if read is None else _checkpointed(once_more(compute, read))
+    parts = [run(chunk).flatten(1, 2) for chunk in chunks(plan, tables, weight, fixed)]
     return torch.cat(parts, 1)[:, tables.place]
+
+
+def _checkpointed(compute: Callable[[Chunk], torch.Tensor]) -> Callable[[Chunk], torch.Tensor]:
+    return lambda chunk: checkpoint(compute, chunk, use_reentrant=False, preserve_rng_state=False)
 
 
 def tiled(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights
 from visattn.kernels.linear.wersa import wersa_features
 from visattn.kernels.ordered import ordered_rows
-from visattn.kernels.wrapped import gates, inside, query_factors
+from visattn.kernels.wrapped import gates, query_factors
 from visattn.layout import Layout
 from visattn.patterns import (
     Agent,
@@ -89,14 +90,14 @@ def attention_rows(
     Raises:
         ValueError: If the arguments do not fit together, a row is no token, or the pattern merges tokens.
     """
-    pattern, given = parse(pattern), torch.as_tensor(rows)
+    pattern, given = parse(pattern), _row_tensor(rows)
     parameters = MappingProxyType({}) if parameters is None else parameters
     check_call(q, k, k, pattern, layout, key_mask, None, parameters)
     if isinstance(pattern, MergingPattern):
         raise ValueError(f"{pattern} merges tokens before they become queries and keys: it has no rows of its own")
     # Looking at rows that are on a GPU would wait for all that it has to do: a loss asks for them at every layer.
     inside = given.is_cuda or not given.numel() or 0 <= given.min() <= given.max() < q.shape[1]
-    if given.ndim != 1 or given.is_floating_point() or not inside:
+    if given.ndim != 1 or not inside:
         raise ValueError(f"rows {list(given.shape)} must be whole numbers [R] from 0 to {q.shape[1] - 1}")
     index = given.to(q.device)
     call = Call(pattern, layout, factor(scale, q.shape[3]), key_mask, parameters=parameters)
@@ -105,6 +106,20 @@ def attention_rows(
     # Rows are float32 at least, under autocast too.
     with switched_off(q.device):
         return _rows(widened(q), widened(k), call, index)
+
+
+def _row_tensor(rows: Any) -> torch.Tensor:
+    """Rows as a tensor of whole numbers; an empty list is one of no rows."""
+    try:
+        found = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"rows={rows!r} must be whole numbers, the tokens whose queries are asked for") from None
+    if found.dtype == torch.bool or found.is_complex() or (found.is_floating_point() and found.numel()):
+        raise ValueError(
+            f"rows are {found.dtype} but must be whole numbers, the tokens whose queries are asked for: pass "
+            "mask.nonzero()[:, 0] for a mask"
+        )
+    return found.long()
 
 
 def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> torch.Tensor:
@@ -145,7 +160,7 @@ def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> 
 
 def _wrapped(q: torch.Tensor, k: torch.Tensor, pattern: Wrapped, call: Call, index: torch.Tensor) -> torch.Tensor:
     """The rows of the pattern inside, of queries and with gates as they are there."""
-    own = replace(call, pattern=pattern.of, parameters=inside(pattern, call.parameters))
+    own = replace(call, pattern=pattern.of, parameters=pattern.inner_parameters(call.parameters))
     if isinstance(pattern, Gated):
         factors = gates(q[:, index], pattern, call.parameters)[..., 0].transpose(1, 2)
         return _rows(q, k, own, index) * factors[..., None]

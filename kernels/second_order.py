@@ -16,6 +16,7 @@ import torch
 
 from visattn.kernels.tiles.backend import listed_call
 from visattn.kernels.tiles.plain import gradients
+from visattn.kernels.unchanged import once_more
 from visattn.problem import Call
 
 Results = tuple[torch.Tensor, torch.Tensor | None]
@@ -40,7 +41,7 @@ def of_lists(call: Call, choice: torch.Tensor | None = None) -> Formula:
         own = listed_call(q, k, v, replace(bare, rpb=rpb), choice)
         return gradients(*own.tensors, rpb, own.work(bare.scale), *(*grads, None)[:2])[: len(inputs)]
 
-    return formula
+    return once_more(formula, (call.key_mask,))
 
 
 def by_autograd(compute: Callable[..., torch.Tensor]) -> Formula:

@@ -52,7 +52,7 @@ class WeightsBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Patterns of its kind without log-sum-exp."""
         if not isinstance(problem.pattern, self.kind):
-            return Support(False, f"it runs {self.kind.name} patterns only, not {problem.pattern.name}")
+            return Support(False, f"it runs {self.kind.name} patterns only, not {problem.pattern.name}", other=True)
         return Support(False, self.without_lse) if problem.lse else Support(True)
 
     def cost(self, problem: Problem) -> float:
@@ -86,5 +86,7 @@ class WeightsBackend(Backend):
             # [B, Hkv, H / Hkv, c, T, D]
             return (weights @ values).flatten(1, 2).permute(0, 2, 3, 1, 4)
 
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *call.parameters.values()))
-        return run_chunks(made, tables, q.shape[0] * heads, compute, grad).to(q.dtype)
+        own = call.parameters.values()
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *own))
+        read = (*wide, call.key_mask, *own) if grad else None
+        return run_chunks(made, tables, q.shape[0] * heads, compute, read).to(q.dtype)

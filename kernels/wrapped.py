@@ -28,7 +28,7 @@ class WrappedBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Wrapped patterns whose pattern inside has a backend."""
         if not isinstance(problem.pattern, Wrapped):
-            return Support(False, f"it runs gated and selective patterns only, not {problem.pattern.name}")
+            return Support(False, f"it runs gated and selective patterns only, not {problem.pattern.name}", other=True)
         try:
             choose(_inside(problem))
         except ValueError as error:
@@ -46,14 +46,14 @@ class WrappedBackend(Backend):
         """See `Backend.run`; the log-sum-exp is that of the pattern inside."""
         pattern = call.pattern
         assert isinstance(pattern, Wrapped)
-        own = replace(call, pattern=pattern.of, parameters=inside(pattern, call.parameters))
+        own = replace(call, pattern=pattern.of, parameters=pattern.inner_parameters(call.parameters))
         if isinstance(pattern, Gated):
             out, lse = run_call(q, k, v, own)
             return (widened(out) * gates(q, pattern, call.parameters)).to(out.dtype), lse
         assert isinstance(pattern, Selective)
         keys = k.shape[1] if call.key_mask is None else call.key_mask.sum(1)
         scaled = (widened(q) * query_factors(q, keys, call.parameters)).to(q.dtype)
-        if "value_weight" in call.parameters or "value_bias" in call.parameters:
+        if pattern.values and ("value_weight" in call.parameters or "value_bias" in call.parameters):
             k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
             v = (widened(v) * token_factors(v, call.parameters, "value")).to(v.dtype)
         return run_call(scaled, k, v, own)
@@ -62,12 +62,6 @@ class WrappedBackend(Backend):
 def _inside(problem: Problem) -> Problem:
     assert isinstance(problem.pattern, Wrapped)
     return replace(problem, pattern=problem.pattern.of)
-
-
-def inside(pattern: Wrapped, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters of the pattern inside."""
-    own = pattern.own_shapes(1, 1)
-    return {name: value for name, value in parameters.items() if name not in own}
 
 
 def _linear(x: torch.Tensor, parameters: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

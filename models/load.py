@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,15 @@ def read_weights(path: Path) -> dict[str, Any]:
     return official(found, torch.nn.Module())
 
 
+def check_known(name: str) -> None:
+    """Raise a ValueError that names the nearest ones if timm knows no model of a name."""
+    if timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), 3, 0.7)
+    said = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has all names"
+    raise ValueError(f"timm knows no model {name!r}: {said}")
+
+
 def create_with_weights(
     name: str, checkpoint: Path | None, pretrained: bool, size: int | None, classes: int | None
 ) -> torch.nn.Module:
@@ -57,8 +67,7 @@ def create_with_weights(
     Raises:
         ValueError: If timm does not know the name or its weights, or those of the file do not fit the model.
     """
-    if not timm.is_model(name):
-        raise ValueError(f"timm knows no model {name!r}: see `visattn models` and timm.list_models()")
+    check_known(name)
     if pretrained and checkpoint is None and not getattr(timm.get_pretrained_cfg(name), "has_weights", False):
         raise ValueError(f"there are no weights of {name} to download: pass those of a file with --checkpoint")
     weights = read_weights(checkpoint) if checkpoint is not None else None
@@ -67,13 +76,21 @@ def create_with_weights(
         classes = _classes_of(weights, name)
     if classes is not None:
         kwargs["num_classes"] = classes
+    downloads = pretrained and weights is None
     try:
-        model = timm.create_model(name, pretrained=pretrained and weights is None, **kwargs).eval()
+        model = timm.create_model(name, pretrained=downloads, **kwargs).eval()
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         del kwargs["img_size"]
-        model = timm.create_model(name, pretrained=pretrained and weights is None, **kwargs).eval()
+        model = timm.create_model(name, pretrained=downloads, **kwargs).eval()
+    except OSError as error:
+        if not downloads:
+            raise
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"the weights of {name} cannot be had ({why}): pass those of a file with --checkpoint"
+        ) from None
     if weights is not None:
         try:
             model.load_state_dict(fitted(weights, model))

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import visattn.models  # noqa: F401  registers the backbones
 from visattn.attend import attention
 from visattn.handle import apply
-from visattn.models.load import said_by_timm
+from visattn.memory import is_shortage
+from visattn.models.load import check_known, said_by_timm
 from visattn.problem import Problem
 from visattn.timing import Timing, interleave
 
@@ -92,9 +93,7 @@ def create(name: str, size: int, **kwargs: Any) -> torch.nn.Module:
     library, _, kind = name.rpartition(":")
     if library == "transformers":
         return _create_in_transformers(kind, size, **kwargs)
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.partition('_')[0]}*")[:8]
-        raise ValueError(f"timm knows no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    check_known(name)
     try:
         return timm.create_model(name, img_size=size, **kwargs).eval()
     except TypeError as error:
@@ -136,8 +135,8 @@ def _said_of_memory(name: str, size: int, device: str) -> Iterator[None]:
     """Turns torch's errors of memory that is not there into a MemoryError that names model and size."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if "memory" not in str(error) and "overflow" not in str(error):
+    except RuntimeError as error:
+        if not is_shortage(error):
             raise
         raise MemoryError(
             f"{name} at {size} pixels needs more memory than there is on {device}: choose a smaller size or batch"

@@ -161,7 +161,7 @@ def run_all(pipe: Any, settings: Settings, *, progress: bool = True) -> Iterator
     own, bit by bit, and is timed in the same way.
 
     Raises:
-        ValueError: If the pipeline does not take the settings.
+        ValueError: If the pipeline does not take the settings, or makes what is no picture.
     """
     check(pipe, settings)
     kinds = (SPARSE, DENSE) if settings.compare else (SPARSE,)
@@ -207,6 +207,12 @@ def _run(
         seconds = time.perf_counter() - start
         report = handle.report()
     pixels = np.asarray((output.frames if settings.output == VIDEO else output.images)[0], np.float32)
+    if not np.isfinite(pixels).all():
+        # As a file they would be black, and a twin that is broken alike would count as equal.
+        raise ValueError(
+            f"the {kind} {settings.output} {image} has pixels that are no numbers: {type(pipe).__name__} overflows in "
+            f"{str(pipe.dtype).removeprefix('torch.')}, try --dtype bfloat16 or float32"
+        )
     return Run(kind, image, repeat, pixels, seconds, report), trail
 
 

@@ -10,7 +10,7 @@ from scripts.results import RESULTS, result, table
 
 DENSE, SHIPPED = "dense", "shipped"
 KINDS = ("seen", "unseen")
-NAMES = ("emoji", "emoji-velocity", "animoji")
+NAMES = ("emoji", "emoji-velocity", "animoji", "animoji-128")
 STEPS = "h200-stack-trained"
 
 

@@ -15,6 +15,9 @@ import torch
 
 from visattn.files import written_whole
 
+# Of a report, beside the versions, on which its cases depend.
+SETTINGS = ("heads", "dim", "head_dim", "dtype", "model")
+
 
 def itself(*arguments: str) -> list[str]:
     """The command that starts the running script, `python -m scripts.ROOM.NAME`, with these arguments."""
@@ -27,6 +30,31 @@ def compile_first(jobs: int) -> None:
     """Run this script in several processes with `--compile i/jobs`, to fill the compilers' caches on disk."""
     for process in [subprocess.Popen(itself(*sys.argv[1:], "--compile", f"{i}/{jobs}")) for i in range(jobs)]:
         process.wait()
+
+
+def go_on(report: dict[str, Any], out: Path | None, key: str = "cases") -> None:
+    """Give a report the cases that its file has from the same versions, so that none is lost when it is written.
+
+    Packages that only one of both runs had are no difference: a case says with which peers it was measured.
+
+    Args:
+        report: With "versions", settings, and no cases yet.
+        out: JSON file that an earlier run may have written, or None.
+        key: Under which the cases are, by name.
+
+    Raises:
+        SystemExit: If its cases were measured with other versions or settings.
+    """
+    if out is None or not out.exists():
+        return
+    known = json.loads(out.read_text())
+    now = report["versions"] | {name: report[name] for name in SETTINGS if name in report}
+    then = known["versions"] | {name: known[name] for name in SETTINGS if name in known}
+    if other := [name for name in now if then.get(name, now[name]) != now[name]]:
+        name = other[0]
+        sys.exit(f"{out} has cases measured with {name} {then[name]}, not {now[name]}: pass another --out, or move it")
+    report["versions"] = known["versions"] | report["versions"]
+    report[key] |= known[key]
 
 
 def measure_cases(

@@ -13,11 +13,14 @@ import torch
 from visattn import ops, prepare, transforms
 from visattn.autocast import as_sdpa_casts
 from visattn.checks import (
+    check_asked,
+    check_biased,
     check_call,
     check_fit,
     check_precision,
     check_steps,
     check_tensors,
+    check_values,
     factor,
     merged,
     other_values,
@@ -26,8 +29,6 @@ from visattn.crossing import crossing
 from visattn.dispatch import BACKENDS, Candidate, available, candidates, choose
 from visattn.layout import Layout, check_layout
 from visattn.patterns import ListedPattern, Pattern, parse
-from visattn.patterns.kinds import reads_products
-from visattn.patterns.traced import constant
 from visattn.plans import plan
 from visattn.problem import Call, Problem, Support
 
@@ -146,14 +147,16 @@ def attention(
         if prepared is not None:
             out, lse = prepared(q, k, v, key_mask, rpb)
             return (out, lse) if return_lse else out  # pyright: ignore[reportReturnType]
+    if not isinstance(return_lse, bool):
+        raise ValueError(f"return_lse={return_lse!r} must be True or False")
     if other_values(q, k, v):
         rest = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "pool_weight": pool_weight, "parameters": parameters}
         return _filled_up(q, k, v, pattern, layout, (backend, precision), return_lse, rest)
     check_tensors(q, k, v, layout)
-    check_precision(precision, (q, k, v))
+    given = merged(parameters, pool_weight)
+    check_precision(precision, (q, k, v, *given.values()))
     scale = factor(scale, q.shape[3])
     q, k, v = as_sdpa_casts(q, k, v)
-    given = merged(parameters, pool_weight)
     portable = ops.written_down()
     if not portable and ops.without_values(q):
         # Nothing there can be planned for: one operator, which checks the call and says what comes out.
@@ -186,11 +189,7 @@ def _filled_up(
     rest: dict[str, Any],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention` with values of other channels than the keys': the narrower of both get channels of zeros."""
-    if not constant(reads_products, pattern):
-        raise ValueError(
-            f"v has {v.shape[3]} channels and k {k.shape[3]}, and {pattern} takes as many of both, as its weights are "
-            f"more than products of q and k: cut v in parts of {k.shape[3]} channels, one call each"
-        )
+    check_values(pattern, k.shape[3], v.shape[3])
     channels, scale = v.shape[3], factor(rest["scale"], q.shape[3])
     widest = max(k.shape[3], channels)
     filled = (t if t.shape[3] == widest else torch.nn.functional.pad(t, (0, widest - t.shape[3])) for t in (q, k, v))
@@ -266,7 +265,10 @@ class Explanation:
             verdict = (
                 f"{cost / problem.dense_pairs:.2f} of dense SDPA's time (estimate)" if support.ok else support.reason
             )
-            lines.append(f"  {backend.name:<10} {verdict}")
+            if not support.other:
+                lines.append(f"  {backend.name:<10} {verdict}")
+        others = [backend.name for backend, support, _ in self.candidates if support.other]
+        lines += [f"  made for other patterns: {', '.join(others)}"] if others else []
         return "\n".join(lines)
 
 
@@ -307,8 +309,12 @@ def explain(
     if key_layout is not None:
         layout = _joined(layout, key_layout)
     check_layout(layout)
+    check_asked(kv_heads, value_dim, {"key_mask": key_mask, "rpb": rpb, "return_lse": return_lse})
     check_call(q, q, q, pattern, layout.queries, None, None)
     check_precision(precision, (q,))
+    check_values(pattern, q.shape[3], value_dim or q.shape[3])
+    if rpb:
+        check_biased(pattern, layout)
     k = q if kv_heads is None else q[:, :, :1].expand(-1, -1, kv_heads, -1)
     if layout.key_layout is not None:
         k = k[:, :1].expand(-1, layout.key_layout.length, -1, -1)

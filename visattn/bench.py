@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 
-from visattn.attend import attention, explain
-from visattn.dispatch import BACKENDS, load
+from visattn.attend import Explanation, attention, explain
+from visattn.dispatch import BACKENDS, load, verdict
 from visattn.layout import Layout
 from visattn.patterns import Dense, ListedPattern, Neighborhood, parse
 from visattn.plans import plan
@@ -87,6 +88,7 @@ class Line:
         chosen: Whether "auto" takes it.
         error: Largest absolute difference of its output from that of the first backend that runs the case; None
             for that one and for "dense".
+        other: Whether it cannot because it is made for patterns of another kind.
     """
 
     backend: str
@@ -95,6 +97,7 @@ class Line:
     speedup: float | None = None
     chosen: bool = False
     error: float | None = None
+    other: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -165,7 +168,7 @@ def check_case(case: Case) -> None:
     """Raise a ValueError if a case cannot be, before any is timed."""
     parse(case.pattern).check(*case.layout.grids)
     if min(case.batch, case.heads, case.dim) < 1:
-        raise ValueError(f"batch {case.batch}, heads {case.heads} and dim {case.dim} must be at least 1")
+        raise ValueError(f"batch {case.batch}, heads {case.heads} and head dim {case.dim} must be at least 1")
     if case.dtype not in DTYPES:
         raise ValueError(f"dtype {case.dtype!r} does not exist here: pass one of {', '.join(DTYPES)}")
 
@@ -197,15 +200,23 @@ def run_case(case: Case, backends: Sequence[str], *, repeats: int = 5, patience:
     for name in (DENSE, *backends):
         timing = timings.get(name)
         speedup = None if timing is None else dense / timing.median
-        lines.append(Line(name, timing, reasons.get(name, ""), speedup, name == problem.choice, errors.get(name)))
+        why, chosen = reasons.get(name, ""), name == problem.choice
+        lines.append(Line(name, timing, why, speedup, chosen, errors.get(name), is_for_others(name, problem.problem)))
     return Result(case, tuple(lines), *_bounds(problem.problem))
 
 
-def contenders(case: Case, backends: Sequence[str]) -> tuple[dict[str, Callable[[], object]], dict[str, str], str]:
-    """What runs a case once: plain dense SDPA and each backend; why others cannot; and whom "auto" takes."""
+def is_for_others(name: str, problem: Problem) -> bool:
+    """Whether a backend, or DENSE, is made for patterns of another kind than that of a problem."""
+    return name != DENSE and verdict(load(name), problem).other
+
+
+def contenders(
+    case: Case, backends: Sequence[str]
+) -> tuple[dict[str, Callable[[], object]], dict[str, str], Explanation]:
+    """What runs a case once: plain dense SDPA and each backend; why others cannot; and what "auto" makes of it."""
     tensors = _tensors(case)
     found = explain(case.pattern, case.layout, tensors[0])
-    return *_contenders(case, backends, tensors, found.problem), found.choice
+    return *_contenders(case, backends, tensors, found.problem), found
 
 
 def _contenders(
@@ -218,8 +229,7 @@ def _contenders(
     runs: dict[str, Callable[[], object]] = {DENSE: _dense_run(*tensors, causal=case.is_causal)}
     reasons: dict[str, str] = {}
     for name in backends:
-        able = load(name).available()
-        able = load(name).supports(problem) if able.ok else able
+        able = verdict(load(name), problem)
         if able.ok:
             runs[name] = _run(case, name, *tensors)
         else:
@@ -311,6 +321,15 @@ def _bounds(problem: Problem) -> tuple[float | None, float | None, float | None]
     return made.density, made.flop_bound, made.tile_bound
 
 
+def _check_text(text: str) -> None:
+    """Raise a ValueError for what is no pattern; it may be meant as a suite."""
+    try:
+        parse(text)
+    except ValueError as error:
+        near = difflib.get_close_matches(text, SUITES, 1, 0.75)
+        raise ValueError(f"no suite is named {text!r}: did you mean {near[0]}?" if near else str(error)) from None
+
+
 def cases(patterns: Sequence[str], grids: Sequence[tuple[int, ...]], prefix: int, suffix: int) -> Iterator[Case]:
     """Patterns on grids; a suite stands for its own patterns and grids.
 
@@ -323,7 +342,7 @@ def cases(patterns: Sequence[str], grids: Sequence[tuple[int, ...]], prefix: int
                 raise ValueError(f"suite {text!r} has its own grids: leave --grid away")
             pairs = SUITES[text]
         else:
-            parse(text)
+            _check_text(text)
             if not grids:
                 raise ValueError(f"{text} needs --grid, like --grid 64x64; suites have their own: {', '.join(SUITES)}")
             pairs = tuple((text, grid) for grid in grids)

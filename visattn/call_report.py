@@ -117,6 +117,6 @@ def _why(problem: Problem, name: str, asked: str) -> tuple[str, dict[str, str]]:
         if backend.name == name:
             found = crossing(problem)
             why = f"cheapest: {cost / problem.dense_pairs:.2f} of dense (estimate)" + (f", {found}" if found else "")
-        elif not support.ok:
+        elif not support.ok and not support.other:
             refused[backend.name] = support.reason
     return why, refused

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from visattn.bench import DENSE, Case, check_case, contenders
+from visattn.bench import DENSE, Case, check_case, contenders, is_for_others
 from visattn.patterns import Pattern, Radial, parse
 from visattn.patterns.values import axis_values
 from visattn.timing import captured, host_time, medians, per_call
@@ -31,6 +31,7 @@ class CallTime:
         gpu: Of the device alone: replays of a CUDA graph, None on a CPU and for calls that cannot be captured.
         chosen: Whether "auto" takes it.
         reason: Why it cannot run, "" if it can.
+        other: Whether it cannot because it is made for patterns of another kind.
     """
 
     backend: str
@@ -39,6 +40,7 @@ class CallTime:
     gpu: float | None = None
     chosen: bool = False
     reason: str = ""
+    other: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def time_calls(case: Case, backends: Sequence[str], *, repeats: int = 5) -> Call
         ValueError: If the case cannot be.
     """
     check_case(case)
-    runs, reasons, choice = contenders(case, backends)
+    runs, reasons, asked = contenders(case, backends)
     on_gpu = torch.device(case.device).type == "cuda"
     measurements: dict[str, Callable[[], float]] = {}
     for name, run in runs.items():
@@ -90,10 +92,11 @@ def time_calls(case: Case, backends: Sequence[str], *, repeats: int = 5) -> Call
         if graph is not None:
             measurements[f"{name} gpu"] = partial(per_call, graph.replay, count)
     found = medians(measurements, repeats)
-    lines = [CallTime(name, reason=reason) for name, reason in reasons.items()]
+    problem = asked.problem
+    lines = [CallTime(name, reason=why, other=is_for_others(name, problem)) for name, why in reasons.items()]
     for name in runs:
         times = found[f"{name} wall"], found[f"{name} host"], found.get(f"{name} gpu")
-        lines.append(CallTime(name, *times, chosen=name == choice))
+        lines.append(CallTime(name, *times, chosen=name == asked.choice))
     order = (DENSE, *backends)
     return CallTimes(case, tuple(sorted(lines, key=lambda line: order.index(line.backend))))
 

@@ -13,8 +13,9 @@ import torch
 from visattn.layout import Layout, check_layout
 from visattn.patterns import BiasedPattern, Pattern
 from visattn.patterns.choice.memory import here
-from visattn.patterns.kinds import pooled_part
+from visattn.patterns.kinds import pooled_part, reads_products
 from visattn.patterns.masks import check_defined
+from visattn.patterns.traced import constant
 from visattn.problem import PRECISIONS
 
 # What backends compute in.
@@ -63,16 +64,26 @@ def check_fit(
 
 
 def check_precision(precision: Any, tensors: Iterable[Any]) -> None:
-    """Raise a ValueError for a precision that there is not, or whose gradients are asked for."""
+    """Raise a ValueError for a precision that there is not, or whose gradients some of the tensors ask for."""
     if precision is None:
         return
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} must be None or one of {', '.join(map(repr, PRECISIONS))}")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
         raise ValueError(
             f"precision={precision!r} is for inference: rounding to 8 bits has no gradient. Call it under "
-            "torch.no_grad(), or leave precision out where gradients are needed"
+            "torch.no_grad(), or leave precision out where gradients (of q, k, v or parameters) are needed"
         )
+
+
+def check_asked(kv_heads: Any, value_dim: Any, flags: Mapping[str, Any]) -> None:
+    """Raise a ValueError for what `explain` is told of tensors that it does not get."""
+    for name, value in (("kv_heads", kv_heads), ("value_dim", value_dim)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1, or None for that of q")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is a {type(value).__name__} but must be True or False: whether it will be passed")
 
 
 def check_steps(pattern: Pattern) -> None:
@@ -100,31 +111,52 @@ def _check_others(
     parameters: Mapping[str, torch.Tensor],
 ) -> None:
     """The tensors beside q, k and v."""
-    for name, tensor in (("key_mask", key_mask), ("rpb", rpb), *parameters.items()):
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} is a {type(tensor).__name__}: pass a torch tensor")
-        if name != "key_mask" and tensor is not None and not tensor.is_floating_point():
+    optional = {"key_mask": key_mask, "rpb": rpb}
+    others = [*((name, tensor) for name, tensor in optional.items() if tensor is not None), *parameters.items()]
+    for name, tensor in others:
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}: pass a torch tensor, or leave it out")
+        _check_strided(name, tensor)
+        if name != "key_mask" and not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype} but must be floating-point: cast it")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]):
         given = f"{key_mask.dtype} {list(key_mask.shape)}"
         raise ValueError(
             f"key_mask is {given} but must be torch.bool {list(k.shape[:2])}: True where a key may be attended"
         )
-    for name, tensor in (("key_mask", key_mask), ("rpb", rpb), *parameters.items()):
-        if tensor is not None and tensor.device != q.device:
+    for name, tensor in others:
+        if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device} but q on {q.device}: move it there")
     if rpb is not None:
-        if not isinstance(pattern, BiasedPattern):
-            raise ValueError(f"rpb is given but {pattern} has no relative position bias: only na(...) has")
-        if layout.key_layout is not None or pattern.wraps(layout.grid):
-            why = "keys have a layout of their own" if layout.key_layout is not None else "an axis is circular"
-            raise ValueError(f"rpb is given but {why}, and its entries count steps on one grid with ends: leave it out")
-        sides = pattern.rpb_shape(layout.grid)
+        sides = check_biased(pattern, layout).rpb_shape(layout.grid)
         if tuple(rpb.shape) != (q.shape[2], *sides):
             raise ValueError(
                 f"rpb is {list(rpb.shape)} but {pattern} with {q.shape[2]} heads takes {[q.shape[2], *sides]}"
             )
-    check_parameters(parameters, pattern, q.shape[2], q.shape[3], layout.grid)
+    check_parameters(parameters, pattern, q.shape[2], q.shape[3], layout.keys.grid)
+
+
+def check_biased(pattern: Pattern, layout: Layout) -> BiasedPattern:
+    """The pattern, if it may have a relative position bias on a layout.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if not isinstance(pattern, BiasedPattern):
+        raise ValueError(f"rpb is given but {pattern} has no relative position bias: only na(...) has")
+    if layout.key_layout is not None or pattern.wraps(layout.grid):
+        why = "keys have a layout of their own" if layout.key_layout is not None else "an axis is circular"
+        raise ValueError(f"rpb is given but {why}, and its entries count steps on one grid with ends: leave it out")
+    return pattern
+
+
+def check_values(pattern: Pattern, keys: int, values: int) -> None:
+    """Raise a ValueError if a pattern does not take values of other channels than the keys'."""
+    if keys != values and not constant(reads_products, pattern):
+        raise ValueError(
+            f"v has {values} channels and k {keys}, and {pattern} takes as many of both, as its weights are more than "
+            f"products of q and k: cut v in parts of {keys} channels, one call each"
+        )
 
 
 def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
@@ -134,6 +166,7 @@ def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
         if not isinstance(given, torch.Tensor):
             kind = f"{type(given).__module__}.{type(given).__qualname__}"
             raise ValueError(f"{name} is a {kind}: pass torch tensors [batch, tokens, heads, head_dim]")
+        _check_strided(name, given)
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"{_shapes(q, k, v)} must all be [batch, tokens, heads, head_dim]")
     lengths = layout.length, layout.keys.length, layout.keys.length
@@ -163,6 +196,11 @@ def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
         raise ValueError(f"{_shapes(q, k, v)} must have at least one head and one channel per head")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} heads of k and v")
+
+
+def _check_strided(name: str, given: torch.Tensor) -> None:
+    if given.layout is not torch.strided:
+        raise ValueError(f"{name} is a tensor of layout {given.layout}: pass it as {name}.to_dense()")
 
 
 def other_values(q: Any, k: Any, v: Any) -> bool:
@@ -202,7 +240,10 @@ def factor(scale: Any, head_dim: int) -> float:
 def check_parameters(
     parameters: Mapping[str, torch.Tensor], pattern: Pattern, heads: int, head_dim: int, grid: tuple[int, ...]
 ) -> None:
-    """Raise a ValueError that names a parameter which the pattern does not have, or not in this shape."""
+    """Raise a ValueError that names a parameter which the pattern does not have, or not in this shape.
+
+    The grid is that of the keys, whose cells are pooled.
+    """
     # Cells over a whole axis have a weight per token too, but none that other grids could use.
     pooled = pooled_part(pattern)
     cell = None if pooled is None else pooled.pool_shape(grid)

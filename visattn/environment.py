@@ -44,10 +44,12 @@ def devices() -> list[dict[str, Any]]:
     """The CPU, then every CUDA device: name, memory in bytes, and what decides which kernels it runs."""
     import torch
 
+    from visattn.memory import machine_memory
+
     cpu = {
         "device": "cpu",
         "name": cpu_name(),
-        "memory": _cpu_memory(),
+        "memory": machine_memory(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -89,13 +91,6 @@ def busy() -> str:
     return f"the machine was busy (load {load:.1f} on {cores} cores), so times are those of a machine under load"
 
 
-def _cpu_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
 def check_device(device: str) -> torch.device:
     """The device of this name.
 
@@ -111,6 +106,20 @@ def check_device(device: str) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used on this machine ({reason}): see `visattn doctor`") from None
     return target
+
+
+def chosen_device(device: str) -> str:
+    """The device of this name, where "auto" is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: If it does not exist on this machine.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device
 
 
 def environment() -> dict[str, Any]:

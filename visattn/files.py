@@ -44,6 +44,17 @@ def add_values(path: Path, more: Mapping[str, Any]) -> None:
     part.replace(path)
 
 
+def as_path(given: Any) -> Path:
+    """A path from what a user gave for one.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise ValueError(f"{given!r} is a {type(given).__name__}: pass the path of a file")
+    return Path(given)
+
+
 def check_writable_file(path: Path, suffixes: tuple[str, ...], force: bool = False) -> Path:
     """Check, before any computing, that a file can be written.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from visattn.dispatch import load
+from visattn.files import as_path
 from visattn.layout import Layout, check_layout
 from visattn.parameters import read_weights
 from visattn.patched import Handle
@@ -94,6 +95,7 @@ def apply(
         ValueError: If the target is unknown or already patched, the pattern does not fit it, nothing is
             selected, or the weights are missing or of other layers, patterns or shapes.
     """
+    _check_switches(strict=strict, always=always, untrained=untrained)
     if backend != "auto":
         load(backend)
     if is_student(pattern):
@@ -118,7 +120,7 @@ def apply(
             )
     if weights is not None:
         # Before anything is patched.
-        read_weights(Path(weights))
+        read_weights(as_path(weights))
     if isinstance(caught, bool) or not isinstance(caught, int) or caught < 0:
         raise ValueError(f"caught={caught!r} must be how many queries of a call are looked at, 0 for none")
     if parallel is not None:
@@ -201,3 +203,10 @@ def _layouts(given: Layout | Sequence[Layout] | None) -> tuple[Layout, ...]:
             f"layout has {' and '.join(map(str, layouts))}: pass layouts with equally many axes, one for each length"
         )
     return layouts
+
+
+def _check_switches(**given: Any) -> None:
+    """Raise a ValueError for an argument that is neither on nor off."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")

@@ -228,6 +228,9 @@ def _arrays(thing: Any, seen: set[int]) -> Iterator[tuple[Hashable, int]]:
         return
     seen.add(id(thing))
     if isinstance(thing, torch.Tensor):
+        if thing.is_meta:
+            # A shape: it has no memory.
+            return
         storage = thing.untyped_storage()
         yield (storage.device, storage.data_ptr()), storage.nbytes()
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class Layout:
     def __init__(
         self, grid: int | Sequence[int], prefix: int = 0, suffix: int = 0, key_layout: Layout | None = None
     ) -> None:
-        axes = tuple(grid) if isinstance(grid, Iterable) else (grid,)
+        axes = tuple(grid) if isinstance(grid, Iterable) and not isinstance(grid, Set | Mapping) else (grid,)
         if not 1 <= len(axes) <= 3 or not all(_is_whole(n, 1) for n in axes):
             raise ValueError(
                 f"grid {grid!r} must be 1 to 3 whole numbers of at least 1, like 4096, (64, 64) or (8, 32, 32)"
@@ -157,8 +157,8 @@ def check_layout(layout: object, name: str = "layout") -> None:
 
 
 def _is_whole(value: Any, low: int) -> bool:
-    """Whether a value is a whole number of at least `low`, of whatever type."""
+    """Whether a value is a whole number of at least `low`, of whatever type but truth."""
     try:
-        return int(value) == value and value >= low and not isinstance(value, str)
+        return int(value) == value and value >= low and not isinstance(value, str | bool)
     except (TypeError, ValueError, OverflowError):
         return False

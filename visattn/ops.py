@@ -18,6 +18,7 @@ from visattn.patterns import Pattern, parse
 from visattn.patterns.traced import constant
 from visattn.prepare import find, gradients_like, run_like
 from visattn.problem import Call, Problem
+from visattn.registry import REGISTRY
 from visattn.rerun import recompute_gradients
 
 # Between the parts of a text that an operator gets; no pattern, backend or name has it.
@@ -121,11 +122,12 @@ def _layout(where: Sequence[int]) -> Layout:
 def _about(about: str, where: Sequence[int]) -> About:
     """From text and numbers: operators take no objects, and each argument of theirs costs time."""
     # Where the numbers are symbols they become constants of the traced code here.
-    return _known(about, tuple(map(int, where)))
+    return _known(about, tuple(map(int, where)), REGISTRY.version)
 
 
+# The version is part of the key: what the name of a pattern stands for may change.
 @lru_cache(maxsize=1024)
-def _known(about: str, where: tuple[int, ...]) -> About:
+def _known(about: str, where: tuple[int, ...], version: int) -> About:
     pattern, backend, names, precision = about.split(SEPARATOR)
     return About(parse(pattern), _layout(where), backend, tuple(names.split(",")) if names else (), precision or None)
 
@@ -305,7 +307,7 @@ def _above_attend(
             if prepared is not None:
                 return detached(*prepared(q, k, v, key_mask, rpb), lse)
         return below(ATTEND, q, k, v, key_mask, rpb, parameters, about, where, scale, lse)
-    check_precision(known.precision, (q, k, v))
+    check_precision(known.precision, (q, k, v, *parameters))
     keeps = not parameters and rpb is None and _keeps(q, k, v, known.call(scale, lse, key_mask, rpb, ()), known.backend)
     out, sums = _Attend.apply(Rest(about, where, scale, lse), keeps, q, k, v, key_mask, rpb, *parameters)
     return out, sums if lse or not keeps else sums.new_empty(0)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from visattn.files import check_writable_file, written_whole
+from visattn.files import as_path, check_writable_file, written_whole
 from visattn.patterns import Pattern, parse
 from visattn.version import __version__
 
@@ -128,7 +128,7 @@ class PatternParameters(nn.Module):
 
         if not self.patterns:
             raise ValueError("nothing to save: no pattern of this handle has learnable parameters")
-        path = check_writable_file(Path(path), (".safetensors",), force=True)
+        path = check_writable_file(as_path(path), (".safetensors",), force=True)
         tensors = {f"{site}.{name}": p.detach().cpu().contiguous() for site in self for name, p in self[site].items()}
         texts = {site: str(pattern) for site, pattern in self.patterns.items()}
         with written_whole(path) as temporary:
@@ -140,8 +140,9 @@ class PatternParameters(nn.Module):
         Raises:
             ValueError: If the file is missing or not such a file, or its sites, patterns or shapes are not these.
         """
-        tensors, texts = read_weights(Path(path))
-        self._check_sites(Path(path), tensors, texts)
+        path = as_path(path)
+        tensors, texts = read_weights(path)
+        self._check_sites(path, tensors, texts)
         with torch.no_grad():
             for site in self:
                 for name, parameter in self[site].items():

@@ -13,6 +13,7 @@ from visattn.parameters import PatternParameters
 from visattn.reached import Reached
 from visattn.report import Report
 from visattn.request import Patch, Request
+from visattn.steps import check_step
 from visattn.watch import Watched, Watcher
 
 
@@ -30,6 +31,7 @@ class Handle:
         self._patches = tuple(patches)
         self._request = request
         self._undo: Callable[[], None] | None = None
+        self._removed = False
         self.parameters = PatternParameters([each for patch in patches for each in patch.learnables()])
         self._caught = [Caught(request.caught) for _ in self._patches] if request.caught else []
         if self._caught:
@@ -77,8 +79,10 @@ class Handle:
 
     def remove(self) -> None:
         """Put the original attention back, by identity, and a student's weights away; a second call does nothing."""
-        for patch in self._patches:
+        # Somebody may have patched the model anew since.
+        for patch in () if self._removed else self._patches:
             patch.remove()
+        self._removed = True
         if self._undo is not None:
             self._undo()
             self._undo = None
@@ -93,8 +97,7 @@ class Handle:
         Raises:
             ValueError: If the step is negative or not below the total.
         """
-        if step is not None and (step < 0 or (total is not None and step >= total)):
-            raise ValueError(f"step {step} of {total} must be at least 0 and below the number of steps")
+        check_step(step, total)
         for patch in self._patches:
             patch.set_step(step, total)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 
 from visattn.keep import kept
 from visattn.layout import Layout, check_layout
+from visattn.memory import check_room
 from visattn.patterns import (
     ComposedPattern,
     DynamicPattern,
@@ -22,11 +22,14 @@ from visattn.patterns import (
     parse,
 )
 from visattn.patterns.choice.causal import later_slots
-from visattn.patterns.geometry import Bools, TilePairs
+from visattn.patterns.geometry import Bools, TilePairs, check_pairs
 from visattn.patterns.masks import check_defined
 from visattn.tiling import Ints, Tiling
 
 Tile = int | tuple[int, ...]
+
+# What a plan holds of a token of each side: where it sits, in the order of the tiles and while that is found.
+TOKEN_BYTES = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,18 +61,6 @@ class TileLists:
         keep = (self.mask >= 0) == partial
         counts = np.bincount(self.rows[keep], minlength=len(self.start) - 1)
         return TileLists(np.concatenate([[0], np.cumsum(counts)]), self.tile[keep], self.mask[keep])
-
-
-@dataclass(frozen=True, eq=False)
-class PlanTensors:
-    """The arrays of a plan as int32 and bool tensors on one device, names as in the plan."""
-
-    query_tokens: torch.Tensor
-    key_tokens: torch.Tensor
-    start: torch.Tensor
-    tile: torch.Tensor
-    mask: torch.Tensor
-    masks: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,23 +123,10 @@ class TilePlan:
         routed = whole * self.queries.runs[1] * self.routed_tiles
         return (listed + routed) / self.entries if self.entries else 1.0
 
-    def tensors(self, device: torch.device | str) -> PlanTensors:
-        """The plan's arrays on a device, copied there once."""
-        return _tensors(self, torch.device(device))
-
 
 @kept
 def _transposed(made: TilePlan) -> TileLists:
     return _lists(made.lists.tile, made.lists.rows, made.lists.mask, made.keys.tiles)
-
-
-@kept
-def _tensors(made: TilePlan, device: torch.device) -> PlanTensors:
-    arrays = (made.queries.tokens, made.keys.tokens, made.lists.start, made.lists.tile, made.lists.mask)
-    return PlanTensors(
-        *(torch.from_numpy(a.astype(np.int32)).to(device) for a in arrays),
-        masks=torch.from_numpy(made.masks).to(device),
-    )
 
 
 def check_listed(pattern: Pattern) -> None:
@@ -197,6 +175,8 @@ def _box(tile: object, grid: tuple[int, ...]) -> tuple[int, ...]:
 
 @kept
 def _plan(pattern: ListedPattern, layout: Layout, query_box: tuple[int, ...], key_box: tuple[int, ...]) -> TilePlan:
+    tokens = layout.length + layout.keys.length
+    check_room(TOKEN_BYTES * tokens, f"planning {pattern} on {layout}", "take a smaller grid")
     tiled, tiled_keys = pattern.tiled_layout(layout.queries), pattern.tiled_layout(layout.keys)
     # Axes on which queries and keys differ are not dilated, and patterns with parts have one sequence.
     step = pattern.step(tiled.grid) if isinstance(pattern, SpannedPattern) else None
@@ -236,6 +216,8 @@ def _with_dense_tokens(pairs: TilePairs, queries: Tiling, keys: Tiling, joined: 
     plain_keys = plain_keys[keys.sizes[plain_keys] > 0]
     filled_queries = grid_queries[queries.sizes[grid_queries] > 0]
 
+    more_pairs = len(filled_queries) * len(dense_keys) + len(dense_queries) * len(plain_keys)
+    check_pairs(len(pairs.query) + more_pairs, *queries.axes)
     query = [
         grid_queries[pairs.query],
         np.repeat(filled_queries, len(dense_keys)),

@@ -69,10 +69,12 @@ def find(
         if key_mask is not None or rpb is not None:
             others = _about(key_mask), _about(rpb)
             learns = learns or (rpb is not None and rpb.requires_grad)
+        # `is_strict`, without a call.
+        strict = _library._get_deterministic_algorithms() and not _library._get_deterministic_algorithms_warn_only()
         key = (
             find, pattern, layout, scale, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype,
             k.dtype, v.dtype, device, k.device, v.device, others, cast, backend, lse, precision,
-            learns and torch.is_grad_enabled(), _library._get_cublas_allow_tf32(), REGISTRY.version,
+            learns and torch.is_grad_enabled(), _library._get_cublas_allow_tf32(), strict, REGISTRY.version,
         )  # fmt: skip
         entry = STORE.find(key)
     except (AttributeError, TypeError, RuntimeError):

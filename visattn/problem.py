@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,10 +13,17 @@ from visattn.patterns import Pattern, SpannedPattern
 
 
 class Support(NamedTuple):
-    """Whether a backend can run a call, and if not, why."""
+    """Whether a backend can run a call, and if not, why.
+
+    Attributes:
+        ok: Whether it can.
+        reason: Why not.
+        other: Whether it is made for patterns of another kind, so that nothing would make it run this one.
+    """
 
     ok: bool
     reason: str = ""
+    other: bool = False
 
 
 # Queries and keys become int8 in both; weights and values become int8, or floats of 8 bits (e4m3).
@@ -46,6 +53,12 @@ class Call:
     lse: bool = False
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
     precision: str | None = None
+
+
+def is_strict() -> bool:
+    """Whether torch.use_deterministic_algorithms is on and more than a warning."""
+    library: Any = torch._C
+    return library._get_deterministic_algorithms() and not library._get_deterministic_algorithms_warn_only()
 
 
 def sees_all(pattern: Pattern, layout: Layout) -> bool:
@@ -84,6 +97,7 @@ class Problem:
         mode: How calls are made: "eager", "compiled" (as operators of compiled code) or "captured" (in a CUDA graph,
             where they keep the host from nothing).
         precision: What products are computed in: one of `PRECISIONS`, or None for the dtype of q.
+        strict: Whether torch is told to refuse what is not deterministic.
     """
 
     pattern: Pattern
@@ -100,6 +114,7 @@ class Problem:
     lse: bool = False
     mode: str = "eager"
     precision: str | None = None
+    strict: bool = False
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Problem:
@@ -119,6 +134,7 @@ class Problem:
             grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
             lse=call.lse,
             precision=call.precision,
+            strict=is_strict(),
         )
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from visattn.checks import check_precision
-from visattn.patterns import Dense, DynamicPattern, HybridPattern, MergingPattern, Pattern, Radial
-from visattn.patterns.values import axis_values, per_axis
+from visattn.patterns import Dense, MergingPattern, Pattern
 from visattn.selectors import Layers, Selector, SiteName, pick, selectors_of
 from visattn.staged import Staged, lists_tiles, with_precision
+from visattn.steps import among_first, known_step
 from visattn.tuned import Tuned
 
 # What a layer may be given: a pattern, or one for each of its steps.
@@ -86,7 +85,9 @@ class Schedule:
             ValueError: If a value is out of range, both `layers` and a mapping are given, or a pattern lists no key
                 tiles where a precision is given.
         """
+        file = ""
         if isinstance(pattern, Path) or (isinstance(pattern, str) and pattern.lower().endswith(_FILES)):
+            file = f"{Path(pattern)}: "
             pattern = _read(Path(pattern))
         if isinstance(pattern, Schedule):
             rules = list(pattern.rules)
@@ -110,7 +111,7 @@ class Schedule:
                 raise ValueError(f"layers={layers!r} and a pattern per layer both choose layers: pass one of them")
             if not pattern:
                 raise ValueError("pattern={} names no layer: pass e.g. {'0-3': 'dense', '4-': 'na(window=7x7)'}")
-            rules = [(selectors_of(key), _given(value)) for key, value in pattern.items()]
+            rules = [_rule(key, value, file) for key, value in pattern.items()]
         else:
             own = {}
             rules = [(None if layers is None else selectors_of(layers), _given(pattern))]
@@ -278,73 +279,6 @@ class Schedule:
         return at >= number - (last if isinstance(last, int) else round(last * number))
 
 
-def among_first(first: int | float, what: str, step: int | None, total: int | None) -> bool:
-    """Whether a denoising step (from 0) of so many is among the first ones.
-
-    Args:
-        first: A count of steps or a fraction of them.
-        what: What errors call it.
-        step: Index of the step, None if unknown.
-        total: Number of steps, None if unknown.
-
-    Raises:
-        ValueError: If the answer depends on something unknown.
-    """
-    at, number = known_step(what, step, total, isinstance(first, float))
-    return at < (first if isinstance(first, int) else round(first * number))
-
-
-def known_step(what: str, step: int | None, total: int | None, needs_total: bool) -> tuple[int, int]:
-    """Step and number of steps, 0 for an unknown one that is not needed.
-
-    Raises:
-        ValueError: If `what`, as errors call it, needs what is unknown.
-    """
-    if step is None or (total is None and needs_total):
-        missing = "the step" if step is None else "the number of steps"
-        raise ValueError(
-            f"{what} needs {missing}, and nothing tells it: apply to the pipeline instead of the model, or call "
-            "handle.set_step(i, n) before each forward"
-        )
-    return step, total or 0
-
-
-# What keeps a parameter to one frame, where that is not 1.
-ONE_FRAME = {"halo": 0, "causal": False, "circular": 0}
-
-
-def check_dims(pattern: Pattern, dims: int, model: str) -> None:
-    """Raise a ValueError that shows the right form if a pattern has another number of axes than a model's grid."""
-    values = axis_values(pattern)
-    given = {len(v) for v in values.values() if isinstance(v, tuple)}
-    if isinstance(pattern, Radial) and dims == 2:
-        raise ValueError(
-            f"{pattern} needs the frames of a video, and the tokens of {model} are a (height, width) grid: use "
-            "na(window=...) or clear(radius=...)"
-        )
-    if given <= {dims}:
-        return
-    grid = {1: "(tokens,)", 2: "(height, width)", 3: "(frames, height, width)"}[dims]
-    message = f"{pattern} has {min(given - {dims})} axes but the tokens of {model} are a {grid} grid"
-    if dims == 3 and given == {2}:
-        each = {name: per_axis(v, 2, name) for name, v in values.items()}
-        spatial = {name: (ONE_FRAME.get(name, 1), *v) for name, v in each.items()}
-        # Lists of blocks are of all frames, and their blocks have no -1 for a whole axis.
-        listed = isinstance(pattern, DynamicPattern | HybridPattern)
-        whole = () if listed else ("window", "block")
-        every = spatial | {name: (-1, *each[name]) for name in each if name in whole}
-        forms = [f"{dataclasses.replace(pattern, **every)} (every frame)"] if every != spatial else []  # type: ignore[type-var]
-        what = "blocks of one frame" if listed else "each frame alone"
-        forms.append(f"{dataclasses.replace(pattern, **spatial)} ({what})")  # type: ignore[type-var]
-        message += f": use {' or '.join(forms)}"
-    elif dims == 2 and given == {3}:
-        flat = {name: v[1:] if isinstance(v, tuple) else v for name, v in values.items()}
-        message += f": use {dataclasses.replace(pattern, **flat)}"  # type: ignore[type-var]
-    else:
-        message += f": give {dims} values or 1" if dims > 1 else ": give 1 value"
-    raise ValueError(message)
-
-
 def _given(value: Any) -> Given:
     if isinstance(value, Mapping):
         return Staged.of(value)
@@ -352,18 +286,36 @@ def _given(value: Any) -> Given:
     return pattern if precision is None else Staged.of(value)
 
 
+def _parsed(path: Path) -> Any:
+    """What a JSON or YAML file holds."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix.lower() == ".json":
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise ValueError(f"reading {path.name} needs PyYAML: pip install pyyaml, or write it as JSON") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+
+
+def _rule(layers: Any, value: Any, file: str) -> tuple[Any, Given]:
+    """One line of a mapping from layers to patterns; its errors say which of which file."""
+    try:
+        return selectors_of(layers), _given(value)
+    except ValueError as error:
+        raise ValueError(f"{file}layers {layers!r}: {error}") from None
+
+
 def _read(path: Path) -> Mapping[Any, str] | Schedule:
     if not path.is_file():
         raise ValueError(f"pattern file {str(path)!r} does not exist")
-    text = path.read_text()
-    if path.suffix.lower() == ".json":
-        found = json.loads(text)
-    else:
-        try:
-            import yaml
-        except ModuleNotFoundError:
-            raise ValueError(f"reading {path.name} needs PyYAML: pip install pyyaml, or write it as JSON") from None
-        found = yaml.safe_load(text)
+    found = _parsed(path)
     if not isinstance(found, Mapping):
         raise ValueError(f"{path.name} must map layers to patterns, like {{'0-3': 'dense', '4-': 'na(window=7x7)'}}")
     if "visattn_schedule" in found:

@@ -27,6 +27,8 @@ def selectors_of(value: Any, argument: str = "layers") -> tuple[Selector, ...]:
     """
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
+    if not isinstance(value, int | slice | Iterable):
+        raise ValueError(f"{argument}={value!r} is no index, slice, range like '0-3' or name, nor several of these")
     values = (value,) if isinstance(value, int | slice) else tuple(value)
     if not values:
         raise ValueError(f"{argument}={value!r} names no layer: give some, like '0-3', or None for all")

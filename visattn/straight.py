@@ -35,7 +35,8 @@ def attention_through(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, layout: Layout, **options: Any
 ) -> torch.Tensor:
     """`attention` with a precision among its options: with gradients, inside of `straight_through`, of both."""
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    given = (q, k, v, *(options.get("parameters") or {}).values())
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if not (learns and _through.get()):
         return attention(q, k, v, pattern, layout, **options)
     with torch.no_grad():

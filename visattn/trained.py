@@ -79,11 +79,18 @@ def _read(path: Path, changed: int, size: int) -> Trained:
         raise ValueError(
             f"weights {path} were not written by scripts.distill.pipeline: their metadata has no {ABOUT!r}"
         )
+    try:
+        said = json.loads(about)
+    except ValueError:
+        raise ValueError(
+            f"weights {path} were not written by scripts.distill.pipeline but are another file of visattn {about}, "
+            "such as `visattn record` writes: name a student.safetensors"
+        ) from None
     parts = {part: _below(tensors, f"{part}.") for part in ("model", "lora", "own")}
     factors = parts["lora"]
     names = sorted(name.removesuffix(".A") for name in factors if name.endswith(".A"))
     lora = {name: (factors[f"{name}.A"], factors[f"{name}.B"]) for name in names}
-    return Trained(parts["model"], lora, parts["own"], json.loads(about))
+    return Trained(parts["model"], lora, parts["own"], said)
 
 
 def _below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -101,7 +101,10 @@ class Tuned:
         except ValueError as error:
             raise ValueError(f"{path} is no JSON ({error})") from error
         if not isinstance(found, Mapping) or "visattn_schedule" not in found:
-            raise ValueError(f"{path} is no schedule of `visattn tune`")
+            raise ValueError(
+                f"{path} is no schedule that `visattn tune` wrote: a mapping from layers to patterns by hand, or of "
+                "`visattn maps`, is for apply and generate --pattern"
+            )
         return cls.of(found, str(path))
 
     def write(self, path: Path) -> None:

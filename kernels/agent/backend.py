@@ -25,7 +25,7 @@ class AgentBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Agent patterns without log-sum-exp."""
         if not isinstance(problem.pattern, Agent):
-            return Support(False, f"it runs agent patterns only, not {problem.pattern.name}")
+            return Support(False, f"it runs agent patterns only, not {problem.pattern.name}", other=True)
         if problem.lse:
             return Support(False, "two attentions in a row have no log-sum-exp")
         return Support(True)

@@ -231,8 +231,7 @@ def _refusal(problem: Problem) -> str:
         return "a key mask would put every block through its mask function"
     if problem.rpb:
         return "its score functions give no gradient that a relative position bias could use"
-    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    if problem.grad and strict and not problem.is_dense:
+    if problem.grad and problem.strict and not problem.is_dense:
         return "its backward along lists adds in any order, and torch.use_deterministic_algorithms is on"
     return ""
 

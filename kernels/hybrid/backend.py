@@ -10,7 +10,7 @@ import torch
 
 from visattn.autocast import switched_off
 from visattn.dispatch import Backend, choose, overhead
-from visattn.kernels.triton.backend import on_gpu
+from visattn.kernels.triton.backend import on_gpu, pairs_fit
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.listening import choosing
 from visattn.patterns.hybrid.base import HybridPattern
@@ -40,7 +40,7 @@ class HybridBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Hybrid patterns without log-sum-exp."""
         if not isinstance(problem.pattern, HybridPattern):
-            return Support(False, f"it runs sla, sla2 and vsa only, not {problem.pattern.name}")
+            return Support(False, f"it runs sla, sla2 and vsa only, not {problem.pattern.name}", other=True)
         if problem.precision and isinstance(problem.pattern, SLA2) and problem.pattern.soft:
             return Support(False, f"soft lists are for training, not for {problem.precision}")
         if problem.lse:
@@ -120,7 +120,7 @@ def _learning(
 
 def _kernels(pattern: HybridPattern, q: torch.Tensor) -> Any:
     """The kernels of the second branch, None where torch's operators run it."""
-    if not on_gpu(q).ok:
+    if not on_gpu(q).ok or not pairs_fit(q.shape[0], q.shape[2]):
         return None
     # Only here, so that listing backends does not import triton.
     from visattn.kernels.triton.hybrid import run

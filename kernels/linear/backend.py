@@ -40,7 +40,7 @@ class LinearBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Linear forms without log-sum-exp."""
         if not isinstance(problem.pattern, LinearForm):
-            return Support(False, f"it runs linear, flow, mala and wersa only, not {problem.pattern.name}")
+            return Support(False, f"it runs linear, flow, mala and wersa only, not {problem.pattern.name}", other=True)
         if problem.lse:
             return Support(False, "linear attention has no log-sum-exp")
         return Support(True)

@@ -134,7 +134,9 @@ def decay_rates(pattern: Linear, heads: int, like: torch.Tensor) -> torch.Tensor
     if pattern.decay == "heads":
         return 2.0 ** (-8 * torch.arange(1, heads + 1, device=like.device, dtype=like.dtype) / heads)
     assert isinstance(pattern.decay, float)
-    return torch.full((heads,), pattern.decay, device=like.device, dtype=like.dtype)
+    # What is faster than the dtype can say leaves nothing either way.
+    decay = min(pattern.decay, torch.finfo(like.dtype).max)
+    return torch.full((heads,), decay, device=like.device, dtype=like.dtype)
 
 
 def earlier(

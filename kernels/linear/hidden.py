@@ -52,8 +52,9 @@ def hidden_attention(
 
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (mapped_q, mapped_k, values))
     fixed = states.shape[3] * states.shape[4]
-    product = run_chunks(made, tables, len(q) * q.shape[2], compute, grad, fixed)
-    return divided(product[..., :-1], product[..., -1]), run_chunks(made, tables, len(q), hidden.any, False)
+    read = (mapped_q, mapped_k, values, states, call.key_mask) if grad else None
+    product = run_chunks(made, tables, len(q) * q.shape[2], compute, read, fixed)
+    return divided(product[..., :-1], product[..., -1]), run_chunks(made, tables, len(q), hidden.any, None)
 
 
 class _HiddenTiles:

@@ -31,7 +31,7 @@ class SparseLinearBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Sparselinear patterns without log-sum-exp."""
         if not isinstance(problem.pattern, SparseLinear):
-            return Support(False, f"it runs sparselinear patterns only, not {problem.pattern.name}")
+            return Support(False, f"it runs sparselinear patterns only, not {problem.pattern.name}", other=True)
         if problem.lse:
             return Support(False, "a mix of two attentions has no log-sum-exp")
         return Support(True)

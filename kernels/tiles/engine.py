@@ -12,6 +12,7 @@ from visattn.kernels.tiles.batches import Batch, Work, batches
 from visattn.kernels.tiles.groups import Group
 from visattn.kernels.tiles.moves import Buffers, Shapes, accumulate
 from visattn.kernels.tiles.plain import gradients
+from visattn.kernels.unchanged import savable
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -155,7 +156,8 @@ class TileAttention(torch.autograd.Function):
         """Output and log-sum-exp."""
         out, lse = forward(q, k, v, rpb, work)
         assert lse is not None, "the backward needs the log-sum-exp"
-        ctx.save_for_backward(q, k, v, rpb, out, lse)
+        # The key mask is in the work, and here so that torch sees whether it changes.
+        ctx.save_for_backward(q, k, v, rpb, out, lse, savable(work.key_mask))
         ctx.work = work
         ctx.set_materialize_grads(False)
         return out, lse
@@ -163,7 +165,7 @@ class TileAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, k, v and rpb."""
-        q, k, v, rpb, out, lse = ctx.saved_tensors
+        q, k, v, rpb, out, lse, _ = ctx.saved_tensors
         grad, grad_lse = grads
         if torch.is_grad_enabled():
             return *gradients(q, k, v, rpb, ctx.work, grad, grad_lse), None

@@ -307,3 +307,8 @@ def delta_arguments(
         "UNIT": step,
         "LSE": grad_lse is not None,
     }  # fmt: skip
+
+
+def delta_programs(out: torch.Tensor, given: dict[str, Any]) -> tuple[int]:
+    """The launch grid of `delta.deltas`: a program for each block of tokens of each (sample, head) pair."""
+    return (out.shape[0] * out.shape[2] * -(-out.shape[1] // given["ROWS"]),)

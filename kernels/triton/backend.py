@@ -55,6 +55,9 @@ DYNAMIC_CALL_US = 250
 # How long one program takes for 128 keys in the general and in the Hopper kernel: the longest list is the least that a
 # call takes (fitted to the same calls).
 KEYS_US, HOPPER_KEYS_US = 2.0, 1.1
+# Programs on the second axis of a launch (CUDA C programming guide, "Technical specifications"), where the kernels that
+# choose tiles and those of 8 bits have the heads of all samples.
+MOST_PAIRS = 2**16 - 1
 # Triton runs kernels for Ampere and later.
 OLDEST = 80
 
@@ -119,6 +122,11 @@ def fits(device: str, dtype: torch.dtype, head_dim: int) -> Support:
     return _device_support() if torch.cuda.is_available() and not interpreted() else Support(True)
 
 
+def pairs_fit(batch: int, heads: int) -> bool:
+    """Whether a launch has room for all heads of all samples on its second axis."""
+    return batch * heads <= MOST_PAIRS
+
+
 class Triton(Backend):
     """One kernel a direction walks the tile lists; tokens are read where they lie."""
 
@@ -142,6 +150,10 @@ class Triton(Backend):
         pools = isinstance(problem.pattern, RoutedPattern) and problem.pattern.pools_rest
         if support.ok and pools and not lists_by_blocks(problem.pattern):
             return Support(False, f"it has no pooled keys for what {problem.pattern.name} leaves out")
+        paired = isinstance(problem.pattern, RoutedPattern) or problem.precision is not None
+        if support.ok and paired and not pairs_fit(problem.batch, problem.heads):
+            what = f"{problem.batch} samples of {problem.heads} heads"
+            return Support(False, f"{what} are over {MOST_PAIRS} programs side by side: cut the batch")
         if support.ok and problem.precision is not None:
             return fits_8bit(problem, _architecture_or_common(), interpreted())
         return support
@@ -180,12 +192,14 @@ class Triton(Backend):
         """See `Backend.prepare`."""
         # What is decided while a graph is captured is not tuned, and so not for later calls.
         untuned = tune.enabled() and not _tunes(q)
-        other = untuned or call.precision is not None or (recorded(q, k, v) and call.rpb is not None)
+        # A bias alone may learn, while q, k and v are frozen.
+        learns = recorded(q, k, v, call.rpb)
+        other = untuned or call.precision is not None or (learns and call.rpb is not None)
         if other or not _as_they_are(q, k, v, call):
             return super().prepare(q, k, v, call, grown)
         from visattn.kernels.triton.ready import Ready
 
-        return Ready(kernels_of(q, k, v, call, grown), call, recorded(q, k, v))
+        return Ready(kernels_of(q, k, v, call, grown), call, learns)
 
     def keeps_results(self, problem: Problem) -> bool:
         """See `Backend.keeps_results`; the gradient of a bias has a kernel that needs more."""
@@ -220,7 +234,7 @@ class Triton(Backend):
     def _pools(self, x: torch.Tensor) -> bool:
         """Whether kernels read such tensors, which no transform of torch.func wraps."""
         usable = self.available().ok and fits(x.device.type, x.dtype, x.shape[3]).ok
-        return usable and peek_interpreter_stack() is None
+        return usable and pairs_fit(x.shape[0], x.shape[2]) and peek_interpreter_stack() is None
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

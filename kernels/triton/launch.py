@@ -62,8 +62,7 @@ def _first(direction: str, t: Operands, work: Work) -> Launch:
     if direction == "delta":
         assert t.out is not None and t.grad_out is not None and t.delta is not None
         given = arguments.delta_arguments(t.out, t.grad_out, t.grad_lse, t.delta)
-        grid = (-(-t.out.shape[1] // given["ROWS"]), t.out.shape[2], t.out.shape[0])
-        return Launch(deltas, grid, given, SMALL.warps, SMALL.stages)
+        return Launch(deltas, arguments.delta_programs(t.out, given), given, SMALL.warps, SMALL.stages)
     if direction in ONE_PASS_LAUNCHES:
         return ONE_PASS_LAUNCHES[direction](t, work)
     config = work.configs[direction]
@@ -104,5 +103,5 @@ def run_bias_gradients(t: Operands, work: Work) -> Any:
     parts = t.rpb.new_empty((t.q.shape[0], *t.rpb.shape))
     given = arguments.bias_arguments(t, partner, work) | {"grad_rpb": parts}
     with on(t.q.device):
-        launch_like(bias_gradients, (t.rpb.shape[1], t.q.shape[2], t.q.shape[0]), given, SMALL.warps, SMALL.stages)
+        launch_like(bias_gradients, (parts.numel(),), given, SMALL.warps, SMALL.stages)
     return parts.sum(0)

@@ -13,6 +13,7 @@ from visattn.kernels.triton.choosing.listed import DynamicLists
 from visattn.kernels.triton.choosing.skipped import SkippingLists
 from visattn.kernels.triton.prepared import Kernels
 from visattn.kernels.triton.routing.router import Chosen
+from visattn.kernels.unchanged import savable
 from visattn.patterns import RoutedPattern
 from visattn.problem import Call
 
@@ -35,8 +36,8 @@ class TileAttention(torch.autograd.Function):
     ) -> Any:
         """Run the forward kernel; rpb is float32 [H, entries]."""
         out, lse = kernels.forward(q, k, v, key_mask, rpb, True, routed)
-        ctx.save_for_backward(q, k, v, rpb, out, lse)
-        ctx.rest = kernels, formula, key_mask, routed
+        ctx.save_for_backward(q, k, v, rpb, out, lse, savable(key_mask))
+        ctx.rest = kernels, formula, routed
         ctx.set_materialize_grads(False)
         assert lse is not None
         return (out, lse.transpose(1, 2)) if want_lse else out
@@ -44,8 +45,8 @@ class TileAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None = None) -> tuple[Any, ...]:
         """The gradients; by the formula where somebody differentiates them again."""
-        saved = ctx.saved_tensors
-        kernels, formula, key_mask, routed = ctx.rest
+        *saved, key_mask = ctx.saved_tensors
+        kernels, formula, routed = ctx.rest
         if torch.is_grad_enabled():
             if isinstance(routed, DynamicLists) and routed.rest is not None:
                 raise NotImplementedError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from visattn.dims import check_dims
 from visattn.models.swap import hiera
 from visattn.models.swap.graphs import as_node
 from visattn.models.swap.grids import (
@@ -53,7 +54,6 @@ from visattn.models.swap.windows import SwinBlock, SwinV2Block
 from visattn.patterns import ComposedPattern, Dense, Neighborhood, Pattern
 from visattn.patterns.kinds import StaticPattern
 from visattn.registry import REGISTRY
-from visattn.schedule import check_dims
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,20 @@ def swapped_class(kind: type, mixin: type) -> type:
 
 @lru_cache(maxsize=64)
 def _mixed(kind: type, mixin: type) -> type:
-    own = {"__module__": __name__, "visattn_site": UNDONE}
+    own = {"__module__": __name__, "visattn_site": UNDONE, "__prepare_scriptable__": _refuse_script}
     made = type(f"Swapped{kind.__name__}", (mixin, kind), own)
     made.forward = as_node(made.forward)  # type: ignore[attr-defined]
     return made
+
+
+def _refuse_script(self: nn.Module) -> Any:
+    """What torch.jit.script asks a module for before it reads its code."""
+    if self.visattn_site is UNDONE:
+        return self
+    raise ValueError(
+        f"torch.jit.script cannot read the attention of {self.visattn_site.path}, which runs a pattern: use "
+        "torch.jit.trace, or remove() the handle first"
+    )
 
 
 def _path(kind: type) -> str:

@@ -24,6 +24,7 @@ from visattn.problem import Call, Problem
 from visattn.registry import REGISTRY
 from visattn.runtime.run import Run
 from visattn.runtime.verdict import Verdict, judge
+from visattn.straight import attention_through
 from visattn.watch import Watched
 
 # Kinds of calls of a module that are decided once.
@@ -248,8 +249,9 @@ class Swapped:
         call = Call(self.pattern, layout, scale, key_mask, rpb, parameters=own, precision=self.precision)
         cells = self._cells(q, k, v, call)
         begun = tally.begin(cells[0])
+        run = attention if self.precision is None else attention_through
         with tally.hearing(cells, begun):
-            out = attention(q, k, v, self.pattern, layout, **options)
+            out = run(q, k, v, self.pattern, layout, **options)
         tally.end(cells, begun)
         self._note(_RAN)
         show_weights(self.attention, self.path, q, k, call)

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from visattn.dims import check_dims
 from visattn.patterns import MergingPattern, Pattern, parse
 from visattn.pipelines.patch.install import PatchedModel
 from visattn.pipelines.patch.sites import Site
 from visattn.runtime.perturbed import Blur, Perturbed
-from visattn.schedule import Schedule, check_dims
+from visattn.schedule import Schedule
 from visattn.selectors import Layers
 
 # Caches that keep what modules returned last, whatever the pipeline calls the forward.
@@ -151,7 +152,12 @@ def perturbation_of(perturb: str | Pattern) -> Pattern | Blur:
         match = re.fullmatch(r"blur(?:\(sigma=(\d+(?:\.\d+)?)\))?", perturb.strip())
         if match:
             return Blur(float(match[1]) if match[1] else math.inf)
-    by = parse("na(window=1)" if perturb == "identity" else perturb)
+    try:
+        by = parse("na(window=1)" if perturb == "identity" else perturb)
+    except ValueError as error:
+        raise ValueError(
+            f"perturb={perturb!r} is not 'identity', 'blur' or 'blur(sigma=2)', and as a pattern: {error}"
+        ) from None
     if isinstance(by, MergingPattern) or by.needs_weights or by.learnable:
         raise ValueError(
             f"perturb={perturb!r} must be 'identity', 'blur', 'blur(sigma=2)' or a pattern without weights"
@@ -170,6 +176,9 @@ def check_options(
     """Refuse options of guidance that are out of range."""
     if layers is not None and heads is not None:
         raise ValueError("layers and heads both say which layers are perturbed: give one of them")
+    for name, value in {"scale": scale, "strength": strength, "start": start, "stop": stop}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name}={value!r} is a {type(value).__name__}: pass a number")
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"scale={scale} must be a number from 0 up, 3 as in the paper")
     if not 0 <= strength <= 1:

@@ -210,7 +210,7 @@ def _saying_where(call: types.FunctionType, stock: Callable[..., Any]) -> Callab
         out = call(self, *args, **kwargs)
         if here.rested and len(args) == 2 and not torch.is_grad_enabled():
             tokens = args[1]
-            forward.rests[path] = Rest(path, tokens.shape, tokens.dtype, here.rested)
+            forward.rests[path] = Rest(path, tokens.shape, tokens.dtype, tokens.device, here.rested)
         return out
 
     functools.update_wrapper(run, call)

@@ -90,18 +90,22 @@ class Begin(_Hook):
 
 
 class Finish(_Hook):
-    """After a forward of the model."""
+    """After a forward of the model, also one that raised: what is called next is outside of it."""
 
     @_own_frame
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The hook."""
+        """The hook; there is no output where the forward raised."""
         if not torch.compiler.is_compiling():
-            self._finish()
+            self._finish(output is None)
 
     @untraced
-    def _finish(self) -> None:
+    def _finish(self, raised: bool) -> None:
         run = self.run()
-        if run is not None:
+        if run is None:
+            return
+        if raised:
+            run.leave()
+        else:
             run.finish()
 
 
@@ -160,7 +164,7 @@ class Hooks:
         self._outside = Outside(model, [*around, *paths], run.forwards.pass_by)
         self._handles = [
             model.register_forward_pre_hook(Begin(run, names, self._learn), with_kwargs=True, prepend=True),
-            model.register_forward_hook(Finish(run)),
+            model.register_forward_hook(Finish(run), always_call=True),
         ]
         self._hooked: set[int] = set()
         self.follow()

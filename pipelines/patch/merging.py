@@ -23,7 +23,7 @@ from visattn.pipelines.patch.numbering import Lease
 from visattn.problem import Problem
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.verdict import Mode, Verdict
-from visattn.schedule import among_first
+from visattn.steps import among_first
 
 
 class Merged(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from visattn.pipelines.patch.counting import count_of, start_counting, stop_counting
+from visattn.pipelines.patch.targets import models_in
 from visattn.runtime.run import Step
 
 # What running code calls the object that has the scheduler and the model: a pipeline, or a modular one's components.
@@ -39,7 +40,8 @@ class SchedulerSteps:
         if self._attach(scheduler):
             # Set after apply(), or of another pipeline: its run has begun unseen.
             self._catch_up(scheduler)
-        return self._read(scheduler, getattr(pipeline, "_num_timesteps", None))
+        read = self._read(scheduler, getattr(pipeline, "_num_timesteps", None))
+        return _frame_by_frame(pipeline) or read
 
     def now(self) -> Step:
         """The step of the patched pipeline's scheduler, whoever calls the model."""
@@ -54,7 +56,8 @@ class SchedulerSteps:
             ValueError: With `strict`, if the pipeline has other models than those that were patched.
         """
         for name, reference in self._models.items():
-            model, found = reference(), getattr(self._pipeline, name, None)
+            # One of several ControlNets is named after what holds them.
+            model, found = reference(), getattr(self._pipeline, name.partition(".")[0], None)
             if not isinstance(found, torch.nn.Module) or any(each is model for each in found.modules()):
                 continue
             text = (
@@ -103,6 +106,20 @@ class SchedulerSteps:
         return (None, None) if count is None else count.step(scheduler, ran if isinstance(ran, int) else None)
 
 
+def _frame_by_frame(pipeline: Any) -> Step | None:
+    """The step of a pipeline that gives each frame a time of its own (diffusion forcing), None for others.
+
+    The scheduler of such a one never steps, copies of it do, one for each frame. Its times are a row of a matrix with
+    all steps, and where that begins in memory tells the step without waiting for the device.
+    """
+    times, total = getattr(pipeline, "_current_timestep", None), getattr(pipeline, "_num_timesteps", None)
+    if not isinstance(times, torch.Tensor) or times.ndim != 1 or not isinstance(total, int):
+        return None
+    if not len(times) or times.untyped_storage().nbytes() != total * times.nbytes:
+        return None
+    return times.storage_offset() // len(times), total
+
+
 def running_pipeline(model: torch.nn.Module | None) -> tuple[Any, types.FrameType] | None:
     """The pipeline that calls a model: the nearest object on the stack that has it and a scheduler, and whose frame."""
     frame = sys._getframe(1)
@@ -128,4 +145,4 @@ def _owner_in(frame: types.FrameType, model: torch.nn.Module | None) -> Any:
 
 def _has(owner: Any, model: torch.nn.Module | None) -> bool:
     values = getattr(owner, "__dict__", {}).values()
-    return model is not None and any(getattr(v, "_orig_mod", v) is model for v in values)
+    return model is not None and any(each is model for value in values for each in models_in(value))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
+from visattn.dims import check_dims
 from visattn.patterns import MergingPattern, Pattern
 from visattn.pipelines.families import find_family, known_classes, why_unknown
 from visattn.pipelines.families.base import Family, Seen
 from visattn.request import Request
-from visattn.schedule import check_dims
 
 # Names under which pipelines keep the models that denoise.
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
@@ -43,18 +43,25 @@ def find(target: Any, request: Request) -> list[Target]:
         ValueError: If there is nothing to patch, or the pattern does not fit.
     """
     if isinstance(target, torch.nn.Module):
-        nets = getattr(target, "nets", None)
-        if isinstance(nets, torch.nn.ModuleList):
-            return [_target(f"nets.{i}", _unwrapped(net), request) for i, net in enumerate(nets)]
-        model = _unwrapped(target)
-        return [_target(type(model).__name__, model, request)]
+        found = models_in(target)
+        if found == [_unwrapped(target)]:
+            return [_target(type(found[0]).__name__, found[0], request)]
+        return _once(_target(f"nets.{i}", net, request) for i, net in enumerate(found))
     parts = {name: getattr(target, name, None) for name in DENOISERS}
-    found = {name: _unwrapped(part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
-    if not found:
+    denoisers = {name: _unwrapped(part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    if not denoisers:
         raise ValueError(f"{type(target).__name__} has none of {', '.join(DENOISERS)}: apply to one of its models")
-    known = {name: model for name, model in found.items() if find_family(model) is not None}
-    chosen = found if request.layouts else known or found
-    return [*(_target(name, model, request) for name, model in chosen.items()), *_control(target, request)]
+    known = {name: model for name, model in denoisers.items() if find_family(model) is not None}
+    chosen = denoisers if request.layouts else known or denoisers
+    return _once([*(_target(name, model, request) for name, model in chosen.items()), *_control(target, request)])
+
+
+def _once(found: Iterable[Target]) -> list[Target]:
+    """Each model under its first name alone: one ControlNet can serve two pictures, one transformer both stages."""
+    first: dict[int, Target] = {}
+    for one in found:
+        first.setdefault(id(one.model), one)
+    return list(first.values())
 
 
 def _control(pipeline: Any, request: Request) -> Iterator[Target]:
@@ -77,11 +84,21 @@ def _control(pipeline: Any, request: Request) -> Iterator[Target]:
 def _controlnets(pipeline: Any) -> Iterator[tuple[str, torch.nn.Module]]:
     for name in CONTROLNETS:
         part = getattr(pipeline, name, None)
-        nets = part if isinstance(part, list | tuple) else getattr(part, "nets", None)
-        if nets is not None:
-            yield from ((f"{name}.nets.{i}", _unwrapped(net)) for i, net in enumerate(nets))
-        elif isinstance(part, torch.nn.Module):
-            yield name, _unwrapped(part)
+        found = models_in(part)
+        if found == [_unwrapped(part)]:
+            yield name, found[0]
+        else:
+            yield from ((f"{name}.nets.{i}", net) for i, net in enumerate(found))
+
+
+def models_in(part: Any) -> list[torch.nn.Module]:
+    """The models of an attribute of a pipeline: itself, those of a list, or the `nets` of several ControlNets."""
+    if isinstance(part, list | tuple):
+        return [model for each in part for model in models_in(each)]
+    if not isinstance(part, torch.nn.Module):
+        return []
+    nets = getattr(part, "nets", None)
+    return [_unwrapped(net) for net in nets] if isinstance(nets, torch.nn.ModuleList) else [_unwrapped(part)]
 
 
 def _unwrapped(model: Any) -> torch.nn.Module:

@@ -5,13 +5,16 @@
 
 For each method at 95 % and each batch: milliseconds of a step both ways, what the GPU works in one of them (its kernels
 added up), how many kernels that are, and the loss behind the last step: both ways learn the same, up to the rounding of
-other kernels. With --model animoji the same of clips.
+other kernels. With --model animoji the same of clips. Cases that --out has from the same versions are not measured
+again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -23,8 +26,7 @@ from scripts.distill.config import Config
 from scripts.distill.loop import prepare
 from scripts.distill.methods import METHODS, settings_of
 from scripts.distill.training import Training
-from scripts.gpu_common import versions
-from visattn.files import written_whole
+from scripts.gpu_common import go_on, measure_cases, versions
 
 STEPS, PROFILED = 40, 3
 SPARSITY = 0.95
@@ -79,20 +81,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="begin no case after so long; 0: no limit")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
-    start, report = time.monotonic(), {"versions": versions(), "model": options.model, "cases": []}
-    for method in options.methods:
-        for batch in options.batches:
-            for graphs in (False, True):
-                if options.seconds and time.monotonic() - start > options.seconds:
-                    return
-                case: dict[str, Any] = {"method": method, "batch": batch, "graphs": graphs}
-                case |= measure(options, method, batch, graphs)
-                report["cases"].append(case)
-                print(json.dumps(case), flush=True)
-                torch.cuda.reset_peak_memory_stats()
-                if options.out:
-                    with written_whole(options.out) as path:
-                        path.write_text(json.dumps(report, indent=1) + "\n")
+    end = time.perf_counter() + (options.seconds or math.inf)
+    report: dict[str, Any] = {"versions": versions(), "model": options.model, "cases": {}}
+    go_on(report, options.out)
+    cases = {
+        f"{method}, {batch} samples, {'recorded' if graphs else 'launched'}": (method, batch, graphs)
+        for method, batch, graphs in itertools.product(options.methods, options.batches, (False, True))
+    }
+
+    def told(name: str) -> dict[str, Any]:
+        method, batch, graphs = cases[name]
+        torch.cuda.reset_peak_memory_stats()
+        case = {"method": method, "batch": batch, "graphs": graphs} | measure(options, method, batch, graphs)
+        print(json.dumps(case), flush=True)
+        return case
+
+    measure_cases([name for name in cases if name not in report["cases"]], told, report, options.out, end)
 
 
 if __name__ == "__main__":

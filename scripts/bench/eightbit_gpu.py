@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from scripts.bench.gpu import in_turns
-from scripts.gpu_common import measure_cases, sampled_error, versions
+from scripts.gpu_common import go_on, measure_cases, sampled_error, versions
 from visattn import Layout, attention, parse, plan
 from visattn.patterns import RoutedPattern
 from visattn.problem import PRECISIONS
@@ -90,6 +90,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file")
     chosen = parser.parse_args()
     report: dict[str, Any] = {"versions": versions(), "heads": HEADS, "cases": {}}
+    go_on(report, chosen.out)
     print(report["versions"], flush=True)
 
     def told(name: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 Milliseconds of a forward without gradients and of a backward alone: whole calls of both backends, and of `fa4` the
 launch without the moves into tile order, on tensors that are in it. Rows of the outputs are compared with float64
-first. What is left of the cases when the budget is spent is not begun. `--jobs` compiles in that many processes first.
+first. What is left of the cases when the budget is spent is not begun, and cases that FILE has are kept. `--jobs`
+compiles in that many processes first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend
 
 from scripts.bench.gpu import CASES as MAIN_CASES
 from scripts.bench.gpu import Contender, compared, dense_by, in_turns
-from scripts.gpu_common import compile_first, measure_cases, sampled_error, versions
+from scripts.gpu_common import compile_first, go_on, measure_cases, sampled_error, versions
 from visattn import Layout, attention, parse
 from visattn.dispatch import choose, load, milliseconds
 from visattn.kernels.fa4 import package
@@ -153,17 +154,20 @@ def main() -> int:
     if not support.ok:
         print(support.reason)
         return 1
-    if chosen.compile:
-        index, of = map(int, chosen.compile.split("/"))
-        for name in chosen.only[index::of]:
-            once(name)
-        return 0
-    if chosen.jobs > 1:
-        compile_first(chosen.jobs)
     libraries = {"flash-attn-4": package.version()}
     report: dict[str, Any] = {"versions": versions() | libraries, "heads": HEADS, "cases": {}}
+    go_on(report, chosen.out)
+    kept = report["cases"]
+    names = [name for name in chosen.only if name not in kept or "failed" in kept[name]]
+    if chosen.compile:
+        index, of = map(int, chosen.compile.split("/"))
+        for name in names[index::of]:
+            once(name)
+        return 0
+    if names and chosen.jobs > 1:
+        compile_first(chosen.jobs)
     print(report["versions"], load("fa4").compiled(), flush=True)
-    measure_cases(chosen.only, case_of, report, chosen.out, end)
+    measure_cases(names, case_of, report, chosen.out, end)
     return int(any("failed" in case for case in report["cases"].values()))
 
 

@@ -4,8 +4,9 @@
 
 Each case is checked first, then timed: medians of CUDA events, everyone in turns in one run. A peer that does not run a
 case, or whose results are not ours, is a line of the report with its reason. Prints a table, writes JSON; what is left
-of the cases when the budget is spent is not begun, and cases that FILE has from the same versions are kept. `--jobs`
-compiles in that many processes first. FlexAttention is compiled for the cases of `--quick` only.
+of the cases when the budget is spent is not begun, and cases that FILE has from the same versions are kept (where a
+package is missing now, the others go on). `--jobs` compiles in that many processes first. FlexAttention is compiled for
+the cases of `--quick` only.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from scripts.bench.peers import PACKAGES, Contender, checked, package_versions, peer
-from scripts.gpu_common import compile_first, measure_cases, sampled_error, versions
+from scripts.gpu_common import compile_first, go_on, measure_cases, sampled_error, versions
 from visattn import Layout, attention, parse, plan
 from visattn.kernels.triton.backend import launches
 from visattn.kernels.triton.boxes import tiled
@@ -235,8 +236,9 @@ def main() -> int:
     chosen = parser.parse_args()
     end = time.perf_counter() + chosen.budget
     using = package_versions(chosen.peers) | versions()
-    before = json.loads(chosen.out.read_text()) if chosen.out and chosen.out.exists() else {}
-    kept = before["cases"] if before.get("versions") == using else {}
+    report: dict[str, Any] = {"versions": using, "ceilings": {}, "heads": HEADS, "dim": DIM, "cases": {}}
+    go_on(report, chosen.out)
+    kept = report["cases"]
     names = [name for name in chosen.only or (MAIN if chosen.quick else CASES) if "triton" not in kept.get(name, {})]
     if chosen.compile:
         index, of = map(int, chosen.compile.split("/"))
@@ -245,7 +247,7 @@ def main() -> int:
         return 0
     if names and chosen.jobs > 1:
         compile_first(chosen.jobs)
-    report: dict[str, Any] = {"versions": using, "ceilings": rates(), "heads": HEADS, "dim": DIM, "cases": kept}
+    report["ceilings"] = rates()
     print(report["versions"], report["ceilings"], flush=True)
     flash: dict[int, dict[str, Any]] = {}
 

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend
 
 from scripts.bench.gpu import CASES as MAIN_CASES
 from scripts.bench.gpu import compared, dense_by, in_turns
-from scripts.gpu_common import compile_first, measure_cases, versions
+from scripts.gpu_common import compile_first, go_on, measure_cases, versions
 from visattn import Layout, parse
 from visattn.kernels.triton.config import DIRECTIONS, HOPPER, ONE_PASS, Config, config
 from visattn.kernels.triton.hopper import launch as hopper_launch
@@ -194,10 +194,11 @@ def main() -> int:
         compile_part(chosen.only, chosen.directions, *map(int, chosen.compile.split("/")))
         return 0
     begin = time.perf_counter()
+    report: dict[str, Any] = {"versions": versions(), "heads": HEADS, "cases": {}}
+    go_on(report, chosen.out)
     if chosen.jobs > 1:
         compile_first(chosen.jobs)
         print(f"compiled at {time.perf_counter() - begin:.0f} s", flush=True)
-    report: dict[str, Any] = {"versions": versions(), "heads": HEADS, "cases": {}}
     print(report["versions"], flush=True)
 
     def told(name: str) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def main() -> int:
         return result
 
     measure_cases(chosen.only, told, report, chosen.out, begin + chosen.budget)
-    return int(any(c[d]["failed"] for c in report["cases"].values() for d in chosen.directions))
+    return int(any(c[d]["failed"] for c in report["cases"].values() for d in chosen.directions if d in c))
 
 
 if __name__ == "__main__":

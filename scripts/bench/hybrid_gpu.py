@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend
 from scripts.bench.dynamic_gpu import host_us
 from scripts.bench.eightbit_gpu import kernels_us
 from scripts.bench.gpu import DIM, HEADS, compared, dense_by, in_turns
-from scripts.gpu_common import measure_cases, versions
+from scripts.gpu_common import go_on, measure_cases, versions
 from visattn import Layout, attention, parse
 from visattn.patterns import HybridPattern
 
@@ -129,6 +129,7 @@ def main() -> int:
     report: dict[str, Any] = {
         "versions": versions(), "heads": HEADS, "head_dim": DIM, "dtype": "bfloat16", "cases": {},
     }  # fmt: skip
+    go_on(report, given.out)
     print(report["versions"], flush=True)
 
     def told(name: str) -> dict[str, Any]:

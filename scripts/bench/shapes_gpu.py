@@ -3,8 +3,8 @@
     python3 -m scripts.bench.shapes_gpu [--jobs 10] [--only NAME ...] [--budget 90] [--out FILE]
 
 Ours and cuDNN's dense attention take turns, bfloat16; a backward counts 2.5 times the products of its forward. What is
-left of the time when the budget is spent is not begun. Prints a line each, writes JSON. `--jobs` compiles in that many
-processes first.
+left of the time when the budget is spent is not begun. Prints a line each, writes JSON, and keeps the cases that FILE
+has. `--jobs` compiles in that many processes first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from scripts.bench.gpu import alone, compared, dense_by
-from scripts.gpu_common import compile_first, measure_cases, versions
+from scripts.gpu_common import compile_first, go_on, measure_cases, versions
 from visattn import Layout, attention, parse
 from visattn.kernels.triton.backend import launches
 from visattn.kernels.triton.boxes import QUERY_HALVES, tiled
@@ -105,13 +105,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.compile:
-        compile_part(chosen.only, *map(int, chosen.compile.split("/")))
-        return 0
     begin = time.perf_counter()
-    if chosen.jobs > 1:
-        compile_first(chosen.jobs)
     report: dict[str, Any] = {"versions": versions(), "cases": {}}
+    go_on(report, chosen.out)
+    names = [name for name in chosen.only if name not in report["cases"]]
+    if chosen.compile:
+        compile_part(names, *map(int, chosen.compile.split("/")))
+        return 0
+    if names and chosen.jobs > 1:
+        compile_first(chosen.jobs)
     print(report["versions"], f"compiled at {time.perf_counter() - begin:.0f} s", flush=True)
 
     def told(name: str) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def main() -> int:
         print(f"{name} at {time.perf_counter() - begin:.0f} s: {result}", flush=True)
         return result
 
-    measure_cases(chosen.only, told, report, chosen.out, begin + chosen.budget)
+    measure_cases(names, told, report, chosen.out, begin + chosen.budget)
     return 0
 
 

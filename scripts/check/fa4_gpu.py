@@ -1,6 +1,6 @@
 """Correctness of the FlashAttention-4 backend on a real GPU.
 
-    python3 -m scripts.check.fa4_gpu [--jobs 8] [--only TEXT] [--budget 200]
+    python3 -m scripts.check.fa4_gpu [--jobs 8] [--only TEXT ...] [--budget 200]
 
 Forward, log-sum-exp and gradients against the float64 reference: every form of masks, lists by head, grouped heads,
 text, keys on another grid, head dims 32 to 128. Prints a line a case and what compiling took; what is left of the cases
@@ -53,13 +53,13 @@ def main() -> int:
     """Check all cases, in several processes if asked: most of the time goes into compiling."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--only", default="", help="cases whose text contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose text contains one of these")
     parser.add_argument("--budget", type=float, default=200, help="seconds after which no case is begun")
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     end = time.perf_counter() + chosen.budget
     if chosen.jobs > 1:
-        command = itself("--only", chosen.only, "--budget", str(chosen.budget), "--shard")
+        command = itself("--only", *chosen.only, "--budget", str(chosen.budget), "--shard")
         running = [subprocess.Popen([*command, f"{i}/{chosen.jobs}"]) for i in range(chosen.jobs)]
         return max(abs(p.wait()) for p in running)
     index, of = map(int, chosen.shard.split("/"))
@@ -69,7 +69,7 @@ def main() -> int:
     if not support.ok:
         return 1
     torch.backends.cuda.matmul.allow_tf32 = False
-    picked = [case for case in CASES if chosen.only in str(case)][index::of]
+    picked = [case for case in CASES if any(text in str(case) for text in chosen.only)][index::of]
     right = begun = 0
     for case in picked:
         if time.perf_counter() > end:

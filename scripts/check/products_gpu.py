@@ -14,6 +14,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import elu, scaled_dot_product_attention
 
 from scripts.bench.gpu import forward_and_backward, median_ms
-from scripts.gpu_common import itself, versions
+from scripts.gpu_common import go_on, itself, versions
 from visattn import Layout
+from visattn.files import written_whole
 from visattn.kernels.agent.attention import pool_queries, through_agents
 from visattn.kernels.linear.causal import causal_attention, decay_rates
 from visattn.kernels.linear.features import elu_plus_one
@@ -265,7 +268,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=KINDS, default=list(KINDS), help="some of them")
     parser.add_argument("--jobs", type=int, default=1, help="processes that check; 0 checks nothing")
     parser.add_argument("--no-times", action="store_true")
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path, help="JSON file; what it has of other problems is kept")
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     wrong = 0
@@ -276,10 +279,9 @@ def main() -> int:
     elif chosen.jobs:
         wrong = checks(chosen.only, *map(int, chosen.shard.split("/")))
     if not chosen.no_times:
-        report = {"versions": versions(), "heads": HEADS, "dim": DIM, "dtype": "bfloat16", "times": times(chosen.only)}
-        if chosen.out:
-            with open(chosen.out, "w") as file:
-                json.dump(report, file, indent=1)
+        report: dict[str, Any] = {"versions": versions(), "heads": HEADS, "dim": DIM, "dtype": "bfloat16", "times": {}}
+        go_on(report, chosen.out, "times")
+        report_times(chosen.only, report, chosen.out)
     return int(wrong > 0)
 
 
@@ -296,24 +298,32 @@ def checks(only: list[str], shard: int, of: int) -> int:
     return wrong
 
 
-def times(only: list[str]) -> dict[str, Any]:
-    """All times, printed as a table."""
-    found: dict[str, Any] = {}
+def timed(only: list[str]) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What measures the times of each problem."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
     for side in (128, 256):
         if "linear" in only:
-            found[f"linear {side}x{side}"] = linear_times(side)
+            found[f"linear {side}x{side}"] = partial(linear_times, side)
         if "agent" in only:
             for agents in (7, 16):
-                found[f"agent {agents}x{agents} on {side}x{side}"] = agent_times(side, agents)
+                found[f"agent {agents}x{agents} on {side}x{side}"] = partial(agent_times, side, agents)
     if "causal" in only:
         # Frames of many tokens, a sequence of single ones, and rows of an image.
         for layout in (Layout((21, 45, 80)), Layout((65536,)), Layout((128, 128))):
-            found[f"causal {layout}"] = causal_times(layout)
-    for name, rows in found.items():
+            found[f"causal {layout}"] = partial(causal_times, layout)
+    return found
+
+
+def report_times(only: list[str], report: dict[str, Any], out: Path | None) -> None:
+    """All times, printed and written when each problem is done."""
+    for name, measure in timed(only).items():
+        rows = report["times"][name] = measure()
+        if out is not None:
+            with written_whole(out) as path:
+                path.write_text(json.dumps(report, indent=1) + "\n")
         for who, row in rows.items():
             cells = (f"{key} {value:.3f}" if key != "error" else value for key, value in row.items())
-            print(f"{name:<24}{who:<16}" + "  ".join(cells))
-    return found
+            print(f"{name:<24}{who:<16}" + "  ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def prompts(pack: Pack, count: int, seed: int = 1) -> list[str]:
 
 def cache(settings: Settings) -> None:
     """Draws what the students learn from, unless it is there."""
-    pack = load_pack(settings.data, side=32)
+    pack = load_pack(settings.data, side=0)
     for smaller in settings.smaller:
         words = ["--model", settings.model, "--steps", str(settings.draw_steps), "--size", str(settings.side(smaller))]
         words += ["--batch", str(settings.chunk * smaller**2)]

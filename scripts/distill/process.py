@@ -24,22 +24,25 @@ def train_student(options: Sequence[str], folder: Path, seconds: float) -> float
         seconds: After so long it is asked to stop, and what it has is taken; 0: never.
 
     Raises:
-        RuntimeError: If it writes no student; an older one in the folder is none.
+        RuntimeError: If it writes no student (an older one in the folder is none): why, and the end of what it said.
     """
     student = folder / "student.safetensors"
     older = _written(student)
     words = [sys.executable, "-m", "scripts.distill.pipeline", "--out", str(folder), *options]
-    start = time.monotonic()
+    start, stopped = time.monotonic(), ""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.txt").open("a") as output, subprocess.Popen(words, stdout=output, stderr=output) as process:
         try:
             process.wait(seconds or None)
         except subprocess.TimeoutExpired:
+            stopped = f", as it was stopped after {seconds:g} s"
             process.send_signal(signal.SIGINT)
             process.wait()
     if _written(student) in (None, older):
-        tail = (folder / "output.txt").read_text()[-2000:]
-        raise RuntimeError(f"{folder.name} has no new student.safetensors: {tail}")
+        lines = (folder / "output.txt").read_text()[-2000:].strip().splitlines() or ["it said nothing"]
+        # Why stands on the first line: the last one of a traceback, not the first of many warnings.
+        why = f"{folder.name} has no new student.safetensors{stopped}: {lines[-1]}"
+        raise RuntimeError("\n".join([why, *lines]))
     return time.monotonic() - start
 
 

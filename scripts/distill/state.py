@@ -13,6 +13,7 @@ from safetensors import safe_open
 from scripts.distill.samples import save_tensors
 from scripts.distill.settings import CHANGEABLE, RunConfig
 from scripts.distill.sharing import like, whole
+from visattn.files import written_whole
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -116,4 +117,5 @@ def trim_log(path: Path, step: int) -> None:
     """Drops the lines of steps that a resumed run does again."""
     if path.is_file():
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step))
+        with written_whole(path) as temporary:
+            temporary.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step))

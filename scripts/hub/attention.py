@@ -125,7 +125,7 @@ def tile_attention_backward(
         given = {"out": out, "grad_out": grad_out, "grad_lse": out, "delta": delta, "length": length, "heads": heads}
         given.update(grad_lse_batch=0, grad_lse_token=0, grad_lse_head=0, **_strides("grad", grad_out, step))
         given.update(HEAD_DIM=head_dim, BLOCK_DIM=_block_dim(head_dim), ROWS=32, UNIT=step, LSE=False, num_warps=4)
-        deltas[(-(-length // 32), heads, batch)](**given)
+        deltas[(-(-length // 32) * heads * batch,)](**given)
         for kernel, run, results, columns in (
             (key_gradients, plan.key_grad, {"grad_k": grad_k, "grad_v": grad_v}, (q, grad_out)),
             (query_gradients, plan.query_grad, {"grad_q": grad_q}, (k, v)),

@@ -23,6 +23,8 @@ from scripts.measure import animoji, emoji
 from scripts.measure.draftsman import DENSE, Draftsman, Student, patched
 from scripts.measure.emoji import add_options, measure, report, write
 from scripts.train.animoji_data import SIDE as CLIP_SIDE
+from visattn import parse
+from visattn.patterns.kinds import StaticPattern
 
 DENSITIES = (0.2, 0.1, 0.3)
 # Relative distances from a density at which the search ends, and beyond which a pattern is left out.
@@ -101,10 +103,11 @@ class Tuner:
         draftsman: Draws.
         figures: The results.
         size: Side in pixels.
+        keep: Writes the results: each search takes long.
     """
 
-    def __init__(self, draftsman: Draftsman, figures: dict[str, Any], size: int) -> None:
-        self._draftsman, self._size = draftsman, size
+    def __init__(self, draftsman: Draftsman, figures: dict[str, Any], size: int, keep: Callable[[], None]) -> None:
+        self._draftsman, self._size, self._keep = draftsman, size, keep
         self._known: dict[str, str] = figures.setdefault("tuned", {})
 
     def pattern(self, row: str | Family, density: float) -> str:
@@ -114,13 +117,16 @@ class Tuner:
         key = f"{row.text} at {density:g}"
         if key not in self._known:
             self._known[key] = row.of_density(density, self._reached)
+            self._keep()
         return self._known[key]
 
     def _reached(self, text: str) -> float:
         drawn_by, options = self._draftsman, self._draftsman.options
         captions = drawn_by.judge.captions("seen")[:2]
+        # What the grid alone decides is the same at each step.
+        steps = 1 if isinstance(parse(text), StaticPattern) else TRIED_STEPS
         with patched(drawn_by.pipe, Student(text), options.backend) as handle:
-            drawn_by.call(captions, options.seed, self._size, TRIED_STEPS)
+            drawn_by.call(captions, options.seed, self._size, steps)
             density = handle.report().density
         print(f"{text}: density {density:.3f}", flush=True)
         return density
@@ -156,10 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.monotonic()
 
     def chosen(draftsman: Draftsman, figures: dict[str, Any]) -> list[Student]:
-        found = students(
-            options.kind, options.densities, Tuner(draftsman, figures, options.sizes[0]), options.dense_steps
-        )
-        write(figures, options.out)
+        tuner = Tuner(draftsman, figures, options.sizes[0], lambda: write(figures, options.out))
+        found = students(options.kind, options.densities, tuner, options.dense_steps)
         print(f"patterns known after {time.monotonic() - start:.0f} s", flush=True)
         return found
 

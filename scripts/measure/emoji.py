@@ -28,6 +28,7 @@ from scripts.measure.draftsman import DENSE, Draftsman, Drawn, Student
 from scripts.measure.emoji_encoder_model import ENCODER, SIDE, check_tokens, load_encoder
 from scripts.measure.emoji_judge import Judge
 from scripts.measure.emoji_prompts import CAPTIONS, KINDS
+from scripts.measure.twins import Twins
 from scripts.train.emoji_data import load_pack
 from visattn.canvas import column, text
 from visattn.environment import devices, versions
@@ -86,24 +87,35 @@ def measure(
     figures = begin(options, pipe, judge, about)
     draftsman = drawn_by(pipe, judge, options)
     students += also(draftsman, figures) if also else []
-    for size, student, make in _missing(students, figures["rows"], draftsman, options):
-        if options.seconds and time.monotonic() - start > options.seconds:
-            print(f"stopped after {options.seconds:g} s: the same command goes on", flush=True)
-            break
-        row = figures["rows"][student.key(size)] = make()
-        write(figures, options.out)
-        # Only now: nobody may be there to read it, and it took long.
-        print(json.dumps(row), flush=True)
+    twins = Twins(options.twins, draftsman, figures["settings"])
+    try:
+        for size, student, make in _missing(students, figures["rows"], draftsman, twins, options):
+            if options.seconds and time.monotonic() - start > options.seconds:
+                print(f"stopped after {options.seconds:g} s: the same command goes on", flush=True)
+                break
+            row = figures["rows"][student.key(size)] = make()
+            write(figures, options.out)
+            # Only now: nobody may be there to read it, and it took long.
+            print(json.dumps(row), flush=True)
+    finally:
+        # Once, and not after each row: the device would wait for the picture.
+        for size in options.sizes if options.pictures else ():
+            save_sheet(options.pictures, size)
     return figures
 
 
 def _missing(
-    students: Sequence[Student], rows: dict[str, Any], draftsman: Draftsman, options: argparse.Namespace
+    students: Sequence[Student],
+    rows: dict[str, Any],
+    draftsman: Draftsman,
+    twins: Twins,
+    options: argparse.Namespace,
 ) -> Iterator[tuple[int, Student, Callable[[], dict[str, Any]]]]:
     """Size, student and what makes its row, for each row that is not there or has no times yet."""
     for size in options.sizes:
         missing = [each for each in students if not _measured(each, rows.get(each.key(size)))]
-        dense = draftsman.draw(Student(DENSE), size) if missing else None
+        times = not options.shared and Student(DENSE) in missing
+        dense = twins.drawn(size, times) if missing else None
         for student in missing:
             assert dense is not None
             yield size, student, partial(entry, student, size, draftsman, dense, options)
@@ -208,12 +220,17 @@ def write(figures: dict[str, Any], path: Path) -> None:
 
 
 def save_strip(sheet: Image.Image, folder: Path, student: Student, size: int) -> None:
-    """Saves the first samples of a row, and puts all strips of this size in the folder on one sheet."""
+    """Saves the first samples of a row."""
     folder.mkdir(parents=True, exist_ok=True)
     strip = column([text(student.key(size)), sheet], gap=4)
     strip.save(strip_path(folder, student, size))
+
+
+def save_sheet(folder: Path, size: int) -> None:
+    """Puts all strips of a size that are in the folder on one sheet."""
     strips = sorted(folder.glob(f"strip-{size}-*.png"), key=lambda path: path.stat().st_mtime)
-    column([Image.open(path) for path in strips], margin=8).save(folder / f"sheet-{size}.png", optimize=True)
+    if strips:
+        column([Image.open(path) for path in strips], margin=8).save(folder / f"sheet-{size}.png", optimize=True)
 
 
 def strip_path(folder: Path, student: Student, size: int) -> Path:
@@ -246,6 +263,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--shared", action="store_true", help="others use the device too: leave out the times")
     add("--force", action="store_true", help="begin --out anew")
     add("--pictures", type=Path, help="folder for some of the samples")
+    add("--twins", type=Path, help="folder that keeps the dense model's samples for the next process")
 
 
 def report(figures: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ sparsity, and a chart of the training curves.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -72,7 +73,7 @@ KINDS = {
     "emoji": Kind(
         emoji.judge_of,
         Draftsman,
-        lambda data, n: prompts(emoji_data.load_pack(data, side=32), n),
+        lambda data, n: prompts(emoji_data.load_pack(data, side=0), n),
         emoji_data.load_tokenizer,
         256,
         400,
@@ -82,7 +83,7 @@ KINDS = {
     "animoji": Kind(
         animoji.judge_of,
         animoji.ClipDraftsman,
-        lambda data, n: prompts(animoji_data.load_pack(data), n),
+        lambda data, n: prompts(animoji_data.load_pack(data, clips=False), n),
         lambda data: shipped_tokenizer(),
         animoji_data.SIDE,
         400,
@@ -103,8 +104,10 @@ def train(options: argparse.Namespace, start: float) -> dict[str, Any]:
     captions = kind.captions(options.data, options.cached or kind.cached)
     # What measures has to fit before anything learns.
     check_tokens(load_encoder(options.encoder or ENCODER)[1], kind.tokenizer(options.data))
-    words = ["--model", options.model, "--steps", str(options.draw_steps), "--size", str(options.size)]
-    draw(captions, options.runs, [*words, "--batch", str(options.chunk or kind.chunk)], options.device == "cpu")
+    students = itertools.product(options.methods, options.sparsities)
+    if not _is_late(options, start) and any(not _is_trained(options.runs / name_of(*each)) for each in students):
+        words = ["--model", options.model, "--steps", str(options.draw_steps), "--size", str(options.size)]
+        draw(captions, options.runs, [*words, "--batch", str(options.chunk or kind.chunk)], options.device == "cpu")
     alone = [[(method, sparsity)] for sparsity in options.sparsities for method in options.methods]
     chains = [[(method, each) for each in sorted(options.sparsities)] for method in options.methods]
     found = {}
@@ -145,9 +148,9 @@ def _train(method: str, sparsity: float, before: float | None, options: argparse
         start: When the budget began.
     """
     folder, kind = options.runs / name_of(method, sparsity), KINDS[options.kind]
-    if (folder / "seconds.json").is_file():
+    if _is_trained(folder):
         return ""
-    if options.budget and time.monotonic() - start + options.seconds > options.budget:
+    if _is_late(options, start):
         return "not trained: the budget is over"
     words = ["--model", options.model, "--method", method, "--sparsity", str(sparsity), "--backend", options.backend]
     words += ["--samples", str(options.runs / "samples"), "--batch", str(options.batch or kind.batch)]
@@ -169,6 +172,15 @@ def _train(method: str, sparsity: float, before: float | None, options: argparse
     with written_whole(folder / "seconds.json") as path:
         path.write_text(json.dumps(about) + "\n")
     return ""
+
+
+def _is_trained(folder: Path) -> bool:
+    return (folder / "seconds.json").is_file()
+
+
+def _is_late(options: argparse.Namespace, start: float) -> bool:
+    """Whether the budget ends before a training that begins now."""
+    return bool(options.budget) and time.monotonic() - start + options.seconds > options.budget
 
 
 def _told(folder: Path, method: str, sparsity: float) -> dict[str, Any]:
@@ -207,10 +219,30 @@ def measure(options: argparse.Namespace, trained: dict[str, Any], start: float) 
 
     def also(draftsman: Draftsman, figures: dict[str, Any]) -> list[Student]:
         # Written with the first row: whoever is interrupted has it.
-        figures |= {"trained": figures.get("trained", {}) | trained, "kind": options.kind}
+        figures |= {"trained": joined(figures, trained, options), "kind": options.kind}
         return list(dict.fromkeys(students))
 
-    return emoji.measure(given, kind.judge, kind.drawn_by, also)
+    figures = emoji.measure(given, kind.judge, kind.drawn_by, also)
+    return figures | {"trained": joined(figures, trained, options)}
+
+
+def joined(figures: dict[str, Any], trained: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What is known of students and what was told now, by name; each says what the measured row is of.
+
+    A reason why one was not trained again takes nothing away, nor does a student that has no row yet, where the one
+    before it has.
+    """
+    known: dict[str, Any] = figures.get("trained", {})
+    found = dict(known)
+    for name, each in trained.items():
+        if "error" in each:
+            found[name] = known.get(name, each)
+            continue
+        student = Student(each["pattern"], options.runs / name / "student.safetensors")
+        row = figures["rows"].get(student.key(options.size), {})
+        if row.get("weights_hash", student.hash) == student.hash:
+            found[name] = each
+    return found
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

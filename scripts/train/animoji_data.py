@@ -90,8 +90,8 @@ def decode_clip(data: bytes) -> np.ndarray:
     return np.broadcast_to(frames, (FRAMES, *frames.shape[1:])) if len(frames) == 1 else frames
 
 
-def load_pack(folder: Path, device: str | torch.device = "cpu", threads: int = 8) -> Pack:
-    """Reads a pack: `pixels` is [N, FRAMES, 3, SIDE, SIDE] uint8, `style` is MOVING or STILL.
+def load_pack(folder: Path, device: str | torch.device = "cpu", threads: int = 8, clips: bool = True) -> Pack:
+    """Reads a pack: `pixels` is [N, FRAMES, 3, SIDE, SIDE] uint8, `style` is MOVING or STILL; captions alone if asked.
 
     Raises:
         ValueError: If there is no pack.
@@ -99,7 +99,7 @@ def load_pack(folder: Path, device: str | torch.device = "cpu", threads: int = 8
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: run python -m scripts.train.animoji_data --out {folder}")
-    found = load_pictures(path, shipped_tokenizer(), decode_clip, threads)
+    found = load_pictures(path, shipped_tokenizer(), decode_clip if clips else None, threads)
     # Of the names, not of the file: what is held out does not depend on when it was packed.
     pictures = tuple(replace(each, split=split_of_base(each.base, STYLE)) for each in found.pictures)
     return replace(found, pictures=pictures).to(device)

@@ -75,7 +75,7 @@ class Pack:
 
     Attributes:
         pictures: One entry for each picture.
-        pixels: [N, 3, SIDE, SIDE] uint8; of clips [N, frames, 3, height, width].
+        pixels: [N, 3, SIDE, SIDE] uint8; of clips [N, frames, 3, height, width]; [N, 0] where captions alone were read.
         tokens: [N, variants, TOKENS] ids of the captions to train on, int64.
         plain: [N, TOKENS] ids of the plain captions, int64.
         null: [TOKENS] ids of the empty caption, int64.
@@ -176,20 +176,23 @@ def save_pictures(
         save_file(tensors, temporary)
 
 
-def load_pictures(path: Path, tokenizer: PreTrainedTokenizerFast, decode: Decode, threads: int) -> Pack:
-    """Reads what `save_pictures` wrote; `decode` makes the pixels of one file, uint8. All is on the CPU."""
+def load_pictures(path: Path, tokenizer: PreTrainedTokenizerFast, decode: Decode | None, threads: int) -> Pack:
+    """Reads what `save_pictures` wrote; `decode` makes the pixels of one file, uint8, or None none. All on the CPU."""
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     pictures = tuple(Picture(**each) for each in json.loads(_unpacked(tensors["pictures"])))
     tokens, plain = (torch.frombuffer(_unpacked(tensors[name]), dtype=torch.int16) for name in ("tokens", "plain"))
     files, ends = tensors["files"].numpy(), tensors["ends"].tolist()
     starts = [0, *ends[:-1]]
-    with ThreadPoolExecutor(threads) as pool:
-        bounds = zip(starts, ends, strict=True)
-        decoded = list(pool.map(lambda ends: decode(files[ends[0] : ends[1]].tobytes()), bounds))
+    pixels = torch.empty(len(pictures), 0, dtype=torch.uint8)
+    if decode is not None:
+        with ThreadPoolExecutor(threads) as pool:
+            bounds = zip(starts, ends, strict=True)
+            decoded = list(pool.map(lambda ends: decode(files[ends[0] : ends[1]].tobytes()), bounds))
+        pixels = torch.from_numpy(np.stack(decoded))
     return Pack(
         pictures,
-        torch.from_numpy(np.stack(decoded)),
+        pixels,
         tokens.reshape(len(pictures), -1, TOKENS).long(),
         plain.reshape(len(pictures), TOKENS).long(),
         torch.tensor(encode(tokenizer, [""])[0]),
@@ -214,17 +217,18 @@ def encode_picture(picture: PIL.Image.Image, style: str) -> bytes:
 
 
 def load_pack(folder: Path, device: str | torch.device = "cpu", side: int = SIDE, threads: int = 8) -> Pack:
-    """Reads a pack; `side` gives smaller pictures (averages of whole squares).
+    """Reads a pack; `side` gives smaller pictures (averages of whole squares), 0 captions alone, in no time.
 
     Raises:
         ValueError: If there is no pack, or the side does not divide SIDE.
     """
-    if SIDE % side:
-        raise ValueError(f"side {side} does not divide {SIDE}: pass 256, 128, 64 or 32")
+    if side and SIDE % side:
+        raise ValueError(f"side {side} does not divide {SIDE}: pass 256, 128, 64, 32 or 0")
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: run python -m scripts.train.emoji_data --out {folder}")
-    pack = load_pictures(path, load_tokenizer(folder), lambda data: _decode(data, side), threads)
+    decode = (lambda data: _decode(data, side)) if side else None
+    pack = load_pictures(path, load_tokenizer(folder), decode, threads)
     return pack.to(device)
 
 
@@ -251,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"emoji_data: {error}") from error
     count = pack(options.sources, options.out, new_tokenizer=options.new_tokenizer)
-    pictures = load_pack(options.out, side=32).pictures
+    pictures = load_pack(options.out, side=0).pictures
     held = sum(each.split != TRAIN for each in pictures)
     print(f"{count} pictures, {held} of them held out, {(options.out / FILE).stat().st_size / 1e6:.1f} MB")
 

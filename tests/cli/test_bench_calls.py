@@ -61,7 +61,7 @@ def test_a_sweep_has_the_axes_of_its_patterns():
 
 def test_the_command_prints_times_and_crossings(run, tmp_path):
     save = tmp_path / "calls.json"
-    args = ("na(window=3x3)", "--calls", "--grid", "4x4,8x8", "--heads", 1, "--dim", 8, "--repeats", 1)
+    args = ("na(window=3x3)", "--calls", "--grid", "4x4,8x8", "--heads", 1, "--head-dim", 8, "--repeats", 1)
     status, out, err = run(*args, "--backend", "sdpa,xformers", "--save", save, "--plot", tmp_path / "calls.png")
     assert status == 0, err
     assert "na(window=3x3) on 8x8, 64 tokens" in out and "xformers cannot run it: " in out

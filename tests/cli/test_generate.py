@@ -270,6 +270,18 @@ def test_prompts_and_labels_are_for_the_models_that_take_them():
             check(pipe, Settings(pattern="dense", **settings))
 
 
+@pytest.mark.parametrize("compare", [True, False])
+def test_pixels_that_are_no_numbers_are_said_and_not_written(model, compare):
+    from visattn.pipelines.generate import Settings, run_all
+    from visattn.pipelines.load import load_pipeline
+
+    pipe = load_pipeline(str(model))
+    next(pipe.transformer.parameters()).data.fill_(float("nan"))
+    runs = run_all(pipe, Settings(pattern="na(window=3x3)", labels=(1,), steps=2, compare=compare), progress=False)
+    with pytest.raises(ValueError, match=r"sparse image 0 .*no numbers: PixelDiTPipeline overflows in float32"):
+        next(runs)
+
+
 def test_generate_says_how_to_get_diffusers(generate, monkeypatch):
     import importlib.util
 

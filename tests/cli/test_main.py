@@ -53,6 +53,27 @@ def test_an_error_is_one_line_on_stderr_and_status_2():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [
+        ("timm", ("models",)),
+        ("timm", ("bench-model", "vit_tiny_patch16_224", "--pattern", "dense")),
+        ("timm", ("doctor", "--model", "vit_tiny_patch16_224")),
+        ("diffusers", ("record", "--prompt", "x", "--out", "x.safetensors")),
+        ("diffusers", ("maps", "emoji", "--prompt", "x")),
+        ("diffusers", ("tune", "--prompt", "x", "--psnr", "30", "--out", "x.json")),
+    ],
+)
+def test_a_library_that_is_not_installed_is_a_line(library, words, tmp_path):
+    code = f"import sys; sys.modules[{library!r}] = None; sys.argv[0] = 'visattn'; from visattn.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    line = f"visattn: this needs {library}, which is not installed: pip install 'visattn[{library}]'\n"
+    assert (done.returncode, done.stderr) == (2, line)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("args", "env"), [(["--debug"], {}), ([], {"VISATTN_DEBUG": "1"})])
 def test_debug_shows_the_traceback(args, env):
     done = process("simulate", "neighbor(3x3)", "--grid", "8x8", *args, **env)

@@ -65,7 +65,7 @@ def test_a_model_of_images(command, folder):
         picture = np.asarray(Image.open(out / f"{name}.png").convert("L"))
         assert min(picture.shape) > 60 and picture.std() > 3, name
     status, _, error = command("maps", *words, "--out", out)
-    assert status == 2 and "has files in it" in error
+    assert status == 2 and "is not empty: pass --force" in error
 
 
 def test_recorded_calls(command, folder):
@@ -161,7 +161,7 @@ def test_the_page_in_a_browser(command, folder, tmp_path):
         (["timm:vit_tiny_patch16_224"], "looks at images"),
         (["emoji", "--pretrained"], "are for models of images"),
         (["timm:nosuch", "a.png"], "a.png does not exist"),
-        (["timm:nosuch", "a.png", "--step", "3"], "are for pipelines"),
+        (["timm:nosuch", "a.png", "--step", "3"], "is for pipelines"),
     ],
 )
 def test_what_cannot_be_is_told_before_work(command, tmp_path, words, said):

@@ -28,6 +28,10 @@ def noisy(end: str):
         parse("na(window=0)")
     if end == "bug":
         raise RuntimeError("a bug")
+    if end == "memory":
+        import torch
+
+        torch.empty(2**60)
     print("done", file=sys.stderr, flush=True)
 
 cli.main()
@@ -47,6 +51,18 @@ def test_an_error_is_one_line_below_our_own_warnings_only():
     assert done.returncode == 2
     assert "of ours" in done.stderr and done.stderr.splitlines()[-1].startswith("visattn: window=0 must be")
     assert not [word for word in ("logged", "handled", "warned") if word in done.stderr]
+
+
+def test_our_own_warnings_are_lines_without_a_place():
+    assert "visattn: warning: of ours\n" in run("well").stderr
+
+
+def test_too_little_memory_is_a_line_that_says_what_to_do():
+    done = run("memory")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "enforce fail" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("visattn: this needs more memory than there is (")
+    assert last.endswith("choose a smaller size, grid or batch")
 
 
 @pytest.mark.parametrize("end", ["well", "bug"])

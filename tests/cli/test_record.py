@@ -58,6 +58,11 @@ def test_what_cannot_be_recorded_is_told(wan):
             Recorder(**options)
 
 
+def test_steps_that_there_are_not_are_told_before_a_model_is_loaded(tmp_path):
+    args = ["record", "--model", "none", "--steps", "4", "--at", "1,4", "--out", str(tmp_path / "a.safetensors")]
+    assert "--at 1,4 must be of steps from 0 to 3: there are --steps 4" in str(CliRunner().invoke(app, args).exception)
+
+
 def watched(site="a", step=0, batch=2, key_mask=None):
     q, k, v = torch.randn(3, batch, 6, 2, 4).unbind(0)
     return Watched(site, q, k, v, q, visattn.parse("dense"), (Layout((2, 2), 1, 1),), 0.5, key_mask, {}, step)

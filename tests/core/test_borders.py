@@ -77,6 +77,50 @@ def test_an_empty_batch_gives_an_empty_result_and_gradients(text, masked, biased
     assert rows.shape == (0, 4, 2, LAYOUT.length)
 
 
+def changed_later(pattern, backend, masked, biased, which=""):
+    """Gradients of a call one of whose inputs is changed in place before the backward."""
+    given = extras(pattern, LAYOUT, masked, biased)
+    leaves = {**dict(zip("qkv", qkv(LAYOUT, 4, 2, 8, batch=2, grad=True), strict=True)), **given["parameters"]}
+    leaves |= {"rpb": given["rpb"]} if "rpb" in given else {}
+    # Leaves themselves must not be changed in place.
+    used = {name: t * 1 for name, t in leaves.items()} | ({"key_mask": given["key_mask"]} if masked else {})
+    options = {name: used.get(name) for name in ("key_mask", "rpb")}
+    options["parameters"] = {name: used[name] for name in given["parameters"]}
+    out = visattn.attention(used["q"], used["k"], used["v"], pattern, LAYOUT, backend=backend, **options)
+    with torch.no_grad():
+        if which == "key_mask":
+            used[which].logical_not_()
+        elif which:
+            used[which].mul_(2)
+    return gradients(out, list(leaves.values()))
+
+
+@EVERY
+@CASES
+def test_what_changes_before_the_backward_is_refused_where_it_is_read_again(text, masked, biased):
+    pattern = parse(text)
+    given = extras(pattern, LAYOUT, masked, biased)
+    q, k, _ = qkv(LAYOUT, 4, 2, 8, batch=2, grad=True)
+    for backend in able(pattern, q, k, given):
+        same = changed_later(pattern, backend, masked, biased)
+        for which in ("q", "k", "v", *given["parameters"], *(name for name in ("key_mask", "rpb") if name in given)):
+            try:
+                later = changed_later(pattern, backend, masked, biased, which)
+            except RuntimeError as error:
+                assert "modified by an inplace operation" in str(error)
+                continue
+            assert all(torch.equal(a, b) for a, b in zip(same, later, strict=True)), (backend, which)
+
+
+def test_a_key_mask_of_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        mask = torch.arange(LAYOUT.length)[None] % 3 > 0
+    q, k, v = qkv(LAYOUT, grad=True)
+    for text, backend in (("na(window=3)", "tiles"), ("sigmoid(sparse=na(window=3))", "auto")):
+        out = visattn.attention(q, k, v, text, LAYOUT, key_mask=mask, backend=backend)
+        assert all(t.any() for t in gradients(out, (q, k, v)))
+
+
 def test_an_empty_batch_has_an_empty_lse_and_still_refuses_what_cannot_run():
     q, k, v = (t.half() for t in qkv(LAYOUT, 4, 2, 8, batch=0))
     out, lse = visattn.attention(q, k, v, "na(window=3)", LAYOUT, return_lse=True)

@@ -235,6 +235,23 @@ class TestRegistrations:
                 old.remove()
                 assert type(parse("checker")) is again
 
+    def test_compiled_code_runs_a_class_defined_again(self):
+        more = {
+            "name": "checker",
+            "__module__": __name__,
+            "sees": lambda self, query, key: (sum(query) - sum(key)) % 3 == 0,
+        }
+        again = dataclasses.dataclass(frozen=True)(type("Checker", (Checker,), more))
+        q, k, v = qkv(LAYOUT, dtype=torch.float32, dim=16)
+        run = torch.compile(lambda q, k, v: visattn.attention(q, k, v, "checker", LAYOUT), backend="eager")
+        with visattn.register_pattern(Checker):
+            first = run(q, k, v)
+            assert torch.equal(first, visattn.attention(q, k, v, "checker", LAYOUT))
+            with visattn.register_pattern(again):
+                second = run(q, k, v)
+                assert torch.equal(second, visattn.attention(q, k, v, "checker", LAYOUT))
+        assert not torch.equal(first, second)
+
     def test_what_is_no_pattern_or_has_a_name_that_is_taken(self):
         refused("pattern 'dense' is that of visattn itself", visattn.register_pattern, Dense)
         other = dataclasses.dataclass(frozen=True)(type("Other", (Checker,), {"name": "checker"}))
@@ -258,6 +275,24 @@ class TestRegistrations:
             visattn.attention(q, q, q, "na(window=3)", LAYOUT, backend="free")
         refused("backend 'sdpa' is that of visattn itself", visattn.register_backend, BACKENDS["sdpa"])
         refused("must be an object of a subclass", visattn.register_backend, Free)
+
+    def test_a_backend_that_adds_in_any_order_is_left_out_once_torch_is_to_be_deterministic(self):
+        class Atomic(Free):
+            def supports(self, problem):
+                return Support(not problem.strict, "it adds in any order")
+
+        q = torch.zeros(1, LAYOUT.length, 2, 16)
+        with visattn.register_backend(Atomic()):
+            assert (visattn.attention(q, q, q, "na(window=3)", LAYOUT) == 7).all()
+            torch.use_deterministic_algorithms(True)
+            try:
+                assert not visattn.attention(q, q, q, "na(window=3)", LAYOUT).any()
+                with pytest.raises(ValueError, match="it adds in any order"):
+                    visattn.attention(q, q, q, "na(window=3)", LAYOUT, backend="free")
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                assert (visattn.attention(q, q, q, "na(window=3)", LAYOUT) == 7).all()
+            finally:
+                torch.use_deterministic_algorithms(False)
 
     @pytest.mark.parametrize("asked", ["available", "supports", "cost"])
     def test_a_backend_that_fails_to_answer_is_left_out(self, asked):

@@ -15,6 +15,7 @@ import visattn
 from tests.support.cases import qkv
 from visattn import keep
 from visattn.keep import STORE, Store, kept, lasting
+from visattn.kernels.plan_chunks import plan_tables
 from visattn.layout import Layout
 from visattn.plans import plan
 
@@ -91,15 +92,15 @@ def test_fake_and_meta_tensors_get_shapes_and_leave_nothing(call):
 
 
 def test_a_torch_func_transform_leaves_no_wrappers():
-    made = []
+    made, tables = [], lambda: plan_tables(plan("na(window=3)", LAYOUT), torch.device("cpu"))
 
     def loss(x):
-        made.append(plan("na(window=3)", LAYOUT).tensors("cpu").masks)
+        made.append(tables().masks)
         return x.sum()
 
     torch.func.grad(loss)(torch.ones(3))
     assert type(made[0]) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(made[0])
-    assert plan("na(window=3)", LAYOUT).tensors("cpu").masks is made[0]
+    assert tables().masks is made[0]
 
 
 class TestStore:
@@ -118,6 +119,12 @@ class TestStore:
         assert store.bytes == 60
         store.put("c", np.zeros(90, np.uint8))
         assert (store.bytes, len(store)) == (90, 1)
+
+    def test_shapes_without_memory_weigh_nothing(self):
+        store = Store(limit=100, spare=0)
+        store.put("a", torch.zeros(20))
+        store.put("b", [torch.empty(10**9, device="meta"), torch.zeros(5)])
+        assert (len(store), store.bytes) == (2, 100)
 
     def test_what_runs_stays_whatever_it_weighs(self):
         store = Store(limit=100, spare=2)
@@ -167,12 +174,13 @@ def test_plans_of_many_resolutions_are_bounded_by_bytes(monkeypatch):
         q = torch.zeros(1, layout.length, 1, 8, requires_grad=True)
         visattn.attention(q, q, q, "na(window=5)", layout, backend="tiles").sum().backward()
         made = plan("clear(radius=3)", layout)
-        total += made.queries.tokens.nbytes + made.transposed.tile.nbytes + made.tensors("cpu").tile.nbytes
+        tables = plan_tables(made, torch.device("cpu"))
+        total += made.queries.tokens.nbytes + made.transposed.tile.nbytes + tables.masks.nbytes
         plans.append(weakref.ref(made))
         assert 0 < STORE.bytes <= limit
     assert total > limit
     assert plans[-1]() is made
-    del made, q
+    del made, q, tables
     gc.collect()
     assert sum(each() is not None for each in plans) < len(plans) / 2
     visattn.clear_caches()

@@ -64,6 +64,17 @@ def test_second_derivatives(text, backend):
     assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(ours, right, strict=True))
 
 
+def test_weights_of_cells_are_of_the_grid_of_the_keys():
+    layout = Layout((6, 8), 1, 2)
+    q, k, v = qkv(layout.with_keys(KEYS))
+    weight = torch.full((3, 2), 1 / 6, dtype=q.dtype)
+    found = attention(q, k, v, "clear(radius=2, pool=-1x2)", layout, key_layout=KEYS, pool_weight=weight)
+    # Equal weights are the mean.
+    assert torch.allclose(found, attention(q, k, v, "clear(radius=2, pool=-1x2)", layout, key_layout=KEYS))
+    with pytest.raises(ValueError, match=r"pool_weight is \[6, 2\].*takes \[3, 2\]"):
+        attention(q, k, v, "clear(radius=2, pool=-1x2)", layout, key_layout=KEYS, pool_weight=torch.ones(6, 2))
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_transforms(text):
     q, k, v = (torch.stack([t, 2 * t]) for t in qkv(LAYOUT.with_keys(KEYS)))

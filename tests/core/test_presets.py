@@ -74,7 +74,9 @@ def test_a_run_reports_which_it_was(shipped, pipe):
 
 
 def test_other_texts_are_patterns():
-    assert not any(is_auto(text) for text in ("auto(psnr=x)", "autos", "topk", "auto.json", 3))
+    assert not any(is_auto(text) for text in ("autos", "topk", "auto.json", 3))
+    with pytest.raises(ValueError, match=r"'auto\(psnr=x\)' must be auto, or auto\(psnr=35\) for"):
+        is_auto("auto(psnr=x)")
 
 
 def test_the_command_lists_them(shipped):

@@ -1,6 +1,7 @@
 """Fewer query heads and shared key heads: exact where heads are alike, the authors' outputs, and the way back."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,21 @@ def test_its_report_counts_what_is_there():
     assert type(model.blocks[1].attn.qkv) is torch.nn.Linear and model.blocks[1].attn.attn_dim == 32
 
 
+def test_conversions_of_one_model_are_removed_from_the_last_on():
+    model, inputs = vit()
+    before, layers = run(model, inputs), dict(model.named_modules())
+    first = visattn.convert_heads(model, 2)
+    second = visattn.convert_heads(model, kv_heads=1)
+    between = run(model, inputs)
+    with pytest.raises(ValueError, match="was converted again since"):
+        first.remove()
+    assert run(model, inputs).equal(between)
+    second.remove()
+    first.remove()
+    assert run(model, inputs).equal(before)
+    assert all(layer is layers[path] for path, layer in model.named_modules())
+
+
 def test_refusals_come_before_anything_changes():
     model, inputs = vit()
     before = run(model, inputs)
@@ -189,6 +205,8 @@ def test_refusals_come_before_anything_changes():
         (5, None): r"query_heads=5 must be a whole number from 1 to the 4 heads of blocks.0.attn",
         (0.3, None): "query_heads=0.3 must be",
         (True, None): "query_heads=True must be",
+        (math.inf, None): "query_heads=inf must be",
+        (None, math.nan): "kv_heads=nan must be",
         (2, 4): "which must divide them",
         (4, 3): "or be given out by norms",
     }
@@ -198,11 +216,20 @@ def test_refusals_come_before_anything_changes():
     for options, message in (
         ({"by": "best"}, "by='best' must be one of mean, norm"),
         ({"by": {"blocks.0.attn": [0]}}, "must name 2 of its heads"),
+        ({"by": {"blocks.0.attn": torch.tensor([1, 1])}}, "must name 2 of its heads"),
+        ({"by": {"blocks.0.attn": [0, 1.5]}}, "must name 2 of its heads"),
+        ({"by": {"blocks.0.attn": [0, "a"]}}, "must name 2 of its heads"),
+        ({"by": {"blocks.0.attn": 2}}, "must name 2 of its heads"),
+        ({"by": {"blocks.0.atn": [0, 1]}}, r"heads for 'blocks.0.atn', which is none of the modules: blocks.0.attn"),
+        ({"by": None}, "by=None must be one of mean, norm, or heads"),
+        ({"by": [0, 1]}, r"by=\[0, 1\] must be one of"),
         ({"allocation": "random"}, "allocation='random' must be one of"),
         ({"layers": "9"}, "selects nothing"),
     ):
         with pytest.raises(ValueError, match=message):
             visattn.convert_heads(model, 2, **options)
+    with pytest.raises(ValueError, match="of which query_heads says how many"):
+        visattn.convert_heads(model, kv_heads=2, by={"blocks.0.attn": [0, 1]})
     with pytest.raises(ValueError, match="is no module: pass a model"):
         visattn.convert_heads("flux", 2)
     with pytest.raises(ValueError, match="has no attention module"):
@@ -218,3 +245,24 @@ def test_refusals_come_before_anything_changes():
     rigid = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1).eval()
     with pytest.raises(ValueError, match=r"has no attention module|takes the channels of its heads"):
         visattn.convert_heads(rigid, 1)
+
+
+@pytest.mark.parametrize("make", [flux, sd15])
+def test_fused_projections_are_refused_and_unfused_ones_are_not(make):
+    """What a fused model projects with is another layer, so that a conversion would change nothing."""
+    model, inputs = make()
+    before = run(model, inputs)
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"are fused.*call unfuse_qkv_projections\(\) first"):
+        visattn.convert_heads(model, kv_heads=1)
+    model.unfuse_qkv_projections()
+    with visattn.convert_heads(model, kv_heads=1):
+        assert not torch.allclose(run(model, inputs), before)
+    torch.testing.assert_close(run(model, inputs), before)
+
+
+def test_a_model_that_got_another_dtype_keeps_it_when_all_is_undone():
+    model, _ = flux()
+    with visattn.convert_heads(model, 1):
+        model.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

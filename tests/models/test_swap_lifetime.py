@@ -204,3 +204,25 @@ def test_a_block_around_attention_of_its_own():
     with visattn.apply(model, "na(window=3)") as handle:
         model(torch.randn(1, 3, 112, 112))
         assert handle.report().fallbacks == {"its attn has a forward of its own": 1}
+
+
+def test_a_handle_that_was_removed_undoes_no_later_one():
+    model = make()
+    with torch.no_grad():
+        stock = model(X)
+        with visattn.apply(model, "na(window=3)") as first:
+            first.remove()
+            second = visattn.apply(model, "clear(radius=2)")
+            sparse = model(X)
+        assert not sparse.equal(stock) and model(X).equal(sparse)
+        second.remove()
+        assert model(X).equal(stock)
+
+
+@torch.no_grad()
+def test_scripting_is_refused_with_the_way():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=96).eval()
+    x = torch.randn(1, 3, 96, 96)
+    with visattn.apply(model, "na(window=5x5)"), pytest.raises(ValueError, match=r"blocks\.0\.attn.*torch\.jit\.trace"):
+        torch.jit.script(model)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))

@@ -111,8 +111,9 @@ def test_compiles_as_one_graph_with_gradients():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("clear(radius=0)", r"radius=0 must be a whole number of at least 1"),
-        ("clear(radius=2x3)", r"radius=\(2, 3\) must be one whole number: the window is a circle"),
+        ("clear(radius=0)", r"radius=0 must be one whole number of at least 1$"),
+        ("clear(radius=2x3)", r"radius=\(2, 3\) must be one whole number of at least 1: the window is a circle"),
+        ("clear(radius=2.5)", "radius=2.5 must be one whole number of at least 1$"),
         ("clear(radius=2, pool=0)", r"pool=0 must be a whole number of at least 1 or -1"),
         ("clear(radius=2, pool=2x2x2)", r"pool=2x2x2 has 3 values but the grid has 2 axes"),
     ],

@@ -147,11 +147,11 @@ def test_long_videos_are_planned_in_seconds(frames):
         ("radial(decay=0)", (4, 9), r"decay=0 must be a number above 0"),
         ("radial(decay=true)", (4, 9), r"decay=True must be a number above 0"),
         ("radial(sink=3)", (4, 9), r"sink=3 must be true or false"),
-        ("radial(block=0)", (4, 9), r"block=0 must be a whole number of at least 1"),
+        ("radial(block=0)", (4, 9), r"block=0 must be one whole number of at least 1"),
         (
             "radial(block=8x8)",
             (4, 9),
-            r"block=\(8, 8\) must be one whole number: blocks are cut from the flat sequence",
+            r"block=\(8, 8\) must be one whole number of at least 1: blocks are cut from the flat sequence",
         ),
         (
             "radial",

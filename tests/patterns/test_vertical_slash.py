@@ -77,6 +77,38 @@ def test_runs_its_lists_whatever_padding_holds(text):
             assert (a - b).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "verticalslash(p=0.6, tau=0.0, least=1, block=4)",
+        "verticalslash(p=0.6, tau=1.0, least=2, most=2, block=4)",
+        "verticalslash(columns=34, slashes=3, block=4)",
+    ],
+)
+def test_the_first_column_is_that_of_the_first_valid_token(text):
+    """Prompts are padded in front: what is listed is what is without the padding."""
+    pattern, behind = parse(text), 24
+    q, k, _ = qkv(Layout(60 + behind), 2, 1, 6)
+    mask = torch.ones(1, 60 + behind, dtype=torch.bool)
+    mask[:, :behind] = False
+    padded = pattern.choose(q, k, Layout(60 + behind), mask).mask(0, 21)[:, :, 6:]
+    alone = pattern.choose(q[:, behind:], k[:, behind:], Layout(60)).mask(0, 15)
+    assert torch.equal(padded[..., 6:], alone)
+    # Blocks of padding are on a diagonal at most.
+    assert not padded[:, :, -1, 1:6].any()
+
+
+def test_the_whole_share_is_carried_by_all():
+    """All tokens carry it, whatever sums of their weights round to: 701 make 6 blocks, counted in 128 tokens."""
+    layout = Layout(700)
+    q, k, _ = (t.float() for t in qkv(layout, 4, dim=6))
+    listed, counted = (
+        parse(f"verticalslash({text}, tau=0.0, block=4)").choose(10 * q, k, layout).mask(0, 175)
+        for text in ("p=1.0, least=1", "p=0.5, least=6, most=6")
+    )
+    assert torch.equal(listed, counted)
+
+
 def test_everything_is_listed_where_it_carries():
     layout = Layout(40)
     q, k, v = qkv(layout, 2, dim=6)

@@ -51,6 +51,22 @@ def test_a_gate_multiplies_what_the_pattern_gives(of, data):
     compare(out, truth, (q, k, v, *parameters.values()))
 
 
+def test_a_gate_around_gates_has_parameters_of_both():
+    layout, generator = Layout((4, 5), 1), torch.Generator().manual_seed(0)
+    q, k, v = qkv(layout)
+    heads, dim = q.shape[2:]
+    pattern = parse("gated(of=selective(of=wersa(levels=1, features=8)))")
+    shapes = pattern.parameter_shapes(heads, dim, layout.grid)
+    assert shapes.keys() == pattern.initial_parameters(heads, dim, layout.grid).keys()
+    assert shapes["selective_gate_weight"] == (heads, max(1, dim // 4), 2) and shapes["gate_weight"] == (heads, dim)
+    given = {name: torch.randn(shape, generator=generator, dtype=q.dtype) for name, shape in shapes.items()}
+    own = {name: given.pop(name) for name in ("gate_weight", "gate_bias")}
+    inside = {name.removeprefix("selective_"): value for name, value in given.items()}
+    truth = attention(q, k, v, pattern.of, layout, parameters=inside)
+    truth = truth * 2 * linear(q, own["gate_weight"], own["gate_bias"]).sigmoid()
+    assert torch.allclose(attention(q, k, v, pattern, layout, parameters=own | given), truth)
+
+
 @pytest.mark.parametrize("of", INSIDE)
 @settings(max_examples=3)
 @given(data=st.data())

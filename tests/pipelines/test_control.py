@@ -52,6 +52,37 @@ def test_several_controlnets_are_patched_each(listed):
     assert torch.equal(generate(pipe, 2), stock)
 
 
+def test_several_controlnets_follow_the_pipeline_that_runs_them():
+    """Another scheduler, and another pipeline with one of its own: which step it is says whoever calls."""
+    pipe = controlled([tiny_control.controlnet()[0] for _ in range(2)])
+    with visattn.apply(pipe, "na(window=3x3)", dense_steps=1) as handle:
+        pipe.scheduler = diffusers.EulerDiscreteScheduler()
+        generate(pipe, 2)
+        other = diffusers.StableDiffusionControlNetPipeline(
+            **{**pipe.components, "scheduler": diffusers.DDIMScheduler()}, requires_safety_checker=False
+        )
+        generate(other, 2)
+    assert {(site.hits, site.dense) for site in handle.report().sites} == {(2, 2)}
+
+
+def test_a_replaced_controlnet_among_several_is_named():
+    pipe = controlled([tiny_control.controlnet()[0] for _ in range(2)])
+    with visattn.apply(pipe, "na(window=3x3)", strict=True):
+        nets = [pipe.controlnet.nets[0], tiny_control.controlnet()[0]]
+        pipe.controlnet = diffusers.models.controlnets.multicontrolnet.MultiControlNetModel(nets)
+        with pytest.raises(ValueError, match=r"strict: controlnet.nets.1 of .* was replaced"):
+            generate(pipe, 2)
+
+
+def test_one_controlnet_for_two_pictures_is_patched_once():
+    control, _ = tiny_control.controlnet()
+    pipe = controlled([control, control])
+    with visattn.apply(pipe, "na(window=3x3)", strict=True) as handle:
+        generate(pipe, 2)
+    found = {site.model: site.hits for site in handle.report().sites}
+    assert found == {"unet": 2, "controlnet.nets.0": 4}
+
+
 def test_a_controlnet_that_cannot_follow_is_named():
     control, _ = tiny_control.controlnet()
     pipe = controlled(control)

@@ -5,7 +5,7 @@ import pytest
 import visattn
 from tests.support import tiny_models
 from visattn import parse
-from visattn.schedule import check_dims
+from visattn.dims import check_dims
 
 
 def test_dims_that_do_not_fit_name_the_right_form():

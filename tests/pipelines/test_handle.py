@@ -71,6 +71,15 @@ def test_report_agrees_with_an_independent_count(monkeypatch):
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1" in str(report)
 
 
+def test_a_report_says_the_reason_once_and_nothing_of_engines_for_other_patterns():
+    model, inputs = tiny_models.wan()
+    with visattn.apply(model, "na(window=3)") as handle, torch.no_grad():
+        model(**inputs)
+        text = str(handle.report())
+    assert text.count("cheapest:") == 1 and len(handle.report().modules) > 1
+    assert "runs agent patterns only" not in text
+
+
 def test_time_of_dense_and_sparse_calls_is_measured(monkeypatch):
     model, inputs = tiny_models.wan()
     clock = iter(range(0, 1000, 3))
@@ -111,6 +120,18 @@ class TestFallbacks:
         with visattn.apply(model, "na(window=3x3)") as handle:
             model.transformer_blocks[0].attn1(tiny_models.noise(1, 64, 16))
             assert handle.report().fallbacks == {"called outside of the model's forward": 1}
+
+    def test_module_called_alone_after_a_forward_that_raised(self):
+        model, inputs = tiny_models.dit()
+        module, tokens = model.transformer_blocks[0].attn1, tiny_models.noise(1, 64, 16)
+        stock = module(tokens)
+        with visattn.apply(model, "na(window=3x3)", strict=True):
+            tiny_models.run(model, inputs)
+            broken = model.transformer_blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                tiny_models.run(model, inputs)
+            broken.remove()
+            assert torch.equal(module(tokens), stock)
 
     def test_pattern_that_does_not_fit_the_grid_raises(self):
         model, inputs = tiny_models.dit()

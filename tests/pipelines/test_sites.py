@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import visattn
 from tests.support import tiny_models
@@ -254,6 +255,16 @@ def test_modules_that_rest_run_the_models_own_code(pattern, as_on_a_gpu, dense_p
             tiny_models.run(model, inputs)
         assert len(decided) <= sites // 8
     assert torch.equal(tiny_models.run(model, inputs), stock)
+
+
+def test_modules_that_rest_are_looked_at_on_another_device(as_on_a_gpu, decided):
+    model, inputs = tiny_models.sdxl()
+    with visattn.apply(model, "dense") as handle:
+        for _ in range(3):
+            tiny_models.run(model, inputs)
+        decided.clear()
+        tiny_models.run(model.to("meta"), tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs))
+        assert set(decided) == {site.site for site in handle.report().modules}
 
 
 def test_modules_at_rest_see_that_diffusers_skips_scores(as_on_a_gpu):

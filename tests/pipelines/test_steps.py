@@ -10,6 +10,8 @@ import torch
 
 import visattn
 from tests.support import tiny_models, tiny_pipelines
+from tests.support.tiny import seeded
+from visattn.patterns import Dense
 from visattn.pipelines.patch.counting import COUNT, position
 
 PATTERN = "na(window=3x3)"
@@ -156,6 +158,38 @@ class TestTail:
         assert position(listed[3].expand(2), listed) == 3
         assert position(torch.tensor(3.0), listed) is None and position(3, listed) is None
         assert position(listed[3].to(torch.int64), listed) is None
+
+
+class TestFrames:
+    """Diffusion forcing: copies of the scheduler step, each for a frame, and the pipeline's own never does."""
+
+    @pytest.fixture(scope="class")
+    def pipe(self):
+        base, _ = tiny_pipelines.wan()
+        model, _ = tiny_models.skyreels()
+        options = {name: value for name, value in base.transformer.config.items() if not name.startswith("_")}
+        pipe = diffusers.SkyReelsV2DiffusionForcingPipeline(
+            tokenizer=base.tokenizer,
+            text_encoder=base.text_encoder,
+            transformer=seeded(type(model), **options, inject_sample_info=True),
+            vae=base.vae,
+            scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @pytest.mark.parametrize("forcing", [{}, {"ar_step": 2, "causal_block_size": 1}], ids=["together", "one by one"])
+    @pytest.mark.parametrize(("schedule", "at"), [({"dense_steps": 1}, 0), ({"dense_last_steps": 1}, -1)])
+    def test_steps_are_those_of_the_matrix(self, pipe, forcing, schedule, at):
+        size = {"height": 48, "width": 64, "num_frames": 9, "num_inference_steps": 3}
+        dense = {}
+        with visattn.apply(pipe, "na(window=1x3x3)", **schedule) as handle:
+            handle.watch(lambda watched: dense.update({watched.step: isinstance(watched.pattern, Dense)}))
+            text = tiny_models.noise(1, 8, 32)
+            pipe(None, prompt_embeds=text, guidance_scale=1.0, output_type="latent", **size, **forcing)
+        steps = list(dense)
+        assert steps == list(range(7 if forcing else 3))
+        assert [step for step in steps if dense[step]] == [steps[at]]
 
 
 class TestWarnings:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from scripts.train import emoji_captions
+from scripts.train import animoji_data, emoji_captions
 from scripts.train.animoji import Training, fuse_norms, main, sample_prompts
 from scripts.train.animoji_captions import MOVING, STILL, caption, captions, motions, split_of
 from scripts.train.animoji_data import FILE, SIDE, decode_clip, encode_clip, load_pack
@@ -241,3 +241,9 @@ def test_a_sheet_of_samples_becomes_an_animation(tmp_path):
     assert np.abs(found.astype(int) - colors[:, 5]).max() < 24
     with pytest.raises(SystemExit, match="does not exist: it is written at the end"):
         main(["--out", str(tmp_path / "none"), "--animate-only"])
+
+
+def test_captions_are_read_without_decoding_clips(folder, pack, monkeypatch):
+    monkeypatch.setattr(animoji_data, "decode_clip", lambda *_: pytest.fail("decoded"))
+    found = load_pack(folder, clips=False)
+    assert found.pictures == pack.pictures and found.pixels.shape == (len(pack.pictures), 0)

@@ -278,8 +278,12 @@ class TestTraining:
     def test_log_of_a_killed_run_is_trimmed(self, tmp_path):
         log = tmp_path / "log.jsonl"
         log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+        before = tmp_path / "before.jsonl"
+        before.hardlink_to(log)
         state.trim_log(log, 2)
         assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+        # Another file took its place: a kill meanwhile leaves the older one whole.
+        assert before.read_text().endswith('{"st')
 
     def test_rates(self, folder, tmp_path):
         config = settings.parse(Config, None, words(folder, tmp_path, "--steps", "100", "--warmup", "10"))

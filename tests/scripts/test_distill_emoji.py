@@ -1,6 +1,7 @@
 """Distillation of a model that predicts the clean picture from patches: samples, a run, and the students' script."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -132,6 +133,20 @@ def test_an_older_student_is_not_what_a_training_gave(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", "false")
     with pytest.raises(RuntimeError, match=r"has no new student\.safetensors"):
         train_student([], tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("then", "seconds", "why"),
+    [("exit 1", 0, ": why"), ("exec sleep 30", 0.5, r", as it was stopped after 0\.5 s: why")],
+)
+def test_why_there_is_no_student_stands_on_the_first_line(tmp_path, monkeypatch, then, seconds, why):
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho a warning\necho why\n{then}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    with pytest.raises(RuntimeError) as raised:
+        train_student([], tmp_path / "topk-90", seconds)
+    first, *rest = str(raised.value).splitlines()
+    assert re.fullmatch(rf"topk-90 has no new student\.safetensors{why}", first) and rest == ["a warning", "why"]
 
 
 def test_a_size_that_small_samples_cannot_have_is_an_error(tmp_path):

@@ -76,3 +76,14 @@ def test_rows_are_tuned_measured_and_not_measured_twice(tmp_path, monkeypatch, c
     main(words)
     assert out.read_text() == before
     assert "density" not in capsys.readouterr().out
+
+
+def test_each_number_is_kept_as_soon_as_it_is_found():
+    figures, kept = {}, []
+    tuner = dynamic_table.Tuner(None, figures, 32, lambda: kept.append(dict(figures["tuned"])))
+    tuner._reached = lambda text: float(text.removeprefix("a(").rstrip(")"))
+    rows = [Family(text, 0.0, 1.0) for text in ("a({})", "a({} )")]
+    assert [tuner.pattern(row, 0.5) for row in rows] == ["a(0.5)", "a(0.5 )"]
+    assert [len(each) for each in kept] == [1, 2]
+    tuner.pattern(rows[0], 0.5)
+    assert len(kept) == 2

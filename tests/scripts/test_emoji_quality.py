@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from scripts.measure.draftsman import Draftsman
 from scripts.measure.emoji import PATTERNS, main
 from scripts.measure.emoji_encoder_model import DualEncoder, save_encoder
 from scripts.measure.emoji_judge import BEST, Judge
@@ -180,3 +181,30 @@ def test_missing_parts_have_a_clear_answer(places, tmp_path):
         main([*words(places, tmp_path / "out.json"), "--encoder", str(tmp_path / "none.safetensors")])
     with pytest.raises(SystemExit, match="measure_emoji: "):
         main([*words(places, tmp_path / "out.json"), "--weights", str(tmp_path / "none.safetensors")])
+
+
+def test_dense_twins_are_drawn_once_for_several_processes(places, tmp_path, monkeypatch):
+    drawn, original = [], Draftsman.draw
+
+    def draw(self, student, size, count=None):
+        drawn.append(student.pattern)
+        return original(self, student, size, count)
+
+    monkeypatch.setattr(Draftsman, "draw", draw)
+    rows = []
+    # With the twins of the first, and without any.
+    for number, more in enumerate((["--twins", tmp_path / "twins"], ["--twins", tmp_path / "twins"], [])):
+        out = tmp_path / f"{number}.json"
+        main(words(places, out, "--patterns", "dense", SPARSE, "--shared", *more))
+        rows.append(json.loads(out.read_text())["rows"])
+    assert drawn == ["dense", SPARSE, SPARSE, "dense", SPARSE]
+    assert rows[0] == rows[1] == rows[2]
+    # Other settings, and times, need their own.
+    drawn.clear()
+    main(
+        words(
+            places, tmp_path / "3.json", "--patterns", "dense", "--shared", "--twins", tmp_path / "twins", "--seed", 1
+        )
+    )
+    main(words(places, tmp_path / "4.json", "--patterns", "dense", "--twins", tmp_path / "twins"))
+    assert drawn == ["dense", "dense"]

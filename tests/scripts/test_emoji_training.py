@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from scripts.train import emoji_data
 from scripts.train.checkpoints import load_parts, save_parts, weights_of
 from scripts.train.emoji import Training, main, sample_prompts
 from scripts.train.emoji_captions import NEW_EMOJI, NEW_PAIR, TRAIN, caption, captions, split_of
@@ -275,3 +276,10 @@ def test_gradients_that_stay_large_become_usual():
     assert late.grad.tolist() == [1.0] * 3
     assert grown.grad.tolist() == [1000.0] * 3
     assert 0 < guard.dropped.item() < 20
+
+
+def test_captions_are_read_without_decoding_pictures(folder, pack, monkeypatch):
+    monkeypatch.setattr(emoji_data, "_decode", lambda *_: pytest.fail("decoded"))
+    found = load_pack(folder, side=0)
+    assert found.pictures == pack.pictures and found.pixels.shape == (len(pack.pictures), 0)
+    assert torch.equal(found.plain, pack.plain) and torch.equal(found.of(TRAIN), pack.of(TRAIN))

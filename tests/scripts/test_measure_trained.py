@@ -1,5 +1,6 @@
 """Methods trained and measured by one command: rows before and after, resuming, the budget, pictures, bad input."""
 
+import argparse
 import json
 
 import pytest
@@ -131,3 +132,28 @@ def test_curves_are_drawn(tmp_path):
     text = (tmp_path / "curves.svg").read_text()
     assert text.count("<polyline") == 20
     assert text.count('stroke-dasharray="2 2"') == 2 * 4
+
+
+def test_nothing_is_drawn_where_nothing_is_left_to_train(places, tmp_path, here, monkeypatch):
+    more = ["--train-steps", 1, "--methods", "vsa", "--sparsities", 0.5]
+    trained.main(words(places, tmp_path, *more))
+    monkeypatch.setattr(trained, "draw", lambda *_: pytest.fail("samples were drawn"))
+    trained.main(words(places, tmp_path, *more))
+    # Nor where no training would begin; and why none did takes no student away.
+    before = json.loads((tmp_path / "out.json").read_text())
+    late = [*more, "--budget", 0.01, "--seconds", 1, "--runs", tmp_path / "elsewhere"]
+    trained.main(words(places, tmp_path, *late))
+    assert json.loads((tmp_path / "out.json").read_text()) == before
+
+
+def test_a_student_that_has_no_row_yet_does_not_pass_for_the_one_before_it(places, tmp_path, here):
+    trained.main(words(places, tmp_path, "--train-steps", 1, "--methods", "topk", "--sparsities", 0.5))
+    figures = json.loads((tmp_path / "out.json").read_text())
+    key = f"{trained.METHODS['topk'].final(0.5)}, 32 px, topk-50"
+    figures["rows"][key]["weights_hash"] = "another"
+    options = argparse.Namespace(runs=tmp_path / "runs", size=32)
+    now = {"topk-50": figures["trained"]["topk-50"] | {"steps": 99}, "new": {"error": "late"}}
+    found = trained.joined(figures, now, options)
+    assert found == figures["trained"] | {"new": {"error": "late"}}
+    del figures["rows"][key]
+    assert trained.joined(figures, now, options)["topk-50"]["steps"] == 99

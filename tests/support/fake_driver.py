@@ -39,11 +39,12 @@ FUNCTIONS = {}
 
 
 class Launches(list):
-    """What was launched: (kernel, its parameters by name); first launches of a kernel are in `first`."""
+    """What was launched: (kernel, its parameters by name); first launches of a kernel are in `first`, how many
+    programs they had in `grids`."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.wanted, self.quiet = [], {}, False
+        self.first, self.grids, self.wanted, self.quiet = [], [], {}, False
 
     def by_triton(self, kernel, grid, given, warps, stages):
         """Stands for `start.launch`."""
@@ -52,6 +53,7 @@ class Launches(list):
         compiled = _compiled(kernel, given)
         self.wanted[compiled.function] = kernel, fields(compiled.src.signature, given)
         self.first.append((kernel, given))
+        self.grids.append(grid)
         return compiled
 
     def by_driver(self, config, function, parameters, extra):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import signal
 import sys
 from typing import Annotated
@@ -71,7 +73,39 @@ def main() -> None:
     with held_messages() as messages:
         try:
             app(args, prog_name="visattn")
-        except (ValueError, OSError, MemoryError) as error:
+        except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
+            said = _said(error)
+            if not said:
+                raise
             messages.drop()
-            typer.echo(f"visattn: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"visattn: {' '.join(said.split())}", err=True)
             sys.exit(2)
+
+
+# Which extra of the package brings a library.
+EXTRAS = {
+    **dict.fromkeys(("diffusers", "accelerate", "peft", "av"), "diffusers"),
+    **{"timm": "timm", "transformers": "transformers"},
+    **dict.fromkeys(("matplotlib", "sklearn", "skimage"), "all"),
+}
+
+
+def _said(error: Exception) -> str:
+    """What a user can do about an error, "" for a fault of the program."""
+    from visattn.memory import is_shortage
+
+    if isinstance(error, ModuleNotFoundError):
+        library = (error.name or "").partition(".")[0]
+        extra = EXTRAS.get(library)
+        # A part that is missing of a library that is there is a fault of an installation, which the traceback tells.
+        if extra is None or importlib.util.find_spec(library) is not None:
+            return ""
+        return f"this needs {library}, which is not installed: pip install 'visattn[{extra}]'"
+    # Our own errors of memory name what needs it; those of numpy, torch and Python do not say what to do.
+    if (type(error) is MemoryError and str(error)) or isinstance(error, ValueError | OSError):
+        return str(error)
+    if is_shortage(error):
+        # torch begins with the place in its own code.
+        asked = re.sub(r"^\[[^]]*\] err == 0\. ", "", str(error)) or "Python was refused some"
+        return f"this needs more memory than there is ({asked}): choose a smaller size, grid or batch"
+    return ""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visattn.cli.measured import PlotOption, SaveOption, check_files, give
-from visattn.cli.options import ForceOption, JsonOption, PrefixOption, SuffixOption, sizes
+from visattn.cli.measured import PlotOption, SaveOption, check_files, give, say_who_cannot
+from visattn.cli.options import ForceOption, JsonOption, PrefixOption, SuffixOption, sizes, unused
 
 if TYPE_CHECKING:
     from visattn.bench import Case, Result
@@ -29,7 +29,7 @@ def bench(
     suffix: SuffixOption = 0,
     batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
     heads: Annotated[int, typer.Option(help="Heads.")] = 4,
-    dim: Annotated[int, typer.Option(help="Channels per head.")] = 64,
+    dim: Annotated[int, typer.Option("--head-dim", "--dim", help="Channels per head.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Like cpu or cuda:1; auto takes a GPU if there is one.")] = "auto",
     backend: Annotated[str, typer.Option(help="Names with commas; all is every one but the reference.")] = "all",
@@ -57,6 +57,7 @@ def bench(
         timed = bench_suite.run(suite, device, backend, budget, repeats, patience, json, **options)
         give(timed, bench_suite.show, bench_suite.charts, save, plot, json)
         return
+    unused("for --suite", budget=budget != 120.0)
     if not patterns:
         raise ValueError("pass a pattern with --grid, the name of a suite, or --suite longca or cab")
     grids = [sizes(part, "--grid") for part in grid.split(",")] if grid else []
@@ -84,14 +85,10 @@ def _cases(
     """Every case, checked before any is timed, and the names of the backends."""
     import dataclasses
 
-    import torch
-
     from visattn.bench import backend_names, cases, check_case
-    from visattn.environment import check_device
+    from visattn.environment import chosen_device
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    device = chosen_device(device)
     names = backend_names(backend)
     found = [dataclasses.replace(case, device=device, **options) for case in cases(patterns, grids, *dense)]
     for case in found:
@@ -158,9 +155,7 @@ def _print(results: Sequence[Result]) -> None:
             bounds = f"{result.flop_bound:.1f}x by visible pairs, {result.tile_bound:.1f}x by visited tiles"
             typer.echo(f"density {result.density:.2%}, bounds on the gain: {bounds}")
         console.print(_table(result))
-        for line in result.lines:
-            if line.timing is None:
-                typer.echo(f"{line.backend} cannot run it: {line.reason}")
+        say_who_cannot([line for line in result.lines if line.timing is None])
         typer.echo()
 
 

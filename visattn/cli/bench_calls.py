@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from visattn.cli.measured import say_who_cannot
+
 if TYPE_CHECKING:
     from visattn.bench import Case
     from visattn.calls import CallTimes
@@ -45,9 +47,7 @@ def show(results: Sequence[CallTimes]) -> None:
     for result in results:
         typer.echo(f"{result.case}, {result.case.layout.length} tokens")
         console.print(_table(result))
-        for line in result.lines:
-            if line.reason:
-                typer.echo(f"{line.backend} cannot run it: {line.reason}")
+        say_who_cannot([line for line in result.lines if line.reason])
         typer.echo()
     for pattern in dict.fromkeys(result.case.pattern for result in results):
         found = crossings([result for result in results if result.case.pattern == pattern])

@@ -41,14 +41,10 @@ def bench_model(
 def _run(
     name: str, sides: Sequence[int], pattern: str, batch: int, repeats: int, device: str, backend: str, quiet: bool
 ) -> list[Comparison]:
-    import torch
-
-    from visattn.environment import check_device
+    from visattn.environment import chosen_device
     from visattn.models.measure import check_size, compare
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    device = chosen_device(device)
     for side in sides:
         check_size(name, side)
     results: list[Comparison] = []

@@ -16,15 +16,11 @@ def run(
     name: str, device: str, backend: str, budget: float, repeats: int, patience: float, quiet: bool, **options: Any
 ) -> list[Measured]:
     """Time a suite within a budget of seconds."""
-    import torch
-
     from visattn.bench import backend_names
-    from visattn.environment import check_device
+    from visattn.environment import chosen_device
     from visattn.suites import run_suite, suite
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    device = chosen_device(device)
     names, entries = backend_names(backend), suite(name, device, **options)
 
     def tell(number: int, entry: Entry) -> None:

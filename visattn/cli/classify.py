@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visattn.cli.options import JsonOption, print_json
+from visattn.cli.options import JsonOption, print_json, unused
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,10 @@ def classify(
     """Print the most likely classes of an image, or what a probe learns of a folder of images."""
     from visattn.clients.transformers.load import is_of_transformers
 
+    if probe:
+        unused("of the classes of one image, and --probe learns from a folder", top=top != 5)
+    else:
+        unused("for --probe", queries=queries != 32, epochs=epochs != 90, rate=rate != 0.1)
     if is_of_transformers(model):
         if probe:
             raise ValueError(f"--probe is for models of timm, and {model} is one of transformers")

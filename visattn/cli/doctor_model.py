@@ -104,10 +104,14 @@ def _examine_timm(name: str) -> dict[str, Any]:
     import torch
 
     import visattn.models  # registers backbones  # noqa: F401
+    from visattn.models.load import check_known
     from visattn.models.swap.sites import find_sites
 
-    if not timm.is_model(name):
-        raise ValueError(f"{name!r} is neither a folder nor a model of timm {timm.__version__}: see `visattn models`")
+    if any(mark in name for mark in "/\\."):
+        raise ValueError(
+            f"folder {name} does not exist: name that of a diffusers pipeline or model, or a model of timm"
+        )
+    check_known(name)
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
     found = {"part": "", "class": type(model).__name__, "family": "timm", "tokens": "", "sites": [], "grid": ""}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -40,6 +39,7 @@ from visattn.cli.generate_options import (
     parse_steps,
     pixels,
 )
+from visattn.cli.loading import is_watched, loaded_pipeline, no_loading_bars
 from visattn.cli.options import ForceOption, JsonOption, print_json
 from visattn.report_text import mean_density, named
 
@@ -55,6 +55,8 @@ WRITTEN = (
     *("sparse-*.png", "dense-*.png", "comparison.png", "*-???.mp4", "*-???.webp", "comparison.webp", "sheet-*.png"),
     *("report.json", "report.html"),
 )
+# What is said of them: these before the others, and so many in all.
+FIRST, SHOWN = ("report.html", "comparison.png", "comparison.webp"), 4
 
 
 @generate.callback()
@@ -205,7 +207,6 @@ def _generate(
     Without a folder nothing is written or shown: another process does that.
     """
     from visattn.pipelines.generate import VIDEO, Settings, check, run_all
-    from visattn.pipelines.load import load_pipeline
     from visattn.pipelines.report.compare import frame_rate, summarize, write
     from visattn.pipelines.report.video_files import need_encoder
     from visattn.trained import load_trained
@@ -216,14 +217,10 @@ def _generate(
         load_trained(Path(settings.weights))
     if settings.output == VIDEO:
         need_encoder()
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    progress = folder is not None and sys.stderr.isatty()
+    progress = folder is not None and is_watched()
     if not progress:
-        _no_progress_bars()
-    pipe = load_pipeline(model, device, dtype)
+        no_loading_bars()
+    pipe = loaded_pipeline(model, device, dtype, bars=progress)
     with _warnings_told():
         check(pipe, settings)
     runs = list(run_all(pipe, settings, progress=progress))
@@ -231,15 +228,6 @@ def _generate(
     if folder is not None:
         write(folder, summary, runs, fps or frame_rate(pipe))
     return summary
-
-
-def _no_progress_bars() -> None:
-    """Loading shows none, neither of diffusers nor of transformers, where that is installed."""
-    import importlib.util
-
-    for library in ("diffusers", "transformers"):
-        if importlib.util.find_spec(library) is not None:
-            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
 @contextmanager
@@ -282,8 +270,12 @@ def _print(summary: dict[str, Any], out: Path) -> None:
 
     attention, what = summary["attention"], summary["settings"]["output"]
     density = "" if summary["density"] is None else f", density {summary['density']:.1%}"
+    # Without a pattern there is one run, and nothing in it is sparse.
+    own = summary["pattern"] == "dense" and "speedup" not in summary
     typer.echo(
-        f"{summary['pattern']} at {attention['sites_hit']} of {attention['sites_patched']} attention modules, "
+        f"the model's own attention, dense, at {attention['sites_patched']} modules"
+        if own
+        else f"{summary['pattern']} at {attention['sites_hit']} of {attention['sites_patched']} attention modules, "
         f"{attention['hits']} calls{density}"
     )
     for reason, number in attention["fallbacks"].items():
@@ -291,7 +283,8 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     for line in site_table(attention["sites"]):
         typer.echo(line)
     for kind, times in summary["times"].items():
-        typer.echo(f"{kind:<8}{times['seconds']:.2f} s per {what}, {times['attention_seconds']:.2f} s in attention")
+        name = "dense" if own else kind
+        typer.echo(f"{name:<8}{times['seconds']:.2f} s per {what}, {times['attention_seconds']:.2f} s in attention")
     if attention.get("moved"):
         typer.echo(f"sent    {attention['moved'] / 1e6:.1f} MB by this process to others")
     if "speedup" in summary:
@@ -306,9 +299,16 @@ def _print(summary: dict[str, Any], out: Path) -> None:
         typer.echo(f"quality {decibel}{similar}{far} against the dense twin")
     if summary["busy"]:
         typer.echo(f"warning {summary['busy']}")
-    files = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-    shown = files if len(files) <= 4 else [files[0], f"... {len(files) - 3} more", *files[-2:]]
-    typer.echo(f"written {out}: {', '.join(shown)}")
+    typer.echo(f"written {out}: {_files(out)}")
+
+
+def _files(out: Path) -> str:
+    """The files of a folder in words: those that show the most first, not all of many."""
+    found = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    first = [name for name in FIRST if name in found]
+    ordered = first + [name for name in found if name not in first]
+    more = len(ordered) - SHOWN
+    return ", ".join(ordered if more <= 1 else [*ordered[:SHOWN], f"and {more} more"])
 
 
 def site_table(sites: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from visattn.cli.options import sizes
-
 PatternOption = Annotated[
     str, typer.Option(help='Like "na(window=9x9)", or a .json or .yaml file with a pattern per layer.')
 ]
@@ -53,7 +51,7 @@ ParallelOption = Annotated[
 DtypeOption = Annotated[str | None, typer.Option(help="float32 (the CPU's default), bfloat16 (elsewhere), float16.")]
 
 
-def parse_labels(text: str | None) -> tuple[int, ...]:
+def parse_labels(text: str | None, option: str = "--label") -> tuple[int, ...]:
     """`0,3,7` and `0-9` as whole numbers.
 
     Raises:
@@ -65,7 +63,7 @@ def parse_labels(text: str | None) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise ValueError(f"--label {text!r} must be whole numbers like 3 or 0,3,7 or 0-9")
+            raise ValueError(f"{option} {text!r} must be whole numbers like 3 or 0,3,7 or 0-9")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return tuple(found)
 
@@ -94,7 +92,7 @@ def pixels(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    height, *others = sizes(text, "--size")
-    if len(others) > 1:
-        raise ValueError(f"--size {text!r} must be a side like 64, or height x width like 512x768")
-    return height, others[0] if others else height
+    found = re.fullmatch(r"0*([1-9]\d*)(?:x0*([1-9]\d*))?", text.strip().lower())
+    if found is None:
+        raise ValueError(f"--size {text!r} must be a side in pixels like 64, or height x width like 512x768")
+    return int(found[1]), int(found[2] or found[1])

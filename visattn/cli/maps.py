@@ -19,13 +19,19 @@ from visattn.cli.generate_options import (
     parse_labels,
     pixels,
 )
-from visattn.cli.options import ForceOption, JsonOption, position, print_json
+from visattn.cli.options import ForceOption, JsonOption, position, print_json, unused
+from visattn.files import output_folder
 
 if TYPE_CHECKING:
     from visattn.cli.maps_models import Subject
     from visattn.maps.shown import Shown
 
 IMPORTANCE = ("gradient", "pruning", "none")
+# The globs of what maps/written.py writes.
+WRITTEN = (
+    *("maps.html", "maps.json", "schedule.json", "candidates.txt", "heads.png", "kept.png", "similarity.png"),
+    *("rollout.png", "rows-???.png", "read-???.png", "offsets-???.png"),
+)
 
 
 def maps(
@@ -61,7 +67,7 @@ def maps(
     frames: Annotated[int | None, typer.Option(help="Frames of a video; the model's own.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Of a timm model: weights, random without.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Download weights of an image model.")] = False,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -75,36 +81,41 @@ def maps(
         last = "the last" if steps is None else str(steps - 1)
         raise ValueError(f"--step {step} must be from 0 to {last}")
     at: Any = query if query == "cls" else position(query)
-    _check_folder(out, force)
-    import visattn
-
-    for each in pattern or ():
-        visattn.parse(each)
+    _check_patterns(pattern or [])
     settings = {"prompts": tuple(prompt or ()), "labels": parse_labels(label), "seed": seed, "steps": steps}
     settings |= {"guidance": guidance, "size": pixels(size), "frames": frames}
     chosen = {"pattern": tuple(pattern or ()), "layers": layers, "query": at, "mass": mass, "importance": importance}
     from visattn.cli.maps_shown import of_file, of_model
 
-    if Path(model).suffix == ".safetensors" and not images:
-        shown = of_file(Path(model), step, chosen)
-    else:
-        subject = _subject(model, images or [], settings, step, checkpoint, pretrained, device, dtype)
-        shown = of_model(subject, chosen, lambda what: None if json else typer.echo(what, err=True))
-    out.mkdir(parents=True, exist_ok=True)
-    from visattn.maps.written import write
+    recorded = Path(model).suffix == ".safetensors" and not images
+    if recorded:
+        unused(
+            "for models that run, and a file of recorded calls is only read",
+            **{"prompt": prompt, "label": label, "seed": seed, "steps": steps, "guidance": guidance, "size": size},
+            **{"frames": frames, "checkpoint": checkpoint, "pretrained": pretrained, "dtype": dtype},
+        )
+    with output_folder(out, force, WRITTEN) as folder:
+        if recorded:
+            shown = of_file(Path(model), step, chosen)
+        else:
+            subject = _subject(model, images or [], settings, step, checkpoint, pretrained, device, dtype)
+            shown = of_model(subject, chosen, lambda what: None if json else typer.echo(what, err=True))
+        from visattn.maps.written import write
 
-    made = write(out, shown)
+        made = [path.name for path in write(folder, shown)]
     if json:
-        print_json({"folder": str(out), "files": [path.name for path in made]} | shown.overview.to_dict())
+        print_json({"folder": str(out), "files": made} | shown.overview.to_dict())
         return
     _say(out, shown)
 
 
-def _check_folder(out: Path, force: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise ValueError(f"--out {out} has files in it: give an empty folder, or --force to write among them")
+def _check_patterns(texts: list[str]) -> None:
+    """Raise a ValueError for what is no pattern, or one that keeps no mass on any grid, before a model is loaded."""
+    from visattn.maps.measures import check_selecting
+    from visattn.patterns import parse
+
+    for each in texts:
+        check_selecting(parse(each))
 
 
 def _subject(
@@ -119,9 +130,9 @@ def _subject(
 ) -> Subject:
     from visattn.cli.maps_models import TIMM, of_pipeline, of_timm, of_transformers
     from visattn.clients.transformers.load import is_of_transformers
-    from visattn.environment import check_device
+    from visattn.environment import chosen_device
 
-    check_device(device)
+    device = chosen_device(device)
     side = None if settings["size"] is None else settings["size"][0]
     if not images:
         if model.startswith(TIMM) or (Path(model) / "config.json").is_file():
@@ -129,9 +140,17 @@ def _subject(
         if checkpoint is not None or pretrained:
             raise ValueError(f"--checkpoint and --pretrained are for models of images, and {model} got none")
         return of_pipeline(model, device, dtype, settings, step)
-    if dtype not in (None, "float32") or step or settings["prompts"] or settings["labels"]:
-        raise ValueError("--dtype, --step, --prompt and --label are for pipelines, which take no image files")
+    unused(
+        "for pipelines, which take no image files",
+        **{"dtype": dtype not in (None, "float32"), "step": step, "prompt": settings["prompts"]},
+        **{"label": settings["labels"], **{name: settings[name] for name in ("seed", "steps", "guidance", "frames")}},
+    )
+    if settings["size"] is not None and len(set(settings["size"])) > 1:
+        raise ValueError(f"--size {'x'.join(map(str, settings['size']))}: models of images take squares: give one side")
+    if checkpoint is not None and pretrained:
+        raise ValueError("--checkpoint and --pretrained both give weights: pass one of them")
     if is_of_transformers(model):
+        unused(f"for models of timm, and {model} of transformers has its weights", checkpoint=checkpoint)
         return of_transformers(model, images, pretrained, side, device)
     return of_timm(model.removeprefix(TIMM), images, checkpoint, pretrained, side, device)
 
@@ -144,5 +163,6 @@ def _say(out: Path, shown: Shown) -> None:
     for name, density in {**overview.patterns, "dense": 1.0}.items():
         count = sum(each == name for heads_of in table.values() for each in heads_of)
         if count:
-            typer.echo(f"  {count:>4} heads bear {name} at most ({density:.1%} of all pairs)")
+            heads_bear = "head bears" if count == 1 else "heads bear"
+            typer.echo(f"  {count:>4} {heads_bear} {name} and nothing sparser ({density:.1%} of all pairs)")
     typer.echo(f"  {out / 'schedule.json'} for apply and generate --pattern, {out / 'candidates.txt'} for tune")

@@ -80,13 +80,12 @@ def of_pipeline(name: str, device: str, dtype: str | None, settings: dict[str, A
 
     import numpy as np
 
+    from visattn.cli.loading import loaded_pipeline
     from visattn.pipelines.at_step import at_step
     from visattn.pipelines.generate import IMAGE, VIDEO, Settings, call_arguments, check
-    from visattn.pipelines.load import load_pipeline
     from visattn.pipelines.report.video_files import to_picture
 
-    pipe: Any = load_pipeline(name, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loaded_pipeline(name, device, dtype, bars=True)
     output = VIDEO if "num_frames" in inspect.signature(pipe.__call__).parameters else IMAGE
     chosen = Settings(pattern="dense", output=output, **settings)
     check(pipe, chosen)

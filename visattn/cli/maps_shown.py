@@ -39,6 +39,7 @@ def of_model(subject: Subject, chosen: dict[str, Any], tell: Callable[[str], Non
     options = {"layers": chosen["layers"]}
     tell("looking at its attention")
     calls = maps.calls(subject.model, subject.forward, **options)
+    check_query(calls, chosen["query"])
     found: dict[str, Any] = {}
     pruned: dict[str, maps.Pruned] = {}
     words = ""
@@ -59,6 +60,19 @@ def of_model(subject: Subject, chosen: dict[str, Any], tell: Callable[[str], Non
     return replace(shown, pruned={site: each.to_dict() for site, each in pruned.items()})
 
 
+def check_query(calls: list[Recorded], query: Any) -> tuple[int, tuple[int, ...]]:
+    """The token of a query on the largest grid of a model, and that grid.
+
+    Raises:
+        ValueError: If it is not there; before anything is computed.
+    """
+    from visattn.maps.look import query_token
+
+    grids = [call.layout.grid for call in calls]
+    largest = max(grids, key=lambda grid: (len(grid), grid))
+    return query_token(query, calls[grids.index(largest)].layout, largest), largest
+
+
 def _shown(
     title: str,
     about: str,
@@ -70,14 +84,11 @@ def _shown(
 ) -> Shown:
     from visattn import maps
     from visattn.maps.heat import plane
-    from visattn.maps.look import default_patterns, details, query_token, rolled_out
+    from visattn.maps.look import default_patterns, details, rolled_out
     from visattn.maps.shown import Shown
 
-    grids = [call.layout.grid for call in calls]
-    largest = max(grids, key=lambda grid: (len(grid), grid))
     query, sample = chosen["query"], 0 if subject is None else subject.sample
-    # Before anything is computed.
-    token = query_token(query, calls[grids.index(largest)].layout, largest)
+    token, largest = check_query(calls, query)
     patterns = chosen["pattern"] or default_patterns(largest)
     found = maps.overview(calls, patterns, importance=importance)
     rows_of = chosen["pattern"][0] if chosen["pattern"] else None

@@ -23,6 +23,35 @@ class Measured(Protocol):
         ...
 
 
+class Unable(Protocol):
+    """A backend that cannot run a case."""
+
+    @property
+    def backend(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it cannot."""
+        ...
+
+    @property
+    def other(self) -> bool:
+        """Whether it is made for patterns of another kind."""
+        ...
+
+
+def say_who_cannot(lines: Sequence[Unable]) -> None:
+    """Say why backends cannot run a case; of all that are made for other patterns in one line."""
+    others = [line.backend for line in lines if line.other]
+    for line in lines:
+        if not line.other or len(others) == 1:
+            typer.echo(f"{line.backend} cannot run it: {line.reason}")
+    if len(others) > 1:
+        typer.echo(f"made for other patterns: {', '.join(others)}")
+
+
 Row = TypeVar("Row", bound=Measured)
 
 

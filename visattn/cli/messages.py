@@ -38,7 +38,7 @@ class Messages:
 
 @contextmanager
 def held_messages() -> Iterator[Messages]:
-    """Hold what other libraries warn of and log until the end of the block; our own warnings come at once."""
+    """Hold what other libraries warn of and log until the end of the block; our warnings are a line each, at once."""
     messages = Messages()
     logger_class, shown = logging.getLoggerClass(), warnings.showwarning
 
@@ -47,11 +47,12 @@ def held_messages() -> Iterator[Messages]:
             own = super().callHandlers
             messages.hold(lambda: own(record))
 
-    def showwarning(*args: Any, **kwargs: Any) -> None:
+    def showwarning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
         if _warns_itself():
-            shown(*args, **kwargs)
+            # As errors are: a line, without the place in the code that it comes from.
+            print(f"visattn: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
         else:
-            messages.hold(lambda: shown(*args, **kwargs))
+            messages.hold(lambda: shown(message, *args, **kwargs))
 
     # Libraries are imported by the commands, so their loggers are made from here on.
     logging.setLoggerClass(HoldingLogger)

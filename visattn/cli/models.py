@@ -8,58 +8,66 @@ import typer
 
 from visattn.cli.options import JsonOption, print_json
 
+TITLES = {
+    "backbones": "backbones that visattn adds to timm:",
+    "swappable": "attention of timm that apply() can swap:",
+    "diffusers": "models of diffusers that apply() can patch:",
+    "unknown": "models of diffusers without a record; with attention, apply(..., layout=Layout(grid, prefix, suffix)):",
+    "transformers": "vision towers of transformers that apply() can patch, by folder:",
+    "no pattern": "folders of transformers that have no pattern:",
+}
+
 
 def models(
-    filter: Annotated[str, typer.Option("--filter", help="Only names that match, like 'dinat*'.")] = "*",
+    filter: Annotated[str, typer.Option("--filter", help="Only names that match, like 'dinat*' or '*Wan*'.")] = "*",
     json: JsonOption = False,
 ) -> None:
     """List the backbones that visattn adds to timm, and what of timm, diffusers and transformers it can patch."""
-    found = _found(filter)
+    found = {title: _matching(rows, filter) for title, rows in _found().items()}
+    if not any(found.values()):
+        raise ValueError(
+            f"nothing here matches --filter {filter!r}: pass a name of a model, class or family with * for anything, "
+            "like 'dinat*' or '*Wan*'"
+        )
     if json:
         print_json(found)
         return
-    for family, names in found["backbones"].items():
-        typer.echo(f"{family:<12} {' '.join(names)}")
-    typer.echo("\nattention of timm that apply() can swap:")
-    for name, models in found["swappable"].items():
-        typer.echo(f"  {name:<58} {models}")
-    typer.echo("\nmodels of diffusers that apply() can patch:")
-    for name, classes in found["diffusers"].items():
-        typer.echo(f"  {name:<58} {' '.join(classes)}")
-    typer.echo("\nvision towers of transformers that apply() can patch, by folder:")
-    for name, models in found["transformers"].items():
-        typer.echo(f"  {name:<58} {models}")
-    typer.echo("\nfolders of transformers that have no pattern:")
-    for name, why in found["no pattern"].items():
-        typer.echo(f"  {name:<58} {why}")
-    typer.echo(
-        "\nmodels of diffusers without a record; where attention is, apply(..., layout=Layout(grid, prefix, suffix)):"
-    )
-    for name, why in found["unknown"].items():
-        typer.echo(f"  {name:<58} {why}")
+    for i, (title, rows) in enumerate((title, found[title]) for title in TITLES if found[title]):
+        typer.echo(("\n" if i else "") + TITLES[title])
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            typer.echo(f"  {name:<{width}}  {value if isinstance(value, str) else ' '.join(value)}")
 
 
-def _found(pattern: str) -> dict[str, Any]:
-    """Backbones by family, and models by swappable class.
+Rows = dict[str, str | list[str]]
 
-    Raises:
-        ValueError: If no backbone matches.
-    """
+
+def _matching(rows: Rows, pattern: str) -> Rows:
+    """The rows whose name or text matches, whatever the case; of lists of names those that match, or all of a match."""
     import fnmatch
 
+    def matches(text: str) -> bool:
+        return fnmatch.fnmatchcase(text.lower(), pattern.lower())
+
+    kept: Rows = {}
+    for name, value in rows.items():
+        if isinstance(value, str):
+            kept |= {name: value} if matches(name) or matches(value) else {}
+        else:
+            names = value if matches(name) else [each for each in value if matches(each)]
+            kept |= {name: names} if names else {}
+    return kept
+
+
+def _found() -> dict[str, Rows]:
+    """Backbones by family, models by swappable class, and the same of diffusers and transformers."""
     import timm
 
     import visattn.models
     from visattn.models.swap.records import RECORDS
 
-    families = {family: timm.list_models(module=family) for family in visattn.models.__all__}
-    kept = {family: fnmatch.filter(names, pattern) for family, names in families.items()}
-    kept = {family: names for family, names in kept.items() if names}
-    if not kept:
-        every = ", ".join(name for names in families.values() for name in names)
-        raise ValueError(f"no backbone matches {pattern!r}; there are {every}")
     return {
-        "backbones": kept,
+        "backbones": {family: timm.list_models(module=family) for family in visattn.models.__all__},
         "swappable": {name: record.models for name, record in RECORDS.usable().items()},
         **_diffusers(),
         **_transformers(),

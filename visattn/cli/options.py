@@ -85,6 +85,21 @@ def position(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in re.split("[x,]", text))
 
 
+def unused(why: str, **given: Any) -> None:
+    """Refuse options that would be passed over without a word.
+
+    Args:
+        why: Why they mean nothing here, as in "--top is of ...".
+        given: Options by name; those that are not empty were given.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if names:
+        raise ValueError(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} {why}: leave that out")
+
+
 def print_json(value: Any) -> None:
     """Pure JSON on stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")

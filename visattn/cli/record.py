@@ -19,6 +19,7 @@ from visattn.cli.generate_options import (
     parse_labels,
     pixels,
 )
+from visattn.cli.loading import loaded_pipeline
 from visattn.cli.options import ForceOption, JsonOption, output_file, print_json
 
 
@@ -36,15 +37,17 @@ def record(
     guidance: GuidanceOption = None,
     size: SizeOption = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a video; the model's own.")] = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Record queries, keys and values of attention at some denoising steps, to look at what patterns list for them."""
-    labels, wanted = parse_labels(label), [*dict.fromkeys(parse_labels(at))]
+    labels, wanted = parse_labels(label), [*dict.fromkeys(parse_labels(at, "--at"))]
     if samples < 1 or limit < 1:
         raise ValueError(f"--samples {samples} and --limit {limit} must be at least 1")
+    if steps is not None and max(wanted) >= steps:
+        raise ValueError(f"--at {at} must be of steps from 0 to {steps - 1}: there are --steps {steps}")
     output_file(out, (".safetensors",), force)
     settings = {"prompts": tuple(prompt or ()), "labels": labels, "seed": seed, "steps": steps, "guidance": guidance}
     settings |= {"size": pixels(size), "frames": frames}
@@ -73,12 +76,10 @@ def _record(
     import inspect
 
     from visattn.pipelines.generate import IMAGE, VIDEO, Settings, call_arguments, check
-    from visattn.pipelines.load import load_pipeline
     from visattn.pipelines.record import record as run
     from visattn.recorded import save_recorded
 
-    pipe: Any = load_pipeline(model, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loaded_pipeline(model, device, dtype, bars=True)
     output = VIDEO if "num_frames" in inspect.signature(pipe.__call__).parameters else IMAGE
     chosen = Settings(pattern="dense", output=output, **settings)
     check(pipe, chosen)

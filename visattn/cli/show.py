@@ -19,6 +19,7 @@ from visattn.cli.options import (
     position,
     tiles,
     tokens,
+    unused,
 )
 
 
@@ -46,6 +47,9 @@ def show(
     if pattern.lower().endswith(".json"):
         from visattn.cli.show_schedule import show_schedule
 
+        sides = {"prefix": prefix, "suffix": suffix, "key_prefix": key_prefix, "key_suffix": key_suffix}
+        drawn = {"grid": grid, "query": query, "tile": tile, "key_grid": key_grid, "out": out != Path("mask.png")}
+        unused(f"for the picture of a pattern, and {pattern} is shown as a table in the terminal", **drawn, **sides)
         show_schedule(Path(pattern))
         return
     if grid is None:

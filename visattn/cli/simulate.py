@@ -19,6 +19,7 @@ from visattn.cli.options import (
     print_json,
     tiles,
     tokens,
+    unused,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def simulate(
     heads: Annotated[int, typer.Option(min=1, help="With --gpu: query heads.")] = 24,
     head_dim: Annotated[int, typer.Option(min=1, help="With --gpu: channels per head.")] = 128,
     gpus: Annotated[
-        int | None, typer.Option(help="With --gpu: a layer on 1 to so many GPUs, strong and weak scaling.")
+        int | None,
+        typer.Option(min=2, help="A layer on 1 to so many GPUs (h100 without --gpu), strong and weak scaling."),
     ] = None,
     parallel: Annotated[str, typer.Option(help="With --gpus: halo or ulysses.")] = "halo",
     link: Annotated[str, typer.Option(help="With --gpus: nvlink, pcie or ib.")] = "nvlink",
@@ -59,6 +61,14 @@ def simulate(
 
     layout = tokens(grid, prefix, suffix, key_grid, key_prefix, key_suffix)
     box = tiles(tile)
+    if gpus is None:
+        unused("for --gpus", parallel=parallel != "halo", link=link != "nvlink", layers=layers != 1)
+    if gpus is None and gpu is None:
+        unused("for --gpu or --gpus", heads=heads != 24, head_dim=head_dim != 128)
+    else:
+        unused("not for times on GPUs, whose kernels have tiles of their own", advise=advise, tile=tile)
+    if not advise:
+        unused("for --advise", volume=volume != 64)
     if gpus is not None:
         from visattn.kernels.triton.scaling import scaling
 
@@ -66,8 +76,6 @@ def simulate(
         found = scaling(pattern, layout, gpus, parallel, (gpu or "h100").lower(), link.lower(), **shape)
         print_json(found.to_dict()) if json else _print_scaling(found, layers)
     elif gpu is not None:
-        if advise:
-            raise ValueError("--gpu and --advise are two questions: pass one of them")
         from visattn.kernels.triton.estimate import estimate
 
         expected = estimate(pattern, layout, gpu.lower(), heads=heads, head_dim=head_dim)

@@ -70,7 +70,7 @@ def tune(
     size: SizeOption = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a video; the model's own.")] = None,
     batch: Annotated[int, typer.Option(help="Samples at once.")] = 4,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     journal: Annotated[
         Path | None, typer.Option(help="Measurements so far, for this and other goals; OUT with .jsonl.")
@@ -146,8 +146,10 @@ def _check(
             f"--pictures and --accuracy are for a timm model, like timm:vit_small_patch14_dinov2: {model} is "
             f"{'one, pass --pictures' if of_timm else 'none'}"
         )
-    if (speedup is not None and speedup <= 1) or not 0 < share <= 1:
-        raise ValueError(f"--speedup {speedup} must be above 1, and --share {share} from above 0 to 1")
+    if speedup is not None and speedup <= 1:
+        raise ValueError(f"--speedup {speedup:g} must be above 1: how many times faster attention has to be")
+    if not 0 < share <= 1:
+        raise ValueError(f"--share {share:g} must be above 0 and at most 1: a part of the samples")
     if minutes < 0:
         raise ValueError(f"--minutes {minutes:g} must be above 0, or 0 for no limit")
 
@@ -163,11 +165,10 @@ def _goes_on(journal: Path) -> Iterator[None]:
 
 
 def _pipeline(model: str, device: str, dtype: str | None, samples: tuple[Any, ...], only: Only) -> Subject:
-    from visattn.pipelines.load import load_pipeline
+    from visattn.cli.loading import loaded_pipeline
     from visattn.pipelines.tuning.subject import PipelineSubject, Samples
 
-    pipe: Any = load_pipeline(model, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loaded_pipeline(model, device, dtype, bars=False)
     return PipelineSubject(pipe, Samples(*samples), model, only=only)
 
 
@@ -181,12 +182,13 @@ def _backbone(
 ) -> Subject:
     """A model of timm, and what it sees: a folder of pictures, their size, and whether they need labels."""
     pictures, size, labelled = seen
+    from visattn.environment import chosen_device
     from visattn.models.load import create_with_weights
     from visattn.models.tuning.pictures import Pictures
     from visattn.models.tuning.subject import BackboneSubject
 
     side = None if size is None else size[0]
-    net = create_with_weights(model.removeprefix("timm:"), checkpoint, False, side, None).to(device)
+    net = create_with_weights(model.removeprefix("timm:"), checkpoint, False, side, None).to(chosen_device(device))
     found = Pictures.of_folder(pictures, net, side)
     if labelled and found.labels is None:
         raise ValueError(f"--accuracy needs classes: give {pictures} a subfolder with the images of each")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +20,19 @@ from visattn.selectors import Layers
 
 # Heads to keep: merged by their mean, or the ones whose output weighs the most.
 CHOICES = ("mean", "norm")
+
+
+# An attribute of layers that a conversion made.
+MARK = "visattn_converted"
+
+
+class Change(NamedTuple):
+    """An attribute that a conversion set: whose, its name, what was there, and what is there now."""
+
+    owner: Any
+    name: str
+    before: Any
+    made: Any
 
 
 class Converted(NamedTuple):
@@ -91,7 +106,7 @@ class HeadConversion:
         modules: What became of each attention module, in the order of the model.
     """
 
-    def __init__(self, modules: tuple[Converted, ...], undo: Sequence[tuple[Any, str, Any]]) -> None:
+    def __init__(self, modules: tuple[Converted, ...], undo: Sequence[Change]) -> None:
         self.modules = modules
         self._undo = list(undo)
 
@@ -101,15 +116,23 @@ class HeadConversion:
         return "\n".join([*lines, f"all: parameters of projections {before:,} -> {after:,}"])
 
     def remove(self) -> None:
-        """Put the original layers back, by identity, on the device of those in their place; a second call does nothing.
+        """Put the original layers back, by identity, with device and dtype of those in their place.
 
-        Remove the handle of an `apply` whose pattern has parameters before: they are of the fewer heads.
+        A second call does nothing. Remove the handle of an `apply` whose pattern has parameters before: they are of the
+        fewer heads.
+
+        Raises:
+            ValueError: If the model was converted again since: what was made last is removed first.
         """
+        for owner, name, _, made in self._undo:
+            there = getattr(owner, name)
+            if there is not made and getattr(there, MARK, False):
+                raise ValueError(f"{name} was converted again since: remove() what convert_heads gave last first")
         while self._undo:
-            owner, name, value = self._undo.pop()
+            owner, name, value, _ = self._undo.pop()
             if isinstance(value, nn.Module):
                 there = getattr(owner, name)
-                value.to(there.weight.device)
+                value.to(there.weight.device, there.weight.dtype)
             setattr(owner, name, value)
 
     def __enter__(self) -> HeadConversion:
@@ -157,20 +180,24 @@ def convert_heads(
         What changed; it undoes the conversion.
 
     Raises:
-        ValueError: If the model has no such module or is patched, or a number does not fit its heads.
+        ValueError: If the model has no such module, is patched or fused, or a number does not fit its heads.
     """
     wanted = Wanted(query_heads, kv_heads, by, allocation)
     if allocation not in ALLOCATIONS:
         raise ValueError(f"allocation={allocation!r} must be one of {', '.join(ALLOCATIONS)}")
-    if isinstance(by, str) and by not in CHOICES:
+    if by not in CHOICES if isinstance(by, str) else not isinstance(by, Mapping):
         raise ValueError(f"by={by!r} must be one of {', '.join(CHOICES)}, or heads to keep by path")
     if query_heads is None and kv_heads is None:
         raise ValueError("neither query_heads nor kv_heads is given: say which of them are to be fewer")
+    if query_heads is None and isinstance(by, Mapping):
+        raise ValueError("by names heads to keep, of which query_heads says how many: give both, or leave by out")
     if not isinstance(model, nn.Module):
         raise ValueError(f"{type(model).__name__} is no module: pass a model, like pipe.transformer or pipe.unet")
     model = getattr(model, "_orig_mod", model)
     sites = find_sites(model, layers)
-    _check_unpatched(site.module for site in sites)
+    if isinstance(by, Mapping):
+        _check_paths(by, [site.name.path for site in find_sites(model, None)])
+    _check_plain(site.module for site in sites)
     chosen = [(site, _refusal(site, wanted)) for site in sites]
     if all(why for _, why in chosen):
         raise ValueError(f"nothing in {type(model).__name__} can be converted so: {chosen[0][1]}")
@@ -180,7 +207,7 @@ def convert_heads(
 
 
 def _install(made: list[tuple[Site, str, list[tuple[Slot, nn.Module]]]], wanted: Wanted) -> HeadConversion:
-    undo: list[tuple[Any, str, Any]] = []
+    undo: list[Change] = []
     found = []
     for site, why, changes in made:
         slots = [slot for stream in site.streams for slot in _slots(stream)]
@@ -190,13 +217,14 @@ def _install(made: list[tuple[Site, str, list[tuple[Slot, nn.Module]]]], wanted:
             continue
         for slot, layer in changes:
             where, _, name = slot.path.rpartition(".")
-            undo.append((slot.owner.get_submodule(where), name, slot.layer))
+            undo.append(Change(slot.owner.get_submodule(where), name, slot.layer, layer))
+            setattr(layer, MARK, True)
             slot.put(layer)
         queries, keys = wanted.counts(site)
         for names, value in zip(site.counts, (queries, queries * site.head_dim), strict=True):
             for name in names:
                 if hasattr(site.module, name):
-                    undo.append((site.module, name, getattr(site.module, name)))
+                    undo.append(Change(site.module, name, getattr(site.module, name), value))
                     setattr(site.module, name, value)
         found.append(Converted(site.name.path, (site.heads, queries), keys, (before, _size(slots))))
     return HeadConversion(tuple(found), undo)
@@ -214,7 +242,7 @@ def _count(value: int | float | None, site: Site, name: str) -> int:
     """So many heads of a module, or such a share of them."""
     if value is None:
         return site.heads
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     share = good and not isinstance(value, numbers.Integral)
     number = value * site.heads if share else value
     if not good or number != int(number) or not 1 <= number <= site.heads:
@@ -225,8 +253,24 @@ def _count(value: int | float | None, site: Site, name: str) -> int:
     return int(number)
 
 
-def _check_unpatched(modules: Any) -> None:
+def _check_paths(by: Mapping[str, Sequence[int]], paths: list[str]) -> None:
+    unknown = [path for path in by if path not in paths]
+    if unknown:
+        raise ValueError(f"by has heads for {unknown[0]!r}, which is none of the modules: {', '.join(paths)}")
+
+
+def _check_plain(modules: Any) -> None:
+    """Raise a ValueError if something stands for the layers that would be converted."""
     for module in modules:
+        # Older classes of diffusers keep saying that they are fused, and only their processor tells.
+        fused = getattr(module, "fused_projections", False) and (
+            hasattr(module, "unfuse_projections") or type(module.processor).__name__.startswith("Fused")
+        )
+        if fused:
+            raise ValueError(
+                "the projections of the model are fused, and those that would be converted are not used: call "
+                "unfuse_qkv_projections() first"
+            )
         lease = getattr(getattr(module, "processor", None), "__dict__", {}).get("_visattn_lease")
         if "visattn_site" in getattr(module, "__dict__", {}) or (lease is not None and lease.owner is not None):
             raise ValueError("the model is patched: remove() the handle of apply() first, convert, and apply again")
@@ -286,11 +330,15 @@ def _kept(site: Site, wanted: Wanted, queries: int) -> torch.Tensor:
         index = head_norms(site).topk(queries).indices.sort().values
     else:
         given = wanted.by.get(site.name.path)
-        if given is None or len(set(given)) != queries or not all(0 <= head < heads for head in given):
+        try:
+            named = sorted(operator.index(head) for head in given)  # type: ignore[union-attr]
+        except TypeError:
+            named = []
+        if not len(set(named)) == len(named) == queries or not all(0 <= head < heads for head in named):
             raise ValueError(
                 f"by={given!r} for {site.name.path} must name {queries} of its heads, from 0 to {heads - 1}, each once"
             )
-        index = torch.tensor(sorted(given))
+        index = torch.tensor(named)
     return torch.eye(heads, dtype=torch.float64)[index]
 
 

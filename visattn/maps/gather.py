@@ -96,7 +96,9 @@ class Watching:
         try:
             self._handle = apply(model, EVERYTHING, layers=layers, always=True)
         except ValueError as error:
-            raise ValueError(f"no attention of {self.name} can be looked at: {error}") from error
+            # What `apply` advises instead of that pattern is no advice on how to look.
+            why = str(error).replace(str(EVERYTHING), "a call over all its keys").partition(": use ")[0]
+            raise ValueError(f"no attention of {self.name} can be looked at: {why}") from error
 
     def run(self, watcher: Watcher) -> torch.Tensor:
         """Run the forward; a watcher sees its calls."""

@@ -57,7 +57,9 @@ def query_token(query: str | tuple[int, ...] | None, layout: Layout, largest: tu
     at = tuple(n // 2 for n in largest) if query is None else query
     if isinstance(at, str) or len(at) != len(largest) or any(not 0 <= i < n for i, n in zip(at, largest, strict=True)):
         shown = "x".join(map(str, largest))
-        raise ValueError(f"query {query} is not on the grid {shown}: give {len(largest)} indices from 0 with commas")
+        given = query if isinstance(query, str) or query is None else ",".join(map(str, query))
+        last = ",".join(str(n - 1) for n in largest)
+        raise ValueError(f"query {given} is not on grid {shown}: pass {len(largest)} indices from 0 up to {last}")
     if len(layout.grid) != len(largest):
         raise ValueError(f"grids {layout.grid} and {largest} have different axes: choose layers of one")
     token = 0

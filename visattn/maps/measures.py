@@ -128,17 +128,22 @@ def kept(call: Recorded, pattern: Pattern | str, lse: torch.Tensor | None = None
     return (own - lse).exp().clamp(max=1).nan_to_num(0.0)
 
 
+def check_selecting(pattern: Pattern) -> None:
+    """Raise a ValueError for a pattern that is not softmax over some of the keys, whatever the grid."""
+    if not isinstance(pattern, ListedPattern) or pattern.needs_weights:
+        raise ValueError(
+            f"{pattern} is not softmax over some of the keys of each head, so it keeps no mass of dense attention: "
+            "give patterns that select keys, like na(window=9x9) or topk(keep=0.2)"
+        )
+
+
 def selecting(pattern: Pattern, grid: tuple[int, ...]) -> Pattern:
     """The pattern whose log-sum-exp is over what a pattern lists, and nothing else.
 
     Raises:
         ValueError: If it is not softmax over some of the keys.
     """
-    if not isinstance(pattern, ListedPattern) or pattern.needs_weights:
-        raise ValueError(
-            f"{pattern} is not softmax over some of the keys of each head, so it keeps no mass of dense attention: "
-            "give patterns that select keys, like na(window=9x9) or topk(keep=0.2)"
-        )
+    check_selecting(pattern)
     if isinstance(pattern, PooledPattern) and pattern.pool_shape(grid) is not None:
         raise ValueError(f"{pattern} appends pooled keys, which are no keys of dense attention: leave pool out")
     if isinstance(pattern, DynamicPattern) and (pattern.rest, pattern.every) != ("drop", 1):

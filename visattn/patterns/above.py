@@ -137,4 +137,4 @@ class Above(ByText, DynamicPattern):
         else:
             mask = pick_above(scores, seen, self.tau, self.per != "row", variance)
         mask = mask if forced is None else mask | forced
-        return at_most(mask, scores, forced, self.most_listed(blocks))
+        return at_most(mask, scores, seen, forced, self.most_listed(blocks))

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from visattn.layout import Layout
-from visattn.patterns.geometry import Bools, Spans, TilePairs, product_pairs
+from visattn.patterns.geometry import Bools, Spans, TilePairs, check_pairs, product_pairs
 from visattn.tiling import AxisTiles, Ints, Tiling
 
 CHUNK = 256
@@ -139,6 +139,8 @@ def ball_pairs(axes: list[AxisDistance], limit: int, queries: Tiling, keys: Tili
     for axis, q_axis, k_axis in zip(axes, queries.axes, keys.axes, strict=True):
         own = _axis_pairs(axis, limit, q_axis, k_axis)
         found.append(own.blocks)
+        # Which of all combinations are near enough is a byte each, and a sum of eight before that.
+        check_pairs(len(query) * len(own.query) // 8, *queries.axes)
         pick, other = np.nonzero(least[:, None] + own.least < limit)
         query = query[pick] * q_axis.tiles + own.query[other]
         key = key[pick] * k_axis.tiles + own.key[other]

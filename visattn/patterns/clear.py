@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from visattn.patterns.balls import AxisDistance, ball_mask, ball_pairs, distances
 from visattn.patterns.geometry import Bools, TilePairs
 from visattn.patterns.kinds import PooledPattern
-from visattn.patterns.values import PerAxis, aligned, flags, per_axis, whole_numbers
+from visattn.patterns.values import PerAxis, aligned, flags, per_axis, whole_number, whole_numbers
 from visattn.tiling import Tiling
 
 if TYPE_CHECKING:
@@ -46,10 +46,7 @@ class Clear(PooledPattern):
     two_grids: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        radius = whole_numbers(self.radius, "radius", 1)
-        if isinstance(radius, tuple):
-            raise ValueError(f"radius={self.radius!r} must be one whole number: the window is a circle")
-        object.__setattr__(self, "radius", radius)
+        object.__setattr__(self, "radius", whole_number(self.radius, "radius", 1, "the window is a circle"))
         if self.pool is not None:
             object.__setattr__(self, "pool", whole_numbers(self.pool, "pool", 1, also=(-1,)))
         object.__setattr__(self, "circular", flags(self.circular, "circular"))

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from visattn.memory import check_room
 from visattn.tiling import AxisTiles, Ints, Tiling
 
 Bools = NDArray[np.bool_]
+
+# What planning holds of a pair of tiles at once: its two tiles, its mask, and copies of them in other orders.
+PAIR_BYTES = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +96,12 @@ class Spans:
         return (query % self.step == key % self.step) & self.sees(query, key // self.step)
 
 
+def check_pairs(pairs: int, *axes: AxisTiles) -> None:
+    """Raise a ValueError if the lists of so many pairs of tiles of these axes are more than this machine holds."""
+    what = f"listing {pairs:.3g} pairs of tiles on {'x'.join(str(axis.length) for axis in axes)} tokens"
+    check_room(PAIR_BYTES * pairs, what, "take a smaller grid, a narrower pattern or larger tiles")
+
+
 def nearest(query: Ints, queries: int, keys: int, window: int) -> Ints:
     """First of the `window` keys that are nearest to each query, of equally near ones the first; may leave the axis.
 
@@ -115,6 +125,7 @@ def product_pairs(spans: list[Spans], queries: Tiling, keys: Tiling) -> TilePair
     for axis, q_axis, k_axis in zip(spans, queries.axes, keys.axes, strict=True):
         pairs_of = _ring_pairs if axis.circular else _axis_pairs
         q, k, mask, masks = pairs_of(axis, q_axis, k_axis)
+        check_pairs(len(query) * len(q), *queries.axes)
         query = (query[:, None] * q_axis.tiles + q).ravel()
         key = (key[:, None] * k_axis.tiles + k).ravel()
         # Code 0 of an axis is its all-visible mask, so a pair that is full on every axis has code 0.
@@ -140,6 +151,7 @@ def _axis_pairs(spans: Spans, q: AxisTiles, k: AxisTiles) -> tuple[Ints, Ints, I
     # The key tiles of a group are consecutive, so each query tile visits one range of them.
     first = k.group_start[q.group] + low // k.size
     number = np.where(high > low, (high - 1) // k.size - low // k.size + 1, 0)
+    check_pairs(int(number.sum()), q)
     query = np.repeat(np.arange(q.tiles), number)
     key = first[query] + np.arange(len(query)) - np.repeat(np.cumsum(number) - number, number)
 
@@ -173,6 +185,7 @@ def _ring_pairs(spans: Spans, q: AxisTiles, k: AxisTiles) -> tuple[Ints, Ints, I
         there = valid & (stop > start)
         low, high = np.where(there, start, members).min(1), np.where(there, stop, 0).max(1)
         number = np.where(there.any(1), (high - 1) // k.size - low // k.size + 1, 0)
+        check_pairs(int(number.sum()), q)
         query = np.repeat(np.arange(q.tiles), number)
         first = k.group_start[q.group] + low // k.size
         found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,9 +25,9 @@ class KMeans(OrderedPattern):
     """Each cluster of queries sees the clusters of keys that carry a share `p` of its estimated attention.
 
     The estimate of a pair of clusters is tokens * exp(scale centre . centre), so that a cluster counts by its size. The
-    centres start from evenly spaced tokens; where a patched pipeline tells its steps, those of the last step start the
-    next one, per run, module and half of guidance. Source: Yang et al., "Sparse VideoGen2: Accelerate Video Generation
-    with Sparse Attention via Semantic-Aware Permutation" (2025).
+    centres start from evenly spaced valid tokens; where a patched pipeline tells its steps, those of the last step
+    start the next one, per run, module and half of guidance. Source: Yang et al., "Sparse VideoGen2: Accelerate Video
+    Generation with Sparse Attention via Semantic-Aware Permutation" (2025).
 
     Attributes:
         queries: Clusters of queries of a head.
@@ -118,7 +119,7 @@ class KMeans(OrderedPattern):
         before = None if place is None or place.memory is None else place.memory.get((place.key, own))
         found = []
         for i, (x, number) in enumerate(((q, self.queries), (k, self.keys))):
-            begin = first_centres(x, number) if before is None else before[i]
+            begin = first_centres(x, number, valid) if before is None else before[i]
             found.append(k_means(x, begin, self.start if before is None else self.step, valid))
         if place is not None and place.memory is not None:
             place.memory.put((place.key, own), tuple(each.centres for each in found))
@@ -128,7 +129,8 @@ class KMeans(OrderedPattern):
         """The clusters of keys that carry `p`, and the best ones that are seen anyway."""
         value, order = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
         before = torch.nn.functional.pad(value.cumsum(-1)[..., :-1], (1, 0))
-        keep = (before <= self.p) & (value > 0)
+        # All never carry more than all, whatever sums round to.
+        keep = (before <= (self.p if self.p < 1 else math.inf)) & (value > 0)
         listed = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter(3, order, keep)
         least = int(self.floor * scores.shape[3] + 1e-9)
         return listed | pick_number(scores, Seen(), None, least) if least else listed

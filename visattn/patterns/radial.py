@@ -12,7 +12,7 @@ from visattn.layout import Layout
 from visattn.patterns.geometry import Bools, TilePairs
 from visattn.patterns.kinds import StaticPattern
 from visattn.patterns.radial_blocks import block_mask
-from visattn.patterns.values import flag, is_number, real_number, whole_numbers
+from visattn.patterns.values import flag, is_number, real_number, whole_number
 from visattn.tiling import Ints, Tiling
 
 
@@ -52,10 +52,7 @@ class Radial(StaticPattern):
             raise ValueError(f"decay={decay!r} must be a number above 0: the window's width relative to the original")
         object.__setattr__(self, "decay", real_number(decay))
         object.__setattr__(self, "sink", flag(self.sink, "sink"))
-        block = whole_numbers(self.block, "block", 1)
-        if isinstance(block, tuple):
-            raise ValueError(f"block={self.block!r} must be one whole number: blocks are cut from the flat sequence")
-        object.__setattr__(self, "block", block)
+        object.__setattr__(self, "block", whole_number(self.block, "block", 1, "blocks are cut from the flat sequence"))
 
     def check(self, grid: tuple[int, ...]) -> None:
         """Raise a ValueError if the grid has no frame axis."""

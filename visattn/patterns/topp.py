@@ -156,4 +156,4 @@ class TopP(ByText, DynamicPattern):
             first = forced if self.counted else None
             mask = pick_mass(scores, seen, self.p, self.rule == "cover", least, of_all, first)
             mask = mask if forced is None else mask | forced
-        return at_most(mask, scores, forced, self.most_listed(blocks))
+        return at_most(mask, scores, seen, forced, self.most_listed(blocks))

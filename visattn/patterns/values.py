@@ -38,13 +38,16 @@ def whole_numbers(value: Any, name: str, low: int, also: Sequence[int] = ()) -> 
     return tuple(whole) if isinstance(value, Sequence) else whole[0]
 
 
-def whole_number(value: Any, name: str, low: int) -> int:
-    """Check a parameter that is one whole number, never one per axis.
+def whole_number(value: Any, name: str, low: int, why: str = "") -> int:
+    """Check a parameter that is one whole number, never one per axis (for which `why` is the reason).
 
     Raises:
         ValueError: If it is anything else.
     """
-    wrong = ValueError(f"{name}={value!r} must be one whole number of at least {low}")
+    wrong = ValueError(
+        f"{name}={value!r} must be one whole number of at least {low}"
+        + f": {why}" * (bool(why) and isinstance(value, tuple | list))
+    )
     if isinstance(value, tuple | list):
         raise wrong
     try:

@@ -44,12 +44,12 @@ class VerticalSlash(ByText, DynamicPattern):
 
     The exact attention of the last `block` queries says what every column, and every distance to the query, carries.
     As many blocks of columns are listed as their best tokens need for a share `p`, counted in 128 tokens, and as many
-    of diagonals; the first column and the main diagonal always. Where the attention of the mean of the last queries to
-    the means of the blocks is nearer than `tau` to what the blocks of columns carry (the root of the Jensen-Shannon
-    divergence), only `least` of both are listed, and beside them the best pairs of all means that carry no more than
-    `p`. Sources: Lai et al., "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence
-    Inference" (ICLR 2025); with `columns` and `slashes` Jiang et al., "MInference 1.0" (NeurIPS 2024), which sees those
-    tokens alone, where here their blocks are seen.
+    of diagonals; the first column, which is that of the first valid token, and the main diagonal always. Where the
+    attention of the mean of the last queries to the means of the blocks is nearer than `tau` to what the blocks of
+    columns carry (the root of the Jensen-Shannon divergence), only `least` of both are listed, and beside them the best
+    pairs of all means that carry no more than `p`. Sources: Lai et al., "FlexPrefill: A Context-Aware Sparse Attention
+    Mechanism for Efficient Long-Sequence Inference" (ICLR 2025); with `columns` and `slashes` Jiang et al., "MInference
+    1.0" (NeurIPS 2024), which sees those tokens alone, where here their blocks are seen.
 
     Attributes:
         p: Share of the attention, above 0 and at most 1.
@@ -142,18 +142,20 @@ class VerticalSlash(ByText, DynamicPattern):
             own, keys = q[:, :, some], k[:, :, head]
             weights = last_attention(own, keys, blocks.queries[0], valid, scale)
             if self.columns is not None and self.slashes is not None:
-                mask = self._of_tokens(weights, blocks, self.columns, self.slashes)
+                mask = self._of_tokens(weights, blocks, valid, self.columns, self.slashes)
             else:
                 mask = self._of_shares(weights, own, keys, blocks, valid, scale)
             found.append(lists_of(mask & reach, blocks.columns))
         counts = torch.cat([each.counts for each in found if each.counts is not None], 1)
         return Routes(torch.cat([each.tiles for each in found], 1), counts)
 
-    def _of_tokens(self, weights: Weights, blocks: Blocks, columns: int, slashes: int) -> torch.Tensor:
+    def _of_tokens(
+        self, weights: Weights, blocks: Blocks, valid: torch.Tensor | None, columns: int, slashes: int
+    ) -> torch.Tensor:
         """Blocks that the best columns and distances of tokens meet: bool [B, h, rows, columns]."""
         token = torch.arange(blocks.grid[0], device=weights.columns.device)
         side, number = blocks.queries[0], blocks.columns
-        column, slash = tokens_of(weights, columns, slashes)
+        column, slash = tokens_of(weights, columns, slashes, valid)
         sums = [torch.zeros(*column.shape[:2], number + 1, device=column.device) for _ in range(3)]
         vertical = sums[0].index_add(2, token // side, column.to(sums[0].dtype))[..., :number] > 0
         # A distance that is no multiple of a block meets two diagonals of blocks.
@@ -189,17 +191,16 @@ class VerticalSlash(ByText, DynamicPattern):
         last = _shares(scale * torch.einsum("bhd,bjhd->bhj", weights.query, mean_k), there[:, None])
         near = _divergence(last, whole[0]) < self.tau
         marks = []
-        for x, count in zip(whole, wanted, strict=True):
-            x = x.clone()
-            x[..., 0] = float("inf")
+        # Every distance is there, whatever padding is.
+        for x, count, some in zip(whole, wanted, (there, torch.ones_like(there)), strict=True):
             count = count.masked_fill(near, low)
-            order = x.sort(dim=-1, descending=True, stable=True).indices
+            order = _first_ones(x, some, 1).sort(dim=-1, descending=True, stable=True).indices
             rank = torch.zeros_like(order).scatter(2, order, torch.arange(number, device=x.device).expand_as(order))
             marks.append(rank < count[..., None])
         found = marks[0][:, :, None] | _diagonals(marks[1])
         flat = pairs.flatten(2) / there.sum(-1)[:, None, None].clamp(min=1)
         value, order = flat.sort(dim=-1, descending=True, stable=True)
-        under = torch.zeros_like(flat, dtype=torch.bool).scatter(2, order, value.cumsum(-1) <= self.p)
+        under = torch.zeros_like(flat, dtype=torch.bool).scatter(2, order, value.cumsum(-1) <= _bar(self.p))
         return found | (under.view(pairs.shape) & near[..., None, None])
 
 
@@ -231,19 +232,40 @@ def last_attention(q: torch.Tensor, k: torch.Tensor, last: int, valid: torch.Ten
     return Weights(weights.sum(2), slashes, mean)
 
 
-def tokens_of(weights: Weights, columns: int, slashes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns and the distances that carry most, the first ones among them: bool [B, h, tokens] each."""
-    found = []
-    for x, number, first in ((weights.columns, columns, FIRST_COLUMNS), (weights.slashes, slashes, FIRST_SLASHES)):
-        x = x.clone()
-        x[..., :first] = float("inf")
-        found.append(best(x, min(number, x.shape[2])))
+def tokens_of(
+    weights: Weights, columns: int, slashes: int, valid: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns and the distances that carry most, the first ones among them: bool [B, h, tokens] each.
+
+    Args:
+        weights: What the last queries attend to.
+        columns: How many columns; padding comes last, and the first ones are those of valid tokens.
+        slashes: How many distances.
+        valid: bool [B, tokens], or None for all.
+    """
+    every = torch.ones(1, weights.columns.shape[2], dtype=torch.bool, device=weights.columns.device)
+    sides = (
+        (weights.columns, columns, FIRST_COLUMNS, every if valid is None else valid),
+        (weights.slashes, slashes, FIRST_SLASHES, every),
+    )
+    found = [best(_first_ones(x, there, first), min(number, x.shape[2])) for x, number, first, there in sides]
     return found[0], found[1]
+
+
+def _first_ones(x: torch.Tensor, there: torch.Tensor, number: int) -> torch.Tensor:
+    """Weights [B, h, n] for a ranking: first the first `number` of what is there, bool [1 or B, n]; padding last."""
+    first = there & (there.cumsum(-1) <= number)
+    return x.masked_fill(first[:, None], float("inf")).masked_fill(~there[:, None], -1)
+
+
+def _bar(share: float) -> float:
+    """What sums of a share are held against: all never carry more than all, whatever they round to."""
+    return share if share < 1 else float("inf")
 
 
 def _needed(weights: torch.Tensor, share: float) -> torch.Tensor:
     """How many of the largest pass a share: int64 [B, h]."""
-    return (weights.sort(dim=-1, descending=True).values.cumsum(-1) <= share).sum(-1) + 1
+    return (weights.sort(dim=-1, descending=True).values.cumsum(-1) <= _bar(share)).sum(-1) + 1
 
 
 def _shares(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

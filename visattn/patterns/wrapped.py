@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -88,16 +89,28 @@ class Wrapped(ComposedPattern):
         """Shapes of its own parameters by name."""
         raise NotImplementedError
 
+    def outer(self, name: str) -> str:
+        """What a parameter of the pattern inside is called: as there, behind that pattern's name if one of these is."""
+        return f"{self.of.name}_{name}" if name in self.own_shapes(1, 1) else name
+
+    def inner_parameters(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of the pattern inside, as it calls them."""
+        own = self.own_shapes(1, 1)
+        renamed = {self.outer(name): name for name in own}
+        return {renamed.get(name, name): value for name, value in parameters.items() if name not in own}
+
     def parameter_shapes(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Its own, and those of the pattern inside."""
-        return self.own_shapes(heads, head_dim) | self.of.parameter_shapes(heads, head_dim, grid)
+        inside = self.of.parameter_shapes(heads, head_dim, grid)
+        return self.own_shapes(heads, head_dim) | {self.outer(name): shape for name, shape in inside.items()}
 
     def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """Zeros, so that every factor is what it is for any token; and those of the pattern inside."""
         import torch
 
         own = {name: torch.zeros(shape) for name, shape in self.own_shapes(heads, head_dim).items()}
-        return own | self.of.initial_parameters(heads, head_dim, grid)
+        inside = self.of.initial_parameters(heads, head_dim, grid)
+        return own | {self.outer(name): value for name, value in inside.items()}
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,16 @@ def presets() -> tuple[Preset, ...]:
 
 
 def is_auto(pattern: Any) -> bool:
-    """Whether a pattern is "auto" or "auto(psnr=35)"."""
-    return isinstance(pattern, str) and re.fullmatch(_AUTO, pattern.strip()) is not None
+    """Whether a pattern is "auto" or "auto(psnr=35)".
+
+    Raises:
+        ValueError: If it is "auto" with anything else.
+    """
+    if not isinstance(pattern, str) or re.match(r"\s*auto\s*(\(|$)", pattern) is None:
+        return False
+    if re.fullmatch(_AUTO, pattern.strip()) is None:
+        raise ValueError(f"{pattern!r} must be auto, or auto(psnr=35) for a least PSNR to dense attention in dB")
+    return True
 
 
 def automatic(target: Any, pattern: str = "auto") -> Schedule:

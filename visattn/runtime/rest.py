@@ -52,12 +52,14 @@ class Rest(NamedTuple):
         path: Of the module.
         shape: Of its tokens.
         dtype: Of its tokens.
+        device: Of its tokens: on another one the pattern may pay.
         rested: What its calls are.
     """
 
     path: str
     shape: torch.Size
     dtype: torch.dtype
+    device: torch.device
     rested: Rested
 
     def passes(self, forward: Any, tokens: torch.Tensor) -> bool:
@@ -66,6 +68,7 @@ class Rest(NamedTuple):
         if (
             tokens.shape != self.shape
             or tokens.dtype != self.dtype
+            or tokens.device != self.device
             or run.watcher is not None
             or run.here.perturbed is not None
             or torch.is_grad_enabled()

@@ -12,13 +12,15 @@ import torch
 from visattn.counts import Row
 from visattn.patterns import Pattern
 from visattn.patterns.choice.memory import Memory, Place
+from visattn.problem import is_strict
 from visattn.recompute import Carrier
 from visattn.registry import REGISTRY
 from visattn.report import SiteReport
 from visattn.runtime.forward import Forward, Here, Where
 from visattn.runtime.rest import Rest
 from visattn.runtime.verdict import Ready
-from visattn.schedule import Given, Schedule, known_step
+from visattn.schedule import Given, Schedule
+from visattn.steps import known_step
 from visattn.tally import Tally
 from visattn.watch import Watcher
 
@@ -131,7 +133,7 @@ class Run:
         stage = self.schedule.stage(step, total)
         # Asked at every forward, and mostly there is none.
         precise = self.schedule.precision is not None and self.schedule.is_precise(step, total)
-        ready, rests = self._known_in((where, dense, stage, precise, REGISTRY.version))
+        ready, rests = self._known_in((where, dense, stage, precise, is_strict(), REGISTRY.version))
         self.here.forward = forward = Forward(
             where, dense, step, total, ready=ready, rests=rests, learns=learns, precise=precise
         )
@@ -141,9 +143,14 @@ class Run:
         if len(self._kinds) < 2:
             self._kinds[where, dense, step, total] = forward
 
+    def leave(self) -> None:
+        """This thread is in no forward any more."""
+        self.here.forward = self.here.site = None
+
     def finish(self) -> None:
         """A forward of the model is over: see whether it reached what was selected."""
-        forward, self.here.forward, self.here.site = self.here.forward, None, None
+        forward = self.here.forward
+        self.leave()
         if forward is None or forward.dense or not self.sparse_sites:
             return
         anonymous = sum(site in self.compiled_patterns for site in forward.hits) + forward.kept

@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from visattn.dims import check_dims
 from visattn.dispatch import load
 from visattn.patterns import MergingPattern
 from visattn.request import Request
-from visattn.schedule import PatternLike, Schedule, check_dims
+from visattn.schedule import PatternLike, Schedule
 from visattn.served.environment import BACKEND, CONFIG, DENSE_STEPS, PATTERN, STRICT
 
 # Grids of what servers generate are of videos; an image is one frame.

@@ -64,7 +64,9 @@ def rule_of(pattern: DynamicPattern, blocks: Blocks) -> Rule | None:
         and pattern.least_listed(blocks) < blocks.columns
     ):
         cover, least = pattern.rule == "cover", pattern.least_listed(blocks)
-        return Rule(RULE_MASS.value, most, least=least, share=pattern.p, cover=cover)
+        # All never carry more than all, whatever sums round to.
+        share = pattern.p if pattern.p < 1 else math.inf
+        return Rule(RULE_MASS.value, most, least=least, share=share, cover=cover)
     if type(pattern) is Above and pattern.bar == "exact":
         return Rule(RULE_ABOVE.value, most, share=pattern.tau)
     return None

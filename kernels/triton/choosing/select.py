@@ -158,7 +158,7 @@ def select(
             mark = _standing_out(x, part, share)
         mark |= must
         if LIMITED:
-            mark &= _best(_ordered(tl.where(must, float("inf"), x), mark), most)
+            mark &= _best(_ordered(tl.where(must, float("inf"), hidden), mark), most)
     place = tl.cumsum(mark.to(tl.int32), 0) - 1
     count = tl.sum(mark.to(tl.int32), 0)
     to = (sample * heads + first_head + own) * rows + row

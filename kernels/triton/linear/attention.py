@@ -9,7 +9,7 @@ import torch
 from visattn.kernels.linear.plain import plain_attention
 from visattn.kernels.second_order import by_autograd
 from visattn.kernels.triton import start
-from visattn.kernels.triton.arguments import delta_arguments, strides, unit
+from visattn.kernels.triton.arguments import delta_arguments, delta_programs, strides, unit
 from visattn.kernels.triton.linear.gather import gather
 from visattn.kernels.triton.linear.grad import feature_gradients
 from visattn.kernels.triton.linear.read import read
@@ -327,5 +327,5 @@ def row_sums(out: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
     """rowsum(out * grad_out), float32 [B, H, S]."""
     delta = out.new_empty((out.shape[0], out.shape[2], out.shape[1]), dtype=torch.float32)
     given = delta_arguments(out, grad_out, None, delta)
-    start.launch_like(deltas, (-(-out.shape[1] // given["ROWS"]), out.shape[2], out.shape[0]), given, 4, 1)
+    start.launch_like(deltas, delta_programs(out, given), given, 4, 1)
     return delta

@@ -28,8 +28,9 @@ def bias_gradients(
         partner: Key token of each grid query for each bias entry, -1 where it sees none there:
             int32 [entries, grid tokens].
     """
-    entry = tl.program_id(0)
-    head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    # All programs are in the first axis, the others have few.
+    entry, pair = tl.program_id(0) % rpb_entries, (tl.program_id(0) // rpb_entries).to(tl.int64)
+    sample, head = pair // heads, pair % heads
     kv_head = head // group
     d = tl.arange(0, BLOCK_DIM)
     has_d = d < HEAD_DIM

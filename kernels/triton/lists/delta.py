@@ -16,8 +16,11 @@ def deltas(
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """Delta = rowsum(out * grad_out) - grad_lse, float32 [B, H, S] (FlashAttention-2, algorithm 2, line 4)."""
-    sample, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # All programs are in the first axis, the others have few.
+    blocks = tl.cdiv(length, ROWS)
+    pair, block = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64)
+    sample, head = pair // heads, pair % heads
+    token = block * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_DIM)
     is_token = token < length
     here = is_token[:, None] & (d < HEAD_DIM)[None, :]

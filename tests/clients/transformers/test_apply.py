@@ -206,3 +206,16 @@ def test_a_learnable_pattern_and_the_watcher():
         model(torch.randn(1, 3, 48, 48)).logits.sum().backward()
         assert len(seen) == 2 and list(handle.parameters.parameters())
         assert all(p.grad is not None for p in handle.parameters.parameters())
+
+
+@torch.no_grad()
+def test_a_handle_that_was_removed_undoes_no_later_one():
+    model, x = classifier(), torch.randn(1, 3, 48, 48)
+    stock = model(x).logits
+    first = visattn.apply(model, **SPARSE)
+    first.remove()
+    with visattn.apply(model, **SPARSE):
+        sparse = model(x).logits
+        first.remove()
+        assert not sparse.equal(stock) and model(x).logits.equal(sparse)
+    assert model(x).logits.equal(stock)

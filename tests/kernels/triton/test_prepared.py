@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -110,6 +111,28 @@ def test_a_backward_gets_its_addresses(driver, name, lse, expanded):
     # Routed ones choose in three more kernels, and write lists for the gradients of keys.
     kernels = 8 if name == "routed" else 4
     assert len(driver.first) == kernels and len(driver) == 2 * kernels
+
+
+def test_many_samples_are_programs_of_the_first_axis(driver):
+    # Windows of time at every place of an image: the other axes of a launch have room for 65535.
+    layout = Layout(3)
+    q, k, v = torch.zeros(3, 2**16, 3, 1, 8, dtype=torch.float16).requires_grad_()
+    rpb = torch.zeros(1, 5, requires_grad=True)
+    attention(q, k, v, "na(window=3)", layout, backend="triton", rpb=rpb).sum().backward()
+    names = {kernel.fn.__name__ for kernel, _ in driver.first}
+    assert names == {"attend", "deltas", "key_gradients", "query_gradients", "bias_gradients"}
+    assert all(max(grid[1:], default=0) < 2**16 for grid in driver.grids)
+
+
+@pytest.mark.parametrize("options", [{"pattern": "topk(keep=2, block=4)"}, {"pattern": "na(3)", "precision": "int8"}])
+def test_more_heads_than_the_second_axis_has_room_for_are_refused(driver, options):
+    with torch.no_grad():
+        for batch in (2**14 - 1, 2**14):
+            x = torch.zeros(1, 16, 4, 32, dtype=torch.float16).expand(batch, -1, -1, -1)
+            refused = batch > 2**14 - 1
+            with pytest.raises(ValueError, match=r"over 65535 .*: cut the batch") if refused else nullcontext():
+                attention(x, x, x, layout=Layout(16), backend="triton", **options)
+    assert all(max(grid[1:], default=0) < 2**16 for grid in driver.grids)
 
 
 def test_what_is_kept_is_counted_and_emptied(driver):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from visattn.clients.comfy.records import Record, where
+from visattn.dims import check_dims
 from visattn.patterns import Dense
 from visattn.report import Report
 from visattn.request import Request
@@ -17,7 +18,7 @@ from visattn.runtime.call import AttentionCall
 from visattn.runtime.run import Run, Step
 from visattn.runtime.runner import Runner
 from visattn.runtime.where import REST
-from visattn.schedule import Given, check_dims
+from visattn.schedule import Given
 from visattn.selectors import SiteName
 
 # Layers that a schedule can name; no model has as many.

@@ -14,6 +14,7 @@ from visattn.clients.transformers.site import Site, TowerRun, run_stock
 from visattn.clients.transformers.swaps import swapped_class
 from visattn.clients.transformers.towers import Assigned, Tower, check_bias, check_free, find_towers
 from visattn.copies import copy_as_is, copy_as_stock
+from visattn.dims import check_dims
 from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense
 from visattn.report import SiteReport
@@ -21,7 +22,6 @@ from visattn.request import Request
 from visattn.runtime.forward import Where
 from visattn.runtime.place import Samples
 from visattn.runtime.runner import Runner
-from visattn.schedule import check_dims
 from visattn.watch import Watcher
 
 

@@ -14,12 +14,12 @@ from visattn.clients.transformers.grids import frames, pair, video
 from visattn.clients.transformers.interface import BEGIN, Own, register_function, stock
 from visattn.clients.transformers.records import RECORDS, Record
 from visattn.clients.transformers.site import run_stock, to_call
+from visattn.dims import check_dims
 from visattn.dispatch import load
 from visattn.layout import Layout
 from visattn.patterns import MergingPattern, Pattern, parse
 from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import key_validity
-from visattn.schedule import check_dims
 
 # What transformers looks for in names, and takes for something else.
 TAKEN = ("/", "flash", "sdpa", "flex_attention", "paged|")

@@ -129,8 +129,8 @@ def fitting(box: Box, grid: Box, volume: int) -> Box:
 
 
 def divides(tile: Box, box: Box, grid: Box) -> bool:
-    """Whether no tile of a tiling crosses the border of a block."""
-    return all(side % own == 0 or own >= n <= side for own, side, n in zip(tile, box, grid, strict=True))
+    """Whether no tile of a tiling crosses the border of a block; one that is as long as the axis has none."""
+    return all(side % own == 0 or side >= n for own, side, n in zip(tile, box, grid, strict=True))
 
 
 def block_of(tiling: Tiling, box: Box) -> Ints:

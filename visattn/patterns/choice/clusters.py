@@ -24,9 +24,20 @@ class Clusters(NamedTuple):
     sizes: torch.Tensor
 
 
-def first_centres(x: torch.Tensor, number: int) -> torch.Tensor:
-    """Every (tokens // number)-th token of x [B, H, tokens, D] as a centre: [B, H, number, D]."""
-    return x[:, :, torch.arange(number, device=x.device) * (x.shape[2] // number)]
+def first_centres(x: torch.Tensor, number: int, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Every (tokens // number)-th token of x [B, H, tokens, D] as a centre: [B, H, number, D].
+
+    With `valid`, bool [B, tokens], of the valid tokens of each sample; where there are fewer than centres, the last one
+    is a centre several times.
+    """
+    index = torch.arange(number, device=x.device)
+    if valid is None:
+        return x[:, :, index * (x.shape[2] // number)]
+    count = valid.sum(1, keepdim=True)
+    index = torch.minimum(index * (count // number).clamp(min=1), (count - 1).clamp(min=0))
+    # Valid tokens first, in their order.
+    token = (~valid).to(torch.uint8).sort(dim=1, stable=True).indices.gather(1, index)
+    return x.gather(2, token[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def k_means(x: torch.Tensor, centres: torch.Tensor, iterations: int, valid: torch.Tensor | None) -> Clusters:

@@ -20,7 +20,9 @@ def scores(
 
     A run is `length` tokens of a block in row-major order. Two runs meet in the mean of the products along their
     antidiagonal, of those pairs of which both tokens are valid; the softmax over all runs of keys is summed over the
-    runs of a block on both sides.
+    runs of a block on both sides. Runs without such a pair do not meet, and blocks none of whose runs meet score -inf:
+    nothing says how much one holds of the other, and a rank among the scored ones would be made up. Picks put them
+    behind all that have a score, and before padding.
 
     Args:
         length: Tokens of a run.

@@ -65,6 +65,7 @@ def marked_for(
     if reach is not None:
         # What nobody may see competes for nothing, and is not listed to fill a budget up.
         scores, forced = scores.masked_fill(~reach, float("-inf")), None if forced is None else forced & reach
+        seen = Seen(seen.rows, seen.columns, reach)
     if forced is not None and seen.columns is not None:
         # Padding takes no place of what may be listed.
         forced = forced & seen.columns[:, None, None]
@@ -78,7 +79,8 @@ def marked_for(
         heads = scores.shape[1]
         rows = None if seen.rows is None else seen.rows.repeat(1, heads)
         forced = None if forced is None else torch.cat([forced] * heads, -2)
-        joined = pattern.marked(scores.flatten(1, 2)[:, None], Seen(rows, seen.columns), forced, blocks)
+        every = None if reach is None else reach.repeat(heads, 1)
+        joined = pattern.marked(scores.flatten(1, 2)[:, None], Seen(rows, seen.columns, every), forced, blocks)
         found = joined.view(scores.shape)
     return found if reach is None else found & reach
 

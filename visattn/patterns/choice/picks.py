@@ -19,10 +19,12 @@ class Seen:
     Attributes:
         rows: Query blocks with valid tokens: bool [B, rows], None where all are.
         columns: Key blocks with valid tokens: bool [B, columns], None where all are.
+        reach: Key blocks that a query block may see: bool [rows, columns], None where it may see all.
     """
 
     rows: torch.Tensor | None = None
     columns: torch.Tensor | None = None
+    reach: torch.Tensor | None = None
 
 
 def ranked(x: torch.Tensor) -> torch.Tensor:
@@ -51,21 +53,38 @@ def _hidden(scores: torch.Tensor, seen: Seen) -> torch.Tensor:
     return scores if seen.columns is None else scores.masked_fill(~seen.columns[:, None, None], float("-inf"))
 
 
+def _ranking(scores: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """Scores that rank everybody: of nothing but -inf, what takes part comes before padding and what nobody may see.
+
+    A score of -inf says that nothing was estimated, as where two blocks have no valid pair on their antidiagonal, or a
+    search passed a block by; it must not lose its place to a block that cannot be seen at all.
+    """
+    if seen.columns is None and seen.reach is None:
+        return scores
+    least = torch.finfo(scores.dtype).min
+    found = scores.clamp(min=least / 2)
+    for part in (seen.reach, None if seen.columns is None else seen.columns[:, None, None]):
+        found = found if part is None else found.masked_fill(~part, least)
+    return found
+
+
 def probabilities(scores: torch.Tensor, seen: Seen) -> torch.Tensor:
-    """Softmax of each row over the key blocks that take part; zeros for a query block that takes none."""
-    found = _hidden(scores, seen).softmax(-1)
-    return found if seen.rows is None else found.masked_fill(~seen.rows[:, None, :, None], 0).nan_to_num(0.0)
+    """Softmax of each row over the key blocks that take part; zeros for a query block without part or any score."""
+    found = _hidden(scores, seen).softmax(-1).nan_to_num(0.0)
+    return found if seen.rows is None else found.masked_fill(~seen.rows[:, None, :, None], 0)
 
 
 def pick_number(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, number: int) -> torch.Tensor:
     """The `number` best of each row, what is forced first: bool like the scores."""
-    scores = scores if forced is None else scores.masked_fill(forced, float("inf"))
-    return best(_hidden(scores, seen), number)
+    found = _ranking(scores, seen)
+    return best(found if forced is None else found.masked_fill(forced, float("inf")), number)
 
 
 def pick_number_of_all(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, number: int) -> torch.Tensor:
     """The `number` pairs of a head with the largest probabilities, what is forced first: bool like the scores."""
     value = probabilities(scores, seen)
+    if seen.reach is not None:
+        value = value.masked_fill(~seen.reach, -1)
     if seen.columns is not None:
         value = value.masked_fill(~seen.columns[:, None, None], -1)
     if seen.rows is not None:
@@ -97,9 +116,8 @@ def pick_mass(
     Returns:
         bool like the scores.
     """
-    scores = _hidden(scores, seen)
     value = probabilities(scores, seen)
-    wanted = value if of_all else scores
+    wanted = value if of_all else _ranking(scores, seen)
     wanted = wanted if first is None else wanted.masked_fill(first, float("inf"))
     if of_all:
         rows = scores.shape[2] if seen.rows is None else seen.rows.sum(-1)[:, None, None]
@@ -108,13 +126,14 @@ def pick_mass(
         order, bar = ranked(wanted), mass
     carried = value.flatten(2) if of_all else value
     summed = carried.gather(-1, order).cumsum(-1)
-    # With `cover`, one is listed while those before it carry no more than the share.
-    keep = summed <= bar
+    # With `cover`, one is listed while those before it carry no more than the share; all never carry more than all,
+    # whatever sums round to.
+    keep = summed <= (bar if mass < 1 else math.inf)
     if cover:
         keep = torch.nn.functional.pad(keep[..., :-1], (1, 0), value=True)
     keep = keep & (carried.gather(-1, order) > 0) if of_all else keep
     marked = _marked(order, keep, carried.shape[-1]).view(scores.shape)
-    return marked | pick_number(scores, Seen(), None, least) if least else marked
+    return marked | pick_number(scores, seen, None, least) if least else marked
 
 
 def pick_height(
@@ -151,6 +170,9 @@ def pick_height(
     ordered = other.gather(-1, order).clamp(min=0)
     summed = ordered.cumsum(-1)
     keep = (summed - ordered < bar) if cover else summed <= bar
+    if share == 1:
+        # Everybody with a height is a part of all of them, whatever sums round to.
+        keep = ordered > 0 if cover else torch.ones_like(keep)
     keep[..., 0] = True
     marked = _marked(order, keep, scores.shape[-1]) & part & ~own
     return (marked | own).view(shape)
@@ -182,11 +204,15 @@ def pick_above(
     return (x > mean + tau * (variance + 1e-6).sqrt()) & part
 
 
-def at_most(mask: torch.Tensor, scores: torch.Tensor, forced: torch.Tensor | None, most: int) -> torch.Tensor:
+def at_most(
+    mask: torch.Tensor, scores: torch.Tensor, seen: Seen, forced: torch.Tensor | None, most: int
+) -> torch.Tensor:
     """Rows of a mask with more than `most` marks without their marks of the lowest scores; what is forced stays."""
     if most >= mask.shape[-1]:
         return mask
-    value = scores if forced is None else scores.masked_fill(forced, float("inf"))
+    # What is not marked comes behind all that is, even behind padding.
+    value = _ranking(scores, seen).clamp(min=torch.finfo(scores.dtype).min)
+    value = value if forced is None else value.masked_fill(forced, float("inf"))
     return mask & best(value.masked_fill(~mask, float("-inf")), most)
 
 

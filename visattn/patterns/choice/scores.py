@@ -120,7 +120,9 @@ def block_scores(
     seen = Seen() if valid is None else Seen(query_count.sum(-1) > 0, key_count.sum(-1) > 0)
     if score.name in ("diagonal", "lowbit"):
         make = diagonal.scores if score.name == "diagonal" else lowbit.scores
-        found = (Scored(*each) for each in make(score.number, q * scale, k, blocks, valid, slices))
+        # In half precision the factor would round the queries.
+        own = q.to(torch.promote_types(q.dtype, torch.float32)) * scale
+        found = (Scored(*each) for each in make(score.number, own, k, blocks, valid, slices))
         return seen, found
     query = (query * scale).permute(0, 3, 1, 2, 4)
     if score.name == "bounds":

@@ -101,6 +101,7 @@ CHOICES = {
     "topp, equal scores": ("topp(p=0.6,block=4x4)", Layout((8, 8)), "exact"),
     "topp, limits, mask": ("topp(p=0.8,block=4x4,most=0.5,least=2)", Layout((7, 9), 5), "masked"),
     "topp, forced padding": ("topp(p=0.99,block=3,always=self+first(3),most=5)", Layout(37), "masked"),
+    "topp, whole share, mask": ("topp(p=1.0,block=4x4,most=0.4,always=none)", Layout((7, 9), 5), "masked"),
     "topp, under": (
         "topp(p=0.4,rule=under,block=4x4,always=none,least=0)",
         Layout((7, 9)),

@@ -166,6 +166,29 @@ def test_gradients_only_where_wanted():
     assert v.grad is not None and q.grad is None
 
 
+@pytest.mark.parametrize("learns", range(4), ids=["q", "k", "v", "rpb"])
+def test_one_input_alone_may_learn(learns):
+    layout = Layout((4, 5))
+    inputs, _ = tensors(layout, rpb="na(window=3x3)")
+    grads = []
+    # The second call runs what was prepared for the first.
+    for backend in ("triton", "triton", "reference"):
+        leaves = [t.detach().requires_grad_(i == learns) for i, t in enumerate(inputs)]
+        out = attention(*leaves[:3], "na(window=3x3)", layout, rpb=leaves[3], backend=backend)
+        grads += torch.autograd.grad(out.square().sum(), leaves[learns])
+    for own in grads[:2]:
+        torch.testing.assert_close(own, grads[2])
+
+
+def test_a_key_mask_that_changed_before_the_backward_is_refused():
+    layout = Layout((4, 5))
+    leaves, mask = tensors(layout, masked=True)
+    out = attention(leaves[0].requires_grad_(), *leaves[1:], "na(window=3x3)", layout, key_mask=mask, backend="triton")
+    mask.logical_not_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_only_the_log_sum_exp_is_differentiated():
     layout = Layout((4, 5))
     inputs, _ = tensors(layout)

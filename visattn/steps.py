@@ -1,0 +1,46 @@
+"""Denoising steps: which one it is, of how many, and what is not known of them."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+
+def among_first(first: int | float, what: str, step: int | None, total: int | None) -> bool:
+    """Whether a denoising step (from 0) of so many is among the first ones.
+
+    Args:
+        first: A count of steps or a fraction of them.
+        what: What errors call it.
+        step: Index of the step, None if unknown.
+        total: Number of steps, None if unknown.
+
+    Raises:
+        ValueError: If the answer depends on something unknown.
+    """
+    at, number = known_step(what, step, total, isinstance(first, float))
+    return at < (first if isinstance(first, int) else round(first * number))
+
+
+def known_step(what: str, step: int | None, total: int | None, needs_total: bool) -> tuple[int, int]:
+    """Step and number of steps, 0 for an unknown one that is not needed.
+
+    Raises:
+        ValueError: If `what`, as errors call it, needs what is unknown.
+    """
+    if step is None or (total is None and needs_total):
+        missing = "the step" if step is None else "the number of steps"
+        raise ValueError(
+            f"{what} needs {missing}, and nothing tells it: apply to the pipeline instead of the model, or call "
+            "handle.set_step(i, n) before each forward"
+        )
+    return step, total or 0
+
+
+def check_step(step: Any, total: Any) -> None:
+    """Raise a ValueError for a step that is none, or not one of so many."""
+    for name, value in (("step", step), ("total", total)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+            raise ValueError(f"{name}={value!r} must be a whole number, or None")
+    if step is not None and (step < 0 or (total is not None and step >= total)):
+        raise ValueError(f"step {step} of {total} must be at least 0 and below the number of steps")
