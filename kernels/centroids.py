@@ -11,7 +11,7 @@ from visattn.kernels.agent.attention import attend
 from visattn.patterns import Centroids
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.listening import choosing
-from visattn.problem import Call, Problem, Support
+from visattn.problem import Call, OtherKind, Problem, Support
 
 # Added to the number of centroids that took a query, as in the original.
 EPSILON = 1e-5
@@ -29,9 +29,7 @@ class CentroidsBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Such clusters without log-sum-exp."""
         if not isinstance(problem.pattern, Centroids):
-            return Support(
-                False, f"it runs clusters around trained centroids only, not {problem.pattern.name}", other=True
-            )
+            return OtherKind(False, f"it runs clusters around trained centroids only, not {problem.pattern.name}")
         if problem.lse:
             return Support(False, "the mean of several attentions has no log-sum-exp")
         return Support(True)

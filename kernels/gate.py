@@ -12,7 +12,7 @@ from visattn.patterns import Gate
 from visattn.patterns.choice.listening import choosing
 from visattn.patterns.tailed import holding
 from visattn.prepare import run_like
-from visattn.problem import PRECISIONS, Call, Problem, Support
+from visattn.problem import PRECISIONS, Call, OtherKind, Problem, Support
 
 
 class GateBackend(Backend):
@@ -29,7 +29,7 @@ class GateBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Gates."""
         if not isinstance(problem.pattern, Gate):
-            return Support(False, f"it runs lists that trained weights choose, not {problem.pattern.name}", other=True)
+            return OtherKind(False, f"it runs lists that trained weights choose, not {problem.pattern.name}")
         return Support(True)
 
     def cost(self, problem: Problem) -> float:

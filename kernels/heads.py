@@ -19,7 +19,7 @@ from visattn.patterns.choice.memory import Means, beside, kept_for
 from visattn.patterns.choice.scores import block_means
 from visattn.plans import plan
 from visattn.prepare import run_call
-from visattn.problem import Call, Problem, Support
+from visattn.problem import Call, OtherKind, Problem, Support
 
 # Tokens that are pooled to see whether queries and keys have drifted.
 RUN = 64
@@ -37,9 +37,7 @@ class Heads(Backend):
     def supports(self, problem: Problem) -> Support:
         """Patterns of heads; each part must have a backend."""
         if not isinstance(problem.pattern, HeadsPattern):
-            return Support(
-                False, f"it runs patterns that differ from head to head, not {problem.pattern.name}", other=True
-            )
+            return OtherKind(False, f"it runs patterns that differ from head to head, not {problem.pattern.name}")
         return Support(True)
 
     def cost(self, problem: Problem) -> float:

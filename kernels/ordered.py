@@ -17,7 +17,7 @@ from visattn.patterns.choice.listening import choosing, hears, tell_shares
 from visattn.patterns.ordered import Carried, Clustered, carrying
 from visattn.patterns.routes import lists_of
 from visattn.prepare import run_call
-from visattn.problem import Call, Problem, Support
+from visattn.problem import Call, OtherKind, Problem, Support
 
 # Channels behind those of a head, where sampled keys carry a weight: it in two parts, and what hides them from text.
 CHANNELS, HIDDEN = 8, -1e4
@@ -35,7 +35,7 @@ class Ordered(Backend):
     def supports(self, problem: Problem) -> Support:
         """Patterns in the order of the content."""
         if not isinstance(problem.pattern, OrderedPattern):
-            return Support(False, f"it runs patterns of groups of tokens, not {problem.pattern.name}", other=True)
+            return OtherKind(False, f"it runs patterns of groups of tokens, not {problem.pattern.name}")
         return Support(True)
 
     def cost(self, problem: Problem) -> float:

@@ -14,7 +14,7 @@ from visattn.kernels.plan_chunks import Chunk, plan_tables, run_chunks, tiled
 from visattn.patterns.composition import Composition
 from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import plan
-from visattn.problem import Call, Problem, Support
+from visattn.problem import Call, OtherKind, Problem, Support
 
 # Time of a visited pair over one of dense SDPA: products in float32, gathered keys, no fused kernel.
 RATE = 3.0
@@ -52,7 +52,7 @@ class WeightsBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Patterns of its kind without log-sum-exp."""
         if not isinstance(problem.pattern, self.kind):
-            return Support(False, f"it runs {self.kind.name} patterns only, not {problem.pattern.name}", other=True)
+            return OtherKind(False, f"it runs {self.kind.name} patterns only, not {problem.pattern.name}")
         return Support(False, self.without_lse) if problem.lse else Support(True)
 
     def cost(self, problem: Problem) -> float:

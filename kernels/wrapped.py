@@ -12,7 +12,7 @@ from visattn.dispatch import Backend, choose, overhead
 from visattn.kernels.linear.features import repeated, widened
 from visattn.patterns import Gated, Selective, Wrapped
 from visattn.prepare import run_call
-from visattn.problem import PRECISIONS, Call, Problem, Support
+from visattn.problem import PRECISIONS, Call, OtherKind, Problem, Support
 
 
 class WrappedBackend(Backend):
@@ -28,7 +28,7 @@ class WrappedBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Wrapped patterns whose pattern inside has a backend."""
         if not isinstance(problem.pattern, Wrapped):
-            return Support(False, f"it runs gated and selective patterns only, not {problem.pattern.name}", other=True)
+            return OtherKind(False, f"it runs gated and selective patterns only, not {problem.pattern.name}")
         try:
             choose(_inside(problem))
         except ValueError as error:

@@ -14,7 +14,7 @@ import torch
 from visattn.attend import Explanation, attention, explain
 from visattn.dispatch import BACKENDS, load, verdict
 from visattn.layout import Layout
-from visattn.patterns import Dense, ListedPattern, Neighborhood, parse
+from visattn.patterns import PATTERNS, Dense, ListedPattern, Neighborhood, parse
 from visattn.plans import plan
 from visattn.problem import Problem
 from visattn.timing import Timing, interleave, time_once
@@ -326,8 +326,9 @@ def _check_text(text: str) -> None:
     try:
         parse(text)
     except ValueError as error:
-        near = difflib.get_close_matches(text, SUITES, 1, 0.75)
-        raise ValueError(f"no suite is named {text!r}: did you mean {near[0]}?" if near else str(error)) from None
+        near = difflib.get_close_matches(text, [*SUITES, *(kind.name for kind in PATTERNS)], 1, 0.75)
+        meant = bool(near) and near[0] in SUITES
+        raise ValueError(f"no suite is named {text!r}: did you mean {near[0]}?" if meant else str(error)) from None
 
 
 def cases(patterns: Sequence[str], grids: Sequence[tuple[int, ...]], prefix: int, suffix: int) -> Iterator[Case]:

@@ -18,12 +18,21 @@ class Support(NamedTuple):
     Attributes:
         ok: Whether it can.
         reason: Why not.
-        other: Whether it is made for patterns of another kind, so that nothing would make it run this one.
     """
 
     ok: bool
     reason: str = ""
-    other: bool = False
+
+    @property
+    def other(self) -> bool:
+        """Whether the backend is made for patterns of another kind."""
+        return isinstance(self, OtherKind)
+
+
+class OtherKind(Support):
+    """The refusal of a backend that is made for patterns of another kind: nothing would make it run this one."""
+
+    __slots__ = ()
 
 
 # Queries and keys become int8 in both; weights and values become int8, or floats of 8 bits (e4m3).

@@ -9,7 +9,7 @@ import torch
 from visattn.dispatch import Backend
 from visattn.kernels.agent.attention import agent_attention
 from visattn.patterns import Agent
-from visattn.problem import Call, Problem, Support
+from visattn.problem import Call, OtherKind, Problem, Support
 
 
 class AgentBackend(Backend):
@@ -25,7 +25,7 @@ class AgentBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Agent patterns without log-sum-exp."""
         if not isinstance(problem.pattern, Agent):
-            return Support(False, f"it runs agent patterns only, not {problem.pattern.name}", other=True)
+            return OtherKind(False, f"it runs agent patterns only, not {problem.pattern.name}")
         if problem.lse:
             return Support(False, "two attentions in a row have no log-sum-exp")
         return Support(True)

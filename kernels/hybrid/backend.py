@@ -20,7 +20,7 @@ from visattn.patterns.hybrid.sla2 import SLA2
 from visattn.patterns.hybrid.vsa import VSA
 from visattn.patterns.tailed import holding
 from visattn.prepare import run_like
-from visattn.problem import PRECISIONS, Call, Problem, Support
+from visattn.problem import PRECISIONS, Call, OtherKind, Problem, Support
 
 # Time over that of dense attention's products, by operation count: sums over tokens are memory-bound.
 RATE = 4.0
@@ -40,7 +40,7 @@ class HybridBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Hybrid patterns without log-sum-exp."""
         if not isinstance(problem.pattern, HybridPattern):
-            return Support(False, f"it runs sla, sla2 and vsa only, not {problem.pattern.name}", other=True)
+            return OtherKind(False, f"it runs sla, sla2 and vsa only, not {problem.pattern.name}")
         if problem.precision and isinstance(problem.pattern, SLA2) and problem.pattern.soft:
             return Support(False, f"soft lists are for training, not for {problem.precision}")
         if problem.lse:

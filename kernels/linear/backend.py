@@ -16,7 +16,7 @@ from visattn.kernels.linear.wersa import wersa_features
 from visattn.kernels.triton.backend import on_gpu
 from visattn.patterns import Flow, Linear, Mala, Wersa
 from visattn.patterns.linear import LinearForm, feature_channels
-from visattn.problem import Call, Problem, Support
+from visattn.problem import Call, OtherKind, Problem, Support
 
 if TYPE_CHECKING:
     from visattn.parallel.slabs import Slabs
@@ -40,7 +40,7 @@ class LinearBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Linear forms without log-sum-exp."""
         if not isinstance(problem.pattern, LinearForm):
-            return Support(False, f"it runs linear, flow, mala and wersa only, not {problem.pattern.name}", other=True)
+            return OtherKind(False, f"it runs linear, flow, mala and wersa only, not {problem.pattern.name}")
         if problem.lse:
             return Support(False, "linear attention has no log-sum-exp")
         return Support(True)

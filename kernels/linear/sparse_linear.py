@@ -13,7 +13,7 @@ from visattn.patterns import SparseLinear
 from visattn.patterns.linear import feature_channels
 from visattn.plans import plan
 from visattn.prepare import run_call
-from visattn.problem import Call, Problem, Support
+from visattn.problem import Call, OtherKind, Problem, Support
 
 # Time over that of dense attention's products, by operation count.
 RATE = 4.0
@@ -31,7 +31,7 @@ class SparseLinearBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         """Sparselinear patterns without log-sum-exp."""
         if not isinstance(problem.pattern, SparseLinear):
-            return Support(False, f"it runs sparselinear patterns only, not {problem.pattern.name}", other=True)
+            return OtherKind(False, f"it runs sparselinear patterns only, not {problem.pattern.name}")
         if problem.lse:
             return Support(False, "a mix of two attentions has no log-sum-exp")
         return Support(True)

@@ -206,7 +206,7 @@ def test_the_folder_is_checked_before_a_model_is_loaded(run, monkeypatch, tmp_pa
         (("--label", "a"), "--label 'a' must be whole numbers like 3 or 0,3,7 or 0-9"),
         (("--label", "5-3"), "--label '5-3' must be whole numbers"),
         (("--size", "31"), "height 31 is not a multiple of the patch size 2"),
-        (("--size", "32x32x32"), "--size '32x32x32' must be a side like 64, or height x width like 512x768"),
+        (("--size", "32x32x32"), "--size '32x32x32' must be a side in pixels like 64, or height x width like 512x768"),
         (("--dense-steps", "half"), "--dense-steps 'half' must be a count like 12 or a fraction like 0.25"),
         (("--dense-steps", "1.5"), "dense_steps=1.5 must be a count of steps like 12 or a fraction like 0.25"),
         (("--dense-layers", "9"), "dense_layers=9 leaves nothing of the 3 selected layers"),

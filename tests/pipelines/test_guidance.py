@@ -187,7 +187,7 @@ def test_modules_at_rest_are_perturbed():
     """What passes by calls that are left dense, on a GPU, does not pass by those of a perturbed forward."""
     here, tally = types.SimpleNamespace(perturbed=None), types.SimpleNamespace(pass_on=lambda cell: True)
     run, tokens = types.SimpleNamespace(watcher=None, here=here, tally=tally), torch.zeros(1, 2, 3)
-    rest = Rest("a", tokens.shape, tokens.dtype, Rested(run, None, ""))
+    rest = Rest("a", tokens.shape, tokens.dtype, tokens.device, Rested(run, None, ""))
     assert rest.passes(None, tokens)
     here.perturbed = {}
     assert not rest.passes(None, tokens)
