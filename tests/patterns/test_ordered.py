@@ -181,6 +181,11 @@ def test_fewer_valid_tokens_than_clusters():
     assert (expected - attention(q, k, v, "dense", layout, key_mask=mask))[0, :2].abs().max() < 1e-12
     found = attention(q, k, v, "kmeans(queries=4, keys=5, p=1.0)", layout, key_mask=mask, backend="ordered")
     assert (found - expected).abs().max() < 1e-12 and (found[1] == 0).all()
+    # Many channels, so that products of equal centres differ by rounding: nobody may tell them apart.
+    x = 100 * torch.rand(1, 2, 12, 67, generator=torch.Generator().manual_seed(0))
+    valid = mask[:1]
+    groups = k_means(x, first_centres(x, 11, valid), 2, valid)
+    assert (groups.ids < 2).all() and groups.sizes.sum() == 4 and (groups.sizes[..., :2] == 1).all()
 
 
 @pytest.mark.parametrize("scale", [None, -0.01])

@@ -27,8 +27,8 @@ class Clusters(NamedTuple):
 def first_centres(x: torch.Tensor, number: int, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Every (tokens // number)-th token of x [B, H, tokens, D] as a centre: [B, H, number, D].
 
-    With `valid`, bool [B, tokens], of the valid tokens of each sample; where there are fewer than centres, the last one
-    is a centre several times.
+    With `valid`, bool [B, tokens], of the valid tokens of each sample; where there are fewer than centres, the others
+    are the last one's, and `k_means` leaves them empty.
     """
     index = torch.arange(number, device=x.device)
     if valid is None:
@@ -43,7 +43,8 @@ def first_centres(x: torch.Tensor, number: int, valid: torch.Tensor | None = Non
 def k_means(x: torch.Tensor, centres: torch.Tensor, iterations: int, valid: torch.Tensor | None) -> Clusters:
     """So many times: each token to its nearest centre, each centre to the mean of its tokens.
 
-    Of equal distances the lower index wins. A cluster without valid tokens keeps its centre.
+    Of equal distances the lower index wins. A cluster without valid tokens keeps its centre, and clusters behind the
+    number of valid tokens have none.
 
     Args:
         x: Tokens [B, H, tokens, D].
@@ -56,9 +57,12 @@ def k_means(x: torch.Tensor, centres: torch.Tensor, iterations: int, valid: torc
     weight = torch.ones(x.shape[:3], dtype=wide, device=x.device)
     if valid is not None:
         weight = weight * valid[:, None].to(wide)
-    ids, sizes = torch.empty(0), torch.empty(0)
+    ids, sizes, left = torch.empty(0), torch.empty(0), None
+    if valid is not None:
+        # Equal centres, which rounding would tell apart.
+        left = torch.arange(centres.shape[2], device=x.device) >= valid.sum(1, keepdim=True)
     for _ in range(iterations):
-        ids = _nearest(x, centres)
+        ids = _nearest(x, centres, left)
         sizes = torch.zeros(centres.shape[:3], dtype=wide, device=x.device).scatter_add(2, ids, weight)
         index = ids[..., None].expand_as(x)
         summed = torch.zeros_like(centres).scatter_add(2, index, x * weight[..., None])
@@ -66,9 +70,10 @@ def k_means(x: torch.Tensor, centres: torch.Tensor, iterations: int, valid: torc
     return Clusters(ids, centres, sizes)
 
 
-def _nearest(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest centre of each token: [B, H, tokens]."""
+def _nearest(x: torch.Tensor, centres: torch.Tensor, left: torch.Tensor | None) -> torch.Tensor:
+    """Index of the nearest centre of each token, but for those left out, bool [B, clusters]: [B, H, tokens]."""
     square = centres.square().sum(-1)
+    square = square if left is None else square.masked_fill(left[:, None], float("inf"))
     step = max(1, DISTANCES // max(1, square.numel()))
     parts = []
     for first in range(0, x.shape[2], step):
