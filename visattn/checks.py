@@ -150,7 +150,7 @@ def check_biased(pattern: Pattern, layout: Layout) -> BiasedPattern:
     return pattern
 
 
-def check_values(pattern: Pattern, keys: int, values: int) -> None:
+def check_values(pattern: Pattern | str, keys: int, values: int) -> None:
     """Raise a ValueError if a pattern does not take values of other channels than the keys'."""
     if keys != values and not constant(reads_products, pattern):
         raise ValueError(

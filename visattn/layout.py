@@ -35,7 +35,9 @@ class Layout:
     def __init__(
         self, grid: int | Sequence[int], prefix: int = 0, suffix: int = 0, key_layout: Layout | None = None
     ) -> None:
-        axes = tuple(grid) if isinstance(grid, Iterable) and not isinstance(grid, Set | Mapping) else (grid,)
+        # Neither sets nor the keys of a mapping are in an order.
+        several = isinstance(grid, Iterable) and not isinstance(grid, Set | Mapping)
+        axes: tuple[Any, ...] = tuple(grid) if several else (grid,)  # type: ignore[arg-type]
         if not 1 <= len(axes) <= 3 or not all(_is_whole(n, 1) for n in axes):
             raise ValueError(
                 f"grid {grid!r} must be 1 to 3 whole numbers of at least 1, like 4096, (64, 64) or (8, 32, 32)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numbers
+import operator
 from typing import Any
 
 
@@ -40,7 +40,15 @@ def known_step(what: str, step: int | None, total: int | None, needs_total: bool
 def check_step(step: Any, total: Any) -> None:
     """Raise a ValueError for a step that is none, or not one of so many."""
     for name, value in (("step", step), ("total", total)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+        if value is not None and (isinstance(value, bool) or not _is_index(value)):
             raise ValueError(f"{name}={value!r} must be a whole number, or None")
     if step is not None and (step < 0 or (total is not None and step >= total)):
         raise ValueError(f"step {step} of {total} must be at least 0 and below the number of steps")
+
+
+def _is_index(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True

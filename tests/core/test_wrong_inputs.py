@@ -5,6 +5,7 @@ import torch
 
 import visattn
 from visattn import Layout, attention, attention_rows, explain
+from visattn.parameters import PatternParameters
 from visattn.patterns import parse
 from visattn.selectors import selectors_of
 from visattn.steps import check_step
@@ -82,3 +83,9 @@ def test_a_decay_beyond_the_dtype_leaves_each_position_to_itself():
     fastest = attention(Q, Q, Q, parse("linear(causal=1x0, decay=1e300)"), LAYOUT)
     assert torch.allclose(fastest, attention(Q, Q, Q, "linear(causal=1x0, decay=1000)", LAYOUT))
     assert fastest.isfinite().all()
+
+
+@pytest.mark.parametrize("given", [None, 3, True])
+def test_what_is_no_path(given):
+    with pytest.raises(ValueError, match="pass the path of a file"):
+        PatternParameters([]).load(given)
