@@ -60,6 +60,20 @@ class Rest(NamedTuple):
     copied: torch.Tensor | None = None
 
 
+def settled(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values, with the mean of the others in the place of those that a mask hides: no scale follows these.
+
+    Args:
+        x: Keys or values [B, N, H, D].
+        key_mask: bool [B, N], or None.
+    """
+    if key_mask is None:
+        return x
+    shown = key_mask[:, :, None, None]
+    total = x.masked_fill(~shown, 0).sum(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.where(shown, x, (total / shown.sum(1, keepdim=True).clamp(min=1)).to(x.dtype))
+
+
 def rest_of(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Rest | None:
     """The pooled keys of blocks that a dynamic pattern does not list, or what groups of tokens see; None for neither.
 

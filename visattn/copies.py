@@ -12,10 +12,10 @@ from typing import Any
 
 # The attribute that `copy` and `pickle` look for.
 REDUCE = "__reduce_ex__"
-# The dictionaries of a module's hooks, with those of the hooks that take keyword arguments, by the same numbers.
+# The dictionaries of a module's hooks, with those that say how hooks are called, by the same numbers.
 HOOKS = (
     ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    ("_forward_hooks", "_forward_hooks_with_kwargs"),
+    ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 )
 
 
@@ -57,9 +57,9 @@ class StockCopy:
             made, arguments = copyreg._reconstructor, (self.classes[arguments[0]], object, None)  # type: ignore[attr-defined]
         left_out = (*self.attributes, REDUCE)
         state = {name: value for name, value in state.items() if name not in left_out}
-        for hooks, flags in HOOKS:
+        for hooks, *flags in HOOKS:
             ours = {number for number, hook in state.get(hooks, {}).items() if isinstance(hook, Hook)}
-            for name in (hooks, flags):
+            for name in (hooks, *flags):
                 if name in state:
                     state[name] = type(state[name])((n, h) for n, h in state[name].items() if n not in ours)
         return made, arguments, state, *rest

@@ -37,11 +37,10 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def add_values(path: Path, more: Mapping[str, Any]) -> None:
-    """Add values to such a file; whole, so that another process never reads half of it."""
+    """Add values to such a file; whole, so that nobody who reads it meanwhile reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(read_values(path) | dict(more), indent=1))
-    part.replace(path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(read_values(path) | dict(more), indent=1))
 
 
 def as_path(given: Any) -> Path:

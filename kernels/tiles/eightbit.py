@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from visattn.keep import kept
-from visattn.kernels.masks import visible
+from visattn.kernels.masks import settled, visible
 from visattn.kernels.triton.boxes import tiled
 from visattn.layout import Layout
 from visattn.patterns import Dense, DynamicPattern, Pattern, RoutedPattern
@@ -47,6 +47,8 @@ def simulates(problem: Problem) -> Support:
 def simulate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output [B, S, H, D] and log-sum-exp [B, S, H], see `Backend.run`."""
     wide = torch.promote_types(q.dtype, torch.float32)
+    seen = visible(call, q, k)
+    k, v = settled(k, call.key_mask), settled(v, call.key_mask)
     fp8, group = call.precision == "fp8", q.shape[2] // k.shape[2]
     # A choice that q and k make is in the mask.
     listed = Dense() if isinstance(call.pattern, RoutedPattern) else call.pattern
@@ -59,7 +61,6 @@ def simulate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> t
     keys, k_scale = as_bytes(_taken(k.to(wide) - shift, walk.tokens), (2, 4))
     values, v_scale = _values(v.to(wide) - middle, fp8)
     values = _taken(values, walk.tokens)
-    seen = visible(call, q, k)
     keys, values, k_scale = (t.repeat_interleave(group, 3) for t in (keys, values, k_scale))
     v_scale, middle, shift = (t.repeat_interleave(group, 2) for t in (v_scale, middle, shift))
     out, lse = q.new_zeros(q.shape, dtype=wide), q.new_zeros(q.shape[:3], dtype=wide)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from visattn.models.load import as_input, open_image
-from visattn.tuning.search import HELD_OUT
+from visattn.tuning.plan import HELD_OUT
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -27,7 +27,7 @@ from visattn.schedule import Schedule
 from visattn.staged import Staged
 from visattn.tally import all_timed
 from visattn.tuning.places import Only, by_layer, names_at
-from visattn.tuning.search import stages_of
+from visattn.tuning.plan import stages_of
 from visattn.tuning.subject import DENSE, Assignment, Local, Outcome
 from visattn.watch import Watched
 

@@ -24,9 +24,12 @@ from visattn.files import written_whole
 from visattn.models.tuning.pictures import Pictures
 from visattn.models.tuning.subject import BackboneSubject
 from visattn.tuning.candidates import candidates, checked, precisions_of
+from visattn.tuning.found import tuned
+from visattn.tuning.goal import Goal
 from visattn.tuning.journal import Journal
-from visattn.tuning.measure import Measurer, Plan
-from visattn.tuning.search import Goal, Search, tuned
+from visattn.tuning.measure import Measurer
+from visattn.tuning.plan import Plan
+from visattn.tuning.search import Search
 
 DINOV2, SIDE, NOISE = "vit_small_patch14_dinov2.lvd142m", 518, 16
 GOALS = {"digits": Goal(accuracy=0.5, held_out=290), "dinov2": Goal(psnr=20.0, held_out=8)}
@@ -68,9 +71,9 @@ def measure(
     def tell(what: str, done: int, of: int) -> None:
         print(f"{time.monotonic() - start:6.1f} s  {what}: {done} of {of}", flush=True)
 
-    search = Search(Measurer(subject, plan, journal, start + options.seconds, tell), goal)
-    found = search.run()
-    made = tuned(search, found)
+    measurer = Measurer(subject, plan, journal, start + options.seconds, tell)
+    found = Search(measurer, goal).run()
+    made = tuned(measurer, goal, found)
     made.write(out.with_suffix(".json"))
     rows = {"verified": dict(made.verified), "layers": {k: dict(v) for k, v in made.layers.items()}}
     results = {"about": subject.about(), "versions": versions(), "devices": devices(), "goal": str(goal)} | rows

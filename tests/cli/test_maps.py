@@ -98,7 +98,7 @@ def test_a_pipeline_whose_heads_differ_is_tuned_head_by_head(command, folder, mo
     pytest.importorskip("diffusers")
     # The tiny model runs dense attention faster than anything else.
     monkeypatch.setattr("visattn.pipelines.tuning.local.HOPELESS", float("inf"))
-    monkeypatch.setattr("visattn.tuning.measure.promising", lambda layers, names: names)
+    monkeypatch.setattr("visattn.tuning.layers.promising", lambda layers, names: names)
     tiny_pixel_flux(2).save_pretrained(folder / "pipeline")
     out, words = folder / "denoiser", ["--prompt", "a red apple, 3d", "--size", SIDE, "--steps", 2]
     patterns = ["--pattern", "na(window=3x3)", "--pattern", "na(window=5x5)"]

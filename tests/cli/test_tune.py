@@ -20,7 +20,7 @@ def tune(tmp_path, monkeypatch):
     monkeypatch.setattr("visattn.pipelines.load.load_pipeline", lambda *_: tiny_pixel_flux())
     # The tiny model runs dense attention faster than anything else.
     monkeypatch.setattr("visattn.pipelines.tuning.local.HOPELESS", float("inf"))
-    monkeypatch.setattr("visattn.tuning.measure.promising", lambda layers, names: names)
+    monkeypatch.setattr("visattn.tuning.layers.promising", lambda layers, names: names)
     (tmp_path / "prompts.txt").write_text("red disc, flat\n\nblue bar, 3d\n")
     (tmp_path / "candidates.txt").write_text("topk(keep=0.5, rest=mean)\n")
 

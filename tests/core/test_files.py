@@ -4,10 +4,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from visattn.files import UNFINISHED, check_writable_file, output_folder, prepare_folder, written_whole
+from visattn.files import (
+    UNFINISHED,
+    add_values,
+    check_writable_file,
+    output_folder,
+    prepare_folder,
+    read_values,
+    written_whole,
+)
 
 
 def test_a_block_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path):
@@ -98,3 +107,22 @@ class TestInterruptedRuns:
         with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "out"):
             raise KeyboardInterrupt
         assert not os.listdir(tmp_path)
+
+
+def test_threads_that_add_values_at_once_leave_a_whole_file(tmp_path):
+    path, gate, wrong = tmp_path / "cache" / "values.json", threading.Barrier(6), []
+
+    def work(name):
+        gate.wait()
+        try:
+            for i in range(30):
+                add_values(path, {f"{name}{i}": i})
+        except OSError as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcdef"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and read_values(path) and [each.name for each in path.parent.iterdir()] == [path.name]

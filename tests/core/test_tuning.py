@@ -11,7 +11,9 @@ from tests.support.numbers import COSTS, Numbers
 from visattn import parse
 from visattn.tuning.candidates import candidates, checked, is_steady, kind_of
 from visattn.tuning.journal import Journal
-from visattn.tuning.measure import Measurer, Plan, promising
+from visattn.tuning.layers import measured, promising
+from visattn.tuning.measure import Measurer
+from visattn.tuning.plan import Plan
 from visattn.tuning.sensitivity import Response, floor_of, rank_correlation
 from visattn.tuning.solve import Choice, hull, ladder
 from visattn.tuning.subject import DENSE, Local
@@ -137,6 +139,6 @@ def test_what_no_layer_would_choose_is_measured_in_one_stage():
     subject = Counted()
     subject.costs = COSTS | {"topk(keep=0.4)": (0.2, 7.0)}
     measurer = Measurer(subject, Plan(names, stages=2, seeds=4, quick=2), Journal(None, {}))
-    found = measurer.local()
+    found = measured(measurer)
     assert calls == [(6, set(names), set(names)), (2, set(COSTS), set())]
     assert all(set(each) == set(COSTS) for layer in found for each in layer)

@@ -13,11 +13,16 @@ from tests.support.numbers import COSTS, Late, Numbers
 from visattn.tuned import Tuned
 from visattn.tuning.budget import estimated, fitted
 from visattn.tuning.candidates import candidates
+from visattn.tuning.found import tuned
+from visattn.tuning.goal import Goal
+from visattn.tuning.injections import Injections
 from visattn.tuning.journal import Journal
-from visattn.tuning.measure import Measurer, Plan
+from visattn.tuning.layers import measured
+from visattn.tuning.measure import Measurer
 from visattn.tuning.overhead import excess, overheads
 from visattn.tuning.page import page
-from visattn.tuning.search import Goal, Search, stages_of, tuned
+from visattn.tuning.plan import Plan, stages_of
+from visattn.tuning.search import Search
 from visattn.tuning.subject import DENSE, Outcome
 
 
@@ -62,7 +67,7 @@ class TestSearch:
         # The rest is as sparse as the bound allows.
         best = Search(Measurer(Numbers(), plan, Journal(None, {})), goal)
         best.run()
-        rest = next(r for r in best._ladders[1] if best._holds(r, 0.0))
+        rest = next(r for r in best.ladders[1] if best.tries.holds(r))
         assert found.verified.seconds == pytest.approx(rest.time / 4, rel=0.02)
 
     @pytest.mark.parametrize(("dense", "psnr"), [(0, 13.0), (1, 20.0)])
@@ -152,7 +157,7 @@ class TestSearch:
     def test_a_search_that_was_stopped_goes_on_and_ends_alike(self, tmp_path):
         goal = Goal(psnr=25.0, held_out=5)
         whole = search(goal)
-        expected = tuned(whole, whole.run()).to_dict()
+        expected = tuned(whole.measurer, goal, whole.run()).to_dict()
         total = len(whole.measurer.subject.calls)
         path = tmp_path / "j.jsonl"
         spent = 0
@@ -160,7 +165,7 @@ class TestSearch:
             subject = Numbers(limit)
             made = search(goal, Journal(path, {}), subject)
             try:
-                found = tuned(made, made.run()).to_dict()
+                found = tuned(made.measurer, goal, made.run()).to_dict()
                 spent += len(subject.calls)
             except KeyboardInterrupt:
                 spent += len(subject.calls) - 1
@@ -174,7 +179,7 @@ class TestSearch:
         assert not found.complete and found.held
         # The dense twin is measured all the same.
         made.measurer.deadline = 0
-        assert tuned(made, found).verified["seconds_dense"] > 0
+        assert tuned(made.measurer, made.goal, found).verified["seconds_dense"] > 0
         with pytest.raises(ValueError, match="before anything could be predicted"):
             search(Goal(psnr=25.0), deadline=-1).run()
 
@@ -199,7 +204,7 @@ class TestSearch:
     def test_the_file_says_what_was_verified(self, tmp_path):
         made = search(Goal(psnr=25.0, held_out=5))
         found = made.run()
-        tuned(made, found).write(tmp_path / "tuned.json")
+        tuned(made.measurer, made.goal, found).write(tmp_path / "tuned.json")
         read = Tuned.read(tmp_path / "tuned.json")
         assert read.verified["psnr_worst"] >= 25 and read.verified["samples"] == 5 and read.verified["held"]
         assert read.verified["attention_seconds"] < read.verified["attention_seconds_dense"]
@@ -214,11 +219,11 @@ class TestSearch:
         # In every call of `topk` the device waits for longer than it saves.
         assert {name for row in found.assignment for name in row} <= {DENSE, "na(window=3x3)"}
         assert "topk(keep=0.5)" in {name for row in plain.assignment for name in row}
-        used = overheads(made.measurer, made.measurer.local())
+        used = overheads(made.measurer, measured(made.measurer))
         assert used == {"topk": pytest.approx(Late.beyond), "na": pytest.approx(0.0, abs=1e-9)}
-        assert overheads(search(Goal(psnr=25.0), deadline=-1).measurer, made.measurer.local()) == {}
+        assert overheads(search(Goal(psnr=25.0), deadline=-1).measurer, measured(made.measurer)) == {}
         late.device = torch.device("cpu")
-        assert overheads(made.measurer, made.measurer.local()) == {}
+        assert overheads(made.measurer, measured(made.measurer)) == {}
 
     def test_a_kind_that_is_worse_in_whole_runs_than_predicted_is_charged(self):
         class Worse(Numbers):
@@ -234,8 +239,8 @@ class TestSearch:
             measurer = search(Goal(psnr=25.0), subject=subject).measurer
             # Small errors, of which no sample becomes another one.
             subject.costs = {name: (error / 1000, time) for name, (error, time) in COSTS.items()}
-            local = measurer.local()
-            used.append(excess(measurer, local, measurer.responses(local)[0]))
+            local = measured(measurer)
+            used.append(excess(measurer, local, Injections(measurer, local)))
         assert used[0] == {"topk": pytest.approx(1.0, rel=0.05), "na": pytest.approx(1.0, rel=0.05)}
         assert used[1] == {"topk": 1.0, "na": pytest.approx(10.0, rel=0.05)}
 
@@ -262,7 +267,7 @@ class TestSearch:
         journal, few = Journal(None, {}), tuple(COSTS)[:2]
         for names in (few, tuple(COSTS)):
             measurer = Measurer(Numbers(), Plan(names, stages=2, seeds=4, quick=2), journal)
-            assert set(measurer.local()[0][0]) == set(names)
+            assert set(measured(measurer)[0][0]) == set(names)
 
     def test_one_of_the_goals(self):
         for goal in (Goal(), Goal(psnr=30.0, speedup=2.0)):
@@ -287,7 +292,7 @@ def test_a_real_browser_draws_the_page(tmp_path):
     made = search(Goal(psnr=25.0, held_out=5))
     found = made.run()
     file = tmp_path / "tuned.html"
-    file.write_text(page(tuned(made, found), found), encoding="utf-8")
+    file.write_text(page(tuned(made.measurer, made.goal, found), found), encoding="utf-8")
     seen = dom(
         file,
         tmp_path,

@@ -86,6 +86,19 @@ def test_masked_and_routed_calls():
     assert not out.any() and (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("pattern", ["na(window=5x5)", "clear(radius=2, pool=4)", "topk(keep=0.5,block=4x4)", "dense"])
+def test_what_a_mask_hides_moves_no_scale(pattern, precision):
+    layout = Layout((8, 8), 3)
+    q, k, v = tensors(layout, dtype=torch.float32)
+    mask = torch.rand(1, layout.length, generator=torch.Generator().manual_seed(1)) > 0.4
+    options = {"key_mask": mask, "precision": precision, "return_lse": True}
+    hidden = ~mask[..., None, None]
+    wild = (t.masked_fill(hidden, value) for t, value in ((k, -3e4), (v, 1e4)))
+    tame, ours = attention(q, k, v, pattern, layout, **options), attention(q, *wild, pattern, layout, **options)
+    assert all(torch.equal(one, other) for one, other in zip(tame, ours, strict=True))
+
+
 def test_constant_and_empty_inputs():
     layout = Layout((6, 6))
     zeros, ones = torch.zeros(1, 36, 2, 32), torch.ones(1, 36, 2, 32)

@@ -19,9 +19,12 @@ from visattn.models.tuning.pictures import Pictures
 from visattn.models.tuning.subject import BackboneSubject
 from visattn.tuned import Tuned
 from visattn.tuning import measure
+from visattn.tuning.found import tuned
+from visattn.tuning.goal import Goal
 from visattn.tuning.journal import Journal
-from visattn.tuning.measure import Measurer, Plan
-from visattn.tuning.search import HELD_OUT, Goal, Search, tuned
+from visattn.tuning.measure import Measurer
+from visattn.tuning.plan import HELD_OUT, Plan
+from visattn.tuning.search import Search
 from visattn.tuning.subject import DENSE
 
 CHEAP, GOOD = "na(window=3x3)", "topk(keep=0.8, block=2x2, rest=mean)"
@@ -118,7 +121,7 @@ def test_a_search_ends_with_a_file_that_applies(subject, quick, tmp_path):
     goal = Goal(accuracy=30.0, held_out=12)
     made = Search(Measurer(subject, Plan(NAMES, 1, seeds=12, quick=4, checks=1), Journal(None, {})), goal)
     found = made.run()
-    file = tuned(made, found)
+    file = tuned(made.measurer, goal, found)
     file.write(tmp_path / "tuned.json")
     assert file.verified["held"] and file.verified["accuracy_dense"] <= 1 and "snr_mean" in file.verified
     with visattn.apply(subject._net, str(tmp_path / "tuned.json")) as handle, torch.no_grad():

@@ -34,6 +34,18 @@ def sliced(rank, how, pattern, layout, axis, sizes, heads, kv_heads, masked):
     return [t.detach() for t in (out, q.grad, k.grad, v.grad)], (moved.sent, moved.received, moved.shared)
 
 
+def graphed(rank, how, pattern, layout):
+    """The error of a gradient whose graph is asked for."""
+    slabs = parallel.Slabs.even(layout, dist.get_world_size(), 0)
+    q, k, v, _ = (slabs.shard(t, rank).requires_grad_() for t in tensors(layout, 4, 4))
+    out = RUNS[how](q, k, v, pattern, slabs)
+    try:
+        torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def every(rank, how, patterns, *rest):
     """`sliced` for several patterns, or the error that each is refused with."""
     found = []

@@ -217,6 +217,12 @@ def test_what_slabs_cannot_run_is_refused_with_the_reason(ranks):
     assert "4 key heads" not in ranks.run(3, sliced.refused, "ulysses", "na(window=3x3)", grid, 0)[0]
 
 
+@pytest.mark.parametrize(("how", "pattern"), [("halo", "na(window=3x3)"), ("halo", "linear"), ("ulysses", "dense")])
+def test_second_derivatives_are_refused(ranks, how, pattern):
+    said = ranks.run(2, sliced.graphed, how, pattern, Layout((6, 4)))
+    assert all("first derivatives only: leave create_graph=True out" in each for each in said)
+
+
 def test_heads_go_to_ranks_by_what_they_cost():
     assert parallel.ulysses.head_shares(8, 3) in {(3, 3, 2), (2, 3, 3), (3, 2, 3)}
     assert parallel.ulysses.head_shares(4, 2, (9, 1, 1, 1)) == (1, 3)

@@ -9,9 +9,10 @@ from scripts.measure.tuned import best_single, everywhere, grid_of, in_turns, is
 from visattn import parse
 from visattn.pipelines.embedded import EMBEDDED
 from visattn.tuning.candidates import candidates
+from visattn.tuning.goal import Goal
 from visattn.tuning.journal import Journal
-from visattn.tuning.measure import Measurer, Plan
-from visattn.tuning.search import Goal
+from visattn.tuning.measure import Measurer
+from visattn.tuning.plan import Plan
 from visattn.tuning.subject import DENSE, Local, Outcome
 
 FAILS = "topp(p=0.95, every=4, drift=inf)"

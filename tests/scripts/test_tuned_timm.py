@@ -16,7 +16,7 @@ from visattn.models.tuning.pictures import Pictures
 from visattn.models.tuning.subject import BackboneSubject
 from visattn.patterns import parse
 from visattn.tuned import Tuned
-from visattn.tuning.search import Goal
+from visattn.tuning.goal import Goal
 
 
 def test_a_schedule_and_its_figures_are_written(tmp_path):

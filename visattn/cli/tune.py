@@ -24,9 +24,10 @@ from visattn.cli.generate_options import (
 from visattn.cli.options import ForceOption, output_file
 
 if TYPE_CHECKING:
-    from visattn.tuning.measure import Plan
+    from visattn.tuning.found import Found
+    from visattn.tuning.goal import Goal
     from visattn.tuning.places import Only
-    from visattn.tuning.search import Found, Goal
+    from visattn.tuning.plan import Plan
     from visattn.tuning.subject import Subject
 
 
@@ -90,11 +91,14 @@ def tune(
     from visattn.tuning.budget import fitted
     from visattn.tuning.candidates import candidates as of_grid
     from visattn.tuning.candidates import checked, precisions_of
+    from visattn.tuning.found import tuned
+    from visattn.tuning.goal import Goal
     from visattn.tuning.journal import Journal
-    from visattn.tuning.measure import Measurer, Plan
+    from visattn.tuning.measure import Measurer
     from visattn.tuning.page import page
     from visattn.tuning.places import read_lines
-    from visattn.tuning.search import Goal, Search, tuned
+    from visattn.tuning.plan import Plan
+    from visattn.tuning.search import Search
 
     if not texts and not of_timm:
         raise ValueError("pass --prompts FILE or --prompt TEXT, or --label for a model of classes")
@@ -118,9 +122,8 @@ def tune(
         if minutes:
             plan = fitted(measurer, 60 * minutes, held_out)
             measurer = Measurer(subject, plan, kept, deadline, tell)
-        search = Search(measurer, goal)
-        found = search.run()
-        made = tuned(search, found)
+        found = Search(measurer, goal).run()
+        made = tuned(measurer, goal, found)
     made.write(out)
     from visattn.files import written_whole
 

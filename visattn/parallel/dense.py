@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from visattn.layout import Layout
 from visattn.parallel.merge import merged
+from visattn.parallel.once import once
 from visattn.parallel.slabs import Slabs
 
 
@@ -25,6 +26,7 @@ class Gathered(torch.autograd.Function):
         return torch.stack(parts)
 
     @staticmethod
+    @once
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Sum."""
         total = grads[0].contiguous()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from visattn.parallel.needs import Border, Needs
+from visattn.parallel.once import once
 
 
 class Exchange:
@@ -100,6 +101,7 @@ class Post(torch.autograd.Function):
         return k.new_zeros(())
 
     @staticmethod
+    @once
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """What the others' queries add to the gradients of the rows that they were given."""
         ctx.exchange.wait()
@@ -117,6 +119,7 @@ class Arrive(torch.autograd.Function):
         return out.view_as(out), *exchange.received.values()
 
     @staticmethod
+    @once
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Post the messages' gradients; the own part's backward runs while they travel."""
         exchange = ctx.exchange

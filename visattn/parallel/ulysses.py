@@ -11,6 +11,7 @@ import torch.distributed as dist
 from visattn.attend import attention
 from visattn.layout import Layout
 from visattn.parallel.moved import Moved
+from visattn.parallel.once import once
 from visattn.parallel.ranks import checked_rank
 from visattn.parallel.slabs import Slabs
 from visattn.patterns import Pattern, PerHead, parse
@@ -76,6 +77,7 @@ class Exchanged(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The way back."""
         sends, takes, group = ctx.rest

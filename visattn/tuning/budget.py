@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from visattn.tuning.measure import Measurer, OutOfTime, Plan
+from visattn.tuning.measure import Measurer, OutOfTime
+from visattn.tuning.plan import Plan
 
 # Schedules that a search measures before it finds the one to verify, beside one of a single candidate for each stage.
 SCHEDULES = 5

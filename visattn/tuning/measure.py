@@ -1,78 +1,21 @@
-"""What a search measures of a subject, each kept in its journal: candidates in layers, injections, whole schedules."""
+"""Measures a subject for a search, or looks up what its journal knows."""
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import math
-import random
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
-from visattn.tuning.candidates import is_steady, kind_of
 from visattn.tuning.journal import Journal
-from visattn.tuning.sensitivity import Response, floor_of, rank_correlation
-from visattn.tuning.solve import Choice, hull
-from visattn.tuning.subject import DENSE, Assignment, Local, Outcome, Subject
-
-# How many times the error on a layer's hull a candidate may have that is measured in all stages.
-NEAR = 1.5
-# Errors of layers that are injected, as shares of the square of their outputs: in proportion to what they do to the
-# output, and mostly above its rounding.
-PROBED = (0.03, 0.003)
+from visattn.tuning.plan import Plan
+from visattn.tuning.subject import DENSE, Assignment, Local, Outcome, Subject, everywhere
 
 
 class OutOfTime(Exception):
     """The minutes that were given are over."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is measured.
-
-    Attributes:
-        candidates: Texts of patterns, dense first.
-        stages: Parts of the run that have a pattern of their own each.
-        groups: Groups of neighbouring layers at most that are injected together.
-        probes: Candidates that are injected in each group and stage.
-        checks: Further injections, to see how well the others predict them.
-        seeds: Samples of a schedule's quality.
-        quick: Those of them for injections.
-        seed: Of the first sample.
-        steps: Denoising steps of a run.
-    """
-
-    candidates: tuple[str, ...]
-    stages: int = 4
-    groups: int = 12
-    probes: int = 2
-    checks: int = 12
-    seeds: int = 8
-    quick: int = 4
-    seed: int = 0
-    steps: int = 0
-
-    @property
-    def edges(self) -> tuple[float, ...]:
-        """Where stages begin and end: each is as long as those before it, for the first steps matter most.
-
-        They are equal where the steps are too few for that.
-        """
-        halves = (0.0, *(0.5**i for i in range(self.stages - 1, -1, -1)))
-        counts = [round(edge * self.steps) for edge in halves]
-        if all(a < b for a, b in itertools.pairwise(counts)):
-            return halves
-        return tuple(i / self.stages for i in range(self.stages + 1))
-
-    @property
-    def samples(self) -> tuple[int, ...]:
-        """Seeds of a schedule's quality."""
-        return tuple(range(self.seed, self.seed + self.seeds))
 
 
 class Measurer:
@@ -84,6 +27,8 @@ class Measurer:
         journal: What is known.
         deadline: `time.monotonic()` after which nothing new is begun.
         tell: Called with what is done, and how many of how many.
+        groups: Neighbouring layers that are injected together.
+        calls: Steps of each stage.
     """
 
     def __init__(
@@ -98,6 +43,8 @@ class Measurer:
         count = min(plan.groups, subject.layers)
         edges = [round(i * subject.layers / count) for i in range(count + 1)]
         self.groups = [range(a, b) for a, b in itertools.pairwise(edges)]
+        steps = [round(edge * subject.steps) for edge in plan.edges]
+        self.calls = [end - first for first, end in itertools.pairwise(steps)]
 
     @contextmanager
     def unhurried(self) -> Iterator[None]:
@@ -115,159 +62,27 @@ class Measurer:
         return Outcome.of(self._get(key, lambda: self.subject.outcome(edges, assignment, seeds).to_dict()))
 
     def quality(self, assignment: Assignment) -> Outcome:
-        """Quality alone, of the quick samples."""
-        edges, seeds = self.plan.edges, self.plan.samples[: self.plan.quick]
-        key = ["quality", assignment, list(seeds)]
+        """Quality alone, of the quick samples: those of an outcome that is known, or without times."""
+        edges, seeds = self.plan.edges, self.plan.quick_samples
+        key, whole = ["quality", assignment, list(seeds)], ["outcome", assignment, list(self.plan.samples)]
+        if not self.journal.knows(key) and self.journal.knows(whole):
+            return Outcome(self.outcome(assignment, self.plan.samples).psnr[: len(seeds)])
         return Outcome.of(self._get(key, lambda: self.subject.outcome(edges, assignment, seeds, False).to_dict()))
 
-    def middle(self) -> list[dict[str, Local]]:
-        """What all candidates do in the middle stage, by layer."""
-        return self._stage(self.plan.stages // 2, self.plan.candidates, self.plan.candidates)
+    def local(self, stage: int, names: Sequence[str], timed: Sequence[str]) -> list[dict[str, Local]]:
+        """What candidates do in the middle step of a stage, by layer.
 
-    def local(self) -> list[list[dict[str, Local]]]:
-        """What candidates do, by layer and stage: in the middle step of each stage.
-
-        Those that no layer would choose in the middle stage are not measured in the others, and left out.
+        Args:
+            stage: The stage.
+            names: The candidates.
+            timed: Those whose time is measured.
         """
-        plan, middle = self.plan, self.plan.stages // 2
-        self.tell("candidates in each layer", 0, plan.stages)
-        found = {middle: self.middle()}
-        names = promising(found[middle], plan.candidates)
-        # Times that do not depend on values are measured once.
-        timed = [name for name in names if not is_steady(name)]
-        for stage in range(plan.stages):
-            if stage != middle:
-                self.tell("candidates in each layer", len(found), plan.stages)
-                found[stage] = self._stage(stage, names, timed)
-        self.tell("candidates in each layer", plan.stages, plan.stages)
-        return _steadied(
-            [
-                [{n: v for n, v in found[stage][layer].items() if n in names} for stage in range(plan.stages)]
-                for layer in range(self.subject.layers)
-            ]
-        )
-
-    def _stage(self, stage: int, names: Sequence[str], timed: Sequence[str]) -> list[dict[str, Local]]:
         step = int((self.plan.edges[stage] + self.plan.edges[stage + 1]) / 2 * self.subject.steps)
-        seeds = self.plan.samples[: self.plan.quick]
+        seeds = self.plan.quick_samples
         # Another budget has other candidates.
         key = ["local", step, list(seeds), list(names)]
         rows = self._get(key, lambda: self.subject.local(step, names, seeds, timed))
         return [{name: Local(*value) for name, value in row.items()} for row in rows]
-
-    def responses(self, local: list[list[dict[str, Local]]]) -> tuple[list[list[Response]], float | None]:
-        """The output's error over each layer's, by layer and stage, and its rank correlation with other injections."""
-        plan, units = self.plan, list(itertools.product(range(len(self.groups)), range(self.plan.stages)))
-        probes = [self._probes(local, group) for group in self.groups]
-        injected = [(unit, probe) for unit in units for probe in probes[unit[0]]]
-        total = len(injected)
-        points: dict[tuple[int, int], list[tuple[float, float]]] = {unit: [] for unit in units}
-        for done, (unit, probe) in enumerate(injected):
-            self.tell("injections", done, total)
-            points[unit].append((self._error(local, unit, probe), self._inject(local, unit, probe)))
-        self.tell("injections", total, total)
-        floors = [self._floor(local, stage, points) for stage in range(plan.stages)]
-        fits = {unit: Response(some, floors[unit[1]]) for unit, some in points.items()}
-        others = [[name for name in plan.candidates if name not in {*some, DENSE}] for some in probes]
-        pairs = [(u, name) for u in units for name in others[u[0]] if math.isfinite(self._error(local, u, name))]
-        chosen = random.Random(plan.seed).sample(pairs, min(plan.checks, len(pairs)))
-        seen = []
-        for done, (unit, name) in enumerate(chosen):
-            self.tell("checks of what is predicted", done, len(chosen))
-            seen.append((floors[unit[1]] + fits[unit](self._error(local, unit, name)), self._inject(local, unit, name)))
-        self.tell("checks of what is predicted", len(chosen), len(chosen))
-        ranks = rank_correlation([a for a, _ in seen], [b for _, b in seen])
-        by_layer = {layer: g for g, group in enumerate(self.groups) for layer in group}
-        stages = range(plan.stages)
-        return [[fits[by_layer[layer], stage] for stage in stages] for layer in range(self.subject.layers)], ranks
-
-    def choices(
-        self,
-        local: list[list[dict[str, Local]]],
-        responses: list[list[Response]],
-        overheads: Mapping[str, float] = MappingProxyType({}),
-        excess: Mapping[str, float] = MappingProxyType({}),
-    ) -> list[list[Choice]]:
-        """Candidates of each unit (layer by layer, stage by stage) with time and predicted loss.
-
-        Args:
-            local: What they do, by layer and stage.
-            responses: What an error of a layer does to the output, likewise.
-            overheads: Seconds of a call beyond those in `local`, by kind of pattern.
-            excess: How many times more error than predicted, likewise.
-        """
-        found = []
-        edges = [round(e * self.subject.steps) for e in self.plan.edges]
-        group_of = {layer: number for number, group in enumerate(self.groups) for layer in group}
-        for layer, stage in itertools.product(range(self.subject.layers), range(self.plan.stages)):
-            calls, here = edges[stage + 1] - edges[stage], local[layer][stage]
-            respond, group = responses[layer][stage], group_of[layer]
-            unit = []
-            for name, (error, seconds) in here.items():
-                # A group's loss is shared by its layers as their errors are.
-                whole = self._error(local, (group, stage), name)
-                loss = 0.0 if name == DENSE or whole <= 0 else respond(whole) * error / whole
-                loss *= excess.get(kind_of(name), 1.0)
-                if math.isfinite(loss):
-                    beyond = 0.0 if name == DENSE else overheads.get(kind_of(name), 0.0)
-                    unit.append(Choice(name, (seconds + beyond) * calls, loss))
-            found.append(unit)
-        return found
-
-    def _floor(
-        self,
-        local: list[list[dict[str, Local]]],
-        stage: int,
-        points: Mapping[tuple[int, int], Sequence[tuple[float, float]]],
-    ) -> float:
-        """Error of the output however small a layer's is in a stage: from the smallest that can be injected."""
-        names = [name for name in self.plan.candidates if name != DENSE]
-        tried = [group for group in range(len(self.groups)) if points[group, stage]]
-        if not tried:
-            return 0.0
-        error, group, name = min((self._error(local, (g, stage), n), g, n) for g in tried for n in names)
-        return floor_of((error, self._inject(local, (group, stage), name)), max(points[group, stage]))
-
-    def _probes(self, local: list[list[dict[str, Local]]], group: Sequence[int]) -> list[str]:
-        """Candidates along the hull of all layers together, dense not among them: large enough to be no rounding.
-
-        Where none is for all layers, those of the layers of a group that have any.
-        """
-        layers = local
-        names = [n for n in self.plan.candidates if n != DENSE and all(_runs(n, layer) for layer in layers)]
-        if not names:
-            layers = [local[layer] for layer in group]
-            names = [n for n in self.plan.candidates if n != DENSE and any(_runs(n, layer) for layer in layers)]
-        sums, size = [], {}
-        for name in (DENSE, *names):
-            some = [each[name] for layer in layers if _runs(name, layer) for each in layer]
-            sums.append(Choice(name, sum(each.seconds for each in some), sum(each.error for each in some)))
-            size[name] = sums[-1].loss / max(1, len(some))
-        found = [choice.name for choice in hull(sums) if choice.name != DENSE] or names
-        count = min(self.plan.probes, len(found))
-        probes: list[str] = []
-        for i in range(count):
-            wanted = PROBED[0] * (PROBED[1] / PROBED[0]) ** ((i + 0.5) / count)
-            left = [name for name in found if name not in probes]
-            probes.append(min(left, key=lambda name: abs(math.log(max(size[name], 1e-12) / wanted))))
-        return probes
-
-    def _with(self, local: list[list[dict[str, Local]]], unit: tuple[int, int], name: str) -> list[int]:
-        """The layers of a group that a candidate is for, and runs in."""
-        group, stage = unit
-        return [layer for layer in self.groups[group] if name in local[layer][stage]]
-
-    def _error(self, local: list[list[dict[str, Local]]], unit: tuple[int, int], name: str) -> float:
-        layers = self._with(local, unit, name)
-        return sum(local[layer][unit[1]][name].error for layer in layers) if layers else math.inf
-
-    def _inject(self, local: list[list[dict[str, Local]]], unit: tuple[int, int], name: str) -> float:
-        layers = self._with(local, unit, name)
-        rows = [
-            tuple(name if layer in layers and s == unit[1] else DENSE for s in range(self.plan.stages))
-            for layer in range(self.subject.layers)
-        ]
-        return self.quality(tuple(rows)).error
 
     def sample_seconds(self) -> float:
         """Seconds of a dense sample, the first time that it runs: what is known of it would be played.
@@ -277,7 +92,7 @@ class Measurer:
         Raises:
             OutOfTime: If the minutes are over.
         """
-        quick, dense = self.plan.samples[: self.plan.quick], ((DENSE,) * self.plan.stages,) * self.subject.layers
+        quick, dense = self.plan.quick_samples, everywhere(DENSE, self.subject.layers, self.plan.stages)
 
         def run() -> float:
             start = time.perf_counter()
@@ -290,40 +105,3 @@ class Measurer:
         if not self.journal.knows(key) and time.monotonic() > self.deadline:
             raise OutOfTime
         return self.journal.get(key, measure)
-
-
-def _runs(name: str, stages: Sequence[Mapping[str, Local]]) -> bool:
-    """Whether a candidate runs in all stages of a layer."""
-    return all(name in each for each in stages)
-
-
-def promising(layers: Sequence[Mapping[str, Local]], names: Sequence[str]) -> tuple[str, ...]:
-    """Candidates that are near what some layer would choose: with `NEAR` times less error, on its convex hull."""
-    kept = {DENSE}
-    for layer in layers:
-        points = hull([Choice(name, seconds, error) for name, (error, seconds) in layer.items()])
-        kept |= {name for name, (error, seconds) in layer.items() if error <= NEAR * _error_at(points, seconds)}
-    return tuple(name for name in names if name in kept)
-
-
-def _error_at(points: Sequence[Choice], seconds: float) -> float:
-    """Error on a hull at a time, infinite before its first point."""
-    i = bisect.bisect_right([point.time for point in points], seconds)
-    if i in (0, len(points)):
-        return points[-1].loss if i else math.inf
-    one, two = points[i - 1], points[i]
-    return one.loss + (two.loss - one.loss) * (seconds - one.time) / (two.time - one.time)
-
-
-def _steadied(local: list[list[dict[str, Local]]]) -> list[list[dict[str, Local]]]:
-    """Times of a layer that do not depend on values are the median over its stages, as far as they are measured."""
-    found = []
-    for layer in local:
-        seen: dict[str, list[float]] = {}
-        for each in layer:
-            for name, (_, seconds) in each.items():
-                if seconds and is_steady(name):
-                    seen.setdefault(name, []).append(seconds)
-        steady = {name: statistics.median(values) for name, values in seen.items()}
-        found.append([{n: Local(e, steady.get(n, seconds)) for n, (e, seconds) in each.items()} for each in layer])
-    return found

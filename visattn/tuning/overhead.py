@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-
 from visattn.tuning.candidates import kind_of
+from visattn.tuning.injections import Injections
+from visattn.tuning.layers import Locals
 from visattn.tuning.measure import Measurer, OutOfTime
-from visattn.tuning.sensitivity import Response
-from visattn.tuning.subject import DENSE, Local
+from visattn.tuning.subject import DENSE, everywhere
 
 # Squared error from which a sample is another one.
 LOST = 0.01
 
 
-def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -> dict[str, float]:
+def overheads(measurer: Measurer, local: Locals) -> dict[str, float]:
     """Seconds of a call in a whole run beyond those in a layer, by kind of pattern.
 
     One candidate of each kind, of middle time, runs at all layers and stages and is compared with dense attention.
@@ -30,7 +28,6 @@ def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -
     """
     if measurer.subject.device.type == "cpu":
         return {}
-    calls = _calls(measurer)
     times, chosen = middle(measurer, local)
     try:
         # Dense attention says what a second of a layer is in these figures, which are of one sample.
@@ -44,12 +41,10 @@ def overheads(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -
         measurer.tell("candidates in whole runs", len(chosen), len(chosen))
     except OutOfTime:
         return {}
-    return {kind: max(seconds, 0.0) / (sum(calls) * len(local)) for kind, seconds in beyond.items()}
+    return {kind: max(seconds, 0.0) / (sum(measurer.calls) * len(local)) for kind, seconds in beyond.items()}
 
 
-def excess(
-    measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]], responses: Sequence[Sequence[Response]]
-) -> dict[str, float]:
+def excess(measurer: Measurer, local: Locals, injections: Injections) -> dict[str, float]:
     """How many times more error than predicted a kind of pattern makes in a whole run, beside the kind that has least.
 
     Lists that are kept, for one, are measured at one age, and how they fare at others depends on who chose them.
@@ -57,23 +52,18 @@ def excess(
     Args:
         measurer: Measures.
         local: What candidates do, by layer and stage.
-        responses: What an error of a layer does to the output, likewise.
+        injections: What an error of a layer does to the output.
 
     Returns:
         Factors from 1 by the name of a kind; empty where the time is over.
     """
     _, chosen = middle(measurer, local)
-    layers = measurer.subject.layers
     found = {}
     try:
         for kind, name in chosen.items():
-            predicted = sum(
-                respond(each[name].error)
-                for layer, row in zip(local, responses, strict=True)
-                for each, respond in zip(layer, row, strict=True)
-            )
+            predicted = sum(injections.loss(unit, name) for unit in injections.responses)
             if predicted > 0:
-                seen = measurer.quality(((name,) * measurer.plan.stages,) * layers).error
+                seen = measurer.quality(everywhere(name, measurer.subject.layers, measurer.plan.stages)).error
                 # A sample that is another one altogether says nothing of how much more error that took.
                 found[kind] = min(seen, LOST) / min(predicted, LOST)
     except OutOfTime:
@@ -82,12 +72,11 @@ def excess(
     return {kind: ratio / least for kind, ratio in found.items()}
 
 
-def middle(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -> tuple[dict[str, float], dict[str, str]]:
+def middle(measurer: Measurer, local: Locals) -> tuple[dict[str, float], dict[str, str]]:
     """Time of candidates in all layers of a run, and of each kind that one of middle time that is faster than dense."""
-    calls = _calls(measurer)
     names = [name for name in measurer.plan.candidates if all(name in each for layer in local for each in layer)]
     times = {
-        name: sum(n * each[name].seconds for layer in local for n, each in zip(calls, layer, strict=True))
+        name: sum(n * each[name].seconds for layer in local for n, each in zip(measurer.calls, layer, strict=True))
         for name in names
     }
     kinds: dict[str, list[str]] = {}
@@ -97,13 +86,7 @@ def middle(measurer: Measurer, local: Sequence[Sequence[dict[str, Local]]]) -> t
     return times, {kind: some[len(some) // 2] for kind, some in kinds.items()}
 
 
-def _calls(measurer: Measurer) -> list[int]:
-    """Steps of each stage."""
-    edges = [round(edge * measurer.subject.steps) for edge in measurer.plan.edges]
-    return [end - first for first, end in itertools.pairwise(edges)]
-
-
 def _measured(measurer: Measurer, name: str) -> float:
     """Time of a sample in attention with a pattern everywhere."""
-    row = (name,) * measurer.plan.stages
-    return measurer.outcome((row,) * measurer.subject.layers, measurer.plan.samples).attention_seconds
+    row = everywhere(name, measurer.subject.layers, measurer.plan.stages)
+    return measurer.outcome(row, measurer.plan.samples).attention_seconds

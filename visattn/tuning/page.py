@@ -10,7 +10,7 @@ from typing import Any
 from visattn.staged import with_precision
 from visattn.tuned import Tuned
 from visattn.tuning.density import density
-from visattn.tuning.search import Found
+from visattn.tuning.found import Found
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 360, 60, 46, 16, 20
 STYLE = (

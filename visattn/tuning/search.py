@@ -1,372 +1,146 @@
-"""The search: measure, predict, walk the ladder to the rung that holds, and verify it on samples it has never seen."""
+"""The search: measure, predict, walk ladders to the rung that holds, and verify it on samples it has never seen."""
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from visattn.tuned import Tuned
+from visattn.tuning import layers
+from visattn.tuning.candidates import kind_of
+from visattn.tuning.found import Found, missed
+from visattn.tuning.goal import Goal
+from visattn.tuning.injections import Injections
 from visattn.tuning.measure import Measurer, OutOfTime
 from visattn.tuning.overhead import excess, middle, overheads
+from visattn.tuning.predict import choices
 from visattn.tuning.sensitivity import rank_correlation
 from visattn.tuning.solve import Choice, Rung, front, ladder, uniform
-from visattn.tuning.subject import DENSE, Assignment, Outcome
-
-# Seeds of the samples that verify begin so far behind those that are measured; another round begins as far again.
-HELD_OUT = 1_000_000
-# A schedule that takes so much longer than one that does not hold is near enough to the fastest that does.
-CLOSE = 0.02
-# Schedules that predictions choose before halves of what is left do, and by how many dB these go beyond the bound.
-GUESSES, BEYOND = 5, 0.5
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What is asked for: one of the three.
-
-    Attributes:
-        psnr: The fastest schedule with at least so many dB to dense.
-        speedup: The best schedule that makes attention so many times faster.
-        accuracy: The fastest schedule that loses at most so many points of accuracy.
-        share: Of the samples that have to reach `psnr`.
-        margin: By how many dB the samples that are measured have to be better than `psnr`.
-        held_out: Samples that verify.
-        rounds: Times that a schedule which fails to verify is replaced by a better one.
-    """
-
-    psnr: float | None = None
-    speedup: float | None = None
-    accuracy: float | None = None
-    share: float = 0.95
-    margin: float = 0.5
-    held_out: int = 20
-    rounds: int = 3
-
-    def score(self, outcome: Outcome) -> float:
-        """How good an outcome is, as far as this goal asks: larger is better."""
-        if self.accuracy is not None:
-            return -outcome.lost_points
-        return math.inf if self.psnr is None else outcome.held(self.share)
-
-    @property
-    def least(self) -> float:
-        """The least score."""
-        if self.accuracy is not None:
-            return -self.accuracy
-        return -math.inf if self.psnr is None else self.psnr
-
-    def __str__(self) -> str:
-        if self.accuracy is not None:
-            return f"loses at most {self.accuracy:g} points of accuracy"
-        return f"has {self.psnr:g} dB in {self.share:.0%} of the samples"
-
-
-@dataclass
-class Found:
-    """What a search found.
-
-    Attributes:
-        assignment: The schedule.
-        verified: Its outcome on held-out samples.
-        held: Whether it does there what was asked for.
-        tried: All schedules whose quality was measured, as JSON.
-        ranks: How well injections predict others, and predictions whole schedules: rank correlations.
-        complete: Whether the search ended by itself.
-        missed: What is said where nothing does what was asked for.
-    """
-
-    assignment: Assignment
-    verified: Outcome
-    held: bool
-    tried: list[dict[str, Any]] = field(default_factory=list)
-    ranks: dict[str, float | None] = field(default_factory=dict)
-    complete: bool = True
-    missed: str = ""
+from visattn.tuning.subject import DENSE, Outcome
+from visattn.tuning.tries import CLOSE, Tries
+from visattn.tuning.walk import first
 
 
 class Search:
     """One search of a measurer for a goal."""
 
     def __init__(self, measurer: Measurer, goal: Goal) -> None:
-        if sum(each is not None for each in (goal.psnr, goal.speedup, goal.accuracy)) != 1:
-            raise ValueError("pass either the least PSNR, the most accuracy to lose, or the speed-up that you need")
+        goal.check()
         self.measurer, self.goal = measurer, goal
-        self.tried: dict[Assignment, dict[str, Any]] = {}
         # By how many first stages are dense; rungs of what was tried.
-        self._ladders: list[list[Rung]] = []
+        self.ladders: list[list[Rung]] = []
         # Schedules of one candidate for all that is not dense, likewise.
         self._uniform: list[list[Rung]] = []
-        self._known: dict[Assignment, Rung] = {}
 
     def run(self) -> Found:
         """Search; with the minutes over, the best that was seen is verified."""
-        complete, ranks, rounds = True, None, self.goal.rounds
-        # Points of accuracy are what they are: no margin before held-out samples say otherwise.
-        margin = self.goal.margin if self.goal.accuracy is None else 0.0
+        complete, ranks = True, None
         try:
             ranks = self._predict()
-            rung = self._find(margin)
+            rung = self._find()
         except OutOfTime:
             complete = False
-            if not self._ladders:
+            if not self.ladders:
                 raise ValueError("the minutes were over before anything could be predicted: go on with more") from None
-            rung = self._best(margin)
-        for again in range(rounds):
-            verified = self._verify(rung, again)
+            rung = self._best()
+        for again in range(self.goal.rounds):
+            seeds = self.measurer.plan.held_out(again, self.goal.held_out)
+            verified = self._verify(rung, seeds)
             held = self.goal.score(verified) >= self.goal.least
-            if held or not complete or rung == self._dense or again + 1 == rounds:
+            if held or not complete or rung == self._dense or again + 1 == self.goal.rounds:
                 break
-            margin += max(0.25, self.goal.least - self.goal.score(verified))
+            self.tries.refuse(rung, seeds)
             try:
-                rung = self._find(margin, rung.time)
+                rung = self._find()
             except OutOfTime:
-                complete, rung = False, self._best(margin, rung.time)
-        predicted = [(each["loss"], each["error"]) for each in self.tried.values() if each["error"]]
-        whole = rank_correlation([a for a, _ in predicted], [b for _, b in predicted])
-        assignment = self._assignment(rung)
-        missed = self._missed(assignment)
-        tried = sorted(self.tried.values(), key=lambda each: each["time"])
-        return Found(assignment, verified, held, tried, {"injections": ranks, "schedules": whole}, complete, missed)
+                complete, rung = False, self._best()
+        rows, assignment = self.tries.rows(), self.tries.assignment(rung)
+        known = [(each["loss"], each["error"]) for each in rows if each["error"]]
+        whole = rank_correlation([a for a, _ in known], [b for _, b in known])
+        why = missed(self.goal, assignment, rows, all(len(rungs) == 1 for rungs in self.ladders))
+        return Found(assignment, verified, held, seeds, rows, {"injections": ranks, "schedules": whole}, complete, why)
 
     def _predict(self) -> float | None:
         """Measure layers and injections, and make the ladders; returns the rank correlation of injections."""
         measurer, stages = self.measurer, self.measurer.plan.stages
-        local = measurer.local()
-        responses, ranks = measurer.responses(local)
+        local = layers.measured(measurer)
+        injections = Injections(measurer, local)
         beyond = overheads(measurer, local)
-        units = measurer.choices(local, responses, beyond, excess(measurer, local, responses))
+        every = choices(measurer, local, injections, beyond, excess(measurer, local, injections))
         for dense in range(stages):
-            kept = [u if i % stages >= dense else _dense_alone(u) for i, u in enumerate(units)]
-            self._ladders.append(ladder(kept))
-            self._uniform.append(uniform(kept))
+            units = [u if i % stages >= dense else _dense_alone(u) for i, u in enumerate(every)]
+            self.ladders.append(ladder(units))
+            self._uniform.append(uniform(units))
+        self.tries = Tries(measurer, self.goal, self._dense)
         # Whole runs of these are measured: what they are good for is known.
         known = set(middle(measurer, local)[1].values()) if beyond else set()
         for rung in self._uniform[0]:
             if known & set(rung.names):
-                self._outcome(rung)
-        return ranks
+                self.tries.measure(rung)
+        return injections.ranks
 
-    def _find(self, margin: float, after: float = 0.0) -> Rung:
+    def _find(self) -> Rung:
         """The fastest schedule that does what is asked for: the first rung that does, on whichever ladder it is.
 
         The first steps decide what a sample shows. An error there turns some samples into others, which no mean
         predicts: schedules without any, whose first stages are dense, have ladders of their own. Nor do predictions see
         all: what has one candidate for all layers is tried beside them.
-
-        Args:
-            margin: By how many dB the bound is passed.
-            after: Only schedules of more predicted time.
         """
         if self.goal.speedup is not None:
-            most = self._dense.time / self.goal.speedup
-            within = [rung for rung in self._ladders[0] if after < rung.time <= most]
-            return within[-1] if within else next((r for r in self._ladders[0] if r.time > after), self._dense)
+            within = [rung for rung in self.ladders[0] if rung.time <= self._dense.time / self.goal.speedup]
+            return within[-1] if within else self.ladders[0][0]
         best = self._dense
         # With the first stage dense most has an answer.
-        order = sorted(range(len(self._ladders)), key=lambda dense: abs(dense - 1))
+        order = sorted(range(len(self.ladders)), key=lambda dense: abs(dense - 1))
         for dense in order:
-            left = _between(self._ladders[dense], after, best)
+            left = _faster(self.ladders[dense], best)
             # Where one ladder has an answer, another has a better one only if its last rung below holds.
-            if left and (best is self._dense or self._holds(left[-1], margin)):
-                best = self._first([*left, best], margin)
+            if left and (best is self._dense or self.tries.holds(left[-1])):
+                best = first(self.tries, [*left, best])
         for dense in order:
-            left = front(_between(self._uniform[dense], after, best))
-            if left and self._holds(left[-1], margin):
-                best = self._first(left, margin)
-        return self._fastest(best, margin, after)
+            # How far off predictions are differs by kind.
+            for kind in sorted(set(map(_kind, self._uniform[dense]))):
+                left = front(_faster([rung for rung in self._uniform[dense] if _kind(rung) == kind], best))
+                if not left or not (dense == order[0] or self.tries.may_hold(left[-1])):
+                    continue
+                if self.tries.holds(left[-1]):
+                    best = first(self.tries, left)
+        return self._fastest(best, self.tries.holds)
 
-    def _fastest(self, best: Rung, margin: float, after: float) -> Rung:
+    def _fastest(self, best: Rung, holds: Callable[[Rung], bool]) -> Rung:
         """A rung, or what was measured with one candidate for all, if that holds too and took less time."""
         for rung in itertools.chain(*self._uniform):
-            if rung.time > after and self._has(rung, margin) and self._is_faster(rung, best):
+            if self.tries.held(rung) and self.tries.is_faster(rung, best) and holds(rung):
                 best = rung
         return best
 
-    def _is_faster(self, one: Rung, other: Rung) -> bool:
-        """Whether a rung takes less time than another one: as measured, or as predicted where that is not."""
-        seen = [self.tried.get(self._assignment(rung), {}).get("attention_seconds", 0.0) for rung in (one, other)]
-        a, b = seen if all(seen) else (one.time, other.time)
-        return a < b / (1 + CLOSE)
+    def _best(self) -> Rung:
+        """The fastest measured rung that held; dense where none did."""
+        good = [rung for rung in self.tries.rungs if self.tries.held(rung)]
+        return self._fastest(min(good, key=lambda rung: rung.time, default=self._dense), self.tries.held)
 
-    def _first(self, rungs: Sequence[Rung], margin: float) -> Rung:
-        """The first rung that holds, of some of which the last does."""
-        low, high = self._bracket(rungs, margin)
-        rounds = max(1, math.ceil(math.log2(high + 1)))
-        done = 0
-        while low < high and not (low and rungs[high].time <= rungs[low - 1].time * (1 + CLOSE)):
-            self.measurer.tell("schedules", min(done, rounds), rounds)
-            # Predictions may be off all in one direction: then halves end it.
-            rung = self._guess(rungs, low, high, margin) if done < GUESSES else (low + high) // 2
-            done += 1
-            if self._holds(rungs[rung], margin):
-                high = rung
-            else:
-                low = rung + 1
-        self.measurer.tell("schedules", rounds, rounds)
-        return rungs[high]
-
-    def _bracket(self, rungs: Sequence[Rung], margin: float) -> tuple[int, int]:
-        """The first rung that may hold, and the first that is known to: what was measured for another margin counts."""
-        scores = {i: self._score(rung) for i, rung in enumerate(rungs)}
-        known = {i: score for i, score in scores.items() if score is not None}
-        needed = self.goal.least + margin
-        high = min((i for i, score in known.items() if score >= needed), default=len(rungs) - 1)
-        return max((i + 1 for i, score in known.items() if i < high and score < needed), default=0), high
-
-    def _guess(self, rungs: Sequence[Rung], low: int, high: int, margin: float) -> int:
-        """The next rung to measure: with one end of what is left measured, the first that is predicted to hold.
-
-        It goes a little beyond, to the side that is not measured. With both ends, or none, it is the middle in time.
-        """
-        seen = {i: self._score(rungs[i]) for i in {low - 1, high} if i >= 0}
-        offsets = [s - _decibels(rungs[i].loss) for i, s in seen.items() if s is not None and math.isfinite(s)]
-        times = [rung.time for rung in rungs[low:high]]
-        middle = min(low + bisect.bisect(times, (times[0] + rungs[high].time) / 2), high - 1)
-        if self.goal.psnr is None or len(offsets) != 1:
-            return middle
-        # Of what holds the fastest is looked for: a guess that should just fail after one that held, and the reverse.
-        beyond = BEYOND if seen.get(high) is None else -BEYOND
-        needed = self.goal.least + margin + beyond - offsets[0]
-        return next((i for i in range(low, high) if _decibels(rungs[i].loss) >= needed), high - 1)
-
-    def _score(self, rung: Rung) -> float | None:
-        """How good a rung was, None where it was not measured."""
-        each = self.tried.get(self._assignment(rung))
-        return None if each is None else math.inf if each["score"] is None else each["score"]
-
-    def _holds(self, rung: Rung, margin: float) -> bool:
-        return self.goal.score(self._outcome(rung)) >= self.goal.least + margin
-
-    def _has(self, rung: Rung, margin: float) -> bool:
-        """Whether a rung was measured and holds."""
-        score = self._score(rung)
-        return score is not None and score >= self.goal.least + margin
-
-    def _best(self, margin: float, after: float = 0.0) -> Rung:
-        """The fastest measured rung of more time that holds; dense where none does."""
-        good = [rung for rung in self._known.values() if rung.time > after and self._has(rung, margin)]
-        return self._fastest(min(good, key=lambda rung: rung.time, default=self._dense), margin, after)
-
-    def _outcome(self, rung: Rung) -> Outcome:
-        assignment = self._assignment(rung)
-        outcome = self.measurer.outcome(assignment, self.measurer.plan.samples)
-        held, score = outcome.held(self.goal.share), self.goal.score(outcome)
-        self._known[assignment] = rung
-        self.tried[assignment] = {
-            "time": rung.time,
-            "loss": rung.loss,
-            "error": outcome.error,
-            "held": None if math.isinf(held) else held,
-            "score": None if math.isinf(score) else score,
-            "speedup": self._dense.time / rung.time if rung.time else None,
-            "seconds": outcome.seconds,
-            "attention_seconds": outcome.attention_seconds,
-        }
-        return outcome
-
-    def _verify(self, rung: Rung, again: int) -> Outcome:
-        first = self.measurer.plan.seed + HELD_OUT * (again + 1)
+    def _verify(self, rung: Rung, seeds: Sequence[int]) -> Outcome:
         self.measurer.tell("verifying", 0, 1)
         # Whatever the clock says: no quality is reported without them.
         with self.measurer.unhurried():
-            found = self.measurer.outcome(self._assignment(rung), range(first, first + self.goal.held_out))
+            found = self.measurer.outcome(self.tries.assignment(rung), seeds)
         self.measurer.tell("verifying", 1, 1)
         return found
 
     @property
     def _dense(self) -> Rung:
         """Dense attention, or what has as little error and takes less time: the end of all ladders."""
-        return self._ladders[0][-1]
-
-    def _assignment(self, rung: Rung) -> Assignment:
-        names, stages = rung.names, self.measurer.plan.stages
-        return tuple(names[i : i + stages] for i in range(0, len(names), stages))
-
-    def _missed(self, assignment: Assignment) -> str:
-        """Why only dense attention does what is asked for, in words; empty where something else does."""
-        if any(name != DENSE for row in assignment for name in row) or self.goal.speedup is not None:
-            return ""
-        if all(len(rungs) == 1 for rungs in self._ladders):
-            return "no candidate is faster than dense attention here: tune with more tokens, or on another device"
-        best = max((each["score"] for each in self.tried.values() if each["score"] is not None), default=None)
-        if self.goal.accuracy is not None:
-            seen, other = (
-                "" if best is None else f" (the best that was measured loses {-best:.2f})",
-                "a larger --accuracy",
-            )
-        else:
-            seen, other = "" if best is None else f" (the best that was measured has {best:.1f} dB)", "a lower --psnr"
-        return (
-            f"no schedule faster than dense {self.goal}{seen}: pass {other}, more --candidates (such as topk with a "
-            "larger keep), or more --seeds"
-        )
+        return self.ladders[0][-1]
 
 
 def _dense_alone(unit: Sequence[Choice]) -> list[Choice]:
     return [choice for choice in unit if choice.name == DENSE]
 
 
-def _between(rungs: Sequence[Rung], after: float, best: Rung) -> list[Rung]:
-    """Rungs of more predicted time than some, which are faster than the best so far."""
-    return [rung for rung in rungs if after < rung.time < best.time / (1 + CLOSE)]
+def _kind(rung: Rung) -> str:
+    """The kind of the one candidate of a rung that is not dense."""
+    return next((kind_of(name) for name in rung.names if name != DENSE), DENSE)
 
 
-def _decibels(loss: float) -> float:
-    """A squared error as PSNR."""
-    return math.inf if loss <= 0 else -10 * math.log10(loss)
-
-
-def stages_of(edges: Sequence[float], row: Sequence[str]) -> dict[str, str]:
-    """The stages of a layer as a file has them: neighbours with one pattern are one."""
-    found: list[tuple[float, float, str]] = []
-    for first, end, name in zip(edges, edges[1:], row, strict=False):
-        if found and found[-1][2] == name:
-            found[-1] = (found[-1][0], end, name)
-        else:
-            found.append((first, end, name))
-    return {f"{first:g}-{end:g}" if first or end < 1 else "0-": name for first, end, name in found}
-
-
-def tuned(search: Search, found: Found) -> Tuned:
-    """The file of what a search found."""
-    measurer, goal = search.measurer, search.goal
-    subject, plan, verified = measurer.subject, measurer.plan, found.verified
-    layers = {str(i): stages_of(plan.edges, row) for i, row in enumerate(found.assignment)}
-    dense = tuple((DENSE,) * plan.stages for _ in range(subject.layers))
-    first = plan.seed + HELD_OUT
-    # No quality without its dense twin.
-    with measurer.unhurried():
-        twin = measurer.outcome(dense, range(first, first + goal.held_out))
-    finite = [value for value in verified.psnr if math.isfinite(value)]
-    figures: dict[str, Any] = {
-        "held": found.held,
-        "samples": len(verified.psnr),
-        f"{subject.measure}_mean": round(sum(finite) / len(finite), 2) if finite else None,
-        f"{subject.measure}_worst": round(min(finite), 2) if finite else None,
-        "attention_seconds": verified.attention_seconds,
-        "attention_seconds_dense": twin.attention_seconds,
-        "seconds": verified.seconds,
-        "seconds_dense": twin.seconds,
-    }
-    if verified.lost:
-        figures |= {"accuracy_lost": verified.lost_points, "accuracy_dense": verified.twin_accuracy}
-    for name in ("ssim", "lpips"):
-        values = getattr(verified, name)
-        if values:
-            figures[f"{name}_mean"] = round(sum(values) / len(values), 4)
-            figures[f"{name}_worst"] = round((min if name == "ssim" else max)(values), 4)
-    settings = {"goal": {k: v for k, v in vars(goal).items() if v is not None}, "subject": subject.about()}
-    settings |= {"edges": plan.edges, "seeds": plan.seeds, "seed": plan.seed, "rank_correlation": found.ranks}
-    return Tuned(
-        subject.model,
-        subject.layers,
-        subject.grid,
-        layers,
-        parameters=subject.parameters,
-        settings=settings,
-        verified=figures,
-    )
+def _faster(rungs: Sequence[Rung], best: Rung) -> list[Rung]:
+    """Rungs that are predicted to be faster than the best so far."""
+    return [rung for rung in rungs if rung.time < best.time / (1 + CLOSE)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,6 +12,18 @@ import torch
 DENSE = "dense"
 # The pattern of each stage of the run, for each layer.
 Assignment = tuple[tuple[str, ...], ...]
+
+
+def everywhere(name: str, layers: int, stages: int, dense: int = 0) -> Assignment:
+    """A candidate at all layers and in all stages but the first ones.
+
+    Args:
+        name: The candidate.
+        layers: Layers of the model.
+        stages: Stages of the run.
+        dense: How many first stages are dense.
+    """
+    return ((DENSE,) * dense + (name,) * (stages - dense),) * layers
 
 
 class Local(NamedTuple):
@@ -63,6 +75,16 @@ class Outcome:
         """The PSNR that so large a share of the samples has at least."""
         ranked = sorted(self.psnr)
         return ranked[min(int((1 - share) * len(ranked) + 1e-9), len(ranked) - 1)]
+
+    def joined(self, other: Outcome) -> Outcome:
+        """This and an outcome of other samples: quality of all of them, times of these."""
+        return replace(
+            self,
+            psnr=self.psnr + other.psnr,
+            ssim=self.ssim + other.ssim,
+            lpips=self.lpips + other.lpips,
+            lost=self.lost + other.lost,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, where an infinite PSNR is null."""

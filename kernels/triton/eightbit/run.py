@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from visattn.keep import CALL_BYTES, STORE
+from visattn.kernels.masks import settled
 from visattn.kernels.triton.arguments import Operands
 from visattn.kernels.triton.config import DIRECTIONS, EIGHT, EIGHT_HOPPER, Config, config, family
 from visattn.kernels.triton.hopper.launch import hopper_config
@@ -79,6 +80,7 @@ def attend_8bit(
     from visattn.kernels.triton.eightbit.launch import forward
     from visattn.kernels.triton.prepared import Kernels
 
+    k, v = settled(k, call.key_mask), settled(v, call.key_mask)
     mask = None if call.key_mask is None else call.key_mask.contiguous()
     fp8 = call.precision == "fp8"
 

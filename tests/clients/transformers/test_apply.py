@@ -156,6 +156,25 @@ def test_under_eager_attention_stock_is_eager():
         assert model.config._attn_implementation == "eager"
 
 
+@torch.no_grad()
+def test_a_module_called_alone_after_a_forward_that_raised_is_stock():
+    model = classifier()
+    with visattn.apply(model, **SPARSE) as handle:
+        paths = [site.site for site in handle.report().sites]
+    module, last = model.get_submodule(paths[0]), model.get_submodule(paths[-1])
+    tokens = torch.randn(1, (model.config.image_size // model.config.patch_size) ** 2 + 1, model.config.hidden_size)
+    stock = first(module(tokens))
+    with visattn.apply(model, **SPARSE, strict=True):
+        model(**inputs("vit"))
+        broken = last.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs("vit"))
+        broken.remove()
+        assert torch.equal(first(module(tokens)), stock)
+        copied = copy.deepcopy(model)
+    assert not any(each._forward_hooks_always_called for each in copied.modules())
+
+
 def test_an_implementation_that_was_set_since_stays():
     model = classifier()
     handle = visattn.apply(model, **SPARSE)

@@ -98,7 +98,7 @@ def _wrapper(run: ComfyRun) -> Callable[..., Any]:
         try:
             out = executor(x, *args, **kwargs)
         except BaseException:
-            run.here.forward = None
+            run.leave()
             raise
         run.forward_ends()
         return out

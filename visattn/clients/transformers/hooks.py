@@ -42,14 +42,18 @@ class Begin(Hook):
 
 
 class Finish(Hook):
-    """After a forward of the tower."""
+    """After a forward of the tower, also one that raised: what is called next is outside of it."""
 
     def __init__(self, run: TowerRun) -> None:
         self.run = run
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        """A forward hook."""
-        if not torch.compiler.is_compiling():
+        """A forward hook; there is no output where the forward raised."""
+        if torch.compiler.is_compiling():
+            return
+        if out is None:
+            self.run.leave()
+        else:
             self.run.finish()
 
 
@@ -98,9 +102,9 @@ class Hooks:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))  # type: ignore[arg-type]
 
     def after(self, module: nn.Module, hook: Hook) -> None:
-        """Call a hook with a module's output."""
+        """Call a hook with a module's output, or without one where the module raised."""
         self.modules.append(module)
-        self._handles.append(module.register_forward_hook(hook))  # type: ignore[arg-type]
+        self._handles.append(module.register_forward_hook(hook, always_call=True))  # type: ignore[arg-type]
 
     def remove(self) -> None:
         """Take them off; a second call does nothing."""

@@ -59,6 +59,9 @@ def test_masked_routed_and_pooled(pattern):
     out, lse = attention(q, k, v, pattern, layout, **given, precision="int8", backend="triton")
     assert float((out - truth).norm() / (truth - truth.mean(1, keepdim=True)).norm()) < 0.03
     assert float((lse - sums).abs().max()) < 0.05
+    # What is hidden moves no scale and no mean.
+    wild = (t.masked_fill(~mask[..., None, None], value) for t, value in ((k, -3e4), (v, 1e4)))
+    assert out.equal(attention(q, *wild, pattern, layout, key_mask=mask, precision="int8", backend="triton"))
     nothing = torch.zeros_like(mask)
     out = attention(q, k, v, pattern, layout, key_mask=nothing, precision="int8", backend="triton")
     assert not out.any()
