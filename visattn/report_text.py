@@ -211,25 +211,19 @@ def _measured(group: Sequence[Site]) -> list[str]:
     return lines
 
 
-def refusals(sites: Iterable[Site]) -> tuple[list[str], list[str]]:
-    """Why backends could not run calls, each reason once; and the names of those that are made for other patterns.
+def refusals(sites: Iterable[Site]) -> list[str]:
+    """Why backends could not run calls, each reason once.
 
     Args:
         sites: `sites` of a report as a dict.
     """
-    reasons: dict[tuple[str, str], bool] = {}
-    for call in (call for site in sites for call in site["calls"]):
-        other = f", not {call['pattern'].partition('(')[0]}"
-        for pair in call["refused"].items():
-            reasons[pair] = pair[1].endswith(other)
-    told = [f"{name}: {reason}" for (name, reason), foreign in reasons.items() if not foreign]
-    return told, list(dict.fromkeys(name for (name, _), foreign in reasons.items() if foreign))
+    pairs = (pair for site in sites for call in site["calls"] for pair in call["refused"].items())
+    return [f"{name}: {reason}" for name, reason in dict.fromkeys(pairs)]
 
 
 def _refused(sites: Sequence[Site]) -> list[str]:
     """Lines on backends that could not run calls."""
-    told, foreign = refusals(sites)
-    told += [f"made for other patterns: {', '.join(foreign)}"] if foreign else []
+    told = refusals(sites)
     lines = ["  backends that could not run them:"] if told else []
     for reason in told:
         lines += _wrapped(reason, "    ")

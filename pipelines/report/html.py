@@ -180,9 +180,7 @@ def _sites(attention: dict[str, Any]) -> str:
         )
     names = ["modules", "pattern", "backend", "density", "hits", "dense", "fallbacks", "time"]
     reasons = dict.fromkeys(f"Backend: {c['backend']}, {c['why']}" for s in attention["sites"] for c in s["calls"])
-    told, foreign = refusals(attention["sites"])
-    told += [f"made for other patterns: {', '.join(foreign)}"] if foreign else []
-    lines = [*reasons, *(f"Not taken: {reason}" for reason in told)]
+    lines = [*reasons, *(f"Not taken: {reason}" for reason in refusals(attention["sites"]))]
     why = "".join(f'<p class="soft">{_text(line)}</p>' for line in lines)
     head = f"{attention['sites_hit']} of {attention['sites_patched']} attention modules ran a pattern"
     return f"<h2>Attention modules</h2><p>{head}.</p>{_table(names, rows, numbers={3, 4, 5, 7})}{why}"

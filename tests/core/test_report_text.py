@@ -20,7 +20,6 @@ from visattn.report_text import WIDTH, mean_density, named
 PATTERN = "na(window=9x9)"
 REFUSED = {
     "triton": "there is no CUDA device, and a sentence that is long enough to be wrapped where a terminal ends",
-    "agent": "it runs agent patterns only, not na",
     "natten": "natten is not installed",
 }
 
@@ -98,7 +97,6 @@ def test_a_large_model_is_a_page_with_each_reason_once():
     assert max(map(len, text.splitlines())) <= WIDTH
     for backend in ("triton", "natten"):
         assert flat(flux()).count(f"{backend}: {REFUSED[backend]}") == 1
-    assert "made for other patterns: agent" in text
 
 
 def test_what_is_unusual_stands_alone_and_is_marked():
