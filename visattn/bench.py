@@ -326,7 +326,7 @@ def _check_text(text: str) -> None:
     try:
         parse(text)
     except ValueError as error:
-        near = difflib.get_close_matches(text, SUITES, 1, 0.75)
+        near = difflib.get_close_matches(text, SUITES, 1, 0.85)
         raise ValueError(f"no suite is named {text!r}: did you mean {near[0]}?" if near else str(error)) from None
 
 
