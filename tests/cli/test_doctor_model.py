@@ -67,7 +67,7 @@ def test_what_is_no_model_is_an_error_that_says_why(tmp_path, config, why):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="must be the folder of a pipeline"):
         examine(str(tmp_path))
-    with pytest.raises(ValueError, match="gone does not exist: name .* or a model of timm"):
+    with pytest.raises(ValueError, match=r"gone does not exist: name .* or a model of timm"):
         examine(str(tmp_path / "gone"))
 
 
