@@ -8,6 +8,7 @@ an error in the first stage turns some samples into others. Figures are like tho
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -91,7 +92,7 @@ class Bed:
         drawn = [self._of_seed(seed) for seed in seeds]
         steps = np.stack([matters for matters, _, _ in drawn])[..., None] * (self._local[:, None] * self._misfit)
         at = self._edges(edges)
-        found = np.stack([steps[:, :, a:b].sum(2) for a, b in zip(at, at[1:], strict=False)], axis=2)
+        found = np.stack([steps[:, :, a:b].sum(2) for a, b in itertools.pairwise(at)], axis=2)
         early = np.array([stage * self.steps < EARLY * self.steps for stage in edges[:-1]])
         return found, early, np.array([t for _, t, _ in drawn]), np.array([e for _, _, e in drawn])
 
