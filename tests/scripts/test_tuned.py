@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from scripts.measure.tuned import best_single, everywhere, grid_of, in_turns, is_within, largest_first, measure_grid
+from scripts.measure.tuned import in_turns
+from scripts.measure.tuned_grid import best_single, grid_of, is_within, largest_first, measure_grid, single
 from visattn import parse
 from visattn.pipelines.embedded import EMBEDDED
 from visattn.tuning.candidates import candidates
@@ -59,7 +60,7 @@ def test_the_fastest_that_holds_is_the_best_and_what_is_left_out_says_why():
     assert 0 < len(good) < len(rows) and best["attention_seconds"] == min(row["attention_seconds"] for row in good)
     assert len(best["psnr"]) == 3
     assert best_single(rows, Goal(psnr=90.0), measurer)["pattern"] == DENSE
-    assert everywhere("topk", measurer, 1) == ((DENSE, "topk", "topk", "topk"),) * 2
+    assert single(measurer, "topk", 1) == ((DENSE, "topk", "topk", "topk"),) * 2
 
 
 @pytest.mark.parametrize(
@@ -82,8 +83,21 @@ def test_patterns_within_others_come_behind_them(one, other, within):
 
 def test_what_is_compared_takes_turns_and_is_not_measured_again():
     measurer = Measurer(Listed(), Plan((DENSE, "topk"), seeds=2), Journal(None, {}))
-    assignments = {"dense": everywhere(DENSE, measurer, 0), "single": everywhere("topk(keep=0.5)", measurer, 0)}
+    assignments = {"dense": single(measurer, DENSE, 0), "single": single(measurer, "topk(keep=0.5)", 0)}
     found = in_turns(assignments, Goal(psnr=25.0, held_out=3), measurer)
     assert found["dense"]["attention_seconds"] == 8.0 and found["single"]["seconds"] == 4.0
     measurer.subject = None
     assert in_turns(assignments, Goal(psnr=25.0, held_out=3), measurer) == found
+
+
+def test_where_the_quick_samples_are_all_a_single_pattern_runs_once():
+    class Counted(Listed):
+        calls = 0
+
+        def outcome(self, edges, assignment, seeds, timed=True):
+            Counted.calls += 1
+            return super().outcome(edges, assignment, seeds, timed)
+
+    measurer = Measurer(Counted(), Plan((DENSE, "topk"), seeds=2, quick=2), Journal(None, {}))
+    rows = measure_grid(measurer, ("topk(keep=0.2)", "topk(keep=0.7)"), [Goal(psnr=20.0)])
+    assert Counted.calls == len([row for row in rows if {"psnr", "quick"} & set(row)]) > 0

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from visattn.tuning import layers
-from visattn.tuning.candidates import kind_of
 from visattn.tuning.found import Found, missed
 from visattn.tuning.goal import Goal
 from visattn.tuning.injections import Injections
@@ -97,13 +96,9 @@ class Search:
             if left and (best is self._dense or self.tries.holds(left[-1])):
                 best = first(self.tries, [*left, best])
         for dense in order:
-            # How far off predictions are differs by kind.
-            for kind in sorted(set(map(_kind, self._uniform[dense]))):
-                left = front(_faster([rung for rung in self._uniform[dense] if _kind(rung) == kind], best))
-                if not left or not (dense == order[0] or self.tries.may_hold(left[-1])):
-                    continue
-                if self.tries.holds(left[-1]):
-                    best = first(self.tries, left)
+            left = front(_faster(self._uniform[dense], best))
+            if left and (dense == order[0] or self.tries.may_hold(left[-1])) and self.tries.holds(left[-1]):
+                best = first(self.tries, left)
         return self._fastest(best, self.tries.holds)
 
     def _fastest(self, best: Rung, holds: Callable[[Rung], bool]) -> Rung:
@@ -134,11 +129,6 @@ class Search:
 
 def _dense_alone(unit: Sequence[Choice]) -> list[Choice]:
     return [choice for choice in unit if choice.name == DENSE]
-
-
-def _kind(rung: Rung) -> str:
-    """The kind of the one candidate of a rung that is not dense."""
-    return next((kind_of(name) for name in rung.names if name != DENSE), DENSE)
 
 
 def _faster(rungs: Sequence[Rung], best: Rung) -> list[Rung]:
