@@ -221,7 +221,7 @@ def _mixed(kind: type, mixin: type) -> type:
     return made
 
 
-def _refuse_script(self: nn.Module) -> Any:
+def _refuse_script(self: Any) -> Any:
     """What torch.jit.script asks a module for before it reads its code."""
     if self.visattn_site is UNDONE:
         return self

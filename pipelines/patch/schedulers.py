@@ -117,7 +117,7 @@ def _frame_by_frame(pipeline: Any) -> Step | None:
         return None
     if not len(times) or times.untyped_storage().nbytes() != total * times.nbytes:
         return None
-    return times.storage_offset() // len(times), total
+    return int(times.storage_offset()) // len(times), total
 
 
 def running_pipeline(model: torch.nn.Module | None) -> tuple[Any, types.FrameType] | None:

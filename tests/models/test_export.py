@@ -160,3 +160,12 @@ def test_torch_export_keeps_the_operator_and_refuses_images_of_any_size():
     height, width = (16 * torch.export.Dim(name, min=4, max=12) for name in ("rows", "columns"))
     with pytest.raises(ValueError, match="the pattern of an exported program is that of one grid"):
         torch.export.export(model, (images,), dynamic_shapes={"x": {2: height, 3: width}})
+
+
+@torch.no_grad()
+def test_scripting_is_refused_with_the_way():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=96).eval()
+    x = torch.randn(1, 3, 96, 96)
+    with visattn.apply(model, "na(window=5x5)"), pytest.raises(ValueError, match=r"blocks\.0\.attn.*torch\.jit\.trace"):
+        torch.jit.script(model)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))

@@ -134,6 +134,15 @@ def test_models_whose_attention_is_not_dense_are_refused():
         maps.calls(model, lambda: model(x))
 
 
+@pytest.mark.parametrize("look", [maps.calls, maps.pruning])
+def test_chance_in_a_model_is_told_from_its_attention(look):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, proj_drop_rate=0.5)
+    x = torch.randn(2, 3, 64, 64)
+    randomise(model.train())
+    with pytest.raises(ValueError, match=r"two forwards of VisionTransformer .* call model\.eval\(\)"):
+        look(model, lambda: model(x))
+
+
 def test_what_cannot_be_is_told(vit):
     model, x = vit
     with pytest.raises(ValueError, match="no scores of classes"):

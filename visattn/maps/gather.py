@@ -74,13 +74,29 @@ def calls(model: Any, forward: Callable[[], Any], *, layers: Layers = None, limi
         with Watching(model, forward, layers) as watching:
             out = watching.run(gatherer)
             watching.need(gatherer.found)
-    off = float((out.double() - plain.double()).norm() / plain.double().norm().clamp(min=1e-30))
-    if not off <= SAME[plain.element_size()]:
+        off = distance(plain, out)
+        if off <= SAME[plain.element_size()]:
+            return list(gatherer.found.values())
+        check_same(model, plain, output(forward()))
+    raise ValueError(
+        f"{type(model).__name__} gives other outputs ({off:.1e}, relative) when its attention is dense over all "
+        "tokens: its own has windows or a bias, so there are no maps of it"
+    )
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """How far an output is from another one, relative to that."""
+    return float((other.double() - one.double()).norm() / one.double().norm().clamp(min=1e-30))
+
+
+def check_same(model: Any, one: torch.Tensor, other: torch.Tensor) -> None:
+    """Raise a ValueError if two forwards alike gave other outputs: chance would count as attention."""
+    off = distance(one, other)
+    if not off <= SAME[one.element_size()]:
         raise ValueError(
-            f"{type(model).__name__} gives other outputs ({off:.1e}, relative) when its attention is dense over all "
-            "tokens: its own has windows or a bias, so there are no maps of it"
+            f"two forwards of {type(model).__name__} give outputs that differ by {off:.1e} (relative), so that nothing "
+            "is known of one: call model.eval() and let forward() draw nothing, or see that outputs are finite"
         )
-    return list(gatherer.found.values())
 
 
 class Watching:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.maps.gather import Watching
+from visattn.maps.gather import Watching, check_same
 from visattn.selectors import Layers
 from visattn.watch import Watched
 
@@ -62,6 +62,7 @@ def pruning(
         plain = watching.run(count)
         watching.need(heads)
         _check_classes(plain, classes)
+        check_same(model, plain, watching.run(lambda watched: None))
         found = {}
         target: list[Any] = [None, 0]
 
