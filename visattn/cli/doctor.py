@@ -61,7 +61,7 @@ def _print_tables(found: dict[str, Any]) -> None:
     table.add_row()
     for device in found["devices"]:
         memory = f"{device['memory'] / 2**30:.0f} GiB" if device["memory"] else "memory unknown"
-        threads = f", threads: {device['threads']} on {device['cores']} cores" if "threads" in device else ""
+        threads = f", {device['threads']} threads on {device['cores']} cores" if "threads" in device else ""
         table.add_row(device["device"], f"{device['name']}, {memory}, {device['capability']}{threads}")
     table.add_row()
     for name, support in found["backends"].items():
