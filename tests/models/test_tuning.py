@@ -18,7 +18,7 @@ from visattn.models.tuning import subject as tuning_subject
 from visattn.models.tuning.pictures import Pictures
 from visattn.models.tuning.subject import BackboneSubject
 from visattn.tuned import Tuned
-from visattn.tuning import measure
+from visattn.tuning import layers
 from visattn.tuning.found import tuned
 from visattn.tuning.goal import Goal
 from visattn.tuning.journal import Journal
@@ -114,7 +114,7 @@ def test_held_out_pictures_are_others(subject):
 def quick(monkeypatch):
     """One measurement of each time is enough, and what is slower than dense attention is tried all the same."""
     monkeypatch.setattr(tuning_subject, "TURNS", 1)
-    monkeypatch.setattr(measure, "promising", lambda layers, names: names)
+    monkeypatch.setattr(layers, "promising", lambda layers, names: names)
 
 
 def test_a_search_ends_with_a_file_that_applies(subject, quick, tmp_path):
