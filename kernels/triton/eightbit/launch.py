@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from visattn.keep import kept
+from visattn.kernels.triton import start
 from visattn.kernels.triton.arguments import LOG2E, Operands, Work, head_arguments, list_arguments, strides, unit
 from visattn.kernels.triton.config import Config, block_dim
 from visattn.kernels.triton.eightbit import quantise
 from visattn.kernels.triton.eightbit.forward import attend_8bit
 from visattn.kernels.triton.hopper.masks import thread_masks
 from visattn.kernels.triton.lists.program import Program
-from visattn.kernels.triton.start import launch, launch_like, on, programs
+from visattn.kernels.triton.start import launch_like, on, programs
 from visattn.tiling import Tiling
 
 # Tokens of a program of the statistics, in blocks of so many, and keys of which one block in so many is added up.
@@ -177,7 +178,7 @@ def forward(t: Operands, work: Work, fp8: bool) -> None:
                 "key_tokens": columns.tokens, "BLOCK_DIM": block_dim(t.q.shape[3]),
                 "FULL": run.full, "KEY_MASK": t.key_mask is not None,
             }  # fmt: skip
-            launch(attend_8bit, programs(given), given | more, config.warps, config.stages)
+            start.launch(attend_8bit, programs(given), given | more, config.warps, config.stages)
 
 
 def _on_hopper(made: Bytes, given: dict[str, Any], config: Config, work: Work) -> None:
@@ -200,7 +201,7 @@ def _on_hopper(made: Bytes, given: dict[str, Any], config: Config, work: Work) -
     units = torch.cuda.get_device_properties(made.q8.device).multi_processor_count
     more = {"taken": work.starts.counter(), "masks": thread_masks(given["masks"]), "STAGES": config.stages}
     grid = (min(units, programs(given)[0]),)
-    launch(attend_on_hopper, grid, made.given() | given | copied | more, config.warps, None)
+    start.launch(attend_on_hopper, grid, made.given() | given | copied | more, config.warps, None)
 
 
 def _arguments(t: Operands, work: Work, run: Program, columns: Columns, fp8: bool) -> dict[str, Any]:
