@@ -56,12 +56,12 @@ def test_an_error_is_one_line_on_stderr_and_status_2():
 @pytest.mark.parametrize(
     ("library", "words"),
     [
-        ("timm", ("models",)),
+        pytest.param("timm", ("models",), marks=pytest.mark.slow),
         ("timm", ("bench-model", "vit_tiny_patch16_224", "--pattern", "dense")),
-        ("timm", ("doctor", "--model", "vit_tiny_patch16_224")),
+        pytest.param("timm", ("doctor", "--model", "vit_tiny_patch16_224"), marks=pytest.mark.slow),
         ("diffusers", ("record", "--prompt", "x", "--out", "x.safetensors")),
-        ("diffusers", ("maps", "emoji", "--prompt", "x")),
-        ("diffusers", ("tune", "--prompt", "x", "--psnr", "30", "--out", "x.json")),
+        pytest.param("diffusers", ("maps", "emoji", "--prompt", "x"), marks=pytest.mark.slow),
+        pytest.param("diffusers", ("tune", "--prompt", "x", "--psnr", "30", "--out", "x.json"), marks=pytest.mark.slow),
     ],
 )
 def test_a_library_that_is_not_installed_is_a_line(library, words, tmp_path):

@@ -72,7 +72,11 @@ def make(name, **kwargs):
     return timm.create_model(name, **{**SMALL[name], **kwargs}).eval()
 
 
-@pytest.fixture(params=SMALL)
+# Others of the same paper and code are tested in full.
+LIKE_OTHERS = ("dinat_tiny", "biformer_stl", "moh_vit_base_50")
+
+
+@pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.slow] * (n in LIKE_OTHERS)) for n in SMALL])
 def name(request):
     return request.param
 
