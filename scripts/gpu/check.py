@@ -26,8 +26,8 @@ def _is_there(need: str, root: Path) -> bool:
     if need.startswith(PACKAGE):
         try:
             return importlib.util.find_spec(need.removeprefix(PACKAGE)) is not None
-        except ModuleNotFoundError:
-            # Of a.b, a is missing.
+        except Exception:
+            # Of a.b, a is missing, or breaks while it is imported: other steps are worth running.
             return False
     return any(root.glob(need))
 

@@ -130,7 +130,8 @@ def unpack(folder: Path, into: Path) -> list[Path]:
     """Writes the files of all archives of a folder below another one; returns them.
 
     Raises:
-        ValueError: If there is no archive, a name leads elsewhere, or a piece of a file is missing.
+        ValueError: If there is no archive, a name leads elsewhere, or, once all others are written, a piece of a file
+            is missing.
     """
     archives = sorted(folder.glob(NAMES))
     if not archives:
@@ -148,10 +149,9 @@ def unpack(folder: Path, into: Path) -> list[Path]:
         own, _, place = name.rpartition(CUT)
         number, _, count = place.partition("-of-")
         cut.setdefault(own, {})[int(number)], counts[own] = content, int(count)
-    for name, parts in cut.items():
-        if len(parts) != counts[name]:
-            raise ValueError(f"{name} has {len(parts)} of {counts[name]} pieces: bring all archives")
-        whole[name] = b"".join(parts[i] for i in sorted(parts))
+    whole |= {
+        name: b"".join(parts[i] for i in sorted(parts)) for name, parts in cut.items() if len(parts) == counts[name]
+    }
     written = []
     for name, content in whole.items():
         file = into / name
@@ -159,6 +159,12 @@ def unpack(folder: Path, into: Path) -> list[Path]:
         with written_whole(file) as temporary:
             temporary.write_bytes(content)
         written.append(file)
+    if torn := [name for name in cut if name not in whole]:
+        name = torn[0]
+        raise ValueError(
+            f"{name} has {len(cut[name])} of {counts[name]} pieces: bring all archives; {len(written)} other files "
+            f"are written to {into}"
+        )
     return written
 
 

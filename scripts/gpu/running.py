@@ -96,50 +96,54 @@ class Queue:
     told: dict[str, Told] = field(init=False)
     children: dict[str, Child] = field(init=False, default_factory=dict)
     left: list[str] = field(init=False, default_factory=list)
+    trouble: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         if self.seconds <= self.grace:
             raise ValueError(f"--seconds {self.seconds:g} must be more than the {self.grace:g} that steps have to stop")
         self.told = {step.name: Told(step) for step in self.steps}
         self._kept, self._lock = Kept(self.out, self.parts), threading.Lock()
-        self._before = {path: _written(path) for _, path in self._results()}
+        globs = [each for step in self.steps for each in (*step.continues, *step.keeps)]
+        self._before = {path: _written(path) for path in self._results(globs).values()}
         (self.root / self.logs).mkdir(parents=True, exist_ok=True)
 
     def run(self) -> list[Told]:
         """Run everything; returns what became of each step. Ctrl-C and SIGTERM stop all, a second one kills."""
-        start, stops = time.monotonic(), _Stops()
+        start = time.monotonic()
         order = Order(self.machine, list(self.steps), start + self.seconds - self.grace)
         packed = threading.Event()
         packing = threading.Thread(target=self._pack_until, args=(packed,), daemon=True)
         packing.start()
-        try:
-            self._work(order, stops, start)
-        finally:
-            for child in self.children.values():
-                child.signal(signal.SIGKILL)
-            packed.set()
-            packing.join()
-        for step in order.waiting:
-            self.told[step.name].state = "not begun: the queue was stopped"
-        for step in order.late:
-            self.told[step.name].state = "not begun: no time was left"
-        self.keep()
+        # To the end: what is packed last is not lost to a second signal.
+        with _Stops() as stops:
+            try:
+                self._work(order, stops, start)
+            finally:
+                # Whatever has broken: nothing runs on, and what there is is packed.
+                for child in self.children.values():
+                    child.signal(signal.SIGKILL)
+                packed.set()
+                packing.join()
+                for step in order.waiting:
+                    self.told[step.name].state = "not begun: the queue was stopped"
+                for step in order.late:
+                    self.told[step.name].state = "not begun: no time was left"
+                self.keep()
         return list(self.told.values())
 
     def _work(self, order: Order, stops: _Stops, start: float) -> None:
         """Begins and ends steps until none is left."""
-        with stops:
-            while (order.waiting and not stops.count) or order.running:
-                now = time.monotonic()
-                if not stops.count:
-                    for begun in order.begin(now):
-                        self._start(begun, order, now - start)
-                for name, child in list(self.children.items()):
-                    if self._look(child, now, stops.count):
-                        del self.children[name]
-                        order.ended(name)
-                        self.keep()
-                time.sleep(LOOK)
+        while (order.waiting and not stops.count) or order.running:
+            now = time.monotonic()
+            if not stops.count:
+                for begun in order.begin(now):
+                    self._start(begun, order, now - start)
+            for name, child in list(self.children.items()):
+                if self._look(child, now, stops.count):
+                    del self.children[name]
+                    order.ended(name)
+                    self.keep()
+            time.sleep(LOOK)
 
     def _start(self, begun: Begun, order: Order, since: float) -> None:
         step, told = begun.step, self.told[begun.step.name]
@@ -168,7 +172,7 @@ class Queue:
             told.state = f"not begun: {error}"
             order.ended(step.name)
             return
-        print(f"{since:6.1f} s  begins on card {begun.card}: {step.name}, {begun.seconds:.0f} s", flush=True)
+        _say(f"{since:6.1f} s  begins on card {begun.card}: {step.name}, {begun.seconds:.0f} s")
         self.children[step.name] = Child(told, begun, process, log)
 
     def _look(self, child: Child, now: float, stops: int) -> bool:
@@ -187,34 +191,46 @@ class Queue:
         child.signal(signal.SIGKILL)
         told.code, told.seconds, told.last = code, now - began, last_line(child.log)
         told.state = "killed" if child.killed else STOPPED if child.asked is not None else "failed" if code else "done"
-        print(f"{'':8} {told.state} after {told.seconds:.0f} s: {told.step.name}: {told.last}", flush=True)
+        _say(f"{'':8} {told.state} after {told.seconds:.0f} s: {told.step.name}: {told.last}")
         return True
 
     def keep(self) -> None:
         """Pack logs and results, and write the table beside them."""
-        # What fails now, as a file went while it was read, is done the next time.
-        with self._lock, suppress(OSError):
-            logs = [self.logs / f"{step.name}.log" for step in self.steps]
-            files = [(str(log), self.root / log) for log in logs if (self.root / log).is_file()]
-            files += [(name, path) for name, path in self._results() if _written(path) != self._before.get(path)]
-            self.left = self._kept.write(list(dict.fromkeys(files)))
-            with written_whole(self.out / "table.txt") as path:
-                path.write_text(self.table() + "\n", encoding="utf-8")
+        with self._lock:
+            try:
+                self.left = self._kept.write([each for each in self._files() if each[1].is_file()])
+                self.trouble = ""
+                with written_whole(self.out / "table.txt") as path:
+                    path.write_text(self.table() + "\n", encoding="utf-8")
+            except OSError as error:
+                # What fails now, as a file went while it was read, is done the next time.
+                self.trouble = str(error)
 
     def table(self) -> str:
-        """What became of each step, a line each, and what did not fit into the archives."""
-        return "\n".join([*table(self.told.values()), *(f"not kept, for want of room: {name}" for name in self.left)])
+        """What became of each step, a line each, and what is not in the archives."""
+        lines = [*table(self.told.values()), *(f"not kept, for want of room: {name}" for name in self.left)]
+        if self.trouble:
+            lines.append(f"what is new since the last packing is not kept: {self.trouble}")
+        return "\n".join(lines)
 
     def _pack_until(self, ended: threading.Event) -> None:
         while not ended.wait(self.every):
             self.keep()
 
-    def _results(self) -> list[tuple[str, Path]]:
-        """Names and files of all results; those that tables are made of come before what is only worth keeping."""
-        globs = [each for step in self.steps for each in step.continues]
-        globs += [each for step in self.steps for each in step.keeps]
+    def _files(self) -> list[tuple[str, Path]]:
+        """Names and files that are kept: what tables are made of, logs, then what is only worth keeping."""
+        tables = self._results([each for step in self.steps for each in step.continues])
+        logs = {name: self.root / name for name in (str(self.logs / f"{step.name}.log") for step in self.steps)}
+        more = self._results([each for step in self.steps for each in step.keeps])
+        new = [{name: path for name, path in some.items() if self._is_new(path)} for some in (tables, more)]
+        return list((new[0] | logs | new[1]).items())
+
+    def _results(self, globs: Iterable[str]) -> dict[str, Path]:
         names = [name for each in globs for name in sorted(glob.glob(each, root_dir=self.root, recursive=True))]
-        return [(name, self.root / name) for name in dict.fromkeys(names) if (self.root / name).is_file()]
+        return {name: self.root / name for name in names}
+
+    def _is_new(self, path: Path) -> bool:
+        return _written(path) != self._before.get(path)
 
 
 class _Stops:
@@ -223,10 +239,13 @@ class _Stops:
     def __init__(self) -> None:
         self.count, self._before = 0, {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Stops:
+        # Where SIGINT was ignored (a shell does so for what it starts in the background) steps would inherit that, and
+        # never be asked to stop: a signal with a handler has the default action in a child.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._ask)
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, before in self._before.items():
@@ -234,6 +253,12 @@ class _Stops:
 
     def _ask(self, *_: object) -> None:
         self.count += 1
+
+
+def _say(line: str) -> None:
+    """Prints; where nobody reads it any more the steps go on."""
+    with suppress(OSError):
+        print(line, flush=True)
 
 
 def _environment(card: int) -> dict[str, str]:
