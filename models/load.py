@@ -78,12 +78,23 @@ def create_with_weights(
         kwargs["num_classes"] = classes
     downloads = pretrained and weights is None
     try:
-        model = timm.create_model(name, pretrained=downloads, **kwargs).eval()
+        model = _created(name, downloads, kwargs)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         del kwargs["img_size"]
-        model = timm.create_model(name, pretrained=downloads, **kwargs).eval()
+        model = _created(name, downloads, kwargs)
+    if weights is not None:
+        try:
+            model.load_state_dict(fitted(weights, model))
+        except RuntimeError:
+            raise ValueError(f"{checkpoint} does not fit {name}: {_difference(weights, model)}") from None
+    return model
+
+
+def _created(name: str, downloads: bool, kwargs: dict[str, Any]) -> torch.nn.Module:
+    try:
+        return timm.create_model(name, pretrained=downloads, **kwargs).eval()
     except OSError as error:
         if not downloads:
             raise
@@ -91,12 +102,6 @@ def create_with_weights(
         raise ValueError(
             f"the weights of {name} cannot be had ({why}): pass those of a file with --checkpoint"
         ) from None
-    if weights is not None:
-        try:
-            model.load_state_dict(fitted(weights, model))
-        except RuntimeError:
-            raise ValueError(f"{checkpoint} does not fit {name}: {_difference(weights, model)}") from None
-    return model
 
 
 def _classes_of(weights: dict[str, Any], name: str) -> int | None:

@@ -250,3 +250,15 @@ def test_towers_of_transformers_are_listed():
     assert found["transformers"]["vit"] == "ViT" and "vit_mae" not in found["transformers"]
     assert {"vit_mae", "dinat"} <= set(found["no pattern"])
     assert "V-JEPA 2: the encoder" in call("models").stdout
+
+
+def test_weights_that_cannot_be_downloaded_are_told_for_models_of_one_size_too(monkeypatch):
+    def created(name, pretrained, **kwargs):
+        raise TypeError("no argument img_size") if "img_size" in kwargs else OSError("no network")
+
+    monkeypatch.setattr("timm.create_model", created)
+    for size in (None, 96):
+        with pytest.raises(ValueError, match=r"weights of resnet18 cannot be had \(no network\): pass .* --checkpoint"):
+            create_with_weights("resnet18", None, True, size, None)
+    with pytest.raises(OSError, match="no network"):
+        create_with_weights("resnet18", None, False, None, None)

@@ -32,6 +32,18 @@ def search(goal, journal=None, subject=None, **more):
     return Search(Measurer(subject, plan, journal or Journal(None, {}), **more), goal)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"psnr": 30.0}, "has 30 dB in 95% of the samples"),
+        ({"accuracy": 0.5}, "loses at most 0.5 points of accuracy"),
+        ({"speedup": 2.0}, "makes attention 2 times faster"),
+    ],
+)
+def test_a_goal_in_words(given, said):
+    assert str(Goal(**given)) == said
+
+
 class TestSearch:
     @pytest.mark.parametrize("psnr", [20.0, 25.0, 30.0, 40.0])
     def test_the_bound_holds_on_seeds_never_seen_and_less_does_not(self, psnr):

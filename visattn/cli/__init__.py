@@ -40,6 +40,12 @@ COMMANDS = doctor, patterns, show, simulate, bench, models, presets, record, map
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(generate, name="generate")
+# Which extra of the package brings a library.
+EXTRAS = {
+    **dict.fromkeys(("diffusers", "accelerate", "peft", "av"), "diffusers"),
+    **{"timm": "timm", "transformers": "transformers"},
+    **dict.fromkeys(("matplotlib", "sklearn", "skimage"), "all"),
+}
 
 
 def _print_version(wanted: bool) -> None:
@@ -80,14 +86,6 @@ def main() -> None:
             messages.drop()
             typer.echo(f"visattn: {' '.join(said.split())}", err=True)
             sys.exit(2)
-
-
-# Which extra of the package brings a library.
-EXTRAS = {
-    **dict.fromkeys(("diffusers", "accelerate", "peft", "av"), "diffusers"),
-    **{"timm": "timm", "transformers": "transformers"},
-    **dict.fromkeys(("matplotlib", "sklearn", "skimage"), "all"),
-}
 
 
 def _said(error: Exception) -> str:

@@ -51,4 +51,6 @@ class Goal:
     def __str__(self) -> str:
         if self.accuracy is not None:
             return f"loses at most {self.accuracy:g} points of accuracy"
+        if self.psnr is None:
+            return f"makes attention {self.speedup:g} times faster"
         return f"has {self.psnr:g} dB in {self.share:.0%} of the samples"
