@@ -44,8 +44,8 @@ def simulate(
     gpu: Annotated[
         str | None, typer.Option(help="Estimate the time on a GPU: h100, a100, ...; says what is measured or assumed.")
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="With --gpu: query heads.")] = 24,
-    head_dim: Annotated[int, typer.Option(min=1, help="With --gpu: channels per head.")] = 128,
+    heads: Annotated[int, typer.Option(min=1, help="With --gpu or --gpus: query heads.")] = 24,
+    head_dim: Annotated[int, typer.Option(min=1, help="With --gpu or --gpus: channels per head.")] = 128,
     gpus: Annotated[
         int | None,
         typer.Option(min=2, help="A layer on 1 to so many GPUs (h100 without --gpu), strong and weak scaling."),
