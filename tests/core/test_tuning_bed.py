@@ -36,7 +36,7 @@ def test_the_search_ends_near_the_optimum_and_below_every_single_pattern():
     assert statistics.median(ratios) <= 1.05 and statistics.geometric_mean(ratios) <= 1.1
 
 
-def test_the_optimum_is_one():
+def test_what_stands_for_the_optimum_holds_and_no_single_pattern_is_faster():
     bed = Bed(0, Hard(turning=3e-5), layers=3, steps=4)
     edges = (0.0, 0.5, 1.0)
     seconds, chosen = optimum(bed, edges, OTHERS, BOUND, rounds=8)

@@ -38,7 +38,6 @@ class Hard:
         turning: Error of the first quarter at which half of the samples turn into others; 0 if none does.
         together: Share of errors that add up in amplitude, not in square.
         floor: Error of whatever is not dense everywhere.
-        beyond: Seconds of a call of `topk` in a whole run beyond those alone.
     """
 
     clock: float = 0.03
@@ -47,7 +46,6 @@ class Hard:
     turning: float = 6e-4
     together: float = 0.02
     floor: float = 3e-5
-    beyond: float = 0.0
 
 
 class Bed:
@@ -58,7 +56,7 @@ class Bed:
 
     def __init__(self, number: int, hard: Hard = Hard(), layers: int = 11, steps: int = 12, prompts: int = 5) -> None:
         self.number, self.hard, self.layers, self.steps, self.prompts = number, hard, layers, steps, prompts
-        self.device = torch.device("cuda" if hard.beyond else "cpu")
+        self.device = torch.device("cpu")
         rng = np.random.default_rng(number)
         self.names, n = tuple(COSTS), len(COSTS)
         # How well windows and blocks do in a layer, and how much each step of it matters.
@@ -72,7 +70,8 @@ class Bed:
         self._of_prompt = rng.lognormal(0, hard.spread, (prompts, layers, 1)) * rng.lognormal(0, 0.35, (prompts, 1, 1))
         # One of the prompts is 4 to 6 dB worse.
         self._of_prompt[0] *= 10 ** rng.uniform(0.4, 0.6)
-        self.runs, self.drawn, self.calls = 0, 0, []
+        # Whole runs whose time was taken.
+        self.runs = 0
 
     def about(self):
         return {"model": self.model, "bed": self.number}
@@ -87,8 +86,8 @@ class Bed:
     def _edges(self, edges) -> list[int]:
         return [round(edge * self.steps) for edge in edges]
 
-    def tables(self, edges, seeds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Errors [sample, layer, stage, candidate], where samples turn, and errors when they have."""
+    def tables(self, edges, seeds) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Errors [sample, layer, stage, candidate], early stages, where samples turn, and errors when they have."""
         drawn = [self._of_seed(seed) for seed in seeds]
         steps = np.stack([matters for matters, _, _ in drawn])[..., None] * (self._local[:, None] * self._misfit)
         at = self._edges(edges)
@@ -98,8 +97,7 @@ class Bed:
 
     def times(self, edges) -> np.ndarray:
         """True seconds [layer, stage, candidate] of a sample."""
-        late = self.hard.beyond * np.array([name.startswith("topk") for name in self.names])
-        return (self._seconds + late)[:, None] * np.diff(self._edges(edges))[:, None]
+        return self._seconds[:, None] * np.diff(self._edges(edges))[:, None]
 
     def indices(self, assignment) -> np.ndarray:
         return np.array([[self.names.index(name) for name in row] for row in assignment])
@@ -115,7 +113,6 @@ class Bed:
         return np.minimum(total + self.hard.floor * (chosen > 0).any(), 0.1)
 
     def local(self, step, names, seeds, timed):
-        self.calls.append(("local", len(names)))
         rng = np.random.default_rng((self.number, 11, step))
         noise = rng.lognormal(0, self.hard.clock, (self.layers, len(self.names)))
         return [
@@ -131,13 +128,9 @@ class Bed:
         ]
 
     def outcome(self, edges, assignment, seeds, timed=True):
-        self.calls.append(("outcome" if timed else "quality", assignment, len(seeds)))
         chosen = self.indices(assignment)
         if timed:
             self.runs += 1
-        # Without times, steps before an injection are played.
-        stage = next((s for s in range(chosen.shape[1]) if chosen[:, s].any()), 0)
-        self.drawn += len(seeds) * (1.0 if timed else 1 - edges[stage])
         errors = self.errors(self.tables(edges, seeds), chosen)
         psnr = tuple(-10 * math.log10(error) if error > 0 else math.inf for error in errors)
         rng = np.random.default_rng((self.number, 13, self.runs))
@@ -168,10 +161,10 @@ def best_uniform(bed: Bed, edges, seeds, bound: float, share: float = 0.95) -> f
 
 
 def optimum(bed: Bed, edges, seeds, bound: float, share: float = 0.95, rounds: int = 60) -> tuple[float, np.ndarray]:
-    """True seconds and choices of the fastest schedule that holds on some samples, found with the true tables.
+    """True seconds and choices of a schedule that stands for the optimum: it holds, and none faster was found.
 
-    Multipliers of the samples (those near the bound weigh more in each round) give a ladder each; the first rung that
-    holds is made faster by exchanges as long as there are any.
+    Nothing is predicted: tables are the true ones. Weights of the samples (those near the bound weigh more in each
+    round) give a ladder each; the best of the first rungs that hold is made faster unit by unit as long as it holds.
     """
     tables, times, stages = bed.tables(edges, seeds), bed.times(edges), len(edges) - 1
     table, limit = tables[0], 10 ** (-bound / 10)
@@ -207,7 +200,7 @@ def optimum(bed: Bed, edges, seeds, bound: float, share: float = 0.95, rounds: i
 
 
 def exchanged(bed, tables, times, chosen, bound, share):
-    """A schedule that holds made faster: one unit to a faster candidate, another to a slower one, while it holds."""
+    """A schedule that holds made faster: a unit after the other gets a faster candidate, as long as it holds."""
     units = [(k, s) for k in range(chosen.shape[0]) for s in range(chosen.shape[1])]
     now = float(np.take_along_axis(times, chosen[..., None], 2).sum())
     better = True
