@@ -19,6 +19,7 @@ give others, and starts from the student of the run before it:
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -81,4 +82,6 @@ def split(words: list[str]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
+    # A shell tells what it runs in its background to ignore this; who waits for a student asks for it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
