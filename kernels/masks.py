@@ -66,6 +66,9 @@ def settled(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
     Args:
         x: Keys or values [B, N, H, D].
         key_mask: bool [B, N], or None.
+
+    Returns:
+        Like x, and x itself without a mask.
     """
     if key_mask is None:
         return x

@@ -120,12 +120,16 @@ def ordered_attention(
     extra = None if found.extra is None else found.extra.flatten(0, 1)
     dense = layout.prefix + layout.suffix
     made = [_sorted(t, layout, o.token, extra) for t, o in zip(flat, (queries, keys, keys), strict=True)]
+    scale = call.scale
     if found.weight is not None:
-        made = _weighted(made, found.weight.flatten(0, 1), dense, call.scale)
+        if not scale:
+            # Weights are added to logits, which a factor of 0 would take with it.
+            made[0], scale = 0 * made[0], 1.0
+        made = _weighted(made, found.weight.flatten(0, 1), dense, scale)
     mask = _key_mask(call, heads, keys, extra, found.weight)
     own = Carried(tiles[0], tiles[1], slots // tiles[1], pattern.expected(layout))
     sequence = Layout((slots,), dense, 0 if extra is None else extra.shape[1])
-    given = replace(call, pattern=own, layout=sequence, key_mask=mask, parameters={})
+    given = replace(call, pattern=own, layout=sequence, scale=scale, key_mask=mask, parameters={})
     with carrying(own, routes):
         out, lse = run_call(made[0], made[1], made[2], given)
     place = queries.place if found.copied is None else queries.place.gather(1, found.copied.flatten(0, 1))

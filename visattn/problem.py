@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns import Pattern, SpannedPattern
 
@@ -83,7 +84,13 @@ def is_triangular(pattern: Pattern, layout: Layout) -> bool:
     if layout.key_layout is not None or not isinstance(pattern, SpannedPattern):
         return False
     has_dense = layout.length > layout.tokens
-    return (pattern.dense_pairs or not has_dense) and pattern.triangular(layout.grid)
+    return (pattern.dense_pairs or not has_dense) and _triangular(pattern, layout.grid)
+
+
+# Asked at every call, and made of an array as long as the line.
+@kept
+def _triangular(pattern: SpannedPattern, grid: tuple[int, ...]) -> bool:
+    return pattern.triangular(grid)
 
 
 @dataclass(frozen=True)

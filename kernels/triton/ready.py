@@ -36,7 +36,7 @@ class TileAttention(torch.autograd.Function):
     ) -> Any:
         """Run the forward kernel; rpb is float32 [H, entries]."""
         out, lse = kernels.forward(q, k, v, key_mask, rpb, True, routed)
-        ctx.save_for_backward(q, k, v, rpb, out, lse, None if key_mask is None else savable(key_mask))
+        ctx.save_for_backward(q, k, v, rpb, out, lse, savable(key_mask))
         ctx.rest = kernels, formula, routed
         ctx.set_materialize_grads(False)
         assert lse is not None

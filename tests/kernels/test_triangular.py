@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from tests.support.cases import gradients, layouts, qkv
 from tests.support.oracles import dense_attention
-from visattn import attention, explain
+from visattn import attention, clear_caches, explain
 from visattn.dispatch import load
 from visattn.kernels import sdpa, triangular
 from visattn.layout import Layout
-from visattn.patterns import dense_mask, parse
+from visattn.patterns import Neighborhood, dense_mask, parse
 from visattn.problem import Problem, is_triangular
 
 LINE = "na(window=-1, causal=true)"
@@ -61,6 +61,17 @@ def test_a_line_is_recognised_exactly_where_its_mask_is_a_triangle(layout, windo
     triangle = torch.ones_like(mask).tril() | (torch.arange(layout.length) < dense)[:, None]
     # A single token is dense attention.
     assert is_triangular(pattern, layout) == (layout.tokens > 1 and torch.equal(mask, triangle))
+
+
+def test_calls_alike_look_at_a_line_once(monkeypatch):
+    clear_caches()
+    asked, layout = [], Layout(23)
+    spans = Neighborhood.spans
+    monkeypatch.setattr(Neighborhood, "spans", lambda *given: asked.append(given) or spans(*given))
+    q, k, v = qkv(layout, 1, 1, dim=8, batch=1)
+    for _ in range(3):
+        attention(q, k, v, LINE, layout, backend="sdpa")
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

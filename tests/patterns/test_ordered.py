@@ -188,6 +188,18 @@ def test_fewer_valid_tokens_than_clusters():
     assert (groups.ids < 2).all() and groups.sizes.sum() == 4 and (groups.sizes[..., :2] == 1).all()
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_weights_of_samples_are_added_whatever_the_scale_is(scale):
+    text, layout = "lsh(planes=3, block=4, samples=6)", Layout((4, 5), 2, 1)
+    tensors = qkv(layout, 2, 1, dim=6, batch=2, grad=True)
+    found = []
+    for backend in ("reference", "ordered"):
+        out = attention(*tensors, text, layout, scale=scale, backend=backend)
+        found.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+    for expected, own in zip(*found, strict=True):
+        assert (own - expected).abs().max() < 1e-10
+
+
 @pytest.mark.parametrize("scale", [None, -0.01])
 def test_samples_are_hidden_from_text_in_half_precision(scale):
     """What hides them, over the factor on the logits, is more than the largest number of half precision."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ from visattn.layout import Layout
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.clusters import Clusters, first_centres, k_means
 from visattn.patterns.choice.memory import usable
-from visattn.patterns.choice.picks import Seen, pick_number
+from visattn.patterns.choice.picks import Seen, bar_of, pick_number
 from visattn.patterns.ordered import Clustered, OrderedPattern
 from visattn.patterns.values import is_number, real_number, whole_number
 
@@ -129,8 +128,7 @@ class KMeans(OrderedPattern):
         """The clusters of keys that carry `p`, and the best ones that are seen anyway."""
         value, order = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
         before = torch.nn.functional.pad(value.cumsum(-1)[..., :-1], (1, 0))
-        # All never carry more than all, whatever sums round to.
-        keep = (before <= (self.p if self.p < 1 else math.inf)) & (value > 0)
+        keep = (before <= bar_of(self.p)) & (value > 0)
         listed = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter(3, order, keep)
         least = int(self.floor * scores.shape[3] + 1e-9)
         return listed | pick_number(scores, Seen(), None, least) if least else listed

@@ -10,7 +10,7 @@ import torch
 from visattn.patterns.base import ByText
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.causal import reachable_on
-from visattn.patterns.choice.picks import Seen, best, number_of
+from visattn.patterns.choice.picks import Seen, bar_of, best, number_of
 from visattn.patterns.choice.pooling import means
 from visattn.patterns.choice.slices import Slices
 from visattn.patterns.choice.values import share_or_count
@@ -200,7 +200,7 @@ class VerticalSlash(ByText, DynamicPattern):
         found = marks[0][:, :, None] | _diagonals(marks[1])
         flat = pairs.flatten(2) / there.sum(-1)[:, None, None].clamp(min=1)
         value, order = flat.sort(dim=-1, descending=True, stable=True)
-        under = torch.zeros_like(flat, dtype=torch.bool).scatter(2, order, value.cumsum(-1) <= _bar(self.p))
+        under = torch.zeros_like(flat, dtype=torch.bool).scatter(2, order, value.cumsum(-1) <= bar_of(self.p))
         return found | (under.view(pairs.shape) & near[..., None, None])
 
 
@@ -258,14 +258,9 @@ def _first_ones(x: torch.Tensor, there: torch.Tensor, number: int) -> torch.Tens
     return x.masked_fill(first[:, None], float("inf")).masked_fill(~there[:, None], -1)
 
 
-def _bar(share: float) -> float:
-    """What sums of a share are held against: all never carry more than all, whatever they round to."""
-    return share if share < 1 else float("inf")
-
-
 def _needed(weights: torch.Tensor, share: float) -> torch.Tensor:
     """How many of the largest pass a share: int64 [B, h]."""
-    return (weights.sort(dim=-1, descending=True).values.cumsum(-1) <= _bar(share)).sum(-1) + 1
+    return (weights.sort(dim=-1, descending=True).values.cumsum(-1) <= bar_of(share)).sum(-1) + 1
 
 
 def _shares(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from visattn.patterns import Above, DynamicPattern, Routes, TopK, TopP
 from visattn.patterns.choice.always import always_on, terms_of
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.causal import reach_of, reach_on
+from visattn.patterns.choice.picks import bar_of
 from visattn.patterns.choice.scores import Score
 
 # Key blocks of a row that one program holds.
@@ -64,9 +65,7 @@ def rule_of(pattern: DynamicPattern, blocks: Blocks) -> Rule | None:
         and pattern.least_listed(blocks) < blocks.columns
     ):
         cover, least = pattern.rule == "cover", pattern.least_listed(blocks)
-        # All never carry more than all, whatever sums round to.
-        share = pattern.p if pattern.p < 1 else math.inf
-        return Rule(RULE_MASS.value, most, least=least, share=share, cover=cover)
+        return Rule(RULE_MASS.value, most, least=least, share=bar_of(pattern.p), cover=cover)
     if type(pattern) is Above and pattern.bar == "exact":
         return Rule(RULE_ABOVE.value, most, share=pattern.tau)
     return None

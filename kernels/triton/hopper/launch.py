@@ -249,7 +249,7 @@ def finish_launch(t: Operands, work: Work) -> Launch:
         "tokens": listed.columns, "scale": work.scale, "tiles": tiles, "length": t.q.shape[1],
         "heads": t.q.shape[2], "HEAD_DIM": t.q.shape[3], "COLUMNS": columns,
     }  # fmt: skip
-    return Launch(finish, (tiles, t.q.shape[0] * t.q.shape[2]), given, WARPS)
+    return Launch(finish, (t.q.shape[0] * t.q.shape[2] * tiles,), given, WARPS)
 
 
 def dense_launch(t: Operands, work: Work) -> Launch:

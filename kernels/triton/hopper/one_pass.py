@@ -315,11 +315,13 @@ def finish(
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write dQ of a query tile's tokens from its sum."""
-    tile, pair = tl.program_id(0), tl.program_id(1)
-    sample, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    # All programs are in the first axis, the others have few.
+    program = tl.program_id(0)
+    tile, pair = program % tiles, (program // tiles).to(tl.int64)
+    sample, head = pair // heads, pair % heads
     slots, d = tl.arange(0, COLUMNS), tl.arange(0, HEAD_DIM)
     token = tl.load(tokens + tile * COLUMNS + slots)
-    row = (pair * tiles + tile).to(tl.int64) * COLUMNS + slots
+    row = program.to(tl.int64) * COLUMNS + slots
     total = tl.load(sums + row[:, None] * HEAD_DIM + d[None, :]) * scale
     to = ((sample * length + token) * heads + head)[:, None] * HEAD_DIM + d[None, :]
     tl.store(grad_q + to, total.to(grad_q.dtype.element_ty), mask=(token >= 0)[:, None])

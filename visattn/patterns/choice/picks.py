@@ -93,6 +93,11 @@ def pick_number_of_all(scores: torch.Tensor, seen: Seen, forced: torch.Tensor | 
     return best(value.flatten(2), number).view(scores.shape)
 
 
+def bar_of(share: float) -> float:
+    """What sums of probabilities may reach for a share: all never carry more than all, whatever they round to."""
+    return share if share < 1 else math.inf
+
+
 def pick_mass(
     scores: torch.Tensor,
     seen: Seen,
@@ -121,14 +126,13 @@ def pick_mass(
     wanted = wanted if first is None else wanted.masked_fill(first, float("inf"))
     if of_all:
         rows = scores.shape[2] if seen.rows is None else seen.rows.sum(-1)[:, None, None]
-        order, bar = ranked(wanted.flatten(2)), mass * rows
+        order, bar = ranked(wanted.flatten(2)), bar_of(mass) * rows
     else:
-        order, bar = ranked(wanted), mass
+        order, bar = ranked(wanted), bar_of(mass)
     carried = value.flatten(2) if of_all else value
     summed = carried.gather(-1, order).cumsum(-1)
-    # With `cover`, one is listed while those before it carry no more than the share; all never carry more than all,
-    # whatever sums round to.
-    keep = summed <= (bar if mass < 1 else math.inf)
+    # With `cover`, one is listed while those before it carry no more than the share.
+    keep = summed <= bar
     if cover:
         keep = torch.nn.functional.pad(keep[..., :-1], (1, 0), value=True)
     keep = keep & (carried.gather(-1, order) > 0) if of_all else keep
