@@ -13,6 +13,7 @@ from visattn.kernels.triton.agent.attend import attend_run
 from visattn.kernels.triton.agent.combine import combine
 from visattn.kernels.triton.arguments import LOG2E, strides, unit
 from visattn.kernels.triton.config import block_dim
+from visattn.kernels.unchanged import savable
 
 # Programs of `attend_run` that run at once on a multiprocessor: splits are to fill the GPU once.
 RESIDENT = 4
@@ -133,7 +134,7 @@ class AgentAttention(torch.autograd.Function):
         setting: Setting,
     ) -> torch.Tensor:
         """Gather in splits, combine, read."""
-        ctx.save_for_backward(q, agents, k, v, key_mask, agent_mask)
+        ctx.save_for_backward(q, agents, k, v, savable(key_mask), savable(agent_mask))
         ctx.setting = setting
         if not q.numel():
             return q.new_empty(q.shape)

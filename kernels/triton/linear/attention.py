@@ -14,6 +14,7 @@ from visattn.kernels.triton.linear.gather import gather
 from visattn.kernels.triton.linear.grad import feature_gradients
 from visattn.kernels.triton.linear.read import read
 from visattn.kernels.triton.lists.delta import deltas
+from visattn.kernels.unchanged import savable
 
 FEATURES = ("elu", "relu", "given")
 # Largest number of features and channels.
@@ -283,7 +284,7 @@ class LinearAttention(torch.autograd.Function):
             given = read_arguments(q, state, sums, None, v.dtype, True, setting, table["read"])
             run(read, given, table["read"])
         out = given["out"]
-        ctx.save_for_backward(q, k, v, key_mask, out, given["den"], given["peak"], state, sums)
+        ctx.save_for_backward(q, k, v, savable(key_mask), out, given["den"], given["peak"], state, sums)
         ctx.setting = setting
         return out
 

@@ -34,6 +34,7 @@ from visattn.kernels.triton.linear.causal.gather import gather_chunks, run_state
 from visattn.kernels.triton.linear.causal.grad import chunk_gradients
 from visattn.kernels.triton.linear.causal.read import read_chunks
 from visattn.kernels.triton.linear.gather import gather
+from visattn.kernels.unchanged import savable
 from visattn.layout import Layout
 
 
@@ -137,7 +138,7 @@ class CausalLinearAttention(torch.autograd.Function):
         """States before all chunks, then every query reads them and its chunk."""
         ctx.steps, ctx.setting = steps, setting
         if not q.numel() or not v.numel():
-            ctx.save_for_backward(q, k, v, key_mask, dense, rates, None, None, None)
+            ctx.save_for_backward(q, k, v, savable(key_mask), dense, rates, None, None, None)
             return v.new_zeros((*q.shape[:3], v.shape[3]))
         table = causal_launches(q.dtype, q.shape[3], v.shape[3])
         with start.on(q.device):
@@ -148,7 +149,7 @@ class CausalLinearAttention(torch.autograd.Function):
             )
             _rows(read_chunks, given, launch)
         out = given["out"]
-        ctx.save_for_backward(q, k, v, key_mask, dense, rates, out, given["den"], given["peak"])
+        ctx.save_for_backward(q, k, v, savable(key_mask), dense, rates, out, given["den"], given["peak"])
         return out
 
     @staticmethod

@@ -177,3 +177,11 @@ def test_the_backend_computes_the_same_with_and_without(monkeypatch, feature):
         found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_made_in_inference_mode_trains():
+    inputs, _ = tensors(37, 16, 24)
+    with torch.inference_mode():
+        mask = torch.arange(37)[None] % 3 > 0
+    ours, wanted = (results(linear_attention, inputs, each, "elu") for each in (mask, mask.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
