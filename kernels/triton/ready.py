@@ -36,7 +36,9 @@ class TileAttention(torch.autograd.Function):
     ) -> Any:
         """Run the forward kernel; rpb is float32 [H, entries]."""
         out, lse = kernels.forward(q, k, v, key_mask, rpb, True, routed)
-        ctx.save_for_backward(q, k, v, rpb, out, lse, savable(key_mask))
+        # At each forward: a call less where there is no mask.
+        mask = None if key_mask is None else savable(key_mask)
+        ctx.save_for_backward(q, k, v, rpb, out, lse, mask)
         ctx.rest = kernels, formula, routed
         ctx.set_materialize_grads(False)
         assert lse is not None

@@ -183,6 +183,7 @@ def test_missing_parts_have_a_clear_answer(places, tmp_path):
         main([*words(places, tmp_path / "out.json"), "--weights", str(tmp_path / "none.safetensors")])
 
 
+@pytest.mark.slow
 def test_dense_twins_are_drawn_once_for_several_processes(places, tmp_path, monkeypatch):
     drawn, original = [], Draftsman.draw
 

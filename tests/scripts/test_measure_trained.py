@@ -134,6 +134,7 @@ def test_curves_are_drawn(tmp_path):
     assert text.count('stroke-dasharray="2 2"') == 2 * 4
 
 
+@pytest.mark.slow
 def test_nothing_is_drawn_where_nothing_is_left_to_train(places, tmp_path, here, monkeypatch):
     more = ["--train-steps", 1, "--methods", "vsa", "--sparsities", 0.5]
     trained.main(words(places, tmp_path, *more))

@@ -36,7 +36,7 @@ def test_compiles_without_spills(monkeypatch, arch, config, fp8, dim):
         binary = triton.compile(ahead.source(kernel, given), target=GPUTarget("cuda", arch, 32), options=options)
         made[kernel.fn.__name__] = ahead._used(binary, True)
 
-    monkeypatch.setattr(launch, "launch", compile_only)
+    monkeypatch.setattr(launch.start, "launch", compile_only)
     monkeypatch.setattr(launch, "launch_like", lambda *_: None)
     device = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: device)
