@@ -41,7 +41,7 @@ class SwapRun(Run):
         forward = self.here.forward
         quiet = forward is not None and not (forward.hits or forward.reasons)
         if quiet and not self.strict:
-            self.here.forward = None
+            self.leave()
         else:
             super().finish()
 

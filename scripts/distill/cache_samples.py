@@ -28,6 +28,7 @@ from scripts.distill.noise import KINDS
 from scripts.distill.samples import LATENTS, Index, save_tensors, shard_path
 from scripts.distill.settings import option, parse
 from visattn.cli.generate_options import parse_labels, pixels
+from visattn.environment import chosen_device
 from visattn.files import written_whole
 from visattn.pipelines.embedded import EMBEDDED
 from visattn.pipelines.load import load_pipeline
@@ -269,10 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        device = settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        pipe: Any = load_pipeline(settings.model, device, settings.dtype)
+        pipe: Any = load_pipeline(settings.model, chosen_device(settings.device), settings.dtype)
         pipe.set_progress_bar_config(disable=True)
         source = Source(pipe, settings)
         with tqdm(total=source.count, unit="sample", disable=None, file=sys.stderr) as bar:

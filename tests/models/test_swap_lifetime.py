@@ -217,12 +217,3 @@ def test_a_handle_that_was_removed_undoes_no_later_one():
         assert not sparse.equal(stock) and model(X).equal(sparse)
         second.remove()
         assert model(X).equal(stock)
-
-
-@torch.no_grad()
-def test_scripting_is_refused_with_the_way():
-    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=96).eval()
-    x = torch.randn(1, 3, 96, 96)
-    with visattn.apply(model, "na(window=5x5)"), pytest.raises(ValueError, match=r"blocks\.0\.attn.*torch\.jit\.trace"):
-        torch.jit.script(model)
-    torch.testing.assert_close(torch.jit.script(model)(x), model(x))

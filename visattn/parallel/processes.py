@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from visattn.environment import chosen_device
+
 # Seconds between looks at what the others say.
 EVERY = 0.5
 # Seconds that a process which failed gets to say so before the others end.
@@ -98,7 +100,7 @@ def together(device: str = "auto", timeout: float = 600.0, silent: float = 60.0)
 def _place(device: str) -> Place:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = chosen_device(device)
     if device == "cpu":
         return Place(rank, world, "cpu")
     if device != "cuda":
