@@ -13,6 +13,8 @@ from tests.support.oracles import dense_attention
 from visattn import Layout, attention, dense_mask, explain, parse
 from visattn.patterns.choice.listening import listening
 from visattn.patterns.choice.memory import Memory, Place, placed
+from visattn.plans import density_of
+from visattn.simulate import simulate
 from visattn.staged import with_precision
 
 RUN = "run"
@@ -252,8 +254,8 @@ def test_density_is_what_was_computed():
             run.at(step, tensors, text, layout)
         found = [(float(s.mean()) * layout.tokens**2 + every - layout.tokens**2) / every for s in run.shares]
         assert found == pytest.approx(expected)
-        assert visattn.plans.density_of(parse(text), layout) == pytest.approx(sum(expected) / 2)
-        assert visattn.simulate.simulate(text, layout).density == pytest.approx(sum(expected) / 2)
+        assert density_of(parse(text), layout) == pytest.approx(sum(expected) / 2)
+        assert simulate(text, layout).density == pytest.approx(sum(expected) / 2)
 
 
 def test_estimates_are_means_over_the_steps():

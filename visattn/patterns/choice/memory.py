@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -78,6 +79,18 @@ class Memory:
         """The last step of this run that a value of this step serves, where it is good for so many steps."""
         last = self.step + every - 1
         return last if self._total is None else min(last, self._total - 1)
+
+    def copy(self) -> Memory:
+        """One that keeps the same: what a call puts or drops there is not put or dropped here."""
+        found = copy(self)
+        found._kept, found._until, found._calls = dict(self._kept), dict(self._until), dict(self._calls)
+        return found
+
+    def move(self, device: torch.device | str) -> None:
+        """Outputs that are kept go to a device; lists, which are small, stay."""
+        for key, value in self._kept.items():
+            if hasattr(value, "moved_to"):
+                self._kept[key] = value.moved_to(device)
 
     def _drop(self, keys: list[Hashable]) -> None:
         for key in keys:

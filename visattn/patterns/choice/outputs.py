@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,6 +31,11 @@ class KeptOutput:
     def nbytes(self) -> int:
         """What it takes."""
         return sum(t.nbytes for t in (self.value, *(self.means or ())) if t is not None)
+
+    def moved_to(self, device: torch.device | str) -> KeptOutput:
+        """The same on another device."""
+        means = None if self.means is None else Means(*(t if t is None else t.to(device) for t in self.means))  # type: ignore[arg-type]
+        return replace(self, value=self.value.to(device), means=means)
 
 
 @dataclass
