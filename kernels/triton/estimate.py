@@ -21,8 +21,8 @@ from visattn.plans import check_listed
 
 # Milliseconds of a call besides its tiles: measured on calls that wait in a queue, which hides most of the host's.
 CALL = 0.1
-# Time of a tile with mask over one without in the Hopper kernels, whose halves leave out what they do not see (fitted to
-# docs/results/h200.json). What `auto` chooses by has the larger PARTIAL there too: it errs on the side of dense
+# Time of a tile with mask over one without in the Hopper kernels, whose halves leave out what they do not see: fitted
+# to docs/results/h200.json. What `auto` chooses by has the larger PARTIAL there too: it errs on the side of dense
 # attention in short calls.
 HOPPER_PARTIAL = 1.15
 
