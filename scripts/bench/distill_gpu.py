@@ -3,10 +3,10 @@
     python -m scripts.distill.cache_samples --model emoji --prompts prompts.txt --count 16 --steps 4 --out runs/few
     python -m scripts.bench.distill_gpu --samples runs/few --methods topk sla2 --batches 4 8
 
-For each method at 95 % and each batch: milliseconds of a step both ways, what the host spends in each part of it, what the
-GPU works in one of them (its kernels added up), how many kernels that are, and the loss behind the last step: both ways learn the same, up to the rounding of
-other kernels. With --model animoji the same of clips. Cases that --out has from the same versions are not measured
-again.
+For each method at 95 % and each batch: milliseconds of a step both ways, what the host spends in each part of it, what
+the GPU works in one of them (its kernels added up), how many kernels that are, and the loss behind the last step: both
+ways learn the same, up to the rounding of other kernels. With --model animoji the same of clips. Cases that --out has
+from the same versions are not measured again.
 """
 
 from __future__ import annotations
