@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from visattn.keep import warms_up
 from visattn.patterns.choice.memory import Means, Memory, usable
 
 
@@ -70,9 +71,11 @@ class Slot:
             means: Pools them.
         """
         place, library = usable(), torch._C
+        if place is None or place.memory is None:
+            return None
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        # Tensors of transforms stand for others, and mean nothing later.
-        if place is None or place.memory is None or learns or library._are_functorch_transforms_active():
+        # Tensors of transforms stand for others, and mean nothing later; the pool of a CUDA graph keeps none.
+        if learns or library._are_functorch_transforms_active() or warms_up():
             return None
         memory = place.memory
         slot = cls(memory, (place.key, own), every, drift, None)
