@@ -212,7 +212,10 @@ def test_what_steps_share_is_shared_by_each_rank_for_its_heads(ranks, text):
         assert refreshed == alone[1] and all(
             torch.allclose(a, b, atol=1e-5) for a, b in zip(outs, alone[0], strict=True)
         )
-    assert all("parallel='halo': a step that refreshes reads keys of every rank" in said for said in ranks.run(2, models.refused, "wan", text, "halo"))
+    assert all(
+        "parallel='halo': a step that refreshes reads keys of every rank" in said
+        for said in ranks.run(2, models.refused, "wan", text, "halo")
+    )
 
 
 def test_what_slabs_cannot_run_is_refused_with_the_reason(ranks):
