@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,22 @@ class Place(NamedTuple):
     samples: tuple[Layout, ...] = ()
 
 
+# Two grids say as well as many that they differ, and some may be of forwards that will raise.
+FEW = 8
 UNPLACED = Place("the model has not embedded an image yet")
+FAILED = Place("the last forward raised, and nothing tells the grid of these tokens")
+
+
+class Own(threading.local):
+    """What the forward of a thread has told.
+
+    Attributes:
+        place: Where its tokens sit, None outside of forwards.
+        new: Length of its sequences, if no forward before had sequences of that length on that grid.
+    """
+
+    place: Place | None = None
+    new: int | None = None
 
 
 class Places:
@@ -44,6 +60,7 @@ class Places:
         self._last = UNPLACED
         # By length of the sequence, for who gets tokens that no forward is remembered with.
         self._places: dict[int, set[Place]] = {}
+        self._here = Own()
 
     def place(self, grid: tuple[int, int]) -> None:
         """Say at which rows and columns the tokens of this thread's forward sit."""
@@ -71,9 +88,24 @@ class Places:
             if self.outside is not None and torch.is_grad_enabled():
                 self.outside.stand()
             known = self._places.setdefault(tokens, set())
-            # Two say as well as many that they differ.
-            if len(known) < 2:
+            self._here.place, self._here.new = place, None
+            if place not in known and len(known) < FEW:
+                self._here.new = tokens
                 known.add(place)
+
+    def finish(self) -> None:
+        """The forward of this thread is over: what is called next is outside of it."""
+        self.forwards.end()
+        self._here.place = self._here.new = None
+
+    def fail(self, told: bool = True) -> None:
+        """The forward of this thread raised, before or after it had `told` its place, which is nobody else's."""
+        place, new = (self._here.place, self._here.new) if told else (None, None)
+        if place is not None and new is not None:
+            self._places[new].discard(place)
+        if place is None or self._last == place:
+            self._last = FAILED
+        self.finish()
 
     def resume(self, place: Place) -> None:
         """The backward pass of a forward begins: compiled code is there again."""

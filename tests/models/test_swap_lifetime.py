@@ -217,3 +217,38 @@ def test_a_handle_that_was_removed_undoes_no_later_one():
         assert not sparse.equal(stock) and model(X).equal(sparse)
         second.remove()
         assert model(X).equal(stock)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "features"])
+@pytest.mark.parametrize("where", ["patch_embed", "blocks.0.norm1", "blocks.1"])
+@torch.no_grad()
+def test_the_grid_of_a_forward_that_raised_serves_no_other_tokens(where, whole):
+    model = make(img_size=96, dynamic_img_size=True)
+    tokens = torch.randn(1, 13, 48)
+    stock = model.blocks[0](tokens)
+    visattn.apply(model, "na(window=3)")
+    run = model if whole else model.forward_features
+    broken = model.get_submodule(where).register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(torch.randn(1, 3, 32, 96))
+    broken.remove()
+    # The tokens are of no image that the model has embedded: 12 patches are also 3x4, and 6x2.
+    assert torch.equal(model.blocks[0](tokens), stock)
+    run(torch.randn(1, 3, 96, 32))
+    with pytest.raises(ZeroDivisionError):
+        broken = model.get_submodule(where).register_forward_pre_hook(lambda *_: 1 / 0)
+        run(torch.randn(1, 3, 32, 96))
+    broken.remove()
+    alone = model.blocks[0](tokens)
+    model.forward_features(torch.randn(1, 3, 96, 32))
+    assert torch.equal(model.blocks[0](tokens), alone) and not torch.equal(alone, stock)
+
+
+@torch.no_grad()
+def test_tokens_after_forwards_of_two_grids_are_of_neither():
+    model = make(img_size=96, dynamic_img_size=True)
+    visattn.apply(model, "na(window=3)")
+    for size in ((32, 96), (96, 32)):
+        model(torch.randn(1, 3, *size))
+    with pytest.raises(ValueError, match="13 tokens came without the forward that they belong to"):
+        model.blocks[0](torch.randn(1, 13, 48))
