@@ -257,6 +257,19 @@ class Schedule:
                 known_step(f"a pattern for steps {each.stages[0].steps}", step, total, each.needs_total)
         return tuple(each.index(step, total) for each in self.staged)
 
+    def beyond(self, total: int) -> list[str]:
+        """What counts steps that a run of so many does not have, as text."""
+        found = []
+        for stage in (stage for each in self.staged if not each.constant for stage in each.stages):
+            last = stage.first if stage.end is None else stage.end - 1
+            if not stage.shares and last >= total:
+                found.append(f"steps {stage.steps}")
+        for name in _COUNTED:
+            value = getattr(self, name)
+            if isinstance(value, int) and value > total:
+                found.append(f"{name}={value}")
+        return list(dict.fromkeys(found))
+
     def is_dense(self, step: int | None, total: int | None) -> bool:
         """Whether a denoising step (from 0) of so many stays dense.
 
