@@ -74,7 +74,13 @@ def _whole(given: tuple[Any, ...], low: int, also: Sequence[int], high: int) -> 
 
 def is_number(value: object) -> bool:
     """Whether a value is a real number that float32 holds, and no boolean."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= LARGEST_REAL
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        # Comparisons with what is no number are false.
+        return abs(float(value)) <= LARGEST_REAL
+    except OverflowError:
+        return False
 
 
 def real_number(value: Any) -> float:
