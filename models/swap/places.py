@@ -27,6 +27,9 @@ class Place(NamedTuple):
 # Two grids say as well as many that they differ, and some may be of forwards that will raise.
 FEW = 8
 UNPLACED = Place("the model has not embedded an image yet")
+ALONE = Place(
+    "it was called outside of a forward of the model, and nothing tells the grid of its tokens: pass layout=Layout(...)"
+)
 FAILED = Place("the last forward raised, and nothing tells the grid of these tokens")
 
 
@@ -126,7 +129,7 @@ class Places:
         self._last = self.here(x.shape[1])
 
     def here(self, tokens: int) -> Place:
-        """Where the tokens of a sequence of that length sit.
+        """Where the tokens of a sequence of that length sit; outside of forwards and backward passes nobody knows.
 
         Raises:
             ValueError: If no forward is known that these tokens belong to, and forwards of several grids had as many.
@@ -138,6 +141,8 @@ class Places:
         found = self.forwards.value
         if found is not None:
             return found
+        if torch._C._current_graph_task_id() < 0:
+            return ALONE if self._places else self._last
         known = self._places.get(tokens, set())
         if len(known) > 1:
             raise ValueError(

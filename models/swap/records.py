@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +28,7 @@ from visattn.models.swap.hiera import MaskUnits
 from visattn.models.swap.maps import CoAtBlock, DaVitBlock, ParallelPartition, PartitionFirst, PartitionLast
 from visattn.models.swap.mvit import PooledAttention, pools_apart
 from visattn.models.swap.relative import BeitAttention, RelPosAttention
-from visattn.models.swap.runtime import UNDONE
+from visattn.models.swap.runtime import HOOK, UNDONE
 from visattn.models.swap.sam import SamBlock
 from visattn.models.swap.sized import (
     FirstMap,
@@ -194,18 +195,30 @@ def own_ways(module: nn.Module) -> str:
     """Why a module's attention is not that of the class its record is for, empty if it is."""
     base, record = _base(type(module)), record_of(module)
     assert base is not None and record is not None
+    holder = getattr(module, record.attention) if record.attention else module
+    if HOOK in module.__dict__ or HOOK in holder.__dict__:
+        return "accelerate has put a hook in its place: call apply() before its hooks and offloading"
     for name in _replaced(record.mixin, base):
-        if name in module.__dict__:
+        if name in module.__dict__ and not keeps_forward(module):
             return f"{name} of the module itself was replaced"
         definer = _definer(type(module), name, record.mixin)
         if definer not in base.__mro__:
             return f"{definer.__qualname__} has a {name} of its own"
     if record.attention:
-        holder = getattr(module, record.attention)
         definer = _definer(type(holder), "forward", record.mixin)
-        if "forward" in holder.__dict__ or _package(definer) != _package(base):
+        if ("forward" in holder.__dict__ and not keeps_forward(holder)) or _package(definer) != _package(base):
             return f"its {record.attention} has a forward of its own"
     return ""
+
+
+def keeps_forward(module: nn.Module) -> bool:
+    """Whether a module has the forward of its class among its attributes, where accelerate's hooks leave it."""
+    kept = module.__dict__.get("forward")
+    record, of_class = record_of(module), [type(module)]
+    if record is not None:
+        of_class.append(swapped_class(type(module), record.mixin))
+    functions = [getattr(kind, "forward", None) for kind in of_class]
+    return getattr(kept, "__self__", None) is module and getattr(kept, "__func__", None) in functions
 
 
 def swapped_class(kind: type, mixin: type) -> type:
@@ -216,9 +229,19 @@ def swapped_class(kind: type, mixin: type) -> type:
 @lru_cache(maxsize=64)
 def _mixed(kind: type, mixin: type) -> type:
     own = {"__module__": __name__, "visattn_site": UNDONE, "__prepare_scriptable__": _refuse_script}
-    made = type(f"Swapped{kind.__name__}", (mixin, kind), own)
-    made.forward = as_node(made.forward)  # type: ignore[attr-defined]
+    made: Any = type(f"Swapped{kind.__name__}", (mixin, kind), own)
+    made.forward = _while_swapped(made, as_node(made.forward))
     return made
+
+
+def _while_swapped(made: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that others may keep, like accelerate's hooks, of a module that may have its own class back by then."""
+
+    @functools.wraps(forward)
+    def current(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (forward if isinstance(self, made) else type(self).forward)(self, *args, **kwargs)
+
+    return current
 
 
 def _refuse_script(self: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import visattn
 from tests.models.test_swap import SWINS, make_swin
+from visattn import Layout
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5, "img_size": 64}
 X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -235,20 +236,27 @@ def test_the_grid_of_a_forward_that_raised_serves_no_other_tokens(where, whole):
     # The tokens are of no image that the model has embedded: 12 patches are also 3x4, and 6x2.
     assert torch.equal(model.blocks[0](tokens), stock)
     run(torch.randn(1, 3, 96, 32))
+    broken = model.get_submodule(where).register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        broken = model.get_submodule(where).register_forward_pre_hook(lambda *_: 1 / 0)
         run(torch.randn(1, 3, 32, 96))
     broken.remove()
-    alone = model.blocks[0](tokens)
-    model.forward_features(torch.randn(1, 3, 96, 32))
-    assert torch.equal(model.blocks[0](tokens), alone) and not torch.equal(alone, stock)
+    assert torch.equal(model.blocks[0](tokens), stock)
 
 
 @torch.no_grad()
-def test_tokens_after_forwards_of_two_grids_are_of_neither():
-    model = make(img_size=96, dynamic_img_size=True)
-    visattn.apply(model, "na(window=3)")
-    for size in ((32, 96), (96, 32)):
-        model(torch.randn(1, 3, *size))
-    with pytest.raises(ValueError, match="13 tokens came without the forward that they belong to"):
-        model.blocks[0](torch.randn(1, 13, 48))
+def test_a_module_called_outside_of_a_forward_is_stock_unless_the_user_says_where_its_tokens_sit():
+    model, other = (make(img_size=96, dynamic_img_size=True) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    tokens = torch.randn(1, 13, 48)
+    stock, wide = model.blocks[0](tokens), other(torch.randn(1, 3, 64, 48, generator=torch.Generator().manual_seed(0)))
+    handle = visattn.apply(model, "na(window=3)")
+    model(torch.randn(1, 3, 32, 96))
+    assert torch.equal(model.blocks[0](tokens), stock)
+    why = "it was called outside of a forward of the model, and nothing tells the grid of its tokens"
+    assert any(why in reason for reason in handle.report().sites[0].fallbacks)
+    # A module that another model has too: its grid is not that of this one.
+    other.blocks[0].attn = model.blocks[0].attn
+    assert torch.equal(other(torch.randn(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))), wide)
+    handle.remove()
+    with visattn.apply(model, "na(window=3)", layout=Layout((3, 4), prefix=1)):
+        assert not torch.equal(model.blocks[0](tokens), stock)
