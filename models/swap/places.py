@@ -60,7 +60,8 @@ class Places:
         self.name, self.fixed, self.prefix = name, fixed, prefix
         self.forwards: Carrier[Place] = Carrier()
         self.outside: Outside | None = None
-        self._last = UNPLACED
+        # The last place, and whether compiled code told it, parts of which may be left to the interpreter.
+        self._last, self._compiled = UNPLACED, False
         # By length of the sequence, for who gets tokens that no forward is remembered with.
         self._places: dict[int, set[Place]] = {}
         self._here = Own()
@@ -85,8 +86,8 @@ class Places:
         self._begin(Place(even, layouts), tokens)
 
     def _begin(self, place: Place, tokens: int) -> None:
-        self._last = place
-        if not torch.compiler.is_compiling():
+        self._last, self._compiled = place, torch.compiler.is_compiling()
+        if not self._compiled:
             self.forwards.begin(place, torch.is_grad_enabled())
             if self.outside is not None and torch.is_grad_enabled():
                 self.outside.stand()
@@ -142,7 +143,7 @@ class Places:
         if found is not None:
             return found
         if torch._C._current_graph_task_id() < 0:
-            return ALONE if self._places else self._last
+            return ALONE if self._places and not self._compiled else self._last
         known = self._places.get(tokens, set())
         if len(known) > 1:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from visattn import forwards
 from visattn.dims import check_dims
+from visattn.forwards import HOOK, HOOKED, while_patched
 from visattn.models.swap import hiera
 from visattn.models.swap.graphs import as_node
 from visattn.models.swap.grids import (
@@ -28,7 +29,7 @@ from visattn.models.swap.hiera import MaskUnits
 from visattn.models.swap.maps import CoAtBlock, DaVitBlock, ParallelPartition, PartitionFirst, PartitionLast
 from visattn.models.swap.mvit import PooledAttention, pools_apart
 from visattn.models.swap.relative import BeitAttention, RelPosAttention
-from visattn.models.swap.runtime import HOOK, UNDONE
+from visattn.models.swap.runtime import UNDONE
 from visattn.models.swap.sam import SamBlock
 from visattn.models.swap.sized import (
     FirstMap,
@@ -197,7 +198,7 @@ def own_ways(module: nn.Module) -> str:
     assert base is not None and record is not None
     holder = getattr(module, record.attention) if record.attention else module
     if HOOK in module.__dict__ or HOOK in holder.__dict__:
-        return "accelerate has put a hook in its place: call apply() before its hooks and offloading"
+        return HOOKED
     for name in _replaced(record.mixin, base):
         if name in module.__dict__ and not keeps_forward(module):
             return f"{name} of the module itself was replaced"
@@ -213,12 +214,9 @@ def own_ways(module: nn.Module) -> str:
 
 def keeps_forward(module: nn.Module) -> bool:
     """Whether a module has the forward of its class among its attributes, where accelerate's hooks leave it."""
-    kept = module.__dict__.get("forward")
-    record, of_class = record_of(module), [type(module)]
-    if record is not None:
-        of_class.append(swapped_class(type(module), record.mixin))
-    functions = [getattr(kind, "forward", None) for kind in of_class]
-    return getattr(kept, "__self__", None) is module and getattr(kept, "__func__", None) in functions
+    record = record_of(module)
+    kinds = [type(module), *([] if record is None else [swapped_class(type(module), record.mixin)])]
+    return forwards.keeps_forward(module, kinds)
 
 
 def swapped_class(kind: type, mixin: type) -> type:
@@ -230,18 +228,8 @@ def swapped_class(kind: type, mixin: type) -> type:
 def _mixed(kind: type, mixin: type) -> type:
     own = {"__module__": __name__, "visattn_site": UNDONE, "__prepare_scriptable__": _refuse_script}
     made: Any = type(f"Swapped{kind.__name__}", (mixin, kind), own)
-    made.forward = _while_swapped(made, as_node(made.forward))
+    made.forward = while_patched(made, as_node(made.forward))
     return made
-
-
-def _while_swapped(made: type, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that others may keep, like accelerate's hooks, of a module that may have its own class back by then."""
-
-    @functools.wraps(forward)
-    def current(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (forward if isinstance(self, made) else type(self).forward)(self, *args, **kwargs)
-
-    return current
 
 
 def _refuse_script(self: Any) -> Any:

@@ -14,6 +14,7 @@ from visattn.attend import attention
 from visattn.autocast import is_on
 from visattn.counts import Cell
 from visattn.crossing import crossing
+from visattn.forwards import check_loaded
 from visattn.layout import Layout
 from visattn.models.swap.places import Places
 from visattn.models.swap.sources import between
@@ -28,8 +29,6 @@ from visattn.runtime.verdict import Verdict, judge
 from visattn.straight import attention_through
 from visattn.watch import Watched
 
-# Where accelerate keeps its hook of a module.
-HOOK = "_hf_hook"
 # Kinds of calls of a module that are decided once.
 MANY = 256
 # Batches by which compiled code, which is for all of them, decides: where few and many would be slower, all are.
@@ -101,8 +100,8 @@ class Swapped:
     def keeps_stock(self, refusal: str | None) -> bool:
         """Whether the module's own attention runs, for a schedule or the reason given; counts it if so."""
         if refusal is None and not isinstance(self.pattern, Dense):
-            if self.attention is not None and HOOK in self.attention.__dict__:
-                _check_loaded(self.attention, self.path)
+            if self.attention is not None:
+                check_loaded(self.attention, self.path)
             return False
         if not torch.compiler.is_compiling():
             why = "" if isinstance(self.pattern, Dense) else refusal or ""
@@ -299,17 +298,6 @@ class Swapped:
             verdict = _RAN._replace(problems=(Problem.of(q, k, v, call),))
             self._ran[key] = found = verdict.cells(self.run.tally, self.path, q.device)
         return found
-
-
-def _check_loaded(attention: nn.Module, path: str) -> None:
-    """Raise a ValueError if accelerate keeps parameters away that a block reads without calling their module."""
-    away = [name for name, value in attention.named_parameters(recurse=False) if value.is_meta]
-    if away:
-        raise ValueError(
-            f"accelerate loads {', '.join(away)} of the attention of {path} when that is called, and its block reads "
-            "them itself to run a pattern: offload the whole model (cpu_offload_with_hook) or whole blocks "
-            "(attach_align_device_hook_on_blocks)"
-        )
 
 
 _RAN = Verdict("sparse")

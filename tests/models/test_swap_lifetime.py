@@ -260,3 +260,16 @@ def test_a_module_called_outside_of_a_forward_is_stock_unless_the_user_says_wher
     handle.remove()
     with visattn.apply(model, "na(window=3)", layout=Layout((3, 4), prefix=1)):
         assert not torch.equal(model.blocks[0](tokens), stock)
+
+
+@torch.no_grad()
+def test_what_compiled_code_leaves_to_the_interpreter_has_its_grid():
+    model = make(img_size=96, dynamic_img_size=True)
+    visattn.apply(model, "na(window=3)", strict=True)
+    wide, high = torch.randn(1, 3, 32, 96), torch.randn(1, 3, 96, 32)
+    model(wide)
+    expected = model(high)
+    torch._dynamo.reset()
+    model.blocks[0].attn.forward = torch._dynamo.disable(model.blocks[0].attn.forward)
+    model(wide)
+    assert torch.allclose(torch.compile(model, backend="eager")(high), expected, atol=1e-5)
