@@ -254,9 +254,9 @@ def test_a_scale_that_wants_a_gradient_is_refused():
     assert factor(None, 16) == 0.25
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "big", torch.zeros(2), [1, 2]])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "big", torch.zeros(2), [1, 2], 1e300, 10**400])
 def test_a_scale_that_is_no_number_is_refused(scale):
-    with pytest.raises(ValueError, match=r"scale=.* must be one finite number, or None for head_dim \*\* -0.5"):
+    with pytest.raises(ValueError, match=r"scale=.* must be one finite float32 number, or None for head_dim \*\* -0.5"):
         visattn.attention(*qkv(LAYOUT), "dense", LAYOUT, scale=scale)
 
 

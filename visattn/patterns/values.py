@@ -10,9 +10,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from visattn.layout import LARGEST
+
 PerAxis = int | tuple[int, ...]
-# No grid has more tokens, and engines count them in 32 bits.
-LARGEST = 2**31 - 1
 # torch's generators take no larger one.
 LARGEST_SEED = 2**64 - 1
 # What engines compute in holds no larger number.
