@@ -120,12 +120,12 @@ class Schedule:
         precise = () if precise_layers is None else selectors_of(precise_layers, "precise_layers")
         numbers = dense_layers, dense_steps, dense_last_steps
         made = cls(tuple(rules), *numbers, precision, precise, precise_steps, precise_last_steps, **own)
-        made._check_precision()
         for name in _COUNTED:
             value = getattr(made, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
             if not whole and not (isinstance(value, float) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} must be a count of steps like 12 or a fraction like 0.25")
+        made._check_precision()
         return made
 
     def _check_precision(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 RANGE = re.compile(r"(\d+)(?:(-)(\d*))?")
@@ -28,6 +28,8 @@ def selectors_of(value: Any, argument: str = "layers") -> tuple[Selector, ...]:
     """
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
+    if isinstance(value, Mapping):
+        raise ValueError(f"{argument}={value!r} is a mapping: pass it as pattern=, which gives each layer its own")
     if not isinstance(value, int | slice | Iterable):
         raise ValueError(f"{argument}={value!r} is no index, slice, range like '0-3' or name, nor several of these")
     values = (value,) if isinstance(value, int | slice) else tuple(value)
