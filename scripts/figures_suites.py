@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from scripts.results import ROOT, result, table
 from visattn.bench import DENSE, Line
@@ -15,8 +16,8 @@ PICTURES = ROOT / "docs" / "pictures"
 
 
 def measured(name: str) -> list[Measured]:
-    """What was measured of a suite, short sequences first."""
-    found = [Measured.of(each) for each in result(f"cpu-{name}")["results"]]
+    """What was measured of a suite on a machine ("cpu-cab"), short sequences first."""
+    found = [Measured.of(each) for each in result(name)["results"]]
     return sorted((each for each in found if each is not None), key=lambda each: each.entry.products)
 
 
@@ -38,7 +39,9 @@ def suite_table(name: str) -> str:
             cells.append(_cell(times.get(backend)))
         rows.append(cells)
     case = first.entry.case
+    cards = [each["name"] for each in result(name)["devices"] if each["device"].startswith("cuda")][:1]
     shape = f"Batch {case.batch}, {case.heads} heads of {case.dim}, {case.dtype}, forward; *: taken by `auto`."
+    shape = f"{', '.join([*cards, ''])}{shape if not cards else shape[0].lower() + shape[1:]}"
     heads = ["mask", "attention", "pattern", "tokens", "density", DENSE, *backends]
     return f"{table(heads, rows)}\n\n{shape}"
 
@@ -55,9 +58,9 @@ def draw_suites() -> None:
     """The plots: time of the backend that `auto` takes, and of dense attention, against tokens."""
     for name in ("longca", "cab"):
         with written_whole(PICTURES / f"suite-{name}.png") as path:
-            column(charts(measured(name)), gap=8).quantize(256).save(path, format="png", optimize=True)
+            column(charts(measured(f"cpu-{name}")), gap=8).quantize(256).save(path, format="png", optimize=True)
 
 
 def suite_tables() -> dict[str, Callable[[], str]]:
     """Each table by its name."""
-    return {f"suite-{name}": (lambda name=name: suite_table(name)) for name in ("longca", "cab")}
+    return {f"suite-{name}": partial(suite_table, name) for name in ("cpu-longca", "cpu-cab", "h200-cab")}
