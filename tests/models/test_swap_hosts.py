@@ -126,3 +126,16 @@ def test_shapes_by_meta_tensors(build):
     model, x = build()
     visattn.apply(model, PATTERN)
     assert model.to("meta")(x.to("meta")).shape == (1, model.num_classes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precise_steps": torch.ones(2)}, r"precise_steps=tensor\(\[1., 1.\]\) must be a count of steps"),
+        ({"layers": {"0": "na(window=5)"}}, "layers={'0': 'na.window=5.'} is a mapping: pass it as pattern="),
+        ({"mesh": 3}, "mesh=3 says which processes share the tokens: pass parallel="),
+    ],
+)
+def test_arguments_of_apply_that_mean_nothing(options, message):
+    with pytest.raises(ValueError, match=message):
+        visattn.apply(make(), PATTERN, **options)

@@ -28,6 +28,7 @@ BASES = {
     "gated": "gated(of=na(window=3))",
     "sparselinear": "sparselinear(sparse=na(window=3))",
     "topk": "topk(keep=2)",
+    "residual": "residual(of=na(window=3))",
 }
 # No parameter of any pattern may be one of these: no numbers, none that engines hold, or of another kind altogether.
 NOTHING = (math.nan, -math.inf, 10**400, 1e300, -1e300, b"x", (), [], {}, set(), object(), 1j, (True, 2.5))
