@@ -16,12 +16,13 @@ from visattn.dispatch import BACKENDS, load, verdict
 from visattn.layout import Layout
 from visattn.patterns import PATTERNS, Dense, ListedPattern, Neighborhood, parse
 from visattn.plans import plan
-from visattn.problem import Problem
+from visattn.problem import Problem, Support
 from visattn.timing import Timing, interleave, time_once
 
 DENSE = "dense"
 # Beginning of the reason why a backend that should run a case does not.
 FAILED = "failed"
+SUPPORTED = Support(True)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -191,60 +192,57 @@ def run_case(case: Case, backends: Sequence[str], *, repeats: int = 5, patience:
     check_case(case)
     q, k, v, grad = _tensors(case)
     problem = explain(case.pattern, case.layout, q)
-    runs, reasons = _contenders(case, backends, (q, k, v, grad), problem.problem)
-    _try(runs, reasons)
+    runs, refused = _contenders(case, backends, (q, k, v, grad), problem)
+    _try(runs, refused)
     errors = _errors(case, [name for name in runs if name != DENSE], q, k, v)
-    timings = _time(runs, reasons, repeats, patience, case.device)
+    timings, notes = _time(runs, repeats, patience, case.device)
     dense = timings[DENSE].median
     lines = []
     for name in (DENSE, *backends):
-        timing = timings.get(name)
+        timing, support = timings.get(name), refused.get(name, SUPPORTED)
         speedup = None if timing is None else dense / timing.median
-        why, chosen = reasons.get(name, ""), name == problem.choice
-        lines.append(Line(name, timing, why, speedup, chosen, errors.get(name), is_for_others(name, problem.problem)))
+        why, chosen = support.reason or notes.get(name, ""), name == problem.choice
+        lines.append(Line(name, timing, why, speedup, chosen, errors.get(name), support.other))
     return Result(case, tuple(lines), *_bounds(problem.problem))
-
-
-def is_for_others(name: str, problem: Problem) -> bool:
-    """Whether a backend, or DENSE, is made for patterns of another kind than that of a problem."""
-    return name != DENSE and verdict(load(name), problem).other
 
 
 def contenders(
     case: Case, backends: Sequence[str]
-) -> tuple[dict[str, Callable[[], object]], dict[str, str], Explanation]:
-    """What runs a case once: plain dense SDPA and each backend; why others cannot; and what "auto" makes of it."""
+) -> tuple[dict[str, Callable[[], object]], dict[str, Support], Explanation]:
+    """What runs a case once: plain dense SDPA and each backend; how others refuse; and what "auto" makes of it."""
     tensors = _tensors(case)
     found = explain(case.pattern, case.layout, tensors[0])
-    return *_contenders(case, backends, tensors, found.problem), found
+    return *_contenders(case, backends, tensors, found), found
 
 
 def _contenders(
     case: Case,
     backends: Sequence[str],
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
-    problem: Problem,
-) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """What runs a case once, by backend, and why others cannot."""
+    asked: Explanation,
+) -> tuple[dict[str, Callable[[], object]], dict[str, Support]]:
+    """What runs a case once, by backend, and how others refuse."""
     runs: dict[str, Callable[[], object]] = {DENSE: _dense_run(*tensors, causal=case.is_causal)}
-    reasons: dict[str, str] = {}
+    # Some answer only after they have tried: nobody is asked twice.
+    known = {each.backend.name: each.support for each in asked.candidates}
+    refused: dict[str, Support] = {}
     for name in backends:
-        able = verdict(load(name), problem)
+        able = known.get(name) or verdict(load(name), asked.problem)
         if able.ok:
             runs[name] = _run(case, name, *tensors)
         else:
-            reasons[name] = able.reason
-    return runs, reasons
+            refused[name] = able
+    return runs, refused
 
 
-def _try(runs: dict[str, Callable[[], object]], reasons: dict[str, str]) -> None:
+def _try(runs: dict[str, Callable[[], object]], refused: dict[str, Support]) -> None:
     """Run each backend once; one that fails, for lack of memory most often, is left out with its reason."""
     for name in [name for name in runs if name != DENSE]:
         try:
             runs[name]()
         except (RuntimeError, MemoryError) as error:
             del runs[name]
-            reasons[name] = f"{FAILED}: {str(error).strip().splitlines()[0]}"
+            refused[name] = Support(False, f"{FAILED}: {str(error).strip().splitlines()[0]}")
 
 
 def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -297,18 +295,19 @@ def _errors(case: Case, names: Sequence[str], q: torch.Tensor, k: torch.Tensor, 
 
 
 def _time(
-    runs: dict[str, Callable[[], object]], reasons: dict[str, str], repeats: int, patience: float, device: str
-) -> dict[str, Timing]:
-    """Seconds of each run; `reasons` gets a note for those that are measured only once."""
+    runs: dict[str, Callable[[], object]], repeats: int, patience: float, device: str
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Seconds of each run, and a note for those that are measured only once."""
     timings: dict[str, Timing] = {}
+    notes: dict[str, str] = {}
     for name, run in runs.items():
         run()
         seconds = time_once(run)
         if seconds > patience:
-            timings[name], reasons[name] = Timing((seconds,)), f"over {patience:g} s, so measured once"
+            timings[name], notes[name] = Timing((seconds,)), f"over {patience:g} s, so measured once"
     quick = {name: run for name, run in runs.items() if name not in timings}
     at_least = 0.01 if torch.device(device).type == "cuda" else 0.0
-    return timings | interleave(quick, repeats=repeats, warmup=0, at_least=at_least)
+    return timings | interleave(quick, repeats=repeats, warmup=0, at_least=at_least), notes
 
 
 def _bounds(problem: Problem) -> tuple[float | None, float | None, float | None]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from visattn.bench import DENSE, Case, check_case, contenders, is_for_others
+from visattn.bench import DENSE, Case, check_case, contenders
 from visattn.patterns import Pattern, Radial, parse
 from visattn.patterns.values import axis_values
 from visattn.timing import captured, host_time, medians, per_call
@@ -82,7 +82,7 @@ def time_calls(case: Case, backends: Sequence[str], *, repeats: int = 5) -> Call
         ValueError: If the case cannot be.
     """
     check_case(case)
-    runs, reasons, asked = contenders(case, backends)
+    runs, refused, asked = contenders(case, backends)
     on_gpu = torch.device(case.device).type == "cuda"
     measurements: dict[str, Callable[[], float]] = {}
     for name, run in runs.items():
@@ -92,8 +92,7 @@ def time_calls(case: Case, backends: Sequence[str], *, repeats: int = 5) -> Call
         if graph is not None:
             measurements[f"{name} gpu"] = partial(per_call, graph.replay, count)
     found = medians(measurements, repeats)
-    problem = asked.problem
-    lines = [CallTime(name, reason=why, other=is_for_others(name, problem)) for name, why in reasons.items()]
+    lines = [CallTime(name, reason=each.reason, other=each.other) for name, each in refused.items()]
     for name in runs:
         times = found[f"{name} wall"], found[f"{name} host"], found.get(f"{name} gpu")
         lines.append(CallTime(name, *times, chosen=name == asked.choice))

@@ -16,6 +16,7 @@ from visattn.patterns.choice.memory import here
 from visattn.patterns.kinds import pooled_part, reads_products
 from visattn.patterns.masks import check_defined
 from visattn.patterns.traced import constant
+from visattn.patterns.values import LARGEST_REAL
 from visattn.problem import PRECISIONS
 
 # What backends compute in.
@@ -230,10 +231,10 @@ def factor(scale: Any, head_dim: int) -> float:
         )
     try:
         number = float(scale)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"scale={scale!r} must be one finite number, or None for head_dim ** -0.5")
+    if not abs(number) <= LARGEST_REAL:
+        raise ValueError(f"scale={scale!r} must be one finite float32 number, or None for head_dim ** -0.5")
     return number
 
 

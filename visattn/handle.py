@@ -123,6 +123,8 @@ def apply(
         read_weights(as_path(weights))
     if isinstance(caught, bool) or not isinstance(caught, int) or caught < 0:
         raise ValueError(f"caught={caught!r} must be how many queries of a call are looked at, 0 for none")
+    if parallel is None and mesh is not None:
+        raise ValueError(f"mesh={mesh!r} says which processes share the tokens: pass parallel='halo' or 'ulysses' too")
     if parallel is not None:
         _check_parallel(parallel, package, caught, schedule.any_precision)
     always = always or strict or weights is not None or parallel is not None

@@ -138,7 +138,7 @@ def kept(build: Callable[P, T]) -> Callable[P, T]:
         key = (build, args, tuple(options.items()))
         entry = STORE.find(key)
         if entry is None:
-            entry = STORE.put(key, lasting(_outside_of_modes, build, *args, **options))
+            entry = STORE.put(key, lasting(outside_of_modes, build, *args, **options))
         return entry.value
 
     return find
@@ -201,7 +201,7 @@ def stands_in() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
 
 
-def _outside_of_modes(build: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+def outside_of_modes(build: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
     """Call a function as if no mode of torch were on."""
     with ExitStack() as stack:
         # These first and always: torch.export records changes of the others, in a stack of modes of its own.

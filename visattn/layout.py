@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+# Engines count tokens in 32 bits.
+LARGEST = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -36,14 +39,19 @@ class Layout:
         self, grid: int | Sequence[int], prefix: int = 0, suffix: int = 0, key_layout: Layout | None = None
     ) -> None:
         # Neither sets nor the keys of a mapping are in an order.
-        several = isinstance(grid, Iterable) and not isinstance(grid, Set | Mapping)
+        several = isinstance(grid, Iterable) and not isinstance(grid, Set | Mapping | str | bytes | bytearray)
+        # A tensor of one number says that it can be iterated over.
+        several = several and getattr(grid, "ndim", 1) > 0
         axes: tuple[Any, ...] = tuple(grid) if several else (grid,)  # type: ignore[arg-type]
         if not 1 <= len(axes) <= 3 or not all(_is_whole(n, 1) for n in axes):
             raise ValueError(
-                f"grid {grid!r} must be 1 to 3 whole numbers of at least 1, like 4096, (64, 64) or (8, 32, 32)"
+                f"grid {grid!r} must be 1 to 3 whole numbers of at least 1 (and at most {LARGEST}), like 4096, "
+                "(64, 64) or (8, 32, 32)"
             )
         if not _is_whole(prefix, 0) or not _is_whole(suffix, 0):
-            raise ValueError(f"prefix {prefix!r} and suffix {suffix!r} must be whole numbers of at least 0")
+            raise ValueError(
+                f"prefix {prefix!r} and suffix {suffix!r} must be whole numbers of at least 0 (and at most {LARGEST})"
+            )
         object.__setattr__(self, "grid", tuple(int(n) for n in axes))
         object.__setattr__(self, "prefix", int(prefix))
         object.__setattr__(self, "suffix", int(suffix))
@@ -159,8 +167,8 @@ def check_layout(layout: object, name: str = "layout") -> None:
 
 
 def _is_whole(value: Any, low: int) -> bool:
-    """Whether a value is a whole number of at least `low`, of whatever type but truth."""
+    """Whether a value is a whole number of at least `low` and at most `LARGEST`, of whatever type but truth."""
     try:
-        return int(value) == value and value >= low and not isinstance(value, str | bool)
+        return int(value) == value and low <= value <= LARGEST and not isinstance(value, str | bool)
     except (TypeError, ValueError, OverflowError):
         return False

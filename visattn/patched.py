@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from visattn.caught import Caught
 from visattn.parameters import PatternParameters
@@ -36,6 +37,17 @@ class Handle:
         self._caught = [Caught(request.caught) for _ in self._patches] if request.caught else []
         if self._caught:
             self.watch(None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles of a patched model are stock, and a copy of its handle would be of nothing.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "a handle belongs to the model that it patched and cannot be copied or pickled: copies of that model are "
+            "stock, so keep the handle apart from what is copied, and apply() to the copy"
+        )
 
     @property
     def patches(self) -> tuple[Patch, ...]:

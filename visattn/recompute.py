@@ -61,6 +61,11 @@ class Carrier(Generic[T]):
         here = self._here
         here.begun, here.begun_at, here.resumed_at, here.passive = value, _moment(), None, not learns
 
+    def end(self) -> None:
+        """This thread is in no forward any more; blocks of those that were are found again as ever."""
+        here = self._here
+        here.begun, here.begun_at, here.passive = None, None, False
+
     def pass_by(self, tensor: torch.Tensor) -> None:
         """A block gets a tensor: find the forward that it belongs to, and remember that with the tensor."""
         if self._here.passive and torch._C._current_graph_task_id() < 0:

@@ -120,12 +120,12 @@ class Schedule:
         precise = () if precise_layers is None else selectors_of(precise_layers, "precise_layers")
         numbers = dense_layers, dense_steps, dense_last_steps
         made = cls(tuple(rules), *numbers, precision, precise, precise_steps, precise_last_steps, **own)
-        made._check_precision()
         for name in _COUNTED:
             value = getattr(made, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
             if not whole and not (isinstance(value, float) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} must be a count of steps like 12 or a fraction like 0.25")
+        made._check_precision()
         return made
 
     def _check_precision(self) -> None:
@@ -256,6 +256,19 @@ class Schedule:
             if not each.constant:
                 known_step(f"a pattern for steps {each.stages[0].steps}", step, total, each.needs_total)
         return tuple(each.index(step, total) for each in self.staged)
+
+    def beyond(self, total: int) -> list[str]:
+        """What counts steps that a run of so many does not have, as text."""
+        found = []
+        for stage in (stage for each in self.staged if not each.constant for stage in each.stages):
+            last = stage.first if stage.end is None else stage.end - 1
+            if not stage.shares and last >= total:
+                found.append(f"steps {stage.steps}")
+        for name in _COUNTED:
+            value = getattr(self, name)
+            if isinstance(value, int) and value > total:
+                found.append(f"{name}={value}")
+        return list(dict.fromkeys(found))
 
     def is_dense(self, step: int | None, total: int | None) -> bool:
         """Whether a denoising step (from 0) of so many stays dense.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+RANGE = re.compile(r"(\d+)(?:(-)(\d*))?")
 Selector = int | slice | str
 # What `layers` may be, None for all.
 Layers = Selector | Iterable[Selector] | None
@@ -27,6 +28,8 @@ def selectors_of(value: Any, argument: str = "layers") -> tuple[Selector, ...]:
     """
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
+    if isinstance(value, Mapping):
+        raise ValueError(f"{argument}={value!r} is a mapping: pass it as pattern=, which gives each layer its own")
     if not isinstance(value, int | slice | Iterable):
         raise ValueError(f"{argument}={value!r} is no index, slice, range like '0-3' or name, nor several of these")
     values = (value,) if isinstance(value, int | slice) else tuple(value)
@@ -42,10 +45,11 @@ def pick(selectors: tuple[Selector, ...], sites: Sequence[SiteName], layers: lis
     """Indices of the sites that the selectors name.
 
     Raises:
-        ValueError: If one of them names none.
+        ValueError: If one of them names none, or a range a layer that is not there.
     """
     chosen: set[int] = set()
     for selector in selectors:
+        _check_range(selector, len(layers), model)
         picked = _pick_layers(selector, layers)
         if picked is None:
             names = str(selector)
@@ -64,13 +68,23 @@ def pick(selectors: tuple[Selector, ...], sites: Sequence[SiteName], layers: lis
     return chosen
 
 
+def _check_range(selector: Selector, number: int, model: str) -> None:
+    """Raise a ValueError if a range begins at one of so many layers and ends behind the last of them."""
+    match = RANGE.fullmatch(selector) if isinstance(selector, str) else None
+    if match and match[3] and int(match[1]) < number <= int(match[3]):
+        raise ValueError(
+            f"layers: {selector!r} ends at layer {int(match[3])}, and {model} has {number} layers, 0 to {number - 1}: "
+            f"write '{int(match[1])}-' for all layers from {int(match[1])} on"
+        )
+
+
 def _pick_layers(selector: Selector, layers: list[str]) -> set[str] | None:
     """The layers that an index, slice or range selects; None if the selector is a name."""
     if isinstance(selector, slice):
         return set(layers[selector])
     if isinstance(selector, int):
         return {layers[selector]} if -len(layers) <= selector < len(layers) else set()
-    match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", selector)
+    match = RANGE.fullmatch(selector)
     if not match:
         return None
     first = int(match[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from visattn.runtime.verdict import Verdict
 
 
 class Follow(Hook):
-    """After the source of a grid: tells where the tokens of this image sit."""
+    """After the source of a grid: tells where the tokens of this image sit, or that there are none."""
 
     def __init__(self, places: Places, source: Source) -> None:
         self.places, self.source = places, source
@@ -34,6 +35,18 @@ class Follow(Hook):
         else:
             self.places.place_samples(samples, int(out[0].shape[1]))
         return None
+
+
+class Fail(Hook):
+    """After the source of a grid and each module on the way to attention: a forward that raised there tells no grid."""
+
+    def __init__(self, places: Places, told: bool = True) -> None:
+        self.places, self.told = places, told
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """A forward hook; there is no output where the module raised."""
+        if out is None and not torch.compiler.is_compiling():
+            self.places.fail(self.told)
 
 
 class PassBy(Hook):
@@ -108,14 +121,20 @@ class Begin(Hook):
 
 
 class Finish(Hook):
-    """After a forward of the model: did it reach what was selected?"""
+    """After a forward of the model, also one that raised: what is called next is outside of it."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, places: Sequence[Places]) -> None:
+        self.run, self.places = run, places
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        """A forward hook."""
-        if not torch.compiler.is_compiling() and proxy_among(args) is None:
+        """A forward hook; there is no output where the forward raised."""
+        if torch.compiler.is_compiling() or proxy_among(args) is not None:
+            return
+        for each in self.places:
+            each.fail() if out is None else each.finish()
+        if out is None:
+            self.run.leave()
+        else:
             self.run.finish()
 
 
@@ -135,10 +154,11 @@ class Hooks:
         self.modules.append(module)
         self._handles.append(module.register_forward_pre_hook(hook))  # type: ignore[arg-type]
 
-    def after(self, module: nn.Module, hook: Hook, with_kwargs: bool = False) -> None:
-        """Call a hook after a module's forward."""
+    def after(self, module: nn.Module, hook: Hook, with_kwargs: bool = False, always: bool = False) -> None:
+        """Call a hook after a module's forward; `always` also after one that raised, without an output."""
         self.modules.append(module)
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=with_kwargs))  # type: ignore[arg-type]
+        made = module.register_forward_hook(hook, with_kwargs=with_kwargs, always_call=always)  # type: ignore[arg-type]
+        self._handles.append(made)
 
     def remove(self) -> None:
         """Take all hooks off; a second call does nothing."""

@@ -11,7 +11,17 @@ from torch import nn
 from visattn.copies import copy_as_is, copy_as_stock
 from visattn.dispatch import choose
 from visattn.layout import Layout
-from visattn.models.swap.hooks import Begin, CountForeign, Finish, Follow, Hooks, PassBy, RefuseDroppedPatches, Resume
+from visattn.models.swap.hooks import (
+    Begin,
+    CountForeign,
+    Fail,
+    Finish,
+    Follow,
+    Hooks,
+    PassBy,
+    RefuseDroppedPatches,
+    Resume,
+)
 from visattn.models.swap.places import Places
 from visattn.models.swap.records import check_fit
 from visattn.models.swap.runtime import Swapped, SwapRun
@@ -105,7 +115,7 @@ class SwappedModel:
             if site.foreign and not isinstance(site.pattern, Dense):
                 hooks.before(site.module, CountForeign(self._run, site.name.path, site.foreign))
         hooks.before(model, Begin(self._run))
-        hooks.after(model, Finish(self._run))
+        hooks.after(model, Finish(self._run, [places for places, _ in self._places.values()]), always=True)
         classes = {type(site.module): site.kind for site in self._sites if type(site.module) is not site.kind}
         for module in [*hooks.modules, *(site.module for site in self._sites)]:
             copy_as_stock(module, ("visattn_site",), classes)
@@ -114,8 +124,11 @@ class SwappedModel:
         """Let the modules on a grid know the grid that its source tells."""
         own = [site for site in self._sites if site.places is places]
         self._hooks.after(source.module, Follow(places, source), with_kwargs=True)
+        self._hooks.after(source.module, Fail(places, told=False), always=True)
         way = _on_the_way(model, source.module, own)
         for path in way:
+            # The model's own hooks do not tell: its features are asked for without a call of it.
+            self._hooks.after(model.get_submodule(path), Fail(places), always=True)
             self._hooks.before(model.get_submodule(path), PassBy(places))
         if self._request.layout is None:
             places.outside = Outside(model, [*way, *(site.name.path for site in own)], places.bring)

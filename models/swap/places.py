@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,25 @@ class Place(NamedTuple):
     samples: tuple[Layout, ...] = ()
 
 
+# Two grids say as well as many that they differ, and some may be of forwards that will raise.
+FEW = 8
 UNPLACED = Place("the model has not embedded an image yet")
+ALONE = Place(
+    "it was called outside of a forward of the model, and nothing tells the grid of its tokens: pass layout=Layout(...)"
+)
+FAILED = Place("the last forward raised, and nothing tells the grid of these tokens")
+
+
+class Own(threading.local):
+    """What the forward of a thread has told.
+
+    Attributes:
+        place: Where its tokens sit, None outside of forwards.
+        new: Length of its sequences, if no forward before had sequences of that length on that grid.
+    """
+
+    place: Place | None = None
+    new: int | None = None
 
 
 class Places:
@@ -41,9 +60,11 @@ class Places:
         self.name, self.fixed, self.prefix = name, fixed, prefix
         self.forwards: Carrier[Place] = Carrier()
         self.outside: Outside | None = None
-        self._last = UNPLACED
+        # The last place, and whether compiled code told it, parts of which may be left to the interpreter.
+        self._last, self._compiled = UNPLACED, False
         # By length of the sequence, for who gets tokens that no forward is remembered with.
         self._places: dict[int, set[Place]] = {}
+        self._here = Own()
 
     def place(self, grid: tuple[int, int]) -> None:
         """Say at which rows and columns the tokens of this thread's forward sit."""
@@ -65,15 +86,30 @@ class Places:
         self._begin(Place(even, layouts), tokens)
 
     def _begin(self, place: Place, tokens: int) -> None:
-        self._last = place
-        if not torch.compiler.is_compiling():
+        self._last, self._compiled = place, torch.compiler.is_compiling()
+        if not self._compiled:
             self.forwards.begin(place, torch.is_grad_enabled())
             if self.outside is not None and torch.is_grad_enabled():
                 self.outside.stand()
             known = self._places.setdefault(tokens, set())
-            # Two say as well as many that they differ.
-            if len(known) < 2:
+            self._here.place, self._here.new = place, None
+            if place not in known and len(known) < FEW:
+                self._here.new = tokens
                 known.add(place)
+
+    def finish(self) -> None:
+        """The forward of this thread is over: what is called next is outside of it."""
+        self.forwards.end()
+        self._here.place = self._here.new = None
+
+    def fail(self, told: bool = True) -> None:
+        """The forward of this thread raised, before or after it had `told` its place, which is nobody else's."""
+        place, new = (self._here.place, self._here.new) if told else (None, None)
+        if place is not None and new is not None:
+            self._places[new].discard(place)
+        if place is None or self._last == place:
+            self._last = FAILED
+        self.finish()
 
     def resume(self, place: Place) -> None:
         """The backward pass of a forward begins: compiled code is there again."""
@@ -94,7 +130,7 @@ class Places:
         self._last = self.here(x.shape[1])
 
     def here(self, tokens: int) -> Place:
-        """Where the tokens of a sequence of that length sit.
+        """Where the tokens of a sequence of that length sit; outside of forwards and backward passes nobody knows.
 
         Raises:
             ValueError: If no forward is known that these tokens belong to, and forwards of several grids had as many.
@@ -106,6 +142,8 @@ class Places:
         found = self.forwards.value
         if found is not None:
             return found
+        if torch._C._current_graph_task_id() < 0:
+            return ALONE if self._places and not self._compiled else self._last
         known = self._places.get(tokens, set())
         if len(known) > 1:
             raise ValueError(

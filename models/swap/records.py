@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from visattn import forwards
 from visattn.dims import check_dims
+from visattn.forwards import HOOK, HOOKED, while_patched
 from visattn.models.swap import hiera
 from visattn.models.swap.graphs import as_node
 from visattn.models.swap.grids import (
@@ -194,18 +196,27 @@ def own_ways(module: nn.Module) -> str:
     """Why a module's attention is not that of the class its record is for, empty if it is."""
     base, record = _base(type(module)), record_of(module)
     assert base is not None and record is not None
+    holder = getattr(module, record.attention) if record.attention else module
+    if HOOK in module.__dict__ or HOOK in holder.__dict__:
+        return HOOKED
     for name in _replaced(record.mixin, base):
-        if name in module.__dict__:
+        if name in module.__dict__ and not keeps_forward(module):
             return f"{name} of the module itself was replaced"
         definer = _definer(type(module), name, record.mixin)
         if definer not in base.__mro__:
             return f"{definer.__qualname__} has a {name} of its own"
     if record.attention:
-        holder = getattr(module, record.attention)
         definer = _definer(type(holder), "forward", record.mixin)
-        if "forward" in holder.__dict__ or _package(definer) != _package(base):
+        if ("forward" in holder.__dict__ and not keeps_forward(holder)) or _package(definer) != _package(base):
             return f"its {record.attention} has a forward of its own"
     return ""
+
+
+def keeps_forward(module: nn.Module) -> bool:
+    """Whether a module has the forward of its class among its attributes, where accelerate's hooks leave it."""
+    record = record_of(module)
+    kinds = [type(module), *([] if record is None else [swapped_class(type(module), record.mixin)])]
+    return forwards.keeps_forward(module, kinds)
 
 
 def swapped_class(kind: type, mixin: type) -> type:
@@ -216,8 +227,8 @@ def swapped_class(kind: type, mixin: type) -> type:
 @lru_cache(maxsize=64)
 def _mixed(kind: type, mixin: type) -> type:
     own = {"__module__": __name__, "visattn_site": UNDONE, "__prepare_scriptable__": _refuse_script}
-    made = type(f"Swapped{kind.__name__}", (mixin, kind), own)
-    made.forward = as_node(made.forward)  # type: ignore[attr-defined]
+    made: Any = type(f"Swapped{kind.__name__}", (mixin, kind), own)
+    made.forward = while_patched(made, as_node(made.forward))
     return made
 
 

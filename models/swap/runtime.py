@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from visattn.attend import attention
+from visattn.autocast import is_on
 from visattn.counts import Cell
 from visattn.crossing import crossing
+from visattn.forwards import check_loaded
 from visattn.layout import Layout
 from visattn.models.swap.places import Places
 from visattn.models.swap.sources import between
@@ -98,6 +100,8 @@ class Swapped:
     def keeps_stock(self, refusal: str | None) -> bool:
         """Whether the module's own attention runs, for a schedule or the reason given; counts it if so."""
         if refusal is None and not isinstance(self.pattern, Dense):
+            if self.attention is not None:
+                check_loaded(self.attention, self.path)
             return False
         if not torch.compiler.is_compiling():
             why = "" if isinstance(self.pattern, Dense) else refusal or ""
@@ -122,7 +126,7 @@ class Swapped:
             ValueError: If the sequence is not what the model embedded.
         """
         layout = self.places.here(tokens).layout
-        if self.keeps_stock(layout if isinstance(layout, str) else refusal) or isinstance(layout, str):
+        if self.keeps_stock(refusal or (layout if isinstance(layout, str) else None)) or isinstance(layout, str):
             return None
         layout.check_length(tokens)
         return layout
@@ -186,7 +190,7 @@ class Swapped:
                 return not masked
             told = heads, x.dtype, device.type, torch.is_grad_enabled(), masked, rpb
             return not always and constant(_dense_pays_compiled, self.pattern, _sides(layout), told)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
+        dtype = torch.get_autocast_dtype(device.type) if is_on(device) else x.dtype
         key = layout, x.shape[0], heads, dtype, device, torch.is_grad_enabled(), masked, rpb, REGISTRY.version
         found = self._own.get(key)
         if found is None:

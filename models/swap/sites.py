@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from visattn.models.swap.places import Places
-from visattn.models.swap.records import Record, own_ways, record_of, swapped_class
+from visattn.models.swap.records import Record, keeps_forward, own_ways, record_of, swapped_class
 from visattn.models.swap.refused import refusal_of
 from visattn.models.swap.runtime import Swapped, is_swapped
 from visattn.patterns import Dense, Pattern
@@ -65,6 +65,9 @@ class Site:
 
     def swap(self, swapped: Swapped) -> None:
         """Let the module run its pattern."""
+        if keeps_forward(self.module):
+            # It would hide the one of the class.
+            del self.module.__dict__["forward"]
         self.module.visattn_site = swapped  # type: ignore[assignment]
         self.module.__class__ = swapped_class(self.kind, self.record.mixin)
 
@@ -85,10 +88,12 @@ def find_sites(model: nn.Module, name: str) -> list[Site]:
     found = {path: record for path, module in modules.items() if (record := _record(path, module)) is not None}
     # Where other blocks have attention on sequences, a block may have one of a class that nobody knows.
     places = {_place(path, modules) for path, record in found.items() if record.tokens}
+    swapped = [path for path in found if is_swapped(modules[path])]
+    if swapped:
+        also = f"; that of another model, if that has its {swapped[0]} too" * (len(swapped) < len(found))
+        raise ValueError(f"{name} is swapped already: call remove() on its handle before apply(){also}")
     sites = []
     for path, module in modules.items():
-        if is_swapped(module):
-            raise ValueError(f"{name} is swapped already: call remove() on its handle before apply()")
         record = found.get(path)
         if record is not None:
             layer = path.rpartition(".")[0] if record.tokens else path

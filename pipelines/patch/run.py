@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from visattn.keep import outside_of_modes
 from visattn.layout import Layout
 from visattn.pipelines.families.base import Family, Seen
 from visattn.pipelines.patch import numbering
@@ -97,6 +99,11 @@ class DiffusersRun(Run):
         known, version = self._read, ids._version if not ids.is_inference() else 0
         if known is None or known[0]() is not ids or known[1] != version or known[3] != seen[:3]:
             assert self.family.read is not None
-            known = (weakref.ref(ids), version, self.family.read(self.config, ids, seen)._replace(ids=None), seen[:3])
+            if ids.is_meta:
+                return seen._replace(ids=None, why="its position ids are meta tensors, which have no values")
+            read = partial(self.family.read, self.config, ids, seen)
+            # Numbers that are read are nothing that torch.func differentiates.
+            told = outside_of_modes(read) if torch._C._are_functorch_transforms_active() else read()
+            known = (weakref.ref(ids), version, told._replace(ids=None), seen[:3])
             self._read = known
         return known[2]

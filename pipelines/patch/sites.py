@@ -95,9 +95,11 @@ def find_sites(
     given = zip(found, patterns, precisions, strict=True)
     chosen = [(site, m, p, precision) for (site, m), p, precision in given if p is not None]
     sites = [Site(site, m, p, index, precision=precision) for index, (site, m, p, precision) in enumerate(chosen)]
+    patched = [site.name.path for site in sites if clones.is_patched(getattr(site.module, "processor", None))]
+    if patched:
+        also = f"; that of another model, if that has its {patched[0]} too" * (len(patched) < len(sites))
+        raise ValueError(f"{name} is patched already: call remove() on its handle before apply(){also}")
     for site in sites:
-        if clones.is_patched(getattr(site.module, "processor", None)):
-            raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")
         if isinstance(site.pattern, Pattern) and site.pattern.learnable:
             site.parameters = make_parameters(model, site.module, site.pattern, dims)
     for site in sites:

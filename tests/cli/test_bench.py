@@ -5,12 +5,16 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from visattn import Layout, backends, explain, plan
 from visattn.bench import DENSE, SUITES, Case, backend_names, cases, run_case
+from visattn.calls import time_calls
 from visattn.chart import COLORS, Point, chart, duration
+from visattn.dispatch import load
 from visattn.patterns import parse
+from visattn.problem import OtherKind, Support
 
 # The quick backends: whole runs of all of them take a minute.
 QUICK = ("sdpa", "reference")
@@ -40,8 +44,24 @@ def test_every_backend_has_a_time_or_a_reason(backward):
     json.dumps(result.to_dict())
 
 
+@pytest.mark.parametrize("measure", [run_case, time_calls])
+def test_backends_that_refuse_are_asked_once(monkeypatch, measure):
+    asked = []
+    for name, reason in (("agent", OtherKind(False, "it runs others")), ("xformers", Support(False, "not this one"))):
+        given = lambda problem, name=name, reason=reason: asked.append(name) or reason  # noqa: E731
+        monkeypatch.setattr(load(name), "available", lambda: Support(True))
+        monkeypatch.setattr(load(name), "supports", given)
+    case = Case(pattern="na(window=3x3)", layout=Layout((8, 8)), heads=1, dim=8)
+    # What "auto" takes is kept; this asks, too.
+    explain(case.pattern, case.layout, torch.empty(1, 64, 1, 8))
+    asked.clear()
+    lines = {line.backend: line for line in measure(case, ("sdpa", "agent", "xformers"), repeats=1).lines}
+    assert sorted(asked) == ["agent", "xformers"]
+    assert lines["agent"].other and lines["agent"].reason == "it runs others"
+    assert not lines["xformers"].other and lines["xformers"].reason == "not this one"
+
+
 def test_auto_is_marked():
-    import torch
 
     case = Case(pattern="na(window=3x3)", layout=Layout((8, 8)), heads=2, dim=8)
     choice = explain(case.pattern, case.layout, torch.empty(1, 64, 2, 8)).choice

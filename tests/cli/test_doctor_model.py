@@ -58,7 +58,13 @@ def test_a_name_of_timm():
 
 @pytest.mark.parametrize(
     ("config", "why"),
-    [("{", "is not JSON"), ('{"_class_name": "Nothing"}', "names Nothing, which is no model of diffusers")],
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be a mapping in JSON, and is a list"),
+        ("[" * 10**5, "is not JSON"),
+        ('{"_class_name": "Nothing"}', "names Nothing, which is no model of diffusers"),
+        ('{"_class_name": [1]}', r"names \[1\], which is no model of diffusers"),
+    ],
 )
 def test_what_is_no_model_is_an_error_that_says_why(tmp_path, config, why):
     (tmp_path / "config.json").write_text(config)

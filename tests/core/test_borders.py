@@ -11,8 +11,10 @@ import visattn
 from tests.support.cases import gradients, layouts, qkv
 from visattn.checks import factor
 from visattn.dispatch import BACKENDS, load, verdict
+from visattn.kernels import scores
 from visattn.layout import Layout
 from visattn.patterns import BiasedPattern, parse
+from visattn.patterns.hybrid import soft
 from visattn.problem import Call, Problem
 
 LAYOUT = Layout((7, 6), prefix=2, suffix=1)
@@ -77,16 +79,19 @@ def test_an_empty_batch_gives_an_empty_result_and_gradients(text, masked, biased
     assert rows.shape == (0, 4, 2, LAYOUT.length)
 
 
-def changed_later(pattern, backend, masked, biased, which=""):
+def changed_later(pattern, backend, masked, biased, which="", kv_heads=2, lse=False):
     """Gradients of a call one of whose inputs is changed in place before the backward."""
     given = extras(pattern, LAYOUT, masked, biased)
-    leaves = {**dict(zip("qkv", qkv(LAYOUT, 4, 2, 8, batch=2, grad=True), strict=True)), **given["parameters"]}
+    leaves = {**dict(zip("qkv", qkv(LAYOUT, 4, kv_heads, 8, batch=2, grad=True), strict=True)), **given["parameters"]}
     leaves |= {"rpb": given["rpb"]} if "rpb" in given else {}
     # Leaves themselves must not be changed in place.
     used = {name: t * 1 for name, t in leaves.items()} | ({"key_mask": given["key_mask"]} if masked else {})
     options = {name: used.get(name) for name in ("key_mask", "rpb")}
     options["parameters"] = {name: used[name] for name in given["parameters"]}
-    out = visattn.attention(used["q"], used["k"], used["v"], pattern, LAYOUT, backend=backend, **options)
+    out = visattn.attention(
+        used["q"], used["k"], used["v"], pattern, LAYOUT, backend=backend, return_lse=lse, **options
+    )
+    out = torch.cat([part.nan_to_num(neginf=0).flatten() for part in out]) if lse else out
     with torch.no_grad():
         if which == "key_mask":
             used[which].logical_not_()
@@ -110,6 +115,26 @@ def test_what_changes_before_the_backward_is_refused_where_it_is_read_again(text
                 assert "modified by an inplace operation" in str(error)
                 continue
             assert all(torch.equal(a, b) for a, b in zip(same, later, strict=True)), (backend, which)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("text", "backend", "lse"),
+    [("sla2(keep=2, block=3, soft=0.2)", "hybrid", False), ("na(window=3)", "sdpa", True), ("dense", "sdpa", True)],
+)
+def test_what_is_computed_once_more_reads_what_the_forward_read(monkeypatch, text, backend, lse, masked):
+    monkeypatch.setattr(soft, "PAIRS", 512)
+    monkeypatch.setattr(scores, "SCORES", 64)
+    # With a key head each, keys and values in float64 are the very tensors that the user has.
+    given = parse(text), backend, masked, False
+    same = changed_later(*given, kv_heads=4, lse=lse)
+    for which in ("q", "k", "v", *["key_mask"] * masked):
+        try:
+            later = changed_later(*given, which, kv_heads=4, lse=lse)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            continue
+        assert all(torch.equal(a, b) for a, b in zip(same, later, strict=True)), which
 
 
 def test_a_key_mask_of_inference_mode_can_be_trained_with():
@@ -229,9 +254,9 @@ def test_a_scale_that_wants_a_gradient_is_refused():
     assert factor(None, 16) == 0.25
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "big", torch.zeros(2), [1, 2]])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "big", torch.zeros(2), [1, 2], 1e300, 10**400])
 def test_a_scale_that_is_no_number_is_refused(scale):
-    with pytest.raises(ValueError, match=r"scale=.* must be one finite number, or None for head_dim \*\* -0.5"):
+    with pytest.raises(ValueError, match=r"scale=.* must be one finite float32 number, or None for head_dim \*\* -0.5"):
         visattn.attention(*qkv(LAYOUT), "dense", LAYOUT, scale=scale)
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,3 +96,15 @@ def test_box_shape_is_cube_like_and_wastes_no_short_axis():
     assert box_shape((1, 64, 64), 64) == (1, 8, 8)
     assert box_shape((3, 64), 64) == (4, 16)
     assert box_shape((5,), 16) == (16,)
+
+
+@pytest.mark.parametrize("grid", [2**31, (4, 10**30), b"x", (4, b"x"), "8", bytearray(b"xy")])
+def test_grids_that_nothing_counts_are_refused(grid):
+    with pytest.raises(ValueError, match=r"must be 1 to 3 whole numbers of at least 1 \(and at most 2147483647\)"):
+        Layout(grid)
+    with pytest.raises(ValueError, match=r"must be whole numbers of at least 0 \(and at most 2147483647\)"):
+        Layout((4, 4), prefix=2**31)
+
+
+def test_a_tensor_of_one_number_is_a_grid_of_one_axis():
+    assert Layout(torch.tensor(4)) == Layout(np.array(4)) == Layout(4)

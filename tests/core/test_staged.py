@@ -74,6 +74,24 @@ class TestSteps:
         with pytest.raises(ValueError, match="has none"):
             schedule.assign_stepless(SITES, "VisionTransformer")
 
+    @pytest.mark.parametrize("given", ["0-3", "1-99", "2-3"])
+    def test_ranges_that_end_behind_the_last_layer_are_refused(self, given):
+        first, last = given.split("-")
+        said = f"layers: '{given}' ends at layer {last}, and Net has 3 layers, 0 to 2: write '{first}-' for all layers"
+        with pytest.raises(ValueError, match=said):
+            Schedule.of({given: NA}).assign(SITES, "Net")
+        with pytest.raises(ValueError, match=said):
+            Schedule.of(NA, precision="fp8", precise_layers=given).precisions(SITES, "Net")
+        assert Schedule.of({f"{first}-": NA}).assign(SITES, "Net")[2] == parse(NA)
+        with pytest.raises(ValueError, match="selects nothing in Net; its 3 layers"):
+            Schedule.of({"3-5": NA}).assign(SITES, "Net")
+
+    def test_what_counts_more_steps_than_a_run_has(self):
+        schedule = Schedule.of({"0": {"0-3": NA, "4-99": CLEAR}, "1": {"30-": NA}, "2": {"0.5-": NA}}, dense_steps=25)
+        assert schedule.beyond(20) == ["steps 4-99", "steps 30-", "dense_steps=25"]
+        assert schedule.beyond(25) == ["steps 4-99", "steps 30-"] and schedule.beyond(100) == []
+        assert Schedule.of({"0-": NA}, dense_steps=0.5, dense_last_steps=3).beyond(3) == []
+
 
 class TestScaling:
     @pytest.mark.parametrize(

@@ -266,3 +266,39 @@ def test_a_model_that_got_another_dtype_keeps_it_when_all_is_undone():
     with visattn.convert_heads(model, 1):
         model.to(torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+DIFFUSERS = ("flux", "wan", "unet")
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_converted_projections_may_be_fused_and_come_back_in_any_order(name):
+    model, inputs = MAKERS[name]()
+    before = run(model, inputs)
+    converted = visattn.convert_heads(model, 0.5)
+    fewer = run(model, inputs)
+    model.fuse_qkv_projections()
+    assert torch.allclose(run(model, inputs), fewer, atol=1e-5)
+    converted.remove()
+    assert torch.allclose(run(model, inputs), before, atol=1e-5), "the fused layer is of the original ones again"
+    model.unfuse_qkv_projections()
+    assert torch.equal(run(model, inputs), before)
+    with visattn.convert_heads(model, 0.5):
+        model.fuse_qkv_projections()
+        model.unfuse_qkv_projections()
+        assert torch.equal(run(model, inputs), fewer)
+    assert torch.equal(run(model, inputs), before)
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_projections_whose_key_heads_are_shared_are_not_fused(name):
+    model, inputs = MAKERS[name]()
+    before = run(model, inputs)
+    with visattn.convert_heads(model, kv_heads=0.5):
+        shared = run(model, inputs)
+        for each in (model, copy.deepcopy(model)):
+            with pytest.raises(ValueError, match="has key heads that query heads share, and a fused projection would"):
+                each.fuse_qkv_projections()
+        assert torch.equal(run(model, inputs), shared)
+    model.fuse_qkv_projections()
+    assert torch.allclose(run(model, inputs), before, atol=1e-5)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import visattn
 from tests.models.test_swap import SWINS, make_swin
+from visattn import Layout
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5, "img_size": 64}
 X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -217,3 +218,58 @@ def test_a_handle_that_was_removed_undoes_no_later_one():
         assert not sparse.equal(stock) and model(X).equal(sparse)
         second.remove()
         assert model(X).equal(stock)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "features"])
+@pytest.mark.parametrize("where", ["patch_embed", "blocks.0.norm1", "blocks.1"])
+@torch.no_grad()
+def test_the_grid_of_a_forward_that_raised_serves_no_other_tokens(where, whole):
+    model = make(img_size=96, dynamic_img_size=True)
+    tokens = torch.randn(1, 13, 48)
+    stock = model.blocks[0](tokens)
+    visattn.apply(model, "na(window=3)")
+    run = model if whole else model.forward_features
+    broken = model.get_submodule(where).register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(torch.randn(1, 3, 32, 96))
+    broken.remove()
+    # The tokens are of no image that the model has embedded: 12 patches are also 3x4, and 6x2.
+    assert torch.equal(model.blocks[0](tokens), stock)
+    run(torch.randn(1, 3, 96, 32))
+    broken = model.get_submodule(where).register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(torch.randn(1, 3, 32, 96))
+    broken.remove()
+    assert torch.equal(model.blocks[0](tokens), stock)
+
+
+@torch.no_grad()
+def test_a_module_called_outside_of_a_forward_is_stock_unless_the_user_says_where_its_tokens_sit():
+    model, other = (make(img_size=96, dynamic_img_size=True) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    tokens = torch.randn(1, 13, 48)
+    stock, wide = model.blocks[0](tokens), other(torch.randn(1, 3, 64, 48, generator=torch.Generator().manual_seed(0)))
+    handle = visattn.apply(model, "na(window=3)")
+    model(torch.randn(1, 3, 32, 96))
+    assert torch.equal(model.blocks[0](tokens), stock)
+    why = "it was called outside of a forward of the model, and nothing tells the grid of its tokens"
+    assert any(why in reason for reason in handle.report().sites[0].fallbacks)
+    # A module that another model has too: its grid is not that of this one.
+    other.blocks[0].attn = model.blocks[0].attn
+    assert torch.equal(other(torch.randn(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))), wide)
+    handle.remove()
+    with visattn.apply(model, "na(window=3)", layout=Layout((3, 4), prefix=1)):
+        assert not torch.equal(model.blocks[0](tokens), stock)
+
+
+@torch.no_grad()
+def test_what_compiled_code_leaves_to_the_interpreter_has_its_grid():
+    model = make(img_size=96, dynamic_img_size=True)
+    visattn.apply(model, "na(window=3)", strict=True)
+    wide, high = torch.randn(1, 3, 32, 96), torch.randn(1, 3, 96, 32)
+    model(wide)
+    expected = model(high)
+    torch._dynamo.reset()
+    model.blocks[0].attn.forward = torch._dynamo.disable(model.blocks[0].attn.forward)
+    model(wide)
+    assert torch.allclose(torch.compile(model, backend="eager")(high), expected, atol=1e-5)

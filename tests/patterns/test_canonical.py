@@ -48,9 +48,9 @@ from visattn.patterns import (
 )
 from visattn.patterns.linear import FEATURES
 
-REAL = st.floats(allow_nan=False, allow_infinity=False)
+REAL = st.floats(width=32, allow_nan=False, allow_infinity=False)
 SHARE = st.floats(0, 1, exclude_max=True)
-POSITIVE = st.floats(0, exclude_min=True, allow_infinity=False, allow_nan=False)
+POSITIVE = st.floats(0, width=32, exclude_min=True, allow_infinity=False, allow_nan=False)
 WORDS = st.sampled_from(sorted(FEATURES))
 WHOLE = st.integers(1, 10**6)
 

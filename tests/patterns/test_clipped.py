@@ -99,18 +99,18 @@ def test_text_and_refusals():
     for form in ("clipped(sparse=clear(radius=3), alpha=2)", "clipped(sparse=dense, gamma=-0.1, zeta=1.1)"):
         assert parse(str(parse(form))) == parse(form)
     refused = {
-        "clipped(alpha=-1)": "alpha=-1 must be a finite number, at least 0",
-        "clipped(gamma=0.1)": "gamma=0.1 must be a finite number, at most 0",
-        "clipped(zeta=0.9)": "zeta=0.9 must be a finite number, at least 1",
+        "clipped(alpha=-1)": "alpha=-1 must be a finite float32 number, at least 0",
+        "clipped(gamma=0.1)": "gamma=0.1 must be a finite float32 number, at most 0",
+        "clipped(zeta=0.9)": "zeta=0.9 must be a finite float32 number, at least 1",
         "clipped(alpha=2, gamma=-0.1)": "exclude each other",
         "clipped(sparse=linear)": "of clipped is a composition",
     }
     for form, message in refused.items():
         with pytest.raises(ValueError, match=message):
             parse(form)
-    with pytest.raises(ValueError, match="zeta=None must be a finite number"):
+    with pytest.raises(ValueError, match="zeta=None must be a finite float32 number"):
         Clipped(zeta=None)
-    with pytest.raises(ValueError, match="alpha=inf must be a finite number"):
+    with pytest.raises(ValueError, match="alpha=inf must be a finite float32 number"):
         Clipped(alpha=math.inf)
     layout = Layout((4, 4))
     with pytest.raises(ValueError, match="do not sum to 1"):

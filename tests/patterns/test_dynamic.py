@@ -331,7 +331,7 @@ def test_tile_choice_is_the_lists_of_the_grid(grid):
         ("topp(most=0)", "most=0 must be"),
         ("topp(rule=over)", "rule='over' must be cover or under"),
         ("topp(of=scores)", "of='scores' must be softmax or height"),
-        ("above(tau=none)", "tau=None must be a finite number"),
+        ("above(tau=none)", "tau=None must be a finite float32 number"),
         ("topk(score=best)", "score='best' must be mean, bounds, parts"),
         ("topk(score=parts(0x4))", "must be mean, bounds, parts"),
         ("topk(score=diagonal(0))", "score=diagonal\\(0\\): the number must be at least 1"),

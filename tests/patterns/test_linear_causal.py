@@ -122,7 +122,7 @@ def test_text_and_refusals():
     )
     refused = {
         "linear(causal=1x1)": "true for at most one",
-        "linear(causal=2)": "true for at most one",
+        "linear(causal=2)": "must be true or false",
         "linear(decay=0.5)": "give a causal axis too, like causal=1x0x0",
         "linear(causal=1x0, decay=-1)": "must be a number of at least 0, or heads",
         "linear(causal=1x0, decay=head)": "must be a number of at least 0, or heads",

@@ -162,7 +162,7 @@ def test_text_and_refusals():
         parse("sigmoid(sparse=mala)")
     with pytest.raises(ValueError, match="computes its lists from q and k: give na, halo, clear or radial"):
         parse("sparselinear(sparse=routing(regions=2, topk=1))")
-    with pytest.raises(ValueError, match="must be a finite number"):
+    with pytest.raises(ValueError, match="must be a finite float32 number"):
         Sigmoid(bias=math.inf)
     with pytest.raises(ValueError, match="must be one of elu, relu, hedgehog, exp"):
         parse("sparselinear(sparse=na(window=3), feature=cosine)")

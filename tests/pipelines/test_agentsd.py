@@ -266,10 +266,10 @@ class TestRefusals:
             ("late_cell=1.5", "late_cell=1.5 must be a whole number"),
             ("early=1.5", "early=1.5 must be a count of steps like 20 or a fraction like 0.4"),
             ("early=true", "early=True must be"),
-            ("max_downsample=0", "max_downsample=0 must be a whole number of at least 1"),
-            ("seed=-1", "seed=-1 must be a whole number of at least 0"),
-            ("read_scale=nan", "read_scale=nan must be a finite number"),
-            ("shortcut=none", "shortcut=None must be a finite number"),
+            ("max_downsample=0", "max_downsample=0 must be one whole number of at least 1"),
+            ("seed=-1", "seed=-1 must be one whole number of at least 0"),
+            ("read_scale=nan", "read_scale=nan must be a finite float32 number"),
+            ("shortcut=none", "shortcut=None must be a finite float32 number"),
         ],
     )
     def test_values(self, text, message):

@@ -193,3 +193,21 @@ def test_cross_attention_at_the_paths_of_self_attention_is_left_out():
     upscaler = tiny_models.seeded(diffusers.UNet2DConditionModel, **options)
     found = [site.path for site, _ in record("UNet2DConditionModel").find_sites(upscaler)]
     assert found and not any(path.startswith("down_blocks.0") for path in found)
+
+
+def test_position_ids_are_read_inside_of_torch_func():
+    model, inputs = tiny_models.flux()
+    visattn.apply(model, "na(window=3)", strict=True)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    found = torch.func.grad(lambda w: torch.func.functional_call(model, w, (), inputs).sample.square().mean())(weights)
+    model(**inputs).sample.square().mean().backward()
+    for name, value in model.named_parameters():
+        assert value.grad is None or torch.allclose(found[name], value.grad, atol=1e-6), name
+
+
+def test_position_ids_without_values_say_so():
+    model, inputs = tiny_models.flux()
+    visattn.apply(model.to("meta"), "na(window=3)")
+    meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    with torch.no_grad(), pytest.warns(UserWarning, match="its position ids are meta tensors, which have no values"):
+        assert model(**meta).sample.shape == inputs["hidden_states"].shape

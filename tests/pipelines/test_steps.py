@@ -204,6 +204,12 @@ class TestWarnings:
             run(pipe, OPTIONS)
         assert forwards(handle) == (4, 0)
 
+    @pytest.mark.parametrize("steps", ["9-", "0-9"])
+    def test_steps_that_a_run_does_not_have(self, pipe, steps):
+        said = rf"this run of unet has 4 steps, and steps {steps} of its schedule count more: give steps that it has"
+        with visattn.apply(pipe, {"0-": {steps: PATTERN}}), pytest.warns(UserWarning, match=said):
+            run(pipe, OPTIONS)
+
     def test_none_where_some_are(self, pipe):
         with visattn.apply(pipe, PATTERN, dense_steps=3), warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)

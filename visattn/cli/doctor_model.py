@@ -24,14 +24,26 @@ def examine(model: str) -> list[dict[str, Any]]:
     folder = Path(model)
     for name in ("model_index.json", "config.json"):
         if (folder / name).is_file():
-            try:
-                config = json.loads((folder / name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{folder / name} is not JSON: {error}") from None
+            config = _config(folder / name)
             return _parts(folder, config) if name == "model_index.json" else [_examine_diffusers("", config)]
     if folder.exists():
         raise ValueError(f"{model} must be the folder of a pipeline (model_index.json) or of a model (config.json)")
     return [_examine_timm(model)]
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """What a file of a folder in diffusers' format says.
+
+    Raises:
+        ValueError: If it is no mapping in JSON.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must be a mapping in JSON, and is a {type(found).__name__}")
+    return found
 
 
 def _parts(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
@@ -42,7 +54,7 @@ def _parts(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     for name in (*DENOISERS, *CONTROLNETS):
         file = folder / name / "config.json"
         if index.get(name) and file.is_file():
-            found.append(_examine_diffusers(name, json.loads(file.read_text(encoding="utf-8"))))
+            found.append(_examine_diffusers(name, _config(file)))
     if not found:
         raise ValueError(f"{folder} has none of the models {', '.join((*DENOISERS, *CONTROLNETS))} with a config.json")
     return found
@@ -55,7 +67,7 @@ def _examine_diffusers(part: str, config: dict[str, Any]) -> dict[str, Any]:
     from visattn.pipelines.families import find_family, why_unknown
 
     name = config.get("_class_name", "")
-    kind = getattr(diffusers, name, None)
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not name and "model_type" in config:
         raise ValueError(
             f"its config.json is that of a model of transformers ({config['model_type']}): load it, apply a pattern "

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from visattn.heads.fused import Unfusable, is_fused
 from visattn.heads.linears import ALLOCATIONS, Shared
 from visattn.heads.mixing import channels, columns, head_norms, rows
 from visattn.heads.sites import Site, Slot, Stream, find_sites
@@ -24,6 +25,8 @@ CHOICES = ("mean", "norm")
 
 # An attribute of layers that a conversion made.
 MARK = "visattn_converted"
+# What classes of diffusers call to make one layer of three, and where a module has no such attribute of its own.
+FUSE, NOTHING = "fuse_projections", object()
 
 
 class Change(NamedTuple):
@@ -118,8 +121,8 @@ class HeadConversion:
     def remove(self) -> None:
         """Put the original layers back, by identity, with device and dtype of those in their place.
 
-        A second call does nothing. Remove the handle of an `apply` whose pattern has parameters before: they are of the
-        fewer heads.
+        Projections that were fused since are fused anew, of the original ones. A second call does nothing. Remove the
+        handle of an `apply` whose pattern has parameters before: they are of the fewer heads.
 
         Raises:
             ValueError: If the model was converted again since: what was made last is removed first.
@@ -128,12 +131,21 @@ class HeadConversion:
             there = getattr(owner, name)
             if there is not made and getattr(there, MARK, False):
                 raise ValueError(f"{name} was converted again since: remove() what convert_heads gave last first")
+        fused = [owner for owner in {id(c.owner): c.owner for c in self._undo}.values() if is_fused(owner)]
+        for module in fused:
+            if hasattr(module, "unfuse_projections"):
+                module.unfuse_projections()
         while self._undo:
             owner, name, value, _ = self._undo.pop()
+            if value is NOTHING:
+                owner.__dict__.pop(name, None)
+                continue
             if isinstance(value, nn.Module):
                 there = getattr(owner, name)
                 value.to(there.weight.device, there.weight.dtype)
             setattr(owner, name, value)
+        for module in fused:
+            module.fuse_projections()
 
     def __enter__(self) -> HeadConversion:
         return self
@@ -221,6 +233,10 @@ def _install(made: list[tuple[Site, str, list[tuple[Slot, nn.Module]]]], wanted:
             setattr(layer, MARK, True)
             slot.put(layer)
         queries, keys = wanted.counts(site)
+        if keys < queries and hasattr(site.module, FUSE):
+            refusal = Unfusable(site.name.path)
+            undo.append(Change(site.module, FUSE, site.module.__dict__.get(FUSE, NOTHING), refusal))
+            setattr(site.module, FUSE, refusal)
         for names, value in zip(site.counts, (queries, queries * site.head_dim), strict=True):
             for name in names:
                 if hasattr(site.module, name):
@@ -262,11 +278,7 @@ def _check_paths(by: Mapping[str, Sequence[int]], paths: list[str]) -> None:
 def _check_plain(modules: Any) -> None:
     """Raise a ValueError if something stands for the layers that would be converted."""
     for module in modules:
-        # Older classes of diffusers keep saying that they are fused, and only their processor tells.
-        fused = getattr(module, "fused_projections", False) and (
-            hasattr(module, "unfuse_projections") or type(module.processor).__name__.startswith("Fused")
-        )
-        if fused:
+        if is_fused(module):
             raise ValueError(
                 "the projections of the model are fused, and those that would be converted are not used: call "
                 "unfuse_qkv_projections() first"

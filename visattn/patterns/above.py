@@ -70,7 +70,7 @@ class Above(ByText, DynamicPattern):
 
     def __post_init__(self) -> None:
         if not is_number(self.tau):
-            raise ValueError(f"tau={self.tau!r} must be a finite number of standard deviations")
+            raise ValueError(f"tau={self.tau!r} must be a finite float32 number of standard deviations")
         object.__setattr__(self, "tau", real_number(self.tau))
         object.__setattr__(self, "most", share_or_count(self.most, "most"))
         if self.bar not in BARS:

@@ -7,7 +7,17 @@ from typing import ClassVar, NamedTuple, NoReturn
 
 from visattn.patterns.base import ByText
 from visattn.patterns.kinds import MergingPattern
-from visattn.patterns.values import PerAxis, is_number, per_axis, real_number, uniform, whole_numbers
+from visattn.patterns.values import (
+    LARGEST,
+    LARGEST_SEED,
+    PerAxis,
+    is_number,
+    per_axis,
+    real_number,
+    uniform,
+    whole_number,
+    whole_numbers,
+)
 
 
 class Merge(NamedTuple):
@@ -72,12 +82,10 @@ class AgentSD(ByText, MergingPattern):
         for name in ("cell", "late_cell"):
             sides = per_axis(whole_numbers(getattr(self, name), name, 1), 2, name)
             object.__setattr__(self, name, uniform(sides))
-        for name, low in (("max_downsample", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {low}")
+        for name, low, high in (("max_downsample", 1, LARGEST), ("seed", 0, LARGEST_SEED)):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, low, high=high))
         early = self.early
-        whole = isinstance(early, int) and not isinstance(early, bool) and early >= 0
+        whole = isinstance(early, int) and not isinstance(early, bool) and 0 <= early <= LARGEST
         if not whole and not (isinstance(early, float) and 0 <= early <= 1):
             raise ValueError(f"early={early!r} must be a count of steps like 20 or a fraction like 0.4")
         # No step is early, as a count and as a fraction alike.
@@ -85,7 +93,7 @@ class AgentSD(ByText, MergingPattern):
         for name in ("read_scale", "shortcut"):
             value = getattr(self, name)
             if not is_number(value):
-                raise ValueError(f"{name}={value!r} must be a finite number")
+                raise ValueError(f"{name}={value!r} must be a finite float32 number")
             object.__setattr__(self, name, real_number(value))
 
     @property

@@ -66,7 +66,7 @@ class Clipped(Composition):
         if value is None and key != "zeta":
             return
         if not is_number(value) or not fits(value):
-            raise ValueError(f"{key}={value!r} must be a finite number, {bound}")
+            raise ValueError(f"{key}={value!r} must be a finite float32 number, {bound}")
         object.__setattr__(self, key, real_number(value))
 
     def __str__(self) -> str:

@@ -36,7 +36,7 @@ from visattn.patterns.geometry import Bools
 from visattn.patterns.kinds import Tiled
 from visattn.patterns.routes import Routes, lists_of
 from visattn.patterns.tailed import TailedPattern, held_for
-from visattn.patterns.values import PerAxis, drift_of, flags, uniform, whole_numbers
+from visattn.patterns.values import LARGEST, PerAxis, drift_of, flags, uniform, whole_number
 from visattn.tiling import Tiling
 
 PER = ("row", "head", "all")
@@ -96,14 +96,14 @@ class DynamicPattern(TailedPattern):
             raise ValueError(f"key_block={self.key_block!r} needs the block of queries too: give block")
         if self.key_block == self.block:
             object.__setattr__(self, "key_block", None)
-        if self.share != "all" and (not isinstance(self.share, int) or isinstance(self.share, bool) or self.share < 1):
+        if self.share != "all" and (
+            not isinstance(self.share, int) or isinstance(self.share, bool) or not 1 <= self.share <= LARGEST
+        ):
             raise ValueError(f"share={self.share!r} must be a number of heads that choose together like 2, or all")
         object.__setattr__(self, "causal", uniform(flags(self.causal, "causal")))
         for name, value in checked_together(self).items():
             object.__setattr__(self, name, value)
-        if isinstance(self.every, tuple | list):
-            raise ValueError(f"every={self.every!r} must be a number of steps like 4")
-        object.__setattr__(self, "every", whole_numbers(self.every, "every", 1))
+        object.__setattr__(self, "every", whole_number(self.every, "every", 1, "it counts steps"))
         object.__setattr__(self, "drift", drift_of(self.drift))
 
     @abstractmethod

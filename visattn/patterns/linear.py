@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from visattn.patterns.kinds import ComposedPattern
-from visattn.patterns.values import as_text, is_number, real_number
+from visattn.patterns.values import as_text, flags, is_number, real_number
 
 if TYPE_CHECKING:
     import torch
@@ -73,11 +71,11 @@ class Linear(LinearForm):
 
     def __post_init__(self) -> None:
         check_feature(self.feature)
-        given = self.causal if isinstance(self.causal, tuple | list) else (self.causal,)
-        if not given or any(not isinstance(c, bool | np.bool_) and c not in (0, 1) for c in given) or sum(given) > 1:
-            raise ValueError(f"causal={self.causal!r} must be true or false for each axis, true for at most one")
+        given = flags(self.causal, "causal")
         # All axes alike are one word; of several only one may be causal.
-        causal = tuple(bool(c) for c in given)
+        causal = given if isinstance(given, tuple) else (given,)
+        if sum(causal) > 1:
+            raise ValueError(f"causal={self.causal!r} must be true or false for each axis, true for at most one")
         object.__setattr__(self, "causal", causal if any(causal) else False)
         if isinstance(self.decay, str):
             if self.decay != "heads":
@@ -128,7 +126,7 @@ class Linear(LinearForm):
 
 def check_feature(feature: object) -> None:
     """Raise a ValueError if a feature map does not exist."""
-    if feature not in FEATURES:
+    if not isinstance(feature, str) or feature not in FEATURES:
         raise ValueError(f"feature={feature!r} must be one of {', '.join(FEATURES)}")
 
 

@@ -12,7 +12,7 @@ from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.ordered import Clustered, OrderedPattern
-from visattn.patterns.values import whole_number
+from visattn.patterns.values import LARGEST, LARGEST_SEED, whole_number
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Lsh(OrderedPattern):
     name: ClassVar[str] = "lsh"
 
     def __post_init__(self) -> None:
-        for name, low in (("planes", 1), ("block", 1), ("samples", 0), ("seed", 0)):
-            object.__setattr__(self, name, whole_number(getattr(self, name), name, low))
+        limits = (("planes", 1, LARGEST), ("block", 1, LARGEST), ("samples", 0, LARGEST), ("seed", 0, LARGEST_SEED))
+        for name, low, high in limits:
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, low, high=high))
         if self.planes > 30:
             raise ValueError(f"planes={self.planes} must be at most 30: more have more buckets than there are tokens")
 

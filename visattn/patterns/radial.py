@@ -13,7 +13,7 @@ from visattn.patterns.geometry import Bools, TilePairs
 from visattn.patterns.kinds import StaticPattern
 from visattn.patterns.radial_blocks import block_mask
 from visattn.patterns.values import flag, is_number, real_number, whole_number
-from visattn.tiling import Ints, Tiling
+from visattn.tiling import Ints, Tiling, box_shape
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ class Radial(StaticPattern):
         return Layout(layout.tokens, layout.prefix, layout.suffix)
 
     def tile(self, grid: tuple[int, ...], volume: int = 64) -> tuple[int, ...]:
-        """The block, so that no visited pair of tiles is partly visible."""
-        return (self.block,)
+        """The block, so that no visited pair of tiles is partly visible; anything where one block holds all tokens."""
+        tokens = math.prod(grid)
+        return (self.block,) if self.block < tokens else box_shape((tokens,), min(volume, 2 ** tokens.bit_length()))
 
     def grid_mask(self, grid: tuple[int, ...]) -> Bools:
         """The blocks, token by token."""

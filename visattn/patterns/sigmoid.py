@@ -40,7 +40,7 @@ class Sigmoid(Composition):
         self.parse_sparse()
         if self.bias is not None:
             if not is_number(self.bias):
-                raise ValueError(f"bias={self.bias!r} must be a finite number, or none for -log(visible keys)")
+                raise ValueError(f"bias={self.bias!r} must be a finite float32 number, or none for -log(visible keys)")
             object.__setattr__(self, "bias", real_number(self.bias))
 
     def __str__(self) -> str:

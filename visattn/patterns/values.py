@@ -10,10 +10,21 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from visattn.layout import LARGEST
+
 PerAxis = int | tuple[int, ...]
+# torch's generators take no larger one.
+LARGEST_SEED = 2**64 - 1
+# What engines compute in holds no larger number.
+LARGEST_REAL = float(np.finfo(np.float32).max)
 
 
-def whole_numbers(value: Any, name: str, low: int, also: Sequence[int] = ()) -> PerAxis:
+def is_axes(value: Any) -> bool:
+    """Whether a value is one of something per axis: a sequence, but no text and no bytes."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
+
+
+def whole_numbers(value: Any, name: str, low: int, also: Sequence[int] = (), high: int = LARGEST) -> PerAxis:
     """Check a parameter that is one whole number or one per axis; lists become tuples.
 
     Args:
@@ -21,45 +32,55 @@ def whole_numbers(value: Any, name: str, low: int, also: Sequence[int] = ()) -> 
         name: What the error calls it.
         low: Smallest number allowed.
         also: Further numbers allowed (-1 for a whole axis).
+        high: Largest number allowed.
 
     Raises:
         ValueError: If it is anything else.
     """
-    given = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    try:
-        whole = [int(n) for n in given]
-        good = len(whole) > 0 and not any(isinstance(n, bool | np.bool_) for n in given)
-        good = good and all(w == n and (w >= low or w in also) for w, n in zip(whole, given, strict=True))
-    except (TypeError, ValueError, OverflowError):
-        good, whole = False, []
-    if not good:
-        extra = "".join(f" or {n}" for n in also)
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}{extra}, or one per axis like 7x7")
-    return tuple(whole) if isinstance(value, Sequence) else whole[0]
+    found, limits = _whole(tuple(value) if is_axes(value) else (value,), low, also, high)
+    if found is None:
+        raise ValueError(f"{name}={value!r} must be a whole number of {limits}, or one per axis like 7x7")
+    return found if is_axes(value) else found[0]
 
 
-def whole_number(value: Any, name: str, low: int, why: str = "") -> int:
+def whole_number(value: Any, name: str, low: int, why: str = "", high: int = LARGEST) -> int:
     """Check a parameter that is one whole number, never one per axis (for which `why` is the reason).
 
     Raises:
         ValueError: If it is anything else.
     """
-    wrong = ValueError(
-        f"{name}={value!r} must be one whole number of at least {low}"
-        + f": {why}" * (bool(why) and isinstance(value, tuple | list))
-    )
-    if isinstance(value, tuple | list):
-        raise wrong
+    many = is_axes(value)
+    found, limits = _whole(() if many else (value,), low, (), high)
+    if found is None:
+        raise ValueError(f"{name}={value!r} must be one whole number of {limits}" + f": {why}" * (bool(why) and many))
+    return found[0]
+
+
+def _whole(given: tuple[Any, ...], low: int, also: Sequence[int], high: int) -> tuple[tuple[int, ...] | None, str]:
+    """Whole numbers in their form, None where they are none or out of range; and the limits to tell."""
+    limits = f"at least {low}" + "".join(f" or {n}" for n in also)
     try:
-        found = whole_numbers(value, name, low)
-    except ValueError:
-        raise wrong from None
-    return int(found)  # type: ignore[arg-type]
+        # int makes numbers of text and bytes, too.
+        words = any(isinstance(n, bool | np.bool_ | str | bytes | bytearray) for n in given)
+        whole = tuple(int(n) for n in given)
+        if not whole or words or any(w != n for w, n in zip(whole, given, strict=True)):
+            return None, limits
+    except (TypeError, ValueError, OverflowError):
+        return None, limits
+    if max(whole) > high:
+        return None, f"at most {high}"
+    return (whole if all(n >= low or n in also for n in whole) else None), limits
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite real number and no boolean."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a real number that float32 holds, and no boolean."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        # Comparisons with what is no number are false.
+        return abs(float(value)) <= LARGEST_REAL
+    except OverflowError:
+        return False
 
 
 def real_number(value: Any) -> float:
@@ -73,7 +94,8 @@ def drift_of(value: Any) -> float:
     Raises:
         ValueError: If it is no number above 0.
     """
-    if not (is_number(value) or value == math.inf) or value <= 0:
+    infinite = isinstance(value, float) and value == math.inf
+    if not (is_number(value) or infinite) or value <= 0:
         raise ValueError(
             f"drift={value!r} must be a number above 0, like 0.3: a share of the norm of the means; inf never looks"
         )
@@ -97,7 +119,7 @@ def flags(value: Any, name: str) -> bool | tuple[bool, ...]:
     Raises:
         ValueError: If it is anything else.
     """
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if is_axes(value) and value:
         return tuple(flag(each, name) for each in value)
     return flag(value, name)
 

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from visattn.patterns.linear import LinearForm
-from visattn.patterns.values import whole_number
+from visattn.patterns.values import LARGEST, whole_number
 
 if TYPE_CHECKING:
     import torch
+
+
+# Boxes of more levels are larger than any grid.
+MOST_LEVELS = LARGEST.bit_length()
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Wersa(LinearForm):
         features: Random features of a head; more than 256 run without the GPU's own kernels.
 
     Raises:
-        ValueError: If either is no whole number of at least 1.
+        ValueError: If either is no whole number of at least 1, or there are more than 31 levels.
     """
 
     levels: int = 2
@@ -45,8 +49,8 @@ class Wersa(LinearForm):
     name: ClassVar[str] = "wersa"
 
     def __post_init__(self) -> None:
-        for name in ("levels", "features"):
-            object.__setattr__(self, name, whole_number(getattr(self, name), name, 1))
+        for name, high in (("levels", MOST_LEVELS), ("features", LARGEST)):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, 1, high=high))
 
     @property
     def learnable(self) -> bool:

@@ -77,6 +77,10 @@ class Wrapped(AroundPattern):
         return own | {self.outer(name): value for name, value in inside.items()}
 
 
+# Gates nearer to shut or open have no logit that engines could hold, or divide by what is no number in float32.
+LEAST_OPEN = 1e-6
+
+
 @dataclass(frozen=True)
 class Gated(Wrapped):
     """out_i = sigmoid(w . q_i + b) out'_i per head, with the output out' of any other pattern.
@@ -91,7 +95,7 @@ class Gated(Wrapped):
 
     Attributes:
         of: The other pattern.
-        init: What the gates are at first, between 0 and 1.
+        init: What the gates are at first, between 0 and 1 and no nearer to them than 1e-6.
         rescale: Whether gates are divided by `init`, as for fine-tuning; without it a model is trained with them anew.
 
     Raises:
@@ -106,8 +110,11 @@ class Gated(Wrapped):
 
     def __post_init__(self) -> None:
         self.parse_of()
-        if not is_number(self.init) or not 0 < self.init < 1:
-            raise ValueError(f"init={self.init!r} must be a number between 0 and 1: what the gates are at first")
+        if not is_number(self.init) or not LEAST_OPEN <= self.init <= 1 - LEAST_OPEN:
+            raise ValueError(
+                f"init={self.init!r} must be a number between 0 and 1, no nearer to them than {LEAST_OPEN}: what the "
+                "gates are at first"
+            )
         object.__setattr__(self, "init", real_number(self.init))
         if not isinstance(self.rescale, bool):
             raise ValueError(f"rescale={self.rescale!r} must be true or false")

@@ -121,13 +121,8 @@ class Run:
         step, total = self._step()
         scheduled = self.schedule.is_dense(step, total)
         dense = dense or scheduled
-        if scheduled and step == 0 and total and all(self.schedule.is_dense(at, total) for at in range(1, total)):
-            first, last = self.schedule.dense_steps, self.schedule.dense_last_steps
-            warnings.warn(
-                f"no step of this run of {self.name} is sparse: dense_steps={first}"
-                f"{f' and dense_last_steps={last}' if last else ''} covers all {total} steps that run",
-                stacklevel=3,
-            )
+        if step == 0 and total:
+            self._tell_steps(scheduled, total)
         gradients = torch.is_grad_enabled() if gradients is None else gradients
         learns = gradients if learns is None else learns
         stage = self.schedule.stage(step, total)
@@ -142,6 +137,27 @@ class Run:
         self.forwards.begin(forward, learns)
         if len(self._kinds) < 2:
             self._kinds[where, dense, step, total] = forward
+
+    def _tell_steps(self, dense: bool, total: int) -> None:
+        """Warn at the first step of a run of so many of what the schedule says of steps, and the run has not.
+
+        Args:
+            dense: Whether the schedule keeps this step dense.
+            total: The number of steps.
+        """
+        if dense and all(self.schedule.is_dense(at, total) for at in range(1, total)):
+            first, last = self.schedule.dense_steps, self.schedule.dense_last_steps
+            warnings.warn(
+                f"no step of this run of {self.name} is sparse: dense_steps={first}"
+                f"{f' and dense_last_steps={last}' if last else ''} covers all {total} steps that run",
+                stacklevel=4,
+            )
+        elif beyond := self.schedule.beyond(total):
+            warnings.warn(
+                f"this run of {self.name} has {total} steps, and {', '.join(beyond)} of its schedule count more: give "
+                "steps that it has, an open end like 4- or shares like 0.25-0.5",
+                stacklevel=4,
+            )
 
     def leave(self) -> None:
         """This thread is in no forward any more."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +22,10 @@ from visattn.kernels.triton.config import block_dim
 from visattn.kernels.triton.start import launch_like, on, recording
 from visattn.patterns import Above, DynamicPattern, Routes, TopK, TopP
 from visattn.patterns.choice.always import always_on, terms_of
-from visattn.patterns.choice.blocks import Blocks
+from visattn.patterns.choice.blocks import Blocks, within
 from visattn.patterns.choice.causal import reach_of, reach_on
 from visattn.patterns.choice.picks import bar_of
+from visattn.patterns.choice.pooling import part_ends
 from visattn.patterns.choice.scores import Score
 
 # Key blocks of a row that one program holds.
@@ -81,12 +83,20 @@ def parts_of(score: Score) -> tuple[int, int] | None:
 @kept
 def part_tokens(grid: tuple[int, ...], box: tuple[int, ...], parts: int, device: torch.device) -> torch.Tensor:
     """The grid tokens of each part of each block, -1 behind a border: int32 [blocks * parts, tokens of a part]."""
+    whole, box = box, within(grid, box)
     index = np.full([-(-n // side) * side for n, side in zip(grid, box, strict=True)], -1, np.int32)
     index[tuple(slice(n) for n in grid)] = np.arange(math.prod(grid)).reshape(grid)
     dims = len(grid)
     cut = index.reshape([m for n, side in zip(index.shape, box, strict=True) for m in (n // side, side)])
     cut = cut.transpose([*range(0, 2 * dims, 2), *range(1, 2 * dims, 2)])
-    return torch.from_numpy(np.ascontiguousarray(cut.reshape(-1, math.prod(box) // parts))).to(device)
+    if whole == box or parts == 1:
+        return torch.from_numpy(np.ascontiguousarray(cut.reshape(-1, math.prod(box) // parts))).to(device)
+    # What lies behind the end of the grid is no slot, but counts where a block is cut in parts.
+    ends = (0, *part_ends(grid, whole, parts))
+    table = np.full((math.prod(cut.shape[:dims]), parts, max(np.diff(ends))), -1, np.int32)
+    for part, (start, stop) in enumerate(pairwise(ends)):
+        table[:, part, : stop - start] = cut.reshape(len(table), -1)[:, start:stop]
+    return torch.from_numpy(table.reshape(-1, table.shape[2])).to(device)
 
 
 class Means(NamedTuple):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 
@@ -128,3 +129,65 @@ def test_compiled_modules():
             torch.compile(hiera.encoder.stages[3].layers[1].attn, backend="eager", fullgraph=True)(
                 torch.randn(2, 9, 128)
             )
+
+
+@pytest.mark.parametrize(
+    "text", ["linear", "gated(of=na(window=3))", "selective(of=na(window=3))", "sla(keep=2, block=3)"]
+)
+def test_position_logits_need_products(text):
+    with pytest.raises(
+        ValueError, match="has no products of queries and keys to which the position logits of SamVision"
+    ):
+        visattn.apply(make("sam"), text)
+
+
+@pytest.mark.parametrize("folder", ["sam", "hiera", "swinv2", "timesformer"])
+@torch.no_grad()
+def test_hooks_of_accelerate(folder):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = make(folder), inputs(folder)
+    stock = first(model(**x))
+    handle = visattn.apply(model, PATTERN, backend="tiles")
+    swapped = first(model(**x))
+    for module in list(model.modules()):
+        hooks.add_hook_to_module(module, hooks.ModelHook(), append=True)
+    assert torch.equal(first(model(**x)), swapped)
+    handle.remove()
+    assert torch.equal(first(model(**x)), stock), "the hooks have kept the forward of the swapped class"
+    with pytest.raises(ValueError, match=r"accelerate has put a hook in its place: call apply\(\) before its hooks"):
+        visattn.apply(model, PATTERN)
+    hooks.remove_hook_from_module(model, recurse=True)
+    # What the hooks leave behind is the forward of the class.
+    with visattn.apply(model, PATTERN, backend="tiles", strict=True):
+        assert torch.equal(first(model(**x)), swapped)
+    assert torch.equal(first(model(**x)), stock)
+
+
+@torch.no_grad()
+def test_offloaded_parameters_that_a_block_reads_itself():
+    accelerate = pytest.importorskip("accelerate")
+    model, x = make("swinv2"), inputs("swinv2")
+    with visattn.apply(model, PATTERN, backend="tiles"):
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        with pytest.raises(
+            ValueError, match=r"accelerate loads logit_scale of the attention of encoder.layers.0.blocks.0"
+        ):
+            model(**x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_breaks_in_compiled_code_are_told(strict):
+    model, x = make("hiera"), inputs("hiera")
+    visattn.apply(model, PATTERN, backend="tiles", strict=strict)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    said = (
+        "torch.compile could not follow the whole of HieraModel, and between its parts encoder.stages.2.layers.1.attn"
+    )
+    with pytest.raises(ValueError, match=f"strict: {said}") if strict else pytest.warns(UserWarning, match=said):
+        compiled(**x)
+    # Without the compiler all is as ever.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**x)

@@ -36,7 +36,7 @@ class Begin(Hook):
         """A forward pre-hook."""
         where = self.read(arguments(module, args, kwargs, self.names))
         # For blocks that are compiled one by one, too.
-        self.run.traced = where
+        self.run.traced, self.run.compiled = where, torch.compiler.is_compiling()
         if not torch.compiler.is_compiling():
             self.run.start(where)
 

@@ -12,7 +12,7 @@ from visattn.clients.transformers.hooks import Begin, Enter, Finish, Hooks, Pass
 from visattn.clients.transformers.interface import Under, name_for, stock
 from visattn.clients.transformers.site import Site, TowerRun, run_stock
 from visattn.clients.transformers.swaps import swapped_class
-from visattn.clients.transformers.towers import Assigned, Tower, check_bias, check_free, find_towers
+from visattn.clients.transformers.towers import Assigned, Tower, check_bias, check_forwards, check_free, find_towers
 from visattn.copies import copy_as_is, copy_as_stock
 from visattn.dims import check_dims
 from visattn.parameters import Learnable, make_parameters
@@ -42,6 +42,8 @@ def install(target: Any, request: Request) -> list[PatchedTower]:
         raise ValueError(f"{stepped} counts denoising steps, and {name} has none: use dense_layers or layers")
     towers = find_towers(model, name)
     check_free(towers, name)
+    for tower in towers:
+        check_forwards(tower)
     sites = [site for tower in towers for site in tower.sites]
     patterns = request.schedule.assign_stepless([site.name for site in sites], name)
     precise = request.schedule.precisions([site.name for site in sites], name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,9 +30,29 @@ class TowerRun(Run):
 
     Attributes:
         traced: Where the tokens of the last forward sit, for compiled code.
+        compiled: Whether compiled code told that.
+        told: Whether a break in compiled code was told.
     """
 
     traced: Where | None = None
+    compiled: bool = False
+    told: bool = False
+
+    def break_in(self, path: str) -> None:
+        """A module runs between parts of compiled code: nothing tells which forward that is.
+
+        Raises:
+            ValueError: If the run is strict.
+        """
+        said = (
+            f"torch.compile could not follow the whole of {self.name}, and between its parts {path} runs stock "
+            "attention: fullgraph=True says why, compile blocks or leave compile() out"
+        )
+        if self.strict:
+            raise ValueError(f"strict: {said}")
+        if not self.told:
+            self.told = True
+            warnings.warn(said, stacklevel=4)
 
 
 class Told(threading.local):
@@ -81,6 +102,8 @@ class Site:
         if torch.compiler.is_compiling():
             return self._traced(own)
         run, (q, k, v) = self.run, own.tensors
+        if run.compiled and run.forward is None and not isinstance(self.runner.pattern, Dense):
+            run.break_in(self.path)
         run.enter(self.path)
         call, chunk, key = to_call(own), self._chunk(q.shape[2]), None
         if call.layouts is None and chunk is not None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from visattn.clients.transformers.interface import Own
 from visattn.clients.transformers.site import Site
+from visattn.forwards import check_loaded, while_patched
 from visattn.offsets import log_distances
 from visattn.patterns import Dense
 from visattn.positions import resized, with_positions
@@ -144,6 +145,7 @@ class Swinv2Layer:
         projections = attn.query, attn.key, attn.value
         q, k, v = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
         if not stays_dense(site):
+            check_loaded(attn, site.path)
             # Logits are cosines times a factor of each head.
             q = F.normalize(q, dim=-1) * attn.logit_scale.clamp(max=math.log(100.0)).exp()
             q, k = q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
@@ -170,4 +172,6 @@ def _bias_of(attn: Any, pattern: Any, grid: tuple[int, ...]) -> torch.Tensor:
 @functools.lru_cache(maxsize=64)
 def swapped_class(kind: type, mixin: type) -> type:
     """The class of a patched module."""
-    return type(f"Swapped{kind.__name__}", (mixin, kind), {"__module__": __name__, "visattn_site": None})
+    made: Any = type(f"Swapped{kind.__name__}", (mixin, kind), {"__module__": __name__, "visattn_site": None})
+    made.forward = while_patched(made, made.forward)
+    return made

@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from visattn.clients.transformers.records import RECORDS, REFUSED, Record
+from visattn.clients.transformers.swaps import swapped_class
+from visattn.forwards import HOOK, HOOKED, keeps_forward
 from visattn.patterns import Dense, Neighborhood, Pattern
+from visattn.patterns.kinds import reads_products
 from visattn.selectors import SiteName
 
 
@@ -102,11 +105,34 @@ def check_free(towers: list[Tower], name: str) -> None:
             raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")
 
 
+def check_forwards(tower: Tower) -> None:
+    """Refuse modules that were given a forward of their own, where a patch changes their class; see `keeps_forward`.
+
+    Raises:
+        ValueError: If one has.
+    """
+    mixin = tower.record.swap
+    for site in tower.sites if mixin is not None else ():
+        module = site.module
+        if HOOK in module.__dict__:
+            raise ValueError(f"{site.name.path}: {HOOKED}")
+        if keeps_forward(module, (type(module), swapped_class(type(module), mixin))):
+            # It would hide the one of the class.
+            del module.__dict__["forward"]
+        if "forward" in module.__dict__:
+            raise ValueError(f"{site.name.path} has no attention that visattn can swap: its forward was replaced")
+
+
 def check_bias(pattern: Pattern, tower: Tower, name: str) -> None:
     """Raise a ValueError if a pattern cannot carry the position bias of a tower."""
     if tower.record.bias and not isinstance(pattern, Neighborhood | Dense):
         raise ValueError(
             f"{pattern} cannot carry the relative position bias of {name}: use na(window=...), which can, or 'dense'"
+        )
+    if not reads_products(pattern) and any(getattr(site.module, "use_rel_pos", False) for site in tower.sites):
+        raise ValueError(
+            f"{pattern} has no products of queries and keys to which the position logits of {name} could be added: use "
+            "a pattern that has, like na(window=...), or 'dense'"
         )
 
 

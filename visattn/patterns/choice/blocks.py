@@ -111,6 +111,19 @@ class Blocks(NamedTuple):
         return math.prod(self.key_shape)
 
 
+def within(grid: Box, box: Box) -> Box:
+    """The sides of a block that hold tokens: those behind the end of the grid's axes are never made."""
+    return tuple(min(side, n) for side, n in zip(box, grid, strict=True))
+
+
+def slot_places(grid: Box, box: Box) -> Ints:
+    """Place in the whole block, in row-major order, of each slot `within` the grid: ascending [slots]."""
+    place = np.zeros(1, np.int64)
+    for n, side in zip(grid, box, strict=True):
+        place = (place[:, None] * side + np.arange(min(side, n))).ravel()
+    return place
+
+
 def block_sizes(value: object, name: str) -> PerAxis | None:
     """Check a parameter that is a box of at least one token per axis, a number of tokens, or None."""
     return None if value is None else whole_numbers(value, name, 1)

@@ -4,13 +4,87 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from visattn.patterns.choice.blocks import Blocks
+from visattn.patterns.choice.blocks import Blocks, slot_places
 from visattn.patterns.choice.causal import reachable_on
 from visattn.patterns.choice.pooling import tokens_of_blocks
 from visattn.patterns.choice.slices import Slices
+from visattn.tiling import Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """The runs of each block of one side; those that lie behind the end of the grid are none.
+
+    Attributes:
+        grid: Tokens per axis.
+        box: Sides of a block.
+        length: Tokens of a run.
+        run: Run of each slot of a block `within` the grid.
+        place: Place in its run of each slot.
+        number: Runs.
+    """
+
+    grid: tuple[int, ...]
+    box: tuple[int, ...]
+    length: int
+    run: Ints
+    place: Ints
+    number: int
+
+    @classmethod
+    def of(cls, grid: tuple[int, ...], box: tuple[int, ...], length: int) -> Runs:
+        """The runs of blocks of a grid."""
+        place = slot_places(grid, box)
+        found, run = np.unique(place // length, return_inverse=True)
+        return cls(grid, box, length, run, place % length, len(found))
+
+    @property
+    def cut(self) -> bool:
+        """Whether blocks reach behind the end of the grid on some axis whatever block it is."""
+        return len(self.run) < math.prod(self.box)
+
+    def tokens(
+        self, x: torch.Tensor, valid: torch.Tensor | None, met: Ints | None, turned: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens of the runs of each block, whose are there, and how many runs of a block have any.
+
+        Args:
+            x: Grid tokens [B, tokens, H, D].
+            valid: Tokens that take part, bool [B, tokens], or None for all.
+            met: Places of a run of keys that are asked for, ascending; None for all.
+            turned: Whether runs begin with their last token.
+
+        Returns:
+            [B, H, blocks, runs, places * D], [B, blocks, runs, places] and [B, blocks].
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        there = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+        own = x.masked_fill(~there[..., None, None], 0).to(wide)
+        own = tokens_of_blocks(own, self.grid, self.box)
+        there = tokens_of_blocks(there[..., None, None].to(wide), self.grid, self.box)[..., 0, 0]
+        if met is None:
+            own, there = (t.unflatten(2, (-1, self.length)) for t in (own, there))
+            number = (there.sum(-1) > 0).sum(-1)
+            own, there = (t.flip(3) for t in (own, there)) if turned else (own, there)
+        else:
+            inside = torch.from_numpy(self.run[:, None] == np.arange(self.number)).to(x.device)
+            number = (there @ inside.to(wide) > 0).sum(-1)
+            slots = torch.from_numpy(self._slots(met, turned)).to(x.device)
+            own, there = (torch.cat([t, torch.zeros_like(t[:, :, :1])], 2)[:, :, slots] for t in (own, there))
+        return own.permute(0, 4, 1, 2, 3, 5).flatten(4), there, number
+
+    def _slots(self, met: Ints, turned: bool) -> Ints:
+        """Slot of each place that is asked for, the one behind the last for none: [runs, places]."""
+        table = np.full((self.number, len(met)), len(self.run))
+        place = self.length - 1 - self.place if turned else self.place
+        here = np.isin(place, met)
+        table[self.run[here], np.searchsorted(met, place[here])] = np.flatnonzero(here)
+        return table
 
 
 def scores(
@@ -36,12 +110,18 @@ def scores(
         [B, some heads, rows, columns] and those heads.
     """
     # A query run is turned, so that a product of runs is the sum along the antidiagonal.
-    query, query_there = _runs(q, blocks.grid, blocks.queries, length, valid, True)
-    keys, keys_there = _runs(k, blocks.grid, blocks.keys, length, valid, False)
+    sides = [Runs.of(*side, length) for side in blocks.sides]
+    met = None
+    if any(side.cut for side in sides):
+        # Places of a run that no token of one side has add nothing.
+        met = np.intersect1d(length - 1 - sides[0].place, sides[1].place)
+    (query, query_there, runs), (keys, keys_there, _) = (
+        sides[i].tokens(x, valid, met, turned=i == 0) for i, x in enumerate((q, k))
+    )
     pairs = query_there.flatten(1, 2) @ keys_there.flatten(1, 2).transpose(1, 2)
-    hidden = _later_runs(blocks, length, q.device)
+    hidden = _later_runs(blocks, sides[0].number, sides[1].number, q.device)
     pairs = pairs if hidden is None else pairs.masked_fill(hidden, 0)
-    runs = (query_there.sum(-1) > 0).sum(-1).clamp(min=1).to(query.dtype)
+    runs = runs.clamp(min=1).to(query.dtype)
     (rows, each), (columns, others) = query.shape[2:4], keys.shape[2:4]
     query, keys = query.flatten(2, 3), keys.flatten(2, 3).transpose(2, 3)
     for some, head in slices.of(query, keys.shape[3], keys.shape[1]):
@@ -52,26 +132,11 @@ def scores(
         yield (share.sum((3, 5)) / runs[:, None, :, None]).log(), some
 
 
-def _later_runs(blocks: Blocks, length: int, device: torch.device) -> torch.Tensor | None:
+def _later_runs(blocks: Blocks, each: int, others: int, device: torch.device) -> torch.Tensor | None:
     """Runs of keys that come after a run of queries: bool [runs, runs]; None where no axis is causal."""
     reach = reachable_on(blocks, device)
     if reach is None:
         return None
-    each, others = (math.prod(box) // length for box in (blocks.queries, blocks.keys))
     if not blocks.in_order:
         return ~reach.repeat_interleave(each, 0).repeat_interleave(others, 1)
     return torch.ones(blocks.rows * each, blocks.columns * others, dtype=torch.bool, device=device).triu(1)
-
-
-def _runs(
-    x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], length: int, valid: torch.Tensor | None, turned: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs of each block [B, H, blocks, runs, length * D], and whose tokens are there [B, blocks, runs, length]."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    there = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
-    own = x.masked_fill(~there[..., None, None], 0).to(wide)
-    own, there = tokens_of_blocks(own, grid, box), tokens_of_blocks(there[..., None, None].to(wide), grid, box)
-    own, there = (t.unflatten(2, (-1, length)) for t in (own, there[..., 0, 0]))
-    if turned:
-        own, there = own.flip(3), there.flip(3)
-    return own.permute(0, 4, 1, 2, 3, 5).flatten(4), there

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
+import numpy as np
 import torch
 
-from visattn.patterns.choice.blocks import block_tokens
+from visattn.patterns.choice.blocks import block_tokens, slot_places, within
 
 
 def _cut(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], fill: float = 0.0) -> torch.Tensor:
-    """Tokens [B, tokens, H, D] as blocks [B, blocks per axis, sides of a block, H, D]; what lies behind is `fill`."""
+    """Tokens [B, tokens, H, D] as blocks [B, blocks per axis, sides of a block, H, D]; what lies behind is `fill`.
+
+    Sides are those `within` the grid.
+    """
+    box = within(grid, box)
     x = _padded(x.unflatten(1, grid), grid, box, fill)
     dims = len(grid)
     for i, side in enumerate(box):
@@ -43,19 +49,31 @@ def sums(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], parts: in
         [B, blocks, parts, H, D].
     """
     wide, dims = torch.promote_types(x.dtype, torch.float32), len(grid)
+    inside = within(grid, box)
     if parts == 1:
         # Axis by axis, the last one first: each sum reads rows of neighbouring channels, which one sum of all does not.
-        own = _padded(x.unflatten(1, grid), grid, box)
+        own = _padded(x.unflatten(1, grid), grid, inside)
         for i in range(dims, 0, -1):
-            own = own.unflatten(i, (-1, box[i - 1])).sum(i + 1, dtype=wide)
+            own = own.unflatten(i, (-1, inside[i - 1])).sum(i + 1, dtype=wide)
         return own.flatten(1, dims)[:, :, None]
-    cut = _cut(x, grid, box)
-    cut = cut.flatten(1 + dims, 2 * dims).flatten(1, dims)
+    cut = tokens_of_blocks(x, grid, box)
+    if inside != box:
+        ends = part_ends(grid, box, parts)
+        return torch.stack([cut[:, :, a:b].sum(2, dtype=wide) for a, b in pairwise((0, *ends))], 2)
     return cut.unflatten(2, (parts, math.prod(box) // parts)).sum(3, dtype=wide)
 
 
+def part_ends(grid: tuple[int, ...], box: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    """Behind which slot of a block `within` the grid each of the equal parts of the whole block ends."""
+    length = math.prod(box) // parts
+    return tuple(int(n) for n in np.searchsorted(slot_places(grid, box), length * np.arange(1, parts + 1)))
+
+
 def tokens_of_blocks(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...]) -> torch.Tensor:
-    """Tokens [B, tokens, H, D] block by block, in row-major order inside; zeros behind: [B, blocks, tokens, H, D]."""
+    """Tokens [B, tokens, H, D] block by block, in row-major order inside; zeros behind: [B, blocks, slots, H, D].
+
+    Slots are those `within` the grid.
+    """
     dims = len(grid)
     return _cut(x, grid, box).flatten(1 + dims, 2 * dims).flatten(1, dims)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from visattn.patterns.values import is_number
+from visattn.patterns.values import LARGEST, is_number
 
 
 def share_or_count(value: Any, name: str, low: int = 1) -> int | float:
@@ -16,7 +16,7 @@ def share_or_count(value: Any, name: str, low: int = 1) -> int | float:
         ValueError: If it is anything else.
     """
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if whole and value >= low:
+    if whole and low <= value <= LARGEST:
         return int(value)
     if not whole and is_number(value) and 0 < value <= 1:
         return float(value)

@@ -54,13 +54,14 @@ def soft_output(
     keys, values = (repeated(wide(x), q.shape[2]).transpose(1, 2) for x in (k, v))
     # The logarithm of a weight that is 0 hides a block.
     logs = weights.masked_fill(weights <= 0, 1).log().masked_fill(weights <= 0, float("-inf"))
+    hidden = None if key_mask is None else ~key_mask[:, None, None]
 
-    def some(queries: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+    def some(queries: torch.Tensor, logs: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         logits = scale * queries @ keys.transpose(2, 3)
         pad = (layout.prefix, layout.suffix)
         logits = logits + torch.nn.functional.pad(logs[..., columns], pad)
-        if key_mask is not None:
-            logits = logits.masked_fill(~key_mask[:, None, None], float("-inf"))
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, float("-inf"))
         blind = logits.isinf().all(-1, keepdim=True)
         return logits.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0) @ values
 
@@ -68,7 +69,8 @@ def soft_output(
     found = []
     for first in range(0, layout.tokens, step):
         part = slice(first, first + step)
-        given = queries[:, :, part], logs[:, :, rows[part]]
+        # What the backward reads again is handed over, where torch sees changes in place, or is our own.
+        given = queries[:, :, part], logs[:, :, rows[part]], keys, values
         found.append(checkpoint(some, *given, use_reentrant=False) if step < layout.tokens else some(*given))
     return weights, torch.cat(found, 2).transpose(1, 2)
 

@@ -7,7 +7,7 @@ from visattn import Layout, attention, parse
 from visattn.dispatch import load
 from visattn.kernels.triton.arguments import plan_of
 from visattn.kernels.triton.backend import kernels_of
-from visattn.kernels.triton.choosing.choose import chosen
+from visattn.kernels.triton.choosing.choose import chosen, part_tokens
 from visattn.kernels.triton.choosing.listed import listed_program
 from visattn.kernels.triton.choosing.tables import tables
 from visattn.kernels.triton.config import Config
@@ -255,3 +255,17 @@ def test_means_of_blocks():
     for mask in (None, valid):
         found = load("triton").means(x, layout.grid, box, mask)
         assert (found - block_means(x, layout.grid, box, mask)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (2, 20), (8, 8), (1, 3)])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_of_blocks_that_reach_behind_the_grid_hold_its_tokens_alone(grid, parts):
+    box = (8, 8)
+    own = part_tokens(grid, box, parts, torch.device("cpu"))
+    place = {}
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            inside = (row % 8 * 8 + column % 8) * parts // 64
+            place.setdefault((column // 8) * parts + inside, []).append(row * grid[1] + column)
+    assert [sorted(part[part >= 0].tolist()) for part in own] == [place.get(i, []) for i in range(len(own))]
+    assert own.shape[1] <= min(8, grid[0]) * min(8, grid[1])
