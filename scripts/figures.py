@@ -60,7 +60,7 @@ PAGES = tuple(
     )
 )
 
-# What measures each result. {out} is its JSON file, {folder} a scratch folder that holds report.json.
+# What measures each result. {folder} is a scratch folder, {out} a JSON file in it; without {out} it holds report.json.
 COMMANDS = {
     "generate-emoji": 'visattn generate image --model emoji --prompt "bus, gradient" --prompt "post office, gradient" '
     '--pattern "na(window=16x16, stride=8x8)" --steps 12 --dense-steps 4 --compare --seed 1 --out {folder} --force',
@@ -79,14 +79,16 @@ def measure(names: list[str]) -> None:
     """Run the commands of some results (all if none is named) and keep their JSON."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in names or COMMANDS:
-        folder, out = ROOT / "out" / name, RESULTS / f"{name}.json"
+        folder = ROOT / "out" / name
+        # Not the result itself, which other machines have measured: a run that was stopped goes on with its own.
+        out = folder / ("measured.json" if "{out}" in COMMANDS[name] else "report.json")
+        folder.mkdir(parents=True, exist_ok=True)
         words = shlex.split(COMMANDS[name].format(out=out, folder=folder))
         # The programs of this environment, whatever the shell's PATH says.
         words[0] = str(Path(sys.executable).with_name(words[0]))
         print("$", COMMANDS[name], flush=True)
         subprocess.run(words, cwd=ROOT, check=True)
-        if (report := folder / "report.json").exists() and "{folder}" in COMMANDS[name]:
-            out.write_text(report.read_text())
+        out.replace(RESULTS / f"{name}.json")
 
 
 def cpu_table() -> str:

@@ -113,14 +113,14 @@ def gpu_calls_table() -> str:
         "dense ": "backward_sdpa_host_us",
         "engine alone": "backward_engine_host_us",
     }
-    found = result("h100-calls")["rows"]
+    found = result("h200-calls")["rows"]
     columns = {head: key for head, key in columns.items() if key in found[0]}
     head = ["case", "heads", *(name.strip() for name in columns)]
     rows = []
     for row in found:
         case = f"`{row['pattern']}` on {row['layout']}"
         rows.append([case, row["heads"], *(f"{row[key]:.0f}" for key in columns.values())])
-    return table(head, rows) + _machine("h100-calls")
+    return table(head, rows) + _machine("h200-calls")
 
 
 def gpu_parallel_table() -> str:
@@ -148,10 +148,10 @@ def gpu_parallel_table() -> str:
 
 def gpu_real_table() -> str:
     """Denoising steps of real diffusers classes, measured by scripts/bench/real_models_gpu.py."""
-    if not (RESULTS / "h100-real-models.json").exists():
+    if not (RESULTS / "h200-real-models.json").exists():
         return "Not measured: the command above writes the results of which this table is made."
     found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    for row in result("h100-real-models")["rows"]:
+    for row in result("h200-real-models")["rows"]:
         found.setdefault((row["model"], row["attention"]), {})[row["mode"]] = row
     rows = []
     for (model, attention), of in found.items():
@@ -167,7 +167,7 @@ def gpu_real_table() -> str:
             cells += [f"{stock:.0f} to {ms:.0f} ms: {speedup:.2f}x", f"{bound:.2f}x"]
         rows.append(cells)
     head = ["model", "attention", "stock attention of a step", "a step, eager", "bound", "compiled blocks", "bound"]
-    return table(head, rows) + _machine("h100-real-models")
+    return table(head, rows) + _machine("h200-real-models")
 
 
 def _machine(name: str) -> str:

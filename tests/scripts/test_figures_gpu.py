@@ -1,6 +1,9 @@
 """The tables of the GPU's figures: peers that were measured, and rows that were."""
 
+import json
+
 from scripts import figures_gpu
+from scripts.results import RESULTS
 
 TIMES = {"triton": (10.0, 40.0), "cudnn": (80.0, 240.0), "natten": (20.0, 80.0)}
 
@@ -33,3 +36,11 @@ def test_peers_without_times_have_empty_cells(monkeypatch):
         ["10.00", "8.0x", "16.0x", "", "40.00", "6.0x", "10.0x", ""],
         ["10.00", "8.0x", "", "", "40.00", "6.0x", "", ""],
     ]
+
+
+def test_results_that_name_a_gpu_are_of_it():
+    named = [file for file in RESULTS.glob("*.json") if file.name.startswith(("h100", "h200"))]
+    others = {
+        file.name for file in named if file.name[:4].upper() not in json.loads(file.read_text())["versions"]["gpu"]
+    }
+    assert named and not others
