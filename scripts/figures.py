@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scripts.figures_choosing import choosing_table
 from scripts.figures_control import control_tables
 from scripts.figures_dynamic import dynamic_tables
 from scripts.figures_emoji import emoji_tables
@@ -53,7 +54,10 @@ PAGES = tuple(
         "docs/precision.md",
         "docs/inversion.md",
         "docs/guidance.md",
+        "docs/choosing.md",
+        "docs/cpu-engine.md",
         "docs/dynamic.md",
+        "docs/dynamic-measured.md",
         "docs/parallel.md",
         "docs/tuning.md",
         "docs/trained.md",
@@ -182,6 +186,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-hopper": gpu_hopper_table,
     "gpu-real": gpu_real_table,
     "gpu-parallel": gpu_parallel_table,
+    "choosing": choosing_table,
     "digits-vit": digits_vit_table,
     "timm": timm_table,
     "moh": moh_table,
