@@ -125,9 +125,9 @@ class BackboneSubject:
         turns, seconds, attention = TURNS if timed else 1, [], []
         out = twins
         for _ in range(turns + timed):
-            start = time.perf_counter()
-            out, times = self._run(names, seeds)
-            seconds.append((time.perf_counter() - start) / len(seeds))
+            whole: list[float] = []
+            out, times = self._run(names, seeds, whole)
+            seconds.append(sum(whole) / len(seeds))
             attention.append(sum(times) / len(seeds))
         snr = tuple(_snr(one, other) for one, other in zip(out, twins, strict=True))
         return Outcome(snr, (), (), min(seconds), min(attention), *self._lost(out, twins, seeds))
@@ -149,8 +149,16 @@ class BackboneSubject:
         own, others = out.argmax(-1) == right, twins.argmax(-1) == right
         return tuple((others.int() - own.int()).tolist()), float(others.float().mean())
 
-    def _run(self, names: dict[int, str], seeds: Sequence[int]) -> tuple[torch.Tensor, list[float]]:
-        """Outputs [N, ...] on the CPU with patterns at some layers, and the time of each layer's modules."""
+    def _run(
+        self, names: dict[int, str], seeds: Sequence[int], whole: list[float] | None = None
+    ) -> tuple[torch.Tensor, list[float]]:
+        """Outputs [N, ...] on the CPU with patterns at some layers, and the time of each layer's modules.
+
+        Args:
+            names: Patterns of layers.
+            seeds: Of pictures.
+            whole: Gets the time of each batch in the model, without what reads pictures and patches the model.
+        """
         chosen = {str(layer): name for layer, name in names.items() if name != DENSE}
         parts = []
         with torch.inference_mode(), self._clocks() as times:
@@ -159,7 +167,14 @@ class BackboneSubject:
                 for first in range(0, len(seeds), self.batch):
                     which = self.pictures.of_seeds(seeds)[first : first + self.batch]
                     x = torch.stack([self.pictures.get(i) for i in which])
-                    parts.append(self._net(x.to(self.device, next(self._net.parameters()).dtype)).float().cpu())
+                    x = x.to(self.device, next(self._net.parameters()).dtype)
+                    self._wait()
+                    start = time.perf_counter()
+                    out = self._net(x)
+                    self._wait()
+                    if whole is not None:
+                        whole.append(time.perf_counter() - start)
+                    parts.append(out.float().cpu())
             finally:
                 if handle is not None:
                     handle.remove()

@@ -51,11 +51,14 @@ def digits(model: Path, batch: int) -> BackboneSubject:
 
 
 def dinov2(device: str, batch: int, side: int = SIDE) -> BackboneSubject:
-    """DINOv2's ViT with random weights on noise."""
+    """DINOv2's ViT with random weights on noise.
+
+    The scales of its residual branches begin at 1e-5, with which no attention would matter to the output: they are 1.
+    """
     import timm
 
     torch.manual_seed(0)
-    model = timm.create_model(DINOV2.partition(".")[0], img_size=side).to(device)
+    model = timm.create_model(DINOV2.partition(".")[0], img_size=side, init_values=1.0).to(device)
     noise = torch.randn(NOISE, 3, side, side)
     return BackboneSubject(model, Pictures(noise.__getitem__, NOISE, None, "noise"), DINOV2, batch)
 
