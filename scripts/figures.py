@@ -29,7 +29,6 @@ from scripts.figures_gpu import (
     gpu_peers_table,
     gpu_real_table,
     gpu_stack_table,
-    gpu_table,
 )
 from scripts.figures_models import model_tables
 from scripts.figures_precision import precision_tables
@@ -177,7 +176,6 @@ def _before_and_after(row: dict[str, Any]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
-    "gpu": gpu_table,
     "gpu-packages": gpu_packages_table,
     "gpu-peers": gpu_peers_table,
     "gpu-stack": gpu_stack_table,

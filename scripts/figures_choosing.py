@@ -1,4 +1,4 @@
-"""The table of docs/choosing.md: what patterns of about equal cost do to the embedded models, from the larger tables."""
+"""The table of docs/choosing.md: what some patterns do to the embedded models, from the larger tables."""
 
 from __future__ import annotations
 

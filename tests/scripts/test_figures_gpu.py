@@ -21,10 +21,15 @@ def shown(monkeypatch, cases):
 
 def test_packages_that_refuse_and_cases_that_failed_have_no_figures(monkeypatch):
     refused = {"natten": {"error": "ValueError: NATTEN runs na(...) only, not clear"}}
-    shown(monkeypatch, {"flux-s1": case(), "clear16-256": case(**refused), "dense-64k": {"failed": "out of memory"}})
+    by_fa4 = case(**refused, fa4={"forward_ms": 20.0, "backward_ms": 80.0})
+    cases = {"clear16-256": by_fa4, "clear8-256": case(**refused), "dense-64k": {"failed": "out of memory"}}
+    shown(monkeypatch, {"flux-s1": case(), **cases})
     head, _, *rows, _, machine = figures_gpu.gpu_packages_table().splitlines()
     assert "| NATTEN 0.21.7 | FlashAttention-4 4.0 |" in head
-    assert [row.split(" | ")[2:5] for row in rows] == [["8.0x / 6.0x", "4.0x / 3.0x", ""], ["8.0x / 6.0x", "", ""]]
+    assert [row.split(" | ")[2:5] for row in rows] == [
+        ["8.0x / 6.0x", "4.0x / 3.0x", ""],
+        ["8.0x / 6.0x", "", "4.0x / 3.0x"],
+    ]
     assert machine == "A card, torch 2.11, triton 3.6."
 
 
@@ -40,7 +45,7 @@ def test_peers_without_times_have_empty_cells(monkeypatch):
 
 def test_results_that_name_a_gpu_are_of_it():
     named = [file for file in RESULTS.glob("*.json") if file.name.startswith(("h100", "h200"))]
-    others = {
-        file.name for file in named if file.name[:4].upper() not in json.loads(file.read_text())["versions"]["gpu"]
-    }
-    assert named and not others
+    found = {file.name: json.loads(file.read_text()) for file in named}
+    gpus = {name: each.get("versions", each)["gpu"] for name, each in found.items() if "suite" not in each}
+    gpus |= {name: each["devices"][-1]["name"] for name, each in found.items() if "suite" in each}
+    assert gpus and not {name: gpu for name, gpu in gpus.items() if name[:4].upper() not in gpu}
