@@ -179,7 +179,7 @@ def begin(options: argparse.Namespace, pipe: Any, judge: Judge, encoder: dict[st
     """
     settings = {name: getattr(options, name) for name in ("captions", "steps", "guidance", "seed", "batch")}
     settings |= {"model": model_hash(pipe.transformer), "dtype": str(pipe.dtype).removeprefix("torch.")}
-    settings |= {"device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"}
+    settings |= {"device": device_name(options.device)}
     if options.out.is_file() and not options.force:
         known = json.loads(options.out.read_text())
         here = {name: value for name, value in versions().items() if name in DEPENDS}
@@ -199,6 +199,11 @@ def begin(options: argparse.Namespace, pipe: Any, judge: Judge, encoder: dict[st
     }
     write(figures, options.out)
     return figures
+
+
+def device_name(device: str) -> str:
+    """What results call a device."""
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 
 def model_hash(model: torch.nn.Module) -> str:
