@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
 from visattn.dispatch import Backend, cheapest, overhead
+from visattn.kernels.heard import hearing
 from visattn.kernels.rows import attention_rows, sampled_rows
-from visattn.layout import Layout
-from visattn.patterns import Best, DynamicPattern, HeadsPattern, ListedPattern, PerHead, Routes
+from visattn.patterns import Best, HeadsPattern, ListedPattern, PerHead, Routes
 from visattn.patterns.choice.blocks import inner
-from visattn.patterns.choice.listening import choosing, hears, listening, tell_shares
+from visattn.patterns.choice.listening import choosing, hears, tell_shares
 from visattn.patterns.choice.memory import Means, beside, kept_for
 from visattn.patterns.choice.scores import block_means
-from visattn.plans import plan
 from visattn.prepare import run_call
 from visattn.problem import Call, OtherKind, Problem, Support
 
@@ -147,7 +145,7 @@ def _by_pattern(
         order += which
         own = _heads_of(q, k, v, call.key_mask, which, alike)
         given = replace(call, pattern=each, key_mask=own[3])
-        with beside(tuple(which)), _hearing(each, call.layout, own[0]) as heard:
+        with beside(tuple(which)), hearing(each, call.layout, own[0]) as heard:
             out, lse = run_call(own[0], own[1], own[2], given)
         outs.append(out)
         lses.append(lse)
@@ -183,25 +181,6 @@ def _heads_of(
     kv = index // heads * k.shape[2] + index % heads // group
     each += [t.transpose(1, 2).flatten(0, 1)[kv][:, :, None] for t in (k, v)]
     return each[0], each[1], each[2], None if key_mask is None else key_mask[index // heads]
-
-
-@contextmanager
-def _hearing(pattern: ListedPattern, layout: Layout, q: torch.Tensor):  # noqa: ANN202
-    """Inside, who listens hears nothing; gives a function with the listed share of grid pairs of each head [B, H]."""
-    heard: list[torch.Tensor] = []
-
-    def share() -> torch.Tensor:
-        if heard:
-            return heard[-1].expand(q.shape[0], q.shape[2])
-        grid, dense = layout.tokens**2, layout.length**2
-        inside = (plan(pattern, layout).density * dense - (dense - grid)) / grid
-        return torch.full((q.shape[0], q.shape[2]), inside, dtype=torch.float64, device=q.device)
-
-    if not hears():
-        yield share
-        return
-    with listening(heard.append if isinstance(pattern, DynamicPattern) else lambda _: None):
-        yield share
 
 
 backend = Heads()

@@ -44,6 +44,7 @@ from visattn.patterns import (
     PerHead,
     PooledPattern,
     RoutedPattern,
+    SharingPattern,
     Sigmoid,
     SparseLinear,
     Wersa,
@@ -153,6 +154,11 @@ def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> 
         return ordered_rows(q, k, call, index)
     if isinstance(pattern, Centroids):
         return centroid_rows(q, k, call, index)
+    if isinstance(pattern, SharingPattern):
+        raise ValueError(
+            f"{pattern} takes from what an earlier step kept, which is no weight of a token: ask for the rows of "
+            f"{pattern.of}"
+        )
     if isinstance(pattern, Best):
         raise ValueError(f"{pattern} chooses by outputs, and rows have no values: ask for the rows of its patterns")
     return _listed(q, k, call, index)

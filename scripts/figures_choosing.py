@@ -19,8 +19,8 @@ class Line(NamedTuple):
 LINES = (
     Line("pictures", "emoji-dynamic", "dense"),
     Line("pictures", "emoji-dynamic", "topk(keep=0.2,rest=mean)", 6),
+    Line("pictures", "emoji-dynamic", "na(window=29x29)", 6),
     Line("pictures", "emoji-dynamic", "topk(keep=0.2,rest=mean)"),
-    Line("pictures", "emoji-dynamic", "clear(radius=18)"),
     Line("pictures", "emoji-dynamic", "na(window=29x29)"),
     Line("clips", "animoji-dynamic", "dense"),
     Line("clips", "animoji-quality", "radial(decay=0.5)"),

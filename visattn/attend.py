@@ -28,7 +28,7 @@ from visattn.checks import (
 from visattn.crossing import crossing
 from visattn.dispatch import BACKENDS, Candidate, available, candidates, choose
 from visattn.layout import Layout, check_layout
-from visattn.patterns import ListedPattern, Pattern, parse
+from visattn.patterns import ListedPattern, Pattern, SharingPattern, parse
 from visattn.plans import plan
 from visattn.problem import Call, Problem, Support
 
@@ -232,6 +232,9 @@ class Explanation:
         cost = {c.backend.name: c.cost for c in self.candidates if c.support.ok}
         if problem.is_dense:
             return "the pattern shows every query all keys, so it is dense attention"
+        if isinstance(problem.pattern, SharingPattern):
+            part = f"an estimated {cost[self.choice] / problem.dense_pairs:.2f} of dense SDPA's time"
+            return f"{part} on average: one refresh in {problem.pattern.every} steps of a run"
         if not isinstance(problem.pattern, ListedPattern):
             return f"{problem.pattern.name} is a composition with an engine of its own"
         tiles = plan(problem.pattern, problem.layout)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from visattn.counts import Shared
 from visattn.crossing import crossing
 from visattn.dispatch import candidates, choose
-from visattn.patterns import ListedPattern, MergingPattern
-from visattn.plans import plan
+from visattn.patterns import MergingPattern
+from visattn.plans import density_of
 from visattn.problem import Problem
 from visattn.reached import Reached
 from visattn.report_text import call_text
@@ -29,6 +30,7 @@ class CallReport:
         density: Visible share of all (query, key) pairs; None if the pattern does not say.
         reached: The same as it was, where q and k choose; `density` is its mean then.
         skipped: Mean share of all pairs that was listed and then passed over (`skip`), None where nothing can be.
+        shared: How many calls computed anew, and what was kept for later steps, where the pattern shares between them.
     """
 
     problem: Problem
@@ -39,6 +41,7 @@ class CallReport:
     density: float | None
     reached: Reached | None = None
     skipped: float | None = None
+    shared: Shared | None = None
 
     @classmethod
     def of(
@@ -48,6 +51,7 @@ class CallReport:
         backend: str,
         sums: torch.Tensor | None = None,
         skips: torch.Tensor | None = None,
+        shared: Shared | None = None,
     ) -> CallReport:
         """Explain calls after the fact: the choice of a backend is a function of the problem."""
         if isinstance(problem.pattern, MergingPattern):
@@ -62,7 +66,7 @@ class CallReport:
         skipped = None
         if skips is not None:
             skipped = float(skips[0] / skips[1]) * problem.layout.tokens**2 / problem.layout.length**2
-        return cls(problem, hits, name, *_why(problem, name, backend), share, reached, skipped)
+        return cls(problem, hits, name, *_why(problem, name, backend), share, reached, skipped, shared)
 
     def __str__(self) -> str:
         return call_text(self.to_dict())
@@ -93,13 +97,13 @@ class CallReport:
             "density": self.density,
             "reached": None if self.reached is None else self.reached._asdict(),
             "skipped": self.skipped,
+            "shared": None if self.shared is None else self.shared._asdict(),
         }
 
 
 def density(problem: Problem) -> float | None:
     """Visible share of all (query, key) pairs, None for a composed pattern that is no list of pairs."""
-    listed = isinstance(problem.pattern, ListedPattern)
-    return plan(problem.pattern, problem.layout).density if listed else None
+    return density_of(problem.pattern, problem.layout)
 
 
 def why_kept(problem: Problem) -> str:

@@ -90,8 +90,8 @@ def check_steps(pattern: Pattern) -> None:
     """Raise a ValueError for a pattern that keeps something from step to step where nothing tells the step."""
     if pattern.needs_steps and here() is None:
         raise ValueError(
-            f"{pattern} keeps its choice from one denoising step to the next, and a call of attention() knows no "
-            "steps: apply() it to a pipeline, or leave every out"
+            f"{pattern} keeps something from one denoising step to the next, and a call of attention() knows no "
+            f"steps: apply() it to a pipeline, or {pattern.stepless}"
         )
 
 

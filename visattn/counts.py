@@ -5,13 +5,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from visattn.problem import Problem
 
 Kind = Literal["sparse", "dense"]
+
+
+class Shared(NamedTuple):
+    """What calls did whose pattern shares between denoising steps.
+
+    Attributes:
+        refreshed: How many computed their output anew.
+        nbytes: What was kept for later calls, of the call that kept most.
+    """
+
+    refreshed: int = 0
+    nbytes: int = 0
+
+    def add(self, refreshed: int, nbytes: int) -> Shared:
+        """With further calls."""
+        return Shared(self.refreshed + refreshed, max(self.nbytes, nbytes))
 
 
 class Cell:
@@ -32,11 +48,12 @@ class Cell:
         reached: Listed shares of grid pairs, where q and k choose: sum, number, least and largest, on their device.
         skipped: The same of what was listed and then passed over, None where nothing can be.
         choosing: Time in which the timed calls chose what they list, the first one's and that of the others.
+        shared: What they did where their pattern shares between steps, None for others.
     """
 
     __slots__ = (
         "calls", "choosing", "first_seconds", "kept", "key", "kind", "on_gpu", "problem", "reached", "reason",
-        "seconds", "skipped", "timed", "turn",
+        "seconds", "shared", "skipped", "timed", "turn",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +67,7 @@ class Cell:
         self.choosing = {True: 0.0, False: 0.0}
         self.reached: torch.Tensor | None = None
         self.skipped: torch.Tensor | None = None
+        self.shared: Shared | None = None
 
     def add(self, seconds: float, is_first: bool) -> None:
         """Add the time of a call."""
@@ -76,6 +94,7 @@ class Row:
         reached: Listed shares of grid pairs by problem, as in `Cell`.
         skipped: Likewise.
         choosing_seconds: Estimated time of all calls in which they chose what they list, a part of `seconds`.
+        shared: What calls did whose pattern shares between steps, by problem.
     """
 
     hits: Counter[Problem] = field(default_factory=Counter)
@@ -89,6 +108,7 @@ class Row:
     reached: dict[Problem, torch.Tensor] = field(default_factory=dict)
     skipped: dict[Problem, torch.Tensor] = field(default_factory=dict)
     choosing_seconds: float = 0.0
+    shared: dict[Problem, Shared] = field(default_factory=dict)
 
     def add(self, cell: Cell, mean: float | None, choosing: float | None) -> None:
         """Add the calls of a cell.
@@ -111,6 +131,8 @@ class Row:
                 self.reached[cell.problem] = joined(self.reached.get(cell.problem), cell.reached)
             if cell.skipped is not None:
                 self.skipped[cell.problem] = joined(self.skipped.get(cell.problem), cell.skipped)
+            if cell.shared is not None:
+                self.shared[cell.problem] = self.shared.get(cell.problem, Shared()).add(*cell.shared)
         own = cell.seconds / cell.timed if cell.timed else mean
         untimed = cell.first_seconds if own is None else own * (cell.calls - cell.timed)
         self.seconds[cell.kind] += cell.seconds + untimed

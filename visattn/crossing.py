@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from visattn.dispatch import choose, load, milliseconds
-from visattn.patterns import Dense, ListedPattern
+from visattn.patterns import Dense, ListedPattern, SharingPattern
 from visattn.problem import Problem
 from visattn.registry import REGISTRY
 
@@ -66,10 +66,13 @@ class Crossing:
 def crossing(problem: Problem) -> Crossing | None:
     """The estimates of a call; None where none are good enough to leave a pattern out.
 
-    These are calls on a GPU without gradients, of patterns that are lists of keys: what replaces the softmax is other
-    attention than the model's, and what is being trained must run.
+    These are calls on a GPU without gradients, of patterns that are lists of keys, or share between steps what those
+    give (by their mean over the steps): what replaces the softmax is other attention than the model's, and what is
+    being trained must run.
     """
-    if problem.device != "cuda" or problem.grad or not isinstance(problem.pattern, ListedPattern):
+    pattern = problem.pattern
+    listed = pattern.of if isinstance(pattern, SharingPattern) else pattern
+    if problem.device != "cuda" or problem.grad or not isinstance(listed, ListedPattern):
         return None
     return _crossing(problem, REGISTRY.version)
 

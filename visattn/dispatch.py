@@ -121,6 +121,7 @@ BACKENDS = REGISTRY.declare(
         "sigmoid": "visattn.kernels.sigmoid:backend",
         "clipped": "visattn.kernels.clipped:backend",
         "wrapped": "visattn.kernels.wrapped:backend",
+        "sharing": "visattn.kernels.sharing:backend",
         "heads": "visattn.kernels.heads:backend",
         "gate": "visattn.kernels.gate:backend",
         "hybrid": "visattn.kernels.hybrid.backend:backend",

@@ -18,6 +18,7 @@ from visattn.patterns import (
     PooledPattern,
     RoutedPattern,
     Routes,
+    SharingPattern,
     SpannedPattern,
     parse,
 )
@@ -133,6 +134,17 @@ def check_listed(pattern: Pattern) -> None:
     """Raise a ValueError for a pattern that is not a list of tiles."""
     if not isinstance(pattern, ListedPattern):
         raise ValueError(f"{pattern} is a composition and no list of visible tiles: it has no mask to show or simulate")
+
+
+def density_of(pattern: Pattern, layout: Layout) -> float | None:
+    """Share of all (query, key) pairs that a pattern computes; of one that shares between steps the mean over them.
+
+    None for a composed pattern that is no list of pairs.
+    """
+    if isinstance(pattern, SharingPattern):
+        inside = density_of(pattern.of, layout)
+        return None if inside is None else pattern.mean(inside, 1.0)
+    return plan(pattern, layout).density if isinstance(pattern, ListedPattern) else None
 
 
 def plan(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Tile] | None = None) -> TilePlan:

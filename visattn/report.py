@@ -62,7 +62,9 @@ class SiteReport:
     ) -> SiteReport:
         """The report of one row of a tally."""
         calls = tuple(
-            CallReport.of(problem, hits, backend, row.reached.get(problem), row.skipped.get(problem))
+            CallReport.of(
+                problem, hits, backend, row.reached.get(problem), row.skipped.get(problem), row.shared.get(problem)
+            )
             for problem, hits in row.hits.most_common()
         )
         seconds = row.seconds["sparse"], row.seconds["dense"]

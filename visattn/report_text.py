@@ -84,6 +84,10 @@ def call_text(call: Mapping[str, Any]) -> str:
         share += f" ({call['reached']['least']:.3f} to {call['reached']['most']:.3f} over heads and calls)"
     if call["skipped"] is not None:
         share += f", {call['skipped']:.3f} skipped"
+    if call["shared"] is not None:
+        refreshed, nbytes = call["shared"]["refreshed"], call["shared"]["nbytes"]
+        share += f", {refreshed:.3g} of {call['hits']} computed anew, "
+        share += f"{_bytes(nbytes)} kept for later steps" if nbytes else "nothing kept for later steps"
     return f"{call['backend']}{precision}{simulated} on {call['layout']}{share}"
 
 
@@ -155,6 +159,9 @@ def _facts(group: Sequence[Site], report: Mapping[str, Any]) -> list[tuple[str, 
     facts = [("", text) for text in (first, *_calls(site, calls), *_measured(group))]
     for how, counted in (("kept dense", site["kept"]), ("fell back to dense", site["fallbacks"])):
         facts += [(MARK, f"{number} call{'s' * (number > 1)}{each} {how}: {why}") for why, number in counted.items()]
+    if any(call["shared"] is not None and not call["shared"]["nbytes"] for call in calls):
+        why = "with gradients, inside of a CUDA graph and in the last step none may"
+        facts.append((MARK, f"no call kept anything for later steps, so that each computed anew: {why}"))
     idle = not (site["hits"] or site["dense"] or site["fallbacks"] or any(s["compiled"] for s in report["sites"]))
     if idle and (report["hits"] or report["dense"] or report["fallbacks"]):
         facts.append((MARK, "not called, unlike others"))
@@ -183,13 +190,17 @@ def _counted(call: Mapping[str, Any]) -> str:
 def _joined(calls: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The same calls of several modules: means of what was measured, the least and most of all."""
     first = calls[0]
-    if first["reached"] is None and first["skipped"] is None:
+    if first["reached"] is None and first["skipped"] is None and first["shared"] is None:
         return first
     shares = [name for name in ("density", "skipped") if first[name] is not None]
     found: dict[str, Any] = {name: sum(call[name] for call in calls) / len(calls) for name in shares}
     if first["reached"] is not None:
         reached = [call["reached"] for call in calls]
         found["reached"] = {"least": min(r["least"] for r in reached), "most": max(r["most"] for r in reached)}
+    if first["shared"] is not None:
+        shared = [call["shared"] for call in calls]
+        refreshed = sum(each["refreshed"] for each in shared) / len(shared)
+        found["shared"] = {"refreshed": refreshed, "nbytes": max(each["nbytes"] for each in shared)}
     return {**first, **found}
 
 

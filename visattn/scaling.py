@@ -7,7 +7,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from visattn.patterns import Clear, Halo, Neighborhood, Pattern, PerHead
+from visattn.patterns import Clear, Halo, Neighborhood, Pattern, PerHead, SharingPattern
 from visattn.patterns.perhead import Part
 from visattn.patterns.values import per_axis
 
@@ -46,6 +46,8 @@ def scaled(pattern: Pattern, grid: Grid, other: Grid) -> Pattern:
     if isinstance(pattern, PerHead):
         heads: Any = tuple(Part(part.heads, scaled(part.pattern, grid, other)) for part in pattern.heads)
         return _with(pattern, heads=heads, rest=scaled(pattern.rest, grid, other))
+    if isinstance(pattern, SharingPattern):
+        return _with(pattern, of=scaled(pattern.of, grid, other))
     return pattern
 
 

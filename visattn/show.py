@@ -11,7 +11,7 @@ from PIL import Image
 
 from visattn.canvas import GAP, Picture, Swatch, column, legend, row, text
 from visattn.layout import Layout
-from visattn.patterns import Agent, Dense, DynamicPattern, Pattern, RoutedPattern, Routes, parse
+from visattn.patterns import Agent, Dense, DynamicPattern, Pattern, RoutedPattern, Routes, SharingPattern, parse
 from visattn.plans import Tile, TilePlan, check_listed, plan, with_routes
 
 SKIPPED, WASTED, PARTIAL, FULL, QUERY = range(5)
@@ -78,15 +78,18 @@ def draw(
     pattern = parse(pattern)
     if isinstance(pattern, Agent):
         return _draw_agents(pattern, layout)
-    check_listed(pattern)
+    shown, note = pattern, ""
+    if isinstance(pattern, SharingPattern):
+        shown = pattern.of
+        note = f"\nthis is {shown}; one step in {pattern.every} computes anew and keeps its output or a part of it"
+    check_listed(shown)
     where = _check_query(query, layout.grid)
-    made = plan(pattern, layout, tile)
-    note = ""
-    if isinstance(pattern, RoutedPattern):
-        made = with_routes(made, _example_routes(pattern, made))
-        own = "for each head on its own " if isinstance(pattern, DynamicPattern) else ""
+    made = plan(shown, layout, tile)
+    if isinstance(shown, RoutedPattern):
+        made = with_routes(made, _example_routes(shown, made))
+        own = "for each head on its own " if isinstance(shown, DynamicPattern) else ""
         what = "blocks" if own else "regions"
-        note = f"\nwhich {what} are seen depends {own}on q and k: these are those of smooth random ones (seed 0)"
+        note += f"\nwhich {what} are seen depends {own}on q and k: these are those of smooth random ones (seed 0)"
     token = layout.prefix + int(np.ravel_multi_index(where, layout.grid))
     return column(
         [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from visattn.layout import Layout
-from visattn.patterns import Neighborhood, Pattern, RoutedPattern, parse
+from visattn.patterns import Neighborhood, Pattern, RoutedPattern, SharingPattern, parse
 from visattn.plans import Tile, TilePlan, check_listed, plan
 
 Box = tuple[int, ...]
@@ -80,10 +80,25 @@ def simulate(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Ti
         ValueError: If pattern, layout and tile do not fit together, or the pattern is no list of tiles.
     """
     pattern = parse(pattern)
+    if isinstance(pattern, SharingPattern):
+        return _shared(pattern, simulate(pattern.of, layout, tile))
     check_listed(pattern)
     start = time.perf_counter()
     made = plan(pattern, layout, tile)
     return _simulation(made, time.perf_counter() - start)
+
+
+def _shared(pattern: SharingPattern, inside: Simulation) -> Simulation:
+    """What a pattern visits that shares between steps: the mean over a refresh and the steps after it."""
+    mean = f"means over {pattern.every} steps, of which one computes anew; tiles are those of {pattern.of}"
+    return dataclasses.replace(
+        inside,
+        pattern=str(pattern),
+        density=pattern.mean(inside.density, 1.0),
+        flop_bound=1 / pattern.mean(1 / inside.flop_bound, 1.0),
+        tile_bound=1 / pattern.mean(1 / inside.tile_bound, 1.0),
+        note="; ".join(filter(None, (mean, inside.note))),
+    )
 
 
 def _simulation(made: TilePlan, seconds: float) -> Simulation:

@@ -14,12 +14,21 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from visattn.counts import Cell, Kind, Row, joined
-from visattn.patterns import DynamicPattern, Gate, HeadsPattern, HybridPattern, OrderedPattern, Pattern, Wrapped
+from visattn.counts import Cell, Kind, Row, Shared, joined
+from visattn.patterns import (
+    DynamicPattern,
+    Gate,
+    HeadsPattern,
+    HybridPattern,
+    OrderedPattern,
+    Pattern,
+    SharingPattern,
+    Wrapped,
+)
 from visattn.patterns.choice.listening import listening
 from visattn.problem import Problem
 
@@ -30,6 +39,7 @@ MANY_CALLS, SELDOM = 4 * EVERY, 8 * EVERY
 # Pairs of CUDA events kept before the finished ones are summed up.
 MANY_EVENTS = 1024
 _NOTHING = nullcontext()
+T = TypeVar("T")
 _all: ContextVar[bool] = ContextVar("all_timed", default=False)
 
 
@@ -51,7 +61,8 @@ def tells(pattern: Pattern) -> bool:
     """Whether what a pattern lists is known only when it has chosen, and told then."""
     if isinstance(pattern, Wrapped):
         return tells(pattern.of)
-    return isinstance(pattern, DynamicPattern | HeadsPattern | OrderedPattern | Gate | HybridPattern)
+    telling = DynamicPattern | HeadsPattern | OrderedPattern | Gate | HybridPattern | SharingPattern
+    return isinstance(pattern, telling)
 
 
 class Chosen(NamedTuple):
@@ -154,7 +165,9 @@ class Tally:
             yield
             spans.append((start, _now(begun)))
 
-        with listening(shares.append, skips.append, None if begun is None else clock):
+        sharing: list[tuple[bool, int]] = []
+        heard = shares.append, skips.append, None if begun is None else clock
+        with listening(*heard, lambda refreshed, nbytes: sharing.append((refreshed, nbytes))):
             yield
         # An engine may choose once for each of its tilings.
         with self._lock:
@@ -162,6 +175,8 @@ class Tally:
             for i, cell in enumerate(cells):
                 cell.reached = _noted(cell.reached, shares, i, len(cells))
                 cell.skipped = _noted(cell.skipped, skips, i, len(cells))
+                for refreshed, nbytes in _of_cell(sharing, i, len(cells)):
+                    cell.shared = (Shared() if cell.shared is None else cell.shared).add(refreshed, nbytes)
             for start, end in spans:
                 if isinstance(start, torch.cuda.Event):
                     self._keep(Chosen(cells), is_first, start, end)
@@ -263,10 +278,15 @@ class Clock:
             self.tally.beside(self.site, self.kind, self.start)
 
 
+def _of_cell(heard: list[T], i: int, cells: int) -> list[T]:
+    """What came from the i-th of so many cells, which ran one after the other."""
+    each = len(heard) // cells
+    return heard[i * each : (i + 1) * each]
+
+
 def _noted(known: torch.Tensor | None, shares: list[torch.Tensor], i: int, cells: int) -> torch.Tensor | None:
-    """What is known with the shares that came from the i-th of so many cells, which ran one after the other."""
-    each = len(shares) // cells
-    for share in shares[i * each : (i + 1) * each]:
+    """What is known with the shares that came from the i-th of so many cells."""
+    for share in _of_cell(shares, i, cells):
         # Filled in on the device: a number that is copied there would wait for all that runs on it.
         new = torch.stack([share.sum(), share.new_full((), share.numel()), share.min(), share.max()])
         known = joined(known, new)

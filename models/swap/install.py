@@ -39,7 +39,8 @@ def install(target: Any, request: Request) -> list[SwappedModel]:
         raise ValueError(f"{stepped} counts denoising steps, and a timm model has none: use dense_layers or layers")
     if schedule.keeps is not None:
         raise ValueError(
-            f"{schedule.keeps} keeps its choice for later denoising steps, and a timm model has none: leave every out"
+            f"{schedule.keeps} keeps something for later denoising steps, and a timm model has none: "
+            f"{schedule.keeps.stepless}"
         )
     return [SwappedModel(model, request)]
 

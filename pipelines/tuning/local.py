@@ -14,6 +14,7 @@ from visattn.attend import attention
 from visattn.patterns.choice.memory import Memory, Place, placed
 from visattn.staged import with_precision
 from visattn.timing import per_call
+from visattn.tuning.ages import growth, sharing
 from visattn.tuning.candidates import HOPELESS, is_steady
 from visattn.tuning.subject import DENSE, Local
 from visattn.watch import Watched
@@ -33,7 +34,8 @@ class Probe:
 
     Candidates that keep lists for several steps (`every`) choose them on a call of an earlier step, so many steps
     before that they are as old as they are in the mean; their time is the mean of calls that choose and calls that
-    take what was chosen.
+    take what was chosen. What steps share is kept likewise, on the host until it serves; its error is that of its age,
+    from which that of all its steps follows (`visattn.tuning.ages`).
 
     Attributes:
         found: Errors and times of candidates, by site; those of several calls of a site are means.
@@ -85,7 +87,10 @@ class Probe:
         number = self._calls[watched.site, step] = self._calls.get((watched.site, step), -1) + 1
         names = self._of_site.get(watched.site, tuple(self._patterns))
         for name in names:
-            if self._every(name) > 1 and step == self._chosen_at[name] and (shape, name) not in self._hopeless:
+            chooses = self._every(name) > 1 and step == self._chosen_at[name]
+            # What is kept in the step itself is of no age, and says nothing of later ones.
+            fresh = step == self._step and sharing(name) is not None
+            if chooses and not fresh and (shape, name) not in self._hopeless:
                 self._choose(watched, (watched.site, number, name))
         if step != self._step:
             return
@@ -111,15 +116,18 @@ class Probe:
 
     def _choose(self, watched: Watched, key: tuple[str, int, str]) -> None:
         """Choose lists for a later step, and measure how long that takes."""
-        memory = Memory()
-        memory.begin(None, self._chosen_at[key[2]], None)
+        empty = Memory()
+        empty.begin(None, self._chosen_at[key[2]], None)
+        memory = empty.copy()
         try:
             self._run(watched, key[2], Place(memory, key))
             if self._times(key, len([k for k in self._choosing if self._alike(k, key)])):
-                self._choosing[key] = _seconds(watched, lambda: self._run(watched, key[2], Place(None)))
+                self._choosing[key] = _seconds(watched, lambda: self._run(watched, key[2], Place(empty.copy(), key)))
         except Exception as error:
             self._leave_out(key, error)
             return
+        # Outputs of all modules and candidates are more than a device holds.
+        memory.move("cpu")
         self._memories[key] = memory
 
     def _try(
@@ -131,17 +139,22 @@ class Probe:
         weight: torch.Tensor | None,
     ) -> Local | None:
         # Without a memory: each call chooses, as the first of those that share a choice does.
-        place = Place(None)
+        memory: Memory | None = None
         if self._every(key[2]) > 1:
             if key not in self._memories:
                 return None
             memory = self._memories[key]
+            memory.move(watched.q.device)
             memory.begin(None, self._step, None)
-            place = Place(memory, key)
+
+        def run() -> torch.Tensor:
+            # A call lets go what no later step takes.
+            return self._run(watched, key[2], Place(None) if memory is None else Place(memory.copy(), key))
+
         try:
-            out = self._run(watched, key[2], place)
+            out = run()
             times = self._times(key, len(self._steady.get((self._shapes[watched.site], key[2]), ())))
-            seconds = _seconds(watched, lambda: self._run(watched, key[2], place)) if times else 0.0
+            seconds = _seconds(watched, run) if times else 0.0
         except Exception as error:
             self._leave_out(key, error)
             return None
@@ -149,6 +162,8 @@ class Probe:
         if key[2] != DENSE:
             off = float((_projected(_some(out), weight) - dense).square().sum() / size)
         every = self._every(key[2])
+        if sharing(key[2]) is not None:
+            off *= growth(every, every) / (self._step - self._chosen_at[key[2]]) ** 2
         if every > 1:
             seconds = (self._choosing.get(key, 0.0) + (every - 1) * seconds) / every
         if seconds and is_steady(key[2]):

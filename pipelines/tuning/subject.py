@@ -15,7 +15,7 @@ import torch
 from visattn.environment import cpu_name, versions
 from visattn.handle import apply
 from visattn.metrics import SSIM_SIDE, psnr, ssim
-from visattn.patterns import Pattern
+from visattn.patterns import Pattern, SharingPattern
 from visattn.pipelines.patch import targets
 from visattn.pipelines.record import EVERYTHING
 from visattn.pipelines.report.lpips import find_lpips
@@ -237,8 +237,10 @@ class PipelineSubject:
             if not new:
                 continue
             edges = {edge for staged in schedule.staged for stage in staged.stages for edge in (stage.first, stage.end)}
-            # A step of each stage: those that take what one chose run the same kernels.
-            steps = min(self.steps, max(1, len(edges) - 1))
+            # A step of each stage: those that take what one chose run the same kernels. Those that share what one
+            # computed run others, and the last step of a run keeps nothing.
+            each = 2 if any(isinstance(pattern, SharingPattern) for pattern in schedule.patterns) else 1
+            steps = min(self.steps, each * max(1, len(edges) - 1))
             with torch.no_grad(), apply(self.pipe, schedule, backend=self.backend, always=True):
                 self.pipe(**self.arguments(seeds[:count]) | {"num_inference_steps": steps})
             self._warm |= new

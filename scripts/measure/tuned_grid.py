@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from visattn.patterns import parse
+from visattn.patterns import SharingPattern
 from visattn.staged import with_precision
 from visattn.tuning.candidates import checked, kind_of
 from visattn.tuning.goal import Goal
@@ -27,13 +27,16 @@ DENSE_STAGES = 2
 def grid_of(names: Sequence[str], shape: tuple[int, ...]) -> tuple[str, ...]:
     """Single patterns for a grid of tokens: the candidates of the search, those without means, and more windows."""
     more = [f"na(window={'x'.join(str(max(1, round(w * n)) | 1) for n in shape)})" for w in WINDOWS]
-    bare: list[Any] = [parse(name) for name in names if "rest=mean" in name]
+    bare: list[Any] = [p for p, _ in map(with_precision, names) if getattr(p, "rest", "") == "mean"]
     return checked([*names, *(str(dataclasses.replace(each, rest="drop")) for each in bare), *more], shape)[1:]
 
 
 def fields_of(name: str) -> dict[str, Any]:
     """Parameters of a pattern."""
     pattern: Any = with_precision(name)[0]
+    if isinstance(pattern, SharingPattern):
+        # That it shares, and for how long, is beside what it lists.
+        return dataclasses.asdict(pattern.of) | {"shared": pattern.every}  # type: ignore[call-overload]
     return dataclasses.asdict(pattern)
 
 

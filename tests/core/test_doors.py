@@ -111,7 +111,7 @@ class TestAPatternInOneFile:
         if not backend.supports(asked).ok:
             # Engines for patterns of their own, and none of those for lists.
             own = ("agent", "gate", "heads", "linear", "ordered", "sparse_linear", "sigmoid")
-            own += ("clipped", "hybrid", "wrapped", "natten", "centroids")
+            own += ("clipped", "hybrid", "wrapped", "natten", "centroids", "sharing")
             assert name in own, backend.supports(asked).reason
             return
         out = visattn.attention(q, k, v, "cross(2)", LAYOUT, backend=name)

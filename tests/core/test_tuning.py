@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.numbers import COSTS, Numbers
 from visattn import parse
+from visattn.tuning.ages import of_stage, sharing
 from visattn.tuning.candidates import candidates, checked, is_steady, kind_of
 from visattn.tuning.journal import Journal
 from visattn.tuning.layers import measured, promising
@@ -108,6 +109,39 @@ def test_candidates_are_patterns_of_the_grid(grid):
         assert str(parse(text)) == text
     with pytest.raises(ValueError, match="parameters to train"):
         checked(["linear(feature=hedgehog)"], grid)
+
+
+@pytest.mark.parametrize("grid", [(64, 64), (16, 16, 16)])
+def test_candidates_that_steps_share_are_for_runs_of_several_steps(grid):
+    shared = {steps: {name for name in candidates(grid, steps) if sharing(name)} for steps in (1, 2, 3, 6)}
+    assert not shared[1] and {sharing(name).every for name in shared[2]} == {2}
+    assert {sharing(name).every for name in shared[6]} == {2, 3, 4} and shared[2] < shared[3] < shared[6]
+    assert {kind_of(name) for name in shared[6]} == {"residual of na", "residual of topk", "broadcast of dense"}
+    assert all(map(is_steady, shared[6])) and not is_steady("residual(of=topp(p=0.9))")
+
+
+class TestAges:
+    @given(st.integers(2, 5), st.integers(2, 12), st.sampled_from(["residual(of=na(window=3), {})", "broadcast({})"]))
+    def test_a_stage_is_the_sum_of_its_steps(self, every, steps, text):
+        """Step by step: an error that grows with the age's square, a dense step and what runs beside it."""
+        name = text.format(f"every={every}, drift=inf")
+        own, dense, slope = 1.0, 10.0, 0.01
+        refreshed = [i % every == 0 for i in range(steps)]
+        if name.startswith("residual"):
+            mean = own + dense / every
+            taken = [own + dense * each for each in refreshed]
+        else:
+            mean, taken = dense / every, [dense * each for each in refreshed]
+        period = slope * sum(i**2 for i in range(every)) / every
+        found = of_stage({DENSE: Local(0, dense), name: Local(period, mean)}, steps)
+        assert found[name].seconds == pytest.approx(sum(taken) / steps)
+        assert found[name].error == pytest.approx(slope * sum((i % every) ** 2 for i in range(steps)) / steps)
+
+    def test_a_stage_of_one_step_shares_nothing(self):
+        here = {DENSE: Local(0, 1.0), "broadcast": Local(0.1, 0.5), "na(window=3)": Local(0.2, 0.3)}
+        assert of_stage(here, 1) == {n: v for n, v in here.items() if n != "broadcast"}
+        untimed = {DENSE: Local(0, 0.0), "broadcast": Local(0.1, 0.0)}
+        assert of_stage(untimed, 3)["broadcast"].seconds == 0
 
 
 @pytest.mark.parametrize("grid", [(64, 64), (16, 16, 16)])

@@ -18,6 +18,7 @@ from visattn.patterns import (
     Agent,
     AgentSD,
     Best,
+    Broadcast,
     Centroids,
     Clear,
     Clipped,
@@ -35,6 +36,7 @@ from visattn.patterns import (
     PerHead,
     Pruned,
     Radial,
+    Residual,
     Routing,
     Selective,
     Sigmoid,
@@ -192,6 +194,8 @@ KINDS = STATIC | {
     Sigmoid: made(Sigmoid, sparse=INNER, bias=st.none() | REAL),
     Gated: made(Gated, of=INNER, init=st.floats(0.01, 0.99), rescale=st.booleans()),
     Selective: made(Selective, of=INNER, values=st.booleans()),
+    Residual: made(Residual, of=INNER, every=st.integers(2, 9), drift=POSITIVE | st.just(math.inf)),
+    Broadcast: made(Broadcast, of=INNER | TOPK, every=st.integers(2, 9), drift=POSITIVE),
     Clipped: made(
         Clipped,
         sparse=INNER,
@@ -228,6 +232,8 @@ def build(parameters):
                     "causal is for",
                     "bar=",
                     "fades",
+                    "leaves nothing",
+                    "keeps its choice",
                 )
             )
         )

@@ -28,7 +28,15 @@ EXAMPLES = {
     RoutedPattern: {"routing(regions=2, topk=1)", "topk(keep=0.5)", "topp(p=0.5)", "above(tau=0.5)", "verticalslash"},
     ComposedPattern: {"agent(agents=2)", "linear", "flow", "mala", "wersa", "sigmoid", "sparselinear(na(window=3))"}
     | {"clipped", "gated", "selective", "sla", "sla2", "vsa", "centroids", "pruned(by=topk(keep=0.5))"}
-    | {"gate(by=topk(keep=0.5))", "kmeans", "lsh", "best(of=[dense, na(window=3)])", "perhead(heads={0: dense})"},
+    | {
+        "residual(of=na(window=3))",
+        "broadcast",
+        "gate(by=topk(keep=0.5))",
+        "kmeans",
+        "lsh",
+        "best(of=[dense, na(window=3)])",
+        "perhead(heads={0: dense})",
+    },
     MergingPattern: {"agentsd"},
 }
 

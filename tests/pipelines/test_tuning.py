@@ -9,6 +9,8 @@ import torch
 import visattn
 from tests.support import tiny_pipelines
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
+from visattn.patterns.choice.memory import Memory, Place, placed
+from visattn.pipelines.record import EVERYTHING
 from visattn.pipelines.tuning import local
 from visattn.pipelines.tuning.projection import projection
 from visattn.pipelines.tuning.subject import PipelineSubject, Samples, schedule_of
@@ -66,6 +68,41 @@ def test_kept_lists_are_as_old_as_in_the_mean_and_times_are_only_those_asked_for
         assert layer[kept].seconds == layer[DENSE].seconds == 0 < layer[GOOD].seconds
     for layer in first:
         assert layer[kept].error == pytest.approx(layer[GOOD].error) and layer[kept].seconds > 0
+
+
+@pytest.mark.parametrize("shared", ["residual(of=topk(keep=0.5), every=2, drift=inf)", "broadcast(every=2, drift=inf)"])
+def test_what_steps_share_errs_by_its_age(subject, shared):
+    """Of two steps one refreshes without any error: the mean over both is half of that of the other."""
+    seen, names = [], (DENSE, shared)
+    with torch.no_grad(), visattn.apply(subject.pipe, EVERYTHING) as handle:
+        handle.watch(lambda watched: seen.append(watched))
+        subject.pipe(**subject.arguments((0, 1)))
+    layers = len(seen) // 2
+    late, first = subject.local(1, names, (0, 1), names), subject.local(0, names, (0, 1), names)
+    assert [set(layer) for layer in first] == [{DENSE}] * layers, "step 0 has nothing that is older"
+    for before, now, layer in zip(seen[:layers], seen[layers:], late, strict=True):
+        run, memory = visattn.attention, Memory()
+        for step, watched in enumerate((before, now)):
+            memory.begin(None, step, None)
+            with placed(Place(memory, "call")):
+                out = run(watched.q, watched.k, watched.v, shared, watched.layouts[0], scale=watched.scale)
+        weight = projection(subject.pipe.transformer, now.site, out.shape[2] * out.shape[3])
+        off, size = (local._projected(t, weight).square().sum() for t in (out - now.out, now.out))
+        assert layer[shared].error == pytest.approx(float(off / size) / 2, rel=1e-3)
+        assert layer[shared].seconds > 0
+
+
+def test_a_schedule_that_shares_is_searched_and_verified(subject):
+    from visattn.tuning.goal import Goal
+    from visattn.tuning.journal import Journal
+    from visattn.tuning.measure import Measurer
+    from visattn.tuning.plan import Plan
+    from visattn.tuning.search import Search
+
+    names = (DENSE, "broadcast(every=2, drift=inf)", "residual(of=na(window=3x3), every=2, drift=inf)")
+    plan = Plan(names, 1, groups=1, probes=1, checks=1, seeds=2, quick=2, steps=2)
+    found = Search(Measurer(subject, plan, Journal(None, {})), Goal(psnr=10.0, held_out=2)).run()
+    assert found.verified.psnr
 
 
 def test_what_is_new_is_warmed_up_once(subject, monkeypatch):

@@ -73,6 +73,10 @@ def test_the_fastest_that_holds_is_the_best_and_what_is_left_out_says_why():
         ("na(window=3x5)", "na(window=5x5)", True),
         ("na(window=3x7)", "na(window=5x5)", False),
         ("na(window=3x3)", "na(window=3x3)", True),
+        ("residual(of=na(window=3x3))", "residual(of=na(window=5x5))", True),
+        ("residual(of=na(window=3x3))", "residual(of=na(window=5x5), every=2)", False),
+        ("residual(of=na(window=3x3))", "na(window=5x5)", False),
+        ("broadcast(every=2)", "broadcast(every=3)", False),
     ],
 )
 def test_patterns_within_others_come_behind_them(one, other, within):

@@ -42,6 +42,7 @@ from visattn.patterns.radial import Radial
 from visattn.patterns.routes import Routes
 from visattn.patterns.routing import Routing
 from visattn.patterns.ruled import RuledPattern
+from visattn.patterns.sharing import Broadcast, Residual, SharingPattern
 from visattn.patterns.sigmoid import Sigmoid
 from visattn.patterns.sparse_linear import SparseLinear
 from visattn.patterns.text import parse
@@ -61,6 +62,7 @@ __all__ = [
     "AgentSD",
     "Best",
     "BiasedPattern",
+    "Broadcast",
     "Centroids",
     "Clear",
     "Clipped",
@@ -87,11 +89,13 @@ __all__ = [
     "PooledPattern",
     "Pruned",
     "Radial",
+    "Residual",
     "RoutedPattern",
     "Routes",
     "Routing",
     "RuledPattern",
     "Selective",
+    "SharingPattern",
     "Sigmoid",
     "SpannedPattern",
     "SparseLinear",
@@ -139,4 +143,6 @@ PATTERNS: tuple[type[Pattern], ...] = (
     Clipped,
     Gated,
     Selective,
+    Residual,
+    Broadcast,
 )

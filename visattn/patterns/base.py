@@ -56,6 +56,11 @@ class Pattern(metaclass=_Written):
         return False
 
     @property
+    def stepless(self) -> str:
+        """What to do where steps are needed and nobody knows them, for errors."""
+        return "leave every out"
+
+    @property
     def remembers(self) -> bool:
         """Whether it keeps something from step to step where they are known."""
         return self.needs_steps

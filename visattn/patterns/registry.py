@@ -59,6 +59,8 @@ KINDS = REGISTRY.declare(
         "clipped": "visattn.patterns.clipped:Clipped",
         "gated": "visattn.patterns.wrapped:Gated",
         "selective": "visattn.patterns.wrapped:Selective",
+        "residual": "visattn.patterns.sharing:Residual",
+        "broadcast": "visattn.patterns.sharing:Broadcast",
     },
     _accept,
 )

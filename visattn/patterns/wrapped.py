@@ -7,79 +7,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from visattn.patterns.around import AroundPattern
 from visattn.patterns.base import Pattern
 from visattn.patterns.dense import Dense
-from visattn.patterns.kinds import ComposedPattern, MergingPattern, StaticPattern
-from visattn.patterns.text import parse
 from visattn.patterns.values import is_number, real_number
 
 if TYPE_CHECKING:
     import torch
 
 
-class Wrapped(ComposedPattern):
+class Wrapped(AroundPattern):
     """The attention of another pattern, whatever kind it is, with learned factors per head before or after it.
 
     Attributes:
         of: The other pattern.
     """
 
-    of: Pattern
-    # Its factors are maps of the channels themselves.
+    # Its factors are maps of the channels themselves, and 1 at first: it needs weights where the pattern inside does.
     of_products: ClassVar[bool] = False
 
-    def parse_of(self) -> None:
-        """Parse `of` where it is a text; for `__post_init__`.
+    def parse_of(self) -> str:
+        """See `AroundPattern.parse_of`.
 
         Raises:
             ValueError: If it merges tokens, or is wrapped in the same way already.
         """
-        pattern = parse(self.of)
-        where = f"of={pattern} of {self.name}"
-        if isinstance(pattern, MergingPattern):
-            raise ValueError(f"{where} merges tokens before they become queries and keys: give another pattern")
-        inside = pattern
-        while isinstance(inside, Wrapped):
+        where = super().parse_of()
+        inside = self.of
+        while isinstance(inside, AroundPattern):
             if type(inside) is type(self):
                 raise ValueError(f"{where} is {self.name} already, and parameters of both have the same names")
             inside = inside.of
-        object.__setattr__(self, "of", pattern)
-
-    @property
-    def inner(self) -> StaticPattern | None:
-        """The pattern inside where the grid alone decides it, or what that is composed around."""
-        if isinstance(self.of, ComposedPattern):
-            return self.of.inner
-        return self.of if isinstance(self.of, StaticPattern) else None
+        return where
 
     @property
     def learnable(self) -> bool:
         """Always: its factors."""
         return True
-
-    @property
-    def needs_steps(self) -> bool:
-        """Whether the pattern inside does."""
-        return self.of.needs_steps
-
-    @property
-    def remembers(self) -> bool:
-        """Whether the pattern inside does."""
-        return self.of.remembers
-
-    @property
-    def joins_heads(self) -> bool:
-        """Whether the pattern inside does."""
-        return self.of.joins_heads
-
-    @property
-    def needs_weights(self) -> bool:
-        """Whether the pattern inside does: the factors are 1 at first."""
-        return self.of.needs_weights
-
-    def check(self, grid: tuple[int, ...]) -> None:
-        """Raise a ValueError if the pattern inside is not defined on this grid."""
-        self.of.check(grid)
 
     def instead(self, grid: tuple[int, ...]) -> str:
         """The pattern inside with factors."""

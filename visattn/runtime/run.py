@@ -151,6 +151,8 @@ class Run:
         """A forward of the model is over: see whether it reached what was selected."""
         forward = self.here.forward
         self.leave()
+        if self.here.memory is not None:
+            self.here.memory.finish()
         if forward is None or forward.dense or not self.sparse_sites:
             return
         anonymous = sum(site in self.compiled_patterns for site in forward.hits) + forward.kept

@@ -6,6 +6,7 @@ import bisect
 import statistics
 from collections.abc import Mapping, Sequence
 
+from visattn.tuning.ages import of_stage
 from visattn.tuning.candidates import is_steady
 from visattn.tuning.measure import Measurer
 from visattn.tuning.solve import Choice, hull
@@ -33,12 +34,13 @@ def measured(measurer: Measurer) -> Locals:
             measurer.tell("candidates in each layer", len(found), plan.stages)
             found[stage] = measurer.local(stage, names, timed)
     measurer.tell("candidates in each layer", plan.stages, plan.stages)
-    return _steadied(
+    steadied = _steadied(
         [
             [{n: v for n, v in found[stage][layer].items() if n in names} for stage in range(plan.stages)]
             for layer in range(measurer.subject.layers)
         ]
     )
+    return [[of_stage(*pair) for pair in zip(layer, measurer.calls, strict=True)] for layer in steadied]
 
 
 def in_the_middle(measurer: Measurer) -> list[dict[str, Local]]:

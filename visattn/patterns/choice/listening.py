@@ -15,26 +15,33 @@ from visattn.patterns.routes import Routes
 
 Listener = Callable[[torch.Tensor], None]
 Clock = Callable[[], AbstractContextManager[None]]
+# Gets whether a call computed its output anew, and the bytes that are kept for later steps.
+Sharing = Callable[[bool, int], None]
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 _skips: ContextVar[Listener | None] = ContextVar("skips", default=None)
 _clock: ContextVar[Clock | None] = ContextVar("clock", default=None)
+_sharing: ContextVar[Sharing | None] = ContextVar("sharing", default=None)
 
 
 @contextmanager
-def listening(listener: Listener, skips: Listener | None = None, clock: Clock | None = None) -> Iterator[None]:
+def listening(
+    listener: Listener, skips: Listener | None = None, clock: Clock | None = None, sharing: Sharing | None = None
+) -> Iterator[None]:
     """Inside, every choice gives `listener` the listed share of all pairs of grid tokens: [B, H].
 
     `skips` gets the share that was listed and then passed over, of patterns that do so. Choices are made inside of what
-    `clock` returns; without one they stay inside of that of the listener before.
+    `clock` returns; without one they stay inside of that of the listener before. `sharing` is told what patterns do
+    that share between steps.
     """
-    before, others = _listener.set(listener), _skips.set(skips)
+    before, others, shared = _listener.set(listener), _skips.set(skips), _sharing.set(sharing)
     timed = None if clock is None else _clock.set(clock)
     try:
         yield
     finally:
         _listener.reset(before)
         _skips.reset(others)
+        _sharing.reset(shared)
         if timed is not None:
             _clock.reset(timed)
 
@@ -64,6 +71,13 @@ def tell_shares(shares: torch.Tensor, skipped: bool = False) -> None:
     listener = _skips.get() if skipped else _listener.get()
     if listener is not None and not (shares.is_cuda and torch.cuda.is_current_stream_capturing()):
         listener(shares)
+
+
+def tell_sharing(refreshed: bool, nbytes: int) -> None:
+    """Tell who listens whether a call computed its output anew, and how many bytes are kept for later steps."""
+    listener = _sharing.get()
+    if listener is not None:
+        listener(refreshed, nbytes)
 
 
 def tell(choice: Routes, blocks: Blocks, before: Routes | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a choice keeps from denoising step to step: per thread, patched model, run, module and half of guidance."""
+"""What patterns keep from denoising step to step: per thread, patched model, run, module and half of guidance."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 class Memory:
-    """What the choices of one thread keep while a patched model runs; emptied when another run begins.
+    """What the patterns of one thread keep while a patched model runs; emptied when another run begins.
 
     Attributes:
         step: Index of the denoising step.
@@ -27,7 +28,10 @@ class Memory:
     def __init__(self) -> None:
         self.step, self.half = -1, 0
         self._run: Hashable = None
+        self._total: int | None = None
         self._kept: dict[Hashable, Any] = {}
+        # The last step that a value is of use for, and the half that it is of.
+        self._until: dict[Hashable, tuple[int, int]] = {}
         self._calls: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -43,9 +47,14 @@ class Memory:
         """
         new = (run, total) != self._run or step < self.step
         if new:
-            self._kept = {}
+            self._kept, self._until = {}, {}
         self.half = 0 if new or step != self.step else self.half + 1
-        self._run, self.step, self._calls = (run, total), step, {}
+        self._run, self.step, self._total, self._calls = (run, total), step, total, {}
+        self._drop([key for key, (until, _) in self._until.items() if until < step])
+
+    def finish(self) -> None:
+        """A forward is over: what serves no later step goes."""
+        self._drop([key for key, (until, half) in self._until.items() if until <= self.step and half == self.half])
 
     def key(self, site: str) -> Hashable:
         """What a call of a module keeps goes by; each further call in this forward has another one."""
@@ -56,9 +65,37 @@ class Memory:
         """What is kept, None for nothing."""
         return self._kept.get(key)
 
-    def put(self, key: Hashable, value: Any) -> None:
-        """Keep a value until another takes its place."""
+    def put(self, key: Hashable, value: Any, until: int | None = None) -> None:
+        """Keep a value until another takes its place, or the step `until` is over."""
         self._kept[key] = value
+        if until is not None:
+            self._until[key] = until, self.half
+
+    def drop(self, key: Hashable) -> None:
+        """Let a value go, which may not be there."""
+        self._drop([key])
+
+    def until(self, every: int) -> int:
+        """The last step of this run that a value of this step serves, where it is good for so many steps."""
+        last = self.step + every - 1
+        return last if self._total is None else min(last, self._total - 1)
+
+    def copy(self) -> Memory:
+        """One that keeps the same: what a call puts or drops there is not put or dropped here."""
+        found = copy(self)
+        found._kept, found._until, found._calls = dict(self._kept), dict(self._until), dict(self._calls)
+        return found
+
+    def move(self, device: torch.device | str) -> None:
+        """Outputs that are kept go to a device; lists, which are small, stay."""
+        for key, value in self._kept.items():
+            if hasattr(value, "moved_to"):
+                self._kept[key] = value.moved_to(device)
+
+    def _drop(self, keys: list[Hashable]) -> None:
+        for key in keys:
+            self._kept.pop(key, None)
+            self._until.pop(key, None)
 
 
 class Place(NamedTuple):
@@ -118,10 +155,11 @@ def usable() -> Place | None:
 
 
 class Means(NamedTuple):
-    """What a choice was made from: means of the blocks of queries and keys [B, blocks, H, D]."""
+    """What was computed from: means of blocks of queries and keys, of values where they matter: [B, blocks, H, D]."""
 
     queries: torch.Tensor
     keys: torch.Tensor
+    values: torch.Tensor | None = None
 
     def moved(self, other: Means) -> torch.Tensor:
         """How far means of another step are from these, relative to their norm; the largest of all samples and heads.
@@ -129,13 +167,19 @@ class Means(NamedTuple):
         What is added to all keys alike changes no choice and is left out.
         """
         found = []
-        for old, new, centred in ((self.queries, other.queries, False), (self.keys, other.keys, True)):
+        for old, new, centred in zip(self, other, (False, True, False), strict=True):
+            if old is None or new is None:
+                continue
             old, new = old.float(), new.float()
             if centred:
                 old, new = (t - t.mean(1, keepdim=True) for t in (old, new))
             off, size = ((t.square()).sum((1, 3)) for t in (new - old, old))
             found.append((off / size.clamp(min=1e-30)).max())
         return torch.stack(found).max().sqrt()
+
+    def to(self, dtype: torch.dtype) -> Means:
+        """The same in another dtype."""
+        return Means(*(None if each is None else each.to(dtype) for each in self))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -151,7 +195,7 @@ class _Kept:
     @classmethod
     def of(cls, choice: Routes, means: Means | None, step: int, blocks: int, dtype: torch.dtype) -> _Kept:
         small = torch.int16 if blocks <= 2**15 else torch.int32
-        kept = None if means is None else Means(*(t.to(dtype) for t in means))
+        kept = None if means is None else means.to(dtype)
         return cls(choice.tiles.to(small), choice.counts, kept, step, choice.tiles.dtype)
 
     def good(self, now: Means | None, drift: float) -> bool:
@@ -195,5 +239,5 @@ def kept_for(
     if found is not None and memory.step - found.step < every and found.good(now, drift):
         return found.choice
     choice = choose()
-    memory.put(key, _Kept.of(choice, now, memory.step, blocks, dtype))
+    memory.put(key, _Kept.of(choice, now, memory.step, blocks, dtype), memory.until(every))
     return choice
