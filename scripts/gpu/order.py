@@ -24,7 +24,7 @@ class Machine:
 
     cards: int
     cores: int
-    sharing: int = 3
+    sharing: int = 4
 
     def __post_init__(self) -> None:
         for name in ("cards", "cores", "sharing"):

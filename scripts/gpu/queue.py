@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
             continue
         one.add_argument("--cards", type=int, default=1, help="GPUs")
         one.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="CPU cores")
-        one.add_argument("--sharing", type=int, default=3, help="steps that share a card, at most")
+        one.add_argument("--sharing", type=int, default=4, help="steps that share a card, at most")
         one.add_argument("--seconds", type=float, default=570.0, help="of all: after them nothing runs any more")
         if action == "run":
             one.add_argument("--out", type=Path, required=True, help="folder for archives and table")
