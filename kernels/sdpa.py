@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.dispatch import Backend, overhead, wall
+from visattn.kernels.fused import fused
 from visattn.kernels.masks import visible
 from visattn.kernels.scores import log_sum_exp
 from visattn.kernels.second_order import lists_with_formula
@@ -84,7 +84,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tup
         mask = mask | blind
     # While torch.jit.trace records, sizes are tensors.
     grouped = bool(q.shape[2] != k.shape[2])
-    out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
+    out = fused(*heads_first, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
     lse = log_sum_exp(heads_first[0], heads_first[1], mask, call.scale) if call.lse else None
     if blind is not None:
         out = out.masked_fill(blind, 0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from visattn.kernels.fused import fused
 from visattn.kernels.scores import log_sum_exp
 from visattn.layout import Layout
 
@@ -41,11 +41,11 @@ def attend_triangular(
         q, k, v = (t.roll(layout.suffix, 2) for t in (q, k, v))
     # While torch.jit.trace records, sizes are tensors.
     grouped = bool(q.shape[1] != k.shape[1])
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    out = fused(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     sums = log_sum_exp(q, k, None, scale, causal=True) if lse else None
     if dense:
         first = q[:, :, :dense]
-        own = scaled_dot_product_attention(first, k, v, scale=scale, enable_gqa=grouped)
+        own = fused(first, k, v, scale=scale, enable_gqa=grouped)
         out = torch.cat([own, out[:, :, dense:]], 2)
         if sums is not None:
             sums = torch.cat([log_sum_exp(first, k, None, scale), sums[:, :, dense:]], 2)

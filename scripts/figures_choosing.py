@@ -18,11 +18,13 @@ class Line(NamedTuple):
 
 LINES = (
     Line("pictures", "emoji-dynamic", "dense"),
+    Line("pictures", "emoji-quality", "broadcast"),
     Line("pictures", "emoji-dynamic", "topk(keep=0.2,rest=mean)", 6),
     Line("pictures", "emoji-dynamic", "na(window=29x29)", 6),
     Line("pictures", "emoji-dynamic", "topk(keep=0.2,rest=mean)"),
     Line("pictures", "emoji-dynamic", "na(window=29x29)"),
     Line("clips", "animoji-dynamic", "dense"),
+    Line("clips", "animoji-quality", "broadcast"),
     Line("clips", "animoji-quality", "radial(decay=0.5)"),
     Line("clips", "animoji-dynamic", "topk(keep=0.2,rest=slope)"),
     Line("clips", "animoji-dynamic", "topk(keep=0.2,rest=mean)"),

@@ -39,7 +39,8 @@ def tuned_table() -> str:
                 1e3 * row["times"][kind]["attention_seconds"] for kind in ("tuned", "single", "dense")
             )
             figures, best = row["verified"], row["single"]
-            pattern = f"`{best['pattern']}`" + (f", {best['dense_stages']} part dense" if best["dense_stages"] else "")
+            parts = best["dense_stages"]
+            pattern = f"`{best['pattern']}`" + (f", {parts} part{'s' * (parts > 1)} dense" if parts else "")
             rows.append(
                 [
                     f"{about['model']}, {grid}",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import normalize, scaled_dot_product_attention
+from torch.nn.functional import normalize
+
+from visattn.kernels.fused import fused
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +108,6 @@ def agent_sd(
         [B, N, H, D].
     """
     q, k, v, agents = (t.transpose(1, 2) for t in (q, k, v, agents))
-    gathered = scaled_dot_product_attention(agents, k, v)
-    out = scaled_dot_product_attention(q, agents, gathered, scale=q.shape[-1] ** (-0.5 * read_scale))
+    gathered = fused(agents, k, v)
+    out = fused(q, agents, gathered, scale=q.shape[-1] ** (-0.5 * read_scale))
     return (out + shortcut * v).transpose(1, 2)

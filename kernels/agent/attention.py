@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from visattn.kernels.fused import fused
 from visattn.kernels.linear.features import widened
 from visattn.kernels.second_order import by_autograd, with_formula
 from visattn.kernels.triton.backend import on_gpu
@@ -173,16 +174,16 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         mask = mask.to(q.dtype)
     bias = () if mask is None or mask.dtype == torch.bool else (mask,)
 
-    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> tuple[torch.Tensor, None]:
         # While torch.jit.trace records, sizes are tensors.
         grouped = bool(q.shape[1] != k.shape[1])
         own = bias[0] if bias else mask
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=own, scale=scale, enable_gqa=grouped), None
+        return fused(q, k, v, own, scale=scale, enable_gqa=grouped), None
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
         return _plain(q, k, v, bias[0] if bias else mask, scale)
 
-    return with_formula(fused, (q, k, v, *bias), lambda: by_autograd(plain), of_operators=True)[0]
+    return with_formula(at_once, (q, k, v, *bias), lambda: by_autograd(plain), of_operators=True)[0]
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from visattn.autocast import switched_off
 from visattn.dispatch import Backend, choose, overhead
+from visattn.kernels.fused import fused
 from visattn.kernels.triton.backend import on_gpu, pairs_fit
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.listening import choosing
@@ -154,7 +155,7 @@ def _dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -
     group = q.shape[2] // k.shape[2]
     keys, values = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
     mask = None if call.key_mask is None else call.key_mask[:, None, None]
-    out = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), keys, values, mask, scale=call.scale)
+    out = fused(q.transpose(1, 2), keys, values, mask, scale=call.scale)
     return out.transpose(1, 2)
 
 

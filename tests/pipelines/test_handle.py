@@ -41,13 +41,13 @@ def test_report_agrees_with_an_independent_count(monkeypatch):
     """Every call of torch's SDPA in self-attention is counted by hand, and densities are those of the masks."""
     model, inputs = tiny_models.sd15()
     calls = []
-    real = sdpa.scaled_dot_product_attention
+    real = sdpa.fused
 
     def counting(q, k, v, attn_mask=None, **options):
         calls.append((q.shape[2], attn_mask))
         return real(q, k, v, attn_mask, **options)
 
-    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", counting)
+    monkeypatch.setattr(sdpa, "fused", counting)
     with visattn.apply(model, "na(window=3x5)", backend="sdpa") as handle:
         for _ in range(3):
             tiny_models.run(model, inputs)
