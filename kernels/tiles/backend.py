@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from visattn.dispatch import Backend, Prepared, overhead
 from visattn.keep import kept
 from visattn.kernels.tiles.batches import Work, batch_size
-from visattn.kernels.tiles.boxes import box_groups
+from visattn.kernels.tiles.boxes import AxisKinds, box_groups
 from visattn.kernels.tiles.eightbit import simulate, simulates
 from visattn.kernels.tiles.engine import TileAttention, forward
 from visattn.kernels.tiles.groups import Group, Problems, list_groups, listed_sequence, routed_group, whole_sequence
@@ -156,6 +158,8 @@ def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, in
     """Number, queries and keys of the problems of each group, for one sample; those of a routed group first."""
     cpu = torch.device("cpu")
     if not _is_routed(pattern, layout):
+        if (axes := _axes(pattern, layout, rpb)) is not None:
+            return _of_axes(pattern, layout, axes)
         groups, routed = _static_problems(pattern, layout, cpu, rpb).groups, []
     else:
         tiles = _routed_plan(pattern, layout)
@@ -166,6 +170,16 @@ def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, in
         routed = [(tiles.queries.runs[1], tiles.queries.capacity, keys)]
     listed = [(len(group.queries), group.queries.shape[1], group.length) for group in groups]
     return [*routed, *listed]
+
+
+def _of_axes(pattern: Pattern, layout: Layout, axes: Sequence[AxisKinds]) -> list[tuple[int, int, int]]:
+    """The same of a pattern of intervals, whose groups need not be made for it."""
+    dense, fixed = _dense(pattern, layout, torch.device("cpu"))
+    more = 0 if fixed is None else len(fixed)
+    rows = [zip(kinds.tiles.tolist(), kinds.queries.tolist(), kinds.keys.tolist(), strict=True) for kinds in axes]
+    found = [[math.prod(numbers) for numbers in zip(*each, strict=True)] for each in itertools.product(*rows)]
+    listed = [(len(group.queries), group.queries.shape[1], group.length) for group in dense]
+    return [*((tiles, queries, keys + more) for tiles, queries, keys in found), *listed]
 
 
 def _is_routed(pattern: Pattern, layout: Layout) -> bool:
@@ -267,13 +281,23 @@ def _static_problems(pattern: Pattern, layout: Layout, device: torch.device, rpb
     if pattern.covers(*layout.grids) and not rpb:
         return Problems((whole_sequence(np.arange(layout.length), layout.keys.length, device),))
     dense, fixed = _dense(pattern, layout, device)
-    spans = axis_spans(pattern, layout)
-    if spans is None:
+    axes = _axes(pattern, layout, rpb)
+    if axes is None:
         return Problems((*list_groups(_fine_plan(pattern, layout), device), *dense))
     sides = pattern.rpb_shape(layout.grid) if rpb and isinstance(pattern, BiasedPattern) else None
     windows = None if sides is None else tuple(side // 2 + 1 for side in sides)
-    axes = choose_axes(spans, 0 if fixed is None else len(fixed))
-    return Problems((*box_groups(layout, axes, windows, fixed, device), *dense))
+    classes = [kinds.classes() for kinds in axes]
+    return Problems((*box_groups(layout, classes, windows, fixed, device), *dense))
+
+
+@kept
+def _axes(pattern: Pattern, layout: Layout, rpb: bool) -> tuple[AxisKinds, ...] | None:
+    """The tiles of each axis of a pattern that is one interval of keys per axis, and does not cover the grid."""
+    spans = axis_spans(pattern, layout)
+    if spans is None or (pattern.covers(*layout.grids) and not rpb):
+        return None
+    _, fixed = _dense(pattern, layout, torch.device("cpu"))
+    return tuple(choose_axes(spans, 0 if fixed is None else len(fixed)))
 
 
 def _fine_plan(pattern: Pattern, layout: Layout) -> TilePlan:

@@ -6,13 +6,14 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
 
 from visattn.kernels.tiles.groups import Group
 from visattn.layout import Layout
+from visattn.memory import check_room
 from visattn.patterns.geometry import Bools, Spans
 from visattn.tiling import AxisTiles, Ints
 
@@ -46,7 +47,64 @@ class AxisClass:
         return keys % self.ring if self.ring else keys
 
 
-def axis_classes(spans: Spans, size: int) -> list[AxisClass]:
+@dataclass(frozen=True, eq=False)
+class AxisKinds:
+    """How the tiles of one axis look from their first token: numbers alone, as masks of long causal axes are many.
+
+    Attributes:
+        axis: The tiles.
+        low: Position of the first key of each tile: [tiles].
+        looks: Each kind's queries, keys, position of the first key, and edges of each query's keys:
+            [kinds, 3 + 2 size].
+        which: Kind of each tile: [tiles].
+        ring: Keys of a circular axis, 0 for one that ends.
+    """
+
+    axis: AxisTiles
+    low: Ints
+    looks: Ints
+    which: Ints
+    ring: int
+
+    @cached_property
+    def tiles(self) -> Ints:
+        """Tiles of each kind: [kinds]."""
+        return np.bincount(self.which, minlength=len(self.looks))
+
+    @property
+    def queries(self) -> Ints:
+        """Queries of a tile of each kind: [kinds]."""
+        return self.looks[:, 0]
+
+    @property
+    def keys(self) -> Ints:
+        """Keys of a tile of each kind: [kinds]."""
+        return self.looks[:, 1]
+
+    def classes(self) -> list[AxisClass]:
+        """The kinds with their tiles and masks.
+
+        Raises:
+            ValueError: If this machine's memory cannot hold the masks.
+        """
+        check_room(
+            int(self.queries @ self.keys),
+            f"masks of {len(self.looks)} kinds of tiles",
+            "choose another backend, or a window",
+        )
+        size, step, axis = (self.looks.shape[1] - 3) // 2, self.axis.step, self.axis
+        of_kinds = np.split(np.argsort(self.which, kind="stable"), np.cumsum(self.tiles)[:-1])
+        out = []
+        for tile, (count, length, relative, *edges) in zip(of_kinds, self.looks.tolist(), strict=True):
+            slot, first, last = np.arange(length), np.array(edges[:count]), np.array(edges[size : size + count])
+            ahead = (slot - first[:, None]) % self.ring if self.ring else slot - first[:, None]
+            mask = (ahead >= 0) & (ahead < (last - first)[:, None])
+            query, key = (axis.group[tile] + step * edge[tile] for edge in (axis.first, self.low))
+            out.append(AxisClass(query, key, count, mask, relative, step, self.ring * step))
+        return out
+
+
+def axis_kinds(spans: Spans, size: int) -> AxisKinds:
     """Cut one axis in tiles of `size` queries and sort them by what their window looks like."""
     axis = AxisTiles(spans.length, size, spans.step)
     valid = axis.tokens >= 0
@@ -62,16 +120,8 @@ def axis_classes(spans: Spans, size: int) -> list[AxisClass]:
     relative = low - axis.first if spans.length == spans.key_length else 0 * low
     edges = [np.where(valid, edge - low[:, None], 0) for edge in (start, stop)]
     look = np.column_stack([axis.count, high - low, relative, *edges])
-    kinds, which = np.unique(look, axis=0, return_inverse=True)
-    which, out = which.ravel(), []
-    for i, (count, length, relative, *rest) in enumerate(kinds.tolist()):
-        slot, first, last = np.arange(length), np.array(rest[:count]), np.array(rest[size : size + count])
-        ahead = (slot - first[:, None]) % ring if ring else slot - first[:, None]
-        mask = (ahead >= 0) & (ahead < (last - first)[:, None])
-        tile = np.flatnonzero(which == i)
-        query, key = (axis.group[tile] + spans.step * edge[tile] for edge in (axis.first, low))
-        out.append(AxisClass(query, key, count, mask, relative, spans.step, ring * spans.step))
-    return out
+    looks, which = np.unique(look, axis=0, return_inverse=True)
+    return AxisKinds(axis, low, looks, which.ravel(), ring)
 
 
 def box_groups(

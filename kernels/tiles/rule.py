@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import NamedTuple
 
-from visattn.kernels.tiles.boxes import AxisClass, axis_classes
+from visattn.kernels.tiles.boxes import AxisKinds, axis_kinds
 from visattn.patterns.geometry import Spans
 
 # In pairs of tokens that dense SDPA computes in the same time, per head (docs/cpu-engine.md has the measurement).
@@ -47,15 +47,15 @@ def token_cost(tokens: float, pools: bool) -> float:
     return tokens * (TOKEN + pools * POOLED_TOKEN)
 
 
-def choose_axes(spans: list[Spans], dense: int) -> list[list[AxisClass]]:
-    """The classes of tiles per axis for the cheapest query tile.
+def choose_axes(spans: list[Spans], dense: int) -> list[AxisKinds]:
+    """The tiles of each axis for the cheapest query tile.
 
     Args:
         spans: The keys of each query, per axis.
         dense: Dense and pooled keys that every tile sees besides.
     """
-    options = [[axis_classes(axis, size) for size in _sizes(axis)] for axis in spans]
-    sums = [[_Sums.of(classes) for classes in axis] for axis in options]
+    options = [[axis_kinds(axis, size) for size in _sizes(axis)] for axis in spans]
+    sums = [[_Sums.of(kinds) for kinds in axis] for axis in options]
     picks = itertools.product(*(range(len(axis)) for axis in options))
     best = min(picks, key=lambda pick: _cost([sums[i][j] for i, j in enumerate(pick)], dense))
     return [options[i][j] for i, j in enumerate(best)]
@@ -86,16 +86,16 @@ class _Sums(NamedTuple):
     largest: int
 
     @classmethod
-    def of(cls, classes: list[AxisClass]) -> _Sums:
-        """The sums of an axis cut in these classes."""
-        rows = [(len(c.query), *c.mask.shape) for c in classes]
+    def of(cls, kinds: AxisKinds) -> _Sums:
+        """The sums of an axis cut like this."""
+        tiles, queries, keys = kinds.tiles, kinds.queries, kinds.keys
         return cls(
-            pairs=sum(n * queries * keys for n, queries, keys in rows),
-            keys=sum(n * keys for n, _, keys in rows),
-            queries=sum(n * queries for n, queries, _ in rows),
-            tiles=sum(n for n, _, _ in rows),
-            classes=len(rows),
-            largest=max(queries for _, queries, _ in rows),
+            pairs=int((tiles * queries * keys).sum()),
+            keys=int(tiles @ keys),
+            queries=int(tiles @ queries),
+            tiles=int(tiles.sum()),
+            classes=len(tiles),
+            largest=int(queries.max()),
         )
 
 

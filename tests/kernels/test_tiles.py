@@ -18,7 +18,7 @@ from visattn.kernels.tiles import batches as tiles_batches
 from visattn.kernels.tiles import fused as tiles_kernels
 from visattn.kernels.tiles.backend import backend as engine
 from visattn.kernels.tiles.backend import visited_pairs
-from visattn.kernels.tiles.boxes import axis_classes
+from visattn.kernels.tiles.boxes import AxisKinds, axis_kinds
 from visattn.kernels.tiles.rule import choose_axes, problem_cost
 from visattn.patterns import Dense, Halo, Neighborhood, dense_mask, parse
 from visattn.patterns.kinds import with_pooled_keys
@@ -266,7 +266,7 @@ def test_classes_of_an_axis_hold_every_tile_once_with_its_mask(layout, data):
     pattern = data.draw(neighborhoods(layout.grid))
     spans = pattern.spans(layout.grid)[0]
     seen = np.zeros((spans.length, spans.length), int)
-    for c in axis_classes(spans, data.draw(st.integers(1, 9))):
+    for c in axis_kinds(spans, data.draw(st.integers(1, 9))).classes():
         for query, key in zip(c.query, c.key, strict=True):
             rows, columns = query + c.step * np.arange(c.mask.shape[0]), key + c.step * np.arange(c.mask.shape[1])
             seen[np.ix_(rows, columns)] += c.mask
@@ -276,7 +276,7 @@ def test_classes_of_an_axis_hold_every_tile_once_with_its_mask(layout, data):
 
 def test_the_rule_adds_up_what_its_tiles_cost():
     spans = parse("na(window=15x15)").spans((64, 48))
-    axes = choose_axes(spans, 3)
+    axes = [kinds.classes() for kinds in choose_axes(spans, 3)]
     assert [max(c.mask.shape[0] for c in axis) for axis in axes] == [8, 8]
     pairs = visited_pairs(parse("na(window=15x15)"), Layout((64, 48), 3))
     grid = sum(
@@ -344,3 +344,17 @@ def test_cost_grows_with_batch_and_heads():
         return engine.cost(Problem.of(q, k, v, Call(parse("na(7x7)"), layout, 1.0)))
 
     assert cost(1, 4) < cost(2, 4) < cost(2, 8)
+
+
+def test_what_a_long_causal_line_costs_is_known_without_its_masks(monkeypatch):
+    monkeypatch.setattr(AxisKinds, "classes", lambda self: pytest.fail("masks of a line that nobody runs"))
+    pattern, layout = parse("na(window=-1, causal=true)"), Layout(2**15, 64)
+    pairs = visited_pairs(pattern, layout)
+    assert layout.pairs / 2 < pairs < 0.52 * layout.pairs
+
+
+def test_masks_that_no_memory_holds_are_refused(monkeypatch):
+    monkeypatch.setattr("visattn.memory.machine_memory", lambda: 2**20)
+    q, k, v = torch.zeros(3, 1, 4096, 1, 8)
+    with pytest.raises(ValueError, match=r"masks of \d+ kinds of tiles would take .* choose another backend"):
+        attention(q, k, v, "na(window=-1, causal=true)", Layout(4096), backend="tiles")
