@@ -8,9 +8,9 @@ from scripts.results import RESULTS, result, table
 
 STACKS = {"flux": "FLUX size", "wan": "Wan 1.3B size"}
 
-# What scripts/bench/gpu.py measured, and its peers that are other packages of sparse attention.
-PEERED = "h200"
-PACKAGES = ("natten", "fa4")
+
+# What scripts/bench/gpu.py measured.
+MEASURED = "h200"
 
 
 def _faster(case: dict[str, Any], who: str, than: str) -> list[str]:
@@ -26,24 +26,24 @@ def _cases(name: str) -> dict[str, dict[str, Any]]:
 
 
 def gpu_packages_table() -> str:
-    """The Triton engine and other packages against cuDNN: whole calls of the cases that one of them runs too."""
-    versions, rows = result(PEERED)["versions"], []
+    """The Triton engine, NATTEN, FlashAttention-4 and FlexAttention against cuDNN, whole calls."""
+    versions, rows = result(MEASURED)["versions"], []
     ours = {"triton": "visattn", "natten": f"NATTEN {versions['natten']}"}
     named = ours | {"fa4": f"FlashAttention-4 {versions['flash-attn-4']}", "flex": "FlexAttention"}
-    for case in _cases(PEERED).values():
-        if not any("forward_ms" in case.get(who, {}) for who in PACKAGES):
+    for case in _cases(MEASURED).values():
+        if not any("forward_ms" in case.get(who, {}) for who in ("natten", "fa4")):
             continue
         times = f"{case['triton']['forward_ms']:.1f} ms, {case['cudnn']['forward_ms']:.1f} ms"
         cells = [" / ".join(filter(None, _faster(case, who, "cudnn"))) for who in named]
         rows.append([f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", *cells, times])
     made = table(["case", "tile bound", *named.values(), "forward time, cuDNN's"], rows)
-    return made + _machine(PEERED)
+    return made + _machine(MEASURED)
 
 
 def gpu_peers_table() -> str:
     """All cases of scripts/bench/gpu.py against cuDNN, flash and FlexAttention, and the two floors."""
     rows, peers = [], {"cudnn": "cuDNN", "flash": "flash", "flex": "flex"}
-    for case in _cases(PEERED).values():
+    for case in _cases(MEASURED).values():
         own, floors = case["triton"], case["floor_ms"]
         cells = [f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x", f"{case['full_share']:.0%}"]
         forward, backward = zip(*(_faster(case, "triton", who) for who in peers), strict=True)
@@ -52,7 +52,7 @@ def gpu_peers_table() -> str:
         rows.append([*cells, f"{case['tflops_visited']:.0f}", floor])
     way = [f"than {name}" for name in peers.values()]
     head = ["case", "tile bound", "no mask", "forward, ms", *way, "backward, ms", *way, "TFLOP/s", "floors, ms"]
-    return table(head, rows) + _machine(PEERED)
+    return table(head, rows) + _machine(MEASURED)
 
 
 def gpu_causal_table() -> str:

