@@ -111,6 +111,16 @@ def joined(slabs, parts, summed):
     return torch.cat([rest[0], whole[:, layout.prefix : layout.prefix + layout.tokens], rest[1]], 1)
 
 
+def test_an_answer_that_came_late_is_not_that_of_the_next_job(tmp_path):
+    group = Ranks(1, tmp_path)
+    group.patience = 0
+    with pytest.raises(AssertionError, match="no answer in 0 s"):
+        group.run(1, max, 7)
+    group.patience = 200
+    assert group.run(1, max, 5) == [5]
+    group.close()
+
+
 def compare(ranks, how, pattern, layout, axis, sizes, heads=4, kv_heads=2, masked=False):
     found = ranks.run(len(sizes), sliced.sliced, how, pattern, layout, axis, sizes, heads, kv_heads, masked)
     return same(found, pattern, layout, axis, sizes, heads, kv_heads, masked)
