@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -13,6 +14,7 @@ from tests.support.oracles import grid_tokens, visited
 from visattn import attention, dense_mask, explain, parse, plan
 from visattn.layout import Layout
 from visattn.patterns import Neighborhood
+from visattn.patterns.geometry import ranked
 from visattn.simulate import simulate
 
 
@@ -155,3 +157,11 @@ def test_the_rest_of_the_package_knows_the_keys():
     counted = simulate("na(window=3)", crossing)
     assert counted.density == pytest.approx(dense_mask("na(window=3)", crossing).float().mean().item())
     assert counted.key_layout == "8x8, suffix 3"
+
+
+@given(st.integers(1, 2**18), st.lists(st.integers(0, 2**18 - 1), max_size=200))
+def test_codes_are_ranked_as_numpy_ranks_them(most, drawn):
+    codes = np.array(drawn, np.int64) % most
+    found, which = ranked(codes, most)
+    expected, index = np.unique(codes, return_inverse=True)
+    assert np.array_equal(found, expected) and np.array_equal(which, index.ravel())

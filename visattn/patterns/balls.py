@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from visattn.layout import Layout
-from visattn.patterns.geometry import Bools, Spans, TilePairs, check_pairs, product_pairs
+from visattn.patterns.geometry import Bools, Spans, TilePairs, check_pairs, product_pairs, ranked
 from visattn.tiling import AxisTiles, Ints, Tiling
 
 CHUNK = 256
@@ -148,9 +148,9 @@ def ball_pairs(axes: list[AxisDistance], limit: int, queries: Tiling, keys: Tili
         code = code[pick] * len(own.blocks) + own.kind[other]
         whole = whole[pick] & own.whole[own.kind[other]]
     partial = np.flatnonzero((largest >= limit) | ~whole)
-    codes, index = np.unique(code[partial], return_inverse=True)
+    codes, index = ranked(code[partial], math.prod(map(len, found)))
     mask = np.full(len(query), -1)
-    mask[partial] = index.ravel()
+    mask[partial] = index
     chunks = [_masks(codes[i : i + CHUNK], found, limit, queries, keys) for i in range(0, len(codes), CHUNK)]
     masks = np.concatenate([np.empty((0, queries.capacity, keys.capacity), bool), *chunks])
     return TilePairs(query, key, mask, masks, _visible(axes, limit))

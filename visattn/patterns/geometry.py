@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,6 +119,20 @@ def product_mask(spans: list[Spans]) -> Bools:
     return mask
 
 
+def ranked(codes: Ints, most: int) -> tuple[Ints, Ints]:
+    """The distinct numbers among many below `most`, ascending, and which of them each is.
+
+    Without sorting where a table of all numbers below `most` is no longer than they are many.
+    """
+    if most > max(len(codes), 2**16):
+        found, which = np.unique(codes, return_inverse=True)
+        return found, which.ravel()
+    there = np.zeros(most, bool)
+    there[codes] = True
+    place = np.cumsum(there) - 1
+    return np.flatnonzero(there), place[codes]
+
+
 def product_pairs(spans: list[Spans], queries: Tiling, keys: Tiling) -> TilePairs:
     """Visited tile pairs of a pattern whose mask is the AND of one interval per axis."""
     query = key = code = np.zeros(1, np.int64)
@@ -133,8 +148,7 @@ def product_pairs(spans: list[Spans], queries: Tiling, keys: Tiling) -> TilePair
         full = np.ones((1, q_axis.size, k_axis.size), bool)
         axis_masks.append(np.concatenate([full, masks]))
         visible *= axis.visible
-    codes, mask = np.unique(code, return_inverse=True)
-    mask = mask.ravel()
+    codes, mask = ranked(code, math.prod(len(masks) for masks in axis_masks))
     if len(codes) and codes[0] == 0:
         codes, mask = codes[1:], mask - 1
     return TilePairs(query, key, mask, _combine(codes, axis_masks, queries, keys), visible)
