@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
@@ -13,14 +14,11 @@ from visattn.dispatch import Backend, choose, load, overhead
 from visattn.kernels.heard import grid_share, hearing
 from visattn.patterns import Dense, Residual, SharingPattern
 from visattn.patterns.choice.listening import hears, tell_shares, tell_sharing
-from visattn.patterns.choice.memory import Means, beside
-from visattn.patterns.choice.outputs import KeptOutput, Slot
-from visattn.patterns.choice.scores import block_means
+from visattn.patterns.choice.memory import beside
+from visattn.patterns.choice.outputs import KeptOutput, Slot, pooled
 from visattn.prepare import run_like
 from visattn.problem import PRECISIONS, Call, OtherKind, Problem, Support
 
-# Tokens that are pooled to see whether what is computed from has drifted.
-RUN = 64
 # Passes over outputs, in products of a token with so many keys: memory-bound.
 PASS = {"cpu": 12.0, "cuda": 50.0}
 DENSE = Dense()
@@ -62,8 +60,11 @@ class SharingBackend(Backend):
         if problem.grad:
             return whole if isinstance(pattern, Residual) else of
         rows = float(problem.batch * problem.heads * problem.layout.length)
-        moved = rows * PASS.get(problem.device, PASS["cuda"]) * (1.5 if isinstance(pattern, Residual) else 1.0)
-        return pattern.mean(of, whole) + moved + overhead(problem, 0.1, 20)
+        looks = not math.isinf(pattern.drift)
+        passes = (1.5 if isinstance(pattern, Residual) else 1.0) + looks
+        moved = rows * passes * PASS.get(problem.device, PASS["cuda"])
+        # Looking pools, compares and waits.
+        return pattern.mean(of, whole) + moved + overhead(problem, 0.1 + 0.2 * looks, 20 + 100 * looks)
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Result:
         """See `Backend.run`; there is no log-sum-exp."""
@@ -95,11 +96,7 @@ def _slot(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, pattern
         call.precision,
     )  # fmt: skip
 
-    def means() -> Means:
-        with torch.no_grad():
-            return Means(*(block_means(x, (x.shape[1],), (RUN,), call.key_mask) for x in (q, k, v)))
-
-    return Slot.of(pattern.every, pattern.drift, own, (q, k, v), means)
+    return Slot.of(pattern.every, pattern.drift, own, (q, k, v), lambda: pooled(q, k, v, call.key_mask))
 
 
 def _refresh(

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scripts.figures_choosing import choosing_table
 from scripts.figures_control import control_tables
 from scripts.figures_dynamic import dynamic_tables
 from scripts.figures_emoji import emoji_tables
@@ -28,7 +29,6 @@ from scripts.figures_gpu import (
     gpu_peers_table,
     gpu_real_table,
     gpu_stack_table,
-    gpu_table,
 )
 from scripts.figures_models import model_tables
 from scripts.figures_precision import precision_tables
@@ -53,14 +53,17 @@ PAGES = tuple(
         "docs/precision.md",
         "docs/inversion.md",
         "docs/guidance.md",
+        "docs/choosing.md",
+        "docs/cpu-engine.md",
         "docs/dynamic.md",
+        "docs/dynamic-measured.md",
         "docs/parallel.md",
         "docs/tuning.md",
         "docs/trained.md",
     )
 )
 
-# What measures each result. {out} is its JSON file, {folder} a scratch folder that holds report.json.
+# What measures each result. {folder} is a scratch folder, {out} a JSON file in it; without {out} it holds report.json.
 COMMANDS = {
     "generate-emoji": 'visattn generate image --model emoji --prompt "bus, gradient" --prompt "post office, gradient" '
     '--pattern "na(window=16x16, stride=8x8)" --steps 12 --dense-steps 4 --compare --seed 1 --out {folder} --force',
@@ -79,14 +82,16 @@ def measure(names: list[str]) -> None:
     """Run the commands of some results (all if none is named) and keep their JSON."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in names or COMMANDS:
-        folder, out = ROOT / "out" / name, RESULTS / f"{name}.json"
+        folder = ROOT / "out" / name
+        # Not the result itself, which other machines have measured: a run that was stopped goes on with its own.
+        out = folder / ("measured.json" if "{out}" in COMMANDS[name] else "report.json")
+        folder.mkdir(parents=True, exist_ok=True)
         words = shlex.split(COMMANDS[name].format(out=out, folder=folder))
         # The programs of this environment, whatever the shell's PATH says.
         words[0] = str(Path(sys.executable).with_name(words[0]))
         print("$", COMMANDS[name], flush=True)
         subprocess.run(words, cwd=ROOT, check=True)
-        if (report := folder / "report.json").exists() and "{folder}" in COMMANDS[name]:
-            out.write_text(report.read_text())
+        out.replace(RESULTS / f"{name}.json")
 
 
 def cpu_table() -> str:
@@ -171,7 +176,6 @@ def _before_and_after(row: dict[str, Any]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
-    "gpu": gpu_table,
     "gpu-packages": gpu_packages_table,
     "gpu-peers": gpu_peers_table,
     "gpu-stack": gpu_stack_table,
@@ -180,6 +184,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-hopper": gpu_hopper_table,
     "gpu-real": gpu_real_table,
     "gpu-parallel": gpu_parallel_table,
+    "choosing": choosing_table,
     "digits-vit": digits_vit_table,
     "timm": timm_table,
     "moh": moh_table,

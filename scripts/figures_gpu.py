@@ -40,17 +40,6 @@ def gpu_packages_table() -> str:
     return made + _machine(MEASURED)
 
 
-def gpu_table() -> str:
-    """Some cases that packages with windows do not have, against cuDNN."""
-    names, rows = ("clear16-256", "clear16-512", "radial-wan", "dense-64k"), []
-    for case in map(_cases(MEASURED).__getitem__, names):
-        times = f"{case['triton']['forward_ms']:.1f} ms, {case['cudnn']['forward_ms']:.1f} ms"
-        head = [f"`{case['pattern']}` on {case['layout']}", f"{case['tile_bound']:.1f}x"]
-        rows.append([*head, *_faster(case, "triton", "cudnn"), times])
-    made = table(["case", "tile bound", "forward", "backward", "forward time, cuDNN's"], rows)
-    return made + _machine(MEASURED)
-
-
 def gpu_peers_table() -> str:
     """All cases of scripts/bench/gpu.py against cuDNN, flash and FlexAttention, and the two floors."""
     rows, peers = [], {"cudnn": "cuDNN", "flash": "flash", "flex": "flex"}
@@ -115,14 +104,14 @@ def gpu_calls_table() -> str:
         "dense ": "backward_sdpa_host_us",
         "engine alone": "backward_engine_host_us",
     }
-    found = result("h100-calls")["rows"]
+    found = result("h200-calls")["rows"]
     columns = {head: key for head, key in columns.items() if key in found[0]}
     head = ["case", "heads", *(name.strip() for name in columns)]
     rows = []
     for row in found:
         case = f"`{row['pattern']}` on {row['layout']}"
         rows.append([case, row["heads"], *(f"{row[key]:.0f}" for key in columns.values())])
-    return table(head, rows) + _machine("h100-calls")
+    return table(head, rows) + _machine("h200-calls")
 
 
 def gpu_parallel_table() -> str:
@@ -150,10 +139,10 @@ def gpu_parallel_table() -> str:
 
 def gpu_real_table() -> str:
     """Denoising steps of real diffusers classes, measured by scripts/bench/real_models_gpu.py."""
-    if not (RESULTS / "h100-real-models.json").exists():
+    if not (RESULTS / "h200-real-models.json").exists():
         return "Not measured: the command above writes the results of which this table is made."
     found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    for row in result("h100-real-models")["rows"]:
+    for row in result("h200-real-models")["rows"]:
         found.setdefault((row["model"], row["attention"]), {})[row["mode"]] = row
     rows = []
     for (model, attention), of in found.items():
@@ -169,7 +158,7 @@ def gpu_real_table() -> str:
             cells += [f"{stock:.0f} to {ms:.0f} ms: {speedup:.2f}x", f"{bound:.2f}x"]
         rows.append(cells)
     head = ["model", "attention", "stock attention of a step", "a step, eager", "bound", "compiled blocks", "bound"]
-    return table(head, rows) + _machine("h100-real-models")
+    return table(head, rows) + _machine("h200-real-models")
 
 
 def _machine(name: str) -> str:

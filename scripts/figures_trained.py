@@ -34,6 +34,8 @@ def trained_table(name: str) -> str:
             missing.append(f"`{student}`: {told.get('error', 'not measured, the budget was over')}.")
         else:
             lines.append(_line(told, before, after, dense))
+            other = told.get("device", found["settings"]["device"])
+            lines[-1][-2] += f", on {other}" * (other != found["settings"]["device"])
     clips = "flicker" in dense["seen"]
     head = ["attention", "listed", *(f"{kind}: top 1" for kind in KINDS), "Frechet", "PSNR to dense"]
     head += ["flicker"] * clips + ["attention", "whole", "trained for", "file"]

@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from scripts.continued import earlier
 from visattn.files import written_whole
-
-# Of a report, beside the versions, on which its cases depend.
-SETTINGS = ("heads", "dim", "head_dim", "dtype", "model")
 
 
 def itself(*arguments: str) -> list[str]:
@@ -35,26 +33,21 @@ def compile_first(jobs: int) -> None:
 def go_on(report: dict[str, Any], out: Path | None, key: str = "cases") -> None:
     """Give a report the cases that its file has from the same versions, so that none is lost when it is written.
 
-    Packages that only one of both runs had are no difference: a case says with which peers it was measured.
-
     Args:
         report: With "versions", settings, and no cases yet.
         out: JSON file that an earlier run may have written, or None.
         key: Under which the cases are, by name.
 
     Raises:
-        SystemExit: If its cases were measured with other versions or settings.
+        SystemExit: If its cases are of another GPU, other versions or other settings.
     """
-    if out is None or not out.exists():
-        return
-    known = json.loads(out.read_text())
-    now = report["versions"] | {name: report[name] for name in SETTINGS if name in report}
-    then = known["versions"] | {name: known[name] for name in SETTINGS if name in known}
-    if other := [name for name in now if then.get(name, now[name]) != now[name]]:
-        name = other[0]
-        sys.exit(f"{out} has cases measured with {name} {then[name]}, not {now[name]}: pass another --out, or move it")
-    report["versions"] = known["versions"] | report["versions"]
-    report[key] |= known[key]
+    try:
+        known = earlier(out, report)
+    except ValueError as error:
+        sys.exit(str(error))
+    if known is not None:
+        report["versions"] = known["versions"] | report["versions"]
+        report[key] |= known[key]
 
 
 def measure_cases(

@@ -150,7 +150,7 @@ def lasting(build: Callable[..., T], *args: Any, **options: Any) -> T:
     The pool of code that torch.compile warms up belongs to its CUDA graphs, which refuse memory that stays in use. It
     gets what that thread allocates.
     """
-    if not _warms_up():
+    if not warms_up():
         return build(*args, **options)
     device = torch.cuda.current_device()
 
@@ -164,7 +164,7 @@ def lasting(build: Callable[..., T], *args: Any, **options: Any) -> T:
     return value
 
 
-def _warms_up() -> bool:
+def warms_up() -> bool:
     """Whether this may run inside of what torch.compile warms up for its CUDA graphs: on a stream of its own."""
     return (
         "torch._inductor.cudagraph_trees" in sys.modules

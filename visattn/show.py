@@ -81,7 +81,7 @@ def draw(
     shown, note = pattern, ""
     if isinstance(pattern, SharingPattern):
         shown = pattern.of
-        note = f"\nthis is {shown}; one step in {pattern.every} computes anew and keeps its output or a part of it"
+        note = f"\npicture and numbers are of {shown} alone; one step in {pattern.every} computes anew for the others"
     check_listed(shown)
     where = _check_query(query, layout.grid)
     made = plan(shown, layout, tile)

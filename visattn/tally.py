@@ -1,8 +1,8 @@
 """What happens at attention modules, in plain numbers: calls by outcome, and the time of some of them.
 
 On a GPU a timed call records two events, which cost the host more than a whole dense call may, so most calls are only
-counted: one in sixteen of a kind is timed, at every module another one, so that a step of a model has some of them and
-none has many; of modules with many calls one in 128. On a CPU all are. A first call of a kind, which plans and
+counted: one in 17 of a kind is timed, at every module another one, so that a step of a model has some of them and
+none has many; of modules with many calls one in 137. On a CPU all are. A first call of a kind, which plans and
 compiles, is kept apart. Inside `all_timed` all calls are timed, and first ones count like others.
 """
 
@@ -32,10 +32,11 @@ from visattn.patterns import (
 from visattn.patterns.choice.listening import listening
 from visattn.problem import Problem
 
-# On a GPU one in so many steady calls of a kind is timed, at every module another one.
-EVERY = 16
+# On a GPU one in so many steady calls of a kind is timed, at every module another one. Prime numbers: what calls
+# choose or compute anew every few steps is timed as often as it happens.
+EVERY = 17
 # From so many calls of a module on, one in so many.
-MANY_CALLS, SELDOM = 4 * EVERY, 8 * EVERY
+MANY_CALLS, SELDOM = 4 * EVERY, 137
 # Pairs of CUDA events kept before the finished ones are summed up.
 MANY_EVENTS = 1024
 _NOTHING = nullcontext()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from visattn.environment import cpu_name
 from visattn.handle import Handle, apply
 from visattn.pipelines.guidance.handle import guide
 from visattn.pipelines.guidance.perturbing import check_options, chosen_sites, perturbation_of
@@ -102,6 +103,10 @@ def find_heads(
     perturbation_of(perturb)
     given = {"prompts": list(prompts), "scale": scale, "strength": strength, "perturb": perturb, "options": options}
     given |= {"objective": getattr(objective, "__name__", str(objective)), "model": type(pipe).__name__}
+    # Noise and rounding are those of a device and a version: scores of others do not compare.
+    device = torch.device(pipe.device)
+    given |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()}
+    given |= {"torch": torch.__version__}
     ends = time.monotonic() + seconds
     with apply(pipe, "dense") if handle is None else nullcontext(handle) as applied:
         heads = list(candidates) if candidates is not None else all_heads(pipe, applied, layers)

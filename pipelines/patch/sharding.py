@@ -16,7 +16,7 @@ from visattn.layout import Layout
 from visattn.parallel import Slabs, best_axis
 from visattn.parallel.dense import gathered_slabs
 from visattn.parallel.ulysses import JOINS_HEADS
-from visattn.patterns import ComposedPattern, Linear, MergingPattern, Pattern, RoutedPattern
+from visattn.patterns import ComposedPattern, Linear, MergingPattern, Pattern, RoutedPattern, SharingPattern
 from visattn.patterns.radial import Radial
 from visattn.pipelines.patch.cuts import CutInputs, CutOutputs, Join, Stand
 from visattn.runtime.run import Run
@@ -198,6 +198,11 @@ def check_pattern(pattern: Pattern, how: str) -> None:
         raise ValueError(f"{pattern} under parallel={how!r}: it has parameters or tokens of all heads and ranks")
     if pattern.joins_heads and not (how == "halo" and isinstance(pattern, Linear)):
         raise ValueError(f"{pattern} under parallel={how!r}: {JOINS_HEADS}")
+    if how == "halo" and isinstance(pattern, SharingPattern):
+        raise ValueError(
+            f"{pattern} under parallel='halo': a step that refreshes reads keys of every rank, and neighbours exchange "
+            "rows alone: use parallel='ulysses'"
+        )
     composed = isinstance(pattern, ComposedPattern) and not isinstance(pattern, Linear)
     if how == "halo" and (composed or isinstance(pattern, RoutedPattern)):
         raise ValueError(

@@ -1,6 +1,6 @@
 """What the video decoder of LTX-2.5 gains from our kernels: its own windows by them, by FlexAttention, and dense.
 
-    python3 -m scripts.bench.decoder_gpu [--budget 60] [--out docs/results/h100-decoder.json]
+    python3 -m scripts.bench.decoder_gpu [--budget 60] [--out docs/results/h200-decoder.json]
 
 The sizes are those of a clip of 121 frames of 512 x 768 pixels, stage by stage; windows, heads and widths are the
 defaults of `LTX2VideoDiffusionDecoderModel`. Each result is compared with float64 on sampled queries. FlexAttention
@@ -24,8 +24,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from scripts.bench.gpu import in_turns, median_ms
-from scripts.gpu_common import sampled_error, versions
+from scripts.gpu_common import go_on, sampled_error, versions
 from visattn import Layout, attention, explain
+from visattn.files import written_whole
 
 DIM = 64
 # Above this, dense attention takes seconds.
@@ -133,6 +134,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     found: dict[str, Any] = {"versions": versions(), "clip": "121 frames of 512x768", "stages": {}, "left_out": []}
+    go_on(found, options.out, "stages")
     begun, wrong = time.perf_counter(), []
     for name in options.only or ("diffusion", "stage 4", "stage 3", "stage 2", "stage 1"):
         if time.perf_counter() - begun > options.budget:
@@ -142,8 +144,8 @@ def main() -> int:
             found["stages"][name] = row
             print(f"{time.perf_counter() - begun:5.1f} s {name}: {row}", flush=True)
             if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(found, indent=1) + "\n")
+                with written_whole(options.out) as path:
+                    path.write_text(json.dumps(found, indent=1) + "\n")
         row = found["stages"][name]
         wrong += [name] if max(row["error"], row.get("flex_error", 0)) > ALLOWED else []
         torch.cuda.empty_cache()

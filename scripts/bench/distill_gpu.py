@@ -3,10 +3,10 @@
     python -m scripts.distill.cache_samples --model emoji --prompts prompts.txt --count 16 --steps 4 --out runs/few
     python -m scripts.bench.distill_gpu --samples runs/few --methods topk sla2 --batches 4 8
 
-For each method at 95 % and each batch: milliseconds of a step both ways, what the GPU works in one of them (its kernels
-added up), how many kernels that are, and the loss behind the last step: both ways learn the same, up to the rounding of
-other kernels. With --model animoji the same of clips. Cases that --out has from the same versions are not measured
-again.
+For each method at 95 % and each batch: milliseconds of a step both ways, what the host spends in each part of it, what
+the GPU works in one of them (its kernels added up), how many kernels that are, and the loss behind the last step: both
+ways learn the same, up to the rounding of other kernels. With --model animoji the same of clips. Cases that --out has
+from the same versions are not measured again.
 """
 
 from __future__ import annotations
@@ -32,6 +32,28 @@ STEPS, PROFILED = 40, 3
 SPARSITY = 0.95
 
 
+def host_parts(run: Training) -> dict[str, float]:
+    """Seconds that the host spends in the parts of a run's steps from now on; it does not wait for the GPU there."""
+    spent: dict[str, float] = {}
+
+    def timed(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def instead(*given: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(*given, **options)
+            finally:
+                spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+
+        setattr(owner, name, instead)
+
+    for owner, name in ((run, "draw"), (run, "_clip"), (run.optimizer, "step"), (run, "_average")):
+        timed(owner, name)
+    timed(*((run, "_gradients") if run.recorded is None else (run.recorded, "run")))
+    return spent
+
+
 def measure(options: argparse.Namespace, method: str, batch: int, graphs: bool) -> dict[str, Any]:
     """Figures of a short run at its final pattern."""
     with tempfile.TemporaryDirectory() as folder:
@@ -44,6 +66,7 @@ def measure(options: argparse.Namespace, method: str, batch: int, graphs: bool) 
         for _ in range(5):
             run.train_step()
         torch.cuda.synchronize()
+        host = host_parts(run)
         begun = time.perf_counter()
         for _ in range(STEPS):
             figures = run.train_step()
@@ -52,6 +75,7 @@ def measure(options: argparse.Namespace, method: str, batch: int, graphs: bool) 
         found: dict[str, Any] = {
             "first_s": begun - start,
             "step_ms": 1000 * (ended - begun) / STEPS,
+            "host_ms": {name: round(1000 * seconds / STEPS, 2) for name, seconds in host.items()},
             "output": float(figures["output"]),
         }
         recorded = run.recorded is not None and run.recorded.replays

@@ -1,6 +1,6 @@
 """What dynamic patterns cost on a GPU: choosing, and the kernels along their lists, against cuDNN's dense attention.
 
-    python -m scripts.bench.dynamic_gpu --out docs/results/h100-dynamic.json
+    python -m scripts.bench.dynamic_gpu --out docs/results/h200-dynamic.json
 
 For each case, 24 heads of 128 in bfloat16, medians of CUDA events in turns: the whole call, the choice alone, the
 kernel along lists that are held, and dense attention; forward, and with --backward the backward. q and k are noise:
@@ -25,8 +25,9 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from scripts.bench.gpu import DIM, HEADS, compared, dense_by, in_turns
-from scripts.gpu_common import versions
+from scripts.gpu_common import go_on, versions
 from visattn import Layout, attention, parse, tile_choice
+from visattn.files import written_whole
 from visattn.kernels.triton.backend import kernels_of
 from visattn.kernels.triton.choosing.skipped import SkippingLists
 from visattn.kernels.triton.lists.program import Program, program
@@ -181,20 +182,24 @@ def measured(name: str, backward: bool) -> dict[str, Any]:
 def main() -> None:
     """Measure the cases and write what was found after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/h100-dynamic.json"))
+    parser.add_argument("--out", type=Path, help="JSON file; what it has of other cases stays")
     parser.add_argument("--profile", action="store_true", help="say what the host does, and measure nothing")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--backward", action="store_true", help="time the backward too")
     given = parser.parse_args()
     found: dict[str, Any] = {"versions": versions(), "heads": HEADS, "head_dim": DIM, "dtype": "bfloat16", "cases": {}}
+    if not given.profile:
+        go_on(found, given.out)
     for name in CASES:
         if given.only in name and given.profile:
             profiled(name)
         elif given.only in name:
             torch.cuda.reset_peak_memory_stats()
             found["cases"][name] = measured(name, given.backward)
-            given.out.parent.mkdir(parents=True, exist_ok=True)
-            given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print(name, json.dumps(found["cases"][name]), flush=True)
+            if given.out is not None:
+                with written_whole(given.out) as path:
+                    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from scripts.bench.real_models import MODELS, build
 from scripts.calls_gpu import kernels, profiled
+from scripts.continued import earlier
 from visattn import apply
+from visattn.files import written_whole
 from visattn.report_text import headline
 from visattn.timing import per_call
 from visattn.watch import Watched
@@ -193,12 +195,17 @@ def measure(
 
 
 def keep(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Write rows to a file, in the order of the models; they replace those of the same model, attention and mode."""
-    old = json.loads(out.read_text())["rows"] if out.exists() else []
+    """Write rows to a file, in the order of the models; they replace those of the same model, attention and mode.
+
+    Raises:
+        ValueError: If the file has rows of another GPU or of other versions.
+    """
+    old = (earlier(out, about) or {"rows": []})["rows"]
     by_key = {(row["model"], row["attention"], row["mode"]): row for row in [*old, *rows]}
     order = list(MODELS)
     merged = sorted(by_key.values(), key=lambda row: (order.index(row["model"]), MODES.index(row["mode"])))
-    out.write_text(json.dumps(about | {"rows": merged}, indent=1) + "\n")
+    with written_whole(out) as path:
+        path.write_text(json.dumps(about | {"rows": merged}, indent=1) + "\n")
 
 
 def machine(tiny: bool) -> dict[str, Any]:
@@ -229,6 +236,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     about: dict[str, Any] = {"command": "python3 -m scripts.bench.real_models_gpu " + shlex.join(given)}
     about["versions"] = machine(options.tiny)
+    try:
+        earlier(options.out, about)
+    except ValueError as error:
+        sys.exit(str(error))
     end, failed = time.perf_counter() + options.budget, 0
     left = lambda: end - time.perf_counter()  # noqa: E731
     for name in options.models:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.continued import earlier
 from scripts.gpu_common import compile_first
 from visattn.bench import DENSE, Case, Result, backend_names, contenders
 from visattn.environment import devices, versions
@@ -61,10 +63,14 @@ class Kept:
     Args:
         out: The file.
         about: What is said of the results in a new one.
+        on: Device that this run measures on.
+
+    Raises:
+        ValueError: If the file has results of another suite, device or other versions.
     """
 
-    def __init__(self, out: Path, about: dict[str, Any]) -> None:
-        self._out, self._about = out, json.loads(out.read_text()) if out.exists() else about
+    def __init__(self, out: Path, about: dict[str, Any], on: str) -> None:
+        self._out, self._about = out, earlier(out, about, on) or about
         self._known = {case_of(each): each for each in self._about.get("results", []) if each["lines"]}
 
     def has(self, entry: Entry, names: Sequence[str]) -> bool:
@@ -103,7 +109,10 @@ def main() -> None:
     given = parser.parse_args()
     dtype = "float32" if given.device == "cpu" else "bfloat16"
     names = backend_names(given.backend)
-    kept = Kept(given.out, {"versions": versions(), "devices": devices(), "suite": given.suite})
+    try:
+        kept = Kept(given.out, {"versions": versions(), "devices": devices(), "suite": given.suite}, given.device)
+    except ValueError as error:
+        sys.exit(str(error))
     entries = suite(given.suite, given.device, dtype=dtype, backward=given.backward)
     entries = [each for each in entries if given.scale in ("", each.scale) and not kept.has(each, names)]
     if given.compile:

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from scripts.continued import earlier
 from visattn import apply
 from visattn.environment import devices, versions
+from visattn.files import written_whole
 from visattn.handle import Handle
 from visattn.models.measure import create, peak_memory
 
@@ -123,10 +125,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
-    found: dict[str, Any] = {"cases": {}}
-    if options.out and options.out.is_file():
-        found = json.loads(options.out.read_text())
-    found |= {"versions": versions(), "devices": devices(), "threads": options.threads}
+    found: dict[str, Any] = {"cases": {}, "versions": versions(), "devices": devices(), "threads": options.threads}
+    try:
+        found = earlier(options.out, found, "cpu") or found
+    except ValueError as error:
+        raise SystemExit(f"bench_timm: {error}") from None
     for name in options.names:
         for size in options.sizes:
             key = f"{name} {size}"
@@ -137,7 +140,8 @@ def main(arguments: list[str] | None = None) -> None:
             found["cases"][key] = merged(found["cases"].get(key, {}), case)
             print(key, json.dumps({side: case[side] for side in ("stock", "swapped")}), flush=True)
             if options.out:
-                options.out.write_text(json.dumps(found, indent=2) + "\n")
+                with written_whole(options.out) as path:
+                    path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from timm.models import VisionTransformer
 
+from scripts.continued import earlier
 from scripts.train.digits_vit import Training, run
 from scripts.train.digits_vit_model import (
     PATCH,
@@ -34,6 +35,8 @@ from scripts.train.digits_vit_model import (
     train_step,
 )
 from visattn import apply
+from visattn.environment import cpu_name
+from visattn.files import written_whole
 
 PATTERNS = (
     "dense",
@@ -116,19 +119,20 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.model.is_file():
             run(Training(Config(), options.model.parent), lambda line: print(line, flush=True))
         model = load_vit(options.model)
+        report: dict[str, Any] = {"settings": settings_of(model, config, options.steps), "device": cpu_name()}
+        known = earlier(options.out, report)
     except ValueError as error:
         raise SystemExit(f"measure_digits_vit: {error}") from error
-    settings = settings_of(model, config, options.steps)
-    found = json.loads(options.out.read_text()) if options.out and options.out.is_file() else {}
-    done = {row["pattern"]: row for row in found["rows"]} if found.get("settings") == settings else {}
+    done = {row["pattern"]: row for row in known["rows"]} if known else {}
     for pattern in options.patterns:
         if pattern not in done:
             done[pattern] = measure(model, pattern, config, options.steps)
         row = done[pattern]
         print(f"{pattern:<20} {row['as_trained']:7.2%} {row['fine_tuned']:7.2%}", flush=True)
         if options.out:
-            rows = [done[each] for each in options.patterns if each in done]
-            options.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+            with written_whole(options.out) as path:
+                rows = [done[each] for each in dict.fromkeys([*options.patterns, *done]) if each in done]
+                path.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

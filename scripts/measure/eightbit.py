@@ -22,7 +22,9 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from scripts.continued import earlier
 from visattn import Layout, apply, attention
+from visattn.environment import cpu_name
 from visattn.files import written_whole
 from visattn.kernels.tiles import eightbit
 from visattn.metrics import psnr
@@ -130,7 +132,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    report: dict[str, Any] = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
+    report: dict[str, Any] = {
+        "device": cpu_name(), "steps": chosen.steps, "torch": torch.__version__, "pictures": {},
+    }  # fmt: skip
+    try:
+        report = earlier(chosen.out, report) or report
+    except ValueError as error:
+        sys.exit(str(error))
 
     def keep() -> None:
         with written_whole(chosen.out) as path:
@@ -141,8 +149,6 @@ def main() -> int:
         keep()
     pipe = load_pipeline("emoji", "cpu", None)
     pipe.set_progress_bar_config(disable=True)
-    report.setdefault("pictures", {})
-    report["steps"], report["torch"] = chosen.steps, torch.__version__
     for pattern in PATTERNS:
         for prompt in PROMPTS[: chosen.pictures]:
             key = f"{pattern}: {prompt}"

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from scripts.continued import check_same
 from scripts.measure.draftsman import DENSE, Draftsman, Drawn, Student
 from scripts.measure.emoji_encoder_model import ENCODER, SIDE, check_tokens, load_encoder
 from scripts.measure.emoji_judge import Judge
@@ -54,6 +55,9 @@ PATTERNS = (
     "sigmoid(sparse=na(window=17x17))",
     "sparselinear(sparse=na(window=16x16,stride=8x8))",
 )
+
+# Packages whose versions pictures and times depend on.
+DEPENDS = ("torch", "triton", "diffusers")
 
 
 def judge_of(encoder: Any, options: argparse.Namespace) -> Judge:
@@ -171,21 +175,15 @@ def begin(options: argparse.Namespace, pipe: Any, judge: Judge, encoder: dict[st
     """The results so far, or new ones with all that does not depend on a pattern.
 
     Raises:
-        ValueError: If the file holds results of another model or other settings.
+        ValueError: If the file holds results of another model, device or version, or of other settings.
     """
     settings = {name: getattr(options, name) for name in ("captions", "steps", "guidance", "seed", "batch")}
     settings |= {"model": model_hash(pipe.transformer), "dtype": str(pipe.dtype).removeprefix("torch.")}
-    settings |= {"device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"}
+    settings |= {"device": device_name(options.device)}
     if options.out.is_file() and not options.force:
         known = json.loads(options.out.read_text())
-        # The device is that of the times.
-        compared = {name: value for name, value in settings.items() if name != "device" or not options.shared}
-        other = [name for name, value in compared.items() if known["settings"].get(name) != value]
-        if other:
-            then, now = known["settings"].get(other[0]), settings[other[0]]
-            raise ValueError(
-                f"{options.out} has rows of {other[0]} {then!r}, not {now!r}: pass another --out or --force"
-            )
+        here = {name: value for name, value in versions().items() if name in DEPENDS}
+        check_same(known, {"settings": settings, "versions": here}, options.out)
         return known
     figures: dict[str, Any] = {
         "settings": settings,
@@ -201,6 +199,11 @@ def begin(options: argparse.Namespace, pipe: Any, judge: Judge, encoder: dict[st
     }
     write(figures, options.out)
     return figures
+
+
+def device_name(device: str) -> str:
+    """What results call a device."""
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 
 def model_hash(model: torch.nn.Module) -> str:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from scripts.continued import earlier
 from scripts.measure.emoji_encoder_model import ENCODER, DualEncoder, load_encoder
 from scripts.measure.emoji_judge import shares
 from visattn import apply, guide
@@ -139,10 +140,7 @@ def measure(pipe: Any, options: argparse.Namespace) -> None:
     prompts = PROMPTS[: options.prompts]
     settings = {name: getattr(options, name) for name in ("size", "steps", "prompts")} | {"device": options.device}
     report: dict[str, Any] = {"settings": settings, "versions": versions(), "devices": devices(), "rows": {}}
-    if options.out.exists():
-        report = json.loads(options.out.read_text())
-        if report["settings"] != settings:
-            raise ValueError(f"{options.out} has {report['settings']}, not {settings}: name another file")
+    report = earlier(options.out, report, options.device) or report
     for variant in variants(options.pattern):
         if str(variant) in report["rows"]:
             continue

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from scripts.continued import earlier
 from visattn import apply
 from visattn.canvas import WHITE, Picture, column, row, text
 from visattn.environment import devices
@@ -140,10 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     settings = {"steps": options.steps, "size": options.size, "prompt": PROMPT, "torch": torch.__version__}
     report: dict[str, Any] = {"settings": settings, "devices": devices(), "rows": []}
-    if options.out.exists():
-        report = json.loads(options.out.read_text())
-        if report["settings"] != settings:
-            raise SystemExit(f"inversion: {options.out} has {report['settings']}, not {settings}: name another file")
+    try:
+        report = earlier(options.out, report, options.device) or report
+    except ValueError as error:
+        raise SystemExit(f"inversion: {error}") from None
     done = [{name: row[name] for name in ("kind", "pattern", "back", "guidance")} for row in report["rows"]]
     order = [tuple(case.values()) for case in cases()]
     for case in cases():

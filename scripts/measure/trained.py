@@ -168,7 +168,8 @@ def _train(method: str, sparsity: float, before: float | None, options: argparse
         seconds = train_student([*words, *options.also], folder, options.seconds + START if options.seconds else 0)
     except RuntimeError as error:
         return str(error)
-    about = {"seconds": round(seconds, 1)} | ({} if before is None else {"after": name_of(method, before)})
+    about = {"seconds": round(seconds, 1), "device": emoji.device_name(options.device)}
+    about |= {} if before is None else {"after": name_of(method, before)}
     with written_whole(folder / "seconds.json") as path:
         path.write_text(json.dumps(about) + "\n")
     return ""

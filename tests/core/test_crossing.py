@@ -16,8 +16,8 @@ from visattn.kernels import natten
 from visattn.kernels.triton.backend import backend as triton
 from visattn.problem import Problem, Support
 
-ROWS = json.loads((ROOT / "docs/results/h100-calls.json").read_text())["rows"]
-TAKEN = json.loads((ROOT / "docs/results/h100-crossing.json").read_text())["rows"]
+ROWS = json.loads((ROOT / "docs/results/h200-calls.json").read_text())["rows"]
+TAKEN = json.loads((ROOT / "docs/results/h200-crossing.json").read_text())["rows"]
 
 
 def problem(pattern="na(window=9x9)", grid=(64, 64), heads=24, dim=128, **rest):

@@ -189,7 +189,7 @@ def test_plans_of_many_resolutions_are_bounded_by_bytes(monkeypatch):
 
 
 def test_what_stays_is_made_in_another_thread_while_code_is_warmed_up(monkeypatch):
-    monkeypatch.setattr(keep, "_warms_up", lambda: True)
+    monkeypatch.setattr(keep, "warms_up", lambda: True)
     waited = []
     stream = type("Stream", (), {"wait_stream": lambda self, other: waited.append(other)})()
     for name, value in {"current_device": 0, "set_device": None, "current_stream": stream, "default_stream": 1}.items():

@@ -65,6 +65,17 @@ def test_few_calls_on_a_gpu_are_timed_and_all_are_counted(gpu):
     assert row.seconds["sparse"] == pytest.approx(2.0) and row.seconds["dense"] == 0
 
 
+@pytest.mark.parametrize("period", [2, 4, 8])
+def test_what_happens_every_few_calls_is_timed_as_often(gpu, period):
+    """Calls that compute anew for those after them: of each module as many are timed as there are."""
+    tally, calls = Tally(), 4 * period * SELDOM
+    for i in range(calls):
+        for site in "abc":
+            call(tally, tally.cell(site, "sparse", None, GPU, PROBLEM), 9.0 if i % period == 0 else 1.0)
+    truth = calls * (1 + 8 / period) / 1000
+    assert [row.seconds["sparse"] for row in tally.rows().values()] == pytest.approx([truth] * 3, rel=0.3)
+
+
 def test_all_calls_are_timed_where_that_is_asked_for(gpu):
     with all_timed():
         tally = Tally()

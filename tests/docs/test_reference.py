@@ -6,10 +6,13 @@ import re
 import types
 
 import pytest
+import typer
 
 import visattn
 from scripts import tree
 from scripts.pages import ROOT
+from scripts.site import BLOCK
+from visattn.cli import app
 from visattn.patterns import PATTERNS
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md")}
@@ -36,6 +39,14 @@ def fields(kind):
 @pytest.mark.parametrize("name", sorted(set(visattn.__all__) - {"__version__", "patterns"}))
 def test_every_public_name_is_in_the_reference(name):
     assert re.search(rf"^::: visattn\.{name}$", REFERENCE, re.MULTILINE), f"add `::: visattn.{name}` to docs/reference"
+
+
+def test_the_help_of_every_command_is_in_the_reference():
+    command = typer.main.get_command(app)
+    names = [name for name, each in command.commands.items() if not hasattr(each, "commands") and not each.hidden]
+    names += [f"{name} {sub}" for name, each in command.commands.items() for sub in getattr(each, "commands", ())]
+    # A block of one line is what the site puts the help below.
+    assert {words[8:-7] for words in BLOCK.findall(PAGES["cli.md"])} == set(names)
 
 
 @pytest.mark.parametrize("kind", PATTERNS, ids=lambda kind: kind.name)

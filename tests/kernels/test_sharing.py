@@ -1,5 +1,6 @@
 """Sharing between steps as calls of attention: float64 by hand over steps, masks, text, shared key heads, 8 bits."""
 
+import itertools
 import math
 
 import pytest
@@ -140,8 +141,8 @@ def test_what_is_kept_goes_when_no_step_needs_it():
 @pytest.mark.parametrize("moved", ["q", "k", "v", "samples"])
 def test_what_moves_refreshes(moved):
     """Also samples in another order."""
-    layout = Layout((8, 16))
-    for text in ("residual(of=na(window=3), every=9)", "broadcast(every=9)"):
+    texts = "residual(of=na(window=3x3), every=9)", "broadcast(every=9)"
+    for layout, text in itertools.product((Layout((8, 16)), Layout((2, 5), 1)), texts):
         run, tensors = Steps(), dict(zip("qkv", drawn(layout, batch=2), strict=True))
         run.at(0, tensors.values(), text, layout)
         run.at(1, [1.05 * t for t in tensors.values()], text, layout)
@@ -149,8 +150,9 @@ def test_what_moves_refreshes(moved):
         out = run.at(2, (tensors | others).values(), text, layout)
         assert run.refreshed == [True, False, True]
         assert torch.equal(out, attention(*(tensors | others).values(), "dense", layout))
-        # What is compared with is the last refresh.
-        run.at(3, (tensors | others).values(), text, layout)
+        # What is added to all keys changes nothing; what is compared with is the last refresh.
+        moved_keys = tensors | others
+        run.at(3, [moved_keys["q"], moved_keys["k"] + 9.0, moved_keys["v"]], text, layout)
         assert run.refreshed[-1] is False
 
 
@@ -291,7 +293,7 @@ def test_auto_keeps_dense_what_is_not_faster_on_average():
         return crossing(Problem(parse(text), layout, 1, 24, 24, 128, **given))
 
     assert found("residual(of=na(window=57), every=2)").dense_pays
-    assert not found("broadcast(every=2)").dense_pays
+    assert not found("broadcast(every=2, drift=inf)").dense_pays and not found("broadcast(every=4)").dense_pays
     assert found("broadcast(every=2)", grad=True) is None and found("residual(of=linear)") is None
     assert not math.isinf(found("broadcast(every=2)").sparse_ms)
 

@@ -46,6 +46,20 @@ def output(name, how=None, dense_steps=0):
             return out, (report.hits, report.dense, report.moved, "sent to other processes" in str(report))
 
 
+def steps(rank, text, how):
+    """Outputs of a model in four steps of a run, and how many calls computed anew."""
+    torch.manual_seed(0)
+    model, inputs = tiny_models.wan()
+    outs = []
+    with visattn.apply(model, text, strict=True, parallel=how) as handle:
+        for step in range(4):
+            handle.set_step(step, 4)
+            given = {**inputs, "hidden_states": inputs["hidden_states"] * (1 + 0.05 * step)}
+            outs.append(tiny_models.run(model, given))
+        calls = [call for site in handle.report().modules for call in site.calls]
+    return outs, sum(call.shared.refreshed for call in calls)
+
+
 def compiled(rank, name, how):
     """The same of a model that is compiled as a whole, twice, and what is counted."""
     build, pattern, options = MODELS[name]

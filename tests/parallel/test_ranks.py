@@ -70,6 +70,8 @@ REFUSED = {
     "centroids": "parameters",
     "wersa": "parameters",
     "agentsd": "merges",
+    # Here is no run: see `test_what_steps_share_is_shared_by_each_rank_for_its_heads`.
+    **dict.fromkeys(("residual(of=na(window=3x3))", "broadcast"), "knows no steps"),
     "lsh": "depends on the other heads",
     "routing(regions=2x2, topk=1)": "depends on the other heads",
     "topk(keep=0.5, block=2x2, share=2)": "depends on the other heads",
@@ -107,6 +109,16 @@ def joined(slabs, parts, summed):
     if not summed:
         rest = [x / slabs.ranks for x in rest]
     return torch.cat([rest[0], whole[:, layout.prefix : layout.prefix + layout.tokens], rest[1]], 1)
+
+
+def test_an_answer_that_came_late_is_not_that_of_the_next_job(tmp_path):
+    group = Ranks(1, tmp_path)
+    group.patience = 0
+    with pytest.raises(AssertionError, match="no answer in 0 s"):
+        group.run(1, max, 7)
+    group.patience = 200
+    assert group.run(1, max, 5) == [5]
+    group.close()
 
 
 def compare(ranks, how, pattern, layout, axis, sizes, heads=4, kv_heads=2, masked=False):
@@ -201,6 +213,19 @@ def test_heads_with_patterns_of_their_own_keep_them_on_their_ranks(ranks):
     # On a grid that is large beside the windows the dense head costs as much as several others, and is alone.
     cost = parallel.ulysses._cost(parse(pattern), Layout((64, 64)), 6, 1)
     assert parallel.ulysses.head_shares(6, 3, cost)[0] == 1
+
+
+@pytest.mark.parametrize("text", ["residual(of=na(window=3x3x3), every=2)", "broadcast(every=3, drift=inf)"])
+def test_what_steps_share_is_shared_by_each_rank_for_its_heads(ranks, text):
+    alone = models.steps(0, text, None)
+    for outs, refreshed in ranks.run(2, models.steps, text, "ulysses"):
+        assert refreshed == alone[1] and all(
+            torch.allclose(a, b, atol=1e-5) for a, b in zip(outs, alone[0], strict=True)
+        )
+    assert all(
+        "parallel='halo': a step that refreshes reads keys of every rank" in said
+        for said in ranks.run(2, models.refused, "wan", text, "halo")
+    )
 
 
 def test_what_slabs_cannot_run_is_refused_with_the_reason(ranks):

@@ -27,6 +27,11 @@ def test_parts_are_measured_apart_and_merged(main, tmp_path):
         assert len(values["seconds"]) == len(values["attention"]) == times and "memory" in values
         assert all(0 < a < s for a, s in zip(values["attention"], values["seconds"], strict=True))
 
+    out.write_text(before := json.dumps(found | {"versions": found["versions"] | {"torch": "1.0"}}))
+    with pytest.raises(SystemExit, match=r"has rows of torch '1\.0', not"):
+        main([*given, "--parts", "memory"])
+    assert out.read_text() == before
+
 
 def test_seconds_of_dense_attention_are_those_of_all_its_calls(main):
     import torch

@@ -113,8 +113,10 @@ def test_the_table_is_measured_row_by_row(few, tmp_path, capsys):
     assert [(row["pattern"], row["density"] < 1) for row in rows] == [("dense", False), ("na(window=3x3)", True)]
     assert rows[1]["as_trained"] == 0.125 and all(0 <= row["fine_tuned"] <= 1 for row in rows)
     assert "na(window=3x3)" in capsys.readouterr().out
-    main([*given[:2], "--steps", "2", *given[4:], "na(window=3x3)"])  # other settings: measured again
-    assert json.loads(out.read_text())["settings"]["fine_tuning"]["steps"] == 2
+    before = out.read_text()
+    with pytest.raises(SystemExit, match=r"has rows of fine_tuning .*: pass another --out"):
+        main([*given[:2], "--steps", "2", *given[4:], "na(window=3x3)"])
+    assert out.read_text() == before
 
 
 def test_fine_tuning_leaves_the_trained_model_alone(few):

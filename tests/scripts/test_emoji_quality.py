@@ -109,13 +109,15 @@ def test_times_on_a_shared_device_are_left_out_and_added_later(places, tmp_path)
     figures = json.loads(out.read_text())
     figures["settings"]["device"] = "another"
     out.write_text(json.dumps(figures))
-    with pytest.raises(SystemExit, match="has rows of device 'another', not 'cpu'"):
-        main(words(places, out, "--patterns", SPARSE))
+    # Not even rows without times: tables say one device.
+    for more in ([], ["--shared"]):
+        with pytest.raises(SystemExit, match="has rows of device 'another', not 'cpu'"):
+            main(words(places, out, "--patterns", SPARSE, *more))
+    out.write_text(out.read_text().replace('"another"', '"cpu"'))
     main(words(places, out, "--patterns", SPARSE, "--shared"))
     before = json.loads(out.read_text())["rows"][row]
     assert before["seconds"] is None
     assert before["attention_seconds"] is None
-    out.write_text(out.read_text().replace('"another"', '"cpu"'))
     main(words(places, out, "--patterns", SPARSE))
     after = json.loads(out.read_text())["rows"]
     assert after["dense, 32 px, shipped"]["seconds"] is None

@@ -28,3 +28,15 @@ def test_every_pattern_of_the_table_parses(text):
 def test_every_link_leads_somewhere(link):
     path, _, anchor = link.partition("#")
     assert (ROOT / path).exists() and (not anchor or anchor in anchors(ROOT / path))
+
+
+def test_what_is_measured_again_is_of_this_machine_alone(tmp_path, monkeypatch):
+    for name in ("ROOT", "RESULTS"):
+        monkeypatch.setattr(figures, name, tmp_path)
+    write = "python -c \"import sys; print(1, file=open(sys.argv[1], 'a'))\" "
+    monkeypatch.setattr(figures, "COMMANDS", {"a": write + "{out}", "b": write + "{folder}/report.json"})
+    (tmp_path / "a.json").write_text("another machine's\n")
+    for _ in range(2):
+        figures.measure(["a", "b"])
+        # Nothing of before is gone on with, neither of the result nor of the last whole run.
+        assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text() == "1\n"

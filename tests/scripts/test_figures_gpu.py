@@ -1,6 +1,9 @@
 """The tables of the GPU's figures: peers that were measured, and rows that were."""
 
+import json
+
 from scripts import figures_gpu
+from scripts.results import RESULTS
 
 TIMES = {"triton": (10.0, 40.0), "cudnn": (80.0, 240.0), "natten": (20.0, 80.0)}
 
@@ -37,3 +40,11 @@ def test_peers_without_times_have_empty_cells(monkeypatch):
         ["10.00", "8.0x", "16.0x", "", "40.00", "6.0x", "10.0x", ""],
         ["10.00", "8.0x", "", "", "40.00", "6.0x", "", ""],
     ]
+
+
+def test_results_that_name_a_gpu_are_of_it():
+    named = [file for file in RESULTS.glob("*.json") if file.name.startswith(("h100", "h200"))]
+    found = {file.name: json.loads(file.read_text()) for file in named}
+    gpus = {name: each.get("versions", each)["gpu"] for name, each in found.items() if "suite" not in each}
+    gpus |= {name: each["devices"][-1]["name"] for name, each in found.items() if "suite" in each}
+    assert gpus and not {name: gpu for name, gpu in gpus.items() if name[:4].upper() not in gpu}

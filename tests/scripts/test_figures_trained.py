@@ -26,7 +26,7 @@ def measured(tmp_path, monkeypatch):
     told = {"pattern": "vsa(keep=0.05)", "sparsity": 0.95, "seconds": 150.0, "steps": 900, "megabytes": 6.5}
     trained = {
         "vsa-95": told,
-        "vsa-96": told | {"sparsity": 0.96, "after": "vsa-90"},
+        "vsa-96": told | {"sparsity": 0.96, "after": "vsa-90", "device": "a card"},
         "sla-95": {"error": "out of memory"},
         "vsa-97": told | {"pattern": "vsa(keep=0.03)"},
     }
@@ -46,7 +46,7 @@ def test_before_and_after(measured):
     )
     assert "60 captions of each kind, 24 steps, float32, on cpu; times of a clip." in lines
     assert "`sla-95`: out of memory." in lines
-    assert lines[4].endswith("| 2.5 min, 900 steps, after `vsa-90` | 6.5 MB |")
+    assert lines[4].endswith("| 2.5 min, 900 steps, after `vsa-90`, on a card | 6.5 MB |")
     assert "`vsa-97`: not measured, the budget was over." in lines
 
 

@@ -27,20 +27,20 @@ def test_cases_of_a_file_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "what"), [({"versions": {"torch": "3"}}, "torch 2, not 3"), ({"heads": 8}, "heads 24, not 8")]
+    ("more", "what"), [({"versions": {"torch": "3"}}, "torch '2', not '3'"), ({"heads": 8}, "heads 24, not 8")]
 )
 def test_cases_of_other_versions_are_neither_mixed_nor_lost(tmp_path, more, what):
     out = tmp_path / "cases.json"
     measure_cases(["a"], lambda name: {}, report_of(), out, math.inf)
     before = out.read_text()
-    with pytest.raises(SystemExit, match=f"measured with {what}: pass another --out"):
+    with pytest.raises(SystemExit, match=f"has rows of {what}: pass another --out"):
         go_on(report_of(**more), out)
     assert out.read_text() == before
 
 
 def test_other_names_for_cases(tmp_path):
     out = tmp_path / "times.json"
-    out.write_text(json.dumps({"versions": {}, "times": {"a": 1}}))
-    report = {"versions": {}, "times": {}}
+    out.write_text(json.dumps(report_of(times={"a": 1})))
+    report = report_of(times={})
     go_on(report, out, "times")
     assert report["times"] == {"a": 1}

@@ -88,7 +88,7 @@ def test_rows_and_picture_of_guidance(tmp_path, monkeypatch):
     both = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert list(both) == ["unguided, dense", "guidance 4.5 + 1 x blur, na(window=3x3)"]
     assert both["unguided, dense"] == first["unguided, dense"]
-    with pytest.raises(SystemExit, match="name another file"):
+    with pytest.raises(SystemExit, match=r"has rows of steps .*, not 2: pass another --out"):
         guidance.main([*given, "--steps", "2"])
     monkeypatch.setattr(guidance, "DRAWN", rows[:1] * 5)
     guidance.main(["--picture", str(tmp_path / "a.png"), *WORDS, "--pattern", "na(window=3x3)"])

@@ -30,7 +30,7 @@ def test_round_trips(tmp_path, monkeypatch):
     assert rows[:1] == first and len(rows) == 3
     # The same attention finds its noise, other attention does not, nor do Euler steps.
     assert rows[0]["error"] < 5e-12 and rows[1]["error"] > 1e-6 and rows[2]["error"] > 1e-4
-    with pytest.raises(SystemExit, match="name another file"):
+    with pytest.raises(SystemExit, match="has rows of steps 3, not 4: pass another --out"):
         inversion.main(["--out", str(file), "--steps", "4", "--size", "32"])
     monkeypatch.setattr(inversion, "DRAWN", (1.0,))
     inversion.main(["--picture", str(tmp_path / "a.png"), *words])

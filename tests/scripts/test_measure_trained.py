@@ -60,7 +60,7 @@ def test_methods_are_trained_and_measured_once(places, tmp_path, here, monkeypat
     trained.main(words(places, tmp_path, *more, "--also", "--log-every", 1))
     figures = json.loads((tmp_path / "out.json").read_text())
     told = figures["trained"]["sla2-50"]
-    assert told["steps"] == 2 and told["seconds"] == 1 and told["megabytes"] > 0
+    assert told["steps"] == 2 and told["seconds"] == 1 and told["megabytes"] > 0 and told["device"] == "cpu"
     assert [step for step, _ in told["curve"]] == [1, 2] or len(told["curve"]) == 1
     final = trained.METHODS["sla2"].final(0.5)
     assert list(figures["rows"]) == ["dense, 32 px, shipped", f"{final}, 32 px, shipped", f"{final}, 32 px, sla2-50"]

@@ -19,7 +19,9 @@ def test_small_models_are_measured_and_merged(name, tmp_path, monkeypatch):
     monkeypatch.setattr(real_models_gpu, "TURNS", (2, 2))
     monkeypatch.setattr(real_models_gpu, "TURN_S", 0.001)
     out = tmp_path / "real.json"
-    out.write_text(json.dumps({"rows": [ROW, {**ROW, "model": name, "ms": -1.0}]}))
+    out.write_text(
+        json.dumps({"rows": [ROW, {**ROW, "model": name, "ms": -1.0}], "versions": real_models_gpu.machine(True)})
+    )
     assert real_models_gpu.main(["--tiny", "--models", name, "--modes", "eager", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     rows = {(row["model"], row["attention"]): row for row in found["rows"]}
@@ -34,6 +36,14 @@ def test_small_models_are_measured_and_merged(name, tmp_path, monkeypatch):
     assert all("2 of 2 attention modules" in rows[name, pattern]["report"] for pattern in patterns)
     assert found["versions"]["torch"] == torch.__version__
     assert found["command"].endswith(f"--out {out}")
+
+
+def test_rows_of_another_gpu_are_refused_before_work(tmp_path):
+    out = tmp_path / "real.json"
+    out.write_text(before := json.dumps({"rows": [ROW], "versions": real_models_gpu.machine(True) | {"gpu": "Some"}}))
+    with pytest.raises(SystemExit, match="has rows of device 'Some', not None"):
+        real_models_gpu.main(["--tiny", "--out", str(out)])
+    assert out.read_text() == before
 
 
 def test_a_round_of_two_copies_is_their_mean():
@@ -83,7 +93,7 @@ def test_the_table_has_a_row_of_each_model_and_attention(tmp_path, monkeypatch):
     monkeypatch.setattr("scripts.results.RESULTS", tmp_path)
     assert figures_gpu.gpu_real_table().startswith("Not measured")
     rows = [ROW, {**ROW, "mode": "compiled", "ms": 5.0}, {**ROW, "attention": "na(window=7x7)"}]
-    (tmp_path / "h100-real-models.json").write_text(json.dumps({"rows": rows, "versions": VERSIONS}))
+    (tmp_path / "h200-real-models.json").write_text(json.dumps({"rows": rows, "versions": VERSIONS}))
     *lines, _, machine = figures_gpu.gpu_real_table().splitlines()[2:]
     assert machine == "Some GPU, torch 2.0, triton 3.0, diffusers 0.1."
     assert lines == [

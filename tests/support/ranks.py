@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import time
 import traceback
 
 import torch
@@ -27,7 +28,7 @@ class Ranks:
             process.start()
             self.pipes.append(mine)
             self.processes.append(process)
-        self.world = self.group = 0
+        self.world = self.group = self.jobs = 0
         # Processes that begin import what they need, which takes long where much else runs.
         self.patience = 200
 
@@ -35,13 +36,22 @@ class Ranks:
         """What every rank of a group of `world` returns for `function(rank, *args)`; raises what the first raised."""
         self.group += world != self.world
         self.world = world
+        self.jobs += 1
         for pipe in self.pipes[:world]:
-            pipe.send((world, self.group, function.__module__, function.__qualname__, args))
-        silent = False, f"no answer in {self.patience} s"
-        found = [pipe.recv() if pipe.poll(self.patience) else silent for pipe in self.pipes[:world]]
+            pipe.send((self.jobs, world, self.group, function.__module__, function.__qualname__, args))
+        found = [self._answer(pipe) for pipe in self.pipes[:world]]
         wrong = [text for good, text in found if not good]
         assert not wrong, wrong[0]
         return [value for _, value in found]
+
+    def _answer(self, pipe):
+        """A rank's answer to the last job; those to earlier ones, for which nobody waited any more, are passed over."""
+        until = time.monotonic() + self.patience
+        while pipe.poll(max(0.0, until - time.monotonic())):
+            job, *answer = pipe.recv()
+            if job == self.jobs:
+                return answer
+        return False, f"no answer in {self.patience} s"
 
     def close(self):
         for pipe in self.pipes:
@@ -56,8 +66,8 @@ def _work(rank, folder, pipe):
     # diffusers divides by the number of accelerators.
     torch.accelerator.device_count = lambda: 1
     here = 0
-    while (job := pipe.recv()) is not None:
-        world, group, module, name, args = job
+    while (told := pipe.recv()) is not None:
+        job, world, group, module, name, args = told
         try:
             if group != here:
                 if dist.is_initialized():
@@ -65,8 +75,8 @@ def _work(rank, folder, pipe):
                 here = group
                 meeting, wait = f"file://{folder}/meeting{group}", datetime.timedelta(seconds=180)
                 dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=wait)
-            pipe.send((True, getattr(importlib.import_module(module), name)(rank, *args)))
+            pipe.send((job, True, getattr(importlib.import_module(module), name)(rank, *args)))
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send((job, False, traceback.format_exc()))
     if dist.is_initialized():
         dist.destroy_process_group()

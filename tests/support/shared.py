@@ -126,6 +126,7 @@ OWN = {
     "sparse_linear": "it runs sparselinear patterns only",
     "sigmoid": "it runs sigmoid patterns only",
     "wrapped": "it runs gated and selective patterns only",
+    "sharing": "it runs residual and broadcast only",
     "clipped": "it runs clipped patterns only",
     "heads": "it runs patterns that differ from head to head",
     "gate": "it runs lists that trained weights choose",

@@ -155,11 +155,10 @@ def usable() -> Place | None:
 
 
 class Means(NamedTuple):
-    """What was computed from: means of blocks of queries and keys, of values where they matter: [B, blocks, H, D]."""
+    """What a choice was made from: means of the blocks of queries and keys [B, blocks, H, D]."""
 
     queries: torch.Tensor
     keys: torch.Tensor
-    values: torch.Tensor | None = None
 
     def moved(self, other: Means) -> torch.Tensor:
         """How far means of another step are from these, relative to their norm; the largest of all samples and heads.
@@ -167,19 +166,13 @@ class Means(NamedTuple):
         What is added to all keys alike changes no choice and is left out.
         """
         found = []
-        for old, new, centred in zip(self, other, (False, True, False), strict=True):
-            if old is None or new is None:
-                continue
+        for old, new, centred in ((self.queries, other.queries, False), (self.keys, other.keys, True)):
             old, new = old.float(), new.float()
             if centred:
                 old, new = (t - t.mean(1, keepdim=True) for t in (old, new))
             off, size = ((t.square()).sum((1, 3)) for t in (new - old, old))
             found.append((off / size.clamp(min=1e-30)).max())
         return torch.stack(found).max().sqrt()
-
-    def to(self, dtype: torch.dtype) -> Means:
-        """The same in another dtype."""
-        return Means(*(None if each is None else each.to(dtype) for each in self))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -195,7 +188,7 @@ class _Kept:
     @classmethod
     def of(cls, choice: Routes, means: Means | None, step: int, blocks: int, dtype: torch.dtype) -> _Kept:
         small = torch.int16 if blocks <= 2**15 else torch.int32
-        kept = None if means is None else means.to(dtype)
+        kept = None if means is None else Means(*(t.to(dtype) for t in means))
         return cls(choice.tiles.to(small), choice.counts, kept, step, choice.tiles.dtype)
 
     def good(self, now: Means | None, drift: float) -> bool:

@@ -8,7 +8,37 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from visattn.patterns.choice.memory import Means, Memory, usable
+from visattn.keep import warms_up
+from visattn.patterns.choice.memory import Memory, usable
+from visattn.patterns.choice.quick import quick_means
+
+# Tokens of a mean, and how many means of a short sequence there are.
+RUN, FEWEST = 64, 8
+
+
+def pooled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """What an output is computed from: means of runs of valid tokens of queries, keys and values, in their dtype.
+
+    Args:
+        q: Queries [B, S, H, D].
+        k: Keys [B, S, Hkv, D]; what is added to all of them alike changes no output and is left out.
+        v: Values [B, S, Hkv, D].
+        valid: bool [B, S], or None for all.
+
+    Returns:
+        [B, runs, H + 2 Hkv, D].
+    """
+    with torch.no_grad():
+        run = max(1, min(RUN, q.shape[1] // FEWEST))
+        queries, keys, values = (quick_means(x, (x.shape[1],), (run,), valid) for x in (q, k, v))
+        return torch.cat([queries, keys - keys.mean(1, keepdim=True), values], 2).to(q.dtype)
+
+
+def moved(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """How far means [B, runs, heads, D] are from older ones, relative to the norm of these; the most of all heads."""
+    wide = old.float()
+    off, size = ((t.square()).sum((1, 3)) for t in (new.float() - wide, wide))
+    return (off / size.clamp(min=1e-30)).max().sqrt()
 
 
 @dataclass
@@ -17,25 +47,24 @@ class KeptOutput:
 
     Attributes:
         value: [B, S, H, D].
-        means: What it was computed from, None if nobody looks.
+        means: What it was computed from, see `pooled`; None if nobody looks.
         step: The step.
         until: The last step that may take it.
     """
 
     value: torch.Tensor
-    means: Means | None
+    means: torch.Tensor | None
     step: int
     until: int
 
     @property
     def nbytes(self) -> int:
         """What it takes."""
-        return sum(t.nbytes for t in (self.value, *(self.means or ())) if t is not None)
+        return sum(t.nbytes for t in (self.value, self.means) if t is not None)
 
     def moved_to(self, device: torch.device | str) -> KeptOutput:
         """The same on another device."""
-        means = None if self.means is None else Means(*(t if t is None else t.to(device) for t in self.means))  # type: ignore[arg-type]
-        return replace(self, value=self.value.to(device), means=means)
+        return replace(self, value=self.value.to(device), means=None if self.means is None else self.means.to(device))
 
 
 @dataclass
@@ -54,11 +83,11 @@ class Slot:
     key: Hashable
     every: int
     drift: float
-    means: Means | None
+    means: torch.Tensor | None
 
     @classmethod
     def of(
-        cls, every: int, drift: float, own: Hashable, tensors: Sequence[torch.Tensor], means: Callable[[], Means]
+        cls, every: int, drift: float, own: Hashable, tensors: Sequence[torch.Tensor], means: Callable[[], torch.Tensor]
     ) -> Slot | None:
         """The slot of a call; None where nothing may be kept.
 
@@ -67,12 +96,14 @@ class Slot:
             drift: How far means may move before.
             own: What tells calls of a module apart: pattern, layout, shapes, dtype, device.
             tensors: What the output is computed from: none may need a gradient.
-            means: Pools them.
+            means: Gives what `pooled` makes of them.
         """
         place, library = usable(), torch._C
+        if place is None or place.memory is None:
+            return None
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        # Tensors of transforms stand for others, and mean nothing later.
-        if place is None or place.memory is None or learns or library._are_functorch_transforms_active():
+        # Tensors of transforms stand for others, and mean nothing later; the pool of a CUDA graph keeps none.
+        if learns or library._are_functorch_transforms_active() or warms_up():
             return None
         memory = place.memory
         slot = cls(memory, (place.key, own), every, drift, None)
@@ -90,16 +121,14 @@ class Slot:
         found: KeptOutput | None = self.memory.get(self.key)
         if found is None or not 0 <= self.memory.step - found.step < self.every:
             return None
-        moved = found.step != self.memory.step and found.means is not None and self.means is not None
+        if found.step == self.memory.step or found.means is None or self.means is None:
+            return found
         # Reading that waits for the device.
-        if moved and not bool(found.means.moved(self.means) <= self.drift):  # type: ignore[union-attr]
-            return None
-        return found
+        return found if bool(moved(found.means, self.means) <= self.drift) else None
 
     def keep(self, value: torch.Tensor) -> int:
         """Keep an output in the place of an older one; returns the bytes that this takes."""
-        means = None if self.means is None else self.means.to(value.dtype)
-        kept = KeptOutput(value, means, self.memory.step, self.memory.until(self.every))
+        kept = KeptOutput(value, self.means, self.memory.step, self.memory.until(self.every))
         self.memory.put(self.key, kept, kept.until)
         return kept.nbytes
 
