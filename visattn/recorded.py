@@ -53,6 +53,15 @@ class Recorded(NamedTuple):
         return {name: t for name, t in found.items() if t is not None}
 
 
+def check_recorded(calls: Any, several: bool = False) -> None:
+    """Raise a ValueError for what is no recorded call, or are not `several` of them."""
+    if several and not isinstance(calls, list | tuple):
+        raise ValueError(f"calls={calls!r} must be a list of recorded calls: pass what visattn.maps.calls(...) gave")
+    for call in calls if several else (calls,):
+        if not isinstance(call, Recorded):
+            raise ValueError(f"{call!r} is no recorded call: pass one of those that visattn.maps.calls(...) gave")
+
+
 class Recorder:
     """A watcher that keeps calls of some modules and steps, within a limit: `handle.watch(recorder)`.
 

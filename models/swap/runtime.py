@@ -16,7 +16,7 @@ from visattn.counts import Cell
 from visattn.crossing import crossing
 from visattn.forwards import check_loaded
 from visattn.layout import Layout
-from visattn.models.swap.places import Places
+from visattn.models.swap.places import ALONE, Places
 from visattn.models.swap.sources import between
 from visattn.models.swap.weights import show_weights
 from visattn.parameters import following
@@ -126,7 +126,10 @@ class Swapped:
             ValueError: If the sequence is not what the model embedded.
         """
         layout = self.places.here(tokens).layout
-        if self.keeps_stock(refusal or (layout if isinstance(layout, str) else None)) or isinstance(layout, str):
+        unknown = layout if isinstance(layout, str) else None
+        # Of a module called on its own the call itself says more.
+        why = refusal or unknown if layout == ALONE.layout else unknown or refusal
+        if self.keeps_stock(why) or isinstance(layout, str):
             return None
         layout.check_length(tokens)
         return layout

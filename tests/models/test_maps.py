@@ -160,3 +160,19 @@ def test_saliency_maps_are_scored_on_masked_images(vit):
     whole = scored(model, x, torch.arange(32.0).view(2, 16), (4, 4))
     assert [each["share"] for each in whole] == [1.0, 0.5, 0.15]
     assert all(0 <= each["average_drop"] <= 1 and 0 <= each["confidence_gain"] <= 1 for each in whole)
+
+
+def test_other_things_than_recorded_calls_and_forwards_are_refused():
+    for run in (maps.spread, lambda x: maps.kept(x, "dense"), lambda x: maps.rows(x, [0]), maps.offsets):
+        with pytest.raises(ValueError, match=r"None is no recorded call: pass one of those that visattn.maps.calls"):
+            run(None)
+    for run in (maps.overview, maps.rollout):
+        with pytest.raises(ValueError, match="calls=3 must be a list of recorded calls"):
+            run(3)
+        with pytest.raises(ValueError, match="'x' is no recorded call"):
+            run(["x"])
+    for run in (maps.calls, maps.gradient, maps.pruning):
+        with pytest.raises(ValueError, match="forward=None must be a function that runs the model"):
+            run(torch.nn.Identity(), None)
+    with pytest.raises(ValueError, match="limit='x' must be one whole number"):
+        maps.calls(torch.nn.Identity(), lambda: None, limit="x")

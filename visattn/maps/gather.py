@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from visattn.handle import apply
+from visattn.patterns.values import whole_number
 from visattn.recorded import Recorded
 from visattn.selectors import Layers
 from visattn.watch import Watched, Watcher
@@ -68,6 +69,8 @@ def calls(model: Any, forward: Callable[[], Any], *, layers: Layers = None, limi
     Raises:
         ValueError: If no attention of the model can be looked at, its own is not dense, or there is too much.
     """
+    check_forward(forward)
+    limit = whole_number(limit, "limit", 1, high=2**63)
     with torch.no_grad():
         plain = output(forward())
         gatherer = Gatherer(limit)
@@ -82,6 +85,12 @@ def calls(model: Any, forward: Callable[[], Any], *, layers: Layers = None, limi
         f"{type(model).__name__} gives other outputs ({off:.1e}, relative) when its attention is dense over all "
         "tokens: its own has windows or a bias, so there are no maps of it"
     )
+
+
+def check_forward(forward: Any) -> None:
+    """Raise a ValueError for what is no function that runs the model."""
+    if not callable(forward) or isinstance(forward, type):
+        raise ValueError(f"forward={forward!r} must be a function that runs the model, like lambda: model(images)")
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -108,6 +117,7 @@ class Watching:
         Raises:
             ValueError: If it cannot be patched so.
         """
+        check_forward(forward)
         self.name, self._forward = type(model).__name__, forward
         try:
             self._handle = apply(model, EVERYTHING, layers=layers, always=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.maps.gather import Watching, check_same
+from visattn.patterns.values import whole_number
 from visattn.selectors import Layers
 from visattn.watch import Watched
 
@@ -104,14 +105,13 @@ def gradient(
     Raises:
         ValueError: If no attention of the model can be looked at, no gradient flows, or `probes` is below 1.
     """
-    if probes < 1:
-        raise ValueError(f"probes={probes} must be a number of random directions, at least 1")
+    probes = whole_number(probes, "probes", 1)
     outs: dict[str, torch.Tensor] = {}
 
     def keep(watched: Watched) -> None:
         outs.setdefault(watched.site, watched.out)
 
-    with torch.enable_grad(), _learning(model), Watching(model, forward, layers) as watching:
+    with torch.enable_grad(), Watching(model, forward, layers) as watching, _learning(model):
         found = watching.run(keep)
         watching.need(outs)
         if not found.requires_grad:

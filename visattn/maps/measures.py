@@ -9,7 +9,7 @@ import torch
 from visattn.attend import attention
 from visattn.layout import Layout
 from visattn.patterns import Dense, DynamicPattern, ListedPattern, Pattern, PerHead, PooledPattern, parse
-from visattn.recorded import Recorded
+from visattn.recorded import Recorded, check_recorded
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def spread(call: Recorded) -> Spread:
     Args:
         call: The call.
     """
+    check_recorded(call)
     (q, k), layout = wide(call), call.layout
     where = positions(layout).to(q)
     dims, inner = layout.dims, slice(layout.prefix, layout.prefix + layout.tokens)
@@ -110,6 +111,7 @@ def kept(call: Recorded, pattern: Pattern | str, lse: torch.Tensor | None = None
     Raises:
         ValueError: If the pattern does not fit, or is not softmax over some of the keys.
     """
+    check_recorded(call)
     q, k = wide(call)
     options = {"scale": call.scale, "key_mask": call.key_mask}
     parsed = parse(pattern)
@@ -165,6 +167,7 @@ def received(call: Recorded, weights: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If the weights do not fit the call.
     """
+    check_recorded(call)
     q, k = wide(call)
     batch, length, heads, width = q.shape
     given = list(weights.shape)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from visattn.maps.measures import received
-from visattn.recorded import Recorded
+from visattn.recorded import Recorded, check_recorded
 
 
 @torch.no_grad()
@@ -28,6 +28,7 @@ def rollout(calls: Sequence[Recorded], rows: torch.Tensor | Sequence[int] | None
     Raises:
         ValueError: If layers attend over different sequences, or a row is no token.
     """
+    check_recorded(calls, several=True)
     if not calls:
         raise ValueError("rollout goes through the calls of all layers: give at least one")
     layouts = dict.fromkeys(call.layout for call in calls)

@@ -9,7 +9,7 @@ import torch
 
 from visattn.maps.measures import wide
 from visattn.patterns import Pattern, parse
-from visattn.recorded import Recorded
+from visattn.recorded import Recorded, check_recorded
 from visattn.watch import Watched
 
 # Queries whose rows make a histogram of offsets.
@@ -47,6 +47,7 @@ def rows(call: Recorded, tokens: torch.Tensor | Sequence[int], pattern: Pattern 
     Raises:
         ValueError: As `visattn.attention_rows`.
     """
+    check_recorded(call)
     index = torch.as_tensor(tokens, device=call.q.device)
     dense = _watched(call, "dense").rows(index)
     return Rows(dense, None if pattern is None else _watched(call, pattern).rows(index))
@@ -66,6 +67,7 @@ def offsets(call: Recorded, samples: int = SAMPLED) -> torch.Tensor:
     Raises:
         ValueError: If fewer than one query is asked for.
     """
+    check_recorded(call)
     if samples < 1:
         raise ValueError(f"samples={samples} must be how many queries are looked at, at least 1")
     layout = call.layout

@@ -11,7 +11,7 @@ from visattn.maps.measures import kept, selecting, spread
 from visattn.maps.overview import Overview, Site
 from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.plans import plan
-from visattn.recorded import Recorded
+from visattn.recorded import Recorded, check_recorded
 
 # Queries whose outputs tell how alike heads are.
 COMPARED = 128
@@ -37,6 +37,7 @@ def overview(
     Raises:
         ValueError: If there is no call, or a pattern is not softmax over some keys or fits no call.
     """
+    check_recorded(calls, several=True)
     if not calls:
         raise ValueError("there is no call to look at: record some with visattn.maps.calls or visattn record")
     density = _densities(calls, patterns)
