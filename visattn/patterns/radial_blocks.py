@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from visattn.keep import kept
 from visattn.patterns.geometry import Bools
+from visattn.tiling import Ints
 
 # A frame at a distance is dropped where its share of a window is narrower than this many tokens.
 SPLIT_BELOW = 128
@@ -54,15 +56,18 @@ def block_mask(frames: int, tokens: int, decay: float, sink: bool, block: int) -
     edges = np.arange(0, length, block)
     if by_frame:
         edges = np.union1d(edges, np.arange(0, length, tokens))
+    stretches = _Stretches.of(edges, length, tokens) if by_frame else None
     for row in range(blocks):
-        together = np.zeros(length, np.int64)
-        for frame, first, last in _pieces(row * block, min((row + 1) * block, length), tokens):
-            hits = together if not by_frame else np.zeros(length, np.int64)
-            _count(hits, frame, first, last, widths, sink, tokens)
-            if by_frame:
-                np.logical_or.at(mask[row], edges // block, _kept(hits, edges, block))
-        if not by_frame:
+        pieces = _pieces(row * block, min((row + 1) * block, length), tokens)
+        if stretches is None:
+            together = np.zeros(length, np.int64)
+            for frame, first, last in pieces:
+                _count(together, frame, first, last, widths, sink, tokens)
             mask[row] = _kept(together, edges, block)
+            continue
+        for frame, first, last in pieces:
+            reach = np.array([_reach(frame, other, widths, sink, tokens) for other in range(frames)])
+            mask[row, edges[stretches.kept(first, last, reach, block)] // block] = True
     np.fill_diagonal(mask, True)
     if length % block:
         mask[-1] = mask[:, -1] = True
@@ -79,15 +84,64 @@ def _pieces(start: int, stop: int, tokens: int) -> Iterator[tuple[int, int, int]
         start += last - first + 1
 
 
+def _reach(frame: int, other: int, widths: list[float | None], sink: bool, tokens: int) -> int:
+    """How far apart in their frames a query and a key of another frame may be; -1 where none is seen."""
+    width = tokens if sink and other == 0 else widths[abs(frame - other)]
+    return -1 if width is None else int(min(width, tokens))
+
+
+class _Stretches(NamedTuple):
+    """Key tokens between edges, each inside of one frame.
+
+    Attributes:
+        frame: Their frame: [stretches].
+        first: Their first token in it.
+        last: Their last one.
+        tokens: Tokens of a frame.
+    """
+
+    frame: Ints
+    first: Ints
+    last: Ints
+    tokens: int
+
+    @classmethod
+    def of(cls, edges: Ints, length: int, tokens: int) -> _Stretches:
+        """Those of edges, which are where frames begin among others."""
+        frame, first = np.divmod(edges, tokens)
+        return cls(frame, first, first + np.diff(edges, append=length) - 1, tokens)
+
+    def kept(self, first: int, last: int, reach: Ints, block: int) -> Bools:
+        """`_kept` for the queries `first` to `last` of a frame.
+
+        Of these, key x is seen by min(2 reach + 1, x + reach - first + 1, last - x + reach + 1, last - first + 1): by
+        at least so many where x is in one interval.
+
+        Args:
+            first: First query in its frame.
+            last: Last one.
+            reach: How far each frame is seen, -1 where it is not: [frames].
+            block: Tokens of a block.
+        """
+        reach, third = reach[self.frame], block // 3 + 1
+        some, many = (self._inside(first - reach + n - 1, last + reach - n + 1) for n in (1, third))
+        enough = (reach >= 0) & (2 * reach + 1 >= third) & (last - first + 1 >= third)
+        return enough & (many > 0.6 * some)
+
+    def _inside(self, low: Ints, high: Ints) -> Ints:
+        """How many tokens of each stretch lie in an interval of each: [stretches]."""
+        low, high = np.maximum(low, self.first), np.minimum(high, self.last)
+        return np.maximum(high - low + 1, 0)
+
+
 def _count(
     hits: np.ndarray, frame: int, first: int, last: int, widths: list[float | None], sink: bool, tokens: int
 ) -> None:
     """Add to each key token how many of the queries `first` to `last` of a frame may see it."""
     for other in range(len(widths)):
-        width = tokens if sink and other == 0 else widths[abs(frame - other)]
-        if width is None:
+        reach = _reach(frame, other, widths, sink, tokens)
+        if reach < 0:
             continue
-        reach = int(min(width, tokens))
         low, high = max(0, first - reach), min(tokens - 1, last + reach)
         index = np.arange(low, high + 1)
         seen = np.minimum(index + reach, last) - np.maximum(index - reach, first) + 1
