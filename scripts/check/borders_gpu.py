@@ -46,7 +46,7 @@ def bias_alone(dtype: torch.dtype, dim: int) -> float:
 
     def gradient(cast: Callable[[torch.Tensor], torch.Tensor], backend: str) -> torch.Tensor:
         leaf = cast(rpb).detach().requires_grad_()
-        out = attention(*(cast(t) for t in (q, k, v)), pattern, layout, rpb=leaf, backend=backend)
+        out = attention(cast(q), cast(k), cast(v), pattern, layout, rpb=leaf, backend=backend)
         return torch.autograd.grad((out.double() * weight).sum(), leaf)[0]
 
     truth = gradient(lambda t: t.double(), "reference")
@@ -62,7 +62,7 @@ def hidden_mask(pattern: str) -> float:
     found = []
     for mask in (made, made.clone()):
         leaves = [t.detach().requires_grad_() for t in tensors]
-        out = attention(*leaves, pattern, layout, key_mask=mask, backend="auto")
+        out = attention(leaves[0], leaves[1], leaves[2], pattern, layout, key_mask=mask, backend="auto")
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad(out.square().sum(), leaves)]))
     return off(*found)
 
@@ -75,18 +75,16 @@ def many(pattern: str, layout: Layout, dim: int, learned: bool = False, dtype: t
 
     def results(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         leaves = [t.detach().requires_grad_() for t in inputs]
-        out = attention(*leaves, pattern, layout, rpb=bias, backend=backend)
+        out = attention(leaves[0], leaves[1], leaves[2], pattern, layout, rpb=bias, backend=backend)
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
     whole, last = results(tensors), results([t[-50:].contiguous() for t in tensors])
     error = max(off(a[-50:], b) for a, b in zip(whole, last, strict=True))
     if bias is not None:
-        leaf = bias.clone().requires_grad_()
+        leaf, (q, k, v) = bias.clone().requires_grad_(), tensors
         sums = []
         for parts in ((slice(None),), (slice(1000), slice(1000, None))):
-            outs = [
-                attention(*(t[part] for t in tensors), pattern, layout, rpb=leaf, backend=backend) for part in parts
-            ]
+            outs = [attention(q[part], k[part], v[part], pattern, layout, rpb=leaf, backend=backend) for part in parts]
             sums.append(torch.autograd.grad([out.float().square().sum() for out in outs], [leaf])[0])
         error = max(error, off(*sums))
     return error
@@ -115,7 +113,7 @@ def changed(name: str, pattern: str) -> float:
     for change in (False, True):
         leaves = [draw(1, layout.length, 2, 64, seed=i).requires_grad_() for i in range(3)]
         mask = made.clone()
-        out = attention(*leaves, pattern, layout, key_mask=mask, backend="triton")
+        out = attention(leaves[0], leaves[1], leaves[2], pattern, layout, key_mask=mask, backend="triton")
         if change:
             with torch.no_grad():
                 {"mask": mask, "query": leaves[0]}[name].zero_()
