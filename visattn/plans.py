@@ -296,7 +296,7 @@ def _validity(queries: Tiling, keys: Tiling) -> tuple[Ints, Bools]:
 
 
 def _lists(row: Ints, tile: Ints, mask: Ints, rows: int) -> TileLists:
-    """Sort visits by row, fully visible first, then by tile: one number of all three, which takes a third of the time."""
+    """Sort visits by row, fully visible first, then by tile: by one number of all three, a third of the time."""
     order = np.argsort((2 * row.astype(np.int64) + (mask >= 0)) * (tile.max(initial=0) + 1) + tile)
     start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
     return TileLists(start, tile[order], mask[order])
