@@ -260,7 +260,7 @@ def test_who_tells_no_step_is_refused():
         tiny_models.run(model, inputs)
     for text, message in (
         ("topk(every=0)", "every=0 must be one whole number of at least 1"),
-        ("topp(every=2x2)", "must be a number of steps"),
+        ("topp(every=2x2)", "must be one whole number of at least 1: it counts steps"),
         ("above(drift=0)", "drift=0 must be a number above 0"),
         ("topk(drift=none)", "drift=None must be a number above 0"),
         ("topk(drift=nan)", "drift=nan must be a number above 0"),
