@@ -28,6 +28,7 @@ from scripts.figures_gpu import (
     gpu_parallel_table,
     gpu_peers_table,
     gpu_real_table,
+    gpu_shapes_table,
     gpu_stack_table,
 )
 from scripts.figures_models import model_tables
@@ -178,6 +179,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "gpu-packages": gpu_packages_table,
     "gpu-peers": gpu_peers_table,
+    "gpu-shapes": gpu_shapes_table,
     "gpu-stack": gpu_stack_table,
     "gpu-calls": gpu_calls_table,
     "gpu-causal": gpu_causal_table,

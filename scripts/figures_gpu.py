@@ -70,6 +70,20 @@ def gpu_causal_table() -> str:
     return table(head, rows) + f"\n\n{found['versions']['gpu']}, torch {found['versions']['torch']}."
 
 
+def gpu_shapes_table() -> str:
+    """Head dims, few tokens, batches and blocks by scores: rates over visited tiles, and against cuDNN."""
+    rows = []
+    for case in _cases("h200-shapes").values():
+        own, shape = case["triton"], f"{case['batch']} x {case['heads']} x {case['head_dim']}"
+        cells = [f"`{case['pattern']}` on {case['layout']}", shape]
+        for way, faster in zip(("forward", "backward"), _faster(case, "triton", "cudnn"), strict=True):
+            rate = case.get(f"{way}_tflops")
+            cells.append(f"{own[f'{way}_ms']:.2f} ms, {faster}" + (f", {rate:.0f} TFLOP/s" if rate else ""))
+        rows.append(cells)
+    head = ["case", "samples, heads, head dim", "forward, times cuDNN's", "backward, times cuDNN's"]
+    return table(head, rows) + _machine("h200-shapes") + " A backward counts as 2.5 forwards."
+
+
 def gpu_stack_table() -> str:
     """Whole models of random weights, measured by scripts/bench/stack_gpu.py."""
     found: dict[tuple[str, str], dict[str, dict[str, dict[str, float]]]] = {}
