@@ -50,6 +50,9 @@ MOSTLY_FULL = 0.9
 SMALL_KEY_TILE = 8
 # Tokens of a query block up to which blocks share a tile: one of 4x4 is as fast alone (docs/cpu-engine.md).
 SHARING = 4
+# Time of a call whose 8 bits are simulated over the same without, and over dense attention where q and k choose, whose
+# mask of all pairs is walked through: for errors, not for speed.
+SIMULATED = 7.0
 # What the rule, which is a CPU's, is off by on a GPU, where dense attention gains far more than what moves tiles: 3.1
 # ms by it were 70, and 54 were 1557, on an H200 (windows of 3x5x5 on 69x64x96 and of 11x11x11 on 121x128x192).
 ON_CUDA = 25
@@ -87,6 +90,8 @@ class Tiles(Backend):
         batches = sum(-(-problem.batch * n // batch_size(keys, row, problem.device)) for n, _, keys in problems)
         pairs += sum(n * problem_cost(queries, keys) for n, queries, keys in problems)
         fixed += batches * (BATCH_MS if routed or problem.rpb or problem.key_mask else KEPT_MS)
+        if problem.precision is not None:
+            return SIMULATED * (problem.dense_pairs if routed else problem.batch * problem.heads * pairs)
         total = problem.batch * problem.heads * pairs + overhead(problem, fixed, 1e3 * fixed)
         return total * (ON_CUDA if problem.device == "cuda" else 1)
 

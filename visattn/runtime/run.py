@@ -77,7 +77,7 @@ class Run:
         # Two say as well as many that they differ.
         self._kinds: dict[object, Forward] = {}
         self._known: dict[Hashable, tuple[dict[Hashable, Ready], dict[str, Rest]]] = {}
-        self._warned = False
+        self._warned = self._simulates = False
 
     @property
     def forward(self) -> Forward | None:
@@ -156,6 +156,16 @@ class Run:
             warnings.warn(
                 f"this run of {self.name} has {total} steps, and {', '.join(beyond)} of its schedule count more: give "
                 "steps that it has, an open end like 4- or shares like 0.25-0.5",
+                stacklevel=4,
+            )
+
+    def tell_simulated(self, precision: str) -> None:
+        """Warn, once, that 8 bits of a schedule, which was made for a GPU, take longer on a CPU than none."""
+        if not self._simulates:
+            self._simulates = True
+            warnings.warn(
+                f"the schedule of {self.name} has parts in {precision}, which a CPU simulates for its errors: they take "
+                "several times as long as without; use a GPU, or a schedule that was tuned on a CPU",
                 stacklevel=4,
             )
 

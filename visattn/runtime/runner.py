@@ -361,7 +361,10 @@ class Runner:
         precision = None if forward is None or forward.precise else self._precision(forward)
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode, precision))
         always = self._always or bool(parameters)
-        return judge(self.pattern, problems, fit.layouts, self.backend, always, not call.local)
+        found = judge(self.pattern, problems, fit.layouts, self.backend, always, not call.local)
+        if found.precision is not None and found.precision != self.precision and problems[0].device == "cpu":
+            self.run.tell_simulated(found.precision)
+        return found
 
     def _precision(self, forward: Forward) -> str | None:
         """What the pattern is computed in, in a forward."""
