@@ -160,12 +160,12 @@ class Run:
             )
 
     def tell_simulated(self, precision: str) -> None:
-        """Warn, once, that 8 bits of a schedule, which was made for a GPU, take longer on a CPU than none."""
-        if not self._simulates:
+        """Warn, once, of 8 bits on a CPU that a schedule brings, and nobody asked for by `precision=`."""
+        if not self._simulates and self.schedule.precision is None:
             self._simulates = True
             warnings.warn(
-                f"the schedule of {self.name} has parts in {precision}, which a CPU simulates for its errors: they take "
-                "several times as long as without; use a GPU, or a schedule that was tuned on a CPU",
+                f"the schedule of {self.name} has parts in {precision}, which a CPU simulates for its errors: they "
+                "take several times as long as without; use a GPU, or a schedule that was tuned on a CPU",
                 stacklevel=4,
             )
 

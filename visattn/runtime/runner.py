@@ -362,7 +362,7 @@ class Runner:
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode, precision))
         always = self._always or bool(parameters)
         found = judge(self.pattern, problems, fit.layouts, self.backend, always, not call.local)
-        if found.precision is not None and found.precision != self.precision and problems[0].device == "cpu":
+        if found.precision is not None and problems[0].device == "cpu":
             self.run.tell_simulated(found.precision)
         return found
 
