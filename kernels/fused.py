@@ -14,19 +14,20 @@ MOST = 65535
 def fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, **options: Any
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention`, in parts where a GPU's kernels have no room for all samples.
+    """`scaled_dot_product_attention` with grouped heads, in parts where a GPU's kernels have no room for all samples.
 
     Args:
         q: Queries [B, H, S, D].
         k: Keys [B or 1, Hkv, keys, D].
         v: Values, alike.
         attn_mask: As there; of every sample or one for all.
-        options: Of that function.
+        options: Further ones of that function.
 
     Returns:
         [B, H, S, D of the values].
     """
     # While torch.jit.trace records, sizes are tensors.
+    options["enable_gqa"] = bool(q.shape[1] != k.shape[1])
     if not q.is_cuda or bool(q.shape[0] <= MOST):
         return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
     samples = q.shape[0]

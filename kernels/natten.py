@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from visattn.dispatch import Backend, overhead, visited_pairs, wall
+from visattn.kernels.fused import fused
 from visattn.kernels.scores import log_sum_exp
 from visattn.kernels.second_order import lists_with_formula
 from visattn.patterns import ListedPattern, Neighborhood
@@ -180,8 +181,7 @@ def _around_grid(
     """Put the dense tokens' rows, which see every key, before and after the grid's."""
     queries = torch.cat([q[:, : inner.start], q[:, inner.stop :]], 1).transpose(1, 2)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    grouped = queries.shape[1] != keys.shape[1]
-    dense = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=grouped)
+    dense = fused(queries, keys, values, scale=scale)
     before, after = dense.transpose(1, 2).tensor_split([inner.start], 1)
     out = torch.cat([before, out, after], 1)
     if not want_lse:

@@ -82,9 +82,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tup
         # Kernels differ in what a row without visible keys gives, some NaN: let it see all, then zero it.
         blind = ~mask.any(-1, keepdim=True)
         mask = mask | blind
-    # While torch.jit.trace records, sizes are tensors.
-    grouped = bool(q.shape[2] != k.shape[2])
-    out = fused(*heads_first, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
+    out = fused(*heads_first, attn_mask=mask, scale=call.scale)
     lse = log_sum_exp(heads_first[0], heads_first[1], mask, call.scale) if call.lse else None
     if blind is not None:
         out = out.masked_fill(blind, 0)

@@ -39,13 +39,11 @@ def attend_triangular(
     if layout.suffix:
         # To the front: every token of the grid sees them.
         q, k, v = (t.roll(layout.suffix, 2) for t in (q, k, v))
-    # While torch.jit.trace records, sizes are tensors.
-    grouped = bool(q.shape[1] != k.shape[1])
-    out = fused(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    out = fused(q, k, v, is_causal=True, scale=scale)
     sums = log_sum_exp(q, k, None, scale, causal=True) if lse else None
     if dense:
         first = q[:, :, :dense]
-        own = fused(first, k, v, scale=scale, enable_gqa=grouped)
+        own = fused(first, k, v, scale=scale)
         out = torch.cat([own, out[:, :, dense:]], 2)
         if sums is not None:
             sums = torch.cat([log_sum_exp(first, k, None, scale), sums[:, :, dense:]], 2)

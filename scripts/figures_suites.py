@@ -40,8 +40,8 @@ def suite_table(name: str) -> str:
         rows.append(cells)
     case = first.entry.case
     cards = [each["name"] for each in result(name)["devices"] if each["device"].startswith("cuda")][:1]
-    shape = f"Batch {case.batch}, {case.heads} heads of {case.dim}, {case.dtype}, forward; *: taken by `auto`."
-    shape = f"{', '.join([*cards, ''])}{shape if not cards else shape[0].lower() + shape[1:]}"
+    start = f"{cards[0]}, batch" if cards else "Batch"
+    shape = f"{start} {case.batch}, {case.heads} heads of {case.dim}, {case.dtype}, forward; *: taken by `auto`."
     heads = ["mask", "attention", "pattern", "tokens", "density", DENSE, *backends]
     return f"{table(heads, rows)}\n\n{shape}"
 

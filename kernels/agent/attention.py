@@ -175,10 +175,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     bias = () if mask is None or mask.dtype == torch.bool else (mask,)
 
     def at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> tuple[torch.Tensor, None]:
-        # While torch.jit.trace records, sizes are tensors.
-        grouped = bool(q.shape[1] != k.shape[1])
-        own = bias[0] if bias else mask
-        return fused(q, k, v, own, scale=scale, enable_gqa=grouped), None
+        return fused(q, k, v, bias[0] if bias else mask, scale=scale), None
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
         return _plain(q, k, v, bias[0] if bias else mask, scale)

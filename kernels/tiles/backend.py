@@ -163,28 +163,28 @@ def _problems(pattern: Pattern, layout: Layout, rpb: bool) -> list[tuple[int, in
     """Number, queries and keys of the problems of each group, for one sample; those of a routed group first."""
     cpu = torch.device("cpu")
     if not _is_routed(pattern, layout):
-        if (axes := _axes(pattern, layout, rpb)) is not None:
-            return _of_axes(pattern, layout, axes)
-        groups, routed = _static_problems(pattern, layout, cpu, rpb).groups, []
+        axes = _axes(pattern, layout, rpb)
+        if axes is None:
+            groups, first = _static_problems(pattern, layout, cpu, rpb).groups, []
+        else:
+            groups, fixed = _dense(pattern, layout, cpu)
+            first = _of_axes(axes, 0 if fixed is None else len(fixed))
     else:
         tiles = _routed_plan(pattern, layout)
         groups, fixed = _dense(pattern, layout, cpu)
         keys = tiles.routed_tiles * tiles.keys.capacity + (0 if fixed is None else len(fixed))
         if isinstance(pattern, DynamicPattern) and pattern.pools_rest:
             keys += pattern.blocks(layout.grid).columns
-        routed = [(tiles.queries.runs[1], tiles.queries.capacity, keys)]
+        first = [(tiles.queries.runs[1], tiles.queries.capacity, keys)]
     listed = [(len(group.queries), group.queries.shape[1], group.length) for group in groups]
-    return [*routed, *listed]
+    return [*first, *listed]
 
 
-def _of_axes(pattern: Pattern, layout: Layout, axes: Sequence[AxisKinds]) -> list[tuple[int, int, int]]:
-    """The same of a pattern of intervals, whose groups need not be made for it."""
-    dense, fixed = _dense(pattern, layout, torch.device("cpu"))
-    more = 0 if fixed is None else len(fixed)
+def _of_axes(axes: Sequence[AxisKinds], more: int) -> list[tuple[int, int, int]]:
+    """The same of the grid of a pattern of intervals, whose groups need not be made for it; all see `more` keys."""
     rows = [zip(kinds.tiles.tolist(), kinds.queries.tolist(), kinds.keys.tolist(), strict=True) for kinds in axes]
-    found = [[math.prod(numbers) for numbers in zip(*each, strict=True)] for each in itertools.product(*rows)]
-    listed = [(len(group.queries), group.queries.shape[1], group.length) for group in dense]
-    return [*((tiles, queries, keys + more) for tiles, queries, keys in found), *listed]
+    found = ([math.prod(numbers) for numbers in zip(*each, strict=True)] for each in itertools.product(*rows))
+    return [(tiles, queries, keys + more) for tiles, queries, keys in found]
 
 
 def _is_routed(pattern: Pattern, layout: Layout) -> bool:

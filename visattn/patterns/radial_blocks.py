@@ -97,19 +97,17 @@ class _Stretches(NamedTuple):
         frame: Their frame: [stretches].
         first: Their first token in it.
         last: Their last one.
-        tokens: Tokens of a frame.
     """
 
     frame: Ints
     first: Ints
     last: Ints
-    tokens: int
 
     @classmethod
     def of(cls, edges: Ints, length: int, tokens: int) -> _Stretches:
         """Those of edges, which are where frames begin among others."""
         frame, first = np.divmod(edges, tokens)
-        return cls(frame, first, first + np.diff(edges, append=length) - 1, tokens)
+        return cls(frame, first, first + np.diff(edges, append=length) - 1)
 
     def kept(self, first: int, last: int, reach: Ints, block: int) -> Bools:
         """`_kept` for the queries `first` to `last` of a frame.

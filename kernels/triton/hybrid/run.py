@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from visattn.kernels.fused import fused
 from visattn.kernels.triton.choosing.choose import Means, block_means, part_tokens
 from visattn.kernels.triton.hybrid.gated import add_gated
 from visattn.kernels.triton.hybrid.join import join_states
@@ -279,7 +280,7 @@ def _add_coarse(
         mask = count[:, None, None] > 0
         blind = ~mask.any(-1, keepdim=True)
         mask = mask | blind
-    coarse = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=1.0)
+    coarse = fused(query, key, value, mask, scale=1.0)
     coarse = coarse if blind is None else coarse.masked_fill(blind, 0)
     tokens = part_tokens(*blocks.sides[0], 1, q.device)
     _start_gated(gated_arguments(q, out, coarse, own["gate"], own.get("gate_map"), tokens))

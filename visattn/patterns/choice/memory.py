@@ -154,6 +154,13 @@ def usable() -> Place | None:
     return place
 
 
+def moved(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """How far means [B, blocks, heads, D] are from older ones, relative to their norm; the most of all heads."""
+    wide = old.float()
+    off, size = (t.square().sum((1, 3)) for t in (new.float() - wide, wide))
+    return (off / size.clamp(min=1e-30)).max().sqrt()
+
+
 class Means(NamedTuple):
     """What a choice was made from: means of the blocks of queries and keys [B, blocks, H, D]."""
 
@@ -165,14 +172,8 @@ class Means(NamedTuple):
 
         What is added to all keys alike changes no choice and is left out.
         """
-        found = []
-        for old, new, centred in ((self.queries, other.queries, False), (self.keys, other.keys, True)):
-            old, new = old.float(), new.float()
-            if centred:
-                old, new = (t - t.mean(1, keepdim=True) for t in (old, new))
-            off, size = ((t.square()).sum((1, 3)) for t in (new - old, old))
-            found.append((off / size.clamp(min=1e-30)).max())
-        return torch.stack(found).max().sqrt()
+        old, new = (keys - keys.mean(1, keepdim=True) for keys in (self.keys.float(), other.keys.float()))
+        return torch.maximum(moved(self.queries, other.queries), moved(old, new))
 
 
 @dataclass

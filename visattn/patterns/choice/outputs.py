@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from visattn.keep import warms_up
-from visattn.patterns.choice.memory import Memory, usable
+from visattn.patterns.choice.memory import Memory, moved, usable
 from visattn.patterns.choice.quick import quick_means
 
 # Tokens of a mean, and how many means of a short sequence there are.
@@ -32,13 +32,6 @@ def pooled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tenso
         run = max(1, min(RUN, q.shape[1] // FEWEST))
         queries, keys, values = (quick_means(x, (x.shape[1],), (run,), valid) for x in (q, k, v))
         return torch.cat([queries, keys - keys.mean(1, keepdim=True), values], 2).to(q.dtype)
-
-
-def moved(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """How far means [B, runs, heads, D] are from older ones, relative to the norm of these; the most of all heads."""
-    wide = old.float()
-    off, size = ((t.square()).sum((1, 3)) for t in (new.float() - wide, wide))
-    return (off / size.clamp(min=1e-30)).max().sqrt()
 
 
 @dataclass
