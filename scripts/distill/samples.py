@@ -21,6 +21,8 @@ from visattn.files import written_whole
 
 LATENTS = "latents"
 NULL_SAMPLES = 4  # that are looked at for the row without a condition
+HELD = 8  # times the size of all samples that have to be free on a GPU which holds them
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ class SampleSet:
         self.folder = folder
         self.index = Index(**{entry.name: known[entry.name] for entry in fields(Index)})
         self._told: dict[torch.device, dict[str, torch.Tensor]] = {}
+        self._on: dict[torch.device, dict[str, torch.Tensor] | None] = {}
         self._places = [(s, i) for s, count in enumerate(self.index.shards) for i in range(count)]
         missing = [s for s in range(len(self.index.shards)) if not shard_path(folder, s).is_file()]
         if missing or not self._places:
@@ -127,13 +130,22 @@ class SampleSet:
             )
         return alike.index(True)
 
-    def take(self, picks: list[int], rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents [B, ...] and arguments [B, ...] of some samples.
+    def take(
+        self, picks: list[int], rows: torch.Tensor, device: torch.device = CPU
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Latents [B, ...] and arguments [B, ...] of some samples, on a device.
 
         Args:
             picks: Indices of the samples.
-            rows: Numbers from 0 to 1 [B] that choose a row of each sample's arguments.
+            rows: Numbers from 0 up to 1 [B] on the CPU that choose a row of each sample's arguments.
+            device: Where they are wanted.
         """
+        held = self._held(device)
+        tensors = self._read(picks, rows, device) if held is None else _picked(held, picks, rows, device)
+        return tensors.pop(LATENTS), tensors
+
+    def _read(self, picks: list[int], rows: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+        """Some samples from their files."""
         found: dict[str, list[torch.Tensor]] = {}
         for pick, row in zip(picks, rows.tolist(), strict=True):
             shard, i = self._places[pick]
@@ -143,13 +155,42 @@ class SampleSet:
                 if name != LATENTS:
                     value = value[:, int(row * value.shape[1])]
                 found.setdefault(name, []).append(value)
-        tensors = {name: torch.cat(values) for name, values in found.items()}
-        return tensors.pop(LATENTS), tensors
+        return {name: sent(torch.cat(values), device) for name, values in found.items()}
+
+    def _held(self, device: torch.device) -> dict[str, torch.Tensor] | None:
+        """All samples on a GPU, if they are a small part of what is free there; None where files are read."""
+        if device not in self._on:
+            paths = [shard_path(self.folder, s) for s in range(len(self.index.shards))]
+            fits = HELD * sum(path.stat().st_size for path in paths) <= room(device)
+            self._on[device] = _joined([load_file(path) for path in paths], device) if fits else None
+        return self._on[device]
+
+
+def room(device: torch.device) -> int:
+    """Bytes that are free on a GPU; none on a CPU, which reads files as fast as its memory."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def _joined(shards: list[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([shard[name] for shard in shards]).to(device) for name in shards[0]}
+
+
+def _picked(
+    held: dict[str, torch.Tensor], picks: list[int], rows: torch.Tensor, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Some of the samples that are on a device."""
+    index, found = sent(torch.tensor(picks), device), {}
+    for name, value in held.items():
+        # As Python multiplies: float32 would round some products up to the number of rows.
+        row = () if name == LATENTS else (sent((rows.double() * value.shape[1]).long(), device),)
+        found[name] = value[index, *row]
+    return found
 
 
 def sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on a device; a GPU that works is not waited for."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+    """A tensor on a device; a GPU that works is not waited for."""
+    pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+    return pinned.to(device, non_blocking=True)
 
 
 def ready(value: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -256,10 +256,12 @@ def build_batch(
         rows = torch.tensor([0.25 + 0.5 * null, 0.75 - 0.5 * null]).repeat(len(rows) // 2)
     drawn = noise.draw(count, config.times, generator).repeat_interleave(each)[part]
     times, weights = sent(drawn, device), noise.weights(drawn, config.errors)
-    latents, tensors = samples.take(picks, rows)
-    dirt = torch.randn((count, *latents.shape[1:]), generator=generator).repeat_interleave(each, 0)[part]
-    noisy, target, told = noise.mix(sent(latents.float(), device), sent(dirt, device), times)
+    latents, tensors = samples.take(picks, rows, device)
+    # A GPU draws the noise itself: a CPU takes longer for it than some models for their step.
+    there = torch.Generator(device).manual_seed(generator.initial_seed()) if device.type == "cuda" else generator
+    dirt = torch.randn((count, *latents.shape[1:]), generator=there, device=device)
     places = sent(torch.rand(config.map_rows, generator=generator), device)
+    noisy, target, told = noise.mix(latents.float(), dirt.repeat_interleave(each, 0)[part], times)
     flat = {name: ready(value, device) for name, value in tensors.items()} | samples.told(device)
     return Batch(
         noisy,

@@ -50,6 +50,18 @@ class TestSamples:
         # Row 0 is the label (index mod 3), row 1 the null class.
         assert told["class_labels"].tolist() == [3, 1, 3]
 
+    def test_samples_that_a_device_holds_are_those_of_the_files(self, folder, monkeypatch):
+        picks, rows = [9, 0, 4, 4], torch.tensor([0.9, 0.2, 0.49, 0.999])
+        read = samples.SampleSet(folder / "samples").take(picks, rows)
+        size = sum(path.stat().st_size for path in (folder / "samples").glob("shard-*"))
+        for free, there in ((samples.HELD * size, True), (samples.HELD * size - 1, False)):
+            monkeypatch.setattr(samples, "room", lambda device, free=free: free)
+            found = samples.SampleSet(folder / "samples")
+            held = found.take(picks, rows)
+            assert (found._held(torch.device("cpu")) is not None) is there
+            assert torch.equal(held[0], read[0])
+            assert equal(held[1], read[1])
+
     def test_resume_makes_the_same_shards(self, folder, tmp_path):
         out = tmp_path / "samples"
         shutil.copytree(folder / "samples", out)
