@@ -152,16 +152,20 @@ class PipelineSubject:
         """See `Subject.outcome`."""
         schedule = schedule_of(edges, assignment)
         if timed:
-            twins = self.twins(seeds)
-            self._warm_up(schedule, seeds)
+            return self.outcome_of(schedule, seeds)
+        twins, played = self._played_twins(seeds)
+        with played.until(self._dense_steps(edges, assignment)):
             pictures, seconds, attention = self.run(schedule, seeds)
-        else:
-            twins, played = self._played_twins(seeds)
-            with played.until(self._dense_steps(edges, assignment)):
-                pictures, seconds, attention = self.run(schedule, seeds)
         # What is not timed says how far outputs are moved, for which the error is enough.
-        quality = self.quality(pictures, twins, perceived=timed)
+        quality = self.quality(pictures, twins, perceived=False)
         return Outcome(*quality, seconds / len(seeds), attention / len(seeds))
+
+    def outcome_of(self, schedule: Schedule, seeds: Sequence[int]) -> Outcome:
+        """Quality beside the dense twins, and times, of samples with a schedule."""
+        twins = self.twins(seeds)
+        self._warm_up(schedule, seeds)
+        pictures, seconds, attention = self.run(schedule, seeds)
+        return Outcome(*self.quality(pictures, twins), seconds / len(seeds), attention / len(seeds))
 
     def twins(self, seeds: Sequence[int]) -> torch.Tensor:
         """The samples [N, frames, C, H, W] without any pattern."""
