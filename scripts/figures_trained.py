@@ -76,7 +76,9 @@ def _line(told: dict[str, Any], before: Any, after: Any, dense: dict[str, Any]) 
     cells.append(f"{before['psnr']:.1f} to {after['psnr']:.1f} dB")
     if "flicker" in dense["seen"]:
         cells.append(f"{_flicker(before)} to {_flicker(after)}")
-    cells += [_milliseconds(after["attention_seconds"]), _milliseconds(after["seconds"])]
+    # Weights change no time, and a student may be gone by the time that nobody else uses its device.
+    timed = before if after["seconds"] is None else after
+    cells += [_milliseconds(timed["attention_seconds"]), _milliseconds(timed["seconds"])]
     cells.append(f"{told['seconds'] / 60:.1f} min, {told['steps']} steps")
     cells[-1] += f", after `{told['after']}`" if "after" in told else ""
     return [*cells, f"{told['megabytes']:.1f} MB"]

@@ -50,6 +50,14 @@ def test_before_and_after(measured):
     assert "`vsa-97`: not measured, the budget was over." in lines
 
 
+def test_times_are_those_of_the_pattern_where_a_student_has_none(measured, tmp_path):
+    found = json.loads((tmp_path / "trained-animoji.json").read_text())
+    found["rows"]["1"] |= {"attention_seconds": 0.007}
+    found["rows"]["2"] |= {"seconds": None, "attention_seconds": None}
+    (tmp_path / "trained-animoji.json").write_text(json.dumps(found))
+    assert " | 7.0 ms | 50.0 ms | 2.5 min" in trained_table("animoji").splitlines()[3]
+
+
 def test_pictures_do_not_flicker(measured, tmp_path):
     found = json.loads((tmp_path / "trained-animoji.json").read_text())
     for each in found["rows"].values():
