@@ -19,7 +19,8 @@ UNCOUNTED = ("python", "visattn", "numpy", "peft", "transformers", "matplotlib",
 def earlier(out: Path | None, report: Mapping[str, Any], on: str = "") -> dict[str, Any] | None:
     """What an earlier run wrote in a file that rows of this run are added to, None if there is none.
 
-    Packages that only one of both runs had are no difference: a row says with which peers it was measured.
+    Its folder is there afterwards: nobody measures for minutes what cannot be written. Packages that only one of both
+    runs had are no difference: a row says with which peers it was measured.
 
     Args:
         out: JSON file, or None.
@@ -29,7 +30,10 @@ def earlier(out: Path | None, report: Mapping[str, Any], on: str = "") -> dict[s
     Raises:
         ValueError: If its rows are of another device, other versions or other settings.
     """
-    if out is None or not out.exists():
+    if out is None:
+        return None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not out.exists():
         return None
     known = json.loads(out.read_text(encoding="utf-8"))
     check_same(known, report, out, on)

@@ -18,6 +18,7 @@ def report_of(**more):
 def test_what_a_file_has_is_given_back(tmp_path):
     out = tmp_path / "rows.json"
     assert earlier(out, report_of(), "cpu") is None and earlier(None, report_of()) is None
+    assert earlier(tmp_path / "new" / "rows.json", report_of(), "cpu") is None and (tmp_path / "new").is_dir()
     out.write_text(json.dumps(report_of(rows=[1])))
     now = report_of(versions={"python": "3.12", "peer": "1"}, devices=[CPU, {"device": "cuda:0", "name": "H"}])
     assert earlier(out, now, "cpu")["rows"] == [1]
