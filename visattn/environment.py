@@ -69,6 +69,16 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
+def precisions_of(device: torch.device) -> tuple[str, ...]:
+    """The 8-bit precisions that a device computes in, rather than simulates."""
+    import torch
+
+    if device.type != "cuda":
+        return ()
+    capability = torch.cuda.get_device_capability(device)
+    return ("int8", "fp8") if capability >= (8, 9) else ("int8",) if capability >= (8, 0) else ()
+
+
 def cpu_name() -> str:
     """What the processor calls itself."""
     try:

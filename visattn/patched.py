@@ -72,7 +72,8 @@ class Handle:
                 found = self._caught[i].of(site.site) if self._caught else None
                 sites.append(site if found is None else replace(site, caught=Reached(*found)))
         schedule = self._request.schedule
-        return Report(tuple(sites), schedule.dense_steps, schedule.dense_last_steps, schedule.label)
+        label = "; ".join(dict.fromkeys(label for site in sites for label in site.labels)) or schedule.label
+        return Report(tuple(sites), schedule.dense_steps, schedule.dense_last_steps, label)
 
     def watch(self, watcher: Watcher | None) -> None:
         """Call `watcher(watched)` after every attention call of a patched module; None stops that.

@@ -37,6 +37,7 @@ class SiteReport:
         caught: Share of the exact attention of sampled queries on what the pattern lists, if `apply` was asked to look.
         choosing_seconds: What of `sparse_seconds` went into choosing what is listed, 0 where nothing is chosen.
         moved: Bytes that this process sent to others for it (`apply(..., parallel=...)`).
+        labels: What the schedule says of itself for the runs so far, where it goes by grid and number of steps.
     """
 
     model: str
@@ -55,6 +56,7 @@ class SiteReport:
     caught: Reached | None = None
     choosing_seconds: float = 0.0
     moved: int = 0
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -90,13 +92,17 @@ class SiteReport:
         """Texts of steps and the calls that ran their pattern; equal patterns together, without dense ones."""
         if not isinstance(self.pattern, Staged):
             return ()
-        staged, found = self.pattern, dict[str, tuple[CallReport, ...]]()
-        for pattern in staged.patterns:
-            steps = ", ".join(stage.steps for stage in staged.stages if stage.pattern == pattern)
-            index = next(i for i, stage in enumerate(staged.stages) if stage.pattern == pattern)
-            calls = (c for c in self.calls if c.problem.pattern == staged.pattern(index, c.problem.layout.grid))
-            found[steps] = tuple(calls)
-        return tuple((steps, calls) for steps, calls in found.items() if calls)
+        left, found = list(self.calls), dict[str, list[CallReport]]()
+        for staged in self.pattern.choices:
+            here = [c for c in left if staged.span is None or staged.span.has_grid(c.problem.layout.grid)]
+            for pattern in dict.fromkeys(stage.pattern for stage in staged.stages):
+                steps = ", ".join(stage.steps for stage in staged.stages if stage.pattern == pattern)
+                index = next(i for i, stage in enumerate(staged.stages) if stage.pattern == pattern)
+                ran = [c for c in here if c.problem.pattern == staged.pattern(index, c.problem.layout.grid)]
+                found.setdefault(steps, []).extend(ran)
+                # What two choices have in common counts once.
+                left = [c for c in left if not any(c is each for each in ran)]
+        return tuple((steps, tuple(calls)) for steps, calls in found.items() if calls)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and texts; backend, reason and grid are those of the most frequent call."""

@@ -39,7 +39,8 @@ class Schedule:
         precise_last_steps: The last so many.
         model: Class of the only models that it is for, "" for any.
         layers: How many layers these have, 0 for any number.
-        label: What reports call it, "" for nothing.
+        label: What reports say of it, "" for nothing.
+        simulates: Whether parts in 8 bits stay so where a device only simulates them, or has no kernels for them.
     """
 
     rules: tuple[tuple[tuple[Selector, ...] | None, Given], ...]
@@ -53,6 +54,7 @@ class Schedule:
     model: str = ""
     layers: int = 0
     label: str = ""
+    simulates: bool = True
 
     @classmethod
     def of(
@@ -92,6 +94,7 @@ class Schedule:
         if isinstance(pattern, Schedule):
             rules = list(pattern.rules)
             own = {"model": pattern.model, "layers": pattern.layers, "label": pattern.label}
+            own["simulates"] = pattern.simulates
             if layers is not None or dense_layers:
                 raise ValueError(
                     f"layers={layers!r}, dense_layers={dense_layers}: the schedule itself says which layers"
@@ -182,6 +185,12 @@ class Schedule:
         """The first pattern that keeps something from step to step, None if none does."""
         return next((pattern for pattern in self.patterns if pattern.needs_steps), None)
 
+    def keeps_on(self, total: int | None, grid: tuple[int, ...]) -> Pattern | None:
+        """The first pattern of runs of so many steps on a grid that keeps something from step to step."""
+        given = (each.on(total, grid).stages if isinstance(each, Staged) else each for _, each in self.rules)
+        found = ([each] if isinstance(each, Pattern) else [stage.pattern for stage in each] for each in given)
+        return next((pattern for some in found for pattern in some if pattern.needs_steps), None)
+
     def assign(self, sites: Sequence[SiteName], model: str) -> list[Given | None]:
         """What each site is given, None where no rule selects it.
 
@@ -246,21 +255,26 @@ class Schedule:
         found = self.assign(sites, model)
         return [given.pattern(0, grid or ()) if isinstance(given, Staged) else given for given in found]
 
-    def stage(self, step: int | None, total: int | None) -> tuple[int, ...]:
-        """In which of its stages each of `staged` is.
+    def stage(self, step: int | None, total: int | None, grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """Which of its choices each of `staged` has on a grid, and in which of its stages that is.
 
         Raises:
             ValueError: If that depends on a step or a number of steps that is unknown.
         """
+        found = []
         for each in self.staged:
-            if not each.constant:
-                known_step(f"a pattern for steps {each.stages[0].steps}", step, total, each.needs_total)
-        return tuple(each.index(step, total) for each in self.staged)
+            number = each.choice(total, grid)
+            choice = each.choices[number]
+            if not choice.whole:
+                known_step(f"a pattern for steps {choice.stages[0].steps}", step, total, choice.stages[0].shares)
+            found.append((number, choice.index(step, total)))
+        return tuple(found)
 
     def beyond(self, total: int) -> list[str]:
         """What counts steps that a run of so many does not have, as text."""
         found = []
-        for stage in (stage for each in self.staged if not each.constant for stage in each.stages):
+        staged = (choice for each in self.staged if not each.constant for choice in each.choices)
+        for stage in (stage for each in staged for stage in each.stages):
             last = stage.first if stage.end is None else stage.end - 1
             if not stage.shares and last >= total:
                 found.append(f"steps {stage.steps}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import warnings
@@ -85,6 +86,34 @@ class Stage(NamedTuple):
         return round(self.first * total) <= step and (self.end is None or step < round(self.end * total))
 
 
+class Span(NamedTuple):
+    """Grids and numbers of steps that something is for.
+
+    Attributes:
+        low: Fewest tokens on each axis.
+        high: Most tokens on each axis.
+        steps: Fewest and most denoising steps.
+    """
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    steps: tuple[int, int]
+
+    def has_grid(self, grid: tuple[int, ...]) -> bool:
+        """Whether a grid is in it."""
+        rows = zip(self.low, grid, self.high, strict=False)
+        return len(grid) == len(self.low) and all(low <= n <= high for low, n, high in rows)
+
+    def has(self, grid: tuple[int, ...], total: int | None) -> bool:
+        """Whether a run of so many steps on a grid is in it."""
+        return total is not None and self.steps[0] <= total <= self.steps[1] and self.has_grid(grid)
+
+    def __str__(self) -> str:
+        grids = dict.fromkeys("x".join(map(str, grid)) for grid in (self.low, self.high))
+        steps = " to ".join(map(str, dict.fromkeys(self.steps)))
+        return f"grid{'s' * (len(grids) > 1)} {' to '.join(grids)} with {steps} steps"
+
+
 @dataclass(frozen=True)
 class Staged:
     """Patterns of a layer by denoising step; steps that none names stay dense.
@@ -94,11 +123,17 @@ class Staged:
         grid: Tokens per axis that windows, blocks and radii are for: on other grids they are scaled. None if they are
             meant as they are.
         scales: Smallest and largest factor on an axis of that grid for which they are meant, where there is one.
+        span: The runs that it is for, where others have `otherwise`; None for all.
+        otherwise: What other runs have.
+        label: What reports say of runs that have it, "" for nothing.
     """
 
     stages: tuple[Stage, ...]
     grid: tuple[int, ...] | None = None
     scales: tuple[float, float] = (0.0, float("inf"))
+    span: Span | None = None
+    otherwise: Staged | None = None
+    label: str = ""
 
     @classmethod
     def of(
@@ -127,36 +162,54 @@ class Staged:
     @property
     def constant(self) -> bool:
         """Whether all steps have one pattern."""
-        return len(self.stages) == 1 and not self.stages[0].first and self.stages[0].end is None
+        return self.otherwise is None and self.whole
 
     @property
-    def needs_total(self) -> bool:
-        """Whether the number of steps decides."""
-        return self.stages[0].shares
+    def whole(self) -> bool:
+        """Whether it has one stage alone, which is of all steps."""
+        return len(self.stages) == 1 and not self.stages[0].first and self.stages[0].end is None
+
+    @functools.cached_property
+    def choices(self) -> tuple[Staged, ...]:
+        """Itself and what other runs have, in the order in which they are asked."""
+        return (self,) if self.otherwise is None else (self, *self.otherwise.choices)
+
+    def choice(self, total: int | None, grid: tuple[int, ...]) -> int:
+        """Which of `choices` a run of so many steps on a grid has."""
+        if self.otherwise is None:
+            return 0
+        last = len(self.choices) - 1
+        spans = (each.span for each in self.choices[:-1])
+        return next((i for i, span in enumerate(spans) if span is None or span.has(grid, total)), last)
+
+    def on(self, total: int | None, grid: tuple[int, ...]) -> Staged:
+        """What a run of so many steps on a grid has: one of `choices`."""
+        return self if self.otherwise is None else self.choices[self.choice(total, grid)]
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
-        """The patterns of its stages, each once."""
-        return tuple(dict.fromkeys(stage.pattern for stage in self.stages))
+        """The patterns of its stages and of what other runs have, each once."""
+        return tuple(dict.fromkeys(stage.pattern for each in self.choices for stage in each.stages))
 
     @property
     def precision(self) -> str | None:
-        """The first of the precisions that its stages have, None if all compute in the model's own dtype."""
-        return next((stage.precision for stage in self.stages if stage.precision), None)
+        """The first precision of its stages or of what other runs have, None if all compute in the model's dtype."""
+        return next((stage.precision for each in self.choices for stage in each.stages if stage.precision), None)
 
     def index(self, step: int | None, total: int | None) -> int:
-        """Which stage a step of so many is in, -1 for none."""
-        if self.constant:
+        """Which of its own stages a step of so many is in, -1 for none."""
+        if self.whole:
             return 0
         assert step is not None
         return next((i for i, stage in enumerate(self.stages) if stage.has(step, total)), -1)
 
     def at(self, step: int | None, total: int | None, grid: tuple[int, ...]) -> Pattern:
         """The pattern of a step of so many on a grid."""
-        return self.pattern(self.index(step, total), grid)
+        found = self.on(total, grid)
+        return found.pattern(found.index(step, total), grid)
 
     def pattern(self, index: int, grid: tuple[int, ...]) -> Pattern:
-        """The pattern of a stage on a grid; that of none is dense."""
+        """The pattern of one of its own stages on a grid; that of none is dense."""
         if index < 0:
             return Dense()
         found = self.stages[index].pattern
@@ -176,9 +229,9 @@ class Staged:
         return len(grid) == len(self.grid) and all(low <= m / n <= high for n, m in zip(self.grid, grid, strict=True))
 
     def __str__(self) -> str:
-        if self.constant:
-            return self.stages[0].text
-        return f"{{{', '.join(f'{stage.steps}: {stage.text}' for stage in self.stages)}}}"
+        text = f"{{{', '.join(f'{stage.steps}: {stage.text}' for stage in self.stages)}}}"
+        text = self.stages[0].text if self.whole else text
+        return text if self.otherwise is None else f"{text} on {self.span}, else {self.otherwise}"
 
 
 def lists_tiles(pattern: Pattern) -> bool:

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from scripts.measure.tuned_grid import best_single, grid_of, measure_grid, single
-from visattn.environment import devices, versions
+from visattn.environment import devices, precisions_of, versions
 from visattn.files import written_whole
 from visattn.pipelines.embedded import EMBEDDED
 from visattn.pipelines.load import load_pipeline
 from visattn.pipelines.tuning.subject import PipelineSubject, Samples
 from visattn.staged import with_precision
-from visattn.tuning.candidates import candidates, checked, precisions_of
+from visattn.tuning.candidates import candidates, checked
 from visattn.tuning.found import tuned
 from visattn.tuning.goal import Goal
 from visattn.tuning.journal import Journal

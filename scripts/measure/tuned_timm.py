@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from visattn.environment import devices, versions
+from visattn.environment import devices, precisions_of, versions
 from visattn.files import written_whole
 from visattn.models.tuning.pictures import Pictures
 from visattn.models.tuning.subject import BackboneSubject
-from visattn.tuning.candidates import candidates, checked, precisions_of
+from visattn.tuning.candidates import candidates, checked
 from visattn.tuning.found import tuned
 from visattn.tuning.goal import Goal
 from visattn.tuning.journal import Journal

@@ -1,8 +1,10 @@
-"""Schedules that ship: which model is given which, what is said where there is none."""
+"""Schedules that ship: which run of which model is given which, what is said where there is none."""
 
 import json
+import warnings
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("diffusers")
@@ -11,16 +13,21 @@ import visattn
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
 from visattn import presets
 from visattn.cli import app
+from visattn.pipelines.embedded import load_embedded
 from visattn.presets import CAREFUL, automatic, is_auto
+from visattn.presets.place import Place, span_of
+from visattn.staged import Span
 from visattn.tuned import Tuned
 
 VERIFIED = {
+    "held": True,
     "attention_seconds_dense": 2.0,
     "attention_seconds": 1.0,
     "psnr_mean": 33.0,
     "psnr_worst": 31.0,
     "samples": 20,
 }
+WHERE = {"grid": [16, 16], "steps": 4, "device": "a card", "dtype": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -28,33 +35,49 @@ def pipe():
     return tiny_pixel_flux()
 
 
+def write(path, text, bound, parameters, elsewhere=()):
+    layers = {layer: {"0-": text} for layer in "01"}
+    settings = {"goal": {"psnr": bound, "share": 0.95}, "subject": WHERE}
+    verified = VERIFIED | {"elsewhere": [VERIFIED | WHERE | each for each in elsewhere]}
+    made = Tuned("FluxTransformer2DModel", 2, (16, 16), layers, (0.5, 2.0), parameters, settings, verified)
+    made.write(path)
+    assert Tuned.read(path) == made
+
+
 @pytest.fixture
 def shipped(tmp_path, monkeypatch, pipe):
-    """Presets of 25 and 35 dB for the tiny pipeline, and one of another size."""
+    """Presets of 25 and 35 dB for the tiny pipeline, the second on more grids, and one of another size."""
     size = sum(each.numel() for each in pipe.transformer.parameters())
-    for name, keep, bound, parameters in (("a-25", 0.2, 25.0, size), ("a-35", 0.5, 35.0, size), ("b-30", 0.3, 30.0, 7)):
-        layers = {layer: {"0-": f"topk(keep={keep})"} for layer in "01"}
-        settings = {"goal": {"psnr": bound}, "subject": {"device": "a card", "steps": 12}}
-        made = Tuned("FluxTransformer2DModel", 2, (16, 16), layers, (0.5, 2.0), parameters, settings, VERIFIED)
-        made.write(tmp_path / f"{name}.json")
-        assert Tuned.read(tmp_path / f"{name}.json") == made
+    write(tmp_path / "a-25.json", "topk(keep=0.2)", 25.0, size)
+    write(tmp_path / "a-35.json", "topk(keep=0.5)", 35.0, size, [{"grid": [8, 8], "steps": 2}])
+    write(tmp_path / "b-30.json", "topk(keep=0.3)", 30.0, 7)
     monkeypatch.setattr(presets, "FOLDER", tmp_path)
 
 
-def patterns(schedule):
-    return [str(pattern) for pattern in schedule.patterns]
+def patterns(schedule, steps=4, grid=(16, 16)):
+    return [str(stage.pattern) for stage in schedule.staged[0].on(steps, grid).stages]
+
+
+def drawn(pipe, handle, side, steps):
+    pipe(prompt="red disc, flat", height=side, width=side, num_inference_steps=steps, output_type="np")
+    return handle.report()
 
 
 @pytest.mark.parametrize(("pattern", "keep"), [("auto", 0.5), ("auto(psnr=25)", 0.2), (" auto(psnr = 25.5) ", 0.5)])
 def test_the_fastest_that_has_the_quality_is_taken_and_named(shipped, pipe, pattern, keep):
     schedule = automatic(pipe, pattern)
-    assert patterns(schedule) == [f"topk(keep={keep})"] and patterns(automatic(pipe.transformer, pattern)) == patterns(
-        schedule
-    )
-    assert (
-        f"preset a-{25 if keep == 0.2 else 35}" in schedule.label
-        and "2.00 times faster than dense on a card" in schedule.label
-    )
+    name = f"preset a-{25 if keep == 0.2 else 35}: at least "
+    assert patterns(schedule) == patterns(automatic(pipe.transformer, pattern)) == [f"topk(keep={keep})"]
+    assert schedule.label.startswith(name) and schedule.staged[0].label.startswith(name)
+    assert "on a card" in schedule.label
+
+
+def test_runs_have_the_first_preset_that_was_verified_for_them(shipped, pipe):
+    schedule = automatic(pipe, "auto(psnr=25)")
+    found = {run: patterns(schedule, *run) for run in [(4, (16, 16)), (3, (8, 16)), (5, (16, 16)), (4, (16, 17))]}
+    assert list(found.values()) == [["topk(keep=0.2)"], ["topk(keep=0.5)"], ["dense", CAREFUL], ["dense", CAREFUL]]
+    careful = schedule.staged[0].choices[-1].label
+    assert "are for grid 16x16 with 4 steps or grids 8x8 to 16x16 with 2 to 4 steps; `visattn tune`" in careful
 
 
 def test_where_there_is_none_a_careful_one_says_why(shipped, pipe):
@@ -62,15 +85,80 @@ def test_where_there_is_none_a_careful_one_says_why(shipped, pipe):
     assert patterns(schedule) == ["dense", CAREFUL]
     assert "not measured: no preset of this model has 40 dB, the best has 35" in schedule.label
     # Without a pipeline there are no steps.
-    assert patterns(automatic(pipe.transformer, "auto(psnr=40)")) == [CAREFUL]
+    assert [str(pattern) for pattern in automatic(pipe.transformer, "auto(psnr=40)").patterns] == [CAREFUL]
     assert "no preset is for AutoencoderTiny of this size" in automatic(type("AutoencoderTiny", (), {})()).label
 
 
 def test_a_run_reports_which_it_was(shipped, pipe):
     with visattn.apply(pipe, "auto", always=True) as handle:
-        pipe(prompt="red disc, flat", height=64, width=64, num_inference_steps=2, output_type="np")
+        assert "preset a-35" in str(handle.report()) and "careful on others" in str(handle.report())
+        report = drawn(pipe, handle, 64, 2)
+        assert report.hits == 4 and report.to_dict()["schedule"].startswith("preset a-35: at least 35 dB")
+        assert "careful" not in str(report)
+        # Its first quarter is dense.
+        report = drawn(pipe, handle, 64, 8)
+    assert report.hits == 4 + 2 * 6 and report.dense == 2 * 2
+    both = report.to_dict()["schedule"]
+    assert both.startswith("preset a-35: ") and "; careful, quality and time not measured: the presets" in both
+    (steps, ran), (later, careful) = report.sites[0].stages
+    assert (steps, later) == ("0-", "0.25-") and sum(c.hits for c in ran) == 2 and sum(c.hits for c in careful) == 6
+
+
+def test_a_model_whose_steps_nobody_tells_runs_carefully(shipped, pipe, tmp_path):
+    # One that keeps something from step to step.
+    size = sum(each.numel() for each in pipe.transformer.parameters())
+    write(tmp_path / "a-30.json", "topk(keep=0.3, every=2, drift=inf)", 30.0, size)
+    presets._read.cache_clear()
+    seen: list = []
+    with (
+        visattn.apply(pipe, "auto", always=True) as handle,
+        pipe.transformer.register_forward_pre_hook(lambda *given: seen.append(given[1:]), with_kwargs=True),
+    ):
+        assert drawn(pipe, handle, 64, 4).to_dict()["schedule"].startswith("preset a-30")
+    (args, given), *_ = seen
+    alone = tiny_pixel_flux().transformer
+    with visattn.apply(alone, "auto", always=True) as handle, torch.no_grad():
+        alone(*args, **given)
         report = handle.report()
-    assert report.hits == 4 and "preset a-35" in str(report) and report.to_dict()["schedule"].startswith("preset a-35")
+        assert [str(call.problem.pattern) for call in report.sites[0].calls] == [CAREFUL]
+        assert report.schedule.startswith("careful, quality and time not measured: the presets of this model")
+        # Who tells the step has the preset.
+        handle.set_step(0, 4)
+        alone(*args, **given)
+        assert "preset a-30: " in handle.report().schedule
+
+
+def test_parts_in_8_bits_are_not_simulated(shipped, pipe, tmp_path):
+    size = sum(each.numel() for each in pipe.transformer.parameters())
+    write(tmp_path / "a-30.json", "topk(keep=0.5) in fp8", 30.0, size)
+    presets._read.cache_clear()
+    precisions = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with visattn.apply(pipe, "auto", always=True) as handle:
+            precisions["auto"] = {call.problem.precision for call in drawn(pipe, handle, 64, 4).sites[0].calls}
+    # Who passes the file has what it says.
+    with (
+        pytest.warns(UserWarning, match="parts in fp8, which a CPU simulates"),
+        visattn.apply(pipe, tmp_path / "a-30.json", always=True) as handle,
+    ):
+        precisions["file"] = {call.problem.precision for call in drawn(pipe, handle, 64, 4).sites[0].calls}
+    assert precisions == {"auto": {None}, "file": {"fp8"}}
+
+
+def test_spans_have_no_run_that_did_not_hold():
+    def place(side, steps, held=True):
+        return Place((side, side), steps, "a card", "bfloat16", {"held": held})
+
+    assert span_of([place(96, 12)]) == Span((96, 96), (96, 96), (12, 12))
+    assert span_of([place(96, 12), place(64, 24)]) == Span((64, 64), (96, 96), (12, 24))
+    # Those that did not hold beside it do not matter, one between those that did does.
+    assert span_of([place(96, 12), place(64, 12), place(64, 24, False)]) == Span((64, 64), (96, 96), (12, 12))
+    assert span_of([place(96, 12), place(64, 24), place(64, 12, False)]) == Span((96, 96), (96, 96), (12, 12))
+    # What was measured twice has to hold twice.
+    assert span_of([place(96, 12), place(96, 12, False)]) is None
+    assert span_of([place(96, 12), place(64, 12), place(96, 12, False)]) == Span((64, 64), (64, 64), (12, 12))
+    assert span_of([place(96, 12, False)]) is None
 
 
 def test_other_texts_are_patterns():
@@ -81,13 +169,24 @@ def test_other_texts_are_patterns():
 
 def test_the_command_lists_them(shipped):
     listed = CliRunner().invoke(app, ["presets"])
-    assert listed.exit_code == 0 and len(listed.output.strip().splitlines()) == 3 and "b-30" in listed.output
+    lines = listed.output.strip().splitlines()
+    assert listed.exit_code == 0 and len(lines) == 3 * 3 + 1 and lines[-3].startswith("b-30: at least 30 dB")
+    assert lines[2] == (
+        "  grid 16x16, 4 steps: held, PSNR 33.0 dB in the mean and 31.0 at worst of 20 samples, attention 2.00 times "
+        "faster than dense on a card in bfloat16"
+    )
     found = json.loads(CliRunner().invoke(app, ["presets", "--json"]).output)
-    assert [row["bound"] for row in found] == [25.0, 35.0, 30.0] and found[0]["verified"]["samples"] == 20
+    assert [row["bound"] for row in found] == [25.0, 35.0, 30.0] and found[0]["verified"][0]["samples"] == 20
+    assert found[1]["span"] == {"low": [8, 8], "high": [16, 16], "steps": [2, 4]}
 
 
-def test_all_that_ship_were_measured_and_hold():
+def test_all_that_ship_were_measured_and_are_for_a_model_that_ships():
+    model = load_embedded("emoji").transformer
+    size = sum(each.numel() for each in model.parameters())
+    assert presets.presets()
     for preset in presets.presets():
-        figures = preset.tuned.verified
-        assert figures["held"] and figures["samples"] >= 20 and figures["attention_seconds"] > 0
-        assert preset.tuned.parameters and preset.name.endswith(f"-{preset.bound:g}")
+        first, tuned = preset.places[0], preset.tuned
+        assert first.held and first.figures["samples"] >= 20 and first.figures["attention_seconds"] > 0
+        assert first.grid == tuned.grid and preset.span.has(first.grid, first.steps)
+        assert (tuned.model, tuned.parameters) == (type(model).__name__, size)
+        assert preset.name == f"emoji-{preset.bound:g}" and set(tuned.layers) == set(map(str, range(tuned.count)))

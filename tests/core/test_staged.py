@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from visattn import parse
 from visattn.scaling import scaled
 from visattn.schedule import Schedule
 from visattn.selectors import SiteName
-from visattn.staged import Staged
+from visattn.staged import Span, Staged
 from visattn.tuned import Tuned
 
 NA, CLEAR = "na(window=3x3)", "clear(radius=2)"
@@ -70,9 +71,34 @@ class TestSteps:
         schedule = Schedule.of({"0-1": {"0-0.5": NA}, "2-": CLEAR})
         assert schedule.needs_steps and [str(p) for p in schedule.patterns] == [NA, CLEAR]
         with pytest.raises(ValueError, match="needs the number of steps"):
-            schedule.stage(1, None)
+            schedule.stage(1, None, (8, 8))
         with pytest.raises(ValueError, match="has none"):
             schedule.assign_stepless(SITES, "VisionTransformer")
+
+    def test_runs_that_it_is_not_for_have_something_else(self):
+        careful = Staged.of(CLEAR)
+        wide = replace(Staged.of({"0-0.5": "topk"}), span=Span((4, 4), (16, 16), (8, 24)), otherwise=careful)
+        narrow = replace(Staged.of({"0-": f"{NA} in fp8"}), span=Span((8, 8), (8, 8), (12, 12)), otherwise=wide)
+        found = {run: narrow.choice(*run) for run in [(12, (8, 8)), (8, (8, 8)), (9, (4, 16)), (12, (4, 4, 4))]}
+        assert list(found.values()) == [0, 1, 1, 2] and narrow.choice(None, (8, 8)) == narrow.choice(12, ()) == 2
+        assert [str(narrow.at(step, 8, (4, 4))) for step in (3, 4)] == ["topk", "dense"]
+        assert [str(pattern) for pattern in narrow.patterns] == [NA, "topk", CLEAR] and narrow.precision == "fp8"
+        assert not narrow.constant and careful.constant
+        assert str(narrow) == (
+            f"{NA} in fp8 on grid 8x8 with 12 steps, else {{0-0.5: topk}} on grids 4x4 to 16x16 with 8 to 24 steps, "
+            f"else {CLEAR}"
+        )
+        schedule = Schedule(((None, narrow),))
+        assert schedule.stage(5, 8, (8, 8)) == ((1, -1),) and schedule.stage(None, None, (8, 8)) == ((2, 0),)
+        with pytest.raises(ValueError, match="needs the step"):
+            schedule.stage(None, 8, (8, 8))
+        with pytest.raises(ValueError, match="goes by denoising steps"):
+            schedule.assign_stepless(SITES, "VisionTransformer")
+
+    def test_what_keeps_something_is_that_of_the_run(self):
+        kept = replace(Staged.of("topk(every=2)"), span=Span((8, 8), (8, 8), (2, 9)), otherwise=Staged.of(NA))
+        schedule = Schedule((((slice(0, 1),), parse(NA)), ((slice(1, 2),), kept)))
+        assert schedule.keeps is schedule.keeps_on(2, (8, 8)) and schedule.keeps_on(2, (9, 9)) is None
 
     @pytest.mark.parametrize("given", ["0-3", "1-99", "2-3"])
     def test_ranges_that_end_behind_the_last_layer_are_refused(self, given):

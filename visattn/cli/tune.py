@@ -88,9 +88,10 @@ def tune(
     if journal is not None:
         # One that is there goes on.
         output_file(journal, (journal.suffix.lower(),), True)
+    from visattn.environment import precisions_of
     from visattn.tuning.budget import fitted
     from visattn.tuning.candidates import candidates as of_grid
-    from visattn.tuning.candidates import checked, precisions_of
+    from visattn.tuning.candidates import checked
     from visattn.tuning.found import tuned
     from visattn.tuning.goal import Goal
     from visattn.tuning.journal import Journal

@@ -1,18 +1,22 @@
 """Schedules that ship with the package, each measured and verified, and what `apply(target, "auto")` makes of them.
 
 The folder holds files of `visattn tune`, named after the model and the least PSNR in dB that they have: emoji-30.json.
+Beside what the search verified, `verified` may have `elsewhere`: the same on other grids and with other steps.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from visattn.presets.place import Place, span_of
 from visattn.schedule import Schedule
+from visattn.staged import Span, Staged
 from visattn.tuned import Tuned
 
 FOLDER = Path(__file__).parent
@@ -20,6 +24,8 @@ FOLDER = Path(__file__).parent
 BOUND = 30.0
 # Where nothing was measured: what no model is known to suffer from, not what is fastest.
 CAREFUL = "topk(keep=0.5, rest=mean)"
+# Early steps decide what a sample shows.
+CAREFUL_STEPS = {"0-0.25": "dense", "0.25-": CAREFUL}
 _AUTO = re.compile(r"auto(?:\(\s*psnr\s*=\s*(\d+(?:\.\d+)?)\s*\))?")
 
 
@@ -41,33 +47,48 @@ class Preset:
         return float(self.tuned.settings["goal"]["psnr"])
 
     @property
-    def device(self) -> str:
-        """Where its times were measured."""
-        return str(self.tuned.settings["subject"]["device"])
+    def share(self) -> float:
+        """Of the samples that have to have it."""
+        return float(self.tuned.settings["goal"]["share"])
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where it was verified: first where it was tuned."""
+        subject, verified = self.tuned.settings["subject"], self.tuned.verified
+        return (Place.of(subject, verified), *(Place.of(each, each) for each in verified.get("elsewhere", ())))
+
+    @property
+    def span(self) -> Span | None:
+        """The grids and numbers of steps that it is taken for, None if it is for none."""
+        return span_of(self.places)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        tuned = self.tuned
+        tuned, span = self.tuned, self.span
         return {
             "name": self.name,
             "class": tuned.model,
             "layers": tuned.count,
             "parameters": tuned.parameters,
-            "grid": list(tuned.grid),
             "bound": self.bound,
-            "device": self.device,
-            "verified": dict(tuned.verified),
+            "share": self.share,
+            "span": None if span is None else span._asdict(),
+            "verified": [place.to_dict() for place in self.places],
         }
 
-    def __str__(self) -> str:
-        figures, steps = self.tuned.verified, self.tuned.settings["subject"]["steps"]
-        faster = figures["attention_seconds_dense"] / figures["attention_seconds"]
+    @property
+    def summary(self) -> str:
+        """What it has, and where, in a line."""
+        devices = ", ".join(dict.fromkeys(place.device for place in self.places))
         return (
-            f"{self.name}: {self.tuned.model} with {self.tuned.count} layers, grid "
-            f"{'x'.join(map(str, self.tuned.grid))}: attention {faster:.2f} times faster than dense on {self.device}, "
-            f"PSNR to dense {figures['psnr_mean']:.1f} dB in the mean and {figures['psnr_worst']:.1f} at worst of "
-            f"{figures['samples']} samples of {steps} steps"
+            f"{self.name}: at least {self.bound:g} dB to dense in {self.share:.0%} of the samples, verified on "
+            f"{self.span} on {devices}"
         )
+
+    def __str__(self) -> str:
+        tuned = self.tuned
+        head = f"{tuned.model} with {tuned.count} layers and {tuned.parameters:,} parameters"
+        return "\n".join([self.summary, f"  {head}", *(f"  {place}" for place in self.places)])
 
 
 def presets() -> tuple[Preset, ...]:
@@ -89,7 +110,9 @@ def is_auto(pattern: Any) -> bool:
 
 
 def automatic(target: Any, pattern: str = "auto") -> Schedule:
-    """The preset of a pipeline's or model's size, else a careful schedule; its `label` says which.
+    """The presets of a pipeline's or model's size where they were verified, else a careful schedule.
+
+    Of several the fastest that has the quality runs, each in its span; labels say which.
 
     Args:
         target: What `apply` takes.
@@ -99,21 +122,47 @@ def automatic(target: Any, pattern: str = "auto") -> Schedule:
     assert found is not None
     least = float(found[1] or BOUND)
     parts = _parts(target)
-    fit = [preset for preset in presets() if _is_for(preset.tuned, parts)]
-    good = [preset for preset in fit if preset.bound >= least]
+    fit = [preset for preset in presets() if _is_for(preset.tuned, parts) and preset.span is not None]
+    good = sorted((each for each in fit if each.bound >= least), key=lambda each: (each.bound, each.name))
+    # A model without a pipeline tells no steps.
+    everywhere = Staged.of(CAREFUL_STEPS if _has_steps(target) else CAREFUL)
     if good:
-        best = min(good, key=lambda preset: (preset.bound, preset.name))
-        return replace(Schedule.tuned(best.tuned), label=f"preset {best}")
+        return _in_spans(good, everywhere)
     best_bound = max((preset.bound for preset in fit), default=math.nan)
     why = (
         f"no preset of this model has {least:g} dB, the best has {best_bound:g}"
         if fit
         else f"no preset is for {type(target).__name__} of this size"
     )
-    # Early steps decide what a sample shows; a model without a pipeline tells no steps.
-    staged = {"0-0.25": "dense", "0.25-": CAREFUL}
-    schedule = Schedule.of({"0-": staged} if _has_steps(target) else CAREFUL)
-    return replace(schedule, label=f"careful, quality and time not measured: {why}; `visattn tune` finds one that is")
+    return Schedule(((None, everywhere.stages[0].pattern if everywhere.whole else everywhere),), label=_careful(why))
+
+
+def _in_spans(good: Sequence[Preset], everywhere: Staged) -> Schedule:
+    """Each preset in its span, the first that has a run, and what is for everywhere else."""
+    tuned = good[0].tuned
+    spans = " or ".join(dict.fromkeys(str(preset.span) for preset in good))
+    careful = replace(everywhere, label=_careful(f"the presets of this model are for {spans}"))
+    rows: dict[Staged, list[str]] = {}
+    for layer in range(tuned.count):
+        row = careful
+        for preset in reversed(good):
+            own = _layer(preset.tuned, str(layer))
+            row = replace(own, span=preset.span, otherwise=row, label=f"preset {preset.summary}")
+        # Equal rows share an object, and with it a group of compiled code.
+        rows.setdefault(row, []).append(str(layer))
+    rules = tuple((tuple(layers), row) for row, layers in rows.items())
+    label = f"preset {good[0].summary}; careful on others"
+    return Schedule(rules, model=tuned.model, layers=tuned.count, label=label, simulates=False)
+
+
+def _layer(tuned: Tuned, layer: str) -> Staged:
+    """What a layer of a tuned schedule has; dense if it names none."""
+    stages: Mapping[str, str] = tuned.layers.get(layer, {"0-": "dense"})
+    return Staged.of(stages, tuned.grid, tuned.scales)
+
+
+def _careful(why: str) -> str:
+    return f"careful, quality and time not measured: {why}; `visattn tune` finds one that is"
 
 
 @cache

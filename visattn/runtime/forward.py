@@ -77,8 +77,9 @@ class Forward:
 
     def precision(self, staged: Staged) -> str | None:
         """What the pattern of this step is computed in."""
-        index = staged.index(self.step, self.total)
-        return None if index < 0 else staged.stages[index].precision
+        found = staged.on(self.total, self.where.grid)
+        index = found.index(self.step, self.total)
+        return None if index < 0 else found.stages[index].precision
 
     def layouts(self, length: int) -> tuple[Layout, ...] | str:
         """The layout of a sequence of `length` tokens, of each sample where they differ, or why there is none."""

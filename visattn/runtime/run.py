@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from visattn.counts import Row
+from visattn.environment import precisions_of
 from visattn.patterns import Pattern
 from visattn.patterns.choice.memory import Memory, Place
 from visattn.problem import is_strict
@@ -20,6 +21,7 @@ from visattn.runtime.forward import Forward, Here, Where
 from visattn.runtime.rest import Rest
 from visattn.runtime.verdict import Ready
 from visattn.schedule import Given, Schedule
+from visattn.staged import Staged
 from visattn.steps import known_step
 from visattn.tally import Tally
 from visattn.watch import Watcher
@@ -50,6 +52,7 @@ class Run:
         moved: Bytes that this process sent to others, by module.
         here: Where each thread is.
         forwards: Every forward, also in the recomputations of its blocks.
+        labels: What the schedule says of itself where runs decide, of all runs so far.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Run:
         # Two say as well as many that they differ.
         self._kinds: dict[object, Forward] = {}
         self._known: dict[Hashable, tuple[dict[Hashable, Ready], dict[str, Rest]]] = {}
+        self.labels: dict[str, None] = {}
         self._warned = self._simulates = False
 
     @property
@@ -125,14 +129,16 @@ class Run:
             self._tell_steps(scheduled, total)
         gradients = torch.is_grad_enabled() if gradients is None else gradients
         learns = gradients if learns is None else learns
-        stage = self.schedule.stage(step, total)
+        stage = self.schedule.stage(step, total, where.grid)
+        if self.schedule.staged and (label := self.schedule.staged[0].on(total, where.grid).label):
+            self.labels[label] = None
         # Asked at every forward, and mostly there is none.
         precise = self.schedule.precision is not None and self.schedule.is_precise(step, total)
         ready, rests = self._known_in((where, dense, stage, precise, is_strict(), REGISTRY.version))
         self.here.forward = forward = Forward(
             where, dense, step, total, ready=ready, rests=rests, learns=learns, precise=precise
         )
-        self._remember(step, total, gradients)
+        self._remember(step, total, where.grid, gradients)
         self.here.site = None
         self.forwards.begin(forward, learns)
         if len(self._kinds) < 2:
@@ -158,6 +164,11 @@ class Run:
                 "steps that it has, an open end like 4- or shares like 0.25-0.5",
                 stacklevel=4,
             )
+
+    def precision(self, given: Staged, forward: Forward, device: torch.device) -> str | None:
+        """What the part of a schedule that a forward has is computed in on a device."""
+        found = forward.precision(given)
+        return found if self.schedule.simulates or found in precisions_of(device) else None
 
     def tell_simulated(self, precision: str) -> None:
         """Warn, once, of 8 bits on a CPU that a schedule brings, and nobody asked for by `precision=`."""
@@ -204,12 +215,12 @@ class Run:
         memory = self.here.memory if torch._C._current_graph_task_id() < 0 else None
         return Place(memory, None if memory is None else memory.key(site))
 
-    def _remember(self, step: int | None, total: int | None, gradients: bool) -> None:
+    def _remember(self, step: int | None, total: int | None, grid: tuple[int, ...], gradients: bool) -> None:
         """What this thread's patterns keep, in the forward that begins."""
         if not any(pattern.remembers for pattern in self.schedule.patterns):
             return
-        if self.schedule.keeps is not None:
-            step, _ = known_step(str(self.schedule.keeps), step, total, False)
+        if step is None and (kept := self.schedule.keeps_on(total, grid)) is not None:
+            known_step(str(kept), step, total, False)
         if gradients or step is None:
             self.here.memory = None
             return
@@ -227,7 +238,8 @@ class Run:
 
         def one(name: str, pattern: Given, compiled: bool = False) -> SiteReport:
             row = rows.get(name, Row())
-            return replace(SiteReport.of(self.name, name, pattern, backend, row, compiled), moved=self.moved[name])
+            found = SiteReport.of(self.name, name, pattern, backend, row, compiled)
+            return replace(found, moved=self.moved[name], labels=tuple(self.labels))
 
         compiled = [(name, pattern) for name, pattern in self.compiled_patterns.items() if name in rows]
         return [*(one(*site) for site in sites.items()), *(one(*code, compiled=True) for code in compiled)]

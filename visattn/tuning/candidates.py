@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
-
 from visattn.patterns import ListedPattern, SharingPattern, StaticPattern
 from visattn.staged import with_precision
 from visattn.tuning.subject import DENSE
@@ -101,14 +99,6 @@ def canonical(text: str) -> str:
     """
     pattern, precision = with_precision(text)
     return str(pattern) if precision is None else f"{pattern} in {precision}"
-
-
-def precisions_of(device: torch.device) -> tuple[str, ...]:
-    """The 8-bit precisions that a device is faster in."""
-    if device.type != "cuda":
-        return ()
-    capability = torch.cuda.get_device_capability(device)
-    return ("int8", "fp8") if capability >= (8, 9) else ("int8",) if capability >= (8, 0) else ()
 
 
 @lru_cache(maxsize=1024)
