@@ -33,6 +33,7 @@ from scripts.figures_gpu import (
 )
 from scripts.figures_models import model_tables
 from scripts.figures_precision import precision_tables
+from scripts.figures_presets import presets_table
 from scripts.figures_suites import draw_suites, suite_tables
 from scripts.figures_trained import trained_tables
 from scripts.figures_tuned import draw_all, tuned_tables
@@ -197,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **dynamic_tables(),
     **model_tables(),
     **tuned_tables(),
+    "presets": presets_table,
     **precision_tables(),
     **control_tables(),
     **suite_tables(),
