@@ -150,9 +150,7 @@ def save_recorded(
     if about is not None:
         mapping(about, "about", "of what JSON can hold")
     if not calls:
-        raise ValueError(
-            "calls is empty, nothing was recorded: choose other modules or steps, or a larger limit"
-        )
+        raise ValueError("calls is empty, nothing was recorded: choose other modules or steps, or a larger limit")
     checked = check_writable_file(as_path(path), (".safetensors",), force)
     entries, tensors = [], {}
     for i, call in enumerate(calls):
