@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 
 from visattn.autocast import switched_off
 from visattn.checks import check_call, factor
+from visattn.given import mapping, said
 from visattn.kernels.agent.attention import pool_queries
 from visattn.kernels.centroids import centroid_rows
 from visattn.kernels.clipped import clipped
@@ -91,15 +91,15 @@ def attention_rows(
     Raises:
         ValueError: If the arguments do not fit together, a row is no token, or the pattern merges tokens.
     """
-    pattern, given = parse(pattern), _row_tensor(rows)
-    parameters = MappingProxyType({}) if parameters is None else parameters
+    pattern, given = parse(pattern), row_tensor(rows)
+    parameters = {} if parameters is None else mapping(parameters, "parameters", "from their names to tensors")
     check_call(q, k, k, pattern, layout, key_mask, None, parameters)
     if isinstance(pattern, MergingPattern):
         raise ValueError(f"{pattern} merges tokens before they become queries and keys: it has no rows of its own")
     # Looking at rows that are on a GPU would wait for all that it has to do: a loss asks for them at every layer.
     inside = given.is_cuda or not given.numel() or 0 <= given.min() <= given.max() < q.shape[1]
     if given.ndim != 1 or not inside:
-        raise ValueError(f"rows {list(given.shape)} must be whole numbers [R] from 0 to {q.shape[1] - 1}")
+        raise ValueError(f"rows={said(rows)} must be whole numbers [R] from 0 to {q.shape[1] - 1}")
     index = given.to(q.device)
     call = Call(pattern, layout, factor(scale, q.shape[3]), key_mask, parameters=parameters)
     if not q.shape[0]:
@@ -109,15 +109,15 @@ def attention_rows(
         return _rows(widened(q), widened(k), call, index)
 
 
-def _row_tensor(rows: Any) -> torch.Tensor:
+def row_tensor(rows: Any, name: str = "rows") -> torch.Tensor:
     """Rows as a tensor of whole numbers; an empty list is one of no rows."""
     try:
         found = torch.as_tensor(rows)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"rows={rows!r} must be whole numbers, the tokens whose queries are asked for") from None
+        raise ValueError(f"{name}={said(rows)} must be whole numbers, the tokens whose queries are asked for") from None
     if found.dtype == torch.bool or found.is_complex() or (found.is_floating_point() and found.numel()):
         raise ValueError(
-            f"rows are {found.dtype} but must be whole numbers, the tokens whose queries are asked for: pass "
+            f"{name} are {found.dtype} but must be whole numbers, the tokens whose queries are asked for: pass "
             "mask.nonzero()[:, 0] for a mask"
         )
     return found.long()

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from visattn.given import real, switch
+from visattn.patterns.values import whole_number
+
 
 class ELA(nn.Module):
     """Efficient Local Attention: x times a gate per row and one per column, each from the means over the other axis.
@@ -44,9 +47,10 @@ class ELA(nn.Module):
     ) -> None:
         super().__init__()
         options = {"device": device, "dtype": dtype}
+        channels, kernel_size = whole_number(channels, "channels", 1), whole_number(kernel_size, "kernel_size", 1)
         groups = channels if groups is None else groups
         for name, number in (("groups", groups), ("norm_groups", norm_groups)):
-            if number < 1 or channels % number:
+            if channels % whole_number(number, name, 1):
                 raise ValueError(f"{name}={number} must divide the {channels} channels of the layer")
         if kernel_size % 2 != 1:
             raise ValueError(f"kernel_size={kernel_size} must be odd")
@@ -98,7 +102,7 @@ class ULSAM(nn.Module):
 
     def __init__(self, channels: int, groups: int = 4, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        if groups < 1 or channels % groups:
+        if whole_number(channels, "channels", 1) % whole_number(groups, "groups", 1):
             raise ValueError(f"groups={groups} must divide the {channels} channels of the layer")
         self.subspaces = nn.ModuleList(Subspace(channels // groups, device, dtype) for _ in range(groups))
 
@@ -163,8 +167,11 @@ class GAAM(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if heads < 1 or gaussians < 1:
-            raise ValueError(f"heads={heads} and gaussians={gaussians} must both be at least 1")
+        for name, value in (("channels", channels), ("heads", heads), ("gaussians", gaussians)):
+            whole_number(value, name, 1)
+        axis = whole_number(axis, "axis", -16, high=16)
+        switch(residual, "residual")
+        real(eps, "eps", "a number from 0 up, like 1e-8", lambda x: 0 <= x < math.inf)
         if axis == 1 and channels < 2 * heads:
             raise ValueError(f"heads={heads} of {channels} channels: each needs two or more, give fewer")
         self.axis, self.residual = axis, residual

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from visattn.given import mapping
 from visattn.handle import apply
+from visattn.patterns.values import whole_number
 from visattn.pipelines.patch import targets
 from visattn.pipelines.record import EVERYTHING
 from visattn.request import Request
@@ -40,8 +42,8 @@ def at_step(pipe: Any, arguments: Mapping[str, Any], step: int) -> Step:
     Raises:
         ValueError: If the step is negative or never ran.
     """
-    if step < 0:
-        raise ValueError(f"step {step} must be at least 0")
+    step = whole_number(step, "step", 0)
+    mapping(arguments, "arguments", "of what the pipeline is called with")
     last: dict[str, Any] = {}
     found: dict[str, Any] = {}
     steps = set()

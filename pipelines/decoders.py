@@ -13,6 +13,7 @@ import torch
 
 from visattn.attend import attention
 from visattn.dispatch import load
+from visattn.given import said
 from visattn.layout import Layout
 from visattn.patterns import Neighborhood
 
@@ -98,6 +99,8 @@ def patch_decoder(model: torch.nn.Module, backend: str = "auto") -> DecoderPatch
     Raises:
         ValueError: If the model has no such attention, or there is no such backend.
     """
-    if backend != "auto":
+    if not isinstance(backend, str) or backend != "auto":
         load(backend)
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model={said(model)} must be the decoder of LTX-2.5, an LTX2VideoDiffusionDecoderModel")
     return DecoderPatch(model, backend)

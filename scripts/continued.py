@@ -11,7 +11,7 @@ DEVICE = "device"
 # No file may leave open with which of these its rows were measured.
 NEEDED = (DEVICE, "torch")
 # Settings that reports have beside the record of that name, and their rows depend on.
-SETTINGS = ("heads", "dim", "head_dim", "dtype", "model", "threads", "suite", "steps", "torch")
+SETTINGS = ("ranks", "heads", "dim", "head_dim", "dtype", "model", "threads", "suite", "steps", "torch")
 # No figure of these scripts depends on the versions of these.
 UNCOUNTED = ("python", "visattn", "numpy", "peft", "transformers", "matplotlib", "scikit-image")
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def go_on(report: dict[str, Any], out: Path | None, key: str = "cases") -> None:
     Args:
         report: With "versions", settings, and no cases yet.
         out: JSON file that an earlier run may have written, or None.
-        key: Under which the cases are, by name.
+        key: Under which the cases are, by name or as a list of rows.
 
     Raises:
         SystemExit: If its cases are of another GPU, other versions or other settings.
@@ -47,7 +47,32 @@ def go_on(report: dict[str, Any], out: Path | None, key: str = "cases") -> None:
         sys.exit(str(error))
     if known is not None:
         report["versions"] = known["versions"] | report["versions"]
-        report[key] |= known[key]
+        if isinstance(report[key], list):
+            report[key] = known[key] + report[key]
+        else:
+            report[key] |= known[key]
+
+
+def add_rows(
+    report: dict[str, Any], rows: Iterable[dict[str, Any]], same: Sequence[str], out: Path | None, key: str = "cases"
+) -> None:
+    """Put rows in a report, in the place of those of the same case if there are any, and write it.
+
+    Args:
+        report: With a list of rows.
+        rows: What was measured.
+        same: What rows of the same case have in common, by name; one that a row lacks is a value of its own.
+        out: JSON file or None.
+        key: Under which the rows are.
+    """
+    case = lambda row: json.dumps([row.get(name) for name in same], default=str)  # noqa: E731
+    found = {case(row): row for row in report[key]}
+    found |= {case(row): row for row in rows}
+    report[key] = list(found.values())
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(out) as path:
+            path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def measure_cases(

@@ -27,6 +27,7 @@ from visattn.checks import (
 )
 from visattn.crossing import crossing
 from visattn.dispatch import BACKENDS, Candidate, available, candidates, choose
+from visattn.given import switch
 from visattn.layout import Layout, check_layout
 from visattn.patterns import ListedPattern, Pattern, SharingPattern, parse
 from visattn.plans import plan
@@ -142,13 +143,12 @@ def attention(
     key = None
     if key_layout is not None:
         layout = _joined(layout, key_layout)
-    if pool_weight is None and (parameters is None or parameters == {}):
+    if pool_weight is None and (parameters is None or (isinstance(parameters, dict) and not parameters)):
         key, prepared = prepare.find(q, k, v, pattern, layout, scale, key_mask, rpb, backend, return_lse, precision)
         if prepared is not None:
             out, lse = prepared(q, k, v, key_mask, rpb)
             return (out, lse) if return_lse else out  # pyright: ignore[reportReturnType]
-    if not isinstance(return_lse, bool):
-        raise ValueError(f"return_lse={return_lse!r} must be True or False")
+    switch(return_lse, "return_lse")
     if other_values(q, k, v):
         rest = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "pool_weight": pool_weight, "parameters": parameters}
         return _filled_up(q, k, v, pattern, layout, (backend, precision), return_lse, rest)

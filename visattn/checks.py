@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from visattn.given import mapping, said
 from visattn.layout import Layout, check_layout
 from visattn.patterns import BiasedPattern, Pattern
 from visattn.patterns.choice.memory import here
 from visattn.patterns.kinds import pooled_part, reads_products
 from visattn.patterns.masks import check_defined
 from visattn.patterns.traced import constant
-from visattn.patterns.values import LARGEST_REAL
+from visattn.patterns.values import LARGEST, LARGEST_REAL
 from visattn.problem import PRECISIONS
 
 # What backends compute in.
@@ -68,8 +69,8 @@ def check_precision(precision: Any, tensors: Iterable[Any]) -> None:
     """Raise a ValueError for a precision that there is not, or whose gradients some of the tensors ask for."""
     if precision is None:
         return
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} must be None or one of {', '.join(map(repr, PRECISIONS))}")
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise ValueError(f"precision={said(precision)} must be None or one of {', '.join(map(repr, PRECISIONS))}")
     if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
         raise ValueError(
             f"precision={precision!r} is for inference: rounding to 8 bits has no gradient. Call it under "
@@ -81,7 +82,9 @@ def check_asked(kv_heads: Any, value_dim: Any, flags: Mapping[str, Any]) -> None
     """Raise a ValueError for what `explain` is told of tensors that it does not get."""
     for name, value in (("kv_heads", kv_heads), ("value_dim", value_dim)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1, or None for that of q")
+            raise ValueError(f"{name}={said(value)} must be a whole number of at least 1, or None for that of q")
+        if value is not None and value > LARGEST:
+            raise ValueError(f"{name}={value} must be at most {LARGEST}")
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} is a {type(value).__name__} but must be True or False: whether it will be passed")
@@ -116,7 +119,8 @@ def _check_others(
     others = [*((name, tensor) for name, tensor in optional.items() if tensor is not None), *parameters.items()]
     for name, tensor in others:
         if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} is a {type(tensor).__name__}: pass a torch tensor, or leave it out")
+            given = f"{name} is a {type(tensor).__name__}"
+            raise ValueError(f"{'parameters: ' * (name in parameters)}{given}: pass a torch tensor, or leave it out")
         _check_strided(name, tensor)
         if name != "key_mask" and not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype} but must be floating-point: cast it")
@@ -230,11 +234,12 @@ def factor(scale: Any, head_dim: int) -> float:
             "pass scale=1.0, or pass float(scale)"
         )
     try:
-        number = float(scale)
+        # float makes numbers of text, and of truths.
+        number = math.nan if isinstance(scale, str | bytes | bytearray | bool) else float(scale)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
     if not abs(number) <= LARGEST_REAL:
-        raise ValueError(f"scale={scale!r} must be one finite float32 number, or None for head_dim ** -0.5")
+        raise ValueError(f"scale={said(scale)} must be one finite float32 number, or None for head_dim ** -0.5")
     return number
 
 
@@ -267,8 +272,8 @@ def merged(
     Raises:
         ValueError: If it is given twice.
     """
-    if parameters is not None and not isinstance(parameters, Mapping):
-        raise ValueError(f"parameters is a {type(parameters).__name__}: pass a mapping from their names to tensors")
+    if parameters is not None:
+        mapping(parameters, "parameters", "from their names to tensors")
     if pool_weight is None:
         return parameters or {}
     if parameters and "pool_weight" in parameters:

@@ -41,12 +41,13 @@ def tile_choice(
     """
     pattern = parse(pattern)
     check_call(q, k, k, pattern, layout, key_mask, None)
+    scale = factor(scale, q.shape[3])
     if not isinstance(pattern, ListedPattern):
         raise ValueError(f"{pattern} is a composition and no list of tiles: it chooses none")
     made = plan(pattern, layout)
     first, tiles = made.keys.grid_tiles.start, made.keys.runs[1]
     if isinstance(pattern, RoutedPattern):
-        return pattern.route(q, k, made, key_mask, factor(scale, q.shape[3])).mask(first, tiles)
+        return pattern.route(q, k, made, key_mask, scale).mask(first, tiles)
     mask = torch.zeros(made.queries.tiles, made.keys.tiles, dtype=torch.bool)
     mask[torch.from_numpy(made.lists.rows), torch.from_numpy(made.lists.tile)] = True
     return mask[made.queries.grid_tiles, made.keys.grid_tiles][None, None].to(q.device)

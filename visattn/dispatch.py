@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from visattn.given import said
 from visattn.patterns import ListedPattern, RoutedPattern
 from visattn.plans import TilePlan, plan
 from visattn.problem import Call, Problem, Support
@@ -103,7 +104,7 @@ def _anew(run: Any, call: Call, q: Any, k: Any, v: Any, key_mask: torch.Tensor |
 
 def _accept(name: str, backend: Any) -> Backend:
     if not isinstance(backend, Backend):
-        raise ValueError(f"{backend!r} must be an object of a subclass of visattn.dispatch.Backend")
+        raise ValueError(f"{said(backend)} must be an object of a subclass of visattn.dispatch.Backend")
     if getattr(backend, "name", None) != name or not name.isidentifier() or name == "auto":
         raise ValueError(f"{backend!r} must have the name that it is registered by, a word: {name!r}")
     return backend
@@ -152,8 +153,8 @@ def load(name: str) -> Backend:
     Raises:
         ValueError: If there is none.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; backends: auto, {', '.join(BACKENDS)}")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"unknown backend {said(name)}; backends: auto, {', '.join(BACKENDS)}")
     return BACKENDS[name]
 
 
@@ -207,7 +208,7 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
         ValueError: If the name is unknown, or the named backend (or all of them) cannot run the call.
     """
     if not isinstance(name, str):
-        raise ValueError(f"unknown backend {name!r}; backends: auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown backend {said(name)}; backends: auto, {', '.join(BACKENDS)}")
     return _choose(problem, name, REGISTRY.version)
 
 

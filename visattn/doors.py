@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visattn.entries import Plugin
+from visattn.given import said
 from visattn.registry import HOMES, REGISTRY, Registration
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def register_attention(kind: type | str, record: Record) -> Registration:
     Raises:
         ValueError: If the record is none, or the class has one.
     """
+    if not isinstance(kind, type | str):
+        raise ValueError(f"kind={said(kind)} must be an attention class, or its 'module.name'")
     path = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
     return REGISTRY.door("attention").add({path: record}, "register_attention")
 
@@ -98,6 +101,8 @@ def register_adapter(package: str, install: Callable[[Any, Request], Sequence[Pa
     Raises:
         ValueError: If `install` cannot be called, or the package has an adapter.
     """
+    if not isinstance(package, str) or not package.isidentifier():
+        raise ValueError(f"package={said(package)} must be the name of a package, like 'diffusers'")
     return REGISTRY.door("adapter").add({package: install}, f"register_adapter in {_module(install)}")
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from visattn.given import said
+
 try:
     import fcntl
 except ImportError:  # Windows, where folders cannot be locked.
@@ -50,7 +52,7 @@ def as_path(given: Any) -> Path:
         ValueError: If it is none.
     """
     if not isinstance(given, str | os.PathLike):
-        raise ValueError(f"{given!r} is a {type(given).__name__}: pass the path of a file")
+        raise ValueError(f"{said(given)} is a {type(given).__name__}: pass the path of a file")
     return Path(given)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from visattn.dispatch import load
 from visattn.files import as_path
+from visattn.given import said, switch
 from visattn.layout import Layout, check_layout
 from visattn.parameters import read_weights
 from visattn.patched import Handle
@@ -95,8 +96,9 @@ def apply(
         ValueError: If the target is unknown or already patched, the pattern does not fit it, nothing is
             selected, or the weights are missing or of other layers, patterns or shapes.
     """
-    _check_switches(strict=strict, always=always, untrained=untrained)
-    if backend != "auto":
+    for name, value in (("strict", strict), ("always", always), ("untrained", untrained)):
+        switch(value, name)
+    if not isinstance(backend, str) or backend != "auto":
         load(backend)
     if is_student(pattern):
         fixed = {"layers": layers, "dense_layers": dense_layers, "weights": weights}
@@ -122,9 +124,9 @@ def apply(
         # Before anything is patched.
         read_weights(as_path(weights))
     if isinstance(caught, bool) or not isinstance(caught, int) or caught < 0:
-        raise ValueError(f"caught={caught!r} must be how many queries of a call are looked at, 0 for none")
+        raise ValueError(f"caught={said(caught)} must be how many queries of a call are looked at, 0 for none")
     if parallel is None and mesh is not None:
-        raise ValueError(f"mesh={mesh!r} says which processes share the tokens: pass parallel='halo' or 'ulysses' too")
+        raise ValueError(f"mesh={said(mesh)} says which processes share the tokens: pass parallel='halo' or 'ulysses'")
     if parallel is not None:
         _check_parallel(parallel, package, caught, schedule.any_precision)
     always = always or strict or weights is not None or parallel is not None
@@ -168,8 +170,8 @@ def _apply_student(target: Any, path: Path, fixed: dict[str, Any], how: dict[str
 
 
 def _check_parallel(parallel: Any, package: str, caught: int, precision: str | None) -> None:
-    if parallel not in ("ulysses", "halo"):
-        raise ValueError(f"parallel={parallel!r} must be 'ulysses', 'halo' or None")
+    if not isinstance(parallel, str) or parallel not in ("ulysses", "halo"):
+        raise ValueError(f"parallel={said(parallel)} must be 'ulysses', 'halo' or None")
     if package != "diffusers":
         raise ValueError(f"parallel={parallel!r} shares the tokens of diffusers models, and the target is of {package}")
     if caught:
@@ -181,6 +183,12 @@ def _check_parallel(parallel: Any, package: str, caught: int, precision: str | N
             f"parallel={parallel!r} and precision={precision!r}: attention that processes share is computed in the "
             "model's own dtype, leave one out"
         )
+
+
+def check_handle(handle: Any) -> None:
+    """Raise a ValueError for what is no handle of a pipeline that is patched already, nor None."""
+    if handle is not None and not isinstance(handle, Handle):
+        raise ValueError(f"handle={said(handle)} must be what apply() returned for this pipeline, or None")
 
 
 def _layouts(given: Layout | Sequence[Layout] | None) -> tuple[Layout, ...]:
@@ -205,10 +213,3 @@ def _layouts(given: Layout | Sequence[Layout] | None) -> tuple[Layout, ...]:
             f"layout has {' and '.join(map(str, layouts))}: pass layouts with equally many axes, one for each length"
         )
     return layouts
-
-
-def _check_switches(**given: Any) -> None:
-    """Raise a ValueError for an argument that is neither on nor off."""
-    for name, value in given.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} must be True or False")

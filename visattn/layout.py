@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+from visattn.given import said
+
 # Engines count tokens in 32 bits.
 LARGEST = 2**31 - 1
 
@@ -45,12 +47,13 @@ class Layout:
         axes: tuple[Any, ...] = tuple(grid) if several else (grid,)  # type: ignore[arg-type]
         if not 1 <= len(axes) <= 3 or not all(_is_whole(n, 1) for n in axes):
             raise ValueError(
-                f"grid {grid!r} must be 1 to 3 whole numbers of at least 1 (and at most {LARGEST}), like 4096, "
+                f"grid {said(grid)} must be 1 to 3 whole numbers of at least 1 (and at most {LARGEST}), like 4096, "
                 "(64, 64) or (8, 32, 32)"
             )
         if not _is_whole(prefix, 0) or not _is_whole(suffix, 0):
             raise ValueError(
-                f"prefix {prefix!r} and suffix {suffix!r} must be whole numbers of at least 0 (and at most {LARGEST})"
+                f"prefix {said(prefix)} and suffix {said(suffix)} must be whole numbers of at least 0 (and at most "
+                f"{LARGEST})"
             )
         object.__setattr__(self, "grid", tuple(int(n) for n in axes))
         object.__setattr__(self, "prefix", int(prefix))
@@ -127,8 +130,10 @@ class Layout:
 
     def check_length(self, length: int, name: str = "q") -> None:
         """Raise a ValueError that says what would fit if `name`, a sequence of `length` tokens, does not."""
-        if length == self.length:
+        if not hasattr(length, "shape") and length == self.length:
             return
+        if not _is_whole(length, 0):
+            raise ValueError(f"length={said(length)} must be how many tokens {name} has, a whole number of at least 0")
         have = " + ".join(
             [f"prefix {self.prefix}"] * bool(self.prefix)
             + ["grid " + "x".join(map(str, self.grid))]
@@ -163,7 +168,7 @@ def check_layout(layout: object, name: str = "layout") -> None:
     """Raise a ValueError if a layout is something else, like a grid."""
     if not isinstance(layout, Layout):
         kind = type(layout).__name__
-        raise ValueError(f"{name}={layout!r} is a {kind}: pass a Layout, like Layout((64, 64), prefix=1)")
+        raise ValueError(f"{name}={said(layout)} is a {kind}: pass a Layout, like Layout((64, 64), prefix=1)")
 
 
 def _is_whole(value: Any, low: int) -> bool:

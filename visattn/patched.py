@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from visattn.caught import Caught
+from visattn.given import said
 from visattn.parameters import PatternParameters
 from visattn.reached import Reached
 from visattn.report import Report
@@ -83,6 +84,8 @@ class Handle:
         model's own dense attention. `watched.rows(tokens)` gives the attention map that a loss
         compares with a teacher's.
         """
+        if watcher is not None and not callable(watcher):
+            raise ValueError(f"watcher={said(watcher)} must be a function of what it sees, or None")
         for i, patch in enumerate(self._patches):
             if not self._caught:
                 patch.watch(watcher)

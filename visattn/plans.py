@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from visattn.given import said
 from visattn.keep import kept
 from visattn.layout import Layout, check_layout
 from visattn.memory import check_room
@@ -180,8 +181,12 @@ def plan(pattern: Pattern | str, layout: Layout, tile: Tile | tuple[Tile, Tile] 
 
 def _box(tile: object, grid: tuple[int, ...]) -> tuple[int, ...]:
     box = (tile,) if isinstance(tile, int) else tile
-    if not isinstance(box, tuple) or len(box) != len(grid) or any(not isinstance(n, int) or n < 1 for n in box):
-        raise ValueError(f"tile {tile!r} does not fit grid {grid}: pass {len(grid)} whole numbers of at least 1")
+    if (
+        not isinstance(box, tuple)
+        or len(box) != len(grid)
+        or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in box)
+    ):
+        raise ValueError(f"tile={said(tile)} does not fit grid {grid}: pass {len(grid)} whole numbers of at least 1")
     return box
 
 

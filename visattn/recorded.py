@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.files import check_writable_file, written_whole
+from visattn.files import as_path, check_writable_file, written_whole
+from visattn.given import mapping, said, several, switch
 from visattn.layout import Layout
+from visattn.patterns.values import whole_number
 from visattn.version import __version__
 from visattn.watch import Watched
 
@@ -53,13 +55,17 @@ class Recorded(NamedTuple):
         return {name: t for name, t in found.items() if t is not None}
 
 
-def check_recorded(calls: Any, several: bool = False) -> None:
-    """Raise a ValueError for what is no recorded call, or are not `several` of them."""
-    if several and not isinstance(calls, list | tuple):
-        raise ValueError(f"calls={calls!r} must be a list of recorded calls: pass what visattn.maps.calls(...) gave")
-    for call in calls if several else (calls,):
+def check_recorded(calls: Any, many: bool = False) -> None:
+    """Raise a ValueError for what is no recorded call, or are not `many` of them."""
+    if many and not isinstance(calls, list | tuple):
+        raise ValueError(
+            f"calls={said(calls)} must be a list of recorded calls: pass what visattn.maps.calls(...) gave"
+        )
+    for call in calls if many else (calls,):
         if not isinstance(call, Recorded):
-            raise ValueError(f"{call!r} is no recorded call: pass one of those that visattn.maps.calls(...) gave")
+            raise ValueError(
+                f"call={said(call)} is no recorded call: pass one of those that visattn.maps.calls(...) gave"
+            )
 
 
 class Recorder:
@@ -84,10 +90,14 @@ class Recorder:
         Raises:
             ValueError: If a number is out of range.
         """
-        for name, value in (("samples", samples), ("limit", limit)):
-            if value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
-        self._modules, self._steps, self._samples, self._limit = tuple(modules), frozenset(steps), samples, limit
+        names = several(modules, "modules", "names of modules, like ['*.attn']")
+        wanted = several(steps, "steps", "denoising steps, from 0")
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"modules={said(modules)} must be a list of names of modules, like ['*.attn']")
+        self._modules = tuple(names)
+        self._steps = frozenset(whole_number(step, "steps", 0) for step in wanted)
+        self._samples = whole_number(samples, "samples", 1)
+        self._limit = whole_number(limit, "limit", 1, high=2**63)
         self._bytes = 0
         self._seen: dict[tuple[str, int | None], int] = {}
         self.calls: list[Recorded] = []
@@ -135,14 +145,19 @@ def save_recorded(
     """
     from safetensors.torch import save_file
 
+    check_recorded(calls, many=True)
+    switch(force, "force")
+    if about is not None:
+        mapping(about, "about", "of what JSON can hold")
     if not calls:
-        raise ValueError("no attention call was recorded: choose other modules or steps, or a larger limit")
-    checked = check_writable_file(Path(path), (".safetensors",), force)
+        raise ValueError("calls is empty, nothing was recorded: choose other modules or steps, or a larger limit")
+    checked = check_writable_file(as_path(path), (".safetensors",), force)
     entries, tensors = [], {}
     for i, call in enumerate(calls):
         layout = {"grid": list(call.layout.grid), "prefix": call.layout.prefix, "suffix": call.layout.suffix}
         entries.append({"site": call.site, "step": call.step, "call": call.call, "scale": call.scale} | layout)
-        tensors |= {f"{i}.{name}": t for name, t in call.tensors.items()}
+        # Queries, keys and values may be parts of one tensor, which the file format takes no two of.
+        tensors |= {f"{i}.{name}": t.detach().to("cpu", copy=True).contiguous() for name, t in call.tensors.items()}
     metadata = {"visattn": __version__, CALLS: json.dumps(entries), "about": json.dumps(dict(about or {}))}
     with written_whole(checked) as temporary:
         save_file(tensors, temporary, metadata=metadata)
@@ -159,7 +174,8 @@ def load_recorded(path: str | Path) -> tuple[list[Recorded], dict[str, Any]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    path = as_path(path)
+    if not path.is_file():
         raise ValueError(f"recorded calls {path} do not exist: `visattn record` writes such a file")
     try:
         with safe_open(path, "pt") as file:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+from visattn.given import said
 from visattn.layout import Layout
 from visattn.parameters import Learnable
 from visattn.registry import REGISTRY
@@ -76,7 +77,7 @@ class Patch(Protocol):
 
 def _accept(package: str, install: Any) -> Callable[[Any, Request], Sequence[Patch]]:
     if not callable(install):
-        raise ValueError(f"{install!r} must be a function install(target, request) that returns what undoes it")
+        raise ValueError(f"{said(install)} must be a function install(target, request) that returns what undoes it")
     return cast("Callable[[Any, Request], Sequence[Patch]]", install)
 
 
@@ -106,6 +107,7 @@ def package_of(target: Any) -> str:
         if package in ADAPTERS:
             return package
     raise ValueError(
-        f"cannot apply to a {kinds[0].__module__}.{kinds[0].__qualname__}: pass a diffusers pipeline or model, a timm "
+        f"target={said(target)}: cannot apply to a {kinds[0].__module__}.{kinds[0].__qualname__}: pass a diffusers "
+        "pipeline or model, a timm "
         "or a transformers model; inside a model of your own call visattn.attention(q, k, v, pattern, layout)"
     )

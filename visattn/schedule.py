@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from visattn.checks import check_precision
+from visattn.given import said
 from visattn.patterns import Dense, MergingPattern, Pattern
 from visattn.selectors import Layers, Selector, SiteName, pick, selectors_of
 from visattn.staged import Staged, lists_tiles, with_precision
@@ -119,7 +120,7 @@ class Schedule:
             own = {}
             rules = [(None if layers is None else selectors_of(layers), _given(pattern))]
         if isinstance(dense_layers, bool) or not isinstance(dense_layers, int) or dense_layers < 0:
-            raise ValueError(f"dense_layers={dense_layers!r} must be a count of layers, 0 or more")
+            raise ValueError(f"dense_layers={said(dense_layers)} must be a count of layers, 0 or more")
         precise = () if precise_layers is None else selectors_of(precise_layers, "precise_layers")
         numbers = dense_layers, dense_steps, dense_last_steps
         made = cls(tuple(rules), *numbers, precision, precise, precise_steps, precise_last_steps, **own)
@@ -127,7 +128,7 @@ class Schedule:
             value = getattr(made, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
             if not whole and not (isinstance(value, float) and 0 <= value < 1):
-                raise ValueError(f"{name}={value!r} must be a count of steps like 12 or a fraction like 0.25")
+                raise ValueError(f"{name}={said(value)} must be a count of steps like 12 or a fraction like 0.25")
         made._check_precision()
         return made
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from visattn.given import said
+
 RANGE = re.compile(r"(\d+)(?:(-)(\d*))?")
 Selector = int | slice | str
 # What `layers` may be, None for all.
@@ -29,15 +31,18 @@ def selectors_of(value: Any, argument: str = "layers") -> tuple[Selector, ...]:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
     if isinstance(value, Mapping):
-        raise ValueError(f"{argument}={value!r} is a mapping: pass it as pattern=, which gives each layer its own")
-    if not isinstance(value, int | slice | Iterable):
-        raise ValueError(f"{argument}={value!r} is no index, slice, range like '0-3' or name, nor several of these")
+        raise ValueError(f"{argument}={said(value)} is a mapping: pass it as pattern=, which gives each layer its own")
+    # A tensor of one number says that it can be iterated over.
+    if not isinstance(value, int | slice | Iterable) or getattr(value, "ndim", 1) == 0:
+        raise ValueError(f"{argument}={said(value)} is no index, slice, range like '0-3' or name, nor several of these")
     values = (value,) if isinstance(value, int | slice) else tuple(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise ValueError(f"{argument}={said(value)} are bytes: pass text like '0-3'")
     if not values:
-        raise ValueError(f"{argument}={value!r} names no layer: give some, like '0-3', or None for all")
+        raise ValueError(f"{argument}={said(value)} names no layer: give some, like '0-3', or None for all")
     for part in values:
         if isinstance(part, bool) or not isinstance(part, int | slice | str):
-            raise ValueError(f"{argument}: {part!r} is not an index, a slice, a range like '0-3' or a name")
+            raise ValueError(f"{argument}: {said(part)} is not an index, a slice, a range like '0-3' or a name")
     return values
 
 

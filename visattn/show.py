@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from visattn.canvas import GAP, Picture, Swatch, column, legend, row, text
-from visattn.layout import Layout
+from visattn.given import said
+from visattn.layout import Layout, check_layout
 from visattn.patterns import Agent, Dense, DynamicPattern, Pattern, RoutedPattern, Routes, SharingPattern, parse
+from visattn.patterns.values import is_axes, whole_numbers
 from visattn.plans import Tile, TilePlan, check_listed, plan, with_routes
 
 SKIPPED, WASTED, PARTIAL, FULL, QUERY = range(5)
@@ -76,6 +78,7 @@ def draw(
             tiles nor agent.
     """
     pattern = parse(pattern)
+    check_layout(layout)
     if isinstance(pattern, Agent):
         return _draw_agents(pattern, layout)
     shown, note = pattern, ""
@@ -141,13 +144,16 @@ def _draw_agents(pattern: Agent, layout: Layout) -> Image.Image:
 def _check_query(query: tuple[int, ...] | None, grid: tuple[int, ...]) -> tuple[int, ...]:
     if query is None:
         return tuple(n // 2 for n in grid)
-    if len(query) != len(grid) or any(not 0 <= i < n for i, n in zip(query, grid, strict=True)):
-        last = ",".join(str(n - 1) for n in grid)
-        raise ValueError(
-            f"query {','.join(map(str, query))} is not on grid {'x'.join(map(str, grid))}: "
-            f"pass {len(grid)} indices up to {last}"
-        )
-    return query
+    last, where = ",".join(str(n - 1) for n in grid), "x".join(map(str, grid))
+    fix = f"is not on grid {where}: pass {len(grid)} indices up to {last}"
+    try:
+        found = whole_numbers(query, "query", 0) if is_axes(query) else None
+    except ValueError:
+        found = None
+    if not isinstance(found, tuple) or len(found) != len(grid) or any(i >= n for i, n in zip(found, grid, strict=True)):
+        given = ",".join(map(str, query)) if is_axes(query) else said(query)
+        raise ValueError(f"query {given} {fix}")
+    return found
 
 
 def _caption(made: TilePlan) -> str:

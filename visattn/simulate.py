@@ -12,6 +12,7 @@ from typing import Any
 
 from visattn.layout import Layout
 from visattn.patterns import Neighborhood, Pattern, RoutedPattern, SharingPattern, parse
+from visattn.patterns.values import whole_number
 from visattn.plans import Tile, TilePlan, check_listed, plan
 
 Box = tuple[int, ...]
@@ -169,6 +170,9 @@ def advise(
     Raises:
         ValueError: If the pattern is no neighborhood pattern, or does not fit the layout.
     """
+    volume, most = whole_number(volume, "volume", 1), whole_number(most, "most", 1)
+    # Farther windows than the grid has tokens on an axis are none.
+    reach = min(whole_number(reach, "reach", 0), max(layout.grid) if isinstance(layout, Layout) else 0)
     pattern = parse(pattern)
     now = simulate(pattern, layout, tile)
     if not isinstance(pattern, Neighborhood):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+from visattn.given import said
+
 
 def among_first(first: int | float, what: str, step: int | None, total: int | None) -> bool:
     """Whether a denoising step (from 0) of so many is among the first ones.
@@ -41,7 +43,7 @@ def check_step(step: Any, total: Any) -> None:
     """Raise a ValueError for a step that is none, or not one of so many."""
     for name, value in (("step", step), ("total", total)):
         if value is not None and (isinstance(value, bool) or not _is_index(value)):
-            raise ValueError(f"{name}={value!r} must be a whole number, or None")
+            raise ValueError(f"{name}={said(value)} must be a whole number, or None")
     if step is not None and (step < 0 or (total is not None and step >= total)):
         raise ValueError(f"step {step} of {total} must be at least 0 and below the number of steps")
 

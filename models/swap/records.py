@@ -12,6 +12,7 @@ from torch import nn
 from visattn import forwards
 from visattn.dims import check_dims
 from visattn.forwards import HOOK, HOOKED, while_patched
+from visattn.given import said
 from visattn.models.swap import hiera
 from visattn.models.swap.graphs import as_node
 from visattn.models.swap.grids import (
@@ -166,7 +167,7 @@ _OWN = {
 
 def _accept(name: str, record: Any) -> Record:
     if not isinstance(record, Record):
-        raise ValueError(f"{record!r} must be a visattn.models.swap.records.Record")
+        raise ValueError(f"{said(record)} must be a visattn.models.swap.records.Record")
     if "." not in name:
         raise ValueError(f"{name!r} must be module and name of the class that is swapped, like timm.layers.Attention")
     return record

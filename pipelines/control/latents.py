@@ -6,8 +6,11 @@ import inspect
 import os
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
+from visattn.given import said
 from visattn.pipelines.patch.targets import DENOISERS
 
 # Arguments of the packing that FLUX has, and what follows it: 2x2 latents are the channels of a token.
@@ -33,9 +36,13 @@ def encode(pipe: Any, pictures: list[Any], size: dict[str, int]) -> torch.Tensor
         size: `height` and `width` in pixels.
 
     Raises:
-        ValueError: If one is the name of a file, not its picture.
+        ValueError: If one is no picture, or the name of a file and not its picture.
     """
     for picture in pictures:
+        one = picture[0] if isinstance(picture, list | tuple) and len(picture) == 1 else picture
+        flat = isinstance(one, np.ndarray | torch.Tensor) and one.ndim not in (3, 4)
+        if not isinstance(one, Image.Image | np.ndarray | torch.Tensor | str | os.PathLike) or flat:
+            raise ValueError(f"picture={said(picture)} must be one picture: of Pillow, or an array or tensor of pixels")
         if isinstance(picture, str | os.PathLike):
             raise ValueError(f"picture {str(picture)!r} is a name: open it first, with PIL.Image.open")
     model = next(getattr(pipe, name) for name in DENOISERS if getattr(pipe, name, None) is not None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from visattn.handle import Handle, apply
+from visattn.given import real, said, word
+from visattn.handle import Handle, apply, check_handle
+from visattn.patterns.values import LARGEST_REAL, whole_number
 from visattn.pipelines.control.features import Features
 from visattn.pipelines.control.injection import RESULT, Injection, Recording, adain
 from visattn.pipelines.control.latents import encode, packed, unpacked, why_not
@@ -20,6 +21,9 @@ from visattn.pipelines.patch.sites import Site
 from visattn.pipelines.patch.targets import DENOISERS
 from visattn.report import Report
 from visattn.selectors import Layers
+
+# In pixels.
+SIZE = ("height", "width")
 
 
 class Styled(NamedTuple):
@@ -92,8 +96,14 @@ def style_transfer(
         ValueError: If an option is out of its range, or the pipeline or a chosen layer cannot do it.
     """
     _check(gamma, temperature, steps, start, noise, mode, memory, options)
+    for name, value in (("prompt", prompt), ("style_prompt", prompt if style_prompt is None else style_prompt)):
+        if not isinstance(value, str):
+            raise ValueError(f"{name}={said(value)} must be the text of a prompt")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator={said(generator)} must be a torch.Generator, or None")
+    check_handle(handle)
     _check_pipeline(pipe)
-    size = {name: options[name] for name in ("height", "width") if options.get(name) is not None}
+    size = {name: whole_number(options[name], name, 1) for name in SIZE if options.get(name) is not None}
     if len(size) < 2:
         raise ValueError("style_transfer needs the size: pass height= and width= in pixels")
     own, applied = handle is None, apply(pipe, "dense") if handle is None else handle
@@ -249,18 +259,15 @@ def _check(
     memory: float,
     options: dict[str, Any],
 ) -> None:
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma={gamma} must be from 0 to 1, the share of the content's queries: 0.75 is usual")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature={temperature} must be a positive number, 1.5 is usual")
-    if steps < 1 or not 0 <= start < steps:
+    share = "from 0 to 1, the share of the content's queries: 0.75 is usual"
+    real(gamma, "gamma", share, lambda x: 0 <= x <= 1)
+    real(temperature, "temperature", "a positive float32 number, 1.5 is usual", lambda x: 0 < x <= LARGEST_REAL)
+    whole_number(steps, "steps", 1)
+    if whole_number(start, "start", 0) >= steps:
         raise ValueError(f"start={start} and steps={steps} must leave steps to inject in: 0 <= start < steps")
-    if noise not in ("inverted", "drawn"):
-        raise ValueError(f"noise={noise!r} must be 'inverted' or 'drawn'")
-    if mode not in ("batch", "store"):
-        raise ValueError(f"mode={mode!r} must be 'batch' or 'store'")
-    if not memory > 0:
-        raise ValueError(f"memory={memory} must be GiB above 0")
+    word(noise, "noise", ("inverted", "drawn"))
+    word(mode, "mode", ("batch", "store"))
+    real(memory, "memory", "GiB above 0", lambda x: x > 0)
     taken = {"latents", "prompt", "guidance_scale", "num_inference_steps", "callback_on_step_end"} & options.keys()
     if taken:
         raise ValueError(f"style_transfer sets {', '.join(sorted(taken))} itself: leave it out")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from visattn.given import said
 from visattn.pipelines.families import clips, control, edit, image, image_text, unets, unknown, video, wider, worlds
 from visattn.pipelines.families.base import Family
 from visattn.registry import REGISTRY
@@ -13,7 +14,7 @@ from visattn.registry import REGISTRY
 
 def _accept(name: str, family: Any) -> Family:
     if not isinstance(family, Family):
-        raise ValueError(f"{family!r} must be a visattn.pipelines.families.base.Family")
+        raise ValueError(f"{said(family)} must be a visattn.pipelines.families.base.Family")
     if name not in family.classes:
         raise ValueError(f"family {family.name!r} is of {', '.join(family.classes) or 'no class'}, not of {name!r}")
     return family

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from visattn.handle import Handle, apply
+from visattn.handle import Handle, apply, check_handle
 from visattn.patterns import Pattern
 from visattn.pipelines.guidance.guided import Guided
 from visattn.pipelines.guidance.perturbing import Perturbation, check_options, perturbation_of
@@ -65,13 +65,14 @@ def guide(
     check_options(scale, strength, start, stop, layers, heads)
     if isinstance(pipe, torch.nn.Module):
         raise ValueError(f"guide() needs the pipeline that adds up the predictions, not {type(pipe).__name__} alone")
+    check_handle(handle)
     if handle is not None and options:
         raise ValueError(f"handle= has its options already: leave {', '.join(sorted(options))} out")
     own = handle is None
     applied = apply(pipe, options.pop("pattern", "dense"), **options) if handle is None else handle
     try:
         return Guidance(pipe, applied, own, scale, by, layers, heads, strength, (start, stop))
-    except ValueError:
+    except BaseException:
         if own:
             applied.remove()
         raise

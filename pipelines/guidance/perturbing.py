@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from visattn.dims import check_dims
+from visattn.given import mapping, said
 from visattn.patterns import MergingPattern, Pattern, parse
 from visattn.pipelines.patch.install import PatchedModel
 from visattn.pipelines.patch.sites import Site
@@ -121,12 +123,18 @@ def chosen_sites(
     found: dict[int, frozenset[int]] = {}
     for layer, numbers in heads.items():
         chosen = frozenset(numbers)
-        if not chosen or not all(isinstance(n, int) and n >= 0 for n in chosen):
-            raise ValueError(f"heads[{layer!r}]={numbers!r} must be indices of heads, from 0")
         for i, each in enumerate(Schedule.of("dense", str(layer)).assign(names, model)):
             if each is not None:
                 found[i] = found.get(i, frozenset()) | chosen
     return [(sites[i], found[i]) for i in sorted(found)]
+
+
+def _check_heads(heads: Any) -> None:
+    """Raise a ValueError for what are not heads of layers."""
+    for layer, numbers in mapping(heads, "heads", "from layers to heads, like {'3': [1, 7]}").items():
+        fits = isinstance(numbers, Collection) and not isinstance(numbers, str | bytes | Mapping) and len(numbers)
+        if not fits or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+            raise ValueError(f"heads[{layer!r}]={said(numbers)} must be indices of heads, from 0")
 
 
 def _middle(sites: Sequence[Site]) -> list[str]:
@@ -156,7 +164,7 @@ def perturbation_of(perturb: str | Pattern) -> Pattern | Blur:
         by = parse("na(window=1)" if perturb == "identity" else perturb)
     except ValueError as error:
         raise ValueError(
-            f"perturb={perturb!r} is not 'identity', 'blur' or 'blur(sigma=2)', and as a pattern: {error}"
+            f"perturb={said(perturb)} is not 'identity', 'blur' or 'blur(sigma=2)', and as a pattern: {error}"
         ) from None
     if isinstance(by, MergingPattern) or by.needs_weights or by.learnable:
         raise ValueError(
@@ -174,11 +182,13 @@ def check_options(
     heads: Mapping[str, Sequence[int]] | None,
 ) -> None:
     """Refuse options of guidance that are out of range."""
+    if heads is not None:
+        _check_heads(heads)
     if layers is not None and heads is not None:
         raise ValueError("layers and heads both say which layers are perturbed: give one of them")
     for name, value in {"scale": scale, "strength": strength, "start": start, "stop": stop}.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{name}={value!r} is a {type(value).__name__}: pass a number")
+            raise ValueError(f"{name}={said(value)} is a {type(value).__name__}: pass a number")
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"scale={scale} must be a number from 0 up, 3 as in the paper")
     if not 0 <= strength <= 1:

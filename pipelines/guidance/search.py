@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.environment import cpu_name
-from visattn.handle import Handle, apply
+from visattn.files import as_path
+from visattn.given import real, said, several
+from visattn.handle import Handle, apply, check_handle
+from visattn.patterns.values import whole_number
 from visattn.pipelines.guidance.handle import guide
 from visattn.pipelines.guidance.perturbing import check_options, chosen_sites, perturbation_of
 from visattn.pipelines.guidance.trials import Head, Trials
@@ -92,13 +95,10 @@ def find_heads(
     Raises:
         ValueError: If an option is out of its range, or the file has scores of another search.
     """
-    if not prompts or list(seeds) != sorted(set(seeds)) or not seeds or seeds[0] < 1 or add < 1 or most < 1:
-        raise ValueError(
-            f"a search needs prompts, seeds that grow from stage to stage (seeds={list(seeds)}), and add={add} and "
-            f"most={most} of 1 or more"
-        )
-    if len(prompts) * seeds[-1] < 2:
-        raise ValueError("one picture has no standard error: pass more prompts or seeds")
+    prompts, seeds = _several_of(prompts, seeds)
+    add, most = whole_number(add, "add", 1), whole_number(most, "most", 1)
+    _check(pipe, objective, candidates, seconds, handle)
+    out = as_path(out)
     check_options(scale, strength, 0.0, 1.0, None, None)
     perturbation_of(perturb)
     given = {"prompts": list(prompts), "scale": scale, "strength": strength, "perturb": perturb, "options": options}
@@ -109,7 +109,7 @@ def find_heads(
     given |= {"torch": torch.__version__}
     ends = time.monotonic() + seconds
     with apply(pipe, "dense") if handle is None else nullcontext(handle) as applied:
-        heads = list(candidates) if candidates is not None else all_heads(pipe, applied, layers)
+        heads = [_head(each) for each in candidates] if candidates is not None else all_heads(pipe, applied, layers)
         with Trials(out, given) as trials:
 
             def scores(chosen: Heads, count: int) -> torch.Tensor:
@@ -129,6 +129,46 @@ def find_heads(
                 return torch.tensor(rows, dtype=torch.float64)
 
             return _search(heads, scores, tuple(seeds), add, most)
+
+
+def _several_of(prompts: Any, seeds: Any) -> tuple[list[str], list[int]]:
+    """Prompts, and how many seeds each stage has.
+
+    Raises:
+        ValueError: If they are none, or too few to compare.
+    """
+    prompts, seeds = several(prompts, "prompts", "texts"), several(seeds, "seeds", "whole numbers that grow")
+    seeds = [whole_number(each, "seeds", 1) for each in seeds]
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts={said(prompts)} must be a list of texts, at least one")
+    if seeds != sorted(set(seeds)) or not seeds:
+        raise ValueError(f"seeds={seeds} must grow from stage to stage, like [1, 4, 16]")
+    if len(prompts) * seeds[-1] < 2:
+        raise ValueError("one picture has no standard error: pass more prompts or seeds")
+    return prompts, seeds
+
+
+def _check(pipe: Any, objective: Any, candidates: Any, seconds: Any, handle: Any) -> None:
+    """Raise a ValueError for what cannot be searched with."""
+    real(seconds, "seconds", "a number above 0", lambda x: x > 0)
+    if not callable(objective):
+        raise ValueError(f"objective={said(objective)} must be a function of pictures and prompts that gives scores")
+    for each in () if candidates is None else several(candidates, "candidates", "(layer, head) pairs"):
+        _head(each)
+    if not callable(pipe) or not hasattr(pipe, "device"):
+        raise ValueError(f"pipe={said(pipe)} must be a diffusers pipeline")
+    check_handle(handle)
+
+
+def _head(given: Any) -> Head:
+    """A candidate.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(given, tuple | list) or len(given) != 2 or not isinstance(given[0], str):
+        raise ValueError(f"candidates has {said(given)}, which is no (layer, head) pair like ('mid_block', 0)")
+    return given[0], whole_number(given[1], "the head of a candidate", 0)
 
 
 def sharpness(pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

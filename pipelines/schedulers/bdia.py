@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from visattn.given import real
 from visattn.pipelines.schedulers.exact import ExactScheduler, Pair
 from visattn.pipelines.schedulers.wide import Wide
 
@@ -29,9 +30,8 @@ class BDIAScheduler(ExactScheduler):
     _behind = 1
 
     def __init__(self, gamma: float = 1.0, **settings: Any) -> None:
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma {gamma} must be above 0 and at most 1; 1 is usual from 40 steps on")
-        self.gamma = float(gamma)
+        must = "above 0 and at most 1; 1 is usual from 40 steps on"
+        self.gamma = real(gamma, "gamma", must, lambda x: 0 < x <= 1)
         super().__init__(**settings)
 
     def _own(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from visattn.given import real
 from visattn.pipelines.schedulers.exact import ExactScheduler, Pair
 from visattn.pipelines.schedulers.wide import Wide
 
@@ -30,9 +31,7 @@ class EDICTScheduler(ExactScheduler):
     order = 2
 
     def __init__(self, mixing: float = 0.93, **settings: Any) -> None:
-        if not 0 < mixing <= 1:
-            raise ValueError(f"mixing {mixing} must be above 0 and at most 1; 0.93 is usual")
-        self.mixing = float(mixing)
+        self.mixing = real(mixing, "mixing", "above 0 and at most 1; 0.93 is usual", lambda x: 0 < x <= 1)
         super().__init__(**settings)
 
     def _own(self) -> dict[str, Any]:

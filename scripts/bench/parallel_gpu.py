@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from unittest.mock import patch
 
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.bench.stack_models import Attend, Flux, Wan, dense, turns
-from scripts.gpu_common import versions
+from scripts.gpu_common import add_rows, go_on, versions
 from visattn import Layout, attention, parallel, parse
 from visattn.parallel.exchange import Exchange
 
@@ -196,7 +197,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=200, help="seconds after which no case begins")
     parser.add_argument("--only", default="", help="cases whose model, grid or pattern contains this")
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path, help="JSON file; its rows of other cases stay")
     chosen = parser.parse_args()
     began = time.monotonic()
     rank = int(os.environ["LOCAL_RANK"])
@@ -204,6 +205,8 @@ def main() -> int:
     dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=120))
     world = dist.get_world_size()
     report: dict[str, Any] = {"versions": versions(), "ranks": world, "dtype": "bfloat16", "rows": []}
+    # On every rank, so that all of them end where the file is of other versions.
+    go_on(report, chosen.out, "rows")
     for name, grid, pattern in CASES:
         text = f"{name} {'x'.join(map(str, grid))} {pattern}"
         late = torch.tensor(time.monotonic() - began > chosen.budget, device="cuda", dtype=torch.int32)
@@ -223,11 +226,8 @@ def main() -> int:
             continue
         for row in found:
             row |= {"model": name, "grid": grid, "pattern": pattern, "model_ms": row["step_ms"] / share}
-            report["rows"].append(row)
             print(f"{time.monotonic() - began:.0f} s", json.dumps(row), flush=True)
-        if chosen.out:
-            with open(chosen.out, "w") as file:
-                json.dump(report, file, indent=1)
+        add_rows(report, found, ("model", "grid", "pattern", "way"), chosen.out, "rows")
     dist.destroy_process_group()
     return 0
 

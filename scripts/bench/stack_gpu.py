@@ -15,6 +15,7 @@ import gc
 import itertools
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.bench.gpu import median_ms
 from scripts.bench.stack_models import Attend, Flux, Wan, dense, turns
-from scripts.gpu_common import compile_first, versions
+from scripts.gpu_common import add_rows, compile_first, go_on, versions
 from visattn import Layout, attention
 from visattn.staged import with_precision
 
@@ -98,7 +99,7 @@ def main() -> int:
     parser.add_argument("--also", nargs="*", default=[], help="more patterns, like 'sla2(keep=0.05)' or 'sla in fp8'")
     parser.add_argument("--grid", default="", help="grids like 21x45x80 alone")
     parser.add_argument("--compiled", action="store_true", help="compiled blocks alone")
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path, help="JSON file; its rows of other cases stay")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     todo = [case for case in cases(chosen.only, chosen.pattern, chosen.also) if case[3] or not chosen.compiled]
@@ -113,6 +114,7 @@ def main() -> int:
     if chosen.jobs > 1:
         compile_first(chosen.jobs)
     report: dict[str, Any] = {"versions": versions(), "dtype": "bfloat16", "batch": 1, "cases": []}
+    go_on(report, chosen.out)
     failed = 0
     for name, grid, pattern, compiled in todo:
         case: dict[str, Any] = {"model": name, "grid": grid, "pattern": pattern, "compiled": compiled}
@@ -125,11 +127,8 @@ def main() -> int:
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-        report["cases"].append(case)
         print(json.dumps(case), flush=True)
-        if chosen.out:
-            with open(chosen.out, "w") as file:
-                json.dump(report, file, indent=1)
+        add_rows(report, [case], ("model", "grid", "pattern", "compiled"), chosen.out)
     return int(failed > 0)
 
 

@@ -10,18 +10,19 @@ grids are compiled twice and never again; the same with inductor's own CUDA grap
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from scripts.gpu_common import versions
+from scripts.gpu_common import go_on, measure_cases, versions
 from visattn import Layout, attention, clear_caches, parse
 from visattn.patterns import ListedPattern
 
@@ -193,13 +194,12 @@ def main() -> int:
     """Check all patterns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path, help="JSON file; its other cases stay")
     chosen = parser.parse_args()
-    report: dict[str, Any] = {"versions": versions(), "cases": {name: check(name) for name in chosen.only}}
-    if chosen.out:
-        with open(chosen.out, "w") as file:
-            json.dump(report, file, indent=1)
-    return int(any(not part["right"] for case in report["cases"].values() for part in case.values()))
+    report: dict[str, Any] = {"versions": versions(), "cases": {}}
+    go_on(report, chosen.out)
+    measure_cases(chosen.only, check, report, chosen.out, math.inf)
+    return int(any(not part["right"] for name in chosen.only for part in report["cases"][name].values()))
 
 
 if __name__ == "__main__":

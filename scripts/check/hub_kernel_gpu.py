@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -21,11 +20,10 @@ from typing import Any
 
 import torch
 
-from scripts.gpu_common import versions
+from scripts.gpu_common import add_rows, go_on, versions
 from scripts.hub.build_kernel import IDENTITY, build
 from scripts.hub.lists import make_plan
 from visattn import Layout, attention
-from visattn.files import written_whole
 from visattn.timing import interleave
 
 CASES = (
@@ -137,20 +135,20 @@ def apart(folder: Path, hub: Path, device: torch.device, cases: Any = CASES) -> 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="file for the results")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; its rows of other cases stay")
     parser.add_argument("--hub", type=Path, help="folder with the package kernels, as of pip install --target")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device())
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"versions": versions(), "rows": []}
+    go_on(report, given.out, "rows")
     rows: list[dict[str, Any]] = []
 
     def add(*more: dict[str, Any]) -> None:
         rows.extend(more)
         for row in more:
             print(row, flush=True)
-        with written_whole(given.out) as path:
-            path.write_text(json.dumps({**versions(), "rows": rows}, indent=2) + "\n")
+        add_rows(report, more, ("pattern", "layout", "dtype", "head_dim", "loader"), given.out, "rows")
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from scripts.calls_gpu import gpu_us, host_us, in_turns, profiled, wall_us
-from scripts.gpu_common import versions
+from scripts.continued import earlier
+from scripts.gpu_common import add_rows, go_on, versions
 from visattn import Layout, attention, parse
 from visattn.keep import STORE
 
@@ -212,12 +213,14 @@ def threaded(case: Case) -> bool:
 def main() -> int:
     """Check, time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="file for the figures as JSON")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures; its rows of other cases stay")
     parser.add_argument("--profiles", type=Path, help="folder for a profile of the host of each case")
     parser.add_argument("--only", default="", help="only the cases whose name contains this")
     chosen = parser.parse_args()
     if chosen.profiles:
         chosen.profiles.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"versions": versions(), "rows": [], "checks": {}}
+    go_on(report, chosen.out, "rows")
     rows = []
     for name, case in CASES.items():
         if chosen.only not in name:
@@ -227,8 +230,8 @@ def main() -> int:
     names = [name for name in ("na16s8", "na9 sd", "routing", "odd") if chosen.only in name]
     checks = {name: (captured(CASES[name]), threaded(CASES[name])) for name in names}
     print("captured, threaded:", checks)
-    if chosen.out:
-        chosen.out.write_text(json.dumps({"versions": versions(), "rows": rows, "checks": checks}, indent=1) + "\n")
+    report["checks"] = {**(earlier(chosen.out, report) or report)["checks"], **checks}
+    add_rows(report, rows, ("case",), chosen.out, "rows")
     good = all(row["equal"] for row in rows) and not rows[-1]["left"] and all(map(all, checks.values()))
     print("ok" if good else "WRONG")
     return 0 if good else 1

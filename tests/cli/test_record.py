@@ -106,7 +106,7 @@ def test_files_hold_everything(tmp_path):
     with pytest.raises(ValueError, match="exists"):
         save_recorded(path, recorder.calls)
     save_recorded(path, recorder.calls, force=True)
-    with pytest.raises(ValueError, match="no attention call was recorded"):
+    with pytest.raises(ValueError, match="nothing was recorded"):
         save_recorded(tmp_path / "none.safetensors", [])
     with pytest.raises(ValueError, match="do not exist"):
         load_recorded(tmp_path / "none.safetensors")
@@ -153,3 +153,11 @@ def test_the_command_writes_a_file(tmp_path):
     assert {call.step for call in calls} == {0, 2} and all(call.layout == Layout((8, 8)) for call in calls)
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, ValueError) and "exists" in str(done.exception)
+
+
+def test_tensors_that_share_memory_are_written(tmp_path):
+    qkv = torch.randn(1, 6, 3, 2, 4)
+    call = Recorded("attn", None, 0, *qkv.unbind(2), Layout((2, 3)), 0.5)
+    save_recorded(tmp_path / "calls.safetensors", [call, call])
+    for found in load_recorded(tmp_path / "calls.safetensors")[0]:
+        assert torch.equal(found.q, qkv[:, :, 0]) and torch.equal(found.v, qkv[:, :, 2])

@@ -268,7 +268,7 @@ def test_settings_are_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     "settings, text",
     [
-        ({"mixing": 0.0}, "mixing 0.0 must be above 0 and at most 1"),
+        ({"mixing": 0.0}, "mixing=0.0 must be above 0 and at most 1"),
         ({"clip_sample": True}, "clip_sample=True has no exact inverse"),
         ({"thresholding": True}, "thresholding=True has no exact inverse"),
         ({"shift": 1.0, "stochastic_sampling": True}, "stochastic_sampling=True has no exact inverse"),
@@ -317,7 +317,7 @@ def test_flow_matching_of_other_solvers_is_flow_matching():
 
 
 def test_bad_use_is_refused():
-    with pytest.raises(ValueError, match=r"gamma 1.5 must be above 0"):
+    with pytest.raises(ValueError, match=r"gamma=1.5 must be above 0"):
         BDIAScheduler(gamma=1.5)
     made = way("bdia", 1.0)
     z = GOLD["z_start"]

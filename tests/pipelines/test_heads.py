@@ -122,7 +122,7 @@ def test_objectives():
 
 def test_wrong_use_is_refused(pipe, drawn, tmp_path):
     for wrong in ({"seeds": (4, 1)}, {"seeds": ()}, {"add": 0}, {"most": 0}):
-        with pytest.raises(ValueError, match="a search needs prompts"):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* must"):
             look(pipe, tmp_path / "a.jsonl", **wrong)
     with pytest.raises(ValueError, match="one picture has no standard error"):
         find_heads(pipe, ["a cat"], brightness, tmp_path / "a.jsonl", seeds=(1,))

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from scripts.gpu_common import go_on, measure_cases
+from scripts.gpu_common import add_rows, go_on, measure_cases
+from tests.support.places import ROOT
 
 
 def report_of(**more):
@@ -44,3 +45,23 @@ def test_other_names_for_cases(tmp_path):
     report = report_of(times={})
     go_on(report, out, "times")
     assert report["times"] == {"a": 1}
+
+
+def test_rows_of_the_same_case_replace_each_other(tmp_path):
+    out = tmp_path / "new" / "rows.json"
+    same = ("model", "grid")
+    first = report_of(cases=[])
+    go_on(first, out)
+    add_rows(first, [{"model": "a", "grid": (4, 4), "ms": 1}, {"model": "b", "ms": 1}], same, out)
+    second = report_of(cases=[])
+    go_on(second, out)
+    add_rows(second, [{"model": "a", "grid": (4, 4), "ms": 2}, {"model": "a", "grid": (8, 8), "ms": 3}], same, out)
+    assert [(row["model"], row["ms"]) for row in json.loads(out.read_text())["cases"]] == [("a", 2), ("b", 1), ("a", 3)]
+
+
+@pytest.mark.parametrize("room", ["bench", "check"])
+def test_scripts_that_measure_a_part_overwrite_no_file(room):
+    for script in (ROOT / "scripts" / room).glob("*_gpu.py"):
+        text = script.read_text(encoding="utf-8")
+        parts = '"--out"' in text and ('"--only"' in text or '"--budget"' in text) and "training" not in script.name
+        assert not parts or any(word in text for word in ("go_on(", "earlier(", "check_same(")), script

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from visattn.given import said
 from visattn.heads.fused import Unfusable, is_fused
 from visattn.heads.linears import ALLOCATIONS, Shared
 from visattn.heads.mixing import channels, columns, head_norms, rows
@@ -195,10 +196,10 @@ def convert_heads(
         ValueError: If the model has no such module, is patched or fused, or a number does not fit its heads.
     """
     wanted = Wanted(query_heads, kv_heads, by, allocation)
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"allocation={allocation!r} must be one of {', '.join(ALLOCATIONS)}")
+    if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
+        raise ValueError(f"allocation={said(allocation)} must be one of {', '.join(ALLOCATIONS)}")
     if by not in CHOICES if isinstance(by, str) else not isinstance(by, Mapping):
-        raise ValueError(f"by={by!r} must be one of {', '.join(CHOICES)}, or heads to keep by path")
+        raise ValueError(f"by={said(by)} must be one of {', '.join(CHOICES)}, or heads to keep by path")
     if query_heads is None and kv_heads is None:
         raise ValueError("neither query_heads nor kv_heads is given: say which of them are to be fewer")
     if query_heads is None and isinstance(by, Mapping):
@@ -263,8 +264,8 @@ def _count(value: int | float | None, site: Site, name: str) -> int:
     number = value * site.heads if share else value
     if not good or number != int(number) or not 1 <= number <= site.heads:
         raise ValueError(
-            f"{name}={value!r} must be a whole number from 1 to the {site.heads} heads of {site.name.path}, or a share "
-            "like 0.5 that is one"
+            f"{name}={said(value)} must be a whole number from 1 to the {site.heads} heads of {site.name.path}, or a "
+            "share like 0.5 that is one"
         )
     return int(number)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from visattn.given import said
 from visattn.handle import apply
 from visattn.patterns.values import whole_number
 from visattn.recorded import Recorded
@@ -90,7 +91,7 @@ def calls(model: Any, forward: Callable[[], Any], *, layers: Layers = None, limi
 def check_forward(forward: Any) -> None:
     """Raise a ValueError for what is no function that runs the model."""
     if not callable(forward) or isinstance(forward, type):
-        raise ValueError(f"forward={forward!r} must be a function that runs the model, like lambda: model(images)")
+        raise ValueError(f"forward={said(forward)} must be a function that runs the model, like lambda: model(images)")
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from visattn.given import switch
 from visattn.maps.gather import Watching, check_same
 from visattn.patterns.values import whole_number
 from visattn.selectors import Layers
@@ -54,6 +55,7 @@ def pruning(
     Raises:
         ValueError: If no attention of the model can be looked at, or the outputs are no scores of classes.
     """
+    switch(classes, "classes")
     heads: dict[str, int] = {}
 
     def count(watched: Watched) -> None:
@@ -105,6 +107,7 @@ def gradient(
     Raises:
         ValueError: If no attention of the model can be looked at, no gradient flows, or `probes` is below 1.
     """
+    switch(classes, "classes")
     probes = whole_number(probes, "probes", 1)
     outs: dict[str, torch.Tensor] = {}
 

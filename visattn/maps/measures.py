@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from visattn.attend import attention
+from visattn.given import tensor
 from visattn.layout import Layout
 from visattn.patterns import Dense, DynamicPattern, ListedPattern, Pattern, PerHead, PooledPattern, parse
 from visattn.recorded import Recorded, check_recorded
@@ -120,6 +121,8 @@ def kept(call: Recorded, pattern: Pattern | str, lse: torch.Tensor | None = None
         found = {each: kept(call, each, lse) for each in dict.fromkeys(of_heads)}
         return torch.stack([found[each][..., head] for head, each in enumerate(of_heads)], -1)
     chosen = selecting(parsed, call.layout.grid)
+    if lse is not None and list(tensor(lse, "lse", "[B, S, H]").shape) != list(q.shape[:3]):
+        raise ValueError(f"lse {list(lse.shape)} must be {list(q.shape[:3])}: that of dense attention of this call")
     # Values are not asked for: the narrowest there are.
     v = k[..., :1]
     if lse is None:
@@ -170,7 +173,7 @@ def received(call: Recorded, weights: torch.Tensor) -> torch.Tensor:
     check_recorded(call)
     q, k = wide(call)
     batch, length, heads, width = q.shape
-    given = list(weights.shape)
+    given = list(tensor(weights, "weights", "[B, R, S] or [B, R, H, S]").shape)
     if weights.ndim == 3:
         weights = weights[:, :, None].expand(-1, -1, heads, -1)
     if weights.ndim != 4 or (weights.shape[0], *weights.shape[2:]) != (batch, heads, length):

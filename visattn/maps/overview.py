@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from visattn.given import real, several
 from visattn.layout import Layout
 from visattn.patterns import parse
 from visattn.tuning.places import AT
@@ -89,8 +90,8 @@ class Overview:
         Raises:
             ValueError: If the mass is out of range.
         """
-        if not 0 < mass <= 1:
-            raise ValueError(f"mass={mass} must be the share of dense attention that a head keeps, above 0 to 1")
+        must = "the share of dense attention that a head keeps, above 0 to 1"
+        mass = real(mass, "mass", must, lambda x: 0 < x <= 1)
         found = {}
         for site in self.sites:
             heads = []
@@ -121,7 +122,7 @@ class Overview:
             Lines, each once: what is for heads of some modules has their names, `perhead(...) @ blocks.3.attn`.
         """
         found: dict[str, list[str]] = {text: [] for text in self.patterns}
-        for mass in masses:
+        for mass in several(masses, "masses", "shares of dense attention, like [0.8, 0.9]"):
             for site, text in self.schedule(mass).items():
                 if text not in self.patterns and site not in found.setdefault(text, []):
                     found[text].append(site)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from visattn.given import said
 from visattn.maps.measures import received
 from visattn.recorded import Recorded, check_recorded
 
@@ -28,7 +30,7 @@ def rollout(calls: Sequence[Recorded], rows: torch.Tensor | Sequence[int] | None
     Raises:
         ValueError: If layers attend over different sequences, or a row is no token.
     """
-    check_recorded(calls, several=True)
+    check_recorded(calls, many=True)
     if not calls:
         raise ValueError("rollout goes through the calls of all layers: give at least one")
     layouts = dict.fromkeys(call.layout for call in calls)
@@ -55,14 +57,30 @@ def _start(call: Recorded, rows: torch.Tensor | Sequence[int] | None) -> torch.T
         else:
             start[:, layout.prefix : layout.prefix + layout.tokens] = 1 / layout.tokens
     else:
-        given = torch.as_tensor(rows, device=call.q.device)
-        if given.ndim == 2 and given.shape[1] == layout.length:
+        given = _as_tensor(rows, layout.length).to(call.q.device)
+        if not given.numel():
+            raise ValueError(f"rows={said(rows)} names no row: give at least one, or None")
+        if given.ndim == 2 and given.shape[1] == layout.length and not given.is_complex():
             start = given.to(dtype)
-        elif given.ndim == 1 and not given.is_floating_point() and bool(((given >= 0) & (given < layout.length)).all()):
+        elif given.ndim == 1 and _counts(given) and bool(((given >= 0) & (given < layout.length)).all()):
             start = torch.nn.functional.one_hot(given.long(), layout.length).to(dtype)
         else:
             raise ValueError(
-                f"rows {list(given.shape)} must be whole numbers [R] from 0 to {layout.length - 1}, or weights [R, S] "
+                f"rows={said(rows)} must be whole numbers [R] from 0 to {layout.length - 1}, or weights [R, S] "
                 f"with S {layout.length}"
             )
     return start[None].expand(call.q.shape[0], -1, -1)
+
+
+def _as_tensor(rows: Any, length: int) -> torch.Tensor:
+    try:
+        return torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"rows={said(rows)} must be whole numbers [R] from 0 to {length - 1}, or weights [R, S] with S {length}"
+        ) from None
+
+
+def _counts(given: torch.Tensor) -> bool:
+    """Whether a tensor is of whole numbers; an empty list is."""
+    return not given.numel() or not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)

@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from visattn.given import said
+from visattn.kernels.rows import row_tensor
 from visattn.maps.measures import wide
 from visattn.patterns import Pattern, parse
+from visattn.patterns.values import whole_number
 from visattn.recorded import Recorded, check_recorded
 from visattn.watch import Watched
 
@@ -48,7 +51,9 @@ def rows(call: Recorded, tokens: torch.Tensor | Sequence[int], pattern: Pattern 
         ValueError: As `visattn.attention_rows`.
     """
     check_recorded(call)
-    index = torch.as_tensor(tokens, device=call.q.device)
+    index = row_tensor(tokens, "tokens").to(call.q.device)
+    if index.ndim != 1:
+        raise ValueError(f"tokens={said(tokens)} must be whole numbers [R], like [0]")
     dense = _watched(call, "dense").rows(index)
     return Rows(dense, None if pattern is None else _watched(call, pattern).rows(index))
 
@@ -68,8 +73,7 @@ def offsets(call: Recorded, samples: int = SAMPLED) -> torch.Tensor:
         ValueError: If fewer than one query is asked for.
     """
     check_recorded(call)
-    if samples < 1:
-        raise ValueError(f"samples={samples} must be how many queries are looked at, at least 1")
+    samples = whole_number(samples, "samples", 1)
     layout = call.layout
     inner = slice(layout.prefix, layout.prefix + layout.tokens)
     chosen = _watched(call, "dense").sampled(samples)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from visattn.given import real, tensor
+
 
 def average_drop(plain: torch.Tensor, masked: torch.Tensor) -> float:
     """Mean of max(0, p - p') / p, where p' is the class' probability on the image times its map; smaller is better.
@@ -43,8 +45,9 @@ def top_share(maps: torch.Tensor, share: float) -> torch.Tensor:
     Raises:
         ValueError: If the share is out of range.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share} must be above 0 and at most 1")
+    share = real(share, "share", "above 0 and at most 1", lambda x: 0 < x <= 1)
+    if tensor(maps, "maps", "[N, ...]").ndim < 2 or maps.is_complex() or not maps.numel():
+        raise ValueError(f"maps {list(maps.shape)} of {maps.dtype} must be real maps [N, ...] with values")
     flat = maps.flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     scaled = (flat - low) / (high - low).clamp(min=1e-12)
@@ -54,6 +57,9 @@ def top_share(maps: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def _checked(plain: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    for name, given in (("plain", plain), ("masked", masked)):
+        if tensor(given, name, "of probabilities [N]").is_complex():
+            raise ValueError(f"{name} is {given.dtype} and must be probabilities [N]: real numbers")
     if plain.ndim != 1 or plain.shape != masked.shape or not len(plain):
         raise ValueError(
             f"plain {list(plain.shape)} and masked {list(masked.shape)} must be probabilities [N] of the same"

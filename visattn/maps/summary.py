@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from visattn.attend import attention
+from visattn.given import mapping, several, switch, tensor
 from visattn.maps.measures import kept, selecting, spread
 from visattn.maps.overview import Overview, Site
 from visattn.patterns import ListedPattern, Pattern, parse
@@ -37,11 +38,18 @@ def overview(
     Raises:
         ValueError: If there is no call, or a pattern is not softmax over some keys or fits no call.
     """
-    check_recorded(calls, several=True)
+    check_recorded(calls, many=True)
     if not calls:
         raise ValueError("there is no call to look at: record some with visattn.maps.calls or visattn record")
-    density = _densities(calls, patterns)
-    importance = importance or {}
+    switch(hops, "hops")
+    density = _densities(calls, several(patterns, "patterns", "patterns or texts, like ['na(window=9x9)']"))
+    heads = {call.site: call.q.shape[2] for call in calls}
+    importance = {} if importance is None else mapping(importance, "importance", "from modules to values [H]")
+    for site, values in importance.items():
+        if list(tensor(values, f"importance of {site}", "[H]").shape) != [heads.get(site, values.numel())]:
+            raise ValueError(
+                f"importance of {site} is {list(values.shape)} and must be [{heads[site]}], a value a head"
+            )
     sites = tuple(_site(call, tuple(density), importance.get(call.site), hops) for call in calls)
     same = len({call.q.shape[1] for call in calls}) == 1
     return Overview(sites, density, _similarity(calls) if same else None)

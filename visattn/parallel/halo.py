@@ -15,7 +15,7 @@ from visattn.parallel.exchange import Arrive, Exchange, Post, buffers
 from visattn.parallel.merge import add_rows
 from visattn.parallel.moved import Moved
 from visattn.parallel.needs import Needs, check, halo_needs
-from visattn.parallel.ranks import checked_rank
+from visattn.parallel.ranks import check_own, checked_rank
 from visattn.parallel.slabs import Slabs
 from visattn.patterns import Linear, Pattern, parse
 
@@ -63,14 +63,13 @@ def halo_attention(
     """
     pattern = parse(pattern)
     rank = checked_rank(slabs, group)
+    local = slabs.local(rank)
+    check_own(q, k, v, local, key_mask, scale)
     if isinstance(pattern, Linear):
         check(pattern, slabs)
-        slabs.local(rank).check_length(q.shape[1])
         linear: Any = load("linear")
         return linear.on_slabs(q, k, v, pattern, slabs, rank, group=group, key_mask=key_mask, moved=moved)
     needs = halo_needs(pattern, slabs, rank)
-    local = slabs.local(rank)
-    local.check_length(q.shape[1])
     exchange = Exchange(needs, group)
     masks = _post_masks(needs, key_mask, group)
     token = Post.apply(exchange, k, v)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from visattn.patterns.values import whole_number
+
 
 @dataclass
 class Moved:
@@ -23,6 +25,8 @@ class Moved:
 
     def add(self, sent: int = 0, received: int = 0, shared: int = 0) -> None:
         """Count the bytes of a call."""
+        for name, value in (("sent", sent), ("received", received), ("shared", shared)):
+            whole_number(value, name, 0, high=2**63)
         self.sent += sent
         self.received += received
         self.shared += shared

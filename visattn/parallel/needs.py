@@ -11,7 +11,7 @@ from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.parallel.block_part import BlockPart
 from visattn.parallel.parts import BallPart, Part, Rows, SpannedPart, spans_of
-from visattn.parallel.slabs import Slabs
+from visattn.parallel.slabs import Slabs, check_slabs
 from visattn.patterns import (
     ComposedPattern,
     Dense,
@@ -84,6 +84,7 @@ class Needs:
 def refusal(pattern: Pattern | str, slabs: Slabs) -> str:
     """Why a pattern cannot run on slabs, empty if it can; completes "PATTERN on slabs: ..."."""
     pattern = parse(pattern)
+    check_slabs(slabs)
     if isinstance(pattern, RoutedPattern):
         return "its lists are computed from q and k, and say only then which keys are needed: use Ulysses"
     if isinstance(pattern, Linear):
@@ -106,6 +107,7 @@ def refusal(pattern: Pattern | str, slabs: Slabs) -> str:
 
 def check(pattern: Pattern, slabs: Slabs) -> None:
     """Raise a ValueError for a pattern that cannot run on slabs."""
+    check_slabs(slabs)
     pattern.check(slabs.layout.grid)
     why = refusal(pattern, slabs)
     if why:
@@ -156,21 +158,26 @@ def _unrolled(axis: Spans, number: int) -> Seen:
     return Seen(same & (position >= axis.start[row]) & (position < axis.stop[row]), first, axis.step)
 
 
-@kept
-def halo_needs(pattern: Pattern, slabs: Slabs, rank: int) -> Needs:
+def halo_needs(pattern: Pattern | str, slabs: Slabs, rank: int) -> Needs:
     """What a rank computes, fetches and gives for a pattern.
 
     Args:
-        pattern: The pattern, which `refusal` lets pass.
+        pattern: The pattern or its text, which `refusal` lets pass.
         slabs: How the sequence is cut.
         rank: Whose needs.
 
     Raises:
         ValueError: If it cannot run on slabs, or ranks exchange sums instead of keys for it.
     """
+    pattern = parse(pattern)
     check(pattern, slabs)
     if isinstance(pattern, Linear):
         raise ValueError(f"{pattern} on slabs fetches no keys: ranks exchange their states")
+    return _needs(pattern, slabs, slabs.checked(rank))
+
+
+@kept
+def _needs(pattern: Pattern, slabs: Slabs, rank: int) -> Needs:
     seen = rows_seen(pattern, slabs)
     fetch = {other: rows for other, rows in _wanted(seen, slabs, rank).items() if other != rank}
     everybody = (r for r in range(slabs.ranks) if r != rank)

@@ -15,11 +15,14 @@ import torch
 import torch.distributed as dist
 
 from visattn.environment import chosen_device
+from visattn.given import real
 
 # Seconds between looks at what the others say.
 EVERY = 0.5
 # Seconds that a process which failed gets to say so before the others end.
 GRACE = 5.0
+# Seconds that nobody waits longer than.
+DAY = 86400.0
 ERROR = "error"
 # What transports say in errors when who they talk to is gone or silent.
 LOST = ("gloo", "Connection closed", "Connection reset", "NCCL", "imed out")
@@ -65,6 +68,8 @@ def together(device: str = "auto", timeout: float = 600.0, silent: float = 60.0)
     Raises:
         ValueError: If no launcher started this process, or there are fewer GPUs than processes here.
     """
+    timeout = real(timeout, "timeout", "seconds, above 0 and below a day", lambda x: 0 < x < DAY)
+    silent = real(silent, "silent", "seconds, above 0 and below a day", lambda x: 0 < x < DAY)
     if not started_together():
         raise ValueError(
             "processes that share a model have a launcher: start with torchrun --nproc-per-node 2 -m visattn ..."

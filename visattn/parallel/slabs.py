@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from visattn.given import said, several, tensor
 from visattn.layout import Layout, check_layout
+from visattn.patterns.values import whole_number
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,11 @@ class Slabs:
         check_layout(self.layout)
         if self.layout.key_layout is not None:
             raise ValueError(f"{self.layout} cannot be cut: slabs are of one sequence, whose queries are its keys")
-        if not isinstance(self.axis, int) or not 0 <= self.axis < self.layout.dims:
-            raise ValueError(f"axis={self.axis!r} must be an axis of the grid: 0 to {self.layout.dims - 1}")
-        object.__setattr__(self, "sizes", tuple(int(n) for n in self.sizes))
+        if not isinstance(self.axis, int) or isinstance(self.axis, bool) or not 0 <= self.axis < self.layout.dims:
+            raise ValueError(f"axis={said(self.axis)} must be an axis of the grid: 0 to {self.layout.dims - 1}")
+        object.__setattr__(
+            self, "sizes", tuple(whole_number(n, "sizes", 1) for n in several(self.sizes, "sizes", "rows of each rank"))
+        )
         if not self.sizes or min(self.sizes) < 1 or sum(self.sizes) != self.rows:
             raise ValueError(
                 f"sizes={self.sizes} must be rows of each rank, at least 1 each and {self.rows} together (axis "
@@ -48,9 +52,9 @@ class Slabs:
             ValueError: If the axis has fewer rows than there are ranks.
         """
         check_layout(layout)
-        if not isinstance(axis, int) or not 0 <= axis < layout.dims:
-            raise ValueError(f"axis={axis!r} must be an axis of the grid: 0 to {layout.dims - 1}")
-        rows = layout.grid[axis]
+        if not isinstance(axis, int) or isinstance(axis, bool) or not 0 <= axis < layout.dims:
+            raise ValueError(f"axis={said(axis)} must be an axis of the grid: 0 to {layout.dims - 1}")
+        rows, ranks = layout.grid[axis], whole_number(ranks, "ranks", 1)
         if not 1 <= ranks <= rows:
             raise ValueError(
                 f"axis {axis} of {layout} has {rows} rows, and {ranks} ranks want at least one each: cut a longer axis"
@@ -79,15 +83,16 @@ class Slabs:
 
     def start(self, rank: int) -> int:
         """First row of a rank."""
-        return sum(self.sizes[:rank])
+        return sum(self.sizes[: self.checked(rank)])
 
     def grid(self, rows: int) -> tuple[int, ...]:
         """The grid of so many rows."""
+        rows = whole_number(rows, "rows", 1)
         return (*self.layout.grid[: self.axis], rows, *self.layout.grid[self.axis + 1 :])
 
     def local(self, rank: int) -> Layout:
         """Where the tokens of a rank sit: its slab, with the dense tokens around it."""
-        return Layout(self.grid(self.sizes[rank]), self.layout.prefix, self.layout.suffix)
+        return Layout(self.grid(self.sizes[self.checked(rank)]), self.layout.prefix, self.layout.suffix)
 
     def shard(self, x: torch.Tensor, rank: int, dim: int = 1) -> torch.Tensor:
         """A rank's tokens of a whole sequence: dense tokens and its slab, in the order of `local(rank)`.
@@ -97,7 +102,10 @@ class Slabs:
             rank: Whose.
             dim: The axis of the tokens.
         """
-        self.layout.check_length(x.shape[dim], "x")
+        rank = self.checked(rank)
+        if not 0 <= whole_number(dim, "dim", 0) < tensor(x, "x", "of a whole sequence").ndim:
+            raise ValueError(f"dim={dim} is no axis of x {list(x.shape)}: pass that of its tokens")
+        self.layout.check_length(x.shape[dim], f"axis dim={dim} of x")
         before, grid, after = x.split([self.layout.prefix, self.layout.tokens, self.layout.suffix], dim)
         own = self.unfold(grid, self.layout.grid, dim).narrow(dim + self.axis, self.start(rank), self.sizes[rank])
         own = own.flatten(dim, dim + self.layout.dims - 1)
@@ -110,6 +118,8 @@ class Slabs:
             parts: Tokens of each rank.
             dim: The axis of the tokens.
         """
+        dim = whole_number(dim, "dim", 0)
+        parts = self._parts(parts, dim)
         slabs, ends = [], (parts[0].narrow(dim, 0, 0),) * 2
         for rank, part in enumerate(parts):
             local = self.local(rank)
@@ -119,10 +129,34 @@ class Slabs:
         whole = torch.cat(slabs, dim + self.axis).flatten(dim, dim + self.layout.dims - 1)
         return torch.cat([ends[0], whole, ends[1]], dim) if self.dense else whole
 
+    def checked(self, rank: int) -> int:
+        """A rank that there is."""
+        if whole_number(rank, "rank", 0) >= self.ranks:
+            raise ValueError(f"rank={rank} must be below {self.ranks}, the number of slabs")
+        return int(rank)
+
+    def _parts(self, parts: Sequence[torch.Tensor], dim: int) -> list[torch.Tensor]:
+        """Parts that are those of all ranks."""
+        given = several(parts, "parts", "tensors, the tokens of each rank")
+        lengths = [self.local(rank).length for rank in range(self.ranks)]
+        shapes = [tensor(part, "parts", "for each rank").shape for part in given]
+        if [shape[dim] if dim < len(shape) else None for shape in shapes] != lengths:
+            raise ValueError(
+                f"parts {[list(shape) for shape in shapes]} must be {self.ranks} tensors with {lengths} tokens on "
+                f"axis dim={dim}: what shard() gave"
+            )
+        return given
+
     @staticmethod
     def unfold(grid: torch.Tensor, sides: tuple[int, ...], dim: int = 1) -> torch.Tensor:
         """Grid tokens with their axes apart."""
         return grid.unflatten(dim, sides)
+
+
+def check_slabs(slabs: object) -> None:
+    """Raise a ValueError for what says not how a sequence is cut."""
+    if not isinstance(slabs, Slabs):
+        raise ValueError(f"slabs={said(slabs)} must be a Slabs: call Slabs.even(layout, ranks, axis)")
 
 
 def best_axis(layout: Layout, ranks: int) -> int:
@@ -131,6 +165,8 @@ def best_axis(layout: Layout, ranks: int) -> int:
     Raises:
         ValueError: If no axis has a row for every rank.
     """
+    check_layout(layout)
+    ranks = whole_number(ranks, "ranks", 1)
     axes = [axis for axis, rows in enumerate(layout.grid) if rows >= ranks]
     if not axes:
         raise ValueError(f"no axis of {layout} has {ranks} rows, one for each rank: use fewer ranks")

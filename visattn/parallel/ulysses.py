@@ -12,8 +12,8 @@ from visattn.attend import attention
 from visattn.layout import Layout
 from visattn.parallel.moved import Moved
 from visattn.parallel.once import once
-from visattn.parallel.ranks import checked_rank
-from visattn.parallel.slabs import Slabs
+from visattn.parallel.ranks import check_own, checked_rank
+from visattn.parallel.slabs import Slabs, check_slabs
 from visattn.patterns import Pattern, PerHead, parse
 from visattn.plans import plan
 
@@ -201,9 +201,10 @@ def ulysses_attention(
             or tensors, slabs and group do not fit together.
     """
     pattern = parse(pattern)
+    check_slabs(slabs)
     _check(pattern, slabs)
     rank = checked_rank(slabs, group)
-    slabs.local(rank).check_length(q.shape[1])
+    check_own(q, k, v, slabs.local(rank), key_mask, scale)
     per = q.shape[2] // k.shape[2]
     shares = head_shares(k.shape[2], slabs.ranks, head_cost or _cost(pattern, slabs.layout, q.shape[2], per))
     heads = Heads(slabs, rank, shares, group)

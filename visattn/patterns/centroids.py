@@ -8,10 +8,14 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import Layout
+from visattn.given import real, tensor
+from visattn.layout import Layout, check_layout
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.kinds import ComposedPattern
 from visattn.patterns.values import whole_number
+
+# Of queries and keys.
+AXES = "[B, S, heads, D]"
 
 
 @dataclass(frozen=True)
@@ -128,14 +132,21 @@ def followed(
     Raises:
         ValueError: If `decay` is no share, or centroids, queries, keys and layout do not fit.
     """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay={decay!r} must be a share of the old centroids, from 0 to 1")
+    decay = real(decay, "decay", "a share of the old centroids, from 0 to 1", lambda x: 0 <= x <= 1)
+    check_layout(layout)
+    for name, given, what in (("centroids", centroids, "[H, clusters, D]"), ("q", q, AXES), ("k", k, AXES)):
+        if tensor(given, name, what).ndim != what.count(",") + 1 or not given.is_floating_point():
+            raise ValueError(f"{name} {list(given.shape)} of {given.dtype} must be floating-point {what}")
     if centroids.ndim != 3 or centroids.shape[::2] != q.shape[2:]:
         raise ValueError(f"centroids {list(centroids.shape)} must be [H, clusters, D] of queries {list(q.shape)}")
     if not q.shape[1] == k.shape[1] == layout.length:
         raise ValueError(
             f"queries {list(q.shape)} and keys {list(k.shape)} must have the {layout.length} tokens of {layout}"
         )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in B and D, and k's heads divide q's")
+    if key_mask is not None and list(tensor(key_mask, "key_mask", "[B, S]").shape) != list(q.shape[:2]):
+        raise ValueError(f"key_mask {list(key_mask.shape)} must be {list(q.shape[:2])}: False for tokens to leave out")
     at, heads = inner(layout), q.shape[2]
     with torch.no_grad():
         x = torch.cat([q[:, at], k[:, at].repeat_interleave(heads // k.shape[2], 2)], 1)

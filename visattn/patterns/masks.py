@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from visattn.given import real, said, tensor
 from visattn.layout import Layout, check_layout
 from visattn.patterns.base import Pattern
 from visattn.patterns.kinds import ComposedPattern, PooledPattern, RoutedPattern, StaticPattern
 from visattn.patterns.text import parse
+from visattn.patterns.values import LARGEST_REAL
 
 
 def check_defined(pattern: Pattern, layout: Layout) -> None:
@@ -89,12 +93,32 @@ def routed_mask(
         patterns whose heads choose for themselves (topk, topp, above) [B, H, S, S].
 
     Raises:
-        ValueError: If the pattern is not routed.
+        ValueError: If the pattern is not routed, or the arguments do not fit together.
     """
+    pattern = parse(pattern)
     if not isinstance(pattern, RoutedPattern):
         raise ValueError(f"{pattern} is not routed: call dense_mask(pattern, layout)")
+    _check_inputs(pattern, layout, q, k, key_mask)
+    if scale is not None:
+        scale = real(scale, "scale", "one finite float32 number, or None for D**-0.5", lambda x: abs(x) <= LARGEST_REAL)
     own = pattern.routed_grid_mask(q, k, layout, key_mask, scale)
     mask = torch.ones(*own.shape[:-2], layout.length, layout.length, dtype=torch.bool, device=q.device)
     inner = slice(layout.prefix, layout.prefix + layout.tokens)
     mask[..., inner, inner] = own
     return mask
+
+
+def _check_inputs(pattern: Pattern, layout: Layout, q: Any, k: Any, key_mask: Any) -> None:
+    """Raise a ValueError for what routes no queries and keys of a layout."""
+    check_layout(layout)
+    check_defined(pattern, layout)
+    for name, given in (("q", q), ("k", k)):
+        shape = list(tensor(given, name, "[B, S, heads, D]").shape)
+        if len(shape) != 4 or shape[1] != layout.length:
+            raise ValueError(f"{name} {shape} must be [B, S, heads, D] with the {layout.length} tokens of {layout}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in B and D, and k's heads divide q's")
+    if key_mask is not None:
+        found = tensor(key_mask, "key_mask", "[B, S]")
+        if found.dtype != torch.bool or found.shape != k.shape[:2]:
+            raise ValueError(f"key_mask={said(found)} of {found.dtype} must be torch.bool {list(k.shape[:2])}")

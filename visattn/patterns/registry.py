@@ -6,13 +6,14 @@ import dataclasses
 import re
 from typing import Any
 
+from visattn.given import said
 from visattn.patterns.base import Pattern
 from visattn.registry import REGISTRY
 
 
 def _accept(name: str, kind: Any) -> type[Pattern]:
     if not (isinstance(kind, type) and issubclass(kind, Pattern)):
-        raise ValueError(f"{kind!r} must be a class derived from visattn.patterns.Pattern")
+        raise ValueError(f"{said(kind)} must be a class derived from visattn.patterns.Pattern")
     if not re.fullmatch(r"[a-z_]\w*", name) or kind.__dict__.get("name") != name or name != name.lower():
         raise ValueError(f"{kind.__qualname__} must have the name that it is registered by, a word in small letters")
     if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]

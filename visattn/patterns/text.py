@@ -8,6 +8,7 @@ import re
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
+from visattn.given import said
 from visattn.patterns.base import Pattern
 from visattn.patterns.presets import PRESETS
 from visattn.patterns.registry import KINDS
@@ -39,7 +40,9 @@ def parse(text: str | Pattern) -> Pattern:
     if isinstance(text, Pattern):
         return text
     if not isinstance(text, str):
-        raise ValueError(f"pattern {text!r} is a {type(text).__name__}: pass a Pattern or a text like 'na(window=7x7)'")
+        raise ValueError(
+            f"pattern {said(text)} is a {type(text).__name__}: pass a Pattern or a text like 'na(window=7x7)'"
+        )
     return _parsed(text, REGISTRY.version)
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from visattn.given import said
 from visattn.layout import LARGEST
 
 PerAxis = int | tuple[int, ...]
@@ -39,7 +40,7 @@ def whole_numbers(value: Any, name: str, low: int, also: Sequence[int] = (), hig
     """
     found, limits = _whole(tuple(value) if is_axes(value) else (value,), low, also, high)
     if found is None:
-        raise ValueError(f"{name}={value!r} must be a whole number of {limits}, or one per axis like 7x7")
+        raise ValueError(f"{name}={said(value)} must be a whole number of {limits}, or one per axis like 7x7")
     return found if is_axes(value) else found[0]
 
 
@@ -52,7 +53,9 @@ def whole_number(value: Any, name: str, low: int, why: str = "", high: int = LAR
     many = is_axes(value)
     found, limits = _whole(() if many else (value,), low, (), high)
     if found is None:
-        raise ValueError(f"{name}={value!r} must be one whole number of {limits}" + f": {why}" * (bool(why) and many))
+        raise ValueError(
+            f"{name}={said(value)} must be one whole number of {limits}" + f": {why}" * (bool(why) and many)
+        )
     return found[0]
 
 
@@ -97,7 +100,7 @@ def drift_of(value: Any) -> float:
     infinite = isinstance(value, float) and value == math.inf
     if not (is_number(value) or infinite) or value <= 0:
         raise ValueError(
-            f"drift={value!r} must be a number above 0, like 0.3: a share of the norm of the means; inf never looks"
+            f"drift={said(value)} must be a number above 0, like 0.3: a share of the norm of the means; inf never looks"
         )
     return real_number(value)
 
@@ -109,7 +112,7 @@ def flag(value: Any, name: str) -> bool:
         ValueError: If it is anything else.
     """
     if not isinstance(value, numbers.Real | np.bool_) or value not in (0, 1):
-        raise ValueError(f"{name}={value!r} must be true or false")
+        raise ValueError(f"{name}={said(value)} must be true or false")
     return bool(value)
 
 

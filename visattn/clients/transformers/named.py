@@ -44,7 +44,7 @@ def register(pattern: Pattern | str, *, backend: str = "auto") -> str:
         ValueError: If the pattern cannot be told by a name.
         ModuleNotFoundError: If transformers is not installed.
     """
-    if backend != "auto":
+    if not isinstance(backend, str) or backend != "auto":
         load(backend)
     found = parse(pattern)
     if found.learnable or isinstance(found, MergingPattern):

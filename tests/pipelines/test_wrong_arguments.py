@@ -1,0 +1,54 @@
+"""Functions of pipelines tell wrong arguments by their name, before they draw anything."""
+
+import functools
+import inspect
+
+import diffusers
+import pytest
+import torch
+
+from tests.support import tiny_pipelines
+from tests.support.arguments import Ran, fault
+from visattn import guide
+from visattn.pipelines.at_step import at_step
+from visattn.pipelines.control import style_transfer
+from visattn.pipelines.guidance.search import find_heads
+
+PICTURE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    class Pipeline(diffusers.StableDiffusionPipeline):
+        @functools.wraps(diffusers.StableDiffusionPipeline.__call__)
+        def __call__(self, *args, **kwargs):
+            raise Ran
+
+    stock = tiny_pipelines.stable_diffusion()[0]
+    return Pipeline(**stock.components, requires_safety_checker=False)
+
+
+def objective(pictures, prompts):
+    return torch.zeros(len(prompts))
+
+
+FUNCTIONS = {
+    guide: {},
+    at_step: {"arguments": {}, "step": 0},
+    style_transfer: {"content": PICTURE, "style": PICTURE, "steps": 5, "height": 16, "width": 16},
+    find_heads: {"prompts": ["a"], "objective": objective, "seeds": (2,), "most": 1},
+}
+ARGUMENTS = [
+    pytest.param(function, argument, id=f"{function.__name__}-{argument}")
+    for function, given in FUNCTIONS.items()
+    for argument in (*inspect.signature(function).parameters, *{"height", "width"} & given.keys())
+    if argument != "options"
+]
+
+
+@pytest.mark.parametrize(("function", "argument"), ARGUMENTS)
+def test_wrong_values_are_told_in_a_line(function, argument, pipe, tmp_path, monkeypatch):
+    # Text is the name of a file.
+    monkeypatch.chdir(tmp_path)
+    given = {"pipe": pipe, **FUNCTIONS[function]} | ({"out": tmp_path / "a.jsonl"} if function is find_heads else {})
+    assert fault(function, given, argument) is None
