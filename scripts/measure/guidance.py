@@ -43,6 +43,11 @@ PROMPTS = tuple(name.strip() for name in NAMES.split(";"))
 SHOWN = 96
 
 
+def others(known: Sequence[str]) -> tuple[str, ...]:
+    """The prompts that are not among those given, nor part of one of them."""
+    return tuple(prompt for prompt in PROMPTS if not any(prompt in each for each in known))
+
+
 class Variant(NamedTuple):
     """One kind of guidance.
 

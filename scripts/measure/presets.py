@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from scripts.continued import earlier
-from scripts.measure.guidance import PROMPTS
+from scripts.measure.guidance import others
 from scripts.results import RESULTS
 from visattn.environment import devices, versions
 from visattn.files import written_whole
@@ -81,10 +81,10 @@ def prompts_of(tuned: Sequence[Tuned], count: int) -> list[str]:
     (known, *more) = {tuple(each.settings["subject"]["samples"]["prompts"]) for each in tuned}
     if more:
         raise ValueError(f"schedules tuned with other prompts ({known[0]!r}, {more[0][0]!r}): measure them one by one")
-    others = [prompt for prompt in PROMPTS[::-1] if not any(prompt in each for each in known)]
-    if len(others) < count:
-        raise ValueError(f"--count {count}: there are {len(others)} other prompts, pass at most as many")
-    return [known[i % len(known)] for i in range(count)] + others[:count]
+    new = others(known)[::-1]
+    if len(new) < count:
+        raise ValueError(f"--count {count}: there are {len(new)} other prompts, pass at most as many")
+    return [*(known[i % len(known)] for i in range(count)), *new[:count]]
 
 
 def order(options: argparse.Namespace, names: Sequence[Case]) -> Iterator[tuple[int, int, int, Case]]:

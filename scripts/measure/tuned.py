@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from scripts.measure.guidance import others
 from scripts.measure.tuned_grid import best_single, grid_of, measure_grid, single
 from visattn.environment import devices, precisions_of, versions
 from visattn.files import written_whole
@@ -45,6 +46,19 @@ PROMPTS = {
 SEARCHES, GRID = 0.65, 0.9
 # Times that what is compared runs.
 TURNS = 2
+
+
+def prompts_of(model: str, count: int | None) -> tuple[str, ...]:
+    """So many prompts: first the model's own, then of the emoji model's others. None for its own.
+
+    Raises:
+        ValueError: If there are not as many.
+    """
+    own = PROMPTS[model]
+    more = others(own) if model == "emoji" else ()
+    if count is not None and not 0 < count <= len(own) + len(more):
+        raise ValueError(f"--prompts {count}: {model} has 1 to {len(own) + len(more)}")
+    return own if count is None else (*own, *more)[:count]
 
 
 def is_coarse(name: str) -> bool:
@@ -80,7 +94,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     pipe: Any = load_pipeline(options.model, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     size = None if options.size is None else (options.size, options.size)
-    samples = Samples(PROMPTS[options.model], options.steps, options.guidance, size, None, options.batch)
+    samples = Samples(
+        prompts_of(options.model, options.prompts), options.steps, options.guidance, size, None, options.batch
+    )
     subject = PipelineSubject(pipe, samples, options.model)
     # Lists that are kept for all steps of a stage.
     every = max(1, round(subject.steps / options.stages))
@@ -182,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", choices=[name for name in EMBEDDED if name in PROMPTS], default="emoji")
     add("--psnr", nargs="+", type=float, default=[25.0, 30.0, 35.0], help="bounds in dB")
+    add("--prompts", type=int, help="how many: of few a bound holds for these alone; the model's own five")
     add("--seeds", type=int, default=20, help="samples of a schedule's quality")
     add("--quick", type=int, default=4, help="samples of an injection")
     add(

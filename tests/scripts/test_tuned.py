@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from scripts.measure.tuned import in_turns
+from scripts.measure.guidance import others
+from scripts.measure.tuned import in_turns, prompts_of
 from scripts.measure.tuned_grid import best_single, grid_of, is_within, largest_first, measure_grid, single
 from visattn import parse
 from visattn.pipelines.embedded import EMBEDDED
@@ -92,6 +93,17 @@ def test_what_is_compared_takes_turns_and_is_not_measured_again():
     assert found["dense"]["attention_seconds"] == 8.0 and found["single"]["seconds"] == 4.0
     measurer.subject = None
     assert in_turns(assignments, Goal(psnr=25.0, held_out=3), measurer) == found
+
+
+def test_prompts_are_as_many_as_asked_for_and_leave_others_to_verify_with():
+    assert prompts_of("emoji", None) == prompts_of("emoji", 5) and prompts_of("animoji", 2) == (
+        "clapping hands",
+        "waving hand, 3d",
+    )
+    found = prompts_of("emoji", 20)
+    assert len(set(found)) == 20 and found[:5] == prompts_of("emoji", 5) and len(others(found)) == 20
+    with pytest.raises(ValueError, match="--prompts 6: animoji has 1 to 5"):
+        prompts_of("animoji", 6)
 
 
 def test_where_the_quick_samples_are_all_a_single_pattern_runs_once():
