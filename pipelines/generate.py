@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from visattn.handle import Handle, apply
+from visattn.pipelines.alike import Alike
 from visattn.pipelines.embedded.pixel import PixelPipeline
 from visattn.pipelines.patch.targets import DENOISERS
 from visattn.report import Report
@@ -22,7 +23,6 @@ from visattn.trained import load_own, load_trained, trained_weights
 
 IMAGE, VIDEO = "image", "video"
 SPARSE, DENSE = "sparse", "dense"
-WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,7 @@ class Run:
         report: What happened in its attention modules.
         divergence: Of a sparse run with a twin: distance of its latents from the twin's after each step, as a share
             of the twin's norm (L2); empty if the pipeline does not show its latents.
+        shared_steps: First steps that the other run of the pair drew; their time and calls are counted here too.
     """
 
     kind: str
@@ -107,6 +108,7 @@ class Run:
     seconds: float
     report: Report
     divergence: tuple[float, ...] = ()
+    shared_steps: int = 0
 
     @property
     def attention_seconds(self) -> float:
@@ -156,9 +158,10 @@ def check(pipe: Any, settings: Settings) -> None:
 def run_all(pipe: Any, settings: Settings, *, progress: bool = True) -> Iterator[Run]:
     """Generate every image, with its dense twin next to it where `settings.compare` asks for it.
 
-    With a twin, both kinds first run a few steps unmeasured (plans, compilation, first touch of memory), then take
+    With a twin, both kinds first run `warm_up_steps` unmeasured (plans, compilation, first touch of memory), then take
     turns in changing order. The twin has the pattern "dense" at the same modules: its attention is the model's
-    own, bit by bit, and is timed in the same way.
+    own, bit by bit, and is timed in the same way. First steps that are dense in both are drawn once for each pair,
+    see `visattn.pipelines.alike`.
 
     Raises:
         ValueError: If the pipeline does not take the settings, or makes what is no picture.
@@ -167,14 +170,14 @@ def run_all(pipe: Any, settings: Settings, *, progress: bool = True) -> Iterator
     kinds = (SPARSE, DENSE) if settings.compare else (SPARSE,)
     if settings.compare:
         for kind in kinds:
-            _run(pipe, settings, kind, 0, 0, f"warm-up, {kind}" if progress else None, warm_up=True)
+            _run(pipe, settings, kind, 0, 0, f"warm-up, {kind}" if progress else None)
     for repeat in range(settings.repeats):
         for image in range(settings.count):
-            pair = []
+            pair, alike = [], Alike(pipe, steps_of(pipe, settings), steps_alike(pipe, settings))
             for kind in kinds[:: -1 if (repeat + image) % 2 else 1]:
                 again = f", {repeat + 1} of {settings.repeats}" if settings.repeats > 1 else ""
                 text = f"{settings.output} {image + 1} of {settings.count}, {kind}{again}"
-                pair.append(_run(pipe, settings, kind, image, repeat, text if progress else None))
+                pair.append(_run(pipe, settings, kind, image, repeat, text if progress else None, alike))
             yield from _with_divergence(pair)
 
 
@@ -182,30 +185,57 @@ def run_all(pipe: Any, settings: Settings, *, progress: bool = True) -> Iterator
 Trail = list[torch.Tensor]
 
 
+def warm_up_steps(pipe: Any) -> int:
+    """Unmeasured steps before a comparison: on a CPU nothing compiles, and one has touched all memory."""
+    return 1 if torch.device(pipe.device).type == "cpu" else 2
+
+
+def steps_of(pipe: Any, settings: Settings) -> int:
+    """Denoising steps of a run, 0 if the pipeline does not say."""
+    parameter = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
+    found = settings.steps or (None if parameter is None else parameter.default)
+    return found if isinstance(found, int) else 0
+
+
+def steps_alike(pipe: Any, settings: Settings) -> int:
+    """How many steps, from the first one on, are the same work in a sparse run and its twin: those that stay dense.
+
+    None are with trained weights, which only the sparse run has, nor on several devices.
+    """
+    if not settings.compare or settings.weights is not None or settings.parallel is not None:
+        return 0
+    steps, dense = steps_of(pipe, settings), settings.dense_steps
+    return min(steps - 1, dense if isinstance(dense, int) else round(dense * steps)) if steps else 0
+
+
 def _run(
-    pipe: Any, settings: Settings, kind: str, image: int, repeat: int, text: str | None, *, warm_up: bool = False
+    pipe: Any, settings: Settings, kind: str, image: int, repeat: int, text: str | None, alike: Alike | None = None
 ) -> tuple[Run, Trail]:
+    """One run; without `alike` it is one to warm up, every step of which has the pattern."""
     pipe.set_progress_bar_config(desc=text, disable=text is None, leave=False, dynamic_ncols=True)
     arguments = call_arguments(pipe, settings, image)
     schedule: dict[str, Any] = {"layers": settings.layers}
     if kind == SPARSE:
         schedule |= {"dense_layers": settings.dense_layers, "backend": settings.backend}
         schedule |= {"precision": settings.precision, "precise_layers": settings.precise_layers}
-        if not warm_up:
+        if alike is not None:
             schedule |= {"dense_steps": settings.dense_steps, "dense_last_steps": settings.dense_last_steps}
             schedule |= {"precise_steps": settings.precise_steps, "precise_last_steps": settings.precise_last_steps}
-    if warm_up and "num_inference_steps" in _parameters(pipe):
-        arguments["num_inference_steps"] = WARM_UP_STEPS
+    if alike is None and "num_inference_steps" in _parameters(pipe):
+        arguments["num_inference_steps"] = warm_up_steps(pipe)
     trail: Trail = []
-    if settings.compare and repeat == 0 and not warm_up:
-        arguments |= _record(pipe, trail)
-    with _patched(pipe, settings, kind, schedule) as handle:
+    if settings.compare and alike is not None:
+        arguments |= _record(pipe, trail, alike)
+    with nullcontext() if alike is None else alike.run(), _patched(pipe, settings, kind, schedule) as handle:
         _wait(pipe)
+        if alike is not None:
+            alike.begin(handle.report)
         start = time.perf_counter()
         output = pipe(**arguments)
         _wait(pipe)
-        seconds = time.perf_counter() - start
-        report = handle.report()
+        seconds, report, shared = time.perf_counter() - start, handle.report(), 0
+    if alike is not None:
+        seconds, report, shared = alike.whole(seconds, report)
     pixels = np.asarray((output.frames if settings.output == VIDEO else output.images)[0], np.float32)
     if not np.isfinite(pixels).all():
         # As a file they would be black, and a twin that is broken alike would count as equal.
@@ -213,7 +243,7 @@ def _run(
             f"the {kind} {settings.output} {image} has pixels that are no numbers: {type(pipe).__name__} overflows in "
             f"{str(pipe.dtype).removeprefix('torch.')}, try --dtype bfloat16 or float32"
         )
-    return Run(kind, image, repeat, pixels, seconds, report), trail
+    return Run(kind, image, repeat, pixels, seconds, report, shared_steps=shared), trail
 
 
 @contextmanager
@@ -243,14 +273,17 @@ def denoiser(pipe: Any) -> torch.nn.Module:
     return found[0]
 
 
-def _record(pipe: Any, trail: Trail) -> dict[str, Any]:
-    """Arguments that make a pipeline put its latents on the trail after every step; none if it cannot."""
+def _record(pipe: Any, trail: Trail, alike: Alike) -> dict[str, Any]:
+    """Arguments that make a pipeline tell the end of every step and put its latents on the trail; none if it cannot."""
     if "callback_on_step_end" not in _parameters(pipe) or "latents" not in pipe._callback_tensor_inputs:
         return {}
 
     def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         # A copy on the device: waiting for the CPU here would be in the time of the run.
         trail.append(tensors["latents"].detach().clone())
+        if step == alike.last:
+            _wait(pipe)
+            alike.part()
         return {}
 
     return {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["latents"]}

@@ -15,7 +15,7 @@ import torch
 
 from visattn.canvas import GAP, Picture, column, row, text
 from visattn.metrics import SSIM_SIDE, psnr, ssim
-from visattn.pipelines.generate import DENSE, SPARSE, VIDEO, Run, Settings, label_of, prompt_of
+from visattn.pipelines.generate import DENSE, SPARSE, VIDEO, Run, Settings, label_of, prompt_of, warm_up_steps
 from visattn.pipelines.report.html import page
 from visattn.pipelines.report.lpips import find_lpips
 from visattn.pipelines.report.video_files import contact_sheet, readable, to_picture, write_mp4, write_webp
@@ -25,7 +25,6 @@ MEASURED = {
     "attention_seconds": "time inside the attention operations of the selected modules, over all steps",
     "dense": 'the same model with the pattern "dense" at the same modules: its own attention, bit by bit',
     "order": "sparse and dense take turns; the one that goes first changes with every image and repeat",
-    "warm_up": "both run 2 unmeasured steps first",
     "attention": "sites, hits and seconds are those of the first image's first run",
     "divergence": "L2 distance of sparse and dense latents after each step, as a share of the dense latents' norm",
     "psnr": "over all pixels, values 0 to 1, before any file is encoded; of a video over all frames",
@@ -61,7 +60,8 @@ def summarize(pipe: Any, settings: Settings, runs: Sequence[Run], model: str) ->
         "attention": first[0].report.to_dict(),
     }
     if settings.compare:
-        summary["measured"] = MEASURED
+        summary["shared_steps"] = max(run.shared_steps for run in runs)
+        summary["measured"] = _how(warm_up_steps(pipe), summary["shared_steps"])
         summary["speedup"] = {
             key: summary["times"][DENSE][key] / summary["times"][SPARSE][key]
             for key in ("seconds", "attention_seconds")
@@ -76,6 +76,18 @@ def summarize(pipe: Any, settings: Settings, runs: Sequence[Run], model: str) ->
         }
         found = [_image(settings, i) for i in range(settings.count)]
     return summary | {f"{settings.output}s": found}
+
+
+def _how(warm_up: int, shared: int) -> dict[str, str]:
+    """What the numbers of a comparison are."""
+    steps = f"{warm_up} unmeasured step{'s' * (warm_up > 1)}"
+    found = MEASURED | {"warm_up": f"both run {steps} first"}
+    if shared:
+        found["shared_steps"] = (
+            f"the first {shared} steps are dense in both and the same work: the run that goes first draws them, and their "
+            "time and calls count in both"
+        )
+    return found
 
 
 def made(summary: dict[str, Any]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from visattn.pipelines.patch import targets
 from visattn.pipelines.record import EVERYTHING
 from visattn.pipelines.report.lpips import find_lpips
 from visattn.pipelines.tuning.local import Probe
-from visattn.pipelines.tuning.played import Played
+from visattn.pipelines.played import Played
 from visattn.pipelines.tuning.projection import projection
 from visattn.request import Request
 from visattn.schedule import Schedule

@@ -21,7 +21,7 @@ KEPT = 2**30
 class Played:
     """The outputs of all forwards of some runs of a pipeline.
 
-    Injections are dense up to a step, and what models give until then is known: playing it saves its time.
+    Runs that are dense up to a step give until then what the dense run gave: playing it saves its time.
     """
 
     def __init__(self, models: Sequence[torch.nn.Module], steps: int, runs: int) -> None:
@@ -56,13 +56,22 @@ class Played:
         if size > KEPT:
             self._outputs.clear()
 
+    def __len__(self) -> int:
+        """Forwards that are known."""
+        return len(self._outputs)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is something to play: every step was recorded, with as many forwards as any other."""
+        return bool(self._outputs) and not len(self._outputs) % (self._runs * self._steps)
+
     @contextmanager
     def until(self, step: int) -> Iterator[None]:
-        """Inside, forwards of the steps before this one are played, where every step has as many of them."""
-        calls, rest = divmod(len(self._outputs), self._runs * self._steps)
-        if rest or not calls or not step:
+        """Inside, forwards of the steps before this one are played, where they are known."""
+        if not self.known or not step:
             yield
             return
+        calls = len(self._outputs) // (self._runs * self._steps)
         numbers = itertools.count()
 
         def play(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -98,6 +107,9 @@ def _copied(value: Any) -> Any:
 
 def _does_more(model: torch.nn.Module) -> bool:
     """Whether a forward changes more than what it returns, such as a cache, or is compiled."""
+    # A compiled model is what it wraps in another module, which reads its forward once.
+    if hasattr(model, "_orig_mod"):
+        return True
     registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
     hooked = any(each is not None and set(each.hooks) - {STEPS} for each in registries)
     return hooked or model._compiled_call_impl is not None
