@@ -1,52 +1,58 @@
-"""The table of presets: every place where their schedules were verified, beside single patterns and dense attention."""
+"""The table of presets: every place where they were verified, and what `auto` takes for a bound."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from scripts.measure.preset_files import places, reports
+from scripts.measure.preset_files import places, reports, sources
 from scripts.results import RESULTS, table
-from visattn.presets import presets
+from visattn.presets import presets, taken
 
 HEAD = [
-    "schedule",
+    "preset",
     "grid, steps",
     "attention",
     "dense",
     "less",
-    "PSNR: mean, worst",
-    "held, of prompts it was tuned with",
-    "of others",
+    "PSNR: 95 % of others, mean, worst",
+    "held: own",
+    "others",
 ]
+BOUNDS = (25.0, 30.0, 35.0)
 
 
 def presets_table() -> str:
-    """What `scripts.measure.presets` measured, and for which runs each preset is taken."""
-    spans = [f"`{each.name}`: {each.span}" if each.span else f"`{each.name}`: none" for each in presets()]
-    taken = f"Taken for: {'; '.join(spans)}."
-    found = reports(RESULTS)
-    rows = [_row(place) for report in found for place in places(report)]
-    if not rows:
-        return f"Not measured elsewhere.\n\n{taken}"
-    where = dict.fromkeys(f"{place['device']}, {place['dtype']}" for report in found for place in places(report))
-    return f"{table(HEAD, rows)}\n\n{'; '.join(where)}. {taken}"
+    """What `scripts.measure.presets` measured, and which preset each bound takes where."""
+    found, names = reports(RESULTS), dict[str, str]()
+    for name, known, _ in sources(RESULTS):
+        names.setdefault(known, name)
+    every = [place for report in found for place in places(report)]
+    # What belongs to no schedule that is there ships as none.
+    rows = [_row(names[place["known"]], place) for place in every if place["known"] in names]
+    where = dict.fromkeys(f"{place['device']}, {place['dtype']}" for place in every)
+    return f"{table(HEAD, rows)}\n\n{'; '.join(where)}.\n\n{_taken()}" if rows else f"Not measured.\n\n{_taken()}"
 
 
-def _row(place: dict[str, Any]) -> list[str]:
+def _taken() -> str:
+    """A line for each bound."""
+    lines = []
+    for bound in BOUNDS:
+        good = [f"`{each.preset.name}` on {each.span}" for each in taken(presets(), bound)]
+        lines.append(f"- `auto(psnr={bound:g})`: {', else '.join(good) or 'none'}")
+    return "\n".join(lines)
+
+
+def _row(name: str, place: dict[str, Any]) -> list[str]:
     ours, dense = (1e3 * place[f"attention_seconds{twin}"] for twin in ("", "_dense"))
     half = place["samples"] // 2
     known, others = place["held_in"]
-    # A preset is named after the model and its bound.
-    name = f"`{place['model']}-{place['bound']:g}`"
-    if place["pattern"]:
-        name = f"single pattern for {place['bound']:g} dB: `{place['pattern']}`"
     return [
-        name,
+        f"`{name}`" + (f": `{place['pattern']}`" if place["pattern"] else ""),
         f"{'x'.join(map(str, place['grid']))}, {place['steps']}",
         f"{ours:.2f} ms",
         f"{dense:.2f} ms",
         f"{round(1 - ours / dense, 2) + 0.0:.0%}",
-        "equal" if place["psnr_mean"] is None else f"{place['psnr_mean']:.1f}, {place['psnr_worst']:.1f} dB",
+        f"**{place['psnr_held']:.1f}**, {place['psnr_mean']:.1f}, {place['psnr_worst']:.1f} dB",
         f"{known} of {half}",
         f"{others} of {place['samples'] - half}",
     ]

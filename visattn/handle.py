@@ -52,9 +52,9 @@ def apply(
             {"0-3": "dense", "4-": "na(window=7x7)"}, where a layer may have a mapping from denoising steps to patterns
             like {"0-0.25": "dense", "0.25-": "na(window=7x7)"} (shares of the run, or counts: {"0-3": ..., "4-": ...};
             steps that none names stay dense); the path of a JSON or YAML file with such a mapping, or of one that
-            `visattn tune` wrote; or a `Schedule`. "auto" is the preset of this model that was measured to have 30 dB
-            to dense attention, "auto(psnr=35)" one with more, and where there is none a careful schedule; the report
-            says which. The path of a `student.safetensors` that a distillation wrote gives the model its weights too,
+            `visattn tune` wrote; or a `Schedule`. "auto" is the fastest preset of this model that was verified to have
+            30 dB to dense attention, "auto(psnr=25)" one with less, on the grid and with the number of steps of a run;
+            runs that none was verified for have a careful schedule, and the report says which. The path of a `student.safetensors` that a distillation wrote gives the model its weights too,
             until the handle removes them, with the pattern, layers and precision that it was trained for.
         layers: Layers to patch: indices, slices, ranges like "4-9", or names; None for all.
         dense_layers: The first so many selected layers stay dense.

@@ -108,6 +108,10 @@ class Span(NamedTuple):
         """Whether a run of so many steps on a grid is in it."""
         return total is not None and self.steps[0] <= total <= self.steps[1] and self.has_grid(grid)
 
+    def covers(self, other: Span) -> bool:
+        """Whether all of another span is in it."""
+        return all(self.has(grid, steps) for grid in (other.low, other.high) for steps in other.steps)
+
     def __str__(self) -> str:
         grids = dict.fromkeys("x".join(map(str, grid)) for grid in (self.low, self.high))
         steps = " to ".join(map(str, dict.fromkeys(self.steps)))

@@ -1,9 +1,10 @@
-"""Writes the presets: tuned schedules with what `scripts.measure.presets` verified of them elsewhere.
+"""Writes the presets: tuned schedules, and the single patterns beside them, with what was verified of them elsewhere.
 
     python -m scripts.measure.preset_files
 
-It reads docs/results/schedule-*.json and docs/results/presets-*.json and writes visattn/presets, from which follows for
-which grids and numbers of steps `apply(pipe, "auto")` takes them.
+It reads docs/results/schedule-*.json, the results of their searches (tuned-*.json) and those of
+`scripts.measure.presets` (presets-*.json), and writes visattn/presets: for which runs `apply(pipe, "auto")` takes one
+follows from that.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scripts.measure.presets import SCHEDULES, digest, held
+from scripts.measure.presets import cases, digest, held
 from scripts.results import RESULTS
 from visattn.presets import FOLDER
+from visattn.presets.place import SHARE
 from visattn.tuned import Tuned
-from visattn.tuning.subject import DENSE
+from visattn.tuning.subject import DENSE, Outcome
 
-# What a preset says of itself beside its places.
-NAMES = ("name", "model", "bound", "pattern", "held_in")
 TIMES = ("attention_seconds", "seconds")
+# What a place says beside that.
+NAMES = ("name", "known", "model", "bound", "pattern", "held_in")
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
@@ -35,7 +37,8 @@ def reports(folder: Path) -> list[dict[str, Any]]:
 def places(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What a report has of each schedule or pattern, grid and number of steps, with the times of its dense twin.
 
-    Quality is that of the first run, times are medians over the runs.
+    Quality is that of the first run, times are medians over the runs. `known` tells schedules apart: by what they are,
+    for names of files change.
     """
     runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in report["rows"]:
@@ -44,18 +47,32 @@ def places(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
         twins = runs.get((*where, DENSE))
         if name == DENSE or twins is None:
             continue
-        first = some[0]
-        finite = [value for value in first["psnr"] if value is not None]
+        first, settings = some[0], report["settings"]
         found = {key: first[key] for key in ("name", "bound", "pattern", "grid", "steps")}
-        found |= {"model": report["settings"]["model"], "device": card(report)}
-        found |= {"dtype": report["settings"]["dtype"], "samples": len(first["psnr"])}
-        found |= {"held_in": held(first), "psnr_mean": None, "psnr_worst": None}
-        if finite:
-            found |= {"psnr_mean": round(statistics.mean(finite), 2), "psnr_worst": round(min(finite), 2)}
+        found |= {"model": settings["model"], "device": card(report), "dtype": settings["dtype"]}
+        found |= {"known": first["pattern"] or settings["schedules"][name], "held_in": held(first)}
+        # Who passes a prompt passes one that no search has seen.
+        others = first["psnr"][len(first["psnr"]) // 2 :]
+        found |= quality(first["psnr"]) | {"others": len(others), "psnr_held": round(level(others), 2)}
         for key in TIMES:
             found[key] = statistics.median(row[key] for row in some)
             found[f"{key}_dense"] = statistics.median(row[key] for row in twins)
         yield found
+
+
+def level(psnr: Sequence[float | None]) -> float:
+    """What nearly all samples have at least: equal ones have any."""
+    return Outcome(tuple(99.0 if value is None else value for value in psnr)).held(SHARE)
+
+
+def quality(psnr: Sequence[float | None]) -> dict[str, Any]:
+    """Samples, mean and worst as `verified` of a tuned schedule has them; of samples that differ from their twins."""
+    finite = [value for value in psnr if value is not None] or [99.0]
+    return {
+        "samples": len(psnr),
+        "psnr_mean": round(statistics.mean(finite), 2),
+        "psnr_worst": round(min(finite), 2),
+    }
 
 
 def card(report: dict[str, Any]) -> str:
@@ -64,31 +81,51 @@ def card(report: dict[str, Any]) -> str:
     return devices[0]["name"]
 
 
-def preset(path: Path, found: Sequence[dict[str, Any]]) -> Tuned:
+def sources(folder: Path) -> Iterator[tuple[str, str, Tuned]]:
+    """Name, what tells it apart, and schedule of everything that could ship.
+
+    Schedules of one search are schedule-NAME-BOUND.json, its results tuned-NAME.json.
+    """
+    searches: dict[str, dict[str, Tuned]] = {}
+    for path in sorted(folder.glob("schedule-*-*.json")):
+        search, _, bound = path.stem.removeprefix("schedule-").rpartition("-")
+        searches.setdefault(search, {})[bound] = Tuned.read(path)
+    for search, schedules in searches.items():
+        bounds = json.loads((folder / f"tuned-{search}.json").read_text(encoding="utf-8"))["bounds"]
+        for case in cases(schedules, bounds):
+            if case.tuned is None:
+                continue
+            tuned, name = case.tuned, f"{search}-{case.name}"
+            if case.pattern:
+                row = bounds[f"{case.bound:g}"]
+                times = {key: row["times"]["single"][key] for key in TIMES}
+                times |= {f"{key}_dense": row["times"]["dense"][key] for key in TIMES}
+                tuned = replace(tuned, verified=quality(row["single"]["psnr"]) | times)
+            yield name, case.pattern or digest(tuned), tuned
+
+
+def verified(tuned: Tuned, known: str, found: Sequence[dict[str, Any]]) -> Tuned:
     """A schedule with what was verified elsewhere.
 
     Args:
-        path: The file of `visattn tune`.
+        tuned: The schedule.
+        known: What tells it apart.
         found: What was measured.
-
-    Raises:
-        ValueError: If that was of another schedule of this name.
     """
-    tuned, elsewhere = Tuned.read(path), []
-    for report in found:
-        known = report["settings"]["schedules"].get(path.stem)
-        if known is None:
-            continue
-        if known != digest(tuned):
-            raise ValueError(f"{path} is not the schedule of this name that was measured: measure it anew")
-        for place in places(report):
-            if place["name"] != path.stem:
-                continue
-            share = tuned.settings["goal"]["share"]
-            own = {"held": sum(place["held_in"]) >= share * place["samples"]}
-            own |= {name: value for name, value in place.items() if name not in NAMES}
-            elsewhere.append(own)
-    return replace(tuned, verified=dict(tuned.verified) | ({"elsewhere": elsewhere} if elsewhere else {}))
+    rows = [place for report in found for place in places(report) if place["known"] == known]
+    elsewhere = [{key: value for key, value in place.items() if key not in NAMES} for place in rows]
+    return replace(tuned, verified=dict(tuned.verified) | {"elsewhere": elsewhere})
+
+
+def made(folder: Path) -> dict[str, Tuned]:
+    """The presets of a folder of results by name: what was verified anywhere on other prompts, each once."""
+    found, known_ones, presets = reports(folder), set[str](), dict[str, Tuned]()
+    for name, known, tuned in sources(folder):
+        whole = verified(tuned, known, found)
+        if whole.verified["elsewhere"] and known not in known_ones:
+            known_ones.add(known)
+            presets[name] = whole
+    return presets
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,12 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what was measured")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the presets")
     options = parser.parse_args(arguments)
-    found = reports(options.results)
-    for path in SCHEDULES:
-        made = preset(path, found)
-        file = options.out / f"{made.settings['subject']['model']}-{made.settings['goal']['psnr']:g}.json"
-        made.write(file)
-        print(f"{file}: verified at {1 + len(made.verified.get('elsewhere', ()))} places")
+    presets = made(options.results)
+    for old in options.out.glob("*.json"):
+        if old.stem not in presets:
+            old.unlink()
+    for name, tuned in presets.items():
+        tuned.write(options.out / f"{name}.json")
+        print(f"{name}: verified at {len(tuned.verified['elsewhere'])} places")
 
 
 if __name__ == "__main__":

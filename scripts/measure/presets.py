@@ -46,20 +46,25 @@ class Case(NamedTuple):
         name: Of its rows.
         bound: Least PSNR in dB that it was chosen for, 0 for dense attention.
         pattern: What it is, where that is one pattern.
-        schedule: The schedule.
+        tuned: The schedule, None for dense attention.
     """
 
     name: str
     bound: float
     pattern: str
-    schedule: Schedule
+    tuned: Tuned | None
+
+    @property
+    def schedule(self) -> Schedule:
+        """What `apply` takes."""
+        return Schedule.of(DENSE) if self.tuned is None else Schedule.tuned(self.tuned)
 
 
 def cases(schedules: dict[str, Tuned], singles: dict[str, Any]) -> list[Case]:
     """Dense attention, the schedules, and the best single patterns at their bounds that are none of these."""
-    found = [Case(DENSE, 0.0, DENSE, Schedule.of(DENSE))]
+    found = [Case(DENSE, 0.0, DENSE, None)]
     for name, tuned in schedules.items():
-        found.append(Case(name, tuned.settings["goal"]["psnr"], "", Schedule.tuned(tuned)))
+        found.append(Case(name, tuned.settings["goal"]["psnr"], "", tuned))
     for tuned in schedules.values():
         bound = tuned.settings["goal"]["psnr"]
         best = singles.get(f"{bound:g}", {}).get("single", {"pattern": DENSE})
@@ -68,7 +73,7 @@ def cases(schedules: dict[str, Tuned], singles: dict[str, Any]) -> list[Case]:
             row = (DENSE,) * first + (best["pattern"],) * (len(edges) - 1 - first)
             alone = replace(tuned, layers={layer: stages_of(edges, row) for layer in tuned.layers})
             text = f"{best['pattern']}, {first} part{'s' * (first != 1)} dense"
-            found.append(Case(f"single-{bound:g}", bound, text, Schedule.tuned(alone)))
+            found.append(Case(f"single-{bound:g}", bound, text, alone))
     return found
 
 

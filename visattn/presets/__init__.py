@@ -1,20 +1,21 @@
 """Schedules that ship with the package, each measured and verified, and what `apply(target, "auto")` makes of them.
 
-The folder holds files of `visattn tune`, named after the model and the least PSNR in dB that they have: emoji-30.json.
-Beside what the search verified, `verified` may have `elsewhere`: the same on other grids and with other steps.
+The folder holds files of `visattn tune`, named after the model and what they were tuned for. Beside what the search
+verified, `verified` has `elsewhere`: the same on other prompts, other grids and with other numbers of steps. That says
+what a preset is taken for; what it has on the prompts that it was tuned with does not.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from visattn.presets.place import Place, span_of
+from visattn.presets.place import SHARE, Place, span_of
 from visattn.schedule import Schedule
 from visattn.staged import Span, Staged
 from visattn.tuned import Tuned
@@ -42,53 +43,57 @@ class Preset:
     tuned: Tuned
 
     @property
-    def bound(self) -> float:
-        """Least PSNR to dense attention that it was tuned for, in dB."""
-        return float(self.tuned.settings["goal"]["psnr"])
-
-    @property
-    def share(self) -> float:
-        """Of the samples that have to have it."""
-        return float(self.tuned.settings["goal"]["share"])
-
-    @property
     def places(self) -> tuple[Place, ...]:
         """Where it was verified: first where it was tuned."""
         subject, verified = self.tuned.settings["subject"], self.tuned.verified
         return (Place.of(subject, verified), *(Place.of(each, each) for each in verified.get("elsewhere", ())))
 
     @property
-    def span(self) -> Span | None:
-        """The grids and numbers of steps that it is taken for, None if it is for none."""
-        return span_of(self.places)
+    def best(self) -> float:
+        """The most dB that it was verified for anywhere, minus infinity if nowhere."""
+        return max((place.level for place in self.places if place.level is not None), default=-math.inf)
+
+    def inside(self, span: Span) -> list[Place]:
+        """The places in a span that count."""
+        return [each for each in self.places if each.level is not None and span.has(each.grid, each.steps)]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        tuned, span = self.tuned, self.span
+        tuned = self.tuned
         return {
             "name": self.name,
             "class": tuned.model,
             "layers": tuned.count,
             "parameters": tuned.parameters,
-            "bound": self.bound,
-            "share": self.share,
-            "span": None if span is None else span._asdict(),
             "verified": [place.to_dict() for place in self.places],
         }
 
-    @property
-    def summary(self) -> str:
-        """What it has, and where, in a line."""
-        devices = ", ".join(dict.fromkeys(place.device for place in self.places))
-        return (
-            f"{self.name}: at least {self.bound:g} dB to dense in {self.share:.0%} of the samples, verified on "
-            f"{self.span} on {devices}"
-        )
-
     def __str__(self) -> str:
         tuned = self.tuned
-        head = f"{tuned.model} with {tuned.count} layers and {tuned.parameters:,} parameters"
-        return "\n".join([self.summary, f"  {head}", *(f"  {place}" for place in self.places)])
+        head = f"{self.name}: {tuned.model} with {tuned.count} layers and {tuned.parameters:,} parameters"
+        return "\n".join([head, *(f"  {place}" for place in self.places)])
+
+
+class Taken(NamedTuple):
+    """A preset, and the runs that it is taken for."""
+
+    preset: Preset
+    span: Span
+
+    @property
+    def share(self) -> float:
+        """Time in attention there, as a share of that of dense attention."""
+        places = self.preset.inside(self.span)
+        return sum(place.share for place in places) / len(places)
+
+    def __str__(self) -> str:
+        places = self.preset.inside(self.span)
+        level = min(place.level for place in places if place.level is not None)
+        return (
+            f"preset {self.preset.name}: {SHARE:.0%} of the samples have at least {level:.1f} dB to dense, in "
+            f"{self.share:.0%} of the time of dense attention, verified on {self.span} on "
+            f"{', '.join(dict.fromkeys(place.device for place in places))}"
+        )
 
 
 def presets() -> tuple[Preset, ...]:
@@ -109,49 +114,56 @@ def is_auto(pattern: Any) -> bool:
     return True
 
 
+def taken(found: Iterable[Preset], least: float) -> list[Taken]:
+    """Those of some presets that were verified to have so many dB anywhere, the fastest first."""
+    rows = ((preset, span_of(preset.places, least)) for preset in found)
+    good = [Taken(preset, span) for preset, span in rows if span is not None]
+    good.sort(key=lambda each: (each.share, each.preset.name))
+    # What an earlier one is for in any case is never reached.
+    return [each for i, each in enumerate(good) if not any(other.span.covers(each.span) for other in good[:i])]
+
+
 def automatic(target: Any, pattern: str = "auto") -> Schedule:
     """The presets of a pipeline's or model's size where they were verified, else a careful schedule.
 
-    Of several the fastest that has the quality runs, each in its span; labels say which.
+    A run has the fastest of those that have the quality on its grid with its number of steps; labels say which.
 
     Args:
         target: What `apply` takes.
-        pattern: "auto" for 30 dB, or "auto(psnr=35)": the fastest preset with at least so many.
+        pattern: "auto" for 30 dB, or "auto(psnr=35)" for at least so many.
     """
     found = re.fullmatch(_AUTO, pattern.strip())
     assert found is not None
-    least = float(found[1] or BOUND)
-    parts = _parts(target)
-    fit = [preset for preset in presets() if _is_for(preset.tuned, parts) and preset.span is not None]
-    good = sorted((each for each in fit if each.bound >= least), key=lambda each: (each.bound, each.name))
+    least, parts = float(found[1] or BOUND), _parts(target)
+    fit = [preset for preset in presets() if _is_for(preset.tuned, parts)]
+    good = taken(fit, least)
     # A model without a pipeline tells no steps.
     everywhere = Staged.of(CAREFUL_STEPS if _has_steps(target) else CAREFUL)
     if good:
         return _in_spans(good, everywhere)
-    best_bound = max((preset.bound for preset in fit), default=math.nan)
+    best = max((preset.best for preset in fit), default=-math.inf)
     why = (
-        f"no preset of this model has {least:g} dB, the best has {best_bound:g}"
-        if fit
+        f"no preset of this model has {least:g} dB, the best has {best:.1f}"
+        if math.isfinite(best)
         else f"no preset is for {type(target).__name__} of this size"
     )
     return Schedule(((None, everywhere.stages[0].pattern if everywhere.whole else everywhere),), label=_careful(why))
 
 
-def _in_spans(good: Sequence[Preset], everywhere: Staged) -> Schedule:
+def _in_spans(good: Sequence[Taken], everywhere: Staged) -> Schedule:
     """Each preset in its span, the first that has a run, and what is for everywhere else."""
-    tuned = good[0].tuned
-    spans = " or ".join(dict.fromkeys(str(preset.span) for preset in good))
+    tuned = good[0].preset.tuned
+    spans = " or ".join(dict.fromkeys(str(each.span) for each in good))
     careful = replace(everywhere, label=_careful(f"the presets of this model are for {spans}"))
     rows: dict[Staged, list[str]] = {}
-    for layer in range(tuned.count):
+    for layer in map(str, range(tuned.count)):
         row = careful
-        for preset in reversed(good):
-            own = _layer(preset.tuned, str(layer))
-            row = replace(own, span=preset.span, otherwise=row, label=f"preset {preset.summary}")
+        for each in reversed(good):
+            row = replace(_layer(each.preset.tuned, layer), span=each.span, otherwise=row, label=str(each))
         # Equal rows share an object, and with it a group of compiled code.
-        rows.setdefault(row, []).append(str(layer))
+        rows.setdefault(row, []).append(layer)
     rules = tuple((tuple(layers), row) for row, layers in rows.items())
-    label = f"preset {good[0].summary}; careful on others"
+    label = f"{'; '.join(map(str, good))}; careful on others"
     return Schedule(rules, model=tuned.model, layers=tuned.count, label=label, simulates=False)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from visattn.staged import Span
+
+# Of the samples, that have to have a quality.
+SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Place:
         steps: Denoising steps.
         device: Where that was.
         dtype: Of the model.
-        figures: What was measured, as `verified` of a tuned schedule.
+        figures: What was measured, as `verified` of a tuned schedule. `others` are samples of prompts that it was not
+            tuned with, if there are any, and `psnr_held` is what nearly all of these have.
     """
 
     grid: tuple[int, ...]
@@ -35,9 +40,14 @@ class Place:
         return cls(tuple(where["grid"]), where["steps"], where["device"], where["dtype"], own)
 
     @property
-    def held(self) -> bool:
-        """Whether the bound held there."""
-        return bool(self.figures["held"])
+    def level(self) -> float | None:
+        """PSNR to dense that it is taken for; None where only prompts that it was tuned with were drawn."""
+        return self.figures.get("psnr_held")
+
+    @property
+    def share(self) -> float:
+        """Time in attention, as a share of that of dense attention."""
+        return self.figures["attention_seconds"] / self.figures["attention_seconds_dense"]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -46,27 +56,37 @@ class Place:
 
     def __str__(self) -> str:
         figures = self.figures
-        faster = figures["attention_seconds_dense"] / figures["attention_seconds"]
+        known = "all of prompts that it was tuned with"
+        if self.level is not None:
+            known = f"{SHARE:.0%} of {figures['others']} of other prompts have {self.level:.1f} dB"
         return (
-            f"grid {'x'.join(map(str, self.grid))}, {self.steps} steps: {'held' if self.held else 'not held'}, "
-            f"PSNR {figures['psnr_mean']:.1f} dB in the mean and {figures['psnr_worst']:.1f} at worst of "
-            f"{figures['samples']} samples, attention {faster:.2f} times faster than dense on {self.device} "
-            f"in {self.dtype}"
+            f"grid {'x'.join(map(str, self.grid))}, {self.steps} steps: {figures['samples']} samples, {known}, PSNR "
+            f"{figures['psnr_mean']:.1f} dB in the mean and {figures['psnr_worst']:.1f} at worst, attention "
+            f"{1 / self.share:.2f} times faster than dense on {self.device} in {self.dtype}"
         )
 
 
-def span_of(places: Sequence[Place]) -> Span | None:
-    """The runs between those in which a schedule held, of which none was measured that did not; None if there are none.
+def span_of(places: Sequence[Place], least: float) -> Span | None:
+    """The runs between places that have so many dB in less time than dense attention, without one that has not.
 
-    If one lies between them that did not hold, the runs are those of the first place alone.
+    Where others lie between them, those of one grid, or one place alone; None if no place has it.
     """
-    failed = {(place.grid, place.steps) for place in places if not place.held}
-    good = [place for place in places if (place.grid, place.steps) not in failed]
-    for some in (good, [place for place in good if place is places[0]]):
-        if some:
-            axes = list(zip(*(place.grid for place in some), strict=True))
-            counts = [place.steps for place in some]
-            found = Span(tuple(map(min, axes)), tuple(map(max, axes)), (min(counts), max(counts)))
-            if not any(found.has(grid, steps) for grid, steps in failed):
-                return found
+    known = [place for place in places if place.level is not None]
+    bad = {(place.grid, place.steps) for place in known if (place.level or 0.0) < least or place.share >= 1}
+    good = [place for place in known if (place.grid, place.steps) not in bad]
+    grids = [list(some) for _, some in itertools.groupby(sorted(good, key=_grid), _grid)]
+    for some in (good, *sorted(grids, key=len, reverse=True), *([place] for place in good)):
+        if some and not any(_around(some).has(*each) for each in bad):
+            return _around(some)
     return None
+
+
+def _grid(place: Place) -> tuple[int, ...]:
+    return place.grid
+
+
+def _around(places: Iterable[Place]) -> Span:
+    """The smallest span with some places."""
+    axes = list(zip(*(place.grid for place in places), strict=True))
+    counts = [place.steps for place in places]
+    return Span(tuple(map(min, axes)), tuple(map(max, axes)), (min(counts), max(counts)))
