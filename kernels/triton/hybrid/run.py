@@ -26,8 +26,8 @@ from visattn.patterns.routes import Routes
 
 # Largest number of channels: all features of a token are in the registers of one program.
 LARGEST = 128
-# Tokens of a step, and of a program that reads states.
-ROWS = 64
+# Tokens of a step, and steps of a program that reads the one state of a head.
+ROWS, STEPS = 64, 4
 # Bytes of the states that exist at a time.
 SLICE = 2**29
 
@@ -193,7 +193,7 @@ def join_arguments(
         feature: Name of the feature map.
     """
     sizes, length = _sizes(q.shape[3], out.shape[3], q.dtype), q.shape[1]
-    slots = sizes["ROWS"] if tokens is None else tokens.shape[1]
+    slots = STEPS * sizes["ROWS"] if tokens is None else tokens.shape[1]
     groups = -(-length // slots) if tokens is None else len(tokens)
     return {
         "q": q, "state": state, "sums": sums, "bias": bias, "share": bias if share is None else share,
@@ -205,8 +205,8 @@ def join_arguments(
 
 
 def _start_join(given: dict[str, Any]) -> None:
-    q, programs = given["q"], given["groups"] * -(-given["slots"] // given["ROWS"])
-    launch_like(join_states, (programs, q.shape[2], len(q)), given, _warps(given), 1)
+    q = given["q"]
+    launch_like(join_states, (given["groups"], q.shape[2], len(q)), given, _warps(given), 1)
 
 
 def _add_all(
