@@ -26,8 +26,11 @@ from visattn.patterns.routes import Routes
 
 # Largest number of channels: all features of a token are in the registers of one program.
 LARGEST = 128
-# Tokens of a step, and steps of a program that reads the one state of a head.
-ROWS, STEPS = 64, 4
+# Tokens of a step; of kernels that hold a state too where it is large, so that two programs or more have room on a
+# multiprocessor at the same time.
+ROWS, BESIDE_STATE = 64, 32
+# Steps of a program that reads the one state of a head.
+STEPS = 4
 # Bytes of the states that exist at a time.
 SLICE = 2**29
 
@@ -114,6 +117,12 @@ def _sizes(features: int, channels: int, dtype: torch.dtype) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _rows_beside(sizes: dict[str, Any]) -> dict[str, int]:
+    """Tokens of a step of a kernel that holds a state of these sizes."""
+    large = max(sizes["BLOCK_F"], sizes["BLOCK_D"]) > 64
+    return {"ROWS": min(sizes["ROWS"], BESIDE_STATE) if large else sizes["ROWS"]}
+
+
 def _warps(given: dict[str, Any]) -> int:
     """Warps of a program, by the size of what it holds."""
     return 8 if max(given["BLOCK_F"], given["BLOCK_D"]) > 64 else 4
@@ -144,6 +153,7 @@ def states_arguments(
     batch, length, heads, features = k.shape
     number, slots = groups
     dtype = torch.bfloat16 if _half(v.dtype) and tokens is not None else torch.float32
+    sizes = _sizes(features, v.shape[3], v.dtype)
     return {
         "k": k, "v": v, "tokens": k if tokens is None else tokens,
         "valid": k if valid is None else valid.view(torch.uint8),
@@ -151,7 +161,7 @@ def states_arguments(
         "sums": k.new_empty((batch, heads, number, features), dtype=torch.float32),
         **_strides("k", k), **_strides("v", v), "valid_batch": length,
         "heads": heads, "groups": number, "slots": slots, "length": length,
-        **_sizes(features, v.shape[3], v.dtype),
+        **sizes, **_rows_beside(sizes),
         "FEATURE": feature, "RUNS": tokens is None, "VALID": valid is not None,
     }  # fmt: skip
 
@@ -193,6 +203,7 @@ def join_arguments(
         feature: Name of the feature map.
     """
     sizes, length = _sizes(q.shape[3], out.shape[3], q.dtype), q.shape[1]
+    sizes |= _rows_beside(sizes)
     slots = STEPS * sizes["ROWS"] if tokens is None else tokens.shape[1]
     groups = -(-length // slots) if tokens is None else len(tokens)
     return {
