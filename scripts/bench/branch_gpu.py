@@ -37,15 +37,17 @@ from visattn.kernels.triton.start import launch
 HEADS, DIM = 24, 128
 LAYOUT = Layout((256, 256), prefix=512)
 BOX = (8, 8)
+# What values lie among: q, k, v and the MLP of a single block of FLUX.
+PARTS = 7
 # Warps, stages, tokens of a step, programs of a multiprocessor.
 STATES = [
-    (8, 2, 64, 2), (8, 3, 64, 1), (8, 4, 64, 1), (8, 2, 32, 2), (8, 3, 32, 2), (8, 4, 32, 2), (16, 2, 64, 1),
-    (16, 3, 64, 1),
+    (8, 2, 64, 1), (8, 3, 64, 1), (8, 4, 64, 1), (8, 2, 32, 2), (8, 3, 32, 2), (8, 4, 32, 2), (8, 3, 32, 4),
+    (4, 3, 16, 2),
 ]  # fmt: skip
 # Warps, stages, queries of a step, steps of a program.
 READING = [
-    (8, 1, 64, 1), (8, 1, 64, 4), (8, 2, 64, 16), (8, 1, 32, 1), (8, 1, 32, 4), (8, 2, 32, 4), (8, 2, 32, 16),
-    (8, 3, 32, 16), (4, 1, 32, 4), (4, 1, 16, 8), (16, 1, 64, 4), (16, 2, 64, 16),
+    (8, 1, 32, 4), (8, 3, 32, 4), (8, 3, 32, 16), (8, 4, 32, 16), (8, 3, 32, 32), (4, 1, 16, 8), (4, 2, 16, 16),
+    (4, 3, 16, 16), (4, 3, 16, 32),
 ]  # fmt: skip
 # Warps.
 MEANS = [1, 2, 4]
@@ -56,7 +58,7 @@ def inputs() -> tuple[torch.Tensor, ...]:
     made = torch.Generator("cuda").manual_seed(0)
     shape = (1, LAYOUT.length, HEADS, DIM)
     q, k, out = (torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    wide = torch.randn(1, LAYOUT.length, 3, HEADS, DIM, generator=made, device="cuda", dtype=torch.bfloat16)
+    wide = torch.randn(1, LAYOUT.length, PARTS, HEADS, DIM, generator=made, device="cuda", dtype=torch.bfloat16)
     return tuple(x[:, LAYOUT.prefix :] for x in (q, k, wide[:, :, 2], out))
 
 

@@ -68,6 +68,9 @@ def join_states(
         other=0.0,
     )
     total = tl.load(sums + at * FEATURES + f, mask=has_f, other=0.0)
+    if FEATURE == "softmax":
+        # What its features are to be divided by cancels, but for `least`, which it is the sum of so often.
+        total += least
     if SHARE:
         part = tl.load(share + (sample * heads + head) * groups + number)
     else:
@@ -90,14 +93,15 @@ def join_states(
         rows = out + sample * out_batch + head * out_head + wide * out_token + d[None, :]
         mask = here[:, None] & has_d[None, :]
         soft = tl.load(rows, mask=mask, other=0.0).to(tl.float32)
-        # Divided by its sum only where `least` is weighed against it: elsewhere that cancels.
-        phi, norm = raised(x, has_f, FEATURE)
+        phi = raised(x, has_f, FEATURE)
         if HALF:
-            phi = phi.to(block.dtype)
-            found = tl.dot(phi, block)
+            found = tl.dot(phi.to(block.dtype), block)
         else:
             found = tl.dot(phi, block.to(tl.float32), input_precision=PRECISION)
-        found = found / (tl.sum(phi.to(tl.float32) * total[None, :], 1) + least * norm)[:, None]
+        divisor = tl.sum(phi * total[None, :], 1)
+        if FEATURE != "softmax":
+            divisor += least
+        found = found * (1.0 / divisor)[:, None]
         if SHARE:
             found += part * (soft - found)
         else:

@@ -30,7 +30,9 @@ LARGEST = 128
 # multiprocessor at the same time.
 ROWS, BESIDE_STATE = 64, 32
 # Steps of a program that reads the one state of a head.
-STEPS = 4
+STEPS = 16
+# Steps of both whose tokens are on their way at once.
+STAGES = 3
 # Bytes of the states that exist at a time.
 SLICE = 2**29
 
@@ -176,7 +178,7 @@ def _states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """States of groups of keys [B, heads, groups, F, D] and sums of features [B, heads, groups, F]."""
     given = states_arguments(k, v, tokens, groups, valid, feature)
-    launch_like(group_states, (groups[0], k.shape[2], len(k)), given, _warps(given), 2)
+    launch_like(group_states, (groups[0], k.shape[2], len(k)), given, _warps(given), STAGES)
     return given["states"], given["sums"]
 
 
@@ -217,7 +219,7 @@ def join_arguments(
 
 def _start_join(given: dict[str, Any]) -> None:
     q = given["q"]
-    launch_like(join_states, (given["groups"], q.shape[2], len(q)), given, _warps(given), 1)
+    launch_like(join_states, (given["groups"], q.shape[2], len(q)), given, _warps(given), STAGES)
 
 
 def _add_all(
