@@ -6,7 +6,7 @@ The kernels beside the attention of a call of `sla`: means of blocks (which choo
 their reading for every query. 24 heads of 128, bf16, 256x256 tokens behind 512 of text, values as a part of a wider
 projection as models have them. `tb_s` counts what has to be read and written once; `copy` is torch's copy of a tensor
 of the size of q. Names have the warps of a program, the stages of its loop, tokens of a step, and programs of a
-multiprocessor (states) or steps of a program (reading).
+multiprocessor (states) or steps of a program (reading). Whole calls, without text, and cuDNN's take turns of their own.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
-from scripts.bench.gpu import in_turns
+from scripts.bench.gpu import dense_by, in_turns
+from scripts.bench.hybrid_gpu import random_parameters
 from scripts.gpu_common import compile_first, go_on, versions
-from visattn import Layout
+from visattn import Layout, attention, parse
 from visattn.files import written_whole
 from visattn.kernels.triton.choosing.choose import part_tokens
 from visattn.kernels.triton.choosing.means import part_means
@@ -33,6 +35,7 @@ from visattn.kernels.triton.hybrid import run as hybrid
 from visattn.kernels.triton.hybrid.join import join_states
 from visattn.kernels.triton.hybrid.states import group_states
 from visattn.kernels.triton.start import launch
+from visattn.patterns import HybridPattern
 
 HEADS, DIM = 24, 128
 LAYOUT = Layout((256, 256), prefix=512)
@@ -108,6 +111,23 @@ def contenders() -> dict[str, tuple[Callable[[], Any], int]]:
     return found
 
 
+def calls() -> dict[str, Callable[[], Any]]:
+    """Whole calls, and dense attention."""
+    layout, pattern = Layout(LAYOUT.grid), parse("sla(keep=0.05, block=8x16, key_block=8x8)")
+    assert isinstance(pattern, HybridPattern)
+    made = torch.Generator("cuda").manual_seed(0)
+    shape = (3, 1, layout.length, HEADS, DIM)
+    inputs = list(torch.randn(shape, generator=made, device="cuda", dtype=torch.bfloat16))
+    ours = partial(attention, *inputs, pattern, layout, parameters=random_parameters(pattern, layout))
+    front = partial(attention, *inputs, pattern.front, layout)
+    dense, given = dense_by(SDPBackend.CUDNN_ATTENTION, inputs)
+    found: dict[str, Callable[[], Any]] = {"cudnn": partial(dense, *given)}
+    for precision in (None, "fp8", "int8"):
+        name = precision or "bf16"
+        found |= {name: partial(ours, precision=precision), f"front {name}": partial(front, precision=precision)}
+    return found
+
+
 def main() -> int:
     """Compile, then time in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,19 +140,27 @@ def main() -> int:
     }  # fmt: skip
     if given.compile:
         index, of = map(int, given.compile.split("/"))
-        for run, _ in itertools.islice(contenders().values(), index, None, of):
-            run()
+        every = [run for run, _ in contenders().values()]
+        with torch.inference_mode():
+            for run in itertools.islice([*every, *calls().values()], index, None, of):
+                run()
         return 0
     go_on(report, given.out)
     if given.jobs > 1:
         compile_first(given.jobs)
     begin = time.perf_counter()
     found = contenders()
-    times = in_turns({name: run for name, (run, _) in found.items()})
     each = LAYOUT.tokens * HEADS * DIM * 2
-    for name, ms in times.items():
+    for name, ms in in_turns({name: run for name, (run, _) in found.items()}).items():
         report["cases"][name] = {"ms": ms, "tb_s": found[name][1] * each / ms / 1e9}
         print(f"{name:24} {ms:8.4f} ms {report['cases'][name]['tb_s']:6.2f} TB/s")
+    # What they hold is no longer needed.
+    del found
+    torch.cuda.empty_cache()
+    with torch.inference_mode():
+        for name, ms in in_turns(calls()).items():
+            report["cases"][f"call {name}"] = {"ms": ms}
+            print(f"call {name:19} {ms:8.4f} ms")
     print(json.dumps({"seconds": time.perf_counter() - begin} | report["versions"]), flush=True)
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ class DoubleBlock(nn.Module):
         # Positions before the streams are joined, so that what is joined is written once.
         where = turn.split([text.shape[1], x.shape[1]], 1)
         projected = [
-            stream.project(tokens, *part[:2], at)
+            stream.project(tokens, part[0], part[1], at)
             for stream, tokens, part, at in zip((self.text, self.image), (text, x), parts, where, strict=True)
         ]
         q, k, v = (torch.cat(pair, 1) for pair in zip(*projected, strict=True))

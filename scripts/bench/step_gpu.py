@@ -36,6 +36,7 @@ CASES = (
     f"sla(keep=0.05, {TILES})",
     f"sla(keep=0.05, {TILES}) in fp8",
     f"sla(keep=0.03, {TILES}) in fp8",
+    f"sla(keep=0.03, {TILES})",
     f"topk(keep=0.05, {TILES})",
 )
 LAYOUT = Layout((256, 256), prefix=Flux.text)
