@@ -19,6 +19,7 @@ def join_states(
     q_batch, q_token, q_head, out_batch, out_token, out_head, heads, group, groups, states, slots, length, least,
     FEATURES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     FEATURE: tl.constexpr, RUNS: tl.constexpr, SHARE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Compute the queries of one group of one head: lin = f(q) state / (f(q) sums + least).
 
@@ -55,18 +56,18 @@ def join_states(
         SHARE: Whether the two are mixed.
         HALF: Whether features are rounded to the state's dtype and multiplied in it.
         PRECISION: Of float32 products.
+        WIDE: Whether queries are float32.
     """
     number = tl.program_id(0)
     head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     f, d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
     has_f, has_d = f < FEATURES, d < CHANNELS
-    # The state is read once for all queries of the group.
     at = (sample * (heads // group) + head // group) * states + tl.where(states == 1, 0, number)
-    block = tl.load(
-        state + (at * FEATURES + f[:, None]) * CHANNELS + d[None, :],
-        mask=has_f[:, None] & has_d[None, :],
-        other=0.0,
-    )
+    entries = state + (at * FEATURES + f[:, None]) * CHANNELS + d[None, :]
+    has_both = has_f[:, None] & has_d[None, :]
+    if not WIDE:
+        # Read once for all queries of the group.
+        block = tl.load(entries, mask=has_both, other=0.0)
     total = tl.load(sums + at * FEATURES + f, mask=has_f, other=0.0)
     if FEATURE == "softmax":
         # What its features are to be divided by cancels, but for `least`, which it is the sum of so often.
@@ -94,6 +95,9 @@ def join_states(
         mask = here[:, None] & has_d[None, :]
         soft = tl.load(rows, mask=mask, other=0.0).to(tl.float32)
         phi = raised(x, has_f, FEATURE)
+        if WIDE:
+            # Its parts of tf32 would fill the shared memory of small GPUs if they stayed there.
+            block = tl.load(entries, mask=has_both, other=0.0)
         if HALF:
             found = tl.dot(phi.to(block.dtype), block)
         else:
