@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import random
 import statistics
 import sys
 import time
@@ -90,11 +91,14 @@ def median_ms(run: Callable[[], Any], budget: float = 0.6) -> float:
 
 
 def in_turns(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Medians of several contenders that take turns: a GPU at its power limit slows down for whoever comes next."""
+    """Medians of several contenders that take turns: a GPU at its power limit slows down for whoever comes next.
+
+    Each turn has an order of its own, so that nobody always comes behind the one that heats it most.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(TURNS):
-        for name, run in runs.items():
-            times[name].append(median_ms(run, 0.6 / TURNS))
+    for turn in range(TURNS):
+        for name in random.Random(turn).sample(list(runs), len(runs)):
+            times[name].append(median_ms(runs[name], 0.6 / TURNS))
     return {name: statistics.median(found) for name, found in times.items()}
 
 

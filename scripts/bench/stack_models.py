@@ -19,17 +19,21 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def rotated(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Rotary positions: x [B, S, H, D] with cosines and sines [2, S, 1, D / 2]."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * turn[0] - b * turn[1], a * turn[1] + b * turn[0]], -1).flatten(-2).to(x.dtype)
+    """Rotary positions: x [B, S, H, D] whose neighbouring channels are pairs, with `turns`.
+
+    No pair is taken apart and stacked again, which inductor writes to memory in float32.
+    """
+    other = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x.float() * turn[0] + other.float() * turn[1]).to(x.dtype)
 
 
 def turns(length: int, dim: int, device: torch.device | str) -> torch.Tensor:
-    """Cosines and sines [2, S, 1, D / 2] of 1-D positions; what they are makes no difference to the time."""
-    angle = torch.arange(length, device=device)[:, None] * 10000 ** (
-        -torch.arange(dim // 2, device=device) / (dim // 2)
-    )
-    return torch.stack([angle.cos(), angle.sin()])[:, :, None]
+    """Factors of a channel and of the other one of its pair [2, S, 1, D]; positions are 1-D, which changes no time."""
+    at = torch.arange(length, device=device)[:, None]
+    angle = at * 10000 ** (-torch.arange(dim // 2, device=device) / (dim // 2))
+    cosines, sines = angle.cos(), angle.sin()
+    own, other = torch.stack([cosines, cosines], -1), torch.stack([-sines, sines], -1)
+    return torch.stack([own.flatten(-2), other.flatten(-2)])[:, :, None]
 
 
 def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -50,10 +54,13 @@ class Stream(nn.Module):
         self.out = nn.Linear(hidden, hidden)
         self.up, self.down = nn.Linear(hidden, ratio * hidden), nn.Linear(ratio * hidden, hidden)
 
-    def project(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
-        """q, k, v [B, S, H, D]."""
+    def project(
+        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, turn: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """q, k, v [B, S, H, D] with the positions `turn` of these tokens."""
         q, k, v = self.qkv(modulated(x, shift, scale)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return [rms_norm(q, q.shape[-1:], self.norms[0]), rms_norm(k, k.shape[-1:], self.norms[1]), v]
+        q, k = rms_norm(q, q.shape[-1:], self.norms[0]), rms_norm(k, k.shape[-1:], self.norms[1])
+        return [rotated(q, turn), rotated(k, turn), v]
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Residuals of attention and MLP."""
@@ -75,12 +82,14 @@ class DoubleBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both streams; text comes first in the joint sequence."""
         parts = [stream.modulation(silu(vector))[:, None].chunk(6, -1) for stream in (self.text, self.image)]
+        # Positions before the streams are joined, so that what is joined is written once.
+        where = turn.split([text.shape[1], x.shape[1]], 1)
         projected = [
-            stream.project(tokens, *part[:2])
-            for stream, tokens, part in zip((self.text, self.image), (text, x), parts, strict=True)
+            stream.project(tokens, part[0], part[1], at)
+            for stream, tokens, part, at in zip((self.text, self.image), (text, x), parts, where, strict=True)
         ]
         q, k, v = (torch.cat(pair, 1) for pair in zip(*projected, strict=True))
-        out = attend(rotated(q, turn), rotated(k, turn), v)
+        out = attend(q, k, v)
         text_out, image_out = out.split([text.shape[1], x.shape[1]], 1)
         return self.image.finish(x, image_out, parts[1][2:]), self.text.finish(text, text_out, parts[0][2:])
 

@@ -36,7 +36,7 @@ SCORES = 2**26
 MEANS, PARTS, CHANNELS = 8192, 128, 32
 # Warps of a program for means, for scores (twice as many where blocks have parts, whose tiles are larger), and for rows
 # of up to so many blocks; a row of one warp needs no barriers.
-MEAN_WARPS, SCORE_WARPS, ROW_WARPS = 2, 4, {1024: 1, 4096: 4, LARGEST: 8}
+MEAN_WARPS, SCORE_WARPS, ROW_WARPS = 1, 4, {1024: 1, 4096: 4, LARGEST: 8}
 
 
 class Rule(NamedTuple):

@@ -19,8 +19,9 @@ def join_states(
     q_batch, q_token, q_head, out_batch, out_token, out_head, heads, group, groups, states, slots, length, least,
     FEATURES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     FEATURE: tl.constexpr, RUNS: tl.constexpr, SHARE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute ROWS queries of one group of one head: lin = f(q) state / (f(q) sums + least).
+    """Compute the queries of one group of one head: lin = f(q) state / (f(q) sums + least).
 
     out becomes out + lin + bias, or with SHARE lin + share * (out - lin).
 
@@ -49,52 +50,64 @@ def join_states(
         CHANNELS: Channels of values.
         BLOCK_F: A power of two that is at least FEATURES.
         BLOCK_D: A power of two that is at least CHANNELS.
-        ROWS: Queries of a program.
+        ROWS: Queries that are read at once.
         FEATURE: f: "softmax", "elu" or "relu".
         RUNS: Whether groups are runs of `slots` queries.
         SHARE: Whether the two are mixed.
         HALF: Whether features are rounded to the state's dtype and multiplied in it.
         PRECISION: Of float32 products.
+        WIDE: Whether queries are float32.
     """
-    parts = tl.cdiv(slots, ROWS)
-    number, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    number = tl.program_id(0)
     head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    slot = part * ROWS + tl.arange(0, ROWS)
-    if RUNS:
-        token = number * slots + slot
-        here = (slot < slots) & (token < length)
-    else:
-        token = tl.load(tokens + number * slots + slot, mask=slot < slots, other=-1)
-        here = token >= 0
-    wide = token.to(tl.int64)[:, None]
     f, d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
     has_f, has_d = f < FEATURES, d < CHANNELS
-    x = tl.load(
-        q + sample * q_batch + head * q_head + wide * q_token + f[None, :],
-        mask=here[:, None] & has_f[None, :],
-        other=0.0,
-    )
-    # All that is read is asked for before anything waits for it.
-    rows = out + sample * out_batch + head * out_head + wide * out_token + d[None, :]
-    mask = here[:, None] & has_d[None, :]
-    soft = tl.load(rows, mask=mask, other=0.0)
     at = (sample * (heads // group) + head // group) * states + tl.where(states == 1, 0, number)
-    block = tl.load(
-        state + (at * FEATURES + f[:, None]) * CHANNELS + d[None, :],
-        mask=has_f[:, None] & has_d[None, :],
-        other=0.0,
-    )
+    entries = state + (at * FEATURES + f[:, None]) * CHANNELS + d[None, :]
+    has_both = has_f[:, None] & has_d[None, :]
+    if not WIDE:
+        # Read once for all queries of the group.
+        block = tl.load(entries, mask=has_both, other=0.0)
     total = tl.load(sums + at * FEATURES + f, mask=has_f, other=0.0)
-    # Divided by its sum only where `least` is weighed against it: elsewhere that cancels.
-    phi, norm = raised(x, has_f, FEATURE)
-    if HALF:
-        phi = phi.to(block.dtype)
-        found = tl.dot(phi, block)
-    else:
-        found = tl.dot(phi, block.to(tl.float32), input_precision=PRECISION)
-    found = found / (tl.sum(phi.to(tl.float32) * total[None, :], 1) + least * norm)[:, None]
+    if FEATURE == "softmax":
+        # What its features are to be divided by cancels, but for `least`, which it is the sum of so often.
+        total += least
     if SHARE:
-        found += tl.load(share + (sample * heads + head) * groups + number) * (soft.to(tl.float32) - found)
+        part = tl.load(share + (sample * heads + head) * groups + number)
     else:
-        found += soft.to(tl.float32) + tl.load(bias + d, mask=has_d, other=0.0)[None, :]
-    tl.store(rows, found.to(out.dtype.element_ty), mask=mask)
+        added = tl.load(bias + d, mask=has_d, other=0.0)[None, :]
+    for start in range(0, slots, ROWS):
+        slot = start + tl.arange(0, ROWS)
+        if RUNS:
+            token = number * slots + slot
+            here = (slot < slots) & (token < length)
+        else:
+            token = tl.load(tokens + number * slots + slot, mask=slot < slots, other=-1)
+            here = token >= 0
+        wide = token.to(tl.int64)[:, None]
+        x = tl.load(
+            q + sample * q_batch + head * q_head + wide * q_token + f[None, :],
+            mask=here[:, None] & has_f[None, :],
+            other=0.0,
+        )
+        # All that is read is asked for before anything waits for it.
+        rows = out + sample * out_batch + head * out_head + wide * out_token + d[None, :]
+        mask = here[:, None] & has_d[None, :]
+        soft = tl.load(rows, mask=mask, other=0.0).to(tl.float32)
+        phi = raised(x, has_f, FEATURE)
+        if WIDE:
+            # Its parts of tf32 would fill the shared memory of small GPUs if they stayed there.
+            block = tl.load(entries, mask=has_both, other=0.0)
+        if HALF:
+            found = tl.dot(phi.to(block.dtype), block)
+        else:
+            found = tl.dot(phi, block.to(tl.float32), input_precision=PRECISION)
+        divisor = tl.sum(phi * total[None, :], 1)
+        if FEATURE != "softmax":
+            divisor += least
+        found = found * (1.0 / divisor)[:, None]
+        if SHARE:
+            found += part * (soft - found)
+        else:
+            found += soft + added
+        tl.store(rows, found.to(out.dtype.element_ty), mask=mask)

@@ -26,8 +26,13 @@ from visattn.patterns.routes import Routes
 
 # Largest number of channels: all features of a token are in the registers of one program.
 LARGEST = 128
-# Tokens of a step, and of a program that reads states.
-ROWS = 64
+# Tokens of a step; of kernels that hold a state too where it is large, so that two programs or more have room on a
+# multiprocessor at the same time.
+ROWS, BESIDE_STATE = 64, 32
+# Steps of a program that reads the one state of a head.
+STEPS = 16
+# Steps whose tokens are on their way at once, by the bytes of a number: of states, and of their reading.
+STATES_STAGES, JOIN_STAGES = {2: 3, 4: 2}, {2: 3, 4: 1}
 # Bytes of the states that exist at a time.
 SLICE = 2**29
 
@@ -114,6 +119,12 @@ def _sizes(features: int, channels: int, dtype: torch.dtype) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _rows_beside(sizes: dict[str, Any], most: int) -> dict[str, int]:
+    """Tokens of a step of a kernel that holds a state of these sizes: where it is large, no more than `most`."""
+    large = max(sizes["BLOCK_F"], sizes["BLOCK_D"]) > 64
+    return {"ROWS": min(sizes["ROWS"], most) if large else sizes["ROWS"]}
+
+
 def _warps(given: dict[str, Any]) -> int:
     """Warps of a program, by the size of what it holds."""
     return 8 if max(given["BLOCK_F"], given["BLOCK_D"]) > 64 else 4
@@ -144,6 +155,7 @@ def states_arguments(
     batch, length, heads, features = k.shape
     number, slots = groups
     dtype = torch.bfloat16 if _half(v.dtype) and tokens is not None else torch.float32
+    sizes = _sizes(features, v.shape[3], v.dtype)
     return {
         "k": k, "v": v, "tokens": k if tokens is None else tokens,
         "valid": k if valid is None else valid.view(torch.uint8),
@@ -151,7 +163,7 @@ def states_arguments(
         "sums": k.new_empty((batch, heads, number, features), dtype=torch.float32),
         **_strides("k", k), **_strides("v", v), "valid_batch": length,
         "heads": heads, "groups": number, "slots": slots, "length": length,
-        **_sizes(features, v.shape[3], v.dtype),
+        **sizes, **_rows_beside(sizes, BESIDE_STATE),
         "FEATURE": feature, "RUNS": tokens is None, "VALID": valid is not None,
     }  # fmt: skip
 
@@ -166,7 +178,7 @@ def _states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """States of groups of keys [B, heads, groups, F, D] and sums of features [B, heads, groups, F]."""
     given = states_arguments(k, v, tokens, groups, valid, feature)
-    launch_like(group_states, (groups[0], k.shape[2], len(k)), given, _warps(given), 2)
+    launch_like(group_states, (groups[0], k.shape[2], len(k)), given, _warps(given), STATES_STAGES[k.element_size()])
     return given["states"], given["sums"]
 
 
@@ -193,7 +205,9 @@ def join_arguments(
         feature: Name of the feature map.
     """
     sizes, length = _sizes(q.shape[3], out.shape[3], q.dtype), q.shape[1]
-    slots = sizes["ROWS"] if tokens is None else tokens.shape[1]
+    wide = q.dtype == torch.float32
+    sizes |= _rows_beside(sizes, BESIDE_STATE // 2 if wide else BESIDE_STATE)
+    slots = STEPS * sizes["ROWS"] if tokens is None else tokens.shape[1]
     groups = -(-length // slots) if tokens is None else len(tokens)
     return {
         "q": q, "state": state, "sums": sums, "bias": bias, "share": bias if share is None else share,
@@ -201,12 +215,14 @@ def join_arguments(
         "heads": q.shape[2], "group": q.shape[2] // state.shape[1], "groups": groups, "states": state.shape[2],
         "slots": slots, "length": length, "least": LEAST,
         **sizes, "FEATURE": feature, "RUNS": tokens is None, "SHARE": share is not None,
+        "WIDE": wide,
     }  # fmt: skip
 
 
 def _start_join(given: dict[str, Any]) -> None:
-    q, programs = given["q"], given["groups"] * -(-given["slots"] // given["ROWS"])
-    launch_like(join_states, (programs, q.shape[2], len(q)), given, _warps(given), 1)
+    q = given["q"]
+    stages = JOIN_STAGES[q.element_size()]
+    launch_like(join_states, (given["groups"], q.shape[2], len(q)), given, _warps(given), stages)
 
 
 def _add_all(

@@ -10,22 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Exponentials are of base 2.
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def raised(x, has_f, FEATURE: tl.constexpr):
-    """Features of tokens [ROWS, F] in float32, 0 where there is no channel, and what divides them [ROWS]."""
+    """Features of tokens [ROWS, F] in float32, 0 where there is no channel; "softmax" is not divided by its sum."""
     x = x.to(tl.float32)
-    norm = tl.full([x.shape[0]], 1.0, tl.float32)
     if FEATURE == "softmax":
-        shown = tl.where(has_f[None, :], x, float("-inf"))
-        x = tl.exp(shown - tl.max(shown, 1)[:, None])
-        norm = tl.sum(x, 1)
+        shown = tl.where(has_f[None, :], x * LOG2E, float("-inf"))
+        x = tl.exp2(shown - tl.max(shown, 1)[:, None])
     elif FEATURE == "elu":
         # The exponential is of min(x, 0), so that the branch not taken cannot overflow.
-        x = tl.where(x > 0.0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+        x = tl.where(x > 0.0, x + 1.0, tl.exp2(tl.minimum(x, 0.0) * LOG2E))
     else:
         x = tl.maximum(x, 0.0)
-    return tl.where(has_f[None, :], x, 0.0), norm
+    return tl.where(has_f[None, :], x, 0.0)
 
 
 @triton.jit
@@ -71,8 +72,10 @@ def group_states(
     v += sample * v_batch + head * v_head
     f, d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
     has_f, has_d = f < FEATURES, d < CHANNELS
-    state = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_F], tl.float32)
+    # Values lie as the product takes them on its left, features on its right.
+    state = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+    # Kept apart by row until the end: a sum over rows in each step would be one over threads.
+    total = tl.zeros([ROWS, BLOCK_F], tl.float32)
     for start in range(0, slots, ROWS):
         slot = start + tl.arange(0, ROWS)
         if RUNS:
@@ -86,16 +89,17 @@ def group_states(
         wide = token.to(tl.int64)[:, None]
         x = tl.load(k + wide * k_token + f[None, :], mask=here[:, None] & has_f[None, :], other=0.0)
         value = tl.load(v + wide * v_token + d[None, :], mask=here[:, None] & has_d[None, :], other=0.0)
-        phi, norm = raised(x, has_f, FEATURE)
-        phi = tl.where(here[:, None], phi / norm[:, None], 0.0)
-        if HALF:
-            # Rounded as the product takes it, so that state and sums are of the same weights.
-            phi = phi.to(value.dtype)
-            state = tl.dot(tl.trans(phi), value, state)
+        phi = raised(x, has_f, FEATURE)
+        if FEATURE == "softmax":
+            phi *= tl.where(here, 1.0 / tl.sum(phi, 1), 0.0)[:, None]
         else:
-            state = tl.dot(tl.trans(phi), value.to(tl.float32), state, input_precision=PRECISION)
-        total += tl.sum(phi.to(tl.float32), 0)
+            phi = tl.where(here[:, None], phi, 0.0)
+        total += phi
+        if HALF:
+            state = tl.dot(tl.trans(value), phi.to(value.dtype), state)
+        else:
+            state = tl.dot(tl.trans(value.to(tl.float32)), phi, state, input_precision=PRECISION)
     at = (sample * heads + head) * groups + group
-    where = states + (at * FEATURES + f[:, None]) * CHANNELS + d[None, :]
-    tl.store(where, state.to(states.dtype.element_ty), mask=has_f[:, None] & has_d[None, :])
-    tl.store(sums + at * FEATURES + f, total, mask=has_f)
+    where = states + (at * FEATURES + f[None, :]) * CHANNELS + d[:, None]
+    tl.store(where, state.to(states.dtype.element_ty), mask=has_f[None, :] & has_d[:, None])
+    tl.store(sums + at * FEATURES + f, tl.sum(total, 0), mask=has_f)

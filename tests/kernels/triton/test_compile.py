@@ -30,6 +30,8 @@ from visattn.kernels.triton.config import (
 )
 from visattn.kernels.triton.hybrid import router as hybrid_router
 from visattn.kernels.triton.hybrid import run as hybrid_run
+from visattn.kernels.triton.hybrid.join import join_states
+from visattn.kernels.triton.hybrid.states import group_states
 from visattn.kernels.triton.lists.forward import attend
 from visattn.kernels.triton.lists.key_grad import key_gradients
 from visattn.kernels.triton.lists.query_grad import query_gradients
@@ -322,6 +324,24 @@ def test_second_branches_compile(monkeypatch, text, dtype, names):
     assert set(found) == names
     for name, used in found.items():
         assert used.fits(SHARED_MEMORY[90]), (name, used)
+
+
+@pytest.mark.parametrize("number", [86, 90])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float32], ids=str
+)
+def test_second_branches_have_room(dtype, number):
+    """A state for all keys of 128 channels and the tokens of a step, on GPUs with the least shared memory too."""
+    q = torch.zeros(1, 1024, 2, 128, dtype=dtype)
+    states = hybrid_run.states_arguments(q, q, None, (2, 512), None, "softmax")
+    state = torch.zeros(1, 2, 1, 128, 128, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    join = hybrid_run.join_arguments(q, q, state, torch.ones(1, 2, 1, 128), None, torch.zeros(128), None, "softmax")
+    stages = hybrid_run.STATES_STAGES[dtype.itemsize], hybrid_run.JOIN_STAGES[dtype.itemsize]
+    for kernel, given, n in zip((group_states, join_states), (states, join), stages, strict=True):
+        options = {"num_warps": hybrid_run._warps(given), "num_stages": n}
+        made = triton.compile(ahead.source(kernel, given), target=GPUTarget("cuda", number, 32), options=options)
+        used = ahead._used(made, True)
+        assert used.fits(SHARED_MEMORY[number]), (kernel.fn.__name__, used)
 
 
 @pytest.mark.parametrize(("version", "bytes_"), [("3.6.0", 64), ("3.7.1", 64), ("3.8.0", 0), ("3.10.0+git1", 0)])
