@@ -109,7 +109,8 @@ def apply(
         return _apply_student(target, Path(str(pattern)), fixed, how | {"parallel": parallel, "mesh": mesh})
     package = package_of(target)
     if isinstance(pattern, str) and is_auto(pattern):
-        pattern = automatic(target, pattern)
+        # What processes share is in the model's own dtype.
+        pattern = automatic(target, pattern, parallel is None, precision)
     precise = precision, precise_layers, precise_steps, precise_last_steps
     schedule = Schedule.of(pattern, layers, dense_layers, dense_steps, dense_last_steps, *precise)
     for each in schedule.patterns:
