@@ -41,7 +41,8 @@ class Schedule:
         model: Class of the only models that it is for, "" for any.
         layers: How many layers these have, 0 for any number.
         label: What reports say of it, "" for nothing.
-        simulates: Whether parts in 8 bits stay so where a device only simulates them, or has no kernels for them.
+        simulates: Whether parts in 8 bits stay so where they cannot be: on a device without kernels for them, which
+            would simulate them or refuse, and under gradients.
     """
 
     rules: tuple[tuple[tuple[Selector, ...] | None, Given], ...]

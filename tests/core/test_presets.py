@@ -17,6 +17,7 @@ from visattn.cli import app
 from visattn.pipelines.embedded import load_embedded
 from visattn.presets import CAREFUL, automatic, is_auto, taken
 from visattn.presets.place import Place, span_of
+from visattn.runtime import run
 from visattn.staged import Span
 from visattn.tuned import Tuned
 
@@ -153,6 +154,30 @@ def test_parts_in_8_bits_are_not_simulated(shipped, pipe, tmp_path):
     ):
         precisions["file"] = {call.problem.precision for call in drawn(pipe, handle, 64, 4).sites[0].calls}
     assert precisions == {"auto": {None}, "file": {"fp8"}}
+    # Nor are they left in where processes share attention.
+    assert automatic(pipe).any_precision == "fp8" and automatic(pipe, eight_bits=False).any_precision is None
+    careful = automatic(pipe, precision="int8")
+    assert patterns(careful) == ["dense", CAREFUL]
+    assert "no preset was verified with precision='int8'" in careful.label
+
+
+def test_parts_in_8_bits_are_not_learned_through(shipped, pipe, tmp_path, monkeypatch):
+    size = sum(each.numel() for each in pipe.transformer.parameters())
+    write(tmp_path / "kept.json", "topk(keep=0.5) in fp8", size, {"attention_seconds": 0.1})
+    presets._read.cache_clear()
+    # As if this device had kernels.
+    monkeypatch.setattr(run, "precisions_of", lambda device: ("fp8",))
+    seen: list = []
+    with pipe.transformer.register_forward_pre_hook(lambda *given: seen.append(given[1:]), with_kwargs=True):
+        pipe(prompt="red disc, flat", height=64, width=64, num_inference_steps=4, output_type="np")
+    args, given = seen[0]
+    found = {}
+    for learns in (False, True):
+        with visattn.apply(pipe.transformer, "auto", always=True) as handle, torch.set_grad_enabled(learns):
+            handle.set_step(0, 4)
+            pipe.transformer(*args, **given)
+            found[learns] = {call.problem.precision for call in handle.report().sites[0].calls}
+    assert found == {False: {"fp8"}, True: {None}}
 
 
 def test_spans_have_no_run_without_the_quality():

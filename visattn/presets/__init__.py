@@ -123,7 +123,7 @@ def taken(found: Iterable[Preset], least: float) -> list[Taken]:
     return [each for i, each in enumerate(good) if not any(other.span.covers(each.span) for other in good[:i])]
 
 
-def automatic(target: Any, pattern: str = "auto") -> Schedule:
+def automatic(target: Any, pattern: str = "auto", eight_bits: bool = True, precision: str | None = None) -> Schedule:
     """The presets of a pipeline's or model's size where they were verified, else a careful schedule.
 
     A run has the fastest of those that have the quality on its grid with its number of steps; labels say which.
@@ -131,26 +131,29 @@ def automatic(target: Any, pattern: str = "auto") -> Schedule:
     Args:
         target: What `apply` takes.
         pattern: "auto" for 30 dB, or "auto(psnr=35)" for at least so many.
+        eight_bits: Whether parts that presets have in 8 bits may stay so.
+        precision: What `apply` was asked to compute in: nothing was verified in another than a model's own.
     """
     found = re.fullmatch(_AUTO, pattern.strip())
     assert found is not None
     least, parts = float(found[1] or BOUND), _parts(target)
     fit = [preset for preset in presets() if _is_for(preset.tuned, parts)]
-    good = taken(fit, least)
+    good = taken(fit, least) if precision is None else []
     # A model without a pipeline tells no steps.
     everywhere = Staged.of(CAREFUL_STEPS if _has_steps(target) else CAREFUL)
     if good:
-        return _in_spans(good, everywhere)
+        return _in_spans(good, everywhere, eight_bits)
     best = max((preset.best for preset in fit), default=-math.inf)
-    why = (
-        f"no preset of this model has {least:g} dB, the best has {best:.1f}"
-        if math.isfinite(best)
-        else f"no preset is for {type(target).__name__} of this size"
-    )
+    if precision is not None:
+        why = f"no preset was verified with precision={precision!r}"
+    elif math.isfinite(best):
+        why = f"no preset of this model has {least:g} dB, the best has {best:.1f}"
+    else:
+        why = f"no preset is for {type(target).__name__} of this size"
     return Schedule(((None, everywhere.stages[0].pattern if everywhere.whole else everywhere),), label=_careful(why))
 
 
-def _in_spans(good: Sequence[Taken], everywhere: Staged) -> Schedule:
+def _in_spans(good: Sequence[Taken], everywhere: Staged, eight_bits: bool) -> Schedule:
     """Each preset in its span, the first that has a run, and what is for everywhere else."""
     tuned = good[0].preset.tuned
     spans = " or ".join(dict.fromkeys(str(each.span) for each in good))
@@ -159,7 +162,7 @@ def _in_spans(good: Sequence[Taken], everywhere: Staged) -> Schedule:
     for layer in map(str, range(tuned.count)):
         row = careful
         for each in reversed(good):
-            row = replace(_layer(each.preset.tuned, layer), span=each.span, otherwise=row, label=str(each))
+            row = replace(_layer(each.preset.tuned, layer, eight_bits), span=each.span, otherwise=row, label=str(each))
         # Equal rows share an object, and with it a group of compiled code.
         rows.setdefault(row, []).append(layer)
     rules = tuple((tuple(layers), row) for row, layers in rows.items())
@@ -167,10 +170,11 @@ def _in_spans(good: Sequence[Taken], everywhere: Staged) -> Schedule:
     return Schedule(rules, model=tuned.model, layers=tuned.count, label=label, simulates=False)
 
 
-def _layer(tuned: Tuned, layer: str) -> Staged:
+def _layer(tuned: Tuned, layer: str, eight_bits: bool) -> Staged:
     """What a layer of a tuned schedule has; dense if it names none."""
     stages: Mapping[str, str] = tuned.layers.get(layer, {"0-": "dense"})
-    return Staged.of(stages, tuned.grid, tuned.scales)
+    found = Staged.of(stages, tuned.grid, tuned.scales)
+    return found if eight_bits else replace(found, stages=tuple(s._replace(precision=None) for s in found.stages))
 
 
 def _careful(why: str) -> str:

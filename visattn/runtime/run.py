@@ -165,10 +165,13 @@ class Run:
                 stacklevel=4,
             )
 
-    def precision(self, given: Staged, forward: Forward, device: torch.device) -> str | None:
-        """What the part of a schedule that a forward has is computed in on a device."""
+    def precision(self, given: Staged, forward: Forward, *tensors: torch.Tensor) -> str | None:
+        """What the part of a schedule that a forward has is computed in, with such queries, keys and values."""
         found = forward.precision(given)
-        return found if self.schedule.simulates or found in precisions_of(device) else None
+        if found is None or self.schedule.simulates:
+            return found
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return found if found in precisions_of(tensors[0].device) and not learns else None
 
     def tell_simulated(self, precision: str) -> None:
         """Warn, once, of 8 bits on a CPU that a schedule brings, and nobody asked for by `precision=`."""

@@ -358,7 +358,7 @@ class Runner:
         if sequences is None:
             return Verdict("dense", shapes=_shapes(call), why=fit.why)
         forward = self.run.forward
-        precision = None if forward is None or forward.precise else self._precision(forward, call.q.device)
+        precision = None if forward is None or forward.precise else self._precision(forward, call)
         problems = tuple(self._problems(sequences, fit.layouts, parameters, mode, precision))
         always = self._always or bool(parameters)
         found = judge(self.pattern, problems, fit.layouts, self.backend, always, not call.local)
@@ -366,9 +366,10 @@ class Runner:
             self.run.tell_simulated(found.precision)
         return found
 
-    def _precision(self, forward: Forward, device: torch.device) -> str | None:
-        """What the pattern is computed in, in a forward."""
-        own = self.run.precision(self.given, forward, device) if isinstance(self.given, Staged) else None
+    def _precision(self, forward: Forward, call: AttentionCall) -> str | None:
+        """What the pattern of a call is computed in, in a forward."""
+        given = self.given
+        own = self.run.precision(given, forward, call.q, call.k, call.v) if isinstance(given, Staged) else None
         return own or self.precision
 
     def _problems(
