@@ -190,7 +190,7 @@ def comparison(summary: dict[str, Any], dense: Sequence[Run], sparse: Sequence[R
         text(
             f"dense   {_time_text(times[DENSE])}\nsparse  {_time_text(times[SPARSE])}{density}\n"
             f"sparse is {gain(speedup['seconds'])}, its attention {gain(speedup['attention_seconds'])} "
-            f"({summary['device_name']}, {summary['dtype']})"
+            f"({summary['device_name']}, {summary['dtype']})" + (f"\n{summary['busy']}" if summary["busy"] else "")
         ),
     ]
     rows = [_comparison_row(image, d, s) for image, d, s in zip(made(summary), dense, sparse, strict=True)]
