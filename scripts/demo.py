@@ -1,7 +1,7 @@
 """What scripts/demo.sh draws: two emoji and a clip of a third, each with dense attention and with blocks that matter.
 
-The first steps, where the composition is made, stay dense; the others keep what the first of them chose. Both commands run
-in one process, which loads torch and diffusers once.
+The first steps, where the composition is made, stay dense; the others keep what the first of them chose. Both commands
+run in one process, which loads torch and diffusers once.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def _how(warm_up: int, shared: int) -> dict[str, str]:
     found = MEASURED | {"warm_up": f"both run {steps} first"}
     if shared:
         found["shared_steps"] = (
-            f"the first {shared} steps are dense in both and the same work: the run that goes first draws them, and their "
-            "time and calls count in both"
+            f"the first {shared} steps are dense in both and the same work: the run that goes first draws them, and "
+            "their time and calls count in both"
         )
     return found
 
