@@ -54,8 +54,9 @@ def apply(
             steps that none names stay dense); the path of a JSON or YAML file with such a mapping, or of one that
             `visattn tune` wrote; or a `Schedule`. "auto" is the fastest preset of this model that was verified to have
             30 dB to dense attention, "auto(psnr=25)" one with less, on the grid and with the number of steps of a run;
-            runs that none was verified for have a careful schedule, and the report says which. The path of a `student.safetensors` that a distillation wrote gives the model its weights too,
-            until the handle removes them, with the pattern, layers and precision that it was trained for.
+            runs that none was verified for have a careful schedule, and the report says which. The path of a
+            `student.safetensors` that a distillation wrote gives the model its weights too, until the handle removes
+            them, with the pattern, layers and precision that it was trained for.
         layers: Layers to patch: indices, slices, ranges like "4-9", or names; None for all.
         dense_layers: The first so many selected layers stay dense.
         dense_steps: The first so many denoising steps stay dense: a count, or a fraction like 0.25.
