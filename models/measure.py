@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import difflib
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -103,8 +104,13 @@ def create(name: str, size: int, **kwargs: Any) -> torch.nn.Module:
 
 
 def _create_in_transformers(kind: str, size: int, device: str = "cpu") -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModel
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
+    if kind not in CONFIG_MAPPING:
+        # What transformers says itself lists all of its types.
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING, 3, 0.6)
+        said = f"did you mean {' or '.join(near)}?" if near else "visattn models has the towers that take a pattern"
+        raise ValueError(f"transformers makes no model of type {kind!r}: {said}")
     try:
         config = AutoConfig.for_model(kind)
         # Some types keep both sides, and refuse one.

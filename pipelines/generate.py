@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -123,11 +124,12 @@ def check(pipe: Any, settings: Settings) -> None:
         ValueError: If it does not; the text says what would work.
     """
     name, takes = type(pipe).__name__, _parameters(pipe)
-    if settings.count < 1 or settings.repeats < 1:
-        raise ValueError(f"count {settings.count} and repeats {settings.repeats} must be at least 1")
-    for option, number in (("steps", settings.steps), ("frames", settings.frames)):
+    for option in ("count", "repeats", "steps", "frames"):
+        number = getattr(settings, option)
         if number is not None and number < 1:
             raise ValueError(f"{option} {number} must be at least 1")
+    if settings.guidance is not None and not math.isfinite(settings.guidance):
+        raise ValueError(f"guidance {settings.guidance} must be a finite number, like 4.5")
     makes = VIDEO if "num_frames" in takes else IMAGE
     if makes != settings.output:
         raise ValueError(f"{name} makes {makes}s: use visattn generate {makes}")

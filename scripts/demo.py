@@ -1,11 +1,12 @@
 """What scripts/demo.sh draws: two emoji and a clip of a third, each with dense attention and with blocks that matter.
 
-The first steps, where the composition is made, stay dense; the others keep what the first of them chose. Both commands run
-in one process, which loads torch and diffusers once.
+The first steps, where the composition is made, stay dense; the others keep what the first of them chose. Both commands
+run in one process, which loads torch and diffusers once.
 """
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ CLIP = (
 
 def main() -> None:
     """Run both commands, each of which is printed before."""
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "out/demo")
+    parser = argparse.ArgumentParser(description="Two emoji and a clip, dense and sparse, with times and quality.")
+    parser.add_argument("out", nargs="?", type=Path, default=Path("out/demo"), help="Folder (%(default)s).")
+    out = parser.parse_args().out
     run("generate", "image", *IMAGES, "--out", str(out), "--force")
     run("generate", "video", *CLIP, "--out", str(out / "clip"), "--force")
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scripts.demo import IMAGES
 from scripts.figures_choosing import choosing_table
 from scripts.figures_control import control_tables
 from scripts.figures_dynamic import dynamic_tables
@@ -67,9 +68,7 @@ PAGES = tuple(
 
 # What measures each result. {folder} is a scratch folder, {out} a JSON file in it; without {out} it holds report.json.
 COMMANDS = {
-    "generate-emoji": 'visattn generate image --model emoji --prompt "bus, gradient" --prompt "post office, gradient" '
-    '--pattern "topk(keep=0.1, rest=mean, every=8, drift=inf)" --steps 12 --dense-steps 4 --compare --seed 1 '
-    "--out {folder} --force",
+    "generate-emoji": f"visattn generate image {shlex.join(IMAGES)} --out {{folder}} --force",
     "generate-emoji-512": 'visattn generate image --model emoji --prompt "bus, gradient" --size 512 --seed 1 '
     '--pattern "na(window=16x16, stride=8x8)" --steps 6 --dense-steps 2 --compare --out {folder} --force',
     "cpu": "python -m scripts.bench.cpu --json {out} --force",

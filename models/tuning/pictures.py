@@ -36,8 +36,10 @@ class Pictures:
         """The images of a folder; where they are in subfolders, these are the classes in the order of their names.
 
         Raises:
-            ValueError: If there are fewer than two images.
+            ValueError: If it is no folder, or has fewer than two images.
         """
+        if not folder.is_dir():
+            raise ValueError(f"{folder} {'is no folder' if folder.exists() else 'does not exist'}: pass one of images")
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if len(files) < 2:
             raise ValueError(f"{folder} has {len(files)} images ({', '.join(SUFFIXES)}): give at least two")

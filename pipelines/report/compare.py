@@ -84,8 +84,8 @@ def _how(warm_up: int, shared: int) -> dict[str, str]:
     found = MEASURED | {"warm_up": f"both run {steps} first"}
     if shared:
         found["shared_steps"] = (
-            f"the first {shared} steps are dense in both and the same work: the run that goes first draws them, and their "
-            "time and calls count in both"
+            f"the first {shared} steps are dense in both and the same work: the run that goes first draws them, and "
+            "their time and calls count in both"
         )
     return found
 
@@ -190,7 +190,7 @@ def comparison(summary: dict[str, Any], dense: Sequence[Run], sparse: Sequence[R
         text(
             f"dense   {_time_text(times[DENSE])}\nsparse  {_time_text(times[SPARSE])}{density}\n"
             f"sparse is {gain(speedup['seconds'])}, its attention {gain(speedup['attention_seconds'])} "
-            f"({summary['device_name']}, {summary['dtype']})"
+            f"({summary['device_name']}, {summary['dtype']})" + (f"\n{summary['busy']}" if summary["busy"] else "")
         ),
     ]
     rows = [_comparison_row(image, d, s) for image, d, s in zip(made(summary), dense, sparse, strict=True)]

@@ -20,6 +20,12 @@ from visattn.report_text import mean_density, named, refusals
 
 # Longer videos stay files beside the page: a data URI of this many bytes makes a page that opens slowly.
 LARGEST_VIDEO = 8_000_000
+# What a setting is that was not given, where that is not the model's own.
+NOT_GIVEN = {
+    **dict.fromkeys(("prompts", "labels", "precise_layers"), "none"),
+    "layers": "all",
+    "parallel": "one process",
+}
 MIME = {".png": "image/png", ".mp4": "video/mp4"}
 
 
@@ -187,7 +193,7 @@ def _sites(attention: dict[str, Any]) -> str:
 
 
 def _settings(summary: dict[str, Any]) -> str:
-    rows = [[name.replace("_", " "), _value(value)] for name, value in summary["settings"].items()]
+    rows = [[name.replace("_", " "), _value(name, value)] for name, value in summary["settings"].items()]
     measured = [[name.replace("_", " "), text] for name, text in summary["measured"].items()]
     measured.append(["lpips", summary["lpips"]])
     return (
@@ -196,9 +202,9 @@ def _settings(summary: dict[str, Any]) -> str:
     )
 
 
-def _value(value: Any) -> str:
+def _value(name: str, value: Any) -> str:
     if value is None or value == () or value == []:
-        return "the model's own"
+        return NOT_GIVEN.get(name, "the model's own")
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 

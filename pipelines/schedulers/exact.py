@@ -11,6 +11,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
+from visattn.given import said
 from visattn.pipelines.schedulers.settings import check_known, init_names, plain_kind, taken
 from visattn.pipelines.schedulers.steps import Steps
 from visattn.pipelines.schedulers.wide import State, Wide
@@ -176,6 +177,9 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If the states do not fit each other.
         """
+        listed = isinstance(state, Sequence | torch.Tensor)
+        if not listed or not all(isinstance(each, torch.Tensor) for each in state):
+            raise ValueError(f"a state is two tensors of one shape, as state() gives them, not {said(state)}")
         if len(state) != 2 or state[0].shape != state[1].shape:
             raise ValueError(f"a state is two tensors of one shape, not {[tuple(t.shape) for t in state]}")
         self._pending = State.wide(state), num_inference_steps

@@ -17,10 +17,10 @@ from visattn.handle import apply
 from visattn.metrics import SSIM_SIDE, psnr, ssim
 from visattn.patterns import Pattern, SharingPattern
 from visattn.pipelines.patch import targets
+from visattn.pipelines.played import Played
 from visattn.pipelines.record import EVERYTHING
 from visattn.pipelines.report.lpips import find_lpips
 from visattn.pipelines.tuning.local import Probe
-from visattn.pipelines.played import Played
 from visattn.pipelines.tuning.projection import projection
 from visattn.request import Request
 from visattn.schedule import Schedule

@@ -11,6 +11,8 @@ CASES = {
     ("simulate", *GRID, "--heads", "2"): "--heads is for --gpu or --gpus",
     ("simulate", *GRID, "--volume", "32"): "--volume is for --advise",
     ("bench", *GRID, "--budget", "5"): "--budget is for --suite",
+    ("bench", *GRID, "--patience", "nan"): "--patience nan must be above 0",
+    ("bench", "--suite", "cab", "--budget", "-5"): "--budget -5 must be above 0",
     ("classify", "cat.png", "--model", "vit_tiny_patch16_224", "--queries", "8"): "--queries is for --probe",
     ("classify", "cats", "--model", "vit_tiny_patch16_224", "--probe", "--top", "3"): "--top is of the classes",
     ("maps", "calls.safetensors", "--prompt", "a cat", "--size", "64"): "--prompt and --size are for models that run",

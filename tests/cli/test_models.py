@@ -239,8 +239,9 @@ def test_classify_with_a_model_of_transformers(folder):
 def test_bench_model_of_transformers():
     result = compare("transformers:segformer", 64, "na(window=3)", repeats=1)
     assert result.tokens == 4 and result.density == 1
-    with pytest.raises(ValueError, match="transformers makes no model of type 'vit_huh'"):
-        create("transformers:vit_huh", 64)
+    for kind, meant in (("dinov3", "did you mean .*dinov3_vit"), ("qqq", "visattn models has the towers")):
+        with pytest.raises(ValueError, match=f"transformers makes no model of type '{kind}': {meant}"):
+            create(f"transformers:{kind}", 64)
     with pytest.raises(ValueError, match="takes more than images, or videos"):
         create("transformers:clip", 64, device="meta")
 

@@ -77,7 +77,12 @@ def test_ctrl_c_says_that_nothing_is_lost(tune, tmp_path, monkeypatch):
     [
         ((), "either --psnr or --speedup"),
         (("--psnr", "30", "--speedup", "2"), "either --psnr or --speedup"),
-        (("--speedup", "0.5"), "must be above 1"),
+        (("--speedup", "0.5"), "--speedup 0.5 must be above 1"),
+        (("--speedup", "nan"), "--speedup nan must be above 1"),
+        (("--psnr", "-3"), "--psnr -3 must be above 0"),
+        (("--psnr", "nan"), "--psnr nan must be above 0"),
+        (("--psnr", "30", "--margin", "-1"), "--margin -1 must be 0 or more"),
+        (("--psnr", "30", "--share", "nan"), "--share nan must be above 0 and at most 1"),
         (("--psnr", "30", "--journal", "nowhere/t.jsonl"), "folder nowhere does not exist"),
         (("--psnr", "30", "--minutes", "-1"), "--minutes -1 must be above 0, or 0 for no limit"),
         (("--psnr", "30", "--minutes", "1e-5"), "1e-05 minutes were over before a dense sample was drawn: give more"),

@@ -153,3 +153,13 @@ def test_the_command_takes_a_folder_of_classes(quick, tmp_path):
     assert "points lost" in done.output and Tuned.read(tmp_path / "t.json").verified["samples"] == 3
     wrong = CliRunner().invoke(app, ["tune", "--model", "emoji", "--accuracy", "1", "--out", str(tmp_path / "x.json")])
     assert wrong.exit_code and "are for a timm model" in str(wrong.exception)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("none", "does not exist"), ("file", "is no folder"), ("empty", "has 0 images")]
+)
+def test_what_is_no_folder_of_images_is_said(tmp_path, name, why):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"{name} {why}"):
+        Pictures.of_folder(tmp_path / name, torch.nn.Identity())

@@ -321,6 +321,9 @@ def test_bad_use_is_refused():
         BDIAScheduler(gamma=1.5)
     made = way("bdia", 1.0)
     z = GOLD["z_start"]
+    for state in (None, 3, ["a", "b"]):
+        with pytest.raises(ValueError, match="a state is two tensors of one shape, as state"):
+            made.set_state(state, 4)
     with pytest.raises(ValueError, match="call set_timesteps before"):
         made.step(z, 0, z)
     with pytest.raises(ValueError, match="no states yet"):

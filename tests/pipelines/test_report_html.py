@@ -1,6 +1,7 @@
 """The HTML report: self-contained, true to its summary, and without complaints from a real browser."""
 
 import base64
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from visattn.pipelines.report.chart import line_chart
 
 pytest.importorskip("diffusers")
 
+from visattn.pipelines.generate import Settings
 from visattn.pipelines.report.html import page
 from visattn.pipelines.report.video_files import contact_sheet, write_mp4
 
@@ -144,6 +146,18 @@ def test_the_chart_puts_values_where_they_belong():
     assert "b &amp; c" in text
     assert "<polyline" in line_chart({"flat": [0.0, 0.0]}, "step", "distance")
     assert "nan" not in line_chart({"broken": [float("nan"), 1.0, float("inf")]}, "step", "distance")
+
+
+def test_settings_that_were_not_given_say_what_that_means(images):
+    settings = dataclasses.asdict(Settings(pattern="na(window=3x9x9)"))
+    found = page(summary(settings=settings), images)
+    cells = dict(re.findall(r"<tr><td class=t>([^<]*)</td><td class=t>([^<]*)</td></tr>", found))
+    own = {"steps", "guidance", "size", "frames", "precision", "weights"}
+    for name, value in settings.items():
+        said = cells[name.replace("_", " ")]
+        assert (said == "the model&#x27;s own") == (name in own), name
+        if value is None or value == ():
+            assert said in {"the model&#x27;s own", "none", "all", "one process"}
 
 
 @browser

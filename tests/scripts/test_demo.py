@@ -1,6 +1,7 @@
 """The demo: two commands of `visattn` in one process, of which the second runs only after the first."""
 
 import sys
+from typing import Any
 
 import pytest
 import typer
@@ -40,10 +41,20 @@ def test_a_command_that_fails_ends_it(ran, monkeypatch):
     assert ended.value.code == 2 and len(ran) == 1
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--out", "x"], ["a", "b"]])
+def test_what_is_no_folder_makes_none(ran, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo", *words])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert not ran and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind, words", [("image", demo.IMAGES), ("video", demo.CLIP)])
 def test_its_commands_are_understood(kind, words):
     """Every option exists, and the pattern is one."""
-    command = typer.main.get_command(cli.app).commands["generate"].commands[kind]
+    command: Any = typer.main.get_command(cli.app)
+    command = command.commands["generate"].commands[kind]
     given = command.make_context(kind, list(words)).params
     Schedule.of(given["pattern"], dense_steps=int(given["dense_steps"]))
     assert given["compare"] and int(given["dense_steps"]) < given["steps"]

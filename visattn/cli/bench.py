@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visattn.cli.measured import PlotOption, SaveOption, check_files, give, say_who_cannot
-from visattn.cli.options import ForceOption, JsonOption, PrefixOption, SuffixOption, sizes, unused
+from visattn.cli.options import ForceOption, JsonOption, PrefixOption, SuffixOption, check_above, sizes, unused
 
 if TYPE_CHECKING:
     from visattn.bench import Case, Result
@@ -45,6 +45,8 @@ def bench(
     json: JsonOption = False,
 ) -> None:
     """Time the backends on patterns, with dense SDPA in the same turns: medians and quartiles."""
+    check_above("--patience", patience, 0)
+    check_above("--budget", budget, 0)
     if suite is not None:
         if patterns or grid or prefix or suffix or calls or (heads, dim) != (4, 64):
             raise ValueError(

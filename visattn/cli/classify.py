@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visattn.cli.options import JsonOption, print_json, unused
+from visattn.cli.options import JsonOption, check_above, print_json, unused
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,7 @@ def classify(
 
         if classes is not None:
             raise ValueError("--classes is of the model's head, and --probe has a classifier of its own: leave it out")
+        check_above("--rate", rate, 0)
         options = {"queries": queries, "epochs": epochs, "rate": rate}
         run(image, model, checkpoint, pretrained, pattern, size, options, json)
         return

@@ -115,3 +115,13 @@ def output_file(path: Path, suffixes: tuple[str, ...], force: bool) -> Path:
     from visattn.files import check_writable_file
 
     return check_writable_file(path, suffixes, force)
+
+
+def check_above(option: str, value: float, bound: float) -> None:
+    """Refuse a number that means nothing; every comparison with nan is false, so that is refused too.
+
+    Raises:
+        ValueError: If it is not above the bound.
+    """
+    if not value > bound:
+        raise ValueError(f"{option} {value:g} must be above {bound:g}")

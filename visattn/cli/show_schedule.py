@@ -16,6 +16,7 @@ def show_schedule(path: Path) -> None:
     from visattn.staged import with_precision
     from visattn.tuned import Tuned
     from visattn.tuning.density import density
+    from visattn.tuning.verified import in_words
 
     tuned = Tuned.read(path)
     edges = sorted(
@@ -45,5 +46,7 @@ def show_schedule(path: Path) -> None:
             counts[text] = counts.get(text, 0) + 1
     for text, count in sorted(counts.items(), key=lambda item: -item[1]):
         typer.echo(f"  {count} x {text}")
-    for name, value in tuned.verified.items():
+    if tuned.verified:
+        typer.echo("verified on samples held out:")
+    for name, value in in_words(tuned.verified):
         typer.echo(f"  {name}: {value}")

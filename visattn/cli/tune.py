@@ -21,7 +21,7 @@ from visattn.cli.generate_options import (
     parse_labels,
     pixels,
 )
-from visattn.cli.options import ForceOption, output_file
+from visattn.cli.options import ForceOption, check_above, output_file
 
 if TYPE_CHECKING:
     from visattn.tuning.found import Found
@@ -79,7 +79,7 @@ def tune(
     force: ForceOption = False,
 ) -> None:
     """Find which pattern each layer takes in which steps, for a quality or a speed; verified on samples held out."""
-    _check(model, pictures, (psnr, speedup, accuracy), share, minutes)
+    _check(model, pictures, (psnr, speedup, accuracy), share, margin, minutes)
     if min(stages, seeds, held_out, batch) < 1:
         raise ValueError(f"--stages {stages}, --seeds {seeds}, --held-out {held_out}, --batch {batch}: at least 1 each")
     of_timm = pictures is not None
@@ -138,6 +138,7 @@ def _check(
     pictures: Path | None,
     goals: tuple[float | None, float | None, float | None],
     share: float,
+    margin: float,
     minutes: float,
 ) -> None:
     """Refuse goals that do not go together or not with the model; `goals` are PSNR, speedup and accuracy."""
@@ -150,11 +151,17 @@ def _check(
             f"--pictures and --accuracy are for a timm model, like timm:vit_small_patch14_dinov2: {model} is "
             f"{'one, pass --pictures' if of_timm else 'none'}"
         )
-    if speedup is not None and speedup <= 1:
-        raise ValueError(f"--speedup {speedup:g} must be above 1: how many times faster attention has to be")
+    if psnr is not None:
+        check_above("--psnr", psnr, 0)
+    if speedup is not None:
+        check_above("--speedup", speedup, 1)
+    if accuracy is not None and not 0 <= accuracy < 100:
+        raise ValueError(f"--accuracy {accuracy:g} must be from 0 to below 100: points of a hundred that may be lost")
+    if not margin >= 0:
+        raise ValueError(f"--margin {margin:g} must be 0 or more: by how many dB measured samples have to be better")
     if not 0 < share <= 1:
         raise ValueError(f"--share {share:g} must be above 0 and at most 1: a part of the samples")
-    if minutes < 0:
+    if not minutes >= 0:
         raise ValueError(f"--minutes {minutes:g} must be above 0, or 0 for no limit")
 
 

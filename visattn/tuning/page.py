@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from visattn.staged import with_precision
 from visattn.tuned import Tuned
 from visattn.tuning.density import density
 from visattn.tuning.found import Found
+from visattn.tuning.verified import in_words
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 360, 60, 46, 16, 20
 STYLE = (
@@ -22,9 +22,8 @@ STYLE = (
 
 def page(tuned: Tuned, found: Found) -> str:
     """The page."""
-    figures = tuned.verified
-    cells = ((html.escape(name.replace("_", " ")), _shown(value)) for name, value in figures.items())
-    rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells)
+    figures = in_words(tuned.verified)
+    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in figures)
     title = f"{tuned.model}, grid {'x'.join(map(str, tuned.grid))}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -97,10 +96,6 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         if not best or point[1] > best[-1][1]:
             best.append(point)
     return best
-
-
-def _shown(value: Any) -> str:
-    return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
 def _line(x1: float, y1: float, x2: float, y2: float) -> str:
