@@ -20,15 +20,18 @@ from visattn.kernels.triton.start import Starts
 
 
 @pytest.mark.parametrize(
-    ("arch", "config", "fp8", "dim"),
+    ("arch", "config", "fp8", "dim", "text"),
     [
-        (90, EIGHT_HOPPER[128], False, 128),
-        (90, EIGHT_HOPPER[128], True, 128),
-        (90, EIGHT_HOPPER[64], True, 64),
-        (80, EIGHT["ampere"][128], False, 128),
+        (90, EIGHT_HOPPER[128], False, 128, "na(window=24x24)"),
+        (90, EIGHT_HOPPER[128], True, 128, "na(window=24x24)"),
+        (90, EIGHT_HOPPER[64], True, 64, "na(window=24x24)"),
+        # Its tiles have no masks: another order of the groups.
+        (90, EIGHT_HOPPER[128], False, 128, "dense"),
+        (90, EIGHT_HOPPER[128], True, 128, "dense"),
+        (80, EIGHT["ampere"][128], False, 128, "na(window=24x24)"),
     ],
 )
-def test_compiles_without_spills(monkeypatch, arch, config, fp8, dim):
+def test_compiles_without_spills(monkeypatch, arch, config, fp8, dim, text):
     made = {}
 
     def compile_only(kernel, grid, given, warps, stages):
@@ -40,7 +43,7 @@ def test_compiles_without_spills(monkeypatch, arch, config, fp8, dim):
     monkeypatch.setattr(launch, "launch_like", lambda *_: None)
     device = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: device)
-    pattern, layout = parse("na(window=24x24)"), Layout((48, 48), 16)
+    pattern, layout = parse(text), Layout((48, 48), 16)
     q = torch.empty(1, layout.length, 24, dim, dtype=torch.bfloat16)
     work = Work(pattern, layout, 0.1, False, dict.fromkeys(DIRECTIONS, config), Starts(q.device))
     t = Operands(q, q, q, out=torch.empty_like(q), lse=torch.empty(1, 24, layout.length))

@@ -1,8 +1,9 @@
 """Forward kernel for Hopper in 8 bits: products of int8, or of int8 with queries and keys and e4m3 with values.
 
 A warp copies column tiles, one deals row tiles, two groups of four warps multiply. What `quantise` wrote lies in the
-order of tiles, so every copy is one box. The groups take turns in making weights, which keeps the unit for exponentials
-busy with one of them while the tensor cores multiply for the other.
+order of tiles, so every copy is one box. Where lists have masks the groups take turns in making weights, which keeps
+the unit for exponentials busy with one of them while the tensor cores multiply for the other; without masks the groups
+are faster when neither waits for the other.
 
 Weights of a step are relative to its largest, which makes the most of 8 bits, and so are what was added before and the
 sums then: a step's product is added as it is. That is done in float32 and not in the tensor cores: no sum of e4m3
@@ -125,7 +126,8 @@ def _step(
     next_slot, next_phase = following(slot, phase, SIZES[4])
     ahead = gl.where(step + 1 < steps, next_slot, slot)
     bits = _bits(masks, seen, ahead, step + 1, where, first_row, SIZES, PARTIAL)
-    mbarrier.wait(turns.index(GROUP), turn)
+    if PARTIAL:
+        mbarrier.wait(turns.index(GROUP), turn)
     # Scales are read here, so that the assembler cannot move weights before the wait for the turn.
     logits = logits_of(scores, _pair_of(scales, slot, TILES), q_scale, level[1], FP8)
     products = _scores(mine, keys, ahead, COLUMNS, s_layout)
@@ -133,7 +135,8 @@ def _step(
     weights = bytes_of(weights, p_layout, FP8)
     part = gl.zeros([GROUP_ROWS, SIZES[0]], gl.float32 if FP8 else gl.int32, o_layout)
     part = warpgroup_mma(weights, values.index(slot).permute((1, 0)), part, use_acc=False, is_async=True)
-    mbarrier.arrive(turns.index(1 - GROUP), count=1)
+    if PARTIAL:
+        mbarrier.arrive(turns.index(1 - GROUP), count=1)
     of_sums: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     total = total * gl.convert_layout(kept, of_sums)[:, None] + gl.convert_layout(sums, total.type.layout)
     kept = gl.convert_layout(kept, gl.SliceLayout(1, o_layout))[:, None]
@@ -275,15 +278,19 @@ def attend_8bit(
     )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(turns.index(i), count=1)
+    # A barrier that nothing waits for would share its memory with what the warps are handed, and spoil it.
+    turns = free
+    if PARTIAL:
+        turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(GROUPS):
+            mbarrier.init(turns.index(i), count=1)
     jobs = ring_of_jobs(queries, GROUPS + 1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=GROUPS)
     fence_async_shared()
-    mbarrier.arrive(turns.index(0), count=1)
+    if PARTIAL:
+        mbarrier.arrive(turns.index(0), count=1)
 
     SIZES: gl.constexpr = (HEAD_DIM, ROWS, COLUMNS, TILES, STAGES, FP8)
     shared = (keys, values, scales, seen, ready, free, turns, staging)
