@@ -26,8 +26,10 @@ ENTERED = _Entered()
 
 def number(modules: Iterable[torch.nn.Module]) -> None:
     """Give modules their numbers, in this order."""
-    for i, module in enumerate(modules):
-        module.__dict__[NUMBER] = torch.tensor(i)
+    # On the CPU, where operators read it without waiting for a device, and good in any mode.
+    with torch.inference_mode(False):
+        for i, module in enumerate(modules):
+            module.__dict__[NUMBER] = torch.tensor(i, device="cpu")
 
 
 def forget(modules: Iterable[torch.nn.Module]) -> None:
