@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from visattn.autocast import switched_off
-from visattn.checks import check_call, factor
+from visattn.checks import check_call, factor, row_tensor
 from visattn.given import mapping, said
 from visattn.kernels.agent.attention import pool_queries
 from visattn.kernels.centroids import centroid_rows
@@ -107,20 +106,6 @@ def attention_rows(
     # Rows are float32 at least, under autocast too.
     with switched_off(q.device):
         return _rows(widened(q), widened(k), call, index)
-
-
-def row_tensor(rows: Any, name: str = "rows") -> torch.Tensor:
-    """Rows as a tensor of whole numbers; an empty list is one of no rows."""
-    try:
-        found = torch.as_tensor(rows)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name}={said(rows)} must be whole numbers, the tokens whose queries are asked for") from None
-    if found.dtype == torch.bool or found.is_complex() or (found.is_floating_point() and found.numel()):
-        raise ValueError(
-            f"{name} are {found.dtype} but must be whole numbers, the tokens whose queries are asked for: pass "
-            "mask.nonzero()[:, 0] for a mask"
-        )
-    return found.long()
 
 
 def _rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Tensor) -> torch.Tensor:

@@ -279,3 +279,17 @@ def merged(
     if parameters and "pool_weight" in parameters:
         raise ValueError("pool_weight is given twice: as an argument and in parameters")
     return {**(parameters or {}), "pool_weight": pool_weight}
+
+
+def row_tensor(rows: Any, name: str = "rows") -> torch.Tensor:
+    """Rows as a tensor of whole numbers; an empty list is one of no rows."""
+    try:
+        found = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}={said(rows)} must be whole numbers, the tokens whose queries are asked for") from None
+    if found.dtype == torch.bool or found.is_complex() or (found.is_floating_point() and found.numel()):
+        raise ValueError(
+            f"{name} are {found.dtype} but must be whole numbers, the tokens whose queries are asked for: pass "
+            "mask.nonzero()[:, 0] for a mask"
+        )
+    return found.long()

@@ -8,13 +8,29 @@ channels of k, so that any pattern computes them exactly.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from visattn.patterns import Halo, Neighborhood, Pattern
+from visattn.patterns import Agent, Halo, Neighborhood, Pattern, SharingPattern
+from visattn.patterns.kinds import reads_products
 from visattn.patterns.traced import constant
+
+
+def check_positions(pattern: Pattern, name: str) -> None:
+    """Raise a ValueError for a pattern whose weights are not a function of one logit for each pair of tokens.
+
+    Agents are means of queries: with further channels a query would meet them by products of position logits, and
+    those belong to pairs of a query and a key.
+    """
+    within: Any = pattern.of if isinstance(pattern, SharingPattern) else pattern
+    if not reads_products(within) or isinstance(within, Agent):
+        raise ValueError(
+            f"{pattern} has no logits of pairs of tokens to which the position logits of {name} could be added: use a "
+            "pattern that has, like na(window=...), or 'dense'"
+        )
 
 
 def resized(table: torch.Tensor, length: int) -> torch.Tensor:

@@ -54,8 +54,9 @@ from visattn.models.swap.vits import (
     SplitAttention,
 )
 from visattn.models.swap.windows import SwinBlock, SwinV2Block
-from visattn.patterns import ComposedPattern, Dense, Neighborhood, Pattern
+from visattn.patterns import Dense, Neighborhood, Pattern
 from visattn.patterns.kinds import StaticPattern
+from visattn.positions import check_positions
 from visattn.registry import REGISTRY
 
 
@@ -282,11 +283,8 @@ def check_fit(module: nn.Module, pattern: Pattern, name: str) -> None:
             f"{pattern} cannot carry the relative position bias of {name}: use na(window=...), which can, or 'dense'"
         )
     positions = getattr(holder, "use_rel_pos", False) or getattr(holder, "rel_pos_type", "") == "spatial"
-    if isinstance(pattern, ComposedPattern) and positions:
-        raise ValueError(
-            f"{pattern} has no pairs of tokens to which the position logits of {name} could be added: use a pattern "
-            "that has, like na(window=...), or 'dense'"
-        )
+    if positions:
+        check_positions(pattern, name)
     one_grid = not isinstance(pattern, StaticPattern) or not pattern.two_grids
     if record.apart is not None and record.apart(module) and one_grid:
         raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.pipelines.patch import dispatch, members
+from visattn.pipelines.patch import dispatch, members, telling
 from visattn.pipelines.patch.calling import Calling, calling_of
 from visattn.pipelines.patch.interception import intercepted
 from visattn.pipelines.patch.numbering import Lease
@@ -191,6 +191,8 @@ def _saying_where(call: types.FunctionType, stock: Callable[..., Any]) -> Callab
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
+            if args:
+                telling.enter(args[0])
             return call(self, *args, **kwargs)
         here, path, _, module = self._visattn_place
         forward = here.forward

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from visattn.pipelines.patch import numbering, operators
+from visattn.pipelines.patch import numbering, operators, telling
 from visattn.pipelines.patch.on_slabs import attend_on_slabs
 from visattn.pipelines.patch.parallel import degree
 from visattn.pipelines.patch.stock import Stock
@@ -163,7 +163,8 @@ def call_group(number: int, call: AttentionCall, is_dispatched: bool, kind: Hash
         if call.dropout or call.causal or not (call.mask is None or isinstance(call.mask, torch.Tensor)):
             return Stock(is_dispatched)(call)
         tensors = numbering.tensors_of(number)
-        rest = call.mask, call.scale, call.grouped, number, tensors
+        module = telling.ENTERED.number if numbering.tells_modules(number) else None
+        rest = call.mask, call.scale, call.grouped, number, tensors, module
         return operators.PATCHED_ATTENTION(call.q, call.k, call.v, *rest)[0]
     group = numbering.look_up(number)
     if group is None:

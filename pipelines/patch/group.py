@@ -48,6 +48,8 @@ class Group(Runner):
         self._encoded: dict[tuple[tuple[Layout, ...], Pattern, Cut | None], torch.Tensor] = {}
         numbering.register_tensors(self.lease, self.parameters.values())
         run.compiled_patterns[self.unnamed] = given
+        if run.paths:
+            numbering.register_paths(self.lease, run.paths)
 
     def release(self) -> None:
         """Give the number up."""

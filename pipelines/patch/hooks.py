@@ -17,7 +17,7 @@ from torch._dynamo.eval_frame import skip_code
 
 from visattn.copies import Hook
 from visattn.outside import Outside
-from visattn.pipelines.patch import numbering, operators
+from visattn.pipelines.patch import numbering, operators, telling
 from visattn.pipelines.patch.clones import says_where
 from visattn.pipelines.patch.run import DiffusersRun
 from visattn.pipelines.patch.sites import Site
@@ -122,6 +122,7 @@ class Enter(_Hook):
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook; it runs before every block, so each function that it calls counts."""
         if torch.compiler.is_dynamo_compiling():
+            telling.enter(module)
             return
         if _compiler_in_force() is None:
             self._enter(module, args, kwargs)

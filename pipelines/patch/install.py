@@ -11,7 +11,7 @@ import torch
 
 from visattn.parameters import Learnable
 from visattn.patterns import Dense, Pattern
-from visattn.pipelines.patch import bare, targets
+from visattn.pipelines.patch import bare, targets, telling
 from visattn.pipelines.patch.hooks import Begin, Hooks
 from visattn.pipelines.patch.processors import Processors
 from visattn.pipelines.patch.run import DiffusersRun
@@ -81,6 +81,9 @@ class PatchedModel:
         self._run = DiffusersRun(name, family, model.config, schedule, layouts, request.strict, sources, request.always)
         self._run.token = scheduler.token
         self._run.sparse_sites = [s.name.path for s in self.sites if not isinstance(s.pattern, Dense)]
+        if any(pattern.remembers for pattern in schedule.patterns):
+            self._run.paths = tuple(site.name.path for site in self.sites)
+            telling.number(site.module for site in self.sites)
         if request.parallel is not None:
             self._run.sharding = Sharding(model, self._run, request.parallel, request.mesh)
         self._processors = Processors(model, self._run, self.sites, request.backend)
@@ -136,6 +139,7 @@ class PatchedModel:
         if self._run.sharding is not None:
             self._run.sharding.remove()
         self._processors.undo()
+        telling.forget(site.module for site in self.sites)
         for site in self.sites:
             bare.take_processor(site.module)
         self._run.release()

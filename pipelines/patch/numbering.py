@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ _leases: weakref.WeakValueDictionary[int, Lease] = weakref.WeakValueDictionary()
 _owners: dict[int, Callable[[], Any]] = {}
 # Learnable parameters of the groups by number: compiled code takes them from here, as inputs of its graph.
 _tensors: dict[int, list[torch.Tensor]] = {}
+# Paths of the modules by the numbers that compiled code tells, of the groups whose patterns keep something by module.
+_paths: dict[int, tuple[str, ...]] = {}
 _lock = threading.Lock()
 
 
@@ -75,6 +77,23 @@ def register_tensors(lease: Lease, tensors: Iterable[torch.Tensor]) -> None:
 def tensors_of(number: int) -> list[torch.Tensor]:
     """The learnable parameters of a group."""
     return _tensors[number]
+
+
+def register_paths(lease: Lease, paths: Sequence[str]) -> None:
+    """Let compiled code of a group tell its modules, by numbers in the order of their paths."""
+    _paths[lease.number] = tuple(paths)
+    weakref.finalize(lease, _paths.pop, lease.number, None)
+
+
+def tells_modules(number: int) -> bool:
+    """Whether compiled code of a group tells its modules."""
+    return number in _paths
+
+
+def path_of(number: int, module: int) -> str | None:
+    """The path of a module of a group, None if that is gone."""
+    paths = _paths.get(number, ())
+    return paths[module] if module < len(paths) else None
 
 
 def look_up(number: int) -> Any:

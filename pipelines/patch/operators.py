@@ -7,6 +7,8 @@ compiled graph.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from visattn.patterns import Dense
 from visattn.patterns.choice.memory import Place, placed
 from visattn.pipelines.families.base import Seen
 from visattn.pipelines.patch.decision import DECISION_BYTES, Decision
-from visattn.pipelines.patch.numbering import look_up, stock_of
+from visattn.pipelines.patch.numbering import look_up, path_of, stock_of
 from visattn.pipelines.patch.on_slabs import attend_again, attend_on_slabs
 from visattn.prepare import PLAIN
 from visattn.rerun import autograd_inside_operator, gradient_leaf
@@ -25,6 +27,20 @@ from visattn.runtime.call import AttentionCall
 from visattn.runtime.masks import key_validity
 from visattn.runtime.sequences import Sequences
 from visattn.runtime.where import Sample
+
+
+@contextmanager
+def _told(owner: Any, module: torch.Tensor | None) -> Iterator[None]:
+    """Inside, what patterns keep belongs to the module that compiled code told."""
+    if module is None:
+        yield
+        return
+    here = owner.run.here
+    here.told = path_of(owner.number, int(module))
+    try:
+        yield
+    finally:
+        here.told = None
 
 
 def _patched_attention(
@@ -36,6 +52,7 @@ def _patched_attention(
     grouped: bool,
     group: int,
     parameters: list[torch.Tensor],
+    module: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     owner = look_up(group)
     call = AttentionCall(q, k, v, mask, scale, grouped)
@@ -49,7 +66,8 @@ def _patched_attention(
         return out.contiguous(), owner.encoded(shared.layouts, shared.cut, shared.pattern)
     kind = owner.key(q, k, v, scale, False, "compiled") if mask is None and not parameters else None
     given = {n: t.detach().to(q.device) for n, t in zip(owner.parameters, parameters, strict=True)}
-    out, layouts = owner.attend(call, None, given, kind, "compiled")
+    with _told(owner, module):
+        out, layouts = owner.attend(call, None, given, kind, "compiled")
     return out.contiguous(), owner.encoded(layouts)
 
 
@@ -62,6 +80,7 @@ def _fake_attention(
     grouped: bool,
     group: int,
     parameters: list[torch.Tensor],
+    module: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty((*q.shape[:3], v.shape[3])), torch.empty(DECISION_BYTES, dtype=torch.uint8)
 
@@ -128,13 +147,13 @@ class _Attention(torch.autograd.Function):
     """The operator with its gradient."""
 
     @staticmethod
-    def forward(rest: tuple[float | None, bool, int], *tensors: Any) -> Any:
+    def forward(rest: tuple[float | None, bool, int], module: torch.Tensor | None, *tensors: Any) -> Any:
         q, k, v, mask, *parameters = tensors
-        return below(PATCHED_ATTENTION, q, k, v, mask, *rest, parameters)
+        return below(PATCHED_ATTENTION, q, k, v, mask, *rest, parameters, module)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        (scale, grouped, _), q, k, v, mask, *parameters = inputs
+        (scale, grouped, _), _, q, k, v, mask, *parameters = inputs
         ctx.save_for_backward(q, k, v, mask, output[1], *parameters)
         ctx.mark_non_differentiable(output[1])
         ctx.rest = scale, grouped
@@ -145,7 +164,7 @@ class _Attention(torch.autograd.Function):
         given: Any = (grad, *saved[:5], *ctx.rest, list(saved[5:]))
         # What an operator returns has no graph: where one is asked for, the same is done outside of it.
         gradients = _again(*given, graph=True) if torch.is_grad_enabled() else PATCHED_BACKWARD(*given)
-        return None, *gradients[:3], None, *gradients[3:]
+        return None, None, *gradients[:3], None, *gradients[3:]
 
 
 def patched_attention(
@@ -157,18 +176,23 @@ def patched_attention(
     grouped: bool,
     group: int,
     parameters: list[torch.Tensor],
+    module: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of q, k, v [B, S, H, D] at a module of a group; returns the output and the encoded decision."""
+    """Attention of q, k, v [B, S, H, D] at a module of a group; returns the output and the encoded decision.
+
+    `module` is its number in the group's paths, where what the pattern keeps goes by modules.
+    """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *parameters)):
-        return _Attention.apply((scale, grouped, group), q, k, v, mask, *parameters)
+        return _Attention.apply((scale, grouped, group), module, q, k, v, mask, *parameters)
     plain = type(q) in PLAIN and type(k) in PLAIN and type(v) in PLAIN
     owner = look_up(group) if mask is None and not parameters and plain and not without_values(q) else None
     if owner is not None and owner.run.sharding is None:
         stock = functools.partial(owner.stock.unmasked, q, k, v, scale, grouped)
-        found = owner.attend_alike(q, k, v, scale, False, "compiled", stock)
+        with _told(owner, module):
+            found = owner.attend_alike(q, k, v, scale, False, "compiled", stock)
         if found is not None:
             return found[0].contiguous(), owner.encoded(found[1])
-    return below(PATCHED_ATTENTION, q, k, v, mask, scale, grouped, group, parameters)
+    return below(PATCHED_ATTENTION, q, k, v, mask, scale, grouped, group, parameters, module)
 
 
 above(PATCHED_ATTENTION, patched_attention)

@@ -33,6 +33,7 @@ class DiffusersRun(Run):
         lease: The right to it, None after the patch.
         sharding: How processes share the model's tokens, None if they do not.
         patched: The patch, None until it is whole.
+        paths: Of the modules, in the order of the numbers that compiled code tells; () where it tells none.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class DiffusersRun(Run):
         self.number: int = self.lease.number
         self.sharding: Sharding | None = None
         self.patched: Any = None
+        self.paths: tuple[str, ...] = ()
         self._read: tuple[weakref.ref[torch.Tensor], int, Seen, tuple[Any, ...]] | None = None
 
     def release(self) -> None:

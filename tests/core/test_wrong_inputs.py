@@ -7,6 +7,7 @@ import visattn
 from visattn import Layout, attention, attention_rows, explain
 from visattn.parameters import PatternParameters
 from visattn.patterns import parse
+from visattn.runtime.call import AttentionCall
 from visattn.selectors import selectors_of
 from visattn.steps import check_step
 
@@ -89,3 +90,9 @@ def test_a_decay_beyond_the_dtype_leaves_each_position_to_itself():
 def test_what_is_no_path(given):
     with pytest.raises(ValueError, match="pass the path of a file"):
         PatternParameters([]).load(given)
+
+
+def test_calls_of_models_with_dtypes_that_differ_are_left_to_the_model():
+    call = AttentionCall(Q.half(), Q, Q, None, None, False)
+    assert call.refusal() == "its q is torch.float16, k torch.float32 and v torch.float32"
+    assert call.of([Q, Q, Q]).refusal() == ""

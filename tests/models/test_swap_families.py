@@ -266,7 +266,7 @@ def test_position_terms_take_patterns_that_can_carry_them():
     for family in ("tiny_vit", "levit", "swinv2_cr", "gcvit", "efficientvit", "efficientformer"):
         with pytest.raises(ValueError, match=r"cannot carry the relative position bias"):
             visattn.apply(make(family)[0], "clear(radius=2)")
-    with pytest.raises(ValueError, match=r"agent\(agents=2\) has no pairs of tokens"):
+    with pytest.raises(ValueError, match=r"agent\(agents=2\) has no logits of pairs of tokens"):
         visattn.apply(make("mvitv2")[0], "agent(agents=2)")
     for family in ("pvt_v2", "twins", "hiera", "sam2", "mobilenetv4"):
         with pytest.raises(ValueError, match=r"topk\(.* is for queries and keys of one grid, and a module of"):

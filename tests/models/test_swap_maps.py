@@ -191,10 +191,22 @@ def test_dropout_in_training_runs_stock_and_is_counted():
         assert handle.report().fallbacks == {"attention dropout 0.5 is on in training": 2}
 
 
+@torch.no_grad()
+def test_heads_with_patterns_of_their_own_carry_position_logits():
+    model, x = make("samvit_base_patch16")
+    outs = []
+    for text in ("na(window=3)", "perhead(heads={0: na(window=3), 1-: na(window=3)})"):
+        with visattn.apply(model, text, always=True):
+            outs.append(model(x))
+    assert torch.allclose(*outs, atol=1e-5)
+    with pytest.raises(ValueError, match="has no logits of pairs of tokens"):
+        visattn.apply(model, "gated(of=na(window=3))")
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"cannot carry the relative position bias of MaxxVit"):
         visattn.apply(make("test_maxvit")[0], "clear(radius=2)")
-    with pytest.raises(ValueError, match=r"agent\(agents=2\) has no pairs of tokens"):
+    with pytest.raises(ValueError, match=r"agent\(agents=2\) has no logits of pairs of tokens"):
         visattn.apply(make("samvit_base_patch16")[0], "agent(agents=2)")
     with pytest.raises(ValueError, match="grid attention sees a few tokens of the whole map"):
         visattn.apply(timm.create_model("maxxvitv2_nano_rw_256", device="meta"), "na(window=7)")

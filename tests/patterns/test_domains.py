@@ -71,6 +71,10 @@ def test_the_limits_of_numbers(kind, name):
     [
         ("na(window=2147483648)", "window=2147483648 must be a whole number of at most 2147483647"),
         ("lsh(samples=2147483648)", "samples=2147483648 must be one whole number of at most 2147483647"),
+        ("kmeans(start=1001)", "start=1001 must be one whole number of at most 1000"),
+        ("kmeans(step=2147483647)", "step=2147483647 must be one whole number of at most 1000"),
+        ("wersa(features=65537)", "features=65537 must be one whole number of at most 65536"),
+        ("gate(by=topk(keep=0.5), dim=65537)", "dim=65537 must be one whole number of at most 65536"),
         ("wersa(levels=32)", "levels=32 must be one whole number of at most 31"),
         ("clipped(zeta=1e39)", "zeta=1e\\+39 must be a finite float32 number, at least 1"),
         ("clipped(gamma=-1e39)", "gamma=-1e\\+39 must be a finite float32 number, at most 0"),
@@ -84,8 +88,29 @@ def test_refusals_say_the_limit(text, message):
 
 def test_agents_beyond_counting_are_refused():
     q = torch.randn(1, 16, 2, 8)
-    with pytest.raises(ValueError, match=r"is 4.61e\+18 agents on grid"):
+    with pytest.raises(
+        ValueError, match=r"4.61e\+18 agents are more than the 16 tokens of the grid, and more than 65536: give fewer"
+    ):
         attention(q, q, q, f"agent(agents={LARGEST})", Layout((4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("lsh(samples=65537)", "samples=65537 random keys"),
+        ("centroids(clusters=65537)", "clusters=65537"),
+        ("agent(agents=257x256)", "6.58e\\+04 agents"),
+        ("clear(radius=2, pool=4097x4096)", "1.68e\\+07 tokens of a cell"),
+    ],
+)
+def test_more_than_a_grid_has_a_use_for_is_refused_before_any_work(text, what):
+    q, layout = torch.randn(1, 16, 2, 8), Layout((4, 4))
+    with pytest.raises(
+        ValueError, match=f"{what} are more than the 16 tokens of the grid, and more than .*: give fewer"
+    ):
+        attention(q, q, q, text, layout)
+    # Where there are as many tokens there is a use for them.
+    parse(text).check((4097, 4096))
 
 
 HUGE = "block=96x96x96"

@@ -214,6 +214,46 @@ def test_compiled_code_shares(refreshed):
     torch._dynamo.reset()
 
 
+class Sometimes(torch.nn.Module):
+    """A block that is left out where `out` says so."""
+
+    def __init__(self, block, out):
+        super().__init__()
+        self.block, self.out = block, out
+
+    def forward(self, tokens, *args, **kwargs):
+        return tokens if self.out else self.block(tokens, *args, **kwargs)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_code_tells_its_modules_where_some_are_left_out(whole):
+    """One graph for all blocks, and none takes what another kept."""
+    model, inputs = tiny_models.wan()
+    assert len(model.blocks) > 1
+    outs = []
+    with visattn.apply(model, "residual(of=na(window=3x3x3), every=2, drift=inf)") as handle:
+        blocks, out = list(model.blocks), []
+        model.blocks[0] = Sometimes(blocks[0], out)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for compiled in (False, True):
+            if compiled and not whole:
+                for block in blocks:
+                    block.compile(backend="eager", fullgraph=True)
+            net = torch.compile(model, backend="eager") if compiled and whole else model
+            handle.set_step(None)
+            for step in range(4):
+                out[:] = [1] * (step % 2)
+                handle.set_step(step, 5)
+                given = {**inputs, "hidden_states": inputs["hidden_states"] * (1 + 0.1 * step)}
+                with torch.no_grad():
+                    outs.append(tiny_models.run(net, given))
+        assert whole or torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not any(hasattr(module, "_visattn_number") for module in model.modules())
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(outs[:4], outs[4:], strict=True))
+    torch._dynamo.reset()
+
+
 def test_a_cache_that_skips_blocks(refreshed):
     """Blocks that a cache of diffusers leaves out keep nothing, and take nothing that is too old."""
     import diffusers

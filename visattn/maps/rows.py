@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from visattn.checks import row_tensor
 from visattn.given import said
-from visattn.kernels.rows import row_tensor
 from visattn.maps.measures import wide
 from visattn.patterns import Pattern, parse
 from visattn.patterns.values import whole_number

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visattn.patterns.kinds import ComposedPattern
-from visattn.patterns.values import LARGEST, PerAxis, per_axis, whole_numbers
+from visattn.patterns.values import PerAxis, check_many, per_axis, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class Agent(ComposedPattern):
         object.__setattr__(self, "agents", whole_numbers(self.agents, "agents", 1, also=(-1,)))
 
     def check(self, grid: tuple[int, ...]) -> None:
-        """Raise a ValueError if the number of axes differs, or there are more agents than can be counted."""
-        if self.count(grid) > LARGEST:
-            raise ValueError(f"{self} is {self.count(grid):.3g} agents on grid {grid}: give a few per axis, like 7x7")
+        """Raise a ValueError if the number of axes differs, or there are more agents than a use for them."""
+        check_many(self.count(grid), math.prod(grid), f"{self}: {self.count(grid):.3g} agents")
 
     def shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Agents per axis."""

@@ -12,7 +12,7 @@ from visattn.given import real, tensor
 from visattn.layout import Layout, check_layout
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.kinds import ComposedPattern
-from visattn.patterns.values import whole_number
+from visattn.patterns.values import check_many, whole_number
 
 # Of queries and keys.
 AXES = "[B, S, heads, D]"
@@ -68,7 +68,8 @@ class Centroids(ComposedPattern):
         return {"centroids": torch.nn.functional.normalize(found, dim=-1)}
 
     def check(self, grid: tuple[int, ...]) -> None:
-        """Any grid."""
+        """Raise a ValueError if there are more clusters than a grid of its size can have a use for."""
+        check_many(self.clusters, math.prod(grid), f"clusters={self.clusters}")
 
     def instead(self, grid: tuple[int, ...]) -> str:
         """Attention among tokens that trained centroids take."""

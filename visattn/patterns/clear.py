@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, ClassVar
 from visattn.patterns.balls import AxisDistance, ball_mask, ball_pairs, distances
 from visattn.patterns.geometry import Bools, TilePairs
 from visattn.patterns.kinds import PooledPattern
-from visattn.patterns.values import PerAxis, aligned, flags, per_axis, whole_number, whole_numbers
+from visattn.patterns.values import PerAxis, aligned, check_many, flags, per_axis, whole_number, whole_numbers
 from visattn.tiling import Tiling
 
 if TYPE_CHECKING:
     import torch
+
+# Tokens of a pooled cell, each of which has a weight, on any grid.
+CELL = 2**24
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,10 @@ class Clear(PooledPattern):
         """Tokens of a pooled cell per axis."""
         if self.pool is None:
             return None
-        return tuple(n if c == -1 else c for n, c in zip(grid, per_axis(self.pool, len(grid), "pool"), strict=True))
+        cell = tuple(n if c == -1 else c for n, c in zip(grid, per_axis(self.pool, len(grid), "pool"), strict=True))
+        # A weight each.
+        check_many(math.prod(cell), math.prod(grid), f"{self}: {math.prod(cell):.3g} tokens of a cell", CELL)
+        return cell
 
     @property
     def learnable(self) -> bool:

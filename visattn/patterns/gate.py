@@ -16,7 +16,7 @@ from visattn.patterns.dynamic import DynamicPattern
 from visattn.patterns.kinds import ComposedPattern
 from visattn.patterns.routes import Routes
 from visattn.patterns.text import parse
-from visattn.patterns.values import whole_number
+from visattn.patterns.values import MANY, whole_number
 
 POOLS = ("max", "min", "avg")
 
@@ -59,7 +59,7 @@ class Gate(ComposedPattern):
         if getattr(pattern, "bar", "exact") == "diag":
             raise ValueError(f"by={pattern}: bar=diag is made of means, a gate has none")
         object.__setattr__(self, "by", pattern)
-        object.__setattr__(self, "dim", whole_number(self.dim, "dim", 1))
+        object.__setattr__(self, "dim", whole_number(self.dim, "dim", 1, high=MANY))
         for name in ("query", "key"):
             value = getattr(self, name)
             given = value.split("+") if isinstance(value, str) else []

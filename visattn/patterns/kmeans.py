@@ -13,10 +13,12 @@ from visattn.patterns.choice.clusters import Clusters, first_centres, k_means
 from visattn.patterns.choice.memory import usable
 from visattn.patterns.choice.picks import Seen, bar_of, pick_number
 from visattn.patterns.ordered import Clustered, OrderedPattern
-from visattn.patterns.values import is_number, real_number, whole_number
+from visattn.patterns.values import LARGEST, is_number, real_number, whole_number
 
 # Tokens of a tile at most, and of the smallest one of keys.
 TILE, SMALLEST = 64, 16
+# Of k-means: clusters have long come to rest.
+ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class KMeans(OrderedPattern):
         keys: Clusters of keys of a head.
         p: Share of the attention, above 0 and at most 1; the cluster that crosses it is seen.
         floor: Share of the clusters of keys that is seen anyway, rounded down.
-        start: Iterations from evenly spaced tokens.
+        start: Iterations from evenly spaced tokens, at most 1000.
         step: Iterations from the centres of the last step.
 
     Raises:
@@ -50,8 +52,8 @@ class KMeans(OrderedPattern):
     name: ClassVar[str] = "kmeans"
 
     def __post_init__(self) -> None:
-        for name in ("queries", "keys", "start", "step"):
-            object.__setattr__(self, name, whole_number(getattr(self, name), name, 1))
+        for name, high in (("queries", LARGEST), ("keys", LARGEST), ("start", ITERATIONS), ("step", ITERATIONS)):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, 1, high=high))
         if not is_number(self.p) or not 0 < self.p <= 1:
             raise ValueError(f"p={self.p!r} must be a share of the attention, above 0 and at most 1")
         if not is_number(self.floor) or not 0 <= self.floor <= 1:

@@ -12,7 +12,7 @@ from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.ordered import Clustered, OrderedPattern
-from visattn.patterns.values import LARGEST, LARGEST_SEED, whole_number
+from visattn.patterns.values import LARGEST, LARGEST_SEED, check_many, whole_number
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Lsh(OrderedPattern):
         return self.samples > 0
 
     def check(self, grid: tuple[int, ...]) -> None:
-        """Any grid."""
+        """Raise a ValueError if there are more samples than a grid of its size can have a use for."""
+        check_many(self.samples, math.prod(grid), f"samples={self.samples} random keys")
 
     def covers(self, grid: tuple[int, ...]) -> bool:
         """Where one run holds all tokens and none is sampled besides."""

@@ -20,6 +20,10 @@ LARGEST_SEED = 2**64 - 1
 LARGEST_REAL = float(np.finfo(np.float32).max)
 
 
+# What a pattern may have beside tokens (samples, agents, clusters, features) where the grid has fewer tokens.
+MANY = 2**16
+
+
 def is_axes(value: Any) -> bool:
     """Whether a value is one of something per axis: a sequence, but no text and no bytes."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
@@ -73,6 +77,19 @@ def _whole(given: tuple[Any, ...], low: int, also: Sequence[int], high: int) -> 
     if max(whole) > high:
         return None, f"at most {high}"
     return (whole if all(n >= low or n in also for n in whole) else None), limits
+
+
+def check_many(number: int, tokens: int, what: str, many: int = MANY) -> None:
+    """Raise a ValueError for more of something than there are tokens, where that is more than `many` too.
+
+    Args:
+        number: How many.
+        tokens: Of the grid.
+        what: What the error calls them, like "samples=10 random keys".
+        many: So many there may be on any grid.
+    """
+    if number > max(tokens, many):
+        raise ValueError(f"{what} are more than the {tokens} tokens of the grid, and more than {many}: give fewer")
 
 
 def is_number(value: object) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from visattn.patterns.linear import LinearForm
-from visattn.patterns.values import LARGEST, whole_number
+from visattn.patterns.values import LARGEST, MANY, whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class Wersa(LinearForm):
 
     Attributes:
         levels: Levels of bands below the means.
-        features: Random features of a head; more than 256 run without the GPU's own kernels.
+        features: Random features of a head, at most 65536; more than 256 run without the GPU's own kernels.
 
     Raises:
         ValueError: If either is no whole number of at least 1, or there are more than 31 levels.
@@ -49,7 +49,7 @@ class Wersa(LinearForm):
     name: ClassVar[str] = "wersa"
 
     def __post_init__(self) -> None:
-        for name, high in (("levels", MOST_LEVELS), ("features", LARGEST)):
+        for name, high in (("levels", MOST_LEVELS), ("features", MANY)):
             object.__setattr__(self, name, whole_number(getattr(self, name), name, 1, high=high))
 
     @property

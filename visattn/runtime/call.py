@@ -88,6 +88,9 @@ class AttentionCall:
         more = k.shape[1] - q.shape[1] if q.ndim == 4 else -1
         if more < 0 or (more and not wider) or v.shape != k.shape:
             return f"q {list(q.shape)} and k {list(k.shape)} are not self-attention of one sequence"
+        if not q.dtype == k.dtype == v.dtype:
+            # Keys that a model has kept from other calls; some attention takes such.
+            return f"its q is {q.dtype}, k {k.dtype} and v {v.dtype}"
         if self.causal or self.dropout:
             return "it is causal" if self.causal else f"it has dropout {self.dropout}"
         if self.mask is not None and not isinstance(self.mask, torch.Tensor):

@@ -115,6 +115,7 @@ class Here(threading.local):
     Attributes:
         forward: The forward.
         site: The attention module.
+        told: The module that a call of compiled code told, by which alone patterns keep what they keep there.
         merged: What a merging group has made of its tokens, None where it leaves them.
         kept: Why it leaves them, see `merging`.
         memory: What patterns keep from step to step; None where no forward began that may keep anything.
@@ -124,6 +125,7 @@ class Here(threading.local):
 
     forward: Forward | None = None
     site: str | None = None
+    told: str | None = None
     merged: Any = None
     kept: str = ""
     memory: Memory | None = None

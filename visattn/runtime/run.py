@@ -216,7 +216,7 @@ class Run:
             return None
         # A backward recomputes blocks: their choices are those of the queries and keys that it sees.
         memory = self.here.memory if torch._C._current_graph_task_id() < 0 else None
-        return Place(memory, None if memory is None else memory.key(site))
+        return Place(memory, None if memory is None else memory.key(self.here.told or site))
 
     def _remember(self, step: int | None, total: int | None, grid: tuple[int, ...], gradients: bool) -> None:
         """What this thread's patterns keep, in the forward that begins."""

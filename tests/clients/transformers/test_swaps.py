@@ -132,13 +132,26 @@ def test_compiled_modules():
 
 
 @pytest.mark.parametrize(
-    "text", ["linear", "gated(of=na(window=3))", "selective(of=na(window=3))", "sla(keep=2, block=3)"]
+    "text",
+    ["agent(agents=2)", "linear", "gated(of=na(window=3))", "selective(of=na(window=3))", "sla(keep=2, block=3)"],
 )
 def test_position_logits_need_products(text):
-    with pytest.raises(
-        ValueError, match="has no products of queries and keys to which the position logits of SamVision"
-    ):
+    with pytest.raises(ValueError, match="has no logits of pairs of tokens to which the position logits of SamVision"):
         visattn.apply(make("sam"), text)
+
+
+@torch.no_grad()
+def test_heads_with_patterns_of_their_own_carry_position_logits():
+    model, given = make("sam"), inputs("sam")
+    outs = []
+    for text in (
+        "na(window=3)",
+        "perhead(heads={0: na(window=3), 1-: na(window=3)})",
+        "best(of=[na(window=3), dense])",
+    ):
+        with visattn.apply(model, text, always=True):
+            outs.append(first(model(**given)))
+    assert torch.allclose(outs[0], outs[1], atol=1e-5) and outs[2].isfinite().all()
 
 
 @pytest.mark.parametrize("folder", ["sam", "hiera", "swinv2", "timesformer"])

@@ -13,7 +13,7 @@ from visattn.clients.transformers.records import RECORDS, REFUSED, Record
 from visattn.clients.transformers.swaps import swapped_class
 from visattn.forwards import HOOK, HOOKED, keeps_forward
 from visattn.patterns import Dense, Neighborhood, Pattern
-from visattn.patterns.kinds import reads_products
+from visattn.positions import check_positions
 from visattn.selectors import SiteName
 
 
@@ -129,11 +129,8 @@ def check_bias(pattern: Pattern, tower: Tower, name: str) -> None:
         raise ValueError(
             f"{pattern} cannot carry the relative position bias of {name}: use na(window=...), which can, or 'dense'"
         )
-    if not reads_products(pattern) and any(getattr(site.module, "use_rel_pos", False) for site in tower.sites):
-        raise ValueError(
-            f"{pattern} has no products of queries and keys to which the position logits of {name} could be added: use "
-            "a pattern that has, like na(window=...), or 'dense'"
-        )
+    if any(getattr(site.module, "use_rel_pos", False) for site in tower.sites):
+        check_positions(pattern, name)
 
 
 def _nothing(modules: dict[str, nn.Module], name: str) -> str:
