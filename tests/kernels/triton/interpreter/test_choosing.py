@@ -1,5 +1,7 @@
 """The kernels of dynamic patterns: the lists that they write, and what they choose, against torch's operators."""
 
+import math
+
 import pytest
 import torch
 
@@ -85,6 +87,12 @@ def whole_numbers(shape, seed):
     return torch.randint(-3, 4, shape, generator=made).float()
 
 
+def one_value_a_block(values, grid, block):
+    """Each token has what the first one of its block has: means are exact under any mask."""
+    first = torch.meshgrid(*(torch.arange(n) // b * b for n, b in zip(grid, block, strict=True)), indexing="ij")
+    return values[:, torch.arange(math.prod(grid)).view(grid)[first].flatten()]
+
+
 CHOICES = {
     "topk": ("topk(keep=0.3,block=4x4)", Layout((8, 12), 3, 2), "exact"),
     "topk, odd grid, mask": ("topk(keep=3,block=4x4)", Layout((7, 9), 5), "exact", "masked"),
@@ -133,7 +141,11 @@ def test_chooses_what_torch_chooses(name):
         # A sample that ends early, with blocks that have no token.
         valid[1, layout.length // 2 :] = False
         valid = valid[:, at]
-    args = pattern, q[:, at], k[:, at], blocks, valid, 0.25
+    q, k = q[:, at], k[:, at]
+    if "exact" in special and valid is not None:
+        # A mean over three tokens is rounded, and equal scores are equal no more on some CPUs.
+        q, k = (one_value_a_block(*each) for each in ((q, layout.grid, blocks.queries), (k, layout.grid, blocks.keys)))
+    args = pattern, q, k, blocks, valid, 0.25
     found, want = chosen(*args), pattern.chosen_by_torch(*args[1:])
     assert found.tiles.dtype == torch.int32
     assert (found.counts is None) == (want.counts is None)
