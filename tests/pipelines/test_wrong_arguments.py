@@ -41,7 +41,7 @@ FUNCTIONS = {
 ARGUMENTS = [
     pytest.param(function, argument, id=f"{function.__name__}-{argument}")
     for function, given in FUNCTIONS.items()
-    for argument in (*inspect.signature(function).parameters, *{"height", "width"} & given.keys())
+    for argument in (*inspect.signature(function).parameters, *(name for name in ("height", "width") if name in given))
     if argument != "options"
 ]
 
