@@ -36,6 +36,8 @@ def test_it_writes_a_schedule_a_page_and_a_journal_that_goes_on(tune, tmp_path):
     done = tune("--psnr", "15")
     assert done.exit_code == 0, done.output
     assert "held-out samples" in done.output or "no candidate is faster" in done.output
+    # One sample is searched with, of the first of two prompts.
+    assert "others may have less" not in done.output
     found = Tuned.read(tmp_path / "tuned.json")
     assert found.model == "FluxTransformer2DModel" and found.grid == (16, 16) and found.count == 2
     assert found.verified["samples"] == 2
@@ -97,3 +99,9 @@ def test_what_means_nothing_is_refused_before_anything_runs(tune, arguments, why
 def test_a_pattern_to_show_needs_its_grid():
     done = CliRunner().invoke(app, ["show", "na(window=3x3)"])
     assert done.exit_code and "pass --grid" in str(done.exception)
+
+
+def test_few_prompts_verify_for_themselves_alone(tune):
+    done = tune("--psnr", "15", "--seeds", "2")
+    assert done.exit_code == 0, done.output
+    assert "the 2 prompts that were searched with" in done.output and "more than --seeds 2 prompts" in done.output

@@ -36,7 +36,10 @@ def tune(
     model: Annotated[
         str, typer.Option(help="Embedded model, folder in diffusers' format, or hub id; timm:NAME for a model of timm.")
     ] = "emoji",
-    prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt in each line.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with a prompt in each line; what is behind the first --seeds only verifies."),
+    ] = None,
     prompt: PromptOption = None,
     label: LabelOption = None,
     pictures: Annotated[
@@ -131,6 +134,11 @@ def tune(
     with written_whole(out.with_suffix(".html")) as temporary:
         temporary.write_text(page(made, found), encoding="utf-8")
     _say(out, goal, plan, found, dict(made.verified))
+    if 0 < len(texts) <= plan.seeds:
+        typer.echo(
+            f"  the {len(texts)} prompts that were searched with are those of the held-out samples, others may have less: "
+            f"with more than --seeds {plan.seeds} prompts others verify too"
+        )
 
 
 def _check(
