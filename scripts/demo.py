@@ -26,7 +26,7 @@ CLIP = (
 
 def main() -> None:
     """Run both commands, each of which is printed before."""
-    parser = argparse.ArgumentParser(description="Two emoji and a clip, dense and sparse, with times and quality.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=Path("out/demo"), help="Folder (%(default)s).")
     out = parser.parse_args().out
     run("generate", "image", *IMAGES, "--out", str(out), "--force")

@@ -130,7 +130,8 @@ class Layout:
 
     def check_length(self, length: int, name: str = "q") -> None:
         """Raise a ValueError that says what would fit if `name`, a sequence of `length` tokens, does not."""
-        if not hasattr(length, "shape") and length == self.length:
+        # torch.jit.trace makes tensors of one number of all sizes.
+        if getattr(length, "ndim", 0) == 0 and length == self.length:
             return
         if not _is_whole(length, 0):
             raise ValueError(f"length={said(length)} must be how many tokens {name} has, a whole number of at least 0")

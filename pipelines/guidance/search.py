@@ -150,7 +150,7 @@ def _several_of(prompts: Any, seeds: Any) -> tuple[list[str], list[int]]:
 
 def _check(pipe: Any, objective: Any, candidates: Any, seconds: Any, handle: Any) -> None:
     """Raise a ValueError for what cannot be searched with."""
-    real(seconds, "seconds", "a number above 0", lambda x: x > 0)
+    real(seconds, "seconds", "a number of at least 0", lambda x: x >= 0)
     if not callable(objective):
         raise ValueError(f"objective={said(objective)} must be a function of pictures and prompts that gives scores")
     for each in () if candidates is None else several(candidates, "candidates", "(layer, head) pairs"):

@@ -34,7 +34,7 @@ def test_the_command_gives_one_table_and_one_plot(small, command, tmp_path):
         (["na(window=3)", "--suite", "cab"], "leave them"),
         ([], "pass a pattern with --grid"),
         (["--suite", "nosuch"], "pass one of longca, cab"),
-        (["--suite", "cab", "--budget", 0], "budget 0.0 must be"),
+        (["--suite", "cab", "--budget", 0], "--budget 0 must be above 0"),
     ):
         status, _, error = command("bench", *wrong)
         assert status == 2 and what in error, error

@@ -54,7 +54,7 @@ def test_what_cannot_be_recorded_is_told(wan):
     with pytest.raises(ValueError, match=r"steps \[-1\] must be some numbers from 0"):
         record(pipeline, arguments, steps=[-1])
     for options in ({"samples": 0}, {"limit": 0}):
-        with pytest.raises(ValueError, match="must be at least 1"):
+        with pytest.raises(ValueError, match="must be one whole number of at least 1"):
             Recorder(**options)
 
 

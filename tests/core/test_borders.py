@@ -324,7 +324,7 @@ def test_further_arguments_that_are_no_tensors(name):
         ({"layout": (6, 5)}, r"layout=\(6, 5\) is a tuple: pass a Layout, like Layout\(\(64, 64\), prefix=1\)"),
         ({"layout": None}, r"layout=None is a NoneType: pass a Layout"),
         ({"rpb": torch.zeros(2, 5, 5, dtype=torch.int64)}, r"rpb is torch.int64 but must be floating-point: cast it"),
-        ({"parameters": [torch.zeros(2)]}, r"parameters is a list: pass a mapping from their names to tensors"),
+        ({"parameters": [torch.zeros(2)]}, r"parameters=.* is a list: pass a mapping from their names to tensors"),
         ({"pattern": None}, r"pattern None is a NoneType: pass a Pattern or a text"),
         ({"backend": None}, r"unknown backend None"),
         ({"backend": ["tiles"]}, r"unknown backend \['tiles'\]"),

@@ -139,7 +139,7 @@ def test_rollout_is_the_product_of_all_maps(name):
     same(maps.rollout(plain)[:, 0], (torch.eye(35) + weights(plain[0]).mean(1)).mean(1) / 2)
     with pytest.raises(ValueError, match="needs one sequence in all layers"):
         maps.rollout([*calls, *plain])
-    with pytest.raises(ValueError, match=r"rows \[1\] must be whole numbers"):
+    with pytest.raises(ValueError, match=r"rows=\[99\] must be whole numbers"):
         maps.rollout(calls, [99])
     with pytest.raises(ValueError, match="at least one"):
         maps.rollout([])

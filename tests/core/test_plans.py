@@ -104,5 +104,5 @@ def test_patterns_that_do_not_fit_a_grid(pattern, grid, message):
 
 @pytest.mark.parametrize("tile", [(8,), (0, 8), "8x8", (8, 8.5)])
 def test_bad_tile(tile):
-    with pytest.raises(ValueError, match=r"tile .* does not fit grid \(16, 16\): pass 2 whole numbers of at least 1"):
+    with pytest.raises(ValueError, match=r"tile=.* does not fit grid \(16, 16\): pass 2 whole numbers of at least 1"):
         plan("na(window=3)", Layout((16, 16)), tile)

@@ -101,9 +101,9 @@ def test_refusals():
         (lambda: ELA(16, groups=3), "groups=3 must divide"),
         (lambda: ELA(16, 4), "kernel_size=4 must be odd"),
         (lambda: ULSAM(10, 4), "groups=4 must divide the 10 channels"),
-        (lambda: ULSAM(8, 0), "groups=0 must divide"),
-        (lambda: GAAM(8, 0), "heads=0 and gaussians=5 must both be at least 1"),
-        (lambda: GAAM(8, 2, 0), "gaussians=0 must both"),
+        (lambda: ULSAM(8, 0), "groups=0 must be one whole number of at least 1"),
+        (lambda: GAAM(8, 0), "heads=0 must be one whole number of at least 1"),
+        (lambda: GAAM(8, 2, 0), "gaussians=0 must be one whole number of at least 1"),
         (lambda: GAAM(7, 4), "each needs two or more"),
         (lambda: GAAM(8, 3, axis=2)(torch.zeros(1, 8, 5, 5)), "too short for 3 heads"),
     ):

@@ -80,5 +80,5 @@ def test_a_step_is_run_again(name):
     assert torch.equal(torch.as_tensor(out[0]), torch.as_tensor(found.forward()[0].detach()))
     with pytest.raises(ValueError, match="step 9 did not run: those that did were 0 to 2"):
         at_step(pipeline, arguments | {"generator": torch.Generator().manual_seed(0)}, 9)
-    with pytest.raises(ValueError, match="step -1"):
+    with pytest.raises(ValueError, match="step=-1"):
         at_step(pipeline, arguments, -1)

@@ -281,7 +281,7 @@ def test_too_much_to_store_is_refused_in_the_first_step():
 
 WRONG = {
     "gamma": ({"gamma": 1.5}, r"gamma=1.5 must be from 0 to 1"),
-    "temperature": ({"temperature": 0.0}, r"temperature=0.0 must be a positive number"),
+    "temperature": ({"temperature": 0.0}, r"temperature=0.0 must be a positive float32 number"),
     "start": ({"steps": 2, "start": 2}, r"start=2 and steps=2 must leave steps"),
     "noise": ({"noise": "white"}, "noise='white' must be"),
     "mode": ({"mode": "disk"}, "mode='disk' must be"),

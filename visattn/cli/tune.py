@@ -136,8 +136,8 @@ def tune(
     _say(out, goal, plan, found, dict(made.verified))
     if 0 < len(texts) <= plan.seeds:
         typer.echo(
-            f"  the {len(texts)} prompts that were searched with are those of the held-out samples, others may have less: "
-            f"with more than --seeds {plan.seeds} prompts others verify too"
+            f"  the {len(texts)} prompts that were searched with are those of the held-out samples, others may have "
+            f"less: with more than --seeds {plan.seeds} prompts others verify too"
         )
 
 
