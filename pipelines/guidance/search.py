@@ -97,11 +97,13 @@ def find_heads(
     """
     prompts, seeds = _several_of(prompts, seeds)
     add, most = whole_number(add, "add", 1), whole_number(most, "most", 1)
-    _check(pipe, objective, candidates, seconds, handle)
+    if candidates is not None:
+        candidates = [_head(each) for each in several(candidates, "candidates", "(layer, head) pairs")]
+    _check(pipe, objective, seconds, handle)
     out = as_path(out)
     check_options(scale, strength, 0.0, 1.0, None, None)
     perturbation_of(perturb)
-    given = {"prompts": list(prompts), "scale": scale, "strength": strength, "perturb": perturb, "options": options}
+    given = {"prompts": prompts, "scale": scale, "strength": strength, "perturb": perturb, "options": options}
     given |= {"objective": getattr(objective, "__name__", str(objective)), "model": type(pipe).__name__}
     # Noise and rounding are those of a device and a version: scores of others do not compare.
     device = torch.device(pipe.device)
@@ -109,7 +111,7 @@ def find_heads(
     given |= {"torch": torch.__version__}
     ends = time.monotonic() + seconds
     with apply(pipe, "dense") if handle is None else nullcontext(handle) as applied:
-        heads = [_head(each) for each in candidates] if candidates is not None else all_heads(pipe, applied, layers)
+        heads = all_heads(pipe, applied, layers) if candidates is None else candidates
         with Trials(out, given) as trials:
 
             def scores(chosen: Heads, count: int) -> torch.Tensor:
@@ -148,13 +150,11 @@ def _several_of(prompts: Any, seeds: Any) -> tuple[list[str], list[int]]:
     return prompts, seeds
 
 
-def _check(pipe: Any, objective: Any, candidates: Any, seconds: Any, handle: Any) -> None:
+def _check(pipe: Any, objective: Any, seconds: Any, handle: Any) -> None:
     """Raise a ValueError for what cannot be searched with."""
     real(seconds, "seconds", "a number of at least 0", lambda x: x >= 0)
     if not callable(objective):
         raise ValueError(f"objective={said(objective)} must be a function of pictures and prompts that gives scores")
-    for each in () if candidates is None else several(candidates, "candidates", "(layer, head) pairs"):
-        _head(each)
     if not callable(pipe) or not hasattr(pipe, "device"):
         raise ValueError(f"pipe={said(pipe)} must be a diffusers pipeline")
     check_handle(handle)

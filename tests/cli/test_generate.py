@@ -15,31 +15,17 @@ from PIL import Image
 from visattn import Layout, dense_mask
 from visattn.metrics import psnr, ssim
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
+
+from tests.support.tiny_pixel_dit import tiny_pixel_dit
 
 STEPS, LAYERS, GRID = 3, 3, (8, 8)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
-
-    torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=1,
-        out_channels=1,
-        num_layers=LAYERS,
-        patch_size=2,
-        sample_size=16,
-        num_embeds_ada_norm=10,
-        norm_type="ada_norm_zero",
-    )
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
     folder = tmp_path_factory.mktemp("model")
-    PixelDiTPipeline(transformer, diffusers.FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
+    tiny_pixel_dit(LAYERS).save_pretrained(folder)
     return folder
 
 

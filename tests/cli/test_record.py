@@ -8,10 +8,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("diffusers")
 
-import diffusers
-
 import visattn
 from tests.support import tiny_pipelines
+from tests.support.tiny_pixel_dit import tiny_pixel_dit
 from visattn.cli import app
 from visattn.layout import Layout
 from visattn.pipelines.record import record
@@ -116,21 +115,7 @@ def test_files_hold_everything(tmp_path):
 
 
 def test_the_command_writes_a_file(tmp_path):
-    from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
-
-    torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=1,
-        out_channels=1,
-        num_layers=2,
-        patch_size=2,
-        sample_size=16,
-        num_embeds_ada_norm=10,
-        norm_type="ada_norm_zero",
-    )
-    PixelDiTPipeline(transformer, diffusers.FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "model")
+    tiny_pixel_dit(2).save_pretrained(tmp_path / "model")
     out = tmp_path / "calls.safetensors"
     words = [
         "record",

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from visattn.pipelines import generate
 from visattn.pipelines.generate import DENSE, SPARSE, Settings, run_all, steps_alike, warm_up_steps
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
+
+from tests.support.tiny_pixel_dit import tiny_pixel_dit
 
 STEPS, LAYERS, DELAY = 5, 2, 0.02
 
@@ -19,24 +20,8 @@ STEPS, LAYERS, DELAY = 5, 2, 0.02
 @pytest.fixture
 def pipe(monkeypatch):
     """A tiny random pipeline, which notes the evaluations of its model and takes a while for each."""
-    from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
-
-    torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=1,
-        out_channels=1,
-        num_layers=LAYERS,
-        patch_size=2,
-        sample_size=16,
-        num_embeds_ada_norm=10,
-        norm_type="ada_norm_zero",
-    )
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    transformer.eval()  # in training labels are dropped at random
-    made = PixelDiTPipeline(transformer, diffusers.FlowMatchEulerDiscreteScheduler())
+    made = tiny_pixel_dit(LAYERS)
+    transformer = made.transformer
     original, made.evaluations = type(transformer).forward, 0
 
     @functools.wraps(original)
