@@ -49,8 +49,8 @@ STATES = [
 ]  # fmt: skip
 # Warps, stages, queries of a step, steps of a program.
 READING = [
-    (8, 1, 32, 4), (8, 3, 32, 4), (8, 3, 32, 16), (8, 4, 32, 16), (8, 3, 32, 32), (4, 1, 16, 8), (4, 2, 16, 16),
-    (4, 3, 16, 16), (4, 3, 16, 32),
+    (8, 1, 32, 4), (8, 2, 32, 16), (8, 3, 32, 4), (8, 3, 32, 16), (8, 4, 32, 16), (8, 3, 32, 32), (8, 3, 64, 16),
+    (4, 1, 16, 8), (4, 2, 16, 16), (4, 3, 16, 16), (4, 4, 16, 32), (4, 2, 32, 16), (4, 3, 32, 16),
 ]  # fmt: skip
 # Warps.
 MEANS = [1, 2, 4]
@@ -81,7 +81,7 @@ def reading(q: torch.Tensor, out: torch.Tensor, warps: int, stages: int, rows: i
     sums = torch.ones(1, HEADS, 1, DIM, device="cuda")
     given = hybrid.join_arguments(q, out, state, sums, None, torch.zeros(DIM, device="cuda"), None, "softmax")
     groups = -(-q.shape[1] // (rows * steps))
-    given |= {"ROWS": rows, "slots": rows * steps, "groups": groups}
+    given |= {"ROWS": rows, "slots": rows * steps, "groups": groups, "STAGES": stages}
     return partial(launch, join_states, (groups, HEADS, 1), given, warps, stages)
 
 

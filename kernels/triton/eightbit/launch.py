@@ -170,13 +170,13 @@ def forward(t: Operands, work: Work, fp8: bool) -> None:
         made = quantised(t.q, t.k, t.v, run, columns, work.scale, fp8, config.hopper, t.lse is not None)
         given = _arguments(t, work, run, columns, fp8)
         if config.hopper:
-            _on_hopper(made, given, config, work)
+            _on_hopper(made, given | {"RAGGED": run.ragged}, config, work)
         else:
             more = {
                 **made.given(),
                 "key_mask": t.q if t.key_mask is None else t.key_mask, "key_length": t.k.shape[1],
                 "key_tokens": columns.tokens, "BLOCK_DIM": block_dim(t.q.shape[3]),
-                "FULL": run.full, "KEY_MASK": t.key_mask is not None,
+                "FULL": run.full, "DENSE": run.has_dense, "KEY_MASK": t.key_mask is not None,
             }  # fmt: skip
             start.launch(attend_8bit, programs(given), given | more, config.warps, config.stages)
 
@@ -216,5 +216,5 @@ def _arguments(t: Operands, work: Work, run: Program, columns: Columns, fp8: boo
         "tile_of": columns.tile_of, "tiles": columns.tiles, "run_tiles": columns.run_tiles,
         "row_tiles": run.row_tiles,
         "HEAD_DIM": q.shape[3], "ROWS": run.rows, "COLUMNS": run.columns, "TILES": run.tiles,
-        "PARTIAL": run.partial, "DENSE": run.has_dense, "LSE": t.lse is not None, "FP8": fp8,
+        "PARTIAL": run.partial, "LSE": t.lse is not None, "FP8": fp8,
     }  # fmt: skip

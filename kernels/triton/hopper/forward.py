@@ -58,7 +58,7 @@ def _softmax(scores, top, total, scale):
 
 
 @gluon.jit
-def _hide(scores, words, masked, step, listed, runs, layout: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr):
+def _hide(scores, words, masked, step, listed, runs, layout: gl.constexpr, PARTIAL: gl.constexpr, RAGGED: gl.constexpr):
     """Scores of one step with -inf where a mask says so, or behind the end of a run of dense tokens.
 
     Steps from `listed` on are runs.
@@ -66,7 +66,7 @@ def _hide(scores, words, masked, step, listed, runs, layout: gl.constexpr, PARTI
     if PARTIAL:
         if masked:
             scores = hide_masked(scores, words, layout)
-    if DENSE:
+    if RAGGED:
         scores = hide_behind(scores, step - listed, runs, layout)
     return scores
 
@@ -87,7 +87,7 @@ def _start_scores(mine, shared, slot, SIZES: gl.constexpr, s_layout: gl.constexp
 @gluon.jit
 def _step(
     step, steps, any_before, adds, mine, shared, lists, where, marked, scale, runs, state, at,
-    first_row: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
+    first_row: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, RAGGED: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of one step, while the step before is added to its output, which may be another job's.
@@ -125,7 +125,7 @@ def _step(
     done_slot = k_slot
     if not SIZES[9]:
         mbarrier.arrive(k_free.index(k_slot), count=1)
-    scores = _hide(scores, words, masked, step, (stop - start) // TILES, runs, s_layout, PARTIAL, DENSE)
+    scores = _hide(scores, words, masked, step, (stop - start) // TILES, runs, s_layout, PARTIAL, RAGGED)
     fresh, top, total, alpha = _softmax(scores, top, total, scale)
     fresh = gl.convert_layout(fresh.to(keys.dtype), p_layout)
     # Waiting here for the next keys keeps the assembler from moving the softmax behind the wait for the product.
@@ -187,7 +187,7 @@ def _write(
 @gluon.jit
 def _consume(
     out, lse, shared, jobs, lists, sizes, runs,
-    GROUP: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr, LSE: gl.constexpr,
+    GROUP: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
     """One group of four warps: its 64 rows of each tile that the program takes, and their results.
 
@@ -236,7 +236,7 @@ def _consume(
             any_before = (number > 0) | (index > 0)
             state, alpha, at = _step(
                 step, steps, any_before, adds, mine, shared, lists, (start, stop), marked, sizes[2], runs, state, at,
-                GROUP * GROUP_ROWS, SIZES, PARTIAL, DENSE, s_layout, p_layout,
+                GROUP * GROUP_ROWS, SIZES, PARTIAL, RAGGED, s_layout, p_layout,
             )  # fmt: skip
             adds = index > 0
             if HALVES:
@@ -291,7 +291,7 @@ def attend(
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra, side_y, side_x,
     HEAD_DIM: gl.constexpr, BLOCK_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr,
     BOX: gl.constexpr, FOLDED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, LSE: gl.constexpr,
-    PARTIAL: gl.constexpr, DENSE: gl.constexpr, KEY_MASK: gl.constexpr, TURNS: gl.constexpr,
+    PARTIAL: gl.constexpr, RAGGED: gl.constexpr, KEY_MASK: gl.constexpr, TURNS: gl.constexpr,
     HALVES: gl.constexpr, VALUE_STAGES: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """Attention of query tiles of 128 tokens; see `forward.attend` for what the arguments share with it.
@@ -306,6 +306,7 @@ def attend(
         FOLDED: Whether heads lie in the channels of the descriptors; else in `outer`, behind the samples.
         TURNS: Whether the two groups of warps take turns in starting their products.
         BLOCK_DIM: Channels that are computed with, 64 or 128: those from HEAD_DIM on are zero or not stored.
+        RAGGED: Whether a run of dense tokens ends inside a step (`Program.ragged`).
         HALVES: Whether `halves` says what each half of a row tile has to do (`Program.halves`).
         VALUE_STAGES: Slots of the ring of values; that of keys has STAGES.
         TOGETHER: Whether the keys of a step and the values of the step before are given back by one arrival, for which
@@ -356,8 +357,8 @@ def attend(
     sizes = (heads, length, scale)
     gl.warp_specialize(
         [
-            (_consume, (out, lse, shared, jobs, lists, sizes, runs, gl.constexpr(0), SIZES, PARTIAL, DENSE, LSE)),
-            (_consume, (out, lse, shared, jobs, lists, sizes, runs, gl.constexpr(1), SIZES, PARTIAL, DENSE, LSE)),
+            (_consume, (out, lse, shared, jobs, lists, sizes, runs, gl.constexpr(0), SIZES, PARTIAL, RAGGED, LSE)),
+            (_consume, (out, lse, shared, jobs, lists, sizes, runs, gl.constexpr(1), SIZES, PARTIAL, RAGGED, LSE)),
             (_copy_columns, (k_grid, v_grid, k_runs, v_runs, rings, bases, jobs, heads, group, (side_y, side_x), runs,
                              BOX, FOLDED, SIZES)),
             (deal, (q, tokens, bounds, halves, taken, jobs, (q_batch, q_token, q_head), heads, dense_rows, grid_rows,

@@ -185,7 +185,7 @@ def key_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "score_scale": work.scale * LOG2E,
         "heads": k.shape[2], "length": t.q.shape[1], "key_length": k.shape[1],
         **strides("k", k, step), **strides("v", v, step),
-        "UNIT": step,
+        "UNIT": step, "DENSE": work.program("key_grad", t).has_dense,
     }  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def query_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "score_scale": work.scale * LOG2E,
         "key_length": k.shape[1],
         **strides("q", q, step), **strides("grad", grad_out, step), **head_arguments(q, k),
-        "UNIT": step,
+        "UNIT": step, "DENSE": work.program("query_grad", t).has_dense,
     }  # fmt: skip
 
 
@@ -286,7 +286,7 @@ def forward_launch(t: Operands, work: Work) -> Launch:
 def hopper_arguments(t: Operands, work: Work) -> dict[str, Any]:
     """Arguments of `hopper.attend`."""
     q, k = t.q, t.k
-    step = unit(q)
+    step, run = unit(q), work.program("forward", t)
     return {
         **_common_arguments("forward", ("k", "v"), (k, t.v), q, t, work),
         "q": q, "out": t.out, **optional(t, "lse"),
@@ -295,10 +295,11 @@ def hopper_arguments(t: Operands, work: Work) -> dict[str, Any]:
         "key_length": k.shape[1],
         **strides("q", q, step), **head_arguments(q, k),
         "UNIT": step, "LSE": t.lse is not None,
-        "TILES": work.program("forward", t).tiles,
+        "TILES": run.tiles,
         "TURNS": work.plan("forward").full_share < TAKE_TURNS,
-        "VALUE_STAGES": value_stages(work.program("forward", t), work.configs["forward"].stages),
-        "TOGETHER": GIVE_BACK_TOGETHER and work.program("forward", t).halves is None,
+        "VALUE_STAGES": value_stages(run, work.configs["forward"].stages),
+        "RAGGED": run.ragged,
+        "TOGETHER": GIVE_BACK_TOGETHER and run.halves is None,
     }  # fmt: skip
 
 
@@ -342,6 +343,6 @@ def _common_arguments(
         "BOX": (1,) * (3 - len(box)) + box,
         "FOLDED": folded(copied[0]),
         "STAGES": work.configs[direction].stages,
-        "PARTIAL": run.partial, "DENSE": run.has_dense, "KEY_MASK": t.key_mask is not None,
+        "PARTIAL": run.partial, "KEY_MASK": t.key_mask is not None,
         "HALVES": run.halves is not None,
     }  # fmt: skip

@@ -19,7 +19,7 @@ def join_states(
     q_batch, q_token, q_head, out_batch, out_token, out_head, heads, group, groups, states, slots, length, least,
     FEATURES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     FEATURE: tl.constexpr, RUNS: tl.constexpr, SHARE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute the queries of one group of one head: lin = f(q) state / (f(q) sums + least).
 
@@ -57,6 +57,7 @@ def join_states(
         HALF: Whether features are rounded to the state's dtype and multiplied in it.
         PRECISION: Of float32 products.
         WIDE: Whether queries are float32.
+        STAGES: Steps whose queries and outputs are on their way at once.
     """
     number = tl.program_id(0)
     head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -76,7 +77,8 @@ def join_states(
         part = tl.load(share + (sample * heads + head) * groups + number)
     else:
         added = tl.load(bias + d, mask=has_d, other=0.0)[None, :]
-    for start in range(0, slots, ROWS):
+    # Said of the loop: a launch's number of stages is for what products read, which outputs are not.
+    for start in tl.range(0, slots, ROWS, num_stages=STAGES):
         slot = start + tl.arange(0, ROWS)
         if RUNS:
             token = number * slots + slot

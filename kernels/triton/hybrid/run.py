@@ -215,14 +215,13 @@ def join_arguments(
         "heads": q.shape[2], "group": q.shape[2] // state.shape[1], "groups": groups, "states": state.shape[2],
         "slots": slots, "length": length, "least": LEAST,
         **sizes, "FEATURE": feature, "RUNS": tokens is None, "SHARE": share is not None,
-        "WIDE": wide,
+        "WIDE": wide, "STAGES": JOIN_STAGES[q.element_size()],
     }  # fmt: skip
 
 
 def _start_join(given: dict[str, Any]) -> None:
     q = given["q"]
-    stages = JOIN_STAGES[q.element_size()]
-    launch_like(join_states, (given["groups"], q.shape[2], len(q)), given, _warps(given), stages)
+    launch_like(join_states, (given["groups"], q.shape[2], len(q)), given, _warps(given), given["STAGES"])
 
 
 def _add_all(

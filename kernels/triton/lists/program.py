@@ -103,6 +103,12 @@ class Program:
         """Whether any row visits dense columns."""
         return sum(self.dense_columns) + self.extra > 0
 
+    @property
+    def ragged(self) -> bool:
+        """Whether a run of dense columns ends inside a step, so that what lies behind it has to be hidden."""
+        layout = self.column_tiling.layout
+        return any(length % self.columns for length in (layout.prefix, layout.suffix, self.extra))
+
 
 @kept
 def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device, by_halves: bool = False) -> Program:

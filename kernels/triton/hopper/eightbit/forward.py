@@ -54,7 +54,7 @@ from visattn.kernels.triton.parts import RUNTIME_SIZES
 
 
 @gluon.jit
-def _hide(scores, bits, step, where, runs, layout: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr):
+def _hide(scores, bits, step, where, runs, layout: gl.constexpr, PARTIAL: gl.constexpr, RAGGED: gl.constexpr):
     """Scores of one step with -inf where a mask says so, or behind the end of a run of dense tokens.
 
     `where` are the first step with masks and the first that is a run.
@@ -62,7 +62,7 @@ def _hide(scores, bits, step, where, runs, layout: gl.constexpr, PARTIAL: gl.con
     if PARTIAL:
         if (step >= where[0]) & (step < where[1]):
             scores = hide_masked(scores, bits, layout)
-    if DENSE:
+    if RAGGED:
         scores = hide_behind(scores, step - where[1], runs, layout)
     return scores
 
@@ -103,7 +103,7 @@ def _bits(masks, seen, slot, step, where, first_row: gl.constexpr, SIZES: gl.con
 @gluon.jit
 def _step(
     step, steps, mine, q_scale, shared, masks, where, runs, state, at,
-    first_row: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr,
+    first_row: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, RAGGED: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """One step: its weights while the next scores are multiplied, then the largest of those while its values are.
@@ -142,7 +142,7 @@ def _step(
     kept = gl.convert_layout(kept, gl.SliceLayout(1, o_layout))[:, None]
     products = warpgroup_mma_wait(1, deps=[products])
     scores = products.to(gl.float32, bitcast=True)
-    scores = _hide(scores, bits, step + 1, where, runs, s_layout, PARTIAL, DENSE)
+    scores = _hide(scores, bits, step + 1, where, runs, s_layout, PARTIAL, RAGGED)
     next_level, next_kept = level_of(scores, _pair_of(scales, ahead, TILES), q_scale, level)
     # Waiting here for the keys after keeps the assembler from moving the largest behind the wait for the product.
     after, after_phase = following(next_slot, next_phase, SIZES[4])
@@ -189,7 +189,7 @@ def _write(
 @gluon.jit
 def _consume(
     out, lse, per_row, v_shift, v_scale, shared, jobs, masks, sizes, runs,
-    GROUP: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr, LSE: gl.constexpr,
+    GROUP: gl.constexpr, SIZES: gl.constexpr, PARTIAL: gl.constexpr, RAGGED: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
     """One group of four warps: its 64 rows of each tile that the program takes, and their results."""
     q_scales, q_offset = per_row
@@ -214,7 +214,7 @@ def _consume(
         bits = _bits(masks, shared[3], at[0], 0, where, GROUP * GROUP_ROWS, SIZES, PARTIAL)
         products = warpgroup_mma_wait(0, deps=[products])
         scores = products.to(gl.float32, bitcast=True)
-        scores = _hide(scores, bits, 0, where, runs, s_layout, PARTIAL, DENSE)
+        scores = _hide(scores, bits, 0, where, runs, s_layout, PARTIAL, RAGGED)
         level = gl.full([GROUP_ROWS], float("-inf"), gl.float32, of_row)
         level = (level, level)
         next_level, kept = level_of(scores, k_scales, q_scale, level)
@@ -226,7 +226,7 @@ def _consume(
         for step in range(0, steps):
             state, level, at = _step(
                 step, steps, mine, q_scale, shared, masks, where, runs, state, at,
-                GROUP * GROUP_ROWS, SIZES, PARTIAL, DENSE, s_layout, o_layout, p_layout,
+                GROUP * GROUP_ROWS, SIZES, PARTIAL, RAGGED, s_layout, o_layout, p_layout,
             )  # fmt: skip
         _products, _level, _kept, acc, total = state
         # Read again, they need not be kept in registers meanwhile.
@@ -248,7 +248,7 @@ def attend_8bit(
     heads, group, length, tiles, run_tiles, row_tiles,
     dense_rows, grid_rows, pairs, prefix_tiles, suffix_tiles, prefix, suffix_start, suffix, extra,
     HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
-    LSE: gl.constexpr, PARTIAL: gl.constexpr, DENSE: gl.constexpr, FP8: gl.constexpr,
+    LSE: gl.constexpr, PARTIAL: gl.constexpr, RAGGED: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
     """Attention of query tiles of 128 tokens; see `forward.attend` for what the arguments share with it.
 
@@ -262,6 +262,7 @@ def attend_8bit(
         tiles: Column tiles, those of runs of dense tokens behind those of the grid.
         run_tiles: Number of the first of those.
         row_tiles: Row tiles.
+        RAGGED: Whether a run of dense tokens ends inside a step (`Program.ragged`).
         FP8: Whether weights and values are e4m3.
     """
     small: gl.constexpr = gl.float8e4nv if FP8 else gl.int8
@@ -300,9 +301,9 @@ def attend_8bit(
     gl.warp_specialize(
         [
             (_consume, (out, lse, per_row, v_shift, v_scale, shared, jobs, masks, sizes, runs, gl.constexpr(0),
-                        SIZES, PARTIAL, DENSE, LSE)),
+                        SIZES, PARTIAL, RAGGED, LSE)),
             (_consume, (out, lse, per_row, v_shift, v_scale, shared, jobs, masks, sizes, runs, gl.constexpr(1),
-                        SIZES, PARTIAL, DENSE, LSE)),
+                        SIZES, PARTIAL, RAGGED, LSE)),
             (copy_columns, (k8, v8, k_scale, bases, tile_of, mask_ids, shared, jobs, sizes, tiles, run_tiles,
                             SIZES, PARTIAL)),
             (deal, (q8, tokens, bounds, taken, jobs, dense_rows, grid_rows, pairs, row_tiles,
