@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Settings:
     draw_steps: int = option(16, "denoising steps of a sample")
     chunk: int = option(50, "samples drawn at once")
     size: int = option(256, "side of the samples in pixels")
+    before: Path | None = option(None, "--out of an earlier run, whose students begin where they ended")
     backend: str = option("auto", "backend of the patterns")
     precision: str = option("bf16", "mixed precision: no or bf16", ("no", "bf16"))
     jobs: int = option(1, "students trained at the same time")
@@ -100,6 +101,11 @@ class Settings:
             raise ValueError(
                 f"--size {self.size} must be a multiple of {4 * most}: samples {most} times smaller are drawn too"
             )
+        absent = [] if self.before is None else [name for name in self.names if not self.begin(name).is_file()]
+        if absent:
+            raise ValueError(f"--before {self.before} has no {self.begin(absent[0])}: train it there first")
+        if self.before is not None and self.before.resolve() == self.out.resolve():
+            raise ValueError(f"--before {self.before} is --out: students that learn further need a folder of their own")
 
     @property
     def names(self) -> list[str]:
@@ -109,7 +115,20 @@ class Settings:
     @property
     def smaller(self) -> list[int]:
         """By how much samples are smaller than --size, the smallest first."""
-        return sorted({phase.smaller for name in self.names for phase in STUDENTS[name][1]}, reverse=True)
+        return sorted({phase.smaller for name in self.names for phase in self.phases(name)}, reverse=True)
+
+    def begin(self, name: str) -> Path:
+        """The weights that a student begins with, of an earlier run."""
+        assert self.before is not None
+        return self.before / name / "student.safetensors"
+
+    def phases(self, name: str) -> tuple[Phase, ...]:
+        """A student's training; one that learns further has seen enough of the smallest samples."""
+        first, *rest = STUDENTS[name][1]
+        if self.before is None or not rest:
+            return first, *rest
+        rest[0] = replace(rest[0], options=(*first.options, *rest[0].options))
+        return tuple(replace(each, share=each.share / (1 - first.share)) for each in rest)
 
     def side(self, smaller: int) -> int:
         """Of samples that are so much smaller, in pixels."""
@@ -121,7 +140,7 @@ class Settings:
 
     def folder(self, name: str, number: int) -> Path:
         """Of a student's phase; that of its last is the student's."""
-        last = number + 1 == len(STUDENTS[name][1])
+        last = number + 1 == len(self.phases(name))
         return self.out / name if last else self.out / name / f"phase-{number + 1}"
 
 
@@ -163,12 +182,13 @@ def draw(captions: Sequence[str], out: Path, words: Sequence[str], cpu: bool) ->
 
 def train(name: str, settings: Settings) -> float:
     """Trains one student in a process of its own; returns the seconds."""
-    pattern, phases = STUDENTS[name]
+    pattern, phases = STUDENTS[name][0], settings.phases(name)
     words = ["--model", settings.model, "--pattern", pattern, "--optimizer", settings.optimizer]
     words += ["--ema", "0.99", "--threads", str(settings.threads), "--backend", settings.backend]
     words += ["--precision", settings.precision, "--warmup", "20", *LOSSES]
     words += ["--graphs"] * (settings.graphs and torch.cuda.is_available() and not settings.cpu)
     words += ["--cpu"] * settings.cpu
+    words += [] if settings.before is None else ["--weights", str(settings.begin(name))]
     for number, phase in enumerate(phases):
         steps, seconds = math.ceil(settings.steps * phase.share), settings.seconds * phase.share
         words += [THEN] * (number > 0) + ["--out", str(settings.folder(name, number))]
@@ -181,7 +201,7 @@ def train(name: str, settings: Settings) -> float:
 
 def entry_of(name: str, seconds: float, settings: Settings) -> dict[str, Any]:
     """What a trained student's logs say."""
-    pattern, phases = STUDENTS[name]
+    pattern, phases = STUDENTS[name][0], settings.phases(name)
     found: dict[str, Any] = {"pattern": pattern, "seconds": round(seconds, 1), "phases": []}
     for number, phase in enumerate(phases):
         log = (settings.folder(name, number) / "log.jsonl").read_text().splitlines()

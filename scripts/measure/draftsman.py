@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,14 +71,14 @@ class Draftsman:
     def __init__(self, pipe: Any, judge: Judge, options: argparse.Namespace) -> None:
         self.pipe, self.judge, self.options = pipe, judge, options
 
-    def draw(self, student: Student, size: int, count: int | None = None) -> Drawn:
-        """Pictures of every caption, or of the first so many of each kind."""
+    def draw(self, student: Student, size: int, count: int | None = None, kinds: Iterable[str] = KINDS) -> Drawn:
+        """Pictures of every caption, or of the first so many of each kind, or of some kinds."""
         options, batch = self.options, self.batch(size)
         with patched(self.pipe, student, options.backend) as handle:
             self.call(self.judge.captions(next(iter(KINDS)))[:batch], 0, size, WARM_UP_STEPS)
             before = handle.report()
             start, made = time.perf_counter(), {}
-            for number, kind in enumerate(KINDS):
+            for number, kind in enumerate(kinds):
                 captions = self.judge.captions(kind)[:count]
                 parts = []
                 for first in range(0, len(captions), batch):

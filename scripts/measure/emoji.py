@@ -28,7 +28,7 @@ from scripts.continued import check_same
 from scripts.measure.draftsman import DENSE, Draftsman, Drawn, Student
 from scripts.measure.emoji_encoder_model import ENCODER, SIDE, check_tokens, load_encoder
 from scripts.measure.emoji_judge import Judge
-from scripts.measure.emoji_prompts import CAPTIONS, KINDS
+from scripts.measure.emoji_prompts import CAPTIONS, KINDS, SEEN
 from scripts.measure.twins import Twins
 from scripts.train.emoji_data import load_pack
 from visattn.canvas import column, text
@@ -135,8 +135,8 @@ def _measured(student: Student, row: dict[str, Any] | None) -> bool:
 
 
 def _timed(known: dict[str, Any], student: Student, size: int, draftsman: Draftsman) -> dict[str, Any]:
-    """A row that was measured where others used the device too, with the times of one batch of each kind."""
-    return known | _times(draftsman.draw(student, size, draftsman.batch(size)))
+    """A row that was measured where others used the device too, with the times of one batch."""
+    return known | _times(draftsman.draw(student, size, draftsman.batch(size), [SEEN]))
 
 
 def _times(drawn: Drawn) -> dict[str, float]:

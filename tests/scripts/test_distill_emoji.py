@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
@@ -104,19 +105,25 @@ def test_every_student_is_trained_and_listed(folder, tmp_path):
     assert (tmp_path / "clear" / "student.safetensors").is_file()
 
 
-def test_linear_students_learn_from_small_samples_first(folder, tmp_path, monkeypatch):
-    runs = []
+@pytest.fixture
+def runs(monkeypatch):
+    """The runs that are asked for, which are not made."""
+    found = []
 
     def train(options, place, seconds):
         # Whatever is asked for are runs that can be.
         for words in split(["--out", str(place), *options]):
             told = parse(Config, None, words)
-            runs.append(told)
+            found.append(told)
             told.out.mkdir(parents=True, exist_ok=True)
             (told.out / "log.jsonl").write_text(json.dumps({"step": told.steps}))
         return 1.0
 
     monkeypatch.setattr(emoji_students, "train_student", train)
+    return found
+
+
+def test_linear_students_learn_from_small_samples_first(folder, tmp_path, runs):
     emoji_students.main(given(folder, tmp_path, "mala"))
     sizes = [SampleSet(each.samples).index.settings["size"] for each in runs]
     assert [(int(size), each.batch, each.steps) for size, each in zip(sizes, runs, strict=True)] == [
@@ -129,6 +136,24 @@ def test_linear_students_learn_from_small_samples_first(folder, tmp_path, monkey
     found = json.loads((tmp_path / "students.json").read_text())["students"]["mala"]
     assert found["steps"] == 6
     assert [each["size"] for each in found["phases"]] == [SIDE // 4, SIDE // 2, SIDE]
+
+
+def test_students_go_on_from_an_earlier_run(folder, tmp_path, runs, monkeypatch):
+    monkeypatch.setattr(Config, "_check_start", lambda self, trained: None)
+    begin = tmp_path / "before" / "mala" / "student.safetensors"
+    begin.parent.mkdir(parents=True)
+    save_file({"model.x": torch.zeros(1)}, begin, {"visattn": json.dumps({"pattern": "mala"})})
+    emoji_students.main([*given(folder, tmp_path / "after", "mala"), "--before", str(tmp_path / "before")])
+    sizes = [int(SampleSet(each.samples).index.settings["size"]) for each in runs]
+    assert sizes == [SIDE // 2, SIDE], "not the smallest samples again"
+    assert [each.steps for each in runs] == [2, 3], "its share of the steps goes to the others"
+    assert runs[0].weights == begin
+    assert all(each.train == "all" and each.own_lr == pytest.approx(2e-2) for each in runs)
+
+
+def test_where_students_go_on_from_has_them(folder, tmp_path):
+    with pytest.raises(SystemExit, match=r"--before .*before has no .*mala.student\.safetensors: train it there first"):
+        emoji_students.main([*given(folder, tmp_path, "mala"), "--before", str(tmp_path / "before")])
 
 
 def test_an_older_student_is_not_what_a_training_gave(tmp_path, monkeypatch):
