@@ -224,6 +224,18 @@ class TestSearch:
         text = page(read, found)
         assert text.count("<circle") >= 2 and text.count("<rect") >= 3 and "NaN" not in text
 
+    def test_where_the_minutes_are_over_other_searches_of_the_journal_count(self):
+        journal = Journal(None, {})
+        whole = search(Goal(psnr=25.0, held_out=5), journal).run()
+        late = search(Goal(psnr=20.0, held_out=5), journal)
+        # What is known is no work; whatever this bound alone would measure is.
+        late.measurer.deadline = 0
+        found = late.run()
+        assert not found.complete and found.held
+        assert found.verified.attention_seconds <= whole.verified.attention_seconds < Numbers.costs[DENSE][1] * 6
+        held = [row for row in whole.tried if row["held"] and row["held"] >= 21]
+        assert found.verified.attention_seconds == min(row["attention_seconds"] for row in held)
+
     def test_what_a_call_costs_in_a_whole_run_is_counted(self):
         late = Late()
         made = search(Goal(psnr=25.0, margin=0.0, held_out=20), subject=late)

@@ -57,6 +57,10 @@ class Journal:
         """Whether a key was measured."""
         return json.dumps(key) in self._known
 
+    def measured(self) -> list[Any]:
+        """Keys of all that was measured, in its order."""
+        return [json.loads(text) for text in self._known]
+
     def _append(self, line: Mapping[str, Any]) -> None:
         if self._path is None:
             return

@@ -61,6 +61,11 @@ class Measurer:
         key = ["outcome", assignment, list(seeds)]
         return Outcome.of(self._get(key, lambda: self.subject.outcome(edges, assignment, seeds).to_dict()))
 
+    def known(self) -> list[Assignment]:
+        """The schedules whose outcome on the plan's samples is known, of whichever search."""
+        found = [key[1] for key in self.journal.measured() if key[0] == "outcome" and key[2] == list(self.plan.samples)]
+        return [tuple(tuple(row) for row in assignment) for assignment in found]
+
     def quality(self, assignment: Assignment) -> Outcome:
         """Quality alone, of the quick samples: those of an outcome that is known, or without times."""
         edges, seeds = self.plan.edges, self.plan.quick_samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,7 @@ from visattn.tuning.measure import Measurer, OutOfTime
 from visattn.tuning.overhead import excess, middle, overheads
 from visattn.tuning.predict import choices
 from visattn.tuning.sensitivity import rank_correlation
-from visattn.tuning.solve import Choice, Rung, front, ladder, uniform
+from visattn.tuning.solve import Choice, Rung, front, ladder, rung_of, uniform
 from visattn.tuning.subject import DENSE, Outcome
 from visattn.tuning.tries import CLOSE, Tries
 from visattn.tuning.walk import first
@@ -29,6 +30,8 @@ class Search:
         self.ladders: list[list[Rung]] = []
         # Schedules of one candidate for all that is not dense, likewise.
         self._uniform: list[list[Rung]] = []
+        # What each layer and stage may have.
+        self._units: list[list[Choice]] = []
 
     def run(self) -> Found:
         """Search; with the minutes over, the best that was seen is verified."""
@@ -64,9 +67,9 @@ class Search:
         local = layers.measured(measurer)
         injections = Injections(measurer, local)
         beyond = overheads(measurer, local)
-        every = choices(measurer, local, injections, beyond, excess(measurer, local, injections))
+        self._units = choices(measurer, local, injections, beyond, excess(measurer, local, injections))
         for dense in range(stages):
-            units = [u if i % stages >= dense else _dense_alone(u) for i, u in enumerate(every)]
+            units = [u if i % stages >= dense else _dense_alone(u) for i, u in enumerate(self._units)]
             self.ladders.append(ladder(units))
             self._uniform.append(uniform(units))
         self.tries = Tries(measurer, self.goal, self._dense)
@@ -109,7 +112,13 @@ class Search:
         return best
 
     def _best(self) -> Rung:
-        """The fastest measured rung that held; dense where none did."""
+        """The fastest measured rung that held, in searches for other bounds too; dense where none did."""
+        for assignment in self.measurer.known():
+            rung = rung_of(self._units, tuple(itertools.chain(*assignment)))
+            # What has to be measured on more samples is left out.
+            with contextlib.suppress(OutOfTime):
+                if rung is not None:
+                    self.tries.measure(rung)
         good = [rung for rung in self.tries.rungs if self.tries.held(rung)]
         return self._fastest(min(good, key=lambda rung: rung.time, default=self._dense), self.tries.held)
 

@@ -87,6 +87,17 @@ def uniform(units: Sequence[Sequence[Choice]]) -> list[Rung]:
     return sorted(rungs, key=lambda rung: (rung.time, rung.loss, rung.names))
 
 
+def rung_of(units: Sequence[Sequence[Choice]], names: Sequence[str]) -> Rung | None:
+    """The rung with a candidate for each unit, None where a unit has no such choice."""
+    found: list[Choice] = []
+    for unit, name in zip(units, names, strict=True):
+        choice = next((each for each in unit if each.name == name), None)
+        if choice is None:
+            return None
+        found.append(choice)
+    return _rung(found)
+
+
 def front(rungs: Sequence[Rung]) -> list[Rung]:
     """Those of some rungs, sorted by time, that have less loss than all that take less time."""
     found: list[Rung] = []
