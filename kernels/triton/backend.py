@@ -29,7 +29,7 @@ from visattn.kernels.triton.config import (
     needed_memory,
     shorter,
 )
-from visattn.kernels.triton.eightbit.run import attend_8bit, fits_8bit
+from visattn.kernels.triton.eightbit.run import attend_8bit, eight_bit, fits_8bit
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config, width
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, ListedPattern, Pattern, RoutedPattern, Routes
@@ -194,6 +194,8 @@ class Triton(Backend):
         untuned = tune.enabled() and not _tunes(q)
         # A bias alone may learn, while q, k and v are frozen.
         learns = recorded(q, k, v, call.rpb)
+        if call.precision is not None and not learns and _as_they_are(q, k, v, call):
+            return eight_bit(q, k, v, call, architecture(q.device), grown)
         other = untuned or call.precision is not None or (learns and call.rpb is not None)
         if other or not _as_they_are(q, k, v, call):
             return super().prepare(q, k, v, call, grown)

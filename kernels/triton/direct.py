@@ -30,7 +30,7 @@ FORMATS = {
 }  # fmt: skip
 # CUtensorMap of the driver: its bytes, where it may lie, and its numbers for the dtypes that are copied.
 MAP_BYTES, MAP_ALIGNMENT = 128, 64
-MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+MAP_TYPES = {torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 L2_PROMOTION_128 = 2
 POINTER, INVALID_CONTEXT = 8, 201
 WORD = struct.Struct("Q")

@@ -141,25 +141,51 @@ def recording() -> Iterator[list[Recorded]]:
         _recorder.reset(before)
 
 
-def launch_like(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], warps: int, stages: int | None) -> None:
+def launch_like(
+    kernel: Any,
+    grid: tuple[int, ...],
+    given: dict[str, Any],
+    warps: int,
+    stages: int | None,
+    copied: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> None:
     """`launch` of a kernel all of whose tensors change from call to call: the driver starts it again.
 
     What it is compiled for are its other arguments, and the dtypes of the tensors.
+
+    Args:
+        kernel: The kernel.
+        grid: Number of programs.
+        given: Its arguments.
+        warps: As in `launch`.
+        stages: As in `launch`.
+        copied: The tensor that each descriptor among the arguments is of.
     """
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    roles = {name: f"{name} of" for name in copied}
+    tensors |= {roles[name]: tensor for name, tensor in copied.items()}
     device, recorder = next(iter(tensors.values())).device, _recorder.get()
     if not startable(device) or not aligned(tensors.values()):
         launch(kernel, grid, given, warps, stages)
         if recorder is not None:
             recorder.append(Recorded(None, []))
         return
-    others = tuple(value.dtype if isinstance(value, torch.Tensor) else value for value in given.values())
+    others = tuple(_compiled_for(value) for value in given.values())
     key = (launch_like, kernel.fn, grid, device, warps, stages, others)
     entry = STORE.find(key) or STORE.put(key, Starts(device), CALL_BYTES)
     start = entry.value.ready.get("only")
     if start is not None:
         start([t.data_ptr() for t in tensors.values()])
     else:
-        entry.value.first("only", tensors, Launch(kernel, grid, given, warps, stages))
+        entry.value.first("only", tensors, Launch(kernel, grid, given, warps, stages, roles))
     if recorder is not None:
         recorder.append(Recorded(entry.value.ready.get("only"), list(tensors.values())))
+
+
+def _compiled_for(value: Any) -> Hashable:
+    """What of an argument a kernel is compiled for: all but the addresses."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    if hasattr(value, "block_shape"):
+        return value.base.dtype, *map(tuple, (value.shape, value.strides, value.block_shape)), value.layout
+    return value

@@ -2,7 +2,8 @@
 
     python3 -m scripts.bench.eightbit_gpu [--only NAME ...] [--budget 120] [--out FILE]
 
-Whole calls, quantising included, in turns in one process; the kernels of a call are timed apart too. Errors are those
+Whole calls, quantising included, in turns in one process; the kernels of a call are timed apart too, and how long it
+keeps the host. Errors are those
 of sampled queries against float64.
 """
 
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
+from scripts.bench.dynamic_gpu import host_us
 from scripts.bench.gpu import in_turns
 from scripts.gpu_common import go_on, measure_cases, sampled_error, versions
 from visattn import Layout, attention, parse, plan
@@ -29,7 +31,7 @@ from visattn.patterns import RoutedPattern
 from visattn.problem import PRECISIONS
 
 HEADS = 24
-FLUX, HUNYUAN = Layout((256, 256)), Layout((30, 48, 80))
+FLUX, HUNYUAN, SMALL = Layout((256, 256)), Layout((30, 48, 80)), Layout((64, 64))
 # Pattern, tokens, head dim.
 CASES: dict[str, tuple[str, Layout, int]] = {
     "flux-s16": ("na(window=80x80,stride=16x16)", FLUX, 128),
@@ -41,6 +43,13 @@ CASES: dict[str, tuple[str, Layout, int]] = {
     "clear16-256": ("clear(radius=16)", FLUX, 128),
     "flux-s16-text": ("na(window=80x80,stride=16x16)", Layout((256, 256), prefix=512), 128),
     "dense-64k": ("dense", FLUX, 128),
+    # Where quantising may take longer than it saves.
+    "blocks-80-4k": ("topk(keep=0.2,block=8x16,key_block=8x8)", SMALL, 128),
+    "flux-s8-4k": ("na(window=24x24,stride=8x8)", SMALL, 128),
+    "blocks-80-9k": ("topk(keep=0.2,block=8x16,key_block=8x8)", Layout((96, 96)), 128),
+    "blocks-80-16k": ("topk(keep=0.2,block=8x16,key_block=8x8)", Layout((128, 128)), 128),
+    "blocks-80-16k-64": ("topk(keep=0.2,block=8x16,key_block=8x8)", Layout((128, 128)), 64),
+    "clear32-256": ("clear(radius=32)", FLUX, 128),
 }
 
 
@@ -79,6 +88,7 @@ def case_of(name: str) -> dict[str, Any]:
         visited = 4 * dim * HEADS * layout.pairs / plan(parse(pattern), layout).tile_bound
         result["tflops"] = {who: visited / ms / 1e9 for who, ms in result["ms"].items() if who != "cudnn"}
     result["kernels_us"] = {precision: kernels_us(runs[precision]) for precision in PRECISIONS}
+    result["host_us"] = {who: host_us(run) for who, run in runs.items()}
     return result
 
 

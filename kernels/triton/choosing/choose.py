@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from visattn.keep import CALL_BYTES, STORE, kept
-from visattn.kernels.triton.choosing.again import Again
+from visattn.kernels.triton.again import Again
 from visattn.kernels.triton.choosing.means import part_means
 from visattn.kernels.triton.choosing.scores import pair_scores
 from visattn.kernels.triton.choosing.select import RULE_ABOVE, RULE_MASS, RULE_NUMBER, select

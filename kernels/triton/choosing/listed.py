@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.keep import CALL_BYTES, STORE
+from visattn.kernels.triton.again import Again
 from visattn.kernels.triton.arguments import Work
-from visattn.kernels.triton.choosing.again import Again
 from visattn.kernels.triton.choosing.lists import write_lists
 from visattn.kernels.triton.choosing.pooled import Rest
 from visattn.kernels.triton.choosing.tables import Tables, tables, writes_lists

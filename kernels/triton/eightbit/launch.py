@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from visattn.keep import kept
-from visattn.kernels.triton import start
 from visattn.kernels.triton.arguments import LOG2E, Operands, Work, head_arguments, list_arguments, strides, unit
 from visattn.kernels.triton.config import Config, block_dim
 from visattn.kernels.triton.eightbit import quantise
@@ -81,6 +80,8 @@ class Bytes:
         k_scale: The same per column tile.
         v_shift: What is to be added to the output, per channel.
         v_scale: What it is to be multiplied by before.
+        found: What the scales are from, as k_shift.
+        k_shift: What keys are shifted by.
     """
 
     q8: torch.Tensor
@@ -91,10 +92,16 @@ class Bytes:
     k_scale: torch.Tensor
     v_shift: torch.Tensor
     v_scale: torch.Tensor
+    found: torch.Tensor
+    k_shift: torch.Tensor
 
     def given(self) -> dict[str, torch.Tensor]:
-        """These as arguments of a kernel."""
-        return dict(vars(self))
+        """What the kernel that computes attention takes of these."""
+        return {name: value for name, value in vars(self).items() if name not in ("found", "k_shift")}
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of these, each once."""
+        return list({id(value): value for value in vars(self).values()}.values())
 
 
 def quantised(
@@ -119,8 +126,7 @@ def quantised(
     tiles, slots = columns.tokens.shape
     chunks, step = -(-length // CHUNK), unit(q, k, v)
     device = q.device
-    found = torch.empty((pairs, chunks, 4, dim), dtype=torch.float32, device=device)
-    per_channel = torch.empty((3, pairs, dim), dtype=torch.float32, device=device)
+    k_shift, v_shift, v_scale = (torch.empty((pairs, dim), dtype=torch.float32, device=device) for _ in range(3))
     q_scale = torch.empty((rows, run.row_tiles, run.rows), dtype=torch.float32, device=device)
     made = Bytes(
         torch.empty((rows, run.row_tiles, run.rows, dim), dtype=torch.int8, device=device),
@@ -129,19 +135,21 @@ def quantised(
         q_scale,
         torch.empty_like(q_scale) if lse else q_scale,
         torch.empty((pairs, tiles), dtype=torch.float32, device=device),
-        per_channel[1],
-        per_channel[2],
+        v_shift,
+        v_scale,
+        torch.empty((pairs, chunks, 4, dim), dtype=torch.float32, device=device),
+        k_shift,
     )
     sizes = {"HEAD_DIM": head_dim, "BLOCK_DIM": dim}
     both = {**strides("k", k, step), **strides("v", v, step)}
-    shared = {"k_shift": per_channel[0], "v_shift": made.v_shift, "v_scale": made.v_scale}
+    shared = {"k_shift": k_shift, "v_shift": v_shift, "v_scale": v_scale}
     summed = sum(min(BLOCK, length - first) for first in range(0, length, BLOCK * EVERY))
     launch_like(quantise.column_statistics, (chunks, pairs), {
-        "k": k, "v": v, "found": found, **both, "heads": heads, "length": length, "chunk": CHUNK, "chunks": chunks,
+        "k": k, "v": v, "found": made.found, **both, "heads": heads, "length": length, "chunk": CHUNK, "chunks": chunks,
         "block": BLOCK, "every": EVERY, **sizes, "ROWS": 16, "UNIT": step,
     }, 4, 1)  # fmt: skip
     launch_like(quantise.column_scales, (pairs,), {
-        "found": found, **shared, "summed": float(summed), "length": length, "chunks": chunks,
+        "found": made.found, **shared, "summed": float(summed), "length": length, "chunks": chunks,
         **sizes, "PARTS": 16, "FP8": fp8,
     }, 4, 1)  # fmt: skip
     launch_like(quantise.quantise_columns, (tiles, pairs), {
@@ -156,13 +164,16 @@ def quantised(
     return made
 
 
-def forward(t: Operands, work: Work, fp8: bool) -> None:
+def forward(t: Operands, work: Work, fp8: bool) -> Bytes:
     """Attention of a call into its output and log-sum-exp.
 
     Args:
-        t: q, k, v, key mask, results.
+        t: q, k, v, key mask, results; for Hopper's own kernel the counter of its tiles.
         work: The call; its forward's configuration is one of 8 bits.
         fp8: Whether weights and values become e4m3 instead of int8.
+
+    Returns:
+        What it was computed from.
     """
     run, config = work.program("forward", t), work.configs["forward"]
     columns = columns_of(run.column_tiling, run.columns // run.tiles, run.tiles, t.q.device)
@@ -170,7 +181,7 @@ def forward(t: Operands, work: Work, fp8: bool) -> None:
         made = quantised(t.q, t.k, t.v, run, columns, work.scale, fp8, config.hopper, t.lse is not None)
         given = _arguments(t, work, run, columns, fp8)
         if config.hopper:
-            _on_hopper(made, given | {"RAGGED": run.ragged}, config, work)
+            _on_hopper(made, given | {"taken": t.taken, "RAGGED": run.ragged}, config)
         else:
             more = {
                 **made.given(),
@@ -178,10 +189,11 @@ def forward(t: Operands, work: Work, fp8: bool) -> None:
                 "key_tokens": columns.tokens, "BLOCK_DIM": block_dim(t.q.shape[3]),
                 "FULL": run.full, "DENSE": run.has_dense, "KEY_MASK": t.key_mask is not None,
             }  # fmt: skip
-            start.launch(attend_8bit, programs(given), given | more, config.warps, config.stages)
+            launch_like(attend_8bit, programs(given), given | more, config.warps, config.stages)
+    return made
 
 
-def _on_hopper(made: Bytes, given: dict[str, Any], config: Config, work: Work) -> None:
+def _on_hopper(made: Bytes, given: dict[str, Any], config: Config) -> None:
     """Start Hopper's own kernel, which reads by descriptors."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -193,15 +205,13 @@ def _on_hopper(made: Bytes, given: dict[str, Any], config: Config, work: Work) -
         layout = NVMMASharedLayout(swizzle_byte_width=x.shape[-1], element_bitwidth=8, rank=2)
         return TensorDescriptor.from_tensor(x.flatten(0, -2), [rows, x.shape[-1]], layout)
 
-    copied = {
-        "q8": descriptor(made.q8, int(GROUP_ROWS)),
-        "k8": descriptor(made.k8, made.k8.shape[2]),
-        "v8": descriptor(made.v8, made.v8.shape[2]),
-    }
+    copied = {"q8": made.q8, "k8": made.k8, "v8": made.v8}
+    rows = {"q8": int(GROUP_ROWS), "k8": made.k8.shape[2], "v8": made.v8.shape[2]}
+    given = given | made.given() | {name: descriptor(x, rows[name]) for name, x in copied.items()}
+    given |= {"masks": thread_masks(given["masks"]), "STAGES": config.stages}
     units = torch.cuda.get_device_properties(made.q8.device).multi_processor_count
-    more = {"taken": work.starts.counter(), "masks": thread_masks(given["masks"]), "STAGES": config.stages}
     grid = (min(units, programs(given)[0]),)
-    start.launch(attend_on_hopper, grid, made.given() | given | copied | more, config.warps, None)
+    launch_like(attend_on_hopper, grid, given, config.warps, None, copied)
 
 
 def _arguments(t: Operands, work: Work, run: Program, columns: Columns, fp8: bool) -> dict[str, Any]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.masks import settled
-from visattn.kernels.triton.arguments import Operands
+from visattn.kernels.triton.arguments import Operands, Work
 from visattn.kernels.triton.config import DIRECTIONS, EIGHT, EIGHT_HOPPER, Config, config, family
 from visattn.kernels.triton.hopper.launch import hopper_config
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, Pattern, RoutedPattern
 from visattn.problem import Call, Problem, Support
+
+if TYPE_CHECKING:
+    from visattn.kernels.triton.again import Again
+    from visattn.kernels.triton.prepared import Kernels
 
 # Channels that a product of bytes takes at once.
 SMALLEST = 32
@@ -76,32 +81,107 @@ def attend_8bit(
     """
     if call.scale < 0:
         q, call = -q, replace(call, scale=-call.scale)
+    mask = None if call.key_mask is None else call.key_mask.contiguous()
+    shapes = q.shape, k.shape, q.stride(), k.stride(), v.stride()
+    key = (
+        attend_8bit, call.pattern, call.layout, call.scale, q.dtype, q.device, shapes, mask is None, call.precision,
+        call.lse,
+    )  # fmt: skip
+    entry = STORE.find(key)
+    if entry is None:
+        made = eight_bit(q, k, v, replace(call, key_mask=mask), architecture, lambda: STORE.weigh(key))
+        entry = STORE.put(key, made, CALL_BYTES)
+    calls: EightBit = entry.value
+    return calls(q, k, v, mask)
+
+
+def eight_bit(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, architecture: int, grown: Callable[[], None]
+) -> EightBit:
+    """What runs calls in 8 bits that are like this one.
+
+    Args:
+        q: Queries; channels are contiguous, as those of keys and values.
+        k: Keys.
+        v: Values.
+        call: The first call; its scale is not negative.
+        architecture: Compute capability times ten, 0 for the interpreter.
+        grown: Called when a kernel has become ready.
+    """
     # Not before a call: asking what runs here imports no triton.
-    from visattn.kernels.triton.eightbit.launch import forward
     from visattn.kernels.triton.prepared import Kernels
 
-    k, v = settled(k, call.key_mask), settled(v, call.key_mask)
-    mask = None if call.key_mask is None else call.key_mask.contiguous()
-    fp8 = call.precision == "fp8"
+    masked = call.key_mask is not None or not call.scale
 
     def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> dict[str, Config]:
         dim = q.shape[3]
         configs = {d: config(architecture, q.dtype, dim, d) for d in DIRECTIONS}
-        own = eight_config(architecture, q.dtype, dim, call.pattern, call.layout, mask is not None or not call.scale)
-        return configs | {"forward": own}
+        return configs | {"forward": eight_config(architecture, q.dtype, dim, call.pattern, call.layout, masked)}
 
-    shapes = q.shape, k.shape, q.stride(), k.stride(), v.stride()
-    key = attend_8bit, call.pattern, call.layout, call.scale, q.dtype, q.device, shapes, mask is None, fp8
-    entry = STORE.find(key)
-    if entry is None:
-        kept = replace(call, key_mask=None)
-        entry = STORE.put(key, Kernels(q, k, v, kept, False, choose, lambda: STORE.weigh(key)), CALL_BYTES)
-    kernels: Kernels = entry.value
-    # Lists that skip have been refused.
-    routed: Any = kernels.lists(q, k, v, mask, False) if isinstance(call.pattern, RoutedPattern) else None
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32) if call.lse else None
-    given = None if mask is None else mask.view(torch.uint8)
-    t = Operands(q, k, v, key_mask=given, out=out, lse=lse, routed=routed)
-    forward(t, kernels.work(q, k, v), fp8)
-    return out, None if lse is None else lse.transpose(1, 2)
+    kernels = Kernels(q, k, v, replace(call, key_mask=None), False, choose, grown)
+    return EightBit(kernels, call.precision == "fp8", call.lse, grown)
+
+
+class EightBit:
+    """Calls in 8 bits that are alike: what the first one launches is started again for the others.
+
+    Args:
+        kernels: What they share with those of 16 bits.
+        fp8: Whether weights and values become e4m3 instead of int8.
+        lse: Whether the log-sum-exp is wanted.
+        grown: Called when more is kept.
+    """
+
+    def __init__(self, kernels: Kernels, fp8: bool, lse: bool, grown: Callable[[], None]) -> None:
+        self._kernels, self._fp8, self._lse, self._grown = kernels, fp8, lse, grown
+        self._routed = isinstance(kernels.pattern, RoutedPattern)
+        self._again: Again | None = None
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        rpb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output [B, S, H, D] and log-sum-exp [B, S, H], see `Backend.run`; `rpb` is None."""
+        k, v = settled(k, key_mask), settled(v, key_mask)
+        # Lists that skip have been refused.
+        routed: Any = self._kernels.lists(q, k, v, key_mask, False) if self._routed else None
+        given = [q, k, v]
+        if key_mask is not None:
+            given.append(key_mask.view(torch.uint8))
+        work = self._kernels.work(q, k, v)
+        taken = work.starts.counter() if work.configs["forward"].hopper else None
+        if taken is not None:
+            given.append(taken)
+        if self._again is not None:
+            made = self._again(*given, lists=() if routed is None else routed.addresses("forward"))
+            if made is not None:
+                return self._results(made.results)
+        mask = None if key_mask is None else given[3]
+        return self._results(self._first(Operands(q, k, v, key_mask=mask, taken=taken, routed=routed), work, given))
+
+    def _first(self, t: Operands, work: Work, given: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The results of a call whose launches are not known, which they are behind it."""
+        from visattn.kernels.triton.again import Again
+        from visattn.kernels.triton.eightbit.launch import forward
+        from visattn.kernels.triton.start import recording
+
+        results = [t.q.new_empty(t.q.shape)]
+        if self._lse:
+            results.append(t.q.new_empty((t.q.shape[0], t.q.shape[2], t.q.shape[1]), dtype=torch.float32))
+        t.out, t.lse = (*results, None)[:2]
+        with recording() as launches:
+            made = forward(t, work, self._fp8)
+        if self._again is None and launches and all(start is not None for start, _ in launches):
+            lists = () if t.routed is None else t.routed.program("forward").own_lists
+            self._again = Again(launches, given, results, made.tensors(), lists)
+            self._grown()
+        return results
+
+    @staticmethod
+    def _results(found: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out, *lse = found
+        return out, lse[0].transpose(1, 2) if lse else None

@@ -33,6 +33,8 @@ ROWS, BESIDE_STATE = 64, 32
 STEPS = 16
 # Steps whose tokens are on their way at once, by the bytes of a number: of states, and of their reading.
 STATES_STAGES, JOIN_STAGES = {2: 3, 4: 2}, {2: 3, 4: 1}
+# Warps of a program that reads states for queries of 16 bits.
+JOIN_WARPS = 4
 # Bytes of the states that exist at a time.
 SLICE = 2**29
 
@@ -221,7 +223,8 @@ def join_arguments(
 
 def _start_join(given: dict[str, Any]) -> None:
     q = given["q"]
-    launch_like(join_states, (given["groups"], q.shape[2], len(q)), given, _warps(given), given["STAGES"])
+    warps = _warps(given) if given["WIDE"] else JOIN_WARPS
+    launch_like(join_states, (given["groups"], q.shape[2], len(q)), given, warps, given["STAGES"])
 
 
 def _add_all(

@@ -34,19 +34,21 @@ from visattn.kernels.triton.start import Starts
 def test_compiles_without_spills(monkeypatch, arch, config, fp8, dim, text):
     made = {}
 
-    def compile_only(kernel, grid, given, warps, stages):
+    def compile_only(kernel, grid, given, warps, stages, copied=()):
+        if not kernel.fn.__name__.startswith("attend"):
+            return
         options = {"num_warps": warps, "enable_fp_fusion": True} | ({} if stages is None else {"num_stages": stages})
         binary = triton.compile(ahead.source(kernel, given), target=GPUTarget("cuda", arch, 32), options=options)
         made[kernel.fn.__name__] = ahead._used(binary, True)
 
-    monkeypatch.setattr(launch.start, "launch", compile_only)
-    monkeypatch.setattr(launch, "launch_like", lambda *_: None)
+    monkeypatch.setattr(launch, "launch_like", compile_only)
     device = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: device)
     pattern, layout = parse(text), Layout((48, 48), 16)
     q = torch.empty(1, layout.length, 24, dim, dtype=torch.bfloat16)
     work = Work(pattern, layout, 0.1, False, dict.fromkeys(DIRECTIONS, config), Starts(q.device))
-    t = Operands(q, q, q, out=torch.empty_like(q), lse=torch.empty(1, 24, layout.length))
+    taken = torch.zeros(1, dtype=torch.int32)
+    t = Operands(q, q, q, out=torch.empty_like(q), lse=torch.empty(1, 24, layout.length), taken=taken)
     launch.forward(t, work, fp8)
     assert made["attend_8bit"].fits(SHARED_MEMORY[arch]), made
 

@@ -194,6 +194,59 @@ def test_a_choice_is_started_again_with_its_addresses(quick, text, monkeypatch):
     assert [ref() is None for ref in held] == [True] * 4
 
 
+EIGHT = {
+    "hopper": ("na(window=7x7)", "fp8", {}),
+    "general": ("na(window=7x7)", "int8", {"head_dim": 40}),
+    "mask": ("na(window=7x7)", "int8", {"mask": True}),
+    "chosen": ("topk(keep=0.3,block=8x16,key_block=8x8)", "fp8", {}),
+    "routed": ("routing(4x4,topk=2)", "int8", {}),
+}
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("name", EIGHT)
+def test_calls_in_8_bits_are_started_again(quick, name, lse):
+    text, precision, options = EIGHT[name]
+    options = dict(options)
+    more = {"key_mask": torch.ones(2, LAYOUT.length, dtype=torch.bool)} if options.pop("mask", False) else {}
+    kernels = 0
+    for seed in range(3):
+        q, k, v = tensors(seed, **options)
+        with torch.no_grad():
+            found = attention(
+                q, k, v, text, LAYOUT, backend="triton", precision=precision, return_lse=lse, **more
+            )  # fmt: skip
+        out, sums = found if lse else (found, None)
+        kernels = kernels or len(quick.first)
+        held = [weakref.ref(t) for t in (q, k, v, out)]
+    assert len(quick.first) == kernels and len(quick) == 2 * kernels
+    seen = {kernel.fn.__name__: values for kernel, values in quick[kernels:]}
+    statistics, scales, columns, rows, run = (
+        seen[each]
+        for each in ("column_statistics", "column_scales", "quantise_columns", "quantise_rows", "attend_8bit")
+    )
+    given = {"k": k, "v": v} if not more else {}
+    assert all(columns[each] == statistics[each] == t.data_ptr() for each, t in given.items())
+    assert rows["q"] == q.data_ptr() and run["out"] == out.data_ptr()
+    assert scales["found"] == statistics["found"] and rows["k_shift"] == columns["k_shift"] == scales["k_shift"]
+    assert (run["q8"], run["k8"], run["v8"]) == (rows["q8"], columns["k8"], columns["v8"])
+    assert (run["q_scale"], run["k_scale"]) == (rows["q_scale"], columns["k_scale"])
+    assert (run["v_scale"], run["v_shift"]) == (scales["v_scale"], scales["v_shift"])
+    assert not lse or run["lse"] == sums.data_ptr()
+    assert len({run[each] for each in ("q8", "k8", "v8", "out", "q_scale", "k_scale", "bases")}) == 7
+    if name == "mask":
+        assert run["key_mask"] == more["key_mask"].data_ptr()
+    if name == "chosen":
+        assert (run["bounds"], run["bases"]) == tuple(seen["write_lists"][each] for each in ("bounds", "bases"))
+    # Tables stay where they are.
+    assert run["tokens"] == next(v for kernel, v in quick if kernel.fn.__name__ == "attend_8bit")["tokens"]
+    quick.first.clear()
+    quick.wanted.clear()
+    del q, k, v, out, sums, found, given
+    gc.collect()
+    assert [ref() is None for ref in held] == [True] * 4
+
+
 def test_lists_that_are_written_again_are_tensors_for_who_asks(quick):
     """Gradients read the lists of the forward where their tiles are the same, and so does a first launch."""
     q, k, v = tensors(0, learns=True)

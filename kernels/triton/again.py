@@ -33,6 +33,7 @@ class Again:
         given: Its tensors.
         results: What it allocated and others read.
         inside: What it allocated besides, contiguous: these lie in one buffer.
+        lists: What others wrote, of which a call has the addresses alone.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Again:
         given: Sequence[torch.Tensor],
         results: Sequence[torch.Tensor],
         inside: Sequence[torch.Tensor],
+        lists: Sequence[torch.Tensor] = (),
     ) -> None:
         self._results = [(t.shape, t.stride(), t.dtype, t.device) for t in results]
         self._inside, self._offsets, size = [(t.shape, t.dtype, t.nbytes) for t in inside], [], 0
@@ -50,7 +52,7 @@ class Again:
         self._buffer = (size,), (1,), torch.uint8, given[0].device
         # Tables of blocks, which must live as long as their addresses are here.
         self.kept: list[torch.Tensor] = []
-        known = [*given, *results, *inside]
+        known = [*given, *lists, *results, *inside]
         self._launches = []
         for start, tensors in launches:
             assert start is not None
@@ -68,7 +70,7 @@ class Again:
         self.kept.append(t)
         return len(known) + len(self.kept) - 1
 
-    def __call__(self, *given: torch.Tensor) -> Made | None:
+    def __call__(self, *given: torch.Tensor, lists: Sequence[int] = ()) -> Made | None:
         """What they write; None where addresses are less aligned."""
         addresses, low = [], 0
         for t in given:
@@ -77,6 +79,7 @@ class Again:
             low |= address
         if low & (ALIGNMENT - 1):
             return None
+        addresses += lists
         results = []
         for shape, stride, dtype, device in self._results:
             results.append(t := torch.empty_strided(shape, stride, dtype=dtype, device=device))
