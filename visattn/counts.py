@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,7 +38,8 @@ class Cell:
         key: What they have in common, shared by all modules at which it happens.
         problem: What ran or was kept dense, None for calls that are dense anyway or fell back.
         reason: Why the pattern did not run, "" if it ran or a schedule keeps the call dense.
-        kept: Whether `auto` kept them dense, where the pattern would take longer.
+        kept: Whether `auto` kept them dense, where the pattern would take longer; of those that ran it, whether it
+            computed them in their own dtype although `problem` has 8 bits.
         turn: How many modules had such calls before: 0 where the first of them is the first of its kind in the model.
         on_gpu: Whether only some are timed.
         calls: How many.
@@ -86,6 +87,7 @@ class Row:
         hits: Calls that ran the pattern, by problem.
         dense: Calls that a schedule or `auto` kept dense.
         kept: Those of them that `auto` did, by problem.
+        exact: Calls among `hits` that `auto` computed in their own dtype instead of 8 bits, by the problem in 8 bits.
         fallbacks: Calls that could not run the pattern, by reason.
         seconds: Estimated time of all calls by kind, first ones as if they were steady; fallbacks count as dense.
         first_seconds: Time of first calls by kind.
@@ -100,6 +102,7 @@ class Row:
     hits: Counter[Problem] = field(default_factory=Counter)
     dense: int = 0
     kept: Counter[Problem] = field(default_factory=Counter)
+    exact: Counter[Problem] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: {"sparse": 0.0, "dense": 0.0})
     first_seconds: float = 0.0
@@ -118,21 +121,23 @@ class Row:
             mean: Time of a steady call of its kind, None if none was timed.
             choosing: What of it is choosing.
         """
+        ran = cell.problem
         if cell.kept:
             assert cell.problem is not None
-            self.kept[cell.problem] += cell.calls
+            (self.kept if cell.kind == "dense" else self.exact)[cell.problem] += cell.calls
+            ran = replace(cell.problem, precision=None)
         if cell.reason:
             self.fallbacks[cell.reason] += cell.calls
         elif cell.kind == "dense":
             self.dense += cell.calls
-        elif cell.problem is not None:
-            self.hits[cell.problem] += cell.calls
+        elif ran is not None:
+            self.hits[ran] += cell.calls
             if cell.reached is not None:
-                self.reached[cell.problem] = joined(self.reached.get(cell.problem), cell.reached)
+                self.reached[ran] = joined(self.reached.get(ran), cell.reached)
             if cell.skipped is not None:
-                self.skipped[cell.problem] = joined(self.skipped.get(cell.problem), cell.skipped)
+                self.skipped[ran] = joined(self.skipped.get(ran), cell.skipped)
             if cell.shared is not None:
-                self.shared[cell.problem] = self.shared.get(cell.problem, Shared()).add(*cell.shared)
+                self.shared[ran] = self.shared.get(ran, Shared()).add(*cell.shared)
         own = cell.seconds / cell.timed if cell.timed else mean
         untimed = cell.first_seconds if own is None else own * (cell.calls - cell.timed)
         self.seconds[cell.kind] += cell.seconds + untimed

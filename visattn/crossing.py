@@ -85,3 +85,22 @@ def _crossing(problem: Problem, version: int) -> Crossing:
     alone = replace(problem, mode="captured")
     saved = load("sdpa").cost(replace(alone, pattern=Dense())) - sparse.cost(alone)
     return Crossing(sparse.name, *times, problem.mode, milliseconds(problem, saved))
+
+
+def slower_in_8_bits(problem: Problem) -> str:
+    """Why a call in 8 bits is computed in its own dtype instead; "" where that is not estimated to be faster.
+
+    These are calls of which `crossing` has estimates.
+    """
+    if problem.precision is None or crossing(problem) is None:
+        return ""
+    return _slower_in_8_bits(problem, REGISTRY.version)
+
+
+@lru_cache(maxsize=1024)
+def _slower_in_8_bits(problem: Problem, version: int) -> str:
+    exact = replace(problem, precision=None)
+    times = [milliseconds(each, choose(each).cost(each)) for each in (problem, exact)]
+    if times[1] >= times[0]:
+        return ""
+    return f"estimated {times[0]:.3f} ms in {problem.precision}, quantising included, {times[1]:.3f} ms without"

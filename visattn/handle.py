@@ -71,14 +71,16 @@ def apply(
         always: Run the pattern wherever it can run. Without it "auto" leaves a module of a model on a GPU its own
             dense attention where a call is estimated to take longer with the pattern (few tokens, where a call
             costs the host more than the device), or not to save the device twice what a call in a model costs the
-            host, and the report counts such calls with both estimates. Calls with gradients, learnable patterns,
+            host, and computes in the model's own dtype where `precision` is estimated to take longer; the report counts
+            such calls with both estimates. Calls with gradients, learnable patterns,
             named backends, `strict` and `weights` always run the pattern; a model that was trained with a pattern
             should be given it with `always`.
         caught: So many queries of the grid of every call are compared with dense attention: the report says which share
             of their exact attention falls on what the pattern lists. It costs about as many queries of dense attention,
             and compiled code is not looked at. 0 for none.
         precision: What calls that run a pattern compute in: None for the model's own dtype, "int8" or "fp8" as in
-            `attention`. Such a model is for inference; on a CPU it is slower, as errors are simulated there.
+            `attention`. Such a model is for inference; on a CPU it is slower, as errors are simulated there, and on a
+            GPU only calls are rounded that it makes faster (see `always`).
         precise_layers: Layers that stay in the model's own dtype all the same, selected as by `layers`.
         precise_steps: The first so many denoising steps stay in it: a count, or a fraction like 0.25.
         precise_last_steps: The last so many do.

@@ -8,6 +8,7 @@ from typing import Any
 
 from visattn.call_report import CallReport, density, why_kept
 from visattn.counts import Row
+from visattn.crossing import slower_in_8_bits
 from visattn.patterns import Pattern
 from visattn.reached import Reached
 from visattn.report_text import as_text
@@ -31,6 +32,8 @@ class SiteReport:
         dense_seconds: Likewise of the other calls.
         compiled: Whether this is not one module but compiled code.
         kept: Calls that `auto` kept dense because the pattern is estimated to take longer, by estimates.
+        exact: Calls that ran the pattern and that `auto` computed in their own dtype because 8 bits are estimated to
+            take longer, likewise.
         first_seconds: Time of first calls, which plan and compile.
         timed: How many calls the estimated times are from, first ones not among them.
         called: How many calls there were.
@@ -50,6 +53,7 @@ class SiteReport:
     dense_seconds: float
     compiled: bool = False
     kept: dict[str, int] = field(default_factory=dict)
+    exact: dict[str, int] = field(default_factory=dict)
     first_seconds: float = 0.0
     timed: int = 0
     called: int = 0
@@ -70,10 +74,12 @@ class SiteReport:
             for problem, hits in row.hits.most_common()
         )
         seconds = row.seconds["sparse"], row.seconds["dense"]
-        kept: Counter[str] = Counter()
+        kept, exact = Counter[str](), Counter[str]()
         for problem, count in row.kept.items():
             kept[f"{why_kept(problem)} on {problem.layout}"] += count
-        rest = dict(kept), row.first_seconds, row.timed, row.calls, None, row.choosing_seconds
+        for problem, count in row.exact.items():
+            exact[f"{slower_in_8_bits(problem)} on {problem.layout}"] += count
+        rest = dict(kept), dict(exact), row.first_seconds, row.timed, row.calls, None, row.choosing_seconds
         return cls(model, site, pattern, calls, row.dense, dict(row.fallbacks), *seconds, compiled, *rest)
 
     @property
@@ -120,6 +126,7 @@ class SiteReport:
             "hits": self.hits,
             "dense": self.dense,
             "kept": dict(self.kept),
+            "exact": dict(self.exact),
             "fallbacks": dict(self.fallbacks),
             "sparse_seconds": self.sparse_seconds,
             "dense_seconds": self.dense_seconds,
@@ -176,6 +183,11 @@ class Report:
         return sum(sum(site.kept.values()) for site in self.sites)
 
     @property
+    def exact(self) -> int:
+        """Calls that `auto` computed in their own dtype because 8 bits are estimated to take longer."""
+        return sum(sum(site.exact.values()) for site in self.sites)
+
+    @property
     def fallbacks(self) -> dict[str, int]:
         """Calls that could not run their pattern, by reason."""
         total: Counter[str] = Counter()
@@ -222,6 +234,7 @@ class Report:
             "hits": self.hits,
             "dense": self.dense,
             "kept": self.kept,
+            "exact": self.exact,
             "dense_steps": self.dense_steps,
             "dense_last_steps": self.dense_last_steps,
             "fallbacks": self.fallbacks,

@@ -99,7 +99,7 @@ def _did(site: Site) -> Any:
         measured = call["reached"] is not None or call["skipped"] is not None
         calls.append(([call[name] for name in names], None if measured else call["density"]))
     steps = [stage["steps"] for stage in site["stages"]]
-    own = [site[name] for name in ("model", "compiled", "pattern", "dense", "kept", "fallbacks")]
+    own = [site[name] for name in ("model", "compiled", "pattern", "dense", "kept", "exact", "fallbacks")]
     return own, calls, steps
 
 
@@ -157,7 +157,11 @@ def _facts(group: Sequence[Site], report: Mapping[str, Any]) -> list[tuple[str, 
     if len(calls) == 1 and not site["stages"]:
         first += f", {call_text(calls[0])}"
     facts = [("", text) for text in (first, *_calls(site, calls), *_measured(group))]
-    for how, counted in (("kept dense", site["kept"]), ("fell back to dense", site["fallbacks"])):
+    for how, counted in (
+        ("kept dense", site["kept"]),
+        ("not computed in 8 bits", site["exact"]),
+        ("fell back to dense", site["fallbacks"]),
+    ):
         facts += [(MARK, f"{number} call{'s' * (number > 1)}{each} {how}: {why}") for why, number in counted.items()]
     if any(call["shared"] is not None and not call["shared"]["nbytes"] for call in calls):
         why = "with gradients, inside of a CUDA graph and in the last step none may"

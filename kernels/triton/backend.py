@@ -29,7 +29,7 @@ from visattn.kernels.triton.config import (
     needed_memory,
     shorter,
 )
-from visattn.kernels.triton.eightbit.run import attend_8bit, eight_bit, fits_8bit
+from visattn.kernels.triton.eightbit.run import attend_8bit, eight_bit, eight_config, fits_8bit
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config, width
 from visattn.layout import Layout
 from visattn.patterns import DynamicPattern, ListedPattern, Pattern, RoutedPattern, Routes
@@ -55,6 +55,10 @@ DYNAMIC_CALL_US = 250
 # How long one program takes for 128 keys in the general and in the Hopper kernel: the longest list is the least that a
 # call takes (fitted to the same calls).
 KEYS_US, HOPPER_KEYS_US = 2.0, 1.1
+# In 8 bits on Hopper (docs/results/gpu-eightbit.json, an H200): how much faster the kernel is where no tile has a mask
+# and where all have, what a call keeps the host more, and what quantising takes the device at least and for a million
+# numbers of q and of k.
+EIGHT_RATE, EIGHT_HOST_US, QUANTISE_US, QUANTISE_Q_US, QUANTISE_K_US = (1.3, 1.2), 65, 20, 0.74, 2.3
 # Programs on the second axis of a launch (CUDA C programming guide, "Technical specifications"), where the kernels that
 # choose tiles and those of 8 bits have the heads of all samples.
 MOST_PAIRS = 2**16 - 1
@@ -166,7 +170,7 @@ class Triton(Backend):
         tiles, rate, keys_us = config(number, dtype, head_dim, "forward"), RATE, KEYS_US
         if isinstance(problem.pattern, DynamicPattern) and problem.pattern.skip:
             rate = SKIP_RATE
-        elif problem.precision is None and not problem.rpb:
+        elif not problem.rpb and (problem.precision is None or self._eight_on_hopper(problem)):
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
             if faster is not None:
                 # These kernels compute with more channels than some head dims have.
@@ -183,8 +187,19 @@ class Triton(Backend):
         host_us, device_us = _fixed_us(problem)
         longest = int(plan.lists.counts.max(initial=0)) * plan.keys.capacity / 128
         least = longest * keys_us
+        if self._eight_on_hopper(problem):
+            rate *= EIGHT_RATE[0] + (EIGHT_RATE[1] - EIGHT_RATE[0]) * partial
+            host_us, device_us = host_us + EIGHT_HOST_US, device_us + _quantise_us(problem)
         device = overhead(problem, 0, device_us) + max(pairs / rate, overhead(problem, 0, least))
         return wall(problem, device, 0, host_us)
+
+    def _eight_on_hopper(self, problem: Problem) -> bool:
+        """Whether Hopper's own kernel of 8 bits runs a call; what nobody has timed counts as that of 16 bits."""
+        if problem.precision is None:
+            return False
+        number = _architecture_or_common()
+        about = problem.dtype, problem.head_dim, problem.pattern, problem.layout, problem.key_mask
+        return eight_config(number, *about).hopper
 
     def prepare(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, grown: Callable[[], None]
@@ -278,6 +293,13 @@ def _fixed_us(problem: Problem) -> tuple[float, float]:
         shared = sharing_us(problem)
         return DYNAMIC_CALL_US + (MERGE_US if shared else 0), choosing_us(problem) + shared
     return CHOSEN_US if chosen_by_kernels(problem.pattern, problem.layout, problem.key_mask) else ROUTED_US
+
+
+def _quantise_us(problem: Problem) -> float:
+    """What quantising the tensors of a call takes the device, in microseconds."""
+    heads = problem.batch * problem.head_dim * 1e-6
+    rows, columns = problem.layout.length, problem.layout.keys.length
+    return QUANTISE_US + heads * (QUANTISE_Q_US * problem.heads * rows + QUANTISE_K_US * problem.kv_heads * columns)
 
 
 def _as_they_are(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> bool:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from visattn.attend import attention
 from visattn.autocast import is_on
 from visattn.counts import Cell
-from visattn.crossing import crossing
+from visattn.crossing import crossing, slower_in_8_bits
 from visattn.forwards import check_loaded
 from visattn.layout import Layout
 from visattn.models.swap.places import ALONE, Places
@@ -246,19 +246,19 @@ class Swapped:
     ) -> torch.Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         options: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "backend": self.backend}
-        options["precision"] = self.precision
         own = self._parameters(q.device)
         if own:
             options["parameters"] = own
         if torch.compiler.is_compiling():
-            return attention(q, k, v, self.pattern, layout, **options).transpose(1, 2)
+            return attention(q, k, v, self.pattern, layout, precision=self.precision, **options).transpose(1, 2)
         tally = self.run.tally
         call = Call(self.pattern, layout, scale, key_mask, rpb, parameters=own, precision=self.precision)
         cells = self._cells(q, k, v, call)
         begun = tally.begin(cells[0])
-        run = attention if self.precision is None else attention_through
+        precision = None if cells[0].kept else self.precision
+        run = attention if precision is None else attention_through
         with tally.hearing(cells, begun):
-            out = run(q, k, v, self.pattern, layout, **options)
+            out = run(q, k, v, self.pattern, layout, precision=precision, **options)
         tally.end(cells, begun)
         self._note(_RAN)
         show_weights(self.attention, self.path, q, k, call)
@@ -298,7 +298,9 @@ class Swapped:
         if found is None:
             if len(self._ran) >= MANY:
                 self._ran.clear()
-            verdict = _RAN._replace(problems=(Problem.of(q, k, v, call),))
+            problem = Problem.of(q, k, v, call)
+            free = self.backend == "auto" and not (self.run.always or call.parameters)
+            verdict = _RAN._replace(problems=(problem,), exact=slower_in_8_bits(problem) if free else "")
             self._ran[key] = found = verdict.cells(self.run.tally, self.path, q.device)
         return found
 

@@ -170,7 +170,11 @@ def _sites(attention: dict[str, Any]) -> str:
     rows = []
     for modules, alike in named(attention["sites"]):
         site, each = alike[0], " each" * (len(alike) > 1)
-        why = [("kept dense", site["kept"]), ("fell back", site["fallbacks"])]
+        why = [
+            ("kept dense", site["kept"]),
+            ("not computed in 8 bits", site["exact"]),
+            ("fell back", site["fallbacks"]),
+        ]
         unusual = "; ".join(f"{count} x {how}{each}: {text}" for how, found in why for text, count in found.items())
         rows.append(
             [

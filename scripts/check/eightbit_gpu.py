@@ -4,8 +4,9 @@
 
 Both precisions on the kernels that each GPU takes, Hopper's own and the general one, against the float64 reference:
 the error has to be what rounding to 8 bits makes, outputs are poisoned with NaN, every call runs twice on other memory
-(bit-equal). Keys and values have means, which a wrong shift would show. Rounding of the output to its own dtype is allowed for, and
-printed: values' mean alone gives bf16 as much of that as 8 bits give where the mean is thrice the spread.
+(bit-equal). Keys and values have means, which a wrong shift would show. Rounding of the output to its own dtype is
+allowed for, and printed: values' mean alone gives bf16 as much of that as 8 bits give where the mean is thrice the
+spread.
 
 A case that is off says where: by sample and head, part of the tokens and channel, the worst tokens, and which scale
 of the output would fit best. Exit status 1 if anything is off.

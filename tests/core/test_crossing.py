@@ -9,14 +9,17 @@ import torch
 
 from tests.support.places import ROOT
 from visattn import Layout, dispatch, parse
+from visattn import crossing as crossings
 from visattn.attend import Explanation
-from visattn.crossing import crossing
+from visattn.crossing import crossing, slower_in_8_bits
 from visattn.dispatch import milliseconds, overhead, wall
 from visattn.kernels import natten
 from visattn.kernels.triton.backend import backend as triton
 from visattn.problem import Problem, Support
+from visattn.runtime.verdict import judge
 
 ROWS = json.loads((ROOT / "docs/results/h200-calls.json").read_text())["rows"]
+EIGHT = json.loads((ROOT / "docs/results/gpu-eightbit.json").read_text())["cases"].values()
 TAKEN = json.loads((ROOT / "docs/results/h200-crossing.json").read_text())["rows"]
 
 
@@ -53,10 +56,12 @@ def only_engines(monkeypatch):
 def only_triton(monkeypatch):
     """Choices as on a GPU without further packages."""
     monkeypatch.setattr("visattn.crossing.choose", lambda _: triton)
-    crossing_of = __import__("visattn.crossing", fromlist=["_crossing"])._crossing
-    crossing_of.cache_clear()
+    kept = [getattr(crossings, name) for name in ("_crossing", "_slower_in_8_bits")]
+    for each in kept:
+        each.cache_clear()
     yield
-    crossing_of.cache_clear()
+    for each in kept:
+        each.cache_clear()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["case"])
@@ -83,6 +88,48 @@ def test_the_choice_holds_on_either_side_of_the_crossing(row, only_engines):
     if not found.dense_pays:
         taken, other = other, taken
     assert taken <= 1.1 * other or (row["mode"] == "captured" and taken - other < 5)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("row", EIGHT, ids=lambda row: "{pattern} on {layout}, {head_dim}".format(**row))
+def test_8_bits_are_left_out_where_they_take_longer(row, precision, only_triton):
+    grid, prefix = re.search(r"\d+(x\d+)+", row["layout"])[0], re.search(r"prefix (\d+)", row["layout"])
+    layout = Layout(tuple(map(int, grid.split("x"))), prefix=int(prefix[1]) if prefix else 0)
+    call = Problem(parse(row["pattern"]), layout, 1, 24, 24, row["head_dim"], torch.bfloat16, "cuda")
+    why = slower_in_8_bits(replace(call, precision=precision))
+    assert row["ms"]["bf16" if why else precision] <= 1.05 * min(row["ms"]["bf16"], row["ms"][precision])
+    assert bool(why) == bool(re.fullmatch(rf"estimated [\d.]+ ms in {precision}, quantising included, .* without", why))
+
+
+def test_nobody_overrules_8_bits_that_were_not_timed(only_triton, monkeypatch):
+    small = problem("na(window=24x24,stride=8x8)", precision="int8")
+    assert slower_in_8_bits(small)
+    for other in (replace(small, precision=None), replace(small, device="cpu"), replace(small, grad=True)):
+        assert not slower_in_8_bits(other)
+    crossings._slower_in_8_bits.cache_clear()
+    monkeypatch.setattr("visattn.kernels.triton.backend._architecture_or_common", lambda: 80)
+    assert not slower_in_8_bits(small)
+
+
+def test_a_verdict_says_why_8_bits_were_left_out(only_triton, monkeypatch):
+    monkeypatch.setattr("visattn.runtime.verdict.choose", lambda problem, backend: triton)
+    small = problem("na(window=24x24,stride=8x8)", (96, 96), precision="fp8")
+    large = problem("na(window=80x80,stride=16x16)", (256, 256), precision="fp8")
+
+    def judged(one, backend="auto", always=False):
+        return judge(one.pattern, (one,), (one.layout,), backend, always)
+
+    found = judged(small)
+    assert (found.kind, found.precision, found.problems) == ("sparse", None, (small,))
+    assert re.fullmatch(r"estimated [\d.]+ ms in fp8, quantising included, [\d.]+ ms without", found.exact)
+    for other in (judged(large), judged(small, "triton"), judged(small, always=True)):
+        assert other.precision == "fp8" and not other.exact
+    # What covers the grid is the model's own attention, unless it is rounded.
+    whole = judged(problem("na(window=-1x-1)", (32, 32), precision="fp8"))
+    assert whole.exact and not whole.layouts and whole.kind == "sparse"
+    # Where dense attention is faster than both, it runs.
+    dense = judged(problem("na(window=31x31)", (32, 32), precision="fp8"))
+    assert dense.slower and dense.kind == "dense" and dense.problems[0].precision is None
 
 
 def test_a_captured_call_costs_no_host_and_an_operator_costs_more(only_triton):

@@ -138,6 +138,7 @@ def test_before_a_run_nothing_is_unusual():
         {"calls": (call(density=0.5),)},
         {"fallbacks": {"why": 1}},
         {"kept": {"why": 1}},
+        {"exact": {"why": 1}},
     ],
 )
 def test_modules_that_differ_are_apart(change):

@@ -111,3 +111,20 @@ def test_nothing_ran_says_so_once():
             UserWarning, match="no attention module of MetaFormer ran its pattern: attention dropout 0.5"
         ):
             model.train()(x)
+
+
+@pytest.mark.parametrize("pattern", ["na(window=2)", "na(window=-1)"])
+@torch.no_grad()
+def test_calls_that_8_bits_would_slow_down_are_exact_and_counted(pattern, monkeypatch):
+    for place in ("runtime.verdict", "models.swap.runtime", "report"):
+        monkeypatch.setattr(f"visattn.{place}.slower_in_8_bits", lambda problem: "why" if problem.precision else "")
+    model, x = make("caformer")
+    with visattn.apply(model, pattern):
+        exact = model(x)
+    with visattn.apply(model, pattern, precision="int8") as handle:
+        assert torch.equal(model(x), exact)
+    report = handle.report()
+    assert report.exact == report.hits > 0 and not report.dense
+    with visattn.apply(model, pattern, precision="int8", always=True) as handle:
+        assert not torch.equal(model(x), exact)
+    assert not handle.report().exact

@@ -57,6 +57,23 @@ def test_layers_and_steps_stay_precise(pipe):
         assert run(pipe).equal(ours)
 
 
+def test_calls_that_8_bits_would_slow_down_are_exact_and_counted(pipe, monkeypatch):
+    """On a GPU; here somebody says so."""
+    for place in ("runtime.verdict", "report"):
+        monkeypatch.setattr(f"visattn.{place}.slower_in_8_bits", lambda problem: "why" if problem.precision else "")
+    with visattn.apply(pipe, PATTERN) as handle:
+        own = run(pipe)
+    with visattn.apply(pipe, PATTERN, precision="int8") as handle:
+        ours, report = run(pipe), handle.report()
+    assert ours.equal(own) and precisions(handle) == [(0, 2)] * SITES
+    assert report.exact == report.to_dict()["exact"] == 2 * SITES and not report.fallbacks and not report.dense
+    assert all(site.exact == {f"why on {site.calls[0].problem.layout}": 2} for site in report.sites)
+    assert "2 calls each not computed in 8 bits: why on" in str(report) and "simulated" not in str(report)
+    with visattn.apply(pipe, PATTERN, precision="int8", always=True) as handle:
+        run(pipe)
+    assert precisions(handle) == [(2, 0)] * SITES and not handle.report().exact
+
+
 def test_a_pattern_that_covers_the_grid_is_rounded_too(pipe):
     with visattn.apply(pipe, "na(window=-1x-1)", precision="int8", layers="0") as handle:
         run(pipe, 1)

@@ -33,6 +33,7 @@ def summary(output="image", **more):
         "hits": 15,
         "dense": 1,
         "kept": {},
+        "exact": {},
         "stages": [],
         "calls": [],
         "fallbacks": {"a mask that is more than <padding>": 2},

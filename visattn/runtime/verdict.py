@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from visattn.counts import Cell, Kind
-from visattn.crossing import crossing
+from visattn.crossing import crossing, slower_in_8_bits
 from visattn.dispatch import choose
 from visattn.layout import Layout
 from visattn.patterns import Pattern
@@ -33,6 +33,7 @@ class Verdict(NamedTuple):
         why: Why the pattern does not run although it should, "" if nothing is wrong.
         slower: What the estimates are, if `auto` keeps the call dense.
         precision: What the pattern computes in, None for the dtype of the call.
+        exact: What the estimates are, if that is so although the problems are posed in 8 bits.
     """
 
     kind: Kind
@@ -43,10 +44,11 @@ class Verdict(NamedTuple):
     why: str = ""
     slower: str = ""
     precision: str | None = None
+    exact: str = ""
 
     def cells(self, tally: Tally, site: str, device: torch.device) -> tuple[Cell, ...]:
         """Where calls of a module count."""
-        kept = bool(self.slower)
+        kept = bool(self.slower or self.exact)
         if not self.problems:
             return (tally.cell(site, self.kind, self.shapes, device, reason=self.why),)
         return tuple(tally.cell(site, self.kind, None, device, problem, kept=kept) for problem in self.problems)
@@ -67,20 +69,26 @@ def judge(
         problems: What the call poses, one for each layout, all in one precision.
         layouts: Where its tokens sit, of each sample where they differ.
         backend: "auto" or the name of a backend.
-        always: Whether the pattern runs also where dense attention is estimated to be faster.
+        always: Whether the pattern runs also where dense attention is estimated to be faster, and in 8 bits also where
+            the call's own dtype is.
         dense: Whether the model's own attention sees every pair; else it never stands for the pattern.
     """
-    automatic, precision = backend == "auto" and dense, problems[0].precision
+    automatic, exact, posed = backend == "auto" and dense, "", problems
+    if backend == "auto" and not always:
+        reasons = [slower_in_8_bits(problem) for problem in problems]
+        if all(reasons):
+            exact, problems = reasons[0], tuple(replace(problem, precision=None) for problem in problems)
+    precision = problems[0].precision
     if automatic and precision is None and all(pattern.covers(*layout.grids) for layout in layouts):
         # The model's own attention is the pattern.
-        return Verdict("sparse", problems=problems)
+        return Verdict("sparse", problems=posed, exact=exact)
     if automatic and not always:
         crossings = [crossing(problem) for problem in problems]
         slower = [found for found in crossings if found is not None and found.dense_pays_inside]
         if slower and len(slower) == len(problems):
             return Verdict("dense", problems=problems, slower=slower[0].reason)
     chosen = choose(problems[0], backend).name if len(problems) == 1 else backend
-    return Verdict("sparse", layouts, chosen, problems, precision=precision)
+    return Verdict("sparse", layouts, chosen, posed, precision=precision, exact=exact)
 
 
 @dataclass
