@@ -11,7 +11,7 @@ import torch
 from visattn.parameters import make_parameters
 from visattn.patterns import Dense, Pattern
 from visattn.pipelines.families.base import Family
-from visattn.pipelines.patch import bare, clones
+from visattn.pipelines.patch import bare, clones, numbering
 from visattn.pipelines.patch.group import Group
 from visattn.schedule import Given, Schedule
 from visattn.selectors import SiteName
@@ -95,7 +95,8 @@ def find_sites(
     given = zip(found, patterns, precisions, strict=True)
     chosen = [(site, m, p, precision) for (site, m), p, precision in given if p is not None]
     sites = [Site(site, m, p, index, precision=precision) for index, (site, m, p, precision) in enumerate(chosen)]
-    patched = [site.name.path for site in sites if clones.is_patched(getattr(site.module, "processor", None))]
+    held = _held()
+    patched = [site.name.path for site in sites if id(site.module) in held or clones.is_patched(_processor(site))]
     if patched:
         also = f"; that of another model, if that has its {patched[0]} too" * (len(patched) < len(sites))
         raise ValueError(f"{name} is patched already: call remove() on its handle before apply(){also}")
@@ -105,3 +106,13 @@ def find_sites(
     for site in sites:
         bare.give_processor(site.module)
     return sites
+
+
+def _processor(site: Site) -> Any:
+    return getattr(site.module, "processor", None)
+
+
+def _held() -> set[int]:
+    """Identities of the modules that patches have, whatever processors others have set there since."""
+    patches = [getattr(owner, "patched", None) for owner in numbering.living()]
+    return {id(site.module) for patch in patches if patch is not None for site in patch.sites}
