@@ -102,6 +102,11 @@ def name_for(previous: str | None) -> str:
     return name
 
 
+def is_ours(implementation: str | None) -> bool:
+    """Whether a name is one of `name_for`; compiled code asks, too."""
+    return implementation is not None and implementation.removeprefix(BEGIN).isdigit()
+
+
 def register_function(name: str, attend: Callable[..., Any], masks_of: str) -> None:
     """Give an attention function a name, and the masks of an implementation: without them padding would be lost."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
