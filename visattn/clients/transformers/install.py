@@ -58,8 +58,13 @@ def install(target: Any, request: Request) -> list[PatchedTower]:
             check_dims(pattern, tower.dims if request.layout is None else request.layout.dims, name)
     for tower in towers:
         own = [(site, given[site.name.path]) for site in tower.sites if site.name.path in given]
-        if own:
-            patched.append(PatchedTower(model, name, tower, own, precisions, request))
+        try:
+            if own:
+                patched.append(PatchedTower(model, name, tower, own, precisions, request))
+        except ValueError:
+            for done in patched:
+                done.remove()
+            raise
     return patched
 
 
@@ -83,19 +88,23 @@ class PatchedTower:
         configs = [] if self._mixin else [site.module.config for site, _ in sites]
         self._configs = {id(config): config for config in configs}
         self._previous = {key: config._attn_implementation for key, config in self._configs.items()}
-        self._learnables: list[Learnable] = []
+        # What can refuse comes before anything is changed.
+        modules = [(site.module, pattern) for site, pattern in sites]
+        owns = [make_parameters(m, m, p, tower.dims) if p.learnable else None for m, p in modules]
+        attends = [_no_stock if self._mixin else stock(m.config._attn_implementation, m) for m, _ in modules]
+        self._learnables = [
+            Learnable(name, site.name.path, pattern, own)
+            for (site, pattern), own in zip(sites, owns, strict=True)
+            if own is not None
+        ]
         self._hooks = Hooks()
         self._hooks.before(tower.anchor, Begin(self._run, tower.anchor, _reader(tower, request)))
         self._hooks.after(tower.module, Finish(self._run))
         for path in between(tower.path, [site.name.path for site, _ in sites]):
             self._hooks.before(model.get_submodule(path), PassBy(self._run))
-        for site, pattern in sites:
+        for (site, pattern), own, attend in zip(sites, owns, attends, strict=True):
             module, path = site.module, site.name.path
-            own = make_parameters(module, module, pattern, tower.dims) if pattern.learnable else None
-            if own is not None:
-                self._learnables.append(Learnable(name, path, pattern, own))
             runner = Runner(self._run, pattern, request.backend, run_stock, own, precisions[path])
-            attend = _no_stock if self._mixin else stock(module.config._attn_implementation, module)
             module.visattn_site = Site(self._run, path, runner, attend)
             self._hooks.before(module, Enter(self._run, module.visattn_site, module, tower.record.told))
         self._classes = self._swap()

@@ -6,7 +6,6 @@ others, those of copies and of text towers among them, run what they ran before.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -77,7 +76,6 @@ def stock(implementation: str | None, module: torch.nn.Module) -> Attend:
     return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
-@functools.lru_cache(maxsize=256)
 def _eager(kind: type) -> Attend:
     """The function beside a class of modules that computes attention step by step."""
     for base in kind.__mro__:
