@@ -45,7 +45,8 @@ def check_step(step: Any, total: Any) -> None:
         if value is not None and (isinstance(value, bool) or not _is_index(value)):
             raise ValueError(f"{name}={said(value)} must be a whole number, or None")
     if step is not None and (step < 0 or (total is not None and step >= total)):
-        raise ValueError(f"step {step} of {total} must be at least 0 and below the number of steps")
+        most = "" if total is None else f" and below the number of steps, total={total}"
+        raise ValueError(f"step={step} must be at least 0{most}")
 
 
 def _is_index(value: Any) -> bool:
