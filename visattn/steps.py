@@ -33,8 +33,8 @@ def known_step(what: str, step: int | None, total: int | None, needs_total: bool
     if step is None or (total is None and needs_total):
         missing = "the step" if step is None else "the number of steps"
         raise ValueError(
-            f"{what} needs {missing}, and nothing tells it: apply to the pipeline instead of the model, or call "
-            "handle.set_step(i, n) before each forward"
+            f"{what} needs {missing}, and nothing tells it: apply to the pipeline instead of the model, before it "
+            "runs, or call handle.set_step(i, n) before each forward"
         )
     return step, total or 0
 
