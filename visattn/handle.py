@@ -203,7 +203,8 @@ def _layouts(given: Layout | Sequence[Layout] | None) -> tuple[Layout, ...]:
     """
     if given is None:
         return ()
-    layouts = (given,) if isinstance(given, Layout) or not isinstance(given, Sequence) else tuple(given)
+    every: Any = given if isinstance(given, Sequence) and not isinstance(given, str | bytes) else (given,)
+    layouts: tuple[Layout, ...] = tuple(every)
     if not layouts:
         raise ValueError(
             "layout is empty: pass Layout(grid, prefix=..., suffix=...), one for each length of a sequence"

@@ -40,7 +40,7 @@ def head_shape(module: Any) -> tuple[int, int]:
     Raises:
         ValueError: If it does not tell.
     """
-    module = next((getattr(module, n) for n in ("attn", "attn_block") if hasattr(module, n)), module)
+    module = next((getattr(module, n) for n in ("attn", "attn_block", "attention") if hasattr(module, n)), module)
     names = ("heads", "num_heads", "n_heads", "num_attention_heads")
     heads = next((getattr(module, n) for n in names if hasattr(module, n)), None)
     inner = None
@@ -51,7 +51,9 @@ def head_shape(module: Any) -> tuple[int, int]:
             inner = getattr(projection, "expanded_features", projection.out_features) // parts
             break
     else:
-        inner = getattr(module, "inner_dim", None)
+        size = getattr(module, "head_dim", None)
+        told = heads * size if isinstance(heads, int) and isinstance(size, int) else None
+        inner = getattr(module, "inner_dim", told)
     if not isinstance(heads, int) or not isinstance(inner, int) or inner % heads:
         raise ValueError(
             f"{type(module).__name__} does not tell its heads and their size, so the pattern's learnable parameters "

@@ -99,15 +99,45 @@ def package_of(target: Any) -> str:
     Raises:
         ValueError: If there is no adapter for it.
     """
-    kinds = type(getattr(target, "_orig_mod", target)).__mro__
-    for kind in kinds:
+    model = getattr(target, "_orig_mod", target)
+    held = _held(model)
+    for kind in type(model).__mro__:
+        if held and not _is_module(kind):
+            # What wraps a model may take small classes of a package, like one that uploads to the hub.
+            continue
         if kind.__module__.startswith("visattn.models."):
             return "timm"  # which has registered it
         package = kind.__module__.partition(".")[0]
         if package in ADAPTERS:
             return package
+    kind, value = type(model), "" if _is_module(type(model)) else f"={said(target)}"
     raise ValueError(
-        f"target={said(target)}: cannot apply to a {kinds[0].__module__}.{kinds[0].__qualname__}: pass a diffusers "
-        "pipeline or model, a timm "
-        "or a transformers model; inside a model of your own call visattn.attention(q, k, v, pattern, layout)"
+        f"target{value}: cannot apply to a {kind.__module__}.{kind.__qualname__}: pass a diffusers pipeline or model, "
+        f"a timm or a transformers model{held}; inside a model of your own call visattn.attention(q, k, v, "
+        "pattern, layout)"
     )
+
+
+def _is_module(kind: type) -> bool:
+    """Whether a class is one of torch's modules; of targets that are none this loads no torch."""
+    return hasattr(kind, "named_modules")
+
+
+def _held(model: Any) -> str:
+    """The models that a module holds (DistributedDataParallel, PeftModel, one's own with a backbone), in words."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules() if _is_module(type(model)) else ():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if path and not inside and _is_whole(module):
+            found[path] = type(module).__name__
+    if not found:
+        return ""
+    return f" (it holds {', '.join(f'a {kind}: target.get_submodule({path!r})' for path, kind in found.items())})"
+
+
+def _is_whole(module: Any) -> bool:
+    """Whether a module is a model of a package, and not one of its layers."""
+    kinds = type(module).__mro__
+    timm = any(kind.__module__.startswith(("timm.models.", "visattn.models.")) for kind in kinds)
+    whole = any(kind.__name__ in ("ModelMixin", "PreTrainedModel") for kind in kinds)
+    return whole or (timm and hasattr(module, "forward_features"))

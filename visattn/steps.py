@@ -33,8 +33,8 @@ def known_step(what: str, step: int | None, total: int | None, needs_total: bool
     if step is None or (total is None and needs_total):
         missing = "the step" if step is None else "the number of steps"
         raise ValueError(
-            f"{what} needs {missing}, and nothing tells it: apply to the pipeline instead of the model, or call "
-            "handle.set_step(i, n) before each forward"
+            f"{what} needs {missing}, and nothing tells it: apply to the pipeline instead of the model, before it "
+            "runs, or call handle.set_step(i, n) before each forward"
         )
     return step, total or 0
 
@@ -45,7 +45,8 @@ def check_step(step: Any, total: Any) -> None:
         if value is not None and (isinstance(value, bool) or not _is_index(value)):
             raise ValueError(f"{name}={said(value)} must be a whole number, or None")
     if step is not None and (step < 0 or (total is not None and step >= total)):
-        raise ValueError(f"step {step} of {total} must be at least 0 and below the number of steps")
+        most = "" if total is None else f" and below the number of steps, total={total}"
+        raise ValueError(f"step={step} must be at least 0{most}")
 
 
 def _is_index(value: Any) -> bool:

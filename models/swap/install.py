@@ -77,11 +77,12 @@ class SwappedModel:
         self._places: dict[int, tuple[Places, Source | None]] = {}
         self._learnables: list[Learnable] = []
         places = [self._places_of(model, site) for site in swapped]
-        for site, on in zip(swapped, places, strict=True):
-            own = make_parameters(site.module, site.module, site.pattern, 2) if site.pattern.learnable else None
+        # What can refuse comes before anything is changed.
+        owns = [make_parameters(s.module, s.module, s.pattern, 2) if s.pattern.learnable else None for s in swapped]
+        orders = [s.record.order(model, s.name.path) if s.record.order is not None else None for s in swapped]
+        for site, on, own, order in zip(swapped, places, owns, orders, strict=True):
             if own is not None:
                 self._learnables.append(Learnable(self._name, site.name.path, site.pattern, own))
-            order = site.record.order(model, site.name.path) if site.record.order is not None else None
             arguments = site.name.path, site.pattern, request.backend, own, site.attention, order
             site.swap(Swapped(self._run, on, *arguments, precision=precisions[site.name.path]))
         self._hooks = Hooks()

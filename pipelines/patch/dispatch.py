@@ -160,6 +160,11 @@ def call_group(number: int, call: AttentionCall, is_dispatched: bool, kind: Hash
         return Stock(is_dispatched)(call) if group is None else group.attend_in_parallel(call)
     call = replace(call, parallel=None).autocast()
     if compiling:
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "a program of torch.export outlives the patch of a diffusers model, whose number in it would then mean "
+                "another pattern or none: export the model after handle.remove(), or use torch.compile"
+            )
         if call.dropout or call.causal or not (call.mask is None or isinstance(call.mask, torch.Tensor)):
             return Stock(is_dispatched)(call)
         tensors = numbering.tensors_of(number)

@@ -80,6 +80,8 @@ class PatchedModel:
         sources = [functools.partial(scheduler.running, weakref.ref(model)), *said, scheduler.now]
         self._run = DiffusersRun(name, family, model.config, schedule, layouts, request.strict, sources, request.always)
         self._run.token = scheduler.token
+        if (context := self._context) is not None:
+            self._run.called = lambda: context.name
         self._run.sparse_sites = [s.name.path for s in self.sites if not isinstance(s.pattern, Dense)]
         if any(pattern.remembers for pattern in schedule.patterns):
             self._run.paths = tuple(site.name.path for site in self.sites)

@@ -29,6 +29,7 @@ class DiffusersRun(Run):
         config: The model's configuration.
         check_sites: Called before each forward, to see what others have changed.
         token: Tells one run of the pipeline from another.
+        called: Tells what the pipeline calls this call of the model, None where it does not.
         number: By which hooks and compiled code know it.
         lease: The right to it, None after the patch.
         sharding: How processes share the model's tokens, None if they do not.
@@ -54,6 +55,7 @@ class DiffusersRun(Run):
         self._given = Given.of(layouts) if layouts else None
         self.check_sites: Callable[[], None] = lambda: None
         self.token: Callable[[], Hashable] = lambda: None
+        self.called: Callable[[], Hashable] = lambda: None
         self.lease: numbering.Lease | None = numbering.register(self)
         self.number: int = self.lease.number
         self.sharding: Sharding | None = None
@@ -84,6 +86,10 @@ class DiffusersRun(Run):
     def run_token(self) -> Hashable:
         """See `Run.run_token`."""
         return self.token()
+
+    def forward_name(self) -> Hashable:
+        """See `Run.forward_name`."""
+        return self.called()
 
     def _where(self, seen: Seen) -> Where | Given:
         if self._given is not None:

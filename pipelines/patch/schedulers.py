@@ -37,8 +37,9 @@ class SchedulerSteps:
             return None, None
         pipeline, _ = found
         scheduler = pipeline.scheduler
-        if self._attach(scheduler):
-            # Set after apply(), or of another pipeline: its run has begun unseen.
+        # Set after apply(), or of another pipeline: its run has begun unseen; or apply() came in the middle of it.
+        unseen = self._attach(scheduler)
+        if unseen or _has_begun(scheduler):
             self._catch_up(scheduler)
         read = self._read(scheduler, getattr(pipeline, "_num_timesteps", None))
         return _frame_by_frame(pipeline) or read
@@ -104,6 +105,13 @@ class SchedulerSteps:
         count = None if scheduler is None else count_of(scheduler)
         self._read_last.count = count
         return (None, None) if count is None else count.step(scheduler, ran if isinstance(ran, int) else None)
+
+
+def _has_begun(scheduler: Any) -> bool:
+    """Whether a scheduler tells that it is in a run that its count has not seen begin."""
+    count = count_of(scheduler)
+    unseen = count is not None and count.evaluations is None
+    return unseen and getattr(scheduler, "step_index", None) is not None
 
 
 def _frame_by_frame(pipeline: Any) -> Step | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from visattn.parameters import make_parameters
 from visattn.patterns import Dense, Pattern
 from visattn.pipelines.families.base import Family
-from visattn.pipelines.patch import bare, clones
+from visattn.pipelines.patch import bare, clones, numbering
 from visattn.pipelines.patch.group import Group
 from visattn.schedule import Given, Schedule
 from visattn.selectors import SiteName
@@ -95,13 +95,34 @@ def find_sites(
     given = zip(found, patterns, precisions, strict=True)
     chosen = [(site, m, p, precision) for (site, m), p, precision in given if p is not None]
     sites = [Site(site, m, p, index, precision=precision) for index, (site, m, p, precision) in enumerate(chosen)]
-    patched = [site.name.path for site in sites if clones.is_patched(getattr(site.module, "processor", None))]
-    if patched:
-        also = f"; that of another model, if that has its {patched[0]} too" * (len(patched) < len(sites))
-        raise ValueError(f"{name} is patched already: call remove() on its handle before apply(){also}")
+    _check_free(model, name, sites)
     for site in sites:
         if isinstance(site.pattern, Pattern) and site.pattern.learnable:
             site.parameters = make_parameters(model, site.module, site.pattern, dims)
     for site in sites:
         bare.give_processor(site.module)
     return sites
+
+
+def _check_free(model: torch.nn.Module, name: str, sites: Sequence[Site]) -> None:
+    """Raise a ValueError if a patch has the model, or modules of it that it shares with another one.
+
+    Args:
+        model: The model.
+        name: What errors call it.
+        sites: Its modules that a patch would have.
+    """
+    patches = [patch for owner in numbering.living() if (patch := getattr(owner, "patched", None)) is not None]
+    if any(patch.model is model for patch in patches):
+        raise ValueError(
+            f"{name} is patched already: call remove() on its handle before apply(), which takes patterns by layer in "
+            "one call, like {'0-3': 'dense', '4-': 'na(window=7x7)'}"
+        )
+    # Whatever processors others have set there since.
+    held = {id(site.module) for patch in patches for site in patch.sites}
+    for site in sites:
+        if id(site.module) in held or clones.is_patched(getattr(site.module, "processor", None)):
+            raise ValueError(
+                f"{name} is patched already: its {site.name.path} is that of another model, on whose handle call "
+                "remove() before apply()"
+            )

@@ -6,6 +6,8 @@ import torch
 
 import visattn
 from tests.golden.fill import fill
+from tests.support import tiny_towers
+from tests.support.tiny_edits import joy_image, joy_image_plus
 from tests.support.tiny_flux import flux
 
 
@@ -47,3 +49,57 @@ def test_a_model_starts_learns_keeps_and_forgets(make, outer, tmp_path):
     assert torch.equal(again, moved) and (moved - sparse).abs().max() > 1e-3
     with torch.no_grad():
         assert torch.equal(run(model, inputs), stock)
+
+
+@pytest.mark.parametrize("make", [joy_image, joy_image_plus])
+def test_modules_whose_projections_have_names_of_their_own_tell_their_heads(make):
+    model, inputs = make()
+    with torch.no_grad(), visattn.apply(model, "gated(of=na(window=3x3))", strict=True) as handle:
+        run(model, inputs)
+        assert handle.report().sites_hit == len(handle.report().sites) == 2
+
+
+def test_blocks_around_an_attention_tell_its_heads():
+    model, x = tiny_towers.make("timesformer"), tiny_towers.inputs("timesformer")
+    with torch.no_grad(), visattn.apply(model, "gated(of=na(window=3x3))", strict=True) as handle:
+        model(**x)
+        assert handle.report().sites_hit == 2
+
+
+def towers():
+    return tiny_towers.make("vit"), "visattn.clients.transformers.install.make_parameters"
+
+
+def swapped():
+    return vit()[0], "visattn.models.swap.install.make_parameters"
+
+
+def patched():
+    return flux()[0], "visattn.pipelines.patch.sites.make_parameters"
+
+
+@pytest.mark.parametrize("make", [towers, swapped, patched])
+def test_what_is_refused_leaves_no_trace(make, monkeypatch):
+    """A module that does not tell its heads, behind one that does."""
+    import importlib
+
+    model, name = make()
+    home, _, function = name.rpartition(".")
+    real, called = getattr(importlib.import_module(home), function), []
+
+    def make_parameters(*args):
+        called.append(args)
+        if len(called) == 2:
+            raise ValueError("it does not tell its heads")
+        return real(*args)
+
+    def state():
+        return [(type(m), sorted(m.__dict__), [*m._forward_hooks, *m._forward_pre_hooks]) for m in model.modules()]
+
+    before = state()
+    monkeypatch.setattr(importlib.import_module(home), function, make_parameters)
+    with pytest.raises(ValueError, match="does not tell its heads"):
+        visattn.apply(model, "gated(of=na(window=3x3))")
+    assert state() == before
+    visattn.apply(model, "gated(of=na(window=3x3))").remove()
+    assert state() == before

@@ -53,6 +53,21 @@ def test_strict_holds_in_compiled_code():
             tiny_models.run(compiled, inputs, img_ids=torch.zeros(48, 3))
 
 
+@pytest.mark.parametrize("name", ["flux", "sd15"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_programs_of_torch_export_are_refused(name, strict):
+    """The number of a patch in one would mean another model's pattern once that has the number."""
+    model, inputs = BUILDERS[name]()
+    given = {**inputs, "return_dict": False}
+    with (
+        visattn.apply(model, PATTERNS[name]),
+        pytest.raises(Exception, match=r"export the model after handle.remove\(\), or use torch.compile"),
+    ):
+        torch.export.export(model, (), given, strict=strict)
+    program = torch.export.export(model, (), given, strict=strict)
+    torch.testing.assert_close(program.module()(**given)[0], tiny_models.run(model, inputs))
+
+
 def test_step_pattern_and_grid_values_recompile_nothing():
     model, _ = tiny_models.flux(single=1)
     counter = CompileCounter()

@@ -269,7 +269,7 @@ class TestSteps:
                 tiny_models.run(model, inputs)
             handle.set_step(0)
             tiny_models.run(model, inputs)
-            with pytest.raises(ValueError, match="step 4 of 4 must be at least 0 and below"):
+            with pytest.raises(ValueError, match="step=4 must be at least 0 and below the number of steps, total=4"):
                 handle.set_step(4, 4)
         with visattn.apply(model, "na(window=3x3)", dense_steps=0.5) as handle:
             handle.set_step(0)

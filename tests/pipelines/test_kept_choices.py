@@ -282,15 +282,19 @@ def test_a_memory_is_emptied_by_another_run_and_counts_halves():
     memory = Memory()
     memory.begin("a", 0, 4)
     memory.put("x", 1)
-    assert (memory.half, memory.key("m"), memory.key("m")) == (0, (0, "m", 0), (0, "m", 1))
+    first, second = (None, 0), (None, 1)
+    assert (memory.half, memory.key("m"), memory.key("m")) == (first, (first, "m", 0), (first, "m", 1))
     memory.begin("a", 0, 4)
-    assert (memory.half, memory.get("x"), memory.key("m")) == (1, 1, (1, "m", 0))
+    assert (memory.half, memory.get("x"), memory.key("m")) == (second, 1, (second, "m", 0))
     memory.begin("a", 1, 4)
-    assert (memory.half, memory.get("x")) == (0, 1)
+    assert (memory.half, memory.get("x")) == (first, 1)
+    for name, half in (("cond", 0), ("skip", 0), ("cond", 1)):
+        memory.begin("a", 2, 4, name)
+        assert memory.half == (name, half)
     for run, step, total in (("b", 1, 4), ("b", 2, 5), ("b", 0, 5)):
         memory.put("x", 1)
         memory.begin(run, step, total)
-        assert not len(memory) and memory.half == 0
+        assert not len(memory) and memory.half == first
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,24 @@ def test_another_grid_or_batch_computes_anew(refreshed):
         assert len(refreshed) == 3 * SITES, "a step that goes back begins another run"
 
 
+@pytest.mark.parametrize("every", [3, 4])
+def test_forwards_are_told_apart_by_name_where_a_step_leaves_some_out(refreshed, every):
+    """A guider turns one of its predictions off and another on: the second forward of a step is not always the same."""
+    model, inputs = tiny_models.wan()
+    other = {**inputs, "encoder_hidden_states": -inputs["encoder_hidden_states"]}
+    named = [("cond", "uncond"), ("cond", "uncond"), ("cond",), ("skip", "cond"), ("skip", "uncond")]
+    found = []
+    with visattn.apply(model, text_of("broadcast", None, every), strict=True) as handle:
+        for step, names in enumerate(named):
+            handle.set_step(step, 9)
+            for name in names:
+                with model.cache_context(name):
+                    before = len(refreshed)
+                    tiny_models.run(model, other if name == "uncond" else inputs)
+                found += [(step, name)] * (len(refreshed) > before)
+    assert found == [(0, "cond"), (0, "uncond"), (3, "skip"), *[(3, "cond")] * (every == 3), (4, "uncond")]
+
+
 def test_steps_that_were_skipped_count(refreshed):
     model, inputs = tiny_models.wan()
     with visattn.apply(model, text_of("broadcast", None, 3), strict=True) as handle:

@@ -233,3 +233,29 @@ class TestWarnings:
             pipe.unet = how(model)
             with pytest.raises(ValueError, match="strict: unet of StableDiffusionPipeline was replaced"):
                 run(pipe, OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "DDIMScheduler"])
+def test_apply_in_the_middle_of_a_run(kind):
+    """A scheduler that tells where it is is followed from there; one that does not is no reason to count from 0."""
+    pipe, options = tiny_pipelines.stable_diffusion()
+    pipe.scheduler = getattr(diffusers, kind)()
+    handles, at = [], 3 if kind.startswith("Heun") else 1
+
+    def begin(pipe, evaluation, timestep, given):
+        if evaluation == at:
+            handles.append(visattn.apply(pipe, "na(window=3x3)", dense_steps=3))
+        return given
+
+    options = {**options, "callback_on_step_end": begin}
+    if kind == "DDIMScheduler":
+        with pytest.raises(ValueError, match="apply to the pipeline instead of the model, before it runs"):
+            tiny_pipelines.generate(pipe, options, steps=5)
+        handles[0].remove()
+        return
+    tiny_pipelines.generate(pipe, options, steps=5)
+    report = handles[0].report()
+    # Of five steps two came before, and the last one of a second-order scheduler has one evaluation.
+    assert (report.dense, report.hits) == ((2 * 4, 3 * 4) if at == 3 else (1 * 4, 2 * 4))
+    handles[0].remove()
+    assert type(pipe.scheduler) is getattr(diffusers, kind)

@@ -143,6 +143,39 @@ def test_processors_set_later():
     assert all(p is theirs for p in model.attn_processors.values())
 
 
+@pytest.mark.parametrize("build", [tiny_models.flux, tiny_models.sd15])
+def test_a_patched_model_is_refused_whatever_was_set_since(build):
+    """A second patch would stand on the first one, and either handle would undo only its own."""
+    model, inputs = build()
+    stock = tiny_models.run(model, inputs)
+    theirs = dict(build()[0].attn_processors)
+    with visattn.apply(model, PATTERN) as handle:
+        model.set_attn_processor(dict(theirs))
+        with pytest.raises(ValueError, match="is patched already: call remove"):
+            visattn.apply(model, "na(window=1x1)")
+        with pytest.warns(UserWarning, match="installed again"):
+            sparse = tiny_models.run(model, inputs)
+        assert handle.report().sites_hit == len(handle.report().sites)
+    assert all(p is theirs[n] for n, p in model.attn_processors.items())
+    assert torch.equal(tiny_models.run(model, inputs), stock)
+    assert torch.equal(sparse_run(model, inputs), sparse)
+
+
+def test_a_model_has_one_patch_whatever_its_layers():
+    """The hooks of two would meet: the pipeline failed when one of them was removed."""
+    model, inputs = tiny_models.flux()
+    stock = tiny_models.run(model, inputs)
+    with visattn.apply(model, PATTERN, layers=0, dense_steps=1) as handle:
+        with pytest.raises(ValueError, match="takes patterns by layer in one call"):
+            visattn.apply(model, "na(window=1x1)", layers=[1, 2], dense_steps=1)
+        handle.set_step(1)
+        with model.cache_context("cond"):
+            tiny_models.run(model, inputs)
+        assert handle.report().hits == 1
+    with model.cache_context("cond"):
+        assert torch.equal(tiny_models.run(model, inputs), stock)
+
+
 def test_shared_processor_is_not_touched():
     """One processor object may serve self-attention and cross-attention."""
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor

@@ -7,7 +7,8 @@ import diffusers
 import pytest
 import torch
 
-from tests.support import tiny_pipelines
+import visattn
+from tests.support import tiny_models, tiny_pipelines
 from tests.support.arguments import Ran, fault
 from visattn import guide
 from visattn.pipelines.at_step import at_step
@@ -52,3 +53,34 @@ def test_wrong_values_are_told_in_a_line(function, argument, pipe, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     given = {"pipe": pipe, **FUNCTIONS[function]} | ({"out": tmp_path / "a.jsonl"} if function is find_heads else {})
     assert fault(function, given, argument) is None
+
+
+def lora(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_q"]))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "path"),
+    [(torch.nn.DataParallel, "module"), (lora, "base_model.model"), (lambda model: torch.nn.Sequential(model), "0")],
+)
+def test_what_wraps_a_model_is_told_where_it_is(wrap, path):
+    """PeftModel takes a class of transformers, and is no model of it."""
+    wrapper = wrap(tiny_models.flux()[0])
+    told = rf"it holds a FluxTransformer2DModel: target.get_submodule\('{path}'\)"
+    with pytest.raises(ValueError, match=told):
+        visattn.apply(wrapper, "na(window=3x3)")
+    with visattn.apply(wrapper.get_submodule(path), "na(window=3x3)") as handle:
+        assert len(handle.report().modules) == 3
+
+
+def test_a_model_with_a_backbone_inside_is_told_where_it_is():
+    timm = pytest.importorskip("timm")
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = timm.create_model("vit_tiny_patch16_224", depth=1)
+
+    with pytest.raises(ValueError, match=r"\.Net: .*it holds a VisionTransformer: target.get_submodule\('backbone'\)"):
+        visattn.apply(Net(), "na(window=3x3)")

@@ -72,7 +72,8 @@ class KMeans(OrderedPattern):
         for name in ("queries", "keys"):
             if getattr(self, name) > tokens:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} clusters are more than the {tokens} tokens of grid {grid}: fewer"
+                    f"{name}={getattr(self, name)} clusters are more than the {tokens} tokens of grid {grid}: give at "
+                    f"most {tokens}, like kmeans({name}={max(1, tokens // 8)})"
                 )
 
     def groups(self, layout: Layout) -> tuple[int, int]:

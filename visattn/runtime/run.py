@@ -229,10 +229,15 @@ class Run:
             return
         if self.here.memory is None:
             self.here.memory = Memory()
-        self.here.memory.begin(self.run_token(), step, total)
+        # A guider leaves forwards out in some steps: the second one is not the same in all.
+        self.here.memory.begin(self.run_token(), step, total, (self.forward_name(), self.here.perturbed is not None))
 
     def run_token(self) -> Hashable:
         """What tells one run of a pipeline from another, as far as anything but the steps does."""
+        return None
+
+    def forward_name(self) -> Hashable:
+        """What tells the forwards of a step from each other, as far as anything but their order does."""
         return None
 
     def reports(self, sites: Mapping[str, Given], backend: str) -> list[SiteReport]:

@@ -175,14 +175,45 @@ def test_a_module_called_alone_after_a_forward_that_raised_is_stock():
     assert not any(each._forward_hooks_always_called for each in copied.modules())
 
 
-def test_an_implementation_that_was_set_since_stays():
+@torch.no_grad()
+def test_an_implementation_that_was_set_since_computes_the_dense_calls_and_stays():
+    model, twin, x = make("vit"), make("vit"), inputs("vit")
+    handle = visattn.apply(model, {"0": "dense", "1": "na(window=3)"}, strict=True)
+    sparse = first(model(**x))
+    twin.set_attn_implementation("eager")
+    with visattn.apply(twin, {"0": "dense", "1": "na(window=3)"}):
+        expected = first(twin(**x))
+    model.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match="'eager' was set after apply.*the pattern is installed again"):
+        found = first(model(**x))
+    assert torch.equal(found, expected) and not torch.equal(found, sparse)
+    assert (handle.report().hits, handle.report().dense) == (2, 2)
+    handle.remove()
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(first(model(**x)), first(twin(**x)))
+
+
+def test_an_implementation_that_was_set_before_remove_stays():
     model = classifier()
     handle = visattn.apply(model, **SPARSE)
     model.set_attn_implementation("eager")
-    with pytest.warns(UserWarning, match="no attention module of ViTForImageClassification ran its pattern"):
-        model(torch.randn(1, 3, 48, 48))
     handle.remove()
     assert model.config._attn_implementation == "eager"
+
+
+@torch.no_grad()
+def test_compiled_code_refuses_an_implementation_that_was_set_since():
+    torch._dynamo.reset()
+    model, x = make("vit", num_hidden_layers=1), inputs("vit")
+    with visattn.apply(model, **SPARSE):
+        sparse = first(model(**x))
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        model.set_attn_implementation("eager")
+        with pytest.raises(Exception, match="an attention implementation was set after apply"):
+            compiled(**x)
+        with pytest.warns(UserWarning, match="installed again"):
+            model(**x)
+        torch.testing.assert_close(first(compiled(**x)), sparse, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_weights_are_refused():

@@ -33,7 +33,19 @@ class Begin(Hook):
         self.run, self.read, self.names = run, read, _names(anchor)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook."""
+        """A forward pre-hook.
+
+        Raises:
+            ValueError: If compiled code would run another implementation, which somebody has set since.
+        """
+        if torch.compiler.is_compiling():
+            if self.run.strays():
+                raise ValueError(
+                    f"{self.run.name}: an attention implementation was set after apply(), and compiled code would run "
+                    "it instead of the pattern: set it before apply(), or call the model once before it is compiled"
+                )
+        else:
+            self.run.repair()
         where = self.read(arguments(module, args, kwargs, self.names))
         # For blocks that are compiled one by one, too.
         self.run.traced, self.run.compiled = where, torch.compiler.is_compiling()

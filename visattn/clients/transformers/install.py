@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from visattn.clients.transformers.hooks import Begin, Enter, Finish, Hooks, PassBy, between
-from visattn.clients.transformers.interface import Under, name_for, stock
+from visattn.clients.transformers.interface import is_ours, name_for, stock
 from visattn.clients.transformers.site import Site, TowerRun, run_stock
 from visattn.clients.transformers.swaps import swapped_class
 from visattn.clients.transformers.towers import Assigned, Tower, check_bias, check_forwards, check_free, find_towers
@@ -57,8 +58,13 @@ def install(target: Any, request: Request) -> list[PatchedTower]:
             check_dims(pattern, tower.dims if request.layout is None else request.layout.dims, name)
     for tower in towers:
         own = [(site, given[site.name.path]) for site in tower.sites if site.name.path in given]
-        if own:
-            patched.append(PatchedTower(model, name, tower, own, precisions, request))
+        try:
+            if own:
+                patched.append(PatchedTower(model, name, tower, own, precisions, request))
+        except ValueError:
+            for done in patched:
+                done.remove()
+            raise
     return patched
 
 
@@ -82,26 +88,56 @@ class PatchedTower:
         configs = [] if self._mixin else [site.module.config for site, _ in sites]
         self._configs = {id(config): config for config in configs}
         self._previous = {key: config._attn_implementation for key, config in self._configs.items()}
-        self._learnables: list[Learnable] = []
+        # What can refuse comes before anything is changed.
+        modules = [(site.module, pattern) for site, pattern in sites]
+        owns = [make_parameters(m, m, p, tower.dims) if p.learnable else None for m, p in modules]
+        attends = [_no_stock if self._mixin else stock(m.config._attn_implementation, m) for m, _ in modules]
+        self._learnables = [
+            Learnable(name, site.name.path, pattern, own)
+            for (site, pattern), own in zip(sites, owns, strict=True)
+            if own is not None
+        ]
         self._hooks = Hooks()
         self._hooks.before(tower.anchor, Begin(self._run, tower.anchor, _reader(tower, request)))
         self._hooks.after(tower.module, Finish(self._run))
         for path in between(tower.path, [site.name.path for site, _ in sites]):
             self._hooks.before(model.get_submodule(path), PassBy(self._run))
-        for site, pattern in sites:
+        for (site, pattern), own, attend in zip(sites, owns, attends, strict=True):
             module, path = site.module, site.name.path
-            own = make_parameters(module, module, pattern, tower.dims) if pattern.learnable else None
-            if own is not None:
-                self._learnables.append(Learnable(name, path, pattern, own))
             runner = Runner(self._run, pattern, request.backend, run_stock, own, precisions[path])
-            attend = _no_stock if self._mixin else stock(module.config._attn_implementation, module)
             module.visattn_site = Site(self._run, path, runner, attend)
             self._hooks.before(module, Enter(self._run, module.visattn_site, module, tower.record.told))
         self._classes = self._swap()
         for module in {id(m): m for m in [*self._hooks.modules, *(site.module for site, _ in sites)]}.values():
             copy_as_stock(module, ("visattn_site",), self._classes)
+        for key in self._configs:
+            self._take(key, self._previous[key])
+        self._run.strays, self._run.repair = self._strays, self._repair
+
+    def _take(self, key: int, previous: str | None) -> None:
+        """Make a configuration name ours, which stands for the implementation that it had."""
+        self._previous[key] = previous
+        self._configs[key]._attn_implementation_internal = name_for(previous)
+
+    def _strays(self) -> bool:
+        """Whether somebody has set another implementation since."""
+        return not all(is_ours(config._attn_implementation) for config in self._configs.values())
+
+    def _repair(self) -> None:
+        """Let what somebody has set since compute the calls that run no pattern, and put ours in its place."""
         for key, config in self._configs.items():
-            config._attn_implementation_internal = name_for(self._previous[key])
+            theirs = config._attn_implementation
+            if is_ours(theirs):
+                continue
+            warnings.warn(
+                f"{self._run.name}: the attention implementation {theirs!r} was set after apply(): it now computes the "
+                "calls that are dense, and the pattern is installed again",
+                stacklevel=6,
+            )
+            self._take(key, theirs)
+            for site, _ in self._sites:
+                if id(site.module.config) == key:
+                    site.module.visattn_site.stock = stock(theirs, site.module)
 
     def _swap(self) -> dict[type, type]:
         """Put the mixin before the classes of the modules that need one: what each class was."""
@@ -116,9 +152,9 @@ class PatchedTower:
         return classes
 
     def remove(self) -> None:
-        """See `visattn.request.Patch`. An implementation that someone else has set since stays."""
+        """See `visattn.request.Patch`. An implementation that someone else has set since comes back in its place."""
         for key, config in self._configs.items():
-            if _is_ours(config._attn_implementation):
+            if is_ours(config._attn_implementation):
                 config._attn_implementation_internal = self._previous[key]
         self._configs.clear()
         for module in [*self._hooks.modules, *(site.module for site, _ in self._sites)]:
@@ -148,12 +184,6 @@ class PatchedTower:
 
 def _no_stock(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("a swapped module runs its own forward")
-
-
-def _is_ours(implementation: str | None) -> bool:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return implementation is not None and isinstance(ALL_ATTENTION_FUNCTIONS.get(implementation), Under)
 
 
 def _reader(tower: Tower, request: Request) -> Any:

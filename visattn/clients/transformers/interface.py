@@ -6,7 +6,6 @@ others, those of copies and of text towers among them, run what they ran before.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -77,7 +76,6 @@ def stock(implementation: str | None, module: torch.nn.Module) -> Attend:
     return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
-@functools.lru_cache(maxsize=256)
 def _eager(kind: type) -> Attend:
     """The function beside a class of modules that computes attention step by step."""
     for base in kind.__mro__:
@@ -100,6 +98,11 @@ def name_for(previous: str | None) -> str:
     name = f"{BEGIN}{len(known)}"
     register_function(name, Under(previous), previous)
     return name
+
+
+def is_ours(implementation: str | None) -> bool:
+    """Whether a name is one of `name_for`; compiled code asks, too."""
+    return implementation is not None and implementation.removeprefix(BEGIN).isdigit()
 
 
 def register_function(name: str, attend: Callable[..., Any], masks_of: str) -> None:

@@ -32,11 +32,15 @@ class TowerRun(Run):
         traced: Where the tokens of the last forward sit, for compiled code.
         compiled: Whether compiled code told that.
         told: Whether a break in compiled code was told.
+        strays: Tells whether somebody has set another implementation of attention since.
+        repair: Puts the pattern in its place.
     """
 
     traced: Where | None = None
     compiled: bool = False
     told: bool = False
+    strays: Callable[[], bool] = staticmethod(lambda: False)
+    repair: Callable[[], None] = staticmethod(lambda: None)
 
     def break_in(self, path: str) -> None:
         """A module runs between parts of compiled code: nothing tells which forward that is.

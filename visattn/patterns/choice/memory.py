@@ -15,6 +15,9 @@ import torch
 from visattn.patterns.routes import Routes
 
 T = TypeVar("T")
+# A forward of a step: its name, and how many of that name came before.
+Half = tuple[Hashable, int]
+_FIRST: Half = (None, 0)
 
 
 class Memory:
@@ -22,33 +25,39 @@ class Memory:
 
     Attributes:
         step: Index of the denoising step.
-        half: How many forwards of this step came before: with guidance in two forwards each has choices of its own.
+        half: Which forward of this step it is: what it is called, and how many of that name came before. With guidance
+            in two forwards each has choices of its own.
     """
 
     def __init__(self) -> None:
-        self.step, self.half = -1, 0
+        self.step, self.half = -1, _FIRST
         self._run: Hashable = None
         self._total: int | None = None
         self._kept: dict[Hashable, Any] = {}
         # The last step that a value is of use for, and the half that it is of.
-        self._until: dict[Hashable, tuple[int, int]] = {}
+        self._until: dict[Hashable, tuple[int, Half]] = {}
         self._calls: dict[str, int] = {}
+        self._forwards: dict[Hashable, int] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def begin(self, run: Hashable, step: int, total: int | None) -> None:
+    def begin(self, run: Hashable, step: int, total: int | None, name: Hashable = None) -> None:
         """A forward begins.
 
         Args:
             run: What tells this run from others, as far as anything does.
             step: Index of the denoising step; one that goes back begins another run.
             total: Number of steps, None if unknown.
+            name: What tells this forward of the step from its others, as far as anything but their order does.
         """
         new = (run, total) != self._run or step < self.step
         if new:
             self._kept, self._until = {}, {}
-        self.half = 0 if new or step != self.step else self.half + 1
+        if new or step != self.step:
+            self._forwards = {}
+        number = self._forwards.get(name, 0)
+        self._forwards[name], self.half = number + 1, (name, number)
         self._run, self.step, self._total, self._calls = (run, total), step, total, {}
         self._drop([key for key, (until, _) in self._until.items() if until < step])
 
@@ -84,6 +93,7 @@ class Memory:
         """One that keeps the same: what a call puts or drops there is not put or dropped here."""
         found = copy(self)
         found._kept, found._until, found._calls = dict(self._kept), dict(self._until), dict(self._calls)
+        found._forwards = dict(self._forwards)
         return found
 
     def move(self, device: torch.device | str) -> None:
