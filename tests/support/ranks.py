@@ -1,14 +1,16 @@
 """Processes that stay: tests hand them functions to run together, as starting processes is what takes long.
 
-They fork from one that has imported what takes seconds, where a system has such forks.
+They fork from one that has imported what takes seconds; on Linux, as libraries of other systems break in forks.
 """
 
 from __future__ import annotations
 
 import datetime
 import importlib
+import sys
 import time
 import traceback
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,8 +31,8 @@ class Ranks:
     """
 
     def __init__(self, most, folder):
-        forks = "forkserver" in multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        forks = sys.platform == "linux"
+        context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             context.set_forkserver_preload(IMPORTED)
         self.pipes, self.processes = [], []
