@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import visattn
+from tests.support.forks import in_forks
 
 
 @pytest.fixture
@@ -19,9 +20,43 @@ def run(command):
     return command
 
 
-def process(*args, **env):
+def process(*args):
     command = [sys.executable, "-c", "from visattn.cli import main; main()", *args]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+# A command, and before it what makes a library look as if it were not installed.
+COMMAND = """
+import os, sys
+if "ABSENT" in os.environ:
+    sys.modules[os.environ["ABSENT"]] = None
+sys.argv[0] = "visattn"
+from visattn.cli import main
+main()
+"""
+UNKNOWN = ("simulate", "neighbor(3x3)", "--grid", "8x8")
+UNKNOWNS = [(UNKNOWN, {}), ((*UNKNOWN, "--debug"), {}), (UNKNOWN, {"VISATTN_DEBUG": "1"})]
+ABSENT = [
+    ("timm", ("bench-model", "vit_tiny_patch16_224", "--pattern", "dense")),
+    ("diffusers", ("record", "--prompt", "x", "--out", "x.safetensors")),
+]
+OTHERS_ABSENT = [
+    ("timm", ("models",)),
+    ("timm", ("doctor", "--model", "vit_tiny_patch16_224")),
+    ("diffusers", ("maps", "emoji", "--prompt", "x")),
+    ("diffusers", ("tune", "--prompt", "x", "--psnr", "30", "--out", "x.json")),
+]
+
+
+def commands(unknowns, absent):
+    calls = [*unknowns, *((words, {"ABSENT": library}) for library, words in absent)]
+    return in_forks("import torch, visattn.cli, visattn.patterns", COMMAND, calls)
+
+
+@pytest.fixture(scope="module")
+def ended():
+    """How commands ended that are wrong, or whose library is not there."""
+    return commands(UNKNOWNS, ABSENT)
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
@@ -45,38 +80,34 @@ def test_version_and_no_arguments(run):
     assert "Usage: visattn" in "".join(run()[1:])
 
 
-def test_an_error_is_one_line_on_stderr_and_status_2():
-    done = process("simulate", "neighbor(3x3)", "--grid", "8x8")
+def test_an_error_is_one_line_on_stderr_and_status_2(ended):
+    done = ended[0]
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("visattn: unknown pattern 'neighbor'")
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("library", "words"),
-    [
-        pytest.param("timm", ("models",), marks=pytest.mark.slow),
-        ("timm", ("bench-model", "vit_tiny_patch16_224", "--pattern", "dense")),
-        pytest.param("timm", ("doctor", "--model", "vit_tiny_patch16_224"), marks=pytest.mark.slow),
-        ("diffusers", ("record", "--prompt", "x", "--out", "x.safetensors")),
-        pytest.param("diffusers", ("maps", "emoji", "--prompt", "x"), marks=pytest.mark.slow),
-        pytest.param("diffusers", ("tune", "--prompt", "x", "--psnr", "30", "--out", "x.json"), marks=pytest.mark.slow),
-    ],
-)
-def test_a_library_that_is_not_installed_is_a_line(library, words, tmp_path):
-    code = f"import sys; sys.modules[{library!r}] = None; sys.argv[0] = 'visattn'; from visattn.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
-    )
+def told_to_install(library, done):
     line = f"visattn: this needs {library}, which is not installed: pip install 'visattn[{library}]'\n"
     assert (done.returncode, done.stderr) == (2, line)
-    assert not any(tmp_path.iterdir())
+    assert not done.left
 
 
-@pytest.mark.parametrize(("args", "env"), [(["--debug"], {}), ([], {"VISATTN_DEBUG": "1"})])
-def test_debug_shows_the_traceback(args, env):
-    done = process("simulate", "neighbor(3x3)", "--grid", "8x8", *args, **env)
+@pytest.mark.parametrize("i", range(len(ABSENT)), ids=lambda i: ABSENT[i][0])
+def test_a_library_that_is_not_installed_is_a_line(ended, i):
+    told_to_install(ABSENT[i][0], ended[len(UNKNOWNS) + i])
+
+
+@pytest.mark.slow
+def test_a_library_that_is_not_installed_is_a_line_of_every_command():
+    for (library, _), done in zip(OTHERS_ABSENT, commands([], OTHERS_ABSENT), strict=True):
+        told_to_install(library, done)
+
+
+@pytest.mark.parametrize("i", [1, 2], ids=["option", "variable"])
+def test_debug_shows_the_traceback(ended, i):
+    done = ended[i]
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ValueError: unknown pattern" in done.stderr

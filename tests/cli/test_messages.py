@@ -1,12 +1,11 @@
 """Other libraries' warnings and log records while a command runs, and the one line of an error."""
 
 import logging
-import subprocess
-import sys
 import warnings
 
 import pytest
 
+from tests.support.forks import in_forks
 from visattn.cli.messages import held_messages
 
 # A command that warns as libraries do, then ends in one of the ways that commands end.
@@ -38,26 +37,32 @@ cli.main()
 """
 
 
-def run(*args):
-    return subprocess.run([sys.executable, "-c", COMMAND, "noisy", *args], capture_output=True, text=True, timeout=60)
+CALLS = [("error",), ("well",), ("memory",), ("bug",), ("error", "--debug")]
+
+
+@pytest.fixture(scope="module")
+def run():
+    calls = [(["noisy", *words], {}) for words in CALLS]
+    ended = dict(zip(CALLS, in_forks("import torch, visattn.cli, visattn.patterns", COMMAND, calls), strict=True))
+    return lambda *words: ended[words]
 
 
 def places(text, *words):
     return [text.index(word) for word in words]
 
 
-def test_an_error_is_one_line_below_our_own_warnings_only():
+def test_an_error_is_one_line_below_our_own_warnings_only(run):
     done = run("error")
     assert done.returncode == 2
     assert "of ours" in done.stderr and done.stderr.splitlines()[-1].startswith("visattn: window=0 must be")
     assert not [word for word in ("logged", "handled", "warned") if word in done.stderr]
 
 
-def test_our_own_warnings_are_lines_without_a_place():
+def test_our_own_warnings_are_lines_without_a_place(run):
     assert "visattn: warning: of ours\n" in run("well").stderr
 
 
-def test_too_little_memory_is_a_line_that_says_what_to_do():
+def test_too_little_memory_is_a_line_that_says_what_to_do(run):
     done = run("memory")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "enforce fail" not in done.stderr
     last = done.stderr.splitlines()[-1]
@@ -66,7 +71,7 @@ def test_too_little_memory_is_a_line_that_says_what_to_do():
 
 
 @pytest.mark.parametrize("end", ["well", "bug"])
-def test_whatever_else_ends_a_command_shows_them(end):
+def test_whatever_else_ends_a_command_shows_them(run, end):
     done = run(end)
     assert done.returncode == (0 if end == "well" else 1)
     found = places(done.stderr, "of ours", *(["done"] if end == "well" else []), "logged", "handled", "warned")
@@ -74,7 +79,7 @@ def test_whatever_else_ends_a_command_shows_them(end):
     assert ("RuntimeError: a bug" in done.stderr) == (end == "bug")
 
 
-def test_debug_shows_them_at_once():
+def test_debug_shows_them_at_once(run):
     done = run("error", "--debug")
     found = places(done.stderr, "logged", "handled", "warned", "of ours", "Traceback")
     assert found == sorted(found)

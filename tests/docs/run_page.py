@@ -6,6 +6,7 @@ has imported what takes seconds. Prints what went wrong as JSON: the traceback o
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import transformers
 
 from scripts.pages import blocks
 from tests.support import tiny_pipelines, tiny_towers
+from visattn.dispatch import BACKENDS, load
 
 STEPS = 6
 BUILDERS = {
@@ -33,7 +35,11 @@ BUILDERS = {
     "HunyuanVideoPipeline": tiny_pipelines.hunyuan_video,
     "CogVideoXPipeline": tiny_pipelines.cogvideox,
 }
-
+# What most pages import where they first need it; not `visattn.models`, whose import is what registers its backbones.
+IMPORTED = [
+    *("handle", "pipelines.patch", "pipelines.guidance", "pipelines.control"),
+    "pipelines.embedded.pixel_flux",
+]
 
 LOAD = diffusers.DiffusionPipeline.from_pretrained.__func__
 
@@ -75,6 +81,16 @@ def tiny_tower(kind, name, **options):
     return tiny_towers.make(name.rpartition("/")[2].rpartition("-")[0], **options)
 
 
+def import_ahead():
+    """Import here, once, what forks of this process would import each for itself."""
+    for name in IMPORTED:
+        importlib.import_module(f"visattn.{name}")
+    for name in BACKENDS.own:
+        load(name)
+    for name in BUILDERS:
+        getattr(diffusers, name)
+
+
 def stand_in():
     """Put tiny models in the places where pages load large ones."""
     diffusers.DiffusionPipeline.from_pretrained = classmethod(tiny_pipeline)
@@ -113,5 +129,6 @@ def in_child(page):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    import_ahead()
     stand_in()
     print(json.dumps({page: in_child(Path(page)) for page in sys.argv[1:]}))

@@ -11,7 +11,7 @@ import torch
 
 import visattn
 import visattn.models
-from tests.models.test_generic import SMALL
+from tests.models.test_generic import LIKE_OTHERS, SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -73,7 +73,9 @@ def test_onnx_with_batches_of_any_size(pattern, tmp_path):
 def backbone(name):
     """A small one with weights at which its images differ, and images that it pads."""
     torch.manual_seed(0)
-    depths = {key: (1, 1, 1, 1) for key in ("depth", "depths") if isinstance(SMALL[name].get(key), tuple)}
+    # A second block is of another kind only in the second stage.
+    deep = [key for key in ("depth", "depths") if isinstance(SMALL[name].get(key), tuple)]
+    depths = {key: (1, SMALL[name][key][1], 1, 1) for key in deep}
     dilations = {"dilations": ((2,), (3,), (2,), (1,))} if "dilations" in SMALL[name] else {}
     model = timm.create_model(name, **{**SMALL[name], **depths, **dilations}, num_classes=5).eval()
     with torch.no_grad():
@@ -91,16 +93,15 @@ def same(found, model, images):
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-# test_generic exports each of them with one batch size.
 QUICK = ("nat_small", "biformer_tiny", "agent_deit_base")
 
 
-EACH = pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
-)
+def each(quick):
+    names = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+    return pytest.mark.parametrize("name", names)
 
 
-@EACH
+@each(set(SMALL).difference(LIKE_OTHERS))
 def test_backbones_export_with_batches_of_any_size(name):
     model, images = backbone(name)
     with torch.no_grad():
@@ -108,7 +109,7 @@ def test_backbones_export_with_batches_of_any_size(name):
         same(program.module()(images), model, images)
 
 
-@EACH
+@each(QUICK)
 def test_saved_traces_of_backbones_run_batches_of_any_size(name):
     (model, images), file = backbone(name), io.BytesIO()
     with torch.no_grad():
@@ -121,9 +122,7 @@ def test_saved_traces_of_backbones_run_batches_of_any_size(name):
 OPEN = ("mavit_base", "flowformer_small")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in (*QUICK, OPEN[1]) else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
-)
+@each((*QUICK, OPEN[1]))
 def test_backbones_take_images_of_any_size_or_refuse_to_be_exported(name):
     model, images = backbone(name)
     sides = {i: 32 * torch.export.Dim(axis, min=1, max=8) for i, axis in ((2, "rows"), (3, "columns"))}

@@ -15,10 +15,17 @@ from scripts.measure.emoji_judge import BEST
 from scripts.measure.emoji_prompts import SEEN, UNSEEN
 from scripts.train.animoji_data import load_pack
 from tests.support.tiny_animoji import tiny_pack
+from tests.support.tiny_emoji import narrow_encoder
 from tests.support.tiny_pixel_wan_text import tiny_pixel_wan_text
 from visattn import apply, parse
 
 SPARSE = "na(window=3x3x3)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _narrow_encoder():
+    with narrow_encoder():
+        yield
 
 
 @pytest.fixture(scope="module")

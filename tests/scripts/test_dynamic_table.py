@@ -11,10 +11,16 @@ pytest.importorskip("transformers")
 from scripts.measure import dynamic_table
 from scripts.measure.dynamic_table import DENSITIES, Family, main, rows_of
 from scripts.measure.emoji_encoder_model import DualEncoder, save_encoder
-from tests.support.tiny_emoji import tiny_pack
+from tests.support.tiny_emoji import narrow_encoder, tiny_pack
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
 from visattn import Layout, parse
 from visattn.simulate import simulate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _narrow_encoder():
+    with narrow_encoder():
+        yield
 
 
 @pytest.mark.parametrize(("family", "density"), [(Family("topp(p={})", 0.0, 1.0), 0.3), (Family("a({})", 3, -1), 0.2)])

@@ -16,12 +16,18 @@ from scripts.measure.emoji_judge import BEST, Judge
 from scripts.measure.emoji_prompts import SEEN, UNSEEN
 from scripts.train.emoji_captions import NEW_PAIR, TRAIN, digest
 from scripts.train.emoji_data import load_pack, load_tokenizer, write_pack
-from tests.support.tiny_emoji import drawn, tiny_pack
+from tests.support.tiny_emoji import drawn, narrow_encoder, tiny_pack
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
 from visattn import apply, parse
 from visattn.trained import Trained, save_trained
 
 SPARSE = "na(window=3x3)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _narrow_encoder():
+    with narrow_encoder():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,15 @@ from scripts.measure import trained
 from scripts.measure.emoji_encoder_model import DualEncoder, save_encoder
 from scripts.train.emoji_data import write_pack
 from tests.support.tiny_animoji import tiny_pack as tiny_clips
-from tests.support.tiny_emoji import drawn, tiny_pack
+from tests.support.tiny_emoji import drawn, narrow_encoder, tiny_pack
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
 from tests.support.tiny_pixel_wan_text import tiny_pixel_wan_text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _narrow_encoder():
+    with narrow_encoder():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,29 @@
-"""Processes that stay: tests hand them functions to run together, as starting processes is what takes long."""
+"""Processes that stay: tests hand them functions to run together, as starting processes is what takes long.
+
+They fork from one that has imported what takes seconds; on Linux, as libraries of other systems break in forks.
+"""
 
 from __future__ import annotations
 
 import datetime
 import importlib
+import sys
 import time
 import traceback
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import multiprocessing
+
+IMPORTED = [
+    *("torch._inductor.compile_fx", "torch._dynamo.backends.debugging", "functorch.compile"),
+    *("diffusers.models.transformers", "visattn.pipelines.patch", "tests.parallel.models", "tests.parallel.sliced"),
+]
 
 
 class Ranks:
-    """Spawned processes; `run` calls a function of a module on some of them, as the ranks of a gloo group.
+    """Processes; `run` calls a function of a module on some of them, as the ranks of a gloo group.
 
     Args:
         most: Number of processes.
@@ -20,7 +31,10 @@ class Ranks:
     """
 
     def __init__(self, most, folder):
-        context = torch.multiprocessing.get_context("spawn")
+        forks = sys.platform == "linux"
+        context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            context.set_forkserver_preload(IMPORTED)
         self.pipes, self.processes = [], []
         for rank in range(most):
             mine, theirs = context.Pipe()

@@ -1,10 +1,13 @@
 """A small pack of drawn discs and squares, in which the emoji training learns something within seconds."""
 
+import contextlib
 import io
 
 import PIL.Image
 import PIL.ImageDraw
+import pytest
 
+from scripts.measure import emoji_encoder_model
 from scripts.train.emoji_data import write_pack
 from scripts.train.emoji_sources import SIDE, STYLES, Emoji
 
@@ -44,3 +47,12 @@ def tiny_pack(folder):
     """Writes the pack; returns the folder."""
     write_pack(drawn(), folder)
     return folder
+
+
+@contextlib.contextmanager
+def narrow_encoder():
+    """Encoders of pictures that are made or loaded meanwhile have few channels, for tests of what uses them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji_encoder_model, "STEM", 8)
+        patch.setattr(emoji_encoder_model, "STAGES", ((8, 1),))
+        yield
