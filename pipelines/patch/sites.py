@@ -13,6 +13,7 @@ from visattn.patterns import Dense, Pattern
 from visattn.pipelines.families.base import Family
 from visattn.pipelines.patch import bare, clones
 from visattn.pipelines.patch.group import Group
+from visattn.request import patched_already
 from visattn.schedule import Given, Schedule
 from visattn.selectors import SiteName
 
@@ -97,8 +98,7 @@ def find_sites(
     sites = [Site(site, m, p, index, precision=precision) for index, (site, m, p, precision) in enumerate(chosen)]
     patched = [site.name.path for site in sites if clones.is_patched(getattr(site.module, "processor", None))]
     if patched:
-        also = f"; that of another model, if that has its {patched[0]} too" * (len(patched) < len(sites))
-        raise ValueError(f"{name} is patched already: call remove() on its handle before apply(){also}")
+        raise ValueError(patched_already(name, patched, len(sites)))
     for site in sites:
         if isinstance(site.pattern, Pattern) and site.pattern.learnable:
             site.parameters = make_parameters(model, site.module, site.pattern, dims)

@@ -176,7 +176,7 @@ def test_the_folder_is_checked_before_a_model_is_loaded(run, monkeypatch, tmp_pa
     monkeypatch.setattr(load, "load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
     (tmp_path / "file").write_text("x")
     for out, text in ((tmp_path / "file", "is a file: name a folder"), (tmp_path / "file/x", "cannot make folder")):
-        status, _, err = run("--pattern", "dense", "--out", out)
+        status, _, err = run("--pattern", "dense", "--prompt", "x", "--out", out)
         assert status == 2
         assert text in err
 
