@@ -64,7 +64,7 @@ def _group() -> None:
     """Generate with a diffusion model whose attention is a pattern."""
 
 
-@generate.command()
+@generate.command(short_help="Images; with --compare also the dense twin.")
 def image(
     pattern: PatternOption = "dense",
     out: OutOption = Path("out"),
@@ -100,7 +100,7 @@ def image(
     _command("image", **locals())
 
 
-@generate.command()
+@generate.command(short_help="Videos; with --compare also the dense twin.")
 def video(
     pattern: PatternOption = "dense",
     out: OutOption = Path("out"),
