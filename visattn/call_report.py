@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from visattn.counts import Shared
-from visattn.crossing import CLEAR, crossing
-from visattn.dispatch import candidates, choose, load
-from visattn.patterns import Dense, MergingPattern
+from visattn.crossing import CLEAR, crossing, dense_cost
+from visattn.dispatch import candidates, choose
+from visattn.patterns import MergingPattern
 from visattn.plans import density_of
 from visattn.problem import Problem
 from visattn.reached import Reached
@@ -121,12 +121,12 @@ def _why(problem: Problem, name: str, asked: str) -> tuple[str, dict[str, str], 
     if asked != "auto":
         return "asked for", {}, False
     why, refused, slower = "", {}, False
-    dense = load("sdpa").cost(replace(problem, pattern=Dense(), precision=None))
+    dense = dense_cost(problem)
     for backend, support, cost in candidates(problem):
         if backend.name == name:
             found = crossing(problem)
             slower = cost > CLEAR * dense
-            why = f"cheapest: {cost / problem.dense_pairs:.2f} of dense (estimate)" + (f", {found}" if found else "")
+            why = f"cheapest: {cost / dense:.2f} of dense (estimate)" + (f", {found}" if found else "")
             why += ", slower than dense attention" * slower
         elif not support.ok and not support.other:
             refused[backend.name] = support.reason

@@ -60,7 +60,10 @@ def test_every_pattern_has_a_name_and_a_place_in_the_registry():
         ("na(window=3, stride=4)", r"stride 4 is larger than window 3.*use a stride of at most 3"),
         ("na(window=3x3, stride=1x1x1)", r"must have equally many axes"),
         ("na(window=-1, dilation=2)", r"window -1 is the whole axis, so dilation 2 means nothing"),
-        ("dense(3)", r"dense has no parameter|is not of the form"),
+        ("dense(3)", r"dense has no parameters, and 'dense\(3\)' has '3': write dense"),
+        ("dense(window=3)", r"dense has no parameter"),
+        (Dense, r"pattern Dense is a class: pass an instance, Dense\(...\)"),
+        (None, r"pattern None is a NoneType: pass a Pattern or a text"),
     ],
 )
 def test_errors(text, message):

@@ -40,6 +40,8 @@ def parse(text: str | Pattern) -> Pattern:
     """
     if isinstance(text, Pattern):
         return text
+    if isinstance(text, type) and issubclass(text, Pattern):
+        raise ValueError(f"pattern {text.__qualname__} is a class: pass an instance, {text.__qualname__}(...)")
     if not isinstance(text, str):
         raise ValueError(
             f"pattern {said(text)} is a {type(text).__name__}: pass a Pattern or a text like 'na(window=7x7)'"
@@ -73,6 +75,8 @@ def _parsed(text: str, version: int) -> Pattern:
         key, equals, value = (s.strip() for s in _named(part))
         if not equals and position == 0 and fields:
             key, value = fields[0], key
+        elif not fields:
+            raise ValueError(f"{name} has no parameters, and {text!r} has {part.strip()!r}: write {name}")
         elif not equals:
             sizes = "; values per axis stand together, like 7x7" * bool(re.fullmatch(r"\s*-?\d+\s*", part))
             raise ValueError(f"{part.strip()!r} in {text!r} is not of the form parameter=value{sizes}")
