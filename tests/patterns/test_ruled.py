@@ -45,7 +45,5 @@ def test_a_rule_may_give_bools_that_broadcast(rule, seen):
 def test_what_is_no_rule_is_told(rule):
     q = torch.randn(1, 48, 2, 16)
     for call in (visattn.plan, visattn.dense_mask, lambda pattern, layout: visattn.attention(q, q, q, pattern, layout)):
-        with pytest.raises(
-            ValueError, match=r"sees of Ruled gave (int64|bool) \[.*\] but must give bools"
-        ):
+        with pytest.raises(ValueError, match=r"sees of Ruled gave (int64|bool) \[.*\] but must give bools"):
             call(ruled(rule), Layout(GRID))
