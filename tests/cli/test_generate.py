@@ -105,6 +105,7 @@ def test_without_a_pattern_attention_is_the_model_s_own(run, model, tmp_path, mo
     assert run("--model", model, "--label", "1", "--steps", 1)[0] == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["settings"]["pattern"] == "dense" and report["attention"]["hits"] == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"dense-000.png", "report.json"}
     status, _, err = run("--model", model, "--label", "1", "--steps", 1)
     assert status == 2 and "out is not empty: pass --force" in err
 
