@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,12 +16,21 @@ from numpy.typing import NDArray
 
 from visattn.handle import Handle, apply
 from visattn.pipelines.alike import Alike
+from visattn.pipelines.asked import (
+    IMAGE,
+    LABELS,
+    PROMPT,
+    VIDEO,
+    check_content,
+    check_counts,
+    check_guidance,
+    check_output,
+)
 from visattn.pipelines.embedded.pixel import PixelPipeline
 from visattn.pipelines.patch.targets import DENOISERS
 from visattn.report import Report
 from visattn.trained import load_own, load_trained, trained_weights
 
-IMAGE, VIDEO = "image", "video"
 SPARSE, DENSE = "sparse", "dense"
 
 
@@ -124,25 +132,13 @@ def check(pipe: Any, settings: Settings) -> None:
         ValueError: If it does not; the text says what would work.
     """
     name, takes = type(pipe).__name__, _parameters(pipe)
-    for option in ("count", "repeats", "steps", "frames"):
-        number = getattr(settings, option)
-        if number is not None and number < 1:
-            raise ValueError(f"{option} {number} must be at least 1")
-    if settings.guidance is not None and not math.isfinite(settings.guidance):
-        raise ValueError(f"guidance {settings.guidance} must be a finite number, like 4.5")
-    makes = VIDEO if "num_frames" in takes else IMAGE
-    if makes != settings.output:
-        raise ValueError(f"{name} makes {makes}s: use visattn generate {makes}")
-    if "class_labels" in takes:
-        if settings.prompts:
-            raise ValueError(f"{name} takes class labels and no prompt: pass --label 3 instead of --prompt")
-    elif "prompt" in takes:
-        if settings.labels:
-            raise ValueError(f"{name} takes a prompt and no class labels: pass --prompt TEXT instead of --label")
-        if not settings.prompts:
-            raise ValueError(f"{name} needs a prompt: pass --prompt TEXT")
-    else:
+    check_counts({option: getattr(settings, option) for option in ("count", "repeats", "steps", "frames")})
+    check_guidance(settings.guidance)
+    check_output(name, VIDEO if "num_frames" in takes else IMAGE, settings.output)
+    content = next((each for each in (LABELS, PROMPT) if each in takes), None)
+    if content is None:
         raise ValueError(f"{name} takes neither a prompt nor class labels: call visattn.apply on it in Python")
+    check_content(name, content, settings.prompts, settings.labels)
     for value, parameter, option in (
         (settings.guidance, "guidance_scale", "--guidance"),
         (settings.size, "height", "--size"),

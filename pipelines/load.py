@@ -11,14 +11,11 @@ import torch
 
 from visattn.environment import check_device
 from visattn.memory import is_shortage
+from visattn.pipelines.asked import check_dtype, check_model
 from visattn.pipelines.embedded import EMBEDDED, load_embedded
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-# Ends of names of files with weights, which are no pipeline.
-WEIGHT_FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_pipeline(model: str, device: str = "cpu", dtype: str | None = None) -> DiffusionPipeline:
@@ -27,15 +24,15 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str | None = None) -> 
     Args:
         model: Name of an embedded model, a folder in diffusers' format, or an id on the hub.
         device: Where it goes, like "cpu" or "cuda:0".
-        dtype: Name of a dtype of `DTYPES`; float32 on a CPU, bfloat16 elsewhere if None.
+        dtype: Name of a dtype of `visattn.pipelines.asked.DTYPES`; float32 on a CPU, bfloat16 elsewhere if None.
 
     Raises:
         ValueError: If the model cannot be found or read, or device or dtype do not exist.
     """
     target = check_device(device)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} does not exist here: pass one of {', '.join(DTYPES)}")
-    kind = DTYPES[dtype or ("float32" if target.type == "cpu" else "bfloat16")]
+    check_dtype(dtype)
+    check_model(model)
+    kind = getattr(torch, dtype or ("float32" if target.type == "cpu" else "bfloat16"))
     with warnings.catch_warnings():
         # Newer diffusers call it dtype; older ones would ignore that name.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
@@ -61,14 +58,6 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
     folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"folder {folder} has no model_index.json, so it is not a diffusers pipeline")
-    elif folder.suffix in WEIGHT_FILES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        names = ", ".join(EMBEDDED)
-        raise ValueError(
-            f"model {model!r} is not an embedded model ({names}), a folder here, or a hub id like owner/name"
-        )
     try:
         return DiffusionPipeline.from_pretrained(
             model, torch_dtype=dtype, use_safetensors=True, **({"local_files_only": True} if folder.is_dir() else {})

@@ -25,7 +25,7 @@ from visattn.checks import (
     merged,
     other_values,
 )
-from visattn.crossing import crossing
+from visattn.crossing import crossing, dense_cost
 from visattn.dispatch import BACKENDS, Candidate, available, candidates, choose
 from visattn.given import switch
 from visattn.layout import Layout, check_layout
@@ -233,7 +233,7 @@ class Explanation:
         if problem.is_dense:
             return "the pattern shows every query all keys, so it is dense attention"
         if isinstance(problem.pattern, SharingPattern):
-            part = f"an estimated {cost[self.choice] / problem.dense_pairs:.2f} of dense SDPA's time"
+            part = f"an estimated {cost[self.choice] / dense_cost(problem):.2f} of dense SDPA's time"
             return f"{part} on average: one refresh in {problem.pattern.every} steps of a run"
         if not isinstance(problem.pattern, ListedPattern):
             return f"{problem.pattern.name} is a composition with an engine of its own"
@@ -242,7 +242,7 @@ class Explanation:
         share = f"the plan visits {part:.0%} of all pairs of tiles"
         sparse = {name: time for name, time in cost.items() if name not in ("sdpa", "reference")}
         if self.choice in sparse:
-            return f"{share}, an estimated {cost[self.choice] / problem.dense_pairs:.2f} of dense SDPA's time"
+            return f"{share}, an estimated {cost[self.choice] / dense_cost(problem):.2f} of dense SDPA's time"
         if not sparse:
             return f"{share}, but no sparse backend runs this call"
         best = min(sparse, key=sparse.__getitem__)
@@ -264,10 +264,9 @@ class Explanation:
                 lines.append(
                     f"  {found}" + found.dense_pays_inside * "; apply() leaves the model's own dense attention here"
                 )
+        dense = dense_cost(problem)
         for backend, support, cost in self.candidates:
-            verdict = (
-                f"{cost / problem.dense_pairs:.2f} of dense SDPA's time (estimate)" if support.ok else support.reason
-            )
+            verdict = f"{cost / dense:.2f} of dense SDPA's time (estimate)" if support.ok else support.reason
             if not support.other:
                 lines.append(f"  {backend.name:<10} {verdict}")
         others = [backend.name for backend, support, _ in self.candidates if support.other]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from visattn.counts import Shared
-from visattn.crossing import crossing
+from visattn.crossing import CLEAR, crossing, dense_cost
 from visattn.dispatch import candidates, choose
 from visattn.patterns import MergingPattern
 from visattn.plans import density_of
@@ -31,6 +31,7 @@ class CallReport:
         reached: The same as it was, where q and k choose; `density` is its mean then.
         skipped: Mean share of all pairs that was listed and then passed over (`skip`), None where nothing can be.
         shared: How many calls computed anew, and what was kept for later steps, where the pattern shares between them.
+        slower: Whether "auto" ran them although dense attention is estimated to be faster.
     """
 
     problem: Problem
@@ -42,6 +43,7 @@ class CallReport:
     reached: Reached | None = None
     skipped: float | None = None
     shared: Shared | None = None
+    slower: bool = False
 
     @classmethod
     def of(
@@ -66,7 +68,8 @@ class CallReport:
         skipped = None
         if skips is not None:
             skipped = float(skips[0] / skips[1]) * problem.layout.tokens**2 / problem.layout.length**2
-        return cls(problem, hits, name, *_why(problem, name, backend), share, reached, skipped, shared)
+        why, refused, slower = _why(problem, name, backend)
+        return cls(problem, hits, name, why, refused, share, reached, skipped, shared, slower)
 
     def __str__(self) -> str:
         return call_text(self.to_dict())
@@ -98,6 +101,7 @@ class CallReport:
             "reached": None if self.reached is None else self.reached._asdict(),
             "skipped": self.skipped,
             "shared": None if self.shared is None else self.shared._asdict(),
+            "slower": self.slower,
         }
 
 
@@ -112,15 +116,18 @@ def why_kept(problem: Problem) -> str:
     return "" if found is None else found.reason
 
 
-def _why(problem: Problem, name: str, asked: str) -> tuple[str, dict[str, str]]:
-    """Why a backend ran calls, and why each other one could not."""
+def _why(problem: Problem, name: str, asked: str) -> tuple[str, dict[str, str], bool]:
+    """Why a backend ran calls, why each other one could not, and whether dense attention would be faster."""
     if asked != "auto":
-        return "asked for", {}
-    why, refused = "", {}
+        return "asked for", {}, False
+    why, refused, slower = "", {}, False
+    dense = dense_cost(problem)
     for backend, support, cost in candidates(problem):
         if backend.name == name:
             found = crossing(problem)
-            why = f"cheapest: {cost / problem.dense_pairs:.2f} of dense (estimate)" + (f", {found}" if found else "")
+            slower = cost > CLEAR * dense
+            why = f"cheapest: {cost / dense:.2f} of dense (estimate)" + (f", {found}" if found else "")
+            why += ", slower than dense attention" * slower
         elif not support.ok and not support.other:
             refused[backend.name] = support.reason
-    return why, refused
+    return why, refused, slower

@@ -77,6 +77,11 @@ def crossing(problem: Problem) -> Crossing | None:
     return _crossing(problem, REGISTRY.version)
 
 
+def dense_cost(problem: Problem) -> float:
+    """What torch's dense attention would cost in the place of a call's pattern, its own launches included."""
+    return load("sdpa").cost(replace(problem, pattern=Dense(), precision=None))
+
+
 @lru_cache(maxsize=1024)
 def _crossing(problem: Problem, version: int) -> Crossing:
     sparse = choose(problem)

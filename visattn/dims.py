@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from visattn.given import counted
 from visattn.patterns import DynamicPattern, HybridPattern, Pattern, Radial
 from visattn.patterns.values import axis_values, per_axis
 
@@ -23,7 +24,9 @@ def check_dims(pattern: Pattern, dims: int, model: str) -> None:
     if given <= {dims}:
         return
     grid = {1: "(tokens,)", 2: "(height, width)", 3: "(frames, height, width)"}[dims]
-    message = f"{pattern} has {min(given - {dims})} axes but the tokens of {model} are a {grid} grid"
+    message = (
+        f"{pattern} has {counted(min(given - {dims}), 'axis', 'axes')} but the tokens of {model} are a {grid} grid"
+    )
     if dims == 3 and given == {2}:
         each = {name: per_axis(v, 2, name) for name, v in values.items()}
         spatial = {name: (ONE_FRAME.get(name, 1), *v) for name, v in each.items()}

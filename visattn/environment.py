@@ -111,6 +111,13 @@ def check_device(device: str) -> torch.device:
 
     try:
         target = torch.device(device)
+    except RuntimeError:
+        # What torch says of it are the names of all devices that it was ever made for.
+        why = "torch has none of this name"
+        raise ValueError(
+            f"device {device!r} cannot be used on this machine ({why}): pass one like cpu, cuda or cuda:1"
+        ) from None
+    try:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -23,6 +23,11 @@ def said(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number of things in words: 1 axis, 2 axes; `many` is `one` and an s if not given."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def switch(value: Any, name: str) -> bool:
     """Check an argument that is on or off.
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from visattn.caught import Caught
-from visattn.given import said
+from visattn.given import SHOWN, said
 from visattn.parameters import PatternParameters
 from visattn.reached import Reached
 from visattn.report import Report
@@ -38,6 +38,12 @@ class Handle:
         self._caught = [Caught(request.caught) for _ in self._patches] if request.caught else []
         if self._caught:
             self.watch(None)
+
+    def __repr__(self) -> str:
+        patterns = ", ".join(dict.fromkeys(str(pattern) for _, pattern in self._request.schedule.rules))
+        shown = patterns if len(patterns) <= SHOWN else f"{patterns[: SHOWN - 3]}..."
+        state = "removed" if self._removed else "applied; remove() undoes it"
+        return f"<visattn.Handle: {shown}, {state}; report() tells what ran>"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles of a patched model are stock, and a copy of its handle would be of nothing.

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from visattn.given import said
+from visattn.given import counted, said
 from visattn.keep import kept
 from visattn.layout import Layout, check_layout
 from visattn.memory import check_room
@@ -26,6 +26,7 @@ from visattn.patterns import (
 from visattn.patterns.choice.causal import later_slots
 from visattn.patterns.geometry import Bools, TilePairs, check_pairs
 from visattn.patterns.masks import check_defined
+from visattn.patterns.values import as_text
 from visattn.tiling import Ints, Tiling
 
 Tile = int | tuple[int, ...]
@@ -65,7 +66,7 @@ class TileLists:
         return TileLists(np.concatenate([[0], np.cumsum(counts)]), self.tile[keep], self.mask[keep])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TilePlan:
     """What a pattern visits on a layout, tile by tile; any backend can run it.
 
@@ -90,6 +91,16 @@ class TilePlan:
     masks: Bools
     visible: int
     routed_tiles: int = 0
+
+    def __repr__(self) -> str:
+        """What it is in a line: the arrays of a plan are thousands of numbers."""
+        boxes = [as_text(side.shape) for side in (self.queries, self.keys)]
+        of = boxes[0] if boxes[0] == boxes[1] else ":".join(boxes)
+        pairs = f"{self.entries} of {self.queries.tiles} x {self.keys.tiles} pairs"
+        return (
+            f"TilePlan({self.pattern} on {self.layout}: {pairs} of tiles of {of}, "
+            f"{counted(len(self.masks), 'mask')}, density {self.density:.3g})"
+        )
 
     @property
     def transposed(self) -> TileLists:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from visattn.folded import folded
+from visattn.given import counted
 
 Site = Mapping[str, Any]
 # Columns of a line; a longer name of a module has a longer one.
@@ -115,7 +116,7 @@ def headline(report: Mapping[str, Any]) -> str:
 def _sums(report: Mapping[str, Any]) -> tuple[str, str]:
     """What ran a pattern, and what did not."""
     share = "" if report["density"] is None else f", density {report['density']:.3f}"
-    ran = f"{_who(report)}: {report['hits']} calls{share}, {report['sparse_seconds']:.3f} s"
+    ran = f"{_who(report)}: {counted(report['hits'], 'call')}{share}, {report['sparse_seconds']:.3f} s"
     fallbacks = sum(report["fallbacks"].values())
     return ran, f"{report['dense']} dense and {fallbacks} fallback calls, {report['dense_seconds']:.3f} s"
 
@@ -151,18 +152,18 @@ def _facts(group: Sequence[Site], report: Mapping[str, Any]) -> list[tuple[str, 
     """What modules that are alike did: marks and lines, the first of them for what most is said of."""
     site, each = group[0], " each" * (len(group) > 1)
     calls = [_joined([other["calls"][i] for other in group]) for i in range(len(site["calls"]))]
-    counts = [f"{site['hits']} hits{each}"] if site["hits"] or not site["dense"] else []
+    counts = [f"{counted(site['hits'], 'hit')}{each}"] if site["hits"] or not site["dense"] else []
     counts += [f"{site['dense']} dense{each}"] if site["dense"] else []
     first = f"{site['pattern']}: {', '.join(counts)}"
     if len(calls) == 1 and not site["stages"]:
         first += f", {call_text(calls[0])}"
-    facts = [("", text) for text in (first, *_calls(site, calls), *_measured(group))]
-    for how, counted in (
+    facts = [("", first), *_calls(site, calls), *(("", text) for text in _measured(group))]
+    for how, whys in (
         ("kept dense", site["kept"]),
         ("not computed in 8 bits", site["exact"]),
         ("fell back to dense", site["fallbacks"]),
     ):
-        facts += [(MARK, f"{number} call{'s' * (number > 1)}{each} {how}: {why}") for why, number in counted.items()]
+        facts += [(MARK, f"{counted(number, 'call')}{each} {how}: {why}") for why, number in whys.items()]
     if any(call["shared"] is not None and not call["shared"]["nbytes"] for call in calls):
         why = "with gradients, inside of a CUDA graph and in the last step none may"
         facts.append((MARK, f"no call kept anything for later steps, so that each computed anew: {why}"))
@@ -172,23 +173,24 @@ def _facts(group: Sequence[Site], report: Mapping[str, Any]) -> list[tuple[str, 
     return facts
 
 
-def _calls(site: Site, calls: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of calls that are of several kinds."""
+def _calls(site: Site, calls: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Marks and lines of calls, which may be of several kinds."""
     if len(calls) < 2 and not site["stages"]:
-        return [call["why"] for call in calls]
+        return [(MARK * call["slower"], call["why"]) for call in calls]
     lines = []
     if site["stages"]:
         for stage in site["stages"]:
             own = [calls[site["calls"].index(call)] for call in stage["calls"]]
-            lines += [f"steps {stage['steps']}: {c['pattern']}, {_counted(c)}" for c in own]
+            lines += [(MARK * c["slower"], f"steps {stage['steps']}: {c['pattern']}, {_counted(c)}") for c in own]
     else:
-        lines += [_counted(call) for call in calls]
+        lines += [(MARK * call["slower"], _counted(call)) for call in calls]
     hidden = len(lines) - CALLS
-    return lines if hidden < 2 else [*lines[:CALLS], f"and {hidden} more kinds of calls, see to_dict()"]
+    more = MARK * any(mark for mark, _ in lines[CALLS:])
+    return lines if hidden < 2 else [*lines[:CALLS], (more, f"and {hidden} more kinds of calls, see to_dict()")]
 
 
 def _counted(call: Mapping[str, Any]) -> str:
-    return f"{call['hits']} hits, {call_text(call)}; {call['why']}"
+    return f"{counted(call['hits'], 'hit')}, {call_text(call)}; {call['why']}"
 
 
 def _joined(calls: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from visattn.given import said
+from visattn.given import counted, said
 from visattn.layout import Layout
 from visattn.parameters import Learnable
 from visattn.registry import REGISTRY
@@ -141,3 +141,20 @@ def _is_whole(module: Any) -> bool:
     timm = any(kind.__module__.startswith(("timm.models.", "visattn.models.")) for kind in kinds)
     whole = any(kind.__name__ in ("ModelMixin", "PreTrainedModel") for kind in kinds)
     return whole or (timm and hasattr(module, "forward_features"))
+
+
+def patched_already(name: str, found: Sequence[str], number: int) -> str:
+    """What is said of a model some of whose modules have a patch.
+
+    Args:
+        name: What errors call the model.
+        found: Names of those modules.
+        number: How many modules were to be patched.
+    """
+    if len(found) == number:
+        return f"{name} is patched already: call remove() on its handle before apply()"
+    more = f" and {counted(len(found) - 1, 'more module')}" * (len(found) > 1)
+    return (
+        f"{name} is patched already at {found[0]}{more}: call remove() on its handle before apply(), or on that of "
+        "another model which has the same module"
+    )

@@ -13,6 +13,7 @@ from visattn.models.swap.records import Record, keeps_forward, own_ways, record_
 from visattn.models.swap.refused import refusal_of
 from visattn.models.swap.runtime import Swapped, is_swapped
 from visattn.patterns import Dense, Pattern
+from visattn.request import patched_already
 from visattn.selectors import SiteName
 
 
@@ -82,7 +83,7 @@ def find_sites(model: nn.Module, name: str) -> list[Site]:
     """The attention modules of the model called `name`, in the order of the layers.
 
     Raises:
-        ValueError: If none of them can be swapped, or some are swapped already.
+        ValueError: If none of them can be swapped, or some are patched already.
     """
     modules = dict(model.named_modules())
     found = {path: record for path, module in modules.items() if (record := _record(path, module)) is not None}
@@ -90,8 +91,7 @@ def find_sites(model: nn.Module, name: str) -> list[Site]:
     places = {_place(path, modules) for path, record in found.items() if record.tokens}
     swapped = [path for path in found if is_swapped(modules[path])]
     if swapped:
-        also = f"; that of another model, if that has its {swapped[0]} too" * (len(swapped) < len(found))
-        raise ValueError(f"{name} is swapped already: call remove() on its handle before apply(){also}")
+        raise ValueError(patched_already(name, swapped, len(found)))
     sites = []
     for path, module in modules.items():
         record = found.get(path)

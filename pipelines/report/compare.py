@@ -161,8 +161,10 @@ def write(folder: Path, summary: dict[str, Any], runs: Sequence[Run], fps: int =
     """
     dense, sparse = _first(runs, DENSE), _first(runs, SPARSE)
     video = summary["settings"]["output"] == VIDEO
+    # Without a twin a run whose pattern is "dense" has nothing sparse.
+    alone = DENSE if summary["pattern"] == DENSE and not dense else SPARSE
     for run in (*sparse, *dense):
-        path = folder / f"{run.kind}-{run.image:03}"
+        path = folder / f"{alone if run.kind == SPARSE else DENSE}-{run.image:03}"
         if video:
             write_mp4(path.with_suffix(".mp4"), run.pixels, fps)
             write_webp(path.with_suffix(".webp"), [readable(to_picture(frame)) for frame in run.pixels], fps)
@@ -171,7 +173,7 @@ def write(folder: Path, summary: dict[str, Any], runs: Sequence[Run], fps: int =
     if video:
         for i, run in enumerate(sparse):
             shown = {DENSE: dense[i].pixels} if dense else {}
-            contact_sheet(shown | {SPARSE: run.pixels}).save(folder / f"sheet-{i:03}.png")
+            contact_sheet(shown | {alone: run.pixels}).save(folder / f"sheet-{i:03}.png")
     if summary["settings"]["compare"]:
         if video:
             write_webp(folder / "comparison.webp", moving_comparison(summary, dense, sparse), fps)

@@ -105,6 +105,7 @@ def test_without_a_pattern_attention_is_the_model_s_own(run, model, tmp_path, mo
     assert run("--model", model, "--label", "1", "--steps", 1)[0] == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["settings"]["pattern"] == "dense" and report["attention"]["hits"] == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"dense-000.png", "report.json"}
     status, _, err = run("--model", model, "--label", "1", "--steps", 1)
     assert status == 2 and "out is not empty: pass --force" in err
 
@@ -176,7 +177,7 @@ def test_the_folder_is_checked_before_a_model_is_loaded(run, monkeypatch, tmp_pa
     monkeypatch.setattr(load, "load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
     (tmp_path / "file").write_text("x")
     for out, text in ((tmp_path / "file", "is a file: name a folder"), (tmp_path / "file/x", "cannot make folder")):
-        status, _, err = run("--pattern", "dense", "--out", out)
+        status, _, err = run("--pattern", "dense", "--prompt", "x", "--out", out)
         assert status == 2
         assert text in err
 

@@ -211,7 +211,7 @@ def test_image_and_video_models_are_not_mixed_up(run, model, tmp_path):
     assert "PixelWanPipeline makes videos: use visattn generate video" in err
     status, _, err = run("--model", "digits", "--pattern", "dense", "--out", tmp_path / "out")
     assert status == 2
-    assert "PixelDiTPipeline makes images: use visattn generate image" in err
+    assert "digits makes images: use visattn generate image" in err
 
 
 def test_a_missing_encoder_is_said_before_a_model_is_loaded(generate, monkeypatch, tmp_path):

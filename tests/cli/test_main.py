@@ -10,9 +10,11 @@ import time
 
 import pytest
 from PIL import Image
+from typer.main import get_command
 
 import visattn
 from tests.support.forks import in_forks
+from visattn.cli import SUMMARIES, app
 
 
 @pytest.fixture
@@ -73,6 +75,16 @@ def test_help_is_quick_and_imports_nothing_heavy():
     code = f"import sys, visattn.cli; print([m for m in {heavy} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert loaded.stdout.strip() == "[]", loaded.stderr
+
+
+@pytest.mark.parametrize("words", [("--help",), ("generate", "--help")])
+def test_every_command_is_told_in_a_whole_sentence(run, words):
+    """What newcomers look for stands first, and no summary is cut by the width of a terminal."""
+    listed = run(*words)[1].split("Commands:\n")[1].splitlines()
+    assert listed[0].split()[0] == ("generate" if len(words) == 1 else "image")
+    assert all(line.startswith("  ") and line.endswith(".") and not line.endswith("..") for line in listed)
+    if len(words) == 1:
+        assert [line.split()[0] for line in listed] == [*SUMMARIES] and set(SUMMARIES) == set(get_command(app).commands)
 
 
 def test_version_and_no_arguments(run):

@@ -93,7 +93,7 @@ def test_plans_are_cached_and_turned_once():
             (9,),
             r"window 5 \* dilation 3 = 15 is larger than axis 0 of grid 9 \(9\).* at most 1",
         ),
-        ("na(window=3x3)", (9,), r"window=3x3 has 2 values but the grid has 1 axes: give 1 value"),
+        ("na(window=3x3)", (9,), r"window=3x3 has 2 values but the grid has 1 axis: give 1 value"),
     ],
 )
 def test_patterns_that_do_not_fit_a_grid(pattern, grid, message):
@@ -106,3 +106,12 @@ def test_patterns_that_do_not_fit_a_grid(pattern, grid, message):
 def test_bad_tile(tile):
     with pytest.raises(ValueError, match=r"tile=.* does not fit grid \(16, 16\): pass 2 whole numbers of at least 1"):
         plan("na(window=3)", Layout((16, 16)), tile)
+
+
+def test_a_plan_prints_as_a_line():
+    made = plan("na(window=9x9)", Layout((32, 32), prefix=3))
+    assert repr(made) == (
+        "TilePlan(na(window=9x9) on 32x32, prefix 3: "
+        f"{made.entries} of 17 x 17 pairs of tiles of 8x8, {len(made.masks)} masks, density {made.density:.3g})"
+    )
+    assert "tiles of 4x8:8x4, " in repr(plan("na(window=9x9)", Layout((32, 32)), ((4, 8), (8, 4))))

@@ -177,3 +177,16 @@ def test_lines_fit_a_terminal_where_names_do():
     lines = str(Report((site("b.0"), named_so), schedule="a preset " * 40)).splitlines()
     assert all(len(line) <= WIDTH for line in lines if "aaa" not in line)
     assert flat(Report((named_so,))).count(reason.strip()) == 1
+
+
+def test_a_pattern_that_is_slower_than_dense_attention_is_marked():
+    """Masked dense attention on few tokens is the cheapest engine for a window, and still not worth it."""
+    posed = (1, 4, 4, 64, torch.float32, "cpu")
+    few = CallReport.of(Problem(parse("na(window=5x5)"), Layout((12, 12)), *posed), 2, "auto")
+    many = CallReport.of(Problem(parse(PATTERN), Layout((64, 64)), *posed), 2, "auto")
+    assert few.slower and few.why.endswith("(estimate), slower than dense attention")
+    assert not many.slower and many.why.endswith("(estimate)")
+    for calls in ((few,), (few, many)):
+        lines = str(Report((site("a.0", *calls),))).splitlines()
+        assert [line.startswith("!") for line in lines].count(True) == 1
+    assert not CallReport.of(few.problem, 2, "tiles").slower

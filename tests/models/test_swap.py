@@ -323,7 +323,7 @@ def test_refusals():
         model(x)
         with pytest.raises(ValueError, match=r"patch_drop_rate=0.5 drops patches in training"):
             model.train()(x)
-        with pytest.raises(ValueError, match="VisionTransformer is swapped already"):
+        with pytest.raises(ValueError, match="VisionTransformer is patched already"):
             visattn.apply(model, "na(window=3)")
     for name in ("naflexvit_base_patch16_gap", "samvit_base_patch16", "eva02_tiny_patch14_224"):
         other = timm.create_model(name, depth=1, patch_drop_rate=0.5, **TOKENS.get(name, {"img_size": 96}))

@@ -100,7 +100,8 @@ def test_a_module_of_two_models_says_whose_it_is():
     with (
         visattn.apply(model, PATTERN),
         pytest.raises(
-            ValueError, match=r"remove\(\) on its handle .*; that of another model, if that has its blocks.1"
+            ValueError,
+            match=r"at blocks.1.attn: call remove\(\) on its handle .* of another model",
         ),
     ):
         visattn.apply(other, PATTERN)

@@ -302,7 +302,7 @@ def test_what_differs_stays_apart():
     assert AgentSD(early=1) != AgentSD(early=1.0) and str(AgentSD(early=1)) != str(AgentSD(early=1.0))
     assert Neighborhood((7,)) != Neighborhood(7), "the second is defined on any number of axes"
     dense_mask(Neighborhood(7), Layout((8, 8)))
-    with pytest.raises(ValueError, match=r"window=\(7,\) has 1 values but the grid has 2 axes: give 2 or 1"):
+    with pytest.raises(ValueError, match=r"window=\(7,\) has 1 value but the grid has 2 axes: give 2 or 1"):
         dense_mask(Neighborhood((7,)), Layout((8, 8)))
 
 

@@ -43,9 +43,9 @@ def test_queries_of_a_block_share_a_tile():
     [
         ("halo(block=0, halo=1)", (8,), r"block=0 must be a whole number of at least 1 or -1"),
         ("halo(block=8, halo=-1)", (8,), r"halo=-1 must be a whole number of at least 0"),
-        ("halo(block=8)", (8,), r"halo needs halo, like halo\(halo=...\)"),
-        ("halo(block=8x8, halo=1)", (8,), r"block=8x8 has 2 values but the grid has 1 axes"),
-        ("halo(block=8, halo=1x1)", (8,), r"block=8x8 has 2 values but the grid has 1 axes: give 1 value"),
+        ("halo(block=8)", (8,), r"halo needs halo, like halo\(block=8, halo=7\)"),
+        ("halo(block=8x8, halo=1)", (8,), r"block=8x8 has 2 values but the grid has 1 axis"),
+        ("halo(block=8, halo=1x1)", (8,), r"block=8x8 has 2 values but the grid has 1 axis: give 1 value"),
         ("halo(block=8x8, halo=1x1x1)", (8, 8), r"block and halo must have equally many axes"),
     ],
 )

@@ -32,7 +32,7 @@ def test_text(text, pattern):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("residual", r"residual needs of, like residual\(of=\.\.\.\)"),
+        ("residual", r"residual needs of, like residual\(of=na\(window=7\)\)"),
         ("residual(every=2)", r"residual needs of"),
         ("residual(of=dense)", r"of=dense of residual leaves nothing .* broadcast\(every=4\)"),
         ("residual(of=agentsd)", "merges tokens before they become queries and keys"),

@@ -109,7 +109,7 @@ def test_stages_are_rounded_but_for_dense_and_precise_steps(pipe):
     assert precisions(handle) == [(2, 1), (0, 3), (2, 1), (2, 1)]
     found = {(str(c.problem.pattern), c.problem.precision, c.hits) for c in report.sites[0].calls}
     assert found == {(PATTERN, None, 1), (PATTERN, "int8", 1), ("clear(radius=2)", "int8", 1)}
-    assert "steps 3-: clear(radius=2), 1 hits, tiles in int8, simulated for its errors on" in str(report)
+    assert "steps 3-: clear(radius=2), 1 hit, tiles in int8, simulated for its errors on" in str(report)
     with pytest.raises(ValueError, match="is for patterns that list key tiles, which linear"):
         visattn.apply(pipe, {"0-": {"0": PATTERN, "1-": "linear()"}}, precision="int8")
 

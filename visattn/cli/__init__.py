@@ -7,9 +7,10 @@ import os
 import re
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from visattn.cli.bench import bench
 from visattn.cli.bench_model import bench_model
@@ -28,9 +29,37 @@ from visattn.cli.simulate import simulate
 from visattn.cli.tune import tune
 from visattn.version import __version__
 
+# What the list of commands says of each, in this order: what a newcomer looks for first. Docstrings would be cut there.
+SUMMARIES = {
+    "generate": "Pictures and clips of a diffusion model with a pattern.",
+    "patterns": "The patterns, and methods that have a name.",
+    "show": "A picture of what a pattern sees.",
+    "simulate": "Density and bounds of a pattern, without running it.",
+    "tune": "Find the fastest schedule that holds a quality.",
+    "presets": "Schedules that ship with the package.",
+    "maps": "What the heads of a model look at.",
+    "record": "Save queries, keys and values of a model's attention.",
+    "bench": "Time the backends on patterns.",
+    "bench-model": "Time a model of timm or transformers, stock and swapped.",
+    "classify": "Classify an image, or train a probe.",
+    "models": "Models that can be patched, and backbones for timm.",
+    "doctor": "Versions, devices and backends of this machine.",
+    "comfy": "Write the nodes for ComfyUI.",
+}
+
+
+class Commands(TyperGroup):
+    """Lists the commands in the order of `SUMMARIES`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """See the `list_commands` of click's groups."""
+        return [*SUMMARIES]
+
+
 # rich_markup_mode None: plain help text, because importing rich would cost a quarter of the time that --help takes.
 app = typer.Typer(
     name="visattn",
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -38,8 +67,8 @@ app = typer.Typer(
 )
 COMMANDS = doctor, patterns, show, simulate, bench, models, presets, record, maps, classify, bench_model, comfy, tune
 for command in COMMANDS:
-    app.command()(command)
-app.add_typer(generate, name="generate")
+    app.command(short_help=SUMMARIES[command.__name__.replace("_", "-")])(command)
+app.add_typer(generate, name="generate", short_help=SUMMARIES["generate"])
 # Which extra of the package brings a library.
 EXTRAS = {
     **dict.fromkeys(("diffusers", "accelerate", "peft", "av"), "diffusers"),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -41,10 +41,10 @@ from visattn.cli.generate_options import (
 )
 from visattn.cli.loading import is_watched, loaded_pipeline, no_loading_bars
 from visattn.cli.options import ForceOption, JsonOption, print_json
+from visattn.environment import chosen_device
+from visattn.given import counted
+from visattn.pipelines.asked import check_settings
 from visattn.report_text import mean_density, named
-
-if TYPE_CHECKING:
-    from visattn.pipelines.generate import Settings
 
 generate = typer.Typer(
     help="Generate with a diffusion model whose attention is a pattern.", no_args_is_help=True, rich_markup_mode=None
@@ -64,7 +64,7 @@ def _group() -> None:
     """Generate with a diffusion model whose attention is a pattern."""
 
 
-@generate.command()
+@generate.command(short_help="Images; with --compare also the dense twin.")
 def image(
     pattern: PatternOption = "dense",
     out: OutOption = Path("out"),
@@ -100,7 +100,7 @@ def image(
     _command("image", **locals())
 
 
-@generate.command()
+@generate.command(short_help="Videos; with --compare also the dense twin.")
 def video(
     pattern: PatternOption = "dense",
     out: OutOption = Path("out"),
@@ -173,9 +173,10 @@ def _command(
         "precise_last_steps": parse_steps(precise_last_steps, "--precise-last-steps"),
         "weights": None if weights is None else str(weights),
     }
-    if fps is not None and fps < 1:
-        raise ValueError(f"--fps {fps} must be at least 1")
     _need_diffusers()
+    counts = {f"--{name}": options.get(name) for name in ("count", "repeats", "steps", "frames")} | {"--fps": fps}
+    asked = {name: options[name] for name in ("output", "prompts", "labels", "guidance")}
+    check_settings(model, dtype, counts, **asked)
     with _processes(options["parallel"], device) as (first, device):
         from visattn.files import output_folder
 
@@ -206,15 +207,13 @@ def _generate(
 
     Without a folder nothing is written or shown: another process does that.
     """
+    _check_pattern(**options)
+    chosen_device(device)
     from visattn.pipelines.generate import VIDEO, Settings, check, run_all
     from visattn.pipelines.report.compare import frame_rate, summarize, write
     from visattn.pipelines.report.video_files import need_encoder
-    from visattn.trained import load_trained
 
     settings = Settings(**options)
-    _check_pattern(settings)
-    if settings.weights is not None:
-        load_trained(Path(settings.weights))
     if settings.output == VIDEO:
         need_encoder()
     progress = folder is not None and is_watched()
@@ -250,19 +249,25 @@ def _need_diffusers() -> None:
         raise ValueError("generate needs diffusers: pip install 'visattn[diffusers]'")
 
 
-def _check_pattern(settings: Settings) -> None:
-    """Raise a ValueError for a pattern, a schedule or a backend that cannot be, before a model is loaded."""
+def _check_pattern(pattern: str, backend: str, weights: str | None, **options: Any) -> None:
+    """Raise a ValueError for a pattern, a schedule, a backend or weights that cannot be.
+
+    They need torch, which takes a second or two to import, and nothing of diffusers, which takes several.
+    """
     from visattn.dispatch import load
     from visattn.presets import is_auto
     from visattn.schedule import Schedule
+    from visattn.trained import load_trained
 
-    steps = settings.dense_steps, settings.dense_last_steps
+    scheduled = "layers", "dense_layers", "dense_steps", "dense_last_steps"
+    precise = "precision", "precise_layers", "precise_steps", "precise_last_steps"
     # What "auto" is, only the model says.
-    if not is_auto(settings.pattern):
-        precise = settings.precision, settings.precise_layers, settings.precise_steps, settings.precise_last_steps
-        Schedule.of(settings.pattern, settings.layers, settings.dense_layers, *steps, *precise)
-    if settings.backend != "auto":
-        load(settings.backend)
+    if not is_auto(pattern):
+        Schedule.of(pattern, *(options[name] for name in (*scheduled, *precise)))
+    if backend != "auto":
+        load(backend)
+    if weights is not None:
+        load_trained(Path(weights))
 
 
 def _print(summary: dict[str, Any], out: Path) -> None:
@@ -273,13 +278,13 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     # Without a pattern there is one run, and nothing in it is sparse.
     own = summary["pattern"] == "dense" and "speedup" not in summary
     typer.echo(
-        f"the model's own attention, dense, at {attention['sites_patched']} modules"
+        f"the model's own attention, dense, at {counted(attention['sites_patched'], 'module')}"
         if own
         else f"{summary['pattern']} at {attention['sites_hit']} of {attention['sites_patched']} attention modules, "
-        f"{attention['hits']} calls{density}"
+        f"{counted(attention['hits'], 'call')}{density}"
     )
     for reason, number in attention["fallbacks"].items():
-        typer.echo(f"  {number} calls fell back to dense: {reason}")
+        typer.echo(f"  {counted(number, 'call')} fell back to dense: {reason}")
     for line in site_table(attention["sites"]):
         typer.echo(line)
     for kind, times in summary["times"].items():

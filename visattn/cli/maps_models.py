@@ -78,6 +78,10 @@ def of_pipeline(name: str, device: str, dtype: str | None, settings: dict[str, A
     """The denoiser of a pipeline at one step of a dense run."""
     import inspect
 
+    from visattn.pipelines.asked import check_settings
+
+    asked = {name: settings[name] for name in ("prompts", "labels", "guidance")}
+    check_settings(name, dtype, {f"--{count}": settings[count] for count in ("steps", "frames")}, **asked)
     import numpy as np
 
     from visattn.cli.loading import loaded_pipeline

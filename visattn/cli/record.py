@@ -21,6 +21,8 @@ from visattn.cli.generate_options import (
 )
 from visattn.cli.loading import loaded_pipeline
 from visattn.cli.options import ForceOption, JsonOption, output_file, print_json
+from visattn.given import counted
+from visattn.pipelines.asked import check_settings
 
 
 def record(
@@ -51,13 +53,16 @@ def record(
     output_file(out, (".safetensors",), force)
     settings = {"prompts": tuple(prompt or ()), "labels": labels, "seed": seed, "steps": steps, "guidance": guidance}
     settings |= {"size": pixels(size), "frames": frames}
+    counts = {"--steps": steps, "--frames": frames}
+    check_settings(model, dtype, counts, prompts=tuple(prompt or ()), labels=labels, guidance=guidance)
     found = _record(out, model, settings, wanted, modules or ["*"], samples, limit * 10**6, device, dtype, force)
     if json:
         print_json(found)
         return
-    typer.echo(f"{out}: {found['calls']} calls of {found['modules']} modules, {found['bytes'] / 1e6:.1f} MB")
+    what = f"{counted(found['calls'], 'call')} of {counted(found['modules'], 'module')}"
+    typer.echo(f"{out}: {what}, {found['bytes'] / 1e6:.1f} MB")
     if found["left_out"]:
-        typer.echo(f"  {found['left_out']} calls left out: over --limit {limit} megabytes")
+        typer.echo(f"  {counted(found['left_out'], 'call')} left out: over --limit {limit} megabytes")
 
 
 def _record(

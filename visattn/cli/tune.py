@@ -22,6 +22,7 @@ from visattn.cli.generate_options import (
     pixels,
 )
 from visattn.cli.options import ForceOption, check_above, output_file
+from visattn.pipelines.asked import check_counts, check_dtype, check_model
 
 if TYPE_CHECKING:
     from visattn.tuning.found import Found
@@ -86,6 +87,10 @@ def tune(
     if min(stages, seeds, held_out, batch) < 1:
         raise ValueError(f"--stages {stages}, --seeds {seeds}, --held-out {held_out}, --batch {batch}: at least 1 each")
     of_timm = pictures is not None
+    if not of_timm:
+        check_model(model)
+        check_dtype(dtype)
+        check_counts({"--steps": steps, "--frames": frames})
     texts: tuple[Any, ...] = () if of_timm else (*(prompt or ()), *_lines(prompts, "a prompt")) or parse_labels(label)
     output_file(out, (".json",), force)
     if journal is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from visattn.given import counted
 from visattn.patterns.kinds import ComposedPattern
 from visattn.patterns.values import as_text, flags, is_number, real_number
 
@@ -100,7 +101,7 @@ class Linear(LinearForm):
     def check(self, grid: tuple[int, ...]) -> None:
         """Raise a ValueError if `causal` is for another number of axes."""
         if self.causal and len(self.causal) != len(grid):  # type: ignore[arg-type]
-            raise ValueError(f"{self} is for grids of {len(self.causal)} axes, not {len(grid)}")  # type: ignore[arg-type]
+            raise ValueError(f"{self} is for grids of {counted(len(self.causal), 'axis', 'axes')}, not {len(grid)}")  # type: ignore[arg-type]
 
     def causal_axis(self, grid: tuple[int, ...]) -> int | None:
         """The axis whose earlier positions are read, None if all are."""

@@ -15,12 +15,16 @@ def _accept(name: str, kind: Any) -> type[Pattern]:
     if not (isinstance(kind, type) and issubclass(kind, Pattern)):
         raise ValueError(f"{said(kind)} must be a class derived from visattn.patterns.Pattern")
     if not re.fullmatch(r"[a-z_]\w*", name) or kind.__dict__.get("name") != name or name != name.lower():
-        raise ValueError(f"{kind.__qualname__} must have the name that it is registered by, a word in small letters")
+        own = said(kind.__dict__.get("name"))
+        raise ValueError(
+            f"{kind.__qualname__} must have the name that it is registered by, a word in small letters in the body of "
+            f"its class, like name: ClassVar[str] = 'cross': it has {own}"
+        )
     if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise ValueError(f"{kind.__qualname__} must be a frozen dataclass: plans are kept by its parameters")
     missing = sorted(getattr(kind, "__abstractmethods__", ()))
     if missing:
-        raise ValueError(f"{kind.__qualname__} must define {', '.join(missing)}")
+        raise ValueError(f"{kind.__qualname__} must define {', '.join(missing)}: docs/extending.md has a whole pattern")
     return kind
 
 

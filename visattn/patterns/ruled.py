@@ -34,8 +34,26 @@ class RuledPattern(StaticPattern):
         """The rule for all pairs."""
         at = np.indices(grid).reshape(len(grid), -1)
         tokens = math.prod(grid)
-        seen = self.sees(tuple(axis[:, None] for axis in at), tuple(axis[None] for axis in at))
-        return np.array(np.broadcast_to(seen, (tokens, tokens)))
+        seen = self._seen(tuple(axis[:, None] for axis in at), tuple(axis[None] for axis in at), (tokens, tokens))
+        return np.array(seen)
+
+    def _seen(self, query: Coordinates, key: Coordinates, shape: tuple[int, ...]) -> Bools:
+        """The rule as bools of a shape.
+
+        Raises:
+            ValueError: If `sees` gives anything else.
+        """
+        seen = np.asarray(self.sees(query, key))
+        try:
+            whole = np.broadcast_to(seen, shape)
+        except ValueError:
+            whole = None
+        if whole is None or seen.dtype != bool:
+            raise ValueError(
+                f"sees of {type(self).__name__} gave {seen.dtype} {list(seen.shape)} but must give bools that "
+                f"broadcast to {list(shape)}, like abs(query[0] - key[0]) < 3"
+            )
+        return whole
 
     def tile_pairs(self, grid: tuple[int, ...], queries: Tiling, keys: Tiling) -> TilePairs:
         """Pairs of tiles in which the rule holds somewhere."""
@@ -46,9 +64,7 @@ class RuledPattern(StaticPattern):
         for tile, row in enumerate(rows):
             at = tuple(axis[:, None, None] for axis in np.unravel_index(np.maximum(row, 0), grid))
             # [query slots, key tiles, key slots]
-            seen: Bools = np.asarray(
-                np.broadcast_to(self.sees(at, key_at), (len(row), *columns.shape)) & (columns >= 0)
-            )
+            seen: Bools = np.asarray(self._seen(at, key_at, (len(row), *columns.shape)) & (columns >= 0))
             filled = seen[row >= 0]
             visible += int(filled.sum())
             visited = np.flatnonzero(filled.any((0, 2)))

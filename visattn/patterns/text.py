@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
 from visattn.given import said
 from visattn.patterns.base import Pattern
+from visattn.patterns.meant import example, nearest, open_brackets
 from visattn.patterns.presets import PRESETS
 from visattn.patterns.registry import KINDS
+from visattn.patterns.values import as_text
 from visattn.registry import REGISTRY
 
 # A word, which may have sizes in parentheses, or several of those: mean, parts(4x4), self+near(1).
@@ -39,6 +40,8 @@ def parse(text: str | Pattern) -> Pattern:
     """
     if isinstance(text, Pattern):
         return text
+    if isinstance(text, type) and issubclass(text, Pattern):
+        raise ValueError(f"pattern {text.__qualname__} is a class: pass an instance, {text.__qualname__}(...)")
     if not isinstance(text, str):
         raise ValueError(
             f"pattern {said(text)} is a {type(text).__name__}: pass a Pattern or a text like 'na(window=7x7)'"
@@ -50,6 +53,8 @@ def parse(text: str | Pattern) -> Pattern:
 # stands for may change.
 @lru_cache(maxsize=512)
 def _parsed(text: str, version: int) -> Pattern:
+    if odd := open_brackets(text):
+        raise ValueError(f"pattern {text!r} {odd}")
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if not match:
         raise ValueError(f"pattern {text!r} is not of the form name(parameter=value, ...), like na(window=7x7)")
@@ -61,10 +66,7 @@ def _parsed(text: str, version: int) -> Pattern:
             )
         return parse(PRESETS[name].pattern)
     if name not in KINDS:
-        raise ValueError(
-            f"unknown pattern {name!r}{_nearest(name, (*KINDS, *PRESETS))}; patterns: {', '.join(sorted(KINDS))}; "
-            f"names that stand for one: {', '.join(sorted(PRESETS))}"
-        )
+        raise ValueError(_unknown(name))
     kind = KINDS[name]
     types = _types(kind)
     fields = list(types)
@@ -73,18 +75,23 @@ def _parsed(text: str, version: int) -> Pattern:
         key, equals, value = (s.strip() for s in _named(part))
         if not equals and position == 0 and fields:
             key, value = fields[0], key
+        elif not fields:
+            raise ValueError(f"{name} has no parameters, and {text!r} has {part.strip()!r}: write {name}")
         elif not equals:
-            raise ValueError(f"{part.strip()!r} in {text!r} is not of the form parameter=value")
+            sizes = "; values per axis stand together, like 7x7" * bool(re.fullmatch(r"\s*-?\d+\s*", part))
+            raise ValueError(f"{part.strip()!r} in {text!r} is not of the form parameter=value{sizes}")
         if key not in fields:
             raise ValueError(
-                f"{name} has no parameter {key!r}{_nearest(key, fields)}; parameters: {', '.join(fields) or 'none'}"
+                f"{name} has no parameter {key!r}{nearest(key, fields)}; parameters: {', '.join(fields) or 'none'}"
             )
         if key in given:
             raise ValueError(f"{key!r} is given twice in {text!r}")
         given[key] = _value(value, types[key], f"{key}={value} in {text!r}")
     missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in given]  # type: ignore[arg-type]
     if missing:
-        raise ValueError(f"{name} needs {' and '.join(missing)}, like {name}({missing[0]}=...)")
+        shown = [f"{key}={as_text(value)}" for key, value in given.items()]
+        shown += [f"{key}={example(types[key])}" for key in missing]
+        raise ValueError(f"{name} needs {' and '.join(missing)}, like {name}({', '.join(shown)})")
     return kind(**given)
 
 
@@ -103,9 +110,15 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _unknown(name: str) -> str:
+    """What is said of a name that no pattern has: what it may have meant, else every name."""
+    near = nearest(name, (*KINDS, *PRESETS))
+    if near:
+        return f"unknown pattern {name!r}{near}; `visattn patterns` lists all"
+    return (
+        f"unknown pattern {name!r}; patterns: {', '.join(sorted(KINDS))}; "
+        f"names that stand for one: {', '.join(sorted(PRESETS))}"
+    )
 
 
 def _split(inside: str) -> list[str]:

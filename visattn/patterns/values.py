@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from visattn.given import said
+from visattn.given import counted, said
 from visattn.layout import LARGEST
 
 PerAxis = int | tuple[int, ...]
@@ -193,7 +193,8 @@ def per_axis(value: Any, dims: int, name: str) -> tuple[Any, ...]:
         return (value,) * dims
     if len(value) != dims:
         give = f"{dims} or 1" if dims > 1 else "1 value"
-        raise ValueError(f"{name}={as_text(value)} has {len(value)} values but the grid has {dims} axes: give {give}")
+        said_values, axes = counted(len(value), "value"), counted(dims, "axis", "axes")
+        raise ValueError(f"{name}={as_text(value)} has {said_values} but the grid has {axes}: give {give}")
     return value
 
 

@@ -32,7 +32,9 @@ def fitted(measurer: Measurer, seconds: float, held_out: int) -> Plan:
     try:
         sample = measurer.sample_seconds()
     except OutOfTime:
-        raise ValueError(f"{seconds / 60:g} minutes were over before a dense sample was drawn: give more") from None
+        raise ValueError(
+            f"{seconds / 60:g} minutes were over before a dense sample was drawn: give more of them"
+        ) from None
     for smaller in _smaller(plan):
         if estimated(smaller, sample, measurer.subject.steps, held_out) <= seconds:
             break

@@ -42,7 +42,10 @@ class Search:
         except OutOfTime:
             complete = False
             if not self.ladders:
-                raise ValueError("the minutes were over before anything could be predicted: go on with more") from None
+                raise ValueError(
+                    "the minutes were over before anything could be predicted: give more of them, and the search goes "
+                    "on behind what it has measured"
+                ) from None
             rung = self._best()
         for again in range(self.goal.rounds):
             seeds = self.measurer.plan.held_out(again, self.goal.held_out)

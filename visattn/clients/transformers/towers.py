@@ -14,6 +14,7 @@ from visattn.clients.transformers.swaps import swapped_class
 from visattn.forwards import HOOK, HOOKED, keeps_forward
 from visattn.patterns import Dense, Neighborhood, Pattern
 from visattn.positions import check_positions
+from visattn.request import patched_already
 from visattn.selectors import SiteName
 
 
@@ -102,7 +103,7 @@ def check_free(towers: list[Tower], name: str) -> None:
     """Raise a ValueError if a tower is patched already."""
     for tower in towers:
         if any(getattr(site.module, "visattn_site", None) is not None for site in tower.sites):
-            raise ValueError(f"{name} is patched already: call remove() on its handle before apply()")
+            raise ValueError(patched_already(name, [name], 1))
 
 
 def check_forwards(tower: Tower) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from visattn.given import counted
 from visattn.keep import kept
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.geometry import Bools
@@ -71,7 +72,8 @@ def _term_mask(term: Term, blocks: Blocks) -> Bools:
         sizes = tuple(n // 2 for n in sizes)
     reach = sizes * dims if len(sizes) == 1 else sizes
     if len(reach) != dims:
-        raise ValueError(f"always={term} has {len(reach)} sides but the blocks have {dims} axes: give {dims} or 1")
+        sides, axes = counted(len(reach), "side"), counted(dims, "axis", "axes")
+        raise ValueError(f"always={term} has {sides} but the blocks have {axes}: give {dims} or 1")
     mask = np.ones((1, 1), bool)
     for n, rows, columns, far in zip(blocks.grid, blocks.queries, blocks.keys, reach, strict=True):
         # Blocks of keys that touch the query's block, and `far` blocks of queries further on either side.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from visattn.given import counted
 from visattn.keep import kept
 from visattn.layout import Layout
 from visattn.patterns.kinds import Tiled
@@ -75,8 +76,9 @@ class Blocks(NamedTuple):
         for name, box in (("block", block), ("key_block", key_block)):
             if len(box) != len(grid):
                 raise ValueError(
-                    f"{name}={as_text(box)} has {len(box)} sides but the grid {grid} has {len(grid)} axes: give "
-                    f"{len(grid)} sides, or one number of tokens for runs of the flat sequence"
+                    f"{name}={as_text(box)} has {counted(len(box), 'side')} but the grid {grid} has "
+                    f"{counted(len(grid), 'axis', 'axes')}: give {counted(len(grid), 'side')}, or one number of tokens "
+                    "for runs of the flat sequence"
                 )
         return cls(grid, block, key_block, per_axis(causal, len(grid), "causal"))
 
