@@ -42,6 +42,26 @@ def visited(run, layout, columns):
     return count
 
 
+@pytest.mark.parametrize(
+    ("text", "layout", "ragged"),
+    [
+        ("na(window=5x5)", Layout((16, 16)), False),
+        ("na(window=5x5)", Layout((16, 16), prefix=64), False),
+        ("na(window=5x5)", Layout((16, 16), prefix=128, suffix=64), False),
+        ("na(window=5x5)", Layout((16, 16), prefix=65), True),
+        ("na(window=5x5)", Layout((16, 16), prefix=64, suffix=7), True),
+        # Pooled keys are a run too: 16 of 4x4 blocks.
+        ("clear(radius=3,pool=4)", Layout((16, 16), prefix=64), True),
+        ("clear(radius=3,pool=2)", Layout((16, 16), prefix=64), False),
+    ],
+)
+def test_runs_of_dense_tokens_that_end_inside_a_step(text, layout, ragged):
+    run = program(plan(text, layout, (8, 8)), False, 1, CPU)
+    assert run.columns == 64 and run.ragged == ragged
+    steps = [-(-n // 64) for n in (layout.prefix, layout.suffix, run.extra)]
+    assert run.has_dense == any(steps)
+
+
 @given(
     layouts(),
     st.sampled_from(
