@@ -53,6 +53,8 @@ class Again:
         # Tables of blocks, which must live as long as their addresses are here.
         self.kept: list[torch.Tensor] = []
         known = [*given, *lists, *results, *inside]
+        # Addresses are told apart by the tensors that they are of.
+        assert len({id(t) for t in known}) == len(known), "the launches of a call get one tensor twice"
         self._launches = []
         for start, tensors in launches:
             assert start is not None

@@ -160,7 +160,9 @@ class EightBit:
             made = self._again(*given, lists=() if routed is None else routed.addresses("forward"))
             if made is not None:
                 return self._results(made.results)
-        mask = None if key_mask is None else given[3]
+        # Each is a tensor of its own, also where they are one: the next ones may not be.
+        q, k, v, *more = given = [t.view_as(t) for t in given]
+        mask, taken = (more[0] if key_mask is not None else None), (more[-1] if taken is not None else None)
         return self._results(self._first(Operands(q, k, v, key_mask=mask, taken=taken, routed=routed), work, given))
 
     def _first(self, t: Operands, work: Work, given: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -247,6 +247,26 @@ def test_calls_in_8_bits_are_started_again(quick, name, lse):
     assert [ref() is None for ref in held] == [True] * 4
 
 
+@pytest.mark.parametrize("pattern", ["na(window=7x7)", "topk(keep=0.3,block=8x16,key_block=8x8)"])
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_one_tensor_in_three_places_says_nothing_of_the_next_call(quick, pattern, precision):
+    one, others = tensors(0)[0], tensors(1)
+    for q, k, v in ((one, one, one), others, others):
+        with torch.no_grad():
+            attention(q, k, v, pattern, LAYOUT, backend="triton", precision=precision)
+    q, k, v = (t.data_ptr() for t in others)
+    seen = [(kernel.fn.__name__, found) for kernel, found in quick[len(quick) // 2 :]]
+    grid = [t[:, LAYOUT.prefix :].data_ptr() for t in others[:2]]
+    if pattern.startswith("topk"):
+        assert [found["x"] for name, found in seen if name == "part_means"] == grid
+    run = dict(seen)["attend_8bit" if precision else "attend"]
+    if precision:
+        assert [dict(seen)[name][role] for name, role in (("quantise_rows", "q"), ("quantise_columns", "k"))] == [q, k]
+        assert dict(seen)["quantise_columns"]["v"] == dict(seen)["column_statistics"]["v"] == v
+    else:
+        assert (run["q"], run["k_runs"], run["v_runs"]) == (q, k, v)
+
+
 def test_lists_that_are_written_again_are_tensors_for_who_asks(quick):
     """Gradients read the lists of the forward where their tiles are the same, and so does a first launch."""
     q, k, v = tensors(0, learns=True)
