@@ -107,6 +107,18 @@ def check_content(name: str, takes: str, prompts: Sequence[str], labels: Sequenc
         raise ValueError(f"{name} needs a prompt: pass --prompt TEXT")
 
 
+def check_sides(patch: int, **sides: int) -> None:
+    """Check that pixel sizes are whole numbers of patches.
+
+    Raises:
+        ValueError: If one is not; the text gives the nearest that is.
+    """
+    for name, value in sides.items():
+        if value < patch or value % patch:
+            near = max(patch, round(value / patch) * patch)
+            raise ValueError(f"{name} {value} is not a multiple of the patch size {patch}: pass e.g. {near}")
+
+
 def check_settings(
     model: str,
     dtype: str | None,
@@ -116,6 +128,7 @@ def check_settings(
     prompts: Sequence[str] = (),
     labels: Sequence[int] = (),
     guidance: float | None = None,
+    size: tuple[int, int] | None = None,
 ) -> None:
     """Check all of the above that a command knows of a model that it has not loaded.
 
@@ -127,6 +140,7 @@ def check_settings(
         prompts: As in `check_content`.
         labels: As in `check_content`.
         guidance: As in `check_guidance`.
+        size: Height and width in pixels; None is the model's own.
 
     Raises:
         ValueError: If something of it cannot be.
@@ -139,3 +153,5 @@ def check_settings(
     if known is not None:
         check_output(model, known.kind, output or known.kind)
         check_content(model, PROMPT if known.classes is None else LABELS, prompts, labels)
+        if size is not None:
+            check_sides(known.size[-1] // known.grid[-1], height=size[0], width=size[1])

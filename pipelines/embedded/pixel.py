@@ -174,15 +174,3 @@ class ClassPipeline(PixelPipeline):
         if wrong:
             raise ValueError(f"class label {wrong[0]} does not exist: pass labels from 0 to {self.num_classes - 1}")
         return labels.long()
-
-
-def check_sides(patch: int, **sides: int) -> None:
-    """Checks that pixel sizes are whole numbers of patches.
-
-    Raises:
-        ValueError: If one is not; the text gives the nearest that is.
-    """
-    for name, value in sides.items():
-        if value < patch or value % patch:
-            near = max(patch, round(value / patch) * patch)
-            raise ValueError(f"{name} {value} is not a multiple of the patch size {patch}: pass e.g. {near}")

@@ -15,7 +15,8 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 
-from visattn.pipelines.embedded.pixel import ClassPipeline, Generators, StepCallback, check_sides
+from visattn.pipelines.asked import check_sides
+from visattn.pipelines.embedded.pixel import ClassPipeline, Generators, StepCallback
 
 
 @dataclass

@@ -19,7 +19,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
-from visattn.pipelines.embedded.pixel import Generators, PixelPipeline, StepCallback, check_sides
+from visattn.pipelines.asked import check_sides
+from visattn.pipelines.embedded.pixel import Generators, PixelPipeline, StepCallback
 from visattn.pipelines.embedded.prompts import Encoded, check_prompts, encode_tokens, null_ids, tokenize
 
 COLORS = 3

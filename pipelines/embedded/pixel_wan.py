@@ -16,7 +16,8 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch.nn import functional as F
 
-from visattn.pipelines.embedded.pixel import ClassPipeline, Generators, StepCallback, check_sides
+from visattn.pipelines.asked import check_sides
+from visattn.pipelines.embedded.pixel import ClassPipeline, Generators, StepCallback
 
 
 @dataclass

@@ -175,7 +175,7 @@ def _command(
     }
     _need_diffusers()
     counts = {f"--{name}": options.get(name) for name in ("count", "repeats", "steps", "frames")} | {"--fps": fps}
-    asked = {name: options[name] for name in ("output", "prompts", "labels", "guidance")}
+    asked = {name: options[name] for name in ("output", "prompts", "labels", "guidance", "size")}
     check_settings(model, dtype, counts, **asked)
     with _processes(options["parallel"], device) as (first, device):
         from visattn.files import output_folder

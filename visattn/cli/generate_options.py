@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 PatternOption = Annotated[
-    str, typer.Option(help='Like "na(window=9x9)", or a .json or .yaml file with a pattern per layer.')
+    str, typer.Option(help='Like "topk(keep=0.2, rest=mean)", or a .json or .yaml file with a pattern per layer.')
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder for what is generated and report.json: new, or empty.")]
 PromptOption = Annotated[
