@@ -94,7 +94,7 @@ class RefuseDroppedPatches(Hook):
 
 
 class CountForeign(Hook):
-    """Before an attention module that stays as it is although a pattern was meant for it: counts the call."""
+    """Before an attention module that stays as it is: counts the call, with the reason if a pattern was meant."""
 
     def __init__(self, run: Run, path: str, reason: str) -> None:
         self.run, self.path, self.reason = run, path, reason

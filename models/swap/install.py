@@ -113,8 +113,9 @@ class SwappedModel:
             if source is not None:
                 self._follow(model, places, source)
         for site in self._sites:
-            if site.foreign and not isinstance(site.pattern, Dense):
-                hooks.before(site.module, CountForeign(self._run, site.name.path, site.foreign))
+            if site.foreign:
+                reason = "" if isinstance(site.pattern, Dense) else site.foreign
+                hooks.before(site.module, CountForeign(self._run, site.name.path, reason))
         hooks.before(model, Begin(self._run))
         hooks.after(model, Finish(self._run, [places for places, _ in self._places.values()]), always=True)
         classes = {type(site.module): site.kind for site in self._sites if type(site.module) is not site.kind}

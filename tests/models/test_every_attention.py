@@ -104,3 +104,13 @@ def test_attention_that_stays_among_swapped_ones_says_why():
         report = handle.report()
     assert report.sites_hit == 1
     assert report.fallbacks == {"it mixes its softmax with one of positions, by a gate": 2}
+
+
+def test_attention_that_stays_counts_as_dense_where_that_was_asked_for():
+    model = timm.create_model("convit_tiny", depth=3, local_up_to_layer=1, embed_dim=8, num_heads=2).eval()
+    assert isinstance(model, nn.Module)
+    with visattn.apply(model, "na(window=3)", dense_layers=1) as handle, torch.no_grad():
+        model(torch.randn(1, 3, 224, 224))
+        report = handle.report()
+    assert [(site.hits, site.dense, site.fallbacks) for site in report.sites] == [(0, 1, {}), (1, 0, {}), (1, 0, {})]
+    assert "not called" not in str(report)
