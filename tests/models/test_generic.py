@@ -1,6 +1,7 @@
 """timm's own checks of its models (its tests/test_models.py), over the backbones at small size.
 
-Every check there that is made for all models has its like here; none is skipped for any of these.
+Every check there that is made for all models has its like here, in test_registered (full sizes) or in test_export; none
+is skipped for any of these.
 """
 
 import copy
