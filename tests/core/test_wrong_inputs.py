@@ -74,7 +74,7 @@ def test_layers_steps_and_switches():
     for step, total in (("a", None), (0.5, None), (True, 4), (1, 2.5)):
         with pytest.raises(ValueError, match="must be a whole number, or None"):
             check_step(step, total)
-    with pytest.raises(ValueError, match="step 4 of 4"):
+    with pytest.raises(ValueError, match="step=4 must be at least 0 and below the number of steps, total=4"):
         check_step(4, 4)
     with pytest.raises(ValueError, match="always='no' must be True or False"):
         visattn.apply(None, "dense", always="no")
