@@ -37,7 +37,7 @@ class Search:
         """Search; with the minutes over, the best that was seen is verified."""
         complete, ranks = True, None
         try:
-            ranks = self._predict()
+            ranks = self.predict()
             rung = self._find()
         except OutOfTime:
             complete = False
@@ -64,8 +64,15 @@ class Search:
         why = missed(self.goal, assignment, rows, all(len(rungs) == 1 for rungs in self.ladders))
         return Found(assignment, verified, held, seeds, rows, {"injections": ranks, "schedules": whole}, complete, why)
 
-    def _predict(self) -> float | None:
-        """Measure layers and injections, and make the ladders; returns the rank correlation of injections."""
+    def predict(self) -> float | None:
+        """Measure layers and injections, which serve every goal, and make the ladders.
+
+        Returns:
+            The rank correlation of injections.
+
+        Raises:
+            OutOfTime: If the minutes are over.
+        """
         measurer, stages = self.measurer, self.measurer.plan.stages
         local = layers.measured(measurer)
         injections = Injections(measurer, local)
