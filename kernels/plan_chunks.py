@@ -14,8 +14,10 @@ from visattn.kernels.unchanged import once_more
 from visattn.plans import TilePlan
 from visattn.tiling import Ints
 
-# Products of a query and a key that exist at a time, all samples and heads together (16 MiB in float32).
+# Products of a query and a key that exist at a time, all samples and heads together (16 MiB in float32) ...
 PRODUCTS = 2**22
+# ... and on a GPU, where what a chunk costs the host matters: as many for each GiB of memory, and at most.
+PER_GIB, MOST = 2**20, 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +88,16 @@ def plan_tables(plan: TilePlan, device: torch.device, partial: bool = False) -> 
     return PlanTables(*(torch.from_numpy(a).to(device) for a in arrays), groups=tuple(groups))
 
 
+def products(device: torch.device) -> int:
+    """Products that exist at a time on a device; by all of its memory, so that equal calls are cut alike."""
+    if device.type != "cuda":
+        return PRODUCTS
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(PRODUCTS, min(MOST, PER_GIB * memory // 2**30))
+
+
 def chunks(plan: TilePlan, tables: PlanTables, weight: int, fixed: int = 0) -> Iterator[Chunk]:
-    """Cut a plan in chunks of at most `PRODUCTS` products, but at least one query tile.
+    """Cut a plan in chunks of at most `products`, but at least one query tile.
 
     Args:
         plan: The plan.
@@ -96,9 +106,10 @@ def chunks(plan: TilePlan, tables: PlanTables, weight: int, fixed: int = 0) -> I
         fixed: Numbers per sample, head and query tile that a chunk needs besides its products.
     """
     device = tables.masks.device
+    most = products(device)
     for rows, entries in tables.groups:
         each = entries.shape[1] * plan.queries.capacity * plan.keys.capacity + fixed
-        size = max(1, PRODUCTS // max(1, weight * each))
+        size = max(1, most // max(1, weight * each))
         for start in range(0, len(rows), size):
             part, entry = rows[start : start + size], entries[start : start + size]
             tiles = torch.from_numpy(plan.lists.tile[entry]).to(device)
