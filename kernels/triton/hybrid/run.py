@@ -31,10 +31,9 @@ LARGEST = 128
 ROWS, BESIDE_STATE = 64, 32
 # Steps of a program that reads the one state of a head.
 STEPS = 16
-# Steps whose tokens are on their way at once, by the bytes of a number: of states, and of their reading.
-STATES_STAGES, JOIN_STAGES = {2: 3, 4: 2}, {2: 3, 4: 1}
-# Warps of a program that reads states for queries of 16 bits.
-JOIN_WARPS = 4
+# Steps whose tokens are on their way at once: of states, by the bytes of a number, and of their reading, where those of
+# float16 are as large as those of float32.
+STATES_STAGES, JOIN_STAGES = {2: 3, 4: 2}, {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
 # Bytes of the states that exist at a time.
 SLICE = 2**29
 
@@ -217,14 +216,18 @@ def join_arguments(
         "heads": q.shape[2], "group": q.shape[2] // state.shape[1], "groups": groups, "states": state.shape[2],
         "slots": slots, "length": length, "least": LEAST,
         **sizes, "FEATURE": feature, "RUNS": tokens is None, "SHARE": share is not None,
-        "WIDE": wide, "STAGES": JOIN_STAGES[q.element_size()],
+        "WIDE": wide, "STAGES": JOIN_STAGES[q.dtype],
     }  # fmt: skip
+
+
+def join_warps(given: dict[str, Any]) -> int:
+    """Warps of a program of `join_states`: with few of them more programs have room."""
+    return _warps(given) if given["WIDE"] else 4
 
 
 def _start_join(given: dict[str, Any]) -> None:
     q = given["q"]
-    warps = _warps(given) if given["WIDE"] else JOIN_WARPS
-    launch_like(join_states, (given["groups"], q.shape[2], len(q)), given, warps, given["STAGES"])
+    launch_like(join_states, (given["groups"], q.shape[2], len(q)), given, join_warps(given), given["STAGES"])
 
 
 def _add_all(
