@@ -3,8 +3,7 @@
     python3 -m scripts.bench.eightbit_gpu [--only NAME ...] [--budget 120] [--out FILE]
 
 Whole calls, quantising included, in turns in one process; the kernels of a call are timed apart too, and how long it
-keeps the host. Errors are those
-of sampled queries against float64.
+keeps the host. Errors are those of sampled queries against float64.
 """
 
 from __future__ import annotations

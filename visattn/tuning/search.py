@@ -78,6 +78,7 @@ class Search:
         injections = Injections(measurer, local)
         beyond = overheads(measurer, local)
         self._units = choices(measurer, local, injections, beyond, excess(measurer, local, injections))
+        self.ladders, self._uniform = [], []
         for dense in range(stages):
             units = [u if i % stages >= dense else _dense_alone(u) for i, u in enumerate(self._units)]
             self.ladders.append(ladder(units))
