@@ -85,10 +85,9 @@ def dense_cost(problem: Problem) -> float:
 @lru_cache(maxsize=1024)
 def _crossing(problem: Problem, version: int) -> Crossing:
     sparse = choose(problem)
-    dense = load("sdpa").cost(replace(problem, pattern=Dense()))
-    times = milliseconds(problem, sparse.cost(problem)), milliseconds(problem, dense)
+    times = milliseconds(problem, sparse.cost(problem)), milliseconds(problem, dense_cost(problem))
     alone = replace(problem, mode="captured")
-    saved = load("sdpa").cost(replace(alone, pattern=Dense())) - sparse.cost(alone)
+    saved = dense_cost(alone) - sparse.cost(alone)
     return Crossing(sparse.name, *times, problem.mode, milliseconds(problem, saved))
 
 

@@ -168,9 +168,10 @@ class Triton(Backend):
             return 1e6 * problem.dense_pairs
         number, dtype, head_dim = _architecture_or_common(), problem.dtype, problem.head_dim
         tiles, rate, keys_us = config(number, dtype, head_dim, "forward"), RATE, KEYS_US
+        eight = _eight_on_hopper(problem, number)
         if isinstance(problem.pattern, DynamicPattern) and problem.pattern.skip:
             rate = SKIP_RATE
-        elif not problem.rpb and (problem.precision is None or self._eight_on_hopper(problem)):
+        elif not problem.rpb and (problem.precision is None or eight):
             faster = hopper_config(number, dtype, head_dim, problem.pattern, problem.layout)
             if faster is not None:
                 # These kernels compute with more channels than some head dims have.
@@ -187,19 +188,11 @@ class Triton(Backend):
         host_us, device_us = _fixed_us(problem)
         longest = int(plan.lists.counts.max(initial=0)) * plan.keys.capacity / 128
         least = longest * keys_us
-        if self._eight_on_hopper(problem):
+        if eight:
             rate *= EIGHT_RATE[0] + (EIGHT_RATE[1] - EIGHT_RATE[0]) * partial
             host_us, device_us = host_us + EIGHT_HOST_US, device_us + _quantise_us(problem)
         device = overhead(problem, 0, device_us) + max(pairs / rate, overhead(problem, 0, least))
         return wall(problem, device, 0, host_us)
-
-    def _eight_on_hopper(self, problem: Problem) -> bool:
-        """Whether Hopper's own kernel of 8 bits runs a call; what nobody has timed counts as that of 16 bits."""
-        if problem.precision is None:
-            return False
-        number = _architecture_or_common()
-        about = problem.dtype, problem.head_dim, problem.pattern, problem.layout, problem.key_mask
-        return eight_config(number, *about).hopper
 
     def prepare(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, grown: Callable[[], None]
@@ -209,11 +202,12 @@ class Triton(Backend):
         untuned = tune.enabled() and not _tunes(q)
         # A bias alone may learn, while q, k and v are frozen.
         learns = recorded(q, k, v, call.rpb)
-        if call.precision is not None and not learns and _as_they_are(q, k, v, call):
-            return eight_bit(q, k, v, call, architecture(q.device), grown)
-        other = untuned or call.precision is not None or (learns and call.rpb is not None)
-        if other or not _as_they_are(q, k, v, call):
+        eight = call.precision is not None
+        other = learns and (eight or call.rpb is not None)
+        if other or (untuned and not eight) or not _as_they_are(q, k, v, call):
             return super().prepare(q, k, v, call, grown)
+        if eight:
+            return eight_bit(q, k, v, call, architecture(q.device), grown)
         from visattn.kernels.triton.ready import Ready
 
         return Ready(kernels_of(q, k, v, call, grown), call, learns)
@@ -293,6 +287,12 @@ def _fixed_us(problem: Problem) -> tuple[float, float]:
         shared = sharing_us(problem)
         return DYNAMIC_CALL_US + (MERGE_US if shared else 0), choosing_us(problem) + shared
     return CHOSEN_US if chosen_by_kernels(problem.pattern, problem.layout, problem.key_mask) else ROUTED_US
+
+
+def _eight_on_hopper(problem: Problem, number: int) -> bool:
+    """Whether Hopper's own kernel of 8 bits runs a call; what nobody has timed counts as that of 16 bits."""
+    about = problem.dtype, problem.head_dim, problem.pattern, problem.layout, problem.key_mask
+    return problem.precision is not None and eight_config(number, *about).hopper
 
 
 def _quantise_us(problem: Problem) -> float:

@@ -162,15 +162,18 @@ def launch_like(
         copied: The tensor that each descriptor among the arguments is of.
     """
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-    roles = {name: f"{name} of" for name in copied}
-    tensors |= {roles[name]: tensor for name, tensor in copied.items()}
+    about, roles = given, {}
+    if copied:
+        roles = {name: f"{name} of" for name in copied}
+        tensors |= {roles[name]: tensor for name, tensor in copied.items()}
+        about = given | {name: _about(given[name]) for name in copied}
     device, recorder = next(iter(tensors.values())).device, _recorder.get()
     if not startable(device) or not aligned(tensors.values()):
         launch(kernel, grid, given, warps, stages)
         if recorder is not None:
             recorder.append(Recorded(None, []))
         return
-    others = tuple(_compiled_for(value) for value in given.values())
+    others = tuple(value.dtype if isinstance(value, torch.Tensor) else value for value in about.values())
     key = (launch_like, kernel.fn, grid, device, warps, stages, others)
     entry = STORE.find(key) or STORE.put(key, Starts(device), CALL_BYTES)
     start = entry.value.ready.get("only")
@@ -182,10 +185,7 @@ def launch_like(
         recorder.append(Recorded(entry.value.ready.get("only"), list(tensors.values())))
 
 
-def _compiled_for(value: Any) -> Hashable:
-    """What of an argument a kernel is compiled for: all but the addresses."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype
-    if hasattr(value, "block_shape"):
-        return value.base.dtype, *map(tuple, (value.shape, value.strides, value.block_shape)), value.layout
-    return value
+def _about(descriptor: Any) -> Hashable:
+    """What of a descriptor a kernel is compiled for and its map is made of: all but the address."""
+    sizes = descriptor.shape, descriptor.strides, descriptor.block_shape
+    return descriptor.base.dtype, *map(tuple, sizes), descriptor.layout

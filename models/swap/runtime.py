@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from visattn.attend import attention
 from visattn.autocast import is_on
 from visattn.counts import Cell
-from visattn.crossing import crossing, slower_in_8_bits
+from visattn.crossing import crossing
 from visattn.forwards import check_loaded
 from visattn.layout import Layout
 from visattn.models.swap.places import ALONE, Places
@@ -25,7 +25,7 @@ from visattn.patterns.traced import constant
 from visattn.problem import Call, Problem
 from visattn.registry import REGISTRY
 from visattn.runtime.run import Run
-from visattn.runtime.verdict import Verdict, judge
+from visattn.runtime.verdict import Verdict, judge, why_exact
 from visattn.straight import attention_through
 from visattn.watch import Watched
 
@@ -298,9 +298,8 @@ class Swapped:
         if found is None:
             if len(self._ran) >= MANY:
                 self._ran.clear()
-            problem = Problem.of(q, k, v, call)
-            free = self.backend == "auto" and not (self.run.always or call.parameters)
-            verdict = _RAN._replace(problems=(problem,), exact=slower_in_8_bits(problem) if free else "")
+            problems, always = (Problem.of(q, k, v, call),), self.run.always or bool(call.parameters)
+            verdict = _RAN._replace(problems=problems, exact=why_exact(problems, self.backend, always))
             self._ran[key] = found = verdict.cells(self.run.tally, self.path, q.device)
         return found
 

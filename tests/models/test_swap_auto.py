@@ -116,7 +116,7 @@ def test_nothing_ran_says_so_once():
 @pytest.mark.parametrize("pattern", ["na(window=2)", "na(window=-1)"])
 @torch.no_grad()
 def test_calls_that_8_bits_would_slow_down_are_exact_and_counted(pattern, monkeypatch):
-    for place in ("runtime.verdict", "models.swap.runtime", "report"):
+    for place in ("runtime.verdict", "report"):
         monkeypatch.setattr(f"visattn.{place}.slower_in_8_bits", lambda problem: "why" if problem.precision else "")
     model, x = make("caformer")
     with visattn.apply(model, pattern):

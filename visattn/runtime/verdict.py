@@ -54,6 +54,12 @@ class Verdict(NamedTuple):
         return tuple(tally.cell(site, self.kind, None, device, problem, kept=kept) for problem in self.problems)
 
 
+def why_exact(problems: tuple[Problem, ...], backend: str, always: bool) -> str:
+    """Why a call that is posed in 8 bits is computed in its own dtype, "" if it is not; arguments as of `judge`."""
+    reasons = [slower_in_8_bits(problem) for problem in problems] if backend == "auto" and not always else [""]
+    return reasons[0] if all(reasons) else ""
+
+
 def judge(
     pattern: Pattern,
     problems: tuple[Problem, ...],
@@ -73,11 +79,10 @@ def judge(
             the call's own dtype is.
         dense: Whether the model's own attention sees every pair; else it never stands for the pattern.
     """
-    automatic, exact, posed = backend == "auto" and dense, "", problems
-    if backend == "auto" and not always:
-        reasons = [slower_in_8_bits(problem) for problem in problems]
-        if all(reasons):
-            exact, problems = reasons[0], tuple(replace(problem, precision=None) for problem in problems)
+    automatic, posed = backend == "auto" and dense, problems
+    exact = why_exact(problems, backend, always)
+    if exact:
+        problems = tuple(replace(problem, precision=None) for problem in problems)
     precision = problems[0].precision
     if automatic and precision is None and all(pattern.covers(*layout.grids) for layout in layouts):
         # The model's own attention is the pattern.

@@ -149,21 +149,18 @@ class EightBit:
         k, v = settled(k, key_mask), settled(v, key_mask)
         # Lists that skip have been refused.
         routed: Any = self._kernels.lists(q, k, v, key_mask, False) if self._routed else None
-        given = [q, k, v]
+        given, work = {"q": q, "k": k, "v": v}, self._kernels.work(q, k, v)
         if key_mask is not None:
-            given.append(key_mask.view(torch.uint8))
-        work = self._kernels.work(q, k, v)
-        taken = work.starts.counter() if work.configs["forward"].hopper else None
-        if taken is not None:
-            given.append(taken)
+            given["key_mask"] = key_mask.view(torch.uint8)
+        if work.configs["forward"].hopper:
+            given["taken"] = work.starts.counter()
         if self._again is not None:
-            made = self._again(*given, lists=() if routed is None else routed.addresses("forward"))
+            made = self._again(*given.values(), lists=() if routed is None else routed.addresses("forward"))
             if made is not None:
                 return self._results(made.results)
         # Each is a tensor of its own, also where they are one: the next ones may not be.
-        q, k, v, *more = given = [t.view_as(t) for t in given]
-        mask, taken = (more[0] if key_mask is not None else None), (more[-1] if taken is not None else None)
-        return self._results(self._first(Operands(q, k, v, key_mask=mask, taken=taken, routed=routed), work, given))
+        given = {name: t.view_as(t) for name, t in given.items()}
+        return self._results(self._first(Operands(**given, routed=routed), work, [*given.values()]))
 
     def _first(self, t: Operands, work: Work, given: list[torch.Tensor]) -> list[torch.Tensor]:
         """The results of a call whose launches are not known, which they are behind it."""
