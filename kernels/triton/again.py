@@ -60,6 +60,9 @@ class Again:
             assert start is not None
             self._launches.append((start, [self._slot(t, known) for t in tensors]))
         self._addresses = [t.data_ptr() for t in self.kept]
+        # A part of what is another tensor in the next call is no table.
+        memory = {t.untyped_storage().data_ptr() for t in known} - {0}
+        assert not any(t.untyped_storage().data_ptr() in memory for t in self.kept), "a launch gets a view of a tensor"
 
     def _slot(self, t: torch.Tensor, known: list[torch.Tensor]) -> int:
         """Where the address of a tensor is among those of a call: kept ones lie behind the others."""
