@@ -20,7 +20,7 @@ from visattn.kernels.triton.choosing.means import part_means
 from visattn.kernels.triton.choosing.scores import pair_scores
 from visattn.kernels.triton.choosing.select import RULE_ABOVE, RULE_MASS, RULE_NUMBER, select
 from visattn.kernels.triton.config import block_dim
-from visattn.kernels.triton.start import launch_like, on
+from visattn.kernels.triton.start import aligned, launch_like, on
 from visattn.patterns import Above, DynamicPattern, Routes, TopK, TopP
 from visattn.patterns.choice.always import always_on, terms_of
 from visattn.patterns.choice.blocks import Blocks, within
@@ -138,10 +138,17 @@ def part_mean(
     return Means(mean, count)
 
 
+def mask_bytes(valid: torch.Tensor) -> torch.Tensor:
+    """Which tokens take part, as kernels read it: uint8 [B, tokens], contiguous, where kept launches may read it."""
+    rows = valid.contiguous()
+    # A slice of a mask of one sample is contiguous, and begins anywhere.
+    return (rows if aligned((rows,)) else rows.clone()).view(torch.uint8)
+
+
 def block_means(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], valid: torch.Tensor | None) -> Means:
     """Means of blocks of grid tokens [B, tokens, heads, D], of those that `valid`, bool [B, tokens], has."""
     x = x if x.stride(3) == 1 else x.contiguous()
-    bytes_of_mask = None if valid is None else valid.contiguous().view(torch.uint8)
+    bytes_of_mask = None if valid is None else mask_bytes(valid)
     with on(x.device):
         return part_mean(x, part_tokens(grid, box, 1, x.device), bytes_of_mask, 1.0)
 
@@ -175,7 +182,7 @@ def chosen(
     rule, parts, counted = how
     given = [x if x.stride(3) == 1 else x.contiguous() for x in (q, k)]
     if valid is not None:
-        given.append(valid.contiguous().view(torch.uint8))
+        given.append(mask_bytes(valid))
 
     def first(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None = None) -> First:
         forced = always_on(terms_of(pattern.always), blocks, q.device)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from visattn.kernels.triton.choosing.choose import mask_bytes
 from visattn.layout import Layout
 from visattn.patterns.choice.blocks import inner
 
@@ -19,7 +20,7 @@ def grids(tensors: Iterable[torch.Tensor], layout: Layout) -> list[torch.Tensor]
 
 def grid_mask(key_mask: torch.Tensor | None, layout: Layout) -> list[torch.Tensor]:
     """Which grid tokens take part, uint8 [B, tokens], contiguous; nothing where all do."""
-    return [] if key_mask is None else [key_mask[:, inner(layout)].contiguous().view(torch.uint8)]
+    return [] if key_mask is None else [mask_bytes(key_mask[:, inner(layout)])]
 
 
 def narrow(dtype: torch.dtype) -> torch.dtype:

@@ -162,6 +162,16 @@ def test_addresses_of_less_alignment_go_through_triton(driver):
     assert (len(driver.first), len(driver)) == (before[0], before[1] + launches)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_masks_of_one_sample_begin_anywhere(driver, name):
+    text, launches = CASES[name]
+    for seed in range(3):
+        *tensors, parameters = given(text, seed)
+        mask = torch.ones(1, LAYOUT.length, dtype=torch.bool)
+        call(text, (*(t[:1].clone() for t in tensors), parameters), key_mask=mask)
+    assert len(driver.first) <= launches and len(driver) + len(driver.first) == 3 * launches
+
+
 def test_heads_in_slices_have_their_own_addresses(driver, monkeypatch):
     monkeypatch.setattr(linear, "SLICE", 1)
     text, _ = CASES["sla2"]
