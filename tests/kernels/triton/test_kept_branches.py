@@ -3,6 +3,7 @@
 import collections
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,3 +228,19 @@ def test_what_a_first_call_makes_for_itself_is_no_table(driver):
     started(x, lambda x: x)
     with pytest.raises(AssertionError, match="a view of a tensor"):
         started(x, lambda x: x[:, :])
+
+
+def test_what_a_gpu_runs_is_asked_once(monkeypatch):
+    from visattn.kernels.triton import backend
+
+    asked, q = [], SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(2, 9, 3, 64))
+    monkeypatch.setattr(backend, "fits", lambda *about: asked.append(about) or Support(about[2] == 64, "too wide"))
+    monkeypatch.setattr(backend.Triton, "available", lambda self: Support(True))
+    backend._on_gpu.cache_clear()
+    try:
+        assert [backend.on_gpu(q).ok for _ in range(3)] == [True] * 3
+        q.shape = (2, 9, 3, 72)
+        assert backend.on_gpu(q) == Support(False, "too wide")
+    finally:
+        backend._on_gpu.cache_clear()
+    assert asked == [("cuda", torch.bfloat16, 64), ("cuda", torch.bfloat16, 72)]
