@@ -32,6 +32,7 @@ from visattn.kernels.triton.config import (
 from visattn.kernels.triton.eightbit.run import attend_8bit, eight_bit, eight_config, fits_8bit
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config, width
 from visattn.layout import Layout
+from visattn.operands import in_rows, is_in_rows, wants_gradient
 from visattn.patterns import DynamicPattern, ListedPattern, Pattern, RoutedPattern, Routes
 from visattn.patterns.choice.merging import BITS
 from visattn.patterns.shared_tiles import sharing_tiles
@@ -255,7 +256,7 @@ class Triton(Backend):
         from visattn.kernels.triton.ready import Formula, learned
 
         dtype, given, given_q = q.dtype, call, q
-        q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
+        q, k, v = (in_rows(t) for t in (q, k, v))
         if call.precision is not None:
             return attend_8bit(q, k, v, call, architecture(q.device))
         if interpreted() and dtype == torch.bfloat16:
@@ -305,7 +306,7 @@ def _quantise_us(problem: Problem) -> float:
 def _as_they_are(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> bool:
     """Whether the kernels take the tensors of a call without a change."""
     mask, rpb = call.key_mask, call.rpb
-    rows = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in (q, k, v))
+    rows = all(is_in_rows(t) for t in (q, k, v))
     numbers = call.scale >= 0 and not (interpreted() and q.dtype == torch.bfloat16)
     others = (mask is None or mask.is_contiguous()) and (rpb is None or rpb.dtype == torch.float32)
     return rows and numbers and others and (rpb is None or rpb.is_contiguous())
@@ -313,7 +314,7 @@ def _as_they_are(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) 
 
 def recorded(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd, in either direction, or a transform of torch.func has to see a call on these tensors."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if wants_gradient(*tensors):
         return True
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 

@@ -19,6 +19,7 @@ from visattn.layout import Layout
 from visattn.models.swap.places import ALONE, Places
 from visattn.models.swap.sources import between
 from visattn.models.swap.weights import show_weights
+from visattn.operands import wants_gradient
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.patterns.traced import constant
@@ -289,9 +290,7 @@ class Swapped:
 
     def _cells(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[Cell, ...]:
         """Where a call that runs the pattern counts; that is known of calls like earlier ones."""
-        learns = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (q, k, v, call.rpb, *call.parameters.values())
-        )
+        learns = wants_gradient(q, k, v, call.rpb, *call.parameters.values())
         given = call.key_mask is None, call.rpb is None, call.lse
         key = q.shape, k.shape[2], q.dtype, q.device, call.layout, learns, given
         found = self._ran.get(key)

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from visattn.operands import wide_dtype
 from visattn.patterns.base import ByText
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.causal import reachable_on
@@ -215,7 +216,7 @@ def last_attention(q: torch.Tensor, k: torch.Tensor, last: int, valid: torch.Ten
         scale: Factor on the logits.
     """
     batch, tokens, heads, _ = q.shape
-    dtype, last = torch.promote_types(q.dtype, torch.float32), min(last, tokens)
+    dtype, last = wide_dtype(q), min(last, tokens)
     there = torch.ones(batch, tokens, dtype=torch.bool, device=q.device) if valid is None else valid
     # Valid tokens last, in their order.
     place = there.to(torch.uint8).sort(dim=1, stable=True).indices[:, -last:]

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from visattn.layout import Layout
+from visattn.operands import wide_dtype
 from visattn.patterns.base import ByText
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.picks import Seen
@@ -149,5 +150,5 @@ class HybridPattern(ByText, ComposedPattern):
         names = self.parameter_shapes(heads, head_dim, grid)
         missing = not parameters.keys() >= names.keys()
         found = (self.initial_parameters(heads, head_dim, grid) if missing else {}) | dict(parameters)
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         return {name: found[name].to(q.device, wide) for name in names}

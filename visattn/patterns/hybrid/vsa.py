@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 
 from visattn.layout import Layout
+from visattn.operands import widened
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.tail import coarse
 from visattn.patterns.hybrid.base import HybridPattern
-from visattn.patterns.hybrid.parts import grid_of, mean_scores, wide
+from visattn.patterns.hybrid.parts import grid_of, mean_scores
 from visattn.patterns.routes import Routes
 from visattn.patterns.values import PerAxis
 
@@ -94,7 +95,7 @@ class VSA(HybridPattern):
         own = self.own(parameters, q, layout.grid)
         if self.gate == "channel":
             return own["gate"][None, None]
-        return torch.einsum("bthd,hde->bthe", wide(grid_of(q, layout)), own["gate_map"]) + own["gate"]
+        return torch.einsum("bthd,hde->bthe", widened(grid_of(q, layout)), own["gate_map"]) + own["gate"]
 
     def join(
         self,
