@@ -39,10 +39,21 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def add_values(path: Path, more: Mapping[str, Any]) -> None:
-    """Add values to such a file; whole, so that nobody who reads it meanwhile reads half of it."""
+    """Add values to such a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, read_values(path) | dict(more))
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Write a value as JSON; whole, so that nobody reads half of it, meanwhile or after an interruption.
+
+    Args:
+        path: The file, which is replaced; its folder is there.
+        value: What JSON can say.
+        indent: Of each level, None for one line.
+    """
     with written_whole(path) as part:
-        part.write_text(json.dumps(read_values(path) | dict(more), indent=1))
+        part.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
 
 
 def as_path(given: Any) -> Path:

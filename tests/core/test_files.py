@@ -15,6 +15,7 @@ from visattn.files import (
     output_folder,
     prepare_folder,
     read_values,
+    write_json,
     written_whole,
 )
 
@@ -32,6 +33,16 @@ def test_a_block_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path):
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_json_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": [1]})
+    assert path.read_text() == '{\n "a": [\n  1\n ]\n}\n'
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(path, {"a": object()})
+    assert read_values(path) == {"a": [1]}
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_folders_are_made_and_never_mixed_with_other_output(tmp_path):
