@@ -78,14 +78,20 @@ def _installed() -> bool:
 
 
 @lru_cache(maxsize=16)
-def _architecture(device: torch.device | None) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
 def architecture(device: torch.device | None = None) -> int:
     """Compute capability times ten of a CUDA device (the current one if None), 0 for the interpreter."""
-    return 0 if interpreted() else _architecture(device)
+    return 0 if interpreted() else _architecture(_index(device))
+
+
+def _index(device: torch.device | None) -> int:
+    """Of a CUDA device; which one is the current one may change between two calls."""
+    index = None if device is None else device.index
+    return torch.cuda.current_device() if index is None else index
 
 
 @lru_cache(maxsize=256)
@@ -95,15 +101,15 @@ def _tuned(
     return tune.tuned(pattern, layout, dtype, head_dim, device)
 
 
-@lru_cache(maxsize=1)
-def _device_support() -> Support:
-    """Whether the current GPU runs the shipped configurations."""
+@lru_cache(maxsize=16)
+def _device_support(index: int) -> Support:
+    """Whether a GPU runs the shipped configurations."""
     if torch.version.hip:
         return Support(False, "its configurations are for NVIDIA GPUs: on AMD they only have been compiled")
-    number = architecture()
+    number = _architecture(index)
     if number < OLDEST:
         return Support(False, f"compute capability {number / 10} is below {OLDEST / 10}")
-    has, needs = torch.cuda.get_device_properties().shared_memory_per_block_optin, needed_memory(number)
+    has, needs = torch.cuda.get_device_properties(index).shared_memory_per_block_optin, needed_memory(number)
     if has < needs:
         return Support(False, f"its kernels need {needs} bytes of shared memory per program and this GPU has {has}")
     return Support(True)
@@ -124,7 +130,7 @@ def fits(device: str, dtype: torch.dtype, head_dim: int) -> Support:
     largest = largest_head_dim(dtype, _architecture_or_common())
     if head_dim > largest or head_dim % 8:
         return Support(False, f"head_dim {head_dim} is not a multiple of 8 up to {largest} ({dtype})")
-    return _device_support() if torch.cuda.is_available() and not interpreted() else Support(True)
+    return _device_support(_index(None)) if torch.cuda.is_available() and not interpreted() else Support(True)
 
 
 def pairs_fit(batch: int, heads: int) -> bool:
