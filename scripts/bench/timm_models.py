@@ -45,11 +45,11 @@ def dense_clock() -> Iterator[list[float]]:
         seconds.append(time.perf_counter() - start)
         return out
 
-    F.scaled_dot_product_attention = timed  # type: ignore[assignment]
+    F.scaled_dot_product_attention = timed
     try:
         yield seconds
     finally:
-        F.scaled_dot_product_attention = own  # type: ignore[assignment]
+        F.scaled_dot_product_attention = own
 
 
 def sparse_seconds(handle: Handle) -> float:

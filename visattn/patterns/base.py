@@ -106,7 +106,7 @@ class Pattern(metaclass=_Written):
 
     # What `torch.compiler.assume_constant_result` does, without importing the compiler (a second) for those who do not
     # compile.
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _constant._dynamo_marked_constant = True
 
     def __str__(self) -> str:
         parts = []

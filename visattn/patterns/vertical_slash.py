@@ -73,15 +73,15 @@ class VerticalSlash(ByText, DynamicPattern):
     slashes: int | None = None
     block: PerAxis | None = 128
 
-    score: ClassVar[str] = "mean"  # type: ignore[misc]
-    always: ClassVar[str | None] = None  # type: ignore[misc]
-    per: ClassVar[str] = "row"  # type: ignore[misc]
-    rest: ClassVar[str] = "drop"  # type: ignore[misc]
-    every: ClassVar[int] = 1  # type: ignore[misc]
-    drift: ClassVar[float] = 0.3  # type: ignore[misc]
-    share: ClassVar[int | str] = 1  # type: ignore[misc]
-    key_block: ClassVar[PerAxis | None] = None  # type: ignore[misc]
-    causal: ClassVar[bool | tuple[bool, ...]] = True  # type: ignore[misc]
+    score: ClassVar[str] = "mean"
+    always: ClassVar[str | None] = None
+    per: ClassVar[str] = "row"
+    rest: ClassVar[str] = "drop"
+    every: ClassVar[int] = 1
+    drift: ClassVar[float] = 0.3
+    share: ClassVar[int | str] = 1
+    key_block: ClassVar[PerAxis | None] = None
+    causal: ClassVar[bool | tuple[bool, ...]] = True
     name: ClassVar[str] = "verticalslash"
 
     def __post_init__(self) -> None:
