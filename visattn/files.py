@@ -9,9 +9,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from visattn.given import said
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import fcntl
@@ -54,6 +57,28 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """
     with written_whole(path) as part:
         part.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+
+
+def read_tensors(path: Path, what: str, fix: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors by name of a safetensors file, and its metadata.
+
+    Args:
+        path: The file.
+        what: What it holds, in the plural, as errors call it.
+        fix: What to do where there is none.
+
+    Raises:
+        ValueError: If the file is missing or another one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{what} {path} do not exist: {fix}")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{what} {path} are no safetensors file ({error})") from error
 
 
 def as_path(given: Any) -> Path:
