@@ -8,6 +8,7 @@ import torch
 
 from visattn.dispatch import Backend, overhead
 from visattn.kernels.agent.attention import attend
+from visattn.operands import repeated, widened
 from visattn.patterns import Centroids
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.listening import choosing
@@ -49,7 +50,7 @@ class CentroidsBackend(Backend):
         pattern, layout = call.pattern, call.layout
         assert isinstance(pattern, Centroids)
         at, heads = inner(layout), q.shape[2]
-        k, v = (t.repeat_interleave(heads // t.shape[2], 2) for t in (k, v))
+        k, v = (repeated(t, heads) for t in (k, v))
         with choosing():
             rows, columns = _taken(q, k, call)
         queries = _gathered(q[:, at], rows)
@@ -59,7 +60,7 @@ class CentroidsBackend(Backend):
         own = attend(queries, keys, values, mask, call.scale)
         own = own[:, 0].unflatten(0, rows.shape[:3])
         own = own if alive is None else own.masked_fill(~alive[..., None], 0)
-        wide = own.to(torch.promote_types(own.dtype, torch.float32)).flatten(2, 3)
+        wide = widened(own).flatten(2, 3)
         index = rows.flatten(2)[..., None]
         total = wide.new_zeros(*wide.shape[:2], layout.tokens, wide.shape[3])
         total = total.scatter_add(2, index.expand_as(wide), wide)
@@ -82,7 +83,7 @@ def centroid_rows(q: torch.Tensor, k: torch.Tensor, call: Call, index: torch.Ten
         index: Tokens [R].
     """
     at, (batch, length, heads, _) = inner(call.layout), q.shape
-    k = k.repeat_interleave(heads // k.shape[2], 2)
+    k = repeated(k, heads)
     logits = torch.einsum("brhd,bshd->bhrs", q[:, index], k) * call.scale
     shown = torch.ones(batch, length, dtype=torch.bool, device=q.device) if call.key_mask is None else call.key_mask
     rows, columns = (_members(x, length, at) for x in _taken(q, k, call))

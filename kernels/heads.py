@@ -11,6 +11,7 @@ import torch
 from visattn.dispatch import Backend, cheapest, overhead
 from visattn.kernels.heard import hearing
 from visattn.kernels.rows import attention_rows
+from visattn.operands import repeated, widened
 from visattn.patterns import Best, HeadsPattern, ListedPattern, PerHead, Routes
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.listening import choosing, hears, tell_shares
@@ -104,7 +105,7 @@ def row_errors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) ->
     pattern, layout = call.pattern, call.layout
     assert isinstance(pattern, Best)
     rows = sampled_rows(layout, pattern.rows, q.device)
-    values = v.to(torch.promote_types(v.dtype, torch.float32)).repeat_interleave(q.shape[2] // v.shape[2], 2)
+    values = repeated(widened(v), q.shape[2])
     part = None if call.key_mask is None else call.key_mask[:, rows]
 
     def output(each: ListedPattern | str) -> torch.Tensor:

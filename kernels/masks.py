@@ -8,6 +8,7 @@ import torch
 
 from visattn.keep import kept
 from visattn.layout import Layout
+from visattn.operands import repeated, wide_dtype
 from visattn.patterns import (
     DynamicPattern,
     Neighborhood,
@@ -73,7 +74,7 @@ def settled(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
     if key_mask is None:
         return x
     shown = key_mask[:, :, None, None]
-    total = x.masked_fill(~shown, 0).sum(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    total = x.masked_fill(~shown, 0).sum(1, keepdim=True, dtype=wide_dtype(x))
     return torch.where(shown, x, (total / shown.sum(1, keepdim=True).clamp(min=1)).to(x.dtype))
 
 
@@ -111,7 +112,7 @@ def ordered_rest(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     seen = pattern.token_mask(groups, layout)
     if call.key_mask is not None:
         seen = seen & call.key_mask[:, None, None]
-    k, v = (t.repeat_interleave(heads // t.shape[2], 2) for t in (k, v))
+    k, v = (repeated(t, heads) for t in (k, v))
     at, copied = inner(layout), None
     if groups.copied is not None:
         copied = torch.arange(layout.length, device=q.device).repeat(*groups.copied.shape[:2], 1)

@@ -11,6 +11,7 @@ import torch
 from visattn.dispatch import Backend, choose, overhead
 from visattn.kernels.masks import ordered_rest
 from visattn.layout import Layout
+from visattn.operands import repeated
 from visattn.patterns import OrderedPattern, Routes
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.listening import choosing, hears, tell_shares
@@ -182,7 +183,7 @@ def _routes(rows: torch.Tensor, columns: torch.Tensor, listed: torch.Tensor) -> 
 
 def _of_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, S, H or Hkv, D] as [BH, S, D]."""
-    return x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1).flatten(0, 1)
+    return repeated(x.transpose(1, 2), heads, 1).flatten(0, 1)
 
 
 def _sorted(x: torch.Tensor, layout: Layout, token: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from visattn.dispatch import Backend
 from visattn.kernels.masks import position_bias, rest_of, visible
+from visattn.operands import repeated, wide_dtype
 from visattn.patterns import ListedPattern, OrderedPattern
 from visattn.problem import Call, Problem, Support
 
@@ -42,11 +43,10 @@ class Reference(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.run`; softmax in float32 at least."""
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         rest = rest_of(call, q, k, v)
         k, v = (k, v) if rest is None else (rest.k, rest.v)
-        group = q.shape[2] // k.shape[2]
-        keys, values = (t.to(wide).repeat_interleave(group, dim=2) for t in (k, v))
+        keys, values = (repeated(t.to(wide), q.shape[2]) for t in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), keys) * call.scale
         if call.rpb is not None:
             scores = scores + position_bias(call).to(wide)

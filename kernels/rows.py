@@ -17,13 +17,14 @@ from visattn.kernels.centroids import centroid_rows
 from visattn.kernels.clipped import clipped
 from visattn.kernels.hybrid.rows import hybrid_rows
 from visattn.kernels.linear.causal import causal_factors
-from visattn.kernels.linear.features import elu_plus_one, features, repeated, widened
+from visattn.kernels.linear.features import elu_plus_one, features
 from visattn.kernels.linear.flow import flow_weights
 from visattn.kernels.linear.mala import mala_weights
 from visattn.kernels.linear.wersa import wersa_features
 from visattn.kernels.ordered import ordered_rows
 from visattn.kernels.wrapped import gates, query_factors
 from visattn.layout import Layout
+from visattn.operands import repeated, widened
 from visattn.patterns import (
     Agent,
     Best,

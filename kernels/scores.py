@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from visattn.operands import wide_dtype
+
 # Entries of a block of scores that the log-sum-exp is taken over at a time.
 SCORES = 2**22
 
@@ -40,7 +42,7 @@ def log_sum_exp(
 
 
 def _block_lse(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     batch, heads, rows, head_dim = q.shape
     # The heads that share a key head are rows of one product: no copy of the keys per head.
     grouped = q.reshape(batch, k.shape[1], -1, head_dim).to(wide) * scale

@@ -17,6 +17,7 @@ import torch
 from visattn.kernels.tiles.backend import listed_call
 from visattn.kernels.tiles.plain import gradients
 from visattn.kernels.unchanged import once_more
+from visattn.operands import wants_gradient
 from visattn.problem import Call
 
 Results = tuple[torch.Tensor, torch.Tensor | None]
@@ -92,7 +93,7 @@ def with_formula(
         of_operators: Whether the engine is made of torch's own operators: their backward is nothing where no gradient
             comes. Other people's functions may compute with zeros.
     """
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)) or _transformed():
+    if not wants_gradient(*inputs) or _transformed():
         return engine(*inputs)
     out, lse = engine(*(inputs if of_operators else _entered(inputs)))
     if lse is None:

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, overhead
-from visattn.kernels.linear.features import widened
 from visattn.kernels.plan_chunks import Chunk, plan_tables, run_chunks, tiled
+from visattn.operands import wants_gradient, widened
 from visattn.patterns.composition import Composition
 from visattn.patterns.kinds import with_pooled_keys
 from visattn.plans import plan
@@ -87,6 +87,6 @@ class WeightsBackend(Backend):
             return (weights @ values).flatten(1, 2).permute(0, 2, 3, 1, 4)
 
         own = call.parameters.values()
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *own))
+        grad = wants_gradient(q, k, v, *own)
         read = (*wide, call.key_mask, *own) if grad else None
         return run_chunks(made, tables, q.shape[0] * heads, compute, read).to(q.dtype)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from visattn.dispatch import Backend, choose, overhead
-from visattn.kernels.linear.features import repeated, widened
+from visattn.operands import repeated, widened
 from visattn.patterns import Gated, Selective, Wrapped
 from visattn.prepare import run_call
 from visattn.problem import PRECISIONS, Call, OtherKind, Problem, Support

@@ -14,6 +14,7 @@ import torch
 from visattn.dispatch import Backend, overhead
 from visattn.kernels.masks import visible
 from visattn.kernels.second_order import lists_with_formula
+from visattn.operands import repeated
 from visattn.patterns import ListedPattern, Neighborhood
 from visattn.problem import Call, Problem, Support
 
@@ -149,8 +150,7 @@ def _bias(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 def _attend(ops: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any, scale: float) -> torch.Tensor:
     """Key heads repeat for the query heads that share them: its kernels want equal numbers."""
-    group = q.shape[2] // k.shape[2]
-    k, v = (t.repeat_interleave(group, dim=2) if group > 1 else t for t in (k, v))
+    k, v = (repeated(t, q.shape[2]) for t in (k, v))
     return ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
 
 

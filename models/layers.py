@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from visattn.given import real, switch
+from visattn.operands import widened
 from visattn.patterns.values import whole_number
 
 
@@ -123,7 +124,7 @@ class Gaussians(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As x."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widened(x)
         mean, deviation = wide.mean(self.axis, keepdim=True), (wide.var(self.axis, keepdim=True) + self.eps).sqrt()
         weights = torch.ones_like(wide)
         for offset, c in zip(self.mean_offsets.to(wide.dtype), self.c.to(wide.dtype), strict=True):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from scripts.continued import earlier
-from visattn.files import written_whole
+from visattn.files import write_json
 
 
 def itself(*arguments: str) -> list[str]:
@@ -71,8 +71,7 @@ def add_rows(
     report[key] = list(found.values())
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(out) as path:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(out, report)
 
 
 def measure_cases(
@@ -92,8 +91,7 @@ def measure_cases(
             return
         report["cases"][name] = measured(name)
         if out is not None:
-            with written_whole(out) as path:
-                path.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(out, report)
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from collections import Counter
 from typing import Any
 
 from scripts.pages import ROOT, with_table
+from visattn.files import write_json
 
 PAGE = ROOT / "docs" / "timm.md"
 RESULT = ROOT / "docs" / "results" / "timm-models.json"
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--look", action="store_true", help="build every model of timm, which takes some minutes")
     if parser.parse_args(arguments).look:
-        RESULT.write_text(json.dumps(look(), indent=1) + "\n", encoding="utf-8")
+        write_json(RESULT, look())
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # The attribute that `copy` and `pickle` look for.
 REDUCE = "__reduce_ex__"
@@ -73,3 +76,33 @@ def copy_as_stock(module: Any, attributes: tuple[str, ...] = (), classes: Mappin
 def copy_as_is(module: Any) -> None:
     """Undo `copy_as_stock`."""
     module.__dict__.pop(REDUCE, None)
+
+
+class Hooks:
+    """The hooks of a patch.
+
+    Attributes:
+        modules: Modules that have one.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self._handles: list[Any] = []
+
+    def before(self, module: nn.Module, hook: Any, with_kwargs: bool = False) -> None:
+        """Call a `Hook` before a module's forward."""
+        self.modules.append(module)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+
+    def after(self, module: nn.Module, hook: Any, with_kwargs: bool = False, always: bool = False) -> None:
+        """Call a `Hook` after a module's forward; `always` also after one that raised, without an output."""
+        self.modules.append(module)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=with_kwargs, always_call=always))
+
+    def remove(self) -> None:
+        """Take all hooks off, and let their modules be copied as they are; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self.modules:
+            copy_as_is(module)
+        self._handles, self.modules = [], []

@@ -209,7 +209,7 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
     """
     if not isinstance(name, str):
         raise ValueError(f"unknown backend {said(name)}; backends: auto, {', '.join(BACKENDS)}")
-    return _choose(problem, name, REGISTRY.version)
+    return _choose(problem, name, REGISTRY.version, _gpu(problem))
 
 
 def choose_portable(problem: Problem) -> Backend:
@@ -226,9 +226,14 @@ def choose_portable(problem: Problem) -> Backend:
         raise ValueError(f"this call cannot be exported, for it needs kernels of its own: {error}") from None
 
 
-# The version is part of the key: another set of backends is another choice.
+def _gpu(problem: Problem) -> int:
+    """Which GPU backends are asked about: the current one, -1 where none is used yet."""
+    return torch.cuda.current_device() if problem.device == "cuda" and torch.cuda.is_initialized() else -1
+
+
+# The version and the GPU are part of the key: another set of backends, or another GPU, is another choice.
 @lru_cache(maxsize=1024)
-def _choose(problem: Problem, name: str, version: int) -> Backend:
+def _choose(problem: Problem, name: str, version: int, gpu: int) -> Backend:
     if name == "auto":
         return cheapest(problem, BACKENDS.usable().values())
     backend = load(name)

@@ -9,9 +9,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from visattn.given import said
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import fcntl
@@ -39,10 +42,43 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def add_values(path: Path, more: Mapping[str, Any]) -> None:
-    """Add values to such a file; whole, so that nobody who reads it meanwhile reads half of it."""
+    """Add values to such a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, read_values(path) | dict(more))
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Write a value as JSON; whole, so that nobody reads half of it, meanwhile or after an interruption.
+
+    Args:
+        path: The file, which is replaced; its folder is there.
+        value: What JSON can say.
+        indent: Of each level, None for one line.
+    """
     with written_whole(path) as part:
-        part.write_text(json.dumps(read_values(path) | dict(more), indent=1))
+        part.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+
+
+def read_tensors(path: Path, what: str, fix: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors by name of a safetensors file, and its metadata.
+
+    Args:
+        path: The file.
+        what: What it holds, in the plural, as errors call it.
+        fix: What to do where there is none.
+
+    Raises:
+        ValueError: If the file is missing or another one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{what} {path} do not exist: {fix}")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{what} {path} are no safetensors file ({error})") from error
 
 
 def as_path(given: Any) -> Path:

@@ -13,6 +13,7 @@ from visattn.checks import check_call, check_precision, check_steps
 from visattn.dispatch import choose
 from visattn.keep import stands_in, untraced
 from visattn.layout import Layout
+from visattn.operands import wants_gradient, wide_dtype
 from visattn.operator import above, below, define
 from visattn.patterns import Pattern, parse
 from visattn.patterns.traced import constant
@@ -156,12 +157,12 @@ def detached(out: torch.Tensor, lse: torch.Tensor | None, wanted: bool) -> tuple
     if wanted and lse is not None:
         # Engines have the log-sum-exp by head.
         return out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
-    return out.contiguous(), out.new_empty(0, dtype=torch.promote_types(out.dtype, torch.float32))
+    return out.contiguous(), out.new_empty(0, dtype=wide_dtype(out))
 
 
 def empty_results(q: torch.Tensor, lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes of an operator's results, for tracing."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     batch, length, heads = q.shape[:3]
     sums = q.new_empty((batch, heads, length), dtype=wide).transpose(1, 2) if lse else q.new_empty(0, dtype=wide)
     return q.new_empty(q.shape), sums
@@ -298,7 +299,7 @@ def _above_attend(
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     known = _about(about, where)
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, rpb, *parameters))
+    learns = wants_gradient(q, k, v, rpb, *parameters)
     if not learns:
         if not parameters:
             # What ran a call like this one runs it here, without a second way through the dispatcher.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from visattn.files import as_path, check_writable_file, written_whole
+from visattn.files import as_path, check_writable_file, read_tensors, written_whole
 from visattn.patterns import Pattern, parse
 from visattn.version import __version__
 
@@ -171,16 +171,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     Raises:
         ValueError: If the file is missing or not one that a handle saved.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ValueError(f"weights {path} do not exist: pass a file that handle.save(path) wrote")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"weights {path} are no safetensors file ({error})") from error
+    tensors, metadata = read_tensors(path, "weights", "pass a file that handle.save(path) wrote")
     if PATTERNS not in metadata:
         raise ValueError(f"weights {path} do not say which patterns they are for: pass a file that handle.save wrote")
     return tensors, json.loads(metadata[PATTERNS])

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from visattn.autocast import switched_off
 from visattn.dispatch import Prepared, choose, choose_portable
 from visattn.keep import CALL_BYTES, STORE
+from visattn.operands import wide_dtype
 from visattn.patterns import DynamicPattern
 from visattn.patterns.kinds import PooledPattern, with_pooled_keys
 from visattn.patterns.tailed import holding
@@ -125,7 +126,7 @@ def _of_no_samples(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     others = [t for t in (k, v, call.rpb, *call.parameters.values()) if t is not None]
     # Products, so that no gradient is another tensor under a second name.
     out = 1 * q + sum((0 * t).sum().to(q.dtype) for t in others)
-    return out, out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, out.sum(-1, dtype=wide_dtype(q))
 
 
 def run(

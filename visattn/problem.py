@@ -10,6 +10,7 @@ import torch
 
 from visattn.keep import kept
 from visattn.layout import Layout
+from visattn.operands import wants_gradient
 from visattn.patterns import Pattern, SpannedPattern
 
 
@@ -147,7 +148,7 @@ class Problem:
             device=q.device.type,
             key_mask=call.key_mask is not None,
             rpb=call.rpb is not None,
-            grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+            grad=wants_gradient(*tensors),
             lse=call.lse,
             precision=call.precision,
             strict=is_strict(),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.files import as_path, check_writable_file, written_whole
+from visattn.files import as_path, check_writable_file, read_tensors, written_whole
 from visattn.given import mapping, said, several, switch
 from visattn.layout import Layout
 from visattn.patterns.values import whole_number
@@ -172,17 +172,8 @@ def load_recorded(path: str | Path) -> tuple[list[Recorded], dict[str, Any]]:
     Raises:
         ValueError: If the file is missing or not such a file.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = as_path(path)
-    if not path.is_file():
-        raise ValueError(f"recorded calls {path} do not exist: `visattn record` writes such a file")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"recorded calls {path} are no safetensors file ({error})") from error
+    tensors, metadata = read_tensors(path, "recorded calls", "`visattn record` writes such a file")
     if CALLS not in metadata:
         raise ValueError(f"{path} holds no recorded calls: pass a file of `visattn record`")
     found = []

@@ -11,6 +11,7 @@ import torch
 
 from visattn.attend import attention
 from visattn.layout import Layout
+from visattn.operands import wants_gradient
 from visattn.patterns import Pattern
 
 _through: ContextVar[bool] = ContextVar("straight_through", default=False)
@@ -36,7 +37,7 @@ def attention_through(
 ) -> torch.Tensor:
     """`attention` with a precision among its options: with gradients, inside of `straight_through`, of both."""
     given = (q, k, v, *(options.get("parameters") or {}).values())
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    learns = wants_gradient(*given)
     if not (learns and _through.get()):
         return attention(q, k, v, pattern, layout, **options)
     with torch.no_grad():

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from visattn.files import written_whole
+from visattn.files import read_tensors, written_whole
 from visattn.heads.convert import convert_heads
 
 ABOUT = "visattn"
@@ -60,21 +59,16 @@ def load_trained(path: Path) -> Trained:
     Raises:
         ValueError: If it is missing or something else.
     """
-    if not path.is_file():
-        raise ValueError(f"weights {path} do not exist: name a student.safetensors that scripts.distill.pipeline wrote")
-    stat = path.stat()
-    return _read(path, stat.st_mtime_ns, stat.st_size)
+    # Of one that is missing, reading says so.
+    stat = path.stat() if path.is_file() else None
+    return _read(path, *((0, 0) if stat is None else (stat.st_mtime_ns, stat.st_size)))
 
 
 @lru_cache(maxsize=1)
 def _read(path: Path, changed: int, size: int) -> Trained:
     """Kept until another file is read: generating many images asks for the same one again and again."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = (file.metadata() or {}).get(ABOUT)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"weights {path} are no safetensors file ({error})") from error
+    tensors, metadata = read_tensors(path, "weights", "name a student.safetensors that scripts.distill.pipeline wrote")
+    about = metadata.get(ABOUT)
     if about is None:
         raise ValueError(
             f"weights {path} were not written by scripts.distill.pipeline: their metadata has no {ABOUT!r}"

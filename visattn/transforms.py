@@ -36,7 +36,7 @@ class Asked:
         """The call on these tensors."""
         given = dict(zip(self.names, tensors[5:], strict=True))
         own = self.call
-        return replace(own, key_mask=tensors[3], rpb=tensors[4], parameters=given)  # type: ignore[arg-type]
+        return replace(own, key_mask=tensors[3], rpb=tensors[4], parameters=given)
 
 
 def active() -> bool:
@@ -56,7 +56,7 @@ def attend(
         return ops.attend(q, k, v, *where, call.parameters, backend, call.lse, call.precision)
     names = tuple(call.parameters)
     tensors = (q, k, v, call.key_mask, call.rpb, *call.parameters.values())
-    return _Attend.apply(Asked(call, backend, names), *tensors)  # type: ignore[no-any-return]
+    return _Attend.apply(Asked(call, backend, names), *tensors)
 
 
 class _Attend(torch.autograd.Function):
@@ -93,7 +93,7 @@ class _Attend(torch.autograd.Function):
             # Another bias or other parameters for each sample: no one call has that.
             return _one_by_one(_Attend.apply, number, dims[1:], asked, tensors)
         first = [_folded(t, dim, number) for t, dim in zip(tensors[:4], dims[1:5], strict=True)]
-        out, lse = _Attend.apply(asked, *first, *tensors[4:])  # type: ignore[misc]
+        out, lse = _Attend.apply(asked, *first, *tensors[4:])
         return _unfolded((out, lse), number)
 
 
@@ -129,7 +129,7 @@ class _Gradients(torch.autograd.Function):
             # One call would add up their gradients over the samples.
             return _one_by_one(_Gradients.apply, number, dims[1:], asked, tensors)
         folded = [_folded(t, dim, number) for t, dim in zip(tensors[:6], dims[1:7], strict=True)]
-        return _unfolded(_Gradients.apply(asked, *folded, None), number)  # type: ignore[arg-type]
+        return _unfolded(_Gradients.apply(asked, *folded, None), number)
 
 
 @contextmanager

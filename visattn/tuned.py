@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.patterns.values import is_number
 from visattn.staged import Staged
 
@@ -109,8 +109,7 @@ class Tuned:
 
     def write(self, path: Path) -> None:
         """Write it to a file, whole or not at all: one line a stage, so that versions can be compared line by line."""
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict(), indent=2)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

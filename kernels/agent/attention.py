@@ -8,10 +8,10 @@ import torch
 from torch.nn import functional
 
 from visattn.kernels.fused import fused
-from visattn.kernels.linear.features import widened
 from visattn.kernels.second_order import by_autograd, with_formula
 from visattn.kernels.triton.backend import on_gpu
 from visattn.layout import Layout
+from visattn.operands import repeated, wide_dtype, widened
 from visattn.patterns import Agent
 
 
@@ -133,7 +133,7 @@ def pool_queries(
     shown = key_mask[:, :, None, None]
     agents = _pooled(q.masked_fill(~shown, 0.0), layout, shape)
     # In float32 at least: the share of a few tokens among many is small.
-    share = _pooled(shown.to(torch.promote_types(q.dtype, torch.float32)), layout, shape)
+    share = _pooled(shown.to(wide_dtype(q)), layout, shape)
     there = share > 0
     agents = (agents / share.masked_fill(~there, 1.0)).to(q.dtype)
     return agents.unflatten(2, q.shape[2:]), there[:, :, 0]
@@ -185,9 +185,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """The same by operators that have derivatives of all orders."""
-    group, dtype = q.shape[1] // k.shape[1], q.dtype
+    dtype = q.dtype
     q, k, v = (widened(t) for t in (q, k, v))
-    k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
+    k, v = (repeated(t, q.shape[1], 1) for t in (k, v))
     scores = q @ k.transpose(-1, -2) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask

@@ -17,6 +17,7 @@ from visattn.kernels.fa4.trial import Kernel, fault, wrong
 from visattn.kernels.fa4.words import Bits, packs
 from visattn.kernels.second_order import lists_with_formula
 from visattn.layout import Layout
+from visattn.operands import wants_gradient
 from visattn.patterns import DynamicPattern, ListedPattern, Pattern, PerHead
 from visattn.plans import TilePlan
 from visattn.problem import Call, Problem, Support, sees_all
@@ -123,7 +124,7 @@ def _attend(
     made: Blocks | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if made is not None and isinstance(call.pattern, DynamicPattern):
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        grad = wants_gradient(q, k, v)
         made = chosen.with_choice(made, call.pattern, call.layout, q, k, call.scale, grad)
     if made is None:
         found, reason = package.load()

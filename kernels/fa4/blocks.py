@@ -76,7 +76,7 @@ class _Moved(torch.autograd.Function):
         return rows_of(x, token)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """The gradient of the slot of each token."""
         return rows_of(grad, ctx.slot), None, None
 
@@ -91,7 +91,7 @@ class _Returned(torch.autograd.Function):
         return rows_of(x, slot)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Zeros where there is no token."""
         if len(ctx.slot) == len(ctx.token):
             return rows_of(grad, ctx.token), None, None

@@ -11,6 +11,7 @@ from visattn.keep import kept
 from visattn.kernels.fa4.blocks import Blocks, Lists, tile_plan
 from visattn.kernels.fa4.words import COLUMNS
 from visattn.layout import Layout
+from visattn.operands import repeated
 from visattn.patterns import DynamicPattern, Pattern
 from visattn.patterns.routes import lists_of
 
@@ -82,12 +83,12 @@ def _joined(
     fixed: Lists, rows: slice, first: int, tiles: torch.Tensor, counts: torch.Tensor | None, heads: int
 ) -> Lists:
     """Put chosen blocks [B, G, grid rows, n] behind the full ones that rows of the grid have, for each head."""
-    samples, groups, _, number = tiles.shape
+    samples, _, _, number = tiles.shape
     index, count = fixed.full_block_idx, fixed.full_block_cnt.expand(samples, heads, -1).clone()
     width = max(index.shape[3], first + number)
     joined = index.new_zeros(samples, heads, index.shape[2], width)
     joined[..., : index.shape[3]] = index
-    joined[:, :, rows, first : first + number] = tiles.repeat_interleave(heads // groups, 1).to(torch.int32)
-    own = number if counts is None else counts.repeat_interleave(heads // groups, 1).to(torch.int32)
+    joined[:, :, rows, first : first + number] = repeated(tiles, heads, 1).to(torch.int32)
+    own = number if counts is None else repeated(counts, heads, 1).to(torch.int32)
     count[:, :, rows] = first + own
     return fixed._replace(full_block_cnt=count, full_block_idx=joined)

@@ -12,6 +12,7 @@ from visattn.autocast import switched_off
 from visattn.dispatch import Backend, choose, overhead
 from visattn.kernels.fused import fused
 from visattn.kernels.triton.backend import on_gpu, pairs_fit
+from visattn.operands import repeated, wants_gradient
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.listening import choosing
 from visattn.patterns.hybrid.base import HybridPattern
@@ -70,7 +71,7 @@ class HybridBackend(Backend):
         if isinstance(pattern, SLA2) and pattern.soft:
             with switched_off(q.device):
                 return _soft(q, k, v, call, pattern), None
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *call.parameters.values()))
+        learns = wants_gradient(q, k, v, *call.parameters.values())
         fused = _kernels(pattern, q) if not learns else None
         choice, routed = None, None
         asks = fused is not None and _lists_itself(pattern, call)
@@ -161,8 +162,7 @@ def _soft(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, pattern
 
 def _dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
     """Softmax over all tokens."""
-    group = q.shape[2] // k.shape[2]
-    keys, values = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
+    keys, values = (repeated(x, q.shape[2]).transpose(1, 2) for x in (k, v))
     mask = None if call.key_mask is None else call.key_mask[:, None, None]
     out = fused(q.transpose(1, 2), keys, values, mask, scale=call.scale)
     return out.transpose(1, 2)

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import torch
 
+from visattn.operands import repeated
 from visattn.patterns.choice.blocks import inner, token_blocks
 from visattn.patterns.choice.tail import LEAST
-from visattn.patterns.hybrid.parts import grid_of, mapped, of_tokens, repeated, valid_of
+from visattn.patterns.hybrid.parts import grid_of, mapped, of_tokens, valid_of
 from visattn.patterns.hybrid.sla2 import SLA2
 from visattn.patterns.tailed import holding
 from visattn.problem import Call

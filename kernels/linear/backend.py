@@ -8,12 +8,13 @@ import torch
 
 from visattn.dispatch import Backend, overhead
 from visattn.kernels.linear.causal import TILE, causal_attention, decay_rates
-from visattn.kernels.linear.features import elu_plus_one, features, repeated
+from visattn.kernels.linear.features import elu_plus_one, features
 from visattn.kernels.linear.flow import flow_attention
 from visattn.kernels.linear.mala import mala_attention
 from visattn.kernels.linear.plain import linear_attention
 from visattn.kernels.linear.wersa import wersa_features
 from visattn.kernels.triton.backend import on_gpu
+from visattn.operands import repeated
 from visattn.patterns import Flow, Linear, Mala, Wersa
 from visattn.patterns.linear import LinearForm, feature_channels
 from visattn.problem import Call, OtherKind, Problem, Support

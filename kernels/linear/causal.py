@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from visattn.kernels.linear.features import feature_map, repeated, widened
+from visattn.kernels.linear.features import feature_map
 from visattn.kernels.linear.plain import divided
 from visattn.layout import Layout
+from visattn.operands import repeated, widened
 from visattn.patterns.linear import Linear
 
 # Tokens of a tile whose positions have fewer.

@@ -6,10 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-
-def widened(x: torch.Tensor) -> torch.Tensor:
-    """In float32 at least, where sums over many tokens are safe."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from visattn.operands import repeated, widened
 
 
 def elu_plus_one(x: torch.Tensor) -> torch.Tensor:
@@ -24,12 +21,6 @@ def elu_plus_one(x: torch.Tensor) -> torch.Tensor:
 def feature_map(x: torch.Tensor, feature: str) -> torch.Tensor:
     """Features without parameters in float32 at least: "elu", "relu", or x where it is features already ("given")."""
     return elu_plus_one(x) if feature == "elu" else widened(x).relu() if feature == "relu" else widened(x)
-
-
-def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Keys or values [B, S, Hkv, D] for every query head: [B, S, H, D]."""
-    # Not repeat_interleave, which copies its count to the device and so cannot be captured in a CUDA graph.
-    return x if x.shape[2] == heads else x[:, :, :, None].expand(-1, -1, -1, heads // x.shape[2], -1).flatten(2, 3)
 
 
 def features(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from visattn.kernels.linear.features import repeated, widened
+from visattn.operands import repeated, widened
 
 EPSILON = 1e-6
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from visattn.kernels.linear.features import features, repeated, widened
+from visattn.kernels.linear.features import features
 from visattn.kernels.linear.plain import divided
 from visattn.kernels.plan_chunks import Chunk, plan_tables, run_chunks, tiled
+from visattn.operands import repeated, wants_gradient, widened
 from visattn.patterns import SparseLinear
 from visattn.plans import TilePlan, plan
 from visattn.problem import Call
@@ -50,7 +51,7 @@ def hidden_attention(
         product = product + (weights * hidden.left(chunk)[:, None, None]) @ tiled(values, chunk.keys)[:, :, None]
         return product.flatten(1, 2).permute(0, 2, 3, 1, 4)
 
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (mapped_q, mapped_k, values))
+    grad = wants_gradient(mapped_q, mapped_k, values)
     fixed = states.shape[3] * states.shape[4]
     read = (mapped_q, mapped_k, values, states, call.key_mask) if grad else None
     product = run_chunks(made, tables, len(q) * q.shape[2], compute, read, fixed)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from visattn.kernels.linear.features import elu_plus_one, repeated, widened
+from visattn.kernels.linear.features import elu_plus_one
+from visattn.operands import repeated, widened
 
 EPSILON = 1e-6
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from visattn.kernels.linear.features import features, repeated, widened
+from visattn.kernels.linear.features import features
+from visattn.operands import repeated, widened
 
 
 def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

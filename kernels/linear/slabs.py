@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from visattn.kernels.linear.causal import Sides, decay_rates, earlier, running
-from visattn.kernels.linear.features import feature_map, peak, repeated, widened
+from visattn.kernels.linear.features import feature_map, peak
 from visattn.kernels.linear.plain import divided
+from visattn.operands import repeated, widened
 from visattn.parallel.dense import Gathered
 from visattn.parallel.moved import Moved
 from visattn.parallel.slabs import Slabs

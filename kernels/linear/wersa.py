@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import gelu
 
-from visattn.kernels.linear.features import peak, repeated, widened
+from visattn.kernels.linear.features import peak
 from visattn.layout import Layout
+from visattn.operands import repeated, widened
 from visattn.patterns import Wersa
 from visattn.patterns.pooling import pool, tokens_of_cells
 
@@ -87,7 +88,5 @@ def box_means(x: torch.Tensor, grid: tuple[int, ...], side: int, keep: torch.Ten
     means = pool(x, grid, cell, None, keep, tokens_of_cells(grid, cell, keep, x.device))
     means = means.unflatten(1, tuple(-(-n // c) for n, c in zip(grid, cell, strict=True)))
     for axis, (n, c) in enumerate(zip(grid, cell, strict=True), 1):
-        # Not repeat_interleave, which cannot be captured in a CUDA graph.
-        means = means.unsqueeze(axis + 1).expand(*means.shape[: axis + 1], c, *means.shape[axis + 1 :])
-        means = means.flatten(axis, axis + 1).narrow(axis, 0, n)
+        means = means.repeat_interleave(c, axis).narrow(axis, 0, n)
     return means.flatten(1, len(grid))

@@ -29,6 +29,7 @@ from visattn.kernels.tiles.rule import (
     token_cost,
 )
 from visattn.layout import Layout
+from visattn.operands import wants_gradient
 from visattn.patterns import (
     BiasedPattern,
     DynamicPattern,
@@ -103,7 +104,7 @@ class Tiles(Backend):
             return super().prepare(q, k, v, call, grown)
         if call.key_mask is not None or call.rpb is not None or _is_routed(call.pattern, call.layout):
             return super().prepare(q, k, v, call, grown)
-        learns = _learns(q, k, v)
+        learns = wants_gradient(q, k, v)
         return _Kept(Work(listed_call(q, k, v, call).problems, call.scale, None, call.lse or learns), learns, grown)
 
     def run(
@@ -112,15 +113,11 @@ class Tiles(Backend):
         """See `Backend.run`."""
         if call.precision is not None:
             return simulate(q, k, v, call)
-        learns = _learns(q, k, v, call.rpb)
+        learns = wants_gradient(q, k, v, call.rpb)
         own = listed_call(q, k, v, call)
         q, k, v = own.tensors
         work = own.work(call.scale, call.lse or learns)
         return TileAttention.apply(q, k, v, call.rpb, work) if learns else forward(q, k, v, call.rpb, work)
-
-
-def _learns(*inputs: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 class _Kept:

@@ -17,6 +17,7 @@ from visattn.keep import kept
 from visattn.kernels.masks import settled, visible
 from visattn.kernels.triton.boxes import tiled
 from visattn.layout import Layout
+from visattn.operands import wide_dtype
 from visattn.patterns import Dense, DynamicPattern, Pattern, RoutedPattern
 from visattn.problem import Call, Problem, Support
 
@@ -46,7 +47,7 @@ def simulates(problem: Problem) -> Support:
 
 def simulate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output [B, S, H, D] and log-sum-exp [B, S, H], see `Backend.run`."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     seen = visible(call, q, k)
     k, v = settled(k, call.key_mask), settled(v, call.key_mask)
     fp8, group = call.precision == "fp8", q.shape[2] // k.shape[2]

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from visattn.operands import wide_dtype
+
 
 class Gradients(NamedTuple):
     """Gradients of one batch of problems; `scores` only where a bias wants it."""
@@ -89,7 +91,7 @@ def finite(lse: torch.Tensor) -> torch.Tensor:
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * scale
     return scores if bias is None else scores + bias
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from visattn.kernels.tiles.groups import Group
+from visattn.operands import wide_dtype
 
 
 class Shapes:
@@ -13,7 +14,7 @@ class Shapes:
     def __init__(self, q: torch.Tensor, k: torch.Tensor) -> None:
         self.heads, self.kv_heads, self.dim = q.shape[2], k.shape[2], q.shape[3]
         self.each = self.heads // self.kv_heads
-        self.wide = torch.promote_types(q.dtype, torch.float32)
+        self.wide = wide_dtype(q)
 
     def queries(self, rows: torch.Tensor, slots: int) -> torch.Tensor:
         """Rows [n * T, H * D] or [n * T, H] as problems."""

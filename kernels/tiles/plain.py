@@ -17,6 +17,7 @@ from visattn.kernels.tiles.batches import Work, batches
 from visattn.kernels.tiles.heads import ALL_HEADS
 from visattn.kernels.tiles.moves import Shapes
 from visattn.kernels.tiles.sides import OfAll, PerKey, PerQuery, Piece, pieces, places
+from visattn.operands import wide_dtype
 
 Tensors = Sequence[torch.Tensor]
 # What a tensor may be: [B, S, H, D], [B, S, H], [B, N, Hkv, D] or [H, ...].
@@ -119,7 +120,7 @@ def gradients(
         return heads.joined(dq), heads.key_gradient(dk), heads.key_gradient(dv), drpb
     grad = torch.zeros_like(q) if grad is None else grad
     if grad_lse is None:
-        grad_lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        grad_lse = q.new_zeros(q.shape[:3], dtype=wide_dtype(q))
     bias = () if rpb is None else (rpb,)
     step = Step(attend, ("query", "key", "key", *("bias" for _ in bias)), ("query", "statistic")).derivative()
     found = _Mapped.apply(step, work, q, k, v, *bias, grad, grad_lse)

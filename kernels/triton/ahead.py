@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.kernels.triton.config import DIRECTIONS, Config
 from visattn.layout import Layout
 from visattn.patterns import Neighborhood
@@ -166,8 +166,7 @@ def compiled(
     used = _used(binary, isinstance(target, int))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(file) as path:
-            path.write_text(json.dumps([used.registers, used.spills, used.shared]))
+        write_json(file, [used.registers, used.spills, used.shared], indent=None)
     return used
 
 

@@ -32,6 +32,7 @@ from visattn.kernels.triton.config import (
 from visattn.kernels.triton.eightbit.run import attend_8bit, eight_bit, eight_config, fits_8bit
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config, width
 from visattn.layout import Layout
+from visattn.operands import in_rows, is_in_rows, wants_gradient
 from visattn.patterns import DynamicPattern, ListedPattern, Pattern, RoutedPattern, Routes
 from visattn.patterns.choice.merging import BITS
 from visattn.patterns.shared_tiles import sharing_tiles
@@ -77,14 +78,20 @@ def _installed() -> bool:
 
 
 @lru_cache(maxsize=16)
-def _architecture(device: torch.device | None) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
 def architecture(device: torch.device | None = None) -> int:
     """Compute capability times ten of a CUDA device (the current one if None), 0 for the interpreter."""
-    return 0 if interpreted() else _architecture(device)
+    return 0 if interpreted() else _architecture(_index(device))
+
+
+def _index(device: torch.device | None) -> int:
+    """Of a CUDA device; which one is the current one may change between two calls."""
+    index = None if device is None else device.index
+    return torch.cuda.current_device() if index is None else index
 
 
 @lru_cache(maxsize=256)
@@ -94,15 +101,15 @@ def _tuned(
     return tune.tuned(pattern, layout, dtype, head_dim, device)
 
 
-@lru_cache(maxsize=1)
-def _device_support() -> Support:
-    """Whether the current GPU runs the shipped configurations."""
+@lru_cache(maxsize=16)
+def _device_support(index: int) -> Support:
+    """Whether a GPU runs the shipped configurations."""
     if torch.version.hip:
         return Support(False, "its configurations are for NVIDIA GPUs: on AMD they only have been compiled")
-    number = architecture()
+    number = _architecture(index)
     if number < OLDEST:
         return Support(False, f"compute capability {number / 10} is below {OLDEST / 10}")
-    has, needs = torch.cuda.get_device_properties().shared_memory_per_block_optin, needed_memory(number)
+    has, needs = torch.cuda.get_device_properties(index).shared_memory_per_block_optin, needed_memory(number)
     if has < needs:
         return Support(False, f"its kernels need {needs} bytes of shared memory per program and this GPU has {has}")
     return Support(True)
@@ -123,7 +130,7 @@ def fits(device: str, dtype: torch.dtype, head_dim: int) -> Support:
     largest = largest_head_dim(dtype, _architecture_or_common())
     if head_dim > largest or head_dim % 8:
         return Support(False, f"head_dim {head_dim} is not a multiple of 8 up to {largest} ({dtype})")
-    return _device_support() if torch.cuda.is_available() and not interpreted() else Support(True)
+    return _device_support(_index(None)) if torch.cuda.is_available() and not interpreted() else Support(True)
 
 
 def pairs_fit(batch: int, heads: int) -> bool:
@@ -255,7 +262,7 @@ class Triton(Backend):
         from visattn.kernels.triton.ready import Formula, learned
 
         dtype, given, given_q = q.dtype, call, q
-        q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
+        q, k, v = (in_rows(t) for t in (q, k, v))
         if call.precision is not None:
             return attend_8bit(q, k, v, call, architecture(q.device))
         if interpreted() and dtype == torch.bfloat16:
@@ -305,7 +312,7 @@ def _quantise_us(problem: Problem) -> float:
 def _as_they_are(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> bool:
     """Whether the kernels take the tensors of a call without a change."""
     mask, rpb = call.key_mask, call.rpb
-    rows = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in (q, k, v))
+    rows = all(is_in_rows(t) for t in (q, k, v))
     numbers = call.scale >= 0 and not (interpreted() and q.dtype == torch.bfloat16)
     others = (mask is None or mask.is_contiguous()) and (rpb is None or rpb.dtype == torch.float32)
     return rows and numbers and others and (rpb is None or rpb.is_contiguous())
@@ -313,7 +320,7 @@ def _as_they_are(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) 
 
 def recorded(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd, in either direction, or a transform of torch.func has to see a call on these tensors."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if wants_gradient(*tensors):
         return True
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 

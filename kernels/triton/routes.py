@@ -10,7 +10,7 @@ import torch
 
 from visattn.keep import kept
 from visattn.kernels.triton.arguments import Work
-from visattn.kernels.triton.lists.program import Program, fill_kinds, first_tokens, pack, program
+from visattn.kernels.triton.lists.program import Program, fill_kinds, first_tokens, int32_table, pack, program
 from visattn.patterns import DynamicPattern, Routes
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.merging import Merged, merge
@@ -86,14 +86,11 @@ def static_part(plan: TilePlan, by_keys: bool, device: torch.device, in_order: b
     whole = fits and not short[columns.grid_tiles].any()
     mixed = fits and not whole and not short[columns.grid_tiles].all()
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int32)).to(device)
-
-    mask = tensor(kind + len(base.masks))
+    mask = int32_table(kind + len(base.masks), device)
     cut = base.partial or not whole or in_order
     return Static(
         replace(base, masks=torch.cat([base.masks, more]), full=base.full or whole, partial=cut),
-        tensor(first_tokens(columns)),
+        int32_table(first_tokens(columns), device),
         mask,
         whole,
         torch.from_numpy(short).to(device) if mixed else None,
@@ -122,7 +119,7 @@ def _order(plan: TilePlan, by_keys: bool, rows: np.ndarray, device: torch.device
     masks = np.where(whole, 0, len(rows) * np.cumsum(~whole))
     both = own[~whole][:, None] & rows
     first = [torch.from_numpy(first_tokens(side).astype(np.int64)).to(device) for side in (plan.queries, plan.keys)]
-    table = torch.from_numpy(masks.astype(np.int32)).to(device)
+    table = int32_table(masks, device)
     return Order(first[0], first[1], table, queries, step), np.concatenate([rows, both.reshape(-1, *rows.shape[1:])])
 
 

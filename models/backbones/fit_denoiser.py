@@ -44,7 +44,7 @@ class ConditionedStage(Stage):
         super().__init__(local, dims, heads, *more, **dd)
         self.l2c_cross_attn = Cross(dims[1], dims[1], heads[1], **dd)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: torch.Tensor, latents: torch.Tensor, groups: int, conditions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Stage`, with conditions [B, N, latent_dim]."""

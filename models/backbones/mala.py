@@ -147,7 +147,7 @@ class Block(nn.Module):
 class RotaryBlocks(Blocks):
     """The blocks of a stage, with the positions of its map."""
 
-    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Run every block."""
         for block in self:
             if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -37,7 +37,7 @@ def _axis(length: int, keys: int, pretrained: int) -> tuple[tuple[float, ...], t
 
 
 # What `torch.compiler.assume_constant_result` does: how many distances are distinct is no size that a tracer knows.
-_axis._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_axis._dynamo_marked_constant = True
 
 
 @kept

@@ -113,7 +113,7 @@ class TinyBlock:
         heads = attn.qkv(attn.norm(x.flatten(1, 2))).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
         q, k, v = heads.split([attn.key_dim, attn.key_dim, attn.val_dim], dim=3)
         table = symmetric(attn.attention_biases, attn.resolution)
-        rpb = offsets_of(table, attn.resolution, site.pattern, grid)  # type: ignore[arg-type]
+        rpb = offsets_of(table, attn.resolution, site.pattern, grid)
         y = site.attend(q, k, v, Layout(grid), attn.scale, rpb=rpb.to(v.dtype))
         x = x + self.drop_path1(attn.proj(joined(y)).unflatten(1, grid))
         tokens = self.local_conv(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)

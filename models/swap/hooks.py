@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from visattn.copies import Hook, copy_as_is
+from visattn.copies import Hook
 from visattn.models.swap.flexible import grids_of
 from visattn.models.swap.graphs import again_as_node, proxy_among
 from visattn.models.swap.places import Places
@@ -136,34 +135,3 @@ class Finish(Hook):
             self.run.leave()
         else:
             self.run.finish()
-
-
-class Hooks:
-    """The hooks of a swapped model.
-
-    Attributes:
-        modules: Modules that have one.
-    """
-
-    def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
-        self._handles: list[RemovableHandle] = []
-
-    def before(self, module: nn.Module, hook: Hook) -> None:
-        """Call a hook before a module's forward."""
-        self.modules.append(module)
-        self._handles.append(module.register_forward_pre_hook(hook))  # type: ignore[arg-type]
-
-    def after(self, module: nn.Module, hook: Hook, with_kwargs: bool = False, always: bool = False) -> None:
-        """Call a hook after a module's forward; `always` also after one that raised, without an output."""
-        self.modules.append(module)
-        made = module.register_forward_hook(hook, with_kwargs=with_kwargs, always_call=always)  # type: ignore[arg-type]
-        self._handles.append(made)
-
-    def remove(self) -> None:
-        """Take all hooks off; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        for module in self.modules:
-            copy_as_is(module)
-        self._handles, self.modules = [], []

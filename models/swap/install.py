@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from visattn.copies import copy_as_is, copy_as_stock
+from visattn.copies import Hooks, copy_as_is, copy_as_stock
 from visattn.dispatch import choose
 from visattn.layout import Layout
 from visattn.models.swap.hooks import (
@@ -17,7 +17,6 @@ from visattn.models.swap.hooks import (
     Fail,
     Finish,
     Follow,
-    Hooks,
     PassBy,
     RefuseDroppedPatches,
     Resume,

@@ -19,6 +19,7 @@ from visattn.layout import Layout
 from visattn.models.swap.places import ALONE, Places
 from visattn.models.swap.sources import between
 from visattn.models.swap.weights import show_weights
+from visattn.operands import wants_gradient
 from visattn.parameters import following
 from visattn.patterns import Dense, Pattern
 from visattn.patterns.traced import constant
@@ -232,9 +233,18 @@ class Swapped:
         width = v.shape[-1]
         wide = max(width, q.shape[-1])
         q, k, v = (F.pad(t, (0, wide - t.shape[-1])) if t.shape[-1] < wide else t for t in (q, k, v))
-        return self._attend(q, k, v, layout, scale, key_mask, rpb)[..., :width]
+        out, _ = self._run(q, k, v, layout, scale, key_mask, rpb)
+        return out[..., :width]
 
-    def _attend(
+    def attend_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float, rpb: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `attend` with a position bias, and the log-sum-exp [B, heads, S]."""
+        out, lse = self._run(q, k, v, layout, scale, None, rpb, True)
+        assert lse is not None
+        return out, lse
+
+    def _run(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -243,55 +253,40 @@ class Swapped:
         scale: float,
         key_mask: torch.Tensor | None,
         rpb: torch.Tensor | None,
-    ) -> torch.Tensor:
+        lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The pattern on tensors of equal width, counted: output and, if asked for, log-sum-exp, heads first."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         options: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "rpb": rpb, "backend": self.backend}
-        own = self._parameters(q.device)
+        own, run, precision = self._parameters(q.device), attention, self.precision
         if own:
             options["parameters"] = own
+        if lse:
+            options["return_lse"] = True
+        found: Any
         if torch.compiler.is_compiling():
-            return attention(q, k, v, self.pattern, layout, precision=self.precision, **options).transpose(1, 2)
-        tally = self.run.tally
-        call = Call(self.pattern, layout, scale, key_mask, rpb, parameters=own, precision=self.precision)
-        cells = self._cells(q, k, v, call)
-        begun = tally.begin(cells[0])
-        precision = None if cells[0].kept else self.precision
-        run = attention if precision is None else attention_through
-        with tally.hearing(cells, begun):
-            out = run(q, k, v, self.pattern, layout, precision=precision, **options)
-        tally.end(cells, begun)
-        self._note(_RAN)
-        show_weights(self.attention, self.path, q, k, call)
-        if self.run.watcher is not None and rpb is None:
-            self.run.watcher(Watched(self.path, q, k, v, out, self.pattern, (layout,), scale, key_mask, own))
-        return out.transpose(1, 2)
-
-    def attend_lse(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float, rpb: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `attend` with a position bias, and the log-sum-exp [B, heads, S]."""
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        options: dict[str, Any] = {"scale": scale, "rpb": rpb, "backend": self.backend, "return_lse": True}
-        own = self._parameters(q.device)
-        if own:
-            options["parameters"] = own
-        if torch.compiler.is_compiling():
-            out, lse = attention(q, k, v, self.pattern, layout, **options)
+            found = run(q, k, v, self.pattern, layout, precision=precision, **options)
         else:
-            tally, call = self.run.tally, Call(self.pattern, layout, scale, None, rpb, True, parameters=own)
+            tally = self.run.tally
+            call = Call(self.pattern, layout, scale, key_mask, rpb, lse, own, precision)
             cells = self._cells(q, k, v, call)
             begun = tally.begin(cells[0])
-            out, lse = attention(q, k, v, self.pattern, layout, **options)
+            precision = None if cells[0].kept else precision
+            if precision is not None:
+                run = attention_through
+            with tally.hearing(cells, begun):
+                found = run(q, k, v, self.pattern, layout, precision=precision, **options)
             tally.end(cells, begun)
             self._note(_RAN)
             show_weights(self.attention, self.path, q, k, call)
-        return out.transpose(1, 2), lse.transpose(1, 2)
+            if self.run.watcher is not None and rpb is None:
+                self.run.watcher(Watched(self.path, q, k, v, found, self.pattern, (layout,), scale, key_mask, own))
+        out, sums = found if lse else (found, None)
+        return out.transpose(1, 2), None if sums is None else sums.transpose(1, 2)
 
     def _cells(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[Cell, ...]:
         """Where a call that runs the pattern counts; that is known of calls like earlier ones."""
-        learns = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (q, k, v, call.rpb, *call.parameters.values())
-        )
+        learns = wants_gradient(q, k, v, call.rpb, *call.parameters.values())
         given = call.key_mask is None, call.rpb is None, call.lse
         key = q.shape, k.shape[2], q.dtype, q.device, call.layout, learns, given
         found = self._ran.get(key)

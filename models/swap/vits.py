@@ -19,7 +19,7 @@ from visattn.offsets import offsets_of
 class SequenceAttention(TokenAttention):
     """MetaFormer's `Attention`, whose forward takes the tokens alone."""
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """As the module's own forward."""
         y = self._visattn_attend(x, None, None, False)
         if y is None:
@@ -67,7 +67,7 @@ class FormerAttention:
 class GemmaAttention(TokenAttention):
     """Gemma 4's `Gemma4Attention`: norms of queries, keys and values, and a rotary embedding by rows and columns."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self: Any,
         x: torch.Tensor,
         rope_cos: torch.Tensor,

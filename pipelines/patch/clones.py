@@ -217,7 +217,7 @@ def _saying_where(call: types.FunctionType, stock: Callable[..., Any]) -> Callab
 
     functools.update_wrapper(run, call)
     # diffusers asks for it at every call, and works it out each time.
-    run.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.signature(call)
     return run
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from visattn.operands import wants_gradient
 from visattn.operator import above, below, define
 from visattn.ops import without_values
 from visattn.patterns import Dense
@@ -182,7 +183,7 @@ def patched_attention(
 
     `module` is its number in the group's paths, where what the pattern keeps goes by modules.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *parameters)):
+    if wants_gradient(q, k, v, *parameters):
         return _Attention.apply((scale, grouped, group), module, q, k, v, mask, *parameters)
     plain = type(q) in PLAIN and type(k) in PLAIN and type(v) in PLAIN
     owner = look_up(group) if mask is None and not parameters and plain and not without_values(q) else None

@@ -10,4 +10,4 @@ import torch
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep the compiler out of a function and all it calls."""
-    return torch.compiler.disable(function)  # type: ignore[arg-type]
+    return torch.compiler.disable(function)

@@ -28,7 +28,7 @@ from scripts.bench.gpu import dense_by, in_turns
 from scripts.bench.hybrid_gpu import random_parameters
 from scripts.gpu_common import compile_first, go_on, versions
 from visattn import Layout, attention, parse
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.kernels.triton.choosing.choose import part_tokens
 from visattn.kernels.triton.choosing.means import part_means
 from visattn.kernels.triton.hybrid import linear as hybrid
@@ -165,8 +165,7 @@ def main() -> int:
     print(json.dumps({"seconds": time.perf_counter() - begin} | report["versions"]), flush=True)
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(given.out) as path:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(given.out, report)
     return 0
 
 

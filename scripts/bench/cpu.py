@@ -11,7 +11,6 @@ the visible pairs alone would allow, "tile bound" what the pairs that the engine
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from visattn import Layout, attention
 from visattn.environment import versions
-from visattn.files import check_writable_file, written_whole
+from visattn.files import check_writable_file, write_json
 from visattn.kernels.tiles.backend import visited_pairs
 from visattn.patterns import ListedPattern, Pattern, parse
 from visattn.plans import plan
@@ -225,8 +224,7 @@ def main() -> None:
         result["memory"] = memory(threads)
         print(f"peak extra memory at 128x128: {result['memory']:.2f} x (q + k + v + out)")
     if args.json:
-        with written_whole(args.json) as path:
-            path.write_text(json.dumps(result, indent=1))
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ which the budget leaves no time are left out and named. The diffusion stage runs
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from scripts.bench.gpu import in_turns, median_ms
 from scripts.gpu_common import go_on, sampled_error, versions
 from visattn import Layout, attention, explain
-from visattn.files import written_whole
+from visattn.files import write_json
 
 DIM = 64
 # Above this, dense attention takes seconds.
@@ -144,8 +143,7 @@ def main() -> int:
             found["stages"][name] = row
             print(f"{time.perf_counter() - begun:5.1f} s {name}: {row}", flush=True)
             if options.out:
-                with written_whole(options.out) as path:
-                    path.write_text(json.dumps(found, indent=1) + "\n")
+                write_json(options.out, found)
         row = found["stages"][name]
         wrong += [name] if max(row["error"], row.get("flex_error", 0)) > ALLOWED else []
         torch.cuda.empty_cache()

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend
 from scripts.bench.gpu import DIM, HEADS, compared, dense_by, in_turns
 from scripts.gpu_common import go_on, versions
 from visattn import Layout, attention, parse, tile_choice
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.kernels.triton.backend import kernels_of
 from visattn.kernels.triton.choosing.skipped import SkippingLists
 from visattn.kernels.triton.lists.program import Program, program
@@ -198,8 +198,7 @@ def main() -> None:
             found["cases"][name] = measured(name, given.backward)
             print(name, json.dumps(found["cases"][name]), flush=True)
             if given.out is not None:
-                with written_whole(given.out) as path:
-                    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                write_json(given.out, found)
 
 
 if __name__ == "__main__":

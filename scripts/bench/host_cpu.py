@@ -10,7 +10,6 @@ those of the thread, so that other work of the machine does not count.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visattn import Layout, attention
+from visattn.files import write_json
 
 # Pattern, layout, heads, head dim; of few channels, as a difference of some microseconds drowns in large products.
 CASES = {
@@ -120,7 +120,7 @@ def main() -> None:
         numbers = f"{row['call']:7.0f} us a call, {row['operators']:7.0f} us its {row['number']:.0f} operators"
         print(f"{name:<14} {numbers}, {row['between']:6.0f} us between")
     if chosen.out:
-        chosen.out.write_text(json.dumps({"torch": torch.__version__, "layer": beyond, "rows": rows}, indent=1) + "\n")
+        write_json(chosen.out, {"torch": torch.__version__, "layer": beyond, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Random weights and inputs: tokens choose their heads about evenly. The two take 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 import visattn.models  # noqa: F401  registers the backbones
 from visattn.environment import devices, versions
+from visattn.files import write_json
 from visattn.models.backbones.moh import MoHAttention
 from visattn.timing import interleave
 
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name:<18} {row['tokens']:>6}", *(f"{row[k]['median'] * 1e3:8.1f} ms" for k in ("every", "used")))
     if options.out:
         found = {"versions": versions(), "devices": devices(), "rows": rows}
-        options.out.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(options.out, found, indent=2)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from scripts.bench.real_models import MODELS, build
 from scripts.calls_gpu import kernels, profiled
 from scripts.continued import earlier
 from visattn import apply
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.report_text import headline
 from visattn.timing import per_call
 from visattn.watch import Watched
@@ -204,8 +204,7 @@ def keep(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     by_key = {(row["model"], row["attention"], row["mode"]): row for row in [*old, *rows]}
     order = list(MODELS)
     merged = sorted(by_key.values(), key=lambda row: (order.index(row["model"]), MODES.index(row["mode"])))
-    with written_whole(out) as path:
-        path.write_text(json.dumps(about | {"rows": merged}, indent=1) + "\n")
+    write_json(out, about | {"rows": merged})
 
 
 def machine(tiny: bool) -> dict[str, Any]:

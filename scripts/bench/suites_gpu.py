@@ -21,7 +21,7 @@ from scripts.continued import earlier
 from scripts.gpu_common import compile_first
 from visattn.bench import DENSE, Case, Result, backend_names, contenders
 from visattn.environment import devices, versions
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.suites import NAMES, Entry, Measured, run_suite, suite
 
 
@@ -86,8 +86,7 @@ class Kept:
         each = last.to_dict()
         key = case_of(each)
         self._known[key] = merged(self._known[key], each) if key in self._known else each
-        with written_whole(self._out) as path:
-            path.write_text(json.dumps(self._about | {"results": list(self._known.values())}, indent=1) + "\n")
+        write_json(self._out, self._about | {"results": list(self._known.values())})
         times = [f"{line.backend} {line.timing.median * 1e3:.3f} ms" for line in last.result.lines if line.timing]
         print(f"  {', '.join(times)}", flush=True)
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from scripts.continued import earlier
 from visattn import apply
 from visattn.environment import devices, versions
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.handle import Handle
 from visattn.models.measure import create, peak_memory
 
@@ -45,11 +45,11 @@ def dense_clock() -> Iterator[list[float]]:
         seconds.append(time.perf_counter() - start)
         return out
 
-    F.scaled_dot_product_attention = timed  # type: ignore[assignment]
+    F.scaled_dot_product_attention = timed
     try:
         yield seconds
     finally:
-        F.scaled_dot_product_attention = own  # type: ignore[assignment]
+        F.scaled_dot_product_attention = own
 
 
 def sparse_seconds(handle: Handle) -> float:
@@ -140,8 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
             found["cases"][key] = merged(found["cases"].get(key, {}), case)
             print(key, json.dumps({side: case[side] for side in ("stock", "swapped")}), flush=True)
             if options.out:
-                with written_whole(options.out) as path:
-                    path.write_text(json.dumps(found, indent=2) + "\n")
+                write_json(options.out, found, indent=2)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from scripts.calls_gpu import in_turns, wall_us
 from visattn import Layout, attention, parse
 from visattn.crossing import crossing
+from visattn.files import write_json
 from visattn.problem import Call, Problem
 
 MODES = ("eager", "captured", "compiled")
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
                     print(json.dumps({k: round(v, 1) if isinstance(v, float) else v for k, v in rows[-1].items()}))
     wrong = [row for row in rows if not row["right"]]
     if chosen.out:
-        chosen.out.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+        write_json(chosen.out, {"versions": versions(), "rows": rows})
     print(f"{len(rows) - len(wrong)} of {len(rows)} choices are within {SLACK - 1:.0%} of the faster one")
     return int(bool(wrong))
 

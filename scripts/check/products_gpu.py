@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from torch.nn.functional import elu, scaled_dot_product_attention
 from scripts.bench.gpu import forward_and_backward, median_ms
 from scripts.gpu_common import go_on, itself, versions
 from visattn import Layout
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.kernels.agent.attention import pool_queries, through_agents
 from visattn.kernels.linear.causal import causal_attention, decay_rates
 from visattn.kernels.linear.features import elu_plus_one
@@ -319,8 +318,7 @@ def report_times(only: list[str], report: dict[str, Any], out: Path | None) -> N
     for name, measure in timed(only).items():
         rows = report["times"][name] = measure()
         if out is not None:
-            with written_whole(out) as path:
-                path.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(out, report)
         for who, row in rows.items():
             cells = (f"{key} {value:.3f}" if key != "error" else value for key, value in row.items())
             print(f"{name:<24}{who:<16}" + "  ".join(cells), flush=True)

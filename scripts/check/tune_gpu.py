@@ -44,7 +44,7 @@ def tuned(most: int) -> int:
         timed.append(len(choices))
         return fastest(choices, clock)  # type: ignore[arg-type]
 
-    tune.fastest = counted  # type: ignore[assignment]
+    tune.fastest = counted
     tune.candidates = lambda *given: candidates(*given)[:most]
     begin = time.perf_counter()
     ours = run()

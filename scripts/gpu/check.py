@@ -100,11 +100,11 @@ def _only_parsing(said: list[str]) -> Iterator[None]:
         said.append(message)
         raise SystemExit(2)
 
-    argparse.ArgumentParser.parse_args, argparse.ArgumentParser.error = parse_args, tell  # type: ignore[method-assign]
+    argparse.ArgumentParser.parse_args, argparse.ArgumentParser.error = parse_args, tell
     try:
         yield
     finally:
-        argparse.ArgumentParser.parse_args, argparse.ArgumentParser.error = original, error  # type: ignore[method-assign]
+        argparse.ArgumentParser.parse_args, argparse.ArgumentParser.error = original, error
 
 
 @contextmanager

@@ -8,7 +8,6 @@ pictures, because no generator can be read better than that.
 """
 
 import argparse
-import json
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from diffusers import DiffusionPipeline
 from sklearn.svm import SVC
 
 from scripts.train.digits_data import downscale, real_digits, upscale
+from visattn.files import write_json
 from visattn.pipelines.embedded import load_embedded
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
 
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     if figures["report"]:
         print(figures["report"])
     if options.out:
-        options.out.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(options.out, figures, indent=2)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +35,7 @@ from scripts.train.digits_vit_model import (
 )
 from visattn import apply
 from visattn.environment import cpu_name
-from visattn.files import written_whole
+from visattn.files import write_json
 
 PATTERNS = (
     "dense",
@@ -130,9 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
         row = done[pattern]
         print(f"{pattern:<20} {row['as_trained']:7.2%} {row['fine_tuned']:7.2%}", flush=True)
         if options.out:
-            with written_whole(options.out) as path:
-                rows = [done[each] for each in dict.fromkeys([*options.patterns, *done]) if each in done]
-                path.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
+            rows = [done[each] for each in dict.fromkeys([*options.patterns, *done]) if each in done]
+            write_json(options.out, report | {"rows": rows}, indent=2)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from scripts.distill.vit_config import DIGITS, VitConfig
 from scripts.train.digits_data import upscale
 from scripts.train.digits_vit_model import SIZE, load_vit, split
 from visattn import apply, convert_heads
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.trained import Trained, load_own, load_trained, trained_weights
 
 PATTERNS = "na(window=3x3); na(window=5x5); clear(radius=4); linear(feature=hedgehog); mala; agent(agents=4x4)"
@@ -153,8 +153,7 @@ def run(settings: Settings) -> dict[str, Any]:
     for student in students:
         figures["rows"].append(measure(model, student))
         print(json.dumps(figures["rows"][-1]), flush=True)
-        with written_whole(result) as path:
-            path.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(result, figures)
     return figures
 
 

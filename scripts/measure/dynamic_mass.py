@@ -12,7 +12,6 @@ output, relative to the norm of the dense output.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -24,6 +23,7 @@ import torch
 import visattn
 from scripts.measure.dynamic_chart import draw_chart
 from visattn import Layout, dense_mask, parse
+from visattn.files import write_json
 from visattn.kernels.heads import best_patterns
 from visattn.patterns import Best, DynamicPattern, OrderedPattern
 from visattn.patterns.choice.blocks import Blocks, inner, token_blocks
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None, recorded: Callable[..., list[Mo
         "outputs": errors(modules, given.only or OUTPUTS),
     }  # fmt: skip
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(given.out, result)
     if given.chart and lines:
         title = f"Attention caught, emoji model, step {given.step} of {given.steps}, {len(modules)} calls"
         draw_chart(given.chart, title, {line: list(points) for line, points in lines.items()})

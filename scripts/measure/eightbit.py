@@ -10,7 +10,6 @@ at the calls of the first picture. What the file has is not measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch
 from scripts.continued import earlier
 from visattn import Layout, apply, attention
 from visattn.environment import cpu_name
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.kernels.tiles import eightbit
 from visattn.metrics import psnr
 from visattn.pipelines.load import load_pipeline
@@ -141,8 +140,7 @@ def main() -> int:
         sys.exit(str(error))
 
     def keep() -> None:
-        with written_whole(chosen.out) as path:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(chosen.out, report)
 
     if "normal" not in report:
         report["normal"] = {"pattern": WINDOW, "layout": str(GRID), "head_dim": 128, "errors": parts_of_error()}

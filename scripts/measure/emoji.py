@@ -33,7 +33,7 @@ from scripts.measure.twins import Twins
 from scripts.train.emoji_data import load_pack
 from visattn.canvas import column, text
 from visattn.environment import devices, versions
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.pipelines.load import load_pipeline
 from visattn.trained import load_trained
 
@@ -218,8 +218,7 @@ def model_hash(model: torch.nn.Module) -> str:
 def write(figures: dict[str, Any], path: Path) -> None:
     """Writes the results whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(path, figures)
 
 
 def save_strip(sheet: Image.Image, folder: Path, student: Student, size: int) -> None:

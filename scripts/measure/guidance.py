@@ -11,7 +11,6 @@ is not measured again; `--seconds` begins no row after so long.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from scripts.measure.emoji_judge import shares
 from visattn import apply, guide
 from visattn.canvas import Picture, column, row, text
 from visattn.environment import devices, versions
-from visattn.files import written_whole
+from visattn.files import write_json, written_whole
 from visattn.pipelines.embedded.prompts import tokenize
 from visattn.pipelines.load import load_pipeline
 
@@ -157,8 +156,7 @@ def measure(pipe: Any, options: argparse.Namespace) -> None:
         print(
             variant, f"{found['top1']:.0%} named, score {found['score']:.3f} +- {found['score_error']:.3f}", flush=True
         )
-        with written_whole(options.out) as path:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.out, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,7 +16,6 @@ measured on --held-out others, which neither training nor the search had: beside
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from scripts.measure.guidance import PROMPTS, Variant, cosines, draw, judged
 from scripts.train.emoji_data import load_pack
 from visattn import apply
 from visattn.environment import devices, versions
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.pipelines.guidance.search import FoundHeads, Objective, all_heads, by_layer, find_heads, palette, sharpness
 from visattn.pipelines.guidance.trials import Head
 from visattn.pipelines.load import load_pipeline
@@ -192,8 +191,7 @@ def captions_of(data: Path | None, known: int, unseen: int) -> tuple[list[str], 
 
 def _write(report: dict[str, Any], out: Path) -> None:
     """Write the heads, beside the scores."""
-    with written_whole(out.with_suffix(".json")) as path:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), report)
 
 
 if __name__ == "__main__":

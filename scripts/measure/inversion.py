@@ -26,7 +26,7 @@ from scripts.continued import earlier
 from visattn import apply
 from visattn.canvas import WHITE, Picture, column, row, text
 from visattn.environment import devices
-from visattn.files import written_whole
+from visattn.files import write_json, written_whole
 from visattn.pipelines.control.trajectory import EulerInverseScheduler
 from visattn.pipelines.load import load_pipeline
 from visattn.pipelines.schedulers import BDIAInverseScheduler, BDIAScheduler, EDICTInverseScheduler, EDICTScheduler
@@ -158,8 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report["rows"].sort(
             key=lambda each: order.index((each["kind"], each["pattern"], each["back"], each["guidance"]))
         )
-        with written_whole(options.out) as path:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.out, report)
 
 
 if __name__ == "__main__":

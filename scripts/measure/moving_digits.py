@@ -9,7 +9,6 @@ others are compared with its videos. `--frames 32 --lora FOLDER --lora-pattern .
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from scripts.train.digits_data import real_digits
 from scripts.train.moving_digits import LORA_FILE, flow_matching_loss, load_lora, load_pipeline
 from scripts.train.moving_digits_data import MovingDigits, centers_of, cut_out
 from scripts.train.moving_digits_training import CLASSES, FRAMES, SIZE
+from visattn.files import write_json
 from visattn.metrics import psnr, ssim
 from visattn.pipelines.embedded.pixel_wan import PixelWanPipeline
 from visattn.pipelines.report.video_files import contact_sheet
@@ -211,7 +211,7 @@ def write(result: dict[str, Any], made: dict[str, torch.Tensor], options: argpar
     if options.picture:
         save_picture(made, options.picture_labels, options.per_class, options.picture)
     if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.out, result, indent=2)
 
 
 def _line(name: str, of: dict[str, float]) -> str:

@@ -25,7 +25,7 @@ from scripts.continued import earlier
 from scripts.measure.guidance import others
 from scripts.results import RESULTS
 from visattn.environment import devices, versions
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.pipelines.load import load_pipeline
 from visattn.pipelines.tuning.subject import PipelineSubject, Samples
 from visattn.schedule import Schedule
@@ -152,8 +152,7 @@ def measure(options: argparse.Namespace) -> list[str]:
             continue
         report["rows"].append(row)
         print(f"{time.monotonic() - start:6.1f} s  {told(row)}", flush=True)
-        with written_whole(options.out) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.out, report)
     return failed
 
 

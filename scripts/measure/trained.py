@@ -37,7 +37,7 @@ from scripts.measure.emoji_encoder_model import ENCODER, check_tokens, load_enco
 from scripts.measure.trained_pictures import draw_curves, draw_sheet
 from scripts.train import animoji_data, emoji_data
 from scripts.train.emoji_captions import shipped_tokenizer
-from visattn.files import written_whole
+from visattn.files import write_json
 
 START = 90  # seconds beside its steps after which a training is asked to stop
 POINTS = 24  # of a curve: means, as a batch's distance says more about its noise
@@ -170,8 +170,7 @@ def _train(method: str, sparsity: float, before: float | None, options: argparse
         return str(error)
     about = {"seconds": round(seconds, 1), "device": emoji.device_name(options.device)}
     about |= {} if before is None else {"after": name_of(method, before)}
-    with written_whole(folder / "seconds.json") as path:
-        path.write_text(json.dumps(about) + "\n")
+    write_json(folder / "seconds.json", about, indent=None)
     return ""
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import statistics
 import time
@@ -25,7 +24,7 @@ import torch
 from scripts.measure.guidance import others
 from scripts.measure.tuned_grid import best_single, grid_of, measure_grid, single
 from visattn.environment import devices, precisions_of, versions
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.pipelines.embedded import EMBEDDED
 from visattn.pipelines.load import load_pipeline
 from visattn.pipelines.tuning.subject import PipelineSubject, Samples
@@ -178,8 +177,7 @@ def compare(goal: Goal, measurer: Measurer, results: dict[str, Any], assignment:
 
 def write(results: dict[str, Any], options: argparse.Namespace) -> None:
     """Writes the results whole."""
-    with written_whole(options.out / f"{options.model}-results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(options.out / f"{options.model}-results.json", results)
 
 
 def report(results: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from visattn.environment import devices, precisions_of, versions
-from visattn.files import written_whole
+from visattn.files import write_json
 from visattn.models.tuning.pictures import Pictures
 from visattn.models.tuning.subject import BackboneSubject
 from visattn.tuning.candidates import candidates, checked
@@ -81,8 +81,7 @@ def measure(
     rows = {"verified": dict(made.verified), "layers": {k: dict(v) for k, v in made.layers.items()}}
     results = {"about": subject.about(), "versions": versions(), "devices": devices(), "goal": str(goal)} | rows
     results |= {"rank_correlation": found.ranks, "missed": found.missed, "tried": found.tried}
-    with written_whole(options.out / f"{options.what}-results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(options.out / f"{options.what}-results.json", results)
     print(json.dumps(rows["verified"]), found.missed, flush=True)
 
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,10 +9,9 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from scripts.train.runs import load_run, part, read_run, save_pipeline, save_run
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
 
 NULL_LABEL_DROPOUT = 0.1
@@ -178,15 +175,8 @@ def save_checkpoint(
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Writes everything a resumed run needs into one safetensors file, or leaves the old file whole."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-    metadata = {"config": json.dumps(asdict(config)), "progress": json.dumps(asdict(progress))}
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.detach().cpu().clone() for k, v in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
+    """Writes everything that a resumed run needs, see `save_run`."""
+    save_run(path, config, {"progress": json.dumps(asdict(progress))}, {"model": model, "ema": ema}, optimizer)
 
 
 def load_checkpoint(
@@ -197,20 +187,7 @@ def load_checkpoint(
     Raises:
         ValueError: If the run was started with other settings than `config`, `CHANGEABLE` ones aside.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    then, now = json.loads(metadata["config"]), asdict(config)
-    other = [f"{k} {then.get(k)!r} then, {now[k]!r} now" for k in now if k not in CHANGEABLE and then.get(k) != now[k]]
-    if other:
-        raise ValueError(f"{path} is from another run ({'; '.join(other)}): pass --no-resume or another --out")
-    model.load_state_dict(_part(tensors, "model."))
-    ema.load_state_dict(_part(tensors, "ema."))
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in _part(tensors, "optimizer.").items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    metadata = load_run(path, config, {"model": model, "ema": ema}, optimizer, CHANGEABLE)
     saved = json.loads(metadata["progress"])
     return Progress(**{field.name: saved[field.name] for field in fields(Progress)})
 
@@ -232,26 +209,14 @@ def update(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer,
 
 def export_checkpoint(path: Path, folder: Path) -> int:
     """Exports the averaged weights of a run that may still go on; returns the size in bytes."""
-    with safe_open(path, framework="pt") as file:
-        layers = json.loads(file.metadata()["config"])["layers"]
-        average = {key.removeprefix("ema."): file.get_tensor(key) for key in file.keys() if key.startswith("ema.")}  # noqa: SIM118
-    model = build_model(layers)
-    model.load_state_dict(average)
+    metadata, tensors = read_run(path, "ema")
+    model = build_model(json.loads(metadata["config"])["layers"])
+    model.load_state_dict(part(tensors, "ema"))
     return export(model, folder)
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def export(model: DiTTransformer2DModel, folder: Path) -> int:
     """Writes the model as a float16 pipeline in diffusers' folder format; returns its size in bytes."""
     half = build_model(len(model.transformer_blocks))
     half.load_state_dict(model.state_dict())
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    PixelDiTPipeline(half.half(), build_scheduler()).save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return save_pipeline(PixelDiTPipeline(half.half(), build_scheduler()), folder)

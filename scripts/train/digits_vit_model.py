@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
 from scripts.train.digits_data import jitter, real_digits, upscale
+from scripts.train.runs import load_run, part, read_run, save_run
 
 SIZE, PATCH, CLASSES = 64, 4, 10
 TRAINING_DIGITS = 1200
@@ -140,14 +137,8 @@ def held_out_accuracy(model: nn.Module, size: int = SIZE, batch: int = 64) -> fl
 
 
 def save_state(path: Path, config: Config, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes everything a resumed run needs into one safetensors file, or leaves the old file whole."""
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-    temporary = path.with_suffix(".tmp")
-    metadata = {"config": json.dumps(asdict(config)), "step": str(step)}
-    save_file({key: value.detach().clone() for key, value in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
+    """Writes everything that a resumed run needs, see `save_run`."""
+    save_run(path, config, {"step": str(step)}, {"model": model}, optimizer)
 
 
 def load_state(path: Path, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -156,20 +147,7 @@ def load_state(path: Path, config: Config, model: nn.Module, optimizer: torch.op
     Raises:
         ValueError: If the run was started with other settings.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    then, now = json.loads(metadata["config"]), asdict(config)
-    other = [f"{key} {then.get(key)!r} then, {now[key]!r} now" for key in now if then.get(key) != now[key]]
-    if other:
-        raise ValueError(f"{path} is from another run ({'; '.join(other)}): pass --no-resume or another --out")
-    model.load_state_dict(_part(tensors, "model."))
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in _part(tensors, "optimizer.").items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"])
+    return int(load_run(path, config, {"model": model}, optimizer)["step"])
 
 
 def load_vit(path: Path) -> VisionTransformer:
@@ -180,16 +158,10 @@ def load_vit(path: Path) -> VisionTransformer:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: run scripts/train/digits_vit.py first")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}  # noqa: SIM118
+    metadata, tensors = read_run(path, "model")
     steps = Config(**json.loads(metadata["config"])).steps
     if int(metadata["step"]) < steps:
         raise ValueError(f"{path} has {metadata['step']} of {steps} steps: run scripts/train/digits_vit.py to its end")
     model = build_vit()
-    model.load_state_dict(_part(tensors, "model."))
+    model.load_state_dict(part(tensors, "model"))
     return model
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -30,7 +30,7 @@ from scripts.train.emoji_sources import SIDE, STYLES
 from scripts.train.emoji_training import Config, draw, loss_of
 from scripts.train.flow_loop import attend_by, autocast
 from scripts.train.processes import agreed, joined, mean_gradients, mean_of, share_of
-from visattn.files import output_folder
+from visattn.files import output_folder, write_json
 from visattn.parallel.processes import Place
 from visattn.pipelines.embedded.pixel_flux import PixelFluxPipeline
 from visattn.pipelines.load import load_pipeline
@@ -177,7 +177,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             training = _training(options, place)
             figures = training.run(lambda line: print(line, flush=True))
             training.pipeline.transformer.save_lora_adapter(folder, weight_name=FILE, safe_serialization=True)
-            (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+            write_json(folder / "figures.json", figures)
         return figures | {"bytes": (options.out / FILE).stat().st_size}
 
 

@@ -24,6 +24,7 @@ from scripts.train.emoji_captions import TRAIN
 from scripts.train.emoji_data import Pack
 from scripts.train.emoji_optimizer import Guard, build_optimizers
 from scripts.train.flow import Batch, FlowConfig, Progress, about, check_same
+from visattn.files import write_json
 
 STATE, AVERAGE = "state", "average"
 SAVE_EVERY = 150.0
@@ -203,7 +204,7 @@ def run(
         training.save(out)
         log.append({"event": "end"} | asdict(progress) | {"losses": training.losses(), "parts": training.parts})
         report(json.dumps(log[-1]))
-        (out / "log.json").write_text(json.dumps({"config": asdict(config), "log": log}, indent=1))
+        write_json(out / "log.json", {"config": asdict(config), "log": log})
         training.samples(sample_steps).save(out / "samples.png")
     return log
 

@@ -1,7 +1,5 @@
 """Parts of the moving-digits training: settings, the model, its schedule and its export."""
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from torch import nn
 
 from scripts.train import digits_training
 from scripts.train.digits_training import CLASSES
+from scripts.train.runs import save_pipeline
 from visattn.pipelines.embedded.pixel_wan import PixelWanPipeline
 
 FRAMES, SIZE, PATCH = 16, 32, 2
@@ -108,10 +107,4 @@ def export(model: nn.Module, folder: Path, layers: int) -> int:
     """Writes the model as a float16 pipeline in diffusers' folder format; returns its size in bytes."""
     half: Any = build_model(layers)
     half.load_state_dict(model.state_dict())
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    build_pipeline(half.to(torch.float16)).save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return save_pipeline(build_pipeline(half.to(torch.float16)), folder)

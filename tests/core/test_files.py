@@ -7,6 +7,8 @@ import sys
 import threading
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from visattn.files import (
     UNFINISHED,
@@ -14,7 +16,9 @@ from visattn.files import (
     check_writable_file,
     output_folder,
     prepare_folder,
+    read_tensors,
     read_values,
+    write_json,
     written_whole,
 )
 
@@ -32,6 +36,30 @@ def test_a_block_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path):
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_json_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": [1]})
+    assert path.read_text() == '{\n "a": [\n  1\n ]\n}\n'
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(path, {"a": object()})
+    assert read_values(path) == {"a": [1]}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_tensors_are_read_or_the_file_is_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match=r"weights .*a\.safetensors do not exist: pass another"):
+        read_tensors(path, "weights", "pass another")
+    path.write_text("no tensors")
+    with pytest.raises(ValueError, match=r"weights .*a\.safetensors are no safetensors file"):
+        read_tensors(path, "weights", "pass another")
+    save_file({"x": torch.arange(3)}, path, {"about": "all"})
+    tensors, metadata = read_tensors(path, "weights", "pass another")
+    assert metadata == {"about": "all"} and torch.equal(tensors.pop("x"), torch.arange(3)) and not tensors
+    save_file({}, path)
+    assert read_tensors(path, "weights", "pass another") == ({}, {})
 
 
 def test_folders_are_made_and_never_mixed_with_other_output(tmp_path):

@@ -53,3 +53,11 @@ def test_rooms_of_kernels_say_what_is_in_which_file():
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
             others = [m.stem for m in file.parent.glob("*.py") if m.stem not in ("__init__", "backend")]
             assert not [other for other in others if f"`{other}`" not in text], file
+
+
+def test_the_table_of_the_design_has_every_module_beside_the_rooms():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = "".join(line for line in page.splitlines() if line.startswith("| `"))
+    names = {file.name for file in (ROOT / "visattn").glob("*.py")} - {"__init__.py", "__main__.py", "version.py"}
+    assert len(names) > 50
+    assert not {name for name in names if f"`visattn/{name}`" not in table and f"`{name}`" not in table}

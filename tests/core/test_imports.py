@@ -13,7 +13,7 @@ import visattn
 ROOT = Path(visattn.__file__).parent
 # From the bottom up: a room imports itself and rooms of lower rank, in functions too.
 RANKS = ("foundations", "patterns", "core", "kernels", "adapters", "cli")
-FOUNDATIONS = ("entries", "given", "keep", "layout", "memory", "registry", "tiling", "version")
+FOUNDATIONS = ("entries", "given", "keep", "layout", "memory", "operands", "registry", "tiling", "version")
 # What in core names things of higher rooms, never while it is imported: public names, what registers, the watcher.
 DOORS = {"visattn", "visattn.doors", "visattn.watch"}
 # When an import happens: on import of the module, in a call, or never (annotations only).

@@ -12,8 +12,7 @@ from torch.nn import functional
 
 import visattn
 import visattn.models
-from tests.golden.fill import fill_value
-from tests.support.tiny_timm import records_shown
+from tests.support.tiny_timm import randomise, records_shown
 from visattn import Layout
 from visattn.models.swap.records import name_of_record
 from visattn.models.swap.runtime import is_swapped
@@ -59,14 +58,6 @@ def make(name, **kwargs):
 
 def make_swin(name, depths=(1, 1, 1, 1)):
     return randomise(timm.create_model(name, num_classes=10, depths=depths, **SWINS[name]).eval())
-
-
-def randomise(model):
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith("logit_scale"):
-                parameter.copy_(fill_value(name, parameter.shape))
-    return model
 
 
 def image(name, batch=2):

@@ -1,6 +1,7 @@
 """What `auto` runs in a swapped timm model: the module's own attention where that is estimated to be faster."""
 
 import pytest
+import timm
 import torch
 
 pytest.importorskip("timm")
@@ -128,3 +129,15 @@ def test_calls_that_8_bits_would_slow_down_are_exact_and_counted(pattern, monkey
     with visattn.apply(model, pattern, precision="int8", always=True) as handle:
         assert not torch.equal(model(x), exact)
     assert not handle.report().exact
+
+
+@torch.no_grad()
+def test_8_bits_beside_a_position_bias_are_refused_and_not_left_out():
+    """Also where the class token is apart and the grid alone goes through the kernels."""
+    model = timm.create_model("beit_base_patch16_224", img_size=64, depth=1, embed_dim=48, num_heads=3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with (
+        visattn.apply(model, "na(window=3)", backend="tiles", precision="int8"),
+        pytest.raises(ValueError, match="in int8 it adds no relative position bias"),
+    ):
+        model(x)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.golden.fill import fill_value, make_input
 from tests.support.cases import gradients, layouts, qkv
+from tests.support.golden import golden_inputs, near
 from visattn import Layout, attention, attention_rows, parse
 from visattn.patterns.choice.blocks import token_blocks
 
@@ -24,21 +25,6 @@ FORMS = [
     "vsa(keep=0.3, {})",
     "vsa(keep=0.4, gate=channel, {})",
 ]
-
-
-def golden_inputs(case):
-    (batch, length, heads, dim), run = case["shape"], case.get("run", 64)
-    found = []
-    for i in range(3):
-        noise = make_input((batch, length, heads, dim), 10 * case["seed"] + i)
-        levels = make_input((batch, -(-length // run), heads, dim), 10 * case["seed"] + 5 + i)
-        found.append(noise + levels.repeat_interleave(run, 1)[:, :length])
-    return found
-
-
-def near(out, stored):
-    found = out.reshape(-1)[:: stored["stride"]][: len(stored["values"])]
-    return (found - stored["values"]).abs().max() < 1e-4 * stored["values"].std()
 
 
 @pytest.mark.parametrize("case", SLA, ids=lambda case: case["feature"])

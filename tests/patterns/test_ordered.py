@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.golden.fill import make_input
 from tests.support.cases import gradients, layouts, qkv
+from tests.support.golden import golden_inputs, near
 from visattn import Layout, attention, attention_rows, parse
 from visattn.kernels.ordered import order, slots_of
 from visattn.patterns import kmeans as clusters_of
@@ -18,21 +19,6 @@ from visattn.patterns.choice.memory import Memory, Place, placed
 from visattn.problem import Call
 
 GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "dynamic_ordered.pt", weights_only=True)
-
-
-def golden_inputs(case):
-    batch, length, heads, dim = case["shape"]
-    run, found = case.get("run", 64), []
-    for i in range(3):
-        noise = make_input((batch, length, heads, dim), 10 * case["seed"] + i)
-        levels = make_input((batch, -(-length // run), heads, dim), 10 * case["seed"] + 5 + i)
-        found.append(noise + case.get("level", 1.0) * levels.repeat_interleave(run, 1)[:, :length])
-    return found
-
-
-def near(out, stored):
-    found = out.reshape(-1)[:: stored["stride"]][: len(stored["values"])]
-    return (found - stored["values"]).abs().max() < 1e-4 * stored["values"].std()
 
 
 @pytest.mark.parametrize("case", [c for c in GOLDEN if c["method"] == "svg2"], ids=lambda c: str(c["shape"]))

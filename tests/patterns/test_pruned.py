@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.golden.fill import make_input
 from tests.support.cases import gradients, qkv
+from tests.support.golden import golden_inputs
 from tests.support.oracles import dense_attention
 from visattn import Layout, attention, attention_rows, parse
 from visattn.patterns.choice.listening import listening
@@ -17,12 +17,8 @@ TEXT = "pruned(by=topk(keep=2, block=3x4))"
 
 
 def test_is_what_bidirectional_sparse_attention_gives():
-    batch, length, heads, dim = GOLDEN["shape"]
-    q, k, v = (
-        make_input((batch, length, heads, dim), 10 * GOLDEN["seed"] + i)
-        + make_input((batch, length // 64, heads, dim), 10 * GOLDEN["seed"] + 5 + i).repeat_interleave(64, 1)
-        for i in range(3)
-    )
+    batch, length, heads, _ = GOLDEN["shape"]
+    q, k, v = golden_inputs(GOLDEN)
     pattern, layout = parse(GOLDEN["pattern"]), Layout(length)
     found = pattern.cluster(q, k, layout)
     assert torch.equal(found.listed[:, :, :8], GOLDEN["mask"])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import visattn
 from tests.golden.fill import fill_value, make_input
 from tests.support.cases import gradients, layouts, qkv
+from tests.support.golden import golden_inputs, near
 from visattn import Layout, attention, attention_rows, parse
 from visattn.patterns.choice.blocks import token_blocks
 
@@ -17,20 +18,10 @@ GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "dynamic_rests.pt", w
 FRONT = {"slope": "mean", "linear": "drop", "coarse": "drop"}
 
 
-def near(out, stored):
-    found = out.reshape(-1)[:: stored["stride"]][: len(stored["values"])]
-    return (found - stored["values"]).abs().max() < 1e-4 * stored["values"].std()
-
-
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['rest']} {case['grid']}")
 def test_adds_what_the_published_method_adds(case):
-    batch, length, heads, dim = case["shape"]
-    run, found = case.get("run", 64), []
-    for i in range(3):
-        noise = make_input((batch, length, heads, dim), 10 * case["seed"] + i)
-        levels = make_input((batch, -(-length // run), heads, dim), 10 * case["seed"] + 5 + i)
-        found.append(noise + case.get("level", 1.0) * levels.repeat_interleave(run, 1)[:, :length])
-    q, k, v = found
+    heads, dim = case["shape"][2:]
+    q, k, v = golden_inputs(case)
     pattern, layout, parameters = parse(case["pattern"]), Layout(tuple(case["grid"])), {}
     if case["rest"] == "linear":
         names = {"weight": "proj_l.weight", "bias": "proj_l.bias"}

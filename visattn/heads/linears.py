@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from visattn.operands import widened
+
 # Who gives query heads to key heads: evenly, by the norms of the keys of this forward, by a moving mean of those.
 ALLOCATIONS = ("even", "norms", "moving")
 # The share of the newest norms in their moving mean.
@@ -16,7 +18,7 @@ NEWEST = 0.9
 
 def key_norms(keys: torch.Tensor) -> torch.Tensor:
     """Norms of key heads over tokens and channels, summed over samples: [B, S, Hkv, D] -> [Hkv]."""
-    wide = keys.detach().to(torch.promote_types(keys.dtype, torch.float32))
+    wide = widened(keys.detach())
     return wide.square().sum((1, 3)).sqrt().sum(0)
 
 

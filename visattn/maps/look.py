@@ -14,6 +14,7 @@ from visattn.maps.rollout import rollout
 from visattn.maps.rows import offsets, rows
 from visattn.maps.scores import average_drop, confidence_gain, top_share
 from visattn.maps.shown import Details
+from visattn.operands import wide_dtype
 from visattn.patterns import StaticPattern, parse
 from visattn.recorded import Recorded
 from visattn.tuning.candidates import candidates
@@ -109,7 +110,7 @@ def details(
 def read_by_head(call: Recorded) -> torch.Tensor:
     """How much the mean query of the grid reads each token, by each head of the first sample [H, S]."""
     layout, heads = call.layout, call.q.shape[2]
-    mean = torch.zeros(layout.length, dtype=torch.promote_types(call.q.dtype, torch.float32), device=call.q.device)
+    mean = torch.zeros(layout.length, dtype=wide_dtype(call.q), device=call.q.device)
     mean[layout.prefix : layout.prefix + layout.tokens] = 1 / layout.tokens
     # One row a head, which is the others' nothing.
     return received(of_sample(call, 0), torch.eye(heads).to(mean)[None, :, :, None] * mean)[0]

@@ -9,6 +9,7 @@ import torch
 from visattn.attend import attention
 from visattn.given import tensor
 from visattn.layout import Layout
+from visattn.operands import wide_dtype
 from visattn.patterns import Dense, DynamicPattern, ListedPattern, Pattern, PerHead, PooledPattern, parse
 from visattn.recorded import Recorded, check_recorded
 
@@ -57,7 +58,7 @@ class Spread:
 def wide(call: Recorded) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys in float32 at least."""
     q, k = call.q.detach(), call.k.detach()
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q)
     return q.to(dtype), k.to(dtype)
 
 

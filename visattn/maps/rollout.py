@@ -9,6 +9,7 @@ import torch
 
 from visattn.given import said
 from visattn.maps.measures import received
+from visattn.operands import wide_dtype
 from visattn.recorded import Recorded, check_recorded
 
 
@@ -49,7 +50,7 @@ def rollout(calls: Sequence[Recorded], rows: torch.Tensor | Sequence[int] | None
 def _start(call: Recorded, rows: torch.Tensor | Sequence[int] | None) -> torch.Tensor:
     """The rows behind the last layer: [B, R, S]."""
     layout = call.layout
-    dtype = torch.promote_types(call.q.dtype, torch.float32)
+    dtype = wide_dtype(call.q)
     if rows is None:
         start = torch.zeros(1, layout.length, dtype=dtype, device=call.q.device)
         if layout.prefix:

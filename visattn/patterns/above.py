@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from visattn.operands import repeated
 from visattn.patterns.base import ByText
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.picks import SPREAD, Seen, at_most, number_of, pick_above, probabilities
@@ -120,7 +121,7 @@ class Above(ByText, DynamicPattern):
         number = there.sum(1, keepdim=True).clamp(min=1)
         mean = (keys[:, :, 0] * there).sum(1, keepdim=True) / number
         spread = ((keys[:, :, 0] - mean).square() * there).sum(1, keepdim=True) / number
-        spread = spread.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        spread = repeated(spread, q.shape[2])
         return (query.square() * spread).sum(-1).transpose(1, 2)[..., None]
 
     def marked(

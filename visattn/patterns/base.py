@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 from visattn.patterns.values import as_text
-
-if TYPE_CHECKING:
-    import torch
 
 
 class _Written(ABCMeta):
@@ -87,8 +86,8 @@ class Pattern(metaclass=_Written):
         return {}
 
     def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        """The values that missing parameters stand for, in float32; arguments as in `parameter_shapes`."""
-        return {}
+        """The values that missing parameters stand for, in float32: zeros; arguments as in `parameter_shapes`."""
+        return {name: torch.zeros(shape) for name, shape in self.parameter_shapes(heads, head_dim, grid).items()}
 
     @abstractmethod
     def check(self, grid: tuple[int, ...]) -> None:
@@ -107,7 +106,7 @@ class Pattern(metaclass=_Written):
 
     # What `torch.compiler.assume_constant_result` does, without importing the compiler (a second) for those who do not
     # compile.
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _constant._dynamo_marked_constant = True
 
     def __str__(self) -> str:
         parts = []

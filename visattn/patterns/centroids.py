@@ -10,6 +10,7 @@ import torch
 
 from visattn.given import real, tensor
 from visattn.layout import Layout, check_layout
+from visattn.operands import repeated, wide_dtype
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.kinds import ComposedPattern
 from visattn.patterns.values import check_many, whole_number
@@ -100,7 +101,7 @@ class Centroids(ComposedPattern):
 
 def _nearness(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Cosines of tokens [B, T, H, D] and centroids [H, clusters, D], in float32 at least: [B, H, clusters, T]."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     unit, directions = (torch.nn.functional.normalize(t.to(dtype), dim=-1) for t in (x, centroids))
     return torch.einsum("bthd,hcd->bhct", unit, directions)
 
@@ -150,9 +151,9 @@ def followed(
         raise ValueError(f"key_mask {list(key_mask.shape)} must be {list(q.shape[:2])}: False for tokens to leave out")
     at, heads = inner(layout), q.shape[2]
     with torch.no_grad():
-        x = torch.cat([q[:, at], k[:, at].repeat_interleave(heads // k.shape[2], 2)], 1)
+        x = torch.cat([q[:, at], repeated(k[:, at], heads)], 1)
         near = _nearness(x, centroids).argmax(2)
-        own = torch.nn.functional.one_hot(near, centroids.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
+        own = torch.nn.functional.one_hot(near, centroids.shape[1]).to(wide_dtype(x))
         if key_mask is not None:
             own = own * key_mask[:, at].repeat(1, 2)[:, None, :, None]
         unit = torch.nn.functional.normalize(x.to(own.dtype), dim=-1)

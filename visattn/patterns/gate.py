@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from visattn.layout import Layout
+from visattn.operands import repeated
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.pooling import bounds, means
@@ -143,7 +144,7 @@ class Gate(ComposedPattern):
         """Scores of all pairs of blocks [B, H, rows, columns], and which blocks take part."""
         at, blocks = inner(layout), self.by.blocks(layout.grid)
         valid = None if key_mask is None else key_mask[:, at]
-        k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        k = repeated(k, q.shape[2])
         found, there = [], []
         for name, x, side in (("query", q, blocks.sides[0]), ("key", k, blocks.sides[1])):
             pooled, count = _pools(x[:, at], getattr(self, name).split("+"), side, valid)

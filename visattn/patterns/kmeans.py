@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from visattn.layout import Layout
+from visattn.operands import repeated
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.clusters import Clusters, first_centres, k_means
 from visattn.patterns.choice.memory import usable
@@ -103,11 +104,11 @@ class KMeans(OrderedPattern):
         scale: float | None = None,
     ) -> Clustered:
         """Clusters of queries and keys of each head, and who sees whom."""
-        at, group = inner(layout), q.shape[2] // k.shape[2]
+        at, heads = inner(layout), q.shape[2]
         with torch.no_grad():
             valid = None if key_mask is None else key_mask[:, at]
             query, keys = self._clusters(q[:, at].transpose(1, 2), k[:, at].transpose(1, 2), layout, valid)
-            ids, centres, sizes = (t.repeat_interleave(group, 1) for t in keys)
+            ids, centres, sizes = (repeated(t, heads, 1) for t in keys)
             factor = q.shape[3] ** -0.5 if scale is None else scale
             # An empty cluster has no weight.
             scores = factor * query.centres @ centres.transpose(2, 3) + sizes.log()[:, :, None]

@@ -10,6 +10,7 @@ import torch
 
 from visattn.keep import kept
 from visattn.layout import Layout
+from visattn.operands import repeated, wide_dtype
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.ordered import Clustered, OrderedPattern
 from visattn.patterns.values import LARGEST, LARGEST_SEED, check_many, whole_number
@@ -90,13 +91,13 @@ class Lsh(OrderedPattern):
             valid = None if key_mask is None else key_mask[:, None, at]
             turned = q[:, at].transpose(1, 2), k[:, at].transpose(1, 2)
             queries, keys = (self._runs(x, planes, valid) for x in turned)
-            keys = keys.repeat_interleave(heads // k.shape[2], 1)
+            keys = repeated(keys, heads, 1)
             runs = self.groups(layout)[0]
             listed = torch.eye(runs, dtype=torch.bool, device=q.device).expand(batch, heads, -1, -1)
             if not self.samples:
                 return Clustered(queries, keys, listed)
             extra = sampled(layout.tokens, heads, self.samples, self.seed, q.device).expand(batch, -1, -1)
-            wide = torch.promote_types(q.dtype, torch.float32)
+            wide = wide_dtype(q)
             weight = torch.full(extra.shape, math.log(layout.tokens / self.samples), dtype=wide, device=q.device)
             if valid is not None:
                 there = valid.expand(-1, heads, -1).gather(2, extra)
@@ -106,7 +107,7 @@ class Lsh(OrderedPattern):
 
     def _runs(self, x: torch.Tensor, planes: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """Run of each token of x [B, heads, tokens, D] in the order of the hash; padding comes last."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x)
         bits = (x.to(wide) @ planes.to(wide) > 0).long()
         bucket = (bits << torch.arange(bits.shape[3], device=x.device)).sum(-1)
         rank = bucket ^ (bucket >> 1)

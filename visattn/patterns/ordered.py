@@ -119,13 +119,13 @@ class Carried(DynamicPattern):
     most: int = 1
     part: float = 0.1
 
-    score: ClassVar[str] = "mean"  # type: ignore[misc]
-    always: ClassVar[str | None] = None  # type: ignore[misc]
-    per: ClassVar[str] = "row"  # type: ignore[misc]
-    rest: ClassVar[str] = "drop"  # type: ignore[misc]
-    every: ClassVar[int] = 1  # type: ignore[misc]
-    drift: ClassVar[float] = 0.3  # type: ignore[misc]
-    share: ClassVar[int | str] = 1  # type: ignore[misc]
+    score: ClassVar[str] = "mean"
+    always: ClassVar[str | None] = None
+    per: ClassVar[str] = "row"
+    rest: ClassVar[str] = "drop"
+    every: ClassVar[int] = 1
+    drift: ClassVar[float] = 0.3
+    share: ClassVar[int | str] = 1
     name: ClassVar[str] = "carried"
     # Its own lists, for second derivatives, which come after the call: no parameter that could tell patterns apart.
     routes: ClassVar[Routes | None] = None

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from visattn.layout import Layout
+from visattn.operands import wide_dtype
 
 
 def append_pooled(
@@ -56,7 +57,7 @@ def pool(
     slots = math.prod(cell)
     values = x if keep is None else x.masked_fill(~keep[:, :, None, None], 0)
     boxes = _boxes(values.flatten(2), grid, cell)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     weights = torch.full((slots,), 1 / slots, dtype=wide, device=x.device) if weight is None else weight.flatten()
     scale = slots / count.clamp(min=1).to(wide)
     out = torch.einsum("bnsc,s->bnc", boxes.to(wide), weights.to(wide)) * scale[..., None]

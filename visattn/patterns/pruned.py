@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from visattn.layout import Layout
+from visattn.operands import repeated, wide_dtype, widened
 from visattn.patterns.choice.blocks import Blocks, fitting, inner, token_blocks
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.pooling import tokens_of_blocks
@@ -101,11 +102,11 @@ class Pruned(OrderedPattern):
         with torch.no_grad():
             own, valid = q[:, at], None if key_mask is None else key_mask[:, at]
             kept, copied = self._kept(own, blocks, valid)
-            wide = own.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~kept[..., None], 0)
+            wide = own.to(wide_dtype(q)).masked_fill(~kept[..., None], 0)
             # Means over the kept queries of each head.
             count = block_means(kept[..., None].to(wide.dtype), *blocks.sides[0], None).clamp(min=1e-30)
             query = block_means(wide, *blocks.sides[0], None) / count
-            keys = block_means(k[:, at], *blocks.sides[1], valid).repeat_interleave(heads // k.shape[2], 2)
+            keys = repeated(block_means(k[:, at], *blocks.sides[1], valid), heads)
             factor = q.shape[3] ** -0.5 if scale is None else scale
             scores = factor * torch.einsum("bihd,bjhd->bhij", query, keys)
             choice = self.by.picked(scores, self._seen(q, blocks, valid), blocks)
@@ -123,7 +124,7 @@ class Pruned(OrderedPattern):
         """Which blocks have valid tokens."""
         if valid is None:
             return Seen()
-        there = valid[..., None, None].to(torch.promote_types(q.dtype, torch.float32))
+        there = valid[..., None, None].to(wide_dtype(q))
         return Seen(*(block_means(there, *side, None)[..., 0, 0] > 0 for side in blocks.sides))
 
     def _kept(self, q: torch.Tensor, blocks: Blocks, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +136,7 @@ class Pruned(OrderedPattern):
         side = blocks.sides[0]
         there = torch.ones(batch, tokens, dtype=torch.bool, device=q.device) if valid is None else valid
         number = torch.arange(tokens, device=q.device)
-        cut = tokens_of_blocks(q.to(torch.promote_types(q.dtype, torch.float32)), *side)
+        cut = tokens_of_blocks(widened(q), *side)
         exists = tokens_of_blocks(torch.ones_like(there)[..., None, None], *side)[..., 0, 0]
         shown = tokens_of_blocks(there[..., None, None], *side)[..., 0, 0]
         shown = torch.where(shown.any(-1, keepdim=True), shown, exists)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ import torch
 
 from visattn.keep import kept
 from visattn.layout import Layout
+from visattn.operands import repeated, wide_dtype
 from visattn.patterns.kinds import RoutedPattern, Tiled
 from visattn.patterns.routes import Routes
 from visattn.patterns.values import PerAxis, per_axis, whole_numbers
@@ -130,8 +132,7 @@ class Routing(RoutedPattern):
             q, k = q[:, inner], k[:, inner]
             valid = None if key_mask is None else _Valid(self, layout.grid, key_mask[:, inner])
             mean_q, mean_k = (self._valid_means(t, layout, valid) for t in (q, k))
-            # Not repeat_interleave, which copies its count to the device and so cannot be captured in a CUDA graph.
-            mean_k = mean_k[:, :, :, None].expand(-1, -1, -1, q.shape[2] // k.shape[2], -1)
+            mean_k = repeated(mean_k, q.shape[2])
             affinity = mean_q.flatten(2) @ mean_k.flatten(2).transpose(1, 2)
             if valid is not None:
                 affinity = valid.ranked(affinity)
@@ -148,7 +149,7 @@ class Routing(RoutedPattern):
 
     def _means(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Mean of each region: [B, tokens, H, D] -> [B, regions, H, D], in float32 at least."""
-        wide, shape, regions = torch.promote_types(x.dtype, torch.float32), x.shape, self.parts(layout.grid)
+        wide, shape, regions = wide_dtype(x), x.shape, self.parts(layout.grid)
         x = x.flatten(2).unflatten(1, layout.grid)
         if all(n % parts == 0 for n, parts in zip(layout.grid, regions, strict=True)):
             for i, parts in enumerate(regions):
@@ -201,19 +202,25 @@ def part_of(length: int, parts: int) -> Ints:
     return np.searchsorted(np.arange(1, parts + 1) * length // parts, np.arange(length), side="right")
 
 
+def regions_of_tiles(tiling: Tiling, parts: Sequence[int]) -> Ints:
+    """Region of each grid tile, none of which lies in two: [tiles].
+
+    Args:
+        tiling: The tiles, equally many in each region.
+        parts: Regions along each axis.
+    """
+    region = np.zeros(1, np.int64)
+    for tiles, number in zip(tiling.grid_shape, parts, strict=True):
+        region = (region[:, None] * number + np.arange(tiles) // (tiles // number)).ravel()
+    return region
+
+
 @kept
 def _tables(pattern: Routing, plan: Tiled, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Region of each grid query tile [tiles]; key tiles of each region [regions, tiles per region]."""
     parts = pattern.parts(plan.layout.grid)
-
-    def region_of(tiling: Tiling) -> Ints:
-        region = np.zeros(1, np.int64)
-        for tiles, number in zip(tiling.grid_shape, parts, strict=True):
-            region = (region[:, None] * number + np.arange(tiles) // (tiles // number)).ravel()
-        return region
-
-    order = np.argsort(region_of(plan.keys), kind="stable") + plan.keys.grid_tiles.start
-    tables = region_of(plan.queries), order.reshape(math.prod(parts), -1)
+    order = np.argsort(regions_of_tiles(plan.keys, parts), kind="stable") + plan.keys.grid_tiles.start
+    tables = regions_of_tiles(plan.queries, parts), order.reshape(math.prod(parts), -1)
     return torch.from_numpy(tables[0]).to(device), torch.from_numpy(tables[1]).to(device)
 
 

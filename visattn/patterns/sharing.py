@@ -95,12 +95,12 @@ class SharingPattern(AroundPattern):
         return True
 
     @property
-    def of_products(self) -> bool:  # type: ignore[override]
+    def of_products(self) -> bool:
         """Whether the pattern inside is made of the products of queries and keys."""
         return reads_products(self.of)
 
     @property
-    def runs_lists(self) -> bool:  # type: ignore[override]
+    def runs_lists(self) -> bool:
         """Whether the pattern inside does, so that it may be in 8 bits."""
         listed = isinstance(self.of, ListedPattern) and not isinstance(self.of, Dense)
         return listed or bool(getattr(self.of, "runs_lists", False))

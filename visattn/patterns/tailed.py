@@ -76,10 +76,6 @@ class TailedPattern(RoutedPattern):
             return {"weight": (head_dim, head_dim), "bias": (head_dim,)}
         return {"gate": (heads, head_dim)} if self.rest == "coarse" else {}
 
-    def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        """Zeros: nothing is added before it is learned."""
-        return {name: torch.zeros(shape) for name, shape in self.parameter_shapes(heads, head_dim, grid).items()}
-
     def tail(
         self,
         q: torch.Tensor,

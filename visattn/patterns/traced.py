@@ -48,4 +48,4 @@ def _of_parameters(
 
 # As for `Pattern._constant`.
 for _each in (_of_text, _names, _of_parameters):
-    _each._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _each._dynamo_marked_constant = True

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from visattn.operands import wide_dtype
 from visattn.patterns.base import ByText
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.causal import reachable_on
@@ -72,15 +73,15 @@ class VerticalSlash(ByText, DynamicPattern):
     slashes: int | None = None
     block: PerAxis | None = 128
 
-    score: ClassVar[str] = "mean"  # type: ignore[misc]
-    always: ClassVar[str | None] = None  # type: ignore[misc]
-    per: ClassVar[str] = "row"  # type: ignore[misc]
-    rest: ClassVar[str] = "drop"  # type: ignore[misc]
-    every: ClassVar[int] = 1  # type: ignore[misc]
-    drift: ClassVar[float] = 0.3  # type: ignore[misc]
-    share: ClassVar[int | str] = 1  # type: ignore[misc]
-    key_block: ClassVar[PerAxis | None] = None  # type: ignore[misc]
-    causal: ClassVar[bool | tuple[bool, ...]] = True  # type: ignore[misc]
+    score: ClassVar[str] = "mean"
+    always: ClassVar[str | None] = None
+    per: ClassVar[str] = "row"
+    rest: ClassVar[str] = "drop"
+    every: ClassVar[int] = 1
+    drift: ClassVar[float] = 0.3
+    share: ClassVar[int | str] = 1
+    key_block: ClassVar[PerAxis | None] = None
+    causal: ClassVar[bool | tuple[bool, ...]] = True
     name: ClassVar[str] = "verticalslash"
 
     def __post_init__(self) -> None:
@@ -215,7 +216,7 @@ def last_attention(q: torch.Tensor, k: torch.Tensor, last: int, valid: torch.Ten
         scale: Factor on the logits.
     """
     batch, tokens, heads, _ = q.shape
-    dtype, last = torch.promote_types(q.dtype, torch.float32), min(last, tokens)
+    dtype, last = wide_dtype(q), min(last, tokens)
     there = torch.ones(batch, tokens, dtype=torch.bool, device=q.device) if valid is None else valid
     # Valid tokens last, in their order.
     place = there.to(torch.uint8).sort(dim=1, stable=True).indices[:, -last:]

@@ -11,6 +11,7 @@ import torch
 
 from visattn.counts import Row
 from visattn.environment import precisions_of
+from visattn.operands import wants_gradient
 from visattn.patterns import Pattern
 from visattn.patterns.choice.memory import Memory, Place
 from visattn.problem import is_strict
@@ -170,7 +171,7 @@ class Run:
         found = forward.precision(given)
         if found is None or self.schedule.simulates:
             return found
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        learns = wants_gradient(*tensors)
         return found if found in precisions_of(tensors[0].device) and not learns else None
 
     def tell_simulated(self, precision: str) -> None:

@@ -11,14 +11,14 @@ from visattn.kernels.second_order import by_autograd
 from visattn.kernels.triton import start
 from visattn.kernels.triton.agent.attend import attend_run
 from visattn.kernels.triton.agent.combine import combine
-from visattn.kernels.triton.arguments import LOG2E, strides, unit
+from visattn.kernels.triton.arguments import LOG2E, precision, strides, unit
 from visattn.kernels.triton.config import block_dim
+from visattn.kernels.triton.splits import splits_of
 from visattn.kernels.unchanged import savable
+from visattn.operands import in_rows
 
 # Programs of `attend_run` that run at once on a multiprocessor: splits are to fill the GPU once.
 RESIDENT = 4
-# Splits in the interpreter: more than one, of unequal length.
-INTERPRETED_SPLITS = 3
 # Queries of a program of `combine`.
 COMBINED = 16
 
@@ -77,7 +77,7 @@ def run_arguments(
     keys, step = k.shape[1], unit(q, k, v)
     chunk, splits = keys, 1
     if split:
-        chunk, splits = splitting(keys, batch * heads * -(-queries // launch.rows), launch.columns, q.device)
+        chunk, splits = splits_of(keys, batch * heads * -(-queries // launch.rows), launch.columns, RESIDENT, q.device)
     parts = (batch, heads, splits, queries)
     return {
         "q": q, "k": k, "v": v, "key_mask": q if key_mask is None else key_mask,
@@ -88,19 +88,8 @@ def run_arguments(
         "queries": queries, "keys": keys, "chunk": chunk, "splits": splits,
         "HEAD_DIM": dim, "BLOCK_DIM": block_dim(dim), "ROWS": launch.rows, "COLUMNS": launch.columns, "UNIT": step,
         "KEY_MASK": key_mask is not None, "SPLIT": split,
-        "PRECISION": "ieee" if q.dtype != torch.float32 else "tf32" if tf32 else "tf32x3",
+        "PRECISION": precision(q.dtype, tf32),
     }  # fmt: skip
-
-
-def splitting(keys: int, programs: int, columns: int, device: torch.device) -> tuple[int, int]:
-    """Keys of a split and the number of splits, such that all programs run at once and each has several steps."""
-    if device.type != "cuda":
-        chunk = -(-keys // INTERPRETED_SPLITS)
-    else:
-        resident = RESIDENT * torch.cuda.get_device_properties(device).multi_processor_count
-        wanted = max(1, min(resident // programs, keys // (4 * columns)))
-        chunk = -(-keys // (wanted * columns)) * columns
-    return chunk, -(-keys // chunk)
 
 
 def combine_arguments(given: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +170,7 @@ def agent_attention(
     Returns:
         [B, S, H, D]. A sample without any visible key or any agent gives zeros.
     """
-    q, agents, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, agents, k, v))
+    q, agents, k, v = (in_rows(t) for t in (q, agents, k, v))
     dtype = q.dtype
     if q.device.type == "cpu" and dtype == torch.bfloat16:
         # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.

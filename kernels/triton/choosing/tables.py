@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from visattn.keep import kept
-from visattn.kernels.triton.lists.program import Program, fill_kinds, first_tokens, pack, program
+from visattn.kernels.triton.lists.program import Program, fill_kinds, first_tokens, int32_table, pack, program
 from visattn.patterns import DynamicPattern, Pattern
 from visattn.patterns.choice.blocks import Blocks, block_of
 from visattn.patterns.geometry import Bools
@@ -84,16 +84,13 @@ def tables(plan: TilePlan, blocks: Blocks, per_step: int, device: torch.device) 
     tiles, inside = _tiles_of(block_of(plan.keys, blocks.keys), blocks.columns)
     tiles += columns.grid_tiles.start
 
-    def tensor(array: Ints) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)
-
     first = first_tokens(columns)
     everything = len(base.masks) + len(filled)
     return Tables(
         replace(base, masks=masks),
-        tensor(block_of(plan.queries, blocks.queries)),
-        tensor(np.where(inside, first[tiles], -1)),
-        tensor(mask[tiles]),
+        int32_table(block_of(plan.queries, blocks.queries), device),
+        int32_table(np.where(inside, first[tiles], -1), device),
+        int32_table(mask[tiles], device),
         blocks.rows,
         int(first[columns.grid_tiles.start]),
         everything,

@@ -14,7 +14,7 @@ from visattn.kernels.triton.config import Config, block_dim
 from visattn.kernels.triton.eightbit import quantise
 from visattn.kernels.triton.eightbit.forward import attend_8bit
 from visattn.kernels.triton.hopper.masks import thread_masks
-from visattn.kernels.triton.lists.program import Program
+from visattn.kernels.triton.lists.program import Program, int32_table
 from visattn.kernels.triton.start import launch_like, on, programs
 from visattn.tiling import Tiling
 
@@ -55,10 +55,7 @@ def columns_of(tiling: Tiling, slots: int, per_step: int, device: torch.device) 
     begins = np.flatnonzero(grid[:, 0] >= 0)
     tile_of[grid[begins, 0]] = begins
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)
-
-    return Columns(tensor(np.concatenate([grid, *runs])), tensor(tile_of), len(grid))
+    return Columns(int32_table(np.concatenate([grid, *runs]), device), int32_table(tile_of, device), len(grid))
 
 
 def _run(first: int, count: int, step: int) -> np.ndarray:

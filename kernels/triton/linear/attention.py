@@ -14,15 +14,15 @@ from visattn.kernels.triton.linear.gather import gather
 from visattn.kernels.triton.linear.grad import feature_gradients
 from visattn.kernels.triton.linear.read import read
 from visattn.kernels.triton.lists.delta import deltas
+from visattn.kernels.triton.splits import splits_of
 from visattn.kernels.unchanged import savable
+from visattn.operands import in_rows
 
 FEATURES = ("elu", "relu", "given")
 # Largest number of features and channels.
 LARGEST = 256
 # Programs that run at once on a multiprocessor in `gather`: splits are to fill the GPU once.
 RESIDENT = 2
-# Splits in the interpreter: more than one, of unequal length.
-INTERPRETED_SPLITS = 3
 
 
 class Launch(NamedTuple):
@@ -125,7 +125,7 @@ def readable(
         raise ValueError(f"feature {feature!r} must be one of {', '.join(FEATURES)}")
     if max(q.shape[-1], v.shape[-1]) > LARGEST:
         raise ValueError(f"{q.shape[-1]} features and {v.shape[-1]} channels: both must be at most {LARGEST}")
-    q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = (in_rows(t) for t in (q, k, v))
     if q.device.type == "cpu":
         # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
         q, k, v = (t.float() if t.dtype == torch.bfloat16 else t for t in (q, k, v))
@@ -184,15 +184,8 @@ def gather_arguments(
 
 
 def splitting(length: int, programs: int, rows: int, device: torch.device) -> tuple[int, int]:
-    """Tokens of a split and their number, such that all programs run at once and each has several blocks."""
-    if device.type != "cuda":
-        wanted = INTERPRETED_SPLITS
-    else:
-        resident = RESIDENT * torch.cuda.get_device_properties(device).multi_processor_count
-        wanted = max(1, min(resident // programs, length // (4 * rows)))
-    chunk = -(-length // wanted)
-    chunk = -(-chunk // rows) * rows if device.type == "cuda" else chunk
-    return chunk, -(-length // chunk)
+    """Tokens of a split and their number, see `splits_of`."""
+    return splits_of(length, programs, rows, RESIDENT, device)
 
 
 def summed(given: dict[str, Any], group: int) -> tuple[torch.Tensor, torch.Tensor]:

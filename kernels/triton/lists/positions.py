@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from visattn.keep import kept
-from visattn.kernels.triton.lists.program import NOWHERE, slot_sums
+from visattn.kernels.triton.lists.program import NOWHERE, int32_table, slot_sums
 from visattn.layout import Layout
 from visattn.patterns import BiasedPattern, Pattern
 from visattn.patterns.geometry import Spans
@@ -40,7 +40,7 @@ class Positions:
 @kept
 def _offsets(tiling: Tiling, weights: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Copied to the device once: a copy in every call would wait for the device, and no CUDA graph could hold it."""
-    return torch.from_numpy(slot_sums(tiling, weights).astype(np.int32)).to(device)
+    return int32_table(slot_sums(tiling, weights), device)
 
 
 @kept
@@ -55,7 +55,7 @@ def positions(pattern: Pattern, layout: Layout, device: torch.device) -> Positio
     tokens = np.full(layout.length, NOWHERE)
     tokens[layout.prefix : layout.prefix + layout.tokens] = number
     centre = sum((side // 2) * weight for side, weight in zip(sides, weights, strict=True))
-    return Positions(torch.from_numpy(tokens.astype(np.int32)).to(device), weights, centre, math.prod(sides))
+    return Positions(int32_table(tokens, device), weights, centre, math.prod(sides))
 
 
 @kept
@@ -70,7 +70,7 @@ def partners(pattern: Pattern, layout: Layout, device: torch.device) -> torch.Te
         key = np.where(both, key[:, None, :, None] * axis.length + on_axis[None, :, None, :], -1)
         key = key.reshape(key.shape[0] * side, -1)
     key = np.where(key >= 0, key + layout.prefix, -1)
-    return torch.from_numpy(key.astype(np.int32)).to(device)
+    return int32_table(key, device)
 
 
 def _axis_partners(spans: Spans, side: int) -> Ints:

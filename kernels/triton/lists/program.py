@@ -153,12 +153,12 @@ def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device, 
         rows=row_slots,
         columns=per_step * column_slots,
         tiles=per_step,
-        tokens=_tensor(tokens[:, slots], device),
-        bounds=_tensor(bounds[launch], device),
-        bases=_tensor(first_tokens(columns)[column] if len(column) else np.zeros(1), device),
-        mask_ids=_tensor(np.maximum(mask_id, 0) if len(mask_id) else np.zeros(1), device),
-        offsets=_tensor(box_offsets(columns), device),
-        masks=_tensor(pack(distinct, row_slots, column_slots), device),
+        tokens=int32_table(tokens[:, slots], device),
+        bounds=int32_table(bounds[launch], device),
+        bases=int32_table(first_tokens(columns)[column] if len(column) else np.zeros(1), device),
+        mask_ids=int32_table(np.maximum(mask_id, 0) if len(mask_id) else np.zeros(1), device),
+        offsets=int32_table(box_offsets(columns), device),
+        masks=int32_table(pack(distinct, row_slots, column_slots), device),
         dense_rows=rows.tiles - rows.runs[1],
         dense_columns=_dense_steps(columns, per_step)[:2],
         extra=columns.extra,
@@ -166,7 +166,7 @@ def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device, 
         partial=bool(partial.any()),
         column_tiling=columns,
         reach=int(box_offsets(columns).max()),
-        halves=None if cut is None else _tensor(_ends(start, per_step * cut[2])[launch], device),
+        halves=None if cut is None else int32_table(_ends(start, per_step * cut[2])[launch], device),
     )
 
 
@@ -198,7 +198,8 @@ def _slots(capacity: int) -> int:
     return max(16, 1 << (capacity - 1).bit_length())
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def int32_table(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array of whole numbers on a device as kernels read it: int32, contiguous."""
     return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)
 
 

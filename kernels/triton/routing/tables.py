@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from visattn.keep import kept
-from visattn.kernels.triton.lists.program import Program
+from visattn.kernels.triton.lists.program import Program, int32_table
 from visattn.kernels.triton.routes import static_part
-from visattn.patterns.routing import Routing, token_regions
+from visattn.patterns.routing import Routing, regions_of_tiles, token_regions
 from visattn.plans import TilePlan
-from visattn.tiling import Tiling
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +46,6 @@ class Side:
     whole: bool
 
 
-def _regions_of(tiling: Tiling, parts: tuple[int, ...]) -> np.ndarray:
-    """Region of each grid tile."""
-    region = np.zeros(1, np.int64)
-    for tiles, number in zip(tiling.grid_shape, parts, strict=True):
-        region = (region[:, None] * number + np.arange(tiles) // (tiles // number)).ravel()
-    return region
-
-
 @kept
 def side(pattern: Routing, plan: TilePlan, by_keys: bool, device: torch.device) -> Side:
     """The tables of a plan of a routed pattern, with key tiles as rows if `by_keys`."""
@@ -62,11 +53,8 @@ def side(pattern: Routing, plan: TilePlan, by_keys: bool, device: torch.device) 
     parts, regions = pattern.parts(plan.layout.grid), math.prod(pattern.parts(plan.layout.grid))
     rows, columns = (plan.keys, plan.queries) if by_keys else (plan.queries, plan.keys)
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)
-
     row_tiles, column_tiles = (
-        np.argsort(_regions_of(t, parts), kind="stable").reshape(regions, -1) for t in (rows, columns)
+        np.argsort(regions_of_tiles(t, parts), kind="stable").reshape(regions, -1) for t in (rows, columns)
     )
     grid = torch.arange(columns.grid_tiles.start, columns.grid_tiles.stop, device=device)
     listed = grid if by_keys else grid[torch.from_numpy(column_tiles).to(device)]
@@ -84,10 +72,10 @@ def side(pattern: Routing, plan: TilePlan, by_keys: bool, device: torch.device) 
     chosen_tiles = queries * pattern.chosen(plan.layout.grid) * (plan.keys.runs[1] // regions)
     return Side(
         base=base,
-        row_tiles=tensor(row_tiles),
+        row_tiles=int32_table(row_tiles, device),
         first=static.first[listed].contiguous(),
         masks=static.mask[listed].contiguous(),
-        regions_of=tensor(_regions_of(plan.queries, parts)),
+        regions_of=int32_table(regions_of_tiles(plan.queries, parts), device),
         per=per,
         rows=row_tiles.shape[1],
         queries=queries,
@@ -106,4 +94,4 @@ def region_tokens(pattern: Routing, prefix: int, grid: tuple[int, ...], device: 
     for region in range(len(counts)):
         own = np.flatnonzero(of == region)
         tokens[region, : len(own)] = prefix + own
-    return torch.from_numpy(tokens.astype(np.int32)).to(device)
+    return int32_table(tokens, device)

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from visattn import Layout, attention, backends
-from visattn.dispatch import load
+from visattn.dispatch import choose, load
+from visattn.kernels.triton import backend
+from visattn.patterns import parse
+from visattn.problem import Problem
 
 pytest.importorskip("triton")
 
@@ -28,6 +32,30 @@ def test_listing_backends_does_not_import_triton():
         "import sys; from visattn.dispatch import load; load('triton').available(); assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], env=plain, check=True)
+
+
+def test_who_runs_a_call_is_decided_for_the_gpu_that_is_the_current_one(monkeypatch):
+    current, gpus = 0, [(9, 0), (7, 5)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpus[device])
+    memory = types.SimpleNamespace(shared_memory_per_block_optin=2**18)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: memory)
+    for kept in (backend._architecture, backend._device_support):
+        kept.cache_clear()
+    problem = Problem(parse("na(window=5)"), Layout((32, 32)), 1, 8, 8, 64, torch.float16, "cuda")
+    try:
+        assert backend.architecture() == 90 and choose(problem, "triton").name == "triton"
+        current = 1
+        assert backend.architecture() == 75 == backend.architecture(torch.device("cuda"))
+        with pytest.raises(ValueError, match=r"compute capability 7\.5 is below 8\.0"):
+            choose(problem, "triton")
+        assert backend.architecture(torch.device("cuda", 0)) == 90
+    finally:
+        for kept in (backend._architecture, backend._device_support):
+            kept.cache_clear()
 
 
 @pytest.mark.gpu

@@ -89,8 +89,8 @@ def test_launches_for_half_as_many_rows_compile(direction, dim, launch):
     assert used.fits(SHARED_MEMORY[90]), used
 
 
-def compiled_launches(monkeypatch, text, dtype, dim):
-    """What every kernel needs that chooses for a pattern, writes its lists and adds its pooled keys."""
+def compiling_instead(monkeypatch, *modules):
+    """What every kernel needs that modules launch from here on, by its name: each is compiled and not run."""
     found = {}
 
     def compile_only(kernel, grid, given, warps, stages):
@@ -98,8 +98,14 @@ def compiled_launches(monkeypatch, text, dtype, dim):
         made = triton.compile(ahead.source(kernel, given), target=GPUTarget("cuda", 90, 32), options=options)
         found[kernel.fn.__name__] = ahead._used(made, True)
 
-    for module in (choose, listed, pooled):
+    for module in modules:
         monkeypatch.setattr(module, "launch_like", compile_only)
+    return found
+
+
+def compiled_launches(monkeypatch, text, dtype, dim):
+    """What every kernel needs that chooses for a pattern, writes its lists and adds its pooled keys."""
+    found = compiling_instead(monkeypatch, choose, listed, pooled)
     pattern, layout = parse(text), Layout((64, 64), 16)
     blocks, x = pattern.blocks(layout.grid), torch.empty(1, layout.length, 2, dim, dtype=dtype)
     own = x[:, inner(layout)]
@@ -312,15 +318,7 @@ def test_every_architecture_dtype_and_head_dim_has_a_configuration():
     ],
 )
 def test_second_branches_compile(monkeypatch, text, dtype, names):
-    found = {}
-
-    def compile_only(kernel, grid, given, warps, stages):
-        options = {"num_warps": warps, "enable_fp_fusion": True} | ({} if stages is None else {"num_stages": stages})
-        made = triton.compile(ahead.source(kernel, given), target=GPUTarget("cuda", 90, 32), options=options)
-        found[kernel.fn.__name__] = ahead._used(made, True)
-
-    for module in (choose, coarse, linear, hybrid_router):
-        monkeypatch.setattr(module, "launch_like", compile_only)
+    found = compiling_instead(monkeypatch, choose, coarse, linear, hybrid_router)
     pattern, layout = parse(text), Layout((32, 32), 16)
     q = torch.randn(1, layout.length, 2, 128).to(dtype)
     parameters = pattern.initial_parameters(2, 128, layout.grid)

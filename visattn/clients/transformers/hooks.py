@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from visattn.clients.transformers.grids import Args
 from visattn.clients.transformers.site import Site, TowerRun
@@ -99,30 +98,6 @@ class Enter(PassBy):
             self.site.traced = layout
             return
         self.site.told.layout, self.site.told.turn = layout, 0
-
-
-class Hooks:
-    """The hooks of a patched tower."""
-
-    def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
-        self._handles: list[RemovableHandle] = []
-
-    def before(self, module: nn.Module, hook: Hook) -> None:
-        """Call a hook with a module's arguments."""
-        self.modules.append(module)
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))  # type: ignore[arg-type]
-
-    def after(self, module: nn.Module, hook: Hook) -> None:
-        """Call a hook with a module's output, or without one where the module raised."""
-        self.modules.append(module)
-        self._handles.append(module.register_forward_hook(hook, always_call=True))  # type: ignore[arg-type]
-
-    def remove(self) -> None:
-        """Take them off; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
 
 def between(tower: str, paths: Iterable[str]) -> list[str]:

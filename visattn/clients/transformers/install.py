@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from visattn.clients.transformers.hooks import Begin, Enter, Finish, Hooks, PassBy, between
+from visattn.clients.transformers.hooks import Begin, Enter, Finish, PassBy, between
 from visattn.clients.transformers.interface import is_ours, name_for, stock
 from visattn.clients.transformers.site import Site, TowerRun, run_stock
 from visattn.clients.transformers.swaps import swapped_class
 from visattn.clients.transformers.towers import Assigned, Tower, check_bias, check_forwards, check_free, find_towers
-from visattn.copies import copy_as_is, copy_as_stock
+from visattn.copies import Hooks, copy_as_is, copy_as_stock
 from visattn.dims import check_dims
 from visattn.parameters import Learnable, make_parameters
 from visattn.patterns import Dense
@@ -98,15 +98,16 @@ class PatchedTower:
             if own is not None
         ]
         self._hooks = Hooks()
-        self._hooks.before(tower.anchor, Begin(self._run, tower.anchor, _reader(tower, request)))
-        self._hooks.after(tower.module, Finish(self._run))
+        self._hooks.before(tower.anchor, Begin(self._run, tower.anchor, _reader(tower, request)), with_kwargs=True)
+        self._hooks.after(tower.module, Finish(self._run), always=True)
         for path in between(tower.path, [site.name.path for site, _ in sites]):
-            self._hooks.before(model.get_submodule(path), PassBy(self._run))
+            self._hooks.before(model.get_submodule(path), PassBy(self._run), with_kwargs=True)
         for (site, pattern), own, attend in zip(sites, owns, attends, strict=True):
             module, path = site.module, site.name.path
             runner = Runner(self._run, pattern, request.backend, run_stock, own, precisions[path])
             module.visattn_site = Site(self._run, path, runner, attend)
-            self._hooks.before(module, Enter(self._run, module.visattn_site, module, tower.record.told))
+            enter = Enter(self._run, module.visattn_site, module, tower.record.told)
+            self._hooks.before(module, enter, with_kwargs=True)
         self._classes = self._swap()
         for module in {id(m): m for m in [*self._hooks.modules, *(site.module for site, _ in sites)]}.values():
             copy_as_stock(module, ("visattn_site",), self._classes)
@@ -157,9 +158,8 @@ class PatchedTower:
             if is_ours(config._attn_implementation):
                 config._attn_implementation_internal = self._previous[key]
         self._configs.clear()
-        for module in [*self._hooks.modules, *(site.module for site, _ in self._sites)]:
-            copy_as_is(module)
         for site, _ in self._sites:
+            copy_as_is(site.module)
             site.module.__dict__.pop("visattn_site", None)
             # A class that someone else has set since stays, and does as the stock class.
             site.module.__class__ = self._classes.get(type(site.module), type(site.module))

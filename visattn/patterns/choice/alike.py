@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from visattn.operands import repeated, wide_dtype
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.pooling import means
 
@@ -36,7 +37,7 @@ def alike_blocks(q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.
         valid: Tokens that take part, bool [B, tokens], or None for all; a block without any is alike.
         bar: The least mean product.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     found = []
     for x, (grid, box) in ((q, blocks.sides[0]), (k, blocks.sides[1])):
         mean, count = means(torch.nn.functional.normalize(x.to(wide), dim=-1), grid, box, 1, valid)
@@ -44,4 +45,4 @@ def alike_blocks(q: torch.Tensor, k: torch.Tensor, blocks: Blocks, valid: torch.
         same = mean[:, :, 0].square().sum(-1).transpose(1, 2) > bar
         found.append(same | (count[:, None, :, 0] == 0))
     rows, columns = found
-    return Alike(rows, columns.repeat_interleave(rows.shape[1] // columns.shape[1], 1))
+    return Alike(rows, repeated(columns, rows.shape[1], 1))

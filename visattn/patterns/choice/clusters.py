@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from visattn.operands import wide_dtype
 from visattn.patterns.choice.stratified import stratified
 
 # Distances that exist at a time, in numbers.
@@ -52,7 +53,7 @@ def k_means(x: torch.Tensor, centres: torch.Tensor, iterations: int, valid: torc
         iterations: At least 1.
         valid: Tokens that count for the means, bool [B, tokens], or None for all; the others have a cluster too.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     x, centres = x.to(wide), centres.to(wide)
     weight = torch.ones(x.shape[:3], dtype=wide, device=x.device)
     if valid is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from visattn.operands import wide_dtype
 from visattn.patterns.choice.blocks import Blocks, slot_places
 from visattn.patterns.choice.causal import reachable_on
 from visattn.patterns.choice.pooling import tokens_of_blocks
@@ -62,7 +63,7 @@ class Runs:
         Returns:
             [B, H, blocks, runs, places * D], [B, blocks, runs, places] and [B, blocks].
         """
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x)
         there = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
         own = x.masked_fill(~there[..., None, None], 0).to(wide)
         own = tokens_of_blocks(own, self.grid, self.box)

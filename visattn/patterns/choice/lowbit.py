@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from visattn.operands import wide_dtype
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.pooling import tokens_of_blocks
 from visattn.patterns.choice.slices import SCORES, SCORES_ELSEWHERE, Slices
@@ -31,7 +32,7 @@ def scores(
     Yields:
         [B, some heads, rows, columns] and those heads.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     there = torch.ones(q.shape[:2], dtype=wide, device=q.device) if valid is None else valid.to(wide)
     number = there.sum(1).clamp(min=1)[:, None, None, None]
     mean_q, mean_k = (((x.to(wide) * there[..., None, None]).sum(1, keepdim=True) / number) for x in (q, k))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from visattn.keep import warms_up
+from visattn.operands import wants_gradient
 from visattn.patterns.choice.memory import Memory, moved, usable
 from visattn.patterns.choice.quick import quick_means
 
@@ -94,7 +95,7 @@ class Slot:
         place, library = usable(), torch._C
         if place is None or place.memory is None:
             return None
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        learns = wants_gradient(*tensors)
         # Tensors of transforms stand for others, and mean nothing later; the pool of a CUDA graph keeps none.
         if learns or library._are_functorch_transforms_active() or warms_up():
             return None

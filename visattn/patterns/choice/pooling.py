@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from visattn.operands import wide_dtype
 from visattn.patterns.choice.blocks import block_tokens, slot_places, within
 
 
@@ -48,7 +49,7 @@ def sums(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], parts: in
     Returns:
         [B, blocks, parts, H, D].
     """
-    wide, dims = torch.promote_types(x.dtype, torch.float32), len(grid)
+    wide, dims = wide_dtype(x), len(grid)
     inside = within(grid, box)
     if parts == 1:
         # Axis by axis, the last one first: each sum reads rows of neighbouring channels, which one sum of all does not.
@@ -82,7 +83,7 @@ def counts(
     x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], parts: int, valid: torch.Tensor | None
 ) -> torch.Tensor:
     """Valid tokens of each part: [1 or B, blocks, parts]."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     if valid is None and parts == 1:
         return block_tokens(grid, box, x.device).to(wide)[None, :, None]
     ones = torch.ones(1, x.shape[1], dtype=wide, device=x.device) if valid is None else valid.to(wide)
@@ -109,7 +110,7 @@ def bounds(
         cut = _cut(own, grid, box, infinite)
         axes = list(range(1 + dims, 1 + 2 * dims))
         found.append((cut.amin(axes) if sign > 0 else cut.amax(axes)).flatten(1, dims))
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     # A block without valid tokens has no bounds; nobody lists it.
     low, high = (t.to(wide).nan_to_num(posinf=0.0, neginf=0.0) for t in found)
     return low, high

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from visattn.layout import Layout
+from visattn.operands import wide_dtype
 from visattn.patterns.choice.blocks import Blocks, block_tokens, inner
 from visattn.patterns.choice.pooling import sums
 from visattn.patterns.routes import Routes
@@ -31,7 +32,7 @@ def append_means(
 ) -> Pooled:
     """Put the mean key and value of the valid tokens of each block behind the others; differentiable."""
     at = inner(layout)
-    wide = torch.promote_types(k.dtype, torch.float32)
+    wide = wide_dtype(k)
     if key_mask is None:
         count = block_tokens(blocks.grid, blocks.keys, k.device)[None].to(wide)
     else:

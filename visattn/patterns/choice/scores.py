@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from visattn.operands import widened
 from visattn.patterns.choice import diagonal, lowbit, tree
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.picks import Seen
@@ -121,7 +122,7 @@ def block_scores(
     if score.name in ("diagonal", "lowbit"):
         make = diagonal.scores if score.name == "diagonal" else lowbit.scores
         # In half precision the factor would round the queries.
-        own = q.to(torch.promote_types(q.dtype, torch.float32)) * scale
+        own = widened(q) * scale
         found = (Scored(*each) for each in make(score.number, own, k, blocks, valid, slices))
         return seen, found
     query = (query * scale).permute(0, 3, 1, 2, 4)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from visattn.layout import Layout
+from visattn.operands import wide_dtype
 from visattn.patterns.choice.blocks import Blocks, inner
 from visattn.patterns.choice.pooling import tokens_of_blocks
 from visattn.patterns.choice.slices import Slices
@@ -48,7 +49,7 @@ def not_skipped(
         scale: Factor on the logits.
         below: The largest weight that is skipped, as a share of the largest so far.
     """
-    at, wide = inner(layout), torch.promote_types(q.dtype, torch.float32)
+    at, wide = inner(layout), wide_dtype(q)
     valid = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if key_mask is None else key_mask
     heads, most = q.shape[2], choice.tiles.shape[3]
     queries, there = (

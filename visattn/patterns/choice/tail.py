@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from visattn.layout import Layout
+from visattn.operands import repeated, widened
 from visattn.patterns.choice.blocks import Blocks, inner, token_blocks
 from visattn.patterns.choice.pooling import means
 from visattn.patterns.routes import Routes
@@ -17,16 +18,12 @@ TAILS = {"slope": "mean", "linear": "drop", "coarse": "drop"}
 LEAST = 1e-5
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _grid(x: torch.Tensor, layout: Layout, heads: int, valid: torch.Tensor | None) -> torch.Tensor:
     """Grid tokens for each query head, zeros where they are not valid: [B, H, tokens, D]."""
-    own = _wide(x[:, inner(layout)])
+    own = widened(x[:, inner(layout)])
     if valid is not None:
         own = own.masked_fill(~valid[..., None, None], 0)
-    return own.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1)
+    return repeated(own.transpose(1, 2), heads, 1)
 
 
 def slope(
@@ -59,15 +56,15 @@ def slope(
     at, heads = inner(layout), q.shape[2]
     valid = None if key_mask is None else key_mask[:, at]
     grid, box = blocks.sides[1]
-    mean, count = means(_wide(k[:, at]), grid, box, 1, valid)
+    mean, count = means(widened(k[:, at]), grid, box, 1, valid)
     rows, columns = (token_blocks(blocks.grid, sides, q.device) for sides in (blocks.queries, blocks.keys))
-    pooled = mean[:, :, 0].transpose(1, 2).repeat_interleave(heads // k.shape[2], 1)
+    pooled = repeated(mean[:, :, 0].transpose(1, 2), heads, 1)
     keys, values = (_grid(x, layout, heads, valid) for x in (k, v))
     off = keys - pooled[:, :, columns]
     if valid is not None:
         off = off.masked_fill(~valid[:, None, :, None], 0)
     moment = off.transpose(2, 3) @ values
-    queries = _wide(q[:, at]).transpose(1, 2)
+    queries = widened(q[:, at]).transpose(1, 2)
     hidden = choice.mask(0, blocks.columns)[:, :, rows] | (count[:, None, None, :, 0] == 0)
     logits = queries @ pooled.transpose(2, 3) * scale + count[:, None, None, :, 0].clamp(min=1).log()
     # Where everything is listed, no weight falls on pooled keys.
@@ -91,8 +88,8 @@ def linear(
     """
     at, heads = inner(layout), q.shape[2]
     valid = None if key_mask is None else key_mask[:, at]
-    queries = _wide(q[:, at]).softmax(-1).transpose(1, 2)
-    keys = _grid(_wide(k).softmax(-1), layout, heads, valid)
+    queries = widened(q[:, at]).softmax(-1).transpose(1, 2)
+    keys = _grid(widened(k).softmax(-1), layout, heads, valid)
     found = queries @ (keys.transpose(2, 3) @ _grid(v, layout, heads, valid))
     found = found / (LEAST + queries @ keys.sum(2)[..., None])
     weight, bias = (parameters[name].to(found.dtype) for name in ("weight", "bias"))
@@ -111,10 +108,10 @@ def coarse(
     """Attention of the means of blocks, the same for all queries of a block (VSA): [B, tokens, H, D]."""
     at, heads = inner(layout), q.shape[2]
     valid = None if key_mask is None else key_mask[:, at]
-    query, _ = means(_wide(q[:, at]), *blocks.sides[0], 1, valid)
-    (keys, count), (values, _) = (means(_wide(x[:, at]), *blocks.sides[1], 1, valid) for x in (k, v))
+    query, _ = means(widened(q[:, at]), *blocks.sides[0], 1, valid)
+    (keys, count), (values, _) = (means(widened(x[:, at]), *blocks.sides[1], 1, valid) for x in (k, v))
     pooled = [x[:, :, 0].transpose(1, 2) for x in (query, keys, values)]
-    pooled[1:] = [x.repeat_interleave(heads // x.shape[1], 1) for x in pooled[1:]]
+    pooled[1:] = [repeated(x, heads, 1) for x in pooled[1:]]
     logits = pooled[0] @ pooled[1].transpose(2, 3) * scale
     empty = (count[:, None, None, :, 0] == 0).expand(logits.shape)
     blind = empty.all(-1, keepdim=True)

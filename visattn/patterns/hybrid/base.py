@@ -10,9 +10,11 @@ from typing import ClassVar
 import torch
 
 from visattn.layout import Layout
+from visattn.operands import wide_dtype
 from visattn.patterns.base import ByText
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.picks import Seen
+from visattn.patterns.hybrid.parts import mean_scores
 from visattn.patterns.kinds import ComposedPattern
 from visattn.patterns.routes import Routes
 from visattn.patterns.topk import TopK
@@ -102,7 +104,6 @@ class HybridPattern(ByText, ComposedPattern):
         """
         return self.front.choose(q, k, layout, key_mask, scale)
 
-    @abstractmethod
     def router_scores(
         self,
         q: torch.Tensor,
@@ -112,7 +113,11 @@ class HybridPattern(ByText, ComposedPattern):
         scale: float,
         parameters: Mapping[str, torch.Tensor],
     ) -> tuple[torch.Tensor, Seen]:
-        """Scores of all pairs of blocks [B, H, rows, columns], differentiable, and which blocks take part."""
+        """Scores of all pairs of blocks [B, H, rows, columns], differentiable, and which blocks take part.
+
+        Products of means, scaled, in which nothing is a parameter; arguments as of `choose`.
+        """
+        return mean_scores(q, k, layout, self.blocks(layout.grid), key_mask, scale)
 
     @abstractmethod
     def join(
@@ -149,5 +154,5 @@ class HybridPattern(ByText, ComposedPattern):
         names = self.parameter_shapes(heads, head_dim, grid)
         missing = not parameters.keys() >= names.keys()
         found = (self.initial_parameters(heads, head_dim, grid) if missing else {}) | dict(parameters)
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         return {name: found[name].to(q.device, wide) for name in names}

@@ -7,6 +7,7 @@ import torch
 
 from visattn.keep import kept
 from visattn.layout import Layout
+from visattn.operands import repeated, wide_dtype, widened
 from visattn.patterns.choice.blocks import Blocks, Box, block_tokens, inner, token_block_table, token_blocks
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.choice.pooling import counts, means
@@ -17,11 +18,6 @@ FEATURES = ("softmax", "elu", "relu")
 SLICE = 2**28
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def check_features(feature: object) -> None:
     """Raise a ValueError if there is no such feature map."""
     if feature not in FEATURES:
@@ -30,15 +26,10 @@ def check_features(feature: object) -> None:
 
 def mapped(x: torch.Tensor, feature: str) -> torch.Tensor:
     """Features of queries or keys, not negative: softmax over channels, ELU + 1 or ReLU."""
-    x = wide(x)
+    x = widened(x)
     if feature == "softmax":
         return x.softmax(-1)
     return x.relu() if feature == "relu" else torch.where(x > 0, x + 1, x.masked_fill(x > 0, 0).exp())
-
-
-def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Keys or values [B, S, Hkv, D] for every query head."""
-    return x if x.shape[2] == heads else x[:, :, :, None].expand(-1, -1, -1, heads // x.shape[2], -1).flatten(2, 3)
 
 
 def grid_of(x: torch.Tensor, layout: Layout, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,7 +67,7 @@ def block_means(
     x: torch.Tensor, layout: Layout, side: tuple[Box, Box], heads: int, key_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Differentiable means over the valid tokens of each block, for every query head: [B, H, blocks, D]."""
-    found, _ = means(wide(x[:, inner(layout)]), *side, 1, valid_of(key_mask, layout))
+    found, _ = means(widened(x[:, inner(layout)]), *side, 1, valid_of(key_mask, layout))
     return repeated(found[:, :, 0], heads).transpose(1, 2)
 
 
@@ -88,7 +79,7 @@ def linear_of_all(
     queries = mapped(grid_of(q, layout), feature)
     keys = repeated(mapped(grid_of(k, layout), feature), q.shape[2])
     keys = keys if valid is None else keys * valid[..., None, None].to(keys.dtype)
-    state = torch.einsum("bthf,bthd->bhfd", keys, repeated(wide(grid_of(v, layout, valid)), q.shape[2]))
+    state = torch.einsum("bthf,bthd->bhfd", keys, repeated(widened(grid_of(v, layout, valid)), q.shape[2]))
     total = torch.einsum("bthf,bhf->bth", queries, keys.sum(1))
     return torch.einsum("bthf,bhfd->bthd", queries, state) / (LEAST + total)[..., None]
 
@@ -145,16 +136,16 @@ def _linear_of_blocks(
     (at, there), (rows, _) = (slots(*side, q.device) for side in reversed(blocks.sides))
     counted = there if valid is None else there & valid[:, at]
     # Products of bfloat16 are its own, of its range; sums of features stay wide.
-    dtype = q.dtype if q.dtype == torch.bfloat16 else wide(q[:0]).dtype
+    dtype = q.dtype if q.dtype == torch.bfloat16 else wide_dtype(q)
     keys = mapped(grid_of(k, layout), feature).to(dtype).transpose(1, 2)[:, :, at]
     keys = keys * counted.view(-1, 1, *there.shape)[..., None].to(dtype)
     values = grid_of(v, layout, valid).to(dtype).transpose(1, 2)[:, :, at]
     states = keys.transpose(3, 4) @ values
     state = (of.to(dtype) @ states.flatten(3)).unflatten(3, states.shape[3:])
-    sums = wide(keys).sum(3)
+    sums = widened(keys).sum(3)
     total = of.to(sums.dtype) @ sums
     queries = mapped(grid_of(q, layout), feature).to(dtype).transpose(1, 2)[:, :, rows]
-    product = wide(queries @ state) / (LEAST + wide(queries) @ total[..., None])
+    product = widened(queries @ state) / (LEAST + widened(queries) @ total[..., None])
     # Back from blocks: where each token is among them.
     return product.flatten(2, 3)[:, :, _places(*blocks.sides[0], q.device)].transpose(1, 2)
 

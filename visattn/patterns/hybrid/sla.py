@@ -10,14 +10,13 @@ import torch
 
 from visattn.layout import Layout
 from visattn.patterns.choice.blocks import Blocks
-from visattn.patterns.choice.picks import Seen, number_of
+from visattn.patterns.choice.picks import number_of
 from visattn.patterns.choice.values import share_or_count
 from visattn.patterns.hybrid.base import HybridPattern
 from visattn.patterns.hybrid.parts import (
     check_features,
     linear_of_all,
     linear_of_blocks,
-    mean_scores,
 )
 from visattn.patterns.routes import Routes
 from visattn.patterns.topk import TopK
@@ -80,24 +79,8 @@ class SLA(HybridPattern):
         return self.marginal != "all"
 
     def parameter_shapes(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """`weight` [D, D] and `bias` [D], of all heads."""
+        """`weight` [D, D] and `bias` [D], of all heads; zeros are no linear branch."""
         return {"weight": (head_dim, head_dim), "bias": (head_dim,)}
-
-    def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        """Zeros: no linear branch."""
-        return {name: torch.zeros(shape) for name, shape in self.parameter_shapes(heads, head_dim, grid).items()}
-
-    def router_scores(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        layout: Layout,
-        key_mask: torch.Tensor | None,
-        scale: float,
-        parameters: Mapping[str, torch.Tensor],
-    ) -> tuple[torch.Tensor, Seen]:
-        """Products of means, scaled: differentiable in q and k, nothing in it is a parameter."""
-        return mean_scores(q, k, layout, self.blocks(layout.grid), key_mask, scale)
 
     def marginal_blocks(
         self,

@@ -16,7 +16,6 @@ from visattn.patterns.hybrid.parts import (
     block_weights,
     check_features,
     linear_of_blocks,
-    mean_scores,
     of_tokens,
     seen_blocks,
     valid_of,
@@ -114,9 +113,9 @@ class SLA2(HybridPattern):
         parameters: Mapping[str, torch.Tensor],
     ) -> tuple[torch.Tensor, Seen]:
         """Products of means behind the router's maps; differentiable in q, k and the maps."""
-        blocks = self.blocks(layout.grid)
         if self.router == "mean":
-            return mean_scores(q, k, layout, blocks, key_mask, scale)
+            return super().router_scores(q, k, layout, key_mask, scale, parameters)
+        blocks = self.blocks(layout.grid)
         own, found = self.own(parameters, q, layout.grid), []
         for x, side, name in zip((q, k), blocks.sides, ("route_query", "route_key"), strict=True):
             found.append(block_means(x, layout, side, q.shape[2], key_mask) @ own[name])
@@ -133,7 +132,7 @@ class SLA2(HybridPattern):
     ) -> Routes:
         """The best of each row by the router's scores."""
         if self.router == "mean":
-            return self.front.choose(q, k, layout, key_mask, scale)
+            return super().choose(q, k, layout, key_mask, scale, parameters)
         with torch.no_grad():
             return self.front.pick(
                 *self.router_scores(q, k, layout, key_mask, scale, parameters), self.blocks(layout.grid)

@@ -6,9 +6,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from visattn.layout import Layout
+from visattn.operands import repeated, widened
 from visattn.patterns.choice.blocks import Blocks, inner, token_blocks
 from visattn.patterns.choice.picks import Seen
-from visattn.patterns.hybrid.parts import repeated, soft_lists, wide
+from visattn.patterns.hybrid.parts import soft_lists
 
 # Values of weights of token pairs at a time.
 PAIRS = 2**26
@@ -50,8 +51,8 @@ def soft_output(
     weights = _weights(scores, seen, number, temperature)
     rows, columns = (token_blocks(blocks.grid, box, q.device) for box in (blocks.queries, blocks.keys))
     at = inner(layout)
-    queries = wide(q[:, at]).transpose(1, 2)
-    keys, values = (repeated(wide(x), q.shape[2]).transpose(1, 2) for x in (k, v))
+    queries = widened(q[:, at]).transpose(1, 2)
+    keys, values = (repeated(widened(x), q.shape[2]).transpose(1, 2) for x in (k, v))
     # The logarithm of a weight that is 0 hides a block.
     logs = weights.masked_fill(weights <= 0, 1).log().masked_fill(weights <= 0, float("-inf"))
     hidden = None if key_mask is None else ~key_mask[:, None, None]

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from visattn.layout import Layout
+from visattn.operands import repeated, widened
 from visattn.patterns.choice.blocks import Blocks, inner
 from visattn.patterns.choice.picks import Seen
 from visattn.patterns.gate import Gate
 from visattn.patterns.hybrid.base import HybridPattern
-from visattn.patterns.hybrid.parts import block_weights, repeated, slots, valid_of, wide
+from visattn.patterns.hybrid.parts import block_weights, slots, valid_of
 from visattn.patterns.hybrid.sla2 import SLA2
 
 # Attention weights at a time.
@@ -56,8 +57,8 @@ def block_attention(
     (rows, in_row), (columns, in_column) = (slots(*side, q.device) for side in blocks.sides)
     if some is not None:
         rows, in_row = rows[some], in_row[some]
-    queries = wide(q[:, at]).transpose(1, 2)
-    keys = repeated(wide(k[:, at]), heads).permute(0, 2, 3, 1)
+    queries = widened(q[:, at]).transpose(1, 2)
+    keys = repeated(widened(k[:, at]), heads).permute(0, 2, 3, 1)
     asks = in_row[None] if valid is None else in_row & valid[:, rows]
     step = max(1, PAIRS // (len(q) * heads * layout.tokens * rows.shape[1]))
     found = []

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns.choice.picks import Seen
+from visattn.operands import widened
 from visattn.patterns.choice.tail import coarse
 from visattn.patterns.hybrid.base import HybridPattern
-from visattn.patterns.hybrid.parts import grid_of, mean_scores, wide
+from visattn.patterns.hybrid.parts import grid_of
 from visattn.patterns.routes import Routes
 from visattn.patterns.values import PerAxis
 
@@ -69,32 +69,16 @@ class VSA(HybridPattern):
         return False
 
     def parameter_shapes(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """`gate` [H, D], and `gate_map` [H, D, D] of `gate=token`."""
+        """`gate` [H, D], and `gate_map` [H, D, D] of `gate=token`; zeros are no coarse branch."""
         found: dict[str, tuple[int, ...]] = {"gate": (heads, head_dim)}
         return found if self.gate == "channel" else found | {"gate_map": (heads, head_dim, head_dim)}
-
-    def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        """Zeros: no coarse branch."""
-        return {name: torch.zeros(shape) for name, shape in self.parameter_shapes(heads, head_dim, grid).items()}
-
-    def router_scores(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        layout: Layout,
-        key_mask: torch.Tensor | None,
-        scale: float,
-        parameters: Mapping[str, torch.Tensor],
-    ) -> tuple[torch.Tensor, Seen]:
-        """The logits of the coarse branch: differentiable in q and k, nothing in it is a parameter."""
-        return mean_scores(q, k, layout, self.blocks(layout.grid), key_mask, scale)
 
     def gates(self, q: torch.Tensor, layout: Layout, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What the coarse branch is multiplied by: [B or 1, tokens or 1, H, D]."""
         own = self.own(parameters, q, layout.grid)
         if self.gate == "channel":
             return own["gate"][None, None]
-        return torch.einsum("bthd,hde->bthe", wide(grid_of(q, layout)), own["gate_map"]) + own["gate"]
+        return torch.einsum("bthd,hde->bthe", widened(grid_of(q, layout)), own["gate_map"]) + own["gate"]
 
     def join(
         self,

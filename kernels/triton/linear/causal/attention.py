@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from visattn.kernels.linear.causal import plain_grid_attention
-from visattn.kernels.linear.features import feature_map, repeated, widened
+from visattn.kernels.linear.features import feature_map
 from visattn.kernels.second_order import by_autograd
 from visattn.kernels.triton import start
 from visattn.kernels.triton.linear.attention import (
@@ -36,6 +36,7 @@ from visattn.kernels.triton.linear.causal.read import read_chunks
 from visattn.kernels.triton.linear.gather import gather
 from visattn.kernels.unchanged import savable
 from visattn.layout import Layout
+from visattn.operands import repeated, widened
 
 
 def causal_linear_attention(
