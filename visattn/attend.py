@@ -258,7 +258,8 @@ class Explanation:
         problem = self.problem
         shape = f"batch {problem.batch}, {problem.heads} heads x {problem.head_dim}, {problem.dtype}, {problem.device}"
         lines = [f"{problem.pattern} on {problem.layout} ({shape}): {self.choice}", f"  {self.reason}"]
-        for mode in () if problem.is_dense else ("eager", "compiled", "captured"):
+        modes = ("eager", "compiled", "captured") if problem.device == "cuda" else ("eager",)
+        for mode in () if problem.is_dense else modes:
             found = crossing(dataclasses.replace(problem, mode=mode))
             if found is not None:
                 lines.append(

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import torch
+
 from visattn.dispatch import choose, load, milliseconds
 from visattn.patterns import Dense, ListedPattern, SharingPattern
 from visattn.problem import Problem
 from visattn.registry import REGISTRY
 
+# Devices whose estimates were held against measurements (scripts/check/crossing_gpu.py and crossing_cpu.py).
+DEVICES = ("cpu", "cuda")
 # How much faster a pattern has to be by its estimate.
 CLEAR = 1.05
 # What an eager call of ours costs the host in a model beyond one in a loop, whose code and data are in its caches:
@@ -30,6 +34,7 @@ class Crossing:
         dense_ms: What torch's dense attention would.
         mode: How the call is made, see `Problem`.
         saved_ms: Time of the device alone that the pattern saves.
+        device: Whose times these are, "cpu" or "cuda".
     """
 
     backend: str
@@ -37,6 +42,7 @@ class Crossing:
     dense_ms: float
     mode: str
     saved_ms: float = 0.0
+    device: str = "cuda"
 
     @property
     def dense_pays(self) -> bool:
@@ -45,13 +51,14 @@ class Crossing:
 
     @property
     def dense_pays_inside(self) -> bool:
-        """Whether it does in a model, where the host has other work and an eager call costs it more."""
-        return self.dense_pays or (self.mode == "eager" and self.saved_ms < WORTH * INSIDE_MS)
+        """Whether it does in a model, where the host of a GPU has other work and an eager call costs it more."""
+        waits = self.device == "cuda" and self.mode == "eager"
+        return self.dense_pays or (waits and self.saved_ms < WORTH * INSIDE_MS)
 
     @property
     def reason(self) -> str:
         """Why a module of a model is left dense."""
-        if self.dense_pays:
+        if self.dense_pays or self.device != "cuda":
             return str(self)
         return (
             f"{self}: the device would be saved {self.saved_ms:.3f} ms, less than {WORTH} times what a call in a "
@@ -66,15 +73,17 @@ class Crossing:
 def crossing(problem: Problem) -> Crossing | None:
     """The estimates of a call; None where none are good enough to leave a pattern out.
 
-    These are calls on a GPU without gradients, of patterns that are lists of keys, or share between steps what those
-    give (by their mean over the steps): what replaces the softmax is other attention than the model's, and what is
-    being trained must run.
+    These are calls without gradients, of patterns that are lists of keys, or share between steps what those give (by
+    their mean over the steps): what replaces the softmax is other attention than the model's, and what is being trained
+    must run. A CPU simulates 8 bits for their errors, whatever that takes.
     """
     pattern = problem.pattern
     listed = pattern.of if isinstance(pattern, SharingPattern) else pattern
-    if problem.device != "cuda" or problem.grad or not isinstance(listed, ListedPattern):
+    if problem.device not in DEVICES or problem.grad or not isinstance(listed, ListedPattern):
         return None
-    return _crossing(problem, REGISTRY.version)
+    if problem.device == "cpu" and problem.precision is not None:
+        return None
+    return _crossing(problem, REGISTRY.version, torch.get_num_threads())
 
 
 def dense_cost(problem: Problem) -> float:
@@ -83,12 +92,12 @@ def dense_cost(problem: Problem) -> float:
 
 
 @lru_cache(maxsize=1024)
-def _crossing(problem: Problem, version: int) -> Crossing:
+def _crossing(problem: Problem, version: int, threads: int) -> Crossing:
     sparse = choose(problem)
     times = milliseconds(problem, sparse.cost(problem)), milliseconds(problem, dense_cost(problem))
     alone = replace(problem, mode="captured")
     saved = dense_cost(alone) - sparse.cost(alone)
-    return Crossing(sparse.name, *times, problem.mode, milliseconds(problem, saved))
+    return Crossing(sparse.name, *times, problem.mode, milliseconds(problem, saved), problem.device)
 
 
 def slower_in_8_bits(problem: Problem) -> str:

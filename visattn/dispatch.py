@@ -209,7 +209,7 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
     """
     if not isinstance(name, str):
         raise ValueError(f"unknown backend {said(name)}; backends: auto, {', '.join(BACKENDS)}")
-    return _choose(problem, name, REGISTRY.version, _gpu(problem))
+    return _choose(problem, name, REGISTRY.version, _gpu(problem), torch.get_num_threads())
 
 
 def choose_portable(problem: Problem) -> Backend:
@@ -231,9 +231,10 @@ def _gpu(problem: Problem) -> int:
     return torch.cuda.current_device() if problem.device == "cuda" and torch.cuda.is_initialized() else -1
 
 
-# The version and the GPU are part of the key: another set of backends, or another GPU, is another choice.
+# Version, GPU and threads are part of the key: another set of backends, or another GPU, is another choice, and what a
+# call costs beside its pairs weighs more on more threads.
 @lru_cache(maxsize=1024)
-def _choose(problem: Problem, name: str, version: int, gpu: int) -> Backend:
+def _choose(problem: Problem, name: str, version: int, gpu: int, threads: int) -> Backend:
     if name == "auto":
         return cheapest(problem, BACKENDS.usable().values())
     backend = load(name)
@@ -278,10 +279,11 @@ def unlisted(problem: Problem) -> str:
     return ""
 
 
-# Floating-point operations per second of dense SDPA at full load on 2 CPU cores, and on an H100 in single precision
-# and, by the channels per head that its kernels compute (docs/performance.md), in half precision. They turn a fixed
-# time per call into pairs, and pairs into estimated times.
-DENSE_RATE = {("cpu", 2): 1e11, ("cpu", 4): 1e11, ("cuda", 4): 3.2e13}
+# Floating-point operations per second of dense SDPA at full load on one thread of a CPU with AVX-512, in any dtype
+# (docs/cpu-engine.md), and on an H100 in single precision and, by the channels per head that its kernels compute
+# (docs/performance.md), in half precision. They turn a fixed time per call into pairs, and pairs into estimated times.
+THREAD_RATE = 8.5e10
+SINGLE_RATE = 3.2e13
 HALF_RATE = {64: 4.7e14, 128: 6.6e14, 256: 5e14}
 # What an operator in compiled code keeps the host beyond its body, in microseconds, and what a call of torch's own
 # attention keeps it there, as a share of an eager one (scripts/check/crossing_gpu.py, chains of compiled calls).
@@ -290,8 +292,10 @@ OPERATOR_US, COMPILED = 10, 0.75
 
 def dense_rate(problem: Problem) -> float:
     """Operations per second of dense SDPA at full load."""
-    if problem.device != "cuda" or problem.dtype.itemsize != 2:
-        return DENSE_RATE.get((problem.device, problem.dtype.itemsize), 1e11)
+    if problem.device != "cuda":
+        return THREAD_RATE * torch.get_num_threads()
+    if problem.dtype.itemsize != 2:
+        return SINGLE_RATE
     # Kernels compute whole powers of two of channels.
     computed = next((dim for dim in HALF_RATE if problem.head_dim <= dim), 256)
     return HALF_RATE[computed] * min(1.0, problem.head_dim / computed)

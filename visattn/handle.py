@@ -68,11 +68,11 @@ def apply(
         strict: Raise if a forward misses a selected attention module.
         weights: File that `Handle.save` wrote: learnable parameters of the same patterns at the same layers. None
             starts from their initial values.
-        always: Run the pattern wherever it can run. Without it "auto" leaves a module of a model on a GPU its own
-            dense attention where a call is estimated to take longer with the pattern (few tokens, where a call
-            costs the host more than the device), or not to save the device twice what a call in a model costs the
-            host, and computes in the model's own dtype where `precision` is estimated to take longer; the report counts
-            such calls with both estimates. Calls with gradients, learnable patterns,
+        always: Run the pattern wherever it can run. Without it "auto" leaves a module of a model its own dense
+            attention where a call is estimated to take longer with the pattern (few tokens), or on a GPU not to save
+            the device twice what a call in a model costs the host, and computes in the model's own dtype where
+            `precision` is estimated to take longer; the report counts such calls with both estimates. Calls with
+            gradients, learnable patterns,
             named backends, `strict` and `weights` always run the pattern; a model that was trained with a pattern
             should be given it with `always`.
         caught: So many queries of the grid of every call are compared with dense attention: the report says which share

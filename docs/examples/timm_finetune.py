@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     learn, judge = loaders(model, chosen)
 
     print(f"stock attention: {accuracy(model, judge, device):.1%} right (a new head guesses)")
-    handle = visattn.apply(model, chosen.pattern, dense_layers=chosen.dense_layers)
+    # always: what is trained is what is judged, also where dense attention would be faster.
+    handle = visattn.apply(model, chosen.pattern, dense_layers=chosen.dense_layers, always=True)
     print(f"{chosen.pattern} as it is: {accuracy(model, judge, device):.1%}")
     train(model, learn, chosen, device)
     print(f"{chosen.pattern} after {chosen.epochs} epochs: {accuracy(model, judge, device):.1%}")

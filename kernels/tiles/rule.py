@@ -20,11 +20,11 @@ KEPT_MS, BATCH_MS = 0.04, 0.25
 # What a call takes besides, in milliseconds, ...
 CALL_MS = 0.15
 # ... and one that chooses its lists.
-ROUTE_MS = 2.0
-# Keys of such lists move in whole tiles, ...
-KEY_OF_TILE = 16.0
+ROUTE_MS = 1.0
+# Keys of such lists move in whole tiles, most of which need no mask, ...
+ROUTED_PAIR, KEY_OF_TILE = 1.1, 16.0
 # ... but choosing, and putting keys and values in the order of their tiles, takes this for each token, ...
-TOKEN = 470.0
+TOKEN = 200.0
 # ... and more where what is not listed is pooled.
 POOLED_TOKEN = 150.0
 # KEPT_MS as pairs per head for 4 heads of 64 channels, for choosing a tile before the heads are known.
@@ -39,7 +39,7 @@ def problem_cost(queries: float, keys: float) -> float:
 
 def routed_cost(queries: float, keys: float) -> float:
     """The same where whole key tiles of a list that q and k choose are moved; besides, tokens cost `token_cost`."""
-    return keys * (PAIR * queries + PER_TILE + KEY_OF_TILE) + QUERY * queries
+    return keys * (ROUTED_PAIR * queries + PER_TILE + KEY_OF_TILE) + QUERY * queries
 
 
 def token_cost(tokens: float, pools: bool) -> float:

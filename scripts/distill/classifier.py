@@ -12,7 +12,7 @@ Stop or kill it at any time: the same command goes on from the last checkpoint t
 run. --out gets `checkpoint.safetensors`, `log.jsonl` and at the end `student.safetensors`; in Python:
 
     trained = load_trained(Path("student.safetensors"))  # of visattn.trained, with the other two
-    with trained_weights(model, trained), visattn.apply(model, trained.about["pattern"]) as handle:
+    with trained_weights(model, trained), visattn.apply(model, trained.about["pattern"], always=True) as handle:
         load_own(handle, trained)
         logits = model(images)
 """

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import visattn
 from tests.support.places import ROOT
 from visattn import Layout, dispatch, parse
 from visattn import crossing as crossings
@@ -20,6 +21,7 @@ from visattn.runtime.verdict import judge
 
 ROWS = json.loads((ROOT / "docs/results/h200-calls.json").read_text())["rows"]
 EIGHT = json.loads((ROOT / "docs/results/gpu-eightbit.json").read_text())["cases"].values()
+ON_CPU = json.loads((ROOT / "docs/results/cpu-crossing.json").read_text())["rows"]
 TAKEN = json.loads((ROOT / "docs/results/h200-crossing.json").read_text())["rows"]
 
 
@@ -159,8 +161,17 @@ def test_large_calls_cost_the_same_however_they_are_made(only_triton):
 
 
 @pytest.mark.parametrize(
-    "other", [problem(device="cpu"), problem(grad=True), problem("linear"), problem("agent(agents=4x4)")]
+    "other",
+    [
+        problem(grad=True),
+        problem("linear"),
+        problem("agent(agents=4x4)"),
+        problem(device="cpu", grad=True),
+        problem(device="cpu", precision="int8"),
+        problem(device="xpu"),
+    ],
 )
+@pytest.mark.crossing
 def test_nothing_is_left_dense_where_the_pattern_must_run(other):
     assert crossing(other) is None
 
@@ -208,4 +219,66 @@ def test_an_explanation_of_a_gpu_call_has_both_estimates(only_triton):
         r"estimated 0\.\d{3} ms by triton, 0\.\d{3} ms dense \(compiled\); apply\(\) leaves the model's own", text
     )
     assert "leaves" not in str(Explanation(problem("na(window=16x16,stride=8x8)"), "triton", both))
-    assert " ms dense" not in str(Explanation(replace(small, device="cpu"), "sdpa", both))
+    assert " ms dense" not in str(Explanation(replace(small, device="cpu", grad=True), "sdpa", both))
+
+
+@pytest.fixture
+def threads():
+    """Puts the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def on_cpu(row):
+    torch.set_num_threads(row["threads"])
+    shape = row["batch"], row["heads"], row["heads"], row["dim"]
+    layout = Layout(tuple(row["grid"]), suffix=row["suffix"])
+    return crossing(Problem(parse(row["pattern"]), layout, *shape, getattr(torch, row["dtype"]), "cpu"))
+
+
+def case(row):
+    grid = "x".join(map(str, row["grid"]))
+    return "{pattern} {batch} {dim} {dtype} {threads}".format(**row).replace(" ", f" {grid} ", 1)
+
+
+@pytest.mark.crossing
+@pytest.mark.parametrize("row", ON_CPU, ids=case)
+def test_the_choice_on_a_cpu_holds_on_either_side_of_the_crossing(row, threads):
+    """What runs takes 15 % longer than dense attention at most; what is kept dense would not save a third of it."""
+    ratio = row["sparse_ms"] / row["dense_ms"]
+    assert ratio > 0.7 if on_cpu(row).dense_pays_inside else ratio < 1.15
+
+
+@pytest.mark.crossing
+def test_nearly_all_choices_on_a_cpu_are_within_15_percent_of_the_faster_one(threads):
+    wrong = [row for row in ON_CPU if on_cpu(row).dense_pays_inside and row["sparse_ms"] < 0.85 * row["dense_ms"]]
+    assert len(ON_CPU) >= 90 and len(wrong) <= 0.05 * len(ON_CPU)
+
+
+@pytest.mark.crossing
+def test_a_model_on_a_cpu_waits_for_no_host_and_more_threads_need_more_tokens(threads):
+    few = problem(grid=(24, 24), heads=4, dim=64, dtype=torch.float32, device="cpu")
+    saved = []
+    for number in (1, 2, 64):
+        torch.set_num_threads(number)
+        found = crossing(few)
+        saved.append(found.sparse_ms / found.dense_ms)
+        assert found.dense_pays_inside == found.dense_pays == (number == 64)
+        assert found.reason == str(found)
+        assert crossing(replace(few, mode="captured")).dense_pays == found.dense_pays
+    assert saved == sorted(saved)
+
+
+@pytest.mark.crossing
+def test_an_explanation_of_a_cpu_call_has_both_estimates_once():
+    for grid, kept in (((8, 8), True), ((64, 64), False)):
+        text = str(visattn.explain("na(window=3x3)", Layout(grid), torch.zeros(1, grid[0] ** 2, 2, 32)))
+        assert len(re.findall(r"estimated [\d.]+ ms by \w+, [\d.]+ ms dense", text)) == 1
+        assert ("apply() leaves the model's own dense attention here" in text) == kept
+
+
+def test_patterns_that_choose_do_not_run_under_a_mask_on_a_cpu_where_tiles_are_faster():
+    """24x24 tokens, 8 heads of 64: 23 ms under a mask, 6 in tiles, 8.5 dense on one thread."""
+    call = problem("topk(keep=0.15)", (24, 24), 8, 64, dtype=torch.float32, device="cpu")
+    assert dispatch.choose(call).name == "tiles"

@@ -307,13 +307,15 @@ def test_auto_takes_dense_where_it_is_faster():
     assert choice("dense", 64) == "sdpa"
 
 
-# Side of the grid, and whether lists that q and k choose beat dense attention (docs/cpu-engine.md; 0.7 by arithmetic).
+# Side of the grid, and whether lists that q and k choose beat dense attention (docs/cpu-engine.md; 0.7 by arithmetic;
+# 0.3 took 0.78 of dense attention's time on 32x32, 0.5 with means 1.15, 0.6 1.03 to 1.43).
 @pytest.mark.parametrize(
     ("pattern", "side", "faster"),
     [
         ("topk(keep=0.15)", 16, False),
-        ("topk(keep=0.3)", 32, False),
-        ("topk(keep=0.3,rest=mean)", 32, False),
+        ("topk(keep=0.3)", 32, True),
+        ("topk(keep=0.5,rest=mean)", 32, False),
+        ("topk(keep=0.6)", 32, False),
         ("topk(keep=0.15)", 64, True),
         ("topk(keep=0.15,rest=mean)", 64, True),
         ("topk(keep=0.3,rest=mean)", 96, True),

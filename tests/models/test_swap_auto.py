@@ -1,5 +1,7 @@
 """What `auto` runs in a swapped timm model: the module's own attention where that is estimated to be faster."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -131,6 +133,7 @@ def test_calls_that_8_bits_would_slow_down_are_exact_and_counted(pattern, monkey
     assert not handle.report().exact
 
 
+<<<<<<< HEAD
 @torch.no_grad()
 def test_8_bits_beside_a_position_bias_are_refused_and_not_left_out():
     """Also where the class token is apart and the grid alone goes through the kernels."""
@@ -141,3 +144,36 @@ def test_8_bits_beside_a_position_bias_are_refused_and_not_left_out():
         pytest.raises(ValueError, match="in int8 it adds no relative position bias"),
     ):
         model(x)
+=======
+@pytest.mark.crossing
+@pytest.mark.parametrize("family", KINDS)
+def test_on_a_cpu_too_small_maps_stay_dense_unless_gradients_flow(family):
+    model, x = make(family)
+    whole = [site for site in find_sites(model, "model") if not site.foreign and is_dense(site)]
+    with torch.no_grad():
+        stock = model(x)
+        with visattn.apply(model, "na(window=2)") as handle:
+            out, report = model(x), handle.report()
+    assert all(
+        re.match(r"estimated [\d.]+ ms by \w+, [\d.]+ ms dense on", why) for s in report.modules for why in s.kept
+    )
+    assert report.dense == report.kept and bool(whole) == (report.kept > 0)
+    if len(whole) == len(report.modules) and not report.hits:
+        assert torch.equal(out, stock)
+    with visattn.apply(model, "na(window=2)") as handle:
+        model(x)
+    assert not handle.report().dense
+
+
+@pytest.mark.crossing
+@torch.no_grad()
+def test_compiled_code_on_a_cpu_decides_alike():
+    torch._dynamo.reset()
+    model, x = make("caformer")
+    stock = model(x)
+    for options in ({}, {"always": True}):
+        with visattn.apply(model, "na(window=2)", **options):
+            out = torch.compile(model, backend="eager", fullgraph=True)(x)
+        assert torch.allclose(out, stock, rtol=1e-4, atol=1e-5) == (not options)
+        torch._dynamo.reset()
+>>>>>>> cpurule

@@ -1,8 +1,10 @@
 """The patched site: what was decided for a call holds for calls like it and no others, and costs the host little."""
 
 import gc
+import re
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -313,3 +315,34 @@ def test_hooks_before_blocks_come_with_the_first_gradients_and_go():
         model(**inputs)
         assert sum(len(module._forward_pre_hooks) for module in model.modules()) == most
     assert hooked() == before
+
+
+@pytest.mark.crossing
+def test_on_a_cpu_too_auto_keeps_dense_what_would_be_slower_and_says_so():
+    model, inputs = tiny_models.sdxl()
+    stock = tiny_models.run(model, inputs)
+    with visattn.apply(model, PATTERN) as handle:
+        with pytest.warns(
+            UserWarning, match=r"estimated [\d.]+ ms by \w+, [\d.]+ ms dense; apply\(\.\.\., always=True\)"
+        ):
+            assert torch.equal(tiny_models.run(model, inputs), stock)
+        report = handle.report()
+        sites = len(report.modules)
+        assert (report.hits, report.dense, report.kept, report.fallbacks) == (0, sites, sites, {})
+        assert re.search(r"! +1 call each kept dense: estimated [\d.]+ ms by \w+, [\d.]+ ms dense on", str(report))
+        # What is being trained runs.
+        sample = inputs["sample"].clone().requires_grad_()
+        model(**{**inputs, "sample": sample}, return_dict=False)[0].sum().backward()
+        assert handle.report().hits == sites and handle.report().kept == sites
+
+
+@pytest.mark.crossing
+@pytest.mark.parametrize("options", [{"always": True}, {"strict": True}, {"backend": "sdpa"}, {"precision": "int8"}])
+def test_on_a_cpu_the_pattern_runs_where_it_must(options):
+    model, inputs = tiny_models.sdxl()
+    stock = tiny_models.run(model, inputs)
+    with warnings.catch_warnings(), visattn.apply(model, PATTERN, **options) as handle:
+        warnings.simplefilter("ignore")
+        assert not torch.equal(tiny_models.run(model, inputs), stock)
+        report = handle.report()
+    assert report.hits == len(report.modules) and report.kept == 0

@@ -22,7 +22,7 @@ def main():
         num_layers=19,
         num_single_layers=38,
         attention_head_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=4,
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),

@@ -124,7 +124,8 @@ def _forward(model: Any, pattern: str | None, logits: Callable[[], torch.Tensor]
     """Probabilities of the classes of one image, and the report of a pattern."""
     import visattn
 
-    with visattn.apply(model, pattern) if pattern else contextlib.nullcontext() as handle:
+    # What is shown is the pattern.
+    with visattn.apply(model, pattern, always=True) if pattern else contextlib.nullcontext() as handle:
         return logits().softmax(-1)[0], str(handle.report()) if handle else ""
 
 

@@ -71,7 +71,8 @@ def _probed(
             if each == "dense":
                 tokens = tokens_of(model, batches())
             else:
-                with visattn.apply(model, each):
+                # What is measured is the pattern.
+                with visattn.apply(model, each, always=True):
                     tokens = tokens_of(model, batches())
         learned = train(tokens[first], labels[first], (tokens[second], labels[second]), **options)
         count = sum(p.numel() for p in learned.classifier.parameters())

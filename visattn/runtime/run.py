@@ -209,7 +209,9 @@ class Run:
             )
         if not forward.hits and not self._warned:
             self._warned = True
-            warnings.warn(f"no attention module of {self.name} ran its pattern: {why}", stacklevel=3)
+            all_kept = all(site in forward.excused for site in missed)
+            hint = "; apply(..., always=True) runs it all the same" * all_kept
+            warnings.warn(f"no attention module of {self.name} ran its pattern: {why}{hint}", stacklevel=3)
 
     def place(self, site: str, pattern: Pattern) -> Place | None:
         """Where a call of a module keeps what its pattern keeps from step to step, None where it keeps nothing."""
