@@ -1,4 +1,4 @@
-"""The tables of docs/choosing.md, from the larger ones: what some patterns do to the embedded models, and their speed."""
+"""The tables of docs/choosing.md, from the larger ones: what patterns do to the embedded models, and their speed."""
 
 from __future__ import annotations
 

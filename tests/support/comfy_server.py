@@ -182,12 +182,19 @@ def serving(base: Path):
 
 
 def picture(server: Server, target: Path) -> None:
-    """A screenshot of the graph in a browser, after it ran."""
+    """A screenshot of the graph in a browser, after it ran; the text of its report is in the file beside the pixels."""
+    from PIL import Image, PngImagePlugin
+
     from tests.support.browser import CHROMIUM
 
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1500,800"]
     options += [f"--user-data-dir={server.base / 'profile'}", "--virtual-time-budget=40000", f"--screenshot={target}"]
     subprocess.run([CHROMIUM, *options, server.url], check=True, capture_output=True, timeout=300)
+    (ran,) = server.get("/history").values()
+    beside = PngImagePlugin.PngInfo()
+    beside.add_text("Report", ran["outputs"]["5"]["text"][0])
+    with Image.open(target) as shot:
+        shot.convert("RGB").save(target, pnginfo=beside, optimize=True)
 
 
 if __name__ == "__main__":
