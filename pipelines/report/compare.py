@@ -19,6 +19,7 @@ from visattn.pipelines.generate import DENSE, SPARSE, VIDEO, Run, Settings, labe
 from visattn.pipelines.report.html import page
 from visattn.pipelines.report.lpips import find_lpips
 from visattn.pipelines.report.video_files import contact_sheet, readable, to_picture, write_mp4, write_webp
+from visattn.timing import gain
 
 MEASURED = {
     "seconds": "wall time of one pipeline call, the wrapper included",
@@ -211,11 +212,6 @@ def moving_comparison(summary: dict[str, Any], dense: Sequence[Run], sparse: Seq
             cells.append(column([row(shown, gap=4), text(what, size=13)], gap=4))
         found.append(column([title, row(cells, wrap=WIDEST)], margin=GAP))
     return found
-
-
-def gain(speedup: float) -> str:
-    """A ratio of times in words."""
-    return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
 
 
 def _time_text(times: dict[str, Any]) -> str:

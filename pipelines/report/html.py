@@ -17,6 +17,7 @@ from PIL import Image, ImageChops
 from visattn.pipelines.report.assets import SCRIPT, STYLE
 from visattn.pipelines.report.chart import line_chart
 from visattn.report_text import mean_density, named, refusals
+from visattn.timing import gain
 
 # Longer videos stay files beside the page: a data URI of this many bytes makes a page that opens slowly.
 LARGEST_VIDEO = 8_000_000
@@ -75,15 +76,11 @@ def _where(summary: dict[str, Any]) -> str:
     return f"{summary['pipeline']} in {summary['dtype']} on {summary['device_name']}; {versions}"
 
 
-def _ratio(speedup: float) -> str:
-    return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
-
-
 def _cards(summary: dict[str, Any]) -> str:
     mean, speedup = summary["mean"], summary["speedup"]
     cards = [
-        (_ratio(speedup["attention_seconds"]), "attention"),
-        (_ratio(speedup["seconds"]), f"whole {summary['settings']['output']}"),
+        (gain(speedup["attention_seconds"]), "attention"),
+        (gain(speedup["seconds"]), f"whole {summary['settings']['output']}"),
         (_number(summary["density"], ".1%"), "density of the attention"),
         ("equal" if mean["psnr"] is None else f"{mean['psnr']:.1f} dB", "PSNR to dense, mean"),
         (_number(mean["ssim"], ".3f"), "SSIM to dense, mean"),

@@ -271,7 +271,7 @@ def _check_pattern(pattern: str, backend: str, weights: str | None, **options: A
 
 
 def _print(summary: dict[str, Any], out: Path) -> None:
-    from visattn.pipelines.report.compare import gain
+    from visattn.timing import gain
 
     attention, what = summary["attention"], summary["settings"]["output"]
     density = "" if summary["density"] is None else f", density {summary['density']:.1%}"
