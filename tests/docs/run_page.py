@@ -81,6 +81,25 @@ def tiny_tower(kind, name, **options):
     return tiny_towers.make(name.rpartition("/")[2].rpartition("-")[0], **options)
 
 
+def stand_in_modular():
+    """The same for modular pipelines of FLUX, which load their components apart."""
+    blocks, modular = diffusers.ModularPipelineBlocks, diffusers.ModularPipeline
+    made, called = blocks.init_pipeline, modular.__call__
+
+    def load(self, **options):
+        tiny, self.tiny_size = BUILDERS["FluxPipeline"]()
+        self.update_components(
+            **{name: tiny.components[name] for name in self.component_names if name in tiny.components}
+        )
+        self.to(options["torch_dtype"])
+
+    def call(self, *args, **given):
+        return called(self, *args, **{**given, **self.tiny_size, "num_inference_steps": STEPS})
+
+    blocks.init_pipeline = lambda self, *_: made(self)
+    modular.load_components, modular.__call__ = load, call
+
+
 def import_ahead():
     """Import here, once, what forks of this process would import each for itself."""
     for name in IMPORTED:
@@ -94,6 +113,7 @@ def import_ahead():
 def stand_in():
     """Put tiny models in the places where pages load large ones."""
     diffusers.DiffusionPipeline.from_pretrained = classmethod(tiny_pipeline)
+    stand_in_modular()
     timm.create_model = untrained(timm.create_model)
     transformers.AutoModel.from_pretrained = classmethod(tiny_tower)
 
