@@ -114,8 +114,10 @@ def video(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     size: SizeOption = None,
-    frames: Annotated[int | None, typer.Option(help="Frames; the model's own.")] = None,
-    fps: Annotated[int | None, typer.Option(help="Frames per second of the files; the model's own, or 16.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames.", show_default="the model's own")] = None,
+    fps: Annotated[
+        int | None, typer.Option(help="Frames per second of the files.", show_default="the model's own, or 16")
+    ] = None,
     layers: LayersOption = None,
     dense_layers: DenseLayersOption = 0,
     dense_steps: DenseStepsOption = "0",

@@ -76,12 +76,12 @@ def tune(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     size: SizeOption = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a video; the model's own.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video.", show_default="the model's own")] = None,
     batch: Annotated[int, typer.Option(help="Samples at once.")] = 4,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     journal: Annotated[
-        Path | None, typer.Option(help="Measurements so far, for this and other goals; OUT with .jsonl.")
+        Path | None, typer.Option(help="Measurements so far, for this and other goals.", show_default="OUT with .jsonl")
     ] = None,
     force: ForceOption = False,
 ) -> None:
