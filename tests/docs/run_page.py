@@ -44,6 +44,16 @@ IMPORTED = [
 LOAD = diffusers.DiffusionPipeline.from_pretrained.__func__
 
 
+def here(to):
+    """A pipeline's `to`, on machines without the GPU that a page's reader has."""
+
+    def moved(self, *args, **given):
+        left = [each for each in args if each != "cuda" or torch.cuda.is_available()]
+        return to(self, *left, **given) if left or given else self
+
+    return moved
+
+
 def tiny_pipeline(kind, name, **options):
     """In place of `DiffusionPipeline.from_pretrained`: a tiny pipeline of the class, which makes tiny pictures.
 
@@ -60,7 +70,9 @@ def tiny_pipeline(kind, name, **options):
         steps = min(STEPS, given.pop("num_inference_steps", STEPS))
         return kind.__call__(self, *args, **{**given, **size, "num_inference_steps": steps})
 
-    pipeline.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    pipeline.__class__ = type(
+        kind.__name__, (kind,), {"__call__": call, "to": here(kind.to), "__module__": kind.__module__}
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(options["torch_dtype"]) if "torch_dtype" in options else pipeline
 
@@ -97,7 +109,7 @@ def stand_in_modular():
         return called(self, *args, **{**given, **self.tiny_size, "num_inference_steps": STEPS})
 
     blocks.init_pipeline = lambda self, *_: made(self)
-    modular.load_components, modular.__call__ = load, call
+    modular.load_components, modular.__call__, modular.to = load, call, here(modular.to)
 
 
 def import_ahead():
