@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from visattn.kernels.heads import best_patterns
-from visattn.kernels.rows import attention_rows, sampled_rows, visible_rows
+from visattn.kernels.rows import attention_rows, visible_rows
 from visattn.layout import Layout
 from visattn.patterns import (
     Best,
@@ -19,6 +19,7 @@ from visattn.patterns import (
     PerHead,
 )
 from visattn.patterns.choice.blocks import inner
+from visattn.patterns.choice.stratified import sampled_rows
 from visattn.patterns.tailed import holding
 from visattn.problem import Call
 from visattn.watch import Watched

@@ -10,12 +10,13 @@ import torch
 
 from visattn.dispatch import Backend, cheapest, overhead
 from visattn.kernels.heard import hearing
-from visattn.kernels.rows import attention_rows, sampled_rows
+from visattn.kernels.rows import attention_rows
 from visattn.patterns import Best, HeadsPattern, ListedPattern, PerHead, Routes
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.listening import choosing, hears, tell_shares
 from visattn.patterns.choice.memory import Means, beside, kept_for
 from visattn.patterns.choice.scores import block_means
+from visattn.patterns.choice.stratified import sampled_rows
 from visattn.prepare import run_call
 from visattn.problem import Call, OtherKind, Problem, Support
 

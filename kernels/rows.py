@@ -293,12 +293,6 @@ def _unpooled(weights: torch.Tensor, pattern: Pattern, call: Call, pool: torch.T
     return own + torch.nn.functional.pad(added, (layout.prefix, layout.suffix))
 
 
-def sampled_rows(layout: Layout, rows: int, device: torch.device) -> torch.Tensor:
-    """At most so many tokens of the grid, evenly spaced."""
-    number = min(rows, layout.tokens)
-    return layout.prefix + (torch.arange(number, device=device) * 2 + 1) * layout.tokens // (2 * number)
-
-
 def visible_rows(
     pattern: ListedPattern,
     layout: Layout,

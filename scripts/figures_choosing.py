@@ -31,6 +31,7 @@ LINES = (
     Line("clips", "animoji-quality", "radial(decay=0.5)"),
     Line("clips", "animoji-dynamic", "topk(keep=0.2,rest=slope)"),
     Line("clips", "animoji-dynamic", "topk(keep=0.2,rest=mean)"),
+    Line("clips", "animoji-dynamic", "na(window=3x16x16)"),
     Line("clips", "animoji-dynamic", "na(window=9x9x10)"),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.measure.preset_files import places, reports, sources
+from scripts.measure.preset_files import measured, reports, sources
 from scripts.results import RESULTS, table
 from visattn.presets import presets, taken
 
@@ -23,10 +23,10 @@ BOUNDS = (25.0, 30.0, 35.0)
 
 def presets_table() -> str:
     """What `scripts.measure.presets` measured, and which preset each bound takes where."""
-    found, names = reports(RESULTS), dict[str, str]()
+    names = dict[str, str]()
     for name, known, _ in sources(RESULTS):
         names.setdefault(known, name)
-    every = [place for report in found for place in places(report)]
+    every = measured(reports(RESULTS))
     # What belongs to no schedule that is there ships as none.
     rows = [_row(names[place["known"]], place) for place in every if place["known"] in names]
     where = dict.fromkeys(f"{place['device']}, {place['dtype']}" for place in every)

@@ -9,6 +9,7 @@ import torch
 
 from visattn.layout import Layout
 from visattn.patterns import Pattern
+from visattn.patterns.choice.stratified import sampled_rows
 
 
 class Watched(NamedTuple):
@@ -63,9 +64,7 @@ class Watched(NamedTuple):
         )
 
     def sampled(self, number: int) -> torch.Tensor:
-        """At most so many tokens of the first layout's grid, evenly spaced [R]."""
-        from visattn.kernels.rows import sampled_rows
-
+        """At most so many tokens of the first layout's grid, spread over all of its axes [R]."""
         return sampled_rows(self.layouts[0], number, self.q.device)
 
     def caught(self, rows: int) -> list[torch.Tensor]:

@@ -30,7 +30,12 @@ DENSITIES = (0.2, 0.1, 0.3)
 # Relative distances from a density at which the search ends, and beyond which a pattern is left out.
 TRIED_STEPS, HALVINGS, CLOSE, FAR = 6, 7, 0.02, 0.15
 SQUARES = {0.1: (20, 7), 0.2: (29, 13), 0.3: (35, 19)}
-WINDOWS = {0.1: ("7x7x8", "16x5x5"), 0.2: ("9x9x10", "16x7x7"), 0.3: ("11x11x10", "16x9x9")}
+# A box, a tube along time, and a slab of (nearly) whole frames.
+WINDOWS = {
+    0.1: ("7x7x8", "16x5x5", "2x14x14"),
+    0.2: ("9x9x10", "16x7x7", "3x16x16"),
+    0.3: ("11x11x10", "16x9x9", "5x16x16"),
+}
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,12 @@ def rows_of(kind: str, density: float) -> list[str | Family]:
         found += [square, Family("clear(radius={})", 4, 40, whole=True)]
         best = f"best(of=[{square},na(window=-1x{far}),na(window={far}x-1)])"
     else:
-        cube, tube = (f"na(window={window})" for window in WINDOWS[density])
-        ball, radial = Family("clear(radius={})", 2, 14, whole=True), Family("radial(decay={},block=8)", 0.02, 4.0)
-        found += [cube, tube, ball, radial]
-        best = f"best(of=[{cube},{tube}])"
+        windows = [f"na(window={window})" for window in WINDOWS[density]]
+        found += [*windows, Family("clear(radius={})", 2, 14, whole=True)]
+        # It shows the first frame and the next ones whole, of 16 frames a quarter.
+        found += [Family("radial(decay={},block=8)", 0.02, 4.0)] * (density > 0.25)
+        # Sparse VideoGen's two forms: near frames, and near places in all frames.
+        best = f"best(of=[{windows[2]},{windows[1]}])"
     return [
         *found,
         Family("above(tau={},rest=mean)", 3.0, -1.0),

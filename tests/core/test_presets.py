@@ -16,7 +16,7 @@ from visattn import presets
 from visattn.cli import app
 from visattn.pipelines.embedded import load_embedded
 from visattn.presets import CAREFUL, automatic, is_auto, taken
-from visattn.presets.place import Place, span_of
+from visattn.presets.place import Place, spans_of
 from visattn.runtime import run
 from visattn.staged import Span
 from visattn.tuned import Tuned
@@ -185,19 +185,20 @@ def test_spans_have_no_run_without_the_quality():
         figures = {"psnr_held": level, "attention_seconds": seconds, "attention_seconds_dense": 2.0}
         return Place((side, side), steps, "a card", "bfloat16", figures)
 
-    assert (
-        span_of([place(96, 12)], 30.0) == Span((96, 96), (96, 96), (12, 12)) and span_of([place(96, 12)], 30.1) is None
-    )
-    assert span_of([place(96, 12), place(64, 24)], 30.0) == Span((64, 64), (96, 96), (12, 24))
+    assert spans_of([place(96, 12)], 30.0) == [Span((96, 96), (96, 96), (12, 12))]
+    assert spans_of([place(96, 12)], 30.1) == []
+    assert spans_of([place(96, 12), place(64, 24)], 30.0) == [Span((64, 64), (96, 96), (12, 24))]
     # Prompts that it was tuned with say nothing, nor does quality that takes as long as dense attention.
-    assert span_of([place(96, 12, None)], 1.0) is None and span_of([place(96, 12, seconds=2.0)], 1.0) is None
+    assert spans_of([place(96, 12, None)], 1.0) == [] and spans_of([place(96, 12, seconds=2.0)], 1.0) == []
     # Those that have not the quality beside it do not matter, one between those that have does.
-    assert span_of([place(96, 12), place(64, 12), place(64, 24, 29.0)], 30.0) == Span((64, 64), (96, 96), (12, 12))
+    assert spans_of([place(96, 12), place(64, 12), place(64, 24, 29.0)], 30.0) == [Span((64, 64), (96, 96), (12, 12))]
+    large, small = Span((96, 96), (96, 96), (12, 12)), Span((64, 64), (64, 64), (24, 48))
     some = [place(96, 12), place(64, 24), place(64, 48), place(64, 12, 29.0)]
-    assert span_of(some, 30.0) == Span((64, 64), (64, 64), (24, 48))
-    assert span_of([*some, place(64, 30, 29.0)], 30.0) == Span((96, 96), (96, 96), (12, 12))
+    assert spans_of(some, 30.0) == [small, large]
+    alone = [Span((64, 64), (64, 64), (steps, steps)) for steps in (24, 48)]
+    assert spans_of([*some, place(64, 30, 29.0)], 30.0) == [large, *alone]
     # What was measured twice has to have it twice.
-    assert span_of([place(96, 12), place(96, 12, 29.0)], 30.0) is None
+    assert spans_of([place(96, 12), place(96, 12, 29.0)], 30.0) == []
 
 
 def test_other_texts_are_patterns():

@@ -12,8 +12,8 @@ from tests.support import tiny_models
 from visattn import Layout, dense_mask, parse
 from visattn.caught import Caught
 from visattn.kernels.caught import caught_mass
-from visattn.kernels.rows import sampled_rows
 from visattn.patterns import DynamicPattern, routed_mask
+from visattn.patterns.choice.stratified import sampled_rows
 from visattn.watch import Watched
 
 

@@ -10,7 +10,7 @@ from scripts.measure import preset_files
 from scripts.measure.presets import SCHEDULES, digest
 from scripts.results import RESULTS
 from visattn.presets import FOLDER, Preset
-from visattn.presets.place import span_of
+from visattn.presets.place import spans_of
 from visattn.staged import Span
 from visattn.tuned import Tuned
 
@@ -61,7 +61,7 @@ def test_presets_are_what_was_verified_on_other_prompts(folder):
     assert (place["attention_seconds"], place["attention_seconds_dense"], place["device"]) == (0.006, 0.010, "H200")
     assert tuned.layers == Tuned.read(PATH).layers
     # What its own prompts have says nothing.
-    assert span_of(Preset("a", tuned).places, 33.0) == Span((64, 64), (64, 64), (24, 24))
+    assert spans_of(Preset("a", tuned).places, 33.0) == [Span((64, 64), (64, 64), (24, 24))]
     assert {len(each) for each in single.layers.values()} == {2} and single.verified["elsewhere"][0][
         "psnr_held"
     ] == 29.0

@@ -64,7 +64,7 @@ def offsets(call: Recorded, samples: int = SAMPLED) -> torch.Tensor:
 
     Args:
         call: The call.
-        samples: Queries that are looked at, evenly spaced; all where there are no more.
+        samples: Queries that are looked at, spread over the grid; all where there are no more.
 
     Returns:
         [H, 2 n - 1 for each axis of n tokens], means over samples and queries; the middle is offset 0.

@@ -11,6 +11,7 @@ from visattn.given import mapping, several, switch, tensor
 from visattn.maps.measures import kept, selecting, spread
 from visattn.maps.overview import Overview, Site
 from visattn.patterns import ListedPattern, Pattern, parse
+from visattn.patterns.choice.stratified import sampled_rows
 from visattn.plans import plan
 from visattn.recorded import Recorded, check_recorded
 
@@ -129,8 +130,7 @@ def _similarity(calls: Sequence[Recorded]) -> torch.Tensor:
     rows = []
     for call in calls:
         out = attention(call.q, call.k, call.v, "dense", call.layout, scale=call.scale, key_mask=call.key_mask)
-        number = min(COMPARED, call.layout.tokens)
-        chosen = torch.arange(number, device=out.device) * call.layout.tokens // number + call.layout.prefix
+        chosen = sampled_rows(call.layout, COMPARED, out.device)
         some = out[0, chosen].float().transpose(0, 1)
         some = some - some.mean(1, keepdim=True)
         gram = (some @ some.transpose(1, 2)).flatten(1)

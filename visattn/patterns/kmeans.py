@@ -26,16 +26,16 @@ class KMeans(OrderedPattern):
     """Each cluster of queries sees the clusters of keys that carry a share `p` of its estimated attention.
 
     The estimate of a pair of clusters is tokens * exp(scale centre . centre), so that a cluster counts by its size. The
-    centres start from evenly spaced valid tokens; where a patched pipeline tells its steps, those of the last step
-    start the next one, per run, module and half of guidance. Source: Yang et al., "Sparse VideoGen2: Accelerate Video
-    Generation with Sparse Attention via Semantic-Aware Permutation" (2025).
+    centres start from valid tokens that are spread over the grid; where a patched pipeline tells its steps, those of
+    the last step start the next one, per run, module and half of guidance. Source: Yang et al., "Sparse VideoGen2:
+    Accelerate Video Generation with Sparse Attention via Semantic-Aware Permutation" (2025).
 
     Attributes:
         queries: Clusters of queries of a head.
         keys: Clusters of keys of a head.
         p: Share of the attention, above 0 and at most 1; the cluster that crosses it is seen.
         floor: Share of the clusters of keys that is seen anyway, rounded down.
-        start: Iterations from evenly spaced tokens, at most 1000.
+        start: Iterations from spread tokens, at most 1000.
         step: Iterations from the centres of the last step.
 
     Raises:

@@ -178,7 +178,7 @@ class Best(HeadsPattern):
     """Each head of each sample has the pattern whose output is nearest to dense attention on some of its queries.
 
     Source: Xi et al., "Sparse VideoGen: Accelerating Video Diffusion Transformers with Spatial-Temporal Sparsity"
-    (ICML 2025), whose patterns are one of space and one of time. The queries are evenly spaced over the grid and
+    (ICML 2025), whose patterns are one of space and one of time. The queries are spread over all axes of the grid and
     compared by their mean square error; of equal patterns the first wins. Which heads have which pattern is decided on
     the host, so that a call waits for the device, and a CUDA graph cannot hold it.
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from visattn.presets.place import SHARE, Place, span_of
+from visattn.presets.place import SHARE, Place, spans_of
 from visattn.schedule import Schedule
 from visattn.staged import Span, Staged
 from visattn.tuned import Tuned
@@ -116,8 +116,7 @@ def is_auto(pattern: Any) -> bool:
 
 def taken(found: Iterable[Preset], least: float) -> list[Taken]:
     """Those of some presets that were verified to have so many dB anywhere, the fastest first."""
-    rows = ((preset, span_of(preset.places, least)) for preset in found)
-    good = [Taken(preset, span) for preset, span in rows if span is not None]
+    good = [Taken(preset, span) for preset in found for span in spans_of(preset.places, least)]
     good.sort(key=lambda each: (each.share, each.preset.name))
     # What an earlier one is for in any case is never reached.
     return [each for i, each in enumerate(good) if not any(other.span.covers(each.span) for other in good[:i])]

@@ -66,19 +66,22 @@ class Place:
         )
 
 
-def span_of(places: Sequence[Place], least: float) -> Span | None:
+def spans_of(places: Sequence[Place], least: float) -> list[Span]:
     """The runs between places that have so many dB in less time than dense attention, without one that has not.
 
-    Where others lie between them, those of one grid, or one place alone; None if no place has it.
+    Where others lie between them, those of one grid, or places alone; none if no place has it.
     """
     known = [place for place in places if place.level is not None]
     bad = {(place.grid, place.steps) for place in known if (place.level or 0.0) < least or place.share >= 1}
-    good = [place for place in known if (place.grid, place.steps) not in bad]
-    grids = [list(some) for _, some in itertools.groupby(sorted(good, key=_grid), _grid)]
-    for some in (good, *sorted(grids, key=len, reverse=True), *([place] for place in good)):
-        if some and not any(_around(some).has(*each) for each in bad):
-            return _around(some)
-    return None
+    left = [place for place in known if (place.grid, place.steps) not in bad]
+    found: list[Span] = []
+    while left:
+        grids = [list(some) for _, some in itertools.groupby(sorted(left, key=_grid), _grid)]
+        tried = map(_around, (left, *sorted(grids, key=len, reverse=True), *([place] for place in left)))
+        span = next(span for span in tried if not any(span.has(*each) for each in bad))
+        found.append(span)
+        left = [place for place in left if not span.has(place.grid, place.steps)]
+    return found
 
 
 def _grid(place: Place) -> tuple[int, ...]:

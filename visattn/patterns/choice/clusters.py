@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from visattn.patterns.choice.stratified import stratified
+
 # Distances that exist at a time, in numbers.
 DISTANCES = 2**26
 
@@ -25,16 +27,14 @@ class Clusters(NamedTuple):
 
 
 def first_centres(x: torch.Tensor, number: int, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Every (tokens // number)-th token of x [B, H, tokens, D] as a centre: [B, H, number, D].
+    """Tokens of x [B, H, tokens, D] that are spread over all of them, as centres: [B, H, number, D].
 
     With `valid`, bool [B, tokens], of the valid tokens of each sample; where there are fewer than centres, the others
     are the last one's, and `k_means` leaves them empty.
     """
-    index = torch.arange(number, device=x.device)
     if valid is None:
-        return x[:, :, index * (x.shape[2] // number)]
-    count = valid.sum(1, keepdim=True)
-    index = torch.minimum(index * (count // number).clamp(min=1), (count - 1).clamp(min=0))
+        return x[:, :, stratified(number, torch.full((1,), x.shape[2], device=x.device))]
+    index = stratified(number, valid.sum(1, keepdim=True))
     # Valid tokens first, in their order.
     token = (~valid).to(torch.uint8).sort(dim=1, stable=True).indices.gather(1, index)
     return x.gather(2, token[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
