@@ -96,6 +96,11 @@ class Store:
                 entry.leaves |= new
                 self._count(new)
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the memory of a tensor is that of something kept."""
+        storage = tensor.untyped_storage()
+        return (storage.device, storage.data_ptr()) in self._owners
+
     def _count(self, leaves: dict[Hashable, int]) -> None:
         """Own these arrays once more, and make room."""
         for leaf, size in leaves.items():

@@ -73,11 +73,10 @@ class HybridBackend(Backend):
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *call.parameters.values()))
         fused = _kernels(pattern, q) if not learns else None
         choice, routed = None, None
-        # What is kept from step to step is the front's.
-        asks = pattern if isinstance(pattern, SLA2) or (isinstance(pattern, VSA) and pattern.every == 1) else None
-        if pattern.needs_choice or (asks is not None and fused is not None):
+        asks = fused is not None and _lists_itself(pattern, call)
+        if pattern.needs_choice or asks:
             with choosing():
-                routed = None if asks is None or fused is None else _routed(asks, q, k, call)
+                routed = _routed(pattern, q, k, v, call) if asks else None
                 if routed is not None:
                     choice = routed.choice
                 elif pattern.needs_choice:
@@ -129,11 +128,21 @@ def _kernels(pattern: HybridPattern, q: torch.Tensor) -> Any:
     return run if run.runs(pattern, q.dtype, q.shape[3]) else None
 
 
-def _routed(pattern: SLA2 | VSA, q: torch.Tensor, k: torch.Tensor, call: Call) -> Any:
+def _lists_itself(pattern: HybridPattern, call: Call) -> bool:
+    """Whether kernels may list with what the second branch needs besides: what stays from step to step is the front's.
+
+    Without parameters there is no second branch but that of `sla2`.
+    """
+    return isinstance(pattern, SLA2) or (
+        bool(call.parameters) and (pattern.needs_choice or isinstance(pattern, VSA)) and not pattern.needs_steps
+    )
+
+
+def _routed(pattern: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Any:
     """What the router finds by kernels, None where torch's operators choose."""
     from visattn.kernels.triton.hybrid.router import routed
 
-    return routed(pattern, q, k, call.layout, call.key_mask, call.scale, call.parameters)
+    return routed(pattern, q, k, v, call.layout, call.key_mask, call.scale, call.parameters)
 
 
 def _soft(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, pattern: SLA2) -> torch.Tensor:

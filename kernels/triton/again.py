@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from visattn.kernels.triton.start import ALIGNMENT, Recorded
+from visattn.keep import CALL_BYTES, STORE
+from visattn.kernels.triton.start import ALIGNMENT, Recorded, on, recording
 
 # Bytes between the beginnings of two tensors of a buffer, a multiple of what kernels may ask for.
 STEP = 256
@@ -18,11 +19,23 @@ class Made(NamedTuple):
 
     Attributes:
         results: The tensors that somebody reads as tensors.
-        buffer: What the others lie in.
+        buffer: What the others lie in, None where there are none.
     """
 
     results: list[torch.Tensor]
-    buffer: torch.Tensor
+    buffer: torch.Tensor | None
+
+
+class First(NamedTuple):
+    """What the launches of a first call wrote.
+
+    Attributes:
+        results: The tensors that somebody reads as tensors.
+        inside: The others, contiguous, of which the launches alone know.
+    """
+
+    results: Sequence[torch.Tensor]
+    inside: Sequence[torch.Tensor] = ()
 
 
 class Again:
@@ -49,7 +62,7 @@ class Again:
         for t in inside:
             self._offsets.append(size)
             size += -(-t.nbytes // STEP) * STEP
-        self._buffer = (size,), (1,), torch.uint8, given[0].device
+        self._buffer = ((size,), (1,), torch.uint8, given[0].device) if size else None
         # Tables of blocks, which must live as long as their addresses are here.
         self.kept: list[torch.Tensor] = []
         known = [*given, *lists, *results, *inside]
@@ -60,6 +73,9 @@ class Again:
             assert start is not None
             self._launches.append((start, [self._slot(t, known) for t in tensors]))
         self._addresses = [t.data_ptr() for t in self.kept]
+        # A part of what is another tensor in the next call is no table.
+        memory = {t.untyped_storage().data_ptr() for t in known} - {0}
+        assert not any(t.untyped_storage().data_ptr() in memory for t in self.kept), "a launch gets a view of a tensor"
 
     def _slot(self, t: torch.Tensor, known: list[torch.Tensor]) -> int:
         """Where the address of a tensor is among those of a call: kept ones lie behind the others."""
@@ -86,9 +102,11 @@ class Again:
         for shape, stride, dtype, device in self._results:
             results.append(t := torch.empty_strided(shape, stride, dtype=dtype, device=device))
             addresses.append(t.data_ptr())
-        shape, stride, dtype, device = self._buffer
-        buffer = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        addresses += self.addresses(buffer)
+        buffer = None
+        if self._buffer is not None:
+            shape, stride, dtype, device = self._buffer
+            buffer = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            addresses += self.addresses(buffer)
         addresses += self._addresses
         for start, slots in self._launches:
             start([addresses[i] for i in slots])
@@ -103,3 +121,30 @@ class Again:
         """The tensors in a buffer."""
         parts = zip(self._offsets, self._inside, strict=True)
         return [buffer[first : first + size].view(dtype).view(shape) for first, (shape, dtype, size) in parts]
+
+
+def start_like(key: Hashable, given: Sequence[torch.Tensor], first: Callable[..., First]) -> Sequence[torch.Tensor]:
+    """The results of launches, which are started again where an earlier call was like this one.
+
+    Args:
+        key: All that decides what is launched but shapes, strides, dtypes and device of the tensors.
+        given: The tensors that a call brings; none requires a gradient where this runs.
+        first: Gets them, each as a tensor of its own, starts kernels by `launch_like` and says what these wrote. What
+            it passes to a kernel besides is either a part of that or a table that stays as it is.
+    """
+    about = (start_like, key, given[0].device, *[(t.shape, t.stride(), t.dtype) for t in given])
+    entry = STORE.find(about)
+    if entry is not None:
+        made = entry.value(*given)
+        if made is not None:
+            return made.results
+    # One may be given in two places here, and not in the next call.
+    own = [t.view_as(t) for t in given]
+    with on(own[0].device), recording() as launches:
+        results, inside = first(*own)
+    if entry is None and launches and all(start is not None for start, _ in launches):
+        again = Again(launches, own, results, inside)
+        # What nobody keeps was made for this call.
+        if all(STORE.holds(t) for t in again.kept):
+            STORE.put(about, again, CALL_BYTES)
+    return results

@@ -244,8 +244,8 @@ class Triton(Backend):
 
     def _pools(self, x: torch.Tensor) -> bool:
         """Whether kernels read such tensors, which no transform of torch.func wraps."""
-        usable = self.available().ok and fits(x.device.type, x.dtype, x.shape[3]).ok
-        return usable and pairs_fit(x.shape[0], x.shape[2]) and peek_interpreter_stack() is None
+        support = _on_gpu(x.dtype, x.shape[3]) if x.is_cuda else _beside_lists(x.device.type, x.dtype, x.shape[3])
+        return support.ok and pairs_fit(x.shape[0], x.shape[2]) and peek_interpreter_stack() is None
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
@@ -341,10 +341,19 @@ def _kept_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call)
 
 def on_gpu(q: torch.Tensor) -> Support:
     """Whether kernels beside the tile lists run for queries [B, S, H, D] like these; the interpreter is for tests."""
-    if not q.is_cuda:
-        return Support(False, "they are for GPUs")
+    return _on_gpu(q.dtype, q.shape[3]) if q.is_cuda else Support(False, "they are for GPUs")
+
+
+def _beside_lists(device: str, dtype: torch.dtype, head_dim: int) -> Support:
+    """Whether kernels run for tensors of this device type, dtype and head dim, whatever the call."""
     support = backend.available()
-    return fits(q.device.type, q.dtype, q.shape[3]) if support.ok else support
+    return fits(device, dtype, head_dim) if support.ok else support
+
+
+@lru_cache(maxsize=256)
+def _on_gpu(dtype: torch.dtype, head_dim: int) -> Support:
+    """The same of tensors that are on a GPU: asking torch and the environment takes longer than a launch."""
+    return _beside_lists("cuda", dtype, head_dim)
 
 
 def _tunes(q: torch.Tensor) -> bool:

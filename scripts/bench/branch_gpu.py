@@ -31,7 +31,7 @@ from visattn import Layout, attention, parse
 from visattn.files import written_whole
 from visattn.kernels.triton.choosing.choose import part_tokens
 from visattn.kernels.triton.choosing.means import part_means
-from visattn.kernels.triton.hybrid import run as hybrid
+from visattn.kernels.triton.hybrid import linear as hybrid
 from visattn.kernels.triton.hybrid.join import join_states
 from visattn.kernels.triton.hybrid.states import group_states
 from visattn.kernels.triton.start import launch
@@ -90,11 +90,12 @@ def means(x: torch.Tensor, warps: int) -> Callable[[], Any]:
     tokens = part_tokens(LAYOUT.grid, BOX, 1, x.device)
     parts, slots = tokens.shape
     given = {
-        "x": x, "out": torch.empty(1, HEADS, parts, DIM, device="cuda"), "tokens": tokens, "valid": tokens,
+        "x": x, "out": torch.empty(1, HEADS, parts, DIM, device="cuda"), "rounded": tokens,
+        "tokens": tokens, "valid": tokens,
         "counts": torch.empty(1, parts, dtype=torch.int32, device="cuda"),
         "x_batch": x.stride(0), "x_token": x.stride(1), "x_head": x.stride(2), "valid_batch": 0,
         "scale": 1.0, "heads": HEADS, "parts": parts, "slots": slots,
-        "HEAD_DIM": DIM, "BLOCK_DIM": DIM, "VALID": False, "SLOTS": slots,
+        "HEAD_DIM": DIM, "BLOCK_DIM": DIM, "VALID": False, "SLOTS": slots, "ROUNDED": False,
     }  # fmt: skip
     return partial(launch, part_means, (parts, HEADS, 1), given, warps, None)
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from scripts.gpu_common import versions
-from visattn import Layout, attention, parse
+from visattn import Layout, attention, clear_caches, parse
 from visattn.kernels.triton import backend as engine
 from visattn.kernels.triton.eightbit.run import attend_8bit
 from visattn.patterns import RoutedPattern
@@ -136,6 +136,11 @@ def check(case: Case, precision: str) -> str:
         t.fill_(float("nan"))
     inputs, mask = (q, k, v), None if mask is None else mask.clone()
     again = run(case, inputs, mask, precision)
+    # Other values choose other lists, which no kept launch may have from an earlier call.
+    other = (q.flip(1), k.flip(1), v.flip(1))
+    third = run(case, other, mask, precision)
+    clear_caches()
+    fresh = run(case, other, mask, precision)
     # A choice must be made from the same q and k: rounding could tip it.
     dtype = torch.float32 if isinstance(parse(case.pattern), RoutedPattern) else torch.float64
     q, k, v = (t.to(dtype) for t in inputs)
@@ -143,6 +148,8 @@ def check(case: Case, precision: str) -> str:
     truth, lse = attention(q, k, v, case.pattern, case.layout, **options)
     problems = [f"{name} differs between two runs" for name, a, b in zip(("out", "lse"), ours, again, strict=True)
                 if not torch.equal(a, b)]  # fmt: skip
+    problems += [f"{name} of other values differs from a first call's" for name, a, b in zip(
+        ("out", "lse"), third, fresh, strict=True) if not torch.equal(a, b)]  # fmt: skip
     spread = (truth - truth.mean(1, keepdim=True)).norm()
     error = float((ours[0].double() - truth).norm() / spread)
     own = float((truth.to(case.dtype).to(truth.dtype) - truth).norm() / spread)

@@ -14,6 +14,7 @@ from visattn.patterns.choice.blocks import (
     Blocks,
     block_of_rows,
     block_sizes,
+    blocks_of,
     divides,
     fitting,
     inner,
@@ -141,7 +142,7 @@ class DynamicPattern(TailedPattern):
 
     def blocks(self, grid: tuple[int, ...]) -> Blocks:
         """The blocks of a grid."""
-        return Blocks.of(grid, self.block, self.key_block, self.causal)
+        return blocks_of(grid, self.block, self.key_block, self.causal)
 
     def check(self, grid: tuple[int, ...]) -> None:
         """Raise a ValueError if blocks or rules do not fit the grid."""

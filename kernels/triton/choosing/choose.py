@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from visattn.keep import CALL_BYTES, STORE, kept
-from visattn.kernels.triton.again import Again
+from visattn.keep import kept
+from visattn.kernels.triton.again import First, start_like
 from visattn.kernels.triton.choosing.means import part_means
 from visattn.kernels.triton.choosing.scores import pair_scores
 from visattn.kernels.triton.choosing.select import RULE_ABOVE, RULE_MASS, RULE_NUMBER, select
 from visattn.kernels.triton.config import block_dim
-from visattn.kernels.triton.start import launch_like, on, recording
+from visattn.kernels.triton.start import aligned, launch_like, on
 from visattn.patterns import Above, DynamicPattern, Routes, TopK, TopP
 from visattn.patterns.choice.always import always_on, terms_of
 from visattn.patterns.choice.blocks import Blocks, within
@@ -111,29 +112,43 @@ class Means(NamedTuple):
     count: torch.Tensor
 
 
-def part_mean(x: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor | None, scale: float) -> Means:
-    """Means of the parts of grid tokens [B, tokens, heads, D], times a factor."""
+def part_mean(
+    x: torch.Tensor,
+    tokens: torch.Tensor,
+    valid: torch.Tensor | None,
+    scale: float,
+    rounded: torch.Tensor | None = None,
+) -> Means:
+    """Means of the parts of grid tokens [B, tokens, heads, D], times a factor; `rounded` gets them in its dtype."""
     batch, _, heads, head_dim = x.shape
     parts, slots = tokens.shape
     mean = torch.empty((batch, heads, parts, head_dim), dtype=torch.float32, device=x.device)
     count = torch.empty((batch, parts), dtype=torch.int32, device=x.device)
     width = block_dim(head_dim)
     given = {
-        "x": x, "out": mean, "counts": count, "tokens": tokens, "valid": tokens if valid is None else valid,
+        "x": x, "out": mean, "rounded": mean if rounded is None else rounded, "counts": count,
+        "tokens": tokens, "valid": tokens if valid is None else valid,
         "x_batch": x.stride(0), "x_token": x.stride(1), "x_head": x.stride(2),
         "valid_batch": 0 if valid is None else valid.stride(0),
         "scale": scale, "heads": heads, "parts": parts, "slots": slots,
         "HEAD_DIM": head_dim, "BLOCK_DIM": width, "VALID": valid is not None,
-        "SLOTS": min(1 << (slots - 1).bit_length(), MEANS // width),
+        "SLOTS": min(1 << (slots - 1).bit_length(), MEANS // width), "ROUNDED": rounded is not None,
     }  # fmt: skip
     launch_like(part_means, (parts, heads, batch), given, MEAN_WARPS, None)
     return Means(mean, count)
 
 
+def mask_bytes(valid: torch.Tensor) -> torch.Tensor:
+    """Which tokens take part, as kernels read it: uint8 [B, tokens], contiguous, where kept launches may read it."""
+    rows = valid.contiguous()
+    # A slice of a mask of one sample is contiguous, and begins anywhere.
+    return (rows if aligned((rows,)) else rows.clone()).view(torch.uint8)
+
+
 def block_means(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], valid: torch.Tensor | None) -> Means:
     """Means of blocks of grid tokens [B, tokens, heads, D], of those that `valid`, bool [B, tokens], has."""
     x = x if x.stride(3) == 1 else x.contiguous()
-    bytes_of_mask = None if valid is None else valid.contiguous().view(torch.uint8)
+    bytes_of_mask = None if valid is None else mask_bytes(valid)
     with on(x.device):
         return part_mean(x, part_tokens(grid, box, 1, x.device), bytes_of_mask, 1.0)
 
@@ -161,38 +176,53 @@ def chosen(
     """
     if not q.numel() or not k.numel():
         return None
-    key = None
-    if valid is None and q.stride(3) == k.stride(3) == 1:
-        key = (
-            chosen, pattern, blocks, scale, q.shape, k.shape, q.stride(), k.stride(), q.dtype, q.device,
-            SCORES, MEAN_WARPS, SCORE_WARPS, tuple(ROW_WARPS.items()),
-        )  # fmt: skip
-        entry = STORE.find(key)
-        if entry is not None:
-            again, counted = entry.value
-            made = again(q, k)
-            if made is not None:
-                tiles, counts = made.results
-                return Routes(tiles, counts if counted else None)
+    how = _ways(pattern, blocks)
+    if how is None:
+        return None
+    rule, parts, counted = how
+    given = [x if x.stride(3) == 1 else x.contiguous() for x in (q, k)]
+    if valid is not None:
+        given.append(mask_bytes(valid))
+
+    def first(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None = None) -> First:
+        forced = always_on(terms_of(pattern.always), blocks, q.device)
+        sides = zip((q, k), (blocks.queries, blocks.keys), parts, (scale, 1.0), strict=True)
+        query, key = (
+            part_mean(x, part_tokens(blocks.grid, box, n, x.device), mask, factor) for x, box, n, factor in sides
+        )
+        made = listed_by_means(rule, parts, query, key, blocks, forced, mask is not None)
+        return First((made.tiles, made.counts), (made.scores, *query, *key))
+
+    tiles, counts = start_like((chosen, pattern, blocks, scale, *sizes()), given, first)
+    return Routes(tiles, counts if counted else None)
+
+
+@lru_cache(maxsize=256)
+def _ways(pattern: DynamicPattern, blocks: Blocks) -> tuple[Rule, tuple[int, int], bool] | None:
+    """Rule and parts of a pattern, and whether its rows list different numbers; None where no kernel chooses."""
     rule, parts = rule_of(pattern, blocks), parts_of(Score.of(pattern.score))
     if rule is None or parts is None or blocks.columns > LARGEST:
         return None
-    given = q, k
-    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in given)
-    bytes_of_mask = None if valid is None else valid.contiguous().view(torch.uint8)
-    forced = always_on(terms_of(pattern.always), blocks, q.device)
-    with on(q.device), recording() as launches:
-        sides = zip((q, k), (blocks.queries, blocks.keys), parts, (scale, 1.0), strict=True)
-        query, key_means = (
-            part_mean(x, part_tokens(blocks.grid, box, n, x.device), bytes_of_mask, factor)
-            for x, box, n, factor in sides
-        )
-        made = listed_by_means(rule, parts, query, key_means, blocks, forced, valid is not None)
-    counted = pattern.least_listed(blocks) != rule.most or any(blocks.causal)
-    if key is not None and launches and all(start is not None for start, _ in launches):
-        again = Again(launches, given, made[:2], (made.scores, *query, *key_means))
-        STORE.put(key, (again, counted), CALL_BYTES)
-    return Routes(made.tiles, made.counts if counted else None)
+    return rule, parts, pattern.least_listed(blocks) != rule.most or any(blocks.causal)
+
+
+def sizes() -> tuple[object, ...]:
+    """What decides how kernels that choose are launched, whatever they choose."""
+    return SCORES, MEAN_WARPS, SCORE_WARPS, tuple(ROW_WARPS.items())
+
+
+class Others(NamedTuple):
+    """How much each block counts that a row does not list: 1 or 0.
+
+    Attributes:
+        narrow: In the dtype of states: [B, heads, rows, columns] in this order, of whatever shape.
+        wide: float32; the same tensor where that is the dtype of states.
+        within: A rule that lists more than the lists' own: of the others, only what it lists is 1. None for all.
+    """
+
+    narrow: torch.Tensor
+    wide: torch.Tensor
+    within: Rule | None = None
 
 
 class Lists(NamedTuple):
@@ -218,6 +248,7 @@ def listed_by_means(
     forced: torch.Tensor | None,
     masked: bool,
     then: Callable[[Lists, dict[str, int]], None] | None = None,
+    others: Others | None = None,
 ) -> Lists:
     """What rows list by the products of means, scores of some heads at a time.
 
@@ -230,6 +261,7 @@ def listed_by_means(
         forced: What is listed whatever its score: bool [rows, columns], or None.
         masked: Whether some tokens take no part.
         then: Called for each slice of heads while their scores are there, with the sizes that kernels take.
+        others: Gets what is not listed.
     """
     (batch, heads), (rows, columns), device = query.mean.shape[:2], (blocks.rows, blocks.columns), query.mean.device
     each = max(1, min(heads, SCORES // max(1, batch * rows * columns)))
@@ -243,7 +275,10 @@ def listed_by_means(
         some = {"heads": heads, "first_head": first, "some": min(each, heads - first)}
         some |= {"rows": rows, "columns": columns}
         _score(query, key, made.scores, parts, some)
-        _select(made.scores, forced, reach, query, key, made.tiles, made.counts, parts, masked, rule, some)
+        read = made.scores, forced, reach, query, key
+        _select(*read, made.tiles, made.counts, parts, masked, rule, some, others, False)
+        if others is not None and others.within is not None:
+            _select(*read, made.tiles, made.counts, parts, masked, others.within, some, others, True)
         if then is not None:
             then(made, some)
     return made
@@ -276,19 +311,24 @@ def _select(
     masked: bool,
     rule: Rule,
     some: dict[str, int],
+    others: Others | None,
+    within: bool,
 ) -> None:
-    """Lists of some heads."""
+    """Lists of some heads, or what of the others is `within` those of another rule."""
     width = 1 << (some["columns"] - 1).bit_length()
     given: dict[str, Any] = {
         "scores": scores, "forced": query.count if forced is None else forced.view(torch.uint8),
         "reach": query.count if reach is None else reach,
         "count_q": query.count, "count_k": key.count, "tiles": tiles, "counts": counts,
+        "others": counts if others is None else others.narrow,
+        "wide_others": counts if others is None else others.wide,
         **some, "query_parts": parts[0], "key_parts": parts[1],
         "number": rule.number, "least": rule.least, "most": rule.most, "share": float(rule.share),
         "RULE": rule.kind, "COVER": rule.cover, "FORCED": forced is not None, "VALID": masked,
         "CAUSAL": reach is not None,
         "COLUMNS": width, "MOST": 1 << (rule.most - 1).bit_length(), "LEAST": rule.least > 0,
         "LIMITED": rule.most < some["columns"],
+        "LISTS": not within, "OTHERS": others is not None, "WITHIN": within,
     }  # fmt: skip
     warps = next(n for columns, n in ROW_WARPS.items() if width <= columns)
     launch_like(select, (some["rows"], len(tiles) * some["some"]), given, warps, None)

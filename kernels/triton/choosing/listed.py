@@ -148,7 +148,7 @@ def written_again(table: Tables, routes: Routes) -> Written | None:
         return None
     tiles, counts = routes
     made = entry.value.again(tiles) if counts is None else entry.value.again(tiles, counts)
-    return None if made is None else Written(entry.value, made.buffer)
+    return None if made is None or made.buffer is None else Written(entry.value, made.buffer)
 
 
 def listed_program(table: Tables, routes: Routes) -> Program:

@@ -13,15 +13,17 @@ import triton.language as tl
 
 @triton.jit
 def part_means(
-    x, out, counts, tokens, valid,
+    x, out, rounded, counts, tokens, valid,
     x_batch, x_token, x_head, valid_batch, scale, heads, parts, slots,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SLOTS: tl.constexpr, VALID: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Mean of the valid tokens of one part for one head, times `scale`: float32 [B, heads, parts, HEAD_DIM].
 
     Args:
         x: Tokens [B, tokens, heads, HEAD_DIM]; channels are contiguous.
         out: The means; zeros for a part without valid tokens.
+        rounded: The same in another dtype, written with ROUNDED.
         counts: Valid tokens of each part: int32 [B, parts].
         tokens: Tokens of each part, -1 where it has fewer than others: int32 [parts, slots].
         valid: Which tokens take part: uint8 [B, tokens]; all without VALID.
@@ -37,6 +39,7 @@ def part_means(
         BLOCK_DIM: A power of two that is at least HEAD_DIM.
         SLOTS: Tokens that are read at once.
         VALID: Whether some tokens take no part.
+        ROUNDED: Whether somebody reads means of another dtype too.
     """
     part, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     x += sample * x_batch + head.to(tl.int64) * x_head
@@ -59,5 +62,7 @@ def part_means(
     mean = total / tl.maximum(number, 1).to(tl.float32) * scale
     at = (sample * heads + head) * parts + part
     tl.store(out + at * HEAD_DIM + d, mean, mask=d < HEAD_DIM)
+    if ROUNDED:
+        tl.store(rounded + at * HEAD_DIM + d, mean.to(rounded.dtype.element_ty), mask=d < HEAD_DIM)
     if head == 0:
         tl.store(counts + sample * parts + part, number)

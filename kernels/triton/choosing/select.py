@@ -80,10 +80,11 @@ def _standing_out(x, part, tau):
 
 @triton.jit
 def select(
-    scores, forced, reach, count_q, count_k, tiles, counts,
+    scores, forced, reach, count_q, count_k, tiles, counts, others, wide_others,
     heads, first_head, some, rows, columns, query_parts, key_parts, number, least, most, share,
     RULE: tl.constexpr, COVER: tl.constexpr, FORCED: tl.constexpr, VALID: tl.constexpr, CAUSAL: tl.constexpr,
     COLUMNS: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr, LIMITED: tl.constexpr,
+    LISTS: tl.constexpr, OTHERS: tl.constexpr, WITHIN: tl.constexpr,
 ):  # fmt: skip
     """The list of one query block of one head.
 
@@ -93,8 +94,10 @@ def select(
         reach: How many blocks, the first ones, a row may list: int32 [rows], read with CAUSAL.
         count_q: Valid tokens of the parts of query blocks: int32 [B, rows * query_parts], read with VALID.
         count_k: Valid tokens of the parts of key blocks: int32 [B, columns * key_parts], read with VALID.
-        tiles: Listed blocks in their order, zeros behind them: int32 [B, heads, rows, most].
-        counts: How many are listed: int32 [B, heads, rows].
+        tiles: Gets the listed blocks in their order, zeros behind them: int32 [B, heads, rows, most]; with LISTS.
+        counts: Gets how many are listed: int32 [B, heads, rows]; with LISTS.
+        others: Gets 1 for each block that is not listed, else 0, with OTHERS: [B, heads, rows, columns].
+        wide_others: Gets the same in float32.
         heads: Query heads.
         first_head: The first of `some` heads.
         some: Heads that the scores are of.
@@ -115,6 +118,9 @@ def select(
         MOST: A power of two that is at least `most`.
         LEAST: Whether `least` is above 0.
         LIMITED: Whether `most` is below `columns`.
+        LISTS: Whether lists are written.
+        OTHERS: Whether somebody reads what is not listed.
+        WITHIN: Whether instead the listed ones of those blocks stay that were not listed before.
     """
     row, sample, own = tl.program_id(0), (tl.program_id(1) // some).to(tl.int64), tl.program_id(1) % some
     c = tl.arange(0, COLUMNS)
@@ -159,10 +165,18 @@ def select(
         mark |= must
         if LIMITED:
             mark &= _best(_ordered(tl.where(must, float("inf"), hidden), mark), most)
-    place = tl.cumsum(mark.to(tl.int32), 0) - 1
-    count = tl.sum(mark.to(tl.int32), 0)
     to = (sample * heads + first_head + own) * rows + row
-    tl.store(counts + to, count)
-    tl.store(tiles + to * most + place, c, mask=mark)
-    j = tl.arange(0, MOST)
-    tl.store(tiles + to * most + j, tl.zeros_like(j), mask=(j >= count) & (j < most))
+    if LISTS:
+        place = tl.cumsum(mark.to(tl.int32), 0) - 1
+        count = tl.sum(mark.to(tl.int32), 0)
+        tl.store(counts + to, count)
+        tl.store(tiles + to * most + place, c, mask=mark)
+        j = tl.arange(0, MOST)
+        tl.store(tiles + to * most + j, tl.zeros_like(j), mask=(j >= count) & (j < most))
+    if OTHERS:
+        line = to * columns + c
+        other = tl.where(mark, 0.0, 1.0)
+        if WITHIN:
+            other = tl.where(mark, tl.load(wide_others + line, mask=c < columns, other=0.0), 0.0)
+        tl.store(others + line, other.to(others.dtype.element_ty), mask=c < columns)
+        tl.store(wide_others + line, other, mask=c < columns)

@@ -22,7 +22,7 @@ def add_gated(
 
     Args:
         q: Queries [B, tokens, heads, FEATURES]; channels are contiguous.
-        coarse: What each block has: float32 [B, heads, groups, CHANNELS].
+        coarse: What each block has: [B, heads, groups, CHANNELS].
         gate: float32 [heads, CHANNELS].
         gate_map: [heads, FEATURES, CHANNELS], read with MAP.
         out: The softmax branch [B, tokens, heads, CHANNELS], then the result; channels are contiguous.
@@ -78,4 +78,4 @@ def add_gated(
         else:
             by = tl.dot(x.to(tl.float32), weight.to(tl.float32), by, input_precision=PRECISION)
     by += tl.load(gate + head * CHANNELS + d, mask=has_d, other=0.0)[None, :]
-    tl.store(rows, (soft.to(tl.float32) + by * block[None, :]).to(out.dtype.element_ty), mask=mask)
+    tl.store(rows, (soft.to(tl.float32) + by * block.to(tl.float32)[None, :]).to(out.dtype.element_ty), mask=mask)

@@ -15,11 +15,11 @@ from visattn.kernels.triton.hybrid.states import raised
 
 @triton.jit
 def join_states(
-    q, state, sums, bias, share, out, tokens,
+    q, state, sums, bias, share, odds, out, tokens,
     q_batch, q_token, q_head, out_batch, out_token, out_head, heads, group, groups, states, slots, length, least,
     FEATURES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    FEATURE: tl.constexpr, RUNS: tl.constexpr, SHARE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
+    FEATURE: tl.constexpr, RUNS: tl.constexpr, SHARE: tl.constexpr, ODDS: tl.constexpr, HALF: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute the queries of one group of one head: lin = f(q) state / (f(q) sums + least).
 
@@ -31,6 +31,7 @@ def join_states(
         sums: float32 [B, heads / group, states, FEATURES].
         bias: float32 [CHANNELS], read without SHARE.
         share: float32 [B, heads, groups], read with SHARE.
+        odds: Where these are infinite the share is 1: float32 [B, heads, groups], read with ODDS.
         out: The softmax branch [B, tokens, heads, CHANNELS], then the result; channels are contiguous.
         tokens: Queries of each group, -1 where it has fewer than others: int32 [groups, slots]; not read with RUNS.
         q_batch: Distance of two samples; the others of tokens and heads likewise.
@@ -54,6 +55,7 @@ def join_states(
         FEATURE: f: "softmax", "elu" or "relu".
         RUNS: Whether groups are runs of `slots` queries.
         SHARE: Whether the two are mixed.
+        ODDS: Whether some shares are 1 whatever they are.
         HALF: Whether features are rounded to the state's dtype and multiplied in it.
         PRECISION: Of float32 products.
         WIDE: Whether queries are float32.
@@ -75,6 +77,10 @@ def join_states(
         total += least
     if SHARE:
         part = tl.load(share + (sample * heads + head) * groups + number)
+        if ODDS:
+            part = tl.where(
+                tl.abs(tl.load(odds + (sample * heads + head) * groups + number)) == float("inf"), 1.0, part
+            )
     else:
         added = tl.load(bias + d, mask=has_d, other=0.0)[None, :]
     # Said of the loop: a launch's number of stages is for what products read, which outputs are not.

@@ -67,6 +67,8 @@ class Chosen:
     def __init__(self, router: Router, memory: torch.Tensor) -> None:
         self.router, self.memory = router, memory
         self._lists: dict[str, torch.Tensor] = {}
+        # Each once: what starts kernels again tells tensors apart by what they are, not by where.
+        self._programs: dict[str, Program] = {}
 
     def choice(self) -> torch.Tensor:
         """The regions that each region sees, best first: int64 [B, regions, chosen]."""
@@ -78,7 +80,9 @@ class Chosen:
 
     def program(self, direction: str) -> Program:
         """The same with their tensors."""
-        return self.router.program(self, direction)
+        if direction not in self._programs:
+            self._programs[direction] = self.router.program(self, direction)
+        return self._programs[direction]
 
     def lists(self, direction: str) -> torch.Tensor:
         """The memory of a direction's lists, filled where they are not yet."""

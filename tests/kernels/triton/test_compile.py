@@ -28,6 +28,7 @@ from visattn.kernels.triton.config import (
     family,
     shorter,
 )
+from visattn.kernels.triton.hybrid import coarse, linear, sizes
 from visattn.kernels.triton.hybrid import router as hybrid_router
 from visattn.kernels.triton.hybrid import run as hybrid_run
 from visattn.kernels.triton.hybrid.join import join_states
@@ -299,8 +300,15 @@ def test_every_architecture_dtype_and_head_dim_has_a_configuration():
         pytest.param(
             "sla2", torch.bfloat16, {"part_means", "pair_scores", "select", "row_odds"}, marks=pytest.mark.slow
         ),
-        pytest.param("sla(marginal=0.5)", torch.float16, {"group_states", "join_states"}, marks=pytest.mark.slow),
-        pytest.param("vsa", torch.bfloat16, {"part_means", "add_gated"}, marks=pytest.mark.slow),
+        pytest.param(
+            "sla(marginal=0.5)",
+            torch.float16,
+            {"part_means", "pair_scores", "select", "group_states", "join_states"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "vsa", torch.bfloat16, {"part_means", "pair_scores", "select", "add_gated"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_second_branches_compile(monkeypatch, text, dtype, names):
@@ -311,16 +319,15 @@ def test_second_branches_compile(monkeypatch, text, dtype, names):
         made = triton.compile(ahead.source(kernel, given), target=GPUTarget("cuda", 90, 32), options=options)
         found[kernel.fn.__name__] = ahead._used(made, True)
 
-    for module in (choose, hybrid_run, hybrid_router):
+    for module in (choose, coarse, linear, hybrid_router):
         monkeypatch.setattr(module, "launch_like", compile_only)
     pattern, layout = parse(text), Layout((32, 32), 16)
     q = torch.randn(1, layout.length, 2, 128).to(dtype)
     parameters = pattern.initial_parameters(2, 128, layout.grid)
     choice = pattern.choose(q, q, layout, None, 0.1, parameters) if pattern.needs_choice else None
-    if text == "sla2":
-        hybrid_router.routed(pattern, q, q, layout, None, 0.1, parameters)
-    else:
-        hybrid_run.join(pattern, q.clone(), q, q, q, layout, None, 0.1, choice, parameters)
+    listing = None if text == "sla" else hybrid_router.routed(pattern, q, q, q, layout, None, 0.1, parameters)
+    if text != "sla2":
+        hybrid_run.join(pattern, q.clone(), q, q, q, layout, None, 0.1, choice, parameters, listing)
     assert set(found) == names
     for name, used in found.items():
         assert used.fits(SHARED_MEMORY[90]), (name, used)
@@ -331,12 +338,12 @@ def test_second_branches_compile(monkeypatch, text, dtype, names):
 def test_second_branches_have_room(dtype, number):
     """A state for all keys of 128 channels and the tokens of a step, on GPUs with the least shared memory too."""
     q = torch.zeros(1, 1024, 2, 128, dtype=dtype)
-    states = hybrid_run.states_arguments(q, q, None, (2, 512), None, "softmax")
+    states = linear.states_arguments(q, q, None, (2, 512), None, "softmax")
     state = torch.zeros(1, 2, 1, 128, 128, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
-    join = hybrid_run.join_arguments(q, q, state, torch.ones(1, 2, 1, 128), None, torch.zeros(128), None, "softmax")
+    join = linear.join_arguments(q, q, state, torch.ones(1, 2, 1, 128), None, torch.zeros(128), None, "softmax")
     launches = (
-        (group_states, states, hybrid_run._warps(states), hybrid_run.STATES_STAGES[dtype.itemsize]),
-        (join_states, join, hybrid_run.join_warps(join), join["STAGES"]),
+        (group_states, states, sizes.warps(states), linear.STATES_STAGES[dtype.itemsize]),
+        (join_states, join, linear.join_warps(join), join["STAGES"]),
     )
     for kernel, given, warps, stages in launches:
         options = {"num_warps": warps, "num_stages": stages}

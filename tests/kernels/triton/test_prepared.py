@@ -238,6 +238,10 @@ def test_calls_in_8_bits_are_started_again(quick, name, lse):
         assert run["key_mask"] == more["key_mask"].data_ptr()
     if name == "chosen":
         assert (run["bounds"], run["bases"]) == tuple(seen["write_lists"][each] for each in ("bounds", "bases"))
+    if name == "routed":
+        assert [run[each] for each in ("bases", "mask_ids")] == [
+            seen["choose_regions"][each] for each in ("bases", "mask_ids")
+        ]
     # Tables stay where they are.
     assert run["tokens"] == next(v for kernel, v in quick if kernel.fn.__name__ == "attend_8bit")["tokens"]
     quick.first.clear()

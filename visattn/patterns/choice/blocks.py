@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -111,6 +112,14 @@ class Blocks(NamedTuple):
     def columns(self) -> int:
         """Blocks of keys."""
         return math.prod(self.key_shape)
+
+
+@lru_cache(maxsize=256)
+def blocks_of(
+    grid: Box, block: PerAxis | None, key_block: PerAxis | None, causal: bool | tuple[bool, ...] = False
+) -> Blocks:
+    """`Blocks.of`, which every call of attention asks for several times."""
+    return Blocks.of(grid, block, key_block, causal)
 
 
 def within(grid: Box, box: Box) -> Box:

@@ -20,6 +20,7 @@ from visattn.patterns.hybrid.parts import (
     mean_scores,
 )
 from visattn.patterns.routes import Routes
+from visattn.patterns.topk import TopK
 from visattn.patterns.values import PerAxis
 
 
@@ -118,11 +119,14 @@ class SLA(HybridPattern):
             critical: The critical ones.
         """
         blocks = self.blocks(layout.grid)
-        assert not isinstance(self.marginal, str)
-        both = number_of(self.keep, blocks.columns) + number_of(self.marginal, blocks.columns)
-        wider = replace(self.front, keep=min(both, blocks.columns))
-        found = wider.listed(q, k, layout, key_mask, scale).mask(0, blocks.columns)
+        found = self.wider(blocks).listed(q, k, layout, key_mask, scale).mask(0, blocks.columns)
         return found & ~critical.mask(0, blocks.columns)
+
+    def wider(self, blocks: Blocks) -> TopK:
+        """The pattern that lists critical and marginal blocks."""
+        assert not isinstance(self.marginal, str), "sums over all keys have no marginal blocks"
+        both = number_of(self.keep, blocks.columns) + number_of(self.marginal, blocks.columns)
+        return replace(self.front, keep=min(both, blocks.columns))
 
     def join(
         self,

@@ -57,24 +57,22 @@ def test_equals_torch(text, layout, kv_heads, masked, dim, dtype):
 def test_the_router_by_kernels(text, layout, masked, monkeypatch):
     monkeypatch.setattr(choose, "SCORES", 200)
     pattern = parse(text)
-    q, k, _ = (x.mul(64).round() / 64 for x in qkv(layout, 4, 2, 16, batch=2, dtype=torch.float32))
+    q, k, v = (x.mul(64).round() / 64 for x in qkv(layout, 4, 2, 16, batch=2, dtype=torch.float32))
     mask = torch.rand(2, layout.length, generator=torch.Generator().manual_seed(5)) < 0.7 if masked else None
     made = torch.Generator().manual_seed(1)
     shapes = pattern.parameter_shapes(4, 16, layout.grid)
     parameters = {n: torch.randn(s, generator=made) / 4 for n, s in shapes.items()}
     given = q, k, layout, mask, 0.25, parameters
-    found, blocks = routed(pattern, *given), pattern.blocks(layout.grid)
+    found, blocks = routed(pattern, q, k, v, *given[2:]), pattern.blocks(layout.grid)
     choice, (scores, seen) = pattern.choose(*given), pattern.router_scores(*given)
     listed = found.choice.mask(0, blocks.columns)
     assert torch.equal(listed, choice.mask(0, blocks.columns))
     odds = pattern.odds(scores, seen, listed.to(scores.dtype), layout, mask)
-    assert torch.equal(
-        found.means[1].mean,
-        choose.block_means(
-            k[:, inner(layout)], *blocks.sides[1], None if mask is None else mask[:, inner(layout)]
-        ).mean,
-    )
-    torch.testing.assert_close(found.odds, odds, atol=1e-4, rtol=1e-4)
+    for others in found.others[:2]:
+        assert torch.equal(others.view(listed.shape), (~listed).float())
+    exact, finite = found.odds
+    assert torch.equal(finite, exact.masked_fill(exact.isinf(), 0))
+    torch.testing.assert_close(exact, odds, atol=1e-4, rtol=1e-4)
 
 
 def test_what_kernels_have_not():
@@ -83,7 +81,30 @@ def test_what_kernels_have_not():
     assert not run.runs(parse("vsa"), torch.bfloat16, 256)
 
 
-@pytest.mark.parametrize("text", ["sla(keep=2, block=4x4)", "sla2(keep=2, block=4x4)", "vsa(keep=2, block=4x4)"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_marginal_blocks_by_kernels(dtype, masked):
+    pattern, layout = parse("sla(keep=2, marginal=3, block=4x4, always=self)"), Layout((9, 11), 2)
+    q, k, v = (x.mul(4).round().clamp(-8, 8).to(dtype) for x in qkv(layout, 4, 2, 16, batch=2, dtype=torch.float32))
+    mask = torch.rand(2, layout.length, generator=torch.Generator().manual_seed(5)) < 0.7 if masked else None
+    found = routed(pattern, q, k, v, layout, mask, 0.25, {})
+    choice = pattern.choose(q, k, layout, mask, 0.25, {})
+    assert torch.equal(found.choice.tiles, choice.tiles)
+    of = pattern.marginal_blocks(q, k, layout, mask, 0.25, choice)
+    assert found.others.narrow.dtype == dtype and of.any() and not of.all()
+    for others in found.others[:2]:
+        assert torch.equal(others.view(of.shape) != 0, of) and others.max() == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sla(keep=2, block=4x4)",
+        "sla(keep=2, marginal=1, block=4x4)",
+        "sla2(keep=2, block=4x4)",
+        "vsa(keep=2, block=4x4)",
+    ],
+)
 def test_whole_calls_take_the_kernels(text, monkeypatch):
     pattern, layout = parse(text), Layout((7, 9), 2)
     q, k, v = qkv(layout, 2, 1, 16, dtype=torch.float32)
