@@ -69,6 +69,12 @@ app.registerExtension({
       for (let queue = null; !queue || queue.queue_running.length + queue.queue_pending.length; ) {
         queue = await (await fetch("/queue")).json();
       }
+      // The node asks for its picture when it is drawn, after the run.
+      const preview = app.graph._nodes.find((node) => node.type === "PreviewImage");
+      for (let left = 200; left && !preview.imgs?.every((image) => image.complete); left--) {
+        await new Promise((wait) => setTimeout(wait, 50));
+        await fetch("/queue");
+      }
     }, 3000);
   },
 });
