@@ -47,7 +47,11 @@ def check_known(name: str) -> None:
     """Raise a ValueError that names the nearest ones if timm knows no model of a name."""
     if timm.is_model(name):
         return
-    near = difflib.get_close_matches(name, timm.list_models(), 3, 0.7)
+    names = timm.list_models()
+    # Who knows the family alone gives the beginning of many long names.
+    begun = sorted((each for each in names if name and each.startswith(name)), key=len)
+    near = [*begun, *difflib.get_close_matches(name, names, 3, 0.7)]
+    near = list(dict.fromkeys(near))[:3]
     said = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has all names"
     raise ValueError(f"timm knows no model {name!r}: {said}")
 

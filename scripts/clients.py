@@ -39,7 +39,7 @@ def clients() -> tuple[Client, ...]:
 
     towers = tuple(record.models for record in TOWERS if not record.refused)
     attention = tuple(dict.fromkeys(TIMM[name].models for name in TIMM))
-    diffusers = tuple(dict.fromkeys(FAMILIES[name].name for name in FAMILIES))
+    diffusers = tuple(dict.fromkeys(family.name for family in FAMILIES.values() if not family.nothing))
     return (
         Client("diffusers", "diffusers.md", "families", diffusers),
         Client("timm", "timm.md", "kinds of attention", attention),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.demo import IMAGES
-from scripts.figures_choosing import choosing_table
+from scripts.figures_choosing import choosing_tables
 from scripts.figures_control import control_tables
 from scripts.figures_dynamic import dynamic_tables
 from scripts.figures_emoji import emoji_tables
@@ -187,7 +187,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-hopper": gpu_hopper_table,
     "gpu-real": gpu_real_table,
     "gpu-parallel": gpu_parallel_table,
-    "choosing": choosing_table,
     "digits-vit": digits_vit_table,
     "timm": timm_table,
     "moh": moh_table,
@@ -198,6 +197,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **model_tables(),
     **tuned_tables(),
     "presets": presets_table,
+    **choosing_tables(),
     **precision_tables(),
     **control_tables(),
     **suite_tables(),

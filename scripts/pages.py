@@ -111,6 +111,13 @@ def commands(code: str) -> list[list[str]]:
     return [words for words in split if words]
 
 
+def spans(page: Path) -> list[tuple[int, str]]:
+    """What stands in single backquotes in the text of a page, as one line each, with their lines."""
+    text = "\n".join("" if FENCE.match(line) else line for line in outside(page))
+    found = re.finditer(r"(?<!`)`([^`]+)`(?!`)", text)
+    return [(text.count("\n", 0, match.start()) + 1, " ".join(match[1].split())) for match in found]
+
+
 def links(page: Path) -> list[tuple[int, str]]:
     """Targets of links and pictures, with their lines."""
     text = re.sub(r"`[^`\n]*`", lambda code: " " * len(code[0]), "\n".join(outside(page)))

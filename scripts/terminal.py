@@ -6,6 +6,7 @@ python -m scripts.terminal docs/pictures/NAME.svg 'COMMAND' ['COMMAND' ...] [--w
 from __future__ import annotations
 
 import argparse
+import html
 import io
 import re
 import subprocess
@@ -49,6 +50,14 @@ def drawn(sessions: Sequence[tuple[str, str]], width: int) -> str:
     picture = console.export_svg(title="", theme=THEME, unique_id="terminal")
     # The fonts of the template come from another host, which a picture may not ask.
     return re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL).replace("Fira Code", "monospace")
+
+
+def shown(picture: Path) -> list[str]:
+    """The lines of text that a picture of a terminal shows, prompts and commands included."""
+    lines: dict[str, str] = {}
+    for line, text in re.findall(r'<text[^>]* y="([^"]+)"[^>]*>(.*?)</text>', picture.read_text("utf-8"), re.DOTALL):
+        lines[line] = lines.get(line, "") + html.unescape(text).replace("\xa0", " ")
+    return [line.rstrip() for line in lines.values()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,6 +11,11 @@ from typing import Any
 import torch
 
 
+def gain(speedup: float) -> str:
+    """A ratio of times, dense to sparse, in words."""
+    return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one run, measured several times.

@@ -16,9 +16,10 @@ import torch
 from visattn.canvas import GAP, Picture, column, row, text
 from visattn.metrics import SSIM_SIDE, psnr, ssim
 from visattn.pipelines.generate import DENSE, SPARSE, VIDEO, Run, Settings, label_of, prompt_of, warm_up_steps
-from visattn.pipelines.report.html import gain, page
+from visattn.pipelines.report.html import page
 from visattn.pipelines.report.lpips import find_lpips
 from visattn.pipelines.report.video_files import contact_sheet, readable, to_picture, write_mp4, write_webp
+from visattn.timing import gain
 
 MEASURED = {
     "seconds": "wall time of one pipeline call, the wrapper included",

@@ -17,6 +17,7 @@ from PIL import Image, ImageChops
 from visattn.pipelines.report.assets import SCRIPT, STYLE
 from visattn.pipelines.report.chart import line_chart
 from visattn.report_text import mean_density, named, refusals
+from visattn.timing import gain
 
 # Longer videos stay files beside the page: a data URI of this many bytes makes a page that opens slowly.
 LARGEST_VIDEO = 8_000_000
@@ -73,11 +74,6 @@ def _seconds(value: float) -> str:
 def _where(summary: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items() if version)
     return f"{summary['pipeline']} in {summary['dtype']} on {summary['device_name']}; {versions}"
-
-
-def gain(speedup: float) -> str:
-    """A ratio of times in words."""
-    return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
 
 
 def _cards(summary: dict[str, Any]) -> str:

@@ -157,6 +157,10 @@ def test_windowed_models_are_not_compared_with_dense_attention(tmp_path):
 def test_bench_model_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"timm knows no model 'test_vi': did you mean .*test_vit"):
         create("test_vi", 224)
+    with pytest.raises(
+        ValueError, match=r"no model 'vit_tiny': did you mean vit_tiny_\w+ or vit_tiny_\w+ or vit_tiny_\w+\?"
+    ):
+        create("vit_tiny", 224)
     with pytest.raises(ValueError, match="test_vit does not take images of 97 pixels per side"):
         compare("test_vit", 97, "na(window=3)", repeats=1)
     with pytest.raises(ValueError, match="dense ran nowhere in test_vit at 96 pixels"):

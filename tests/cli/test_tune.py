@@ -1,6 +1,7 @@
 """`visattn tune` and `visattn show` of what it writes."""
 
 import json
+import types
 
 import pytest
 from typer.testing import CliRunner
@@ -9,7 +10,9 @@ pytest.importorskip("diffusers")
 
 from tests.support.tiny_pixel_flux import tiny_pixel_flux
 from visattn.cli import app
+from visattn.cli.tune import _say
 from visattn.tuned import Tuned
+from visattn.tuning.goal import Goal
 
 SETTINGS = ("--steps", "2", "--size", "64", "--stages", "1", "--seeds", "1", "--held-out", "2", "--batch", "2")
 
@@ -99,6 +102,24 @@ def test_what_means_nothing_is_refused_before_anything_runs(tune, arguments, why
 def test_a_pattern_to_show_needs_its_grid():
     done = CliRunner().invoke(app, ["show", "na(window=3x3)"])
     assert done.exit_code and "pass --grid" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "missed", "said", "warned"),
+    [
+        (1.0, "", "attention is 2.00x faster than dense, a whole sample 1.50x faster", False),
+        (4.0, "", "attention is 2.00x slower than dense, a whole sample 2.00x slower", True),
+        # Dense attention itself, whose two times differ by noise.
+        (4.0, "no candidate is faster", "attention is 2.00x slower", False),
+    ],
+)
+def test_a_schedule_slower_than_dense_is_called_that(seconds, missed, said, warned, tmp_path, capsys):
+    figures = {"attention_seconds": seconds, "attention_seconds_dense": 2.0}
+    figures |= {"seconds": 2 * seconds if seconds > 1 else 2.0, "seconds_dense": 4.0 if seconds > 1 else 3.0}
+    found = types.SimpleNamespace(ranks={}, complete=True, held=True, missed=missed)
+    _say(tmp_path / "tuned.json", Goal(30.0), None, found, figures)
+    printed = capsys.readouterr().out
+    assert said in printed and ("! the schedule takes longer than dense" in printed) == warned
 
 
 def test_few_prompts_verify_for_themselves_alone(tune):

@@ -44,6 +44,16 @@ IMPORTED = [
 LOAD = diffusers.DiffusionPipeline.from_pretrained.__func__
 
 
+def here(to):
+    """A pipeline's `to`, on machines without the GPU that a page's reader has."""
+
+    def moved(self, *args, **given):
+        left = [each for each in args if each != "cuda" or torch.cuda.is_available()]
+        return to(self, *left, **given) if left or given else self
+
+    return moved
+
+
 def tiny_pipeline(kind, name, **options):
     """In place of `DiffusionPipeline.from_pretrained`: a tiny pipeline of the class, which makes tiny pictures.
 
@@ -60,7 +70,9 @@ def tiny_pipeline(kind, name, **options):
         steps = min(STEPS, given.pop("num_inference_steps", STEPS))
         return kind.__call__(self, *args, **{**given, **size, "num_inference_steps": steps})
 
-    pipeline.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    pipeline.__class__ = type(
+        kind.__name__, (kind,), {"__call__": call, "to": here(kind.to), "__module__": kind.__module__}
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(options["torch_dtype"]) if "torch_dtype" in options else pipeline
 
@@ -81,6 +93,25 @@ def tiny_tower(kind, name, **options):
     return tiny_towers.make(name.rpartition("/")[2].rpartition("-")[0], **options)
 
 
+def stand_in_modular():
+    """The same for modular pipelines of FLUX, which load their components apart."""
+    blocks, modular = diffusers.ModularPipelineBlocks, diffusers.ModularPipeline
+    made, called = blocks.init_pipeline, modular.__call__
+
+    def load(self, **options):
+        tiny, self.tiny_size = BUILDERS["FluxPipeline"]()
+        self.update_components(
+            **{name: tiny.components[name] for name in self.component_names if name in tiny.components}
+        )
+        self.to(options["torch_dtype"])
+
+    def call(self, *args, **given):
+        return called(self, *args, **{**given, **self.tiny_size, "num_inference_steps": STEPS})
+
+    blocks.init_pipeline = lambda self, *_: made(self)
+    modular.load_components, modular.__call__, modular.to = load, call, here(modular.to)
+
+
 def import_ahead():
     """Import here, once, what forks of this process would import each for itself."""
     for name in IMPORTED:
@@ -94,6 +125,7 @@ def import_ahead():
 def stand_in():
     """Put tiny models in the places where pages load large ones."""
     diffusers.DiffusionPipeline.from_pretrained = classmethod(tiny_pipeline)
+    stand_in_modular()
     timm.create_model = untrained(timm.create_model)
     transformers.AutoModel.from_pretrained = classmethod(tiny_tower)
 

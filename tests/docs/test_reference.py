@@ -49,6 +49,13 @@ def test_the_help_of_every_command_is_in_the_reference():
     assert {words[8:-7] for words in BLOCK.findall(PAGES["cli.md"])} == set(names)
 
 
+def test_the_guide_has_every_argument_of_apply():
+    page = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    table = page.partition("## Arguments")[2].partition("\n\nLayers are counted")[0]
+    named = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row)}
+    assert {*inspect.signature(visattn.apply).parameters} - {"target"} <= named
+
+
 @pytest.mark.parametrize("kind", PATTERNS, ids=lambda kind: kind.name)
 def test_every_pattern_is_in_the_reference_and_the_gallery(kind):
     assert re.search(rf"^::: visattn\.patterns\.{kind.__name__}$", PAGES["patterns.md"], re.MULTILINE)

@@ -69,6 +69,12 @@ app.registerExtension({
       for (let queue = null; !queue || queue.queue_running.length + queue.queue_pending.length; ) {
         queue = await (await fetch("/queue")).json();
       }
+      // The node asks for its picture when it is drawn, after the run.
+      const preview = app.graph._nodes.find((node) => node.type === "PreviewImage");
+      for (let left = 200; left && !preview.imgs?.every((image) => image.complete); left--) {
+        await new Promise((wait) => setTimeout(wait, 50));
+        await fetch("/queue");
+      }
     }, 3000);
   },
 });
@@ -182,12 +188,19 @@ def serving(base: Path):
 
 
 def picture(server: Server, target: Path) -> None:
-    """A screenshot of the graph in a browser, after it ran."""
+    """A screenshot of the graph in a browser, after it ran; the text of its report is in the file beside the pixels."""
+    from PIL import Image, PngImagePlugin
+
     from tests.support.browser import CHROMIUM
 
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1500,800"]
     options += [f"--user-data-dir={server.base / 'profile'}", "--virtual-time-budget=40000", f"--screenshot={target}"]
     subprocess.run([CHROMIUM, *options, server.url], check=True, capture_output=True, timeout=300)
+    (ran,) = server.get("/history").values()
+    beside = PngImagePlugin.PngInfo()
+    beside.add_text("Report", ran["outputs"]["5"]["text"][0])
+    with Image.open(target) as shot:
+        shot.convert("RGB").save(target, pnginfo=beside, optimize=True)
 
 
 if __name__ == "__main__":

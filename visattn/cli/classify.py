@@ -21,8 +21,12 @@ def classify(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .safetensors, or .pth of tensors only.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Download the weights.")] = False,
     pattern: Annotated[str | None, typer.Option(help='Swap the attention, like "na(window=7x7)".')] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels; the model's own.")] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Classes of the head; the checkpoint's.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the image in pixels.", show_default="the model's own")
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option(min=1, help="Classes of the head.", show_default="the checkpoint's")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 5,
     probe: Annotated[
         bool, typer.Option("--probe", help="Train a probe on the frozen model instead: what it knows of these classes.")

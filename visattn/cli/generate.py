@@ -114,8 +114,10 @@ def video(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     size: SizeOption = None,
-    frames: Annotated[int | None, typer.Option(help="Frames; the model's own.")] = None,
-    fps: Annotated[int | None, typer.Option(help="Frames per second of the files; the model's own, or 16.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames.", show_default="the model's own")] = None,
+    fps: Annotated[
+        int | None, typer.Option(help="Frames per second of the files.", show_default="the model's own, or 16")
+    ] = None,
     layers: LayersOption = None,
     dense_layers: DenseLayersOption = 0,
     dense_steps: DenseStepsOption = "0",
@@ -271,7 +273,7 @@ def _check_pattern(pattern: str, backend: str, weights: str | None, **options: A
 
 
 def _print(summary: dict[str, Any], out: Path) -> None:
-    from visattn.pipelines.report.compare import gain
+    from visattn.timing import gain
 
     attention, what = summary["attention"], summary["settings"]["output"]
     density = "" if summary["density"] is None else f", density {summary['density']:.1%}"

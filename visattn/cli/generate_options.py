@@ -16,14 +16,19 @@ PromptOption = Annotated[
     list[str] | None, typer.Option(help="Text, for models that take one; several times for several.")
 ]
 LabelOption = Annotated[
-    str | None, typer.Option(help="Class labels like 3 or 0,3,7 or 0-9, for class-conditional models; 0,1,2,...")
+    str | None,
+    typer.Option(help="Class labels like 3 or 0,3,7 or 0-9, for class-conditional models.", show_default="0,1,2,..."),
 ]
-CountOption = Annotated[int | None, typer.Option(help="How many; one per prompt or label, or 1.")]
+CountOption = Annotated[int | None, typer.Option(help="How many.", show_default="one for each prompt or label")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the first; the next has the next seed.")]
-StepsOption = Annotated[int | None, typer.Option(help="Denoising steps; the pipeline's default.")]
-GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default.")]
-SizeOption = Annotated[str | None, typer.Option(help="Pixels, like 64 or 512x768 (H x W); the model's own.")]
-LayersOption = Annotated[str | None, typer.Option(help="Layers that get the pattern, like 0-3,7 or a name; all.")]
+StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the pipeline's own")]
+GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the pipeline's own")]
+SizeOption = Annotated[
+    str | None, typer.Option(help="Pixels, like 64 or 512x768 (H x W).", show_default="the model's own")
+]
+LayersOption = Annotated[
+    str | None, typer.Option(help="Layers that get the pattern, like 0-3,7 or a name.", show_default="all")
+]
 DenseLayersOption = Annotated[int, typer.Option(help="So many of the first selected layers stay dense.")]
 DenseStepsOption = Annotated[str, typer.Option(help="First steps that stay dense: a count or a fraction like 0.25.")]
 DenseLastStepsOption = Annotated[str, typer.Option(help="Last steps that stay dense: a count or a fraction like 0.1.")]

@@ -49,9 +49,10 @@ def maps(
     pattern: Annotated[
         list[str] | None, typer.Option(help="Candidates, several times for several; rows are shown under the first.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Which layers, like 0-11 or a name; all.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Which layers, like 0-11 or a name.", show_default="all")] = None,
     query: Annotated[
-        str | None, typer.Option(help="Whose row is shown: cls, or a position on the grid like 12,40; the middle.")
+        str | None,
+        typer.Option(help="Whose row is shown: cls, or a position on the grid like 12,40.", show_default="the middle"),
     ] = None,
     mass: Annotated[float, typer.Option(help="Share of dense attention that a head keeps to bear a pattern.")] = 0.9,
     importance: Annotated[
@@ -64,7 +65,7 @@ def maps(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     size: SizeOption = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a video; the model's own.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video.", show_default="the model's own")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Of a timm model: weights, random without.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Download weights of an image model.")] = False,
     device: DeviceOption = "auto",

@@ -19,13 +19,16 @@ PrefixOption = Annotated[int, typer.Option(help="Dense tokens before the grid (c
 SuffixOption = Annotated[int, typer.Option(help="Dense tokens after the grid (text).")]
 KeyGridOption = Annotated[
     str | None,
-    typer.Option(help="Keys on a grid of their own, like 16x16 for 64x64 queries; the queries' if not given."),
+    typer.Option(help="Keys on a grid of their own, like 16x16 for 64x64 queries.", show_default="the queries'"),
 ]
 KeyPrefixOption = Annotated[int, typer.Option(help="With --key-grid: dense keys before that grid.")]
 KeySuffixOption = Annotated[int, typer.Option(help="With --key-grid: dense keys after that grid.")]
 TileOption = Annotated[
     str | None,
-    typer.Option(help="Box of tokens per tile, like 8x8, or query and key boxes like 8x8:4x4; the pattern's choice."),
+    typer.Option(
+        help="Box of tokens per tile, like 8x8, or query and key boxes like 8x8:4x4.",
+        show_default="the pattern's choice",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]

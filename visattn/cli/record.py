@@ -31,14 +31,16 @@ def record(
     prompt: PromptOption = None,
     label: LabelOption = None,
     at: Annotated[str, typer.Option(help="Denoising steps to record, from 0, like 4 or 0,4,8.")] = "0",
-    modules: Annotated[list[str] | None, typer.Option(help="Names of modules, with * for anything; all.")] = None,
+    modules: Annotated[
+        list[str] | None, typer.Option(help="Names of modules, with * for anything.", show_default="all")
+    ] = None,
     samples: Annotated[int, typer.Option(help="How many samples of the batch.")] = 1,
     limit: Annotated[int, typer.Option(help="Megabytes that are recorded at most.")] = 1024,
     seed: SeedOption = 0,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     size: SizeOption = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a video; the model's own.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video.", show_default="the model's own")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     force: ForceOption = False,

@@ -33,7 +33,7 @@ def show(
     ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write: .png.")] = Path("mask.png"),
     query: Annotated[
-        str | None, typer.Option(help="Position of the query, like 12,40; the middle of the grid if not given.")
+        str | None, typer.Option(help="Position of the query, like 12,40.", show_default="the middle of the grid")
     ] = None,
     tile: TileOption = None,
     prefix: PrefixOption = 0,

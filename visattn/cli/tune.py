@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from visattn.tuning.plan import Plan
     from visattn.tuning.subject import Subject
 
+# Below this many times the speed of dense attention a schedule is said to be slower; nearer to 1 is noise of two runs.
+NOISE = 0.97
+
 
 def tune(
     out: Annotated[Path, typer.Option(help="The schedule to write: .json; beside it a page .html.")],
@@ -73,12 +76,12 @@ def tune(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     size: SizeOption = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a video; the model's own.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video.", show_default="the model's own")] = None,
     batch: Annotated[int, typer.Option(help="Samples at once.")] = 4,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     journal: Annotated[
-        Path | None, typer.Option(help="Measurements so far, for this and other goals; OUT with .jsonl.")
+        Path | None, typer.Option(help="Measurements so far, for this and other goals.", show_default="OUT with .jsonl")
     ] = None,
     force: ForceOption = False,
 ) -> None:
@@ -250,9 +253,16 @@ def _progress() -> Iterator[Any]:
 
 def _say(out: Path, goal: Goal, plan: Plan, found: Found, figures: dict[str, Any]) -> None:
     """What was found, in words."""
+    from visattn.timing import gain
+
     faster = figures["attention_seconds_dense"] / max(figures["attention_seconds"], 1e-12)
     whole = figures["seconds_dense"] / max(figures["seconds"], 1e-12)
-    typer.echo(f"{out}: attention {faster:.2f} times faster, a sample {whole:.2f} times")
+    typer.echo(f"{out}: attention is {gain(faster)} than dense, a whole sample {gain(whole)}")
+    if faster < NOISE and not found.missed:
+        typer.echo(
+            "! the schedule takes longer than dense attention on the samples held out: with so few tokens there may be "
+            "nothing to win, and on a busy machine times are wrong"
+        )
     for name in ("psnr", "snr"):
         if figures.get(f"{name}_mean") is not None:
             typer.echo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,12 @@ def in_words(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     Args:
         figures: `verified` of a tuned schedule.
     """
-    return [(name.replace("_", " "), _value(name, value)) for name, value in figures.items()]
+    return [(_name(name), _value(name, value)) for name, value in figures.items()]
+
+
+def _name(name: str) -> str:
+    shown = name.replace("attention_seconds", "time in attention").replace("seconds", "time of a sample")
+    return re.sub("^(psnr|snr|ssim)", lambda found: found[0].upper(), shown.replace("_", " "))
 
 
 def _value(name: str, value: Any) -> str:
