@@ -133,7 +133,6 @@ def test_calls_that_8_bits_would_slow_down_are_exact_and_counted(pattern, monkey
     assert not handle.report().exact
 
 
-<<<<<<< HEAD
 @torch.no_grad()
 def test_8_bits_beside_a_position_bias_are_refused_and_not_left_out():
     """Also where the class token is apart and the grid alone goes through the kernels."""
@@ -144,7 +143,8 @@ def test_8_bits_beside_a_position_bias_are_refused_and_not_left_out():
         pytest.raises(ValueError, match="in int8 it adds no relative position bias"),
     ):
         model(x)
-=======
+
+
 @pytest.mark.crossing
 @pytest.mark.parametrize("family", KINDS)
 def test_on_a_cpu_too_small_maps_stay_dense_unless_gradients_flow(family):
@@ -176,4 +176,3 @@ def test_compiled_code_on_a_cpu_decides_alike():
             out = torch.compile(model, backend="eager", fullgraph=True)(x)
         assert torch.allclose(out, stock, rtol=1e-4, atol=1e-5) == (not options)
         torch._dynamo.reset()
->>>>>>> cpurule
