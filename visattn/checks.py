@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from visattn.given import mapping, said
+from visattn.given import as_numbers, mapping, said
 from visattn.layout import Layout, check_layout
 from visattn.patterns import BiasedPattern, Pattern
 from visattn.patterns.choice.memory import here
@@ -284,7 +284,7 @@ def merged(
 def row_tensor(rows: Any, name: str = "rows") -> torch.Tensor:
     """Rows as a tensor of whole numbers; an empty list is one of no rows."""
     try:
-        found = torch.as_tensor(rows)
+        found = as_numbers(rows)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name}={said(rows)} must be whole numbers, the tokens whose queries are asked for") from None
     if found.dtype == torch.bool or found.is_complex() or (found.is_floating_point() and found.numel()):

@@ -78,7 +78,10 @@ class TailedPattern(RoutedPattern):
 
     def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """Zeros: nothing is added before it is learned."""
-        return {name: torch.zeros(shape) for name, shape in self.parameter_shapes(heads, head_dim, grid).items()}
+        return {
+            name: torch.zeros(shape, dtype=torch.float32, device="cpu")
+            for name, shape in self.parameter_shapes(heads, head_dim, grid).items()
+        }
 
     def tail(
         self,

@@ -75,7 +75,10 @@ class VSA(HybridPattern):
 
     def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """Zeros: no coarse branch."""
-        return {name: torch.zeros(shape) for name, shape in self.parameter_shapes(heads, head_dim, grid).items()}
+        return {
+            name: torch.zeros(shape, dtype=torch.float32, device="cpu")
+            for name, shape in self.parameter_shapes(heads, head_dim, grid).items()
+        }
 
     def router_scores(
         self,
