@@ -206,6 +206,12 @@ def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
 def _check_strided(name: str, given: torch.Tensor) -> None:
     if given.layout is not torch.strided:
         raise ValueError(f"{name} is a tensor of layout {given.layout}: pass it as {name}.to_dense()")
+    if hasattr(given, "device_mesh"):
+        # Plans and tables are of one process, and DTensors do not mix with them.
+        raise ValueError(
+            f"{name} is a DTensor: pass {name}.to_local(), as each process runs its own samples or heads, or "
+            f"{name}.full_tensor(); tokens are shared by visattn.parallel"
+        )
 
 
 def other_values(q: Any, k: Any, v: Any) -> bool:

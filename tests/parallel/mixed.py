@@ -62,3 +62,35 @@ def under_func(rank, how):
     except ValueError as error:
         return str(error)
     return ""
+
+
+def unlike(rank, how, odd, layout):
+    """The error of a call that the last rank makes in another way, and the output of the next one."""
+    slabs = parallel.Slabs.even(layout, dist.get_world_size(), 0)
+    q, k, v, _ = (slabs.shard(t, rank) for t in tensors(layout, 8))
+    given, pattern, mask = (q, k, v), "na(window=3x3)", None
+    if rank == slabs.ranks - 1:
+        pattern = "na(window=3x5)" if odd == "pattern" else pattern
+        given = [t[:1] if odd == "batch" else t.double() if odd == "dtype" else t for t in given]
+        mask = torch.ones(q.shape[:2], dtype=torch.bool) if odd == "mask" else None
+        given[0].requires_grad_(odd == "gradient")
+    try:
+        RUNS[how](*given, pattern, slabs, key_mask=mask)
+    except ValueError as error:
+        return str(error), RUNS[how](q.detach(), k, v, "na(window=3x3)", slabs)
+    return "", None
+
+
+def distributed(rank):
+    """The error of a call with a DTensor."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    layout = Layout((4, 3))
+    q, k, v, _ = tensors(layout, 8)
+    shared = distribute_tensor(k, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(2)])
+    try:
+        attention(q, shared, v, "na(window=3x3)", layout)
+    except ValueError as error:
+        return str(error)
+    return ""

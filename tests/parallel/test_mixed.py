@@ -5,7 +5,7 @@ import torch
 
 from tests.parallel import mixed, models
 from tests.support.ranks import Ranks
-from visattn import Layout, parallel
+from visattn import Layout, attention, parallel
 
 pytestmark = [
     pytest.mark.dist,
@@ -23,6 +23,9 @@ CASES = [
     ("halo", "na(window=5x3, circular=1x0)", Layout((6, 5))),
     ("ulysses", "clear(radius=2)", Layout((5, 6))),
 ]
+
+
+ODD = ["pattern", "batch", "dtype", "mask", "gradient"]
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,21 @@ def test_weights_and_tokens_are_shared_by_the_same_processes(ranks, name, first)
         assert found.keys() == alone.keys()
         for key, value in alone.items():
             torch.testing.assert_close(found[key], value, rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("how", ["halo", "ulysses"])
+def test_ranks_that_make_different_calls_all_say_so(ranks, how, odd):
+    """A transport would end them, wait, or mix what two patterns see."""
+    # One that ranks have agreed on is not asked for again.
+    layout = Layout((6, 5 + ODD.index(odd)), 2)
+    found = ranks.run(2, mixed.unlike, how, odd, layout)
+    for text, _ in found:
+        assert "ranks make different calls" in text
+        assert text.count(f"{how}_attention of na(window=3x") == 2
+    whole = attention(*mixed.tensors(layout, 8)[:3], "na(window=3x3)", layout)
+    torch.testing.assert_close(parallel.Slabs.even(layout, 2, 0).joined([out for _, out in found]), whole)
+
+
+def test_tensors_of_tensor_parallelism_are_refused(ranks):
+    assert all(text.startswith("k is a DTensor: pass k.to_local()") for text in ranks.run(2, mixed.distributed))

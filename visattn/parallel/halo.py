@@ -11,6 +11,7 @@ import torch.distributed as dist
 from visattn.attend import attention
 from visattn.autocast import switched_off
 from visattn.dispatch import load
+from visattn.parallel.agreed import check_agreed
 from visattn.parallel.dense import share_dense
 from visattn.parallel.exchange import Arrive, Exchange, Post, buffers
 from visattn.parallel.merge import add_rows
@@ -67,6 +68,7 @@ def halo_attention(
     local = slabs.local(rank)
     q, k, v = own_tensors(q, k, v, local, key_mask, scale)
     check(pattern, slabs)
+    check_agreed("halo_attention", (q, k, v), pattern, slabs, group, scale=scale, key_mask=key_mask is not None)
     with switched_off(q.device):
         if isinstance(pattern, Linear):
             linear: Any = load("linear")
