@@ -86,8 +86,8 @@ def _seen(
         parts = [_seen(each, q, k, v, layout, rows, watched, mask) for each in pattern.patterns]
         whole = torch.stack([each.expand(*q.shape[:1], q.shape[2], len(rows), layout.length) for each in parts])
         if isinstance(pattern, PerHead):
-            chosen = torch.tensor([pattern.patterns.index(each) for each in pattern.of_heads(q.shape[2])])
-            chosen = chosen.to(q.device).expand(q.shape[0], -1)
+            chosen = [pattern.patterns.index(each) for each in pattern.of_heads(q.shape[2])]
+            chosen = torch.tensor(chosen, device=q.device).expand(q.shape[0], -1)
         else:
             chosen = best_patterns(q, k, v, Call(pattern, layout, watched.scale, mask))
         return whole.gather(0, chosen[None, :, :, None, None].expand(1, *whole.shape[1:]))[0]

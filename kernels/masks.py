@@ -136,15 +136,15 @@ def position_bias(call: Call) -> torch.Tensor:
     """The relative position bias of every pair of tokens, 0 where one of them is dense: [H, S, S]."""
     assert call.rpb is not None and isinstance(call.pattern, Neighborhood)
     layout, rpb = call.layout, call.rpb
-    index = torch.zeros(1, 1, dtype=torch.int64)
+    index = torch.zeros(1, 1, dtype=torch.int64, device=rpb.device)
     dilations = per_axis(call.pattern.dilation, layout.dims, "dilation")
     for n, side, dilation in zip(layout.grid, rpb.shape[1:], dilations, strict=True):
-        position = torch.arange(n) // dilation
+        position = torch.arange(n, device=rpb.device) // dilation
         # Distances beyond the window belong to pairs that the mask hides: any entry will do.
         offset = (position - position[:, None] + side // 2).clamp(0, side - 1)
         index = (index[:, None, :, None] * side + offset[None, :, None, :]).reshape(
             index.shape[0] * n, index.shape[1] * n
         )
-    inner = rpb.flatten(1)[:, index.to(rpb.device)]
+    inner = rpb.flatten(1)[:, index]
     before, after = layout.prefix, layout.suffix
     return torch.nn.functional.pad(inner, (before, after, before, after))

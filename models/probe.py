@@ -156,7 +156,7 @@ def train(
     order, total = torch.Generator().manual_seed(seed), 0.0
     for _ in range(epochs):
         total = 0.0
-        for chosen in torch.randperm(len(tokens), generator=order)[: rounds * size].split(size):
+        for chosen in torch.randperm(len(tokens), generator=order, device="cpu")[: rounds * size].split(size):
             loss = F.cross_entropy(model(tokens[chosen]), labels[chosen])
             optimizer.zero_grad()
             loss.backward()

@@ -13,7 +13,7 @@ import torch
 
 from visattn.attend import attention
 from visattn.dispatch import load
-from visattn.given import said
+from visattn.given import class_among, said
 from visattn.layout import Layout
 from visattn.patterns import Neighborhood
 
@@ -56,7 +56,7 @@ class DecoderPatch:
     """
 
     def __init__(self, model: torch.nn.Module, backend: str) -> None:
-        found = {path: m for path, m in model.named_modules() if type(m).__name__ == ATTENTION}
+        found = {path: m for path, m in model.named_modules() if class_among(m, [ATTENTION])}
         if not found:
             raise ValueError(
                 f"{type(model).__name__} has no {ATTENTION}: pass the decoder of LTX-2.5, an "

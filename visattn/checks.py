@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from visattn.given import mapping, said
+from visattn.given import as_numbers, mapping, said
 from visattn.layout import Layout, check_layout
 from visattn.patterns import BiasedPattern, Pattern
 from visattn.patterns.choice.memory import here
@@ -206,6 +206,12 @@ def check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> None:
 def _check_strided(name: str, given: torch.Tensor) -> None:
     if given.layout is not torch.strided:
         raise ValueError(f"{name} is a tensor of layout {given.layout}: pass it as {name}.to_dense()")
+    if hasattr(given, "device_mesh"):
+        # Plans and tables are of one process, and DTensors do not mix with them.
+        raise ValueError(
+            f"{name} is a DTensor: pass {name}.to_local(), as each process runs its own samples or heads, or "
+            f"{name}.full_tensor(); tokens are shared by visattn.parallel"
+        )
 
 
 def other_values(q: Any, k: Any, v: Any) -> bool:
@@ -284,7 +290,7 @@ def merged(
 def row_tensor(rows: Any, name: str = "rows") -> torch.Tensor:
     """Rows as a tensor of whole numbers; an empty list is one of no rows."""
     try:
-        found = torch.as_tensor(rows)
+        found = as_numbers(rows)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name}={said(rows)} must be whole numbers, the tokens whose queries are asked for") from None
     if found.dtype == torch.bool or found.is_complex() or (found.is_floating_point() and found.numel()):

@@ -48,6 +48,6 @@ def tile_choice(
     first, tiles = made.keys.grid_tiles.start, made.keys.runs[1]
     if isinstance(pattern, RoutedPattern):
         return pattern.route(q, k, made, key_mask, scale).mask(first, tiles)
-    mask = torch.zeros(made.queries.tiles, made.keys.tiles, dtype=torch.bool)
+    mask = torch.zeros(made.queries.tiles, made.keys.tiles, dtype=torch.bool, device="cpu")
     mask[torch.from_numpy(made.lists.rows), torch.from_numpy(made.lists.tile)] = True
     return mask[made.queries.grid_tiles, made.keys.grid_tiles][None, None].to(q.device)

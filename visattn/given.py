@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -86,6 +86,24 @@ def tensor(value: Any, name: str, what: str = "") -> torch.Tensor:
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         raise ValueError(f"{name}={said(value)} is a {kind}: pass a torch tensor{f' {what}' if what else ''}")
     return value
+
+
+def class_among(thing: Any, names: Collection[str]) -> str:
+    """The first of some class names that a thing has: its own, or one of those that its class is derived from.
+
+    FSDP2 derives a class for each module that it shards.
+
+    Returns:
+        The name, empty if there is none.
+    """
+    return next((kind.__name__ for kind in type(thing).__mro__ if kind.__name__ in names), "")
+
+
+def as_numbers(value: Any) -> torch.Tensor:
+    """Numbers as a tensor: one as it is, others on the CPU, whatever device torch makes tensors on."""
+    import torch
+
+    return value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
 
 
 def several(value: Any, name: str, what: str) -> list[Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from visattn.files import as_path, check_writable_file, read_tensors, written_whole
+from visattn.keep import outside_of_modes
 from visattn.patterns import Pattern, parse
 from visattn.version import __version__
 
@@ -73,12 +74,22 @@ def make_parameters(module: nn.Module, attention: Any, pattern: Pattern, dims: i
     """
     heads, head_dim = head_shape(attention)
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    found = pattern.initial_parameters(heads, head_dim, (-1,) * dims)
-    return nn.ParameterDict({name: nn.Parameter(value.to(device)) for name, value in found.items()})
+
+    def make() -> nn.ParameterDict:
+        found = pattern.initial_parameters(heads, head_dim, (-1,) * dims)
+        return nn.ParameterDict({name: nn.Parameter(value.to(device)) for name, value in found.items()})
+
+    # They are trained and read in other modes than this one.
+    return outside_of_modes(make)
 
 
 def following(values: Mapping[str, torch.Tensor] | nn.ParameterDict, device: torch.device) -> dict[str, torch.Tensor]:
-    """Parameters by name, moved in place to where the model runs now; an optimizer keeps its references."""
+    """Parameters by name, moved in place to where the model runs now; an optimizer keeps its references.
+
+    Where that is no device, in a call for its shapes, they stay and keep their values.
+    """
+    if device.type == "meta":
+        return {name: value.to(device) for name, value in values.items()}
     for value in values.values():
         if value.device != device:
             value.data = value.data.to(device)

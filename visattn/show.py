@@ -108,11 +108,11 @@ def _example_routes(pattern: RoutedPattern, made: TilePlan) -> Routes:
     """Key tiles of each grid query tile for a random field that varies smoothly, as features of an image do."""
     layout = made.layout
     generator = torch.Generator().manual_seed(0)
-    axes = [torch.linspace(-1, 1, n, dtype=torch.float64) for n in layout.grid]
+    axes = [torch.linspace(-1, 1, n, dtype=torch.float64, device="cpu") for n in layout.grid]
     where = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
-    waves = 3 * torch.randn(layout.dims, 16, generator=generator, dtype=torch.float64)
-    features = torch.zeros(1, layout.length, 1, 16, dtype=torch.float64)
-    phase = 6 * torch.rand(16, generator=generator, dtype=torch.float64)
+    waves = 3 * torch.randn(layout.dims, 16, generator=generator, dtype=torch.float64, device="cpu")
+    features = torch.zeros(1, layout.length, 1, 16, dtype=torch.float64, device="cpu")
+    phase = 6 * torch.rand(16, generator=generator, dtype=torch.float64, device="cpu")
     features[0, layout.prefix : layout.prefix + layout.tokens, 0] = torch.cos(where @ waves + phase)
     return pattern.route(features, features, made)
 

@@ -61,13 +61,13 @@ def match(
             original does for odd batches).
     """
     rows, columns = (n // c for n, c in zip(grid, cell, strict=True))
-    place = torch.zeros(rows, columns, dtype=torch.int64)
+    place = torch.zeros(rows, columns, dtype=torch.int64, device="cpu")
     if generator is not None:
-        place = torch.randint(cell[0] * cell[1], (rows, columns), generator=generator)
-    y = torch.arange(rows)[:, None] * cell[0] + place // cell[1]
-    x = torch.arange(columns) * cell[1] + place % cell[1]
+        place = torch.randint(cell[0] * cell[1], (rows, columns), generator=generator, device="cpu")
+    y = torch.arange(rows, device="cpu")[:, None] * cell[0] + place // cell[1]
+    x = torch.arange(columns, device="cpu") * cell[1] + place % cell[1]
     destinations = (y * grid[1] + x).flatten()
-    rest = torch.ones(grid[0] * grid[1], dtype=torch.bool)
+    rest = torch.ones(grid[0] * grid[1], dtype=torch.bool, device="cpu")
     rest[destinations] = False
     sources = rest.nonzero()[:, 0].to(features.device)
     destinations = destinations.to(features.device)

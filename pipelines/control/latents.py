@@ -66,7 +66,7 @@ def _scaled(latents: torch.Tensor, config: Any) -> torch.Tensor:
     scale = getattr(config, "scaling_factor", None) or 1.0
     if mean is None or deviation is None:
         return (latents - (getattr(config, "shift_factor", None) or 0.0)) * scale
-    mean, deviation = (torch.tensor(each).to(latents).view(1, -1, 1, 1) for each in (mean, deviation))
+    mean, deviation = (torch.tensor(each, device="cpu").to(latents).view(1, -1, 1, 1) for each in (mean, deviation))
     return (latents - mean) * scale / deviation
 
 

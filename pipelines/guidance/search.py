@@ -128,7 +128,7 @@ def find_heads(
                             raise ValueError(f"the objective gave {len(found)} scores of {len(prompts)} pictures")
                         trials.put(chosen, seed, found)
                     rows.append(found)
-                return torch.tensor(rows, dtype=torch.float64)
+                return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
             return _search(heads, scores, tuple(seeds), add, most)
 

@@ -107,11 +107,13 @@ class DiffusersRun(Run):
         known, version = self._read, ids._version if not ids.is_inference() else 0
         if known is None or known[0]() is not ids or known[1] != version or known[3] != seen[:3]:
             assert self.family.read is not None
-            if ids.is_meta:
-                return seen._replace(ids=None, why="its position ids are meta tensors, which have no values")
+            if ids.is_meta or hasattr(ids, "fake_mode"):
+                kind = "meta" if ids.is_meta else "fake"
+                return seen._replace(ids=None, why=f"its position ids are {kind} tensors, which have no values")
             read = partial(self.family.read, self.config, ids, seen)
-            # Numbers that are read are nothing that torch.func differentiates.
-            told = outside_of_modes(read) if torch._C._are_functorch_transforms_active() else read()
+            # Numbers that are read are nothing that torch.func differentiates, and fake modes would hide them.
+            modes = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+            told = outside_of_modes(read) if modes else read()
             known = (weakref.ref(ids), version, told._replace(ids=None), seen[:3])
             self._read = known
         return known[2]

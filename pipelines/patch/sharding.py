@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from visattn.given import class_among
 from visattn.layout import Layout
 from visattn.parallel import Slabs, best_axis
 from visattn.parallel.dense import gathered_slabs
@@ -67,7 +68,7 @@ class Sharding:
             found: Any = _get_submodule_by_name(model, path)
             for module in found if isinstance(found, list) else [found]:
                 if isinstance(plan, dict):
-                    self._install_cuts(module, plan, (type(model).__name__, path))
+                    self._install_cuts(module, plan, (class_among(model, CUT), path))
                 else:
                     dims = [plan] if not isinstance(plan, list | tuple) else plan
                     self._handles.append(
@@ -182,14 +183,13 @@ def group_of(model: torch.nn.Module, mesh: Any) -> dist.ProcessGroup | None:
 
 def check_class(model: torch.nn.Module) -> None:
     """Raise a ValueError if diffusers does not say where a model's tokens may be cut, or cuts more than those."""
-    name = type(model).__name__
-    if name in CUT and isinstance(getattr(model, "_cp_plan", None), dict):
+    if class_among(model, CUT) and isinstance(getattr(model, "_cp_plan", None), dict):
         return
     if getattr(model, "_cp_plan", None) is None:
         why = "diffusers has no context parallelism for it (no _cp_plan), so nothing says where its tokens may be cut"
     else:
         why = "its plan cuts more than a grid and its positions (a second stream, or inputs of single layers)"
-    raise ValueError(f"parallel= cannot cut {name}: {why}; classes: {', '.join(sorted(CUT))}")
+    raise ValueError(f"parallel= cannot cut {type(model).__name__}: {why}; classes: {', '.join(sorted(CUT))}")
 
 
 def check_pattern(pattern: Pattern, how: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.dims import check_dims
+from visattn.given import class_among
 from visattn.patterns import MergingPattern, Pattern
 from visattn.pipelines.families import find_family, known_classes, why_unknown
 from visattn.pipelines.families.base import Family, Seen
@@ -69,7 +70,7 @@ def _control(pipeline: Any, request: Request) -> Iterator[Target]:
     # Their tokens are not where a layout for the denoiser says, and their records know.
     request = dataclasses.replace(request, layouts=())
     for name, model in _controlnets(pipeline):
-        if type(model).__name__ == "ControlNetXSAdapter":
+        if class_among(model, ["ControlNetXSAdapter"]):
             # A part of the pipeline's UNet, which is patched.
             continue
         try:

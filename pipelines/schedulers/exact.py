@@ -11,7 +11,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
-from visattn.given import said
+from visattn.given import as_numbers, said
 from visattn.pipelines.schedulers.settings import check_known, init_names, plain_kind, taken
 from visattn.pipelines.schedulers.steps import Steps
 from visattn.pipelines.schedulers.wide import State, Wide
@@ -230,7 +230,7 @@ class ExactScheduler(SchedulerMixin, ConfigMixin):
         """Where in `timesteps` a run begins."""
         if self._begin is not None or self._given is not None:
             return self._begin or 0
-        found = (self.timesteps == torch.as_tensor(timestep).to(self.timesteps).flatten()[0]).nonzero()
+        found = (self.timesteps == as_numbers(timestep).to(self.timesteps).flatten()[0]).nonzero()
         if not len(found):
             raise ValueError(f"timestep {timestep} is none of the {len(self.timesteps)} of this run")
         return int(found[0])

@@ -29,6 +29,9 @@ CALLS = {
     "sigmoid": ("sigmoid(sparse=na(window=3))", "auto"),
     "sparse and linear": ("sparselinear(sparse=na(window=3))", "auto"),
     "reference": ("na(window=3)", "reference"),
+    "initial parameters": ("sla2", "auto"),
+    "random parameters": ("wersa", "auto"),
+    "chosen by rows": ("best(of=[na(window=3), clear(radius=2)])", "auto"),
 }
 
 
@@ -72,6 +75,15 @@ def test_a_call_in_a_mode_leaves_nothing_that_another_cannot_use(call, mode):
         q, k, v = (torch.empty(1, LAYOUT.length, 2, 8, device="cpu") for _ in range(3))
         assert visattn.attention(q, k, v, text, LAYOUT, backend=backend).shape == q.shape
     assert all(torch.equal(a, b) for a, b in zip(trained(text, backend), true, strict=True))
+
+
+def test_a_position_bias_needs_no_default_device():
+    q, k, v = qkv(LAYOUT, dtype=torch.float32, dim=8)
+    rpb = torch.randn(q.shape[2], 5, 5)
+    true = visattn.attention(q, k, v, "na(window=3)", LAYOUT, rpb=rpb, backend="reference")
+    with default_device():
+        found = visattn.attention(q, k, v, "na(window=3)", LAYOUT, rpb=rpb, backend="reference")
+    assert torch.equal(found, true)
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -1,5 +1,7 @@
 """Gates and temperatures in models: they start as the pattern inside, learn, are kept in a file, and are undone."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -76,6 +78,43 @@ def swapped():
 
 def patched():
     return flux()[0], "visattn.pipelines.patch.sites.make_parameters"
+
+
+@pytest.mark.parametrize("make", [towers, swapped, patched])
+def test_first_parameters_do_not_depend_on_defaults_and_modes_of_torch(make):
+    model, _ = make()
+    pattern = "wersa"
+
+    def first():
+        with visattn.apply(model, pattern) as handle:
+            return [p for site in handle.parameters for p in handle.parameters[site].values()]
+
+    true = first()
+    assert true
+    for mode in (torch.inference_mode(), torch.device("meta")):
+        with mode:
+            found = first()
+        assert not any(p.is_inference() for p in found)
+        assert all(torch.equal(a, b) for a, b in zip(found, true, strict=True))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = first()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(found, true, strict=True))
+
+
+def test_parameters_keep_their_values_when_a_model_is_asked_for_shapes():
+    model, inputs = vit()
+    x = inputs["x"]
+    meta = copy.deepcopy(model).to("meta")
+    with torch.no_grad(), visattn.apply(model, "sigmoid", strict=True):
+        true = model(x)
+    with torch.no_grad(), visattn.apply(meta, "sigmoid", strict=True):
+        assert meta(x.to("meta")).shape == true.shape
+        meta.to_empty(device="cpu")
+        meta.load_state_dict(model.state_dict())
+        torch.testing.assert_close(meta(x), true)
 
 
 @pytest.mark.parametrize("make", [towers, swapped, patched])

@@ -302,3 +302,17 @@ def test_projections_whose_key_heads_are_shared_are_not_fused(name):
         assert torch.equal(run(model, inputs), shared)
     model.fuse_qkv_projections()
     assert torch.allclose(run(model, inputs), before, atol=1e-5)
+
+
+def test_blocks_of_derived_classes_have_the_heads_of_their_own():
+    """FSDP2 derives a class for each block that it shards."""
+
+    def counted(model):
+        with visattn.convert_heads(model, 1):
+            return sum(parameter.numel() for parameter in model.parameters())
+
+    model, _ = flux()
+    true = counted(model)
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        block.__class__ = type(f"FSDP{type(block).__name__}", (type(block),), {})
+    assert counted(model) == true

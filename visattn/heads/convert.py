@@ -304,9 +304,9 @@ def _changes(site: Site, wanted: Wanted) -> Iterator[tuple[Slot, nn.Module]]:
     queries, keys = wanted.counts(site)
     kept = _kept(site, wanted, queries)
     shared = keys < queries
-    pooled = torch.eye(queries, dtype=torch.float64)
+    pooled = torch.eye(queries, dtype=torch.float64, device="cpu")
     if shared:
-        owner = torch.arange(queries) * keys // queries
+        owner = torch.arange(queries, device="cpu") * keys // queries
         pooled = torch.nn.functional.one_hot(owner, keys).T.double()
         pooled = pooled / pooled.sum(1, keepdim=True)
     for stream in site.streams:
@@ -336,9 +336,13 @@ def _kept(site: Site, wanted: Wanted, queries: int) -> torch.Tensor:
     """What each new head is of the old ones: [new, old], rows sum to 1."""
     heads = site.heads
     if queries == heads:
-        return torch.eye(heads, dtype=torch.float64)
+        return torch.eye(heads, dtype=torch.float64, device="cpu")
     if wanted.by == "mean":
-        return torch.eye(queries, dtype=torch.float64).repeat_interleave(heads // queries, 1) * queries / heads
+        return (
+            torch.eye(queries, dtype=torch.float64, device="cpu").repeat_interleave(heads // queries, 1)
+            * queries
+            / heads
+        )
     if isinstance(wanted.by, str):
         index = head_norms(site).topk(queries).indices.sort().values
     else:
@@ -351,8 +355,8 @@ def _kept(site: Site, wanted: Wanted, queries: int) -> torch.Tensor:
             raise ValueError(
                 f"by={given!r} for {site.name.path} must name {queries} of its heads, from 0 to {heads - 1}, each once"
             )
-        index = torch.tensor(named)
-    return torch.eye(heads, dtype=torch.float64)[index]
+        index = torch.tensor(named, device="cpu")
+    return torch.eye(heads, dtype=torch.float64, device="cpu")[index]
 
 
 def _shared(layer: nn.Linear, site: Site, heads: tuple[int, int], wanted: Wanted, fused: bool) -> Shared:

@@ -13,7 +13,7 @@ from visattn.heads.sites import Site
 
 def head_norms(site: Site) -> torch.Tensor:
     """Frobenius norm of each head's product of value and output projection, text's included: float64 [H]."""
-    total = torch.zeros(site.heads, dtype=torch.float64)
+    total = torch.zeros(site.heads, dtype=torch.float64, device="cpu")
     for stream in site.streams:
         assert stream.out is not None
         value = (stream.v or stream.q).layer.weight.detach().cpu().double()[-site.heads * site.head_dim :]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from visattn.given import class_among
 from visattn.selectors import Layers, SiteName, pick, selectors_of
 
 
@@ -162,7 +163,7 @@ def _split(path: str, module: Any, modules: dict[str, nn.Module]) -> Site | None
 def _output_of_block(path: str, inner: int, modules: dict[str, nn.Module]) -> tuple[Slot | None, str]:
     """The projection of a block that takes the heads' channels before those of its MLP."""
     block = modules.get(path.rpartition(".")[0])
-    if type(block).__name__ == "FluxSingleTransformerBlock" and _linear(block, "proj_out"):  # type: ignore[arg-type]
+    if class_among(block, ["FluxSingleTransformerBlock"]) and _linear(block, "proj_out"):  # type: ignore[arg-type]
         assert block is not None
         return Slot(block, "proj_out"), ""
     return None, "it has no output projection of its own"

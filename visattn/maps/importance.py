@@ -128,7 +128,7 @@ def gradient(
         total = {site: torch.zeros((), device=out.device) for site, out in outs.items()}
         norms = found.detach().float().flatten(1).square().sum(1)[:, None].clamp(min=1e-30)
         for _ in range(probes):
-            direction = torch.randn(found.shape, generator=generator).to(found.device)
+            direction = torch.randn(found.shape, generator=generator, device="cpu").to(found.device)
             objective = (found.float() * direction).sum()
             for site, each in _gates(objective, outs, len(found)).items():
                 total[site] = total[site] + each.square() / (norms if len(each) == len(norms) else norms.sum())

@@ -113,7 +113,7 @@ def read_by_head(call: Recorded) -> torch.Tensor:
     mean = torch.zeros(layout.length, dtype=wide_dtype(call.q), device=call.q.device)
     mean[layout.prefix : layout.prefix + layout.tokens] = 1 / layout.tokens
     # One row a head, which is the others' nothing.
-    return received(of_sample(call, 0), torch.eye(heads).to(mean)[None, :, :, None] * mean)[0]
+    return received(of_sample(call, 0), torch.eye(heads, device="cpu").to(mean)[None, :, :, None] * mean)[0]
 
 
 def of_sample(call: Recorded, sample: int) -> Recorded:

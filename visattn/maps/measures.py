@@ -64,7 +64,7 @@ def wide(call: Recorded) -> tuple[torch.Tensor, torch.Tensor]:
 
 def positions(layout: Layout) -> torch.Tensor:
     """Positions of the grid's tokens around its centre, in shares of its diagonal: float64 [tokens, dims]."""
-    axes = [torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in layout.grid]
+    axes = [torch.arange(n, dtype=torch.float64, device="cpu") - (n - 1) / 2 for n in layout.grid]
     where = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
     return where / max(1.0, sum((n - 1) ** 2 for n in layout.grid) ** 0.5)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from visattn.given import said
+from visattn.given import as_numbers, said
 from visattn.maps.measures import received
 from visattn.operands import wide_dtype
 from visattn.recorded import Recorded, check_recorded
@@ -75,7 +75,7 @@ def _start(call: Recorded, rows: torch.Tensor | Sequence[int] | None) -> torch.T
 
 def _as_tensor(rows: Any, length: int) -> torch.Tensor:
     try:
-        return torch.as_tensor(rows)
+        return as_numbers(rows)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"rows={said(rows)} must be whole numbers [R] from 0 to {length - 1}, or weights [R, S] with S {length}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,9 +79,11 @@ def offsets(call: Recorded, samples: int = SAMPLED) -> torch.Tensor:
     inner = slice(layout.prefix, layout.prefix + layout.tokens)
     chosen = _watched(call, "dense").sampled(samples)
     wide_grid = [2 * n - 1 for n in layout.grid]
-    where = torch.stack(torch.meshgrid(*(torch.arange(n) for n in layout.grid), indexing="ij"), -1).flatten(0, -2)
+    where = torch.stack(
+        torch.meshgrid(*(torch.arange(n, device="cpu") for n in layout.grid), indexing="ij"), -1
+    ).flatten(0, -2)
     where = where.to(chosen.device)
-    found = call.q.new_zeros(call.q.shape[2], int(torch.tensor(wide_grid).prod()), dtype=wide(call)[0].dtype)
+    found = call.q.new_zeros(call.q.shape[2], math.prod(wide_grid), dtype=wide(call)[0].dtype)
     for part in chosen.split(AT_ONCE):
         weights = rows(call, part).dense[..., inner].mean(0)
         moved = where[None] - where[part - layout.prefix][:, None]

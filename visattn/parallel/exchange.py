@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from visattn.parallel.once import once
 
 
 class Exchange:
-    """The messages of one call. A message is [tensors, B, outer, rows, inner, C]: some rows of each of its tensors.
+    """The messages of one call. A message is flat: some rows [B, outer, rows, inner, C] of each of its tensors in turn.
 
     Args:
         needs: What is fetched and given.
@@ -25,9 +26,10 @@ class Exchange:
         self.received: dict[int, torch.Tensor] = {}
         self.given: dict[int, torch.Tensor] = {}
         self._works: list[Any] = []
+        self._channels: list[int] = []
         self._own = needs.slabs.local(needs.rank)
 
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
         """A sequence [B, S, ...] of this rank as [B, outer, rows, inner, C], without its dense tokens."""
         own, axis = self._own, self.needs.slabs.axis
         sides = math.prod(own.grid[:axis]), own.grid[axis], math.prod(own.grid[axis + 1 :])
@@ -35,13 +37,26 @@ class Exchange:
 
     def post(self, *tensors: torch.Tensor) -> None:
         """Send the rows that others need of some sequences [B, S, ...], and begin to receive theirs."""
-        views = [self._rows(x) for x in tensors]
-        batch, outer, _, inner, channels = views[0].shape
-        sends = {to: torch.stack([_chosen(x, rows) for x in views]) for to, rows in self.needs.give.items()}
-        shape = (len(views), batch, outer)
-        takes = {of: views[0].new_empty(*shape, len(rows), inner, channels) for of, rows in self.needs.fetch.items()}
+        views = [self.rows(x) for x in tensors]
+        # Values may have other channels than keys.
+        self._channels = [x.shape[4] for x in views]
+        batch, outer, _, inner, _ = views[0].shape
+        row = batch * outer * inner * sum(self._channels)
+        sends = {to: views[0].new_empty(row * len(rows)) for to, rows in self.needs.give.items()}
+        for to, message in sends.items():
+            rows = self.needs.give[to]
+            for part, x in zip(self.parts(message, batch, len(rows)), views, strict=True):
+                part.copy_(_chosen(x, rows))
+        takes = {of: views[0].new_empty(row * len(rows)) for of, rows in self.needs.fetch.items()}
         self.given, self.received = sends, takes
         self._start(sends, takes)
+
+    def parts(self, message: torch.Tensor, batch: int, rows: int) -> list[torch.Tensor]:
+        """The rows of each tensor in a message: [B, outer, rows, inner, C]."""
+        grid, axis = self._own.grid, self.needs.slabs.axis
+        sides = batch, math.prod(grid[:axis]), rows, math.prod(grid[axis + 1 :])
+        found = message.split([math.prod(sides) * channels for channels in self._channels])
+        return [part.view(*sides, channels) for part, channels in zip(found, self._channels, strict=True)]
 
     def post_back(self, grads: dict[int, torch.Tensor]) -> None:
         """Send the gradients of what was received, and begin to receive those of what was given."""
@@ -66,14 +81,18 @@ class Exchange:
         sent, received = (sum(t.numel() * t.element_size() for t in ts.values()) for ts in (self.given, self.received))
         return sent, received
 
-    def back(self, like: torch.Tensor, number: int) -> list[torch.Tensor]:
-        """The gradients of the sequences whose rows were given, from what `post_back` received."""
-        found = [torch.zeros_like(like, memory_format=torch.contiguous_format) for _ in range(number)]
-        for to, grads in self.given.items():
-            for x, grad in zip(found, grads, strict=True):
-                # `_rows` gives views of contiguous tensors.
-                _add(self._rows(x), self.needs.give[to], grad)
-        return found
+    def back(self, shapes: Sequence[torch.Size]) -> list[torch.Tensor | None]:
+        """The gradients of the sequences whose rows were given, from what `post_back` received; None if none were."""
+        if not self.given:
+            return [None for _ in shapes]
+        like = next(iter(self.given.values()))
+        found = [like.new_zeros(shape) for shape in shapes]
+        for to, message in self.given.items():
+            rows = self.needs.give[to]
+            for x, grad in zip(found, self.parts(message, shapes[0][0], len(rows)), strict=True):
+                # `rows` gives views of contiguous tensors.
+                _add(self.rows(x), rows, grad)
+        return [*found]
 
 
 def _chosen(x: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
@@ -97,7 +116,7 @@ class Post(torch.autograd.Function):
     def forward(ctx: Any, exchange: Exchange, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Post."""
         exchange.post(k, v)
-        ctx.exchange, ctx.like = exchange, k
+        ctx.exchange, ctx.shapes = exchange, (k.shape, v.shape)
         return k.new_zeros(())
 
     @staticmethod
@@ -105,7 +124,7 @@ class Post(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """What the others' queries add to the gradients of the rows that they were given."""
         ctx.exchange.wait()
-        return None, *ctx.exchange.back(ctx.like, 2)
+        return None, *ctx.exchange.back(ctx.shapes)
 
 
 class Arrive(torch.autograd.Function):
@@ -123,36 +142,43 @@ class Arrive(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Post the messages' gradients; the own part's backward runs while they travel."""
         exchange = ctx.exchange
-        exchange.post_back(dict(zip(exchange.received, grads[1:], strict=True)))
+        # Where keys and values want no gradient, nobody waits for what is posted here.
+        if ctx.needs_input_grad[1]:
+            exchange.post_back(dict(zip(exchange.received, grads[1:], strict=True)))
         return None, grads[0].new_zeros(()), grads[0]
 
 
 def buffers(
-    border: Border, needs: Needs, messages: dict[int, torch.Tensor], k: torch.Tensor, v: torch.Tensor
+    border: Border, exchange: Exchange, messages: dict[int, torch.Tensor], *tensors: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Keys and values [B, tokens, Hkv, D] of a border from messages, or on a small ring from the slab itself."""
-    shape = k.shape[2:]
+    """Sequences [B, tokens, ...] of a border from messages, or on a small ring from the slab itself.
+
+    Args:
+        border: The border.
+        exchange: What has brought the messages.
+        messages: Them, by rank.
+        tensors: The sequences of this rank, in the order in which they were posted.
+    """
+    needs = exchange.needs
     grid, axis = border.layout.keys.grid, needs.slabs.axis
     owners = {source[0] for source in border.sources if source is not None}
-    if len(owners) == 1 and needs.rank not in owners:
-        message = messages[next(iter(owners))]
-        if border.sources == tuple((next(iter(owners)), i) for i in range(message.shape[3])):
-            return [part.flatten(1, 3).unflatten(-1, shape) for part in message]
-    own = Exchange(needs, None)
+    parts = {of: exchange.parts(messages[of], len(tensors[0]), len(needs.fetch[of])) for of in owners - {needs.rank}}
+    if len(parts) == len(owners) == 1:
+        ((owner, found),) = parts.items()
+        if border.sources == tuple((owner, i) for i in range(len(needs.fetch[owner]))):
+            return [part.flatten(1, 3).unflatten(-1, x.shape[2:]) for part, x in zip(found, tensors, strict=True)]
     found = []
-    for number, x in enumerate((k, v)):
-        rows = [
-            _row(source, needs.rank, messages, own._rows(x) if needs.rank in owners else None, number, x, grid, axis)
-            for source in border.sources
-        ]
-        found.append(torch.cat(rows, 2).flatten(1, 3).unflatten(-1, shape))
+    for number, x in enumerate(tensors):
+        own = exchange.rows(x) if needs.rank in owners else None
+        rows = [_row(source, needs.rank, parts, own, number, x, grid, axis) for source in border.sources]
+        found.append(torch.cat(rows, 2).flatten(1, 3).unflatten(-1, x.shape[2:]))
     return found
 
 
 def _row(
     source: tuple[int, int] | None,
     rank: int,
-    messages: dict[int, torch.Tensor],
+    parts: dict[int, list[torch.Tensor]],
     own: torch.Tensor | None,
     number: int,
     like: torch.Tensor,
@@ -167,4 +193,4 @@ def _row(
     if owner == rank:
         assert own is not None
         return own.narrow(2, place, 1)
-    return messages[owner][number].narrow(2, place, 1)
+    return parts[owner][number].narrow(2, place, 1)

@@ -9,13 +9,15 @@ import torch
 import torch.distributed as dist
 
 from visattn.attend import attention
+from visattn.autocast import switched_off
 from visattn.dispatch import load
+from visattn.parallel.agreed import check_agreed
 from visattn.parallel.dense import share_dense
 from visattn.parallel.exchange import Arrive, Exchange, Post, buffers
 from visattn.parallel.merge import add_rows
 from visattn.parallel.moved import Moved
 from visattn.parallel.needs import Needs, check, halo_needs
-from visattn.parallel.ranks import check_own, checked_rank
+from visattn.parallel.ranks import checked_rank, own_tensors
 from visattn.parallel.slabs import Slabs
 from visattn.patterns import Linear, Pattern, parse
 
@@ -64,16 +66,32 @@ def halo_attention(
     pattern = parse(pattern)
     rank = checked_rank(slabs, group)
     local = slabs.local(rank)
-    check_own(q, k, v, local, key_mask, scale)
-    if isinstance(pattern, Linear):
-        check(pattern, slabs)
-        linear: Any = load("linear")
-        return linear.on_slabs(q, k, v, pattern, slabs, rank, group=group, key_mask=key_mask, moved=moved)
-    needs = halo_needs(pattern, slabs, rank)
+    q, k, v = own_tensors(q, k, v, local, key_mask, scale)
+    check(pattern, slabs)
+    check_agreed("halo_attention", (q, k, v), pattern, slabs, group, scale=scale, key_mask=key_mask is not None)
+    with switched_off(q.device):
+        if isinstance(pattern, Linear):
+            linear: Any = load("linear")
+            return linear.on_slabs(q, k, v, pattern, slabs, rank, group=group, key_mask=key_mask, moved=moved)
+        run = partial(attention, scale=scale, backend=backend, return_lse=True)
+        return _fetching(q, k, v, halo_needs(pattern, slabs, rank), group, run, key_mask, moved)
+
+
+def _fetching(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    needs: Needs,
+    group: dist.ProcessGroup | None,
+    run: Any,
+    key_mask: torch.Tensor | None,
+    moved: Moved | None,
+) -> torch.Tensor:
+    """The output from keys of this rank and of others, which `run` attends to."""
+    slabs, local = needs.slabs, needs.slabs.local(needs.rank)
     exchange = Exchange(needs, group)
     masks = _post_masks(needs, key_mask, group)
     token = Post.apply(exchange, k, v)
-    run: Any = partial(attention, scale=scale, backend=backend, return_lse=True)
     result = run(q, k, v, needs.own, local, key_mask=key_mask)
     arrived: Any = Arrive.apply(exchange, token, result[0])
     if moved is not None:
@@ -81,7 +99,7 @@ def halo_attention(
     messages = dict(zip(exchange.received, arrived[1:], strict=True))
     result = arrived[0], result[1]
     for border in needs.borders:
-        border_k, border_v = buffers(border, needs, messages, k, v)
+        border_k, border_v = buffers(border, exchange, messages, k, v)
         queries = _query_rows(q, needs, border.first_query, border.queries)
         seen = None if masks is None or key_mask is None else masks.of(border, key_mask)
         rows = run(queries, border_k, border_v, border.part, border.layout, key_mask=seen)
@@ -111,7 +129,7 @@ class _Masks:
         """Which keys of a border may be attended: bool [B, tokens]."""
         self._exchange.wait()
         x = own.to(torch.uint8)[:, :, None, None]
-        return buffers(border, self._exchange.needs, self._exchange.received, x, x)[0][..., 0, 0].bool()
+        return buffers(border, self._exchange, self._exchange.received, x)[0][..., 0, 0].bool()
 
 
 def _post_masks(needs: Needs, key_mask: torch.Tensor | None, group: dist.ProcessGroup | None) -> _Masks | None:
@@ -119,5 +137,5 @@ def _post_masks(needs: Needs, key_mask: torch.Tensor | None, group: dist.Process
         return None
     exchange = Exchange(needs, group)
     x = key_mask.to(torch.uint8)[:, :, None, None]
-    exchange.post(x, x)
+    exchange.post(x)
     return _Masks(exchange)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from visattn.checks import check_call, factor, other_values
+from visattn import transforms
+from visattn.autocast import as_sdpa_casts
+from visattn.checks import check_fit, check_tensors, factor, other_values
 from visattn.layout import Layout
 from visattn.parallel.slabs import Slabs, check_slabs
 from visattn.patterns import Dense
@@ -27,7 +30,22 @@ def checked_rank(slabs: Slabs, group: dist.ProcessGroup | None) -> int:
     return rank
 
 
-def check_own(q: Any, k: Any, v: Any, local: Layout, key_mask: Any, scale: Any) -> None:
-    """Raise a ValueError for tensors that are not of this rank's tokens, before others wait for a message."""
-    check_call(q, k, k if other_values(q, k, v) else v, Dense(), local, key_mask, None)
+def own_tensors(
+    q: Any, k: Any, v: Any, local: Layout, key_mask: Any, scale: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's queries, keys and values, cast as autocast wants them: what travels is cast before.
+
+    Raises:
+        ValueError: If they are not of this rank's tokens; before others wait for a message.
+    """
+    if transforms.active():
+        raise ValueError(
+            "attention over several processes has gradients by autograd alone, nothing under torch.func or in forward "
+            "mode: call backward() or torch.autograd.grad, or attention() in one process"
+        )
+    # Values may have other channels than keys.
+    check_tensors(q, k, k if other_values(q, k, v) else v, local)
     factor(scale, q.shape[3])
+    q, k, v = as_sdpa_casts(q, k, v)
+    check_fit(q, k, v, Dense(), local, key_mask, None, {})
+    return q, k, v

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from visattn.attend import attention
 from visattn.layout import Layout
+from visattn.parallel.agreed import check_agreed
 from visattn.parallel.moved import Moved
 from visattn.parallel.once import once
-from visattn.parallel.ranks import check_own, checked_rank
+from visattn.parallel.ranks import checked_rank, own_tensors
 from visattn.parallel.slabs import Slabs, check_slabs
 from visattn.patterns import Pattern, PerHead, parse
 from visattn.plans import plan
@@ -204,9 +205,11 @@ def ulysses_attention(
     check_slabs(slabs)
     _check(pattern, slabs)
     rank = checked_rank(slabs, group)
-    check_own(q, k, v, slabs.local(rank), key_mask, scale)
+    q, k, v = own_tensors(q, k, v, slabs.local(rank), key_mask, scale)
     per = q.shape[2] // k.shape[2]
     shares = head_shares(k.shape[2], slabs.ranks, head_cost or _cost(pattern, slabs.layout, q.shape[2], per))
+    alike = {"scale": scale, "key_mask": key_mask is not None, "shares": shares}
+    check_agreed("ulysses_attention", (q, k, v), pattern, slabs, group, **alike)
     heads = Heads(slabs, rank, shares, group)
     if isinstance(pattern, PerHead):
         first = per * sum(shares[:rank])

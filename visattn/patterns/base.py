@@ -87,7 +87,8 @@ class Pattern(metaclass=_Written):
 
     def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """The values that missing parameters stand for, in float32: zeros; arguments as in `parameter_shapes`."""
-        return {name: torch.zeros(shape) for name, shape in self.parameter_shapes(heads, head_dim, grid).items()}
+        shapes = self.parameter_shapes(heads, head_dim, grid)
+        return {name: torch.zeros(shape, dtype=torch.float32, device="cpu") for name, shape in shapes.items()}
 
     @abstractmethod
     def check(self, grid: tuple[int, ...]) -> None:

@@ -65,7 +65,7 @@ class Centroids(ComposedPattern):
     def initial_parameters(self, heads: int, head_dim: int, grid: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """Random directions, always the same."""
         generator = torch.Generator().manual_seed(0)
-        found = torch.randn(heads, self.clusters, head_dim, generator=generator)
+        found = torch.randn(heads, self.clusters, head_dim, generator=generator, dtype=torch.float32, device="cpu")
         return {"centroids": torch.nn.functional.normalize(found, dim=-1)}
 
     def check(self, grid: tuple[int, ...]) -> None:

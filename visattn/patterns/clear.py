@@ -92,7 +92,10 @@ class Clear(PooledPattern):
         import torch
 
         shapes = self.parameter_shapes(heads, head_dim, grid)
-        return {name: torch.full(shape, 1 / math.prod(shape)) for name, shape in shapes.items()}
+        return {
+            name: torch.full(shape, 1 / math.prod(shape), dtype=torch.float32, device="cpu")
+            for name, shape in shapes.items()
+        }
 
     def covers(self, grid: tuple[int, ...], keys: tuple[int, ...] | None = None) -> bool:
         """Whether the farthest corner is inside the circle, and nothing is pooled."""

@@ -91,7 +91,10 @@ class Gate(ComposedPattern):
         for name, shape in self.parameter_shapes(heads, head_dim, grid).items():
             pools = getattr(self, name).split("+")
             of = ("avg",) if "avg" in pools else pools
-            parts = [torch.eye(head_dim, self.dim) * ((pool in of) / len(of)) for pool in pools]
+            parts = [
+                torch.eye(head_dim, self.dim, dtype=torch.float32, device="cpu") * ((pool in of) / len(of))
+                for pool in pools
+            ]
             found[name] = torch.cat(parts).expand(shape).clone()
         return found
 

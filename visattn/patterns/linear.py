@@ -145,4 +145,7 @@ def initial_maps(feature: str, heads: int, head_dim: int) -> dict[str, torch.Ten
     """An identity per head for each matrix of a feature map."""
     import torch
 
-    return {name: torch.eye(d).repeat(h, 1, 1) for name, (h, d, _) in map_shapes(feature, heads, head_dim).items()}
+    return {
+        name: torch.eye(d, dtype=torch.float32, device="cpu").repeat(h, 1, 1)
+        for name, (h, d, _) in map_shapes(feature, heads, head_dim).items()
+    }

@@ -58,13 +58,13 @@ def dense_mask(pattern: Pattern | str, layout: Layout) -> torch.Tensor:
         raise ValueError(f"{shown} has no mask: every token reads every other, as it is {what}")
     keys = layout.keys
     extra = shown.extra_keys(keys.grid) if isinstance(shown, PooledPattern) else 0
-    mask = torch.ones(layout.length, keys.length + extra, dtype=torch.bool)
+    mask = torch.ones(layout.length, keys.length + extra, dtype=torch.bool, device="cpu")
     mask[:, keys.length :] = False
     inner, inner_keys = (slice(side.prefix, side.prefix + side.tokens) for side in (layout, keys))
     mask[inner, keys.length :] = True
     mask[inner, inner_keys] = torch.from_numpy(shown.grid_mask(*layout.grids))
     if not shown.dense_pairs:
-        outer, outer_keys = torch.ones(len(mask), dtype=torch.bool), torch.ones(keys.length + extra, dtype=torch.bool)
+        outer, outer_keys = (torch.ones(n, dtype=torch.bool, device="cpu") for n in mask.shape)
         outer[inner], outer_keys[inner_keys] = False, False
         mask &= ~(outer[:, None] & outer_keys)
     return mask

@@ -60,4 +60,6 @@ class Sigmoid(Composition):
         """No offset."""
         import torch
 
-        return {"bias": torch.zeros(heads)} | self.sparse.initial_parameters(heads, head_dim, grid)
+        return {"bias": torch.zeros(heads, dtype=torch.float32, device="cpu")} | self.sparse.initial_parameters(
+            heads, head_dim, grid
+        )

@@ -63,5 +63,7 @@ class SparseLinear(Composition):
         """No linear part."""
         import torch
 
-        own = {"mix": torch.zeros(heads)} | initial_maps(self.feature, heads, head_dim)
+        own = {"mix": torch.zeros(heads, dtype=torch.float32, device="cpu")} | initial_maps(
+            self.feature, heads, head_dim
+        )
         return own | self.sparse.initial_parameters(heads, head_dim, grid)

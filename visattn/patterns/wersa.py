@@ -81,7 +81,10 @@ class Wersa(LinearForm):
 
         made = torch.Generator().manual_seed(0)
         shapes = self.parameter_shapes(heads, head_dim, grid)
-        found = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        found = {name: torch.zeros(shape, dtype=torch.float32, device="cpu") for name, shape in shapes.items()}
         for name in ("query_map", "hidden_weight"):
-            found[name] = torch.randn(shapes[name], generator=made) * head_dim**-0.5
-        return found | {"key_map": found["query_map"].clone(), "scale": torch.full(shapes["scale"], 2.0)}
+            found[name] = torch.randn(shapes[name], generator=made, dtype=torch.float32, device="cpu") * head_dim**-0.5
+        return found | {
+            "key_map": found["query_map"].clone(),
+            "scale": torch.full(shapes["scale"], 2.0, dtype=torch.float32, device="cpu"),
+        }

@@ -72,7 +72,10 @@ class Wrapped(AroundPattern):
         """Zeros, so that every factor is what it is for any token; and those of the pattern inside."""
         import torch
 
-        own = {name: torch.zeros(shape) for name, shape in self.own_shapes(heads, head_dim).items()}
+        own = {
+            name: torch.zeros(shape, dtype=torch.float32, device="cpu")
+            for name, shape in self.own_shapes(heads, head_dim).items()
+        }
         inside = self.of.initial_parameters(heads, head_dim, grid)
         return own | {self.outer(name): value for name, value in inside.items()}
 

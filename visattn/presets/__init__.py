@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from visattn.given import class_among
 from visattn.presets.place import SHARE, Place, spans_of
 from visattn.schedule import Schedule
 from visattn.staged import Span, Staged
@@ -194,13 +195,13 @@ def _parts(target: Any) -> list[Any]:
     components = getattr(target, "components", {})
     models = [getattr(each, "_orig_mod", each) for each in components.values() if isinstance(each, torch.nn.Module)]
     classes = {preset.tuned.model for preset in presets()}
-    return [model for model in models if type(model).__name__ in classes]
+    return [model for model in models if class_among(model, classes)]
 
 
 def _is_for(tuned: Tuned, parts: list[Any]) -> bool:
     """Whether all parts are models of the class and size that a schedule was tuned for."""
     return bool(parts) and all(
-        type(part).__name__ == tuned.model and tuned.parameters == sum(each.numel() for each in part.parameters())
+        class_among(part, [tuned.model]) and tuned.parameters == sum(each.numel() for each in part.parameters())
         for part in parts
     )
 

@@ -100,7 +100,7 @@ def carry_bias(
     """
     m = bias.to(q.dtype)[:, :, None, None]
     # 1 / scale is rounded to q's dtype: a second channel carries the rest.
-    whole = torch.tensor(1 / scale, dtype=q.dtype).item()
+    whole = torch.tensor(1 / scale, dtype=q.dtype, device="cpu").item()
     factors = torch.tensor([whole, 1 / scale - whole, *[0.0] * (CARRIED - 2)], dtype=q.dtype, device=q.device)
     q = torch.cat([q, (m * factors).expand(*q.shape[:3], -1)], -1)
     ones = torch.tensor([1.0, 1.0, *[0.0] * (CARRIED - 2)], dtype=k.dtype, device=k.device)

@@ -63,8 +63,8 @@ class Blur:
     def _weights(self, size: int) -> torch.Tensor:
         """Shares [to, from] of each token of an axis in each mean; what lies beyond the border counts for nothing."""
         if math.isinf(self.sigma):
-            return torch.full((size, size), 1.0 / size)
-        at = torch.arange(size, dtype=torch.float64)
+            return torch.full((size, size), 1.0 / size, device="cpu")
+        at = torch.arange(size, dtype=torch.float64, device="cpu")
         weights = torch.exp(-((at[:, None] - at) ** 2) / (2 * self.sigma**2))
         return weights / weights.sum(1, keepdim=True)
 
@@ -105,7 +105,7 @@ class Perturbed(Runner):
 
     def _shares(self, heads: int, site: str) -> torch.Tensor:
         """How much of the perturbation each head gets, [H, 1]."""
-        shares = torch.zeros(heads, 1)
+        shares = torch.zeros(heads, 1, device="cpu")
         chosen = sorted(range(heads) if self.heads is None else self.heads)
         if chosen and chosen[-1] >= heads:
             raise ValueError(f"guide: heads has {chosen[-1]} for {site}, whose heads are 0 to {heads - 1}")

@@ -138,6 +138,18 @@ def test_compiled_models_run_their_patterns_without_breaks(folder):
     assert (first(compiled(**x)) - stock).abs().max() <= 1e-4 * stock.std()
 
 
+@pytest.mark.parametrize("folder", ["qwen2_5_vl", "hiera"])
+def test_an_evaluation_in_inference_mode_does_not_hinder_training(folder):
+    """These towers sort their tokens, and what says how is kept."""
+    visattn.clear_caches()
+    model, x = make(folder), inputs(folder)
+    with visattn.apply(model, "na(window=3x3)") as handle:
+        with torch.inference_mode():
+            model(**x)
+        first(model(**x)).square().mean().backward()
+        assert handle.report().hits
+
+
 @torch.no_grad()
 def test_compiled_code_does_not_guess_what_a_mask_hides():
     torch._dynamo.reset()

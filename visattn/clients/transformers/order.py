@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from visattn.clients.transformers.grids import Chunk, Sorted
+from visattn.keep import kept
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def row_major(chunk: Chunk | Sorted, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Index of the token at each place of the grid, row by row, and the way back."""
     order = _order(chunk)

@@ -100,8 +100,15 @@ class SLA2(HybridPattern):
         """The router of means, and the ratio that it estimates."""
         found = {}
         if self.router == "learned":
-            found = {name: torch.eye(head_dim).repeat(heads, 1, 1) for name in ("route_query", "route_key")}
-        return found | ({"ratio": torch.tensor([1.0, 0.0]).repeat(heads, 1)} if self.ratio == "learned" else {})
+            found = {
+                name: torch.eye(head_dim, dtype=torch.float32, device="cpu").repeat(heads, 1, 1)
+                for name in ("route_query", "route_key")
+            }
+        return found | (
+            {"ratio": torch.tensor([1.0, 0.0], dtype=torch.float32, device="cpu").repeat(heads, 1)}
+            if self.ratio == "learned"
+            else {}
+        )
 
     def router_scores(
         self,
