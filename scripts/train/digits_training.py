@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from scripts.opened import opened
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
 
 NULL_LABEL_DROPOUT = 0.1
@@ -197,7 +197,7 @@ def load_checkpoint(
     Raises:
         ValueError: If the run was started with other settings than `config`, `CHANGEABLE` ones aside.
     """
-    with safe_open(path, framework="pt") as file:
+    with opened(path, "checkpoint", "pass --no-resume to begin anew, or another --out", "config") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     then, now = json.loads(metadata["config"]), asdict(config)
@@ -232,7 +232,7 @@ def update(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer,
 
 def export_checkpoint(path: Path, folder: Path) -> int:
     """Exports the averaged weights of a run that may still go on; returns the size in bytes."""
-    with safe_open(path, framework="pt") as file:
+    with opened(path, "checkpoint", "train first, without --export-only", "config") as file:
         layers = json.loads(file.metadata()["config"])["layers"]
         average = {key.removeprefix("ema."): file.get_tensor(key) for key in file.keys() if key.startswith("ema.")}  # noqa: SIM118
     model = build_model(layers)

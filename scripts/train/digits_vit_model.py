@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
+from scripts.opened import opened
 from scripts.train.digits_data import jitter, real_digits, upscale
 
 SIZE, PATCH, CLASSES = 64, 4, 10
@@ -156,7 +156,7 @@ def load_state(path: Path, config: Config, model: nn.Module, optimizer: torch.op
     Raises:
         ValueError: If the run was started with other settings.
     """
-    with safe_open(path, framework="pt") as file:
+    with opened(path, "checkpoint", "pass --no-resume to begin anew, or another --out", "config") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     then, now = json.loads(metadata["config"]), asdict(config)
@@ -180,7 +180,7 @@ def load_vit(path: Path) -> VisionTransformer:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: run scripts/train/digits_vit.py first")
-    with safe_open(path, framework="pt") as file:
+    with opened(path, "checkpoint", "write it with scripts/train/digits_vit.py", "config") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}  # noqa: SIM118
     steps = Config(**json.loads(metadata["config"])).steps

@@ -92,7 +92,10 @@ def test_ctrl_c_says_that_nothing_is_lost(tune, tmp_path, monkeypatch):
         (("--psnr", "inf"), "--psnr inf must be above 0, and finite"),
         (("--speedup", "inf"), "--speedup inf must be above 1, and finite"),
         (("--psnr", "30", "--margin", "inf"), "--margin inf must be 0 or more"),
-        (("--psnr", "30", "--seed", str(2**64 - 2)), f"--seed {2**64 - 2} must be from {-(2**63)} to {2**64 - 3} for 3"),
+        (
+            ("--psnr", "30", "--seed", str(2**64 - 2)),
+            f"--seed {2**64 - 2} must be from {-(2**63)} to {2**64 - 3} for 3",
+        ),
         (("--psnr", "30", "--guidance", "nan"), "guidance nan must be a finite number"),
         (("--psnr", "30", "--label", "1"), "--label and prompts: a model takes one of them"),
         (("--psnr", "30", "--frames", "4"), "--frames is for videos, and emoji makes images"),
@@ -107,9 +110,10 @@ def test_what_means_nothing_is_refused_before_anything_runs(tune, arguments, why
 
 
 def test_pipelines_options_are_refused_for_a_model_of_timm(tmp_path):
-    words = ["tune", "--out", str(tmp_path / "t.json"), "--psnr", "30", "--model", "timm:x", "--pictures", str(tmp_path)]
-    for more, why in ((("--steps", "3"), "--steps is"), (("--label", "1", "--stages", "2"), "--label and --stages are")):
-        done = CliRunner().invoke(app, [*words, *more])
+    given = ["--psnr", "30", "--model", "timm:x", "--pictures", str(tmp_path)]
+    words = ["tune", "--out", str(tmp_path / "t.json"), *given]
+    for more, why in (("--steps 3", "--steps is"), ("--label 1 --stages 2", "--label and --stages are")):
+        done = CliRunner().invoke(app, [*words, *more.split()])
         assert done.exit_code and f"{why} for pipelines, and timm:x is a model of timm" in str(done.exception)
 
 

@@ -151,7 +151,7 @@ class TestAlone:
         path = tmp_path / name
         (path.mkdir if name == "folder" else path.touch)()
         with alone(path):
-            with pytest.raises(ValueError, match=f"another run is writing to .*{name}: wait until it ends"), alone(path):
+            with pytest.raises(ValueError, match=f"another run is writing to .*{name}: wait until"), alone(path):
                 pass
             assert path.exists()
         with alone(path):

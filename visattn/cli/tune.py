@@ -91,7 +91,9 @@ def tune(
     check_seeds(seed, seeds + held_out)
     given = {"prompt": prompt, "prompts": prompts, "label": label, "steps": steps, "guidance": guidance}
     if of_timm:
-        unused(f"for pipelines, and {model} is a model of timm", **given, frames=frames, dtype=dtype, stages=stages != 4)
+        unused(
+            f"for pipelines, and {model} is a model of timm", **given, frames=frames, dtype=dtype, stages=stages != 4
+        )
     else:
         unused(f"for models of timm, and {model} is none", checkpoint=checkpoint)
     texts = () if of_timm else _texts(model, (prompt, prompts, label), steps, frames, guidance, pixels(size), dtype)
