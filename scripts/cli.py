@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from visattn.cli.errors import FIXABLE, fixable
+from visattn.cli.errors import fixable
 from visattn.files import alone, made_folder
 
 # Seeds of steps are made of those of runs by factors, and torch takes 64 bits.
@@ -22,7 +22,7 @@ def told(name: str) -> Iterator[None]:
     """Ends a script with one line for what a user can fix; faults of the program keep their traceback."""
     try:
         yield
-    except FIXABLE as error:
+    except Exception as error:
         said = fixable(error)
         if not said:
             raise

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from scripts import cli
 from scripts.distill.settings import option, parse
+from visattn.files import output_folder
 from visattn.pipelines.load import load_pipeline
 from visattn.trained import export_student, load_trained
 
@@ -42,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     with cli.told("export"):
         settings = parse(Settings, __doc__, None if arguments is None else list(arguments))
-        rest = export_student(load_pipeline(settings.model, "cpu", settings.dtype), settings.weights, settings.out)
+        with output_folder(settings.out) as folder:
+            pipe = load_pipeline(settings.model, "cpu", settings.dtype)
+            rest = export_student(pipe, settings.weights, folder, settings.out)
     own = sum(value.numel() for value in rest.own.values())
     beside = (
         f"{own:,} parameters of {rest.about['pattern']} beside it" if own else f"trained for {rest.about['pattern']}"

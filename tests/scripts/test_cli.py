@@ -4,10 +4,13 @@ import argparse
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from scripts import cli
 from scripts.opened import opened
+
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 @pytest.mark.parametrize(
@@ -43,13 +46,13 @@ def test_files_for_results_have_a_folder_that_can_be_written(tmp_path):
             cli.file_to_write(str(wrong))
 
 
-@pytest.mark.parametrize("error", [ValueError("--x 3: pass 4"), OSError(28, "No space left"), MemoryError()])
+@pytest.mark.parametrize("error", [ValueError("--x 3: pass 4"), OSError(28, "No space left"), MemoryError(), FULL])
 def test_what_a_user_can_fix_is_a_line(error):
     with pytest.raises(SystemExit, match=r"^train: .*(pass 4|No space left|choose a smaller size)"), cli.told("train"):
         raise error
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("a fault"), TypeError("x")])
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("a fault"), TypeError("x"), SafetensorError("x")])
 def test_faults_keep_their_traceback(error):
     with pytest.raises(type(error)), cli.told("train"):
         raise error

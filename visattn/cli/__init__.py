@@ -15,7 +15,7 @@ from visattn.cli.bench_model import bench_model
 from visattn.cli.classify import classify
 from visattn.cli.comfy import comfy
 from visattn.cli.doctor import doctor
-from visattn.cli.errors import FIXABLE, fixable
+from visattn.cli.errors import fixable
 from visattn.cli.generate import generate
 from visattn.cli.maps import maps
 from visattn.cli.messages import held_messages
@@ -101,7 +101,7 @@ def main() -> None:
     with held_messages() as messages:
         try:
             app(args, prog_name="visattn")
-        except FIXABLE as error:
+        except Exception as error:
             said = fixable(error)
             if not said:
                 raise

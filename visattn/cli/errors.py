@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 
-# What is looked at; others are faults of the program.
-FIXABLE = ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError
 # Which extra of the package brings a library.
 EXTRAS = {
     **dict.fromkeys(("diffusers", "accelerate", "peft", "av"), "diffusers"),
@@ -15,7 +13,7 @@ EXTRAS = {
 }
 
 
-def fixable(error: BaseException) -> str:
+def fixable(error: Exception) -> str:
     """What a user can do about an error, "" for a fault of the program."""
     from visattn.memory import is_shortage
 
@@ -29,6 +27,9 @@ def fixable(error: BaseException) -> str:
     # Our own errors of memory name what needs it; those of numpy, torch and Python do not say what to do.
     if (type(error) is MemoryError and str(error)) or isinstance(error, ValueError | OSError):
         return str(error)
+    # What safetensors says of a disk that is full or gone; it has no kind of its own for that.
+    if type(error).__name__ == "SafetensorError" and "I/O error: " in str(error):
+        return str(error).partition("I/O error: ")[2]
     if is_shortage(error):
         # torch begins with the place in its own code.
         asked = re.sub(r"^\[[^]]*\] err == 0\. ", "", str(error)) or "Python was refused some"
