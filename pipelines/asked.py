@@ -15,6 +15,8 @@ from visattn.pipelines.embedded import EMBEDDED
 IMAGE, VIDEO = "image", "video"
 # What a pipeline is told what to draw by: its parameters.
 PROMPT, LABELS = "prompt", "class_labels"
+# Frames per second at most.
+MOST_RATE = 1000
 DTYPES = "float32", "bfloat16", "float16"
 # Ends of names of files with weights, which are no pipeline.
 WEIGHT_FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf")
@@ -58,6 +60,28 @@ def check_counts(counts: Mapping[str, int | None]) -> None:
     for option, number in counts.items():
         if number is not None and number < 1:
             raise ValueError(f"{option} {number} must be at least 1")
+
+
+def check_seeds(seed: int, count: int = 1) -> None:
+    """Check the seed of the first of some samples, each of which has the next one: torch takes no others.
+
+    Raises:
+        ValueError: If one of them is out of range.
+    """
+    if not -(2**63) <= seed <= 2**64 - count:
+        few = f" for {count} samples" * (count > 1)
+        raise ValueError(f"--seed {seed} must be from {-(2**63)} to {2**64 - count}{few}")
+
+
+def check_rate(fps: int | None) -> None:
+    """Check frames per second of files; None is the model's own.
+
+    Raises:
+        ValueError: If there are more than milliseconds, which WebP files count in.
+    """
+    check_counts({"--fps": fps})
+    if fps is not None and fps > MOST_RATE:
+        raise ValueError(f"--fps {fps} must be from 1 to {MOST_RATE}")
 
 
 def check_guidance(guidance: float | None) -> None:
@@ -129,6 +153,7 @@ def check_settings(
     labels: Sequence[int] = (),
     guidance: float | None = None,
     size: tuple[int, int] | None = None,
+    seed: int = 0,
 ) -> None:
     """Check all of the above that a command knows of a model that it has not loaded.
 
@@ -141,11 +166,13 @@ def check_settings(
         labels: As in `check_content`.
         guidance: As in `check_guidance`.
         size: Height and width in pixels; None is the model's own.
+        seed: As in `check_seeds`, of as many as "--count" says.
 
     Raises:
         ValueError: If something of it cannot be.
     """
     check_counts(counts)
+    check_seeds(seed, counts.get("--count") or 1)
     check_guidance(guidance)
     check_model(model)
     check_dtype(dtype)

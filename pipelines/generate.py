@@ -25,6 +25,7 @@ from visattn.pipelines.asked import (
     check_counts,
     check_guidance,
     check_output,
+    check_seeds,
 )
 from visattn.pipelines.embedded.pixel import PixelPipeline
 from visattn.pipelines.patch.targets import DENOISERS
@@ -133,6 +134,7 @@ def check(pipe: Any, settings: Settings) -> None:
     """
     name, takes = type(pipe).__name__, _parameters(pipe)
     check_counts({option: getattr(settings, option) for option in ("count", "repeats", "steps", "frames")})
+    check_seeds(settings.seed, settings.count)
     check_guidance(settings.guidance)
     check_output(name, VIDEO if "num_frames" in takes else IMAGE, settings.output)
     content = next((each for each in (LABELS, PROMPT) if each in takes), None)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from scripts import cli
 from scripts.results import ROOT
 from visattn import apply
 from visattn.canvas import Picture, column, row, text
@@ -144,16 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=list(SHEETS), default=list(SHEETS))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--size", type=int, help="side in pixels; the model's own")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=cli.count, default=24)
+    parser.add_argument("--size", type=cli.count, help="side in pixels; the model's own")
+    parser.add_argument("--device", type=cli.device, default="cpu")
     options = parser.parse_args(arguments)
-    try:
+    with cli.told("readme_pictures"):
         for kind in options.kinds:
             file = make(SHEETS[kind], options)
             print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
-    except ValueError as error:
-        raise SystemExit(f"readme_pictures: {error}") from error
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from scripts import cli
 from scripts.results import ROOT
 from visattn import apply
 from visattn.canvas import Picture, column, row
@@ -56,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures" / "style.png")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=cli.count, default=64, help="side in pixels")
+    parser.add_argument("--steps", type=cli.count, default=16)
+    parser.add_argument("--device", type=cli.device, default="cpu")
     options = parser.parse_args(arguments)
     pipe: Any = load_pipeline("emoji", options.device)
     pipe.set_progress_bar_config(disable=True)

@@ -122,6 +122,8 @@ def check_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used on this machine ({reason}): see `visattn doctor`") from None
+    if target.type == "meta":
+        raise ValueError(f"device {device!r} holds no numbers: pass one like cpu, cuda or cuda:1")
     return target
 
 

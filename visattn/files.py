@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ try:
 except ImportError:  # Windows, where folders cannot be locked.
     fcntl = None
 
-# Begins the name of the hidden folder that a run writes to before it ends well.
+# Begins the names of the hidden folder that a run writes to, and of hidden files, before they are whole.
 UNFINISHED = ".unfinished-"
 
 
@@ -81,6 +82,18 @@ def read_tensors(path: Path, what: str, fix: str) -> tuple[dict[str, torch.Tenso
         raise ValueError(f"{what} {path} are no safetensors file ({error})") from error
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that a user wrote, in UTF-8; editors that mark that at its begin are fine.
+
+    Raises:
+        ValueError: If it is in anything else.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}): save it as UTF-8") from error
+
+
 def as_path(given: Any) -> Path:
     """A path from what a user gave for one.
 
@@ -118,12 +131,30 @@ def prepare_folder(folder: Path, force: bool = False) -> Path:
         ValueError: If it is a file, cannot be made or written, another run is writing to it, or it holds anything
             without `force`.
     """
+    with _prepared(folder, force):
+        return folder
+
+
+@contextmanager
+def _prepared(folder: Path, force: bool) -> Iterator[None]:
+    """The same, and no other run may write to the folder before the block ends."""
+    with alone(made_folder(folder)):
+        # Of runs that are gone, as there is no other.
+        for left in folder.glob(f"{UNFINISHED}*"):
+            _remove_left(left)
+        if any(folder.iterdir()) and not force:
+            raise ValueError(f"{folder} is not empty: pass --force to overwrite what is there, or another folder")
+        yield
+
+
+def made_folder(folder: Path) -> Path:
+    """Make a folder, and find out that it can be written, before any computing; it may hold anything.
+
+    Raises:
+        ValueError: If it is a file, or cannot be made or written.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a folder")
-    if folder.is_dir() and _remove_leftovers(folder):
-        raise ValueError(f"another run is writing to {folder}: wait until it ends, or name another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise ValueError(f"{folder} is not empty: pass --force to overwrite what is there, or another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -132,36 +163,62 @@ def prepare_folder(folder: Path, force: bool = False) -> Path:
     return folder
 
 
-def _remove_leftovers(folder: Path) -> bool:
-    """Remove the hidden folders of runs that are gone; whether there is one of a run that is not."""
-    running = False
-    for left in folder.glob(f"{UNFINISHED}*"):
-        lock = _lock(left)
-        if lock is None:
-            running = True
-            continue
-        shutil.rmtree(left, ignore_errors=True)
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep a folder, or a file, for the length of the block: what another run would write there, mixed with this one's.
+
+    A file that is not there is made, and removed again if the block leaves it empty. The operating system lets go of it
+    however the process ends.
+
+    Raises:
+        ValueError: If another run has it.
+    """
+    made = not path.exists()
+    lock = _lock(path, path.is_dir())
+    if lock is None:
+        raise ValueError(f"another run is writing to {path}: wait until it ends, or name another")
+    try:
+        yield
+    finally:
+        if made and path.is_file() and not path.stat().st_size:
+            path.unlink()
         os.close(lock)
-    return running
 
 
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the descriptor is closed or the process ends, however it does; None if another holds it."""
+def _lock(path: Path, folder: bool) -> int | None:
+    """Lock a folder or a file until the descriptor is closed or the process ends; None if another holds it."""
     if fcntl is None:
         return os.open(os.devnull, os.O_RDONLY)
-    try:
-        lock = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        # Whose it was has just ended.
-        return os.open(os.devnull, os.O_RDONLY)
-    # On a file system without locks nothing tells who is running.
+    while True:
+        if folder:
+            # Who had it may just have removed it.
+            path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
+        # On a file system without locks nothing tells who is running.
+        with suppress(OSError):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                return None
+        if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+            return lock
+        os.close(lock)
+
+
+def _remove_left(left: Path) -> None:
+    """Remove what a run has left that is gone; what is being written to stays."""
+    if left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+        return
     with suppress(OSError):
+        lock = os.open(left, os.O_RDWR)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+        finally:
             os.close(lock)
-            return None
-    return lock
 
 
 def _try_writing(folder: Path) -> None:
@@ -175,10 +232,14 @@ def _try_writing(folder: Path) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, else disappears."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary path beside `path` that takes its place when the block ends well, else disappears.
+
+    What a killed process has left of the same file disappears too.
+    """
+    begin = f"{UNFINISHED}{path.stem}-"
+    for left in path.parent.glob(f"{glob.escape(begin)}????????{glob.escape(path.suffix)}"):
+        _remove_left(left)
+    temporary, lock = _temporary(path.parent, begin, path.suffix)
     try:
         yield temporary
         # mkstemp makes private files; give the result the permissions that open() would.
@@ -188,6 +249,22 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _temporary(folder: Path, begin: str, end: str) -> tuple[Path, int]:
+    """A new file and the lock that says that somebody writes to it."""
+    while True:
+        lock, name = tempfile.mkstemp(dir=folder, prefix=begin, suffix=end)
+        if fcntl is None:
+            os.close(lock)
+            return Path(name), os.open(os.devnull, os.O_RDONLY)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return Path(name), lock
+        # Another process took it for one that was left, before it was locked.
+        os.close(lock)
 
 
 @contextmanager
@@ -203,18 +280,15 @@ def output_folder(folder: Path, force: bool = False, replaces: Sequence[str] = (
         ValueError: Before the block, as `prepare_folder` does.
     """
     made = not folder.exists()
-    prepare_folder(folder, force)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=UNFINISHED))
-    lock = _lock(temporary)
-    try:
-        yield temporary
-        for path in [old for glob in replaces for old in folder.glob(glob)]:
-            path.unlink()
-        for path in sorted(temporary.iterdir()):
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
+    with _prepared(folder, force):
+        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=UNFINISHED))
+        try:
+            yield temporary
+            for path in [old for name in replaces for old in folder.glob(name)]:
+                path.unlink()
+            for path in sorted(temporary.iterdir()):
+                path.replace(folder / path.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()

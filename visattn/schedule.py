@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from visattn.checks import check_precision
+from visattn.files import read_text
 from visattn.given import said
 from visattn.patterns import Dense, MergingPattern, Pattern
 from visattn.selectors import Layers, Selector, SiteName, pick, selectors_of
@@ -317,7 +318,7 @@ def _given(value: Any) -> Given:
 
 def _parsed(path: Path) -> Any:
     """What a JSON or YAML file holds."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if path.suffix.lower() == ".json":
         try:
             return json.loads(text)

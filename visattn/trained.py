@@ -159,7 +159,7 @@ def _has(model: torch.nn.Module, names: list[str]) -> bool:
     return all(name in known or (name.endswith(".") and any(each.startswith(name) for each in own)) for name in names)
 
 
-def export_student(pipe: Any, path: Path, folder: Path) -> Trained:
+def export_student(pipe: Any, path: Path, folder: Path, moves: Path | None = None) -> Trained:
     """Writes a pipeline with a student's weights as a plain folder of diffusers, LoRA multiplied out.
 
     What the pattern itself learned has no place in such a folder: it goes into student.safetensors beside it, with
@@ -170,6 +170,7 @@ def export_student(pipe: Any, path: Path, folder: Path) -> Trained:
         pipe: The teacher's pipeline, not patched.
         path: File of the student.
         folder: For the result.
+        moves: Where the folder is moved to when it is whole, if that is another.
 
     Returns:
         What is in that file.
@@ -185,7 +186,7 @@ def export_student(pipe: Any, path: Path, folder: Path) -> Trained:
         )
     with trained_weights(student_model(pipe, trained), trained):
         pipe.save_pretrained(folder)
-    rest = Trained({}, {}, trained.own, dict(trained.about) | {"model": str(folder)})
+    rest = Trained({}, {}, trained.own, dict(trained.about) | {"model": str(moves or folder)})
     save_trained(folder / path.name, rest)
     return rest
 

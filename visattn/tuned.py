@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from visattn.files import write_json
+from visattn.files import read_text, write_json
 from visattn.patterns.values import is_number
 from visattn.staged import Staged
 
@@ -97,7 +97,7 @@ class Tuned:
         if not Path(path).is_file():
             raise ValueError(f"schedule {path} does not exist: `visattn tune` writes one")
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = json.loads(read_text(Path(path)))
         except ValueError as error:
             raise ValueError(f"{path} is no JSON ({error})") from error
         if not isinstance(found, Mapping) or "visattn_schedule" not in found:

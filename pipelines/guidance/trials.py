@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from visattn.files import written_whole
+
 # Layer and head.
 Head = tuple[str, int]
 
@@ -36,7 +38,8 @@ class Trials:
         lines = whole.split("\n") if whole else []
         self._take(lines)
         if len(whole) < len(text.rstrip("\n")):
-            self._path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            with written_whole(self._path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a", encoding="utf-8")
         if not lines:

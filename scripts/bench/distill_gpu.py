@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from scripts.distill.config import Config
-from scripts.distill.loop import prepare
+from scripts.distill.loop import prepared
 from scripts.distill.methods import METHODS, settings_of
 from scripts.distill.training import Training
 from scripts.gpu_common import go_on, measure_cases, versions
@@ -60,8 +60,8 @@ def measure(options: argparse.Namespace, method: str, batch: int, graphs: bool) 
         settings = settings_of(method, SPARSITY) | {"pattern": METHODS[method].final(SPARSITY), "stages": "all"}
         given = {"model": options.model, "samples": options.samples, "out": Path(folder) / "run", "batch": batch}
         config = Config(**settings, **given, precision="bf16", graphs=graphs, warmup=5, lr=1e-3, steps=10_000)
-        prepare(config)
-        run = Training(config)
+        with prepared(config):
+            run = Training(config)
         start = time.perf_counter()
         for _ in range(5):
             run.train_step()

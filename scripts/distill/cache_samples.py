@@ -16,22 +16,25 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from scripts import cli
 from scripts.distill.capture import Capture, Told, find_denoiser
 from scripts.distill.noise import KINDS
 from scripts.distill.samples import LATENTS, Index, save_tensors, shard_path
 from scripts.distill.settings import option, parse
 from visattn.cli.generate_options import parse_labels, pixels
+from visattn.cli.loading import loaded_pipeline
 from visattn.environment import chosen_device
-from visattn.files import written_whole
+from visattn.files import read_text, read_values, written_whole
+from visattn.given import said
+from visattn.pipelines.asked import check_dtype, check_guidance, check_model, check_sides
 from visattn.pipelines.embedded import EMBEDDED
-from visattn.pipelines.load import load_pipeline
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -73,19 +76,49 @@ class Settings:
         for name, path in (("prompts", self.prompts), ("images", self.images)):
             if path is not None and not path.exists():
                 raise ValueError(f"--{name} {path} does not exist")
-        parse_labels(self.labels)
-        pixels(self.size)
+        cli.check_seed(self.seed)
+        check_guidance(self.guidance)
+        if self.guidance < 0 and self.guidance != -1:
+            raise ValueError(f"--guidance {self.guidance:g} must be at least 0, or -1 for the pipeline's own")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
+        if self.images is not None:
+            list_images(self.images)
+        check_model(self.model)
+        check_dtype(self.dtype)
+        self._check_known(parse_labels(self.labels), self._prompts(), pixels(self.size))
+
+    def _check_known(self, labels: Sequence[int], prompts: Sequence[str], size: tuple[int, int] | None) -> None:
+        """What is known of an embedded model before it is loaded."""
+        known = EMBEDDED.get(self.model)
+        if known is None:
+            return
+        if known.classes is None and not prompts:
+            raise ValueError(f"{self.model} takes prompts: pass --prompts, a text file with one in each line")
+        if known.classes is not None and prompts:
+            raise ValueError(f"{self.model} takes class labels: pass --labels instead of --prompts")
+        wrong = [label for label in labels if label >= (known.classes or 0)]
+        if wrong:
+            raise ValueError(f"--labels {self.labels}: {self.model} has labels from 0 to {(known.classes or 0) - 1}")
+        if size is not None:
+            check_sides(known.size[-1] // known.grid[-1], height=size[0], width=size[1])
+
+    def _prompts(self) -> list[str]:
+        """The lines of --prompts that are not empty; none without."""
+        if self.prompts is None:
+            return []
+        if not self.prompts.is_file():
+            raise ValueError(f"--prompts {self.prompts} is no file: pass a text file with a prompt in each line")
+        lines = [line.strip() for line in read_text(self.prompts).splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"--prompts {self.prompts} has no prompt")
+        return lines
 
     @property
     def conditions(self) -> list[int] | list[str]:
         """Labels or prompts, in a circle."""
         if self.prompts is not None:
-            lines = [line.strip() for line in self.prompts.read_text().splitlines() if line.strip()]
-            if not lines:
-                raise ValueError(f"--prompts {self.prompts} has no prompt")
-            return lines
+            return self._prompts()
         known = EMBEDDED.get(self.model)
         return list(parse_labels(self.labels) or range(known.classes if known and known.classes else 1))
 
@@ -146,6 +179,11 @@ class Source:
         with Capture(self.model, self.anchor) as capture, torch.no_grad():
             self.pipe(**arguments, callback_on_step_end=capture.step_end)
         assert capture.latents is not None
+        if not capture.latents.isfinite().all():
+            raise ValueError(
+                f"samples from seed {seeds[0]} on are not finite: nothing can be learned from them, pass a smaller "
+                "--guidance, or --dtype float32 or bfloat16"
+            )
         latents, pack = capture.latents, getattr(self.pipe, "pack_latents", None) or (lambda latents: latents)
         told = capture.told(pack(latents))
         if self.pictures:
@@ -204,8 +242,11 @@ def read_images(paths: list[Path], shape: list[int]) -> torch.Tensor:
     channels, height, width = shape
     rows = []
     for path in paths:
-        with Image.open(path) as picture:
-            fitted = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height))
+        try:
+            with Image.open(path) as picture:
+                fitted = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height))
+        except OSError as error:
+            raise ValueError(f"{path} is no picture that can be read ({error}): take it out of the folder") from error
         pixel = torch.from_numpy(np.array(fitted, np.float32)).view(height, width, -1)
         rows.append(pixel.permute(2, 0, 1) / 127.5 - 1)
     return torch.stack(rows)
@@ -218,15 +259,16 @@ def shards(count: int, size: int) -> Iterator[tuple[int, int, int]]:
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder, or checks that what it holds was made by the same settings.
+    """Checks that the samples in a folder, if there are some, were made by the same settings; says so in the folder.
 
     Raises:
-        ValueError: If it was not.
+        ValueError: If they were not.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     mine = folder / "settings.json"
-    if mine.is_file() and json.loads(mine.read_text()) != settings:
-        raise ValueError(f"{folder} holds samples of other settings (settings.json): pass another --out")
+    then = read_values(mine)
+    other = [f"{k} {then.get(k)!r} then, {v!r} now" for k, v in settings.items() if then.get(k) != v]
+    if other and any(folder.glob("shard-*")):
+        raise ValueError(f"{folder} holds samples of other settings ({said(other)}): pass another --out")
     with written_whole(mine) as path:
         path.write_text(json.dumps(settings, indent=1) + "\n")
 
@@ -262,22 +304,21 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     from tqdm import tqdm
 
-    try:
+    with cli.told("cache_samples"):
         settings = parse(Settings, __doc__, arguments)
-        begin(settings.out, settings.to_json())
-        if (settings.out / "index.json").is_file():
-            print(f"{settings.out} is whole already")
-            return
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        pipe: Any = load_pipeline(settings.model, chosen_device(settings.device), settings.dtype)
-        pipe.set_progress_bar_config(disable=True)
-        source = Source(pipe, settings)
-        with tqdm(total=source.count, unit="sample", disable=None, file=sys.stderr) as bar:
-            index = cache(source, settings.out, lambda done: bar.update(done - bar.n))
-    except ValueError as error:
-        raise SystemExit(f"cache_samples: {error}") from error
-    print(f"{sum(index.shards)} samples in {settings.out}, denoiser {index.denoiser}, {index.kind}")
+        chosen_device(settings.device)
+        with cli.only_run(settings.out):
+            begin(settings.out, settings.to_json())
+            if (settings.out / "index.json").is_file():
+                print(f"{settings.out} is whole already")
+                return
+            if settings.threads:
+                torch.set_num_threads(settings.threads)
+            pipe: Any = loaded_pipeline(settings.model, settings.device, settings.dtype, bars=False)
+            source = Source(pipe, settings)
+            with tqdm(total=source.count, unit="sample", disable=None, file=sys.stderr) as bar:
+                index = cache(source, settings.out, lambda done: bar.update(done - bar.n))
+        print(f"{sum(index.shards)} samples in {settings.out}, denoiser {index.denoiser}, {index.kind}")
 
 
 if __name__ == "__main__":

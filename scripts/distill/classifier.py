@@ -21,22 +21,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from scripts import cli
 from scripts.distill.settings import parse
 from scripts.distill.vit_config import VitConfig
 
 
 def main(arguments: list[str] | None = None) -> Path:
     """Entry point; returns the file of the result."""
-    try:
+    with cli.told("distill_vit"):
         config = parse(VitConfig, __doc__, arguments)
         # Only now what takes seconds to import: a wrong setting is answered at once.
-        from scripts.distill.loop import prepare, train
+        from scripts.distill.loop import prepared, train
         from scripts.distill.vit import VitTraining
 
-        prepare(config)
-        result = train(VitTraining(config))
-    except ValueError as error:
-        raise SystemExit(f"distill_vit: {error}") from error
+        with prepared(config):
+            result = train(VitTraining(config))
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from scripts.distill.masses import reason
 from scripts.distill.methods import METHODS, settings_of
 from scripts.distill.ranges import at
+from scripts.distill.samples import read_index
 from scripts.distill.settings import RunConfig, option
 from scripts.distill.stages import ALL, Stage, parse_stages
 from visattn.checks import PRECISIONS
@@ -112,7 +112,7 @@ class Config(RunConfig):
             low = min(float(at(self.temperature, share)) for share in (0.0, 1.0))
         except ValueError:
             low = 0.0
-        if low <= 0:
+        if not 0 < low < float("inf"):
             raise ValueError(f"--temperature {self.temperature!r} must be above 0, like 2, or a range like 4..1")
         if not self.mass:
             return
@@ -155,7 +155,7 @@ class Config(RunConfig):
                 f"--samples {self.samples} has no index.json: write it with scripts/distill/cache_samples.py --model "
                 f"{self.model} --out {self.samples}"
             )
-        model = json.loads((self.samples / "index.json").read_text())["model"]
+        model = read_index(self.samples)["model"]
         if model != self.model:
             raise ValueError(f"--samples {self.samples} were made by {model!r}, the teacher is --model {self.model!r}")
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from scripts import cli
 from scripts.distill import cache_samples
 from scripts.distill.pipeline import THEN
 from scripts.distill.process import collect, train_student
@@ -226,13 +227,12 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    try:
+    with cli.told("distill_emoji"):
         settings = parse(Settings, __doc__, arguments)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        figures = run(settings)
-    except ValueError as error:
-        raise SystemExit(f"distill_emoji: {error}") from error
+        with cli.only_run(settings.out):
+            figures = run(settings)
     if "failed" in figures:
         raise SystemExit(f"distill_emoji: no student for {', '.join(figures['failed'])}")
 

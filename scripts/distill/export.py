@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scripts import cli
 from scripts.distill.settings import option, parse
+from visattn.files import output_folder
 from visattn.pipelines.load import load_pipeline
 from visattn.trained import export_student, load_trained
 
@@ -39,11 +41,11 @@ class Settings:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    try:
+    with cli.told("export"):
         settings = parse(Settings, __doc__, None if arguments is None else list(arguments))
-        rest = export_student(load_pipeline(settings.model, "cpu", settings.dtype), settings.weights, settings.out)
-    except ValueError as error:
-        raise SystemExit(f"export: {error}") from error
+        with output_folder(settings.out) as folder:
+            pipe = load_pipeline(settings.model, "cpu", settings.dtype)
+            rest = export_student(pipe, settings.weights, folder, settings.out)
     own = sum(value.numel() for value in rest.own.values())
     beside = (
         f"{own:,} parameters of {rest.about['pattern']} beside it" if own else f"trained for {rest.about['pattern']}"

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from scripts import cli
 from scripts.train import digits_training
 from scripts.train.digits import attention_of, run
 from scripts.train.digits_training import load_checkpoint, save_checkpoint, step_generator, update
@@ -224,14 +225,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line: one option for each field of `Config`, and where and how to run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Config):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+        parser.add_argument(f"--{field.name}", type=cli.like(field.name, field.default), default=field.default)
     parser.add_argument("--out", type=Path, default=Path("runs/extend-video"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=cli.count, default=2)
+    parser.add_argument("--device", type=cli.device, default="cpu")
     parser.add_argument("--backend", default="auto", help="backend of the pattern")
     parser.add_argument("--parallel", choices=("halo", "ulysses"), help="how processes share the tokens of each video")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--checkpoint-minutes", type=float, default=2.0)
+    parser.add_argument("--checkpoint-minutes", type=cli.number, default=2.0)
     parser.add_argument("--sample-every", type=int, default=0, help="steps between sample pictures, 0 for none")
     return parser.parse_args(arguments)
 
@@ -239,14 +240,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
-    try:
+    with cli.told("extend_video"):
         config = Config(**{field.name: getattr(options, field.name) for field in fields(Config)})
         torch.set_num_threads(options.threads)
-        with joined(options.device) as place:
+        with cli.only_run(options.out), joined(options.device) as place:
             given = options.out, place.device, options.resume, options.backend, place, options.parallel
             _extend(Extension(config, *given), options)
-    except ValueError as error:
-        raise SystemExit(f"extend_video: {error}") from error
 
 
 def _extend(extension: Extension, options: argparse.Namespace) -> None:

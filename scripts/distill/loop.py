@@ -17,28 +17,31 @@ from accelerate.utils import KwargsHandler
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+from scripts.cli import only_run
 from scripts.distill.learner import Learner, as_trained, round_frozen, write_start
 from scripts.distill.log import Log
 from scripts.distill.optimizers import build_optimizer, rate_share
 from scripts.distill.recorded import Recorded
 from scripts.distill.settings import RunConfig
 from scripts.distill.sharing import share_weights, whole
-from scripts.distill.state import Progress, check_resume, load_checkpoint, save_checkpoint
+from scripts.distill.state import Progress, check_finite, check_resume, load_checkpoint, save_checkpoint
 from visattn.trained import save_trained
 
 CHECKPOINT, RESULT = "checkpoint.safetensors", "student.safetensors"
 
 
-def prepare(config: RunConfig) -> None:
-    """Makes the folder of a run, or checks that the one in it may go on.
+@contextmanager
+def prepared(config: RunConfig) -> Iterator[None]:
+    """Makes the folder of a run, or checks that the one in it may go on; it is this run's for the length of the block.
 
     Raises:
-        ValueError: If it was started with other settings.
+        ValueError: If it was started with other settings, cannot be written, or another run has it.
     """
-    step = check_folder(config)
-    config.out.mkdir(parents=True, exist_ok=True)
-    if step is not None:
-        print(f"going on from step {step}")
+    with only_run(config.out):
+        step = check_folder(config)
+        if step is not None:
+            print(f"going on from step {step}")
+        yield
 
 
 def check_folder(config: RunConfig, unknown: Collection[str] = ()) -> int | None:
@@ -229,6 +232,7 @@ class Run:
         """Writes the result; returns its file. Every process makes this call."""
         path = self.config.out / RESULT
         result = {name: whole(value) for name, value in self.result.items()}
+        check_finite(result, self.step)
         if self.accelerator.is_main_process:
             save_trained(path, as_trained(result, self.config, self.step))
         return path
@@ -291,6 +295,7 @@ def _steps(run: Run, log: Log, stop: threading.Event) -> None:
             last = run.done >= 1 or stopped
             if noted or last:
                 plain = _means(run, figures)
+                _check_losses(plain, step)
                 bar.set_postfix({name: f"{plain[name]:.4f}" for name in plain if name != "lr"})
                 speed = (time.perf_counter() - started) / (step - start)
                 log.write(step, {name: round(value, 7) for name, value in plain.items()} | {"step_s": round(speed, 4)})
@@ -301,6 +306,20 @@ def _steps(run: Run, log: Log, stop: threading.Event) -> None:
                 run.save()
             if last:
                 break
+
+
+def _check_losses(figures: dict[str, float], step: int) -> None:
+    """Ends a run that learns nothing any more; gradients may be not finite now and then, and losses not.
+
+    Raises:
+        ValueError: If a loss is infinite or no number.
+    """
+    wrong = [name for name, value in figures.items() if name != "gradient" and not math.isfinite(value)]
+    if wrong:
+        raise ValueError(
+            f"--{wrong[0]} is {figures[wrong[0]]} after {step} steps: the training has diverged, or samples or teacher "
+            "give no numbers; the last checkpoint stays, begin anew with a lower --lr"
+        )
 
 
 def _stopped(run: Run, stop: threading.Event, noted: bool) -> bool:

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from scripts import cli
 from scripts.distill.config import Config
 from scripts.distill.settings import parse
 
@@ -34,12 +35,12 @@ THEN = "--then"
 def main(arguments: list[str] | None = None) -> Path | None:
     """Entry point; returns the file of the result, nothing if the last run did not begin."""
     result = None
-    try:
+    with cli.told("distill"):
         runs = split(sys.argv[1:] if arguments is None else arguments)
         configs = [parse(Config, __doc__, words) for words in runs]
         check(configs)
         # Only now what takes seconds to import: a wrong setting is answered at once.
-        from scripts.distill.loop import check_folder, prepare, train
+        from scripts.distill.loop import check_folder, prepared, train
         from scripts.distill.training import Training
 
         for config in configs[1:]:
@@ -48,14 +49,12 @@ def main(arguments: list[str] | None = None) -> Path | None:
         for number, words in enumerate(runs):
             before = [] if result is None else ["--weights", str(result)]
             config = parse(Config, __doc__, [*words, *before])
-            prepare(config)
-            training = Training(config)
-            result = train(training)
+            with prepared(config):
+                training = Training(config)
+                result = train(training)
             if training.done < 1 and number + 1 < len(runs):
                 # Stopped: what follows would start from less than it should.
                 return None
-    except ValueError as error:
-        raise SystemExit(f"distill: {error}") from error
     return result
 
 

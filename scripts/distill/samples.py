@@ -17,11 +17,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from scripts.opened import opened
 from visattn.files import written_whole
 
 LATENTS = "latents"
 NULL_SAMPLES = 4  # that are looked at for the row without a condition
 HELD = 8  # times the size of all samples that have to be free on a GPU which holds them
+AGAIN = "cache the samples again, into an empty folder"
 CPU = torch.device("cpu")
 
 
@@ -57,6 +59,23 @@ class Index:
             path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """What index.json of a folder says.
+
+    Raises:
+        ValueError: If it is damaged, or of something else.
+    """
+    path = folder / "index.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {AGAIN}") from error
+    missing = [entry.name for entry in fields(Index) if not isinstance(known, dict) or entry.name not in known]
+    if missing:
+        raise ValueError(f"{path} says nothing of {missing[0]}: {AGAIN}")
+    return known
+
+
 def shard_path(folder: Path, number: int) -> Path:
     """File of a shard."""
     return folder / f"shard-{number:05d}.safetensors"
@@ -78,7 +97,7 @@ class SampleSet:
     """
 
     def __init__(self, folder: Path) -> None:
-        known = json.loads((folder / "index.json").read_text())
+        known = read_index(folder)
         self.folder = folder
         self.index = Index(**{entry.name: known[entry.name] for entry in fields(Index)})
         self._told: dict[torch.device, dict[str, torch.Tensor]] = {}
@@ -86,7 +105,20 @@ class SampleSet:
         self._places = [(s, i) for s, count in enumerate(self.index.shards) for i in range(count)]
         missing = [s for s in range(len(self.index.shards)) if not shard_path(folder, s).is_file()]
         if missing or not self._places:
-            raise ValueError(f"{folder} lacks {shard_path(folder, (missing or [0])[0]).name}: cache the samples again")
+            raise ValueError(f"{folder} lacks {shard_path(folder, (missing or [0])[0]).name}: {AGAIN}")
+        self._check_shards()
+
+    def _check_shards(self) -> None:
+        """Look at what is in every shard, of which only the beginnings are read."""
+        first = None
+        for number, count in enumerate(self.index.shards):
+            path = shard_path(self.folder, number)
+            with opened(path, "shard of samples", AGAIN) as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            kinds = {name: shape[1:] for name, shape in shapes.items()}
+            first = first or kinds
+            if LATENTS not in shapes or kinds != first or any(shape[0] != count for shape in shapes.values()):
+                raise ValueError(f"{path} holds other samples than index.json says: {AGAIN}")
 
     def __len__(self) -> int:
         return len(self._places)

@@ -10,6 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from scripts.cli import check_seed
 from scripts.distill.ranges import at, stepped, varies
 from visattn.patterns import Agent, Centroids, Dense, Linear
 from visattn.schedule import Schedule
@@ -106,8 +107,11 @@ class RunConfig:
             value = getattr(self, entry.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or entry.name == "seed":
                 continue
+            if not math.isfinite(value):
+                raise ValueError(f"{flag(entry)} {value} must be a finite number")
             if value < (least := int(entry.name in positive)):
                 raise ValueError(f"{flag(entry)} {value} must be at least {least}")
+        check_seed(self.seed)
         if self.ema >= 1:
             raise ValueError(f"--ema {self.ema} must be from 0 to below 1")
 

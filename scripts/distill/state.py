@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from scripts.distill.samples import save_tensors
 from scripts.distill.settings import CHANGEABLE, RunConfig
 from scripts.distill.sharing import like, whole
+from scripts.opened import opened
 from visattn.files import written_whole
 
 Tensors = Mapping[str, torch.Tensor]
@@ -54,6 +55,7 @@ def save_checkpoint(
     """
     state = optimizer.state_dict()
     tensors = {f"trained.{name}": whole(value) for name, value in trained.items()}
+    check_finite(tensors, done.step)
     tensors |= {f"average.{name}": whole(value) for name, value in average.items()}
     plain: dict[str, Any] = {}
     for i, values in state["state"].items():
@@ -69,9 +71,13 @@ def save_checkpoint(
     save_tensors(path, tensors, {"run": json.dumps(known)})
 
 
+def _opened(path: Path) -> AbstractContextManager[Any]:
+    return opened(path, "checkpoint of a distillation", "pass --no-resume to begin anew, or another --out", "run")
+
+
 def load_checkpoint(path: Path, trained: Tensors, average: Tensors, optimizer: torch.optim.Optimizer) -> Progress:
     """Restores what `save_checkpoint` wrote, in place; returns how far the run is."""
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         known = json.loads(file.metadata()["run"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     with torch.no_grad():
@@ -103,7 +109,7 @@ def check_resume(path: Path, config: RunConfig, unknown: Collection[str] = ()) -
     Raises:
         ValueError: If the run was started with other settings, `CHANGEABLE` ones aside.
     """
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         known = json.loads(file.metadata()["run"])
     then, now = known["config"], config.to_json()
     compared = now.keys() - CHANGEABLE - {*unknown}
@@ -111,6 +117,17 @@ def check_resume(path: Path, config: RunConfig, unknown: Collection[str] = ()) -
     if other:
         raise ValueError(f"{path} is from another run ({'; '.join(other)}): pass --no-resume or another --out")
     return known["step"]
+
+
+def check_finite(tensors: Tensors, step: int) -> None:
+    """Refuses to keep weights that are of no use, so that an older checkpoint stays.
+
+    Raises:
+        ValueError: If a tensor has a value that is infinite or no number.
+    """
+    wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not finite after {step} steps: the training has diverged, lower --lr")
 
 
 def trim_log(path: Path, step: int) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from scripts import cli
 from scripts.measure.animoji_judge import ClipJudge
 from scripts.measure.draftsman import DENSE, Draftsman, Drawn
 from scripts.measure.emoji import add_options, measure, report
@@ -80,10 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data=Path("out/animoji-data"),
         out=Path("docs/results/animoji-quality.json"),
     )
-    try:
+    with cli.told("measure_animoji"):
         report(measure(parser.parse_args(arguments), judge_of, ClipDraftsman))
-    except ValueError as error:
-        raise SystemExit(f"measure_animoji: {error}") from error
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from sklearn.svm import SVC
 
+from scripts import cli
 from scripts.train.digits_data import downscale, real_digits, upscale
 from visattn.files import write_json
 from visattn.pipelines.embedded import load_embedded
@@ -129,27 +130,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pattern", default="dense", help='visattn pattern, e.g. "na(window=9x9)"')
     parser.add_argument("--dense-steps", type=int, default=0, help="first steps that stay dense")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--per-class", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=cli.count, default=64, help="side in pixels")
+    parser.add_argument("--steps", type=cli.count, default=16)
+    parser.add_argument("--guidance", type=cli.number, default=2.0)
+    parser.add_argument("--per-class", type=cli.count, default=20)
+    parser.add_argument("--batch", type=cli.count, default=20)
+    parser.add_argument("--seed", type=cli.seed, default=0)
+    parser.add_argument("--threads", type=cli.count, default=2)
+    parser.add_argument("--device", type=cli.device, default="cpu")
     parser.add_argument("--model", type=Path, help="pipeline folder instead of the embedded model")
-    parser.add_argument("--picture", type=Path, help="file for a grid of the samples")
-    parser.add_argument("--out", type=Path, help="file for the figures as JSON")
+    parser.add_argument("--picture", type=cli.file_to_write, help="file for a grid of the samples")
+    parser.add_argument("--out", type=cli.file_to_write, help="file for the figures as JSON")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
-    try:
+    with cli.told("measure_digits"):
         figures = measure(options)
-    except ValueError as error:
-        raise SystemExit(f"measure_digits: {error}") from error
     accuracy, round_trip = figures["reader_held_out_accuracy"], figures["reader_round_trip_accuracy"]
     print(f"reader on held-out real digits: {accuracy:.1%}, after up- and downscaling: {round_trip:.1%}")
     print("recognized per class: " + "  ".join(f"{c}: {rate:.0%}" for c, rate in figures["rate_per_class"].items()))

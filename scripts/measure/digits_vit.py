@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from timm.models import VisionTransformer
 
+from scripts import cli
 from scripts.continued import earlier
 from scripts.train.digits_vit import Training, run
 from scripts.train.digits_vit_model import (
@@ -101,11 +102,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("out/digits-vit/model.safetensors"))
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
-    parser.add_argument("--steps", type=int, default=38, help="of fine-tuning; 38 draw as many digits as there are")
-    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate of fine-tuning")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="file for the rows as JSON")
+    parser.add_argument(
+        "--steps", type=cli.count, default=38, help="of fine-tuning; 38 draw as many digits as there are"
+    )
+    parser.add_argument("--lr", type=cli.number, default=3e-4, help="highest learning rate of fine-tuning")
+    parser.add_argument("--seed", type=cli.seed, default=0)
+    parser.add_argument("--threads", type=cli.count, default=2)
+    parser.add_argument("--out", type=cli.file_to_write, help="file for the rows as JSON")
     return parser.parse_args(arguments)
 
 
@@ -113,15 +116,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
-    try:
+    with cli.told("measure_digits_vit"):
         config = Config(lr=options.lr, seed=options.seed)
         if not options.model.is_file():
             run(Training(Config(), options.model.parent), lambda line: print(line, flush=True))
         model = load_vit(options.model)
         report: dict[str, Any] = {"settings": settings_of(model, config, options.steps), "device": cpu_name()}
         known = earlier(options.out, report)
-    except ValueError as error:
-        raise SystemExit(f"measure_digits_vit: {error}") from error
     done = {row["pattern"]: row for row in known["rows"]} if known else {}
     for pattern in options.patterns:
         if pattern not in done:

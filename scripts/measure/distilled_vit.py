@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from scripts.distill.loop import RESULT, prepare, train
+from scripts import cli
+from scripts.distill.loop import RESULT, prepared, train
 from scripts.distill.settings import option, parse
 from scripts.distill.vit import VitTraining
 from scripts.distill.vit_config import DIGITS, VitConfig
 from scripts.train.digits_data import upscale
 from scripts.train.digits_vit_model import SIZE, load_vit, split
 from visattn import apply, convert_heads
-from visattn.files import write_json
+from visattn.files import made_folder, write_json
 from visattn.trained import Trained, load_own, load_trained, trained_weights
 
 PATTERNS = "na(window=3x3); na(window=5x5); clear(radius=4); linear(feature=hedgehog); mala; agent(agents=4x4)"
@@ -120,8 +121,8 @@ def read_swapped(model: nn.Module, config: VitConfig, trained: Trained | None) -
 def measure(model: nn.Module, config: VitConfig) -> dict[str, Any]:
     """Trains a student and reads with it; the seconds are those since the last interruption."""
     truth, teacher, start = split(seen=False)[1], read(model), time.monotonic()
-    prepare(config)
-    train(VitTraining(config))
+    with prepared(config):
+        train(VitTraining(config))
     row: dict[str, Any] = {
         "pattern": config.pattern,
         "heads": config.heads,
@@ -149,7 +150,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "rows": [],
     }
     result = settings.result or settings.out / "figures.json"
-    settings.out.mkdir(parents=True, exist_ok=True)
+    made_folder(settings.out)
     for student in students:
         figures["rows"].append(measure(model, student))
         print(json.dumps(figures["rows"][-1]), flush=True)
@@ -159,10 +160,8 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    try:
+    with cli.told("measure_distill_vit"):
         run(parse(Settings, __doc__, arguments))
-    except ValueError as error:
-        raise SystemExit(f"measure_distill_vit: {error}") from error
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 import visattn
+from scripts import cli
 from scripts.measure.dynamic_chart import draw_chart
 from visattn import Layout, dense_mask, parse
 from visattn.files import write_json
@@ -258,13 +259,13 @@ def main(arguments: Sequence[str] | None = None, recorded: Callable[..., list[Mo
     """Measure, write the result and the chart, and print the lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", action="append", help="may be given several times")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=cli.count, default=12)
     parser.add_argument("--step", type=int, default=4, help="the step whose attention is taken, at least 1")
     parser.add_argument("--recorded", type=Path, nargs="+", help="what `visattn record` wrote, instead of drawing")
-    parser.add_argument("--every", type=int, default=1, help="take every so-manieth call")
+    parser.add_argument("--every", type=cli.count, default=1, help="take every so-manieth call")
     parser.add_argument("--only", nargs="+", help="patterns whose outputs are compared; no lines are measured then")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--chart", type=Path, help="the chart to draw, .svg")
+    parser.add_argument("--chart", type=cli.file_to_write, help="the chart to draw, .svg")
     given = parser.parse_args(arguments)
     prompts = given.prompt or ["a red apple, 3d", "smiling cat, gradient"]
     if not 1 <= given.step < given.steps:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts import cli
 from scripts.measure import animoji, emoji
 from scripts.measure.draftsman import DENSE, Draftsman, Student, patched
 from scripts.measure.emoji import add_options, measure, report, write
@@ -164,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind, side, model in (("pictures", 256, "emoji"), ("clips", CLIP_SIDE, "animoji")):
         some = kinds.add_parser(kind)
         add_options(some)
-        some.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES), choices=DENSITIES)
+        some.add_argument("--densities", nargs="+", type=cli.number, default=list(DENSITIES), choices=DENSITIES)
         out = Path(f"docs/results/{model}-dynamic.json")
         some.set_defaults(sizes=[side], model=model, data=Path(f"out/{model}-data"), out=out, patterns=[])
     options = parser.parse_args(arguments)
@@ -177,10 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"patterns known after {time.monotonic() - start:.0f} s", flush=True)
         return found
 
-    try:
+    with cli.told("dynamic_table"):
         report(measure(options, module.judge_of, drawn_by, chosen))
-    except ValueError as error:
-        raise SystemExit(f"dynamic_table: {error}") from error
 
 
 if __name__ == "__main__":

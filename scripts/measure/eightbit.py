@@ -14,13 +14,13 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
+from scripts import cli
 from scripts.continued import earlier
 from visattn import Layout, apply, attention
 from visattn.environment import cpu_name
@@ -125,10 +125,10 @@ def picture(pipe: Any, pattern: str, prompt: str, steps: int, watcher: Cosines |
 def main() -> int:
     """Measure what the file does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--pictures", type=int, default=len(PROMPTS), help="of each pattern")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=cli.file_to_write, required=True, help="JSON file")
+    parser.add_argument("--pictures", type=cli.count, default=len(PROMPTS), help="of each pattern")
+    parser.add_argument("--steps", type=cli.count, default=8)
+    parser.add_argument("--threads", type=cli.count, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     report: dict[str, Any] = {

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from scripts import cli
 from scripts.continued import check_same
 from scripts.measure.draftsman import DENSE, Draftsman, Drawn, Student
 from scripts.measure.emoji_encoder_model import ENCODER, SIDE, check_tokens, load_encoder
@@ -247,20 +248,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--patterns", nargs="*", default=list(PATTERNS), help="every one of the package's")
     add("--weights", nargs="*", type=Path, default=[], help="student.safetensors files; own patterns")
     add("--sizes", nargs="+", type=int, default=[256], help="sides in pixels")
-    add("--captions", type=int, default=CAPTIONS, help="seen ones, and as many unseen ones")
-    add("--steps", type=int, default=24)
+    add("--captions", type=cli.count, default=CAPTIONS, help="seen ones, and as many unseen ones")
+    add("--steps", type=cli.count, default=24)
     add("--dense-steps", type=int, default=0, help="steps of a run that are dense before the pattern begins")
-    add("--guidance", type=float, default=4.5)
-    add("--batch", type=int, default=50, help="samples at once at the model's own size; fewer at larger sizes")
-    add("--seed", type=int, default=0)
+    add("--guidance", type=cli.number, default=4.5)
+    add("--batch", type=cli.count, default=50, help="samples at once at the model's own size; fewer at larger sizes")
+    add("--seed", type=cli.seed, default=0)
     add("--backend", default="auto")
     add("--model", default="emoji", help="embedded model, or folder of a pipeline of its kind")
     add("--data", type=Path, default=Path("out/emoji-data"), help="folder of the pack")
     add("--encoder", type=Path, default=ENCODER, help="file of the judge")
-    add("--device", default="cpu")
+    add("--device", type=cli.device, default="cpu")
     add("--dtype", help="float32 (the CPU's), bfloat16 (elsewhere), float16")
-    add("--threads", type=int, default=2)
-    add("--seconds", type=float, default=0.0, help="begin no row after so long; 0: no limit")
+    add("--threads", type=cli.count, default=2)
+    add("--seconds", type=cli.number, default=0.0, help="begin no row after so long; 0: no limit")
     add("--out", type=Path, default=Path("docs/results/emoji-quality.json"))
     add("--shared", action="store_true", help="others use the device too: leave out the times")
     add("--force", action="store_true", help="begin --out anew")
@@ -284,10 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    try:
+    with cli.told("measure_emoji"):
         report(measure(parser.parse_args(arguments)))
-    except ValueError as error:
-        raise SystemExit(f"measure_emoji: {error}") from error
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from scripts import cli
 from scripts.measure.emoji_augment import augment, may_mirror
 from scripts.measure.emoji_encoder_model import SIDE, DualEncoder, check_tokens, load_encoder, save_encoder
 from scripts.measure.emoji_prompts import CAPTIONS, choose
@@ -165,14 +166,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("out/emoji-data"), help="folder of the pack")
     parser.add_argument("--out", type=Path, default=Path("out/emoji-encoder.safetensors"))
-    parser.add_argument("--seconds", type=float, default=Settings.seconds, help="of training; 0: see --steps")
+    parser.add_argument("--seconds", type=cli.number, default=Settings.seconds, help="of training; 0: see --steps")
     parser.add_argument("--steps", type=int, default=0, help="with --seconds 0: so many steps")
-    parser.add_argument("--batch", type=int, default=1024, help="pictures of a step")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--captions", type=int, default=CAPTIONS, help="of each kind, when it measures itself")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=cli.count, default=1024, help="pictures of a step")
+    parser.add_argument("--lr", type=cli.number, default=1.5e-3)
+    parser.add_argument("--captions", type=cli.count, default=CAPTIONS, help="of each kind, when it measures itself")
+    parser.add_argument("--seed", type=cli.seed, default=0)
+    parser.add_argument("--device", type=cli.device, default="cpu")
+    parser.add_argument("--threads", type=cli.count, default=2)
     parser.add_argument("--measure-only", action="store_true", help="measure the encoder that --out names")
     return parser.parse_args(arguments)
 
@@ -208,10 +209,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
-    try:
+    with cli.told("emoji_encoder"):
         print(json.dumps(train(options), indent=1))
-    except ValueError as error:
-        raise SystemExit(f"emoji_encoder: {error}") from error
 
 
 if __name__ == "__main__":

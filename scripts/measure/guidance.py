@@ -14,12 +14,12 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
+from scripts import cli
 from scripts.continued import earlier
 from scripts.measure.emoji_encoder_model import ENCODER, DualEncoder, load_encoder
 from scripts.measure.emoji_judge import shares
@@ -163,27 +163,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--out", type=Path, help="JSON file")
-    asked.add_argument("--picture", type=Path, help="PNG file")
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many of the list")
+    asked.add_argument("--out", type=cli.file_to_write, help="JSON file")
+    asked.add_argument("--picture", type=cli.file_to_write, help="PNG file")
+    parser.add_argument("--prompts", type=cli.count, default=len(PROMPTS), help="how many of the list")
     parser.add_argument("--pattern", default="na(window=16x16,stride=8x8)", help="of the sparse rows")
-    parser.add_argument("--size", type=int, default=256, help="side in pixels")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=20, help="pictures at once")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0.0, help="begin no row after so long; 0: no limit")
+    parser.add_argument("--size", type=cli.count, default=256, help="side in pixels")
+    parser.add_argument("--steps", type=cli.count, default=24)
+    parser.add_argument("--batch", type=cli.count, default=20, help="pictures at once")
+    parser.add_argument("--device", type=cli.device, default="cpu")
+    parser.add_argument("--threads", type=cli.count, default=1)
+    parser.add_argument("--seconds", type=cli.number, default=0.0, help="begin no row after so long; 0: no limit")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     pipe: Any = load_pipeline("emoji", options.device)
     pipe.set_progress_bar_config(disable=True)
-    try:
+    with cli.told("measure_guidance"):
         if options.out is not None:
             measure(pipe, options)
             return
         made = sheet(pipe, options, options.pattern)
-    except ValueError as error:
-        raise SystemExit(f"measure_guidance: {error}") from error
     with written_whole(options.picture) as path:
         made.quantize(256).save(path, format="png", optimize=True)
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from scripts import cli
 from scripts.measure.emoji_encoder_model import ENCODER, SIDE, DualEncoder, load_encoder
 from scripts.measure.emoji_prompts import SEEN, UNSEEN, choose
 from scripts.measure.guidance import PROMPTS, Variant, cosines, draw, judged
@@ -107,26 +108,26 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="file of all scores, JSON lines")
+    add("--out", type=cli.file_to_write, required=True, help="file of all scores, JSON lines")
     add("--objective", choices=["caption", "sharpness", "palette"], default="caption")
     add("--examples", nargs="*", type=Path, default=[], help="pictures whose colours `palette` asks for")
     add("--pattern", default="dense", help="attention of all predictions")
     add("--perturb", default="identity")
-    add("--scale", type=float, default=3.0)
-    add("--strength", type=float, default=1.0)
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 for none")
-    add("--prompts", type=int, default=8, help="how many")
-    add("--seeds", type=int, nargs="+", default=[1, 4, 16], help="of each stage of a round")
+    add("--scale", type=cli.number, default=3.0)
+    add("--strength", type=cli.number, default=1.0)
+    add("--guidance", type=cli.number, default=1.0, help="classifier-free guidance; 1 for none")
+    add("--prompts", type=cli.count, default=8, help="how many")
+    add("--seeds", type=cli.count, nargs="+", default=[1, 4, 16], help="of each stage of a round")
     add("--add", type=int, default=1, help="heads that a round adds at most")
     add("--most", type=int, default=8, help="heads in all")
-    add("--size", type=int, default=256, help="side in pixels")
-    add("--steps", type=int, default=12)
-    add("--seconds", type=float, default=math.inf, help="search no more after so long")
-    add("--device", default="cpu")
+    add("--size", type=cli.count, default=256, help="side in pixels")
+    add("--steps", type=cli.count, default=12)
+    add("--seconds", type=cli.number, default=math.inf, help="search no more after so long")
+    add("--device", type=cli.device, default="cpu")
     add("--model", default="emoji", help="embedded model, or folder of a pipeline of its kind")
     add("--data", type=Path, help="folder of the pack, for captions that training knew and others")
-    add("--held-out", type=int, default=200, help="captions of --data that the heads are measured on")
-    add("--batch", type=int, default=50, help="held-out pictures at once")
+    add("--held-out", type=cli.count, default=200, help="captions of --data that the heads are measured on")
+    add("--batch", type=cli.count, default=50, help="held-out pictures at once")
     return parser.parse_args(arguments)
 
 
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = options_of(arguments)
     size = {"height": options.size, "width": options.size, "num_inference_steps": options.steps}
-    try:
+    with cli.told("measure_heads"):
         if options.objective == "palette" and not options.examples:
             raise ValueError("--objective palette needs --examples: pictures with the colours that are wanted")
         pipe: Any = load_pipeline(options.model, options.device)
@@ -165,8 +166,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 guidance_scale=options.guidance,
                 **size,
             )
-    except ValueError as error:
-        raise SystemExit(f"measure_heads: {error}") from error
     for each in found.rounds:
         print(f"added {each['added']}: {each['gain']:+.4f} +- {each['error']:.4f}")
     none = "no head helps" if found.finished else "no round is done"

@@ -16,12 +16,12 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from scripts import cli
 from scripts.continued import earlier
 from visattn import apply
 from visattn.canvas import WHITE, Picture, column, row, text
@@ -120,13 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what the file does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--out", type=Path, help="JSON file")
-    asked.add_argument("--picture", type=Path, help="PNG file")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0.0, help="begin no case after so long; 0: no limit")
+    asked.add_argument("--out", type=cli.file_to_write, help="JSON file")
+    asked.add_argument("--picture", type=cli.file_to_write, help="PNG file")
+    parser.add_argument("--steps", type=cli.count, default=50)
+    parser.add_argument("--size", type=cli.count, default=64, help="side in pixels")
+    parser.add_argument("--device", type=cli.device, default="cpu")
+    parser.add_argument("--threads", type=cli.count, default=1)
+    parser.add_argument("--seconds", type=cli.number, default=0.0, help="begin no case after so long; 0: no limit")
     options = parser.parse_args(arguments)
     start = time.monotonic()
     torch.set_num_threads(options.threads)
@@ -141,10 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     settings = {"steps": options.steps, "size": options.size, "prompt": PROMPT, "torch": torch.__version__}
     report: dict[str, Any] = {"settings": settings, "devices": devices(), "rows": []}
-    try:
+    with cli.told("inversion"):
         report = earlier(options.out, report, options.device) or report
-    except ValueError as error:
-        raise SystemExit(f"inversion: {error}") from None
     done = [{name: row[name] for name in ("kind", "pattern", "back", "guidance")} for row in report["rows"]]
     order = [tuple(case.values()) for case in cases()]
     for case in cases():

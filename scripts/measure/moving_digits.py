@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from sklearn.svm import SVC
 
+from scripts import cli
 from scripts.measure.digits import TRAINING_DIGITS, pattern_of
 from scripts.train.digits_data import real_digits
 from scripts.train.moving_digits import LORA_FILE, flow_matching_loss, load_lora, load_pipeline
@@ -228,32 +229,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pattern", action="append", help='visattn pattern or "dense"; may be given several times')
     parser.add_argument("--dense-steps", type=int, default=0, help="first steps that stay dense")
-    parser.add_argument("--frames", type=int, default=FRAMES)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--per-class", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--loss-clips", type=int, default=64, help="clips of real digits for the loss")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--frames", type=cli.count, default=FRAMES)
+    parser.add_argument("--steps", type=cli.count, default=16)
+    parser.add_argument("--guidance", type=cli.number, default=2.0)
+    parser.add_argument("--per-class", type=cli.count, default=10)
+    parser.add_argument("--batch", type=cli.count, default=10)
+    parser.add_argument("--seed", type=cli.seed, default=0)
+    parser.add_argument("--loss-clips", type=cli.count, default=64, help="clips of real digits for the loss")
+    parser.add_argument("--threads", type=cli.count, default=2)
+    parser.add_argument("--device", type=cli.device, default="cpu")
     parser.add_argument("--autocast", action="store_true", help="compute in bfloat16 where torch's autocast does")
     parser.add_argument("--model", default="moving-digits", help="pipeline folder instead of the embedded model")
     parser.add_argument("--lora", type=Path, help="folder of LoRA weights for --lora-pattern")
     parser.add_argument("--lora-pattern", action="append", help="pattern to measure with LoRA weights")
-    parser.add_argument("--picture", type=Path, help="file for a sheet of frames under every pattern")
+    parser.add_argument("--picture", type=cli.file_to_write, help="file for a sheet of frames under every pattern")
     parser.add_argument("--picture-labels", type=int, nargs="+", default=[3], help="digits on the sheet")
-    parser.add_argument("--out", type=Path, help="file for the figures as JSON")
+    parser.add_argument("--out", type=cli.file_to_write, help="file for the figures as JSON")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
-    try:
+    with cli.told("measure_moving_digits"):
         measure(options)
-    except ValueError as error:
-        raise SystemExit(f"measure_moving_digits: {error}") from error
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from scripts import cli
 from scripts.continued import earlier
 from scripts.measure.guidance import others
 from scripts.results import RESULTS
@@ -188,19 +189,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("schedules", nargs="*", type=Path, default=list(SCHEDULES), help="files of visattn tune, of one model")
     add("--singles", type=Path, default=RESULTS / "tuned-emoji-384.json", help="where single patterns were measured")
-    add("--size", nargs="+", type=int, default=[256], help="sides in pixels")
-    add("--steps", nargs="+", type=int, default=[12], help="numbers of denoising steps")
-    add("--count", type=int, default=20, help="samples of the prompts it was tuned with, and as many of others")
-    add("--batch", type=int, default=20, help="samples at once")
-    add("--device", default="cpu")
+    add("--size", nargs="+", type=cli.count, default=[256], help="sides in pixels")
+    add("--steps", nargs="+", type=cli.count, default=[12], help="numbers of denoising steps")
+    add("--count", type=cli.count, default=20, help="samples of the prompts it was tuned with, and as many of others")
+    add("--batch", type=cli.count, default=20, help="samples at once")
+    add("--device", type=cli.device, default="cpu")
     add("--dtype", help="float32 (the CPU's), bfloat16 (elsewhere), float16")
-    add("--threads", type=int, default=8)
-    add("--seconds", type=float, default=0.0, help="begin nothing after so long; 0: no limit")
-    add("--out", type=Path, required=True, help="JSON file")
-    try:
+    add("--threads", type=cli.count, default=8)
+    add("--seconds", type=cli.number, default=0.0, help="begin nothing after so long; 0: no limit")
+    add("--out", type=cli.file_to_write, required=True, help="JSON file")
+    with cli.told("presets"):
         failed = measure(parser.parse_args(arguments))
-    except ValueError as error:
-        raise SystemExit(f"presets: {error}") from error
     if failed:
         raise SystemExit(f"presets: {len(failed)} did not run: {failed[0]}")
 

@@ -28,6 +28,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from scripts import cli
 from scripts.distill.emoji_students import draw, prompts
 from scripts.distill.methods import METHODS, settings_of
 from scripts.distill.process import train_student
@@ -267,11 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("kind", choices=list(KINDS), help="emoji: pictures of 64x64 tokens, animoji: clips of 16x16x16")
     add("--methods", nargs="+", default=list(METHODS), help=f"of {', '.join(METHODS)}")
-    add("--sparsities", nargs="+", type=float, default=[0.9, 0.95, 0.97], help="shares that are not listed")
+    add("--sparsities", nargs="+", type=cli.number, default=[0.9, 0.95, 0.97], help="shares that are not listed")
     add("--chain", action="store_true", help="each sparsity starts from its method's student of the next lower one")
-    add("--seconds", type=float, default=150.0, help="of steps of each training; 0: --train-steps alone end it")
-    add("--train-steps", type=int, default=100_000, help="optimizer steps at most")
-    add("--lr", type=float, default=1e-3, help="learning rate; 0: the optimizer's own")
+    add("--seconds", type=cli.number, default=150.0, help="of steps of each training; 0: --train-steps alone end it")
+    add("--train-steps", type=cli.count, default=100_000, help="optimizer steps at most")
+    add("--lr", type=cli.number, default=1e-3, help="learning rate; 0: the optimizer's own")
     add("--optimizer", default="muon", choices=("adamw", "prodigy", "muon"), help="whose steps a training takes")
     add("--batch", type=int, default=0, help="rows of a step, two for each sample under guidance; 0: the model's own")
     add(
@@ -282,22 +283,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add("--train", default="q,k,v,out", help="what learns: some of q,k,v,out, or none, or all")
     add("--also", nargs=argparse.REMAINDER, default=[], help="further options of scripts.distill.pipeline, last of all")
-    add("--jobs", type=int, default=1, help="students trained at the same time")
-    add("--budget", type=float, default=0.0, help="begin nothing that would end after so many seconds; 0: no limit")
+    add("--jobs", type=cli.count, default=1, help="students trained at the same time")
+    add(
+        "--budget", type=cli.number, default=0.0, help="begin nothing that would end after so many seconds; 0: no limit"
+    )
     add("--cached", type=int, default=0, help="samples that are learned from; 0: the model's own number")
-    add("--draw-steps", type=int, default=16, help="denoising steps of a sample")
+    add("--draw-steps", type=cli.count, default=16, help="denoising steps of a sample")
     add("--chunk", type=int, default=0, help="samples drawn at once; 0: the model's own number")
     add("--runs", type=Path, default=None, help="folder for samples and students; runs/trained-KIND")
     add("--model", help="teacher: the embedded model, or a folder of one of its kind")
     add("--data", type=Path, help="folder of the pack")
     add("--size", type=int, default=0, help="side in pixels; 0: the model's own")
-    add("--captions", type=int, default=100, help="seen ones, and as many unseen ones")
-    add("--steps", type=int, default=24, help="denoising steps of what is measured")
-    add("--draw-batch", type=int, default=50, help="samples measured at once")
+    add("--captions", type=cli.count, default=100, help="seen ones, and as many unseen ones")
+    add("--steps", type=cli.count, default=24, help="denoising steps of what is measured")
+    add("--draw-batch", type=cli.count, default=50, help="samples measured at once")
     add("--encoder", type=Path, help="file of the judge")
     add("--backend", default="auto")
-    add("--device", default="cpu")
-    add("--threads", type=int, default=2)
+    add("--device", type=cli.device, default="cpu")
+    add("--threads", type=cli.count, default=2)
     add("--shared", action="store_true", help="others use the device too: leave out the times")
     add("--force", action="store_true", help="begin the measurements of --out anew")
     add("--out", type=Path, default=None, help="docs/results/trained-KIND.json")
@@ -308,10 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.runs = options.runs or Path(f"runs/trained-{options.kind}")
     options.out = options.out or Path(f"docs/results/trained-{options.kind}.json")
     options.size = options.size or KINDS[options.kind].size
-    try:
+    with cli.told("measure_trained"):
         run(options)
-    except ValueError as error:
-        raise SystemExit(f"measure_trained: {error}") from error
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from scripts import cli
 from scripts.measure.guidance import others
 from scripts.measure.tuned_grid import best_single, grid_of, measure_grid, single
 from visattn.environment import devices, precisions_of, versions
@@ -201,36 +202,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", choices=[name for name in EMBEDDED if name in PROMPTS], default="emoji")
-    add("--psnr", nargs="+", type=float, default=[25.0, 30.0, 35.0], help="bounds in dB")
-    add("--prompts", type=int, help="how many: of few a bound holds for these alone; the model's own five")
-    add("--seeds", type=int, default=20, help="samples of a schedule's quality")
-    add("--quick", type=int, default=4, help="samples of an injection")
+    add("--psnr", nargs="+", type=cli.number, default=[25.0, 30.0, 35.0], help="bounds in dB")
+    add("--prompts", type=cli.count, help="how many: of few a bound holds for these alone; the model's own five")
+    add("--seeds", type=cli.count, default=20, help="samples of a schedule's quality")
+    add("--quick", type=cli.count, default=4, help="samples of an injection")
     add(
         "--stages",
         type=int,
         default=4,
         help="parts of the steps with own patterns, each as long as those before it",
     )
-    add("--groups", type=int, default=12, help="groups of neighbouring layers that are injected together")
+    add("--groups", type=cli.count, default=12, help="groups of neighbouring layers that are injected together")
     add("--lean", action="store_true", help="search without patterns that drop what they do not list")
     add("--eight-bits", action=argparse.BooleanOptionalAction, default=True, help="candidates in int8 and fp8 too")
     add("--candidates", nargs="+", help="patterns for the search instead of its own, dense always among them")
     add("--probes", type=int, default=2, help="candidates that are injected at each layer and part")
     add("--checks", type=int, default=12, help="further injections, to see how well those predict")
-    add("--held-out", type=int, default=20, help="samples that verify")
-    add("--batch", type=int, default=20, help="samples at once")
-    add("--steps", type=int, help="the model's own")
-    add("--guidance", type=float, help="the model's own")
-    add("--size", type=int, help="side in pixels, the model's own")
-    add("--device", default="cpu")
+    add("--held-out", type=cli.count, default=20, help="samples that verify")
+    add("--batch", type=cli.count, default=20, help="samples at once")
+    add("--steps", type=cli.count, help="the model's own")
+    add("--guidance", type=cli.number, help="the model's own")
+    add("--size", type=cli.count, help="side in pixels, the model's own")
+    add("--device", type=cli.device, default="cpu")
     add("--dtype", help="float32 (the CPU's), bfloat16 (elsewhere), float16")
-    add("--threads", type=int, default=8)
-    add("--seconds", type=float, default=280.0, help="nothing new is begun after so long")
+    add("--threads", type=cli.count, default=8)
+    add("--seconds", type=cli.number, default=280.0, help="nothing new is begun after so long")
     add("--out", type=Path, default=Path("out/tuned"), help="folder of results, journal and schedules")
-    try:
+    with cli.told("tuned"):
         report(measure(parser.parse_args(arguments)))
-    except ValueError as error:
-        raise SystemExit(f"tuned: {error}") from error
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from scripts import cli
 from visattn.environment import devices, precisions_of, versions
 from visattn.files import write_json
 from visattn.models.tuning.pictures import Pictures
@@ -90,15 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=sorted(GOALS), default="digits")
     parser.add_argument("--model", type=Path, default=Path("out/digits-vit/model.safetensors"), help="of the digits")
-    parser.add_argument("--device", default="cpu", help="of DINOv2's ViT")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=500.0, help="nothing new is begun after so long")
+    parser.add_argument("--device", type=cli.device, default="cpu", help="of DINOv2's ViT")
+    parser.add_argument("--batch", type=cli.count, default=8)
+    parser.add_argument("--threads", type=cli.count, default=2)
+    parser.add_argument("--seconds", type=cli.number, default=500.0, help="nothing new is begun after so long")
     parser.add_argument("--out", type=Path, default=Path("out/tuned-timm"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    try:
+    with cli.told("tuned_timm"):
         if options.what == "digits":
             subject = digits(options.model, options.batch)
             small = [SMALL[0].format(keep) for keep in (0.1, 0.2, 0.3, 0.5, 0.7)]
@@ -108,8 +109,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             subject = dinov2(options.device, options.batch)
             names, seeds = candidates(subject.grid, precisions=precisions_of(subject.device)), 8
         measure(subject, GOALS[options.what], seeds, names, options)
-    except ValueError as error:
-        raise SystemExit(f"tuned_timm: {error}") from error
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 import PIL.Image
 import torch
 
+from scripts import cli
 from scripts.train import flow_loop
 from scripts.train.animoji_captions import MOVING
 from scripts.train.animoji_data import SIDE, load_pack
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     started = time.monotonic()
     options = parse_arguments(arguments)
-    try:
+    with cli.told("animoji"):
         if options.animate_only:
             animate(options.out / "samples.png", options.out / "samples.webp")
         elif options.export_only:
@@ -187,8 +188,6 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{size / 1e6:.2f} MB exported to {options.out / EXPORT}")
         else:
             train(options, started)
-    except ValueError as error:
-        raise SystemExit(f"animoji: {error}") from error
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from scripts import cli
 from scripts.train.animoji_captions import MOVING, STILL, STYLE, caption, captions, split_of
 from scripts.train.animoji_sources import FRAMES, PACKAGES, read_clips
 from scripts.train.emoji_captions import TRAIN, shipped_tokenizer, split_of_base
@@ -114,11 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=Path, default=Path("out/animoji-sources"), help="packages of animations")
     parser.add_argument("--out", type=Path, default=Path("out/animoji-data"))
     options = parser.parse_args(arguments)
-    try:
+    with cli.told("animoji_data"):
         fetch(options.sources)
         fetch(options.clips, PACKAGES)
-    except ValueError as error:
-        raise SystemExit(f"animoji_data: {error}") from error
     count = pack(options.sources, options.clips, options.out)
     pictures = load_pack(options.out).pictures
     moving, held = (

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from scripts.opened import opened
 from visattn.files import written_whole
 
 FILE_BYTES = 15_000_000
@@ -20,7 +20,8 @@ FILE_BYTES = 15_000_000
 def save_parts(stem: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> list[Path]:
     """Writes tensors in float16 as STEM-0.safetensors and so on, each at most FILE_BYTES.
 
-    Every file carries `about` and how many there are; files of an older, longer set are removed.
+    Every file carries `about` and how many there are; files of an older, longer set are removed. All are written before
+    the first takes its place, so that whenever the process is killed one of both sets can be read.
     """
     parts: list[dict[str, torch.Tensor]] = [{}]
     size = 0
@@ -35,8 +36,10 @@ def save_parts(stem: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[s
         size += half.nbytes
     paths = [stem.with_name(f"{stem.name}-{i}.safetensors") for i in range(len(parts))]
     for path, part in zip(paths, parts, strict=True):
-        with written_whole(path) as temporary:
+        with written_whole(_coming(path)) as temporary:
             save_file(part, temporary, {"about": json.dumps(dict(about)), "parts": str(len(parts))})
+    for path in paths:
+        _coming(path).replace(path)
     for old in set(stem.parent.glob(f"{stem.name}-*.safetensors")) - set(paths):
         old.unlink()
     return paths
@@ -52,16 +55,28 @@ def load_parts(stem: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     first, count, index = None, 1, 0
     while index < count:
         path = stem.with_name(f"{stem.name}-{index}.safetensors")
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: a checkpoint of {count} files needs all of them")
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors |= {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+        metadata, part = _read(path, count)
+        if first is not None and metadata != first and _coming(path).is_file():
+            # Killed between the first that took its place and this one.
+            metadata, part = _read(_coming(path), count)
         if first is not None and metadata != first:
             raise ValueError(f"{path} is of another checkpoint than {stem.name}-0.safetensors: carry files of one run")
+        tensors |= part
         first, count, index = metadata, int(metadata["parts"]), index + 1
     assert first is not None
     return tensors, json.loads(first["about"])
+
+
+def _coming(path: Path) -> Path:
+    """Where a file waits until its whole set is written."""
+    return path.with_name(f"{path.name}.next")
+
+
+def _read(path: Path, count: int) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """What a file says about its set, and its tensors in float32."""
+    path = path if path.is_file() or not _coming(path).is_file() else _coming(path)
+    with opened(path, "part of a checkpoint", f"a checkpoint of {count} files needs all of them", "parts") as file:
+        return file.metadata(), {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
 
 
 def load_exported(folder: Path) -> dict[str, torch.Tensor]:

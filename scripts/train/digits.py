@@ -25,6 +25,7 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 from torch.nn import functional as F
 
+from scripts import cli
 from scripts.train.digits_data import DigitBatches
 from scripts.train.digits_training import (
     CLASSES,
@@ -42,6 +43,7 @@ from scripts.train.digits_training import (
     time_shift,
     update,
 )
+from visattn.environment import chosen_device
 from visattn.pipelines.embedded.pixel_dit import PixelDiTPipeline
 
 LOG_EVERY = 20
@@ -226,12 +228,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line: one option for each field of `Config`, and where and how to run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Config):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=cli.like(field.name, field.default), default=field.default
+        )
     parser.add_argument("--out", type=Path, default=Path("runs/digits"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=cli.count, default=2)
+    parser.add_argument("--device", type=cli.device, default="cpu")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--checkpoint-minutes", type=float, default=2.0)
+    parser.add_argument("--checkpoint-minutes", type=cli.number, default=2.0)
     parser.add_argument("--export-only", action="store_true", help="export the checkpoint in --out as it stands")
     parser.add_argument("--sample-every", type=int, default=500, help="steps between sample pictures, 0 for none")
     return parser.parse_args(arguments)
@@ -240,17 +244,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
-    if options.export_only:
-        size = export_checkpoint(options.out / "checkpoint.safetensors", options.out / "digits")
-        print(f"{size / 1e6:.2f} MB exported to {options.out / 'digits'}")
-        return
-    try:
+    with cli.told("train_digits"):
+        if options.export_only:
+            with cli.only_run(options.out):
+                size = export_checkpoint(options.out / "checkpoint.safetensors", options.out / "digits")
+            print(f"{size / 1e6:.2f} MB exported to {options.out / 'digits'}")
+            return
+        chosen_device(options.device)
         config = Config(**{field.name: getattr(options, field.name) for field in fields(Config)})
         torch.set_num_threads(options.threads)
-        training = Training(config, options.out, options.device, options.resume)
-    except ValueError as error:
-        raise SystemExit(f"train_digits: {error}") from error
-    size = run(training, options.checkpoint_minutes, options.sample_every, lambda line: print(line, flush=True))
+        with cli.only_run(options.out):
+            training = Training(config, options.out, options.device, options.resume)
+            size = run(training, options.checkpoint_minutes, options.sample_every, lambda line: print(line, flush=True))
     print(f"{training.progress.step} steps, {training.progress.seconds / 60:.1f} min, {size / 1e6:.2f} MB exported")
 
 

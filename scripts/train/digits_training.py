@@ -209,7 +209,7 @@ def update(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer,
 
 def export_checkpoint(path: Path, folder: Path) -> int:
     """Exports the averaged weights of a run that may still go on; returns the size in bytes."""
-    metadata, tensors = read_run(path, "ema")
+    metadata, tensors = read_run(path, "train first, without --export-only", "ema")
     model = build_model(json.loads(metadata["config"])["layers"])
     model.load_state_dict(part(tensors, "ema"))
     return export(model, folder)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from scripts import cli
 from scripts.train.digits_vit_model import (
     Batches,
     Config,
@@ -28,6 +29,7 @@ from scripts.train.digits_vit_model import (
     save_state,
     train_step,
 )
+from visattn.environment import chosen_device
 
 LOG_EVERY = 20
 CHECKPOINT_SECONDS = 30.0
@@ -93,10 +95,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line: one option for each field of `Config`, and where and how to run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Config):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=cli.like(field.name, field.default), default=field.default
+        )
     parser.add_argument("--out", type=Path, default=Path("out/digits-vit"))
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", type=cli.device, default="cpu", help="cpu, or cuda")
+    parser.add_argument("--threads", type=cli.count, default=2)
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(arguments)
 
@@ -105,12 +109,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
-    try:
+    with cli.told("train_digits_vit"):
+        chosen_device(options.device)
         config = Config(**{field.name: getattr(options, field.name) for field in fields(Config)})
-        training = Training(config, options.out, options.resume, options.device)
-    except ValueError as error:
-        raise SystemExit(f"train_digits_vit: {error}") from error
-    accuracy = run(training, lambda line: print(line, flush=True))
+        with cli.only_run(options.out):
+            training = Training(config, options.out, options.resume, options.device)
+            accuracy = run(training, lambda line: print(line, flush=True))
     print(f"{accuracy:.1%} of the held-out digits are read right")
 
 

@@ -156,9 +156,7 @@ def load_vit(path: Path) -> VisionTransformer:
     Raises:
         ValueError: If the file does not exist, or its training is not over.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: run scripts/train/digits_vit.py first")
-    metadata, tensors = read_run(path, "model")
+    metadata, tensors = read_run(path, "run scripts/train/digits_vit.py first", "model")
     steps = Config(**json.loads(metadata["config"])).steps
     if int(metadata["step"]) < steps:
         raise ValueError(f"{path} has {metadata['step']} of {steps} steps: run scripts/train/digits_vit.py to its end")

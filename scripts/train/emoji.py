@@ -25,6 +25,7 @@ import PIL.Image
 import torch
 import torch._inductor.config
 
+from scripts import cli
 from scripts.train import flow_loop
 from scripts.train.emoji_captions import NEW_EMOJI, NEW_PAIR, TRAIN
 from scripts.train.emoji_data import Pack, load_pack, load_tokenizer
@@ -139,7 +140,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Config, Path("out/emoji-data"), Path("out/emoji"))
-    parser.add_argument("--data-side", type=int, default=256, help="side of the pictures in memory, in pixels")
+    parser.add_argument("--data-side", type=cli.count, default=256, help="side of the pictures in memory, in pixels")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: faster, wrong with torch 2.11")
     parser.add_argument("--cudnn", action="store_true", help="attention by cuDNN: two thirds of flash attention's time")
     return parser.parse_args(arguments)
@@ -166,15 +167,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     started = time.monotonic()
     options = parse_arguments(arguments)
-    try:
+    with cli.told("emoji"):
         if options.export_only:
             model = averaged(options.out, Config)
             size = export(model.state_dict(), model, load_tokenizer(options.data), options.out / EXPORT)
             print(f"{size / 1e6:.2f} MB exported to {options.out / EXPORT}")
         else:
             train(options, started)
-    except ValueError as error:
-        raise SystemExit(f"emoji: {error}") from error
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
+from scripts import cli
 from scripts.train.emoji_captions import (
     TOKENS,
     TRAIN,
@@ -250,10 +251,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/emoji-data"))
     parser.add_argument("--new-tokenizer", action="store_true", help="train one instead of taking the emoji model's")
     options = parser.parse_args(arguments)
-    try:
+    with cli.told("emoji_data"):
         fetch(options.sources)
-    except ValueError as error:
-        raise SystemExit(f"emoji_data: {error}") from error
     count = pack(options.sources, options.out, new_tokenizer=options.new_tokenizer)
     pictures = load_pack(options.out, side=0).pictures
     held = sum(each.split != TRAIN for each in pictures)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from scripts import cli
 from scripts.train.emoji_captions import NEW_EMOJI, NEW_PAIR, TRAIN, encode
 from scripts.train.emoji_data import Pack, load_pack
 from scripts.train.emoji_sources import SIDE, STYLES
@@ -152,15 +153,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--out", type=Path, default=Path("out/emoji-lora"))
     parser.add_argument("--force", action="store_true", help="overwrite what is in --out")
     parser.add_argument("--model", default="emoji", help="the embedded model, or a folder of one of its kind")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=1000, help="at most")
-    parser.add_argument("--seconds", type=float, default=120.0, help="at most")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--side", type=int, default=SIDE, help="of the pictures, in pixels")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rank", type=cli.count, default=8)
+    parser.add_argument("--steps", type=cli.count, default=1000, help="at most")
+    parser.add_argument("--seconds", type=cli.number, default=120.0, help="at most")
+    parser.add_argument("--batch", type=cli.count, default=16)
+    parser.add_argument("--side", type=cli.count, default=SIDE, help="of the pictures, in pixels")
+    parser.add_argument("--lr", type=cli.number, default=1e-3)
+    parser.add_argument("--seed", type=cli.seed, default=0)
+    parser.add_argument("--device", type=cli.device, default="cpu")
+    parser.add_argument("--threads", type=cli.count, default=2)
     return parser.parse_args(arguments)
 
 
@@ -189,12 +190,10 @@ def _training(options: argparse.Namespace, place: Place) -> Training:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
-    try:
+    with cli.told("emoji_lora"):
         figures = train(options)
         if "bytes" in figures:
             print(json.dumps(figures))
-    except ValueError as error:
-        raise SystemExit(f"emoji_lora: {error}") from error
 
 
 if __name__ == "__main__":

@@ -19,12 +19,14 @@ import PIL.Image
 import torch
 import torch.distributed as dist
 
+from scripts import cli
 from scripts.train.checkpoints import load_exported, load_parts, save_parts, set_weights, weights_of
 from scripts.train.emoji_captions import TRAIN
 from scripts.train.emoji_data import Pack
 from scripts.train.emoji_optimizer import Guard, build_optimizers
 from scripts.train.flow import Batch, FlowConfig, Progress, about, check_same
-from visattn.files import write_json
+from visattn.environment import chosen_device
+from visattn.files import write_json, written_whole
 
 STATE, AVERAGE = "state", "average"
 SAVE_EVERY = 150.0
@@ -205,7 +207,8 @@ def run(
         log.append({"event": "end"} | asdict(progress) | {"losses": training.losses(), "parts": training.parts})
         report(json.dumps(log[-1]))
         write_json(out / "log.json", {"config": asdict(config), "log": log})
-        training.samples(sample_steps).save(out / "samples.png")
+        with written_whole(out / "samples.png") as path:
+            training.samples(sample_steps).save(path)
     return log
 
 
@@ -239,16 +242,16 @@ def add_options(parser: argparse.ArgumentParser, config: type[FlowConfig], data:
     for field in fields(config):
         default: Any = field.default
         several: dict[str, Any] = {"nargs": "+"} if isinstance(default, tuple) else {}
-        kind = type(default[0] if several else default)
+        kind = cli.like(field.name, default[0] if several else default)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=default, **several)
     parser.add_argument("--data", type=Path, default=data, help="folder of the pack")
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument(
         "--resume", type=Path, help="folder with a checkpoint to go on from, or a pipeline to start from"
     )
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of this command, from its start")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=cli.number, default=math.inf, help="of this command, from its start")
+    parser.add_argument("--device", type=cli.device, default="cpu")
+    parser.add_argument("--threads", type=cli.count, default=2)
     parser.add_argument("--export-only", action="store_true", help="make a pipeline of the averaged weights in --out")
 
 
@@ -276,16 +279,16 @@ def train(
         ValueError: If options, data and checkpoint do not go together.
     """
     torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = torch.device(chosen_device(options.device))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    options.out.mkdir(parents=True, exist_ok=True)
     try:
-        return run(make(device), options.out, options.seconds, started, lambda line: print(line, flush=True))
+        with cli.only_run(options.out):
+            return run(make(device), options.out, options.seconds, started, lambda line: print(line, flush=True))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -23,6 +23,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch.nn import functional as F
 
+from scripts import cli
 from scripts.train.digits import attention_of, run
 from scripts.train.digits_training import (
     CLASSES,
@@ -45,6 +46,7 @@ from scripts.train.moving_digits_training import (
     export,
 )
 from visattn import apply
+from visattn.environment import chosen_device
 from visattn.pipelines.embedded import embedded_models, load_embedded
 from visattn.pipelines.embedded.pixel_wan import PixelWanPipeline, class_words
 
@@ -227,14 +229,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line: one option for each field of `Config`, and where and how to run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Config):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=cli.like(field.name, field.default), default=field.default
+        )
     parser.add_argument("--out", type=Path, default=Path("runs/moving-digits"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=cli.count, default=2)
+    parser.add_argument("--device", type=cli.device, default="cpu")
     parser.add_argument("--backend", default="auto", help="backend of the pattern in finishing steps")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--checkpoint-minutes", type=float, default=2.0)
+    parser.add_argument("--checkpoint-minutes", type=cli.number, default=2.0)
     parser.add_argument("--export-only", action="store_true", help="export the checkpoint in --out as it stands")
     parser.add_argument("--sample-every", type=int, default=500, help="steps between sample pictures, 0 for none")
     return parser.parse_args(arguments)
@@ -243,17 +247,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None, report: Callable[[str], None] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
-    try:
+    show = report or (lambda line: print(line, flush=True))
+    with cli.told("train_moving_digits"):
+        chosen_device(options.device)
         config = Config(**{field.name: getattr(options, field.name) for field in fields(Config)})
         torch.set_num_threads(options.threads)
-        training = Training(config, options.out, options.device, options.resume, options.backend, options.compile)
-    except ValueError as error:
-        raise SystemExit(f"train_moving_digits: {error}") from error
-    if options.export_only:
-        size = training.export()
-    else:
-        show = report or (lambda line: print(line, flush=True))
-        size = run(training, options.checkpoint_minutes, options.sample_every, show)
+        with cli.only_run(options.out):
+            training = Training(config, options.out, options.device, options.resume, options.backend, options.compile)
+            if options.export_only:
+                size = training.export()
+            else:
+                size = run(training, options.checkpoint_minutes, options.sample_every, show)
     name = torch.cuda.get_device_name() if training.device.type == "cuda" else f"CPU, {options.threads} threads"
     seconds = training.progress.seconds
     print(f"{training.progress.step} steps, {seconds:.0f} s of steps on {name}, {size / 1e6:.2f} MB exported")

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from scripts.opened import opened
 from visattn.files import written_whole
 
 
@@ -60,9 +60,9 @@ def load_run(
         changeable: Settings that a resumed run may have others of.
 
     Raises:
-        ValueError: If the run was started with other settings.
+        ValueError: If the file is not whole, or the run was started with other settings.
     """
-    metadata, tensors = read_run(path)
+    metadata, tensors = read_run(path, "pass --no-resume to begin anew, or another --out")
     then, now = json.loads(metadata["config"]), asdict(config)
     other = [f"{k} {then.get(k)!r} then, {now[k]!r} now" for k in now if k not in changeable and then.get(k) != now[k]]
     if other:
@@ -77,9 +77,13 @@ def load_run(
     return metadata
 
 
-def read_run(path: Path, only: str = "") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """What a file of `save_run` tells, "config" as JSON, and its tensors, of one module if `only` names it."""
-    with safe_open(path, framework="pt") as file:
+def read_run(path: Path, fix: str, only: str = "") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """What a file of `save_run` tells, "config" as JSON, and its tensors, of one module if `only` names it.
+
+    Raises:
+        ValueError: If the file is no whole one of these; `fix` says what to do.
+    """
+    with opened(path, "checkpoint", fix, "config") as file:
         keys = [key for key in file.keys() if not only or key.startswith(f"{only}.")]  # noqa: SIM118
         return file.metadata(), {key: file.get_tensor(key) for key in keys}
 

@@ -92,11 +92,54 @@ def test_ctrl_c_says_that_nothing_is_lost(tune, tmp_path, monkeypatch):
         (("--psnr", "30", "--minutes", "-1"), "--minutes -1 must be above 0, or 0 for no limit"),
         (("--psnr", "30", "--minutes", "1e-5"), "1e-05 minutes were over before a dense sample was drawn: give more"),
         (("--psnr", "30", "--stages", "0"), "at least 1 each"),
+        (("--psnr", "inf"), "--psnr inf must be above 0, and finite"),
+        (("--speedup", "inf"), "--speedup inf must be above 1, and finite"),
+        (("--psnr", "30", "--margin", "inf"), "--margin inf must be 0 or more"),
+        (
+            ("--psnr", "30", "--seed", str(2**64 - 2)),
+            f"--seed {2**64 - 2} must be from {-(2**63)} to {2**64 - 3} for 3",
+        ),
+        (("--psnr", "30", "--guidance", "nan"), "guidance nan must be a finite number"),
+        (("--psnr", "30", "--label", "1"), "--label and prompts: a model takes one of them"),
+        (("--psnr", "30", "--frames", "4"), "--frames is for videos, and emoji makes images"),
+        (("--psnr", "30", "--checkpoint", "x.pth"), "--checkpoint is for models of timm, and emoji is none"),
+        (("--psnr", "30", "--journal", "tuned.json", "--out", "tuned.json"), "is what --out tuned.json writes"),
+        (("--psnr", "30", "--journal", "tuned.html", "--out", "tuned.json"), "is what --out tuned.json writes"),
     ],
 )
 def test_what_means_nothing_is_refused_before_anything_runs(tune, arguments, why):
     done = tune(*arguments)
     assert done.exit_code and why in str(done.exception)
+
+
+def test_pipelines_options_are_refused_for_a_model_of_timm(tmp_path):
+    given = ["--psnr", "30", "--model", "timm:x", "--pictures", str(tmp_path)]
+    words = ["tune", "--out", str(tmp_path / "t.json"), *given]
+    for more, why in (("--steps 3", "--steps is"), ("--label 1 --stages 2", "--label and --stages are")):
+        done = CliRunner().invoke(app, [*words, *more.split()])
+        assert done.exit_code and f"{why} for pipelines, and timm:x is a model of timm" in str(done.exception)
+
+
+def test_a_second_search_does_not_write_to_the_journal_of_one_that_runs(tune, tmp_path):
+    from visattn.files import alone
+
+    journal = tmp_path / "tuned.jsonl"
+    with alone(journal):
+        done = tune("--psnr", "15")
+        assert done.exit_code and f"another run is writing to {journal}" in str(done.exception)
+    assert not journal.exists()
+
+
+def test_prompts_of_any_editor_are_the_same(tmp_path):
+    from visattn.cli.tune import _lines
+
+    file = tmp_path / "prompts.txt"
+    for data in (b"red disc\nblue b\xc3\xa4r\n", b"\xef\xbb\xbfred disc\r\n \r\nblue b\xc3\xa4r"):
+        file.write_bytes(data)
+        assert _lines(file, "a prompt") == ("red disc", "blue b\u00e4r")
+    file.write_bytes("red disc".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"prompts.txt is no text in UTF-8 .*: save it as UTF-8"):
+        _lines(file, "a prompt")
 
 
 def test_a_pattern_to_show_needs_its_grid():

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from visattn.files import (
     UNFINISHED,
     add_values,
+    alone,
     check_writable_file,
     output_folder,
     prepare_folder,
@@ -99,7 +100,42 @@ with output_folder(Path(sys.argv[1])) as folder:
 """
 
 
+HALF = """
+import sys, time
+from pathlib import Path
+from visattn.files import written_whole
+with written_whole(Path(sys.argv[1])) as path:
+    path.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
 class TestInterruptedRuns:
+    def test_what_a_killed_writer_left_goes_with_the_next_and_what_one_writes_stays(self, tmp_path):
+        path, other = tmp_path / "a.txt", tmp_path / "b.txt"
+        process = subprocess.Popen([sys.executable, "-c", HALF, str(path)], stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout.readline() == "writing\n"
+            with written_whole(path) as temporary:
+                temporary.write_text("whole")
+            (half,) = tmp_path.glob(f"{UNFINISHED}*")
+            assert half.read_text() == "half"
+            prepare_folder(tmp_path, force=True)
+            assert half.is_file()
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        for written, left in ((other, {"a.txt", "b.txt", half.name}), (path, {"a.txt", "b.txt"})):
+            with written_whole(written) as temporary:
+                temporary.write_text("whole")
+            assert set(os.listdir(tmp_path)) == left
+
+    def test_folders_hold_no_half_files_of_killed_writers(self, tmp_path):
+        (tmp_path / f"{UNFINISHED}a-12345678.txt").write_text("half")
+        prepare_folder(tmp_path)
+        assert not os.listdir(tmp_path)
+
     def test_a_killed_run_blocks_while_it_lives_and_never_after(self, tmp_path):
         folder = tmp_path / "out"
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True)
@@ -135,6 +171,53 @@ class TestInterruptedRuns:
         with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "out"):
             raise KeyboardInterrupt
         assert not os.listdir(tmp_path)
+
+
+class TestAlone:
+    @pytest.mark.parametrize("name", ["folder", "file"])
+    def test_a_second_run_is_refused_until_the_first_has_ended(self, tmp_path, name):
+        path = tmp_path / name
+        (path.mkdir if name == "folder" else path.touch)()
+        with alone(path):
+            with pytest.raises(ValueError, match=f"another run is writing to .*{name}: wait until"), alone(path):
+                pass
+            assert path.exists()
+        with alone(path):
+            pass
+        assert path.exists()
+
+    def test_a_file_is_made_for_the_lock_alone(self, tmp_path):
+        path = tmp_path / "file"
+        with alone(path):
+            assert path.is_file()
+        assert not path.exists()
+        with alone(path):
+            path.write_text("x")
+        assert path.read_text() == "x"
+
+    def test_runs_that_begin_at_once_share_no_folder(self, tmp_path):
+        gate, went, refused = threading.Barrier(8), [], []
+
+        def run(number):
+            gate.wait()
+            try:
+                with output_folder(tmp_path / "out", force=True) as folder:
+                    (folder / f"{number}").write_text("x")
+                    ended.wait(5)
+                went.append(f"{number}")
+            except ValueError as error:
+                refused.append(str(error))
+                if len(refused) == 7:
+                    ended.set()
+
+        ended = threading.Event()
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert os.listdir(tmp_path / "out") == went and len(went) == 1
+        assert all("another run is writing to" in text for text in refused)
 
 
 def test_threads_that_add_values_at_once_leave_a_whole_file(tmp_path):

@@ -99,6 +99,31 @@ class TestJournal:
         with pytest.raises(ValueError, match="holds measurements of model 'a', not 'b'"):
             Journal(tmp_path / "j.jsonl", {"model": "b", "grid": (1, 2)})
 
+    @pytest.mark.parametrize("text", ["my notes\n", "my notes", "[1]\n", '{"a": 1}\n', '{"key": "1", "value": 2}\n'])
+    def test_a_file_of_something_else_is_refused_and_stays_as_it_is(self, tmp_path, text):
+        path = tmp_path / "notes.txt"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"notes.txt holds no measurements of a search: name another"):
+            Journal(path, {"model": "a"})
+        assert path.read_text() == text
+
+    def test_a_kill_in_the_first_line_costs_nothing(self, tmp_path):
+        path = tmp_path / "j.jsonl"
+        Journal(path, {"model": "a"})
+        whole = path.read_bytes()
+        for length in range(len(whole)):
+            path.write_bytes(whole[:length])
+            Journal(path, {"model": "a"}).get("one", lambda: 1)
+            assert Journal(path, {"model": "a"}).knows("one")
+
+    def test_a_line_that_is_none_is_passed_over(self, tmp_path):
+        path = tmp_path / "j.jsonl"
+        Journal(path, {"model": "a"}).get("one", lambda: 1)
+        path.write_text(path.read_text() + '{"about": {"model": "a"}}\n\0\0\n')
+        Journal(path, {"model": "a"}).get("two", lambda: 2)
+        again = Journal(path, {"model": "a"})
+        assert again.knows("one") and again.knows("two")
+
 
 @pytest.mark.parametrize("grid", [(4096,), (64, 64), (16, 16, 16), (5, 30, 52), (7, 7)])
 def test_candidates_are_patterns_of_the_grid(grid):

@@ -14,6 +14,9 @@ pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 
 
+from safetensors.torch import load_file
+
+from scripts.cli import only_run
 from scripts.distill import (
     loop,
     losses,
@@ -33,6 +36,38 @@ from visattn.trained import load_own, load_trained
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny_pipeline_with_samples(tmp_path_factory.mktemp("tiny"))
+
+
+class TestFaults:
+    @pytest.mark.parametrize("size", [0, 100, 20000])
+    def test_a_checkpoint_that_is_not_whole_is_said(self, folder, tmp_path, size, monkeypatch):
+        run(folder, tmp_path / "out", "--steps", "1")
+        path = tmp_path / "out" / "checkpoint.safetensors"
+        path.write_bytes(path.read_bytes()[:size])
+        monkeypatch.setattr(training, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit, match=r"checkpoint.safetensors is no checkpoint .* pass --no-resume to begin"):
+            run(folder, tmp_path / "out", "--steps", "1")
+
+    def test_a_file_that_is_no_checkpoint_is_said(self, folder, tmp_path):
+        run(folder, tmp_path / "out", "--steps", "1")
+        (tmp_path / "out" / "student.safetensors").replace(tmp_path / "out" / "checkpoint.safetensors")
+        with pytest.raises(SystemExit, match=r"checkpoint.safetensors is no checkpoint of a distillation: pass"):
+            run(folder, tmp_path / "out", "--steps", "1")
+
+    def test_a_second_run_does_not_write_to_the_folder_of_one_that_runs(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(training, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        with only_run(tmp_path / "out"), pytest.raises(SystemExit, match=r"another run is writing to .*out"):
+            run(folder, tmp_path / "out")
+        assert not list((tmp_path / "out").iterdir())
+
+    @pytest.mark.parametrize("every", ["1", "10"])
+    def test_a_training_that_diverges_writes_no_student(self, folder, tmp_path, every):
+        with pytest.raises(SystemExit, match="the training has diverged"):
+            run(folder, tmp_path / "out", "--lr", "1e30", "--clip", "0", "--log-every", every, "--save-every", every)
+        assert not list((tmp_path / "out").glob("student*"))
+        # What is there is of before, and can be read.
+        for path in (tmp_path / "out").glob("*.safetensors"):
+            assert all(value.isfinite().all() for value in load_file(path).values())
 
 
 class TestTraining:

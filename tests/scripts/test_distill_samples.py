@@ -97,12 +97,59 @@ class TestSamples:
             (["--images", "nowhere"], "does not exist"),
             (["--size", "1x2x3"], "height x width"),
             (["--steps", "-1"], "below 0"),
+            (["--guidance", "nan"], "guidance nan must be a finite number"),
+            (["--guidance", "-5"], "--guidance -5 must be at least 0, or -1 for the pipeline's own"),
+            (["--seed", str(2**64)], f"--seed {2**64} must be from 0 to "),
+            (["--model", "digits", "--labels", "0-10"], "--labels 0-10: digits has labels from 0 to 9"),
+            (["--model", "digits", "--size", "63"], "height 63 is not a multiple of the patch size 2"),
+            (["--model", "emoji"], "emoji takes prompts: pass --prompts"),
+            (["--dtype", "int4"], "dtype 'int4' does not exist"),
+            (["--device", "gpu"], "device 'gpu' cannot be used"),
         ],
     )
     def test_wrong_settings(self, folder, tmp_path, more, error, monkeypatch):
-        monkeypatch.setattr(cache_samples, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(cache_samples, "loaded_pipeline", lambda *_: pytest.fail("a model was loaded"))
         with pytest.raises(SystemExit, match=error):
             cache(folder, tmp_path / "out", *more)
+
+    def test_a_typo_claims_no_folder(self, folder, tmp_path):
+        with pytest.raises(SystemExit):
+            cache(folder, tmp_path / "out", "--labels", "7")
+        cache(folder, tmp_path / "out")
+        with pytest.raises(SystemExit, match=r"holds samples of other settings .*seed 0 then, 1 now.*: pass another"):
+            cache(folder, tmp_path / "out", "--seed", "1")
+
+    def test_samples_that_are_no_numbers_are_not_kept(self, folder, tmp_path):
+        with pytest.raises(SystemExit, match="samples from seed 0 on are not finite"):
+            cache(folder, tmp_path / "out", "--guidance", "1e38")
+        assert not list((tmp_path / "out").glob("shard-*"))
+
+    def test_prompts_are_text(self, folder, tmp_path):
+        file = tmp_path / "prompts.txt"
+        file.write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n b\xc3\xa4r \r\n")
+        given = {"out": tmp_path / "out", "model": "emoji", "prompts": file}
+        assert cache_samples.Settings(**given).conditions == ["a cat", "b\u00e4r"]
+        for data, why in ((b"\n \r\n", "has no prompt"), (b"\xff\xfea\0", "is no text in UTF-8")):
+            file.write_bytes(data)
+            with pytest.raises(ValueError, match=why):
+                cache_samples.Settings(**given)
+        with pytest.raises(ValueError, match="is no file: pass a text file"):
+            cache_samples.Settings(**given | {"prompts": tmp_path})
+
+    def test_a_damaged_folder_is_said(self, folder, tmp_path):
+        def damaged(name, change):
+            shutil.rmtree(tmp_path / "samples", ignore_errors=True)
+            shutil.copytree(folder / "samples", tmp_path / "samples")
+            path = tmp_path / "samples" / name
+            path.write_bytes(change(path.read_bytes()))
+            with pytest.raises(ValueError, match=f"{name} .*: cache the samples again, into an empty folder"):
+                samples.SampleSet(tmp_path / "samples")
+
+        damaged("index.json", lambda data: data[:-5])
+        damaged("index.json", lambda data: b"[]")
+        damaged("shard-00001.safetensors", lambda data: data[:-5])
+        other = (folder / "samples" / "shard-00002.safetensors").read_bytes()
+        damaged("shard-00001.safetensors", lambda data: other)
 
     def test_a_missing_shard_is_named(self, folder, tmp_path):
         shutil.copytree(folder / "samples", tmp_path / "samples")

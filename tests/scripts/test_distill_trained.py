@@ -197,6 +197,20 @@ class TestStudentFile:
         with visattn.apply(pipe, path), visattn.apply(plain, tmp_path / "out" / "student.safetensors"):
             assert self.draw(plain).equal(self.draw(pipe))
 
+    def test_an_export_that_fails_leaves_no_folder(self, folder, path, tmp_path, monkeypatch):
+        from scripts.distill import export
+
+        words = ["--model", str(folder / "model"), "--weights", str(path), "--out", str(tmp_path / "out")]
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "visattn.trained.save_trained", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+            )
+            with pytest.raises(SystemExit, match="No space left"):
+                export.main(words)
+        assert not (tmp_path / "out").exists()
+        export.main(words)
+        assert load_trained(tmp_path / "out" / path.name).about["model"] == str(tmp_path / "out")
+
     def test_export_refuses_before_a_model_is_loaded(self, folder, tmp_path, monkeypatch):
         from scripts.distill import export
 

@@ -129,10 +129,10 @@ def test_killed_and_resumed_is_the_same(folder, tmp_path):
 )
 def test_the_result_is_the_student(folder, tmp_path, more):
     config = parse(VitConfig, None, words(folder, tmp_path / "out", *more))
-    loop.prepare(config)
-    made = vit.VitTraining(config)
-    made.train_step()
-    path = made.export()
+    with loop.prepared(config):
+        made = vit.VitTraining(config)
+        made.train_step()
+        path = made.export()
     trained = load_trained(path)
     model, x = vit.load_teacher(config), torch.randn(1, 3, 160, 160)
     kept = {name: value.clone() for name, value in model.state_dict().items()}

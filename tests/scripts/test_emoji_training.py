@@ -1,6 +1,8 @@
 """The emoji data's split and captions, and the training program: resuming, determinism, learning, bad input."""
 
+import itertools
 import json
+import pathlib
 import time
 from dataclasses import replace
 
@@ -167,6 +169,41 @@ def test_checkpoints_in_parts_belong_together(tmp_path, monkeypatch):
         load_parts(tmp_path / "x")
     with pytest.raises(ValueError, match="diverged"):
         save_parts(tmp_path / "x", {"a": torch.tensor([1e6])}, {})
+
+
+@pytest.mark.parametrize("older", [2, 5])
+def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_is_whole(older, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.train.checkpoints.FILE_BYTES", 50)
+    old, new = (
+        {name: torch.full((20,), value) for name in names} for names, value in (("abcde"[:older], 1.0), ("abc", 2.0))
+    )
+    real, moves = pathlib.Path.replace, []
+
+    def replace(path, target):
+        moves.append(target)
+        if len(moves) == kill:
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    for kill in itertools.count(1):
+        stem = tmp_path / f"{kill}" / "x"
+        stem.parent.mkdir()
+        save_parts(stem, old, {"n": 1})
+        moves.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(pathlib.Path, "replace", replace)
+            try:
+                save_parts(stem, new, {"n": 2})
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+        found, about = load_parts(stem)
+        expected = {1: old, 2: new}[about["n"]]
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    # Three files that are written and take their places, and each of these may be the last thing that happens.
+    assert kill == 7
+    assert sorted(path.name for path in stem.parent.iterdir()) == [f"x-{i}.safetensors" for i in range(3)]
 
 
 def test_stages_and_learning_rate_follow_the_budget():

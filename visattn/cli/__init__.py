@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
 import signal
 import sys
 from typing import Annotated, Any
@@ -17,6 +15,7 @@ from visattn.cli.bench_model import bench_model
 from visattn.cli.classify import classify
 from visattn.cli.comfy import comfy
 from visattn.cli.doctor import doctor
+from visattn.cli.errors import fixable
 from visattn.cli.generate import generate
 from visattn.cli.maps import maps
 from visattn.cli.messages import held_messages
@@ -69,12 +68,6 @@ COMMANDS = doctor, patterns, show, simulate, bench, models, presets, record, map
 for command in COMMANDS:
     app.command(short_help=SUMMARIES[command.__name__.replace("_", "-")])(command)
 app.add_typer(generate, name="generate", short_help=SUMMARIES["generate"])
-# Which extra of the package brings a library.
-EXTRAS = {
-    **dict.fromkeys(("diffusers", "accelerate", "peft", "av"), "diffusers"),
-    **{"timm": "timm", "transformers": "transformers"},
-    **dict.fromkeys(("matplotlib", "sklearn", "skimage"), "all"),
-}
 
 
 def _print_version(wanted: bool) -> None:
@@ -108,31 +101,10 @@ def main() -> None:
     with held_messages() as messages:
         try:
             app(args, prog_name="visattn")
-        except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-            said = _said(error)
+        except Exception as error:
+            said = fixable(error)
             if not said:
                 raise
             messages.drop()
             typer.echo(f"visattn: {' '.join(said.split())}", err=True)
             sys.exit(2)
-
-
-def _said(error: Exception) -> str:
-    """What a user can do about an error, "" for a fault of the program."""
-    from visattn.memory import is_shortage
-
-    if isinstance(error, ModuleNotFoundError):
-        library = (error.name or "").partition(".")[0]
-        extra = EXTRAS.get(library)
-        # A part that is missing of a library that is there is a fault of an installation, which the traceback tells.
-        if extra is None or importlib.util.find_spec(library) is not None:
-            return ""
-        return f"this needs {library}, which is not installed: pip install 'visattn[{extra}]'"
-    # Our own errors of memory name what needs it; those of numpy, torch and Python do not say what to do.
-    if (type(error) is MemoryError and str(error)) or isinstance(error, ValueError | OSError):
-        return str(error)
-    if is_shortage(error):
-        # torch begins with the place in its own code.
-        asked = re.sub(r"^\[[^]]*\] err == 0\. ", "", str(error)) or "Python was refused some"
-        return f"this needs more memory than there is ({asked}): choose a smaller size, grid or batch"
-    return ""

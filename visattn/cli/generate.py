@@ -43,7 +43,7 @@ from visattn.cli.loading import is_watched, loaded_pipeline, no_loading_bars
 from visattn.cli.options import ForceOption, JsonOption, print_json
 from visattn.environment import chosen_device
 from visattn.given import counted
-from visattn.pipelines.asked import check_settings
+from visattn.pipelines.asked import check_rate, check_settings
 from visattn.report_text import mean_density, named
 
 generate = typer.Typer(
@@ -176,8 +176,9 @@ def _command(
         "weights": None if weights is None else str(weights),
     }
     _need_diffusers()
-    counts = {f"--{name}": options.get(name) for name in ("count", "repeats", "steps", "frames")} | {"--fps": fps}
-    asked = {name: options[name] for name in ("output", "prompts", "labels", "guidance", "size")}
+    counts = {f"--{name}": options.get(name) for name in ("count", "repeats", "steps", "frames")}
+    asked = {name: options[name] for name in ("output", "prompts", "labels", "guidance", "size", "seed")}
+    check_rate(fps)
     check_settings(model, dtype, counts, **asked)
     with _processes(options["parallel"], device) as (first, device):
         from visattn.files import output_folder

@@ -55,6 +55,9 @@ ParallelOption = Annotated[
 ]
 DtypeOption = Annotated[str | None, typer.Option(help="float32 (the CPU's default), bfloat16 (elsewhere), float16.")]
 
+# Numbers that a text like 0-9 stands for at most: a typo should not fill the memory.
+MOST_LABELS = 100_000
+
 
 def parse_labels(text: str | None, option: str = "--label") -> tuple[int, ...]:
     """`0,3,7` and `0-9` as whole numbers.
@@ -69,7 +72,10 @@ def parse_labels(text: str | None, option: str = "--label") -> tuple[int, ...]:
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(f"{option} {text!r} must be whole numbers like 3 or 0,3,7 or 0-9")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last - first >= MOST_LABELS - len(found):
+            raise ValueError(f"{option} {text!r} has more than {MOST_LABELS} numbers")
+        found += range(first, last + 1)
     return tuple(found)
 
 

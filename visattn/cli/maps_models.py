@@ -80,7 +80,7 @@ def of_pipeline(name: str, device: str, dtype: str | None, settings: dict[str, A
 
     from visattn.pipelines.asked import check_settings
 
-    asked = {name: settings[name] for name in ("prompts", "labels", "guidance", "size")}
+    asked = {name: settings[name] for name in ("prompts", "labels", "guidance", "size", "seed")}
     check_settings(name, dtype, {f"--{count}": settings[count] for count in ("steps", "frames")}, **asked)
     import numpy as np
 

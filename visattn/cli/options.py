@@ -120,11 +120,11 @@ def output_file(path: Path, suffixes: tuple[str, ...], force: bool) -> Path:
     return check_writable_file(path, suffixes, force)
 
 
-def check_above(option: str, value: float, bound: float) -> None:
+def check_above(option: str, value: float, bound: float, finite: bool = False) -> None:
     """Refuse a number that means nothing; every comparison with nan is false, so that is refused too.
 
     Raises:
-        ValueError: If it is not above the bound.
+        ValueError: If it is not above the bound, or infinite where it must not be.
     """
-    if not value > bound:
-        raise ValueError(f"{option} {value:g} must be above {bound:g}")
+    if not value > bound or (finite and value == float("inf")):
+        raise ValueError(f"{option} {value:g} must be above {bound:g}{', and finite' * finite}")

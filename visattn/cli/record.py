@@ -56,7 +56,7 @@ def record(
     settings = {"prompts": tuple(prompt or ()), "labels": labels, "seed": seed, "steps": steps, "guidance": guidance}
     settings |= {"size": pixels(size), "frames": frames}
     counts = {"--steps": steps, "--frames": frames}
-    asked: dict[str, Any] = {name: settings[name] for name in ("prompts", "labels", "guidance", "size")}
+    asked: dict[str, Any] = {name: settings[name] for name in ("prompts", "labels", "guidance", "size", "seed")}
     check_settings(model, dtype, counts, **asked)
     found = _record(out, model, settings, wanted, modules or ["*"], samples, limit * 10**6, device, dtype, force)
     if json:

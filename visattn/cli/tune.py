@@ -21,8 +21,9 @@ from visattn.cli.generate_options import (
     parse_labels,
     pixels,
 )
-from visattn.cli.options import ForceOption, check_above, output_file
-from visattn.pipelines.asked import check_counts, check_dtype, check_model
+from visattn.cli.options import ForceOption, check_above, output_file, unused
+from visattn.pipelines.asked import IMAGE, check_seeds, check_settings
+from visattn.pipelines.embedded import EMBEDDED
 
 if TYPE_CHECKING:
     from visattn.tuning.found import Found
@@ -90,16 +91,23 @@ def tune(
     if min(stages, seeds, held_out, batch) < 1:
         raise ValueError(f"--stages {stages}, --seeds {seeds}, --held-out {held_out}, --batch {batch}: at least 1 each")
     of_timm = pictures is not None
-    if not of_timm:
-        check_model(model)
-        check_dtype(dtype)
-        check_counts({"--steps": steps, "--frames": frames})
-    texts: tuple[Any, ...] = () if of_timm else (*(prompt or ()), *_lines(prompts, "a prompt")) or parse_labels(label)
+    check_seeds(seed, seeds + held_out)
+    given = {"prompt": prompt, "prompts": prompts, "label": label, "steps": steps, "guidance": guidance}
+    if of_timm:
+        unused(
+            f"for pipelines, and {model} is a model of timm", **given, frames=frames, dtype=dtype, stages=stages != 4
+        )
+    else:
+        unused(f"for models of timm, and {model} is none", checkpoint=checkpoint)
+    texts = () if of_timm else _texts(model, (prompt, prompts, label), steps, frames, guidance, pixels(size), dtype)
     output_file(out, (".json",), force)
-    if journal is not None:
-        # One that is there goes on.
-        output_file(journal, (journal.suffix.lower(),), True)
+    lines = journal or out.with_suffix(".jsonl")
+    # One that is there goes on.
+    output_file(lines, (lines.suffix.lower(),), True)
+    if lines.resolve() in (out.resolve(), out.with_suffix(".html").resolve()):
+        raise ValueError(f"--journal {journal} is what --out {out} writes: name another file")
     from visattn.environment import precisions_of
+    from visattn.files import alone, written_whole
     from visattn.tuning.budget import fitted
     from visattn.tuning.candidates import candidates as of_grid
     from visattn.tuning.candidates import checked
@@ -112,8 +120,6 @@ def tune(
     from visattn.tuning.plan import Plan
     from visattn.tuning.search import Search
 
-    if not texts and not of_timm:
-        raise ValueError("pass --prompts FILE or --prompt TEXT, or --label for a model of classes")
     listed, only = read_lines(_lines(candidates, "a pattern"))
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     if pictures is not None:
@@ -127,9 +133,8 @@ def tune(
     goal = Goal(psnr, speedup, accuracy, share, margin, held_out)
     about = subject.about() | {"candidates": chosen, "edges": plan.edges}
     about |= {"only": {name: sorted(some) for name, some in only.items()}} if only else {}
-    lines = journal or out.with_suffix(".jsonl")
-    kept = Journal(lines, about)
-    with _goes_on(lines), _progress() as tell:
+    with alone(lines), _goes_on(lines), _progress() as tell:
+        kept = Journal(lines, about)
         measurer = Measurer(subject, plan, kept, deadline, tell)
         if minutes:
             plan = fitted(measurer, 60 * minutes, held_out)
@@ -137,8 +142,6 @@ def tune(
         found = Search(measurer, goal).run()
         made = tuned(measurer, goal, found)
     made.write(out)
-    from visattn.files import written_whole
-
     with written_whole(out.with_suffix(".html")) as temporary:
         temporary.write_text(page(made, found), encoding="utf-8")
     _say(out, goal, plan, found, dict(made.verified))
@@ -168,17 +171,40 @@ def _check(
             f"{'one, pass --pictures' if of_timm else 'none'}"
         )
     if psnr is not None:
-        check_above("--psnr", psnr, 0)
+        check_above("--psnr", psnr, 0, finite=True)
     if speedup is not None:
-        check_above("--speedup", speedup, 1)
+        check_above("--speedup", speedup, 1, finite=True)
     if accuracy is not None and not 0 <= accuracy < 100:
         raise ValueError(f"--accuracy {accuracy:g} must be from 0 to below 100: points of a hundred that may be lost")
-    if not margin >= 0:
+    if not 0 <= margin < float("inf"):
         raise ValueError(f"--margin {margin:g} must be 0 or more: by how many dB measured samples have to be better")
     if not 0 < share <= 1:
         raise ValueError(f"--share {share:g} must be above 0 and at most 1: a part of the samples")
     if not minutes >= 0:
         raise ValueError(f"--minutes {minutes:g} must be above 0, or 0 for no limit")
+
+
+def _texts(
+    model: str,
+    content: tuple[list[str] | None, Path | None, str | None],
+    steps: int | None,
+    frames: int | None,
+    guidance: float | None,
+    size: tuple[int, int] | None,
+    dtype: str | None,
+) -> tuple[Any, ...]:
+    """What is drawn, prompts or labels: all that can be checked of a pipeline that is not loaded is checked."""
+    prompt, prompts, label = content
+    texts, labels = (*(prompt or ()), *_lines(prompts, "a prompt")), parse_labels(label)
+    if texts and labels:
+        raise ValueError("--label and prompts: a model takes one of them, leave the other out")
+    if not texts and not labels:
+        raise ValueError("pass --prompts FILE or --prompt TEXT, or --label for a model of classes")
+    known, counts = EMBEDDED.get(model), {"--steps": steps, "--frames": frames}
+    check_settings(model, dtype, counts, prompts=texts, labels=labels, guidance=guidance, size=size)
+    if known is not None and known.kind == IMAGE:
+        unused(f"for videos, and {model} makes images", frames=frames)
+    return texts or labels
 
 
 @contextmanager
@@ -224,11 +250,13 @@ def _backbone(
 
 def _lines(path: Path | None, what: str) -> tuple[str, ...]:
     """The lines of a text file that are not empty."""
+    from visattn.files import read_text
+
     if path is None:
         return ()
     if not path.is_file():
         raise ValueError(f"{path} does not exist: pass a text file with {what} in each line")
-    found = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    found = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
     if not found:
         raise ValueError(f"{path} is empty: write {what} in each line")
     return found

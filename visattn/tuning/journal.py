@@ -28,21 +28,18 @@ class Journal:
         self._path = path
         self._known: dict[str, Any] = {}
         own = json.loads(json.dumps(about))
-        if path is not None and path.is_file():
-            read = (_line(text) for text in path.read_text(encoding="utf-8").splitlines())
-            lines = [line for line in read if line is not None]
-            if lines:
-                other = sorted(k for k in {*own, *lines[0]["about"]} if own.get(k) != lines[0]["about"].get(k))
-                if other:
-                    raise ValueError(
-                        f"{path} holds measurements of {other[0]} {lines[0]['about'].get(other[0])!r}, not "
-                        f"{own.get(other[0])!r}: delete it, or name another with --journal"
-                    )
-                self._known = {line["key"]: line["value"] for line in lines[1:]}
-                # What is appended begins on a line of its own.
-                self._rewrite(lines)
-                return
-        self._append({"about": own})
+        lines = [] if path is None or not path.is_file() else _lines(path)
+        if not lines:
+            self._append({"about": own})
+            return
+        then = lines[0]["about"]
+        other = sorted(k for k in {*own, *then} if own.get(k) != then.get(k))
+        if other:
+            raise ValueError(
+                f"{path} holds measurements of {other[0]} {then.get(other[0])!r}, not {own.get(other[0])!r}: delete "
+                "it, or name another with --journal"
+            )
+        self._known = {line["key"]: line["value"] for line in lines[1:] if {"key", "value"} <= line.keys()}
 
     def get(self, key: Any, measure: Callable[[], Any]) -> Any:
         """The value of a key, measured if it is not known: anything that JSON holds."""
@@ -69,16 +66,30 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _rewrite(self, lines: list[Any]) -> None:
-        from visattn.files import written_whole
 
-        assert self._path is not None
-        with written_whole(self._path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """What the lines of a file say, the first of them what all measurements depend on; none if there is none yet.
+
+    Raises:
+        ValueError: If the file is something else, which nothing may be added to.
+    """
+    data = path.read_bytes()
+    whole, end, cut = data.rpartition(b"\n")
+    lines = [line for line in map(_line, whole.splitlines()) if line is not None]
+    begin = json.dumps({"about": {}})[: -len("{}}")].encode()
+    if lines and isinstance(lines[0].get("about"), dict):
+        pass
+    elif end or not (cut.startswith(begin) or begin.startswith(cut)):
+        raise ValueError(f"{path} holds no measurements of a search: name another with --journal")
+    if cut:
+        # What is appended begins on a line of its own. In place: another file would not be the one that is locked.
+        os.truncate(path, len(whole) + len(end))
+    return lines
 
 
-def _line(text: str) -> Any:
+def _line(text: bytes) -> dict[str, Any] | None:
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except ValueError:
         return None
+    return found if isinstance(found, dict) else None
