@@ -14,16 +14,18 @@ from visattn.handle import apply
 class SparseAttentionStep(SequentialPipelineBlocks):
     """Runs a block with patterns in the attention of its models, and without them afterwards, whatever happens in it.
 
-    The call takes `attention_pattern` (a pattern's text, a mapping of layers, or a file; None for stock attention) and
-    `attention_dense_steps`, and gives `attention_report`.
+    The call takes `attention_pattern` (a pattern's text, a mapping of layers, or a file; None for stock attention),
+    `attention_dense_steps` and `attention_always`, and gives `attention_report`.
 
     Attributes:
         attention_pattern: What a call runs that names no pattern.
         attention_dense_steps: How many first steps stay dense in a call that does not say it.
+        attention_always: Whether the pattern runs also where dense attention is estimated to be faster, likewise.
     """
 
     attention_pattern: Any = None
     attention_dense_steps: int | float = 0
+    attention_always: bool = False
 
     @property
     def description(self) -> str:
@@ -44,6 +46,11 @@ class SparseAttentionStep(SequentialPipelineBlocks):
                 default=self.attention_dense_steps,
                 description="First steps that stay dense: count or share.",
             ),
+            InputParam(
+                "attention_always",
+                default=self.attention_always,
+                description="Whether the pattern runs also where dense attention is estimated to be faster.",
+            ),
             *super().inputs,
         ]
 
@@ -59,7 +66,8 @@ class SparseAttentionStep(SequentialPipelineBlocks):
             components, state = super().__call__(components, state)
         else:
             steps: Any = state.get("attention_dense_steps") or 0
-            with apply(components, pattern, dense_steps=steps) as handle:
+            always = bool(state.get("attention_always"))
+            with apply(components, pattern, dense_steps=steps, always=always) as handle:
                 components, state = super().__call__(components, state)
                 report = handle.report()
         state.set("attention_report", report)
@@ -90,13 +98,14 @@ class SparseAttentionStep(SequentialPipelineBlocks):
             f"    block_classes = [{kind.__name__}]\n"
             '    block_names = ["denoise"]\n'
             f"    attention_pattern = {self.attention_pattern!r}\n"
-            f"    attention_dense_steps = {self.attention_dense_steps!r}\n",
+            f"    attention_dense_steps = {self.attention_dense_steps!r}\n"
+            f"    attention_always = {self.attention_always!r}\n",
             encoding="utf-8",
         )
 
 
 def sparse_attention(
-    block: ModularPipelineBlocks, pattern: Any = None, dense_steps: int | float = 0
+    block: ModularPipelineBlocks, pattern: Any = None, dense_steps: int | float = 0, always: bool = False
 ) -> SparseAttentionStep:
     """A block, like the denoising one of a pipeline's, that takes a pattern as an input of the call.
 
@@ -104,6 +113,7 @@ def sparse_attention(
         block: The block around the denoising loop; it is not changed.
         pattern: What a call runs that names no pattern; `save` keeps it.
         dense_steps: How many first steps stay dense in a call that does not say it.
+        always: Whether the pattern runs also where dense attention is estimated to be faster, likewise.
 
     Returns:
         What to put into its place.
@@ -111,5 +121,5 @@ def sparse_attention(
     made = SparseAttentionStep()
     made.block_classes, made.block_names = [type(block)], ["denoise"]
     made.sub_blocks["denoise"] = block
-    made.attention_pattern, made.attention_dense_steps = pattern, dense_steps
+    made.attention_pattern, made.attention_dense_steps, made.attention_always = pattern, dense_steps, always
     return made

@@ -157,7 +157,8 @@ def detached(out: torch.Tensor, lse: torch.Tensor | None, wanted: bool) -> tuple
     if wanted and lse is not None:
         # Engines have the log-sum-exp by head.
         return out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
-    return out.contiguous(), out.new_empty(0, dtype=wide_dtype(out))
+    # `wide_dtype`, without a call of Python's: this runs at every call of compiled code.
+    return out.contiguous(), out.new_empty(0, dtype=torch.promote_types(out.dtype, torch.float32))
 
 
 def empty_results(q: torch.Tensor, lse: bool) -> tuple[torch.Tensor, torch.Tensor]:

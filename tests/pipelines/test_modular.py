@@ -32,6 +32,21 @@ def test_a_pattern_is_an_input_of_the_call(pipeline):
     assert torch.equal(run(pipeline).get("latents"), stock.get("latents"))
 
 
+@pytest.mark.crossing
+@torch.no_grad()
+def test_few_tokens_stay_dense_unless_the_call_says_otherwise(pipeline, tmp_path, monkeypatch):
+    with pytest.warns(UserWarning, match="no attention module .* ran its pattern"):
+        found = run(pipeline, attention_pattern="na(window=3)")
+    assert found.get("attention_report").hits == 0
+    assert run(pipeline, attention_pattern="na(window=3)", attention_always=True).get("attention_report").hits == 9
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    sparse_attention(FluxCoreDenoiseStep(), "na(window=3)", always=True).save(tmp_path / "workflow")
+    again = ModularPipelineBlocks.from_pretrained(str(tmp_path / "workflow"), trust_remote_code=True)
+    loaded = again.init_pipeline()
+    loaded.update_components(transformer=pipeline.transformer, scheduler=pipeline.scheduler)
+    assert run(loaded).get("attention_report").hits == 9
+
+
 @torch.no_grad()
 def test_a_saved_workflow_has_the_pattern(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))

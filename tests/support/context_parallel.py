@@ -36,7 +36,7 @@ def work(rank):
     world = dist.get_world_size()
     found = outputs(lambda model: model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=world)))
     model, inputs = tiny_models.wan()
-    with visattn.apply(model, PATTERN) as handle:
+    with visattn.apply(model, PATTERN, strict=True) as handle:
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=world))
         found["later"] = tiny_models.run(model, inputs), handle.report().hits
     model, inputs = tiny_models.wan()
