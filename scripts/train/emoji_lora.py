@@ -167,7 +167,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """Trains and writes the adapter; returns the figures."""
-    for name in ("rank", "steps", "batch", "lr", "seconds"):
+    for name in ("lr", "seconds"):
         if getattr(options, name) <= 0:
             raise ValueError(f"--{name} {getattr(options, name)} must be above 0")
     torch.set_num_threads(options.threads)
