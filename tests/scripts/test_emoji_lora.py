@@ -90,7 +90,7 @@ def test_captions_do_not_name_the_style_and_training_sees_nothing_held_out(place
     ("more", "error"),
     [
         (["--style", "round"], f"style 'round' does not exist: pass one of {STYLES[0]}"),
-        (["--rank", "0"], "argument --rank: .*0"),
+        (["--rank", "0"], "argument --rank: '0' must be a whole number of at least 1"),
         (["--model", "nowhere"], "is not an embedded model"),
     ],
 )
