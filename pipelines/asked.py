@@ -172,7 +172,12 @@ def check_settings(
         ValueError: If something of it cannot be.
     """
     check_counts(counts)
-    check_seeds(seed, counts.get("--count") or 1)
+    count = counts.get("--count") or 0
+    for option, given in (("--prompt", prompts), ("--label", labels)):
+        if 0 < count < len(given):
+            few = f"--count {count} is less than the {len(given)} of {option}"
+            raise ValueError(f"{few}: leave it out, or some of them")
+    check_seeds(seed, count or 1)
     check_guidance(guidance)
     check_model(model)
     check_dtype(dtype)

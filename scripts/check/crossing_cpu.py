@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from visattn import Layout, attention, parse
 from visattn.crossing import crossing
 from visattn.environment import versions
+from visattn.files import write_json
 from visattn.problem import Call, Problem
 
 # How much longer what is chosen may take.
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
                     rows.append(measure(case, getattr(torch, dtype), chosen.seconds))
                     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}))
     if chosen.out:
-        chosen.out.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+        write_json(chosen.out, {"versions": versions(), "rows": rows})
     right = sum(row["right"] for row in rows)
     print(f"{right} of {len(rows)} choices are within {SLACK - 1:.0%} of the faster one")
     return int(right < len(rows))

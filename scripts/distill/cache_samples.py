@@ -13,7 +13,6 @@ subfolder named by a number gives its pictures that label. Stop it at any time: 
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from scripts.distill.settings import option, parse
 from visattn.cli.generate_options import parse_labels, pixels
 from visattn.cli.loading import loaded_pipeline
 from visattn.environment import chosen_device
-from visattn.files import read_text, read_values, written_whole
+from visattn.files import read_text, read_values, write_json
 from visattn.given import said
 from visattn.pipelines.asked import check_dtype, check_guidance, check_model, check_sides
 from visattn.pipelines.embedded import EMBEDDED
@@ -269,8 +268,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
     other = [f"{k} {then.get(k)!r} then, {v!r} now" for k, v in settings.items() if then.get(k) != v]
     if other and any(folder.glob("shard-*")):
         raise ValueError(f"{folder} holds samples of other settings ({said(other)}): pass another --out")
-    with written_whole(mine) as path:
-        path.write_text(json.dumps(settings, indent=1) + "\n")
+    write_json(mine, settings)
 
 
 def cache(source: Source, folder: Path, report: Any) -> Index:

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from visattn.files import written_whole
+from visattn.files import write_json
 
 
 def train_student(options: Sequence[str], folder: Path, seconds: float) -> float:
@@ -75,5 +75,4 @@ def collect(
         else:
             figures["students"][name] = entry(name, seconds)
             print(json.dumps({name: figures["students"][name]}), flush=True)
-        with written_whole(file) as path:
-            path.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(file, figures)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scripts.opened import opened
-from visattn.files import written_whole
+from visattn.files import write_json, written_whole
 
 LATENTS = "latents"
 NULL_SAMPLES = 4  # that are looked at for the row without a condition
@@ -55,8 +55,7 @@ class Index:
 
     def save(self, folder: Path) -> None:
         """Writes index.json."""
-        with written_whole(folder / "index.json") as path:
-            path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_json(folder / "index.json", asdict(self))
 
 
 def read_index(folder: Path) -> dict[str, Any]:

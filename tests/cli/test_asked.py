@@ -37,6 +37,8 @@ def refused(*args):
         ("generate image --prompt x --model digits", "digits takes class labels and no prompt: pass --label 3"),
         ("generate image --prompt x --dtype fp16", "dtype 'fp16' does not exist here: pass one of float32, bfloat16"),
         ("generate image --prompt x --steps 0", "--steps 0 must be at least 1"),
+        ("generate image --prompt x --prompt y --count 1", "--count 1 is less than the 2 of --prompt: leave it out"),
+        ("generate image --model digits --label 1,2,3 --count 2", "--count 2 is less than the 3 of --label"),
         ("generate image --prompt x --size 65", "height 65 is not a multiple of the patch size 4: pass e.g. 64"),
         ("generate image --prompt x --guidance nan", "guidance nan must be a finite number, like 4.5"),
         ("generate video --prompt x --frames 0", "--frames 0 must be at least 1"),

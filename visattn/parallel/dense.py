@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from visattn.layout import Layout
+from visattn.operands import wants_gradient, wide_dtype
 from visattn.parallel.merge import merged
 from visattn.parallel.once import once
 from visattn.parallel.slabs import Slabs
@@ -49,14 +50,14 @@ def share_dense(
         The output, and the bytes that this rank sent for it.
     """
     stop = local.prefix + local.tokens
-    wide = torch.promote_types(out.dtype, torch.float32)
+    wide = wide_dtype(out)
     ends = [torch.cat([t[:, : local.prefix], t[:, stop:]], 1).to(wide) for t in (out, lse)]
     own = torch.cat([ends[0], ends[1][..., None]], -1)
     parts: Any = Gathered.apply(own, group)
     whole = merged(parts[..., :-1], parts[..., -1])[0].to(out.dtype)
     before, after = whole.split([local.prefix, local.suffix], 1)
     sent = own.numel() * own.element_size() * (dist.get_world_size(group) - 1)
-    if torch.is_grad_enabled() and out.requires_grad:
+    if wants_gradient(out):
         return torch.cat([before, out[:, local.prefix : stop], after], 1), sent
     out[:, : local.prefix], out[:, stop:] = before, after
     return out, sent

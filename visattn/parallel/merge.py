@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from visattn.operands import wants_gradient, wide_dtype
+
 Result = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -45,13 +47,13 @@ def add_rows(result: Result, rows: Result, grid: tuple[int, ...], axis: int, fir
     sides = (*grid[:axis], number, *grid[axis + 1 :])
     at = [t.narrow(1, before, tokens).unflatten(1, grid).narrow(dim, first, number) for t in (out, lse)]
     own = [t.unflatten(1, sides) for t in rows]
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (*result, *rows))):
+    if not wants_gradient(*result, *rows):
         # In place, each output read once; where neither side sees a key, both are zero.
         share = torch.sigmoid(own[1] - at[1]).nan_to_num(0)
         at[0].lerp_(own[0], share[..., None].to(out.dtype))
         torch.logaddexp(at[1], own[1], out=at[1])
         return result
-    wide = torch.promote_types(out.dtype, torch.float32)
+    wide = wide_dtype(out)
     both = merged(torch.stack([at[0].to(wide), own[0].to(wide)]), torch.stack([at[1], own[1]]))
     new = []
     for t, value in zip(result, both, strict=True):
