@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from visattn.dispatch import choose, load, milliseconds
+from visattn.dispatch import choose, current_gpu, load, milliseconds
 from visattn.patterns import Dense, ListedPattern, SharingPattern
 from visattn.problem import Problem
 from visattn.registry import REGISTRY
@@ -83,7 +83,7 @@ def crossing(problem: Problem) -> Crossing | None:
         return None
     if problem.device == "cpu" and problem.precision is not None:
         return None
-    return _crossing(problem, REGISTRY.version, torch.get_num_threads())
+    return _crossing(problem, REGISTRY.version, current_gpu(problem.device), torch.get_num_threads())
 
 
 def dense_cost(problem: Problem) -> float:
@@ -91,8 +91,9 @@ def dense_cost(problem: Problem) -> float:
     return load("sdpa").cost(replace(problem, pattern=Dense(), precision=None))
 
 
+# What `choose` keeps its answers by.
 @lru_cache(maxsize=1024)
-def _crossing(problem: Problem, version: int, threads: int) -> Crossing:
+def _crossing(problem: Problem, version: int, gpu: int, threads: int) -> Crossing:
     sparse = choose(problem)
     times = milliseconds(problem, sparse.cost(problem)), milliseconds(problem, dense_cost(problem))
     alone = replace(problem, mode="captured")
@@ -107,11 +108,11 @@ def slower_in_8_bits(problem: Problem) -> str:
     """
     if problem.precision is None or crossing(problem) is None:
         return ""
-    return _slower_in_8_bits(problem, REGISTRY.version)
+    return _slower_in_8_bits(problem, REGISTRY.version, current_gpu(problem.device))
 
 
 @lru_cache(maxsize=1024)
-def _slower_in_8_bits(problem: Problem, version: int) -> str:
+def _slower_in_8_bits(problem: Problem, version: int, gpu: int) -> str:
     exact = replace(problem, precision=None)
     times = [milliseconds(each, choose(each).cost(each)) for each in (problem, exact)]
     if times[1] >= times[0]:

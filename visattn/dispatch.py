@@ -209,7 +209,7 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
     """
     if not isinstance(name, str):
         raise ValueError(f"unknown backend {said(name)}; backends: auto, {', '.join(BACKENDS)}")
-    return _choose(problem, name, REGISTRY.version, _gpu(problem), torch.get_num_threads())
+    return _choose(problem, name, REGISTRY.version, current_gpu(problem.device), torch.get_num_threads())
 
 
 def choose_portable(problem: Problem) -> Backend:
@@ -226,9 +226,9 @@ def choose_portable(problem: Problem) -> Backend:
         raise ValueError(f"this call cannot be exported, for it needs kernels of its own: {error}") from None
 
 
-def _gpu(problem: Problem) -> int:
-    """Which GPU backends are asked about: the current one, -1 where none is used yet."""
-    return torch.cuda.current_device() if problem.device == "cuda" and torch.cuda.is_initialized() else -1
+def current_gpu(device: str) -> int:
+    """Which GPU backends are asked about for this type of device: the current one, -1 where none is used yet."""
+    return torch.cuda.current_device() if device == "cuda" and torch.cuda.is_initialized() else -1
 
 
 # Version, GPU and threads are part of the key: another set of backends, or another GPU, is another choice, and what a

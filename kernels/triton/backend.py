@@ -14,7 +14,7 @@ import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from visattn.dispatch import Backend, Prepared, overhead, wall
+from visattn.dispatch import Backend, Prepared, current_gpu, overhead, wall
 from visattn.keep import CALL_BYTES, STORE
 from visattn.kernels.triton import tune
 from visattn.kernels.triton.boxes import PARTIAL, QUERY_HALVES, tiled
@@ -251,7 +251,7 @@ class Triton(Backend):
 
     def _pools(self, x: torch.Tensor) -> bool:
         """Whether kernels read such tensors, which no transform of torch.func wraps."""
-        support = _on_gpu(x.dtype, x.shape[3]) if x.is_cuda else _beside_lists(x.device.type, x.dtype, x.shape[3])
+        support = on_gpu(x) if x.is_cuda else _beside_lists(x.device.type, x.dtype, x.shape[3])
         return support.ok and pairs_fit(x.shape[0], x.shape[2]) and peek_interpreter_stack() is None
 
     def run(
@@ -348,7 +348,9 @@ def _kept_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call)
 
 def on_gpu(q: torch.Tensor) -> Support:
     """Whether kernels beside the tile lists run for queries [B, S, H, D] like these; the interpreter is for tests."""
-    return _on_gpu(q.dtype, q.shape[3]) if q.is_cuda else Support(False, "they are for GPUs")
+    if not q.is_cuda:
+        return Support(False, "they are for GPUs")
+    return _on_gpu(q.dtype, q.shape[3], current_gpu("cuda"))
 
 
 def _beside_lists(device: str, dtype: torch.dtype, head_dim: int) -> Support:
@@ -358,8 +360,8 @@ def _beside_lists(device: str, dtype: torch.dtype, head_dim: int) -> Support:
 
 
 @lru_cache(maxsize=256)
-def _on_gpu(dtype: torch.dtype, head_dim: int) -> Support:
-    """The same of tensors that are on a GPU: asking torch and the environment takes longer than a launch."""
+def _on_gpu(dtype: torch.dtype, head_dim: int, gpu: int) -> Support:
+    """The same where this GPU is the current one: asking torch and the environment takes longer than a launch."""
     return _beside_lists("cuda", dtype, head_dim)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from visattn import Layout, attention, backends
+from visattn.crossing import crossing
 from visattn.dispatch import choose, load
 from visattn.kernels.triton import backend
 from visattn.patterns import parse
@@ -43,18 +44,22 @@ def test_who_runs_a_call_is_decided_for_the_gpu_that_is_the_current_one(monkeypa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpus[device])
     memory = types.SimpleNamespace(shared_memory_per_block_optin=2**18)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: memory)
-    for kept in (backend._architecture, backend._device_support):
+    keeping = (backend._architecture, backend._device_support, backend._on_gpu)
+    for kept in keeping:
         kept.cache_clear()
+    q = types.SimpleNamespace(is_cuda=True, dtype=torch.float16, shape=(1, 1024, 8, 64))
     problem = Problem(parse("na(window=5)"), Layout((32, 32)), 1, 8, 8, 64, torch.float16, "cuda")
     try:
         assert backend.architecture() == 90 and choose(problem, "triton").name == "triton"
+        assert backend.on_gpu(q).ok and crossing(problem).backend == "triton"
         current = 1
         assert backend.architecture() == 75 == backend.architecture(torch.device("cuda"))
         with pytest.raises(ValueError, match=r"compute capability 7\.5 is below 8\.0"):
             choose(problem, "triton")
+        assert "capability 7.5" in backend.on_gpu(q).reason and crossing(problem).backend != "triton"
         assert backend.architecture(torch.device("cuda", 0)) == 90
     finally:
-        for kept in (backend._architecture, backend._device_support):
+        for kept in keeping:
             kept.cache_clear()
 
 
