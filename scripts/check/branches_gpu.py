@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -165,11 +165,8 @@ def threaded(case: Case, sets: list[Inputs], wanted: list[torch.Tensor]) -> list
                     wrong.append(i)
 
     torch.cuda.synchronize()
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     return [f"threads {sorted(set(wrong))} are off"] if wrong else []
 
 
