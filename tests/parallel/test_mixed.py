@@ -4,18 +4,10 @@ import pytest
 import torch
 
 from tests.parallel import mixed, models
-from tests.support.ranks import Ranks
+from tests.support.ranks import Ranks, needs_context_parallel, needs_gloo
 from visattn import Layout, attention, parallel
 
-pytestmark = [
-    pytest.mark.dist,
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo"),
-]
-
-diffusers = pytest.importorskip("diffusers")
-needs_diffusers = pytest.mark.skipif(
-    not hasattr(diffusers, "ContextParallelConfig"), reason="this diffusers has no parallelism"
-)
+pytestmark = [pytest.mark.dist, needs_gloo]
 
 CASES = [
     ("halo", "na(window=3x5)", Layout((5, 6))),
@@ -68,7 +60,7 @@ def test_transforms_of_torch_func_are_refused(ranks, how):
     assert all("nothing under torch.func or in forward mode" in text for text in ranks.run(2, mixed.under_func, how))
 
 
-@needs_diffusers
+@needs_context_parallel
 @pytest.mark.parametrize("first", [True, False], ids=["weights first", "tokens first"])
 @pytest.mark.parametrize("name", ["flux", "qwen"])
 def test_weights_and_tokens_are_shared_by_the_same_processes(ranks, name, first):

@@ -11,9 +11,10 @@ import pytest
 import torch.distributed as dist
 
 from tests.support.places import ROOT
+from tests.support.ranks import needs_gloo
 from visattn.parallel import together
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = needs_gloo
 
 PROGRAM = """
 import os, sys, torch, torch.distributed as dist

@@ -8,19 +8,11 @@ import torch
 
 from tests.parallel import models, sliced
 from tests.support import context_parallel, tiny_models
-from tests.support.ranks import Ranks
+from tests.support.ranks import Ranks, needs_context_parallel, needs_gloo
 from visattn import Layout, apply, attention, dense_mask, parallel, parse
 from visattn.patterns import PATTERNS
 
-pytestmark = [
-    pytest.mark.dist,
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo"),
-]
-
-diffusers = pytest.importorskip("diffusers")
-needs_diffusers = pytest.mark.skipif(
-    not hasattr(diffusers, "ContextParallelConfig"), reason="this diffusers has no parallelism"
-)
+pytestmark = [pytest.mark.dist, needs_gloo]
 
 # Pattern, layout, axis, rows of each rank.
 CASES = [
@@ -279,7 +271,7 @@ def compare_models(found, alone):
         assert moved > 0 and said
 
 
-@needs_diffusers
+@needs_context_parallel
 @pytest.mark.parametrize("name", models.MODELS)
 def test_every_class_gives_what_one_process_gives(ranks, name):
     alone = models.output(name)
@@ -290,7 +282,7 @@ def test_every_class_gives_what_one_process_gives(ranks, name):
     assert halo[0][1][2] < ulysses[0][1][2]
 
 
-@needs_diffusers
+@needs_context_parallel
 @pytest.mark.parametrize("name", [pytest.param("wan", marks=pytest.mark.slow), "flux"])
 def test_weights_get_the_gradients_of_one_process(ranks, name):
     alone = models.gradients(0, name, None)
@@ -303,7 +295,7 @@ def test_weights_get_the_gradients_of_one_process(ranks, name):
                 )
 
 
-@needs_diffusers
+@needs_context_parallel
 def test_compiled_code_gives_what_one_process_gives(ranks):
     alone, (hits, *_) = models.output("wan")
     for outs, counted, moved in ranks.run(2, models.compiled, "wan", "ulysses"):
@@ -312,7 +304,7 @@ def test_compiled_code_gives_what_one_process_gives(ranks):
         assert counted == 2 * hits and moved
 
 
-@needs_diffusers
+@needs_context_parallel
 def test_compiled_blocks_learn_on_ranks(ranks):
     alone = models.gradients(0, "wan", None)
     for found in ranks.run(2, models.gradients, "wan", "halo", True):
@@ -320,7 +312,7 @@ def test_compiled_blocks_learn_on_ranks(ranks):
             torch.testing.assert_close(found[key], grad, rtol=1e-3, atol=2e-6)
 
 
-@needs_diffusers
+@needs_context_parallel
 def test_dense_steps_run_in_the_same_slabs(ranks):
     alone = models.output("flux", dense_steps=1)
     for how in ("halo", "ulysses"):
@@ -329,7 +321,7 @@ def test_dense_steps_run_in_the_same_slabs(ranks):
             assert (hits, dense) == (0, alone[1][1]) and moved
 
 
-@needs_diffusers
+@needs_context_parallel
 @pytest.mark.parametrize("how", ["halo", "ulysses"])
 def test_hooks_of_diffusers_rest_meanwhile(ranks, how):
     # Ulysses beside the hooks of ulysses_anything.
@@ -342,14 +334,14 @@ def test_hooks_of_diffusers_rest_meanwhile(ranks, how):
             torch.testing.assert_close(after, stock, rtol=1e-5, atol=2e-6)
 
 
-@needs_diffusers
+@needs_context_parallel
 def test_four_processes_share_a_model(ranks):
     # With fewer heads than processes, dense layers fetch all keys.
     name = "wan, a layer and a step dense"
     compare_models(ranks.run(4, models.on_rank, name, "halo"), models.output(name))
 
 
-@needs_diffusers
+@needs_context_parallel
 def test_a_mesh_says_which_processes(ranks):
     alone, _ = models.output("ltx")
     for out, said in ranks.run(2, models.on_a_mesh, "ltx", "halo"):
@@ -357,7 +349,7 @@ def test_a_mesh_says_which_processes(ranks):
         assert "must be a DeviceMesh of one axis or a process group" in said
 
 
-@needs_diffusers
+@needs_context_parallel
 def test_what_cannot_be_cut_is_refused_with_the_reason(ranks):
     for build, pattern, how, why in (
         ("hunyuan_video", "na(window=3x3x3)", "halo", "no _cp_plan"),
@@ -373,7 +365,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(ranks):
         apply(tiny_models.wan()[0], "na(window=3x3x3)", parallel="ring")
 
 
-@needs_diffusers
+@needs_context_parallel
 def test_diffusers_own_ulysses_equals_one_process_and_ring_is_refused(ranks):
     alone = context_parallel.outputs(lambda model: None)
     for found in ranks.run(2, context_parallel.work):

@@ -8,16 +8,12 @@ pytest.importorskip("diffusers")
 from safetensors.torch import load_file
 
 from tests.support import shared_training, tiny_distill
-from tests.support.ranks import Ranks
+from tests.support.ranks import Ranks, needs_gloo
 from tests.support.runs import log_of, stopping
 from tests.support.tiny_digits import tiny_transformer
 from tests.support.tiny_moving_digits import tiny_pipeline
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.dist,
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.dist, needs_gloo]
 
 SCRIPT = "scripts.distill.pipeline"
 SMALL = ("--clip", "0.5", "--lr", "0.001", "--ema", "0.5", "--steps", "3", "--threads", "1")

@@ -12,9 +12,15 @@ import time
 import traceback
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+needs_context_parallel = pytest.mark.skipif(
+    not hasattr(pytest.importorskip("diffusers"), "ContextParallelConfig"), reason="this diffusers has no parallelism"
+)
 
 IMPORTED = [
     *("torch._inductor.compile_fx", "torch._dynamo.backends.debugging", "functorch.compile"),
