@@ -21,6 +21,7 @@ from visattn.kernels.triton.choosing.scores import pair_scores
 from visattn.kernels.triton.choosing.select import RULE_ABOVE, RULE_MASS, RULE_NUMBER, select
 from visattn.kernels.triton.config import block_dim
 from visattn.kernels.triton.start import aligned, launch_like, on
+from visattn.operands import in_rows
 from visattn.patterns import Above, DynamicPattern, Routes, TopK, TopP
 from visattn.patterns.choice.always import always_on, terms_of
 from visattn.patterns.choice.blocks import Blocks, within
@@ -147,7 +148,7 @@ def mask_bytes(valid: torch.Tensor) -> torch.Tensor:
 
 def block_means(x: torch.Tensor, grid: tuple[int, ...], box: tuple[int, ...], valid: torch.Tensor | None) -> Means:
     """Means of blocks of grid tokens [B, tokens, heads, D], of those that `valid`, bool [B, tokens], has."""
-    x = x if x.stride(3) == 1 else x.contiguous()
+    x = in_rows(x)
     bytes_of_mask = None if valid is None else mask_bytes(valid)
     with on(x.device):
         return part_mean(x, part_tokens(grid, box, 1, x.device), bytes_of_mask, 1.0)
@@ -180,7 +181,7 @@ def chosen(
     if how is None:
         return None
     rule, parts, counted = how
-    given = [x if x.stride(3) == 1 else x.contiguous() for x in (q, k)]
+    given = [in_rows(x) for x in (q, k)]
     if valid is not None:
         given.append(mask_bytes(valid))
 

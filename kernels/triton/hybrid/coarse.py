@@ -14,6 +14,7 @@ from visattn.kernels.triton.hybrid.gated import add_gated
 from visattn.kernels.triton.hybrid.router import Pooled
 from visattn.kernels.triton.hybrid.sizes import precision, sizes, strides, warps
 from visattn.kernels.triton.start import launch_like
+from visattn.operands import repeated
 from visattn.patterns.choice.blocks import Blocks
 
 
@@ -25,11 +26,9 @@ def add_coarse(
     own: Mapping[str, torch.Tensor],
 ) -> None:
     """VSA: attention of means, queries scaled, behind a gate."""
-    q, k, _, out = grid
+    q, out = grid[0], grid[3]
     query, key, value, count = means
-    each = q.shape[2] // k.shape[2]
-    if each > 1:
-        key, value = (x.repeat_interleave(each, 1) for x in (key, value))
+    key, value = (repeated(x, q.shape[2], 1) for x in (key, value))
     mask = blind = None
     if masked:
         mask = count[:, None, None] > 0

@@ -8,6 +8,7 @@ import torch
 
 from visattn.kernels.triton.choosing.choose import mask_bytes
 from visattn.layout import Layout
+from visattn.operands import in_rows
 from visattn.patterns.choice.blocks import inner
 
 
@@ -15,7 +16,7 @@ def grids(tensors: Iterable[torch.Tensor], layout: Layout) -> list[torch.Tensor]
     """Grid tokens [B, tokens, heads, D] of tensors [B, S, heads, D], channels contiguous."""
     at = inner(layout)
     rows = (x if x.shape[1] == layout.tokens else x[:, at] for x in tensors)
-    return [x if x.stride(3) == 1 else x.contiguous() for x in rows]
+    return [in_rows(x) for x in rows]
 
 
 def grid_mask(key_mask: torch.Tensor | None, layout: Layout) -> list[torch.Tensor]:

@@ -32,6 +32,7 @@ from visattn.kernels.triton.choosing.choose import (
 from visattn.kernels.triton.hybrid.given import grid_mask, grids, narrow
 from visattn.kernels.triton.start import launch_like
 from visattn.layout import Layout
+from visattn.operands import repeated
 from visattn.patterns.choice.always import always_on, terms_of
 from visattn.patterns.choice.blocks import Blocks
 from visattn.patterns.choice.listening import tell
@@ -249,7 +250,7 @@ def _listed(
         query, query_count, key, key_count = start_like(
             (_listed, "means", about), given, lambda *given: First([t for side in means(*given) for t in side])
         )
-        wide = key if kv_heads == query.shape[1] else key.repeat_interleave(query.shape[1] // kv_heads, 1)
+        wide = repeated(key, query.shape[1], 1)
         routed = _mapped(query, own["route_query"]), query_count, _mapped(wide, own["route_key"]), key_count
         found = start_like((_listed, "lists", about), routed, lambda q, m, k, n: lists(Means(q, m), Means(k, n)))
     else:
