@@ -114,8 +114,10 @@ class Kernels:
             low |= _append(addresses, rpb, key_mask)
         start = self.starts.ready.get(("forward", want_lse))
         if start is not None and not low & UNALIGNED:
-            if self._counted:
-                addresses.append(self.starts.counter().data_ptr())
+            # While a graph is captured nobody else holds it, and lists that are written next could lie in its place.
+            taken = self.starts.counter() if self._counted else None
+            if taken is not None:
+                addresses.append(taken.data_ptr())
             if routed is not None:
                 addresses += routed.addresses("forward")
             start(addresses)

@@ -36,15 +36,29 @@ def _compiled(kernel, given):
 
 
 FUNCTIONS = {}
+ADDRESS = torch.Tensor.data_ptr
 
 
 class Launches(list):
     """What was launched: (kernel, its parameters by name); first launches of a kernel are in `first`, how many
-    programs they had in `grids`."""
+    programs they had in `grids`. `memory` is what was asked for its address: held, so that none of it is used again."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.grids, self.wanted, self.quiet = [], [], {}, False
+        self.first, self.grids, self.wanted, self.memory, self.quiet = [], [], {}, {}, False
+
+    def address(self, tensor):
+        """Stands for `Tensor.data_ptr`."""
+        storage = tensor.untyped_storage()
+        self.memory[storage.data_ptr()] = storage
+        return ADDRESS(tensor)
+
+    def check_held(self, name, address):
+        """What a kernel is told to use is somebody's until it is in the queue, or a later tensor may lie there too."""
+        for first, storage in self.memory.items():
+            if first <= address < first + storage.nbytes():
+                # One of these is `memory`.
+                assert torch._C._storage_Use_Count(storage._cdata) > 1, f"{name} was freed before its kernel began"
 
     def by_triton(self, kernel, grid, given, warps, stages):
         """Stands for `start.launch`."""
@@ -67,6 +81,8 @@ class Launches(list):
             kind = ctypes.c_uint64 if field.kind == "map" or field.size == 8 else ctypes.c_int32
             kind = ctypes.c_float if field.kind == "fp32" else kind
             found.setdefault(field.name, kind.from_address(place).value)
+            if field.kind in ("map", "pointer"):
+                self.check_held(field.name, kind.from_address(place).value)
         self.append((kernel, found))
         return 0
 
@@ -100,6 +116,7 @@ def fake_driver(architecture=90):
             (backend, "fits", lambda device, dtype, head_dim: Support(True)),
             (backend.Triton, "available", lambda self: Support(True)),
             (torch.cuda, "get_device_properties", lambda device=None: properties),
+            (torch.Tensor, "data_ptr", lambda tensor: seen.address(tensor)),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         for name, value in (("_cuda_getDevice", lambda: None), ("_cuda_getCurrentRawStream", lambda index: 7)):
