@@ -50,6 +50,12 @@ CASES: dict[str, tuple[str, Layout]] = {
     "video, 10 %, 128 x 64": ("topk(keep=0.1, block=2x8x8, key_block=1x8x8)", Layout((30, 45, 88))),
     "image, 10 %, 128 x 64, means": ("topk(keep=0.1, block=8x16, key_block=8x8, rest=mean)", Layout((256, 256))),
     "video, 10 %, blocks of 128": ("topk(keep=0.1, block=4x4x8)", Layout((30, 45, 88))),
+    # Blocks of an eighth and a quarter of the keys, and what they are compared with.
+    "image, 10 %, slope": ("topk(keep=0.1, rest=slope)", Layout((256, 256))),
+    "image, 10 %, slope, 64 x 16": ("topk(keep=0.1, block=8x8, key_block=4x4, rest=slope)", Layout((256, 256))),
+    "video, 10 %, slope": ("topk(keep=0.1, rest=slope)", Layout((30, 45, 88))),
+    "video, 10 %, slope, 64 x 16": ("topk(keep=0.1, block=4x4x4, key_block=2x2x4, rest=slope)", Layout((30, 45, 88))),
+    "video, 10 %, slope, 64 x 8": ("topk(keep=0.1, block=4x4x4, key_block=2x2x2, rest=slope)", Layout((30, 45, 88))),
     # Every query token chooses, and those of a tile share what it visits.
     "tokens, 10 %": ("topk(keep=0.1, block=1x1, key_block=8x8)", Layout((128, 128))),
     # Dense attention with the test in the loop: one that passes over nothing, and one that does.

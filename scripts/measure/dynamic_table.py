@@ -31,9 +31,12 @@ DENSITIES = (0.2, 0.1, 0.3)
 # Relative distances from a density at which the search ends, and beyond which a pattern is left out.
 TRIED_STEPS, HALVINGS, CLOSE, FAR = 6, 7, 0.02, 0.15
 SQUARES = {0.1: (20, 7), 0.2: (29, 13), 0.3: (35, 19)}
+# Blocks of as many queries as by default, and of a quarter and an eighth of the keys.
+FINE = {
+    "pictures": ("block=8x8,key_block=4x4", "block=8x8,key_block=2x4"),
+    "clips": ("block=4x4x4,key_block=2x2x4", "block=4x4x4,key_block=2x2x2"),
+}
 # A box, a tube along time, and a slab of (nearly) whole frames.
-# Blocks of as many queries as by default, and of a quarter of the keys.
-FINE = {"pictures": "block=8x8,key_block=4x4", "clips": "block=4x4x4,key_block=2x2x4"}
 WINDOWS = {
     0.1: ("7x7x8", "16x5x5", "2x14x14"),
     0.2: ("9x9x10", "16x7x7", "3x16x16"),
@@ -84,7 +87,7 @@ def rows_of(kind: str, density: float) -> list[str | Family]:
     """What is compared at a density; what takes longest comes last, for runs of limited time."""
     keep = f"keep={density:g}"
     found: list[str | Family] = [f"topk({keep})", f"topk({keep},rest=mean)", f"topk({keep},rest=slope)"]
-    found.append(f"topk({keep},rest=slope,{FINE[kind]})")
+    found += [f"topk({keep},rest=slope,{blocks})" for blocks in FINE[kind]]
     if kind == "pictures":
         side, far = SQUARES[density]
         square = f"na(window={side}x{side})"
