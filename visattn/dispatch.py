@@ -88,6 +88,14 @@ class Backend(ABC):
         """What it has compiled on this machine and keeps, in words; empty if nothing or if others say so."""
         return ""
 
+    def adds_tail(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> bool:
+        """Whether `run` itself adds what a pattern with a tail adds behind the softmax, and so does what it prepares.
+
+        Else it gets the pattern's `front`, and what is added is computed by operators of torch. The arguments are those
+        of `run`, whose pattern has a tail.
+        """
+        return False
+
     def keeps_results(self, problem: Problem) -> bool:
         """Whether compiled code keeps output and log-sum-exp for the backward, instead of running the call again there.
 

@@ -97,7 +97,7 @@ def run_call(
     chosen = choose_portable(problem) if portable else choose(problem, backend)
     if not q.shape[0]:
         return _of_no_samples(q, k, v, call)
-    if isinstance(call.pattern, DynamicPattern) and call.pattern.has_tail:
+    if isinstance(call.pattern, DynamicPattern) and call.pattern.has_tail and not chosen.adds_tail(q, k, v, call):
         return _with_tail(q, k, v, call, call.pattern, backend, portable)
     weight = call.parameters.get("pool_weight")
     with switched_off(q.device):
@@ -143,10 +143,11 @@ def _prepare(
     """Keep what runs calls with a key; None for calls of which nothing is kept."""
     pattern = call.pattern
     pools = isinstance(pattern, PooledPattern) and pattern.pool_shape(call.layout.grid) is not None
-    tail = isinstance(pattern, DynamicPattern) and pattern.has_tail
-    if call.parameters or not q.shape[0] or pools or tail:
+    if call.parameters or not q.shape[0] or pools:
         return None
     chosen = choose(Problem.of(q, k, v, call), backend)
+    if isinstance(pattern, DynamicPattern) and pattern.has_tail and not chosen.adds_tail(q, k, v, call):
+        return None
     prepared = chosen.prepare(q, k, v, call, lambda: STORE.weigh(key))
     if torch.is_autocast_enabled(q.device.type):
         prepared = _Cast(prepared, q.dtype, q.device.type)

@@ -29,6 +29,7 @@ from visattn.kernels.triton.config import (
     needed_memory,
     shorter,
 )
+from visattn.kernels.triton.eightbit.cost import quantise_us
 from visattn.kernels.triton.eightbit.run import attend_8bit, eight_bit, eight_config, fits_8bit
 from visattn.kernels.triton.hopper.launch import faster_configs, hopper_config, width
 from visattn.layout import Layout
@@ -57,9 +58,8 @@ DYNAMIC_CALL_US = 250
 # call takes (fitted to the same calls).
 KEYS_US, HOPPER_KEYS_US = 2.0, 1.1
 # In 8 bits on Hopper (docs/results/gpu-eightbit.json, an H200): how much faster the kernel is where no tile has a mask
-# and where all have, what a call keeps the host more, and what quantising takes the device at least and for a million
-# numbers of q and of k.
-EIGHT_RATE, EIGHT_HOST_US, QUANTISE_US, QUANTISE_Q_US, QUANTISE_K_US = (1.3, 1.2), 65, 20, 0.74, 2.3
+# and where all have, and what a call keeps the host more.
+EIGHT_RATE, EIGHT_HOST_US = (1.3, 1.2), 65
 # Programs on the second axis of a launch (CUDA C programming guide, "Technical specifications"), where the kernels that
 # choose tiles and those of 8 bits have the heads of all samples.
 MOST_PAIRS = 2**16 - 1
@@ -191,13 +191,15 @@ class Triton(Backend):
         if isinstance(problem.pattern, DynamicPattern) and problem.pattern.pools_rest:
             # Pooled keys by a kernel of the general rate, whatever runs the lists.
             columns = problem.pattern.blocks(problem.layout.grid).columns
+            # Two products of a matrix for each head, where values change with keys.
+            columns += head_dim if problem.pattern.has_tail else 0
             pairs += problem.dense_pairs * columns / problem.layout.length * rate / RATE
         host_us, device_us = _fixed_us(problem)
         longest = int(plan.lists.counts.max(initial=0)) * plan.keys.capacity / 128
         least = longest * keys_us
         if eight:
             rate *= EIGHT_RATE[0] + (EIGHT_RATE[1] - EIGHT_RATE[0]) * partial
-            host_us, device_us = host_us + EIGHT_HOST_US, device_us + _quantise_us(problem)
+            host_us, device_us = host_us + EIGHT_HOST_US, device_us + quantise_us(problem)
         device = overhead(problem, 0, device_us) + max(pairs / rate, overhead(problem, 0, least))
         return wall(problem, device, 0, host_us)
 
@@ -219,9 +221,15 @@ class Triton(Backend):
 
         return Ready(kernels_of(q, k, v, call, grown), call, learns)
 
+    def adds_tail(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> bool:
+        """See `Backend.adds_tail`; what has gradients is added by operators of torch."""
+        slope = isinstance(call.pattern, DynamicPattern) and call.pattern.rest == "slope"
+        return slope and call.precision is None and not recorded(q, k, v, call.rpb)
+
     def keeps_results(self, problem: Problem) -> bool:
-        """See `Backend.keeps_results`; the gradient of a bias has a kernel that needs more."""
-        return not problem.rpb and self.supports(problem).ok
+        """See `Backend.keeps_results`; the gradients of a bias and of a tail need more."""
+        tail = isinstance(problem.pattern, DynamicPattern) and problem.pattern.has_tail
+        return not problem.rpb and not tail and self.supports(problem).ok
 
     def choose(
         self,
@@ -300,13 +308,6 @@ def _eight_on_hopper(problem: Problem, number: int) -> bool:
     """Whether Hopper's own kernel of 8 bits runs a call; what nobody has timed counts as that of 16 bits."""
     about = problem.dtype, problem.head_dim, problem.pattern, problem.layout, problem.key_mask
     return problem.precision is not None and eight_config(number, *about).hopper
-
-
-def _quantise_us(problem: Problem) -> float:
-    """What quantising the tensors of a call takes the device, in microseconds."""
-    heads = problem.batch * problem.head_dim * 1e-6
-    rows, columns = problem.layout.length, problem.layout.keys.length
-    return QUANTISE_US + heads * (QUANTISE_Q_US * problem.heads * rows + QUANTISE_K_US * problem.kv_heads * columns)
 
 
 def _as_they_are(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> bool:

@@ -2,8 +2,8 @@
 
     python3 -m scripts.check.lists_gpu [--jobs 8] [--only TEXT] [--whole] [--one-pass]
 
-Forward and gradients against the float64 reference on shapes with many tiles, outputs poisoned with NaN, every
-call twice (bit-equal), head dims 32 to 256, three dtypes. `--whole` takes the Hopper kernels without lists by halves,
+Forward, with and without gradients, and gradients against the float64 reference on shapes with many tiles, outputs
+poisoned with NaN, every call twice (bit-equal), head dims 32 to 256, three dtypes. `--whole` takes the Hopper kernels without lists by halves,
 as they run for lists that are made at run time, `--one-pass` their backward in one pass. Exit status 1 if anything is
 off.
 """
@@ -106,6 +106,8 @@ def cases() -> list[Case]:
             Case("above(tau=0.8,block=4x4x8,always=none)", Layout((9, 14, 20), suffix=5), dtype, dim),
             Case("topk(keep=4,block=8x16,key_block=8x8,rest=mean)", Layout((45, 70), prefix=7), dtype, dim, 2),
             Case("above(tau=0.8,block=8x8,rest=mean)", Layout((45, 70), suffix=30), dtype, dim, mask=True),
+            Case("topk(keep=4,block=8x16,key_block=8x8,rest=slope)", Layout((45, 70), prefix=7), dtype, dim, 2),
+            Case("above(tau=0.8,block=8x8,key_block=2x4,rest=slope)", Layout((45, 70), 0, 30), dtype, dim, mask=True),
             Case("topk(keep=0.2,block=1x1,key_block=8x8)", Layout((35, 38), prefix=7), dtype, dim, 2, mask=True),
             Case("topp(p=0.3,of=height,block=1x2,key_block=4x16)", Layout((48, 64), suffix=30), dtype, dim),
             Case("topk(keep=2,block=64,key_block=256,per=head,always=none)", Layout(3333), dtype, dim, mask=True),
@@ -129,12 +131,17 @@ def cases() -> list[Case]:
     return found
 
 
+def forward(case: Case, inputs: list[torch.Tensor], backend: str, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Output and log-sum-exp."""
+    rpb = inputs[3] if case.rpb else None
+    given = *inputs[:3], case.pattern, case.layout
+    return list(attention(*given, key_mask=mask, rpb=rpb, backend=backend, return_lse=True))
+
+
 def run(case: Case, inputs: list[torch.Tensor], backend: str, mask: torch.Tensor | None) -> list[torch.Tensor]:
     """Output, log-sum-exp and gradients."""
     leaves = [t.detach().requires_grad_() for t in inputs]
-    rpb = leaves[3] if case.rpb else None
-    q, k, v = leaves[:3]
-    out, lse = attention(q, k, v, case.pattern, case.layout, key_mask=mask, rpb=rpb, backend=backend, return_lse=True)
+    out, lse = forward(case, leaves, backend, mask)
     made = torch.Generator("cuda").manual_seed(1)
     weight = torch.randn(out.shape, generator=made, device="cuda", dtype=torch.float64)
     loss = (out.double() * weight).sum() + lse.double().nan_to_num(neginf=0.0).square().mean()
@@ -173,9 +180,14 @@ def check(case: Case, backend: str = "triton", repeats: bool = True) -> str:
     ours = run(case, tensors, backend, mask)
     again = run(case, tensors, backend, mask) if repeats else ours
     reference = attention_reference(case, tensors, mask)
-    names = ["out", "lse", "dq", "dk", "dv", "drpb"]
+    names = ["out", "lse", "dq", "dk", "dv", "drpb"][: len(ours)]
+    # Without gradients calls go other ways, the second one along what the first one has left.
+    with torch.no_grad():
+        ours += forward(case, tensors, backend, mask)
+        again += forward(case, tensors, backend, mask) if repeats else ours[-2:]
+    names, reference = [*names, "out alone", "lse alone"], [*reference, *reference[:2]]
     problems, errors = [], []
-    for name, a, b, truth in zip(names, ours, again, reference, strict=False):
+    for name, a, b, truth in zip(names, ours, again, reference, strict=True):
         if not torch.equal(a, b):
             problems.append(f"{name} differs between two runs")
         finite = truth.isfinite()

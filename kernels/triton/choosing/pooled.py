@@ -7,17 +7,21 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.kernels.triton.arguments import LOG2E, precision
-from visattn.kernels.triton.choosing.choose import block_means, part_tokens
+from visattn.kernels.triton.choosing.choose import Means, block_means, mask_bytes, part_tokens
+from visattn.kernels.triton.choosing.moment import moments_of
 from visattn.kernels.triton.choosing.rest import add_rest, mark_blocks
 from visattn.kernels.triton.choosing.rest_grad import rest_key_gradients, rest_query_gradients
 from visattn.kernels.triton.config import block_dim
 from visattn.kernels.triton.start import launch_like, on
 from visattn.layout import Layout
+from visattn.operands import in_rows
 from visattn.patterns import DynamicPattern, Routes
 from visattn.patterns.choice.blocks import Blocks, inner, token_blocks
 
-# Entries of a list that are turned into bits together, and pooled keys of a step.
-ENTRIES, COLUMNS = 64, 64
+# Entries of a list that are turned into bits together.
+ENTRIES = 64
+# Channels whose changes are multiplied at once, by the bytes of a number.
+SLICES = {2: 64, 4: 16}
 
 
 class Rest(NamedTuple):
@@ -35,6 +39,7 @@ class Rest(NamedTuple):
         tokens: Tokens of each query block in the sequence, -1 behind a border: int32 [query blocks, tokens].
         heads: Query heads of an owner of lists.
         tf32: Whether float32 products may round their factors to tf32.
+        moment: How values change with keys around the means, see `moments_of`; None for `rest=mean`.
     """
 
     k: torch.Tensor
@@ -48,11 +53,14 @@ class Rest(NamedTuple):
     tokens: torch.Tensor
     heads: int
     tf32: bool
+    moment: torch.Tensor | None
 
     def add(self, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float) -> None:
         """Go on with attention along lists: `out` [B, S, H, D] and `lse` [B, H, S] are replaced."""
         given = {"q": q, "out": out, "lse": lse, **self._given(q, 64)}
         given |= {"scale": scale * LOG2E, "q_batch": q.stride(0), "q_token": q.stride(1), "q_head": q.stride(2)}
+        given |= {"moment": self.k if self.moment is None else self.moment, "SLOPE": self.moment is not None}
+        given |= {"SLICE": min(given["BLOCK_DIM"], SLICES[q.element_size()])}
         with on(q.device):
             launch_like(add_rest, self._programs(q, given), given, 4, 2)
 
@@ -133,7 +141,7 @@ def rest_of(
     """The pooled keys of a call.
 
     Args:
-        pattern: A pattern with `rest=mean`.
+        pattern: A pattern with `rest=mean` or `slope`.
         routes: What it chose.
         k: Keys [B, S, Hkv, D].
         v: Values.
@@ -147,6 +155,7 @@ def rest_of(
     key, value = (block_means(x[:, at], blocks.grid, blocks.keys, valid) for x in (k, v))
     with on(k.device):
         bits = _bits(routes, blocks.columns)
+        moment = _moment(k[:, at], v[:, at], key, blocks, valid, tf32) if pattern.rest == "slope" else None
     own = part_tokens(blocks.grid, blocks.queries, 1, k.device)
     return Rest(
         key.mean.transpose(1, 2).to(k.dtype).contiguous(),
@@ -160,7 +169,16 @@ def rest_of(
         torch.where(own < 0, own, own + layout.prefix) if layout.prefix else own,
         heads // routes.groups,
         tf32,
+        moment,
     )
+
+
+def _moment(
+    k: torch.Tensor, v: torch.Tensor, key: Means, blocks: Blocks, valid: torch.Tensor | None, tf32: bool
+) -> torch.Tensor:
+    """`moments_of` for the blocks of keys."""
+    tokens = part_tokens(blocks.grid, blocks.keys, 1, k.device)
+    return moments_of(in_rows(k), in_rows(v), key, tokens, None if valid is None else mask_bytes(valid), tf32)
 
 
 def _bits(routes: Routes, blocks: int) -> torch.Tensor:

@@ -55,13 +55,16 @@ def mark_blocks(
 
 @triton.jit
 def add_rest(
-    q, pooled_k, pooled_v, weight, bits, tokens, out, lse,
+    q, pooled_k, pooled_v, weight, bits, tokens, moment, out, lse,
     q_batch, q_token, q_head, weight_batch, list_heads, scale, heads, group, length,
     rows, columns, words, slots, pieces,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SLOPE: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Go on with the softmax of some queries of one block over the pooled keys; output and log-sum-exp are replaced.
+
+    With SLOPE the weight that falls on pooled keys also gets how their values change with the query, see
+    `patterns.choice.tail.slope`.
 
     Args:
         q: Queries [B, length, heads, HEAD_DIM].
@@ -70,6 +73,7 @@ def add_rest(
         weight: Logarithm of the tokens of each block, -inf for none: float32 [1 or B, columns].
         bits: See `mark_blocks`.
         tokens: Tokens of each query block, -1 behind a border: int32 [rows, slots].
+        moment: How values change with keys: [B, key heads, HEAD_DIM, HEAD_DIM], contiguous; not read without SLOPE.
         out: Attention along the lists, then with the pooled keys: [B, length, heads, HEAD_DIM], contiguous.
         lse: Its log-sum-exp, then that of both: float32 [B, heads, length].
         q_batch: Distance of two samples of q; q_token of two tokens, q_head of two heads.
@@ -91,6 +95,8 @@ def add_rest(
         ROWS: Queries of a program.
         COLUMNS: Pooled keys of a step.
         PRECISION: Of the products.
+        SLOPE: Whether values change with keys.
+        SLICE: Channels of keys whose changes are multiplied at once.
     """
     row, piece, pair = tl.program_id(0) // pieces, tl.program_id(0) % pieces, tl.program_id(1)
     sample, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -103,8 +109,8 @@ def add_rest(
     out_at = out + ((sample * length + token) * heads + head)[:, None] * HEAD_DIM + d[None, :]
     lse_at = lse + (sample * heads + head) * length + token
     acc = tl.load(out_at, mask=here, other=0.0).to(tl.float32)
-    top = tl.load(lse_at, mask=is_token, other=float("-inf")) * LOG2E
-    total = tl.where(top == float("-inf"), 0.0, 1.0)
+    before = tl.load(lse_at, mask=is_token, other=float("-inf")) * LOG2E
+    top, total = before, tl.where(before == float("-inf"), 0.0, 1.0)
     step = heads // group * HEAD_DIM
     first = (sample * columns * (heads // group) + head // group) * HEAD_DIM
     bits += ((pair // list_heads).to(tl.int64) * rows + row) * words
@@ -119,5 +125,21 @@ def add_rest(
         value = tl.load(pooled_v + at, mask=inside[:, None] & has_d[None, :], other=0.0)
         acc, total, top = absorb(acc, total, top, scores, value, PRECISION, True)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if SLOPE:
+        # What of the whole softmax is not on listed keys.
+        share = tl.where(total == 0.0, 0.0, 1.0 - tl.exp2(before - tl.where(total == 0.0, 0.0, top)) / total)
+        change = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+        moment += (sample * (heads // group) + head // group) * HEAD_DIM * HEAD_DIM
+        q += sample * q_batch + head * q_head
+        for start in range(0, BLOCK_DIM, SLICE):
+            f = start + tl.arange(0, SLICE)
+            has_f = f < HEAD_DIM
+            part = tl.load(
+                q + token[:, None] * q_token + f[None, :], mask=is_token[:, None] & has_f[None, :], other=0.0
+            )
+            some = tl.load(moment + f[:, None] * HEAD_DIM + d[None, :], mask=has_f[:, None] & has_d[None, :], other=0.0)
+            change = tl.dot(part, some, change, input_precision=PRECISION)
+        # The factor on the products is one for scores in base 2.
+        acc += change * (share * (scale / LOG2E))[:, None]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=here)
     tl.store(lse_at, (top + tl.log2(total)) * LN2, mask=is_token)

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from visattn import Layout, parse
 from visattn.kernels.triton import ahead, resources
 from visattn.kernels.triton.arguments import Operands, Work, forward_arguments, gradient_arguments, plan_of
-from visattn.kernels.triton.choosing import choose, listed, pooled, skipped
+from visattn.kernels.triton.choosing import choose, listed, moment, pooled, skipped
 from visattn.kernels.triton.choosing.tables import tables
 from visattn.kernels.triton.config import (
     BLOCK_DIMS,
@@ -105,7 +105,7 @@ def compiling_instead(monkeypatch, *modules):
 
 def compiled_launches(monkeypatch, text, dtype, dim):
     """What every kernel needs that chooses for a pattern, writes its lists and adds its pooled keys."""
-    found = compiling_instead(monkeypatch, choose, listed, pooled)
+    found = compiling_instead(monkeypatch, choose, listed, pooled, moment)
     pattern, layout = parse(text), Layout((64, 64), 16)
     blocks, x = pattern.blocks(layout.grid), torch.empty(1, layout.length, 2, dim, dtype=dtype)
     own = x[:, inner(layout)]
@@ -125,6 +125,9 @@ def compiled_launches(monkeypatch, text, dtype, dim):
         pytest.param("topp(p=0.5,block=8x16,most=0.5,rest=mean)", torch.float32, 128, 6, marks=pytest.mark.slow),
         pytest.param("topk(keep=0.2,block=1x64,causal=1x0)", torch.bfloat16, 128, 4, marks=pytest.mark.slow),
         pytest.param("above(score=parts(4x4),block=8x8,rest=mean)", torch.float16, 256, 6, marks=pytest.mark.slow),
+        ("topk(keep=0.2,block=8x8,key_block=2x4,rest=slope)", torch.bfloat16, 128, 7),
+        pytest.param("topk(keep=0.2,block=4x4,rest=slope)", torch.bfloat16, 256, 7, marks=pytest.mark.slow),
+        pytest.param("topk(keep=0.2,block=4x4,rest=slope)", torch.float32, 128, 7, marks=pytest.mark.slow),
     ],
 )
 def test_kernels_of_dynamic_patterns_compile(monkeypatch, text, dtype, dim, kernels):

@@ -16,6 +16,8 @@ from visattn.patterns.routes import Routes
 TAILS = {"slope": "mean", "linear": "drop", "coarse": "drop"}
 # Keeps the quotient of SLA's linear part finite.
 LEAST = 1e-5
+# Products of queries with pooled keys that exist at a time.
+LOGITS = 2**24
 
 
 def _grid(x: torch.Tensor, layout: Layout, heads: int, valid: torch.Tensor | None) -> torch.Tensor:
@@ -65,13 +67,15 @@ def slope(
         off = off.masked_fill(~valid[:, None, :, None], 0)
     moment = off.transpose(2, 3) @ values
     queries = widened(q[:, at]).transpose(1, 2)
-    hidden = choice.mask(0, blocks.columns)[:, :, rows] | (count[:, None, None, :, 0] == 0)
-    logits = queries @ pooled.transpose(2, 3) * scale + count[:, None, None, :, 0].clamp(min=1).log()
-    # Where everything is listed, no weight falls on pooled keys.
-    extra = torch.exp(logits - lse[:, at].transpose(1, 2)[..., None].nan_to_num(neginf=0.0))
-    share = extra.masked_fill(hidden, 0).sum(-1, keepdim=True)
+    listed, sums = choice.mask(0, blocks.columns), lse[:, at].transpose(1, 2)[..., None].nan_to_num(neginf=0.0)
+    empty, weight = (count[:, None, None, :, 0] == 0), count[:, None, None, :, 0].clamp(min=1).log()
+    shares, step = [], max(1, LOGITS // (len(q) * heads * blocks.columns))
+    for some in (slice(start, start + step) for start in range(0, len(rows), step)):
+        extra = torch.exp(queries[:, :, some] @ pooled.transpose(2, 3) * scale + weight - sums[:, :, some])
+        # Where everything is listed, no weight falls on pooled keys.
+        shares.append(extra.masked_fill(listed[:, :, rows[some]] | empty, 0).sum(-1, keepdim=True))
     number = count.sum(1)[:, None, None].clamp(min=1)
-    return (share * scale / number * (queries @ moment)).transpose(1, 2)
+    return (torch.cat(shares, 2) * scale / number * (queries @ moment)).transpose(1, 2)
 
 
 def linear(

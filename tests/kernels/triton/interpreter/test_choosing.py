@@ -17,7 +17,8 @@ from visattn.kernels.triton.routes import MergedLists
 from visattn.patterns import Routes
 from visattn.patterns.choice.blocks import inner
 from visattn.patterns.choice.scores import block_means
-from visattn.problem import Call
+from visattn.patterns.tailed import TailedPattern
+from visattn.problem import Call, Problem
 
 LISTS = {
     "whole blocks": ("topk(keep=3,block=4x4)", Layout((8, 12)), 16, 16),
@@ -213,6 +214,37 @@ def test_means_of_what_is_not_listed(name):
     truth = results(q, k, v, text, layout, mask, "reference")
     for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), found, truth, strict=True):
         assert (one - other).abs().max() < 2e-5, name
+
+
+@pytest.mark.parametrize("head_dim", [24, 80])
+@pytest.mark.parametrize("name", RESTS)
+def test_values_that_change_with_keys_where_nothing_is_listed(name, head_dim, monkeypatch):
+    text, layout, special = RESTS[name]
+    text = text.replace("rest=mean", "rest=slope")
+    q = torch.randn(2, layout.length, 2, head_dim, generator=torch.manual_seed(0))
+    k, v = (torch.randn(2, layout.length, 1, head_dim, generator=torch.manual_seed(i)) + i for i in (1, 2))
+    mask = None
+    if special:
+        mask = torch.rand(2, layout.length, generator=torch.manual_seed(3)) > 0.4
+        mask[1, layout.length // 2 :] = False
+    options = {"key_mask": mask, "return_lse": True, "scale": -0.4}
+    truth = attention(q, k, v, text, layout, backend="reference", **options)
+    # Operators of torch have no part in it, in a first call and in one that is kept.
+    monkeypatch.setattr(TailedPattern, "tail", None)
+    for _ in range(2):
+        found = attention(q, k, v, text, layout, backend="triton", **options)
+        for one, other in zip(found, truth, strict=True):
+            assert torch.equal(one.isinf(), other.isinf())
+            assert (one - other).masked_fill(one.isinf(), 0).abs().max() < 1e-4
+
+
+def test_what_changes_with_keys_has_gradients_by_torch():
+    text, layout = "topk(keep=1,block=4x4,rest=slope)", Layout((8, 8))
+    q, k, v = torch.randn(3, 1, 64, 2, 16, generator=torch.manual_seed(0))
+    found, truth = (results(q, k, v, text, layout, None, backend) for backend in ("triton", "reference"))
+    for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), found, truth, strict=True):
+        assert (one - other).abs().max() < 5e-5, name
+    assert not load("triton").keeps_results(Problem.of(q, k, v, Call(parse(text), layout, 0.25)))
 
 
 SHARED = {
