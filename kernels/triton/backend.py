@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,13 +19,16 @@ from visattn.kernels.triton import tune
 from visattn.kernels.triton.boxes import PARTIAL, QUERY_HALVES, tiled
 from visattn.kernels.triton.choosing.tables import lists_by_blocks
 from visattn.kernels.triton.config import (
+    BY_QUERIES,
     DIRECTIONS,
     SHARING,
     Config,
+    block_tokens,
     chosen_by_kernels,
     config,
     largest_head_dim,
     needed_memory,
+    packed,
     shorter,
 )
 from visattn.kernels.triton.eightbit.cost import quantise_us
@@ -184,6 +186,8 @@ class Triton(Backend):
                 # These kernels compute with more channels than some head dims have.
                 tiles, rate, keys_us = faster, HOPPER_RATE * head_dim / width(head_dim), HOPPER_KEYS_US
         shared = sharing_tiles(problem.pattern, problem.layout, SHARING) if problem.precision is None else None
+        keys = block_tokens(problem.pattern, problem.layout).get("key_grad")
+        tiles = tiles if tiles.hopper or shared or keys is None else packed(tiles, keys)
         halves = QUERY_HALVES if tiles.halves else None
         plan = tiled(shared or problem.pattern, problem.layout, tiles.rows, tiles.tile, halves)
         partial = 1 if shared else 1 - plan.full_share
@@ -371,25 +375,18 @@ def _tunes(q: torch.Tensor) -> bool:
     return tune.enabled() and q.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
-def _block_tokens(pattern: Pattern, layout: Layout) -> dict[str, int | None]:
-    """Tokens that the row tiles of a dynamic pattern have at most: its blocks are their borders."""
-    if not isinstance(pattern, DynamicPattern):
-        return {}
-    blocks = pattern.blocks(layout.grid)
-    queries, keys = math.prod(blocks.queries), math.prod(blocks.keys)
-    return {"forward": queries, "query_grad": queries, "key_grad": keys}
-
-
 def launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> dict[str, Config]:
     """The launch configuration of each direction: the table's or the tuned one, or that of a Hopper kernel."""
     number, dtype, head_dim = architecture(q.device), q.dtype, q.shape[3]
-    tokens = dict.fromkeys(DIRECTIONS) | _block_tokens(call.pattern, call.layout)
+    tokens = dict.fromkeys(DIRECTIONS) | block_tokens(call.pattern, call.layout)
     configs = {d: config(number, dtype, head_dim, d, tokens[d]) for d in DIRECTIONS}
-    if number and sharing_tiles(call.pattern, call.layout, SHARING) is not None:
-        # Tiles that blocks share have no more tokens than a word has bits.
-        configs |= {d: shorter(configs[d], BITS) for d in ("forward", "query_grad")}
     if _tunes(q):
         configs = _tuned(call.pattern, call.layout, dtype, head_dim, q.device)
+    if sharing_tiles(call.pattern, call.layout, SHARING) is not None:
+        # Tiles that blocks share have no more tokens than a word has bits.
+        configs = configs | {d: shorter(configs[d], BITS) for d in BY_QUERIES if number}
+    elif (keys := tokens["key_grad"]) is not None:
+        configs = configs | {d: packed(configs[d], keys) for d in BY_QUERIES}
     # A new dict: the tuned one is kept for other calls, which may have a mask.
     return configs | faster_configs(q, k, v, call, number)
 

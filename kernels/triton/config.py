@@ -8,17 +8,21 @@ from typing import NamedTuple
 import torch
 
 from visattn.layout import Layout
-from visattn.patterns import Pattern
+from visattn.patterns import DynamicPattern, Pattern
 from visattn.patterns.routing import Routing
 
 # Kernels in the order in which a training step runs them.
 DIRECTIONS = ("forward", "key_grad", "query_grad")
+# Those whose rows are queries.
+BY_QUERIES = ("forward", "query_grad")
 # Bytes of shared memory that one program can have (CUDA C programming guide, "Technical specifications").
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # Regions that the kernels of `routing` choose from at most: products head by head of more would fill the memory.
 MOST_REGIONS = 256
 # Tokens of a query block up to which blocks share a tile: more fill at least half of the rows of most kernels.
 SHARING = 32
+# Slots of a column tile at least where a step has several: more tiles of a step are more addresses.
+LEAST_SLOTS = 8
 # Padded head dims; others take the next larger one.
 BLOCK_DIMS = (16, 32, 64, 128, 256)
 
@@ -36,7 +40,7 @@ class Config(NamedTuple):
         columns: Tokens of the column tiles of one step.
         warps: Warps per program.
         stages: Steps in flight.
-        per_step: Column tiles of one step; more than one need tiles of whole mask words (32 tokens).
+        per_step: Column tiles of one step.
         hopper: Whether the kernel is one of `hopper`, whose warps are fixed.
         halves: Whether its lists say what each half of a row tile has to do (`lists.halves`).
         one_pass: Whether the kernel of dK and dV computes dQ as well where all three are wanted (`hopper.one_pass`):
@@ -173,6 +177,12 @@ def block_dim(head_dim: int) -> int:
     return next(d for d in BLOCK_DIMS if d >= head_dim)
 
 
+def packed(launch: Config, tokens: int) -> Config:
+    """A configuration of the general kernels whose steps hold several column tiles of so many tokens, where they do."""
+    slots = max(LEAST_SLOTS, 1 << (tokens - 1).bit_length())
+    return launch if slots >= launch.tile else launch._replace(per_step=launch.columns // slots)
+
+
 def shorter(launch: Config, rows: int) -> Config:
     """A configuration with at most so many rows of a tile, and warps in proportion."""
     if launch.rows <= rows:
@@ -194,3 +204,12 @@ def config(architecture: int, dtype: torch.dtype, head_dim: int, direction: str,
     width = min(d for d in rows if d >= head_dim)
     half = HALF.get((family(architecture), direction, dtype.itemsize), {}).get(width)
     return half if half and tokens is not None and tokens <= half.rows else rows[width]
+
+
+def block_tokens(pattern: Pattern, layout: Layout) -> dict[str, int | None]:
+    """Tokens that the row tiles of a dynamic pattern have at most: its blocks are their borders."""
+    if not isinstance(pattern, DynamicPattern):
+        return {}
+    blocks = pattern.blocks(layout.grid)
+    queries, keys = math.prod(blocks.queries), math.prod(blocks.keys)
+    return {"forward": queries, "query_grad": queries, "key_grad": keys}

@@ -130,14 +130,17 @@ def see(masks, mask_ids, i, row_slots, column_slots, ROWS: tl.constexpr, COLUMNS
 
     A row of a mask is a bit per slot of one column tile, in words of 32.
     """
-    WORDS: tl.constexpr = (COLUMNS // TILES + 31) // 32
+    SLOTS: tl.constexpr = COLUMNS // TILES
+    WORDS: tl.constexpr = (SLOTS + 31) // 32
+    slot = column_slots[None, :] % SLOTS
+    word = column_slots[None, :] // SLOTS * WORDS + slot // 32
     words = tl.zeros_like(row_slots)[:, None]
     for t in tl.static_range(0, TILES):
         word_of = masks + (tl.load(mask_ids + i + t).to(tl.int64) * ROWS + row_slots) * WORDS
         for w in tl.static_range(0, WORDS):
             # Which word a column is in is known when the kernel is compiled, so these selects cost little.
-            words = tl.where(column_slots[None, :] // 32 == t * WORDS + w, tl.load(word_of + w)[:, None], words)
-    return ((words >> (column_slots[None, :] % 32)) & 1) != 0
+            words = tl.where(word == t * WORDS + w, tl.load(word_of + w)[:, None], words)
+    return ((words >> (slot % 32)) & 1) != 0
 
 
 @triton.jit

@@ -3,9 +3,9 @@
     python3 -m scripts.check.lists_gpu [--jobs 8] [--only TEXT] [--whole] [--one-pass]
 
 Forward, with and without gradients, and gradients against the float64 reference on shapes with many tiles, outputs
-poisoned with NaN, every call twice (bit-equal), head dims 32 to 256, three dtypes. `--whole` takes the Hopper kernels without lists by halves,
-as they run for lists that are made at run time, `--one-pass` their backward in one pass. Exit status 1 if anything is
-off.
+poisoned with NaN, every call twice (bit-equal), head dims 32 to 256, three dtypes. `--whole` takes the Hopper kernels
+without lists by halves, as they run for lists that are made at run time, `--one-pass` their backward in one pass. Exit
+status 1 if anything is off.
 """
 
 from __future__ import annotations
@@ -108,6 +108,9 @@ def cases() -> list[Case]:
             Case("above(tau=0.8,block=8x8,rest=mean)", Layout((45, 70), suffix=30), dtype, dim, mask=True),
             Case("topk(keep=4,block=8x16,key_block=8x8,rest=slope)", Layout((45, 70), prefix=7), dtype, dim, 2),
             Case("above(tau=0.8,block=8x8,key_block=2x4,rest=slope)", Layout((45, 70), 0, 30), dtype, dim, mask=True),
+            # Steps of several small key tiles.
+            Case("topk(keep=0.2,block=8x8,key_block=4x4)", Layout((35, 38), prefix=3), dtype, dim, 2),
+            Case("topp(p=0.6,block=4x4x4,key_block=2x2x2)", Layout((9, 14, 20), suffix=5), dtype, dim, mask=True),
             Case("topk(keep=0.2,block=1x1,key_block=8x8)", Layout((35, 38), prefix=7), dtype, dim, 2, mask=True),
             Case("topp(p=0.3,of=height,block=1x2,key_block=4x16)", Layout((48, 64), suffix=30), dtype, dim),
             Case("topk(keep=2,block=64,key_block=256,per=head,always=none)", Layout(3333), dtype, dim, mask=True),
@@ -178,7 +181,7 @@ def check(case: Case, backend: str = "triton", repeats: bool = True) -> str:
     """
     tensors, mask = inputs_of(case)
     ours = run(case, tensors, backend, mask)
-    again = run(case, tensors, backend, mask) if repeats else ours
+    again = run(case, tensors, backend, mask) if repeats else list(ours)
     reference = attention_reference(case, tensors, mask)
     names = ["out", "lse", "dq", "dk", "dv", "drpb"][: len(ours)]
     # Without gradients calls go other ways, the second one along what the first one has left.

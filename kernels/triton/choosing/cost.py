@@ -14,6 +14,8 @@ from visattn.patterns.shared_tiles import sharing_tiles
 FIXED_US, BYTE_US, SCORE_US = 60.0, 0.31e-6, 11e-6
 # How much more places of a row cost with so many pairs of parts, and where probabilities are summed.
 PART_POWER, BY_MASS = 0.75, 2.0
+# Of `rest=slope`, per byte of keys and values.
+MOMENT_US = 0.65e-6
 # How many times longer torch's operators take, on the same cases.
 BY_TORCH = 5.0
 # What tiles visit that several blocks share is found by some thirty operators, which keep host and device 5 us each and
@@ -32,7 +34,9 @@ def choosing_us(problem: Problem) -> float:
     scores = problem.batch * problem.heads * blocks.rows * (1 << (blocks.columns - 1).bit_length())
     scores *= (score.query_parts * score.key_parts) ** PART_POWER * (BY_MASS if isinstance(pattern, TopP) else 1)
     time = FIXED_US + BYTE_US * read + SCORE_US * scores
-    return time if _by_kernels(pattern, score, layout.grid) else BY_TORCH * time
+    time *= 1 if _by_kernels(pattern, score, layout.grid) else BY_TORCH
+    moved = problem.batch * layout.tokens * 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
+    return time + (MOMENT_US * moved if pattern.rest == "slope" else 0)
 
 
 def sharing_us(problem: Problem) -> float:

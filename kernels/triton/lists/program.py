@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from visattn.keep import kept
+from visattn.kernels.triton.config import LEAST_SLOTS
 from visattn.kernels.triton.lists.halves import (
     ALONE,
     FIRST_FULL,
@@ -125,11 +126,8 @@ def program(plan: TilePlan, by_keys: bool, per_step: int, device: torch.device, 
         rows, columns, lists, masks = plan.keys, plan.queries, plan.transposed, plan.masks.transpose(0, 2, 1)
     else:
         rows, columns, lists, masks = plan.queries, plan.keys, plan.lists, plan.masks
-    if _slots(columns.capacity) < WORD:
-        # The mask words of several column tiles lie one behind the other, so such tiles go alone.
-        per_step = 1
-    row_slots, column_slots = _slots(rows.capacity), _slots(columns.capacity)
-    visits, filled = _entries(rows, columns, lists, masks)
+    row_slots, column_slots = _slots(rows.capacity), _slots(columns.capacity, per_step)
+    visits, filled = _entries(rows, columns, lists, masks, column_slots)
     cut = _by_halves(rows, row_slots, visits, filled, per_step) if by_halves else None
     if cut is not None:
         slots, (row, column, mask_id, distinct), steps = cut
@@ -193,9 +191,12 @@ def _ends(start: Ints, entries: Ints) -> Ints:
     return np.stack([ends[:, FIRST_FULL], ends[:, MASKED], ends[:, ALONE], ends[:, SECOND_FULL]], 1)
 
 
-def _slots(capacity: int) -> int:
-    """Slots of a tile in a kernel: a power of two of at least 16, the smallest side of a matrix product."""
-    return max(16, 1 << (capacity - 1).bit_length())
+def _slots(capacity: int, per_step: int = 1) -> int:
+    """Slots of a tile in a kernel, of which so many are a step: a power of two.
+
+    A step has at least 16, the smallest side of a matrix product.
+    """
+    return max(16 if per_step == 1 else LEAST_SLOTS, 1 << (capacity - 1).bit_length())
 
 
 def int32_table(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -203,8 +204,10 @@ def int32_table(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)
 
 
-def _entries(rows: Tiling, columns: Tiling, lists: TileLists, masks: Bools) -> tuple[Visits, Bools]:
+def _entries(rows: Tiling, columns: Tiling, lists: TileLists, masks: Bools, column_tile: int) -> tuple[Visits, Bools]:
     """The visits of grid columns, and which row slots hold tokens under each of their masks: [masks, row slots].
+
+    A column tile has `column_tile` slots.
 
     Dense columns are left out: the kernels walk them without a list. A mask is False in empty column slots and
     does not care about empty row slots, whose results are never stored.
@@ -220,7 +223,7 @@ def _entries(rows: Tiling, columns: Tiling, lists: TileLists, masks: Bools) -> t
     of_mask, of_row = np.divmod(rest, len(row_slots))
     everything = np.ones((1, rows.capacity, columns.capacity), bool)
     seen = np.concatenate([everything, masks])[of_mask] & column_slots[of_column][:, None, :]
-    padded = columns.capacity != _slots(columns.capacity)
+    padded = columns.capacity != column_tile
     is_full = (seen | ~row_slots[of_row][:, :, None]).all((1, 2)) & (not padded)
     index = np.where(is_full, -1, np.cumsum(~is_full) - 1)
     return Visits(row, column, index[which.ravel()], seen[~is_full]), row_slots[of_row][~is_full]
@@ -259,7 +262,7 @@ def _whole_steps(row: Ints, column: Ints, mask: Ints, masks: Bools, per_step: in
 
 def _dense_steps(columns: Tiling, per_step: int) -> tuple[int, int, int]:
     """Steps over the prefix, suffix and extra columns; a run of dense tokens has no box, so a step is one run."""
-    slots = per_step * _slots(columns.capacity)
+    slots = per_step * _slots(columns.capacity, per_step)
     prefix, suffix, extra = (-(-n // slots) for n in (columns.layout.prefix, columns.layout.suffix, columns.extra))
     return prefix, suffix, extra
 
