@@ -14,8 +14,12 @@ from visattn.patterns.shared_tiles import sharing_tiles
 FIXED_US, BYTE_US, SCORE_US = 60.0, 0.31e-6, 11e-6
 # How much more places of a row cost with so many pairs of parts, and where probabilities are summed.
 PART_POWER, BY_MASS = 0.75, 2.0
-# Of `rest=slope`, per byte of keys and values.
-MOMENT_US = 0.65e-6
+# How much more places of longer rows cost, from so many on.
+LONG_ROW, BY_LONG_ROW = 4096, 1.5
+# Of rests: per entry of a list and word of bits of what it lists, and for `slope` per byte of keys and values.
+BITS_US, MOMENT_US = 0.37e-6, 0.65e-6
+# ... and where a call has gradients, per product of a query with a pooled key by operators of torch.
+TAIL_US = 33e-6
 # How many times longer torch's operators take, on the same cases.
 BY_TORCH = 5.0
 # What tiles visit that several blocks share is found by some thirty operators, which keep host and device 5 us each and
@@ -30,13 +34,19 @@ def choosing_us(problem: Problem) -> float:
     blocks, score = pattern.blocks(layout.grid), Score.of(pattern.score)
     # Pooled keys and values are means too.
     heads = problem.heads + (3 if pattern.pools_rest else 1) * problem.kv_heads
-    read = problem.batch * layout.tokens * heads * problem.head_dim * problem.dtype.itemsize
-    scores = problem.batch * problem.heads * blocks.rows * (1 << (blocks.columns - 1).bit_length())
+    item = problem.dtype.itemsize
+    read = problem.batch * layout.tokens * heads * problem.head_dim * item
+    places, rows = 1 << (blocks.columns - 1).bit_length(), problem.batch * problem.heads * blocks.rows
+    scores = rows * places * (BY_LONG_ROW if places > LONG_ROW else 1)
     scores *= (score.query_parts * score.key_parts) ** PART_POWER * (BY_MASS if isinstance(pattern, TopP) else 1)
     time = FIXED_US + BYTE_US * read + SCORE_US * scores
     time *= 1 if _by_kernels(pattern, score, layout.grid) else BY_TORCH
-    moved = problem.batch * layout.tokens * 2 * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
-    return time + (MOMENT_US * moved if pattern.rest == "slope" else 0)
+    if pattern.pools_rest:
+        time += BITS_US * rows * pattern.expected(blocks) * blocks.columns * blocks.columns / 32
+    if pattern.rest == "slope":
+        time += MOMENT_US * problem.batch * layout.tokens * 2 * problem.kv_heads * problem.head_dim * item
+        time += TAIL_US * problem.batch * problem.heads * layout.tokens * blocks.columns * problem.grad
+    return time
 
 
 def sharing_us(problem: Problem) -> float:
