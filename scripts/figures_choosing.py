@@ -21,6 +21,7 @@ class Line(NamedTuple):
 
 LINES = (
     Line("pictures", "emoji-dynamic", "dense"),
+    Line("pictures", "emoji-dynamic", "topk(keep=0.2,rest=slope,block=8x8,key_block=2x4)", 6),
     Line("pictures", "emoji-quality", "broadcast"),
     Line("pictures", "emoji-dynamic", "topk(keep=0.2,rest=mean)", 6),
     Line("pictures", "emoji-dynamic", "na(window=29x29)", 6),
@@ -29,6 +30,7 @@ LINES = (
     Line("clips", "animoji-dynamic", "dense"),
     Line("clips", "animoji-quality", "broadcast"),
     Line("clips", "animoji-quality", "radial(decay=0.5)"),
+    Line("clips", "animoji-dynamic", "topk(keep=0.2,rest=slope,block=4x4x4,key_block=2x2x2)"),
     Line("clips", "animoji-dynamic", "topk(keep=0.2,rest=slope)"),
     Line("clips", "animoji-dynamic", "topk(keep=0.2,rest=mean)"),
     Line("clips", "animoji-dynamic", "na(window=3x16x16)"),
@@ -44,6 +46,8 @@ SPEEDS = (
     ("h200", "na(window=80x80)", ""),
     ("h200-dynamic", "topk(keep=0.1, block=8x16, key_block=8x8, rest=mean)", ""),
     ("h200-dynamic", "topk(keep=0.1)", ""),
+    ("h200-dynamic", "topk(keep=0.1, rest=slope)", ""),
+    ("h200-dynamic", "topk(keep=0.1, block=8x8, key_block=4x4, rest=slope)", ""),
 )
 
 
