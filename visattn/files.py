@@ -167,21 +167,22 @@ def made_folder(folder: Path) -> Path:
 def alone(path: Path) -> Iterator[None]:
     """Keep a folder, or a file, for the length of the block: what another run would write there, mixed with this one's.
 
-    A file that is not there is made, and removed again if the block leaves it empty. The operating system lets go of it
-    however the process ends.
+    A file need not be there, and may be replaced by the block: what is locked is a hidden file beside it. The operating
+    system lets go of it however the process ends.
 
     Raises:
         ValueError: If another run has it.
     """
-    made = not path.exists()
-    lock = _lock(path, path.is_dir())
+    folder = path.is_dir()
+    locked = path if folder else path.with_name(f"{UNFINISHED}{path.name}.lock")
+    lock = _lock(locked, folder)
     if lock is None:
         raise ValueError(f"another run is writing to {path}: wait until it ends, or name another")
     try:
         yield
     finally:
-        if made and path.is_file() and not path.stat().st_size:
-            path.unlink()
+        if not folder and fcntl is not None:
+            locked.unlink(missing_ok=True)
         os.close(lock)
 
 
