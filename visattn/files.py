@@ -61,25 +61,35 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def read_tensors(path: Path, what: str, fix: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors by name of a safetensors file, and its metadata.
+    """Tensors by name of a safetensors file, and its metadata; errors as in `opened`."""
+    with opened(path, what, fix) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextmanager
+def opened(path: Path, what: str, fix: str, needs: str = "") -> Iterator[Any]:
+    """A safetensors file as `safetensors.safe_open` gives it.
 
     Args:
         path: The file.
-        what: What it holds, in the plural, as errors call it.
-        fix: What to do where there is none.
+        what: What it should be, as in "is no checkpoint".
+        fix: What to do about one that is not.
+        needs: Name in its metadata that tells it from other files, if there is one.
 
     Raises:
-        ValueError: If the file is missing or another one.
+        ValueError: If it is missing, not whole or something else.
     """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise ValueError(f"{what} {path} do not exist: {fix}")
+        raise ValueError(f"{path} does not exist: {fix}")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            if needs and needs not in (file.metadata() or {}):
+                raise ValueError(f"{path} is no {what}: {fix}")
+            yield file
     except SafetensorError as error:
-        raise ValueError(f"{what} {path} are no safetensors file ({error})") from error
+        raise ValueError(f"{path} is no {what}, or not whole ({error}): {fix}") from error
 
 
 def read_text(path: Path) -> str:

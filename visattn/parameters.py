@@ -182,7 +182,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     Raises:
         ValueError: If the file is missing or not one that a handle saved.
     """
-    tensors, metadata = read_tensors(path, "weights", "pass a file that handle.save(path) wrote")
+    tensors, metadata = read_tensors(path, "file of weights", "pass a file that handle.save(path) wrote")
     if PATTERNS not in metadata:
         raise ValueError(f"weights {path} do not say which patterns they are for: pass a file that handle.save wrote")
     return tensors, json.loads(metadata[PATTERNS])

@@ -51,16 +51,16 @@ def test_json_is_whole_or_as_it_was(tmp_path):
 
 def test_tensors_are_read_or_the_file_is_named(tmp_path):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(ValueError, match=r"weights .*a\.safetensors do not exist: pass another"):
-        read_tensors(path, "weights", "pass another")
+    with pytest.raises(ValueError, match=r"a\.safetensors does not exist: pass another"):
+        read_tensors(path, "file of weights", "pass another")
     path.write_text("no tensors")
-    with pytest.raises(ValueError, match=r"weights .*a\.safetensors are no safetensors file"):
-        read_tensors(path, "weights", "pass another")
+    with pytest.raises(ValueError, match=r"a\.safetensors is no file of weights, or not whole \(.*\): pass another"):
+        read_tensors(path, "file of weights", "pass another")
     save_file({"x": torch.arange(3)}, path, {"about": "all"})
-    tensors, metadata = read_tensors(path, "weights", "pass another")
+    tensors, metadata = read_tensors(path, "file of weights", "pass another")
     assert metadata == {"about": "all"} and torch.equal(tensors.pop("x"), torch.arange(3)) and not tensors
     save_file({}, path)
-    assert read_tensors(path, "weights", "pass another") == ({}, {})
+    assert read_tensors(path, "file of weights", "pass another") == ({}, {})
 
 
 def test_folders_are_made_and_never_mixed_with_other_output(tmp_path):
