@@ -344,7 +344,7 @@ def _rule(layers: Any, value: Any, file: str) -> tuple[Any, Given]:
 
 def _read(path: Path) -> Mapping[Any, str] | Schedule:
     if not path.is_file():
-        raise ValueError(f"pattern file {str(path)!r} does not exist")
+        raise ValueError(f"pattern file {str(path)!r} does not exist: `visattn tune` writes such files")
     found = _parsed(path)
     if not isinstance(found, Mapping):
         raise ValueError(f"{path.name} must map layers to patterns, like {{'0-3': 'dense', '4-': 'na(window=7x7)'}}")
