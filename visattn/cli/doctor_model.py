@@ -58,7 +58,8 @@ def _parts(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
         if index.get(name) and file.is_file():
             found.append(_examine_diffusers(name, _config(file)))
     if not found:
-        raise ValueError(f"{folder} has none of the models {', '.join((*DENOISERS, *CONTROLNETS))} with a config.json")
+        names = ", ".join((*DENOISERS, *CONTROLNETS))
+        raise ValueError(f"{folder} has none of the models {names} with a config.json: name the folder of a model")
     return found
 
 
@@ -77,7 +78,8 @@ def _examine_diffusers(part: str, config: dict[str, Any]) -> dict[str, Any]:
         )
     if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
         raise ValueError(
-            f"its config.json names {name or 'no _class_name'}, which is no model of diffusers {diffusers.__version__}"
+            f"its config.json names {name or 'no _class_name'}, which is no model of diffusers "
+            f"{diffusers.__version__}: name another folder, or install a version that has it"
         )
     try:
         with torch.device("meta"):

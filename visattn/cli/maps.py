@@ -139,7 +139,9 @@ def _subject(
         if model.startswith(TIMM) or (Path(model) / "config.json").is_file():
             raise ValueError(f"{model} looks at images: give some files behind its name")
         if checkpoint is not None or pretrained:
-            raise ValueError(f"--checkpoint and --pretrained are for models of images, and {model} got none")
+            raise ValueError(
+                f"--checkpoint and --pretrained are for models of images, and {model} got none: leave them out"
+            )
         return of_pipeline(model, device, dtype, settings, step)
     unused(
         "for pipelines, which take no image files",
